@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every error a user can meet, in one tree.
+
+PidecodeError
+├── SettingError            a value the caller gave cannot act (also a ValueError)
+│   └── SizeError           a picture or latent size that fits nothing
+├── LatentError             a latent of the wrong space, frame, shape or content (also a ValueError)
+├── FileError               a file that cannot be read or written as what it claims to be
+│   ├── CheckpointError     weights that do not fit the network, or are not weights
+│   └── ImageError          a picture that is truncated, too large or no picture
+├── DownloadError           weights that could not be fetched
+│   └── LicenceError        a licence that must be accepted first
+├── MissingDependencyError  an optional package that is not installed (also an ImportError)
+├── DoesNotFitError         more memory than there is
+├── TrainingError           a training run that had to stop
+└── Cancelled               the caller asked to stop
+
+Each message says what came, what was expected, and the mend.
+"""
+
+from __future__ import annotations
+
+
+class PidecodeError(Exception):
+    """Root of the tree; the command line turns it into a message and an exit code."""
+
+    exit_code = 1
+
+
+class SettingError(PidecodeError, ValueError):
+    """A value the caller gave cannot act."""
+
+    exit_code = 2
+
+
+class SizeError(SettingError):
+    """A picture or latent size that fits nothing; the message names the nearest that does."""
+
+
+class LatentError(PidecodeError, ValueError):
+    """A latent of the wrong space, frame, shape or content."""
+
+    exit_code = 3
+
+
+class FileError(PidecodeError):
+    """A file that cannot be read or written as what it claims to be."""
+
+    exit_code = 4
+
+
+class CheckpointError(FileError):
+    """Weights that do not fit the network, or are not weights."""
+
+
+class ImageError(FileError):
+    """A picture that is truncated, too large, or no picture."""
+
+
+class DownloadError(PidecodeError):
+    """Weights that could not be fetched."""
+
+    exit_code = 5
+
+
+class LicenceError(DownloadError):
+    """A licence that must be accepted before the download."""
+
+
+class MissingDependencyError(PidecodeError, ImportError):
+    """An optional package that is not installed; the message names the extra that brings it."""
+
+    exit_code = 6
+
+
+class DoesNotFitError(PidecodeError):
+    """The job needs more memory than there is; the message says what would fit."""
+
+    exit_code = 7
+
+
+class TrainingError(PidecodeError):
+    """A training run that had to stop; what was saved is intact."""
+
+    exit_code = 8
+
+
+class Cancelled(PidecodeError):  # noqa: N818 - an outcome, not a fault
+    """The caller asked to stop; nothing was written."""
+
+    exit_code = 130
