@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shape of a PiD network as one frozen, checked record: v1, v1.5, the PixelDiT backbone and our small ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from pidecode.errors import SettingError
+
+Gate = Literal["per_token", "per_channel"]
+Padding = Literal["zeros", "replicate", "reflect"]
+RopeMode = Literal["original", "ntk_aware"]
+Prediction = Literal["velocity", "x0"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "gate": ("per_token", "per_channel"),
+    "adapter_padding": ("zeros", "replicate", "reflect"),
+    "rope_mode": ("original", "ntk_aware"),
+    "prediction": ("velocity", "x0"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetConfig:
+    """Everything needed to build a PixelNet (SPEC.md sections 1 and 2).
+
+    Sizes are in channels, tokens or pixels. `text_dim=0` builds a network without a text stream;
+    `latent_channels=0` one without an adapter (the bare text-to-image backbone).
+
+    Raises SettingError, naming the field, when the values do not fit together.
+    """
+
+    hidden_size: int = 1536
+    num_heads: int = 24
+    patch_depth: int = 14
+    patch_size: int = 16
+    pixel_hidden_size: int = 16
+    pixel_depth: int = 2
+    pixel_attn_hidden_size: int = 1152
+    pixel_num_heads: int = 16
+    text_dim: int = 2304
+    text_length: int = 300
+    text_rope: bool = True
+    text_rope_theta: float = 10000.0
+    rope_mode: RopeMode = "ntk_aware"
+    rope_reference: tuple[int, int] = (1024, 1024)
+    """Height and width, in pixels, of the picture at which the NTK-aware rotation equals the plain one."""
+    latent_channels: int = 16
+    latent_down: int = 8
+    """Pixels of the low-resolution picture per latent cell, along each side."""
+    latent_unpatchify: int = 1
+    scale: int = 4
+    adapter_width: int = 512
+    adapter_blocks: int = 4
+    adapter_padding: Padding = "zeros"
+    adapter_image_channels: int = 0
+    """Channels of an optional low-resolution picture beside the latent (0 in every released network)."""
+    gate: Gate = "per_channel"
+    inject_interval: int = 2
+    inject_pixels: bool = False
+    colour_head: bool = False
+    colour_head_tap: int = -1
+    """Residual block of the adapter the colour head reads; -1 reads the final features."""
+    prediction: Prediction = "velocity"
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise SettingError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
+        self._check_positive()
+        for size, heads in (("hidden_size", "num_heads"), ("pixel_attn_hidden_size", "pixel_num_heads")):
+            width, count = getattr(self, size), getattr(self, heads)
+            if width % count or (width // count) % 4:
+                raise SettingError(
+                    f"{size}={width} over {heads}={count} gives {width / count:g} channels a head; "
+                    "the two-axis rotation needs a whole multiple of 4."
+                )
+        if self.pixel_hidden_size % 4:
+            raise SettingError(f"pixel_hidden_size is {self.pixel_hidden_size}; the position table needs a multiple of 4.")
+        if self.has_adapter:
+            self._check_adapter()
+
+    def _check_positive(self) -> None:
+        may_be_zero = {"text_dim", "latent_channels", "adapter_blocks", "adapter_image_channels", "pixel_depth"}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int) or field.name == "colour_head_tap":
+                continue
+            if value < (0 if field.name in may_be_zero else 1):
+                raise SettingError(f"{field.name} is {value}; it must be positive.")
+        if len(self.rope_reference) != 2 or min(self.rope_reference) < self.patch_size:
+            raise SettingError(
+                f"rope_reference is {self.rope_reference}; it must be two sides (height, width) in pixels, "
+                f"each at least patch_size={self.patch_size}."
+            )
+
+    def _check_adapter(self) -> None:
+        if self.adapter_width % 4:
+            raise SettingError(f"adapter_width is {self.adapter_width}; its GroupNorm of 4 groups needs a multiple of 4.")
+        if self.latent_channels % self.latent_unpatchify**2:
+            raise SettingError(
+                f"latent_channels={self.latent_channels} cannot be unpatchified by {self.latent_unpatchify}: "
+                f"it must be a multiple of {self.latent_unpatchify**2}."
+            )
+        if self.latent_down % self.latent_unpatchify:
+            raise SettingError(f"latent_down={self.latent_down} is not a multiple of latent_unpatchify={self.latent_unpatchify}.")
+        if self.patch_size % self.scale and self.colour_head:
+            raise SettingError(f"colour_head needs patch_size ({self.patch_size}) to be a multiple of scale ({self.scale}).")
+        ratio = self.latent_to_patch_ratio
+        if self.latent_channels and ratio < 1 and not math.isclose(1 / ratio, round(1 / ratio)):
+            raise SettingError(f"patch_size={self.patch_size} covers {1 / ratio:g} latent cells a side; it must be a whole number.")
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the network has a text stream."""
+        return self.text_dim > 0
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the network takes a latent (or a low-resolution picture)."""
+        return self.latent_channels > 0 or self.adapter_image_channels > 0
+
+    @property
+    def latent_to_patch_ratio(self) -> float:
+        """Patch-grid cells per (unpatchified) latent cell, along each side."""
+        return self.scale * (self.latent_down / self.latent_unpatchify) / self.patch_size
+
+    @property
+    def num_injections(self) -> int:
+        """Patch blocks that a set of latent tokens is injected before."""
+        return math.ceil(self.patch_depth / self.inject_interval) if self.has_adapter else 0
+
+    @property
+    def mlp_width(self) -> int:
+        """Inner width of the patch blocks' gated feed-forward."""
+        return 2 * (4 * self.hidden_size) // 3
+
+    @property
+    def pixels_per_latent_cell(self) -> int:
+        """Output pixels per latent cell, along each side."""
+        return self.latent_down * self.scale
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` reads them back."""
+        return {**asdict(self), "rope_reference": list(self.rope_reference)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> NetConfig:
+        """Inverse of `to_dict`. Raises SettingError for unknown names or values of the wrong type."""
+        known = {field.name: field for field in fields(cls)}
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise SettingError(f"Unknown network settings {', '.join(unknown)}; known are {', '.join(known)}.")
+        clean: dict[str, Any] = dict(values)
+        defaults = cls()
+        for name, value in clean.items():
+            if name == "rope_reference":
+                if not isinstance(value, (list, tuple)) or not all(type(side) is int for side in value):
+                    raise SettingError(f"rope_reference is {value!r}; it must be two whole numbers.")
+                clean[name] = tuple(value)
+                continue
+            expected = type(getattr(defaults, name))
+            if expected is float and type(value) is int:
+                clean[name] = float(value)
+            elif type(value) is not expected:
+                raise SettingError(f"{name} is {value!r}; it must be of type {expected.__name__}.")
+        return cls(**clean)
+
+    def without_colour_head(self) -> NetConfig:
+        """The same network without its training-only colour head."""
+        return replace(self, colour_head=False)
+
+
+def v1(*, latent_channels: int, latent_down: int, scale: int = 4) -> NetConfig:
+    """The released v1 network ("2k" and "2kto4k") for one latent space."""
+    return NetConfig(latent_channels=latent_channels, latent_down=latent_down, scale=scale)
+
+
+def v1pt5(*, latent_channels: int, latent_down: int, latent_unpatchify: int = 1, colour_head: bool = False) -> NetConfig:
+    """The released v1.5 network ("2kto4k_v1pt5") for one latent space; its teacher keeps the colour head."""
+    return NetConfig(
+        latent_channels=latent_channels,
+        latent_down=latent_down,
+        latent_unpatchify=latent_unpatchify,
+        adapter_width=1024,
+        adapter_padding="replicate",
+        gate="per_token",
+        inject_pixels=True,
+        rope_reference=(2048, 2048),
+        colour_head=colour_head,
+    )
+
+
+def backbone() -> NetConfig:
+    """The text-to-image PixelDiT backbone that every released decoder grew from."""
+    return NetConfig(latent_channels=0, rope_reference=(2048, 2048))
+
+
+def miniature(**changes: Any) -> NetConfig:
+    """A network of a few thousand parameters with every part of v1.5, for tests and dry runs."""
+    base = NetConfig(
+        hidden_size=32, num_heads=2, patch_depth=3, patch_size=16,
+        pixel_hidden_size=4, pixel_depth=1, pixel_attn_hidden_size=24, pixel_num_heads=3,
+        text_dim=16, text_length=10, latent_channels=16, latent_down=8,
+        adapter_width=8, adapter_blocks=1, adapter_padding="replicate", gate="per_token",
+        inject_pixels=True, rope_reference=(2048, 2048),
+    )  # fmt: skip
+    return replace(base, **changes)
