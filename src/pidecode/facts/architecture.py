@@ -63,7 +63,7 @@ class NetConfig:
     inject_pixels: bool = False
     colour_head: bool = False
     colour_head_tap: int = -1
-    """Residual block of the adapter the colour head reads; -1 reads the final features."""
+    """Residual block of the adapter, counted from one, that the colour head reads; -1 reads the final features."""
     prediction: Prediction = "velocity"
 
     def __post_init__(self) -> None:

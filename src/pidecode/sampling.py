@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From noise to picture: the student's few steps and the teacher's DPM-Solver, as functions of a network.
+
+Time runs from 1 (noise) to 0 (picture): `x_t = (1 - t) x_0 + t eps` (SPEC.md section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pidecode.errors import SettingError
+from pidecode.facts.architecture import Prediction
+
+STUDENT_TIMES = (0.999, 0.866, 0.634, 0.342, 0.0)
+"""The distilled schedule of four steps."""
+
+SINGLE_STEP_TIME = 1.0
+"""One step alone starts from pure noise instead of the list's first entry."""
+
+SMALLEST_DIVISOR = 0.05
+"""Below this time a velocity is not recovered from x_0 by dividing by t, but by this."""
+
+TIMESCALE = 1000.0
+"""The network reads the flow time times this, never rounded: one unit is one radian."""
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+"""Noisy picture `[B, 3, H, W]` and flow time times 1000 `[B]` to the network's output, same shape as the picture."""
+
+StudentKind = Literal["sde", "ode"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a progress callback learns after each step."""
+
+    index: int
+    """Steps done so far, from 1."""
+    total: int
+    picture: Tensor
+    """The current estimate of the finished picture `[B, 3, H, W]`, unclamped."""
+
+
+OnStep = Callable[[Step], None]
+"""Called after each step; raise `errors.Cancelled` in it to stop."""
+
+
+def student_times(steps: int) -> tuple[float, ...]:
+    """Times at which a `steps`-step student runs, ending in 0 (SPEC.md section 3).
+
+    Raises SettingError beyond 1 to 4 steps: the list has four distinct entries, more would repeat them.
+    """
+    longest = len(STUDENT_TIMES) - 1
+    if not 1 <= steps <= longest:
+        raise SettingError(
+            f"steps is {steps}; a distilled decoder takes 1 to {longest}. It was trained at {longest} times only, "
+            "so more steps would repeat some of them without adding anything."
+        )
+    if steps == 1:
+        return (SINGLE_STEP_TIME, 0.0)
+    indices = torch.linspace(0, longest, steps + 1).round().int().tolist()
+    return tuple(STUDENT_TIMES[i] for i in indices)
+
+
+def clean_from_velocity(x: Tensor, velocity: Tensor, t: Tensor | float) -> Tensor:
+    """`x - t v`, in float64 where the device has it, rounded to float32."""
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    if isinstance(t, Tensor):
+        t = t.to(wide).view(-1, 1, 1, 1)
+    return (x.to(wide) - t * velocity.to(wide)).float()
+
+
+def velocity_from_clean(x: Tensor, clean: Tensor, t: Tensor | float) -> Tensor:
+    """`(x - x_0) / max(t, 0.05)`, in float64 where the device has it, rounded to float32."""
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    divisor = torch.as_tensor(t, dtype=wide, device=x.device).clamp(min=SMALLEST_DIVISOR).view(-1, 1, 1, 1)
+    return ((x.to(wide) - clean.to(wide)) / divisor).float()
+
+
+def renoise(clean: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
+    """`(1 - t) x_0 + t eps`."""
+    return (1 - t) * clean + t * noise
+
+
+class NoiseStream:
+    """Unit noise in the reference's order, from one seeded generator per picture, or given draws for tests.
+
+    Generators live on the processor, so a seed draws the same noise whatever device decodes it, and a
+    picture in a batch gets the noise it would get alone.
+    """
+
+    def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device) -> None:
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._shape, self._device = shape, device
+
+    def __call__(self) -> Tensor:
+        """The next draw `[B, *shape]`, float32."""
+        draws = [torch.randn(self._shape, generator=generator) for generator in self._generators]
+        return torch.stack(draws).to(self._device)
+
+
+def sample_student(
+    predict: Predict,
+    draw: Callable[[], Tensor],
+    *,
+    steps: int = 4,
+    kind: StudentKind = "sde",
+    prediction: Prediction = "velocity",
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Run a distilled decoder; returns the picture `[B, 3, H, W]`, unclamped.
+
+    `draw()` gives the starting noise, then ("sde" only) one fresh noise after each step but the last.
+    Raises SettingError for steps or kind that do not exist.
+    """
+    if kind not in ("sde", "ode"):
+        raise SettingError(f"The sampler is {kind!r}; a student runs as 'sde' or 'ode'.")
+    times = student_times(steps)
+    x = draw()
+    for index, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+        output = predict(x, torch.full((x.shape[0],), t, device=x.device) * TIMESCALE).float()
+        clean = output if prediction == "x0" else clean_from_velocity(x, output, t)
+        if t_next == 0:
+            x = clean
+        elif kind == "sde":
+            x = renoise(clean, draw(), t_next)
+        else:
+            velocity = velocity_from_clean(x, output, t) if prediction == "x0" else output
+            x = x + (t_next - t) * velocity
+        if on_step is not None:
+            on_step(Step(index + 1, steps, clean))
+    return x
+
+
+def dynamic_shift(height: int, width: int, *, base_shift: float, base_size: int | None) -> float:
+    """The teacher's flow shift for an output size; a `base_size` of None means a constant shift."""
+    if base_size is None:
+        return base_shift
+    return float(base_shift * ((height * width) ** 0.5 / base_size) ** 0.5)
+
+
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """`s t / (1 + (s - 1) t)`: moves times towards noise for large pictures."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def teacher_times(steps: int, shift: float) -> Tensor:
+    """The `steps + 1` times of the teacher's solver, float64, from just under 1 to exactly 0."""
+    if steps < 1:
+        raise SettingError(f"steps is {steps}; the teacher needs at least one.")
+    return shifted(1 - torch.linspace(1.0, 0.001, steps + 1, dtype=torch.float64), shift).flip(0)
+
+
+def guided(predict: Predict, predict_uncaptioned: Predict, guidance: float) -> Predict:
+    """Classifier-free guidance: `u + g (c - u)`; the latent stays in both branches."""
+    if guidance == 1.0:
+        return predict
+
+    def combined(x: Tensor, t: Tensor) -> Tensor:
+        without = predict_uncaptioned(x, t)
+        return without + guidance * (predict(x, t) - without)
+
+    return combined
+
+
+def sample_teacher(
+    predict: Predict,
+    noise: Tensor,
+    *,
+    steps: int = 25,
+    shift: float = 1.0,
+    prediction: Prediction = "velocity",
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """DPM-Solver++, second-order multistep with the midpoint correction; returns the picture, unclamped.
+
+    The same algorithm as diffusers' DPMSolverMultistepScheduler on flow sigmas, but the network is fed
+    unrounded times: rounding them costs up to 2e-2 (golden notes, section 8). The first and the last step are
+    of first order. Solver arithmetic runs in float64 where the device has it.
+    """
+    wide = torch.float32 if noise.device.type == "mps" else torch.float64
+    times = teacher_times(steps, shift).tolist()
+    x, previous, previous_h = noise.to(wide), None, 0.0
+    for index, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+        narrow = x.float()
+        output = predict(narrow, torch.full((x.shape[0],), t, device=x.device, dtype=torch.float32) * TIMESCALE)
+        clean = output.to(wide) if prediction == "x0" else x - t * output.to(wide)
+        if t_next == 0:
+            x = clean
+        else:
+            # h is the step in log((1 - t) / t); expm1(-h) = (t_next / t) (1 - t) / (1 - t_next) - 1.
+            ratio = (t_next / t) * (1 - t) / (1 - t_next)
+            h = -torch.tensor(ratio, dtype=torch.float64).log().item()
+            towards = clean if previous is None else clean + 0.5 * (h / previous_h) * (clean - previous)
+            x = (t_next / t) * x - (1 - t_next) * (ratio - 1) * towards
+            previous, previous_h = clean, h
+        if on_step is not None:
+            on_step(Step(index + 1, steps, clean.float()))
+    return x.float()
