@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading weights: what is accepted, under which names, and how each kind of bad file is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pidecode.errors import CheckpointError
+from pidecode.weights.header import read_header
+from pidecode.weights.read import read_tensors, read_weights, sha256, strip_prefixes
+
+
+def tensors():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "s_embedder.proj.weight": torch.randn(8, 12, generator=generator),
+        "final_layer.linear.bias": torch.randn(3, generator=generator).bfloat16(),
+        "lq_proj.gate_modules.0.log_alpha": torch.tensor(1.6),
+    }
+
+
+def write_raw(path, header, data=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+def same(got, expected):
+    assert set(got) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(got[name], tensor), name
+
+
+def test_safetensors_round_trip_with_metadata(tmp_path):
+    save_file(tensors(), tmp_path / "net.safetensors", metadata={"pidecode": "{}"})
+    file = read_weights(tmp_path / "net.safetensors")
+    same(file.tensors, tensors())
+    assert file.metadata == {"pidecode": "{}"}
+    assert file.format == "safetensors"
+    assert read_header(tmp_path / "net.safetensors").shapes == file.shapes
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda t: t,
+        lambda t: {"state_dict": t, "epoch": torch.tensor(3)},
+        lambda t: {"model": {"state_dict": t}},
+    ],
+)
+def test_pickle_of_tensors(tmp_path, legacy, wrap):
+    path = tmp_path / "model_ema_bf16.pth"
+    named = OrderedDict((f"net.{name}", tensor) for name, tensor in tensors().items())
+    torch.save(wrap(named), path, _use_new_zipfile_serialization=not legacy)
+    file = read_weights(path)
+    same(file.tensors, tensors())
+    assert file.format == "pickle"
+
+
+def test_content_not_suffix_decides(tmp_path):
+    save_file(tensors(), tmp_path / "net.pth")
+    torch.save(tensors(), tmp_path / "net.safetensors")
+    same(read_weights(tmp_path / "net.pth").tensors, tensors())
+    same(read_weights(tmp_path / "net.safetensors").tensors, tensors())
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "net.", "net_ema.", "core.", "net.core.", "model.diffusion_model.", "module.net."]
+)
+def test_prefixes_are_removed(prefix):
+    strangers = {
+        "fake_score.final_layer.linear.bias": torch.zeros(3),
+        "discriminator.0.weight": torch.zeros(3),
+        f"{prefix}pos_embed": torch.zeros(1),
+        f"{prefix}_repa_projector.0.weight": torch.zeros(1),
+        f"{prefix}patch_blocks.0.attn._extra_state": torch.zeros(0, dtype=torch.uint8),
+    }
+    same(strip_prefixes({prefix + name: value for name, value in tensors().items()} | strangers), tensors())
+
+
+def test_averaged_weights_are_preferred():
+    both = {f"net_ema.{name}": value for name, value in tensors().items()}
+    both |= {f"net.{name}": value * 0 for name, value in tensors().items()}
+    same(strip_prefixes(both), tensors())
+
+
+def test_unknown_neighbours_keep_their_names():
+    named = {f"net.{name}": value for name, value in tensors().items()} | {"lora.up": torch.zeros(1)}
+    assert "lora.up" in strip_prefixes(named)
+
+
+def test_one_name_twice_is_refused():
+    with pytest.raises(CheckpointError, match="twice"):
+        strip_prefixes({"net.a": torch.zeros(1), "a": torch.zeros(1)})
+
+
+def test_tensors_are_views_of_the_file(tmp_path):
+    big = {f"w{i}": torch.ones(64, 64) for i in range(4)}
+    save_file(big, tmp_path / "a.safetensors")
+    torch.save(big, tmp_path / "a.pth")
+    for name in ("a.safetensors", "a.pth"):
+        with open("/proc/self/maps") as maps:
+            before = maps.read().count(str(tmp_path / name))
+        file = read_tensors(tmp_path / name)
+        with open("/proc/self/maps") as maps:
+            assert maps.read().count(str(tmp_path / name)) > before
+        del file
+
+
+test_tensors_are_views_of_the_file = pytest.mark.skipif(
+    not os.path.exists("/proc/self/maps"), reason="needs Linux to see mapped files"
+)(test_tensors_are_views_of_the_file)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("echo should never run",)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_pickle_with_code_is_named_and_not_run(tmp_path, legacy, capfd):
+    path = tmp_path / "evil.pth"
+    torch.save({"net.a": torch.zeros(1), "x": Evil()}, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(CheckpointError, match=r"run code \((posix|nt)\.system\).*nothing was run"):
+        read_weights(path)
+    path.write_bytes(pickle.dumps(Evil(), protocol=2))
+    with pytest.raises(CheckpointError, match=r"evil\.pth"):
+        read_weights(path)
+    assert "should never run" not in capfd.readouterr().out
+
+
+def test_whole_model_pickle_is_refused_by_class(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=r"torch\.nn\.modules\.linear\.Linear"):
+        read_weights(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "holds no tensors"),
+        ({"epoch": 3, "lr": 0.1}, r"holds no tensors \(it holds epoch, lr\)"),
+        ([torch.zeros(1)], "holds one list"),
+        ({"a": torch.zeros(2, 2).to_sparse()}, "sparse"),
+        ({"a": torch.zeros(1).expand(10**12)}, "claims 1,000,000,000,000 values"),
+        ({"a": torch.arange(3)}, "stores a as int64"),
+        ({"a": torch.zeros(2, dtype=torch.bool), "b": torch.zeros(2, dtype=torch.bool)}, "bool and 1 more"),
+        ({"a": torch.zeros(2, dtype=torch.complex64)}, "complex64"),
+        ({"a": torch.zeros(2).to(torch.float8_e4m3fn)}, r"quantised by another program \(float8_e4m3fn\)"),
+        (
+            {
+                "a.weight": torch.zeros(2, dtype=torch.int8),
+                "a.comfy_quant": torch.zeros(2, dtype=torch.uint8),
+            },
+            "comfy_quant",
+        ),
+        ({"a.weight": torch.zeros(2, dtype=torch.int8), "a.weight_scale": torch.zeros(2)}, "weight_scale"),
+        ({"a": torch.ones(3), "b": torch.tensor([1.0, float("nan")])}, r"NaN or infinite values in b \(of 2"),
+        (
+            {"a": torch.full((5,), float("inf"), dtype=torch.bfloat16), "b": torch.tensor([float("-inf")])},
+            "in a and 1 more",
+        ),
+    ],
+)
+def test_bad_contents_are_refused(tmp_path, content, message):
+    torch.save(content, tmp_path / "bad.pth")
+    with pytest.raises(CheckpointError, match=message):
+        read_weights(tmp_path / "bad.pth")
+
+
+def test_nan_search_may_be_left_out(tmp_path):
+    save_file({"a": torch.tensor([float("nan")])}, tmp_path / "a.safetensors")
+    assert read_weights(tmp_path / "a.safetensors", check_values=False).tensors["a"].isnan().all()
+    with pytest.raises(CheckpointError, match="NaN"):
+        read_weights(tmp_path / "a.safetensors")
+
+
+def test_large_half_precision_values_are_fine(tmp_path):
+    save_file({"a": torch.full((1000,), 60000.0, dtype=torch.float16)}, tmp_path / "a.safetensors")
+    read_weights(tmp_path / "a.safetensors")
+
+
+def test_eight_bit_safetensors_is_refused_from_its_header(tmp_path):
+    save_file({"a": torch.zeros(4).to(torch.float8_e4m3fn)}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="quantised by another program"):
+        read_weights(tmp_path / "a.safetensors")
+
+
+def one(dtype="F32", shape=(2,), offsets=(0, 8)):
+    return {"a": {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}}
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "message"),
+    [
+        (one(), bytes(4), "truncated: its tensors take 8 bytes and only 4"),
+        (one(), bytes(12), "4 bytes that no tensor owns"),
+        (one(shape=(3,)), bytes(8), "lies about tensor 'a'"),
+        (one(shape=(1 << 40,), offsets=(0, 4 << 40)), bytes(8), "truncated"),
+        (one(shape=(-2,)), bytes(8), "not whole numbers"),
+        (one(shape=(2.0,)), bytes(8), "not whole numbers"),
+        (one(offsets=(8, 0)), bytes(8), "lies about"),
+        (one(offsets=(4, 12)), bytes(12), "leaves a gap"),
+        (one(dtype="F33"), bytes(8), "stores tensor 'a' as 'F33'"),
+        (one(dtype=["F32"]), bytes(8), "stores tensor 'a' as"),
+        (one() | {"b": one()["a"]}, bytes(8), "overlaps"),
+        ({"a": 3}, b"", "by int"),
+        ({"__metadata__": {"k": 3}} | one(), bytes(8), "metadata that is not text"),
+        (b"[1, 2, 3]", b"", "is no pickle of plain tensors"),
+        (b'{"a": ', b"", "header is not JSON"),
+        (b"{" + b'"a":[' * 50_000, b"", "header is not JSON"),
+        (b'{"a": 1, "a": 2}', b"", "names a tensor twice"),
+        (b"{\xff\xfe}", b"", "header is not JSON"),
+        ({}, b"", "holds no tensors"),
+    ],
+)  # fmt: skip
+def test_lying_headers_are_refused(tmp_path, header, data, message):
+    path = write_raw(tmp_path / "liar.bin", header, data)
+    with pytest.raises(CheckpointError, match=message):
+        read_weights(path)
+
+
+@pytest.mark.parametrize("length", [3, 8, 2**40, 2**64 - 1])
+def test_lying_header_length(tmp_path, length):
+    path = tmp_path / "liar.safetensors"
+    path.write_bytes(struct.pack("<Q", length) + b"{}")
+    with pytest.raises(CheckpointError, match=r"liar\.safetensors"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.7, 0.999])
+def test_truncated_files_are_refused(tmp_path, suffix, share):
+    path = tmp_path / f"net{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(tensors(), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(CheckpointError, match="net"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (b"GGUF\x03\x00\x00\x00", "GGUF"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer"),
+        (b"<!DOCTYPE html><html>", "web page"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "no readable weights file|no pickle"),
+        (b"hello", "no readable weights file|no pickle"),
+    ],
+)
+def test_other_kinds_of_file_are_recognised(tmp_path, start, message):
+    path = tmp_path / "net.pth"
+    path.write_bytes(start)
+    with pytest.raises(CheckpointError, match=message):
+        read_weights(path)
+
+
+def test_zip_traps_are_refused(tmp_path):
+    torch.save(tensors(), tmp_path / "net.pth")
+    with zipfile.ZipFile(tmp_path / "net.pth") as good:
+        entries = {name: good.read(name) for name in good.namelist()}
+    with zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for name, data in entries.items():
+            bomb.writestr(name, data)
+    with pytest.raises(CheckpointError, match="compressed"):
+        read_weights(tmp_path / "packed.pth")
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as other:
+        other.writestr("readme.txt", "hello")
+    with pytest.raises(CheckpointError, match="zip archive without weights"):
+        read_weights(tmp_path / "other.zip")
+
+
+def test_things_that_are_no_file_are_refused(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in {
+        "folder": "is a folder",
+        "empty.pth": "is empty",
+        "loop": "leads back to itself",
+        "dangling": "symbolic link to nothing",
+        "missing.pth": "does not exist",
+        "empty.pth/x": "lies below a file",
+        "pipe": "device or pipe",
+    }.items():
+        with pytest.raises(CheckpointError, match=message):
+            read_weights(tmp_path / name)
+
+
+def test_sha256(tmp_path):
+    (tmp_path / "a").write_bytes(b"pixels" * 1000)
+    seen = []
+    assert sha256(tmp_path / "a", seen.append) == hashlib.sha256(b"pixels" * 1000).hexdigest()
+    assert seen == [6000]
