@@ -149,7 +149,7 @@ class LatentAdapter(nn.Module):
             hidden = self.align(latent, grid).to(self.latent_proj[0].weight.dtype)  # type: ignore[arg-type, union-attr]
             for index, layer in enumerate(self.latent_proj):
                 hidden = layer(hidden)
-                if index - 2 == self.config.colour_head_tap:  # residual blocks, counted from one, follow three layers
+                if index > 2 and index - 2 == self.config.colour_head_tap:  # residual blocks count from one
                     tapped = hidden
             parts.append(hidden)
         if not parts:
