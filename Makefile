@@ -1,0 +1,49 @@
+# Few verbs. Each works from a fresh clone with nothing but Python 3.11 to 3.13; see `make help`.
+
+PYTHON ?= python3
+VENV ?= .venv
+PICTURE ?=
+OUT ?= out
+RUN := $(VENV)/bin/python
+RECIPE := pyproject.toml constraints/torch.txt tools/make_env.py
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check docs clean
+
+help:
+	@echo "make demo               set everything up, then decode a real photograph to four times its size"
+	@echo "make demo PICTURE=path  the same with a picture of yours"
+	@echo "make test               set everything up, then run every check and the tests"
+	@echo "make setup              only set up, for development ($(VENV))"
+	@echo "make check              linter, types, import contracts"
+	@echo "make docs               rewrite the generated tables of README.md"
+	@echo "make clean              remove the environment and everything generated"
+
+$(VENV)/.ready-demo: $(RECIPE)
+	@$(PYTHON) tools/make_env.py $(VENV) demo
+	@touch $@
+
+$(VENV)/.ready-dev: $(RECIPE)
+	@$(PYTHON) tools/make_env.py $(VENV) dev
+	@touch $@ $(VENV)/.ready-demo
+
+setup: $(VENV)/.ready-dev
+
+demo: $(VENV)/.ready-demo
+	@$(RUN) tools/make_picture.py $(if $(PICTURE),"$(PICTURE)") --out "$(OUT)"
+
+check: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports --no-cache
+
+test: check
+	$(RUN) -m pytest
+
+docs: setup
+	$(RUN) tools/make_docs.py
+
+clean:
+	rm -rf $(VENV) .venv-* build dist out .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
