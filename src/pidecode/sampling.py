@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -121,7 +122,7 @@ def sample_student(
         raise SettingError(f"The sampler is {kind!r}; a student runs as 'sde' or 'ode'.")
     times = student_times(steps)
     x = draw()
-    for index, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+    for index, (t, t_next) in enumerate(pairwise(times)):
         output = predict(x, torch.full((x.shape[0],), t, device=x.device) * TIMESCALE).float()
         clean = output if prediction == "x0" else clean_from_velocity(x, output, t)
         if t_next == 0:
@@ -185,7 +186,7 @@ def sample_teacher(
     wide = torch.float32 if noise.device.type == "mps" else torch.float64
     times = teacher_times(steps, shift).tolist()
     x, previous, previous_h = noise.to(wide), None, 0.0
-    for index, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+    for index, (t, t_next) in enumerate(pairwise(times)):
         narrow = x.float()
         output = predict(narrow, torch.full((x.shape[0],), t, device=x.device, dtype=torch.float32) * TIMESCALE)
         clean = output.to(wide) if prediction == "x0" else x - t * output.to(wide)

@@ -79,7 +79,9 @@ class NetConfig:
                     "the two-axis rotation needs a whole multiple of 4."
                 )
         if self.pixel_hidden_size % 4:
-            raise SettingError(f"pixel_hidden_size is {self.pixel_hidden_size}; the position table needs a multiple of 4.")
+            raise SettingError(
+                f"pixel_hidden_size is {self.pixel_hidden_size}; the position table needs a multiple of 4."
+            )
         if self.has_adapter:
             self._check_adapter()
 
@@ -99,19 +101,27 @@ class NetConfig:
 
     def _check_adapter(self) -> None:
         if self.adapter_width % 4:
-            raise SettingError(f"adapter_width is {self.adapter_width}; its GroupNorm of 4 groups needs a multiple of 4.")
+            raise SettingError(
+                f"adapter_width is {self.adapter_width}; its GroupNorm of 4 groups needs a multiple of 4."
+            )
         if self.latent_channels % self.latent_unpatchify**2:
             raise SettingError(
                 f"latent_channels={self.latent_channels} cannot be unpatchified by {self.latent_unpatchify}: "
                 f"it must be a multiple of {self.latent_unpatchify**2}."
             )
         if self.latent_down % self.latent_unpatchify:
-            raise SettingError(f"latent_down={self.latent_down} is not a multiple of latent_unpatchify={self.latent_unpatchify}.")
+            raise SettingError(
+                f"latent_down={self.latent_down} is not a multiple of latent_unpatchify={self.latent_unpatchify}."
+            )
         if self.patch_size % self.scale and self.colour_head:
-            raise SettingError(f"colour_head needs patch_size ({self.patch_size}) to be a multiple of scale ({self.scale}).")
+            raise SettingError(
+                f"colour_head needs patch_size ({self.patch_size}) to be a multiple of scale ({self.scale})."
+            )
         ratio = self.latent_to_patch_ratio
         if self.latent_channels and ratio < 1 and not math.isclose(1 / ratio, round(1 / ratio)):
-            raise SettingError(f"patch_size={self.patch_size} covers {1 / ratio:g} latent cells a side; it must be a whole number.")
+            raise SettingError(
+                f"patch_size={self.patch_size} covers {1 / ratio:g} latent cells a side; it must be a whole number."
+            )
 
     @property
     def has_text(self) -> bool:
@@ -179,7 +189,9 @@ def v1(*, latent_channels: int, latent_down: int, scale: int = 4) -> NetConfig:
     return NetConfig(latent_channels=latent_channels, latent_down=latent_down, scale=scale)
 
 
-def v1pt5(*, latent_channels: int, latent_down: int, latent_unpatchify: int = 1, colour_head: bool = False) -> NetConfig:
+def v1pt5(
+    *, latent_channels: int, latent_down: int, latent_unpatchify: int = 1, colour_head: bool = False
+) -> NetConfig:
     """The released v1.5 network ("2kto4k_v1pt5") for one latent space; its teacher keeps the colour head."""
     return NetConfig(
         latent_channels=latent_channels,

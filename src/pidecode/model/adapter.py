@@ -95,7 +95,9 @@ class LatentAdapter(nn.Module):
         width, padding = config.adapter_width, config.adapter_padding
         if config.adapter_image_channels:
             self.fold = config.patch_size // config.scale
-            self.image_conv = _tower(config.adapter_image_channels * self.fold**2, width, config.adapter_blocks, padding)
+            self.image_conv = _tower(
+                config.adapter_image_channels * self.fold**2, width, config.adapter_blocks, padding
+            )
         if config.latent_channels:
             channels = config.latent_channels // config.latent_unpatchify**2
             if config.latent_to_patch_ratio < 1:
@@ -123,7 +125,8 @@ class LatentAdapter(nn.Module):
         config = self.config
         if latent.ndim != 4 or latent.shape[1] != config.latent_channels:
             raise LatentError(
-                f"The latent has shape {tuple(latent.shape)}; this network expects [batch, {config.latent_channels}, h, w]."
+                f"The latent has shape {tuple(latent.shape)}; "
+                f"this network expects [batch, {config.latent_channels}, h, w]."
             )
         if config.latent_unpatchify > 1:
             latent = F.pixel_shuffle(latent, config.latent_unpatchify)
@@ -136,7 +139,9 @@ class LatentAdapter(nn.Module):
             latent = F.interpolate(latent, size=size, mode="bilinear", align_corners=False)
         return F.pixel_unshuffle(latent, fold) if fold > 1 else latent
 
-    def features(self, grid: tuple[int, int], latent: Tensor | None, image: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def features(
+        self, grid: tuple[int, int], latent: Tensor | None, image: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Shared features `[B, width, h, w]`, and those the colour head reads."""
         parts: list[Tensor] = []
         tapped: Tensor | None = None
@@ -146,7 +151,7 @@ class LatentAdapter(nn.Module):
                 image = F.interpolate(image, size=size, mode="bilinear", align_corners=False)
             parts.append(self.image_conv(F.pixel_unshuffle(image, self.fold)))
         if self.config.latent_channels and latent is not None:
-            hidden = self.align(latent, grid).to(self.latent_proj[0].weight.dtype)  # type: ignore[arg-type, union-attr]
+            hidden = self.align(latent, grid).to(self.latent_proj[0].weight.dtype)  # type: ignore[arg-type]
             for index, layer in enumerate(self.latent_proj):
                 hidden = layer(hidden)
                 if index > 2 and index - 2 == self.config.colour_head_tap:  # residual blocks count from one

@@ -14,7 +14,7 @@ from pidecode.model.rope import Rotation, rotate
 
 def _split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
     """`[B, L, 3 D]` to q, k, v of `[B, L, heads, head_dim]`."""
-    return qkv.unflatten(-1, (3, heads, -1)).unbind(2)
+    return qkv.unflatten(-1, (3, heads, -1)).unbind(2)  # type: ignore[no-any-return]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class PatchBlock(nn.Module):
         *,
         want_text: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        """Both streams after the block. `want_text=False` skips the caption's output, which nobody reads after the last."""
+        """Both streams after the block; `want_text=False` skips the caption's, which nobody reads after the last."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation_img(condition).chunk(6, dim=-1)
         y_in, text = None, None
         if y is not None:

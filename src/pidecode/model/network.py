@@ -151,7 +151,9 @@ class PixelNet(nn.Module):
             return None
         if text is None or text.ndim != 3 or text.shape[-1] != config.text_dim:
             came = "nothing" if text is None else f"shape {tuple(text.shape)}"
-            raise SettingError(f"This network needs caption states of shape [batch, tokens, {config.text_dim}]; {came} came.")
+            raise SettingError(
+                f"This network needs caption states of shape [batch, tokens, {config.text_dim}]; {came} came."
+            )
         text = text[:, : config.text_length]
         return self.y_embedder(text) + self.y_pos_embedding[:, : text.shape[1]]  # type: ignore[no-any-return]
 
@@ -170,10 +172,12 @@ class PixelNet(nn.Module):
             raise SettingError("This network has no colour head, so it cannot predict the low-resolution picture.")
         sigma_B = torch.as_tensor(sigma, dtype=torch.float32, device=latent.device).reshape(-1)
         if sigma_B.numel() not in (1, latent.shape[0]):
-            raise LatentError(f"sigma has {sigma_B.numel()} values for {latent.shape[0]} latents; give one, or one each.")
+            raise LatentError(
+                f"sigma has {sigma_B.numel()} values for {latent.shape[0]} latents; give one, or one each."
+            )
         adapted = self.lq_proj(grid, latent, mask=mask, want_colour=want_colour)
         injections = tuple(
-            Injection(tokens, gate.latent_logits(tokens, sigma_B))
+            Injection(tokens, gate.latent_logits(tokens, sigma_B))  # type: ignore[operator]
             for tokens, gate in zip(adapted.blocks, self.lq_proj.gate_modules, strict=True)
         )
         pixel_injection = None
@@ -190,7 +194,10 @@ class PixelNet(nn.Module):
     def features(
         self, x_B3HW: Tensor, t_B: Tensor, condition: Condition, indices: tuple[int, ...], *, predict: bool = False
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Image stream after the named patch blocks (zero-based, ascending), each `[B, D, h, w]`, and the prediction if wanted."""
+        """Image stream after the named patch blocks (zero-based, ascending), each `[B, D, h, w]`.
+
+        With `predict`, the prediction as well.
+        """
         if not indices or min(indices) < 0 or max(indices) >= self.config.patch_depth:
             raise SettingError(f"Feature blocks {indices} are not among 0..{self.config.patch_depth - 1}.")
         tokens, patches, t_emb = self._embed(x_B3HW, t_B, condition.grid)
