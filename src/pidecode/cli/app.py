@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command tree: which command lives where, and how an error becomes a message and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import click
+
+from pidecode import __version__
+from pidecode.errors import PidecodeError
+
+UNEXPECTED = 70
+INTERRUPTED = 130
+_DEBUG = "pidecode.debug"
+
+
+class Place(NamedTuple):
+    """Where a command lives, and its line in the list of commands."""
+
+    module: str
+    line: str
+
+
+# One line per command: the module holds a click command of the command's name ("-" written "_").
+COMMANDS: dict[str, Place] = {
+    "upscale": Place("pidecode.cli.decode", "Enlarge pictures: encode each to a latent, decode it larger."),
+    "decode": Place("pidecode.cli.decode", "Turn saved latents into pictures."),
+    "models": Place("pidecode.cli.models", "List the models there are, and which are on this disk."),
+    "pull": Place("pidecode.cli.models", "Download a model with everything it needs."),
+    "convert": Place("pidecode.cli.models", "Write weights as one self-describing .safetensors file."),
+    "info": Place("pidecode.cli.inspect", "Say what a picture, a latent or a weights file is."),
+    "doctor": Place("pidecode.cli.inspect", "Say what will work on this machine, and why the rest will not."),
+}
+
+
+def _wants_debug(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.meta[_DEBUG] = True
+
+
+def debug_option(command: click.Command) -> click.Command:
+    """Give `command` the option --debug, which shows tracebacks."""
+    option = click.Option(
+        ["--debug"],
+        is_flag=True,
+        expose_value=False,
+        callback=_wants_debug,
+        help="Show the full traceback of an error.",
+    )
+    command.params.append(option)
+    return command
+
+
+class Commands(click.Group):
+    """A group that imports a command's module only when the command is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All names, in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command itself, its module loaded; None for a name that is not in the table."""
+        place = COMMANDS.get(cmd_name)
+        if place is None:
+            return None
+        command: click.Command = getattr(import_module(place.module), cmd_name.replace("-", "_"))
+        if not any(parameter.name == "debug" for parameter in command.params):
+            debug_option(command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands from the table alone, so that --help imports none of them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, place.line) for name, place in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; every failure ends as one message and the exit code of its class."""
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("Stopped.", err=True)
+            ctx.exit(INTERRUPTED)
+        except BrokenPipeError:
+            # Whoever read our output has enough; keep Python from failing again when it flushes.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(0)
+        except PidecodeError as error:
+            _explain(ctx, f"Error: {error}")
+            ctx.exit(error.exit_code)
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            hint = "" if ctx.meta.get(_DEBUG) else "\nRun the command again with --debug for the details."
+            _explain(ctx, f"Sorry, that is a fault of pidecode or of something below it: {what}{hint}")
+            ctx.exit(UNEXPECTED)
+
+
+def _explain(ctx: click.Context, message: str) -> None:
+    """Write `message`, and the traceback when --debug asked for it, to standard error."""
+    if ctx.meta.get(_DEBUG):
+        click.echo(traceback.format_exc(), err=True, nl=False)
+    click.echo(message, err=True)
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, "-V", "--version", package_name="pidecode", prog_name="pidecode")
+def cli() -> None:
+    """From a diffusion model's latent straight to a picture four times the size."""
+
+
+debug_option(cli)
+
+
+def main() -> None:
+    """Entry point of `pidecode` and of `python -m pidecode`."""
+    try:
+        cli(prog_name="pidecode")
+    except KeyboardInterrupt:  # before a command had begun
+        sys.exit(INTERRUPTED)
