@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public names are pinned, each resolves, and coming in through the front door stays cheap."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import pidecode
+from pidecode.cli.app import COMMANDS
+
+HEAVY = {"torch", "numpy", "PIL", "safetensors", "huggingface_hub", "diffusers", "transformers", "tqdm"}
+
+
+def modules_after(code: str) -> set[str]:
+    """Top-level names that a fresh interpreter has imported once it has run `code`."""
+    probe = f"{code}\nimport sys, json; print('@' + json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.rsplit("@", 1)[1]))
+
+
+def test_the_public_names_are_exactly_these() -> None:
+    assert pidecode.__all__ == ["Latent", "PidecodeError", "PixelDecoder", "__version__", "errors"]
+    assert dir(pidecode) == sorted(pidecode.__all__)
+
+
+@pytest.mark.parametrize("name", pidecode.__all__)
+def test_every_public_name_resolves(name: str) -> None:
+    assert getattr(pidecode, name) is not None
+
+
+def test_an_unknown_name_says_what_there_is() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'decoed'; it offers Latent, "):
+        pidecode.decoed  # noqa: B018
+
+
+def test_the_commands_are_exactly_these() -> None:
+    assert list(COMMANDS) == ["upscale", "decode", "models", "pull", "convert", "info", "doctor"]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pidecode",
+        "import pidecode; pidecode.errors.PidecodeError",
+        "from pidecode.cli.app import cli; cli(['--help'], standalone_mode=False)",
+        "from pidecode.cli.app import cli; cli(['models'], standalone_mode=False)",
+        "from pidecode.cli.app import cli; cli(['models', '--help'], standalone_mode=False)",
+    ],
+)
+def test_coming_in_is_light(code: str) -> None:
+    heavy = HEAVY - {"tqdm"} if "models" in code else HEAVY
+    assert modules_after(code) & heavy == set()
+
+
+def test_it_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "pidecode", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"pidecode, version {pidecode.__version__}\n"

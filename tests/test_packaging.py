@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is installed and what is built: few dependencies, none that is banned, a wheel with everything in it."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+# Each of these drags in torchvision (whose compiled half must match torch's build exactly, or transformers
+# and diffusers stop importing), replaces torch, or has a licence that does not go with ours.
+BANNED = {
+    "torchvision", "torchaudio", "lpips", "timm", "spandrel", "open-clip-torch", "litdata", "pyiqa",
+    "xformers", "flash-attn",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def project(root: Path) -> dict[str, Any]:
+    with (root / "pyproject.toml").open("rb") as file:
+        return tomllib.load(file)["project"]
+
+
+def requirements(project: dict[str, Any]) -> list[Requirement]:
+    lines = [
+        *project["dependencies"],
+        *(line for extra in project["optional-dependencies"].values() for line in extra),
+    ]
+    return [Requirement(line) for line in lines]
+
+
+def closure(wanted: list[Requirement]) -> set[str]:
+    """Names of every distribution that `wanted` brings along, as far as they are installed here."""
+    seen: set[tuple[str, str]] = set()
+    queue = [(canonicalize_name(item.name), extra) for item in wanted for extra in ("", *item.extras)]
+    while queue:
+        name, extra = queue.pop()
+        if (name, extra) in seen:
+            continue
+        seen.add((name, extra))
+        try:
+            lines = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        for line in lines:
+            item = Requirement(line)
+            if item.marker is None or item.marker.evaluate({"extra": extra}):
+                queue += [(canonicalize_name(item.name), inner) for inner in ("", *item.extras)]
+    return {name for name, _ in seen}
+
+
+def test_nothing_banned_is_asked_for(project: dict[str, Any]) -> None:
+    assert {canonicalize_name(item.name) for item in requirements(project)} & BANNED == set()
+
+
+def test_nothing_banned_comes_along(project: dict[str, Any]) -> None:
+    brought = closure([item for item in requirements(project) if item.name != "pidecode"])
+    assert "torch" in brought
+    assert "filelock" in brought  # the walk does go below the first level
+    assert brought & BANNED == set()
+
+
+def test_the_base_stays_small(project: dict[str, Any]) -> None:
+    names = {Requirement(line).name for line in project["dependencies"]}
+    assert names == {"torch", "safetensors", "huggingface-hub", "numpy", "pillow", "click", "tqdm"}
+
+
+def test_all_holds_every_extra_but_ray_and_dev(project: dict[str, Any]) -> None:
+    extras = project["optional-dependencies"]
+    (everything,) = (Requirement(line) for line in extras["all"])
+    assert everything.extras == set(extras) - {"all", "dev", "ray"}
+
+
+def test_the_package_does_not_pin_torch_but_the_constraint_does(project: dict[str, Any], root: Path) -> None:
+    (asked,) = (item for item in requirements(project) if item.name == "torch")
+    lines = (root / "constraints" / "torch.txt").read_text().splitlines()
+    (pinned,) = (Requirement(line) for line in lines if not line.startswith("#"))
+    assert str(asked.specifier) == ">=2.6"
+    assert str(pinned.specifier).startswith("==")
+    assert asked.specifier.contains(str(pinned.specifier).removeprefix("=="))
+
+
+def make_env(root: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("make_env", root / "tools" / "make_env.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_build_of_torch_fits_the_machine(root: Path) -> None:
+    choose = make_env(root).torch_attempts
+    assert choose(system="Linux", nvidia=True, index="") == [[]]
+    assert choose(system="Darwin", nvidia=False, index="") == [[]]
+    assert choose(system="Linux", nvidia=False, index="https://rocm.example") == [
+        ["--index-url", "https://rocm.example"]
+    ]
+    first, second, last = choose(system="Linux", nvidia=False, index="")
+    assert "--no-index" in first
+    assert second[:2] == ["--index-url", "https://download.pytorch.org/whl/cpu"]
+    assert last == []
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(root: Path, tmp_path: Path) -> None:
+    pytest.importorskip("hatchling")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=root, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    source = root / "src"
+    expected = {
+        path.relative_to(source).as_posix()
+        for path in (source / "pidecode").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert names == expected
+    assert "pidecode/py.typed" in names
+    licences = {Path(name).name for name in zipfile.ZipFile(wheel).namelist() if "/licenses/" in name}
+    assert licences == {"LICENSE", "NOTICE"}
