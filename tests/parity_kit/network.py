@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from parity_kit.files import Case, Comparison
 from torch import Tensor
 
+from parity_kit.files import Case, Comparison
 from pidecode.model.network import Condition, PixelNet
 from pidecode.sampling import guided, sample_student, sample_teacher
 
@@ -131,7 +131,9 @@ def student(case: Case) -> Iterator[Comparison]:
     net = case.net()
     condition = _condition(net, case, case.inputs["noise"])
     for variant in case.args["variants"]:
-        draws = iter([case.inputs["noise"], *(case.inputs[key] for key in sorted(case.inputs) if key.startswith("eps_"))])
+        draws = iter(
+            [case.inputs["noise"], *(case.inputs[key] for key in sorted(case.inputs) if key.startswith("eps_"))]
+        )
         visited: list[tuple[Tensor, Tensor]] = []
 
         def predict(x: Tensor, t: Tensor, visited: list[tuple[Tensor, Tensor]] = visited) -> Tensor:
@@ -149,8 +151,12 @@ def student(case: Case) -> Iterator[Comparison]:
         yield Comparison(f"{name}.x0", picture, case.outputs[f"{name}.x0"], SAMPLING)
         for index, (x, t) in enumerate(visited):
             if f"{name}.x_into_step_{index}" in case.outputs:
-                yield Comparison(f"{name}.x_into_step_{index}", x, case.outputs[f"{name}.x_into_step_{index}"], SAMPLING)
-                yield Comparison(f"{name}.t_into_step_{index}", t, case.outputs[f"{name}.t_into_step_{index}"], SAMPLING)
+                yield Comparison(
+                    f"{name}.x_into_step_{index}", x, case.outputs[f"{name}.x_into_step_{index}"], SAMPLING
+                )
+                yield Comparison(
+                    f"{name}.t_into_step_{index}", t, case.outputs[f"{name}.t_into_step_{index}"], SAMPLING
+                )
 
 
 def teacher(case: Case) -> Iterator[Comparison]:

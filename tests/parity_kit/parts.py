@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from parity_kit.files import Case, Comparison
-from parity_kit.network import with_own_rounding
 from torch import Tensor
 
+from parity_kit.files import Case, Comparison
+from parity_kit.network import with_own_rounding
 from pidecode.facts.architecture import NetConfig
 from pidecode.model.adapter import Gate, LatentAdapter
 from pidecode.model.layers import timestep_features

@@ -70,9 +70,7 @@ def check_file(path: str | Path) -> int:
     if stat.S_ISDIR(status.st_mode):
         raise CheckpointError(f"{path} is a folder; name the weights file in it (.safetensors or .pth).")
     if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(
-            f"{path} is a device or pipe, not a file; weights are read from ordinary files only."
-        )
+        raise CheckpointError(f"{path} is a device or pipe, not a file; weights are read from ordinary files only.")
     if status.st_size == 0:
         raise CheckpointError(f"{path} is empty (0 bytes); the download or copy failed: fetch it again.")
     if not os.access(path, os.R_OK):
@@ -116,9 +114,7 @@ def read_header(path: str | Path) -> Header:
     fields = _parse(path, text)
     metadata = fields.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(
-            f"{path} has metadata that is not text by name; the file was not written by safetensors."
-        )
+        raise CheckpointError(f"{path} has metadata that is not text by name; the file was not written by safetensors.")
     tensors = {name: _entry(path, name, claim) for name, claim in fields.items()}
     _check_extent(path, tensors, size - 8 - length)
     return Header(tensors, metadata)
@@ -134,9 +130,7 @@ def _parse(path: str | Path, text: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(text.decode("utf-8"), object_pairs_hook=no_twins)
     except (ValueError, RecursionError):
-        raise CheckpointError(
-            f"{path} is not a .safetensors file: its header is not JSON. Fetch it again."
-        ) from None
+        raise CheckpointError(f"{path} is not a .safetensors file: its header is not JSON. Fetch it again.") from None
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path} is not a .safetensors file: its header is not a table of tensors.")
     return fields
@@ -149,9 +143,7 @@ def _entry(path: str | Path, name: str, claim: Any) -> TensorEntry:
     shape: Any = claim.get("shape")
     offsets: Any = claim.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise CheckpointError(
-            f"{path} stores tensor {name!r} as {dtype!r}; known formats are {', '.join(BITS)}."
-        )
+        raise CheckpointError(f"{path} stores tensor {name!r} as {dtype!r}; known formats are {', '.join(BITS)}.")
     if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{path} gives tensor {name!r} a shape or place that is not whole numbers.")
     begin, end = offsets
@@ -177,8 +169,7 @@ def _check_extent(path: str | Path, tensors: Mapping[str, TensorEntry], availabl
         reached = entry.end
     if reached > available:
         raise CheckpointError(
-            f"{path} is truncated: its tensors take {reached:,} bytes and only {available:,} are there; "
-            "fetch it again."
+            f"{path} is truncated: its tensors take {reached:,} bytes and only {available:,} are there; fetch it again."
         )
     if reached < available:
         raise CheckpointError(

@@ -81,9 +81,7 @@ def read_tensors(path: str | Path) -> WeightFile:
     check_file(path)
     start = read_start(path)
     _refuse_known_strangers(path, start)
-    if looks_like_safetensors(start) or (
-        path.suffix == ".safetensors" and not start.startswith(b"PK\x03\x04")
-    ):
+    if looks_like_safetensors(start) or (path.suffix == ".safetensors" and not start.startswith(b"PK\x03\x04")):
         header = read_header(path)
         if small := sorted(
             {entry.dtype for entry in header.tensors.values() if entry.dtype.startswith(("F8", "F6", "F4"))}
@@ -119,9 +117,7 @@ def _refuse_known_strangers(path: Path, start: bytes) -> None:
             f"{path} is only a Git LFS pointer; get the file itself with `git lfs pull` or `hf download`."
         )
     if start.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
-        raise CheckpointError(
-            f"{path} is a web page, not weights; download the file itself, as with `hf download`."
-        )
+        raise CheckpointError(f"{path} is a web page, not weights; download the file itself, as with `hf download`.")
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -163,9 +159,7 @@ def _check_archive(path: Path) -> None:
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as fault:
         raise CheckpointError(f"{path} is a damaged archive ({fault}); fetch it again.") from None
     if not any(entry.filename.endswith("data.pkl") for entry in entries):
-        raise CheckpointError(
-            f"{path} is a zip archive without weights in it; unpack it, or name the weights file."
-        )
+        raise CheckpointError(f"{path} is a zip archive without weights in it; unpack it, or name the weights file.")
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise CheckpointError(f"{path} is compressed, which torch.save never does; do not trust this file.")
     if sum(entry.file_size for entry in entries) > path.stat().st_size:
@@ -173,14 +167,10 @@ def _check_archive(path: Path) -> None:
 
 
 def _code_message(path: Path, detail: str) -> str:
-    found = re.search(r"GLOBAL ([\w.]+)", detail) or re.search(
-        r"[Uu]nsupported (?:class|global)[ :]+([\w.]+)", detail
-    )
+    found = re.search(r"GLOBAL ([\w.]+)", detail) or re.search(r"[Uu]nsupported (?:class|global)[ :]+([\w.]+)", detail)
     if not found:
         reason = (detail.split("WeightsUnpickler error:")[-1].strip().splitlines() or ["damaged"])[0]
-        return (
-            f"{path} is no pickle of plain tensors ({reason[:200]}); fetch it again, or get the .safetensors."
-        )
+        return f"{path} is no pickle of plain tensors ({reason[:200]}); fetch it again, or get the .safetensors."
     return (
         f"{path} is a pickle that asks to run code ({found[1]}), not plain tensors; nothing was run. "
         "Get the weights as .safetensors from a source you trust."
@@ -199,21 +189,15 @@ def _only_tensors(path: Path, content: Any) -> dict[str, Tensor]:
             break
         content = inner
     if not isinstance(content, Mapping):
-        raise CheckpointError(
-            f"{path} holds one {type(content).__name__}; a table of named tensors was expected."
-        )
+        raise CheckpointError(f"{path} holds one {type(content).__name__}; a table of named tensors was expected.")
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         names = ", ".join(str(name) for name in list(content)[:5]) or "nothing"
-        raise CheckpointError(
-            f"{path} holds no tensors (it holds {names}); name the file with the network's weights."
-        )
+        raise CheckpointError(f"{path} holds no tensors (it holds {names}); name the file with the network's weights.")
     for name, tensor in tensors.items():
         dense = tensor.layout == torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
         if not dense:
-            raise CheckpointError(
-                f"{path}: {name} is sparse, quantised or without data; dense tensors were expected."
-            )
+            raise CheckpointError(f"{path}: {name} is sparse, quantised or without data; dense tensors were expected.")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise CheckpointError(
                 f"{path}: {name} claims {tensor.numel():,} values and stores fewer; do not trust this file."
@@ -229,9 +213,7 @@ def strip_prefixes(tensors: Mapping[str, Tensor], source: str | Path = "the file
     """
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("_extra_state")}
     for _ in range(4):
-        wrapper = next(
-            (prefix for prefix in _WRAPPERS if any(name.startswith(prefix) for name in kept)), None
-        )
+        wrapper = next((prefix for prefix in _WRAPPERS if any(name.startswith(prefix) for name in kept)), None)
         if wrapper is None:
             break
         stripped: dict[str, Tensor] = {}
@@ -241,9 +223,7 @@ def strip_prefixes(tensors: Mapping[str, Tensor], source: str | Path = "the file
                 continue
             short = name.removeprefix(wrapper) if inside else name
             if short in stripped:
-                raise CheckpointError(
-                    f"{source} holds {short} twice, with and without the prefix {wrapper!r}."
-                )
+                raise CheckpointError(f"{source} holds {short} twice, with and without the prefix {wrapper!r}.")
             stripped[short] = tensor
         kept = stripped
     return {name: tensor for name, tensor in kept.items() if not name.startswith(_STRANGERS)}
@@ -252,9 +232,7 @@ def strip_prefixes(tensors: Mapping[str, Tensor], source: str | Path = "the file
 def check_formats(tensors: Mapping[str, Tensor], source: str | Path = "the file") -> None:
     """Raises CheckpointError unless every tensor is an ordinary floating-point one."""
     marks = sorted({mark for name in tensors for mark in _QUANTISED_NAMES if name.endswith(mark)})
-    small = sorted(
-        {_plain(t.dtype) for t in tensors.values() if t.dtype not in FLOATS and t.dtype.is_floating_point}
-    )
+    small = sorted({_plain(t.dtype) for t in tensors.values() if t.dtype not in FLOATS and t.dtype.is_floating_point})
     if marks or small:
         raise _quantised(source, small + marks)
     wrong = [name for name, tensor in tensors.items() if tensor.dtype not in FLOATS]
