@@ -6,6 +6,8 @@ from __future__ import annotations
 import ast
 import io
 import re
+import subprocess
+import sys
 import tokenize
 from pathlib import Path
 
@@ -66,3 +68,10 @@ def test_device_names_stand_in_one_place() -> None:
         if lines:
             found[name_of(path)] = lines
     assert found == {}
+
+
+def test_readme_tells_the_tree_and_the_tables_as_they_are() -> None:
+    done = subprocess.run(
+        [sys.executable, "tools/make_docs.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What commands share: options of one spelling, JSON or sentences, a progress bar that is quiet in pipes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from pidecode.facts.spaces import ALIASES, SPACES
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def json_option(command: F) -> F:
+    """Add --json (passed on as `as_json`)."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(command)
+
+
+def overwrite_option(command: F) -> F:
+    """Add --overwrite."""
+    return click.option("--overwrite", is_flag=True, help="Replace files that exist.")(command)
+
+
+def space_option(command: F) -> F:
+    """Add --space, which takes a latent space or the name of an image model that uses one."""
+    choice = click.Choice([*SPACES, *ALIASES])
+    text = "Latent space, or an image model that uses one. Needed where the weights cannot tell."
+    return click.option("--space", type=choice, metavar="NAME", help=text)(command)
+
+
+def emit(data: Any, sentences: str | Callable[[], str], *, as_json: bool) -> None:
+    """Print `data` as JSON, or `sentences` for people."""
+    if as_json:
+        click.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+        return
+    click.echo(sentences() if callable(sentences) else sentences)
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows of equal keys as columns of equal width, under their names."""
+    if not rows:
+        return "(none)"
+    widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
+    lines = [{key: key for key in widths}, *rows]
+    return "\n".join("  ".join(row[key].ljust(width) for key, width in widths.items()).rstrip() for row in lines)
+
+
+def readable_size(count: int | None) -> str:
+    """Bytes as people say them: 2.7 GB."""
+    if count is None:
+        return "?"
+    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.0f} {units[0]}" if units[0] == "B" or size >= 100 else f"{size:.1f} {units[0]}"
+
+
+def progress(total: int, label: str) -> Any:
+    """A bar on standard error, drawn only where a person is watching."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=label, file=sys.stderr, disable=None, leave=False, dynamic_ncols=True)

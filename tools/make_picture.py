@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Show what the decoder does to a photograph: quarter it, encode it to a latent, decode that at full size.
+
+    python tools/make_picture.py                    # scikit-image's astronaut (NASA, public domain)
+    python tools/make_picture.py coffee             # or chelsea, both CC0
+    python tools/make_picture.py holiday.jpg --out shown
+
+Writes three files into the folder: the quarter-size input, the decoded picture, and both side by side with the
+original. Nothing is downloaded: scikit-image carries its sample photographs, pidecode its small decoder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+import pidecode
+
+SAMPLES = ("astronaut", "chelsea", "coffee")
+QUARTER = 4
+MULTIPLE = 64
+"""Sides of the original are cropped to this, so that a quarter of them fits the latent grid (16 pixels a cell)."""
+LONGEST = 1024
+CAPTION_HEIGHT = 28
+GAP = 12
+
+
+def open_picture(name: str) -> Image.Image:
+    """A sample by its name, or a file of the user's, as RGB with its orientation applied."""
+    if name in SAMPLES and not Path(name).exists():
+        from skimage import data
+
+        return Image.fromarray(getattr(data, name)())
+    with Image.open(name) as picture:
+        return ImageOps.exif_transpose(picture).convert("RGB")
+
+
+def cropped(picture: Image.Image) -> Image.Image:
+    """The picture, at most LONGEST a side, its middle cropped to multiples of MULTIPLE."""
+    picture.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
+    width, height = (side // MULTIPLE * MULTIPLE for side in picture.size)
+    if not width or not height:
+        sys.exit(f"The picture is {picture.width} x {picture.height}; it must be at least {MULTIPLE} pixels a side.")
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))
+
+
+def side_by_side(panels: list[tuple[str, Image.Image]]) -> Image.Image:
+    """Pictures of one size in a row, each under a line of words."""
+    width, height = panels[0][1].size
+    sheet = Image.new("RGB", (len(panels) * (width + GAP) + GAP, height + CAPTION_HEIGHT + 2 * GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
+    for index, (words, picture) in enumerate(panels):
+        left = GAP + index * (width + GAP)
+        draw.text((left, GAP), words, fill="black", font=font)
+        sheet.paste(picture, (left, GAP + CAPTION_HEIGHT))
+    return sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("picture", nargs="?", default=SAMPLES[0], help="a file, or one of " + ", ".join(SAMPLES))
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder to write into")
+    parser.add_argument("--model", default="tiny", help="a model's name, folder or file")
+    parser.add_argument("--seed", type=int, default=0)
+    wanted = parser.parse_args()
+
+    original = cropped(open_picture(wanted.picture))
+    small = original.resize((original.width // QUARTER, original.height // QUARTER), Image.Resampling.BICUBIC)
+    decoder = pidecode.PixelDecoder.from_pretrained(wanted.model)
+    began = time.perf_counter()
+    latent = decoder.encode(small)
+    decoded = decoder.decode(latent, seed=wanted.seed)
+    seconds = time.perf_counter() - began
+
+    wanted.out.mkdir(parents=True, exist_ok=True)
+    stem = Path(wanted.picture).stem
+    small.save(wanted.out / f"{stem}-before.png")
+    decoded.save(wanted.out / f"{stem}-after.png")
+    before = small.resize(original.size, Image.Resampling.NEAREST)
+    sheet = wanted.out / f"{stem}-before-after.png"
+    side_by_side(
+        [
+            (f"before: {small.width} x {small.height}", before),
+            (f"after: {decoded.width} x {decoded.height}, decoded by pidecode", decoded),
+            ("the original, which the decoder never saw", original),
+        ]
+    ).save(sheet)
+    channels, rows, columns = latent.tensor.shape[1:]
+    print(
+        f"{small.width} x {small.height} pixels -> a latent of {channels} x {rows} x {columns} "
+        f"-> {decoded.width} x {decoded.height} pixels, in {seconds:.1f} s."
+    )
+    print(f"Before and after, side by side: {sheet.resolve()}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, pidecode.PidecodeError) as error:
+        sys.exit(f"Error: {error}")
