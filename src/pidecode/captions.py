@@ -148,7 +148,7 @@ class TextEncoder:
         """Give the model's memory back; the next unknown caption loads it again."""
         self._model = self._tokenizer = None
         gc.collect()
-        if self.device.type == "cuda":
+        if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
     def encode(self, captions: str | Sequence[str]) -> Tensor:

@@ -17,7 +17,7 @@ from pidecode import captions
 from pidecode.captions import CaptionStates, TextEncoder, TextOptions, prompt_length, ready_states, select_positions
 from pidecode.errors import DownloadError, FileError, SettingError
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "text_select.safetensors"
+GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "text_select.safetensors"
 CAP = 2.0
 WIDTH = 32
 
