@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,9 @@ from pidecode.facts.architecture import NetConfig
 from pidecode.kernels.attention import attention
 from pidecode.model.layers import GatedFeedForward, PixelFeedForward, RMSNorm, modulate
 from pidecode.model.rope import Rotation, rotate
+
+Gather = Callable[[Tensor], Tensor]
+"""Keys or values `[B, local tokens, heads, head_dim]` of this process to those of all, in the picture's order."""
 
 
 def _split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
@@ -30,6 +35,7 @@ class JointAttention(nn.Module):
         super().__init__()
         D, head_dim = config.hidden_size, config.hidden_size // config.num_heads
         self.heads = config.num_heads
+        self.gather: Gather | None = None  # set where one picture's tokens are spread over processes
         self.qkv_x = nn.Linear(D, 3 * D, bias=False)
         self.q_norm_x = RMSNorm(head_dim)
         self.k_norm_x = RMSNorm(head_dim)
@@ -58,6 +64,8 @@ class JointAttention(nn.Module):
         want_text: bool,
     ) -> tuple[Tensor, Tensor | None]:
         q, k, v = self._image_qkv(x, rotation)
+        if self.gather is not None:
+            k, v = self.gather(k), self.gather(v)
         if y is None:
             return self.proj_x(_attend(q, k, v)), None
         text_q, text_k, text_v = self._text_qkv(y, text_rotation)
@@ -120,6 +128,7 @@ class PixelAttention(nn.Module):
         super().__init__()
         width = config.pixel_attn_hidden_size
         self.heads = config.pixel_num_heads
+        self.gather: Gather | None = None  # as in JointAttention
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_norm = RMSNorm(width // self.heads)
         self.k_norm = RMSNorm(width // self.heads)
@@ -127,7 +136,10 @@ class PixelAttention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
         q, k, v = _split_heads(self.qkv(x), self.heads)
-        return self.proj(_attend(rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation), v))  # type: ignore[no-any-return]
+        q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
+        if self.gather is not None:
+            k, v = self.gather(k), self.gather(v)
+        return self.proj(_attend(q, k, v))  # type: ignore[no-any-return]
 
 
 class PixelBlock(nn.Module):
