@@ -33,7 +33,7 @@ class LatentSpace:
     scale: int = 4
     """Output pixels per encoder-input pixel, along each side."""
     packing: Packing = "none"
-    """How pipelines flatten the latent to tokens: not at all, 2x2 cells to a token, or one cell to a token."""
+    """How pipelines flatten the latent to tokens: not at all, 2x2 cells to a token, or one cell to one."""
     raw_patch: int = 1
     """Raw cells per normalised cell, along each side: the raw latent is `[B, channels / p^2, p h, p w]`."""
     statistics: Statistics

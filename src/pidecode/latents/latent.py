@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The typed latent: a tensor with its space, its noise level and its caption, normalised by definition."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pidecode.errors import LatentError
+from pidecode.facts.spaces import SPACES, LatentSpace, get_space
+from pidecode.latents import frames, packing, storage
+from pidecode.latents.frames import LatentStatistics
+from pidecode.latents.statistics import FrameWarning, frame_evidence
+
+__all__ = ["FrameWarning", "Latent", "LatentStatistics"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Latent:
+    """A batch of latents in the frame PiD was trained on (SPEC.md section 5).
+
+    tensor: `[B, C, h, w]`, float, *normalised*: what diffusers gives for `output_type="latent"`, unpacked
+        (but see `from_packed`, `from_euler` and `from_raw`; FLUX.2 klein's final latent is raw).
+    space: name or alias of a latent space; kept as the space's own name.
+    sigma: noise still in it, in [0, 1]; a number, or one per sample (kept as a float32 tensor `[B]`).
+    caption: a text for all samples, or one per sample.
+    seed: the seed it was made with, for the record.
+
+    Raises LatentError for anything else, naming the mend, and SettingError for an unknown space. Warns with
+    FrameWarning when the tensor's statistics look like another frame.
+    """
+
+    tensor: Tensor
+    space: str
+    sigma: float | Tensor = 0.0
+    caption: str | tuple[str, ...] | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        row = get_space(self.space)
+        object.__setattr__(self, "space", row.name)
+        _check_tensor(self.tensor, row)
+        object.__setattr__(self, "sigma", _clean_sigma(self.sigma, len(self.tensor), self.tensor.device))
+        object.__setattr__(self, "caption", _clean_caption(self.caption, len(self.tensor)))
+        if self.seed is not None and type(self.seed) is not int:
+            raise LatentError(f"The seed must be a whole number or None; got {self.seed!r}.")
+        evidence = frame_evidence(self.tensor, row, self.sigmas)
+        if evidence:
+            warnings.warn(evidence, FrameWarning, stacklevel=3)
+
+    @classmethod
+    def from_raw(
+        cls,
+        raw: Tensor,
+        space: str,
+        *,
+        statistics: LatentStatistics | None = None,
+        sigma: float | Tensor = 0.0,
+        caption: str | Sequence[str] | None = None,
+        seed: int | None = None,
+    ) -> Latent:
+        """From what the space's own encoder puts out (its mean, before scaling and shifting).
+
+        raw: `[B, raw channels, h, w]`; see `frames.normalise` for each space. flux2 and dinov2 need the
+        statistics that lie in the encoder's weights. Raises LatentError as the class does.
+        """
+        row = get_space(space)
+        _check_is_float(raw)
+        return cls(frames.normalise(raw, row, statistics), row.name, sigma, _tuple(caption), seed)
+
+    @classmethod
+    def from_packed(
+        cls,
+        tokens: Tensor,
+        space: str,
+        *,
+        height: int,
+        width: int,
+        sigma: float | Tensor = 0.0,
+        caption: str | Sequence[str] | None = None,
+        seed: int | None = None,
+    ) -> Latent:
+        """From the tokens `[B, N, channels]` a Flux, FLUX.2 or Qwen-Image pipeline works with (normalised).
+
+        height, width: pixels of the picture the image model ran at. Raises LatentError if they do not fit.
+        """
+        row = get_space(space)
+        _check_is_float(tokens)
+        return cls(packing.unpack(tokens, row, height, width), row.name, sigma, _tuple(caption), seed)
+
+    @classmethod
+    def from_euler(
+        cls,
+        tensor: Tensor,
+        sigma: float | Tensor,
+        space: str = "sdxl",
+        *,
+        caption: str | Sequence[str] | None = None,
+        seed: int | None = None,
+    ) -> Latent:
+        """From SDXL's Euler scheduler, `x_0 + s e` with s >= 0 (0 to about 14.6), normalised otherwise.
+
+        Tensor and sigma are divided by sqrt(s^2 + 1), the frame the network was trained in. Raises
+        LatentError for the flow-matching spaces, whose schedulers need no change of frame.
+        """
+        row = get_space(space)
+        if row.noise_frame != "variance_preserving":
+            raise LatentError(
+                f"Space {row.name} is flow-matching: pass the latent and the scheduler's sigma to Latent() unchanged."
+            )
+        _check_tensor(tensor, row)
+        latent, level = frames.euler_to_trained(tensor, sigma)
+        return cls(latent, row.name, level if level.numel() > 1 else float(level), _tuple(caption), seed)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], *, space: str | None = None, sigma: float | Tensor | None = None
+    ) -> Latent:
+        """Read a latent that `save` wrote; a foreign .safetensors file of one tensor if `space` is given.
+
+        space and sigma settle what a file does not say; where the file says otherwise, that is an error.
+        A foreign tensor must be normalised. Raises FileError for a broken file, LatentError for its content.
+        """
+        stored = storage.read_latent(path)
+        if stored.record is None:
+            if space is None:
+                raise LatentError(
+                    f"{path} does not say which latent space it is of. Name it: Latent.load(path, space=...), one of "
+                    f"{', '.join(SPACES)}; or, if the tensor is raw, read it yourself and use Latent.from_raw()."
+                )
+            return cls(stored.tensor, space, 0.0 if sigma is None else sigma)
+        record = stored.record
+        if space is not None and get_space(space).name != record.space:
+            raise LatentError(f"{path} holds a latent of space {record.space}, not {get_space(space).name}.")
+        told = _collapse(torch.tensor(record.sigma, dtype=torch.float32))
+        latent = cls(stored.tensor, record.space, told, _tuple(record.caption), record.seed)
+        if sigma is not None:
+            asked = _column(_clean_sigma(sigma, len(latent), latent.tensor.device), latent)
+            if not torch.allclose(asked, latent.sigmas, atol=1e-6):
+                raise LatentError(f"{path} says sigma {record.sigma}; leave sigma out, or correct the file.")
+        return latent
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write a .safetensors file with the tensor, space, sigma, caption and seed, whole or not at all.
+
+        Raises FileError if the file exists (unless `overwrite`) or cannot be written.
+        """
+        record = storage.LatentRecord(
+            space=self.space,
+            sigma=tuple(self.sigmas.tolist()),
+            caption=(self.caption,) * len(self) if isinstance(self.caption, str) else self.caption,
+            seed=self.seed,
+        )
+        storage.write_latent(path, self.tensor, record, overwrite=overwrite)
+
+    @property
+    def facts(self) -> LatentSpace:
+        """The row of the latent's space."""
+        return SPACES[self.space]
+
+    @property
+    def sigmas(self) -> Tensor:
+        """Sigma per sample, `[B]` float32 on the tensor's device."""
+        return _column(self.sigma, self)
+
+    @property
+    def captions(self) -> tuple[str, ...] | tuple[None, ...]:
+        """The caption of each sample; None for all where there is none."""
+        if self.caption is None:
+            return (None,) * len(self)
+        return (self.caption,) * len(self) if isinstance(self.caption, str) else self.caption
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of cells."""
+        return self.tensor.shape[2], self.tensor.shape[3]
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """Height and width, in pixels, of the picture PiD makes of it."""
+        return self.grid[0] * self.facts.pixels_per_cell, self.grid[1] * self.facts.pixels_per_cell
+
+    def to_raw(self, statistics: LatentStatistics | None = None) -> Tensor:
+        """What the space's own decoder takes; see `frames.denormalise`. flux2 and dinov2 need statistics."""
+        return frames.denormalise(self.tensor, self.facts, statistics)
+
+    def to_packed(self) -> Tensor:
+        """The tokens `[B, N, channels]` of the space's pipeline; SettingError where it does not pack."""
+        return packing.pack(self.tensor, self.facts)
+
+    def noised(self, sigma: float | Tensor, *, seed: int = 0, noise: Tensor | None = None) -> Latent:
+        """This clean latent noised to sigma in [0, 1] in its space's frame, and labelled so.
+
+        The noise is unit Gaussian from a CPU generator with that seed, the same on every machine, or is given
+        (the latent's shape). Sigma 0 draws nothing. Raises LatentError if noise is in the latent already.
+        """
+        if bool((self.sigmas > 0).any()):
+            raise LatentError(f"Only a clean latent can be noised; this one has sigma {self.sigmas.tolist()} already.")
+        level = _clean_sigma(sigma, len(self), self.tensor.device)
+        if not bool((_column(level, self) > 0).any()):
+            return self
+        if noise is None:
+            generator = torch.Generator().manual_seed(seed)
+            noise = torch.randn(self.tensor.shape, generator=generator).to(self.tensor.device)
+        tensor = frames.add_noise(self.tensor, noise, level, self.facts)
+        return self._with(tensor=tensor, sigma=level, seed=seed if self.seed is None else self.seed)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Latent:
+        """The same latent on another device or in another floating-point type; sigma stays float32."""
+        if dtype is not None and dtype not in _DTYPES:
+            raise LatentError(f"A latent can be {_names(_DTYPES)}; not {dtype}.")
+        sigma = self.sigma.to(device=device) if isinstance(self.sigma, Tensor) else self.sigma
+        return self._with(tensor=self.tensor.to(device=device, dtype=dtype), sigma=sigma)
+
+    def __len__(self) -> int:
+        return self.tensor.shape[0]
+
+    def __iter__(self) -> Iterator[Latent]:
+        return iter(self.split())
+
+    def __getitem__(self, index: int | slice) -> Latent:
+        """A sample (as a batch of one) or a slice of the batch."""
+        if isinstance(index, int):
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"The batch has {len(self)} latents; there is no number {index}.")
+            index = slice(index % len(self), index % len(self) + 1)
+        tensor = self.tensor[index]
+        if not len(tensor):
+            raise LatentError(f"{index} selects none of the {len(self)} latents.")
+        sigma = _collapse(self.sigma[index]) if isinstance(self.sigma, Tensor) else self.sigma
+        caption = self.caption if self.caption is None or isinstance(self.caption, str) else self.caption[index]
+        return self._with(tensor=tensor, sigma=sigma, caption=_unify(caption))
+
+    def split(self, size: int = 1) -> list[Latent]:
+        """Batches of at most `size` samples, in order."""
+        if size < 1:
+            raise LatentError(f"Parts must hold at least one latent; got size={size}.")
+        return [self[start : start + size] for start in range(0, len(self), size)]
+
+    @staticmethod
+    def cat(latents: Sequence[Latent]) -> Latent:
+        """One batch of several latents of the same space, grid, type and device.
+
+        Samples without a caption get the empty one if others have one. The seed is kept if all agree.
+        """
+        if not latents:
+            raise LatentError("There is nothing to join; give at least one latent.")
+        first = latents[0]
+        for other in latents[1:]:
+            for what, mine, theirs in (
+                ("space", first.space, other.space),
+                ("grid", first.grid, other.grid),
+                ("dtype", first.tensor.dtype, other.tensor.dtype),
+                ("device", first.tensor.device, other.tensor.device),
+            ):
+                if mine != theirs:
+                    raise LatentError(
+                        f"Latents of one batch must share their {what}: {mine} and {theirs}. Decode them one by one, "
+                        "or convert them first."
+                    )
+        captions: tuple[str, ...] | None = None
+        if any(latent.caption is not None for latent in latents):
+            captions = tuple(text or "" for latent in latents for text in latent.captions)
+        seeds = {latent.seed for latent in latents}
+        return first._with(
+            tensor=torch.cat([latent.tensor for latent in latents]),
+            sigma=_collapse(torch.cat([latent.sigmas for latent in latents])),
+            caption=_unify(captions),
+            seed=seeds.pop() if len(seeds) == 1 else None,
+        )
+
+    def __repr__(self) -> str:
+        shape = "x".join(str(side) for side in self.tensor.shape)
+        sigma = self.sigma.tolist() if isinstance(self.sigma, Tensor) else self.sigma
+        kind = str(self.tensor.dtype).removeprefix("torch.")
+        return (
+            f"Latent({self.space}, {shape} {kind} on {self.tensor.device}, sigma={sigma}, caption={self.caption!r}, "
+            f"seed={self.seed})"
+        )
+
+    def _with(self, **changes: Any) -> Latent:
+        """A changed copy, unchecked: only for changes that cannot break what was checked."""
+        new = object.__new__(Latent)
+        for name in ("tensor", "space", "sigma", "caption", "seed"):
+            object.__setattr__(new, name, changes.get(name, getattr(self, name)))
+        return new
+
+
+def _check_is_float(tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise LatentError(
+            f"A latent is a torch tensor; got {type(tensor).__name__}. Convert it with torch.as_tensor()."
+        )
+    if tensor.dtype not in _DTYPES:
+        raise LatentError(f"A latent is {_names(_DTYPES)}; got {tensor.dtype}. Convert it with .float().")
+
+
+def _check_tensor(tensor: object, space: LatentSpace) -> None:
+    _check_is_float(tensor)
+    assert isinstance(tensor, Tensor)
+    shape = list(tensor.shape)
+    if tensor.ndim != 4:
+        raise LatentError(
+            f"A {space.name} latent is [B, {space.channels}, h, w]; got {shape}. {_shape_mend(tensor, space)}"
+        )
+    if tensor.shape[1] != space.channels:
+        others = [row.name for row in SPACES.values() if row.channels == tensor.shape[1]]
+        mend = f"Latents of {' and '.join(others)} have that many." if others else "Check the space."
+        if tensor.shape[1] == space.raw_channels:
+            mend = "That is its raw form: build it with Latent.from_raw()."
+        raise LatentError(
+            f"A {space.name} latent has {space.channels} channels; got {tensor.shape[1]} in {shape}. {mend}"
+        )
+    if not tensor.numel():
+        raise LatentError(f"The latent is empty: {shape}.")
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise LatentError(
+            f"{bad} of {tensor.numel()} values of the latent are NaN or infinite. If the image model ran in float16, "
+            "run it in bfloat16 or float32."
+        )
+
+
+def _shape_mend(tensor: Tensor, space: LatentSpace) -> str:
+    if tensor.ndim == 3 and space.token_channels == tensor.shape[2]:
+        return "These are packed tokens: build it with Latent.from_packed(), giving height and width."
+    if tensor.ndim == 3:
+        return "Add the batch axis with tensor.unsqueeze(0)."
+    if tensor.ndim == 5 and tensor.shape[2] == 1:
+        return "Drop the frame axis with tensor.squeeze(2)."
+    return "Give one four-dimensional tensor."
+
+
+def _clean_sigma(sigma: object, batch: int, device: torch.device) -> float | Tensor:
+    """A float, or `[B]` float32 where samples differ. Raises LatentError outside [0, 1]."""
+    if isinstance(sigma, bool) or not isinstance(sigma, (int, float, Tensor, list, tuple)):
+        raise LatentError(f"Sigma is a number in [0, 1] or one per sample; got {sigma!r}.")
+    try:
+        values = torch.as_tensor(sigma, dtype=torch.float32).detach().flatten()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise LatentError(f"Sigma is a number in [0, 1] or one per sample; got {sigma!r}.") from error
+    if values.numel() not in (1, batch):
+        raise LatentError(f"Sigma has {values.numel()} values for {batch} latents; give one, or one for each.")
+    numbers = values.tolist()
+    if not all(0.0 <= number <= 1.0 for number in numbers):
+        worst = next(number for number in numbers if not 0.0 <= number <= 1.0)
+        raise LatentError(
+            f"Sigma is the share of noise, in [0, 1]; got {worst:g}. A scheduler's timestep must be divided by 1000; "
+            "SDXL's Euler sigma goes through Latent.from_euler()."
+        )
+    if isinstance(sigma, (int, float)):
+        return float(sigma)
+    return _collapse(values.to(device))
+
+
+def _collapse(sigma: Tensor) -> float | Tensor:
+    """One float where all samples share it."""
+    first = float(sigma[0])
+    return first if bool((sigma == sigma[0]).all()) else sigma
+
+
+def _column(sigma: float | Tensor, latent: Latent) -> Tensor:
+    return torch.as_tensor(sigma, dtype=torch.float32, device=latent.tensor.device).flatten().expand(len(latent))
+
+
+def _clean_caption(caption: object, batch: int) -> str | tuple[str, ...] | None:
+    if caption is None or isinstance(caption, str):
+        return caption
+    if not isinstance(caption, (list, tuple)) or not all(isinstance(text, str) for text in caption):
+        raise LatentError(f"The caption is a text, one per sample, or None; got {caption!r}.")
+    if len(caption) != batch:
+        raise LatentError(f"There are {len(caption)} captions for {batch} latents; give one, or one for each.")
+    return _unify(tuple(caption))
+
+
+def _unify(caption: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    return caption[0] if isinstance(caption, tuple) and len(set(caption)) == 1 else caption
+
+
+def _tuple(caption: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
+    return caption if caption is None or isinstance(caption, str) else tuple(caption)
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    return f"{', '.join(names[:-1])} or {names[-1]}"
