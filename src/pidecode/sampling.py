@@ -16,9 +16,7 @@ from torch import Tensor
 
 from pidecode.errors import SettingError
 from pidecode.facts.architecture import Prediction
-
-STUDENT_TIMES = (0.999, 0.866, 0.634, 0.342, 0.0)
-"""The distilled schedule of four steps."""
+from pidecode.facts.checkpoints import STUDENT_TIMES
 
 SINGLE_STEP_TIME = 1.0
 """One step alone starts from pure noise instead of the list's first entry."""
@@ -135,13 +133,6 @@ def sample_student(
         if on_step is not None:
             on_step(Step(index + 1, steps, clean))
     return x
-
-
-def dynamic_shift(height: int, width: int, *, base_shift: float, base_size: int | None) -> float:
-    """The teacher's flow shift for an output size; a `base_size` of None means a constant shift."""
-    if base_size is None:
-        return base_shift
-    return float(base_shift * ((height * width) ** 0.5 / base_size) ** 0.5)
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:

@@ -12,11 +12,11 @@ from torch import Tensor
 from parity_kit.files import Case, Comparison
 from parity_kit.network import with_own_rounding
 from pidecode.facts.architecture import NetConfig
+from pidecode.facts.checkpoints import STUDENT_TIMES
 from pidecode.model.adapter import Gate, LatentAdapter
 from pidecode.model.layers import timestep_features
 from pidecode.model.rope import image_rotation, pixel_axis_table, rotate, text_rotation
 from pidecode.sampling import (
-    STUDENT_TIMES,
     clean_from_velocity,
     guided,
     sample_teacher,

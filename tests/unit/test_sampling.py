@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pidecode.errors import Cancelled, SettingError
-from pidecode.sampling import NoiseStream, Step, dynamic_shift, sample_student, sample_teacher, student_times
+from pidecode.sampling import NoiseStream, Step, sample_student, sample_teacher, student_times
 
 SHAPE = (3, 8, 8)
 
@@ -87,9 +87,3 @@ def test_the_teacher_equals_diffusers_solver(steps: int, shift: float) -> None:
         x = scheduler.step(shrink(x.float(), t).double(), timestep, x, return_dict=False)[0]
     ours = sample_teacher(shrink, noise, steps=steps, shift=shift)
     assert (ours - x.float()).abs().max() < 2e-5 * max(1.0, x.abs().max().item())
-
-
-def test_the_flow_shift_grows_with_the_picture() -> None:
-    assert dynamic_shift(2048, 2048, base_shift=6.0, base_size=2048) == pytest.approx(6.0)
-    assert dynamic_shift(4096, 4096, base_shift=6.0, base_size=2048) == pytest.approx(6.0 * 2**0.5)
-    assert dynamic_shift(640, 480, base_shift=6.0, base_size=None) == 6.0
