@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from parity_kit import manifests, network, parts
+from parity_kit import manifests, network, parts, training
 from parity_kit.files import Case, Comparison, read_cases
 
 Check = Callable[[Case], Iterator[Comparison]]
@@ -39,6 +39,20 @@ CHECKS: dict[str, Check] = {
     "dpm": parts.solver,
     "tlist": parts.student_schedule,
     "x0": parts.velocity,
+    "vsd": training.vsd,
+    "dsm": training.dsm,
+    "gan": training.gan,
+    "r1": training.r1,
+    "align": training.align,
+    "fm": training.fm,
+    "disc": training.disc,
+    "noiser": training.noiser,
+    "repa": training.repa,
+    "dino_resize": training.dino_resize,
+    "t2i_train_step": training.t2i_train_step,
+    "teacher_train_step": training.teacher_train_step,
+    "distill_student_step": training.distill_student_step,
+    "distill_fake_step": training.distill_fake_step,
 }
 """What each kind of golden case is checked with."""
 

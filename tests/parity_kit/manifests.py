@@ -11,6 +11,7 @@ import torch
 
 from parity_kit.files import Comparison, config_from_reference
 from pidecode.model.network import PixelNet
+from pidecode.training.discriminator import Discriminator
 
 ManifestCheck = Callable[[Path], Iterator[Comparison]]
 
@@ -18,7 +19,23 @@ ManifestCheck = Callable[[Path], Iterator[Comparison]]
 def check_for(path: Path) -> ManifestCheck | None:
     """The check for a manifest's class, or None if this project has no such network."""
     kind = json.loads(path.read_text())["class"]
+    if kind == "Discriminator_ImageDiT":
+        return critic
     return network if kind in ("PidNet", "PixDiT_T2I") else None
+
+
+def critic(path: Path) -> Iterator[Comparison]:
+    """The released critic, tensor by tensor."""
+    args = (manifest := json.loads(path.read_text()))["constructor_args"]
+    with torch.device("meta"):
+        module = Discriminator(
+            args["inner_dim"],
+            args["num_blocks"],
+            tuple(args["feature_indices"]),
+            layers=args["num_conv_layers"],
+            per_patch=args["patch_logits"],
+        )
+    yield from same_tensors({name: list(value.shape) for name, value in module.state_dict().items()}, manifest)
 
 
 def network(path: Path) -> Iterator[Comparison]:

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every loss of PiD's training as a plain function of tensors (SPEC.md section 7)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from pidecode.errors import SettingError
+
+_TINY = 1e-6
+# BT.601, the opponent space of JPEG: rows give Y, Cb and Cr from red, green and blue in [0, 1].
+_YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
+
+
+def flow_matching(velocity: Tensor, picture: Tensor, noise: Tensor) -> Tensor:
+    """Mean squared error between the network's velocity and `noise - picture`, all `[B, 3, H, W]`."""
+    return F.mse_loss(velocity, noise - picture)
+
+
+def distribution_matching(generated: Tensor, teacher: Tensor, fake: Tensor) -> Tensor:
+    """Variational score distillation: its gradient moves `generated` from the fake score's picture to the teacher's.
+
+    All are clean pictures `[B, 3, H, W]`; gradients reach `generated` alone. Each sample's pull is divided by its
+    mean distance from the teacher. Computed in float64; where that is not finite, nothing pulls.
+    """
+    wide = generated.double()
+    with torch.no_grad():
+        start, goal = wide.detach(), teacher.double()
+        distance = (start - goal).abs().flatten(1).mean(1).view(-1, 1, 1, 1)
+        pull = ((fake.double() - goal) / (distance + _TINY)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return 0.5 * F.mse_loss(wide, start - pull)
+
+
+def generator_adversarial(fake_logits: Tensor) -> Tensor:
+    """What the student pays for pictures that the discriminator tells from real ones."""
+    return F.softplus(-fake_logits).mean()
+
+
+def discriminator_adversarial(fake_logits: Tensor, real_logits: Tensor) -> Tensor:
+    """What the discriminator pays for mistaking either."""
+    return F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
+
+
+def approximate_r1(real_logits: Tensor, nudged_logits: Tensor) -> Tensor:
+    """How far logits move when the real picture is nudged by a little noise; gradients flow into both."""
+    return F.mse_loss(real_logits, nudged_logits)
+
+
+def to_ycbcr(rgb: Tensor) -> Tensor:
+    """Red, green, blue in [0, 1] `[B, 3, H, W]` to luma and two colour differences, same shape."""
+    matrix = torch.tensor(_YCBCR, dtype=rgb.dtype, device=rgb.device)
+    return torch.einsum("yc,bchw->byhw", matrix, rgb)
+
+
+def colour_alignment(
+    predicted: Tensor,
+    low: Tensor,
+    sigma: Tensor | None = None,
+    keep: Tensor | None = None,
+    *,
+    sigma_power: float = 1.0,
+    luma_weight: float = 0.25,
+    softness: float = 1e-3,
+) -> Tensor:
+    """Colour loss of the adapter's auxiliary head: Charbonnier distance in YCbCr, luma counted for less.
+
+    predicted, low: the head's picture and the low-resolution picture, `[B, 3, h, w]` in [-1, 1].
+    sigma: noise left in each latent `[B]`; a noisier latent counts for `(1 - sigma) ** sigma_power`.
+    keep: `[B]` of 0 or 1; 0 for samples whose latent was dropped. Blank targets do not count either.
+    """
+    predicted, low = predicted.float(), low.float()
+    if low.shape[-2:] != predicted.shape[-2:]:
+        low = F.interpolate(low, size=predicted.shape[-2:], mode="area")
+    weight_B = (low.abs().flatten(1).mean(1) > _TINY).float()
+    difference = to_ycbcr((predicted + 1) / 2) - to_ycbcr((low.clamp(-1, 1) + 1) / 2)
+    difference = difference * difference.new_tensor([luma_weight, 1.0, 1.0]).view(1, 3, 1, 1)
+    loss_B = (torch.sqrt(difference.square() + softness**2) - softness).flatten(1).mean(1)
+    if keep is not None:
+        weight_B = weight_B * (keep.float() > 0)
+    if sigma is not None:
+        weight_B = weight_B * (1 - sigma.float()).clamp(min=0) ** sigma_power
+    return (loss_B * weight_B).sum() / weight_B.sum().clamp(min=_TINY)
+
+
+def _square_side(tokens: int) -> int:
+    side = round(tokens**0.5)
+    return side if side * side == tokens else 0
+
+
+def feature_alignment(projected: Tensor, reference: Tensor) -> Tensor:
+    """One minus the mean cosine between projected network tokens and an encoder's, `[B, tokens, width]`.
+
+    Where the counts differ, the larger of two square grids is resized (bilinear) to the smaller.
+    Raises SettingError when they differ and are not both square.
+    """
+    projected, reference = projected.float(), reference.float()
+    ours, theirs = _square_side(projected.shape[1]), _square_side(reference.shape[1])
+    if projected.shape[1] != reference.shape[1]:
+        if not (ours and theirs):
+            raise SettingError(
+                f"{projected.shape[1]} network tokens and {reference.shape[1]} encoder tokens are not both square "
+                "grids, so neither can be resized to the other; train on square pictures or switch this loss off."
+            )
+        projected = _resize_tokens(projected, ours, min(ours, theirs))
+        reference = _resize_tokens(reference, theirs, min(ours, theirs))
+    return (
+        1 - F.cosine_similarity(F.normalize(projected, dim=-1), F.normalize(reference, dim=-1), dim=2, eps=1e-5).mean()
+    )
+
+
+def _resize_tokens(tokens: Tensor, side: int, wanted: int) -> Tensor:
+    if side == wanted:
+        return tokens
+    grid = tokens.transpose(1, 2).unflatten(2, (side, side))
+    resized = F.interpolate(grid, size=(wanted, wanted), mode="bilinear", align_corners=False)
+    return resized.flatten(2).transpose(1, 2)

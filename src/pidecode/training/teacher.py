@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The teacher's training step, which is also the text-to-image backbone's: flow matching, colour, alignment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pidecode.errors import SettingError
+from pidecode.sampling import dynamic_shift, shifted
+from pidecode.training.evaluator import Example, clean_of, net_of, velocity_of
+from pidecode.training.losses import colour_alignment, flow_matching
+from pidecode.training.noising import Draws, logit_normal_times, mix
+from pidecode.training.repa import Alignment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherLoss:
+    """What a teacher or backbone pays for."""
+
+    shift: float = 6.0
+    """Flow shift: moves training times towards noise, as large pictures need."""
+    shift_base_size: int | None = 2048
+    """Side in pixels at which `shift` holds; other sizes follow the square root of theirs. None: constant."""
+    colour_weight: float = 0.8
+    """Weight of the colour loss; acts only on networks with a colour head."""
+    align_weight: float = 0.0
+    """Weight of the alignment with DINOv2; needs `align_with`."""
+    align_block: int = 6
+    """Patch block whose tokens are aligned."""
+    align_with: str = ""
+    """Folder of the DINOv2 to align with."""
+
+    def __post_init__(self) -> None:
+        if self.shift <= 0:
+            raise SettingError(f"The flow shift is {self.shift}; it must be positive.")
+        if self.align_weight and not self.align_with:
+            raise SettingError("align_weight is set but align_with is not; name the folder of a DINOv2.")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A step's loss to differentiate, and its parts to report."""
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+
+
+def teacher_loss(
+    net: nn.Module, example: Example, draws: Draws, settings: TeacherLoss, alignment: Alignment | None = None
+) -> Outcome:
+    """One step's loss: random time, noisy picture, velocity error, and what `settings` add.
+
+    The prediction is judged as a velocity whatever the network's own output is.
+    """
+    picture = example.picture.float()
+    height, width = picture.shape[-2:]
+    shift = dynamic_shift(height, width, base_shift=settings.shift, base_size=settings.shift_base_size)
+    t_B = shifted(logit_normal_times(draws), shift)
+    noise = draws.normal(tuple(picture.shape[1:]))
+    x_t = mix(picture, noise, t_B)
+    config = net_of(net).config
+    want_colour = settings.colour_weight > 0 and config.colour_head and example.low is not None
+    taps = (min(settings.align_block, config.patch_depth - 1),) if alignment is not None else ()
+    evaluation = net(x_t, t_B, example, taps=taps, want_colour=want_colour)
+    loss = flow_matching(velocity_of(net, evaluation.prediction, x_t, t_B), picture, noise)
+    parts = {"flow": loss.detach()}
+    if want_colour and example.low is not None:
+        colour = colour_alignment(evaluation.colour, example.low, example.sigma, example.keep)
+        parts["colour"] = colour.detach()
+        loss = loss + settings.colour_weight * colour
+    if alignment is not None:
+        aligned = alignment(evaluation.features[0], picture)
+        parts["alignment"] = aligned.detach()
+        loss = loss + settings.align_weight * aligned
+    with torch.no_grad():
+        clean = clean_of(net, evaluation.prediction, x_t, t_B)
+        parts["clean_error"] = (clean - picture).square().mean()
+    return Outcome(loss, parts)
