@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewrite the parts of README.md that are facts elsewhere: the tree of files, the table of latent spaces.
+"""Rewrite the parts of README.md that are facts elsewhere: the tree of files, latent spaces, weights.
 
     python tools/make_docs.py            # rewrite
     python tools/make_docs.py --check    # only say, by the exit code, whether it is current
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from pidecode.facts.checkpoints import CHECKPOINTS, Checkpoint
 from pidecode.facts.spaces import ALIASES, SPACES, LatentSpace
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +71,28 @@ def spaces() -> str:
     return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(_row(row) for row in SPACES.values())])
 
 
-PARTS: dict[str, Callable[[], str]] = {"tree": tree, "spaces": spaces}
+def _checkpoint_row(row: Checkpoint) -> str:
+    size = "in the package" if row.bundled else f"{(row.about_bytes or 0) / 1e9:.1f} GB"
+    if row.trained_area is not None:
+        trained = "2048 to 4096 px"
+    elif row.trained_sizes:
+        trained = "2048 px, five shapes" if len(row.trained_sizes) > 1 else "2048 px square"
+    else:
+        trained = "any"
+    kind = {"student": "decoder", "teacher": "teacher", "backbone": "text to image"}[row.kind]
+    terms = f"{row.licence.name}, {'free' if row.licence.commercial else 'non-commercial'}"
+    cells = [f"`{row.space}`", f"`{row.variant}`", kind, str(row.steps), trained, size, terms]
+    return f"| {' | '.join(cells)} |"
+
+
+def variants() -> str:
+    """Every file of weights, one row each."""
+    head = ["space", "variant", "what", "steps", "trained for", "size", "licence"]
+    rows = [_checkpoint_row(row) for row in CHECKPOINTS.values()]
+    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows])
+
+
+PARTS: dict[str, Callable[[], str]] = {"tree": tree, "spaces": spaces, "variants": variants}
 
 
 def filled(text: str) -> str:
