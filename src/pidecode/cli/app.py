@@ -6,17 +6,20 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import click
 
 from pidecode import __version__
-from pidecode.errors import PidecodeError
+from pidecode.errors import DoesNotFitError, PidecodeError
 
 UNEXPECTED = 70
 INTERRUPTED = 130
 _DEBUG = "pidecode.debug"
+_OWN_FILES = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 class Place(NamedTuple):
@@ -31,10 +34,10 @@ COMMANDS: dict[str, Place] = {
     "upscale": Place("pidecode.cli.decode", "Enlarge pictures: encode each to a latent, decode it larger."),
     "decode": Place("pidecode.cli.decode", "Turn saved latents into pictures."),
     "models": Place("pidecode.cli.models", "List the models there are, and which are on this disk."),
-    "pull": Place("pidecode.cli.models", "Download a model with everything it needs."),
-    "convert": Place("pidecode.cli.models", "Write weights as one self-describing .safetensors file."),
-    "info": Place("pidecode.cli.inspect", "Say what a picture, a latent or a weights file is."),
-    "doctor": Place("pidecode.cli.inspect", "Say what will work on this machine, and why the rest will not."),
+    "pull": Place("pidecode.cli.weights", "Download a model with everything it needs."),
+    "convert": Place("pidecode.cli.weights", "Write weights as one self-describing .safetensors file."),
+    "info": Place("pidecode.cli.info", "Say what a picture, a latent or a weights file is."),
+    "doctor": Place("pidecode.cli.doctor", "Say what will work on this machine, and why the rest will not."),
 }
 
 
@@ -69,6 +72,7 @@ class Commands(click.Group):
         if place is None:
             return None
         command: click.Command = getattr(import_module(place.module), cmd_name.replace("-", "_"))
+        command.short_help = place.line
         if not any(parameter.name == "debug" for parameter in command.params):
             debug_option(command)
         return command
@@ -81,7 +85,9 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; every failure ends as one message and the exit code of its class."""
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _warning_shower(ctx)
+                return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit):
             raise
         except (KeyboardInterrupt, click.Abort):
@@ -94,11 +100,26 @@ class Commands(click.Group):
         except PidecodeError as error:
             _explain(ctx, f"Error: {error}")
             ctx.exit(error.exit_code)
+        except MemoryError:
+            _explain(ctx, "Error: There is not enough memory for this. Try a smaller picture, or one at a time.")
+            ctx.exit(DoesNotFitError.exit_code)
         except Exception as error:
             what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             hint = "" if ctx.meta.get(_DEBUG) else "\nRun the command again with --debug for the details."
             _explain(ctx, f"Sorry, that is a fault of pidecode or of something below it: {what}{hint}")
             ctx.exit(UNEXPECTED)
+
+
+def _warning_shower(ctx: click.Context) -> Callable[..., None]:
+    """Show our own warnings as sentences; those of other packages only to who asked for --debug."""
+
+    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+        if ctx.meta.get(_DEBUG):
+            click.echo(warnings.formatwarning(message, category, filename, lineno), err=True, nl=False)
+        elif category.__module__.startswith("pidecode.") or filename.startswith(_OWN_FILES):
+            click.echo(f"Warning: {message}", err=True)
+
+    return show
 
 
 def _explain(ctx: click.Context, message: str) -> None:

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pidecode upscale` and `pidecode decode`: pictures or saved latents in, larger pictures out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pidecode.cli.shared import emit, json_option, overwrite_option, progress, space_option
+from pidecode.errors import FileError, SettingError
+
+if TYPE_CHECKING:
+    from pidecode.decoder import DecodeSettings, PixelDecoder
+    from pidecode.sampling import OnStep, Step
+
+SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
+_PATH = click.Path(path_type=Path)
+
+Make = Callable[["PixelDecoder", Path, "OnStep"], Any]
+"""Decoder, source file and step callback to a PIL image, or a list of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What both commands take beside their files."""
+
+    out: Path | None
+    model: str
+    space: str | None
+    variant: str | None
+    device: str | None
+    dtype: str | None
+    caption: str | None
+    seed: int
+    steps: int | None
+    sigma: float | None
+    sampler: str | None
+    bits: str
+    overwrite: bool
+    as_json: bool
+
+    def decoder(self) -> PixelDecoder:
+        """Load the decoder asked for."""
+        import torch
+
+        from pidecode.decoder import PixelDecoder
+
+        return PixelDecoder.from_pretrained(
+            self.model,
+            space=self.space,
+            variant=self.variant,
+            device=self.device,
+            dtype=getattr(torch, self.dtype) if self.dtype else None,
+        )
+
+    def settings(self) -> DecodeSettings:
+        """Settings for the decoder: those that were given."""
+        given = {"seed": self.seed, "steps": self.steps, "sigma": self.sigma, "sampler": self.sampler}
+        return {name: value for name, value in given.items() if value is not None}  # type: ignore[return-value]
+
+
+def _decoding_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that `Wish` holds."""
+    options = [
+        click.option("-o", "--out", type=_PATH, help="File to write, or folder for several."),
+        click.option("-m", "--model", default="tiny", show_default=True, help="A model's name, file or folder."),
+        space_option,
+        click.option("--variant", metavar="NAME", help="Variant of a model that has several: 2k, 2kto4k, ..."),
+        click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; chosen for you if not given."),
+        click.option(
+            "--dtype",
+            type=click.Choice(["float32", "bfloat16", "float16"]),
+            help="Number format; chosen to fit the device if not given.",
+        ),
+        click.option("--caption", help="What the picture shows, for models that read captions."),
+        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the noise."),
+        click.option("--steps", type=click.IntRange(min=1), help="Steps; the model's own number if not given."),
+        click.option("--sigma", type=click.FloatRange(0, 1), help="Strength: noise put in first, so more is invented."),
+        click.option(
+            "--sampler", type=click.Choice(["sde", "ode"]), help="How a few-step model walks; sde if not given."
+        ),
+        click.option("--bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Per channel."),
+        overwrite_option,
+        json_option,
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def destinations(sources: Sequence[Path], out: Path | None, ending: str) -> list[Path]:
+    """Where each result goes: `out` if it names a picture, else `name<ending>.png` in the folder `out`, or beside it.
+
+    Raises SettingError when several results would go to one place, FileError for a kind not written here.
+    """
+    if out is not None and out.suffix and not out.is_dir():
+        if out.suffix.lower() not in SUFFIXES:
+            raise FileError(f"{out} is no kind of picture written here; end its name in {', '.join(SUFFIXES)}.")
+        if len(sources) > 1:
+            raise SettingError(f"{len(sources)} pictures cannot all be written to {out}; name a folder with --out.")
+        return [out]
+    places = [(out or source.parent) / f"{source.stem}{ending}.png" for source in sources]
+    twins = sorted({place for place in places if places.count(place) > 1})
+    if twins:
+        raise SettingError(f"Several sources would be written to {twins[0]}; give them different names.")
+    return places
+
+
+@contextmanager
+def _steps(label: str) -> Iterator[OnStep]:
+    """A step callback that draws a bar."""
+    with progress(0, label) as bar:
+
+        def on_step(step: Step) -> None:
+            bar.total = step.total
+            bar.update(step.index - bar.n)
+
+        yield on_step
+
+
+def _several(place: Path, count: int) -> list[Path]:
+    """Names for the pictures of one batch: the name itself for one, else numbered."""
+    if count == 1:
+        return [place]
+    return [place.with_name(f"{place.stem}-{index}{place.suffix}") for index in range(1, count + 1)]
+
+
+def _run(sources: Sequence[Path], wish: Wish, ending: str, make: Make) -> None:
+    """Make and save the pictures of one source after another, then say what was written."""
+    from pidecode.files import check_writable
+    from pidecode.images import save_image
+
+    places = destinations(sources, wish.out, ending)
+    for source in sources:
+        if not source.is_file():
+            raise FileError(f"There is no file {source}.")
+    for folder in {place.parent for place in places}:
+        folder.mkdir(parents=True, exist_ok=True)
+    for place in places:
+        check_writable(place, overwrite=wish.overwrite)
+    decoder = wish.decoder()
+    written: list[dict[str, Any]] = []
+    for source, place in zip(sources, places, strict=True):
+        began = time.perf_counter()
+        with _steps(source.name) as on_step:
+            made = make(decoder, source, on_step)
+        images = made if isinstance(made, list) else [made]
+        decoded = time.perf_counter()
+        for name, image in zip(_several(place, len(images)), images, strict=True):
+            save_image(name, image, overwrite=wish.overwrite, bits=int(wish.bits))
+            written.append({"source": str(source), "picture": str(name), "width": image.width, "height": image.height})
+        timing = {"seconds": round(decoded - began, 2), "seconds_saving": round(time.perf_counter() - decoded, 2)}
+        written[-1] |= timing
+        if not wish.as_json:
+            for line in written[-len(images) :]:
+                click.echo(f"{line['picture']}  {line['width']}x{line['height']}  {timing['seconds']:.1f} s")
+    if wish.as_json:
+        emit(written, "", as_json=True)
+
+
+@click.command()
+@click.argument("pictures", nargs=-1, required=True, type=_PATH)
+@click.option(
+    "--fit", type=click.Choice(["pad", "crop"]), default="pad", show_default=True, help="For sides that do not divide."
+)
+@_decoding_options
+def upscale(pictures: tuple[Path, ...], fit: str, **options: Any) -> None:
+    """Enlarge PICTURES: encode each to a latent, and decode that larger.
+
+    Without --out, photo.jpg becomes photo-upscaled.png beside it. Existing files are left alone unless --overwrite.
+    """
+    wish = Wish(**options)
+
+    def make(decoder: PixelDecoder, source: Path, on_step: OnStep) -> Any:
+        return decoder.upscale(source, wish.caption, fit=fit, on_step=on_step, **wish.settings())  # type: ignore[arg-type]
+
+    _run(pictures, wish, "-upscaled", make)
+
+
+@click.command()
+@click.argument("latents", nargs=-1, required=True, type=_PATH)
+@click.option("--size", metavar="WIDTHxHEIGHT", help="Of the picture, if not the latent's natural size.")
+@_decoding_options
+def decode(latents: tuple[Path, ...], size: str | None, **options: Any) -> None:
+    """Turn saved LATENTS (.safetensors) into pictures.
+
+    Without --out, cat.safetensors becomes cat.png beside it. Existing files are left alone unless --overwrite.
+    """
+    wish = Wish(**options)
+    pixels = parse_size(size)
+
+    def make(decoder: PixelDecoder, source: Path, on_step: OnStep) -> Any:
+        from pidecode.latents.latent import Latent
+
+        settings = wish.settings()
+        if pixels is not None:
+            settings["size"] = pixels
+        return decoder.decode(Latent.load(source, space=wish.space), wish.caption, on_step=on_step, **settings)
+
+    _run(latents, wish, "", make)
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """`2048x1536` as width and height. Raises SettingError for anything else."""
+    if text is None:
+        return None
+    width, _, height = text.lower().replace("×", "x").partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise SettingError(f"The size is {text!r}; write width and height in pixels, as in 2048x1536.")
+    return int(width), int(height)

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pidecode doctor`: what is on this machine, what will work, and why the rest will not."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from typing import Any
+
+import click
+
+from pidecode import __version__
+from pidecode.cli.shared import emit, json_option, readable_size
+
+PACKAGES = ("torch", "safetensors", "huggingface-hub", "numpy", "pillow", "diffusers", "transformers", "accelerate")
+
+# Extra -> the modules that must be importable for it to count as installed.
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "captions": ("transformers", "sentencepiece"),
+    "diffusers": ("diffusers", "transformers", "accelerate"),
+    "demo": ("skimage",),
+    "serve": ("fastapi", "uvicorn"),
+    "web": ("fastapi", "uvicorn"),
+    "train": ("tensorboard",),
+    "ray": ("ray",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One thing a person may want to do, whether it works here, and if not, what would mend it."""
+
+    what: str
+    works: bool
+    because: str
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of pidecode, Python and the packages it leans on; None where one is missing."""
+    found: dict[str, str | None] = {"pidecode": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def extras() -> dict[str, list[str]]:
+    """Every extra with the modules that are missing for it; an empty list means it is complete."""
+    return {extra: [name for name in modules if find_spec(name) is None] for extra, modules in EXTRAS.items()}
+
+
+def memory() -> dict[str, int | None]:
+    """Main memory in bytes: all of it, and what is free for use now (None where the system does not say)."""
+    found: dict[str, int | None] = {"total_bytes": None, "available_bytes": None}
+    try:
+        page = os.sysconf("SC_PAGE_SIZE")
+        found["total_bytes"] = page * os.sysconf("SC_PHYS_PAGES")
+        found["available_bytes"] = page * os.sysconf("SC_AVPHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return found
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        found["available_bytes"] = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        pass
+    return found
+
+
+def devices() -> list[dict[str, Any]]:
+    """The devices torch can compute on here, the processor first."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found: list[dict[str, Any]] = [
+        {"device": "cpu", "name": platform.processor() or platform.machine(), "cores": cores, **memory()}
+    ]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            free, total = torch.cuda.mem_get_info(index)
+            found.append(
+                {
+                    "device": f"cuda:{index}",
+                    "name": properties.name,
+                    "capability": f"{properties.major}.{properties.minor}",
+                    "total_bytes": total,
+                    "available_bytes": free,
+                }
+            )
+    if torch.backends.mps.is_available():
+        found.append({"device": "mps", "name": "Metal", **memory()})
+    return found
+
+
+def build_of_torch() -> dict[str, Any]:
+    """Which build of torch this is: what it was compiled for."""
+    import torch
+
+    return {"cuda": torch.version.cuda, "hip": torch.version.hip, "threads": torch.get_num_threads()}
+
+
+def _library_verdicts(missing: dict[str, list[str]]) -> Iterator[Verdict]:
+    for extra, purpose in (
+        ("captions", "captions for the released decoders"),
+        ("diffusers", "pictures to latents with the image models' own encoders"),
+    ):
+        lacking = missing[extra]
+        mend = f"{', '.join(lacking)} missing: pip install 'pidecode[{extra}]'" if lacking else "installed"
+        yield Verdict(f"library for {purpose}", not lacking, mend)
+
+
+def _torch_verdicts(build: dict[str, Any], found: list[dict[str, Any]]) -> Iterator[Verdict]:
+    from shutil import which
+
+    on_gpu = any(device["device"] != "cpu" for device in found)
+    if on_gpu:
+        yield Verdict("decoding on a graphics card", True, ", ".join(d["name"] for d in found if d["device"] != "cpu"))
+    elif which("nvidia-smi") and build["cuda"] is None:
+        mend = "there is an NVIDIA driver, but this torch is a CPU build: install the CUDA build (README.md, Install)"
+        yield Verdict("decoding on a graphics card", False, mend)
+    elif build["cuda"] or build["hip"]:
+        yield Verdict("decoding on a graphics card", False, "torch finds no card it can use; is the driver running?")
+    else:
+        yield Verdict("decoding on a graphics card", False, "none here; small pictures decode on the processor")
+    if find_spec("torchvision") is not None:
+        yield _torchvision_verdict()
+
+
+def _torchvision_verdict() -> Verdict:
+    what = "torchvision, which pidecode does not need"
+    try:
+        import_module("torchvision")
+    except Exception as error:  # a mismatched build fails in many ways
+        mend = f"does not fit this torch ({error}), and breaks transformers: pip uninstall torchvision"
+        return Verdict(what, False, mend)
+    return Verdict(what, True, "fits this torch")
+
+
+def examine() -> dict[str, Any]:
+    """Everything the command reports, as plain values."""
+    from pidecode.cli.models import rows, verdicts
+
+    missing, build, found = extras(), build_of_torch(), devices()
+    known = rows()
+    judged = [*_torch_verdicts(build, found), *_library_verdicts(missing), *verdicts(known)]
+    return {
+        "versions": versions(),
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "executable": sys.executable,
+        "torch": build,
+        "devices": found,
+        "extras": {extra: not lacking for extra, lacking in missing.items()},
+        "models": known,
+        "verdicts": [asdict(verdict) for verdict in judged],
+    }
+
+
+def _device_line(device: dict[str, Any]) -> str:
+    memory = f"{readable_size(device['available_bytes'])} of {readable_size(device['total_bytes'])} free"
+    cores = f", {device['cores']} cores" if "cores" in device else ""
+    return f"  {device['device']:8s} {device['name']}{cores}, {memory}"
+
+
+def _report(findings: dict[str, Any]) -> str:
+    lines = ["Versions"]
+    lines += [f"  {name:16s} {version or 'not installed'}" for name, version in findings["versions"].items()]
+    lines += [f"  {'system':16s} {findings['platform']}", "", "Devices"]
+    lines += [_device_line(device) for device in findings["devices"]]
+    lines += ["", "Extras"]
+    lines += [
+        f"  {'yes' if there else 'no ':4s} {extra}" + ("" if there else f"   pip install 'pidecode[{extra}]'")
+        for extra, there in findings["extras"].items()
+    ]
+    lines += ["", "What works here"]
+    for verdict in findings["verdicts"]:
+        lines.append(f"  {'yes' if verdict['works'] else 'no ':4s} {verdict['what']}: {verdict['because']}")
+    return "\n".join(lines)
+
+
+@click.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Say what will work on this machine, and why the rest will not."""
+    findings = examine()
+    emit(findings, lambda: _report(findings), as_json=as_json)

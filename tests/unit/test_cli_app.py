@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command tree: every way a command can end becomes one message and one exit code."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from importlib import import_module
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from pidecode import errors
+from pidecode.cli.app import COMMANDS, Place, cli
+
+OURS = [
+    name
+    for name, value in inspect.getmembers(errors, inspect.isclass)
+    if issubclass(value, errors.PidecodeError) and value.__module__ == errors.__name__
+]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch):
+    """Run the real command tree with one more command, `probe`, in its table."""
+    monkeypatch.setitem(COMMANDS, "probe", Place("probe_commands", "End in a given way."))
+
+    def invoke(*arguments: str) -> Result:
+        return CliRunner().invoke(cli, list(arguments))
+
+    return invoke
+
+
+def test_a_command_that_ends_well(run) -> None:
+    result = run("probe", "well")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "done\n", "")
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_an_error_of_ours_is_one_line_and_its_own_code(run, name: str) -> None:
+    result = run("probe", name)
+    assert result.exit_code == getattr(errors, name).exit_code
+    assert result.stderr == f"Error: what came of {name}\n"
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_debug_shows_the_traceback_wherever_it_stands(run, where: str) -> None:
+    arguments = ["--debug", "probe", "FileError"] if where == "before" else ["probe", "FileError", "--debug"]
+    result = run(*arguments)
+    assert result.exit_code == 4
+    assert "Traceback (most recent call last)" in result.stderr
+    assert result.stderr.endswith("Error: what came of FileError\n")
+
+
+def test_the_unexpected_is_an_apology_with_a_hint(run) -> None:
+    result = run("probe", "unexpected")
+    assert result.exit_code == 70
+    assert result.stderr == (
+        "Sorry, that is a fault of pidecode or of something below it: ZeroDivisionError: something else\n"
+        "Run the command again with --debug for the details.\n"
+    )
+    assert "Traceback" in run("--debug", "probe", "unexpected").stderr
+
+
+def test_an_interrupt_is_130(run) -> None:
+    result = run("probe", "interrupt")
+    assert (result.exit_code, result.stderr) == (130, "Stopped.\n")
+
+
+def test_too_little_memory_is_said_plainly(run) -> None:
+    result = run("probe", "memory")
+    assert result.exit_code == errors.DoesNotFitError.exit_code
+    assert "not enough memory" in result.stderr
+
+
+def test_wrong_use_is_2(run) -> None:
+    assert run("probe", "usage").exit_code == 2
+    assert run("probe").exit_code == 2
+    nothing = run("upscael")
+    assert nothing.exit_code == 2
+    assert "No such command 'upscael'" in nothing.stderr
+
+
+def test_warnings_of_ours_are_sentences_and_others_wait_for_debug(run) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert run("probe", "warning").stderr == "Warning: mind the gap\n"
+        assert run("probe", "foreign-warning").stderr == ""
+        assert "deprecated elsewhere" in run("--debug", "probe", "foreign-warning").stderr
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_every_command_is_where_the_table_says(name: str) -> None:
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    assert command.name == name
+    assert command.help
+    assert sum("--debug" in parameter.opts for parameter in command.params) == 1
+    assert import_module(COMMANDS[name].module).__doc__
+
+
+def test_help_lists_every_command() -> None:
+    shown = CliRunner().invoke(cli, ["--help"]).stdout
+    for name, place in COMMANDS.items():
+        assert f"  {name}" in shown
+        assert place.line in shown

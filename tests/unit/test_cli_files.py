@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the command line writes, how it reads sizes, and how it says numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pidecode.cli.decode import destinations, parse_size
+from pidecode.cli.shared import readable_size, table
+from pidecode.errors import FileError, SettingError
+
+
+def test_beside_the_source_by_default() -> None:
+    sources = [Path("a/cat.jpg"), Path("b/dog.png")]
+    assert destinations(sources, None, "-upscaled") == [Path("a/cat-upscaled.png"), Path("b/dog-upscaled.png")]
+
+
+def test_into_a_folder_or_a_named_file(tmp_path: Path) -> None:
+    assert destinations([Path("cat.jpg")], tmp_path / "new", "") == [tmp_path / "new" / "cat.png"]
+    assert destinations([Path("cat.jpg")], tmp_path / "x.webp", "") == [tmp_path / "x.webp"]
+    (tmp_path / "v1.5").mkdir()
+    assert destinations([Path("cat.jpg")], tmp_path / "v1.5", "") == [tmp_path / "v1.5" / "cat.png"]
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(FileError, match=r"x\.tiff is no kind of picture written here; end its name in \.png"):
+        destinations([Path("cat.jpg")], Path("x.tiff"), "")
+    with pytest.raises(SettingError, match="2 pictures cannot all be written to x.png; name a folder"):
+        destinations([Path("cat.jpg"), Path("dog.jpg")], Path("x.png"), "")
+    with pytest.raises(SettingError, match="Several sources would be written to out/cat.png"):
+        destinations([Path("a/cat.jpg"), Path("b/cat.png")], Path("out"), "")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("2048x1536", (2048, 1536)), ("64X32", (64, 32)), ("8×9", (8, 9)), (None, None)]
+)
+def test_sizes(text: str | None, size: tuple[int, int] | None) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "2048", "x", "20x", "-1x2", "1.5x2", "axb", "1x2x3"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(SettingError, match="write width and height in pixels, as in 2048x1536"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(None, "?"), (0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2_730_000_000, "2.7 GB"), (123e6, "123 MB")],
+)
+def test_sizes_of_files(count: int | None, said: str) -> None:
+    assert readable_size(count) == said
+
+
+def test_a_table_lines_up() -> None:
+    assert table([{"name": "a", "size": "10 MB"}, {"name": "long", "size": "1"}]) == (
+        "name  size\na     10 MB\nlong  1"
+    )
+    assert table([]) == "(none)"
