@@ -17,7 +17,7 @@ from pidecode.errors import CheckpointError, SettingError
 from pidecode.facts.architecture import NetConfig, backbone, miniature, v1, v1pt5
 from pidecode.model.network import PixelNet
 from pidecode.weights.build import build_network
-from pidecode.weights.identity import WeightIdentity
+from pidecode.weights.identity import Identity
 from pidecode.weights.read import read_weights
 from pidecode.weights.shapes import read_structure
 
@@ -209,14 +209,14 @@ def test_missing_unexpected_and_wrong_tensors_are_named():
 
 
 def test_our_own_metadata_round_trips():
-    identity = WeightIdentity(
+    identity = Identity(
         kind="student", config=miniature(prediction="x0"), space="flux2", variant="tiny", licence="Apache-2.0",
         times=(0.999, 0.634, 0.0), extra={"steps_trained": 10},
     )  # fmt: skip
-    assert WeightIdentity.from_metadata(identity.to_metadata()) == identity
-    encoder = WeightIdentity(kind="encoder", config=None, space="flux2", extra={"config": {"width": 8}})
-    assert WeightIdentity.from_metadata(encoder.to_metadata()) == encoder
-    assert WeightIdentity.from_metadata({"format": "pt"}) is None
+    assert Identity.from_metadata(identity.to_metadata()) == identity
+    encoder = Identity(kind="encoder", config=None, space="flux2", extra={"config": {"width": 8}})
+    assert Identity.from_metadata(encoder.to_metadata()) == encoder
+    assert Identity.from_metadata({"format": "pt"}) is None
 
 
 @pytest.mark.parametrize(
@@ -234,19 +234,19 @@ def test_our_own_metadata_round_trips():
     ],
 )
 def test_damaged_metadata_is_refused(change, message):
-    record = json.loads(WeightIdentity(kind="student", config=miniature()).to_metadata()["pidecode"])
+    record = json.loads(Identity(kind="student", config=miniature()).to_metadata()["pidecode"])
     with pytest.raises(CheckpointError, match=message):
-        WeightIdentity.from_metadata({"pidecode": json.dumps(record | change)}, "net.safetensors")
+        Identity.from_metadata({"pidecode": json.dumps(record | change)}, "net.safetensors")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "3"])
 def test_metadata_that_is_no_record(text):
     with pytest.raises(CheckpointError, match="describes itself wrongly"):
-        WeightIdentity.from_metadata({"pidecode": text})
+        Identity.from_metadata({"pidecode": text})
 
 
 def test_identity_checks_itself():
     with pytest.raises(SettingError, match="has no network configuration"):
-        WeightIdentity(kind="encoder", config=replace(miniature()))
+        Identity(kind="encoder", config=replace(miniature()))
     with pytest.raises(SettingError, match="needs a network configuration"):
-        WeightIdentity(kind="student", config=None)
+        Identity(kind="student", config=None)

@@ -14,7 +14,7 @@ from pidecode.facts.architecture import miniature
 from pidecode.facts.checkpoints import CHECKPOINTS
 from pidecode.model.network import PixelNet
 from pidecode.weights.detect import Hints, detect, official_name
-from pidecode.weights.identity import WeightIdentity
+from pidecode.weights.identity import Identity
 from pidecode.weights.read import WeightFile
 
 RELEASED = [row for row in CHECKPOINTS.values() if row.config is not None]
@@ -187,7 +187,7 @@ def test_a_picture_branch_is_counted_by_its_pixels():
 
 
 def own(config, **changes):
-    return WeightIdentity(**{"kind": "student", "config": config, "space": "flux", "licence": "Apache-2.0"} | changes)
+    return Identity(**{"kind": "student", "config": config, "space": "flux", "licence": "Apache-2.0"} | changes)
 
 
 def test_our_own_metadata_needs_no_help():

@@ -14,7 +14,7 @@ from pidecode.facts import architecture
 from pidecode.facts.architecture import NetConfig
 from pidecode.facts.checkpoints import CHECKPOINTS, Checkpoint
 from pidecode.facts.spaces import SPACES, LatentSpace, get_space
-from pidecode.weights.identity import KINDS, Kind, WeightIdentity
+from pidecode.weights.identity import KINDS, Identity, Kind
 from pidecode.weights.read import WeightFile
 from pidecode.weights.shapes import Structure, read_structure
 
@@ -58,7 +58,7 @@ class Hints:
         return self.space if self.space in (None, BACKBONE_SPACE) else get_space(self.space or "").name
 
 
-def detect(file: WeightFile, hints: Hints | None = None) -> WeightIdentity:
+def detect(file: WeightFile, hints: Hints | None = None) -> Identity:
     """What network a file holds (SPEC.md sections 1, 2, 6).
 
     Our own metadata decides where the file has it; otherwise the shapes, then the official file or folder name
@@ -66,11 +66,11 @@ def detect(file: WeightFile, hints: Hints | None = None) -> WeightIdentity:
     Raises SettingError when the caller can settle it, CheckpointError when the file cannot be right.
     """
     hints = hints or Hints()
-    own = WeightIdentity.from_metadata(file.metadata, str(file.path))
+    own = Identity.from_metadata(file.metadata, str(file.path))
     return _from_metadata(file, own, hints) if own else _from_evidence(file, hints)
 
 
-def _from_metadata(file: WeightFile, own: WeightIdentity, hints: Hints) -> WeightIdentity:
+def _from_metadata(file: WeightFile, own: Identity, hints: Hints) -> Identity:
     if own.config is None:
         raise CheckpointError(f"{file.path} holds an image encoder, not a decoder; name the decoder's file.")
     told = _told(hints)
@@ -83,7 +83,7 @@ def _from_metadata(file: WeightFile, own: WeightIdentity, hints: Hints) -> Weigh
     return replace(own, config=config, **filled)
 
 
-def _from_evidence(file: WeightFile, hints: Hints) -> WeightIdentity:
+def _from_evidence(file: WeightFile, hints: Hints) -> Identity:
     overrides = dict(hints.overrides or {})
     structure = read_structure(file.shapes, str(file.path), overrides.get("inject_interval"))
     named, told = official_name(file.path), _told(hints)
@@ -102,7 +102,7 @@ def _from_evidence(file: WeightFile, hints: Hints) -> WeightIdentity:
     kind = known.get("kind") or _only_kind(file.path, structure, rows, variant)
     rows = [row for row in rows if row.kind == kind]
     variant = variant or (rows[0].variant if len(rows) == 1 else None)
-    return WeightIdentity(
+    return Identity(
         kind=kind, config=config, space=space, variant=variant, licence=rows[0].licence.name if rows else None
     )
 
@@ -139,7 +139,7 @@ def official_name(path: str | Path) -> dict[str, str]:
     return {}
 
 
-def _backbone(path: Path, structure: Structure, known: Mapping[str, str], overrides: dict[str, Any]) -> WeightIdentity:
+def _backbone(path: Path, structure: Structure, known: Mapping[str, str], overrides: dict[str, Any]) -> Identity:
     space, kind = known.get("space", BACKBONE_SPACE), known.get("kind", "backbone")
     if space != BACKBONE_SPACE or kind != "backbone":
         raise CheckpointError(
@@ -152,9 +152,7 @@ def _backbone(path: Path, structure: Structure, known: Mapping[str, str], overri
             f"space={BACKBONE_SPACE!r} for NVIDIA's 2K to 4K fine-tune, or overrides={{'rope_reference': ...}}."
         )
     config = _checked(path, structure, {**_values(architecture.backbone()), **structure.seen, **overrides})
-    return WeightIdentity(
-        kind="backbone", config=config, variant=known.get("variant"), licence="NSCLv1" if known else None
-    )
+    return Identity(kind="backbone", config=config, variant=known.get("variant"), licence="NSCLv1" if known else None)
 
 
 def _rows_like(structure: Structure) -> list[Checkpoint]:

@@ -19,7 +19,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WeightIdentity:
+class Identity:
     """Everything a weights file must tell, and its tensors alone cannot.
 
     kind: a distilled few-step network, one for many guided steps, a bare text-to-image one, or an image encoder.
@@ -60,7 +60,7 @@ class WeightIdentity:
         return {"format": "pt", METADATA_KEY: json.dumps(record)}
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str], source: str = "the file") -> WeightIdentity | None:
+    def from_metadata(cls, metadata: Mapping[str, str], source: str = "the file") -> Identity | None:
         """The record in a file's metadata; None if it has none.
 
         Raises CheckpointError when there is one that cannot be right, or that a later version wrote.
