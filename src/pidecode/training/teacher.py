@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pidecode.errors import SettingError
-from pidecode.sampling import dynamic_shift, shifted
+from pidecode.facts.checkpoints import FlowShift
+from pidecode.sampling import shifted
 from pidecode.training.evaluator import Example, clean_of, net_of, velocity_of
 from pidecode.training.losses import colour_alignment, flow_matching
 from pidecode.training.noising import Draws, logit_normal_times, mix
@@ -39,6 +40,11 @@ class TeacherLoss:
         if self.align_weight and not self.align_with:
             raise SettingError("align_weight is set but align_with is not; name the folder of a DINOv2.")
 
+    @property
+    def flow_shift(self) -> FlowShift:
+        """The shift as a rule of the picture's size."""
+        return FlowShift(base=self.shift, size=self.shift_base_size)
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -57,8 +63,7 @@ def teacher_loss(
     """
     picture = example.picture.float()
     height, width = picture.shape[-2:]
-    shift = dynamic_shift(height, width, base_shift=settings.shift, base_size=settings.shift_base_size)
-    t_B = shifted(logit_normal_times(draws), shift)
+    t_B = shifted(logit_normal_times(draws), settings.flow_shift.at(height, width))
     noise = draws.normal(tuple(picture.shape[1:]))
     x_t = mix(picture, noise, t_B)
     config = net_of(net).config
