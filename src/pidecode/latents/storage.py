@@ -165,7 +165,7 @@ def _parse_record(text: str, path: object) -> LatentRecord:
         given = note.get("format") if isinstance(note, dict) else note
         raise LatentError(f"{path} is of latent format {given!r}; this version reads {FORMAT}. Update pidecode.")
     space, frame, seed = note.get("space"), note.get("frame"), note.get("seed")
-    if space not in SPACES:
+    if not isinstance(space, str) or space not in SPACES:
         raise LatentError(f"{path} is of space {space!r}; known are {', '.join(SPACES)}.")
     if frame != "normalised":
         raise LatentError(f"{path} says its frame is {frame!r}; a latent file holds the normalised one. Convert it.")
@@ -181,7 +181,7 @@ def _parse_record(text: str, path: object) -> LatentRecord:
     if seed is not None and type(seed) is not int:
         raise LatentError(f"The seed in {path} is {seed!r}; it must be a whole number.")
     return LatentRecord(
-        space=str(space),
+        space=space,
         sigma=tuple(float(number) for number in sigma),
         caption=None if caption is None else tuple(caption),
         seed=seed,

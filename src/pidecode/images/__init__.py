@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures in and out: safe reading, exact tensors, sizes, and files that carry their recipe."""
+
+from pidecode.images.geometry import (
+    Padding,
+    centre_crop,
+    crop_back,
+    downsample,
+    lanczos,
+    pad_to_multiple,
+    resize,
+)
+from pidecode.images.read import MAX_PIXELS, ImageSource, load_image, load_tensor
+from pidecode.images.tensors import normalize_image, to_array, to_pil, to_pils, to_tensor
+from pidecode.images.write import read_recipe, save_image
+
+__all__ = [
+    "MAX_PIXELS",
+    "ImageSource",
+    "Padding",
+    "centre_crop",
+    "crop_back",
+    "downsample",
+    "lanczos",
+    "load_image",
+    "load_tensor",
+    "normalize_image",
+    "pad_to_multiple",
+    "read_recipe",
+    "resize",
+    "save_image",
+    "to_array",
+    "to_pil",
+    "to_pils",
+    "to_tensor",
+]

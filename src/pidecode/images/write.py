@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing pictures whole or not at all, with the recipe that made them inside; and reading it back."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from pidecode.errors import ImageError, SettingError, SizeError
+from pidecode.files import atomic_write, check_writable
+from pidecode.images.png import SIGNATURE, encode_png, read_texts
+from pidecode.images.read import readable_formats
+from pidecode.images.tensors import to_array
+
+KEYWORD = "pidecode"
+"""Name of the recipe among a PNG's texts, and its prefix in the EXIF user comment of other files."""
+
+_LONGEST = {"JPEG": 65535, "WEBP": 16383}
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_MAX_EXIF_BYTES = 60_000  # an EXIF block must fit a JPEG segment of 64 KiB
+_EXIF_IFD, _USER_COMMENT, _SOFTWARE = 0x8769, 0x9286, 0x0131
+_ASCII = b"ASCII\0\0\0"
+
+
+def save_image(
+    path: str | os.PathLike[str],
+    image: Image.Image | Tensor | NDArray[Any],
+    *,
+    recipe: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    bits: int = 8,
+    quality: int | None = None,
+) -> Path:
+    """Write a picture as PNG, WebP or JPEG, by the ending of `path`; returns the path written.
+
+    image: Pillow RGB, a tensor `[3, H, W]` or `[1, 3, H, W]` in [-1, 1], or an array `[H, W, 3]` uint8 or uint16.
+    recipe: how it was made, JSON values; kept in the file (PNG text "pidecode", else the EXIF user comment).
+    bits: 16 for PNG from a tensor or uint16 array.
+    quality: 1 to 100 for WebP and JPEG, 95 if not given.
+
+    Raises FileError if the file exists (unless `overwrite`) or cannot be written, SettingError for settings
+    that cannot act, SizeError beyond a format's longest side, ImageError for values that are no picture.
+    """
+    kind = _FORMATS.get(Path(path).suffix.lower())
+    if kind is None:
+        raise SettingError(f"{path}: pictures are written as {', '.join(_FORMATS)}; choose one of these endings.")
+    if quality is not None and (kind == "PNG" or not 1 <= quality <= 100):
+        raise SettingError(f"quality={quality}: PNG is exact and takes none; WebP and JPEG take 1 to 100.")
+    if bits != 8 and (kind != "PNG" or isinstance(image, Image.Image)):
+        raise SettingError(f"bits={bits} needs a .png file and a tensor or array to write; got {path}.")
+    target = check_writable(path, overwrite=overwrite)
+    array = _as_array(image, bits)
+    longest = _LONGEST.get(kind)
+    if longest is not None and max(array.shape[:2]) > longest:
+        raise SizeError(f"{kind} holds sides up to {longest} pixels; {max(array.shape[:2])} need a .png file.")
+    text = None if recipe is None else _recipe_text(recipe)
+    with atomic_write(target, overwrite=overwrite) as file:
+        if kind == "PNG":
+            for piece in encode_png(array, {} if text is None else {KEYWORD: text}):
+                file.write(piece)
+        else:
+            buffer = io.BytesIO()
+            extra = {"subsampling": 0} if kind == "JPEG" else {"method": 2}
+            exif = b"" if text is None else _exif(text)
+            Image.fromarray(array).save(buffer, kind, quality=quality or 95, exif=exif, **extra)
+            file.write(buffer.getvalue())
+    return target
+
+
+def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The recipe in a picture that `save_image` wrote; None if it carries none.
+
+    The picture itself is not unpacked. Raises ImageError for a missing file, no picture, or a damaged recipe.
+    """
+    try:
+        if not Path(path).is_file():
+            raise ImageError(f"There is no file {path}.")
+        with open(path, "rb") as file:
+            is_png = file.read(8) == SIGNATURE
+            file.seek(0)
+            text = read_texts(file).get(KEYWORD) if is_png else _text_of_exif(file)
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{path} is no picture of a known kind.") from error
+    except Exception as error:  # a hostile file can make a decoder raise nearly anything
+        raise ImageError(f"{path} is damaged or cut off: {error}.") from error
+    if text is None:
+        return None
+    try:
+        recipe = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ImageError(f"The recipe in {path} is damaged: it is not JSON.") from error
+    if not isinstance(recipe, dict):
+        raise ImageError(f"The recipe in {path} is damaged: it is not a table.")
+    return recipe
+
+
+def _as_array(image: Image.Image | Tensor | NDArray[Any], bits: int) -> NDArray[Any]:
+    if isinstance(image, Tensor):
+        return to_array(image, bits=bits)
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    wanted = np.uint8 if bits == 8 else np.uint16
+    if not isinstance(image, np.ndarray) or image.ndim != 3 or image.shape[2] != 3 or image.dtype != wanted:
+        what = f"{list(image.shape)} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ImageError(f"A picture array of {bits} bits is [H, W, 3] {wanted.__name__}; got {what}.")
+    if not image.size:
+        raise ImageError("The picture has no pixels.")
+    return image
+
+
+def _recipe_text(recipe: Mapping[str, Any]) -> str:
+    try:
+        # Plain ASCII, so that every field of every format holds it.
+        return json.dumps(dict(recipe), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise SettingError(f"The recipe holds something that JSON cannot: {error}.") from error
+
+
+def _exif(text: str) -> bytes:
+    if len(text) > _MAX_EXIF_BYTES:
+        raise SettingError(f"The recipe has {len(text)} characters; {_MAX_EXIF_BYTES} fit. Write a .png file.")
+    exif = Image.Exif()
+    exif[_SOFTWARE] = KEYWORD
+    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _ASCII + f"{KEYWORD}:{text}".encode("ascii")
+    return exif.tobytes()
+
+
+def _text_of_exif(file: BinaryIO) -> str | None:
+    with Image.open(file, formats=readable_formats()) as image:
+        comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT)
+    if isinstance(comment, str):
+        comment = comment.encode("latin-1", errors="replace")
+    prefix = _ASCII + KEYWORD.encode() + b":"
+    if not isinstance(comment, bytes) or not comment.startswith(prefix):
+        return None
+    return comment.removeprefix(prefix).rstrip(b"\0").decode("ascii", errors="replace")

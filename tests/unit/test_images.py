@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures in and out: exact, upright, rounded, and back with their recipe."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms
+from safetensors.torch import load_file
+
+from pidecode import images
+from pidecode.errors import FileError, SettingError, SizeError
+from pidecode.images.png import encode_png
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "inference_misc.safetensors"
+RECIPE = {"model": "tiny", "space": "flux2", "sigma": 0.25, "seed": 7, "caption": 'Käse 猫 "quoted"', "size": [64, 96]}
+
+
+def noise_picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def smooth_picture(height: int, width: int) -> np.ndarray:
+    rows, columns = np.mgrid[0:height, 0:width]
+    return np.stack([rows % 256, columns % 256, (rows + columns) // 2 % 256], axis=-1).astype(np.uint8)
+
+
+def bytes_of(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+# Against the reference
+
+
+def test_downsample_agrees_with_the_reference() -> None:
+    golden = load_file(GOLDEN)
+    ours = images.downsample(golden["inputs.downsample4.image"], 4)
+    torch.testing.assert_close(ours, golden["outputs.downsample4.lq"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["f01", "f11", "f255", "u8"])
+def test_normalize_image_agrees_with_the_reference(name: str) -> None:
+    golden = load_file(GOLDEN)
+    ours = images.normalize_image(golden[f"inputs.normalize_image.{name}"])
+    torch.testing.assert_close(ours, golden[f"outputs.normalize_image.{name}"], rtol=0, atol=1e-6)
+
+
+# Tensors
+
+
+def test_tensor_round_trip_is_exact() -> None:
+    array = noise_picture(5, 7)
+    array[0, :2] = [[0, 0, 0], [255, 255, 255]]
+    tensor = images.to_tensor(Image.fromarray(array))
+    assert tensor.shape == (1, 3, 5, 7)
+    assert (tensor.min(), tensor.max()) == (-1.0, 1.0)
+    assert np.array_equal(np.asarray(images.to_pil(tensor)), array)
+
+
+def test_values_are_rounded_and_clamped() -> None:
+    levels = torch.tensor([99.4, 99.6, -5.0, 300.0])
+    picture = (levels / 127.5 - 1).view(1, 1, 2, 2).expand(1, 3, 2, 2)
+    assert images.to_array(picture)[..., 0].flatten().tolist() == [99, 100, 0, 255]
+
+
+def test_sixteen_bits() -> None:
+    picture = torch.tensor([-1.0, 1.0, 0.5, 1e-4]).view(1, 1, 2, 2).expand(1, 3, 2, 2)
+    array = images.to_array(picture, bits=16)
+    assert array.dtype == np.uint16
+    assert array[..., 0].flatten().tolist() == [0, 65535, 49151, 32771]
+
+
+def test_half_precision_is_widened_before_rounding() -> None:
+    array = noise_picture(8, 8)
+    tensor = images.to_tensor(Image.fromarray(array)).half()
+    assert np.array_equal(images.to_array(tensor), array)
+
+
+def test_batches() -> None:
+    assert [picture.size for picture in images.to_pils(torch.zeros(2, 3, 4, 6))] == [(6, 4), (6, 4)]
+
+
+# Reading
+
+
+def test_orientation() -> None:
+    array = noise_picture(4, 6)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it turned clockwise
+    data = bytes_of(Image.fromarray(array), "PNG", exif=exif)
+    assert np.array_equal(np.asarray(images.load_image(data)), np.rot90(array, -1))
+
+
+def test_colour_profile_to_srgb() -> None:
+    array = np.full((4, 4, 3), 128, np.uint8)
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    same = images.load_image(bytes_of(Image.fromarray(array), "PNG", icc_profile=srgb))
+    assert np.abs(np.asarray(same).astype(int) - 128).max() <= 1
+    # A profile that does not fit the picture, and one that is no profile, are passed over.
+    for profile in (lab, b"no profile at all"):
+        kept = images.load_image(bytes_of(Image.fromarray(array), "PNG", icc_profile=profile))
+        assert np.array_equal(np.asarray(kept), array)
+
+
+def test_a_wide_colour_space_changes_the_values() -> None:
+    array = np.zeros((4, 4, 4), np.uint8)
+    array[..., 0] = 200
+    picture = images.load_image(bytes_of(Image.fromarray(array, "CMYK"), "JPEG", quality=100))
+    assert picture.mode == "RGB"
+
+
+def test_transparency_on_white() -> None:
+    for mode, colour in (("RGBA", (255, 0, 0, 0)), ("LA", (0, 0))):
+        data = bytes_of(Image.new(mode, (3, 3), colour), "PNG")
+        assert np.asarray(images.load_image(data)).min() == 255
+    half = np.asarray(images.load_image(bytes_of(Image.new("RGBA", (3, 3), (0, 0, 0, 128)), "PNG")))
+    assert abs(int(half[0, 0, 0]) - 127) <= 1
+    palette = Image.new("P", (3, 3), 0)
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    assert images.load_image(bytes_of(palette, "PNG", transparency=0)).getpixel((0, 0)) == (255, 255, 255)
+    assert images.load_image(bytes_of(palette, "PNG")).getpixel((0, 0)) == (10, 20, 30)
+
+
+def test_grey_and_sixteen_bit_grey() -> None:
+    grey = images.load_image(bytes_of(Image.new("L", (3, 3), 77), "PNG"))
+    assert grey.getpixel((1, 1)) == (77, 77, 77)
+    deep = np.array([[0, 65535], [32768, 257 * 100 + 120]], np.uint16)
+    read = np.asarray(images.load_image(bytes_of(Image.fromarray(deep), "PNG")))
+    assert read[..., 0].tolist() == [[0, 255], [128, 100]]
+    assert images.load_image(bytes_of(Image.new("1", (3, 3), 1), "PNG")).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_sources(tmp_path: Path) -> None:
+    array = noise_picture(4, 6)
+    path = tmp_path / "a.png"
+    Image.fromarray(array).save(path)
+    tensor = images.to_tensor(Image.fromarray(array))
+    for source in (path, str(path), path.read_bytes(), Image.fromarray(array), tensor, tensor[0]):
+        assert np.array_equal(np.asarray(images.load_image(source)), array)
+        torch.testing.assert_close(images.load_tensor(source), tensor)
+
+
+def test_the_first_frame_of_an_animation(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert images.load_image(tmp_path / "a.gif").getpixel((0, 0)) == (255, 0, 0)
+
+
+# Sizes
+
+
+def test_centre_crop() -> None:
+    picture = torch.arange(3 * 35 * 50, dtype=torch.float32).view(1, 3, 35, 50)
+    cropped = images.centre_crop(picture, 16)
+    assert torch.equal(cropped, picture[:, :, 1:33, 1:49])
+    with pytest.raises(SizeError, match="at least 64x64"):
+        images.centre_crop(picture, 64)
+
+
+@pytest.mark.parametrize(("height", "width"), [(35, 50), (3, 17), (1, 1), (32, 48)])
+def test_pad_and_crop_back(height: int, width: int) -> None:
+    picture = torch.rand(1, 3, height, width)
+    padded, padding = images.pad_to_multiple(picture, 16)
+    assert padded.shape[2] % 16 == padded.shape[3] % 16 == 0
+    assert torch.equal(padded[..., :height, :width], picture)
+    enlarged = padded.repeat_interleave(4, -1).repeat_interleave(4, -2)
+    assert images.crop_back(enlarged, padding, scale=4).shape[-2:] == (4 * height, 4 * width)
+    with pytest.raises(SizeError, match="cannot be cropped back"):
+        images.crop_back(picture, padding, scale=4)
+
+
+def test_resizing() -> None:
+    flat = torch.full((2, 3, 9, 12), 0.25)
+    for method in ("bicubic", "area", "lanczos"):
+        sized = images.resize(flat, 5, 7, method=method)
+        torch.testing.assert_close(sized, torch.full((2, 3, 5, 7), 0.25))
+    picture = torch.rand(1, 3, 8, 8) * 2 - 1
+    exact = Image.fromarray(picture[0, 0].numpy()).resize((32, 32), Image.Resampling.LANCZOS)
+    torch.testing.assert_close(images.lanczos(picture, 4)[0, 0], torch.from_numpy(np.array(exact)).clamp(-1, 1))
+    with pytest.raises(SettingError, match="not 'nearest'"):
+        images.resize(flat, 5, 7, method="nearest")
+    with pytest.raises(SizeError, match="positive sides"):
+        images.resize(flat, 0, 7)
+
+
+# Writing
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (700, 1001), (1, 4000), (4000, 1)])
+def test_png_is_exact(shape: tuple[int, int], workers: int) -> None:
+    for array in (noise_picture(*shape), smooth_picture(*shape), np.zeros((*shape, 3), np.uint8)):
+        data = b"".join(encode_png(array, {}, workers=workers))
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()  # checks every checksum
+            assert np.array_equal(np.asarray(image), array)
+
+
+def test_png_of_sixteen_bits_is_exact() -> None:
+    """Pillow reads no 16-bit colour, so grey shows that bytes and filters are right, and colour its high bytes."""
+    deep = np.random.default_rng(0).integers(0, 65536, (300, 500, 3), dtype=np.uint16)
+    grey = Image.open(io.BytesIO(b"".join(encode_png(deep[..., :1], {}))))
+    assert np.array_equal(np.asarray(grey), deep[..., 0])
+    colour = np.asarray(Image.open(io.BytesIO(b"".join(encode_png(deep, {})))))
+    assert np.array_equal(colour, (deep >> 8).astype(np.uint8))
+
+
+def test_png_writer_leaves_no_threads_and_is_quicker_than_pillow(tmp_path: Path) -> None:
+    array = np.asarray(Image.fromarray(noise_picture(64, 64)).resize((1024, 1024), Image.Resampling.BICUBIC))
+    array = np.clip(array.astype(np.int16) + noise_picture(1024, 1024) % 5, 0, 255).astype(np.uint8)
+    before = threading.active_count()
+    start = time.process_time()
+    images.save_image(tmp_path / "ours.png", array)
+    ours = time.process_time() - start
+    assert threading.active_count() == before
+    start = time.process_time()
+    Image.fromarray(array).save(tmp_path / "pillow.png")
+    assert ours < time.process_time() - start
+    assert (tmp_path / "ours.png").stat().st_size < 1.15 * (tmp_path / "pillow.png").stat().st_size
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.jpg", "a.JPEG"])
+def test_recipe_round_trip(tmp_path: Path, name: str) -> None:
+    path = images.save_image(tmp_path / name, Image.fromarray(smooth_picture(40, 56)), recipe=RECIPE)
+    assert images.read_recipe(path) == RECIPE
+    assert images.load_image(path).size == (56, 40)
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+    bare = images.save_image(tmp_path / f"b{name}", Image.fromarray(smooth_picture(40, 56)))
+    assert images.read_recipe(bare) is None
+
+
+def test_recipe_survives_pillow(tmp_path: Path) -> None:
+    """A PNG that another tool has written anew, with its texts."""
+    path = images.save_image(tmp_path / "a.png", Image.fromarray(smooth_picture(8, 8)), recipe={"seed": 1})
+    with Image.open(path) as image:
+        assert image.text["pidecode"] == '{"seed": 1}'
+
+
+def test_sixteen_bit_file(tmp_path: Path) -> None:
+    picture = torch.rand(1, 3, 20, 30) * 2 - 1
+    path = images.save_image(tmp_path / "a.png", picture, bits=16, recipe=RECIPE)
+    assert path.read_bytes()[24] == 16
+    assert images.read_recipe(path) == RECIPE
+    assert np.abs(np.asarray(images.load_image(path)).astype(int) - images.to_array(picture)).max() <= 1
+
+
+def test_quality_acts(tmp_path: Path) -> None:
+    picture = Image.fromarray(smooth_picture(64, 64))
+    for name in ("a.jpg", "a.webp"):
+        low = images.save_image(tmp_path / f"low{name}", picture, quality=20)
+        high = images.save_image(tmp_path / f"high{name}", picture)
+        assert low.stat().st_size < high.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("a.bmp", {}, "choose one of these endings"),
+        ("a.png", {"quality": 90}, "takes none"),
+        ("a.jpg", {"quality": 101}, "1 to 100"),
+        ("a.webp", {"bits": 16}, "needs a .png file"),
+        ("a.png", {"bits": 12}, "8 or 16 bits"),
+        ("a.png", {"recipe": {"x": float("nan")}}, "JSON cannot"),
+        ("a.png", {"recipe": {"x": object()}}, "JSON cannot"),
+        ("a.jpg", {"recipe": {"x": "y" * 70_000}}, "Write a .png"),
+    ],
+)
+def test_settings_that_cannot_act_are_refused(tmp_path: Path, name: str, options: Any, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        images.save_image(tmp_path / name, torch.zeros(1, 3, 8, 8), **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sides_a_format_cannot_hold(tmp_path: Path) -> None:
+    with pytest.raises(SizeError, match=r"WEBP holds sides up to 16383 pixels; 16400 need a \.png"):
+        images.save_image(tmp_path / "a.webp", np.zeros((1, 16400, 3), np.uint8))
+    images.save_image(tmp_path / "a.png", np.zeros((1, 16400, 3), np.uint8))
+
+
+def test_existing_files_stay(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"mine")
+    with pytest.raises(FileError, match="--overwrite"):
+        images.save_image(path, torch.zeros(1, 3, 8, 8))
+    assert path.read_bytes() == b"mine"
+    images.save_image(path, torch.zeros(1, 3, 8, 8), overwrite=True)
+    assert images.load_image(path).size == (8, 8)
