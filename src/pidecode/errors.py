@@ -13,6 +13,7 @@ PidecodeError
 ├── MissingDependencyError  an optional package that is not installed (also an ImportError)
 ├── DoesNotFitError         more memory than there is
 ├── TrainingError           a training run that had to stop
+├── BusyError               a server whose line is full
 └── Cancelled               the caller asked to stop
 
 Each message says what came, what was expected, and the mend.
@@ -83,6 +84,16 @@ class TrainingError(PidecodeError):
     """A training run that had to stop; what was saved is intact."""
 
     exit_code = 8
+
+
+class BusyError(PidecodeError):
+    """The line in front of a device is full; `retry_after` says in how many seconds to ask again."""
+
+    exit_code = 9
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class Cancelled(PidecodeError):  # noqa: N818 - an outcome, not a fault

@@ -122,14 +122,17 @@ class Latent:
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], *, space: str | None = None, sigma: float | Tensor | None = None
+        cls, path: str | os.PathLike[str] | bytes, *, space: str | None = None, sigma: float | Tensor | None = None
     ) -> Latent:
         """Read a latent that `save` wrote; a foreign .safetensors file of one tensor if `space` is given.
+
+        path: of the file, or its bytes.
 
         space and sigma settle what a file does not say; where the file says otherwise, that is an error.
         A foreign tensor must be normalised. Raises FileError for a broken file, LatentError for its content.
         """
         stored = storage.read_latent(path)
+        path = storage.IN_MEMORY if isinstance(path, bytes) else path
         if stored.record is None:
             if space is None:
                 raise LatentError(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -21,6 +22,8 @@ from pidecode.files import atomic_write
 FORMAT = 1
 METADATA_KEY = "pidecode_latent"
 TENSOR_NAME = "latent"
+IN_MEMORY = "The latent file"
+"""What messages call a file that came as bytes."""
 # Far above any honest header of one tensor and its captions.
 MAX_HEADER_BYTES = 1 << 20
 
@@ -65,12 +68,13 @@ def write_latent(
         file.write(data)
 
 
-def read_latent(path: str | os.PathLike[str]) -> StoredLatent:
-    """Read a latent file. The header is checked against the file before anything is allocated.
+def read_latent(source: str | os.PathLike[str] | bytes) -> StoredLatent:
+    """Read a latent file, by its path or from its bytes. The header is checked before anything is allocated.
 
     Raises FileError for what is no sound .safetensors file, LatentError for one that holds no usable latent.
     """
-    header = read_header(path)
+    path = IN_MEMORY if isinstance(source, bytes) else source
+    header = read_header(source)
     note = header.pop("__metadata__", {}).get(METADATA_KEY)
     record = None if note is None else _parse_record(note, path)
     name = _tensor_name(header, path, ours=record is not None)
@@ -78,20 +82,25 @@ def read_latent(path: str | os.PathLike[str]) -> StoredLatent:
     if kind not in _ITEM_BYTES:
         raise LatentError(f"The tensor of {path} is {kind}; a latent is one of {', '.join(_ITEM_BYTES)}.")
     try:
-        with safetensors.safe_open(os.fspath(path), framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-    except (safetensors.SafetensorError, OSError, RuntimeError, ValueError) as error:
+        if isinstance(source, bytes):
+            tensor: Tensor = safetensors.torch.load(source)[name]
+        else:
+            with safetensors.safe_open(os.fspath(source), framework="pt") as file:
+                tensor = file.get_tensor(name)
+    except (safetensors.SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise FileError(f"{path} could not be read as .safetensors: {error}.") from error
     if record is not None and (tensor.ndim != 4 or len(record.sigma) != tensor.shape[0]):
         raise LatentError(f"{path} contradicts itself: {len(record.sigma)} sigmas for a tensor {list(tensor.shape)}.")
     return StoredLatent(tensor=tensor, record=record)
 
 
-def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The header of a .safetensors file, at most 1 MiB of it; every tensor lies inside the file.
+def read_header(path: str | os.PathLike[str] | bytes) -> dict[str, Any]:
+    """The header of a .safetensors file (path or bytes), at most 1 MiB of it; every tensor lies inside the file.
 
     Raises FileError otherwise.
     """
+    if isinstance(path, bytes):
+        return _checked_header(io.BytesIO(path), len(path), IN_MEMORY)
     try:
         if not Path(path).is_file():  # a pipe would block for ever
             raise FileError(f"{path} is not a file; give a .safetensors file.")
