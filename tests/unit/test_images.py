@@ -206,6 +206,17 @@ def test_png_is_exact(shape: tuple[int, int], workers: int) -> None:
             assert np.array_equal(np.asarray(image), array)
 
 
+def test_pages_stay_small() -> None:
+    """Flat surfaces with sharp marks, next to bands of noise, in one file."""
+    page = np.full((1200, 900, 3), 250, np.uint8)
+    page[::30, 50:850:7] = 10
+    page[800:] = noise_picture(400, 900)
+    data = b"".join(encode_png(page[:800], {}))
+    assert len(data) < 20_000
+    mixed = b"".join(encode_png(page, {}))
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(mixed))), page)
+
+
 def test_png_of_sixteen_bits_is_exact() -> None:
     """Pillow reads no 16-bit colour, so grey shows that bytes and filters are right, and colour its high bytes."""
     deep = np.random.default_rng(0).integers(0, 65536, (300, 500, 3), dtype=np.uint16)

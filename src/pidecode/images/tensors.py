@@ -40,8 +40,10 @@ def to_array(picture: Tensor, *, bits: int = 8) -> NDArray[Any]:
         )
     top = 2**bits - 1
     levels = wide.clamp(-1.0, 1.0).add_(1.0).mul_(top / 2).round_().clamp_(0, top)
-    array: NDArray[Any] = levels.to(torch.int32).permute(1, 2, 0).cpu().numpy()
-    return np.ascontiguousarray(array, dtype=np.uint8 if bits == 8 else np.uint16)
+    # torch knows little of uint16, so 16 bits take the way round.
+    whole = levels.to(torch.uint8 if bits == 8 else torch.int32)
+    array: NDArray[Any] = whole.permute(1, 2, 0).contiguous().cpu().numpy()
+    return array if bits == 8 else array.astype(np.uint16)
 
 
 def to_pil(picture: Tensor) -> Image.Image:
