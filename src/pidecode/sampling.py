@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pidecode.errors import SettingError
 from pidecode.facts.architecture import Prediction
-from pidecode.facts.checkpoints import STUDENT_TIMES
+from pidecode.facts.checkpoints import STUDENT_TIMES, StudentKind
 
 SINGLE_STEP_TIME = 1.0
 """One step alone starts from pure noise instead of the list's first entry."""
@@ -29,8 +28,6 @@ TIMESCALE = 1000.0
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """Noisy picture `[B, 3, H, W]` and flow time times 1000 `[B]` to the network's output, same shape as the picture."""
-
-StudentKind = Literal["sde", "ode"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,9 @@ REPOSITORY = "nvidia/PiD"
 TEXT_ENCODER = "Efficient-Large-Model/gemma-2-2b-it"
 """Hub repository of the text encoder the official code loads (an ungated copy of google/gemma-2-2b-it)."""
 
+StudentKind = Literal["sde", "ode"]
+"""A student renoises after every step ("sde") or follows the flow ("ode")."""
+
 STUDENT_TIMES = (0.999, 0.866, 0.634, 0.342, 0.0)
 """Flow times of the distilled 4-step schedule (SPEC.md section 3)."""
 

@@ -12,9 +12,10 @@ from pidecode.images.geometry import (
 )
 from pidecode.images.read import MAX_PIXELS, ImageSource, load_image, load_tensor
 from pidecode.images.tensors import normalize_image, to_array, to_pil, to_pils, to_tensor
-from pidecode.images.write import read_recipe, save_image
+from pidecode.images.write import KEYWORD, read_recipe, save_image
 
 __all__ = [
+    "KEYWORD",
     "MAX_PIXELS",
     "ImageSource",
     "Padding",

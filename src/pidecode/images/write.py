@@ -44,6 +44,7 @@ def save_image(
 
     image: Pillow RGB, a tensor `[3, H, W]` or `[1, 3, H, W]` in [-1, 1], or an array `[H, W, 3]` uint8 or uint16.
     recipe: how it was made, JSON values; kept in the file (PNG text "pidecode", else the EXIF user comment).
+        Default: what a Pillow picture made by a decoder carries in `.info["pidecode"]`.
     bits: 16 for PNG from a tensor or uint16 array.
     quality: 1 to 100 for WebP and JPEG, 95 if not given.
 
@@ -62,6 +63,8 @@ def save_image(
     longest = _LONGEST.get(kind)
     if longest is not None and max(array.shape[:2]) > longest:
         raise SizeError(f"{kind} holds sides up to {longest} pixels; {max(array.shape[:2])} need a .png file.")
+    if recipe is None and isinstance(image, Image.Image):
+        recipe = image.info.get(KEYWORD)
     text = None if recipe is None else _recipe_text(recipe)
     with atomic_write(target, overwrite=overwrite) as file:
         if kind == "PNG":

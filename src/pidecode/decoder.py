@@ -1,0 +1,423 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The waist: PixelDecoder knows all parts and joins them into one way from a latent to a picture."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal, Unpack, cast
+
+import torch
+from torch import Tensor
+
+from pidecode import __version__, images
+from pidecode.captions import CaptionStates, TextEncoder, negative_prompt, ready_states
+from pidecode.devices import pick_device
+from pidecode.errors import LatentError, SettingError, SizeError
+from pidecode.facts.checkpoints import CHECKPOINTS, Checkpoint, FlowShift
+from pidecode.facts.sizes import size_advice
+from pidecode.facts.spaces import LatentSpace, get_space
+from pidecode.latents.latent import Latent
+from pidecode.model.network import Condition, PixelNet
+from pidecode.sampling import NoiseStream, OnStep, guided, sample_student, sample_teacher
+from pidecode.settings import LARGEST_TRAINED_SIGMA, DecodeSettings, Settings
+from pidecode.weights.build import build_network
+from pidecode.weights.detect import Hints, detect
+from pidecode.weights.identity import Identity
+from pidecode.weights.locate import locate
+from pidecode.weights.read import read_weights
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Output = Literal["pil", "pt"]
+Fit = Literal["pad", "crop"]
+Encode = Callable[[Tensor], Tensor]
+"""Pictures `[B, 3, H, W]` in [-1, 1] to normalised latents."""
+
+DEFAULT_SHIFT = FlowShift(base=6.0, size=2048)
+"""A teacher's flow shift where nothing else is known (SPEC.md section 3)."""
+
+TEACHER_STEPS = 25
+TEACHER_GUIDANCE = 5.0
+STRENGTH_STREAM = 1 << 32
+"""Added to the seed for the noise that `sigma=` puts into a clean latent: a stream of its own."""
+
+
+class PixelDecoder:
+    """A PiD network with everything around it: latents in, pictures out.
+
+    net: the network, on its device and in its type.
+    identity: what the weights are: student or teacher, and of which latent space.
+    name: what to call it in messages and recipes.
+    encoder: pictures to latents of that space, for `encode` and `upscale`; None if there is none at hand.
+    text: the caption encoder, for networks with a text stream; None needs `caption_states`.
+
+    A decoder is not safe to use from several threads at once; give each its own, or take turns.
+    """
+
+    def __init__(
+        self,
+        net: PixelNet,
+        identity: Identity,
+        *,
+        name: str = "this decoder",
+        encoder: Encode | None = None,
+        text: TextEncoder | None = None,
+    ) -> None:
+        if identity.kind not in ("student", "teacher") or identity.space is None:
+            raise SettingError(
+                f"{name} is a {identity.kind} of space {identity.space}; a decoder is a student or a teacher of one."
+            )
+        self.net = net
+        self.identity = identity
+        self.name = name
+        self.space: LatentSpace = get_space(identity.space)
+        self.encoder = encoder
+        self.text = text
+        if self.space.channels != net.config.latent_channels:
+            raise SettingError(
+                f"{name} takes latents of {net.config.latent_channels} channels, but those of space {self.space.name} "
+                f"have {self.space.channels}. Name the right space when loading it."
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | PathLike[str],
+        *,
+        space: str | None = None,
+        variant: str | None = None,
+        kind: Literal["student", "teacher"] | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        encoder: str | PathLike[str] | None = None,
+    ) -> PixelDecoder:
+        """Load a decoder that is on this machine; `pidecode pull` fetches the official ones.
+
+        name_or_path: "tiny" (ships with the package), a file (.safetensors or official .pth), or the hub repository
+            "nvidia/PiD" with `space` and, unless its default will do, `variant`.
+        space, variant, kind: what the file itself cannot say; see `pidecode models`.
+        device: the best there is, unless named. dtype: bfloat16 on a GPU and float32 elsewhere, unless named.
+        encoder: the space's own encoder, a file or folder, where it does not lie where `pidecode pull` puts it.
+
+        Raises SettingError when something must be named, CheckpointError when the file is not what it should be,
+        DownloadError when it is not on this machine.
+        """
+        chosen = pick_device(device)
+        found = locate(str(name_or_path), space=space, variant=variant, kind=kind)
+        file = read_weights(found.path)
+        identity = detect(file, Hints(space=found.space, variant=found.variant, kind=found.kind))
+        if dtype is None:
+            dtype = torch.bfloat16 if chosen.type not in ("cpu", "mps") else torch.float32
+        assert identity.config is not None
+        net = build_network(file.tensors, identity.config, dtype=dtype, device=chosen, source=str(found.path))
+        return cls(
+            net,
+            identity,
+            name=found.name,
+            encoder=_find_encoder(encoder or found.encoder, identity.space, chosen, dtype),
+            text=TextEncoder(device=chosen, states=CaptionStates()) if net.config.has_text else None,
+        )
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """The row of the released file it comes from, if it comes from one."""
+        return CHECKPOINTS.get((self.space.name, self.identity.variant or "", cast(Any, self.identity.kind)))
+
+    @property
+    def scale(self) -> int:
+        """Output pixels per pixel of the picture the latent stands for, along each side."""
+        return self.net.config.scale
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.net.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the weights."""
+        return self.net.dtype
+
+    def encode(
+        self, picture: images.ImageSource, *, caption: str | Sequence[str] | None = None, fit: Fit = "crop"
+    ) -> Latent:
+        """A picture as a clean latent of this decoder's space.
+
+        picture: a path, bytes, a PIL image, or a tensor `[B, 3, H, W]` (or `[3, H, W]`) in [-1, 1].
+        fit: "crop" centre-crops the sides to the multiple the encoder needs, "pad" mirrors the edges out to it.
+        Raises ImageError for what is no picture, SizeError for one that is too small, SettingError without encoder.
+        """
+        tensor, _ = self._fit(images.load_tensor(picture), fit)
+        return self._encode(tensor, caption)
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        latent: Latent,
+        caption: str | Sequence[str] | None = None,
+        *,
+        output: Output = "pil",
+        on_step: OnStep | None = None,
+        **settings: Unpack[DecodeSettings],
+    ) -> Image | list[Image] | Tensor:
+        """A latent as a picture: nothing but the latent and the caption informs it.
+
+        latent: of this decoder's space, normalised.
+        caption: one for all, or one per latent; default the latent's own. Networks without text take none.
+        output: "pil" for an image (a list if the batch holds more than one) that carries its recipe, or "pt" for a
+            float32 tensor `[B, 3, H, W]` in [-1, 1].
+        on_step: called after each step with the current estimate; raise `errors.Cancelled` in it to stop.
+        settings: see `Settings`.
+
+        The same seed gives the same picture on the same device and versions; on another device the noise is the
+        same and the arithmetic differs by rounding. Raises LatentError, SettingError or SizeError for what does not
+        fit, Cancelled if told to stop.
+        """
+        chosen = Settings.of(settings)
+        if output not in ("pil", "pt"):
+            raise SettingError(f"output is {output!r}; it must be 'pil' or 'pt'.")
+        latent = self._captioned(self._checked(latent, chosen), caption)
+        width, height = self._size(latent, chosen)
+        pixels = self._run(latent, (height, width), chosen, on_step)
+        return self._delivered(pixels, latent, chosen, output)
+
+    def upscale(
+        self,
+        picture: images.ImageSource,
+        caption: str | Sequence[str] | None = None,
+        *,
+        fit: Fit = "pad",
+        output: Output = "pil",
+        on_step: OnStep | None = None,
+        **settings: Unpack[DecodeSettings],
+    ) -> Image | list[Image] | Tensor:
+        """Encode a picture and decode it `scale` times larger.
+
+        fit: "pad" (default) mirrors the edges out to the encoder's multiple and cuts the result back, so that it
+            is exactly `scale` times the picture; "crop" centre-crops instead, and the result is `scale` times that.
+        For the rest see `encode` and `decode`.
+        """
+        tensor, kept = self._fit(images.load_tensor(picture), fit)
+        if "size" in settings:
+            raise SettingError(
+                f"upscale makes {self.scale} times the picture, so size cannot act; resize before or after."
+            )
+        latent = self._encode(tensor, caption)
+        pixels = self.decode(latent, output="pt", on_step=on_step, **settings)
+        assert isinstance(pixels, Tensor)
+        if kept is not None:
+            pixels = images.crop_back(pixels, kept, scale=self.scale)
+        return self._delivered(pixels, latent, Settings.of(settings), output)
+
+    def _fit(self, tensor: Tensor, fit: Fit) -> tuple[Tensor, images.Padding | None]:
+        """The picture at a size the encoder takes, and what to cut off the result again, if anything."""
+        space = self.space
+        if fit not in ("pad", "crop"):
+            raise SettingError(f"fit is {fit!r}; it must be 'pad' or 'crop'.")
+        if space.fixed_input is not None:
+            return images.resize(tensor, space.fixed_input, space.fixed_input).clamp(-1, 1), None
+        if fit == "crop":
+            return images.centre_crop(tensor, space.input_multiple), None
+        return images.pad_to_multiple(tensor, space.input_multiple)
+
+    @torch.inference_mode()
+    def _encode(self, tensor: Tensor, caption: str | Sequence[str] | None) -> Latent:
+        if self.encoder is None:
+            raise SettingError(
+                f"{self.name} came without an encoder, so it decodes latents but cannot take pictures. Fetch one "
+                f"with `pidecode pull {self.space.name}`, or pass encoder= to from_pretrained()."
+            )
+        cells = self.encoder(tensor.to(self.device))
+        texts = caption if caption is None or isinstance(caption, str) else tuple(caption)
+        return Latent(cells, self.space.name, 0.0, texts)
+
+    def _checked(self, latent: Latent, chosen: Settings) -> Latent:
+        if not isinstance(latent, Latent):
+            raise LatentError(
+                f"decode takes a Latent; got {type(latent).__name__}. Say what the tensor is: "
+                f"pidecode.Latent(tensor, space={self.space.name!r}, sigma=0.0)."
+            )
+        if latent.space != self.space.name:
+            raise LatentError(
+                f"This decoder is for space {self.space.name}; the latent is of space {latent.space}. Load the decoder "
+                f"for {latent.space}, or encode the picture again with this one."
+            )
+        self._refuse_idle(chosen)
+        latent = latent.to(self.device, torch.float32)
+        if chosen.sigma is None:
+            return latent
+        if not 0.0 <= chosen.sigma <= LARGEST_TRAINED_SIGMA:
+            raise SettingError(
+                f"sigma is {chosen.sigma:g}; the networks were trained from 0 to {LARGEST_TRAINED_SIGMA}. To label "
+                "a latent that already holds noise, give sigma to Latent() instead."
+            )
+        return latent.noised(chosen.sigma, seed=chosen.seeds(1)[0] + STRENGTH_STREAM) if chosen.sigma else latent
+
+    def _refuse_idle(self, chosen: Settings) -> None:
+        """A setting that cannot act is an error, not ignored."""
+        student = self.identity.kind == "student"
+        idle = ("guidance", "shift", "negative_caption") if student else ("sampler",)
+        for name in idle:
+            if getattr(chosen, name) is not None:
+                other = "teachers" if student else "students"
+                raise SettingError(
+                    f"{name} acts on {other} only, and {self.name} is a {self.identity.kind}; leave it out."
+                )
+
+    def _size(self, latent: Latent, chosen: Settings) -> tuple[int, int]:
+        """Width and height of the output."""
+        natural_height, natural_width = latent.output_size
+        width, height = chosen.size or (natural_width, natural_height)
+        self.net.grid_of(height, width)
+        if not 0.5 <= (width * natural_height) / (height * natural_width) <= 2:
+            raise SizeError(
+                f"{width}x{height} stretches a {natural_width}x{natural_height} picture more than twofold; "
+                "choose a size of its shape."
+            )
+        advice = size_advice(self.checkpoint, height, width) if self.checkpoint else None
+        if advice:
+            warnings.warn(advice, stacklevel=4)
+        return width, height
+
+    def _run(
+        self,
+        latent: Latent,
+        size: tuple[int, int],
+        chosen: Settings,
+        on_step: OnStep | None,
+    ) -> Tensor:
+        net, batch = self.net, len(latent)
+        grid = net.grid_of(*size)
+        draw = NoiseStream(chosen.seeds(batch), (3, *size), self.device)
+        states = self._states(latent.captions, chosen.caption_states, batch)
+        condition = net.prepare(grid, states, latent.tensor, latent.sigmas)
+        prediction = net.config.prediction
+        if self.identity.kind == "student":
+            pixels = sample_student(
+                lambda x, t: net.denoise(x, t, condition),
+                draw,
+                steps=4 if chosen.steps is None else chosen.steps,
+                kind=chosen.sampler or "sde",
+                prediction=prediction,
+                on_step=on_step,
+            )
+        else:
+            pixels = self._run_teacher(latent, condition, draw(), chosen, on_step)
+        if not torch.isfinite(pixels).all():
+            raise LatentError(
+                "The network answered with NaN or infinite values. Decode in float32 (dtype=torch.float32); if that "
+                "helps, this device's half-precision attention is at fault."
+            )
+        return pixels.clamp_(-1, 1)
+
+    def _run_teacher(
+        self,
+        latent: Latent,
+        grid: tuple[int, int],
+        condition: Condition,
+        noise: Tensor,
+        chosen: Settings,
+        on_step: OnStep | None,
+    ) -> Tensor:
+        net = self.net
+        guidance = TEACHER_GUIDANCE if chosen.guidance is None else chosen.guidance
+        without = condition
+        if guidance != 1.0:
+            negative = negative_prompt() if chosen.negative_caption is None else chosen.negative_caption
+            states = self._states((negative,) * len(latent), None, len(latent))
+            without = net.prepare(condition.grid, states, latent.tensor, latent.sigmas)
+        shift = chosen.shift
+        if shift is None:
+            trained = self.checkpoint.shift if self.checkpoint else None
+            shift = (trained or DEFAULT_SHIFT).at(*noise.shape[-2:])
+        return sample_teacher(
+            guided(lambda x, t: net.denoise(x, t, condition), lambda x, t: net.denoise(x, t, without), guidance),
+            noise,
+            steps=TEACHER_STEPS if chosen.steps is None else chosen.steps,
+            shift=shift,
+            prediction=net.config.prediction,
+            on_step=on_step,
+        )
+
+    def _captioned(self, latent: Latent, caption: str | Sequence[str] | None) -> Latent:
+        """The latent with the caption it is decoded with."""
+        if caption is None:
+            return latent
+        if not self.net.config.has_text:
+            raise SettingError(f"{self.name} has no text stream, so a caption cannot act; leave it out.")
+        texts = caption if isinstance(caption, str) else tuple(caption)
+        return Latent(latent.tensor, latent.space, latent.sigma, texts, latent.seed)
+
+    def _states(self, captions: Sequence[str | None], ready: Tensor | None, batch: int) -> Tensor | None:
+        """Text states `[batch, tokens, text_dim]`, or None for networks without text."""
+        config = self.net.config
+        if not config.has_text:
+            if ready is not None:
+                raise SettingError(f"{self.name} has no text stream, so caption_states cannot act; leave them out.")
+            return None
+        if ready is not None:
+            states = ready_states(ready, length=config.text_length, width=config.text_dim)
+            if len(states) not in (1, batch):
+                raise SettingError(f"There are caption states for {len(states)} pictures, and {batch} latents.")
+            return states.to(self.device).expand(batch, -1, -1)
+        if self.text is None:
+            raise SettingError(
+                f"{self.name} reads captions, and has no text encoder here. Fetch it with `pidecode pull "
+                f"{self.space.name}`, pass text= to from_pretrained(), or pass ready-made caption_states=."
+            )
+        return self.text.encode([caption or "" for caption in captions]).to(self.device)
+
+    def _delivered(
+        self, pixels: Tensor, latent: Latent, chosen: Settings, output: Output
+    ) -> Image | list[Image] | Tensor:
+        """Pixels in the form asked for; pictures carry their recipe in `.info["pidecode"]`."""
+        if output == "pt":
+            return pixels
+        pictures = images.to_pils(pixels)
+        for index, picture in enumerate(pictures):
+            picture.info[images.KEYWORD] = self._recipe(latent[index], chosen, index, picture.size)
+        return pictures[0] if len(pictures) == 1 else pictures
+
+    def _recipe(self, latent: Latent, chosen: Settings, index: int, size: tuple[int, int]) -> dict[str, Any]:
+        """Everything needed to make this picture again."""
+        recipe: dict[str, Any] = {
+            "model": self.name,
+            "variant": self.identity.variant,
+            "space": self.space.name,
+            "licence": self.identity.licence,
+            "kind": self.identity.kind,
+            "sigma": float(latent.sigmas[0]) if chosen.sigma is None else chosen.sigma,
+            "seed": chosen.seed + index if isinstance(chosen.seed, int) else chosen.seed[index],
+            "width": size[0],
+            "height": size[1],
+            "latent_seed": latent.seed,
+            "steps": chosen.steps or (4 if self.identity.kind == "student" else TEACHER_STEPS),
+            "sampler": (chosen.sampler or "sde") if self.identity.kind == "student" else "dpm-solver++",
+            "guidance": chosen.guidance,
+            "caption": latent.captions[0],
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "versions": {"pidecode": __version__, "torch": torch.__version__},
+        }
+        return {key: value for key, value in recipe.items() if value is not None}
+
+
+def _find_encoder(
+    path: str | PathLike[str] | None, space: str | None, device: torch.device, dtype: torch.dtype
+) -> Encode | None:
+    """The space's encoder, loaded when the first picture comes; None where there is none on this machine."""
+    if path is None or space is None:
+        return None
+    loaded: list[Encode] = []
+
+    def encode(pictures: Tensor) -> Tensor:
+        if not loaded:
+            from pidecode.latents.encoders import load_encoder
+
+            loaded.append(load_encoder(space, path, device=device, dtype=dtype))
+        return loaded[0](pictures)
+
+    return encode

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The waist: what `decode`, `upscale` and `from_pretrained` promise, on small networks of the real classes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pidecode import PixelDecoder
+from pidecode.errors import Cancelled, CheckpointError, LatentError, SettingError, SizeError
+from pidecode.facts.architecture import NetConfig, miniature
+from pidecode.images import read_recipe, save_image
+from pidecode.latents.latent import Latent
+from pidecode.model.network import PixelNet
+from pidecode.sampling import Step
+from pidecode.weights.identity import Identity
+
+FLUX2 = miniature(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
+
+
+def random_weights(config: NetConfig) -> PixelNet:
+    torch.manual_seed(0)
+    net = PixelNet(config).requires_grad_(False).eval()
+    for parameter in net.parameters():
+        parameter.normal_(std=0.2) if parameter.ndim else parameter.fill_(1.0)
+    return net
+
+
+def quarter_means(pictures: Tensor) -> Tensor:
+    """A stand-in encoder: block means of the picture in the latent's place; sizes as FLUX.2's."""
+    cells = torch.nn.functional.avg_pool2d(pictures, 16)
+    return cells.repeat(1, 43, 1, 1)[:, :128]
+
+
+@pytest.fixture
+def decoder() -> PixelDecoder:
+    identity = Identity(kind="student", config=FLUX2, space="flux2", licence="Apache-2.0")
+    return PixelDecoder(random_weights(FLUX2), identity, name="small", encoder=quarter_means)
+
+
+@pytest.fixture
+def captioned() -> PixelDecoder:
+    config = miniature()
+    return PixelDecoder(random_weights(config), Identity(kind="student", config=config, space="flux"), name="captioned")
+
+
+@pytest.fixture
+def latent() -> Latent:
+    return Latent(torch.randn(1, 128, 1, 2, generator=torch.Generator().manual_seed(1)), "flux2")
+
+
+def test_a_latent_becomes_a_picture_sixty_four_times_its_grid(decoder: PixelDecoder, latent: Latent) -> None:
+    picture = decoder.decode(latent, seed=3)
+    assert isinstance(picture, Image.Image)
+    assert picture.size == (128, 64)
+    pixels = decoder.decode(latent, seed=3, output="pt")
+    assert pixels.dtype == torch.float32
+    assert pixels.shape == (1, 3, 64, 128)
+    assert pixels.abs().max() <= 1
+
+
+def test_the_same_seed_gives_the_same_picture_and_another_another(decoder: PixelDecoder, latent: Latent) -> None:
+    first, again, other = (decoder.decode(latent, seed=seed, output="pt") for seed in (5, 5, 6))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_batch_equals_its_members(decoder: PixelDecoder) -> None:
+    batch = Latent(torch.randn(3, 128, 1, 1), "flux2", torch.tensor([0.0, 0.2, 0.4]))
+    together = decoder.decode(batch, seed=[4, 9, 2], output="pt")
+    for index, seed in enumerate((4, 9, 2)):
+        alone = decoder.decode(batch[index], seed=seed, output="pt")
+        assert torch.allclose(together[index], alone[0], atol=1e-5)
+    pictures = decoder.decode(batch, seed=10)
+    assert [picture.info["pidecode"]["seed"] for picture in pictures] == [10, 11, 12]
+
+
+def test_the_recipe_travels_with_the_file(decoder: PixelDecoder, latent: Latent, tmp_path: Path) -> None:
+    picture = decoder.decode(latent, seed=8, steps=2, sampler="ode")
+    save_image(tmp_path / "made.png", picture)
+    recipe = read_recipe(tmp_path / "made.png")
+    assert recipe is not None
+    assert {"seed": 8, "steps": 2, "sampler": "ode", "space": "flux2", "model": "small"}.items() <= recipe.items()
+    assert (recipe["width"], recipe["height"]) == (128, 64)
+    json.dumps(recipe)
+
+
+@pytest.mark.parametrize(("size", "expected"), [((32, 16), (32, 16)), ((37, 50), (37, 50)), ((5, 3), (5, 3))])
+def test_upscaling_returns_exactly_four_times_the_picture(
+    decoder: PixelDecoder, size: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    picture = decoder.upscale(Image.new("RGB", size, "teal"))
+    assert isinstance(picture, Image.Image)
+    assert picture.size == (4 * expected[0], 4 * expected[1])
+
+
+def test_cropping_is_stated_and_exact(decoder: PixelDecoder) -> None:
+    picture = decoder.upscale(Image.new("RGB", (37, 50)), fit="crop")
+    assert isinstance(picture, Image.Image)
+    assert picture.size == (4 * 32, 4 * 48)
+    assert decoder.encode(Image.new("RGB", (37, 50))).grid == (3, 2)
+
+
+def test_strength_noises_and_labels(decoder: PixelDecoder, latent: Latent) -> None:
+    plain = decoder.decode(latent, output="pt")
+    strong = decoder.decode(latent, sigma=0.5, output="pt")
+    assert not torch.equal(plain, strong)
+    assert torch.equal(plain, decoder.decode(latent, sigma=0.0, output="pt"))
+    with pytest.raises(SettingError, match=r"sigma is 0.9; .* 0.8"):
+        decoder.decode(latent, sigma=0.9)
+
+
+def test_progress_and_cancelling(decoder: PixelDecoder, latent: Latent) -> None:
+    seen: list[int] = []
+
+    def stop(step: Step) -> None:
+        seen.append(step.index)
+        if step.index == 3:
+            raise Cancelled("Stopped by the caller.")
+
+    with pytest.raises(Cancelled):
+        decoder.decode(latent, on_step=stop)
+    assert seen == [1, 2, 3]
+
+
+def test_a_captioned_network_takes_states_and_refuses_to_guess(captioned: PixelDecoder) -> None:
+    latent = Latent(torch.randn(2, 16, 2, 2), "flux")
+    states = torch.randn(1, 10, 16)
+    one = captioned.decode(latent, caption_states=states, output="pt")
+    other = captioned.decode(latent, caption_states=states + 1, output="pt")
+    assert not torch.equal(one, other)
+    with pytest.raises(SettingError, match="no text encoder here.*pidecode pull flux"):
+        captioned.decode(latent, "a cat")
+
+
+def test_a_teacher_runs_with_guidance() -> None:
+    config = miniature()
+    teacher = PixelDecoder(
+        random_weights(config), Identity(kind="teacher", config=config, space="flux"), name="teacher"
+    )
+    latent = Latent(torch.randn(1, 16, 2, 2), "flux")
+    states = torch.randn(1, 10, 16)
+    plain = teacher.decode(latent, caption_states=states, guidance=1.0, steps=3, output="pt")
+    assert plain.shape == (1, 3, 64, 64)
+    with pytest.raises(SettingError, match="sampler acts on students only"):
+        teacher.decode(latent, caption_states=states, sampler="sde")
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"steps": 5}, SettingError, "steps is 5"),
+        ({"guidance": 3.0}, SettingError, "guidance acts on teachers only"),
+        ({"caption": "a cat"}, SettingError, "no text stream"),
+        ({"caption_states": torch.zeros(1, 10, 16)}, SettingError, "no text stream"),
+        ({"size": (100, 64)}, SizeError, "nearest size that does is 96x64"),
+        ({"size": (64, 512)}, SizeError, "more than twofold"),
+        ({"output": "jpeg"}, SettingError, "output is 'jpeg'"),
+        ({"strength": 0.4}, SettingError, "no setting strength"),
+        ({"seed": [1, 2]}, SettingError, "2 seeds for 1 pictures"),
+    ],
+)
+def test_settings_that_cannot_act_are_refused(
+    decoder: PixelDecoder, latent: Latent, settings: dict[str, object], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        decoder.decode(latent, **settings)  # type: ignore[arg-type]
+
+
+def test_a_latent_of_another_space_or_no_type_is_refused(decoder: PixelDecoder) -> None:
+    with pytest.raises(LatentError, match="decoder is for space flux2; the latent is of space flux"):
+        decoder.decode(Latent(torch.randn(1, 16, 2, 2), "flux"))
+    with pytest.raises(LatentError, match="decode takes a Latent; got Tensor"):
+        decoder.decode(torch.zeros(1, 128, 1, 1))  # type: ignore[arg-type]
+
+
+def test_a_decoder_without_encoder_says_so(decoder: PixelDecoder) -> None:
+    decoder.encoder = None
+    with pytest.raises(SettingError, match="came without an encoder"):
+        decoder.upscale(Image.new("RGB", (32, 32)))
+
+
+def test_weights_gone_wrong_are_noticed(decoder: PixelDecoder, latent: Latent) -> None:
+    decoder.net.final_layer.linear.bias.fill_(float("nan"))
+    with pytest.raises(LatentError, match="NaN or infinite"):
+        decoder.decode(latent)
+
+
+def test_a_file_of_ours_loads_with_no_further_argument(tmp_path: Path, decoder: PixelDecoder, latent: Latent) -> None:
+    path = tmp_path / "mine.safetensors"
+    save_file(dict(decoder.net.state_dict()), path, metadata=decoder.identity.to_metadata())
+    loaded = PixelDecoder.from_pretrained(path, device="cpu")
+    assert loaded.space.name == "flux2"
+    # Tensors in a file's own pages may be aligned otherwise, which changes the order of sums.
+    assert torch.allclose(loaded.decode(latent, output="pt"), decoder.decode(latent, output="pt"), atol=1e-5)
+    half = PixelDecoder.from_pretrained(path, device="cpu", dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+
+
+def test_a_decoder_of_the_wrong_space_is_refused_at_the_door(tmp_path: Path, decoder: PixelDecoder) -> None:
+    path = tmp_path / "mine.safetensors"
+    save_file(dict(decoder.net.state_dict()), path, metadata=decoder.identity.to_metadata())
+    with pytest.raises((SettingError, CheckpointError), match="flux2"):
+        PixelDecoder.from_pretrained(path, space="sd3", device="cpu")
+    backbone = replace(decoder.identity, kind="backbone", space=None)
+    with pytest.raises(SettingError, match="a decoder is a student or a teacher"):
+        PixelDecoder(decoder.net, backbone)
+
+
+def test_a_device_that_is_not_here_is_named() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    with pytest.raises(SettingError, match="'cuda' cannot be used here.*pidecode doctor"):
+        PixelDecoder.from_pretrained("tiny", device="cuda")
