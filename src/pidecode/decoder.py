@@ -316,7 +316,6 @@ class PixelDecoder:
     def _run_teacher(
         self,
         latent: Latent,
-        grid: tuple[int, int],
         condition: Condition,
         noise: Tensor,
         chosen: Settings,
