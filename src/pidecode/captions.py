@@ -24,10 +24,7 @@ import torch
 from torch import Tensor
 
 from pidecode.errors import DownloadError, FileError, MissingDependencyError, PidecodeError, SettingError
-
-DEFAULT_MODEL = "Efficient-Large-Model/gemma-2-2b-it"
-"""The ungated copy of google/gemma-2-2b-it that the official code names; Gemma's terms hold for both."""
-
+from pidecode.facts.checkpoints import TEXT_ENCODER
 
 def instruction() -> str:
     """The fixed text every caption is appended to, from PixelDiT and Sana (Apache-2.0); ends in a space."""
@@ -68,7 +65,7 @@ def select_positions(n_instruction: int, model_max_length: int = 300) -> list[in
 class TextOptions:
     """How captions become states; a different value anywhere gives different states, and other cache entries."""
 
-    model: str = DEFAULT_MODEL
+    model: str = TEXT_ENCODER
     """A hub id, or a local folder with a Gemma-2 and its tokenizer."""
     revision: str | None = None
     """Commit, tag or branch of a hub id; None is its main branch."""

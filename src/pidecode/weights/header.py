@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,3 +176,16 @@ def _check_extent(path: str | Path, tensors: Mapping[str, TensorEntry], availabl
         raise CheckpointError(
             f"{path} carries {available - reached:,} bytes that no tensor owns; do not trust this file."
         )
+
+
+def sha256(path: str | Path, on_progress: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file as 64 lower-case hexadecimal digits; `on_progress` is told the bytes read so far."""
+    check_file(path)
+    digest, done = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+            done += len(chunk)
+            if on_progress:
+                on_progress(done)
+    return digest.hexdigest()

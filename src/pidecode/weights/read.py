@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -92,19 +91,6 @@ def read_tensors(path: str | Path) -> WeightFile:
             raise CheckpointError(f"{path} holds no tensors; weights were expected.")
         return WeightFile(path, tensors, header.metadata, "safetensors")
     return WeightFile(path, _read_pickle(path), {}, "pickle")
-
-
-def sha256(path: str | Path, on_progress: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file as 64 lower-case hexadecimal digits; `on_progress` is told the bytes read so far."""
-    check_file(path)
-    digest, done = hashlib.sha256(), 0
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-            done += len(chunk)
-            if on_progress:
-                on_progress(done)
-    return digest.hexdigest()
 
 
 def _refuse_known_strangers(path: Path, start: bytes) -> None:
