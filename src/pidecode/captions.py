@@ -26,6 +26,7 @@ from torch import Tensor
 from pidecode.errors import DownloadError, FileError, MissingDependencyError, PidecodeError, SettingError
 from pidecode.facts.checkpoints import TEXT_ENCODER
 
+
 def instruction() -> str:
     """The fixed text every caption is appended to, from PixelDiT and Sana (Apache-2.0); ends in a space."""
     return _asset("chi_prompt.txt")
