@@ -34,37 +34,61 @@ class NetConfig:
     """
 
     hidden_size: int = 1536
+    """Width D of patch and caption tokens."""
     num_heads: int = 24
+    """Heads of the patch blocks' attention."""
     patch_depth: int = 14
+    """Patch blocks."""
     patch_size: int = 16
+    """Pixels of a patch, along each side."""
     pixel_hidden_size: int = 16
+    """Width C of a pixel."""
     pixel_depth: int = 2
+    """Pixel blocks."""
     pixel_attn_hidden_size: int = 1152
+    """Width of the pixel blocks' attention, one token per patch."""
     pixel_num_heads: int = 16
+    """Its heads."""
     text_dim: int = 2304
+    """Width of caption states; 0 builds no text stream."""
     text_length: int = 300
+    """Most caption tokens read."""
     text_rope: bool = True
+    """Whether caption tokens are rotated by their position."""
     text_rope_theta: float = 10000.0
+    """Base of that rotation."""
     rope_mode: RopeMode = "ntk_aware"
+    """Whether the image rotation's base follows the grid's size."""
     rope_reference: tuple[int, int] = (1024, 1024)
     """Height and width, in pixels, of the picture at which the NTK-aware rotation equals the plain one."""
     latent_channels: int = 16
+    """Channels of the normalised latent; 0 builds no adapter."""
     latent_down: int = 8
     """Pixels of the low-resolution picture per latent cell, along each side."""
     latent_unpatchify: int = 1
+    """Cells a latent cell is unpacked into, along each side."""
     scale: int = 4
+    """Output pixels per pixel of the low-resolution picture, along each side."""
     adapter_width: int = 512
+    """Channels of the adapter's convolutions."""
     adapter_blocks: int = 4
+    """Residual blocks of the adapter."""
     adapter_padding: Padding = "zeros"
+    """What the convolutions see beyond the edge."""
     adapter_image_channels: int = 0
     """Channels of an optional low-resolution picture beside the latent (0 in every released network)."""
     gate: Gate = "per_channel"
+    """Whether a gate decides for each token, or for each channel of it."""
     inject_interval: int = 2
+    """The latent enters before every patch block whose index this divides."""
     inject_pixels: bool = False
+    """Whether it enters before the pixel blocks as well."""
     colour_head: bool = False
+    """Whether the adapter predicts the low-resolution picture, for the colour loss of training."""
     colour_head_tap: int = -1
     """Residual block of the adapter, counted from one, that the colour head reads; -1 reads the final features."""
     prediction: Prediction = "velocity"
+    """What the output is: noise minus picture, or the picture."""
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():

@@ -25,7 +25,9 @@ class LatentSpace:
     """
 
     name: str
+    """Short name."""
     title: str
+    """Name for people."""
     channels: int
     """Channels of the normalised latent."""
     down: int
@@ -40,9 +42,13 @@ class LatentSpace:
     """What turns raw into normalised: two constants, a mean and deviation per channel, the autoencoder's
     batch-norm statistics, a mean and variance per position, or a LayerNorm over channels without weights."""
     scaling_factor: float = 1.0
+    """Constant that raw minus shift is multiplied by ("constants")."""
     shift_factor: float = 0.0
+    """Constant taken from raw first ("constants")."""
     mean: tuple[float, ...] = ()
+    """Mean of each channel ("per_channel")."""
     std: tuple[float, ...] = ()
+    """Deviation of each channel ("per_channel")."""
     epsilon: float = 0.0
     """Added to a variance before its root ("batch_norm", "per_position", "layer_norm")."""
     noise_frame: NoiseFrame = "flow"

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pidecode.errors import SettingError
-from pidecode.sampling import STUDENT_TIMES, renoise
+from pidecode.facts.checkpoints import STUDENT_TIMES
+from pidecode.sampling import renoise
 from pidecode.training.discriminator import Discriminator
 from pidecode.training.evaluator import Example, clean_of, guide, velocity_of
 from pidecode.training.losses import (

@@ -120,9 +120,7 @@ def noise_latent(
     noised = draws.uniform() < settings.probability
     if settings.clean_share > 0:
         noised = noised & ~(draws.uniform() < settings.clean_share)
-    if not bool(noised.any()):
-        return latent, torch.zeros(latent.shape[0], device=latent.device)
-    share = draws.uniform()
+    share = draws.uniform()  # drawn whether or not it is used, so that a sample's later draws stay where they are
     low, high = _ranges(latent.shape[0], settings, names)
     low, high = low.to(share), high.to(share)
     sigma = torch.where(noised, low + (high - low) * share, torch.zeros_like(share))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -69,10 +70,8 @@ def _readings(text: str) -> Iterator[Any]:
     words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "none": None}
     if text.lower() in words:
         yield words[text.lower()]
-    try:
+    with contextlib.suppress(ValueError, SyntaxError):
         yield ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        pass
     yield text
     yield tuple(part.strip() for part in text.split(",") if part.strip())
 

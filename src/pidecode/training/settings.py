@@ -44,6 +44,8 @@ class Data:
     """Pictures per process and forward pass."""
     workers: int = 4
     """Threads that read pictures ahead."""
+    encoder: str = ""
+    """File or folder of the latent space's encoder; empty takes the one on this disk."""
     cache: str = ""
     """Folder in which latents of whole pictures are kept, so that each is encoded once; empty encodes each time."""
     caption_drop: float = 0.1
@@ -156,6 +158,8 @@ class Run:
     """Steps between checkpoints; a killed run loses at most this many."""
     keep: int = 2
     """Newest checkpoints kept."""
+    export_as: Literal["bfloat16", "float32"] = "bfloat16"
+    """Number format of the exported weights."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     sample_every: int = 500

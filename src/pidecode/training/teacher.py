@@ -14,7 +14,6 @@ from pidecode.sampling import shifted
 from pidecode.training.evaluator import Example, clean_of, net_of, velocity_of
 from pidecode.training.losses import colour_alignment, flow_matching
 from pidecode.training.noising import Draws, logit_normal_times, mix
-from pidecode.training.repa import Alignment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +54,12 @@ class Outcome:
 
 
 def teacher_loss(
-    net: nn.Module, example: Example, draws: Draws, settings: TeacherLoss, alignment: Alignment | None = None
+    net: nn.Module, example: Example, draws: Draws, settings: TeacherLoss, alignment: nn.Module | None = None
 ) -> Outcome:
     """One step's loss: random time, noisy picture, velocity error, and what `settings` add.
 
     The prediction is judged as a velocity whatever the network's own output is.
+    alignment: a `repa.Alignment`, where tokens are held against DINOv2's.
     """
     picture = example.picture.float()
     height, width = picture.shape[-2:]

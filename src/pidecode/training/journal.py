@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run says while it runs: a line of progress, a file of metrics, and trackers that are installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pidecode.errors import MissingDependencyError, TrainingError
+
+Say = Callable[[str], None]
+
+
+class Journal:
+    """Metrics of one run. On resuming, lines of steps that are run again are dropped first.
+
+    track: "tensorboard" and "wandb" (which stays offline unless its own settings say otherwise).
+    """
+
+    def __init__(self, folder: Path, track: tuple[str, ...], steps: int, first: int, say: Say | None) -> None:
+        self._path, self._steps, self._first, self._say = folder / "metrics.jsonl", steps, first, say
+        self._began = time.monotonic()
+        self._board: Any = _tensorboard(folder, first) if "tensorboard" in track else None
+        self._wandb: Any = _wandb(folder) if "wandb" in track else None
+        kept = []
+        if self._path.exists():
+            for line in self._path.read_text(encoding="utf-8").splitlines():
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue  # the line a killed run was writing
+                if record["step"] <= first:
+                    kept.append(line)
+        part = self._path.with_suffix(".part")
+        part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(part, self._path)
+
+    def note(self, step: int, values: Mapping[str, float], pictures: int, device: torch.device) -> None:
+        """Record the state after `step` steps; `pictures` were seen since this process began."""
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        record = {"step": step, **values, "pictures_per_second": pictures / seconds, "memory_gb": _memory(device)}
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as fault:
+            raise TrainingError(
+                f"{self._path} could not be written: {fault}. Checkpoints are whole; mend the disk and --resume."
+            ) from fault
+        if self._board is not None:
+            for name, value in record.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(record, step=step)
+        if self._say is not None:
+            done = step - self._first
+            left = seconds / max(done, 1) * (self._steps - step)
+            self._say(
+                f"step {step}/{self._steps}  loss {values['loss']:.4g}  {pictures / seconds:.2f} pictures/s  "
+                f"{readable_time(left)} left  {record['memory_gb']:.1f} GB"
+            )
+
+    def say(self, words: str) -> None:
+        """A line for people."""
+        if self._say is not None:
+            self._say(words)
+
+    def close(self) -> None:
+        """Let the trackers finish."""
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def readable_time(seconds: float) -> str:
+    """Seconds as people say them: 3 h 05 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _memory(device: torch.device) -> float:
+    """Most memory used so far, in GB: the accelerator's, or this process's own."""
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        peak = getattr(module, "max_memory_allocated", None)
+        return float(peak()) / 1e9 if peak is not None else 0.0
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def _tensorboard(folder: Path, first: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise MissingDependencyError(
+            "run.track names tensorboard, which is not installed: pip install 'pidecode[train]'."
+        ) from None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
+
+
+def _wandb(folder: Path) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise MissingDependencyError("run.track names wandb, which is not installed: pip install wandb.") from None
+    mode = os.environ.get("WANDB_MODE", "offline")
+    return wandb.init(project="pidecode", dir=str(folder), mode=mode, resume="allow", id=folder.resolve().name)

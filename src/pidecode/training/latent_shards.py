@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Latents of whole pictures on disk, so that each picture is encoded once: shards of many, written whole or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import threading
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from pidecode.errors import FileError, TrainingError
+from pidecode.files import atomic_write
+
+PER_SHARD = 256
+_KEY = "pidecode_latents"
+
+
+class LatentShards:
+    """A folder of latents by name, for one way of encoding.
+
+    identity: what decides a latent besides its picture (space, encoder). Shards of another identity are left alone.
+    Latents are kept as float16: normalised latents are of order one, so that costs about 5e-4 of their spread.
+    """
+
+    def __init__(self, folder: str | Path, identity: str, *, per_shard: int = PER_SHARD) -> None:
+        self._folder, self._identity, self._per_shard = Path(folder).expanduser(), identity, per_shard
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._places: dict[str, Path] = {}
+        self._waiting: dict[str, Tensor] = {}
+        self._lock = threading.Lock()
+        self.unreadable: list[str] = []
+        for path in sorted(self._folder.glob("*.safetensors")):
+            self._learn(path)
+
+    def _learn(self, path: Path) -> None:
+        try:
+            with safe_open(path, "pt") as shard:
+                metadata = shard.metadata() or {}
+                if json.loads(metadata.get(_KEY, "{}")).get("identity") == self._identity:
+                    self._places.update(dict.fromkeys(shard.keys(), path))
+        except (SafetensorError, OSError, ValueError):
+            self.unreadable.append(path.name)  # its latents are simply made again
+
+    def __len__(self) -> int:
+        return len(self._places) + len(self._waiting)
+
+    def get(self, name: str) -> Tensor | None:
+        """The latent `[C, h, w]` of that name, float32; None if it is not kept."""
+        with self._lock:
+            waiting, path = self._waiting.get(name), self._places.get(name)
+        if waiting is not None:
+            return waiting.float()
+        if path is None:
+            return None
+        with safe_open(path, "pt") as shard:
+            latent: Tensor = shard.get_tensor(name)
+        return latent.float()
+
+    def put(self, name: str, latent: Tensor) -> Tensor:
+        """Keep a latent `[C, h, w]`; returns it as `get` will from now on."""
+        narrow = latent.detach().to("cpu", torch.float16).contiguous()
+        if not bool(torch.isfinite(narrow).all()):
+            raise TrainingError(f"The encoder gave NaN or infinite values for {name}; is it this space's encoder?")
+        with self._lock:
+            if name not in self._places:
+                self._waiting[name] = narrow
+            full = len(self._waiting) >= self._per_shard
+        if full:
+            self.flush()
+        return narrow.float()
+
+    def flush(self) -> None:
+        """Write what waits as a shard. Raises TrainingError when the disk refuses; nothing kept before is touched."""
+        with self._lock:
+            if not self._waiting:
+                return
+            path = self._folder / f"latents-{os.getpid()}-{secrets.token_hex(6)}.safetensors"
+            content = save(self._waiting, {_KEY: json.dumps({"format": 1, "identity": self._identity})})
+            try:
+                with atomic_write(path) as file:
+                    file.write(content)
+            except FileError as fault:
+                raise TrainingError(f"The latent cache could not grow: {fault}") from fault
+            self._places.update(dict.fromkeys(self._waiting, path))
+            self._waiting = {}

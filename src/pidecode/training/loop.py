@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one training loop: step, average, report, sample, save; it stops clearly and can always go on where it saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW, Optimizer
+
+from pidecode.errors import SettingError, TrainingError
+from pidecode.training.average import MovingAverage
+from pidecode.training.checkpoints import (
+    Live,
+    newest_checkpoint,
+    remove_leftovers,
+    restore,
+    save_checkpoint,
+)
+from pidecode.training.data import find_pictures
+from pidecode.training.export import export_network
+from pidecode.training.feed import Feed
+from pidecode.training.helpers import make_helpers
+from pidecode.training.journal import Journal, Say
+from pidecode.training.methods import MAIN, Method, build_method
+from pidecode.training.overrides import describe
+from pidecode.training.parallel import (
+    World,
+    gradients_stay_here,
+    lost_workers_named,
+    mean_over_processes,
+    wait_for_all,
+    world,
+)
+from pidecode.training.preview import paint_example, save_grid
+from pidecode.training.settings import Optimise, Recipe
+
+
+@dataclass
+class Training:
+    """A run in progress in this process."""
+
+    recipe: Recipe
+    folder: Path
+    here: World
+    method: Method
+    feed: Feed
+    optimisers: dict[str, Optimizer]
+    average: MovingAverage | None
+    journal: Journal
+    step: int = 0
+    """Optimiser steps done."""
+    saved: int = -1
+    """Step of the newest checkpoint; -1 before the first."""
+    pictures: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def live(self) -> Live:
+        """What checkpoints hold."""
+        return Live(self.method.trained, self.optimisers, self.average, self.here.device)
+
+
+def train(
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    say: Say | None = None,
+    device: torch.device | None = None,
+) -> Path:
+    """Run a recipe to its end; returns the exported weights, `folder/decoder.safetensors` (or `adapter.safetensors`).
+
+    resume: go on from the newest checkpoint in `folder`; without one, begin. Otherwise `folder` must hold no run.
+    say: told a line now and then, in the first process only.
+
+    Raises TrainingError when it must stop (no data, NaN, a full disk, a lost process); what was saved is whole.
+    """
+    folder = Path(folder)
+    with lost_workers_named(), world(recipe.spread, device) as here:
+        run = _begin(recipe, folder, here, resume, say if here.is_first else None)
+        try:
+            while run.step < recipe.run.steps:
+                _advance(run)
+            if run.saved != run.step:
+                _save(run)
+            with averaged(run):
+                exported = export_network(recipe, run.method, folder, run.step, here)
+            run.journal.say(f"Done: {exported}")
+        finally:
+            run.feed.close()
+            run.journal.close()
+    return exported
+
+
+def _begin(recipe: Recipe, folder: Path, here: World, resume: bool, say: Say | None) -> Training:
+    checkpoints = folder / "checkpoints"
+    stored = newest_checkpoint(checkpoints, say) if resume else None
+    if not resume and any(checkpoints.glob("step-*")):
+        raise SettingError(f"{folder} holds a run already; go on with --resume, or choose another folder.")
+    collection = find_pictures(recipe.data.source)
+    method = build_method(recipe, here)
+    feed = Feed(recipe, collection, make_helpers(recipe, here.device), here.device, here.place, here.places)
+    average = None if recipe.average.kind == "none" else MovingAverage(method.trained[MAIN], recipe.average)
+    optimisers = make_optimisers(recipe, method)
+    step = 0 if stored is None else stored.step
+    if here.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(checkpoints)
+        words = "\n".join(f"{name} = {value!r}" for name, value, _ in describe(recipe))
+        (folder / "recipe.txt").write_text(words + "\n", encoding="utf-8")
+    wait_for_all(here)
+    journal_folder = folder if here.is_first else folder / f"process-{here.rank}"
+    journal_folder.mkdir(parents=True, exist_ok=True)
+    journal = Journal(journal_folder, recipe.run.track if here.is_first else (), recipe.run.steps, step, say)
+    run = Training(recipe, folder, here, method, feed, optimisers, average, journal, step, step if stored else -1)
+    if stored is not None:
+        restore(stored, run.live)
+        journal.say(f"Going on from step {step}.")
+        if stored.facts.get("pictures") != collection.digest:
+            journal.say("The pictures have changed since; the run goes on, but not as it would have.")
+    for note in _opening(run):
+        journal.say(note)
+    return run
+
+
+def _opening(run: Training) -> Iterator[str]:
+    found, skipped = len(run.feed.collection.entries), run.feed.skipped
+    parameters = sum(p.numel() for p in run.method.trained[MAIN].parameters() if p.requires_grad)
+    yield f"{run.recipe.title}: {parameters:,} parameters, {found} pictures, {run.here.size} process(es)."
+    for name, reason in list(skipped.items())[:10]:
+        yield f"Skipped {name}: {reason}"
+    if run.method.fresh:
+        yield f"{len(run.method.fresh)} tensors are not in {run.recipe.start_from} and start from chance."
+
+
+def make_optimisers(recipe: Recipe, method: Method) -> dict[str, Optimizer]:
+    """An AdamW for each trained module."""
+    settings = recipe.optimise
+    made: dict[str, Optimizer] = {}
+    for name, module in method.trained.items():
+        critic = name in ("fake", "critic")
+        made[name] = AdamW(
+            [parameter for parameter in module.parameters() if parameter.requires_grad],
+            lr=settings.critic_rate if critic else settings.rate,
+            betas=settings.betas,
+            weight_decay={"fake": settings.fake_decay, "critic": 0.0}.get(name, settings.decay),
+        )
+        for group in made[name].param_groups:
+            group["full_rate"] = group["lr"]
+    return made
+
+
+def rate_factor(settings: Optimise, step: int, steps: int) -> float:
+    """Share of the full learning rate at step `step`, counted from 0."""
+    factor = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
+    if settings.fall == "cosine" and step >= settings.warmup:
+        done = (step - settings.warmup) / max(1, steps - settings.warmup)
+        factor *= 0.5 * (1 + math.cos(math.pi * done))
+    return factor
+
+
+def _autocast(run: Training) -> Any:
+    if run.recipe.run.precision == "float32":
+        return nullcontext()
+    return torch.autocast(run.here.device.type, torch.bfloat16)
+
+
+def _advance(run: Training) -> None:
+    """One optimiser step and what belongs to it."""
+    recipe = run.recipe
+    turn = run.method.turn(run.step)
+    passes = recipe.optimise.accumulate
+    modules = [run.method.trained[name] for name in turn]
+    others = [module for name, module in run.method.trained.items() if name not in turn]
+    with _set_aside(others):
+        for index in range(passes):
+            _one_pass(run, run.step * passes + index, modules, last=index == passes - 1)
+    norms = _update(run, turn)
+    run.step += 1
+    if run.average is not None and MAIN in turn:
+        run.average.update(run.method.trained[MAIN], run.step)
+    for name, norm in norms.items():
+        run.sums[f"gradient_{name}"] = norm
+    settings = recipe.run
+    if run.step % settings.log_every == 0 or run.step == settings.steps:
+        _report(run)
+    if settings.sample_every and run.step % settings.sample_every == 0:
+        _sample(run)
+    if run.step % settings.save_every == 0:
+        _save(run)
+
+
+@contextmanager
+def _set_aside(modules: list[nn.Module]) -> Iterator[None]:
+    """Spare modules that this iteration does not train their gradients."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def _one_pass(run: Training, number: int, modules: list[nn.Module], *, last: bool) -> None:
+    example, draws, names = run.feed.batch(number)
+    with gradients_stay_here(modules, not last):
+        with _autocast(run):
+            outcome = run.method.outcome(run.step, example, draws)
+        loss = mean_over_processes(outcome.loss.detach().float(), run.here)
+        if not bool(torch.isfinite(loss)):
+            _stop_for_nan(run, "loss", names)
+        (outcome.loss / run.recipe.optimise.accumulate).backward()
+    share = 1 / run.recipe.optimise.accumulate
+    for name, value in {"loss": loss, **outcome.parts}.items():
+        run.sums[name] = float(value) * share + (
+            run.sums.get(name, 0.0) if number % run.recipe.optimise.accumulate else 0
+        )
+    run.pictures += run.recipe.data.batch * run.here.places
+
+
+def _stop_for_nan(run: Training, what: str, names: tuple[str, ...]) -> None:
+    saved = f"the checkpoint of step {run.saved} is whole" if run.saved >= 0 else "nothing had been saved yet"
+    raise TrainingError(
+        f"The {what} became NaN or infinite at step {run.step + 1} (pictures here: {', '.join(names)}); {saved}. "
+        "Lower optimise.rate, lengthen optimise.warmup or set run.precision=float32, then start again with --resume."
+    )
+
+
+def _update(run: Training, turn: tuple[str, ...]) -> dict[str, float]:
+    """Clip and step the optimisers of this iteration; the gradients' norms before clipping."""
+    settings, norms = run.recipe.optimise, {}
+    factor = rate_factor(settings, run.step, run.recipe.run.steps)
+    for name in turn:
+        parameters = [p for p in run.method.trained[name].parameters() if p.grad is not None]
+        norm: Tensor = nn.utils.clip_grad_norm_(parameters, settings.clip)
+        norms[name] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if not math.isfinite(norms[name]):
+            _stop_for_nan(run, f"gradient of {name}", ())
+    for name in turn:
+        optimiser = run.optimisers[name]
+        for group in optimiser.param_groups:
+            group["lr"] = group["full_rate"] * factor
+        optimiser.step()
+    for optimiser in run.optimisers.values():
+        optimiser.zero_grad(set_to_none=True)
+    return norms
+
+
+def _report(run: Training) -> None:
+    factor = rate_factor(run.recipe.optimise, run.step - 1, run.recipe.run.steps)
+    values = {**run.sums, "rate": run.recipe.optimise.rate * factor, "skipped": float(len(run.feed.skipped))}
+    run.journal.note(run.step, values, run.pictures, run.here.device)
+
+
+@contextmanager
+def averaged(run: Training) -> Iterator[None]:
+    """The averaged weights in place of the current ones."""
+    if run.average is None:
+        yield
+        return
+    run.average.swap(run.method.trained[MAIN])
+    try:
+        yield
+    finally:
+        run.average.swap(run.method.trained[MAIN])
+
+
+def _sample(run: Training) -> None:
+    net = run.method.trained[MAIN]
+    with averaged(run), torch.no_grad(), _autocast(run):
+        rows = [
+            (example.low, paint_example(net, example, run.recipe), example.picture)
+            for example in run.feed.preview(run.recipe.run.samples)
+        ]
+    if run.here.is_first:
+        save_grid(run.folder / "samples" / f"step-{run.step:08d}.png", rows)
+
+
+def _save(run: Training) -> None:
+    if run.feed.helpers.cache is not None:
+        run.feed.helpers.cache.flush()
+    facts = {
+        "pictures": run.feed.collection.digest,
+        "skipped": dict(list(run.feed.skipped.items())[:1000]),
+        "method": run.recipe.method,
+        "title": run.recipe.title,
+    }
+    checkpoints = run.folder / "checkpoints"
+    save_checkpoint(checkpoints, run.step, run.live, facts, run.here, run.recipe.run.keep)
+    run.saved = run.step

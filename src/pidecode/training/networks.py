@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Networks to train: their start values, weights to start from, and which parameters take part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pidecode.errors import CheckpointError, SettingError
+from pidecode.facts.architecture import NetConfig
+from pidecode.model.adapter import Gate
+from pidecode.model.network import PixelNet
+from pidecode.weights.locate import locate
+from pidecode.weights.read import read_weights
+
+_ADAPTER = ("lq_proj.", "pit_lq_gate.")
+_COLOUR_HEAD = "lq_proj.lq_aux_rgb_head."
+
+
+def new_network(config: NetConfig, seed: int) -> PixelNet:
+    """A network with start values that depend on the seed alone.
+
+    Its output and what the latent adds both start at zero: a decoder grown from a backbone starts as that backbone.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = PixelNet(config)
+        _start_values(net)
+    return net
+
+
+def _start_values(net: PixelNet) -> None:
+    nn.init.xavier_uniform_(net.s_embedder.proj.weight)
+    nn.init.zeros_(net.s_embedder.proj.bias)
+    for layer in net.t_embedder.mlp:
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.02)
+    nn.init.zeros_(net.final_layer.linear.weight)
+    nn.init.zeros_(net.final_layer.linear.bias)
+    if net.config.has_text:
+        nn.init.normal_(net.y_pos_embedding, std=0.02)
+    for module in net.modules():
+        if isinstance(module, Gate):
+            module.reset_parameters()
+    if not net.config.has_adapter:
+        return
+    adapter = net.lq_proj
+    for module in adapter.modules():
+        if isinstance(module, nn.Conv2d):
+            # Kaiming-sized values would overflow the output heads' gradients in bfloat16.
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
+    heads = [*adapter.output_heads, *([adapter.pit_head] if net.config.inject_pixels else [])]
+    for head in heads:
+        assert isinstance(head, nn.Linear)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+    if net.config.colour_head:
+        for module in adapter.lq_aux_rgb_head:
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+
+def start_weights(source: str) -> dict[str, Tensor]:
+    """Tensors of the file (or the decoder on this disk) a run starts from, float32."""
+    path = locate(source).path
+    return {name: tensor.float() for name, tensor in read_weights(path).tensors.items()}
+
+
+def take_weights(net: PixelNet, tensors: Mapping[str, Tensor], source: str) -> list[str]:
+    """Load what fits; returns the names of tensors that keep their start values, which are only the adapter's.
+
+    A backbone's file has no adapter and a student's none of the colour head: those start fresh. A colour head the
+    network does not have is left out. Raises CheckpointError for anything else that is missing, left over or of
+    another shape.
+    """
+    own = net.state_dict()
+    given = {name: tensor for name, tensor in tensors.items() if name in own or not name.startswith(_COLOUR_HEAD)}
+    missing = [name for name in own if name not in given]
+    fresh_adapter = not any(name.startswith(_ADAPTER) for name in given)
+    allowed = _ADAPTER if fresh_adapter else (_COLOUR_HEAD,)
+    wrong = [name for name in missing if not name.startswith(allowed)]
+    extra = [name for name in given if name not in own]
+    shapes = [name for name in given if name in own and given[name].shape != own[name].shape]
+    for what, names in (("lacks", wrong), ("has unknown", extra), ("has other shapes of", shapes)):
+        if names:
+            raise CheckpointError(
+                f"{source} {what} {len(names)} tensors of the network to be trained ({', '.join(sorted(names)[:3])}, "
+                "...); it must be of the same architecture, or a backbone of it."
+            )
+    net.load_state_dict(given, strict=False)
+    return missing
+
+
+def choose_parameters(net: PixelNet, only: str, *, colour: bool) -> None:
+    """Mark what is trained.
+
+    Parameters that cannot change the output are frozen: no gradient ever reaches them (golden notes, section 5).
+    """
+    last = f"patch_blocks.{net.config.patch_depth - 1}."
+    dead = tuple(last + part for part in ("attn.proj_y.", "attn.q_norm_y.", "norm_y2.", "mlp_y."))
+    for name, parameter in net.named_parameters():
+        trained = not name.startswith(dead) and (colour or not name.startswith(_COLOUR_HEAD))
+        if only == "adapter":
+            trained = trained and name.startswith(_ADAPTER)
+        parameter.requires_grad_(trained)
+    if not any(parameter.requires_grad for parameter in net.parameters()):
+        raise SettingError("Nothing of this network would be trained; only='adapter' needs a network with an adapter.")
