@@ -23,6 +23,9 @@ SINGLE_STEP_TIME = 1.0
 SMALLEST_DIVISOR = 0.05
 """Below this time a velocity is not recovered from x_0 by dividing by t, but by this."""
 
+WIDE_PIXELS = 2**18
+"""Pixels of a picture held in float64 at once."""
+
 TIMESCALE = 1000.0
 """The network reads the flow time times this, never rounded: one unit is one radian."""
 
@@ -62,24 +65,45 @@ def student_times(steps: int) -> tuple[float, ...]:
     return tuple(STUDENT_TIMES[i] for i in indices)
 
 
+def _wide(device: torch.device) -> torch.dtype:
+    """The type solver arithmetic runs in: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _in_pieces(rule: Callable[..., Tensor], x: Tensor, other: Tensor, scalar: Tensor | float) -> Tensor:
+    """`rule(x, other, scalar)` elementwise in a wide type, as float32, without a wide copy of a whole picture.
+
+    With gradients the whole picture goes at once, so that autograd sees one plain expression.
+    """
+    wide = _wide(x.device)
+    if isinstance(scalar, Tensor):
+        scalar = scalar.to(x.device, wide).view(-1, 1, 1, 1)
+    if torch.is_grad_enabled() and (x.requires_grad or other.requires_grad):
+        return rule(x.to(wide), other.to(wide), scalar).float()
+    out = torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
+    rows = max(1, WIDE_PIXELS // max(1, x.shape[0] * x.shape[-1]))
+    for start in range(0, x.shape[-2], rows):
+        piece = (..., slice(start, start + rows), slice(None))
+        out[piece] = rule(x[piece].to(wide), other[piece].to(wide), scalar)
+    return out
+
+
 def clean_from_velocity(x: Tensor, velocity: Tensor, t: Tensor | float) -> Tensor:
     """`x - t v`, in float64 where the device has it, rounded to float32."""
-    wide = torch.float32 if x.device.type == "mps" else torch.float64
-    if isinstance(t, Tensor):
-        t = t.to(wide).view(-1, 1, 1, 1)
-    return (x.to(wide) - t * velocity.to(wide)).float()
+    return _in_pieces(lambda x, v, t: x - t * v, x, velocity, t)
 
 
 def velocity_from_clean(x: Tensor, clean: Tensor, t: Tensor | float) -> Tensor:
     """`(x - x_0) / max(t, 0.05)`, in float64 where the device has it, rounded to float32."""
-    wide = torch.float32 if x.device.type == "mps" else torch.float64
-    divisor = torch.as_tensor(t, dtype=wide, device=x.device).clamp(min=SMALLEST_DIVISOR).view(-1, 1, 1, 1)
-    return ((x.to(wide) - clean.to(wide)) / divisor).float()
+    divisor = t.clamp(min=SMALLEST_DIVISOR) if isinstance(t, Tensor) else max(t, SMALLEST_DIVISOR)
+    return _in_pieces(lambda x, clean, divisor: (x - clean) / divisor, x, clean, divisor)
 
 
 def renoise(clean: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
     """`(1 - t) x_0 + t eps`."""
-    return (1 - t) * clean + t * noise
+    if isinstance(t, Tensor) or torch.is_grad_enabled():
+        return (1 - t) * clean + t * noise
+    return (noise * t).add_(clean, alpha=1 - t)
 
 
 class NoiseStream:
@@ -95,8 +119,10 @@ class NoiseStream:
 
     def __call__(self) -> Tensor:
         """The next draw `[B, *shape]`, float32."""
-        draws = [torch.randn(self._shape, generator=generator) for generator in self._generators]
-        return torch.stack(draws).to(self._device)
+        draws = torch.empty(len(self._generators), *self._shape)
+        for draw, generator in zip(draws, self._generators, strict=True):
+            torch.randn(self._shape, generator=generator, out=draw)
+        return draws.to(self._device)
 
 
 def sample_student(
@@ -118,7 +144,8 @@ def sample_student(
     times = student_times(steps)
     x = draw()
     for index, (t, t_next) in enumerate(pairwise(times)):
-        output = predict(x, torch.full((x.shape[0],), t, device=x.device) * TIMESCALE).float()
+        # The time stays on the host: a network that knows it beforehand need not wait to read it.
+        output = predict(x, torch.full((x.shape[0],), t) * TIMESCALE).float()
         clean = output if prediction == "x0" else clean_from_velocity(x, output, t)
         if t_next == 0:
             x = clean
@@ -127,8 +154,10 @@ def sample_student(
         else:
             velocity = velocity_from_clean(x, output, t) if prediction == "x0" else output
             x = x + (t_next - t) * velocity
+            del velocity
         if on_step is not None:
             on_step(Step(index + 1, steps, clean))
+        del output, clean  # two pictures that the next evaluation would otherwise run beside
     return x
 
 
@@ -171,12 +200,12 @@ def sample_teacher(
     unrounded times: rounding them costs up to 2e-2 (golden notes, section 8). The first and the last step are
     of first order. Solver arithmetic runs in float64 where the device has it.
     """
-    wide = torch.float32 if noise.device.type == "mps" else torch.float64
+    wide = _wide(noise.device)
     times = teacher_times(steps, shift).tolist()
     x, previous, previous_h = noise.to(wide), None, 0.0
     for index, (t, t_next) in enumerate(pairwise(times)):
         narrow = x.float()
-        output = predict(narrow, torch.full((x.shape[0],), t, device=x.device, dtype=torch.float32) * TIMESCALE)
+        output = predict(narrow, torch.full((x.shape[0],), t, dtype=torch.float32) * TIMESCALE)
         clean = output.to(wide) if prediction == "x0" else x - t * output.to(wide)
         if t_next == 0:
             x = clean

@@ -32,7 +32,10 @@ def _condition(net: PixelNet, case: Case, x: Tensor, *, text: str = "y", colour:
 def forward(case: Case) -> Iterator[Comparison]:
     """One evaluation of the network."""
     net, x = case.net(), case.inputs["x"]
-    yield Comparison("v", net.denoise(x, case.inputs["t"], _condition(net, case, x)), case.outputs["v"], FORWARD)
+    condition = _condition(net, case, x)
+    yield Comparison("v", net.denoise(x, case.inputs["t"], condition), case.outputs["v"], FORWARD)
+    with torch.no_grad():  # runs in place and in chunks
+        yield Comparison("v lean", net.denoise(x, case.inputs["t"], condition), case.outputs["v"], FORWARD)
 
 
 def colour(case: Case) -> Iterator[Comparison]:

@@ -44,7 +44,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t_B: Tensor) -> Tensor:
-        return self.mlp(timestep_features(t_B).to(self.mlp[0].weight.dtype))  # type: ignore[no-any-return, arg-type]
+        return self.mlp(timestep_features(t_B).to(self.mlp[0].weight))  # type: ignore[no-any-return, arg-type]
 
 
 class PatchEmbedder(nn.Module):

@@ -7,7 +7,7 @@ Attribute names are those of the released checkpoints, which are a file format.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from pidecode.errors import LatentError, SettingError, SizeError
 from pidecode.facts.architecture import NetConfig
-from pidecode.model.adapter import Gate, LatentAdapter
+from pidecode.model import lean
+from pidecode.model.adapter import Gate, Injection, LateInjection, LatentAdapter
 from pidecode.model.blocks import PatchBlock, PixelBlock
 from pidecode.model.layers import (
     FinalLayer,
@@ -27,16 +28,9 @@ from pidecode.model.layers import (
     to_patches,
 )
 from pidecode.model.rope import Rotation, image_rotation, pixel_axis_table, text_rotation
+from pidecode.model.schedule import Schedule, step_vectors
 
 Grid = tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Injection:
-    """Latent tokens `[B, L, D]` for one place, with the part of its gate that no step changes."""
-
-    tokens: Tensor
-    gate_logits: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +39,46 @@ class Condition:
 
     grid: Grid
     text: Tensor | None
-    injections: tuple[Injection, ...]
-    pixel_injection: Injection | None
+    injections: tuple[Injection | LateInjection, ...]
+    pixel_injection: Injection | LateInjection | None
     rotation: Rotation
     pixel_rotation: Rotation
     text_rotation: Rotation | None
     row_table: Tensor
     column_table: Tensor
     colour: Tensor | None = None
+    schedule: Schedule | None = None
+    """Vectors of the times at which the picture will be denoised, if they are known beforehand."""
+
+    def window(self, rows: slice, columns: slice) -> Condition:
+        """The condition of a window of the picture, in patches: positions and latent tokens as in the whole."""
+        (_, width), device = self.grid, self.row_table.device
+        patch = len(self.column_table) // width
+        across = torch.arange(columns.start, columns.stop, device=device)
+        patches = (torch.arange(rows.start, rows.stop, device=device)[:, None] * width + across).flatten()
+        return replace(
+            self,
+            grid=(rows.stop - rows.start, columns.stop - columns.start),
+            injections=tuple(injection.window(patches) for injection in self.injections),
+            pixel_injection=None if self.pixel_injection is None else self.pixel_injection.window(patches),
+            rotation=(self.rotation[0][patches], self.rotation[1][patches]),
+            pixel_rotation=(self.pixel_rotation[0][patches], self.pixel_rotation[1][patches]),
+            row_table=self.row_table[rows.start * patch : rows.stop * patch],
+            column_table=self.column_table[columns.start * patch : columns.stop * patch],
+            colour=None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What a caller tells about a picture's latent."""
+
+    grid: Grid
+    latent: Tensor | None
+    sigma: Tensor | float | None
+    mask: Tensor | None
+    want_colour: bool
+    keep_tokens: bool
 
 
 class PixelNet(nn.Module):
@@ -64,6 +90,10 @@ class PixelNet(nn.Module):
     def __init__(self, config: NetConfig) -> None:
         super().__init__()
         self.config = config
+        self.chunks: lean.Chunks | None = None
+        """How much inference works on at once; None picks what suits the device."""
+        self.slimmed = False
+        """Whether `schedule.slim` took away what only training and other times need."""
         D = config.hidden_size
         self.pixel_embedder = PixelEmbedder(config.pixel_hidden_size)
         self.s_embedder = PatchEmbedder(3 * config.patch_size**2, D)
@@ -109,6 +139,8 @@ class PixelNet(nn.Module):
         *,
         latent_mask: Tensor | None = None,
         want_colour: bool = False,
+        keep_tokens: bool = True,
+        schedule: Schedule | None = None,
     ) -> Condition:
         """Compute what all steps share.
 
@@ -116,10 +148,13 @@ class PixelNet(nn.Module):
         latent: normalised latent `[B, channels, a, b]`; None runs without any latent.
         sigma: noise left in the latent, one value or one per sample, in [0, 1].
         latent_mask: `[B]` of 0 or 1; 0 silences a sample's latent.
+        keep_tokens: False makes the latent's tokens anew at each use: less memory, a hundredth more work.
+        schedule: what `schedule.tabulate` made of the times to come.
         Raises LatentError or SettingError when an input does not fit the network.
         """
         config, device = self.config, self.device
-        injections, pixel_injection, colour = self._inject(grid, latent, sigma, latent_mask, want_colour)
+        given = _Given(grid, latent, sigma, latent_mask, want_colour, keep_tokens)
+        injections, pixel_injection, colour = self._inject(given)
         tokens = self._embed_text(text)
         reference = None
         if config.rope_mode == "ntk_aware":
@@ -141,6 +176,7 @@ class PixelNet(nn.Module):
             row_table=pixel_axis_table(grid[0] * config.patch_size, config.pixel_hidden_size // 2, device=device),
             column_table=pixel_axis_table(grid[1] * config.patch_size, config.pixel_hidden_size // 2, device=device),
             colour=colour,
+            schedule=schedule,
         )
 
     def _embed_text(self, text: Tensor | None) -> Tensor | None:
@@ -155,41 +191,60 @@ class PixelNet(nn.Module):
                 f"This network needs caption states of shape [batch, tokens, {config.text_dim}]; {came} came."
             )
         text = text[:, : config.text_length]
-        return self.y_embedder(text) + self.y_pos_embedding[:, : text.shape[1]]  # type: ignore[no-any-return]
+        # float32 like the image stream, whatever the matrices are in.
+        return (self.y_embedder(text) + self.y_pos_embedding[:, : text.shape[1]]).float()  # type: ignore[no-any-return]
 
     def _inject(
-        self, grid: Grid, latent: Tensor | None, sigma: Tensor | float | None, mask: Tensor | None, want_colour: bool
-    ) -> tuple[tuple[Injection, ...], Injection | None, Tensor | None]:
-        if latent is None:
-            if sigma is not None or mask is not None or want_colour:
+        self, given: _Given
+    ) -> tuple[tuple[Injection | LateInjection, ...], Injection | LateInjection | None, Tensor | None]:
+        if given.latent is None:
+            if given.sigma is not None or given.mask is not None or given.want_colour:
                 raise SettingError("sigma, latent_mask and want_colour act on a latent, and none was given.")
             return (), None, None
         if not self.config.has_adapter:
             raise SettingError("This network is a bare text-to-image backbone: it takes no latent.")
-        if sigma is None:
+        if given.sigma is None:
             raise LatentError("A latent came without sigma; give the noise left in it (0 for a finished latent).")
-        if want_colour and not self.config.colour_head:
+        if given.want_colour and not self.config.colour_head:
             raise SettingError("This network has no colour head, so it cannot predict the low-resolution picture.")
-        sigma_B = torch.as_tensor(sigma, dtype=torch.float32, device=latent.device).reshape(-1)
-        if sigma_B.numel() not in (1, latent.shape[0]):
+        sigma_B = torch.as_tensor(given.sigma, dtype=torch.float32, device=given.latent.device).reshape(-1)
+        if sigma_B.numel() not in (1, given.latent.shape[0]):
             raise LatentError(
-                f"sigma has {sigma_B.numel()} values for {latent.shape[0]} latents; give one, or one each."
+                f"sigma has {sigma_B.numel()} values for {given.latent.shape[0]} latents; give one, or one each."
             )
-        adapted = self.lq_proj(grid, latent, mask=mask, want_colour=want_colour)
+        if given.want_colour and not given.keep_tokens:
+            raise SettingError("The colour head needs keep_tokens=True; with it off, no head is run beforehand.")
+        pixel_gate = self.pit_lq_gate if self.config.inject_pixels else None
+        if not given.keep_tokens:
+            return self.lq_proj.late(given.grid, given.latent, sigma_B, given.mask, pixel_gate)
+        adapted = self.lq_proj(given.grid, given.latent, mask=given.mask, want_colour=given.want_colour)
         injections = tuple(
             Injection(tokens, gate.latent_logits(tokens, sigma_B))  # type: ignore[operator]
             for tokens, gate in zip(adapted.blocks, self.lq_proj.gate_modules, strict=True)
         )
         pixel_injection = None
-        if adapted.pixels is not None:
-            pixel_injection = Injection(adapted.pixels, self.pit_lq_gate.latent_logits(adapted.pixels, sigma_B))
+        if pixel_gate is not None:
+            pixel_injection = Injection(adapted.pixels, pixel_gate.latent_logits(adapted.pixels, sigma_B))
         return injections, pixel_injection, adapted.colour
 
     def denoise(self, x_B3HW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
-        """One evaluation: noisy picture `[B, 3, H, W]` and flow time times 1000 `[B]` to the prediction, same shape."""
+        """One evaluation: noisy picture `[B, 3, H, W]` and flow time times 1000 `[B]` to the prediction, same shape.
+
+        Without gradients the same sums run in place and in chunks (`model/lean.py`); times on the host are looked up
+        in the condition's schedule without waiting for the device.
+        """
+        if self._may_run_lean(x_B3HW.device):
+            known = None if condition.schedule is None else condition.schedule.find(t_B)
+            return lean.denoise(self, x_B3HW, known or step_vectors(self, t_B), condition)
         tokens, patches, t_emb = self._embed(x_B3HW, t_B, condition.grid)
         tokens, _ = self._run_patch_blocks(tokens, t_emb, condition)
         return self._pixels(tokens, patches, t_emb, condition)
+
+    def _may_run_lean(self, device: torch.device) -> bool:
+        # Autocast and sharded weights live in the modules' own forward, so they keep it.
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
+            return False
+        return not hasattr(self.patch_blocks[0].norm_x1.weight, "device_mesh")
 
     def features(
         self, x_B3HW: Tensor, t_B: Tensor, condition: Condition, indices: tuple[int, ...], *, predict: bool = False

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Norms, modulation and rotation that reuse memory instead of asking for more, for inference only.
+
+Each sum has a plain twin in `model/layers.py` or `model/rope.py` that autograd can follow; these write in place,
+take their statistics in float32 without a float32 copy of the input, and agree with the twin to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+EPS = 1e-6
+
+
+def parts(length: int, size: int) -> Iterator[slice]:
+    """Cut `length` into runs of at most `size`, as equal as can be, so that no short tail wastes a matrix product."""
+    count = max(1, -(-length // size))
+    step = -(-length // count)
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
+
+
+def inverse_rms(x: Tensor) -> Tensor:
+    """`1 / sqrt(mean(x^2) + eps)` over the last axis, kept, float32; x of any float type is not copied."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return norm.square_().div_(x.shape[-1]).add_(EPS).rsqrt_()
+
+
+def norm_modulate(x: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`rms_norm(x) * factor + shift`, summed in float32, as `dtype`; twin: `modulate(RMSNorm(x), shift, scale)`.
+
+    `factor` is `(1 + scale) * norm weight`: a step's scales are known before its tokens, so they are merged once.
+    """
+    normed = x * inverse_rms(x)
+    out = normed if normed.dtype == dtype else torch.empty_like(normed, dtype=dtype)
+    return torch.addcmul(shift, normed, factor, out=out)
+
+
+def add_gated_(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    """`x += gate * branch`, in place, whatever the types of the two."""
+    return x.addcmul_(branch, gate)
+
+
+def norm_rotate_(heads_TNK: Tensor, weight_K: Tensor, rotation: Tensor | None) -> None:
+    """RMS-normalise each head and rotate its channel pairs, in place; twin: `rotate(RMSNorm(x), rotation)`.
+
+    heads_TNK: queries or keys `[tokens, heads, head_dim]`, any strides with a dense last axis.
+    rotation: `[tokens, head_dim / 2]` complex64, or None where nothing is rotated.
+    """
+    x = heads_TNK if heads_TNK.dtype == torch.float32 else heads_TNK.float()
+    x.mul_(inverse_rms(x)).mul_(weight_K)
+    if rotation is not None:
+        _rotate_(x, rotation)
+    if x is not heads_TNK:
+        heads_TNK.copy_(x)
+
+
+def _rotate_(x_TNK: Tensor, rotation: Tensor) -> None:
+    if x_TNK.is_cpu or x_TNK.is_cuda:
+        torch.view_as_complex(x_TNK.unflatten(-1, (-1, 2))).mul_(rotation.unsqueeze(1))
+        return
+    # Not every device multiplies complex numbers.
+    even, odd = x_TNK.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rotation.real.unsqueeze(1), rotation.imag.unsqueeze(1)
+    turned = even * sin + odd * cos
+    even.copy_(even * cos - odd * sin)
+    odd.copy_(turned)
+
+
+def linear_into(linear: nn.Module, x_TD: Tensor, out: Tensor) -> None:
+    """Write `linear(x)` into `out`, straight from the matrix product where the layer is a plain one."""
+    if type(linear) is nn.Linear and out.dtype == linear.weight.dtype:
+        if linear.bias is None:
+            torch.mm(x_TD, linear.weight.t(), out=out)
+        else:
+            torch.addmm(linear.bias, x_TD, linear.weight.t(), out=out)
+    else:
+        out.copy_(linear(x_TD))
+
+
+def gated_feed_forward(x: Tensor, w1: nn.Module, w3: nn.Module, w2: nn.Module) -> Tensor:
+    """`w2(silu(w1 x) * w3 x)` with one inner buffer less; twin: `GatedFeedForward`."""
+    hidden = F.silu(w1(x), inplace=True).mul_(w3(x))
+    return w2(hidden)  # type: ignore[no-any-return]
+
+
+def accumulate_(total: Tensor, x: Tensor, weight_OI: Tensor) -> None:
+    """`total += x @ weight^T`; a total wider than its terms stays wide."""
+    if total.dtype == x.dtype:
+        total.addmm_(x, weight_OI.t())
+    else:
+        total.add_(F.linear(x, weight_OI))
