@@ -27,7 +27,7 @@ def parts(length: int, size: int) -> Iterator[slice]:
 def inverse_rms(x: Tensor) -> Tensor:
     """`1 / sqrt(mean(x^2) + eps)` over the last axis, kept, float32; x of any float type is not copied."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return norm.square_().div_(x.shape[-1]).add_(EPS).rsqrt_()
+    return norm.square_().div_(x.shape[-1]).add_(EPS).rsqrt_()  # type: ignore[no-any-return]
 
 
 def norm_modulate(x: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

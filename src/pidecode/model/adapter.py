@@ -48,24 +48,26 @@ class LateInjection:
     """`[B, L, adapter width]`"""
     head: nn.Module
     gate: Gate
-    sigma_B: Tensor
-    mask_B: Tensor | None
+    sigma: Tensor
+    """`[B or 1]`"""
+    mask: Tensor | None
 
     @property
     def tokens(self) -> Tensor:
         """`[B, L, D]`"""
-        return masked(self.head(self.features), self.mask_B)
+        return masked(self.head(self.features), self.mask)
 
     @property
     def gate_logits(self) -> Tensor:
         """`[B, L, D or 1]`"""
-        return self.gate.latent_logits(self.tokens, self.sigma_B)
+        return self.gate.latent_logits(self.tokens, self.sigma)
 
     def chunk(self, sample: int, part: slice) -> tuple[Tensor, Tensor]:
         """Tokens and gate logits of one sample's patches."""
-        mask, sigma = (t if t is None or len(t) == 1 else t[sample : sample + 1] for t in (self.mask_B, self.sigma_B))
-        assert sigma is not None
-        tokens = masked(self.head(self.features[sample : sample + 1, part]), mask)
+        one = slice(sample, sample + 1)
+        sigma = self.sigma if len(self.sigma) == 1 else self.sigma[one]
+        mask = self.mask if self.mask is None or len(self.mask) == 1 else self.mask[one]
+        tokens = masked(self.head(self.features[one, part]), mask)
         return tokens[0], self.gate.latent_logits(tokens, sigma)[0]
 
     def window(self, patches: Tensor) -> LateInjection:

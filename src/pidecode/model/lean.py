@@ -25,7 +25,8 @@ from pidecode.model.rope import Rotation
 from pidecode.model.schedule import StepVectors
 
 if TYPE_CHECKING:
-    from pidecode.model.network import Condition, Injection, PixelNet
+    from pidecode.model.adapter import Injection, LateInjection
+    from pidecode.model.network import Condition, PixelNet
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +191,7 @@ def _key_value(qkv: Any, tokens: Tensor) -> Tensor:
     return F.linear(tokens, qkv.weight[tokens.shape[-1] :])
 
 
-def gate_(gate: Any, x: Tensor, injection: Injection, chunks: Chunks) -> None:
+def gate_(gate: Any, x: Tensor, injection: Injection | LateInjection, chunks: Chunks) -> None:
     """`Gate.forward` on a stream `[B, L, D]`, in place."""
     for b in range(len(x)):
         for part in lean.parts(x.shape[1], chunks.tokens):

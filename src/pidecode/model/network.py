@@ -244,7 +244,7 @@ class PixelNet(nn.Module):
         # Autocast and sharded weights live in the modules' own forward, so they keep it.
         if torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
             return False
-        return not hasattr(self.patch_blocks[0].norm_x1.weight, "device_mesh")
+        return not hasattr(next(self.patch_blocks.parameters()), "device_mesh")
 
     def features(
         self, x_B3HW: Tensor, t_B: Tensor, condition: Condition, indices: tuple[int, ...], *, predict: bool = False

@@ -138,7 +138,7 @@ class _Canvas:
         proj = self.net.pixel_embedder.proj
         tile = F.linear(colours.to(proj.weight.dtype), proj.weight, proj.bias).float()
         tile.add_(self.across).add_(self.down[part, :, group])
-        return tile.flatten(2, 3).flatten(0, 1)
+        return tile.flatten(2, 3).flatten(0, 1)  # type: ignore[no-any-return]
 
     def paint(self, picture: Tensor, b: int, part: slice, group: slice, tile_TGC: Tensor) -> None:
         """Colours of a finished tile into the prediction."""

@@ -38,7 +38,7 @@ def _six(linear: nn.Module, condition_BD: Tensor, first: Tensor, second: Tensor)
     vectors = linear(condition_BD).float().unflatten(-1, (6, -1))
     for index, weight in ((1, first), (4, second)):
         vectors[:, index] = (1 + vectors[:, index]) * weight.float()
-    return vectors
+    return vectors  # type: ignore[no-any-return]
 
 
 def step_vectors(net: PixelNet, t_B: Tensor) -> StepVectors:
