@@ -120,7 +120,7 @@ class _Canvas:
 
     def _grid(self, picture: Tensor) -> Tensor:
         """`[B, 3, H, W]` as `[B, 3, rows, patch, columns, patch]`, a view."""
-        return picture.unflatten(3, (self.columns, self.patch)).unflatten(2, (self.rows, self.patch))
+        return picture.unflatten(3, (self.columns, self.patch)).unflatten(2, (self.rows, self.patch))  # type: ignore[no-any-return]
 
     def groups(self) -> Iterator[slice]:
         """Pixels of a patch that are worked on together, as rows of the patch."""
@@ -138,7 +138,7 @@ class _Canvas:
         proj = self.net.pixel_embedder.proj
         tile = F.linear(colours.to(proj.weight.dtype), proj.weight, proj.bias).float()
         tile.add_(self.across).add_(self.down[part, :, group])
-        return tile.flatten(2, 3).flatten(0, 1)  # type: ignore[no-any-return]
+        return tile.flatten(2, 3).flatten(0, 1)
 
     def paint(self, picture: Tensor, b: int, part: slice, group: slice, tile_TGC: Tensor) -> None:
         """Colours of a finished tile into the prediction."""
