@@ -6,6 +6,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, cast
 
 import torch
@@ -15,9 +16,10 @@ from pidecode import __version__, images
 from pidecode.captions import CaptionStates, TextEncoder, negative_prompt, ready_states
 from pidecode.devices import pick_device
 from pidecode.errors import LatentError, SettingError, SizeError
-from pidecode.facts.checkpoints import CHECKPOINTS, Checkpoint, FlowShift
+from pidecode.facts.checkpoints import CHECKPOINTS, TINY_ENCODER, Checkpoint, FlowShift
 from pidecode.facts.sizes import size_advice
 from pidecode.facts.spaces import LatentSpace, get_space
+from pidecode.latents.encoders import load_encoder
 from pidecode.latents.latent import Latent
 from pidecode.model.network import Condition, PixelNet
 from pidecode.sampling import NoiseStream, OnStep, guided, sample_student, sample_teacher
@@ -25,7 +27,8 @@ from pidecode.settings import LARGEST_TRAINED_SIGMA, DecodeSettings, Settings
 from pidecode.weights.build import build_network
 from pidecode.weights.detect import Hints, detect
 from pidecode.weights.identity import Identity
-from pidecode.weights.locate import locate
+from pidecode.weights.locate import asset, encoder_path, locate
+from pidecode.weights.lora import apply_lora
 from pidecode.weights.read import read_weights
 
 if TYPE_CHECKING:
@@ -117,7 +120,7 @@ class PixelDecoder:
             net,
             identity,
             name=found.name,
-            encoder=_find_encoder(encoder or found.encoder, identity.space, chosen, dtype),
+            encoder=_lazy_encoder(encoder or found.encoder or _encoder_here(identity), identity.space, chosen, dtype),
             text=TextEncoder(device=chosen, states=CaptionStates()) if net.config.has_text else None,
         )
 
@@ -140,6 +143,14 @@ class PixelDecoder:
     def dtype(self) -> torch.dtype:
         """Number format of the weights."""
         return self.net.dtype
+
+    def load_lora(self, path: str | PathLike[str], scale: float = 1.0) -> None:
+        """Add a low-rank adapter's change, times `scale`, to the weights; the negated scale takes it back.
+
+        Raises CheckpointError for a file that is no adapter of this network.
+        """
+        apply_lora(self.net, Path(path), scale)
+        self.name = f"{self.name} + {Path(path).stem} at {scale:g}"
 
     def encode(
         self, picture: images.ImageSource, *, caption: str | Sequence[str] | None = None, fit: Fit = "crop"
@@ -404,7 +415,15 @@ class PixelDecoder:
         return {key: value for key, value in recipe.items() if value is not None}
 
 
-def _find_encoder(
+def _encoder_here(identity: Identity) -> Path | None:
+    """The encoder of a file's own space: the pulled one, else for FLUX.2 the small one that ships with the package."""
+    if identity.space is None:
+        return None
+    pulled = encoder_path(get_space(identity.space).name)
+    return pulled or (asset(TINY_ENCODER) if get_space(identity.space).name == "flux2" else None)
+
+
+def _lazy_encoder(
     path: str | PathLike[str] | None, space: str | None, device: torch.device, dtype: torch.dtype
 ) -> Encode | None:
     """The space's encoder, loaded when the first picture comes; None where there is none on this machine."""
@@ -414,8 +433,6 @@ def _find_encoder(
 
     def encode(pictures: Tensor) -> Tensor:
         if not loaded:
-            from pidecode.latents.encoders import load_encoder
-
             loaded.append(load_encoder(space, path, device=device, dtype=dtype))
         return loaded[0](pictures)
 

@@ -204,6 +204,25 @@ def test_a_file_of_ours_loads_with_no_further_argument(tmp_path: Path, decoder: 
     assert half.dtype == torch.bfloat16
 
 
+def test_an_adapter_changes_the_picture_at_a_strength_and_can_be_taken_back(
+    tmp_path: Path, decoder: PixelDecoder, latent: Latent
+) -> None:
+    layer = "patch_blocks.0.mlp_x.w1"
+    out_width, in_width = decoder.net.patch_blocks[0].mlp_x.w1.weight.shape
+    halves = {f"{layer}.lora_A.weight": torch.randn(2, in_width), f"{layer}.lora_B.weight": torch.randn(out_width, 2)}
+    save_file(decoder.net.state_dict(), tmp_path / "base.safetensors", metadata=decoder.identity.to_metadata())
+    save_file(halves, tmp_path / "style.safetensors")
+    loaded = PixelDecoder.from_pretrained(tmp_path / "base.safetensors", device="cpu")
+    plain = loaded.decode(latent, output="pt")
+    loaded.load_lora(tmp_path / "style.safetensors", 0.5)
+    changed = loaded.decode(latent, output="pt")
+    assert (changed - plain).abs().max() > 1e-3
+    loaded.load_lora(tmp_path / "style.safetensors", -0.5)
+    assert torch.allclose(loaded.decode(latent, output="pt"), plain, atol=1e-4)
+    untouched = PixelDecoder.from_pretrained(tmp_path / "base.safetensors", device="cpu")
+    assert torch.allclose(untouched.decode(latent, output="pt"), plain, atol=1e-5)
+
+
 def test_a_decoder_of_the_wrong_space_is_refused_at_the_door(tmp_path: Path, decoder: PixelDecoder) -> None:
     path = tmp_path / "mine.safetensors"
     save_file(dict(decoder.net.state_dict()), path, metadata=decoder.identity.to_metadata())
