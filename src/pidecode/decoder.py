@@ -6,10 +6,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from os import PathLike
+<<<<<<< HEAD
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, cast
+=======
+from typing import Any, Literal, Unpack, cast
+>>>>>>> 0e025c7 (Let the decoder hand out pictures with their recipes as tensors, so that 16-bit files can carry them)
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from pidecode import __version__, images
@@ -31,10 +36,8 @@ from pidecode.weights.locate import asset, encoder_path, locate
 from pidecode.weights.lora import apply_lora
 from pidecode.weights.read import read_weights
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-Output = Literal["pil", "pt"]
+Output = Literal["pil", "pt", "pairs"]
+Made = Image | list[Image] | Tensor | list[tuple[Tensor, dict[str, Any]]]
 Fit = Literal["pad", "crop"]
 Encode = Callable[[Tensor], Tensor]
 """Pictures `[B, 3, H, W]` in [-1, 1] to normalised latents."""
@@ -173,13 +176,14 @@ class PixelDecoder:
         output: Output = "pil",
         on_step: OnStep | None = None,
         **settings: Unpack[DecodeSettings],
-    ) -> Image | list[Image] | Tensor:
+    ) -> Made:
         """A latent as a picture: nothing but the latent and the caption informs it.
 
         latent: of this decoder's space, normalised.
         caption: one for all, or one per latent; default the latent's own. Networks without text take none.
-        output: "pil" for an image (a list if the batch holds more than one) that carries its recipe, or "pt" for a
-            float32 tensor `[B, 3, H, W]` in [-1, 1].
+        output: "pil" for an image (a list if the batch holds more than one) that carries its recipe, "pt" for a
+            float32 tensor `[B, 3, H, W]` in [-1, 1], "pairs" for a list of (tensor `[3, H, W]`, recipe), as
+            `save_image` takes them for 16 bits.
         on_step: called after each step with the current estimate; raise `errors.Cancelled` in it to stop.
         settings: see `Settings`.
 
@@ -188,8 +192,8 @@ class PixelDecoder:
         fit, Cancelled if told to stop.
         """
         chosen = Settings.of(settings)
-        if output not in ("pil", "pt"):
-            raise SettingError(f"output is {output!r}; it must be 'pil' or 'pt'.")
+        if output not in ("pil", "pt", "pairs"):
+            raise SettingError(f"output is {output!r}; it must be 'pil', 'pt' or 'pairs'.")
         latent = self._captioned(self._checked(latent, chosen), caption)
         width, height = self._size(latent, chosen)
         pixels = self._run(latent, (height, width), chosen, on_step)
@@ -204,7 +208,7 @@ class PixelDecoder:
         output: Output = "pil",
         on_step: OnStep | None = None,
         **settings: Unpack[DecodeSettings],
-    ) -> Image | list[Image] | Tensor:
+    ) -> Made:
         """Encode a picture and decode it `scale` times larger.
 
         fit: "pad" (default) mirrors the edges out to the encoder's multiple and cuts the result back, so that it
@@ -380,12 +384,13 @@ class PixelDecoder:
             )
         return self.text.encode([caption or "" for caption in captions]).to(self.device)
 
-    def _delivered(
-        self, pixels: Tensor, latent: Latent, chosen: Settings, output: Output
-    ) -> Image | list[Image] | Tensor:
+    def _delivered(self, pixels: Tensor, latent: Latent, chosen: Settings, output: Output) -> Made:
         """Pixels in the form asked for; pictures carry their recipe in `.info["pidecode"]`."""
         if output == "pt":
             return pixels
+        if output == "pairs":
+            size = (pixels.shape[-1], pixels.shape[-2])
+            return [(one, self._recipe(latent[index], chosen, index, size)) for index, one in enumerate(pixels)]
         pictures = images.to_pils(pixels)
         for index, picture in enumerate(pictures):
             picture.info[images.KEYWORD] = self._recipe(latent[index], chosen, index, picture.size)
