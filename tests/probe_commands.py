@@ -29,7 +29,8 @@ def probe(name: str) -> None:
     elif name == "foreign-warning":
         warnings.warn("deprecated elsewhere", DeprecationWarning, stacklevel=1)
     else:
-        raise getattr(errors, name)(f"what came of {name}")
+        more = (1.0,) if name == "BusyError" else ()
+        raise getattr(errors, name)(f"what came of {name}", *more)
 
 
 def errors_warning() -> type[Warning]:

@@ -76,6 +76,7 @@ def main() -> None:
     latent = decoder.encode(small)
     decoded = decoder.decode(latent, seed=wanted.seed)
     seconds = time.perf_counter() - began
+    assert isinstance(decoded, Image.Image)  # a batch of one
 
     wanted.out.mkdir(parents=True, exist_ok=True)
     stem = Path(wanted.picture).stem

@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pidecode.cli.shared import emit, json_option, overwrite_option, progress, space_option
+from pidecode.cli.shared import SHORT_DTYPES, emit, json_option, overwrite_option, progress, space_option
 from pidecode.errors import FileError, SettingError
 
 if TYPE_CHECKING:
-    from pidecode.decoder import DecodeSettings, PixelDecoder
+    from pidecode.decoder import Output, PixelDecoder
     from pidecode.sampling import OnStep, Step
+    from pidecode.settings import DecodeSettings
 
 SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 _PATH = click.Path(path_type=Path)
 
 Make = Callable[["PixelDecoder", Path, "OnStep"], Any]
-"""Decoder, source file and step callback to a PIL image, or a list of them."""
+"""Decoder, source file and step callback to what the decoder gives for `Wish.output`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,17 +48,21 @@ class Wish:
 
     def decoder(self) -> PixelDecoder:
         """Load the decoder asked for."""
-        import torch
-
         from pidecode.decoder import PixelDecoder
+        from pidecode.weights.convert import DTYPES
 
         return PixelDecoder.from_pretrained(
             self.model,
             space=self.space,
             variant=self.variant,
             device=self.device,
-            dtype=getattr(torch, self.dtype) if self.dtype else None,
+            dtype=DTYPES[self.dtype] if self.dtype else None,
         )
+
+    @property
+    def output(self) -> Output:
+        """The form of picture that the file needs: Pillow has none with 16 bits a channel."""
+        return "pil" if self.bits == "8" else "pairs"
 
     def settings(self) -> DecodeSettings:
         """Settings for the decoder: those that were given."""
@@ -75,7 +80,7 @@ def _decoding_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; chosen for you if not given."),
         click.option(
             "--dtype",
-            type=click.Choice(["float32", "bfloat16", "float16"]),
+            type=click.Choice(SHORT_DTYPES),
             help="Number format; chosen to fit the device if not given.",
         ),
         click.option("--caption", help="What the picture shows, for models that read captions."),
@@ -134,16 +139,17 @@ def _several(place: Path, count: int) -> list[Path]:
 def _run(sources: Sequence[Path], wish: Wish, ending: str, make: Make) -> None:
     """Make and save the pictures of one source after another, then say what was written."""
     from pidecode.files import check_writable
-    from pidecode.images import save_image
+    from pidecode.images import KEYWORD, save_image
 
     places = destinations(sources, wish.out, ending)
     for source in sources:
         if not source.is_file():
             raise FileError(f"There is no file {source}.")
-    for folder in {place.parent for place in places}:
-        folder.mkdir(parents=True, exist_ok=True)
     for place in places:
-        check_writable(place, overwrite=wish.overwrite)
+        if place.parent.exists():
+            check_writable(place, overwrite=wish.overwrite)
+        if wish.bits == "16" and place.suffix.lower() != ".png":
+            raise SettingError(f"Only .png files hold 16 bits a channel; {place} does not.")
     decoder = wish.decoder()
     written: list[dict[str, Any]] = []
     for source, place in zip(sources, places, strict=True):
@@ -152,9 +158,12 @@ def _run(sources: Sequence[Path], wish: Wish, ending: str, make: Make) -> None:
             made = make(decoder, source, on_step)
         images = made if isinstance(made, list) else [made]
         decoded = time.perf_counter()
+        place.parent.mkdir(parents=True, exist_ok=True)
         for name, image in zip(_several(place, len(images)), images, strict=True):
-            save_image(name, image, overwrite=wish.overwrite, bits=int(wish.bits))
-            written.append({"source": str(source), "picture": str(name), "width": image.width, "height": image.height})
+            picture, recipe = image if isinstance(image, tuple) else (image, image.info[KEYWORD])
+            save_image(name, picture, recipe=recipe, overwrite=wish.overwrite, bits=int(wish.bits))
+            size = {"width": recipe["width"], "height": recipe["height"]}
+            written.append({"source": str(source), "picture": str(name), **size, "seed": recipe["seed"]})
         timing = {"seconds": round(decoded - began, 2), "seconds_saving": round(time.perf_counter() - decoded, 2)}
         written[-1] |= timing
         if not wish.as_json:
@@ -178,7 +187,7 @@ def upscale(pictures: tuple[Path, ...], fit: str, **options: Any) -> None:
     wish = Wish(**options)
 
     def make(decoder: PixelDecoder, source: Path, on_step: OnStep) -> Any:
-        return decoder.upscale(source, wish.caption, fit=fit, on_step=on_step, **wish.settings())  # type: ignore[arg-type]
+        return decoder.upscale(source, wish.caption, fit=fit, output=wish.output, on_step=on_step, **wish.settings())  # type: ignore[arg-type]
 
     _run(pictures, wish, "-upscaled", make)
 
@@ -201,7 +210,8 @@ def decode(latents: tuple[Path, ...], size: str | None, **options: Any) -> None:
         settings = wish.settings()
         if pixels is not None:
             settings["size"] = pixels
-        return decoder.decode(Latent.load(source, space=wish.space), wish.caption, on_step=on_step, **settings)
+        latent = Latent.load(source, space=wish.space)
+        return decoder.decode(latent, wish.caption, output=wish.output, on_step=on_step, **settings)
 
     _run(latents, wish, "", make)
 

@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from pidecode import __version__
-from pidecode.cli.shared import emit, json_option, readable_size
+from pidecode.cli.shared import Verdict, emit, json_option, readable_size
 
 PACKAGES = ("torch", "safetensors", "huggingface-hub", "numpy", "pillow", "diffusers", "transformers", "accelerate")
 
@@ -29,15 +29,6 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("tensorboard",),
     "ray": ("ray",),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """One thing a person may want to do, whether it works here, and if not, what would mend it."""
-
-    what: str
-    works: bool
-    because: str
 
 
 def versions() -> dict[str, str | None]:

@@ -6,13 +6,26 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import click
 
 from pidecode.facts.spaces import ALIASES, SPACES
 
+SHORT_DTYPES = ("bf16", "fp16", "fp32")
+"""Number formats by the names people type; `weights.convert.DTYPES` has torch's own."""
+
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One thing a person may want to do, whether it works here, and if not, what would mend it."""
+
+    what: str
+    works: bool
+    because: str
 
 
 def json_option(command: F) -> F:
@@ -59,8 +72,17 @@ def readable_size(count: int | None) -> str:
     return f"{size:.0f} {units[0]}" if units[0] == "B" or size >= 100 else f"{size:.1f} {units[0]}"
 
 
-def progress(total: int, label: str) -> Any:
-    """A bar on standard error, drawn only where a person is watching."""
+def progress(total: int, label: str, unit: str = "step") -> Any:
+    """A bar on standard error, drawn only where a person is watching; bytes ("B") in kB, MB, GB."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=label, file=sys.stderr, disable=None, leave=False, dynamic_ncols=True)
+    return tqdm(
+        total=total,
+        desc=label,
+        unit=unit,
+        unit_scale=unit == "B",
+        file=sys.stderr,
+        disable=None,
+        leave=False,
+        dynamic_ncols=True,
+    )

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pidecode decode` and `info` from end to end, on a small network of the real class in the release format."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from pidecode.cli.app import cli
+from pidecode.facts.architecture import NetConfig, miniature
+from pidecode.latents.latent import Latent
+from pidecode.model.network import PixelNet
+from pidecode.weights.identity import Identity
+
+FLUX2 = miniature(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
+
+
+def save_weights(path: Path, config: NetConfig) -> Path:
+    """A network with random weights as a release file."""
+    torch.manual_seed(0)
+    net = PixelNet(config).requires_grad_(False)
+    for parameter in net.parameters():
+        parameter.normal_(std=0.2)
+    identity = Identity(kind="student", config=config, space="flux2", licence="Apache-2.0")
+    save_file(dict(net.state_dict()), path, metadata=identity.to_metadata())
+    return path
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_weights(tmp_path_factory.mktemp("weights") / "small.safetensors", FLUX2)
+
+
+@pytest.fixture
+def latent(tmp_path: Path) -> Path:
+    path = tmp_path / "cat.safetensors"
+    made = torch.Generator().manual_seed(1)
+    Latent(torch.randn(1, 128, 1, 2, generator=made) * 0.8, "flux2", 0.0, seed=11).save(path)
+    return path
+
+
+def size_and_format(path: Path) -> tuple[tuple[int, int], str | None]:
+    with Image.open(path) as picture:
+        return picture.size, picture.format
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def test_a_latent_becomes_a_picture_with_its_recipe(weights: Path, latent: Path) -> None:
+    result = run("decode", latent, "-m", weights, "--seed", 7, "--steps", 2)
+    assert result.exit_code == 0, result.stderr
+    picture = latent.with_suffix(".png")
+    assert result.stdout.startswith(f"{picture}  128x64  ")
+    assert result.stderr == ""  # no bar where nobody watches
+    assert size_and_format(picture) == ((128, 64), "PNG")
+
+    told = json.loads(run("info", picture, "--json").stdout)
+    assert {"what": "picture", "format": "PNG", "width": 128, "height": 64}.items() <= told.items()
+    expected = {"seed": 7, "steps": 2, "space": "flux2", "sampler": "sde", "latent_seed": 11, "sigma": 0.0}
+    assert expected.items() <= told["recipe"].items()
+    assert "recipe\n  model" in run("info", picture).stdout
+
+
+def test_json_says_what_was_written(weights: Path, latent: Path, tmp_path: Path) -> None:
+    result = run("decode", latent, "-m", weights, "-o", tmp_path / "made", "--json")
+    (line,) = json.loads(result.stdout)
+    assert line["picture"] == str(tmp_path / "made" / "cat.png")
+    assert (line["width"], line["height"], line["seed"]) == (128, 64, 0)
+    assert line["seconds"] >= 0
+    assert line["seconds_saving"] >= 0
+
+
+def test_sixteen_bits_and_webp(weights: Path, latent: Path, tmp_path: Path) -> None:
+    assert run("decode", latent, "-m", weights, "-o", tmp_path / "deep.png", "--bits", 16).exit_code == 0
+    deep = (tmp_path / "deep.png").read_bytes()
+    assert deep[24] == 16  # the header's bit depth
+    assert json.loads(run("info", tmp_path / "deep.png", "--json").stdout)["recipe"]["space"] == "flux2"
+    assert run("decode", latent, "-m", weights, "-o", tmp_path / "flat.webp").exit_code == 0
+    assert size_and_format(tmp_path / "flat.webp") == ((128, 64), "WEBP")
+    refused = run("decode", latent, "-m", weights, "-o", tmp_path / "deep.webp", "--bits", 16)
+    assert refused.exit_code == 2
+    assert "Only .png files hold 16 bits" in refused.stderr
+
+
+def test_what_exists_stays_unless_told(weights: Path, latent: Path) -> None:
+    place = latent.with_suffix(".png")
+    place.write_bytes(b"precious")
+    refused = run("decode", latent, "-m", weights)
+    assert refused.exit_code == 4
+    assert "exists already" in refused.stderr
+    assert place.read_bytes() == b"precious"
+    assert run("decode", latent, "-m", weights, "--overwrite").exit_code == 0
+    assert size_and_format(place) == ((128, 64), "PNG")
+
+
+def test_a_batch_is_numbered(weights: Path, tmp_path: Path) -> None:
+    Latent(torch.randn(2, 128, 1, 1), "flux2").save(tmp_path / "two.safetensors")
+    result = run("decode", tmp_path / "two.safetensors", "-m", weights, "--json")
+    assert [Path(line["picture"]).name for line in json.loads(result.stdout)] == ["two-1.png", "two-2.png"]
+    assert [line["seed"] for line in json.loads(result.stdout)] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["missing.safetensors"], 4, "There is no file missing.safetensors"),
+        (["{latent}", "--steps", "9"], 2, "a distilled decoder takes 1 to 4"),
+        (["{latent}", "--size", "big"], 2, "as in 2048x1536"),
+        (["{latent}", "--sigma", "0.9"], 2, "trained from 0 to 0.8"),
+        (["{latent}", "--space", "sdxl"], 2, "sdxl"),
+        (["{latent}", "--device", "toaster"], 2, "toaster"),
+        (["{weights}"], 3, ""),
+        (["{latent}", "-m", "nothing-like-that"], 2, "nothing-like-that"),
+        (["{latent}", "-o", "cat.gif"], 4, "no kind of picture written here"),
+        (["{latent}", "--bits", "12"], 2, "'12' is not one of '8', '16'"),
+    ],
+)
+def test_each_wrong_wish_is_one_line_and_leaves_nothing(
+    weights: Path,
+    latent: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    code: int,
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    named = [argument.format(latent=latent, weights=weights) for argument in arguments]
+    if "-m" not in named:
+        named += ["-m", str(weights)]
+    result = run("decode", *named)
+    assert result.exit_code == code, result.stderr
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_info_on_a_latent_and_on_weights(weights: Path, latent: Path, tmp_path: Path) -> None:
+    told = json.loads(run("info", latent, "--json").stdout)
+    assert {"what": "latent", "shape": [1, 128, 1, 2], "space": "flux2", "frame": "normalised"}.items() <= told.items()
+    told = json.loads(run("info", weights, "--json").stdout)
+    assert told["what"] == "weights"
+    assert told["record"]["space"] == "flux2"
+    assert told["record"]["config"]["hidden_size"] == FLUX2.hidden_size
+    assert told["parameters"] > 1000
+
+    save_file(dict(PixelNet(FLUX2).state_dict()), tmp_path / "foreign.safetensors")
+    told = json.loads(run("info", tmp_path / "foreign.safetensors", "--json").stdout)
+    assert told["network"].startswith("PiD")
+    assert told["seen"]["hidden_size"] == FLUX2.hidden_size
+    save_file({"encoder.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    assert "none of PiD's" in run("info", tmp_path / "other.safetensors").stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "empty"),
+        (b"just some words, no picture", "no picture, latent or weights file"),
+        (b"\x89PNG\r\n\x1a\nbroken", ""),
+        (b"\x80\x04cos\nsystem\n", ""),
+        ((10**6).to_bytes(8, "little") + b'{"a": 1}', "lies about its header"),
+    ],
+)
+def test_info_on_what_is_broken(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    result = run("info", path)
+    assert result.exit_code == 4, result.stderr
+    assert words in result.stderr
+    assert result.stderr.startswith("Error: ")
+
+
+def test_convert_writes_what_loads_with_no_further_argument(weights: Path, latent: Path, tmp_path: Path) -> None:
+    with safe_open(weights, framework="pt") as file:
+        bare = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    save_file(bare, tmp_path / "bare.safetensors")
+    undecided = run("convert", tmp_path / "bare.safetensors", tmp_path / "made.safetensors")
+    assert undecided.exit_code in (2, 4)
+    assert not (tmp_path / "made.safetensors").exists()
+
+    result = run("convert", weights, tmp_path / "made.safetensors", "--dtype", "bf16", "--json")
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert {"kind": "student", "space": "flux2", "licence": "Apache-2.0"}.items() <= told.items()
+    assert told["bytes"] < 0.7 * weights.stat().st_size
+    assert run("convert", weights, tmp_path / "made.safetensors").exit_code == 4
+    assert run("decode", latent, "-m", tmp_path / "made.safetensors", "--dtype", "fp32").exit_code == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="interrupts are sent differently there")
+def test_an_interrupt_leaves_no_partial_file(weights: Path, tmp_path: Path) -> None:
+    Latent(torch.randn(1, 128, 32, 32) * 0.8, "flux2").save(tmp_path / "large.safetensors")
+    command = [sys.executable, "-m", "pidecode", "decode", "large.safetensors", "-m", str(weights), "-o", "out/"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(2)  # somewhere between loading and decoding: it must not matter where
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "Stopped.\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["large.safetensors"]

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pidecode models`, `pull` and `doctor`: what is listed, what is refused, what is said about this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from pidecode.cli.app import cli
+from pidecode.cli.doctor import EXTRAS
+from pidecode.facts.checkpoints import CHECKPOINTS, ENCODERS, REPOSITORY, get_checkpoint
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, list(arguments))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hub cache; files are put into it as the hub's library lays them out."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def put(hub: Path, repository: str, path: str, content: bytes = b"x") -> Path:
+    home = hub / f"models--{repository.replace('/', '--')}"
+    place = home / "snapshots" / ("0" * 40) / path
+    place.parent.mkdir(parents=True)
+    place.write_bytes(content)
+    (home / "refs").mkdir(exist_ok=True)
+    (home / "refs" / "main").write_text("0" * 40)
+    return place
+
+
+def test_everything_is_listed_with_licence_and_size(hub: Path) -> None:
+    rows = json.loads(run("models", "--json").stdout)
+    assert len(rows) == len(CHECKPOINTS) + len(ENCODERS) + 2  # and the small encoder, and the text encoder
+    official = [row for row in rows if row["source"] == REPOSITORY and row["kind"] != "encoder"]
+    assert all(row["licence"] == "NSCLv1" and row["commercial"] is False and row["path"] is None for row in official)
+    assert all(row["bytes"] > 2e9 for row in official)
+    table = run("models").stdout
+    assert "flux2/tiny" in table.splitlines()[1]
+    assert "NSCLv1, non-commercial" in table
+
+
+def test_what_lies_in_the_cache_is_on_disk(hub: Path) -> None:
+    row = get_checkpoint("sdxl")
+    place = put(hub, REPOSITORY, row.path, b"12345")
+    here = [row for row in json.loads(run("models", "--on-disk", "--json").stdout) if row["source"] == REPOSITORY]
+    assert [(row["name"], row["path"], row["bytes"]) for row in here] == [("sdxl/2kto4k", str(place), 5)]
+
+
+def test_pull_shows_the_licence_before_anything(hub: Path) -> None:
+    result = run("pull", "flux2-klein-4b", "--variant", "2k")
+    assert result.exit_code == 5
+    assert "non-commercial" in result.stderr
+    assert "--accept-licence" in result.stderr
+    assert list(hub.iterdir()) == []
+
+
+def test_pull_without_a_network_is_one_line_that_helps(hub: Path) -> None:
+    result = run("pull", "flux", "--accept-licence")
+    assert result.exit_code == 5
+    assert "hf download nvidia/PiD" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_pull_of_what_is_here_asks_nothing(hub: Path) -> None:
+    place = put(hub, REPOSITORY, get_checkpoint("sdxl").path)
+    result = run("pull", "sdxl", "--no-encoder", "--no-text", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout) == {"decoder": str(place)}
+
+
+def test_pull_of_nothing_there_is(hub: Path) -> None:
+    assert run("pull", "fluxx").exit_code == 2
+    wrong = run("pull", "sdxl", "--variant", "2k")
+    assert wrong.exit_code == 2
+    assert "2kto4k" in wrong.stderr
+
+
+def test_doctor_tells_versions_devices_extras_and_verdicts(hub: Path) -> None:
+    told = json.loads(run("doctor", "--json").stdout)
+    assert told["versions"]["torch"]
+    cpu = told["devices"][0]
+    assert cpu["device"] == "cpu"
+    assert cpu["cores"] >= 1
+    if os.name == "posix":
+        assert cpu["total_bytes"] >= cpu["available_bytes"] > 0
+    assert set(told["extras"]) == set(EXTRAS)
+    assert {"what", "works", "because"} == set(told["verdicts"][0])
+    missing = [line["because"] for line in told["verdicts"] if line["what"] == "released decoders for flux"]
+    assert missing == ["not on this disk: pidecode pull flux"]
+    put(hub, REPOSITORY, get_checkpoint("flux").path)
+    shown = run("doctor").stdout
+    assert "yes  released decoders for flux: 2k; without the text encoder" in shown
+    assert "and without the encoder, so latents decode but pictures cannot be upscaled: pidecode pull flux" in shown
