@@ -6,12 +6,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from os import PathLike
-<<<<<<< HEAD
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack, cast
-=======
 from typing import Any, Literal, Unpack, cast
->>>>>>> 0e025c7 (Let the decoder hand out pictures with their recipes as tensors, so that 16-bit files can carry them)
 
 import torch
 from PIL.Image import Image
