@@ -37,6 +37,7 @@ COMMANDS: dict[str, Place] = {
     "pull": Place("pidecode.cli.weights", "Download a model with everything it needs."),
     "convert": Place("pidecode.cli.weights", "Write weights as one self-describing .safetensors file."),
     "info": Place("pidecode.cli.info", "Say what a picture, a latent or a weights file is."),
+    "train": Place("pidecode.cli.train", "Train a decoder of your own: teacher, student, adapters."),
     "doctor": Place("pidecode.cli.doctor", "Say what will work on this machine, and why the rest will not."),
 }
 

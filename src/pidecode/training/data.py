@@ -142,7 +142,9 @@ def _size_of(piece: Piece) -> tuple[int, int]:
     """Height and width of a picture as it will stand, from its header."""
     data = io.BytesIO(piece.read()) if piece.length >= 0 else piece.path
     with Image.open(data) as picture:
-        sideways = picture.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS
+        # Asking a PNG without this chunk at its beginning would unpack all of it.
+        tagged = picture.format != "PNG" or "exif" in picture.info
+        sideways = tagged and picture.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS
         width, height = picture.size
     return (width, height) if sideways else (height, width)
 

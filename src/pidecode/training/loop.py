@@ -100,6 +100,21 @@ def train(
     return exported
 
 
+def export_newest(recipe: Recipe, folder: str | Path) -> Path:
+    """Write the newest checkpoint of a run as a result, without training on. Raises TrainingError if there is none."""
+    folder = Path(folder)
+    here = World(torch.device("cpu"))
+    stored = newest_checkpoint(folder / "checkpoints")
+    if stored is None:
+        raise TrainingError(f"{folder} holds no checkpoint to export.")
+    method = build_method(recipe, here)
+    average = None if recipe.average.kind == "none" else MovingAverage(method.trained[MAIN], recipe.average)
+    restore(stored, Live(method.trained, make_optimisers(recipe, method), average, here.device))
+    if average is not None:
+        average.swap(method.trained[MAIN])
+    return export_network(recipe, method, folder, stored.step, here)
+
+
 def _begin(recipe: Recipe, folder: Path, here: World, resume: bool, say: Say | None) -> Training:
     checkpoints = folder / "checkpoints"
     stored = newest_checkpoint(checkpoints, say) if resume else None

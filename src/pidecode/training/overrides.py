@@ -7,6 +7,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import types
 from collections.abc import Iterator, Sequence
@@ -110,6 +111,7 @@ def _plain(hint: Any) -> str:
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 
+@functools.cache
 def field_words(record_type: type) -> dict[str, str]:
     """The sentence under each field of a dataclass, read from its source."""
     body = ast.parse(inspect.cleandoc("\n" + inspect.getsource(record_type))).body[0]
