@@ -216,7 +216,7 @@ class PixelDecoder:
             raise SettingError(
                 f"upscale makes {self.scale} times the picture, so size cannot act; resize before or after."
             )
-        latent = self._encode(tensor, caption)
+        latent = self._captioned(self._encode(tensor, None), caption)
         pixels = self.decode(latent, output="pt", on_step=on_step, **settings)
         assert isinstance(pixels, Tensor)
         if kept is not None:

@@ -238,3 +238,8 @@ def test_a_device_that_is_not_here_is_named() -> None:
         pytest.skip("this machine has one")
     with pytest.raises(SettingError, match="'cuda' cannot be used here.*pidecode doctor"):
         PixelDecoder.from_pretrained("tiny", device="cuda")
+
+
+def test_upscaling_refuses_a_caption_that_cannot_act(decoder: PixelDecoder) -> None:
+    with pytest.raises(SettingError, match="no text stream, so a caption cannot act"):
+        decoder.upscale(Image.new("RGB", (16, 16)), "a cat")

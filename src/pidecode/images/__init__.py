@@ -12,7 +12,7 @@ from pidecode.images.geometry import (
 )
 from pidecode.images.read import MAX_PIXELS, ImageSource, load_image, load_tensor
 from pidecode.images.tensors import normalize_image, to_array, to_pil, to_pils, to_tensor
-from pidecode.images.write import KEYWORD, read_recipe, save_image
+from pidecode.images.write import KEYWORD, encode_image, read_recipe, save_image
 
 __all__ = [
     "KEYWORD",
@@ -22,6 +22,7 @@ __all__ = [
     "centre_crop",
     "crop_back",
     "downsample",
+    "encode_image",
     "lanczos",
     "load_image",
     "load_tensor",

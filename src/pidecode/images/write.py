@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -54,11 +54,43 @@ def save_image(
     kind = _FORMATS.get(Path(path).suffix.lower())
     if kind is None:
         raise SettingError(f"{path}: pictures are written as {', '.join(_FORMATS)}; choose one of these endings.")
+    target = check_writable(path, overwrite=overwrite)
+    pieces = _encode(kind, image, recipe, bits, quality)
+    first = next(pieces)  # settings and sizes are judged before a file is begun
+    with atomic_write(target, overwrite=overwrite) as file:
+        file.write(first)
+        for piece in pieces:
+            file.write(piece)
+    return target
+
+
+def encode_image(
+    image: Image.Image | Tensor | NDArray[Any],
+    kind: str = "png",
+    *,
+    recipe: Mapping[str, Any] | None = None,
+    bits: int = 8,
+    quality: int | None = None,
+) -> bytes:
+    """The bytes of the file that `save_image` would write; kind is png, webp or jpeg. Raises as `save_image` does."""
+    name = _FORMATS.get(f".{kind.lower()}")
+    if name is None:
+        raise SettingError(f"Pictures are written as png, webp or jpeg; not {kind!r}.")
+    return b"".join(_encode(name, image, recipe, bits, quality))
+
+
+def _encode(
+    kind: str,
+    image: Image.Image | Tensor | NDArray[Any],
+    recipe: Mapping[str, Any] | None,
+    bits: int,
+    quality: int | None,
+) -> Iterator[bytes]:
+    """The pieces of a picture file; everything that can be refused is refused before the first."""
     if quality is not None and (kind == "PNG" or not 1 <= quality <= 100):
         raise SettingError(f"quality={quality}: PNG is exact and takes none; WebP and JPEG take 1 to 100.")
     if bits != 8 and (kind != "PNG" or isinstance(image, Image.Image)):
-        raise SettingError(f"bits={bits} needs a .png file and a tensor or array to write; got {path}.")
-    target = check_writable(path, overwrite=overwrite)
+        raise SettingError(f"bits={bits} needs a .png file and a tensor or array to write.")
     array = _as_array(image, bits)
     longest = _LONGEST.get(kind)
     if longest is not None and max(array.shape[:2]) > longest:
@@ -66,45 +98,51 @@ def save_image(
     if recipe is None and isinstance(image, Image.Image):
         recipe = image.info.get(KEYWORD)
     text = None if recipe is None else _recipe_text(recipe)
-    with atomic_write(target, overwrite=overwrite) as file:
-        if kind == "PNG":
-            for piece in encode_png(array, {} if text is None else {KEYWORD: text}):
-                file.write(piece)
-        else:
-            buffer = io.BytesIO()
-            extra = {"subsampling": 0} if kind == "JPEG" else {"method": 2}
-            exif = b"" if text is None else _exif(text)
-            Image.fromarray(array).save(buffer, kind, quality=quality or 95, exif=exif, **extra)
-            file.write(buffer.getvalue())
-    return target
+    if kind == "PNG":
+        yield from encode_png(array, {} if text is None else {KEYWORD: text})
+        return
+    buffer = io.BytesIO()
+    extra = {"subsampling": 0} if kind == "JPEG" else {"method": 2}
+    exif = b"" if text is None else _exif(text)
+    Image.fromarray(array).save(buffer, kind, quality=quality or 95, exif=exif, **extra)
+    yield buffer.getvalue()
 
 
-def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The recipe in a picture that `save_image` wrote; None if it carries none.
+def read_recipe(path: str | os.PathLike[str] | bytes) -> dict[str, Any] | None:
+    """The recipe in a picture that `save_image` wrote (path, or its bytes); None if it carries none.
 
     The picture itself is not unpacked. Raises ImageError for a missing file, no picture, or a damaged recipe.
     """
+    if isinstance(path, bytes):
+        return _read_recipe(io.BytesIO(path), "The picture")
     try:
         if not Path(path).is_file():
             raise ImageError(f"There is no file {path}.")
         with open(path, "rb") as file:
-            is_png = file.read(8) == SIGNATURE
-            file.seek(0)
-            text = read_texts(file).get(KEYWORD) if is_png else _text_of_exif(file)
+            return _read_recipe(file, os.fspath(path))
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{path!r} could not be opened: {error}.") from error
+
+
+def _read_recipe(file: BinaryIO, name: str) -> dict[str, Any] | None:
+    try:
+        is_png = file.read(8) == SIGNATURE
+        file.seek(0)
+        text = read_texts(file).get(KEYWORD) if is_png else _text_of_exif(file)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise ImageError(f"{path} is no picture of a known kind.") from error
+        raise ImageError(f"{name} is no picture of a known kind.") from error
     except Exception as error:  # a hostile file can make a decoder raise nearly anything
-        raise ImageError(f"{path} is damaged or cut off: {error}.") from error
+        raise ImageError(f"{name} is damaged or cut off: {error}.") from error
     if text is None:
         return None
     try:
         recipe = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ImageError(f"The recipe in {path} is damaged: it is not JSON.") from error
+        raise ImageError(f"The recipe in {name} is damaged: it is not JSON.") from error
     if not isinstance(recipe, dict):
-        raise ImageError(f"The recipe in {path} is damaged: it is not a table.")
+        raise ImageError(f"The recipe in {name} is damaged: it is not a table.")
     return recipe
 
 
