@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small decoder of the real classes, and real servers on loopback to ask."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pidecode import PixelDecoder
+from pidecode.facts.architecture import miniature
+from pidecode.model.network import PixelNet
+from pidecode.service.desk import Desk
+from pidecode.service.options import Limits
+from pidecode.service.queue import Job
+from pidecode.service.run import address_of, bound_socket, make_server
+from pidecode.weights.identity import Identity
+
+FLUX2 = miniature(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
+PATIENCE = 20.0
+
+
+def block_means(pictures: Tensor) -> Tensor:
+    """An encoder of FLUX.2's sizes: means of 16-pixel blocks, repeated over the channels."""
+    return torch.nn.functional.avg_pool2d(pictures, 16).repeat(1, 43, 1, 1)[:, :128]
+
+
+def small_decoder(name: str = "small") -> PixelDecoder:
+    generator = torch.Generator().manual_seed(0)
+    net = PixelNet(FLUX2).requires_grad_(False).eval()
+    for parameter in net.parameters():
+        parameter.normal_(std=0.2, generator=generator) if parameter.ndim else parameter.fill_(1.0)
+    identity = Identity(kind="student", config=FLUX2, space="flux2", licence="Apache-2.0")
+    return PixelDecoder(net, identity, name=name, encoder=block_means)
+
+
+def picture_bytes(width: int = 32, height: int = 32, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    picture = Image.new("L", (width, height)) if width > 1000 else Image.radial_gradient("L").resize((width, height))
+    picture.convert("RGB").save(buffer, kind)
+    return buffer.getvalue()
+
+
+def latent_bytes(rows: int = 1, columns: int = 1, channels: int = 128, *, batch: int = 1, **note: Any) -> bytes:
+    tensor = torch.randn(batch, channels, rows, columns, generator=torch.Generator().manual_seed(1))
+    record = {"format": 1, "space": "flux2", "frame": "normalised", "sigma": [0.0] * batch, "caption": None, "seed": 7}
+    return safetensors.torch.save({"latent": tensor}, {"pidecode_latent": json.dumps(record | note)})
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def message(self) -> str:
+        return str(self.json()["error"]["message"])
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server that runs in a thread of this process."""
+
+    port: int
+    desk: Desk
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+
+    def ask(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Answer:
+        connection = self.connect()
+        try:
+            connection.request(method, path, body, dict(headers or {}), encode_chunked=not isinstance(body, bytes))
+            response = connection.getresponse()
+            found = {name.lower(): value for name, value in response.getheaders()}
+            return Answer(response.status, found, response.read())
+        finally:
+            connection.close()
+
+    def get(self, path: str, **headers: str) -> Answer:
+        return self.ask("GET", path, None, headers)
+
+    def post(self, path: str, body: Any, **headers: str) -> Answer:
+        if isinstance(body, dict):
+            body, headers = json.dumps(body), {"Content-Type": "application/json", **headers}
+        return self.ask("POST", path, body, headers)
+
+    def until(self, holds: Callable[[], bool]) -> None:
+        """Wait for something to become true."""
+        end = time.monotonic() + PATIENCE
+        while not holds():
+            assert time.monotonic() < end, "it never happened"
+            time.sleep(0.005)
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Keep the device busy with work that never ends by itself."""
+        go = threading.Event()
+
+        def work(job: Job) -> None:
+            while not go.wait(0.005):
+                job.check()
+
+        job = self.desk.queue.submit(work)
+        self.until(lambda: job.state == "running")
+        yield
+        go.set()
+        assert job.wait(PATIENCE)
+
+
+@contextmanager
+def running(app: Any, desk: Desk, *, connections: int = 40, grace: int = 3) -> Iterator[Served]:
+    """Serve `app` on a free port of this machine for as long as the block lasts."""
+    listener = bound_socket("127.0.0.1", 0)
+    server = make_server(app, connections=connections, grace=grace)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        end = time.monotonic() + PATIENCE
+        while not server.started:
+            assert time.monotonic() < end, "the server did not start"
+            assert thread.is_alive(), "the server ended at once"
+            time.sleep(0.005)
+        yield Served(int(address_of(listener).rsplit(":", 1)[1]), desk)
+    finally:
+        server.should_exit = True
+        thread.join(PATIENCE)
+        listener.close()
+        assert not thread.is_alive()
+
+
+LIMITS = Limits(body_bytes=200_000, pixels=256 * 256, waiting=2, seconds=PATIENCE, body_seconds=0.5)
+"""Small, so that every limit is soon reached."""
