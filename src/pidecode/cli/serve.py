@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pidecode web` and `pidecode serve`: the page and the HTTP interface, on this machine unless told otherwise."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pidecode.cli.shared import space_option
+from pidecode.errors import FileError, MissingDependencyError, SettingError
+
+if TYPE_CHECKING:
+    from pidecode.decoder import PixelDecoder
+    from pidecode.service.desk import Desk
+
+SERVER_PORT = 8421
+PAGE_PORT = 8420
+TOKEN_VARIABLE = "PIDECODE_TOKEN"
+MEBIBYTE = 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What both commands take."""
+
+    model: tuple[str, ...]
+    space: str | None
+    variant: str | None
+    device: str | None
+    dtype: str | None
+    host: str
+    port: int
+    token_file: Path | None
+    max_pixels: int
+    max_body: int
+    queue: int
+    timeout: float
+
+    def token(self) -> str | None:
+        """The token from the file or the environment, None if there is none. Raises FileError."""
+        if self.token_file is None:
+            return os.environ.get(TOKEN_VARIABLE) or None
+        try:
+            return self.token_file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise FileError(f"The token cannot be read from {self.token_file}: {error}.") from error
+
+    def decoders(self) -> dict[str, PixelDecoder]:
+        """Every model asked for, loaded, by the name clients use."""
+        import torch
+
+        from pidecode.decoder import PixelDecoder
+
+        found: dict[str, PixelDecoder] = {}
+        for wanted in self.model:
+            decoder = PixelDecoder.from_pretrained(
+                wanted,
+                space=self.space,
+                variant=self.variant,
+                device=self.device,
+                dtype=getattr(torch, self.dtype) if self.dtype else None,
+            )
+            name = Path(wanted).stem if Path(wanted).suffix else wanted
+            if name in found:
+                raise SettingError(f"Two models would be called {name!r}; rename one of the files.")
+            found[name] = decoder
+        return found
+
+
+def _options(port: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add the options that `Wish` holds."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        options = [
+            click.option(
+                "-m", "--model", multiple=True, default=("tiny",), show_default=True,
+                help="A model's name, file or folder. Give it again for more; the first is the default.",
+            ),
+            space_option,
+            click.option("--variant", metavar="NAME", help="Variant of a model that has several: 2k, 2kto4k, ..."),
+            click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; chosen for you if not given."),
+            click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Number format."),
+            click.option("--host", default="127.0.0.1", show_default=True, help="Address; others need a token."),
+            click.option("--port", type=click.IntRange(0, 65535), default=port, show_default=True, help="0: any free."),
+            click.option(
+                "--token-file", type=click.Path(path_type=Path),
+                help=f"File with the token that clients must show; or set {TOKEN_VARIABLE}.",
+            ),
+            click.option(
+                "--max-pixels", type=click.IntRange(min=4096), default=4096 * 4096, show_default=True,
+                help="Most pixels of a result.",
+            ),
+            click.option("--max-body", type=click.IntRange(1), default=64, show_default=True, help="MiB per upload."),
+            click.option("--queue", type=click.IntRange(0), default=8, show_default=True, help="Jobs that may wait."),
+            click.option(
+                "--timeout", type=click.FloatRange(min=1), default=600, show_default=True,
+                help="Seconds a job may take, waiting included.",
+            ),
+        ]  # fmt: skip
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def _desk(wish: Wish) -> Desk:
+    """The models behind one queue."""
+    from pidecode.service.desk import Desk
+    from pidecode.service.options import Limits
+
+    limits = Limits(
+        body_bytes=wish.max_body * MEBIBYTE, pixels=wish.max_pixels, waiting=wish.queue, seconds=wish.timeout
+    )
+    return Desk(wish.decoders(), limits=limits)
+
+
+def _require(packages: Sequence[str], extra: str) -> None:
+    from importlib.util import find_spec
+
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise MissingDependencyError(
+            f"This needs {' and '.join(missing)}, which are not installed: pip install 'pidecode[{extra}]'."
+        )
+
+
+def _run(wish: Wish, create: Callable[[Desk, str | None], Any], say: Callable[[str], str]) -> None:
+    from pidecode.service.run import bound_socket, check_token, serve
+
+    token = wish.token()
+    check_token(wish.host, token)
+    listener = bound_socket(wish.host, wish.port)  # before the models are loaded: a taken port should not cost that
+    with listener:
+        app = create(_desk(wish), token)
+        serve(app, listener, connections=4 * (wish.queue + 8), ready=lambda url: click.echo(say(url)))
+
+
+@click.command()
+@_options(SERVER_PORT)
+def serve(**options: Any) -> None:
+    """Offer decoding over HTTP, for scripts and other programs.
+
+    The description of the interface is at /docs. Ctrl-C stops it once what runs is done.
+    """
+    _require(["fastapi", "uvicorn", "python_multipart"], "serve")
+
+    def create(desk: Desk, token: str | None) -> Any:
+        from pidecode.server.app import create_app
+
+        return create_app(desk, token=token)
+
+    _run(Wish(**options), create, lambda url: f"Serving on {url} (description: {url}/docs). Ctrl-C stops it.")

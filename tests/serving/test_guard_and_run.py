@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Addresses, tokens, limits, plans, and the command line's part in them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from serving_kit import PATIENCE, latent_bytes, picture_bytes, small_decoder
+
+from pidecode.cli.app import cli
+from pidecode.errors import BusyError, Cancelled, DoesNotFitError, FileError, ImageError, LatentError, SettingError
+from pidecode.latents.latent import Latent
+from pidecode.service.desk import Desk, Looked, looks_like_safetensors, small_picture
+from pidecode.service.http import describe
+from pidecode.service.options import Limits
+from pidecode.service.plan import Plan, plan, resident_memory
+from pidecode.service.run import bound_socket, check_token, is_loopback
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [("127.0.0.1", True), ("127.8.9.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False),
+     ("192.168.1.4", False), ("box.lan", False)],
+)  # fmt: skip
+def test_only_loopback_needs_no_token(host: str, local: bool) -> None:
+    assert is_loopback(host) is local
+    if not local:
+        with pytest.raises(SettingError, match="needs a token: set PIDECODE_TOKEN"):
+            check_token(host, None)
+    else:
+        check_token(host, None)
+    check_token(host, "sixteen-letters!")
+
+
+@pytest.mark.parametrize("token", ["short", "sixteen letters and", "sechzehn-zeichen-ü"])
+def test_a_token_that_could_be_guessed_or_mangled_is_refused(token: str) -> None:
+    with pytest.raises(SettingError, match="at least 16 printable ASCII"):
+        check_token("127.0.0.1", token)
+
+
+def test_a_taken_port_and_a_foreign_address_are_said() -> None:
+    with bound_socket("127.0.0.1", 0) as taken:
+        taken.listen()
+        with pytest.raises(SettingError, match="cannot be used: .* Choose another port"):
+            bound_socket("127.0.0.1", taken.getsockname()[1])
+    with pytest.raises(SettingError, match="no address of this machine"):
+        bound_socket("256.1.1.1", 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (BusyError("full", 1.2), 429),
+        (Cancelled("late"), 503),
+        (DoesNotFitError("large"), 507),
+        (SettingError("no"), 400),
+        (LatentError("no"), 400),
+        (ImageError("no"), 400),
+        (RuntimeError("secret path /home/me"), 500),
+    ],
+)
+def test_every_error_has_its_status_and_a_fault_tells_nothing_of_the_machine(error: Exception, status: int) -> None:
+    answer = describe(error)
+    assert answer.status_code == status
+    assert b"/home/me" not in bytes(answer.body)
+    if isinstance(error, BusyError):
+        assert answer.headers["Retry-After"] == "2"
+
+
+def test_limits_are_checked() -> None:
+    with pytest.raises(SettingError, match="pixels is 0"):
+        Limits(pixels=0)
+    with pytest.raises(SettingError, match="waiting is -1"):
+        Limits(waiting=-1)
+    with pytest.raises(SettingError, match="There is no model to serve"):
+        Desk({})
+
+
+def test_a_plan_grows_with_the_picture_and_refuses_what_cannot_fit() -> None:
+    decoder = small_decoder()
+    small, large = plan(decoder, 64, 64), plan(decoder, 128, 128)
+    assert large.working == 4 * small.working
+    assert small.weights == sum(value.numel() * 4 for value in decoder.net.parameters())
+    assert small.fits
+    small.require()
+    with pytest.raises(DoesNotFitError, match=r"needs about 2\.0 GB of memory, and 5 MB are free"):
+        Plan(width=9, height=9, weights=0, working=2 * 10**9, free=5 * 10**6).require()
+    resident = resident_memory()
+    assert resident is None or resident > 10**7
+
+
+def test_the_desk_tells_what_a_file_is() -> None:
+    desk = Desk({"small": small_decoder()})
+    assert desk.look(picture_bytes(20, 30)) == Looked(kind="picture", width=20, height=30)
+    found = desk.look(latent_bytes(2, 3, caption=["a cat"]))
+    assert found == Looked(kind="latent", width=3, height=2, space="flux2", sigma=0.0, caption="a cat")
+    assert (desk.plan(None, found).width, desk.plan(None, found).height) == (192, 128)
+    assert desk.plan(None, Looked(kind="picture", width=20, height=30)).height == 120
+    with pytest.raises(ImageError):
+        desk.look(b"nothing")
+    with pytest.raises(FileError, match="cut off"):
+        desk.look(latent_bytes()[:-3])
+    assert not looks_like_safetensors(b"")
+
+
+def test_a_latent_is_read_from_bytes_as_from_a_file(tmp_path: Path) -> None:
+    data = latent_bytes(2, 1, caption=["a dog"])
+    (tmp_path / "latent.safetensors").write_bytes(data)
+    from_bytes, from_file = Latent.load(data), Latent.load(tmp_path / "latent.safetensors")
+    assert torch.equal(from_bytes.tensor, from_file.tensor)
+    assert (from_bytes.caption, from_bytes.seed) == (from_file.caption, from_file.seed) == ("a dog", 7)
+    with pytest.raises(LatentError, match=r"The latent file holds a latent of space flux2, not sdxl\."):
+        Latent.load(data, space="sdxl")
+    with pytest.raises(FileError, match="The latent file is no .safetensors file, or is cut off"):
+        Latent.load(data[:40])
+
+
+def test_a_preview_is_a_small_jpeg() -> None:
+    data = small_picture(torch.rand(1, 3, 100, 1000) * 2 - 1, side=100)
+    assert data[:2] == b"\xff\xd8"
+    assert Desk({"small": small_decoder()}).look(data).width == 100
+
+
+def test_the_command_refuses_an_open_address_before_it_loads_anything() -> None:
+    result = CliRunner(env={"PIDECODE_TOKEN": ""}).invoke(
+        cli, ["serve", "--host", "0.0.0.0", "--model", "no such model"]
+    )
+    assert result.exit_code == 2
+    assert "needs a token" in result.output
+
+
+def test_the_command_says_when_the_token_file_is_missing(tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli, ["serve", "--token-file", str(tmp_path / "none")])
+    assert result.exit_code == 4
+    assert "cannot be read" in result.output
+
+
+@pytest.mark.slow
+def test_the_command_serves_and_stops_on_a_signal(tmp_path: Path) -> None:
+    weights = tmp_path / "small.safetensors"
+    _write_weights(weights)
+    command = [sys.executable, "-m", "pidecode", "serve", "--port", "0", "--device", "cpu", "--model", str(weights)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("Serving on http://127.0.0.1:")
+        url = line.split()[2]
+        with urllib.request.urlopen(f"{url}/v1/models", timeout=PATIENCE) as answer:
+            assert json.load(answer)["data"][0]["id"] == "small"
+        request = urllib.request.Request(f"{url}/v1/decode?steps=1", latent_bytes(), method="POST")
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+            assert answer.read(4) == b"\x89PNG"
+        process.send_signal(signal.SIGTERM)
+        process.wait(PATIENCE)
+        with pytest.raises(OSError), socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), 1):
+            pass
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _write_weights(path: Path) -> None:
+    from safetensors.torch import save_file
+
+    decoder = small_decoder()
+    save_file(dict(decoder.net.state_dict()), str(path), decoder.identity.to_metadata())
