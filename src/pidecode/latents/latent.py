@@ -121,6 +121,29 @@ class Latent:
         return cls(latent, row.name, level if level.numel() > 1 else float(level), _tuple(caption), seed)
 
     @classmethod
+    def from_pipeline(
+        cls,
+        pipe: Any,
+        out: Any,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        caption: str | Sequence[str] | None = None,
+        seed: int | None = None,
+    ) -> Latent:
+        """From what a diffusers pipeline returned for `output_type="latent"`, whatever its layout and frame.
+
+        height, width: what the pipeline was called with; needed by those that pack their latents to tokens, unless
+            it ran at its own default size.
+        Call it before the pipeline runs again: the noise level is read from the pipeline's scheduler, so a run that
+        was interrupted is labelled rightly. Raises SettingError for a pipeline PiD has no decoder for, LatentError
+        when `out` holds no latents or the size does not fit.
+        """
+        from pidecode.latents.pipelines import from_pipeline
+
+        return from_pipeline(pipe, out, height=height, width=width, caption=caption, seed=seed)
+
+    @classmethod
     def load(
         cls, path: str | os.PathLike[str] | bytes, *, space: str | None = None, sigma: float | Tensor | None = None
     ) -> Latent:

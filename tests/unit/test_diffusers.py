@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every pipeline, end to end at tiny size: attached, stopped early, captured, and read from its own output."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tiny_pipelines as tiny
+from pidecode.decoder import PixelDecoder
+from pidecode.errors import Cancelled, LatentError, SettingError
+from pidecode.integrations.capture import Progress, run_for_latents
+from pidecode.integrations.diffusers import AttachedPipeline, attach, detach
+from pidecode.latents.latent import FrameWarning, Latent
+from pidecode.latents.pipelines import decode_native, frame_of, noise_level, recommended_stop, space_of
+
+# Random networks do not draw: what they leave is no believable latent, and says nothing about frames.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore::{FrameWarning.__module__}.FrameWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+NAMES = tuple(tiny.PIPELINES)
+
+
+BUILT: dict[str, Any] = {}
+
+
+def pipeline(name: str) -> Any:
+    if name not in BUILT:
+        BUILT[name] = tiny.build(name)
+    return BUILT[name]
+
+
+@cache
+def decoder(name: str) -> PixelDecoder:
+    return tiny.decoder_for(tiny.SPACE.get(name, name))
+
+
+@pytest.fixture(autouse=True)
+def _as_found() -> Any:
+    yield
+    for pipe in BUILT.values():
+        assert not (pipe.transformer if hasattr(pipe, "transformer") else pipe.unet)._forward_pre_hooks
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_are_four_times_the_pipelines_and_of_the_same_latent(name: str) -> None:
+    pipe = pipeline(name)
+    out = attach(pipe, decoder(name), seed=3)(**tiny.arguments(name))
+    (picture,) = out.images
+    assert picture.size == (4 * tiny.WIDTH, 4 * tiny.HEIGHT)
+    assert out.calls == tiny.STEPS
+    assert (out.latents.captions, out.latents.sigma, out.latents.seed) == (("a cat",), 0.0, 0)
+    assert picture.info["pidecode"]["caption"] == "a cat"
+    assert picture.info["pidecode"]["pipeline_steps"] == tiny.STEPS
+    again = decoder(name).decode(out.latents, seed=3)
+    assert np.array_equal(np.asarray(picture), np.asarray(again))
+    # The typed latent, denormalised and decoded, is the pipeline's own picture: frame and layout are right.
+    with torch.inference_mode():
+        own = pipe(**tiny.arguments(name, output_type="pt")).images
+    torch.testing.assert_close(decode_native(pipe, out.latents), own * 2 - 1, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stopping_early_ends_the_diffusion_and_labels_the_noise(name: str) -> None:
+    pipe = pipeline(name)
+    whole = run_for_latents(pipe, tiny.arguments(name), capture=(3, 4))
+    counted = []
+    network = pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
+    hook = network.register_forward_hook(lambda *_: counted.append(1))
+    try:
+        out = attach(pipe, decoder(name), stop_after=3)(**tiny.arguments(name))
+    finally:
+        hook.remove()
+    assert len(counted) == out.calls == out.steps == 3
+    assert torch.equal(out.latents.tensor, whole.captured[3].tensor)
+    level = float(pipe.scheduler.sigmas[3])
+    wanted = level / (level**2 + 1) ** 0.5 if name == "sdxl" else level
+    assert out.latents.sigma == pytest.approx(wanted, abs=1e-6)
+    assert whole.captured[3].sigma == out.latents.sigma
+    assert whole.captured[4].sigma == 0.0
+    assert torch.equal(whole.captured[4].tensor, whole.latent.tensor)
+    assert out.images[0].info["pidecode"]["sigma"] == pytest.approx(wanted, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pipelines_own_latents_are_read_whatever_their_form(name: str) -> None:
+    pipe = pipeline(name)
+    with torch.inference_mode():
+        out = pipe(**tiny.arguments(name, output_type="latent"))
+    latent = Latent.from_pipeline(pipe, out, height=tiny.HEIGHT, width=tiny.WIDTH, caption="a cat")
+    typed = run_for_latents(pipe, tiny.arguments(name)).latent
+    torch.testing.assert_close(latent.tensor, typed.tensor, rtol=1e-4, atol=1e-4)  # klein's came back from raw
+    assert (latent.space, latent.sigma, latent.captions) == (typed.space, 0.0, ("a cat",))
+
+    def stop(pipe: Any, index: int, _time: Any, given: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = index == 2
+        return given
+
+    with torch.inference_mode():
+        out = pipe(**tiny.arguments(name, output_type="latent", callback_on_step_end=stop))
+    early = Latent.from_pipeline(pipe, out, height=tiny.HEIGHT, width=tiny.WIDTH)
+    stopped = run_for_latents(pipe, tiny.arguments(name), stop_after=3).latent
+    torch.testing.assert_close(early.tensor, stopped.tensor, rtol=1e-4, atol=1e-4)
+    assert early.sigma == stopped.sigma
+
+
+def test_packed_latents_without_a_size_are_refused_unless_the_default_fits() -> None:
+    pipe = pipeline("flux")
+    with torch.inference_mode():
+        out = pipe(**tiny.arguments("flux", output_type="latent"))
+    with pytest.raises(LatentError, match="Give the height and width"):
+        Latent.from_pipeline(pipe, out)
+    with pytest.raises(LatentError, match='call it with output_type="latent"'):
+        Latent.from_pipeline(pipe, [Image.new("RGB", (8, 8))])
+    side = pipe.default_sample_size * pipe.vae_scale_factor // 16
+    square = torch.zeros(1, side * side, 64)
+    assert Latent.from_pipeline(pipe, square).grid == (2 * side, 2 * side)
+
+
+def test_batches_keep_prompt_and_picture_together() -> None:
+    pipe = attach(pipeline("zimage"), decoder("zimage"))
+    out = pipe(**tiny.arguments("zimage", prompt=["a cat", "a dog"], num_images_per_prompt=2))
+    assert len(out.images) == 4
+    assert out.latents.captions == ("a cat", "a cat", "a dog", "a dog")
+    assert [picture.info["pidecode"]["seed"] for picture in out.images] == [0, 1, 2, 3]
+
+
+def test_all_output_types_and_the_tuple() -> None:
+    pipe = attach(pipeline("sd3"), decoder("sd3"), seed=1)
+    pil = pipe(**tiny.arguments("sd3")).images[0]
+    pt = pipe(**tiny.arguments("sd3", output_type="pt")).images
+    array = pipe(**tiny.arguments("sd3", output_type="np")).images
+    (latent,) = pipe(**tiny.arguments("sd3", output_type="latent", return_dict=False))
+    assert pt.shape == (1, 3, 128, 256)
+    assert array.shape == (1, 128, 256, 3)
+    assert 0 <= float(pt.min()) <= float(pt.max()) <= 1
+    assert np.array_equal(array[0].transpose(2, 0, 1), pt[0].numpy())
+    assert np.abs(np.asarray(pil).astype(float) - array[0] * 255).max() <= 0.51
+    assert isinstance(latent, Latent)
+    assert pipe(**tiny.arguments("sd3"))[0][0].size == pil.size
+
+
+@pytest.mark.parametrize("kind", ["flux_img2img", "flux_kontext", "flux_fill"])
+def test_relatives_that_share_the_path(kind: str) -> None:
+    pipe = tiny.build(kind)
+    given = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 64, 3), np.uint8))
+    changes: dict[str, Any] = {"image": given}
+    if kind == "flux_img2img":
+        changes["strength"] = 0.5
+    if kind == "flux_fill":
+        changes["mask_image"] = Image.new("L", (64, 32), 255)
+    if kind == "flux_kontext":  # it would enlarge the picture to a megapixel
+        changes |= {"max_area": 32 * 64, "_auto_resize": False}
+    out = attach(pipe, decoder("flux"))(**tiny.arguments("flux", **changes))
+    assert out.latents.grid == (4, 8)
+    assert out.images[0].size == (256, 128)
+    assert out.steps == (2 if kind == "flux_img2img" else tiny.STEPS)
+
+
+def test_progress_and_cancelling_leave_the_pipeline_usable() -> None:
+    told: list[Progress] = []
+    pipe = attach(pipeline("sdxl"), decoder("sdxl"), stop_after=2, on_progress=told.append)
+    wanted = pipe(**tiny.arguments("sdxl")).latents
+    assert told[:2] == [Progress("diffusion", 1, 2), Progress("diffusion", 2, 2)]
+    assert told[2:] == [Progress("decoding", step, 4) for step in (1, 2, 3, 4)]
+
+    def refuse(progress: Progress) -> None:
+        if progress.step == 2:
+            raise Cancelled("enough")
+
+    for stage in ("diffusion", "decoding"):
+        with pytest.raises(Cancelled):
+            pipe(
+                **tiny.arguments("sdxl"),
+                on_progress=lambda progress, stage=stage: refuse(progress) if progress.stage == stage else None,
+            )
+    assert torch.equal(pipe(**tiny.arguments("sdxl")).latents.tensor, wanted.tensor)
+
+
+def test_the_callers_own_callback_still_runs_and_may_change_latents() -> None:
+    seen: list[int] = []
+
+    def halve(_pipe: Any, index: int, _time: Any, given: dict[str, Any]) -> dict[str, Any]:
+        seen.append(index)
+        return {"latents": given["latents"] * (0.5 if index == 3 else 1)}
+
+    plain = run_for_latents(pipeline("flux"), tiny.arguments("flux")).latent
+    halved = run_for_latents(pipeline("flux"), tiny.arguments("flux", callback_on_step_end=halve)).latent
+    assert seen == [0, 1, 2, 3]
+    torch.testing.assert_close(halved.tensor, plain.tensor / 2)
+
+
+def test_everything_else_is_the_pipelines_own(tmp_path: Path) -> None:
+    inner = pipeline("sdxl")
+    pipe = attach(inner, decoder("sdxl"))
+    assert isinstance(pipe.to("cpu"), AttachedPipeline)
+    assert pipe.vae is inner.vae
+    before = inner.scheduler
+    pipe.scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(before.config)
+    try:
+        assert type(inner.scheduler).__name__ == "EulerAncestralDiscreteScheduler"
+        assert 0 < attach(inner, decoder("sdxl"), stop_after=3)(**tiny.arguments("sdxl")).latents.sigma < 1
+    finally:
+        pipe.scheduler = before
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionXLPipeline"
+    assert index["vae"] == ["diffusers", "AutoencoderKL"]
+    assert detach(pipe) is inner
+    with pytest.raises(SettingError, match="is not attached"):
+        detach(inner)
+    with pytest.raises(SettingError, match="attached already"):
+        attach(pipe, decoder("sdxl"))
+
+
+def test_offloaded_networks_leave_the_device_before_decoding_and_after_a_cancelled_run() -> None:
+    pipe = tiny.build("sd3")
+    freed: list[str] = []
+    free = pipe.maybe_free_model_hooks
+    pipe.maybe_free_model_hooks = lambda: (freed.append("freed"), free())[1]
+
+    def note(progress: Progress) -> None:
+        if progress.stage == "decoding" and progress.step == 1:
+            freed.append("decoding")
+
+    attach(pipe, decoder("sd3"), on_progress=note)(**tiny.arguments("sd3"))
+    assert freed == ["freed", "decoding"]
+
+    def stop(_progress: Progress) -> None:
+        raise Cancelled("enough")
+
+    with pytest.raises(Cancelled):
+        attach(pipe, decoder("sd3"), on_progress=stop)(**tiny.arguments("sd3"))
+    assert freed == ["freed", "decoding", "freed"]
+
+
+def test_captions_come_from_the_call_or_are_asked_for_before_the_long_part() -> None:
+    captioned = tiny.decoder_for("sdxl", text=True)
+    inner = pipeline("sdxl")
+    states = torch.randn(1, 10, 16, generator=torch.Generator().manual_seed(2))
+    embeddings = inner.encode_prompt("a cat", do_classifier_free_guidance=False)
+    ready = dict(prompt=None, prompt_embeds=embeddings[0], pooled_prompt_embeds=embeddings[2])
+    told: list[Progress] = []
+    pipe = attach(inner, captioned, on_progress=told.append)
+    with pytest.raises(SettingError, match="this call has no prompt; pass caption="):
+        pipe(**tiny.arguments("sdxl", **ready))
+    assert told == []
+    out = pipe(**tiny.arguments("sdxl", **ready), caption="a cat", decode_settings={"caption_states": states})
+    assert out.latents.captions == ("a cat",)
+
+
+def test_what_cannot_be_done_is_refused_with_the_mend() -> None:
+    flux, sdxl = pipeline("flux"), pipeline("sdxl")
+    with pytest.raises(LatentError, match="works in space flux and tiny sdxl decodes sdxl"):
+        attach(flux, decoder("sdxl"))
+    with pytest.raises(SettingError, match="does not work in a latent space that PiD decodes"):
+        attach(object(), decoder("flux"))
+    with pytest.raises(SettingError, match="There is no setting color"):
+        attach(flux, decoder("flux"), color=1)
+    pipe = attach(flux, decoder("flux"))
+    with pytest.raises(SettingError, match="There is no step 9: this run has 4"):
+        pipe(**tiny.arguments("flux"), stop_after=9)
+    with pytest.raises(SettingError, match="trained up to 0.8. Stop after step 2 or later"):
+        pipe(**tiny.arguments("flux"), stop_after=1)
+    with pytest.raises(SettingError, match="or 'recommended'"):
+        pipe(**tiny.arguments("flux"), stop_after="late")
+    with pytest.raises(SettingError, match="output_type is 'jpg'"):
+        pipe(**tiny.arguments("flux", output_type="jpg"))
+    with pytest.raises(SettingError, match="unexpected keyword argument 'promt'"):
+        pipe(promt="a cat")
+    before = sdxl.scheduler
+    sdxl.scheduler = diffusers.PNDMScheduler.from_config(before.config)
+    try:
+        with pytest.raises(SettingError, match="The noise in a latent of PNDMScheduler cannot be told"):
+            attach(sdxl, decoder("sdxl"), stop_after=2)(**tiny.arguments("sdxl"))
+    finally:
+        sdxl.scheduler = before
+
+
+def test_the_recommended_step_is_the_specifications() -> None:
+    assert recommended_stop(pipeline("flux"), 28) == 24
+    assert recommended_stop(pipeline("sdxl"), 30) == 26
+    assert recommended_stop(pipeline("qwenimage"), 50) == 44
+    assert recommended_stop(pipeline("zimage"), 50) == 46
+    assert recommended_stop(pipeline("klein"), 4) == 4
+    assert recommended_stop(pipeline("sd3"), 14) == 12
+
+
+@pytest.mark.parametrize("kind", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_sdxl_schedulers_meet_in_the_variance_preserving_frame(kind: str) -> None:
+    """A clean latent noised by the scheduler itself, read as after a step, is the trained frame's own mixture."""
+    pipe = pipeline("sdxl")
+    before = pipe.scheduler
+    scheduler = getattr(diffusers, kind).from_config(before.config)
+    pipe.scheduler = scheduler
+    try:
+        scheduler.set_timesteps(10)
+        generator = torch.Generator().manual_seed(4)
+        clean, noise = (torch.randn(1, 4, 4, 4, generator=generator) for _ in range(2))
+        mixed = scheduler.add_noise(clean, noise, scheduler.timesteps[6:7])
+        scheduler._step_index = 6
+        assert frame_of(scheduler, space_of(pipe)) in ("euler", "variance_preserving")
+        assert noise_level(scheduler) == float(scheduler.sigmas[6])
+        latent = Latent.from_pipeline(pipe, mixed)
+        signal = scheduler.alphas_cumprod[int(scheduler.timesteps[6])]
+        torch.testing.assert_close(
+            latent.tensor, signal.sqrt() * clean + (1 - signal).sqrt() * noise, rtol=1e-3, atol=1e-3
+        )
+        assert float(latent.sigma) == pytest.approx(float((1 - signal).sqrt()), abs=1e-3)
+    finally:
+        pipe.scheduler = before
