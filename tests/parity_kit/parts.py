@@ -11,8 +11,12 @@ from torch import Tensor
 
 from parity_kit.files import Case, Comparison
 from parity_kit.network import with_own_rounding
+from pidecode.captions import select_positions
 from pidecode.facts.architecture import NetConfig
 from pidecode.facts.checkpoints import STUDENT_TIMES
+from pidecode.facts.spaces import SPACES
+from pidecode.images import downsample, normalize_image
+from pidecode.latents.frames import add_noise, euler_to_trained
 from pidecode.model.adapter import Gate, LatentAdapter
 from pidecode.model.layers import timestep_features
 from pidecode.model.rope import image_rotation, pixel_axis_table, rotate, text_rotation
@@ -169,3 +173,40 @@ def velocity(case: Case) -> Iterator[Comparison]:
     x, v, t = case.inputs["x"], case.inputs["v"], case.inputs["t"]
     yield Comparison("x0", clean_from_velocity(x, v, t), case.outputs["x0"], TABLE)
     yield Comparison("v_from_x0", velocity_from_clean(x, v, t), case.outputs["v_from_x0"], TABLE)
+
+
+def euler_frame(case: Case) -> Iterator[Comparison]:
+    """SDXL's Euler latents brought to the trained frame."""
+    for index, sigma in enumerate(case.args["sigmas"]):
+        latent, level = euler_to_trained(case.inputs["latent"], sigma)
+        yield Comparison(f"sdxl_{index}.latent", latent, case.outputs[f"sdxl_{index}.latent"], TABLE)
+        yield Comparison(f"sdxl_{index}.sigma", level.reshape(()), case.outputs[f"sdxl_{index}.sigma"], TABLE)
+
+
+def noising(case: Case) -> Iterator[Comparison]:
+    """Forward noising of a clean latent in both frames."""
+    latent, noise = case.inputs["latent"], case.inputs["noise"]
+    for space in ("flux", "sdxl"):
+        for index, sigma in enumerate(case.args["sigmas"]):
+            noised = add_noise(latent, noise, sigma, SPACES[space])
+            yield Comparison(f"{space}_{index}", noised, case.outputs[f"{space}_{index}"], TABLE)
+
+
+def downsampling(case: Case) -> Iterator[Comparison]:
+    """The low-quality picture of training."""
+    yield Comparison("lq", downsample(case.inputs["image"], int(case.args["downscale"])), case.outputs["lq"], TABLE)
+
+
+def normalising(case: Case) -> Iterator[Comparison]:
+    """Pictures of any range brought to [-1, 1]."""
+    for name, image in case.inputs.items():
+        yield Comparison(name, normalize_image(image), case.outputs[name], TABLE)
+
+
+def caption_positions(case: Case) -> Iterator[Comparison]:
+    """Which positions of the padded prompt are kept, and which of those hold text."""
+    for entry in case.args["cases"]:
+        name, kept = entry["name"], select_positions(entry["num_chi_tokens"], entry["model_max_length"])
+        yield Comparison(f"{name}.indices", torch.tensor(kept), case.outputs[f"{name}.indices"], 0.0)
+        mask = torch.tensor([[position < total for position in kept] for total in entry["total_tokens"]])
+        yield Comparison(f"{name}.mask", mask.float(), case.outputs[f"{name}.mask"].float(), 0.0)

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small image encoder that ships with `tiny`: a picture to FLUX.2's normalised latent, without FLUX.2's own VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pidecode.errors import SettingError, SizeError
+
+STRIDE = 16
+"""Input pixels per packed latent cell, along each side."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderConfig:
+    """Widths and depths of an ImageEncoder at a half, a quarter and an eighth of the picture's side.
+
+    `channels` is that of the packed latent (128 for FLUX.2). Raises SettingError for values that cannot be built.
+    """
+
+    half_width: int = 48
+    half_blocks: int = 2
+    quarter_width: int = 96
+    quarter_blocks: int = 3
+    eighth_width: int = 160
+    eighth_blocks: int = 4
+    channels: int = 128
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not int or value < 1:
+                raise SettingError(f"{field.name} is {value!r}; it must be a positive whole number.")
+        if self.channels % 4:
+            raise SettingError(f"channels is {self.channels}; 2x2 cells are packed, so it must be a multiple of 4.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` reads them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EncoderConfig:
+        """Inverse of `to_dict`. Raises SettingError for unknown names or values that are not whole numbers."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise SettingError(f"Unknown encoder settings {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
+        return cls(**values)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions behind ReLUs, added to their input; starts as the identity."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(functional.relu(self.conv1(functional.relu(x))))
+
+
+class ContextBlock(ResidualBlock):
+    """A ResidualBlock whose inner channels are scaled and shifted by the picture's mean features.
+
+    The autoencoder it imitates normalises over the whole picture, so a purely local network cannot follow it.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.context = nn.Linear(width, 2 * width)
+        nn.init.zeros_(self.context.weight)
+        nn.init.zeros_(self.context.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift, scale = self.context(x.mean((2, 3)))[..., None, None].chunk(2, dim=1)
+        inner = self.conv1(functional.relu(x)) * (1 + scale) + shift
+        return x + self.conv2(functional.relu(inner))
+
+
+class ImageEncoder(nn.Module):
+    """Picture [B,3,H,W] in [-1,1], sides multiples of 16, to the normalised latent [B,128,H/16,W/16].
+
+    The output is in the frame every latent of this project is in (SPEC.md section 5): FLUX.2's patchified 32
+    channels, order (channel, row, column). It depends on the whole picture: encode first, crop after.
+    """
+
+    def __init__(self, config: EncoderConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or EncoderConfig()
+        self.stem = nn.Conv2d(12, config.half_width, 3, padding=1)
+        self.at_half = nn.Sequential(*(ResidualBlock(config.half_width) for _ in range(config.half_blocks)))
+        self.to_quarter = nn.Conv2d(config.half_width, config.quarter_width, 3, stride=2, padding=1)
+        self.at_quarter = nn.Sequential(*(ResidualBlock(config.quarter_width) for _ in range(config.quarter_blocks)))
+        self.to_eighth = nn.Conv2d(config.quarter_width, config.eighth_width, 3, stride=2, padding=1)
+        self.at_eighth = nn.Sequential(*(ContextBlock(config.eighth_width) for _ in range(config.eighth_blocks)))
+        self.head = nn.Conv2d(config.eighth_width, config.channels // 4, 3, padding=1)
+
+    def cells(self, picture: Tensor) -> Tensor:
+        """The latent before patchifying: [B,channels/4,H/8,W/8]."""
+        x = self.at_half(self.stem(functional.pixel_unshuffle(picture, 2)))
+        x = self.at_quarter(self.to_quarter(x))
+        x = self.at_eighth(self.to_eighth(x))
+        cells: Tensor = self.head(functional.relu(x))
+        return cells
+
+    def forward(self, picture: Tensor) -> Tensor:
+        """Raises SizeError unless the picture is [B,3,H,W] with sides that are multiples of 16."""
+        if picture.ndim != 4 or picture.shape[1] != 3:
+            raise SizeError(f"The encoder takes pictures [B,3,H,W]; this one is {list(picture.shape)}.")
+        height, width = picture.shape[-2:]
+        if height % STRIDE or width % STRIDE or not height or not width:
+            raise SizeError(
+                f"A {width}x{height} picture does not divide into {STRIDE}-pixel cells; "
+                f"crop it to {width // STRIDE * STRIDE}x{height // STRIDE * STRIDE}."
+            )
+        return functional.pixel_unshuffle(self.cells(picture), 2)
+
+
+def encoder_parameters(config: EncoderConfig) -> int:
+    """Parameter count of an encoder of this shape, computed without allocating it."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in ImageEncoder(config).parameters())
