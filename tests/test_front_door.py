@@ -38,7 +38,18 @@ def test_an_unknown_name_says_what_there_is() -> None:
 
 
 def test_the_commands_are_exactly_these() -> None:
-    assert list(COMMANDS) == ["upscale", "decode", "serve", "models", "pull", "convert", "info", "train", "doctor"]
+    assert list(COMMANDS) == [
+        "upscale",
+        "decode",
+        "batch",
+        "serve",
+        "models",
+        "pull",
+        "convert",
+        "info",
+        "train",
+        "doctor",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ class Place(NamedTuple):
 COMMANDS: dict[str, Place] = {
     "upscale": Place("pidecode.cli.decode", "Enlarge pictures: encode each to a latent, decode it larger."),
     "decode": Place("pidecode.cli.decode", "Turn saved latents into pictures."),
+    "batch": Place("pidecode.cli.batch", "Decode or enlarge whole folders, and go on where it was stopped."),
     "serve": Place("pidecode.cli.serve", "Offer decoding over HTTP, for scripts and other programs."),
     "models": Place("pidecode.cli.models", "List the models there are, and which are on this disk."),
     "pull": Place("pidecode.cli.weights", "Download a model with everything it needs."),

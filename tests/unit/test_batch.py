@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches: what becomes a job, what is skipped, what a failure costs, and what the report says; on one device."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from safetensors.torch import save_file
+
+from pidecode import PixelDecoder
+from pidecode.batch.jobs import Job, Naming, collect
+from pidecode.batch.report import Outcome, Report, merge, readable_time
+from pidecode.batch.run import Batch, engine_of, run
+from pidecode.batch.work import Work, Worker, places, sweep
+from pidecode.cli.app import cli
+from pidecode.errors import FileError, SettingError
+from pidecode.facts.architecture import miniature
+from pidecode.images import read_recipe, save_image
+from pidecode.latents.latent import Latent
+from pidecode.model.network import PixelNet
+from pidecode.weights.identity import Identity
+
+FLUX2 = miniature(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random network in the release's file format."""
+    torch.manual_seed(0)
+    net = PixelNet(FLUX2).requires_grad_(False)
+    for parameter in net.parameters():
+        parameter.normal_(std=0.2) if parameter.ndim else parameter.fill_(1.0)
+    path = tmp_path_factory.mktemp("model") / "small.safetensors"
+    identity = Identity(kind="student", config=FLUX2, space="flux2", licence="Apache-2.0")
+    save_file(dict(net.state_dict()), path, metadata=identity.to_metadata())
+    return path
+
+
+@pytest.fixture
+def work(model: Path) -> Work:
+    return Work(model=str(model), device="cpu", steps=1)
+
+
+def put(path: Path, count: int = 1, seed: int = 0) -> Path:
+    """Write a file of `count` small latents."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = torch.randn(count, 128, 1, 1, generator=torch.Generator().manual_seed(seed))
+    Latent(noise, "flux2").save(path)
+    return path
+
+
+def go(source: Path | str, out: Path, work: Work, **naming: Any) -> Report:
+    batch = Batch(jobs=collect(source, Naming(out=out, **naming)), work=work, out=out)
+    report = run(batch, lambda _: None)
+    assert report is not None
+    return report
+
+
+def states(report: Report) -> dict[str, str]:
+    return {outcome.name: outcome.state for outcome in report.outcomes}
+
+
+def test_a_folder_keeps_its_structure_and_passes_over_what_is_neither(tmp_path: Path) -> None:
+    for name in ("b.jpg", "a/c.safetensors", "a/.hidden.png", "notes.txt", "out/old.png", ".git/x.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    jobs = collect(tmp_path, Naming(out=tmp_path / "out"))
+    assert [(job.name, job.kind, job.out.relative_to(tmp_path).as_posix()) for job in jobs] == [
+        ("a/c.safetensors", "latent", "out/a/c.png"),
+        ("b.jpg", "picture", "out/b.png"),
+    ]
+
+
+def test_a_pattern_and_a_single_file(tmp_path: Path) -> None:
+    for name in ("in/x/1.png", "in/y/2.png", "in/y/3.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    jobs = collect(f"{tmp_path}/in/**/*.png", Naming(out=tmp_path / "o", ending=".webp"))
+    assert [job.out.relative_to(tmp_path).as_posix() for job in jobs] == ["o/x/1.webp", "o/y/2.webp"]
+    (job,) = collect(tmp_path / "in/y/3.jpg", Naming(out=tmp_path / "o", keep_ending=True))
+    assert job.out == tmp_path / "o" / "3.jpg.png"
+
+
+def test_a_manifest_gives_each_line_its_own_settings(tmp_path: Path) -> None:
+    lines = [
+        {"source": "a.safetensors", "seed": 7, "size": [64, 128], "caption": "a cat"},
+        {"source": "/elsewhere/b.png", "out": "new/b.jpg"},
+    ]
+    path = tmp_path / "list.jsonl"
+    path.write_text("\n\n".join(json.dumps(line) for line in lines))
+    first, second = collect(path, Naming(out=tmp_path / "o"))
+    assert first.source == tmp_path / "a.safetensors"
+    assert first.own == {"seed": 7, "size": (64, 128), "caption": "a cat"}
+    assert second == Job(
+        name="/elsewhere/b.png", source=Path("/elsewhere/b.png"), kind="picture", out=tmp_path / "o/new/b.jpg"
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "Line 1 of list.jsonl is not JSON"),
+        ("[1]", 'is not a table; write {"source": "cat.png"}'),
+        ('{"sorce": "a.png"}', "an entry 'sorce'. Did you mean source?"),
+        ('{"seed": 1}', "needs 'source' as text"),
+        ('{"source": "a.txt"}', "a.txt is neither a picture"),
+        ('{"source": "a.png", "seed": "x"}', "seed is 'x'; it must be int"),
+        ('{"source": "a.png", "seed": true}', "seed is True"),
+        ('{"source": "a.png", "size": [1]}', r"write width and height, as in \[2048, 1536\]"),
+        ('{"source": "a.png", "out": "../b.png"}', "lies outside the folder of the results"),
+        ('{"source": "a.png", "out": "b.tiff"}', "b.tiff is no kind of picture written here"),
+    ],
+)
+def test_a_wrong_manifest_names_the_line(tmp_path: Path, line: str, words: str) -> None:
+    path = tmp_path / "list.jsonl"
+    path.write_text(line)
+    with pytest.raises(SettingError, match=words):
+        collect(path, Naming(out=tmp_path / "o"))
+
+
+def test_what_gives_no_jobs_is_said_at_once(tmp_path: Path) -> None:
+    out = Naming(out=tmp_path / "o")
+    with pytest.raises(FileError, match="There is no .*nowhere"):
+        collect(tmp_path / "nowhere", out)
+    with pytest.raises(FileError, match="holds no picture and no latent"):
+        collect(tmp_path, out)
+    (tmp_path / "a.png").touch()
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(SettingError, match="a.jpg and a.png would both be written to .*a.png. Keep their endings"):
+        collect(tmp_path, out)
+    assert len(collect(tmp_path, Naming(out=tmp_path / "o", keep_ending=True))) == 2
+    with pytest.raises(SettingError, match="beside their sources"):
+        collect(tmp_path, Naming(out=tmp_path))
+    (tmp_path / "x.txt").touch()
+    with pytest.raises(FileError, match="neither a picture"):
+        collect(tmp_path / "x.txt", out)
+
+
+def test_a_run_makes_skips_and_says_why_not(tmp_path: Path, work: Work) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    put(source / "deep/b.safetensors", seed=1)
+    put(source / "a.safetensors")
+    put(source / "many.safetensors", count=3)
+    (source / "broken.safetensors").write_bytes(b"nonsense")
+    save_file({"x": torch.zeros(1, 128, 1, 1)}, source / "foreign.safetensors")
+    first = go(source, out, work)
+    assert states(first) == {
+        "a.safetensors": "done", "broken.safetensors": "failed", "deep/b.safetensors": "done",
+        "foreign.safetensors": "failed", "many.safetensors": "done",
+    }  # fmt: skip
+    assert first.pictures == 5
+    assert not first.complete
+    assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*.png")) == [
+        "a.png", "deep/b.png", "many-1.png", "many-2.png", "many-3.png",
+    ]  # fmt: skip
+    why = {item.name: item.why or "" for item in first.failures}
+    assert "no .safetensors file, or is cut off" in why["broken.safetensors"]
+    assert "does not say which latent space" in why["foreign.safetensors"]
+    recipe = read_recipe(out / "many-2.png")
+    assert recipe is not None
+    assert (recipe["source"], recipe["seed"]) == ("many.safetensors", 1)
+    # The same command again: nothing is decoded, and what was wrong and is mended now is done.
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    (source / "broken.safetensors").unlink()
+    (source / "foreign.safetensors").unlink()
+    put(source / "broken.safetensors", seed=5)
+    (out / "many-2.png").unlink()
+    second = go(source, out, work)
+    assert second.complete
+    assert states(second) == {
+        "a.safetensors": "skipped", "deep/b.safetensors": "skipped", "broken.safetensors": "done",
+        "many.safetensors": "done",
+    }  # fmt: skip
+    assert second.pictures == 2
+    after = {path: path.stat().st_mtime_ns for path in before if path.name != "many-2.png"}
+    assert after == {path: before[path] for path in after}
+    written = json.loads((out / "pidecode-batch.json").read_text())
+    assert {key: written[key] for key in ("complete", "jobs", "done", "skipped", "failed", "left", "pictures")} == {
+        "complete": True, "jobs": 4, "done": 2, "skipped": 2, "failed": 0, "left": 0, "pictures": 2,
+    }  # fmt: skip
+    assert written["work"]["steps"] == 1
+
+
+def test_a_batch_equals_decoding_one_by_one(tmp_path: Path, work: Work) -> None:
+    put(tmp_path / "in/many.safetensors", count=2, seed=3)
+    go(tmp_path / "in", tmp_path / "out", work)
+    decoder = PixelDecoder.from_pretrained(work.model, device="cpu")
+    pictures = decoder.decode(Latent.load(tmp_path / "in/many.safetensors"), steps=1, seed=0)
+    assert isinstance(pictures, list)
+    for index, picture in enumerate(pictures, start=1):
+        with Image.open(tmp_path / f"out/many-{index}.png") as found:
+            difference = torch.tensor(list(found.tobytes())).int() - torch.tensor(list(picture.tobytes())).int()
+        assert difference.abs().max() <= 1
+
+
+def test_other_settings_never_replace_a_picture_unasked(tmp_path: Path, work: Work) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    put(source / "a.safetensors")
+    put(source / "b.safetensors", seed=1)
+    out.mkdir()
+    save_image(out / "b.png", Image.new("RGB", (4, 4)))
+    go(source, out, work)
+    other = Work(model=work.model, device="cpu", steps=1, seed=9)
+    report = go(source, out, other)
+    why = {item.name: item.why or "" for item in report.failures}
+    assert "was made with other settings or from another source. --overwrite replaces" in why["a.safetensors"]
+    assert "was not made by a batch" in why["b.safetensors"]
+    allowed = Work(model=work.model, device="cpu", steps=1, seed=9, overwrite=True)
+    assert states(go(source, out, allowed)) == {"a.safetensors": "done", "b.safetensors": "done"}
+    assert states(go(source, out, allowed)) == {"a.safetensors": "skipped", "b.safetensors": "skipped"}
+
+
+def test_pictures_are_enlarged_and_any_fault_stays_with_its_job(tmp_path: Path, work: Work) -> None:
+    save_image(tmp_path / "photo.png", Image.new("RGB", (20, 17), "teal"))
+    decoder = PixelDecoder.from_pretrained(work.model, device="cpu")
+    decoder.encoder = lambda pictures: torch.zeros(1, 128, pictures.shape[2] // 16, pictures.shape[3] // 16)
+    (job,) = collect(tmp_path / "photo.png", Naming(out=tmp_path / "out", ending=".jpg"))
+    outcome = Worker(work, decoder).do(job)
+    assert (outcome.state, outcome.pictures) == ("done", 1)
+    with Image.open(job.out) as picture:
+        assert picture.size == (80, 68)
+    assert Worker(work, decoder).do(job).pictures == 0  # as after a death between writing and reporting
+
+    def out_of_memory(_: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    decoder.encoder = out_of_memory
+    job.out.unlink()
+    assert "not enough memory" in (Worker(work, decoder).do(job).why or "")
+    decoder.encoder = lambda _: 1 / 0  # type: ignore[assignment,return-value]
+    assert Worker(work, decoder).do(job).why == "ZeroDivisionError: division by zero"
+
+
+def test_stopping_reports_and_the_next_run_goes_on(tmp_path: Path, work: Work) -> None:
+    for index in range(6):
+        put(tmp_path / f"in/{index}.safetensors", seed=index)
+    out = tmp_path / "out"
+    batch = Batch(jobs=collect(tmp_path / "in", Naming(out=out)), work=work, out=out)
+
+    def stop(outcome: Outcome) -> None:
+        if outcome.name == "1.safetensors":
+            raise KeyboardInterrupt
+
+    report = run(batch, stop)
+    assert report is not None
+    assert report.interrupted
+    assert "the same command goes on from here" in report.sentences()
+    made = {path.name for path in out.glob("*.png")}
+    assert {"0.png", "1.png"} <= made < {f"{index}.png" for index in range(6)}
+    report = run(batch, lambda _: None)
+    assert report is not None
+    assert report.complete
+    assert report.count("skipped") == len(made)
+
+
+def test_what_a_kill_left_half_written_is_swept(tmp_path: Path) -> None:
+    old, fresh, other = tmp_path / ".a.png.12.part", tmp_path / ".b.png.34.part", tmp_path / "c.part"
+    for path in (old, fresh, other):
+        path.touch()
+    os.utime(old, (time.time() - 3600,) * 2)
+    assert sweep(tmp_path) == 1
+    assert not old.exists()
+    assert fresh.exists()
+    assert other.exists()
+
+
+def test_a_lying_header_promises_no_places(tmp_path: Path) -> None:
+    header = json.dumps({"x": {"dtype": "F32", "shape": [10**12, 0, 1, 1], "data_offsets": [0, 0]}}).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    assert places(Job(name="a", source=path, kind="latent", out=tmp_path / "a.png")) == [tmp_path / "a.png"]
+
+
+def test_engines_know_who_started_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert engine_of(None) == "local"
+    with pytest.raises(SettingError, match="torchrun --nproc-per-node=2 -m pidecode batch"):
+        engine_of("torchrun")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert engine_of(None) == "torchrun"
+    with pytest.raises(SettingError, match="each would do all the work"):
+        engine_of("local")
+
+
+def test_the_report_in_words() -> None:
+    outcomes = (
+        Outcome(name="b", state="failed", seconds=1, error="ImageError", why="b is cut off."),
+        Outcome(name="a", state="done", seconds=2, pictures=2, megapixels=8.0),
+        Outcome(name="c", state="skipped", seconds=0),
+    )
+    report = Report(jobs=4, outcomes=outcomes, seconds=30.0, engine="ray", workers=2, lost_workers=1)
+    assert report.sentences().splitlines() == [
+        "1 of 4 done, 1 were done before, 1 failed.",
+        "2 pictures in 30 s: 4.0 a minute, with 2 workers (ray).",
+        "1 worker died and had to be replaced; nothing was lost.",
+        "Failed: b: b is cut off.",
+        "Stopped with 1 job left; the same command goes on from here.",
+    ]
+    both = merge([report, report])
+    assert (both.jobs, both.workers, len(both.outcomes), both.seconds) == (8, 4, 6, 30.0)
+    assert [readable_time(value) for value in (4.21, 42, 200, 7500)] == ["4.2 s", "42 s", "3 min 20 s", "2 h 5 min"]
+
+
+def test_the_command(tmp_path: Path, work: Work) -> None:
+    put(tmp_path / "in/a.safetensors")
+    command = [
+        "batch",
+        str(tmp_path / "in"),
+        str(tmp_path / "out"),
+        "-m",
+        work.model,
+        "--device",
+        "cpu",
+        "--steps",
+        "1",
+    ]
+    runner = CliRunner()
+    done = runner.invoke(cli, [*command, "--json", "--bits", "16"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["done"] == 1
+    (tmp_path / "in/b.safetensors").write_bytes(b"x")
+    command[2] = str(tmp_path / "other")
+    failed = runner.invoke(cli, command)
+    assert failed.exit_code == 1
+    assert "Failed: b.safetensors: " in failed.stdout
+    assert "--bits 16 acts with" in runner.invoke(cli, [*command, "--bits", "16", "--format", "jpg"]).output
+    assert "act with --engine ray only" in runner.invoke(cli, [*command, "--workers", "2"]).output

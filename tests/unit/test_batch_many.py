@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches on several processes: torchrun's stripes, and a real local Ray whose worker is killed midway."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from pidecode.batch.jobs import Naming, collect
+from pidecode.batch.report import Outcome, Report
+from pidecode.batch.run import Batch, run
+from pidecode.batch.work import Work
+from pidecode.errors import CheckpointError, MissingDependencyError, SettingError
+from pidecode.facts.architecture import miniature
+from pidecode.latents.latent import Latent
+from pidecode.model.network import PixelNet
+from pidecode.weights.identity import Identity
+
+FLUX2 = miniature(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
+MANY = 16
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    net = PixelNet(FLUX2).requires_grad_(False)
+    for parameter in net.parameters():
+        parameter.normal_(std=0.2) if parameter.ndim else parameter.fill_(1.0)
+    path = tmp_path_factory.mktemp("model") / "small.safetensors"
+    identity = Identity(kind="student", config=FLUX2, space="flux2", licence="Apache-2.0")
+    save_file(dict(net.state_dict()), path, metadata=identity.to_metadata())
+    return path
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of latents, one of them broken."""
+    folder = tmp_path_factory.mktemp("latents")
+    for index in range(MANY):
+        noise = torch.randn(1, 128, 2, 2, generator=torch.Generator().manual_seed(index))
+        Latent(noise, "flux2").save(folder / f"{index:02d}.safetensors")
+    (folder / "broken.safetensors").write_bytes(b"nonsense")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(source: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process makes of them."""
+    out = tmp_path_factory.mktemp("plain")
+    run(batch_of(source, out, model), lambda _: None)
+    return out
+
+
+def batch_of(source: Path, out: Path, model: Path) -> Batch:
+    jobs = collect(source, Naming(out=out))
+    return Batch(jobs=jobs, work=Work(model=str(model), device="cpu", steps=2), out=out)
+
+
+def assert_same_pictures(one: Path, other: Path) -> None:
+    names = sorted(path.name for path in one.glob("*.png"))
+    assert names == sorted(path.name for path in other.glob("*.png"))
+    assert len(names) == MANY
+    for name in names:
+        with Image.open(one / name) as a, Image.open(other / name) as b:
+            first, second = (torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).int() for image in (a, b))
+        assert (first - second).abs().max() <= 1, name
+
+
+@pytest.mark.slow
+def test_torchrun_shares_the_work_and_resumes(source: Path, model: Path, plain: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1",
+        "--master-port=29613", "-m", "pidecode", "batch", str(source), str(out), "-m", str(model), "--device", "cpu",
+        "--steps", "2", "--json",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "GLOO_SOCKET_IFNAME": "lo"}
+    first = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert first.returncode == 1, first.stderr  # one latent is broken
+    told = json.loads(first.stdout)
+    assert (told["done"], told["failed"], told["left"], told["workers"]) == (MANY, 1, 0, 2)
+    assert told["engine"] == "torchrun"
+    assert_same_pictures(plain, out)
+    (out / "03.png").unlink()
+    again = json.loads(subprocess.run(command, capture_output=True, text=True, check=False, env=environment).stdout)
+    assert (again["done"], again["skipped"], again["failed"]) == (1, MANY - 1, 1)
+
+
+def ray_batch(source: Path, out: Path, model: Path, workers: int = 2) -> Batch:
+    return replace(batch_of(source, out, model), engine="ray", workers=workers, address="local")
+
+
+@pytest.fixture
+def _quiet_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    for name, value in {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_quiet_ray")
+@pytest.mark.filterwarnings("default")
+def test_ray_loses_nothing_and_does_nothing_twice_when_a_worker_is_killed(
+    source: Path, model: Path, plain: Path, tmp_path: Path
+) -> None:
+    import ray
+
+    out = tmp_path / "out"
+    pids: set[int] = set()
+    killed: list[int] = []
+
+    def tell(outcome: Outcome) -> None:
+        if outcome.worker is None:
+            return
+        own = int(outcome.worker.rpartition(":")[2])
+        pids.add(own)
+        others = pids - {own}
+        if not killed and others:  # the other one is in the middle of a job
+            killed.append(others.pop())
+            os.kill(killed[0], signal.SIGKILL)
+
+    report = run(ray_batch(source, out, model), tell)
+    assert not ray.is_initialized()
+    assert report is not None
+    assert killed
+    assert report.lost_workers == 1
+    assert len(pids) >= 2  # the two, and perhaps the one that took the dead one's place: it may come too late
+    names = Counter(outcome.name for outcome in report.outcomes)
+    assert set(names.values()) == {1}
+    assert len(names) == MANY + 1
+    assert [failure.name for failure in report.failures] == ["broken.safetensors"]
+    assert_same_pictures(plain, out)
+    assert not [path for path in out.iterdir() if path.name.startswith(".shared-")]
+    again = run(ray_batch(source, out, model), lambda _: None)
+    assert again is not None
+    assert (again.count("done"), again.count("skipped"), again.count("failed")) == (0, MANY, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_quiet_ray")
+@pytest.mark.filterwarnings("default")
+def test_ray_ends_with_the_sentence_of_what_cannot_load(source: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.safetensors"
+    save_file({"x": torch.zeros(1)}, bad)
+    began = time.perf_counter()
+    with pytest.raises(CheckpointError):
+        run(ray_batch(source, tmp_path / "out", bad, workers=1), lambda _: None)
+    assert time.perf_counter() - began < 120
+
+
+def test_ray_is_asked_for_only_when_there_is_work(
+    source: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingDependencyError, match=r"pidecode\[ray\]"):
+        run(ray_batch(source, tmp_path / "out", model), lambda _: None)
+    only = replace(ray_batch(source, tmp_path / "o", model), jobs=[])
+    report: Report | None = run(only, lambda _: None)
+    assert report is not None
+    assert report.complete
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_quiet_ray")
+@pytest.mark.filterwarnings("default")
+def test_a_cluster_that_is_not_there_is_named(source: Path, model: Path, tmp_path: Path) -> None:
+    batch = replace(ray_batch(source, tmp_path / "out", model), address="127.0.0.1:1")
+    with pytest.raises(SettingError, match="Ray cluster '127.0.0.1:1' cannot be reached"):
+        run(batch, lambda _: None)
