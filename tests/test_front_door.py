@@ -42,6 +42,7 @@ def test_the_commands_are_exactly_these() -> None:
         "upscale",
         "decode",
         "batch",
+        "web",
         "serve",
         "models",
         "pull",

@@ -20,7 +20,11 @@ from pidecode.facts.spaces import ALIASES, SPACES, LatentSpace
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "pidecode"
 WORDS_AT = 25
-ASSETS = "what ships inside the wheel: our own small weights, and the prompts"
+FOLDERS = {
+    "assets": "what ships inside the wheel: our own small weights, and the prompts",
+    "static": "the page itself: one HTML file, its style, two scripts, no build step",
+}
+"""Folders without modules, and what stands in them."""
 
 
 def first_sentence(path: Path) -> str:
@@ -39,8 +43,8 @@ def tree() -> str:
         lines = []
         paths = [path for path in folder.iterdir() if path.name != "__pycache__"]
         for path in sorted(paths, key=lambda path: (path.is_dir(), path.name)):
-            if path.name == "assets":
-                lines.append(line(depth, "assets/", ASSETS))
+            if path.name in FOLDERS:
+                lines.append(line(depth, f"{path.name}/", FOLDERS[path.name]))
             elif path.is_dir():
                 lines.append(line(depth, f"{path.name}/", first_sentence(path / "__init__.py")))
                 lines += walk(path, depth + 1)

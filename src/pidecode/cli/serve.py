@@ -156,3 +156,32 @@ def serve(**options: Any) -> None:
         return create_app(desk, token=token)
 
     _run(Wish(**options), create, lambda url: f"Serving on {url} (description: {url}/docs). Ctrl-C stops it.")
+
+
+@click.command()
+@_options(PAGE_PORT)
+@click.option("--browser/--no-browser", default=True, show_default=True, help="Open the page.")
+def web(browser: bool, **options: Any) -> None:
+    """Open a page for decoding by hand, on this machine alone.
+
+    Nothing is sent anywhere else, and nothing is kept when the page is closed. Ctrl-C stops it.
+    """
+    _require(["fastapi", "uvicorn"], "web")
+    wish = Wish(**options)
+
+    def create(desk: Desk, token: str | None) -> Any:
+        from pidecode.web.app import create_app
+
+        return create_app(desk, token=token)
+
+    def say(url: str) -> str:
+        address = f"{url}/?token={wish.token()}" if wish.token() else f"{url}/"
+        if browser:
+            import threading
+            import webbrowser
+
+            # A moment later, when the server answers.
+            threading.Timer(0.5, webbrowser.open, [address]).start()
+        return f"The page is at {address} Ctrl-C stops it."
+
+    _run(wish, create, say)

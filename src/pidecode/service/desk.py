@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from PIL.Image import Image, Resampling
 from torch import Tensor
 from torch.nn import functional
 
@@ -139,12 +140,16 @@ class Desk:
             picture = images.load_image(data, max_pixels=self.limits.pixels)
             looked = Looked(kind="picture", width=picture.width, height=picture.height)
             self._check(decoder, *self._result_size(decoder, looked))
-            return self._made(
-                options,
-                lambda: decoder.upscale(
+            scale = _checked_scale(decoder, options.scale)
+
+            def make() -> Any:
+                made = decoder.upscale(
                     picture, options.caption, fit=options.fit, on_step=_reporter(job, previews), **options.settings()
-                ),
-            )
+                )
+                assert isinstance(made, Image)
+                return made if scale == decoder.scale else _reduced(made, scale, decoder.scale)
+
+            return self._made(options, make)
 
         return self._submit(options, work)
 
@@ -211,6 +216,24 @@ class Desk:
             warnings=tuple(told),
             seconds=time.perf_counter() - began,
         )
+
+
+def _checked_scale(decoder: PixelDecoder, scale: int | None) -> int:
+    if scale is not None and scale > decoder.scale:
+        raise SettingError(
+            f"scale is {scale}; this model enlarges {decoder.scale} times, so it must be 1 to {decoder.scale}."
+        )
+    return decoder.scale if scale is None else scale
+
+
+def _reduced(picture: Image, scale: int, made_at: int) -> Image:
+    """The picture at `scale` instead of `made_at` times its origin's size; its recipe says so."""
+    width, height = (max(1, round(side * scale / made_at)) for side in picture.size)
+    small = picture.resize((width, height), Resampling.LANCZOS)
+    recipe = picture.info.get(images.KEYWORD)
+    if recipe:
+        small.info[images.KEYWORD] = {**recipe, "width": width, "height": height, "reduced_to_scale": scale}
+    return small
 
 
 def looks_like_safetensors(data: bytes) -> bool:

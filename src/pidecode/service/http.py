@@ -181,6 +181,18 @@ async def outcome(request: Request, job: Job) -> Any:
         end.cancel()
 
 
+def cancel_when_gone(request: Request, job: Job) -> asyncio.Future[None]:
+    """A watcher that cancels the job when the client goes away; cancel the watcher once the job is over."""
+
+    def gone(watcher: asyncio.Future[None]) -> None:
+        if not watcher.cancelled():
+            job.cancel("The client went away.")
+
+    watcher = asyncio.ensure_future(_disconnected(request))
+    watcher.add_done_callback(gone)
+    return watcher
+
+
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

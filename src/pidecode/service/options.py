@@ -78,6 +78,13 @@ class Options(BaseModel):
 class UpscaleOptions(Options):
     """How to enlarge a picture."""
 
+    scale: Annotated[
+        int | None,
+        Field(
+            ge=1, le=8, description="Times the picture's size; less than the model's own is made whole, then reduced."
+        ),
+    ] = None
+
     fit: Annotated[
         Literal["pad", "crop"],
         Field(description="For sides that do not divide: mirror the edges and cut them off again, or crop first."),
