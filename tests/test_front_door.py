@@ -23,7 +23,7 @@ def modules_after(code: str) -> set[str]:
 
 
 def test_the_public_names_are_exactly_these() -> None:
-    assert pidecode.__all__ == ["Latent", "PidecodeError", "PixelDecoder", "__version__", "errors"]
+    assert pidecode.__all__ == ["Latent", "PidecodeError", "PixelDecoder", "__version__", "attach", "errors"]
     assert dir(pidecode) == sorted(pidecode.__all__)
 
 

@@ -18,17 +18,19 @@ if TYPE_CHECKING:
     from pidecode import errors
     from pidecode.decoder import PixelDecoder
     from pidecode.errors import PidecodeError
+    from pidecode.integrations.diffusers import attach
     from pidecode.latents.latent import Latent
 
 __version__ = "0.1.0"
 
-__all__ = ["Latent", "PidecodeError", "PixelDecoder", "__version__", "errors"]
+__all__ = ["Latent", "PidecodeError", "PixelDecoder", "__version__", "attach", "errors"]
 
 # Public name -> the module it lives in; the name of a module itself stands for that module.
 _HOMES = {
     "Latent": "pidecode.latents.latent",
     "PidecodeError": "pidecode.errors",
     "PixelDecoder": "pidecode.decoder",
+    "attach": "pidecode.integrations.diffusers",
     "errors": "pidecode.errors",
 }
 
