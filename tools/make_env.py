@@ -74,6 +74,7 @@ def install_torch(python: Path) -> None:
     """Install torch in the build this machine can use, unless one is there."""
     if torch_version(python):
         return
+    print("Installing torch (once; some minutes on a slow line) ...", flush=True)
     attempts = torch_attempts(system=platform.system(), nvidia=has_nvidia(), index=os.environ.get("TORCH_INDEX", ""))
     for number, options in enumerate(attempts, start=1):
         last = number == len(attempts)
@@ -95,7 +96,6 @@ def main() -> None:
         )
     venv, extras = Path(sys.argv[1]), sys.argv[2]
     python = make_venv(venv)
-    print("Installing torch (once; some minutes on a slow line) ...", flush=True)
     install_torch(python)
     print(f"Installing pidecode[{extras}] beside torch {torch_version(python)} ...", flush=True)
     command = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,12 @@ def test_pull_of_nothing_there_is(hub: Path) -> None:
     wrong = run("pull", "sdxl", "--variant", "2k")
     assert wrong.exit_code == 2
     assert "2kto4k" in wrong.stderr
+
+
+def test_doctor_knows_every_extra(root: Path) -> None:
+    with (root / "pyproject.toml").open("rb") as file:
+        there = tomllib.load(file)["project"]["optional-dependencies"]
+    assert set(EXTRAS) == set(there) - {"all", "dev"}
 
 
 def test_doctor_tells_versions_devices_extras_and_verdicts(hub: Path) -> None:

@@ -35,6 +35,7 @@ class Wish:
     model: str
     space: str | None
     variant: str | None
+    encoder: Path | None
     device: str | None
     dtype: str | None
     caption: str | None
@@ -55,6 +56,7 @@ class Wish:
             self.model,
             space=self.space,
             variant=self.variant,
+            encoder=self.encoder,
             device=self.device,
             dtype=DTYPES[self.dtype] if self.dtype else None,
         )
@@ -77,6 +79,7 @@ def _decoding_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("-m", "--model", default="tiny", show_default=True, help="A model's name, file or folder."),
         space_option,
         click.option("--variant", metavar="NAME", help="Variant of a model that has several: 2k, 2kto4k, ..."),
+        click.option("--encoder", type=_PATH, help="Encoder of the model's space, if it is not where `pull` puts it."),
         click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; chosen for you if not given."),
         click.option(
             "--dtype",

@@ -65,7 +65,7 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(functional.relu(self.conv1(functional.relu(x))))
+        return x + self.conv2(functional.relu(self.conv1(functional.relu(x))))  # type: ignore[no-any-return]
 
 
 class ContextBlock(ResidualBlock):
@@ -83,7 +83,7 @@ class ContextBlock(ResidualBlock):
     def forward(self, x: Tensor) -> Tensor:
         shift, scale = self.context(x.mean((2, 3)))[..., None, None].chunk(2, dim=1)
         inner = self.conv1(functional.relu(x)) * (1 + scale) + shift
-        return x + self.conv2(functional.relu(inner))
+        return x + self.conv2(functional.relu(inner))  # type: ignore[no-any-return]
 
 
 class ImageEncoder(nn.Module):
