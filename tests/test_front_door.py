@@ -23,7 +23,9 @@ def modules_after(code: str) -> set[str]:
 
 
 def test_the_public_names_are_exactly_these() -> None:
-    assert pidecode.__all__ == ["Latent", "PidecodeError", "PixelDecoder", "__version__", "attach", "errors"]
+    assert pidecode.__all__ == [
+        "Latent", "PidecodeError", "PixelDecoder", "__version__", "attach", "detach", "errors",
+    ]  # fmt: skip
     assert dir(pidecode) == sorted(pidecode.__all__)
 
 

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from pidecode import errors
     from pidecode.decoder import PixelDecoder
     from pidecode.errors import PidecodeError
-    from pidecode.integrations.diffusers import attach
+    from pidecode.integrations.diffusers import attach, detach
     from pidecode.latents.latent import Latent
 
 __version__ = "0.1.0"
 
-__all__ = ["Latent", "PidecodeError", "PixelDecoder", "__version__", "attach", "errors"]
+__all__ = ["Latent", "PidecodeError", "PixelDecoder", "__version__", "attach", "detach", "errors"]
 
 # Public name -> the module it lives in; the name of a module itself stands for that module.
 _HOMES = {
@@ -31,6 +31,7 @@ _HOMES = {
     "PidecodeError": "pidecode.errors",
     "PixelDecoder": "pidecode.decoder",
     "attach": "pidecode.integrations.diffusers",
+    "detach": "pidecode.integrations.diffusers",
     "errors": "pidecode.errors",
 }
 

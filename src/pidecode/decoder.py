@@ -15,12 +15,13 @@ from torch import Tensor
 
 from pidecode import __version__, images
 from pidecode.captions import CaptionStates, TextEncoder, negative_prompt, ready_states
+from pidecode.colour import LOCKS, lock_colours
 from pidecode.devices import pick_device
 from pidecode.errors import LatentError, SettingError, SizeError
 from pidecode.facts.checkpoints import CHECKPOINTS, TINY_ENCODER, Checkpoint, FlowShift
 from pidecode.facts.sizes import size_advice
 from pidecode.facts.spaces import LatentSpace, get_space
-from pidecode.latents.encoders import load_encoder
+from pidecode.latents.encoders import LazyEncoder, native_reference
 from pidecode.latents.latent import Latent
 from pidecode.model.network import Condition, PixelNet
 from pidecode.sampling import NoiseStream, OnStep, guided, sample_student, sample_teacher
@@ -119,7 +120,7 @@ class PixelDecoder:
             net,
             identity,
             name=found.name,
-            encoder=_lazy_encoder(encoder or found.encoder or _encoder_here(identity), identity.space, chosen, dtype),
+            encoder=LazyEncoder.of(encoder or found.encoder or _encoder_here(identity), identity.space, chosen, dtype),
             text=TextEncoder(device=chosen, states=CaptionStates()) if net.config.has_text else None,
         )
 
@@ -190,9 +191,12 @@ class PixelDecoder:
         chosen = Settings.of(settings)
         if output not in ("pil", "pt", "pairs"):
             raise SettingError(f"output is {output!r}; it must be 'pil', 'pt' or 'pairs'.")
-        latent = self._captioned(self._checked(latent, chosen), caption)
+        clean, latent = latent, self._captioned(self._checked(latent, chosen), caption)
         width, height = self._size(latent, chosen)
+        reference = self._reference(clean, chosen)
         pixels = self._run(latent, (height, width), chosen, on_step)
+        if reference is not None:
+            pixels = lock_colours(pixels, reference.to(pixels), chosen.colour_lock or "off")
         return self._delivered(pixels, latent, chosen, output)
 
     def upscale(
@@ -217,6 +221,8 @@ class PixelDecoder:
                 f"upscale makes {self.scale} times the picture, so size cannot act; resize before or after."
             )
         latent = self._captioned(self._encode(tensor, None), caption)
+        if settings.get("colour_lock") in ("soft", "full"):
+            settings.setdefault("reference", tensor)
         pixels = self.decode(latent, output="pt", on_step=on_step, **settings)
         assert isinstance(pixels, Tensor)
         if kept is not None:
@@ -277,6 +283,16 @@ class PixelDecoder:
                 raise SettingError(
                     f"{name} acts on {other} only, and {self.name} is a {self.identity.kind}; leave it out."
                 )
+
+    def _reference(self, latent: Latent, chosen: Settings) -> Tensor | None:
+        """What colours are held to; None where they are free."""
+        if chosen.colour_lock not in (None, *LOCKS):
+            raise SettingError(f"colour_lock is {chosen.colour_lock!r}; it must be one of {', '.join(LOCKS)}.")
+        if chosen.colour_lock in ("soft", "full"):
+            return native_reference(self.encoder, latent) if chosen.reference is None else chosen.reference
+        if chosen.reference is not None:
+            raise SettingError('reference acts with colour_lock="soft" or "full" only; name one of them.')
+        return None
 
     def _size(self, latent: Latent, chosen: Settings) -> tuple[int, int]:
         """Width and height of the output."""
@@ -408,6 +424,7 @@ class PixelDecoder:
             "steps": chosen.steps or (4 if self.identity.kind == "student" else TEACHER_STEPS),
             "sampler": (chosen.sampler or "sde") if self.identity.kind == "student" else "dpm-solver++",
             "guidance": chosen.guidance,
+            "colour_lock": chosen.colour_lock,
             "caption": latent.captions[0],
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
@@ -422,19 +439,3 @@ def _encoder_here(identity: Identity) -> Path | None:
         return None
     pulled = encoder_path(get_space(identity.space).name)
     return pulled or (asset(TINY_ENCODER) if get_space(identity.space).name == "flux2" else None)
-
-
-def _lazy_encoder(
-    path: str | PathLike[str] | None, space: str | None, device: torch.device, dtype: torch.dtype
-) -> Encode | None:
-    """The space's encoder, loaded when the first picture comes; None where there is none on this machine."""
-    if path is None or space is None:
-        return None
-    loaded: list[Encode] = []
-
-    def encode(pictures: Tensor) -> Tensor:
-        if not loaded:
-            loaded.append(load_encoder(space, path, device=device, dtype=dtype))
-        return loaded[0](pictures)
-
-    return encode

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from torch import Tensor
 
 from pidecode.errors import SettingError
 from pidecode.facts.checkpoints import StudentKind
+
+Lock = Literal["off", "soft", "full"]
 
 LARGEST_TRAINED_SIGMA = 0.8
 """Beyond this much noise the networks never saw a latent (SPEC.md section 7)."""
@@ -28,6 +30,8 @@ class DecodeSettings(TypedDict, total=False):
     shift: float
     negative_caption: str
     caption_states: Tensor
+    colour_lock: Lock
+    reference: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +56,11 @@ class Settings:
     """Teacher only: what guidance leads away from."""
     caption_states: Tensor | None = field(default=None, compare=False)
     """Ready-made text states `[B, tokens, text_dim]` instead of a caption."""
+    colour_lock: Lock | None = None
+    """Hold brightness and hue to a reference: "off" (default), "soft" over wide areas, "full" down to a few pixels."""
+    reference: Tensor | None = field(default=None, compare=False)
+    """What `colour_lock` holds to, `[B, 3, h, w]` in [-1, 1]; default the picture being enlarged, or what the space's
+    own decoder makes of the clean latent."""
 
     @classmethod
     def of(cls, given: DecodeSettings) -> Settings:

@@ -104,11 +104,11 @@ def load_autoencoder(
         raise CheckpointError(f"{path} is an {family}, and that is not the {space.name} encoder; name the right file.")
     config = {**_shape_of(tensors, family, path), **config}
     _check_space(config, space, path)
-    model = _build(family, config, tensors, path)
     statistics = None
     if family == "AutoencoderKLFlux2":  # kept in the precision of the file, whatever the weights run in
         statistics = LatentStatistics(tensors["bn.running_mean"].float(), tensors["bn.running_var"].float())
-    return AutoencoderNative(model.to(dtype), space), statistics
+    cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    return AutoencoderNative(_build(family, config, cast, path), space), statistics
 
 
 def _in_folder(path: Path, space: LatentSpace) -> tuple[Path, dict[str, Any]]:
@@ -289,7 +289,7 @@ def _lifted(model: torch.nn.Module, tensors: dict[str, Tensor]) -> dict[str, Ten
         tensor = lifted.get(name)
         if tensor is None:
             if ".time_conv." in name or name.endswith("num_batches_tracked"):
-                lifted[name] = torch.zeros(target.shape, dtype=target.dtype)
+                lifted[name] = torch.zeros(target.shape, dtype=_kind(target, tensors))
             continue
         if tensor.shape == target.shape:
             continue
@@ -300,6 +300,13 @@ def _lifted(model: torch.nn.Module, tensors: dict[str, Tensor]) -> dict[str, Ten
             whole[:, :, -1] = tensor
             lifted[name] = whole
     return lifted
+
+
+def _kind(target: Tensor, tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """Number format of a missing tensor: the file's own, or whole numbers where the model counts."""
+    return (
+        next(t.dtype for t in tensors.values() if t.is_floating_point()) if target.is_floating_point() else target.dtype
+    )
 
 
 def fill(model: torch.nn.Module, tensors: Mapping[str, Tensor], path: object) -> None:

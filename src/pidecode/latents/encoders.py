@@ -13,6 +13,7 @@ from torch import Tensor
 from pidecode.errors import LatentError, MissingDependencyError, SettingError, SizeError
 from pidecode.facts.spaces import LatentSpace, get_space
 from pidecode.latents.frames import LatentStatistics, denormalise, normalise
+from pidecode.latents.latent import Latent
 
 PathLike = str | os.PathLike[str]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -118,6 +119,59 @@ class SpaceEncoder:
     def __repr__(self) -> str:
         ways = "both ways" if self.can_decode else "pictures to latents only"
         return f"SpaceEncoder({self.space.name}, {_plain(self.dtype)} on {self.device}, {ways})"
+
+
+class LazyEncoder:
+    """A SpaceEncoder that is loaded when the first picture comes; then it behaves as that does."""
+
+    def __init__(self, space: str, path: PathLike, device: torch.device, dtype: torch.dtype) -> None:
+        self._load = lambda: load_encoder(space, path, device=device, dtype=dtype)
+        self._loaded: SpaceEncoder | None = None
+
+    @classmethod
+    def of(
+        cls, path: PathLike | None, space: str | None, device: torch.device, dtype: torch.dtype
+    ) -> LazyEncoder | None:
+        """One for the file or folder; None where there is neither that nor a space."""
+        return None if path is None or space is None else cls(space, path, device, dtype)
+
+    @property
+    def loaded(self) -> SpaceEncoder:
+        """The encoder itself."""
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether `decode_native` is at hand."""
+        return self.loaded.can_decode
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        """Pictures to normalised latents; see `SpaceEncoder`."""
+        return self.loaded(pictures)
+
+    def decode_native(self, latent: Tensor) -> Tensor:
+        """Normalised latents to the space's own pictures; see `SpaceEncoder`."""
+        return self.loaded.decode_native(latent)
+
+
+def native_reference(encoder: object, latent: Latent) -> Tensor:
+    """What the space's own decoder makes of a clean latent, for holding colours to it, `[B, 3, h, w]` in [-1, 1].
+
+    Raises SettingError when there is no such decoder at hand, or noise in the latent.
+    """
+    if bool((latent.sigmas > 0).any()):
+        raise SettingError(
+            f"Noise is in this latent (sigma {latent.sigmas.tolist()}), so the space's own decoder is no reference for "
+            "its colours; pass reference=, or leave colour_lock out."
+        )
+    if not isinstance(encoder, (SpaceEncoder, LazyEncoder)) or not encoder.can_decode:
+        raise SettingError(
+            f"Holding colours needs the {latent.space} space's own decoder, and there is none here. Fetch it with "
+            f"`pidecode pull {latent.space}`, pass reference=, or leave colour_lock out."
+        )
+    return encoder.decode_native(latent.tensor)
 
 
 def load_encoder(

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Colours held to a reference: a picture keeps its detail and takes the low frequencies of a smaller one.
+
+PiD draws pixels anew, and over large areas its brightness and hue may drift by a level or a few. The reference is what
+the space's own decoder makes of the same latent, or, when enlarging, the picture itself.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pidecode.errors import SettingError
+
+LOCKS = ("off", "soft", "full")
+_FULL_SIGMA = 2.0
+"""Width of the "full" lock's blur, in pixels of the reference: finer drift is left alone, as it may be detail."""
+_SOFT_PART = 16
+"""The "soft" lock blurs over this part of the reference's longer side: only wide drift goes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """How near a picture, reduced to its reference's size, stays to that reference.
+
+    psnr: in decibels, over all channels; infinite for equal pictures.
+    shift: mean difference of red, green and blue in levels of 255; positive where the picture is brighter.
+    """
+
+    psnr: float
+    shift: tuple[float, float, float]
+
+    def __str__(self) -> str:
+        red, green, blue = self.shift
+        return f"PSNR {self.psnr:.2f} dB, mean shift R {red:+.2f} G {green:+.2f} B {blue:+.2f} of 255"
+
+
+def lock_colours(pictures: Tensor, reference: Tensor, lock: str) -> Tensor:
+    """Pictures `[B, 3, H, W]` with the low frequencies of `reference` `[B, 3, h, w]`, both in [-1, 1].
+
+    lock: "off" changes nothing; "soft" corrects brightness and hue over areas of about a sixteenth of the picture;
+        "full" corrects them down to a few pixels of the reference. Detail finer than that is the picture's own.
+    Raises SettingError for another lock or a reference that is not of the pictures' shape.
+    """
+    _check(pictures, reference, lock)
+    if lock == "off":
+        return pictures
+    drift = reference.to(pictures) - _reduced(pictures, reference)
+    sigma = _FULL_SIGMA if lock == "full" else max(reference.shape[-2:]) / _SOFT_PART
+    drift = functional.interpolate(_blurred(drift, sigma), size=pictures.shape[-2:], mode="bicubic")
+    return (pictures + drift).clamp(-1, 1)
+
+
+def fidelity(pictures: Tensor, reference: Tensor) -> list[Fidelity]:
+    """One report per picture: `[B, 3, H, W]` against its smaller reference `[B, 3, h, w]`, both in [-1, 1]."""
+    _check(pictures, reference, "off")
+    difference = _reduced(pictures.float(), reference) - reference.to(pictures.device).float()
+    errors = difference.square().mean(dim=(1, 2, 3)).tolist()
+    shifts = (difference.mean(dim=(2, 3)) * 127.5).tolist()
+    return [
+        Fidelity(10 * math.log10(4 / error) if error > 0 else math.inf, (shift[0], shift[1], shift[2]))
+        for error, shift in zip(errors, shifts, strict=True)
+    ]
+
+
+def _check(pictures: Tensor, reference: Tensor, lock: str) -> None:
+    if lock not in LOCKS:
+        raise SettingError(f"colour_lock is {lock!r}; it must be one of {', '.join(LOCKS)}.")
+    if reference.ndim != 4 or reference.shape[:2] != pictures.shape[:2]:
+        raise SettingError(f"The reference must be [{len(pictures)}, 3, h, w] in [-1, 1]; got {list(reference.shape)}.")
+    height, width = pictures.shape[-2:]
+    small_height, small_width = reference.shape[-2:]
+    if not 0.98 <= (height * small_width) / (width * small_height) <= 1.02 or small_height > height:
+        raise SettingError(
+            f"A reference of {small_width}x{small_height} is not a smaller version of a {width}x{height} picture; give "
+            "one of the same shape."
+        )
+
+
+def _reduced(pictures: Tensor, reference: Tensor) -> Tensor:
+    """Mean over the pixels that make one of the reference's."""
+    return functional.interpolate(pictures, size=reference.shape[-2:], mode="area")
+
+
+def _blurred(image: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur that repeats the border, so that edges are held as well as the middle."""
+    radius = max(1, math.ceil(3 * sigma))
+    offsets = torch.arange(-radius, radius + 1, dtype=image.dtype, device=image.device)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).expand(image.shape[1], 1, 1, -1)
+    image = functional.pad(image, (radius, radius, radius, radius), mode="replicate")
+    image = functional.conv2d(image, kernel, groups=image.shape[1])
+    return functional.conv2d(image, kernel.transpose(2, 3), groups=image.shape[1])

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Colours held to a reference: drift goes, detail stays, and the report says by how much."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import tiny_models
+import tiny_pipelines
+from pidecode.colour import fidelity, lock_colours
+from pidecode.errors import SettingError
+from pidecode.latents.encoders import load_encoder
+from pidecode.latents.latent import Latent
+
+
+def scene(height: int = 128, width: int = 192) -> tuple[Tensor, Tensor, Tensor]:
+    """A smooth reference, the same enlarged with detail on it, and that with brightness and hue gone astray."""
+    generator = torch.Generator().manual_seed(0)
+    smooth = functional.interpolate(
+        torch.rand(1, 3, 4, 6, generator=generator) - 0.5, size=(height, width), mode="bicubic"
+    )
+    detail = torch.randn(1, 3, height, width, generator=generator) * 0.05
+    detail = detail - functional.interpolate(functional.avg_pool2d(detail, 4), scale_factor=4, mode="nearest")
+    true = smooth + detail
+    return functional.avg_pool2d(true, 4), true, true + torch.tensor([0.08, -0.05, 0.02]).view(1, 3, 1, 1)
+
+
+@pytest.mark.parametrize("lock", ["soft", "full"])
+def test_drift_goes_and_detail_stays(lock: str) -> None:
+    reference, true, astray = scene()
+    held = lock_colours(astray, reference, lock)
+    torch.testing.assert_close(held, true, rtol=0, atol=1e-3)
+    assert lock_colours(astray, reference, "off") is astray
+
+
+def test_full_follows_drift_that_soft_leaves() -> None:
+    reference, true, _ = scene(512, 768)
+    waves = 0.1 * torch.sin(torch.arange(768) / 96 * 2 * 3.14159).expand(1, 3, 512, 768)
+    left = {lock: float((lock_colours(true + waves, reference, lock) - true).std()) for lock in ("soft", "full")}
+    assert left["full"] < 0.02 < 0.05 < left["soft"]
+
+
+def test_the_report_says_what_is_off() -> None:
+    reference, true, astray = scene()
+    (good,), (bad,) = fidelity(true, reference), fidelity(astray, reference)
+    assert good.psnr > 90
+    assert bad.shift == pytest.approx((10.2, -6.375, 2.55), abs=0.01)
+    assert str(bad) == f"PSNR {bad.psnr:.2f} dB, mean shift R +10.20 G -6.38 B +2.55 of 255"
+    assert fidelity(reference, reference)[0].psnr == float("inf")
+
+
+def test_references_that_do_not_fit_are_refused() -> None:
+    reference, true, _ = scene()
+    with pytest.raises(SettingError, match="colour_lock is 'hard'"):
+        lock_colours(true, reference, "hard")
+    with pytest.raises(SettingError, match="is not a smaller version"):
+        lock_colours(true, reference.transpose(2, 3), "full")
+    with pytest.raises(SettingError, match="The reference must be"):
+        lock_colours(true, reference[0], "full")
+
+
+def test_decoding_and_enlarging_with_colours_held(tmp_path: Path) -> None:
+    decoder = tiny_pipelines.decoder_for("sdxl")
+    picture = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with pytest.raises(SettingError, match="own decoder, and there is none here"):
+        decoder.decode(Latent(torch.zeros(1, 4, 4, 6), "sdxl"), colour_lock="full")
+    tiny_models.autoencoder("sdxl").save_pretrained(tmp_path)
+    decoder.encoder = load_encoder("sdxl", tmp_path)
+    free = decoder.upscale(picture, output="pt")
+    held = decoder.upscale(picture, output="pt", colour_lock="full")
+    assert fidelity(held, picture)[0].psnr > fidelity(free, picture)[0].psnr
+    latent = decoder.encode(picture)
+    native = decoder.encoder.decode_native(latent.tensor)
+    held = decoder.decode(latent, output="pt", colour_lock="full", sigma=0.2)
+    assert fidelity(held, native)[0].psnr > fidelity(decoder.decode(latent, output="pt", sigma=0.2), native)[0].psnr
+    with pytest.raises(SettingError, match="Noise is in this latent"):
+        decoder.decode(latent.noised(0.3), colour_lock="soft")
+    with pytest.raises(SettingError, match="reference acts with colour_lock"):
+        decoder.decode(latent, reference=native)
+    assert decoder.decode(latent, colour_lock="soft").info["pidecode"]["colour_lock"] == "soft"
