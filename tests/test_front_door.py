@@ -44,6 +44,7 @@ def test_the_commands_are_exactly_these() -> None:
         "upscale",
         "decode",
         "batch",
+        "generate",
         "web",
         "serve",
         "models",

@@ -34,6 +34,7 @@ COMMANDS: dict[str, Place] = {
     "upscale": Place("pidecode.cli.decode", "Enlarge pictures: encode each to a latent, decode it larger."),
     "decode": Place("pidecode.cli.decode", "Turn saved latents into pictures."),
     "batch": Place("pidecode.cli.batch", "Decode or enlarge whole folders, and go on where it was stopped."),
+    "generate": Place("pidecode.cli.generate", "Draw pictures from prompts with a diffusers pipeline and decode them."),
     "web": Place("pidecode.cli.serve", "Open a page for decoding by hand, on this machine alone."),
     "serve": Place("pidecode.cli.serve", "Offer decoding over HTTP, for scripts and other programs."),
     "models": Place("pidecode.cli.models", "List the models there are, and which are on this disk."),

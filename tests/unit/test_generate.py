@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pidecode generate`, from a pipeline and a decoder on disk to pictures, a sheet, and a run that goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+from safetensors.torch import save_file
+
+import tiny_pipelines as tiny
+from pidecode import images
+from pidecode.cli.app import cli
+from pidecode.errors import SettingError, SizeError
+from pidecode.facts.generation import GENERATION, diffusion_size
+from pidecode.facts.spaces import IMAGE_MODELS
+from pidecode.integrations.generate import Job
+from pidecode.latents.latent import FrameWarning, Latent
+
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore::{FrameWarning.__module__}.FrameWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    tiny.build("sdxl").save_pretrained(folder / "pipeline")
+    decoder = tiny.decoder_for("sdxl")
+    tensors = {name: tensor.clone() for name, tensor in decoder.net.state_dict().items()}
+    save_file(tensors, folder / "decoder.safetensors", decoder.identity.to_metadata())
+    return folder
+
+
+def run(files: Path, out: Path, *more: str) -> Result:
+    common = ["generate", "--space", "sdxl", "--size", "256x128", "--steps", "4", "-o", str(out), "--device", "cpu"]
+    own = ["--pipeline", str(files / "pipeline"), "-m", str(files / "decoder.safetensors")]
+    return CliRunner().invoke(cli, [*common, *own, "--arguments", '{"guidance_scale": 1.0}', *more])
+
+
+def test_prompts_and_seeds_become_pictures_with_recipes_and_a_sheet(files: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("# animals\na dog\n\n")
+    out = tmp_path / "out"
+    more = ["a cat", "--prompts", str(tmp_path / "prompts.txt"), "--seed", "1", "--seed", "2", "--compare", "vae"]
+    done = run(files, out, *more, "--stop-after", "3", "--save-latents", "--json")
+    assert done.exit_code == 0, done.output
+    rows: list[dict[str, Any]] = json.loads(done.stdout)
+    names = [Path(row["picture"]).name for row in rows]
+    assert names == ["0001-a-cat-s1.png", "0001-a-cat-s2.png", "0002-a-dog-s1.png", "0002-a-dog-s2.png"]
+    recipe = images.read_recipe(out / names[0])
+    assert recipe is not None
+    assert (recipe["caption"], recipe["seed"], recipe["image_model"]) == ("a cat", 1, "sdxl")
+    assert 0 < recipe["sigma"] < 0.8
+    assert "PSNR" in recipe["fidelity"] == rows[0]["fidelity"] or "PSNR" in rows[0]["fidelity"]
+    assert Image.open(out / names[0]).size == (256, 128)
+    assert Image.open(rows[0]["comparison"]).size == (512, 128)
+    assert (out / "contact-sheet.jpg").is_file()
+    assert Latent.load(rows[3]["latent"]).captions == ("a dog",)
+
+    # The same run goes on where it stopped: only what is missing is made, and it comes out the same.
+    before = (out / names[2]).read_bytes()
+    kept = (out / names[0]).stat().st_mtime_ns
+    (out / names[2]).unlink()
+    again = run(files, out, *more, "--stop-after", "3", "--save-latents")
+    assert again.exit_code == 0, again.output
+    assert (out / names[2]).read_bytes() == before
+    assert (out / names[0]).stat().st_mtime_ns == kept
+    other = run(files, out, "a cat")
+    assert other.exit_code == 2
+    assert "holds another run (it differs in" in other.output
+
+    # A kept latent is a picture again at any time.
+    decoded = CliRunner().invoke(
+        cli,
+        ["decode", str(rows[0]["latent"]), "-m", str(files / "decoder.safetensors"), "-o", str(tmp_path / "x.png"),
+         "--seed", "1", "--device", "cpu"],
+    )  # fmt: skip
+    assert decoded.exit_code == 0, decoded.output
+    assert list(Image.open(tmp_path / "x.png").getdata()) == list(Image.open(out / names[0]).getdata())
+
+
+def test_latents_are_not_kept_unasked(files: Path, tmp_path: Path) -> None:
+    done = run(files, tmp_path / "out", "a cat")
+    assert done.exit_code == 0, done.output
+    assert list((tmp_path / "out" / "latents").iterdir()) == []
+    assert not (tmp_path / "out" / "contact-sheet.jpg").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--size", "250x128"], "The nearest size that fits is 256x128"),
+        (["--size", "big"], "write it as WIDTHxHEIGHT"),
+        (["--stop-after", "late"], "counted from 1, or `recommended`"),
+        (["--arguments", "[]"], "must be a JSON table"),
+        (["--pipeline", "/nowhere/at/all"], "hf download stabilityai/stable-diffusion-xl-base-1.0"),
+    ],
+)
+def test_wishes_that_cannot_be_met_are_refused(files: Path, tmp_path: Path, more: list[str], said: str) -> None:
+    done = run(files, tmp_path / "out", "a cat", *more)
+    assert done.exit_code in (2, 5)
+    assert said in done.output.replace("\n", " ")
+
+
+def test_every_image_model_has_defaults_and_a_size() -> None:
+    assert set(GENERATION) == set(IMAGE_MODELS)
+    assert diffusion_size("flux", 2048, 1024) == (512, 256)
+    with pytest.raises(SizeError, match="nearest size that fits is 2048x1024"):
+        diffusion_size("sd3", 2040, 1030)
+    with pytest.raises(SettingError, match="There is no prompt"):
+        Job(model="flux", prompts=(), out=Path("x"))
+    with pytest.raises(SettingError, match="each once"):
+        Job(model="flux", prompts=("a",), out=Path("x"), seeds=(1, 1))
