@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import Protocol
@@ -125,7 +126,7 @@ class LazyEncoder:
     """A SpaceEncoder that is loaded when the first picture comes; then it behaves as that does."""
 
     def __init__(self, space: str, path: PathLike, device: torch.device, dtype: torch.dtype) -> None:
-        self._load = lambda: load_encoder(space, path, device=device, dtype=dtype)
+        self._load = functools.partial(load_encoder, space, path, device=device, dtype=dtype)
         self._loaded: SpaceEncoder | None = None
 
     @classmethod

@@ -126,7 +126,8 @@ def field_words(record_type: type) -> dict[str, str]:
 
 def describe(record: Any, prefix: str = "") -> Iterator[FieldDoc]:
     """Every single field of a recipe and of the records in it, in order."""
-    words = field_words(type(record))
+    kind: type = type(record)
+    words = field_words(kind)
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)
         if is_dataclass(value) and not isinstance(value, type):

@@ -24,8 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pidecode.devices import pick_device
 from pidecode.errors import SettingError, TrainingError
+from pidecode.model.adapter import Injection, LateInjection
 from pidecode.model.blocks import JointAttention, PatchBlock, PixelAttention, PixelBlock
-from pidecode.model.network import Condition, Injection
+from pidecode.model.network import Condition
 from pidecode.model.rope import Rotation
 from pidecode.training.evaluator import Evaluator
 from pidecode.training.settings import Spread
@@ -144,7 +145,7 @@ class Bands:
         first, share = self._span(rows)
         start, count = first * columns, share * columns
 
-        def part(injection: Injection) -> Injection:
+        def part(injection: Injection | LateInjection) -> Injection:
             return Injection(injection.tokens.narrow(1, start, count), injection.gate_logits.narrow(1, start, count))
 
         def turn(rotation: Rotation) -> Rotation:
