@@ -153,7 +153,7 @@ def student_loss(
         taught = clean_of(cast.teacher, guided, x_t.detach(), t_B)
         faked = _clean(cast.fake, x_t.detach(), t_B, example)
     loss = distribution_matching(painted, taught, faked)
-    parts = {"matching": loss.detach()}
+    parts = {"matching": loss.detach(), "clean_error": (painted.detach() - example.picture).square().mean()}
     if adversarial and cast.critic is not None:
         fooled = generator_adversarial(cast.critic(seen.features))
         parts["fooling"] = fooled.detach()

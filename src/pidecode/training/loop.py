@@ -60,7 +60,8 @@ class Training:
     saved: int = -1
     """Step of the newest checkpoint; -1 before the first."""
     pictures: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
+    latest: dict[str, float] = field(default_factory=dict)
+    """Newest value of each metric; in a distillation the phases report different ones."""
 
     @property
     def live(self) -> Live:
@@ -138,6 +139,7 @@ def _begin(recipe: Recipe, folder: Path, here: World, resume: bool, say: Say | N
     run = Training(recipe, folder, here, method, feed, optimisers, average, journal, step, step if stored else -1)
     if stored is not None:
         restore(stored, run.live)
+        run.latest = dict(stored.facts.get("latest", {}))
         journal.say(f"Going on from step {step}.")
         if stored.facts.get("pictures") != collection.digest:
             journal.say("The pictures have changed since; the run goes on, but not as it would have.")
@@ -203,7 +205,7 @@ def _advance(run: Training) -> None:
     if run.average is not None and MAIN in turn:
         run.average.update(run.method.trained[MAIN], run.step)
     for name, norm in norms.items():
-        run.sums[f"gradient_{name}"] = norm
+        run.latest[f"gradient_{name}"] = norm
     settings = recipe.run
     if run.step % settings.log_every == 0 or run.step == settings.steps:
         _report(run)
@@ -237,8 +239,8 @@ def _one_pass(run: Training, number: int, modules: list[nn.Module], *, last: boo
         (outcome.loss / run.recipe.optimise.accumulate).backward()
     share = 1 / run.recipe.optimise.accumulate
     for name, value in {"loss": loss, **outcome.parts}.items():
-        run.sums[name] = float(value) * share + (
-            run.sums.get(name, 0.0) if number % run.recipe.optimise.accumulate else 0
+        run.latest[name] = float(value) * share + (
+            run.latest.get(name, 0.0) if number % run.recipe.optimise.accumulate else 0
         )
     run.pictures += run.recipe.data.batch * run.here.places
 
@@ -273,7 +275,7 @@ def _update(run: Training, turn: tuple[str, ...]) -> dict[str, float]:
 
 def _report(run: Training) -> None:
     factor = rate_factor(run.recipe.optimise, run.step - 1, run.recipe.run.steps)
-    values = {**run.sums, "rate": run.recipe.optimise.rate * factor, "skipped": float(len(run.feed.skipped))}
+    values = {**run.latest, "rate": run.recipe.optimise.rate * factor, "skipped": float(len(run.feed.skipped))}
     run.journal.note(run.step, values, run.pictures, run.here.device)
 
 
@@ -309,6 +311,7 @@ def _save(run: Training) -> None:
         "skipped": dict(list(run.feed.skipped.items())[:1000]),
         "method": run.recipe.method,
         "title": run.recipe.title,
+        "latest": run.latest,
     }
     checkpoints = run.folder / "checkpoints"
     save_checkpoint(checkpoints, run.step, run.live, facts, run.here, run.recipe.run.keep)

@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs in miniature: they learn, they resume bit for bit, and whatever stops them leaves nothing broken."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from pidecode.errors import CheckpointError, SettingError, TrainingError
+from pidecode.training.average import decay_at, power_exponent
+from pidecode.training.checkpoints import newest_checkpoint
+from pidecode.training.loop import export_newest, rate_factor, train
+from pidecode.training.losses import distribution_matching
+from pidecode.training.overrides import apply_settings
+from pidecode.training.recipes import get_recipe
+from pidecode.training.settings import Average, Optimise, Recipe
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two small pictures with something to learn in them."""
+    place = tmp_path_factory.mktemp("pictures")
+    rows, columns = np.mgrid[0:64, 0:64] / 64
+    for index, (first, second) in enumerate(((rows, columns), (columns * rows, 1 - rows))):
+        pixels = np.stack((first, second, np.hypot(rows - 0.5, columns - 0.5)), axis=-1)
+        Image.fromarray((255 * pixels).astype(np.uint8)).save(place / f"{index}.png")
+        (place / f"{index}.txt").write_text(f"picture {index}")
+    return place
+
+
+def recipe_for(name: str, pictures: Path, *settings: str) -> Recipe:
+    fast = ["data.sizes=((32, 32),)", "run.sample_every=0", "run.log_every=1", "run.save_every=1000"]
+    return apply_settings(get_recipe(name), [f"data.source={str(pictures)!r}", *fast, *settings])
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def mean(records: list[dict[str, Any]], key: str) -> float:
+    return sum(record[key] for record in records) / len(records)
+
+
+OVERFIT = (
+    "data.caption_drop=0", "data.latent_drop=0", "noise.probability=0", "net.patch_depth=1", "average.kind=none",
+    "optimise.rate=1e-2", "run.steps=80", "distil.student_input=teacher_forcing",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["miniature_direct", "miniature_teacher", "miniature_backbone"])
+def test_a_miniature_overfits_two_pictures(name: str, pictures: Path, tmp_path: Path) -> None:
+    # Seen: the loss falls by 1.9 to 2.3, the squared error of the clean picture by 2.2 to 3.7.
+    train(recipe_for(name, pictures, *OVERFIT), tmp_path / "run", device=CPU)
+    seen = metrics(tmp_path / "run")
+    assert mean(seen[:10], "loss") / mean(seen[-10:], "loss") > 1.6
+    assert mean(seen[:10], "clean_error") / mean(seen[-10:], "clean_error") > 1.8
+
+
+def test_a_miniature_distillation_trains_both_sides(pictures: Path, tmp_path: Path) -> None:
+    settings = [*OVERFIT, "run.steps=12", "distil.gan_warmup=2", "run.save_every=1", "run.keep=12"]
+    train(recipe_for("miniature_student", pictures, *settings), tmp_path / "run", device=CPU)
+    seen = metrics(tmp_path / "run")
+    assert {"matching", "fooling", "fake", "telling", "steady", "gradient_net", "gradient_fake"} <= set(seen[-1])
+    folders = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    states = [load_file(folder / "tensors.safetensors") for folder in folders]
+    for step, (before, after) in enumerate(itertools.pairwise(states), start=1):
+        moved = {key.split(".")[1] for key, value in after.items() if not torch.equal(value, before.get(key, value))}
+        assert moved & {"net", "fake", "critic"} == ({"net"} if step % 3 == 0 else {"fake", "critic"})
+
+
+def test_matching_leads_a_picture_to_the_teachers() -> None:
+    # With a fake score that knows the student's picture exactly, the gradient points straight at the teacher's.
+    teacher = torch.rand(2, 3, 8, 8)
+    painted = torch.zeros_like(teacher, requires_grad=True)
+    first = (painted - teacher).abs().mean().item()
+    for _ in range(40):
+        loss = distribution_matching(painted, teacher, painted.detach())
+        (gradient,) = torch.autograd.grad(loss, painted)
+        with torch.no_grad():
+            painted -= 0.02 * gradient * gradient.numel()
+    assert first / (painted - teacher).abs().mean().item() > 5
+
+
+FAST = ("net.patch_depth=1", "run.steps=6", "run.save_every=3", "data.crop=32", "data.sizes=((64, 64),)")
+
+
+class Interrupt:
+    """Stops a run from outside once it reports a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __call__(self, words: str) -> None:
+        if words.startswith(f"step {self.step}/"):
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["miniature_teacher", "miniature_student"])
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(name: str, pictures: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(name, pictures, *FAST, "optimise.accumulate=2")
+    whole = train(recipe, tmp_path / "whole", device=CPU)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "broken", device=CPU, say=Interrupt(5))
+    said: list[str] = []
+    resumed = train(recipe, tmp_path / "broken", resume=True, device=CPU, say=said.append)
+    assert "Going on from step 3." in said
+    assert_same_weights(whole, resumed)
+    states = [newest_checkpoint(tmp_path / run / "checkpoints") for run in ("whole", "broken")]
+    assert states[0] is not None and states[1] is not None
+    assert states[0].tensors.keys() == states[1].tensors.keys()
+    for key, value in states[0].tensors.items():
+        assert torch.equal(value, states[1].tensors[key]), key
+    drop = ("pictures_per_second", "memory_gb")
+    plain = [
+        [{k: v for k, v in r.items() if k not in drop} for r in metrics(tmp_path / run)] for run in ("whole", "broken")
+    ]
+    assert plain[0] == plain[1]
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    one, two = load_file(first), load_file(second)
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        assert torch.equal(value, two[key]), key
+
+
+def command(recipe: str, pictures: Path, out: Path, *settings: str) -> list[str]:
+    fast = ["data.sizes=((32, 32),)", "run.sample_every=0", "net.patch_depth=1", *settings]
+    pairs = [part for setting in fast for part in ("--set", setting)]
+    return [sys.executable, "-m", "pidecode", "train", recipe, "--data", str(pictures), "--out", str(out), *pairs]
+
+
+def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    process = subprocess.Popen(
+        command("miniature_teacher", pictures, out, "run.steps=100000", "run.save_every=2"),
+        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not list((out / "checkpoints").glob("step-0000000[4-9]")) and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    stored = newest_checkpoint(out / "checkpoints")
+    assert stored is not None
+    until = stored.step + 2
+    recipe = recipe_for("miniature_teacher", pictures, "net.patch_depth=1", f"run.steps={until}")
+    (out / "checkpoints" / ".part-left").mkdir()  # what a kill in the middle of saving leaves
+    resumed = train(recipe, out, resume=True, device=CPU)
+    assert not list((out / "checkpoints").glob(".part-*"))
+    assert_same_weights(resumed, train(recipe, tmp_path / "whole", device=CPU))
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(pictures: Path, tmp_path: Path) -> None:
+    recipe = recipe_for("miniature_direct", pictures, *FAST)
+    train(recipe, tmp_path / "run", device=CPU)
+    newest = tmp_path / "run" / "checkpoints" / "step-00000006" / "tensors.safetensors"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    said: list[str] = []
+    stored = newest_checkpoint(tmp_path / "run" / "checkpoints", said.append)
+    assert stored is not None and stored.step == 3
+    assert "is damaged and passed over" in said[0]
+
+
+def test_a_folder_with_a_run_is_not_overwritten_and_another_recipe_is_refused(pictures: Path, tmp_path: Path) -> None:
+    recipe = recipe_for("miniature_direct", pictures, *FAST, "run.steps=1")
+    train(recipe, tmp_path / "run", device=CPU)
+    with pytest.raises(SettingError, match=r"holds a run already; go on with --resume"):
+        train(recipe, tmp_path / "run", device=CPU)
+    other = apply_settings(recipe, ["net.adapter_width=16"])
+    with pytest.raises(CheckpointError, match=r"is of another network or method"):
+        train(other, tmp_path / "run", resume=True, device=CPU)
+
+
+def test_changed_pictures_are_told(pictures: Path, tmp_path: Path) -> None:
+    own = tmp_path / "pictures"
+    shutil.copytree(pictures, own)
+    train(recipe_for("miniature_direct", own, *FAST, "run.steps=1"), tmp_path / "run", device=CPU)
+    (own / "1.png").unlink()
+    said: list[str] = []
+    longer = recipe_for("miniature_direct", own, *FAST, "run.steps=2")
+    train(longer, tmp_path / "run", resume=True, device=CPU, say=said.append)
+    assert any("The pictures have changed" in line for line in said)
+
+
+def test_nan_stops_clearly_and_spares_what_was_saved(pictures: Path, tmp_path: Path) -> None:
+    good = recipe_for("miniature_direct", pictures, *FAST, "run.steps=2")
+    train(good, tmp_path / "run", device=CPU)
+
+    def encode(low: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(low), 16, low.shape[-2] // 8, low.shape[-1] // 8), float("nan"))
+
+    bad = replace(good, encode=encode, run=replace(good.run, steps=5))
+    with pytest.raises(TrainingError, match=r"became NaN or infinite at step 3 \(pictures here: .*step 2 is whole"):
+        train(bad, tmp_path / "run", resume=True, device=CPU)
+    stored = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert stored is not None and stored.step == 2
+    assert all(torch.isfinite(value).all() for value in stored.tensors.values() if value.is_floating_point())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits of a process's file size are a POSIX matter")
+def test_a_full_disk_stops_clearly_and_leaves_no_half_checkpoint(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = ["run.steps=4", "run.save_every=2"]
+    start = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
+        "from pidecode.cli.app import main; main()"
+    )
+    line = command("miniature_direct", pictures, out, *settings)
+    done = subprocess.run([sys.executable, "-c", start, *line[3:]], capture_output=True, text=True, check=False)
+    assert done.returncode == TrainingError.exit_code, done.stderr
+    assert "could not be written" in done.stderr
+    assert "--resume" in done.stderr
+    assert list((out / "checkpoints").iterdir()) == []
+
+
+def test_the_command_lists_shows_and_refuses() -> None:
+    from click.testing import CliRunner
+
+    from pidecode.cli.train import train as command_line
+
+    runner = CliRunner()
+    listed = runner.invoke(command_line, ["--list"])
+    assert listed.exit_code == 0 and "student_rollout" in listed.output
+    shown = runner.invoke(command_line, ["miniature_teacher", "--show", "--set", "data.batch=7"])
+    assert "data.batch = 7\n    Pictures per process and forward pass." in shown.output
+    assert isinstance(runner.invoke(command_line, ["miniature_teecher"]).exception, SettingError)
+    assert isinstance(runner.invoke(command_line, ["miniature_teacher"]).exception, SettingError)
+
+
+def test_a_recipe_of_ones_own_file_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from dataclasses import replace\nfrom pidecode.training.recipes import miniature_direct\n"
+        "def my_decoder():\n    return replace(miniature_direct(), title='mine')\ndef other():\n    return 3\n"
+    )
+    assert get_recipe(f"{path}:my_decoder").title == "mine"
+    with pytest.raises(SettingError, match="returns int, not a Recipe"):
+        get_recipe(f"{path}:other")
+    with pytest.raises(SettingError, match="has no function 'third'"):
+        get_recipe(f"{path}:third")
+
+
+def test_samples_and_export_without_training_on(pictures: Path, tmp_path: Path) -> None:
+    settings = [*FAST, "run.sample_every=3", "run.samples=2", "run.sample_steps=2", "run.track=tensorboard"]
+    recipe = recipe_for("miniature_teacher", pictures, *settings)
+    made = train(recipe, tmp_path / "run", device=CPU)
+    with Image.open(tmp_path / "run" / "samples" / "step-00000003.png") as grid:
+        assert grid.size == (3 * 68, 2 * 68)
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    kept = made.rename(tmp_path / "before.safetensors")
+    assert_same_weights(export_newest(recipe, tmp_path / "run"), kept)
+
+
+def test_the_result_is_a_decoder(pictures: Path, tmp_path: Path) -> None:
+    from pidecode.weights.build import build_network
+    from pidecode.weights.detect import detect
+    from pidecode.weights.read import read_weights
+
+    path = train(recipe_for("miniature_direct", pictures, *FAST, "run.steps=1"), tmp_path / "run", device=CPU)
+    file = read_weights(path)
+    identity = detect(file)
+    assert (identity.kind, identity.space) == ("student", "cosines")
+    assert identity.config is not None
+    net = build_network(dict(file.tensors), identity.config)
+    picture = net(
+        torch.zeros(1, 3, 32, 32), torch.tensor([999.0]), torch.zeros(1, 10, 16), torch.zeros(1, 16, 1, 1), 0.0
+    )
+    assert picture.shape == (1, 3, 32, 32)
+
+
+def test_the_power_average_follows_training_time() -> None:
+    exponent = power_exponent(0.1)
+    assert exponent == pytest.approx(6.9372, abs=1e-4)  # golden notes, section 9
+    settings = Average()
+    assert decay_at(settings, 9) == pytest.approx((1 - 1 / 10) ** (exponent + 1))
+    weights = torch.zeros(200)
+    for step in range(1, 200):
+        weights *= decay_at(settings, step)
+        weights[step] = 1 - decay_at(settings, step)
+    weights /= weights.sum()
+    times = torch.arange(200.0)
+    centre = (weights * times).sum()
+    spread = ((weights * (times - centre) ** 2).sum().sqrt() / 200).item()
+    assert spread == pytest.approx(0.1, abs=0.01)
+
+
+def test_the_rate_warms_up_and_falls() -> None:
+    assert [rate_factor(Optimise(warmup=4), step, 100) for step in (0, 1, 3, 50)] == [0.25, 0.5, 1.0, 1.0]
+    falling = [rate_factor(Optimise(fall="cosine"), step, 100) for step in (0, 50, 100)]
+    assert falling == pytest.approx([1.0, 0.5, 0.0])
