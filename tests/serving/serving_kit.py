@@ -33,7 +33,7 @@ from pidecode.service.run import address_of, bound_socket, make_server
 from pidecode.weights.identity import Identity
 
 FLUX2 = miniature(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 def block_means(pictures: Tensor) -> Tensor:
@@ -153,5 +153,5 @@ def running(app: Any, desk: Desk, *, connections: int = 40, grace: int = 3) -> I
         assert not thread.is_alive()
 
 
-LIMITS = Limits(body_bytes=200_000, pixels=256 * 256, waiting=2, seconds=PATIENCE, body_seconds=0.5)
+LIMITS = Limits(body_bytes=200_000, pixels=256 * 256, waiting=2, seconds=2 * PATIENCE, body_seconds=1.5)
 """Small, so that every limit is soon reached."""

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page in a real headless Chromium: drop, decode, drag, zoom, download, restore, a bad file, cancel, no strangers."""
+
+It runs with `-m slow`, with the weights that ship with the package where they are there. Set PIDECODE_SCREENSHOTS to
+a folder to have pictures of the page put into it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving_kit import PATIENCE, Served, latent_bytes, picture_bytes, running, small_decoder
+
+from pidecode import PixelDecoder
+from pidecode.errors import PidecodeError
+from pidecode.images import read_recipe
+from pidecode.service.desk import Desk
+from pidecode.service.options import Limits
+from pidecode.web.app import create_app
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+
+pytestmark = pytest.mark.slow
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+QUIET = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+WAIT = PATIENCE * 1000
+LIMITS = Limits(body_bytes=2_000_000, pixels=1024 * 1024, waiting=2)
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    try:
+        decoder = PixelDecoder.from_pretrained("tiny", device="cpu")
+    except PidecodeError:
+        decoder = small_decoder("tiny")
+    desk = Desk({"tiny": decoder}, limits=LIMITS)
+    with running(create_app(desk), desk) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium on this machine")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=list(QUIET))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium: Any, served: Served) -> Iterator[Any]:
+    context = chromium.new_context(viewport={"width": 1280, "height": 860}, color_scheme="light", accept_downloads=True)
+    made = context.new_page()
+    made.set_default_timeout(WAIT)
+    strangers: list[str] = []
+    faults: list[str] = []
+    own = (served.url, "blob:", "data:")
+    made.on("request", lambda request: strangers.append(request.url) if not request.url.startswith(own) else None)
+    made.on("pageerror", lambda error: faults.append(str(error)))
+    made.goto(served.url)
+    made.wait_for_selector("body[data-ready]")
+    yield made
+    context.close()
+    assert strangers == []
+    assert faults == []
+
+
+def drop(page: Any, name: str, data: bytes) -> None:
+    kind = "image/png" if name.endswith(".png") else "application/octet-stream"
+    page.set_input_files("#file", {"name": name, "mimeType": kind, "buffer": data})
+
+
+def decode(page: Any) -> None:
+    page.wait_for_selector("#go:not([disabled])")
+    page.click("#go")
+    page.wait_for_selector("#tools", state="visible")
+    page.wait_for_selector("#go", state="visible")
+
+
+def download(page: Any, folder: Path) -> dict[str, Any]:
+    with page.expect_download() as waiting:
+        page.click("#download")
+    target = folder / waiting.value.suggested_filename
+    waiting.value.save_as(target)
+    recipe = read_recipe(target)
+    assert recipe is not None
+    return recipe | {"file": target.name}
+
+
+def test_a_picture_is_dropped_decoded_compared_and_downloaded(page: Any, tmp_path: Path) -> None:
+    drop(page, "moon.png", picture_bytes(48, 32))
+    page.wait_for_selector("#go:not([disabled])")
+    assert "192×128 pixels. Memory: at most about" in page.inner_text("#plan")
+    page.fill("#seed", "11")
+    page.locator("#sigma").fill("0.2")
+    decode(page)
+    assert page.inner_text("#result-facts").startswith("192×128")
+    box = page.locator("#handle").bounding_box()
+    frame = page.locator("#viewer").bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, frame["y"] + frame["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(frame["x"] + frame["width"] * 0.25, frame["y"] + frame["height"] / 2, steps=4)
+    page.mouse.up()
+    assert page.get_attribute("#handle", "aria-valuenow") == "25"
+    page.focus("#handle")
+    page.keyboard.press("PageUp")
+    assert page.get_attribute("#handle", "aria-valuenow") == "35"
+    before = page.inner_text("#zoom-value")
+    page.click("#zoom-in")
+    assert page.inner_text("#zoom-value") != before
+    page.click("#zoom-full")
+    assert page.inner_text("#zoom-value") == "100 %"
+    recipe = download(page, tmp_path)
+    assert (recipe["file"], recipe["seed"], recipe["sigma"]) == ("moon-pid-11.png", 11, 0.2)
+    assert (recipe["width"], recipe["height"], recipe["model"]) == (192, 128, "tiny")
+
+
+def test_both_pictures_lie_exactly_over_each_other(page: Any) -> None:
+    drop(page, "odd.png", picture_bytes(45, 37))
+    decode(page)
+    assert page.inner_text("#result-facts").startswith("180×148")
+    before, after = (page.locator(name).bounding_box() for name in ("#before", "#after"))
+    assert before == pytest.approx(after, abs=0.5)
+
+
+def test_history_brings_back_picture_and_settings(page: Any, tmp_path: Path) -> None:
+    drop(page, "one.png", picture_bytes(32, 32))
+    page.fill("#seed", "1")
+    decode(page)
+    page.fill("#seed", "2")
+    page.locator("#sigma").fill("0.4")
+    decode(page)
+    drop(page, "latent.safetensors", latent_bytes(1, 2))
+    decode(page)
+    entries = page.locator("#history button")
+    assert [entries.nth(index).inner_text().strip() for index in range(3)] == [
+        "latent.safetensors: seed 2, strength 0.4", "one.png: seed 2, strength 0.4", "one.png: seed 1",
+    ]  # fmt: skip
+    entries.nth(2).click()
+    assert page.input_value("#seed") == "1"
+    assert page.input_value("#sigma") == "0"
+    assert page.inner_text("#source-name") == "one.png"
+    assert download(page, tmp_path)["seed"] == 1
+    entries.nth(0).click()
+    assert page.inner_text("#source-facts") == "latent of flux2, 2×1 cells"
+    assert page.locator("#viewer.alone").count() == 1  # a latent has no picture of its own to compare with
+
+
+def test_a_picture_with_a_recipe_offers_its_settings(page: Any, tmp_path: Path) -> None:
+    drop(page, "first.png", picture_bytes(16, 16))
+    page.fill("#seed", "77")
+    decode(page)
+    with page.expect_download() as waiting:
+        page.click("#download")
+    waiting.value.save_as(tmp_path / "made.png")
+    page.fill("#seed", "5")
+    drop(page, "made.png", (tmp_path / "made.png").read_bytes())
+    page.click("#use-recipe")
+    assert page.input_value("#seed") == "77"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("broken.png", picture_bytes()[:50], "damaged or cut off"),
+        ("notes.png", b"no picture", "no picture of a known kind"),
+        ("cut.safetensors", latent_bytes()[:-9], "cut off"),
+        ("large.png", b"x" * 3_000_000, "at most 2 MB can be taken"),
+    ],
+)
+def test_a_bad_file_is_refused_in_a_sentence(page: Any, name: str, data: bytes, words: str) -> None:
+    drop(page, name, data)
+    page.wait_for_selector("#error", state="visible")
+    assert words in page.inner_text("#error")
+    assert page.locator("#go").is_disabled()
+    page.click("#error button")
+    assert page.locator("#error").is_hidden()
+
+
+def test_a_result_that_is_too_large_is_refused_in_the_plan(page: Any) -> None:
+    drop(page, "wide.png", picture_bytes(400, 400))
+    page.wait_for_selector("#plan-card.large")
+    assert "1600x1600" in page.inner_text("#plan")
+    assert page.locator("#go").is_disabled()
+
+
+def test_cancelling_frees_the_place_and_the_page_goes_on(page: Any, served: Served) -> None:
+    drop(page, "one.png", picture_bytes(32, 32))
+    page.wait_for_selector("#go:not([disabled])")
+    with served.busy():
+        page.click("#go")
+        page.wait_for_selector("#cancel", state="visible")
+        served.until(lambda: served.desk.queue.waiting == 1)
+        assert "next in line" in page.inner_text("#status")
+        page.click("#cancel")
+        served.until(lambda: served.desk.queue.waiting == 0)
+    page.wait_for_selector("#go", state="visible")
+    assert page.inner_text("#status") == "Cancelled."
+    assert page.locator("#error").is_hidden()
+    decode(page)
+
+
+def test_a_model_that_cannot_take_the_file_says_so(page: Any) -> None:
+    drop(page, "other.safetensors", latent_bytes(channels=16, space="flux"))
+    page.wait_for_selector("#plan-card.large")
+    assert "of space flux; tiny decodes flux2" in page.inner_text("#plan")
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_its_window(page: Any, width: int, scheme: str) -> None:
+    page.set_viewport_size({"width": width, "height": 860})
+    page.emulate_media(color_scheme=scheme)
+    source = os.environ.get("PIDECODE_SCREENSHOT_SOURCE")
+    drop(page, "picture.png", Path(source).read_bytes() if source else picture_bytes(64, 48))
+    decode(page)
+    page.wait_for_timeout(600)
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= width
+    overflowing = page.evaluate(
+        "() => [...document.querySelectorAll('button, select, input, a, p')].filter((one) => one.checkVisibility() "
+        "&& one.getBoundingClientRect().right > innerWidth + 1 && !one.closest('#viewer')).map((one) => one.outerHTML)"
+    )
+    assert overflowing == []
+    folder = os.environ.get("PIDECODE_SCREENSHOTS")
+    if folder:
+        page.screenshot(path=str(Path(folder) / f"page-{width}-{scheme}.png"), full_page=width < 800)
+
+
+def test_the_keyboard_alone_suffices(page: Any) -> None:
+    drop(page, "one.png", picture_bytes(16, 16))
+    page.wait_for_selector("#go:not([disabled])")
+    page.focus("#seed")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#tools", state="visible")
+    labels = page.evaluate(
+        "() => [...document.querySelectorAll('button, input, select, textarea, a')]"
+        ".filter((one) => one.checkVisibility()).filter((one) => !(one.labels?.length || one.textContent.trim() || one.ariaLabel)).map((one) => one.id)"
+    )
+    assert json.dumps(labels) == "[]"
