@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page in a real headless Chromium: drop, decode, drag, zoom, download, restore, a bad file, cancel, no strangers."""
+"""The page in a real headless Chromium: drop, decode, drag, zoom, download, restore, a bad file, cancel.
 
 It runs with `-m slow`, with the weights that ship with the package where they are there. Set PIDECODE_SCREENSHOTS to
 a folder to have pictures of the page put into it.
@@ -245,6 +245,7 @@ def test_the_keyboard_alone_suffices(page: Any) -> None:
     page.wait_for_selector("#tools", state="visible")
     labels = page.evaluate(
         "() => [...document.querySelectorAll('button, input, select, textarea, a')]"
-        ".filter((one) => one.checkVisibility()).filter((one) => !(one.labels?.length || one.textContent.trim() || one.ariaLabel)).map((one) => one.id)"
+        ".filter((one) => one.checkVisibility())"
+        ".filter((one) => !(one.labels?.length || one.textContent.trim() || one.ariaLabel)).map((one) => one.id)"
     )
     assert json.dumps(labels) == "[]"
