@@ -94,6 +94,8 @@ class PixelNet(nn.Module):
         """How much inference works on at once; None picks what suits the device."""
         self.slimmed = False
         """Whether `schedule.slim` took away what only training and other times need."""
+        self.plain = False
+        """Whether layers always run their own forward, as those wrapped by adapters must."""
         D = config.hidden_size
         self.pixel_embedder = PixelEmbedder(config.pixel_hidden_size)
         self.s_embedder = PatchEmbedder(3 * config.patch_size**2, D)
@@ -242,7 +244,7 @@ class PixelNet(nn.Module):
 
     def _may_run_lean(self, device: torch.device) -> bool:
         # Autocast and sharded weights live in the modules' own forward, so they keep it.
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
+        if self.plain or torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
             return False
         return not hasattr(next(self.patch_blocks.parameters()), "device_mesh")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -24,10 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pidecode.devices import pick_device
 from pidecode.errors import SettingError, TrainingError
-from pidecode.model.adapter import Injection, LateInjection
 from pidecode.model.blocks import JointAttention, PatchBlock, PixelAttention, PixelBlock
 from pidecode.model.network import Condition
-from pidecode.model.rope import Rotation
 from pidecode.training.evaluator import Evaluator
 from pidecode.training.settings import Spread
 
@@ -143,24 +141,7 @@ class Bands:
         """This process's tokens, positions and injections."""
         rows, columns = condition.grid
         first, share = self._span(rows)
-        start, count = first * columns, share * columns
-
-        def part(injection: Injection | LateInjection) -> Injection:
-            return Injection(injection.tokens.narrow(1, start, count), injection.gate_logits.narrow(1, start, count))
-
-        def turn(rotation: Rotation) -> Rotation:
-            return rotation[0].narrow(0, start, count), rotation[1].narrow(0, start, count)
-
-        patch = condition.row_table.shape[0] // rows
-        return replace(
-            condition,
-            grid=(share, columns),
-            injections=tuple(part(injection) for injection in condition.injections),
-            pixel_injection=None if condition.pixel_injection is None else part(condition.pixel_injection),
-            rotation=turn(condition.rotation),
-            pixel_rotation=turn(condition.pixel_rotation),
-            row_table=condition.row_table.narrow(0, first * patch, share * patch),
-        )
+        return condition.window(slice(first, first + share), slice(0, columns))
 
     def rows(self, picture: Tensor) -> Tensor:
         """This process's band of `[B, 3, H, W]`."""
