@@ -15,7 +15,8 @@ from typing import Any
 import click
 
 from pidecode import __version__
-from pidecode.cli.shared import Verdict, emit, json_option, readable_size
+from pidecode.cli.shared import Verdict, emit, json_option, readable_size, space_option
+from pidecode.errors import SettingError
 
 PACKAGES = ("torch", "safetensors", "huggingface-hub", "numpy", "pillow", "diffusers", "transformers", "accelerate")
 
@@ -171,14 +172,34 @@ def _report(findings: dict[str, Any]) -> str:
         for extra, there in findings["extras"].items()
     ]
     lines += ["", "What works here"]
-    for verdict in findings["verdicts"]:
-        lines.append(f"  {'yes' if verdict['works'] else 'no ':4s} {verdict['what']}: {verdict['because']}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_marks(findings["verdicts"])])
+
+
+def _space_report(space: str, model: str | None, encoder: str | None) -> list[dict[str, Any]]:
+    from pidecode.integrations.space_check import check_space
+
+    return [asdict(check) for check in check_space(space, model=model, encoder=encoder)]
+
+
+def _marks(verdicts: list[dict[str, Any]]) -> list[str]:
+    return [f"  {'yes' if one['works'] else 'no ':4s} {one['what']}: {one['because']}" for one in verdicts]
 
 
 @click.command()
+@space_option
+@click.option("-m", "--model", help="With --space: a decoder's name or file, if not the official one.")
+@click.option("--encoder", help="With --space: the space's encoder, if it was not pulled.")
 @json_option
-def doctor(as_json: bool) -> None:
-    """Say what will work on this machine, and why the rest will not."""
-    findings = examine()
-    emit(findings, lambda: _report(findings), as_json=as_json)
+def doctor(space: str | None, model: str | None, encoder: str | None, as_json: bool) -> None:
+    """Say what will work on this machine, and why the rest will not.
+
+    With --space, try one latent space instead: its files, their shapes, and one small decode.
+    """
+    if space is None:
+        if model or encoder:
+            raise SettingError("--model and --encoder act together with --space; name one.")
+        findings = examine()
+        emit(findings, lambda: _report(findings), as_json=as_json)
+        return
+    checks = _space_report(space, model, encoder)
+    emit({"space": space, "checks": checks}, lambda: "\n".join([f"Space {space}", *_marks(checks)]), as_json=as_json)

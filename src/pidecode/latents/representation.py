@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from pidecode.errors import CheckpointError, DownloadError
+from pidecode.facts.checkpoints import ENCODERS
 from pidecode.facts.spaces import LatentSpace
 from pidecode.latents.autoencoders import fill
 from pidecode.latents.encoders import PathLike, need
 from pidecode.latents.frames import LatentStatistics
 from pidecode.latents.vit_decoder import VitDecoder, positions, shape_of
+from pidecode.weights.hub import Hub
 from pidecode.weights.read import check_finite, check_formats, read_tensors
 
 
@@ -140,7 +142,8 @@ def load_representation(
     tower = _load_tower(space, _find_backbone(path, recipe, backbone), dtype)
     found = None
     if space.statistics == "per_position":
-        found = _read_statistics(space, _find(path, statistics, recipe.statistics_files), path)
+        file = _find(path, statistics, recipe.statistics_files) or _pulled_statistics(space)
+        found = _read_statistics(space, file, path)
     decoder_file = _find(path, native_decoder, recipe.decoder_files)
     decoder = None if decoder_file is None else _load_decoder(space, decoder_file, dtype)
     return RepresentationNative(tower, space, decoder), found
@@ -150,6 +153,12 @@ def _find(path: Path, given: PathLike | None, places: tuple[str, ...]) -> Path |
     if given is not None:
         return Path(given).expanduser()
     return next((path / place for place in places if (path / place).is_file()), None)
+
+
+def _pulled_statistics(space: LatentSpace) -> Path | None:
+    """Where `pidecode pull` puts the statistics: RAE's own repository in the hub's cache."""
+    place = ENCODERS[space.name].statistics
+    return Hub().cached(*place) if place else None
 
 
 def _find_backbone(path: Path, recipe: Recipe, given: PathLike | None) -> str:
