@@ -135,6 +135,12 @@ def test_batches_keep_prompt_and_picture_together() -> None:
     assert [picture.info["pidecode"]["seed"] for picture in out.images] == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("name", ["klein", "sd3"])
+def test_the_prompt_may_come_first_whatever_the_pipeline_expects_there(name: str) -> None:
+    call = tiny.arguments(name)
+    assert attach(pipeline(name), decoder(name))(call.pop("prompt"), **call).latents.captions == ("a cat",)
+
+
 def test_all_output_types_and_the_tuple() -> None:
     pipe = attach(pipeline("sd3"), decoder("sd3"), seed=1)
     pil = pipe(**tiny.arguments("sd3")).images[0]

@@ -210,6 +210,12 @@ def captions_of(call: Mapping[str, Any], batch: int) -> tuple[str, ...] | None:
     return tuple(text for text in prompts for _ in range(batch // len(prompts)))
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
+    )
+
+
 def named_arguments(pipe: Any, args: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
     """A pipeline call's arguments by name. Raises SettingError for what the pipeline does not take."""
     try:
@@ -218,6 +224,9 @@ def named_arguments(pipe: Any, args: Sequence[Any], keywords: Mapping[str, Any])
         raise SettingError(f"{type(pipe).__name__}: {fault}.") from None
     given = dict(bound.arguments)
     given.pop(next(iter(given)))  # the pipeline itself
+    texts = given.get("image")
+    if args and "prompt" not in given and _is_text(texts):  # FLUX.2's pipelines take a picture first
+        given["prompt"] = given.pop("image")
     for name, parameter in inspect.signature(type(pipe).__call__).parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             given |= given.pop(name, {})
