@@ -117,16 +117,33 @@ def _connect(ray: Any, batch: Batch) -> None:
             "num_cpus": max(batch.workers or 1, os.cpu_count() or 1),
             "include_dashboard": False,
             "object_store_memory": _STORE_BYTES,
-            "_node_ip_address": "127.0.0.1",  # nobody outside this machine has business with it
         }
+    else:
+        _knock(address)
     try:
         ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SettingError(
-            f"The Ray cluster {address!r} cannot be reached: {first} Start one with `ray start --head`, or leave the "
-            "address out for a private one on this machine."
-        ) from error
+    except Exception as error:  # Ray raises plain Exception when its processes do not come up in time
+        raise _unreachable(address, (str(error).splitlines() or [type(error).__name__])[0]) from error
+
+
+def _knock(address: str) -> None:
+    """Find out in seconds that nobody is there; Ray itself would try for minutes, and may end the process."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():  # "auto", or a name that Ray must resolve
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise _unreachable(address, f"{error.strerror or error}.") from error
+
+
+def _unreachable(address: str, why: str) -> SettingError:
+    if address == "local":
+        return SettingError(f"Ray could not start on this machine: {why} Is it very busy, or out of memory?")
+    return SettingError(
+        f"The Ray cluster {address!r} cannot be reached: {why} Start one with `ray start --head`, or leave the "
+        "address out for a private one on this machine."
+    )
 
 
 def _share(ray: Any, batch: Batch, jobs: int) -> Share:

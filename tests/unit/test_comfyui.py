@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ComfyUI nodes: schemas, frames of every family, early stop, captions, previews and the interrupt.
+
+With PIDECODE_COMFYUI=/path/to/ComfyUI the real comfy and comfy_api are used, else doubles of what they publish.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pidecode import PixelDecoder
+from pidecode.errors import LatentError, SettingError
+from pidecode.facts.architecture import NetConfig, miniature
+from pidecode.facts.spaces import SPACES
+from pidecode.integrations import comfy_frames
+from pidecode.latents.latent import Latent
+from pidecode.model.network import PixelNet
+from pidecode.weights.identity import Identity
+
+ROOT = Path(__file__).resolve().parents[2]
+FLUX2 = miniature(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
+EVERY = ("flux", "sd3", "sdxl", "qwenimage", "flux2")
+SAMPLING = {space: "EPS" if space == "sdxl" else "CONST" for space in EVERY}
+FORMAT = {space: name for name, space in comfy_frames.SPACE_OF_FORMAT.items()}
+
+
+@pytest.fixture(scope="module")
+def comfy() -> Iterator[SimpleNamespace]:
+    """The modules of ComfyUI, and our nodes."""
+    real = os.environ.get("PIDECODE_COMFYUI")
+    saved, arguments = list(sys.path), sys.argv
+    sys.path.insert(0, real or str(ROOT / "tests" / "doubles" / "comfyui"))
+    sys.argv = ["comfyui"]
+    try:
+        if real:
+            import comfy.cli_args
+
+            comfy.cli_args.args.cpu = True
+        import comfy.latent_formats
+        import comfy.model_management
+        import comfy.model_sampling
+        import comfy.utils
+
+        from pidecode.integrations import comfyui
+
+        yield SimpleNamespace(
+            nodes=comfyui,
+            formats=comfy.latent_formats,
+            sampling=comfy.model_sampling,
+            management=comfy.model_management,
+            utils=comfy.utils,
+        )
+    finally:
+        sys.path, sys.argv = saved, arguments
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("comfy", "comfy_api")]:
+            del sys.modules[name]
+        sys.modules.pop("pidecode.integrations.comfyui", None)
+
+
+def network(config: NetConfig) -> PixelNet:
+    torch.manual_seed(0)
+    net = PixelNet(config).requires_grad_(False).eval()
+    for parameter in net.parameters():
+        parameter.normal_(std=0.2) if parameter.ndim else parameter.fill_(1.0)
+    return net
+
+
+@pytest.fixture
+def decoder() -> PixelDecoder:
+    identity = Identity(kind="student", config=FLUX2, space="flux2", licence="Apache-2.0")
+    made = PixelDecoder(network(FLUX2), identity, name="small")
+    made.encoder = lambda pictures: torch.nn.functional.avg_pool2d(pictures, 16).repeat(1, 43, 1, 1)[:, :128]
+    return made
+
+
+def model_of(comfy: SimpleNamespace, space: str) -> Any:
+    """A MODEL as the nodes see it: a latent format and a sampling, those of ComfyUI."""
+    if not hasattr(comfy.formats, FORMAT[space]):
+        pytest.skip(f"this ComfyUI knows no {FORMAT[space]}")
+    latent_format = getattr(comfy.formats, FORMAT[space])()
+    sampling = getattr(comfy.sampling, SAMPLING[space])()
+    inner = SimpleNamespace(latent_format=latent_format, process_latent_in=latent_format.process_in)
+    return SimpleNamespace(model=inner, get_model_object=lambda name: {"model_sampling": sampling}[name])
+
+
+def latent_of(space: str, seed: int = 0) -> Tensor:
+    """A believable normalised latent."""
+    noise = torch.randn(2, SPACES[space].channels, 4, 6, generator=torch.Generator().manual_seed(seed))
+    return 0.7 * noise
+
+
+def as_comfy_has_it(z: Tensor, space: str) -> Tensor:
+    """The LATENT of a normalised latent: in the autoencoder's frame, FLUX.2's excepted."""
+    return z if space == "flux2" else Latent(z, space).to_raw()
+
+
+def test_the_schemas_are_as_published(comfy: SimpleNamespace) -> None:
+    nodes = asyncio.run(asyncio.run(comfy.nodes.comfy_entrypoint()).get_node_list())
+    schemas = {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in nodes}
+    assert list(schemas) == ["PidecodeLoadDecoder", "PidecodeDecode", "PidecodeUpscale", "PidecodeEarlyStop"]
+    kinds = [(entry.id, str(entry.io_type), entry.optional) for entry in schemas["PidecodeDecode"].inputs]
+    assert kinds == [
+        ("decoder", "PIDECODE_DECODER", False), ("samples", "LATENT", False), ("seed", "INT", False),
+        ("steps", "INT", False), ("sigma", "FLOAT", False), ("model", "MODEL", True), ("caption", "STRING", True),
+        ("conditioning", "CONDITIONING", True),
+    ]  # fmt: skip
+    assert [str(entry.io_type) for entry in schemas["PidecodeEarlyStop"].outputs] == ["SIGMAS", "FLOAT"]
+    for schema in schemas.values():
+        assert schema.display_name.endswith("(pidecode)")
+        assert schema.description.endswith(".")
+
+
+@pytest.mark.parametrize("space", EVERY)
+def test_every_family_arrives_in_the_trained_frame(comfy: SimpleNamespace, space: str) -> None:
+    z = latent_of(space)
+    samples = {"samples": as_comfy_has_it(z, space)}
+    with_model = comfy_frames.to_latent(samples, SPACES[space], model=model_of(comfy, space))
+    alone = comfy_frames.to_latent(samples, SPACES[space])
+    assert with_model.space == alone.space == space
+    assert torch.allclose(with_model.tensor, z, atol=1e-4)
+    assert torch.allclose(alone.tensor, z, atol=1e-4)
+
+
+@pytest.mark.parametrize("space", EVERY)
+def test_a_sampler_stopped_early_hands_over_its_state(comfy: SimpleNamespace, space: str) -> None:
+    model, z, sigma = model_of(comfy, space), latent_of(space), 0.3
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(9))
+    sampling = model.get_model_object("model_sampling")
+    state = sampling.noise_scaling(torch.tensor([sigma]), noise.clone(), z)  # as a sampler holds it at that sigma
+    leaving = sampling.inverse_noise_scaling(torch.tensor([sigma]), state)  # as ComfyUI lets it out
+    latent = comfy_frames.to_latent(
+        {"samples": as_comfy_has_it(leaving, space)}, SPACES[space], model=model, sigma=sigma
+    )
+    if space == "sdxl":
+        size = (1 + sigma**2) ** 0.5
+        assert torch.allclose(latent.tensor, (z + sigma * noise) / size, atol=1e-4)
+        assert latent.sigma == pytest.approx(sigma / size)
+    else:
+        assert torch.allclose(latent.tensor, (1 - sigma) * z + sigma * noise, atol=1e-4)
+        assert latent.sigma == pytest.approx(sigma)
+
+
+def test_what_does_not_go_together_is_said(comfy: SimpleNamespace) -> None:
+    flux, sd3 = SPACES["flux"], model_of(comfy, "sd3")
+    samples = {"samples": as_comfy_has_it(latent_of("flux"), "flux")}
+    with pytest.raises(SettingError, match="connect the MODEL that made it"):
+        comfy_frames.to_latent(samples, flux, sigma=0.1)
+    with pytest.raises(SettingError, match="decoder is for space flux, and the connected MODEL works in sd3"):
+        comfy_frames.to_latent(samples, flux, model=sd3)
+    with pytest.raises(SettingError, match="stops between 0 and 1"):
+        comfy_frames.to_latent(samples, flux, model=model_of(comfy, "flux"), sigma=1.5)
+    with pytest.raises(LatentError, match="a video of 3 frames"):
+        comfy_frames.to_latent({"samples": torch.zeros(1, 16, 3, 4, 4)}, SPACES["qwenimage"])
+    other = SimpleNamespace(model=SimpleNamespace(latent_format=comfy.formats.Mochi()))
+    with pytest.raises(SettingError, match="latent format Mochi, for which there is no decoder"):
+        comfy_frames.space_of_model(other)
+
+
+def test_early_stop_cuts_where_it_is_recommended_or_told(comfy: SimpleNamespace) -> None:
+    sigmas, model = torch.linspace(1, 0, 29), model_of(comfy, "flux")
+    cut, sigma = comfy.nodes.EarlyStop.execute(sigmas, model).result
+    assert len(cut) == 25
+    assert sigma == pytest.approx(float(sigmas[24])) == pytest.approx(float(cut[-1]))
+    cut, sigma = comfy.nodes.EarlyStop.execute(sigmas, model, 0).result
+    assert (len(cut), sigma) == (29, 0.0)
+    with pytest.raises(SettingError, match="steps_left is 28, and there are 28 steps; leave 0 to 27"):
+        comfy.nodes.EarlyStop.execute(sigmas, model, 28)
+    with pytest.raises(SettingError, match="no sigmas to cut"):
+        comfy.nodes.EarlyStop.execute(torch.zeros(1), model)
+
+
+def test_decoding_gives_images_and_previews(comfy: SimpleNamespace, decoder: PixelDecoder) -> None:
+    seen: list[tuple[Any, ...]] = []
+    comfy.utils.set_progress_bar_global_hook(
+        lambda value, total, preview, node_id=None: seen.append((value, total, preview[1].size))
+    )
+    z = latent_of("flux2")[:, :, :1, :2]
+    (image,) = comfy.nodes.Decode.execute(decoder, {"samples": z}, seed=5).result
+    comfy.utils.set_progress_bar_global_hook(None)
+    assert image.shape == (2, 64, 128, 3)
+    assert image.dtype == torch.float32
+    assert 0 <= float(image.min()) <= float(image.max()) <= 1
+    expected = decoder.decode(Latent(z, "flux2"), seed=5, output="pt")
+    assert isinstance(expected, Tensor)
+    assert torch.allclose(image, (expected / 2 + 0.5).movedim(1, -1), atol=1e-5)
+    assert [entry[:2] for entry in seen] == [(step, 8) for step in range(1, 9)]
+    assert seen[0][2] == (128, 64)
+
+
+def test_cancel_is_heeded_at_the_next_step(comfy: SimpleNamespace, decoder: PixelDecoder) -> None:
+    comfy.management.interrupt_current_processing(True)
+    with pytest.raises(comfy.management.InterruptProcessingException):
+        comfy.nodes.Decode.execute(decoder, {"samples": latent_of("flux2")}, seed=0)
+
+
+def test_enlarging_takes_and_gives_images(comfy: SimpleNamespace, decoder: PixelDecoder) -> None:
+    image = torch.rand(2, 20, 33, 3)
+    (large,) = comfy.nodes.Upscale.execute(decoder, image, seed=0, steps=1).result
+    assert large.shape == (2, 80, 132, 3)
+    (stronger,) = comfy.nodes.Upscale.execute(decoder, image, seed=0, steps=1, strength=0.5).result
+    assert not torch.equal(large, stronger)
+    transparent = torch.cat([image, torch.zeros(2, 20, 33, 1)], dim=-1)
+    assert torch.equal(comfy_frames.to_pixels(transparent), torch.ones(2, 3, 20, 33))
+    with pytest.raises(SettingError, match=r"An IMAGE is \[B, H, W, 3\]"):
+        comfy_frames.to_pixels(torch.zeros(20, 33, 3))
+
+
+def test_captions_come_as_text_or_as_gemmas_states(decoder: PixelDecoder) -> None:
+    captioned = network(miniature())
+    width, length = captioned.config.text_dim, captioned.config.text_length
+    states = torch.randn(1, length, width)
+    assert comfy_frames.caption_of(captioned, " a cat ", None) == {"caption": "a cat"}
+    assert torch.equal(comfy_frames.caption_of(captioned, "", [[states, {}]])["caption_states"], states)
+    assert comfy_frames.caption_of(decoder.net, "", None) == {}
+    for net, text, conditioning, words in (
+        (captioned, "a cat", [[states, {}]], "give one of them"),
+        (captioned, "", [[torch.zeros(1, 77, 768), {}]], "reads Gemma-2's states"),
+        (captioned, "", [[states, {}], [states, {}]], "has 2 parts"),
+        (decoder.net, "a cat", None, "no text stream, so a caption cannot act"),
+        (decoder.net, "", [[states, {}]], "so CONDITIONING cannot act"),
+    ):
+        with pytest.raises(SettingError, match=words):
+            comfy_frames.caption_of(net, text, conditioning)
+
+
+def test_the_loader_takes_a_file(comfy: SimpleNamespace, decoder: PixelDecoder, tmp_path: Path) -> None:
+    path = tmp_path / "mine.safetensors"
+    save_file(dict(decoder.net.state_dict()), path, metadata=decoder.identity.to_metadata())
+    (loaded,) = comfy.nodes.LoadDecoder.execute("tiny", "float32", str(path)).result
+    assert loaded.space.name == "flux2"
+    options = comfy.nodes._model_names()
+    assert options[0] == "tiny"
+    assert "flux/2kto4k_v1pt5" in options
+
+
+def test_the_folder_is_what_the_manager_expects(comfy: SimpleNamespace) -> None:
+    folder = ROOT / "comfyui"
+    project = tomllib.loads((folder / "pyproject.toml").read_text())
+    assert set(project["tool"]["comfy"]) == {"PublisherId", "DisplayName", "Icon", "requires-comfyui"}
+    assert "comfyui" not in project["project"]["name"].lower()
+    asked = project["project"]["dependencies"] + (folder / "requirements.txt").read_text().split()
+    assert {line.partition("[")[0] for line in asked} == {"pidecode"}
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"] == "pidecode"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "comfyui" / "example_workflows").glob("*.json")), ids=lambda p: p.stem)
+def test_example_workflows_fit_the_nodes(comfy: SimpleNamespace, path: Path) -> None:
+    nodes = asyncio.run(asyncio.run(comfy.nodes.comfy_entrypoint()).get_node_list())
+    schemas = {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in nodes}
+    flow = json.loads(path.read_text())
+    ends = {node["id"]: node for node in flow["nodes"]}
+    for _, source, slot, target, entry, kind in flow["links"]:
+        assert ends[source]["outputs"][slot]["type"] == kind
+        assert ends[target]["inputs"][entry]["type"] == kind
+    ours = [node for node in flow["nodes"] if node["type"].startswith("Pidecode")]
+    assert ours
+    for node in ours:
+        schema = schemas[node["type"]]
+        known = {entry.id: str(entry.io_type) for entry in schema.inputs}
+        assert {entry["name"]: entry["type"] for entry in node["inputs"]}.items() <= known.items()
+        widgets = [entry for entry in schema.inputs if str(entry.io_type) in ("INT", "FLOAT", "STRING", "COMBO")]
+        controls = sum(entry.id == "seed" for entry in widgets)  # fixed, increment, ...: a value of its own
+        assert len(node["widgets_values"]) == len(widgets) + controls
