@@ -43,6 +43,7 @@ test: check
 
 docs: setup
 	$(RUN) tools/make_docs.py
+	$(RUN) tools/make_space_pages.py
 
 clean:
 	rm -rf $(VENV) .venv-* build dist out .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
