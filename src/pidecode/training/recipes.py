@@ -186,23 +186,26 @@ def miniature_direct(space: str = COSINES.name) -> Recipe:
     return replace(miniature_teacher(), title="Miniature direct", method="direct", net=miniature())
 
 
-def photographs(space: str = COSINES.name) -> Recipe:
+def photographs(space: str = "flux2") -> Recipe:
     """From a folder of photographs to a small four-step decoder in ten minutes on a processor (docs/training.md)."""
-    net = miniature(
-        hidden_size=96, num_heads=4, patch_depth=4, pixel_hidden_size=8, pixel_attn_hidden_size=96, pixel_num_heads=4,
-        text_dim=0, adapter_width=48, rope_reference=(256, 256),
+    row = get_space(space)
+    net = NetConfig(
+        hidden_size=96, num_heads=4, patch_depth=4, patch_size=16,
+        pixel_hidden_size=8, pixel_depth=1, pixel_attn_hidden_size=96, pixel_num_heads=4, text_dim=0, text_length=1,
+        latent_channels=row.channels, latent_down=row.down, latent_unpatchify=row.raw_patch, scale=row.scale,
+        adapter_width=64, adapter_blocks=2, adapter_padding="replicate", gate="per_token", inject_interval=1,
+        inject_pixels=True, rope_reference=(256, 256),
     )  # fmt: skip
     return Recipe(
         title="A small decoder from photographs",
         method="direct",
         net=net,
-        space=COSINES,
-        encode=encode_cosines,
+        space=row,
         data=Data(sizes=((256, 256), (256, 384), (384, 256)), crop=128, batch=4, workers=2, latent_drop=0.0),
         distil=Distillation(student_input="self_rollout"),
         optimise=Optimise(rate=2e-3, warmup=50, clip=1.0, fall="cosine"),
         average=Average(rate=0.1),
-        run=replace(_small_run(1200), save_every=200, sample_every=200),
+        run=replace(_small_run(1000), save_every=200, sample_every=200),
     )
 
 
