@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe of `tiny`: shape, schedule, and a loop that survives being killed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from pidecode.facts.architecture import NetConfig
+from pidecode.training.tiny.cache import CropBatch, LatentCache
+from pidecode.training.tiny.encoder_stage import update_average
+from pidecode.training.tiny.linear_start import fit_linear_start
+from pidecode.training.tiny.muon import Muon, muon_groups
+from pidecode.training.tiny.regressor import Regressor
+from pidecode.training.tiny.state import load_state, save_state
+
+
+def tiny_config() -> NetConfig:
+    """The shape of `tiny`: one latent cell per patch, a deep narrow adapter, one patch block, one pixel block."""
+    return NetConfig(
+        hidden_size=192, num_heads=4, patch_depth=1, patch_size=32,
+        pixel_hidden_size=4, pixel_depth=1, pixel_attn_hidden_size=32, pixel_num_heads=2,
+        text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2,
+        adapter_width=192, adapter_blocks=6, adapter_padding="replicate", gate="per_token",
+        inject_pixels=True, rope_reference=(1024, 1024), prediction="x0",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderRecipe:
+    """How the adapter of `tiny` learns; `seconds` is wall time over all resumed parts, and the schedule follows it."""
+
+    seconds: float = 3600.0
+    start_batches: int = 40
+    """Batches of 16 crops behind the linear start."""
+    start_side: int = 320
+    """Side of those crops, in pixels."""
+    learning_rate: float = 2e-3
+    warmup_steps: int = 40
+    decay_from: float = 0.6
+    """Share of the time after which the rate falls linearly to a fiftieth."""
+    crops: tuple[tuple[int, int, float], ...] = ((256, 24, 0.5), (384, 10, 0.3), (512, 6, 0.2))
+    """Crop side in pixels, crops a step, share of the steps."""
+    noisy_from: float = 0.5
+    """Share of the time after which latents are noised as well."""
+    noisy_share: float = 0.2
+    largest_sigma: float = 0.8
+    absolute_weight: float = 0.0
+    """Weight of the mean absolute error beside the mean squared error."""
+    ema: float = 0.995
+    clip: float = 1.0
+    device: str = "cpu"
+    seed: int = 0
+    save_every: float = 120.0
+    log_every: float = 30.0
+
+
+def noised(latent: Tensor, share: float, largest: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A `share` of the samples with flow noise of sigma ~ U[0, largest] (SPEC.md section 7); and each sigma [B]."""
+    count = len(latent)
+    chosen = torch.rand(count, generator=generator) < share
+    sigma = torch.where(chosen, torch.rand(count, generator=generator) * largest, torch.zeros(count))
+    noise = torch.randn(latent.shape, generator=generator)
+    scale = sigma.view(-1, 1, 1, 1).to(latent)
+    return (1 - scale) * latent + scale * noise.to(latent), sigma
+
+
+def draw_crops(cache: LatentCache, recipe: DecoderRecipe, random: np.random.Generator) -> CropBatch:
+    """One step's crops, of a size drawn from the recipe."""
+    shares = np.array([share for _, _, share in recipe.crops])
+    side, count, _ = recipe.crops[int(random.choice(len(shares), p=shares / shares.sum()))]
+    return cache.crops(count, side, random)
+
+
+def picture_loss(output: Tensor, target: Tensor, absolute_weight: float) -> Tensor:
+    """Mean squared error, plus `absolute_weight` times the mean absolute error."""
+    loss = F.mse_loss(output, target)
+    return loss + absolute_weight * F.l1_loss(output, target) if absolute_weight else loss
+
+
+def rate_at(progress: float, step: int, recipe: DecoderRecipe) -> float:
+    """Learning rate: a warm-up by steps, flat, then a fall by the share of the time that is used."""
+    falling = max(0.0, progress - recipe.decay_from) / (1 - recipe.decay_from)
+    return recipe.learning_rate * min(1.0, (step + 1) / recipe.warmup_steps) * max(0.02, 1 - falling)
+
+
+def run_regressor(
+    cache: LatentCache, folder: Path, recipe: DecoderRecipe, *, config: NetConfig | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> Regressor:  # fmt: skip
+    """Train the adapter with a linear head until the time is used; resumes from `folder`, returns the average."""
+    torch.manual_seed(recipe.seed)
+    config = config or tiny_config()
+    model, average = Regressor(config), Regressor(config).requires_grad_(False).to(recipe.device)
+    state = load_state(folder / "regressor.pt")
+    if state is None:
+        start = fit_linear_start(
+            cache, min(config.adapter_width, config.hidden_size), batches=recipe.start_batches, side=recipe.start_side
+        )
+        model.start_from_linear(start)
+    model.to(recipe.device)
+    optimizer = Muon(
+        muon_groups(model.named_parameters(), adam_names=("to_pixels", "pit_head")), lr=recipe.learning_rate
+    )
+    step, used = 0, 0.0
+    if state is None:
+        average.load_state_dict(model.state_dict())
+    else:
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, used = state["step"], state["used"]
+    random, generator = np.random.default_rng([recipe.seed, step]), torch.Generator().manual_seed(recipe.seed + step)
+    started, saved, logged, losses = time.monotonic() - used, used, used, list[float]()
+    while used < recipe.seconds:
+        progress = used / recipe.seconds
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(progress, step, recipe)
+        batch = draw_crops(cache, recipe, random).to(recipe.device)
+        share = recipe.noisy_share if progress >= recipe.noisy_from else 0.0
+        latent, _ = noised(batch.latent, share, recipe.largest_sigma, generator)
+        optimizer.zero_grad(set_to_none=True)
+        loss = picture_loss(model(latent), batch.target, recipe.absolute_weight)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.step()
+        step += 1
+        update_average(average, model, min(recipe.ema, (1 + step) / (10 + step)))
+        losses.append(loss.item())
+        used = time.monotonic() - started
+        if used - logged > recipe.log_every:
+            report(f"step {step} {used:.0f}s loss {np.mean(losses):.5f} rate {optimizer.param_groups[0]['lr']:.1e}")
+            logged, losses = used, []
+        if used - saved > recipe.save_every or used >= recipe.seconds:
+            save_state(
+                folder / "regressor.pt",
+                {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(),
+                 "step": step, "used": used, "config": config.to_dict()},
+            )  # fmt: skip
+            saved = used
+    return average

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cheap half of training: the adapter with one linear layer to pixels, which then starts a whole PixelNet.
+
+Nearly everything a small decoder knows sits in the adapter, and a pixel block costs several times as much as the
+adapter. So the adapter is first trained alone; `into_pixelnet` then sets a PixelNet so that it computes the same
+picture, and what the rest of the network adds is learned from there.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from pidecode.errors import SettingError
+from pidecode.facts.architecture import NetConfig
+from pidecode.model.adapter import LatentAdapter
+from pidecode.model.network import PixelNet
+from pidecode.training.tiny.linear_start import LinearStart
+
+GATE_BIAS = 4.0
+"""Logit at which the pixel gate starts: 0.982 open, so that it still has a slope."""
+GATE_LOG_ALPHA = -2.0
+"""Start of the gates' dependence on noise: slight, since the adapter itself has seen noisy latents."""
+CARRIER = 1000.0
+"""Constant in the last pixel channel: it holds the norms' size still, so that they pass colours through."""
+COLOUR_GAIN = 10.0
+"""Size of a colour of 1 in the pixel channels; small beside CARRIER, large beside the position table."""
+
+
+class Regressor(nn.Module):
+    """Latent [B,C,a,b] to picture [B,3,H,W]: the adapter's features, a linear map to `hidden_size`, one to pixels."""
+
+    def __init__(self, config: NetConfig) -> None:
+        super().__init__()
+        if not config.inject_pixels or config.prediction != "x0" or config.has_text:
+            raise SettingError("A regressor becomes a network with inject_pixels=True, prediction='x0' and text_dim=0.")
+        self.config = config
+        self.adapter = LatentAdapter(config)
+        self.to_pixels = nn.Linear(config.hidden_size, 3 * config.patch_size**2)
+        for name, parameter in self.adapter.latent_proj.named_parameters():
+            if ".block.5." in name:  # residual blocks start as the identity
+                nn.init.zeros_(parameter)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """The picture, unclamped."""
+        config = self.config
+        reach = config.latent_down * config.scale // config.patch_size
+        grid = (latent.shape[-2] * reach, latent.shape[-1] * reach)
+        features, _ = self.adapter.features(grid, latent)
+        tokens = self.adapter.pit_head(features.flatten(2).transpose(1, 2))
+        pixels: Tensor = self.to_pixels(tokens)
+        return F.pixel_shuffle(pixels.transpose(1, 2).unflatten(2, grid), config.patch_size)
+
+    @torch.no_grad()
+    def start_from_linear(self, start: LinearStart) -> None:
+        """Make the untrained network the best linear map from a cell's 3x3 neighbourhood to its patch.
+
+        A signal and its negative both pass the SiLU, and `silu(x) - silu(-x) = x`, so the linear map goes through
+        unharmed. Needs one latent cell per patch, and raises SettingError for a network that has another number.
+        """
+        cells, count = start.weights.shape[1], start.weights.shape[0]
+        width = self.config.adapter_width
+        if self.config.latent_to_patch_ratio != 1 or count > min(width, self.config.hidden_size) or 2 * cells > width:
+            raise SettingError("A linear start needs one latent cell per patch and an adapter at least as wide as it.")
+        tensors = dict(self.named_parameters())
+        first, second = (tensors[f"adapter.latent_proj.{index}.weight"] for index in (0, 2))
+        first[: 2 * cells] = 0.0
+        tensors["adapter.latent_proj.0.bias"][: 2 * cells] = 0.0
+        for sign, offset in ((1.0, 0), (-1.0, cells)):
+            first[offset : offset + cells, :, 1, 1] = sign * torch.eye(cells)
+            second[:count, offset : offset + cells] = sign * start.weights
+        second[:, 2 * cells :] = 0.0
+        tensors["adapter.latent_proj.2.bias"][:count] = start.bias
+        head = tensors["adapter.pit_head.weight"]
+        head.zero_()
+        tensors["adapter.pit_head.bias"].zero_()
+        head[:count, :count] = torch.eye(count)
+        self.to_pixels.weight[:, :count] = start.basis * start.scales
+        self.to_pixels.bias.copy_(start.mean)
+
+
+@torch.no_grad()
+def into_pixelnet(regressor: Regressor) -> PixelNet:
+    """A PixelNet that gives the regressor's picture whatever the noisy picture and the time, up to about 0.002.
+
+    Three pixel channels carry colour and the last a large constant. The first pixel block's shift holds the colours,
+    its feed-forward passes them through (`gelu(x) - gelu(-x) = x`), and every other path starts shut, with a slope.
+    """
+    config = regressor.config
+    net = PixelNet(config).cpu()
+    tensors = net.state_dict()
+    tensors |= {f"lq_proj.{name}": value.cpu() for name, value in regressor.adapter.state_dict().items()}
+    shut = (
+        "adaLN_modulation",
+        "s_embedder.proj",
+        "t_embedder.mlp.2",
+        "pixel_embedder.proj",
+        "output_heads",
+        "final_layer.linear",
+    )
+    for name, value in tensors.items():
+        if any(part in name for part in shut) or name.endswith("content_proj.weight"):
+            tensors[name] = torch.zeros_like(value)
+        elif name.endswith("content_proj.bias"):
+            tensors[name] = torch.full_like(value, GATE_BIAS)
+        elif name.endswith("log_alpha"):
+            tensors[name] = torch.full_like(value, GATE_LOG_ALPHA)
+    size = CARRIER / config.pixel_hidden_size**0.5
+    tensors["pixel_embedder.proj.bias"][-1] = CARRIER
+    tensors["final_layer.linear.weight"][:, :3] = torch.eye(3) * size / COLOUR_GAIN
+    tensors |= _first_pixel_block(regressor, size)
+    net.load_state_dict(tensors)
+    return net
+
+
+def _first_pixel_block(regressor: Regressor, size: float) -> dict[str, Tensor]:
+    """The block's tensors that are not as they were: its modulation, its second norm and its feed-forward."""
+    config = regressor.config
+    width, pixels = config.pixel_hidden_size, config.patch_size**2
+    opening = torch.sigmoid(torch.tensor(GATE_BIAS))
+    colours = {
+        name: value.cpu().unflatten(0, (3, pixels)).transpose(0, 1)
+        for name, value in regressor.to_pixels.named_parameters()
+    }
+    weight, bias = torch.zeros(pixels, 6, width, config.hidden_size), torch.zeros(pixels, 6, width)
+    weight[:, 3, :3] = COLOUR_GAIN * colours["weight"] / opening  # the second shift
+    bias[:, 3, :3] = COLOUR_GAIN * colours["bias"]
+    bias[:, 5, :3] = 1.0  # the second gate
+    both = torch.cat((torch.eye(width), -torch.eye(width)))
+    rest = torch.zeros(2 * width, width)
+    norm = torch.ones(width)
+    norm[:3] = -size  # the norm turns the position table into itself over `size`; this takes it away again
+    block = {
+        "adaLN_modulation.0.weight": weight.flatten(0, 2), "adaLN_modulation.0.bias": bias.flatten(),
+        "mlp.fc1.weight": torch.cat((both, rest)), "mlp.fc1.bias": torch.zeros(4 * width),
+        "mlp.fc2.weight": torch.cat((both, rest)).T, "mlp.fc2.bias": torch.zeros(width),
+        "norm2.weight": norm,
+    }  # fmt: skip
+    return {f"pixel_blocks.0.{name}": value for name, value in block.items()}

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All of it in order: cache the pictures, train decoder and encoder apart, then together, write the two files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from pidecode.model.encoder import EncoderConfig
+from pidecode.training.tiny.cache import LatentCache, add_picture, crop_to_multiple, held_out, read_manifest
+from pidecode.training.tiny.decoder_stage import DecoderRecipe, run_regressor, tiny_config
+from pidecode.training.tiny.encoder_stage import EncoderRecipe, run_encoder
+from pidecode.training.tiny.joint_stage import JointRecipe, Pair, run_joint
+from pidecode.training.tiny.procedural import KINDS, procedural_picture
+from pidecode.training.tiny.release import release_pair
+from pidecode.training.tiny.teacher import TeacherAutoencoder
+
+Report = Callable[[str], None]
+
+SHRINKS = {"s100": 1.0, "s70": 0.7, "s50": 0.5}
+"""Each photograph is cached at these sizes, so that edges are seen at several sharpnesses."""
+PROCEDURAL_SIDE = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TinyRun:
+    """A whole run: where pictures and teacher lie, and how long each stage takes, in seconds of wall time."""
+
+    data: Path
+    """Folder of pictures, with `manifest.jsonl` (file, category) if it has categories."""
+    teacher: Path
+    """Folder of the two taef2 files."""
+    folder: Path
+    """Where the cache, the states and the results go; the same folder goes on where it stopped."""
+    decoder_seconds: float = 3500.0
+    encoder_seconds: float = 2600.0
+    joint_seconds: float = 2500.0
+    procedural_seeds: int = 12
+    """Rounds of procedural pictures, of every kind once each."""
+    fonts: Sequence[Path] = ()
+    """TrueType files for rendered text; without them Pillow's own face."""
+    device: str = "cpu"
+    workers: int = 2
+    """Processes of the joint stage on a processor."""
+
+
+def build_cache(run: TinyRun, report: Report = lambda line: None) -> LatentCache:
+    """Cache every picture that is not held out, at each size, and the procedural ones; what is there is kept."""
+    teacher = TeacherAutoencoder.from_folder(run.teacher).to(run.device)
+    categories = read_manifest(run.data)
+    kept_out = held_out(categories)
+    place = run.folder / "cache"
+
+    def encode(picture: Image.Image, shrink: float, folder: Path, name: str) -> None:
+        add_picture(
+            folder,
+            name,
+            crop_to_multiple(picture, shrink),
+            {"teacher": lambda x: teacher.encode(x.to(run.device)).cpu()},
+        )
+
+    for name in sorted(name for names in categories.values() for name in names):
+        report(f"caching {name}")
+        with Image.open(run.data / name) as picture:
+            if name in kept_out:
+                encode(picture, 1.0, run.folder / "held_out", Path(name).stem)
+                continue
+            for label, shrink in SHRINKS.items():
+                encode(picture, shrink, place, f"{Path(name).stem}.{label}")
+    for seed in range(run.procedural_seeds):
+        for kind in KINDS:
+            drawn = Image.fromarray(procedural_picture(kind, PROCEDURAL_SIDE, seed, run.fonts))
+            encode(drawn, 1.0, place, f"procedural_{kind}_{seed}")
+    return LatentCache(place, {"teacher": 1.0})
+
+
+def train_tiny(run: TinyRun, report: Report = lambda line: None) -> tuple[Path, Path]:
+    """Run or resume every stage; returns the paths of the decoder and the encoder, `tiny.safetensors` and its kin.
+
+    Raises CheckpointError without the teacher's files, TrainingError when a stage had to stop.
+    """
+    cache = build_cache(run, report)
+    decoder = run_regressor(
+        cache, run.folder, DecoderRecipe(seconds=run.decoder_seconds, device=run.device), report=report
+    )
+    encoder = run_encoder(
+        cache, run.folder, EncoderRecipe(seconds=run.encoder_seconds, device=run.device), decode=decoder, report=report
+    )
+    pair = Pair(tiny_config(), EncoderConfig())
+    pair.decoder.load_state_dict(decoder.state_dict())
+    pair.encoder.load_state_dict(encoder.state_dict())
+    recipe = JointRecipe(seconds=run.joint_seconds, device=run.device, workers=run.workers)
+    run_joint(pair, cache, run.folder, recipe, report)
+    return release_pair(run.folder / "joint.pt", run.folder)

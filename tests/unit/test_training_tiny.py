@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How `tiny` is made, at miniature size: pictures, cache, stages that resume, and files that load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pidecode import PixelDecoder
+from pidecode.errors import CheckpointError, SettingError, TrainingError
+from pidecode.facts.architecture import NetConfig
+from pidecode.model.encoder import EncoderConfig
+from pidecode.training.tiny.cache import LatentCache, add_picture, crop_to_multiple, held_out, quarter, read_manifest
+from pidecode.training.tiny.decoder_stage import DecoderRecipe, noised, rate_at, run_regressor, tiny_config
+from pidecode.training.tiny.encoder_stage import EncoderRecipe, run_encoder
+from pidecode.training.tiny.joint_stage import JointRecipe, Pair, run_joint
+from pidecode.training.tiny.linear_start import fit_linear_start, principal_directions
+from pidecode.training.tiny.muon import Muon, muon_groups, orthogonalised
+from pidecode.training.tiny.procedural import KINDS, procedural_picture
+from pidecode.training.tiny.regressor import Regressor, into_pixelnet
+from pidecode.training.tiny.release import release_pair
+from pidecode.training.tiny.run import TinyRun, build_cache
+from pidecode.training.tiny.state import load_state, save_state
+from pidecode.training.tiny.teacher import TeacherAutoencoder
+
+SMALL = NetConfig(
+    hidden_size=64, num_heads=4, patch_depth=1, patch_size=32, pixel_hidden_size=4, pixel_depth=1,
+    pixel_attn_hidden_size=16, pixel_num_heads=2, text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2,
+    adapter_width=64, adapter_blocks=1, adapter_padding="replicate", gate="per_token", inject_pixels=True,
+    prediction="x0",
+)  # fmt: skip
+ENCODER = EncoderConfig(
+    half_width=8, half_blocks=1, quarter_width=8, quarter_blocks=1, eighth_width=16, eighth_blocks=1
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def teacher() -> TeacherAutoencoder:
+    """The real class with random weights."""
+    torch.manual_seed(0)
+    return TeacherAutoencoder().eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, teacher: TeacherAutoencoder) -> LatentCache:
+    folder = tmp_path_factory.mktemp("cache")
+    for seed in range(2):
+        picture = procedural_picture("dead_leaves", 192, seed)
+        add_picture(folder, f"leaves{seed}", picture, {"teacher": teacher.encode})
+    return LatentCache(folder, {"teacher": 1.0})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_procedural_pictures_are_the_same_for_the_same_seed(kind: str) -> None:
+    first, again, other = (procedural_picture(kind, 96, seed) for seed in (3, 3, 4))
+    assert first.shape == (96, 96, 3)
+    assert first.dtype == np.uint8
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert first.std() > 0
+
+
+def test_an_unknown_kind_of_picture_names_those_there_are() -> None:
+    with pytest.raises(SettingError, match="dead_leaves, gradients"):
+        procedural_picture("clouds", 64, 0)
+
+
+def test_held_out_pictures_follow_from_names_alone() -> None:
+    names = {"a": [f"a{i}.webp" for i in range(30)], "b": ["b0.webp", "b1.webp"]}
+    chosen = held_out(names)
+    assert chosen == held_out({key: list(reversed(value)) for key, value in names.items()})
+    assert sum(name in chosen for name in names["a"]) == 3
+    assert sum(name in chosen for name in names["b"]) == 1
+
+
+def test_a_folder_without_manifest_is_one_category(tmp_path: Path) -> None:
+    for name in ("b.png", "a.webp", "notes.txt"):
+        (tmp_path / name).touch()
+    assert read_manifest(tmp_path) == {"pictures": ["a.webp", "b.png"]}
+    (tmp_path / "manifest.jsonl").write_text('{"file": "a.webp", "category": "space"}\n')
+    assert read_manifest(tmp_path) == {"space": ["a.webp"]}
+
+
+def test_cached_sides_pack_and_a_quarter_is_a_quarter() -> None:
+    picture = crop_to_multiple(Image.new("RGB", (300, 150), (10, 200, 30)), 0.9)
+    assert picture.shape == (128, 256, 3)
+    small = quarter(picture)
+    assert small.shape == (32, 64, 3)
+    assert np.array_equal(np.unique(small.reshape(-1, 3), axis=0), [[10, 200, 30]])
+
+
+def test_crops_are_cut_alike_from_picture_quarter_and_latent(cache: LatentCache, teacher: TeacherAutoencoder) -> None:
+    batch = cache.crops(6, 192, np.random.default_rng(0))  # the whole picture, so that the latent is known
+    assert batch.target.shape == (6, 3, 192, 192)
+    expected = torch.nn.functional.pixel_unshuffle(teacher.encode(batch.small), 2)
+    torch.testing.assert_close(batch.latent, expected, atol=2e-3, rtol=1e-2)
+    small = torch.nn.functional.interpolate(batch.target, scale_factor=0.25, mode="bicubic", antialias=True)
+    assert (small.clamp(-1, 1) - batch.small).abs().max() < 0.01
+    for side in (64, 128):
+        part = cache.crops(3, side, np.random.default_rng(1))
+        assert part.latent.shape == (3, 128, side // 64, side // 64)
+
+
+def test_a_cache_refuses_what_it_cannot_cut(cache: LatentCache, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="multiple of 64"):
+        cache.crops(1, 100, np.random.default_rng(0))
+    with pytest.raises(TrainingError, match="smaller crops"):
+        cache.crops(1, 256, np.random.default_rng(0))
+    with pytest.raises(TrainingError, match="build the cache"):
+        LatentCache(tmp_path, {"teacher": 1.0})
+
+
+def test_a_teacher_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="taef2_encoder"):
+        TeacherAutoencoder.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(16, 144), (40, 20)])
+def test_orthogonalised_evens_singular_values(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    values = torch.linalg.svdvals(orthogonalised(torch.randn(shape, generator=generator)))
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+
+
+def test_muon_finds_a_linear_map() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, wanted = torch.randn(256, 24, generator=generator), torch.randn(24, 24, generator=generator)
+    layer = torch.nn.Linear(24, 24)
+    optimizer = Muon(muon_groups(layer.named_parameters()), lr=0.3)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1]
+    losses = []
+    for step in range(60):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.3 * (1 - step / 60)
+        optimizer.zero_grad()
+        loss = (layer(x) - x @ wanted).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 2e-2 * losses[0]
+
+
+def test_principal_directions_are_those_of_the_whole_decomposition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(500, 60, generator=generator) * torch.logspace(0, -3, 60)
+    covariance = samples.T @ samples / 500
+    basis, variances = principal_directions(covariance, 5)
+    expected = torch.linalg.eigvalsh(covariance).flip(0)[:5]
+    torch.testing.assert_close(variances, expected, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(5), rtol=0, atol=1e-4)
+
+
+def test_latents_are_noised_in_part() -> None:
+    latent = torch.ones(400, 2, 1, 1)
+    given, sigma = noised(latent, 0.25, 0.8, torch.Generator().manual_seed(0))
+    clean = sigma == 0
+    assert 0.65 < clean.float().mean() < 0.85
+    assert torch.equal(given[clean], latent[clean])
+    assert sigma.max() <= 0.8
+    assert not torch.equal(given[~clean], latent[~clean])
+
+
+def test_the_rate_warms_up_stays_and_falls() -> None:
+    recipe = DecoderRecipe(warmup_steps=10, decay_from=0.5, learning_rate=1.0)
+    assert rate_at(0.0, 0, recipe) == pytest.approx(0.1)
+    assert rate_at(0.4, 100, recipe) == 1.0
+    assert rate_at(0.75, 100, recipe) == pytest.approx(0.5)
+    assert rate_at(1.0, 100, recipe) == pytest.approx(0.02)
+
+
+def test_a_pixelnet_gives_its_regressors_picture_at_any_time(cache: LatentCache) -> None:
+    torch.manual_seed(0)
+    regressor = Regressor(SMALL)
+    regressor.start_from_linear(fit_linear_start(cache, 64, batches=2, side=192))
+    net = into_pixelnet(regressor).eval()
+    batch = cache.crops(2, 128, np.random.default_rng(0))
+    with torch.no_grad():
+        wanted = regressor(batch.latent)
+        for t in (999.0, 342.0):
+            given = net(torch.randn(2, 3, 128, 128), torch.full((2,), t), latent=batch.latent, sigma=0.0)
+            assert (given - wanted).abs().max() < 5e-3
+
+
+def test_a_regressor_needs_a_network_it_can_become() -> None:
+    with pytest.raises(SettingError, match="inject_pixels"):
+        Regressor(NetConfig())
+    assert tiny_config().prediction == "x0"
+
+
+def test_the_regressor_learns_and_goes_on_where_it_stopped(cache: LatentCache, tmp_path: Path) -> None:
+    recipe = DecoderRecipe(
+        seconds=2.0, crops=((128, 4, 1.0),), warmup_steps=2, noisy_from=1.0, log_every=0.2,
+        start_batches=2, start_side=192,
+    )  # fmt: skip
+    lines: list[str] = []
+    run_regressor(cache, tmp_path, recipe, config=SMALL, report=lines.append)
+    first = load_state(tmp_path / "regressor.pt")
+    assert first is not None
+    losses = [float(line.split("loss ")[1].split()[0]) for line in lines]
+    assert losses[-1] < losses[0]
+    longer = DecoderRecipe(seconds=2.3, crops=recipe.crops, noisy_from=0.5)
+    run_regressor(cache, tmp_path, longer, config=SMALL)
+    second = load_state(tmp_path / "regressor.pt")
+    assert second is not None
+    assert second["step"] > first["step"]
+    assert second["used"] >= 2.3
+
+
+def test_encoder_and_decoder_learn_together_and_the_files_load(cache: LatentCache, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    decoder = Regressor(SMALL)
+    decoder.start_from_linear(fit_linear_start(cache, 64, batches=2, side=192))
+    encoder = run_encoder(
+        cache, tmp_path, EncoderRecipe(seconds=0.5, warmup_seconds=0.1, pictures_per_step=1), config=ENCODER,
+        decode=decoder.requires_grad_(False),
+    )  # fmt: skip
+    pair = Pair(SMALL, ENCODER)
+    pair.decoder.load_state_dict(decoder.state_dict())
+    pair.encoder.load_state_dict(encoder.state_dict())
+    lines: list[str] = []
+    recipe = JointRecipe(seconds=1.5, side=128, own=2, teacher=1, workers=1, log_every=0.1)
+    run_joint(pair, cache, tmp_path, recipe, lines.append)
+    own = [float(line.split("latent ")[1].split()[0]) for line in lines]
+    assert own[-1] < own[0]
+    paths = release_pair(tmp_path / "joint.pt", tmp_path)
+    loaded = PixelDecoder.from_pretrained(paths[0], encoder=paths[1], device="cpu")
+    picture = loaded.upscale(Image.fromarray(quarter(procedural_picture("gradients", 256, 0))), seed=0)
+    assert picture.size == (256, 256)
+
+
+def test_two_workers_share_the_weights(cache: LatentCache, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    pair = Pair(SMALL, ENCODER)
+    before = pair.decoder.to_pixels.weight.detach().clone()
+    run_joint(pair, cache, tmp_path, JointRecipe(seconds=1.0, side=128, own=1, teacher=1, workers=2))
+    state = load_state(tmp_path / "joint.pt")
+    assert state is not None
+    assert state["step"] > 0
+    assert not torch.equal(before, pair.decoder.to_pixels.weight)
+
+
+def test_a_state_is_whole_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "state.pt"
+    assert load_state(path) is None
+    save_state(path, {"step": 3})
+    assert load_state(path) == {"step": 3}
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(TrainingError, match="not a training state"):
+        load_state(path)
+    with pytest.raises(TrainingError, match="run the joint stage"):
+        release_pair(tmp_path / "none.pt", tmp_path)
+
+
+def test_the_cache_of_a_run_keeps_held_out_pictures_apart(tmp_path: Path, teacher: TeacherAutoencoder) -> None:
+    from safetensors.torch import save_file
+
+    data, weights = tmp_path / "data", tmp_path / "teacher"
+    data.mkdir()
+    weights.mkdir()
+    for name in ("a.png", "b.png", "c.png"):
+        Image.fromarray(procedural_picture("line_art", 128, ord(name[0]))).save(data / name)
+    for part in ("encoder", "decoder"):
+        save_file(getattr(teacher, part).state_dict(), weights / f"taef2_{part}.safetensors")
+    run = TinyRun(data=data, teacher=weights, folder=tmp_path / "run", procedural_seeds=0)
+    names = build_cache(run).names
+    kept_out = {Path(name).stem for name in held_out(read_manifest(data))}
+    assert {name.split(".")[0] for name in names} == {"a", "b", "c"} - kept_out
+    assert {path.name.split(".")[0] for path in (run.folder / "held_out").iterdir()} == kept_out
+    assert build_cache(run).names == names
