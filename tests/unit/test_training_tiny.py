@@ -194,7 +194,7 @@ def test_a_regressor_needs_a_network_it_can_become() -> None:
 
 def test_the_regressor_learns_and_goes_on_where_it_stopped(cache: LatentCache, tmp_path: Path) -> None:
     recipe = DecoderRecipe(
-        seconds=2.0, crops=((128, 4, 1.0),), warmup_steps=2, noisy_from=1.0, log_every=0.2,
+        steps=30, crops=((128, 4, 1.0),), warmup_steps=2, noisy_from=1.0, log_every=0.0,
         start_batches=2, start_side=192,
     )  # fmt: skip
     lines: list[str] = []
@@ -202,13 +202,14 @@ def test_the_regressor_learns_and_goes_on_where_it_stopped(cache: LatentCache, t
     first = load_state(tmp_path / "regressor.pt")
     assert first is not None
     losses = [float(line.split("loss ")[1].split()[0]) for line in lines]
-    assert losses[-1] < losses[0]
-    longer = DecoderRecipe(seconds=2.3, crops=recipe.crops, noisy_from=0.5)
+    assert len(losses) == 30
+    assert sum(losses[-5:]) < sum(losses[:5])
+    longer = DecoderRecipe(steps=33, crops=recipe.crops, noisy_from=0.5)
     run_regressor(cache, tmp_path, longer, config=SMALL)
     second = load_state(tmp_path / "regressor.pt")
     assert second is not None
-    assert second["step"] > first["step"]
-    assert second["used"] >= 2.3
+    assert (first["step"], second["step"]) == (30, 33)
+    assert second["used"] > first["used"]
 
 
 def test_encoder_and_decoder_learn_together_and_the_files_load(cache: LatentCache, tmp_path: Path) -> None:
@@ -216,17 +217,18 @@ def test_encoder_and_decoder_learn_together_and_the_files_load(cache: LatentCach
     decoder = Regressor(SMALL)
     decoder.start_from_linear(fit_linear_start(cache, 64, batches=2, side=192))
     encoder = run_encoder(
-        cache, tmp_path, EncoderRecipe(seconds=0.5, warmup_seconds=0.1, pictures_per_step=1), config=ENCODER,
+        cache, tmp_path, EncoderRecipe(steps=3, warmup_steps=1, pictures_per_step=1), config=ENCODER,
         decode=decoder.requires_grad_(False),
     )  # fmt: skip
     pair = Pair(SMALL, ENCODER)
     pair.decoder.load_state_dict(decoder.state_dict())
     pair.encoder.load_state_dict(encoder.state_dict())
     lines: list[str] = []
-    recipe = JointRecipe(seconds=1.5, side=128, own=2, teacher=1, workers=1, log_every=0.1)
+    recipe = JointRecipe(steps=40, side=128, own=4, teacher=1, workers=1, log_every=0.0)
     run_joint(pair, cache, tmp_path, recipe, lines.append)
     own = [float(line.split("latent ")[1].split()[0]) for line in lines]
-    assert own[-1] < own[0]
+    assert len(own) == 40
+    assert sum(own[-10:]) < sum(own[:10])
     paths = release_pair(tmp_path / "joint.pt", tmp_path)
     loaded = PixelDecoder.from_pretrained(paths[0], encoder=paths[1], device="cpu")
     picture = loaded.upscale(Image.fromarray(quarter(procedural_picture("gradients", 256, 0))), seed=0)
@@ -237,7 +239,7 @@ def test_two_workers_share_the_weights(cache: LatentCache, tmp_path: Path) -> No
     torch.manual_seed(0)
     pair = Pair(SMALL, ENCODER)
     before = pair.decoder.to_pixels.weight.detach().clone()
-    run_joint(pair, cache, tmp_path, JointRecipe(seconds=1.0, side=128, own=1, teacher=1, workers=2))
+    run_joint(pair, cache, tmp_path, JointRecipe(steps=2, side=128, own=1, teacher=1, workers=2))
     state = load_state(tmp_path / "joint.pt")
     assert state is not None
     assert state["step"] > 0

@@ -19,7 +19,7 @@ from pidecode.training.tiny.encoder_stage import update_average
 from pidecode.training.tiny.linear_start import fit_linear_start
 from pidecode.training.tiny.muon import Muon, muon_groups
 from pidecode.training.tiny.regressor import Regressor
-from pidecode.training.tiny.state import load_state, save_state
+from pidecode.training.tiny.state import Budget, load_state, save_state
 
 
 def tiny_config() -> NetConfig:
@@ -34,10 +34,9 @@ def tiny_config() -> NetConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DecoderRecipe:
-    """How the adapter of `tiny` learns; `seconds` is wall time over all resumed parts, and the schedule follows it."""
+class DecoderRecipe(Budget):
+    """How the adapter of `tiny` learns; the schedule follows the budget, which counts all resumed parts."""
 
-    seconds: float = 3600.0
     start_batches: int = 40
     """Batches of 16 crops behind the linear start."""
     start_side: int = 320
@@ -45,11 +44,11 @@ class DecoderRecipe:
     learning_rate: float = 2e-3
     warmup_steps: int = 40
     decay_from: float = 0.6
-    """Share of the time after which the rate falls linearly to a fiftieth."""
+    """Share of the budget after which the rate falls linearly to a fiftieth."""
     crops: tuple[tuple[int, int, float], ...] = ((256, 24, 0.5), (384, 10, 0.3), (512, 6, 0.2))
     """Crop side in pixels, crops a step, share of the steps."""
     noisy_from: float = 0.5
-    """Share of the time after which latents are noised as well."""
+    """Share of the budget after which latents are noised as well."""
     noisy_share: float = 0.2
     largest_sigma: float = 0.8
     absolute_weight: float = 0.0
@@ -95,7 +94,7 @@ def run_regressor(
     cache: LatentCache, folder: Path, recipe: DecoderRecipe, *, config: NetConfig | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Regressor:  # fmt: skip
-    """Train the adapter with a linear head until the time is used; resumes from `folder`, returns the average."""
+    """Train the adapter with a linear head until the budget is used; resumes from `folder`, returns the average."""
     torch.manual_seed(recipe.seed)
     config = config or tiny_config()
     model, average = Regressor(config), Regressor(config).requires_grad_(False).to(recipe.device)
@@ -119,8 +118,7 @@ def run_regressor(
         step, used = state["step"], state["used"]
     random, generator = np.random.default_rng([recipe.seed, step]), torch.Generator().manual_seed(recipe.seed + step)
     started, saved, logged, losses = time.monotonic() - used, used, used, list[float]()
-    while used < recipe.seconds:
-        progress = used / recipe.seconds
+    while (progress := recipe.progress(step, used)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = rate_at(progress, step, recipe)
         batch = draw_crops(cache, recipe, random).to(recipe.device)
@@ -138,7 +136,7 @@ def run_regressor(
         if used - logged > recipe.log_every:
             report(f"step {step} {used:.0f}s loss {np.mean(losses):.5f} rate {optimizer.param_groups[0]['lr']:.1e}")
             logged, losses = used, []
-        if used - saved > recipe.save_every or used >= recipe.seconds:
+        if used - saved > recipe.save_every or recipe.progress(step, used) >= 1:
             save_state(
                 folder / "regressor.pt",
                 {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(),

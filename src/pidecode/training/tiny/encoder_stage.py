@@ -16,16 +16,15 @@ from torch.nn import functional
 from pidecode.model.encoder import EncoderConfig, ImageEncoder
 from pidecode.training.tiny.cache import LatentCache, to_signed
 from pidecode.training.tiny.muon import Muon, muon_groups
-from pidecode.training.tiny.state import load_state, save_state
+from pidecode.training.tiny.state import Budget, load_state, save_state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EncoderRecipe:
-    """How long and how fast to imitate; `seconds` counts wall time over all resumed parts."""
+class EncoderRecipe(Budget):
+    """How long and how fast to imitate; the budget counts all resumed parts."""
 
-    seconds: float = 3600.0
     learning_rate: float = 1e-3
-    warmup_seconds: float = 20.0
+    warmup_steps: int = 20
     pictures_per_step: int = 2
     ema: float = 0.998
     device: str = "cpu"
@@ -53,7 +52,7 @@ def run_encoder(
     cache: LatentCache, folder: Path, recipe: EncoderRecipe, *, config: EncoderConfig | None = None,
     decode: Callable[[Tensor], Tensor] | None = None, report: Callable[[str], None] = lambda line: None,
 ) -> ImageEncoder:  # fmt: skip
-    """Train until `recipe.seconds` are used up; resumes from `folder` and returns the averaged encoder.
+    """Train until the budget is used; resumes from `folder` and returns the averaged encoder.
 
     decode: a decoder of packed latents that is not trained here; with it, the encoder also learns to give latents
     whose decoded picture is near the original, so that the two small networks do not add up their errors.
@@ -72,10 +71,11 @@ def run_encoder(
         step, used = state["step"], state["used"]
     random = np.random.default_rng([recipe.seed, step])
     started, saved, logged, losses, distances = time.monotonic() - used, used, used, list[float](), list[float]()
-    while used < recipe.seconds:
-        progress = used / recipe.seconds
+    while (progress := recipe.progress(step, used)) < 1:
         rate = (
-            recipe.learning_rate * min(1.0, used / recipe.warmup_seconds) * (0.02 + 0.98 * min(1.0, 2 * (1 - progress)))
+            recipe.learning_rate
+            * min(1.0, (step + 1) / recipe.warmup_steps)
+            * (0.02 + 0.98 * min(1.0, 2 * (1 - progress)))
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -101,7 +101,7 @@ def run_encoder(
                 f"latent {np.mean(distances):.4f} rate {rate:.1e}"
             )
             logged, losses, distances = used, [], []
-        if used - saved > recipe.save_every or used >= recipe.seconds:
+        if used - saved > recipe.save_every or recipe.progress(step, used) >= 1:
             save_state(
                 folder / "encoder.pt",
                 {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(),

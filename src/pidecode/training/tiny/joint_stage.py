@@ -26,20 +26,19 @@ from pidecode.training.tiny.decoder_stage import noised
 from pidecode.training.tiny.encoder_stage import update_average
 from pidecode.training.tiny.muon import Muon, muon_groups
 from pidecode.training.tiny.regressor import Regressor
-from pidecode.training.tiny.state import load_state, save_state
+from pidecode.training.tiny.state import Budget, load_state, save_state
 
 Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class JointRecipe:
-    """How both learn together; `seconds` is wall time over all resumed parts, and the rates follow it."""
+class JointRecipe(Budget):
+    """How both learn together; the rates follow the budget, which counts all resumed parts."""
 
-    seconds: float = 2400.0
     decoder_rate: float = 1e-3
     encoder_rate: float = 6e-4
     decay_from: float = 0.5
-    """Share of the time after which both rates fall linearly to a fiftieth."""
+    """Share of the budget after which both rates fall linearly to a fiftieth."""
     side: int = 384
     """Crop side in output pixels."""
     own: int = 4
@@ -110,8 +109,8 @@ def _work(rank: int, pair: Pair, cache: LatentCache, folder: Path, recipe: Joint
     random = np.random.default_rng([recipe.seed, rank, step])
     generator = torch.Generator().manual_seed((recipe.seed * 1000 + rank) * 1_000_003 + step)
     started, saved, logged, losses = time.monotonic() - used, used, used, list[list[float]]()
-    while used < recipe.seconds:
-        falling = max(0.0, used / recipe.seconds - recipe.decay_from) / (1 - recipe.decay_from)
+    while (progress := recipe.progress(step, used)) < 1:
+        falling = max(0.0, progress - recipe.decay_from) / (1 - recipe.decay_from)
         factor = max(0.02, 1 - falling) * min(1.0, (step + 1) / 30)
         for optimizer, rate in optimizers:
             for group in optimizer.param_groups:
@@ -133,7 +132,7 @@ def _work(rank: int, pair: Pair, cache: LatentCache, folder: Path, recipe: Joint
             values = " ".join(f"{value:.5f}" for value in np.mean(losses, axis=0))
             report(f"joint step {step} {used:.0f}s own, teacher, latent {values} rate x{factor:.2f}")
             logged, losses = used, []
-        if used - saved > recipe.save_every or used >= recipe.seconds:
+        if used - saved > recipe.save_every or recipe.progress(step, used) >= 1:
             save_state(
                 folder / "joint.pt",
                 {"model": pair.state_dict(), "average": average.state_dict(), "step": step, "used": used,
@@ -146,7 +145,7 @@ def _work(rank: int, pair: Pair, cache: LatentCache, folder: Path, recipe: Joint
 def run_joint(
     pair: Pair, cache: LatentCache, folder: Path, recipe: JointRecipe, report: Report = lambda line: None
 ) -> None:
-    """Train `pair` until the time is used; the result, averaged, is in `folder/joint.pt`, from which it resumes.
+    """Train `pair` until the budget is used; the result, averaged, is in `folder/joint.pt`, from which it resumes.
 
     With several workers a run is not repeatable to the bit: who updates first is up to the machine.
     """
