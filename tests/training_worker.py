@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
 from pidecode.training.data import find_pictures
@@ -14,9 +16,9 @@ from pidecode.training.feed import Feed
 from pidecode.training.helpers import make_helpers
 from pidecode.training.methods import build_method
 from pidecode.training.overrides import apply_settings
-from pidecode.training.parallel import World, bare, gradients_stay_here, whole, world
+from pidecode.training.parallel import World, bare, finish_gradients, gradients_stay_here, whole, world
 from pidecode.training.recipes import get_recipe
-from pidecode.training.settings import Recipe
+from pidecode.training.settings import Recipe, Spread
 
 CPU = torch.device("cpu")
 
@@ -33,6 +35,7 @@ def gradients(recipe: Recipe, here: World, step: int = 0) -> dict[str, torch.Ten
         with gradients_stay_here(modules, index < recipe.optimise.accumulate - 1):
             (method.outcome(step, example, draws).loss / recipe.optimise.accumulate).backward()
     feed.close()
+    finish_gradients(modules, here)
     found = {}
     for name in method.turn(step):
         for key, parameter in bare(method.trained[name]).named_parameters():
@@ -59,9 +62,11 @@ def main() -> None:
             cases[-1].append(word)
     torch.set_num_threads(1)
     recipes = [(int(step), apply_settings(get_recipe(name), settings)) for name, step, *settings in cases]
-    for index, (step, recipe) in enumerate(recipes):
-        with world(recipe.spread, CPU) as here:
-            found = gradients(recipe, here, step)
+    with world(Spread(patience=300), CPU) as here:
+        for index, (step, recipe) in enumerate(recipes):
+            across = recipe.spread.across
+            shared = replace(here, across=across, band_group=dist.group.WORLD if across > 1 else None)
+            found = gradients(recipe, shared, step)
             if here.is_first:
                 save_file({key: value.contiguous() for key, value in found.items()}, Path(out) / f"{index}.safetensors")
 

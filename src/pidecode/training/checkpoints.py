@@ -53,10 +53,9 @@ def _parameters(live: Live) -> Iterator[tuple[str, Tensor]]:
 
 def _moments(live: Live) -> Iterator[tuple[str, Tensor]]:
     for name, optimiser in live.optimisers.items():
-        parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-        for index, parameter in enumerate(parameters):
-            for key, value in optimiser.state.get(parameter, {}).items():
-                yield f"optimiser.{name}.{index}.{key}", value
+        for key, parameter in bare(live.modules[name]).named_parameters():
+            for moment, value in optimiser.state.get(parameter, {}).items():
+                yield f"optimiser.{name}.{key}/{moment}", value
 
 
 def _chance(device: torch.device) -> dict[str, Tensor]:
@@ -170,16 +169,14 @@ def restore(stored: Stored, live: Live) -> None:
 
 def _restore_moments(stored: Stored, live: Live) -> None:
     for name, optimiser in live.optimisers.items():
-        parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-        for index, parameter in enumerate(parameters):
-            prefix = f"optimiser.{name}.{index}."
-            moments = {
-                key.removeprefix(prefix): value for key, value in stored.tensors.items() if key.startswith(prefix)
-            }
-            for key, value in moments.items():
-                if value.shape == parameter.shape and key != "step":
-                    place = torch.zeros_like(parameter)
-                    fill(place, value)
-                    optimiser.state[parameter][key] = place
-                else:
-                    optimiser.state[parameter][key] = value.clone()
+        parameters = dict(bare(live.modules[name]).named_parameters())
+        prefix = f"optimiser.{name}."
+        for full_key in [key for key in stored.tensors if key.startswith(prefix)]:
+            key, _, moment = full_key.removeprefix(prefix).rpartition("/")
+            parameter, value = parameters[key], stored.tensors[full_key]
+            if moment == "step":
+                optimiser.state[parameter][moment] = value.clone()
+                continue
+            place = torch.zeros_like(parameter, requires_grad=False)
+            fill(place, value)
+            optimiser.state[parameter][moment] = place

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from pidecode.errors import SettingError, TrainingError
@@ -33,9 +32,12 @@ from pidecode.training.methods import MAIN, Method, build_method
 from pidecode.training.overrides import describe
 from pidecode.training.parallel import (
     World,
+    clip_gradients,
+    finish_gradients,
     gradients_stay_here,
     lost_workers_named,
     mean_over_processes,
+    parameter_groups,
     wait_for_all,
     world,
 )
@@ -165,7 +167,7 @@ def make_optimisers(recipe: Recipe, method: Method) -> dict[str, Optimizer]:
     for name, module in method.trained.items():
         critic = name in ("fake", "critic")
         made[name] = AdamW(
-            [parameter for parameter in module.parameters() if parameter.requires_grad],
+            parameter_groups(module),
             lr=settings.critic_rate if critic else settings.rate,
             betas=settings.betas,
             weight_decay={"fake": settings.fake_decay, "critic": 0.0}.get(name, settings.decay),
@@ -200,6 +202,7 @@ def _advance(run: Training) -> None:
     with _set_aside(others):
         for index in range(passes):
             _one_pass(run, run.step * passes + index, modules, last=index == passes - 1)
+    finish_gradients(modules, run.here)
     norms = _update(run, turn)
     run.step += 1
     if run.average is not None and MAIN in turn:
@@ -258,9 +261,7 @@ def _update(run: Training, turn: tuple[str, ...]) -> dict[str, float]:
     settings, norms = run.recipe.optimise, {}
     factor = rate_factor(settings, run.step, run.recipe.run.steps)
     for name in turn:
-        parameters = [p for p in run.method.trained[name].parameters() if p.grad is not None]
-        norm: Tensor = nn.utils.clip_grad_norm_(parameters, settings.clip)
-        norms[name] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        norms[name] = clip_gradients(run.method.trained[name], settings.clip)
         if not math.isfinite(norms[name]):
             _stop_for_nan(run, f"gradient of {name}", ())
     for name in turn:

@@ -170,10 +170,12 @@ def spread_module(module: nn.Module, spread: Spread, here: World) -> nn.Module:
     if here.size == 1:
         return module
     if spread.weights == "sharded":
+        # Single numbers (the gates' log_alpha) cannot be sharded; `finish_gradients` averages theirs.
+        single = {parameter for parameter in module.parameters() if parameter.ndim == 0}
         for part in module.modules():
             if isinstance(part, (PatchBlock, PixelBlock)):
                 fully_shard(part)
-        fully_shard(module)
+        fully_shard(module, ignored_params=single)
         return module
     if not any(parameter.requires_grad for parameter in module.parameters()):
         return module
@@ -204,6 +206,37 @@ def gradients_stay_here(modules: list[nn.Module], stay: bool) -> Iterator[None]:
                 module.require_backward_grad_sync = True
             elif isinstance(module, FSDPModule):
                 module.set_requires_gradient_sync(True)
+
+
+def finish_gradients(modules: list[nn.Module], here: World) -> None:
+    """Average over processes what neither DDP nor FSDP2 exchanges: whole parameters of sharded modules."""
+    if here.size == 1:
+        return
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            for parameter in module.parameters():
+                if parameter.grad is not None and not isinstance(parameter, DTensor):
+                    dist.all_reduce(parameter.grad)
+                    parameter.grad /= here.size
+
+
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Trained parameters for an optimiser; sharded and whole ones apart, since they cannot be stepped together."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    kinds = ([p for p in trained if isinstance(p, DTensor)], [p for p in trained if not isinstance(p, DTensor)])
+    return [{"params": kind} for kind in kinds if kind]
+
+
+def clip_gradients(module: nn.Module, limit: float) -> float:
+    """Shorten the gradient of a whole module to `limit`; returns its norm before."""
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    kinds = ([g for g in gradients if isinstance(g, DTensor)], [g for g in gradients if not isinstance(g, DTensor)])
+    norms = [whole(nn.utils.get_total_norm(kind)) for kind in kinds if kind]
+    norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    share = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(share.to(gradient.device))
+    return float(norm)
 
 
 def whole(tensor: Tensor) -> Tensor:
