@@ -278,3 +278,25 @@ def test_a_stop_lets_the_running_request_end() -> None:
     assert answers[0].status == 503
     assert "not begun" in answers[0].message
     assert desk.queue.tally.done == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_prompt_is_painted_by_a_real_pipeline_and_decoded() -> None:
+    tiny = pytest.importorskip("tiny_pipelines")
+    from pidecode.integrations.painter import PipelinePainter
+    from pidecode.service.options import Limits
+
+    painter = PipelinePainter("sdxl", tiny.build("sdxl"), steps=2)
+    desk = Desk({"sdxl": tiny.decoder_for("sdxl")}, limits=Limits(seconds=PATIENCE), painter=painter)
+    with running(create_app(desk), desk) as served:
+        wish = {"prompt": "a cat", "size": "128x64", "steps": 1, "seed": 2, "n": 2}
+        answer = served.post("/v1/images/generations", wish)
+        assert answer.status == 200, answer.body
+        made = [base64.b64decode(entry["b64_json"]) for entry in answer.json()["data"]]
+        assert Image.open(io.BytesIO(made[0])).size == (128, 64)
+        recipes = [read_recipe(data) or {} for data in made]
+        assert [recipe["seed"] for recipe in recipes] == [2, 3]
+        assert recipes[0]["caption"] == "a cat"
+        refused = served.post("/v1/images/generations", wish | {"size": "130x64"})
+        assert (refused.status, "multiples of 64" in refused.message) == (400, True)

@@ -13,9 +13,11 @@ import click
 
 from pidecode.cli.shared import space_option
 from pidecode.errors import FileError, MissingDependencyError, SettingError
+from pidecode.facts.generation import GENERATION
 
 if TYPE_CHECKING:
     from pidecode.decoder import PixelDecoder
+    from pidecode.integrations.painter import PipelinePainter
     from pidecode.service.desk import Desk
 
 SERVER_PORT = 8421
@@ -40,6 +42,8 @@ class Wish:
     max_body: int
     queue: int
     timeout: float
+    pipeline: str | None
+    pipeline_source: str | None
 
     def token(self) -> str | None:
         """The token from the file or the environment, None if there is none. Raises FileError."""
@@ -71,6 +75,23 @@ class Wish:
             found[name] = decoder
         return found
 
+    def painter(self) -> PipelinePainter | None:
+        """The image model that paints from prompts, loaded; None where none is asked for."""
+        if self.pipeline is None:
+            if self.pipeline_source is not None:
+                raise SettingError("--pipeline-source says where a pipeline lies; name it with --pipeline.")
+            return None
+        import torch
+
+        from pidecode.devices import pick_device
+        from pidecode.integrations.painter import PipelinePainter
+
+        device = pick_device(self.device)
+        kind = self.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+        return PipelinePainter.from_pretrained(
+            self.pipeline, self.pipeline_source, device=device, dtype=getattr(torch, kind)
+        )
+
 
 def _options(port: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Add the options that `Wish` holds."""
@@ -95,6 +116,11 @@ def _options(port: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                 "--max-pixels", type=click.IntRange(min=4096), default=4096 * 4096, show_default=True,
                 help="Most pixels of a result.",
             ),
+            click.option(
+                "--pipeline", type=click.Choice(list(GENERATION)), metavar="NAME",
+                help=f"Image model that paints from prompts: {', '.join(GENERATION)}.",
+            ),
+            click.option("--pipeline-source", metavar="PATH", help="Its folder or hub repository, if not its own."),
             click.option("--max-body", type=click.IntRange(1), default=64, show_default=True, help="MiB per upload."),
             click.option("--queue", type=click.IntRange(0), default=8, show_default=True, help="Jobs that may wait."),
             click.option(
@@ -117,7 +143,7 @@ def _desk(wish: Wish) -> Desk:
     limits = Limits(
         body_bytes=wish.max_body * MEBIBYTE, pixels=wish.max_pixels, waiting=wish.queue, seconds=wish.timeout
     )
-    return Desk(wish.decoders(), limits=limits)
+    return Desk(wish.decoders(), limits=limits, painter=wish.painter())
 
 
 def _require(packages: Sequence[str], extra: str) -> None:

@@ -63,7 +63,7 @@ class Painter(Protocol):
     def __call__(
         self, prompt: str, *, width: int, height: int, seed: int, on_step: Callable[[int, int], None]
     ) -> Latent:
-        """width, height: pixels of the picture the latent stands for. `on_step(done, total)` may raise Cancelled."""
+        """width, height: pixels of the finished picture. `on_step(done, total)` may raise Cancelled."""
 
 
 class Desk:
@@ -164,18 +164,19 @@ class Desk:
         def work(job: Job) -> Made:
             _, decoder = self.pick(options.model)
             self._check(decoder, *size)
-            width, height = size[0] // decoder.scale, size[1] // decoder.scale
-            latent = painter(
-                prompt,
-                width=width,
-                height=height,
-                seed=options.seed,
-                on_step=lambda done, total: job.report(done=done, total=total, note="painting"),
-            )
             caption = prompt if decoder.net.config.has_text else None
-            return self._made(
-                options, lambda: decoder.decode(latent, caption, on_step=_reporter(job, previews), **options.settings())
-            )
+
+            def make() -> Any:
+                latent = painter(
+                    prompt,
+                    width=size[0],
+                    height=size[1],
+                    seed=options.seed,
+                    on_step=lambda done, total: job.report(done=done, total=total, note="painting"),
+                )
+                return decoder.decode(latent, caption, on_step=_reporter(job, previews), **options.settings())
+
+            return self._made(options, make)
 
         return self._submit(options, work)
 

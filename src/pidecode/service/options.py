@@ -67,11 +67,17 @@ class Options(BaseModel):
         Field(ge=0, le=0.8, description="Strength: noise put into a clean latent first, so more is invented."),
     ] = None
     guidance: Annotated[float | None, Field(ge=0, le=30, description="Of a many-step model.")] = None
+    colour_lock: Annotated[
+        Literal["off", "soft", "full"] | None,
+        Field(
+            description="Hold the colours to the picture that is enlarged: not at all, their broad areas, or wholly."
+        ),
+    ] = None
     format: Annotated[Format, Field(description="Of the file that comes back.")] = "png"
 
     def settings(self) -> dict[str, Any]:
         """Keyword settings for the decoder: those that were given."""
-        names = ("seed", "steps", "sampler", "sigma", "guidance")
+        names = ("seed", "steps", "sampler", "sigma", "guidance", "colour_lock")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 

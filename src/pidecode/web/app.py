@@ -40,6 +40,7 @@ _KINDS = {
 }
 _FILES = ("index.html", "app.js", "viewer.js", "style.css", "icon.svg")
 _FINISHED_KEPT = 4
+_LONGEST_PROMPT = 4000
 _FINISHED_SECONDS = 300.0
 
 
@@ -129,6 +130,7 @@ def _add_questions(app: FastAPI, desk: Desk) -> None:
             "device": str(first.device),
             "models": [_model(desk, name) for name in desk.decoders],
             "limits": asdict(desk.limits),
+            "paints": desk.painter is not None,
         }
 
     @app.post("/api/look")
@@ -155,6 +157,12 @@ def _add_jobs(app: FastAPI, desk: Desk) -> None:
     async def upscale(request: Request, options: Annotated[UpscaleOptions, Query()]) -> Response:
         data = await intake.body(request)
         return _watched(request, desk.upscale(data, options, previews=True), finished)
+
+    @app.post("/api/paint")
+    async def paint(request: Request, options: Annotated[DecodeOptions, Query()]) -> Response:
+        prompt = (await intake.body(request)).decode("utf-8", "replace")[:_LONGEST_PROMPT]
+        size = (options.width or 2048, options.height or 2048)
+        return _watched(request, desk.generate(prompt, size, options, previews=True), finished)
 
     @app.get("/api/finished/{name}")
     async def take(name: str) -> Response:

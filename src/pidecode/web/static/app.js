@@ -16,6 +16,7 @@ let planned = 0;
 
 const size = (bytes) => (bytes >= 1e9 ? `${(bytes / 1e9).toFixed(1)} GB` : bytes >= 1e6 ? `${Math.round(bytes / 1e6)} MB` : `${Math.max(1, Math.round(bytes / 1e3))} kB`);
 const model = () => about.models.find((one) => one.name === find("model").value) ?? about.models[0];
+const isPrompt = () => input?.looked.kind === "prompt";
 const isPicture = () => input?.looked.kind === "picture";
 
 function complain(message) {
@@ -55,8 +56,8 @@ function fillSettings() {
   if (factors.includes(Number(kept.scale))) find("scale").value = kept.scale;
   if (steps.includes(Number(kept.steps))) find("steps").value = kept.steps;
   for (const [name, on] of Object.entries({
-    "for-picture": !input || isPicture(), "for-latent": input && !isPicture(), "for-foreign": input && !isPicture() && !input.looked.space,
-    "for-captions": chosen.reads_captions, "for-student": student, "for-teacher": !student,
+    "for-picture": !input || isPicture(), "for-latent": input && !isPicture(), "for-foreign": input && !isPicture() && !isPrompt() && !input.looked.space,
+    "for-captions": chosen.reads_captions && !isPrompt(), "for-student": student, "for-teacher": !student,
   })) for (const element of document.getElementsByClassName(name)) element.hidden = !on;
 }
 
@@ -67,14 +68,15 @@ function readSettings() {
   if (Number(find("sigma").value)) settings.sigma = find("sigma").value;
   if (model().kind === "student") settings.sampler = find("sampler").value;
   else settings.guidance = find("guidance").value;
-  if (model().reads_captions && find("caption").value.trim()) settings.caption = find("caption").value.trim();
+  if (model().reads_captions && !isPrompt() && find("caption").value.trim()) settings.caption = find("caption").value.trim();
   if (isPicture()) {
     settings.fit = find("fit").value;
     settings.scale = find("scale").value;
+    if (find("colour_lock").value !== "off") settings.colour_lock = find("colour_lock").value;
   } else {
     if (find("to-width").value) settings.width = find("to-width").value;
     if (find("to-height").value) settings.height = find("to-height").value;
-    if (!input.looked.space) settings.space = find("space").value;
+    if (!input.looked.space && !isPrompt()) settings.space = find("space").value;
   }
   return settings;
 }
@@ -89,6 +91,7 @@ function writeSettings(settings) {
     field.value = value;
   }
   find("sigma").value = settings.sigma ?? 0;
+  find("colour_lock").value = settings.colour_lock ?? "off";
   find("to-width").value = settings.width ?? "";
   find("to-height").value = settings.height ?? "";
   if (settings.caption === undefined) find("caption").value = "";
@@ -104,9 +107,9 @@ function showInput() {
   find("source").hidden = false;
   find("source-name").textContent = file.name;
   find("source-name").title = file.name;
-  const facts = isPicture() ? "picture, " : `latent${looked.space ? ` of ${looked.space}` : ""}, `;
+  const facts = isPrompt() ? "to be painted, " : isPicture() ? "picture, " : `latent${looked.space ? ` of ${looked.space}` : ""}, `;
   const noise = looked.sigma ? `, noise ${looked.sigma.toFixed(2)}` : "";
-  find("source-facts").textContent = `${facts}${looked.width}×${looked.height}${isPicture() ? "" : " cells"}${noise}`;
+  find("source-facts").textContent = `${facts}${isPrompt() ? "by the image model" : `${looked.width}×${looked.height}${isPicture() ? "" : " cells"}`}${noise}`;
   find("source-thumb").hidden = !isPicture();
   if (isPicture()) find("source-thumb").src = url;
   find("choose").firstElementChild.textContent = "Choose another";
@@ -142,6 +145,20 @@ async function take(file) {
   await plan();
 }
 
+async function takePrompt() {
+  const prompt = find("prompt").value.trim();
+  if (!prompt || running) return;
+  complain();
+  input = { file: { name: prompt }, looked: { kind: "prompt", width: 1, height: 1 }, url: null, prompt };
+  current = null;
+  if (!find("to-width").value) find("to-width").value = find("to-height").value = 2048;
+  showInput();
+  clearResult();
+  viewer.hide();
+  drawHistory();
+  await plan();
+}
+
 async function plan() {
   const turn = ++planned, card = find("plan-card"), meter = find("plan-meter");
   if (!input) return;
@@ -154,7 +171,7 @@ async function plan() {
       ? `The latent is of space ${input.looked.space}; ${chosen.name} decodes ${chosen.space}.` : null;
   try {
     if (refused) throw new Error(refused);
-    const query = new URLSearchParams({ kind: input.looked.kind, width: input.looked.width, height: input.looked.height, model: chosen.name });
+    const query = new URLSearchParams({ kind: isPicture() ? "picture" : "latent", width: input.looked.width, height: input.looked.height, model: chosen.name });
     const wide = find("to-width").value, high = find("to-height").value;
     if (!isPicture() && wide && high) [["to_width", wide], ["to_height", high]].forEach((pair) => query.set(...pair));
     const told = await (await ask(`api/plan?${query}`)).json();
@@ -190,7 +207,7 @@ function showProgress(told) {
   bar.classList.toggle("waiting", waiting);
   bar.firstElementChild.style.width = waiting ? "" : `${(100 * told.done) / told.total}%`;
   if (told.state === "waiting") find("status").textContent = told.place > 1 ? `Waiting: ${told.place - 1} before this one.` : "Waiting: next in line.";
-  else find("status").textContent = told.total ? `Step ${told.done} of ${told.total}` : "Preparing…";
+  else find("status").textContent = told.total ? `${told.note === "painting" ? "Painting, step" : "Step"} ${told.done} of ${told.total}` : "Preparing…";
 }
 
 async function* lines(answer) {
@@ -206,7 +223,7 @@ async function* lines(answer) {
 }
 
 async function run() {
-  const settings = readSettings(), job = { ...input }, kind = isPicture() ? "upscale" : "decode";
+  const settings = readSettings(), job = { ...input }, kind = isPrompt() ? "paint" : isPicture() ? "upscale" : "decode";
   running = new AbortController();
   working(true);
   complain();
@@ -215,7 +232,7 @@ async function run() {
   const preview = document.createElement("img");
   let last = null;
   try {
-    const answer = await ask(`api/${kind}?${new URLSearchParams(settings)}`, { method: "POST", body: job.file, signal: running.signal });
+    const answer = await ask(`api/${kind}?${new URLSearchParams(settings)}`, { method: "POST", body: job.prompt ?? job.file, signal: running.signal });
     for await (const told of lines(answer)) {
       last = told;
       if (told.state === "waiting" || told.state === "running") showProgress(told);
@@ -291,7 +308,7 @@ function showResult(entry) {
 }
 
 async function remember(job, settings, result) {
-  const stem = job.file.name.replace(/\.[^.]*$/, "") || "picture", ending = settings.format === "jpeg" ? "jpg" : settings.format;
+  const stem = job.prompt ? job.prompt.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40) : job.file.name.replace(/\.[^.]*$/, "") || "picture", ending = settings.format === "jpeg" ? "jpg" : settings.format;
   const entry = { input: job, settings, result, name: `${stem}-pid-${settings.seed}.${ending}`, thumb: document.createElement("canvas") };
   history.unshift(entry);
   for (const old of history.splice(MOST_KEPT)) {
@@ -336,7 +353,7 @@ function restore(entry) {
 
 function useRecipe() {
   const recipe = input.looked.recipe, given = {};
-  for (const name of ["seed", "steps", "sampler", "guidance", "caption", "model"]) if (recipe[name] !== undefined) given[name] = recipe[name];
+  for (const name of ["seed", "steps", "sampler", "guidance", "caption", "model", "colour_lock"]) if (recipe[name] !== undefined) given[name] = recipe[name];
   if (recipe.sigma > 0 && recipe.sigma <= 0.8) given.sigma = recipe.sigma;
   writeSettings({ ...readSettings(), ...given });
   find("from-recipe").hidden = true;
@@ -360,6 +377,7 @@ find("sigma").addEventListener("input", showSigma);
 find("model").addEventListener("change", () => (fillSettings(), plan()));
 for (const id of ["scale", "to-width", "to-height", "fit"]) find(id).addEventListener("change", plan);
 find("error").lastElementChild.addEventListener("click", () => complain());
+find("use-prompt").addEventListener("click", takePrompt);
 find("use-recipe").addEventListener("click", useRecipe);
 document.addEventListener("dragover", (event) => {
   event.preventDefault();
@@ -378,6 +396,7 @@ try {
   find("model").replaceChildren(...about.models.map((one) => option(one.name, `${one.name}, ${one.space} ${one.scale}×`)));
   find("space").replaceChildren(...[...new Set(about.models.map((one) => one.space))].map((one) => option(one, one)));
   find("about").textContent = `version ${about.version}, on ${about.device}`;
+  find("words").hidden = !about.paints;
   fillSettings();
   showSigma();
   document.body.dataset.ready = "true";

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The server fuzzed from its own description: no fault, no answer that it does not describe (`-m slow`)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from serving_kit import LIMITS, running, small_decoder
+
+from pidecode.server.app import create_app
+from pidecode.service.desk import Desk
+
+pytest.importorskip("schemathesis", reason="schemathesis is not installed: pip install schemathesis")
+
+EXAMPLES = os.environ.get("PIDECODE_FUZZ_EXAMPLES", "25")
+CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+
+
+@pytest.mark.slow
+def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
+    desk = Desk({"small": small_decoder()}, limits=LIMITS)
+    with running(create_app(desk), desk) as served:
+        command = [
+            str(Path(sys.executable).with_name("schemathesis")), "run", f"{served.url}/openapi.json",
+            "--checks", CHECKS, "--max-examples", EXAMPLES, "--phases", "examples,coverage,fuzzing",
+            "--seed", "7", "--workers", "1", "--request-timeout", "60", "--suppress-health-check", "all",
+        ]  # fmt: skip
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert served.get("/health").json()["status"] == "ok"
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
