@@ -29,9 +29,7 @@ def main(argv: list[str] | None = None, **call: Any) -> None:
 
     call = {"height": 512, "width": 512, "num_inference_steps": 4, "guidance_scale": 1.0, **call}
     call["generator"] = torch.Generator().manual_seed(0)
-    pipe(given.prompt, **call).images[0].save(
-        f"native-{given.out}" if "/" not in given.out else f"{given.out}-native.png"
-    )
+    pipe(prompt=given.prompt, **call).images[0].save(f"{given.out}-native.png")
 
     attached = pidecode.attach(pipe, decoder)
     call["generator"] = torch.Generator().manual_seed(0)
