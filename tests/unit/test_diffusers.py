@@ -141,6 +141,30 @@ def test_the_prompt_may_come_first_whatever_the_pipeline_expects_there(name: str
     assert attach(pipeline(name), decoder(name))(call.pop("prompt"), **call).latents.captions == ("a cat",)
 
 
+def test_a_bfloat16_pipeline_gives_float32_latents_near_its_own() -> None:
+    pipe = tiny.build("flux").to(torch.bfloat16)
+    out = attach(pipe, decoder("flux"), capture=(3,))(**tiny.arguments("flux"))
+    assert out.latents.tensor.dtype == out.captured[3].tensor.dtype == torch.float32
+    with torch.inference_mode():
+        own = pipe(**tiny.arguments("flux", output_type="pt")).images.float() * 2 - 1
+    assert float((decode_native(pipe, out.latents) - own).abs().mean()) < 0.02
+
+
+def test_latents_and_captions_of_several_runs_go_into_one_call() -> None:
+    runs = [
+        run_for_latents(pipeline("sdxl"), tiny.arguments("sdxl", prompt=text), stop_after=stop).latent
+        for text, stop in (("a cat", 3), ("a dog", None))
+    ]
+    captioned = tiny.decoder_for("sdxl", text=True)
+    states = torch.randn(2, 10, 16, generator=torch.Generator().manual_seed(3))
+    batch = Latent.cat(runs)
+    assert batch.captions == ("a cat", "a dog")
+    together = captioned.decode(batch, output="pt", caption_states=states, seed=[5, 6])
+    for index in range(2):
+        alone = captioned.decode(runs[index], output="pt", caption_states=states[index : index + 1], seed=[5, 6][index])
+        torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-3, atol=1e-3)
+
+
 def test_all_output_types_and_the_tuple() -> None:
     pipe = attach(pipeline("sd3"), decoder("sd3"), seed=1)
     pil = pipe(**tiny.arguments("sd3")).images[0]
