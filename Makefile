@@ -16,7 +16,7 @@ help:
 	@echo "make test               set everything up, then run every check and the tests"
 	@echo "make setup              only set up, for development ($(VENV))"
 	@echo "make check              linter, types, import contracts"
-	@echo "make docs               rewrite the generated tables of README.md"
+	@echo "make docs               rewrite what documents say that is a fact elsewhere, and build the site into site/"
 	@echo "make clean              remove the environment and everything generated"
 
 $(VENV)/.ready-demo: $(RECIPE)
@@ -44,6 +44,7 @@ test: check
 docs: setup
 	$(RUN) tools/make_docs.py
 	$(RUN) tools/make_space_pages.py
+	$(VENV)/bin/zensical build --strict
 
 clean:
 	rm -rf $(VENV) .venv-* build dist out .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,25 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewrite the parts of README.md that are facts elsewhere: the tree of files, latent spaces, weights.
+"""Rewrite what the documents say that is a fact elsewhere: files, latent spaces, weights, error messages, pages.
 
     python tools/make_docs.py            # rewrite
     python tools/make_docs.py --check    # only say, by the exit code, whether it is current
 
-A generated part stands between `<!-- generated: NAME -->` and `<!-- end of NAME -->`.
+A generated part of README.md or of a page in docs/ stands between `<!-- generated: NAME -->` and
+`<!-- end of NAME -->`, the site's list of pages in zensical.toml between the same words as comments.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+from pidecode import errors
 from pidecode.facts.checkpoints import CHECKPOINTS, Checkpoint
 from pidecode.facts.spaces import ALIASES, SPACES, LatentSpace
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
 PACKAGE = ROOT / "src" / "pidecode"
 WORDS_AT = 25
+FEWEST_LETTERS = 12
+VARIES = "…"
 FOLDERS = {
     "assets": "what ships inside the wheel: our own small weights, and the prompts",
     "static": "the page itself: one HTML file, its style, two scripts, no build step",
@@ -96,31 +103,181 @@ def variants() -> str:
     return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows])
 
 
-PARTS: dict[str, Callable[[], str]] = {"tree": tree, "spaces": spaces, "variants": variants}
+class Page(NamedTuple):
+    """A page of the site: its file in docs/, its title, and who it is for."""
+
+    path: str
+    title: str
+    reader: str = ""
 
 
-def filled(text: str) -> str:
-    """`text` with every generated part written anew."""
-    for name, write in PARTS.items():
-        opening, closing = f"<!-- generated: {name} -->", f"<!-- end of {name} -->"
+# In reading order. A page enters the site when its file is there.
+PAGES = (
+    Page("index.md", "Start here"),
+    Page("how-it-works.md", "How it works", "a wish to know what happens"),
+    Page("spaces", "Latent spaces", "a latent of your own"),
+    Page("diffusers.md", "diffusers", "a diffusers pipeline"),
+    Page("comfyui.md", "ComfyUI", "ComfyUI"),
+    Page("page.md", "The page", "a picture, and a browser"),
+    Page("server.md", "The server", "another program"),
+    Page("batch.md", "Batch", "a folder of thousands"),
+    Page("training.md", "Training", "pictures to train on"),
+    Page("performance.md", "Performance", "a small card, or little time"),
+    Page("benchmarks.md", "Benchmarks", "a wish for numbers"),
+    Page("licences.md", "Licences", "a question about money"),
+    Page("troubleshooting.md", "Troubleshooting", "an error message"),
+    Page("messages.md", "Every message"),
+)
+MESSAGES = DOCS / "messages.md"
+"""Written for the site at every build, and never committed: it would be stale after every other change."""
+
+
+def _pages() -> list[tuple[Page, list[Path]]]:
+    """The pages that exist, each with its files: one, or those of its folder."""
+    found = []
+    for page in PAGES:
+        path = DOCS / page.path
+        files = (
+            sorted(path.glob("*.md"), key=lambda file: (file.name != "index.md", file.name)) if path.is_dir() else []
+        )
+        if path.is_file() or files or path == MESSAGES:
+            found.append((page, files or [path]))
+    return found
+
+
+def ways_in() -> str:
+    """Which page is for whom."""
+    rows = [
+        f"| {page.reader} | [{page.title}]({files[0].relative_to(DOCS).as_posix()}) |"
+        for page, files in _pages()
+        if page.reader
+    ]
+    return "\n".join(["| you have | go to |", "|---|---|", *rows])
+
+
+def nav() -> str:
+    """The site's list of pages, as zensical.toml writes it."""
+
+    def entry(title: str, path: Path) -> str:
+        return f"{{ {json.dumps(title, ensure_ascii=False)} = {json.dumps(path.relative_to(DOCS).as_posix())} }}"
+
+    lines = []
+    for page, files in _pages():
+        if page.path.endswith(".md"):
+            lines.append(f"  {entry(page.title, files[0])},")
+        else:
+            inside = ", ".join(entry(_title(file), file) for file in files)
+            lines.append(f"  {{ {json.dumps(page.title)} = [{inside}] }},")
+    return "\n".join(["nav = [", *lines, "]"])
+
+
+def _title(page: Path) -> str:
+    """A page's own heading."""
+    headings = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
+    return headings[0].removeprefix("# ") if headings else page.stem
+
+
+def messages() -> str:
+    """The page of every error class with its exit code, and every message it is raised with."""
+    classes: dict[str, type[errors.PidecodeError]] = {
+        name: value
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, errors.PidecodeError)
+    }
+    found: dict[str, dict[str, str]] = {name: {} for name in classes}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in found and node.args:
+                text = _template(node.args[0])
+                if sum(map(str.isalpha, text)) >= FEWEST_LETTERS:
+                    found[node.func.id].setdefault(text, path.relative_to(PACKAGE).as_posix())
+    lines = ["# Every message", "", f"Look for the words that do not vary; {VARIES} stands for what does.", ""]
+    for name, texts in found.items():
+        if not texts:
+            continue
+        about = (classes[name].__doc__ or "").splitlines()[0]
+        lines += [
+            f"## {name}",
+            "",
+            f"{about} Exit code {classes[name].exit_code}.",
+            "",
+            "| message | from |",
+            "|---|---|",
+        ]
+        lines += [f"| {_cell(text)} | `{where}` |" for text, where in sorted(texts.items())]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _template(node: ast.expr) -> str:
+    """A message as it stands in the source, with VARIES for every inserted value."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else VARIES for part in node.values)  # type: ignore[misc]
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _template(node.left) + _template(node.right)
+    return VARIES
+
+
+def _cell(text: str) -> str:
+    """A message as a cell of a table: nothing in it is Markdown but what stands in backquotes."""
+    pieces = text.replace("\n", " ").replace("|", "\\|").split("`")
+    for index in range(0, len(pieces), 2):
+        for sign in "<*_[":
+            pieces[index] = pieces[index].replace(sign, "\\" + sign)
+    return "`".join(pieces)
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "tree": tree,
+    "spaces": spaces,
+    "variants": variants,
+    "ways in": ways_in,
+}
+REQUIRED = {
+    "README.md": {"tree", "spaces", "variants"},
+    "docs/index.md": {"ways in"},
+    "docs/licences.md": {"variants"},
+}
+
+
+def filled(text: str, required: set[str], name: str) -> str:
+    """`text` with every generated part written anew; ends the program where a required one is missing."""
+    for part, write in PARTS.items():
+        opening, closing = f"<!-- generated: {part} -->", f"<!-- end of {part} -->"
         before, found, rest = text.partition(opening)
         _, ended, after = rest.partition(closing)
-        if not found or not ended:
-            sys.exit(f"README.md has no part between {opening} and {closing}.")
-        text = f"{before}{opening}\n{write()}\n{closing}{after}"
+        if found and ended:
+            text = f"{before}{opening}\n{write()}\n{closing}{after}"
+        elif found or part in required:
+            sys.exit(f"{name} has no part between {opening} and {closing}.")
     return text
 
 
+def documents() -> dict[Path, str]:
+    """Every document with generated parts, as it should be."""
+    site = ROOT / "zensical.toml"
+    head, _, rest = site.read_text(encoding="utf-8").partition("# generated: nav\n")
+    _, _, tail = rest.partition("# end of nav\n")
+    wanted = {site: f"{head}# generated: nav\n{nav()}\n# end of nav\n{tail}"}
+    for path in [ROOT / "README.md", *(path for path in sorted(DOCS.rglob("*.md")) if path != MESSAGES)]:
+        name = path.relative_to(ROOT).as_posix()
+        wanted[path] = filled(path.read_text(encoding="utf-8"), REQUIRED.get(name, set()), name)
+    return wanted
+
+
 def main() -> None:
-    readme = ROOT / "README.md"
-    old = readme.read_text(encoding="utf-8")
-    new = filled(old)
-    if new == old:
-        return
-    if "--check" in sys.argv[1:]:
-        sys.exit("README.md is not current: run `make docs`.")
-    readme.write_text(new, encoding="utf-8")
-    print("README.md rewritten.")
+    stale = {path: text for path, text in documents().items() if path.read_text(encoding="utf-8") != text}
+    names = ", ".join(path.relative_to(ROOT).as_posix() for path in stale)
+    if stale and "--check" in sys.argv[1:]:
+        sys.exit(f"{names}: not current; run `make docs`.")
+    for path, text in stale.items():
+        path.write_text(text, encoding="utf-8")
+    if "--check" not in sys.argv[1:]:
+        MESSAGES.write_text(messages(), encoding="utf-8")
+    if stale:
+        print(f"Rewritten: {names}.")
 
 
 if __name__ == "__main__":

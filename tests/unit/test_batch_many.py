@@ -108,7 +108,6 @@ def _quiet_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "disabled",
-        "RAY_raylet_start_wait_time_s": "180",  # on a machine that has other things to do
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }.items():

@@ -24,6 +24,9 @@ MOST_ATTEMPTS = 3
 PATIENCE = 60.0
 """Seconds without a single worker before a warning says so."""
 
+_STARTS = 3
+"""Attempts to start a private cluster."""
+
 _STORE_BYTES = 100 * 2**20  # only paths and outcomes travel
 
 
@@ -120,10 +123,15 @@ def _connect(ray: Any, batch: Batch) -> None:
         }
     else:
         _knock(address)
-    try:
-        ray.init(address=address, **quiet)
-    except Exception as error:  # Ray raises plain Exception when its processes do not come up in time
-        raise _unreachable(address, (str(error).splitlines() or [type(error).__name__])[0]) from error
+    for attempt in range(_STARTS, 0, -1):
+        try:
+            ray.init(address=address, **quiet)
+            return
+        except Exception as error:  # Ray raises plain Exception when its processes do not come up in time
+            if attempt > 1 and address == "local":  # a busy machine may need longer than Ray's half minute
+                ray.shutdown()
+                continue
+            raise _unreachable(address, (str(error).splitlines() or [type(error).__name__])[0]) from error
 
 
 def _knock(address: str) -> None:

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every Python snippet of README and docs runs, every command line there parses, every link leads somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+from PIL import Image
+
+from pidecode import PixelDecoder
+from pidecode.cli.app import cli
+from pidecode.errors import LatentError
+from pidecode.facts.architecture import miniature
+from pidecode.latents.latent import FrameWarning, Latent
+from pidecode.model.network import PixelNet
+from pidecode.weights.identity import Identity
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [
+    path
+    for path in [ROOT / "README.md", ROOT / "comfyui" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    if path.name != "messages.md"
+]
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return [text for kind, text in FENCE.findall(path.read_text(encoding="utf-8")) if kind == language]
+
+
+def small_decoder(space: str) -> PixelDecoder:
+    """A random network of the real classes, as small as they come, in the place of a released one or tiny."""
+    shapes = {
+        "flux2": dict(latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0"),
+        "flux": dict(latent_channels=16, latent_down=8),
+    }
+    config = miniature(text_dim=0, **shapes[space])
+    torch.manual_seed(0)
+    net = PixelNet(config).requires_grad_(False).eval()
+    for parameter in net.parameters():
+        parameter.normal_(std=0.2) if parameter.ndim else parameter.fill_(1.0)
+    decoder = PixelDecoder(net, Identity(kind="student", config=config, space=space, licence="Apache-2.0"), name=space)
+    if space == "flux2":
+        decoder.encoder = lambda pictures: torch.nn.functional.avg_pool2d(pictures, 16).repeat(1, 43, 1, 1)[:, :128]
+    return decoder
+
+
+def with_snippets() -> list[Any]:
+    """Pages with Python in them; those that need diffusers are slow, since importing it is."""
+    pages = [path for path in PAGES if blocks(path, "python") and path.parent.name != "spaces"]
+    slow = {path for path in pages if "Pipeline.from_pretrained" in path.read_text(encoding="utf-8")}
+    return [pytest.param(path, marks=[pytest.mark.slow] if path in slow else [], id=name_of(path)) for path in pages]
+
+
+@pytest.mark.parametrize("path", with_snippets())
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings(f"ignore::{FrameWarning.__module__}.FrameWarning")
+def test_snippets_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page run one after another, as a reader would type them, in a folder with a photo and latents."""
+
+    def from_pretrained(name: str, *, space: str | None = None, **_: Any) -> PixelDecoder:
+        return small_decoder(space or "flux2")
+
+    monkeypatch.setattr(PixelDecoder, "from_pretrained", staticmethod(from_pretrained))
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (24, 17), "teal").save("photo.jpg")
+    Path("latents").mkdir()
+    Latent(torch.randn(1, 128, 1, 1) * 0.7, "flux2").save("latents/one.safetensors")
+    code = blocks(path, "python")
+    if any("FluxPipeline" in block for block in code):
+        diffusers = pytest.importorskip("diffusers")
+        import tiny_pipelines as pipelines
+
+        tiny = pipelines.build("flux")
+        monkeypatch.setattr(diffusers.FluxPipeline, "from_pretrained", lambda *_, **__: tiny)
+        code = [block.replace("height=512, width=512", "height=64, width=96, num_inference_steps=4") for block in code]
+    namespace: dict[str, Any] = {"tensor": torch.randn(1, 128, 2, 3) * 0.7, "torch": torch}
+    for number, block in enumerate(code, start=1):
+        exec(compile(block, f"{name_of(path)}, block {number}", "exec"), namespace)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "spaces").glob("*.md")), ids=name_of)
+def test_snippets_of_the_spaces_compile(path: Path) -> None:
+    """They start from other programs' pipelines and files at full size; tests/test_examples.py runs their like."""
+    for number, block in enumerate(blocks(path, "python"), start=1):
+        compile(block, f"{name_of(path)}, block {number}", "exec")
+
+
+def commands(path: Path) -> list[list[str]]:
+    """Arguments of every `pidecode ...` line in a page's shell blocks."""
+    lines = [line.strip() for block in blocks(path, "sh") for line in block.replace("\\\n", " ").splitlines()]
+    # "..." in a line stands for options told before.
+    words = [shlex.split(line.replace(" ...", ""), comments=True) for line in lines if "pidecode" in line]
+    return [word[word.index("pidecode") + 1 :] for word in words if "pidecode" in word]
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if commands(path)], ids=name_of)
+def test_command_lines_parse(path: Path) -> None:
+    """Each names a command there is, with options it has; nothing is run."""
+    context = click.Context(cli)
+    for words in commands(path):
+        command = cli.get_command(context, words[0])
+        assert command is not None, f"{name_of(path)}: there is no command {words[0]}"
+        command.make_context(words[0], list(words[1:]))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_links_lead_somewhere(path: Path) -> None:
+    targets = [link for link in LINK.findall(path.read_text(encoding="utf-8")) if "://" not in link]
+    made = {"messages.md"}  # written when the site is built
+    assert [link for link in targets if link not in made and not (path.parent / link).exists()] == []
+
+
+def test_manifest_lines_are_json() -> None:
+    for path in PAGES:
+        for block in blocks(path, "json"):
+            for line in block.splitlines() if block.count("\n{") else [block]:
+                json.loads(line)
+
+
+def make_docs() -> Any:
+    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "tools" / "make_docs.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_messages_holds_them_all() -> None:
+    page = make_docs().messages()
+    for name in ("SettingError", "SizeError", "LatentError", "CheckpointError", "ImageError", "MissingDependencyError"):
+        assert f"## {name}\n" in page
+    assert "A … latent has … channels; got … in …. … | `latents/latent.py` |" in page
+    with pytest.raises(LatentError, match="A flux2 latent has 128 channels; got 16"):
+        Latent(torch.zeros(1, 16, 8, 8), space="flux2")
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| message")]
+    assert len(rows) > 150
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)
+
+
+def test_the_site_asks_nobody_else_and_lists_every_page() -> None:
+    site = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]
+    assert site["theme"]["font"] is False
+    listed = {
+        file
+        for entry in site["nav"]
+        for value in entry.values()
+        for file in ([value] if isinstance(value, str) else [path for inner in value for path in inner.values()])
+    }
+    there = {path.relative_to(ROOT / "docs").as_posix() for path in PAGES if path.is_relative_to(ROOT / "docs")}
+    aside = {"images/README.md"}
+    assert there - aside <= listed
+    for path in (ROOT / "docs").rglob("*.svg"):
+        assert not re.search(r"(href|src)\s*=\s*.https?:|@import|url\(h", path.read_text(encoding="utf-8"))
