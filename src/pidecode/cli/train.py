@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -68,6 +69,9 @@ def train(
         return
     if recipe is None:
         raise SettingError("Name a recipe; `pidecode train --list` shows them.")
+    if recipe == "tiny":
+        _tiny(data, out, settings)
+        return
     chosen = _chosen(recipe, space, data, settings)
     if flags["show"]:
         _show(chosen)
@@ -97,10 +101,22 @@ def _chosen(name: str, space: str | None, data: str | None, settings: tuple[str,
     return apply_settings(get_recipe(name, space), [*given, *settings])
 
 
+def _tiny(data: str | None, out: str | None, settings: tuple[str, ...]) -> None:
+    """The weights that ship with the package have stages of their own; the same command runs or resumes them."""
+    teacher = next((text.removeprefix("teacher=") for text in settings if text.startswith("teacher=")), None)
+    if data is None or out is None or teacher is None or len(settings) != 1:
+        raise SettingError("The recipe tiny takes --data, --out and --set teacher=FOLDER (the two taef2 files).")
+    from pidecode.training.tiny.run import TinyRun, train_tiny
+
+    for path in train_tiny(TinyRun(data=Path(data), teacher=Path(teacher), folder=Path(out)), _Line()):
+        click.echo(path)
+
+
 def _list() -> None:
     from pidecode.training.recipes import RECIPES, summary
 
-    click.echo(table([{"recipe": name, "what it does": summary(maker)} for name, maker in RECIPES.items()]))
+    rows = [{"recipe": name, "what it does": summary(maker)} for name, maker in RECIPES.items()]
+    click.echo(table([*rows, {"recipe": "tiny", "what it does": "The small weights that ship with the package."}]))
 
 
 def _show(recipe: Recipe) -> None:
