@@ -24,6 +24,8 @@ from pidecode.facts.spaces import LatentSpace, get_space
 from pidecode.latents.encoders import LazyEncoder, native_reference
 from pidecode.latents.latent import Latent
 from pidecode.model.network import Condition, PixelNet
+from pidecode.planner import Plan
+from pidecode.runner import Runner
 from pidecode.sampling import NoiseStream, OnStep, guided, sample_student, sample_teacher
 from pidecode.settings import LARGEST_TRAINED_SIGMA, DecodeSettings, Settings
 from pidecode.weights.build import build_network
@@ -68,6 +70,7 @@ class PixelDecoder:
         name: str = "this decoder",
         encoder: Encode | None = None,
         text: TextEncoder | None = None,
+        plan: Plan | None = None,
     ) -> None:
         if identity.kind not in ("student", "teacher") or identity.space is None:
             raise SettingError(
@@ -79,6 +82,7 @@ class PixelDecoder:
         self.space: LatentSpace = get_space(identity.space)
         self.encoder = encoder
         self.text = text
+        self.runner = Runner(net, plan, distilled=identity.kind == "student")
         if self.space.channels != net.config.latent_channels:
             raise SettingError(
                 f"{name} takes latents of {net.config.latent_channels} channels, but those of space {self.space.name} "
@@ -96,6 +100,7 @@ class PixelDecoder:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         encoder: str | PathLike[str] | None = None,
+        plan: Plan | None = None,
     ) -> PixelDecoder:
         """Load a decoder that is on this machine; `pidecode pull` fetches the official ones.
 
@@ -105,6 +110,8 @@ class PixelDecoder:
         device: the best there is, unless named. dtype: bfloat16 on a GPU and float32 elsewhere, unless named.
         encoder: the space's own encoder, a file or folder, where it does not lie where `pidecode pull` puts it.
 
+        plan: what `planner.plan_decode` made of a size and an amount of memory; it then settles the dtype.
+
         Raises SettingError when something must be named, CheckpointError when the file is not what it should be,
         DownloadError when it is not on this machine.
         """
@@ -112,17 +119,25 @@ class PixelDecoder:
         found = locate(str(name_or_path), space=space, variant=variant, kind=kind)
         file = read_weights(found.path)
         identity = detect(file, Hints(space=found.space, variant=found.variant, kind=found.kind))
+        if plan is not None:
+            dtype = getattr(torch, plan.dtype)
         if dtype is None:
             dtype = torch.bfloat16 if chosen.type not in ("cpu", "mps") else torch.float32
         assert identity.config is not None
-        net = build_network(file.tensors, identity.config, dtype=dtype, device=chosen, source=str(found.path))
-        return cls(
+        # A plan may keep parts of the network on the host, so it is built there.
+        place = chosen if plan is None else "cpu"
+        net = build_network(file.tensors, identity.config, dtype=dtype, device=place, source=str(found.path))
+        decoder = cls(
             net,
             identity,
             name=found.name,
             encoder=LazyEncoder.of(encoder or found.encoder or _encoder_here(identity), identity.space, chosen, dtype),
             text=TextEncoder(device=chosen, states=CaptionStates()) if net.config.has_text else None,
+            plan=plan,
         )
+        if plan is not None:
+            decoder.runner.arrange(chosen)
+        return decoder
 
     @property
     def checkpoint(self) -> Checkpoint | None:
@@ -149,6 +164,7 @@ class PixelDecoder:
 
         Raises CheckpointError for a file that is no adapter of this network.
         """
+        self.runner.forget()
         apply_lora(self.net, Path(path), scale)
         self.name = f"{self.name} + {Path(path).stem} at {scale:g}"
 
@@ -309,22 +325,18 @@ class PixelDecoder:
             warnings.warn(advice, stacklevel=4)
         return width, height
 
-    def _run(
-        self,
-        latent: Latent,
-        size: tuple[int, int],
-        chosen: Settings,
-        on_step: OnStep | None,
-    ) -> Tensor:
+    def _run(self, latent: Latent, size: tuple[int, int], chosen: Settings, on_step: OnStep | None) -> Tensor:
         net, batch = self.net, len(latent)
         grid = net.grid_of(*size)
         draw = NoiseStream(chosen.seeds(batch), (3, *size), self.device)
         states = self._states(latent.captions, chosen.caption_states, batch)
-        condition = net.prepare(grid, states, latent.tensor, latent.sigmas)
+        if self.text is not None and self.runner.sets_aside("text"):
+            self.text.unload()
+        condition = self.runner.prepare(grid, states, latent.tensor, latent.sigmas)
         prediction = net.config.prediction
         if self.identity.kind == "student":
             pixels = sample_student(
-                lambda x, t: net.denoise(x, t, condition),
+                self.runner.predict(condition),
                 draw,
                 steps=4 if chosen.steps is None else chosen.steps,
                 kind=chosen.sampler or "sde",
@@ -341,30 +353,24 @@ class PixelDecoder:
         return pixels.clamp_(-1, 1)
 
     def _run_teacher(
-        self,
-        latent: Latent,
-        condition: Condition,
-        noise: Tensor,
-        chosen: Settings,
-        on_step: OnStep | None,
+        self, latent: Latent, condition: Condition, noise: Tensor, chosen: Settings, on_step: OnStep | None
     ) -> Tensor:
-        net = self.net
         guidance = TEACHER_GUIDANCE if chosen.guidance is None else chosen.guidance
         without = condition
         if guidance != 1.0:
             negative = negative_prompt() if chosen.negative_caption is None else chosen.negative_caption
             states = self._states((negative,) * len(latent), None, len(latent))
-            without = net.prepare(condition.grid, states, latent.tensor, latent.sigmas)
+            without = self.runner.prepare(condition.grid, states, latent.tensor, latent.sigmas)
         shift = chosen.shift
         if shift is None:
             trained = self.checkpoint.shift if self.checkpoint else None
             shift = (trained or DEFAULT_SHIFT).at(*noise.shape[-2:])
         return sample_teacher(
-            guided(lambda x, t: net.denoise(x, t, condition), lambda x, t: net.denoise(x, t, without), guidance),
+            guided(self.runner.predict(condition), self.runner.predict(without), guidance),
             noise,
             steps=TEACHER_STEPS if chosen.steps is None else chosen.steps,
             shift=shift,
-            prediction=net.config.prediction,
+            prediction=self.net.config.prediction,
             on_step=on_step,
         )
 

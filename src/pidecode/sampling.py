@@ -61,8 +61,7 @@ def student_times(steps: int) -> tuple[float, ...]:
         )
     if steps == 1:
         return (SINGLE_STEP_TIME, 0.0)
-    indices = torch.linspace(0, longest, steps + 1).round().int().tolist()
-    return tuple(STUDENT_TIMES[i] for i in indices)
+    return tuple(STUDENT_TIMES[round(longest * index / steps)] for index in range(steps + 1))
 
 
 def _wide(device: torch.device) -> torch.dtype:

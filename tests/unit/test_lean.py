@@ -14,8 +14,8 @@ from torch import Tensor
 from pidecode.errors import SettingError
 from pidecode.facts.architecture import NetConfig, miniature
 from pidecode.kernels import lean as sums
+from pidecode.kernels.chunks import Chunks
 from pidecode.model.layers import GatedFeedForward, RMSNorm, modulate
-from pidecode.model.lean import Chunks
 from pidecode.model.network import Condition, PixelNet
 from pidecode.model.rope import image_rotation, rotate
 from pidecode.model.schedule import slim, tabulate

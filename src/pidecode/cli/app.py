@@ -42,6 +42,8 @@ COMMANDS: dict[str, Place] = {
     "convert": Place("pidecode.cli.weights", "Write weights as one self-describing .safetensors file."),
     "info": Place("pidecode.cli.info", "Say what a picture, a latent or a weights file is."),
     "train": Place("pidecode.cli.train", "Train a decoder of your own: teacher, student, adapters."),
+    "plan": Place("pidecode.cli.plan", "Say what a size needs, and how it would be run, before anything runs."),
+    "bench": Place("pidecode.cli.bench", "Measure speed and memory of decodes on this machine."),
     "doctor": Place("pidecode.cli.doctor", "Say what will work on this machine, and why the rest will not."),
 }
 

@@ -141,6 +141,7 @@ def _several(place: Path, count: int) -> list[Path]:
 
 def _run(sources: Sequence[Path], wish: Wish, ending: str, make: Make) -> None:
     """Make and save the pictures of one source after another, then say what was written."""
+    from pidecode import parallel
     from pidecode.files import check_writable
     from pidecode.images import KEYWORD, save_image
 
@@ -153,12 +154,16 @@ def _run(sources: Sequence[Path], wish: Wish, ending: str, make: Make) -> None:
             check_writable(place, overwrite=wish.overwrite)
         if wish.bits == "16" and place.suffix.lower() != ".png":
             raise SettingError(f"Only .png files hold 16 bits a channel; {place} does not.")
+    spread = parallel.join()  # under torchrun, several processes share each picture and one writes it
     decoder = wish.decoder()
+    decoder.runner.spread = spread
     written: list[dict[str, Any]] = []
     for source, place in zip(sources, places, strict=True):
         began = time.perf_counter()
         with _steps(source.name) as on_step:
             made = make(decoder, source, on_step)
+        if not parallel.leads():
+            continue
         images = made if isinstance(made, list) else [made]
         decoded = time.perf_counter()
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -172,8 +177,9 @@ def _run(sources: Sequence[Path], wish: Wish, ending: str, make: Make) -> None:
         if not wish.as_json:
             for line in written[-len(images) :]:
                 click.echo(f"{line['picture']}  {line['width']}x{line['height']}  {timing['seconds']:.1f} s")
-    if wish.as_json:
+    if wish.as_json and parallel.leads():
         emit(written, "", as_json=True)
+    parallel.leave()
 
 
 @click.command()

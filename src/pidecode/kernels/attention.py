@@ -1,15 +1,91 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention over all tokens: one door to the machine's scaled dot product."""
+"""Attention over all tokens: one door to the machine's fast kernels, chosen and reported, never silently slow."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from pidecode.errors import SettingError
+
+BACKENDS: dict[str, SDPBackend] = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+"""Names of the framework's kernels, the fastest at this network's head sizes first. "math" holds all scores at once."""
+
+_chosen: ContextVar[str | None] = ContextVar("attention_backend", default=None)
 
 
 def attention(q_BNLK: Tensor, k_BNLK: Tensor, v_BNLK: Tensor) -> Tensor:
     """Softmax(q k^T / sqrt(head_dim)) v, without a mask, for `[batch, heads, tokens, head_dim]`.
 
-    PiD masks nothing: padded caption positions are attended (SPEC.md section 4).
+    PiD masks nothing: padded caption positions are attended (SPEC.md section 4). Runs the backend that `use` chose,
+    or what the framework picks.
     """
-    return F.scaled_dot_product_attention(q_BNLK, k_BNLK, v_BNLK)
+    if q_BNLK.is_meta:
+        # Stands for a kernel that streams its scores, so that memory can be counted where nothing is computed.
+        return torch.empty_like(q_BNLK.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    name = _chosen.get()
+    if name is None:
+        return F.scaled_dot_product_attention(q_BNLK, k_BNLK, v_BNLK)
+    with sdpa_kernel(BACKENDS[name]):
+        return F.scaled_dot_product_attention(q_BNLK, k_BNLK, v_BNLK)
+
+
+@contextmanager
+def use(name: str | None) -> Iterator[None]:
+    """Run attention on one named backend within the block; None leaves the choice to the framework.
+
+    Raises SettingError for a name that does not exist.
+    """
+    if name is not None and name not in BACKENDS:
+        raise SettingError(f"There is no attention backend {name!r}; there are {', '.join(BACKENDS)}.")
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def plain_attention(q_BNLK: Tensor, k_BNLK: Tensor, v_BNLK: Tensor) -> Tensor:
+    """The definition, in float64: what every backend is compared with."""
+    q, k, v = (x.double() for x in (q_BNLK, k_BNLK, v_BNLK))
+    return ((q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v).to(v_BNLK.dtype)
+
+
+def works(name: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a backend runs these heads here, and its answer is right: some give NaN instead of an error."""
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 300, head_dim, generator=generator).to(device, dtype) for _ in range(3))
+    try:
+        with warnings.catch_warnings(), torch.no_grad(), use(name):
+            warnings.simplefilter("ignore")  # the framework explains at length why a kernel was refused
+            answer = attention(q, k, v)
+    except RuntimeError:
+        return False
+    return bool((answer - plain_attention(q.cpu(), k.cpu(), v.cpu()).to(answer)).abs().max() < tolerance)
+
+
+def best_backend(head_dims: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
+    """The first backend that runs all these head sizes on the device, warning if only the slow one does."""
+    for name in BACKENDS:
+        if all(works(name, head_dim, dtype, device) for head_dim in head_dims):
+            if name == "math":
+                warnings.warn(
+                    f"Attention on {device} in {dtype} has no fast kernel that works: decoding will be slow and take "
+                    "much memory. Another dtype or version of torch may have one.",
+                    stacklevel=2,
+                )
+            return name
+    raise SettingError(f"No attention backend gives a right answer on {device} in {dtype}; use float32.")

@@ -8,12 +8,34 @@ take their statistics in float32 without a float32 copy of the input, and agree 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from pidecode.errors import MissingDependencyError
+
 EPS = 1e-6
+
+_fused: ContextVar[bool] = ContextVar("fused_sums", default=False)
+
+
+@contextmanager
+def fused() -> Iterator[None]:
+    """Within the block, run the sums that have one as a Triton kernel (`kernels/fused.py`).
+
+    Raises MissingDependencyError where Triton is not installed.
+    """
+    if find_spec("triton") is None:
+        raise MissingDependencyError("Fused kernels need triton, which comes with GPU builds of torch on Linux.")
+    token = _fused.set(True)
+    try:
+        yield
+    finally:
+        _fused.reset(token)
 
 
 def parts(length: int, size: int) -> Iterator[slice]:
@@ -35,6 +57,10 @@ def norm_modulate(x: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype) 
 
     `factor` is `(1 + scale) * norm weight`: a step's scales are known before its tokens, so they are merged once.
     """
+    if _fused.get() and (shift.ndim == 1 or shift.shape == x.shape == factor.shape):
+        from pidecode.kernels import fused as triton_kernels
+
+        return triton_kernels.norm_modulate(x, shift, factor, dtype)
     normed = x * inverse_rms(x)
     out = normed if normed.dtype == dtype else torch.empty_like(normed, dtype=dtype)
     return torch.addcmul(shift, normed, factor, out=out)
@@ -42,6 +68,10 @@ def norm_modulate(x: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype) 
 
 def add_gated_(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     """`x += gate * branch`, in place, whatever the types of the two."""
+    if _fused.get() and x.ndim == 2 and x.stride(1) == branch.stride(1) == 1:
+        from pidecode.kernels import fused as triton_kernels
+
+        return triton_kernels.add_gated_(x, branch, gate)
     return x.addcmul_(branch, gate)
 
 

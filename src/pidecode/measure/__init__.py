@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measuring: pictures to numbers."""
+"""Measuring: pictures, time and memory to numbers."""

@@ -11,7 +11,7 @@ Shapes: B batch, L tokens, N caption tokens, D hidden, P pixels of a patch, C pi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from pidecode.kernels import lean
 from pidecode.kernels.attention import attention
+from pidecode.kernels.chunks import Chunks
+from pidecode.kernels.quantize import weight_rows
 from pidecode.model.pixel_tiles import run_pixels
 from pidecode.model.rope import Rotation
 from pidecode.model.schedule import StepVectors
@@ -29,25 +31,6 @@ if TYPE_CHECKING:
     from pidecode.model.network import Condition, PixelNet
 
 
-@dataclass(frozen=True, slots=True)
-class Chunks:
-    """How much is worked on at once: larger is faster up to a point, smaller needs less memory."""
-
-    tokens: int = 512
-    """Patch tokens that pass through a patch block's linear layers together."""
-    tile_tokens: int = 256
-    """Patch tokens of a tile of the pixel path; rounded to whole rows of patches."""
-    tile_rows: int = 1
-    """Pixel rows, within each of those patches, of such a tile."""
-
-    @classmethod
-    def suited_to(cls, device: torch.device, patch_size: int) -> Chunks:
-        """A processor likes tiles that stay in its cache; an accelerator likes few, large matrix products."""
-        if device.type == "cpu":
-            return cls()
-        return cls(tokens=4096, tile_tokens=2048, tile_rows=max(1, patch_size // 4))
-
-
 def complex_rotation(rotation: Rotation) -> Tensor:
     """A rotary table as `[tokens, head_dim / 2]` complex64."""
     return torch.complex(*rotation)
@@ -55,7 +38,7 @@ def complex_rotation(rotation: Rotation) -> Tensor:
 
 def denoise(net: PixelNet, x_B3HW: Tensor, vectors: StepVectors, condition: Condition) -> Tensor:
     """`PixelNet.denoise` without a graph; the noisy picture is not altered."""
-    chunks = net.chunks or Chunks.suited_to(x_B3HW.device, net.config.patch_size)
+    chunks = net.chunks or (Chunks() if x_B3HW.is_cpu else Chunks.large(net.config.patch_size))
     tokens = _embed(net, x_B3HW, chunks)
     _run_patch_blocks(net, tokens, vectors, condition, chunks)
     _finish_tokens_(net, tokens, vectors, condition, chunks)
@@ -90,11 +73,13 @@ def _run_patch_blocks(net: PixelNet, x: Tensor, vectors: StepVectors, condition:
         if condition.injections and index % net.config.inject_interval == 0:
             which = index // net.config.inject_interval
             gate_(net.lq_proj.gate_modules[which], x, condition.injections[which], chunks)
-        pass_ = _BlockPass(block, joint, vectors.image[index], chunks)
-        if y is None:
-            pass_.run(x, rotation)
-        else:
-            pass_.run_with_text(x, y, rotation, text_rotation, vectors.text[index], index < len(blocks) - 1)
+        with nullcontext() if net.visitors is None else net.visitors.at_work(index):
+            block_pass = _BlockPass(block, joint, vectors.image[index], chunks)
+            if y is None:
+                block_pass.run(x, rotation)
+            else:
+                last = index == len(blocks) - 1
+                block_pass.run_with_text(x, y, rotation, text_rotation, vectors.text[index], want_text=not last)
 
 
 class _BlockPass:
@@ -116,6 +101,7 @@ class _BlockPass:
         rotation: Tensor,
         text_rotation: Tensor | None,
         text: Tensor,
+        *,
         want_text: bool,
     ) -> None:
         """The block with both streams; `want_text=False` leaves the caption's as it was."""
@@ -188,7 +174,7 @@ def _feed_forward(mlp: Any, x: Tensor) -> Tensor:
 
 def _key_value(qkv: Any, tokens: Tensor) -> Tensor:
     """The last two thirds of a joint projection."""
-    return F.linear(tokens, qkv.weight[tokens.shape[-1] :])
+    return F.linear(tokens, weight_rows(qkv, slice(tokens.shape[-1], None)))
 
 
 def gate_(gate: Any, x: Tensor, injection: Injection | LateInjection, chunks: Chunks) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pidecode.errors import LatentError, SettingError, SizeError
 from pidecode.facts.architecture import NetConfig
+from pidecode.kernels.chunks import Chunks
 from pidecode.model import lean
 from pidecode.model.adapter import Gate, Injection, LateInjection, LatentAdapter
 from pidecode.model.blocks import PatchBlock, PixelBlock
@@ -27,6 +28,7 @@ from pidecode.model.layers import (
     from_patches,
     to_patches,
 )
+from pidecode.model.residence import Visitors
 from pidecode.model.rope import Rotation, image_rotation, pixel_axis_table, text_rotation
 from pidecode.model.schedule import Schedule, step_vectors
 
@@ -90,8 +92,10 @@ class PixelNet(nn.Module):
     def __init__(self, config: NetConfig) -> None:
         super().__init__()
         self.config = config
-        self.chunks: lean.Chunks | None = None
+        self.chunks: Chunks | None = None
         """How much inference works on at once; None picks what suits the device."""
+        self.visitors: Visitors | None = None
+        """Set where the patch blocks live on the host and only visit the device."""
         self.slimmed = False
         """Whether `schedule.slim` took away what only training and other times need."""
         self.plain = False
@@ -244,7 +248,10 @@ class PixelNet(nn.Module):
 
     def _may_run_lean(self, device: torch.device) -> bool:
         # Autocast and sharded weights live in the modules' own forward, so they keep it.
-        if self.plain or torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
+        kind = device.type
+        if self.plain or torch.is_grad_enabled():
+            return False
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             return False
         return not hasattr(next(self.patch_blocks.parameters()), "device_mesh")
 

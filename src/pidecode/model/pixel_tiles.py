@@ -27,9 +27,10 @@ from torch import Tensor
 
 from pidecode.kernels import lean
 from pidecode.kernels.attention import attention
+from pidecode.kernels.quantize import weight_block, weight_columns, weight_rows
 
 if TYPE_CHECKING:
-    from pidecode.model.lean import Chunks
+    from pidecode.kernels.chunks import Chunks
     from pidecode.model.network import Condition, PixelNet
 
 SHIFT1, SCALE1, GATE1, SHIFT2, SCALE2, GATE2 = range(6)
@@ -57,7 +58,7 @@ def modulation_rows(block: Any, pixels: slice, which: slice) -> Modulation:
     """
     linear, P = block.adaLN_modulation[0], block.pixels
     C = block.norm1.weight.shape[0]
-    weight = linear.weight.unflatten(0, (P, 6, C))[pixels, which].transpose(0, 1).contiguous()
+    weight = weight_block(linear, (P, 6, C), (pixels, which)).transpose(0, 1).contiguous()
     bias = linear.bias.unflatten(0, (P, 6, C))[pixels, which].transpose(0, 1).contiguous()
     for scale, norm in ((SCALE1, block.norm1), (SCALE2, block.norm2)):
         index = scale - which.start
@@ -74,7 +75,7 @@ class _Summarise:
         C = block.norm1.weight.shape[0]
         self.channels = C
         self.modulation = modulation_rows(block, group, slice(SHIFT1, SCALE1 + 1))
-        self.compress = block.compress_to_attn.weight[:, group.start * C : group.stop * C]
+        self.compress = weight_columns(block.compress_to_attn, slice(group.start * C, group.stop * C))
 
     def __call__(self, tile_TGC: Tensor, condition_TD: Tensor, summary_TA: Tensor) -> None:
         shift, factor = (v.view(tile_TGC.shape) for v in self.modulation(condition_TD))
@@ -89,7 +90,7 @@ class _Update:
         C = block.norm1.weight.shape[0]
         self.modulation = modulation_rows(block, group, slice(GATE1, GATE2 + 1))
         features = slice(group.start * C, group.stop * C)
-        self.expand = block.expand_from_attn.weight[features], block.expand_from_attn.bias[features]
+        self.expand = weight_rows(block.expand_from_attn, features), block.expand_from_attn.bias[features]
         self.mlp = block.mlp
 
     def __call__(self, tile_TGC: Tensor, condition_TD: Tensor, attended_TA: Tensor) -> None:

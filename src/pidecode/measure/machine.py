@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this machine offers a decode: free memory, and how fast it multiplies matrices."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import torch
+
+from pidecode.devices import pick_device
+from pidecode.planner import Machine
+
+
+def this_machine(device: str | torch.device | None = None) -> Machine:
+    """The device asked for, or the best there is, with what is free on it now.
+
+    Raises SettingError for a device that is not there.
+    """
+    chosen = pick_device(device)
+    if chosen.type == "cpu":
+        return Machine(memory=os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), accelerator=False)
+    if torch.version.cuda or torch.version.hip:
+        free, _ = torch.cuda.mem_get_info(chosen)
+        return Machine(memory=free, fp8=torch.cuda.get_device_capability(chosen) >= (8, 9))
+    # Unified memory: the device may take most, not all, of what the whole machine has.
+    return Machine(memory=int(torch.mps.recommended_max_memory()))
+
+
+def describe_device(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cpu":
+        return f"processor, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    if torch.version.cuda or torch.version.hip:
+        return torch.cuda.get_device_name(device)
+    return device.type
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when everything queued on the device is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def seconds(device: torch.device) -> float:
+    """A clock for what has been done: of this process's own work on a processor, of the wall elsewhere.
+
+    A processor may be shared; time this process did not get does not count.
+    """
+    wait_for(device)
+    return time.process_time() if device.type == "cpu" else time.perf_counter()
+
+
+@torch.no_grad()
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Measured multiply-adds of a large square matrix product, in FLOP/s."""
+    side, rounds = (1024, 4) if device.type == "cpu" else (8192, 10)
+    a = torch.randn(side, side, device=device).to(dtype)
+    out = a @ a
+    start = seconds(device)
+    for _ in range(rounds):
+        torch.mm(a, a, out=out)
+    return 2 * side**3 * rounds / (seconds(device) - start)

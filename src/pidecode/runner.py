@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A network at work under a plan: arranged once, then asked for predictions step by step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from pidecode.errors import SettingError
+from pidecode.facts.checkpoints import STUDENT_TIMES
+from pidecode.kernels import lean
+from pidecode.kernels.attention import best_backend, use
+from pidecode.kernels.quantize import quantize
+from pidecode.model.network import Condition, Grid, PixelNet
+from pidecode.model.residence import Visitors
+from pidecode.model.schedule import Schedule, slim, tabulate
+from pidecode.parallel import denoise_together, is_spread
+from pidecode.planner import Plan
+from pidecode.sampling import SINGLE_STEP_TIME
+from pidecode.tiling import Windows, denoise_windows
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+
+
+KEPT_TOKENS = 256_000_000
+"""Without a plan, latent tokens beyond this many bytes are made anew at each use: a hundredth more work."""
+
+
+class Runner:
+    """Runs a network the way a plan says; without one, whole, in the weights' own type, everything on its device.
+
+    fused: run the sums around the matrix products as Triton kernels.
+    distilled: the network only ever runs at the student's times, so what depends on time alone is tabulated.
+    """
+
+    def __init__(
+        self, net: PixelNet, plan: Plan | None = None, *, distilled: bool = False, fused: bool = False
+    ) -> None:
+        self.net, self.plan, self.distilled, self.fused = net, plan, distilled, fused
+        self._schedule: Schedule | None = None
+        self.backend: str | None = None
+        """Attention kernel in use; None where the framework picks one per call, as on processors."""
+        self.spread = False
+        """Whether the processes of this job share each picture; all of them must then ask for the same one."""
+        self._checked = False
+
+    def arrange(self, device: torch.device) -> None:
+        """Bring the network into the plan's shape, on `device`, for good: it can no longer be saved or trained.
+
+        A distilled network forgets what made its table of times; weights are quantised; blocks go to the host.
+        """
+        plan = self.plan
+        self._slim()
+        if plan is not None:
+            self.net.chunks = plan.chunks
+            if plan.weights != "plain":
+                quantize(self.net.patch_blocks, plan.weights)
+                quantize(self.net.pixel_blocks, plan.weights)
+            if "blocks" in plan.offload:
+                self.net.visitors = Visitors(self.net.patch_blocks, device)
+        for name, child in self.net.named_children():
+            if self.net.visitors is None or name != "patch_blocks":
+                child.to(device)
+        if self.net.config.has_text:
+            self.net.y_pos_embedding.data = self.net.y_pos_embedding.data.to(device)
+
+    def prepare(self, grid: Grid, text: Tensor | None, latent: Tensor, sigma: Tensor) -> Condition:
+        """What all steps of one picture share."""
+        config = self.net.config
+        if self.plan is not None:
+            keep = self.plan.keep_tokens
+        else:
+            width = config.hidden_size * (3 if config.gate == "per_channel" else 1)
+            size = len(latent) * grid[0] * grid[1] * width * config.num_injections * self.net.dtype.itemsize
+            keep = size <= KEPT_TOKENS
+        if latent.device.type != "cpu":
+            self._slim()  # a processor's memory is not what runs short, and a whole network can still be changed
+        return self.net.prepare(grid, text, latent, sigma, keep_tokens=keep, schedule=self.schedule())
+
+    def schedule(self) -> Schedule | None:
+        """The table of the distilled times, made when first asked for."""
+        if self.distilled and self._schedule is None:
+            self._schedule = tabulate(self.net, (SINGLE_STEP_TIME, *STUDENT_TIMES[:-1]))
+        return self._schedule
+
+    def forget(self) -> None:
+        """Call before the weights change. Raises SettingError if parts of them are gone already."""
+        if self.net.slimmed or (self.plan is not None and self.plan.weights != "plain"):
+            raise SettingError(
+                "The weights were already brought into the form that runs, so they cannot be changed any more. "
+                "Load the decoder again, and change it before the first picture and without a memory plan."
+            )
+        self._schedule = None
+
+    def _slim(self) -> None:
+        if self.schedule() is not None and not self.net.slimmed:
+            slim(self.net)
+
+    def sets_aside(self, what: str) -> bool:
+        """Whether the plan has "text" or "encoder" leave the device when their work is done."""
+        return self.plan is not None and what in self.plan.offload
+
+    def predict(self, condition: Condition) -> Predict:
+        """The network as a function of the noisy picture and the time."""
+        windows = None
+        if self.plan is not None and self.plan.window is not None:
+            windows = Windows.of_pixels(self.plan.window, self.net.config.patch_size)
+
+        def once(x: Tensor, t: Tensor) -> Tensor:
+            with use(self.backend), lean.fused() if self.fused else nullcontext():
+                if self.spread and is_spread():
+                    return denoise_together(self.net, x, t, condition)
+                if windows is not None:
+                    return denoise_windows(self.net, x, t, condition, windows)
+                return self.net.denoise(x, t, condition)
+
+        def checked(x: Tensor, t: Tensor) -> Tensor:
+            self._choose_backend(x.device)
+            prediction = once(x, t)
+            if self._checked or self.backend in (None, "math"):
+                return prediction
+            self._checked = True
+            if bool(torch.isfinite(prediction).all()) or not bool(torch.isfinite(x).all()):
+                return prediction
+            warnings.warn(
+                f"Attention through {self.backend!r} answered NaN on {x.device}; decoding goes on with the plain "
+                "kernel, which is slower and takes more memory.",
+                stacklevel=2,
+            )
+            self.backend = "math"
+            return once(x, t)
+
+        return checked
+
+    def _choose_backend(self, device: torch.device) -> None:
+        if self.backend is not None or device.type == "cpu":
+            return
+        config = self.net.config
+        head_dims = (config.hidden_size // config.num_heads, config.pixel_attn_hidden_size // config.pixel_num_heads)
+        self.backend = best_backend(head_dims, self.net.dtype, device)

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels against their plain twins, in Triton's interpreter: equality without a GPU, says nothing of speed."""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+import pytest
+import torch
+
+from pidecode.facts.architecture import miniature
+from pidecode.kernels import lean
+from pidecode.model.network import PixelNet
+
+
+@pytest.fixture(scope="module")
+def fused() -> ModuleType:
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Triton is imported")
+    from pidecode.kernels import fused
+
+    return fused
+
+
+@pytest.mark.parametrize(("rows", "width"), [(37, 16), (5, 24), (3, 1536)])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_and_modulation(fused: ModuleType, rows: int, width: int, shared: bool, dtype: torch.dtype) -> None:
+    x = torch.randn(rows, width)
+    shift, factor = torch.randn(2, *((width,) if shared else (rows, width))).unbind(0)
+    expected = lean.norm_modulate(x, shift, factor, dtype)
+    actual = fused.norm_modulate(x, shift, factor, dtype)
+    assert actual.dtype == dtype
+    close = 1e-5 if dtype == torch.float32 else 2e-2
+    assert torch.allclose(actual.float(), expected.float(), rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("gate_shape", [(7, 40), (7, 1), (40,)])
+@pytest.mark.parametrize("logits", [True, False])
+def test_gated_sum(fused: ModuleType, gate_shape: tuple[int, ...], logits: bool) -> None:
+    stream, branch, gate = torch.randn(9, 48), torch.randn(7, 40), torch.randn(gate_shape)
+    expected = stream.clone()
+    lean.add_gated_(expected[1:8, :40], branch, gate.sigmoid() if logits else gate)
+    fused.add_gated_(stream[1:8, :40], branch, gate, logits=logits)
+    assert torch.allclose(stream, expected, atol=1e-6)
+
+
+def test_a_whole_evaluation(fused: ModuleType) -> None:
+    torch.manual_seed(0)
+    net = PixelNet(miniature(pixel_depth=2, patch_size=4)).eval().requires_grad_(False)
+    for parameter in net.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.03)
+    t = torch.tensor([634.0])
+    with torch.no_grad():
+        condition = net.prepare((2, 4), torch.randn(1, 3, 16), torch.randn(1, 16, 1, 1), 0.1)
+        x = torch.randn(1, 3, 8, 16)
+        plain = net.denoise(x, t, condition)
+        with lean.fused():
+            assert (net.denoise(x, t, condition) - plain).abs().max() < 1e-5 * plain.abs().max()

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Eight-bit weights and blocks that live on the host: how far from, and how equal to, the plain network."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pidecode.errors import SettingError
+from pidecode.facts.architecture import miniature
+from pidecode.kernels import quantize as q8
+from pidecode.kernels.quantize import QuantizedLinear, quantize, weight_block, weight_columns, weight_rows
+from pidecode.model.network import PixelNet
+from pidecode.model.residence import Visitors
+
+
+@pytest.fixture
+def net() -> PixelNet:
+    torch.manual_seed(0)
+    net = PixelNet(miniature(pixel_depth=2)).eval().requires_grad_(False)
+    for parameter in net.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.03)
+    return net
+
+
+def predict(net: PixelNet) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    x, text, latent = (torch.randn(*s, generator=generator) for s in ((1, 3, 64, 96), (1, 7, 16), (1, 16, 2, 3)))
+    with torch.no_grad():
+        return net.denoise(x, torch.tensor([634.0]), net.prepare((4, 6), text, latent, 0.2))
+
+
+@pytest.mark.parametrize(("form", "error"), [("int8", 0.01), ("fp8", 0.04)])
+def test_a_layer_in_eight_bits(form: q8.Format, error: float) -> None:
+    linear = torch.nn.Linear(256, 96)
+    small = QuantizedLinear(linear, form)
+    x = torch.randn(50, 256)
+    with torch.no_grad():
+        expected = linear(x)
+        assert ((small(x) - expected).std() / expected.std()) < error
+    assert small.codes.element_size() == 1
+
+
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_parts_of_a_weight_are_those_of_the_whole(form: q8.Format) -> None:
+    linear = torch.nn.Linear(10, 24)
+    for layer in (linear, QuantizedLinear(linear, form)):
+        whole = layer.weight
+        assert torch.equal(weight_rows(layer, slice(3, 9)), whole[3:9])
+        assert torch.equal(weight_columns(layer, slice(3, 9)), whole[:, 3:9])
+        cut = (slice(0, 2), slice(1, 3))
+        assert torch.equal(weight_block(layer, (2, 3, 4), cut), whole.view(2, 3, 4, 10)[cut])
+
+
+@pytest.mark.parametrize(("form", "error"), [("int8", 0.02), ("fp8", 0.08)])
+def test_a_network_in_eight_bits(net: PixelNet, form: q8.Format, error: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(q8, "SMALLEST", 512)
+    exact = predict(net)
+    count = quantize(net, form)
+    assert count > 40
+    assert quantize(net, form) == 0
+    answer = predict(net)
+    assert 0 < (answer - exact).std() / exact.std() < error
+
+
+def test_an_unknown_format_is_an_error(net: PixelNet) -> None:
+    with pytest.raises(SettingError, match="no weight format 'int3'"):
+        quantize(net, "int3")  # type: ignore[arg-type]
+
+
+def test_blocks_that_visit_give_the_same_and_leave(net: PixelNet) -> None:
+    expected = predict(net)
+    net.visitors = Visitors(net.patch_blocks, torch.device("cpu"))
+    home = net.patch_blocks[0].norm_x1.weight.data_ptr()
+    assert torch.equal(predict(net), expected)
+    assert torch.equal(predict(net), expected)
+    assert net.patch_blocks[0].norm_x1.weight.data_ptr() == home
+    assert len(net.visitors._arrived) == 1

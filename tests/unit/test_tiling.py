@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Windows: they cover a picture, their weights sum to one, and only attention notices them."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from pidecode.errors import SettingError
+from pidecode.facts.architecture import miniature
+from pidecode.model.network import Condition, PixelNet
+from pidecode.sampling import NoiseStream, sample_student
+from pidecode.tiling import Windows, blend, denoise_windows
+
+GRID = (6, 10)
+
+
+def net_and_condition(deaf: bool = False) -> tuple[PixelNet, Condition, Tensor]:
+    torch.manual_seed(0)
+    config = miniature(pixel_depth=2)
+    net = PixelNet(config).eval().requires_grad_(False)
+    for name, parameter in net.named_parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.05)
+        if deaf and "attn.proj" in name:
+            parameter.zero_()
+    text, latent = torch.randn(1, 7, config.text_dim), torch.randn(1, 16, GRID[0] // 2, GRID[1] // 2)
+    condition = net.prepare(GRID, text, latent, 0.3)
+    return net, condition, torch.randn(1, 3, GRID[0] * 16, GRID[1] * 16)
+
+
+@pytest.mark.parametrize(("length", "side", "overlap"), [(10, 4, 1), (10, 4, 0), (11, 4, 3), (3, 8, 2), (257, 128, 32)])
+def test_spans_cover_the_axis_with_their_overlap(length: int, side: int, overlap: int) -> None:
+    spans = Windows(side, overlap).spans(length)
+    assert spans[0][0] == 0 and spans[-1][1] == length
+    assert all(stop - start == min(side, length) for start, stop in spans)
+    for (_, stop), (start, _) in pairwise(spans):
+        assert stop - start >= overlap
+    total = torch.zeros(length * 4)
+    for (start, stop), weight in zip(spans, blend(spans, 4, torch.device("cpu")), strict=True):
+        assert weight.min() > 0
+        total[start * 4 : stop * 4] += weight
+    assert torch.allclose(total, torch.ones_like(total), atol=1e-6)
+
+
+def test_windows_that_cannot_advance_are_refused() -> None:
+    with pytest.raises(SettingError, match="cannot advance"):
+        Windows(4, 4)
+
+
+def test_windows_are_counted() -> None:
+    assert Windows(4, 1).count(GRID) == 2 * 3
+    assert Windows.of_pixels(2048, 16) == Windows(128, 32)
+
+
+def test_one_window_is_the_whole_picture() -> None:
+    net, condition, x = net_and_condition()
+    t = torch.tensor([634.0])
+    with torch.no_grad():
+        assert torch.equal(denoise_windows(net, x, t, condition, Windows(10, 2)), net.denoise(x, t, condition))
+
+
+def test_all_but_attention_is_as_in_the_whole() -> None:
+    # Without what attention brings, a patch depends on its own position, latent tokens and pixels only. Equality
+    # here says that windows keep the whole picture's positions and latent tokens, and that blending leaves no seam.
+    net, condition, x = net_and_condition(deaf=True)
+    for block in net.pixel_blocks:
+        block.attn.proj.weight.zero_()
+    t = torch.tensor([634.0])
+    with torch.no_grad():
+        whole = net.denoise(x, t, condition)
+        fused = denoise_windows(net, x, t, condition, Windows(4, 1))
+    assert (whole - fused).abs().max() < 5e-6 * whole.abs().max()
+
+
+def test_a_whole_decode_in_windows_has_no_seam() -> None:
+    net, condition, _ = net_and_condition()
+    size = (3, GRID[0] * 16, GRID[1] * 16)
+
+    def decode(windows: Windows) -> Tensor:
+        draw = NoiseStream([5], size, torch.device("cpu"))
+        return sample_student(lambda x, t: denoise_windows(net, x, t, condition, windows), draw)
+
+    with torch.no_grad():
+        whole, fused = decode(Windows(10, 2)), decode(Windows(4, 2))
+    error = (whole - fused).abs()
+    jump = (fused - whole).diff(dim=-1).abs().mean((0, 1, 2))
+    edges = [edge * 16 - 1 for span in Windows(4, 2).spans(GRID[1]) for edge in span if 0 < edge < GRID[1]]
+    assert error.mean() < whole.std()
+    assert jump[edges].mean() < 2 * jump.mean()
+
+
+def test_latent_tokens_made_late_are_cut_alike() -> None:
+    net, condition, x = net_and_condition()
+    torch.manual_seed(0)
+    late = net.prepare(GRID, torch.randn(1, 7, 16), torch.randn(1, 16, 3, 5), 0.3, keep_tokens=False)
+    torch.manual_seed(0)
+    kept = net.prepare(GRID, torch.randn(1, 7, 16), torch.randn(1, 16, 3, 5), 0.3)
+    t = torch.tensor([634.0])
+    with torch.no_grad():
+        a, b = (denoise_windows(net, x, t, c, Windows(4, 1)) for c in (late, kept))
+    assert (a - b).abs().max() < 5e-6 * b.abs().max()
+    assert condition.grid == GRID
