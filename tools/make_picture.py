@@ -88,7 +88,7 @@ def main() -> None:
         [
             (f"before: {small.width} x {small.height}", before),
             (f"after: {decoded.width} x {decoded.height}, decoded by pidecode", decoded),
-            ("the original, which the decoder never saw", original),
+            ("the original, for comparison", original),
         ]
     ).save(sheet)
     channels, rows, columns = latent.tensor.shape[1:]
