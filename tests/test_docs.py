@@ -34,6 +34,13 @@ FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
+# Blocks that need what a reader has and this test has not, by words in them, and what runs their like.
+ELSEWHERE = {
+    "base_url=": "tests/serving",
+    "pipe = pidecode.attach(pipe, decoder": "docs/diffusers.md, tests/test_examples.py",
+}
+
+
 def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
@@ -90,7 +97,9 @@ def test_snippets_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         code = [block.replace("height=512, width=512", "height=64, width=96, num_inference_steps=4") for block in code]
     namespace: dict[str, Any] = {"tensor": torch.randn(1, 128, 2, 3) * 0.7, "torch": torch}
     for number, block in enumerate(code, start=1):
-        exec(compile(block, f"{name_of(path)}, block {number}", "exec"), namespace)
+        compiled = compile(block, f"{name_of(path)}, block {number}", "exec")
+        if "FluxPipeline" in block or not any(words in block for words in ELSEWHERE):
+            exec(compiled, namespace)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs" / "spaces").glob("*.md")), ids=name_of)
