@@ -52,6 +52,8 @@ def test_the_commands_are_exactly_these() -> None:
         "convert",
         "info",
         "train",
+        "plan",
+        "bench",
         "doctor",
     ]
 

@@ -102,7 +102,6 @@ def test_every_command_is_where_the_table_says(name: str) -> None:
 
 
 def test_help_lists_every_command() -> None:
-    shown = CliRunner().invoke(cli, ["--help"]).stdout
+    shown = " ".join(CliRunner().invoke(cli, ["--help"]).stdout.split())  # however the lines were broken
     for name, place in COMMANDS.items():
-        assert f"  {name}" in shown
-        assert place.line in shown
+        assert f" {name} {place.line}" in shown
