@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pidecode.training.parallel import bare
 from pidecode.training.settings import Average
 
 
@@ -35,21 +36,23 @@ class MovingAverage:
     def __init__(self, module: nn.Module, settings: Average) -> None:
         self.settings = settings
         self.tensors: dict[str, Tensor] = {
-            name: parameter.detach().clone() for name, parameter in module.named_parameters() if parameter.requires_grad
+            name: parameter.detach().clone()
+            for name, parameter in bare(module).named_parameters()
+            if parameter.requires_grad
         }
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         """Take in the weights after step `step`, counted from 1."""
         weight = 1.0 - decay_at(self.settings, step)
-        parameters = dict(module.named_parameters())
+        parameters = dict(bare(module).named_parameters())
         for name, average in self.tensors.items():
             average.lerp_(parameters[name].detach(), weight)
 
     @torch.no_grad()
     def swap(self, module: nn.Module) -> None:
         """Exchange averages and weights; twice is as before."""
-        parameters: Mapping[str, Tensor] = dict(module.named_parameters())
+        parameters: Mapping[str, Tensor] = dict(bare(module).named_parameters())
         for name, average in self.tensors.items():
             kept = parameters[name].detach().clone()
             parameters[name].detach().copy_(average)
