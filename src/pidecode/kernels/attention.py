@@ -60,7 +60,8 @@ def use(name: str | None) -> Iterator[None]:
 def plain_attention(q_BNLK: Tensor, k_BNLK: Tensor, v_BNLK: Tensor) -> Tensor:
     """The definition, in float64: what every backend is compared with."""
     q, k, v = (x.double() for x in (q_BNLK, k_BNLK, v_BNLK))
-    return ((q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v).to(v_BNLK.dtype)
+    mixed: Tensor = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
+    return mixed.to(v_BNLK.dtype)
 
 
 def works(name: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:

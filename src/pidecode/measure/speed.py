@@ -140,7 +140,8 @@ class Bench:
         if not torch.cuda.is_available() or device.type == "cpu":
             with LiveBytes() as live:
                 self.decode()
-            return live.peak
+            peak: int = live.peak
+            return peak
         self.decode()  # a distilled network gives up weights the first time
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

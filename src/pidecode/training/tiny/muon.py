@@ -66,7 +66,8 @@ class Muon(torch.optim.Optimizer):
         momentum.lerp_(gradient, 0.05)
         ahead = gradient.lerp(momentum, 0.95).reshape(parameter.shape[0], -1)
         scale = 0.2 * float(max(ahead.shape)) ** 0.5
-        return orthogonalised(ahead).view_as(parameter) * scale
+        update: Tensor = orthogonalised(ahead).view_as(parameter) * scale
+        return update
 
     def _adam_update(self, parameter: Tensor) -> Tensor:
         state, gradient = self.state[parameter], parameter.grad
