@@ -175,11 +175,13 @@ def _activation_parts(plan: Plan, config: NetConfig, size: tuple[int, int]) -> I
     tile_tokens = min(L, max(plan.chunks.tile_tokens, width // config.patch_size))
     tile = tile_tokens * plan.chunks.tile_rows * config.patch_size * C
     kept = C * 4 * config.patch_size**2 if config.pixel_depth > 1 else 0
-    pixel_stage = B * L * (D * wide + kept + A * 4)
-    # Either the attention between sweeps, or the tiles of a sweep with the prediction filling up.
+    pixel_stage = B * L * (D * wide + kept + A * wide)
+    # Either the attention between sweeps, or the tiles of a sweep: the first fills the next block's summaries, the
+    # last the prediction.
     between = B * L * (3 * A + A) * wide
     rows = 6 * C * plan.chunks.tile_rows * config.patch_size * D * wide
-    during = width * height * picture + (B * L * A * 4 if config.pixel_depth > 1 else 0) + rows + tile * (16 + 9 * wide)
+    filled = max(width * height * picture, B * L * A * 4 if config.pixel_depth > 1 else 0)
+    during = filled + rows + tile * (4 + 10 * wide)
     yield "activations", max(patch_stage, pixel_stage + max(between, during), 3 * picture * whole)
 
 
