@@ -96,6 +96,28 @@ def test_sixteen_bits_and_webp(weights: Path, latent: Path, tmp_path: Path) -> N
     assert "Only .png files hold 16 bits" in refused.stderr
 
 
+def test_an_adapter_and_a_colour_lock_act(weights: Path, latent: Path, tmp_path: Path) -> None:
+    layer = "patch_blocks.0.mlp_x.w1"
+    halves = {f"{layer}.lora_A.weight": torch.randn(2, 32), f"{layer}.lora_B.weight": torch.randn(85, 2)}
+    save_file(halves, tmp_path / "style.safetensors")
+    plain, styled = tmp_path / "plain.png", tmp_path / "styled.png"
+    assert run("decode", latent, "-m", weights, "-o", plain).exit_code == 0
+    adapter = ("--lora", tmp_path / "style.safetensors", "--lora-scale", 2.0)
+    assert run("decode", latent, "-m", weights, "-o", styled, *adapter).exit_code == 0
+    with Image.open(plain) as one, Image.open(styled) as other:
+        assert one.tobytes() != other.tobytes()
+    assert "style at 2" in json.loads(run("info", styled, "--json").stdout)["recipe"]["model"]
+
+    Image.new("RGB", (32, 16), (200, 60, 30)).save(tmp_path / "photo.png")
+    locked = run("upscale", tmp_path / "photo.png", "-m", weights, "--colour-lock", "full")
+    assert locked.exit_code == 0, locked.stderr
+    with Image.open(tmp_path / "photo-upscaled.png") as picture:
+        red, green, blue = (band.getextrema() for band in picture.resize((2, 1), Image.Resampling.BOX).split())
+    assert abs(red[0] - 200) < 30
+    assert abs(green[0] - 60) < 30
+    assert abs(blue[0] - 30) < 30
+
+
 def test_what_exists_stays_unless_told(weights: Path, latent: Path) -> None:
     place = latent.with_suffix(".png")
     place.write_bytes(b"precious")
@@ -126,6 +148,8 @@ def test_a_batch_is_numbered(weights: Path, tmp_path: Path) -> None:
         (["{weights}"], 3, ""),
         (["{latent}", "-m", "nothing-like-that"], 2, "nothing-like-that"),
         (["{latent}", "-o", "cat.gif"], 4, "no kind of picture written here"),
+        (["{latent}", "--lora-scale", "0.5"], 2, "add --lora FILE"),
+        (["{latent}", "--lora", "{latent}"], 4, "no adapter file"),
         (["{latent}", "--bits", "12"], 2, "'12' is not one of '8', '16'"),
     ],
 )

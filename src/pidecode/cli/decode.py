@@ -43,6 +43,9 @@ class Wish:
     steps: int | None
     sigma: float | None
     sampler: str | None
+    colour_lock: str | None
+    lora: Path | None
+    lora_scale: float | None
     bits: str
     overwrite: bool
     as_json: bool
@@ -52,7 +55,9 @@ class Wish:
         from pidecode.decoder import PixelDecoder
         from pidecode.weights.convert import DTYPES
 
-        return PixelDecoder.from_pretrained(
+        if self.lora_scale is not None and self.lora is None:
+            raise SettingError("--lora-scale is the strength of an adapter, and none was named; add --lora FILE.")
+        decoder = PixelDecoder.from_pretrained(
             self.model,
             space=self.space,
             variant=self.variant,
@@ -60,6 +65,9 @@ class Wish:
             device=self.device,
             dtype=DTYPES[self.dtype] if self.dtype else None,
         )
+        if self.lora is not None:
+            decoder.load_lora(self.lora, 1.0 if self.lora_scale is None else self.lora_scale)
+        return decoder
 
     @property
     def output(self) -> Output:
@@ -68,7 +76,8 @@ class Wish:
 
     def settings(self) -> DecodeSettings:
         """Settings for the decoder: those that were given."""
-        given = {"seed": self.seed, "steps": self.steps, "sigma": self.sigma, "sampler": self.sampler}
+        names = ("seed", "steps", "sigma", "sampler", "colour_lock")
+        given = {name: getattr(self, name) for name in names}
         return {name: value for name, value in given.items() if value is not None}  # type: ignore[return-value]
 
 
@@ -93,6 +102,13 @@ def _decoding_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--sampler", type=click.Choice(["sde", "ode"]), help="How a few-step model walks; sde if not given."
         ),
+        click.option(
+            "--colour-lock",
+            type=click.Choice(["soft", "full"]),
+            help="Hold colours to the picture (upscale) or to the space's own decoder (decode).",
+        ),
+        click.option("--lora", type=_PATH, metavar="FILE", help="Low-rank adapter to add to the weights."),
+        click.option("--lora-scale", type=float, help="Its strength; 1 if not given."),
         click.option("--bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Per channel."),
         overwrite_option,
         json_option,
