@@ -72,11 +72,7 @@ def run_encoder(
     random = np.random.default_rng([recipe.seed, step])
     started, saved, logged, losses, distances = time.monotonic() - used, used, used, list[float](), list[float]()
     while (progress := recipe.progress(step, used)) < 1:
-        rate = (
-            recipe.learning_rate
-            * min(1.0, (step + 1) / recipe.warmup_steps)
-            * (0.02 + 0.98 * min(1.0, 2 * (1 - progress)))
-        )
+        rate = rate_at(progress, step, recipe)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
@@ -112,6 +108,12 @@ def run_encoder(
 
 
 @torch.no_grad()
+def rate_at(progress: float, step: int, recipe: EncoderRecipe) -> float:
+    """The learning rate: a linear warm-up, and a linear fall to a fiftieth over the budget's second half."""
+    warm = min(1.0, (step + 1) / recipe.warmup_steps)
+    return recipe.learning_rate * warm * (0.02 + 0.98 * min(1.0, 2 * (1 - progress)))
+
+
 def update_average(average: nn.Module, model: nn.Module, keep: float) -> None:
     """Exponential moving average of the weights, in place."""
     for mean, value in zip(average.parameters(), model.parameters(), strict=True):
