@@ -230,7 +230,13 @@ def test_convert_writes_what_loads_with_no_further_argument(weights: Path, laten
 @pytest.mark.skipif(os.name == "nt", reason="interrupts are sent differently there")
 def test_an_interrupt_leaves_no_partial_file(weights: Path, tmp_path: Path) -> None:
     Latent(torch.randn(1, 128, 32, 32) * 0.8, "flux2").save(tmp_path / "large.safetensors")
-    command = [sys.executable, "-m", "pidecode", "decode", "large.safetensors", "-m", str(weights), "-o", "out/"]
+    # A test run started in the background passes "ignore interrupts" on to its children; a terminal does not.
+    as_in_a_terminal = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "runpy.run_module('pidecode', run_name='__main__', alter_sys=True)"
+    )
+    arguments = ["decode", "large.safetensors", "-m", str(weights), "-o", "out/"]
+    command = [sys.executable, "-c", as_in_a_terminal, *arguments]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         time.sleep(2)  # somewhere between loading and decoding: it must not matter where
         assert process.poll() is None
