@@ -39,7 +39,7 @@ check: setup
 	$(VENV)/bin/lint-imports --no-cache
 
 test: check
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
 docs: setup
 	$(RUN) tools/make_docs.py

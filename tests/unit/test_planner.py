@@ -36,9 +36,12 @@ def test_parameters_are_counted_without_building(config: NetConfig, slimmed: boo
 @pytest.mark.parametrize(
     ("size", "dtype", "keep", "chunks"),
     [
-        ((1024, 1024), "float32", True, Chunks()),
+        # Small chunks mean many operations to follow, hence slow: minutes on a busy machine.
+        pytest.param((1024, 1024), "float32", True, Chunks(), marks=pytest.mark.slow),
         ((1024, 1024), "bfloat16", False, Chunks.large(16)),
-        ((768, 512), "bfloat16", True, Chunks(tokens=256, tile_tokens=128, tile_rows=2)),
+        pytest.param(
+            (768, 512), "bfloat16", True, Chunks(tokens=256, tile_tokens=128, tile_rows=2), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_the_prediction_is_within_a_tenth_of_what_is_counted(
