@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pidecode.training.parallel import bare
+from pidecode.training.parallel import bare, own_shards
 from pidecode.training.settings import Average
 
 
@@ -52,6 +52,7 @@ class MovingAverage:
     @torch.no_grad()
     def swap(self, module: nn.Module) -> None:
         """Exchange averages and weights; twice is as before."""
+        own_shards(module)
         parameters: Mapping[str, Tensor] = dict(bare(module).named_parameters())
         for name, average in self.tensors.items():
             kept = parameters[name].detach().clone()

@@ -182,6 +182,13 @@ def spread_module(module: nn.Module, spread: Spread, here: World) -> nn.Module:
     return DistributedDataParallel(module, device_ids=None if here.device.type == "cpu" else [here.device])
 
 
+def own_shards(module: nn.Module) -> None:
+    """Let every sharded part hold its own share again: FSDP2 leaves the outermost gathered after a forward."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 def bare(module: nn.Module) -> nn.Module:
     """The module itself, without DDP's wrapping."""
     return module.module if isinstance(module, DistributedDataParallel) else module
