@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,29 +14,30 @@ from PIL import Image
 from pidecode import PixelDecoder
 from pidecode.errors import CheckpointError, SettingError, TrainingError
 from pidecode.facts.architecture import NetConfig
-from pidecode.model.encoder import EncoderConfig
+from pidecode.model.encoder import EncoderConfig, ImageEncoder
 from pidecode.training.tiny.cache import LatentCache, add_picture, crop_to_multiple, held_out, quarter, read_manifest
-from pidecode.training.tiny.decoder_stage import DecoderRecipe, noised, rate_at, run_regressor, tiny_config
-from pidecode.training.tiny.encoder_stage import EncoderRecipe, run_encoder
+from pidecode.training.tiny.decoder_stage import (
+    DecoderRecipe,
+    noised,
+    rate_at,
+    run_regressor,
+    small_config,
+    tiny_config,
+)
+from pidecode.training.tiny.encoder_stage import EncoderRecipe, levels_apart, run_encoder
+from pidecode.training.tiny.grow import grown
 from pidecode.training.tiny.joint_stage import JointRecipe, Pair, run_joint
-from pidecode.training.tiny.linear_start import fit_linear_start, principal_directions
 from pidecode.training.tiny.muon import Muon, muon_groups, orthogonalised
 from pidecode.training.tiny.procedural import KINDS, procedural_picture
 from pidecode.training.tiny.regressor import Regressor, into_pixelnet
-from pidecode.training.tiny.release import release_pair
+from pidecode.training.tiny.release import load_pair, release
 from pidecode.training.tiny.run import TinyRun, build_cache
 from pidecode.training.tiny.state import load_state, save_state
 from pidecode.training.tiny.teacher import TeacherAutoencoder
 
-SMALL = NetConfig(
-    hidden_size=64, num_heads=4, patch_depth=1, patch_size=32, pixel_hidden_size=4, pixel_depth=1,
-    pixel_attn_hidden_size=16, pixel_num_heads=2, text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2,
-    adapter_width=64, adapter_blocks=1, adapter_padding="replicate", gate="per_token", inject_pixels=True,
-    prediction="x0",
-)  # fmt: skip
-ENCODER = EncoderConfig(
-    half_width=8, half_blocks=1, quarter_width=8, quarter_blocks=1, eighth_width=16, eighth_blocks=1
-)  # fmt: skip
+# As narrow as the teacher's features allow.
+SMALL = replace(tiny_config(), adapter_blocks=1, pixel_attn_hidden_size=16)
+ENCODER = EncoderConfig(half_blocks=1, quarter_blocks=1, eighth_width=16, eighth_blocks=1)
 
 
 @pytest.fixture(scope="module")
@@ -145,16 +147,6 @@ def test_muon_finds_a_linear_map() -> None:
     assert losses[-1] < 2e-2 * losses[0]
 
 
-def test_principal_directions_are_those_of_the_whole_decomposition() -> None:
-    generator = torch.Generator().manual_seed(0)
-    samples = torch.randn(500, 60, generator=generator) * torch.logspace(0, -3, 60)
-    covariance = samples.T @ samples / 500
-    basis, variances = principal_directions(covariance, 5)
-    expected = torch.linalg.eigvalsh(covariance).flip(0)[:5]
-    torch.testing.assert_close(variances, expected, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(basis.T @ basis, torch.eye(5), rtol=0, atol=1e-4)
-
-
 def test_latents_are_noised_in_part() -> None:
     latent = torch.ones(400, 2, 1, 1)
     given, sigma = noised(latent, 0.25, 0.8, torch.Generator().manual_seed(0))
@@ -173,10 +165,19 @@ def test_the_rate_warms_up_stays_and_falls() -> None:
     assert rate_at(1.0, 100, recipe) == pytest.approx(0.02)
 
 
-def test_a_pixelnet_gives_its_regressors_picture_at_any_time(cache: LatentCache) -> None:
+def started(cache: LatentCache) -> Regressor:
+    """A regressor at its start values, with blocks that do something."""
     torch.manual_seed(0)
     regressor = Regressor(SMALL)
-    regressor.start_from_linear(fit_linear_start(cache, 64, batches=2, side=192))
+    regressor.start_from_patches(cache.crops(16, 128, np.random.default_rng(0)).target)
+    for name, parameter in regressor.named_parameters():
+        if ".block.5." in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return regressor
+
+
+def test_a_pixelnet_gives_its_regressors_picture_at_any_time(cache: LatentCache) -> None:
+    regressor = started(cache)
     net = into_pixelnet(regressor).eval()
     batch = cache.crops(2, 128, np.random.default_rng(0))
     with torch.no_grad():
@@ -186,60 +187,130 @@ def test_a_pixelnet_gives_its_regressors_picture_at_any_time(cache: LatentCache)
             assert (given - wanted).abs().max() < 5e-3
 
 
+def test_patches_start_as_their_own_principal_directions(cache: LatentCache) -> None:
+    regressor = Regressor(SMALL)
+    pictures = cache.crops(16, 128, np.random.default_rng(0)).target
+    regressor.start_from_patches(pictures)
+    rank, side = SMALL.adapter_width // 4, 8
+    patches = torch.nn.functional.pixel_unshuffle(pictures, side)  # [B, 3 * 64, 16, 16]
+    mean = patches.mean((0, 2, 3), keepdim=True)
+    values, vectors = torch.linalg.eigh(torch.cov(patches.transpose(0, 1).flatten(1)))
+    basis, scale = vectors[:, -rank:].flip(1), values[-rank:].flip(0).clamp(min=1e-8) ** 0.25
+    features = torch.einsum("bphw,pr->brhw", patches - mean, basis / scale)
+    with torch.no_grad():
+        given = regressor.picture(torch.nn.functional.pixel_unshuffle(features, 2))
+    kept = torch.einsum("bphw,pr,qr->bqhw", patches - mean, basis, basis) + mean
+    torch.testing.assert_close(given, torch.nn.functional.pixel_shuffle(kept, side), atol=2e-4, rtol=1e-4)
+
+
+def test_parts_that_are_fed_their_own_work_are_the_whole(cache: LatentCache) -> None:
+    regressor = started(cache)
+    cells = torch.nn.functional.pixel_shuffle(cache.crops(2, 128, np.random.default_rng(0)).latent, 2)
+    shapes = [cells.new_zeros(2, 64, side, side) for side in (4, 8, 16)]
+    with torch.no_grad():
+        hints = list(shapes)
+        for level in range(3):
+            hints[level] = regressor.apart(cells, hints)[0][level]
+        _, picture = regressor.apart(cells, hints)
+        whole = regressor(torch.nn.functional.pixel_unshuffle(cells, 2))
+    torch.testing.assert_close(picture, whole, atol=1e-5, rtol=1e-4)
+
+
+def test_an_encoders_levels_that_are_fed_their_own_work_are_the_whole() -> None:
+    torch.manual_seed(0)
+    encoder, picture = ImageEncoder(ENCODER), torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        half, _, _ = levels_apart(encoder, picture, torch.zeros(1, 64, 16, 16), torch.zeros(1, 64, 8, 8))
+        _, quarter, _ = levels_apart(encoder, picture, half, torch.zeros(1, 64, 8, 8))
+        _, _, cells = levels_apart(encoder, picture, half, quarter)
+        torch.testing.assert_close(cells, encoder.cells(picture))
+
+
 def test_a_regressor_needs_a_network_it_can_become() -> None:
     with pytest.raises(SettingError, match="inject_pixels"):
         Regressor(NetConfig())
-    assert tiny_config().prediction == "x0"
+    with pytest.raises(SettingError, match="adapter_climb"):
+        Regressor(replace(SMALL, adapter_climb=0))
 
 
-def test_the_regressor_learns_and_goes_on_where_it_stopped(cache: LatentCache, tmp_path: Path) -> None:
-    recipe = DecoderRecipe(
-        steps=30, crops=((128, 4, 1.0),), warmup_steps=2, noisy_from=1.0, log_every=0.0,
-        start_batches=2, start_side=192,
-    )  # fmt: skip
+def test_a_grown_regressor_gives_the_same_picture(cache: LatentCache) -> None:
+    regressor = started(cache)
+    deeper = grown(regressor, replace(SMALL, adapter_blocks=3))
+    latent = cache.crops(2, 128, np.random.default_rng(0)).latent
+    with torch.no_grad():
+        assert torch.equal(deeper(latent), regressor(latent))
+    with pytest.raises(SettingError, match="grows in adapter_blocks only"):
+        grown(deeper, SMALL)
+    assert small_config().adapter_blocks > tiny_config().adapter_blocks
+
+
+def test_the_regressor_learns_and_goes_on_where_it_stopped(
+    cache: LatentCache, teacher: TeacherAutoencoder, tmp_path: Path
+) -> None:
+    recipe = DecoderRecipe(steps=24, crops=((128, 2, 1.0),), warmup_steps=2, noisy_from=1.0, log_every=0.0, apart=0.5)
     lines: list[str] = []
-    run_regressor(cache, tmp_path, recipe, config=SMALL, report=lines.append)
+    run_regressor(cache, tmp_path, recipe, teacher, config=SMALL, report=lines.append)
     first = load_state(tmp_path / "regressor.pt")
     assert first is not None
-    losses = [float(line.split("loss ")[1].split()[0]) for line in lines]
-    assert len(losses) == 30
-    assert sum(losses[-5:]) < sum(losses[:5])
-    longer = DecoderRecipe(steps=33, crops=recipe.crops, noisy_from=0.5)
-    run_regressor(cache, tmp_path, longer, config=SMALL)
+    errors = [float(line.split("error ")[1].split()[1]) for line in lines]
+    assert len(errors) == 24
+    assert sum(errors[8:12]) < sum(errors[:4])  # apart
+    assert sum(errors[20:]) < sum(errors[12:16])  # whole
+    longer = DecoderRecipe(steps=26, crops=recipe.crops, noisy_from=0.5)
+    run_regressor(cache, tmp_path, longer, teacher, config=SMALL)
     second = load_state(tmp_path / "regressor.pt")
     assert second is not None
-    assert (first["step"], second["step"]) == (30, 33)
+    assert (first["step"], second["step"]) == (24, 26)
     assert second["used"] > first["used"]
 
 
-def test_encoder_and_decoder_learn_together_and_the_files_load(cache: LatentCache, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    decoder = Regressor(SMALL)
-    decoder.start_from_linear(fit_linear_start(cache, 64, batches=2, side=192))
-    encoder = run_encoder(
-        cache, tmp_path, EncoderRecipe(steps=3, warmup_steps=1, pictures_per_step=1), config=ENCODER,
-        decode=decoder.requires_grad_(False),
-    )  # fmt: skip
-    pair = Pair(SMALL, ENCODER)
-    pair.decoder.load_state_dict(decoder.state_dict())
-    pair.encoder.load_state_dict(encoder.state_dict())
+def test_the_encoder_comes_nearer_to_its_teacher(
+    cache: LatentCache, teacher: TeacherAutoencoder, tmp_path: Path
+) -> None:
     lines: list[str] = []
-    recipe = JointRecipe(steps=40, side=128, own=4, teacher=1, workers=1, log_every=0.0)
-    run_joint(pair, cache, tmp_path, recipe, lines.append)
+    recipe = EncoderRecipe(steps=30, warmup_steps=2, side=32, crops=2, log_every=0.0)
+    run_encoder(cache, tmp_path, recipe, teacher, config=ENCODER, report=lines.append)
+    apart = [[float(word) for word in line.split("apart ")[1].split()[:3]] for line in lines if "apart" in line]
+    whole = [float(line.split("whole ")[1].split()[0]) for line in lines if "whole" in line]
+    assert len(apart) + len(whole) == 30
+    assert all(late < early for early, late in zip(apart[0], apart[-1], strict=True))
+    assert sum(whole[-4:]) < sum(whole[:4])
+
+
+def test_encoder_and_decoder_learn_together_and_the_files_load(
+    cache: LatentCache, teacher: TeacherAutoencoder, tmp_path: Path
+) -> None:
+    pair = Pair(started(cache), ImageEncoder(ENCODER))
+    lines: list[str] = []
+    recipe = JointRecipe(steps=40, crops=((128, 2, 1.0),), workers=1, log_every=0.0, decoder_rate=2e-3)
+    run_joint(pair, cache, tmp_path, recipe, teacher, lines.append)
     own = [float(line.split("latent ")[1].split()[0]) for line in lines]
     assert len(own) == 40
-    assert sum(own[-10:]) < sum(own[:10])
-    paths = release_pair(tmp_path / "joint.pt", tmp_path)
+    assert sum(own[-8:]) < sum(own[:8])
+    paths = release(tmp_path / "joint.pt", tmp_path, variant="tiny")
     loaded = PixelDecoder.from_pretrained(paths[0], encoder=paths[1], device="cpu")
     picture = loaded.upscale(Image.fromarray(quarter(procedural_picture("gradients", 256, 0))), seed=0)
     assert picture.size == (256, 256)
 
 
-def test_two_workers_share_the_weights(cache: LatentCache, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    pair = Pair(SMALL, ENCODER)
+def test_a_decoder_alone_leaves_the_encoder_as_it_is(
+    cache: LatentCache, teacher: TeacherAutoencoder, tmp_path: Path
+) -> None:
+    pair = Pair(started(cache), ImageEncoder(ENCODER))
+    before = {name: value.clone() for name, value in pair.state_dict().items()}
+    recipe = JointRecipe(steps=2, crops=((64, 1, 1.0),), workers=1, encoder_rate=0.0)
+    run_joint(pair, cache, tmp_path, recipe, teacher)
+    after = load_pair(tmp_path / "joint.pt").state_dict()
+    for name, value in before.items():
+        assert torch.equal(after[name], value) == (
+            name.startswith("encoder.") or torch.equal(pair.state_dict()[name], value)
+        )
+
+
+def test_two_workers_share_the_weights(cache: LatentCache, teacher: TeacherAutoencoder, tmp_path: Path) -> None:
+    pair = Pair(started(cache), ImageEncoder(ENCODER))
     before = pair.decoder.to_pixels.weight.detach().clone()
-    run_joint(pair, cache, tmp_path, JointRecipe(steps=2, side=128, own=1, teacher=1, workers=2))
+    run_joint(pair, cache, tmp_path, JointRecipe(steps=2, crops=((64, 1, 1.0),), workers=2), teacher)
     state = load_state(tmp_path / "joint.pt")
     assert state is not None
     assert state["step"] > 0
@@ -255,7 +326,7 @@ def test_a_state_is_whole_or_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="not a training state"):
         load_state(path)
     with pytest.raises(TrainingError, match="run the joint stage"):
-        release_pair(tmp_path / "none.pt", tmp_path)
+        release(tmp_path / "none.pt", tmp_path, variant="tiny")
 
 
 def test_the_cache_of_a_run_keeps_held_out_pictures_apart(tmp_path: Path, teacher: TeacherAutoencoder) -> None:

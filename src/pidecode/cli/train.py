@@ -16,6 +16,11 @@ from pidecode.errors import SettingError
 if TYPE_CHECKING:
     from pidecode.training.settings import Recipe
 
+OWN_WEIGHTS = {
+    "tiny": "The small weights that ship with the package.",
+    "small": "A deeper decoder, after those.",
+}
+"""Recipes with stages of their own, and what they do."""
 _EVERY = 10.0
 """Seconds between progress lines where nobody watches a terminal."""
 
@@ -69,8 +74,8 @@ def train(
         return
     if recipe is None:
         raise SettingError("Name a recipe; `pidecode train --list` shows them.")
-    if recipe == "tiny":
-        _tiny(data, out, settings)
+    if recipe in OWN_WEIGHTS:
+        _own_weights(recipe, data, out, settings)
         return
     chosen = _chosen(recipe, space, data, settings)
     if flags["show"]:
@@ -101,14 +106,15 @@ def _chosen(name: str, space: str | None, data: str | None, settings: tuple[str,
     return apply_settings(get_recipe(name, space), [*given, *settings])
 
 
-def _tiny(data: str | None, out: str | None, settings: tuple[str, ...]) -> None:
-    """The weights that ship with the package have stages of their own; the same command runs or resumes them."""
+def _own_weights(name: str, data: str | None, out: str | None, settings: tuple[str, ...]) -> None:
+    """This project's own weights have stages of their own; the same command runs or resumes them."""
     teacher = next((text.removeprefix("teacher=") for text in settings if text.startswith("teacher=")), None)
     if data is None or out is None or teacher is None or len(settings) != 1:
-        raise SettingError("The recipe tiny takes --data, --out and --set teacher=FOLDER (the two taef2 files).")
-    from pidecode.training.tiny.run import TinyRun, train_tiny
+        raise SettingError(f"The recipe {name} takes --data, --out and --set teacher=FOLDER (the two taef2 files).")
+    from pidecode.training.tiny.run import TinyRun, train_small, train_tiny
 
-    for path in train_tiny(TinyRun(data=Path(data), teacher=Path(teacher), folder=Path(out)), _Line()):
+    train_own = train_tiny if name == "tiny" else train_small
+    for path in train_own(TinyRun(data=Path(data), teacher=Path(teacher), folder=Path(out)), _Line()):
         click.echo(path)
 
 
@@ -116,7 +122,8 @@ def _list() -> None:
     from pidecode.training.recipes import RECIPES, summary
 
     rows = [{"recipe": name, "what it does": summary(maker)} for name, maker in RECIPES.items()]
-    click.echo(table([*rows, {"recipe": "tiny", "what it does": "The small weights that ship with the package."}]))
+    rows += [{"recipe": name, "what it does": words} for name, words in OWN_WEIGHTS.items()]
+    click.echo(table(rows))
 
 
 def _show(recipe: Recipe) -> None:

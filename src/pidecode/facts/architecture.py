@@ -75,6 +75,9 @@ class NetConfig:
     """Residual blocks of the adapter."""
     adapter_padding: Padding = "zeros"
     """What the convolutions see beyond the edge."""
+    adapter_climb: int = 0
+    """Doublings of the grid inside the adapter, from the latent's cells to a grid finer than the patches, whose
+    features are then folded into them. 0 convolves on the patch grid alone, as every released network does."""
     adapter_image_channels: int = 0
     """Channels of an optional low-resolution picture beside the latent (0 in every released network)."""
     gate: Gate = "per_channel"
@@ -110,7 +113,9 @@ class NetConfig:
             self._check_adapter()
 
     def _check_positive(self) -> None:
-        may_be_zero = {"text_dim", "latent_channels", "adapter_blocks", "adapter_image_channels", "pixel_depth"}
+        may_be_zero = {
+            "text_dim", "latent_channels", "adapter_blocks", "adapter_climb", "adapter_image_channels", "pixel_depth",
+        }  # fmt: skip
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, int) or field.name == "colour_head_tap":
@@ -146,6 +151,24 @@ class NetConfig:
             raise SettingError(
                 f"patch_size={self.patch_size} covers {1 / ratio:g} latent cells a side; it must be a whole number."
             )
+
+        if self.adapter_climb:
+            self._check_climb()
+
+    def _check_climb(self) -> None:
+        fold = self.adapter_fold
+        if fold != round(fold) or fold < 1 or self.adapter_width % (4 * round(fold) ** 2):
+            raise SettingError(
+                f"adapter_climb={self.adapter_climb} gives {fold:g} cells a side of a patch; it must be a whole "
+                f"number, and adapter_width ({self.adapter_width}) a multiple of 4 times its square."
+            )
+        if self.colour_head and self.colour_head_tap != -1:
+            raise SettingError("colour_head_tap counts blocks on the patch grid; with adapter_climb it must be -1.")
+
+    @property
+    def adapter_fold(self) -> float:
+        """Cells of the adapter's finest grid per patch, along each side, where it climbs."""
+        return float(2**self.adapter_climb / self.latent_to_patch_ratio)
 
     @property
     def has_text(self) -> bool:

@@ -96,13 +96,17 @@ def conv3x3(in_channels: int, out_channels: int, padding: Padding) -> nn.Conv2d:
 
 
 class ResidualBlock(nn.Module):
-    """Two normalised 3x3 convolutions and a skip."""
+    """Two 3x3 convolutions, each after a norm over the whole picture, and a skip."""
 
-    def __init__(self, width: int, padding: Padding) -> None:
+    def __init__(self, width: int, padding: Padding, *, normalised: bool = True) -> None:
         super().__init__()
+
+        def norm() -> nn.Module:
+            return nn.GroupNorm(4, width) if normalised else nn.Identity()
+
         self.block = nn.Sequential(
-            nn.GroupNorm(4, width), nn.SiLU(), conv3x3(width, width, padding),
-            nn.GroupNorm(4, width), nn.SiLU(), conv3x3(width, width, padding),
+            norm(), nn.SiLU(), conv3x3(width, width, padding),
+            norm(), nn.SiLU(), conv3x3(width, width, padding),
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,6 +118,32 @@ def _tower(in_channels: int, width: int, blocks: int, padding: Padding) -> nn.Se
         conv3x3(in_channels, width, padding), nn.SiLU(), conv3x3(width, width, padding),
         *(ResidualBlock(width, padding) for _ in range(blocks)),
     )  # fmt: skip
+
+
+class ClimbingTower(nn.Module):
+    """Unpatchified latent `[B, C, a, b]` to features of the patch grid, by way of a finer one.
+
+    Small networks decode better per operation this way: the latent's own coarse grid is where convolutions are cheap,
+    and a grid finer than the patches is where they need not tell apart the places within one. Only the coarsest level
+    normalises over the picture; finer ones would lose the size of a faint detail by it.
+    """
+
+    def __init__(self, channels: int, config: NetConfig) -> None:
+        super().__init__()
+        self.fold = round(config.adapter_fold)
+        width, padding = config.adapter_width // self.fold**2, config.adapter_padding
+        self.levels = nn.ModuleList()
+        for level in range(config.adapter_climb + 1):
+            blocks = config.adapter_blocks * (2 if level == config.adapter_climb else 1)
+            self.levels.append(nn.Sequential(
+                conv3x3(width if level else channels, width, padding),
+                *(ResidualBlock(width, padding, normalised=level == 0) for _ in range(blocks)),
+            ))  # fmt: skip
+
+    def forward(self, cells: Tensor) -> Tensor:
+        for level, layers in enumerate(self.levels):
+            cells = layers(F.interpolate(cells, scale_factor=2, mode="nearest") if level else cells)
+        return F.pixel_unshuffle(cells, self.fold)
 
 
 class Gate(nn.Module):
@@ -162,9 +192,12 @@ class LatentAdapter(nn.Module):
             )
         if config.latent_channels:
             channels = config.latent_channels // config.latent_unpatchify**2
-            if config.latent_to_patch_ratio < 1:
-                channels *= round(1 / config.latent_to_patch_ratio) ** 2
-            self.latent_proj = _tower(channels, width, config.adapter_blocks, padding)
+            if config.adapter_climb:
+                self.latent_proj: nn.Module = ClimbingTower(channels, config)
+            else:
+                if config.latent_to_patch_ratio < 1:
+                    channels *= round(1 / config.latent_to_patch_ratio) ** 2
+                self.latent_proj = _tower(channels, width, config.adapter_blocks, padding)
         if config.adapter_image_channels and config.latent_channels:
             self.merge = nn.Sequential(
                 nn.Conv2d(2 * width, width, 1), nn.SiLU(),
@@ -193,10 +226,10 @@ class LatentAdapter(nn.Module):
         if config.latent_unpatchify > 1:
             latent = F.pixel_shuffle(latent, config.latent_unpatchify)
         ratio = config.latent_to_patch_ratio
-        if ratio > 1:
+        if ratio > 1 and not config.adapter_climb:
             return F.interpolate(latent, size=grid, mode="nearest")
-        fold = round(1 / ratio)
-        size = (grid[0] * fold, grid[1] * fold)
+        size = (round(grid[0] / ratio), round(grid[1] / ratio))
+        fold = 1 if config.adapter_climb else round(1 / ratio)
         if latent.shape[-2:] != size:
             latent = F.interpolate(latent, size=size, mode="bilinear", align_corners=False)
         return F.pixel_unshuffle(latent, fold) if fold > 1 else latent
@@ -213,11 +246,14 @@ class LatentAdapter(nn.Module):
                 image = F.interpolate(image, size=size, mode="bilinear", align_corners=False)
             parts.append(self.image_conv(F.pixel_unshuffle(image, self.fold)))
         if self.config.latent_channels and latent is not None:
-            hidden = self.align(latent, grid).to(self.latent_proj[0].weight.dtype)  # type: ignore[arg-type]
-            for index, layer in enumerate(self.latent_proj):
-                hidden = layer(hidden)
-                if index > 2 and index - 2 == self.config.colour_head_tap:  # residual blocks count from one
-                    tapped = hidden
+            hidden = self.align(latent, grid).to(next(self.latent_proj.parameters()).dtype)
+            if isinstance(self.latent_proj, ClimbingTower):
+                hidden = self.latent_proj(hidden)
+            else:
+                for index, layer in enumerate(cast(nn.Sequential, self.latent_proj)):
+                    hidden = layer(hidden)
+                    if index > 2 and index - 2 == self.config.colour_head_tap:  # residual blocks count from one
+                        tapped = hidden
             parts.append(hidden)
         if not parts:
             raise LatentError("The adapter was given neither a latent nor a low-resolution picture it can read.")

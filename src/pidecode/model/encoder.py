@@ -24,11 +24,11 @@ class EncoderConfig:
     `channels` is that of the packed latent (128 for FLUX.2). Raises SettingError for values that cannot be built.
     """
 
-    half_width: int = 48
-    half_blocks: int = 2
-    quarter_width: int = 96
-    quarter_blocks: int = 3
-    eighth_width: int = 160
+    half_width: int = 64
+    half_blocks: int = 4
+    quarter_width: int = 64
+    quarter_blocks: int = 4
+    eighth_width: int = 128
     eighth_blocks: int = 4
     channels: int = 128
 

@@ -75,7 +75,7 @@ class Structure:
 
 def _latent_in(config: NetConfig) -> int:
     ratio = config.latent_to_patch_ratio
-    fold = round(1 / ratio) if 0 < ratio < 1 else 1
+    fold = round(1 / ratio) if 0 < ratio < 1 and not config.adapter_climb else 1
     return config.latent_channels // config.latent_unpatchify**2 * fold**2
 
 
@@ -170,22 +170,26 @@ def _pixel_path(look: _Look) -> dict[str, Any]:
 
 def _adapter(look: _Look, seen: dict[str, Any], interval: int | None) -> Structure:
     shapes = look.shapes
-    towers = [name for name in ("latent_proj", "image_conv") if f"lq_proj.{name}.0.weight" in shapes]
+    climb = max(0, look.count(r"lq_proj\.latent_proj\.levels\.(\d+)\.") - 1)
+    first = {"latent_proj": "levels.0.0" if climb else "0", "image_conv": "0"}  # the convolutions that see the input
+    starts = {tower: f"lq_proj.{tower}.{place}.weight" for tower, place in first.items()}
+    towers = [tower for tower, start in starts.items() if start in shapes]
     if not towers:
         look("lq_proj.latent_proj.0.weight")
     heads = look.count(r"lq_proj\.output_heads\.(\d+)\.")
     colour = COLOUR_HEAD + "3.weight" in shapes
     gate_rows = look("lq_proj.gate_modules.0.content_proj.weight")[0]
-    first = look(f"lq_proj.{towers[0]}.0.weight", 4)
+    level = r"levels\.0\." if climb else ""
     seen |= {
-        "adapter_width": first[0],
-        "adapter_blocks": look.count(rf"lq_proj\.{towers[0]}\.(\d+)\.block\."),
+        "adapter_width": look("lq_proj.output_heads.0.weight")[1],
+        "adapter_blocks": look.count(rf"lq_proj\.{towers[0]}\.{level}(\d+)\.block\."),
+        "adapter_climb": climb,
         "gate": "per_token" if gate_rows == 1 else "per_channel",
         "inject_pixels": "pit_lq_gate.log_alpha" in shapes,
         "inject_interval": _interval(look.source, seen["patch_depth"], heads, interval),
         "colour_head": colour,
     }
-    inputs = {tower: look(f"lq_proj.{tower}.0.weight", 4)[1] for tower in towers}
+    inputs = {tower: look(starts[tower], 4)[1] for tower in towers}
     return Structure(
         seen=seen,
         latent_in=inputs.get("latent_proj", 0),

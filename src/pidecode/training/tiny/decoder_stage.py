@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,36 +16,41 @@ from torch import Tensor, nn
 from pidecode.facts.architecture import NetConfig
 from pidecode.training.tiny.cache import CropBatch, LatentCache
 from pidecode.training.tiny.encoder_stage import update_average
-from pidecode.training.tiny.linear_start import fit_linear_start
 from pidecode.training.tiny.muon import Muon, muon_groups
 from pidecode.training.tiny.regressor import Regressor
 from pidecode.training.tiny.state import Budget, load_state, save_state
+from pidecode.training.tiny.teacher import TeacherAutoencoder
 
 
 def tiny_config() -> NetConfig:
-    """The shape of `tiny`: one latent cell per patch, a deep narrow adapter, one patch block, one pixel block."""
+    """The shape of `tiny`: an adapter that climbs to 8-pixel cells, one patch block, one pixel block."""
     return NetConfig(
-        hidden_size=192, num_heads=4, patch_depth=1, patch_size=32,
+        hidden_size=256, num_heads=4, patch_depth=1, patch_size=16,
         pixel_hidden_size=4, pixel_depth=1, pixel_attn_hidden_size=32, pixel_num_heads=2,
         text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2,
-        adapter_width=192, adapter_blocks=6, adapter_padding="replicate", gate="per_token",
+        adapter_width=256, adapter_blocks=3, adapter_climb=2, adapter_padding="replicate", gate="per_token",
         inject_pixels=True, rope_reference=(1024, 1024), prediction="x0",
     )  # fmt: skip
+
+
+def small_config() -> NetConfig:
+    """The shape of `small`: that of `tiny` with an adapter of twice the depth."""
+    return replace(tiny_config(), adapter_blocks=6)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderRecipe(Budget):
     """How the adapter of `tiny` learns; the schedule follows the budget, which counts all resumed parts."""
 
-    start_batches: int = 40
-    """Batches of 16 crops behind the linear start."""
-    start_side: int = 320
-    """Side of those crops, in pixels."""
+    apart: float = 0.35
+    """Share of the budget in which the adapter's levels learn apart, each fed its teacher's features."""
+    hint_weight: float = 0.3
+    """Weight of each level's distance from its teacher's features, in units of their variance."""
     learning_rate: float = 2e-3
     warmup_steps: int = 40
     decay_from: float = 0.6
     """Share of the budget after which the rate falls linearly to a fiftieth."""
-    crops: tuple[tuple[int, int, float], ...] = ((256, 24, 0.5), (384, 10, 0.3), (512, 6, 0.2))
+    crops: tuple[tuple[int, int, float], ...] = ((256, 8, 0.6), (384, 4, 0.25), (512, 2, 0.15))
     """Crop side in pixels, crops a step, share of the steps."""
     noisy_from: float = 0.5
     """Share of the budget after which latents are noised as well."""
@@ -71,10 +76,12 @@ def noised(latent: Tensor, share: float, largest: float, generator: torch.Genera
     return (1 - scale) * latent + scale * noise.to(latent), sigma
 
 
-def draw_crops(cache: LatentCache, recipe: DecoderRecipe, random: np.random.Generator) -> CropBatch:
-    """One step's crops, of a size drawn from the recipe."""
-    shares = np.array([share for _, _, share in recipe.crops])
-    side, count, _ = recipe.crops[int(random.choice(len(shares), p=shares / shares.sum()))]
+def draw_crops(
+    cache: LatentCache, choices: tuple[tuple[int, int, float], ...], random: np.random.Generator
+) -> CropBatch:
+    """One step's crops: one of the `choices` of crop side, crops a step and share of the steps."""
+    shares = np.array([share for _, _, share in choices])
+    side, count, _ = choices[int(random.choice(len(shares), p=shares / shares.sum()))]
     return cache.crops(count, side, random)
 
 
@@ -90,9 +97,21 @@ def rate_at(progress: float, step: int, recipe: DecoderRecipe) -> float:
     return recipe.learning_rate * min(1.0, (step + 1) / recipe.warmup_steps) * max(0.02, 1 - falling)
 
 
+def hint_loss(
+    model: Regressor, teacher: TeacherAutoencoder, cells: Tensor, target: Tensor, weight: float
+) -> tuple[Tensor, Tensor]:
+    """What the levels of the adapter cost apart, and the picture's squared error alone."""
+    with torch.no_grad():
+        hints = teacher.decoder_features(cells)
+    made, picture = model.apart(cells, hints)
+    error = F.mse_loss(picture, target)
+    distances = [F.mse_loss(ours, theirs) / theirs.var() for ours, theirs in zip(made, hints, strict=True)]
+    return error + weight * torch.stack(distances).sum(), error
+
+
 def run_regressor(
-    cache: LatentCache, folder: Path, recipe: DecoderRecipe, *, config: NetConfig | None = None,
-    report: Callable[[str], None] = lambda line: None,
+    cache: LatentCache, folder: Path, recipe: DecoderRecipe, teacher: TeacherAutoencoder, *,
+    config: NetConfig | None = None, report: Callable[[str], None] = lambda line: None,
 ) -> Regressor:  # fmt: skip
     """Train the adapter with a linear head until the budget is used; resumes from `folder`, returns the average."""
     torch.manual_seed(recipe.seed)
@@ -100,10 +119,7 @@ def run_regressor(
     model, average = Regressor(config), Regressor(config).requires_grad_(False).to(recipe.device)
     state = load_state(folder / "regressor.pt")
     if state is None:
-        start = fit_linear_start(
-            cache, min(config.adapter_width, config.hidden_size), batches=recipe.start_batches, side=recipe.start_side
-        )
-        model.start_from_linear(start)
+        model.start_from_patches(cache.crops(64, recipe.crops[0][0], np.random.default_rng(recipe.seed)).target)
     model.to(recipe.device)
     optimizer = Muon(
         muon_groups(model.named_parameters(), adam_names=("to_pixels", "pit_head")), lr=recipe.learning_rate
@@ -117,24 +133,30 @@ def run_regressor(
         optimizer.load_state_dict(state["optimizer"])
         step, used = state["step"], state["used"]
     random, generator = np.random.default_rng([recipe.seed, step]), torch.Generator().manual_seed(recipe.seed + step)
-    started, saved, logged, losses = time.monotonic() - used, used, used, list[float]()
+    started, saved, logged, losses = time.monotonic() - used, used, used, list[list[float]]()
     while (progress := recipe.progress(step, used)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = rate_at(progress, step, recipe)
-        batch = draw_crops(cache, recipe, random).to(recipe.device)
-        share = recipe.noisy_share if progress >= recipe.noisy_from else 0.0
-        latent, _ = noised(batch.latent, share, recipe.largest_sigma, generator)
+        batch = draw_crops(cache, recipe.crops, random).to(recipe.device)
+        with torch.no_grad():  # as a whole picture: a cut-out of a larger one's latent would not know its own colours
+            cells = teacher.encode(batch.small)
         optimizer.zero_grad(set_to_none=True)
-        loss = picture_loss(model(latent), batch.target, recipe.absolute_weight)
+        if progress < recipe.apart:
+            loss, error = hint_loss(model, teacher, cells, batch.target, recipe.hint_weight)
+        else:
+            share = recipe.noisy_share if progress >= recipe.noisy_from else 0.0
+            latent, _ = noised(F.pixel_unshuffle(cells, 2), share, recipe.largest_sigma, generator)
+            loss = error = picture_loss(model(latent), batch.target, recipe.absolute_weight)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
         step += 1
         update_average(average, model, min(recipe.ema, (1 + step) / (10 + step)))
-        losses.append(loss.item())
+        losses.append([loss.item(), error.item()])
         used = time.monotonic() - started
         if used - logged > recipe.log_every:
-            report(f"step {step} {used:.0f}s loss {np.mean(losses):.5f} rate {optimizer.param_groups[0]['lr']:.1e}")
+            values = " ".join(f"{value:.5f}" for value in np.mean(losses, axis=0))
+            report(f"step {step} {used:.0f}s loss, error {values} rate {optimizer.param_groups[0]['lr']:.1e}")
             logged, losses = used, []
         if used - saved > recipe.save_every or recipe.progress(step, used) >= 1:
             save_state(

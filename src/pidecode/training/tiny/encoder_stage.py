@@ -14,49 +14,69 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pidecode.model.encoder import EncoderConfig, ImageEncoder
-from pidecode.training.tiny.cache import LatentCache, to_signed
+from pidecode.training.tiny.cache import SCALE, LatentCache
 from pidecode.training.tiny.muon import Muon, muon_groups
 from pidecode.training.tiny.state import Budget, load_state, save_state
+from pidecode.training.tiny.teacher import TeacherAutoencoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderRecipe(Budget):
     """How long and how fast to imitate; the budget counts all resumed parts."""
 
-    learning_rate: float = 1e-3
+    apart: float = 0.45
+    """Share of the budget in which the three levels learn apart, each fed its teacher's features."""
+    learning_rate: float = 2e-3
     warmup_steps: int = 20
-    pictures_per_step: int = 2
+    side: int = 96
+    """Side of a crop of the small picture."""
+    crops: int = 4
+    picture_weight: float = 2.0
+    """Weight, once the levels are joined, of the difference between the pictures that the teacher decodes from both
+    latents, beside the latents' own in units of their variance."""
     ema: float = 0.998
     device: str = "cpu"
     seed: int = 0
-    latent_weight: float = 0.1
-    """Weight of the latent's mean squared error where a decoder's picture counts too."""
     save_every: float = 120.0
     log_every: float = 30.0
 
 
-def whole_picture(cache: LatentCache, random: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """One whole picture at output size and at low resolution, [1,3,..] in [-1,1], and its teacher's cells.
+def levels_apart(model: ImageEncoder, picture: Tensor, half: Tensor, quarter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the encoder's levels make, each of what the teacher had before it: features twice, then cells.
 
-    Mirrored half of the time.
+    Shallow parts learn many times faster than the whole, and all at once.
     """
-    index = int(random.choice(len(cache.names), p=cache.weights))
-    mirrored = int(random.integers(0, 2))
-    small = to_signed(np.array(cache.smalls[index]))[None]
-    latent = torch.from_numpy(np.array(cache.latents[index][0][mirrored])).float()[None]
-    target = to_signed(np.array(cache.pictures[index]))[None]
-    return (target.flip(-1), small.flip(-1), latent) if mirrored else (target, small, latent)
+    return (
+        model.at_half(model.stem(functional.pixel_unshuffle(picture, 2))),
+        model.at_quarter(model.to_quarter(half)),
+        model.head(functional.relu(model.at_eighth(model.to_eighth(quarter)))),
+    )
+
+
+def imitation_loss(
+    model: ImageEncoder, teacher: TeacherAutoencoder, picture: Tensor, *, apart: bool, picture_weight: float
+) -> tuple[Tensor, list[float]]:
+    """The loss of one batch of crops, and the parts it consists of, in units of the teacher's variances.
+
+    Both encoders see the crop as if it were a whole picture: the teacher normalises over what it sees.
+    """
+    with torch.no_grad():
+        hints = teacher.encoder_features(picture)
+        wanted = None if apart else teacher.decoder_picture(hints[-1])
+    made = levels_apart(model, picture, *hints[:2]) if apart else (model.cells(picture),)
+    parts = [
+        functional.mse_loss(ours, theirs) / theirs.var() for ours, theirs in zip(made, hints[-len(made) :], strict=True)
+    ]
+    if wanted is not None:
+        parts.append(functional.mse_loss(teacher.decoder_picture(made[-1]), wanted) * picture_weight)
+    return torch.stack(parts).sum(), [part.item() for part in parts]
 
 
 def run_encoder(
-    cache: LatentCache, folder: Path, recipe: EncoderRecipe, *, config: EncoderConfig | None = None,
-    decode: Callable[[Tensor], Tensor] | None = None, report: Callable[[str], None] = lambda line: None,
+    cache: LatentCache, folder: Path, recipe: EncoderRecipe, teacher: TeacherAutoencoder, *,
+    config: EncoderConfig | None = None, report: Callable[[str], None] = lambda line: None,
 ) -> ImageEncoder:  # fmt: skip
-    """Train until the budget is used; resumes from `folder` and returns the averaged encoder.
-
-    decode: a decoder of packed latents that is not trained here; with it, the encoder also learns to give latents
-    whose decoded picture is near the original, so that the two small networks do not add up their errors.
-    """
+    """Train until the budget is used; resumes from `folder` and returns the averaged encoder."""
     torch.manual_seed(recipe.seed)
     model = ImageEncoder(config).to(recipe.device)
     average = ImageEncoder(config).requires_grad_(False).to(recipe.device)
@@ -70,33 +90,27 @@ def run_encoder(
         optimizer.load_state_dict(state["optimizer"])
         step, used = state["step"], state["used"]
     random = np.random.default_rng([recipe.seed, step])
-    started, saved, logged, losses, distances = time.monotonic() - used, used, used, list[float](), list[float]()
+    started, saved, logged, losses = time.monotonic() - used, used, used, list[list[float]]()
     while (progress := recipe.progress(step, used)) < 1:
-        rate = rate_at(progress, step, recipe)
+        rate, apart = rate_at(progress, step, recipe), progress < recipe.apart
         for group in optimizer.param_groups:
             group["lr"] = rate
+        picture = cache.crops(recipe.crops, recipe.side * SCALE, random).small.to(recipe.device)
         optimizer.zero_grad(set_to_none=True)
-        for _ in range(recipe.pictures_per_step):
-            target, small, latent = (part.to(recipe.device) for part in whole_picture(cache, random))
-            cells = model.cells(small)
-            loss = functional.mse_loss(cells, latent)
-            distances.append(loss.item())
-            if decode is not None:
-                picture = decode(functional.pixel_unshuffle(cells, 2))
-                loss = recipe.latent_weight * loss + functional.mse_loss(picture, target)
-            (loss / recipe.pictures_per_step).backward()
-            losses.append(loss.item())
+        loss, parts = imitation_loss(model, teacher, picture, apart=apart, picture_weight=recipe.picture_weight)
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step += 1
         update_average(average, model, min(recipe.ema, (1 + step) / (10 + step)))
+        losses.append(parts)
         used = time.monotonic() - started
         if used - logged > recipe.log_every:
-            report(
-                f"encoder step {step} {used:.0f}s loss {np.mean(losses):.4f} "
-                f"latent {np.mean(distances):.4f} rate {rate:.1e}"
+            values = " ".join(
+                f"{value:.4f}" for value in np.mean([row for row in losses if len(row) == len(parts)], axis=0)
             )
-            logged, losses, distances = used, [], []
+            report(f"encoder step {step} {used:.0f}s {'apart' if apart else 'whole'} {values} rate {rate:.1e}")
+            logged, losses = used, []
         if used - saved > recipe.save_every or recipe.progress(step, used) >= 1:
             save_state(
                 folder / "encoder.pt",

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encoder and decoder of `tiny` together: the encoder stays near its teacher, the decoder reads both their latents.
 
-Alone, each makes errors that the other has never seen. Here the decoder's loss also reaches the encoder, so what the
-encoder cannot yet imitate it at least gets wrong in a way that the decoder understands.
+Alone, each makes errors that the other has never seen. Here the decoder's loss also reaches the encoder. How far it may
+lead it away is bounded by what the teacher's own decoder would show of it.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Callable
@@ -19,14 +20,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from pidecode.errors import TrainingError
-from pidecode.facts.architecture import NetConfig
-from pidecode.model.encoder import EncoderConfig, ImageEncoder
+from pidecode.model.encoder import ImageEncoder
 from pidecode.training.tiny.cache import LatentCache
-from pidecode.training.tiny.decoder_stage import noised
+from pidecode.training.tiny.decoder_stage import draw_crops, noised
 from pidecode.training.tiny.encoder_stage import update_average
 from pidecode.training.tiny.muon import Muon, muon_groups
 from pidecode.training.tiny.regressor import Regressor
 from pidecode.training.tiny.state import Budget, load_state, save_state
+from pidecode.training.tiny.teacher import TeacherAutoencoder
 
 Report = Callable[[str], None]
 
@@ -37,16 +38,19 @@ class JointRecipe(Budget):
 
     decoder_rate: float = 1e-3
     encoder_rate: float = 6e-4
+    """0 leaves the encoder as it is and trains the decoder alone."""
     decay_from: float = 0.5
     """Share of the budget after which both rates fall linearly to a fiftieth."""
-    side: int = 384
-    """Crop side in output pixels."""
-    own: int = 4
-    """Crops a step that go through the encoder."""
-    teacher: int = 2
-    """Crops a step whose latent is the teacher's."""
-    latent_weight: float = 0.1
-    """Weight of the encoder's squared distance from its teacher."""
+    crops: tuple[tuple[int, int, float], ...] = ((256, 6, 0.55), (384, 3, 0.25), (512, 2, 0.2))
+    """Crop side in pixels, crops a step, share of the steps. Half of a step's crops are also decoded from the teacher's
+    latent, and hold the encoder to it."""
+    allowed_difference: float = 0.003
+    """Mean squared difference, in pictures of [-1, 1], of what the teacher decodes from its own latents and the
+    encoder's, that costs nothing (31.2 dB): within it the encoder is free to tell the decoder more."""
+    imitation_weight: float = 2.0
+    """Weight of what goes beyond it."""
+    latent_weight: float = 0.01
+    """Weight of the encoder's squared distance from its teacher's latents."""
     noisy_share: float = 0.15
     largest_sigma: float = 0.8
     ema: float = 0.995
@@ -63,27 +67,38 @@ class JointRecipe(Budget):
 class Pair(nn.Module):
     """The two networks that are trained together."""
 
-    def __init__(self, decoder: NetConfig, encoder: EncoderConfig) -> None:
+    def __init__(self, decoder: Regressor, encoder: ImageEncoder) -> None:
         super().__init__()
-        self.decoder = Regressor(decoder)
-        self.encoder = ImageEncoder(encoder)
+        self.decoder, self.encoder = decoder, encoder
 
 
 def joint_loss(
-    pair: Pair, cache: LatentCache, recipe: JointRecipe, random: np.random.Generator, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Squared error of pictures from the encoder's latents, from the teacher's, and of the latents themselves.
-
-    A latent's outermost cells are left out of the last one: the encoder sees a crop, the teacher saw the picture.
+    pair: Pair, teacher: TeacherAutoencoder, cache: LatentCache, recipe: JointRecipe, random: np.random.Generator,
+    generator: torch.Generator,
+) -> tuple[Tensor, list[float]]:  # fmt: skip
+    """The loss of one batch, and its parts: squared errors of pictures from the encoder's and the teacher's latents;
+    where the encoder learns too, the differences of what the teacher decodes from both, and of the latents themselves.
     """
-    batch = cache.crops(recipe.own + recipe.teacher, recipe.side, random).to(recipe.device)
-    cells = pair.encoder.cells(batch.small[: recipe.own])
-    wanted = F.pixel_shuffle(batch.latent[: recipe.own], 2)
-    distance = F.mse_loss(cells[..., 1:-1, 1:-1], wanted[..., 1:-1, 1:-1])
-    given, _ = noised(batch.latent[recipe.own :], recipe.noisy_share, recipe.largest_sigma, generator)
-    pictures = pair.decoder(torch.cat((F.pixel_unshuffle(cells, 2), given)))
-    error = (pictures - batch.target).square().mean((1, 2, 3))
-    return error[: recipe.own].mean(), error[recipe.own :].mean(), distance
+    batch = draw_crops(cache, recipe.crops, random).to(recipe.device)
+    count = len(batch.small)
+    both = slice((count + 1) // 2)
+    with torch.no_grad():  # as whole pictures: a cut-out of a larger one's latent would not know its own colours
+        wanted = teacher.encode(batch.small[both])
+    cells = pair.encoder.cells(batch.small)
+    latents = F.pixel_unshuffle(torch.cat((cells, wanted)), 2)
+    given, _ = noised(latents, recipe.noisy_share, recipe.largest_sigma, generator)
+    error = (pair.decoder(given) - torch.cat((batch.target, batch.target[both]))).square().mean((1, 2, 3))
+    own, theirs = error[:count].mean(), error[count:].mean()
+    loss, parts = own + 0.5 * theirs, [own, theirs]
+    if recipe.encoder_rate:
+        with torch.no_grad():
+            picture = teacher.decoder_picture(wanted)
+        imitation = F.mse_loss(teacher.decoder_picture(cells[both]), picture)
+        distance = F.mse_loss(cells[both], wanted)
+        beyond = F.relu(imitation - recipe.allowed_difference)
+        loss = loss + recipe.imitation_weight * beyond + recipe.latent_weight * distance
+        parts += [imitation, distance]
+    return loss, [part.item() for part in parts]
 
 
 def _optimizers(pair: Pair, recipe: JointRecipe) -> tuple[tuple[Muon, float], tuple[Muon, float]]:
@@ -94,10 +109,12 @@ def _optimizers(pair: Pair, recipe: JointRecipe) -> tuple[tuple[Muon, float], tu
     return (decoder, recipe.decoder_rate), (encoder, recipe.encoder_rate)
 
 
-def _work(rank: int, pair: Pair, cache: LatentCache, folder: Path, recipe: JointRecipe, report: Report) -> None:
+def _work(
+    rank: int, pair: Pair, teacher: TeacherAutoencoder, cache: LatentCache, folder: Path, recipe: JointRecipe,
+    report: Report,
+) -> None:  # fmt: skip
     """One process's loop over the shared weights; the first one averages, reports and saves."""
-    average = Pair(pair.decoder.config, pair.encoder.config).requires_grad_(False).to(recipe.device)
-    average.load_state_dict(pair.state_dict())
+    average = copy.deepcopy(pair).requires_grad_(False)
     optimizers = _optimizers(pair, recipe)
     state = load_state(folder / "joint.pt")
     step, used = 0, 0.0
@@ -116,21 +133,21 @@ def _work(rank: int, pair: Pair, cache: LatentCache, folder: Path, recipe: Joint
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
             optimizer.zero_grad(set_to_none=True)
-        own, given, distance = joint_loss(pair, cache, recipe, random, generator)
-        (own + 0.5 * given + recipe.latent_weight * distance).backward()
+        loss, parts = joint_loss(pair, teacher, cache, recipe, random, generator)
+        loss.backward()
         for part in (pair.decoder, pair.encoder):
             nn.utils.clip_grad_norm_(part.parameters(), recipe.clip)
         for optimizer, _ in optimizers:
             optimizer.step()
         step += 1
-        losses.append([own.item(), given.item(), distance.item()])
+        losses.append(parts)
         used = time.monotonic() - started
         if rank:
             continue
         update_average(average, pair, min(recipe.ema, (1 + step) / (10 + step)))
         if used - logged > recipe.log_every:
             values = " ".join(f"{value:.5f}" for value in np.mean(losses, axis=0))
-            report(f"joint step {step} {used:.0f}s own, teacher, latent {values} rate x{factor:.2f}")
+            report(f"joint step {step} {used:.0f}s own, teacher, imitation, latent {values} rate x{factor:.2f}")
             logged, losses = used, []
         if used - saved > recipe.save_every or recipe.progress(step, used) >= 1:
             save_state(
@@ -143,8 +160,9 @@ def _work(rank: int, pair: Pair, cache: LatentCache, folder: Path, recipe: Joint
 
 
 def run_joint(
-    pair: Pair, cache: LatentCache, folder: Path, recipe: JointRecipe, report: Report = lambda line: None
-) -> None:
+    pair: Pair, cache: LatentCache, folder: Path, recipe: JointRecipe, teacher: TeacherAutoencoder,
+    report: Report = lambda line: None,
+) -> None:  # fmt: skip
     """Train `pair` until the budget is used; the result, averaged, is in `folder/joint.pt`, from which it resumes.
 
     With several workers a run is not repeatable to the bit: who updates first is up to the machine.
@@ -152,14 +170,16 @@ def run_joint(
     state = load_state(folder / "joint.pt")
     if state is not None:
         pair.load_state_dict(state["model"])
+    pair.requires_grad_(True)
+    pair.encoder.requires_grad_(recipe.encoder_rate > 0)
     if recipe.workers == 1 or recipe.device != "cpu":
         pair.to(recipe.device)
-        _work(0, pair, cache, folder, recipe, report)
+        _work(0, pair, teacher, cache, folder, recipe, report)
         return
     pair.share_memory()
     context = torch.multiprocessing.get_context("fork")
     processes = [
-        context.Process(target=_alone, args=(rank, pair, cache, folder, recipe, report))
+        context.Process(target=_alone, args=(rank, pair, teacher, cache, folder, recipe, report))
         for rank in range(recipe.workers)
     ]
     for process in processes:
@@ -172,9 +192,12 @@ def run_joint(
         )
 
 
-def _alone(rank: int, pair: Pair, cache: LatentCache, folder: Path, recipe: JointRecipe, report: Report) -> None:
+def _alone(
+    rank: int, pair: Pair, teacher: TeacherAutoencoder, cache: LatentCache, folder: Path, recipe: JointRecipe,
+    report: Report,
+) -> None:  # fmt: skip
     """`_work` in a process of its own: one thread, and a session of its own for a scheduler that shares by session."""
     os.setsid()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    _work(rank, pair, cache, folder, recipe, report)
+    _work(rank, pair, teacher, cache, folder, recipe, report)

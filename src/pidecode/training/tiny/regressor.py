@@ -8,15 +8,17 @@ picture, and what the rest of the network adds is learned from there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from pidecode.errors import SettingError
 from pidecode.facts.architecture import NetConfig
-from pidecode.model.adapter import LatentAdapter
+from pidecode.model.adapter import ClimbingTower, LatentAdapter
 from pidecode.model.network import PixelNet
-from pidecode.training.tiny.linear_start import LinearStart
 
 GATE_BIAS = 4.0
 """Logit at which the pixel gate starts: 0.982 open, so that it still has a slope."""
@@ -35,6 +37,8 @@ class Regressor(nn.Module):
         super().__init__()
         if not config.inject_pixels or config.prediction != "x0" or config.has_text:
             raise SettingError("A regressor becomes a network with inject_pixels=True, prediction='x0' and text_dim=0.")
+        if not config.adapter_climb or config.hidden_size < config.adapter_width:
+            raise SettingError("A regressor needs adapter_climb, and a hidden_size no smaller than adapter_width.")
         self.config = config
         self.adapter = LatentAdapter(config)
         self.to_pixels = nn.Linear(config.hidden_size, 3 * config.patch_size**2)
@@ -47,37 +51,60 @@ class Regressor(nn.Module):
         config = self.config
         reach = config.latent_down * config.scale // config.patch_size
         grid = (latent.shape[-2] * reach, latent.shape[-1] * reach)
-        features, _ = self.adapter.features(grid, latent)
+        return self.picture(self.adapter.features(grid, latent)[0])
+
+    @property
+    def tower(self) -> ClimbingTower:
+        """The adapter's convolutions."""
+        return cast(ClimbingTower, self.adapter.latent_proj)
+
+    def picture(self, features: Tensor) -> Tensor:
+        """The adapter's features [B,width,h,w] to the picture, unclamped."""
         tokens = self.adapter.pit_head(features.flatten(2).transpose(1, 2))
         pixels: Tensor = self.to_pixels(tokens)
-        return F.pixel_shuffle(pixels.transpose(1, 2).unflatten(2, grid), config.patch_size)
+        return F.pixel_shuffle(pixels.transpose(1, 2).unflatten(2, features.shape[-2:]), self.config.patch_size)
+
+    def apart(self, cells: Tensor, hints: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """The tower in parts, each fed what a teacher had there instead of what the part before it made.
+
+        cells: unpatchified latent. hints: the teacher's features at each level, coarsest first. Returns what should
+        equal the hints, and the picture made from the last of them. Shallow parts learn many times faster than the
+        whole, and all at once.
+        """
+        levels = self.tower.levels
+        made, given = [], cells
+        for level, hint in enumerate(hints):
+            layers = cast(nn.Sequential, levels[level])
+            given = F.interpolate(given, scale_factor=2, mode="nearest") if level else given
+            made.append(layers[: 1 + self.config.adapter_blocks](given))
+            given = hint
+        rest = cast(nn.Sequential, levels[-1])[1 + self.config.adapter_blocks :]
+        return made, self.picture(F.pixel_unshuffle(rest(given), self.tower.fold))
 
     @torch.no_grad()
-    def start_from_linear(self, start: LinearStart) -> None:
-        """Make the untrained network the best linear map from a cell's 3x3 neighbourhood to its patch.
+    def start_from_patches(self, pictures: Tensor) -> None:
+        """Set the way from features to pixels to the leading principal directions of small patches of `pictures`.
 
-        A signal and its negative both pass the SiLU, and `silu(x) - silu(-x) = x`, so the linear map goes through
-        unharmed. Needs one latent cell per patch, and raises SettingError for a network that has another number.
+        Each cell of the finest grid starts with a patch of its own; the fourth root of each direction's variance evens
+        features and pixels out half each.
         """
-        cells, count = start.weights.shape[1], start.weights.shape[0]
-        width = self.config.adapter_width
-        if self.config.latent_to_patch_ratio != 1 or count > min(width, self.config.hidden_size) or 2 * cells > width:
-            raise SettingError("A linear start needs one latent cell per patch and an adapter at least as wide as it.")
-        tensors = dict(self.named_parameters())
-        first, second = (tensors[f"adapter.latent_proj.{index}.weight"] for index in (0, 2))
-        first[: 2 * cells] = 0.0
-        tensors["adapter.latent_proj.0.bias"][: 2 * cells] = 0.0
-        for sign, offset in ((1.0, 0), (-1.0, cells)):
-            first[offset : offset + cells, :, 1, 1] = sign * torch.eye(cells)
-            second[:count, offset : offset + cells] = sign * start.weights
-        second[:, 2 * cells :] = 0.0
-        tensors["adapter.latent_proj.2.bias"][:count] = start.bias
-        head = tensors["adapter.pit_head.weight"]
-        head.zero_()
-        tensors["adapter.pit_head.bias"].zero_()
-        head[:count, :count] = torch.eye(count)
-        self.to_pixels.weight[:, :count] = start.basis * start.scales
-        self.to_pixels.bias.copy_(start.mean)
+        fold, rank = self.tower.fold, self.config.adapter_width // self.tower.fold**2
+        side = self.config.patch_size // fold
+        patches = F.pixel_unshuffle(pictures, side).flatten(2).transpose(1, 2).flatten(0, 1)
+        variances, basis = (part.flip(-1) for part in torch.linalg.eigh(torch.cov(patches.T)))
+        rank = min(rank, len(variances))
+        weight = basis[:, :rank] * variances[:rank].clamp(min=1e-8) ** 0.25  # [3 side^2, rank]
+        self.to_pixels.weight.zero_()
+        self.adapter.pit_head.weight.copy_(torch.eye(*self.adapter.pit_head.weight.shape))
+        self.adapter.pit_head.bias.zero_()
+        # Pixels are ordered (colour, row, column) within the whole patch, features (channel, cell row, cell column).
+        pixels = self.to_pixels.weight.view(3, fold, side, fold, side, -1)
+        bias = self.to_pixels.bias.view(3, fold, side, fold, side)
+        for row in range(fold):
+            for column in range(fold):
+                cell = slice(row * fold + column, rank * fold**2, fold**2)
+                pixels[:, row, :, column, :, cell] = weight.view(3, side, side, rank)
+                bias[:, row, :, column, :] = patches.mean(0).view(3, side, side)
 
 
 @torch.no_grad()

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from pidecode.model.encoder import EncoderConfig
 from pidecode.training.tiny.cache import LatentCache, add_picture, crop_to_multiple, held_out, read_manifest
-from pidecode.training.tiny.decoder_stage import DecoderRecipe, run_regressor, tiny_config
+from pidecode.training.tiny.decoder_stage import DecoderRecipe, run_regressor, small_config
 from pidecode.training.tiny.encoder_stage import EncoderRecipe, run_encoder
+from pidecode.training.tiny.grow import grown
 from pidecode.training.tiny.joint_stage import JointRecipe, Pair, run_joint
 from pidecode.training.tiny.procedural import KINDS, procedural_picture
-from pidecode.training.tiny.release import release_pair
+from pidecode.training.tiny.release import load_pair, release
 from pidecode.training.tiny.teacher import TeacherAutoencoder
 
 Report = Callable[[str], None]
@@ -35,16 +35,18 @@ class TinyRun:
     """Folder of the two taef2 files."""
     folder: Path
     """Where the cache, the states and the results go; the same folder goes on where it stopped."""
-    decoder_seconds: float = 3500.0
-    encoder_seconds: float = 2600.0
-    joint_seconds: float = 2500.0
+    decoder_seconds: float = 2700.0
+    encoder_seconds: float = 2700.0
+    joint_seconds: float = 4000.0
+    small_seconds: float = 4000.0
+    """For `small`, after `tiny` is done."""
     procedural_seeds: int = 12
     """Rounds of procedural pictures, of every kind once each."""
     fonts: Sequence[Path] = ()
     """TrueType files for rendered text; without them Pillow's own face."""
     device: str = "cpu"
     workers: int = 2
-    """Processes of the joint stage on a processor."""
+    """Processes of the later stages on a processor."""
 
 
 def build_cache(run: TinyRun, report: Report = lambda line: None) -> LatentCache:
@@ -82,16 +84,27 @@ def train_tiny(run: TinyRun, report: Report = lambda line: None) -> tuple[Path, 
 
     Raises CheckpointError without the teacher's files, TrainingError when a stage had to stop.
     """
-    cache = build_cache(run, report)
+    cache, teacher = build_cache(run, report), TeacherAutoencoder.from_folder(run.teacher).to(run.device)
     decoder = run_regressor(
-        cache, run.folder, DecoderRecipe(seconds=run.decoder_seconds, device=run.device), report=report
+        cache, run.folder, DecoderRecipe(seconds=run.decoder_seconds, device=run.device), teacher, report=report
     )
     encoder = run_encoder(
-        cache, run.folder, EncoderRecipe(seconds=run.encoder_seconds, device=run.device), decode=decoder, report=report
+        cache, run.folder, EncoderRecipe(seconds=run.encoder_seconds, device=run.device), teacher, report=report
     )
-    pair = Pair(tiny_config(), EncoderConfig())
-    pair.decoder.load_state_dict(decoder.state_dict())
-    pair.encoder.load_state_dict(encoder.state_dict())
     recipe = JointRecipe(seconds=run.joint_seconds, device=run.device, workers=run.workers)
-    run_joint(pair, cache, run.folder, recipe, report)
-    return release_pair(run.folder / "joint.pt", run.folder)
+    run_joint(Pair(decoder, encoder), cache, run.folder, recipe, teacher, report)
+    return release(run.folder / "joint.pt", run.folder, variant="tiny")
+
+
+def train_small(run: TinyRun, report: Report = lambda line: None) -> tuple[Path, Path]:
+    """`train_tiny`, then a deeper decoder that goes on where its decoder stopped, for the same encoder.
+
+    Returns the paths of `small.safetensors` and of the encoder, which is that of `tiny`.
+    """
+    _, encoder = train_tiny(run, report)
+    pair = load_pair(run.folder / "joint.pt")
+    pair = Pair(grown(pair.decoder, small_config()), pair.encoder)
+    teacher = TeacherAutoencoder.from_folder(run.teacher).to(run.device)
+    recipe = JointRecipe(seconds=run.small_seconds, device=run.device, workers=run.workers, encoder_rate=0.0, seed=2)
+    run_joint(pair, build_cache(run), run.folder / "small", recipe, teacher, report)
+    return release(run.folder / "small" / "joint.pt", run.folder, variant="small")[0], encoder

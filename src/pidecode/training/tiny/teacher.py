@@ -89,8 +89,24 @@ class TeacherAutoencoder(nn.Module):
 
     def decode(self, latent: Tensor) -> Tensor:
         """Picture in [-1,1] of a latent."""
+        return self.decoder_picture(latent).clamp(-1, 1)
+
+    def decoder_picture(self, latent: Tensor) -> Tensor:
+        """The same without the clamp, which would hide gradients."""
         picture: Tensor = self.decoder(latent)
-        return picture.clamp(0, 1) * 2 - 1
+        return picture * 2 - 1
+
+    def encoder_features(self, picture: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features at a half and a quarter of the picture's side, and the latent they lead to."""
+        half: Tensor = self.encoder[:6]((picture + 1) / 2)
+        quarter: Tensor = self.encoder[6:10](half)
+        return half, quarter, self.encoder[10:](quarter)
+
+    def decoder_features(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features at the latent's grid, at twice and at four times its side, from which it would go on to pixels."""
+        first: Tensor = self.decoder[:6](latent)
+        second: Tensor = self.decoder[6:11](first)
+        return first, second, self.decoder[11:16](second)
 
     @classmethod
     def from_folder(cls, folder: Path | str) -> TeacherAutoencoder:
