@@ -24,7 +24,7 @@ from pidecode.training.tiny.decoder_stage import (
     small_config,
     tiny_config,
 )
-from pidecode.training.tiny.encoder_stage import EncoderRecipe, levels_apart, run_encoder
+from pidecode.training.tiny.encoder_stage import EncoderRecipe, by_levels, run_encoder
 from pidecode.training.tiny.grow import grown
 from pidecode.training.tiny.joint_stage import JointRecipe, Pair, run_joint
 from pidecode.training.tiny.muon import Muon, muon_groups, orthogonalised
@@ -206,13 +206,15 @@ def test_patches_start_as_their_own_principal_directions(cache: LatentCache) -> 
 def test_parts_that_are_fed_their_own_work_are_the_whole(cache: LatentCache) -> None:
     regressor = started(cache)
     cells = torch.nn.functional.pixel_shuffle(cache.crops(2, 128, np.random.default_rng(0)).latent, 2)
-    shapes = [cells.new_zeros(2, 64, side, side) for side in (4, 8, 16)]
     with torch.no_grad():
-        hints = list(shapes)
-        for level in range(3):
-            hints[level] = regressor.apart(cells, hints)[0][level]
-        _, picture = regressor.apart(cells, hints)
+        made, picture = regressor.by_levels(cells)
+        again, same = regressor.by_levels(cells, made)
         whole = regressor(torch.nn.functional.pixel_unshuffle(cells, 2))
+        other = regressor.by_levels(cells, [0.5 * part for part in made])[1]
+    torch.testing.assert_close(same, picture)
+    for ours, theirs in zip(made, again, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert not torch.equal(other, picture)
     torch.testing.assert_close(picture, whole, atol=1e-5, rtol=1e-4)
 
 
@@ -220,10 +222,11 @@ def test_an_encoders_levels_that_are_fed_their_own_work_are_the_whole() -> None:
     torch.manual_seed(0)
     encoder, picture = ImageEncoder(ENCODER), torch.rand(1, 3, 32, 32)
     with torch.no_grad():
-        half, _, _ = levels_apart(encoder, picture, torch.zeros(1, 64, 16, 16), torch.zeros(1, 64, 8, 8))
-        _, quarter, _ = levels_apart(encoder, picture, half, torch.zeros(1, 64, 8, 8))
-        _, _, cells = levels_apart(encoder, picture, half, quarter)
-        torch.testing.assert_close(cells, encoder.cells(picture))
+        made = by_levels(encoder, picture)
+        torch.testing.assert_close(made[-1], encoder.cells(picture))
+        for ours, again in zip(made, by_levels(encoder, picture, made), strict=True):
+            torch.testing.assert_close(ours, again)
+        assert not torch.equal(made[-1], by_levels(encoder, picture, [0.5 * part for part in made])[-1])
 
 
 def test_a_regressor_needs_a_network_it_can_become() -> None:
@@ -247,20 +250,28 @@ def test_a_grown_regressor_gives_the_same_picture(cache: LatentCache) -> None:
 def test_the_regressor_learns_and_goes_on_where_it_stopped(
     cache: LatentCache, teacher: TeacherAutoencoder, tmp_path: Path
 ) -> None:
-    recipe = DecoderRecipe(steps=24, crops=((128, 2, 1.0),), warmup_steps=2, noisy_from=1.0, log_every=0.0, apart=0.5)
+    crops = ((128, 2, 1.0),)
+    recipe = DecoderRecipe(
+        steps=32, crops=crops, coarse_crops=crops, warmup_steps=2, noisy_from=1.0, log_every=0.0, coarse=0.25, apart=0.5,
+        hinted=0.75,
+    )  # fmt: skip
     lines: list[str] = []
     run_regressor(cache, tmp_path, recipe, teacher, config=SMALL, report=lines.append)
     first = load_state(tmp_path / "regressor.pt")
     assert first is not None
-    errors = [float(line.split("error ")[1].split()[1]) for line in lines]
-    assert len(errors) == 24
-    assert sum(errors[8:12]) < sum(errors[:4])  # apart
-    assert sum(errors[20:]) < sum(errors[12:16])  # whole
-    longer = DecoderRecipe(steps=26, crops=recipe.crops, noisy_from=0.5)
+    errors, distances = zip(
+        *([float(n) for n in line.split("distance ")[1].split()[:2]] for line in lines), strict=True
+    )
+    assert len(errors) == 32
+    assert sum(distances[4:8]) < sum(distances[:4])  # the coarsest level alone
+    assert sum(distances[12:16]) < sum(distances[8:12])  # all levels apart
+    assert 0 < sum(distances[20:24]) < sum(distances[16:20])  # joined, and held to the teacher
+    assert sum(distances[24:]) == 0 < min(errors[24:])  # on their own
+    longer = DecoderRecipe(steps=34, crops=crops, coarse=0.0, apart=0.0, hinted=0.0, noisy_from=0.5)
     run_regressor(cache, tmp_path, longer, teacher, config=SMALL)
     second = load_state(tmp_path / "regressor.pt")
     assert second is not None
-    assert (first["step"], second["step"]) == (24, 26)
+    assert (first["step"], second["step"]) == (32, 34)
     assert second["used"] > first["used"]
 
 
@@ -271,7 +282,7 @@ def test_the_encoder_comes_nearer_to_its_teacher(
     recipe = EncoderRecipe(steps=30, warmup_steps=2, side=32, crops=2, log_every=0.0)
     run_encoder(cache, tmp_path, recipe, teacher, config=ENCODER, report=lines.append)
     apart = [[float(word) for word in line.split("apart ")[1].split()[:3]] for line in lines if "apart" in line]
-    whole = [float(line.split("whole ")[1].split()[0]) for line in lines if "whole" in line]
+    whole = [float(line.split("whole ")[1].split()[2]) for line in lines if "whole" in line]
     assert len(apart) + len(whole) == 30
     assert all(late < early for early, late in zip(apart[0], apart[-1], strict=True))
     assert sum(whole[-4:]) < sum(whole[:4])

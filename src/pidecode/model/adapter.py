@@ -134,7 +134,7 @@ class ClimbingTower(nn.Module):
         width, padding = config.adapter_width // self.fold**2, config.adapter_padding
         self.levels = nn.ModuleList()
         for level in range(config.adapter_climb + 1):
-            blocks = config.adapter_blocks * (2 if level == config.adapter_climb else 1)
+            blocks = config.adapter_blocks * (1 if 0 < level < config.adapter_climb else 2)
             self.levels.append(nn.Sequential(
                 conv3x3(width if level else channels, width, padding),
                 *(ResidualBlock(width, padding, normalised=level == 0) for _ in range(blocks)),

@@ -19,11 +19,13 @@ STRIDE = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderConfig:
-    """Widths and depths of an ImageEncoder at a half, a quarter and an eighth of the picture's side.
+    """Widths and depths of an ImageEncoder at the picture's own side, a half, a quarter and an eighth of it.
 
     `channels` is that of the packed latent (128 for FLUX.2). Raises SettingError for values that cannot be built.
     """
 
+    full_width: int = 48
+    full_blocks: int = 1
     half_width: int = 64
     half_blocks: int = 4
     quarter_width: int = 64
@@ -96,7 +98,9 @@ class ImageEncoder(nn.Module):
     def __init__(self, config: EncoderConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or EncoderConfig()
-        self.stem = nn.Conv2d(12, config.half_width, 3, padding=1)
+        self.stem = nn.Conv2d(3, config.full_width, 3, padding=1)
+        self.at_full = nn.Sequential(*(ResidualBlock(config.full_width) for _ in range(config.full_blocks)))
+        self.to_half = nn.Conv2d(config.full_width, config.half_width, 3, stride=2, padding=1)
         self.at_half = nn.Sequential(*(ResidualBlock(config.half_width) for _ in range(config.half_blocks)))
         self.to_quarter = nn.Conv2d(config.half_width, config.quarter_width, 3, stride=2, padding=1)
         self.at_quarter = nn.Sequential(*(ResidualBlock(config.quarter_width) for _ in range(config.quarter_blocks)))
@@ -104,13 +108,24 @@ class ImageEncoder(nn.Module):
         self.at_eighth = nn.Sequential(*(ContextBlock(config.eighth_width) for _ in range(config.eighth_blocks)))
         self.head = nn.Conv2d(config.eighth_width, config.channels // 4, 3, padding=1)
 
+    def half(self, picture: Tensor) -> Tensor:
+        """Features at half of the picture's side."""
+        x: Tensor = self.at_half(self.to_half(functional.relu(self.at_full(self.stem(picture)))))
+        return x
+
+    def quarter(self, half: Tensor) -> Tensor:
+        """Features at a quarter of it, from those at half."""
+        x: Tensor = self.at_quarter(self.to_quarter(half))
+        return x
+
+    def eighth(self, quarter: Tensor) -> Tensor:
+        """The latent before patchifying, from features at a quarter: [B,channels/4,H/8,W/8]."""
+        cells: Tensor = self.head(functional.relu(self.at_eighth(self.to_eighth(quarter))))
+        return cells
+
     def cells(self, picture: Tensor) -> Tensor:
         """The latent before patchifying: [B,channels/4,H/8,W/8]."""
-        x = self.at_half(self.stem(functional.pixel_unshuffle(picture, 2)))
-        x = self.at_quarter(self.to_quarter(x))
-        x = self.at_eighth(self.to_eighth(x))
-        cells: Tensor = self.head(functional.relu(x))
-        return cells
+        return self.eighth(self.quarter(self.half(picture)))
 
     def forward(self, picture: Tensor) -> Tensor:
         """Raises SizeError unless the picture is [B,3,H,W] with sides that are multiples of 16."""

@@ -180,9 +180,10 @@ def _adapter(look: _Look, seen: dict[str, Any], interval: int | None) -> Structu
     colour = COLOUR_HEAD + "3.weight" in shapes
     gate_rows = look("lq_proj.gate_modules.0.content_proj.weight")[0]
     level = r"levels\.0\." if climb else ""
+    blocks = look.count(rf"lq_proj\.{towers[0]}\.{level}(\d+)\.block\.")
     seen |= {
         "adapter_width": look("lq_proj.output_heads.0.weight")[1],
-        "adapter_blocks": look.count(rf"lq_proj\.{towers[0]}\.{level}(\d+)\.block\."),
+        "adapter_blocks": blocks // 2 if climb else blocks,  # the coarsest level has twice as many
         "adapter_climb": climb,
         "gate": "per_token" if gate_rows == 1 else "per_channel",
         "inject_pixels": "pit_lq_gate.log_alpha" in shapes,

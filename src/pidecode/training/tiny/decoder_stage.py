@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -42,17 +43,24 @@ def small_config() -> NetConfig:
 class DecoderRecipe(Budget):
     """How the adapter of `tiny` learns; the schedule follows the budget, which counts all resumed parts."""
 
+    coarse: float = 0.06
+    """Share of the budget in which the coarsest level learns alone, on many latents at once."""
+    coarse_crops: tuple[tuple[int, int, float], ...] = ((512, 16, 1.0),)
     apart: float = 0.35
     """Share of the budget in which the adapter's levels learn apart, each fed its teacher's features."""
+    hinted: float = 0.7
+    """Share of the budget in which the joined levels are still held to their teacher's features."""
     hint_weight: float = 0.3
-    """Weight of each level's distance from its teacher's features, in units of their variance."""
+    """Weight of each level's distance from its teacher's features while apart, in units of their variance."""
+    later_hint_weight: float = 0.1
+    """The same once they are joined."""
     learning_rate: float = 2e-3
     warmup_steps: int = 40
     decay_from: float = 0.6
     """Share of the budget after which the rate falls linearly to a fiftieth."""
     crops: tuple[tuple[int, int, float], ...] = ((256, 8, 0.6), (384, 4, 0.25), (512, 2, 0.15))
     """Crop side in pixels, crops a step, share of the steps."""
-    noisy_from: float = 0.5
+    noisy_from: float = 0.7
     """Share of the budget after which latents are noised as well."""
     noisy_share: float = 0.2
     largest_sigma: float = 0.8
@@ -97,16 +105,27 @@ def rate_at(progress: float, step: int, recipe: DecoderRecipe) -> float:
     return recipe.learning_rate * min(1.0, (step + 1) / recipe.warmup_steps) * max(0.02, 1 - falling)
 
 
+def coarse_loss(model: Regressor, teacher: TeacherAutoencoder, cells: Tensor) -> Tensor:
+    """The coarsest level's distance from its teacher's features, in units of their variance.
+
+    That level has one position for a thousand pixels and decides over the whole picture, colours first.
+    """
+    with torch.no_grad():
+        hint = teacher.decoder[:6](cells)
+    return F.mse_loss(cast(nn.Sequential, model.tower.levels[0])(cells), hint) / hint.var()
+
+
 def hint_loss(
-    model: Regressor, teacher: TeacherAutoencoder, cells: Tensor, target: Tensor, weight: float
-) -> tuple[Tensor, Tensor]:
-    """What the levels of the adapter cost apart, and the picture's squared error alone."""
+    model: Regressor, teacher: TeacherAutoencoder, cells: Tensor, target: Tensor, recipe: DecoderRecipe, *, apart: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, the picture's squared error, and the levels' mean distance from their teacher's features."""
     with torch.no_grad():
         hints = teacher.decoder_features(cells)
-    made, picture = model.apart(cells, hints)
+    made, picture = model.by_levels(cells, hints if apart else None)
     error = F.mse_loss(picture, target)
     distances = [F.mse_loss(ours, theirs) / theirs.var() for ours, theirs in zip(made, hints, strict=True)]
-    return error + weight * torch.stack(distances).sum(), error
+    weight = recipe.hint_weight if apart else recipe.later_hint_weight
+    return error + weight * torch.stack(distances).sum(), error, torch.stack(distances).mean()
 
 
 def run_regressor(
@@ -137,26 +156,33 @@ def run_regressor(
     while (progress := recipe.progress(step, used)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = rate_at(progress, step, recipe)
-        batch = draw_crops(cache, recipe.crops, random).to(recipe.device)
+        coarse = progress < recipe.coarse
+        batch = draw_crops(cache, recipe.coarse_crops if coarse else recipe.crops, random).to(recipe.device)
         with torch.no_grad():  # as a whole picture: a cut-out of a larger one's latent would not know its own colours
-            cells = teacher.encode(batch.small)
+            cells = F.pixel_shuffle(batch.latent, 2) if coarse else teacher.encode(batch.small)
         optimizer.zero_grad(set_to_none=True)
-        if progress < recipe.apart:
-            loss, error = hint_loss(model, teacher, cells, batch.target, recipe.hint_weight)
+        if coarse:
+            loss = coarse_loss(model, teacher, cells)
+            parts = [0.0, loss.item()]
+        elif progress < recipe.hinted:
+            apart = progress < recipe.apart
+            loss, error, distance = hint_loss(model, teacher, cells, batch.target, recipe, apart=apart)
+            parts = [error.item(), distance.item()]
         else:
             share = recipe.noisy_share if progress >= recipe.noisy_from else 0.0
             latent, _ = noised(F.pixel_unshuffle(cells, 2), share, recipe.largest_sigma, generator)
-            loss = error = picture_loss(model(latent), batch.target, recipe.absolute_weight)
+            loss = picture_loss(model(latent), batch.target, recipe.absolute_weight)
+            parts = [loss.item(), 0.0]
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
         step += 1
         update_average(average, model, min(recipe.ema, (1 + step) / (10 + step)))
-        losses.append([loss.item(), error.item()])
+        losses.append(parts)
         used = time.monotonic() - started
         if used - logged > recipe.log_every:
             values = " ".join(f"{value:.5f}" for value in np.mean(losses, axis=0))
-            report(f"step {step} {used:.0f}s loss, error {values} rate {optimizer.param_groups[0]['lr']:.1e}")
+            report(f"step {step} {used:.0f}s error, distance {values} rate {optimizer.param_groups[0]['lr']:.1e}")
             logged, losses = used, []
         if used - saved > recipe.save_every or recipe.progress(step, used) >= 1:
             save_state(

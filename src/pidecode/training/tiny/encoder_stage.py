@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +31,11 @@ class EncoderRecipe(Budget):
     side: int = 96
     """Side of a crop of the small picture."""
     crops: int = 4
+    hint_weight: float = 0.3
+    """Weight of the inner levels' distances from the teacher's features once the levels are joined."""
     picture_weight: float = 2.0
-    """Weight, once the levels are joined, of the difference between the pictures that the teacher decodes from both
-    latents, beside the latents' own in units of their variance."""
+    """Weight, then, of the squared difference between the pictures that the teacher decodes from both latents of one
+    of the crops."""
     ema: float = 0.998
     device: str = "cpu"
     seed: int = 0
@@ -41,35 +43,35 @@ class EncoderRecipe(Budget):
     log_every: float = 30.0
 
 
-def levels_apart(model: ImageEncoder, picture: Tensor, half: Tensor, quarter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the encoder's levels make, each of what the teacher had before it: features twice, then cells.
+def by_levels(model: ImageEncoder, picture: Tensor, given: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
+    """What a teacher has features of: those at half and at a quarter of the picture's side, and the cells.
 
-    Shallow parts learn many times faster than the whole, and all at once.
+    given: the teacher's features. With them every level is fed what the teacher had there instead of what the level
+    before it made: shallow parts learn many times faster than the whole, and all at once.
     """
-    return (
-        model.at_half(model.stem(functional.pixel_unshuffle(picture, 2))),
-        model.at_quarter(model.to_quarter(half)),
-        model.head(functional.relu(model.at_eighth(model.to_eighth(quarter)))),
-    )
+    half = model.half(picture)
+    quarter = model.quarter(half if given is None else given[0])
+    return half, quarter, model.eighth(quarter if given is None else given[1])
 
 
 def imitation_loss(
-    model: ImageEncoder, teacher: TeacherAutoencoder, picture: Tensor, *, apart: bool, picture_weight: float
+    model: ImageEncoder, teacher: TeacherAutoencoder, picture: Tensor, recipe: EncoderRecipe, *, apart: bool
 ) -> tuple[Tensor, list[float]]:
-    """The loss of one batch of crops, and the parts it consists of, in units of the teacher's variances.
+    """The loss of one batch of crops, and the distances it consists of, in units of the teacher's variances.
 
     Both encoders see the crop as if it were a whole picture: the teacher normalises over what it sees.
     """
     with torch.no_grad():
         hints = teacher.encoder_features(picture)
-        wanted = None if apart else teacher.decoder_picture(hints[-1])
-    made = levels_apart(model, picture, *hints[:2]) if apart else (model.cells(picture),)
-    parts = [
-        functional.mse_loss(ours, theirs) / theirs.var() for ours, theirs in zip(made, hints[-len(made) :], strict=True)
-    ]
-    if wanted is not None:
-        parts.append(functional.mse_loss(teacher.decoder_picture(made[-1]), wanted) * picture_weight)
-    return torch.stack(parts).sum(), [part.item() for part in parts]
+    made = by_levels(model, picture, hints if apart else None)
+    distances = [functional.mse_loss(ours, theirs) / theirs.var() for ours, theirs in zip(made, hints, strict=True)]
+    if apart:
+        return torch.stack(distances).sum(), [distance.item() for distance in distances]
+    with torch.no_grad():
+        wanted = teacher.decoder_picture(hints[-1][:1])
+    shown = functional.mse_loss(teacher.decoder_picture(made[-1][:1]), wanted)
+    loss = distances[-1] + recipe.hint_weight * (distances[0] + distances[1]) + recipe.picture_weight * shown
+    return loss, [part.item() for part in (*distances, shown)]
 
 
 def run_encoder(
@@ -97,7 +99,7 @@ def run_encoder(
             group["lr"] = rate
         picture = cache.crops(recipe.crops, recipe.side * SCALE, random).small.to(recipe.device)
         optimizer.zero_grad(set_to_none=True)
-        loss, parts = imitation_loss(model, teacher, picture, apart=apart, picture_weight=recipe.picture_weight)
+        loss, parts = imitation_loss(model, teacher, picture, recipe, apart=apart)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

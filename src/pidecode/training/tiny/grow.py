@@ -19,13 +19,12 @@ def grown(regressor: Regressor, config: NetConfig) -> Regressor:
     """
     old, deeper = regressor.config.adapter_blocks, Regressor(config)
     given, wanted = regressor.state_dict(), deeper.state_dict()
-    finest = f"levels.{config.adapter_climb}."
     for name, value in given.items():
         head, dot, rest = name.partition("latent_proj.levels.")
         if dot:
             level, index, inner = rest.split(".", 2)
             place = int(index)
-            if f"levels.{level}." == finest and place > old:
+            if int(level) == config.adapter_climb and place > old:
                 place += config.adapter_blocks - old
             name = f"{head}{dot}{level}.{place}.{inner}"
         if name not in wanted or wanted[name].shape != value.shape:

@@ -8,7 +8,7 @@ picture, and what the rest of the network adds is learned from there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -64,22 +64,22 @@ class Regressor(nn.Module):
         pixels: Tensor = self.to_pixels(tokens)
         return F.pixel_shuffle(pixels.transpose(1, 2).unflatten(2, features.shape[-2:]), self.config.patch_size)
 
-    def apart(self, cells: Tensor, hints: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """The tower in parts, each fed what a teacher had there instead of what the part before it made.
+    def by_levels(self, cells: Tensor, given: Sequence[Tensor] | None = None) -> tuple[list[Tensor], Tensor]:
+        """What a teacher has features of at each level of the tower, coarsest first, and the picture.
 
-        cells: unpatchified latent. hints: the teacher's features at each level, coarsest first. Returns what should
-        equal the hints, and the picture made from the last of them. Shallow parts learn many times faster than the
+        cells: unpatchified latent. given: the teacher's features. With them every part of the tower is fed what the
+        teacher had there instead of what the part before it made: shallow parts learn many times faster than the
         whole, and all at once.
         """
-        levels = self.tower.levels
-        made, given = [], cells
-        for level, hint in enumerate(hints):
-            layers = cast(nn.Sequential, levels[level])
-            given = F.interpolate(given, scale_factor=2, mode="nearest") if level else given
-            made.append(layers[: 1 + self.config.adapter_blocks](given))
-            given = hint
-        rest = cast(nn.Sequential, levels[-1])[1 + self.config.adapter_blocks :]
-        return made, self.picture(F.pixel_unshuffle(rest(given), self.tower.fold))
+        made: list[Tensor] = []
+        below = cells
+        for level, layers in enumerate(cast("Iterable[nn.Sequential]", self.tower.levels)):
+            below = F.interpolate(below, scale_factor=2, mode="nearest") if level else below
+            last = level == self.config.adapter_climb  # whose second half goes on from there to the picture
+            made.append((layers[: 1 + self.config.adapter_blocks] if last else layers)(below))
+            below = made[-1] if given is None else given[level]
+        rest = cast(nn.Sequential, self.tower.levels[-1])[1 + self.config.adapter_blocks :]
+        return made, self.picture(F.pixel_unshuffle(rest(below), self.tower.fold))
 
     @torch.no_grad()
     def start_from_patches(self, pictures: Tensor) -> None:

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Side-by-side crops to look at: enlarged without a latent, taef2 and Lanczos, a decoder, the original.
+
+    python benchmarks/sheet.py --data PICTURES --teacher TAEF2 --out sheet.png [--decoder tiny] [--crops 20]
+
+The crops are the busiest of the chosen pictures' middles by gradient, one a picture, so nobody picks them by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from quality import enlarged, pictures
+from torch import Tensor
+
+from pidecode import PixelDecoder
+from pidecode.images.tensors import to_pil
+from pidecode.training.tiny.cache import quarter, to_signed
+from pidecode.training.tiny.teacher import TeacherAutoencoder
+
+COLUMNS = ("Lanczos 4x, no latent", "taef2, then Lanczos 4x", "this decoder", "original")
+TITLE = 18
+"""Height of the line of titles, in pixels."""
+
+
+def busiest(picture: Tensor, side: int) -> tuple[int, int]:
+    """Top left corner of the window of `side` pixels with the largest mean gradient, on a grid of half windows."""
+    luma = picture.mean(1, keepdim=True)
+    across, down = luma.diff(dim=-1)[..., 1:, :].abs(), luma.diff(dim=-2)[..., 1:].abs()
+    means = torch.nn.functional.avg_pool2d(across + down, side, stride=side // 2)[0, 0]
+    row, column = divmod(int(means.argmax()), means.shape[1])
+    return row * side // 2, column * side // 2
+
+
+def strip(array: np.ndarray, decoder: PixelDecoder, teacher: TeacherAutoencoder, side: int) -> Tensor:
+    """One picture's busiest window as every contender shows it, side by side: [1,3,side,4 side]."""
+    original, small = to_signed(array)[None], to_signed(quarter(array))[None]
+    with torch.inference_mode():
+        plain = teacher.decode(teacher.encode(small))
+    ours = decoder.decode(decoder.encode(small), seed=0, output="pt")
+    top, left = busiest(original, side)
+    shown = (enlarged(small), enlarged(plain), ours, original)
+    return torch.cat([one[..., top : top + side, left : left + side] for one in shown], dim=-1)
+
+
+def main() -> None:
+    """Make the sheet."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder of pictures, with manifest.jsonl if it has one"
+    )
+    parser.add_argument("--teacher", type=Path, required=True, help="folder of the two taef2 files")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--decoder", default="tiny")
+    parser.add_argument("--encoder", type=Path)
+    parser.add_argument("--side", type=int, default=512, help="largest side of a picture that is decoded, in pixels")
+    parser.add_argument("--window", type=int, default=224, help="side of a crop, in pixels")
+    parser.add_argument("--crops", type=int, default=20)
+    given = parser.parse_args()
+    decoder = PixelDecoder.from_pretrained(given.decoder, encoder=given.encoder, device="cpu")
+    teacher = TeacherAutoencoder.from_folder(given.teacher)
+    chosen = [array for _, array in pictures(given.data, given.side, 1)]
+    step = max(1, len(chosen) // given.crops)
+    rows = [strip(array, decoder, teacher, given.window) for array in chosen[::step][: given.crops]]
+    sheet = Image.new("RGB", (rows[0].shape[-1], TITLE + given.window * len(rows)), "white")
+    for index, title in enumerate(COLUMNS):
+        ImageDraw.Draw(sheet).text((index * given.window + 4, 3), title, fill="black")
+    for index, row in enumerate(rows):
+        sheet.paste(to_pil(row), (0, TITLE + index * given.window))
+    sheet.save(given.out)
+
+
+if __name__ == "__main__":
+    main()
