@@ -252,8 +252,8 @@ def test_the_regressor_learns_and_goes_on_where_it_stopped(
 ) -> None:
     crops = ((128, 2, 1.0),)
     recipe = DecoderRecipe(
-        steps=32, crops=crops, coarse_crops=crops, warmup_steps=2, noisy_from=1.0, log_every=0.0, coarse=0.25, apart=0.5,
-        hinted=0.75,
+        steps=32, crops=crops, coarse_crops=crops, warmup_steps=2, log_every=0.0,
+        coarse=0.25, apart=0.5, hinted=0.75, noisy_from=1.0,
     )  # fmt: skip
     lines: list[str] = []
     run_regressor(cache, tmp_path, recipe, teacher, config=SMALL, report=lines.append)
