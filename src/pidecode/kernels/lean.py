@@ -17,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from pidecode.errors import MissingDependencyError
+from pidecode.kernels.quantize import Matrix
 
 EPS = 1e-6
 
@@ -90,7 +91,7 @@ def norm_rotate_(heads_TNK: Tensor, weight_K: Tensor, rotation: Tensor | None) -
 
 
 def _rotate_(x_TNK: Tensor, rotation: Tensor) -> None:
-    if x_TNK.is_cpu or x_TNK.is_cuda:
+    if x_TNK.is_cpu or x_TNK.is_cuda or x_TNK.is_meta:
         torch.view_as_complex(x_TNK.unflatten(-1, (-1, 2))).mul_(rotation.unsqueeze(1))
         return
     # Not every device multiplies complex numbers.
@@ -118,9 +119,9 @@ def gated_feed_forward(x: Tensor, w1: nn.Module, w3: nn.Module, w2: nn.Module) -
     return w2(hidden)  # type: ignore[no-any-return]
 
 
-def accumulate_(total: Tensor, x: Tensor, weight_OI: Tensor) -> None:
-    """`total += x @ weight^T`; a total wider than its terms stays wide."""
-    if total.dtype == x.dtype:
-        total.addmm_(x, weight_OI.t())
+def accumulate_(total: Tensor, x: Tensor, matrix: Matrix) -> None:
+    """`total += x @ matrix^T`; a total wider than its terms stays wide."""
+    if total.dtype == x.dtype and matrix.scales is None:
+        total.addmm_(x, matrix.weight.t())
     else:
-        total.add_(F.linear(x, weight_OI))
+        total.add_(matrix(x))
