@@ -135,7 +135,9 @@ class PixelDecoder:
             net,
             identity,
             name=found.name,
-            encoder=LazyEncoder.of(encoder or found.encoder or encoder_here(identity.space), identity.space, chosen, dtype),
+            encoder=LazyEncoder.of(
+                encoder or found.encoder or encoder_here(identity.space), identity.space, chosen, dtype
+            ),
             text=TextEncoder(device=read_at, states=CaptionStates()) if net.config.has_text else None,
             plan=plan,
         )

@@ -85,7 +85,9 @@ class Plan:
             if getattr(self, name) not in known:
                 raise SettingError(f"{name} is {getattr(self, name)!r}; plans know {', '.join(known)}.")
         if self.products == "eight" and self.weights == "plain":
-            raise SettingError('products="eight" needs weights="int8" or "fp8": plain weights are multiplied as they are.')
+            raise SettingError(
+                'products="eight" needs weights="int8" or "fp8": plain weights are multiplied as they are.'
+            )
 
     @property
     def working(self) -> int:
@@ -112,7 +114,11 @@ class Plan:
             "latent tokens " + ("kept for all steps" if self.keep_tokens else "made anew at each use (exact)"),
             self._multiplied(),
             "on the host: " + (", ".join(self.offload) if self.offload else "nothing"),
-            *(["captions are read on the host: their encoder is too large for the device"] if self.text_on_host else []),
+            *(
+                ["captions are read on the host: their encoder is too large for the device"]
+                if self.text_on_host
+                else []
+            ),
             "whole picture at once" if self.window is None else f"windows of {self.window} pixels fused at every step",
         ]
         share = [f"  {name:22s} {size / GB:6.2f} GB" for name, size in self.parts]
@@ -236,7 +242,7 @@ def _pixel_stage(plan: Plan, config: NetConfig, size: tuple[int, int]) -> int:
     eight = plan.products == "eight"
     rows = C * chunks.tile_rows * patch * D * (6 if eight else (6 if plan.weights == "plain" else 8) * wide)
     inside = max(10 * wide, 4 * wide + _beside(plan, 0, 4)) if eight else 10 * wide
-    fresh = 0 if several and B * L == tile_tokens else 4  # one tile is all that is kept, and needs no copy
+    fresh = 0 if several and tile_tokens == B * L else 4  # one tile is all that is kept, and needs no copy
     during = filled + rows + tile * (fresh + inside) + (tile_tokens * D if eight else 0)
     return always + max(between, during)
 

@@ -9,7 +9,7 @@ import torch
 from pidecode.errors import SettingError
 from pidecode.facts.architecture import miniature
 from pidecode.kernels import quantize as q8
-from pidecode.kernels.quantize import QuantizedLinear, quantize, matrix_block, matrix_columns, matrix_rows
+from pidecode.kernels.quantize import QuantizedLinear, matrix_block, matrix_columns, matrix_rows, quantize
 from pidecode.model.network import PixelNet
 from pidecode.model.residence import Visitors
 

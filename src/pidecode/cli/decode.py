@@ -173,9 +173,7 @@ def _several(place: Path, count: int) -> list[Path]:
     return [place.with_name(f"{place.stem}-{index}{place.suffix}") for index in range(1, count + 1)]
 
 
-def _run(
-    sources: Sequence[Path], wish: Wish, ending: str, make: Make, jobs: Callable[[Identity], list[Job]]
-) -> None:
+def _run(sources: Sequence[Path], wish: Wish, ending: str, make: Make, jobs: Callable[[Identity], list[Job]]) -> None:
     """Make and save the pictures of one source after another, then say what was written."""
     from pidecode import parallel
     from pidecode.files import check_writable

@@ -72,7 +72,8 @@ def upscaled(pictures: Sequence[Any], identity: Identity) -> list[Job]:
     from pidecode.facts.spaces import get_space
     from pidecode.images import load_image
 
-    assert identity.config is not None and identity.space is not None
+    assert identity.config is not None
+    assert identity.space is not None
     scale, space = identity.config.scale, get_space(identity.space)
     if space.fixed_input is not None:
         return [(space.fixed_input * scale, space.fixed_input * scale, 1)]

@@ -66,7 +66,9 @@ def product(x_TK: Tensor, codes_OK: Tensor, scales_O1: Tensor, way: Way, bias: T
     return wide.to(x_TK.dtype)
 
 
-def plain_product(x_TK: Tensor, codes_OK: Tensor, scales_O1: Tensor, form: Format, bias: Tensor | None = None) -> Tensor:
+def plain_product(
+    x_TK: Tensor, codes_OK: Tensor, scales_O1: Tensor, form: Format, bias: Tensor | None = None
+) -> Tensor:
     """The same sums in float32: what every way is compared with."""
     codes, scales = narrow(x_TK, form)
     out = (codes.float() * scales) @ (codes_OK.float() * scales_O1).t()

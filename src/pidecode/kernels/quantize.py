@@ -79,9 +79,7 @@ class Matrix:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Matrix:
         """The same with weight and scales both rearranged."""
-        return replace(
-            self, weight=change(self.weight), scales=None if self.scales is None else change(self.scales)
-        )
+        return replace(self, weight=change(self.weight), scales=None if self.scales is None else change(self.scales))
 
 
 def _cut(linear: nn.Module, rows: Callable[[Tensor], Tensor], columns: slice = slice(None)) -> Matrix:

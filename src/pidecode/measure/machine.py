@@ -20,7 +20,6 @@ def this_machine(device: str | torch.device | None = None) -> Machine:
     Raises SettingError for a device that is not there, or does not say what is free.
     """
     chosen = pick_device(device)
-    if chosen.type == "cpu":
     free = free_memory(chosen)
     if free is None:
         raise SettingError(f"{chosen} does not say how much memory is free; name an amount.")

@@ -94,7 +94,10 @@ class _Update:
         C = block.norm1.weight.shape[0]
         self.modulation = modulation_rows(block, group, slice(GATE1, GATE2 + 1))
         features = slice(group.start * C, group.stop * C)
-        self.expand, self.expand_bias = matrix_rows(block.expand_from_attn, features), block.expand_from_attn.bias[features]
+        self.expand, self.expand_bias = (
+            matrix_rows(block.expand_from_attn, features),
+            block.expand_from_attn.bias[features],
+        )
         self.mlp = block.mlp
 
     def __call__(self, tile_TGC: Tensor, condition_TD: Tensor, attended_TA: Tensor) -> None:
