@@ -129,15 +129,14 @@ class PixelDecoder:
             dtype = torch.bfloat16 if chosen.type not in ("cpu", "mps") else torch.float32
         # A plan may keep parts of the network on the host, so it is built there.
         place = chosen if plan is None else "cpu"
+        near = encoder or found.encoder or encoder_here(identity.space)
         read_at = "cpu" if plan is not None and plan.text_on_host else chosen
         net = build_network(file.tensors, identity.config, dtype=dtype, device=place, source=str(found.path))
         decoder = cls(
             net,
             identity,
             name=found.name,
-            encoder=LazyEncoder.of(
-                encoder or found.encoder or encoder_here(identity.space), identity.space, chosen, dtype
-            ),
+            encoder=LazyEncoder.of(near, identity.space, chosen, dtype),
             text=TextEncoder(device=read_at, states=CaptionStates()) if net.config.has_text else None,
             plan=plan,
         )

@@ -114,15 +114,11 @@ class Plan:
             "latent tokens " + ("kept for all steps" if self.keep_tokens else "made anew at each use (exact)"),
             self._multiplied(),
             "on the host: " + (", ".join(self.offload) if self.offload else "nothing"),
-            *(
-                ["captions are read on the host: their encoder is too large for the device"]
-                if self.text_on_host
-                else []
-            ),
+            "captions are read on the host: their encoder is too large for the device" if self.text_on_host else "",
             "whole picture at once" if self.window is None else f"windows of {self.window} pixels fused at every step",
         ]
         share = [f"  {name:22s} {size / GB:6.2f} GB" for name, size in self.parts]
-        return "\n".join([*how, *share, f"  {'predicted peak':22s} {self.peak / GB:6.2f} GB"])
+        return "\n".join([*filter(None, how), *share, f"  {'predicted peak':22s} {self.peak / GB:6.2f} GB"])
 
     def _multiplied(self) -> str:
         if self.weights == "plain":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights in eight bits: half of bfloat16's memory, a small and stated error; widened to multiply unless told not to."""
+"""Weights in eight bits: half of bfloat16's memory, a small and stated error; widened to multiply by default."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class QuantizedLinear(nn.Module):
         if self.way is None:
             return F.linear(x, self.weight.to(x.dtype), self.bias)
         out = product(x.flatten(0, -2), self.codes, self.scales, self.way, self.bias)
-        return out.unflatten(0, x.shape[:-1])
+        return out.view(*x.shape[:-1], -1)
 
 
 def widened(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

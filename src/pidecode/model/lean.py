@@ -182,7 +182,7 @@ def gate_(gate: Any, x: Tensor, injection: Injection | LateInjection, chunks: Ch
     for b in range(len(x)):
         for part in lean.parts(x.shape[1], chunks.tokens):
             tokens, logits = injection.chunk(b, part)
-            lean.add_gated_(x[b, part], tokens, gate.opening(x[b, part], logits))
+            lean.let_in_(x[b, part], tokens, gate.content_proj.weight[:, : x.shape[2]], logits)
 
 
 def _finish_tokens_(net: PixelNet, x: Tensor, vectors: StepVectors, condition: Condition, chunks: Chunks) -> None:

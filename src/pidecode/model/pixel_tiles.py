@@ -94,18 +94,14 @@ class _Update:
         C = block.norm1.weight.shape[0]
         self.modulation = modulation_rows(block, group, slice(GATE1, GATE2 + 1))
         features = slice(group.start * C, group.stop * C)
-        self.expand, self.expand_bias = (
-            matrix_rows(block.expand_from_attn, features),
-            block.expand_from_attn.bias[features],
-        )
+        self.expand = matrix_rows(block.expand_from_attn, features)
+        self.expand_bias = block.expand_from_attn.bias[features]
         self.mlp = block.mlp
 
     def __call__(self, tile_TGC: Tensor, condition_TD: Tensor, attended_TA: Tensor) -> None:
-        gate1, shift2, factor2, gate2 = (v.view(tile_TGC.shape) for v in self.modulation(condition_TD))
-        lean.add_gated_(tile_TGC, self.expand(attended_TA, self.expand_bias).view(tile_TGC.shape), gate1)
-        inner = lean.norm_modulate(tile_TGC, shift2, factor2, condition_TD.dtype)
-        hidden = self.mlp.fc1(inner.flatten(0, 1))
-        lean.add_gated_(tile_TGC, self.mlp.fc2(torch.ops.aten.gelu_(hidden)).view(tile_TGC.shape), gate2)
+        vectors = self.modulation(condition_TD)
+        expanded = self.expand(attended_TA, self.expand_bias).view(tile_TGC.shape)
+        lean.update_pixels_(tile_TGC, expanded, vectors, self.mlp.fc1, self.mlp.fc2)
 
 
 class _Canvas:
