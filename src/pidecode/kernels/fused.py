@@ -124,7 +124,7 @@ def _norm_rotate(  # type: ignore[no-untyped-def]
 
 
 def norm_rotate_(heads_TNK: Tensor, weight_K: Tensor, rotation: Tensor | None) -> None:
-    """Normalise each head and rotate its channel pairs, in place, read once and written once; twin: `lean.norm_rotate_`.
+    """Normalise each head and rotate its channel pairs, in place, in one pass; twin: `lean.norm_rotate_`.
 
     heads_TNK: any strides with a dense last axis; rotation: `[tokens, head_dim / 2]` complex64 or None.
     """
