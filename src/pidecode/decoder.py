@@ -16,7 +16,7 @@ from torch import Tensor
 from pidecode import __version__, images
 from pidecode.captions import CaptionStates, TextEncoder, negative_prompt, ready_states
 from pidecode.colour import LOCKS, lock_colours
-from pidecode.devices import pick_device
+from pidecode.devices import pick_device, usual_dtype
 from pidecode.errors import LatentError, SettingError, SizeError
 from pidecode.facts.checkpoints import CHECKPOINTS, Checkpoint, FlowShift
 from pidecode.facts.sizes import size_advice
@@ -126,7 +126,7 @@ class PixelDecoder:
         if plan is not None:
             dtype = getattr(torch, plan.dtype)
         if dtype is None:
-            dtype = torch.bfloat16 if chosen.type not in ("cpu", "mps") else torch.float32
+            dtype = usual_dtype(chosen)
         # A plan may keep parts of the network on the host, so it is built there.
         place = chosen if plan is None else "cpu"
         near = encoder or found.encoder or encoder_here(identity.space)

@@ -31,6 +31,11 @@ def pick_device(wanted: str | torch.device | None = None) -> torch.device:
     return device
 
 
+def usual_dtype(device: torch.device) -> torch.dtype:
+    """The number format that suits a device, where none is named."""
+    return torch.float32 if device.type in ("cpu", "mps") else torch.bfloat16
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes that a new job may take on the device; None where neither it nor the system tells.
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import torch
 
-from pidecode.devices import free_memory, pick_device
+from pidecode.devices import free_memory, pick_device, usual_dtype
 from pidecode.errors import SettingError
 from pidecode.kernels.products import WAYS, best_way
 from pidecode.planner import Machine, Weights
@@ -23,11 +23,10 @@ def this_machine(device: str | torch.device | None = None) -> Machine:
     free = free_memory(chosen)
     if free is None:
         raise SettingError(f"{chosen} does not say how much memory is free; name an amount.")
-    dtype = torch.float32 if chosen.type in ("cpu", "mps") else torch.bfloat16
     products: list[Weights] = []
     for form in WAYS:
         with suppress(SettingError):
-            best_way(form, dtype, chosen)
+            best_way(form, usual_dtype(chosen), chosen)
             products.append(form)
     return Machine(memory=free, accelerator=chosen.type != "cpu", products=tuple(products))
 
