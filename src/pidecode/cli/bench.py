@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from pidecode.cli.shared import SHORT_DTYPES, emit, json_option, table
+from pidecode.cli.thrift import weights_options
 from pidecode.measure.networks import NETWORKS
 from pidecode.planner import parse_size
 
@@ -24,6 +25,7 @@ from pidecode.planner import parse_size
 @click.option(
     "--threads", type=click.IntRange(min=1), help="Threads of a processor; the framework's choice if not given."
 )
+@weights_options
 @click.option("--reference", type=click.Path(path_type=Path), help="Checkout of nv-tlabs/PiD to compare with.")
 @click.option("--profile", is_flag=True, help="Say where the time goes instead.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Write JSON to this file as well.")

@@ -15,9 +15,10 @@ from torch import Tensor
 from pidecode import __version__
 from pidecode.facts.architecture import NetConfig
 from pidecode.measure.flops import adapter_flops, step_flops
-from pidecode.measure.machine import describe_device, matrix_rate, seconds
+from pidecode.measure.machine import describe_device, matrix_rate, seconds, this_machine
 from pidecode.measure.memory import LiveBytes, weight_bytes
 from pidecode.model.network import PixelNet
+from pidecode.planner import Plan, Products, Weights, plan_decode
 from pidecode.runner import Runner
 from pidecode.sampling import sample_student
 
@@ -33,6 +34,21 @@ class Trial:
     device: torch.device
     steps: int = 4
     repeats: int = 2
+    weights: Weights | None = None
+    products: Products | None = None
+
+    def plan(self) -> Plan | None:
+        """What this machine makes of weights or products that were asked for; None where neither was."""
+        if self.weights is None and self.products is None:
+            return None
+        return plan_decode(
+            self.config,
+            self.size,
+            this_machine(self.device),
+            dtype=str(self.dtype).removeprefix("torch."),
+            weights=self.weights,
+            products=self.products,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +60,8 @@ class Measured:
     dtype: str
     device: str
     attention: str
+    products: str
+    """How matrices are kept and multiplied."""
     steps: int
     prepare: float
     step: float
@@ -67,6 +85,7 @@ class Measured:
             "network": self.network,
             "size": "x".join(map(str, self.size)),
             "dtype": self.dtype,
+            "format": self.products,
             "step": f"{self.step:.3f} s",
             "whole": f"{self.whole:.3f} s",
             "peak": f"{self.peak / 1e9:.3f} GB",
@@ -111,7 +130,9 @@ class Bench:
     def __init__(self, trial: Trial) -> None:
         self.trial = trial
         self.net = random_network(trial.config, trial.dtype, trial.device)
-        self.runner = Runner(self.net, distilled=True)
+        self.runner = Runner(self.net, trial.plan(), distilled=True)
+        if self.runner.plan is not None:
+            self.runner.arrange(trial.device)
         self.noise, self.text, self.latent = inputs(trial)
         self.prepare_times: list[float] = []
         self.step_times: list[float] = []
@@ -170,6 +191,7 @@ def measure(trial: Trial) -> Measured:
         dtype=str(trial.dtype).removeprefix("torch."),
         device=describe_device(trial.device),
         attention=bench.runner.backend or "the framework's choice",
+        products="plain" if (plan := bench.runner.plan) is None else f"{plan.weights}, {plan.products}",
         steps=trial.steps,
         prepare=min(bench.prepare_times),
         step=min(bench.step_times),
