@@ -112,7 +112,8 @@ def coarse_loss(model: Regressor, teacher: TeacherAutoencoder, cells: Tensor) ->
     """
     with torch.no_grad():
         hint = teacher.decoder[:6](cells)
-    return F.mse_loss(cast(nn.Sequential, model.tower.levels[0])(cells), hint) / hint.var()
+    made: Tensor = cast(nn.Sequential, model.tower.levels[0])(cells)
+    return F.mse_loss(made, hint) / hint.var()
 
 
 def hint_loss(
