@@ -19,7 +19,6 @@ from pidecode.training.tiny.cache import LatentCache, add_picture, crop_to_multi
 from pidecode.training.tiny.decoder_stage import (
     DecoderRecipe,
     noised,
-    rate_at,
     run_regressor,
     small_config,
     tiny_config,
@@ -30,7 +29,7 @@ from pidecode.training.tiny.joint_stage import JointRecipe, Pair, run_joint
 from pidecode.training.tiny.muon import Muon, muon_groups, orthogonalised
 from pidecode.training.tiny.procedural import KINDS, procedural_picture
 from pidecode.training.tiny.regressor import Regressor, into_pixelnet
-from pidecode.training.tiny.release import load_pair, release
+from pidecode.training.tiny.release import load_pair, release_decoder, release_encoder
 from pidecode.training.tiny.run import TinyRun, build_cache
 from pidecode.training.tiny.state import load_state, save_state
 from pidecode.training.tiny.teacher import TeacherAutoencoder
@@ -157,12 +156,19 @@ def test_latents_are_noised_in_part() -> None:
     assert not torch.equal(given[~clean], latent[~clean])
 
 
-def test_the_rate_warms_up_stays_and_falls() -> None:
-    recipe = DecoderRecipe(warmup_steps=10, decay_from=0.5, learning_rate=1.0)
-    assert rate_at(0.0, 0, recipe) == pytest.approx(0.1)
-    assert rate_at(0.4, 100, recipe) == 1.0
-    assert rate_at(0.75, 100, recipe) == pytest.approx(0.5)
-    assert rate_at(1.0, 100, recipe) == pytest.approx(0.02)
+def test_rates_warm_up_stay_and_fall() -> None:
+    recipe = DecoderRecipe(warmup_steps=10, decay_from=0.5, apart=0.3, learning_rate=2.0, joined_rate=1.0)
+    assert recipe.factor(0.0, 0) == pytest.approx(0.1)
+    assert recipe.factor(0.4, 100) == 1.0
+    assert recipe.factor(0.75, 100) == pytest.approx(0.5)
+    assert recipe.factor(1.0, 100) == pytest.approx(0.02)
+    assert (recipe.rate(0.2), recipe.rate(0.4)) == (2.0, 1.0)
+
+
+def parts(line: str) -> dict[str, float]:
+    """The named numbers of a progress line."""
+    words = line.split("s ", 1)[1].split(" rate ")[0].split()
+    return dict(zip(words[::2], map(float, words[1::2]), strict=True))
 
 
 def started(cache: LatentCache) -> Regressor:
@@ -259,14 +265,14 @@ def test_the_regressor_learns_and_goes_on_where_it_stopped(
     run_regressor(cache, tmp_path, recipe, teacher, config=SMALL, report=lines.append)
     first = load_state(tmp_path / "regressor.pt")
     assert first is not None
-    errors, distances = zip(
-        *([float(n) for n in line.split("distance ")[1].split()[:2]] for line in lines), strict=True
-    )
-    assert len(errors) == 32
+    rows = [parts(line) for line in lines]
+    assert [sorted(row) for row in rows[7:9]] == [["distance"], ["distance", "error"]]
+    assert len(rows) == 32
+    distances = [row.get("distance", 0.0) for row in rows]
     assert sum(distances[4:8]) < sum(distances[:4])  # the coarsest level alone
     assert sum(distances[12:16]) < sum(distances[8:12])  # all levels apart
     assert 0 < sum(distances[20:24]) < sum(distances[16:20])  # joined, and held to the teacher
-    assert sum(distances[24:]) == 0 < min(errors[24:])  # on their own
+    assert [sorted(row) for row in rows[24:]] == [["error"]] * 8  # on their own
     longer = DecoderRecipe(steps=34, crops=crops, coarse=0.0, apart=0.0, hinted=0.0, noisy_from=0.5)
     run_regressor(cache, tmp_path, longer, teacher, config=SMALL)
     second = load_state(tmp_path / "regressor.pt")
@@ -281,11 +287,11 @@ def test_the_encoder_comes_nearer_to_its_teacher(
     lines: list[str] = []
     recipe = EncoderRecipe(steps=30, warmup_steps=2, side=32, crops=2, log_every=0.0)
     run_encoder(cache, tmp_path, recipe, teacher, config=ENCODER, report=lines.append)
-    apart = [[float(word) for word in line.split("apart ")[1].split()[:3]] for line in lines if "apart" in line]
-    whole = [float(line.split("whole ")[1].split()[2]) for line in lines if "whole" in line]
-    assert len(apart) + len(whole) == 30
-    assert all(late < early for early, late in zip(apart[0], apart[-1], strict=True))
-    assert sum(whole[-4:]) < sum(whole[:4])
+    rows = [parts(line) for line in lines]
+    apart, whole = [row for row in rows if "picture" not in row], [row for row in rows if "picture" in row]
+    assert (len(apart), len(whole)) == (15, 15)
+    assert all(apart[-1][level] < apart[0][level] for level in ("half", "quarter", "latent"))
+    assert sum(row["latent"] for row in whole[-4:]) < sum(row["latent"] for row in whole[:4])
 
 
 def test_encoder_and_decoder_learn_together_and_the_files_load(
@@ -295,10 +301,11 @@ def test_encoder_and_decoder_learn_together_and_the_files_load(
     lines: list[str] = []
     recipe = JointRecipe(steps=40, crops=((128, 2, 1.0),), workers=1, log_every=0.0, decoder_rate=2e-3)
     run_joint(pair, cache, tmp_path, recipe, teacher, lines.append)
-    own = [float(line.split("latent ")[1].split()[0]) for line in lines]
+    own = [parts(line)["own"] for line in lines]
     assert len(own) == 40
     assert sum(own[-8:]) < sum(own[:8])
-    paths = release(tmp_path / "joint.pt", tmp_path, variant="tiny")
+    state = tmp_path / "joint.pt"
+    paths = release_decoder(state, tmp_path, variant="tiny"), release_encoder(state, tmp_path)
     loaded = PixelDecoder.from_pretrained(paths[0], encoder=paths[1], device="cpu")
     picture = loaded.upscale(Image.fromarray(quarter(procedural_picture("gradients", 256, 0))), seed=0)
     assert picture.size == (256, 256)
@@ -337,7 +344,7 @@ def test_a_state_is_whole_or_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="not a training state"):
         load_state(path)
     with pytest.raises(TrainingError, match="run the joint stage"):
-        release(tmp_path / "none.pt", tmp_path, variant="tiny")
+        release_decoder(tmp_path / "none.pt", tmp_path, variant="tiny")
 
 
 def test_the_cache_of_a_run_keeps_held_out_pictures_apart(tmp_path: Path, teacher: TeacherAutoencoder) -> None:

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recipe of `tiny`: shape, schedule, and a loop that survives being killed."""
+"""The decoder of `tiny` on its teacher's latents: its shape, and how its adapter learns level by level."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -16,10 +14,9 @@ from torch import Tensor, nn
 
 from pidecode.facts.architecture import NetConfig
 from pidecode.training.tiny.cache import CropBatch, LatentCache
-from pidecode.training.tiny.encoder_stage import update_average
 from pidecode.training.tiny.muon import Muon, muon_groups
 from pidecode.training.tiny.regressor import Regressor
-from pidecode.training.tiny.state import Budget, load_state, save_state
+from pidecode.training.tiny.stage import Draws, Learner, Parts, Report, Stage, StageRecipe, resume
 from pidecode.training.tiny.teacher import TeacherAutoencoder
 
 
@@ -40,38 +37,33 @@ def small_config() -> NetConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DecoderRecipe(Budget):
-    """How the adapter of `tiny` learns; the schedule follows the budget, which counts all resumed parts."""
+class DecoderRecipe(StageRecipe):
+    """How the adapter of `tiny` learns."""
 
-    coarse: float = 0.06
+    coarse: float = 0.1
     """Share of the budget in which the coarsest level learns alone, on many latents at once."""
     coarse_crops: tuple[tuple[int, int, float], ...] = ((512, 16, 1.0),)
-    apart: float = 0.35
-    """Share of the budget in which the adapter's levels learn apart, each fed its teacher's features."""
+    apart: float = 0.4
+    """Share of the budget until which the adapter's levels learn apart, each fed its teacher's features."""
     hinted: float = 0.7
-    """Share of the budget in which the joined levels are still held to their teacher's features."""
+    """Share of the budget until which the joined levels are still held to their teacher's features."""
     hint_weight: float = 0.3
     """Weight of each level's distance from its teacher's features while apart, in units of their variance."""
     later_hint_weight: float = 0.1
     """The same once they are joined."""
-    learning_rate: float = 2e-3
-    warmup_steps: int = 40
-    decay_from: float = 0.6
-    """Share of the budget after which the rate falls linearly to a fiftieth."""
+    learning_rate: float = 1.2e-3
+    joined_rate: float = 4e-4
+    """Learning rate once the levels are joined."""
     crops: tuple[tuple[int, int, float], ...] = ((256, 8, 0.6), (384, 4, 0.25), (512, 2, 0.15))
     """Crop side in pixels, crops a step, share of the steps."""
     noisy_from: float = 0.7
     """Share of the budget after which latents are noised as well."""
-    noisy_share: float = 0.2
+    noisy_share: float = 0.1
     largest_sigma: float = 0.8
-    absolute_weight: float = 0.0
-    """Weight of the mean absolute error beside the mean squared error."""
-    ema: float = 0.995
-    clip: float = 1.0
-    device: str = "cpu"
-    seed: int = 0
-    save_every: float = 120.0
-    log_every: float = 30.0
+
+    def rate(self, progress: float) -> float:
+        """The learning rate before warm-up and fall."""
+        return self.learning_rate if progress < self.apart else self.joined_rate
 
 
 def noised(latent: Tensor, share: float, largest: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -93,18 +85,6 @@ def draw_crops(
     return cache.crops(count, side, random)
 
 
-def picture_loss(output: Tensor, target: Tensor, absolute_weight: float) -> Tensor:
-    """Mean squared error, plus `absolute_weight` times the mean absolute error."""
-    loss = F.mse_loss(output, target)
-    return loss + absolute_weight * F.l1_loss(output, target) if absolute_weight else loss
-
-
-def rate_at(progress: float, step: int, recipe: DecoderRecipe) -> float:
-    """Learning rate: a warm-up by steps, flat, then a fall by the share of the time that is used."""
-    falling = max(0.0, progress - recipe.decay_from) / (1 - recipe.decay_from)
-    return recipe.learning_rate * min(1.0, (step + 1) / recipe.warmup_steps) * max(0.02, 1 - falling)
-
-
 def coarse_loss(model: Regressor, teacher: TeacherAutoencoder, cells: Tensor) -> Tensor:
     """The coarsest level's distance from its teacher's features, in units of their variance.
 
@@ -118,78 +98,51 @@ def coarse_loss(model: Regressor, teacher: TeacherAutoencoder, cells: Tensor) ->
 
 def hint_loss(
     model: Regressor, teacher: TeacherAutoencoder, cells: Tensor, target: Tensor, recipe: DecoderRecipe, *, apart: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, the picture's squared error, and the levels' mean distance from their teacher's features."""
+) -> tuple[Tensor, Parts]:
+    """The loss, and in it the picture's squared error and the levels' mean distance from their teacher's features."""
     with torch.no_grad():
         hints = teacher.decoder_features(cells)
     made, picture = model.by_levels(cells, hints if apart else None)
     error = F.mse_loss(picture, target)
     distances = [F.mse_loss(ours, theirs) / theirs.var() for ours, theirs in zip(made, hints, strict=True)]
     weight = recipe.hint_weight if apart else recipe.later_hint_weight
-    return error + weight * torch.stack(distances).sum(), error, torch.stack(distances).mean()
+    loss = error + weight * torch.stack(distances).sum()
+    return loss, {"error": error.item(), "distance": torch.stack(distances).mean().item()}
 
 
 def run_regressor(
     cache: LatentCache, folder: Path, recipe: DecoderRecipe, teacher: TeacherAutoencoder, *,
-    config: NetConfig | None = None, report: Callable[[str], None] = lambda line: None,
+    config: NetConfig | None = None, report: Report = lambda line: None,
 ) -> Regressor:  # fmt: skip
     """Train the adapter with a linear head until the budget is used; resumes from `folder`, returns the average."""
     torch.manual_seed(recipe.seed)
-    config = config or tiny_config()
-    model, average = Regressor(config), Regressor(config).requires_grad_(False).to(recipe.device)
-    state = load_state(folder / "regressor.pt")
+    model, path = Regressor(config or tiny_config()), folder / "regressor.pt"
+    state = resume(path, model)
     if state is None:
         model.start_from_patches(cache.crops(64, recipe.crops[0][0], np.random.default_rng(recipe.seed)).target)
     model.to(recipe.device)
-    optimizer = Muon(
-        muon_groups(model.named_parameters(), adam_names=("to_pixels", "pit_head")), lr=recipe.learning_rate
-    )
-    step, used = 0, 0.0
-    if state is None:
-        average.load_state_dict(model.state_dict())
-    else:
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, used = state["step"], state["used"]
-    random, generator = np.random.default_rng([recipe.seed, step]), torch.Generator().manual_seed(recipe.seed + step)
-    started, saved, logged, losses = time.monotonic() - used, used, used, list[list[float]]()
-    while (progress := recipe.progress(step, used)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(progress, step, recipe)
+
+    def loss_of(progress: float, draws: Draws) -> tuple[Tensor, Parts]:
         coarse = progress < recipe.coarse
-        batch = draw_crops(cache, recipe.coarse_crops if coarse else recipe.crops, random).to(recipe.device)
-        with torch.no_grad():  # as a whole picture: a cut-out of a larger one's latent would not know its own colours
-            cells = F.pixel_shuffle(batch.latent, 2) if coarse else teacher.encode(batch.small)
-        optimizer.zero_grad(set_to_none=True)
+        batch = draw_crops(cache, recipe.coarse_crops if coarse else recipe.crops, draws.crops).to(recipe.device)
         if coarse:
-            loss = coarse_loss(model, teacher, cells)
-            parts = [0.0, loss.item()]
-        elif progress < recipe.hinted:
-            apart = progress < recipe.apart
-            loss, error, distance = hint_loss(model, teacher, cells, batch.target, recipe, apart=apart)
-            parts = [error.item(), distance.item()]
-        else:
-            share = recipe.noisy_share if progress >= recipe.noisy_from else 0.0
-            latent, _ = noised(F.pixel_unshuffle(cells, 2), share, recipe.largest_sigma, generator)
-            loss = picture_loss(model(latent), batch.target, recipe.absolute_weight)
-            parts = [loss.item(), 0.0]
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        optimizer.step()
-        step += 1
-        update_average(average, model, min(recipe.ema, (1 + step) / (10 + step)))
-        losses.append(parts)
-        used = time.monotonic() - started
-        if used - logged > recipe.log_every:
-            values = " ".join(f"{value:.5f}" for value in np.mean(losses, axis=0))
-            report(f"step {step} {used:.0f}s error, distance {values} rate {optimizer.param_groups[0]['lr']:.1e}")
-            logged, losses = used, []
-        if used - saved > recipe.save_every or recipe.progress(step, used) >= 1:
-            save_state(
-                folder / "regressor.pt",
-                {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(),
-                 "step": step, "used": used, "config": config.to_dict()},
-            )  # fmt: skip
-            saved = used
-    return average
+            loss = coarse_loss(model, teacher, F.pixel_shuffle(batch.latent, 2))
+            return loss, {"distance": loss.item()}
+        with torch.no_grad():  # as a whole picture: a cut-out of a larger one's latent would not know its own colours
+            cells = teacher.encode(batch.small)
+        if progress < recipe.hinted:
+            return hint_loss(model, teacher, cells, batch.target, recipe, apart=progress < recipe.apart)
+        share = recipe.noisy_share if progress >= recipe.noisy_from else 0.0
+        latent, _ = noised(F.pixel_unshuffle(cells, 2), share, recipe.largest_sigma, draws.noise)
+        loss = F.mse_loss(model(latent), batch.target)
+        return loss, {"error": loss.item()}
+
+    learner = Learner(model, decoder_optimizer(model), recipe.rate)
+    note = {"config": model.config.to_dict()}
+    stage = Stage(name="decoder", recipe=recipe, path=path, note=note, report=report)
+    return stage.learn(model, [learner], loss_of, state)
+
+
+def decoder_optimizer(model: Regressor) -> Muon:
+    """Muon for the convolutions, Adam for the way to pixels, which starts as it should be."""
+    return Muon(muon_groups(model.named_parameters(), adam_names=("to_pixels", "pit_head")), lr=0.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the joint training state to the two files that ship in the package."""
+"""From a joint training state to weights files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from pidecode.errors import TrainingError
 from pidecode.facts.architecture import NetConfig
-from pidecode.facts.checkpoints import APACHE_2, STUDENT_TIMES
+from pidecode.facts.checkpoints import APACHE_2, STUDENT_TIMES, TINY_ENCODER
 from pidecode.model.encoder import EncoderConfig, ImageEncoder
 from pidecode.training.tiny.joint_stage import Pair
 from pidecode.training.tiny.regressor import Regressor, into_pixelnet
@@ -26,28 +26,37 @@ def load_pair(state_path: Path) -> Pair:
     return _pair(_state(state_path))
 
 
-def release(state_path: Path, folder: Path, *, variant: str) -> tuple[Path, Path]:
-    """Write the averaged weights of a joint state as a whole student network and its encoder, float16.
+def release_decoder(state_path: Path, folder: Path, *, variant: str) -> Path:
+    """Write the averaged decoder of a joint state as a whole student network, float16, named after the variant.
 
-    The files are named after the variant. Raises TrainingError without a state.
+    Raises TrainingError without a state.
     """
     state = _state(state_path)
-    pair = _pair(state)
-    net = into_pixelnet(pair.decoder)
-    trained = {"joint_steps": state["step"], "joint_seconds": round(state["used"])}
-    extra = {"credits": CREDITS, "trained": trained}
+    net = into_pixelnet(_pair(state).decoder)
     student = Identity(
         kind="student", config=net.config, space="flux2", variant=variant, licence=APACHE_2.name,
-        times=STUDENT_TIMES, extra=extra,
+        times=STUDENT_TIMES, extra=_extra(state),
     )  # fmt: skip
+    path = folder / f"{variant}.safetensors"
+    write_safetensors(path, net.state_dict(), student.to_metadata(), dtype=torch.float16, overwrite=True)
+    return path
+
+
+def release_encoder(state_path: Path, folder: Path) -> Path:
+    """Write the averaged encoder of a joint state, float16. Raises TrainingError without a state."""
+    state = _state(state_path)
+    model = _pair(state).encoder
     encoder = Identity(
-        kind="encoder", config=None, space="flux2", variant=variant, licence=APACHE_2.name,
-        extra={**extra, "config": pair.encoder.config.to_dict()},
+        kind="encoder", config=None, space="flux2", variant="tiny", licence=APACHE_2.name,
+        extra={**_extra(state), "config": model.config.to_dict()},
     )  # fmt: skip
-    paths = folder / f"{variant}.safetensors", folder / f"{variant}_encoder.safetensors"
-    write_safetensors(paths[0], net.state_dict(), student.to_metadata(), dtype=torch.float16, overwrite=True)
-    write_safetensors(paths[1], pair.encoder.state_dict(), encoder.to_metadata(), dtype=torch.float16, overwrite=True)
-    return paths
+    path = folder / TINY_ENCODER
+    write_safetensors(path, model.state_dict(), encoder.to_metadata(), dtype=torch.float16, overwrite=True)
+    return path
+
+
+def _extra(state: dict[str, Any]) -> dict[str, Any]:
+    return {"credits": CREDITS, "trained": {"joint_steps": state["step"], "joint_seconds": round(state["used"])}}
 
 
 def _state(path: Path) -> dict[str, Any]:

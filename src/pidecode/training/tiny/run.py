@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +15,9 @@ from pidecode.training.tiny.encoder_stage import EncoderRecipe, run_encoder
 from pidecode.training.tiny.grow import grown
 from pidecode.training.tiny.joint_stage import JointRecipe, Pair, run_joint
 from pidecode.training.tiny.procedural import KINDS, procedural_picture
-from pidecode.training.tiny.release import load_pair, release
+from pidecode.training.tiny.release import load_pair, release_decoder, release_encoder
+from pidecode.training.tiny.stage import Report
 from pidecode.training.tiny.teacher import TeacherAutoencoder
-
-Report = Callable[[str], None]
 
 SHRINKS = {"s100": 1.0, "s70": 0.7, "s50": 0.5}
 """Each photograph is cached at these sizes, so that edges are seen at several sharpnesses."""
@@ -93,7 +92,8 @@ def train_tiny(run: TinyRun, report: Report = lambda line: None) -> tuple[Path, 
     )
     recipe = JointRecipe(seconds=run.joint_seconds, device=run.device, workers=run.workers)
     run_joint(Pair(decoder, encoder), cache, run.folder, recipe, teacher, report)
-    return release(run.folder / "joint.pt", run.folder, variant="tiny")
+    joint = run.folder / "joint.pt"
+    return release_decoder(joint, run.folder, variant="tiny"), release_encoder(joint, run.folder)
 
 
 def train_small(run: TinyRun, report: Report = lambda line: None) -> tuple[Path, Path]:
@@ -107,4 +107,4 @@ def train_small(run: TinyRun, report: Report = lambda line: None) -> tuple[Path,
     teacher = TeacherAutoencoder.from_folder(run.teacher).to(run.device)
     recipe = JointRecipe(seconds=run.small_seconds, device=run.device, workers=run.workers, encoder_rate=0.0, seed=2)
     run_joint(pair, build_cache(run), run.folder / "small", recipe, teacher, report)
-    return release(run.folder / "small" / "joint.pt", run.folder, variant="small")[0], encoder
+    return release_decoder(run.folder / "small" / "joint.pt", run.folder, variant="small"), encoder

@@ -5,25 +5,12 @@ from __future__ import annotations
 
 import os
 import pickle
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pidecode.errors import TrainingError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Budget:
-    """When a stage is done: after so many seconds of wall time, or, where `steps` is not 0, after so many steps."""
-
-    seconds: float = 3600.0
-    steps: int = 0
-
-    def progress(self, step: int, used: float) -> float:
-        """Share of the budget that is used; 1 and more means done."""
-        return step / self.steps if self.steps else used / self.seconds
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
