@@ -16,9 +16,9 @@ from torch import Tensor
 from pidecode import __version__, images
 from pidecode.captions import CaptionStates, TextEncoder, negative_prompt, ready_states
 from pidecode.colour import LOCKS, lock_colours
-from pidecode.devices import pick_device
+from pidecode.devices import default_dtype, pick_device
 from pidecode.errors import LatentError, SettingError, SizeError
-from pidecode.facts.checkpoints import CHECKPOINTS, TINY_ENCODER, Checkpoint, FlowShift
+from pidecode.facts.checkpoints import CHECKPOINTS, Checkpoint, FlowShift
 from pidecode.facts.sizes import size_advice
 from pidecode.facts.spaces import LatentSpace, get_space
 from pidecode.latents.encoders import LazyEncoder, native_reference
@@ -27,11 +27,11 @@ from pidecode.model.network import Condition, PixelNet
 from pidecode.planner import Plan
 from pidecode.runner import Runner
 from pidecode.sampling import NoiseStream, OnStep, guided, sample_student, sample_teacher
-from pidecode.settings import LARGEST_TRAINED_SIGMA, DecodeSettings, Settings
+from pidecode.settings import LARGEST_TRAINED_SIGMA, DecodeSettings, RunSettings, Settings, checked_run_settings
 from pidecode.weights.build import build_network
 from pidecode.weights.detect import Hints, detect
 from pidecode.weights.identity import Identity
-from pidecode.weights.locate import asset, encoder_path, locate
+from pidecode.weights.locate import encoder_here, locate
 from pidecode.weights.lora import apply_lora
 from pidecode.weights.read import read_weights
 
@@ -58,6 +58,7 @@ class PixelDecoder:
     name: what to call it in messages and recipes.
     encoder: pictures to latents of that space, for `encode` and `upscale`; None if there is none at hand.
     text: the caption encoder, for networks with a text stream; None needs `caption_states`.
+    running: `compile` and `graphs`, see `RunSettings`.
 
     A decoder is not safe to use from several threads at once; give each its own, or take turns.
     """
@@ -71,6 +72,7 @@ class PixelDecoder:
         encoder: Encode | None = None,
         text: TextEncoder | None = None,
         plan: Plan | None = None,
+        **running: Unpack[RunSettings],
     ) -> None:
         if identity.kind not in ("student", "teacher") or identity.space is None:
             raise SettingError(
@@ -82,7 +84,7 @@ class PixelDecoder:
         self.space: LatentSpace = get_space(identity.space)
         self.encoder = encoder
         self.text = text
-        self.runner = Runner(net, plan, distilled=identity.kind == "student")
+        self.runner = Runner(net, plan, distilled=identity.kind == "student", **checked_run_settings(running))
         if self.space.channels != net.config.latent_channels:
             raise SettingError(
                 f"{name} takes latents of {net.config.latent_channels} channels, but those of space {self.space.name} "
@@ -101,19 +103,20 @@ class PixelDecoder:
         dtype: torch.dtype | None = None,
         encoder: str | PathLike[str] | None = None,
         plan: Plan | None = None,
+        **running: Unpack[RunSettings],
     ) -> PixelDecoder:
         """Load a decoder that is on this machine; `pidecode pull` fetches the official ones.
 
         name_or_path: "tiny" (ships with the package), a file (.safetensors or official .pth), or the hub repository
             "nvidia/PiD" with `space` and, unless its default will do, `variant`.
         space, variant, kind: what the file itself cannot say; see `pidecode models`.
-        device: the best there is, unless named. dtype: bfloat16 on a GPU and float32 elsewhere, unless named.
+        device: the best there is, unless named. dtype: what suits the device (`devices.default_dtype`), unless named.
         encoder: the space's own encoder, a file or folder, where it does not lie where `pidecode pull` puts it.
-
         plan: what `planner.plan_decode` made of a size and an amount of memory; it then settles the dtype.
+        running: `compile=True`, `graphs=True`; see `RunSettings`.
 
         Raises SettingError when something must be named, CheckpointError when the file is not what it should be,
-        DownloadError when it is not on this machine.
+        DownloadError when it is not on this machine, MissingDependencyError when it cannot compile.
         """
         chosen = pick_device(device)
         found = locate(str(name_or_path), space=space, variant=variant, kind=kind)
@@ -121,8 +124,7 @@ class PixelDecoder:
         identity = detect(file, Hints(space=found.space, variant=found.variant, kind=found.kind))
         if plan is not None:
             dtype = getattr(torch, plan.dtype)
-        if dtype is None:
-            dtype = torch.bfloat16 if chosen.type not in ("cpu", "mps") else torch.float32
+        dtype = dtype or default_dtype(chosen)
         assert identity.config is not None
         # A plan may keep parts of the network on the host, so it is built there.
         place = chosen if plan is None else "cpu"
@@ -131,10 +133,14 @@ class PixelDecoder:
             net,
             identity,
             name=found.name,
-            encoder=LazyEncoder.of(encoder or found.encoder or _encoder_here(identity), identity.space, chosen, dtype),
+            encoder=LazyEncoder.of(
+                encoder or found.encoder or encoder_here(identity.space), identity.space, chosen, dtype
+            ),
             text=TextEncoder(device=chosen, states=CaptionStates()) if net.config.has_text else None,
             plan=plan,
+            **running,
         )
+        decoder.runner.require(chosen)
         if plan is not None:
             decoder.runner.arrange(chosen)
         return decoder
@@ -437,11 +443,3 @@ class PixelDecoder:
             "versions": {"pidecode": __version__, "torch": torch.__version__},
         }
         return {key: value for key, value in recipe.items() if value is not None}
-
-
-def _encoder_here(identity: Identity) -> Path | None:
-    """The encoder of a file's own space: the pulled one, else for FLUX.2 the small one that ships with the package."""
-    if identity.space is None:
-        return None
-    pulled = encoder_path(get_space(identity.space).name)
-    return pulled or (asset(TINY_ENCODER) if get_space(identity.space).name == "flux2" else None)

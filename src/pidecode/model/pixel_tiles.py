@@ -95,8 +95,10 @@ class _Update:
 
     def __call__(self, tile_TGC: Tensor, condition_TD: Tensor, attended_TA: Tensor) -> None:
         gate1, shift2, factor2, gate2 = (v.view(tile_TGC.shape) for v in self.modulation(condition_TD))
-        lean.add_gated_(tile_TGC, F.linear(attended_TA, *self.expand).view(tile_TGC.shape), gate1)
-        inner = lean.norm_modulate(tile_TGC, shift2, factor2, condition_TD.dtype)
+        inner = lean.add_norm_modulate_(
+            tile_TGC, F.linear(attended_TA, *self.expand).view(tile_TGC.shape), gate1, shift2, factor2,
+            condition_TD.dtype,
+        )  # fmt: skip
         hidden = self.mlp.fc1(inner.flatten(0, 1))
         lean.add_gated_(tile_TGC, self.mlp.fc2(torch.ops.aten.gelu_(hidden)).view(tile_TGC.shape), gate2)
 

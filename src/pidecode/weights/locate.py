@@ -98,6 +98,14 @@ def encoder_path(space: str, hub: Hub | None = None) -> Path | None:
     return folder / row.path if folder and (folder / row.path).is_dir() else None
 
 
+def encoder_here(space: str | None) -> Path | None:
+    """The encoder of a space: the pulled one, else for FLUX.2 the small one that ships with the package."""
+    if space is None:
+        return None
+    name = get_space(space).name
+    return encoder_path(name) or (asset(TINY_ENCODER) if name == "flux2" else None)
+
+
 def _row(space: str | None, variant: str | None, kind: Kind | None, where: str) -> Checkpoint:
     if space is None:
         names = sorted({row.space for row in CHECKPOINTS.values() if not row.bundled})
