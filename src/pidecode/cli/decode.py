@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pidecode.cli.shared import SHORT_DTYPES, emit, json_option, overwrite_option, progress, space_option
+from pidecode.cli.shared import (
+    SHORT_DTYPES,
+    emit,
+    json_option,
+    overwrite_option,
+    progress,
+    space_option,
+    threads_option,
+)
 from pidecode.errors import FileError, SettingError
 
 if TYPE_CHECKING:
@@ -47,6 +55,7 @@ class Wish:
     lora: Path | None
     lora_scale: float | None
     bits: str
+    compile: bool
     overwrite: bool
     as_json: bool
 
@@ -64,6 +73,7 @@ class Wish:
             encoder=self.encoder,
             device=self.device,
             dtype=DTYPES[self.dtype] if self.dtype else None,
+            compile=self.compile,
         )
         if self.lora is not None:
             decoder.load_lora(self.lora, 1.0 if self.lora_scale is None else self.lora_scale)
@@ -110,6 +120,8 @@ def _decoding_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--lora", type=_PATH, metavar="FILE", help="Low-rank adapter to add to the weights."),
         click.option("--lora-scale", type=float, help="Its strength; 1 if not given."),
         click.option("--bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Per channel."),
+        click.option("--compile", is_flag=True, help="Compile sums first: for many pictures, on an accelerator."),
+        threads_option,
         overwrite_option,
         json_option,
     ]
