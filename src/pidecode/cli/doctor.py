@@ -201,9 +201,8 @@ def _report(findings: dict[str, Any]) -> str:
     lines += [f"  {'system':16s} {findings['platform']}", "", "Devices"]
     lines += [_device_line(device) for device in findings["devices"]]
     own = findings["processor"]
-    lines.append(
-        f"  {'':8s} {own['threads']} threads ({own['threads_because']}), {own['instructions']}, {own['dtype']}"
-    )
+    threads = f"{own['threads']} threads ({own['threads_because']})"
+    lines.append(f"  {'':8s} {threads}, {own['instructions']}, {own['dtype']}")
     lines += ["", "Extras"]
     lines += [
         f"  {'yes' if there else 'no ':4s} {extra}" + ("" if there else f"   pip install 'pidecode[{extra}]'")
