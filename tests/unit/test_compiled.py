@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled sums: equal to their twins, compiled once for all sizes, kept between processes, honest where they cannot."""
+"""Compiled sums: equal to their twins, compiled once for all sizes, kept between processes, refused with a reason."""
 
 from __future__ import annotations
 

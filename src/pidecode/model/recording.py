@@ -134,7 +134,7 @@ def duplicate(value: T, seen: dict[int, Tensor] | None = None) -> T:
         copy = tuple(duplicate(item, seen) for item in value)
     elif is_dataclass(value) and not isinstance(value, type):
         made = {field.name: duplicate(getattr(value, field.name), seen) for field in fields(value)}
-        copy = replace(value, **made)  # type: ignore[type-var]
+        copy = replace(value, **made)
     return copy  # type: ignore[no-any-return]
 
 
