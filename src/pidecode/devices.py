@@ -3,9 +3,17 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
+from importlib.util import find_spec
+
 import torch
 
-from pidecode.errors import SettingError
+from pidecode.errors import MissingDependencyError, SettingError
+
+COMPILERS = ("g++", "clang++", "c++")
+"""What torch looks for to compile for a processor where the environment names no CXX."""
 
 
 def pick_device(wanted: str | torch.device | None = None) -> torch.device:
@@ -48,3 +56,22 @@ def processor_has_matrix_units() -> bool:
     """Whether the processor multiplies matrices of bfloat16 in units of their own, as far as torch can tell."""
     tell = getattr(torch.cpu, "_is_amx_tile_supported", None)  # newer versions only
     return bool(tell is not None and tell())
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raise MissingDependencyError if torch cannot compile for the device on this machine; says what would mend it.
+
+    Looks for the tools only; what else can go wrong is told when the first sum is compiled.
+    """
+    if device.type == "cpu":
+        wanted = [os.environ["CXX"]] if "CXX" in os.environ else ["cl"] if sys.platform == "win32" else COMPILERS
+        if not any(shutil.which(name) for name in wanted):
+            raise MissingDependencyError(
+                f"Compiling for a processor needs a C++ compiler, and {' or '.join(wanted)} is not on this machine. "
+                "Install one (g++ on Linux, the command line tools of Xcode on a Mac), or run without compiling."
+            )
+    elif device.type != "mps" and find_spec("triton") is None:
+        raise MissingDependencyError(
+            f"Compiling for {device.type} needs triton, which comes with GPU builds of torch on Linux (on Windows: "
+            "pip install triton-windows). Install it, or run without compiling."
+        )

@@ -11,11 +11,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pidecode.devices import records_graphs
+from pidecode.devices import records_graphs, require_compiler
 from pidecode.errors import SettingError
 from pidecode.facts.checkpoints import STUDENT_TIMES
-from pidecode.kernels import compiled, lean
+from pidecode.kernels import lean
 from pidecode.kernels.attention import best_backend, use
+from pidecode.kernels.compiled import CompiledSums
 from pidecode.kernels.quantize import quantize
 from pidecode.model.lean import denoise
 from pidecode.model.network import Condition, Grid, PixelNet
@@ -57,7 +58,7 @@ class Runner:
             raise SettingError("fused and compile are two ways to run the same sums; choose one.")
         self.net, self.plan, self.distilled, self.fused = net, plan, distilled, fused
         self.graphs = graphs
-        self.sums = compiled.CompiledSums() if compile else None
+        self.sums = CompiledSums() if compile else None
         """The compiled sums, if any."""
         self.recordings: Recordings | None = None
         """Recorded evaluations, from the first one on."""
@@ -94,7 +95,7 @@ class Runner:
         MissingDependencyError for a compiler that is not there, SettingError for graphs where they cannot be.
         """
         if self.sums is not None:
-            compiled.require(device)
+            require_compiler(device)
         if not self.graphs:
             return
         plan = self.plan

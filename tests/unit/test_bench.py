@@ -98,7 +98,7 @@ def test_modes_that_were_named_and_cannot_run_are_errors(tmp_path: Path) -> None
 def test_compiled_code_is_timed_and_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     from pidecode.kernels.compiled import CompiledSums
 
-    monkeypatch.setattr("pidecode.runner.compiled.CompiledSums", lambda: CompiledSums("eager"))
+    monkeypatch.setattr("pidecode.runner.CompiledSums", lambda: CompiledSums("eager"))
     measured = Bench(trial(mode="compiled", steps=1))
     assert measured.peak() is None
     assert measured.step_times

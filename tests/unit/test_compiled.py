@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
+from pidecode.devices import require_compiler
 from pidecode.errors import MissingDependencyError, SettingError
 from pidecode.facts.architecture import miniature
 from pidecode.kernels import lean
 from pidecode.kernels.chunks import Chunks
-from pidecode.kernels.compiled import CompiledSums, require
+from pidecode.kernels.compiled import CompiledSums
 from pidecode.model.network import Condition, PixelNet
 
 
@@ -91,10 +92,10 @@ def test_what_cannot_be_compiled_says_so() -> None:
 def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(MissingDependencyError, match=r"no-such-compiler is not on this machine.*without compiling"):
-        require(torch.device("cpu"))
-    monkeypatch.setattr("pidecode.kernels.compiled.find_spec", lambda name: None)
+        require_compiler(torch.device("cpu"))
+    monkeypatch.setattr("pidecode.devices.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"needs triton"):
-        require(torch.device("cuda"))
+        require_compiler(torch.device("cuda"))
 
 
 PROBE = """

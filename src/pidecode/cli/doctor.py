@@ -103,14 +103,13 @@ def processor() -> dict[str, Any]:
     """How decodes run on the processor: threads, number format, and whether sums could be compiled for it."""
     import torch
 
-    from pidecode.devices import default_dtype
+    from pidecode.devices import default_dtype, require_compiler
     from pidecode.errors import MissingDependencyError
-    from pidecode.kernels.compiled import require
     from pidecode.threads import suitable_threads
 
     cpu, threads, compiler = torch.device("cpu"), suitable_threads(torch.get_num_threads()), ""
     try:
-        require(cpu)
+        require_compiler(cpu)
     except MissingDependencyError as error:
         compiler = str(error)
     return {

@@ -10,11 +10,7 @@ What is compiled is kept on disk by the framework itself and found again by the 
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from types import FunctionType
 from typing import Any
 
@@ -22,30 +18,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from pidecode.errors import MissingDependencyError, SettingError
+from pidecode.errors import SettingError
 
 EPS = 1e-6
-COMPILERS = ("g++", "clang++", "c++")
-"""What the framework looks for where the environment names no CXX."""
-
-
-def require(device: torch.device) -> None:
-    """Raise MissingDependencyError if sums cannot be compiled for the device on this machine; says what would mend it.
-
-    Looks for the tools only; what else can go wrong is told by the first sum that is compiled.
-    """
-    if device.type in ("cpu", "mps"):
-        wanted = [os.environ["CXX"]] if "CXX" in os.environ else ["cl"] if sys.platform == "win32" else COMPILERS
-        if device.type == "cpu" and not any(shutil.which(name) for name in wanted):
-            raise MissingDependencyError(
-                f"Compiling for a processor needs a C++ compiler, and {' or '.join(wanted)} is not on this machine. "
-                "Install one (g++ on Linux, the command line tools of Xcode on a Mac), or run without compiling."
-            )
-    elif find_spec("triton") is None:
-        raise MissingDependencyError(
-            f"Compiling for {device.type} needs triton, which comes with GPU builds of torch on Linux (on Windows: "
-            "pip install triton-windows). Install it, or run without compiling."
-        )
 
 
 class CompiledSums:
