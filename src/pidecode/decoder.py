@@ -118,7 +118,7 @@ class PixelDecoder:
         Raises SettingError when something must be named, CheckpointError when the file is not what it should be,
         DownloadError when it is not on this machine, MissingDependencyError when it cannot compile.
         """
-        chosen = pick_device(device)
+        chosen, running = pick_device(device), checked_run_settings(running)
         found = locate(str(name_or_path), space=space, variant=variant, kind=kind)
         file = read_weights(found.path)
         identity = detect(file, Hints(space=found.space, variant=found.variant, kind=found.kind))

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
+from pidecode.cli.app import cli
 from pidecode.devices import require_compiler
 from pidecode.errors import MissingDependencyError, SettingError
 from pidecode.facts.architecture import miniature
@@ -96,6 +98,14 @@ def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pidecode.devices.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"needs triton"):
         require_compiler(torch.device("cuda"))
+
+
+def test_a_command_that_cannot_compile_says_what_to_install(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    picture = str(next((root / "docs/images").glob("*.png")))
+    done = CliRunner().invoke(cli, ["upscale", picture, "--compile", "--device", "cpu"])
+    assert done.exit_code == MissingDependencyError.exit_code
+    assert "no-such-compiler is not on this machine" in done.output
 
 
 PROBE = """

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pidecode.decoder import PixelDecoder
 from pidecode.errors import SettingError
 from pidecode.facts.architecture import miniature
 from pidecode.model.lean import denoise
@@ -216,3 +217,12 @@ def test_a_graph_equals_the_eager_path(compile: bool) -> None:
     predict = runner.predict(condition)
     for _ in range(2):
         assert ((predict(x, t) - expected).abs().max() / expected.abs().max()).item() < 5e-5
+
+
+def test_a_decoder_takes_settings_of_how_it_runs_and_refuses_what_cannot_act() -> None:
+    with pytest.raises(SettingError, match="need a CUDA device"):
+        PixelDecoder.from_pretrained("tiny", device="cpu", graphs=True)
+    with pytest.raises(SettingError, match=r"no setting speed .*compile, graphs"):
+        PixelDecoder.from_pretrained("tiny", speed="most")  # type: ignore[call-arg]
+    decoder = PixelDecoder.from_pretrained("tiny", device="cpu", compile=True)
+    assert decoder.runner.sums is not None and not decoder.runner.graphs

@@ -163,7 +163,8 @@ def cuda_graph(device: torch.device) -> Record:
                 ) from error
 
         def replay() -> Tensor:
-            graph.replay()
+            with torch.cuda.device(device):
+                graph.replay()
             return answer
 
         return replay
