@@ -90,3 +90,9 @@ def test_bfloat16_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert devices.default_dtype(cpu) == torch.float32
     assert devices.default_dtype(torch.device("mps")) == torch.float32
     assert devices.default_dtype(torch.device("cuda")) == torch.bfloat16
+
+
+def test_threads_that_cannot_act_are_refused(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli, ["batch", str(tmp_path), str(tmp_path / "out"), "--engine", "ray", "--threads", "1"])
+    assert done.exit_code == 2
+    assert "others do the work" in done.output
