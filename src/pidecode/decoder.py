@@ -16,12 +16,12 @@ from torch import Tensor
 from pidecode import __version__, images
 from pidecode.captions import CaptionStates, TextEncoder, negative_prompt, ready_states
 from pidecode.colour import LOCKS, lock_colours
-from pidecode.devices import default_dtype, pick_device
+from pidecode.devices import pick_device, usual_dtype
 from pidecode.errors import LatentError, SettingError, SizeError
 from pidecode.facts.checkpoints import CHECKPOINTS, Checkpoint, FlowShift
 from pidecode.facts.sizes import size_advice
 from pidecode.facts.spaces import LatentSpace, get_space
-from pidecode.latents.encoders import LazyEncoder, native_reference
+from pidecode.latents.encoders import LazyEncoder, native_reference, visiting
 from pidecode.latents.latent import Latent
 from pidecode.model.network import Condition, PixelNet
 from pidecode.planner import Plan
@@ -102,7 +102,7 @@ class PixelDecoder:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         encoder: str | PathLike[str] | None = None,
-        plan: Plan | None = None,
+        plan: Plan | Callable[[Identity], Plan] | None = None,
         **running: Unpack[RunSettings],
     ) -> PixelDecoder:
         """Load a decoder that is on this machine; `pidecode pull` fetches the official ones.
@@ -110,33 +110,33 @@ class PixelDecoder:
         name_or_path: "tiny" (ships with the package), a file (.safetensors or official .pth), or the hub repository
             "nvidia/PiD" with `space` and, unless its default will do, `variant`.
         space, variant, kind: what the file itself cannot say; see `pidecode models`.
-        device: the best there is, unless named. dtype: what suits the device (`devices.default_dtype`), unless named.
+        device: the best there is, unless named. dtype: what suits the device (`devices.usual_dtype`), unless named.
         encoder: the space's own encoder, a file or folder, where it does not lie where `pidecode pull` puts it.
-        plan: what `planner.plan_decode` made of a size and an amount of memory; it then settles the dtype.
+        plan: what `planner.plan_decode` made, or makes of what the weights are; it then settles the dtype.
         running: `compile=True`, `graphs=True`; see `RunSettings`.
 
         Raises SettingError when something must be named, CheckpointError when the file is not what it should be,
-        DownloadError when it is not on this machine, MissingDependencyError when it cannot compile.
+        DownloadError when it is not here, MissingDependencyError when it cannot compile.
         """
         chosen, running = pick_device(device), checked_run_settings(running)
         found = locate(str(name_or_path), space=space, variant=variant, kind=kind)
         file = read_weights(found.path)
         identity = detect(file, Hints(space=found.space, variant=found.variant, kind=found.kind))
-        if plan is not None:
-            dtype = getattr(torch, plan.dtype)
-        dtype = dtype or default_dtype(chosen)
         assert identity.config is not None
+        if callable(plan):
+            plan = plan(identity)
+        dtype = getattr(torch, plan.dtype) if plan is not None else dtype or usual_dtype(chosen)
         # A plan may keep parts of the network on the host, so it is built there.
         place = chosen if plan is None else "cpu"
+        near = encoder or found.encoder or encoder_here(identity.space)
+        read_at = "cpu" if plan is not None and plan.text_on_host else chosen
         net = build_network(file.tensors, identity.config, dtype=dtype, device=place, source=str(found.path))
         decoder = cls(
             net,
             identity,
             name=found.name,
-            encoder=LazyEncoder.of(
-                encoder or found.encoder or encoder_here(identity.space), identity.space, chosen, dtype
-            ),
-            text=TextEncoder(device=chosen, states=CaptionStates()) if net.config.has_text else None,
+            encoder=LazyEncoder.of(near, identity.space, chosen, dtype),
+            text=TextEncoder(device=read_at, states=CaptionStates()) if net.config.has_text else None,
             plan=plan,
             **running,
         )
@@ -269,7 +269,8 @@ class PixelDecoder:
                 f"{self.name} came without an encoder, so it decodes latents but cannot take pictures. Fetch one "
                 f"with `pidecode pull {self.space.name}`, or pass encoder= to from_pretrained()."
             )
-        cells = self.encoder(tensor.to(self.device))
+        with visiting(self.encoder, self.device if self.runner.sets_aside("encoder") else None):
+            cells = self.encoder(tensor.to(self.device))
         texts = caption if caption is None or isinstance(caption, str) else tuple(caption)
         return Latent(cells, self.space.name, 0.0, texts)
 
@@ -311,7 +312,10 @@ class PixelDecoder:
         if chosen.colour_lock not in (None, *LOCKS):
             raise SettingError(f"colour_lock is {chosen.colour_lock!r}; it must be one of {', '.join(LOCKS)}.")
         if chosen.colour_lock in ("soft", "full"):
-            return native_reference(self.encoder, latent) if chosen.reference is None else chosen.reference
+            if chosen.reference is not None:
+                return chosen.reference
+            with visiting(self.encoder, self.device if self.runner.sets_aside("encoder") else None):
+                return native_reference(self.encoder, latent)
         if chosen.reference is not None:
             raise SettingError('reference acts with colour_lock="soft" or "full" only; name one of them.')
         return None

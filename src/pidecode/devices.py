@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choosing the device, and what suits it: the one place that knows their names."""
+"""Choosing the device, what suits it and what is free on it: the one place that knows their names."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -41,7 +42,7 @@ def records_graphs(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def default_dtype(device: torch.device) -> torch.dtype:
+def usual_dtype(device: torch.device) -> torch.dtype:
     """The number format of weights where none is named: bfloat16 where it pays, float32 elsewhere.
 
     It pays on accelerators, Apple's excepted, and on processors with matrix units for it (Intel's AMX). Others compute
@@ -75,3 +76,32 @@ def require_compiler(device: torch.device) -> None:
             f"Compiling for {device.type} needs triton, which comes with GPU builds of torch on Linux (on Windows: "
             "pip install triton-windows). Install it, or run without compiling."
         )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a new job may take on the device; None where neither it nor the system tells.
+
+    What this process's own allocator holds in reserve counts as free, and so does what the system would give back.
+    """
+    if device.type == "cpu":
+        return _free_main_memory()
+    module = torch.get_device_module(device)
+    if hasattr(module, "mem_get_info"):
+        free, _total = module.mem_get_info(device)
+        return int(free) + int(module.memory_reserved(device) - module.memory_allocated(device))
+    if hasattr(module, "recommended_max_memory"):  # memory shared with the processor: most of it, not all
+        return int(module.recommended_max_memory() - module.driver_allocated_memory())
+    return _free_main_memory()
+
+
+def _free_main_memory() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None

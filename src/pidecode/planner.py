@@ -21,10 +21,19 @@ GB = 10**9
 DRIVER = 450_000_000
 """What an accelerator's context and kernels take besides tensors (the usual 0.3 to 0.5 GB)."""
 
+Weights = Literal["plain", "int8", "fp8"]
+Products = Literal["wide", "eight"]
+WEIGHTS: tuple[Weights, ...] = ("plain", "int8", "fp8")
+PRODUCTS: tuple[Products, ...] = ("wide", "eight")
+
+TEXT_ENCODER = 5_230_000_000
+"""Weights of the captions' encoder (Gemma-2 2B) in bfloat16."""
+
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 CPU_CHUNKS = Chunks()
+"""Those that suit a processor's caches."""
 
 WINDOWS = (4096, 3072, 2048, 1536, 1024)
 """Sides of windows to try, largest first: the fewer, the more a picture is one."""
@@ -59,13 +68,32 @@ class Plan:
     chunks: Chunks = CPU_CHUNKS
     keep_tokens: bool = True
     """Keep the latent's tokens for every block, rather than make them at each use."""
-    weights: Literal["plain", "int8", "fp8"] = "plain"
+    weights: Weights = "plain"
+    products: Products = "wide"
+    """Whether eight-bit weights are widened to be multiplied, or multiplied in eight bits."""
     offload: tuple[str, ...] = ()
     """What stays on the host and visits the device: "text", "encoder", "blocks"."""
+    text_on_host: bool = False
+    """The captions' encoder does not visit: it is too large for the device and works on the host."""
     window: int | None = None
     """Side of the windows a picture is cut into, in pixels; None decodes it whole."""
     parts: tuple[tuple[str, int], ...] = ()
     """What the peak consists of, in bytes."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("dtype", tuple(DTYPE_BYTES)), ("weights", WEIGHTS), ("products", PRODUCTS)):
+            if getattr(self, name) not in known:
+                raise SettingError(f"{name} is {getattr(self, name)!r}; plans know {', '.join(known)}.")
+        if self.products == "eight" and self.weights == "plain":
+            raise SettingError(
+                'products="eight" needs weights="int8" or "fp8": plain weights are multiplied as they are.'
+            )
+
+    @property
+    def working(self) -> int:
+        """Predicted bytes beyond a network that is loaded already; blocks that visit come on top of one."""
+        held = {"patch blocks", "driver"} if "blocks" not in self.offload else {"driver"}
+        return sum(size for name, size in self.parts if name not in held | {"pixel blocks", "adapter and embedders"})
 
     @property
     def peak(self) -> int:
@@ -84,12 +112,19 @@ class Plan:
             f"{width}x{height}, batch of {self.batch}, {self.dtype}",
             f"chunks of {chunks.tokens} patches; pixel tiles of {chunks.tile_tokens} patches x {chunks.tile_rows} rows",
             "latent tokens " + ("kept for all steps" if self.keep_tokens else "made anew at each use (exact)"),
-            f"weights {self.weights}" + ("" if self.weights == "plain" else " (changes the picture a little)"),
+            self._multiplied(),
             "on the host: " + (", ".join(self.offload) if self.offload else "nothing"),
+            "captions are read on the host: their encoder is too large for the device" if self.text_on_host else "",
             "whole picture at once" if self.window is None else f"windows of {self.window} pixels fused at every step",
         ]
         share = [f"  {name:22s} {size / GB:6.2f} GB" for name, size in self.parts]
-        return "\n".join([*how, *share, f"  {'predicted peak':22s} {self.peak / GB:6.2f} GB"])
+        return "\n".join([*filter(None, how), *share, f"  {'predicted peak':22s} {self.peak / GB:6.2f} GB"])
+
+    def _multiplied(self) -> str:
+        if self.weights == "plain":
+            return "weights plain"
+        how = "multiplied in eight bits" if self.products == "eight" else "widened to multiply"
+        return f"weights {self.weights}, {how} (changes the picture a little)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,8 +135,8 @@ class Machine:
     """Bytes free on the device."""
     accelerator: bool = True
     """Whether the device is apart from the host, so that things can be offloaded and a driver takes its share."""
-    fp8: bool = False
-    """Whether it multiplies in eight-bit floats."""
+    products: tuple[Weights, ...] = ()
+    """Formats it multiplies in eight bits, those that suit it best first."""
 
 
 def parameters(config: NetConfig, *, slimmed: bool) -> tuple[int, int, int]:
@@ -141,14 +176,19 @@ def predict(plan: Plan, config: NetConfig, *, accelerator: bool = True, slimmed:
 
 def _weight_parts(plan: Plan, config: NetConfig, *, slimmed: bool) -> Iterator[tuple[str, int]]:
     wide = DTYPE_BYTES[plan.dtype]
-    blocks, pixel, rest = parameters(config, slimmed=slimmed)
+    _, pixel, rest = parameters(config, slimmed=slimmed)
     narrow = wide if plan.weights == "plain" else 1
-    if "blocks" in plan.offload:
-        blocks = math.ceil(blocks / config.patch_depth) * min(2, config.patch_depth)
-    yield "patch blocks", blocks * narrow
+    present = min(2, config.patch_depth) if "blocks" in plan.offload else config.patch_depth
+    yield "patch blocks", present * _block_bytes(plan, config, slimmed=slimmed)
     yield "pixel blocks", pixel * narrow
     # Quantisation spares the convolutions and small layers.
     yield "adapter and embedders", rest * wide
+
+
+def _block_bytes(plan: Plan, config: NetConfig, *, slimmed: bool) -> int:
+    """Of one patch block's weights."""
+    narrow = DTYPE_BYTES[plan.dtype] if plan.weights == "plain" else 1
+    return math.ceil(parameters(config, slimmed=slimmed)[0] / config.patch_depth) * narrow
 
 
 def _activation_parts(plan: Plan, config: NetConfig, size: tuple[int, int]) -> Iterator[tuple[str, int]]:
@@ -157,7 +197,7 @@ def _activation_parts(plan: Plan, config: NetConfig, size: tuple[int, int]) -> I
     whole = plan.size[0] * plan.size[1]
     L = width * height // config.patch_size**2
     L_whole = whole // config.patch_size**2
-    D, A, C = config.hidden_size, config.pixel_attn_hidden_size, config.pixel_hidden_size
+    D, A = config.hidden_size, config.pixel_attn_hidden_size
     N = config.text_length if config.has_text else 0
     heads = config.num_injections + int(config.inject_pixels)
     gate = (D if config.gate == "per_channel" else 1) * 4
@@ -167,74 +207,161 @@ def _activation_parts(plan: Plan, config: NetConfig, size: tuple[int, int]) -> I
     else:
         yield "latent tokens", B * tokens * L if heads else 0
     picture = 3 * 4 * B
-    pictures = whole * (3 if plan.window is not None else 1) + (2 * width * height if plan.window is not None else 0)
-    rotations = L * (D // config.num_heads + A // config.pixel_num_heads) * 4
+    pictures = whole * (2 if plan.window is not None else 1) + (width * height if plan.window is not None else 0)
+    rotation = (D // config.num_heads + A // config.pixel_num_heads) * 4
+    rotations = rotation * (L + L_whole if plan.window is not None else L)
     yield "canvas and positions", pictures * picture + rotations + N * B * (D + config.text_dim) * 4
     patch_stage = B * (L * D * 4 + (L + N) * 3 * D * wide + (L + N) * D * wide + N * D * 4)
-    patch_stage += _chunk_bytes(plan.chunks.tokens, L, D, config.mlp_width, wide)
-    tile_tokens = min(L, max(plan.chunks.tile_tokens, width // config.patch_size))
-    tile = tile_tokens * plan.chunks.tile_rows * config.patch_size * C
-    kept = C * 4 * config.patch_size**2 if config.pixel_depth > 1 else 0
-    pixel_stage = B * L * (D * wide + kept + A * wide)
-    # Either the attention between sweeps, or the tiles of a sweep: the first fills the next block's summaries, the
-    # last the prediction.
-    between = B * L * (3 * A + A) * wide
-    rows = 6 * C * plan.chunks.tile_rows * config.patch_size * D * wide
-    filled = max(width * height * picture, B * L * A * 4 if config.pixel_depth > 1 else 0)
-    during = filled + rows + tile * (4 + 10 * wide)
-    yield "activations", max(patch_stage, pixel_stage + max(between, during), 3 * picture * whole)
+    patch_stage += _chunk_bytes(plan, L, D, config.mlp_width)
+    pixel_stage = _pixel_stage(plan, config, (width, height))
+    if "blocks" in plan.offload and config.patch_depth > 1:  # all but the one that comes first have left by then
+        pixel_stage -= _block_bytes(plan, config, slimmed=True)
+    yield "activations", max(patch_stage, pixel_stage, 3 * picture * whole)
 
 
-def _chunk_bytes(chunk: int, L: int, D: int, F: int, wide: int) -> int:
-    tokens = math.ceil(L / max(1, math.ceil(L / chunk)))
-    return tokens * (2 * F * wide + D * wide + D * 4)
+def _pixel_stage(plan: Plan, config: NetConfig, size: tuple[int, int]) -> int:
+    """Most bytes of the pixel path: of the attention between two sweeps, or of the tiles of a sweep.
+
+    The first sweep fills the next block's summaries, the last the prediction.
+    """
+    (width, height), wide, B, chunks = size, DTYPE_BYTES[plan.dtype], plan.batch, plan.chunks
+    D, A, C, patch = config.hidden_size, config.pixel_attn_hidden_size, config.pixel_hidden_size, config.patch_size
+    L = width * height // patch**2
+    several = config.pixel_depth > 1
+    always = B * L * (D * wide + (C * 4 * patch**2 if several else 0) + A * wide)
+    between = B * L * 3 * A * wide + max(B * L * A * wide, _qkv_bytes(plan, _run(L, chunks.tokens), A))
+    columns = width // patch
+    tile_tokens = columns * _run(height // patch, max(1, chunks.tile_tokens // columns))
+    tile = tile_tokens * chunks.tile_rows * patch * C
+    filled = max(width * height * 3 * 4 * B, B * L * A * 4 if several else 0)
+    # The six vectors' rows of the modulation; those that are widened are copied twice.
+    eight = plan.products == "eight"
+    rows = C * chunks.tile_rows * patch * D * (6 if eight else (6 if plan.weights == "plain" else 8) * wide)
+    inside = max(10 * wide, 4 * wide + _beside(plan, 0, 4)) if eight else 10 * wide
+    fresh = 0 if several and tile_tokens == B * L else 4  # one tile is all that is kept, and needs no copy
+    during = filled + rows + tile * (fresh + inside) + (tile_tokens * D if eight else 0)
+    return always + max(between, during)
+
+
+def _run(length: int, size: int) -> int:
+    """Tokens of one chunk."""
+    return math.ceil(length / max(1, math.ceil(length / size)))
+
+
+def _beside(plan: Plan, inside: int, outside: int) -> int:
+    """Bytes per token that a product in eight bits takes beside its operand and its result."""
+    wide = DTYPE_BYTES[plan.dtype]
+    if plan.weights == "fp8" and plan.dtype == "bfloat16":  # the kernel scales by itself
+        return inside
+    return inside + outside * (8 - wide)  # sums, and the same scaled, in four bytes each
+
+
+def _product_bytes(plan: Plan, tokens: int, inside: int, outside: int) -> int:
+    """Bytes that one linear layer takes beside operand and result: nothing, a widened weight, or codes and sums."""
+    if plan.weights == "plain":
+        return 0
+    if plan.products == "wide":
+        return inside * outside * DTYPE_BYTES[plan.dtype]
+    return tokens * _beside(plan, inside, outside)
+
+
+def _qkv_bytes(plan: Plan, tokens: int, D: int) -> int:
+    """Bytes of one chunk on its way into the joint buffer: a result of its own if quantised, or its norm in float32."""
+    wide = DTYPE_BYTES[plan.dtype]
+    norm = tokens * D * 4 if wide < 4 else 0
+    if plan.weights == "plain":
+        return norm
+    return max(norm, tokens * 3 * D * wide + _product_bytes(plan, tokens, D, 3 * D))
+
+
+def _chunk_bytes(plan: Plan, L: int, D: int, F: int) -> int:
+    """Bytes of one chunk of a patch block, at its projection or inside its feed-forward."""
+    tokens, wide = _run(L, plan.chunks.tokens), DTYPE_BYTES[plan.dtype]
+    hidden = tokens * 2 * F * wide + _product_bytes(plan, tokens, D, F)
+    return tokens * D * wide + max(hidden, _qkv_bytes(plan, tokens, D))
 
 
 def plan_decode(
-    config: NetConfig, size: tuple[int, int], machine: Machine, *, batch: int = 1, dtype: str | None = None
+    config: NetConfig,
+    size: tuple[int, int],
+    machine: Machine,
+    *,
+    batch: int = 1,
+    dtype: str | None = None,
+    weights: Weights | None = None,
+    products: Products | None = None,
 ) -> Plan:
     """The first way of decoding, from the fastest exact one to the sparest, that fits the machine.
 
-    Raises DoesNotFitError saying what would fit, SettingError for a size that does not divide into patches.
+    dtype, weights, products: settles what would be chosen to fit. Products in eight bits are never chosen, only asked
+    for; without `weights` they are in the format that suits the machine.
+    Raises DoesNotFitError saying what would fit, SettingError for a size that does not divide into patches and for
+    what the machine cannot do.
     """
-    if dtype is not None and dtype not in DTYPE_BYTES:
-        raise SettingError(f"dtype is {dtype!r}; plans know {', '.join(DTYPE_BYTES)}.")
     if min(size) < config.patch_size or any(side % config.patch_size for side in size):
         raise SettingError(f"A size of {size[0]}x{size[1]} does not divide into patches of {config.patch_size} pixels.")
+    if products == "eight":
+        weights = _format_of_products(machine, weights)
+    first = Plan(
+        size=size,
+        batch=batch,
+        dtype=dtype or ("bfloat16" if machine.accelerator else "float32"),
+        weights=weights or "plain",
+        products=products or "wide",
+        chunks=Chunks.large(config.patch_size) if machine.accelerator else CPU_CHUNKS,
+        offload=_set_aside(config) if machine.accelerator else (),
+    )
     sparest: Plan | None = None
-    for candidate in _candidates(
-        config, size, machine, batch, dtype or ("bfloat16" if machine.accelerator else "float32")
-    ):
+    for way in _ways(first, machine, settled=weights is not None):
+        candidate = predict(way, config, accelerator=machine.accelerator)
         if candidate.peak <= machine.memory:
-            return candidate
+            return replace(candidate, text_on_host=_text_is_too_large(candidate, machine))
         if sparest is None or candidate.peak < sparest.peak:
             sparest = candidate
     assert sparest is not None
     raise DoesNotFitError(_refusal(config, sparest, machine))
 
 
-def _candidates(config: NetConfig, size: tuple[int, int], machine: Machine, batch: int, dtype: str) -> Iterator[Plan]:
-    large = Chunks.large(config.patch_size) if machine.accelerator else Chunks()
-    aside = ("text", "encoder") if machine.accelerator else ()
-    plain = Plan(size=size, batch=batch, dtype=dtype, chunks=large)
-    late = replace(plain, keep_tokens=False)
-    small = replace(late, chunks=Chunks(tokens=1024, tile_tokens=512, tile_rows=1) if machine.accelerator else Chunks())
-    eight: Literal["int8", "fp8"] = "fp8" if machine.fp8 else "int8"
-    ways = [plain, late, small]
+def _format_of_products(machine: Machine, weights: Weights | None) -> Weights:
+    """The format of weights that are multiplied in eight bits."""
+    if weights == "plain" or weights in machine.products or (weights is None and machine.products):
+        return weights or machine.products[0]  # Plan itself refuses plain ones
+    raise SettingError(
+        f"This machine does not multiply in {weights or 'eight bits'}"
+        + (f", only in {', '.join(machine.products)}" if machine.products else "")
+        + '; leave products out, or "wide".'
+    )
+
+
+def _set_aside(config: NetConfig) -> tuple[str, ...]:
+    """What an accelerator need not hold while it decodes."""
+    return (*(("text",) if config.has_text else ()), *(("encoder",) if config.has_adapter else ()))
+
+
+def _text_is_too_large(plan: Plan, machine: Machine) -> bool:
+    """Whether the captions' encoder fits beside the network; the picture's own memory is not taken by then."""
+    if "text" not in plan.offload:
+        return False
+    return plan.peak - plan.working + TEXT_ENCODER > machine.memory
+
+
+def _ways(first: Plan, machine: Machine, *, settled: bool) -> Iterator[Plan]:
+    """Ever sparer ways from the fastest on; exact ones first, and no eight-bit weights where weights are `settled`."""
+    late = replace(first, keep_tokens=False)
+    small = late
     if machine.accelerator:
-        ways += [replace(plan, offload=(*aside, "blocks")) for plan in (plain, small)]
-    ways.append(replace(small, weights=eight))
+        small = replace(late, chunks=Chunks(tokens=1024, tile_tokens=512, tile_rows=1))
+    visiting = (*first.offload, "blocks")
+    yield from (first, late, small)
     if machine.accelerator:
-        ways.append(replace(small, weights=eight, offload=(*aside, "blocks")))
-    windows = [side for side in WINDOWS if side < max(size)]
-    ways += [replace(small, window=side) for side in windows]
-    ways += [replace(ways[-1] if not windows else small, weights=eight, window=side) for side in windows]
+        yield from (replace(plan, offload=visiting) for plan in (first, small))
+    # int8 is the more exact of the two where weights are widened again.
+    means = [small] if settled else [small, replace(small, weights="int8")]
     if machine.accelerator:
-        ways += [replace(small, weights=eight, offload=(*aside, "blocks"), window=side) for side in windows]
-    for way in ways:
-        if machine.accelerator and "text" not in way.offload:
-            way = replace(way, offload=aside)
-        yield predict(way, config, accelerator=machine.accelerator)
+        means = [way for plan in means for way in (plan, replace(plan, offload=visiting))]
+    yield from means
+    for way in means:
+        yield from (replace(way, window=side) for side in WINDOWS if side < max(first.size))
 
 
 def _refusal(config: NetConfig, sparest: Plan, machine: Machine) -> str:

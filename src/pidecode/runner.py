@@ -6,6 +6,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -17,6 +18,7 @@ from pidecode.facts.checkpoints import STUDENT_TIMES
 from pidecode.kernels import lean
 from pidecode.kernels.attention import best_backend, use
 from pidecode.kernels.compiled import CompiledSums
+from pidecode.kernels.products import best_way
 from pidecode.kernels.quantize import quantize
 from pidecode.model.lean import denoise
 from pidecode.model.network import Condition, Grid, PixelNet
@@ -24,7 +26,7 @@ from pidecode.model.recording import Recordings, cuda_graph
 from pidecode.model.residence import Visitors
 from pidecode.model.schedule import Schedule, slim, tabulate
 from pidecode.parallel import denoise_together, is_spread
-from pidecode.planner import Plan
+from pidecode.planner import Plan, predict
 from pidecode.sampling import SINGLE_STEP_TIME
 from pidecode.tiling import Windows, denoise_windows
 
@@ -73,14 +75,14 @@ class Runner:
         """Bring the network into the plan's shape, on `device`, for good: it can no longer be saved or trained.
 
         A distilled network forgets what made its table of times; weights are quantised; blocks go to the host.
+        Raises SettingError where the device does not multiply as the plan says.
         """
         plan = self.plan
         self._slim()
         if plan is not None:
             self.net.chunks = plan.chunks
             if plan.weights != "plain":
-                quantize(self.net.patch_blocks, plan.weights)
-                quantize(self.net.pixel_blocks, plan.weights)
+                self._quantize(plan, device)
             if "blocks" in plan.offload:
                 self.net.visitors = Visitors(self.net.patch_blocks, device)
         for name, child in self.net.named_children():
@@ -110,18 +112,46 @@ class Runner:
             if hinders:
                 raise SettingError(f"graphs do not go together with {what}; leave graphs out.")
 
+    def _quantize(self, plan: Plan, device: torch.device) -> None:
+        assert plan.weights != "plain"
+        way = best_way(plan.weights, self.net.dtype, device) if plan.products == "eight" else None
+        if way is not None and device.type == "cpu":
+            warnings.warn(
+                "Products in eight bits are slower than float32 on a processor without units for them; compare with "
+                "`pidecode bench`.",
+                stacklevel=4,
+            )
+        for blocks in (self.net.patch_blocks, self.net.pixel_blocks):
+            quantize(blocks, plan.weights, way)
+
     def prepare(self, grid: Grid, text: Tensor | None, latent: Tensor, sigma: Tensor) -> Condition:
         """What all steps of one picture share."""
-        config = self.net.config
-        if self.plan is not None:
-            keep = self.plan.keep_tokens
-        else:
-            width = config.hidden_size * (3 if config.gate == "per_channel" else 1)
-            size = len(latent) * grid[0] * grid[1] * width * config.num_injections * self.net.dtype.itemsize
-            keep = size <= KEPT_TOKENS
+        keep = self._keeps_tokens(len(latent) * grid[0] * grid[1])
         if latent.device.type != "cpu":
             self._slim()  # a processor's memory is not what runs short, and a whole network can still be changed
         return self.net.prepare(grid, text, latent, sigma, keep_tokens=keep, schedule=self.schedule())
+
+    def plan_for(self, size: tuple[int, int], batch: int) -> Plan:
+        """How width x height pixels are decoded here, with the memory that is predicted for it."""
+        net, config = self.net, self.net.config
+        if self.plan is not None:
+            plan = replace(self.plan, size=size, batch=batch)
+        else:
+            plan = Plan(
+                size=size,
+                batch=batch,
+                dtype=str(net.dtype).removeprefix("torch."),
+                chunks=net.chunks_for(net.device),
+                keep_tokens=self._keeps_tokens(batch * size[0] * size[1] // config.patch_size**2),
+            )
+        return predict(plan, config, accelerator=net.device.type != "cpu", slimmed=net.slimmed)
+
+    def _keeps_tokens(self, patches: int) -> bool:
+        if self.plan is not None:
+            return self.plan.keep_tokens
+        config = self.net.config
+        width = config.hidden_size * (3 if config.gate == "per_channel" else 1)
+        return patches * width * config.num_injections * self.net.dtype.itemsize <= KEPT_TOKENS
 
     def schedule(self) -> Schedule | None:
         """The table of the distilled times, made when first asked for."""
@@ -197,7 +227,7 @@ class Runner:
         return self.recordings.run(x, self.net.vectors_at(t, condition), condition, variant=self.backend)
 
     def _choose_backend(self, device: torch.device) -> None:
-        if self.backend is not None or device.type == "cpu":
+        if self.backend is not None or device.type in ("cpu", "meta"):
             return
         config = self.net.config
         head_dims = (config.hidden_size // config.num_heads, config.pixel_attn_hidden_size // config.pixel_num_heads)

@@ -19,6 +19,7 @@ from serving_kit import PATIENCE, latent_bytes, picture_bytes, small_decoder
 from pidecode.cli.app import cli
 from pidecode.errors import BusyError, Cancelled, DoesNotFitError, FileError, ImageError, LatentError, SettingError
 from pidecode.latents.latent import Latent
+from pidecode.measure.memory import LiveBytes
 from pidecode.service.desk import Desk, Looked, looks_like_safetensors, small_picture
 from pidecode.service.http import describe
 from pidecode.service.options import Limits
@@ -87,8 +88,12 @@ def test_limits_are_checked() -> None:
 
 def test_a_plan_grows_with_the_picture_and_refuses_what_cannot_fit() -> None:
     decoder = small_decoder()
-    small, large = plan(decoder, 64, 64), plan(decoder, 128, 128)
-    assert large.working == 4 * small.working
+    small, large = plan(decoder, 64, 64), plan(decoder, 256, 256)
+    assert large.working > 10 * small.working
+    assert large.working == decoder.runner.plan_for((256, 256), 1).working
+    with LiveBytes() as live:
+        decoder.decode(Latent(torch.zeros(1, 128, 4, 4), "flux2", 0.0), steps=2, output="pt")
+    assert large.working == pytest.approx(live.peak, rel=0.1)
     assert small.weights == sum(value.numel() * 4 for value in decoder.net.parameters())
     assert small.fits
     small.require()

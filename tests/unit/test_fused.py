@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from types import ModuleType
+from typing import Literal
 
 import pytest
 import torch
@@ -47,9 +48,51 @@ def test_gated_sum(fused: ModuleType, gate_shape: tuple[int, ...], logits: bool)
     assert torch.allclose(stream, expected, atol=1e-6)
 
 
-def test_a_whole_evaluation(fused: ModuleType) -> None:
+@pytest.mark.parametrize(("heads", "width"), [(2, 64), (3, 8), (5, 72)])
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_and_rotation_of_heads(
+    fused: ModuleType, heads: int, width: int, turned: bool, dtype: torch.dtype
+) -> None:
+    joint = torch.randn(11, 3 * heads * width).to(dtype)  # queries, keys and values side by side, as they lie
+    weight = torch.randn(width).to(dtype)
+    rotation = torch.polar(torch.ones(11, width // 2), torch.randn(11, width // 2)) if turned else None
+    expected = joint.clone()
+    lean.norm_rotate_(expected.unflatten(1, (3, heads, width))[:, 1], weight, rotation)
+    fused.norm_rotate_(joint.unflatten(1, (3, heads, width))[:, 1], weight, rotation)
+    close = 1e-5 if dtype == torch.float32 else 2e-2
+    assert torch.allclose(joint.float(), expected.float(), rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gate_of_one_opening_per_token(fused: ModuleType, dtype: torch.dtype) -> None:
+    stream, tokens, weight = torch.randn(9, 48), torch.randn(7, 40).to(dtype), torch.randn(1, 80).to(dtype)[:, :40]
+    logits = torch.randn(7, 1)
+    expected = stream.clone()
+    lean.let_in_(expected[1:8, :40], tokens, weight, logits)
+    fused.let_in_(stream[1:8, :40], tokens, weight, logits)
+    close = 1e-5 if dtype == torch.float32 else 1e-2
+    assert torch.allclose(stream, expected, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize(("group", "width"), [(4, 16), (16, 4), (3, 24)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_second_half_of_a_pixel_block(fused: ModuleType, group: int, width: int, dtype: torch.dtype) -> None:
+    tile, expanded = torch.randn(7, group, width), torch.randn(7, group, width).to(dtype)
+    vectors = torch.randn(7, 4 * group * width).to(dtype).chunk(4, dim=-1)
+    fc1, fc2 = torch.nn.Linear(width, 4 * width).to(dtype), torch.nn.Linear(4 * width, width).to(dtype)
+    expected = tile.clone()
+    with torch.no_grad():
+        lean.update_pixels_(expected, expanded, vectors, fc1, fc2)
+        fused.update_pixels_(tile, expanded, vectors, fc1, fc2)
+    close = 1e-5 if dtype == torch.float32 else 5e-2
+    assert torch.allclose(tile, expected, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("gate", ["per_token", "per_channel"])
+def test_a_whole_evaluation(fused: ModuleType, gate: Literal["per_token", "per_channel"]) -> None:
     torch.manual_seed(0)
-    net = PixelNet(miniature(pixel_depth=2, patch_size=4)).eval().requires_grad_(False)
+    net = PixelNet(miniature(pixel_depth=2, patch_size=4, gate=gate)).eval().requires_grad_(False)
     for parameter in net.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.03)
     t = torch.tensor([634.0])

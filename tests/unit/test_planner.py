@@ -11,10 +11,10 @@ import torch
 from pidecode.errors import DoesNotFitError, SettingError
 from pidecode.facts.architecture import NetConfig, v1, v1pt5
 from pidecode.kernels.chunks import Chunks
-from pidecode.measure.memory import Job, trace_decode, weight_bytes
+from pidecode.measure.memory import trace_decode, weight_bytes
 from pidecode.model.network import PixelNet
 from pidecode.model.schedule import slim
-from pidecode.planner import GB, Machine, Plan, parameters, parse_bytes, parse_size, plan_decode, predict
+from pidecode.planner import DRIVER, GB, Machine, Plan, parameters, parse_bytes, parse_size, plan_decode, predict
 
 V15 = v1pt5(latent_channels=16, latent_down=8)
 SMALL = NetConfig(
@@ -33,32 +33,73 @@ def test_parameters_are_counted_without_building(config: NetConfig, slimmed: boo
     assert sum(parameters(config, slimmed=slimmed)) == pytest.approx(weight_bytes(net) / 4, rel=1e-3)
 
 
+LARGE = Chunks.large(16)
+SPARE = Chunks(tokens=256, tile_tokens=128, tile_rows=2)
+
+
 @pytest.mark.parametrize(
-    ("size", "dtype", "keep", "chunks"),
+    "plan",
     [
-        # Small chunks mean many operations to follow, hence slow: minutes on a busy machine.
-        pytest.param((1024, 1024), "float32", True, Chunks(), marks=pytest.mark.slow),
-        ((1024, 1024), "bfloat16", False, Chunks.large(16)),
-        pytest.param(
-            (768, 512), "bfloat16", True, Chunks(tokens=256, tile_tokens=128, tile_rows=2), marks=pytest.mark.slow
-        ),
+        Plan(size=(512, 512), keep_tokens=False, chunks=LARGE),
+        Plan(size=(512, 384), batch=2, offload=("blocks",), chunks=LARGE),
+        Plan(size=(512, 512), dtype="float32", weights="int8", chunks=LARGE),
+        Plan(size=(384, 512), weights="int8", products="eight", chunks=LARGE),
+        Plan(size=(1024, 512), weights="fp8", products="eight", chunks=LARGE, offload=("blocks",)),
+        pytest.param(Plan(size=(1024, 768), batch=2, offload=("blocks",), chunks=LARGE), marks=pytest.mark.slow),
+        pytest.param(Plan(size=(1024, 1024), weights="int8", products="eight", chunks=LARGE), marks=pytest.mark.slow),
+        # Small chunks and many windows mean many operations to follow, hence slow: minutes on a busy machine.
+        pytest.param(Plan(size=(1024, 1024), dtype="float32"), marks=pytest.mark.slow),
+        pytest.param(Plan(size=(768, 512), chunks=SPARE), marks=pytest.mark.slow),
+        pytest.param(Plan(size=(2048, 2048), window=1024, chunks=LARGE), marks=pytest.mark.slow),
+        pytest.param(Plan(size=(2048, 1024), window=1024, keep_tokens=False, chunks=LARGE), marks=pytest.mark.slow),
     ],
+    ids=lambda plan: f"{plan.size[0]}-{plan.dtype}-{plan.weights}-{plan.products}-{plan.window}-{plan.offload}",
 )
-def test_the_prediction_is_within_a_tenth_of_what_is_counted(
-    size: tuple[int, int], dtype: str, keep: bool, chunks: Chunks
-) -> None:
-    counted = trace_decode(SMALL, size, Job(dtype=getattr(torch, dtype), keep_tokens=keep, chunks=chunks))
-    plan = Plan(size=size, dtype=dtype, keep_tokens=keep, chunks=chunks)
+def test_the_prediction_is_within_a_tenth_of_what_is_counted(plan: Plan) -> None:
+    counted = trace_decode(SMALL, plan)
     assert predict(plan, SMALL, accelerator=False).peak == pytest.approx(counted.total, rel=0.1)
 
 
+FULL = Plan(size=(2048, 2048), keep_tokens=False, chunks=LARGE)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("side", "limit"), [(2048, 2.9e9), (4096, 5.7e9)])
-def test_full_size_decodes_stay_within_their_bars(side: int, limit: float) -> None:
-    counted = trace_decode(V15, (side, side), Job(keep_tokens=False))
+@pytest.mark.parametrize(
+    ("plan", "limit"),
+    [
+        (FULL, 2.9e9),
+        (replace(FULL, size=(4096, 4096)), 5.7e9),
+        (replace(FULL, keep_tokens=True), 3.0e9),
+        (replace(FULL, weights="int8"), 1.8e9),
+        (replace(FULL, weights="int8", products="eight"), 1.9e9),
+        (replace(FULL, weights="fp8", products="eight"), 1.8e9),
+        (replace(FULL, offload=("blocks",)), 1.2e9),
+        (replace(FULL, weights="int8", offload=("blocks",)), 1.1e9),
+        (replace(FULL, size=(4096, 4096), window=2048, weights="int8", offload=("blocks",)), 1.8e9),
+    ],
+)
+def test_full_size_decodes_stay_within_their_bars(plan: Plan, limit: float) -> None:
+    counted = trace_decode(V15, plan)
     assert counted.total < limit
-    plan = Plan(size=(side, side), keep_tokens=False, chunks=Chunks.large(16))
     assert predict(plan, V15, accelerator=False).peak == pytest.approx(counted.total, rel=0.1)
+
+
+@pytest.mark.parametrize("gb", [pytest.param(4.0, marks=pytest.mark.slow), 1.7])
+def test_eight_bit_weights_and_offload_keep_2048_pixels_within_four_gigabytes(gb: float) -> None:
+    plan = plan_decode(V15, (2048, 2048), Machine(memory=int(gb * GB)), weights="int8")
+    assert plan.weights == "int8" and {"text", "encoder"} <= set(plan.offload) and plan.text_on_host
+    assert ("blocks" in plan.offload) == (gb < 2)
+    assert plan.window is None
+    counted = trace_decode(V15, replace(plan, chunks=LARGE))  # fewer operations to follow, and no less memory
+    assert counted.total + DRIVER < 4 * GB
+    assert plan.peak <= gb * GB
+
+
+def test_8192_pixels_in_twelve_gigabytes() -> None:
+    plan = plan_decode(V15, (8192, 8192), Machine(memory=12 * GB))
+    assert plan.exact and plan.peak <= 12 * GB
+    with pytest.raises(DoesNotFitError, match=r"8192x8192 .* would fit"):
+        plan_decode(V15, (8192, 8192), Machine(memory=4 * GB))
 
 
 def test_less_memory_gives_a_sparer_plan() -> None:
@@ -96,13 +137,45 @@ def test_settings_that_are_none_are_refused() -> None:
         plan_decode(V15, (1000, 1000), Machine(memory=GB))
     with pytest.raises(SettingError, match="dtype is 'int4'"):
         plan_decode(V15, (1024, 1024), Machine(memory=GB), dtype="int4")
+    with pytest.raises(SettingError, match="weights is 'int3'"):
+        Plan(size=(64, 64), weights="int3")  # type: ignore[arg-type]
+
+
+def test_products_in_eight_bits_are_only_asked_for_and_only_of_machines_that_have_them() -> None:
+    card = Machine(memory=24 * GB, products=("int8", "fp8"))
+    assert plan_decode(V15, (1024, 1024), card).products == "wide"
+    assert plan_decode(V15, (1024, 1024), card, products="eight").weights == "int8"
+    assert plan_decode(V15, (1024, 1024), card, products="eight", weights="fp8").weights == "fp8"
+    with pytest.raises(SettingError, match="does not multiply in fp8, only in int8"):
+        plan_decode(V15, (1024, 1024), replace(card, products=("int8",)), products="eight", weights="fp8")
+    with pytest.raises(SettingError, match="does not multiply in eight bits"):
+        plan_decode(V15, (1024, 1024), replace(card, products=()), products="eight")
+    with pytest.raises(SettingError, match="plain weights are multiplied as they are"):
+        plan_decode(V15, (1024, 1024), card, products="eight", weights="plain")
+
+
+def test_weights_that_are_settled_stay_so() -> None:
+    for gb in (24, 3, 2):
+        assert plan_decode(V15, (2048, 2048), Machine(memory=gb * GB), weights="plain").weights == "plain"
+    with pytest.raises(DoesNotFitError):
+        plan_decode(V15, (1024, 1024), Machine(memory=GB), weights="plain")
+    assert plan_decode(V15, (1024, 1024), Machine(memory=int(1.05 * GB))).weights == "int8"
+
+
+def test_captions_are_read_on_the_device_where_there_is_room() -> None:
+    assert not plan_decode(V15, (1024, 1024), Machine(memory=12 * GB)).text_on_host
+    tight = plan_decode(V15, (1024, 1024), Machine(memory=6 * GB))
+    assert tight.text_on_host and "captions are read on the host" in tight.describe()
+    mute = plan_decode(replace(V15, text_dim=0), (1024, 1024), Machine(memory=4 * GB))
+    assert mute.offload == ("encoder",) and not mute.text_on_host
 
 
 def test_a_plan_says_what_it_does() -> None:
     plan = predict(Plan(size=(4096, 3072), offload=("text", "encoder")), V15)
     text = plan.describe()
     assert "4096x3072" in text and "predicted peak" in text and "text, encoder" in text
-    assert "changes the picture" in replace(plan, weights="int8").describe()
+    assert "widened to multiply (changes the picture" in replace(plan, weights="int8").describe()
+    assert "multiplied in eight bits" in replace(plan, weights="int8", products="eight").describe()
 
 
 @pytest.mark.parametrize(

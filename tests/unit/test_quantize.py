@@ -9,7 +9,7 @@ import torch
 from pidecode.errors import SettingError
 from pidecode.facts.architecture import miniature
 from pidecode.kernels import quantize as q8
-from pidecode.kernels.quantize import QuantizedLinear, quantize, weight_block, weight_columns, weight_rows
+from pidecode.kernels.quantize import QuantizedLinear, matrix_block, matrix_columns, matrix_rows, quantize
 from pidecode.model.network import PixelNet
 from pidecode.model.residence import Visitors
 
@@ -46,10 +46,10 @@ def test_parts_of_a_weight_are_those_of_the_whole(form: q8.Format) -> None:
     linear = torch.nn.Linear(10, 24)
     for layer in (linear, QuantizedLinear(linear, form)):
         whole = layer.weight
-        assert torch.equal(weight_rows(layer, slice(3, 9)), whole[3:9])
-        assert torch.equal(weight_columns(layer, slice(3, 9)), whole[:, 3:9])
+        assert torch.equal(matrix_rows(layer, slice(3, 9)).weight, whole[3:9])
+        assert torch.equal(matrix_columns(layer, slice(3, 9)).weight, whole[:, 3:9])
         cut = (slice(0, 2), slice(1, 3))
-        assert torch.equal(weight_block(layer, (2, 3, 4), cut), whole.view(2, 3, 4, 10)[cut])
+        assert torch.equal(matrix_block(layer, (2, 3, 4), cut).weight, whole.view(2, 3, 4, 10)[cut])
 
 
 @pytest.mark.parametrize(("form", "error"), [("int8", 0.02), ("fp8", 0.08)])

@@ -83,13 +83,13 @@ def test_a_command_sets_the_threads_it_was_told(tmp_path: Path) -> None:
 def test_bfloat16_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
-    assert devices.default_dtype(cpu) == torch.float32
+    assert devices.usual_dtype(cpu) == torch.float32
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert devices.default_dtype(cpu) == torch.bfloat16
+    assert devices.usual_dtype(cpu) == torch.bfloat16
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
-    assert devices.default_dtype(cpu) == torch.float32
-    assert devices.default_dtype(torch.device("mps")) == torch.float32
-    assert devices.default_dtype(torch.device("cuda")) == torch.bfloat16
+    assert devices.usual_dtype(cpu) == torch.float32
+    assert devices.usual_dtype(torch.device("mps")) == torch.float32
+    assert devices.usual_dtype(torch.device("cuda")) == torch.bfloat16
 
 
 def test_threads_that_cannot_act_are_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pidecode.cli.shared import SHORT_DTYPES, emit, json_option, table, threads_option
+from pidecode.cli.thrift import weights_options
 from pidecode.errors import SettingError
 from pidecode.measure.networks import NETWORKS
 from pidecode.planner import parse_size
@@ -36,6 +37,7 @@ _HOW = (
     click.option("--steps", type=click.IntRange(1, 4), default=4, show_default=True),
     click.option("--repeats", type=click.IntRange(min=1), default=2, show_default=True),
     threads_option,
+    weights_options,
     click.option("--reference", type=click.Path(path_type=Path), help="Checkout of nv-tlabs/PiD to compare with."),
     click.option("--profile", is_flag=True, help="Say where the time goes instead."),
     click.option("-o", "--out", type=click.Path(path_type=Path), help="Write JSON to this file as well."),

@@ -21,12 +21,15 @@ from pidecode.cli.shared import (
     space_option,
     threads_option,
 )
+from pidecode.cli.thrift import Job, Thrift, decoded, memory_option, upscaled, weights_options
 from pidecode.errors import FileError, SettingError
+from pidecode.planner import Plan, Products, Weights
 
 if TYPE_CHECKING:
     from pidecode.decoder import Output, PixelDecoder
     from pidecode.sampling import OnStep, Step
     from pidecode.settings import DecodeSettings
+    from pidecode.weights.identity import Identity
 
 SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 _PATH = click.Path(path_type=Path)
@@ -54,25 +57,38 @@ class Wish:
     colour_lock: str | None
     lora: Path | None
     lora_scale: float | None
+    memory: str | None
+    weights: Weights | None
+    products: Products | None
     bits: str
     compile: bool
     overwrite: bool
     as_json: bool
 
-    def decoder(self) -> PixelDecoder:
-        """Load the decoder asked for."""
+    def decoder(self, jobs: Callable[[Identity], list[Job]]) -> PixelDecoder:
+        """Load the decoder asked for; `jobs` says what it will make, should a plan be needed."""
         from pidecode.decoder import PixelDecoder
         from pidecode.weights.convert import DTYPES
 
         if self.lora_scale is not None and self.lora is None:
             raise SettingError("--lora-scale is the strength of an adapter, and none was named; add --lora FILE.")
+        dtype = DTYPES[self.dtype] if self.dtype else None
+        thrift = Thrift(memory=self.memory, weights=self.weights, products=self.products)
+
+        def planned(identity: Identity) -> Plan:
+            wanted = None if dtype is None else str(dtype).removeprefix("torch.")
+            plan = thrift.plan(identity.config, jobs(identity), self.device, wanted)
+            click.echo(plan.describe(), err=True)
+            return plan
+
         decoder = PixelDecoder.from_pretrained(
             self.model,
             space=self.space,
             variant=self.variant,
             encoder=self.encoder,
             device=self.device,
-            dtype=DTYPES[self.dtype] if self.dtype else None,
+            dtype=dtype,
+            plan=planned if thrift.asked else None,
             compile=self.compile,
         )
         if self.lora is not None:
@@ -119,6 +135,8 @@ def _decoding_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--lora", type=_PATH, metavar="FILE", help="Low-rank adapter to add to the weights."),
         click.option("--lora-scale", type=float, help="Its strength; 1 if not given."),
+        memory_option,
+        weights_options,
         click.option("--bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Per channel."),
         click.option("--compile", is_flag=True, help="Compile sums first: for many pictures, on an accelerator."),
         threads_option,
@@ -167,7 +185,7 @@ def _several(place: Path, count: int) -> list[Path]:
     return [place.with_name(f"{place.stem}-{index}{place.suffix}") for index in range(1, count + 1)]
 
 
-def _run(sources: Sequence[Path], wish: Wish, ending: str, make: Make) -> None:
+def _run(sources: Sequence[Path], wish: Wish, ending: str, make: Make, jobs: Callable[[Identity], list[Job]]) -> None:
     """Make and save the pictures of one source after another, then say what was written."""
     from pidecode import parallel
     from pidecode.files import check_writable
@@ -183,7 +201,7 @@ def _run(sources: Sequence[Path], wish: Wish, ending: str, make: Make) -> None:
         if wish.bits == "16" and place.suffix.lower() != ".png":
             raise SettingError(f"Only .png files hold 16 bits a channel; {place} does not.")
     spread = parallel.join()  # under torchrun, several processes share each picture and one writes it
-    decoder = wish.decoder()
+    decoder = wish.decoder(jobs)
     decoder.runner.spread = spread
     written: list[dict[str, Any]] = []
     for source, place in zip(sources, places, strict=True):
@@ -226,7 +244,7 @@ def upscale(pictures: tuple[Path, ...], fit: str, **options: Any) -> None:
     def make(decoder: PixelDecoder, source: Path, on_step: OnStep) -> Any:
         return decoder.upscale(source, wish.caption, fit=fit, output=wish.output, on_step=on_step, **wish.settings())  # type: ignore[arg-type]
 
-    _run(pictures, wish, "-upscaled", make)
+    _run(pictures, wish, "-upscaled", make, lambda identity: upscaled(pictures, identity))
 
 
 @click.command()
@@ -250,7 +268,7 @@ def decode(latents: tuple[Path, ...], size: str | None, **options: Any) -> None:
         latent = Latent.load(source, space=wish.space)
         return decoder.decode(latent, wish.caption, output=wish.output, on_step=on_step, **settings)
 
-    _run(latents, wish, "", make)
+    _run(latents, wish, "", make, lambda _: decoded(latents, wish.space, pixels))
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:

@@ -103,7 +103,7 @@ def processor() -> dict[str, Any]:
     """How decodes run on the processor: threads, number format, and whether sums could be compiled for it."""
     import torch
 
-    from pidecode.devices import default_dtype, require_compiler
+    from pidecode.devices import require_compiler, usual_dtype
     from pidecode.errors import MissingDependencyError
     from pidecode.threads import suitable_threads
 
@@ -116,7 +116,7 @@ def processor() -> dict[str, Any]:
         "threads": threads.count,
         "threads_because": threads.because,
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "dtype": str(default_dtype(cpu)).removeprefix("torch."),
+        "dtype": str(usual_dtype(cpu)).removeprefix("torch."),
         "compiler_missing": compiler or None,
     }
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from pidecode.errors import MissingDependencyError
+from pidecode.kernels.quantize import Matrix
 
 if TYPE_CHECKING:
     from pidecode.kernels.compiled import CompiledSums
@@ -103,6 +104,35 @@ def add_norm_modulate_(
     return norm_modulate(add_gated_(x, branch, gate), shift, factor, dtype)
 
 
+def let_in_(x_TD: Tensor, tokens_TD: Tensor, weight_OD: Tensor, logits: Tensor) -> Tensor:
+    """`x += sigmoid(x @ weight^T + logits) * tokens`, in place; twin: `Gate.forward`.
+
+    One opening per token (`O` is 1, logits `[T, 1]`) or per channel.
+    """
+    if _fused.get() and len(weight_OD) == 1 and x_TD.stride(1) == tokens_TD.stride(1) == 1:
+        from pidecode.kernels import fused as triton_kernels
+
+        return triton_kernels.let_in_(x_TD, tokens_TD, weight_OD, logits)
+    return add_gated_(x_TD, tokens_TD, torch.sigmoid(F.linear(x_TD.to(weight_OD.dtype), weight_OD) + logits))
+
+
+def update_pixels_(
+    tile_TGC: Tensor, expanded_TGC: Tensor, vectors: tuple[Tensor, ...], fc1: nn.Module, fc2: nn.Module
+) -> Tensor:
+    """The second half of a pixel block after its large products, in place; twin: the end of `PixelBlock.forward`.
+
+    expanded_TGC: what was attended, expanded to pixels. vectors: gate, shift, factor and gate, each `[T, G * C]`.
+    """
+    if _fused.get() and type(fc1) is type(fc2) is nn.Linear and tile_TGC.stride()[1:] == (tile_TGC.shape[2], 1):
+        from pidecode.kernels import fused as triton_kernels
+
+        return triton_kernels.update_pixels_(tile_TGC, expanded_TGC, vectors, fc1, fc2)
+    gate1, shift2, factor2, gate2 = (vector.view(tile_TGC.shape) for vector in vectors)
+    inner = add_norm_modulate_(tile_TGC, expanded_TGC, gate1, shift2, factor2, expanded_TGC.dtype)
+    hidden = fc1(inner.flatten(0, 1))
+    return add_gated_(tile_TGC, fc2(torch.ops.aten.gelu_(hidden)).view(tile_TGC.shape), gate2)
+
+
 def norm_rotate_(heads_TNK: Tensor, weight_K: Tensor, rotation: Tensor | None) -> None:
     """RMS-normalise each head and rotate its channel pairs, in place; twin: `rotate(RMSNorm(x), rotation)`.
 
@@ -112,6 +142,10 @@ def norm_rotate_(heads_TNK: Tensor, weight_K: Tensor, rotation: Tensor | None) -
     if (sums := _compiled.get()) is not None:
         sums.norm_rotate_(heads_TNK, weight_K, rotation)
         return
+    if _fused.get() and heads_TNK.stride(2) == 1:
+        from pidecode.kernels import fused as triton_kernels
+
+        return triton_kernels.norm_rotate_(heads_TNK, weight_K, rotation)
     x = heads_TNK if heads_TNK.dtype == torch.float32 else heads_TNK.float()
     x.mul_(inverse_rms(x)).mul_(weight_K)
     if rotation is not None:
@@ -121,7 +155,7 @@ def norm_rotate_(heads_TNK: Tensor, weight_K: Tensor, rotation: Tensor | None) -
 
 
 def _rotate_(x_TNK: Tensor, rotation: Tensor) -> None:
-    if x_TNK.is_cpu or x_TNK.is_cuda:
+    if x_TNK.is_cpu or x_TNK.is_cuda or x_TNK.is_meta:
         torch.view_as_complex(x_TNK.unflatten(-1, (-1, 2))).mul_(rotation.unsqueeze(1))
         return
     # Not every device multiplies complex numbers.
@@ -155,9 +189,9 @@ def gated_feed_forward(x: Tensor, w1: nn.Module, w3: nn.Module, w2: nn.Module) -
     return w2(silu_times_(w1(x), w3(x)))  # type: ignore[no-any-return]
 
 
-def accumulate_(total: Tensor, x: Tensor, weight_OI: Tensor) -> None:
-    """`total += x @ weight^T`; a total wider than its terms stays wide."""
-    if total.dtype == x.dtype:
-        total.addmm_(x, weight_OI.t())
+def accumulate_(total: Tensor, x: Tensor, matrix: Matrix) -> None:
+    """`total += x @ matrix^T`; a total wider than its terms stays wide."""
+    if total.dtype == x.dtype and matrix.scales is None:
+        total.addmm_(x, matrix.weight.t())
     else:
-        total.add_(F.linear(x, weight_OI))
+        total.add_(matrix(x))

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -155,6 +157,23 @@ class LazyEncoder:
     def decode_native(self, latent: Tensor) -> Tensor:
         """Normalised latents to the space's own pictures; see `SpaceEncoder`."""
         return self.loaded.decode_native(latent)
+
+
+@contextmanager
+def visiting(encoder: object, device: torch.device | None) -> Iterator[None]:
+    """Have an encoder's weights on the device within the block only; None leaves them where they are.
+
+    An encoder that is just a function has no weights of ours to move.
+    """
+    own = encoder.loaded if isinstance(encoder, LazyEncoder) and device is not None else encoder
+    if not isinstance(own, SpaceEncoder) or device is None:
+        yield
+        return
+    own.to(device)
+    try:
+        yield
+    finally:
+        own.to("cpu")
 
 
 def native_reference(encoder: object, latent: Latent) -> Tensor:

@@ -3,28 +3,32 @@
 
 from __future__ import annotations
 
-import os
 import time
+from contextlib import suppress
 
 import torch
 
-from pidecode.devices import pick_device
-from pidecode.planner import Machine
+from pidecode.devices import free_memory, pick_device, usual_dtype
+from pidecode.errors import SettingError
+from pidecode.kernels.products import WAYS, best_way
+from pidecode.planner import Machine, Weights
 
 
 def this_machine(device: str | torch.device | None = None) -> Machine:
-    """The device asked for, or the best there is, with what is free on it now.
+    """The device asked for, or the best there is, with what is free on it now and what it was seen to multiply.
 
-    Raises SettingError for a device that is not there.
+    Raises SettingError for a device that is not there, or does not say what is free.
     """
     chosen = pick_device(device)
-    if chosen.type == "cpu":
-        return Machine(memory=os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), accelerator=False)
-    if torch.version.cuda or torch.version.hip:
-        free, _ = torch.cuda.mem_get_info(chosen)
-        return Machine(memory=free, fp8=torch.cuda.get_device_capability(chosen) >= (8, 9))
-    # Unified memory: the device may take most, not all, of what the whole machine has.
-    return Machine(memory=int(torch.mps.recommended_max_memory()))
+    free = free_memory(chosen)
+    if free is None:
+        raise SettingError(f"{chosen} does not say how much memory is free; name an amount.")
+    products: list[Weights] = []
+    for form in WAYS:
+        with suppress(SettingError):
+            best_way(form, usual_dtype(chosen), chosen)
+            products.append(form)
+    return Machine(memory=free, accelerator=chosen.type != "cpu", products=tuple(products))
 
 
 def describe_device(device: torch.device) -> str:

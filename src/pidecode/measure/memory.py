@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pidecode.facts.architecture import NetConfig
-from pidecode.kernels.chunks import Chunks
 from pidecode.model.network import PixelNet
-from pidecode.model.schedule import slim, tabulate
-from pidecode.sampling import sample_student, student_times
+from pidecode.planner import Plan
+from pidecode.runner import Runner
+from pidecode.sampling import sample_student
 
 
 class LiveBytes(TorchDispatchMode):
@@ -78,21 +78,6 @@ class Traced:
         return self.weights + self.peak
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """How a traced decode runs."""
-
-    dtype: torch.dtype = torch.bfloat16
-    batch: int = 1
-    keep_tokens: bool = True
-    slimmed: bool = True
-    """Forget what inference at the distilled times never reads, as `model.schedule.slim` does."""
-    chunks: Chunks | None = None
-
-
-DEFAULT_JOB = Job()
-
-
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of all parameters and buffers."""
     held: Mapping[int, Tensor] = {id(t): t for t in (*module.parameters(), *module.buffers())}
@@ -100,42 +85,40 @@ def weight_bytes(module: nn.Module) -> int:
 
 
 @torch.no_grad()
-def trace_decode(config: NetConfig, size: tuple[int, int], job: Job = DEFAULT_JOB) -> Traced:
-    """Count a student's decode of width x height pixels on the meta device: nothing is computed.
+def trace_decode(config: NetConfig, plan: Plan, *, slimmed: bool = True) -> Traced:
+    """Count a student's decode under a plan on the meta device: the real runner at work, and nothing computed.
+
+    slimmed: forget what inference at the distilled times never reads, as decoders do.
 
     A few patch blocks stand for all, which are alike: only the latent tokens kept for each place grow with their
     number, and are added.
     """
-    full = _meta_net(config, job)
-    depth = min(config.patch_depth, config.inject_interval + 1)
-    net = _meta_net(replace(config, patch_depth=depth), job, slimmed=False)
-    schedule = tabulate(net, student_times(4)[:-1])
-    (width, height), meta, batch = size, torch.device("meta"), job.batch
+    short = replace(config, patch_depth=min(config.patch_depth, config.inject_interval + 1))
+    runner = _arranged(short, plan, slimmed)
+    net, (width, height), meta, batch = runner.net, plan.size, torch.device("meta"), plan.batch
     grid, cell = net.grid_of(height, width), config.pixels_per_latent_cell
     text = torch.empty(batch, config.text_length, config.text_dim, device=meta) if config.has_text else None
     latent = torch.empty(batch, config.latent_channels, height // cell, width // cell, device=meta)
     with LiveBytes() as live:
-        condition = net.prepare(
-            grid, text, latent, torch.empty(batch, device=meta), keep_tokens=job.keep_tokens, schedule=schedule
-        )
+        condition = runner.prepare(grid, text, latent, torch.empty(batch, device=meta))
         # Two steps visit every state that four do.
-        sample_student(
-            lambda x, t: net.denoise(x, t, condition),
-            lambda: torch.empty(batch, 3, height, width, device=meta),
-            steps=2,
-        )
-    kept = 0
-    if job.keep_tokens and condition.injections:
+        sample_student(runner.predict(condition), lambda: torch.empty(batch, 3, height, width, device=meta), steps=2)
+    kept = 0.0
+    if plan.keep_tokens and condition.injections:
         one = condition.injections[0]
         kept = sum(t.numel() * t.element_size() for t in (one.tokens, one.gate_logits))
+        if plan.window is not None:  # a window's own cut of them
+            kept *= 1 + min(plan.window, width) * min(plan.window, height) / (width * height)
     more = config.num_injections - len(condition.injections)
-    return Traced(weights=weight_bytes(full), peak=live.peak + more * kept)
+    full = _arranged(config, plan, slimmed).net
+    weights = weight_bytes(full) - (weight_bytes(full.patch_blocks) if full.visitors else 0)
+    return Traced(weights=weights, peak=live.peak + int(more * kept))
 
 
-def _meta_net(config: NetConfig, job: Job, *, slimmed: bool | None = None) -> PixelNet:
+def _arranged(config: NetConfig, plan: Plan, slimmed: bool) -> Runner:
+    """A runner whose network has shapes and no numbers."""
     with torch.device("meta"):
-        net = PixelNet(config).to(job.dtype).requires_grad_(False).eval()
-    net.chunks = job.chunks
-    if job.slimmed if slimmed is None else slimmed:
-        slim(net)
-    return net
+        net = PixelNet(config).to(getattr(torch, plan.dtype)).requires_grad_(False).eval()
+    runner = Runner(net, plan, distilled=slimmed)
+    runner.arrange(torch.device("meta"))
+    return runner

@@ -16,9 +16,10 @@ from torch import Tensor
 from pidecode import __version__
 from pidecode.facts.architecture import NetConfig
 from pidecode.measure.flops import adapter_flops, step_flops
-from pidecode.measure.machine import describe_device, matrix_rate, seconds
+from pidecode.measure.machine import describe_device, matrix_rate, seconds, this_machine
 from pidecode.measure.memory import LiveBytes, weight_bytes
 from pidecode.model.network import Condition, PixelNet
+from pidecode.planner import Plan, Products, Weights, plan_decode
 from pidecode.runner import Runner
 from pidecode.sampling import sample_student
 
@@ -38,15 +39,30 @@ class Trial:
     steps: int = 4
     repeats: int = 2
     mode: Mode = "eager"
+    weights: Weights | None = None
+    products: Products | None = None
 
-    def runner(self, net: PixelNet) -> Runner:
+    def runner(self, net: PixelNet, plan: Plan | None = None) -> Runner:
         """What runs a network in this trial's mode."""
-        return Runner(net, distilled=True, compile=self.mode == "compiled", graphs=self.mode == "graphs")
+        return Runner(net, plan, distilled=True, compile=self.mode == "compiled", graphs=self.mode == "graphs")
 
     def check(self) -> None:
         """Raise as `Runner.require` does where the device cannot run this mode."""
         with torch.device("meta"):
             self.runner(PixelNet(self.config)).require(self.device)
+
+    def plan(self) -> Plan | None:
+        """What this machine makes of weights or products that were asked for; None where neither was."""
+        if self.weights is None and self.products is None:
+            return None
+        return plan_decode(
+            self.config,
+            self.size,
+            this_machine(self.device),
+            dtype=str(self.dtype).removeprefix("torch."),
+            weights=self.weights,
+            products=self.products,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +75,8 @@ class Measured:
     device: str
     mode: Mode
     attention: str
+    products: str
+    """How matrices are kept and multiplied."""
     steps: int
     first: float | None
     """Seconds of the wall for the first decode where that compiled or recorded, else None."""
@@ -87,6 +105,7 @@ class Measured:
             "size": "x".join(map(str, self.size)),
             "dtype": self.dtype,
             "mode": self.mode,
+            "format": self.products,
             "first": "-" if self.first is None else f"{self.first:.1f} s",
             "step": f"{self.step:.3f} s",
             "whole": f"{self.whole:.3f} s",
@@ -133,7 +152,9 @@ class Bench:
         trial.check()
         self.trial = trial
         self.net = random_network(trial.config, trial.dtype, trial.device)
-        self.runner = trial.runner(self.net)
+        self.runner = trial.runner(self.net, trial.plan())
+        if self.runner.plan is not None:
+            self.runner.arrange(trial.device)
         self.noise, self.text, self.latent = inputs(trial)
         self.prepare_times: list[float] = []
         self.step_times: list[float] = []
@@ -204,6 +225,7 @@ def measure(trial: Trial) -> Measured:
         device=describe_device(trial.device),
         mode=trial.mode,
         attention=bench.runner.backend or "the framework's choice",
+        products="plain" if (plan := bench.runner.plan) is None else f"{plan.weights}, {plan.products}",
         steps=trial.steps,
         first=first,
         prepare=min(bench.prepare_times),

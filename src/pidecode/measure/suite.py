@@ -10,12 +10,12 @@ from typing import get_args
 
 import torch
 
-from pidecode.devices import default_dtype
+from pidecode.devices import usual_dtype
 from pidecode.errors import PidecodeError
 from pidecode.measure.machine import this_machine
 from pidecode.measure.networks import NETWORKS
 from pidecode.measure.speed import Mode, Trial
-from pidecode.planner import GB, Plan, predict
+from pidecode.planner import GB, Plan, Products, Weights, predict
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 SIZES = ((1024, 1024), (2048, 2048), (2688, 1536), (4096, 4096))
@@ -33,6 +33,8 @@ class Wanted:
     modes: Sequence[Mode] = ()
     steps: int = 4
     repeats: int = 2
+    weights: Weights | None = None
+    products: Products | None = None
     suite: bool = False
 
     def trials(self) -> Iterator[Trial]:
@@ -41,7 +43,7 @@ class Wanted:
         for name, size, dtype, mode in product(
             self.networks or (tuple(NETWORKS) if every else ("tiny",)),
             self.sizes or (SIZES if every else ((512, 512),)),
-            self.dtypes or (default_dtype(self.device),),
+            self.dtypes or (usual_dtype(self.device),),
             self.modes or (MODES if every else ("eager",)),
         ):
             yield Trial(
@@ -53,6 +55,8 @@ class Wanted:
                 steps=self.steps,
                 repeats=self.repeats,
                 mode=mode,
+                weights=self.weights,
+                products=self.products,
             )
 
 

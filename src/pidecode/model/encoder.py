@@ -108,24 +108,24 @@ class ImageEncoder(nn.Module):
         self.at_eighth = nn.Sequential(*(ContextBlock(config.eighth_width) for _ in range(config.eighth_blocks)))
         self.head = nn.Conv2d(config.eighth_width, config.channels // 4, 3, padding=1)
 
-    def half(self, picture: Tensor) -> Tensor:
+    def half_features(self, picture: Tensor) -> Tensor:
         """Features at half of the picture's side."""
         x: Tensor = self.at_half(self.to_half(functional.relu(self.at_full(self.stem(picture)))))
         return x
 
-    def quarter(self, half: Tensor) -> Tensor:
+    def quarter_features(self, half: Tensor) -> Tensor:
         """Features at a quarter of it, from those at half."""
         x: Tensor = self.at_quarter(self.to_quarter(half))
         return x
 
-    def eighth(self, quarter: Tensor) -> Tensor:
+    def cells_from(self, quarter: Tensor) -> Tensor:
         """The latent before patchifying, from features at a quarter: [B,channels/4,H/8,W/8]."""
         cells: Tensor = self.head(functional.relu(self.at_eighth(self.to_eighth(quarter))))
         return cells
 
     def cells(self, picture: Tensor) -> Tensor:
         """The latent before patchifying: [B,channels/4,H/8,W/8]."""
-        return self.eighth(self.quarter(self.half(picture)))
+        return self.cells_from(self.quarter_features(self.half_features(picture)))
 
     def forward(self, picture: Tensor) -> Tensor:
         """Raises SizeError unless the picture is [B,3,H,W] with sides that are multiples of 16."""

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from pidecode.kernels import lean
 from pidecode.kernels.attention import attention
-from pidecode.kernels.chunks import Chunks
-from pidecode.kernels.quantize import weight_rows
+from pidecode.kernels.quantize import matrix_rows
 from pidecode.model.pixel_tiles import run_pixels
 from pidecode.model.rope import Rotation
 from pidecode.model.schedule import StepVectors
 
 if TYPE_CHECKING:
+    from pidecode.kernels.chunks import Chunks
     from pidecode.model.adapter import Injection, LateInjection
     from pidecode.model.network import Condition, PixelNet
 
@@ -38,7 +38,7 @@ def complex_rotation(rotation: Rotation) -> Tensor:
 
 def denoise(net: PixelNet, x_B3HW: Tensor, vectors: StepVectors, condition: Condition) -> Tensor:
     """`PixelNet.denoise` without a graph; the noisy picture is not altered."""
-    chunks = net.chunks or (Chunks() if x_B3HW.is_cpu else Chunks.large(net.config.patch_size))
+    chunks = net.chunks_for(x_B3HW.device)
     tokens = _embed(net, x_B3HW, chunks)
     _run_patch_blocks(net, tokens, vectors, condition, chunks)
     _finish_tokens_(net, tokens, vectors, condition, chunks)
@@ -176,7 +176,7 @@ def _feed_forward(mlp: Any, x: Tensor) -> Tensor:
 
 def _key_value(qkv: Any, tokens: Tensor) -> Tensor:
     """The last two thirds of a joint projection."""
-    return F.linear(tokens, weight_rows(qkv, slice(tokens.shape[-1], None)))
+    return matrix_rows(qkv, slice(tokens.shape[-1], None))(tokens)
 
 
 def gate_(gate: Any, x: Tensor, injection: Injection | LateInjection, chunks: Chunks) -> None:
@@ -184,7 +184,7 @@ def gate_(gate: Any, x: Tensor, injection: Injection | LateInjection, chunks: Ch
     for b in range(len(x)):
         for part in lean.parts(x.shape[1], chunks.tokens):
             tokens, logits = injection.chunk(b, part)
-            lean.add_gated_(x[b, part], tokens, gate.opening(x[b, part], logits))
+            lean.let_in_(x[b, part], tokens, gate.content_proj.weight[:, : x.shape[2]], logits)
 
 
 def _finish_tokens_(net: PixelNet, x: Tensor, vectors: StepVectors, condition: Condition, chunks: Chunks) -> None:

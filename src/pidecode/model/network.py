@@ -125,6 +125,10 @@ class PixelNet(nn.Module):
         """Where the weights are."""
         return self.final_layer.linear.weight.device
 
+    def chunks_for(self, device: torch.device) -> Chunks:
+        """How much inference works on at once on a device."""
+        return self.chunks or (Chunks() if device.type == "cpu" else Chunks.large(self.config.patch_size))
+
     def grid_of(self, height: int, width: int) -> Grid:
         """Rows and columns of patches in a picture. Raises SizeError if the sides do not divide."""
         patch = self.config.patch_size

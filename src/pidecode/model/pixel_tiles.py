@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pidecode.kernels import lean
 from pidecode.kernels.attention import attention
-from pidecode.kernels.quantize import weight_block, weight_columns, weight_rows
+from pidecode.kernels.quantize import Matrix, matrix_block, matrix_columns, matrix_rows
 
 if TYPE_CHECKING:
     from pidecode.kernels.chunks import Chunks
@@ -40,14 +40,14 @@ SHIFT1, SCALE1, GATE1, SHIFT2, SCALE2, GATE2 = range(6)
 class Modulation:
     """Rows of `adaLN_modulation` for some pixels and some of the six vectors, as one matrix."""
 
-    weight: Tensor
+    matrix: Matrix
     """`[vectors * G * C, D]`, vector by vector."""
     bias: Tensor
     vectors: int
 
     def __call__(self, condition_TD: Tensor) -> tuple[Tensor, ...]:
         """Each vector `[T, G * C]`."""
-        return F.linear(condition_TD, self.weight, self.bias).chunk(self.vectors, dim=-1)
+        return self.matrix(condition_TD, self.bias).chunk(self.vectors, dim=-1)
 
 
 def modulation_rows(block: Any, pixels: slice, which: slice) -> Modulation:
@@ -58,14 +58,18 @@ def modulation_rows(block: Any, pixels: slice, which: slice) -> Modulation:
     """
     linear, P = block.adaLN_modulation[0], block.pixels
     C = block.norm1.weight.shape[0]
-    weight = weight_block(linear, (P, 6, C), (pixels, which)).transpose(0, 1).contiguous()
-    bias = linear.bias.unflatten(0, (P, 6, C))[pixels, which].transpose(0, 1).contiguous()
+
+    def by_vector(rows: Tensor) -> Tensor:
+        return rows.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+
+    matrix = matrix_block(linear, (P, 6, C), (pixels, which)).map(by_vector)
+    bias = by_vector(linear.bias.unflatten(0, (P, 6, C))[pixels, which])
     for scale, norm in ((SCALE1, block.norm1), (SCALE2, block.norm2)):
         index = scale - which.start
-        if 0 <= index < len(weight) and scale < which.stop:
-            weight[index].mul_(norm.weight[:, None])
+        if 0 <= index < len(bias) and scale < which.stop:
+            matrix.per_output[index].mul_(norm.weight[:, None])
             bias[index].add_(1).mul_(norm.weight)
-    return Modulation(weight.flatten(0, 2), bias.flatten(), len(weight))
+    return Modulation(matrix.map(lambda rows: rows.flatten(0, 2)), bias.flatten(), len(bias))
 
 
 class _Summarise:
@@ -75,7 +79,7 @@ class _Summarise:
         C = block.norm1.weight.shape[0]
         self.channels = C
         self.modulation = modulation_rows(block, group, slice(SHIFT1, SCALE1 + 1))
-        self.compress = weight_columns(block.compress_to_attn, slice(group.start * C, group.stop * C))
+        self.compress = matrix_columns(block.compress_to_attn, slice(group.start * C, group.stop * C))
 
     def __call__(self, tile_TGC: Tensor, condition_TD: Tensor, summary_TA: Tensor) -> None:
         shift, factor = (v.view(tile_TGC.shape) for v in self.modulation(condition_TD))
@@ -90,17 +94,14 @@ class _Update:
         C = block.norm1.weight.shape[0]
         self.modulation = modulation_rows(block, group, slice(GATE1, GATE2 + 1))
         features = slice(group.start * C, group.stop * C)
-        self.expand = weight_rows(block.expand_from_attn, features), block.expand_from_attn.bias[features]
+        self.expand = matrix_rows(block.expand_from_attn, features)
+        self.expand_bias = block.expand_from_attn.bias[features]
         self.mlp = block.mlp
 
     def __call__(self, tile_TGC: Tensor, condition_TD: Tensor, attended_TA: Tensor) -> None:
-        gate1, shift2, factor2, gate2 = (v.view(tile_TGC.shape) for v in self.modulation(condition_TD))
-        inner = lean.add_norm_modulate_(
-            tile_TGC, F.linear(attended_TA, *self.expand).view(tile_TGC.shape), gate1, shift2, factor2,
-            condition_TD.dtype,
-        )  # fmt: skip
-        hidden = self.mlp.fc1(inner.flatten(0, 1))
-        lean.add_gated_(tile_TGC, self.mlp.fc2(torch.ops.aten.gelu_(hidden)).view(tile_TGC.shape), gate2)
+        vectors = self.modulation(condition_TD)
+        expanded = self.expand(attended_TA, self.expand_bias).view(tile_TGC.shape)
+        lean.update_pixels_(tile_TGC, expanded, vectors, self.mlp.fc1, self.mlp.fc2)
 
 
 class _Canvas:
@@ -159,8 +160,10 @@ def run_pixels(net: PixelNet, x_B3HW: Tensor, tokens_BLD: Tensor, condition: Con
     summary = sweep.run(None, None, blocks[0] if blocks else None)
     for block, following in zip_longest(blocks, blocks[1:]):
         assert summary is not None
-        attended = attend_patches(block.attn, summary, condition.pixel_rotation, chunks.tokens)
-        summary = sweep.run(block, attended, following)
+        # Not named: what was attended is given up before the next block attends.
+        summary = sweep.run(
+            block, attend_patches(block.attn, summary, condition.pixel_rotation, chunks.tokens), following
+        )
     return sweep.picture
 
 
@@ -229,5 +232,6 @@ def attend_patches(attn: Any, summary_BLA: Tensor, rotation: tuple[Tensor, Tenso
         k, v = attn.gather(k.contiguous()), attn.gather(v.contiguous())
     out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(-2)
     for b in range(B):
-        lean.linear_into(attn.proj, out[b], summary_BLA[b])
+        for part in lean.parts(L, chunk):
+            lean.linear_into(attn.proj, out[b, part], summary_BLA[b, part])
     return summary_BLA

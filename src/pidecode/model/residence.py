@@ -21,11 +21,12 @@ class Visitors:
         self.device = device
         self.blocks: list[nn.Module] = list(blocks)
         self.at_home: list[dict[str, Tensor]] = []
+        travels = device.type not in ("cpu", "meta")  # where memory is only counted, home is on the meta device too
         for block in self.blocks:
-            block.to("cpu")
+            block.to("meta" if device.type == "meta" else "cpu")
             held = {name: tensor.data for name, tensor in _tensors(block)}
-            self.at_home.append({name: t.pin_memory() if device.type != "cpu" else t for name, t in held.items()})
-        self._stream = torch.Stream(device) if device.type != "cpu" else None
+            self.at_home.append({name: t.pin_memory() if travels else t for name, t in held.items()})
+        self._stream = torch.Stream(device) if travels else None
         self._arrived: dict[int, tuple[dict[str, Tensor], torch.Event | None]] = {}
 
     @contextmanager

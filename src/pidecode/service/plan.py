@@ -7,12 +7,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from pidecode.decoder import PixelDecoder
+from pidecode.devices import free_memory
 from pidecode.errors import DoesNotFitError
-
-_FLOAT = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +21,7 @@ class Plan:
     weights: int
     """Already held."""
     working: int
-    """Needed on top while it runs, about."""
+    """Needed on top while it runs, as `planner.predict` has it."""
     free: int | None
 
     @property
@@ -43,42 +40,18 @@ class Plan:
 
 
 def plan(decoder: PixelDecoder, width: int, height: int, *, batch: int = 1) -> Plan:
-    """Estimate the decode of a result of that size.
+    """Estimate the decode of a result of that size, run as this decoder would run it.
 
-    Counted are the pixel path (its hidden features, their modulation and the picture at each step), the image
-    tokens with their keys, values and feed-forward, and the adapter's features; all as if nothing were chunked,
-    so that the true peak lies below.
+    A latent made from a picture, or states made from a caption, are made before: what that takes is not counted.
     """
-    config, size = decoder.net.config, decoder.dtype.itemsize
-    pixels = batch * width * height
-    tokens = pixels // config.patch_size**2
-    per_pixel = 6 * 3 * _FLOAT
-    if config.pixel_depth:
-        per_pixel += 17 * config.pixel_hidden_size * size
-    injections = 1 + config.patch_depth // config.inject_interval if config.has_adapter else 0
-    per_token = (14 + 2 * injections) * config.hidden_size * size
-    latent_cells = pixels // (config.scale * max(1, config.latent_down // config.latent_unpatchify)) ** 2
-    adapter = 4 * config.adapter_width * max(tokens, latent_cells) * size
-    weights = sum(value.numel() * value.element_size() for value in decoder.net.parameters())
+    net = decoder.net
     return Plan(
         width=width,
         height=height,
-        weights=weights,
-        working=pixels * per_pixel + tokens * per_token + adapter,
+        weights=sum(held.numel() * held.element_size() for held in (*net.parameters(), *net.buffers())),
+        working=decoder.runner.plan_for((width, height), batch).working,
         free=free_memory(decoder.device),
     )
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that a new job may take on the device; None where neither it nor the system tells."""
-    if device.type == "cpu":
-        return _free_main_memory()
-    module = torch.get_device_module(device)
-    if not hasattr(module, "mem_get_info"):
-        return _free_main_memory()
-    free, _total = module.mem_get_info(device)
-    cached = module.memory_reserved(device) - module.memory_allocated(device)
-    return int(free) + int(cached)
 
 
 def resident_memory() -> int | None:
@@ -88,16 +61,6 @@ def resident_memory() -> int | None:
     except (OSError, ValueError, IndexError):
         return None
     return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _free_main_memory() -> int | None:
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return None
 
 
 def _readable(count: int) -> str:

@@ -99,7 +99,7 @@ def encoder_path(space: str, hub: Hub | None = None) -> Path | None:
 
 
 def encoder_here(space: str | None) -> Path | None:
-    """The encoder of a space: the pulled one, else for FLUX.2 the small one that ships with the package."""
+    """The encoder of a file's own space: the pulled one, else for FLUX.2 the small one that ships with the package."""
     if space is None:
         return None
     name = get_space(space).name

@@ -111,8 +111,9 @@ def coarse_loss(model: Regressor, teacher: TeacherAutoencoder, cells: Tensor) ->
     That level has one position for a thousand pixels and decides over the whole picture, colours first.
     """
     with torch.no_grad():
-        hint = teacher.decoder[:6](cells)
-    return F.mse_loss(cast(nn.Sequential, model.tower.levels[0])(cells), hint) / hint.var()
+        hint: Tensor = teacher.decoder[:6](cells)
+    made: Tensor = cast(nn.Sequential, model.tower.levels[0])(cells)
+    return F.mse_loss(made, hint) / hint.var()
 
 
 def hint_loss(

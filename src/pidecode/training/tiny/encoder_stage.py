@@ -49,9 +49,9 @@ def by_levels(model: ImageEncoder, picture: Tensor, given: Sequence[Tensor] | No
     given: the teacher's features. With them every level is fed what the teacher had there instead of what the level
     before it made: shallow parts learn many times faster than the whole, and all at once.
     """
-    half = model.half(picture)
-    quarter = model.quarter(half if given is None else given[0])
-    return half, quarter, model.eighth(quarter if given is None else given[1])
+    half = model.half_features(picture)
+    quarter = model.quarter_features(half if given is None else given[0])
+    return half, quarter, model.cells_from(quarter if given is None else given[1])
 
 
 def imitation_loss(

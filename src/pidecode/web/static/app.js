@@ -179,7 +179,7 @@ async function plan() {
     const made = `${Math.round(told.width * factor)}×${Math.round(told.height * factor)} pixels`;
     large = !told.fits;
     share = told.free ? told.working / told.free : null;
-    words = `The result will have ${made}. Memory: at most about ${size(told.working)}${told.free ? `, of ${size(told.free)} free` : ""}.`
+    words = `The result will have ${made}. Memory: about ${size(told.working)}${told.free ? `, of ${size(told.free)} free` : ""}.`
       + (large ? " That does not fit: use a smaller input." : "");
   } catch (error) {
     words = error.message;

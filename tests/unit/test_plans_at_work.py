@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runners and decoders under a plan: what leaves the device, what is measured of it, and attention that answers NaN."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+from torch import Tensor
+
+import pidecode
+from pidecode.cli.app import cli
+from pidecode.devices import free_memory
+from pidecode.errors import SettingError
+from pidecode.facts.architecture import miniature
+from pidecode.facts.spaces import get_space
+from pidecode.kernels import attention as door
+from pidecode.latents.encoders import LazyEncoder, SpaceEncoder, visiting
+from pidecode.measure.machine import this_machine
+from pidecode.model.network import PixelNet
+from pidecode.planner import Plan
+from pidecode.runner import Runner
+from pidecode.weights.identity import Identity
+
+CPU = torch.device("cpu")
+CONFIG = miniature(pixel_depth=2)
+
+
+@pytest.fixture
+def net() -> PixelNet:
+    torch.manual_seed(0)
+    net = PixelNet(CONFIG).eval().requires_grad_(False)
+    for parameter in net.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.03)
+    return net
+
+
+def first_step(runner: Runner, x: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    text, latent = torch.randn(1, 7, 16, generator=generator), torch.randn(1, 16, 2, 3, generator=generator)
+    with torch.no_grad():
+        condition = runner.prepare((4, 6), text, latent, torch.zeros(1))
+        return runner.predict(condition)(x, torch.tensor([634.0]))
+
+
+@pytest.fixture
+def faulty_flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = door.F.scaled_dot_product_attention
+
+    def faulty(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        answer = real(q, k, v)
+        return answer if door._chosen.get() == "math" else answer * float("nan")
+
+    monkeypatch.setattr(door.F, "scaled_dot_product_attention", faulty)
+
+
+@pytest.mark.usefixtures("faulty_flash")
+def test_attention_that_answers_nan_on_the_first_step_is_replaced(net: PixelNet) -> None:
+    runner, x = Runner(net), torch.randn(1, 3, 64, 96)
+    runner.backend = "flash"  # as if its probe had passed
+    with pytest.warns(UserWarning, match="Attention through 'flash' answered NaN on cpu"):
+        answer = first_step(runner, x)
+    assert torch.isfinite(answer).all()
+    assert runner.backend == "math"
+    exact = Runner(net)
+    exact.backend = "math"
+    assert torch.equal(first_step(exact, x), answer)
+
+
+@pytest.mark.usefixtures("faulty_flash")
+def test_attention_is_not_blamed_for_what_it_was_given(net: PixelNet) -> None:
+    runner, x = Runner(net), torch.full((1, 3, 64, 96), float("nan"))
+    runner.backend = "flash"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first_step(runner, x)
+    assert runner.backend == "flash"
+
+
+def test_a_plan_may_be_made_from_what_the_weights_are() -> None:
+    seen: list[Identity] = []
+
+    def plan(identity: Identity) -> Plan:
+        seen.append(identity)
+        return Plan(size=(256, 256), dtype="float32", weights="int8")
+
+    decoder = pidecode.PixelDecoder.from_pretrained("tiny", plan=plan)
+    assert seen[0].space == "flux2" and seen[0].config == decoder.net.config
+    assert decoder.runner.plan is not None and decoder.runner.plan.weights == "int8"
+    with pytest.raises(SettingError, match="cannot be changed any more"):
+        decoder.runner.forget()
+
+
+class _Native:
+    """An encoder's model that remembers where it was."""
+
+    can_decode = False
+
+    def __init__(self) -> None:
+        self.places: list[str] = []
+
+    def to(self, device: torch.device) -> None:
+        self.places.append(device.type)
+
+
+def test_an_encoder_that_visits_leaves_again_whatever_happens() -> None:
+    native = _Native()
+    encoder = SpaceEncoder(native, get_space("flux2"))  # type: ignore[arg-type]
+    with pytest.raises(KeyError), visiting(encoder, torch.device("meta")):
+        raise KeyError
+    assert native.places == ["cpu", "meta", "cpu"]
+    with visiting(encoder, None), visiting(print, CPU):
+        pass
+    assert native.places == ["cpu", "meta", "cpu"]
+    lazy = LazyEncoder("flux2", "nowhere", CPU, torch.float32)
+    lazy._loaded = encoder
+    with visiting(lazy, torch.device("meta")):
+        assert native.places[-1] == "meta"
+    assert native.places[-1] == "cpu"
+
+
+def test_a_plan_has_the_encoder_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan(size=(256, 256), dtype="float32", offload=("encoder",))
+    decoder = pidecode.PixelDecoder.from_pretrained("tiny", plan=plan)
+    moves: list[str] = []
+    real = SpaceEncoder.to
+    monkeypatch.setattr(SpaceEncoder, "to", lambda self, device: (moves.append(str(device)), real(self, device))[1])
+    decoder.encode(Image.new("RGB", (64, 64)))
+    assert moves[-2:] == ["cpu", "cpu"]  # to where the network is, and home
+    free = pidecode.PixelDecoder.from_pretrained("tiny")
+    free.encode(Image.new("RGB", (64, 64)))
+    assert len(moves) == 4  # the last one was its loading only
+
+
+def test_this_machine_says_what_it_has() -> None:
+    machine = this_machine("cpu")
+    assert not machine.accelerator and machine.products == ("int8",)
+    free = free_memory(CPU)
+    assert free is None or machine.memory == pytest.approx(free, rel=0.2)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def test_the_command_line_plans_a_decode(tmp_path: Path) -> None:
+    picture = tmp_path / "one.png"
+    Image.radial_gradient("L").resize((40, 24)).convert("RGB").save(picture)
+    plain = run("upscale", picture, "-o", tmp_path / "plain.png", "--steps", 1)
+    assert plain.exit_code == 0 and "predicted peak" not in plain.stderr
+    done = run("upscale", picture, "-o", tmp_path / "int8.png", "--steps", 1, "--weights", "int8", "--memory", "1GB")
+    assert done.exit_code == 0, done.output
+    assert "192x128, batch of 1, float32" in done.stderr  # whole cells of the encoder, before it is cut back
+    assert "weights int8, widened" in done.stderr
+    with Image.open(tmp_path / "int8.png") as made:
+        assert made.size == (160, 96)
+
+
+def test_the_command_line_refuses_what_cannot_be(tmp_path: Path) -> None:
+    latent = tmp_path / "one.safetensors"
+    pidecode.Latent(torch.randn(2, 128, 1, 2), "flux2", 0.0).save(latent)
+    tight = run("decode", latent, "--memory", "1MB")
+    assert tight.exit_code != 0 and "128x64 (batch of 2) needs" in tight.stderr
+    fp8 = run("decode", latent, "--weights", "fp8", "--products", "eight")
+    assert fp8.exit_code != 0 and "does not multiply in fp8" in fp8.stderr
+    idle = run("decode", latent, "--weights", "plain", "--products", "eight")
+    assert idle.exit_code != 0 and "plain weights are multiplied as they are" in idle.stderr
+
+
+def test_plan_takes_weights_and_products() -> None:
+    done = run("plan", "--size", "2048x2048", "--vram", "4GB", "--products", "eight", "--json")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert (told["weights"], told["products"], told["exact"], told["text_on_host"]) == ("int8", "eight", False, True)
+    fp8 = run("plan", "--size", "2048x2048", "--vram", "4GB", "--products", "eight", "--weights", "fp8")
+    assert "weights fp8, multiplied in eight bits" in fp8.output
+
+
+def test_bench_measures_a_plan() -> None:
+    done = run("bench", "--size", "64x64", "--weights", "int8", "--repeats", 1, "--steps", 1, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["results"][0]["products"] == "int8, wide"
