@@ -27,7 +27,7 @@ from pidecode.model.network import Condition, PixelNet
 from pidecode.planner import Plan
 from pidecode.runner import Runner
 from pidecode.sampling import NoiseStream, OnStep, guided, sample_student, sample_teacher
-from pidecode.settings import LARGEST_TRAINED_SIGMA, DecodeSettings, Settings
+from pidecode.settings import LARGEST_TRAINED_SIGMA, DecodeSettings, RunSettings, Settings, checked_run_settings
 from pidecode.weights.build import build_network
 from pidecode.weights.detect import Hints, detect
 from pidecode.weights.identity import Identity
@@ -58,6 +58,7 @@ class PixelDecoder:
     name: what to call it in messages and recipes.
     encoder: pictures to latents of that space, for `encode` and `upscale`; None if there is none at hand.
     text: the caption encoder, for networks with a text stream; None needs `caption_states`.
+    running: `compile` and `graphs`, see `RunSettings`.
 
     A decoder is not safe to use from several threads at once; give each its own, or take turns.
     """
@@ -71,6 +72,7 @@ class PixelDecoder:
         encoder: Encode | None = None,
         text: TextEncoder | None = None,
         plan: Plan | None = None,
+        **running: Unpack[RunSettings],
     ) -> None:
         if identity.kind not in ("student", "teacher") or identity.space is None:
             raise SettingError(
@@ -82,7 +84,7 @@ class PixelDecoder:
         self.space: LatentSpace = get_space(identity.space)
         self.encoder = encoder
         self.text = text
-        self.runner = Runner(net, plan, distilled=identity.kind == "student")
+        self.runner = Runner(net, plan, distilled=identity.kind == "student", **checked_run_settings(running))
         if self.space.channels != net.config.latent_channels:
             raise SettingError(
                 f"{name} takes latents of {net.config.latent_channels} channels, but those of space {self.space.name} "
@@ -101,32 +103,29 @@ class PixelDecoder:
         dtype: torch.dtype | None = None,
         encoder: str | PathLike[str] | None = None,
         plan: Plan | Callable[[Identity], Plan] | None = None,
+        **running: Unpack[RunSettings],
     ) -> PixelDecoder:
         """Load a decoder that is on this machine; `pidecode pull` fetches the official ones.
 
         name_or_path: "tiny" (ships with the package), a file (.safetensors or official .pth), or the hub repository
             "nvidia/PiD" with `space` and, unless its default will do, `variant`.
         space, variant, kind: what the file itself cannot say; see `pidecode models`.
-        device: the best there is, unless named. dtype: bfloat16 on a GPU and float32 elsewhere, unless named.
+        device: the best there is, unless named. dtype: what suits the device (`devices.usual_dtype`), unless named.
         encoder: the space's own encoder, a file or folder, where it does not lie where `pidecode pull` puts it.
-
-        plan: what `planner.plan_decode` made of a size and an amount of memory, or a function that makes it from what
-            the weights are; it then settles the dtype.
+        plan: what `planner.plan_decode` made, or makes of what the weights are; it then settles the dtype.
+        running: `compile=True`, `graphs=True`; see `RunSettings`.
 
         Raises SettingError when something must be named, CheckpointError when the file is not what it should be,
-        DownloadError when it is not on this machine.
+        DownloadError when it is not here, MissingDependencyError when it cannot compile.
         """
-        chosen = pick_device(device)
+        chosen, running = pick_device(device), checked_run_settings(running)
         found = locate(str(name_or_path), space=space, variant=variant, kind=kind)
         file = read_weights(found.path)
         identity = detect(file, Hints(space=found.space, variant=found.variant, kind=found.kind))
         assert identity.config is not None
         if callable(plan):
             plan = plan(identity)
-        if plan is not None:
-            dtype = getattr(torch, plan.dtype)
-        if dtype is None:
-            dtype = usual_dtype(chosen)
+        dtype = getattr(torch, plan.dtype) if plan is not None else dtype or usual_dtype(chosen)
         # A plan may keep parts of the network on the host, so it is built there.
         place = chosen if plan is None else "cpu"
         near = encoder or found.encoder or encoder_here(identity.space)
@@ -139,7 +138,9 @@ class PixelDecoder:
             encoder=LazyEncoder.of(near, identity.space, chosen, dtype),
             text=TextEncoder(device=read_at, states=CaptionStates()) if net.config.has_text else None,
             plan=plan,
+            **running,
         )
+        decoder.runner.require(chosen)
         if plan is not None:
             decoder.runner.arrange(chosen)
         return decoder

@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choosing the device, and what is free on it: the one place that knows their names."""
+"""Choosing the device, what suits it and what is free on it: the one place that knows their names."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from pidecode.errors import SettingError
+from pidecode.errors import MissingDependencyError, SettingError
+
+COMPILERS = ("g++", "clang++", "c++")
+"""What torch looks for to compile for a processor where the environment names no CXX."""
 
 
 def pick_device(wanted: str | torch.device | None = None) -> torch.device:
@@ -31,9 +37,45 @@ def pick_device(wanted: str | torch.device | None = None) -> torch.device:
     return device
 
 
+def records_graphs(device: torch.device) -> bool:
+    """Whether work on the device can be recorded and replayed as a graph: on CUDA, and ROCm under the same name."""
+    return device.type == "cuda"
+
+
 def usual_dtype(device: torch.device) -> torch.dtype:
-    """The number format that suits a device, where none is named."""
-    return torch.float32 if device.type in ("cpu", "mps") else torch.bfloat16
+    """The number format of weights where none is named: bfloat16 where it pays, float32 elsewhere.
+
+    It pays on accelerators, Apple's excepted, and on processors with matrix units for it (Intel's AMX). Others compute
+    it in wider steps, many times slower than float32, or were never tried.
+    """
+    if device.type == "cpu":
+        return torch.bfloat16 if processor_has_matrix_units() else torch.float32
+    return torch.float32 if device.type == "mps" else torch.bfloat16
+
+
+def processor_has_matrix_units() -> bool:
+    """Whether the processor multiplies matrices of bfloat16 in units of their own, as far as torch can tell."""
+    tell = getattr(torch.cpu, "_is_amx_tile_supported", None)  # newer versions only
+    return bool(tell is not None and tell())
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raise MissingDependencyError if torch cannot compile for the device on this machine; says what would mend it.
+
+    Looks for the tools only; what else can go wrong is told when the first sum is compiled.
+    """
+    if device.type == "cpu":
+        wanted = [os.environ["CXX"]] if "CXX" in os.environ else ["cl"] if sys.platform == "win32" else COMPILERS
+        if not any(shutil.which(name) for name in wanted):
+            raise MissingDependencyError(
+                f"Compiling for a processor needs a C++ compiler, and {' or '.join(wanted)} is not on this machine. "
+                "Install one (g++ on Linux, the command line tools of Xcode on a Mac), or run without compiling."
+            )
+    elif device.type != "mps" and find_spec("triton") is None:
+        raise MissingDependencyError(
+            f"Compiling for {device.type} needs triton, which comes with GPU builds of torch on Linux (on Windows: "
+            "pip install triton-windows). Install it, or run without compiling."
+        )
 
 
 def free_memory(device: torch.device) -> int | None:

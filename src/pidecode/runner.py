@@ -5,19 +5,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from pidecode.devices import records_graphs, require_compiler
 from pidecode.errors import SettingError
 from pidecode.facts.checkpoints import STUDENT_TIMES
 from pidecode.kernels import lean
 from pidecode.kernels.attention import best_backend, use
+from pidecode.kernels.compiled import CompiledSums
 from pidecode.kernels.products import best_way
 from pidecode.kernels.quantize import quantize
+from pidecode.model.lean import denoise
 from pidecode.model.network import Condition, Grid, PixelNet
+from pidecode.model.recording import Recordings, cuda_graph
 from pidecode.model.residence import Visitors
 from pidecode.model.schedule import Schedule, slim, tabulate
 from pidecode.parallel import denoise_together, is_spread
@@ -36,13 +41,29 @@ class Runner:
     """Runs a network the way a plan says; without one, whole, in the weights' own type, everything on its device.
 
     fused: run the sums around the matrix products as Triton kernels.
+    compile: run them as the framework compiles them, once for all picture sizes.
+    graphs: record an evaluation once per picture size and replay it at each step; CUDA devices only.
     distilled: the network only ever runs at the student's times, so what depends on time alone is tabulated.
     """
 
     def __init__(
-        self, net: PixelNet, plan: Plan | None = None, *, distilled: bool = False, fused: bool = False
+        self,
+        net: PixelNet,
+        plan: Plan | None = None,
+        *,
+        distilled: bool = False,
+        fused: bool = False,
+        compile: bool = False,
+        graphs: bool = False,
     ) -> None:
+        if fused and compile:
+            raise SettingError("fused and compile are two ways to run the same sums; choose one.")
         self.net, self.plan, self.distilled, self.fused = net, plan, distilled, fused
+        self.graphs = graphs
+        self.sums = CompiledSums() if compile else None
+        """The compiled sums, if any."""
+        self.recordings: Recordings | None = None
+        """Recorded evaluations, from the first one on."""
         self._schedule: Schedule | None = None
         self.backend: str | None = None
         """Attention kernel in use; None where the framework picks one per call, as on processors."""
@@ -69,6 +90,27 @@ class Runner:
                 child.to(device)
         if self.net.config.has_text:
             self.net.y_pos_embedding.data = self.net.y_pos_embedding.data.to(device)
+
+    def require(self, device: torch.device) -> None:
+        """Raise an error that says the mend, if what was asked for cannot run on the device.
+
+        MissingDependencyError for a compiler that is not there, SettingError for graphs where they cannot be.
+        """
+        if self.sums is not None:
+            require_compiler(device)
+        if not self.graphs:
+            return
+        plan = self.plan
+        if not records_graphs(device):
+            raise SettingError(f"graphs need a CUDA device, and this decoder runs on {device}; leave graphs out.")
+        for hinders, what in (
+            (self.spread and is_spread(), "a picture spread over several processes"),
+            (plan is not None and plan.window is not None, "windows, which a plan chose to save memory"),
+            (plan is not None and "blocks" in plan.offload, "blocks that live on the host"),
+            (self.net.plain, "adapters that keep the layers' own forward"),
+        ):
+            if hinders:
+                raise SettingError(f"graphs do not go together with {what}; leave graphs out.")
 
     def _quantize(self, plan: Plan, device: torch.device) -> None:
         assert plan.weights != "plain"
@@ -125,6 +167,8 @@ class Runner:
                 "Load the decoder again, and change it before the first picture and without a memory plan."
             )
         self._schedule = None
+        if self.recordings is not None:
+            self.recordings.clear()
 
     def _slim(self) -> None:
         if self.schedule() is not None and not self.net.slimmed:
@@ -140,12 +184,16 @@ class Runner:
         if self.plan is not None and self.plan.window is not None:
             windows = Windows.of_pixels(self.plan.window, self.net.config.patch_size)
 
+        self.require(self.net.device)
+
         def once(x: Tensor, t: Tensor) -> Tensor:
-            with use(self.backend), lean.fused() if self.fused else nullcontext():
+            with use(self.backend), self._sums():
                 if self.spread and is_spread():
                     return denoise_together(self.net, x, t, condition)
                 if windows is not None:
                     return denoise_windows(self.net, x, t, condition, windows)
+                if self.graphs:
+                    return self._replay(x, t, condition)
                 return self.net.denoise(x, t, condition)
 
         def checked(x: Tensor, t: Tensor) -> Tensor:
@@ -165,6 +213,18 @@ class Runner:
             return once(x, t)
 
         return checked
+
+    def _sums(self) -> AbstractContextManager[None]:
+        if self.sums is not None:
+            return lean.compiled(self.sums)
+        return lean.fused() if self.fused else nullcontext()
+
+    def _replay(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        if not self.net.runs_lean(x.device):
+            raise SettingError("graphs work without gradients and autocast only; decode under torch.inference_mode().")
+        if self.recordings is None:
+            self.recordings = Recordings(partial(denoise, self.net), cuda_graph(x.device))
+        return self.recordings.run(x, self.net.vectors_at(t, condition), condition, variant=self.backend)
 
     def _choose_backend(self, device: torch.device) -> None:
         if self.backend is not None or device.type in ("cpu", "meta"):

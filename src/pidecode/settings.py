@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a latent is decoded: the keyword settings of `decode` and `upscale`, checked."""
+"""How a latent is decoded, and how a decoder runs: keyword settings, checked."""
 
 from __future__ import annotations
 
@@ -32,6 +32,25 @@ class DecodeSettings(TypedDict, total=False):
     caption_states: Tensor
     colour_lock: Lock
     reference: Tensor
+
+
+class RunSettings(TypedDict, total=False):
+    """Keyword settings of `from_pretrained` and `PixelDecoder` for speed; rounding aside they change no picture."""
+
+    compile: bool
+    """Run the sums around the matrix products as the framework compiles them: worth the wait for many pictures on an
+    accelerator (docs/performance.md)."""
+    graphs: bool
+    """Record an evaluation once per picture size and replay it; CUDA devices only."""
+
+
+def checked_run_settings(given: RunSettings) -> RunSettings:
+    """The same settings. Raises SettingError for a name that does not exist."""
+    unknown = sorted(set(given) - set(RunSettings.__annotations__))
+    if unknown:
+        known = ", ".join(sorted(RunSettings.__annotations__))
+        raise SettingError(f"There is no setting {', '.join(unknown)} of how a decoder runs; there are {known}.")
+    return given
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

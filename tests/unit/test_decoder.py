@@ -196,7 +196,7 @@ def test_weights_gone_wrong_are_noticed(decoder: PixelDecoder, latent: Latent) -
 def test_a_file_of_ours_loads_with_no_further_argument(tmp_path: Path, decoder: PixelDecoder, latent: Latent) -> None:
     path = tmp_path / "mine.safetensors"
     save_file(dict(decoder.net.state_dict()), path, metadata=decoder.identity.to_metadata())
-    loaded = PixelDecoder.from_pretrained(path, device="cpu")
+    loaded = PixelDecoder.from_pretrained(path, device="cpu", dtype=torch.float32)
     assert loaded.space.name == "flux2"
     # Tensors in a file's own pages may be aligned otherwise, which changes the order of sums.
     assert torch.allclose(loaded.decode(latent, output="pt"), decoder.decode(latent, output="pt"), atol=1e-5)
@@ -212,14 +212,14 @@ def test_an_adapter_changes_the_picture_at_a_strength_and_can_be_taken_back(
     halves = {f"{layer}.lora_A.weight": torch.randn(2, in_width), f"{layer}.lora_B.weight": torch.randn(out_width, 2)}
     save_file(decoder.net.state_dict(), tmp_path / "base.safetensors", metadata=decoder.identity.to_metadata())
     save_file(halves, tmp_path / "style.safetensors")
-    loaded = PixelDecoder.from_pretrained(tmp_path / "base.safetensors", device="cpu")
+    loaded = PixelDecoder.from_pretrained(tmp_path / "base.safetensors", device="cpu", dtype=torch.float32)
     plain = loaded.decode(latent, output="pt")
     loaded.load_lora(tmp_path / "style.safetensors", 0.5)
     changed = loaded.decode(latent, output="pt")
     assert (changed - plain).abs().max() > 1e-3
     loaded.load_lora(tmp_path / "style.safetensors", -0.5)
     assert torch.allclose(loaded.decode(latent, output="pt"), plain, atol=1e-4)
-    untouched = PixelDecoder.from_pretrained(tmp_path / "base.safetensors", device="cpu")
+    untouched = PixelDecoder.from_pretrained(tmp_path / "base.safetensors", device="cpu", dtype=torch.float32)
     assert torch.allclose(untouched.decode(latent, output="pt"), plain, atol=1e-5)
 
 

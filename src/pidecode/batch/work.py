@@ -50,13 +50,19 @@ class Work:
     sampler: StudentKind | None = None
     fit: Literal["pad", "crop"] = "pad"
     bits: int = 8
+    compile: bool = False
     overwrite: bool = False
 
     def decoder(self) -> PixelDecoder:
         """Load the decoder asked for; raises as `PixelDecoder.from_pretrained` does."""
         dtype = getattr(torch, self.dtype) if self.dtype else None
         return PixelDecoder.from_pretrained(
-            self.model, space=self.space, variant=self.variant, device=self.device, dtype=dtype
+            self.model,
+            space=self.space,
+            variant=self.variant,
+            device=self.device,
+            dtype=dtype,
+            compile=self.compile,
         )
 
     def settings(self, job: Job) -> dict[str, Any]:

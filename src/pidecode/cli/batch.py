@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pidecode.cli.shared import emit, json_option, progress, space_option
+from pidecode.cli.shared import emit, json_option, progress, space_option, threads_option
 from pidecode.errors import PidecodeError
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ _WORK = (
         "--bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Per channel; 16 for png only."
     ),
     click.option("--overwrite", is_flag=True, help="Replace pictures made otherwise; what is done stays."),
+    click.option("--compile", is_flag=True, help="Compile sums first: for many pictures, on an accelerator."),
+    threads_option,
 )
 _HOW = (
     click.option(
@@ -83,6 +85,8 @@ def batch(ctx: click.Context, /, source: str, out: Path, as_json: bool, **option
     engine = engine_of(how["engine"])
     if engine != "ray" and (how["workers"] or how["ray_address"]):
         raise click.UsageError("--workers and --ray-address act with --engine ray only.")
+    if engine == "ray" and ctx.get_parameter_source("threads") is click.core.ParameterSource.COMMANDLINE:
+        raise click.UsageError("--threads acts on this process, and with --engine ray others do the work.")
     jobs = collect(source, Naming(out=out, ending=f".{how['ending']}", keep_ending=how["keep_ending"]))
     options["bits"] = int(options["bits"])
     if options["bits"] == 16 and how["ending"] != "png":

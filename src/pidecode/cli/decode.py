@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pidecode.cli.shared import SHORT_DTYPES, emit, json_option, overwrite_option, progress, space_option
+from pidecode.cli.shared import (
+    SHORT_DTYPES,
+    emit,
+    json_option,
+    overwrite_option,
+    progress,
+    space_option,
+    threads_option,
+)
 from pidecode.cli.thrift import Job, Thrift, decoded, memory_option, upscaled, weights_options
 from pidecode.errors import FileError, SettingError
 from pidecode.planner import Plan, Products, Weights
@@ -53,6 +61,7 @@ class Wish:
     weights: Weights | None
     products: Products | None
     bits: str
+    compile: bool
     overwrite: bool
     as_json: bool
 
@@ -80,6 +89,7 @@ class Wish:
             device=self.device,
             dtype=dtype,
             plan=planned if thrift.asked else None,
+            compile=self.compile,
         )
         if self.lora is not None:
             decoder.load_lora(self.lora, 1.0 if self.lora_scale is None else self.lora_scale)
@@ -128,6 +138,8 @@ def _decoding_options(command: Callable[..., Any]) -> Callable[..., Any]:
         memory_option,
         weights_options,
         click.option("--bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Per channel."),
+        click.option("--compile", is_flag=True, help="Compile sums first: for many pictures, on an accelerator."),
+        threads_option,
         overwrite_option,
         json_option,
     ]

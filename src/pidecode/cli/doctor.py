@@ -96,7 +96,29 @@ def build_of_torch() -> dict[str, Any]:
     """Which build of torch this is: what it was compiled for."""
     import torch
 
-    return {"cuda": torch.version.cuda, "hip": torch.version.hip, "threads": torch.get_num_threads()}
+    return {"cuda": torch.version.cuda, "hip": torch.version.hip}
+
+
+def processor() -> dict[str, Any]:
+    """How decodes run on the processor: threads, number format, and whether sums could be compiled for it."""
+    import torch
+
+    from pidecode.devices import require_compiler, usual_dtype
+    from pidecode.errors import MissingDependencyError
+    from pidecode.threads import suitable_threads
+
+    cpu, threads, compiler = torch.device("cpu"), suitable_threads(torch.get_num_threads()), ""
+    try:
+        require_compiler(cpu)
+    except MissingDependencyError as error:
+        compiler = str(error)
+    return {
+        "threads": threads.count,
+        "threads_because": threads.because,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "dtype": str(usual_dtype(cpu)).removeprefix("torch."),
+        "compiler_missing": compiler or None,
+    }
 
 
 def _library_verdicts(missing: dict[str, list[str]]) -> Iterator[Verdict]:
@@ -126,6 +148,14 @@ def _torch_verdicts(build: dict[str, Any], found: list[dict[str, Any]]) -> Itera
         yield _torchvision_verdict()
 
 
+def _processor_verdicts(found: dict[str, Any]) -> Iterator[Verdict]:
+    narrow = found["dtype"] == "bfloat16"
+    because = "matrix units for it, so it is the default" if narrow else "no matrix units for it: float32 is quicker"
+    yield Verdict("bfloat16 on the processor", narrow, because)
+    missing = found["compiler_missing"]
+    yield Verdict("compiling for the processor (--compile)", missing is None, missing or "a C++ compiler is here")
+
+
 def _torchvision_verdict() -> Verdict:
     what = "torchvision, which pidecode does not need"
     try:
@@ -140,15 +170,18 @@ def examine() -> dict[str, Any]:
     """Everything the command reports, as plain values."""
     from pidecode.cli.models import rows, verdicts
 
-    missing, build, found = extras(), build_of_torch(), devices()
+    missing, build, found, own = extras(), build_of_torch(), devices(), processor()
     known = rows()
-    judged = [*_torch_verdicts(build, found), *_library_verdicts(missing), *verdicts(known)]
+    judged = [
+        *_torch_verdicts(build, found), *_processor_verdicts(own), *_library_verdicts(missing), *verdicts(known)
+    ]  # fmt: skip
     return {
         "versions": versions(),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "executable": sys.executable,
         "torch": build,
         "devices": found,
+        "processor": own,
         "extras": {extra: not lacking for extra, lacking in missing.items()},
         "models": known,
         "verdicts": [asdict(verdict) for verdict in judged],
@@ -166,6 +199,9 @@ def _report(findings: dict[str, Any]) -> str:
     lines += [f"  {name:16s} {version or 'not installed'}" for name, version in findings["versions"].items()]
     lines += [f"  {'system':16s} {findings['platform']}", "", "Devices"]
     lines += [_device_line(device) for device in findings["devices"]]
+    own = findings["processor"]
+    threads = f"{own['threads']} threads ({own['threads_because']})"
+    lines.append(f"  {'':8s} {threads}, {own['instructions']}, {own['dtype']}")
     lines += ["", "Extras"]
     lines += [
         f"  {'yes' if there else 'no ':4s} {extra}" + ("" if there else f"   pip install 'pidecode[{extra}]'")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pidecode.cli.shared import emit, json_option, progress
+from pidecode.cli.shared import emit, json_option, progress, threads_option
 from pidecode.errors import DownloadError, FileError, SettingError
 from pidecode.facts.generation import GENERATION
 from pidecode.facts.spaces import get_image_model
@@ -40,6 +40,7 @@ _PATH = click.Path(path_type=Path)
     "--colour-lock", type=click.Choice(["off", "soft", "full"]), help="Hold colours to the model's own decode."
 )
 @click.option("--arguments", default="{}", metavar="JSON", help="More arguments for the pipeline's call.")
+@threads_option
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; chosen for you if not given.")
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Number format; chosen if not given."

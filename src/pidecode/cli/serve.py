@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pidecode.cli.shared import space_option
+from pidecode.cli.shared import space_option, threads_option
 from pidecode.errors import FileError, MissingDependencyError, SettingError
 from pidecode.facts.generation import GENERATION
 
@@ -35,6 +35,7 @@ class Wish:
     variant: str | None
     device: str | None
     dtype: str | None
+    compile: bool
     host: str
     port: int
     token_file: Path | None
@@ -68,6 +69,7 @@ class Wish:
                 variant=self.variant,
                 device=self.device,
                 dtype=getattr(torch, self.dtype) if self.dtype else None,
+                compile=self.compile,
             )
             name = Path(wanted).stem if Path(wanted).suffix else wanted
             if name in found:
@@ -122,6 +124,8 @@ def _options(port: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             ),
             click.option("--pipeline-source", metavar="PATH", help="Its folder or hub repository, if not its own."),
             click.option("--max-body", type=click.IntRange(1), default=64, show_default=True, help="MiB per upload."),
+            click.option("--compile", is_flag=True, help="Compile sums with the first picture, for those after it."),
+            threads_option,
             click.option("--queue", type=click.IntRange(0), default=8, show_default=True, help="Jobs that may wait."),
             click.option(
                 "--timeout", type=click.FloatRange(min=1), default=600, show_default=True,

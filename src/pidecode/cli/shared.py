@@ -45,6 +45,26 @@ def space_option(command: F) -> F:
     return click.option("--space", type=choice, metavar="NAME", help=text)(command)
 
 
+def threads_option(command: F) -> F:
+    """Add --threads, which is settled before the command begins and not passed on to it."""
+    text = "Threads of the processor; if not given, as many as suit its cores and limits (`pidecode doctor`)."
+    return click.option(
+        "--threads", type=click.IntRange(min=1), expose_value=False, callback=_settle_threads, help=text
+    )(command)
+
+
+def _settle_threads(_ctx: click.Context, _option: click.Parameter, wanted: int | None) -> None:
+    """Have the framework use as many threads as were asked for, or as suit this machine."""
+    import torch
+
+    from pidecode.threads import suitable_threads
+
+    present = torch.get_num_threads()
+    count = wanted or suitable_threads(present).count
+    if count != present:
+        torch.set_num_threads(count)
+
+
 def emit(data: Any, sentences: str | Callable[[], str], *, as_json: bool) -> None:
     """Print `data` as JSON, or `sentences` for people."""
     if as_json:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -19,9 +20,13 @@ from torch import Tensor, nn
 from pidecode.errors import MissingDependencyError
 from pidecode.kernels.quantize import Matrix
 
+if TYPE_CHECKING:
+    from pidecode.kernels.compiled import CompiledSums
+
 EPS = 1e-6
 
 _fused: ContextVar[bool] = ContextVar("fused_sums", default=False)
+_compiled: ContextVar[CompiledSums | None] = ContextVar("compiled_sums", default=None)
 
 
 @contextmanager
@@ -37,6 +42,16 @@ def fused() -> Iterator[None]:
         yield
     finally:
         _fused.reset(token)
+
+
+@contextmanager
+def compiled(sums: CompiledSums) -> Iterator[None]:
+    """Within the block, run the sums that have one as the framework compiled them."""
+    token = _compiled.set(sums)
+    try:
+        yield
+    finally:
+        _compiled.reset(token)
 
 
 def parts(length: int, size: int) -> Iterator[slice]:
@@ -58,6 +73,8 @@ def norm_modulate(x: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype) 
 
     `factor` is `(1 + scale) * norm weight`: a step's scales are known before its tokens, so they are merged once.
     """
+    if (sums := _compiled.get()) is not None:
+        return sums.norm_modulate(x, shift, factor, dtype)
     if _fused.get() and (shift.ndim == 1 or shift.shape == x.shape == factor.shape):
         from pidecode.kernels import fused as triton_kernels
 
@@ -69,11 +86,22 @@ def norm_modulate(x: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype) 
 
 def add_gated_(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     """`x += gate * branch`, in place, whatever the types of the two."""
+    if (sums := _compiled.get()) is not None:
+        return sums.add_gated_(x, branch, gate)
     if _fused.get() and x.ndim == 2 and x.stride(1) == branch.stride(1) == 1:
         from pidecode.kernels import fused as triton_kernels
 
         return triton_kernels.add_gated_(x, branch, gate)
     return x.addcmul_(branch, gate)
+
+
+def add_norm_modulate_(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """`add_gated_`, then `norm_modulate` of what came of it: one pass over the stream where sums are compiled."""
+    if (sums := _compiled.get()) is not None:
+        return sums.add_norm_modulate_(x, branch, gate, shift, factor, dtype)
+    return norm_modulate(add_gated_(x, branch, gate), shift, factor, dtype)
 
 
 def let_in_(x_TD: Tensor, tokens_TD: Tensor, weight_OD: Tensor, logits: Tensor) -> Tensor:
@@ -100,8 +128,7 @@ def update_pixels_(
 
         return triton_kernels.update_pixels_(tile_TGC, expanded_TGC, vectors, fc1, fc2)
     gate1, shift2, factor2, gate2 = (vector.view(tile_TGC.shape) for vector in vectors)
-    add_gated_(tile_TGC, expanded_TGC, gate1)
-    inner = norm_modulate(tile_TGC, shift2, factor2, expanded_TGC.dtype)
+    inner = add_norm_modulate_(tile_TGC, expanded_TGC, gate1, shift2, factor2, expanded_TGC.dtype)
     hidden = fc1(inner.flatten(0, 1))
     return add_gated_(tile_TGC, fc2(torch.ops.aten.gelu_(hidden)).view(tile_TGC.shape), gate2)
 
@@ -112,6 +139,9 @@ def norm_rotate_(heads_TNK: Tensor, weight_K: Tensor, rotation: Tensor | None) -
     heads_TNK: queries or keys `[tokens, heads, head_dim]`, any strides with a dense last axis.
     rotation: `[tokens, head_dim / 2]` complex64, or None where nothing is rotated.
     """
+    if (sums := _compiled.get()) is not None:
+        sums.norm_rotate_(heads_TNK, weight_K, rotation)
+        return
     if _fused.get() and heads_TNK.stride(2) == 1:
         from pidecode.kernels import fused as triton_kernels
 
@@ -147,10 +177,16 @@ def linear_into(linear: nn.Module, x_TD: Tensor, out: Tensor) -> None:
         out.copy_(linear(x_TD))
 
 
+def silu_times_(x: Tensor, other: Tensor) -> Tensor:
+    """`silu(x) * other`, into `x`."""
+    if (sums := _compiled.get()) is not None:
+        return sums.silu_times_(x, other)
+    return F.silu(x, inplace=True).mul_(other)
+
+
 def gated_feed_forward(x: Tensor, w1: nn.Module, w3: nn.Module, w2: nn.Module) -> Tensor:
     """`w2(silu(w1 x) * w3 x)` with one inner buffer less; twin: `GatedFeedForward`."""
-    hidden = F.silu(w1(x), inplace=True).mul_(w3(x))
-    return w2(hidden)  # type: ignore[no-any-return]
+    return w2(silu_times_(w1(x), w3(x)))  # type: ignore[no-any-return]
 
 
 def accumulate_(total: Tensor, x: Tensor, matrix: Matrix) -> None:

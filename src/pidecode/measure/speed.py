@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,10 +18,13 @@ from pidecode.facts.architecture import NetConfig
 from pidecode.measure.flops import adapter_flops, step_flops
 from pidecode.measure.machine import describe_device, matrix_rate, seconds, this_machine
 from pidecode.measure.memory import LiveBytes, weight_bytes
-from pidecode.model.network import PixelNet
+from pidecode.model.network import Condition, PixelNet
 from pidecode.planner import Plan, Products, Weights, plan_decode
 from pidecode.runner import Runner
 from pidecode.sampling import sample_student
+
+Mode = Literal["eager", "compiled", "graphs"]
+"""How a decode runs: operation by operation, with its sums compiled, or with its evaluations recorded and replayed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +38,18 @@ class Trial:
     device: torch.device
     steps: int = 4
     repeats: int = 2
+    mode: Mode = "eager"
     weights: Weights | None = None
     products: Products | None = None
+
+    def runner(self, net: PixelNet, plan: Plan | None = None) -> Runner:
+        """What runs a network in this trial's mode."""
+        return Runner(net, plan, distilled=True, compile=self.mode == "compiled", graphs=self.mode == "graphs")
+
+    def check(self) -> None:
+        """Raise as `Runner.require` does where the device cannot run this mode."""
+        with torch.device("meta"):
+            self.runner(PixelNet(self.config)).require(self.device)
 
     def plan(self) -> Plan | None:
         """What this machine makes of weights or products that were asked for; None where neither was."""
@@ -59,18 +73,23 @@ class Measured:
     size: tuple[int, int]
     dtype: str
     device: str
+    mode: Mode
     attention: str
     products: str
     """How matrices are kept and multiplied."""
     steps: int
+    first: float | None
+    """Seconds of the wall for the first decode where that compiled or recorded, else None."""
     prepare: float
+    """Of what all steps share: the adapter and the caption's projection."""
     step: float
     """Of one denoising step, the best of all repeats."""
     whole: float
     """Of a whole decode, the best of all repeats."""
     weights: int
-    peak: int
-    """Most bytes of tensors alive above the weights."""
+    peak: int | None
+    """Most bytes of tensors alive above the weights; None where they cannot be counted, as in compiled code on a
+    processor."""
     flops: int
     rate: float
     """FLOP/s of the whole decode."""
@@ -85,10 +104,12 @@ class Measured:
             "network": self.network,
             "size": "x".join(map(str, self.size)),
             "dtype": self.dtype,
+            "mode": self.mode,
             "format": self.products,
+            "first": "-" if self.first is None else f"{self.first:.1f} s",
             "step": f"{self.step:.3f} s",
             "whole": f"{self.whole:.3f} s",
-            "peak": f"{self.peak / 1e9:.3f} GB",
+            "peak": "-" if self.peak is None else f"{self.peak / 1e9:.3f} GB",
             "weights": f"{self.weights / 1e9:.3f} GB",
             "of matrix rate": f"{self.share:.0%}",
         }
@@ -128,9 +149,10 @@ class Bench:
     """A network ready to be measured."""
 
     def __init__(self, trial: Trial) -> None:
+        trial.check()
         self.trial = trial
         self.net = random_network(trial.config, trial.dtype, trial.device)
-        self.runner = Runner(self.net, trial.plan(), distilled=True)
+        self.runner = trial.runner(self.net, trial.plan())
         if self.runner.plan is not None:
             self.runner.arrange(trial.device)
         self.noise, self.text, self.latent = inputs(trial)
@@ -142,9 +164,7 @@ class Bench:
         """One whole decode, its parts timed; returns the picture."""
         trial, draws = self.trial, iter(self.noise)
         start = seconds(trial.device)
-        grid = self.net.grid_of(trial.size[1], trial.size[0])
-        condition = self.runner.prepare(grid, self.text, self.latent, torch.zeros(1, device=trial.device))
-        predict = self.runner.predict(condition)
+        predict = self.runner.predict(self._prepare())
         self.prepare_times.append(seconds(trial.device) - start)
 
         def timed(x: Tensor, t: Tensor) -> Tensor:
@@ -155,19 +175,31 @@ class Bench:
 
         return sample_student(timed, lambda: next(draws), steps=trial.steps).clamp_(-1, 1)
 
-    def peak(self) -> int:
-        """Most bytes of tensors alive above weights and inputs: counted, or the allocator's own figure."""
+    def _prepare(self) -> Condition:
+        grid = self.net.grid_of(self.trial.size[1], self.trial.size[0])
+        return self.runner.prepare(grid, self.text, self.latent, torch.zeros(1, device=self.trial.device))
+
+    def peak(self) -> int | None:
+        """Run a first decode; most bytes alive above weights and inputs: counted, or the allocator's own figure.
+
+        None in compiled code on a processor, which counting would keep from being compiled.
+        """
         device = self.trial.device
         if not torch.cuda.is_available() or device.type == "cpu":
+            if self.trial.mode == "compiled":
+                self.decode()
+                return None
             with LiveBytes() as live:
                 self.decode()
             peak: int = live.peak
             return peak
-        self.decode()  # a distilled network gives up weights the first time
-        before = torch.cuda.memory_allocated(device)
+        with torch.inference_mode():
+            self._prepare()  # a distilled network gives up weights the first time
+        given = (*self.noise, self.latent, *(() if self.text is None else (self.text,)))
         torch.cuda.reset_peak_memory_stats(device)
-        self.decode()
-        return int(torch.cuda.max_memory_allocated(device)) - before
+        self.decode()  # what is recorded is held from here on, so this decode has the highest peak
+        held = weight_bytes(self.net) + sum(t.numel() * t.element_size() for t in given)
+        return int(torch.cuda.max_memory_allocated(device)) - int(held)
 
 
 def clock(run: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
@@ -179,8 +211,9 @@ def clock(run: Callable[[], Tensor], device: torch.device) -> tuple[float, Tenso
 
 def measure(trial: Trial) -> Measured:
     """Run one trial: a warm-up that counts memory, then the timed repeats."""
-    bench = Bench(trial)
+    bench, start = Bench(trial), time.perf_counter()
     peak = bench.peak()
+    first = None if trial.mode == "eager" else time.perf_counter() - start
     bench.prepare_times.clear()
     bench.step_times.clear()
     whole = min(clock(bench.decode, trial.device)[0] for _ in range(trial.repeats))
@@ -190,9 +223,11 @@ def measure(trial: Trial) -> Measured:
         size=trial.size,
         dtype=str(trial.dtype).removeprefix("torch."),
         device=describe_device(trial.device),
+        mode=trial.mode,
         attention=bench.runner.backend or "the framework's choice",
         products="plain" if (plan := bench.runner.plan) is None else f"{plan.weights}, {plan.products}",
         steps=trial.steps,
+        first=first,
         prepare=min(bench.prepare_times),
         step=min(bench.step_times),
         whole=whole,
@@ -204,17 +239,6 @@ def measure(trial: Trial) -> Measured:
         commit=commit(),
         versions={"pidecode": __version__, "torch": torch.__version__},
     )
-
-
-def profile(trial: Trial, rows: int = 15) -> str:
-    """Where the time of one decode goes, operation by operation."""
-    bench = Bench(trial)
-    bench.decode()
-    with torch.profiler.profile() as record:
-        bench.decode()
-    on_host = trial.device.type == "cpu"
-    order = "self_cpu_time_total" if on_host else "self_device_time_total"
-    return str(record.key_averages().table(sort_by=order, row_limit=rows))
 
 
 def commit() -> str:

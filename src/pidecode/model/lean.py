@@ -124,8 +124,9 @@ class _BlockPass:
         if want_text:
             for b in range(len(y)):
                 gate1, shift2, factor2, gate2 = text[b % len(text)][2:]
-                lean.add_gated_(y[b], block.attn.proj_y(out[b, :N]), gate1)
-                inner = lean.norm_modulate(y[b], shift2, factor2, self.joint.dtype)
+                inner = lean.add_norm_modulate_(
+                    y[b], block.attn.proj_y(out[b, :N]), gate1, shift2, factor2, self.joint.dtype
+                )
                 lean.add_gated_(y[b], _feed_forward(block.mlp_y, inner), gate2)
 
     def _heads(self, b: int | None = None, part: slice = slice(None)) -> tuple[Tensor, ...]:
@@ -159,8 +160,9 @@ class _BlockPass:
             gate1, shift2, factor2, gate2 = self.image[b % len(self.image)][2:]
             for part in lean.parts(x.shape[1], self.chunks.tokens):
                 stream = x[b, part]
-                lean.add_gated_(stream, self.block.attn.proj_x(out[b, part]), gate1)
-                inner = lean.norm_modulate(stream, shift2, factor2, self.joint.dtype)
+                inner = lean.add_norm_modulate_(
+                    stream, self.block.attn.proj_x(out[b, part]), gate1, shift2, factor2, self.joint.dtype
+                )
                 lean.add_gated_(stream, _feed_forward(self.block.mlp_x, inner), gate2)
 
 

@@ -30,12 +30,12 @@ from pidecode.model.layers import (
 )
 from pidecode.model.residence import Visitors
 from pidecode.model.rope import Rotation, image_rotation, pixel_axis_table, text_rotation
-from pidecode.model.schedule import Schedule, step_vectors
+from pidecode.model.schedule import Schedule, StepVectors, step_vectors
 
 Grid = tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Condition:
     """Everything a picture's denoising steps share: computed once, used at every step."""
 
@@ -243,14 +243,19 @@ class PixelNet(nn.Module):
         Without gradients the same sums run in place and in chunks (`model/lean.py`); times on the host are looked up
         in the condition's schedule without waiting for the device.
         """
-        if self._may_run_lean(x_B3HW.device):
-            known = None if condition.schedule is None else condition.schedule.find(t_B)
-            return lean.denoise(self, x_B3HW, known or step_vectors(self, t_B), condition)
+        if self.runs_lean(x_B3HW.device):
+            return lean.denoise(self, x_B3HW, self.vectors_at(t_B, condition), condition)
         tokens, patches, t_emb = self._embed(x_B3HW, t_B, condition.grid)
         tokens, _ = self._run_patch_blocks(tokens, t_emb, condition)
         return self._pixels(tokens, patches, t_emb, condition)
 
-    def _may_run_lean(self, device: torch.device) -> bool:
+    def vectors_at(self, t_B: Tensor, condition: Condition) -> StepVectors:
+        """What the network derives from the times alone: looked up if the condition's schedule has them."""
+        known = None if condition.schedule is None else condition.schedule.find(t_B)
+        return known or step_vectors(self, t_B)
+
+    def runs_lean(self, device: torch.device) -> bool:
+        """Whether `denoise` would run in place and in chunks as things are now."""
         # Autocast and sharded weights live in the modules' own forward, so they keep it.
         kind = device.type
         if self.plain or torch.is_grad_enabled():

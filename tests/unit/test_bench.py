@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pidecode bench`: what it reports and under which conditions, what a suite leaves out, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from pidecode.cli.app import cli
+from pidecode.cli.bench import MODES as CLI_MODES
+from pidecode.measure.networks import NETWORKS
+from pidecode.measure.profile import KINDS, REST, kind_of
+from pidecode.measure.speed import Bench, Trial
+from pidecode.measure.suite import MODES, SIZES, Wanted, why_not
+
+CPU = torch.device("cpu")
+
+
+def bench(*arguments: str, code: int = 0) -> Any:
+    done = CliRunner().invoke(cli, ["bench", "--size", "64x64", "--steps", "1", "--repeats", "1", *arguments])
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+def trial(**given: Any) -> Trial:
+    return Trial(**{"network": "tiny", "config": NETWORKS["tiny"], "size": (64, 64), "dtype": torch.float32,
+                    "device": CPU, **given})  # fmt: skip
+
+
+def test_figures_come_with_their_conditions(tmp_path: Path) -> None:
+    place = tmp_path / "figures.json"
+    text = bench("--dtype", "fp32", "-o", str(place))
+    (result,) = json.loads(place.read_text())["results"]
+    assert result["mode"] == "eager" and result["first"] is None
+    assert result["peak"] > 0 and result["whole"] >= result["step"] > 0 and result["share"] > 0
+    assert result["size"] == [64, 64] and result["dtype"] == "float32"
+    assert f"commit {result['commit']}; torch {torch.__version__}" in text
+    assert "threads" in result["device"]
+
+
+def test_a_profile_says_what_kind_of_work_takes_the_time() -> None:
+    (found,) = json.loads(bench("--profile", "--json"))["profiles"]
+    assert sum(found["shares"].values()) == pytest.approx(1)
+    assert set(found["shares"]) == {*KINDS, REST}
+    assert found["shares"]["matrix products"] > 0 and found["shares"][REST] > 0
+    assert "aten::" in found["table"]
+
+
+@pytest.mark.parametrize(
+    ("operation", "kind"),
+    [
+        ("aten::addmm", "matrix products"),
+        ("aten::mm", "matrix products"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("aten::mkldnn_convolution", "convolutions"),
+        ("aten::copy_", "copies"),
+        ("aten::addcmul", REST),
+        ("Command Buffer Full", REST),
+    ],
+)
+def test_kinds_of_work(operation: str, kind: str) -> None:
+    assert kind_of(operation) == kind
+
+
+def test_the_command_knows_the_modes() -> None:
+    assert CLI_MODES == MODES
+
+
+def test_a_suite_is_every_network_size_and_mode() -> None:
+    trials = list(Wanted(device=CPU, suite=True).trials())
+    assert len(trials) == len(NETWORKS) * len(SIZES) * len(MODES)
+    named = list(Wanted(device=CPU, suite=True, networks=["v1"], modes=["eager"]).trials())
+    assert [one.size for one in named] == list(SIZES)
+
+
+def test_what_cannot_run_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert why_not(trial()) is None
+    assert "need a CUDA device" in str(why_not(trial(mode="graphs")))
+    assert "GB are free" in str(why_not(trial(network="v1", config=NETWORKS["v1"], size=(4096, 4096)), memory=10**9))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "no-such-compiler" in str(why_not(trial(mode="compiled")))
+    data = json.loads(bench("--suite", "--network", "tiny", "--json"))
+    assert [result["mode"] for result in data["results"]] == ["eager"]
+    assert set(data["skipped"]) == {"tiny 64x64 compiled", "tiny 64x64 graphs"}
+
+
+def test_modes_that_were_named_and_cannot_run_are_errors(tmp_path: Path) -> None:
+    assert "need a CUDA device" in bench("--mode", "graphs", code=2)
+    assert "eager mode alone" in bench("--profile", "--reference", str(tmp_path), code=2)
+
+
+@pytest.mark.slow
+def test_compiled_code_is_timed_and_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pidecode.kernels.compiled import CompiledSums
+
+    monkeypatch.setattr("pidecode.runner.CompiledSums", lambda: CompiledSums("eager"))
+    measured = Bench(trial(mode="compiled", steps=1))
+    assert measured.peak() is None
+    assert measured.step_times

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled sums: equal to their twins, compiled once for all sizes, kept between processes, refused with a reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+from pidecode.cli.app import cli
+from pidecode.devices import require_compiler
+from pidecode.errors import MissingDependencyError, SettingError
+from pidecode.facts.architecture import miniature
+from pidecode.kernels import lean
+from pidecode.kernels.chunks import Chunks
+from pidecode.kernels.compiled import CompiledSums
+from pidecode.model.network import Condition, PixelNet
+
+
+def random_net() -> PixelNet:
+    torch.manual_seed(0)
+    net = PixelNet(miniature(pixel_depth=2)).eval().requires_grad_(False)
+    for parameter in net.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.05)
+    net.chunks = Chunks(tokens=8, tile_tokens=8, tile_rows=4)
+    return net
+
+
+def inputs(net: PixelNet, grid: tuple[int, int]) -> tuple[Tensor, Condition]:
+    config, generator = net.config, torch.Generator().manual_seed(1)
+    x = torch.randn(1, 3, grid[0] * 16, grid[1] * 16, generator=generator)
+    text = torch.randn(1, 7, config.text_dim, generator=generator)
+    latent = torch.randn(1, config.latent_channels, grid[0] // 2, grid[1] // 2, generator=generator)
+    return x, net.prepare(grid, text, latent, torch.zeros(1))
+
+
+@torch.inference_mode()
+def apart(net: PixelNet, grid: tuple[int, int], sums: CompiledSums) -> float:
+    x, condition = inputs(net, grid)
+    t = torch.tensor([634.0])
+    eager = net.denoise(x, t, condition)
+    with lean.compiled(sums):
+        compiled = net.denoise(x, t, condition)
+    return ((compiled - eager).abs().max() / eager.abs().max()).item()
+
+
+def test_a_picture_of_another_size_compiles_nothing() -> None:
+    counter = CompileCounter()  # type: ignore[no-untyped-call]
+    sums, net = CompiledSums(counter), random_net()
+    assert apart(net, (4, 6), sums) < 5e-6
+    first = counter.frame_count
+    assert first
+    for grid in ((6, 6), (2, 8), (8, 4)):
+        assert apart(net, grid, sums) < 5e-6
+    assert counter.frame_count == first
+
+
+def test_each_network_has_its_own_share_of_what_the_framework_compiles() -> None:
+    # One more than the framework compiles of one piece of code.
+    counters = [CompileCounter() for _ in range(9)]  # type: ignore[no-untyped-call]
+    for width, counter in enumerate(counters, start=2):
+        x = torch.ones(3, width)
+        CompiledSums(counter).add_gated_(x, torch.ones(3, width), torch.ones(width))
+        assert x.eq(2).all()
+        assert counter.frame_count == 1
+
+
+def test_narrow_types_round_once() -> None:
+    sums = CompiledSums("eager")
+    x, other = torch.randn(2, 5, 12).bfloat16()
+    wide = torch.nn.functional.silu(x.float()) * other.float()
+    assert torch.equal(sums.silu_times_(x, other), wide.bfloat16())
+    stream, shift = torch.randn(5, 12), torch.randn(12)
+    plain = lean.norm_modulate(stream, shift, shift, torch.bfloat16)
+    assert torch.allclose(sums.norm_modulate(stream, shift, shift, torch.bfloat16).float(), plain.float(), rtol=1e-2)
+
+
+def test_what_cannot_be_compiled_says_so() -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no such instruction")
+
+    with pytest.raises(SettingError, match=r"add_gated for cpu failed: .*no such instruction.*Run without compiling"):
+        CompiledSums(broken).add_gated_(torch.ones(2, 3), torch.ones(2, 3), torch.ones(3))
+
+
+def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(MissingDependencyError, match=r"no-such-compiler is not on this machine.*without compiling"):
+        require_compiler(torch.device("cpu"))
+    monkeypatch.setattr("pidecode.devices.find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"needs triton"):
+        require_compiler(torch.device("cuda"))
+
+
+def test_a_command_that_cannot_compile_says_what_to_install(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    picture = str(next((root / "docs/images").glob("*.png")))
+    done = CliRunner().invoke(cli, ["upscale", picture, "--compile", "--device", "cpu"])
+    assert done.exit_code == MissingDependencyError.exit_code
+    assert "no-such-compiler is not on this machine" in done.output
+
+
+PROBE = """
+import json, sys, torch
+from torch._dynamo.utils import counters
+from pidecode.kernels.compiled import CompiledSums
+x = torch.arange(24.0).view(4, 6)
+CompiledSums().add_gated_(x, torch.ones(4, 6), torch.ones(6))
+assert torch.equal(x, torch.arange(24.0).view(4, 6) + 1)
+print(json.dumps({name: counters["inductor"][name] for name in ("fxgraph_cache_hit", "fxgraph_cache_miss")}))
+"""
+
+
+@pytest.mark.slow
+def test_the_next_process_finds_what_was_compiled(tmp_path: Path) -> None:
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def probe() -> dict[str, int]:
+        done = subprocess.run(
+            [sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, check=True
+        )
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+
+    assert probe()["fxgraph_cache_miss"] >= 1
+    assert probe() == {"fxgraph_cache_hit": 1, "fxgraph_cache_miss": 0}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+def test_the_framework_s_compiler_agrees() -> None:
+    sums, net = CompiledSums(), random_net()
+    assert apart(net, (4, 6), sums) < 5e-6
+    assert apart(net, (6, 4), sums) < 5e-6

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recorded evaluations: other pictures through one recording equal plain runs; few are kept; refused where they cannot.
+
+A processor records no graphs, so a tape stands for one: it keeps the operations of one run with the very tensors they
+worked on, and plays them again without any of the network's code, as a graph would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pidecode.decoder import PixelDecoder
+from pidecode.errors import SettingError
+from pidecode.facts.architecture import miniature
+from pidecode.model.lean import denoise
+from pidecode.model.network import Condition, PixelNet
+from pidecode.model.recording import MOST_KEPT, Recordings, Replay, cuda_graph
+from pidecode.planner import Plan
+from pidecode.runner import Runner
+from pidecode.sampling import sample_student
+
+
+class Tape(TorchDispatchMode):
+    """Records operations and their tensors; `play` runs them again, into the same tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    @torch.inference_mode()  # in which any tensor may be written to, as by a graph
+    def play(self) -> None:
+        for func, args, kwargs, result in self.calls:
+            for old, new in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class Recorder:
+    """Records with tapes, and counts them."""
+
+    def __init__(self) -> None:
+        self.made = 0
+
+    def __call__(self, run: Callable[[], Tensor]) -> Replay:
+        self.made += 1
+        tape = Tape()
+        with tape:
+            answer = run()
+
+        def replay() -> Tensor:
+            tape.play()
+            return answer
+
+        return replay
+
+
+def random_net() -> PixelNet:
+    torch.manual_seed(0)
+    net = PixelNet(miniature(pixel_depth=2)).eval().requires_grad_(False)
+    for parameter in net.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.05)
+    return net
+
+
+def inputs(net: PixelNet, grid: tuple[int, int], seed: int, **options: Any) -> tuple[Tensor, Condition]:
+    config, generator, device = net.config, torch.Generator().manual_seed(seed), net.device
+    x, text, latent = (
+        torch.randn(*shape, generator=generator).to(device)
+        for shape in (
+            (1, 3, grid[0] * 16, grid[1] * 16),
+            (1, 7, config.text_dim),
+            (1, config.latent_channels, grid[0] // 2, grid[1] // 2),
+        )
+    )
+    return x, net.prepare(grid, text, latent, torch.rand(1, generator=generator).to(device), **options)
+
+
+@pytest.mark.parametrize("keep_tokens", [True, False])
+@torch.no_grad()
+def test_one_recording_serves_all_steps_and_pictures_of_a_size(keep_tokens: bool) -> None:
+    net, recorder = random_net(), Recorder()
+    recordings = Recordings(partial(denoise, net), recorder)
+    x, first = inputs(net, (4, 6), 1, keep_tokens=keep_tokens)
+    other_x, second = inputs(net, (4, 6), 2, keep_tokens=keep_tokens)
+    for picture, condition, time in (
+        (x, first, 999.0), (other_x, first, 342.0), (other_x, second, 342.0), (x, first, 866.0)
+    ):  # fmt: skip
+        t = torch.tensor([time])
+        expected = net.denoise(picture, t, condition)
+        before = picture.clone()
+        assert torch.equal(recordings.run(picture, net.vectors_at(t, condition), condition), expected)
+        assert torch.equal(picture, before)
+    assert recorder.made == 1
+
+
+@torch.no_grad()
+def test_an_answer_is_the_caller_s_own() -> None:
+    net = random_net()
+    recordings = Recordings(partial(denoise, net), Recorder())
+    x, condition = inputs(net, (2, 2), 1)
+    vectors = net.vectors_at(torch.tensor([999.0]), condition)
+    first = recordings.run(x, vectors, condition)
+    kept = first.clone()
+    recordings.run(x * 2, vectors, condition)
+    assert torch.equal(first, kept)
+
+
+@torch.no_grad()
+def test_the_latest_sizes_are_kept() -> None:
+    net, recorder = random_net(), Recorder()
+    recordings = Recordings(partial(denoise, net), recorder)
+
+    def run(grid: tuple[int, int], variant: str = "") -> None:
+        x, condition = inputs(net, grid, 1)
+        recordings.run(x, net.vectors_at(torch.tensor([999.0]), condition), condition, variant)
+
+    for grid in ((2, 2), (2, 4), (2, 2)):
+        run(grid)
+    assert recorder.made == 2
+    run((4, 2))
+    assert (recorder.made, len(recordings)) == (3, MOST_KEPT)
+    run((2, 2))  # used later than (2, 4), so it stayed
+    assert recorder.made == 3
+    run((2, 2), "another attention kernel")
+    assert recorder.made == 4
+    recordings.clear()
+    assert len(recordings) == 0
+
+
+def test_a_recording_does_not_keep_a_picture_s_condition_alive() -> None:
+    from weakref import ref
+
+    net = random_net()
+    recordings = Recordings(partial(denoise, net), Recorder())
+    with torch.inference_mode():
+        x, condition = inputs(net, (2, 2), 1)
+        recordings.run(x, net.vectors_at(torch.tensor([999.0]), condition), condition)
+        last = ref(condition)
+        del condition
+        assert last() is None
+    with torch.no_grad():  # what was recorded in inference mode may be used outside of it
+        x, condition = inputs(net, (2, 2), 2)
+        recordings.run(x, net.vectors_at(torch.tensor([999.0]), condition), condition)
+
+
+def test_the_runner_replays_and_forgets_with_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, recorder = random_net(), Recorder()
+    runner, plain = Runner(net, distilled=True, graphs=True), Runner(net, distilled=True)
+    monkeypatch.setattr("pidecode.runner.records_graphs", lambda device: True)
+    monkeypatch.setattr("pidecode.runner.cuda_graph", lambda device: recorder)
+    noise = [torch.randn(1, 3, 32, 32) for _ in range(4)]
+    pictures = []
+    with torch.inference_mode():
+        text, latent = torch.randn(1, 7, net.config.text_dim), torch.randn(1, net.config.latent_channels, 1, 1)
+        for each in (runner, plain):
+            draws = iter(noise)
+            condition = each.prepare((2, 2), text, latent, torch.zeros(1))
+            pictures.append(sample_student(each.predict(condition), lambda draws=draws: next(draws)))
+    assert torch.equal(*pictures)
+    assert recorder.made == 1
+    assert runner.recordings is not None
+    runner.forget()
+    assert len(runner.recordings) == 0
+
+
+def test_graphs_are_refused_where_they_cannot_act(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = random_net()
+    with pytest.raises(SettingError, match="need a CUDA device, and this decoder runs on cpu"):
+        Runner(net, graphs=True).require(net.device)
+    monkeypatch.setattr("pidecode.runner.records_graphs", lambda device: True)
+    with pytest.raises(SettingError, match="windows"):
+        Runner(net, Plan(size=(64, 64), window=32), graphs=True).require(net.device)
+    with pytest.raises(SettingError, match="on the host"):
+        Runner(net, Plan(size=(64, 64), offload=("blocks",)), graphs=True).require(net.device)
+    runner = Runner(net, graphs=True)
+    x, condition = inputs(net, (2, 2), 1)
+    with pytest.raises(SettingError, match="inference_mode"):
+        runner.predict(condition)(x, torch.tensor([999.0]))
+    net.plain = True
+    with pytest.raises(SettingError, match="adapters"):
+        runner.require(net.device)
+
+
+def test_two_ways_of_the_same_sums_are_refused() -> None:
+    with pytest.raises(SettingError, match="choose one"):
+        Runner(random_net(), fused=True, compile=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+@torch.inference_mode()
+def test_a_graph_equals_the_eager_path(compile: bool) -> None:
+    net, device = random_net().cuda(), torch.device("cuda")
+    recordings = Recordings(partial(denoise, net), cuda_graph(device))
+    for seed, time in ((1, 999.0), (1, 342.0), (2, 634.0)):
+        x, condition = inputs(net, (4, 6), seed)
+        t = torch.tensor([time])
+        expected = net.denoise(x, t, condition)
+        actual = recordings.run(x, net.vectors_at(t, condition), condition)
+        assert ((actual - expected).abs().max() / expected.abs().max()).item() < 5e-6
+    runner = Runner(net, graphs=True, compile=compile)
+    x, condition = inputs(net, (4, 6), 3)
+    expected = net.denoise(x, t, condition)
+    predict = runner.predict(condition)
+    for _ in range(2):
+        assert ((predict(x, t) - expected).abs().max() / expected.abs().max()).item() < 5e-5
+
+
+def test_a_decoder_takes_settings_of_how_it_runs_and_refuses_what_cannot_act() -> None:
+    with pytest.raises(SettingError, match="need a CUDA device"):
+        PixelDecoder.from_pretrained("tiny", device="cpu", graphs=True)
+    with pytest.raises(SettingError, match=r"no setting speed .*compile, graphs"):
+        PixelDecoder.from_pretrained("tiny", speed="most")  # type: ignore[call-arg]
+    decoder = PixelDecoder.from_pretrained("tiny", device="cpu", compile=True)
+    assert decoder.runner.sums is not None and not decoder.runner.graphs

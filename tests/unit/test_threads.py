@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Threads and number formats that suit a processor: cores and quotas are kept to, and what the user said goes first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from pidecode import devices, threads
+from pidecode.cli.app import cli
+from pidecode.threads import container_quota, physical_cores, suitable_threads
+
+
+@pytest.fixture
+def system(tmp_path: Path) -> Path:
+    """Eight logical processors on four cores, in a control group."""
+    for number in range(8):
+        place = tmp_path / f"sys/devices/system/cpu/cpu{number}/topology"
+        place.mkdir(parents=True)
+        (place / "thread_siblings_list").write_text(f"{number % 4},{number % 4 + 4}\n")
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/work/job\n")
+    (tmp_path / "sys/fs/cgroup/work/job").mkdir(parents=True)
+    return tmp_path
+
+
+def test_two_logical_processors_of_one_core_count_once(system: Path) -> None:
+    assert physical_cores(range(8), system) == 4
+    assert physical_cores([0, 4, 1], system) == 2
+    assert physical_cores([0, 1], system / "nowhere") == 2
+
+
+def test_the_tightest_quota_of_all_groups_above_counts(system: Path) -> None:
+    groups = system / "sys/fs/cgroup"
+    assert container_quota(system) is None
+    (groups / "work/job/cpu.max").write_text("max 100000\n")
+    assert container_quota(system) is None
+    (groups / "work/cpu.max").write_text("150000 100000\n")
+    assert container_quota(system) == 1.5
+    (groups / "cpu.max").write_text("50000 100000\n")
+    assert container_quota(system) == 0.5
+
+
+def test_the_older_form_of_a_quota(tmp_path: Path) -> None:
+    place = tmp_path / "sys/fs/cgroup/cpu"
+    place.mkdir(parents=True)
+    (place / "cpu.cfs_quota_us").write_text("-1\n")
+    (place / "cpu.cfs_period_us").write_text("100000\n")
+    assert container_quota(tmp_path) is None
+    (place / "cpu.cfs_quota_us").write_text("300000\n")
+    assert container_quota(tmp_path) == 3
+
+
+def test_threads_keep_to_cores_and_quota(system: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_allowed", lambda: list(range(8)))
+    found = suitable_threads(8, {}, system)
+    assert (found.count, found.because) == (4, "this process may use 4 cores")
+    (system / "sys/fs/cgroup/work/job/cpu.max").write_text("150000 100000\n")
+    found = suitable_threads(8, {}, system)
+    assert (found.count, found.because) == (2, "the container's quota is 1.5 cores")
+    assert suitable_threads(1, {}, system).count == 1
+
+
+def test_what_the_user_set_goes_first(system: Path) -> None:
+    found = suitable_threads(64, {"OMP_NUM_THREADS": "64"}, system)
+    assert (found.count, found.because) == (64, "OMP_NUM_THREADS is set")
+
+
+def test_a_command_sets_the_threads_it_was_told(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        done = CliRunner().invoke(cli, ["bench", "--size", "64x64", "--repeats", "1", "--threads", "1"])
+        assert done.exit_code == 0, done.output
+        assert torch.get_num_threads() == 1
+        assert "1 threads" in done.output
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_bfloat16_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    assert devices.usual_dtype(cpu) == torch.float32
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert devices.usual_dtype(cpu) == torch.bfloat16
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    assert devices.usual_dtype(cpu) == torch.float32
+    assert devices.usual_dtype(torch.device("mps")) == torch.float32
+    assert devices.usual_dtype(torch.device("cuda")) == torch.bfloat16
+
+
+def test_threads_that_cannot_act_are_refused(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli, ["batch", str(tmp_path), str(tmp_path / "out"), "--engine", "ray", "--threads", "1"])
+    assert done.exit_code == 2
+    assert "others do the work" in done.output
