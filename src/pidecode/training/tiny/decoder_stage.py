@@ -76,6 +76,11 @@ def noised(latent: Tensor, share: float, largest: float, generator: torch.Genera
     return (1 - scale) * latent + scale * noise.to(latent), sigma
 
 
+def tempered(sigma: Tensor) -> Tensor:
+    """Weights of samples by the noise in their latents: what nobody can see must not outweigh what can be learned."""
+    return 1 / (1 + (sigma / 0.2) ** 2)
+
+
 def draw_crops(
     cache: LatentCache, choices: tuple[tuple[int, int, float], ...], random: np.random.Generator
 ) -> CropBatch:
@@ -133,8 +138,9 @@ def run_regressor(
         if progress < recipe.hinted:
             return hint_loss(model, teacher, cells, batch.target, recipe, apart=progress < recipe.apart)
         share = recipe.noisy_share if progress >= recipe.noisy_from else 0.0
-        latent, _ = noised(F.pixel_unshuffle(cells, 2), share, recipe.largest_sigma, draws.noise)
-        loss = F.mse_loss(model(latent), batch.target)
+        latent, sigma = noised(F.pixel_unshuffle(cells, 2), share, recipe.largest_sigma, draws.noise)
+        error = (model(latent) - batch.target).square().mean((1, 2, 3))
+        loss = (error * tempered(sigma).to(error)).mean()
         return loss, {"error": loss.item()}
 
     learner = Learner(model, decoder_optimizer(model), recipe.rate)

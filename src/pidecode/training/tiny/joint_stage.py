@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pidecode.errors import TrainingError
 from pidecode.model.encoder import ImageEncoder
 from pidecode.training.tiny.cache import LatentCache
-from pidecode.training.tiny.decoder_stage import decoder_optimizer, draw_crops, noised
+from pidecode.training.tiny.decoder_stage import decoder_optimizer, draw_crops, noised, tempered
 from pidecode.training.tiny.encoder_stage import encoder_optimizer
 from pidecode.training.tiny.regressor import Regressor
 from pidecode.training.tiny.stage import Draws, Learner, Parts, Report, Stage, StageRecipe, resume
@@ -75,8 +75,9 @@ def joint_loss(
         wanted = teacher.encode(batch.small[both])
     cells = pair.encoder.cells(batch.small)
     latents = F.pixel_unshuffle(torch.cat((cells, wanted)), 2)
-    given, _ = noised(latents, recipe.noisy_share, recipe.largest_sigma, draws.noise)
+    given, sigma = noised(latents, recipe.noisy_share, recipe.largest_sigma, draws.noise)
     error = (pair.decoder(given) - torch.cat((batch.target, batch.target[both]))).square().mean((1, 2, 3))
+    error = error * tempered(sigma).to(error)
     own, theirs = error[:count].mean(), error[count:].mean()
     loss, parts = own + 0.5 * theirs, {"own": own.item(), "teacher": theirs.item()}
     if recipe.encoder_rate:
