@@ -32,10 +32,14 @@ def pictures(folder: Path, side: int, every: int) -> Iterator[tuple[str, np.ndar
     """Held-out pictures by name, centre-cropped to at most `side` pixels."""
     for name in sorted(held_out(read_manifest(folder)))[::every]:
         with Image.open(folder / name) as image:
-            array = crop_to_multiple(image)
-        height, width = (min(side, extent) // 64 * 64 for extent in array.shape[:2])
-        top, left = (array.shape[0] - height) // 2, (array.shape[1] - width) // 2
-        yield name, array[top : top + height, left : left + width]
+            yield name, middle(crop_to_multiple(image), side)
+
+
+def middle(array: np.ndarray, side: int) -> np.ndarray:
+    """The middle of a picture, at most `side` pixels a side and a multiple of 64."""
+    height, width = (min(side, extent) // 64 * 64 for extent in array.shape[:2])
+    top, left = (array.shape[0] - height) // 2, (array.shape[1] - width) // 2
+    return array[top : top + height, left : left + width]
 
 
 def enlarged(picture: Tensor) -> Tensor:

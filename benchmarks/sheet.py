@@ -1,25 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Side-by-side crops to look at: enlarged without a latent, taef2 and Lanczos, a decoder, the original.
 
-    python benchmarks/sheet.py --data PICTURES --teacher TAEF2 --out sheet.png [--decoder tiny] [--crops 20]
+    python benchmarks/sheet.py --teacher TAEF2 --out sheet.png [--data PICTURES] [--decoder tiny] [--crops 20]
 
 The crops are the busiest of the chosen pictures' middles by gradient, one a picture, so nobody picks them by hand.
+Without --data the pictures are free ones that scikit-image ships, and a page of type set here.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from quality import enlarged, pictures
+from quality import enlarged, middle, pictures
 from torch import Tensor
 
 from pidecode import PixelDecoder
 from pidecode.images.tensors import to_pil
-from pidecode.training.tiny.cache import quarter, to_signed
+from pidecode.training.tiny.cache import crop_to_multiple, quarter, to_signed
 from pidecode.training.tiny.teacher import TeacherAutoencoder
 
 COLUMNS = ("Lanczos 4x, no latent", "taef2, then Lanczos 4x", "this decoder", "original")
@@ -34,6 +36,17 @@ def busiest(picture: Tensor, side: int) -> tuple[int, int]:
     means = torch.nn.functional.avg_pool2d(across + down, side, stride=side // 2)[0, 0]
     row, column = divmod(int(means.argmax()), means.shape[1])
     return row * side // 2, column * side // 2
+
+
+def free_pictures(side: int) -> Iterator[np.ndarray]:
+    """Middles of at most `side` pixels of pictures that anyone may show, none of them used in training."""
+    import skimage.data
+
+    from pidecode.training.tiny.procedural import procedural_picture
+
+    shown = (skimage.data.astronaut, skimage.data.chelsea, skimage.data.coffee, skimage.data.brick, skimage.data.page)
+    yield from (middle(crop_to_multiple(Image.fromarray(picture())), side) for picture in shown)
+    yield procedural_picture("text_page", side, 4711)
 
 
 def strip(array: np.ndarray, decoder: PixelDecoder, teacher: TeacherAutoencoder, side: int) -> Tensor:
@@ -63,7 +76,7 @@ def main() -> None:
     given = parser.parse_args()
     decoder = PixelDecoder.from_pretrained(given.decoder, encoder=given.encoder, device="cpu")
     teacher = TeacherAutoencoder.from_folder(given.teacher)
-    chosen = [array for _, array in pictures(given.data, given.side, 1)]
+    chosen = [array for _, array in pictures(given.data, given.side, 1)] if given.data else [*free_pictures(given.side)]
     step = max(1, len(chosen) // given.crops)
     rows = [strip(array, decoder, teacher, given.window) for array in chosen[::step][: given.crops]]
     sheet = Image.new("RGB", (rows[0].shape[-1], TITLE + given.window * len(rows)), "white")

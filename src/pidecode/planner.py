@@ -15,7 +15,7 @@ from typing import Literal
 
 from pidecode.errors import DoesNotFitError, SettingError
 from pidecode.facts.architecture import NetConfig
-from pidecode.kernels.chunks import Chunks
+from pidecode.kernels.chunks import WIDE_PIXELS, Chunks
 
 GB = 10**9
 DRIVER = 450_000_000
@@ -154,13 +154,22 @@ def parameters(config: NetConfig, *, slimmed: bool) -> tuple[int, int, int]:
     if config.has_text:
         rest += config.text_dim * D + 2 * D + config.text_length * D
     if config.has_adapter:
-        W = config.adapter_width
-        channels = config.latent_channels / config.latent_unpatchify**2
-        channels *= max(1, round(1 / config.latent_to_patch_ratio)) ** 2
         heads = config.num_injections + int(config.inject_pixels)
         gate = 2 * D * (D if config.gate == "per_channel" else 1)
-        rest += int(9 * channels * W) + 9 * W * W * (1 + 2 * config.adapter_blocks) + heads * (W * D + D + gate)
+        rest += _tower(config) + heads * (config.adapter_width * D + D + gate)
     return blocks, pixel, rest
+
+
+def _tower(config: NetConfig) -> int:
+    """Parameters of the adapter's convolutions."""
+    W, channels = config.adapter_width, config.latent_channels // config.latent_unpatchify**2
+    if config.adapter_climb:  # a convolution to each level; blocks twice as many at the first and the last
+        W //= round(config.adapter_fold) ** 2
+        convolutions = config.adapter_climb + 2 * config.adapter_blocks * (config.adapter_climb + 3)
+    else:
+        channels *= max(1, round(1 / config.latent_to_patch_ratio)) ** 2
+        convolutions = 1 + 2 * config.adapter_blocks
+    return 9 * W * (channels + W * convolutions)
 
 
 def predict(plan: Plan, config: NetConfig, *, accelerator: bool = True, slimmed: bool = True) -> Plan:
@@ -216,7 +225,9 @@ def _activation_parts(plan: Plan, config: NetConfig, size: tuple[int, int]) -> I
     pixel_stage = _pixel_stage(plan, config, (width, height))
     if "blocks" in plan.offload and config.patch_depth > 1:  # all but the one that comes first have left by then
         pixel_stage -= _block_bytes(plan, config, slimmed=True)
-    yield "activations", max(patch_stage, pixel_stage, 3 * picture * whole)
+    # Between evaluations: four pictures beside the canvas, or two while pieces of them are formed in float64.
+    between = max(4 * picture * whole, 2 * picture * whole + 4 * 2 * picture * min(whole, WIDE_PIXELS))
+    yield "activations", max(patch_stage, pixel_stage, between)
 
 
 def _pixel_stage(plan: Plan, config: NetConfig, size: tuple[int, int]) -> int:

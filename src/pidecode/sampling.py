@@ -16,15 +16,13 @@ from torch import Tensor
 from pidecode.errors import SettingError
 from pidecode.facts.architecture import Prediction
 from pidecode.facts.checkpoints import STUDENT_TIMES, StudentKind
+from pidecode.kernels.chunks import WIDE_PIXELS
 
 SINGLE_STEP_TIME = 1.0
 """One step alone starts from pure noise instead of the list's first entry."""
 
 SMALLEST_DIVISOR = 0.05
 """Below this time a velocity is not recovered from x_0 by dividing by t, but by this."""
-
-WIDE_PIXELS = 2**18
-"""Pixels of a picture held in float64 at once."""
 
 TIMESCALE = 1000.0
 """The network reads the flow time times this, never rounded: one unit is one radian."""

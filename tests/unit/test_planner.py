@@ -15,6 +15,7 @@ from pidecode.measure.memory import trace_decode, weight_bytes
 from pidecode.model.network import PixelNet
 from pidecode.model.schedule import slim
 from pidecode.planner import DRIVER, GB, Machine, Plan, parameters, parse_bytes, parse_size, plan_decode, predict
+from pidecode.training.tiny.decoder_stage import tiny_config
 
 V15 = v1pt5(latent_channels=16, latent_down=8)
 SMALL = NetConfig(
@@ -23,7 +24,11 @@ SMALL = NetConfig(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("config", [V15, v1(latent_channels=16, latent_down=8), SMALL], ids=["v1.5", "v1", "small"])
+@pytest.mark.parametrize(
+    "config",
+    [V15, v1(latent_channels=16, latent_down=8), SMALL, tiny_config()],
+    ids=["v1.5", "v1", "small", "climbing"],
+)
 @pytest.mark.parametrize("slimmed", [True, False])
 def test_parameters_are_counted_without_building(config: NetConfig, slimmed: bool) -> None:
     with torch.device("meta"):
@@ -58,6 +63,13 @@ SPARE = Chunks(tokens=256, tile_tokens=128, tile_rows=2)
 def test_the_prediction_is_within_a_tenth_of_what_is_counted(plan: Plan) -> None:
     counted = trace_decode(SMALL, plan)
     assert predict(plan, SMALL, accelerator=False).peak == pytest.approx(counted.total, rel=0.1)
+
+
+@pytest.mark.parametrize("size", [(512, 512), (1024, 1024)])
+def test_a_small_network_is_mostly_the_pictures_between_its_evaluations(size: tuple[int, int]) -> None:
+    tiny, plan = tiny_config(), Plan(size=size, dtype="float32", chunks=LARGE)
+    counted = trace_decode(tiny, plan)
+    assert predict(plan, tiny, accelerator=False).peak == pytest.approx(counted.total, rel=0.1)
 
 
 FULL = Plan(size=(2048, 2048), keep_tokens=False, chunks=LARGE)

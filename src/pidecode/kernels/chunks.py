@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+WIDE_PIXELS = 2**18
+"""Pixels of a picture held in float64 at once, between evaluations."""
+
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
