@@ -44,7 +44,7 @@ def free_pictures(side: int) -> Iterator[np.ndarray]:
 
     from pidecode.training.tiny.procedural import procedural_picture
 
-    shown = (skimage.data.astronaut, skimage.data.chelsea, skimage.data.coffee, skimage.data.brick, skimage.data.page)
+    shown = (skimage.data.astronaut, skimage.data.chelsea, skimage.data.coffee, skimage.data.brick, skimage.data.camera)
     yield from (middle(crop_to_multiple(Image.fromarray(picture())), side) for picture in shown)
     yield procedural_picture("text_page", side, 4711)
 
@@ -63,9 +63,7 @@ def strip(array: np.ndarray, decoder: PixelDecoder, teacher: TeacherAutoencoder,
 def main() -> None:
     """Make the sheet."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--data", type=Path, required=True, help="folder of pictures, with manifest.jsonl if it has one"
-    )
+    parser.add_argument("--data", type=Path, help="folder of pictures, with manifest.jsonl if it has one")
     parser.add_argument("--teacher", type=Path, required=True, help="folder of the two taef2 files")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--decoder", default="tiny")
