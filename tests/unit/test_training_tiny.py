@@ -30,7 +30,7 @@ from pidecode.training.tiny.muon import Muon, muon_groups, orthogonalised
 from pidecode.training.tiny.procedural import KINDS, procedural_picture
 from pidecode.training.tiny.regressor import Regressor, into_pixelnet
 from pidecode.training.tiny.release import load_pair, release_decoder, release_encoder
-from pidecode.training.tiny.run import TinyRun, build_cache
+from pidecode.training.tiny.run import TinyRun, build_cache, train_small
 from pidecode.training.tiny.state import load_state, save_state
 from pidecode.training.tiny.teacher import TeacherAutoencoder
 
@@ -347,16 +347,43 @@ def test_a_state_is_whole_or_refused(tmp_path: Path) -> None:
         release_decoder(tmp_path / "none.pt", tmp_path, variant="tiny")
 
 
-def test_the_cache_of_a_run_keeps_held_out_pictures_apart(tmp_path: Path, teacher: TeacherAutoencoder) -> None:
+def folders(tmp_path: Path, teacher: TeacherAutoencoder, side: int) -> tuple[Path, Path]:
+    """A folder of three pictures, and one of the teacher's two files."""
     from safetensors.torch import save_file
 
     data, weights = tmp_path / "data", tmp_path / "teacher"
     data.mkdir()
     weights.mkdir()
     for name in ("a.png", "b.png", "c.png"):
-        Image.fromarray(procedural_picture("line_art", 128, ord(name[0]))).save(data / name)
+        Image.fromarray(procedural_picture("line_art", side, ord(name[0]))).save(data / name)
     for part in ("encoder", "decoder"):
         save_file(getattr(teacher, part).state_dict(), weights / f"taef2_{part}.safetensors")
+    return data, weights
+
+
+@pytest.mark.slow
+def test_one_command_makes_all_three_files_and_goes_on(tmp_path: Path, teacher: TeacherAutoencoder) -> None:
+    data, weights = folders(tmp_path, teacher, 1024)
+    run = TinyRun(
+        data=data, teacher=weights, folder=tmp_path / "run", procedural_seeds=0,
+        decoder_seconds=2, encoder_seconds=2, joint_seconds=2, small_seconds=2,
+    )  # fmt: skip
+    lines: list[str] = []
+    small, encoder = train_small(run, lines.append)
+    assert (small.name, encoder.name) == ("small.safetensors", "tiny_encoder.safetensors")
+    depths = [
+        PixelDecoder.from_pretrained(path, encoder=encoder, device="cpu").net.config.adapter_blocks
+        for path in (run.folder / "tiny.safetensors", small)
+    ]
+    assert depths == [tiny_config().adapter_blocks, small_config().adapter_blocks]
+    steps = [load_state(run.folder / name) for name in ("regressor.pt", "encoder.pt", "joint.pt", "small/joint.pt")]
+    assert train_small(run) == (small, encoder)  # nothing is left to do
+    again = [load_state(run.folder / name) for name in ("regressor.pt", "encoder.pt", "joint.pt", "small/joint.pt")]
+    assert [state and state["step"] for state in steps] == [state and state["step"] for state in again]
+
+
+def test_the_cache_of_a_run_keeps_held_out_pictures_apart(tmp_path: Path, teacher: TeacherAutoencoder) -> None:
+    data, weights = folders(tmp_path, teacher, 128)
     run = TinyRun(data=data, teacher=weights, folder=tmp_path / "run", procedural_seeds=0)
     names = build_cache(run).names
     kept_out = {Path(name).stem for name in held_out(read_manifest(data))}
