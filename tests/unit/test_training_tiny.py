@@ -28,8 +28,8 @@ from pidecode.training.tiny.grow import grown
 from pidecode.training.tiny.joint_stage import JointRecipe, Pair, run_joint
 from pidecode.training.tiny.muon import Muon, muon_groups, orthogonalised
 from pidecode.training.tiny.procedural import KINDS, procedural_picture
-from pidecode.training.tiny.regressor import Regressor, into_pixelnet
-from pidecode.training.tiny.release import load_pair, release_decoder, release_encoder
+from pidecode.training.tiny.regressor import Regressor, into_pixelnet, out_of_pixelnet
+from pidecode.training.tiny.release import load_pair, release_decoder, release_encoder, released_pair
 from pidecode.training.tiny.run import TinyRun, build_cache, train_small
 from pidecode.training.tiny.state import load_state, save_state
 from pidecode.training.tiny.teacher import TeacherAutoencoder
@@ -191,6 +191,29 @@ def test_a_pixelnet_gives_its_regressors_picture_at_any_time(cache: LatentCache)
         for t in (999.0, 342.0):
             given = net(torch.randn(2, 3, 128, 128), torch.full((2,), t), latent=batch.latent, sigma=0.0)
             assert (given - wanted).abs().max() < 5e-3
+
+
+def test_training_goes_on_from_what_was_released(cache: LatentCache, tmp_path: Path) -> None:
+    pair = Pair(started(cache), ImageEncoder(ENCODER))
+    state = {
+        "average": pair.state_dict(), "step": 1, "used": 1.0,
+        "decoder_config": SMALL.to_dict(), "encoder_config": ENCODER.to_dict(),
+    }  # fmt: skip
+    save_state(tmp_path / "joint.pt", state)
+    files = (
+        release_decoder(tmp_path / "joint.pt", tmp_path, variant="tiny"),
+        release_encoder(tmp_path / "joint.pt", tmp_path),
+    )
+    again, latent = released_pair(*files), cache.crops(2, 128, np.random.default_rng(0)).latent
+    with torch.no_grad():  # float16 in between
+        assert (again.decoder(latent) - pair.decoder(latent)).abs().max() < 2e-2
+        small = torch.rand(1, 3, 32, 32)
+        assert (again.encoder(small) - pair.encoder(small)).abs().max() < 2e-2
+    assert all(parameter.requires_grad for parameter in again.parameters())
+    net = into_pixelnet(pair.decoder)
+    torch.nn.init.normal_(net.final_layer.linear.weight)
+    with pytest.raises(SettingError, match="trained since"):
+        out_of_pixelnet(net)
 
 
 def test_patches_start_as_their_own_principal_directions(cache: LatentCache) -> None:

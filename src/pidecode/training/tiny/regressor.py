@@ -28,6 +28,11 @@ CARRIER = 1000.0
 """Constant in the last pixel channel: it holds the norms' size still, so that they pass colours through."""
 COLOUR_GAIN = 10.0
 """Size of a colour of 1 in the pixel channels; small beside CARRIER, large beside the position table."""
+SHUT = (
+    "adaLN_modulation", "s_embedder.proj", "t_embedder.mlp.2", "pixel_embedder.proj", "output_heads",
+    "final_layer.linear",
+)  # fmt: skip
+"""Parts of names whose tensors start at zero, but for what carries colours through: the ways of noise and of time."""
 
 
 class Regressor(nn.Module):
@@ -118,16 +123,8 @@ def into_pixelnet(regressor: Regressor) -> PixelNet:
     net = PixelNet(config).cpu()
     tensors = net.state_dict()
     tensors |= {f"lq_proj.{name}": value.cpu() for name, value in regressor.adapter.state_dict().items()}
-    shut = (
-        "adaLN_modulation",
-        "s_embedder.proj",
-        "t_embedder.mlp.2",
-        "pixel_embedder.proj",
-        "output_heads",
-        "final_layer.linear",
-    )
     for name, value in tensors.items():
-        if any(part in name for part in shut) or name.endswith("content_proj.weight"):
+        if any(part in name for part in SHUT) or name.endswith("content_proj.weight"):
             tensors[name] = torch.zeros_like(value)
         elif name.endswith("content_proj.bias"):
             tensors[name] = torch.full_like(value, GATE_BIAS)
@@ -139,6 +136,32 @@ def into_pixelnet(regressor: Regressor) -> PixelNet:
     tensors |= _first_pixel_block(regressor, size)
     net.load_state_dict(tensors)
     return net
+
+
+@torch.no_grad()
+def out_of_pixelnet(net: PixelNet) -> Regressor:
+    """The regressor that `into_pixelnet` made a network of, so that training can go on from released weights.
+
+    Raises SettingError for a network that was made otherwise, or has been trained since.
+    """
+    config, tensors = net.config, net.state_dict()
+    regressor = Regressor(config)
+    width, pixels = config.pixel_hidden_size, config.patch_size**2
+    opening = torch.sigmoid(torch.tensor(GATE_BIAS))
+    for name, gain in (("weight", COLOUR_GAIN / opening), ("bias", torch.tensor(COLOUR_GAIN))):
+        rows = tensors[f"pixel_blocks.0.adaLN_modulation.0.{name}"].float()
+        colours = rows.unflatten(0, (pixels, 6, width))[:, 3, :3] / gain
+        getattr(regressor.to_pixels, name).copy_(colours.transpose(0, 1).flatten(0, 1))
+    adapter = {name.removeprefix("lq_proj."): value for name, value in tensors.items() if name.startswith("lq_proj.")}
+    regressor.adapter.load_state_dict(adapter)
+    again = into_pixelnet(regressor).state_dict()
+    first = _first_pixel_block(regressor, 1.0)
+    settled = [name for name in again if name in first or any(part in name for part in SHUT)]
+    if any(not torch.allclose(tensors[name].float(), again[name], atol=1e-3, rtol=1e-2) for name in settled):
+        raise SettingError(
+            "This network was not made from a regressor, or was trained since, so it cannot become one again."
+        )
+    return regressor
 
 
 def _first_pixel_block(regressor: Regressor, size: float) -> dict[str, Tensor]:

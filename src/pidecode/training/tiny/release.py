@@ -8,14 +8,19 @@ from typing import Any
 
 import torch
 
-from pidecode.errors import TrainingError
+from pidecode.errors import SettingError, TrainingError
 from pidecode.facts.architecture import NetConfig
 from pidecode.facts.checkpoints import APACHE_2, STUDENT_TIMES, TINY_ENCODER
+from pidecode.facts.spaces import get_space
+from pidecode.latents.small_encoder import load_tiny_encoder
 from pidecode.model.encoder import EncoderConfig, ImageEncoder
 from pidecode.training.tiny.joint_stage import Pair
-from pidecode.training.tiny.regressor import Regressor, into_pixelnet
+from pidecode.training.tiny.regressor import Regressor, into_pixelnet, out_of_pixelnet
 from pidecode.training.tiny.state import load_state
+from pidecode.weights.build import build_network
+from pidecode.weights.detect import detect
 from pidecode.weights.identity import Identity
+from pidecode.weights.read import read_weights
 from pidecode.weights.write import write_safetensors
 
 CREDITS = "Trained on CC0, public-domain and CC-BY pictures; the credits in ATTRIBUTION.md travel with these weights."
@@ -24,6 +29,17 @@ CREDITS = "Trained on CC0, public-domain and CC-BY pictures; the credits in ATTR
 def load_pair(state_path: Path) -> Pair:
     """The averaged networks of a joint state. Raises TrainingError without one."""
     return _pair(_state(state_path))
+
+
+def released_pair(decoder: Path, encoder: Path) -> Pair:
+    """The networks behind two released files. Raises CheckpointError or SettingError where they are none of these."""
+    file = read_weights(decoder)
+    config = detect(file).config
+    if config is None:
+        raise SettingError(f"{decoder} holds no decoder; name a released tiny.safetensors.")
+    net = build_network(file.tensors, config, dtype=torch.float32, device="cpu", source=str(decoder))
+    own = load_tiny_encoder(encoder, get_space("flux2"), torch.float32).model
+    return Pair(out_of_pixelnet(net), own.requires_grad_(True).train())
 
 
 def release_decoder(state_path: Path, folder: Path, *, variant: str) -> Path:

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from PIL import Image
 
+from pidecode.facts.checkpoints import TINY_ENCODER
 from pidecode.training.tiny.cache import LatentCache, add_picture, crop_to_multiple, held_out, read_manifest
 from pidecode.training.tiny.decoder_stage import DecoderRecipe, run_regressor, small_config
 from pidecode.training.tiny.encoder_stage import EncoderRecipe, run_encoder
 from pidecode.training.tiny.grow import grown
 from pidecode.training.tiny.joint_stage import JointRecipe, Pair, run_joint
 from pidecode.training.tiny.procedural import KINDS, procedural_picture
-from pidecode.training.tiny.release import load_pair, release_decoder, release_encoder
+from pidecode.training.tiny.release import load_pair, release_decoder, release_encoder, released_pair
 from pidecode.training.tiny.stage import Report
 from pidecode.training.tiny.teacher import TeacherAutoencoder
 
@@ -43,6 +44,9 @@ class TinyRun:
     """Rounds of procedural pictures, of every kind once each."""
     fonts: Sequence[Path] = ()
     """TrueType files for rendered text; without them Pillow's own face."""
+    start: Path | None = None
+    """A released decoder, with its encoder of this package's name beside it, that the joint stage starts from instead
+    of the first two stages."""
     device: str = "cpu"
     workers: int = 2
     """Processes of the later stages on a processor."""
@@ -84,16 +88,23 @@ def train_tiny(run: TinyRun, report: Report = lambda line: None) -> tuple[Path, 
     Raises CheckpointError without the teacher's files, TrainingError when a stage had to stop.
     """
     cache, teacher = build_cache(run, report), TeacherAutoencoder.from_folder(run.teacher).to(run.device)
+    recipe = JointRecipe(seconds=run.joint_seconds, device=run.device, workers=run.workers)
+    run_joint(_start(run, cache, teacher, report), cache, run.folder, recipe, teacher, report)
+    joint = run.folder / "joint.pt"
+    return release_decoder(joint, run.folder, variant="tiny"), release_encoder(joint, run.folder)
+
+
+def _start(run: TinyRun, cache: LatentCache, teacher: TeacherAutoencoder, report: Report) -> Pair:
+    """Decoder and encoder as the joint stage begins with them."""
+    if run.start is not None:
+        return released_pair(run.start, run.start.parent / TINY_ENCODER)
     decoder = run_regressor(
         cache, run.folder, DecoderRecipe(seconds=run.decoder_seconds, device=run.device), teacher, report=report
     )
     encoder = run_encoder(
         cache, run.folder, EncoderRecipe(seconds=run.encoder_seconds, device=run.device), teacher, report=report
     )
-    recipe = JointRecipe(seconds=run.joint_seconds, device=run.device, workers=run.workers)
-    run_joint(Pair(decoder, encoder), cache, run.folder, recipe, teacher, report)
-    joint = run.folder / "joint.pt"
-    return release_decoder(joint, run.folder, variant="tiny"), release_encoder(joint, run.folder)
+    return Pair(decoder, encoder)
 
 
 def train_small(run: TinyRun, report: Report = lambda line: None) -> tuple[Path, Path]:
