@@ -225,8 +225,11 @@ def _activation_parts(plan: Plan, config: NetConfig, size: tuple[int, int]) -> I
     pixel_stage = _pixel_stage(plan, config, (width, height))
     if "blocks" in plan.offload and config.patch_depth > 1:  # all but the one that comes first have left by then
         pixel_stage -= _block_bytes(plan, config, slimmed=True)
-    # Between evaluations: four pictures beside the canvas, or two while pieces of them are formed in float64.
-    between = max(4 * picture * whole, 2 * picture * whole + 4 * 2 * picture * min(whole, WIDE_PIXELS))
+    # Between evaluations: the clean picture, noise and their sum beside the canvas. A velocity is a picture more, of
+    # which pieces are formed in float64 before there is noise.
+    between = 3 * picture * whole
+    if config.prediction == "velocity":
+        between = max(4 * picture * whole, 2 * picture * whole + 4 * 2 * picture * min(whole, WIDE_PIXELS))
     yield "activations", max(patch_stage, pixel_stage, between)
 
 

@@ -102,7 +102,12 @@ def trace_decode(config: NetConfig, plan: Plan, *, slimmed: bool = True) -> Trac
     with LiveBytes() as live:
         condition = runner.prepare(grid, text, latent, torch.empty(batch, device=meta))
         # Two steps visit every state that four do.
-        sample_student(runner.predict(condition), lambda: torch.empty(batch, 3, height, width, device=meta), steps=2)
+        sample_student(
+            runner.predict(condition),
+            lambda: torch.empty(batch, 3, height, width, device=meta),
+            steps=2,
+            prediction=config.prediction,
+        )
     kept = 0.0
     if plan.keep_tokens and condition.injections:
         one = condition.injections[0]

@@ -173,7 +173,8 @@ class Bench:
             self.step_times.append(seconds(trial.device) - start)
             return prediction
 
-        return sample_student(timed, lambda: next(draws), steps=trial.steps).clamp_(-1, 1)
+        kind = self.net.config.prediction
+        return sample_student(timed, lambda: next(draws), steps=trial.steps, prediction=kind).clamp_(-1, 1)
 
     def _prepare(self) -> Condition:
         grid = self.net.grid_of(self.trial.size[1], self.trial.size[0])
