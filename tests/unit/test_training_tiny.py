@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from pidecode import PixelDecoder
-from pidecode.errors import CheckpointError, SettingError, TrainingError
+from pidecode.errors import CheckpointError, LatentError, SettingError, TrainingError
 from pidecode.facts.architecture import NetConfig
 from pidecode.model.encoder import EncoderConfig, ImageEncoder
+from pidecode.model.network import PixelNet
 from pidecode.training.tiny.cache import LatentCache, add_picture, crop_to_multiple, held_out, quarter, read_manifest
 from pidecode.training.tiny.decoder_stage import (
     DecoderRecipe,
@@ -33,6 +34,7 @@ from pidecode.training.tiny.release import load_pair, release_decoder, release_e
 from pidecode.training.tiny.run import TinyRun, build_cache, train_small
 from pidecode.training.tiny.state import load_state, save_state
 from pidecode.training.tiny.teacher import TeacherAutoencoder
+from pidecode.weights.shapes import read_structure
 
 # As narrow as the teacher's features allow.
 SMALL = replace(tiny_config(), adapter_blocks=1, pixel_attn_hidden_size=16)
@@ -144,6 +146,33 @@ def test_muon_finds_a_linear_map() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 2e-2 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"adapter_climb": 0, "latent_channels": 0}, None),
+        ({"latent_channels": 0}, "nothing climbs"),
+        ({"adapter_width": 252}, "multiple of 4 times its square"),
+        ({"patch_size": 8, "rope_reference": (1024, 1024), "adapter_climb": 1}, "whole number"),
+        ({"colour_head": True, "colour_head_tap": 1}, "must be -1"),
+    ],
+)
+def test_adapters_that_cannot_climb_say_why(change: dict[str, object], words: str | None) -> None:
+    if words is None:
+        assert not replace(SMALL, **change).has_adapter  # type: ignore[arg-type]
+        return
+    with pytest.raises(SettingError, match=words):
+        replace(SMALL, **change)  # type: ignore[arg-type]
+
+
+def test_a_climbing_adapter_is_known_by_its_tensors_and_takes_whole_cells_only() -> None:
+    net = PixelNet(SMALL)
+    seen = read_structure({name: tuple(value.shape) for name, value in net.state_dict().items()}).seen
+    for name in ("adapter_climb", "adapter_blocks", "adapter_width"):
+        assert seen[name] == getattr(SMALL, name), name
+    with pytest.raises(LatentError, match="3x2 patches is no whole number .* multiples of 32 pixels"):
+        net.prepare((2, 3), latent=torch.zeros(1, 128, 1, 1), sigma=0.0)
 
 
 def test_latents_are_noised_in_part() -> None:

@@ -109,6 +109,8 @@ class NetConfig:
             raise SettingError(
                 f"pixel_hidden_size is {self.pixel_hidden_size}; the position table needs a multiple of 4."
             )
+        if self.adapter_climb and not self.latent_channels:
+            raise SettingError(f"adapter_climb is {self.adapter_climb}, and without latent_channels nothing climbs.")
         if self.has_adapter:
             self._check_adapter()
 

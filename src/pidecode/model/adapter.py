@@ -229,6 +229,12 @@ class LatentAdapter(nn.Module):
         if ratio > 1 and not config.adapter_climb:
             return F.interpolate(latent, size=grid, mode="nearest")
         size = (round(grid[0] / ratio), round(grid[1] / ratio))
+        if config.adapter_climb and (size[0] * ratio, size[1] * ratio) != grid:
+            raise LatentError(
+                f"A grid of {grid[1]}x{grid[0]} patches is no whole number of latent cells, which cover {ratio:g}x"
+                f"{ratio:g} of them in this network; give a picture whose sides are multiples of "
+                f"{round(ratio * config.patch_size)} pixels."
+            )
         fold = 1 if config.adapter_climb else round(1 / ratio)
         if latent.shape[-2:] != size:
             latent = F.interpolate(latent, size=size, mode="bilinear", align_corners=False)
