@@ -163,9 +163,9 @@ def parameters(config: NetConfig, *, slimmed: bool) -> tuple[int, int, int]:
 def _tower(config: NetConfig) -> int:
     """Parameters of the adapter's convolutions."""
     W, channels = config.adapter_width, config.latent_channels // config.latent_unpatchify**2
-    if config.adapter_climb:  # a convolution to each level; blocks twice as many at the first and the last
+    if config.adapter_levels:  # a convolution to each level, two in each block
         W //= round(config.adapter_fold) ** 2
-        convolutions = config.adapter_climb + 2 * config.adapter_blocks * (config.adapter_climb + 3)
+        convolutions = len(config.adapter_levels) - 1 + 2 * sum(config.adapter_levels)
     else:
         channels *= max(1, round(1 / config.latent_to_patch_ratio)) ** 2
         convolutions = 1 + 2 * config.adapter_blocks

@@ -37,7 +37,7 @@ from pidecode.training.tiny.teacher import TeacherAutoencoder
 from pidecode.weights.shapes import read_structure
 
 # As narrow as the teacher's features allow.
-SMALL = replace(tiny_config(), adapter_blocks=1, pixel_attn_hidden_size=16)
+SMALL = replace(tiny_config(), adapter_levels=(1, 1, 1, 1), pixel_attn_hidden_size=16)
 ENCODER = EncoderConfig(half_blocks=1, quarter_blocks=1, eighth_width=16, eighth_blocks=1)
 
 
@@ -151,10 +151,12 @@ def test_muon_finds_a_linear_map() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"adapter_climb": 0, "latent_channels": 0}, None),
+        ({"adapter_levels": (), "latent_channels": 0}, None),
         ({"latent_channels": 0}, "nothing climbs"),
-        ({"adapter_width": 252}, "multiple of 4 times its square"),
-        ({"patch_size": 8, "rope_reference": (1024, 1024), "adapter_climb": 1}, "whole number"),
+        ({"adapter_width": 1020}, "multiple of 4 times its square"),
+        ({"adapter_levels": (2,)}, "two or more numbers of blocks"),
+        ({"adapter_levels": (2, -1)}, "two or more numbers of blocks"),
+        ({"patch_size": 8, "rope_reference": (1024, 1024), "adapter_levels": (1, 1)}, "whole number"),
         ({"colour_head": True, "colour_head_tap": 1}, "must be -1"),
     ],
 )
@@ -167,10 +169,11 @@ def test_adapters_that_cannot_climb_say_why(change: dict[str, object], words: st
 
 
 def test_a_climbing_adapter_is_known_by_its_tensors_and_takes_whole_cells_only() -> None:
-    net = PixelNet(SMALL)
+    config = replace(SMALL, adapter_levels=(2, 0, 3, 1))
+    net = PixelNet(config)
     seen = read_structure({name: tuple(value.shape) for name, value in net.state_dict().items()}).seen
-    for name in ("adapter_climb", "adapter_blocks", "adapter_width"):
-        assert seen[name] == getattr(SMALL, name), name
+    assert (seen["adapter_levels"], seen["adapter_width"]) == (config.adapter_levels, config.adapter_width)
+    assert NetConfig.from_dict(config.to_dict()) == config
     with pytest.raises(LatentError, match="3x2 patches is no whole number .* multiples of 32 pixels"):
         net.prepare((2, 3), latent=torch.zeros(1, 128, 1, 1), sigma=0.0)
 
@@ -249,16 +252,22 @@ def test_patches_start_as_their_own_principal_directions(cache: LatentCache) -> 
     regressor = Regressor(SMALL)
     pictures = cache.crops(16, 128, np.random.default_rng(0)).target
     regressor.start_from_patches(pictures)
-    rank, side = SMALL.adapter_width // 4, 8
-    patches = torch.nn.functional.pixel_unshuffle(pictures, side)  # [B, 3 * 64, 16, 16]
-    mean = patches.mean((0, 2, 3), keepdim=True)
-    values, vectors = torch.linalg.eigh(torch.cov(patches.transpose(0, 1).flatten(1)))
-    basis, scale = vectors[:, -rank:].flip(1), values[-rank:].flip(0).clamp(min=1e-8) ** 0.25
-    features = torch.einsum("bphw,pr->brhw", patches - mean, basis / scale)
+    shuffle, unshuffle = torch.nn.functional.pixel_shuffle, torch.nn.functional.pixel_unshuffle
+
+    def principal(side: int, most: int) -> tuple[torch.Tensor, ...]:
+        patches = unshuffle(pictures, side)
+        values, vectors = torch.linalg.eigh(torch.cov(patches.transpose(0, 1).flatten(1)))
+        mean = patches.mean((0, 2, 3), keepdim=True)
+        return patches - mean, mean, values.flip(0)[:most].clamp(min=1e-8), vectors.flip(1)[:, :most]
+
+    patches, _, values, basis = principal(4, 48)  # all there are: 4 x 4 pixels of three colours
+    features = torch.zeros(len(pictures), 64, 32, 32)
+    features[:, :48] = torch.einsum("bphw,pr->brhw", patches, basis / values**0.25)
     with torch.no_grad():
-        given = regressor.picture(torch.nn.functional.pixel_unshuffle(features, 2))
-    kept = torch.einsum("bphw,pr,qr->bqhw", patches - mean, basis, basis) + mean
-    torch.testing.assert_close(given, torch.nn.functional.pixel_shuffle(kept, side), atol=2e-4, rtol=1e-4)
+        given = regressor.picture(unshuffle(features, 4))
+    patches, mean, _, basis = principal(16, SMALL.hidden_size)
+    kept = torch.einsum("bphw,pr,qr->bqhw", patches, basis, basis) + mean
+    torch.testing.assert_close(given, shuffle(kept, 16), atol=2e-3, rtol=1e-3)
 
 
 def test_parts_that_are_fed_their_own_work_are_the_whole(cache: LatentCache) -> None:
@@ -290,19 +299,30 @@ def test_an_encoders_levels_that_are_fed_their_own_work_are_the_whole() -> None:
 def test_a_regressor_needs_a_network_it_can_become() -> None:
     with pytest.raises(SettingError, match="inject_pixels"):
         Regressor(NetConfig())
-    with pytest.raises(SettingError, match="adapter_climb"):
-        Regressor(replace(SMALL, adapter_climb=0))
+    with pytest.raises(SettingError, match="adapter_levels"):
+        Regressor(replace(SMALL, adapter_levels=()))
 
 
 def test_a_grown_regressor_gives_the_same_picture(cache: LatentCache) -> None:
     regressor = started(cache)
-    deeper = grown(regressor, replace(SMALL, adapter_blocks=3))
     latent = cache.crops(2, 128, np.random.default_rng(0)).latent
+    deeper = grown(regressor, replace(SMALL, adapter_levels=(3, 1, 2, 3)))
     with torch.no_grad():
         assert torch.equal(deeper(latent), regressor(latent))
-    with pytest.raises(SettingError, match="grows in adapter_blocks only"):
+    with pytest.raises(SettingError, match="none may shrink"):
         grown(deeper, SMALL)
-    assert small_config().adapter_blocks > tiny_config().adapter_blocks
+    with pytest.raises(SettingError, match="grows in adapter_levels only"):
+        grown(regressor, replace(SMALL, pixel_attn_hidden_size=32, hidden_size=320))
+
+
+def test_a_regressor_grows_a_finer_level_that_gives_the_same_picture(cache: LatentCache) -> None:
+    coarser = replace(SMALL, adapter_levels=(1, 1, 1), adapter_width=256)
+    torch.manual_seed(0)
+    regressor = Regressor(coarser)
+    regressor.start_from_patches(cache.crops(16, 128, np.random.default_rng(0)).target)
+    latent = cache.crops(2, 128, np.random.default_rng(0)).latent
+    with torch.no_grad():
+        torch.testing.assert_close(grown(regressor, SMALL)(latent), regressor(latent), atol=1e-4, rtol=1e-4)
 
 
 def test_the_regressor_learns_and_goes_on_where_it_stopped(
@@ -424,10 +444,10 @@ def test_one_command_makes_all_three_files_and_goes_on(tmp_path: Path, teacher: 
     small, encoder = train_small(run, lines.append)
     assert (small.name, encoder.name) == ("small.safetensors", "tiny_encoder.safetensors")
     depths = [
-        PixelDecoder.from_pretrained(path, encoder=encoder, device="cpu").net.config.adapter_blocks
+        PixelDecoder.from_pretrained(path, encoder=encoder, device="cpu").net.config.adapter_levels
         for path in (run.folder / "tiny.safetensors", small)
     ]
-    assert depths == [tiny_config().adapter_blocks, small_config().adapter_blocks]
+    assert depths == [tiny_config().adapter_levels, small_config().adapter_levels]
     steps = [load_state(run.folder / name) for name in ("regressor.pt", "encoder.pt", "joint.pt", "small/joint.pt")]
     assert train_small(run) == (small, encoder)  # nothing is left to do
     again = [load_state(run.folder / name) for name in ("regressor.pt", "encoder.pt", "joint.pt", "small/joint.pt")]

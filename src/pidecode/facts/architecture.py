@@ -72,12 +72,13 @@ class NetConfig:
     adapter_width: int = 512
     """Channels of the adapter's convolutions."""
     adapter_blocks: int = 4
-    """Residual blocks of the adapter."""
+    """Residual blocks of the adapter, where it does not climb."""
     adapter_padding: Padding = "zeros"
     """What the convolutions see beyond the edge."""
-    adapter_climb: int = 0
-    """Doublings of the grid inside the adapter, from the latent's cells to a grid finer than the patches, whose
-    features are then folded into them. 0 convolves on the patch grid alone, as every released network does."""
+    adapter_levels: tuple[int, ...] = ()
+    """Residual blocks at each level of an adapter that climbs: from the latent's cells, by doubling, to a grid no
+    coarser than the patches, whose features are then folded into them. Empty convolves on the patch grid alone, with
+    `adapter_blocks`, as every released network does."""
     adapter_image_channels: int = 0
     """Channels of an optional low-resolution picture beside the latent (0 in every released network)."""
     gate: Gate = "per_channel"
@@ -109,14 +110,14 @@ class NetConfig:
             raise SettingError(
                 f"pixel_hidden_size is {self.pixel_hidden_size}; the position table needs a multiple of 4."
             )
-        if self.adapter_climb and not self.latent_channels:
-            raise SettingError(f"adapter_climb is {self.adapter_climb}, and without latent_channels nothing climbs.")
+        if self.adapter_levels and not self.latent_channels:
+            raise SettingError(f"adapter_levels is {self.adapter_levels}, and without latent_channels nothing climbs.")
         if self.has_adapter:
             self._check_adapter()
 
     def _check_positive(self) -> None:
         may_be_zero = {
-            "text_dim", "latent_channels", "adapter_blocks", "adapter_climb", "adapter_image_channels", "pixel_depth",
+            "text_dim", "latent_channels", "adapter_blocks", "adapter_image_channels", "pixel_depth",
         }  # fmt: skip
         for field in fields(self):
             value = getattr(self, field.name)
@@ -154,23 +155,27 @@ class NetConfig:
                 f"patch_size={self.patch_size} covers {1 / ratio:g} latent cells a side; it must be a whole number."
             )
 
-        if self.adapter_climb:
+        if self.adapter_levels:
             self._check_climb()
 
     def _check_climb(self) -> None:
+        if len(self.adapter_levels) < 2 or min(self.adapter_levels) < 0:
+            raise SettingError(
+                f"adapter_levels is {self.adapter_levels}; it must be two or more numbers of blocks, 0 or more each."
+            )
         fold = self.adapter_fold
         if fold != round(fold) or fold < 1 or self.adapter_width % (4 * round(fold) ** 2):
             raise SettingError(
-                f"adapter_climb={self.adapter_climb} gives {fold:g} cells a side of a patch; it must be a whole "
+                f"{len(self.adapter_levels)} adapter_levels give {fold:g} cells a side of a patch; it must be a whole "
                 f"number, and adapter_width ({self.adapter_width}) a multiple of 4 times its square."
             )
         if self.colour_head and self.colour_head_tap != -1:
-            raise SettingError("colour_head_tap counts blocks on the patch grid; with adapter_climb it must be -1.")
+            raise SettingError("colour_head_tap counts blocks on the patch grid; with adapter_levels it must be -1.")
 
     @property
     def adapter_fold(self) -> float:
         """Cells of the adapter's finest grid per patch, along each side, where it climbs."""
-        return float(2**self.adapter_climb / self.latent_to_patch_ratio)
+        return float(2 ** (len(self.adapter_levels) - 1) / self.latent_to_patch_ratio)
 
     @property
     def has_text(self) -> bool:
@@ -204,7 +209,9 @@ class NetConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""
-        return {**asdict(self), "rope_reference": list(self.rope_reference)}
+        return {
+            **asdict(self), "rope_reference": list(self.rope_reference), "adapter_levels": list(self.adapter_levels),
+        }  # fmt: skip
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> NetConfig:
@@ -216,9 +223,9 @@ class NetConfig:
         clean: dict[str, Any] = dict(values)
         defaults = cls()
         for name, value in clean.items():
-            if name == "rope_reference":
-                if not isinstance(value, (list, tuple)) or not all(type(side) is int for side in value):
-                    raise SettingError(f"rope_reference is {value!r}; it must be two whole numbers.")
+            if name in ("rope_reference", "adapter_levels"):
+                if not isinstance(value, (list, tuple)) or not all(type(number) is int for number in value):
+                    raise SettingError(f"{name} is {value!r}; it must be a list of whole numbers.")
                 clean[name] = tuple(value)
                 continue
             expected = type(getattr(defaults, name))

@@ -133,8 +133,7 @@ class ClimbingTower(nn.Module):
         self.fold = round(config.adapter_fold)
         width, padding = config.adapter_width // self.fold**2, config.adapter_padding
         self.levels = nn.ModuleList()
-        for level in range(config.adapter_climb + 1):
-            blocks = config.adapter_blocks * (1 if 0 < level < config.adapter_climb else 2)
+        for level, blocks in enumerate(config.adapter_levels):
             self.levels.append(nn.Sequential(
                 conv3x3(width if level else channels, width, padding),
                 *(ResidualBlock(width, padding, normalised=level == 0) for _ in range(blocks)),
@@ -192,7 +191,7 @@ class LatentAdapter(nn.Module):
             )
         if config.latent_channels:
             channels = config.latent_channels // config.latent_unpatchify**2
-            if config.adapter_climb:
+            if config.adapter_levels:
                 self.latent_proj: nn.Module = ClimbingTower(channels, config)
             else:
                 if config.latent_to_patch_ratio < 1:
@@ -226,16 +225,16 @@ class LatentAdapter(nn.Module):
         if config.latent_unpatchify > 1:
             latent = F.pixel_shuffle(latent, config.latent_unpatchify)
         ratio = config.latent_to_patch_ratio
-        if ratio > 1 and not config.adapter_climb:
+        if ratio > 1 and not config.adapter_levels:
             return F.interpolate(latent, size=grid, mode="nearest")
         size = (round(grid[0] / ratio), round(grid[1] / ratio))
-        if config.adapter_climb and (size[0] * ratio, size[1] * ratio) != grid:
+        if config.adapter_levels and (size[0] * ratio, size[1] * ratio) != grid:
             raise LatentError(
                 f"A grid of {grid[1]}x{grid[0]} patches is no whole number of latent cells, which cover {ratio:g}x"
                 f"{ratio:g} of them in this network; give a picture whose sides are multiples of "
                 f"{round(ratio * config.patch_size)} pixels."
             )
-        fold = 1 if config.adapter_climb else round(1 / ratio)
+        fold = 1 if config.adapter_levels else round(1 / ratio)
         if latent.shape[-2:] != size:
             latent = F.interpolate(latent, size=size, mode="bilinear", align_corners=False)
         return F.pixel_unshuffle(latent, fold) if fold > 1 else latent

@@ -75,7 +75,7 @@ class Structure:
 
 def _latent_in(config: NetConfig) -> int:
     ratio = config.latent_to_patch_ratio
-    fold = round(1 / ratio) if 0 < ratio < 1 and not config.adapter_climb else 1
+    fold = round(1 / ratio) if 0 < ratio < 1 and not config.adapter_levels else 1
     return config.latent_channels // config.latent_unpatchify**2 * fold**2
 
 
@@ -170,8 +170,9 @@ def _pixel_path(look: _Look) -> dict[str, Any]:
 
 def _adapter(look: _Look, seen: dict[str, Any], interval: int | None) -> Structure:
     shapes = look.shapes
-    climb = max(0, look.count(r"lq_proj\.latent_proj\.levels\.(\d+)\.") - 1)
-    first = {"latent_proj": "levels.0.0" if climb else "0", "image_conv": "0"}  # the convolutions that see the input
+    climbed = look.count(r"lq_proj\.latent_proj\.levels\.(\d+)\.")
+    levels = [look.count(rf"lq_proj\.latent_proj\.levels\.{level}\.(\d+)\.block\.") for level in range(climbed)]
+    first = {"latent_proj": "levels.0.0" if levels else "0", "image_conv": "0"}  # the convolutions that see the input
     starts = {tower: f"lq_proj.{tower}.{place}.weight" for tower, place in first.items()}
     towers = [tower for tower, start in starts.items() if start in shapes]
     if not towers:
@@ -179,12 +180,12 @@ def _adapter(look: _Look, seen: dict[str, Any], interval: int | None) -> Structu
     heads = look.count(r"lq_proj\.output_heads\.(\d+)\.")
     colour = COLOUR_HEAD + "3.weight" in shapes
     gate_rows = look("lq_proj.gate_modules.0.content_proj.weight")[0]
-    level = r"levels\.0\." if climb else ""
-    blocks = look.count(rf"lq_proj\.{towers[0]}\.{level}(\d+)\.block\.")
+    if levels:
+        seen["adapter_levels"] = tuple(levels)
+    else:
+        seen["adapter_blocks"] = look.count(rf"lq_proj\.{towers[0]}\.(\d+)\.block\.")
     seen |= {
         "adapter_width": look("lq_proj.output_heads.0.weight")[1],
-        "adapter_blocks": blocks // 2 if climb else blocks,  # the coarsest level has twice as many
-        "adapter_climb": climb,
         "gate": "per_token" if gate_rows == 1 else "per_channel",
         "inject_pixels": "pit_lq_gate.log_alpha" in shapes,
         "inject_interval": _interval(look.source, seen["patch_depth"], heads, interval),

@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from pidecode.facts.architecture import NetConfig
+from pidecode.training.tiny.augment import varied
 from pidecode.training.tiny.cache import CropBatch, LatentCache
 from pidecode.training.tiny.muon import Muon, muon_groups
 from pidecode.training.tiny.regressor import Regressor
@@ -21,19 +22,19 @@ from pidecode.training.tiny.teacher import TeacherAutoencoder
 
 
 def tiny_config() -> NetConfig:
-    """The shape of `tiny`: an adapter that climbs to 8-pixel cells, one patch block, one pixel block."""
+    """The shape of `tiny`: an adapter that climbs to the small picture's own grid, one patch block, one pixel block."""
     return NetConfig(
         hidden_size=256, num_heads=4, patch_depth=1, patch_size=16,
         pixel_hidden_size=4, pixel_depth=1, pixel_attn_hidden_size=32, pixel_num_heads=2,
         text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2,
-        adapter_width=256, adapter_blocks=3, adapter_climb=2, adapter_padding="replicate", gate="per_token",
+        adapter_width=1024, adapter_levels=(12, 6, 12, 4), adapter_padding="replicate", gate="per_token",
         inject_pixels=True, rope_reference=(1024, 1024), prediction="x0",
     )  # fmt: skip
 
 
 def small_config() -> NetConfig:
-    """The shape of `small`: that of `tiny` with an adapter of twice the depth."""
-    return replace(tiny_config(), adapter_blocks=6)
+    """The shape of `small`: that of `tiny` with twice as many blocks at the finest level."""
+    return replace(tiny_config(), adapter_levels=(12, 6, 12, 8))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,13 +134,14 @@ def run_regressor(
         if coarse:
             loss = coarse_loss(model, teacher, F.pixel_shuffle(batch.latent, 2))
             return loss, {"distance": loss.item()}
+        target, small = varied(batch.target, draws.crops, recoloured=recipe.recoloured)
         with torch.no_grad():  # as a whole picture: a cut-out of a larger one's latent would not know its own colours
-            cells = teacher.encode(batch.small)
+            cells = teacher.encode(small)
         if progress < recipe.hinted:
-            return hint_loss(model, teacher, cells, batch.target, recipe, apart=progress < recipe.apart)
+            return hint_loss(model, teacher, cells, target, recipe, apart=progress < recipe.apart)
         share = recipe.noisy_share if progress >= recipe.noisy_from else 0.0
         latent, sigma = noised(F.pixel_unshuffle(cells, 2), share, recipe.largest_sigma, draws.noise)
-        error = (model(latent) - batch.target).square().mean((1, 2, 3))
+        error = (model(latent) - target).square().mean((1, 2, 3))
         loss = (error * tempered(sigma).to(error)).mean()
         return loss, {"error": loss.item()}
 
@@ -149,6 +151,10 @@ def run_regressor(
     return stage.learn(model, [learner], loss_of, state)
 
 
-def decoder_optimizer(model: Regressor) -> Muon:
-    """Muon for the convolutions, Adam for the way to pixels, which starts as it should be."""
-    return Muon(muon_groups(model.named_parameters(), adam_names=("to_pixels", "pit_head")), lr=0.0)
+def decoder_optimizer(model: nn.Module) -> Muon:
+    """For a regressor or a part of one: Muon for every matrix.
+
+    Adam's steps all point the same way where a wide layer reads features that are alike, and add up; the way to pixels
+    is such a layer.
+    """
+    return Muon(muon_groups(model.named_parameters()), lr=0.0)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pidecode.model.encoder import EncoderConfig, ImageEncoder
+from pidecode.training.tiny.augment import varied
 from pidecode.training.tiny.cache import SCALE, LatentCache
 from pidecode.training.tiny.muon import Muon, muon_groups
 from pidecode.training.tiny.stage import Draws, Learner, Parts, Report, Stage, StageRecipe, resume
@@ -84,8 +85,9 @@ def run_encoder(
     model.to(recipe.device)
 
     def loss_of(progress: float, draws: Draws) -> tuple[Tensor, Parts]:
-        picture = cache.crops(recipe.crops, recipe.side * SCALE, draws.crops).small.to(recipe.device)
-        return imitation_loss(model, teacher, picture, recipe, apart=progress < recipe.apart)
+        target = cache.crops(recipe.crops, recipe.side * SCALE, draws.crops).target.to(recipe.device)
+        small = varied(target, draws.crops, recoloured=recipe.recoloured)[1]
+        return imitation_loss(model, teacher, small, recipe, apart=progress < recipe.apart)
 
     learner = Learner(model, encoder_optimizer(model), recipe.rate)
     note = {"config": model.config.to_dict()}

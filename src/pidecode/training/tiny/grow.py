@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
 
 from pidecode.errors import SettingError
 from pidecode.facts.architecture import NetConfig
@@ -12,23 +13,35 @@ from pidecode.training.tiny.regressor import Regressor
 
 @torch.no_grad()
 def grown(regressor: Regressor, config: NetConfig) -> Regressor:
-    """A regressor of `config`, which has the same widths and at least as many blocks; the new ones are the identity.
+    """A regressor of `config`: at least as many blocks at each level, and as many levels or one finer one more.
 
-    New blocks come last at each level, and at the finest one in the middle and last, so that a level's first half still
-    ends where it ended. Raises SettingError where another size differs.
+    New blocks come last at each level and are the identity. A finer level starts by handing on what comes from below
+    it, and each of its cells gives the pixels a quarter of what the cell below gave them. Raises SettingError where
+    another size differs or shrinks.
     """
-    old, deeper = regressor.config.adapter_blocks, Regressor(config)
-    given, wanted = regressor.state_dict(), deeper.state_dict()
-    for name, value in given.items():
-        head, dot, rest = name.partition("latent_proj.levels.")
-        if dot:
-            level, index, inner = rest.split(".", 2)
-            place = int(index)
-            if int(level) == config.adapter_climb and place > old:
-                place += config.adapter_blocks - old
-            name = f"{head}{dot}{level}.{place}.{inner}"
+    old, deeper = regressor.config.adapter_levels, Regressor(config)
+    levels = config.adapter_levels
+    if len(levels) - len(old) not in (0, 1) or any(now < before for now, before in zip(levels, old, strict=False)):
+        raise SettingError(f"A regressor of adapter_levels {old} does not grow to {levels}: none may shrink.")
+    wanted = deeper.state_dict()
+    for name, value in regressor.state_dict().items():
+        if len(levels) > len(old):
+            if "output_heads" in name:  # not a part of what a regressor computes
+                continue
+            value = _spread(value, round(regressor.config.adapter_fold)) if name == "adapter.pit_head.weight" else value
         if name not in wanted or wanted[name].shape != value.shape:
-            raise SettingError(f"{name} does not fit: a regressor grows in adapter_blocks only, and never shrinks.")
+            raise SettingError(f"{name} does not fit: a regressor grows in adapter_levels only.")
         wanted[name] = value
+    if len(levels) > len(old):
+        start = f"adapter.latent_proj.levels.{len(old)}.0."
+        nn.init.dirac_(wanted[start + "weight"])
+        nn.init.zeros_(wanted[start + "bias"])
     deeper.load_state_dict(wanted)
     return deeper
+
+
+def _spread(weight: Tensor, fold: int) -> Tensor:
+    """Weights [out, channels fold^2] that read a grid's cells, for its doubled grid in nearest enlargement."""
+    cells = weight.unflatten(1, (-1, fold, fold)) / 4
+    spread: Tensor = cells.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2).flatten(1)
+    return spread

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pidecode.errors import TrainingError
 from pidecode.model.encoder import ImageEncoder
+from pidecode.training.tiny.augment import varied
 from pidecode.training.tiny.cache import LatentCache
 from pidecode.training.tiny.decoder_stage import decoder_optimizer, draw_crops, noised, tempered
 from pidecode.training.tiny.encoder_stage import encoder_optimizer
@@ -31,21 +32,28 @@ from pidecode.training.tiny.teacher import TeacherAutoencoder
 class JointRecipe(StageRecipe):
     """How both learn together."""
 
-    decoder_rate: float = 2e-4
-    encoder_rate: float = 1.5e-4
+    finest_rate: float = 2e-4
+    """Rate of the decoder's finest level and of what reads it."""
+    decoder_rate: float = 1e-4
+    """That of the rest of the decoder; 0 leaves it as it is."""
+    encoder_rate: float = 6e-5
     """0 leaves the encoder as it is and trains the decoder alone."""
     decay_from: float = 0.35
     """Share of the budget after which both rates fall linearly to a fiftieth."""
-    crops: tuple[tuple[int, int, float], ...] = ((256, 6, 0.55), (384, 3, 0.25), (512, 2, 0.2))
+    crops: tuple[tuple[int, int, float], ...] = ((256, 4, 0.5), (384, 2, 0.25), (512, 1, 0.25))
     """Crop side in pixels, crops a step, share of the steps. Half of a step's crops are also decoded from the teacher's
     latent, and hold the encoder to it."""
     allowed_difference: float = 0.003
     """Mean squared difference, in pictures of [-1, 1], of what the teacher decodes from its own latents and the
     encoder's, that costs nothing (31.2 dB): within it the encoder is free to tell the decoder more."""
-    imitation_weight: float = 0.5
+    imitation_weight: float = 1.0
     """Weight of what goes beyond it."""
-    latent_weight: float = 0.1
+    latent_weight: float = 0.05
     """Weight of the encoder's squared distance from its teacher's latents."""
+    colour_weight: float = 3.0
+    """Weight of the squared difference of whole crops' mean colours, beside that of their pixels."""
+    texture_weight: float = 0.015
+    """Weight of the distance of both pictures' textures (`texture_distance`), which the squared error alone smooths."""
     noisy_share: float = 0.1
     largest_sigma: float = 0.8
     workers: int = 2
@@ -62,24 +70,60 @@ class Pair(nn.Module):
         self.decoder, self.encoder = decoder, encoder
 
 
+TYPICAL = 0.015
+"""Mean squared error of a picture in [-1, 1]."""
+TINIEST = 0.001
+"""Error below which there is little left to gain."""
+TEXTURE_WINDOW = 16
+"""Side in pixels of the squares whose textures are compared."""
+
+
+def texture_distance(made: Tensor, target: Tensor) -> Tensor:
+    """Per picture [B]: mean difference of the steepness, absolute steps from pixel to pixel, of square windows.
+
+    Where the target is flat, it asks for flat; where it is rough, for as much roughness, wherever that lies.
+    """
+
+    def steepness(picture: Tensor) -> Tensor:
+        across = (picture[..., :-1, 1:] - picture[..., :-1, :-1]).abs()
+        down = (picture[..., 1:, :-1] - picture[..., :-1, :-1]).abs()
+        return F.avg_pool2d((across + down).mean(1, keepdim=True), TEXTURE_WINDOW, ceil_mode=True)
+
+    return (steepness(made) - steepness(target)).abs().mean((1, 2, 3))
+
+
+def levelled(error: Tensor) -> Tensor:
+    """Squared errors of pictures [B] as a loss to which a decibel is worth the same in each of them.
+
+    The mean itself is made by the few pictures nobody can predict, and its gradient by their noise.
+    """
+    return TYPICAL * torch.log((error + TINIEST) / TYPICAL)
+
+
 def joint_loss(
     pair: Pair, teacher: TeacherAutoencoder, cache: LatentCache, recipe: JointRecipe, draws: Draws
 ) -> tuple[Tensor, Parts]:
     """The loss of one batch, and its parts: squared errors of pictures from the encoder's and the teacher's latents;
     where the encoder learns too, the differences of what the teacher decodes from both, and of the latents themselves.
     """
-    batch = draw_crops(cache, recipe.crops, draws.crops).to(recipe.device)
-    count = len(batch.small)
+    drawn = draw_crops(cache, recipe.crops, draws.crops).to(recipe.device).target
+    pictures, small = varied(drawn, draws.crops, recoloured=recipe.recoloured)
+    count = len(small)
     both = slice((count + 1) // 2)
     with torch.no_grad():  # as whole pictures: a cut-out of a larger one's latent would not know its own colours
-        wanted = teacher.encode(batch.small[both])
-    cells = pair.encoder.cells(batch.small)
+        wanted = teacher.encode(small[both])
+    with torch.set_grad_enabled(recipe.encoder_rate > 0):
+        cells = pair.encoder.cells(small)
     latents = F.pixel_unshuffle(torch.cat((cells, wanted)), 2)
     given, sigma = noised(latents, recipe.noisy_share, recipe.largest_sigma, draws.noise)
-    error = (pair.decoder(given) - torch.cat((batch.target, batch.target[both]))).square().mean((1, 2, 3))
-    error = error * tempered(sigma).to(error)
-    own, theirs = error[:count].mean(), error[count:].mean()
-    loss, parts = own + 0.5 * theirs, {"own": own.item(), "teacher": theirs.item()}
+    made, target = pair.decoder(given), torch.cat((pictures, pictures[both]))
+    differences = made - target
+    error = differences.square().mean((1, 2, 3))
+    with_colour = error + recipe.colour_weight * differences.mean((2, 3)).square().mean(1)
+    lost = levelled(with_colour) + recipe.texture_weight * texture_distance(made, target)
+    lost = lost * tempered(sigma).to(lost)
+    loss = lost[:count].mean() + 0.5 * lost[count:].mean()
+    parts = {"own": error[:count].mean().item(), "teacher": error[count:].mean().item()}
     if recipe.encoder_rate:
         with torch.no_grad():
             picture = teacher.decoder_picture(wanted[:1])  # one is dear enough
@@ -91,13 +135,22 @@ def joint_loss(
     return loss, parts
 
 
+def halves(decoder: Regressor) -> tuple[nn.Module, nn.Module]:
+    """The finest level of a decoder's tower with what reads it, and everything before and after these."""
+    *coarser, finest = decoder.tower.levels
+    before_and_after = {"coarser": nn.ModuleList(coarser), "to_pixels": decoder.to_pixels}
+    return nn.ModuleDict({"finest": finest, "pit_head": decoder.adapter.pit_head}), nn.ModuleDict(before_and_after)
+
+
 def _work(
     rank: int, pair: Pair, teacher: TeacherAutoencoder, cache: LatentCache, folder: Path, recipe: JointRecipe,
     state: Mapping[str, Any] | None, report: Report,
 ) -> None:  # fmt: skip
     """One process's loop over the shared weights."""
+    finest, rest = halves(pair.decoder)
     learners = [
-        Learner(pair.decoder, decoder_optimizer(pair.decoder), lambda progress: recipe.decoder_rate),
+        Learner(finest, decoder_optimizer(finest), lambda progress: recipe.finest_rate),
+        Learner(rest, decoder_optimizer(rest), lambda progress: recipe.decoder_rate),
         Learner(pair.encoder, encoder_optimizer(pair.encoder), lambda progress: recipe.encoder_rate),
     ]
     note = {"decoder_config": pair.decoder.config.to_dict(), "encoder_config": pair.encoder.config.to_dict()}
@@ -115,6 +168,7 @@ def run_joint(
     """
     state = resume(folder / "joint.pt", pair)
     pair.requires_grad_(True)
+    halves(pair.decoder)[1].requires_grad_(recipe.decoder_rate > 0)
     pair.encoder.requires_grad_(recipe.encoder_rate > 0)
     if recipe.workers == 1 or recipe.device != "cpu":
         pair.to(recipe.device)

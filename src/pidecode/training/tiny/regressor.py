@@ -42,8 +42,8 @@ class Regressor(nn.Module):
         super().__init__()
         if not config.inject_pixels or config.prediction != "x0" or config.has_text:
             raise SettingError("A regressor becomes a network with inject_pixels=True, prediction='x0' and text_dim=0.")
-        if not config.adapter_climb or config.hidden_size < config.adapter_width:
-            raise SettingError("A regressor needs adapter_climb, and a hidden_size no smaller than adapter_width.")
+        if not config.adapter_levels:
+            raise SettingError("A regressor needs adapter_levels.")
         self.config = config
         self.adapter = LatentAdapter(config)
         self.to_pixels = nn.Linear(config.hidden_size, 3 * config.patch_size**2)
@@ -70,46 +70,52 @@ class Regressor(nn.Module):
         return F.pixel_shuffle(pixels.transpose(1, 2).unflatten(2, features.shape[-2:]), self.config.patch_size)
 
     def by_levels(self, cells: Tensor, given: Sequence[Tensor] | None = None) -> tuple[list[Tensor], Tensor]:
-        """What a teacher has features of at each level of the tower, coarsest first, and the picture.
+        """What a teacher has features of at all levels of the tower but the last, coarsest first, and the picture.
 
-        cells: unpatchified latent. given: the teacher's features. With them every part of the tower is fed what the
-        teacher had there instead of what the part before it made: shallow parts learn many times faster than the
-        whole, and all at once.
+        cells: unpatchified latent. given: the teacher's features. With them every level is fed what the teacher had
+        there instead of what the level before it made: shallow parts learn many times faster than the whole, and all
+        at once.
         """
         made: list[Tensor] = []
         below = cells
         for level, layers in enumerate(cast("Iterable[nn.Sequential]", self.tower.levels)):
-            below = F.interpolate(below, scale_factor=2, mode="nearest") if level else below
-            last = level == self.config.adapter_climb  # whose second half goes on from there to the picture
-            made.append((layers[: 1 + self.config.adapter_blocks] if last else layers)(below))
-            below = made[-1] if given is None else given[level]
-        rest = cast(nn.Sequential, self.tower.levels[-1])[1 + self.config.adapter_blocks :]
-        return made, self.picture(F.pixel_unshuffle(rest(below), self.tower.fold))
+            made.append(layers(F.interpolate(below, scale_factor=2, mode="nearest") if level else below))
+            below = made[-1] if given is None or level == len(given) else given[level]
+        return made[:-1], self.picture(F.pixel_unshuffle(below, self.tower.fold))
 
     @torch.no_grad()
     def start_from_patches(self, pictures: Tensor) -> None:
-        """Set the way from features to pixels to the leading principal directions of small patches of `pictures`.
+        """Set the way from features to pixels to the leading principal directions of patches of `pictures`.
 
-        Each cell of the finest grid starts with a patch of its own; the fourth root of each direction's variance evens
-        features and pixels out half each.
+        Each cell of the finest grid starts with a small patch of its own, and the whole patch with what `hidden_size`
+        directions hold of it; the fourth root of each direction's variance evens features and pixels out half each.
         """
-        fold, rank = self.tower.fold, self.config.adapter_width // self.tower.fold**2
-        side = self.config.patch_size // fold
-        patches = F.pixel_unshuffle(pictures, side).flatten(2).transpose(1, 2).flatten(0, 1)
-        variances, basis = (part.flip(-1) for part in torch.linalg.eigh(torch.cov(patches.T)))
-        rank = min(rank, len(variances))
-        weight = basis[:, :rank] * variances[:rank].clamp(min=1e-8) ** 0.25  # [3 side^2, rank]
-        self.to_pixels.weight.zero_()
-        self.adapter.pit_head.weight.copy_(torch.eye(*self.adapter.pit_head.weight.shape))
-        self.adapter.pit_head.bias.zero_()
+        config, fold = self.config, self.tower.fold
+        side, width = config.patch_size // fold, config.adapter_width // fold**2
+        variances, basis, small_mean = _principal(pictures, side, width)
+        rank = len(variances)
         # Pixels are ordered (colour, row, column) within the whole patch, features (channel, cell row, cell column).
-        pixels = self.to_pixels.weight.view(3, fold, side, fold, side, -1)
-        bias = self.to_pixels.bias.view(3, fold, side, fold, side)
+        cells = torch.zeros(3, fold, side, fold, side, width, fold, fold)
         for row in range(fold):
             for column in range(fold):
-                cell = slice(row * fold + column, rank * fold**2, fold**2)
-                pixels[:, row, :, column, :, cell] = weight.view(3, side, side, rank)
-                bias[:, row, :, column, :] = patches.mean(0).view(3, side, side)
+                cells[:, row, :, column, :, :rank, row, column] = (basis * variances**0.25).view(3, side, side, rank)
+        means = small_mean.view(3, 1, side, 1, side).expand(3, fold, side, fold, side).flatten()
+        variances, basis, mean = _principal(pictures, config.patch_size, config.hidden_size)
+        scale, rank = variances**0.25, len(variances)
+        for layer in (self.to_pixels, self.adapter.pit_head):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        self.to_pixels.weight[:, :rank] = basis * scale
+        self.to_pixels.bias.copy_(mean)
+        self.adapter.pit_head.weight[:rank] = basis.T @ cells.view(len(mean), -1) / scale[:, None]
+        self.adapter.pit_head.bias[:rank] = basis.T @ (means - mean) / scale
+
+
+def _principal(pictures: Tensor, side: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of patches of `side` pixels: variances and directions [3 side^2, n] of the `most` leading components; the mean."""
+    patches = F.pixel_unshuffle(pictures, side).flatten(2).transpose(1, 2).flatten(0, 1)
+    variances, basis = (part.flip(-1)[..., :most] for part in torch.linalg.eigh(torch.cov(patches.T)))
+    return variances.clamp(min=1e-8), basis, patches.mean(0)
 
 
 @torch.no_grad()

@@ -38,6 +38,8 @@ class StageRecipe:
     """How much of the weights' average each step keeps."""
     clip: float = 1.0
     """Largest norm of each network's gradient."""
+    recoloured: float = 0.5
+    """Share of crops that get other colours."""
     device: str = "cpu"
     seed: int = 0
     save_every: float = 90.0
