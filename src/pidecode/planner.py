@@ -169,7 +169,7 @@ def _tower(config: NetConfig) -> int:
     else:
         channels *= max(1, round(1 / config.latent_to_patch_ratio)) ** 2
         convolutions = 1 + 2 * config.adapter_blocks
-    return 9 * W * (channels + W * convolutions)
+    return 9 * W * (channels + W * convolutions) + W * (1 + convolutions)
 
 
 def predict(plan: Plan, config: NetConfig, *, accelerator: bool = True, slimmed: bool = True) -> Plan:
@@ -211,10 +211,8 @@ def _activation_parts(plan: Plan, config: NetConfig, size: tuple[int, int]) -> I
     heads = config.num_injections + int(config.inject_pixels)
     gate = (D if config.gate == "per_channel" else 1) * 4
     tokens = heads * (D * wide + gate) if plan.keep_tokens else config.adapter_width * wide
-    if plan.window is not None:  # the whole picture's, and the window's own cut
-        yield "latent tokens", B * tokens * (L_whole + L) if heads else 0
-    else:
-        yield "latent tokens", B * tokens * L if heads else 0
+    held = B * tokens * (L if plan.window is None else L_whole + L) if heads else 0  # a window's own cut beside all
+    yield "latent tokens", held
     picture = 3 * 4 * B
     pictures = whole * (2 if plan.window is not None else 1) + (width * height if plan.window is not None else 0)
     rotation = (D // config.num_heads + A // config.pixel_num_heads) * 4
@@ -230,7 +228,10 @@ def _activation_parts(plan: Plan, config: NetConfig, size: tuple[int, int]) -> I
     between = 3 * picture * whole
     if config.prediction == "velocity":
         between = max(4 * picture * whole, 2 * picture * whole + 4 * 2 * picture * min(whole, WIDE_PIXELS))
-    yield "activations", max(patch_stage, pixel_stage, between)
+    # Before there are tokens: what a residual block takes, its activation, the same with edges and what it gives, and a
+    # coarser level's features.
+    adapter_stage = B * L_whole * config.adapter_width * wide * 17 // 4 - held if heads else 0
+    yield "activations", max(patch_stage, pixel_stage, between, adapter_stage)
 
 
 def _pixel_stage(plan: Plan, config: NetConfig, size: tuple[int, int]) -> int:

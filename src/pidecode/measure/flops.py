@@ -29,5 +29,11 @@ def adapter_flops(config: NetConfig, size: tuple[int, int]) -> int:
     L, D, W = size[0] * size[1] // config.patch_size**2, config.hidden_size, config.adapter_width
     heads = config.num_injections + int(config.inject_pixels)
     gate = D if config.gate == "per_channel" else 1
-    convolutions = 9 * W * (config.latent_channels // config.latent_unpatchify**2 + W * (1 + 2 * config.adapter_blocks))
-    return 2 * L * (convolutions + heads * (W * D + D * gate))
+    heads_and_gates = 2 * L * heads * (W * D + D * gate)
+    channels = config.latent_channels // config.latent_unpatchify**2
+    if not config.adapter_levels:
+        return 2 * L * 9 * W * (channels + W * (1 + 2 * config.adapter_blocks)) + heads_and_gates
+    cells, width, total = L / config.latent_to_patch_ratio**2, W // round(config.adapter_fold) ** 2, 0.0
+    for level, blocks in enumerate(config.adapter_levels):
+        total += 4**level * cells * 2 * 9 * width * (2 * blocks * width + (width if level else channels))
+    return round(total) + heads_and_gates

@@ -112,7 +112,7 @@ class Regressor(nn.Module):
 
 
 def _principal(pictures: Tensor, side: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of patches of `side` pixels: variances and directions [3 side^2, n] of the `most` leading components; the mean."""
+    """Of patches of `side` pixels: variances and directions [3 side^2, n] of the `most` leading components; mean."""
     patches = F.pixel_unshuffle(pictures, side).flatten(2).transpose(1, 2).flatten(0, 1)
     variances, basis = (part.flip(-1)[..., :most] for part in torch.linalg.eigh(torch.cov(patches.T)))
     return variances.clamp(min=1e-8), basis, patches.mean(0)
