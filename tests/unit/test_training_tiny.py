@@ -16,6 +16,7 @@ from pidecode.errors import CheckpointError, LatentError, SettingError, Training
 from pidecode.facts.architecture import NetConfig
 from pidecode.model.encoder import EncoderConfig, ImageEncoder
 from pidecode.model.network import PixelNet
+from pidecode.training.tiny.augment import varied
 from pidecode.training.tiny.cache import LatentCache, add_picture, crop_to_multiple, held_out, quarter, read_manifest
 from pidecode.training.tiny.decoder_stage import (
     DecoderRecipe,
@@ -26,7 +27,7 @@ from pidecode.training.tiny.decoder_stage import (
 )
 from pidecode.training.tiny.encoder_stage import EncoderRecipe, by_levels, run_encoder
 from pidecode.training.tiny.grow import grown
-from pidecode.training.tiny.joint_stage import JointRecipe, Pair, run_joint
+from pidecode.training.tiny.joint_stage import TINIEST, TYPICAL, JointRecipe, Pair, levelled, run_joint
 from pidecode.training.tiny.muon import Muon, muon_groups, orthogonalised
 from pidecode.training.tiny.procedural import KINDS, procedural_picture
 from pidecode.training.tiny.regressor import Regressor, into_pixelnet, out_of_pixelnet
@@ -395,6 +396,40 @@ def test_a_decoder_alone_leaves_the_encoder_as_it_is(
         assert torch.equal(after[name], value) == (
             name.startswith("encoder.") or torch.equal(pair.state_dict()[name], value)
         )
+
+
+def test_the_finest_level_learns_alone(cache: LatentCache, teacher: TeacherAutoencoder, tmp_path: Path) -> None:
+    pair = Pair(started(cache), ImageEncoder(ENCODER))
+    before = {name: value.clone() for name, value in pair.decoder.named_parameters()}
+    recipe = JointRecipe(steps=3, crops=((64, 1, 1.0),), workers=1, encoder_rate=0.0, decoder_rate=0.0)
+    run_joint(pair, cache, tmp_path, recipe, teacher)
+    changed = {name for name, value in pair.decoder.named_parameters() if not torch.equal(value, before[name])}
+    assert changed
+    assert all("levels.3." in name or "pit_head" in name for name in changed)
+
+
+def test_a_decibel_is_worth_the_same_in_every_picture() -> None:
+    error = torch.tensor([0.004, 0.2], requires_grad=True)
+    (slope,) = torch.autograd.grad(levelled(error).sum(), error)
+    worth = slope * (error + TINIEST)
+    assert torch.allclose(worth[0], worth[1])
+    assert torch.allclose(levelled(torch.tensor([TYPICAL - TINIEST])), torch.zeros(1), atol=1e-7)
+
+
+def test_crops_are_turned_and_some_recoloured() -> None:
+    random = np.random.default_rng(0)
+    target = torch.from_numpy(random.uniform(-1, 1, (24, 3, 64, 64))).float()
+    turned, small = varied(target, random, recoloured=0.0)
+    assert torch.equal(turned.flatten(2).sort()[0], target.flatten(2).sort()[0])  # the same pixels
+    assert len({tuple(picture[0, 0, :4].tolist()) for picture in varied(target[:1].expand(64, -1, -1, -1), random,
+                recoloured=0.0)[0]}) == 8  # fmt: skip
+    wanted = torch.nn.functional.interpolate(turned, scale_factor=0.25, mode="bicubic", antialias=True)
+    torch.testing.assert_close(small, wanted.clamp(-1, 1))
+    coloured, _ = varied(target, random, recoloured=0.5)
+    same = [torch.equal(ours.flatten().sort()[0], theirs.flatten().sort()[0])
+            for ours, theirs in zip(coloured, target, strict=True)]  # fmt: skip
+    assert 0 < sum(same) < len(same)
+    assert coloured.abs().max() <= 1
 
 
 def test_two_workers_share_the_weights(cache: LatentCache, teacher: TeacherAutoencoder, tmp_path: Path) -> None:

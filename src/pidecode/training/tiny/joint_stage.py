@@ -52,8 +52,6 @@ class JointRecipe(StageRecipe):
     """Weight of the encoder's squared distance from its teacher's latents."""
     colour_weight: float = 3.0
     """Weight of the squared difference of whole crops' mean colours, beside that of their pixels."""
-    texture_weight: float = 0.015
-    """Weight of the distance of both pictures' textures (`texture_distance`), which the squared error alone smooths."""
     noisy_share: float = 0.1
     largest_sigma: float = 0.8
     workers: int = 2
@@ -74,22 +72,6 @@ TYPICAL = 0.015
 """Mean squared error of a picture in [-1, 1]."""
 TINIEST = 0.001
 """Error below which there is little left to gain."""
-TEXTURE_WINDOW = 16
-"""Side in pixels of the squares whose textures are compared."""
-
-
-def texture_distance(made: Tensor, target: Tensor) -> Tensor:
-    """Per picture [B]: mean difference of the steepness, absolute steps from pixel to pixel, of square windows.
-
-    Where the target is flat, it asks for flat; where it is rough, for as much roughness, wherever that lies.
-    """
-
-    def steepness(picture: Tensor) -> Tensor:
-        across = (picture[..., :-1, 1:] - picture[..., :-1, :-1]).abs()
-        down = (picture[..., 1:, :-1] - picture[..., :-1, :-1]).abs()
-        return F.avg_pool2d((across + down).mean(1, keepdim=True), TEXTURE_WINDOW, ceil_mode=True)
-
-    return (steepness(made) - steepness(target)).abs().mean((1, 2, 3))
 
 
 def levelled(error: Tensor) -> Tensor:
@@ -120,8 +102,7 @@ def joint_loss(
     differences = made - target
     error = differences.square().mean((1, 2, 3))
     with_colour = error + recipe.colour_weight * differences.mean((2, 3)).square().mean(1)
-    lost = levelled(with_colour) + recipe.texture_weight * texture_distance(made, target)
-    lost = lost * tempered(sigma).to(lost)
+    lost = levelled(with_colour) * tempered(sigma).to(error)
     loss = lost[:count].mean() + 0.5 * lost[count:].mean()
     parts = {"own": error[:count].mean().item(), "teacher": error[count:].mean().item()}
     if recipe.encoder_rate:

@@ -116,6 +116,9 @@ def train_small(run: TinyRun, report: Report = lambda line: None) -> tuple[Path,
     pair = load_pair(run.folder / "joint.pt")
     pair = Pair(grown(pair.decoder, small_config()), pair.encoder)
     teacher = TeacherAutoencoder.from_folder(run.teacher).to(run.device)
-    recipe = JointRecipe(seconds=run.small_seconds, device=run.device, workers=run.workers, encoder_rate=0.0, seed=2)
+    recipe = JointRecipe(
+        seconds=run.small_seconds, device=run.device, workers=run.workers, seed=2,
+        finest_rate=2e-4, decoder_rate=5e-5, encoder_rate=0.0, decay_from=0.1,
+    )  # fmt: skip
     run_joint(pair, build_cache(run), run.folder / "small", recipe, teacher, report)
     return release_decoder(run.folder / "small" / "joint.pt", run.folder, variant="small"), encoder
