@@ -134,7 +134,7 @@ def run_regressor(
         if coarse:
             loss = coarse_loss(model, teacher, F.pixel_shuffle(batch.latent, 2))
             return loss, {"distance": loss.item()}
-        target, small = varied(batch.target, draws.crops, recoloured=recipe.recoloured)
+        target, small = varied(batch.target, draws.crops, recoloured=recipe.recoloured, joined=recipe.joined)
         with torch.no_grad():  # as a whole picture: a cut-out of a larger one's latent would not know its own colours
             cells = teacher.encode(small)
         if progress < recipe.hinted:

@@ -8,7 +8,7 @@ lead it away is bounded by what the teacher's own decoder would show of it.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pidecode.errors import TrainingError
 from pidecode.model.encoder import ImageEncoder
 from pidecode.training.tiny.augment import varied
-from pidecode.training.tiny.cache import LatentCache
+from pidecode.training.tiny.cache import SCALE, LatentCache
 from pidecode.training.tiny.decoder_stage import decoder_optimizer, draw_crops, noised, tempered
 from pidecode.training.tiny.encoder_stage import encoder_optimizer
 from pidecode.training.tiny.regressor import Regressor
@@ -50,8 +50,9 @@ class JointRecipe(StageRecipe):
     """Weight of what goes beyond it."""
     latent_weight: float = 0.05
     """Weight of the encoder's squared distance from its teacher's latents."""
-    colour_weight: float = 3.0
-    """Weight of the squared difference of whole crops' mean colours, beside that of their pixels."""
+    coarse: tuple[tuple[int, float], ...] = ((16, 4.0), (64, 4.0))
+    """Sides in pixels of squares, and the weight of the squared differences of their mean colours, beside that of the
+    pixels: hardly a tenth of the error, and what is seen first of it."""
     noisy_share: float = 0.1
     largest_sigma: float = 0.8
     workers: int = 2
@@ -82,33 +83,43 @@ def levelled(error: Tensor) -> Tensor:
     return TYPICAL * torch.log((error + TINIEST) / TYPICAL)
 
 
+def coarse_error(made: Tensor, small: Tensor, weights: Sequence[tuple[int, float]]) -> Tensor:
+    """Weighted squared differences [B] of squares' mean colours: pictures [B,3,H,W], their quarters [B,3,H/4,W/4].
+
+    weights: sides of the squares in the pictures' pixels, and what each counts.
+    """
+    differences = F.avg_pool2d(made, SCALE) - small
+    terms = [weight * F.avg_pool2d(differences, side // SCALE).square().mean((1, 2, 3)) for side, weight in weights]
+    return torch.stack(terms).sum(0)
+
+
 def joint_loss(
     pair: Pair, teacher: TeacherAutoencoder, cache: LatentCache, recipe: JointRecipe, draws: Draws
 ) -> tuple[Tensor, Parts]:
-    """The loss of one batch, and its parts: squared errors of pictures from the encoder's and the teacher's latents;
-    where the encoder learns too, the differences of what the teacher decodes from both, and of the latents themselves.
+    """The loss of one batch, and its parts: squared errors of the pictures from both encoders' latents, and of their
+    coarse colours; where the encoder learns too, the differences of what the teacher decodes, and of the latents.
+
+    From the teacher's latents the coarse colours shall be what the teacher decodes: that follows from the latents.
     """
     drawn = draw_crops(cache, recipe.crops, draws.crops).to(recipe.device).target
-    pictures, small = varied(drawn, draws.crops, recoloured=recipe.recoloured)
+    pictures, small = varied(drawn, draws.crops, recoloured=recipe.recoloured, joined=recipe.joined)
     count = len(small)
     both = slice((count + 1) // 2)
     with torch.no_grad():  # as whole pictures: a cut-out of a larger one's latent would not know its own colours
         wanted = teacher.encode(small[both])
+        decoded = teacher.decode(wanted)
     with torch.set_grad_enabled(recipe.encoder_rate > 0):
         cells = pair.encoder.cells(small)
     latents = F.pixel_unshuffle(torch.cat((cells, wanted)), 2)
     given, sigma = noised(latents, recipe.noisy_share, recipe.largest_sigma, draws.noise)
     made, target = pair.decoder(given), torch.cat((pictures, pictures[both]))
-    differences = made - target
-    error = differences.square().mean((1, 2, 3))
-    with_colour = error + recipe.colour_weight * differences.mean((2, 3)).square().mean(1)
-    lost = levelled(with_colour) * tempered(sigma).to(error)
+    error = (made - target).square().mean((1, 2, 3))
+    off = coarse_error(made, torch.cat((small, decoded)), recipe.coarse)
+    lost = levelled(error + off) * tempered(sigma).to(error)
     loss = lost[:count].mean() + 0.5 * lost[count:].mean()
-    parts = {"own": error[:count].mean().item(), "teacher": error[count:].mean().item()}
+    parts = {"own": error[:count].mean().item(), "teacher": error[count:].mean().item(), "coarse": off.mean().item()}
     if recipe.encoder_rate:
-        with torch.no_grad():
-            picture = teacher.decoder_picture(wanted[:1])  # one is dear enough
-        imitation = F.mse_loss(teacher.decoder_picture(cells[:1]), picture)
+        imitation = F.mse_loss(teacher.decode(cells[:1]), decoded[:1])  # one is dear enough
         distance = F.mse_loss(cells[both], wanted)
         beyond = F.relu(imitation - recipe.allowed_difference)
         loss = loss + recipe.imitation_weight * beyond + recipe.latent_weight * distance

@@ -40,6 +40,8 @@ class StageRecipe:
     """Largest norm of each network's gradient."""
     recoloured: float = 0.5
     """Share of crops that get other colours."""
+    joined: float = 0.25
+    """Share of crops of which a part is another picture."""
     device: str = "cpu"
     seed: int = 0
     save_every: float = 90.0

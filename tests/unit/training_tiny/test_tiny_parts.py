@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How `tiny` is made, at miniature size: pictures, cache, stages that resume, and files that load."""
+"""What `tiny` is made of, at miniature size: pictures, cache, optimiser, networks, stages for one of them."""
 
 from __future__ import annotations
 
@@ -11,51 +11,22 @@ import pytest
 import torch
 from PIL import Image
 
-from pidecode import PixelDecoder
 from pidecode.errors import CheckpointError, LatentError, SettingError, TrainingError
 from pidecode.facts.architecture import NetConfig
-from pidecode.model.encoder import EncoderConfig, ImageEncoder
+from pidecode.model.encoder import ImageEncoder
 from pidecode.model.network import PixelNet
 from pidecode.training.tiny.augment import varied
-from pidecode.training.tiny.cache import LatentCache, add_picture, crop_to_multiple, held_out, quarter, read_manifest
-from pidecode.training.tiny.decoder_stage import (
-    DecoderRecipe,
-    noised,
-    run_regressor,
-    small_config,
-    tiny_config,
-)
+from pidecode.training.tiny.cache import LatentCache, crop_to_multiple, held_out, quarter, read_manifest
+from pidecode.training.tiny.decoder_stage import DecoderRecipe, noised, run_regressor
 from pidecode.training.tiny.encoder_stage import EncoderRecipe, by_levels, run_encoder
-from pidecode.training.tiny.grow import grown
-from pidecode.training.tiny.joint_stage import TINIEST, TYPICAL, JointRecipe, Pair, levelled, run_joint
+from pidecode.training.tiny.joint_stage import coarse_error
 from pidecode.training.tiny.muon import Muon, muon_groups, orthogonalised
 from pidecode.training.tiny.procedural import KINDS, procedural_picture
-from pidecode.training.tiny.regressor import Regressor, into_pixelnet, out_of_pixelnet
-from pidecode.training.tiny.release import load_pair, release_decoder, release_encoder, released_pair
-from pidecode.training.tiny.run import TinyRun, build_cache, train_small
-from pidecode.training.tiny.state import load_state, save_state
+from pidecode.training.tiny.regressor import Regressor, into_pixelnet
+from pidecode.training.tiny.state import load_state
 from pidecode.training.tiny.teacher import TeacherAutoencoder
 from pidecode.weights.shapes import read_structure
-
-# As narrow as the teacher's features allow.
-SMALL = replace(tiny_config(), adapter_levels=(1, 1, 1, 1), pixel_attn_hidden_size=16)
-ENCODER = EncoderConfig(half_blocks=1, quarter_blocks=1, eighth_width=16, eighth_blocks=1)
-
-
-@pytest.fixture(scope="module")
-def teacher() -> TeacherAutoencoder:
-    """The real class with random weights."""
-    torch.manual_seed(0)
-    return TeacherAutoencoder().eval().requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory, teacher: TeacherAutoencoder) -> LatentCache:
-    folder = tmp_path_factory.mktemp("cache")
-    for seed in range(2):
-        picture = procedural_picture("dead_leaves", 192, seed)
-        add_picture(folder, f"leaves{seed}", picture, {"teacher": teacher.encode})
-    return LatentCache(folder, {"teacher": 1.0})
+from tiny_training import ENCODER, SMALL, parts, started
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -198,23 +169,6 @@ def test_rates_warm_up_stay_and_fall() -> None:
     assert (recipe.rate(0.2), recipe.rate(0.4)) == (2.0, 1.0)
 
 
-def parts(line: str) -> dict[str, float]:
-    """The named numbers of a progress line."""
-    words = line.split("s ", 1)[1].split(" rate ")[0].split()
-    return dict(zip(words[::2], map(float, words[1::2]), strict=True))
-
-
-def started(cache: LatentCache) -> Regressor:
-    """A regressor at its start values, with blocks that do something."""
-    torch.manual_seed(0)
-    regressor = Regressor(SMALL)
-    regressor.start_from_patches(cache.crops(16, 128, np.random.default_rng(0)).target)
-    for name, parameter in regressor.named_parameters():
-        if ".block.5." in name:
-            torch.nn.init.normal_(parameter, std=0.02)
-    return regressor
-
-
 def test_a_pixelnet_gives_its_regressors_picture_at_any_time(cache: LatentCache) -> None:
     regressor = started(cache)
     net = into_pixelnet(regressor).eval()
@@ -224,29 +178,6 @@ def test_a_pixelnet_gives_its_regressors_picture_at_any_time(cache: LatentCache)
         for t in (999.0, 342.0):
             given = net(torch.randn(2, 3, 128, 128), torch.full((2,), t), latent=batch.latent, sigma=0.0)
             assert (given - wanted).abs().max() < 5e-3
-
-
-def test_training_goes_on_from_what_was_released(cache: LatentCache, tmp_path: Path) -> None:
-    pair = Pair(started(cache), ImageEncoder(ENCODER))
-    state = {
-        "average": pair.state_dict(), "step": 1, "used": 1.0,
-        "decoder_config": SMALL.to_dict(), "encoder_config": ENCODER.to_dict(),
-    }  # fmt: skip
-    save_state(tmp_path / "joint.pt", state)
-    files = (
-        release_decoder(tmp_path / "joint.pt", tmp_path, variant="tiny"),
-        release_encoder(tmp_path / "joint.pt", tmp_path),
-    )
-    again, latent = released_pair(*files), cache.crops(2, 128, np.random.default_rng(0)).latent
-    with torch.no_grad():  # float16 in between
-        assert (again.decoder(latent) - pair.decoder(latent)).abs().max() < 2e-2
-        small = torch.rand(1, 3, 32, 32)
-        assert (again.encoder(small) - pair.encoder(small)).abs().max() < 2e-2
-    assert all(parameter.requires_grad for parameter in again.parameters())
-    net = into_pixelnet(pair.decoder)
-    torch.nn.init.normal_(net.final_layer.linear.weight)
-    with pytest.raises(SettingError, match="trained since"):
-        out_of_pixelnet(net)
 
 
 def test_patches_start_as_their_own_principal_directions(cache: LatentCache) -> None:
@@ -304,28 +235,6 @@ def test_a_regressor_needs_a_network_it_can_become() -> None:
         Regressor(replace(SMALL, adapter_levels=()))
 
 
-def test_a_grown_regressor_gives_the_same_picture(cache: LatentCache) -> None:
-    regressor = started(cache)
-    latent = cache.crops(2, 128, np.random.default_rng(0)).latent
-    deeper = grown(regressor, replace(SMALL, adapter_levels=(3, 1, 2, 3)))
-    with torch.no_grad():
-        assert torch.equal(deeper(latent), regressor(latent))
-    with pytest.raises(SettingError, match="none may shrink"):
-        grown(deeper, SMALL)
-    with pytest.raises(SettingError, match="grows in adapter_levels only"):
-        grown(regressor, replace(SMALL, pixel_attn_hidden_size=32, hidden_size=320))
-
-
-def test_a_regressor_grows_a_finer_level_that_gives_the_same_picture(cache: LatentCache) -> None:
-    coarser = replace(SMALL, adapter_levels=(1, 1, 1), adapter_width=256)
-    torch.manual_seed(0)
-    regressor = Regressor(coarser)
-    regressor.start_from_patches(cache.crops(16, 128, np.random.default_rng(0)).target)
-    latent = cache.crops(2, 128, np.random.default_rng(0)).latent
-    with torch.no_grad():
-        torch.testing.assert_close(grown(regressor, SMALL)(latent), regressor(latent), atol=1e-4, rtol=1e-4)
-
-
 def test_the_regressor_learns_and_goes_on_where_it_stopped(
     cache: LatentCache, teacher: TeacherAutoencoder, tmp_path: Path
 ) -> None:
@@ -367,55 +276,6 @@ def test_the_encoder_comes_nearer_to_its_teacher(
     assert sum(row["latent"] for row in whole[-4:]) < sum(row["latent"] for row in whole[:4])
 
 
-def test_encoder_and_decoder_learn_together_and_the_files_load(
-    cache: LatentCache, teacher: TeacherAutoencoder, tmp_path: Path
-) -> None:
-    pair = Pair(started(cache), ImageEncoder(ENCODER))
-    lines: list[str] = []
-    recipe = JointRecipe(steps=40, crops=((128, 2, 1.0),), workers=1, log_every=0.0, decoder_rate=2e-3)
-    run_joint(pair, cache, tmp_path, recipe, teacher, lines.append)
-    own = [parts(line)["own"] for line in lines]
-    assert len(own) == 40
-    assert sum(own[-8:]) < sum(own[:8])
-    state = tmp_path / "joint.pt"
-    paths = release_decoder(state, tmp_path, variant="tiny"), release_encoder(state, tmp_path)
-    loaded = PixelDecoder.from_pretrained(paths[0], encoder=paths[1], device="cpu")
-    picture = loaded.upscale(Image.fromarray(quarter(procedural_picture("gradients", 256, 0))), seed=0)
-    assert picture.size == (256, 256)
-
-
-def test_a_decoder_alone_leaves_the_encoder_as_it_is(
-    cache: LatentCache, teacher: TeacherAutoencoder, tmp_path: Path
-) -> None:
-    pair = Pair(started(cache), ImageEncoder(ENCODER))
-    before = {name: value.clone() for name, value in pair.state_dict().items()}
-    recipe = JointRecipe(steps=2, crops=((64, 1, 1.0),), workers=1, encoder_rate=0.0)
-    run_joint(pair, cache, tmp_path, recipe, teacher)
-    after = load_pair(tmp_path / "joint.pt").state_dict()
-    for name, value in before.items():
-        assert torch.equal(after[name], value) == (
-            name.startswith("encoder.") or torch.equal(pair.state_dict()[name], value)
-        )
-
-
-def test_the_finest_level_learns_alone(cache: LatentCache, teacher: TeacherAutoencoder, tmp_path: Path) -> None:
-    pair = Pair(started(cache), ImageEncoder(ENCODER))
-    before = {name: value.clone() for name, value in pair.decoder.named_parameters()}
-    recipe = JointRecipe(steps=3, crops=((64, 1, 1.0),), workers=1, encoder_rate=0.0, decoder_rate=0.0)
-    run_joint(pair, cache, tmp_path, recipe, teacher)
-    changed = {name for name, value in pair.decoder.named_parameters() if not torch.equal(value, before[name])}
-    assert changed
-    assert all("levels.3." in name or "pit_head" in name for name in changed)
-
-
-def test_a_decibel_is_worth_the_same_in_every_picture() -> None:
-    error = torch.tensor([0.004, 0.2], requires_grad=True)
-    (slope,) = torch.autograd.grad(levelled(error).sum(), error)
-    worth = slope * (error + TINIEST)
-    assert torch.allclose(worth[0], worth[1])
-    assert torch.allclose(levelled(torch.tensor([TYPICAL - TINIEST])), torch.zeros(1), atol=1e-7)
-
-
 def test_crops_are_turned_and_some_recoloured() -> None:
     random = np.random.default_rng(0)
     target = torch.from_numpy(random.uniform(-1, 1, (24, 3, 64, 64))).float()
@@ -425,75 +285,31 @@ def test_crops_are_turned_and_some_recoloured() -> None:
                 recoloured=0.0)[0]}) == 8  # fmt: skip
     wanted = torch.nn.functional.interpolate(turned, scale_factor=0.25, mode="bicubic", antialias=True)
     torch.testing.assert_close(small, wanted.clamp(-1, 1))
-    coloured, _ = varied(target, random, recoloured=0.5)
+    coloured, _ = varied(target, random, recoloured=0.5, joined=0.0)
     same = [torch.equal(ours.flatten().sort()[0], theirs.flatten().sort()[0])
             for ours, theirs in zip(coloured, target, strict=True)]  # fmt: skip
     assert 0 < sum(same) < len(same)
     assert coloured.abs().max() <= 1
 
 
-def test_two_workers_share_the_weights(cache: LatentCache, teacher: TeacherAutoencoder, tmp_path: Path) -> None:
-    pair = Pair(started(cache), ImageEncoder(ENCODER))
-    before = pair.decoder.to_pixels.weight.detach().clone()
-    run_joint(pair, cache, tmp_path, JointRecipe(steps=2, crops=((64, 1, 1.0),), workers=2), teacher)
-    state = load_state(tmp_path / "joint.pt")
-    assert state is not None
-    assert state["step"] > 0
-    assert not torch.equal(before, pair.decoder.to_pixels.weight)
+def test_some_crops_are_two_pictures_with_a_clean_edge() -> None:
+    random = np.random.default_rng(0)
+    target = torch.stack((torch.full((3, 64, 64), -0.5), torch.full((3, 64, 64), 0.5))).repeat(8, 1, 1, 1)
+    alone, _ = varied(target, random, recoloured=0.0, joined=0.0)
+    assert torch.equal(alone, target)
+    joined, _ = varied(target, random, recoloured=0.0, joined=1.0)
+    for picture in joined:
+        between = (picture.abs() < 0.5).float().mean()
+        assert 0 < between < 0.04  # one pixel along a line
+        assert picture.min() == -0.5
+        assert picture.max() == 0.5
 
 
-def test_a_state_is_whole_or_refused(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "state.pt"
-    assert load_state(path) is None
-    save_state(path, {"step": 3})
-    assert load_state(path) == {"step": 3}
-    path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(TrainingError, match="not a training state"):
-        load_state(path)
-    with pytest.raises(TrainingError, match="run the joint stage"):
-        release_decoder(tmp_path / "none.pt", tmp_path, variant="tiny")
-
-
-def folders(tmp_path: Path, teacher: TeacherAutoencoder, side: int) -> tuple[Path, Path]:
-    """A folder of three pictures, and one of the teacher's two files."""
-    from safetensors.torch import save_file
-
-    data, weights = tmp_path / "data", tmp_path / "teacher"
-    data.mkdir()
-    weights.mkdir()
-    for name in ("a.png", "b.png", "c.png"):
-        Image.fromarray(procedural_picture("line_art", side, ord(name[0]))).save(data / name)
-    for part in ("encoder", "decoder"):
-        save_file(getattr(teacher, part).state_dict(), weights / f"taef2_{part}.safetensors")
-    return data, weights
-
-
-@pytest.mark.slow
-def test_one_command_makes_all_three_files_and_goes_on(tmp_path: Path, teacher: TeacherAutoencoder) -> None:
-    data, weights = folders(tmp_path, teacher, 1024)
-    run = TinyRun(
-        data=data, teacher=weights, folder=tmp_path / "run", procedural_seeds=0,
-        decoder_seconds=2, encoder_seconds=2, joint_seconds=2, small_seconds=2,
-    )  # fmt: skip
-    lines: list[str] = []
-    small, encoder = train_small(run, lines.append)
-    assert (small.name, encoder.name) == ("small.safetensors", "tiny_encoder.safetensors")
-    depths = [
-        PixelDecoder.from_pretrained(path, encoder=encoder, device="cpu").net.config.adapter_levels
-        for path in (run.folder / "tiny.safetensors", small)
-    ]
-    assert depths == [tiny_config().adapter_levels, small_config().adapter_levels]
-    steps = [load_state(run.folder / name) for name in ("regressor.pt", "encoder.pt", "joint.pt", "small/joint.pt")]
-    assert train_small(run) == (small, encoder)  # nothing is left to do
-    again = [load_state(run.folder / name) for name in ("regressor.pt", "encoder.pt", "joint.pt", "small/joint.pt")]
-    assert [state and state["step"] for state in steps] == [state and state["step"] for state in again]
-
-
-def test_the_cache_of_a_run_keeps_held_out_pictures_apart(tmp_path: Path, teacher: TeacherAutoencoder) -> None:
-    data, weights = folders(tmp_path, teacher, 128)
-    run = TinyRun(data=data, teacher=weights, folder=tmp_path / "run", procedural_seeds=0)
-    names = build_cache(run).names
-    kept_out = {Path(name).stem for name in held_out(read_manifest(data))}
-    assert {name.split(".")[0] for name in names} == {"a", "b", "c"} - kept_out
-    assert {path.name.split(".")[0] for path in (run.folder / "held_out").iterdir()} == kept_out
-    assert build_cache(run).names == names
+def test_coarse_colours_count_where_squares_differ() -> None:
+    small = torch.rand(2, 3, 32, 32)
+    made = torch.nn.functional.interpolate(small, scale_factor=4, mode="nearest")
+    assert coarse_error(made, small, ((16, 4.0), (64, 4.0))).max() < 1e-10
+    checks = torch.tensor([1.0, -1.0]).repeat(64)  # finer than the squares
+    assert coarse_error(made + checks, small, ((16, 4.0), (64, 4.0))).max() < 1e-10
+    shifted = coarse_error(made + torch.tensor([0.1, 0.2]).view(2, 1, 1, 1), small, ((16, 4.0), (64, 2.0)))
+    torch.testing.assert_close(shifted, torch.tensor([0.06, 0.24]))
