@@ -4,7 +4,8 @@
     python benchmarks/quality.py --data PICTURES --teacher TAEF2 [--decoder tiny] [--side 1024] [--json out.json]
 
 Beside the decoder stand two rivals: the tiny FLUX.2 autoencoder's decode enlarged by Lanczos, which sees a latent
-too, and plain Lanczos of the quarter-size picture, which never went through a latent.
+too, and plain Lanczos of the quarter-size picture, which never went through a latent. "Colours held" is
+`colour_lock="full"`, as `upscale` offers it: it reads the quarter-size picture beside the latent.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from pidecode import Latent, PixelDecoder
+from pidecode.colour import lock_colours
 from pidecode.measure.metrics import channel_error, psnr, sharpness, ssim
 from pidecode.training.tiny.cache import crop_to_multiple, held_out, quarter, read_manifest, to_signed
 from pidecode.training.tiny.teacher import TeacherAutoencoder
@@ -77,8 +79,10 @@ def rows_of(
     seconds = time.perf_counter() - started
     found = {
         "ours": row(ours, original) | {"seconds": seconds},
+        "ours, colours held": row(lock_colours(ours, small, "full"), original),
         "ours, teacher's latent": row(decoder.decode(theirs, seed=0, steps=steps, output="pt"), original),
         "taef2 + Lanczos": row(enlarged(plain), original),
+        "taef2 + Lanczos, colours held": row(lock_colours(enlarged(plain), small, "full"), original),
         "Lanczos, no latent": row(enlarged(small), original),
         "original": row(original, original),
     }

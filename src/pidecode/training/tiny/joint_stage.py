@@ -32,13 +32,13 @@ from pidecode.training.tiny.teacher import TeacherAutoencoder
 class JointRecipe(StageRecipe):
     """How both learn together."""
 
-    finest_rate: float = 3e-4
+    finest_rate: float = 2e-4
     """Rate of the decoder's finest level and of what reads it."""
     decoder_rate: float = 1.5e-4
     """That of the rest of the decoder; 0 leaves it as it is."""
-    encoder_rate: float = 1e-4
+    encoder_rate: float = 1.5e-4
     """0 leaves the encoder as it is and trains the decoder alone."""
-    decay_from: float = 0.2
+    decay_from: float = 0.0
     """Share of the budget after which the rates fall linearly to a fiftieth."""
     crops: tuple[tuple[int, int, float], ...] = ((256, 4, 0.5), (384, 2, 0.25), (512, 1, 0.25))
     """Crop side in pixels, crops a step, share of the steps. Half of a step's crops are also decoded from the teacher's

@@ -37,8 +37,8 @@ class TinyRun:
     """Where the cache, the states and the results go; the same folder goes on where it stopped."""
     decoder_seconds: float = 2700.0
     encoder_seconds: float = 2700.0
-    joint_seconds: float = 4000.0
-    small_seconds: float = 4000.0
+    joint_seconds: float = 14000.0
+    small_seconds: float = 2000.0
     """For `small`, after `tiny` is done."""
     procedural_seeds: int = 12
     """Rounds of procedural pictures, of every kind once each."""
