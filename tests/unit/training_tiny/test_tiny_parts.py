@@ -279,10 +279,10 @@ def test_the_encoder_comes_nearer_to_its_teacher(
 def test_crops_are_turned_and_some_recoloured() -> None:
     random = np.random.default_rng(0)
     target = torch.from_numpy(random.uniform(-1, 1, (24, 3, 64, 64))).float()
-    turned, small = varied(target, random, recoloured=0.0)
+    turned, small = varied(target, random, recoloured=0.0, joined=0.0)
     assert torch.equal(turned.flatten(2).sort()[0], target.flatten(2).sort()[0])  # the same pixels
     assert len({tuple(picture[0, 0, :4].tolist()) for picture in varied(target[:1].expand(64, -1, -1, -1), random,
-                recoloured=0.0)[0]}) == 8  # fmt: skip
+                recoloured=0.0, joined=0.0)[0]}) == 8  # fmt: skip
     wanted = torch.nn.functional.interpolate(turned, scale_factor=0.25, mode="bicubic", antialias=True)
     torch.testing.assert_close(small, wanted.clamp(-1, 1))
     coloured, _ = varied(target, random, recoloured=0.5, joined=0.0)

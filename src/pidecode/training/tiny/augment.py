@@ -21,9 +21,7 @@ MOST_KNOTS = 4
 """Largest grid of points between which a recoloured picture's light changes smoothly."""
 
 
-def varied(
-    target: Tensor, random: np.random.Generator, *, recoloured: float, joined: float = 0.0
-) -> tuple[Tensor, Tensor]:
+def varied(target: Tensor, random: np.random.Generator, *, recoloured: float, joined: float) -> tuple[Tensor, Tensor]:
     """Crops [B,3,S,S] in [-1,1], each turned by a multiple of 90 degrees and mirrored or not, a share of them
     `recoloured` and a share of them `joined` with another; and each reduced to a quarter by antialiased bicubic
     interpolation, [B,3,S/4,S/4].
