@@ -24,7 +24,7 @@ from pidecode.model.lean import denoise
 from pidecode.model.network import Condition, Grid, PixelNet
 from pidecode.model.recording import Recordings, cuda_graph
 from pidecode.model.residence import Visitors
-from pidecode.model.schedule import Schedule, slim, tabulate
+from pidecode.model.schedule import Schedule, heeds_noise, slim, tabulate
 from pidecode.parallel import denoise_together, is_spread
 from pidecode.planner import Plan, predict
 from pidecode.sampling import SINGLE_STEP_TIME
@@ -65,6 +65,7 @@ class Runner:
         self.recordings: Recordings | None = None
         """Recorded evaluations, from the first one on."""
         self._schedule: Schedule | None = None
+        self._heeds_noise: bool | None = None
         self.backend: str | None = None
         """Attention kernel in use; None where the framework picks one per call, as on processors."""
         self.spread = False
@@ -166,20 +167,27 @@ class Runner:
                 "The weights were already brought into the form that runs, so they cannot be changed any more. "
                 "Load the decoder again, and change it before the first picture and without a memory plan."
             )
-        self._schedule = None
+        self._schedule = self._heeds_noise = None
         if self.recordings is not None:
             self.recordings.clear()
 
     def _slim(self) -> None:
         if self.schedule() is not None and not self.net.slimmed:
+            self.heeds_noise()
             slim(self.net)
+
+    def heeds_noise(self) -> bool:
+        """Whether the network's answer can differ from step to step; looked up in its weights once."""
+        if self._heeds_noise is None:
+            self._heeds_noise = heeds_noise(self.net)
+        return self._heeds_noise
 
     def sets_aside(self, what: str) -> bool:
         """Whether the plan has "text" or "encoder" leave the device when their work is done."""
         return self.plan is not None and what in self.plan.offload
 
     def predict(self, condition: Condition) -> Predict:
-        """The network as a function of the noisy picture and the time."""
+        """The network as a function of the noisy picture and the time; asked once if it heeds neither."""
         windows = None
         if self.plan is not None and self.plan.window is not None:
             windows = Windows.of_pixels(self.plan.window, self.net.config.patch_size)
@@ -212,7 +220,7 @@ class Runner:
             self.backend = "math"
             return once(x, t)
 
-        return checked
+        return checked if self.heeds_noise() else _asked_once(checked)
 
     def _sums(self) -> AbstractContextManager[None]:
         if self.sums is not None:
@@ -232,3 +240,15 @@ class Runner:
         config = self.net.config
         head_dims = (config.hidden_size // config.num_heads, config.pixel_attn_hidden_size // config.pixel_num_heads)
         self.backend = best_backend(head_dims, self.net.dtype, device)
+
+
+def _asked_once(predict: Predict) -> Predict:
+    """`predict` for a network that answers the same at every step: all later steps get the first one's answer."""
+    answers: list[Tensor] = []
+
+    def remembered(x: Tensor, t: Tensor) -> Tensor:
+        if not answers:
+            answers.append(predict(x, t))
+        return answers[0]
+
+    return remembered

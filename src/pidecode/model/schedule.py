@@ -96,6 +96,19 @@ def tabulate(net: PixelNet, times: Sequence[float]) -> Schedule:
     return Schedule(times=tuple(t.tolist()), vectors=step_vectors(net, t))
 
 
+def heeds_noise(net: PixelNet) -> bool:
+    """Whether the noisy picture or the time can change what the network answers; True where weights cannot tell.
+
+    They cannot where each of their ways in multiplies by zero, as in small networks of which only the adapter was
+    trained. Such a network gives the same answer at every step, to the bit. Ask before `slim`, which takes one of
+    these ways out.
+    """
+    if net.slimmed or net.plain or net.device.type == "meta":
+        return True
+    time: Any = net.t_embedder.mlp[-1]
+    return any(bool(way.weight.any()) for way in (net.s_embedder.proj, net.pixel_embedder.proj, time))
+
+
 def slim(net: PixelNet) -> None:
     """Free, for inference at tabulated times, what such a network never reads again.
 

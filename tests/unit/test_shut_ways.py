@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A network that heeds neither noise nor time is asked once for all steps, and gives the picture it gave before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pidecode import PixelDecoder
+from pidecode.latents.latent import Latent
+from pidecode.model.network import Condition, PixelNet
+from pidecode.model.schedule import heeds_noise, slim, tabulate
+from pidecode.runner import Runner
+from pidecode.sampling import NoiseStream, Step, sample_student
+
+
+@pytest.fixture
+def shipped() -> PixelDecoder:
+    """A decoder whose ways of noise and of time are shut."""
+    return PixelDecoder.from_pretrained("tiny", device="cpu")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Times at which any network is asked, as they come."""
+    times: list[float] = []
+    whole = PixelNet.denoise
+
+    def counted(net: PixelNet, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        times.append(float(t[0]))
+        return whole(net, x, t, condition)
+
+    monkeypatch.setattr(PixelNet, "denoise", counted)
+    return times
+
+
+def latent() -> Latent:
+    generator = torch.Generator().manual_seed(0)
+    return Latent(torch.randn(1, 128, 2, 3, generator=generator), "flux2", 0.0)
+
+
+def ways(net: PixelNet) -> dict[str, Any]:
+    return {"picture": net.s_embedder.proj, "pixels": net.pixel_embedder.proj, "time": net.t_embedder.mlp[2]}
+
+
+@pytest.mark.parametrize("sampler", ["sde", "ode"])
+def test_one_evaluation_gives_the_picture_of_four(shipped: PixelDecoder, asked: list[float], sampler: str) -> None:
+    steps: list[Step] = []
+    made = shipped.decode(latent(), seed=3, sampler=sampler, output="pt", on_step=steps.append)
+    assert len(asked) == 1
+    assert [step.index for step in steps] == [1, 2, 3, 4]
+    net, size = shipped.net, (3, 128, 192)
+    with torch.inference_mode():
+        condition = net.prepare((8, 12), None, latent().tensor, torch.zeros(1))
+        draw = NoiseStream([3], size, torch.device("cpu"))
+        every = sample_student(
+            lambda x, t: net.denoise(x, t, condition), draw, kind=sampler, prediction=net.config.prediction
+        )
+    assert len(asked) == 5
+    assert torch.equal(made, every.clamp(-1, 1))
+
+
+@pytest.mark.parametrize("way", ["picture", "pixels", "time"])
+def test_any_open_way_has_it_asked_at_every_step(shipped: PixelDecoder, asked: list[float], way: str) -> None:
+    shipped.runner.forget()
+    nn.init.normal_(ways(shipped.net)[way].weight, std=0.01)
+    assert heeds_noise(shipped.net)
+    shipped.decode(latent(), seed=3, output="pt")
+    assert len(asked) == 4
+
+
+def test_changed_weights_are_looked_at_again(shipped: PixelDecoder, asked: list[float]) -> None:
+    shipped.decode(latent(), output="pt")
+    shipped.runner.forget()  # as every change of weights does
+    nn.init.normal_(shipped.net.s_embedder.proj.weight, std=0.01)
+    shipped.decode(latent(), output="pt")
+    assert len(asked) == 1 + 4
+
+
+def test_what_was_slimmed_is_asked_at_every_step_unless_looked_at_before(
+    shipped: PixelDecoder, asked: list[float]
+) -> None:
+    net = shipped.net
+    schedule = tabulate(net, (0.999,))
+    slim(net)
+    assert heeds_noise(net)
+    with torch.inference_mode():
+        condition = net.prepare((8, 12), None, latent().tensor, torch.zeros(1), schedule=schedule)
+        predict = Runner(net).predict(condition)
+        for _ in range(2):
+            predict(torch.randn(1, 3, 128, 192), torch.tensor([999.0]))
+    assert len(asked) == 2
+
+
+def test_a_runner_looks_before_it_slims(shipped: PixelDecoder, asked: list[float]) -> None:
+    shipped.runner.arrange(torch.device("cpu"))
+    assert shipped.net.slimmed
+    shipped.decode(latent(), output="pt")
+    assert len(asked) == 1
