@@ -17,6 +17,8 @@ from torch import Tensor
 from pidecode.training.tiny.cache import SCALE
 
 LUMA = (0.299, 0.587, 0.114)
+PLAIN = 0.2
+"""Share of the crops joined to another whose other part is a single colour: flat areas are rare in photographs."""
 MOST_KNOTS = 4
 """Largest grid of points between which a recoloured picture's light changes smoothly."""
 
@@ -35,7 +37,9 @@ def varied(target: Tensor, random: np.random.Generator, *, recoloured: float, jo
     pictures = [drawn(picture) for picture in target]
     for index in range(len(pictures)):
         if random.random() < joined:
-            pictures[index] = join(pictures[index], drawn(target[index - 1]), random)
+            plain = random.random() < PLAIN
+            other = one_colour(target[index], random) if plain else drawn(target[index - 1])
+            pictures[index] = join(pictures[index], other, random)
     varied = torch.stack(pictures)
     small = F.interpolate(varied, scale_factor=1 / SCALE, mode="bicubic", antialias=True)
     return varied, small.clamp(-1, 1)
@@ -60,6 +64,11 @@ def recolour(picture: Tensor, random: np.random.Generator) -> Tensor:
         )[0]
 
     return (picture * field(-0.5, 0.3, 0.2).exp() + field(-0.3, 0.3, 0.2)).clamp(-1, 1)
+
+
+def one_colour(like: Tensor, random: np.random.Generator) -> Tensor:
+    """A picture of the size of `like` [3,H,W] in a single colour."""
+    return torch.from_numpy(random.uniform(-1, 1, (3, 1, 1))).to(like).expand_as(like)
 
 
 def join(picture: Tensor, other: Tensor, random: np.random.Generator) -> Tensor:

@@ -43,11 +43,11 @@ class JointRecipe(StageRecipe):
     crops: tuple[tuple[int, int, float], ...] = ((256, 4, 0.5), (384, 2, 0.25), (512, 1, 0.25))
     """Crop side in pixels, crops a step, share of the steps. Half of a step's crops are also decoded from the teacher's
     latent, and hold the encoder to it."""
-    allowed_difference: float = 0.003
+    allowed_difference: float = 0.0025
     """Mean squared difference, in pictures of [-1, 1], of what the teacher decodes from its own latents and the
-    encoder's, that costs nothing (31.2 dB): within it the encoder is free to tell the decoder more."""
+    encoder's, that costs nothing (32 dB): within it the encoder is free to tell the decoder more."""
     imitation_weight: float = 1.0
-    """Weight of what goes beyond it."""
+    """Weight of what goes beyond it, a decibel as much as one of a picture."""
     latent_weight: float = 0.05
     """Weight of the encoder's squared distance from its teacher's latents."""
     coarse: tuple[tuple[int, float], ...] = ((16, 4.0), (64, 4.0))
@@ -71,7 +71,7 @@ class Pair(nn.Module):
 
 TYPICAL = 0.015
 """Mean squared error of a picture in [-1, 1]."""
-TINIEST = 0.001
+TINIEST = 0.0005
 """Error below which there is little left to gain."""
 
 
@@ -121,7 +121,7 @@ def joint_loss(
     if recipe.encoder_rate:
         imitation = F.mse_loss(teacher.decode(cells[:1]), decoded[:1])  # one is dear enough
         distance = F.mse_loss(cells[both], wanted)
-        beyond = F.relu(imitation - recipe.allowed_difference)
+        beyond = F.relu(levelled(imitation) - levelled(torch.tensor(recipe.allowed_difference)))
         loss = loss + recipe.imitation_weight * beyond + recipe.latent_weight * distance
         parts |= {"imitation": imitation.item(), "latent": distance.item()}
     return loss, parts
