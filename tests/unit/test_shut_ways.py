@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pidecode import PixelDecoder
+from pidecode.facts.checkpoints import StudentKind
 from pidecode.latents.latent import Latent
 from pidecode.model.network import Condition, PixelNet
 from pidecode.model.schedule import heeds_noise, slim, tabulate
@@ -47,7 +48,9 @@ def ways(net: PixelNet) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("sampler", ["sde", "ode"])
-def test_one_evaluation_gives_the_picture_of_four(shipped: PixelDecoder, asked: list[float], sampler: str) -> None:
+def test_one_evaluation_gives_the_picture_of_four(
+    shipped: PixelDecoder, asked: list[float], sampler: StudentKind
+) -> None:
     steps: list[Step] = []
     made = shipped.decode(latent(), seed=3, sampler=sampler, output="pt", on_step=steps.append)
     assert len(asked) == 1
@@ -60,6 +63,7 @@ def test_one_evaluation_gives_the_picture_of_four(shipped: PixelDecoder, asked: 
             lambda x, t: net.denoise(x, t, condition), draw, kind=sampler, prediction=net.config.prediction
         )
     assert len(asked) == 5
+    assert isinstance(made, Tensor)
     assert torch.equal(made, every.clamp(-1, 1))
 
 
