@@ -97,11 +97,11 @@ def tabulate(net: PixelNet, times: Sequence[float]) -> Schedule:
 
 
 def heeds_noise(net: PixelNet) -> bool:
-    """Whether the noisy picture or the time can change what the network answers; True where weights cannot tell.
+    """Whether the noisy picture or the time can change what the network answers.
 
     They cannot where each of their ways in multiplies by zero, as in small networks of which only the adapter was
-    trained. Such a network gives the same answer at every step, to the bit. Ask before `slim`, which takes one of
-    these ways out.
+    trained: these give the same answer at every step, to the bit. Also True where the weights do not tell: without
+    numbers, under adapters, and after `slim`, which takes one of these ways out.
     """
     if net.slimmed or net.plain or net.device.type == "meta":
         return True
