@@ -25,8 +25,8 @@ MOST_KNOTS = 4
 
 def varied(target: Tensor, random: np.random.Generator, *, recoloured: float, joined: float) -> tuple[Tensor, Tensor]:
     """Crops [B,3,S,S] in [-1,1], each turned by a multiple of 90 degrees and mirrored or not, a share of them
-    `recoloured` and a share of them `joined` with another; and each reduced to a quarter by antialiased bicubic
-    interpolation, [B,3,S/4,S/4].
+    `recoloured` and a share of them `joined` with another or with a single colour; and each reduced to a
+    quarter by antialiased bicubic interpolation, [B,3,S/4,S/4].
     """
 
     def drawn(picture: Tensor) -> Tensor:

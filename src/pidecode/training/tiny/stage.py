@@ -41,7 +41,7 @@ class StageRecipe:
     recoloured: float = 0.5
     """Share of crops that get other colours."""
     joined: float = 0.25
-    """Share of crops of which a part is another picture."""
+    """Share of crops of which a part is another picture, or a single colour."""
     device: str = "cpu"
     seed: int = 0
     save_every: float = 90.0
