@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from pidecode.model.encoder import EncoderConfig
+from pidecode.model.regressor import Regressor
 from pidecode.training.tiny.cache import LatentCache
 from pidecode.training.tiny.decoder_stage import tiny_config
-from pidecode.training.tiny.regressor import Regressor
 
 # As narrow as the teacher's features allow.
 SMALL = replace(tiny_config(), adapter_levels=(1, 1, 1, 1), pixel_attn_hidden_size=16)

@@ -21,7 +21,7 @@ from pidecode.errors import LatentError, SettingError, SizeError
 from pidecode.facts.checkpoints import CHECKPOINTS, Checkpoint, FlowShift
 from pidecode.facts.sizes import size_advice
 from pidecode.facts.spaces import LatentSpace, get_space
-from pidecode.latents.encoders import LazyEncoder, native_reference, visiting
+from pidecode.latents.encoders import Encode, LazyEncoder, encode_for, native_reference, visiting
 from pidecode.latents.latent import Latent
 from pidecode.model.network import Condition, PixelNet
 from pidecode.planner import Plan
@@ -38,8 +38,6 @@ from pidecode.weights.read import read_weights
 Output = Literal["pil", "pt", "pairs"]
 Made = Image | list[Image] | Tensor | list[tuple[Tensor, dict[str, Any]]]
 Fit = Literal["pad", "crop"]
-Encode = Callable[[Tensor], Tensor]
-"""Pictures `[B, 3, H, W]` in [-1, 1] to normalised latents."""
 
 DEFAULT_SHIFT = FlowShift(base=6.0, size=2048)
 """A teacher's flow shift where nothing else is known (SPEC.md section 3)."""
@@ -270,7 +268,7 @@ class PixelDecoder:
                 f"with `pidecode pull {self.space.name}`, or pass encoder= to from_pretrained()."
             )
         with visiting(self.encoder, self.device if self.runner.sets_aside("encoder") else None):
-            cells = self.encoder(tensor.to(self.device))
+            cells = encode_for(self.runner.look, self.encoder, tensor.to(self.device))
         texts = caption if caption is None or isinstance(caption, str) else tuple(caption)
         return Latent(cells, self.space.name, 0.0, texts)
 

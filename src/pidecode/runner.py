@@ -23,6 +23,7 @@ from pidecode.kernels.quantize import quantize
 from pidecode.model.lean import denoise
 from pidecode.model.network import Condition, Grid, PixelNet
 from pidecode.model.recording import Recordings, cuda_graph
+from pidecode.model.regressor import look_through
 from pidecode.model.residence import Visitors
 from pidecode.model.schedule import Schedule, heeds_noise, slim, tabulate
 from pidecode.parallel import denoise_together, is_spread
@@ -60,6 +61,8 @@ class Runner:
             raise SettingError("fused and compile are two ways to run the same sums; choose one.")
         self.net, self.plan, self.distilled, self.fused = net, plan, distilled, fused
         self.graphs = graphs
+        self.look = look_through(net)
+        """A quick look at what a latent decodes to, at the size of the encoded picture; None where there is none."""
         self.sums = CompiledSums() if compile else None
         """The compiled sums, if any."""
         self.recordings: Recordings | None = None
@@ -167,7 +170,7 @@ class Runner:
                 "The weights were already brought into the form that runs, so they cannot be changed any more. "
                 "Load the decoder again, and change it before the first picture and without a memory plan."
             )
-        self._schedule = self._heeds_noise = None
+        self._schedule = self._heeds_noise = self.look = None
         if self.recordings is not None:
             self.recordings.clear()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -17,8 +17,11 @@ from pidecode.errors import LatentError, MissingDependencyError, SettingError, S
 from pidecode.facts.spaces import LatentSpace, get_space
 from pidecode.latents.frames import LatentStatistics, denormalise, normalise
 from pidecode.latents.latent import Latent
+from pidecode.model.encoder import Look
 
 PathLike = str | os.PathLike[str]
+Encode = Callable[[Tensor], Tensor]
+"""Pictures `[B, 3, H, W]` in [-1, 1] to normalised latents."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -86,15 +89,18 @@ class SpaceEncoder:
         return self
 
     @torch.no_grad()
-    def __call__(self, pictures: Tensor) -> Tensor:
+    def __call__(self, pictures: Tensor, look: Look | None = None) -> Tensor:
         """Pictures `[B, 3, H, W]` in [-1, 1] to normalised latents `[B, C, H/down, W/down]`, float32.
 
+        look: what the decoder to come makes of a latent, at the picture's size. An encoder that was trained to
+        (`EncoderConfig.rounds`) corrects its latent by it; to all others, and without it, it makes no difference.
         Sides must be multiples of the space's `input_multiple`; dinov2 and siglip take any size and see their own
         square (SPEC.md section 5). Raises SizeError for other sides, SettingError for other tensors, LatentError
         when the encoder answers with NaN.
         """
         check_pictures(pictures, self.space)
-        raw = self._native.encode(pictures.to(self.device, torch.float32)).float()
+        given = pictures.to(self.device, torch.float32)
+        raw = (self._native.encode(given) if look is None else self._encode_looking(given, look)).float()
         latent = raw if self._already_normalised else normalise(raw, self.space, self.statistics)
         if not bool(torch.isfinite(latent).all()):
             raise LatentError(
@@ -102,6 +108,12 @@ class SpaceEncoder:
                 "with dtype=torch.float32."
             )
         return latent
+
+    def _encode_looking(self, pictures: Tensor, look: Look) -> Tensor:
+        from pidecode.latents.small_encoder import TinyNative
+
+        native = self._native
+        return native.encode(pictures, look) if isinstance(native, TinyNative) else native.encode(pictures)
 
     @torch.no_grad()
     def decode_native(self, latent: Tensor) -> Tensor:
@@ -150,13 +162,18 @@ class LazyEncoder:
         """Whether `decode_native` is at hand."""
         return self.loaded.can_decode
 
-    def __call__(self, pictures: Tensor) -> Tensor:
+    def __call__(self, pictures: Tensor, look: Look | None = None) -> Tensor:
         """Pictures to normalised latents; see `SpaceEncoder`."""
-        return self.loaded(pictures)
+        return self.loaded(pictures, look)
 
     def decode_native(self, latent: Tensor) -> Tensor:
         """Normalised latents to the space's own pictures; see `SpaceEncoder`."""
         return self.loaded.decode_native(latent)
+
+
+def encode_for(look: Look | None, encoder: Encode, pictures: Tensor) -> Tensor:
+    """Latents by `encoder`, which may be any function, for the decoder behind `look` where it can make use of that."""
+    return encoder(pictures, look) if isinstance(encoder, (SpaceEncoder, LazyEncoder)) else encoder(pictures)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 from pidecode.errors import CheckpointError
 from pidecode.facts.spaces import LatentSpace
 from pidecode.latents.autoencoders import fill
-from pidecode.model.encoder import EncoderConfig, ImageEncoder
+from pidecode.model.encoder import EncoderConfig, ImageEncoder, Look
 from pidecode.weights.header import looks_like_safetensors, read_header, read_start
 from pidecode.weights.read import read_tensors
 
@@ -26,9 +26,9 @@ class TinyNative:
     def __init__(self, model: ImageEncoder) -> None:
         self.model = model.eval().requires_grad_(False)
 
-    def encode(self, pictures: Tensor) -> Tensor:
-        """Normalised latents `[B, 128, h, w]`."""
-        latents: Tensor = self.model(pictures.to(self.model.stem.weight.dtype))
+    def encode(self, pictures: Tensor, look: Look | None = None) -> Tensor:
+        """Normalised latents `[B, 128, h, w]`; with a `look` at what they decode to, corrected by it."""
+        latents: Tensor = self.model(pictures.to(self.model.stem.weight.dtype), look)
         return latents
 
     def decode(self, raw: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -16,12 +16,17 @@ from pidecode.errors import SettingError, SizeError
 STRIDE = 16
 """Input pixels per packed latent cell, along each side."""
 
+Look = Callable[[Tensor], Tensor]
+"""From a normalised latent [B,128,h,w] to what a decoder makes of it, shrunk to the encoded picture's size."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderConfig:
     """Widths and depths of an ImageEncoder at the picture's own side, a half, a quarter and an eighth of it.
 
-    `channels` is that of the packed latent (128 for FLUX.2). Raises SettingError for values that cannot be built.
+    `channels` is that of the packed latent (128 for FLUX.2), `inputs` those of what is read: a picture's three, or six
+    with an error beside it. `rounds`: how often the latent is corrected after a look at what it decodes to; 0 builds
+    an encoder without the part that does it. Raises SettingError for values that cannot be built.
     """
 
     full_width: int = 48
@@ -33,12 +38,14 @@ class EncoderConfig:
     eighth_width: int = 128
     eighth_blocks: int = 4
     channels: int = 128
+    inputs: int = 3
+    rounds: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if type(value) is not int or value < 1:
-                raise SettingError(f"{field.name} is {value!r}; it must be a positive whole number.")
+            value, least = getattr(self, field.name), 0 if field.name == "rounds" else 1
+            if type(value) is not int or value < least:
+                raise SettingError(f"{field.name} is {value!r}; it must be a whole number from {least} on.")
         if self.channels % 4:
             raise SettingError(f"channels is {self.channels}; 2x2 cells are packed, so it must be a multiple of 4.")
 
@@ -98,7 +105,7 @@ class ImageEncoder(nn.Module):
     def __init__(self, config: EncoderConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or EncoderConfig()
-        self.stem = nn.Conv2d(3, config.full_width, 3, padding=1)
+        self.stem = nn.Conv2d(config.inputs, config.full_width, 3, padding=1)
         self.at_full = nn.Sequential(*(ResidualBlock(config.full_width) for _ in range(config.full_blocks)))
         self.to_half = nn.Conv2d(config.full_width, config.half_width, 3, stride=2, padding=1)
         self.at_half = nn.Sequential(*(ResidualBlock(config.half_width) for _ in range(config.half_blocks)))
@@ -107,6 +114,8 @@ class ImageEncoder(nn.Module):
         self.to_eighth = nn.Conv2d(config.quarter_width, config.eighth_width, 3, stride=2, padding=1)
         self.at_eighth = nn.Sequential(*(ContextBlock(config.eighth_width) for _ in range(config.eighth_blocks)))
         self.head = nn.Conv2d(config.eighth_width, config.channels // 4, 3, padding=1)
+        if config.rounds:
+            self.corrector = ImageEncoder(replace(config, inputs=2 * config.inputs, rounds=0))
 
     def half_features(self, picture: Tensor) -> Tensor:
         """Features at half of the picture's side."""
@@ -127,8 +136,20 @@ class ImageEncoder(nn.Module):
         """The latent before patchifying: [B,channels/4,H/8,W/8]."""
         return self.cells_from(self.quarter_features(self.half_features(picture)))
 
-    def forward(self, picture: Tensor) -> Tensor:
-        """Raises SizeError unless the picture is [B,3,H,W] with sides that are multiples of 16."""
+    def correction(self, picture: Tensor, error: Tensor) -> Tensor:
+        """What to add to the cells of a latent to which `error` is missing in what it decodes to; nothing for none.
+
+        error: the picture less what was decoded, at its size. Only an encoder with `rounds` can tell.
+        """
+        both = torch.cat((torch.cat((picture, error), dim=1), torch.cat((picture, torch.zeros_like(error)), dim=1)))
+        with_error, without = self.corrector.cells(both).chunk(2)
+        return with_error - without
+
+    def forward(self, picture: Tensor, look: Look | None = None) -> Tensor:
+        """The latent; with a `look`, one corrected for `config.rounds` times by what the last one still gets wrong.
+
+        Raises SizeError unless the picture is [B,3,H,W] with sides that are multiples of 16.
+        """
         if picture.ndim != 4 or picture.shape[1] != 3:
             raise SizeError(f"The encoder takes pictures [B,3,H,W]; this one is {list(picture.shape)}.")
         height, width = picture.shape[-2:]
@@ -137,7 +158,13 @@ class ImageEncoder(nn.Module):
                 f"A {width}x{height} picture does not divide into {STRIDE}-pixel cells; "
                 f"crop it to {width // STRIDE * STRIDE}x{height // STRIDE * STRIDE}."
             )
-        return functional.pixel_unshuffle(self.cells(picture), 2)
+        cells = self.cells(picture)
+        if look is None:
+            return functional.pixel_unshuffle(cells, 2)
+        for _ in range(self.config.rounds):
+            error = picture - look(functional.pixel_unshuffle(cells, 2)).to(picture)
+            cells = cells + self.correction(picture, error)
+        return functional.pixel_unshuffle(cells, 2)
 
 
 def encoder_parameters(config: EncoderConfig) -> int:

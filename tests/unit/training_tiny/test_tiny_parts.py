@@ -15,6 +15,7 @@ from pidecode.errors import CheckpointError, LatentError, SettingError, Training
 from pidecode.facts.architecture import NetConfig
 from pidecode.model.encoder import ImageEncoder
 from pidecode.model.network import PixelNet
+from pidecode.model.regressor import Regressor, into_pixelnet
 from pidecode.training.tiny.augment import varied
 from pidecode.training.tiny.cache import LatentCache, crop_to_multiple, held_out, quarter, read_manifest
 from pidecode.training.tiny.decoder_stage import DecoderRecipe, noised, run_regressor
@@ -22,7 +23,6 @@ from pidecode.training.tiny.encoder_stage import EncoderRecipe, by_levels, run_e
 from pidecode.training.tiny.joint_stage import coarse_error
 from pidecode.training.tiny.muon import Muon, muon_groups, orthogonalised
 from pidecode.training.tiny.procedural import KINDS, procedural_picture
-from pidecode.training.tiny.regressor import Regressor, into_pixelnet
 from pidecode.training.tiny.state import load_state
 from pidecode.training.tiny.teacher import TeacherAutoencoder
 from pidecode.weights.shapes import read_structure

@@ -14,12 +14,12 @@ from PIL import Image
 from pidecode import PixelDecoder
 from pidecode.errors import SettingError, TrainingError
 from pidecode.model.encoder import ImageEncoder
+from pidecode.model.regressor import Regressor, into_pixelnet, out_of_pixelnet
 from pidecode.training.tiny.cache import LatentCache, held_out, quarter, read_manifest
 from pidecode.training.tiny.decoder_stage import small_config, tiny_config
 from pidecode.training.tiny.grow import grown
 from pidecode.training.tiny.joint_stage import TINIEST, TYPICAL, JointRecipe, Pair, levelled, run_joint
 from pidecode.training.tiny.procedural import procedural_picture
-from pidecode.training.tiny.regressor import Regressor, into_pixelnet, out_of_pixelnet
 from pidecode.training.tiny.release import load_pair, release_decoder, release_encoder, released_pair
 from pidecode.training.tiny.run import TinyRun, build_cache, train_small
 from pidecode.training.tiny.state import load_state, save_state

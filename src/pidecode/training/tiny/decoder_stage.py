@@ -13,10 +13,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from pidecode.facts.architecture import NetConfig
+from pidecode.model.regressor import Regressor
 from pidecode.training.tiny.augment import varied
 from pidecode.training.tiny.cache import CropBatch, LatentCache
 from pidecode.training.tiny.muon import Muon, muon_groups
-from pidecode.training.tiny.regressor import Regressor
 from pidecode.training.tiny.stage import Draws, Learner, Parts, Report, Stage, StageRecipe, resume
 from pidecode.training.tiny.teacher import TeacherAutoencoder
 

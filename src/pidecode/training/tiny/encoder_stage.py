@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from pidecode.model.encoder import EncoderConfig, ImageEncoder
@@ -95,6 +95,6 @@ def run_encoder(
     return stage.learn(model, [learner], loss_of, state)
 
 
-def encoder_optimizer(model: ImageEncoder) -> Muon:
-    """Muon for the inner convolutions, Adam for the first and the last."""
+def encoder_optimizer(model: nn.Module) -> Muon:
+    """For an encoder or its parts: Muon for the inner convolutions, Adam for the first and the last."""
     return Muon(muon_groups(model.named_parameters(), adam_names=("stem", "head")), lr=0.0)

@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a trained regressor to a deeper one that gives the same picture, to be trained on."""
+"""From trained networks to larger ones: a deeper regressor, an encoder with corrections."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from pidecode.errors import SettingError
 from pidecode.facts.architecture import NetConfig
-from pidecode.training.tiny.regressor import Regressor
+from pidecode.model.encoder import ImageEncoder
+from pidecode.model.regressor import Regressor
+
+GAIN = 0.3
+"""How much of an error an encoder's corrections first add to the picture: more helps more at once, but swings."""
 
 
 @torch.no_grad()
@@ -45,3 +51,16 @@ def _spread(weight: Tensor, fold: int) -> Tensor:
     cells = weight.unflatten(1, (-1, fold, fold)) / 4
     spread: Tensor = cells.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2).flatten(1)
     return spread
+
+
+def with_corrections(encoder: ImageEncoder, rounds: int) -> ImageEncoder:
+    """`encoder` with a corrector that starts as itself, reading GAIN of an error as if it were part of the picture.
+
+    That already helps: what is added to the picture before it is encoded comes back in what is decoded.
+    """
+    corrected = ImageEncoder(replace(encoder.config, rounds=rounds))
+    own = encoder.state_dict()
+    tensors = own | {f"corrector.{name}": value for name, value in own.items()}
+    tensors["corrector.stem.weight"] = torch.cat((own["stem.weight"], GAIN * own["stem.weight"]), dim=1)
+    corrected.load_state_dict(tensors)
+    return corrected

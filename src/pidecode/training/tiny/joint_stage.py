@@ -8,7 +8,7 @@ lead it away is bounded by what the teacher's own decoder would show of it.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from pidecode.errors import TrainingError
 from pidecode.model.encoder import ImageEncoder
+from pidecode.model.regressor import Regressor, shrunk
 from pidecode.training.tiny.augment import varied
 from pidecode.training.tiny.cache import SCALE, LatentCache
 from pidecode.training.tiny.decoder_stage import decoder_optimizer, draw_crops, noised, tempered
 from pidecode.training.tiny.encoder_stage import encoder_optimizer
-from pidecode.training.tiny.regressor import Regressor
 from pidecode.training.tiny.stage import Draws, Learner, Parts, Report, Stage, StageRecipe, resume
 from pidecode.training.tiny.teacher import TeacherAutoencoder
 
@@ -37,7 +37,9 @@ class JointRecipe(StageRecipe):
     decoder_rate: float = 1.5e-4
     """That of the rest of the decoder; 0 leaves it as it is."""
     encoder_rate: float = 1.5e-4
-    """0 leaves the encoder as it is and trains the decoder alone."""
+    """That of the encoder's first guess."""
+    corrector_rate: float = 3e-4
+    """That of the encoder's corrections, if it has any."""
     decay_from: float = 0.0
     """Share of the budget after which the rates fall linearly to a fiftieth."""
     crops: tuple[tuple[int, int, float], ...] = ((256, 4, 0.5), (384, 2, 0.25), (512, 1, 0.25))
@@ -53,6 +55,10 @@ class JointRecipe(StageRecipe):
     coarse: tuple[tuple[int, float], ...] = ((16, 4.0), (64, 4.0))
     """Sides in pixels of squares, and the weight of the squared differences of their mean colours, beside that of the
     pixels: hardly a tenth of the error, and what is seen first of it."""
+    first_share: float = 0.2
+    """Share of the steps that train the encoder's first guess; the others train its corrections, where it has any."""
+    teacher_weight: float = 0.25
+    """Weight of the one crop of a step that is decoded from the teacher's latent."""
     noisy_share: float = 0.1
     largest_sigma: float = 0.8
     workers: int = 2
@@ -103,28 +109,47 @@ def joint_loss(
     """
     drawn = draw_crops(cache, recipe.crops, draws.crops).to(recipe.device).target
     pictures, small = varied(drawn, draws.crops, recoloured=recipe.recoloured, joined=recipe.joined)
-    count = len(small)
-    both = slice((count + 1) // 2)
-    with torch.no_grad():  # as whole pictures: a cut-out of a larger one's latent would not know its own colours
-        wanted = teacher.encode(small[both])
+    with torch.no_grad():  # as a whole picture: a cut-out of a larger one's latent would not know its own colours
+        wanted = teacher.encode(small[:1])
         decoded = teacher.decode(wanted)
-    with torch.set_grad_enabled(recipe.encoder_rate > 0):
-        cells = pair.encoder.cells(small)
-    latents = F.pixel_unshuffle(torch.cat((cells, wanted)), 2)
-    given, sigma = noised(latents, recipe.noisy_share, recipe.largest_sigma, draws.noise)
-    made, target = pair.decoder(given), torch.cat((pictures, pictures[both]))
+    cells = encoded(pair, small, recipe, draws)
+    latents, target, shown = cells, pictures, small
+    if recipe.teacher_weight:
+        latents, target = torch.cat((cells, wanted)), torch.cat((pictures, pictures[:1]))
+        shown = torch.cat((small, decoded))
+    given, sigma = noised(F.pixel_unshuffle(latents, 2), recipe.noisy_share, recipe.largest_sigma, draws.noise)
+    made = pair.decoder(given)
     error = (made - target).square().mean((1, 2, 3))
-    off = coarse_error(made, torch.cat((small, decoded)), recipe.coarse)
+    off = coarse_error(made, shown, recipe.coarse)
     lost = levelled(error + off) * tempered(sigma).to(error)
-    loss = lost[:count].mean() + 0.5 * lost[count:].mean()
-    parts = {"own": error[:count].mean().item(), "teacher": error[count:].mean().item(), "coarse": off.mean().item()}
-    if recipe.encoder_rate:
-        imitation = F.mse_loss(teacher.decode(cells[:1]), decoded[:1])  # one is dear enough
-        distance = F.mse_loss(cells[both], wanted)
-        beyond = F.relu(levelled(imitation) - levelled(torch.tensor(recipe.allowed_difference)))
-        loss = loss + recipe.imitation_weight * beyond + recipe.latent_weight * distance
-        parts |= {"imitation": imitation.item(), "latent": distance.item()}
-    return loss, parts
+    count = len(small)
+    loss = lost[:count].mean()
+    parts = {"own": error[:count].mean().item(), "coarse": off.mean().item()}
+    if recipe.teacher_weight:
+        loss = loss + recipe.teacher_weight * lost[-1]
+        parts |= {"teacher": error[-1].item()}
+    imitation = F.mse_loss(teacher.decode(cells[:1]), decoded)  # one is dear enough
+    distance = F.mse_loss(cells[:1], wanted)
+    beyond = F.relu(levelled(imitation) - levelled(torch.tensor(recipe.allowed_difference)))
+    loss = loss + recipe.imitation_weight * beyond + recipe.latent_weight * distance
+    return loss, parts | {"imitation": imitation.item(), "latent": distance.item()}
+
+
+def encoded(pair: Pair, small: Tensor, recipe: JointRecipe, draws: Draws) -> Tensor:
+    """Cells after a random number of rounds of correction, with the gradient of the last one alone.
+
+    Each round then learns to make the best of what the ones before it left, at the cost of one.
+    """
+    rounds = pair.encoder.config.rounds
+    last = int(draws.crops.integers(1, rounds + 1)) if rounds and draws.crops.random() >= recipe.first_share else 0
+    with torch.set_grad_enabled(last == 0):
+        cells = pair.encoder.cells(small)
+    for index in range(1, last + 1):
+        with torch.no_grad():
+            error = small - shrunk(pair.decoder(F.pixel_unshuffle(cells, 2)), SCALE)
+        with torch.set_grad_enabled(index == last):
+            cells = cells + pair.encoder.correction(small, error)
+    return cells
 
 
 def halves(decoder: Regressor) -> tuple[nn.Module, nn.Module]:
@@ -134,17 +159,31 @@ def halves(decoder: Regressor) -> tuple[nn.Module, nn.Module]:
     return nn.ModuleDict({"finest": finest, "pit_head": decoder.adapter.pit_head}), nn.ModuleDict(before_and_after)
 
 
+def learners_of(pair: Pair, recipe: JointRecipe) -> list[Learner]:
+    """The parts that learn, each at its rate; one whose rate is 0 stays as it is."""
+
+    def constant(rate: float) -> Callable[[float], float]:
+        return lambda progress: rate
+
+    finest, rest = halves(pair.decoder)
+    first = nn.ModuleDict({name: part for name, part in pair.encoder.named_children() if name != "corrector"})
+    learners = [
+        Learner(finest, decoder_optimizer(finest), constant(recipe.finest_rate)),
+        Learner(rest, decoder_optimizer(rest), constant(recipe.decoder_rate)),
+        Learner(first, encoder_optimizer(first), constant(recipe.encoder_rate)),
+    ]
+    if pair.encoder.config.rounds:
+        corrector = pair.encoder.corrector
+        learners.append(Learner(corrector, encoder_optimizer(corrector), constant(recipe.corrector_rate)))
+    return learners
+
+
 def _work(
     rank: int, pair: Pair, teacher: TeacherAutoencoder, cache: LatentCache, folder: Path, recipe: JointRecipe,
     state: Mapping[str, Any] | None, report: Report,
 ) -> None:  # fmt: skip
     """One process's loop over the shared weights."""
-    finest, rest = halves(pair.decoder)
-    learners = [
-        Learner(finest, decoder_optimizer(finest), lambda progress: recipe.finest_rate),
-        Learner(rest, decoder_optimizer(rest), lambda progress: recipe.decoder_rate),
-        Learner(pair.encoder, encoder_optimizer(pair.encoder), lambda progress: recipe.encoder_rate),
-    ]
+    learners = learners_of(pair, recipe)
     note = {"decoder_config": pair.decoder.config.to_dict(), "encoder_config": pair.encoder.config.to_dict()}
     stage = Stage(name="joint", recipe=recipe, path=folder / "joint.pt", note=note, report=report, rank=rank)
     stage.learn(pair, learners, lambda progress, draws: joint_loss(pair, teacher, cache, recipe, draws), state)
@@ -159,9 +198,9 @@ def run_joint(
     With several workers a run is not repeatable to the bit: who updates first is up to the machine.
     """
     state = resume(folder / "joint.pt", pair)
-    pair.requires_grad_(True)
-    halves(pair.decoder)[1].requires_grad_(recipe.decoder_rate > 0)
-    pair.encoder.requires_grad_(recipe.encoder_rate > 0)
+    pair.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for learner in learners_of(pair, recipe):
+        learner.network.requires_grad_(learner.rate(0.0) > 0)
     if recipe.workers == 1 or recipe.device != "cpu":
         pair.to(recipe.device)
         _work(0, pair, teacher, cache, folder, recipe, state, report)

@@ -14,8 +14,8 @@ from pidecode.facts.checkpoints import APACHE_2, STUDENT_TIMES, TINY_ENCODER
 from pidecode.facts.spaces import get_space
 from pidecode.latents.small_encoder import load_tiny_encoder
 from pidecode.model.encoder import EncoderConfig, ImageEncoder
+from pidecode.model.regressor import Regressor, into_pixelnet, out_of_pixelnet
 from pidecode.training.tiny.joint_stage import Pair
-from pidecode.training.tiny.regressor import Regressor, into_pixelnet, out_of_pixelnet
 from pidecode.training.tiny.state import load_state
 from pidecode.weights.build import build_network
 from pidecode.weights.detect import detect

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cheap half of training: the adapter with one linear layer to pixels, which then starts a whole PixelNet.
+"""The short way from latent to picture: the adapter with one linear layer to pixels, and how a PixelNet carries it.
 
 Nearly everything a small decoder knows sits in the adapter, and a pixel block costs several times as much as the
 adapter. So the adapter is first trained alone; `into_pixelnet` then sets a PixelNet so that it computes the same
-picture, and what the rest of the network adds is learned from there.
+picture, and what the rest of the network adds is learned from there. A network that has learned nothing further can be
+looked through: `look_through`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from pidecode.errors import SettingError
 from pidecode.facts.architecture import NetConfig
 from pidecode.model.adapter import ClimbingTower, LatentAdapter
+from pidecode.model.encoder import Look
 from pidecode.model.network import PixelNet
 
 GATE_BIAS = 4.0
@@ -125,22 +127,10 @@ def into_pixelnet(regressor: Regressor) -> PixelNet:
     Three pixel channels carry colour and the last a large constant. The first pixel block's shift holds the colours,
     its feed-forward passes them through (`gelu(x) - gelu(-x) = x`), and every other path starts shut, with a slope.
     """
-    config = regressor.config
-    net = PixelNet(config).cpu()
-    tensors = net.state_dict()
-    tensors |= {f"lq_proj.{name}": value.cpu() for name, value in regressor.adapter.state_dict().items()}
-    for name, value in tensors.items():
-        if any(part in name for part in SHUT) or name.endswith("content_proj.weight"):
-            tensors[name] = torch.zeros_like(value)
-        elif name.endswith("content_proj.bias"):
-            tensors[name] = torch.full_like(value, GATE_BIAS)
-        elif name.endswith("log_alpha"):
-            tensors[name] = torch.full_like(value, GATE_LOG_ALPHA)
-    size = CARRIER / config.pixel_hidden_size**0.5
-    tensors["pixel_embedder.proj.bias"][-1] = CARRIER
-    tensors["final_layer.linear.weight"][:, :3] = torch.eye(3) * size / COLOUR_GAIN
-    tensors |= _first_pixel_block(regressor, size)
-    net.load_state_dict(tensors)
+    net = PixelNet(regressor.config).cpu()
+    adapter = {f"lq_proj.{name}": value.cpu() for name, value in regressor.adapter.state_dict().items()}
+    tensors = net.state_dict() | adapter
+    net.load_state_dict(tensors | _settled(tensors, regressor.to_pixels, regressor.config))
     return net
 
 
@@ -150,34 +140,84 @@ def out_of_pixelnet(net: PixelNet) -> Regressor:
 
     Raises SettingError for a network that was made otherwise, or has been trained since.
     """
-    config, tensors = net.config, net.state_dict()
-    regressor = Regressor(config)
-    width, pixels = config.pixel_hidden_size, config.patch_size**2
-    opening = torch.sigmoid(torch.tensor(GATE_BIAS))
-    for name, gain in (("weight", COLOUR_GAIN / opening), ("bias", torch.tensor(COLOUR_GAIN))):
-        rows = tensors[f"pixel_blocks.0.adaLN_modulation.0.{name}"].float()
-        colours = rows.unflatten(0, (pixels, 6, width))[:, 3, :3] / gain
-        getattr(regressor.to_pixels, name).copy_(colours.transpose(0, 1).flatten(0, 1))
-    adapter = {name.removeprefix("lq_proj."): value for name, value in tensors.items() if name.startswith("lq_proj.")}
-    regressor.adapter.load_state_dict(adapter)
-    again = into_pixelnet(regressor).state_dict()
-    first = _first_pixel_block(regressor, 1.0)
-    settled = [name for name in again if name in first or any(part in name for part in SHUT)]
-    if any(not torch.allclose(tensors[name].float(), again[name], atol=1e-3, rtol=1e-2) for name in settled):
-        raise SettingError(
-            "This network was not made from a regressor, or was trained since, so it cannot become one again."
-        )
+    regressor = Regressor(net.config)
+    regressor.to_pixels = _to_pixels_of(net)
+    regressor.adapter.load_state_dict(net.lq_proj.state_dict())
     return regressor
 
 
-def _first_pixel_block(regressor: Regressor, size: float) -> dict[str, Tensor]:
+def _settled(tensors: Mapping[str, Tensor], to_pixels: nn.Linear, config: NetConfig) -> dict[str, Tensor]:
+    """The tensors of a network that `into_pixelnet` sets, but for the adapter's own."""
+    settled: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if any(part in name for part in SHUT) or name.endswith("content_proj.weight"):
+            settled[name] = torch.zeros_like(value)
+        elif name.endswith("content_proj.bias"):
+            settled[name] = torch.full_like(value, GATE_BIAS)
+        elif name.endswith("log_alpha"):
+            settled[name] = torch.full_like(value, GATE_LOG_ALPHA)
+    size = CARRIER / config.pixel_hidden_size**0.5
+    settled["pixel_embedder.proj.bias"][-1] = CARRIER
+    settled["final_layer.linear.weight"][:, :3] = torch.eye(3) * size / COLOUR_GAIN
+    return settled | _first_pixel_block(to_pixels, config, size)
+
+
+@torch.no_grad()
+def _to_pixels_of(net: PixelNet) -> nn.Linear:
+    """The map from `hidden_size` to pixels that the first pixel block's shift holds, float32, on the processor.
+
+    Raises SettingError where the network is not as `into_pixelnet` made it.
+    """
+    config, tensors = net.config, {name: value.float().cpu() for name, value in net.state_dict().items()}
+    to_pixels = nn.Linear(config.hidden_size, 3 * config.patch_size**2)
+    opening = torch.sigmoid(torch.tensor(GATE_BIAS))
+    for name, gain in (("weight", COLOUR_GAIN / opening), ("bias", torch.tensor(COLOUR_GAIN))):
+        rows = tensors[f"pixel_blocks.0.adaLN_modulation.0.{name}"]
+        colours = rows.unflatten(0, (config.patch_size**2, 6, config.pixel_hidden_size))[:, 3, :3] / gain
+        getattr(to_pixels, name).copy_(colours.transpose(0, 1).flatten(0, 1))
+    again = _settled(tensors, to_pixels, config)
+    if any(not torch.allclose(tensors[name], value, atol=1e-3, rtol=1e-2) for name, value in again.items()):
+        raise SettingError(
+            "This network was not made from a regressor, or was trained since, so it cannot become one again."
+        )
+    return to_pixels
+
+
+def look_through(net: PixelNet) -> Look | None:
+    """What a latent decodes to, within [-1, 1], shrunk to the size of the encoded picture, by the short way.
+
+    None for a network that has none: one whose pixel blocks make more of it than what the adapter says, one whose
+    weights are not there or no longer whole. Follows the adapter's weights where they go.
+    """
+    if not net.config.adapter_levels or net.slimmed or net.device.type == "meta":
+        return None
+    try:
+        to_pixels = _to_pixels_of(net)
+    except SettingError:
+        return None
+    with torch.device("meta"):
+        regressor = Regressor(net.config)
+    regressor.adapter, regressor.to_pixels = net.lq_proj, to_pixels.requires_grad_(False)
+
+    @torch.no_grad()
+    def look(latent: Tensor) -> Tensor:
+        regressor.to_pixels.to(net.device, net.dtype)
+        return shrunk(regressor(latent.to(net.device)).float(), net.config.scale)
+
+    return look
+
+
+def shrunk(picture: Tensor, scale: int) -> Tensor:
+    """A decoded picture [B,3,H,W], clamped to [-1, 1], at the size of what was encoded: antialiased bicubic."""
+    return F.interpolate(picture.clamp(-1, 1), scale_factor=1 / scale, mode="bicubic", antialias=True)
+
+
+def _first_pixel_block(to_pixels: nn.Linear, config: NetConfig, size: float) -> dict[str, Tensor]:
     """The block's tensors that are not as they were: its modulation, its second norm and its feed-forward."""
-    config = regressor.config
     width, pixels = config.pixel_hidden_size, config.patch_size**2
     opening = torch.sigmoid(torch.tensor(GATE_BIAS))
     colours = {
-        name: value.cpu().unflatten(0, (3, pixels)).transpose(0, 1)
-        for name, value in regressor.to_pixels.named_parameters()
+        name: value.cpu().unflatten(0, (3, pixels)).transpose(0, 1) for name, value in to_pixels.named_parameters()
     }
     weight, bias = torch.zeros(pixels, 6, width, config.hidden_size), torch.zeros(pixels, 6, width)
     weight[:, 3, :3] = COLOUR_GAIN * colours["weight"] / opening  # the second shift
