@@ -175,7 +175,7 @@ class PixelDecoder:
     def encode(
         self, picture: images.ImageSource, *, caption: str | Sequence[str] | None = None, fit: Fit = "crop"
     ) -> Latent:
-        """A picture as a clean latent of this decoder's space.
+        """A picture as a clean latent of this decoder's space, made for this decoder where the encoder can look.
 
         picture: a path, bytes, a PIL image, or a tensor `[B, 3, H, W]` (or `[3, H, W]`) in [-1, 1].
         fit: "crop" centre-crops the sides to the multiple the encoder needs, "pad" mirrors the edges out to it.

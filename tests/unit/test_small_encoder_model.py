@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -41,9 +43,33 @@ def test_settings_go_to_a_file_and_back() -> None:
         EncoderConfig.from_dict({"depth": 3})
     with pytest.raises(SettingError, match="half_width"):
         EncoderConfig(half_width=0)
+    assert EncoderConfig.from_dict(replace(SMALL, rounds=3).to_dict()).rounds == 3
+    for rounds in (-1, 17):
+        with pytest.raises(SettingError, match="rounds"):
+            EncoderConfig(rounds=rounds)
     with pytest.raises(SettingError, match="multiple of 4"):
         EncoderConfig(channels=30)
 
 
+def test_a_latent_is_corrected_by_what_it_still_gets_wrong_for_as_many_rounds_as_it_was_trained() -> None:
+    torch.manual_seed(0)
+    encoder, picture = ImageEncoder(replace(SMALL, rounds=2)).eval(), torch.rand(1, 3, 32, 32)
+    seen: list[torch.Tensor] = []
+
+    def look(latent: torch.Tensor) -> torch.Tensor:
+        seen.append(latent)
+        return torch.full_like(picture, 0.25 * len(seen))
+
+    with torch.no_grad():
+        first, made = encoder(picture), encoder(picture, look)
+        assert torch.equal(seen[0], first)
+        assert len(seen) == 2
+        second = encoder.cells(picture) + encoder.correction(picture, picture - 0.25)
+        assert torch.equal(seen[1], torch.nn.functional.pixel_unshuffle(second, 2))
+        last = second + encoder.correction(picture, picture - 0.5)
+        assert torch.equal(made, torch.nn.functional.pixel_unshuffle(last, 2))
+        assert torch.equal(encoder(picture, lambda latent: picture), first)  # nothing wrong, nothing to correct
+
+
 def test_the_shipped_shape_fits_its_share_of_the_package() -> None:
-    assert 2 * encoder_parameters(EncoderConfig()) < 6e6
+    assert 2 * encoder_parameters(EncoderConfig(rounds=4)) < 12e6

@@ -16,6 +16,9 @@ from pidecode.errors import SettingError, SizeError
 STRIDE = 16
 """Input pixels per packed latent cell, along each side."""
 
+MOST_ROUNDS = 16
+"""Most corrections an encoder may ask for: each costs a look and an encoding, and a file decides over them."""
+
 Look = Callable[[Tensor], Tensor]
 """From a normalised latent [B,128,h,w] to what a decoder makes of it, shrunk to the encoded picture's size."""
 
@@ -24,9 +27,9 @@ Look = Callable[[Tensor], Tensor]
 class EncoderConfig:
     """Widths and depths of an ImageEncoder at the picture's own side, a half, a quarter and an eighth of it.
 
-    `channels` is that of the packed latent (128 for FLUX.2), `inputs` those of what is read: a picture's three, or six
-    with an error beside it. `rounds`: how often the latent is corrected after a look at what it decodes to; 0 builds
-    an encoder without the part that does it. Raises SettingError for values that cannot be built.
+    `channels` is that of the packed latent (128 for FLUX.2). `rounds`: how often the latent is corrected after a look
+    at what it decodes to, at most MOST_ROUNDS; 0 builds an encoder without the part that does it. Raises SettingError
+    for values that cannot be built.
     """
 
     full_width: int = 48
@@ -38,7 +41,6 @@ class EncoderConfig:
     eighth_width: int = 128
     eighth_blocks: int = 4
     channels: int = 128
-    inputs: int = 3
     rounds: int = 0
 
     def __post_init__(self) -> None:
@@ -46,6 +48,8 @@ class EncoderConfig:
             value, least = getattr(self, field.name), 0 if field.name == "rounds" else 1
             if type(value) is not int or value < least:
                 raise SettingError(f"{field.name} is {value!r}; it must be a whole number from {least} on.")
+        if self.rounds > MOST_ROUNDS:
+            raise SettingError(f"rounds is {self.rounds}; more than {MOST_ROUNDS} are never worth their time.")
         if self.channels % 4:
             raise SettingError(f"channels is {self.channels}; 2x2 cells are packed, so it must be a multiple of 4.")
 
@@ -102,10 +106,10 @@ class ImageEncoder(nn.Module):
     channels, order (channel, row, column). It depends on the whole picture: encode first, crop after.
     """
 
-    def __init__(self, config: EncoderConfig | None = None) -> None:
+    def __init__(self, config: EncoderConfig | None = None, *, inputs: int = 3) -> None:
         super().__init__()
         self.config = config = config or EncoderConfig()
-        self.stem = nn.Conv2d(config.inputs, config.full_width, 3, padding=1)
+        self.stem = nn.Conv2d(inputs, config.full_width, 3, padding=1)
         self.at_full = nn.Sequential(*(ResidualBlock(config.full_width) for _ in range(config.full_blocks)))
         self.to_half = nn.Conv2d(config.full_width, config.half_width, 3, stride=2, padding=1)
         self.at_half = nn.Sequential(*(ResidualBlock(config.half_width) for _ in range(config.half_blocks)))
@@ -115,7 +119,7 @@ class ImageEncoder(nn.Module):
         self.at_eighth = nn.Sequential(*(ContextBlock(config.eighth_width) for _ in range(config.eighth_blocks)))
         self.head = nn.Conv2d(config.eighth_width, config.channels // 4, 3, padding=1)
         if config.rounds:
-            self.corrector = ImageEncoder(replace(config, inputs=2 * config.inputs, rounds=0))
+            self.corrector = ImageEncoder(replace(config, rounds=0), inputs=2 * inputs)
 
     def half_features(self, picture: Tensor) -> Tensor:
         """Features at half of the picture's side."""
@@ -136,14 +140,18 @@ class ImageEncoder(nn.Module):
         """The latent before patchifying: [B,channels/4,H/8,W/8]."""
         return self.cells_from(self.quarter_features(self.half_features(picture)))
 
-    def correction(self, picture: Tensor, error: Tensor) -> Tensor:
+    def correction(self, picture: Tensor, error: Tensor, unprompted: Tensor | None = None) -> Tensor:
         """What to add to the cells of a latent to which `error` is missing in what it decodes to; nothing for none.
 
-        error: the picture less what was decoded, at its size. Only an encoder with `rounds` can tell.
+        error: the picture less what was decoded, at its size. unprompted: what the corrector says without an error,
+        if that is at hand. Only an encoder with `rounds` can tell.
         """
-        both = torch.cat((torch.cat((picture, error), dim=1), torch.cat((picture, torch.zeros_like(error)), dim=1)))
-        with_error, without = self.corrector.cells(both).chunk(2)
-        return with_error - without
+        if unprompted is None:
+            unprompted = self._prompted(picture, torch.zeros_like(error))
+        return self._prompted(picture, error) - unprompted
+
+    def _prompted(self, picture: Tensor, error: Tensor) -> Tensor:
+        return self.corrector.cells(torch.cat((picture, error), dim=1))
 
     def forward(self, picture: Tensor, look: Look | None = None) -> Tensor:
         """The latent; with a `look`, one corrected for `config.rounds` times by what the last one still gets wrong.
@@ -159,11 +167,11 @@ class ImageEncoder(nn.Module):
                 f"crop it to {width // STRIDE * STRIDE}x{height // STRIDE * STRIDE}."
             )
         cells = self.cells(picture)
-        if look is None:
-            return functional.pixel_unshuffle(cells, 2)
-        for _ in range(self.config.rounds):
-            error = picture - look(functional.pixel_unshuffle(cells, 2)).to(picture)
-            cells = cells + self.correction(picture, error)
+        if look is not None and self.config.rounds:
+            unprompted = self._prompted(picture, torch.zeros_like(picture))
+            for _ in range(self.config.rounds):
+                error = picture - look(functional.pixel_unshuffle(cells, 2)).to(picture)
+                cells = cells + self.correction(picture, error, unprompted)
         return functional.pixel_unshuffle(cells, 2)
 
 

@@ -17,11 +17,11 @@ from pidecode.model.encoder import ImageEncoder
 from pidecode.model.regressor import Regressor, into_pixelnet, out_of_pixelnet
 from pidecode.training.tiny.cache import LatentCache, held_out, quarter, read_manifest
 from pidecode.training.tiny.decoder_stage import small_config, tiny_config
-from pidecode.training.tiny.grow import grown
+from pidecode.training.tiny.grow import GAIN, grown, with_corrections
 from pidecode.training.tiny.joint_stage import TINIEST, TYPICAL, JointRecipe, Pair, levelled, run_joint
 from pidecode.training.tiny.procedural import procedural_picture
 from pidecode.training.tiny.release import load_pair, release_decoder, release_encoder, released_pair
-from pidecode.training.tiny.run import TinyRun, build_cache, train_small
+from pidecode.training.tiny.run import CORRECTIONS, TinyRun, build_cache, train_small
 from pidecode.training.tiny.state import load_state, save_state
 from pidecode.training.tiny.teacher import TeacherAutoencoder
 from tiny_training import ENCODER, SMALL, parts, started
@@ -113,6 +113,32 @@ def test_the_finest_level_learns_alone(cache: LatentCache, teacher: TeacherAutoe
     assert all("levels.3." in name or "pit_head" in name for name in changed)
 
 
+def test_corrections_start_by_reading_an_error_as_a_part_of_the_picture() -> None:
+    torch.manual_seed(0)
+    encoder, picture, error = ImageEncoder(ENCODER), torch.rand(2, 3, 32, 48), 0.1 * torch.randn(2, 3, 32, 48)
+    correcting = with_corrections(encoder, 3)
+    with torch.no_grad():
+        assert torch.equal(correcting(picture), encoder(picture))
+        wanted = encoder.cells(picture + GAIN * error) - encoder.cells(picture)
+        torch.testing.assert_close(correcting.correction(picture, error), wanted, atol=1e-5, rtol=1e-4)
+        assert not correcting.correction(picture, torch.zeros_like(error)).any()
+
+
+def test_corrections_learn_alone_and_bring_the_picture_nearer(
+    cache: LatentCache, teacher: TeacherAutoencoder, tmp_path: Path
+) -> None:
+    pair = Pair(started(cache), with_corrections(ImageEncoder(ENCODER), 2))
+    before = {name: value.clone() for name, value in pair.named_parameters()}
+    lines: list[str] = []
+    recipe = replace(CORRECTIONS, seconds=0, steps=40, crops=((128, 2, 1.0),), workers=1, log_every=0.0)
+    run_joint(pair, cache, tmp_path, replace(recipe, imitation_weight=0.0, corrector_rate=2e-3), teacher, lines.append)
+    changed = {name for name, value in pair.named_parameters() if not torch.equal(value, before[name])}
+    assert changed
+    assert all(name.startswith("encoder.corrector.") for name in changed)
+    own = [parts(line)["coarse"] for line in lines]
+    assert sum(own[-8:]) < sum(own[:8])
+
+
 def test_a_decibel_is_worth_the_same_in_every_picture() -> None:
     error = torch.tensor([0.004, 0.2], requires_grad=True)
     (slope,) = torch.autograd.grad(levelled(error).sum(), error)
@@ -162,7 +188,8 @@ def test_one_command_makes_all_three_files_and_goes_on(tmp_path: Path, teacher: 
     data, weights = folders(tmp_path, teacher, 1024)
     run = TinyRun(
         data=data, teacher=weights, folder=tmp_path / "run", procedural_seeds=0,
-        decoder_seconds=2, encoder_seconds=2, joint_seconds=2, small_seconds=2,
+        decoder_seconds=2, encoder_seconds=2, joint_seconds=2, corrections_seconds=2, corrected_seconds=2,
+        small_seconds=2,
     )  # fmt: skip
     lines: list[str] = []
     small, encoder = train_small(run, lines.append)
@@ -172,9 +199,14 @@ def test_one_command_makes_all_three_files_and_goes_on(tmp_path: Path, teacher: 
         for path in (run.folder / "tiny.safetensors", small)
     ]
     assert depths == [tiny_config().adapter_levels, small_config().adapter_levels]
-    steps = [load_state(run.folder / name) for name in ("regressor.pt", "encoder.pt", "joint.pt", "small/joint.pt")]
+    states = (
+        "regressor.pt",
+        "encoder.pt",
+        *(f"{part}joint.pt" for part in ("", "corrections/", "corrected/", "small/")),
+    )
+    steps = [load_state(run.folder / name) for name in states]
     assert train_small(run) == (small, encoder)  # nothing is left to do
-    again = [load_state(run.folder / name) for name in ("regressor.pt", "encoder.pt", "joint.pt", "small/joint.pt")]
+    again = [load_state(run.folder / name) for name in states]
     assert [state and state["step"] for state in steps] == [state and state["step"] for state in again]
 
 

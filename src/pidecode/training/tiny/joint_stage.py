@@ -104,6 +104,7 @@ def joint_loss(
 ) -> tuple[Tensor, Parts]:
     """The loss of one batch, and its parts: squared errors of the pictures from both encoders' latents, and of their
     coarse colours; where the encoder learns too, the differences of what the teacher decodes, and of the latents.
+    The teacher's own latent is that of the first crop alone.
 
     From the teacher's latents the coarse colours shall be what the teacher decodes: that follows from the latents.
     """
@@ -128,6 +129,8 @@ def joint_loss(
     if recipe.teacher_weight:
         loss = loss + recipe.teacher_weight * lost[-1]
         parts |= {"teacher": error[-1].item()}
+    if not cells.requires_grad:
+        return loss, parts
     imitation = F.mse_loss(teacher.decode(cells[:1]), decoded)  # one is dear enough
     distance = F.mse_loss(cells[:1], wanted)
     beyond = F.relu(levelled(imitation) - levelled(torch.tensor(recipe.allowed_difference)))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -13,7 +13,7 @@ from pidecode.facts.checkpoints import TINY_ENCODER
 from pidecode.training.tiny.cache import LatentCache, add_picture, crop_to_multiple, held_out, read_manifest
 from pidecode.training.tiny.decoder_stage import DecoderRecipe, run_regressor, small_config
 from pidecode.training.tiny.encoder_stage import EncoderRecipe, run_encoder
-from pidecode.training.tiny.grow import grown
+from pidecode.training.tiny.grow import grown, with_corrections
 from pidecode.training.tiny.joint_stage import JointRecipe, Pair, run_joint
 from pidecode.training.tiny.procedural import KINDS, procedural_picture
 from pidecode.training.tiny.release import load_pair, release_decoder, release_encoder, released_pair
@@ -23,6 +23,18 @@ from pidecode.training.tiny.teacher import TeacherAutoencoder
 SHRINKS = {"s100": 1.0, "s70": 0.7, "s50": 0.5}
 """Each photograph is cached at these sizes, so that edges are seen at several sharpnesses."""
 PROCEDURAL_SIDE = 512
+ROUNDS = 4
+"""How often the encoder of `tiny` corrects its latent."""
+CORRECTIONS = JointRecipe(
+    seed=11, finest_rate=0.0, decoder_rate=0.0, encoder_rate=0.0, corrector_rate=3e-4,
+    first_share=0.0, teacher_weight=0.0, noisy_share=0.0,
+)  # fmt: skip
+"""The corrections alone: a decoder that moves while it is looked at leads them astray."""
+CORRECTED = JointRecipe(
+    seed=12, finest_rate=1.2e-4, decoder_rate=1e-4, encoder_rate=8e-5, corrector_rate=1.5e-4,
+    first_share=0.12, imitation_weight=1.25,
+)  # fmt: skip
+"""All together once the corrections are worth something."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +50,10 @@ class TinyRun:
     decoder_seconds: float = 2700.0
     encoder_seconds: float = 2700.0
     joint_seconds: float = 14000.0
+    corrections_seconds: float = 1500.0
+    """For the encoder's corrections alone."""
+    corrected_seconds: float = 3000.0
+    """For all together once more, corrections included."""
     small_seconds: float = 2000.0
     """For `small`, after `tiny` is done."""
     procedural_seeds: int = 12
@@ -45,8 +61,8 @@ class TinyRun:
     fonts: Sequence[Path] = ()
     """TrueType files for rendered text; without them Pillow's own face."""
     start: Path | None = None
-    """A released decoder, with its encoder of this package's name beside it, that the joint stage starts from instead
-    of the first two stages."""
+    """A released decoder, with its encoder of this package's name beside it, to start from: with the joint stage, or
+    with the last one if that encoder corrects its latents already."""
     device: str = "cpu"
     workers: int = 2
     """Processes of the later stages on a processor."""
@@ -88,10 +104,19 @@ def train_tiny(run: TinyRun, report: Report = lambda line: None) -> tuple[Path, 
     Raises CheckpointError without the teacher's files, TrainingError when a stage had to stop.
     """
     cache, teacher = build_cache(run, report), TeacherAutoencoder.from_folder(run.teacher).to(run.device)
-    recipe = JointRecipe(seconds=run.joint_seconds, device=run.device, workers=run.workers)
-    run_joint(_start(run, cache, teacher, report), cache, run.folder, recipe, teacher, report)
-    joint = run.folder / "joint.pt"
-    return release_decoder(joint, run.folder, variant="tiny"), release_encoder(joint, run.folder)
+
+    def stage(pair: Pair, folder: Path, recipe: JointRecipe) -> Pair:
+        run_joint(pair, cache, folder, replace(recipe, device=run.device, workers=run.workers), teacher, report)
+        return load_pair(folder / "joint.pt")
+
+    pair = _start(run, cache, teacher, report)
+    if not pair.encoder.config.rounds:
+        pair = stage(pair, run.folder, JointRecipe(seconds=run.joint_seconds))
+        pair = Pair(pair.decoder, with_corrections(pair.encoder, ROUNDS))
+        pair = stage(pair, run.folder / "corrections", replace(CORRECTIONS, seconds=run.corrections_seconds))
+    stage(pair, run.folder / "corrected", replace(CORRECTED, seconds=run.corrected_seconds))
+    state = run.folder / "corrected" / "joint.pt"
+    return release_decoder(state, run.folder, variant="tiny"), release_encoder(state, run.folder)
 
 
 def _start(run: TinyRun, cache: LatentCache, teacher: TeacherAutoencoder, report: Report) -> Pair:
@@ -113,12 +138,12 @@ def train_small(run: TinyRun, report: Report = lambda line: None) -> tuple[Path,
     Returns the paths of `small.safetensors` and of the encoder, which is that of `tiny`.
     """
     _, encoder = train_tiny(run, report)
-    pair = load_pair(run.folder / "joint.pt")
+    pair = load_pair(run.folder / "corrected" / "joint.pt")
     pair = Pair(grown(pair.decoder, small_config()), pair.encoder)
     teacher = TeacherAutoencoder.from_folder(run.teacher).to(run.device)
     recipe = JointRecipe(
         seconds=run.small_seconds, device=run.device, workers=run.workers, seed=2,
-        finest_rate=2e-4, decoder_rate=5e-5, encoder_rate=0.0, decay_from=0.1,
+        finest_rate=2e-4, decoder_rate=5e-5, encoder_rate=0.0, corrector_rate=0.0, decay_from=0.1,
     )  # fmt: skip
     run_joint(pair, build_cache(run), run.folder / "small", recipe, teacher, report)
     return release_decoder(run.folder / "small" / "joint.pt", run.folder, variant="small"), encoder
