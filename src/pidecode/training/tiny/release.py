@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,17 @@ def release_decoder(state_path: Path, folder: Path, *, variant: str) -> Path:
     return path
 
 
-def release_encoder(state_path: Path, folder: Path) -> Path:
-    """Write the averaged encoder of a joint state, float16. Raises TrainingError without a state."""
+def release_encoder(state_path: Path, folder: Path, *, rounds: int | None = None) -> Path:
+    """Write the averaged encoder of a joint state, float16. Raises TrainingError without a state.
+
+    rounds: how often it shall correct its latent, where that is not as often as it was trained to.
+    """
     state = _state(state_path)
     model = _pair(state).encoder
+    config = model.config if rounds is None else replace(model.config, rounds=rounds)
     encoder = Identity(
         kind="encoder", config=None, space="flux2", variant="tiny", licence=APACHE_2.name,
-        extra={**_extra(state), "config": model.config.to_dict()},
+        extra={**_extra(state), "config": config.to_dict()},
     )  # fmt: skip
     path = folder / TINY_ENCODER
     write_safetensors(path, model.state_dict(), encoder.to_metadata(), dtype=torch.float16, overwrite=True)

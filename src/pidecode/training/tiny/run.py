@@ -24,7 +24,9 @@ SHRINKS = {"s100": 1.0, "s70": 0.7, "s50": 0.5}
 """Each photograph is cached at these sizes, so that edges are seen at several sharpnesses."""
 PROCEDURAL_SIDE = 512
 ROUNDS = 4
-"""How often the encoder of `tiny` corrects its latent."""
+"""How many rounds of correction the encoder is trained for."""
+RELEASED_ROUNDS = 2
+"""How many it makes: more bring the picture still nearer, and lead the latent away from its teacher's."""
 CORRECTIONS = JointRecipe(
     seed=11, finest_rate=0.0, decoder_rate=0.0, encoder_rate=0.0, corrector_rate=3e-4,
     first_share=0.0, teacher_weight=0.0, noisy_share=0.0,
@@ -35,6 +37,11 @@ CORRECTED = JointRecipe(
     first_share=0.12, imitation_weight=1.25,
 )  # fmt: skip
 """All together once the corrections are worth something."""
+HELD = JointRecipe(
+    seed=13, finest_rate=0.0, decoder_rate=0.0, encoder_rate=5e-5, corrector_rate=1.5e-4,
+    first_share=0.12, teacher_weight=0.0, noisy_share=0.0, imitation_weight=3.0, allowed_difference=0.0018,
+)  # fmt: skip
+"""The encoder once more, held closer to its teacher."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +61,8 @@ class TinyRun:
     """For the encoder's corrections alone."""
     corrected_seconds: float = 3000.0
     """For all together once more, corrections included."""
+    held_seconds: float = 900.0
+    """For the encoder once more, held closer to its teacher."""
     small_seconds: float = 2000.0
     """For `small`, after `tiny` is done."""
     procedural_seeds: int = 12
@@ -62,7 +71,7 @@ class TinyRun:
     """TrueType files for rendered text; without them Pillow's own face."""
     start: Path | None = None
     """A released decoder, with its encoder of this package's name beside it, to start from: with the joint stage, or
-    with the last one if that encoder corrects its latents already."""
+    with the last two if that encoder corrects its latents already."""
     device: str = "cpu"
     workers: int = 2
     """Processes of the later stages on a processor."""
@@ -114,9 +123,11 @@ def train_tiny(run: TinyRun, report: Report = lambda line: None) -> tuple[Path, 
         pair = stage(pair, run.folder, JointRecipe(seconds=run.joint_seconds))
         pair = Pair(pair.decoder, with_corrections(pair.encoder, ROUNDS))
         pair = stage(pair, run.folder / "corrections", replace(CORRECTIONS, seconds=run.corrections_seconds))
-    stage(pair, run.folder / "corrected", replace(CORRECTED, seconds=run.corrected_seconds))
-    state = run.folder / "corrected" / "joint.pt"
-    return release_decoder(state, run.folder, variant="tiny"), release_encoder(state, run.folder)
+    pair = stage(pair, run.folder / "corrected", replace(CORRECTED, seconds=run.corrected_seconds))
+    stage(pair, run.folder / "held", replace(HELD, seconds=run.held_seconds))
+    state = run.folder / "held" / "joint.pt"
+    encoder = release_encoder(state, run.folder, rounds=RELEASED_ROUNDS)
+    return release_decoder(state, run.folder, variant="tiny"), encoder
 
 
 def _start(run: TinyRun, cache: LatentCache, teacher: TeacherAutoencoder, report: Report) -> Pair:
@@ -138,7 +149,7 @@ def train_small(run: TinyRun, report: Report = lambda line: None) -> tuple[Path,
     Returns the paths of `small.safetensors` and of the encoder, which is that of `tiny`.
     """
     _, encoder = train_tiny(run, report)
-    pair = load_pair(run.folder / "corrected" / "joint.pt")
+    pair = load_pair(run.folder / "held" / "joint.pt")
     pair = Pair(grown(pair.decoder, small_config()), pair.encoder)
     teacher = TeacherAutoencoder.from_folder(run.teacher).to(run.device)
     recipe = JointRecipe(
