@@ -5,7 +5,7 @@
 
 Beside the decoder stand two rivals: the tiny FLUX.2 autoencoder's decode enlarged by Lanczos, which sees a latent
 too, and plain Lanczos of the quarter-size picture, which never went through a latent. "Colours held" is
-`colour_lock="full"`, as `upscale` offers it: it reads the quarter-size picture beside the latent.
+`colour_lock="full"`, as `upscale` offers it: it reads the quarter-size picture beside the latent. All in float32.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--noisy-every", type=int, default=3, help="noise the latent of every n-th of those")
     parser.add_argument("--json", type=Path, help="where to write every picture's numbers")
     given = parser.parse_args()
-    decoder = PixelDecoder.from_pretrained(given.decoder, encoder=given.encoder, device="cpu")
+    decoder = PixelDecoder.from_pretrained(given.decoder, encoder=given.encoder, device="cpu", dtype=torch.float32)
     teacher = TeacherAutoencoder.from_folder(given.teacher)
     table: dict[str, dict[str, dict[str, float]]] = {}
     for index, (name, array) in enumerate(pictures(given.data, given.side, given.every)):
