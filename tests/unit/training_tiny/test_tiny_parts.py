@@ -200,7 +200,7 @@ def test_patches_start_as_their_own_principal_directions(cache: LatentCache) -> 
     patches, mean, _, basis = principal(16, SMALL.hidden_size)
     kept = torch.einsum("bphw,pr,qr->bqhw", patches, basis, basis) + mean
     # The last direction kept may be a mixture of several with the same variance, so not every pixel is the same.
-    assert (given - shuffle(kept, 16)).square().mean().sqrt() < 1e-2
+    assert (given - shuffle(kept, 16)).square().mean().sqrt() < 5e-3
 
 
 def test_parts_that_are_fed_their_own_work_are_the_whole(cache: LatentCache) -> None:
