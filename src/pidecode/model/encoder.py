@@ -49,7 +49,7 @@ class EncoderConfig:
             if type(value) is not int or value < least:
                 raise SettingError(f"{field.name} is {value!r}; it must be a whole number from {least} on.")
         if self.rounds > MOST_ROUNDS:
-            raise SettingError(f"rounds is {self.rounds}; more than {MOST_ROUNDS} are never worth their time.")
+            raise SettingError(f"rounds is {self.rounds}; it must be at most {MOST_ROUNDS}.")
         if self.channels % 4:
             raise SettingError(f"channels is {self.channels}; 2x2 cells are packed, so it must be a multiple of 4.")
 
