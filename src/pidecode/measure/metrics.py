@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
@@ -35,15 +37,28 @@ def ssim(picture: Tensor, original: Tensor) -> Tensor:
     a, b = _unit(picture, original)
     if min(a.shape[-2:]) < WINDOW:
         raise SizeError(f"Structural similarity needs sides of at least {WINDOW} px; got {list(a.shape[-2:])}.")
-    offsets = torch.arange(WINDOW, dtype=a.dtype, device=a.device) - WINDOW // 2
-    line = torch.exp(-(offsets**2) / (2 * WINDOW_SIGMA**2))
-    line = line / line.sum()
+    line = window_line(a.dtype, a.device)
     channels = a.shape[1]
 
     def blur(x: Tensor) -> Tensor:
         x = F.conv2d(x, line.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
         return F.conv2d(x, line.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
 
+    return similarity(a, b, blur)
+
+
+def window_line(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The Gaussian window along one side, [WINDOW]; it sums to one."""
+    offsets = torch.arange(WINDOW, dtype=dtype, device=device) - WINDOW // 2
+    line = torch.exp(-(offsets**2) / (2 * WINDOW_SIGMA**2))
+    return line / line.sum()
+
+
+def similarity(a: Tensor, b: Tensor, blur: Callable[[Tensor], Tensor]) -> Tensor:
+    """Structural similarity of pictures in [0,1], one value a picture, by means that `blur` takes over windows.
+
+    It has gradients; `ssim` is this in float64 with the customary window.
+    """
     mean_a, mean_b = blur(a), blur(b)
     var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
     covariance = blur(a * b) - mean_a * mean_b

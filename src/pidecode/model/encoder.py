@@ -153,8 +153,18 @@ class ImageEncoder(nn.Module):
     def _prompted(self, picture: Tensor, error: Tensor) -> Tensor:
         return self.corrector.cells(torch.cat((picture, error), dim=1))
 
+    def corrected(self, picture: Tensor, look: Look, rounds: int) -> Tensor:
+        """The cells after so many corrections, each by what the latent before it still gets wrong."""
+        cells = self.cells(picture)
+        if rounds:
+            unprompted = self._prompted(picture, torch.zeros_like(picture))
+        for _ in range(rounds):
+            error = picture - look(functional.pixel_unshuffle(cells, 2)).to(picture)
+            cells = cells + self.correction(picture, error, unprompted)
+        return cells
+
     def forward(self, picture: Tensor, look: Look | None = None) -> Tensor:
-        """The latent; with a `look`, one corrected for `config.rounds` times by what the last one still gets wrong.
+        """The latent; with a `look`, one corrected for `config.rounds` times.
 
         Raises SizeError unless the picture is [B,3,H,W] with sides that are multiples of 16.
         """
@@ -166,12 +176,7 @@ class ImageEncoder(nn.Module):
                 f"A {width}x{height} picture does not divide into {STRIDE}-pixel cells; "
                 f"crop it to {width // STRIDE * STRIDE}x{height // STRIDE * STRIDE}."
             )
-        cells = self.cells(picture)
-        if look is not None and self.config.rounds:
-            unprompted = self._prompted(picture, torch.zeros_like(picture))
-            for _ in range(self.config.rounds):
-                error = picture - look(functional.pixel_unshuffle(cells, 2)).to(picture)
-                cells = cells + self.correction(picture, error, unprompted)
+        cells = self.cells(picture) if look is None else self.corrected(picture, look, self.config.rounds)
         return functional.pixel_unshuffle(cells, 2)
 
 

@@ -2,14 +2,14 @@
 """Crops turned, joined and recoloured at random: a few hundred pictures have too few colours to learn colours from.
 
 Without this a small decoder learns its training pictures' colours by heart: on them it is nearer to the truth than its
-teacher, on others two and a half times as far.
+teacher, on others two and a half times as far. Everything here is drawn for all crops at once, on their own device and
+without waiting for it, so that a step can be recorded as a whole.
 """
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
@@ -19,63 +19,87 @@ from pidecode.training.tiny.cache import SCALE
 LUMA = (0.299, 0.587, 0.114)
 PLAIN = 0.2
 """Share of the crops joined to another whose other part is a single colour: flat areas are rare in photographs."""
-MOST_KNOTS = 4
-"""Largest grid of points between which a recoloured picture's light changes smoothly."""
+NEGATIVE = 0.1
+"""Share of the recoloured crops that are a negative."""
+KNOTS = 4
+"""Points along each side between which a recoloured picture's light changes smoothly."""
 
 
-def varied(target: Tensor, random: np.random.Generator, *, recoloured: float, joined: float) -> tuple[Tensor, Tensor]:
+class Chance:
+    """Random numbers on one device, one row of them for each of `count` samples.
+
+    generator: where they come from, of that device or of the processor; without it, that device's default.
+    """
+
+    def __init__(self, count: int, device: torch.device, generator: torch.Generator | None = None) -> None:
+        self.count, self.device, self.generator = count, device, generator
+        self.drawn_on = device if generator is None else generator.device
+
+    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
+        """[count, *shape], evenly from [low, high)."""
+        drawn = torch.rand((self.count, *shape), device=self.drawn_on, generator=self.generator)
+        return low + (high - low) * drawn.to(self.device)
+
+    def normal(self, *shape: int) -> Tensor:
+        """[count, *shape] of unit variance."""
+        return torch.randn((self.count, *shape), device=self.drawn_on, generator=self.generator).to(self.device)
+
+    def happens(self, share: float) -> Tensor:
+        """[count,1,1,1]: true for about that share."""
+        return self.uniform(0, 1, 1, 1, 1) < share
+
+
+def varied(
+    target: Tensor, generator: torch.Generator | None = None, *, recoloured: float, joined: float
+) -> tuple[Tensor, Tensor]:
     """Crops [B,3,S,S] in [-1,1], each turned by a multiple of 90 degrees and mirrored or not, a share of them
     `recoloured` and a share of them `joined` with another or with a single colour; and each reduced to a
     quarter by antialiased bicubic interpolation, [B,3,S/4,S/4].
     """
-
-    def drawn(picture: Tensor) -> Tensor:
-        turned = torch.rot90(picture, int(random.integers(4)), (-2, -1))
-        turned = turned.flip(-1) if random.random() < 0.5 else turned
-        return recolour(turned, random) if random.random() < recoloured else turned
-
-    pictures = [drawn(picture) for picture in target]
-    for index in range(len(pictures)):
-        if random.random() < joined:
-            plain = random.random() < PLAIN
-            other = one_colour(target[index], random) if plain else drawn(target[index - 1])
-            pictures[index] = join(pictures[index], other, random)
-    varied = torch.stack(pictures)
-    small = F.interpolate(varied, scale_factor=1 / SCALE, mode="bicubic", antialias=True)
-    return varied, small.clamp(-1, 1)
+    chance = Chance(len(target), target.device, generator)
+    pictures = turned(target, chance)
+    pictures = torch.where(chance.happens(recoloured), recolour(pictures, chance), pictures)
+    plain = chance.uniform(-1, 1, 3, 1, 1).expand_as(target)
+    other = torch.where(chance.happens(PLAIN), plain, pictures.roll(1, 0))
+    pictures = torch.where(chance.happens(joined), join(pictures, other, chance), pictures)
+    small = F.interpolate(pictures, scale_factor=1 / SCALE, mode="bicubic", antialias=True)
+    return pictures, small.clamp(-1, 1)
 
 
-def recolour(picture: Tensor, random: np.random.Generator) -> Tensor:
-    """One picture [3,H,W] with other colours: channels in any order, saturation of its own, and light and contrast that
+def turned(pictures: Tensor, chance: Chance) -> Tensor:
+    """Squares [B,3,S,S], each in one of its eight positions."""
+    pictures = torch.where(chance.happens(0.5), pictures.transpose(-1, -2), pictures)
+    for side in (-1, -2):
+        pictures = torch.where(chance.happens(0.5), pictures.flip(side), pictures)
+    return pictures
+
+
+def recolour(pictures: Tensor, chance: Chance) -> Tensor:
+    """Pictures [B,3,H,W] with other colours: channels in any order, saturation of its own, and light and contrast that
     may change smoothly from place to place.
     """
-    if random.random() < 0.5:
-        picture = picture[torch.from_numpy(random.permutation(3))]
-    grey = torch.tensor(LUMA).to(picture).view(3, 1, 1).mul(picture).sum(0, keepdim=True)
-    picture = grey + float(random.uniform(0.0, 1.6)) * (picture - grey)
-    if random.random() < 0.1:
-        picture = -picture
+    identity = torch.eye(3, device=pictures.device)
+    order = torch.where(chance.happens(0.5)[..., 0], identity[chance.uniform(0, 1, 3).argsort(1)], identity)
+    grey = torch.stack([torch.full((3,), share, device=pictures.device) for share in LUMA], dim=1)
+    saturation = chance.uniform(0.0, 1.6, 1, 1)
+    mixed = (grey + saturation * (identity - grey)) @ order
+    mixed = torch.where(chance.happens(NEGATIVE)[..., 0], -mixed, mixed)
 
     def field(low: float, high: float, spread: float) -> Tensor:
-        knots = int(random.integers(1, MOST_KNOTS + 1))
-        points = random.uniform(low, high) + random.uniform(-spread, spread, (1, 3, knots, knots))
-        return F.interpolate(
-            torch.from_numpy(points).to(picture), size=picture.shape[-2:], mode="bilinear", align_corners=True
-        )[0]
+        """One level for all of a picture, one for each of its channels, and changes from place to place."""
+        changes = chance.uniform(-spread, spread, 3, KNOTS, KNOTS) * chance.uniform(0, 1, 1, 1, 1)
+        points = chance.uniform(low, high, 1, 1, 1) + chance.uniform(-spread, spread, 3, 1, 1) + changes
+        return F.interpolate(points, size=pictures.shape[-2:], mode="bilinear", align_corners=True)
 
-    return (picture * field(-0.5, 0.3, 0.2).exp() + field(-0.3, 0.3, 0.2)).clamp(-1, 1)
-
-
-def one_colour(like: Tensor, random: np.random.Generator) -> Tensor:
-    """A picture of the size of `like` [3,H,W] in a single colour."""
-    return torch.from_numpy(random.uniform(-1, 1, (3, 1, 1))).to(like).expand_as(like)
+    coloured = torch.einsum("bij,bjhw->bihw", mixed.to(pictures), pictures)
+    return (coloured * field(-0.5, 0.3, 0.2).exp() + field(-0.3, 0.3, 0.2)).clamp(-1, 1)
 
 
-def join(picture: Tensor, other: Tensor, random: np.random.Generator) -> Tensor:
-    """`picture` [3,H,W] on one side of a straight line somewhere through it, and `other` beyond; the edge is clean."""
-    height, width = picture.shape[-2:]
-    angle, through = random.uniform(0, 2 * math.pi), random.uniform(0.25, 0.75, 2)
-    rows = torch.arange(height).to(picture).view(-1, 1) - float(through[0]) * height
-    columns = torch.arange(width).to(picture) - float(through[1]) * width
-    distance = rows * math.sin(angle) + columns * math.cos(angle)
-    return torch.lerp(other, picture, (distance + 0.5).clamp(0, 1))
+def join(pictures: Tensor, others: Tensor, chance: Chance) -> Tensor:
+    """`pictures` [B,3,H,W] on one side of a straight line somewhere through each, `others` beyond; the edge is clean."""
+    height, width = pictures.shape[-2:]
+    angle, through = chance.uniform(0, 2 * math.pi, 1, 1), chance.uniform(0.25, 0.75, 2, 1, 1)
+    rows = torch.arange(height, device=pictures.device).view(-1, 1) - through[:, 0] * height
+    columns = torch.arange(width, device=pictures.device) - through[:, 1] * width
+    distance = rows * angle.sin() + columns * angle.cos()
+    return torch.lerp(others, pictures, (distance + 0.5).clamp(0, 1)[:, None])

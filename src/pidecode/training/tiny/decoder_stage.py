@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pidecode.facts.architecture import NetConfig
 from pidecode.model.regressor import Regressor
-from pidecode.training.tiny.augment import varied
+from pidecode.training.tiny.augment import Chance, varied
 from pidecode.training.tiny.cache import CropBatch, LatentCache
 from pidecode.training.tiny.muon import Muon, muon_groups
 from pidecode.training.tiny.stage import Draws, Learner, Parts, Report, Stage, StageRecipe, resume
@@ -67,14 +67,11 @@ class DecoderRecipe(StageRecipe):
         return self.learning_rate if progress < self.apart else self.joined_rate
 
 
-def noised(latent: Tensor, share: float, largest: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def noised(latent: Tensor, share: float, largest: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """A `share` of the samples with flow noise of sigma ~ U[0, largest] (SPEC.md section 7); and each sigma [B]."""
-    count = len(latent)
-    chosen = torch.rand(count, generator=generator) < share
-    sigma = torch.where(chosen, torch.rand(count, generator=generator) * largest, torch.zeros(count))
-    noise = torch.randn(latent.shape, generator=generator)
-    scale = sigma.view(-1, 1, 1, 1).to(latent)
-    return (1 - scale) * latent + scale * noise.to(latent), sigma
+    chance = Chance(len(latent), latent.device, generator)
+    sigma = chance.happens(share) * chance.uniform(0, largest, 1, 1, 1)
+    return torch.lerp(latent, chance.normal(*latent.shape[1:]).to(latent), sigma.to(latent)), sigma.flatten()
 
 
 def tempered(sigma: Tensor) -> Tensor:
@@ -134,7 +131,7 @@ def run_regressor(
         if coarse:
             loss = coarse_loss(model, teacher, F.pixel_shuffle(batch.latent, 2))
             return loss, {"distance": loss.item()}
-        target, small = varied(batch.target, draws.crops, recoloured=recipe.recoloured, joined=recipe.joined)
+        target, small = varied(batch.target, draws.noise, recoloured=recipe.recoloured, joined=recipe.joined)
         with torch.no_grad():  # as a whole picture: a cut-out of a larger one's latent would not know its own colours
             cells = teacher.encode(small)
         if progress < recipe.hinted:

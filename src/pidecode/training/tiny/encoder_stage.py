@@ -86,7 +86,7 @@ def run_encoder(
 
     def loss_of(progress: float, draws: Draws) -> tuple[Tensor, Parts]:
         target = cache.crops(recipe.crops, recipe.side * SCALE, draws.crops).target.to(recipe.device)
-        small = varied(target, draws.crops, recoloured=recipe.recoloured, joined=recipe.joined)[1]
+        small = varied(target, draws.noise, recoloured=recipe.recoloured, joined=recipe.joined)[1]
         return imitation_loss(model, teacher, small, recipe, apart=progress < recipe.apart)
 
     learner = Learner(model, encoder_optimizer(model), recipe.rate)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pidecode.errors import SettingError
 from pidecode.facts.architecture import NetConfig
-from pidecode.model.encoder import ImageEncoder
+from pidecode.model.encoder import EncoderConfig, ImageEncoder
 from pidecode.model.regressor import Regressor
 
 GAIN = 0.3
@@ -51,6 +51,25 @@ def _spread(weight: Tensor, fold: int) -> Tensor:
     cells = weight.unflatten(1, (-1, fold, fold)) / 4
     spread: Tensor = cells.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2).flatten(1)
     return spread
+
+
+def grown_encoder(encoder: ImageEncoder, config: EncoderConfig) -> ImageEncoder:
+    """An encoder of `config`: as wide and with as many rounds, and at least as many blocks at each level.
+
+    New blocks come last at each level, in both of its parts, and are the identity. Raises SettingError where another
+    size differs or shrinks.
+    """
+    deeper = ImageEncoder(config)
+    wanted = deeper.state_dict()
+    for name, value in encoder.state_dict().items():
+        if name not in wanted or wanted[name].shape != value.shape:
+            raise SettingError(f"{name} does not fit: an encoder grows in blocks only, and none may shrink.")
+        wanted[name] = value
+    kinds = ("width", "channels", "rounds")
+    if any(getattr(config, name) != value for name, value in encoder.config.to_dict().items() if name.endswith(kinds)):
+        raise SettingError(f"An encoder of {encoder.config} does not grow to {config}: only its blocks may differ.")
+    deeper.load_state_dict(wanted)
+    return deeper
 
 
 def with_corrections(encoder: ImageEncoder, rounds: int) -> ImageEncoder:

@@ -109,7 +109,7 @@ def joint_loss(
     From the teacher's latents the coarse colours shall be what the teacher decodes: that follows from the latents.
     """
     drawn = draw_crops(cache, recipe.crops, draws.crops).to(recipe.device).target
-    pictures, small = varied(drawn, draws.crops, recoloured=recipe.recoloured, joined=recipe.joined)
+    pictures, small = varied(drawn, draws.noise, recoloured=recipe.recoloured, joined=recipe.joined)
     with torch.no_grad():  # as a whole picture: a cut-out of a larger one's latent would not know its own colours
         wanted = teacher.encode(small[:1])
         decoded = teacher.decode(wanted)

@@ -162,5 +162,4 @@ def _means(rows: Sequence[Parts]) -> str:
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, keep: float) -> None:
     """Exponential moving average of the weights, in place."""
-    for mean, value in zip(average.parameters(), model.parameters(), strict=True):
-        mean.lerp_(value, 1 - keep)
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - keep)
