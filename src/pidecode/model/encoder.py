@@ -35,11 +35,11 @@ class EncoderConfig:
     full_width: int = 48
     full_blocks: int = 1
     half_width: int = 64
-    half_blocks: int = 4
+    half_blocks: int = 6
     quarter_width: int = 64
-    quarter_blocks: int = 4
+    quarter_blocks: int = 8
     eighth_width: int = 128
-    eighth_blocks: int = 4
+    eighth_blocks: int = 6
     channels: int = 128
     rounds: int = 0
 

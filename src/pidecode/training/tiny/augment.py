@@ -96,7 +96,7 @@ def recolour(pictures: Tensor, chance: Chance) -> Tensor:
 
 
 def join(pictures: Tensor, others: Tensor, chance: Chance) -> Tensor:
-    """`pictures` [B,3,H,W] on one side of a straight line somewhere through each, `others` beyond; the edge is clean."""
+    """`pictures` [B,3,H,W] on one side of a straight line through each, `others` beyond it; the edge is clean."""
     height, width = pictures.shape[-2:]
     angle, through = chance.uniform(0, 2 * math.pi, 1, 1), chance.uniform(0.25, 0.75, 2, 1, 1)
     rows = torch.arange(height, device=pictures.device).view(-1, 1) - through[:, 0] * height

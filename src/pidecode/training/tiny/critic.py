@@ -26,6 +26,7 @@ class PatchCritic(nn.Module):
         self.layers = nn.Sequential(*layers, spectral_norm(nn.Conv2d(before, 1, 3, padding=1)))
 
     def forward(self, picture: Tensor) -> Tensor:
+        """Higher for what it takes for a photograph."""
         judged: Tensor = self.layers(picture)
         return judged
 

@@ -27,14 +27,14 @@ def tiny_config() -> NetConfig:
         hidden_size=256, num_heads=4, patch_depth=1, patch_size=16,
         pixel_hidden_size=4, pixel_depth=1, pixel_attn_hidden_size=32, pixel_num_heads=2,
         text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2,
-        adapter_width=1024, adapter_levels=(12, 6, 12, 4), adapter_padding="replicate", gate="per_token",
+        adapter_width=1024, adapter_levels=(16, 8, 12, 6), adapter_padding="replicate", gate="per_token",
         inject_pixels=True, rope_reference=(1024, 1024), prediction="x0",
     )  # fmt: skip
 
 
 def small_config() -> NetConfig:
-    """The shape of `small`: that of `tiny` with twice as many blocks at the finest level."""
-    return replace(tiny_config(), adapter_levels=(12, 6, 12, 8))
+    """The shape of `small`: that of `tiny` with ten more blocks at the finest level."""
+    return replace(tiny_config(), adapter_levels=(16, 8, 12, 16))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

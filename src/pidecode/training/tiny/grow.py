@@ -83,3 +83,12 @@ def with_corrections(encoder: ImageEncoder, rounds: int) -> ImageEncoder:
     tensors["corrector.stem.weight"] = torch.cat((own["stem.weight"], GAIN * own["stem.weight"]), dim=1)
     corrected.load_state_dict(tensors)
     return corrected
+
+
+def with_rounds(encoder: ImageEncoder, rounds: int) -> ImageEncoder:
+    """The same encoder, set to correct its latent so often. Raises SettingError for one that has no corrections."""
+    if not encoder.config.rounds:
+        raise SettingError("This encoder corrects nothing; give it corrections first.")
+    again = ImageEncoder(replace(encoder.config, rounds=rounds))
+    again.load_state_dict(encoder.state_dict())
+    return again

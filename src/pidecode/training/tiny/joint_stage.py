@@ -7,30 +7,28 @@ lead it away is bounded by what the teacher's own decoder would show of it.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from pidecode.errors import TrainingError
 from pidecode.model.encoder import ImageEncoder
 from pidecode.model.regressor import Regressor, shrunk
 from pidecode.training.tiny.augment import varied
 from pidecode.training.tiny.cache import SCALE, LatentCache
 from pidecode.training.tiny.decoder_stage import decoder_optimizer, draw_crops, noised, tempered
 from pidecode.training.tiny.encoder_stage import encoder_optimizer
-from pidecode.training.tiny.stage import Draws, Learner, Parts, Report, Stage, StageRecipe, resume
+from pidecode.training.tiny.stage import Draws, Learner, Parts, Report, Stage, StageRecipe, resume, share_work
 from pidecode.training.tiny.teacher import TeacherAutoencoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class JointRecipe(StageRecipe):
-    """How both learn together."""
+class PairRecipe(StageRecipe):
+    """How encoder and decoder learn together, in whichever stage."""
 
     finest_rate: float = 2e-4
     """Rate of the decoder's finest level and of what reads it."""
@@ -43,8 +41,7 @@ class JointRecipe(StageRecipe):
     decay_from: float = 0.0
     """Share of the budget after which the rates fall linearly to a fiftieth."""
     crops: tuple[tuple[int, int, float], ...] = ((256, 4, 0.5), (384, 2, 0.25), (512, 1, 0.25))
-    """Crop side in pixels, crops a step, share of the steps. Half of a step's crops are also decoded from the teacher's
-    latent, and hold the encoder to it."""
+    """Crop side in pixels, crops a step, share of the steps."""
     allowed_difference: float = 0.0025
     """Mean squared difference, in pictures of [-1, 1], of what the teacher decodes from its own latents and the
     encoder's, that costs nothing (32 dB): within it the encoder is free to tell the decoder more."""
@@ -55,16 +52,23 @@ class JointRecipe(StageRecipe):
     coarse: tuple[tuple[int, float], ...] = ((16, 4.0), (64, 4.0))
     """Sides in pixels of squares, and the weight of the squared differences of their mean colours, beside that of the
     pixels: hardly a tenth of the error, and what is seen first of it."""
-    first_share: float = 0.2
-    """Share of the steps that train the encoder's first guess; the others train its corrections, where it has any."""
     teacher_weight: float = 0.25
-    """Weight of the one crop of a step that is decoded from the teacher's latent."""
+    """Weight of the crops that are decoded from the teacher's latent."""
     noisy_share: float = 0.1
     largest_sigma: float = 0.8
     workers: int = 2
     """Processes that update the same shared weights, each with its own crops and momentum, without waiting; one where
     the device is not the processor."""
     seed: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JointRecipe(PairRecipe):
+    """How both learn together. The first of a step's crops is also decoded from the teacher's latent, and holds the
+    encoder to it."""
+
+    first_share: float = 0.2
+    """Share of the steps that train the encoder's first guess; the others train its corrections, where it has any."""
 
 
 class Pair(nn.Module):
@@ -162,7 +166,7 @@ def halves(decoder: Regressor) -> tuple[nn.Module, nn.Module]:
     return nn.ModuleDict({"finest": finest, "pit_head": decoder.adapter.pit_head}), nn.ModuleDict(before_and_after)
 
 
-def learners_of(pair: Pair, recipe: JointRecipe) -> list[Learner]:
+def learners_of(pair: Pair, recipe: PairRecipe) -> list[Learner]:
     """The parts that learn, each at its rate; one whose rate is 0 stays as it is."""
 
     def constant(rate: float) -> Callable[[float], float]:
@@ -181,17 +185,6 @@ def learners_of(pair: Pair, recipe: JointRecipe) -> list[Learner]:
     return learners
 
 
-def _work(
-    rank: int, pair: Pair, teacher: TeacherAutoencoder, cache: LatentCache, folder: Path, recipe: JointRecipe,
-    state: Mapping[str, Any] | None, report: Report,
-) -> None:  # fmt: skip
-    """One process's loop over the shared weights."""
-    learners = learners_of(pair, recipe)
-    note = {"decoder_config": pair.decoder.config.to_dict(), "encoder_config": pair.encoder.config.to_dict()}
-    stage = Stage(name="joint", recipe=recipe, path=folder / "joint.pt", note=note, report=report, rank=rank)
-    stage.learn(pair, learners, lambda progress, draws: joint_loss(pair, teacher, cache, recipe, draws), state)
-
-
 def run_joint(
     pair: Pair, cache: LatentCache, folder: Path, recipe: JointRecipe, teacher: TeacherAutoencoder,
     report: Report = lambda line: None,
@@ -201,35 +194,14 @@ def run_joint(
     With several workers a run is not repeatable to the bit: who updates first is up to the machine.
     """
     state = resume(folder / "joint.pt", pair)
-    pair.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    pair.to(recipe.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     for learner in learners_of(pair, recipe):
         learner.network.requires_grad_(learner.rate(0.0) > 0)
-    if recipe.workers == 1 or recipe.device != "cpu":
-        pair.to(recipe.device)
-        _work(0, pair, teacher, cache, folder, recipe, state, report)
-        return
-    pair.share_memory()
-    context = torch.multiprocessing.get_context("fork")
-    processes = [
-        context.Process(target=_alone, args=(rank, pair, teacher, cache, folder, recipe, state, report))
-        for rank in range(recipe.workers)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    if any(process.exitcode for process in processes):
-        raise TrainingError(
-            "A training process stopped early; the last whole state is kept, and the same call goes on."
-        )
+    note = {"decoder_config": pair.decoder.config.to_dict(), "encoder_config": pair.encoder.config.to_dict()}
 
+    def work(rank: int) -> None:
+        stage = Stage(name="joint", recipe=recipe, path=folder / "joint.pt", note=note, report=report, rank=rank)
+        loss_of = functools.partial(joint_loss, pair, teacher, cache, recipe)
+        stage.learn(pair, learners_of(pair, recipe), lambda progress, draws: loss_of(draws), state)
 
-def _alone(
-    rank: int, pair: Pair, teacher: TeacherAutoencoder, cache: LatentCache, folder: Path, recipe: JointRecipe,
-    state: Mapping[str, Any] | None, report: Report,
-) -> None:  # fmt: skip
-    """`_work` in a process of its own: one thread, and a session of its own for a scheduler that shares by session."""
-    os.setsid()
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    _work(rank, pair, teacher, cache, folder, recipe, state, report)
+    share_work(work, (pair,), recipe.workers if recipe.device == "cpu" else 1)

@@ -3,45 +3,58 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from pidecode.facts.checkpoints import TINY_ENCODER
+from pidecode.model.encoder import EncoderConfig
 from pidecode.training.tiny.cache import LatentCache, add_picture, crop_to_multiple, held_out, read_manifest
-from pidecode.training.tiny.decoder_stage import DecoderRecipe, run_regressor, small_config
+from pidecode.training.tiny.decoder_stage import DecoderRecipe, run_regressor, small_config, tiny_config
 from pidecode.training.tiny.encoder_stage import EncoderRecipe, run_encoder
-from pidecode.training.tiny.grow import grown, with_corrections
+from pidecode.training.tiny.grow import grown, grown_encoder, with_corrections, with_rounds
 from pidecode.training.tiny.joint_stage import JointRecipe, Pair, run_joint
 from pidecode.training.tiny.procedural import KINDS, procedural_picture
 from pidecode.training.tiny.release import load_pair, release_decoder, release_encoder, released_pair
+from pidecode.training.tiny.resident import ResidentPictures, resident_pictures
 from pidecode.training.tiny.stage import Report
 from pidecode.training.tiny.teacher import TeacherAutoencoder
+from pidecode.training.tiny.unrolled_stage import UnrolledRecipe, run_unrolled
 
 SHRINKS = {"s100": 1.0, "s70": 0.7, "s50": 0.5}
 """Each photograph is cached at these sizes, so that edges are seen at several sharpnesses."""
-PROCEDURAL_SIDE = 512
+PROCEDURAL_SIDE = 640
 ROUNDS = 4
-"""How many rounds of correction the encoder is trained for."""
+"""How many rounds of correction the encoder is made for."""
 RELEASED_ROUNDS = 2
-"""How many it makes: more bring the picture still nearer, and lead the latent away from its teacher's."""
+"""How many it makes: more bring the picture still nearer, and cost a look and an encoding each."""
 CORRECTIONS = JointRecipe(
     seed=11, finest_rate=0.0, decoder_rate=0.0, encoder_rate=0.0, corrector_rate=3e-4,
     first_share=0.0, teacher_weight=0.0, noisy_share=0.0,
 )  # fmt: skip
 """The corrections alone: a decoder that moves while it is looked at leads them astray."""
-CORRECTED = JointRecipe(
-    seed=12, finest_rate=1.2e-4, decoder_rate=1e-4, encoder_rate=8e-5, corrector_rate=1.5e-4,
-    first_share=0.12, imitation_weight=1.25,
+UNROLLED = UnrolledRecipe()
+"""All of it, the way it is used."""
+SHARPENED = UnrolledRecipe(
+    seed=24, warmup_steps=50, finest_rate=2e-4, decoder_rate=1e-4, encoder_rate=0.0, corrector_rate=0.0,
+    rounds=(0.1, 0.2, 0.5, 0.2), critic_share=0.15,
 )  # fmt: skip
-"""All together once the corrections are worth something."""
-HELD = JointRecipe(
-    seed=13, finest_rate=0.0, decoder_rate=0.0, encoder_rate=5e-5, corrector_rate=1.5e-4,
-    first_share=0.12, teacher_weight=0.0, noisy_share=0.0, imitation_weight=3.0, allowed_difference=0.0018,
+"""The decoder with a critic beside the error."""
+HELD = UnrolledRecipe(
+    seed=31, warmup_steps=60, decay_from=0.25, finest_rate=3e-5, decoder_rate=4e-5, encoder_rate=2e-4,
+    corrector_rate=1.5e-4, rounds=(0.2, 0.2, 0.35, 0.25), crops=((256, 2, 0.5), (384, 1, 0.3), (512, 1, 0.2)),
+    teacher_share=0.5, teacher_weight=0.3, imitation_weight=4.0,
 )  # fmt: skip
 """The encoder once more, held closer to its teacher."""
+DEEPENED = UnrolledRecipe(
+    seed=23, warmup_steps=50, decay_from=0.1, finest_rate=4e-4, decoder_rate=1e-4, encoder_rate=0.0,
+    corrector_rate=0.0, rounds=(0.1, 0.2, 0.5, 0.2),
+)  # fmt: skip
+"""The new blocks of `small`, and slowly the rest of its decoder, for the encoder of `tiny`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,19 +72,21 @@ class TinyRun:
     joint_seconds: float = 14000.0
     corrections_seconds: float = 1500.0
     """For the encoder's corrections alone."""
-    corrected_seconds: float = 3000.0
-    """For all together once more, corrections included."""
-    held_seconds: float = 900.0
-    """For the encoder once more, held closer to its teacher."""
-    small_seconds: float = 2000.0
-    """For `small`, after `tiny` is done."""
+    unrolled_seconds: float = 340.0
+    """For all of it at once, on an accelerator; without one it needs a thousand times as long."""
+    sharpened_seconds: float = 76.0
+    """For the decoder with a critic, likewise."""
+    held_seconds: float = 3500.0
+    """For the encoder once more, held closer to its teacher, on a processor."""
+    small_seconds: float = 92.0
+    """For `small`, after `tiny` is done, on an accelerator."""
     procedural_seeds: int = 12
     """Rounds of procedural pictures, of every kind once each."""
     fonts: Sequence[Path] = ()
     """TrueType files for rendered text; without them Pillow's own face."""
     start: Path | None = None
     """A released decoder, with its encoder of this package's name beside it, to start from: with the joint stage, or
-    with the last two if that encoder corrects its latents already."""
+    with the unrolled one if that encoder corrects its latents already."""
     device: str = "cpu"
     workers: int = 2
     """Processes of the later stages on a processor."""
@@ -107,40 +122,59 @@ def build_cache(run: TinyRun, report: Report = lambda line: None) -> LatentCache
     return LatentCache(place, {"teacher": 1.0})
 
 
+def pictures_of(run: TinyRun, device: str) -> ResidentPictures:
+    """The same pictures for the unrolled stages, whole and in memory."""
+    categories = read_manifest(run.data)
+    names = sorted({name for names in categories.values() for name in names} - held_out(categories))
+    return resident_pictures(
+        [run.data / name for name in names], torch.device(device), procedural_seeds=run.procedural_seeds,
+        procedural_side=PROCEDURAL_SIDE, fonts=run.fonts,
+    )  # fmt: skip
+
+
 def train_tiny(run: TinyRun, report: Report = lambda line: None) -> tuple[Path, Path]:
     """Run or resume every stage; returns the paths of the decoder and the encoder, `tiny.safetensors` and its kin.
 
     Raises CheckpointError without the teacher's files, TrainingError when a stage had to stop.
     """
-    cache, teacher = build_cache(run, report), TeacherAutoencoder.from_folder(run.teacher).to(run.device)
-
-    def stage(pair: Pair, folder: Path, recipe: JointRecipe) -> Pair:
-        run_joint(pair, cache, folder, replace(recipe, device=run.device, workers=run.workers), teacher, report)
-        return load_pair(folder / "joint.pt")
-
-    pair = _start(run, cache, teacher, report)
-    if not pair.encoder.config.rounds:
-        pair = stage(pair, run.folder, JointRecipe(seconds=run.joint_seconds))
-        pair = Pair(pair.decoder, with_corrections(pair.encoder, ROUNDS))
-        pair = stage(pair, run.folder / "corrections", replace(CORRECTIONS, seconds=run.corrections_seconds))
-    pair = stage(pair, run.folder / "corrected", replace(CORRECTED, seconds=run.corrected_seconds))
-    stage(pair, run.folder / "held", replace(HELD, seconds=run.held_seconds))
+    teacher = TeacherAutoencoder.from_folder(run.teacher)
+    pair = _corrected(run, teacher, report)
+    decoder = grown(pair.decoder, tiny_config())
+    pair = Pair(decoder, grown_encoder(pair.encoder, replace(EncoderConfig(), rounds=pair.encoder.config.rounds)))
+    pictures = pictures_of(run, run.device)
+    for name, recipe, seconds in (
+        ("unrolled", UNROLLED, run.unrolled_seconds),
+        ("sharpened", SHARPENED, run.sharpened_seconds),
+        ("held", HELD, run.held_seconds),
+    ):
+        recipe = replace(recipe, seconds=seconds, device=run.device, workers=run.workers)
+        run_unrolled(pair, pictures, run.folder / name, recipe, teacher, report)
+        pair = load_pair(run.folder / name / "joint.pt")
     state = run.folder / "held" / "joint.pt"
     encoder = release_encoder(state, run.folder, rounds=RELEASED_ROUNDS)
     return release_decoder(state, run.folder, variant="tiny"), encoder
 
 
-def _start(run: TinyRun, cache: LatentCache, teacher: TeacherAutoencoder, report: Report) -> Pair:
-    """Decoder and encoder as the joint stage begins with them."""
+def _corrected(run: TinyRun, teacher: TeacherAutoencoder, report: Report) -> Pair:
+    """Decoder and encoder as the unrolled stage begins with them: trained apart, together, and with corrections."""
     if run.start is not None:
-        return released_pair(run.start, run.start.parent / TINY_ENCODER)
-    decoder = run_regressor(
-        cache, run.folder, DecoderRecipe(seconds=run.decoder_seconds, device=run.device), teacher, report=report
-    )
-    encoder = run_encoder(
-        cache, run.folder, EncoderRecipe(seconds=run.encoder_seconds, device=run.device), teacher, report=report
-    )
-    return Pair(decoder, encoder)
+        pair = released_pair(run.start, run.start.parent / TINY_ENCODER)
+        if pair.encoder.config.rounds:
+            return Pair(pair.decoder, with_rounds(pair.encoder, ROUNDS))
+    cache, at_hand = build_cache(run, report), copy.deepcopy(teacher).to(run.device)
+    if run.start is None:
+        decoder_recipe = DecoderRecipe(seconds=run.decoder_seconds, device=run.device)
+        encoder_recipe = EncoderRecipe(seconds=run.encoder_seconds, device=run.device)
+        decoder = run_regressor(cache, run.folder, decoder_recipe, at_hand, report=report)
+        pair = Pair(decoder, run_encoder(cache, run.folder, encoder_recipe, at_hand, report=report))
+
+    def stage(pair: Pair, folder: Path, recipe: JointRecipe) -> Pair:
+        run_joint(pair, cache, folder, replace(recipe, device=run.device, workers=run.workers), at_hand, report)
+        return load_pair(folder / "joint.pt")
+
+    pair = stage(pair, run.folder, JointRecipe(seconds=run.joint_seconds))
+    pair = Pair(pair.decoder, with_corrections(pair.encoder, ROUNDS))
+    return stage(pair, run.folder / "corrections", replace(CORRECTIONS, seconds=run.corrections_seconds))
 
 
 def train_small(run: TinyRun, report: Report = lambda line: None) -> tuple[Path, Path]:
@@ -151,10 +185,7 @@ def train_small(run: TinyRun, report: Report = lambda line: None) -> tuple[Path,
     _, encoder = train_tiny(run, report)
     pair = load_pair(run.folder / "held" / "joint.pt")
     pair = Pair(grown(pair.decoder, small_config()), pair.encoder)
-    teacher = TeacherAutoencoder.from_folder(run.teacher).to(run.device)
-    recipe = JointRecipe(
-        seconds=run.small_seconds, device=run.device, workers=run.workers, seed=2,
-        finest_rate=2e-4, decoder_rate=5e-5, encoder_rate=0.0, corrector_rate=0.0, decay_from=0.1,
-    )  # fmt: skip
-    run_joint(pair, build_cache(run), run.folder / "small", recipe, teacher, report)
+    teacher = TeacherAutoencoder.from_folder(run.teacher)
+    recipe = replace(DEEPENED, seconds=run.small_seconds, device=run.device, workers=run.workers)
+    run_unrolled(pair, pictures_of(run, run.device), run.folder / "small", recipe, teacher, report)
     return release_decoder(run.folder / "small" / "joint.pt", run.folder, variant="small"), encoder

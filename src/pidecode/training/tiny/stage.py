@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pidecode.errors import TrainingError
 from pidecode.training.tiny.muon import Muon
 from pidecode.training.tiny.state import load_state, save_state
 
@@ -163,3 +165,33 @@ def _means(rows: Sequence[Parts]) -> str:
 def update_average(average: nn.Module, model: nn.Module, keep: float) -> None:
     """Exponential moving average of the weights, in place."""
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - keep)
+
+
+def share_work(work: Callable[[int], None], networks: Sequence[nn.Module], workers: int) -> None:
+    """`work`, given its rank, in so many processes that update the same weights; in this one if that is one.
+
+    Each has one thread, and a session of its own for a scheduler that shares by session. Raises TrainingError when one
+    stopped early.
+    """
+    if workers == 1:
+        work(0)
+        return
+
+    def alone(rank: int) -> None:
+        os.setsid()
+        torch.set_num_threads(1)
+        torch.set_flush_denormal(True)
+        work(rank)
+
+    for network in networks:
+        network.share_memory()
+    context = torch.multiprocessing.get_context("fork")
+    processes = [context.Process(target=alone, args=(rank,)) for rank in range(workers)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        raise TrainingError(
+            "A training process stopped early; the last whole state is kept, and the same call goes on."
+        )
