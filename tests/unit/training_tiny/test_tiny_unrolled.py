@@ -17,7 +17,8 @@ from pidecode.model.encoder import ImageEncoder
 from pidecode.model.regressor import shrunk
 from pidecode.training.tiny.accelerated import Matrices, Recorded, edged, keep_exact, pad_by_joining
 from pidecode.training.tiny.cache import LatentCache
-from pidecode.training.tiny.grow import grown_encoder, with_corrections, with_rounds
+from pidecode.training.tiny.critic import PatchCritic
+from pidecode.training.tiny.grow import grown_encoder, with_corrections, with_first_guess, with_rounds
 from pidecode.training.tiny.joint_stage import Pair
 from pidecode.training.tiny.muon import Muon, orthogonalised
 from pidecode.training.tiny.procedural import procedural_picture
@@ -25,7 +26,7 @@ from pidecode.training.tiny.release import load_pair
 from pidecode.training.tiny.resident import SHRINKS, ResidentPictures, resident_pictures
 from pidecode.training.tiny.state import load_state
 from pidecode.training.tiny.teacher import TeacherAutoencoder
-from pidecode.training.tiny.unrolled_stage import UnrolledRecipe, run_unrolled
+from pidecode.training.tiny.unrolled_stage import Step, UnrolledRecipe, run_unrolled
 from tiny_training import ENCODER, parts, started
 
 BRIEF = UnrolledRecipe(
@@ -143,6 +144,11 @@ def test_a_grown_encoder_gives_the_same_latent() -> None:
     with pytest.raises(SettingError, match="only its blocks may differ"):
         grown_encoder(encoder, replace(encoder.config, rounds=3))
     assert with_rounds(encoder, 5).config.rounds == 5
+    other = with_corrections(ImageEncoder(ENCODER), 2)
+    mixed = with_first_guess(encoder, other)
+    with torch.no_grad():
+        assert torch.equal(mixed(picture), other(picture))
+        assert torch.equal(mixed.correction(picture, error), encoder.correction(picture, error))
     with pytest.raises(SettingError, match="corrects nothing"):
         with_rounds(ImageEncoder(ENCODER), 2)
 
@@ -184,9 +190,6 @@ def test_an_encoder_whose_rates_are_nought_stays_and_a_critic_judges(
 def test_a_critics_say_has_the_length_it_was_given(
     cache: LatentCache, pictures: ResidentPictures, teacher: TeacherAutoencoder
 ) -> None:
-    from pidecode.training.tiny.critic import PatchCritic
-    from pidecode.training.tiny.unrolled_stage import Step
-
     def slope(share: float) -> torch.Tensor:
         pair = correcting(cache)
         pair.encoder.requires_grad_(False)
@@ -203,6 +206,22 @@ def test_a_critics_say_has_the_length_it_was_given(
     plain, little = slope(0.0), slope(1e-9)
     torch.testing.assert_close(little, plain, atol=1e-7, rtol=1e-3)
     assert not torch.allclose(slope(0.5), plain, rtol=1e-2)
+
+
+def test_looks_carry_gradients_where_they_are_asked_to(
+    cache: LatentCache, pictures: ResidentPictures, teacher: TeacherAutoencoder
+) -> None:
+    def slope(through_looks: bool, rounds: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        pair = correcting(cache)
+        torch.manual_seed(1)
+        recipe = replace(BRIEF, crops=((128, 1, 1.0),), teacher_share=0.0, through_looks=through_looks)
+        Step(pair, teacher, pictures, recipe, None)(128, 1, rounds)
+        assert pair.decoder.to_pixels.bias.grad is not None
+        return pair.decoder.to_pixels.bias.grad
+
+    assert torch.equal(slope(True, 0), slope(False, 0))
+    assert not torch.equal(slope(True, 1), slope(False, 1))
 
 
 def test_workers_share_the_weights(

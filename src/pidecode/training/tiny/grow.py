@@ -92,3 +92,11 @@ def with_rounds(encoder: ImageEncoder, rounds: int) -> ImageEncoder:
     again = ImageEncoder(replace(encoder.config, rounds=rounds))
     again.load_state_dict(encoder.state_dict())
     return again
+
+
+def with_first_guess(encoder: ImageEncoder, other: ImageEncoder) -> ImageEncoder:
+    """The corrections of `encoder` after the first guess of `other`, an encoder of the same shape."""
+    own, guess = encoder.state_dict(), other.state_dict()
+    mixed = ImageEncoder(encoder.config)
+    mixed.load_state_dict({name: (own if name.startswith("corrector.") else guess)[name] for name in own})
+    return mixed

@@ -16,7 +16,7 @@ from pidecode.model.encoder import EncoderConfig
 from pidecode.training.tiny.cache import LatentCache, add_picture, crop_to_multiple, held_out, read_manifest
 from pidecode.training.tiny.decoder_stage import DecoderRecipe, run_regressor, small_config, tiny_config
 from pidecode.training.tiny.encoder_stage import EncoderRecipe, run_encoder
-from pidecode.training.tiny.grow import grown, grown_encoder, with_corrections, with_rounds
+from pidecode.training.tiny.grow import grown, grown_encoder, with_corrections, with_first_guess, with_rounds
 from pidecode.training.tiny.joint_stage import JointRecipe, Pair, run_joint
 from pidecode.training.tiny.procedural import KINDS, procedural_picture
 from pidecode.training.tiny.release import load_pair, release_decoder, release_encoder, released_pair
@@ -37,17 +37,22 @@ CORRECTIONS = JointRecipe(
     first_share=0.0, teacher_weight=0.0, noisy_share=0.0,
 )  # fmt: skip
 """The corrections alone: a decoder that moves while it is looked at leads them astray."""
-UNROLLED = UnrolledRecipe()
-"""All of it, the way it is used."""
+BEGUN = UnrolledRecipe(
+    seed=20, decay_from=0.3, finest_rate=5e-4, decoder_rate=5e-4, corrector_rate=5e-4, through_looks=True,
+    crops=((256, 64, 0.6), (512, 16, 0.4)), similarity_weight=0.1,
+)  # fmt: skip
+"""All of it, the way it is used. The first guess that this ends with is kept."""
+UNROLLED = UnrolledRecipe(seed=22)
+"""The same with cheaper steps, and more of them, for the decoder and the corrections."""
 SHARPENED = UnrolledRecipe(
     seed=24, warmup_steps=50, finest_rate=2e-4, decoder_rate=1e-4, encoder_rate=0.0, corrector_rate=0.0,
     rounds=(0.1, 0.2, 0.5, 0.2), critic_share=0.15,
 )  # fmt: skip
 """The decoder with a critic beside the error."""
 HELD = UnrolledRecipe(
-    seed=31, warmup_steps=60, decay_from=0.25, finest_rate=3e-5, decoder_rate=4e-5, encoder_rate=2e-4,
-    corrector_rate=1.5e-4, rounds=(0.2, 0.2, 0.35, 0.25), crops=((256, 2, 0.5), (384, 1, 0.3), (512, 1, 0.2)),
-    teacher_share=0.5, teacher_weight=0.3, imitation_weight=4.0,
+    seed=41, warmup_steps=40, decay_from=0.1, finest_rate=2e-5, decoder_rate=2e-5, encoder_rate=2e-5,
+    corrector_rate=8e-5, rounds=(0.05, 0.35, 0.45, 0.15), crops=((256, 3, 0.5), (512, 1, 0.5)),
+    teacher_share=0.34, teacher_weight=0.3, imitation_weight=4.0, ema=0.99,
 )  # fmt: skip
 """The encoder once more, held closer to its teacher."""
 DEEPENED = UnrolledRecipe(
@@ -72,11 +77,13 @@ class TinyRun:
     joint_seconds: float = 14000.0
     corrections_seconds: float = 1500.0
     """For the encoder's corrections alone."""
+    begun_seconds: float = 100.0
+    """For all of it at once, on an accelerator; without one it needs some hundred times as long."""
     unrolled_seconds: float = 340.0
-    """For all of it at once, on an accelerator; without one it needs a thousand times as long."""
+    """For the same with cheaper steps, likewise."""
     sharpened_seconds: float = 76.0
     """For the decoder with a critic, likewise."""
-    held_seconds: float = 3500.0
+    held_seconds: float = 2600.0
     """For the encoder once more, held closer to its teacher, on a processor."""
     small_seconds: float = 92.0
     """For `small`, after `tiny` is done, on an accelerator."""
@@ -142,14 +149,17 @@ def train_tiny(run: TinyRun, report: Report = lambda line: None) -> tuple[Path, 
     decoder = grown(pair.decoder, tiny_config())
     pair = Pair(decoder, grown_encoder(pair.encoder, replace(EncoderConfig(), rounds=pair.encoder.config.rounds)))
     pictures = pictures_of(run, run.device)
-    for name, recipe, seconds in (
-        ("unrolled", UNROLLED, run.unrolled_seconds),
-        ("sharpened", SHARPENED, run.sharpened_seconds),
-        ("held", HELD, run.held_seconds),
-    ):
+
+    def stage(pair: Pair, name: str, recipe: UnrolledRecipe, seconds: float) -> Pair:
         recipe = replace(recipe, seconds=seconds, device=run.device, workers=run.workers)
         run_unrolled(pair, pictures, run.folder / name, recipe, teacher, report)
-        pair = load_pair(run.folder / name / "joint.pt")
+        return load_pair(run.folder / name / "joint.pt")
+
+    begun = stage(pair, "begun", BEGUN, run.begun_seconds)
+    pair = stage(begun, "unrolled", UNROLLED, run.unrolled_seconds)
+    pair = stage(pair, "sharpened", SHARPENED, run.sharpened_seconds)
+    begun = load_pair(run.folder / "begun" / "joint.pt")
+    stage(Pair(pair.decoder, with_first_guess(pair.encoder, begun.encoder)), "held", HELD, run.held_seconds)
     state = run.folder / "held" / "joint.pt"
     encoder = release_encoder(state, run.folder, rounds=RELEASED_ROUNDS)
     return release_decoder(state, run.folder, variant="tiny"), encoder

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole way trained as it is used: encode, look and correct some rounds, decode; the last error teaches all of it.
 
-The joint stage teaches each round by itself, with what a processor can afford. Here the gradient goes back through
-every round and every look, on many crops at once: work for an accelerator, where one step is recorded as a CUDA graph
-for each number of rounds and replayed.
+The joint stage teaches each round by itself, with what a processor can afford. Here the last picture's error reaches
+every round, on many crops at once: work for an accelerator, where one step is recorded as a CUDA graph for each number
+of rounds and replayed.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ class UnrolledRecipe(PairRecipe):
     corrector_rate: float = 4e-4
     rounds: tuple[float, ...] = (0.1, 0.15, 0.45, 0.3)
     """Shares of the steps with so many corrections, from none on."""
+    through_looks: bool = False
+    """Whether the gradient also goes back through the looks: nearly twice the work, and steadier at high rates."""
     crops: tuple[tuple[int, int, float], ...] = ((256, 32, 0.6), (512, 8, 0.4))
     similarity_weight: float = 0.15
     """Weight of what is missing to a structural similarity of 1."""
@@ -93,9 +95,9 @@ class Step:
     def cells(self, small: Tensor, rounds: int, matrices: Matrices) -> Tensor:
         """The corrected cells, with the gradient of every round where the encoder learns."""
 
-        @torch.no_grad()
         def look(latent: Tensor) -> Tensor:
-            return matrices.shrunk(self.pair.decoder(latent).float())
+            with torch.set_grad_enabled(self.encoder_learns and self.recipe.through_looks):
+                return matrices.shrunk(self.pair.decoder(latent).float())
 
         with torch.set_grad_enabled(self.encoder_learns):
             return self.pair.encoder.corrected(small, look, rounds)
