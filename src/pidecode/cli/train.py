@@ -109,15 +109,17 @@ def _chosen(name: str, space: str | None, data: str | None, settings: tuple[str,
 def _own_weights(name: str, data: str | None, out: str | None, settings: tuple[str, ...]) -> None:
     """This project's own weights have stages of their own; the same command runs or resumes them."""
     given = dict(text.partition("=")[::2] for text in settings)
-    if data is None or out is None or "teacher" not in given or not set(given) <= {"teacher", "start"}:
+    if data is None or out is None or "teacher" not in given or not set(given) <= {"teacher", "start", "device"}:
         raise SettingError(
-            f"The recipe {name} takes --data, --out, --set teacher=FOLDER (the two taef2 files) and, to go on from "
-            "released weights, --set start=tiny.safetensors (its encoder beside it)."
+            f"The recipe {name} takes --data, --out, --set teacher=FOLDER (the two taef2 files); to go on from "
+            "released weights, --set start=tiny.safetensors (its encoder beside it); and, for a GPU, --set device=cuda."
         )
+    from pidecode.devices import pick_device
     from pidecode.training.tiny.run import TinyRun, train_small, train_tiny
 
     start = Path(given["start"]) if "start" in given else None
-    run = TinyRun(data=Path(data), teacher=Path(given["teacher"]), folder=Path(out), start=start)
+    device = str(pick_device(given.get("device", "cpu")))
+    run = TinyRun(data=Path(data), teacher=Path(given["teacher"]), folder=Path(out), start=start, device=device)
     train_own = train_tiny if name == "tiny" else train_small
     for path in train_own(run, _Line()):
         click.echo(path)

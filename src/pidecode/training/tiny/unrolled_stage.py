@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from pidecode.devices import records_graphs, require_compiler
 from pidecode.training.tiny.accelerated import Matrices, Recorded, compile_blocks, keep_exact, pad_by_joining
 from pidecode.training.tiny.augment import varied
 from pidecode.training.tiny.critic import PatchCritic, critic_loss
@@ -89,8 +90,8 @@ class Step:
         self.matrices = {side: Matrices(side, self.device) for side, _, _ in recipe.crops}
 
     def half(self) -> torch.autocast:
-        """Products in bfloat16, except on a processor, where that is slow."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu", cache_enabled=False)
+        """Products in bfloat16 on CUDA; elsewhere that is slow, or was not tried."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False)
 
     def cells(self, small: Tensor, rounds: int, matrices: Matrices) -> Tensor:
         """The corrected cells, with the gradient of every round where the encoder learns."""
@@ -203,9 +204,10 @@ class _Loop:
     def run(self, path: Path, note: Mapping[str, Any], report: Report) -> None:
         """Until the budget is used; saved every so often, and at the end."""
         recipe, random = self.recipe, np.random.default_rng([self.recipe.seed, self.rank, self.count])
-        recording = recipe.record and recipe.device != "cpu"
+        recording = recipe.record and records_graphs(torch.device(recipe.device))
         update = Recorded(self.update) if recording else self.update
         if recording:
+            require_compiler(torch.device(recipe.device))
             compile_blocks(self.pair)
         shares = np.array([share for _, _, share in recipe.crops])
         rows = torch.zeros(len(MEASURES), device=recipe.device)
