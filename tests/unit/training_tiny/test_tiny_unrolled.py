@@ -18,7 +18,7 @@ from pidecode.model.regressor import shrunk
 from pidecode.training.tiny.accelerated import Matrices, Recorded, edged, keep_exact, pad_by_joining
 from pidecode.training.tiny.cache import LatentCache
 from pidecode.training.tiny.critic import PatchCritic
-from pidecode.training.tiny.grow import grown_encoder, with_corrections, with_first_guess, with_rounds
+from pidecode.training.tiny.grow import accentuated, grown_encoder, with_corrections, with_first_guess, with_rounds
 from pidecode.training.tiny.joint_stage import Pair
 from pidecode.training.tiny.muon import Muon, orthogonalised
 from pidecode.training.tiny.procedural import procedural_picture
@@ -151,6 +151,21 @@ def test_a_grown_encoder_gives_the_same_latent() -> None:
         assert torch.equal(mixed.correction(picture, error), encoder.correction(picture, error))
     with pytest.raises(SettingError, match="corrects nothing"):
         with_rounds(ImageEncoder(ENCODER), 2)
+
+
+def test_an_accent_strengthens_short_waves_alone(cache: LatentCache) -> None:
+    regressor, latent = started(cache), torch.rand(1, 128, 2, 2, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain, accented = regressor(latent), accentuated(regressor, 0.2)(latent)
+        torch.testing.assert_close(accentuated(regressor, 0.0)(latent), plain, atol=1e-5, rtol=1e-5)
+
+    def strength(picture: torch.Tensor, half_waves: int) -> torch.Tensor:
+        wave = (torch.pi * (2 * torch.arange(16) + 1) * half_waves / 32).cos()
+        return torch.einsum("bkrcn,c->bkn", F.pixel_unshuffle(picture, 16).view(1, 3, 16, 16, -1), wave)
+
+    for half_waves, gain in ((0, 1.0), (1, 1.0), (2, 1 + 0.2 / 3), (4, 1.2), (11, 1.2)):
+        wanted = gain * strength(plain, half_waves)
+        torch.testing.assert_close(strength(accented, half_waves), wanted, atol=1e-4, rtol=1e-3)
 
 
 def test_the_whole_way_learns_and_goes_on_where_it_stopped(

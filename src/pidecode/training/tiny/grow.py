@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From trained networks to larger ones: a deeper regressor, an encoder with corrections."""
+"""From trained networks to others, without training: deeper ones, an encoder with corrections, a crisper decoder."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import torch
@@ -51,6 +52,28 @@ def _spread(weight: Tensor, fold: int) -> Tensor:
     cells = weight.unflatten(1, (-1, fold, fold)) / 4
     spread: Tensor = cells.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2).flatten(1)
     return spread
+
+
+@torch.no_grad()
+def accentuated(regressor: Regressor, accent: float) -> Regressor:
+    """The same regressor with the waves within each patch stronger by up to `accent`, which is 0 for no change.
+
+    A squared error makes a picture's waves weaker the less of them is known. What is there is still right, so a tenth
+    or two more costs nearly nothing of it. Waves of two patches' length stay as they are, so colours do too; those of
+    half a patch and shorter get all of it.
+    """
+    side = regressor.config.patch_size
+    number, place = torch.arange(side, dtype=torch.float64)[:, None], torch.arange(side, dtype=torch.float64)
+    waves = (torch.pi * (2 * place + 1) * number / (2 * side)).cos() * (2 / side) ** 0.5
+    waves[0] /= 2**0.5
+    frequency = (number.square() + number.mT.square()).sqrt()  # in half waves a patch, across and down
+    gain = 1 + accent * ((frequency - 1) / 3).clamp(0, 1)
+    other = copy.deepcopy(regressor)
+    for layer in other.to_pixels.parameters():
+        patches = layer.double().view(3, side, side, -1)
+        known = torch.einsum("ur,vc,krcf->kuvf", waves, waves, patches) * gain[..., None]
+        layer.copy_(torch.einsum("ur,vc,kuvf->krcf", waves, waves, known).reshape(layer.shape))
+    return other
 
 
 def grown_encoder(encoder: ImageEncoder, config: EncoderConfig) -> ImageEncoder:

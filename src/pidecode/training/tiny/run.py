@@ -37,6 +37,8 @@ CORRECTIONS = JointRecipe(
     first_share=0.0, teacher_weight=0.0, noisy_share=0.0,
 )  # fmt: skip
 """The corrections alone: a decoder that moves while it is looked at leads them astray."""
+ACCENT = 0.2
+"""How much stronger the released decoders' fine waves are than the trained ones'."""
 BEGUN = UnrolledRecipe(
     seed=20, decay_from=0.3, finest_rate=5e-4, decoder_rate=5e-4, corrector_rate=5e-4, through_looks=True,
     crops=((256, 64, 0.6), (512, 16, 0.4)), similarity_weight=0.1,
@@ -162,7 +164,7 @@ def train_tiny(run: TinyRun, report: Report = lambda line: None) -> tuple[Path, 
     stage(Pair(pair.decoder, with_first_guess(pair.encoder, begun.encoder)), "held", HELD, run.held_seconds)
     state = run.folder / "held" / "joint.pt"
     encoder = release_encoder(state, run.folder, rounds=RELEASED_ROUNDS)
-    return release_decoder(state, run.folder, variant="tiny"), encoder
+    return release_decoder(state, run.folder, variant="tiny", accent=ACCENT), encoder
 
 
 def _corrected(run: TinyRun, teacher: TeacherAutoencoder, report: Report) -> Pair:
@@ -198,4 +200,4 @@ def train_small(run: TinyRun, report: Report = lambda line: None) -> tuple[Path,
     teacher = TeacherAutoencoder.from_folder(run.teacher)
     recipe = replace(DEEPENED, seconds=run.small_seconds, device=run.device, workers=run.workers)
     run_unrolled(pair, pictures_of(run, run.device), run.folder / "small", recipe, teacher, report)
-    return release_decoder(run.folder / "small" / "joint.pt", run.folder, variant="small"), encoder
+    return release_decoder(run.folder / "small" / "joint.pt", run.folder, variant="small", accent=ACCENT), encoder
