@@ -62,7 +62,7 @@ class Runner:
         self.net, self.plan, self.distilled, self.fused = net, plan, distilled, fused
         self.graphs = graphs
         self.look = look_through(net)
-        """A quick look at what a latent decodes to, at the size of the encoded picture; None where there is none."""
+        """The short way from latent to picture, which an encoder also looks through; None where there is none."""
         self.sums = CompiledSums() if compile else None
         """The compiled sums, if any."""
         self.recordings: Recordings | None = None
@@ -196,6 +196,9 @@ class Runner:
             windows = Windows.of_pixels(self.plan.window, self.net.config.patch_size)
 
         self.require(self.net.device)
+        shortly = self._answers_shortly(condition)
+        if shortly is not None:
+            return _asked_once(shortly)
 
         def once(x: Tensor, t: Tensor) -> Tensor:
             with use(self.backend), self._sums():
@@ -224,6 +227,15 @@ class Runner:
             return once(x, t)
 
         return checked if self.heeds_noise() else _asked_once(checked)
+
+    def _answers_shortly(self, condition: Condition) -> Predict | None:
+        """The short way, where the network has one and nothing asks for the long one to be run in some manner."""
+        look, plan, tokens = self.look, self.plan, condition.pixel_injection
+        if look is None or tokens is None or self.graphs or self.fused or self.sums is not None or self.spread:
+            return None
+        if plan is not None and (plan.window is not None or plan.weights != "plain"):
+            return None
+        return lambda x, t: look.picture(tokens.tokens, condition.grid)
 
     def _sums(self) -> AbstractContextManager[None]:
         if self.sums is not None:

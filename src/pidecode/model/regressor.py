@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from pidecode.errors import SettingError
 from pidecode.facts.architecture import NetConfig
 from pidecode.model.adapter import ClimbingTower, LatentAdapter
-from pidecode.model.encoder import Look
 from pidecode.model.network import PixelNet
 
 GATE_BIAS = 4.0
@@ -183,28 +182,44 @@ def _to_pixels_of(net: PixelNet) -> nn.Linear:
     return to_pixels
 
 
-def look_through(net: PixelNet) -> Look | None:
-    """What a latent decodes to, within [-1, 1], shrunk to the size of the encoded picture, by the short way.
+class ShortWay:
+    """What `net` decodes latents to, by its adapter and one linear layer: up to rounding all that the rest of it adds.
+
+    Follows the adapter's weights where they go.
+    """
+
+    def __init__(self, net: PixelNet, to_pixels: nn.Linear) -> None:
+        self.net = net
+        with torch.device("meta"):
+            self.regressor = Regressor(net.config)
+        self.regressor.adapter, self.regressor.to_pixels = net.lq_proj, to_pixels.requires_grad_(False)
+
+    def picture(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The picture [B,3,H,W], unclamped, of the adapter's tokens for the pixels [B,L,D]."""
+        config = self.net.config
+        pixels: Tensor = self.regressor.to_pixels.to(tokens.device, tokens.dtype)(tokens)
+        return F.pixel_shuffle(pixels.transpose(1, 2).unflatten(2, grid), config.patch_size)
+
+    @torch.no_grad()
+    def __call__(self, latent: Tensor) -> Tensor:
+        """What a normalised latent decodes to, within [-1, 1], shrunk to the size of the encoded picture."""
+        net = self.net
+        self.regressor.to_pixels.to(net.device, net.dtype)
+        return shrunk(self.regressor(latent.to(net.device)).float(), net.config.scale)
+
+
+def look_through(net: PixelNet) -> ShortWay | None:
+    """The network's short way from latent to picture.
 
     None for a network that has none: one whose pixel blocks make more of it than what the adapter says, one whose
-    weights are not there or no longer whole. Follows the adapter's weights where they go.
+    weights are not there or no longer whole.
     """
     if not net.config.adapter_levels or net.slimmed or net.device.type == "meta":
         return None
     try:
-        to_pixels = _to_pixels_of(net)
+        return ShortWay(net, _to_pixels_of(net))
     except SettingError:
         return None
-    with torch.device("meta"):
-        regressor = Regressor(net.config)
-    regressor.adapter, regressor.to_pixels = net.lq_proj, to_pixels.requires_grad_(False)
-
-    @torch.no_grad()
-    def look(latent: Tensor) -> Tensor:
-        regressor.to_pixels.to(net.device, net.dtype)
-        return shrunk(regressor(latent.to(net.device)).float(), net.config.scale)
-
-    return look
 
 
 def shrunk(picture: Tensor, scale: int) -> Tensor:
