@@ -42,6 +42,11 @@ def records_graphs(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def trains_in_half(device: torch.device) -> bool:
+    """Whether training multiplies in bfloat16 there: on CUDA (and ROCm); elsewhere it is slow, or was not tried."""
+    return device.type == "cuda"
+
+
 def usual_dtype(device: torch.device) -> torch.dtype:
     """The number format of weights where none is named: bfloat16 where it pays, float32 elsewhere.
 

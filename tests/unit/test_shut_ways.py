@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,14 +15,17 @@ from pidecode.facts.checkpoints import StudentKind
 from pidecode.latents.latent import Latent
 from pidecode.model.network import Condition, PixelNet
 from pidecode.model.schedule import heeds_noise, slim, tabulate
+from pidecode.planner import Plan
 from pidecode.runner import Runner
 from pidecode.sampling import NoiseStream, Step, sample_student
 
 
 @pytest.fixture
 def shipped() -> PixelDecoder:
-    """A decoder whose ways of noise and of time are shut."""
-    return PixelDecoder.from_pretrained("tiny", device="cpu")
+    """A decoder whose ways of noise and of time are shut, and which goes the long way all the same."""
+    decoder = PixelDecoder.from_pretrained("tiny", device="cpu")
+    decoder.runner.look = None
+    return decoder
 
 
 @pytest.fixture
@@ -65,6 +69,37 @@ def test_one_evaluation_gives_the_picture_of_four(
     assert len(asked) == 5
     assert isinstance(made, Tensor)
     assert torch.equal(made, every.clamp(-1, 1))
+
+
+def test_the_short_way_gives_the_picture_of_the_long_one_unasked(shipped: PixelDecoder, asked: list[float]) -> None:
+    steps: list[Step] = []
+    short = PixelDecoder.from_pretrained("tiny", device="cpu", dtype=torch.float32)
+    made = short.decode(latent(), seed=3, output="pt", on_step=steps.append)
+    assert not asked
+    assert [step.index for step in steps] == [1, 2, 3, 4]
+    long = PixelDecoder.from_pretrained("tiny", device="cpu", dtype=torch.float32)
+    long.runner.look = None
+    wanted = long.decode(latent(), seed=3, output="pt")
+    assert len(asked) == 1
+    assert isinstance(made, Tensor)
+    assert isinstance(wanted, Tensor)
+    assert (made - wanted).abs().max() < 5e-3
+
+
+def test_the_long_way_is_gone_where_something_asks_for_it(asked: list[float]) -> None:
+    windows = Plan(size=(192, 128), batch=1, dtype="float32", window=128)
+    for plan in (windows, replace(windows, window=None, weights="int8")):
+        decoder = PixelDecoder.from_pretrained("tiny", device="cpu", dtype=torch.float32)
+        runner = Runner(decoder.net, plan)
+        assert runner.look is not None
+        with torch.inference_mode():
+            condition = runner.net.prepare((8, 12), None, latent().tensor, torch.zeros(1))
+            runner.predict(condition)(torch.randn(1, 3, 128, 192), torch.tensor([999.0]))
+        assert asked
+        asked.clear()
+    compiled = Runner(decoder.net, fused=True)
+    assert compiled._answers_shortly(condition) is None
+    assert Runner(decoder.net)._answers_shortly(condition) is not None
 
 
 @pytest.mark.parametrize("way", ["picture", "pixels", "time"])

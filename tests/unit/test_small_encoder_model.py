@@ -72,4 +72,4 @@ def test_a_latent_is_corrected_by_what_it_still_gets_wrong_for_as_many_rounds_as
 
 
 def test_the_shipped_shape_fits_its_share_of_the_package() -> None:
-    assert 2 * encoder_parameters(EncoderConfig(rounds=4)) < 12e6
+    assert 2 * encoder_parameters(EncoderConfig(rounds=4)) < 14e6

@@ -212,7 +212,7 @@ def test_a_critics_say_has_the_length_it_was_given(
         critic = PatchCritic() if share else None
         torch.manual_seed(4)
         recipe = replace(BRIEF, crops=((128, 1, 1.0),), teacher_share=0.0, critic_share=share)
-        Step(pair, teacher, pictures, recipe, critic)(128, 1, 0)
+        assert torch.isfinite(Step(pair, teacher, pictures, recipe, critic)(128, 1, 0)).all()
         assert pair.decoder.to_pixels.bias.grad is not None
         return pair.decoder.to_pixels.bias.grad
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from pidecode.devices import records_graphs, require_compiler
+from pidecode.devices import records_graphs, require_compiler, trains_in_half
 from pidecode.training.tiny.accelerated import Matrices, Recorded, compile_blocks, keep_exact, pad_by_joining
 from pidecode.training.tiny.augment import varied
 from pidecode.training.tiny.critic import PatchCritic, critic_loss
@@ -90,8 +90,9 @@ class Step:
         self.matrices = {side: Matrices(side, self.device) for side, _, _ in recipe.crops}
 
     def half(self) -> torch.autocast:
-        """Products in bfloat16 on CUDA; elsewhere that is slow, or was not tried."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False)
+        """Products in bfloat16, where the device trains with them."""
+        enabled = trains_in_half(self.device)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
     def cells(self, small: Tensor, rounds: int, matrices: Matrices) -> Tensor:
         """The corrected cells, with the gradient of every round where the encoder learns."""
@@ -126,7 +127,7 @@ class Step:
         lost = lost * tempered(sigma).to(lost)
         loss = lost[:count].mean() + recipe.teacher_weight * lost[count:].sum() / max(read, 1)
         difference = (imitated - decoded).square().mean((1, 2, 3))
-        distance = F.mse_loss(cells[:seen], wanted)
+        distance = (cells[:seen] - wanted).square().sum() / max(wanted.numel(), 1)
         judged = torch.zeros((), device=self.device)
         if self.critic is None:
             if self.encoder_learns:
@@ -139,7 +140,14 @@ class Step:
         clean = sigma[:count] == 0
         own = (error[:count] * clean).sum() / clean.sum().clamp(min=1)
         return torch.stack(
-            (own, likeness[:count].mean(), error[count:].sum() / max(read, 1), difference.mean(), distance, judged)
+            (
+                own,
+                likeness[:count].mean(),
+                error[count:].sum() / max(read, 1),
+                difference.sum() / max(seen, 1),
+                distance,
+                judged,
+            )
         ).detach()
 
     def _judged(self, loss: Tensor, made: Tensor, targets: Tensor) -> Tensor:
