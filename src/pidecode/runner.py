@@ -190,7 +190,10 @@ class Runner:
         return self.plan is not None and what in self.plan.offload
 
     def predict(self, condition: Condition) -> Predict:
-        """The network as a function of the noisy picture and the time; asked once if it heeds neither."""
+        """The network as a function of the noisy picture and the time.
+
+        It is asked once if it heeds neither, and not at all where the short way says the same.
+        """
         windows = None
         if self.plan is not None and self.plan.window is not None:
             windows = Windows.of_pixels(self.plan.window, self.net.config.patch_size)

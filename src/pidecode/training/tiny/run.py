@@ -37,8 +37,12 @@ CORRECTIONS = JointRecipe(
     first_share=0.0, teacher_weight=0.0, noisy_share=0.0,
 )  # fmt: skip
 """The corrections alone: a decoder that moves while it is looked at leads them astray."""
+MOST_CROPS = {256: 4, 384: 2, 512: 1}
+"""Crops of each side in a step of a process on a processor, at most."""
 ACCENT = 0.2
-"""How much stronger the released decoders' fine waves are than the trained ones'."""
+"""How much stronger the fine waves of the released `tiny` are than those of the trained one."""
+SMALL_ACCENT = 0.1
+"""The same for `small`, which leaves them stronger."""
 BEGUN = UnrolledRecipe(
     seed=20, decay_from=0.3, finest_rate=5e-4, decoder_rate=5e-4, corrector_rate=5e-4, through_looks=True,
     crops=((256, 64, 0.6), (512, 16, 0.4)), similarity_weight=0.1,
@@ -62,6 +66,11 @@ DEEPENED = UnrolledRecipe(
     corrector_rate=0.0, rounds=(0.1, 0.2, 0.5, 0.2),
 )  # fmt: skip
 """The new blocks of `small`, and slowly the rest of its decoder, for the encoder of `tiny`."""
+SETTLED = replace(
+    DEEPENED, seed=51, warmup_steps=20, decay_from=0.0, finest_rate=3e-5, decoder_rate=0.0, rounds=(0.0, 0.2, 0.6, 0.2),
+    crops=((256, 2, 0.5), (384, 1, 0.5)), teacher_share=0.5, teacher_weight=0.3, ema=0.99,
+)  # fmt: skip
+"""Its finest level once more, on a processor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +98,8 @@ class TinyRun:
     """For the encoder once more, held closer to its teacher, on a processor."""
     small_seconds: float = 92.0
     """For `small`, after `tiny` is done, on an accelerator."""
+    settled_seconds: float = 900.0
+    """For its finest level once more, on a processor."""
     procedural_seeds: int = 12
     """Rounds of procedural pictures, of every kind once each."""
     fonts: Sequence[Path] = ()
@@ -141,6 +152,14 @@ def pictures_of(run: TinyRun, device: str) -> ResidentPictures:
     )  # fmt: skip
 
 
+def fitted(recipe: UnrolledRecipe, run: TinyRun, seconds: float) -> UnrolledRecipe:
+    """The recipe on the run's device; a processor has memory for few of the crops that an accelerator takes at once."""
+    crops = recipe.crops
+    if torch.device(run.device).type == "cpu":
+        crops = tuple((side, min(count, MOST_CROPS[side]), share) for side, count, share in crops)
+    return replace(recipe, seconds=seconds, device=run.device, workers=run.workers, crops=crops)
+
+
 def train_tiny(run: TinyRun, report: Report = lambda line: None) -> tuple[Path, Path]:
     """Run or resume every stage; returns the paths of the decoder and the encoder, `tiny.safetensors` and its kin.
 
@@ -153,8 +172,7 @@ def train_tiny(run: TinyRun, report: Report = lambda line: None) -> tuple[Path, 
     pictures = pictures_of(run, run.device)
 
     def stage(pair: Pair, name: str, recipe: UnrolledRecipe, seconds: float) -> Pair:
-        recipe = replace(recipe, seconds=seconds, device=run.device, workers=run.workers)
-        run_unrolled(pair, pictures, run.folder / name, recipe, teacher, report)
+        run_unrolled(pair, pictures, run.folder / name, fitted(recipe, run, seconds), teacher, report)
         return load_pair(run.folder / name / "joint.pt")
 
     begun = stage(pair, "begun", BEGUN, run.begun_seconds)
@@ -197,7 +215,9 @@ def train_small(run: TinyRun, report: Report = lambda line: None) -> tuple[Path,
     _, encoder = train_tiny(run, report)
     pair = load_pair(run.folder / "held" / "joint.pt")
     pair = Pair(grown(pair.decoder, small_config()), pair.encoder)
-    teacher = TeacherAutoencoder.from_folder(run.teacher)
-    recipe = replace(DEEPENED, seconds=run.small_seconds, device=run.device, workers=run.workers)
-    run_unrolled(pair, pictures_of(run, run.device), run.folder / "small", recipe, teacher, report)
-    return release_decoder(run.folder / "small" / "joint.pt", run.folder, variant="small", accent=ACCENT), encoder
+    teacher, pictures = TeacherAutoencoder.from_folder(run.teacher), pictures_of(run, run.device)
+    for name, recipe, seconds in (("small", DEEPENED, run.small_seconds), ("settled", SETTLED, run.settled_seconds)):
+        run_unrolled(pair, pictures, run.folder / name, fitted(recipe, run, seconds), teacher, report)
+        pair = load_pair(run.folder / name / "joint.pt")
+    state = run.folder / "settled" / "joint.pt"
+    return release_decoder(state, run.folder, variant="small", accent=SMALL_ACCENT), encoder
