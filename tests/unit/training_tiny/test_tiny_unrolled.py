@@ -239,6 +239,13 @@ def test_looks_carry_gradients_where_they_are_asked_to(
     assert not torch.equal(slope(True, 1), slope(False, 1))
 
 
+def test_an_encoder_without_corrections_is_refused(
+    cache: LatentCache, pictures: ResidentPictures, teacher: TeacherAutoencoder, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingError, match="trains corrections"):
+        run_unrolled(Pair(started(cache), ImageEncoder(ENCODER)), pictures, tmp_path, BRIEF, teacher)
+
+
 def test_workers_share_the_weights(
     cache: LatentCache, pictures: ResidentPictures, teacher: TeacherAutoencoder, tmp_path: Path
 ) -> None:

@@ -100,7 +100,7 @@ class TinyRun:
     """For `small`, after `tiny` is done, on an accelerator."""
     settled_seconds: float = 900.0
     """For its finest level once more, on a processor."""
-    procedural_seeds: int = 12
+    procedural_seeds: int = 24
     """Rounds of procedural pictures, of every kind once each."""
     fonts: Sequence[Path] = ()
     """TrueType files for rendered text; without them Pillow's own face."""
@@ -142,12 +142,12 @@ def build_cache(run: TinyRun, report: Report = lambda line: None) -> LatentCache
     return LatentCache(place, {"teacher": 1.0})
 
 
-def pictures_of(run: TinyRun, device: str) -> ResidentPictures:
-    """The same pictures for the unrolled stages, whole and in memory."""
+def pictures_of(run: TinyRun) -> ResidentPictures:
+    """The same pictures for the unrolled stages, whole and in the device's memory."""
     categories = read_manifest(run.data)
     names = sorted({name for names in categories.values() for name in names} - held_out(categories))
     return resident_pictures(
-        [run.data / name for name in names], torch.device(device), procedural_seeds=run.procedural_seeds,
+        [run.data / name for name in names], torch.device(run.device), procedural_seeds=run.procedural_seeds,
         procedural_side=PROCEDURAL_SIDE, fonts=run.fonts,
     )  # fmt: skip
 
@@ -169,7 +169,7 @@ def train_tiny(run: TinyRun, report: Report = lambda line: None) -> tuple[Path, 
     pair = _corrected(run, teacher, report)
     decoder = grown(pair.decoder, tiny_config())
     pair = Pair(decoder, grown_encoder(pair.encoder, replace(EncoderConfig(), rounds=pair.encoder.config.rounds)))
-    pictures = pictures_of(run, run.device)
+    pictures = pictures_of(run)
 
     def stage(pair: Pair, name: str, recipe: UnrolledRecipe, seconds: float) -> Pair:
         run_unrolled(pair, pictures, run.folder / name, fitted(recipe, run, seconds), teacher, report)
@@ -215,7 +215,7 @@ def train_small(run: TinyRun, report: Report = lambda line: None) -> tuple[Path,
     _, encoder = train_tiny(run, report)
     pair = load_pair(run.folder / "held" / "joint.pt")
     pair = Pair(grown(pair.decoder, small_config()), pair.encoder)
-    teacher, pictures = TeacherAutoencoder.from_folder(run.teacher), pictures_of(run, run.device)
+    teacher, pictures = TeacherAutoencoder.from_folder(run.teacher), pictures_of(run)
     for name, recipe, seconds in (("small", DEEPENED, run.small_seconds), ("settled", SETTLED, run.settled_seconds)):
         run_unrolled(pair, pictures, run.folder / name, fitted(recipe, run, seconds), teacher, report)
         pair = load_pair(run.folder / name / "joint.pt")

@@ -22,6 +22,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from pidecode.devices import records_graphs, require_compiler, trains_in_half
+from pidecode.errors import SettingError
 from pidecode.training.tiny.accelerated import Matrices, Recorded, compile_blocks, keep_exact, pad_by_joining
 from pidecode.training.tiny.augment import varied
 from pidecode.training.tiny.critic import PatchCritic, critic_loss
@@ -265,7 +266,14 @@ def run_unrolled(
     pair: Pair, pictures: ResidentPictures, folder: Path, recipe: UnrolledRecipe, teacher: TeacherAutoencoder,
     report: Report = lambda line: None,
 ) -> Pair:  # fmt: skip
-    """Train `pair` until the budget is used; returns the average, also in `folder/joint.pt`, from which it resumes."""
+    """Train `pair` until the budget is used; returns the average, also in `folder/joint.pt`, from which it resumes.
+
+    Raises SettingError for an encoder without corrections, TrainingError when a process stopped early.
+    """
+    if not pair.encoder.config.rounds:
+        raise SettingError(
+            "This encoder corrects nothing, and this stage trains corrections; use grow.with_corrections."
+        )
     state = resume(folder / "joint.pt", pair)
     pair.to(recipe.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = copy.deepcopy(pair).requires_grad_(False)
