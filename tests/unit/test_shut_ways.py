@@ -97,8 +97,8 @@ def test_the_long_way_is_gone_where_something_asks_for_it(asked: list[float]) ->
             runner.predict(condition)(torch.randn(1, 3, 128, 192), torch.tensor([999.0]))
         assert asked
         asked.clear()
-    compiled = Runner(decoder.net, fused=True)
-    assert compiled._answers_shortly(condition) is None
+    for manner in ({"fused": True}, {"compile": True}, {"graphs": True}):
+        assert Runner(decoder.net, **manner)._answers_shortly(condition) is None
     assert Runner(decoder.net)._answers_shortly(condition) is not None
 
 

@@ -67,8 +67,12 @@ class Regressor(nn.Module):
     def picture(self, features: Tensor) -> Tensor:
         """The adapter's features [B,width,h,w] to the picture, unclamped."""
         tokens = self.adapter.pit_head(features.flatten(2).transpose(1, 2))
+        return self.painted(tokens, (features.shape[-2], features.shape[-1]))
+
+    def painted(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The adapter's tokens for the pixels [B,L,hidden_size] to the picture, unclamped."""
         pixels: Tensor = self.to_pixels(tokens)
-        return F.pixel_shuffle(pixels.transpose(1, 2).unflatten(2, features.shape[-2:]), self.config.patch_size)
+        return F.pixel_shuffle(pixels.transpose(1, 2).unflatten(2, grid), self.config.patch_size)
 
     def by_levels(self, cells: Tensor, given: Sequence[Tensor] | None = None) -> tuple[list[Tensor], Tensor]:
         """What a teacher has features of at all levels of the tower but the last, coarsest first, and the picture.
@@ -196,9 +200,8 @@ class ShortWay:
 
     def picture(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """The picture [B,3,H,W], unclamped, of the adapter's tokens for the pixels [B,L,D]."""
-        config = self.net.config
-        pixels: Tensor = self.regressor.to_pixels.to(tokens.device, tokens.dtype)(tokens)
-        return F.pixel_shuffle(pixels.transpose(1, 2).unflatten(2, grid), config.patch_size)
+        self.regressor.to_pixels.to(tokens.device, tokens.dtype)
+        return self.regressor.painted(tokens, grid)
 
     @torch.no_grad()
     def __call__(self, latent: Tensor) -> Tensor:

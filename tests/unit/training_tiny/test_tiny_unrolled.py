@@ -23,7 +23,7 @@ from pidecode.training.tiny.joint_stage import Pair
 from pidecode.training.tiny.muon import Muon, orthogonalised
 from pidecode.training.tiny.procedural import procedural_picture
 from pidecode.training.tiny.release import load_pair
-from pidecode.training.tiny.resident import SHRINKS, ResidentPictures, resident_pictures
+from pidecode.training.tiny.resident import ResidentPictures, resident_pictures
 from pidecode.training.tiny.state import load_state
 from pidecode.training.tiny.teacher import TeacherAutoencoder
 from pidecode.training.tiny.unrolled_stage import Step, UnrolledRecipe, run_unrolled
@@ -69,8 +69,10 @@ def test_crops_are_cut_from_the_pictures_in_proportion_to_their_area() -> None:
 
 def test_photographs_come_in_all_sizes_with_drawn_ones(tmp_path: Path) -> None:
     Image.new("RGB", (600, 560), (255, 0, 0)).save(tmp_path / "a.png")
-    resident = resident_pictures([tmp_path / "a.png"], torch.device("cpu"), procedural_seeds=1, procedural_side=256)
-    photographs = [(round(560 * shrink), round(600 * shrink)) for shrink in SHRINKS]
+    resident = resident_pictures(
+        [tmp_path / "a.png"], torch.device("cpu"), shrinks=(1.0, 0.5), procedural_seeds=1, procedural_side=256
+    )
+    photographs = [(560, 600), (280, 300)]
     sizes = list(zip(resident.heights.tolist(), resident.widths.tolist(), strict=True))
     assert sizes == [*photographs, *[(256, 256)] * 5]
     assert torch.equal(resident.crops(1, 512)[0, :, 0, 0], torch.tensor([1.0, -1.0, -1.0]))

@@ -6,8 +6,9 @@ A step of the unrolled stage is thousands of small kernels; recorded, they start
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.fx.experimental._config
@@ -78,12 +79,20 @@ def _convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def compile_blocks(network: nn.Module) -> None:
-    """Compile residual blocks one by one and for any size: there are dozens of them, but few kinds."""
-    torch._dynamo.config.recompile_limit = 64
-    torch.fx.experimental._config.use_duck_shape = False  # as many crops as a crop has pixels is a coincidence
+    """Compile residual blocks one by one and for any size, when they first run: dozens of them, but few kinds."""
     for module in network.modules():
         if isinstance(module, (adapter.ResidualBlock, encoder.ResidualBlock)):
             module.compile(dynamic=True)
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """The compiler's settings while such blocks run; as they were afterwards."""
+    with (
+        torch._dynamo.config.patch(recompile_limit=64),
+        torch.fx.experimental._config.patch(use_duck_shape=False),  # as many crops as pixels is a coincidence  # type: ignore[attr-defined]
+    ):
+        yield
 
 
 class Recorded:

@@ -7,7 +7,6 @@ lead it away is bounded by what the teacher's own decoder would show of it.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,7 +200,7 @@ def run_joint(
 
     def work(rank: int) -> None:
         stage = Stage(name="joint", recipe=recipe, path=folder / "joint.pt", note=note, report=report, rank=rank)
-        loss_of = functools.partial(joint_loss, pair, teacher, cache, recipe)
-        stage.learn(pair, learners_of(pair, recipe), lambda progress, draws: loss_of(draws), state)
+        learners = learners_of(pair, recipe)
+        stage.learn(pair, learners, lambda progress, draws: joint_loss(pair, teacher, cache, recipe, draws), state)
 
     share_work(work, (pair,), recipe.workers if recipe.device == "cpu" else 1)

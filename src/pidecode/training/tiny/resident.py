@@ -20,8 +20,6 @@ from pidecode.errors import TrainingError
 from pidecode.training.tiny.augment import Chance
 from pidecode.training.tiny.procedural import KINDS, procedural_picture
 
-SHRINKS = (1.0, 0.7, 0.5)
-"""Each photograph is kept at these sizes, so that edges are seen at several sharpnesses."""
 SMALLEST = 256
 """Pictures with a shorter side are left out: no crop fits them."""
 
@@ -38,6 +36,7 @@ class ResidentPictures:
         self.heights, self.widths = sides.unbind(1)
         self.areas = (self.heights * self.widths).double()
         self.starts = (self.heights * self.widths).cumsum(0) - self.heights * self.widths
+        self._cumulated: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.areas)
@@ -60,35 +59,35 @@ class ResidentPictures:
 
     def _weights(self, side: int) -> Tensor:
         """Cumulated shares of the pictures that a crop of this side fits."""
-        known: dict[int, Tensor] = self.__dict__.setdefault("cumulated", {})
-        if side not in known:
+        if side not in self._cumulated:
             usable = torch.where(torch.minimum(self.heights, self.widths) >= side, self.areas, 0.0)
             if not usable.any():
                 raise TrainingError(f"No picture is {side} pixels on both sides; take smaller crops.")
-            known[side] = (usable / usable.sum()).cumsum(0)
-        return known[side]
+            self._cumulated[side] = (usable / usable.sum()).cumsum(0)
+        return self._cumulated[side]
 
 
 def resident_pictures(
-    paths: Sequence[Path], device: torch.device, *, procedural_seeds: int, procedural_side: int,
-    fonts: Sequence[Path] = (),
+    paths: Sequence[Path], device: torch.device, *, shrinks: Sequence[float], procedural_seeds: int,
+    procedural_side: int, fonts: Sequence[Path] = (),
 ) -> ResidentPictures:  # fmt: skip
-    """The pictures at `paths`, at each of SHRINKS, and procedural ones of every kind, one for each seed."""
+    """The pictures at `paths`, at each of the `shrinks`, and procedural ones of every kind, one for each seed."""
     tasks = [(kind, procedural_side, seed, tuple(fonts)) for seed in range(procedural_seeds) for kind in KINDS]
     processors = os.cpu_count() or 1
     with ThreadPoolExecutor(processors) as threads:
         photographs = threads.map(_opened, paths)
         with ProcessPoolExecutor(processors, multiprocessing.get_context("spawn")) as processes:
             drawn = processes.map(_drawn, tasks, chunksize=4) if tasks else iter(())
-            return ResidentPictures(_all_sizes(photographs, drawn, device), device)
+            return ResidentPictures(_all_sizes(photographs, shrinks, drawn, device), device)
 
 
 def _all_sizes(
-    photographs: Iterable[NDArray[np.uint8]], drawn: Iterable[NDArray[np.uint8]], device: torch.device
-) -> Iterator[Tensor]:
+    photographs: Iterable[NDArray[np.uint8]], shrinks: Sequence[float], drawn: Iterable[NDArray[np.uint8]],
+    device: torch.device,
+) -> Iterator[Tensor]:  # fmt: skip
     for array in photographs:
         picture = torch.from_numpy(array).to(device)
-        for shrink in SHRINKS:
+        for shrink in shrinks:
             yield picture if shrink == 1 else _shrunk(picture, shrink)
     yield from map(torch.from_numpy, drawn)
 

@@ -147,8 +147,8 @@ def pictures_of(run: TinyRun) -> ResidentPictures:
     categories = read_manifest(run.data)
     names = sorted({name for names in categories.values() for name in names} - held_out(categories))
     return resident_pictures(
-        [run.data / name for name in names], torch.device(run.device), procedural_seeds=run.procedural_seeds,
-        procedural_side=PROCEDURAL_SIDE, fonts=run.fonts,
+        [run.data / name for name in names], torch.device(run.device), shrinks=tuple(SHRINKS.values()),
+        procedural_seeds=run.procedural_seeds, procedural_side=PROCEDURAL_SIDE, fonts=run.fonts,
     )  # fmt: skip
 
 

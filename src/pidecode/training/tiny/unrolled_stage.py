@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pidecode.devices import records_graphs, require_compiler, trains_in_half
 from pidecode.errors import SettingError
-from pidecode.training.tiny.accelerated import Matrices, Recorded, compile_blocks, keep_exact, pad_by_joining
+from pidecode.training.tiny.accelerated import Matrices, Recorded, compile_blocks, compiling, keep_exact, pad_by_joining
 from pidecode.training.tiny.augment import varied
 from pidecode.training.tiny.critic import PatchCritic, critic_loss
 from pidecode.training.tiny.decoder_stage import noised, tempered
@@ -216,7 +216,6 @@ class _Loop:
         recording = recipe.record and records_graphs(torch.device(recipe.device))
         update = Recorded(self.update) if recording else self.update
         if recording:
-            require_compiler(torch.device(recipe.device))
             compile_blocks(self.pair)
         shares = np.array([share for _, _, share in recipe.crops])
         rows = torch.zeros(len(MEASURES), device=recipe.device)
@@ -274,6 +273,8 @@ def run_unrolled(
         raise SettingError(
             "This encoder corrects nothing, and this stage trains corrections; use grow.with_corrections."
         )
+    if recipe.record and records_graphs(torch.device(recipe.device)):
+        require_compiler(torch.device(recipe.device))
     state = resume(folder / "joint.pt", pair)
     pair.to(recipe.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = copy.deepcopy(pair).requires_grad_(False)
@@ -296,7 +297,8 @@ def run_unrolled(
         loop = _Loop(pair, average, learners, critic, step, recipe, rank)
         if state is not None:
             loop.restore(state)
-        loop.run(folder / "joint.pt", note, report)
+        with compiling():
+            loop.run(folder / "joint.pt", note, report)
 
     share_work(work, (pair, average), recipe.workers if recipe.device == "cpu" and not recipe.critic_share else 1)
     return average
