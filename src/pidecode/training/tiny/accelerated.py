@@ -88,10 +88,9 @@ def compile_blocks(network: nn.Module) -> None:
 @contextlib.contextmanager
 def compiling() -> Iterator[None]:
     """The compiler's settings while such blocks run; as they were afterwards."""
-    with (
-        torch._dynamo.config.patch(recompile_limit=64),
-        torch.fx.experimental._config.patch(use_duck_shape=False),  # as many crops as pixels is a coincidence  # type: ignore[attr-defined]
-    ):
+    # As many crops as a crop has pixels is a coincidence, not a shape.
+    shapes = torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
+    with torch._dynamo.config.patch(recompile_limit=64), shapes:
         yield
 
 
