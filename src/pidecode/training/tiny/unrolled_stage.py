@@ -25,7 +25,7 @@ from pidecode.devices import records_graphs, require_compiler, trains_in_half
 from pidecode.errors import SettingError
 from pidecode.training.tiny.accelerated import Matrices, Recorded, compile_blocks, compiling, keep_exact, pad_by_joining
 from pidecode.training.tiny.augment import varied
-from pidecode.training.tiny.critic import PatchCritic, critic_loss
+from pidecode.training.tiny.critic import Critics, critic_loss
 from pidecode.training.tiny.decoder_stage import noised, tempered
 from pidecode.training.tiny.joint_stage import TINIEST, TYPICAL, Pair, PairRecipe, coarse_error, learners_of, levelled
 from pidecode.training.tiny.muon import Muon
@@ -65,12 +65,20 @@ class UnrolledRecipe(PairRecipe):
     """As in the joint stage, but of all crops, and for each by itself."""
     latent_weight: float = 0.01
     critic_share: float = 0.0
-    """Length of the critic's gradient on a picture as a share of that of all else; 0 trains without one."""
+    """Length of the fine critic's gradient on a picture as a share of that of all else; 0 trains without it."""
+    coarse_critic_share: float = 0.0
+    """The same of the critic that sees pictures at a quarter of their size."""
     critic_rate: float = 2e-4
     ema: float = 0.998
     record: bool = True
     """Whether steps are compiled block by block, and recorded and replayed; where the device can do so."""
     seed: int = 21
+
+    def critics(self) -> Critics | None:
+        """New critics, on the recipe's device; None where neither has a say."""
+        if not self.critic_share and not self.coarse_critic_share:
+            return None
+        return Critics(self.critic_share, self.coarse_critic_share).to(self.device)
 
     def factor(self, progress: float, step: int) -> float:
         """What rates are multiplied by: a warm-up by steps, flat, then a falling half wave."""
@@ -83,9 +91,9 @@ class Step:
 
     def __init__(
         self, pair: Pair, teacher: TeacherAutoencoder, pictures: ResidentPictures, recipe: UnrolledRecipe,
-        critic: PatchCritic | None,
+        critics: Critics | None,
     ) -> None:  # fmt: skip
-        self.pair, self.teacher, self.pictures, self.recipe, self.critic = pair, teacher, pictures, recipe, critic
+        self.pair, self.teacher, self.pictures, self.recipe, self.critics = pair, teacher, pictures, recipe, critics
         self.device = torch.device(recipe.device)
         self.encoder_learns = any(parameter.requires_grad for parameter in pair.encoder.parameters())
         self.matrices = {side: Matrices(side, self.device) for side, _, _ in recipe.crops}
@@ -129,15 +137,16 @@ class Step:
         loss = lost[:count].mean() + recipe.teacher_weight * lost[count:].sum() / max(read, 1)
         difference = (imitated - decoded).square().mean((1, 2, 3))
         distance = (cells[:seen] - wanted).square().sum() / max(wanted.numel(), 1)
+        beside = torch.zeros((), device=self.device)
+        if self.encoder_learns:
+            allowed = TYPICAL * math.log((recipe.allowed_difference + TINIEST) / TYPICAL)
+            beyond = F.relu(levelled(difference) - allowed)
+            beside = recipe.imitation_weight * beyond.mean() + recipe.latent_weight * distance
         judged = torch.zeros((), device=self.device)
-        if self.critic is None:
-            if self.encoder_learns:
-                allowed = TYPICAL * math.log((recipe.allowed_difference + TINIEST) / TYPICAL)
-                beyond = F.relu(levelled(difference) - allowed)
-                loss = loss + recipe.imitation_weight * beyond.mean() + recipe.latent_weight * distance
-            loss.backward()
+        if self.critics is None:
+            (loss + beside).backward()
         else:
-            judged = self._judged(loss, made, targets)
+            judged = self._judged(loss, beside, made, targets, matrices)
         clean = sigma[:count] == 0
         own = (error[:count] * clean).sum() / clean.sum().clamp(min=1)
         return torch.stack(
@@ -151,18 +160,29 @@ class Step:
             )
         ).detach()
 
-    def _judged(self, loss: Tensor, made: Tensor, targets: Tensor) -> Tensor:
-        """Gradients with the critic's say, scaled to its share for each picture; and the critic's own."""
-        critic = self.critic
-        assert critic is not None
+    def _judged(self, loss: Tensor, beside: Tensor, made: Tensor, targets: Tensor, matrices: Matrices) -> Tensor:
+        """Gradients with the critics' say, each scaled to its share for each picture; and the critics' own loss.
+
+        loss: what follows from the pictures `made` alone. beside: what does not; no critic has a say in it.
+        """
+        assert self.critics is not None
         (slope,) = torch.autograd.grad(loss, made)
-        with self.half():
-            verdict = -critic(made).float().mean()
-        (say,) = torch.autograd.grad(verdict, made)
-        share = self.recipe.critic_share * _lengths(slope) / _lengths(say).clamp(min=1e-12)
-        made.backward(slope + share * say)
-        with self.half():
-            own = critic_loss(critic(made.detach()).float(), critic(targets).float())
+        pull = slope
+        for critic, seen, share in self.critics.views(made, matrices.shrunk):
+            with self.half():
+                verdict = -critic(seen).float().mean()
+            (say,) = torch.autograd.grad(verdict, made)
+            pull = pull + share * _lengths(slope) / _lengths(say).clamp(min=1e-12) * say
+        if beside.requires_grad:
+            torch.autograd.backward((made, beside), (pull, torch.ones_like(beside)))
+        else:
+            made.backward(pull)
+        own = torch.zeros((), device=self.device)
+        both = torch.cat((made.detach(), targets))
+        for critic, seen, _ in self.critics.views(both, matrices.shrunk):
+            with self.half():
+                of_made, of_real = critic(seen).float().chunk(2)
+            own = own + critic_loss(of_made, of_real)
         own.backward()
         return own
 
@@ -175,15 +195,15 @@ class _Loop:
     """Steps, updates and averages until the budget is used."""
 
     def __init__(
-        self, pair: Pair, average: Pair, learners: Sequence[Learner], critic: PatchCritic | None, step: Step,
+        self, pair: Pair, average: Pair, learners: Sequence[Learner], critics: Critics | None, step: Step,
         recipe: UnrolledRecipe, rank: int,
     ) -> None:  # fmt: skip
-        self.pair, self.average, self.critic, self.step, self.recipe = pair, average, critic, step, recipe
+        self.pair, self.average, self.critics, self.step, self.recipe = pair, average, critics, step, recipe
         self.rank = rank
         self.learners = list(learners)
-        if critic is not None:
-            adam = Muon([{"params": list(critic.parameters()), "muon": False}], lr=0.0)
-            self.learners.append(Learner(critic, adam, lambda progress: recipe.critic_rate))
+        if critics is not None:
+            adam = Muon([{"params": list(critics.parameters()), "muon": False}], lr=0.0)
+            self.learners.append(Learner(critics, adam, lambda progress: recipe.critic_rate))
         self.rates = [torch.zeros((), device=recipe.device) for _ in self.learners]
         for learner, rate in zip(self.learners, self.rates, strict=True):
             for group in learner.optimizer.param_groups:
@@ -245,15 +265,15 @@ class _Loop:
     def state(self) -> dict[str, Any]:
         """What a later call needs to go on, but for the networks' shapes."""
         kept: dict[str, Any] = {"model": self.pair.state_dict(), "average": self.average.state_dict()}
-        if self.critic is not None:
-            kept["critic"] = self.critic.state_dict()
+        if self.critics is not None:
+            kept["critics"] = self.critics.state_dict()
         kept["optimizers"] = [learner.optimizer.state_dict() for learner in self.learners]
         return {**kept, "step": self.count, "used": self.used}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; the networks' weights and their average are back already."""
-        if self.critic is not None:
-            self.critic.load_state_dict(state["critic"])
+        if self.critics is not None:
+            self.critics.load_state_dict(state["critics"])
         for learner, rate, kept in zip(self.learners, self.rates, state["optimizers"], strict=True):
             learner.optimizer.load_state_dict(kept)
             for group in learner.optimizer.param_groups:
@@ -263,9 +283,11 @@ class _Loop:
 
 def run_unrolled(
     pair: Pair, pictures: ResidentPictures, folder: Path, recipe: UnrolledRecipe, teacher: TeacherAutoencoder,
-    report: Report = lambda line: None,
+    report: Report = lambda line: None, critics: Critics | None = None,
 ) -> Pair:  # fmt: skip
     """Train `pair` until the budget is used; returns the average, also in `folder/joint.pt`, from which it resumes.
+
+    critics: those of a stage before, which go on; without them a recipe that wants critics starts new ones.
 
     Raises SettingError for an encoder without corrections, TrainingError when a process stopped early.
     """
@@ -291,14 +313,15 @@ def run_unrolled(
 
     def work(rank: int) -> None:
         torch.manual_seed(recipe.seed * 1000 + rank + (0 if state is None else state["step"]))
-        critic = PatchCritic().to(recipe.device) if recipe.critic_share else None
+        judges = recipe.critics() if critics is None else critics.to(recipe.device)
         learners = [learner for learner in learners_of(pair, recipe) if learner.rate(0.0) > 0]
-        step = Step(pair, teacher, pictures, recipe, critic)
-        loop = _Loop(pair, average, learners, critic, step, recipe, rank)
+        step = Step(pair, teacher, pictures, recipe, judges)
+        loop = _Loop(pair, average, learners, judges, step, recipe, rank)
         if state is not None:
             loop.restore(state)
         with compiling():
             loop.run(folder / "joint.pt", note, report)
 
-    share_work(work, (pair, average), recipe.workers if recipe.device == "cpu" and not recipe.critic_share else 1)
+    alone = recipe.device != "cpu" or recipe.critics() is not None
+    share_work(work, (pair, average), 1 if alone else recipe.workers)
     return average
