@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Side-by-side crops to look at: enlarged without a latent, taef2 and Lanczos, a decoder, the original.
 
-    python benchmarks/sheet.py --teacher TAEF2 --out sheet.png [--data PICTURES] [--decoder tiny] [--crops 20]
+    python benchmarks/sheet.py --teacher TAEF2 --out sheet.png [--data PICTURES] [--decoder tiny] [--crops 20] [--noise]
+
+With --noise the columns are this decoder's pictures of its latents with noise of sigma 0, 0.2, 0.4 and 0.6 in them.
 
 The crops are the busiest of the chosen pictures' middles by gradient, one a picture, so nobody picks them by hand.
 Without --data the pictures are free ones that scikit-image ships, and a page of type set here.
@@ -10,13 +12,14 @@ Without --data the pictures are free ones that scikit-image ships, and a page of
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from quality import enlarged, middle, pictures
+from quality import SIGMAS, enlarged, middle, pictures
 from torch import Tensor
 
 from pidecode import PixelDecoder
@@ -25,6 +28,7 @@ from pidecode.training.tiny.cache import crop_to_multiple, quarter, to_signed
 from pidecode.training.tiny.teacher import TeacherAutoencoder
 
 COLUMNS = ("Lanczos 4x, no latent", "taef2, then Lanczos 4x", "this decoder", "original")
+NOISY_COLUMNS = ("no noise", *(f"sigma {sigma}" for sigma in SIGMAS), "original")
 TITLE = 18
 """Height of the line of titles, in pixels."""
 
@@ -49,14 +53,25 @@ def free_pictures(side: int) -> Iterator[np.ndarray]:
     yield procedural_picture("text_page", side, 4711)
 
 
-def strip(array: np.ndarray, decoder: PixelDecoder, teacher: TeacherAutoencoder, side: int) -> Tensor:
-    """One picture's busiest window as every contender shows it, side by side: [1,3,side,4 side]."""
-    original, small = to_signed(array)[None], to_signed(quarter(array))[None]
+def contenders(small: Tensor, decoder: PixelDecoder, teacher: TeacherAutoencoder) -> tuple[Tensor, ...]:
+    """A picture enlarged in each of the ways to compare."""
     with torch.inference_mode():
         plain = teacher.decode(teacher.encode(small))
-    ours = decoder.decode(decoder.encode(small), seed=0, output="pt")
+    return enlarged(small), enlarged(plain), decoder.decode(decoder.encode(small), seed=0, output="pt")
+
+
+def noisy(small: Tensor, decoder: PixelDecoder) -> tuple[Tensor, ...]:
+    """What the decoder makes of its latent as it is, and with ever more noise in it."""
+    latent = decoder.encode(small)
+    latents = (latent, *(latent.noised(sigma, seed=1) for sigma in SIGMAS))
+    return tuple(decoder.decode(one, seed=0, output="pt") for one in latents)
+
+
+def strip(array: np.ndarray, shown_of: Callable[[Tensor], tuple[Tensor, ...]], side: int) -> Tensor:
+    """One picture's busiest window in every version and as it was, side by side: [1,3,side,n side]."""
+    original, small = to_signed(array)[None], to_signed(quarter(array))[None]
     top, left = busiest(original, side)
-    shown = (enlarged(small), enlarged(plain), ours, original)
+    shown = (*shown_of(small), original)
     return torch.cat([one[..., top : top + side, left : left + side] for one in shown], dim=-1)
 
 
@@ -71,14 +86,19 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=512, help="largest side of a picture that is decoded, in pixels")
     parser.add_argument("--window", type=int, default=224, help="side of a crop, in pixels")
     parser.add_argument("--crops", type=int, default=20)
+    parser.add_argument("--noise", action="store_true", help="show noisy latents in place of the rivals")
     given = parser.parse_args()
     decoder = PixelDecoder.from_pretrained(given.decoder, encoder=given.encoder, device="cpu")
     teacher = TeacherAutoencoder.from_folder(given.teacher)
+    if given.noise:
+        columns, shown_of = NOISY_COLUMNS, functools.partial(noisy, decoder=decoder)
+    else:
+        columns, shown_of = COLUMNS, functools.partial(contenders, decoder=decoder, teacher=teacher)
     chosen = [array for _, array in pictures(given.data, given.side, 1)] if given.data else [*free_pictures(given.side)]
     step = max(1, len(chosen) // given.crops)
-    rows = [strip(array, decoder, teacher, given.window) for array in chosen[::step][: given.crops]]
+    rows = [strip(array, shown_of, given.window) for array in chosen[::step][: given.crops]]
     sheet = Image.new("RGB", (rows[0].shape[-1], TITLE + given.window * len(rows)), "white")
-    for index, title in enumerate(COLUMNS):
+    for index, title in enumerate(columns):
         ImageDraw.Draw(sheet).text((index * given.window + 4, 3), title, fill="black")
     for index, row in enumerate(rows):
         sheet.paste(to_pil(row), (0, TITLE + index * given.window))

@@ -193,8 +193,8 @@ def test_one_command_makes_all_three_files_and_goes_on(tmp_path: Path, teacher: 
     data, weights = folders(tmp_path, teacher, 1024)
     run = TinyRun(
         data=data, teacher=weights, folder=tmp_path / "run", procedural_seeds=0,
-        decoder_seconds=2, encoder_seconds=2, joint_seconds=2, corrections_seconds=2, begun_seconds=2,
-        unrolled_seconds=2, sharpened_seconds=2, held_seconds=2, small_seconds=2, settled_seconds=2,
+        decoder_seconds=2, encoder_seconds=2, joint_seconds=2, corrections_seconds=2, refined_seconds=2,
+        finished_seconds=2, small_seconds=2, settled_seconds=2,
     )  # fmt: skip
     lines: list[str] = []
     small, encoder = train_small(run, lines.append)
@@ -207,10 +207,7 @@ def test_one_command_makes_all_three_files_and_goes_on(tmp_path: Path, teacher: 
     states = (
         "regressor.pt",
         "encoder.pt",
-        *(
-            f"{part}joint.pt"
-            for part in ("", "corrections/", "begun/", "unrolled/", "sharpened/", "held/", "small/", "settled/")
-        ),
+        *(f"{part}joint.pt" for part in ("", "corrections/", "refined/", "finished/", "small/", "settled/")),
     )
     steps = [load_state(run.folder / name) for name in states]
     assert train_small(run) == (small, encoder)  # nothing is left to do

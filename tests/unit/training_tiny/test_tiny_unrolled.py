@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from pidecode.model.encoder import ImageEncoder
 from pidecode.model.regressor import shrunk
 from pidecode.training.tiny.accelerated import Matrices, Recorded, edged, keep_exact, pad_by_joining
 from pidecode.training.tiny.cache import LatentCache
-from pidecode.training.tiny.critic import PatchCritic
-from pidecode.training.tiny.grow import accentuated, grown_encoder, with_corrections, with_first_guess, with_rounds
+from pidecode.training.tiny.critic import Critics
+from pidecode.training.tiny.grow import between, grown_encoder, with_corrections, with_rounds
 from pidecode.training.tiny.joint_stage import Pair
 from pidecode.training.tiny.muon import Muon, orthogonalised
 from pidecode.training.tiny.procedural import procedural_picture
@@ -146,28 +147,18 @@ def test_a_grown_encoder_gives_the_same_latent() -> None:
     with pytest.raises(SettingError, match="only its blocks may differ"):
         grown_encoder(encoder, replace(encoder.config, rounds=3))
     assert with_rounds(encoder, 5).config.rounds == 5
-    other = with_corrections(ImageEncoder(ENCODER), 2)
-    mixed = with_first_guess(encoder, other)
-    with torch.no_grad():
-        assert torch.equal(mixed(picture), other(picture))
-        assert torch.equal(mixed.correction(picture, error), encoder.correction(picture, error))
     with pytest.raises(SettingError, match="corrects nothing"):
         with_rounds(ImageEncoder(ENCODER), 2)
 
 
-def test_an_accent_strengthens_short_waves_alone(cache: LatentCache) -> None:
-    regressor, latent = started(cache), torch.rand(1, 128, 2, 2, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        plain, accented = regressor(latent), accentuated(regressor, 0.2)(latent)
-        torch.testing.assert_close(accentuated(regressor, 0.0)(latent), plain, atol=1e-5, rtol=1e-5)
-
-    def strength(picture: torch.Tensor, half_waves: int) -> torch.Tensor:
-        wave = (torch.pi * (2 * torch.arange(16) + 1) * half_waves / 32).cos()
-        return torch.einsum("bkrcn,c->bkn", F.pixel_unshuffle(picture, 16).view(1, 3, 16, 16, -1), wave)
-
-    for half_waves, gain in ((0, 1.0), (1, 1.0), (2, 1 + 0.2 / 3), (4, 1.2), (11, 1.2)):
-        wanted = gain * strength(plain, half_waves)
-        torch.testing.assert_close(strength(accented, half_waves), wanted, atol=1e-4, rtol=1e-3)
+def test_a_regressor_between_two_has_a_share_of_either(cache: LatentCache) -> None:
+    first, second = started(cache), started(cache)
+    for parameter in second.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    before, mixed = copy.deepcopy(first.state_dict()), between(first, second, 0.25)
+    for name, value in mixed.state_dict().items():
+        torch.testing.assert_close(value, 0.75 * before[name] + 0.25 * second.state_dict()[name])
+        assert torch.equal(first.state_dict()[name], before[name])
 
 
 def test_the_whole_way_learns_and_goes_on_where_it_stopped(
@@ -204,25 +195,46 @@ def test_an_encoder_whose_rates_are_nought_stays_and_a_critic_judges(
     assert all(name.startswith("decoder.") for name in changed)
 
 
-def test_a_critics_say_has_the_length_it_was_given(
-    cache: LatentCache, pictures: ResidentPictures, teacher: TeacherAutoencoder
+@pytest.mark.parametrize("encoder_learns", [False, True])
+@pytest.mark.parametrize("which", ["fine", "coarse"])
+def test_each_critics_say_has_the_length_it_was_given(
+    cache: LatentCache, pictures: ResidentPictures, teacher: TeacherAutoencoder, which: str, encoder_learns: bool
 ) -> None:
-    def slope(share: float) -> torch.Tensor:
-        pair = correcting(cache)
-        pair.encoder.requires_grad_(False)
+    def slopes(share: float) -> list[torch.Tensor]:
+        pair = correcting(cache).requires_grad_(True)
+        pair.encoder.requires_grad_(encoder_learns)
         torch.manual_seed(3)
-        critic = PatchCritic() if share else None
+        critics = Critics(*((share, 0.0) if which == "fine" else (0.0, share))) if share else None
         torch.manual_seed(4)
-        recipe = replace(BRIEF, crops=((128, 1, 1.0),), teacher_share=0.0, critic_share=share)
-        assert torch.isfinite(Step(pair, teacher, pictures, recipe, critic)(128, 1, 0)).all()
-        assert pair.decoder.to_pixels.bias.grad is not None
-        return pair.decoder.to_pixels.bias.grad
+        recipe = replace(BRIEF, crops=((128, 1, 1.0),), teacher_share=0.0)
+        assert torch.isfinite(Step(pair, teacher, pictures, recipe, critics)(128, 1, 0)).all()
+        learning = [pair.decoder.to_pixels.bias, *([pair.encoder.stem.weight] if encoder_learns else [])]
+        assert all(weight.grad is not None for weight in learning)
+        assert critics is None or all(weight.grad is not None for weight in critics.parameters())
+        return [weight.grad for weight in learning if weight.grad is not None]
 
-    torch.manual_seed(3)
-    PatchCritic()  # as many numbers drawn as above
-    plain, little = slope(0.0), slope(1e-9)
-    torch.testing.assert_close(little, plain, atol=1e-7, rtol=1e-3)
-    assert not torch.allclose(slope(0.5), plain, rtol=1e-2)
+    for plain, little, much in zip(slopes(0.0), slopes(1e-9), slopes(0.5), strict=True):
+        torch.testing.assert_close(little, plain, atol=1e-7, rtol=1e-3)
+        assert not torch.allclose(much, plain, rtol=1e-2)
+
+
+def test_critics_see_the_picture_and_a_quarter_of_it_and_go_on_in_the_next_stage(
+    cache: LatentCache, pictures: ResidentPictures, teacher: TeacherAutoencoder, tmp_path: Path
+) -> None:
+    picture, matrices = torch.rand(1, 3, 128, 128) * 2 - 1, Matrices(128, torch.device("cpu"))
+    (fine, whole, _), (coarse, quarter, share) = Critics(0.1, 0.2).views(picture, matrices.shrunk)
+    assert (fine(whole).shape, coarse(quarter).shape, share) == ((1, 1, 8, 8), (1, 1, 4, 4), 0.2)
+    torch.testing.assert_close(quarter, shrunk(picture, 4), atol=1e-5, rtol=1e-5)
+    recipe = replace(BRIEF, steps=2, rounds=(1.0,), encoder_rate=0.0, corrector_rate=0.0, critic_share=0.3)
+    run_unrolled(correcting(cache), pictures, tmp_path / "first", recipe, teacher)
+    second = replace(recipe, coarse_critic_share=0.3, critic_rate=0.0)
+    run_unrolled(correcting(cache), pictures, tmp_path / "second", second, teacher, after=tmp_path / "first")
+    states = [load_state(tmp_path / name / "joint.pt") for name in ("first", "second")]
+    before, after = [state["critics"] for state in states if state]
+    assert {name.split(".")[0] for name in after} == {"fine", "coarse"}
+    weights = [name for name in before if name.endswith("weight.original")]
+    assert len(weights) == 9
+    assert all(torch.equal(after[name], before[name]) for name in weights)
 
 
 def test_looks_carry_gradients_where_they_are_asked_to(

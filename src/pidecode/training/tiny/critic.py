@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -48,6 +49,12 @@ class Critics(nn.Module):
             self.fine = PatchCritic(FINE)
         if coarse_share:
             self.coarse = PatchCritic(COARSE)
+
+    def take(self, state: Mapping[str, Any]) -> None:
+        """The critics of a stage's state, if it has them."""
+        before: Mapping[str, Tensor] = state.get("critics", {})
+        own = self.state_dict()
+        self.load_state_dict(own | {name: value for name, value in before.items() if name in own})
 
     def views(self, picture: Tensor, shrunk: Callable[[Tensor], Tensor]) -> Iterator[tuple[PatchCritic, Tensor, float]]:
         """Each critic, what it sees of `picture`, and its share. shrunk: to a quarter of the size."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From trained networks to others, without training: deeper ones, an encoder with corrections, a crisper decoder."""
+"""From trained networks to others, without training: deeper ones, one between two, an encoder with corrections."""
 
 from __future__ import annotations
 
@@ -54,26 +54,14 @@ def _spread(weight: Tensor, fold: int) -> Tensor:
     return spread
 
 
-@torch.no_grad()
-def accentuated(regressor: Regressor, accent: float) -> Regressor:
-    """The same regressor with the waves within each patch stronger by up to `accent`, which is 0 for no change.
+def between(first: Regressor, second: Regressor, share: float) -> Regressor:
+    """A regressor that is `share` of the way from the weights of `first` to those of `second`, which has its shape.
 
-    A squared error makes a picture's waves weaker the less of them is known. What is there is still right, so a tenth
-    or two more costs nearly nothing of it. Waves of two patches' length stay as they are, so colours do too; those of
-    half a patch and shorter get all of it.
+    Where one was trained from the other it is often better than both.
     """
-    side = regressor.config.patch_size
-    number, place = torch.arange(side, dtype=torch.float64)[:, None], torch.arange(side, dtype=torch.float64)
-    waves = (torch.pi * (2 * place + 1) * number / (2 * side)).cos() * (2 / side) ** 0.5
-    waves[0] /= 2**0.5
-    frequency = (number.square() + number.mT.square()).sqrt()  # in half waves a patch, across and down
-    gain = 1 + accent * ((frequency - 1) / 3).clamp(0, 1)
-    other = copy.deepcopy(regressor)
-    for layer in other.to_pixels.parameters():
-        patches = layer.double().view(3, side, side, -1)
-        known = torch.einsum("ur,vc,krcf->kuvf", waves, waves, patches) * gain[..., None]
-        layer.copy_(torch.einsum("ur,vc,kuvf->krcf", waves, waves, known).reshape(layer.shape))
-    return other
+    mixed, theirs = copy.deepcopy(first), second.state_dict()
+    mixed.load_state_dict({name: torch.lerp(value, theirs[name], share) for name, value in first.state_dict().items()})
+    return mixed
 
 
 def grown_encoder(encoder: ImageEncoder, config: EncoderConfig) -> ImageEncoder:
@@ -115,11 +103,3 @@ def with_rounds(encoder: ImageEncoder, rounds: int) -> ImageEncoder:
     again = ImageEncoder(replace(encoder.config, rounds=rounds))
     again.load_state_dict(encoder.state_dict())
     return again
-
-
-def with_first_guess(encoder: ImageEncoder, other: ImageEncoder) -> ImageEncoder:
-    """The corrections of `encoder` after the first guess of `other`, an encoder of the same shape."""
-    own, guess = encoder.state_dict(), other.state_dict()
-    mixed = ImageEncoder(encoder.config)
-    mixed.load_state_dict({name: (own if name.startswith("corrector.") else guess)[name] for name in own})
-    return mixed

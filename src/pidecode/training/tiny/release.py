@@ -16,7 +16,6 @@ from pidecode.facts.spaces import get_space
 from pidecode.latents.small_encoder import load_tiny_encoder
 from pidecode.model.encoder import EncoderConfig, ImageEncoder
 from pidecode.model.regressor import Regressor, into_pixelnet, out_of_pixelnet
-from pidecode.training.tiny.grow import accentuated
 from pidecode.training.tiny.joint_stage import Pair
 from pidecode.training.tiny.state import load_state
 from pidecode.weights.build import build_network
@@ -44,13 +43,13 @@ def released_pair(decoder: Path, encoder: Path) -> Pair:
     return Pair(out_of_pixelnet(net), own.requires_grad_(True).train())
 
 
-def release_decoder(state_path: Path, folder: Path, *, variant: str, accent: float = 0.0) -> Path:
+def release_decoder(state_path: Path, folder: Path, *, variant: str) -> Path:
     """Write the averaged decoder of a joint state as a whole student network, float16, named after the variant.
 
-    accent: how much stronger its fine waves shall be (`grow.accentuated`). Raises TrainingError without a state.
+    Raises TrainingError without a state.
     """
     state = _state(state_path)
-    net = into_pixelnet(accentuated(_pair(state).decoder, accent))
+    net = into_pixelnet(_pair(state).decoder)
     student = Identity(
         kind="student", config=net.config, space="flux2", variant=variant, licence=APACHE_2.name,
         times=STUDENT_TIMES, extra=_extra(state),

@@ -16,7 +16,7 @@ from pidecode.model.encoder import EncoderConfig
 from pidecode.training.tiny.cache import LatentCache, add_picture, crop_to_multiple, held_out, read_manifest
 from pidecode.training.tiny.decoder_stage import DecoderRecipe, run_regressor, small_config, tiny_config
 from pidecode.training.tiny.encoder_stage import EncoderRecipe, run_encoder
-from pidecode.training.tiny.grow import grown, grown_encoder, with_corrections, with_first_guess, with_rounds
+from pidecode.training.tiny.grow import between, grown, grown_encoder, with_corrections, with_rounds
 from pidecode.training.tiny.joint_stage import JointRecipe, Pair, run_joint
 from pidecode.training.tiny.procedural import KINDS, procedural_picture
 from pidecode.training.tiny.release import load_pair, release_decoder, release_encoder, released_pair
@@ -39,36 +39,28 @@ CORRECTIONS = JointRecipe(
 """The corrections alone: a decoder that moves while it is looked at leads them astray."""
 MOST_CROPS = {256: 4, 384: 2, 512: 1}
 """Crops of each side in a step of a process on a processor, at most."""
-ACCENT = 0.2
-"""How much stronger the fine waves of the released `tiny` are than those of the trained one."""
-SMALL_ACCENT = 0.1
-"""The same for `small`, which leaves them stronger."""
-BEGUN = UnrolledRecipe(
-    seed=20, decay_from=0.3, finest_rate=5e-4, decoder_rate=5e-4, corrector_rate=5e-4, through_looks=True,
-    crops=((256, 64, 0.6), (512, 16, 0.4)), similarity_weight=0.1,
+REFINED = UnrolledRecipe(
+    seed=60, warmup_steps=150, decay_from=0.35, finest_rate=3e-4, decoder_rate=3e-4, encoder_rate=2e-4,
+    corrector_rate=3e-4, rounds=(0.12, 0.0, 0.88), through_looks=True, crops=((256, 64, 0.6), (512, 16, 0.4)),
+    similarity_weight=0.2, imitation_weight=2.0, allowed_difference=0.0021, noisy_share=0.15, critic_share=0.3,
 )  # fmt: skip
-"""All of it, the way it is used. The first guess that this ends with is kept."""
-UNROLLED = UnrolledRecipe(seed=22)
-"""The same with cheaper steps, and more of them, for the decoder and the corrections."""
-SHARPENED = UnrolledRecipe(
-    seed=24, warmup_steps=50, finest_rate=2e-4, decoder_rate=1e-4, encoder_rate=0.0, corrector_rate=0.0,
-    rounds=(0.1, 0.2, 0.5, 0.2), critic_share=0.15,
+"""All of it, the way it is used, with a critic of its finest detail from the start."""
+FINISHED = replace(
+    REFINED, seed=61, warmup_steps=120, decay_from=0.25, finest_rate=2.5e-4, decoder_rate=2.5e-4, encoder_rate=1.5e-4,
+    corrector_rate=2e-4, allowed_difference=0.0026, critic_share=0.25, coarse_critic_share=0.25,
 )  # fmt: skip
-"""The decoder with a critic beside the error."""
-HELD = UnrolledRecipe(
-    seed=41, warmup_steps=40, decay_from=0.1, finest_rate=2e-5, decoder_rate=2e-5, encoder_rate=2e-5,
-    corrector_rate=8e-5, rounds=(0.05, 0.35, 0.45, 0.15), crops=((256, 3, 0.5), (512, 1, 0.5)),
-    teacher_share=0.34, teacher_weight=0.3, imitation_weight=4.0, ema=0.99,
-)  # fmt: skip
-"""The encoder once more, held closer to its teacher."""
-DEEPENED = UnrolledRecipe(
-    seed=23, warmup_steps=50, decay_from=0.1, finest_rate=4e-4, decoder_rate=1e-4, encoder_rate=0.0,
-    corrector_rate=0.0, rounds=(0.1, 0.2, 0.5, 0.2),
+"""The same with a second critic, of the picture at a quarter of its size."""
+DEEPENED = replace(
+    FINISHED, seed=62, warmup_steps=60, decay_from=0.1, finest_rate=4e-4, decoder_rate=1e-4, encoder_rate=0.0,
+    corrector_rate=0.0, rounds=(0.1, 0.0, 0.9), through_looks=False, crops=((256, 48, 0.6), (512, 12, 0.4)),
 )  # fmt: skip
 """The new blocks of `small`, and slowly the rest of its decoder, for the encoder of `tiny`."""
+DEEPENED_SHARE = 0.4
+"""How much of what that changed is kept."""
 SETTLED = replace(
-    DEEPENED, seed=51, warmup_steps=20, decay_from=0.0, finest_rate=3e-5, decoder_rate=0.0, rounds=(0.0, 0.2, 0.6, 0.2),
-    crops=((256, 2, 0.5), (384, 1, 0.5)), teacher_share=0.5, teacher_weight=0.3, ema=0.99,
+    DEEPENED, seed=63, warmup_steps=30, decay_from=0.0, finest_rate=4e-5, decoder_rate=0.0, rounds=(0.0, 0.1, 0.9),
+    crops=((256, 2, 0.6), (384, 1, 0.4)), noisy_share=0.1, teacher_share=0.5, teacher_weight=0.3, critic_share=0.15,
+    coarse_critic_share=0.15, critic_rate=5e-5, ema=0.995,
 )  # fmt: skip
 """Its finest level once more, on a processor."""
 
@@ -88,17 +80,13 @@ class TinyRun:
     joint_seconds: float = 14000.0
     corrections_seconds: float = 1500.0
     """For the encoder's corrections alone."""
-    begun_seconds: float = 100.0
+    refined_seconds: float = 800.0
     """For all of it at once, on an accelerator; without one it needs some hundred times as long."""
-    unrolled_seconds: float = 340.0
-    """For the same with cheaper steps, likewise."""
-    sharpened_seconds: float = 76.0
-    """For the decoder with a critic, likewise."""
-    held_seconds: float = 2600.0
-    """For the encoder once more, held closer to its teacher, on a processor."""
-    small_seconds: float = 92.0
-    """For `small`, after `tiny` is done, on an accelerator."""
-    settled_seconds: float = 900.0
+    finished_seconds: float = 205.0
+    """For the same with two critics, likewise."""
+    small_seconds: float = 105.0
+    """For `small`, after `tiny` is done, likewise."""
+    settled_seconds: float = 4000.0
     """For its finest level once more, on a processor."""
     procedural_seeds: int = 24
     """Rounds of procedural pictures, of every kind once each."""
@@ -171,18 +159,13 @@ def train_tiny(run: TinyRun, report: Report = lambda line: None) -> tuple[Path, 
     pair = Pair(decoder, grown_encoder(pair.encoder, replace(EncoderConfig(), rounds=pair.encoder.config.rounds)))
     pictures = pictures_of(run)
 
-    def stage(pair: Pair, name: str, recipe: UnrolledRecipe, seconds: float) -> Pair:
-        run_unrolled(pair, pictures, run.folder / name, fitted(recipe, run, seconds), teacher, report)
-        return load_pair(run.folder / name / "joint.pt")
-
-    begun = stage(pair, "begun", BEGUN, run.begun_seconds)
-    pair = stage(begun, "unrolled", UNROLLED, run.unrolled_seconds)
-    pair = stage(pair, "sharpened", SHARPENED, run.sharpened_seconds)
-    begun = load_pair(run.folder / "begun" / "joint.pt")
-    stage(Pair(pair.decoder, with_first_guess(pair.encoder, begun.encoder)), "held", HELD, run.held_seconds)
-    state = run.folder / "held" / "joint.pt"
+    refined = run.folder / "refined"
+    run_unrolled(pair, pictures, refined, fitted(REFINED, run, run.refined_seconds), teacher, report)
+    finished = fitted(FINISHED, run, run.finished_seconds)
+    run_unrolled(load_pair(refined / "joint.pt"), pictures, run.folder / "finished", finished, teacher, report, refined)
+    state = run.folder / "finished" / "joint.pt"
     encoder = release_encoder(state, run.folder, rounds=RELEASED_ROUNDS)
-    return release_decoder(state, run.folder, variant="tiny", accent=ACCENT), encoder
+    return release_decoder(state, run.folder, variant="tiny"), encoder
 
 
 def _corrected(run: TinyRun, teacher: TeacherAutoencoder, report: Report) -> Pair:
@@ -213,11 +196,16 @@ def train_small(run: TinyRun, report: Report = lambda line: None) -> tuple[Path,
     Returns the paths of `small.safetensors` and of the encoder, which is that of `tiny`.
     """
     _, encoder = train_tiny(run, report)
-    pair = load_pair(run.folder / "held" / "joint.pt")
-    pair = Pair(grown(pair.decoder, small_config()), pair.encoder)
+    finished = run.folder / "finished"
+    pair = load_pair(finished / "joint.pt")
+    decoder = grown(pair.decoder, small_config())
     teacher, pictures = TeacherAutoencoder.from_folder(run.teacher), pictures_of(run)
-    for name, recipe, seconds in (("small", DEEPENED, run.small_seconds), ("settled", SETTLED, run.settled_seconds)):
-        run_unrolled(pair, pictures, run.folder / name, fitted(recipe, run, seconds), teacher, report)
-        pair = load_pair(run.folder / name / "joint.pt")
-    state = run.folder / "settled" / "joint.pt"
-    return release_decoder(state, run.folder, variant="small", accent=SMALL_ACCENT), encoder
+    deepened, settled = run.folder / "small", run.folder / "settled"
+
+    recipe = fitted(DEEPENED, run, run.small_seconds)
+    learning = Pair(copy.deepcopy(decoder), pair.encoder)
+    run_unrolled(learning, pictures, deepened, recipe, teacher, report, finished)
+    deeper = load_pair(deepened / "joint.pt").decoder
+    pair = Pair(between(decoder, deeper, DEEPENED_SHARE), pair.encoder)
+    run_unrolled(pair, pictures, settled, fitted(SETTLED, run, run.settled_seconds), teacher, report, deepened)
+    return release_decoder(settled / "joint.pt", run.folder, variant="small"), encoder

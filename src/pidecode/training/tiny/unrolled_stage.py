@@ -31,7 +31,7 @@ from pidecode.training.tiny.joint_stage import TINIEST, TYPICAL, Pair, PairRecip
 from pidecode.training.tiny.muon import Muon
 from pidecode.training.tiny.resident import ResidentPictures
 from pidecode.training.tiny.stage import Learner, Report, resume, share_work, update_average
-from pidecode.training.tiny.state import save_state
+from pidecode.training.tiny.state import load_state, save_state
 from pidecode.training.tiny.teacher import TeacherAutoencoder
 
 MEASURES = ("own", "similarity", "teacher", "imitation", "latent", "critic")
@@ -283,11 +283,11 @@ class _Loop:
 
 def run_unrolled(
     pair: Pair, pictures: ResidentPictures, folder: Path, recipe: UnrolledRecipe, teacher: TeacherAutoencoder,
-    report: Report = lambda line: None, critics: Critics | None = None,
+    report: Report = lambda line: None, after: Path | None = None,
 ) -> Pair:  # fmt: skip
     """Train `pair` until the budget is used; returns the average, also in `folder/joint.pt`, from which it resumes.
 
-    critics: those of a stage before, which go on; without them a recipe that wants critics starts new ones.
+    after: the folder of a stage whose critics go on, where it has what the recipe wants; others start new.
 
     Raises SettingError for an encoder without corrections, TrainingError when a process stopped early.
     """
@@ -313,10 +313,12 @@ def run_unrolled(
 
     def work(rank: int) -> None:
         torch.manual_seed(recipe.seed * 1000 + rank + (0 if state is None else state["step"]))
-        judges = recipe.critics() if critics is None else critics.to(recipe.device)
+        critics = recipe.critics()
+        if critics is not None and after is not None:
+            critics.take(load_state(after / "joint.pt") or {})
         learners = [learner for learner in learners_of(pair, recipe) if learner.rate(0.0) > 0]
-        step = Step(pair, teacher, pictures, recipe, judges)
-        loop = _Loop(pair, average, learners, judges, step, recipe, rank)
+        step = Step(pair, teacher, pictures, recipe, critics)
+        loop = _Loop(pair, average, learners, critics, step, recipe, rank)
         if state is not None:
             loop.restore(state)
         with compiling():

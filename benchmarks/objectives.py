@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one small network learns in the same time by each objective: x0 or velocity, direct or as a flow, then DMD2.
+
+    python benchmarks/objectives.py --data PICTURES --teacher TAEF2 --seconds 720 --folder out [--device cuda]
+
+The network is a whole PixelNet with attention and four steps, from nothing, on crops of 128 pixels and the tiny FLUX.2
+autoencoder's latents. "direct" paints the picture itself from each of the student's four times; "flow" is the
+teacher's flow matching; "dmd2" distils a flow's network, with its critic. Each learns for `--seconds`; a result in
+`--folder` is kept. Measured are the middles of the held-out pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from quality import middle, pictures
+from torch import Tensor, nn
+
+from pidecode.devices import pick_device
+from pidecode.facts.architecture import NetConfig, Prediction
+from pidecode.measure.metrics import psnr, sharpness, ssim
+from pidecode.sampling import sample_student, sample_teacher
+from pidecode.training.discriminator import Discriminator
+from pidecode.training.distill import Cast, Distillation, critics_loss, paint, student_loss
+from pidecode.training.evaluator import Evaluator, Example
+from pidecode.training.losses import clean_picture
+from pidecode.training.networks import new_network
+from pidecode.training.noising import SeededDraws
+from pidecode.training.teacher import TeacherLoss, teacher_loss
+from pidecode.training.tiny.augment import varied
+from pidecode.training.tiny.cache import held_out, quarter, read_manifest, to_signed
+from pidecode.training.tiny.resident import ResidentPictures, resident_pictures
+from pidecode.training.tiny.teacher import TeacherAutoencoder
+
+ARMS: dict[str, tuple[str, Prediction]] = {
+    "direct, x0": ("direct", "x0"),
+    "direct, velocity": ("direct", "velocity"),
+    "flow, x0": ("flow", "x0"),
+    "flow, velocity": ("flow", "velocity"),
+}
+SIDE, BATCH, WINDOW = 128, 8, 256
+RATE, CRITIC_RATE, WARM_UP, KEEP, CLIP = 1e-3, 1e-4, 100, 0.998, 1.0
+DISTILLATION = Distillation(student_every=5, student_input="self_rollout")
+FLOW = TeacherLoss(shift=1.0, shift_base_size=None)
+
+
+def network(prediction: Prediction, seed: int = 0) -> Evaluator:
+    """A network of 3.7 million parameters from its start values."""
+    config = NetConfig(
+        hidden_size=128, num_heads=4, patch_depth=3, patch_size=16, pixel_hidden_size=8, pixel_depth=1,
+        pixel_attn_hidden_size=64, pixel_num_heads=4, text_dim=0, latent_channels=128, latent_down=16,
+        latent_unpatchify=2, adapter_width=96, adapter_padding="replicate", gate="per_token", inject_pixels=True,
+        rope_reference=(WINDOW, WINDOW), prediction=prediction,
+    )  # fmt: skip
+    return Evaluator(new_network(config, seed))
+
+
+class Trainer:
+    """Batches, updates with a rate that follows the time used, and an average of the weights."""
+
+    def __init__(
+        self, crops: ResidentPictures, teacher: TeacherAutoencoder, device: torch.device, seconds: float
+    ) -> None:
+        self.crops, self.teacher, self.device, self.seconds = crops, teacher, device, seconds
+
+    def batches(self) -> Iterator[tuple[Example, SeededDraws, float, int]]:
+        """Examples with their draws, the share of the time that is used, and their number."""
+        torch.manual_seed(0)
+        started, step = time.monotonic(), 0
+        while (used := (time.monotonic() - started) / self.seconds) < 1:
+            with torch.no_grad():
+                picture, small = varied(self.crops.crops(BATCH, SIDE), recoloured=0.5, joined=0.0)
+                latent = nn.functional.pixel_unshuffle(self.teacher.encode(small), 2)
+            sigma = torch.zeros(BATCH, device=self.device)
+            draws = SeededDraws(0, step, range(BATCH), self.device)
+            yield Example(picture=picture, low=small, latent=latent, sigma=sigma), draws, used, step
+            step += 1
+
+    def update(self, loss: Tensor, modules: list[nn.Module], optimizer: torch.optim.Optimizer, rate: float) -> None:
+        """One step of AdamW."""
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for module in modules:
+            nn.utils.clip_grad_norm_(module.parameters(), CLIP)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+
+    def single(self, name: str) -> tuple[Evaluator, int]:
+        """A network trained by one of the ARMS; and how many steps that were."""
+        objective, prediction = ARMS[name]
+        net = network(prediction).to(self.device).train()
+        average, optimizer, step = copy.deepcopy(net), torch.optim.AdamW(net.parameters(), weight_decay=0.0), 0
+        for example, draws, used, step in self.batches():
+            if objective == "direct":
+                loss = clean_picture(paint(net, example, draws, Distillation()), example.picture)[0]
+            else:
+                loss = teacher_loss(net, example, draws, FLOW).loss
+            self.update(loss, [net], optimizer, RATE * factor(used, step))
+            average_into(average, net, step)
+        return average, step + 1
+
+    def distilled(self, start: Evaluator) -> tuple[Evaluator, int]:
+        """A student of four steps from a flow's network, with a fake score and a critic."""
+        config = start.net.config
+        student, fake, teacher = (copy.deepcopy(start).train() for _ in range(3))
+        teacher.eval().requires_grad_(False)
+        critic = Discriminator(config.hidden_size, config.patch_depth).to(self.device)
+        average, step = copy.deepcopy(student), 0
+        own = torch.optim.AdamW(student.parameters(), weight_decay=0.0)
+        others = torch.optim.AdamW([*fake.parameters(), *critic.parameters()], weight_decay=0.0)
+        cast = Cast(student, teacher, fake, critic)
+        for example, draws, used, step in self.batches():
+            rate = CRITIC_RATE * factor(used, step)
+            if DISTILLATION.is_student_turn(step):
+                outcome, _ = student_loss(cast, example, draws, DISTILLATION, DISTILLATION.gan_weight_at(step))
+                self.update(outcome.loss, [student], own, rate)
+                average_into(average, student, step // DISTILLATION.student_every)
+            else:
+                self.update(critics_loss(cast, example, draws, DISTILLATION).loss, [fake, critic], others, rate)
+        return average, step + 1
+
+
+def factor(used: float, step: int) -> float:
+    """A warm-up by steps, then a falling half wave by time."""
+    return min(1.0, (step + 1) / WARM_UP) * (0.01 + 0.99 * (1 + math.cos(math.pi * used)) / 2)
+
+
+@torch.no_grad()
+def average_into(average: nn.Module, net: nn.Module, step: int) -> None:
+    """Moving average of the weights, shorter at the start."""
+    keep = min(KEEP, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - keep)
+
+
+@torch.inference_mode()
+def measured(
+    net: Evaluator, shown: list[np.ndarray], teacher: TeacherAutoencoder, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Means over the pictures: four steps of a student, and 25 of a teacher, from the same noise."""
+    net.eval()
+    prediction = net.net.config.prediction
+    rows: dict[str, list[tuple[float, float, float]]] = {"four steps": [], "25 steps": []}
+    for array in shown:
+        original, small = (to_signed(x)[None].to(device) for x in (array, quarter(array)))
+        latent = nn.functional.pixel_unshuffle(teacher.encode(small), 2)
+        condition = net.net.prepare(net.net.grid_of(*original.shape[-2:]), None, latent, torch.zeros(1, device=device))
+        noise = torch.Generator().manual_seed(0)
+
+        def draw(like: Tensor = original, noise: torch.Generator = noise) -> Tensor:
+            return torch.randn(like.shape, generator=noise).to(like)
+
+        def predict(x: Tensor, t: Tensor, condition: object = condition) -> Tensor:
+            return net.net.denoise(x, t, condition)  # type: ignore[arg-type]
+
+        made = {
+            "four steps": sample_student(predict, draw, prediction=prediction),
+            "25 steps": sample_teacher(predict, draw(), prediction=prediction),
+        }
+        for name, picture in made.items():
+            picture = picture.clamp(-1, 1)
+            found = psnr(picture, original), ssim(picture, original), sharpness(picture)
+            rows[name].append(tuple(x.item() for x in found))  # type: ignore[arg-type]
+    return {
+        name: dict(zip(("psnr", "ssim", "sharpness"), np.mean(found, 0).round(4).tolist(), strict=True))
+        for name, found in rows.items()
+    }
+
+
+def main() -> None:
+    """Train every arm, measure it, write it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of pictures, with manifest.jsonl")
+    parser.add_argument("--teacher", type=Path, required=True, help="folder of the two taef2 files")
+    parser.add_argument("--folder", type=Path, required=True, help="where results and weights go")
+    parser.add_argument("--seconds", type=float, default=720, help="training time of each arm")
+    parser.add_argument("--device", default="cpu")
+    given = parser.parse_args()
+    device = pick_device(given.device)
+    teacher = TeacherAutoencoder.from_folder(given.teacher).to(device)
+    categories = read_manifest(given.data)
+    names = sorted({name for kind in categories.values() for name in kind} - held_out(categories))
+    crops = resident_pictures(
+        [given.data / name for name in names], device, shrinks=(1.0, 0.5), procedural_seeds=0, procedural_side=SIDE
+    )
+    shown = [middle(array, WINDOW) for _, array in pictures(given.data, WINDOW, 1)]
+    given.folder.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(crops, teacher, device, given.seconds)
+    for name in (*ARMS, "dmd2, x0", "dmd2, velocity"):
+        stem = name.replace(", ", "-")
+        path, weights = given.folder / f"{stem}.json", given.folder / f"{stem}.pt"
+        if path.exists():
+            continue
+        if name in ARMS:
+            net, steps = trainer.single(name)
+        else:
+            start = network("x0" if "x0" in name else "velocity").to(device)
+            start.load_state_dict(torch.load(given.folder / f"{stem.replace('dmd2', 'flow')}.pt", weights_only=True))
+            net, steps = trainer.distilled(start)
+        found = {"steps": steps, "seconds": given.seconds, **measured(net, shown, teacher, device)}
+        print(name, json.dumps(found), flush=True)
+        torch.save(net.state_dict(), weights)
+        path.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
