@@ -4,8 +4,9 @@
     python benchmarks/quality.py --data PICTURES --teacher TAEF2 [--decoder tiny] [--side 1024] [--json out.json]
 
 Beside the decoder stand two rivals: the tiny FLUX.2 autoencoder's decode enlarged by Lanczos, which sees a latent
-too, and plain Lanczos of the quarter-size picture, which never went through a latent. "Colours held" is
-`colour_lock="full"`, as `upscale` offers it: it reads the quarter-size picture beside the latent. All in float32.
+too, and plain Lanczos of the quarter-size picture, which never went through a latent. "Colours held" and "details
+held" are `colour_lock="full"` and "detail": they read the quarter-size picture beside the latent, as `upscale` with a
+small decoder does by default. All in float32.
 """
 
 from __future__ import annotations
@@ -80,9 +81,11 @@ def rows_of(
     found = {
         "ours": row(ours, original) | {"seconds": seconds},
         "ours, colours held": row(lock_colours(ours, small, "full"), original),
+        "ours, details held": row(lock_colours(ours, small, "detail"), original),
         "ours, teacher's latent": row(decoder.decode(theirs, seed=0, steps=steps, output="pt"), original),
         "taef2 + Lanczos": row(enlarged(plain), original),
         "taef2 + Lanczos, colours held": row(lock_colours(enlarged(plain), small, "full"), original),
+        "taef2 + Lanczos, details held": row(lock_colours(enlarged(plain), small, "detail"), original),
         "Lanczos, no latent": row(enlarged(small), original),
         "original": row(original, original),
     }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Side-by-side crops to look at: enlarged without a latent, taef2 and Lanczos, a decoder, the original.
+"""Side-by-side crops to look at: enlarged without a latent, taef2 and Lanczos, a decoder, this held, the original.
 
     python benchmarks/sheet.py --teacher TAEF2 --out sheet.png [--data PICTURES] [--decoder tiny] [--crops 20] [--noise]
 
@@ -23,11 +23,12 @@ from quality import SIGMAS, enlarged, middle, pictures
 from torch import Tensor
 
 from pidecode import PixelDecoder
+from pidecode.colour import lock_colours
 from pidecode.images.tensors import to_pil
 from pidecode.training.tiny.cache import crop_to_multiple, quarter, to_signed
 from pidecode.training.tiny.teacher import TeacherAutoencoder
 
-COLUMNS = ("Lanczos 4x, no latent", "taef2, then Lanczos 4x", "this decoder", "original")
+COLUMNS = ("Lanczos 4x, no latent", "taef2, then Lanczos 4x", "this decoder", "the same, detail held", "original")
 NOISY_COLUMNS = ("no noise", *(f"sigma {sigma}" for sigma in SIGMAS), "original")
 TITLE = 18
 """Height of the line of titles, in pixels."""
@@ -57,7 +58,8 @@ def contenders(small: Tensor, decoder: PixelDecoder, teacher: TeacherAutoencoder
     """A picture enlarged in each of the ways to compare."""
     with torch.inference_mode():
         plain = teacher.decode(teacher.encode(small))
-    return enlarged(small), enlarged(plain), decoder.decode(decoder.encode(small), seed=0, output="pt")
+    ours = decoder.decode(decoder.encode(small), seed=0, output="pt")
+    return enlarged(small), enlarged(plain), ours, lock_colours(ours, small, "detail")
 
 
 def noisy(small: Tensor, decoder: PixelDecoder) -> tuple[Tensor, ...]:

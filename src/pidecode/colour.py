@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Colours held to a reference: a picture keeps its detail and takes the low frequencies of a smaller one.
+"""Colours held to a reference: a picture keeps its fine detail and takes the rest from a smaller one.
 
 PiD draws pixels anew, and over large areas its brightness and hue may drift by a level or a few. The reference is what
-the space's own decoder makes of the same latent, or, when enlarging, the picture itself.
+the space's own decoder makes of the same latent, or, when enlarging, the picture itself. A small decoder also loses
+detail that the picture being enlarged still shows; it can be held as well.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from pidecode.errors import SettingError
+from pidecode.facts.locks import LOCKS
 
-LOCKS = ("off", "soft", "full")
 _FULL_SIGMA = 2.0
 """Width of the "full" lock's blur, in pixels of the reference: finer drift is left alone, as it may be detail."""
 _SOFT_PART = 16
 """The "soft" lock blurs over this part of the reference's longer side: only wide drift goes."""
+_DETAIL_ROUNDS = 2
+"""How often the "detail" lock adds what is missing: enlarged, it blurs, so a little is left each time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +46,21 @@ def lock_colours(pictures: Tensor, reference: Tensor, lock: str) -> Tensor:
     """Pictures `[B, 3, H, W]` with the low frequencies of `reference` `[B, 3, h, w]`, both in [-1, 1].
 
     lock: "off" changes nothing; "soft" corrects brightness and hue over areas of about a sixteenth of the picture;
-        "full" corrects them down to a few pixels of the reference. Detail finer than that is the picture's own.
+        "full" corrects them down to a few pixels of the reference; "detail" down to its pixels, so that whatever the
+        reference shows is there. Detail finer than that is the picture's own.
     Raises SettingError for another lock or a reference that is not of the pictures' shape.
     """
     _check(pictures, reference, lock)
     if lock == "off":
         return pictures
-    drift = reference.to(pictures) - _reduced(pictures, reference)
+    reference = reference.to(pictures)
+    if lock == "detail":
+        for _ in range(_DETAIL_ROUNDS):
+            pictures = _corrected(pictures, reference - _reduced(pictures, reference))
+        return pictures.clamp_(-1, 1)
     sigma = _FULL_SIGMA if lock == "full" else max(reference.shape[-2:]) / _SOFT_PART
-    drift = functional.interpolate(_blurred(drift, sigma), size=pictures.shape[-2:], mode="bicubic")
-    return (pictures + drift).clamp(-1, 1)
+    drift = _blurred(reference - _reduced(pictures, reference), sigma)
+    return _corrected(pictures, drift).clamp_(-1, 1)
 
 
 def fidelity(pictures: Tensor, reference: Tensor) -> list[Fidelity]:
@@ -79,6 +87,11 @@ def _check(pictures: Tensor, reference: Tensor, lock: str) -> None:
             f"A reference of {small_width}x{small_height} is not a smaller version of a {width}x{height} picture; give "
             "one of the same shape."
         )
+
+
+def _corrected(pictures: Tensor, drift: Tensor) -> Tensor:
+    """`pictures` with the enlarged `drift` [B, 3, h, w] added, in memory of its own."""
+    return functional.interpolate(drift, size=pictures.shape[-2:], mode="bicubic").add_(pictures)
 
 
 def _reduced(pictures: Tensor, reference: Tensor) -> Tensor:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from pidecode import __version__, images
 from pidecode.captions import CaptionStates, TextEncoder, negative_prompt, ready_states
-from pidecode.colour import LOCKS, lock_colours
+from pidecode.colour import lock_colours
 from pidecode.devices import pick_device, usual_dtype
 from pidecode.errors import LatentError, SettingError, SizeError
 from pidecode.facts.checkpoints import CHECKPOINTS, Checkpoint, FlowShift
+from pidecode.facts.locks import HOLDING, LOCKS
 from pidecode.facts.sizes import size_advice
 from pidecode.facts.spaces import LatentSpace, get_space
 from pidecode.latents.encoders import Encode, LazyEncoder, encode_for, native_reference, visiting
@@ -233,6 +234,7 @@ class PixelDecoder:
 
         fit: "pad" (default) mirrors the edges out to the encoder's multiple and cuts the result back, so that it
             is exactly `scale` times the picture; "crop" centre-crops instead, and the result is `scale` times that.
+        colour_lock: what the picture shows is held by default where a small decoder would lose it (see `Settings`).
         For the rest see `encode` and `decode`.
         """
         tensor, kept = self._fit(images.load_tensor(picture), fit)
@@ -241,7 +243,9 @@ class PixelDecoder:
                 f"upscale makes {self.scale} times the picture, so size cannot act; resize before or after."
             )
         latent = self._captioned(self._encode(tensor, None), caption)
-        if settings.get("colour_lock") in ("soft", "full"):
+        if settings.get("colour_lock") is None and self.runner.look is not None and not settings.get("sigma"):
+            settings["colour_lock"] = "detail"
+        if settings.get("colour_lock") in HOLDING:
             settings.setdefault("reference", tensor)
         pixels = self.decode(latent, output="pt", on_step=on_step, **settings)
         assert isinstance(pixels, Tensor)
@@ -309,13 +313,13 @@ class PixelDecoder:
         """What colours are held to; None where they are free."""
         if chosen.colour_lock not in (None, *LOCKS):
             raise SettingError(f"colour_lock is {chosen.colour_lock!r}; it must be one of {', '.join(LOCKS)}.")
-        if chosen.colour_lock in ("soft", "full"):
+        if chosen.colour_lock in HOLDING:
             if chosen.reference is not None:
                 return chosen.reference
             with visiting(self.encoder, self.device if self.runner.sets_aside("encoder") else None):
                 return native_reference(self.encoder, latent)
         if chosen.reference is not None:
-            raise SettingError('reference acts with colour_lock="soft" or "full" only; name one of them.')
+            raise SettingError(f"reference acts with a colour_lock only; name one of {', '.join(HOLDING)}.")
         return None
 
     def _size(self, latent: Latent, chosen: Settings) -> tuple[int, int]:

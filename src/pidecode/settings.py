@@ -5,14 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal, TypedDict
+from typing import TypedDict
 
 from torch import Tensor
 
 from pidecode.errors import SettingError
 from pidecode.facts.checkpoints import StudentKind
-
-Lock = Literal["off", "soft", "full"]
+from pidecode.facts.locks import Lock
 
 LARGEST_TRAINED_SIGMA = 0.8
 """Beyond this much noise the networks never saw a latent (SPEC.md section 7)."""
@@ -76,7 +75,9 @@ class Settings:
     caption_states: Tensor | None = field(default=None, compare=False)
     """Ready-made text states `[B, tokens, text_dim]` instead of a caption."""
     colour_lock: Lock | None = None
-    """Hold brightness and hue to a reference: "off" (default), "soft" over wide areas, "full" down to a few pixels."""
+    """Hold brightness and hue to a reference: "off", "soft" over wide areas, "full" down to a few pixels, "detail" down
+    to each pixel. Default "off"; "detail" where `upscale` enlarges with a small decoder that can be looked through, as
+    `tiny` can, and no strength is asked for: such decoders lose detail that the picture still shows."""
     reference: Tensor | None = field(default=None, compare=False)
     """What `colour_lock` holds to, `[B, 3, h, w]` in [-1, 1]; default the picture being enlarged, or what the space's
     own decoder makes of the clean latent."""

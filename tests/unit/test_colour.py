@@ -12,6 +12,7 @@ from torch.nn import functional
 
 import tiny_models
 import tiny_pipelines
+from pidecode import PixelDecoder
 from pidecode.colour import fidelity, lock_colours
 from pidecode.errors import SettingError
 from pidecode.latents.encoders import load_encoder
@@ -30,7 +31,7 @@ def scene(height: int = 128, width: int = 192) -> tuple[Tensor, Tensor, Tensor]:
     return functional.avg_pool2d(true, 4), true, true + torch.tensor([0.08, -0.05, 0.02]).view(1, 3, 1, 1)
 
 
-@pytest.mark.parametrize("lock", ["soft", "full"])
+@pytest.mark.parametrize("lock", ["soft", "full", "detail"])
 def test_drift_goes_and_detail_stays(lock: str) -> None:
     reference, true, astray = scene()
     held = lock_colours(astray, reference, lock)
@@ -43,6 +44,21 @@ def test_full_follows_drift_that_soft_leaves() -> None:
     waves = 0.1 * torch.sin(torch.arange(768) / 96 * 2 * 3.14159).expand(1, 3, 512, 768)
     left = {lock: float((lock_colours(true + waves, reference, lock) - true).std()) for lock in ("soft", "full")}
     assert left["full"] < 0.02 < 0.05 < left["soft"]
+
+
+def test_detail_of_the_reference_is_held_and_finer_detail_stays() -> None:
+    reference, true, _ = scene()
+    lost = functional.interpolate(functional.avg_pool2d(reference, 2), size=true.shape[-2:], mode="bicubic")
+    fine = true - functional.interpolate(functional.avg_pool2d(true, 4), scale_factor=4, mode="nearest")
+    astray = (lost + fine).clone()
+    before, held = astray.clone(), lock_colours(astray, reference, "detail")
+    assert torch.equal(astray, before)
+    psnr = {
+        lock: fidelity(lock_colours(astray, reference, lock), reference)[0].psnr for lock in ("off", "full", "detail")
+    }
+    assert psnr["detail"] > psnr["full"] + 10 >= psnr["off"] + 10
+    own = held - functional.interpolate(functional.avg_pool2d(held, 4), scale_factor=4, mode="nearest")
+    assert functional.cosine_similarity(own.flatten(), fine.flatten(), dim=0) > 0.95
 
 
 def test_the_report_says_what_is_off() -> None:
@@ -80,6 +96,21 @@ def test_decoding_and_enlarging_with_colours_held(tmp_path: Path) -> None:
     assert fidelity(held, native)[0].psnr > fidelity(decoder.decode(latent, output="pt", sigma=0.2), native)[0].psnr
     with pytest.raises(SettingError, match="Noise is in this latent"):
         decoder.decode(latent.noised(0.3), colour_lock="soft")
-    with pytest.raises(SettingError, match="reference acts with colour_lock"):
+    with pytest.raises(SettingError, match="reference acts with a colour_lock"):
         decoder.decode(latent, reference=native)
     assert decoder.decode(latent, colour_lock="soft").info["pidecode"]["colour_lock"] == "soft"
+
+
+def test_a_small_decoder_holds_the_picture_it_enlarges_unless_told_otherwise() -> None:
+    decoder = PixelDecoder.from_pretrained("tiny", device="cpu", dtype=torch.float32)
+    picture = functional.interpolate(
+        torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(2)), size=(64, 64), mode="bicubic"
+    ).clamp(0, 1)
+    picture = picture * 2 - 1
+    made = {lock: decoder.upscale(picture, output="pt", colour_lock=lock) for lock in ("off", "detail")}
+    assert torch.equal(decoder.upscale(picture, output="pt"), made["detail"])
+    psnr = {lock: fidelity(one, picture)[0].psnr for lock, one in made.items()}
+    assert psnr["detail"] > psnr["off"] + 10
+    assert torch.equal(decoder.decode(decoder.encode(picture), output="pt"), made["off"])
+    assert decoder.upscale(picture).info["pidecode"]["colour_lock"] == "detail"
+    assert "colour_lock" not in decoder.upscale(picture, sigma=0.4).info["pidecode"]

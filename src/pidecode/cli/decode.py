@@ -23,6 +23,7 @@ from pidecode.cli.shared import (
 )
 from pidecode.cli.thrift import Job, Thrift, decoded, memory_option, upscaled, weights_options
 from pidecode.errors import FileError, SettingError
+from pidecode.facts.locks import LOCKS
 from pidecode.planner import Plan, Products, Weights
 
 if TYPE_CHECKING:
@@ -130,8 +131,9 @@ def _decoding_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--colour-lock",
-            type=click.Choice(["soft", "full"]),
-            help="Hold colours to the picture (upscale) or to the space's own decoder (decode).",
+            type=click.Choice(LOCKS),
+            help="Hold colours, or all detail, to the picture (upscale; detail by default for tiny and small) or to "
+            "the space's own decoder (decode).",
         ),
         click.option("--lora", type=_PATH, metavar="FILE", help="Low-rank adapter to add to the weights."),
         click.option("--lora-scale", type=float, help="Its strength; 1 if not given."),

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from pidecode.errors import SettingError, SizeError
+from pidecode.facts.locks import Lock
 
 Format = Literal["png", "webp", "jpeg"]
 MEDIA: dict[str, str] = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
@@ -68,9 +69,10 @@ class Options(BaseModel):
     ] = None
     guidance: Annotated[float | None, Field(ge=0, le=30, description="Of a many-step model.")] = None
     colour_lock: Annotated[
-        Literal["off", "soft", "full"] | None,
+        Lock | None,
         Field(
-            description="Hold the colours to the picture that is enlarged: not at all, their broad areas, or wholly."
+            description="Hold the picture that is enlarged: not at all, its broad colours, all colours, or all it "
+            "shows; the last is what small models do if left out."
         ),
     ] = None
     format: Annotated[Format, Field(description="Of the file that comes back.")] = "png"

@@ -72,7 +72,7 @@ function readSettings() {
   if (isPicture()) {
     settings.fit = find("fit").value;
     settings.scale = find("scale").value;
-    if (find("colour_lock").value !== "off") settings.colour_lock = find("colour_lock").value;
+    if (find("colour_lock").value) settings.colour_lock = find("colour_lock").value;
   } else {
     if (find("to-width").value) settings.width = find("to-width").value;
     if (find("to-height").value) settings.height = find("to-height").value;
@@ -91,7 +91,7 @@ function writeSettings(settings) {
     field.value = value;
   }
   find("sigma").value = settings.sigma ?? 0;
-  find("colour_lock").value = settings.colour_lock ?? "off";
+  find("colour_lock").value = settings.colour_lock ?? "";
   find("to-width").value = settings.width ?? "";
   find("to-height").value = settings.height ?? "";
   if (settings.caption === undefined) find("caption").value = "";
