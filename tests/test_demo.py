@@ -28,7 +28,7 @@ def test_a_photograph_is_quartered_encoded_and_decoded(root: Path, tmp_path: Pat
             sizes[path.name] = picture.size
     assert sizes["chelsea-before.png"] == (112, 64)
     assert sizes["chelsea-after.png"] == (448, 256)
-    assert sizes["chelsea-before-after.png"] == (3 * (448 + 12) + 12, 256 + 28 + 24)
+    assert sizes["chelsea-before-after.png"] == (4 * (448 + 12) + 12, 256 + 28 + 24)
 
 
 def test_what_is_no_picture_is_one_line(root: Path, tmp_path: Path) -> None:

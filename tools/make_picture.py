@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Show what the decoder does to a photograph: quarter it, encode it to a latent, decode that at full size.
+"""Show what the decoder does to a photograph: quarter it, decode its latent at full size, and enlarge it.
 
     python tools/make_picture.py                    # scikit-image's astronaut (NASA, public domain)
     python tools/make_picture.py coffee             # or chelsea, both CC0
     python tools/make_picture.py holiday.jpg --out shown
 
-Writes three files into the folder: the quarter-size input, the decoded picture, and both side by side with the
-original. Nothing is downloaded: scikit-image carries its sample photographs, pidecode its small decoder.
+Writes four files into the folder: the quarter-size input, what its latent alone decodes to, what `upscale` makes of it,
+and all of them side by side with the original. Nothing is downloaded: scikit-image carries its sample photographs,
+pidecode its small decoder.
 """
 
 from __future__ import annotations
@@ -73,28 +74,32 @@ def main() -> None:
     small = original.resize((original.width // QUARTER, original.height // QUARTER), Image.Resampling.BICUBIC)
     decoder = pidecode.PixelDecoder.from_pretrained(wanted.model)
     began = time.perf_counter()
+    enlarged = decoder.upscale(small, seed=wanted.seed)
+    seconds = time.perf_counter() - began
     latent = decoder.encode(small)
     decoded = decoder.decode(latent, seed=wanted.seed)
-    seconds = time.perf_counter() - began
-    assert isinstance(decoded, Image.Image)  # a batch of one
+    assert isinstance(enlarged, Image.Image)  # a batch of one
+    assert isinstance(decoded, Image.Image)
 
     wanted.out.mkdir(parents=True, exist_ok=True)
     stem = Path(wanted.picture).stem
     small.save(wanted.out / f"{stem}-before.png")
-    decoded.save(wanted.out / f"{stem}-after.png")
+    decoded.save(wanted.out / f"{stem}-latent.png")
+    enlarged.save(wanted.out / f"{stem}-after.png")
     before = small.resize(original.size, Image.Resampling.NEAREST)
     sheet = wanted.out / f"{stem}-before-after.png"
     side_by_side(
         [
             (f"before: {small.width} x {small.height}", before),
-            (f"after: {decoded.width} x {decoded.height}, decoded by pidecode", decoded),
+            ("its latent alone, decoded", decoded),
+            (f"after: {enlarged.width} x {enlarged.height}, enlarged by pidecode", enlarged),
             ("the original, for comparison", original),
         ]
     ).save(sheet)
     channels, rows, columns = latent.tensor.shape[1:]
     print(
         f"{small.width} x {small.height} pixels -> a latent of {channels} x {rows} x {columns} "
-        f"-> {decoded.width} x {decoded.height} pixels, in {seconds:.1f} s."
+        f"-> {enlarged.width} x {enlarged.height} pixels, in {seconds:.1f} s."
     )
     print(f"Before and after, side by side: {sheet.resolve()}")
 
