@@ -22,8 +22,6 @@ _FULL_SIGMA = 2.0
 """Width of the "full" lock's blur, in pixels of the reference: finer drift is left alone, as it may be detail."""
 _SOFT_PART = 16
 """The "soft" lock blurs over this part of the reference's longer side: only wide drift goes."""
-_DETAIL_ROUNDS = 2
-"""How often the "detail" lock adds what is missing: enlarged, it blurs, so a little is left each time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +51,13 @@ def lock_colours(pictures: Tensor, reference: Tensor, lock: str) -> Tensor:
     _check(pictures, reference, lock)
     if lock == "off":
         return pictures
-    reference = reference.to(pictures)
-    if lock == "detail":
-        for _ in range(_DETAIL_ROUNDS):
-            pictures = _corrected(pictures, reference - _reduced(pictures, reference))
-        return pictures.clamp_(-1, 1)
-    sigma = _FULL_SIGMA if lock == "full" else max(reference.shape[-2:]) / _SOFT_PART
-    drift = _blurred(reference - _reduced(pictures, reference), sigma)
-    return _corrected(pictures, drift).clamp_(-1, 1)
+    size = pictures.shape[-2:]
+    drift = reference.to(pictures) - _reduced(pictures, reference)
+    if lock == "detail":  # enlarging blurs: what that loses of the drift is added once more
+        drift = 2 * drift - _reduced(_enlarged(drift, size), drift)
+    else:
+        drift = _blurred(drift, _FULL_SIGMA if lock == "full" else max(reference.shape[-2:]) / _SOFT_PART)
+    return _enlarged(drift, size).add_(pictures).clamp_(-1, 1)
 
 
 def fidelity(pictures: Tensor, reference: Tensor) -> list[Fidelity]:
@@ -89,9 +86,8 @@ def _check(pictures: Tensor, reference: Tensor, lock: str) -> None:
         )
 
 
-def _corrected(pictures: Tensor, drift: Tensor) -> Tensor:
-    """`pictures` with the enlarged `drift` [B, 3, h, w] added, in memory of its own."""
-    return functional.interpolate(drift, size=pictures.shape[-2:], mode="bicubic").add_(pictures)
+def _enlarged(drift: Tensor, size: torch.Size) -> Tensor:
+    return functional.interpolate(drift, size=size, mode="bicubic")
 
 
 def _reduced(pictures: Tensor, reference: Tensor) -> Tensor:
