@@ -20,6 +20,10 @@ from pidecode.facts.locks import LOCKS
 
 _FULL_SIGMA = 2.0
 """Width of the "full" lock's blur, in pixels of the reference: finer drift is left alone, as it may be detail."""
+_NEIGHBOURHOOD = 1.0
+"""Width of the area, in pixels of the reference, whose structure the "detail" lock compares."""
+_BARELY_SEEN = 3e-4
+"""Variance in [-1, 1], two levels of 255, below which structure is too weak to compare."""
 _SOFT_PART = 16
 """The "soft" lock blurs over this part of the reference's longer side: only wide drift goes."""
 
@@ -44,20 +48,23 @@ def lock_colours(pictures: Tensor, reference: Tensor, lock: str) -> Tensor:
     """Pictures `[B, 3, H, W]` with the low frequencies of `reference` `[B, 3, h, w]`, both in [-1, 1].
 
     lock: "off" changes nothing; "soft" corrects brightness and hue over areas of about a sixteenth of the picture;
-        "full" corrects them down to a few pixels of the reference; "detail" down to its pixels, so that whatever the
-        reference shows is there. Detail finer than that is the picture's own.
+        "full" corrects them down to a few pixels of the reference. Detail finer than that is the picture's own.
+        "detail" takes all that the reference shows; still finer detail is the picture's own, the less of it the less
+        the picture tells of the reference's structure there.
     Raises SettingError for another lock or a reference that is not of the pictures' shape.
     """
     _check(pictures, reference, lock)
     if lock == "off":
         return pictures
-    size = pictures.shape[-2:]
-    drift = reference.to(pictures) - _reduced(pictures, reference)
-    if lock == "detail":  # enlarging blurs: what that loses of the drift is added once more
-        drift = 2 * drift - _reduced(_enlarged(drift, size), drift)
-    else:
-        drift = _blurred(drift, _FULL_SIGMA if lock == "full" else max(reference.shape[-2:]) / _SOFT_PART)
-    return _enlarged(drift, size).add_(pictures).clamp_(-1, 1)
+    reference, size = reference.to(pictures), pictures.shape[-2:]
+    reduced = _reduced(pictures, reference)
+    if lock == "detail":
+        fine = _enlarged_whole(reduced, size).neg_().add_(pictures)
+        fine *= functional.interpolate(_told(reduced, reference), size=size, mode="bilinear")
+        return fine.add_(_enlarged_whole(reference, size)).clamp_(-1, 1)
+    sigma = _FULL_SIGMA if lock == "full" else max(reference.shape[-2:]) / _SOFT_PART
+    drift = _blurred(reference - reduced, sigma)
+    return functional.interpolate(drift, size=size, mode="bicubic").add_(pictures).clamp_(-1, 1)
 
 
 def fidelity(pictures: Tensor, reference: Tensor) -> list[Fidelity]:
@@ -86,8 +93,25 @@ def _check(pictures: Tensor, reference: Tensor, lock: str) -> None:
         )
 
 
-def _enlarged(drift: Tensor, size: torch.Size) -> Tensor:
-    return functional.interpolate(drift, size=size, mode="bicubic")
+def _enlarged_whole(small: Tensor, size: torch.Size) -> Tensor:
+    """Enlarged so that, reduced again, it is very nearly `small`: what blurs on the way is added once more."""
+    blurred = _reduced(functional.interpolate(small, size=size, mode="bicubic"), small)
+    return functional.interpolate(2 * small - blurred, size=size, mode="bicubic")
+
+
+def _told(reduced: Tensor, reference: Tensor) -> Tensor:
+    """How far a reduced picture tells the reference's structure around each pixel, `[B, 1, h, w]` from 0 to 1.
+
+    It is the square of the share of local variance that it explains: where a decoder gets strokes or leaves wrong that
+    the reference shows, what it paints between the pixels is no better. Drifting colours do not count.
+    """
+
+    def strength(image: Tensor) -> Tensor:
+        structure = image - _blurred(image, _FULL_SIGMA)
+        return _blurred(structure.square().mean(1, keepdim=True), _NEIGHBOURHOOD)
+
+    missed = strength(reference - reduced) / (strength(reference) + _BARELY_SEEN)
+    return (1 - missed).clamp_(0, 1).square_()
 
 
 def _reduced(pictures: Tensor, reference: Tensor) -> Tensor:

@@ -61,6 +61,24 @@ def test_detail_of_the_reference_is_held_and_finer_detail_stays() -> None:
     assert functional.cosine_similarity(own.flatten(), fine.flatten(), dim=0) > 0.95
 
 
+def test_fine_detail_goes_where_the_reference_shows_something_else() -> None:
+    generator = torch.Generator().manual_seed(3)
+    reference = functional.interpolate(torch.rand(1, 3, 16, 32, generator=generator) - 0.5, scale_factor=2)
+    fine = torch.randn(1, 3, 128, 256, generator=generator) * 0.05
+    fine = fine - functional.interpolate(functional.avg_pool2d(fine, 4), scale_factor=4, mode="nearest")
+    wrong = reference.clone()
+    wrong[..., 32:] = wrong[..., 32:].flip(-2)
+    made = functional.interpolate(wrong, size=fine.shape[-2:], mode="bicubic") + fine
+    held = lock_colours(made, reference, "detail")
+    kept = held - functional.interpolate(reference, size=fine.shape[-2:], mode="bicubic")
+
+    def share(part: slice) -> float:
+        return float((kept[..., part] * fine[..., part]).sum() / fine[..., part].square().sum())
+
+    assert share(slice(0, 112)) > 0.9
+    assert share(slice(144, 256)) < 0.1
+
+
 def test_the_report_says_what_is_off() -> None:
     reference, true, astray = scene()
     (good,), (bad,) = fidelity(true, reference), fidelity(astray, reference)
