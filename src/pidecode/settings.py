@@ -75,9 +75,9 @@ class Settings:
     caption_states: Tensor | None = field(default=None, compare=False)
     """Ready-made text states `[B, tokens, text_dim]` instead of a caption."""
     colour_lock: Lock | None = None
-    """Hold brightness and hue to a reference: "off", "soft" over wide areas, "full" down to a few pixels; "detail" holds
-    all that the reference shows. Default "off"; "detail" where `upscale` enlarges with a small decoder that can be looked
-    through, as `tiny` can, and no strength is asked for: such decoders lose detail that the picture still shows."""
+    """Hold brightness and hue to a reference: "off", "soft" over wide areas, "full" down to a few pixels; "detail"
+    holds all that the reference shows. Default "off"; "detail" where `upscale` enlarges with a small decoder that can
+    be looked through, as `tiny` can, and no strength is asked for: such decoders lose detail that the picture shows."""
     reference: Tensor | None = field(default=None, compare=False)
     """What `colour_lock` holds to, `[B, 3, h, w]` in [-1, 1]; default the picture being enlarged, or what the space's
     own decoder makes of the clean latent."""
