@@ -50,11 +50,12 @@ class Critics(nn.Module):
         if coarse_share:
             self.coarse = PatchCritic(COARSE)
 
-    def take(self, state: Mapping[str, Any]) -> None:
-        """The critics of a stage's state, if it has them."""
+    def taking(self, state: Mapping[str, Any]) -> Critics:
+        """These, with the weights of those that a stage's state has."""
         before: Mapping[str, Tensor] = state.get("critics", {})
         own = self.state_dict()
         self.load_state_dict(own | {name: value for name, value in before.items() if name in own})
+        return self
 
     def views(self, picture: Tensor, shrunk: Callable[[Tensor], Tensor]) -> Iterator[tuple[PatchCritic, Tensor, float]]:
         """Each critic, what it sees of `picture`, and its share. shrunk: to a quarter of the size."""

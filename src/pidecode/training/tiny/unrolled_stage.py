@@ -74,11 +74,10 @@ class UnrolledRecipe(PairRecipe):
     """Whether steps are compiled block by block, and recorded and replayed; where the device can do so."""
     seed: int = 21
 
-    def critics(self) -> Critics | None:
-        """New critics, on the recipe's device; None where neither has a say."""
-        if not self.critic_share and not self.coarse_critic_share:
-            return None
-        return Critics(self.critic_share, self.coarse_critic_share).to(self.device)
+    @property
+    def judged(self) -> bool:
+        """Whether a critic has a say."""
+        return self.critic_share > 0 or self.coarse_critic_share > 0
 
     def factor(self, progress: float, step: int) -> float:
         """What rates are multiplied by: a warm-up by steps, flat, then a falling half wave."""
@@ -313,9 +312,10 @@ def run_unrolled(
 
     def work(rank: int) -> None:
         torch.manual_seed(recipe.seed * 1000 + rank + (0 if state is None else state["step"]))
-        critics = recipe.critics()
-        if critics is not None and after is not None:
-            critics.take(load_state(after / "joint.pt") or {})
+        critics = None
+        if recipe.judged:
+            before = None if after is None else load_state(after / "joint.pt")
+            critics = Critics(recipe.critic_share, recipe.coarse_critic_share).taking(before or {}).to(recipe.device)
         learners = [learner for learner in learners_of(pair, recipe) if learner.rate(0.0) > 0]
         step = Step(pair, teacher, pictures, recipe, critics)
         loop = _Loop(pair, average, learners, critics, step, recipe, rank)
@@ -324,6 +324,6 @@ def run_unrolled(
         with compiling():
             loop.run(folder / "joint.pt", note, report)
 
-    alone = recipe.device != "cpu" or recipe.critics() is not None
+    alone = recipe.device != "cpu" or recipe.judged  # critics are not shared between processes
     share_work(work, (pair, average), 1 if alone else recipe.workers)
     return average
