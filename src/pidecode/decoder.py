@@ -234,8 +234,7 @@ class PixelDecoder:
 
         fit: "pad" (default) mirrors the edges out to the encoder's multiple and cuts the result back, so that it
             is exactly `scale` times the picture; "crop" centre-crops instead, and the result is `scale` times that.
-        colour_lock: what the picture shows is held by default where a small decoder would lose it (see `Settings`).
-        For the rest see `encode` and `decode`.
+        By default a small decoder holds what the picture shows (`Settings.colour_lock`). See also `encode`, `decode`.
         """
         tensor, kept = self._fit(images.load_tensor(picture), fit)
         if "size" in settings:
