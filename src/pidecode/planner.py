@@ -224,10 +224,11 @@ def _activation_parts(plan: Plan, config: NetConfig, size: tuple[int, int]) -> I
     if "blocks" in plan.offload and config.patch_depth > 1:  # all but the one that comes first have left by then
         pixel_stage -= _block_bytes(plan, config, slimmed=True)
     # Between evaluations: the clean picture, noise and their sum beside the canvas. A velocity is a picture more, of
-    # which pieces are formed in float64 before there is noise.
+    # which pieces are formed in float64 before there is noise. Windows have left what they need beside the canvas.
     between = 3 * picture * whole
     if config.prediction == "velocity":
         between = max(4 * picture * whole, 2 * picture * whole + 4 * 2 * picture * min(whole, WIDE_PIXELS))
+    between -= picture * (pictures - whole)
     # Before there are tokens: what a residual block takes, its activation, the same with edges and what it gives, and a
     # coarser level's features.
     adapter_stage = B * L_whole * config.adapter_width * wide * 17 // 4 - held if heads else 0
