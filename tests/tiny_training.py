@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The networks of `tiny` at miniature size, and what their training reports."""
+"""The networks of `tiny` at miniature size, what their training reports, and folders to train from."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 from pidecode.model.encoder import EncoderConfig
 from pidecode.model.regressor import Regressor
 from pidecode.training.tiny.cache import LatentCache
 from pidecode.training.tiny.decoder_stage import tiny_config
+from pidecode.training.tiny.procedural import procedural_picture
+from pidecode.training.tiny.teacher import TeacherAutoencoder
 
 # As narrow as the teacher's features allow.
 SMALL = replace(tiny_config(), adapter_levels=(1, 1, 1, 1), pixel_attn_hidden_size=16)
@@ -33,3 +38,15 @@ def started(cache: LatentCache) -> Regressor:
         if ".block.5." in name:
             torch.nn.init.normal_(parameter, std=0.02)
     return regressor
+
+
+def folders(tmp_path: Path, teacher: TeacherAutoencoder, side: int) -> tuple[Path, Path]:
+    """A folder of three pictures, and one of the teacher's two files."""
+    data, weights = tmp_path / "data", tmp_path / "teacher"
+    data.mkdir()
+    weights.mkdir()
+    for name in ("a.png", "b.png", "c.png"):
+        Image.fromarray(procedural_picture("line_art", side, ord(name[0]))).save(data / name)
+    for part in ("encoder", "decoder"):
+        save_file(getattr(teacher, part).state_dict(), weights / f"taef2_{part}.safetensors")
+    return data, weights

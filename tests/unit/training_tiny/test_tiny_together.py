@@ -24,7 +24,7 @@ from pidecode.training.tiny.release import load_pair, release_decoder, release_e
 from pidecode.training.tiny.run import CORRECTIONS, TinyRun, build_cache, train_small
 from pidecode.training.tiny.state import load_state, save_state
 from pidecode.training.tiny.teacher import TeacherAutoencoder
-from tiny_training import ENCODER, SMALL, parts, started
+from tiny_training import ENCODER, SMALL, folders, parts, started
 
 
 def test_training_goes_on_from_what_was_released(cache: LatentCache, tmp_path: Path) -> None:
@@ -172,20 +172,6 @@ def test_a_state_is_whole_or_refused(tmp_path: Path) -> None:
         load_state(path)
     with pytest.raises(TrainingError, match="run the joint stage"):
         release_decoder(tmp_path / "none.pt", tmp_path, variant="tiny")
-
-
-def folders(tmp_path: Path, teacher: TeacherAutoencoder, side: int) -> tuple[Path, Path]:
-    """A folder of three pictures, and one of the teacher's two files."""
-    from safetensors.torch import save_file
-
-    data, weights = tmp_path / "data", tmp_path / "teacher"
-    data.mkdir()
-    weights.mkdir()
-    for name in ("a.png", "b.png", "c.png"):
-        Image.fromarray(procedural_picture("line_art", side, ord(name[0]))).save(data / name)
-    for part in ("encoder", "decoder"):
-        save_file(getattr(teacher, part).state_dict(), weights / f"taef2_{part}.safetensors")
-    return data, weights
 
 
 @pytest.mark.slow
