@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -26,7 +27,9 @@ from torch import Tensor, nn
 
 from pidecode.devices import pick_device
 from pidecode.facts.architecture import NetConfig, Prediction
+from pidecode.files import atomic_write
 from pidecode.measure.metrics import psnr, sharpness, ssim
+from pidecode.model.network import Condition
 from pidecode.sampling import sample_student, sample_teacher
 from pidecode.training.discriminator import Discriminator
 from pidecode.training.distill import Cast, Distillation, critics_loss, paint, student_loss
@@ -38,16 +41,13 @@ from pidecode.training.teacher import TeacherLoss, teacher_loss
 from pidecode.training.tiny.augment import varied
 from pidecode.training.tiny.cache import held_out, quarter, read_manifest, to_signed
 from pidecode.training.tiny.resident import ResidentPictures, resident_pictures
+from pidecode.training.tiny.stage import update_average
+from pidecode.training.tiny.state import load_state, save_state
 from pidecode.training.tiny.teacher import TeacherAutoencoder
+from pidecode.training.tiny.unrolled_stage import UnrolledRecipe
 
-ARMS: dict[str, tuple[str, Prediction]] = {
-    "direct, x0": ("direct", "x0"),
-    "direct, velocity": ("direct", "velocity"),
-    "flow, x0": ("flow", "x0"),
-    "flow, velocity": ("flow", "velocity"),
-}
 SIDE, BATCH, WINDOW = 128, 8, 256
-RATE, CRITIC_RATE, WARM_UP, KEEP, CLIP = 1e-3, 1e-4, 100, 0.998, 1.0
+RATE, CRITIC_RATE, KEEP, CLIP = 1e-3, 1e-4, 0.998, 1.0
 DISTILLATION = Distillation(student_every=5, student_input="self_rollout")
 FLOW = TeacherLoss(shift=1.0, shift_base_size=None)
 
@@ -69,19 +69,25 @@ class Trainer:
     def __init__(
         self, crops: ResidentPictures, teacher: TeacherAutoencoder, device: torch.device, seconds: float
     ) -> None:
-        self.crops, self.teacher, self.device, self.seconds = crops, teacher, device, seconds
+        self.crops, self.teacher, self.device = crops, teacher, device
+        self.schedule = UnrolledRecipe(seconds=seconds, warmup_steps=100, decay_from=0.0)
 
     def batches(self) -> Iterator[tuple[Example, SeededDraws, float, int]]:
-        """Examples with their draws, the share of the time that is used, and their number."""
+        """Examples with their draws, what rates are multiplied by, and their number; until the time is used."""
         torch.manual_seed(0)
         started, step = time.monotonic(), 0
-        while (used := (time.monotonic() - started) / self.seconds) < 1:
+        while (used := self.schedule.progress(step, time.monotonic() - started)) < 1:
             with torch.no_grad():
                 picture, small = varied(self.crops.crops(BATCH, SIDE), recoloured=0.5, joined=0.0)
                 latent = nn.functional.pixel_unshuffle(self.teacher.encode(small), 2)
             sigma = torch.zeros(BATCH, device=self.device)
             draws = SeededDraws(0, step, range(BATCH), self.device)
-            yield Example(picture=picture, low=small, latent=latent, sigma=sigma), draws, used, step
+            yield (
+                Example(picture=picture, low=small, latent=latent, sigma=sigma),
+                draws,
+                self.schedule.factor(used, step),
+                step,
+            )
             step += 1
 
     def update(self, loss: Tensor, modules: list[nn.Module], optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -94,17 +100,16 @@ class Trainer:
             group["lr"] = rate
         optimizer.step()
 
-    def single(self, name: str) -> tuple[Evaluator, int]:
-        """A network trained by one of the ARMS; and how many steps that were."""
-        objective, prediction = ARMS[name]
+    def single(self, objective: str, prediction: Prediction) -> tuple[Evaluator, int]:
+        """A network trained directly or as a flow; and how many steps that were."""
         net = network(prediction).to(self.device).train()
         average, optimizer, step = copy.deepcopy(net), torch.optim.AdamW(net.parameters(), weight_decay=0.0), 0
-        for example, draws, used, step in self.batches():
+        for example, draws, factor, step in self.batches():
             if objective == "direct":
                 loss = clean_picture(paint(net, example, draws, Distillation()), example.picture)[0]
             else:
                 loss = teacher_loss(net, example, draws, FLOW).loss
-            self.update(loss, [net], optimizer, RATE * factor(used, step))
+            self.update(loss, [net], optimizer, RATE * factor)
             average_into(average, net, step)
         return average, step + 1
 
@@ -118,8 +123,8 @@ class Trainer:
         own = torch.optim.AdamW(student.parameters(), weight_decay=0.0)
         others = torch.optim.AdamW([*fake.parameters(), *critic.parameters()], weight_decay=0.0)
         cast = Cast(student, teacher, fake, critic)
-        for example, draws, used, step in self.batches():
-            rate = CRITIC_RATE * factor(used, step)
+        for example, draws, factor, step in self.batches():
+            rate = CRITIC_RATE * factor
             if DISTILLATION.is_student_turn(step):
                 outcome, _ = student_loss(cast, example, draws, DISTILLATION, DISTILLATION.gan_weight_at(step))
                 self.update(outcome.loss, [student], own, rate)
@@ -129,16 +134,9 @@ class Trainer:
         return average, step + 1
 
 
-def factor(used: float, step: int) -> float:
-    """A warm-up by steps, then a falling half wave by time."""
-    return min(1.0, (step + 1) / WARM_UP) * (0.01 + 0.99 * (1 + math.cos(math.pi * used)) / 2)
-
-
-@torch.no_grad()
 def average_into(average: nn.Module, net: nn.Module, step: int) -> None:
     """Moving average of the weights, shorter at the start."""
-    keep = min(KEEP, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - keep)
+    update_average(average, net, min(KEEP, (1 + step) / (10 + step)))
 
 
 @torch.inference_mode()
@@ -158,8 +156,8 @@ def measured(
         def draw(like: Tensor = original, noise: torch.Generator = noise) -> Tensor:
             return torch.randn(like.shape, generator=noise).to(like)
 
-        def predict(x: Tensor, t: Tensor, condition: object = condition) -> Tensor:
-            return net.net.denoise(x, t, condition)  # type: ignore[arg-type]
+        def predict(x: Tensor, t: Tensor, condition: Condition = condition) -> Tensor:
+            return net.net.denoise(x, t, condition)
 
         made = {
             "four steps": sample_student(predict, draw, prediction=prediction),
@@ -194,21 +192,21 @@ def main() -> None:
     shown = [middle(array, WINDOW) for _, array in pictures(given.data, WINDOW, 1)]
     given.folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(crops, teacher, device, given.seconds)
-    for name in (*ARMS, "dmd2, x0", "dmd2, velocity"):
-        stem = name.replace(", ", "-")
-        path, weights = given.folder / f"{stem}.json", given.folder / f"{stem}.pt"
+    for objective, prediction in itertools.product(("direct", "flow", "dmd2"), get_args(Prediction)):
+        path, weights = (given.folder / f"{objective}-{prediction}.{ending}" for ending in ("json", "pt"))
         if path.exists():
             continue
-        if name in ARMS:
-            net, steps = trainer.single(name)
-        else:
-            start = network("x0" if "x0" in name else "velocity").to(device)
-            start.load_state_dict(torch.load(given.folder / f"{stem.replace('dmd2', 'flow')}.pt", weights_only=True))
+        if objective == "dmd2":
+            start = network(prediction).to(device)
+            start.load_state_dict(load_state(given.folder / f"flow-{prediction}.pt") or {})
             net, steps = trainer.distilled(start)
+        else:
+            net, steps = trainer.single(objective, prediction)
         found = {"steps": steps, "seconds": given.seconds, **measured(net, shown, teacher, device)}
-        print(name, json.dumps(found), flush=True)
-        torch.save(net.state_dict(), weights)
-        path.write_text(json.dumps(found, indent=1))
+        print(objective, prediction, json.dumps(found), flush=True)
+        save_state(weights, net.state_dict())
+        with atomic_write(path) as file:
+            file.write(json.dumps(found, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ from pidecode.facts.locks import LOCKS
 
 _FULL_SIGMA = 2.0
 """Width of the "full" lock's blur, in pixels of the reference: finer drift is left alone, as it may be detail."""
+_SOFT_PART = 16
+"""The "soft" lock blurs over this part of the reference's longer side: only wide drift goes."""
 _NEIGHBOURHOOD = 1.0
 """Width of the area, in pixels of the reference, whose structure the "detail" lock compares."""
 _BARELY_SEEN = 3e-4
-"""Variance in [-1, 1], two levels of 255, below which structure is too weak to compare."""
-_SOFT_PART = 16
-"""The "soft" lock blurs over this part of the reference's longer side: only wide drift goes."""
+"""Variance of pictures in [-1, 1], about two levels of 255, below which structure is too weak to compare."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +48,9 @@ def lock_colours(pictures: Tensor, reference: Tensor, lock: str) -> Tensor:
     """Pictures `[B, 3, H, W]` with the low frequencies of `reference` `[B, 3, h, w]`, both in [-1, 1].
 
     lock: "off" changes nothing; "soft" corrects brightness and hue over areas of about a sixteenth of the picture;
-        "full" corrects them down to a few pixels of the reference. Detail finer than that is the picture's own.
-        "detail" takes all that the reference shows; still finer detail is the picture's own, the less of it the less
-        the picture tells of the reference's structure there.
+        "full" corrects them down to a few pixels of the reference, and detail finer than that is the picture's own;
+        "detail" takes all that the reference shows, and still finer detail is the picture's own, the less of it the
+        less the picture tells of the reference's structure there.
     Raises SettingError for another lock or a reference that is not of the pictures' shape.
     """
     _check(pictures, reference, lock)

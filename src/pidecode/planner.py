@@ -224,7 +224,8 @@ def _activation_parts(plan: Plan, config: NetConfig, size: tuple[int, int]) -> I
     if "blocks" in plan.offload and config.patch_depth > 1:  # all but the one that comes first have left by then
         pixel_stage -= _block_bytes(plan, config, slimmed=True)
     # Between evaluations: the clean picture, noise and their sum beside the canvas. A velocity is a picture more, of
-    # which pieces are formed in float64 before there is noise. Windows have left what they need beside the canvas.
+    # which pieces are formed in float64 before there is noise. A window's own canvas, and the whole one that windows
+    # are added up in, are free by then.
     between = 3 * picture * whole
     if config.prediction == "velocity":
         between = max(4 * picture * whole, 2 * picture * whole + 4 * 2 * picture * min(whole, WIDE_PIXELS))

@@ -37,7 +37,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--pipeline", "source", help="Folder or hub repository of the pipeline, if not the model's own.")
 @click.option("-m", "--model", "decoder", help="PiD decoder: a name or file; the official one if not given.")
 @click.option("--variant", metavar="NAME", help="Variant of the decoder: 2k, 2kto4k, ...")
-@click.option("--colour-lock", type=click.Choice(LOCKS), help="Hold colours to the model's own decode.")
+@click.option("--colour-lock", type=click.Choice(LOCKS), help="Hold colours, or all detail, to the model's own decode.")
 @click.option("--arguments", default="{}", metavar="JSON", help="More arguments for the pipeline's call.")
 @threads_option
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; chosen for you if not given.")

@@ -16,7 +16,7 @@ from pidecode.errors import SettingError, TrainingError
 from pidecode.measure.metrics import ssim
 from pidecode.model.encoder import ImageEncoder
 from pidecode.model.regressor import shrunk
-from pidecode.training.tiny.accelerated import Matrices, Recorded, edged, keep_exact, pad_by_joining
+from pidecode.training.tiny.accelerated import Matrices, Recorded, compiling, edged, keep_exact, pad_by_joining
 from pidecode.training.tiny.cache import LatentCache
 from pidecode.training.tiny.critic import Critics
 from pidecode.training.tiny.grow import between, grown_encoder, with_corrections, with_rounds
@@ -213,9 +213,27 @@ def test_each_critics_say_has_the_length_it_was_given(
         assert critics is None or all(weight.grad is not None for weight in critics.parameters())
         return [weight.grad for weight in learning if weight.grad is not None]
 
-    for plain, little, much in zip(slopes(0.0), slopes(1e-9), slopes(0.5), strict=True):
+    for plain, little, some, much in zip(*map(slopes, (0.0, 1e-9, 0.1, 0.5)), strict=True):
         torch.testing.assert_close(little, plain, atol=1e-7, rtol=1e-3)
         assert not torch.allclose(much, plain, rtol=1e-2)
+        say = (much - plain).norm()  # five times as long, and the same way
+        assert (much - plain - 5 * (some - plain)).norm() < 0.01 * say
+
+
+def test_what_the_stage_before_compiled_is_forgotten() -> None:
+    times: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        times.append(1)
+        return graph
+
+    double = torch.compile(lambda x: 2 * x, backend=backend)
+    for expected in (1, 1):
+        double(torch.ones(2))
+        assert len(times) == expected
+    with compiling():
+        double(torch.ones(2))
+    assert len(times) == 2
 
 
 def test_critics_see_the_picture_and_a_quarter_of_it_and_go_on_in_the_next_stage(

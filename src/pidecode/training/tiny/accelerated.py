@@ -87,8 +87,11 @@ def compile_blocks(network: nn.Module) -> None:
 
 @contextlib.contextmanager
 def compiling() -> Iterator[None]:
-    """The compiler's settings while such blocks run; as they were afterwards."""
-    torch._dynamo.reset()  # the blocks of the stage before count as well, and would soon be too many
+    """The compiler's settings while such blocks run, as they were afterwards; what was compiled before is forgotten.
+
+    The blocks of the stage before would count towards the limit, and those of two stages are too many.
+    """
+    torch._dynamo.reset()
     # As many crops as a crop has pixels is a coincidence, not a shape.
     shapes = torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
     with torch._dynamo.config.patch(recompile_limit=64), shapes:

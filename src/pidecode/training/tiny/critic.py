@@ -19,7 +19,7 @@ COARSE = (64, 128, 192)
 class PatchCritic(nn.Module):
     """Pictures [B,3,H,W] to one logit for each of their squares, [B,1,H/2^n,W/2^n] for n `widths`."""
 
-    def __init__(self, widths: Sequence[int] = FINE) -> None:
+    def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         before = 3

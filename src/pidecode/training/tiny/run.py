@@ -196,16 +196,13 @@ def train_small(run: TinyRun, report: Report = lambda line: None) -> tuple[Path,
     Returns the paths of `small.safetensors` and of the encoder, which is that of `tiny`.
     """
     _, encoder = train_tiny(run, report)
-    finished = run.folder / "finished"
-    pair = load_pair(finished / "joint.pt")
-    decoder = grown(pair.decoder, small_config())
+    finished, deepened, settled = (run.folder / name for name in ("finished", "small", "settled"))
     teacher, pictures = TeacherAutoencoder.from_folder(run.teacher), pictures_of(run)
-    deepened, settled = run.folder / "small", run.folder / "settled"
-
-    recipe = fitted(DEEPENED, run, run.small_seconds)
-    learning = Pair(copy.deepcopy(decoder), pair.encoder)
-    run_unrolled(learning, pictures, deepened, recipe, teacher, report, finished)
-    deeper = load_pair(deepened / "joint.pt").decoder
-    pair = Pair(between(decoder, deeper, DEEPENED_SHARE), pair.encoder)
+    pair = load_pair(finished / "joint.pt")
+    start = grown(pair.decoder, small_config())
+    pair = Pair(copy.deepcopy(start), pair.encoder)
+    run_unrolled(pair, pictures, deepened, fitted(DEEPENED, run, run.small_seconds), teacher, report, finished)
+    pair = load_pair(deepened / "joint.pt")
+    pair = Pair(between(start, pair.decoder, DEEPENED_SHARE), pair.encoder)
     run_unrolled(pair, pictures, settled, fitted(SETTLED, run, run.settled_seconds), teacher, report, deepened)
     return release_decoder(settled / "joint.pt", run.folder, variant="small"), encoder
