@@ -78,7 +78,7 @@ class Trainer:
         started, step = time.monotonic(), 0
         while (used := self.schedule.progress(step, time.monotonic() - started)) < 1:
             with torch.no_grad():
-                picture, small = varied(self.crops.crops(BATCH, SIDE), recoloured=0.5, joined=0.0)
+                picture, small = varied(self.crops.crops(BATCH, SIDE), recolored=0.5, joined=0.0)
                 latent = nn.functional.pixel_unshuffle(self.teacher.encode(small), 2)
             sigma = torch.zeros(BATCH, device=self.device)
             draws = SeededDraws(0, step, range(BATCH), self.device)

@@ -4,8 +4,8 @@
     python benchmarks/quality.py --data PICTURES --teacher TAEF2 [--decoder tiny] [--side 1024] [--json out.json]
 
 Beside the decoder stand two rivals: the tiny FLUX.2 autoencoder's decode enlarged by Lanczos, which sees a latent
-too, and plain Lanczos of the quarter-size picture, which never went through a latent. "Colours held" and "details
-held" are `colour_lock="full"` and "detail": they read the quarter-size picture beside the latent, as `upscale` with a
+too, and plain Lanczos of the quarter-size picture, which never went through a latent. "Colors held" and "details
+held" are `color_lock="full"` and "detail": they read the quarter-size picture beside the latent, as `upscale` with a
 small decoder does by default. All in float32.
 """
 
@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pidecode.color import lock_colors
 from PIL import Image
 from torch import Tensor
 
 from pidecode import Latent, PixelDecoder
-from pidecode.colour import lock_colours
 from pidecode.measure.metrics import channel_error, psnr, sharpness, ssim
 from pidecode.training.tiny.cache import crop_to_multiple, held_out, quarter, read_manifest, to_signed
 from pidecode.training.tiny.teacher import TeacherAutoencoder
@@ -32,7 +32,7 @@ SIGMAS = (0.2, 0.4, 0.6)
 
 
 def pictures(folder: Path, side: int, every: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Held-out pictures by name, centre-cropped to at most `side` pixels."""
+    """Held-out pictures by name, center-cropped to at most `side` pixels."""
     for name in sorted(held_out(read_manifest(folder)))[::every]:
         with Image.open(folder / name) as image:
             yield name, middle(crop_to_multiple(image), side)
@@ -80,12 +80,12 @@ def rows_of(
     seconds = time.perf_counter() - started
     found = {
         "ours": row(ours, original) | {"seconds": seconds},
-        "ours, colours held": row(lock_colours(ours, small, "full"), original),
-        "ours, details held": row(lock_colours(ours, small, "detail"), original),
+        "ours, colors held": row(lock_colors(ours, small, "full"), original),
+        "ours, details held": row(lock_colors(ours, small, "detail"), original),
         "ours, teacher's latent": row(decoder.decode(theirs, seed=0, steps=steps, output="pt"), original),
         "taef2 + Lanczos": row(enlarged(plain), original),
-        "taef2 + Lanczos, colours held": row(lock_colours(enlarged(plain), small, "full"), original),
-        "taef2 + Lanczos, details held": row(lock_colours(enlarged(plain), small, "detail"), original),
+        "taef2 + Lanczos, colors held": row(lock_colors(enlarged(plain), small, "full"), original),
+        "taef2 + Lanczos, details held": row(lock_colors(enlarged(plain), small, "detail"), original),
         "Lanczos, no latent": row(enlarged(small), original),
         "original": row(original, original),
     }

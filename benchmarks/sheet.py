@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pidecode.color import lock_colors
 from PIL import Image, ImageDraw
 from quality import SIGMAS, enlarged, middle, pictures
 from torch import Tensor
 
 from pidecode import PixelDecoder
-from pidecode.colour import lock_colours
 from pidecode.images.tensors import to_pil
 from pidecode.training.tiny.cache import crop_to_multiple, quarter, to_signed
 from pidecode.training.tiny.teacher import TeacherAutoencoder
@@ -59,7 +59,7 @@ def contenders(small: Tensor, decoder: PixelDecoder, teacher: TeacherAutoencoder
     with torch.inference_mode():
         plain = teacher.decode(teacher.encode(small))
     ours = decoder.decode(decoder.encode(small), seed=0, output="pt")
-    return enlarged(small), enlarged(plain), ours, lock_colours(ours, small, "detail")
+    return enlarged(small), enlarged(plain), ours, lock_colors(ours, small, "detail")
 
 
 def noisy(small: Tensor, decoder: PixelDecoder) -> tuple[Tensor, ...]:

@@ -4,9 +4,9 @@
     python examples/rae.py dinov2 sample.pt --out sample.png
     python examples/rae.py siglip features.pt --out sample.png
 
-The file holds one tensor. RAE's sampler gives normalised latents [B, 768, 32, 32], or the whole trajectory of one
+The file holds one tensor. RAE's sampler gives normalized latents [B, 768, 32, 32], or the whole trajectory of one
 sample, whose step and time are then named with --step and --sigma. Scale-RAE gives tokens [B, 256, 1152], with a
-class token in front or without, already normalised by the LayerNorm without weights.
+class token in front or without, already normalized by the LayerNorm without weights.
 """
 
 from __future__ import annotations

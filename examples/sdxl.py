@@ -31,9 +31,9 @@ def main(argv: list[str] | None = None, **call: Any) -> None:
     out = pidecode.attach(pipe, decoder)(given.prompt, generator=torch.Generator().manual_seed(0), **call)
     out.images[0].save(given.out)
 
-    favourite = given.out.with_suffix(".safetensors")
-    out.latents.save(favourite, overwrite=True)
-    again = pidecode.Latent.load(favourite)  # it knows its space, its noise and its caption
+    favorite = given.out.with_suffix(".safetensors")
+    out.latents.save(favorite, overwrite=True)
+    again = pidecode.Latent.load(favorite)  # it knows its space, its noise and its caption
     decoder.decode(again, seed=7).save(given.out.with_stem(f"{given.out.stem}-again"))
 
 

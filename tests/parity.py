@@ -24,7 +24,7 @@ Check = Callable[[Case], Iterator[Comparison]]
 CHECKS: dict[str, Check] = {
     "forward": network.forward,
     "debug": network.intermediates,
-    "aux": network.colour,
+    "aux": network.color,
     "features": network.features,
     "sample": network.student,
     "teacher_sample": network.teacher,
@@ -42,7 +42,7 @@ CHECKS: dict[str, Check] = {
     "frame": parts.euler_frame,
     "add_noise": parts.noising,
     "downsample": parts.downsampling,
-    "normalize": parts.normalising,
+    "normalize": parts.normalizing,
     "text": parts.caption_positions,
     "vsd": training.vsd,
     "dsm": training.dsm,

@@ -66,7 +66,7 @@ def tiny_outputs() -> Iterator[tuple[str, Tensor]]:
         picture = photograph(width, height, seed=width)
         for lock in ("off", "soft", "full", "detail"):
             for fit in ("pad", "crop"):
-                made = tiny.upscale(picture, fit=fit, colour_lock=lock, output="pt")
+                made = tiny.upscale(picture, fit=fit, color_lock=lock, output="pt")
                 yield f"tiny.upscale.{width}x{height}.{lock}.{fit}", made
         yield f"tiny.encode.{width}x{height}", tiny.encode(picture, fit="crop").tensor
 

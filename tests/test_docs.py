@@ -60,7 +60,7 @@ def small_decoder(space: str) -> PixelDecoder:
     net = PixelNet(config).requires_grad_(False).eval()
     for parameter in net.parameters():
         parameter.normal_(std=0.2) if parameter.ndim else parameter.fill_(1.0)
-    decoder = PixelDecoder(net, Identity(kind="student", config=config, space=space, licence="Apache-2.0"), name=space)
+    decoder = PixelDecoder(net, Identity(kind="student", config=config, space=space, license="Apache-2.0"), name=space)
     if space == "flux2":
         decoder.encoder = lambda pictures: torch.nn.functional.avg_pool2d(pictures, 16).repeat(1, 43, 1, 1)[:, :128]
     return decoder

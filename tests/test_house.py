@@ -27,7 +27,7 @@ def name_of(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", ALL, ids=name_of)
-def test_a_file_opens_with_its_licence_and_one_sentence(path: Path) -> None:
+def test_a_file_opens_with_its_license_and_one_sentence(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     lines = text.splitlines()
     assert lines[0] == "# SPDX-License-Identifier: Apache-2.0"

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 # Each of these drags in torchvision (whose compiled half must match torch's build exactly, or transformers
-# and diffusers stop importing), replaces torch, or has a licence that does not go with ours.
+# and diffusers stop importing), replaces torch, or has a license that does not go with ours.
 BANNED = {
     "torchvision", "torchaudio", "lpips", "timm", "spandrel", "open-clip-torch", "litdata", "pyiqa",
     "xformers", "flash-attn",
@@ -125,5 +125,5 @@ def test_the_wheel_holds_the_package_and_nothing_else(root: Path, tmp_path: Path
     }
     assert names == expected
     assert "pidecode/py.typed" in names
-    licences = {Path(name).name for name in zipfile.ZipFile(wheel).namelist() if "/licenses/" in name}
-    assert licences == {"LICENSE", "NOTICE"}
+    licenses = {Path(name).name for name in zipfile.ZipFile(wheel).namelist() if "/licenses/" in name}
+    assert licenses == {"LICENSE", "NOTICE"}

@@ -201,7 +201,7 @@ def zimage() -> Any:
         n_kv_heads=2, cap_feat_dim=16, rope_theta=256.0, axes_dims=[8, 4, 4], axes_lens=[512, 64, 64],
     )  # fmt: skip
     for token in (transformer.x_pad_token, transformer.cap_pad_token):
-        torch.nn.init.ones_(token)  # the class leaves them uninitialised
+        torch.nn.init.ones_(token)  # the class leaves them uninitialized
     return diffusers.ZImagePipeline(
         scheduler=flow(shift=3.0), vae=tiny_models.autoencoder("flux"), text_encoder=qwen3(transformers.Qwen3Model),
         tokenizer=qwen_words(), transformer=transformer.eval(),

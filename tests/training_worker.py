@@ -30,10 +30,10 @@ def gradients(recipe: Recipe, here: World, step: int = 0) -> dict[str, torch.Ten
         disturb(module)
     feed = Feed(recipe, find_pictures(recipe.data.source), make_helpers(recipe, CPU), CPU, here.place, here.places)
     modules = [method.trained[name] for name in method.turn(step)]
-    for index in range(recipe.optimise.accumulate):
+    for index in range(recipe.optimize.accumulate):
         example, draws, _ = feed.batch(index)
-        with gradients_stay_here(modules, index < recipe.optimise.accumulate - 1):
-            (method.outcome(step, example, draws).loss / recipe.optimise.accumulate).backward()
+        with gradients_stay_here(modules, index < recipe.optimize.accumulate - 1):
+            (method.outcome(step, example, draws).loss / recipe.optimize.accumulate).backward()
     feed.close()
     finish_gradients(modules, here)
     found = {}

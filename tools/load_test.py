@@ -53,7 +53,7 @@ def write_weights(path: Path) -> None:
     net = PixelNet(CONFIG)
     for parameter in net.parameters():
         parameter.data.normal_(std=0.2)
-    identity = Identity(kind="student", config=CONFIG, space="flux2", licence="Apache-2.0")
+    identity = Identity(kind="student", config=CONFIG, space="flux2", license="Apache-2.0")
     save_file(dict(net.state_dict()), str(path), identity.to_metadata())
 
 

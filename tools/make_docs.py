@@ -91,14 +91,14 @@ def _checkpoint_row(row: Checkpoint) -> str:
     else:
         trained = "any"
     kind = {"student": "decoder", "teacher": "teacher", "backbone": "text to image"}[row.kind]
-    terms = f"{row.licence.name}, {'free' if row.licence.commercial else 'non-commercial'}"
+    terms = f"{row.license.name}, {'free' if row.license.commercial else 'non-commercial'}"
     cells = [f"`{row.space}`", f"`{row.variant}`", kind, str(row.steps), trained, size, terms]
     return f"| {' | '.join(cells)} |"
 
 
 def variants() -> str:
     """Every file of weights, one row each."""
-    head = ["space", "variant", "what", "steps", "trained for", "size", "licence"]
+    head = ["space", "variant", "what", "steps", "trained for", "size", "license"]
     rows = [_checkpoint_row(row) for row in CHECKPOINTS.values()]
     return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows])
 
@@ -126,7 +126,7 @@ PAGES = (
     Page("benchmarks.md", "Benchmarks", "a wish for numbers"),
     Page("model_card.md", "Model card", "a question about the weights that ship with the package"),
     Page("training_log.md", "Training log", "a wish to know how those weights were made, and what failed"),
-    Page("licences.md", "Licences", "a question about money"),
+    Page("licenses.md", "Licenses", "a question about money"),
     Page("troubleshooting.md", "Troubleshooting", "an error message"),
     Page("messages.md", "Every message"),
 )
@@ -240,7 +240,7 @@ PARTS: dict[str, Callable[[], str]] = {
 REQUIRED = {
     "README.md": {"tree", "spaces", "variants"},
     "docs/index.md": {"ways in"},
-    "docs/licences.md": {"variants"},
+    "docs/licenses.md": {"variants"},
 }
 
 

@@ -20,8 +20,8 @@ from pidecode.facts.spaces import ALIASES, IMAGE_MODELS, SPACES, LatentSpace
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "spaces"
 
 
-def normalisation(space: LatentSpace) -> str:
-    """How raw becomes normalised, in one line."""
+def normalization(space: LatentSpace) -> str:
+    """How raw becomes normalized, in one line."""
     match space.statistics:
         case "constants":
             shift = f"(z - {space.shift_factor:g})" if space.shift_factor else "z"
@@ -55,7 +55,7 @@ def facts(space: LatentSpace) -> str:
     rows = [
         ["latent", f"`[B, {space.channels}, H/{space.down}, W/{space.down}]`"],
         ["in pipelines", packed],
-        ["raw to normalised", normalisation(space)],
+        ["raw to normalized", normalization(space)],
         ["noise at level s", noise],
         ["encoder's input", seen],
         ["PiD's picture", f"{space.scale} times the encoder's input, {space.pixels_per_cell} px per cell"],
@@ -86,11 +86,11 @@ def decoders(space: LatentSpace) -> str:
     """The PiD networks for the space."""
     kinds = {"student": "decoder", "teacher": "teacher"}
     rows = [
-        [f"`{row.variant}`", kinds[row.kind], str(row.steps), row.licence.name]
+        [f"`{row.variant}`", kinds[row.kind], str(row.steps), row.license.name]
         for row in CHECKPOINTS.values()
         if row.space == space.name and row.kind in kinds
     ]
-    return table(["variant", "what", "steps", "licence"], rows)
+    return table(["variant", "what", "steps", "license"], rows)
 
 
 PARTS: dict[str, Callable[[LatentSpace], str]] = {"facts": facts, "models": models, "decoders": decoders}

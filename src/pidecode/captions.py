@@ -120,7 +120,7 @@ class TextEncoder:
     device: where it runs; results are returned there.
     states: cache on disk; a caption found in it needs no model. None computes every time.
 
-    Nothing is downloaded here: `pidecode pull` does that, after showing the licence.
+    Nothing is downloaded here: `pidecode pull` does that, after showing the license.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class TextEncoder:
         """States `[batch, length, width]` of one caption or several, in the encoder's number format.
 
         The empty caption is a caption like any other. Each caption is run alone, so that its states do not
-        depend on its neighbours.
+        depend on its neighbors.
         Raises SettingError for anything but text, DownloadError when the model is not on this machine,
         MissingDependencyError without transformers.
         """
@@ -179,7 +179,7 @@ class TextEncoder:
     def _compute(self, caption: str) -> Tensor:
         if self._model is None:
             self._load()
-        ids, mask = self._tokenise(caption)
+        ids, mask = self._tokenize(caption)
         states = self._model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[0]
         positions = select_positions(self._instruction_tokens(), self.options.length)
         kept: Tensor = states[torch.tensor(positions, device=states.device)]
@@ -194,7 +194,7 @@ class TextEncoder:
         text = self.options.instruction
         return len(self._tokenizer(text)["input_ids"]) if text else 0
 
-    def _tokenise(self, caption: str) -> tuple[Tensor, Tensor]:
+    def _tokenize(self, caption: str) -> tuple[Tensor, Tensor]:
         """Token ids and mask `[1, n]` of instruction and caption, cut and padded on the right here.
 
         The tokenizer's own padding side is left as it is: others may share it.

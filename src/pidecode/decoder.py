@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pidecode import __version__, images
 from pidecode.captions import CaptionStates, TextEncoder, negative_prompt, ready_states
-from pidecode.colour import lock_colours
+from pidecode.color import lock_colors
 from pidecode.devices import pick_device, usual_dtype
 from pidecode.errors import LatentError, SettingError, SizeError
 from pidecode.facts.checkpoints import CHECKPOINTS, Checkpoint, FlowShift
@@ -179,7 +179,7 @@ class PixelDecoder:
         """A picture as a clean latent of this decoder's space, made for this decoder where the encoder can look.
 
         picture: a path, bytes, a PIL image, or a tensor `[B, 3, H, W]` (or `[3, H, W]`) in [-1, 1].
-        fit: "crop" centre-crops the sides to the multiple the encoder needs, "pad" mirrors the edges out to it.
+        fit: "crop" center-crops the sides to the multiple the encoder needs, "pad" mirrors the edges out to it.
         Raises ImageError for what is no picture, SizeError for one that is too small, SettingError without encoder.
         """
         tensor, _ = self._fit(images.load_tensor(picture), fit)
@@ -197,7 +197,7 @@ class PixelDecoder:
     ) -> Made:
         """A latent as a picture: nothing but the latent and the caption informs it.
 
-        latent: of this decoder's space, normalised.
+        latent: of this decoder's space, normalized.
         caption: one for all, or one per latent; default the latent's own. Networks without text take none.
         output: "pil" for an image (a list if the batch holds more than one) that carries its recipe, "pt" for a
             float32 tensor `[B, 3, H, W]` in [-1, 1], "pairs" for a list of (tensor `[3, H, W]`, recipe), as
@@ -217,7 +217,7 @@ class PixelDecoder:
         reference = self._reference(clean, chosen)
         pixels = self._run(latent, (height, width), chosen, on_step)
         if reference is not None:
-            pixels = lock_colours(pixels, reference.to(pixels), chosen.colour_lock or "off")
+            pixels = lock_colors(pixels, reference.to(pixels), chosen.color_lock or "off")
         return self._delivered(pixels, latent, chosen, output)
 
     def upscale(
@@ -233,8 +233,8 @@ class PixelDecoder:
         """Encode a picture and decode it `scale` times larger.
 
         fit: "pad" (default) mirrors the edges out to the encoder's multiple and cuts the result back, so that it
-            is exactly `scale` times the picture; "crop" centre-crops instead, and the result is `scale` times that.
-        By default a small decoder holds what the picture shows (`Settings.colour_lock`). See also `encode`, `decode`.
+            is exactly `scale` times the picture; "crop" center-crops instead, and the result is `scale` times that.
+        By default a small decoder holds what the picture shows (`Settings.color_lock`). See also `encode`, `decode`.
         """
         tensor, kept = self._fit(images.load_tensor(picture), fit)
         if "size" in settings:
@@ -242,9 +242,9 @@ class PixelDecoder:
                 f"upscale makes {self.scale} times the picture, so size cannot act; resize before or after."
             )
         latent = self._captioned(self._encode(tensor, None), caption)
-        if settings.get("colour_lock") is None and self.runner.look is not None and not settings.get("sigma"):
-            settings["colour_lock"] = "detail"
-        if settings.get("colour_lock") in HOLDING:
+        if settings.get("color_lock") is None and self.runner.look is not None and not settings.get("sigma"):
+            settings["color_lock"] = "detail"
+        if settings.get("color_lock") in HOLDING:
             settings.setdefault("reference", tensor)
         pixels = self.decode(latent, output="pt", on_step=on_step, **settings)
         assert isinstance(pixels, Tensor)
@@ -260,7 +260,7 @@ class PixelDecoder:
         if space.fixed_input is not None:
             return images.resize(tensor, space.fixed_input, space.fixed_input).clamp(-1, 1), None
         if fit == "crop":
-            return images.centre_crop(tensor, space.input_multiple), None
+            return images.center_crop(tensor, space.input_multiple), None
         return images.pad_to_multiple(tensor, space.input_multiple)
 
     @torch.inference_mode()
@@ -309,16 +309,16 @@ class PixelDecoder:
                 )
 
     def _reference(self, latent: Latent, chosen: Settings) -> Tensor | None:
-        """What colours are held to; None where they are free."""
-        if chosen.colour_lock not in (None, *LOCKS):
-            raise SettingError(f"colour_lock is {chosen.colour_lock!r}; it must be one of {', '.join(LOCKS)}.")
-        if chosen.colour_lock in HOLDING:
+        """What colors are held to; None where they are free."""
+        if chosen.color_lock not in (None, *LOCKS):
+            raise SettingError(f"color_lock is {chosen.color_lock!r}; it must be one of {', '.join(LOCKS)}.")
+        if chosen.color_lock in HOLDING:
             if chosen.reference is not None:
                 return chosen.reference
             with visiting(self.encoder, self.device if self.runner.sets_aside("encoder") else None):
                 return native_reference(self.encoder, latent)
         if chosen.reference is not None:
-            raise SettingError(f"reference acts with a colour_lock only; name one of {', '.join(HOLDING)}.")
+            raise SettingError(f"reference acts with a color_lock only; name one of {', '.join(HOLDING)}.")
         return None
 
     def _size(self, latent: Latent, chosen: Settings) -> tuple[int, int]:
@@ -431,7 +431,7 @@ class PixelDecoder:
             "model": self.name,
             "variant": self.identity.variant,
             "space": self.space.name,
-            "licence": self.identity.licence,
+            "license": self.identity.license,
             "kind": self.identity.kind,
             "sigma": float(latent.sigmas[0]) if chosen.sigma is None else chosen.sigma,
             "seed": chosen.seed + index if isinstance(chosen.seed, int) else chosen.seed[index],
@@ -441,7 +441,7 @@ class PixelDecoder:
             "steps": chosen.steps or (4 if self.identity.kind == "student" else TEACHER_STEPS),
             "sampler": (chosen.sampler or "sde") if self.identity.kind == "student" else "dpm-solver++",
             "guidance": chosen.guidance,
-            "colour_lock": chosen.colour_lock,
+            "color_lock": chosen.color_lock,
             "caption": latent.captions[0],
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,

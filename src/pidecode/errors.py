@@ -9,7 +9,7 @@ PidecodeError
 │   ├── CheckpointError     weights that do not fit the network, or are not weights
 │   └── ImageError          a picture that is truncated, too large or no picture
 ├── DownloadError           weights that could not be fetched
-│   └── LicenceError        a licence that must be accepted first
+│   └── LicenseError        a license that must be accepted first
 ├── MissingDependencyError  an optional package that is not installed (also an ImportError)
 ├── DoesNotFitError         more memory than there is
 ├── TrainingError           a training run that had to stop
@@ -64,8 +64,8 @@ class DownloadError(PidecodeError):
     exit_code = 5
 
 
-class LicenceError(DownloadError):
-    """A licence that must be accepted before the download."""
+class LicenseError(DownloadError):
+    """A license that must be accepted before the download."""
 
 
 class MissingDependencyError(PidecodeError, ImportError):

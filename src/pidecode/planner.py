@@ -190,7 +190,7 @@ def _weight_parts(plan: Plan, config: NetConfig, *, slimmed: bool) -> Iterator[t
     present = min(2, config.patch_depth) if "blocks" in plan.offload else config.patch_depth
     yield "patch blocks", present * _block_bytes(plan, config, slimmed=slimmed)
     yield "pixel blocks", pixel * narrow
-    # Quantisation spares the convolutions and small layers.
+    # Quantization spares the convolutions and small layers.
     yield "adapter and embedders", rest * wide
 
 
@@ -283,7 +283,7 @@ def _product_bytes(plan: Plan, tokens: int, inside: int, outside: int) -> int:
 
 
 def _qkv_bytes(plan: Plan, tokens: int, D: int) -> int:
-    """Bytes of one chunk on its way into the joint buffer: a result of its own if quantised, or its norm in float32."""
+    """Bytes of one chunk on its way into the joint buffer: a result of its own if quantized, or its norm in float32."""
     wide = DTYPE_BYTES[plan.dtype]
     norm = tokens * D * 4 if wide < 4 else 0
     if plan.weights == "plain":

@@ -78,7 +78,7 @@ class Runner:
     def arrange(self, device: torch.device) -> None:
         """Bring the network into the plan's shape, on `device`, for good: it can no longer be saved or trained.
 
-        A distilled network forgets what made its table of times; weights are quantised; blocks go to the host.
+        A distilled network forgets what made its table of times; weights are quantized; blocks go to the host.
         Raises SettingError where the device does not multiply as the plan says.
         """
         plan = self.plan

@@ -159,7 +159,7 @@ def sample_student(
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
-    """`s t / (1 + (s - 1) t)`: moves times towards noise for large pictures."""
+    """`s t / (1 + (s - 1) t)`: moves times toward noise for large pictures."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -210,8 +210,8 @@ def sample_teacher(
             # h is the step in log((1 - t) / t); expm1(-h) = (t_next / t) (1 - t) / (1 - t_next) - 1.
             ratio = (t_next / t) * (1 - t) / (1 - t_next)
             h = -torch.tensor(ratio, dtype=torch.float64).log().item()
-            towards = clean if previous is None else clean + 0.5 * (h / previous_h) * (clean - previous)
-            x = (t_next / t) * x - (1 - t_next) * (ratio - 1) * towards
+            toward = clean if previous is None else clean + 0.5 * (h / previous_h) * (clean - previous)
+            x = (t_next / t) * x - (1 - t_next) * (ratio - 1) * toward
             previous, previous_h = clean, h
         if on_step is not None:
             on_step(Step(index + 1, steps, clean.float()))

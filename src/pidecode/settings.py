@@ -29,7 +29,7 @@ class DecodeSettings(TypedDict, total=False):
     shift: float
     negative_caption: str
     caption_states: Tensor
-    colour_lock: Lock
+    color_lock: Lock
     reference: Tensor
 
 
@@ -74,12 +74,12 @@ class Settings:
     """Teacher only: what guidance leads away from."""
     caption_states: Tensor | None = field(default=None, compare=False)
     """Ready-made text states `[B, tokens, text_dim]` instead of a caption."""
-    colour_lock: Lock | None = None
+    color_lock: Lock | None = None
     """Hold brightness and hue to a reference: "off", "soft" over wide areas, "full" down to a few pixels; "detail"
     holds all that the reference shows. Default "off"; "detail" where `upscale` enlarges with a small decoder that can
     be looked through, as `tiny` can, and no strength is asked for: such decoders lose detail that the picture shows."""
     reference: Tensor | None = field(default=None, compare=False)
-    """What `colour_lock` holds to, `[B, 3, h, w]` in [-1, 1]; default the picture being enlarged, or what the space's
+    """What `color_lock` holds to, `[B, 3, h, w]` in [-1, 1]; default the picture being enlarged, or what the space's
     own decoder makes of the clean latent."""
 
     @classmethod

@@ -26,7 +26,7 @@ class Windows:
 
     side: int = 128
     overlap: int = 32
-    """Least overlap of neighbours; they are spread evenly, so it may be more."""
+    """Least overlap of neighbors; they are spread evenly, so it may be more."""
 
     def __post_init__(self) -> None:
         if self.side < 1 or not 0 <= self.overlap < self.side:
@@ -37,7 +37,7 @@ class Windows:
 
     @classmethod
     def of_pixels(cls, window: int, patch_size: int) -> Windows:
-        """Square windows of about `window` pixels a side, a quarter of it shared with each neighbour."""
+        """Square windows of about `window` pixels a side, a quarter of it shared with each neighbor."""
         side = max(1, window // patch_size)
         return cls(side, side // 4)
 

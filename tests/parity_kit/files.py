@@ -110,8 +110,8 @@ def config_from_reference(kwargs: Mapping[str, Any], *, bare: bool = False) -> N
         gate="per_channel" if kwargs["lq_gate_type"].endswith("per_dim") else "per_token",
         inject_interval=kwargs["lq_interval"],
         inject_pixels=kwargs.get("pit_lq_inject", False),
-        colour_head=kwargs.get("lq_aux_rgb_head", False),
-        colour_head_tap=kwargs.get("lq_aux_rgb_head_latent_block_idx", -1),
+        color_head=kwargs.get("lq_aux_rgb_head", False),
+        color_head_tap=kwargs.get("lq_aux_rgb_head_latent_block_idx", -1),
         **common,
     )
 

@@ -18,14 +18,14 @@ FORWARD = 2e-5
 SAMPLING = 1e-4
 
 
-def _condition(net: PixelNet, case: Case, x: Tensor, *, text: str = "y", colour: bool = False) -> Condition:
+def _condition(net: PixelNet, case: Case, x: Tensor, *, text: str = "y", color: bool = False) -> Condition:
     return net.prepare(
         net.grid_of(*x.shape[-2:]),
         case.inputs.get(text),
         case.inputs.get("lq_latent"),
         case.inputs.get("sigma"),
         latent_mask=case.inputs.get("lq_mask"),
-        want_colour=colour,
+        want_color=color,
     )
 
 
@@ -38,13 +38,13 @@ def forward(case: Case) -> Iterator[Comparison]:
         yield Comparison("v lean", net.denoise(x, case.inputs["t"], condition), case.outputs["v"], FORWARD)
 
 
-def colour(case: Case) -> Iterator[Comparison]:
-    """The colour head beside an unchanged prediction."""
+def color(case: Case) -> Iterator[Comparison]:
+    """The color head beside an unchanged prediction."""
     net, x = case.net(), case.inputs["x"]
-    condition = _condition(net, case, x, colour=True)
-    assert condition.colour is not None
+    condition = _condition(net, case, x, color=True)
+    assert condition.color is not None
     yield Comparison("v", net.denoise(x, case.inputs["t"], condition), case.outputs["v"], FORWARD)
-    yield Comparison("pred_lq_rgb", condition.colour, case.outputs["pred_lq_rgb"], FORWARD)
+    yield Comparison("pred_lq_rgb", condition.color, case.outputs["pred_lq_rgb"], FORWARD)
 
 
 def features(case: Case) -> Iterator[Comparison]:

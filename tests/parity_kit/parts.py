@@ -115,18 +115,18 @@ def adapter(case: Case) -> Iterator[Comparison]:
         adapter_image_channels=kwargs["in_channels"],
         gate="per_channel" if kwargs["gate_type"].endswith("per_dim") else "per_token",
         inject_pixels=kwargs.get("pit_output", False),
-        colour_head=kwargs.get("lq_aux_rgb_head", False),
-        colour_head_tap=kwargs.get("lq_aux_rgb_head_latent_block_idx", -1),
+        color_head=kwargs.get("lq_aux_rgb_head", False),
+        color_head_tap=kwargs.get("lq_aux_rgb_head_latent_block_idx", -1),
     )
     module = LatentAdapter(config)
     module.load_state_dict(dict(case.weights))
     latent = case.inputs.get("latent")
-    tokens = module(grid, latent, image=case.inputs.get("image"), want_colour=config.colour_head)
+    tokens = module(grid, latent, image=case.inputs.get("image"), want_color=config.color_head)
     outputs = (*tokens.blocks, *(() if tokens.pixels is None else (tokens.pixels,)))
     for index, output in enumerate(outputs):
         yield Comparison(f"out_{index}", output, case.outputs[f"out_{index}"], FORWARD)
-    if tokens.colour is not None:
-        yield Comparison("pred_lq_rgb", tokens.colour, case.outputs["pred_lq_rgb"], FORWARD)
+    if tokens.color is not None:
+        yield Comparison("pred_lq_rgb", tokens.color, case.outputs["pred_lq_rgb"], FORWARD)
     if latent is not None:
         yield Comparison("z_aligned", module.align(latent, grid), case.outputs["z_aligned"], FORWARD)
 
@@ -198,7 +198,7 @@ def downsampling(case: Case) -> Iterator[Comparison]:
     yield Comparison("lq", downsample(case.inputs["image"], int(case.args["downscale"])), case.outputs["lq"], TABLE)
 
 
-def normalising(case: Case) -> Iterator[Comparison]:
+def normalizing(case: Case) -> Iterator[Comparison]:
     """Pictures of any range brought to [-1, 1]."""
     for name, image in case.inputs.items():
         yield Comparison(name, normalize_image(image), case.outputs[name], TABLE)

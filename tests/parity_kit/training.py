@@ -16,7 +16,7 @@ from pidecode.training.distill import Cast, Distillation, critics_loss, student_
 from pidecode.training.evaluator import Evaluator, Example
 from pidecode.training.losses import (
     approximate_r1,
-    colour_alignment,
+    color_alignment,
     discriminator_adversarial,
     distribution_matching,
     feature_alignment,
@@ -135,10 +135,10 @@ def _grad_of(parameter: nn.Parameter) -> Tensor:
 
 
 def align(case: Case) -> Iterator[Comparison]:
-    """The colour loss."""
+    """The color loss."""
     settings, predicted = case.args["cfg"], _leaf(case.inputs["pred"])
     low = case.inputs["target"]
-    loss = colour_alignment(
+    loss = color_alignment(
         predicted,
         low[:, :, 0] if low.ndim == 5 else low,
         case.inputs.get("sigma"),
@@ -246,8 +246,8 @@ def _train_step(case: Case, settings: TeacherLoss) -> Iterator[Comparison]:
     outcome.loss.backward()
     yield _close("total_loss", outcome.loss, case)
     yield _close("diffusion_loss", outcome.parts["flow"], case)
-    if "colour" in outcome.parts:
-        yield _close("lq_latent_image_align_loss", outcome.parts["colour"], case)
+    if "color" in outcome.parts:
+        yield _close("lq_latent_image_align_loss", outcome.parts["color"], case)
     yield from _gradients(case, "grad", net)
 
 
@@ -259,8 +259,8 @@ def t2i_train_step(case: Case) -> Iterator[Comparison]:
 
 
 def teacher_train_step(case: Case) -> Iterator[Comparison]:
-    """A step of the teacher: flow matching and the colour loss."""
-    settings = TeacherLoss(shift=case.args["shift"], shift_base_size=None, colour_weight=case.args["align_weight"])
+    """A step of the teacher: flow matching and the color loss."""
+    settings = TeacherLoss(shift=case.args["shift"], shift_base_size=None, color_weight=case.args["align_weight"])
     yield from _train_step(case, settings)
 
 

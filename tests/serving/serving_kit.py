@@ -46,7 +46,7 @@ def small_decoder(name: str = "small") -> PixelDecoder:
     net = PixelNet(FLUX2).requires_grad_(False).eval()
     for parameter in net.parameters():
         parameter.normal_(std=0.2, generator=generator) if parameter.ndim else parameter.fill_(1.0)
-    identity = Identity(kind="student", config=FLUX2, space="flux2", licence="Apache-2.0")
+    identity = Identity(kind="student", config=FLUX2, space="flux2", license="Apache-2.0")
     return PixelDecoder(net, identity, name=name, encoder=block_means)
 
 
@@ -59,7 +59,7 @@ def picture_bytes(width: int = 32, height: int = 32, kind: str = "PNG") -> bytes
 
 def latent_bytes(rows: int = 1, columns: int = 1, channels: int = 128, *, batch: int = 1, **note: Any) -> bytes:
     tensor = torch.randn(batch, channels, rows, columns, generator=torch.Generator().manual_seed(1))
-    record = {"format": 1, "space": "flux2", "frame": "normalised", "sigma": [0.0] * batch, "caption": None, "seed": 7}
+    record = {"format": 1, "space": "flux2", "frame": "normalized", "sigma": [0.0] * batch, "caption": None, "seed": 7}
     return safetensors.torch.save({"latent": tensor}, {"pidecode_latent": json.dumps(record | note)})
 
 

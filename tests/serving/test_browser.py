@@ -129,9 +129,9 @@ def test_a_picture_is_dropped_decoded_compared_and_downloaded(page: Any, tmp_pat
 def test_what_is_held_of_the_picture_can_be_chosen(page: Any, tmp_path: Path) -> None:
     drop(page, "moon.png", picture_bytes(32, 32))
     for chosen, recorded in (("", "detail"), ("off", "off"), ("soft", "soft")):
-        page.select_option("#colour_lock", chosen)
+        page.select_option("#color_lock", chosen)
         decode(page)
-        assert download(page, tmp_path)["colour_lock"] == recorded
+        assert download(page, tmp_path)["color_lock"] == recorded
 
 
 def test_both_pictures_lie_exactly_over_each_other(page: Any) -> None:

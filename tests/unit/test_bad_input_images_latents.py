@@ -315,7 +315,7 @@ def entry(shape: list[int], begin: int, end: int, dtype: str = "F32") -> dict[st
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
-GOOD = {"format": 1, "space": "flux", "frame": "normalised", "sigma": [0.0], "caption": None, "seed": None}
+GOOD = {"format": 1, "space": "flux", "frame": "normalized", "sigma": [0.0], "caption": None, "seed": None}
 
 
 @pytest.mark.parametrize(

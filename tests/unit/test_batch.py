@@ -39,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for parameter in net.parameters():
         parameter.normal_(std=0.2) if parameter.ndim else parameter.fill_(1.0)
     path = tmp_path_factory.mktemp("model") / "small.safetensors"
-    identity = Identity(kind="student", config=FLUX2, space="flux2", licence="Apache-2.0")
+    identity = Identity(kind="student", config=FLUX2, space="flux2", license="Apache-2.0")
     save_file(dict(net.state_dict()), path, metadata=identity.to_metadata())
     return path
 

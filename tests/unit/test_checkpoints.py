@@ -38,8 +38,8 @@ NAMES = {
     "latent_spatial_down_factor": "latent_down", "lq_latent_unpatchify_factor": "latent_unpatchify",
     "sr_scale": "scale", "lq_hidden_dim": "adapter_width", "lq_num_res_blocks": "adapter_blocks",
     "lq_conv_padding_mode": "adapter_padding", "lq_in_channels": "adapter_image_channels",
-    "lq_interval": "inject_interval", "pit_lq_inject": "inject_pixels", "lq_aux_rgb_head": "colour_head",
-    "lq_aux_rgb_head_latent_block_idx": "colour_head_tap",
+    "lq_interval": "inject_interval", "pit_lq_inject": "inject_pixels", "lq_aux_rgb_head": "color_head",
+    "lq_aux_rgb_head_latent_block_idx": "color_head_tap",
 }  # fmt: skip
 
 
@@ -62,8 +62,8 @@ def official_config(name: str) -> NetConfig:
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_networks_are_the_official_ones(name: str) -> None:
     row, expected = row_of(name), official_config(name)
-    if row.kind == "student":  # the colour head is for training, and released students may lack it
-        expected = expected.without_colour_head()
+    if row.kind == "student":  # the color head is for training, and released students may lack it
+        expected = expected.without_color_head()
     assert row.config == expected
 
 
@@ -134,9 +134,9 @@ def test_tiny_is_ours_and_bundled() -> None:
     tiny = get_checkpoint("tiny")
     assert tiny is get_checkpoint("flux2", "tiny")
     assert tiny.bundled
-    assert tiny.licence is APACHE_2
+    assert tiny.license is APACHE_2
     assert tiny.about_bytes is None
-    assert all(row.licence is NSCL_V1 and not row.bundled for row in CHECKPOINTS.values() if row is not tiny)
+    assert all(row.license is NSCL_V1 and not row.bundled for row in CHECKPOINTS.values() if row is not tiny)
 
 
 def test_sizes_in_bytes() -> None:

@@ -33,7 +33,7 @@ def save_weights(path: Path, config: NetConfig) -> Path:
     net = PixelNet(config).requires_grad_(False)
     for parameter in net.parameters():
         parameter.normal_(std=0.2)
-    identity = Identity(kind="student", config=config, space="flux2", licence="Apache-2.0")
+    identity = Identity(kind="student", config=config, space="flux2", license="Apache-2.0")
     save_file(dict(net.state_dict()), path, metadata=identity.to_metadata())
     return path
 
@@ -96,7 +96,7 @@ def test_sixteen_bits_and_webp(weights: Path, latent: Path, tmp_path: Path) -> N
     assert "Only .png files hold 16 bits" in refused.stderr
 
 
-def test_an_adapter_and_a_colour_lock_act(weights: Path, latent: Path, tmp_path: Path) -> None:
+def test_an_adapter_and_a_color_lock_act(weights: Path, latent: Path, tmp_path: Path) -> None:
     layer = "patch_blocks.0.mlp_x.w1"
     halves = {f"{layer}.lora_A.weight": torch.randn(2, 32), f"{layer}.lora_B.weight": torch.randn(85, 2)}
     save_file(halves, tmp_path / "style.safetensors")
@@ -109,7 +109,7 @@ def test_an_adapter_and_a_colour_lock_act(weights: Path, latent: Path, tmp_path:
     assert "style at 2" in json.loads(run("info", styled, "--json").stdout)["recipe"]["model"]
 
     Image.new("RGB", (32, 16), (200, 60, 30)).save(tmp_path / "photo.png")
-    locked = run("upscale", tmp_path / "photo.png", "-m", weights, "--colour-lock", "full")
+    locked = run("upscale", tmp_path / "photo.png", "-m", weights, "--color-lock", "full")
     assert locked.exit_code == 0, locked.stderr
     with Image.open(tmp_path / "photo-upscaled.png") as picture:
         red, green, blue = (band.getextrema() for band in picture.resize((2, 1), Image.Resampling.BOX).split())
@@ -176,7 +176,7 @@ def test_each_wrong_wish_is_one_line_and_leaves_nothing(
 
 def test_info_on_a_latent_and_on_weights(weights: Path, latent: Path, tmp_path: Path) -> None:
     told = json.loads(run("info", latent, "--json").stdout)
-    assert {"what": "latent", "shape": [1, 128, 1, 2], "space": "flux2", "frame": "normalised"}.items() <= told.items()
+    assert {"what": "latent", "shape": [1, 128, 1, 2], "space": "flux2", "frame": "normalized"}.items() <= told.items()
     told = json.loads(run("info", weights, "--json").stdout)
     assert told["what"] == "weights"
     assert told["record"]["space"] == "flux2"
@@ -221,7 +221,7 @@ def test_convert_writes_what_loads_with_no_further_argument(weights: Path, laten
     result = run("convert", weights, tmp_path / "made.safetensors", "--dtype", "bf16", "--json")
     assert result.exit_code == 0, result.stderr
     told = json.loads(result.stdout)
-    assert {"kind": "student", "space": "flux2", "licence": "Apache-2.0"}.items() <= told.items()
+    assert {"kind": "student", "space": "flux2", "license": "Apache-2.0"}.items() <= told.items()
     assert told["bytes"] < 0.7 * weights.stat().st_size
     assert run("convert", weights, tmp_path / "made.safetensors").exit_code == 4
     assert run("decode", latent, "-m", tmp_path / "made.safetensors", "--dtype", "fp32").exit_code == 0

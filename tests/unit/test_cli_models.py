@@ -39,11 +39,11 @@ def put(hub: Path, repository: str, path: str, content: bytes = b"x") -> Path:
     return place
 
 
-def test_everything_is_listed_with_licence_and_size(hub: Path) -> None:
+def test_everything_is_listed_with_license_and_size(hub: Path) -> None:
     rows = json.loads(run("models", "--json").stdout)
     assert len(rows) == len(CHECKPOINTS) + len(ENCODERS) + 2  # and the small encoder, and the text encoder
     official = [row for row in rows if row["source"] == REPOSITORY and row["kind"] != "encoder"]
-    assert all(row["licence"] == "NSCLv1" and row["commercial"] is False and row["path"] is None for row in official)
+    assert all(row["license"] == "NSCLv1" and row["commercial"] is False and row["path"] is None for row in official)
     assert all(row["bytes"] > 2e9 for row in official)
     table = run("models").stdout
     assert "flux2/tiny" in table.splitlines()[1]
@@ -57,16 +57,16 @@ def test_what_lies_in_the_cache_is_on_disk(hub: Path) -> None:
     assert [(row["name"], row["path"], row["bytes"]) for row in here] == [("sdxl/2kto4k", str(place), 5)]
 
 
-def test_pull_shows_the_licence_before_anything(hub: Path) -> None:
+def test_pull_shows_the_license_before_anything(hub: Path) -> None:
     result = run("pull", "flux2-klein-4b", "--variant", "2k")
     assert result.exit_code == 5
     assert "non-commercial" in result.stderr
-    assert "--accept-licence" in result.stderr
+    assert "--accept-license" in result.stderr
     assert list(hub.iterdir()) == []
 
 
 def test_pull_without_a_network_is_one_line_that_helps(hub: Path) -> None:
-    result = run("pull", "flux", "--accept-licence")
+    result = run("pull", "flux", "--accept-license")
     assert result.exit_code == 5
     assert "hf download nvidia/PiD" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1

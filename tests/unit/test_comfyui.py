@@ -80,7 +80,7 @@ def network(config: NetConfig) -> PixelNet:
 
 @pytest.fixture
 def decoder() -> PixelDecoder:
-    identity = Identity(kind="student", config=FLUX2, space="flux2", licence="Apache-2.0")
+    identity = Identity(kind="student", config=FLUX2, space="flux2", license="Apache-2.0")
     made = PixelDecoder(network(FLUX2), identity, name="small")
     made.encoder = lambda pictures: torch.nn.functional.avg_pool2d(pictures, 16).repeat(1, 43, 1, 1)[:, :128]
     return made
@@ -97,13 +97,13 @@ def model_of(comfy: SimpleNamespace, space: str) -> Any:
 
 
 def latent_of(space: str, seed: int = 0) -> Tensor:
-    """A believable normalised latent."""
+    """A believable normalized latent."""
     noise = torch.randn(2, SPACES[space].channels, 4, 6, generator=torch.Generator().manual_seed(seed))
     return 0.7 * noise
 
 
 def as_comfy_has_it(z: Tensor, space: str) -> Tensor:
-    """The LATENT of a normalised latent: in the autoencoder's frame, FLUX.2's excepted."""
+    """The LATENT of a normalized latent: in the autoencoder's frame, FLUX.2's excepted."""
     return z if space == "flux2" else Latent(z, space).to_raw()
 
 

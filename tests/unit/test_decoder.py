@@ -41,7 +41,7 @@ def quarter_means(pictures: Tensor) -> Tensor:
 
 @pytest.fixture
 def decoder() -> PixelDecoder:
-    identity = Identity(kind="student", config=FLUX2, space="flux2", licence="Apache-2.0")
+    identity = Identity(kind="student", config=FLUX2, space="flux2", license="Apache-2.0")
     return PixelDecoder(random_weights(FLUX2), identity, name="small", encoder=quarter_means)
 
 

@@ -64,7 +64,7 @@ def test_pictures_are_four_times_the_pipelines_and_of_the_same_latent(name: str)
     assert picture.info["pidecode"]["pipeline_steps"] == tiny.STEPS
     again = decoder(name).decode(out.latents, seed=3)
     assert np.array_equal(np.asarray(picture), np.asarray(again))
-    # The typed latent, denormalised and decoded, is the pipeline's own picture: frame and layout are right.
+    # The typed latent, denormalized and decoded, is the pipeline's own picture: frame and layout are right.
     with torch.inference_mode():
         own = pipe(**tiny.arguments(name, output_type="pt")).images
     torch.testing.assert_close(decode_native(pipe, out.latents), own * 2 - 1, rtol=0, atol=2e-5)

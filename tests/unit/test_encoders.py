@@ -28,7 +28,7 @@ def pictures(seed: int = 0, batch: int = 2, height: int = 32, width: int = 48) -
 
 @torch.no_grad()
 def by_hand(space: str, vae: Any, x: Tensor) -> Tensor:
-    """Normalised latents with the arithmetic of diffusers' own pipelines, written out per family."""
+    """Normalized latents with the arithmetic of diffusers' own pipelines, written out per family."""
     if space == "flux2":
         mean = vae.encode(x).latent_dist.mean
         b, c, h, w = mean.shape

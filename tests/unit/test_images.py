@@ -100,7 +100,7 @@ def test_orientation() -> None:
     assert np.array_equal(np.asarray(images.load_image(data)), np.rot90(array, -1))
 
 
-def test_colour_profile_to_srgb() -> None:
+def test_color_profile_to_srgb() -> None:
     array = np.full((4, 4, 3), 128, np.uint8)
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -112,7 +112,7 @@ def test_colour_profile_to_srgb() -> None:
         assert np.array_equal(np.asarray(kept), array)
 
 
-def test_a_wide_colour_space_changes_the_values() -> None:
+def test_a_wide_color_space_changes_the_values() -> None:
     array = np.zeros((4, 4, 4), np.uint8)
     array[..., 0] = 200
     picture = images.load_image(bytes_of(Image.fromarray(array, "CMYK"), "JPEG", quality=100))
@@ -120,8 +120,8 @@ def test_a_wide_colour_space_changes_the_values() -> None:
 
 
 def test_transparency_on_white() -> None:
-    for mode, colour in (("RGBA", (255, 0, 0, 0)), ("LA", (0, 0))):
-        data = bytes_of(Image.new(mode, (3, 3), colour), "PNG")
+    for mode, color in (("RGBA", (255, 0, 0, 0)), ("LA", (0, 0))):
+        data = bytes_of(Image.new(mode, (3, 3), color), "PNG")
         assert np.asarray(images.load_image(data)).min() == 255
     half = np.asarray(images.load_image(bytes_of(Image.new("RGBA", (3, 3), (0, 0, 0, 128)), "PNG")))
     assert abs(int(half[0, 0, 0]) - 127) <= 1
@@ -131,9 +131,9 @@ def test_transparency_on_white() -> None:
     assert images.load_image(bytes_of(palette, "PNG")).getpixel((0, 0)) == (10, 20, 30)
 
 
-def test_grey_and_sixteen_bit_grey() -> None:
-    grey = images.load_image(bytes_of(Image.new("L", (3, 3), 77), "PNG"))
-    assert grey.getpixel((1, 1)) == (77, 77, 77)
+def test_gray_and_sixteen_bit_gray() -> None:
+    gray = images.load_image(bytes_of(Image.new("L", (3, 3), 77), "PNG"))
+    assert gray.getpixel((1, 1)) == (77, 77, 77)
     deep = np.array([[0, 65535], [32768, 257 * 100 + 120]], np.uint16)
     read = np.asarray(images.load_image(bytes_of(Image.fromarray(deep), "PNG")))
     assert read[..., 0].tolist() == [[0, 255], [128, 100]]
@@ -151,7 +151,7 @@ def test_sources(tmp_path: Path) -> None:
 
 
 def test_the_first_frame_of_an_animation(tmp_path: Path) -> None:
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert images.load_image(tmp_path / "a.gif").getpixel((0, 0)) == (255, 0, 0)
 
@@ -159,12 +159,12 @@ def test_the_first_frame_of_an_animation(tmp_path: Path) -> None:
 # Sizes
 
 
-def test_centre_crop() -> None:
+def test_center_crop() -> None:
     picture = torch.arange(3 * 35 * 50, dtype=torch.float32).view(1, 3, 35, 50)
-    cropped = images.centre_crop(picture, 16)
+    cropped = images.center_crop(picture, 16)
     assert torch.equal(cropped, picture[:, :, 1:33, 1:49])
     with pytest.raises(SizeError, match="at least 64x64"):
-        images.centre_crop(picture, 64)
+        images.center_crop(picture, 64)
 
 
 @pytest.mark.parametrize(("height", "width"), [(35, 50), (3, 17), (1, 1), (32, 48)])
@@ -218,12 +218,12 @@ def test_pages_stay_small() -> None:
 
 
 def test_png_of_sixteen_bits_is_exact() -> None:
-    """Pillow reads no 16-bit colour, so grey shows that bytes and filters are right, and colour its high bytes."""
+    """Pillow reads no 16-bit color, so gray shows that bytes and filters are right, and color its high bytes."""
     deep = np.random.default_rng(0).integers(0, 65536, (300, 500, 3), dtype=np.uint16)
-    grey = Image.open(io.BytesIO(b"".join(encode_png(deep[..., :1], {}))))
-    assert np.array_equal(np.asarray(grey), deep[..., 0])
-    colour = np.asarray(Image.open(io.BytesIO(b"".join(encode_png(deep, {})))))
-    assert np.array_equal(colour, (deep >> 8).astype(np.uint8))
+    gray = Image.open(io.BytesIO(b"".join(encode_png(deep[..., :1], {}))))
+    assert np.array_equal(np.asarray(gray), deep[..., 0])
+    color = np.asarray(Image.open(io.BytesIO(b"".join(encode_png(deep, {})))))
+    assert np.array_equal(color, (deep >> 8).astype(np.uint8))
 
 
 def test_png_writer_leaves_no_threads_and_is_quicker_than_pillow(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_raw_constants(name: str, scale: float, shift: float) -> None:
     torch.testing.assert_close(Latent.from_raw(raw, name).tensor, (raw - shift) * scale)
 
 
-def test_raw_flux2_is_patchified_channel_major_then_normalised() -> None:
+def test_raw_flux2_is_patchified_channel_major_then_normalized() -> None:
     raw = draw(1, 32, 4, 6) * 1.8
     given = statistics_for("flux2", (2, 3))
     assert given is not None
@@ -190,7 +190,7 @@ def test_raw_latents_warn(name: str) -> None:
     latent = Latent(draw(1, row.channels, 16, 16) * 0.85, name)
     raw = latent.to_raw(statistics_for(name, (16, 16)))
     raw = raw.squeeze(2) if raw.ndim == 5 else raw
-    if row.raw_patch > 1:  # denormalised but still patchified: what some ports feed
+    if row.raw_patch > 1:  # denormalized but still patchified: what some ports feed
         raw = frames.patchify(raw, row.raw_patch)
     with pytest.warns(FrameWarning, match=r"Latent\.from_raw"):
         Latent(raw, name)

@@ -137,10 +137,10 @@ def test_late_tokens_equal_kept_ones(name: str) -> None:
     assert apart(plain, both(net, x, t.expand(2), kept)[0]) < TOLERANCE
 
 
-def test_the_colour_head_needs_its_tokens() -> None:
-    net = random_net(miniature(colour_head=True))
+def test_the_color_head_needs_its_tokens() -> None:
+    net = random_net(miniature(color_head=True))
     with pytest.raises(SettingError, match="keep_tokens"):
-        inputs(net, keep_tokens=False, want_colour=True)
+        inputs(net, keep_tokens=False, want_color=True)
 
 
 def test_half_precision_stays_near_the_exact_picture() -> None:

@@ -77,15 +77,13 @@ def test_the_latent_reaches_the_picture_and_sigma_shuts_it_out() -> None:
 
 
 def test_gradients_reach_every_parameter_that_matters() -> None:
-    config = miniature(colour_head=True)
+    config = miniature(color_head=True)
     net, given = random_net(config), inputs(config)
     net.requires_grad_(True).train()
     grid = net.grid_of(*given["x_B3HW"].shape[-2:])
-    condition = net.prepare(grid, given["text"], given["latent"], given["sigma"], want_colour=True)
-    assert condition.colour is not None
-    (
-        net.denoise(given["x_B3HW"], given["t_B"], condition).square().mean() + condition.colour.square().mean()
-    ).backward()
+    condition = net.prepare(grid, given["text"], given["latent"], given["sigma"], want_color=True)
+    assert condition.color is not None
+    (net.denoise(given["x_B3HW"], given["t_B"], condition).square().mean() + condition.color.square().mean()).backward()
     last = config.patch_depth - 1
     unread = tuple(f"patch_blocks.{last}.{part}" for part in ("attn.proj_y", "norm_y2", "mlp_y", "attn.q_norm_y"))
     for name, parameter in net.named_parameters():
@@ -144,7 +142,7 @@ def test_a_config_survives_a_file() -> None:
         (v1(latent_channels=16, latent_down=8), 1_362_348_170),
         (v1(latent_channels=1152, latent_down=16, scale=8), 1_367_582_858),
         (v1pt5(latent_channels=128, latent_down=16, latent_unpatchify=2), 1_400_346_771),
-        (v1pt5(latent_channels=16, latent_down=8, colour_head=True), 1_401_300_163),
+        (v1pt5(latent_channels=16, latent_down=8, color_head=True), 1_401_300_163),
         (backbone(), 1_302_470_787),
     ],
 )

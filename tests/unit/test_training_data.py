@@ -270,10 +270,10 @@ def test_settings_that_cannot_act_are_refused(setting: str, message: str) -> Non
 def test_settings_of_every_kind_are_read() -> None:
     recipe = apply_settings(
         get_recipe("miniature_teacher"),
-        ["data.batch=4", "run.track=tensorboard", "optimise.rate=1", "run.recompute=no", "teacher.shift_base_size=none",
+        ["data.batch=4", "run.track=tensorboard", "optimize.rate=1", "run.recompute=no", "teacher.shift_base_size=none",
          "data.sizes=[(64, 64)]", "title=a new name"],
     )  # fmt: skip
-    assert (recipe.data.batch, recipe.run.track, recipe.optimise.rate) == (4, ("tensorboard",), 1.0)
+    assert (recipe.data.batch, recipe.run.track, recipe.optimize.rate) == (4, ("tensorboard",), 1.0)
     assert (recipe.run.recompute, recipe.teacher.shift_base_size, recipe.data.sizes) == (False, None, ((64, 64),))
     assert recipe.title == "a new name"
 

@@ -56,12 +56,12 @@ def test_the_four_step_student_comes_near_the_teacher(tmp_path: Path) -> None:
     ]  # fmt: skip
     teacher = apply_settings(
         get_recipe("miniature_teacher"),
-        [*common, "run.steps=400", "optimise.rate=5e-3", "optimise.fall=cosine", "run.sample_steps=25",
+        [*common, "run.steps=400", "optimize.rate=5e-3", "optimize.fall=cosine", "run.sample_steps=25",
          "run.sample_guidance=1.5"],
     )  # fmt: skip
     teacher_file = train(teacher, tmp_path / "teacher", device=CPU)
     by_teacher, real = painted(teacher_file, teacher)
-    student = apply_settings(get_recipe("miniature_student"), [*common, "run.steps=150", "optimise.critic_rate=1e-3"])
+    student = apply_settings(get_recipe("miniature_student"), [*common, "run.steps=150", "optimize.critic_rate=1e-3"])
     student = apply_settings(student, [f"start_from={str(teacher_file)!r}"])
     student_file = train(student, tmp_path / "student", device=CPU)
     by_student, _ = painted(student_file, student)

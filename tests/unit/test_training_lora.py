@@ -133,7 +133,7 @@ def test_a_run_trains_adapters_only_and_the_file_changes_the_decoder(tmp_path: P
         "net.patch_depth=1", "run.save_every=2", "run.steps=3",
     ]  # fmt: skip
     base = train(apply_settings(get_recipe("miniature_direct"), common), tmp_path / "base", device=CPU)
-    recipe = apply_settings(get_recipe("miniature_direct"), [*common, "adapt.rank=2", "optimise.rate=0.05"])
+    recipe = apply_settings(get_recipe("miniature_direct"), [*common, "adapt.rank=2", "optimize.rate=0.05"])
     recipe = replace(recipe, start_from=str(base))
     adapter = train(recipe, tmp_path / "run", device=CPU)
     assert adapter.name == "adapter.safetensors"

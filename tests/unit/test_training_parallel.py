@@ -66,14 +66,14 @@ def finish(started: list[subprocess.Popen[str]], limit: float = 900) -> list[tup
 
 
 PLAIN = ["net.patch_depth=2", "data.sizes=((64, 64),)", "data.caption_drop=0"]
-# The colour loss is a weighted mean over each process's own pictures, as in the reference: of a batch in two parts it
+# The color loss is a weighted mean over each process's own pictures, as in the reference: of a batch in two parts it
 # is another number. Everything else is a mean over pictures.
-SPLIT = ["teacher.colour_weight=0"]
+SPLIT = ["teacher.color_weight=0"]
 CASES: dict[str, tuple[str, int, list[str], list[str], list[str]]] = {
     # recipe, iteration, settings of both, of two processes, of one
     "copied": ("miniature_teacher", 0, SPLIT, ["data.batch=1"], ["data.batch=2"]),
     "copied and accumulated": (
-        "miniature_teacher", 0, [*SPLIT, "optimise.accumulate=2", "run.recompute=true"],
+        "miniature_teacher", 0, [*SPLIT, "optimize.accumulate=2", "run.recompute=true"],
         ["data.batch=1"], ["data.batch=2"],
     ),
     "sharded": ("miniature_teacher", 0, SPLIT, ["data.batch=1", "spread.weights=sharded"], ["data.batch=2"]),

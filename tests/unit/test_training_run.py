@@ -28,7 +28,7 @@ from pidecode.training.loop import export_newest, rate_factor, train
 from pidecode.training.losses import distribution_matching
 from pidecode.training.overrides import apply_settings
 from pidecode.training.recipes import get_recipe
-from pidecode.training.settings import Average, Optimise, Recipe
+from pidecode.training.settings import Average, Optimize, Recipe
 
 CPU = torch.device("cpu")
 
@@ -60,7 +60,7 @@ def mean(records: list[dict[str, Any]], key: str) -> float:
 
 OVERFIT = (
     "data.caption_drop=0", "data.latent_drop=0", "noise.probability=0", "net.patch_depth=1", "average.kind=none",
-    "optimise.rate=1e-2", "run.steps=80", "distil.student_input=teacher_forcing",
+    "optimize.rate=1e-2", "run.steps=80", "distil.student_input=teacher_forcing",
 )  # fmt: skip
 
 
@@ -114,7 +114,7 @@ class Interrupt:
 
 @pytest.mark.parametrize("name", ["miniature_teacher", "miniature_student"])
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(name: str, pictures: Path, tmp_path: Path) -> None:
-    recipe = recipe_for(name, pictures, *FAST, "optimise.accumulate=2")
+    recipe = recipe_for(name, pictures, *FAST, "optimize.accumulate=2")
     whole = train(recipe, tmp_path / "whole", device=CPU)
     with pytest.raises(KeyboardInterrupt):
         train(recipe, tmp_path / "broken", device=CPU, say=Interrupt(5))
@@ -300,12 +300,12 @@ def test_the_power_average_follows_training_time() -> None:
         weights[step] = 1 - decay_at(settings, step)
     weights /= weights.sum()
     times = torch.arange(200.0)
-    centre = (weights * times).sum()
-    spread = ((weights * (times - centre) ** 2).sum().sqrt() / 200).item()
+    center = (weights * times).sum()
+    spread = ((weights * (times - center) ** 2).sum().sqrt() / 200).item()
     assert spread == pytest.approx(0.1, abs=0.01)
 
 
 def test_the_rate_warms_up_and_falls() -> None:
-    assert [rate_factor(Optimise(warmup=4), step, 100) for step in (0, 1, 3, 50)] == [0.25, 0.5, 1.0, 1.0]
-    falling = [rate_factor(Optimise(fall="cosine"), step, 100) for step in (0, 50, 100)]
+    assert [rate_factor(Optimize(warmup=4), step, 100) for step in (0, 1, 3, 50)] == [0.25, 0.5, 1.0, 1.0]
+    falling = [rate_factor(Optimize(fall="cosine"), step, 100) for step in (0, 50, 100)]
     assert falling == pytest.approx([1.0, 0.5, 0.0])

@@ -30,13 +30,13 @@ RELEASED = {
     "siglip": v1(latent_channels=1152, latent_down=16, scale=8),
     "flux v1.5": v1pt5(latent_channels=16, latent_down=8),
     "flux2 v1.5": v1pt5(latent_channels=128, latent_down=16, latent_unpatchify=2),
-    "flux2 v1.5 teacher": v1pt5(latent_channels=128, latent_down=16, latent_unpatchify=2, colour_head=True),
+    "flux2 v1.5 teacher": v1pt5(latent_channels=128, latent_down=16, latent_unpatchify=2, color_head=True),
     "backbone": backbone(),
 }
 SMALL = {
     "v1.5": miniature(),
     "v1": miniature(gate="per_channel", inject_pixels=False, adapter_padding="zeros", rope_reference=(1024, 1024)),
-    "teacher": miniature(colour_head=True),
+    "teacher": miniature(color_head=True),
     "no text": miniature(text_dim=0),
     "no pixel blocks": miniature(pixel_depth=0),
     "no adapter": miniature(latent_channels=0, gate="per_channel", inject_pixels=False),
@@ -71,7 +71,7 @@ def test_shapes_show_what_they_can(config):
     structure = read_structure(shapes_of(config))
     assert structure.disagreement(config) is None
     assert structure.seen["hidden_size"] == config.hidden_size
-    assert structure.seen.get("colour_head", False) == config.colour_head
+    assert structure.seen.get("color_head", False) == config.color_head
     assert structure.has_adapter == config.has_adapter
     if config.has_adapter and config.num_injections > 1:
         assert structure.seen["inject_interval"] == config.inject_interval
@@ -140,7 +140,7 @@ def test_a_network_comes_back_as_it_was(tmp_path, name, suffix):
     (save_file if suffix == ".safetensors" else torch.save)(original.state_dict(), path)
     tensors = read_weights(path).tensors
     places = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-    again = build_network(tensors, config, colour_head=config.colour_head)
+    again = build_network(tensors, config, color_head=config.color_head)
     assert not tensors  # handed over, not kept beside the network
     for name, value in original.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)
@@ -161,7 +161,7 @@ def test_the_reference_networks_build_and_match_their_shapes(name):
     assert seen["patch_size"] == said["patch_size"]
     assert seen["inject_interval"] == said["lq_interval"]
     assert seen["adapter_blocks"] == said["lq_num_res_blocks"]
-    assert seen["colour_head"] == said["lq_aux_rgb_head"]
+    assert seen["color_head"] == said["lq_aux_rgb_head"]
     unseen = {"latent_channels": 16, "latent_down": 8}
     build_network(tensors, NetConfig(**seen | unseen))
 
@@ -175,15 +175,15 @@ def test_number_formats(dtype):
         build_network({}, miniature(), dtype=torch.int8)
 
 
-def test_the_colour_head_is_optional_both_ways():
-    plain, head = miniature(), miniature(colour_head=True)
+def test_the_color_head_is_optional_both_ways():
+    plain, head = miniature(), miniature(color_head=True)
     assert not hasattr(build_network(network(head).state_dict(), head).lq_proj, "lq_aux_rgb_head")
     assert not hasattr(build_network(network(head).state_dict(), plain).lq_proj, "lq_aux_rgb_head")
     assert not hasattr(build_network(network(plain).state_dict(), head).lq_proj, "lq_aux_rgb_head")
-    assert hasattr(build_network(network(head).state_dict(), head, colour_head=True).lq_proj, "lq_aux_rgb_head")
+    assert hasattr(build_network(network(head).state_dict(), head, color_head=True).lq_proj, "lq_aux_rgb_head")
     for state, config in ((plain, head), (head, plain)):
-        with pytest.raises(CheckpointError, match="no colour head"):
-            build_network(network(state).state_dict(), config, colour_head=True)
+        with pytest.raises(CheckpointError, match="no color head"):
+            build_network(network(state).state_dict(), config, color_head=True)
 
 
 def test_a_missing_adapter_is_called_that():
@@ -210,7 +210,7 @@ def test_missing_unexpected_and_wrong_tensors_are_named():
 
 def test_our_own_metadata_round_trips():
     identity = Identity(
-        kind="student", config=miniature(prediction="x0"), space="flux2", variant="tiny", licence="Apache-2.0",
+        kind="student", config=miniature(prediction="x0"), space="flux2", variant="tiny", license="Apache-2.0",
         times=(0.999, 0.634, 0.0), extra={"steps_trained": 10},
     )  # fmt: skip
     assert Identity.from_metadata(identity.to_metadata()) == identity

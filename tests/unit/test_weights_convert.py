@@ -13,14 +13,14 @@ from pidecode.facts.architecture import miniature
 from pidecode.facts.checkpoints import NSCL_V1
 from pidecode.model.network import PixelNet
 from pidecode.weights.build import build_network
-from pidecode.weights.convert import convert, licence_text
+from pidecode.weights.convert import convert, license_text
 from pidecode.weights.detect import Hints, detect
 from pidecode.weights.header import read_header
 from pidecode.weights.identity import Identity
 from pidecode.weights.read import read_weights
 from pidecode.weights.write import write_safetensors
 
-CONFIG = miniature(colour_head=True)
+CONFIG = miniature(color_head=True)
 OFFICIAL = "checkpoints/PiD_v1pt5_res2kto4k_sr4x_official_flux_undistilled/model_ema_bf16.pth"
 
 
@@ -76,11 +76,11 @@ def test_number_formats(official, tmp_path, name, dtype):
         assert max(entry.end for entry in header.tensors.values()) == 2 * sum(v.numel() for v in original.values())
 
 
-def test_a_file_without_its_colour_head_says_so(official, tmp_path):
+def test_a_file_without_its_color_head_says_so(official, tmp_path):
     state = {name: value for name, value in network().state_dict().items() if "lq_aux_rgb_head" not in name}
     headless = official.with_name("model.pth")
     torch.save(state, headless)
-    assert convert(headless, tmp_path / "net.safetensors").config == CONFIG.without_colour_head()
+    assert convert(headless, tmp_path / "net.safetensors").config == CONFIG.without_color_head()
 
 
 def test_converting_again_keeps_everything(tmp_path):
@@ -100,23 +100,23 @@ def test_the_caller_settles_what_the_file_cannot(tmp_path):
     assert detect(read_weights(tmp_path / "net.safetensors")).space == "sd3"
 
 
-def test_a_licence_that_is_not_free_stays_beside_the_file(tmp_path):
+def test_a_license_that_is_not_free_stays_beside_the_file(tmp_path):
     config = miniature()
-    identity = Identity(kind="student", config=config, space="flux", licence="NSCLv1")
+    identity = Identity(kind="student", config=config, space="flux", license="NSCLv1")
     source = tmp_path / "repository" / "a.safetensors"
     source.parent.mkdir()
     save_file(network(config).state_dict(), source, metadata=identity.to_metadata())
     (source.parent / "LICENSE").write_text("MIT License, of something else")
     convert(source, tmp_path / "out.safetensors")
-    beside = tmp_path / "out.LICENCE.txt"
+    beside = tmp_path / "out.LICENSE.txt"
     assert "does not allow commercial use" in beside.read_text()
     assert NSCL_V1.url in beside.read_text()
     (source.parent / "LICENSE").write_text("NVIDIA License, all of it")
     convert(source, tmp_path / "out.safetensors", overwrite=True)
     assert beside.read_text() == "NVIDIA License, all of it"
     convert(tmp_path / "out.safetensors", tmp_path / "second.safetensors")
-    assert (tmp_path / "second.LICENCE.txt").read_text() == "NVIDIA License, all of it"
-    assert "converted from x.pth" in licence_text(tmp_path / "elsewhere" / "x.pth", NSCL_V1)
+    assert (tmp_path / "second.LICENSE.txt").read_text() == "NVIDIA License, all of it"
+    assert "converted from x.pth" in license_text(tmp_path / "elsewhere" / "x.pth", NSCL_V1)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def without_head(file):
 def test_every_released_file_is_known_by_its_official_name(row):
     found = detect(file_of(row.config, f"/cache/snapshots/abc/{row.path}"))
     assert found.config == row.config
-    assert (found.kind, found.variant, found.licence) == (row.kind, row.variant, "NSCLv1")
+    assert (found.kind, found.variant, found.license) == (row.kind, row.variant, "NSCLv1")
     assert found.space == (None if row.kind == "backbone" else row.space)
 
 
@@ -146,7 +146,7 @@ SMALL_V1 = miniature(gate="per_channel", inject_pixels=False, adapter_padding="z
 def test_networks_of_any_size_follow_their_generation(config):
     found = detect(file_of(config), Hints(space="flux", kind="teacher"))
     assert found.config == config
-    assert (found.kind, found.space, found.variant, found.licence) == ("teacher", "flux", None, None)
+    assert (found.kind, found.space, found.variant, found.license) == ("teacher", "flux", None, None)
     with pytest.raises(SettingError, match="flux or sd3 or qwenimage"):
         detect(file_of(config), Hints(kind="student"))
     with pytest.raises(SettingError, match="kind="):
@@ -187,14 +187,14 @@ def test_a_picture_branch_is_counted_by_its_pixels():
 
 
 def own(config, **changes):
-    return Identity(**{"kind": "student", "config": config, "space": "flux", "licence": "Apache-2.0"} | changes)
+    return Identity(**{"kind": "student", "config": config, "space": "flux", "license": "Apache-2.0"} | changes)
 
 
 def test_our_own_metadata_needs_no_help():
     config = miniature(prediction="x0", rope_reference=(512, 512), inject_interval=3, patch_depth=4)
     identity = own(config, variant="mine", times=(0.9, 0.0))
     assert detect(file_of(config, metadata=identity.to_metadata())) == identity
-    headed = miniature(colour_head=True)
+    headed = miniature(color_head=True)
     assert detect(without_head(file_of(headed, metadata=own(headed).to_metadata()))).config == headed
 
 

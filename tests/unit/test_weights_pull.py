@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import huggingface_hub.constants
 import pytest
 
-from pidecode.errors import Cancelled, CheckpointError, DownloadError, LicenceError, SettingError
+from pidecode.errors import Cancelled, CheckpointError, DownloadError, LicenseError, SettingError
 from pidecode.facts.checkpoints import TEXT_ENCODER, get_checkpoint
 from pidecode.weights.hub import Hub
 from pidecode.weights.locate import asset, encoder_path, locate
@@ -142,12 +142,12 @@ def fill_cache(cache, repository, path, content):
     return link
 
 
-def test_everything_comes_in_one_go_after_the_licence(hub, server, tmp_path):
-    with pytest.raises(LicenceError, match=r"(?s)NVIDIA Source Code License.*not for commercial use.*--accept-licence"):
+def test_everything_comes_in_one_go_after_the_license(hub, server, tmp_path):
+    with pytest.raises(LicenseError, match=r"(?s)NVIDIA Source Code License.*not for commercial use.*--accept-license"):
         pull("flux", "2k", hub=hub)
-    assert server.requests == 0  # nothing is asked before the licence is accepted
+    assert server.requests == 0  # nothing is asked before the license is accepted
     seen = []
-    pulled = pull("flux", "2k", accept_licence=True, on_progress=seen.append, hub=hub)
+    pulled = pull("flux", "2k", accept_license=True, on_progress=seen.append, hub=hub)
     assert pulled.decoder.read_bytes() == DECODER
     assert pulled.encoder.read_bytes() == FILES["nvidia/PiD"]["checkpoints/ae.safetensors"]
     assert (pulled.text_encoder / "model.safetensors").is_file()
@@ -155,7 +155,7 @@ def test_everything_comes_in_one_go_after_the_licence(hub, server, tmp_path):
     assert {step.file for step in seen} >= {ROW.path, "checkpoints/ae.safetensors", "model.safetensors"}
     assert [step for step in seen if step.file == ROW.path][-1].done == len(DECODER)
     before = server.requests
-    assert pull("flux", "2k", hub=hub) == pulled  # all there: no network, no licence
+    assert pull("flux", "2k", hub=hub) == pulled  # all there: no network, no license
     assert server.requests == before
     assert locate("nvidia/PiD", space="flux", variant="2k", hub=hub).path == pulled.decoder
     assert locate("nvidia/PiD", space="zimage", hub=hub).encoder == pulled.encoder
@@ -163,14 +163,14 @@ def test_everything_comes_in_one_go_after_the_licence(hub, server, tmp_path):
 
 
 def test_folders_and_further_models(hub):
-    pulled = pull("siglip", accept_licence=True, parts=partial(parts_of, text=False), hub=hub)
+    pulled = pull("siglip", accept_license=True, parts=partial(parts_of, text=False), hub=hub)
     assert (pulled.encoder / "sub" / "b.bin").read_bytes() == b"b" * 50
     assert pulled.text_encoder is None
     assert [path.name for path in pulled.others] == [COMMIT]
     assert pull("siglip", parts=partial(parts_of, text=False), hub=hub) == pulled
     assert encoder_path("siglip", hub) == pulled.encoder
     (pulled.encoder / "a.json").unlink()
-    with pytest.raises(LicenceError):
+    with pytest.raises(LicenseError):
         pull("siglip", parts=partial(parts_of, text=False), hub=hub)
 
 
@@ -180,10 +180,10 @@ def test_a_broken_fetch_goes_on_where_it_stopped(hub, server, monkeypatch):
     with pytest.raises(
         DownloadError, match=r"could not be fetched .* What arrived is kept.*`hf download nvidia/PiD checkp"
     ):
-        pull("flux", "2k", accept_licence=True, hub=hub)
+        pull("flux", "2k", accept_license=True, hub=hub)
     server.cut_at, server.ranges = None, []
     seen = []
-    pulled = pull("flux", "2k", accept_licence=True, on_progress=seen.append, hub=hub)
+    pulled = pull("flux", "2k", accept_license=True, on_progress=seen.append, hub=hub)
     (start,) = server.ranges
     assert len(DECODER) // 3 - 1024 <= start <= len(DECODER) // 3
     assert start < seen[0].done <= len(DECODER)
@@ -195,31 +195,31 @@ def test_cancelling_keeps_what_arrived(hub, server):
         raise Cancelled("stopped")
 
     with pytest.raises(Cancelled):
-        pull("flux", "2k", accept_licence=True, on_progress=stop, hub=hub)
-    assert pull("flux", "2k", accept_licence=True, hub=hub).decoder.read_bytes() == DECODER
+        pull("flux", "2k", accept_license=True, on_progress=stop, hub=hub)
+    assert pull("flux", "2k", accept_license=True, hub=hub).decoder.read_bytes() == DECODER
 
 
 def test_damage_on_the_way_is_noticed(hub, server):
     server.corrupt = True
     with pytest.raises(DownloadError, match="arrived damaged and was thrown away"):
-        pull("flux", "2k", accept_licence=True, hub=hub)
+        pull("flux", "2k", accept_license=True, hub=hub)
     assert hub.cached("nvidia/PiD", ROW.path) is None
     server.corrupt = False
-    assert pull("flux", "2k", accept_licence=True, hub=hub).decoder.read_bytes() == DECODER
+    assert pull("flux", "2k", accept_license=True, hub=hub).decoder.read_bytes() == DECODER
 
 
 def test_gated_and_vanished_files(hub, server):
     with pytest.raises(DownloadError, match="is not in the repository any more"):
-        pull("sd3", "2k", accept_licence=True, hub=hub)
+        pull("sd3", "2k", accept_license=True, hub=hub)
     server.gated = True
     with pytest.raises(DownloadError, match=r"accept its terms at https://huggingface\.co/nvidia/PiD, .*hf auth login"):
-        pull("flux", "2k", accept_licence=True, hub=hub)
+        pull("flux", "2k", accept_license=True, hub=hub)
 
 
 def test_no_network_is_one_clear_line(server, tmp_path):
     nowhere = Hub(cache_dir=tmp_path, endpoint="http://127.0.0.1:9")
     with pytest.raises(DownloadError) as fault:
-        pull("flux", "2k", accept_licence=True, hub=nowhere)
+        pull("flux", "2k", accept_license=True, hub=nowhere)
     message = str(fault.value)
     assert "\n" not in message
     assert f"`hf download nvidia/PiD {ROW.path}`" in message
@@ -227,7 +227,7 @@ def test_no_network_is_one_clear_line(server, tmp_path):
 
 def test_offline_mode_is_named(tmp_path):
     with pytest.raises(DownloadError, match=r"offline mode is on \(HF_HUB_OFFLINE\).*hf download"):
-        pull("flux", "2k", accept_licence=True, hub=Hub(cache_dir=tmp_path))
+        pull("flux", "2k", accept_license=True, hub=Hub(cache_dir=tmp_path))
 
 
 def test_what_ships_needs_no_fetching():
@@ -248,7 +248,7 @@ def test_another_programs_text_encoder_counts(tmp_path):
         "model-1.safetensors": b"1",
     }.items():
         fill_cache(tmp_path, TEXT_ENCODER, name, content)
-    with pytest.raises(LicenceError):
+    with pytest.raises(LicenseError):
         pull("flux", "2k", hub=hub)
     fill_cache(tmp_path, TEXT_ENCODER, "model-2.safetensors", b"2")
     assert pull("flux", "2k", hub=hub).text_encoder.name == COMMIT

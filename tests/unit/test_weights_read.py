@@ -95,7 +95,7 @@ def test_averaged_weights_are_preferred():
     same(strip_prefixes(both), tensors())
 
 
-def test_unknown_neighbours_keep_their_names():
+def test_unknown_neighbors_keep_their_names():
     named = {f"net.{name}": value for name, value in tensors().items()} | {"lora.up": torch.zeros(1)}
     assert "lora.up" in strip_prefixes(named)
 
@@ -157,7 +157,7 @@ def test_whole_model_pickle_is_refused_by_class(tmp_path):
         ({"a": torch.arange(3)}, "stores a as int64"),
         ({"a": torch.zeros(2, dtype=torch.bool), "b": torch.zeros(2, dtype=torch.bool)}, "bool and 1 more"),
         ({"a": torch.zeros(2, dtype=torch.complex64)}, "complex64"),
-        ({"a": torch.zeros(2).to(torch.float8_e4m3fn)}, r"quantised by another program \(float8_e4m3fn\)"),
+        ({"a": torch.zeros(2).to(torch.float8_e4m3fn)}, r"quantized by another program \(float8_e4m3fn\)"),
         (
             {
                 "a.weight": torch.zeros(2, dtype=torch.int8),
@@ -193,7 +193,7 @@ def test_large_half_precision_values_are_fine(tmp_path):
 
 def test_eight_bit_safetensors_is_refused_from_its_header(tmp_path):
     save_file({"a": torch.zeros(4).to(torch.float8_e4m3fn)}, tmp_path / "a.safetensors")
-    with pytest.raises(CheckpointError, match="quantised by another program"):
+    with pytest.raises(CheckpointError, match="quantized by another program"):
         read_weights(tmp_path / "a.safetensors")
 
 
@@ -260,7 +260,7 @@ def test_truncated_files_are_refused(tmp_path, suffix, share):
         (b"hello", "no readable weights file|no pickle"),
     ],
 )
-def test_other_kinds_of_file_are_recognised(tmp_path, start, message):
+def test_other_kinds_of_file_are_recognized(tmp_path, start, message):
     path = tmp_path / "net.pth"
     path.write_bytes(start)
     with pytest.raises(CheckpointError, match=message):

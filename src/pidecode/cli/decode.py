@@ -55,7 +55,7 @@ class Wish:
     steps: int | None
     sigma: float | None
     sampler: str | None
-    colour_lock: str | None
+    color_lock: str | None
     lora: Path | None
     lora_scale: float | None
     memory: str | None
@@ -103,7 +103,7 @@ class Wish:
 
     def settings(self) -> DecodeSettings:
         """Settings for the decoder: those that were given."""
-        names = ("seed", "steps", "sigma", "sampler", "colour_lock")
+        names = ("seed", "steps", "sigma", "sampler", "color_lock")
         given = {name: getattr(self, name) for name in names}
         return {name: value for name, value in given.items() if value is not None}  # type: ignore[return-value]
 
@@ -130,9 +130,9 @@ def _decoding_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--sampler", type=click.Choice(["sde", "ode"]), help="How a few-step model walks; sde if not given."
         ),
         click.option(
-            "--colour-lock",
+            "--color-lock",
             type=click.Choice(LOCKS),
-            help="Hold colours, or all detail, to the picture (upscale; detail by default for tiny and small) or to "
+            help="Hold colors, or all detail, to the picture (upscale; detail by default for tiny and small) or to "
             "the space's own decoder (decode).",
         ),
         click.option("--lora", type=_PATH, metavar="FILE", help="Low-rank adapter to add to the weights."),

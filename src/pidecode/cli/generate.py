@@ -31,13 +31,13 @@ _PATH = click.Path(path_type=Path)
 @click.option("--seed", "seeds", type=click.IntRange(min=0), multiple=True, help="Several make several pictures.")
 @click.option("--steps", type=click.IntRange(min=1), help="Of the diffusion; the model's own number if not given.")
 @click.option("--stop-after", metavar="N", help="End the diffusion after step N and decode that; or `recommended`.")
-@click.option("--save-latents", is_flag=True, help="Keep the latents, to decode favourites again.")
+@click.option("--save-latents", is_flag=True, help="Keep the latents, to decode favorites again.")
 @click.option("--compare", type=click.Choice(["vae"]), help="Also put the model's own decode beside each picture.")
 @click.option("-o", "--out", type=_PATH, default=Path("pictures"), show_default=True, help="Folder to write to.")
 @click.option("--pipeline", "source", help="Folder or hub repository of the pipeline, if not the model's own.")
 @click.option("-m", "--model", "decoder", help="PiD decoder: a name or file; the official one if not given.")
 @click.option("--variant", metavar="NAME", help="Variant of the decoder: 2k, 2kto4k, ...")
-@click.option("--colour-lock", type=click.Choice(LOCKS), help="Hold colours, or all detail, to the model's own decode.")
+@click.option("--color-lock", type=click.Choice(LOCKS), help="Hold colors, or all detail, to the model's own decode.")
 @click.option("--arguments", default="{}", metavar="JSON", help="More arguments for the pipeline's call.")
 @threads_option
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; chosen for you if not given.")
@@ -72,7 +72,7 @@ def generate(prompts: tuple[str, ...], prompt_file: Path | None, as_json: bool, 
     )
     device = pick_device(wish["device"])
     narrow = torch.float32 if device.type == "cpu" else torch.bfloat16
-    settings: Any = {} if wish["colour_lock"] is None else {"colour_lock": wish["colour_lock"]}
+    settings: Any = {} if wish["color_lock"] is None else {"color_lock": wish["color_lock"]}
     stage = ["diffusion"]
     with progress(0, "drawing") as bar:
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pidecode models`: what there is, what of it is on this disk, how large, under which licence."""
+"""`pidecode models`: what there is, what of it is on this disk, how large, under which license."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def _checkpoint(row: Checkpoint, path: Path | None) -> dict[str, Any]:
         variant=row.variant,
         source=row.repository or IN_PACKAGE,
         bytes=_size(path) or row.about_bytes,
-        licence=row.licence.name,
-        commercial=row.licence.commercial,
+        license=row.license.name,
+        commercial=row.license.commercial,
         path=path,
     )
 
@@ -79,7 +79,7 @@ def rows() -> list[dict[str, Any]]:
                 kind="encoder",
                 space=row.space,
                 source=encoder.repository,
-                licence="see its model card",
+                license="see its model card",
                 path=places.get("encoder"),
             )
     tiny = asset(TINY_ENCODER)
@@ -90,13 +90,13 @@ def rows() -> list[dict[str, Any]]:
             space="flux2",
             variant="tiny",
             source=IN_PACKAGE,
-            licence="Apache-2.0",
+            license="Apache-2.0",
             commercial=True,
             path=tiny,
         )
     )
     gemma = TEXT_ENCODER.rpartition("/")[2]
-    reader = _row(name=gemma, kind=READER, space=None, source=TEXT_ENCODER, licence="Gemma terms", path=text)
+    reader = _row(name=gemma, kind=READER, space=None, source=TEXT_ENCODER, license="Gemma terms", path=text)
     return [*own, *released, *encoders.values(), reader]
 
 
@@ -111,7 +111,7 @@ def verdicts(known: Sequence[dict[str, Any]]) -> Iterator[Verdict]:
         students = [
             row
             for row in known
-            if row["kind"] == "student" and row["space"] == space and row["licence"] != "Apache-2.0"
+            if row["kind"] == "student" and row["space"] == space and row["license"] != "Apache-2.0"
         ]
         found = [row["variant"] for row in students if row["path"]]
         if not found:
@@ -133,7 +133,7 @@ def _line(row: dict[str, Any]) -> dict[str, str]:
         "kind": row["kind"],
         "on disk": "yes" if row["path"] else "no",
         "size": readable_size(row["bytes"]),
-        "licence": row["licence"] + free,
+        "license": row["license"] + free,
         "from": row["source"],
     }
 

@@ -14,7 +14,7 @@ from pidecode.planner import PRODUCTS, WEIGHTS, Machine, Plan, Products, Weights
 if TYPE_CHECKING:
     from pidecode.weights.identity import Identity
 
-F = TypeVar("F", bound=Callable[..., Any])
+
 
 Job = tuple[int, int, int]
 """Width and height of a picture to make, in pixels, and how many at once."""

@@ -52,12 +52,12 @@ class _Bars:
 @click.option("--kind", type=KINDS, help="A teacher, or the bare backbone.")
 @click.option("--no-encoder", is_flag=True, help="Leave out the encoder: latents decode, pictures cannot be upscaled.")
 @click.option("--no-text", is_flag=True, help="Leave out the text encoder (about 5 GB).")
-@click.option("--accept-licence", is_flag=True, help="You have read the licence and keep to it.")
+@click.option("--accept-license", is_flag=True, help="You have read the license and keep to it.")
 @json_option
-def pull(model: str, as_json: bool, accept_licence: bool, **asked: Any) -> None:
+def pull(model: str, as_json: bool, accept_license: bool, **asked: Any) -> None:
     """Download the decoder for MODEL, its encoder and the text encoder.
 
-    MODEL is a latent space or an image model that uses one: flux, flux2-klein-4b, sdxl, ... The licence is shown
+    MODEL is a latent space or an image model that uses one: flux, flux2-klein-4b, sdxl, ... The license is shown
     first. A broken download goes on where it stopped. Afterwards everything works offline.
     """
     from pidecode.weights.pull import parts_of
@@ -70,7 +70,7 @@ def pull(model: str, as_json: bool, accept_licence: bool, **asked: Any) -> None:
             model,
             asked["variant"],
             kind=asked["kind"],
-            accept_licence=accept_licence,
+            accept_license=accept_license,
             parts=parts,
             on_progress=bars,
         )
@@ -97,7 +97,7 @@ def convert(source: Path, target: Path, **asked: Any) -> None:
     """Write the weights SOURCE as one TARGET.safetensors that says what it is.
 
     SOURCE is an official .pth, a ComfyUI repackaging, or any PiD .safetensors. The result carries configuration,
-    space, variant and licence, and loads with no further argument.
+    space, variant and license, and loads with no further argument.
     """
     from pidecode.weights.convert import convert as write
     from pidecode.weights.detect import Hints
@@ -110,7 +110,7 @@ def convert(source: Path, target: Path, **asked: Any) -> None:
         "kind": identity.kind,
         "space": identity.space,
         "variant": identity.variant,
-        "licence": identity.licence,
+        "license": identity.license,
     }
-    words = f"{target}  {identity.kind} for {identity.space}, {readable_size(said['bytes'])}, {identity.licence}"
+    words = f"{target}  {identity.kind} for {identity.space}, {readable_size(said['bytes'])}, {identity.license}"
     emit(said, words, as_json=asked["as_json"])

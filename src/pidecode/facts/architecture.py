@@ -62,7 +62,7 @@ class NetConfig:
     rope_reference: tuple[int, int] = (1024, 1024)
     """Height and width, in pixels, of the picture at which the NTK-aware rotation equals the plain one."""
     latent_channels: int = 16
-    """Channels of the normalised latent; 0 builds no adapter."""
+    """Channels of the normalized latent; 0 builds no adapter."""
     latent_down: int = 8
     """Pixels of the low-resolution picture per latent cell, along each side."""
     latent_unpatchify: int = 1
@@ -87,10 +87,10 @@ class NetConfig:
     """The latent enters before every patch block whose index this divides."""
     inject_pixels: bool = False
     """Whether it enters before the pixel blocks as well."""
-    colour_head: bool = False
-    """Whether the adapter predicts the low-resolution picture, for the colour loss of training."""
-    colour_head_tap: int = -1
-    """Residual block of the adapter, counted from one, that the colour head reads; -1 reads the final features."""
+    color_head: bool = False
+    """Whether the adapter predicts the low-resolution picture, for the color loss of training."""
+    color_head_tap: int = -1
+    """Residual block of the adapter, counted from one, that the color head reads; -1 reads the final features."""
     prediction: Prediction = "velocity"
     """What the output is: noise minus picture, or the picture."""
 
@@ -121,7 +121,7 @@ class NetConfig:
         }  # fmt: skip
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int) or field.name == "colour_head_tap":
+            if isinstance(value, bool) or not isinstance(value, int) or field.name == "color_head_tap":
                 continue
             if value < (0 if field.name in may_be_zero else 1):
                 raise SettingError(f"{field.name} is {value}; it must be positive.")
@@ -145,9 +145,9 @@ class NetConfig:
             raise SettingError(
                 f"latent_down={self.latent_down} is not a multiple of latent_unpatchify={self.latent_unpatchify}."
             )
-        if self.patch_size % self.scale and self.colour_head:
+        if self.patch_size % self.scale and self.color_head:
             raise SettingError(
-                f"colour_head needs patch_size ({self.patch_size}) to be a multiple of scale ({self.scale})."
+                f"color_head needs patch_size ({self.patch_size}) to be a multiple of scale ({self.scale})."
             )
         ratio = self.latent_to_patch_ratio
         if self.latent_channels and ratio < 1 and not math.isclose(1 / ratio, round(1 / ratio)):
@@ -169,8 +169,8 @@ class NetConfig:
                 f"{len(self.adapter_levels)} adapter_levels give {fold:g} cells a side of a patch; it must be a whole "
                 f"number, and adapter_width ({self.adapter_width}) a multiple of 4 times its square."
             )
-        if self.colour_head and self.colour_head_tap != -1:
-            raise SettingError("colour_head_tap counts blocks on the patch grid; with adapter_levels it must be -1.")
+        if self.color_head and self.color_head_tap != -1:
+            raise SettingError("color_head_tap counts blocks on the patch grid; with adapter_levels it must be -1.")
 
     @property
     def adapter_fold(self) -> float:
@@ -235,9 +235,9 @@ class NetConfig:
                 raise SettingError(f"{name} is {value!r}; it must be of type {expected.__name__}.")
         return cls(**clean)
 
-    def without_colour_head(self) -> NetConfig:
-        """The same network without its training-only colour head."""
-        return replace(self, colour_head=False)
+    def without_color_head(self) -> NetConfig:
+        """The same network without its training-only color head."""
+        return replace(self, color_head=False)
 
 
 def v1(*, latent_channels: int, latent_down: int, scale: int = 4) -> NetConfig:
@@ -245,10 +245,8 @@ def v1(*, latent_channels: int, latent_down: int, scale: int = 4) -> NetConfig:
     return NetConfig(latent_channels=latent_channels, latent_down=latent_down, scale=scale)
 
 
-def v1pt5(
-    *, latent_channels: int, latent_down: int, latent_unpatchify: int = 1, colour_head: bool = False
-) -> NetConfig:
-    """The released v1.5 network ("2kto4k_v1pt5") for one latent space; its teacher keeps the colour head."""
+def v1pt5(*, latent_channels: int, latent_down: int, latent_unpatchify: int = 1, color_head: bool = False) -> NetConfig:
+    """The released v1.5 network ("2kto4k_v1pt5") for one latent space; its teacher keeps the color head."""
     return NetConfig(
         latent_channels=latent_channels,
         latent_down=latent_down,
@@ -258,7 +256,7 @@ def v1pt5(
         gate="per_token",
         inject_pixels=True,
         rope_reference=(2048, 2048),
-        colour_head=colour_head,
+        color_head=color_head,
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every released file: where it lies, which network it holds, its size, its licence, the sizes it was trained for."""
+"""Every released file: where it lies, which network it holds, its size, its license, the sizes it was trained for."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STUDENT_TIMES = (0.999, 0.866, 0.634, 0.342, 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Licence:
+class License:
     """Terms of a file, as far as a table can tell them; the text beside the file is what binds."""
 
     name: str
@@ -40,13 +40,13 @@ class Licence:
     url: str
 
 
-NSCL_V1 = Licence(
+NSCL_V1 = License(
     name="NSCLv1",
     title="NVIDIA Source Code License v1 (non-commercial)",
     commercial=False,
     url="https://huggingface.co/nvidia/PiD",
 )
-APACHE_2 = Licence(
+APACHE_2 = License(
     name="Apache-2.0",
     title="Apache License 2.0",
     commercial=True,
@@ -89,7 +89,7 @@ class Checkpoint:
     size_bytes: int | None = None
     """Exact size where known; see `about_bytes`."""
     sha256: str | None = None
-    licence: Licence = NSCL_V1
+    license: License = NSCL_V1
     shift: FlowShift | None = None
     """The flow shift of its training; teachers and the backbone sample with it, students have their own times."""
     guidance: float = 1.0
@@ -129,7 +129,7 @@ class EncoderFile:
     """What turns a picture into latents of one space: the file in the official repository, and its kin.
 
     `path` is a file, or a folder where it ends in "/". `source` is the public model the encoder is,
-    and `statistics` the (repository, path) of normalisation statistics that lie elsewhere.
+    and `statistics` the (repository, path) of normalization statistics that lie elsewhere.
     """
 
     space: str
@@ -163,7 +163,7 @@ def _v1_config(space: str) -> NetConfig:
 def _v1pt5_config(space: str, *, teacher: bool) -> NetConfig:
     row = SPACES[space]
     return architecture.v1pt5(
-        latent_channels=row.channels, latent_down=row.down, latent_unpatchify=row.raw_patch, colour_head=teacher
+        latent_channels=row.channels, latent_down=row.down, latent_unpatchify=row.raw_patch, color_head=teacher
     )
 
 
@@ -240,7 +240,7 @@ _ROWS = (
         path="tiny.safetensors",
         config=None,
         parameters=None,
-        licence=APACHE_2,
+        license=APACHE_2,
     ),
 )
 
@@ -276,7 +276,7 @@ ENCODERS: Mapping[str, EncoderFile] = MappingProxyType(
         )
     }
 )
-"""The official encoder files by latent space. They keep their own licences."""
+"""The official encoder files by latent space. They keep their own licenses."""
 
 TINY_ENCODER = "tiny_encoder.safetensors"
 """File name, among the package's assets, of the small encoder to FLUX.2's space."""

@@ -26,7 +26,7 @@ class GenerationDefaults:
 _LONG: dict[str, float | int | str] = {"max_sequence_length": 512}
 _QWEN: dict[str, float | int | str] = {"true_cfg_scale": 4.0, "negative_prompt": " ", **_LONG}
 
-_ROWS: tuple[tuple[str, str, dict[str, float | int | str]], ...] = (
+_GENERATION_ROWS: tuple[tuple[str, str, dict[str, float | int | str]], ...] = (
     ("flux", "black-forest-labs/FLUX.1-dev", {"guidance_scale": 3.5, **_LONG}),
     ("flux2", "black-forest-labs/FLUX.2-dev", {"guidance_scale": 4.0, **_LONG}),
     ("flux2-klein-4b", "black-forest-labs/FLUX.2-klein-4B", {"guidance_scale": 1.0, **_LONG}),
@@ -41,7 +41,7 @@ _ROWS: tuple[tuple[str, str, dict[str, float | int | str]], ...] = (
 GENERATION: Mapping[str, GenerationDefaults] = MappingProxyType(
     {
         name: GenerationDefaults(repository=repository, arguments=MappingProxyType(arguments))
-        for name, repository, arguments in _ROWS
+        for name, repository, arguments in _GENERATION_ROWS
     }
 )
 """Defaults by image model, as the models' own cards and the official demo give them."""

@@ -102,7 +102,7 @@ def size_advice(checkpoint: Checkpoint, height: int, width: int) -> str | None:
     nearest = nearest_trained(checkpoint, height, width)
     assert nearest is not None
     return (
-        f"{checkpoint.name} was not trained for {height}x{width} pixels (height x width): colours and textures may "
+        f"{checkpoint.name} was not trained for {height}x{width} pixels (height x width): colors and textures may "
         f"suffer. The nearest trained size is {nearest[0]}x{nearest[1]}."
     )
 

@@ -18,9 +18,9 @@ NoiseFrame = Literal["flow", "variance_preserving"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentSpace:
-    """One latent space (SPEC.md section 5): what a normalised latent `[B, channels, h, w]` of it means.
+    """One latent space (SPEC.md section 5): what a normalized latent `[B, channels, h, w]` of it means.
 
-    A latent is *normalised* when it is in the frame the image model itself works in: about zero mean and
+    A latent is *normalized* when it is in the frame the image model itself works in: about zero mean and
     unit standard deviation. *Raw* is what the space's own encoder puts out and its own decoder takes.
     """
 
@@ -29,7 +29,7 @@ class LatentSpace:
     title: str
     """Name for people."""
     channels: int
-    """Channels of the normalised latent."""
+    """Channels of the normalized latent."""
     down: int
     """Encoder-input pixels per latent cell, along each side."""
     scale: int = 4
@@ -37,9 +37,9 @@ class LatentSpace:
     packing: Packing = "none"
     """How pipelines flatten the latent to tokens: not at all, 2x2 cells to a token, or one cell to one."""
     raw_patch: int = 1
-    """Raw cells per normalised cell, along each side: the raw latent is `[B, channels / p^2, p h, p w]`."""
+    """Raw cells per normalized cell, along each side: the raw latent is `[B, channels / p^2, p h, p w]`."""
     statistics: Statistics
-    """What turns raw into normalised: two constants, a mean and deviation per channel, the autoencoder's
+    """What turns raw into normalized: two constants, a mean and deviation per channel, the autoencoder's
     batch-norm statistics, a mean and variance per position, or a LayerNorm over channels without weights."""
     scaling_factor: float = 1.0
     """Constant that raw minus shift is multiplied by ("constants")."""
@@ -58,9 +58,9 @@ class LatentSpace:
     fixed_input: int | None = None
     """The one square side, in pixels, the encoder takes; None where any multiple will do."""
     raw_std: float | None = None
-    """Standard deviation of a raw latent whose normalised form has 1; None where raw cannot be told so."""
+    """Standard deviation of a raw latent whose normalized form has 1; None where raw cannot be told so."""
     spread_limit: float = 2.0
-    """Largest believable spread of a clean normalised latent: each channel's standard deviation over its
+    """Largest believable spread of a clean normalized latent: each channel's standard deviation over its
     cells, root-mean-square over channels.
 
     Measured in FLUX.2's space on 94 photographs, drawings and pages: 0.58 to 0.90; flat and test pictures
@@ -87,7 +87,7 @@ class LatentSpace:
 
     @property
     def pixels_per_cell(self) -> int:
-        """Output pixels per (normalised) latent cell, along each side."""
+        """Output pixels per (normalized) latent cell, along each side."""
         return self.down * self.scale
 
     @property
@@ -107,7 +107,7 @@ class ImageModel:
 
     `capture_step` of `steps` is the recommended moment to stop (SPEC.md section 5, early termination); equal
     numbers mean the finished latent. `final_is_raw` marks the one pipeline whose `output_type="latent"`
-    is not the normalised latent; its step callback is.
+    is not the normalized latent; its step callback is.
     """
 
     name: str

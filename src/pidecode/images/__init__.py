@@ -3,7 +3,7 @@
 
 from pidecode.images.geometry import (
     Padding,
-    centre_crop,
+    center_crop,
     crop_back,
     downsample,
     lanczos,
@@ -19,7 +19,7 @@ __all__ = [
     "MAX_PIXELS",
     "ImageSource",
     "Padding",
-    "centre_crop",
+    "center_crop",
     "crop_back",
     "downsample",
     "encode_image",

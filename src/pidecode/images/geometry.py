@@ -26,7 +26,7 @@ class Padding:
     width: int
 
 
-def centre_crop(picture: Tensor, multiple: int) -> Tensor:
+def center_crop(picture: Tensor, multiple: int) -> Tensor:
     """The middle of `[B, 3, H, W]`, each side cut to a multiple. Raises SizeError if a side is shorter than one.
 
     An odd remainder loses the extra row or column at the lower or right edge.

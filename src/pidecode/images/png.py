@@ -22,7 +22,7 @@ _BAND_BYTES = 1 << 20  # of filtered picture per piece of work: small enough to 
 _ADLER = 65521
 _UP, _AVERAGE = 2, 3
 _FLAT_SHARE = 0.6  # of bytes equal to the one above them
-_COLOUR_TYPES = {1: 0, 3: 2, 4: 6}
+_COLOR_TYPES = {1: 0, 3: 2, 4: 6}
 
 
 def encode_png(array: NDArray[Any], texts: Mapping[str, str], *, workers: int | None = None) -> Iterator[bytes]:
@@ -30,7 +30,7 @@ def encode_png(array: NDArray[Any], texts: Mapping[str, str], *, workers: int | 
 
     Rows are cut into bands that are filtered and compressed by threads of their own, which end with the last
     piece. Bands of flat surfaces (pages, diagrams) are predicted from the row above and searched for
-    repetitions. In all others every byte is predicted by the average of its left and upper neighbour and
+    repetitions. In all others every byte is predicted by the average of its left and upper neighbor and
     coded by run lengths and Huffman codes only, for there is next to nothing to find there: beside Pillow's
     level 6, a 4096 x 4096 photograph came out 7 per cent smaller (grainy) to 12 per cent larger (smooth), and
     the grainy one fifteen times as fast on two cores.
@@ -38,7 +38,7 @@ def encode_png(array: NDArray[Any], texts: Mapping[str, str], *, workers: int | 
     height, width, channels = array.shape
     depth = array.dtype.itemsize
     yield SIGNATURE
-    yield _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8 * depth, _COLOUR_TYPES[channels], 0, 0, 0))
+    yield _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8 * depth, _COLOR_TYPES[channels], 0, 0, 0))
     yield _chunk(b"sRGB", b"\0")
     for keyword, text in texts.items():
         yield _chunk(b"iTXt", keyword.encode("latin-1") + b"\0\0\0\0\0" + text.encode("utf-8"))

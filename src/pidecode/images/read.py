@@ -30,8 +30,8 @@ _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """A picture as 8-bit RGB: upright by its EXIF orientation, in sRGB by its profile, transparency on white.
 
-    Grey, palette, CMYK and 16-bit pictures are converted; of an animation the first frame is taken. An
-    unreadable colour profile or orientation is passed over.
+    Gray, palette, CMYK and 16-bit pictures are converted; of an animation the first frame is taken. An
+    unreadable color profile or orientation is passed over.
 
     Raises ImageError for what is no picture, is cut off, has more than `max_pixels` pixels (judged by its
     header, before it is unpacked), or has a range of values that cannot be known.
@@ -119,7 +119,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image, name: str) -> Image.Image:
-    """16-bit grey to 8, each value to its nearest level."""
+    """16-bit gray to 8, each value to its nearest level."""
     if image.mode in _SIXTEEN_BIT or image.mode == "I":
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
@@ -144,5 +144,5 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         target = ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(image, source, target, outputMode="RGB") or image
-    except Exception:  # a broken or unfitting profile, or a Pillow without colour management
+    except Exception:  # a broken or unfitting profile, or a Pillow without color management
         return image

@@ -40,10 +40,10 @@ def space_of_model(model: Any) -> LatentSpace:
 
 
 def to_latent(samples: Mapping[str, Any], space: LatentSpace, *, model: Any = None, sigma: float = 0.0) -> Latent:
-    """A LATENT as a typed latent of `space`: normalised, and with its noise in the trained frame.
+    """A LATENT as a typed latent of `space`: normalized, and with its noise in the trained frame.
 
     samples: ComfyUI's LATENT; its tensor `[B, C, h, w]` (or `[B, C, 1, h, w]`) is in the autoencoder's frame.
-    model: the MODEL that made it. Its own `process_in` normalises; without one the space's facts do.
+    model: the MODEL that made it. Its own `process_in` normalizes; without one the space's facts do.
     sigma: noise that a sampler stopped early left in it, in the model's own terms (0 to 1 for flow matching,
         0 to about 14.6 for SDXL); needs the model.
 
@@ -55,7 +55,7 @@ def to_latent(samples: Mapping[str, Any], space: LatentSpace, *, model: Any = No
             raise SettingError(
                 f"sigma is {sigma:g}: to decode a latent that still holds noise, connect the MODEL that made it."
             )
-        # ComfyUI hands FLUX.2's latent around normalised; the others as their autoencoder has them.
+        # ComfyUI hands FLUX.2's latent around normalized; the others as their autoencoder has them.
         return Latent(tensor, space.name) if space.name == "flux2" else Latent.from_raw(tensor, space.name)
     theirs = space_of_model(model)
     if theirs.name != space.name:
@@ -66,10 +66,10 @@ def to_latent(samples: Mapping[str, Any], space: LatentSpace, *, model: Any = No
     with_frame = samples["samples"] if space.name == "qwenimage" and samples["samples"].ndim == 5 else tensor
     if space.name == "qwenimage" and with_frame.ndim == 4:
         with_frame = with_frame.unsqueeze(2)  # its format counts frames of a video
-    normalised = _one_frame(model.model.process_latent_in(with_frame.float())).float()
+    normalized = _one_frame(model.model.process_latent_in(with_frame.float())).float()
     if not sigma:
-        return Latent(normalised, space.name)
-    state = _sampler_state(normalised, model, sigma)
+        return Latent(normalized, space.name)
+    state = _sampler_state(normalized, model, sigma)
     if space.noise_frame == "variance_preserving":
         return Latent.from_euler(state, sigma, space.name)
     if not 0 < sigma < 1:
@@ -87,7 +87,7 @@ def _one_frame(tensor: Any) -> Tensor:
     return tensor
 
 
-def _sampler_state(normalised: Tensor, model: Any, sigma: float) -> Tensor:
+def _sampler_state(normalized: Tensor, model: Any, sigma: float) -> Tensor:
     """What the sampler held when it stopped.
 
     When ComfyUI's sampling ends at sigma > 0, a flow-matching model's latent is divided by (1 - sigma) on its way
@@ -95,7 +95,7 @@ def _sampler_state(normalised: Tensor, model: Any, sigma: float) -> Tensor:
     """
     sampling = model.get_model_object("model_sampling")
     state: Tensor = sampling.noise_scaling(
-        torch.tensor([sigma], device=normalised.device), torch.zeros_like(normalised), normalised
+        torch.tensor([sigma], device=normalized.device), torch.zeros_like(normalized), normalized
     )
     return state.float()
 
@@ -106,8 +106,8 @@ def to_pixels(image: Tensor) -> Tensor:
         raise SettingError(f"An IMAGE is [B, H, W, 3]; got {list(image.shape)}.")
     pixels = image.float().movedim(-1, 1)
     if pixels.shape[1] == 4:
-        colour, alpha = pixels[:, :3], pixels[:, 3:]
-        pixels = colour * alpha + (1 - alpha)
+        color, alpha = pixels[:, :3], pixels[:, 3:]
+        pixels = color * alpha + (1 - alpha)
     return (pixels * 2 - 1).clamp(-1, 1)
 
 

@@ -2,7 +2,7 @@
 """Prompts to pictures in two stages: all diffusion first, then, with its memory given back, all decoding.
 
 What the first stage makes is kept on disk as latents, so a run that was interrupted goes on where it stopped, and
-favourites can be decoded again.
+favorites can be decoded again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from pidecode import images
-from pidecode.colour import fidelity
+from pidecode.color import fidelity
 from pidecode.decoder import PixelDecoder
 from pidecode.errors import DownloadError, FileError, MissingDependencyError, SettingError
 from pidecode.facts.generation import GENERATION, diffusion_size
@@ -222,7 +222,7 @@ def load_pipeline(model: str, source: str | None, device: torch.device, dtype: t
     except (OSError, ValueError) as fault:
         first = (str(fault).splitlines() or [""])[0]
         raise DownloadError(
-            f"The pipeline {place} is not on this machine or not whole ({first[:160]}). Accept its licence on its page "
+            f"The pipeline {place} is not on this machine or not whole ({first[:160]}). Accept its license on its page "
             f"and fetch it with `hf download {GENERATION[model].repository}`, or name a folder."
         ) from None
     pipe.set_progress_bar_config(disable=True)

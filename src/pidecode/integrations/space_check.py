@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pidecode.colour import fidelity
+from pidecode.color import fidelity
 from pidecode.decoder import PixelDecoder
 from pidecode.errors import PidecodeError
 from pidecode.facts.checkpoints import REPOSITORY
@@ -128,7 +128,7 @@ def _check_encoder(decoder: PixelDecoder, space: LatentSpace) -> Iterator[Check]
     if latent is None:
         return
     if not encoder.can_decode:
-        yield Check("native decoder", False, "this encoder came without one; only comparing and colour_lock need it")
+        yield Check("native decoder", False, "this encoder came without one; only comparing and color_lock need it")
         return
     near = fidelity(encoder.decode_native(latent.tensor).to(ramp), ramp)[0]
     good = near.psnr > 20

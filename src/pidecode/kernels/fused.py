@@ -17,7 +17,7 @@ from torch import Tensor, nn
 def _norm_modulate(  # type: ignore[no-untyped-def]
     x_ptr, shift_ptr, factor_ptr, out_ptr, groups, spread, WIDTH: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
 ):
-    # One program normalises ROWS vectors of WIDTH values. `spread` is 0 where all share one shift and factor.
+    # One program normalizes ROWS vectors of WIDTH values. `spread` is 0 where all share one shift and factor.
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lanes = tl.arange(0, LANES)
     inside = (rows[:, None] < groups) & (lanes[None, :] < WIDTH)
@@ -124,7 +124,7 @@ def _norm_rotate(  # type: ignore[no-untyped-def]
 
 
 def norm_rotate_(heads_TNK: Tensor, weight_K: Tensor, rotation: Tensor | None) -> None:
-    """Normalise each head and rotate its channel pairs, in place, in one pass; twin: `lean.norm_rotate_`.
+    """Normalize each head and rotate its channel pairs, in place, in one pass; twin: `lean.norm_rotate_`.
 
     heads_TNK: any strides with a dense last axis; rotation: `[tokens, head_dim / 2]` complex64 or None.
     """

@@ -134,7 +134,7 @@ def update_pixels_(
 
 
 def norm_rotate_(heads_TNK: Tensor, weight_K: Tensor, rotation: Tensor | None) -> None:
-    """RMS-normalise each head and rotate its channel pairs, in place; twin: `rotate(RMSNorm(x), rotation)`.
+    """RMS-normalize each head and rotate its channel pairs, in place; twin: `rotate(RMSNorm(x), rotation)`.
 
     heads_TNK: queries or keys `[tokens, heads, head_dim]`, any strides with a dense last axis.
     rotation: `[tokens, head_dim / 2]` complex64, or None where nothing is rotated.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures to normalised latents with each space's own encoder, and back with its own decoder for comparison."""
+"""Pictures to normalized latents with each space's own encoder, and back with its own decoder for comparison."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from pidecode.errors import LatentError, MissingDependencyError, SettingError, SizeError
 from pidecode.facts.spaces import LatentSpace, get_space
-from pidecode.latents.frames import LatentStatistics, denormalise, normalise
+from pidecode.latents.frames import LatentStatistics, denormalize, normalize
 from pidecode.latents.latent import Latent
 from pidecode.model.encoder import Look
 
 PathLike = str | os.PathLike[str]
 Encode = Callable[[Tensor], Tensor]
-"""Pictures `[B, 3, H, W]` in [-1, 1] to normalised latents."""
+"""Pictures `[B, 3, H, W]` in [-1, 1] to normalized latents."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -50,7 +50,7 @@ class Native(Protocol):
 
 
 class SpaceEncoder:
-    """A latent space's own encoder: call it with pictures, get normalised latents.
+    """A latent space's own encoder: call it with pictures, get normalized latents.
 
     space: the row of its latent space.
     statistics: mean and variance from the encoder's own weights (flux2, dinov2); None where the space has none.
@@ -67,13 +67,13 @@ class SpaceEncoder:
         statistics: LatentStatistics | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        already_normalised: bool = False,
+        already_normalized: bool = False,
     ) -> None:
         self.space = space
         self.statistics = statistics
         self.dtype = dtype
         self._native = native
-        self._already_normalised = already_normalised
+        self._already_normalized = already_normalized
         self.device = torch.device("cpu")
         self.to(device)
 
@@ -90,7 +90,7 @@ class SpaceEncoder:
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor, look: Look | None = None) -> Tensor:
-        """Pictures `[B, 3, H, W]` in [-1, 1] to normalised latents `[B, C, H/down, W/down]`, float32.
+        """Pictures `[B, 3, H, W]` in [-1, 1] to normalized latents `[B, C, H/down, W/down]`, float32.
 
         look: what the decoder to come makes of a latent, at the picture's size. An encoder that was trained to
         (`EncoderConfig.rounds`) corrects its latent by it; to all others, and without it, it makes no difference.
@@ -101,7 +101,7 @@ class SpaceEncoder:
         check_pictures(pictures, self.space)
         given = pictures.to(self.device, torch.float32)
         raw = (self._native.encode(given) if look is None else self._encode_looking(given, look)).float()
-        latent = raw if self._already_normalised else normalise(raw, self.space, self.statistics)
+        latent = raw if self._already_normalized else normalize(raw, self.space, self.statistics)
         if not bool(torch.isfinite(latent).all()):
             raise LatentError(
                 f"The {self.space.name} encoder answered with NaN or infinite values in {_plain(self.dtype)}; load it "
@@ -117,7 +117,7 @@ class SpaceEncoder:
 
     @torch.no_grad()
     def decode_native(self, latent: Tensor) -> Tensor:
-        """Normalised latents `[B, C, h, w]` to what the space's own decoder makes of them.
+        """Normalized latents `[B, C, h, w]` to what the space's own decoder makes of them.
 
         Returns `[B, 3, h down, w down]` in [-1, 1], float32. Noise in the latent stays in the picture. Raises
         SettingError where the encoder came without its decoder.
@@ -128,7 +128,7 @@ class SpaceEncoder:
                 "compare with. Load it from files that hold both (see the page of the space)."
             )
         wide = latent.to(self.device).float()
-        raw = wide if self.space.statistics == "layer_norm" else denormalise(wide, self.space, self.statistics)
+        raw = wide if self.space.statistics == "layer_norm" else denormalize(wide, self.space, self.statistics)
         return self._native.decode(raw).float().clamp(-1.0, 1.0)
 
     def __repr__(self) -> str:
@@ -163,11 +163,11 @@ class LazyEncoder:
         return self.loaded.can_decode
 
     def __call__(self, pictures: Tensor, look: Look | None = None) -> Tensor:
-        """Pictures to normalised latents; see `SpaceEncoder`."""
+        """Pictures to normalized latents; see `SpaceEncoder`."""
         return self.loaded(pictures, look)
 
     def decode_native(self, latent: Tensor) -> Tensor:
-        """Normalised latents to the space's own pictures; see `SpaceEncoder`."""
+        """Normalized latents to the space's own pictures; see `SpaceEncoder`."""
         return self.loaded.decode_native(latent)
 
 
@@ -194,19 +194,19 @@ def visiting(encoder: object, device: torch.device | None) -> Iterator[None]:
 
 
 def native_reference(encoder: object, latent: Latent) -> Tensor:
-    """What the space's own decoder makes of a clean latent, for holding colours to it, `[B, 3, h, w]` in [-1, 1].
+    """What the space's own decoder makes of a clean latent, for holding colors to it, `[B, 3, h, w]` in [-1, 1].
 
     Raises SettingError when there is no such decoder at hand, or noise in the latent.
     """
     if bool((latent.sigmas > 0).any()):
         raise SettingError(
             f"Noise is in this latent (sigma {latent.sigmas.tolist()}), so the space's own decoder is no reference for "
-            "its colours; pass reference=, or leave colour_lock out."
+            "its colors; pass reference=, or leave color_lock out."
         )
     if not isinstance(encoder, (SpaceEncoder, LazyEncoder)) or not encoder.can_decode:
         raise SettingError(
-            f"Holding colours needs the {latent.space} space's own decoder, and there is none here. Fetch it with "
-            f"`pidecode pull {latent.space}`, pass reference=, or leave colour_lock out."
+            f"Holding colors needs the {latent.space} space's own decoder, and there is none here. Fetch it with "
+            f"`pidecode pull {latent.space}`, pass reference=, or leave color_lock out."
         )
     return encoder.decode_native(latent.tensor)
 
@@ -252,7 +252,7 @@ def load_encoder(
 
     if is_tiny_encoder(place):
         tiny = load_tiny_encoder(place, row, dtype)
-        return SpaceEncoder(tiny, row, device=device, dtype=dtype, already_normalised=True)
+        return SpaceEncoder(tiny, row, device=device, dtype=dtype, already_normalized=True)
     autoencoder, found = load_autoencoder(row, place, dtype)
     return SpaceEncoder(autoencoder, row, statistics=found, device=device, dtype=dtype)
 

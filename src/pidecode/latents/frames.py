@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames of a latent as tensor functions: raw and normalised, clean and noised, Euler and trained.
+"""Frames of a latent as tensor functions: raw and normalized, clean and noised, Euler and trained.
 
 All sums are done in float32 (or float64 if that comes in) and returned in the dtype that came in: in
 bfloat16 they would add an error as large as that of the rounding itself.
@@ -37,7 +37,7 @@ def noise_weights(space: LatentSpace, sigma: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def add_noise(latent: Tensor, noise: Tensor, sigma: float | Tensor, space: LatentSpace) -> Tensor:
-    """Noise a clean normalised latent `[B, C, h, w]` to sigma (a number, or `[B]`), in the space's own frame.
+    """Noise a clean normalized latent `[B, C, h, w]` to sigma (a number, or `[B]`), in the space's own frame.
 
     `(1 - s) z + s e` for flow-matching spaces, `sqrt(1 - s^2) z + s e` for SDXL (SPEC.md section 5).
     Agrees with the `add_noise` block of the reference goldens.
@@ -63,8 +63,8 @@ def euler_to_trained(latent: Tensor, sigma: float | Tensor) -> tuple[Tensor, Ten
     return (wide / size).to(latent.dtype), (column / size).flatten()
 
 
-def normalise(raw: Tensor, space: LatentSpace, statistics: LatentStatistics | None = None) -> Tensor:
-    """The encoder's raw latent to the normalised one the networks take (SPEC.md section 5).
+def normalize(raw: Tensor, space: LatentSpace, statistics: LatentStatistics | None = None) -> Tensor:
+    """The encoder's raw latent to the normalized one the networks take (SPEC.md section 5).
 
     raw: `[B, raw channels, h p, w p]`, for qwenimage also `[B, 16, 1, h, w]`, for flux2 also patchified
     `[B, 128, h, w]`, for dinov2 the features after the LayerNorm without weights, for siglip those before it.
@@ -84,8 +84,8 @@ def normalise(raw: Tensor, space: LatentSpace, statistics: LatentStatistics | No
     return wide.to(raw.dtype)
 
 
-def denormalise(latent: Tensor, space: LatentSpace, statistics: LatentStatistics | None = None) -> Tensor:
-    """The normalised latent `[B, C, h, w]` to what the space's own decoder takes, the inverse of `normalise`.
+def denormalize(latent: Tensor, space: LatentSpace, statistics: LatentStatistics | None = None) -> Tensor:
+    """The normalized latent `[B, C, h, w]` to what the space's own decoder takes, the inverse of `normalize`.
 
     flux2 comes back unpatchified, `[B, 32, 2h, 2w]`; qwenimage as one frame of a video, `[B, 16, 1, h, w]`.
     Raises LatentError for siglip, whose LayerNorm cannot be undone, and for missing statistics.
@@ -97,7 +97,7 @@ def denormalise(latent: Tensor, space: LatentSpace, statistics: LatentStatistics
         case "layer_norm":
             raise LatentError(
                 f"The raw form of a {space.name} latent is lost: its LayerNorm cannot be undone. "
-                "The space's own decoder takes the normalised latent as it is."
+                "The space's own decoder takes the normalized latent as it is."
             )
         case _:
             mean, deviation = _affine(wide, space, statistics)
@@ -124,7 +124,7 @@ def _affine(latent: Tensor, space: LatentSpace, statistics: LatentStatistics | N
         return given[0], given[1]
     if statistics is None:
         raise LatentError(
-            f"Raw {space.name} latents are normalised with statistics that lie in the encoder's own weights: "
+            f"Raw {space.name} latents are normalized with statistics that lie in the encoder's own weights: "
             "pass them as statistics=LatentStatistics(mean, variance)."
         )
     want = (space.channels, *latent.shape[2:]) if space.statistics == "per_position" else (space.channels,)

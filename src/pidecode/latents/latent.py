@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The typed latent: a tensor with its space, its noise level and its caption, normalised by definition."""
+"""The typed latent: a tensor with its space, its noise level and its caption, normalized by definition."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class Latent:
     """A batch of latents in the frame PiD was trained on (SPEC.md section 5).
 
-    tensor: `[B, C, h, w]`, float, *normalised*: what diffusers gives for `output_type="latent"`, unpacked
+    tensor: `[B, C, h, w]`, float, *normalized*: what diffusers gives for `output_type="latent"`, unpacked
         (but see `from_packed`, `from_euler` and `from_raw`; FLUX.2 klein's final latent is raw).
     space: name or alias of a latent space; kept as the space's own name.
     sigma: noise still in it, in [0, 1]; a number, or one per sample (kept as a float32 tensor `[B]`).
@@ -69,12 +69,12 @@ class Latent:
     ) -> Latent:
         """From what the space's own encoder puts out (its mean, before scaling and shifting).
 
-        raw: `[B, raw channels, h, w]`; see `frames.normalise` for each space. flux2 and dinov2 need the
+        raw: `[B, raw channels, h, w]`; see `frames.normalize` for each space. flux2 and dinov2 need the
         statistics that lie in the encoder's weights. Raises LatentError as the class does.
         """
         row = get_space(space)
         _check_is_float(raw)
-        return cls(frames.normalise(raw, row, statistics), row.name, sigma, _tuple(caption), seed)
+        return cls(frames.normalize(raw, row, statistics), row.name, sigma, _tuple(caption), seed)
 
     @classmethod
     def from_packed(
@@ -88,7 +88,7 @@ class Latent:
         caption: str | Sequence[str] | None = None,
         seed: int | None = None,
     ) -> Latent:
-        """From the tokens `[B, N, channels]` a Flux, FLUX.2 or Qwen-Image pipeline works with (normalised).
+        """From the tokens `[B, N, channels]` a Flux, FLUX.2 or Qwen-Image pipeline works with (normalized).
 
         height, width: pixels of the picture the image model ran at. Raises LatentError if they do not fit.
         """
@@ -106,7 +106,7 @@ class Latent:
         caption: str | Sequence[str] | None = None,
         seed: int | None = None,
     ) -> Latent:
-        """From SDXL's Euler scheduler, `x_0 + s e` with s >= 0 (0 to about 14.6), normalised otherwise.
+        """From SDXL's Euler scheduler, `x_0 + s e` with s >= 0 (0 to about 14.6), normalized otherwise.
 
         Tensor and sigma are divided by sqrt(s^2 + 1), the frame the network was trained in. Raises
         LatentError for the flow-matching spaces, whose schedulers need no change of frame.
@@ -136,7 +136,7 @@ class Latent:
         height, width: what the pipeline was called with; needed by those that pack their latents to tokens, unless
             it ran at its own default size.
         Call it before the pipeline runs again: the noise level is read from the pipeline's scheduler, so a run that
-        was interrupted is labelled rightly. Raises SettingError for a pipeline PiD has no decoder for, LatentError
+        was interrupted is labeled rightly. Raises SettingError for a pipeline PiD has no decoder for, LatentError
         when `out` holds no latents or the size does not fit.
         """
         from pidecode.latents.pipelines import from_pipeline
@@ -152,7 +152,7 @@ class Latent:
         path: of the file, or its bytes.
 
         space and sigma settle what a file does not say; where the file says otherwise, that is an error.
-        A foreign tensor must be normalised. Raises FileError for a broken file, LatentError for its content.
+        A foreign tensor must be normalized. Raises FileError for a broken file, LatentError for its content.
         """
         stored = storage.read_latent(path)
         path = storage.IN_MEMORY if isinstance(path, bytes) else path
@@ -215,15 +215,15 @@ class Latent:
         return self.grid[0] * self.facts.pixels_per_cell, self.grid[1] * self.facts.pixels_per_cell
 
     def to_raw(self, statistics: LatentStatistics | None = None) -> Tensor:
-        """What the space's own decoder takes; see `frames.denormalise`. flux2 and dinov2 need statistics."""
-        return frames.denormalise(self.tensor, self.facts, statistics)
+        """What the space's own decoder takes; see `frames.denormalize`. flux2 and dinov2 need statistics."""
+        return frames.denormalize(self.tensor, self.facts, statistics)
 
     def to_packed(self) -> Tensor:
         """The tokens `[B, N, channels]` of the space's pipeline; SettingError where it does not pack."""
         return packing.pack(self.tensor, self.facts)
 
     def noised(self, sigma: float | Tensor, *, seed: int = 0, noise: Tensor | None = None) -> Latent:
-        """This clean latent noised to sigma in [0, 1] in its space's frame, and labelled so.
+        """This clean latent noised to sigma in [0, 1] in its space's frame, and labeled so.
 
         The noise is unit Gaussian from a CPU generator with that seed, the same on every machine, or is given
         (the latent's shape). Sigma 0 draws nothing. Raises LatentError if noise is in the latent already.

@@ -16,7 +16,7 @@ from torch import Tensor
 from pidecode.errors import CheckpointError, LatentError, SettingError
 from pidecode.facts.spaces import IMAGE_MODELS, LatentSpace, get_space
 from pidecode.latents.autoencoders import check_constants
-from pidecode.latents.frames import LatentStatistics, denormalise, normalise
+from pidecode.latents.frames import LatentStatistics, denormalize, normalize
 from pidecode.latents.latent import Latent
 from pidecode.latents.packing import unpack
 
@@ -152,7 +152,7 @@ def latent_of(
     elif tensor.ndim == 5 and tensor.shape[2] == 1:
         tensor = tensor.squeeze(2)
     elif tensor.ndim == 4 and space.statistics == "batch_norm" and tensor.shape[1] == space.raw_channels:
-        tensor = normalise(tensor, space, statistics_of(pipe))  # FLUX.2 klein's final latent is raw
+        tensor = normalize(tensor, space, statistics_of(pipe))  # FLUX.2 klein's final latent is raw
     level = noise_level(pipe.scheduler) if level is None else level
     texts = None if caption is None else tuple(caption)
     if level > 0 and frame_of(pipe.scheduler, space) == "euler":
@@ -216,7 +216,7 @@ def from_pipeline(
 def decode_native(pipe: Any, latent: Latent) -> Tensor:
     """What the pipeline's own autoencoder makes of a latent: `[B, 3, H, W]` in [-1, 1], float32, on the CPU."""
     space, vae = latent.facts, pipe.vae
-    raw = denormalise(latent.tensor.float(), space, statistics_of(pipe))
+    raw = denormalize(latent.tensor.float(), space, statistics_of(pipe))
     narrow = vae.dtype == torch.float16 and bool(vae.config.get("force_upcast", False))
     if narrow:
         vae.to(torch.float32)

@@ -81,7 +81,7 @@ class RepresentationNative:
         """Whether the ViT is at hand."""
         return self._decoder is not None
 
-    def _colours(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _colors(self, like: Tensor) -> tuple[Tensor, Tensor]:
         recipe = self._recipe
         mean, deviation = like.new_tensor([recipe.mean, recipe.deviation]).view(2, 1, 3, 1, 1)
         return mean, deviation
@@ -94,7 +94,7 @@ class RepresentationNative:
             seen = functional.interpolate(
                 seen, size=(recipe.side, recipe.side), mode="bicubic", align_corners=False, antialias=recipe.antialias
             )
-        mean, deviation = self._colours(seen)
+        mean, deviation = self._colors(seen)
         tokens = self._tower(((seen - mean) / deviation).to(self._dtype)).last_hidden_state[:, self._special :]
         side = math.isqrt(tokens.shape[1])
         features: Tensor = tokens.transpose(1, 2).unflatten(2, (side, side))
@@ -104,7 +104,7 @@ class RepresentationNative:
         """Pictures of the space's own square size, in [-1, 1]."""
         assert self._decoder is not None
         pictures = self._decoder(raw.flatten(2).transpose(1, 2).to(self._dtype)).float()
-        mean, deviation = self._colours(pictures)
+        mean, deviation = self._colors(pictures)
         pictures = (pictures * deviation + mean).clamp(0, 1)
         if pictures.shape[-1] != self._side:  # Scale-RAE decodes to 224 pixels what stands for 256
             pictures = functional.interpolate(
@@ -211,7 +211,7 @@ def _load_tower(space: LatentSpace, source: str, dtype: torch.dtype) -> Any:
 def _read_statistics(space: LatentSpace, file: Path | None, path: Path) -> LatentStatistics:
     if file is None:
         raise CheckpointError(
-            f"{path} holds no stat.pt, and {space.name} latents cannot be normalised without RAE's statistics. Fetch "
+            f"{path} holds no stat.pt, and {space.name} latents cannot be normalized without RAE's statistics. Fetch "
             f"{RECIPES[space.name].statistics_files[0]} of nyu-visionx/RAE-collections, or name it as statistics=."
         )
     tensors = read_tensors(file).tensors

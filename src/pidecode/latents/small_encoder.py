@@ -19,7 +19,7 @@ from pidecode.weights.read import read_tensors
 
 
 class TinyNative:
-    """The small encoder that ships with `tiny`; its output is normalised already, and there is no way back."""
+    """The small encoder that ships with `tiny`; its output is normalized already, and there is no way back."""
 
     can_decode = False
 
@@ -27,7 +27,7 @@ class TinyNative:
         self.model = model.eval().requires_grad_(False)
 
     def encode(self, pictures: Tensor, look: Look | None = None) -> Tensor:
-        """Normalised latents `[B, 128, h, w]`; with a `look` at what they decode to, corrected by it."""
+        """Normalized latents `[B, 128, h, w]`; with a `look` at what they decode to, corrected by it."""
         latents: Tensor = self.model(pictures.to(self.model.stem.weight.dtype), look)
         return latents
 

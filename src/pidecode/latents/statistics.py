@@ -17,21 +17,21 @@ _FEWEST_CELLS = 16
 _SLACK = 1.15
 # A latent at noise level s holds that noise: a spread this far below s contradicts it.
 _LEAST_NOISE = 0.75
-# Unit deviation is what "normalised" means: it is never counted against a latent, whatever its sigma.
+# Unit deviation is what "normalized" means: it is never counted against a latent, whatever its sigma.
 _UNIT = 1.1
 
 
 class FrameWarning(UserWarning):
-    """A latent whose statistics do not look like the normalised frame at its sigma."""
+    """A latent whose statistics do not look like the normalized frame at its sigma."""
 
 
 def frame_evidence(tensor: Tensor, space: LatentSpace, sigmas: Tensor) -> str | None:
-    """What speaks against `tensor` `[B, C, h, w]` being a normalised latent of `space` at noise levels `[B]`.
+    """What speaks against `tensor` `[B, C, h, w]` being a normalized latent of `space` at noise levels `[B]`.
 
     None when nothing does. Judged by the spread (each channel's standard deviation over its cells,
     root-mean-square over channels), which for flat pictures is small whatever the frame and so never
     counts against a clean latent; noise adds its own known share. Raw sd3 latents are narrower than
-    normalised ones and cannot be told from flat pictures, unless noise is in them.
+    normalized ones and cannot be told from flat pictures, unless noise is in them.
     """
     cells = tensor.shape[-2] * tensor.shape[-1]
     if cells < _FEWEST_CELLS:
@@ -47,7 +47,7 @@ def frame_evidence(tensor: Tensor, space: LatentSpace, sigmas: Tensor) -> str | 
         which = f"Sample {index} of this" if tensor.shape[0] > 1 else "This"
         if spread > high:
             return (
-                f"{which} {space.name} latent has a spread of {spread:.2f} within its channels; a normalised one "
+                f"{which} {space.name} latent has a spread of {spread:.2f} within its channels; a normalized one "
                 f"at sigma {level:g} stays below {high:.2f} (photographs: 0.6 to 1 when clean). {_wider(space)}"
             )
         if spread < low:
@@ -63,7 +63,7 @@ def _wider(space: LatentSpace) -> str:
     mends = []
     if space.raw_std is not None and space.raw_std > 1:
         mends.append(
-            f"A raw {space.name} latent is {space.raw_std:g} times wider than a normalised one: "
+            f"A raw {space.name} latent is {space.raw_std:g} times wider than a normalized one: "
             "if it is raw, build it with Latent.from_raw()."
         )
     if space.noise_frame == "variance_preserving":

@@ -55,7 +55,7 @@ def write_latent(
     note = {
         "format": FORMAT,
         "space": record.space,
-        "frame": "normalised",
+        "frame": "normalized",
         "sigma": list(record.sigma),
         "caption": None if record.caption is None else list(record.caption),
         "seed": record.seed,
@@ -176,8 +176,8 @@ def _parse_record(text: str, path: object) -> LatentRecord:
     space, frame, seed = note.get("space"), note.get("frame"), note.get("seed")
     if not isinstance(space, str) or space not in SPACES:
         raise LatentError(f"{path} is of space {space!r}; known are {', '.join(SPACES)}.")
-    if frame != "normalised":
-        raise LatentError(f"{path} says its frame is {frame!r}; a latent file holds the normalised one. Convert it.")
+    if frame != "normalized":
+        raise LatentError(f"{path} says its frame is {frame!r}; a latent file holds the normalized one. Convert it.")
     sigma, caption = note.get("sigma"), note.get("caption")
     if not isinstance(sigma, list) or not all(type(s) in (int, float) and 0 <= s <= 1 for s in sigma):
         raise LatentError(f"{path} says sigma {sigma!r}; it must be a list of numbers in [0, 1], one per sample.")

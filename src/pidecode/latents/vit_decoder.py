@@ -77,7 +77,7 @@ class Layer(nn.Module):
 class VitDecoder(nn.Module):
     """Tokens `[B, grid^2, features]` (row-major, no class token) to pictures `[B, 3, side, side]`.
 
-    The pictures are in the encoder's own normalisation (its mean and deviation of colours). Other square grids of
+    The pictures are in the encoder's own normalization (its mean and deviation of colors). Other square grids of
     tokens are brought to the trained one by bilinear interpolation, as both projects do.
     """
 
@@ -99,7 +99,7 @@ class VitDecoder(nn.Module):
         for layer in self.decoder_layers:
             x = layer(x)
         values = self.decoder_pred(self.decoder_norm(x))[:, 1:]
-        # A token holds its patch as (row, column, colour).
+        # A token holds its patch as (row, column, color).
         patches = values.unflatten(1, (config.grid, config.grid)).unflatten(-1, (config.patch, config.patch, 3))
         picture: Tensor = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         return picture

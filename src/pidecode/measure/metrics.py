@@ -68,7 +68,7 @@ def similarity(a: Tensor, b: Tensor, blur: Callable[[Tensor], Tensor]) -> Tensor
 
 
 def channel_error(picture: Tensor, original: Tensor) -> Tensor:
-    """Mean signed error per channel in 1/255 steps, [B,C]: what a colour cast shows up as."""
+    """Mean signed error per channel in 1/255 steps, [B,C]: what a color cast shows up as."""
     a, b = _unit(picture, original)
     return 255 * (a - b).mean((2, 3))
 

@@ -61,7 +61,7 @@ def reference_arguments(config: NetConfig) -> dict[str, Any]:
         "rope_ref_h": config.rope_reference[0], "rope_ref_w": config.rope_reference[1],
         "lq_in_channels": config.adapter_image_channels, "lq_latent_channels": config.latent_channels,
         "lq_hidden_dim": config.adapter_width, "lq_num_res_blocks": config.adapter_blocks,
-        "lq_latent_unpatchify_factor": config.latent_unpatchify, "lq_aux_rgb_head": config.colour_head,
+        "lq_latent_unpatchify_factor": config.latent_unpatchify, "lq_aux_rgb_head": config.color_head,
         "lq_conv_padding_mode": config.adapter_padding,
         "lq_gate_type": "sigma_aware_per_token" if per_token else "sigma_aware_per_token_per_dim",
         "lq_interval": config.inject_interval, "sr_scale": config.scale,

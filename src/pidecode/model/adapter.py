@@ -86,7 +86,7 @@ class LatentTokens:
 
     blocks: tuple[Tensor, ...]
     pixels: Tensor | None
-    colour: Tensor | None
+    color: Tensor | None
     """Predicted low-resolution picture `[B, 3, h f, w f]`, f = patch_size / scale, if it was asked for."""
 
 
@@ -98,11 +98,11 @@ def conv3x3(in_channels: int, out_channels: int, padding: Padding) -> nn.Conv2d:
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions, each after a norm over the whole picture, and a skip."""
 
-    def __init__(self, width: int, padding: Padding, *, normalised: bool = True) -> None:
+    def __init__(self, width: int, padding: Padding, *, normalized: bool = True) -> None:
         super().__init__()
 
         def norm() -> nn.Module:
-            return nn.GroupNorm(4, width) if normalised else nn.Identity()
+            return nn.GroupNorm(4, width) if normalized else nn.Identity()
 
         self.block = nn.Sequential(
             norm(), nn.SiLU(), conv3x3(width, width, padding),
@@ -125,7 +125,7 @@ class ClimbingTower(nn.Module):
 
     Small networks decode better per operation this way: the latent's own coarse grid is where convolutions are cheap,
     and a grid finer than the patches is where they need not tell apart the places within one. Only the coarsest level
-    normalises over the picture; finer ones would lose the size of a faint detail by it.
+    normalizes over the picture; finer ones would lose the size of a faint detail by it.
     """
 
     def __init__(self, channels: int, config: NetConfig) -> None:
@@ -136,7 +136,7 @@ class ClimbingTower(nn.Module):
         for level, blocks in enumerate(config.adapter_levels):
             self.levels.append(nn.Sequential(
                 conv3x3(width if level else channels, width, padding),
-                *(ResidualBlock(width, padding, normalised=level == 0) for _ in range(blocks)),
+                *(ResidualBlock(width, padding, normalized=level == 0) for _ in range(blocks)),
             ))  # fmt: skip
 
     def forward(self, cells: Tensor) -> Tensor:
@@ -205,10 +205,10 @@ class LatentAdapter(nn.Module):
         self.output_heads = nn.ModuleList(nn.Linear(width, config.hidden_size) for _ in range(config.num_injections))
         if config.inject_pixels:
             self.pit_head = nn.Linear(width, config.hidden_size)
-        if config.colour_head:
-            colours = 3 * (config.patch_size // config.scale) ** 2
+        if config.color_head:
+            colors = 3 * (config.patch_size // config.scale) ** 2
             self.lq_aux_rgb_head = nn.Sequential(
-                nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, colours)
+                nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, colors)
             )
         self.gate_modules = nn.ModuleList(
             Gate(config.hidden_size, config.gate == "per_channel") for _ in range(config.num_injections)
@@ -242,7 +242,7 @@ class LatentAdapter(nn.Module):
     def features(
         self, grid: tuple[int, int], latent: Tensor | None, image: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Shared features `[B, width, h, w]`, and those the colour head reads."""
+        """Shared features `[B, width, h, w]`, and those the color head reads."""
         parts: list[Tensor] = []
         tapped: Tensor | None = None
         if self.config.adapter_image_channels and image is not None:
@@ -257,7 +257,7 @@ class LatentAdapter(nn.Module):
             else:
                 for index, layer in enumerate(cast(nn.Sequential, self.latent_proj)):
                     hidden = layer(hidden)
-                    if index > 2 and index - 2 == self.config.colour_head_tap:  # residual blocks count from one
+                    if index > 2 and index - 2 == self.config.color_head_tap:  # residual blocks count from one
                         tapped = hidden
             parts.append(hidden)
         if not parts:
@@ -265,11 +265,11 @@ class LatentAdapter(nn.Module):
         shared = parts[0] if len(parts) == 1 else self.merge(torch.cat(parts, dim=1))
         return shared, shared if tapped is None else tapped
 
-    def colour(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The colour head: features to the low-resolution picture `[B, 3, h f, w f]`, unclamped."""
+    def color(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The color head: features to the low-resolution picture `[B, 3, h f, w f]`, unclamped."""
         side = self.config.patch_size // self.config.scale
-        colours = self.lq_aux_rgb_head(features.flatten(2).transpose(1, 2))
-        return F.pixel_shuffle(colours.transpose(1, 2).unflatten(2, grid), side)
+        colors = self.lq_aux_rgb_head(features.flatten(2).transpose(1, 2))
+        return F.pixel_shuffle(colors.transpose(1, 2).unflatten(2, grid), side)
 
     def late(
         self, grid: tuple[int, int], latent: Tensor, sigma_B: Tensor, mask: Tensor | None, pixel_gate: Gate | None
@@ -290,7 +290,7 @@ class LatentAdapter(nn.Module):
         *,
         image: Tensor | None = None,
         mask: Tensor | None = None,
-        want_colour: bool = False,
+        want_color: bool = False,
     ) -> LatentTokens:
         """Tokens for every injection point. `mask` `[B]` of 0 or 1 silences the latent of single samples."""
         shared, tapped = self.features(grid, latent, image)
@@ -298,5 +298,5 @@ class LatentAdapter(nn.Module):
         return LatentTokens(
             blocks=tuple(masked(head(tokens), mask) for head in self.output_heads),
             pixels=masked(self.pit_head(tokens), mask) if self.config.inject_pixels else None,
-            colour=masked(self.colour(tapped, grid), mask) if want_colour else None,
+            color=masked(self.color(tapped, grid), mask) if want_color else None,
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small image encoder that ships with `tiny`: a picture to FLUX.2's normalised latent, without FLUX.2's own VAE."""
+"""The small image encoder that ships with `tiny`: a picture to FLUX.2's normalized latent, without FLUX.2's own VAE."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST_ROUNDS = 16
 """Most corrections an encoder may ask for: each costs a look and an encoding, and a file decides over them."""
 
 Look = Callable[[Tensor], Tensor]
-"""From a normalised latent [B,128,h,w] to what a decoder makes of it, shrunk to the encoded picture's size."""
+"""From a normalized latent [B,128,h,w] to what a decoder makes of it, shrunk to the encoded picture's size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +84,7 @@ class ResidualBlock(nn.Module):
 class ContextBlock(ResidualBlock):
     """A ResidualBlock whose inner channels are scaled and shifted by the picture's mean features.
 
-    The autoencoder it imitates normalises over the whole picture, so a purely local network cannot follow it.
+    The autoencoder it imitates normalizes over the whole picture, so a purely local network cannot follow it.
     """
 
     def __init__(self, width: int) -> None:
@@ -100,7 +100,7 @@ class ContextBlock(ResidualBlock):
 
 
 class ImageEncoder(nn.Module):
-    """Picture [B,3,H,W] in [-1,1], sides multiples of 16, to the normalised latent [B,128,H/16,W/16].
+    """Picture [B,3,H,W] in [-1,1], sides multiples of 16, to the normalized latent [B,128,H/16,W/16].
 
     The output is in the frame every latent of this project is in (SPEC.md section 5): FLUX.2's patchified 32
     channels, order (channel, row, column). It depends on the whole picture: encode first, crop after.

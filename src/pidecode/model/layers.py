@@ -71,14 +71,14 @@ class TextEmbedder(nn.Module):
 
 
 class PixelEmbedder(nn.Module):
-    """Colours `[..., 3]` to pixel tokens `[..., C]`."""
+    """Colors `[..., 3]` to pixel tokens `[..., C]`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.proj = nn.Linear(3, width)
 
-    def forward(self, colours: Tensor) -> Tensor:
-        return self.proj(colours.to(self.proj.weight.dtype))  # type: ignore[no-any-return]
+    def forward(self, colors: Tensor) -> Tensor:
+        return self.proj(colors.to(self.proj.weight.dtype))  # type: ignore[no-any-return]
 
 
 class GatedFeedForward(nn.Module):
@@ -107,7 +107,7 @@ class PixelFeedForward(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Pixel tokens `[..., C]` to colours `[..., 3]`."""
+    """Pixel tokens `[..., C]` to colors `[..., 3]`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -48,7 +48,7 @@ class Condition:
     text_rotation: Rotation | None
     row_table: Tensor
     column_table: Tensor
-    colour: Tensor | None = None
+    color: Tensor | None = None
     schedule: Schedule | None = None
     """Vectors of the times at which the picture will be denoised, if they are known beforehand."""
 
@@ -67,7 +67,7 @@ class Condition:
             pixel_rotation=(self.pixel_rotation[0][patches], self.pixel_rotation[1][patches]),
             row_table=self.row_table[rows.start * patch : rows.stop * patch],
             column_table=self.column_table[columns.start * patch : columns.stop * patch],
-            colour=None,
+            color=None,
         )
 
 
@@ -79,7 +79,7 @@ class _Given:
     latent: Tensor | None
     sigma: Tensor | float | None
     mask: Tensor | None
-    want_colour: bool
+    want_color: bool
     keep_tokens: bool
 
 
@@ -148,14 +148,14 @@ class PixelNet(nn.Module):
         sigma: Tensor | float | None = None,
         *,
         latent_mask: Tensor | None = None,
-        want_colour: bool = False,
+        want_color: bool = False,
         keep_tokens: bool = True,
         schedule: Schedule | None = None,
     ) -> Condition:
         """Compute what all steps share.
 
         text: caption states `[B, N, text_dim]`; positions beyond `text_length` are cut.
-        latent: normalised latent `[B, channels, a, b]`; None runs without any latent.
+        latent: normalized latent `[B, channels, a, b]`; None runs without any latent.
         sigma: noise left in the latent, one value or one per sample, in [0, 1].
         latent_mask: `[B]` of 0 or 1; 0 silences a sample's latent.
         keep_tokens: False makes the latent's tokens anew at each use: less memory, a hundredth more work.
@@ -163,8 +163,8 @@ class PixelNet(nn.Module):
         Raises LatentError or SettingError when an input does not fit the network.
         """
         config, device = self.config, self.device
-        given = _Given(grid, latent, sigma, latent_mask, want_colour, keep_tokens)
-        injections, pixel_injection, colour = self._inject(given)
+        given = _Given(grid, latent, sigma, latent_mask, want_color, keep_tokens)
+        injections, pixel_injection, color = self._inject(given)
         tokens = self._embed_text(text)
         reference = None
         if config.rope_mode == "ntk_aware":
@@ -185,7 +185,7 @@ class PixelNet(nn.Module):
             ),
             row_table=pixel_axis_table(grid[0] * config.patch_size, config.pixel_hidden_size // 2, device=device),
             column_table=pixel_axis_table(grid[1] * config.patch_size, config.pixel_hidden_size // 2, device=device),
-            colour=colour,
+            color=color,
             schedule=schedule,
         )
 
@@ -208,26 +208,26 @@ class PixelNet(nn.Module):
         self, given: _Given
     ) -> tuple[tuple[Injection | LateInjection, ...], Injection | LateInjection | None, Tensor | None]:
         if given.latent is None:
-            if given.sigma is not None or given.mask is not None or given.want_colour:
-                raise SettingError("sigma, latent_mask and want_colour act on a latent, and none was given.")
+            if given.sigma is not None or given.mask is not None or given.want_color:
+                raise SettingError("sigma, latent_mask and want_color act on a latent, and none was given.")
             return (), None, None
         if not self.config.has_adapter:
             raise SettingError("This network is a bare text-to-image backbone: it takes no latent.")
         if given.sigma is None:
             raise LatentError("A latent came without sigma; give the noise left in it (0 for a finished latent).")
-        if given.want_colour and not self.config.colour_head:
-            raise SettingError("This network has no colour head, so it cannot predict the low-resolution picture.")
+        if given.want_color and not self.config.color_head:
+            raise SettingError("This network has no color head, so it cannot predict the low-resolution picture.")
         sigma_B = torch.as_tensor(given.sigma, dtype=torch.float32, device=given.latent.device).reshape(-1)
         if sigma_B.numel() not in (1, given.latent.shape[0]):
             raise LatentError(
                 f"sigma has {sigma_B.numel()} values for {given.latent.shape[0]} latents; give one, or one each."
             )
-        if given.want_colour and not given.keep_tokens:
-            raise SettingError("The colour head needs keep_tokens=True; with it off, no head is run beforehand.")
+        if given.want_color and not given.keep_tokens:
+            raise SettingError("The color head needs keep_tokens=True; with it off, no head is run beforehand.")
         pixel_gate = self.pit_lq_gate if self.config.inject_pixels else None
         if not given.keep_tokens:
             return self.lq_proj.late(given.grid, given.latent, sigma_B, given.mask, pixel_gate)
-        adapted = self.lq_proj(given.grid, given.latent, mask=given.mask, want_colour=given.want_colour)
+        adapted = self.lq_proj(given.grid, given.latent, mask=given.mask, want_color=given.want_color)
         injections = tuple(
             Injection(tokens, gate.latent_logits(tokens, sigma_B))  # type: ignore[operator]
             for tokens, gate in zip(adapted.blocks, self.lq_proj.gate_modules, strict=True)
@@ -235,7 +235,7 @@ class PixelNet(nn.Module):
         pixel_injection = None
         if pixel_gate is not None:
             pixel_injection = Injection(adapted.pixels, pixel_gate.latent_logits(adapted.pixels, sigma_B))
-        return injections, pixel_injection, adapted.colour
+        return injections, pixel_injection, adapted.color
 
     def denoise(self, x_B3HW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
         """One evaluation: noisy picture `[B, 3, H, W]` and flow time times 1000 `[B]` to the prediction, same shape.
@@ -318,7 +318,7 @@ class PixelNet(nn.Module):
         return from_patches(self.final_layer(pixels).float(), condition.grid, self.config.patch_size)
 
     def _embed_pixels(self, patches_BLP3: Tensor, condition: Condition) -> Tensor:
-        """Colours to pixel tokens `[B, L, P, C]`, plus every pixel's place in the picture."""
+        """Colors to pixel tokens `[B, L, P, C]`, plus every pixel's place in the picture."""
         (rows, columns), patch = condition.grid, self.config.patch_size
         half = self.config.pixel_hidden_size // 2
         shape = (rows, columns, patch, patch, half)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pixel path in tiles: some patches by some rows of their pixels, finished before the next one is begun.
 
-A pixel block is two halves around its attention over patches. The first half only *summarises* pixels (modulate,
+A pixel block is two halves around its attention over patches. The first half only *summarizes* pixels (modulate,
 compress), the second *updates* them (gated attention, modulate, feed-forward, gate). So one sweep over the tiles can
-update with block k and summarise for block k + 1, or colour the picture after the last; pixels are computed from the
+update with block k and summarize for block k + 1, or color the picture after the last; pixels are computed from the
 noisy picture when first met, and kept between sweeps only.
 
 Each half multiplies the patch conditions with its own rows of `adaLN_modulation` (shift and scale; gate, shift, scale,
@@ -72,7 +72,7 @@ def modulation_rows(block: Any, pixels: slice, which: slice) -> Modulation:
     return Modulation(matrix.map(lambda rows: rows.flatten(0, 2)), bias.flatten(), len(bias))
 
 
-class _Summarise:
+class _Summarize:
     """First half of a pixel block on the pixels `group`: tiles to their share of the patches' summaries."""
 
     def __init__(self, block: Any, group: slice) -> None:
@@ -137,20 +137,20 @@ class _Canvas:
                 yield b, part, slice(part.start * self.columns, part.stop * self.columns)
 
     def pixels(self, b: int, part: slice, group: slice) -> Tensor:
-        """A tile of fresh pixel tokens `[T, G, C]`, float32: colours embedded, and their place in the picture."""
-        colours = self.noisy[b, :, part, group].permute(1, 3, 2, 4, 0)  # [n, columns, rows of pixels, patch, 3]
+        """A tile of fresh pixel tokens `[T, G, C]`, float32: colors embedded, and their place in the picture."""
+        colors = self.noisy[b, :, part, group].permute(1, 3, 2, 4, 0)  # [n, columns, rows of pixels, patch, 3]
         proj = self.net.pixel_embedder.proj
-        tile = F.linear(colours.to(proj.weight.dtype), proj.weight, proj.bias).float()
+        tile = F.linear(colors.to(proj.weight.dtype), proj.weight, proj.bias).float()
         tile.add_(self.across).add_(self.down[part, :, group])
         return tile.flatten(2, 3).flatten(0, 1)
 
     def paint(self, picture: Tensor, b: int, part: slice, group: slice, tile_TGC: Tensor) -> None:
-        """Colours of a finished tile into the prediction."""
+        """Colors of a finished tile into the prediction."""
         final = self.net.final_layer
         pixels = tile_TGC.mul_(lean.inverse_rms(tile_TGC)).mul_(final.norm.weight).to(final.linear.weight.dtype)
-        colours = final.linear(pixels)
+        colors = final.linear(pixels)
         shape = (part.stop - part.start, self.columns, group.stop - group.start, self.patch, 3)
-        self._grid(picture)[b, :, part, group] = colours.view(shape).permute(4, 0, 2, 1, 3)
+        self._grid(picture)[b, :, part, group] = colors.view(shape).permute(4, 0, 2, 1, 3)
 
 
 def run_pixels(net: PixelNet, x_B3HW: Tensor, tokens_BLD: Tensor, condition: Condition, chunks: Chunks) -> Tensor:
@@ -183,7 +183,7 @@ class _Sweep:
         return self.tokens.new_empty(canvas.batch, 3, *sides, dtype=torch.float32)
 
     def run(self, block: Any | None, attended_BLA: Tensor | None, following: Any | None) -> Tensor | None:
-        """Update every tile with `block`, then summarise it for the `following` block, or paint it if none follows.
+        """Update every tile with `block`, then summarize it for the `following` block, or paint it if none follows.
 
         Returns the summaries `[B, L, attention width]` for the following block.
         """
@@ -194,16 +194,16 @@ class _Sweep:
         for group in canvas.groups():
             pixels = slice(group.start * canvas.patch, group.stop * canvas.patch)
             update = None if block is None else _Update(block, pixels)
-            summarise = None if following is None else _Summarise(following, pixels)
+            summarize = None if following is None else _Summarize(following, pixels)
             for b, part, tokens in canvas.tiles():
                 condition = self.tokens[b, tokens]
                 tile = canvas.pixels(b, part, group) if first_meeting else self.kept[group.start][b, tokens]
                 if update is not None and attended_BLA is not None:
                     update(tile, condition, attended_BLA[b, tokens])
-                if summarise is None or summary is None:
+                if summarize is None or summary is None:
                     canvas.paint(self.picture, b, part, group, tile)
                     continue
-                summarise(tile, condition, summary[b, tokens])
+                summarize(tile, condition, summary[b, tokens])
                 if update is not None and first_meeting:
                     self._keep(b, tokens, group, tile)
             if following is None:

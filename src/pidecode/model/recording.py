@@ -64,7 +64,7 @@ class Recordings:
         condition: the same object at each step of a picture, so that it is copied once.
         variant: what else a recording depends on, such as the attention kernel.
         """
-        inputs = Inputs(x, vectors, replace(condition, schedule=None, colour=None))
+        inputs = Inputs(x, vectors, replace(condition, schedule=None, color=None))
         key = (variant, shape_of(inputs))
         if key in self._kept:
             self._kept.move_to_end(key)

@@ -26,14 +26,14 @@ GATE_BIAS = 4.0
 GATE_LOG_ALPHA = -2.0
 """Start of the gates' dependence on noise: slight, since the adapter itself has seen noisy latents."""
 CARRIER = 1000.0
-"""Constant in the last pixel channel: it holds the norms' size still, so that they pass colours through."""
-COLOUR_GAIN = 10.0
-"""Size of a colour of 1 in the pixel channels; small beside CARRIER, large beside the position table."""
+"""Constant in the last pixel channel: it holds the norms' size still, so that they pass colors through."""
+COLOR_GAIN = 10.0
+"""Size of a color of 1 in the pixel channels; small beside CARRIER, large beside the position table."""
 SHUT = (
     "adaLN_modulation", "s_embedder.proj", "t_embedder.mlp.2", "pixel_embedder.proj", "output_heads",
     "final_layer.linear",
 )  # fmt: skip
-"""Parts of names whose tensors start at zero, but for what carries colours through: the ways of noise and of time."""
+"""Parts of names whose tensors start at zero, but for what carries colors through: the ways of noise and of time."""
 
 
 class Regressor(nn.Module):
@@ -99,7 +99,7 @@ class Regressor(nn.Module):
         side, width = config.patch_size // fold, config.adapter_width // fold**2
         variances, basis, small_mean = _principal(pictures, side, width)
         rank = len(variances)
-        # Pixels are ordered (colour, row, column) within the whole patch, features (channel, cell row, cell column).
+        # Pixels are ordered (color, row, column) within the whole patch, features (channel, cell row, cell column).
         cells = torch.zeros(3, fold, side, fold, side, width, fold, fold)
         for row in range(fold):
             for column in range(fold):
@@ -127,7 +127,7 @@ def _principal(pictures: Tensor, side: int, most: int) -> tuple[Tensor, Tensor, 
 def into_pixelnet(regressor: Regressor) -> PixelNet:
     """A PixelNet that gives the regressor's picture whatever the noisy picture and the time, up to about 0.002.
 
-    Three pixel channels carry colour and the last a large constant. The first pixel block's shift holds the colours,
+    Three pixel channels carry color and the last a large constant. The first pixel block's shift holds the colors,
     its feed-forward passes them through (`gelu(x) - gelu(-x) = x`), and every other path starts shut, with a slope.
     """
     net = PixelNet(regressor.config).cpu()
@@ -161,7 +161,7 @@ def _settled(tensors: Mapping[str, Tensor], to_pixels: nn.Linear, config: NetCon
             settled[name] = torch.full_like(value, GATE_LOG_ALPHA)
     size = CARRIER / config.pixel_hidden_size**0.5
     settled["pixel_embedder.proj.bias"][-1] = CARRIER
-    settled["final_layer.linear.weight"][:, :3] = torch.eye(3) * size / COLOUR_GAIN
+    settled["final_layer.linear.weight"][:, :3] = torch.eye(3) * size / COLOR_GAIN
     return settled | _first_pixel_block(to_pixels, config, size)
 
 
@@ -174,10 +174,10 @@ def _to_pixels_of(net: PixelNet) -> nn.Linear:
     config, tensors = net.config, {name: value.float().cpu() for name, value in net.state_dict().items()}
     to_pixels = nn.Linear(config.hidden_size, 3 * config.patch_size**2)
     opening = torch.sigmoid(torch.tensor(GATE_BIAS))
-    for name, gain in (("weight", COLOUR_GAIN / opening), ("bias", torch.tensor(COLOUR_GAIN))):
+    for name, gain in (("weight", COLOR_GAIN / opening), ("bias", torch.tensor(COLOR_GAIN))):
         rows = tensors[f"pixel_blocks.0.adaLN_modulation.0.{name}"]
-        colours = rows.unflatten(0, (config.patch_size**2, 6, config.pixel_hidden_size))[:, 3, :3] / gain
-        getattr(to_pixels, name).copy_(colours.transpose(0, 1).flatten(0, 1))
+        colors = rows.unflatten(0, (config.patch_size**2, 6, config.pixel_hidden_size))[:, 3, :3] / gain
+        getattr(to_pixels, name).copy_(colors.transpose(0, 1).flatten(0, 1))
     again = _settled(tensors, to_pixels, config)
     if any(not torch.allclose(tensors[name], value, atol=1e-3, rtol=1e-2) for name, value in again.items()):
         raise SettingError(
@@ -205,7 +205,7 @@ class ShortWay:
 
     @torch.no_grad()
     def __call__(self, latent: Tensor) -> Tensor:
-        """What a normalised latent decodes to, within [-1, 1], shrunk to the size of the encoded picture."""
+        """What a normalized latent decodes to, within [-1, 1], shrunk to the size of the encoded picture."""
         net = self.net
         self.regressor.to_pixels.to(net.device, net.dtype)
         return shrunk(self.regressor(latent.to(net.device)).float(), net.config.scale)
@@ -234,12 +234,12 @@ def _first_pixel_block(to_pixels: nn.Linear, config: NetConfig, size: float) -> 
     """The block's tensors that are not as they were: its modulation, its second norm and its feed-forward."""
     width, pixels = config.pixel_hidden_size, config.patch_size**2
     opening = torch.sigmoid(torch.tensor(GATE_BIAS))
-    colours = {
+    colors = {
         name: value.cpu().unflatten(0, (3, pixels)).transpose(0, 1) for name, value in to_pixels.named_parameters()
     }
     weight, bias = torch.zeros(pixels, 6, width, config.hidden_size), torch.zeros(pixels, 6, width)
-    weight[:, 3, :3] = COLOUR_GAIN * colours["weight"] / opening  # the second shift
-    bias[:, 3, :3] = COLOUR_GAIN * colours["bias"]
+    weight[:, 3, :3] = COLOR_GAIN * colors["weight"] / opening  # the second shift
+    bias[:, 3, :3] = COLOR_GAIN * colors["bias"]
     bias[:, 5, :3] = 1.0  # the second gate
     both = torch.cat((torch.eye(width), -torch.eye(width)))
     rest = torch.zeros(2 * width, width)

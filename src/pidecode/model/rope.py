@@ -46,7 +46,7 @@ def image_rotation(
         theta_x = _scaled_theta(columns, reference_grid[1], head_dim)
     y_RK = _axis_angles(rows, head_dim, theta_y, device)
     x_CK = _axis_angles(columns, head_dim, theta_x, device)
-    # Interleaved (x0, y0, x1, y1, ...): neighbouring pairs of channels alternate between the axes.
+    # Interleaved (x0, y0, x1, y1, ...): neighboring pairs of channels alternate between the axes.
     angles = torch.stack(
         (x_CK.unsqueeze(0).expand(rows, -1, -1), y_RK.unsqueeze(1).expand(-1, columns, -1)), dim=-1
     ).reshape(rows * columns, head_dim // 2)
@@ -62,7 +62,7 @@ def text_rotation(length: int, head_dim: int, theta: float, *, device: torch.dev
 
 
 def rotate(x_BLNK: Tensor, rotation: Rotation) -> Tensor:
-    """Rotate neighbouring channel pairs (2j, 2j+1) of `[batch, tokens, heads, head_dim]`, in float32."""
+    """Rotate neighboring channel pairs (2j, 2j+1) of `[batch, tokens, heads, head_dim]`, in float32."""
     cos, sin = (table[None, :, None, :] for table in rotation)
     even, odd = x_BLNK.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)

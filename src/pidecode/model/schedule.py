@@ -113,7 +113,7 @@ def slim(net: PixelNet) -> None:
     """Free, for inference at tabulated times, what such a network never reads again.
 
     Gone afterwards: the time embedder and the patch blocks' modulation matrices (28 % of all parameters, whose
-    products `tabulate` holds), the last block's caption output, and the colour head. The network can then neither be
+    products `tabulate` holds), the last block's caption output, and the color head. The network can then neither be
     saved nor run at other times.
     """
     net.slimmed = True
@@ -126,5 +126,5 @@ def slim(net: PixelNet) -> None:
     if net.config.has_text:
         last = blocks[-1]
         del last.attn.proj_y, last.attn.q_norm_y, last.norm_y2, last.mlp_y
-    if net.config.has_adapter and net.config.colour_head:
+    if net.config.has_adapter and net.config.color_head:
         del net.lq_proj.lq_aux_rgb_head

@@ -114,7 +114,7 @@ def _add_work(app: FastAPI, desk: Desk) -> None:
         summary="Decode a latent",
         response_class=Response,
         responses={200: _PICTURE, **_problems(*_WORK)},
-        openapi_extra=_body("application/octet-stream", "A .safetensors file that holds one normalised latent."),
+        openapi_extra=_body("application/octet-stream", "A .safetensors file that holds one normalized latent."),
     )
     async def decode(request: Request, options: Annotated[DecodeOptions, Query()]) -> Response:
         """The file says its space, noise level and caption if `Latent.save` wrote it; else name the space."""
@@ -229,7 +229,7 @@ def _model(desk: Desk, name: str) -> openai.Model:
         kind=str(decoder.identity.kind),
         takes_pictures=decoder.encoder is not None,
         reads_captions=decoder.net.config.has_text,
-        licence=str(decoder.identity.licence or "unknown"),
+        license=str(decoder.identity.license or "unknown"),
     )
 
 

@@ -66,7 +66,7 @@ class Model(BaseModel):
     kind: str
     takes_pictures: bool
     reads_captions: bool
-    licence: str
+    license: str
 
 
 class Models(BaseModel):

@@ -68,10 +68,10 @@ class Options(BaseModel):
         Field(ge=0, le=0.8, description="Strength: noise put into a clean latent first, so more is invented."),
     ] = None
     guidance: Annotated[float | None, Field(ge=0, le=30, description="Of a many-step model.")] = None
-    colour_lock: Annotated[
+    color_lock: Annotated[
         Lock | None,
         Field(
-            description="Hold the picture that is enlarged: not at all, its broad colours, all colours, or all it "
+            description="Hold the picture that is enlarged: not at all, its broad colors, all colors, or all it "
             "shows; the last is what small models do if left out."
         ),
     ] = None
@@ -79,7 +79,7 @@ class Options(BaseModel):
 
     def settings(self) -> dict[str, Any]:
         """Keyword settings for the decoder: those that were given."""
-        names = ("seed", "steps", "sampler", "sigma", "guidance", "colour_lock")
+        names = ("seed", "steps", "sampler", "sigma", "guidance", "color_lock")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
@@ -106,7 +106,7 @@ class DecodeOptions(Options):
     height: Annotated[int | None, Field(ge=16, le=65536, description="Of the result, with width; else natural.")] = None
     space: Annotated[
         str | None,
-        Field(max_length=40, description="Latent space, for a file that does not say; it must be normalised."),
+        Field(max_length=40, description="Latent space, for a file that does not say; it must be normalized."),
     ] = None
 
     def settings(self) -> dict[str, Any]:

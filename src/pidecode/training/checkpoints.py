@@ -37,7 +37,7 @@ class Live:
     """The parts of a run that a checkpoint stores and restores in place."""
 
     modules: Mapping[str, nn.Module]
-    optimisers: Mapping[str, Optimizer]
+    optimizers: Mapping[str, Optimizer]
     average: MovingAverage | None
     device: torch.device
 
@@ -52,10 +52,10 @@ def _parameters(live: Live) -> Iterator[tuple[str, Tensor]]:
 
 
 def _moments(live: Live) -> Iterator[tuple[str, Tensor]]:
-    for name, optimiser in live.optimisers.items():
+    for name, optimizer in live.optimizers.items():
         for key, parameter in bare(live.modules[name]).named_parameters():
-            for moment, value in optimiser.state.get(parameter, {}).items():
-                yield f"optimiser.{name}.{key}/{moment}", value
+            for moment, value in optimizer.state.get(parameter, {}).items():
+                yield f"optimizer.{name}.{key}/{moment}", value
 
 
 def _chance(device: torch.device) -> dict[str, Tensor]:
@@ -168,15 +168,15 @@ def restore(stored: Stored, live: Live) -> None:
 
 
 def _restore_moments(stored: Stored, live: Live) -> None:
-    for name, optimiser in live.optimisers.items():
+    for name, optimizer in live.optimizers.items():
         parameters = dict(bare(live.modules[name]).named_parameters())
-        prefix = f"optimiser.{name}."
+        prefix = f"optimizer.{name}."
         for full_key in [key for key in stored.tensors if key.startswith(prefix)]:
             key, _, moment = full_key.removeprefix(prefix).rpartition("/")
             parameter, value = parameters[key], stored.tensors[full_key]
             if moment == "step":
-                optimiser.state[parameter][moment] = value.clone()
+                optimizer.state[parameter][moment] = value.clone()
                 continue
             place = torch.zeros_like(parameter, requires_grad=False)
             fill(place, value)
-            optimiser.state[parameter][moment] = place
+            optimizer.state[parameter][moment] = place

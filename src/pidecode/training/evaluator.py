@@ -18,8 +18,8 @@ class Evaluation(NamedTuple):
 
     prediction: Tensor | None
     """The network's output `[B, 3, H, W]`: velocity or clean picture, as its configuration says."""
-    colour: Tensor | None
-    """The low-resolution picture of the colour head."""
+    color: Tensor | None
+    """The low-resolution picture of the color head."""
     features: list[Tensor]
     """Image stream after the tapped patch blocks, each `[B, D, h, w]`."""
 
@@ -83,15 +83,15 @@ class Evaluator(nn.Module):
         *,
         taps: tuple[int, ...] = (),
         predict: bool = True,
-        want_colour: bool = False,
+        want_color: bool = False,
     ) -> Evaluation:
         """Evaluate at flow time `t_B` in (0, 1), with `example`'s caption and latent."""
         net = self.net
         text = example.text if net.config.has_text else None
         condition = net.prepare(
-            net.grid_of(*x_t.shape[-2:]), text, example.latent, example.sigma, want_colour=want_colour
+            net.grid_of(*x_t.shape[-2:]), text, example.latent, example.sigma, want_color=want_color
         )
-        colour = condition.colour
+        color = condition.color
         x_t = x_t.float()
         if self.slice is not None:
             condition, x_t = self.slice.condition(condition), self.slice.rows(x_t)
@@ -103,7 +103,7 @@ class Evaluator(nn.Module):
         if self.slice is not None:
             features = [self.slice.join(tap) for tap in features]
             prediction = None if prediction is None else self.slice.join(prediction)
-        return Evaluation(prediction, colour, features)
+        return Evaluation(prediction, color, features)
 
 
 def net_of(evaluator: nn.Module) -> PixelNet:

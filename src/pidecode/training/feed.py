@@ -47,7 +47,7 @@ class Helpers:
 
 
 def read_picture(entry: Entry, size: tuple[int, int]) -> Tensor:
-    """The picture `[3, H, W]` in [-1, 1], scaled to cover `size` (height, width) and cut to it around its centre."""
+    """The picture `[3, H, W]` in [-1, 1], scaled to cover `size` (height, width) and cut to it around its center."""
     picture = to_tensor(load_image(entry.picture.read()))
     ratio = max(wanted / have for wanted, have in zip(size, picture.shape[-2:], strict=True))
     covering = [max(wanted, round(have * ratio)) for wanted, have in zip(size, picture.shape[-2:], strict=True)]

@@ -25,7 +25,7 @@ class LatentShards:
     """A folder of latents by name, for one way of encoding.
 
     identity: what decides a latent besides its picture (space, encoder). Shards of another identity are left alone.
-    Latents are kept as float16: normalised latents are of order one, so that costs about 5e-4 of their spread.
+    Latents are kept as float16: normalized latents are of order one, so that costs about 5e-4 of their spread.
     """
 
     def __init__(self, folder: str | Path, identity: str, *, per_shard: int = PER_SHARD) -> None:

@@ -42,7 +42,7 @@ from pidecode.training.parallel import (
     world,
 )
 from pidecode.training.preview import paint_example, save_grid
-from pidecode.training.settings import Optimise, Recipe
+from pidecode.training.settings import Optimize, Recipe
 
 
 @dataclass
@@ -54,11 +54,11 @@ class Training:
     here: World
     method: Method
     feed: Feed
-    optimisers: dict[str, Optimizer]
+    optimizers: dict[str, Optimizer]
     average: MovingAverage | None
     journal: Journal
     step: int = 0
-    """Optimiser steps done."""
+    """Optimizer steps done."""
     saved: int = -1
     """Step of the newest checkpoint; -1 before the first."""
     pictures: int = 0
@@ -68,7 +68,7 @@ class Training:
     @property
     def live(self) -> Live:
         """What checkpoints hold."""
-        return Live(self.method.trained, self.optimisers, self.average, self.here.device)
+        return Live(self.method.trained, self.optimizers, self.average, self.here.device)
 
 
 def train(
@@ -112,7 +112,7 @@ def export_newest(recipe: Recipe, folder: str | Path) -> Path:
         raise TrainingError(f"{folder} holds no checkpoint to export.")
     method = build_method(recipe, here)
     average = None if recipe.average.kind == "none" else MovingAverage(method.trained[MAIN], recipe.average)
-    restore(stored, Live(method.trained, make_optimisers(recipe, method), average, here.device))
+    restore(stored, Live(method.trained, make_optimizers(recipe, method), average, here.device))
     if average is not None:
         average.swap(method.trained[MAIN])
     return export_network(recipe, method, folder, stored.step, here)
@@ -127,7 +127,7 @@ def _begin(recipe: Recipe, folder: Path, here: World, resume: bool, say: Say | N
     method = build_method(recipe, here)
     feed = Feed(recipe, collection, make_helpers(recipe, here.device), here.device, here.place, here.places)
     average = None if recipe.average.kind == "none" else MovingAverage(method.trained[MAIN], recipe.average)
-    optimisers = make_optimisers(recipe, method)
+    optimizers = make_optimizers(recipe, method)
     step = 0 if stored is None else stored.step
     if here.is_first:
         folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ def _begin(recipe: Recipe, folder: Path, here: World, resume: bool, say: Say | N
     journal_folder = folder if here.is_first else folder / f"process-{here.rank}"
     journal_folder.mkdir(parents=True, exist_ok=True)
     journal = Journal(journal_folder, recipe.run.track if here.is_first else (), recipe.run.steps, step, say)
-    run = Training(recipe, folder, here, method, feed, optimisers, average, journal, step, step if stored else -1)
+    run = Training(recipe, folder, here, method, feed, optimizers, average, journal, step, step if stored else -1)
     if stored is not None:
         restore(stored, run.live)
         run.latest = dict(stored.facts.get("latest", {}))
@@ -160,9 +160,9 @@ def _opening(run: Training) -> Iterator[str]:
         yield f"{len(run.method.fresh)} tensors are not in {run.recipe.start_from} and start from chance."
 
 
-def make_optimisers(recipe: Recipe, method: Method) -> dict[str, Optimizer]:
+def make_optimizers(recipe: Recipe, method: Method) -> dict[str, Optimizer]:
     """An AdamW for each trained module."""
-    settings = recipe.optimise
+    settings = recipe.optimize
     made: dict[str, Optimizer] = {}
     for name, module in method.trained.items():
         critic = name in ("fake", "critic")
@@ -177,7 +177,7 @@ def make_optimisers(recipe: Recipe, method: Method) -> dict[str, Optimizer]:
     return made
 
 
-def rate_factor(settings: Optimise, step: int, steps: int) -> float:
+def rate_factor(settings: Optimize, step: int, steps: int) -> float:
     """Share of the full learning rate at step `step`, counted from 0."""
     factor = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
     if settings.fall == "cosine" and step >= settings.warmup:
@@ -193,10 +193,10 @@ def _autocast(run: Training) -> Any:
 
 
 def _advance(run: Training) -> None:
-    """One optimiser step and what belongs to it."""
+    """One optimizer step and what belongs to it."""
     recipe = run.recipe
     turn = run.method.turn(run.step)
-    passes = recipe.optimise.accumulate
+    passes = recipe.optimize.accumulate
     modules = [run.method.trained[name] for name in turn]
     others = [module for name, module in run.method.trained.items() if name not in turn]
     with _set_aside(others):
@@ -239,11 +239,11 @@ def _one_pass(run: Training, number: int, modules: list[nn.Module], *, last: boo
         loss = mean_over_processes(outcome.loss.detach().float(), run.here)
         if not bool(torch.isfinite(loss)):
             _stop_for_nan(run, "loss", names)
-        (outcome.loss / run.recipe.optimise.accumulate).backward()
-    share = 1 / run.recipe.optimise.accumulate
+        (outcome.loss / run.recipe.optimize.accumulate).backward()
+    share = 1 / run.recipe.optimize.accumulate
     for name, value in {"loss": loss, **outcome.parts}.items():
         run.latest[name] = float(value) * share + (
-            run.latest.get(name, 0.0) if number % run.recipe.optimise.accumulate else 0
+            run.latest.get(name, 0.0) if number % run.recipe.optimize.accumulate else 0
         )
     run.pictures += run.recipe.data.batch * run.here.places
 
@@ -252,31 +252,31 @@ def _stop_for_nan(run: Training, what: str, names: tuple[str, ...]) -> None:
     saved = f"the checkpoint of step {run.saved} is whole" if run.saved >= 0 else "nothing had been saved yet"
     raise TrainingError(
         f"The {what} became NaN or infinite at step {run.step + 1} (pictures here: {', '.join(names)}); {saved}. "
-        "Lower optimise.rate, lengthen optimise.warmup or set run.precision=float32, then start again with --resume."
+        "Lower optimize.rate, lengthen optimize.warmup or set run.precision=float32, then start again with --resume."
     )
 
 
 def _update(run: Training, turn: tuple[str, ...]) -> dict[str, float]:
-    """Clip and step the optimisers of this iteration; the gradients' norms before clipping."""
-    settings, norms = run.recipe.optimise, {}
+    """Clip and step the optimizers of this iteration; the gradients' norms before clipping."""
+    settings, norms = run.recipe.optimize, {}
     factor = rate_factor(settings, run.step, run.recipe.run.steps)
     for name in turn:
         norms[name] = clip_gradients(run.method.trained[name], settings.clip)
         if not math.isfinite(norms[name]):
             _stop_for_nan(run, f"gradient of {name}", ())
     for name in turn:
-        optimiser = run.optimisers[name]
-        for group in optimiser.param_groups:
+        optimizer = run.optimizers[name]
+        for group in optimizer.param_groups:
             group["lr"] = group["full_rate"] * factor
-        optimiser.step()
-    for optimiser in run.optimisers.values():
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.step()
+    for optimizer in run.optimizers.values():
+        optimizer.zero_grad(set_to_none=True)
     return norms
 
 
 def _report(run: Training) -> None:
-    factor = rate_factor(run.recipe.optimise, run.step - 1, run.recipe.run.steps)
-    values = {**run.latest, "rate": run.recipe.optimise.rate * factor, "skipped": float(len(run.feed.skipped))}
+    factor = rate_factor(run.recipe.optimize, run.step - 1, run.recipe.run.steps)
+    values = {**run.latest, "rate": run.recipe.optimize.rate * factor, "skipped": float(len(run.feed.skipped))}
     run.journal.note(run.step, values, run.pictures, run.here.device)
 
 

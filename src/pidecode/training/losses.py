@@ -49,12 +49,12 @@ def approximate_r1(real_logits: Tensor, nudged_logits: Tensor) -> Tensor:
 
 
 def to_ycbcr(rgb: Tensor) -> Tensor:
-    """Red, green, blue in [0, 1] `[B, 3, H, W]` to luma and two colour differences, same shape."""
+    """Red, green, blue in [0, 1] `[B, 3, H, W]` to luma and two color differences, same shape."""
     matrix = torch.tensor(_YCBCR, dtype=rgb.dtype, device=rgb.device)
     return torch.einsum("yc,bchw->byhw", matrix, rgb)
 
 
-def colour_alignment(
+def color_alignment(
     predicted: Tensor,
     low: Tensor,
     sigma: Tensor | None = None,
@@ -64,7 +64,7 @@ def colour_alignment(
     luma_weight: float = 0.25,
     softness: float = 1e-3,
 ) -> Tensor:
-    """Colour loss of the adapter's auxiliary head: Charbonnier distance in YCbCr, luma counted for less.
+    """Color loss of the adapter's auxiliary head: Charbonnier distance in YCbCr, luma counted for less.
 
     predicted, low: the head's picture and the low-resolution picture, `[B, 3, h, w]` in [-1, 1].
     sigma: noise left in each latent `[B]`; a noisier latent counts for `(1 - sigma) ** sigma_power`.
@@ -121,7 +121,7 @@ def _resize_tokens(tokens: Tensor, side: int, wanted: int) -> Tensor:
 def clean_picture(painted: Tensor, picture: Tensor, *, edge_weight: float = 0.5) -> tuple[Tensor, dict[str, Tensor]]:
     """The direct recipe's loss: Charbonnier distance of pictures `[B, 3, H, W]`, and of their edges.
 
-    The second part counts differences of neighbouring pixels, which keeps a small network from blurring.
+    The second part counts differences of neighboring pixels, which keeps a small network from blurring.
     """
     values = _charbonnier(painted - picture)
     edges = sum(

@@ -29,7 +29,7 @@ class Need:
     """Bytes one process needs."""
 
     states: int
-    """Weights, gradients, optimiser and average, with the cached bfloat16 copies."""
+    """Weights, gradients, optimizer and average, with the cached bfloat16 copies."""
     activations: int
     """What the forward pass keeps for the backward pass."""
 
@@ -86,7 +86,7 @@ def activation_bytes(recipe: Recipe, size: tuple[int, int], batch: int) -> int:
         hooks = torch.autograd.graph.saved_tensors_hooks(ledger.pack, lambda tensor: tensor)
         half = recipe.run.precision == "bfloat16"
         with hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
-            Evaluator(net)(x_t, torch.zeros(batch), example, want_colour=recipe.net.colour_head)
+            Evaluator(net)(x_t, torch.zeros(batch), example, want_color=recipe.net.color_head)
     outside = ledger.by_block.pop(None, 0)
     if not recipe.run.recompute:
         return outside + sum(ledger.by_block.values())

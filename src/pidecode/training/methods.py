@@ -36,7 +36,7 @@ class Method:
 
     recipe: Recipe
     trained: dict[str, nn.Module]
-    """By name; each has its own optimiser."""
+    """By name; each has its own optimizer."""
     frozen: dict[str, nn.Module] = field(default_factory=dict)
     fresh: list[str] = field(default_factory=list)
     """Tensors that started from chance although weights were given."""
@@ -94,8 +94,8 @@ def _build_single(recipe: Recipe, here: World) -> Method:
     fresh: list[str] = []
     if recipe.start_from:
         fresh = take_weights(net, start_weights(recipe.start_from), recipe.start_from)
-    colour = recipe.method == "teacher" and recipe.teacher.colour_weight > 0
-    choose_parameters(net, recipe.only, colour=colour)
+    color = recipe.method == "teacher" and recipe.teacher.color_weight > 0
+    choose_parameters(net, recipe.only, color=color)
     trained: dict[str, nn.Module] = {MAIN: _evaluator(net, recipe, here, adapt=True)}
     if recipe.teacher.align_weight and recipe.method in ("teacher", "backbone"):
         trained["alignment"] = _alignment(recipe).to(here.device)
@@ -109,14 +109,14 @@ def _alignment(recipe: Recipe) -> Alignment:
 
 
 def _build_student(recipe: Recipe, here: World) -> Method:
-    config = recipe.net.without_colour_head()
+    config = recipe.net.without_color_head()
     given: dict[str, Tensor] | None = start_weights(recipe.start_from) if recipe.start_from else None
     nets: dict[str, PixelNet] = {}
     for name in (MAIN, "fake", "teacher"):
         nets[name] = new_network(config, seed_of(recipe.run.seed, "weights"))
         if given is not None:
             take_weights(nets[name], given, recipe.start_from)
-        choose_parameters(nets[name], "all", colour=False)
+        choose_parameters(nets[name], "all", color=False)
     nets["teacher"].requires_grad_(False)
     trained: dict[str, nn.Module] = {
         MAIN: _evaluator(nets[MAIN], recipe, here, adapt=True),

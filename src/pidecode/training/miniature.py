@@ -23,7 +23,7 @@ COSINES = LatentSpace(
 
 
 def encode_cosines(low: Tensor) -> Tensor:
-    """Pictures `[B, 3, h, w]` in [-1, 1] to latents `[B, 16, h / 8, w / 8]`: ten luma cosines, three of each colour."""
+    """Pictures `[B, 3, h, w]` in [-1, 1] to latents `[B, 16, h / 8, w / 8]`: ten luma cosines, three of each color."""
     planes = to_ycbcr((low.float() + 1) / 2) - low.new_tensor([0.5, 0.0, 0.0]).view(1, 3, 1, 1)
     size = (low.shape[-2] // _BLOCK, low.shape[-1] // _BLOCK)
     blocks = F.unfold(planes.flatten(0, 1).unsqueeze(1), _BLOCK, stride=_BLOCK)

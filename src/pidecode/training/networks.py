@@ -16,7 +16,7 @@ from pidecode.weights.locate import locate
 from pidecode.weights.read import read_weights
 
 _ADAPTER = ("lq_proj.", "pit_lq_gate.")
-_COLOUR_HEAD = "lq_proj.lq_aux_rgb_head."
+_COLOR_HEAD = "lq_proj.lq_aux_rgb_head."
 
 
 def new_network(config: NetConfig, seed: int) -> PixelNet:
@@ -58,7 +58,7 @@ def _start_values(net: PixelNet) -> None:
         assert isinstance(head, nn.Linear)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
-    if net.config.colour_head:
+    if net.config.color_head:
         for module in adapter.lq_aux_rgb_head:
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -74,15 +74,15 @@ def start_weights(source: str) -> dict[str, Tensor]:
 def take_weights(net: PixelNet, tensors: Mapping[str, Tensor], source: str) -> list[str]:
     """Load what fits; returns the names of tensors that keep their start values, which are only the adapter's.
 
-    A backbone's file has no adapter and a student's none of the colour head: those start fresh. A colour head the
+    A backbone's file has no adapter and a student's none of the color head: those start fresh. A color head the
     network does not have is left out. Raises CheckpointError for anything else that is missing, left over or of
     another shape.
     """
     own = net.state_dict()
-    given = {name: tensor for name, tensor in tensors.items() if name in own or not name.startswith(_COLOUR_HEAD)}
+    given = {name: tensor for name, tensor in tensors.items() if name in own or not name.startswith(_COLOR_HEAD)}
     missing = [name for name in own if name not in given]
     fresh_adapter = not any(name.startswith(_ADAPTER) for name in given)
-    allowed = _ADAPTER if fresh_adapter else (_COLOUR_HEAD,)
+    allowed = _ADAPTER if fresh_adapter else (_COLOR_HEAD,)
     wrong = [name for name in missing if not name.startswith(allowed)]
     extra = [name for name in given if name not in own]
     shapes = [name for name in given if name in own and given[name].shape != own[name].shape]
@@ -96,7 +96,7 @@ def take_weights(net: PixelNet, tensors: Mapping[str, Tensor], source: str) -> l
     return missing
 
 
-def choose_parameters(net: PixelNet, only: str, *, colour: bool) -> None:
+def choose_parameters(net: PixelNet, only: str, *, color: bool) -> None:
     """Mark what is trained.
 
     Parameters that cannot change the output are frozen: no gradient ever reaches them (golden notes, section 5).
@@ -104,7 +104,7 @@ def choose_parameters(net: PixelNet, only: str, *, colour: bool) -> None:
     last = f"patch_blocks.{net.config.patch_depth - 1}."
     dead = tuple(last + part for part in ("attn.proj_y.", "attn.q_norm_y.", "norm_y2.", "mlp_y."))
     for name, parameter in net.named_parameters():
-        trained = not name.startswith(dead) and (colour or not name.startswith(_COLOUR_HEAD))
+        trained = not name.startswith(dead) and (color or not name.startswith(_COLOR_HEAD))
         if only == "adapter":
             trained = trained and name.startswith(_ADAPTER)
         parameter.requires_grad_(trained)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many processes: copies of a network (DDP), parts of it (FSDP2), and one picture over several (sequence parallelism).
 
-The processes form a grid: `across` neighbours share a picture, the others see different ones. Losses are means over
-a process's pictures, and gradients are averaged over all processes; neighbours compute the same loss of the whole
+The processes form a grid: `across` neighbors share a picture, the others see different ones. Losses are means over
+a process's pictures, and gradients are averaged over all processes; neighbors compute the same loss of the whole
 picture, so their average is right as well.
 """
 
@@ -98,7 +98,7 @@ def world(spread: Spread, device: torch.device | None = None) -> Iterator[World]
 
 
 class _GatherBands(torch.autograd.Function):
-    """Bands of all neighbours along `dim`; gradients of all their uses come back summed."""
+    """Bands of all neighbors along `dim`; gradients of all their uses come back summed."""
 
     @staticmethod
     def forward(ctx: Any, band: Tensor, dim: int, group: Any) -> Tensor:
@@ -110,7 +110,7 @@ class _GatherBands(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """Sum over neighbours, keep our own band."""
+        """Sum over neighbors, keep our own band."""
         total = gradients[0].contiguous()
         dist.all_reduce(total, group=ctx.group)
         start = dist.get_rank(ctx.group) * ctx.length
@@ -118,7 +118,7 @@ class _GatherBands(torch.autograd.Function):
 
 
 def gather_bands(band: Tensor, dim: int, group: Any) -> Tensor:
-    """Every neighbour's part along `dim`, in order, differentiable."""
+    """Every neighbor's part along `dim`, in order, differentiable."""
     joined: Tensor = _GatherBands.apply(band, dim, group)  # type: ignore[no-untyped-call]
     return joined
 
@@ -228,7 +228,7 @@ def finish_gradients(modules: list[nn.Module], here: World) -> None:
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Trained parameters for an optimiser; sharded and whole ones apart, since they cannot be stepped together."""
+    """Trained parameters for an optimizer; sharded and whole ones apart, since they cannot be stepped together."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     kinds = ([p for p in trained if isinstance(p, DTensor)], [p for p in trained if not isinstance(p, DTensor)])
     return [{"params": kind} for kind in kinds if kind]

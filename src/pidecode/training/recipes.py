@@ -17,7 +17,7 @@ from pidecode.facts.spaces import LatentSpace, did_you_mean, get_space
 from pidecode.training.distill import Distillation
 from pidecode.training.helpers import ByteStates
 from pidecode.training.miniature import COSINES, encode_cosines
-from pidecode.training.settings import Adapt, Average, Data, Optimise, Recipe, Run
+from pidecode.training.settings import Adapt, Average, Data, Optimize, Recipe, Run
 from pidecode.training.teacher import TeacherLoss
 
 Maker = Callable[[str], Recipe]
@@ -26,13 +26,13 @@ Maker = Callable[[str], Recipe]
 _FIXED = "flux"
 
 
-def _config(space: LatentSpace, *, colour_head: bool) -> NetConfig:
+def _config(space: LatentSpace, *, color_head: bool) -> NetConfig:
     """The v1.5 architecture for a space."""
     config = v1pt5(
         latent_channels=space.channels,
         latent_down=space.down,
         latent_unpatchify=space.raw_patch,
-        colour_head=colour_head,
+        color_head=color_head,
     )
     return replace(config, scale=space.scale)
 
@@ -51,7 +51,7 @@ def pixeldit(space: str = _FIXED) -> Recipe:
         method="backbone",
         net=backbone(),
         negative=negative_prompt(),
-        optimise=Optimise(rate=2e-5, warmup=1000, clip=0.1),
+        optimize=Optimize(rate=2e-5, warmup=1000, clip=0.1),
         run=Run(steps=50_000),
     )
 
@@ -62,12 +62,12 @@ def teacher_adapter(space: str = _FIXED) -> Recipe:
     return Recipe(
         title=f"PiD teacher for {row.name}, adapter only",
         method="teacher",
-        net=_config(row, colour_head=True),
+        net=_config(row, color_head=True),
         space=row,
         negative=negative_prompt(),
         only="adapter",
         data=_data(row),
-        optimise=Optimise(rate=5e-5, warmup=2000, decay=1e-3, clip=0.1),
+        optimize=Optimize(rate=5e-5, warmup=2000, decay=1e-3, clip=0.1),
         run=Run(steps=30_000, save_every=1000, sample_every=1000),
     )
 
@@ -79,7 +79,7 @@ def teacher(space: str = _FIXED) -> Recipe:
         first,
         title=f"PiD teacher for {space}",
         only="all",
-        optimise=Optimise(rate=2e-5, warmup=1000, decay=1e-3, clip=0.1),
+        optimize=Optimize(rate=2e-5, warmup=1000, decay=1e-3, clip=0.1),
         run=replace(first.run, steps=20_000),
     )
 
@@ -90,11 +90,11 @@ def student(space: str = _FIXED) -> Recipe:
     return Recipe(
         title=f"PiD student for {row.name}",
         method="student",
-        net=_config(row, colour_head=False),
+        net=_config(row, color_head=False),
         space=row,
         negative=negative_prompt(),
         data=replace(_data(row), caption_drop=0.0, latent_drop=0.0),
-        optimise=Optimise(rate=1e-5, critic_rate=1e-5, decay=0.0, fake_decay=1e-3, clip=0.1),
+        optimize=Optimize(rate=1e-5, critic_rate=1e-5, decay=0.0, fake_decay=1e-3, clip=0.1),
         run=Run(steps=3000, save_every=250, sample_every=250),
     )
 
@@ -112,7 +112,7 @@ def teacher_lora(space: str = _FIXED) -> Recipe:
         made,
         title=f"Adapters on the PiD teacher for {space}",
         adapt=Adapt(rank=16),
-        optimise=Optimise(rate=1e-4, warmup=100, clip=0.1),
+        optimize=Optimize(rate=1e-4, warmup=100, clip=0.1),
         run=replace(made.run, steps=2000, save_every=250, sample_every=250),
     )
 
@@ -125,7 +125,7 @@ def student_lora(space: str = _FIXED) -> Recipe:
         title=f"Adapters on the PiD student for {space}",
         method="direct",
         adapt=Adapt(rank=16),
-        optimise=Optimise(rate=1e-4, warmup=100, clip=0.1),
+        optimize=Optimize(rate=1e-4, warmup=100, clip=0.1),
         run=replace(made.run, steps=2000, save_every=250, sample_every=250),
     )
 
@@ -150,14 +150,14 @@ def miniature_backbone(space: str = COSINES.name) -> Recipe:
         encode_text=ByteStates(net.text_length, net.text_dim),
         data=_SMALL_DATA,
         teacher=TeacherLoss(shift=1.0, shift_base_size=None),
-        optimise=Optimise(rate=3e-3, clip=1.0, warmup=5),
+        optimize=Optimize(rate=3e-3, clip=1.0, warmup=5),
         run=_small_run(200),
     )
 
 
 def miniature_teacher(space: str = COSINES.name) -> Recipe:
     """A dry run of the teacher's recipe in a made-up latent space: seconds on a processor."""
-    net = miniature(colour_head=True)
+    net = miniature(color_head=True)
     return replace(
         miniature_backbone(),
         title="Miniature teacher",
@@ -177,7 +177,7 @@ def miniature_student(space: str = COSINES.name) -> Recipe:
         net=miniature(),
         data=replace(_SMALL_DATA, caption_drop=0.0, latent_drop=0.0),
         distil=Distillation(student_every=3, guidance=1.5, r1_weight=10.0),
-        optimise=Optimise(rate=5e-4, critic_rate=1e-3, clip=1.0),
+        optimize=Optimize(rate=5e-4, critic_rate=1e-3, clip=1.0),
     )
 
 
@@ -203,7 +203,7 @@ def photographs(space: str = "flux2") -> Recipe:
         space=row,
         data=Data(sizes=((256, 256), (256, 384), (384, 256)), crop=128, batch=4, workers=2, latent_drop=0.0),
         distil=Distillation(student_input="self_rollout"),
-        optimise=Optimise(rate=2e-3, warmup=50, clip=1.0, fall="cosine"),
+        optimize=Optimize(rate=2e-3, warmup=50, clip=1.0, fall="cosine"),
         average=Average(rate=0.1),
         run=replace(_small_run(1000), save_every=200, sample_every=200),
     )

@@ -18,7 +18,7 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def encoder_input(picture: Tensor, tokens: int) -> Tensor:
-    """A picture in [-1, 1] `[B, 3, H, W]`, normalised as DINOv2 expects and sized to show it `tokens` patches."""
+    """A picture in [-1, 1] `[B, 3, H, W]`, normalized as DINOv2 expects and sized to show it `tokens` patches."""
     mean = picture.new_tensor(_MEAN).view(1, 3, 1, 1)
     std = picture.new_tensor(_STD).view(1, 3, 1, 1)
     ratio = math.sqrt(tokens * DINO_PATCH**2 / (picture.shape[-2] * picture.shape[-1]))

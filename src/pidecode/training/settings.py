@@ -17,7 +17,7 @@ from pidecode.training.noising import LatentNoise
 from pidecode.training.teacher import TeacherLoss
 
 Encode = Callable[[Tensor], Tensor]
-"""Low-resolution pictures `[B, 3, h, w]` in [-1, 1] to normalised latents `[B, C, h / down, w / down]`."""
+"""Low-resolution pictures `[B, 3, h, w]` in [-1, 1] to normalized latents `[B, C, h / down, w / down]`."""
 
 EncodeText = Callable[[Sequence[str]], Tensor]
 """Captions to states `[B, N, width]`."""
@@ -63,7 +63,7 @@ class Data:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Optimise:
+class Optimize:
     """AdamW, and what happens around its step."""
 
     rate: float = 1e-5
@@ -87,9 +87,9 @@ class Optimise:
 
     def __post_init__(self) -> None:
         _check(self.rate > 0 and self.critic_rate > 0, "Learning rates must be positive.")
-        _check(self.clip > 0, f"optimise.clip is {self.clip}; it must be positive.")
-        _check(self.accumulate >= 1, f"optimise.accumulate is {self.accumulate}; it must be at least 1.")
-        _check(self.fall in ("none", "cosine"), f"optimise.fall is {self.fall!r}; it must be 'none' or 'cosine'.")
+        _check(self.clip > 0, f"optimize.clip is {self.clip}; it must be positive.")
+        _check(self.accumulate >= 1, f"optimize.accumulate is {self.accumulate}; it must be at least 1.")
+        _check(self.fall in ("none", "cosine"), f"optimize.fall is {self.fall!r}; it must be 'none' or 'cosine'.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,11 +147,11 @@ class Run:
     """Length, precision, and what is written when."""
 
     steps: int = 1000
-    """Optimiser steps (in a distillation: iterations of either phase)."""
+    """Optimizer steps (in a distillation: iterations of either phase)."""
     seed: int = 0
     """Decides start values, the order of pictures and every draw."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
-    """Number format of matrix products; weights, sums and optimiser are always float32."""
+    """Number format of matrix products; weights, sums and optimizer are always float32."""
     recompute: bool = True
     """Recompute each block's activations in the backward pass instead of keeping them."""
     save_every: int = 500
@@ -210,8 +210,8 @@ class Recipe:
     """Loss of backbones and teachers."""
     distil: Distillation = field(default_factory=Distillation)
     """Distillation of students; its times and kind of input also serve the direct method."""
-    optimise: Optimise = field(default_factory=Optimise)
-    """Optimiser."""
+    optimize: Optimize = field(default_factory=Optimize)
+    """Optimizer."""
     average: Average = field(default_factory=Average)
     """Moving average of the weights."""
     adapt: Adapt = field(default_factory=Adapt)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The teacher's training step, which is also the text-to-image backbone's: flow matching, colour, alignment."""
+"""The teacher's training step, which is also the text-to-image backbone's: flow matching, color, alignment."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pidecode.errors import SettingError
 from pidecode.facts.checkpoints import FlowShift
 from pidecode.sampling import shifted
 from pidecode.training.evaluator import Example, clean_of, net_of, velocity_of
-from pidecode.training.losses import colour_alignment, flow_matching
+from pidecode.training.losses import color_alignment, flow_matching
 from pidecode.training.noising import Draws, logit_normal_times, mix
 
 
@@ -21,11 +21,11 @@ class TeacherLoss:
     """What a teacher or backbone pays for."""
 
     shift: float = 6.0
-    """Flow shift: moves training times towards noise, as large pictures need."""
+    """Flow shift: moves training times toward noise, as large pictures need."""
     shift_base_size: int | None = 2048
     """Side in pixels at which `shift` holds; other sizes follow the square root of theirs. None: constant."""
-    colour_weight: float = 0.8
-    """Weight of the colour loss; acts only on networks with a colour head."""
+    color_weight: float = 0.8
+    """Weight of the color loss; acts only on networks with a color head."""
     align_weight: float = 0.0
     """Weight of the alignment with DINOv2; needs `align_with`."""
     align_block: int = 6
@@ -67,15 +67,15 @@ def teacher_loss(
     noise = draws.normal(tuple(picture.shape[1:]))
     x_t = mix(picture, noise, t_B)
     config = net_of(net).config
-    want_colour = settings.colour_weight > 0 and config.colour_head and example.low is not None
+    want_color = settings.color_weight > 0 and config.color_head and example.low is not None
     taps = (min(settings.align_block, config.patch_depth - 1),) if alignment is not None else ()
-    evaluation = net(x_t, t_B, example, taps=taps, want_colour=want_colour)
+    evaluation = net(x_t, t_B, example, taps=taps, want_color=want_color)
     loss = flow_matching(velocity_of(net, evaluation.prediction, x_t, t_B), picture, noise)
     parts = {"flow": loss.detach()}
-    if want_colour and example.low is not None:
-        colour = colour_alignment(evaluation.colour, example.low, example.sigma, example.keep)
-        parts["colour"] = colour.detach()
-        loss = loss + settings.colour_weight * colour
+    if want_color and example.low is not None:
+        color = color_alignment(evaluation.color, example.low, example.sigma, example.keep)
+        parts["color"] = color.detach()
+        loss = loss + settings.color_weight * color
     if alignment is not None:
         aligned = alignment(evaluation.features[0], picture)
         parts["alignment"] = aligned.detach()

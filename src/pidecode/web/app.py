@@ -234,7 +234,7 @@ def _model(desk: Desk, name: str) -> dict[str, Any]:
         "kind": decoder.identity.kind,
         "takes_pictures": decoder.encoder is not None,
         "reads_captions": decoder.net.config.has_text,
-        "licence": decoder.identity.licence or "unknown",
+        "license": decoder.identity.license or "unknown",
     }
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from pidecode.errors import CheckpointError, SettingError
 from pidecode.facts.architecture import NetConfig
 from pidecode.model.network import PixelNet
-from pidecode.weights.shapes import ADAPTER, COLOUR_HEAD
+from pidecode.weights.shapes import ADAPTER, COLOR_HEAD
 
 _NAMED = 4
 """Tensors named in a message before it only counts."""
@@ -23,24 +23,24 @@ def build_network(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    colour_head: bool = False,
+    color_head: bool = False,
     source: str = "the file",
 ) -> PixelNet:
     """A network in evaluation mode, without gradients, whose parameters are these very tensors.
 
     Tensors leave `tensors` as they are taken, converted one by one where `dtype` or `device` differs, so that
     no more than one is ever held twice; where neither differs, the parameters share the file's own memory.
-    colour_head: keep the head only training uses, which the tensors must then have. Otherwise it is left out.
+    color_head: keep the head only training uses, which the tensors must then have. Otherwise it is left out.
     Raises CheckpointError naming missing, unexpected and wrongly shaped tensors, SettingError for a bad dtype.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise SettingError(f"dtype is {dtype}; a network runs in float32, bfloat16 or float16.")
-    has_head = any(name.startswith(COLOUR_HEAD) for name in tensors)
-    if colour_head and not (has_head and config.colour_head):
-        raise CheckpointError(f"{source} has no colour head; train one, or do not ask for it.")
-    if not colour_head:
-        config = config.without_colour_head()
-        for name in [name for name in tensors if name.startswith(COLOUR_HEAD)]:
+    has_head = any(name.startswith(COLOR_HEAD) for name in tensors)
+    if color_head and not (has_head and config.color_head):
+        raise CheckpointError(f"{source} has no color head; train one, or do not ask for it.")
+    if not color_head:
+        config = config.without_color_head()
+        for name in [name for name in tensors if name.startswith(COLOR_HEAD)]:
             del tensors[name]
     with torch.device("meta"):
         network = PixelNet(config)

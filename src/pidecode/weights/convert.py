@@ -10,21 +10,21 @@ from pathlib import Path
 import torch
 
 from pidecode.errors import SettingError
-from pidecode.facts.checkpoints import APACHE_2, NSCL_V1, Licence
+from pidecode.facts.checkpoints import APACHE_2, NSCL_V1, License
 from pidecode.files import atomic_write, check_writable
 from pidecode.model.network import PixelNet
 from pidecode.weights.build import check_complete
 from pidecode.weights.detect import Hints, detect
 from pidecode.weights.identity import Identity
 from pidecode.weights.read import read_weights
-from pidecode.weights.shapes import COLOUR_HEAD
+from pidecode.weights.shapes import COLOR_HEAD
 from pidecode.weights.write import write_safetensors
 
 DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """Number formats to choose from, by the names users type."""
 
-_LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "LICENCE.txt")
-_LICENCES: Mapping[str, Licence] = {licence.name: licence for licence in (NSCL_V1, APACHE_2)}
+_LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENSE", "LICENSE.txt")
+_LICENSES: Mapping[str, License] = {license.name: license for license in (NSCL_V1, APACHE_2)}
 
 
 def convert(
@@ -35,10 +35,10 @@ def convert(
     dtype: str | None = None,
     overwrite: bool = False,
 ) -> Identity:
-    """Write the network of `source` to `target` (.safetensors) with its configuration, space, variant and licence.
+    """Write the network of `source` to `target` (.safetensors) with its configuration, space, variant and license.
 
     hints: what the caller knows of the source (see `detect`). dtype: "bf16", "fp16" or "fp32"; None keeps the
-    source's. Weights under a licence that is not free keep its text beside them, in `<target>.LICENCE.txt`.
+    source's. Weights under a license that is not free keep its text beside them, in `<target>.LICENSE.txt`.
     Returns what was written. Raises CheckpointError or SettingError for a source that is damaged, incomplete or
     undecided, FileError for a target that exists or cannot be written; nothing is left behind then.
     """
@@ -49,51 +49,51 @@ def convert(
         raise SettingError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
     check_writable(target, overwrite=overwrite)
     file = read_weights(source)
-    identity = _as_stored(detect(file, hints), has_head=any(name.startswith(COLOUR_HEAD) for name in file.tensors))
+    identity = _as_stored(detect(file, hints), has_head=any(name.startswith(COLOR_HEAD) for name in file.tensors))
     assert identity.config is not None  # detect refuses encoders
     with torch.device("meta"):
         expected = {name: tuple(value.shape) for name, value in PixelNet(identity.config).state_dict().items()}
     check_complete(file.tensors, expected, str(source))
-    licence = _LICENCES.get(identity.licence or "")
-    notice = licence_text(Path(source), licence) if licence and not licence.commercial else None
+    license = _LICENSES.get(identity.license or "")
+    notice = license_text(Path(source), license) if license and not license.commercial else None
     wanted = DTYPES[dtype] if dtype else None
     write_safetensors(target, file.tensors, _metadata(identity), dtype=wanted, overwrite=overwrite)
     if notice is not None:
-        with atomic_write(target.with_suffix(".LICENCE.txt"), overwrite=True) as text:
+        with atomic_write(target.with_suffix(".LICENSE.txt"), overwrite=True) as text:
             text.write(notice.encode("utf-8"))
     return identity
 
 
 def _as_stored(identity: Identity, *, has_head: bool) -> Identity:
-    """The configuration of what is in the file: the colour head may have been left out of it."""
+    """The configuration of what is in the file: the color head may have been left out of it."""
     assert identity.config is not None
-    return replace(identity, config=replace(identity.config, colour_head=has_head))
+    return replace(identity, config=replace(identity.config, color_head=has_head))
 
 
 def _metadata(identity: Identity) -> dict[str, str]:
     parts = (identity.space, identity.variant, None if identity.kind == "student" else identity.kind)
     title = " ".join(["PiD", *(part for part in parts if part)])
     common = {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": "pid", "modelspec.title": title}
-    if identity.licence:
-        common["modelspec.license"] = identity.licence
+    if identity.license:
+        common["modelspec.license"] = identity.license
     return common | identity.to_metadata()
 
 
-def licence_text(source: Path, licence: Licence) -> str:
-    """The licence's text from beside the source or the top of its repository; else a note of where it stands.
+def license_text(source: Path, license: License) -> str:
+    """The license's text from beside the source or the top of its repository; else a note of where it stands.
 
-    A text that does not name the licence's owner is some other project's, and is passed over.
+    A text that does not name the license's owner is some other project's, and is passed over.
     """
-    owner = licence.title.split()[0]
-    places = [source.with_suffix(".LICENCE.txt")]
-    places += [folder / name for folder in source.absolute().parents[:3] for name in _LICENCE_FILES]
+    owner = license.title.split()[0]
+    places = [source.with_suffix(".LICENSE.txt")]
+    places += [folder / name for folder in source.absolute().parents[:3] for name in _LICENSE_FILES]
     for path in places:
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         if owner in text:
             return text
-    terms = "It allows commercial use." if licence.commercial else "It does not allow commercial use."
+    terms = "It allows commercial use." if license.commercial else "It does not allow commercial use."
     return (
         f"The weights beside this file were converted from {source.name}, which is under the\n"
-        f"{licence.title}. {terms}\nIts text, which is what binds, stands at {licence.url}.\n"
+        f"{license.title}. {terms}\nIts text, which is what binds, stands at {license.url}.\n"
         "Converting changed the file's format, not its terms.\n"
     )

@@ -103,7 +103,7 @@ def _from_evidence(file: WeightFile, hints: Hints) -> Identity:
     rows = [row for row in rows if row.kind == kind]
     variant = variant or (rows[0].variant if len(rows) == 1 else None)
     return Identity(
-        kind=kind, config=config, space=space, variant=variant, licence=rows[0].licence.name if rows else None
+        kind=kind, config=config, space=space, variant=variant, license=rows[0].license.name if rows else None
     )
 
 
@@ -152,7 +152,7 @@ def _backbone(path: Path, structure: Structure, known: Mapping[str, str], overri
             f"space={BACKBONE_SPACE!r} for NVIDIA's 2K to 4K fine-tune, or overrides={{'rope_reference': ...}}."
         )
     config = _checked(path, structure, {**_values(architecture.backbone()), **structure.seen, **overrides})
-    return Identity(kind="backbone", config=config, variant=known.get("variant"), licence="NSCLv1" if known else None)
+    return Identity(kind="backbone", config=config, variant=known.get("variant"), license="NSCLv1" if known else None)
 
 
 def _rows_like(structure: Structure) -> list[Checkpoint]:
@@ -173,7 +173,7 @@ def _only_space(path: Path, structure: Structure, known: Mapping[str, str], over
     if spaces:
         raise SettingError(
             f"{path} may be for {' or '.join(spaces)}: its tensors look alike for all of them, and a wrong choice "
-            f"gives wrong colours. Say which: space={spaces[0]!r} (--space {spaces[0]})."
+            f"gives wrong colors. Say which: space={spaces[0]!r} (--space {spaces[0]})."
         )
     raise SettingError(
         f"{path} takes latents of {structure.latent_in} channels, as no known latent space has. Give overrides= with "
@@ -182,11 +182,11 @@ def _only_space(path: Path, structure: Structure, known: Mapping[str, str], over
 
 
 def _only_kind(path: Path, structure: Structure, rows: list[Checkpoint], variant: str | None) -> Kind:
-    """The one kind the table leaves; the colour head, which only teachers surely keep, speaks against "student"."""
+    """The one kind the table leaves; the color head, which only teachers surely keep, speaks against "student"."""
     kinds = {row.kind for row in rows if variant in (None, row.variant)}
     if len(kinds) == 1:
         return kinds.pop()
-    if variant is not None and "student" in kinds and not structure.colour_out:
+    if variant is not None and "student" in kinds and not structure.color_out:
         return "student"  # a variant without a kind names the distilled network, here as everywhere
     raise SettingError(
         f"{path} may be a student (4 steps) or a teacher (many guided steps): its tensors cannot show which. "

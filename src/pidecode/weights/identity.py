@@ -25,7 +25,7 @@ class Identity:
     kind: a distilled few-step network, one for many guided steps, a bare text-to-image one, or an image encoder.
     config: the network's shape; None for an encoder, whose own configuration stands in `extra["config"]`.
     space, variant: latent space and release it belongs to; None where it belongs to none.
-    licence: short name of the weights' licence, None where unknown.
+    license: short name of the weights' license, None where unknown.
     times: step times of a student, from noise to picture; empty for the standard ones.
     extra: whatever else the file says, kept as it is.
     """
@@ -34,7 +34,7 @@ class Identity:
     config: NetConfig | None
     space: str | None = None
     variant: str | None = None
-    licence: str | None = None
+    license: str | None = None
     times: tuple[float, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -52,7 +52,7 @@ class Identity:
             "kind": self.kind,
             "space": self.space,
             "variant": self.variant,
-            "licence": self.licence,
+            "license": self.license,
             "times": list(self.times),
         }
         if self.config is not None:
@@ -78,14 +78,14 @@ class Identity:
             config = None if record["kind"] == "encoder" else NetConfig.from_dict(record["config"])
             if config is not None and record.get("prediction", config.prediction) != config.prediction:
                 raise ValueError("prediction is said twice, differently")
-            known = {"format", "kind", "space", "variant", "licence", "times", "prediction"}
+            known = {"format", "kind", "space", "variant", "license", "times", "prediction"}
             known |= {"config"} if config is not None else set()
             return cls(
                 kind=record["kind"],
                 config=config,
                 space=_text(record, "space"),
                 variant=_text(record, "variant"),
-                licence=_text(record, "licence"),
+                license=_text(record, "license"),
                 times=_times(record.get("times") or ()),
                 extra={name: value for name, value in record.items() if name not in known},
             )

@@ -145,8 +145,8 @@ def _in_official(row: Checkpoint, hub: Hub) -> Path:
     teacher = f" --kind {row.kind}" if row.kind == "teacher" else ""
     raise DownloadError(
         f"{row.name} of {row.repository} is not on this machine. Fetch it with "
-        f"`pidecode pull {row.space} --variant {row.variant}{teacher}`, which first shows its licence "
-        f"({row.licence.name}), or with {command(row.repository or REPOSITORY, row.path)}."
+        f"`pidecode pull {row.space} --variant {row.variant}{teacher}`, which first shows its license "
+        f"({row.license.name}), or with {command(row.repository or REPOSITORY, row.path)}."
     )
 
 

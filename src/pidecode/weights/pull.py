@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything one released decoder needs, fetched in one go, after its licence was accepted."""
+"""Everything one released decoder needs, fetched in one go, after its license was accepted."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pidecode.errors import LicenceError, SettingError
-from pidecode.facts.checkpoints import ENCODERS, TEXT_ENCODER, Checkpoint, Kind, Licence, get_checkpoint
+from pidecode.errors import LicenseError, SettingError
+from pidecode.facts.checkpoints import ENCODERS, TEXT_ENCODER, Checkpoint, Kind, License, get_checkpoint
 from pidecode.weights.hub import Hub, OnProgress
 from pidecode.weights.locate import asset
 
@@ -60,12 +60,12 @@ def parts_of(row: Checkpoint, *, encoder: bool = True, text: bool = True) -> lis
     return parts
 
 
-def licence_notice(licence: Licence) -> str:
-    """What must be shown before weights under that licence are fetched."""
-    terms = "commercial use is allowed" if licence.commercial else "for research and evaluation, not for commercial use"
+def license_notice(license: License) -> str:
+    """What must be shown before weights under that license are fetched."""
+    terms = "commercial use is allowed" if license.commercial else "for research and evaluation, not for commercial use"
     return (
-        f"These weights are under the {licence.title}: {terms}.\n"
-        f"The text that binds stands at {licence.url}. The encoders and the text encoder keep their own licences."
+        f"These weights are under the {license.title}: {terms}.\n"
+        f"The text that binds stands at {license.url}. The encoders and the text encoder keep their own licenses."
     )
 
 
@@ -74,7 +74,7 @@ def pull(
     variant: str | None = None,
     *,
     kind: Kind | None = None,
-    accept_licence: bool = False,
+    accept_license: bool = False,
     parts: Callable[[Checkpoint], list[Part]] = parts_of,
     on_progress: OnProgress | None = None,
     hub: Hub | None = None,
@@ -84,7 +84,7 @@ def pull(
     What is there already is left alone: with everything there, nothing is asked of the network or of the user.
     parts: which parts to fetch, such as `functools.partial(parts_of, text=False)`.
     on_progress: told of every piece that arrives; it may raise Cancelled. A broken fetch goes on next time.
-    Raises LicenceError, whose message is the notice to show, unless the licence was accepted or is free;
+    Raises LicenseError, whose message is the notice to show, unless the license was accepted or is free;
     DownloadError when something cannot be fetched; SettingError for a decoder that does not exist.
     """
     hub = hub or Hub()
@@ -96,9 +96,9 @@ def pull(
         raise SettingError("There is nothing to fetch: no part was asked for.")
     found = {part.title: present(part, hub) for part in wanted}
     if None in found.values():
-        if not (accept_licence or row.licence.commercial):
-            raise LicenceError(
-                f"{licence_notice(row.licence)}\nTo accept, run the same with --accept-licence (accept_licence=True)."
+        if not (accept_license or row.license.commercial):
+            raise LicenseError(
+                f"{license_notice(row.license)}\nTo accept, run the same with --accept-license (accept_license=True)."
             )
         found = {part.title: found[part.title] or _fetch(part, hub, on_progress) for part in wanted}
     here = {title: path for title, path in found.items() if path is not None}

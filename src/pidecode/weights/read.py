@@ -30,7 +30,7 @@ _STRANGERS = (
 )  # fmt: skip
 """What may stand beside the network in a file and is no part of it, PixelDiT's unused table included."""
 
-_QUANTISED_NAMES = (
+_QUANTizED_NAMES = (
     ".comfy_quant", ".weight_scale", ".scale_weight", "scaled_fp8", ".input_scale", ".weight._data",
     ".weight._scale", ".quant_map", ".absmax", ".weight_scale_2", ".qweight", ".qzeros",
 )  # fmt: skip
@@ -85,7 +85,7 @@ def read_tensors(path: str | Path) -> WeightFile:
         if small := sorted(
             {entry.dtype for entry in header.tensors.values() if entry.dtype.startswith(("F8", "F6", "F4"))}
         ):
-            raise _quantised(path, small)
+            raise _quantized(path, small)
         tensors = _read_safetensors(path)
         if not tensors:
             raise CheckpointError(f"{path} holds no tensors; weights were expected.")
@@ -96,7 +96,7 @@ def read_tensors(path: str | Path) -> WeightFile:
 def _refuse_known_strangers(path: Path, start: bytes) -> None:
     if start.startswith(b"GGUF"):
         raise CheckpointError(
-            f"{path} is a GGUF file (quantised); take the bfloat16 .safetensors or the official .pth."
+            f"{path} is a GGUF file (quantized); take the bfloat16 .safetensors or the official .pth."
         )
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(
@@ -183,7 +183,7 @@ def _only_tensors(path: Path, content: Any) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         dense = tensor.layout == torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
         if not dense:
-            raise CheckpointError(f"{path}: {name} is sparse, quantised or without data; dense tensors were expected.")
+            raise CheckpointError(f"{path}: {name} is sparse, quantized or without data; dense tensors were expected.")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise CheckpointError(
                 f"{path}: {name} claims {tensor.numel():,} values and stores fewer; do not trust this file."
@@ -217,10 +217,10 @@ def strip_prefixes(tensors: Mapping[str, Tensor], source: str | Path = "the file
 
 def check_formats(tensors: Mapping[str, Tensor], source: str | Path = "the file") -> None:
     """Raises CheckpointError unless every tensor is an ordinary floating-point one."""
-    marks = sorted({mark for name in tensors for mark in _QUANTISED_NAMES if name.endswith(mark)})
+    marks = sorted({mark for name in tensors for mark in _QUANTizED_NAMES if name.endswith(mark)})
     small = sorted({_plain(t.dtype) for t in tensors.values() if t.dtype not in FLOATS and t.dtype.is_floating_point})
     if marks or small:
-        raise _quantised(source, small + marks)
+        raise _quantized(source, small + marks)
     wrong = [name for name, tensor in tensors.items() if tensor.dtype not in FLOATS]
     if wrong:
         raise CheckpointError(
@@ -244,9 +244,9 @@ def check_finite(tensors: Mapping[str, Tensor], source: str | Path = "the file")
         )
 
 
-def _quantised(source: str | Path, marks: list[str]) -> CheckpointError:
+def _quantized(source: str | Path, marks: list[str]) -> CheckpointError:
     return CheckpointError(
-        f"{source} is quantised by another program ({', '.join(marks)}); such files are not read here. "
+        f"{source} is quantized by another program ({', '.join(marks)}); such files are not read here. "
         "Take the bfloat16 file of the same model."
     )
 

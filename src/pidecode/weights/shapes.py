@@ -15,7 +15,7 @@ from pidecode.facts.architecture import NetConfig
 Shapes = Mapping[str, tuple[int, ...]]
 Generation = Literal["v1", "v1pt5", "backbone"]
 
-COLOUR_HEAD = "lq_proj.lq_aux_rgb_head."
+COLOR_HEAD = "lq_proj.lq_aux_rgb_head."
 """Names of the one part that only training uses; files may have it or not."""
 
 ADAPTER = ("lq_proj.", "pit_lq_gate.")
@@ -32,13 +32,13 @@ class Structure:
     seen: values of NetConfig fields read from names and shapes.
     latent_in: channels the adapter's first convolution takes, after unpatchifying or folding; 0 without one.
     image_in: the same of the adapter's picture branch.
-    colour_out: outputs of the colour head, `3 (patch_size / scale)^2`; 0 without one.
+    color_out: outputs of the color head, `3 (patch_size / scale)^2`; 0 without one.
     """
 
     seen: Mapping[str, Any]
     latent_in: int = 0
     image_in: int = 0
-    colour_out: int = 0
+    color_out: int = 0
 
     @property
     def has_adapter(self) -> bool:
@@ -56,10 +56,10 @@ class Structure:
     def disagreement(self, config: NetConfig) -> str | None:
         """The first thing a configuration says otherwise than the tensors, in words; None if there is none.
 
-        The colour head may be in a configuration and not in the file, or the other way round.
+        The color head may be in a configuration and not in the file, or the other way round.
         """
         for name, value in self.seen.items():
-            if name != "colour_head" and getattr(config, name) != value:
+            if name != "color_head" and getattr(config, name) != value:
                 return f"{name} is {value} by its tensors and {getattr(config, name)} by the configuration"
         expected = (_latent_in(config), _image_in(config))
         if expected != (self.latent_in, self.image_in):
@@ -68,8 +68,8 @@ class Structure:
                 f"{config.latent_channels}, latent_down={config.latent_down}, latent_unpatchify="
                 f"{config.latent_unpatchify}, scale={config.scale} would make it {expected[0] or expected[1]}"
             )
-        if self.colour_out and self.colour_out != 3 * (config.patch_size // config.scale) ** 2:
-            return f"its colour head has {self.colour_out} outputs, which is not 3 (patch_size / {config.scale})^2"
+        if self.color_out and self.color_out != 3 * (config.patch_size // config.scale) ** 2:
+            return f"its color head has {self.color_out} outputs, which is not 3 (patch_size / {config.scale})^2"
         return None
 
 
@@ -178,7 +178,7 @@ def _adapter(look: _Look, seen: dict[str, Any], interval: int | None) -> Structu
     if not towers:
         look("lq_proj.latent_proj.0.weight")
     heads = look.count(r"lq_proj\.output_heads\.(\d+)\.")
-    colour = COLOUR_HEAD + "3.weight" in shapes
+    color = COLOR_HEAD + "3.weight" in shapes
     gate_rows = look("lq_proj.gate_modules.0.content_proj.weight")[0]
     if levels:
         seen["adapter_levels"] = tuple(levels)
@@ -189,14 +189,14 @@ def _adapter(look: _Look, seen: dict[str, Any], interval: int | None) -> Structu
         "gate": "per_token" if gate_rows == 1 else "per_channel",
         "inject_pixels": "pit_lq_gate.log_alpha" in shapes,
         "inject_interval": _interval(look.source, seen["patch_depth"], heads, interval),
-        "colour_head": colour,
+        "color_head": color,
     }
     inputs = {tower: look(starts[tower], 4)[1] for tower in towers}
     return Structure(
         seen=seen,
         latent_in=inputs.get("latent_proj", 0),
         image_in=inputs.get("image_conv", 0),
-        colour_out=look(COLOUR_HEAD + "3.weight")[0] if colour else 0,
+        color_out=look(COLOR_HEAD + "3.weight")[0] if color else 0,
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `tiny` is made of, at miniature size: pictures, cache, optimiser, networks, stages for one of them."""
+"""What `tiny` is made of, at miniature size: pictures, cache, optimizer, networks, stages for one of them."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_muon_finds_a_linear_map() -> None:
         ({"adapter_levels": (2,)}, "two or more numbers of blocks"),
         ({"adapter_levels": (2, -1)}, "two or more numbers of blocks"),
         ({"patch_size": 8, "rope_reference": (1024, 1024), "adapter_levels": (1, 1)}, "whole number"),
-        ({"colour_head": True, "colour_head_tap": 1}, "must be -1"),
+        ({"color_head": True, "color_head_tap": 1}, "must be -1"),
     ],
 )
 def test_adapters_that_cannot_climb_say_why(change: dict[str, object], words: str | None) -> None:
@@ -192,7 +192,7 @@ def test_patches_start_as_their_own_principal_directions(cache: LatentCache) -> 
         mean = patches.mean((0, 2, 3), keepdim=True)
         return patches - mean, mean, values.flip(0)[:most].clamp(min=1e-8), vectors.flip(1)[:, :most]
 
-    patches, _, values, basis = principal(4, 48)  # all there are: 4 x 4 pixels of three colours
+    patches, _, values, basis = principal(4, 48)  # all there are: 4 x 4 pixels of three colors
     features = torch.zeros(len(pictures), 64, 32, 32)
     features[:, :48] = torch.einsum("bphw,pr->brhw", patches, basis / values**0.25)
     with torch.no_grad():
@@ -277,42 +277,42 @@ def test_the_encoder_comes_nearer_to_its_teacher(
     assert sum(row["latent"] for row in whole[-4:]) < sum(row["latent"] for row in whole[:4])
 
 
-def test_crops_are_turned_and_some_recoloured() -> None:
+def test_crops_are_turned_and_some_recolored() -> None:
     random = np.random.default_rng(0)
     target = torch.from_numpy(random.uniform(-1, 1, (24, 3, 64, 64))).float()
     chance = torch.Generator().manual_seed(0)
-    turned, small = varied(target, chance, recoloured=0.0, joined=0.0)
+    turned, small = varied(target, chance, recolored=0.0, joined=0.0)
     assert torch.equal(turned.flatten(2).sort()[0], target.flatten(2).sort()[0])  # the same pixels
     assert len({tuple(picture[0, 0, :4].tolist()) for picture in varied(target[:1].expand(64, -1, -1, -1), chance,
-                recoloured=0.0, joined=0.0)[0]}) == 8  # fmt: skip
+                recolored=0.0, joined=0.0)[0]}) == 8  # fmt: skip
     wanted = torch.nn.functional.interpolate(turned, scale_factor=0.25, mode="bicubic", antialias=True)
     torch.testing.assert_close(small, wanted.clamp(-1, 1))
-    coloured, _ = varied(target, chance, recoloured=0.5, joined=0.0)
+    colored, _ = varied(target, chance, recolored=0.5, joined=0.0)
     same = [torch.equal(ours.flatten().sort()[0], theirs.flatten().sort()[0])
-            for ours, theirs in zip(coloured, target, strict=True)]  # fmt: skip
+            for ours, theirs in zip(colored, target, strict=True)]  # fmt: skip
     assert 0 < sum(same) < len(same)
-    assert coloured.abs().max() <= 1
+    assert colored.abs().max() <= 1
 
 
 def test_some_crops_are_two_pictures_with_a_clean_edge() -> None:
     chance = torch.Generator().manual_seed(0)
     target = torch.stack((torch.full((3, 64, 64), -0.5), torch.full((3, 64, 64), 0.5))).repeat(20, 1, 1, 1)
-    alone, _ = varied(target, chance, recoloured=0.0, joined=0.0)
+    alone, _ = varied(target, chance, recolored=0.0, joined=0.0)
     assert torch.equal(alone, target)
-    joined, _ = varied(target, chance, recoloured=0.0, joined=1.0)
+    joined, _ = varied(target, chance, recolored=0.0, joined=1.0)
     beyond = set()
     for picture, own in zip(joined, target, strict=True):
-        colours, counts = picture.flatten(1).T.unique(dim=0, return_counts=True)
+        colors, counts = picture.flatten(1).T.unique(dim=0, return_counts=True)
         most = counts.argsort(descending=True)[:2]
         assert counts[most].sum() > 0.96 * 64 * 64  # all but one pixel along a line
-        found = {tuple(colour.tolist()) for colour in colours[most]}
+        found = {tuple(color.tolist()) for color in colors[most]}
         assert tuple(own[:, 0, 0].tolist()) in found
         beyond |= found
     pictures = {(-0.5,) * 3, (0.5,) * 3}
-    assert beyond > pictures  # some are joined to a single colour instead
+    assert beyond > pictures  # some are joined to a single color instead
 
 
-def test_coarse_colours_count_where_squares_differ() -> None:
+def test_coarse_colors_count_where_squares_differ() -> None:
     small = torch.rand(2, 3, 32, 32)
     made = torch.nn.functional.interpolate(small, scale_factor=4, mode="nearest")
     assert coarse_error(made, small, ((16, 4.0), (64, 4.0))).max() < 1e-10

@@ -79,7 +79,7 @@ def test_encoder_and_decoder_learn_together_and_the_files_load(
     lines: list[str] = []
     recipe = JointRecipe(
         steps=40, crops=((128, 2, 1.0),), workers=1, log_every=0.0, decoder_rate=2e-3,
-        recoloured=0.0, joined=0.0, noisy_share=0.0,
+        recolored=0.0, joined=0.0, noisy_share=0.0,
     )  # fmt: skip
     run_joint(pair, cache, tmp_path, recipe, teacher, lines.append)
     own = [parts(line)["own"] for line in lines]
@@ -134,7 +134,7 @@ def test_corrections_learn_alone_and_bring_the_picture_nearer(
     before = {name: value.clone() for name, value in pair.named_parameters()}
     lines: list[str] = []
     recipe = replace(
-        CORRECTIONS, seconds=0, steps=40, crops=((128, 2, 1.0),), workers=1, log_every=0.0, recoloured=0.0, joined=0.0
+        CORRECTIONS, seconds=0, steps=40, crops=((128, 2, 1.0),), workers=1, log_every=0.0, recolored=0.0, joined=0.0
     )
     run_joint(pair, cache, tmp_path, replace(recipe, imitation_weight=0.0, corrector_rate=2e-3), teacher, lines.append)
     changed = {name for name, value in pair.named_parameters() if not torch.equal(value, before[name])}

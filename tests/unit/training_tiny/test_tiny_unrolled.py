@@ -32,7 +32,7 @@ from tiny_training import ENCODER, parts, started
 
 BRIEF = UnrolledRecipe(
     device="cpu", workers=1, crops=((128, 2, 1.0),), log_every=0.0, warmup_steps=2, decay_from=0.9,
-    recoloured=0.0, joined=0.0, teacher_share=0.5, noisy_share=0.0,
+    recolored=0.0, joined=0.0, teacher_share=0.5, noisy_share=0.0,
 )  # fmt: skip
 
 

@@ -89,7 +89,7 @@ def compile_blocks(network: nn.Module) -> None:
 def compiling() -> Iterator[None]:
     """The compiler's settings while such blocks run, as they were afterwards; what was compiled before is forgotten.
 
-    The blocks of the stage before would count towards the limit, and those of two stages are too many.
+    The blocks of the stage before would count toward the limit, and those of two stages are too many.
     """
     torch._dynamo.reset()
     # As many crops as a crop has pixels is a coincidence, not a shape.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Crops turned, joined and recoloured at random: a few hundred pictures have too few colours to learn colours from.
+"""Crops turned, joined and recolored at random: a few hundred pictures have too few colors to learn colors from.
 
-Without this a small decoder learns its training pictures' colours by heart: on them it is nearer to the truth than its
+Without this a small decoder learns its training pictures' colors by heart: on them it is nearer to the truth than its
 teacher, on others two and a half times as far. Everything here is drawn for all crops at once, on their own device and
 without waiting for it, so that a step can be recorded as a whole.
 """
@@ -18,11 +18,11 @@ from pidecode.training.tiny.cache import SCALE
 
 LUMA = (0.299, 0.587, 0.114)
 PLAIN = 0.2
-"""Share of the crops joined to another whose other part is a single colour: flat areas are rare in photographs."""
+"""Share of the crops joined to another whose other part is a single color: flat areas are rare in photographs."""
 NEGATIVE = 0.1
-"""Share of the recoloured crops that are a negative."""
+"""Share of the recolored crops that are a negative."""
 KNOTS = 4
-"""Points along each side between which a recoloured picture's light changes smoothly."""
+"""Points along each side between which a recolored picture's light changes smoothly."""
 
 
 class Chance:
@@ -50,15 +50,15 @@ class Chance:
 
 
 def varied(
-    target: Tensor, generator: torch.Generator | None = None, *, recoloured: float, joined: float
+    target: Tensor, generator: torch.Generator | None = None, *, recolored: float, joined: float
 ) -> tuple[Tensor, Tensor]:
     """Crops [B,3,S,S] in [-1,1], each turned by a multiple of 90 degrees and mirrored or not, a share of them
-    `recoloured` and a share of them `joined` with another or with a single colour; and each reduced to a
+    `recolored` and a share of them `joined` with another or with a single color; and each reduced to a
     quarter by antialiased bicubic interpolation, [B,3,S/4,S/4].
     """
     chance = Chance(len(target), target.device, generator)
     pictures = turned(target, chance)
-    pictures = torch.where(chance.happens(recoloured), recolour(pictures, chance), pictures)
+    pictures = torch.where(chance.happens(recolored), recolor(pictures, chance), pictures)
     plain = chance.uniform(-1, 1, 3, 1, 1).expand_as(target)
     other = torch.where(chance.happens(PLAIN), plain, pictures.roll(1, 0))
     pictures = torch.where(chance.happens(joined), join(pictures, other, chance), pictures)
@@ -74,15 +74,15 @@ def turned(pictures: Tensor, chance: Chance) -> Tensor:
     return pictures
 
 
-def recolour(pictures: Tensor, chance: Chance) -> Tensor:
-    """Pictures [B,3,H,W] with other colours: channels in any order, saturation of its own, and light and contrast that
+def recolor(pictures: Tensor, chance: Chance) -> Tensor:
+    """Pictures [B,3,H,W] with other colors: channels in any order, saturation of its own, and light and contrast that
     may change smoothly from place to place.
     """
     identity = torch.eye(3, device=pictures.device)
     order = torch.where(chance.happens(0.5)[..., 0], identity[chance.uniform(0, 1, 3).argsort(1)], identity)
-    grey = torch.stack([torch.full((3,), share, device=pictures.device) for share in LUMA], dim=1)
+    gray = torch.stack([torch.full((3,), share, device=pictures.device) for share in LUMA], dim=1)
     saturation = chance.uniform(0.0, 1.6, 1, 1)
-    mixed = (grey + saturation * (identity - grey)) @ order
+    mixed = (gray + saturation * (identity - gray)) @ order
     mixed = torch.where(chance.happens(NEGATIVE)[..., 0], -mixed, mixed)
 
     def field(low: float, high: float, spread: float) -> Tensor:
@@ -91,8 +91,8 @@ def recolour(pictures: Tensor, chance: Chance) -> Tensor:
         points = chance.uniform(low, high, 1, 1, 1) + chance.uniform(-spread, spread, 3, 1, 1) + changes
         return F.interpolate(points, size=pictures.shape[-2:], mode="bilinear", align_corners=True)
 
-    coloured = torch.einsum("bij,bjhw->bihw", mixed.to(pictures), pictures)
-    return (coloured * field(-0.5, 0.3, 0.2).exp() + field(-0.3, 0.3, 0.2)).clamp(-1, 1)
+    colored = torch.einsum("bij,bjhw->bihw", mixed.to(pictures), pictures)
+    return (colored * field(-0.5, 0.3, 0.2).exp() + field(-0.3, 0.3, 0.2)).clamp(-1, 1)
 
 
 def join(pictures: Tensor, others: Tensor, chance: Chance) -> Tensor:

@@ -56,7 +56,7 @@ def read_manifest(folder: Path) -> dict[str, list[str]]:
 
 
 def crop_to_multiple(picture: Image.Image, shrink: float = 1.0) -> NDArray[np.uint8]:
-    """`picture` shrunk (Lanczos) and centre-cropped to sides of SIDE_MULTIPLE: uint8 [H,W,3]."""
+    """`picture` shrunk (Lanczos) and center-cropped to sides of SIDE_MULTIPLE: uint8 [H,W,3]."""
     picture = picture.convert("RGB")
     if shrink != 1.0:
         size = (round(picture.width * shrink), round(picture.height * shrink))
@@ -118,7 +118,7 @@ class CropBatch:
     small: Tensor
     """[B,3,S/4,S/4] in [-1,1]: the low-resolution picture behind the latent."""
     latent: Tensor
-    """[B,128,S/64,S/64]: normalised FLUX.2 latent cut from that of the whole picture."""
+    """[B,128,S/64,S/64]: normalized FLUX.2 latent cut from that of the whole picture."""
 
     def to(self, device: str) -> CropBatch:
         """The same crops on another device."""

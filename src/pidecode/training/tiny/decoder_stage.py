@@ -91,7 +91,7 @@ def draw_crops(
 def coarse_loss(model: Regressor, teacher: TeacherAutoencoder, cells: Tensor) -> Tensor:
     """The coarsest level's distance from its teacher's features, in units of their variance.
 
-    That level has one position for a thousand pixels and decides over the whole picture, colours first.
+    That level has one position for a thousand pixels and decides over the whole picture, colors first.
     """
     with torch.no_grad():
         hint: Tensor = teacher.decoder[:6](cells)
@@ -131,8 +131,8 @@ def run_regressor(
         if coarse:
             loss = coarse_loss(model, teacher, F.pixel_shuffle(batch.latent, 2))
             return loss, {"distance": loss.item()}
-        target, small = varied(batch.target, draws.noise, recoloured=recipe.recoloured, joined=recipe.joined)
-        with torch.no_grad():  # as a whole picture: a cut-out of a larger one's latent would not know its own colours
+        target, small = varied(batch.target, draws.noise, recolored=recipe.recolored, joined=recipe.joined)
+        with torch.no_grad():  # as a whole picture: a cut-out of a larger one's latent would not know its own colors
             cells = teacher.encode(small)
         if progress < recipe.hinted:
             return hint_loss(model, teacher, cells, target, recipe, apart=progress < recipe.apart)

@@ -58,7 +58,7 @@ def imitation_loss(
 ) -> tuple[Tensor, Parts]:
     """The loss of one batch of crops, and the distances it consists of, in units of the teacher's variances.
 
-    Both encoders see the crop as if it were a whole picture: the teacher normalises over what it sees.
+    Both encoders see the crop as if it were a whole picture: the teacher normalizes over what it sees.
     """
     with torch.no_grad():
         hints = teacher.encoder_features(picture)
@@ -86,7 +86,7 @@ def run_encoder(
 
     def loss_of(progress: float, draws: Draws) -> tuple[Tensor, Parts]:
         target = cache.crops(recipe.crops, recipe.side * SCALE, draws.crops).target.to(recipe.device)
-        small = varied(target, draws.noise, recoloured=recipe.recoloured, joined=recipe.joined)[1]
+        small = varied(target, draws.noise, recolored=recipe.recolored, joined=recipe.joined)[1]
         return imitation_loss(model, teacher, small, recipe, apart=progress < recipe.apart)
 
     learner = Learner(model, encoder_optimizer(model), recipe.rate)

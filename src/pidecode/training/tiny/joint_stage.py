@@ -49,7 +49,7 @@ class PairRecipe(StageRecipe):
     latent_weight: float = 0.05
     """Weight of the encoder's squared distance from its teacher's latents."""
     coarse: tuple[tuple[int, float], ...] = ((16, 4.0), (64, 4.0))
-    """Sides in pixels of squares, and the weight of the squared differences of their mean colours, beside that of the
+    """Sides in pixels of squares, and the weight of the squared differences of their mean colors, beside that of the
     pixels: hardly a tenth of the error, and what is seen first of it."""
     teacher_weight: float = 0.25
     """Weight of the crops that are decoded from the teacher's latent."""
@@ -93,7 +93,7 @@ def levelled(error: Tensor) -> Tensor:
 
 
 def coarse_error(made: Tensor, small: Tensor, weights: Sequence[tuple[int, float]]) -> Tensor:
-    """Weighted squared differences [B] of squares' mean colours: pictures [B,3,H,W], their quarters [B,3,H/4,W/4].
+    """Weighted squared differences [B] of squares' mean colors: pictures [B,3,H,W], their quarters [B,3,H/4,W/4].
 
     weights: sides of the squares in the pictures' pixels, and what each counts.
     """
@@ -106,14 +106,14 @@ def joint_loss(
     pair: Pair, teacher: TeacherAutoencoder, cache: LatentCache, recipe: JointRecipe, draws: Draws
 ) -> tuple[Tensor, Parts]:
     """The loss of one batch, and its parts: squared errors of the pictures from both encoders' latents, and of their
-    coarse colours; where the encoder learns too, the differences of what the teacher decodes, and of the latents.
+    coarse colors; where the encoder learns too, the differences of what the teacher decodes, and of the latents.
     The teacher's own latent is that of the first crop alone.
 
-    From the teacher's latents the coarse colours shall be what the teacher decodes: that follows from the latents.
+    From the teacher's latents the coarse colors shall be what the teacher decodes: that follows from the latents.
     """
     drawn = draw_crops(cache, recipe.crops, draws.crops).to(recipe.device).target
-    pictures, small = varied(drawn, draws.noise, recoloured=recipe.recoloured, joined=recipe.joined)
-    with torch.no_grad():  # as a whole picture: a cut-out of a larger one's latent would not know its own colours
+    pictures, small = varied(drawn, draws.noise, recolored=recipe.recolored, joined=recipe.joined)
+    with torch.no_grad():  # as a whole picture: a cut-out of a larger one's latent would not know its own colors
         wanted = teacher.encode(small[:1])
         decoded = teacher.decode(wanted)
     cells = encoded(pair, small, recipe, draws)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An optimiser for short runs: orthogonalised momentum for matrices and kernels, Adam for everything else."""
+"""An optimizer for short runs: orthogonalised momentum for matrices and kernels, Adam for everything else."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _kept(self, parameters: Sequence[Tensor], name: str) -> list[Tensor]:
-        """What the optimiser remembers by that name of each parameter; nothing yet is zero."""
+        """What the optimizer remembers by that name of each parameter; nothing yet is zero."""
         for parameter in parameters:
             if name not in self.state[parameter]:
                 self.state[parameter][name] = torch.zeros_like(parameter)

@@ -68,14 +68,14 @@ WORDS = [
 """Made-up running text: letters of every kind, figures and signs."""
 
 
-def _colour(random: Random, *, muted: bool = False) -> tuple[int, int, int]:
+def _color(random: Random, *, muted: bool = False) -> tuple[int, int, int]:
     saturation = random.uniform(0, 0.35 if muted else 1.0)
     red, green, blue = colorsys.hsv_to_rgb(random.uniform(), saturation, random.uniform(0.05, 1.0))
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def _canvas(side: int, colour: tuple[int, int, int]) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    image = Image.new("RGB", (side * OVERSAMPLING, side * OVERSAMPLING), colour)
+def _canvas(side: int, color: tuple[int, int, int]) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    image = Image.new("RGB", (side * OVERSAMPLING, side * OVERSAMPLING), color)
     return image, ImageDraw.Draw(image)
 
 
@@ -85,36 +85,36 @@ def _finish(image: Image.Image, side: int) -> Picture:
 
 def dead_leaves(side: int, random: Random) -> Picture:
     """Overlapping discs, boxes and triangles with sizes from a power law: the statistics of natural occlusion."""
-    image, draw = _canvas(side, _colour(random))
+    image, draw = _canvas(side, _color(random))
     full = side * OVERSAMPLING
     for _ in range(int(random.integers(300, 1500))):
         radius = full * 0.004 / max(0.012, random.uniform()) ** random.uniform(0.6, 1.0)
         x, y, turn = random.uniform(0, full), random.uniform(0, full), random.uniform(0, math.tau)
-        colour = _colour(random, muted=bool(random.uniform() < 0.6))
+        color = _color(random, muted=bool(random.uniform() < 0.6))
         kind = int(random.integers(0, 3))
         if kind == 0:
-            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
             continue
         corners = 4 if kind == 1 else 3
         turns = [turn + k * math.tau / corners for k in range(corners)]
-        draw.polygon([(x + radius * math.cos(a), y + radius * math.sin(a)) for a in turns], fill=colour)
+        draw.polygon([(x + radius * math.cos(a), y + radius * math.sin(a)) for a in turns], fill=color)
     return _finish(image, side)
 
 
 def gradients(side: int, random: Random) -> Picture:
-    """Smooth two-colour ramps, bowls and waves, added up: flat areas where a decoder must invent nothing."""
+    """Smooth two-color ramps, bowls and waves, added up: flat areas where a decoder must invent nothing."""
     rows, columns = np.mgrid[0:side, 0:side] / side
     total = np.zeros((side, side, 3))
     for _ in range(int(random.integers(1, 4))):
-        turn, centre = random.uniform(0, math.tau), random.uniform(0, 1, 2)
+        turn, center = random.uniform(0, math.tau), random.uniform(0, 1, 2)
         kind = int(random.integers(0, 3))
         along = columns * math.cos(turn) + rows * math.sin(turn)
         if kind == 1:
-            along = np.hypot(columns - centre[0], rows - centre[1])
+            along = np.hypot(columns - center[0], rows - center[1])
         elif kind == 2:
             along = 0.5 + 0.5 * np.sin(along * random.uniform(2, 20))
         share = np.clip((along - along.min()) / (np.ptp(along) + 1e-9), 0, 1)[..., None]
-        total += np.array(_colour(random)) * share + np.array(_colour(random)) * (1 - share)
+        total += np.array(_color(random)) * share + np.array(_color(random)) * (1 - share)
     total *= 255 / max(255.0, float(total.max()))
     dither = random.uniform(-0.5, 0.5, total.shape)
     return np.clip(np.round(total + dither), 0, 255).astype(np.uint8)
@@ -128,29 +128,29 @@ def line_art(side: int, random: Random) -> Picture:
     full = side * OVERSAMPLING
     for _ in range(int(random.integers(30, 160))):
         pen = int(random.integers(1, 13)) * OVERSAMPLING // 2
-        colour = _colour(random) if random.uniform() < 0.4 else ((20, 20, 24) if dark_on_light else (235, 235, 230))
+        color = _color(random) if random.uniform() < 0.4 else ((20, 20, 24) if dark_on_light else (235, 235, 230))
         kind = int(random.integers(0, 4))
         box = np.sort(random.uniform(0, full, (2, 2)), axis=0)
         if kind == 0:
             draw.line(
                 [tuple(point) for point in random.uniform(0, full, (int(random.integers(2, 6)), 2))],
-                colour,
+                color,
                 max(1, pen),
             )
         elif kind == 1:
-            draw.arc(tuple(box.flatten()), random.uniform(0, 360), random.uniform(0, 720), colour, max(1, pen))
+            draw.arc(tuple(box.flatten()), random.uniform(0, 360), random.uniform(0, 720), color, max(1, pen))
         elif kind == 2:
-            draw.rectangle(tuple(box.flatten()), outline=colour, width=max(1, pen))
+            draw.rectangle(tuple(box.flatten()), outline=color, width=max(1, pen))
         else:
             steps, gap = int(random.integers(3, 12)), random.uniform(6, 40) * OVERSAMPLING
             for k in range(steps):
                 x = box[0, 0] + k * gap
-                draw.line((x, box[0, 1], x, box[1, 1]), colour, max(1, pen // 2))
+                draw.line((x, box[0, 1], x, box[1, 1]), color, max(1, pen // 2))
     return _finish(image, side)
 
 
 def fractal(side: int, random: Random) -> Picture:
-    """A window on a Julia set, coloured smoothly: detail at every scale."""
+    """A window on a Julia set, colored smoothly: detail at every scale."""
     turn = random.uniform(0, math.tau)
     constant = 0.7885 * complex(math.cos(turn), math.sin(turn))
     span = random.uniform(0.6, 1.6)
@@ -170,7 +170,7 @@ def fractal(side: int, random: Random) -> Picture:
 
 def text_page(side: int, random: Random, fonts: Sequence[Path] = ()) -> Picture:
     """Lines of words from 10 to 96 pixels high, some turned, in `fonts` or Pillow's own."""
-    paper, ink = _colour(random, muted=True), _colour(random)
+    paper, ink = _color(random, muted=True), _color(random)
     if abs(sum(paper) - sum(ink)) < 240:
         paper, ink = ((252, 252, 250), (16, 16, 20)) if random.uniform() < 0.6 else ((14, 16, 22), (240, 240, 236))
     image, draw = _canvas(side, paper)
@@ -180,10 +180,10 @@ def text_page(side: int, random: Random, fonts: Sequence[Path] = ()) -> Picture:
         font = ImageFont.load_default(height)
         if fonts and random.uniform() < 0.8:
             font = ImageFont.truetype(str(fonts[int(random.integers(0, len(fonts)))]), height)
-        colour = ink if random.uniform() < 0.8 else _colour(random)
+        color = ink if random.uniform() < 0.8 else _color(random)
         for _ in range(int(random.integers(1, 6))):
             words = random.choice(WORDS, size=max(2, int(2.2 * full / height / 5)))
-            draw.text((random.uniform(4, 40) * OVERSAMPLING, y), " ".join(words), fill=colour, font=font)
+            draw.text((random.uniform(4, 40) * OVERSAMPLING, y), " ".join(words), fill=color, font=font)
             y += height * random.uniform(1.1, 1.5)
             if y > full:
                 break

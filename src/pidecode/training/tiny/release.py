@@ -51,7 +51,7 @@ def release_decoder(state_path: Path, folder: Path, *, variant: str) -> Path:
     state = _state(state_path)
     net = into_pixelnet(_pair(state).decoder)
     student = Identity(
-        kind="student", config=net.config, space="flux2", variant=variant, licence=APACHE_2.name,
+        kind="student", config=net.config, space="flux2", variant=variant, license=APACHE_2.name,
         times=STUDENT_TIMES, extra=_extra(state),
     )  # fmt: skip
     path = folder / f"{variant}.safetensors"
@@ -68,7 +68,7 @@ def release_encoder(state_path: Path, folder: Path, *, rounds: int | None = None
     model = _pair(state).encoder
     config = model.config if rounds is None else replace(model.config, rounds=rounds)
     encoder = Identity(
-        kind="encoder", config=None, space="flux2", variant="tiny", licence=APACHE_2.name,
+        kind="encoder", config=None, space="flux2", variant="tiny", license=APACHE_2.name,
         extra={**_extra(state), "config": config.to_dict()},
     )  # fmt: skip
     path = folder / TINY_ENCODER

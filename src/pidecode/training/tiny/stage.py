@@ -40,10 +40,10 @@ class StageRecipe:
     """How much of the weights' average each step keeps."""
     clip: float = 1.0
     """Largest norm of each network's gradient."""
-    recoloured: float = 0.5
-    """Share of crops that get other colours."""
+    recolored: float = 0.5
+    """Share of crops that get other colors."""
     joined: float = 0.25
-    """Share of crops of which a part is another picture, or a single colour."""
+    """Share of crops of which a part is another picture, or a single color."""
     device: str = "cpu"
     seed: int = 0
     save_every: float = 90.0
@@ -61,7 +61,7 @@ class StageRecipe:
 
 @dataclass(frozen=True, slots=True)
 class Learner:
-    """A network, or a part of one, with its optimiser and its rate as a function of the budget's share that is used."""
+    """A network, or a part of one, with its optimizer and its rate as a function of the budget's share that is used."""
 
     network: nn.Module
     optimizer: Muon

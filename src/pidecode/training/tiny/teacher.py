@@ -59,9 +59,9 @@ def _plain(stride: int = 1) -> nn.Conv2d:
 
 
 class TeacherAutoencoder(nn.Module):
-    """Picture [B,3,H,W] in [-1,1] <-> latent [B,32,H/8,W/8] in FLUX.2's normalised space (before patchifying).
+    """Picture [B,3,H,W] in [-1,1] <-> latent [B,32,H/8,W/8] in FLUX.2's normalized space (before patchifying).
 
-    The encoder's normalisation is over the whole picture: encode whole pictures, then crop latents.
+    The encoder's normalization is over the whole picture: encode whole pictures, then crop latents.
     The weights are read from a folder and are not part of this project.
     """
 

@@ -118,7 +118,7 @@ class Step:
         read = round(recipe.teacher_share * count)
         seen = count if self.encoder_learns else read
         with torch.no_grad():
-            target, small = varied(self.pictures.crops(count, side), recoloured=recipe.recoloured, joined=recipe.joined)
+            target, small = varied(self.pictures.crops(count, side), recolored=recipe.recolored, joined=recipe.joined)
         with self.half():
             with torch.no_grad():
                 wanted = self.teacher.encode(small[:seen]).float()

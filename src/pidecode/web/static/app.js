@@ -72,7 +72,7 @@ function readSettings() {
   if (isPicture()) {
     settings.fit = find("fit").value;
     settings.scale = find("scale").value;
-    if (find("colour_lock").value) settings.colour_lock = find("colour_lock").value;
+    if (find("color_lock").value) settings.color_lock = find("color_lock").value;
   } else {
     if (find("to-width").value) settings.width = find("to-width").value;
     if (find("to-height").value) settings.height = find("to-height").value;
@@ -91,7 +91,7 @@ function writeSettings(settings) {
     field.value = value;
   }
   find("sigma").value = settings.sigma ?? 0;
-  find("colour_lock").value = settings.colour_lock ?? "";
+  find("color_lock").value = settings.color_lock ?? "";
   find("to-width").value = settings.width ?? "";
   find("to-height").value = settings.height ?? "";
   if (settings.caption === undefined) find("caption").value = "";
@@ -353,7 +353,7 @@ function restore(entry) {
 
 function useRecipe() {
   const recipe = input.looked.recipe, given = {};
-  for (const name of ["seed", "steps", "sampler", "guidance", "caption", "model", "colour_lock"]) if (recipe[name] !== undefined) given[name] = recipe[name];
+  for (const name of ["seed", "steps", "sampler", "guidance", "caption", "model", "color_lock"]) if (recipe[name] !== undefined) given[name] = recipe[name];
   if (recipe.sigma > 0 && recipe.sigma <= 0.8) given.sigma = recipe.sigma;
   writeSettings({ ...readSettings(), ...given });
   find("from-recipe").hidden = true;

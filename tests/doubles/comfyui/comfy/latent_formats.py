@@ -31,7 +31,7 @@ class SDXL(Constants):
 
 
 class Flux2(Constants):
-    """Handed around normalised."""
+    """Handed around normalized."""
 
 
 class Mochi(Constants):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Colours held to a reference: drift goes, detail stays, and the report says by how much."""
+"""Colors held to a reference: drift goes, detail stays, and the report says by how much."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pidecode.color import fidelity, lock_colors
 from torch import Tensor
 from torch.nn import functional
 
 import tiny_models
 import tiny_pipelines
 from pidecode import PixelDecoder
-from pidecode.colour import fidelity, lock_colours
 from pidecode.errors import SettingError
 from pidecode.latents.encoders import load_encoder
 from pidecode.latents.latent import Latent
@@ -34,15 +34,15 @@ def scene(height: int = 128, width: int = 192) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("lock", ["soft", "full", "detail"])
 def test_drift_goes_and_detail_stays(lock: str) -> None:
     reference, true, astray = scene()
-    held = lock_colours(astray, reference, lock)
+    held = lock_colors(astray, reference, lock)
     torch.testing.assert_close(held, true, rtol=0, atol=1e-3)
-    assert lock_colours(astray, reference, "off") is astray
+    assert lock_colors(astray, reference, "off") is astray
 
 
 def test_full_follows_drift_that_soft_leaves() -> None:
     reference, true, _ = scene(512, 768)
     waves = 0.1 * torch.sin(torch.arange(768) / 96 * 2 * 3.14159).expand(1, 3, 512, 768)
-    left = {lock: float((lock_colours(true + waves, reference, lock) - true).std()) for lock in ("soft", "full")}
+    left = {lock: float((lock_colors(true + waves, reference, lock) - true).std()) for lock in ("soft", "full")}
     assert left["full"] < 0.02 < 0.05 < left["soft"]
 
 
@@ -51,10 +51,10 @@ def test_detail_of_the_reference_is_held_and_finer_detail_stays() -> None:
     lost = functional.interpolate(functional.avg_pool2d(reference, 2), size=true.shape[-2:], mode="bicubic")
     fine = true - functional.interpolate(functional.avg_pool2d(true, 4), scale_factor=4, mode="nearest")
     astray = (lost + fine).clone()
-    before, held = astray.clone(), lock_colours(astray, reference, "detail")
+    before, held = astray.clone(), lock_colors(astray, reference, "detail")
     assert torch.equal(astray, before)
     psnr = {
-        lock: fidelity(lock_colours(astray, reference, lock), reference)[0].psnr for lock in ("off", "full", "detail")
+        lock: fidelity(lock_colors(astray, reference, lock), reference)[0].psnr for lock in ("off", "full", "detail")
     }
     assert psnr["detail"] > psnr["full"] + 10 >= psnr["off"] + 10
     own = held - functional.interpolate(functional.avg_pool2d(held, 4), scale_factor=4, mode="nearest")
@@ -69,7 +69,7 @@ def test_fine_detail_goes_where_the_reference_shows_something_else() -> None:
     wrong = reference.clone()
     wrong[..., 32:] = wrong[..., 32:].flip(-2)
     made = functional.interpolate(wrong, size=fine.shape[-2:], mode="bicubic") + fine
-    held = lock_colours(made, reference, "detail")
+    held = lock_colors(made, reference, "detail")
     kept = held - functional.interpolate(reference, size=fine.shape[-2:], mode="bicubic")
 
     def share(part: slice) -> float:
@@ -90,33 +90,33 @@ def test_the_report_says_what_is_off() -> None:
 
 def test_references_that_do_not_fit_are_refused() -> None:
     reference, true, _ = scene()
-    with pytest.raises(SettingError, match="colour_lock is 'hard'"):
-        lock_colours(true, reference, "hard")
+    with pytest.raises(SettingError, match="color_lock is 'hard'"):
+        lock_colors(true, reference, "hard")
     with pytest.raises(SettingError, match="is not a smaller version"):
-        lock_colours(true, reference.transpose(2, 3), "full")
+        lock_colors(true, reference.transpose(2, 3), "full")
     with pytest.raises(SettingError, match="The reference must be"):
-        lock_colours(true, reference[0], "full")
+        lock_colors(true, reference[0], "full")
 
 
-def test_decoding_and_enlarging_with_colours_held(tmp_path: Path) -> None:
+def test_decoding_and_enlarging_with_colors_held(tmp_path: Path) -> None:
     decoder = tiny_pipelines.decoder_for("sdxl")
     picture = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
     with pytest.raises(SettingError, match="own decoder, and there is none here"):
-        decoder.decode(Latent(torch.zeros(1, 4, 4, 6), "sdxl"), colour_lock="full")
+        decoder.decode(Latent(torch.zeros(1, 4, 4, 6), "sdxl"), color_lock="full")
     tiny_models.autoencoder("sdxl").save_pretrained(tmp_path)
     decoder.encoder = load_encoder("sdxl", tmp_path)
     free = decoder.upscale(picture, output="pt")
-    held = decoder.upscale(picture, output="pt", colour_lock="full")
+    held = decoder.upscale(picture, output="pt", color_lock="full")
     assert fidelity(held, picture)[0].psnr > fidelity(free, picture)[0].psnr
     latent = decoder.encode(picture)
     native = decoder.encoder.decode_native(latent.tensor)
-    held = decoder.decode(latent, output="pt", colour_lock="full", sigma=0.2)
+    held = decoder.decode(latent, output="pt", color_lock="full", sigma=0.2)
     assert fidelity(held, native)[0].psnr > fidelity(decoder.decode(latent, output="pt", sigma=0.2), native)[0].psnr
     with pytest.raises(SettingError, match="Noise is in this latent"):
-        decoder.decode(latent.noised(0.3), colour_lock="soft")
-    with pytest.raises(SettingError, match="reference acts with a colour_lock"):
+        decoder.decode(latent.noised(0.3), color_lock="soft")
+    with pytest.raises(SettingError, match="reference acts with a color_lock"):
         decoder.decode(latent, reference=native)
-    assert decoder.decode(latent, colour_lock="soft").info["pidecode"]["colour_lock"] == "soft"
+    assert decoder.decode(latent, color_lock="soft").info["pidecode"]["color_lock"] == "soft"
 
 
 def test_a_small_decoder_holds_the_picture_it_enlarges_unless_told_otherwise() -> None:
@@ -125,10 +125,10 @@ def test_a_small_decoder_holds_the_picture_it_enlarges_unless_told_otherwise() -
         torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(2)), size=(64, 64), mode="bicubic"
     ).clamp(0, 1)
     picture = picture * 2 - 1
-    made = {lock: decoder.upscale(picture, output="pt", colour_lock=lock) for lock in ("off", "detail")}
+    made = {lock: decoder.upscale(picture, output="pt", color_lock=lock) for lock in ("off", "detail")}
     assert torch.equal(decoder.upscale(picture, output="pt"), made["detail"])
     psnr = {lock: fidelity(one, picture)[0].psnr for lock, one in made.items()}
     assert psnr["detail"] > psnr["off"] + 10
     assert torch.equal(decoder.decode(decoder.encode(picture), output="pt"), made["off"])
-    assert decoder.upscale(picture).info["pidecode"]["colour_lock"] == "detail"
-    assert "colour_lock" not in decoder.upscale(picture, sigma=0.4).info["pidecode"]
+    assert decoder.upscale(picture).info["pidecode"]["color_lock"] == "detail"
+    assert "color_lock" not in decoder.upscale(picture, sigma=0.4).info["pidecode"]

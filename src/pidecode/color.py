@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Colours held to a reference: a picture keeps its fine detail and takes the rest from a smaller one.
+"""Colors held to a reference: a picture keeps its fine detail and takes the rest from a smaller one.
 
 PiD draws pixels anew, and over large areas its brightness and hue may drift by a level or a few. The reference is what
 the space's own decoder makes of the same latent, or, when enlarging, the picture itself. A small decoder also loses
@@ -44,7 +44,7 @@ class Fidelity:
         return f"PSNR {self.psnr:.2f} dB, mean shift R {red:+.2f} G {green:+.2f} B {blue:+.2f} of 255"
 
 
-def lock_colours(pictures: Tensor, reference: Tensor, lock: str) -> Tensor:
+def lock_colors(pictures: Tensor, reference: Tensor, lock: str) -> Tensor:
     """Pictures `[B, 3, H, W]` with the low frequencies of `reference` `[B, 3, h, w]`, both in [-1, 1].
 
     lock: "off" changes nothing; "soft" corrects brightness and hue over areas of about a sixteenth of the picture;
@@ -81,7 +81,7 @@ def fidelity(pictures: Tensor, reference: Tensor) -> list[Fidelity]:
 
 def _check(pictures: Tensor, reference: Tensor, lock: str) -> None:
     if lock not in LOCKS:
-        raise SettingError(f"colour_lock is {lock!r}; it must be one of {', '.join(LOCKS)}.")
+        raise SettingError(f"color_lock is {lock!r}; it must be one of {', '.join(LOCKS)}.")
     if reference.ndim != 4 or reference.shape[:2] != pictures.shape[:2]:
         raise SettingError(f"The reference must be [{len(pictures)}, 3, h, w] in [-1, 1]; got {list(reference.shape)}.")
     height, width = pictures.shape[-2:]
@@ -103,7 +103,7 @@ def _told(reduced: Tensor, reference: Tensor) -> Tensor:
     """How far a reduced picture tells the reference's structure around each pixel, `[B, 1, h, w]` from 0 to 1.
 
     It is the square of the share of local variance that it explains: where a decoder gets strokes or leaves wrong that
-    the reference shows, what it paints between the pixels is no better. Drifting colours do not count.
+    the reference shows, what it paints between the pixels is no better. Drifting colors do not count.
     """
 
     def strength(image: Tensor) -> Tensor:
