@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 
+from pidecode.benchmarking.machine import describe_device, seconds
 from pidecode.devices import pick_device
+from pidecode.engine.ops import elementwise as lean
+from pidecode.engine.ops import quantize as products
 from pidecode.errors import MissingDependencyError, SettingError
-from pidecode.kernels import lean, products
-from pidecode.measure.machine import describe_device, seconds
 
 TOKENS, HIDDEN, FEED, HEADS = 4096, 1536, 4096, 24
 TILE, GROUP, PIXEL = 2048, 64, 16

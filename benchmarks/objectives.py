@@ -26,18 +26,17 @@ from quality import middle, pictures
 from torch import Tensor, nn
 
 from pidecode.devices import pick_device
-from pidecode.facts.architecture import NetConfig, Prediction
 from pidecode.files import atomic_write
-from pidecode.measure.metrics import psnr, sharpness, ssim
-from pidecode.model.network import Condition
+from pidecode.metrics import psnr, sharpness, ssim
+from pidecode.models.pid.network import Condition
+from pidecode.registry.configs import NetConfig, Prediction
 from pidecode.sampling import sample_student, sample_teacher
-from pidecode.training.discriminator import Discriminator
-from pidecode.training.distill import Cast, Distillation, critics_loss, paint, student_loss
-from pidecode.training.evaluator import Evaluator, Example
+from pidecode.training.denoiser import Evaluator, Example
+from pidecode.training.dmd import Cast, Discriminator, Distillation, critics_loss, paint, student_loss
+from pidecode.training.flow_matching import TeacherLoss, teacher_loss
 from pidecode.training.losses import clean_picture
-from pidecode.training.networks import new_network
-from pidecode.training.noising import SeededDraws
-from pidecode.training.teacher import TeacherLoss, teacher_loss
+from pidecode.training.models import new_network
+from pidecode.training.noise import SeededDraws
 from pidecode.training.tiny.augment import varied
 from pidecode.training.tiny.cache import held_out, quarter, read_manifest, to_signed
 from pidecode.training.tiny.resident import ResidentPictures, resident_pictures

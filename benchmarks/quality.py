@@ -19,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pidecode.color import lock_colors
 from PIL import Image
 from torch import Tensor
 
 from pidecode import Latent, PixelDecoder
-from pidecode.measure.metrics import channel_error, psnr, sharpness, ssim
+from pidecode.color_fix import lock_colors
+from pidecode.metrics import channel_error, psnr, sharpness, ssim
 from pidecode.training.tiny.cache import crop_to_multiple, held_out, quarter, read_manifest, to_signed
 from pidecode.training.tiny.teacher import TeacherAutoencoder
 

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pidecode.color import lock_colors
 from PIL import Image, ImageDraw
 from quality import SIGMAS, enlarged, middle, pictures
 from torch import Tensor
 
 from pidecode import PixelDecoder
+from pidecode.color_fix import lock_colors
 from pidecode.images.tensors import to_pil
 from pidecode.training.tiny.cache import crop_to_multiple, quarter, to_signed
 from pidecode.training.tiny.teacher import TeacherAutoencoder

@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pidecode import Latent, PixelDecoder
-from pidecode.facts.architecture import miniature
-from pidecode.facts.spaces import SPACES
-from pidecode.model.network import PixelNet
-from pidecode.weights.identity import Identity
+from pidecode.models.pid.network import PixelNet
+from pidecode.registry.configs import miniature
+from pidecode.registry.spaces import SPACES
+from pidecode.weights.metadata import Identity
 
 FILE = Path(__file__).parent / "golden" / "outputs.safetensors"
 KEPT = 997

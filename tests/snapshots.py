@@ -33,8 +33,8 @@ def openapi() -> str:
     sys.path.insert(0, str(Path(__file__).parent / "serving"))
     from serving_kit import small_decoder
 
-    from pidecode.server.app import create_app
-    from pidecode.service.desk import Desk
+    from pidecode.serve.app import create_app
+    from pidecode.serve.service import Desk
 
     desk = Desk({"small": small_decoder()})
     try:

@@ -19,10 +19,10 @@ from PIL import Image
 from pidecode import PixelDecoder
 from pidecode.cli.app import cli
 from pidecode.errors import LatentError
-from pidecode.facts.architecture import miniature
 from pidecode.latents.latent import FrameWarning, Latent
-from pidecode.model.network import PixelNet
-from pidecode.weights.identity import Identity
+from pidecode.models.pid.network import PixelNet
+from pidecode.registry.configs import miniature
+from pidecode.weights.metadata import Identity
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [

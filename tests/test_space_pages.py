@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pidecode.facts.spaces import SPACES
+from pidecode.registry.spaces import SPACES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs" / "spaces").glob("*.md"))

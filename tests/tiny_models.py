@@ -143,7 +143,7 @@ def siglip() -> Any:
 
 def vit_decoder_file(path: Path, features: int, grid: int, patch: int, *, width: int = 32) -> dict[str, Tensor]:
     """A RAE decoder's file: ViT-MAE's names, one layer, positions as the projects compute them."""
-    from pidecode.latents.vit_decoder import VitConfig, VitDecoder, positions
+    from pidecode.models.vit_decoder import VitConfig, VitDecoder, positions
 
     config = VitConfig(features=features, width=width, inner=48, layers=1, heads=16, patch=patch, grid=grid)
     model = shake(VitDecoder(config))

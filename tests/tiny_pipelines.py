@@ -15,10 +15,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 import tiny_models
 from pidecode.decoder import PixelDecoder
-from pidecode.facts.architecture import miniature
-from pidecode.facts.spaces import get_space
-from pidecode.model.network import PixelNet
-from pidecode.weights.identity import Identity
+from pidecode.models.pid.network import PixelNet
+from pidecode.registry.configs import miniature
+from pidecode.registry.spaces import get_space
+from pidecode.weights.metadata import Identity
 
 WORDS = 24
 TEMPLATE = (

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from pidecode.model.encoder import EncoderConfig
-from pidecode.model.regressor import Regressor
+from pidecode.models.regressor import Regressor
+from pidecode.models.tiny import EncoderConfig
 from pidecode.training.tiny.cache import LatentCache
 from pidecode.training.tiny.decoder_stage import tiny_config
 from pidecode.training.tiny.procedural import procedural_picture

@@ -11,14 +11,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from pidecode.training.data import find_pictures
-from pidecode.training.feed import Feed
-from pidecode.training.helpers import make_helpers
+from pidecode.training.config import Recipe, Spread
+from pidecode.training.dataloader import Feed, make_helpers
+from pidecode.training.dataset import find_pictures
+from pidecode.training.distributed import World, bare, finish_gradients, gradients_stay_here, whole, world
 from pidecode.training.methods import build_method
 from pidecode.training.overrides import apply_settings
-from pidecode.training.parallel import World, bare, finish_gradients, gradients_stay_here, whole, world
 from pidecode.training.recipes import get_recipe
-from pidecode.training.settings import Recipe, Spread
 
 CPU = torch.device("cpu")
 

@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save, save_file
 
-from pidecode.facts.architecture import miniature
-from pidecode.model.network import PixelNet
-from pidecode.weights.identity import Identity
+from pidecode.models.pid.network import PixelNet
+from pidecode.registry.configs import miniature
+from pidecode.weights.metadata import Identity
 
 CONFIG = miniature(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
 PNG_END = b"IEND\xaeB`\x82"

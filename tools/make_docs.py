@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pidecode import errors
-from pidecode.facts.checkpoints import CHECKPOINTS, Checkpoint
-from pidecode.facts.spaces import ALIASES, SPACES, LatentSpace
+from pidecode.registry.checkpoints import CHECKPOINTS, Checkpoint
+from pidecode.registry.spaces import ALIASES, SPACES, LatentSpace
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

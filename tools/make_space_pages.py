@@ -13,9 +13,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pidecode.facts.checkpoints import CHECKPOINTS, ENCODERS
-from pidecode.facts.generation import GENERATION
-from pidecode.facts.spaces import ALIASES, IMAGE_MODELS, SPACES, LatentSpace
+from pidecode.registry.checkpoints import CHECKPOINTS, ENCODERS
+from pidecode.registry.spaces import ALIASES, GENERATION, IMAGE_MODELS, SPACES, LatentSpace
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "spaces"
 

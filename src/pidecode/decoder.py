@@ -14,27 +14,24 @@ from PIL.Image import Image
 from torch import Tensor
 
 from pidecode import __version__, images
-from pidecode.captions import CaptionStates, TextEncoder, negative_prompt, ready_states
-from pidecode.color import lock_colors
+from pidecode.color_fix import HOLDING, LOCKS, lock_colors
 from pidecode.devices import pick_device, usual_dtype
+from pidecode.encoders.base import Encode, LazyEncoder, encode_for, native_reference, visiting
+from pidecode.encoders.text import CaptionStates, TextEncoder, negative_prompt, ready_states
+from pidecode.engine.plan import Plan
+from pidecode.engine.runner import Runner
 from pidecode.errors import LatentError, SettingError, SizeError
-from pidecode.facts.checkpoints import CHECKPOINTS, Checkpoint, FlowShift
-from pidecode.facts.locks import HOLDING, LOCKS
-from pidecode.facts.sizes import size_advice
-from pidecode.facts.spaces import LatentSpace, get_space
-from pidecode.latents.encoders import Encode, LazyEncoder, encode_for, native_reference, visiting
 from pidecode.latents.latent import Latent
-from pidecode.model.network import Condition, PixelNet
-from pidecode.planner import Plan
-from pidecode.runner import Runner
+from pidecode.models.pid.network import Condition, PixelNet
+from pidecode.options import LARGEST_TRAINED_SIGMA, DecodeSettings, RunSettings, Settings, checked_run_settings
+from pidecode.registry.checkpoints import CHECKPOINTS, Checkpoint, FlowShift, size_advice
+from pidecode.registry.spaces import LatentSpace, get_space
 from pidecode.sampling import NoiseStream, OnStep, guided, sample_student, sample_teacher
-from pidecode.settings import LARGEST_TRAINED_SIGMA, DecodeSettings, RunSettings, Settings, checked_run_settings
-from pidecode.weights.build import build_network
 from pidecode.weights.detect import Hints, detect
-from pidecode.weights.identity import Identity
-from pidecode.weights.locate import encoder_here, locate
-from pidecode.weights.lora import apply_lora
+from pidecode.weights.load import apply_lora, build_network
+from pidecode.weights.metadata import Identity
 from pidecode.weights.read import read_weights
+from pidecode.weights.resolve import encoder_here, locate
 
 Output = Literal["pil", "pt", "pairs"]
 Made = Image | list[Image] | Tensor | list[tuple[Tensor, dict[str, Any]]]

@@ -13,10 +13,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from pidecode.engine.chunks import WIDE_PIXELS
 from pidecode.errors import SettingError
-from pidecode.facts.architecture import Prediction
-from pidecode.facts.checkpoints import STUDENT_TIMES, StudentKind
-from pidecode.kernels.chunks import WIDE_PIXELS
+from pidecode.registry.checkpoints import STUDENT_TIMES, StudentKind
+from pidecode.registry.configs import Prediction
 
 SINGLE_STEP_TIME = 1.0
 """One step alone starts from pure noise instead of the list's first entry."""

@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pidecode.facts.architecture import NetConfig
-from pidecode.model.network import PixelNet
+from pidecode.models.pid.network import PixelNet
+from pidecode.registry.configs import NetConfig
 
 
 @dataclass(frozen=True)

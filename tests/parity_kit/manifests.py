@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from parity_kit.files import Comparison, config_from_reference
-from pidecode.model.network import PixelNet
-from pidecode.training.discriminator import Discriminator
+from pidecode.models.pid.network import PixelNet
+from pidecode.training.dmd import Discriminator
 
 ManifestCheck = Callable[[Path], Iterator[Comparison]]
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from parity_kit.files import Case, Comparison
-from pidecode.model.network import Condition, PixelNet
+from pidecode.models.pid.network import Condition, PixelNet
 from pidecode.sampling import guided, sample_student, sample_teacher
 
 FORWARD = 2e-5

@@ -11,15 +11,14 @@ from torch import Tensor
 
 from parity_kit.files import Case, Comparison
 from parity_kit.network import with_own_rounding
-from pidecode.captions import select_positions
-from pidecode.facts.architecture import NetConfig
-from pidecode.facts.checkpoints import STUDENT_TIMES
-from pidecode.facts.spaces import SPACES
+from pidecode.encoders.text import select_positions
 from pidecode.images import downsample, normalize_image
-from pidecode.latents.frames import add_noise, euler_to_trained
-from pidecode.model.adapter import Gate, LatentAdapter
-from pidecode.model.layers import timestep_features
-from pidecode.model.rope import image_rotation, pixel_axis_table, rotate, text_rotation
+from pidecode.latents.layout import add_noise, euler_to_trained
+from pidecode.models.pid.adapter import Gate, LatentAdapter
+from pidecode.models.pid.blocks import image_rotation, pixel_axis_table, rotate, text_rotation, timestep_features
+from pidecode.registry.checkpoints import STUDENT_TIMES
+from pidecode.registry.configs import NetConfig
+from pidecode.registry.spaces import SPACES
 from pidecode.sampling import (
     clean_from_velocity,
     guided,

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from parity_kit.files import Case, Comparison
 from pidecode.sampling import clean_from_velocity, shifted, velocity_from_clean
-from pidecode.training.discriminator import Discriminator
-from pidecode.training.distill import Cast, Distillation, critics_loss, student_loss
-from pidecode.training.evaluator import Evaluator, Example
+from pidecode.training.denoiser import Evaluator, Example
+from pidecode.training.dmd import Cast, Discriminator, Distillation, critics_loss, student_loss
+from pidecode.training.flow_matching import TeacherLoss, teacher_loss
 from pidecode.training.losses import (
     approximate_r1,
     color_alignment,
@@ -24,9 +24,8 @@ from pidecode.training.losses import (
     generator_adversarial,
     to_ycbcr,
 )
-from pidecode.training.noising import LatentNoise, mix, noise_latent, per_sample
+from pidecode.training.noise import LatentNoise, mix, noise_latent, per_sample
 from pidecode.training.repa import encoder_input, projector
-from pidecode.training.teacher import TeacherLoss, teacher_loss
 
 ABSOLUTE, RELATIVE = 1e-6, 1e-4
 FORWARD = 2e-5

@@ -24,13 +24,13 @@ from PIL import Image
 from torch import Tensor
 
 from pidecode import PixelDecoder
-from pidecode.facts.architecture import miniature
-from pidecode.model.network import PixelNet
-from pidecode.service.desk import Desk
-from pidecode.service.options import Limits
-from pidecode.service.queue import Job
-from pidecode.service.run import address_of, bound_socket, make_server
-from pidecode.weights.identity import Identity
+from pidecode.models.pid.network import PixelNet
+from pidecode.registry.configs import miniature
+from pidecode.serve.http import address_of, bound_socket, make_server
+from pidecode.serve.queue import Job
+from pidecode.serve.schemas import Limits
+from pidecode.serve.service import Desk
+from pidecode.weights.metadata import Identity
 
 FLUX2 = miniature(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
 PATIENCE = 60.0

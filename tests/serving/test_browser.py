@@ -20,9 +20,9 @@ from serving_kit import PATIENCE, Served, latent_bytes, picture_bytes, running, 
 from pidecode import PixelDecoder
 from pidecode.errors import PidecodeError
 from pidecode.images import read_recipe
-from pidecode.service.desk import Desk
-from pidecode.service.options import Limits
-from pidecode.web.app import create_app
+from pidecode.serve.page import create_app
+from pidecode.serve.schemas import Limits
+from pidecode.serve.service import Desk
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 

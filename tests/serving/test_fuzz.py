@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from serving_kit import LIMITS, running, small_decoder
 
-from pidecode.server.app import create_app
-from pidecode.service.desk import Desk
+from pidecode.serve.app import create_app
+from pidecode.serve.service import Desk
 
 pytest.importorskip("schemathesis", reason="schemathesis is not installed: pip install schemathesis")
 

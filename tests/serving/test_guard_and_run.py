@@ -16,15 +16,14 @@ import torch
 from click.testing import CliRunner
 from serving_kit import PATIENCE, latent_bytes, picture_bytes, small_decoder
 
+from pidecode.benchmarking.memory import LiveBytes
 from pidecode.cli.app import cli
 from pidecode.errors import BusyError, Cancelled, DoesNotFitError, FileError, ImageError, LatentError, SettingError
 from pidecode.latents.latent import Latent
-from pidecode.measure.memory import LiveBytes
-from pidecode.service.desk import Desk, Looked, looks_like_safetensors, small_picture
-from pidecode.service.http import describe
-from pidecode.service.options import Limits
-from pidecode.service.plan import Plan, plan, resident_memory
-from pidecode.service.run import bound_socket, check_token, is_loopback
+from pidecode.serve.estimate import Plan, plan, resident_memory
+from pidecode.serve.http import bound_socket, check_token, describe, is_loopback
+from pidecode.serve.schemas import Limits
+from pidecode.serve.service import Desk, Looked, looks_like_safetensors, small_picture
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from serving_kit import LIMITS, Served, latent_bytes, picture_bytes, running, small_decoder
 
-import pidecode.web.app
+import pidecode.serve.page
 from pidecode.images import load_image, read_recipe
-from pidecode.service.desk import Desk
-from pidecode.web.app import create_app
+from pidecode.serve.page import create_app
+from pidecode.serve.service import Desk
 
-STATIC = Path(pidecode.web.app.__file__).parent / "static"
+STATIC = Path(pidecode.serve.page.__file__).parent / "static"
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from pidecode.errors import BusyError, Cancelled, SettingError
-from pidecode.service.queue import Glimpse, Job, JobQueue
+from pidecode.serve.queue import Glimpse, Job, JobQueue
 
 PATIENCE = 10.0
 

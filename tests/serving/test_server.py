@@ -16,8 +16,8 @@ from PIL import Image
 from serving_kit import LIMITS, PATIENCE, Answer, Served, latent_bytes, picture_bytes, running, small_decoder
 
 from pidecode.images import read_recipe
-from pidecode.server.app import create_app
-from pidecode.service.desk import Desk
+from pidecode.serve.app import create_app
+from pidecode.serve.service import Desk
 
 
 @pytest.fixture(scope="module")
@@ -284,8 +284,8 @@ def test_a_stop_lets_the_running_request_end() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_a_prompt_is_painted_by_a_real_pipeline_and_decoded() -> None:
     tiny = pytest.importorskip("tiny_pipelines")
-    from pidecode.integrations.painter import PipelinePainter
-    from pidecode.service.options import Limits
+    from pidecode.integrations.text_to_image import PipelinePainter
+    from pidecode.serve.schemas import Limits
 
     painter = PipelinePainter("sdxl", tiny.build("sdxl"), steps=2)
     desk = Desk({"sdxl": tiny.decoder_for("sdxl")}, limits=Limits(seconds=PATIENCE), painter=painter)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pidecode.errors import SettingError
-from pidecode.kernels import attention as door
-from pidecode.kernels.attention import attention, best_backend, plain_attention, use, works
+from pidecode.models import attention as door
+from pidecode.models.attention import attention, best_backend, plain_attention, use, works
 
 CPU = torch.device("cpu")
 

@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from pidecode import images
 from pidecode.errors import FileError, ImageError, LatentError, SettingError
 from pidecode.files import atomic_write, check_writable
-from pidecode.latents.frames import LatentStatistics
 from pidecode.latents.latent import Latent
+from pidecode.latents.layout import LatentStatistics
 
 
 def png_bytes(width: int = 64, height: int = 64) -> bytes:

@@ -19,14 +19,14 @@ from pidecode import PixelDecoder
 from pidecode.batch.jobs import Job, Naming, collect
 from pidecode.batch.report import Outcome, Report, merge, readable_time
 from pidecode.batch.run import Batch, engine_of, run
-from pidecode.batch.work import Work, Worker, places, sweep
+from pidecode.batch.worker import Work, Worker, places, sweep
 from pidecode.cli.app import cli
 from pidecode.errors import FileError, SettingError
-from pidecode.facts.architecture import miniature
 from pidecode.images import read_recipe, save_image
 from pidecode.latents.latent import Latent
-from pidecode.model.network import PixelNet
-from pidecode.weights.identity import Identity
+from pidecode.models.pid.network import PixelNet
+from pidecode.registry.configs import miniature
+from pidecode.weights.metadata import Identity
 
 FLUX2 = miniature(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
 

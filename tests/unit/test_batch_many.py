@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 from pidecode.batch.jobs import Naming, collect
 from pidecode.batch.report import Outcome, Report
 from pidecode.batch.run import Batch, run
-from pidecode.batch.work import Work
+from pidecode.batch.worker import Work
 from pidecode.errors import CheckpointError, MissingDependencyError, SettingError
-from pidecode.facts.architecture import miniature
 from pidecode.latents.latent import Latent
-from pidecode.model.network import PixelNet
-from pidecode.weights.identity import Identity
+from pidecode.models.pid.network import PixelNet
+from pidecode.registry.configs import miniature
+from pidecode.weights.metadata import Identity
 
 FLUX2 = miniature(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
 MANY = 16

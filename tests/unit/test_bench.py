@@ -13,14 +13,14 @@ import torch
 from click.testing import CliRunner
 from torch.utils.flop_counter import FlopCounterMode
 
+from pidecode.benchmarking.flops import adapter_flops
+from pidecode.benchmarking.networks import NETWORKS
+from pidecode.benchmarking.profile import KINDS, REST, kind_of
+from pidecode.benchmarking.speed import Bench, Trial
+from pidecode.benchmarking.suite import MODES, SIZES, Wanted, why_not
 from pidecode.cli.app import cli
 from pidecode.cli.bench import MODES as CLI_MODES
-from pidecode.measure.flops import adapter_flops
-from pidecode.measure.networks import NETWORKS
-from pidecode.measure.profile import KINDS, REST, kind_of
-from pidecode.measure.speed import Bench, Trial
-from pidecode.measure.suite import MODES, SIZES, Wanted, why_not
-from pidecode.model.adapter import LatentAdapter
+from pidecode.models.pid.adapter import LatentAdapter
 from pidecode.training.tiny.decoder_stage import tiny_config
 
 CPU = torch.device("cpu")
@@ -101,9 +101,9 @@ def test_modes_that_were_named_and_cannot_run_are_errors(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_compiled_code_is_timed_and_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pidecode.kernels.compiled import CompiledSums
+    from pidecode.engine.ops.compiled import CompiledSums
 
-    monkeypatch.setattr("pidecode.runner.CompiledSums", lambda: CompiledSums("eager"))
+    monkeypatch.setattr("pidecode.engine.runner.CompiledSums", lambda: CompiledSums("eager"))
     measured = Bench(trial(mode="compiled", steps=1))
     assert measured.peak() is None
     assert measured.step_times

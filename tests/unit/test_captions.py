@@ -13,8 +13,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pidecode import captions
-from pidecode.captions import CaptionStates, TextEncoder, TextOptions, prompt_length, ready_states, select_positions
+from pidecode.encoders import text as captions
+from pidecode.encoders.text import (
+    CaptionStates,
+    TextEncoder,
+    TextOptions,
+    prompt_length,
+    ready_states,
+    select_positions,
+)
 from pidecode.errors import DownloadError, FileError, SettingError
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "text_select.safetensors"

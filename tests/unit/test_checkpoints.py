@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from pidecode.errors import SettingError
-from pidecode.facts.architecture import NetConfig
-from pidecode.facts.checkpoints import (
+from pidecode.registry.checkpoints import (
     APACHE_2,
     CHECKPOINTS,
     ENCODERS,
@@ -22,7 +21,8 @@ from pidecode.facts.checkpoints import (
     get_checkpoint,
     variants,
 )
-from pidecode.facts.spaces import SPACES, get_space
+from pidecode.registry.configs import NetConfig
+from pidecode.registry.spaces import SPACES, get_space
 
 OFFICIAL: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parents[1] / "data" / "official_configs.json").read_text()

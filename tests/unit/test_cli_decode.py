@@ -19,10 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pidecode.cli.app import cli
-from pidecode.facts.architecture import NetConfig, miniature
 from pidecode.latents.latent import Latent
-from pidecode.model.network import PixelNet
-from pidecode.weights.identity import Identity
+from pidecode.models.pid.network import PixelNet
+from pidecode.registry.configs import NetConfig, miniature
+from pidecode.weights.metadata import Identity
 
 FLUX2 = miniature(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
 

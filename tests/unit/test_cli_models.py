@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from pidecode.cli.app import cli
 from pidecode.cli.doctor import EXTRAS
-from pidecode.facts.checkpoints import CHECKPOINTS, ENCODERS, REPOSITORY, get_checkpoint
+from pidecode.registry.checkpoints import CHECKPOINTS, ENCODERS, REPOSITORY, get_checkpoint
 
 
 def run(*arguments: str) -> Result:

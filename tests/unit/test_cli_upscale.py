@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from test_cli_decode import FLUX2, save_weights, size_and_format
 
 from pidecode.cli.app import cli
-from pidecode.model.encoder import EncoderConfig, ImageEncoder
+from pidecode.models.tiny import EncoderConfig, ImageEncoder
 
 
 @pytest.fixture(scope="module")

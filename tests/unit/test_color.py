@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from pidecode.color import fidelity, lock_colors
 from torch import Tensor
 from torch.nn import functional
 
 import tiny_models
 import tiny_pipelines
 from pidecode import PixelDecoder
+from pidecode.color_fix import fidelity, lock_colors
+from pidecode.encoders.base import load_encoder
 from pidecode.errors import SettingError
-from pidecode.latents.encoders import load_encoder
 from pidecode.latents.latent import Latent
 
 

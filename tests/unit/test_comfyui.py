@@ -23,18 +23,18 @@ from torch import Tensor
 
 from pidecode import PixelDecoder
 from pidecode.errors import LatentError, SettingError
-from pidecode.facts.architecture import NetConfig, miniature
-from pidecode.facts.spaces import SPACES
-from pidecode.integrations import comfy_frames
+from pidecode.integrations import comfyui_latents as comfyui_latents
 from pidecode.latents.latent import Latent
-from pidecode.model.network import PixelNet
-from pidecode.weights.identity import Identity
+from pidecode.models.pid.network import PixelNet
+from pidecode.registry.configs import NetConfig, miniature
+from pidecode.registry.spaces import SPACES
+from pidecode.weights.metadata import Identity
 
 ROOT = Path(__file__).resolve().parents[2]
 FLUX2 = miniature(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
 EVERY = ("flux", "sd3", "sdxl", "qwenimage", "flux2")
 SAMPLING = {space: "EPS" if space == "sdxl" else "CONST" for space in EVERY}
-FORMAT = {space: name for name, space in comfy_frames.SPACE_OF_FORMAT.items()}
+FORMAT = {space: name for name, space in comfyui_latents.SPACE_OF_FORMAT.items()}
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +127,8 @@ def test_the_schemas_are_as_published(comfy: SimpleNamespace) -> None:
 def test_every_family_arrives_in_the_trained_frame(comfy: SimpleNamespace, space: str) -> None:
     z = latent_of(space)
     samples = {"samples": as_comfy_has_it(z, space)}
-    with_model = comfy_frames.to_latent(samples, SPACES[space], model=model_of(comfy, space))
-    alone = comfy_frames.to_latent(samples, SPACES[space])
+    with_model = comfyui_latents.to_latent(samples, SPACES[space], model=model_of(comfy, space))
+    alone = comfyui_latents.to_latent(samples, SPACES[space])
     assert with_model.space == alone.space == space
     assert torch.allclose(with_model.tensor, z, atol=1e-4)
     assert torch.allclose(alone.tensor, z, atol=1e-4)
@@ -141,7 +141,7 @@ def test_a_sampler_stopped_early_hands_over_its_state(comfy: SimpleNamespace, sp
     sampling = model.get_model_object("model_sampling")
     state = sampling.noise_scaling(torch.tensor([sigma]), noise.clone(), z)  # as a sampler holds it at that sigma
     leaving = sampling.inverse_noise_scaling(torch.tensor([sigma]), state)  # as ComfyUI lets it out
-    latent = comfy_frames.to_latent(
+    latent = comfyui_latents.to_latent(
         {"samples": as_comfy_has_it(leaving, space)}, SPACES[space], model=model, sigma=sigma
     )
     if space == "sdxl":
@@ -157,16 +157,16 @@ def test_what_does_not_go_together_is_said(comfy: SimpleNamespace) -> None:
     flux, sd3 = SPACES["flux"], model_of(comfy, "sd3")
     samples = {"samples": as_comfy_has_it(latent_of("flux"), "flux")}
     with pytest.raises(SettingError, match="connect the MODEL that made it"):
-        comfy_frames.to_latent(samples, flux, sigma=0.1)
+        comfyui_latents.to_latent(samples, flux, sigma=0.1)
     with pytest.raises(SettingError, match="decoder is for space flux, and the connected MODEL works in sd3"):
-        comfy_frames.to_latent(samples, flux, model=sd3)
+        comfyui_latents.to_latent(samples, flux, model=sd3)
     with pytest.raises(SettingError, match="stops between 0 and 1"):
-        comfy_frames.to_latent(samples, flux, model=model_of(comfy, "flux"), sigma=1.5)
+        comfyui_latents.to_latent(samples, flux, model=model_of(comfy, "flux"), sigma=1.5)
     with pytest.raises(LatentError, match="a video of 3 frames"):
-        comfy_frames.to_latent({"samples": torch.zeros(1, 16, 3, 4, 4)}, SPACES["qwenimage"])
+        comfyui_latents.to_latent({"samples": torch.zeros(1, 16, 3, 4, 4)}, SPACES["qwenimage"])
     other = SimpleNamespace(model=SimpleNamespace(latent_format=comfy.formats.Mochi()))
     with pytest.raises(SettingError, match="latent format Mochi, for which there is no decoder"):
-        comfy_frames.space_of_model(other)
+        comfyui_latents.space_of_model(other)
 
 
 def test_early_stop_cuts_where_it_is_recommended_or_told(comfy: SimpleNamespace) -> None:
@@ -213,18 +213,18 @@ def test_enlarging_takes_and_gives_images(comfy: SimpleNamespace, decoder: Pixel
     (stronger,) = comfy.nodes.Upscale.execute(decoder, image, seed=0, steps=1, strength=0.5).result
     assert not torch.equal(large, stronger)
     transparent = torch.cat([image, torch.zeros(2, 20, 33, 1)], dim=-1)
-    assert torch.equal(comfy_frames.to_pixels(transparent), torch.ones(2, 3, 20, 33))
+    assert torch.equal(comfyui_latents.to_pixels(transparent), torch.ones(2, 3, 20, 33))
     with pytest.raises(SettingError, match=r"An IMAGE is \[B, H, W, 3\]"):
-        comfy_frames.to_pixels(torch.zeros(20, 33, 3))
+        comfyui_latents.to_pixels(torch.zeros(20, 33, 3))
 
 
 def test_captions_come_as_text_or_as_gemmas_states(decoder: PixelDecoder) -> None:
     captioned = network(miniature())
     width, length = captioned.config.text_dim, captioned.config.text_length
     states = torch.randn(1, length, width)
-    assert comfy_frames.caption_of(captioned, " a cat ", None) == {"caption": "a cat"}
-    assert torch.equal(comfy_frames.caption_of(captioned, "", [[states, {}]])["caption_states"], states)
-    assert comfy_frames.caption_of(decoder.net, "", None) == {}
+    assert comfyui_latents.caption_of(captioned, " a cat ", None) == {"caption": "a cat"}
+    assert torch.equal(comfyui_latents.caption_of(captioned, "", [[states, {}]])["caption_states"], states)
+    assert comfyui_latents.caption_of(decoder.net, "", None) == {}
     for net, text, conditioning, words in (
         (captioned, "a cat", [[states, {}]], "give one of them"),
         (captioned, "", [[torch.zeros(1, 77, 768), {}]], "reads Gemma-2's states"),
@@ -233,7 +233,7 @@ def test_captions_come_as_text_or_as_gemmas_states(decoder: PixelDecoder) -> Non
         (decoder.net, "", [[states, {}]], "so CONDITIONING cannot act"),
     ):
         with pytest.raises(SettingError, match=words):
-            comfy_frames.caption_of(net, text, conditioning)
+            comfyui_latents.caption_of(net, text, conditioning)
 
 
 def test_the_loader_takes_a_file(comfy: SimpleNamespace, decoder: PixelDecoder, tmp_path: Path) -> None:

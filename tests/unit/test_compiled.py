@@ -17,12 +17,12 @@ from torch._dynamo.testing import CompileCounter
 
 from pidecode.cli.app import cli
 from pidecode.devices import require_compiler
+from pidecode.engine.chunks import Chunks
+from pidecode.engine.ops import elementwise as lean
+from pidecode.engine.ops.compiled import CompiledSums
 from pidecode.errors import MissingDependencyError, SettingError
-from pidecode.facts.architecture import miniature
-from pidecode.kernels import lean
-from pidecode.kernels.chunks import Chunks
-from pidecode.kernels.compiled import CompiledSums
-from pidecode.model.network import Condition, PixelNet
+from pidecode.models.pid.network import Condition, PixelNet
+from pidecode.registry.configs import miniature
 
 
 def random_net() -> PixelNet:
@@ -111,7 +111,7 @@ def test_a_command_that_cannot_compile_says_what_to_install(monkeypatch: pytest.
 PROBE = """
 import json, sys, torch
 from torch._dynamo.utils import counters
-from pidecode.kernels.compiled import CompiledSums
+from pidecode.engine.ops.compiled import CompiledSums
 x = torch.arange(24.0).view(4, 6)
 CompiledSums().add_gated_(x, torch.ones(4, 6), torch.ones(6))
 assert torch.equal(x, torch.arange(24.0).view(4, 6) + 1)

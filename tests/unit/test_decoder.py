@@ -15,12 +15,12 @@ from torch import Tensor
 
 from pidecode import PixelDecoder
 from pidecode.errors import Cancelled, CheckpointError, LatentError, SettingError, SizeError
-from pidecode.facts.architecture import NetConfig, miniature
 from pidecode.images import read_recipe, save_image
 from pidecode.latents.latent import Latent
-from pidecode.model.network import PixelNet
+from pidecode.models.pid.network import PixelNet
+from pidecode.registry.configs import NetConfig, miniature
 from pidecode.sampling import Step
-from pidecode.weights.identity import Identity
+from pidecode.weights.metadata import Identity
 
 FLUX2 = miniature(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
 

@@ -17,10 +17,9 @@ from PIL import Image
 import tiny_pipelines as tiny
 from pidecode.decoder import PixelDecoder
 from pidecode.errors import Cancelled, LatentError, SettingError
-from pidecode.integrations.capture import Progress, run_for_latents
-from pidecode.integrations.diffusers import AttachedPipeline, attach, detach
+from pidecode.integrations.diffusers import AttachedPipeline, Progress, attach, detach, run_for_latents
+from pidecode.integrations.pipeline_latents import decode_native, frame_of, noise_level, recommended_stop, space_of
 from pidecode.latents.latent import FrameWarning, Latent
-from pidecode.latents.pipelines import decode_native, frame_of, noise_level, recommended_stop, space_of
 
 # Random networks do not draw: what they leave is no believable latent, and says nothing about frames.
 pytestmark = [

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 
 import tiny_models
+from pidecode.encoders.base import SpaceEncoder, load_encoder
 from pidecode.errors import CheckpointError, DownloadError, SettingError, SizeError
-from pidecode.facts.spaces import SPACES
-from pidecode.latents.encoders import SpaceEncoder, load_encoder
 from pidecode.latents.latent import Latent
+from pidecode.registry.spaces import SPACES
 
 VAES = ("flux", "sd3", "sdxl", "flux2", "qwenimage")
 
@@ -145,7 +145,7 @@ def test_the_vit_decoder_equals_vit_maes(rae: Path) -> None:
     from transformers import ViTMAEConfig
     from transformers.models.vit_mae.modeling_vit_mae import ViTMAELayer
 
-    from pidecode.latents.vit_decoder import VitConfig, VitDecoder, positions
+    from pidecode.models.vit_decoder import VitConfig, VitDecoder, positions
 
     config = VitConfig(features=24, width=32, inner=48, layers=2, heads=4, patch=4, grid=6)
     ours = tiny_models.shake(VitDecoder(config))
@@ -177,7 +177,7 @@ def test_the_vit_decoder_equals_vit_maes(rae: Path) -> None:
 def test_positions_are_those_of_masked_autoencoders() -> None:
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-    from pidecode.latents.vit_decoder import positions
+    from pidecode.models.vit_decoder import positions
 
     config = ViTMAEConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=20, patch_size=4,

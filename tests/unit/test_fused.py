@@ -10,9 +10,9 @@ from typing import Literal
 import pytest
 import torch
 
-from pidecode.facts.architecture import miniature
-from pidecode.kernels import lean
-from pidecode.model.network import PixelNet
+from pidecode.engine.ops import elementwise as lean
+from pidecode.models.pid.network import PixelNet
+from pidecode.registry.configs import miniature
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def fused() -> ModuleType:
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
         pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Triton is imported")
-    from pidecode.kernels import fused
+    from pidecode.engine.ops import triton as fused
 
     return fused
 

@@ -16,10 +16,9 @@ import tiny_pipelines as tiny
 from pidecode import images
 from pidecode.cli.app import cli
 from pidecode.errors import SettingError, SizeError
-from pidecode.facts.generation import GENERATION, diffusion_size
-from pidecode.facts.spaces import IMAGE_MODELS
-from pidecode.integrations.generate import Job
+from pidecode.integrations.text_to_image import Job
 from pidecode.latents.latent import FrameWarning, Latent
+from pidecode.registry.spaces import GENERATION, IMAGE_MODELS, diffusion_size
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore::{FrameWarning.__module__}.FrameWarning"),

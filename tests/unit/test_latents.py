@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, safe_open
 
 from pidecode.errors import FileError, LatentError, SettingError
-from pidecode.facts.spaces import SPACES, get_space
-from pidecode.latents import frames
+from pidecode.latents import layout as frames
 from pidecode.latents.latent import FrameWarning, Latent, LatentStatistics
-from pidecode.latents.packing import pack, packed_grid, unpack
+from pidecode.latents.layout import pack, packed_grid, unpack
+from pidecode.registry.spaces import SPACES, get_space
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "inference_misc.safetensors"
 

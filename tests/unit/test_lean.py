@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from pidecode.engine.chunks import Chunks
+from pidecode.engine.ops import elementwise as sums
+from pidecode.engine.timesteps import slim, tabulate
 from pidecode.errors import SettingError
-from pidecode.facts.architecture import NetConfig, miniature
-from pidecode.kernels import lean as sums
-from pidecode.kernels.chunks import Chunks
-from pidecode.model.layers import GatedFeedForward, RMSNorm, modulate
-from pidecode.model.network import Condition, PixelNet
-from pidecode.model.rope import image_rotation, rotate
-from pidecode.model.schedule import slim, tabulate
+from pidecode.models.pid.blocks import GatedFeedForward, RMSNorm, image_rotation, modulate, rotate
+from pidecode.models.pid.network import Condition, PixelNet
+from pidecode.registry.configs import NetConfig, miniature
 
 TOLERANCE = 5e-6
 """Of the largest value: these random networks answer in tens, not in units."""

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from pidecode import PixelDecoder
-from pidecode.latents.encoders import LazyEncoder
+from pidecode.encoders.base import LazyEncoder
+from pidecode.engine.timesteps import slim, tabulate
 from pidecode.latents.latent import Latent
-from pidecode.measure.metrics import psnr
-from pidecode.model.network import PixelNet
-from pidecode.model.regressor import look_through, shrunk
-from pidecode.model.schedule import slim, tabulate
+from pidecode.metrics import psnr
+from pidecode.models.pid.network import PixelNet
+from pidecode.models.regressor import look_through, shrunk
 from pidecode.training.tiny.cache import quarter, to_signed
 from pidecode.training.tiny.decoder_stage import tiny_config
 from pidecode.training.tiny.procedural import procedural_picture

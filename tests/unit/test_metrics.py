@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pidecode.errors import SizeError
-from pidecode.measure.metrics import channel_error, psnr, sharpness, ssim
+from pidecode.metrics import channel_error, psnr, sharpness, ssim
 
 
 def test_psnr_of_a_known_error() -> None:

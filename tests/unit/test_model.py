@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pidecode.errors import LatentError, SettingError, SizeError
-from pidecode.facts.architecture import NetConfig, backbone, miniature, v1, v1pt5
-from pidecode.model.network import PixelNet
+from pidecode.models.pid.network import PixelNet
+from pidecode.registry.configs import NetConfig, backbone, miniature, v1, v1pt5
 
 
 def random_net(config: NetConfig, seed: int = 0) -> PixelNet:

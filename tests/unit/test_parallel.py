@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pidecode.engine.sequence_parallel import denoise_together, is_spread, stripes
 from pidecode.errors import SizeError
-from pidecode.facts.architecture import miniature
-from pidecode.model.network import Condition, PixelNet
-from pidecode.parallel import denoise_together, is_spread, stripes
+from pidecode.models.pid.network import Condition, PixelNet
+from pidecode.registry.configs import miniature
 
 TIME = torch.tensor([634.0])
 

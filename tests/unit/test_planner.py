@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pidecode.benchmarking.memory import trace_decode, weight_bytes
+from pidecode.engine.chunks import Chunks
+from pidecode.engine.plan import DRIVER, GB, Machine, Plan, parameters, parse_bytes, parse_size, plan_decode, predict
+from pidecode.engine.timesteps import slim
 from pidecode.errors import DoesNotFitError, SettingError
-from pidecode.facts.architecture import NetConfig, v1, v1pt5
-from pidecode.kernels.chunks import Chunks
-from pidecode.measure.memory import trace_decode, weight_bytes
-from pidecode.model.network import PixelNet
-from pidecode.model.schedule import slim
-from pidecode.planner import DRIVER, GB, Machine, Plan, parameters, parse_bytes, parse_size, plan_decode, predict
+from pidecode.models.pid.network import PixelNet
+from pidecode.registry.configs import NetConfig, v1, v1pt5
 from pidecode.training.tiny.decoder_stage import tiny_config
 
 V15 = v1pt5(latent_channels=16, latent_down=8)

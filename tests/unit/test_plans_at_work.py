@@ -14,18 +14,18 @@ from PIL import Image
 from torch import Tensor
 
 import pidecode
+from pidecode.benchmarking.machine import this_machine
 from pidecode.cli.app import cli
 from pidecode.devices import free_memory
+from pidecode.encoders.base import LazyEncoder, SpaceEncoder, visiting
+from pidecode.engine.plan import Plan
+from pidecode.engine.runner import Runner
 from pidecode.errors import SettingError
-from pidecode.facts.architecture import miniature
-from pidecode.facts.spaces import get_space
-from pidecode.kernels import attention as door
-from pidecode.latents.encoders import LazyEncoder, SpaceEncoder, visiting
-from pidecode.measure.machine import this_machine
-from pidecode.model.network import PixelNet
-from pidecode.planner import Plan
-from pidecode.runner import Runner
-from pidecode.weights.identity import Identity
+from pidecode.models import attention as door
+from pidecode.models.pid.network import PixelNet
+from pidecode.registry.configs import miniature
+from pidecode.registry.spaces import get_space
+from pidecode.weights.metadata import Identity
 
 CPU = torch.device("cpu")
 CONFIG = miniature(pixel_depth=2)

@@ -11,17 +11,30 @@ import torch
 from torch import Tensor
 
 import pidecode
+from pidecode.benchmarking.networks import NETWORKS
+from pidecode.benchmarking.speed import random_network
+from pidecode.engine.ops import quantize as door
+from pidecode.engine.ops import quantize as q8
+from pidecode.engine.ops.quantize import (
+    WAYS,
+    Format,
+    QuantizedLinear,
+    Way,
+    best_way,
+    matrix_block,
+    matrix_columns,
+    matrix_rows,
+    narrow,
+    plain_product,
+    product,
+    quantize,
+    works,
+)
+from pidecode.engine.plan import Plan
+from pidecode.engine.runner import Runner
 from pidecode.errors import SettingError
-from pidecode.facts.architecture import NetConfig, miniature
-from pidecode.kernels import products as door
-from pidecode.kernels import quantize as q8
-from pidecode.kernels.products import WAYS, Format, Way, best_way, narrow, plain_product, product, works
-from pidecode.kernels.quantize import QuantizedLinear, matrix_block, matrix_columns, matrix_rows, quantize
-from pidecode.measure.networks import NETWORKS
-from pidecode.measure.speed import random_network
-from pidecode.model.network import PixelNet
-from pidecode.planner import Plan
-from pidecode.runner import Runner
+from pidecode.models.pid.network import PixelNet
+from pidecode.registry.configs import NetConfig, miniature
 
 CPU = torch.device("cpu")
 CONFIG = miniature(pixel_depth=2, pixel_attn_hidden_size=48)

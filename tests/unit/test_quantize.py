@@ -6,12 +6,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pidecode.engine.offload import Visitors
+from pidecode.engine.ops import quantize as q8
+from pidecode.engine.ops.quantize import QuantizedLinear, matrix_block, matrix_columns, matrix_rows, quantize
 from pidecode.errors import SettingError
-from pidecode.facts.architecture import miniature
-from pidecode.kernels import quantize as q8
-from pidecode.kernels.quantize import QuantizedLinear, matrix_block, matrix_columns, matrix_rows, quantize
-from pidecode.model.network import PixelNet
-from pidecode.model.residence import Visitors
+from pidecode.models.pid.network import PixelNet
+from pidecode.registry.configs import miniature
 
 
 @pytest.fixture

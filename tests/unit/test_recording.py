@@ -18,13 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pidecode.decoder import PixelDecoder
+from pidecode.engine.cuda_graphs import MOST_KEPT, Recordings, Replay, cuda_graph
+from pidecode.engine.inplace import denoise
+from pidecode.engine.plan import Plan
+from pidecode.engine.runner import Runner
 from pidecode.errors import SettingError
-from pidecode.facts.architecture import miniature
-from pidecode.model.lean import denoise
-from pidecode.model.network import Condition, PixelNet
-from pidecode.model.recording import MOST_KEPT, Recordings, Replay, cuda_graph
-from pidecode.planner import Plan
-from pidecode.runner import Runner
+from pidecode.models.pid.network import Condition, PixelNet
+from pidecode.registry.configs import miniature
 from pidecode.sampling import sample_student
 
 
@@ -159,8 +159,8 @@ def test_a_recording_does_not_keep_a_picture_s_condition_alive() -> None:
 def test_the_runner_replays_and_forgets_with_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     net, recorder = random_net(), Recorder()
     runner, plain = Runner(net, distilled=True, graphs=True), Runner(net, distilled=True)
-    monkeypatch.setattr("pidecode.runner.records_graphs", lambda device: True)
-    monkeypatch.setattr("pidecode.runner.cuda_graph", lambda device: recorder)
+    monkeypatch.setattr("pidecode.engine.runner.records_graphs", lambda device: True)
+    monkeypatch.setattr("pidecode.engine.runner.cuda_graph", lambda device: recorder)
     noise = [torch.randn(1, 3, 32, 32) for _ in range(4)]
     pictures = []
     with torch.inference_mode():
@@ -180,7 +180,7 @@ def test_graphs_are_refused_where_they_cannot_act(monkeypatch: pytest.MonkeyPatc
     net = random_net()
     with pytest.raises(SettingError, match="need a CUDA device, and this decoder runs on cpu"):
         Runner(net, graphs=True).require(net.device)
-    monkeypatch.setattr("pidecode.runner.records_graphs", lambda device: True)
+    monkeypatch.setattr("pidecode.engine.runner.records_graphs", lambda device: True)
     with pytest.raises(SettingError, match="windows"):
         Runner(net, Plan(size=(64, 64), window=32), graphs=True).require(net.device)
     with pytest.raises(SettingError, match="on the host"):

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from pidecode import PixelDecoder
-from pidecode.facts.checkpoints import StudentKind
+from pidecode.engine.plan import Plan
+from pidecode.engine.runner import Runner
+from pidecode.engine.timesteps import heeds_noise, slim, tabulate
 from pidecode.latents.latent import Latent
-from pidecode.model.network import Condition, PixelNet
-from pidecode.model.schedule import heeds_noise, slim, tabulate
-from pidecode.planner import Plan
-from pidecode.runner import Runner
+from pidecode.models.pid.network import Condition, PixelNet
+from pidecode.registry.checkpoints import StudentKind
 from pidecode.sampling import NoiseStream, Step, sample_student
 
 

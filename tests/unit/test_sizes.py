@@ -6,9 +6,10 @@ from __future__ import annotations
 import pytest
 
 from pidecode.errors import SizeError
-from pidecode.facts.checkpoints import CHECKPOINTS, get_checkpoint
-from pidecode.facts.sizes import (
+from pidecode.registry.checkpoints import (
+    CHECKPOINTS,
     check_output_size,
+    get_checkpoint,
     input_size,
     is_trained,
     latent_grid,
@@ -16,7 +17,7 @@ from pidecode.facts.sizes import (
     output_size,
     size_advice,
 )
-from pidecode.facts.spaces import SPACES
+from pidecode.registry.spaces import SPACES
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 import tiny_models
+from pidecode.encoders.base import load_encoder
 from pidecode.errors import CheckpointError, SettingError
-from pidecode.latents.encoders import load_encoder
-from pidecode.model.encoder import EncoderConfig, ImageEncoder
+from pidecode.models.tiny import EncoderConfig, ImageEncoder
 
 
 def test_the_small_encoder_that_ships_with_tiny(tmp_path: Path) -> None:

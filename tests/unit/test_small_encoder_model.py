@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pidecode.errors import SettingError, SizeError
-from pidecode.model.encoder import EncoderConfig, ImageEncoder, encoder_parameters
-from pidecode.model.network import PixelNet
+from pidecode.models.pid.network import PixelNet
+from pidecode.models.tiny import EncoderConfig, ImageEncoder, encoder_parameters
 from pidecode.training.tiny.decoder_stage import tiny_config
 
 SMALL = EncoderConfig(half_width=8, half_blocks=1, quarter_width=8, quarter_blocks=1, eighth_width=8, eighth_blocks=1)

@@ -9,7 +9,7 @@ import inspect
 import pytest
 
 from pidecode.errors import SettingError
-from pidecode.facts.spaces import ALIASES, IMAGE_MODELS, SPACES, get_image_model, get_space
+from pidecode.registry.spaces import ALIASES, IMAGE_MODELS, SPACES, get_image_model, get_space
 
 EXPECTED = {  # channels, down, scale, noise frame, token channels, raw channels
     "flux": (16, 8, 4, "flow", 64, 16),

@@ -9,9 +9,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from pidecode import devices, threads
+from pidecode import devices
+from pidecode import devices as threads
 from pidecode.cli.app import cli
-from pidecode.threads import container_quota, physical_cores, suitable_threads
+from pidecode.devices import container_quota, physical_cores, suitable_threads
 
 
 @pytest.fixture

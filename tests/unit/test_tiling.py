@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from pidecode.engine.tiling import Windows, blend, denoise_windows
 from pidecode.errors import SettingError
-from pidecode.facts.architecture import miniature
-from pidecode.model.network import Condition, PixelNet
+from pidecode.models.pid.network import Condition, PixelNet
+from pidecode.registry.configs import miniature
 from pidecode.sampling import NoiseStream, sample_student
-from pidecode.tiling import Windows, blend, denoise_windows
 
 GRID = (6, 10)
 

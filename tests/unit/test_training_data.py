@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 
 from pidecode.errors import SettingError, TrainingError
-from pidecode.training.data import Order, find_pictures, nearest_size
-from pidecode.training.feed import Feed, Helpers
-from pidecode.training.latent_shards import LatentShards
-from pidecode.training.miniature import COSINES, encode_cosines
+from pidecode.training.config import Recipe
+from pidecode.training.dataloader import Feed, Helpers
+from pidecode.training.dataset import Order, find_pictures, nearest_size
+from pidecode.training.debug import COSINES, encode_cosines
+from pidecode.training.latent_cache import LatentShards
 from pidecode.training.overrides import apply_settings
 from pidecode.training.recipes import RECIPES, get_recipe
-from pidecode.training.settings import Recipe
 
 CPU = torch.device("cpu")
 

@@ -11,16 +11,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pidecode.training.data import find_pictures
-from pidecode.training.evaluator import Evaluator
-from pidecode.training.feed import Feed
-from pidecode.training.helpers import make_helpers
-from pidecode.training.loop import train
-from pidecode.training.networks import new_network, start_weights, take_weights
+from pidecode.training.config import Recipe
+from pidecode.training.dataloader import Feed, make_helpers
+from pidecode.training.dataset import find_pictures
+from pidecode.training.denoiser import Evaluator
+from pidecode.training.models import new_network, start_weights, take_weights
 from pidecode.training.overrides import apply_settings
-from pidecode.training.preview import paint_example
 from pidecode.training.recipes import get_recipe
-from pidecode.training.settings import Recipe
+from pidecode.training.trainer import paint_example, train
 
 CPU = torch.device("cpu")
 

@@ -14,9 +14,9 @@ from click.testing import CliRunner
 import pidecode
 from pidecode.cli.app import cli
 from pidecode.cli.train import OWN_WEIGHTS
-from pidecode.training.loop import train
 from pidecode.training.overrides import apply_settings
 from pidecode.training.recipes import RECIPES, get_recipe
+from pidecode.training.trainer import train
 from pidecode.weights.detect import detect
 from pidecode.weights.read import read_weights
 

@@ -14,12 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pidecode.errors import CheckpointError, SettingError
-from pidecode.facts.architecture import miniature
-from pidecode.model.network import PixelNet
+from pidecode.models.pid.network import PixelNet
+from pidecode.registry.configs import miniature
+from pidecode.training.config import Adapt
 from pidecode.training.overrides import apply_settings
 from pidecode.training.recipes import get_recipe
-from pidecode.training.settings import Adapt
-from pidecode.weights.lora import LoraIdentity, apply_lora, write_lora
+from pidecode.weights.load import LoraIdentity, apply_lora, write_lora
 
 pytest.importorskip("peft")
 
@@ -46,7 +46,7 @@ def look(net: PixelNet) -> torch.Tensor:
 
 
 def test_an_applied_adapter_equals_the_injected_one(tmp_path: Path) -> None:
-    from pidecode.training.lora import adapter_tensors, inject
+    from pidecode.training.models import adapter_tensors, inject
 
     trained = random_net(1)
     inject(trained, Adapt(rank=3, alpha=6.0), seed=2)
@@ -123,7 +123,7 @@ def test_bad_scales_and_metadata_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_trains_adapters_only_and_the_file_changes_the_decoder(tmp_path: Path) -> None:
-    from pidecode.training.loop import train
+    from pidecode.training.trainer import train
 
     pixels = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     (tmp_path / "pictures").mkdir()

@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pidecode.errors import SettingError, TrainingError
+from pidecode.training.distributed import Bands, World, world
 from pidecode.training.overrides import apply_settings
-from pidecode.training.parallel import Bands, World, world
 from pidecode.training.recipes import get_recipe
 from training_worker import CPU, gradients
 

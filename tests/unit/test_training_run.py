@@ -22,13 +22,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pidecode.errors import CheckpointError, SettingError, TrainingError
-from pidecode.training.average import decay_at, power_exponent
-from pidecode.training.checkpoints import newest_checkpoint
-from pidecode.training.loop import export_newest, rate_factor, train
+from pidecode.training.checkpoint import newest_checkpoint
+from pidecode.training.config import Average, Optimize, Recipe
+from pidecode.training.ema import decay_at, power_exponent
 from pidecode.training.losses import distribution_matching
 from pidecode.training.overrides import apply_settings
 from pidecode.training.recipes import get_recipe
-from pidecode.training.settings import Average, Optimize, Recipe
+from pidecode.training.trainer import export_newest, rate_factor, train
 
 CPU = torch.device("cpu")
 
@@ -273,8 +273,8 @@ def test_samples_and_export_without_training_on(pictures: Path, tmp_path: Path) 
 
 
 def test_the_result_is_a_decoder(pictures: Path, tmp_path: Path) -> None:
-    from pidecode.weights.build import build_network
     from pidecode.weights.detect import detect
+    from pidecode.weights.load import build_network
     from pidecode.weights.read import read_weights
 
     path = train(recipe_for("miniature_direct", pictures, *FAST, "run.steps=1"), tmp_path / "run", device=CPU)

@@ -14,12 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pidecode.errors import CheckpointError, SettingError
-from pidecode.facts.architecture import NetConfig, backbone, miniature, v1, v1pt5
-from pidecode.model.network import PixelNet
-from pidecode.weights.build import build_network
-from pidecode.weights.identity import Identity
+from pidecode.models.pid.network import PixelNet
+from pidecode.registry.configs import NetConfig, backbone, miniature, v1, v1pt5
+from pidecode.weights.detect import read_structure
+from pidecode.weights.load import build_network
+from pidecode.weights.metadata import Identity
 from pidecode.weights.read import read_weights
-from pidecode.weights.shapes import read_structure
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 

@@ -9,16 +9,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pidecode.errors import CheckpointError, FileError, SettingError
-from pidecode.facts.architecture import miniature
-from pidecode.facts.checkpoints import NSCL_V1
-from pidecode.model.network import PixelNet
-from pidecode.weights.build import build_network
+from pidecode.models.pid.network import PixelNet
+from pidecode.registry.checkpoints import NSCL_V1
+from pidecode.registry.configs import miniature
 from pidecode.weights.convert import convert, license_text
 from pidecode.weights.detect import Hints, detect
-from pidecode.weights.header import read_header
-from pidecode.weights.identity import Identity
+from pidecode.weights.load import build_network
+from pidecode.weights.metadata import Identity
 from pidecode.weights.read import read_weights
-from pidecode.weights.write import write_safetensors
+from pidecode.weights.safetensors import read_header, write_safetensors
 
 CONFIG = miniature(color_head=True)
 OFFICIAL = "checkpoints/PiD_v1pt5_res2kto4k_sr4x_official_flux_undistilled/model_ema_bf16.pth"

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from pidecode.errors import CheckpointError, SettingError
-from pidecode.facts.architecture import miniature
-from pidecode.facts.checkpoints import CHECKPOINTS
-from pidecode.model.network import PixelNet
+from pidecode.models.pid.network import PixelNet
+from pidecode.registry.checkpoints import CHECKPOINTS
+from pidecode.registry.configs import miniature
 from pidecode.weights.detect import Hints, detect, official_name
-from pidecode.weights.identity import Identity
+from pidecode.weights.metadata import Identity
 from pidecode.weights.read import WeightFile
 
 RELEASED = [row for row in CHECKPOINTS.values() if row.config is not None]

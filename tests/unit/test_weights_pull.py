@@ -16,10 +16,9 @@ import huggingface_hub.constants
 import pytest
 
 from pidecode.errors import Cancelled, CheckpointError, DownloadError, LicenseError, SettingError
-from pidecode.facts.checkpoints import TEXT_ENCODER, get_checkpoint
-from pidecode.weights.hub import Hub
-from pidecode.weights.locate import asset, encoder_path, locate
-from pidecode.weights.pull import parts_of, pull
+from pidecode.registry.checkpoints import TEXT_ENCODER, get_checkpoint
+from pidecode.weights.download import parts_of, pull
+from pidecode.weights.resolve import Hub, asset, encoder_path, locate
 
 ROW = get_checkpoint("flux", "2k")
 COMMIT = "c0ffee" * 6 + "c0ff"
@@ -316,5 +315,5 @@ def test_hub_ids(tmp_path):
 
 
 def test_looking_for_weights_needs_no_torch():
-    code = "import sys, pidecode.weights.pull, pidecode.weights.identity; assert 'torch' not in sys.modules"
+    code = "import sys, pidecode.weights.download, pidecode.weights.metadata; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

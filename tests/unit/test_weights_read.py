@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from pidecode.errors import CheckpointError
-from pidecode.weights.header import read_header, sha256
 from pidecode.weights.read import read_tensors, read_weights, strip_prefixes
+from pidecode.weights.safetensors import read_header, sha256
 
 
 def tensors():

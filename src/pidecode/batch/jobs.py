@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pidecode.errors import FileError, SettingError
-from pidecode.facts.spaces import did_you_mean
+from pidecode.registry.spaces import did_you_mean
 
 Kind = Literal["latent", "picture"]
 

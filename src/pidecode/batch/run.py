@@ -16,7 +16,7 @@ import torch
 
 from pidecode.batch.jobs import Job
 from pidecode.batch.report import Outcome, Report, merge
-from pidecode.batch.work import Work, Worker, sift, sweep
+from pidecode.batch.worker import Work, Worker, sift, sweep
 from pidecode.decoder import PixelDecoder
 from pidecode.devices import pick_device
 from pidecode.errors import FileError, SettingError
@@ -132,7 +132,7 @@ def run(batch: Batch, tell: Tell, *, decoder: PixelDecoder | None = None) -> Rep
         case "torchrun":
             report = run_striped(batch, tell)
         case "ray":
-            from pidecode.batch.ray_crew import run_ray
+            from pidecode.batch.ray import run_ray
 
             sweep(batch.out)
             report = run_ray(batch, tell)

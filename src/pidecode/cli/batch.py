@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pidecode.cli.shared import emit, json_option, progress, space_option, threads_option
+from pidecode.cli.common import emit, json_option, progress, space_option, threads_option
 from pidecode.errors import PidecodeError
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def batch(ctx: click.Context, /, source: str, out: Path, as_json: bool, **option
     """
     from pidecode.batch.jobs import Naming, collect
     from pidecode.batch.run import Batch, engine_of, run
-    from pidecode.batch.work import Work
+    from pidecode.batch.worker import Work
 
     how = {name: options.pop(name) for name in ("ending", "keep_ending", "engine", "workers", "ray_address")}
     engine = engine_of(how["engine"])

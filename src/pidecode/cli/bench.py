@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pidecode.cli.shared import SHORT_DTYPES, emit, json_option, table, threads_option
-from pidecode.cli.thrift import weights_options
+from pidecode.benchmarking.networks import NETWORKS
+from pidecode.cli.common import SHORT_DTYPES, emit, json_option, table, threads_option, weights_options
+from pidecode.engine.plan import parse_size
 from pidecode.errors import SettingError
-from pidecode.measure.networks import NETWORKS
-from pidecode.planner import parse_size
 
 if TYPE_CHECKING:
-    from pidecode.measure.speed import Trial
+    from pidecode.benchmarking.speed import Trial
 
 
 MODES = ("eager", "compiled", "graphs")
@@ -58,7 +57,7 @@ def bench(reference: Path | None, profile: bool, out: Path | None, as_json: bool
 
     --network, --size, --dtype and --mode may be given several times; every combination is measured.
     """
-    from pidecode.measure.profile import profile as take_apart
+    from pidecode.benchmarking.profile import profile as take_apart
 
     trials, skipped = _trials(**options)
     data: dict[str, Any] = {"skipped": skipped}
@@ -80,8 +79,8 @@ def bench(reference: Path | None, profile: bool, out: Path | None, as_json: bool
 
 def _trials(device: str | None, dtypes: Sequence[str], sizes: Sequence[str], **options: Any) -> Any:
     """What to measure, and what a suite leaves out with the reason."""
+    from pidecode.benchmarking.suite import Wanted, why_not
     from pidecode.devices import pick_device
-    from pidecode.measure.suite import Wanted, why_not
     from pidecode.weights.convert import DTYPES
 
     wanted = Wanted(
@@ -104,7 +103,7 @@ def _trials(device: str | None, dtypes: Sequence[str], sizes: Sequence[str], **o
 
 def _measured(trials: Sequence[Trial], data: dict[str, Any]) -> Iterator[str]:
     """The table and its conditions."""
-    from pidecode.measure.speed import measure
+    from pidecode.benchmarking.speed import measure
 
     results = [measure(trial) for trial in trials]
     data["results"] = [result.as_dict() for result in results]
@@ -115,7 +114,7 @@ def _measured(trials: Sequence[Trial], data: dict[str, Any]) -> Iterator[str]:
 
 def _compared(trials: Sequence[Trial], checkout: Path, data: dict[str, Any]) -> list[str]:
     """Each trial beside the reference, in words."""
-    from pidecode.measure.reference import compare
+    from pidecode.benchmarking.reference import compare
 
     comparisons = [compare(trial, checkout) for trial in trials]
     data["comparisons"] = [comparison.as_dict() for comparison in comparisons]

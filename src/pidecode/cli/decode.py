@@ -6,31 +6,38 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from pidecode.cli.shared import (
+from pidecode.benchmarking.networks import NETWORKS
+from pidecode.cli.common import (
     SHORT_DTYPES,
+    Job,
+    Thrift,
+    decoded,
     emit,
     json_option,
+    memory_option,
     overwrite_option,
     progress,
     space_option,
     threads_option,
+    upscaled,
+    weights_options,
 )
-from pidecode.cli.thrift import Job, Thrift, decoded, memory_option, upscaled, weights_options
+from pidecode.color_fix import LOCKS
+from pidecode.engine.plan import GB, Machine, Plan, Products, Weights, parse_bytes, parse_size, plan_decode
 from pidecode.errors import FileError, SettingError
-from pidecode.facts.locks import LOCKS
-from pidecode.planner import Plan, Products, Weights
 
 if TYPE_CHECKING:
     from pidecode.decoder import Output, PixelDecoder
+    from pidecode.options import DecodeSettings
     from pidecode.sampling import OnStep, Step
-    from pidecode.settings import DecodeSettings
-    from pidecode.weights.identity import Identity
+    from pidecode.weights.metadata import Identity
+
 
 SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 _PATH = click.Path(path_type=Path)
@@ -189,7 +196,7 @@ def _several(place: Path, count: int) -> list[Path]:
 
 def _run(sources: Sequence[Path], wish: Wish, ending: str, make: Make, jobs: Callable[[Identity], list[Job]]) -> None:
     """Make and save the pictures of one source after another, then say what was written."""
-    from pidecode import parallel
+    from pidecode.engine import sequence_parallel as parallel
     from pidecode.files import check_writable
     from pidecode.images import KEYWORD, save_image
 
@@ -259,7 +266,7 @@ def decode(latents: tuple[Path, ...], size: str | None, **options: Any) -> None:
     Without --out, cat.safetensors becomes cat.png beside it. Existing files are left alone unless --overwrite.
     """
     wish = Wish(**options)
-    pixels = parse_size(size)
+    pixels = None if size is None else parse_size(size)
 
     def make(decoder: PixelDecoder, source: Path, on_step: OnStep) -> Any:
         from pidecode.latents.latent import Latent
@@ -273,11 +280,30 @@ def decode(latents: tuple[Path, ...], size: str | None, **options: Any) -> None:
     _run(latents, wish, "", make, lambda _: decoded(latents, wish.space, pixels))
 
 
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """`2048x1536` as width and height. Raises SettingError for anything else."""
-    if text is None:
-        return None
-    width, _, height = text.lower().replace("×", "x").partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise SettingError(f"The size is {text!r}; write width and height in pixels, as in 2048x1536.")
-    return int(width), int(height)
+@click.command()
+@click.option("--size", required=True, metavar="WxH", help="Picture to make, in pixels: 4096x3072.")
+@click.option("--vram", metavar="BYTES", help="Memory of an accelerator: 12GB. Without it, what is free here.")
+@click.option("--ram", metavar="BYTES", help="Plan for a processor with this much memory instead.")
+@click.option("--network", type=click.Choice(list(NETWORKS)), default="v1.5", show_default=True)
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures at once.")
+@click.option("--dtype", metavar="NAME", help="float32, bfloat16 or float16; chosen to fit if not given.")
+@weights_options
+@json_option
+def plan(
+    size: str, vram: str | None, ram: str | None, network: str, as_json: bool, weights: Weights | None, **options: Any
+) -> None:
+    """Say how a picture would be decoded in the memory there is, or that it does not fit and what would."""
+    if vram and ram:
+        raise SettingError("--vram and --ram name two machines; give one.")
+    given = vram or ram
+    if given:
+        # Of a card that is known by its memory alone, it is taken for granted that it multiplies as asked.
+        products: tuple[Weights, ...] = ("fp8",) if weights == "fp8" else ("int8",)
+        machine = Machine(memory=parse_bytes(given), accelerator=bool(vram), products=products)
+    else:
+        from pidecode.benchmarking.machine import this_machine
+
+        machine = this_machine()
+    chosen = plan_decode(NETWORKS[network], parse_size(size), machine, weights=weights, **options)
+    data = {**asdict(chosen), "peak": chosen.peak, "exact": chosen.exact, "memory": machine.memory}
+    emit(data, f"{chosen.describe()}\n  {'free':22s} {machine.memory / GB:6.2f} GB", as_json=as_json)

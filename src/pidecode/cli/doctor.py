@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from pidecode import __version__
-from pidecode.cli.shared import Verdict, emit, json_option, readable_size, space_option
+from pidecode.cli.common import Verdict, emit, json_option, readable_size, space_option
 from pidecode.errors import SettingError
 
 PACKAGES = ("torch", "safetensors", "huggingface-hub", "numpy", "pillow", "diffusers", "transformers", "accelerate")
@@ -103,9 +103,8 @@ def processor() -> dict[str, Any]:
     """How decodes run on the processor: threads, number format, and whether sums could be compiled for it."""
     import torch
 
-    from pidecode.devices import require_compiler, usual_dtype
+    from pidecode.devices import require_compiler, suitable_threads, usual_dtype
     from pidecode.errors import MissingDependencyError
-    from pidecode.threads import suitable_threads
 
     cpu, threads, compiler = torch.device("cpu"), suitable_threads(torch.get_num_threads()), ""
     try:
@@ -168,7 +167,7 @@ def _torchvision_verdict() -> Verdict:
 
 def examine() -> dict[str, Any]:
     """Everything the command reports, as plain values."""
-    from pidecode.cli.models import rows, verdicts
+    from pidecode.cli.weights import rows, verdicts
 
     missing, build, found, own = extras(), build_of_torch(), devices(), processor()
     known = rows()
@@ -212,7 +211,7 @@ def _report(findings: dict[str, Any]) -> str:
 
 
 def _space_report(space: str, model: str | None, encoder: str | None) -> list[dict[str, Any]]:
-    from pidecode.integrations.space_check import check_space
+    from pidecode.integrations.pipeline_latents import check_space
 
     return [asdict(check) for check in check_space(space, model=model, encoder=encoder)]
 

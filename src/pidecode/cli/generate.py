@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pidecode.cli.shared import emit, json_option, progress, threads_option
+from pidecode.cli.common import emit, json_option, progress, threads_option
+from pidecode.color_fix import LOCKS
 from pidecode.errors import DownloadError, FileError, SettingError
-from pidecode.facts.generation import GENERATION
-from pidecode.facts.locks import LOCKS
-from pidecode.facts.spaces import get_image_model
+from pidecode.registry.spaces import GENERATION, get_image_model
 
 if TYPE_CHECKING:
     from pidecode.decoder import PixelDecoder
-    from pidecode.integrations.capture import Progress
+    from pidecode.integrations.diffusers import Progress
 
 _PATH = click.Path(path_type=Path)
 
@@ -54,8 +53,8 @@ def generate(prompts: tuple[str, ...], prompt_file: Path | None, as_json: bool, 
     import torch
 
     from pidecode.devices import pick_device
-    from pidecode.integrations.generate import Job
-    from pidecode.integrations.generate import generate as run
+    from pidecode.integrations.text_to_image import Job
+    from pidecode.integrations.text_to_image import generate as run
 
     job = Job(
         model=wish["model"],

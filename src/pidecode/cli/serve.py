@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pidecode.cli.shared import space_option, threads_option
+from pidecode.cli.common import space_option, threads_option
 from pidecode.errors import FileError, MissingDependencyError, SettingError
-from pidecode.facts.generation import GENERATION
+from pidecode.registry.spaces import GENERATION
 
 if TYPE_CHECKING:
     from pidecode.decoder import PixelDecoder
-    from pidecode.integrations.painter import PipelinePainter
-    from pidecode.service.desk import Desk
+    from pidecode.integrations.text_to_image import PipelinePainter
+    from pidecode.serve.service import Desk
 
 SERVER_PORT = 8421
 PAGE_PORT = 8420
@@ -86,7 +86,7 @@ class Wish:
         import torch
 
         from pidecode.devices import pick_device
-        from pidecode.integrations.painter import PipelinePainter
+        from pidecode.integrations.text_to_image import PipelinePainter
 
         device = pick_device(self.device)
         kind = self.dtype or ("float32" if device.type == "cpu" else "bfloat16")
@@ -141,8 +141,8 @@ def _options(port: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 def _desk(wish: Wish) -> Desk:
     """The models behind one queue."""
-    from pidecode.service.desk import Desk
-    from pidecode.service.options import Limits
+    from pidecode.serve.schemas import Limits
+    from pidecode.serve.service import Desk
 
     limits = Limits(
         body_bytes=wish.max_body * MEBIBYTE, pixels=wish.max_pixels, waiting=wish.queue, seconds=wish.timeout
@@ -161,7 +161,7 @@ def _require(packages: Sequence[str], extra: str) -> None:
 
 
 def _run(wish: Wish, create: Callable[[Desk, str | None], Any], say: Callable[[str], str]) -> None:
-    from pidecode.service.run import bound_socket, check_token, serve
+    from pidecode.serve.http import bound_socket, check_token, serve
 
     token = wish.token()
     check_token(wish.host, token)
@@ -181,7 +181,7 @@ def serve(**options: Any) -> None:
     _require(["fastapi", "uvicorn", "python_multipart"], "serve")
 
     def create(desk: Desk, token: str | None) -> Any:
-        from pidecode.server.app import create_app
+        from pidecode.serve.app import create_app
 
         return create_app(desk, token=token)
 
@@ -200,7 +200,7 @@ def web(browser: bool, **options: Any) -> None:
     wish = Wish(**options)
 
     def create(desk: Desk, token: str | None) -> Any:
-        from pidecode.web.app import create_app
+        from pidecode.serve.page import create_app
 
         return create_app(desk, token=token)
 

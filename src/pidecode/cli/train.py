@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pidecode.cli.shared import space_option, table
+from pidecode.cli.common import space_option, table
 from pidecode.errors import SettingError
 
 if TYPE_CHECKING:
-    from pidecode.training.settings import Recipe
+    from pidecode.training.config import Recipe
 
 OWN_WEIGHTS = {
     "tiny": "The small weights that ship with the package.",
@@ -89,11 +89,11 @@ def train(
     if out is None:
         raise SettingError("Say where the run is to live: --out runs/my-decoder.")
     if flags["export_only"]:
-        from pidecode.training.loop import export_newest
+        from pidecode.training.trainer import export_newest
 
         click.echo(export_newest(chosen, out))
         return
-    from pidecode.training.loop import train as run
+    from pidecode.training.trainer import train as run
 
     click.echo(run(chosen, out, resume=flags["resume"], say=_Line()))
 

@@ -3,24 +3,32 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pidecode.cli.shared import (
+from pidecode.cli.common import (
     SHORT_DTYPES,
+    Verdict,
     emit,
     json_option,
     overwrite_option,
     progress,
     readable_size,
     space_option,
+    table,
 )
-from pidecode.facts.checkpoints import CHECKPOINTS
-from pidecode.facts.spaces import ALIASES, SPACES
+from pidecode.errors import CheckpointError, FileError
+from pidecode.registry.checkpoints import CHECKPOINTS, ENCODERS, TEXT_ENCODER, TINY_ENCODER, Checkpoint
+from pidecode.registry.spaces import ALIASES, SPACES
+from pidecode.weights.safetensors import Header, check_file, looks_like_safetensors, read_header, read_start
 
 KINDS = click.Choice(["student", "teacher", "backbone"])
 PULLABLE = [*SPACES, *ALIASES, *dict.fromkeys(name for name, _, _ in CHECKPOINTS if name not in SPACES), "tiny"]
@@ -60,8 +68,8 @@ def pull(model: str, as_json: bool, accept_license: bool, **asked: Any) -> None:
     MODEL is a latent space or an image model that uses one: flux, flux2-klein-4b, sdxl, ... The license is shown
     first. A broken download goes on where it stopped. Afterwards everything works offline.
     """
-    from pidecode.weights.pull import parts_of
-    from pidecode.weights.pull import pull as fetch
+    from pidecode.weights.download import parts_of
+    from pidecode.weights.download import pull as fetch
 
     parts = partial(parts_of, encoder=not asked["no_encoder"], text=not asked["no_text"])
     bars = _Bars()
@@ -114,3 +122,236 @@ def convert(source: Path, target: Path, **asked: Any) -> None:
     }
     words = f"{target}  {identity.kind} for {identity.space}, {readable_size(said['bytes'])}, {identity.license}"
     emit(said, words, as_json=asked["as_json"])
+
+
+IN_PACKAGE = "in the package"
+READER = "text encoder"
+
+
+def asset(name: str) -> Path | None:
+    """A file that ships with the package, if it is there."""
+    path = Path(str(resources.files("pidecode") / "assets" / name))
+    return path if path.is_file() else None
+
+
+def _places(row: Checkpoint) -> dict[str, Path | None]:
+    """Where each part a released decoder needs lies on this disk, by the part's title."""
+    from pidecode.weights.download import parts_of, present
+    from pidecode.weights.resolve import Hub
+
+    hub = Hub()
+    return {part.title: present(part, hub) for part in parts_of(row)}
+
+
+def _size(path: Path | None) -> int | None:
+    if path is None:
+        return None
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def _row(**known: Any) -> dict[str, Any]:
+    path: Path | None = known.pop("path")
+    return {"variant": None, "bytes": _size(path), "commercial": None, **known, "path": str(path) if path else None}
+
+
+def _checkpoint(row: Checkpoint, path: Path | None) -> dict[str, Any]:
+    return _row(
+        name=row.name,
+        kind=row.kind,
+        space=row.space,
+        variant=row.variant,
+        source=row.repository or IN_PACKAGE,
+        bytes=_size(path) or row.about_bytes,
+        license=row.license.name,
+        commercial=row.license.commercial,
+        path=path,
+    )
+
+
+def rows() -> list[dict[str, Any]]:
+    """Every model, encoder and text encoder, as plain values; `path` is None for what is not on this disk."""
+    own: list[dict[str, Any]] = []
+    released: list[dict[str, Any]] = []
+    encoders: dict[str, dict[str, Any]] = {}
+    text: Path | None = None
+    for row in CHECKPOINTS.values():
+        if row.repository is None:
+            own.append(_checkpoint(row, asset(row.path)))
+            continue
+        places = _places(row)
+        released.append(_checkpoint(row, places["decoder"]))
+        text = text or places.get("text encoder")
+        if row.space in ENCODERS and row.space not in encoders:
+            encoder = ENCODERS[row.space]
+            encoders[row.space] = _row(
+                name=row.space,
+                kind="encoder",
+                space=row.space,
+                source=encoder.repository,
+                license="see its model card",
+                path=places.get("encoder"),
+            )
+    tiny = asset(TINY_ENCODER)
+    own.append(
+        _row(
+            name="flux2/tiny",
+            kind="encoder",
+            space="flux2",
+            variant="tiny",
+            source=IN_PACKAGE,
+            license="Apache-2.0",
+            commercial=True,
+            path=tiny,
+        )
+    )
+    gemma = TEXT_ENCODER.rpartition("/")[2]
+    reader = _row(name=gemma, kind=READER, space=None, source=TEXT_ENCODER, license="Gemma terms", path=text)
+    return [*own, *released, *encoders.values(), reader]
+
+
+def verdicts(known: Sequence[dict[str, Any]]) -> Iterator[Verdict]:
+    """What the files on this disk allow, for `pidecode doctor`."""
+    there = {(row["kind"], row["name"]) for row in known if row["path"]}
+    tiny = {("student", "flux2/tiny"), ("encoder", "flux2/tiny")} <= there
+    lost = "its weights are missing from the package; install it again"
+    yield Verdict("`tiny`, the model that ships here", tiny, "pictures and FLUX.2 latents" if tiny else lost)
+    text = any(kind == READER for kind, _ in there)
+    for space in dict.fromkeys(row["space"] for row in known if row["kind"] == "student"):
+        students = [
+            row
+            for row in known
+            if row["kind"] == "student" and row["space"] == space and row["license"] != "Apache-2.0"
+        ]
+        found = [row["variant"] for row in students if row["path"]]
+        if not found:
+            yield Verdict(f"released decoders for {space}", False, f"not on this disk: pidecode pull {space}")
+            continue
+        lacking = [] if text else ["the text encoder, so captions must come as ready-made states"]
+        if ("encoder", space) not in there:
+            lacking.append("the encoder, so latents decode but pictures cannot be upscaled")
+        because = ", ".join(found) + (
+            f"; without {' and without '.join(lacking)}: pidecode pull {space}" if lacking else ""
+        )
+        yield Verdict(f"released decoders for {space}", True, because)
+
+
+def _line(row: dict[str, Any]) -> dict[str, str]:
+    free = {True: "", False: ", non-commercial", None: ""}[row["commercial"]]
+    return {
+        "name": row["name"],
+        "kind": row["kind"],
+        "on disk": "yes" if row["path"] else "no",
+        "size": readable_size(row["bytes"]),
+        "license": row["license"] + free,
+        "from": row["source"],
+    }
+
+
+@click.command()
+@click.option("--on-disk", is_flag=True, help="Only those that are here.")
+@json_option
+def models(on_disk: bool, as_json: bool) -> None:
+    """List the models there are, and which are on this disk."""
+    listed = [row for row in rows() if row["path"] or not on_disk]
+    emit(listed, lambda: table([_line(row) for row in listed]), as_json=as_json)
+
+
+PICTURES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
+PICKLES = (b"PK\x03\x04", b"\x80")
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What the file is, as plain values. Raises FileError for a file that is nothing we know."""
+    size = check_file(path)
+    start = read_start(path)
+    known: dict[str, Any] = {"file": str(path), "bytes": size}
+    if looks_like_safetensors(start):
+        return known | _safetensors(read_header(path), path)
+    if start.startswith(PICTURES):
+        return known | _picture(path)
+    if start.startswith(PICKLES):
+        from pidecode.weights.read import read_weights
+
+        shapes = read_weights(path, check_values=False).shapes
+        return known | {"what": "weights", "format": "pickle, tensors only"} | _foreign(shapes, path)
+    raise FileError(f"{path} is no picture, latent or weights file that pidecode knows.")
+
+
+def _picture(path: Path) -> dict[str, Any]:
+    from PIL import Image
+
+    from pidecode.images import load_image, read_recipe
+
+    picture = load_image(path)  # with all its checks, before anything else opens it
+    with Image.open(path) as opened:
+        kind = opened.format
+    recipe = read_recipe(path)
+    return {"what": "picture", "format": kind, "width": picture.width, "height": picture.height, "recipe": recipe}
+
+
+def _safetensors(header: Header, path: Path) -> dict[str, Any]:
+    if "pidecode_latent" in header.metadata:
+        shapes = [list(entry.shape) for entry in header.tensors.values()]
+        return {"what": "latent", "shape": shapes[0]} | _record(header.metadata["pidecode_latent"], path)
+    formats = sorted({entry.dtype for entry in header.tensors.values()})
+    known = {"what": "weights", "format": "safetensors", "dtypes": formats}
+    if "pidecode" in header.metadata:
+        return known | _counts(header.shapes) | {"record": _record(header.metadata["pidecode"], path)}
+    return known | _foreign(header.shapes, path)
+
+
+def _record(text: str, path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise CheckpointError(f"What {path} says of itself is not a table; the file is damaged.")
+    return record
+
+
+def _counts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    return {"tensors": len(shapes), "parameters": sum(math.prod(shape) for shape in shapes.values())}
+
+
+def _foreign(shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, Any]:
+    """What names and shapes show of weights that say nothing of themselves."""
+    from pidecode.weights.detect import read_structure
+
+    counts = _counts(shapes)
+    try:
+        structure = read_structure(shapes, str(path))
+    except CheckpointError:
+        return counts | {"network": "none of PiD's: an autoencoder, a text encoder, or something else"}
+    seen = dict(structure.seen)
+    return counts | {"network": f"PiD, {structure.generation or 'of no released design'}", "seen": seen}
+
+
+def _lines(values: Mapping[str, Any], depth: int = 0) -> Iterator[str]:
+    """Nested values, a line each, indented."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield f"{'  ' * depth}{name}"
+            yield from _lines(value, depth + 1)
+        else:
+            shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+            yield f"{'  ' * depth}{name:14s} {shown}"
+
+
+def _report(found: dict[str, Any]) -> str:
+    shown = {name: value for name, value in found.items() if name != "bytes"}
+    shown["size"] = readable_size(found["bytes"])
+    if "recipe" in shown and shown["recipe"] is None:
+        shown["recipe"] = "none: this picture was not made by pidecode, or its metadata were removed"
+    return "\n".join(_lines(shown))
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@json_option
+def info(file: Path, as_json: bool) -> None:
+    """Say what FILE is: a picture and its recipe, a latent, or weights."""
+    found = describe(file)
+    emit(found, lambda: _report(found), as_json=as_json)

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures in and out: safe reading, exact tensors, sizes, and files that carry their recipe."""
 
-from pidecode.images.geometry import (
+from pidecode.images.read import MAX_PIXELS, ImageSource, load_image, load_tensor
+from pidecode.images.tensors import (
     Padding,
     center_crop,
     crop_back,
     downsample,
     lanczos,
+    normalize_image,
     pad_to_multiple,
     resize,
+    to_array,
+    to_pil,
+    to_pils,
+    to_tensor,
 )
-from pidecode.images.read import MAX_PIXELS, ImageSource, load_image, load_tensor
-from pidecode.images.tensors import normalize_image, to_array, to_pil, to_pils, to_tensor
 from pidecode.images.write import KEYWORD, encode_image, read_recipe, save_image
 
 __all__ = [

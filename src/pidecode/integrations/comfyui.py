@@ -16,11 +16,11 @@ from torch import Tensor
 
 from pidecode.decoder import PixelDecoder
 from pidecode.errors import SettingError
-from pidecode.facts.checkpoints import CHECKPOINTS, REPOSITORY
 from pidecode.images import to_pil
-from pidecode.integrations.comfy_frames import caption_of, stopping_place, to_image, to_latent, to_pixels
+from pidecode.integrations.comfyui_latents import caption_of, stopping_place, to_image, to_latent, to_pixels
+from pidecode.options import LARGEST_TRAINED_SIGMA
+from pidecode.registry.checkpoints import CHECKPOINTS, REPOSITORY
 from pidecode.sampling import OnStep, Step
-from pidecode.settings import LARGEST_TRAINED_SIGMA
 
 DecoderType = io.Custom("PIDECODE_DECODER")
 

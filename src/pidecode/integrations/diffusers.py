@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A diffusers pipeline whose pictures come from PiD: attach, call as before, detach.
+"""attach() and detach(): a diffusers pipeline that decodes with PiD, and early stop.
 
     pipe = attach(pipe, decoder, stop_after=24)
     picture = pipe("a lighthouse in fog").images[0]
@@ -9,8 +9,9 @@ Nothing in the pipeline is changed: the attached one owns it, asks it for latent
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, Literal, Unpack, cast
 
@@ -19,18 +20,227 @@ from torch import Tensor
 
 from pidecode.decoder import PixelDecoder
 from pidecode.errors import LatentError, SettingError
-from pidecode.integrations.capture import (
-    Captured,
-    OnProgress,
-    Progress,
-    StopAfter,
-    named_arguments,
-    run_for_latents,
+from pidecode.integrations.pipeline_latents import (
+    frame_of,
+    grid_of_call,
+    latent_of,
+    noise_level,
+    recommended_stop,
+    space_of,
+    trained_sigma,
 )
 from pidecode.latents.latent import Latent
-from pidecode.latents.pipelines import space_of
+from pidecode.options import LARGEST_TRAINED_SIGMA, DecodeSettings, Settings
 from pidecode.sampling import Step
-from pidecode.settings import DecodeSettings, Settings
+
+StopAfter = int | Literal["recommended"] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a call has come: `step` of `steps` of the "diffusion" or the "decoding"."""
+
+    stage: Literal["diffusion", "decoding"]
+    step: int
+    steps: int
+
+
+OnProgress = Callable[[Progress], None]
+"""Told after every step; raise `errors.Cancelled` in it to stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """What a run left: its last latent, those of the steps asked for, and how far it went.
+
+    `captured` is keyed by step, counted from one. `calls` counts the denoiser's calls.
+    """
+
+    latent: Latent
+    captured: Mapping[int, Latent]
+    steps: int
+    steps_planned: int
+    calls: int
+
+
+@dataclass(slots=True)
+class _Watch:
+    """The pipeline's state, followed from its step callback and its denoiser's calls."""
+
+    pipe: Any
+    stop_after: StopAfter
+    capture: Sequence[int]
+    on_progress: OnProgress | None
+    users: Callable[..., Any] | None
+    calls: int = 0
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+    step: int = 0
+    planned: int = 0
+    last: tuple[Tensor, float] | None = None
+    kept: dict[int, tuple[Tensor, float]] = field(default_factory=dict)
+
+    def before_call(self, _module: Any, _args: Any, keywords: Mapping[str, Any]) -> None:
+        """Forward pre-hook of the denoiser: the first call tells the grid of a packed picture."""
+        self.calls += 1
+        if not self.keywords:
+            self.keywords = {name: keywords[name] for name in ("img_ids", "img_shapes") if name in keywords}
+
+    def after_step(self, pipe: Any, index: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """The pipeline's `callback_on_step_end`."""
+        result = given
+        if self.users is not None:
+            result = self.users(pipe, index, timestep, given) or given
+        latents = result.get("latents", given.get("latents"))
+        assert isinstance(latents, Tensor)
+        if not self.step:
+            self._settle()
+        self.step = index + 1
+        self.last = (latents.detach(), noise_level(pipe.scheduler))
+        if self.step in self.capture:
+            self.kept[self.step] = (latents.detach().clone(), self.last[1])
+        if self.on_progress is not None:
+            stop = self.stop_after if isinstance(self.stop_after, int) else self.planned
+            self.on_progress(Progress("diffusion", self.step, stop))
+        if self.step == self.stop_after:
+            pipe._interrupt = True  # the pipeline then skips what remains of its loop, network calls included
+        return result
+
+    def _settle(self) -> None:
+        """After the first step the schedule is known: refuse at once what cannot be done with it."""
+        pipe = self.pipe
+        self.planned = int(pipe.num_timesteps)
+        if self.stop_after == "recommended":
+            self.stop_after = recommended_stop(pipe, self.planned)
+        wanted = [*self.capture, *([self.stop_after] if isinstance(self.stop_after, int) else [])]
+        for step in wanted:
+            if not 1 <= step <= self.planned:
+                raise SettingError(f"There is no step {step}: this run has {self.planned}, counted from 1.")
+        if any(step < self.planned for step in wanted):
+            self._refuse_noisy(min(wanted))
+
+    def _refuse_noisy(self, step: int) -> None:
+        scheduler, space = self.pipe.scheduler, space_of(self.pipe)
+        frame_of(scheduler, space)
+        first = int(getattr(scheduler, "step_index", 1)) - 1
+        levels = [trained_sigma(scheduler, space, float(level)) for level in scheduler.sigmas[first + 1 :]]
+        if levels[step - 1] > LARGEST_TRAINED_SIGMA:
+            fit = next((i + 1 for i, level in enumerate(levels) if level <= LARGEST_TRAINED_SIGMA), self.planned)
+            raise SettingError(
+                f"After step {step} of {self.planned} the latent's sigma is {levels[step - 1]:.2f}; PiD was trained up "
+                f"to {LARGEST_TRAINED_SIGMA}. Stop after step {fit} or later."
+            )
+
+
+def run_for_latents(
+    pipe: Any,
+    arguments: Mapping[str, Any],
+    *,
+    stop_after: StopAfter = None,
+    capture: Sequence[int] = (),
+    caption: str | Sequence[str] | None = None,
+    on_progress: OnProgress | None = None,
+) -> Captured:
+    """Call a diffusers pipeline and return its latents instead of its pictures.
+
+    arguments: of the call, by name; `output_type`, `return_dict` and the step callback are handled here (a
+        callback given by the caller still runs).
+    stop_after: end the diffusion after that step, counted from 1; "recommended" is SPEC.md section 5's.
+    capture: steps whose latents are kept besides.
+    caption: what the latents show, where the call has no prompt; one for all or one per picture.
+
+    Raises SettingError for steps there are not, for sigma above the trained 0.8, and for pipelines that cannot stop.
+    """
+    space_of(pipe)
+    if isinstance(stop_after, bool) or (stop_after is not None and not isinstance(stop_after, int | str)):
+        raise SettingError(f"stop_after is {stop_after!r}; it must be a step, counted from 1, or 'recommended'.")
+    if isinstance(stop_after, str) and stop_after != "recommended":
+        raise SettingError(f"stop_after is {stop_after!r}; it must be a step, counted from 1, or 'recommended'.")
+    if stop_after is not None and not hasattr(type(pipe), "interrupt"):
+        raise SettingError(f"A {type(pipe).__name__} cannot be interrupted; leave stop_after out and use capture.")
+    # Some pipelines write their chat template into a list of prompts they are given: they get a copy.
+    call = {name: list(value) if isinstance(value, list) else value for name, value in arguments.items()}
+    watch = _Watch(pipe, stop_after, tuple(capture), on_progress, arguments.get("callback_on_step_end"))
+    inputs = list(call.get("callback_on_step_end_tensor_inputs") or [])
+    call |= {
+        "output_type": "latent",
+        "return_dict": True,
+        "callback_on_step_end": watch.after_step,
+        "callback_on_step_end_tensor_inputs": ["latents", *(name for name in inputs if name != "latents")],
+    }
+    hooks = [
+        module.register_forward_pre_hook(watch.before_call, with_kwargs=True)
+        for module in (getattr(pipe, "transformer", None), getattr(pipe, "unet", None))
+        if isinstance(module, torch.nn.Module)
+    ]
+    finished = False
+    try:
+        with torch.inference_mode():
+            pipe(**call)
+        finished = True
+    finally:
+        for hook in hooks:
+            hook.remove()
+        if not finished and hasattr(pipe, "maybe_free_model_hooks"):
+            pipe.maybe_free_model_hooks()  # a cancelled run must not leave an offloaded network on the device
+    return _collected(watch, arguments, caption)
+
+
+def _collected(watch: _Watch, call: Mapping[str, Any], caption: str | Sequence[str] | None) -> Captured:
+    if watch.last is None:
+        raise LatentError("The pipeline ran without a single step, so there is no latent; raise num_inference_steps.")
+    generator = call.get("generator")
+    seed = int(generator.initial_seed()) if isinstance(generator, torch.Generator) else None
+    texts = captions_of(call if caption is None else {"prompt": caption}, len(watch.last[0]))
+
+    def typed(state: tuple[Tensor, float]) -> Latent:
+        tokens = state[0].shape[1] if state[0].ndim == 3 else 0
+        grid = grid_of_call(watch.keywords, tokens)
+        # Inference tensors may not be used where gradients are; a latent is for keeping.
+        with torch.inference_mode(False):
+            return latent_of(watch.pipe, state[0].clone(), grid=grid, level=state[1], caption=texts, seed=seed)
+
+    return Captured(
+        latent=typed(watch.last),
+        captured={step: typed(state) for step, state in sorted(watch.kept.items())},
+        steps=watch.step,
+        steps_planned=watch.planned,
+        calls=watch.calls,
+    )
+
+
+def captions_of(call: Mapping[str, Any], batch: int) -> tuple[str, ...] | None:
+    """The prompt of each picture, in the order pipelines lay them out: all pictures of a prompt together."""
+    prompt = call.get("prompt")
+    if prompt is None:
+        return None
+    prompts = [prompt] if isinstance(prompt, str) else [str(text) for text in prompt]
+    if not prompts or batch % len(prompts):
+        raise SettingError(f"There are {len(prompts)} captions for {batch} pictures; give one, or one for each.")
+    return tuple(text for text in prompts for _ in range(batch // len(prompts)))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
+    )
+
+
+def named_arguments(pipe: Any, args: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """A pipeline call's arguments by name. Raises SettingError for what the pipeline does not take."""
+    try:
+        bound = inspect.signature(type(pipe).__call__).bind_partial(pipe, *args, **keywords)
+    except TypeError as fault:
+        raise SettingError(f"{type(pipe).__name__}: {fault}.") from None
+    given = dict(bound.arguments)
+    given.pop(next(iter(given)))  # the pipeline itself
+    texts = given.get("image")
+    if args and "prompt" not in given and _is_text(texts):  # FLUX.2's pipelines take a picture first
+        given["prompt"] = given.pop("image")
+    for name, parameter in inspect.signature(type(pipe).__call__).parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            given |= given.pop(name, {})
+    return given
+
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 _OUTPUTS = ("pil", "np", "pt", "latent")

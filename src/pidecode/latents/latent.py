@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,10 +14,9 @@ import torch
 from torch import Tensor
 
 from pidecode.errors import LatentError
-from pidecode.facts.spaces import SPACES, LatentSpace, get_space
-from pidecode.latents import frames, packing, storage
-from pidecode.latents.frames import LatentStatistics
-from pidecode.latents.statistics import FrameWarning, frame_evidence
+from pidecode.latents import layout, storage
+from pidecode.latents.layout import LatentStatistics, noise_weights
+from pidecode.registry.spaces import SPACES, LatentSpace, get_space
 
 __all__ = ["FrameWarning", "Latent", "LatentStatistics"]
 
@@ -69,12 +69,12 @@ class Latent:
     ) -> Latent:
         """From what the space's own encoder puts out (its mean, before scaling and shifting).
 
-        raw: `[B, raw channels, h, w]`; see `frames.normalize` for each space. flux2 and dinov2 need the
+        raw: `[B, raw channels, h, w]`; see `layout.normalize` for each space. flux2 and dinov2 need the
         statistics that lie in the encoder's weights. Raises LatentError as the class does.
         """
         row = get_space(space)
         _check_is_float(raw)
-        return cls(frames.normalize(raw, row, statistics), row.name, sigma, _tuple(caption), seed)
+        return cls(layout.normalize(raw, row, statistics), row.name, sigma, _tuple(caption), seed)
 
     @classmethod
     def from_packed(
@@ -94,7 +94,7 @@ class Latent:
         """
         row = get_space(space)
         _check_is_float(tokens)
-        return cls(packing.unpack(tokens, row, height, width), row.name, sigma, _tuple(caption), seed)
+        return cls(layout.unpack(tokens, row, height, width), row.name, sigma, _tuple(caption), seed)
 
     @classmethod
     def from_euler(
@@ -117,7 +117,7 @@ class Latent:
                 f"Space {row.name} is flow-matching: pass the latent and the scheduler's sigma to Latent() unchanged."
             )
         _check_tensor(tensor, row)
-        latent, level = frames.euler_to_trained(tensor, sigma)
+        latent, level = layout.euler_to_trained(tensor, sigma)
         return cls(latent, row.name, level if level.numel() > 1 else float(level), _tuple(caption), seed)
 
     @classmethod
@@ -139,7 +139,7 @@ class Latent:
         was interrupted is labeled rightly. Raises SettingError for a pipeline PiD has no decoder for, LatentError
         when `out` holds no latents or the size does not fit.
         """
-        from pidecode.latents.pipelines import from_pipeline
+        from pidecode.integrations.pipeline_latents import from_pipeline
 
         return from_pipeline(pipe, out, height=height, width=width, caption=caption, seed=seed)
 
@@ -215,12 +215,12 @@ class Latent:
         return self.grid[0] * self.facts.pixels_per_cell, self.grid[1] * self.facts.pixels_per_cell
 
     def to_raw(self, statistics: LatentStatistics | None = None) -> Tensor:
-        """What the space's own decoder takes; see `frames.denormalize`. flux2 and dinov2 need statistics."""
-        return frames.denormalize(self.tensor, self.facts, statistics)
+        """What the space's own decoder takes; see `layout.denormalize`. flux2 and dinov2 need statistics."""
+        return layout.denormalize(self.tensor, self.facts, statistics)
 
     def to_packed(self) -> Tensor:
         """The tokens `[B, N, channels]` of the space's pipeline; SettingError where it does not pack."""
-        return packing.pack(self.tensor, self.facts)
+        return layout.pack(self.tensor, self.facts)
 
     def noised(self, sigma: float | Tensor, *, seed: int = 0, noise: Tensor | None = None) -> Latent:
         """This clean latent noised to sigma in [0, 1] in its space's frame, and labeled so.
@@ -236,7 +236,7 @@ class Latent:
         if noise is None:
             generator = torch.Generator().manual_seed(seed)
             noise = torch.randn(self.tensor.shape, generator=generator).to(self.tensor.device)
-        tensor = frames.add_noise(self.tensor, noise, level, self.facts)
+        tensor = layout.add_noise(self.tensor, noise, level, self.facts)
         return self._with(tensor=tensor, sigma=level, seed=seed if self.seed is None else self.seed)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Latent:
@@ -418,3 +418,86 @@ def _tuple(caption: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
 def _names(dtypes: Sequence[torch.dtype]) -> str:
     names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
     return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+# Below this many cells a spread says too little.
+_FEWEST_CELLS = 16
+# Image models leave their schedule by some per cent; the bounds give way by as much.
+_SLACK = 1.15
+# A latent at noise level s holds that noise: a spread this far below s contradicts it.
+_LEAST_NOISE = 0.75
+# Unit deviation is what "normalized" means: it is never counted against a latent, whatever its sigma.
+_UNIT = 1.1
+
+
+class FrameWarning(UserWarning):
+    """A latent whose statistics do not look like the normalized frame at its sigma."""
+
+
+def frame_evidence(tensor: Tensor, space: LatentSpace, sigmas: Tensor) -> str | None:
+    """What speaks against `tensor` `[B, C, h, w]` being a normalized latent of `space` at noise levels `[B]`.
+
+    None when nothing does. Judged by the spread (each channel's standard deviation over its cells,
+    root-mean-square over channels), which for flat pictures is small whatever the frame and so never
+    counts against a clean latent; noise adds its own known share. Raw sd3 latents are narrower than
+    normalized ones and cannot be told from flat pictures, unless noise is in them.
+    """
+    cells = tensor.shape[-2] * tensor.shape[-1]
+    if cells < _FEWEST_CELLS:
+        return None
+    wide = tensor.detach().float()
+    spreads = wide.var(dim=(2, 3)).mean(dim=1).sqrt()
+    sigma = sigmas.to(spreads)
+    signal, noise = noise_weights(space, sigma)
+    doubt = 1.0 + 4.0 / math.sqrt(2.0 * cells * tensor.shape[1])  # four standard errors of a deviation
+    most = (((signal * space.spread_limit) ** 2 + noise**2).sqrt() * _SLACK).clamp_min(_UNIT) * doubt
+    least = noise * _LEAST_NOISE / doubt
+    for index, (spread, high, low, level) in enumerate(torch.stack([spreads, most, least, sigma], dim=1).tolist()):
+        which = f"Sample {index} of this" if tensor.shape[0] > 1 else "This"
+        if spread > high:
+            return (
+                f"{which} {space.name} latent has a spread of {spread:.2f} within its channels; a normalized one "
+                f"at sigma {level:g} stays below {high:.2f} (photographs: 0.6 to 1 when clean). {_wider(space)}"
+            )
+        if spread < low:
+            return (
+                f"{which} {space.name} latent has a spread of {spread:.2f} within its channels, less than the noise "
+                f"of sigma {level:g} alone gives. Check sigma, and that the latent was not scaled: a raw latent "
+                "belongs in Latent.from_raw()."
+            )
+    return _token_evidence(wide, space, sigma)
+
+
+def _wider(space: LatentSpace) -> str:
+    mends = []
+    if space.raw_std is not None and space.raw_std > 1:
+        mends.append(
+            f"A raw {space.name} latent is {space.raw_std:g} times wider than a normalized one: "
+            "if it is raw, build it with Latent.from_raw()."
+        )
+    if space.noise_frame == "variance_preserving":
+        mends.append("If it comes from an Euler scheduler before its last step, use Latent.from_euler().")
+    else:
+        mends.append("If noise is still in it, pass its sigma.")
+    return " ".join(mends)
+
+
+def _token_evidence(wide: Tensor, space: LatentSpace, sigma: Tensor) -> str | None:
+    """Clean RAE features betray a missing or a superfluous step by their mean and deviation over channels."""
+    if space.statistics not in ("per_position", "layer_norm") or bool((sigma > 0).any()):
+        return None
+    variance, mean = torch.var_mean(wide, dim=1, correction=0)
+    off = torch.maximum(mean.abs(), (variance.sqrt() - 1).abs())
+    if space.statistics == "per_position" and float(off.max()) < 0.01:
+        return (
+            f"Every cell of this {space.name} latent has mean 0 and deviation 1 over its channels: it is the "
+            "output of the LayerNorm, before the statistics per position. Build it with Latent.from_raw(), giving "
+            "those."
+        )
+    if space.statistics == "layer_norm" and float(off.median()) > 0.3:
+        return (
+            f"The cells of this {space.name} latent are {float(off.median()):.2f} away from mean 0 and "
+            "deviation 1 over "
+            "channels, which its LayerNorm gives. Build it with Latent.from_raw() if it is the encoder's hidden state."
+        )
+    return None

@@ -16,8 +16,8 @@ import safetensors.torch
 from torch import Tensor
 
 from pidecode.errors import FileError, LatentError
-from pidecode.facts.spaces import SPACES
 from pidecode.files import atomic_write
+from pidecode.registry.spaces import SPACES
 
 FORMAT = 1
 METADATA_KEY = "pidecode_latent"

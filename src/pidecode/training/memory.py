@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pidecode.model.adapter import ResidualBlock
-from pidecode.model.blocks import PatchBlock, PixelBlock
-from pidecode.model.network import PixelNet
-from pidecode.training.evaluator import Evaluator, Example
-from pidecode.training.settings import Recipe
+from pidecode.models.pid.adapter import ResidualBlock
+from pidecode.models.pid.blocks import PatchBlock, PixelBlock
+from pidecode.models.pid.network import PixelNet
+from pidecode.training.config import Recipe
+from pidecode.training.denoiser import Evaluator, Example
 
 GB = 1e9
 _BLOCKS = (PatchBlock, PixelBlock, ResidualBlock)

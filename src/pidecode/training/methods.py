@@ -11,20 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pidecode.model.adapter import ResidualBlock
-from pidecode.model.blocks import PatchBlock, PixelBlock
-from pidecode.model.network import PixelNet
-from pidecode.training.discriminator import Discriminator
-from pidecode.training.distill import Cast, critics_loss, paint, student_loss
-from pidecode.training.evaluator import Evaluator, Example
-from pidecode.training.lora import inject
+from pidecode.models.pid.adapter import ResidualBlock
+from pidecode.models.pid.blocks import PatchBlock, PixelBlock
+from pidecode.models.pid.network import PixelNet
+from pidecode.training.config import Recipe
+from pidecode.training.denoiser import Evaluator, Example
+from pidecode.training.distributed import World, bare, spread_module
+from pidecode.training.dmd import Cast, Discriminator, critics_loss, paint, student_loss
+from pidecode.training.flow_matching import Outcome, teacher_loss
 from pidecode.training.losses import clean_picture
-from pidecode.training.networks import choose_parameters, new_network, start_weights, take_weights
-from pidecode.training.noising import Draws, seed_of
-from pidecode.training.parallel import World, bare, spread_module
+from pidecode.training.models import choose_parameters, inject, new_network, start_weights, take_weights
+from pidecode.training.noise import Draws, seed_of
 from pidecode.training.repa import Alignment, dinov2
-from pidecode.training.settings import Recipe
-from pidecode.training.teacher import Outcome, teacher_loss
 
 MAIN = "net"
 """Name of the network that a run is about: averaged, sampled, exported."""

@@ -10,15 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
-from pidecode.captions import negative_prompt
+from pidecode.encoders.text import negative_prompt
 from pidecode.errors import SettingError
-from pidecode.facts.architecture import NetConfig, backbone, miniature, v1pt5
-from pidecode.facts.spaces import LatentSpace, did_you_mean, get_space
-from pidecode.training.distill import Distillation
-from pidecode.training.helpers import ByteStates
-from pidecode.training.miniature import COSINES, encode_cosines
-from pidecode.training.settings import Adapt, Average, Data, Optimize, Recipe, Run
-from pidecode.training.teacher import TeacherLoss
+from pidecode.registry.configs import NetConfig, backbone, miniature, v1pt5
+from pidecode.registry.spaces import LatentSpace, did_you_mean, get_space
+from pidecode.training.config import Adapt, Average, Data, Optimize, Recipe, Run
+from pidecode.training.dataloader import ByteStates
+from pidecode.training.debug import COSINES, encode_cosines
+from pidecode.training.dmd import Distillation
+from pidecode.training.flow_matching import TeacherLoss
 
 Maker = Callable[[str], Recipe]
 """A recipe: the name of a latent space to a run. Recipes that are bound to one space ignore the default only."""

@@ -10,15 +10,14 @@ from pathlib import Path
 import torch
 
 from pidecode.errors import SettingError
-from pidecode.facts.checkpoints import APACHE_2, NSCL_V1, License
 from pidecode.files import atomic_write, check_writable
-from pidecode.model.network import PixelNet
-from pidecode.weights.build import check_complete
-from pidecode.weights.detect import Hints, detect
-from pidecode.weights.identity import Identity
+from pidecode.models.pid.network import PixelNet
+from pidecode.registry.checkpoints import APACHE_2, NSCL_V1, License
+from pidecode.weights.detect import COLOR_HEAD, Hints, detect
+from pidecode.weights.load import check_complete
+from pidecode.weights.metadata import Identity
 from pidecode.weights.read import read_weights
-from pidecode.weights.shapes import COLOR_HEAD
-from pidecode.weights.write import write_safetensors
+from pidecode.weights.safetensors import write_safetensors
 
 DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """Number formats to choose from, by the names users type."""

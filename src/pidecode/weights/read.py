@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pidecode.errors import CheckpointError
-from pidecode.weights.header import check_file, looks_like_safetensors, read_header, read_start
+from pidecode.weights.safetensors import check_file, looks_like_safetensors, read_header, read_start
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Number formats a network's weights may be stored in."""

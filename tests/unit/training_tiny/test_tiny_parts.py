@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from pidecode.errors import CheckpointError, LatentError, SettingError, TrainingError
-from pidecode.facts.architecture import NetConfig
-from pidecode.model.encoder import ImageEncoder
-from pidecode.model.network import PixelNet
-from pidecode.model.regressor import Regressor, into_pixelnet
+from pidecode.models.pid.network import PixelNet
+from pidecode.models.regressor import Regressor, into_pixelnet
+from pidecode.models.tiny import ImageEncoder
+from pidecode.registry.configs import NetConfig
 from pidecode.training.tiny.augment import varied
 from pidecode.training.tiny.cache import LatentCache, crop_to_multiple, held_out, quarter, read_manifest
 from pidecode.training.tiny.decoder_stage import DecoderRecipe, noised, run_regressor
@@ -25,7 +25,7 @@ from pidecode.training.tiny.muon import Muon, muon_groups, orthogonalised
 from pidecode.training.tiny.procedural import KINDS, procedural_picture
 from pidecode.training.tiny.state import load_state
 from pidecode.training.tiny.teacher import TeacherAutoencoder
-from pidecode.weights.shapes import read_structure
+from pidecode.weights.detect import read_structure
 from tiny_training import ENCODER, SMALL, parts, started
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 from pidecode import PixelDecoder
 from pidecode.errors import SettingError, TrainingError
-from pidecode.model.encoder import ImageEncoder
-from pidecode.model.regressor import Regressor, into_pixelnet, out_of_pixelnet
+from pidecode.models.regressor import Regressor, into_pixelnet, out_of_pixelnet
+from pidecode.models.tiny import ImageEncoder
 from pidecode.training.tiny.cache import LatentCache, held_out, quarter, read_manifest
 from pidecode.training.tiny.decoder_stage import small_config, tiny_config
 from pidecode.training.tiny.grow import GAIN, grown, with_corrections

@@ -13,9 +13,9 @@ import torch.nn.functional as F  # noqa: N812
 from PIL import Image
 
 from pidecode.errors import SettingError, TrainingError
-from pidecode.measure.metrics import ssim
-from pidecode.model.encoder import ImageEncoder
-from pidecode.model.regressor import shrunk
+from pidecode.metrics import ssim
+from pidecode.models.regressor import shrunk
+from pidecode.models.tiny import ImageEncoder
 from pidecode.training.tiny.accelerated import Matrices, Recorded, compiling, edged, keep_exact, pad_by_joining
 from pidecode.training.tiny.cache import LatentCache
 from pidecode.training.tiny.critic import Critics

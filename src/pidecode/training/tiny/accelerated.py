@@ -15,8 +15,9 @@ import torch.fx.experimental._config
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from pidecode.measure.metrics import WINDOW, similarity, window_line
-from pidecode.model import adapter, encoder
+from pidecode.metrics import WINDOW, similarity, window_line
+from pidecode.models import tiny as encoder
+from pidecode.models.pid import adapter
 from pidecode.training.tiny.cache import SCALE
 
 WARM_UPS = 3

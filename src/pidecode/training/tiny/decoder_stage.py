@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from pidecode.facts.architecture import NetConfig
-from pidecode.model.regressor import Regressor
+from pidecode.models.regressor import Regressor
+from pidecode.registry.configs import NetConfig
 from pidecode.training.tiny.augment import Chance, varied
 from pidecode.training.tiny.cache import CropBatch, LatentCache
 from pidecode.training.tiny.muon import Muon, muon_groups

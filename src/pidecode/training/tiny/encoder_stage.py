@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pidecode.model.encoder import EncoderConfig, ImageEncoder
+from pidecode.models.tiny import EncoderConfig, ImageEncoder
 from pidecode.training.tiny.augment import varied
 from pidecode.training.tiny.cache import SCALE, LatentCache
 from pidecode.training.tiny.muon import Muon, muon_groups

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pidecode.errors import SettingError
-from pidecode.facts.architecture import NetConfig
-from pidecode.model.encoder import EncoderConfig, ImageEncoder
-from pidecode.model.regressor import Regressor
+from pidecode.models.regressor import Regressor
+from pidecode.models.tiny import EncoderConfig, ImageEncoder
+from pidecode.registry.configs import NetConfig
 
 GAIN = 0.3
 """How much of an error an encoder's corrections first add to the picture: more helps more at once, but swings."""

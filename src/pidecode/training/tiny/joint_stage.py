@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from pidecode.model.encoder import ImageEncoder
-from pidecode.model.regressor import Regressor, shrunk
+from pidecode.models.regressor import Regressor, shrunk
+from pidecode.models.tiny import ImageEncoder
 from pidecode.training.tiny.augment import varied
 from pidecode.training.tiny.cache import SCALE, LatentCache
 from pidecode.training.tiny.decoder_stage import decoder_optimizer, draw_crops, noised, tempered

@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 
+from pidecode.encoders.tiny import load_tiny_encoder
 from pidecode.errors import SettingError, TrainingError
-from pidecode.facts.architecture import NetConfig
-from pidecode.facts.checkpoints import APACHE_2, STUDENT_TIMES, TINY_ENCODER
-from pidecode.facts.spaces import get_space
-from pidecode.latents.small_encoder import load_tiny_encoder
-from pidecode.model.encoder import EncoderConfig, ImageEncoder
-from pidecode.model.regressor import Regressor, into_pixelnet, out_of_pixelnet
+from pidecode.models.regressor import Regressor, into_pixelnet, out_of_pixelnet
+from pidecode.models.tiny import EncoderConfig, ImageEncoder
+from pidecode.registry.checkpoints import APACHE_2, STUDENT_TIMES, TINY_ENCODER
+from pidecode.registry.configs import NetConfig
+from pidecode.registry.spaces import get_space
 from pidecode.training.tiny.joint_stage import Pair
 from pidecode.training.tiny.state import load_state
-from pidecode.weights.build import build_network
 from pidecode.weights.detect import detect
-from pidecode.weights.identity import Identity
+from pidecode.weights.load import build_network
+from pidecode.weights.metadata import Identity
 from pidecode.weights.read import read_weights
-from pidecode.weights.write import write_safetensors
+from pidecode.weights.safetensors import write_safetensors
 
 CREDITS = "Trained on CC0, public-domain and CC-BY pictures; the credits in ATTRIBUTION.md travel with these weights."
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from pidecode.facts.checkpoints import TINY_ENCODER
-from pidecode.model.encoder import EncoderConfig
+from pidecode.models.tiny import EncoderConfig
+from pidecode.registry.checkpoints import TINY_ENCODER
 from pidecode.training.tiny.cache import LatentCache, add_picture, crop_to_multiple, held_out, read_manifest
 from pidecode.training.tiny.decoder_stage import DecoderRecipe, run_regressor, small_config, tiny_config
 from pidecode.training.tiny.encoder_stage import EncoderRecipe, run_encoder

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pidecode.facts.spaces import SPACES
+from pidecode.registry.spaces import SPACES
 
 
 class Constants:

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Latency and peak memory of a decode, with the conditions they were measured under."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pidecode import __version__
+from pidecode.benchmarking.flops import adapter_flops, step_flops
+from pidecode.benchmarking.machine import describe_device, matrix_rate, seconds, this_machine
+from pidecode.benchmarking.memory import LiveBytes, weight_bytes
+from pidecode.engine.plan import Plan, Products, Weights, plan_decode
+from pidecode.engine.runner import Runner
+from pidecode.models.pid.network import Condition, PixelNet
+from pidecode.registry.configs import NetConfig
+from pidecode.sampling import sample_student
+
+Mode = Literal["eager", "compiled", "graphs"]
+"""How a decode runs: operation by operation, with its sums compiled, or with its evaluations recorded and replayed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """What to measure."""
+
+    network: str
+    config: NetConfig
+    size: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+    steps: int = 4
+    repeats: int = 2
+    mode: Mode = "eager"
+    weights: Weights | None = None
+    products: Products | None = None
+
+    def runner(self, net: PixelNet, plan: Plan | None = None) -> Runner:
+        """What runs a network in this trial's mode."""
+        return Runner(net, plan, distilled=True, compile=self.mode == "compiled", graphs=self.mode == "graphs")
+
+    def check(self) -> None:
+        """Raise as `Runner.require` does where the device cannot run this mode."""
+        with torch.device("meta"):
+            self.runner(PixelNet(self.config)).require(self.device)
+
+    def plan(self) -> Plan | None:
+        """What this machine makes of weights or products that were asked for; None where neither was."""
+        if self.weights is None and self.products is None:
+            return None
+        return plan_decode(
+            self.config,
+            self.size,
+            this_machine(self.device),
+            dtype=str(self.dtype).removeprefix("torch."),
+            weights=self.weights,
+            products=self.products,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """One trial's figures. Times on a processor are its own work in seconds, elsewhere of the wall."""
+
+    network: str
+    size: tuple[int, int]
+    dtype: str
+    device: str
+    mode: Mode
+    attention: str
+    products: str
+    """How matrices are kept and multiplied."""
+    steps: int
+    first: float | None
+    """Seconds of the wall for the first decode where that compiled or recorded, else None."""
+    prepare: float
+    """Of what all steps share: the adapter and the caption's projection."""
+    step: float
+    """Of one denoising step, the best of all repeats."""
+    whole: float
+    """Of a whole decode, the best of all repeats."""
+    weights: int
+    peak: int | None
+    """Most bytes of tensors alive above the weights; None where they cannot be counted, as in compiled code on a
+    processor."""
+    flops: int
+    rate: float
+    """FLOP/s of the whole decode."""
+    share: float
+    """Of the rate at which this device was measured to multiply large matrices."""
+    commit: str
+    versions: dict[str, str]
+
+    def row(self) -> dict[str, str]:
+        """The figures as words."""
+        return {
+            "network": self.network,
+            "size": "x".join(map(str, self.size)),
+            "dtype": self.dtype,
+            "mode": self.mode,
+            "format": self.products,
+            "first": "-" if self.first is None else f"{self.first:.1f} s",
+            "step": f"{self.step:.3f} s",
+            "whole": f"{self.whole:.3f} s",
+            "peak": "-" if self.peak is None else f"{self.peak / 1e9:.3f} GB",
+            "weights": f"{self.weights / 1e9:.3f} GB",
+            "of matrix rate": f"{self.share:.0%}",
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def random_network(config: NetConfig, dtype: torch.dtype, device: torch.device) -> PixelNet:
+    """A network with plausible random weights, none of them zero; its speed is that of a trained one."""
+    with torch.device("meta"):
+        net = PixelNet(config)
+    net = net.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    for name, parameter in net.named_parameters():
+        if parameter.ndim >= 2:
+            parameter.uniform_(-1, 1).mul_(parameter[0].numel() ** -0.5)
+        else:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.01)
+    return net
+
+
+def inputs(trial: Trial) -> tuple[list[Tensor], Tensor | None, Tensor]:
+    """Noise for each step, caption states and a latent, seeded."""
+    config, (width, height), generator = trial.config, trial.size, torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(trial.device)
+
+    cell = config.pixels_per_latent_cell
+    noise = [draw(1, 3, height, width) for _ in range(trial.steps)]
+    text = draw(1, config.text_length, config.text_dim) if config.has_text else None
+    return noise, text, draw(1, config.latent_channels, height // cell, width // cell)
+
+
+class Bench:
+    """A network ready to be measured."""
+
+    def __init__(self, trial: Trial) -> None:
+        trial.check()
+        self.trial = trial
+        self.net = random_network(trial.config, trial.dtype, trial.device)
+        self.runner = trial.runner(self.net, trial.plan())
+        if self.runner.plan is not None:
+            self.runner.arrange(trial.device)
+        self.noise, self.text, self.latent = inputs(trial)
+        self.prepare_times: list[float] = []
+        self.step_times: list[float] = []
+
+    @torch.inference_mode()
+    def decode(self) -> Tensor:
+        """One whole decode, its parts timed; returns the picture."""
+        trial, draws = self.trial, iter(self.noise)
+        start = seconds(trial.device)
+        predict = self.runner.predict(self._prepare())
+        self.prepare_times.append(seconds(trial.device) - start)
+
+        def timed(x: Tensor, t: Tensor) -> Tensor:
+            start = seconds(trial.device)
+            prediction = predict(x, t)
+            self.step_times.append(seconds(trial.device) - start)
+            return prediction
+
+        kind = self.net.config.prediction
+        return sample_student(timed, lambda: next(draws), steps=trial.steps, prediction=kind).clamp_(-1, 1)
+
+    def _prepare(self) -> Condition:
+        grid = self.net.grid_of(self.trial.size[1], self.trial.size[0])
+        return self.runner.prepare(grid, self.text, self.latent, torch.zeros(1, device=self.trial.device))
+
+    def peak(self) -> int | None:
+        """Run a first decode; most bytes alive above weights and inputs: counted, or the allocator's own figure.
+
+        None in compiled code on a processor, which counting would keep from being compiled.
+        """
+        device = self.trial.device
+        if not torch.cuda.is_available() or device.type == "cpu":
+            if self.trial.mode == "compiled":
+                self.decode()
+                return None
+            with LiveBytes() as live:
+                self.decode()
+            peak: int = live.peak
+            return peak
+        with torch.inference_mode():
+            self._prepare()  # a distilled network gives up weights the first time
+        given = (*self.noise, self.latent, *(() if self.text is None else (self.text,)))
+        torch.cuda.reset_peak_memory_stats(device)
+        self.decode()  # what is recorded is held from here on, so this decode has the highest peak
+        held = weight_bytes(self.net) + sum(t.numel() * t.element_size() for t in given)
+        return int(torch.cuda.max_memory_allocated(device)) - int(held)
+
+
+def clock(run: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
+    """Seconds that `run` took, and its result."""
+    start = seconds(device)
+    result = run()
+    return seconds(device) - start, result
+
+
+def measure(trial: Trial) -> Measured:
+    """Run one trial: a warm-up that counts memory, then the timed repeats."""
+    bench, start = Bench(trial), time.perf_counter()
+    peak = bench.peak()
+    first = None if trial.mode == "eager" else time.perf_counter() - start
+    bench.prepare_times.clear()
+    bench.step_times.clear()
+    whole = min(clock(bench.decode, trial.device)[0] for _ in range(trial.repeats))
+    flops = trial.steps * step_flops(trial.config, trial.size) + adapter_flops(trial.config, trial.size)
+    return Measured(
+        network=trial.network,
+        size=trial.size,
+        dtype=str(trial.dtype).removeprefix("torch."),
+        device=describe_device(trial.device),
+        mode=trial.mode,
+        attention=bench.runner.backend or "the framework's choice",
+        products="plain" if (plan := bench.runner.plan) is None else f"{plan.weights}, {plan.products}",
+        steps=trial.steps,
+        first=first,
+        prepare=min(bench.prepare_times),
+        step=min(bench.step_times),
+        whole=whole,
+        weights=weight_bytes(bench.net),
+        peak=peak,
+        flops=flops,
+        rate=flops / whole,
+        share=flops / whole / matrix_rate(trial.device, trial.dtype),
+        commit=commit(),
+        versions={"pidecode": __version__, "torch": torch.__version__},
+    )
+
+
+def commit() -> str:
+    """The commit this package runs from, or "unknown" where it was installed."""
+    folder = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def compare_backends(trial: Trial, names: Sequence[str]) -> dict[str, float]:
+    """Seconds of one step under each attention backend that runs here."""
+    bench, times = Bench(trial), {}
+    for name in names:
+        bench.runner.backend = name
+        try:
+            bench.decode()
+        except RuntimeError:
+            continue
+        times[name] = bench.step_times[-1]
+    return times

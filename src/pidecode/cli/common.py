@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several commands share: options, checks, memory options."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from pidecode.engine.plan import PRODUCTS, WEIGHTS, Machine, Plan, Products, Weights, parse_bytes, plan_decode
+from pidecode.registry.spaces import ALIASES, SPACES
+
+if TYPE_CHECKING:
+    from pidecode.weights.metadata import Identity
+
+
+SHORT_DTYPES = ("bf16", "fp16", "fp32")
+"""Number formats by the names people type; `weights.convert.DTYPES` has torch's own."""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One thing a person may want to do, whether it works here, and if not, what would mend it."""
+
+    what: str
+    works: bool
+    because: str
+
+
+def json_option(command: F) -> F:
+    """Add --json (passed on as `as_json`)."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(command)
+
+
+def overwrite_option(command: F) -> F:
+    """Add --overwrite."""
+    return click.option("--overwrite", is_flag=True, help="Replace files that exist.")(command)
+
+
+def space_option(command: F) -> F:
+    """Add --space, which takes a latent space or the name of an image model that uses one."""
+    choice = click.Choice([*SPACES, *ALIASES])
+    text = "Latent space, or an image model that uses one. Needed where the weights cannot tell."
+    return click.option("--space", type=choice, metavar="NAME", help=text)(command)
+
+
+def threads_option(command: F) -> F:
+    """Add --threads, which is settled before the command begins and not passed on to it."""
+    text = "Threads of the processor; if not given, as many as suit its cores and limits (`pidecode doctor`)."
+    return click.option(
+        "--threads", type=click.IntRange(min=1), expose_value=False, callback=_settle_threads, help=text
+    )(command)
+
+
+def _settle_threads(_ctx: click.Context, _option: click.Parameter, wanted: int | None) -> None:
+    """Have the framework use as many threads as were asked for, or as suit this machine."""
+    import torch
+
+    from pidecode.devices import suitable_threads
+
+    present = torch.get_num_threads()
+    count = wanted or suitable_threads(present).count
+    if count != present:
+        torch.set_num_threads(count)
+
+
+def emit(data: Any, sentences: str | Callable[[], str], *, as_json: bool) -> None:
+    """Print `data` as JSON, or `sentences` for people."""
+    if as_json:
+        click.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+        return
+    click.echo(sentences() if callable(sentences) else sentences)
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows of equal keys as columns of equal width, under their names."""
+    if not rows:
+        return "(none)"
+    widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
+    lines = [{key: key for key in widths}, *rows]
+    return "\n".join("  ".join(row[key].ljust(width) for key, width in widths.items()).rstrip() for row in lines)
+
+
+def readable_size(count: int | None) -> str:
+    """Bytes as people say them: 2.7 GB."""
+    if count is None:
+        return "?"
+    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.0f} {units[0]}" if units[0] == "B" or size >= 100 else f"{size:.1f} {units[0]}"
+
+
+def progress(total: int, label: str, unit: str = "step") -> Any:
+    """A bar on standard error, drawn only where a person is watching; bytes ("B") in kB, MB, GB."""
+    from tqdm import tqdm
+
+    return tqdm(
+        total=total,
+        desc=label,
+        unit=unit,
+        unit_scale=unit == "B",
+        file=sys.stderr,
+        disable=None,
+        leave=False,
+        dynamic_ncols=True,
+    )
+
+
+Job = tuple[int, int, int]
+"""Width and height of a picture to make, in pixels, and how many at once."""
+
+
+def weights_options(command: F) -> F:
+    """Add --weights and --products."""
+    command = click.option(
+        "--products",
+        type=click.Choice(PRODUCTS),
+        help="Multiply eight-bit weights widened, or in eight bits where the device can; wide if not given.",
+    )(command)
+    return click.option(
+        "--weights", type=click.Choice(WEIGHTS), help="Format weights are kept in; chosen to fit if not given."
+    )(command)
+
+
+def memory_option(command: F) -> F:
+    """Add --memory."""
+    text = "Plan the decode to need at most this much of the device's memory: 4GB. See `pidecode plan`."
+    return click.option("--memory", metavar="BYTES", help=text)(command)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thrift:
+    """What was asked for; with nothing asked for there is no plan, and a decode runs as it always does."""
+
+    memory: str | None = None
+    weights: Weights | None = None
+    products: Products | None = None
+
+    @property
+    def asked(self) -> bool:
+        """Whether a plan is to be made."""
+        return (self.memory, self.weights, self.products) != (None, None, None)
+
+    def plan(self, config: Any, jobs: Sequence[Job], device: str | None, dtype: str | None) -> Plan:
+        """The plan that the largest of the jobs needs, on this machine.
+
+        Raises DoesNotFitError if there is none, SettingError for what the device cannot do.
+        """
+        from pidecode.benchmarking.machine import this_machine
+
+        machine: Machine = this_machine(device)
+        if self.memory is not None:
+            machine = replace(machine, memory=min(machine.memory, parse_bytes(self.memory)))
+        width, height, batch = max(jobs, key=lambda job: job[0] * job[1] * job[2])
+        return plan_decode(
+            config, (width, height), machine, batch=batch, dtype=dtype, weights=self.weights, products=self.products
+        )
+
+
+def upscaled(pictures: Sequence[Any], identity: Identity) -> list[Job]:
+    """What enlarging these pictures makes, before anything is cut off again."""
+    from pidecode.images import load_image
+    from pidecode.registry.spaces import get_space
+
+    assert identity.config is not None
+    assert identity.space is not None
+    scale, space = identity.config.scale, get_space(identity.space)
+    if space.fixed_input is not None:
+        return [(space.fixed_input * scale, space.fixed_input * scale, 1)]
+    step = space.input_multiple
+    sizes = (load_image(picture).size for picture in pictures)
+    return [(-(-width // step) * step * scale, -(-height // step) * step * scale, 1) for width, height in sizes]
+
+
+def decoded(latents: Sequence[Any], space: str | None, size: tuple[int, int] | None) -> list[Job]:
+    """What decoding these saved latents makes."""
+    from pidecode.latents.latent import Latent
+
+    read = [Latent.load(source, space=space) for source in latents]
+    return [(*(size or (latent.output_size[1], latent.output_size[0])), len(latent)) for latent in read]

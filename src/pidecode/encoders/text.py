@@ -1,0 +1,395 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gemma-2 text encoder: prompt to text states, with a disk cache.
+
+The networks read 300 rows, padding included (SPEC.md section 4): every detail here, the instruction in front,
+the length padded to, the rows kept, plain attention, is part of the released models' input format.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from pidecode.errors import DownloadError, FileError, MissingDependencyError, PidecodeError, SettingError
+from pidecode.registry.checkpoints import TEXT_ENCODER
+
+
+def instruction() -> str:
+    """The fixed text every caption is appended to, from PixelDiT and Sana (Apache-2.0); ends in a space."""
+    return _asset("chi_prompt.txt")
+
+
+def negative_prompt() -> str:
+    """The undistilled networks' caption for what a picture should not be, from PixelDiT (Apache-2.0)."""
+    return _asset("negative_prompt.txt")
+
+
+def _asset(name: str) -> str:
+    return (resources.files("pidecode") / "assets" / name).read_bytes().decode("utf-8")
+
+
+def prompt_length(n_instruction: int, model_max_length: int = 300) -> int:
+    """Tokens that instruction and caption together are cut or padded to.
+
+    n_instruction: tokens of the instruction alone, its BOS included; 0 for no instruction.
+    model_max_length: rows the network takes.
+    The two missing ones: BOS is counted in both, and the instruction's last space joins the caption's first word.
+    """
+    if n_instruction < 0 or model_max_length < 1:
+        raise SettingError(f"{n_instruction} instruction tokens and {model_max_length} rows cannot make a prompt.")
+    return n_instruction + model_max_length - 2 if n_instruction else model_max_length
+
+
+def select_positions(n_instruction: int, model_max_length: int = 300) -> list[int]:
+    """Positions of the padded prompt whose states are kept: the first (BOS) and the last `model_max_length - 1`.
+
+    Raises SettingError for a negative instruction length or no rows at all.
+    """
+    total = prompt_length(n_instruction, model_max_length)
+    return [0, *range(total - model_max_length + 1, total)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextOptions:
+    """How captions become states; a different value anywhere gives different states, and other cache entries."""
+
+    model: str = TEXT_ENCODER
+    """A hub id, or a local folder with a Gemma-2 and its tokenizer."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub id; None is its main branch."""
+    instruction: str = field(default_factory=instruction)
+    length: int = 300
+    """Rows of the result."""
+    soft_capping: bool = False
+    """Whether attention logits are soft-capped as Gemma-2's own configuration says. The official environment's
+    attention left that out, and the released networks are used with it: hence off. (transformers from 5.23 on
+    caps by default; earlier versions did not.)"""
+    dtype: str = "bfloat16"
+    """Number format the encoder runs in: bfloat16, float16 or float32."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("bfloat16", "float16", "float32"):
+            raise SettingError(f"dtype is {self.dtype!r}; the text encoder runs in bfloat16, float16 or float32.")
+        if self.length < 2:
+            raise SettingError(f"length is {self.length}; at least BOS and one more row are kept.")
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the states besides the caption, as plain values.
+
+        A hub model is named by id and revision, a local folder by a fingerprint of its files, so that a copy
+        of the folder elsewhere finds the same cache entries.
+        """
+        values = asdict(self)
+        values["instruction"] = hashlib.sha256(self.instruction.encode()).hexdigest()
+        folder = Path(self.model).expanduser()
+        if folder.is_dir():
+            values["model"], values["revision"] = f"folder:{_fingerprint(folder)}", None
+        return values
+
+
+def _fingerprint(folder: Path) -> str:
+    """Digest of a model folder: the small files' content, the weights' names and sizes and first bytes."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in (".json", ".safetensors", ".model", ".bin") or not path.is_file():
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(None if size < 1 << 26 else 1 << 22))
+    return digest.hexdigest()
+
+
+class TextEncoder:
+    """Gemma-2 as the networks' text encoder (SPEC.md section 4), loaded when first needed.
+
+    options: which model, and how it is run.
+    device: where it runs; results are returned there.
+    states: cache on disk; a caption found in it needs no model. None computes every time.
+
+    Nothing is downloaded here: `pidecode pull` does that, after showing the license.
+    """
+
+    def __init__(
+        self,
+        options: TextOptions | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        states: CaptionStates | None = None,
+    ) -> None:
+        self.options = options or TextOptions()
+        self.device = torch.device(device)
+        self.states = states
+        self._model: Any = None
+        self._tokenizer: Any = None
+        self._identity: dict[str, Any] | None = None
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the model is in memory."""
+        return self._model is not None
+
+    def unload(self) -> None:
+        """Give the model's memory back; the next unknown caption loads it again."""
+        self._model = self._tokenizer = None
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    def encode(self, captions: str | Sequence[str]) -> Tensor:
+        """States `[batch, length, width]` of one caption or several, in the encoder's number format.
+
+        The empty caption is a caption like any other. Each caption is run alone, so that its states do not
+        depend on its neighbors.
+        Raises SettingError for anything but text, DownloadError when the model is not on this machine,
+        MissingDependencyError without transformers.
+        """
+        captions = [captions] if isinstance(captions, str) else captions
+        if not isinstance(captions, Sequence) or not all(isinstance(caption, str) for caption in captions):
+            raise SettingError(f"A caption must be a text, or several in a list; {captions!r} came.")
+        if not captions:
+            raise SettingError("No caption came; give at least one (an empty text is one).")
+        return torch.stack([self._states_of(caption) for caption in captions])
+
+    def _states_of(self, caption: str) -> Tensor:
+        if self.states is None:
+            return self._compute(caption)
+        if self._identity is None:
+            self._identity = self.options.identity()
+        found = self.states.get(caption, self._identity)
+        if found is None:
+            found = self._compute(caption)
+            self.states.put(caption, self._identity, found)
+        return found.to(self.device)
+
+    @torch.no_grad()
+    def _compute(self, caption: str) -> Tensor:
+        if self._model is None:
+            self._load()
+        ids, mask = self._tokenize(caption)
+        states = self._model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[0]
+        positions = select_positions(self._instruction_tokens(), self.options.length)
+        kept: Tensor = states[torch.tensor(positions, device=states.device)]
+        if not torch.isfinite(kept).all():
+            raise PidecodeError(
+                f"The text encoder gave NaN or infinite states in {self.options.dtype} on {self.device}; "
+                "use another number format (float32 always works)."
+            )
+        return kept
+
+    def _instruction_tokens(self) -> int:
+        text = self.options.instruction
+        return len(self._tokenizer(text)["input_ids"]) if text else 0
+
+    def _tokenize(self, caption: str) -> tuple[Tensor, Tensor]:
+        """Token ids and mask `[1, n]` of instruction and caption, cut and padded on the right here.
+
+        The tokenizer's own padding side is left as it is: others may share it.
+        """
+        total = prompt_length(self._instruction_tokens(), self.options.length)
+        ids = list(self._tokenizer(self.options.instruction + caption)["input_ids"])[:total]
+        if not ids or ids[0] != self._tokenizer.bos_token_id:
+            raise FileError(f"The tokenizer of {self.options.model} does not begin with BOS; it is not Gemma-2's.")
+        missing = total - len(ids)
+        padded = [ids + [self._tokenizer.pad_token_id] * missing]
+        mask = [[1] * len(ids) + [0] * missing]
+        return torch.tensor(padded, device=self.device), torch.tensor(mask, device=self.device)
+
+    def _load(self) -> None:
+        try:
+            from transformers import AutoConfig, AutoTokenizer, Gemma2Model
+        except ImportError as fault:
+            raise MissingDependencyError(
+                "Captions need the text encoder's library (transformers); install it with "
+                '`pip install "pidecode[captions]"`, or pass ready-made caption states.'
+            ) from fault
+        options = self.options
+        source = str(Path(options.model).expanduser()) if Path(options.model).expanduser().is_dir() else options.model
+        where: dict[str, Any] = {"revision": options.revision or "main", "local_files_only": True}
+        try:
+            config = AutoConfig.from_pretrained(source, **where)
+            if config.model_type != "gemma2":
+                raise FileError(
+                    f"{options.model} is a {config.model_type!r} model; the networks take Gemma-2's states."
+                )
+            if not options.soft_capping:
+                config.attn_logit_softcapping = None
+            tokenizer = AutoTokenizer.from_pretrained(source, **where)
+            model = Gemma2Model.from_pretrained(
+                source, config=config, attn_implementation="eager", dtype=getattr(torch, options.dtype), **where
+            )
+        except (OSError, ValueError) as fault:  # the library raises both for what it cannot find or read
+            raise DownloadError(self._absent_message(source, fault)) from None
+        if tokenizer.pad_token_id is None or tokenizer.bos_token_id is None:
+            raise FileError(f"The tokenizer of {options.model} has no BOS or padding token; it is not Gemma-2's.")
+        self._check_attention(model)
+        self._model = model.to(self.device).requires_grad_(False).eval()
+        self._tokenizer = tokenizer
+
+    def _absent_message(self, source: str, fault: Exception) -> str:
+        if Path(source).is_dir():
+            first = (str(fault).splitlines() or [""])[0]
+            return f"{source} is no complete Gemma-2 folder: {first[:200]}"
+        revision = f" --revision {self.options.revision}" if self.options.revision else ""
+        return (
+            f"The text encoder {source} is not on this machine. Fetch it with `hf download {source}{revision}` "
+            "(`pidecode pull` does so too), or pass ready-made caption states."
+        )
+
+    def _check_attention(self, model: Any) -> None:
+        """The library's defaults have changed before; what was asked for must be what runs."""
+        caps = {layer.self_attn.attn_logit_softcapping for layer in model.layers}
+        chosen = model.config._attn_implementation
+        if chosen != "eager" or (not self.options.soft_capping and caps != {None}):
+            raise PidecodeError(
+                f"This version of transformers runs Gemma-2 with {chosen!r} attention and soft-capping {caps}, "
+                "not as asked; install a version that pidecode was tested with (4.57 or 5.x)."
+            )
+
+
+def ready_states(source: Tensor | str | Path, *, length: int = 300, width: int = 2304) -> Tensor:
+    """Ready-made caption states as `[batch, length, width]`, from a tensor of that shape or of one caption, or a file.
+
+    A file is .safetensors: one written by `CaptionStates.export_to`, or any with a single such tensor.
+    Raises SettingError when the shape or the values do not fit, FileError when the file cannot be read.
+    """
+    states = source if isinstance(source, Tensor) else torch.stack([entry.states for entry in _read_entries(source)])
+    states = states[None] if states.ndim == 2 else states.flatten(0, 1) if states.ndim == 4 else states
+    if states.ndim != 3 or tuple(states.shape[1:]) != (length, width) or not states.is_floating_point():
+        raise SettingError(
+            f"Caption states of shape {tuple(states.shape)} and type {states.dtype} came; [batch, {length}, {width}] "
+            "of floating-point values are expected. Rows at padding positions count: never trim them."
+        )
+    if not torch.isfinite(states).all():
+        raise SettingError("The caption states hold NaN or infinite values; compute them again.")
+    return states
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """States `[length, width]` of one caption; other programs' files name neither caption nor encoder."""
+
+    states: Tensor
+    caption: str | None = None
+    identity: Mapping[str, Any] | None = None
+
+
+class CaptionStates:
+    """Caption states on disk: one .safetensors per caption and encoder, in `folder`.
+
+    The files hold the caption as text. They may be copied between machines; several processes may share a folder.
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self.folder = Path(folder).expanduser() if folder is not None else default_folder()
+
+    def get(self, caption: str, identity: Mapping[str, Any]) -> Tensor | None:
+        """States of a caption by the encoder of that identity, or None; a damaged entry counts as none."""
+        path = self._path(caption, identity)
+        if not path.is_file():
+            return None
+        try:
+            (entry,) = _read_entries(path)
+        except (FileError, ValueError):
+            return None
+        return entry.states if (entry.caption, entry.identity) == (caption, identity) else None
+
+    def put(self, caption: str, identity: Mapping[str, Any], states: Tensor) -> Path:
+        """Keep states `[length, width]`. Raises FileError when the folder cannot be written."""
+        path = self._path(caption, identity)
+        _write_entries(path, [_Entry(states, caption, dict(identity))])
+        return path
+
+    def export_to(self, path: str | Path, captions: Sequence[str] | None = None) -> int:
+        """Write the entries of these captions (all, if None) to one file and return how many there were.
+
+        Raises SettingError when a caption is not in the cache, FileError when the file exists or cannot be written.
+        """
+        path = Path(path)
+        if path.exists():
+            raise FileError(f"{path} exists; remove it or choose another name.")
+        entries = [entry for file in sorted(self.folder.glob("*.safetensors")) for entry in _read_entries(file)]
+        if captions is not None:
+            absent = set(captions) - {entry.caption for entry in entries}
+            if absent:
+                raise SettingError(f"No states are kept for the caption {min(absent)!r}; encode it first.")
+            entries = [entry for entry in entries if entry.caption in captions]
+        if not entries:
+            raise SettingError(f"There are no caption states in {self.folder} to export; encode some first.")
+        _write_entries(path, entries)
+        return len(entries)
+
+    def import_from(self, path: str | Path) -> int:
+        """Take over the entries of an exported file and return how many there were.
+
+        Raises FileError when the file is damaged or was not written by `export_to`.
+        """
+        entries = _read_entries(path)
+        for entry in entries:
+            if entry.caption is None or entry.identity is None:
+                raise FileError(
+                    f"{path} does not say which caption its states are of; it was not exported from a cache."
+                )
+            if entry.states.ndim != 2 or not torch.isfinite(entry.states).all():
+                raise FileError(f"{path} holds damaged states for {entry.caption!r}; export it again.")
+        for entry in entries:
+            self.put(entry.caption or "", entry.identity or {}, entry.states)
+        return len(entries)
+
+    def _path(self, caption: str, identity: Mapping[str, Any]) -> Path:
+        key = json.dumps([caption, dict(identity)], sort_keys=True, ensure_ascii=True)
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+
+
+def default_folder() -> Path:
+    """Where caption states are kept: below $PIDECODE_CACHE, else the user's cache folder."""
+    own = os.environ.get("PIDECODE_CACHE")
+    base = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pidecode"
+    return base.expanduser() / "captions"
+
+
+def _write_entries(path: Path, entries: Sequence[_Entry]) -> None:
+    named = {f"states.{index}": entry.states.detach().cpu().contiguous() for index, entry in enumerate(entries)}
+    about = [{"caption": entry.caption, "identity": entry.identity} for entry in entries]
+    metadata = {"format": "pt", "pidecode_captions": json.dumps({"format": 1, "entries": about})}
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            safetensors.torch.save_file(named, partial, metadata=metadata)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except (OSError, safetensors.SafetensorError) as fault:
+        raise FileError(f"{path} could not be written: {fault}.") from fault
+
+
+def _read_entries(path: str | Path) -> list[_Entry]:
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (safetensors.SafetensorError, OSError, ValueError) as fault:
+        raise FileError(f"{path} could not be read as caption states (.safetensors): {fault}.") from None
+    if "pidecode_captions" not in metadata:
+        if len(tensors) != 1:
+            raise FileError(f"{path} holds {len(tensors)} tensors; one, of caption states, was expected.")
+        return [_Entry(next(iter(tensors.values())))]
+    try:
+        about = json.loads(metadata["pidecode_captions"])["entries"]
+        return [_Entry(tensors[f"states.{i}"], item["caption"], item["identity"]) for i, item in enumerate(about)]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise FileError(f"{path} describes its caption states wrongly; export it again.") from None

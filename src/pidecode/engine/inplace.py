@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory-efficient forward of PiDNet: chunked, in place, without autograd.
+
+The same sums as the modules' own `forward`, which training uses and tests compare with. Here tokens pass through each
+block in chunks and the residual stream is updated in place; only keys, values and attention see all tokens at once.
+The pixel path runs in tiles of some tokens by some pixels of their patches, so that the per-pixel modulation (six
+vectors for every pixel of the picture) never exists as a whole, and neither do its inner activations.
+
+Shapes: B batch, L tokens, N caption tokens, D hidden, P pixels of a patch, C pixel width, T tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from pidecode.engine.ops import elementwise as lean
+from pidecode.engine.ops.quantize import matrix_rows
+from pidecode.engine.pixel_tiles import run_pixels
+from pidecode.engine.timesteps import StepVectors
+from pidecode.models.attention import attention
+from pidecode.models.pid.blocks import Rotation
+
+if TYPE_CHECKING:
+    from pidecode.engine.chunks import Chunks
+    from pidecode.models.pid.adapter import Injection, LateInjection
+    from pidecode.models.pid.network import Condition, PixelNet
+
+
+def complex_rotation(rotation: Rotation) -> Tensor:
+    """A rotary table as `[tokens, head_dim / 2]` complex64."""
+    return torch.complex(*rotation)
+
+
+def denoise(net: PixelNet, x_B3HW: Tensor, vectors: StepVectors, condition: Condition) -> Tensor:
+    """`PixelNet.denoise` without a graph; the noisy picture is not altered."""
+    chunks = net.chunks_for(x_B3HW.device)
+    tokens = _embed(net, x_B3HW, chunks)
+    _run_patch_blocks(net, tokens, vectors, condition, chunks)
+    _finish_tokens_(net, tokens, vectors, condition, chunks)
+    dtype = net.final_layer.linear.weight.dtype
+    if tokens.dtype != dtype:
+        tokens = tokens.to(dtype)
+    return run_pixels(net, x_B3HW, tokens, condition, chunks)
+
+
+def _embed(net: PixelNet, x_B3HW: Tensor, chunks: Chunks) -> Tensor:
+    """Patches to tokens `[B, L, D]`, float32, some rows of patches at a time."""
+    (rows, columns), patch = net.grid_of(*x_B3HW.shape[-2:]), net.config.patch_size
+    B, proj = x_B3HW.shape[0], net.s_embedder.proj
+    tokens = x_B3HW.new_empty(B, rows * columns, net.config.hidden_size, dtype=torch.float32)
+    grid = x_B3HW.unflatten(3, (columns, patch)).unflatten(2, (rows, patch))  # [B, 3, rows, patch, columns, patch]
+    for part in lean.parts(rows, max(1, chunks.tokens // columns)):
+        patches = grid[:, :, part].permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        tokens[:, part.start * columns : part.stop * columns] = net.s_embedder(patches.to(proj.weight.dtype))
+    return tokens
+
+
+def _run_patch_blocks(net: PixelNet, x: Tensor, vectors: StepVectors, condition: Condition, chunks: Chunks) -> None:
+    """All patch blocks on the image stream `x` `[B, L, D]`, in place."""
+    y = None if condition.text is None else condition.text.float().clone().expand(x.shape[0], -1, -1).contiguous()
+    length = x.shape[1] + (0 if y is None else y.shape[1])
+    dtype = net.final_layer.linear.weight.dtype
+    joint = x.new_empty(x.shape[0], length, 3 * x.shape[2], dtype=dtype)
+    rotation = complex_rotation(condition.rotation)
+    text_rotation = None if condition.text_rotation is None else complex_rotation(condition.text_rotation)
+    blocks: Any = net.patch_blocks
+    for index, block in enumerate(blocks):
+        if condition.injections and index % net.config.inject_interval == 0:
+            which = index // net.config.inject_interval
+            gate_(net.lq_proj.gate_modules[which], x, condition.injections[which], chunks)
+        with nullcontext() if net.visitors is None else net.visitors.at_work(index):
+            block_pass = _BlockPass(block, joint, vectors.image[index], chunks)
+            if y is None:
+                block_pass.run(x, rotation)
+            else:
+                last = index == len(blocks) - 1
+                block_pass.run_with_text(x, y, rotation, text_rotation, vectors.text[index], want_text=not last)
+
+
+class _BlockPass:
+    """One patch block at work on one evaluation."""
+
+    def __init__(self, block: Any, joint: Tensor, image: Tensor, chunks: Chunks) -> None:
+        self.block, self.joint, self.image, self.chunks = block, joint, image, chunks
+
+    def run(self, x: Tensor, rotation: Tensor) -> None:
+        """The block without a caption stream."""
+        self._project_image(x, rotation, offset=0)
+        q, k, v = self._heads()
+        self._finish_image(x, _attend(q, *self._gathered(k, v, 0)))
+
+    def run_with_text(
+        self,
+        x: Tensor,
+        y: Tensor,
+        rotation: Tensor,
+        text_rotation: Tensor | None,
+        text: Tensor,
+        *,
+        want_text: bool,
+    ) -> None:
+        """The block with both streams; `want_text=False` leaves the caption's as it was."""
+        block, N = self.block, y.shape[1]
+        self._project_image(x, rotation, offset=N)
+        for b in range(len(y)):
+            shift, factor = text[b % len(text)][:2]
+            tokens = lean.norm_modulate(y[b], shift, factor, self.joint.dtype)
+            if want_text:
+                lean.linear_into(block.attn.qkv_y, tokens, self.joint[b, :N])
+            else:  # keys and values only: nobody reads what the caption would learn
+                self.joint[b, :N, y.shape[2] :] = _key_value(block.attn.qkv_y, tokens)
+            q, k, _ = self._heads(b, slice(0, N))
+            if want_text:
+                lean.norm_rotate_(q, block.attn.q_norm_y.weight, text_rotation)
+            lean.norm_rotate_(k, block.attn.k_norm_y.weight, text_rotation)
+        q, k, v = self._heads()
+        out = _attend(q if want_text else q[:, N:], *self._gathered(k, v, N))
+        self._finish_image(x, out[:, out.shape[1] - x.shape[1] :])
+        if want_text:
+            for b in range(len(y)):
+                gate1, shift2, factor2, gate2 = text[b % len(text)][2:]
+                inner = lean.add_norm_modulate_(
+                    y[b], block.attn.proj_y(out[b, :N]), gate1, shift2, factor2, self.joint.dtype
+                )
+                lean.add_gated_(y[b], _feed_forward(block.mlp_y, inner), gate2)
+
+    def _heads(self, b: int | None = None, part: slice = slice(None)) -> tuple[Tensor, ...]:
+        """q, k, v, each `[B, tokens, heads, head_dim]`, or of one sample without its batch axis."""
+        joint = self.joint if b is None else self.joint[b, part]
+        return joint.unflatten(-1, (3, self.block.attn.heads, -1)).unbind(-3)  # type: ignore[no-any-return]
+
+    def _gathered(self, k: Tensor, v: Tensor, text_tokens: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the whole picture, where its tokens are spread over processes."""
+        gather = self.block.attn.gather
+        if gather is None:
+            return k, v
+        full = [torch.cat((t[:, :text_tokens], gather(t[:, text_tokens:].contiguous())), dim=1) for t in (k, v)]
+        return full[0], full[1]
+
+    def _project_image(self, x: Tensor, rotation: Tensor, offset: int) -> None:
+        attn = self.block.attn
+        for b in range(len(x)):
+            shift, factor = self.image[b % len(self.image)][:2]
+            for part in lean.parts(x.shape[1], self.chunks.tokens):
+                tokens = lean.norm_modulate(x[b, part], shift, factor, self.joint.dtype)
+                place = slice(offset + part.start, offset + part.stop)
+                lean.linear_into(attn.qkv_x, tokens, self.joint[b, place])
+                q, k, _ = self._heads(b, place)
+                lean.norm_rotate_(q, attn.q_norm_x.weight, rotation[part])
+                lean.norm_rotate_(k, attn.k_norm_x.weight, rotation[part])
+
+    def _finish_image(self, x: Tensor, out: Tensor) -> None:
+        """Project what was attended, then the feed-forward, chunk by chunk into the stream."""
+        for b in range(len(x)):
+            gate1, shift2, factor2, gate2 = self.image[b % len(self.image)][2:]
+            for part in lean.parts(x.shape[1], self.chunks.tokens):
+                stream = x[b, part]
+                inner = lean.add_norm_modulate_(
+                    stream, self.block.attn.proj_x(out[b, part]), gate1, shift2, factor2, self.joint.dtype
+                )
+                lean.add_gated_(stream, _feed_forward(self.block.mlp_x, inner), gate2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(-2)
+
+
+def _feed_forward(mlp: Any, x: Tensor) -> Tensor:
+    return lean.gated_feed_forward(x, mlp.w1, mlp.w3, mlp.w2)
+
+
+def _key_value(qkv: Any, tokens: Tensor) -> Tensor:
+    """The last two thirds of a joint projection."""
+    return matrix_rows(qkv, slice(tokens.shape[-1], None))(tokens)
+
+
+def gate_(gate: Any, x: Tensor, injection: Injection | LateInjection, chunks: Chunks) -> None:
+    """`Gate.forward` on a stream `[B, L, D]`, in place."""
+    for b in range(len(x)):
+        for part in lean.parts(x.shape[1], chunks.tokens):
+            tokens, logits = injection.chunk(b, part)
+            lean.let_in_(x[b, part], tokens, gate.content_proj.weight[:, : x.shape[2]], logits)
+
+
+def _finish_tokens_(net: PixelNet, x: Tensor, vectors: StepVectors, condition: Condition, chunks: Chunks) -> None:
+    """The patch conditions of the pixel path, in place: `silu(t_emb + x)`, and the latent let in once more."""
+    F.silu(x.add_(vectors.embedding), inplace=True)
+    if condition.pixel_injection is not None:
+        gate_(net.pit_lq_gate, x, condition.pixel_injection, chunks)

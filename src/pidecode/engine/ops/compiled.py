@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sums around the matrix products, compiled by the framework; each equals its plain twin in `elementwise.py`.
+
+Only these sums are compiled, not the products between them: those are library calls either way, may be eight-bit, may
+visit from the host, and no sum reaches across one. The number of tokens is left open, so that one compiled sum serves
+every picture size, chunk and tile; a sum is compiled anew for another width or type, and for a single token alone.
+
+What is compiled is kept on disk by the framework itself and found again by the next process (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from pidecode.errors import SettingError
+
+EPS = 1e-6
+
+
+class CompiledSums:
+    """The compiled sums of one network; nothing is compiled before it is first asked for.
+
+    backend: of `torch.compile`; another than the framework's own is for tests.
+    """
+
+    def __init__(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        from torch._dynamo.exc import TorchDynamoException
+
+        self._backend, self._faults = backend, TorchDynamoException
+        self._made: dict[str, Callable[..., Any]] = {}
+
+    def norm_modulate(self, x: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `lean.norm_modulate`."""
+        return self._run(_norm_modulate, (x, shift, factor), dtype)  # type: ignore[no-any-return]
+
+    def add_gated_(self, x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+        """See `lean.add_gated_`."""
+        self._run(_add_gated_, (x, branch, gate))
+        return x
+
+    def add_norm_modulate_(
+        self, x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """See `lean.add_norm_modulate_`; the stream is read once for both sums."""
+        return self._run(_add_norm_modulate_, (x, branch, gate, shift, factor), dtype)  # type: ignore[no-any-return]
+
+    def norm_rotate_(self, heads_TNK: Tensor, weight_K: Tensor, rotation: Tensor | None) -> None:
+        """See `lean.norm_rotate_`."""
+        if rotation is None:
+            self._run(_norm_heads_, (heads_TNK, weight_K))
+        else:  # compilers know no complex numbers
+            self._run(_norm_rotate_, (heads_TNK, weight_K, torch.view_as_real(rotation)))
+
+    def silu_times_(self, x: Tensor, other: Tensor) -> Tensor:
+        """See `lean.silu_times_`."""
+        self._run(_silu_times_, (x, other))
+        return x
+
+    def _run(self, body: Callable[..., Any], tensors: tuple[Tensor, ...], *constants: Any) -> Any:
+        tokens = tensors[0].shape[0]
+        for tensor in tensors:
+            if tensor.ndim > 1 and tensor.shape[0] == tokens:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        try:
+            return self._compiled(body)(*tensors, *constants)
+        except self._faults as error:
+            told = " ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
+            raise SettingError(
+                f"Compiling {body.__name__.strip('_')} for {tensors[0].device} failed: {told} Run without compiling, "
+                "or mend what the compiler needs; TORCH_LOGS=+dynamo,+inductor shows all of it."
+            ) from error
+
+    def _compiled(self, body: Callable[..., Any]) -> Callable[..., Any]:
+        name = body.__name__
+        if name not in self._made:
+            assert isinstance(body, FunctionType)
+            # The framework bounds how often it compiles one piece of code, in a whole process: each network brings
+            # its own copy, so that several of them do not use up each other's share.
+            own = FunctionType(body.__code__.replace(), body.__globals__, name)
+            self._made[name] = torch.compile(own, backend=self._backend, fullgraph=True, dynamic=False)
+        return self._made[name]
+
+
+# Bodies: plain sums in float32, which the compiler joins into one pass over memory.
+
+
+def _normed(x: Tensor) -> Tensor:
+    wide = x.float()
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)
+
+
+def _norm_modulate(x: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return (_normed(x) * factor + shift).to(dtype)
+
+
+def _add_gated_(x: Tensor, branch: Tensor, gate: Tensor) -> None:
+    x.add_(gate.float() * branch.float())
+
+
+def _add_norm_modulate_(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype
+) -> Tensor:
+    x.add_(gate.float() * branch.float())
+    return (_normed(x) * factor + shift).to(dtype)
+
+
+def _norm_heads_(heads_TNK: Tensor, weight_K: Tensor) -> None:
+    heads_TNK.copy_(_normed(heads_TNK) * weight_K)
+
+
+def _norm_rotate_(heads_TNK: Tensor, weight_K: Tensor, turns_TH2: Tensor) -> None:
+    even, odd = (_normed(heads_TNK) * weight_K).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = turns_TH2.unsqueeze(1).unbind(-1)
+    heads_TNK.copy_(torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2))
+
+
+def _silu_times_(x: Tensor, other: Tensor) -> None:
+    x.copy_(F.silu(x.float()) * other.float())

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layout of latents: normalization, noise parametrization, packing.
+
+All sums are done in float32 (or float64 if that comes in) and returned in the dtype that came in: in
+bfloat16 they would add an error as large as that of the rounding itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from pidecode.errors import LatentError, SettingError
+from pidecode.registry.spaces import LatentSpace
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LatentStatistics:
+    """Mean and variance read from an encoder's own weights, for spaces that need them.
+
+    flux2: the running statistics of the autoencoder's batch norm, each `[128]`.
+    dinov2: the RAE's statistics, each `[768, 32, 32]`.
+    """
+
+    mean: Tensor
+    variance: Tensor
+
+
+def noise_weights(space: LatentSpace, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of signal and noise at noise level sigma in [0, 1]: `z_s = signal * z + noise * e`."""
+    if space.noise_frame == "flow":
+        return 1.0 - sigma, sigma
+    return (1.0 - sigma * sigma).clamp_min(0.0).sqrt(), sigma
+
+
+def add_noise(latent: Tensor, noise: Tensor, sigma: float | Tensor, space: LatentSpace) -> Tensor:
+    """Noise a clean normalized latent `[B, C, h, w]` to sigma (a number, or `[B]`), in the space's own frame.
+
+    `(1 - s) z + s e` for flow-matching spaces, `sqrt(1 - s^2) z + s e` for SDXL (SPEC.md section 5).
+    Agrees with the `add_noise` block of the reference goldens.
+    """
+    if latent.shape != noise.shape:
+        raise LatentError(f"Noise must have the latent's shape {list(latent.shape)}; got {list(noise.shape)}.")
+    wide = _wide(latent)
+    signal, amount = noise_weights(space, _column(sigma, wide))
+    return (signal * wide + amount * noise.to(wide)).to(latent.dtype)
+
+
+def euler_to_trained(latent: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
+    """An Euler (variance-exploding) latent `x_0 + s e` and its s >= 0 to the variance-preserving frame.
+
+    Both are divided by sqrt(s^2 + 1), which brings sigma into [0, 1). Returns the latent and sigma, the
+    latter float32 (or float64) with one entry, or `[B]`. Agrees with the `sdxl_frame` block of the goldens.
+    """
+    wide = _wide(latent)
+    column = _column(sigma, wide)
+    if not bool((torch.isfinite(column) & (column >= 0)).all()):
+        raise LatentError(f"An Euler scheduler's sigma is finite and not negative; got {column.flatten().tolist()}.")
+    size = (column * column + 1.0).sqrt()
+    return (wide / size).to(latent.dtype), (column / size).flatten()
+
+
+def normalize(raw: Tensor, space: LatentSpace, statistics: LatentStatistics | None = None) -> Tensor:
+    """The encoder's raw latent to the normalized one the networks take (SPEC.md section 5).
+
+    raw: `[B, raw channels, h p, w p]`, for qwenimage also `[B, 16, 1, h, w]`, for flux2 also patchified
+    `[B, 128, h, w]`, for dinov2 the features after the LayerNorm without weights, for siglip those before it.
+    Returns `[B, channels, h, w]`. Raises LatentError for other shapes or missing statistics.
+    """
+    raw = _raw_layout(raw, space)
+    wide = _wide(raw)
+    match space.statistics:
+        case "constants":
+            wide = (wide - space.shift_factor) * space.scaling_factor
+        case "layer_norm":
+            variance, mean = torch.var_mean(wide, dim=1, keepdim=True, correction=0)
+            wide = (wide - mean) / (variance + space.epsilon).sqrt()
+        case _:
+            mean, deviation = _affine(wide, space, statistics)
+            wide = (wide - mean) / deviation
+    return wide.to(raw.dtype)
+
+
+def denormalize(latent: Tensor, space: LatentSpace, statistics: LatentStatistics | None = None) -> Tensor:
+    """The normalized latent `[B, C, h, w]` to what the space's own decoder takes, the inverse of `normalize`.
+
+    flux2 comes back unpatchified, `[B, 32, 2h, 2w]`; qwenimage as one frame of a video, `[B, 16, 1, h, w]`.
+    Raises LatentError for siglip, whose LayerNorm cannot be undone, and for missing statistics.
+    """
+    wide = _wide(latent)
+    match space.statistics:
+        case "constants":
+            wide = wide / space.scaling_factor + space.shift_factor
+        case "layer_norm":
+            raise LatentError(
+                f"The raw form of a {space.name} latent is lost: its LayerNorm cannot be undone. "
+                "The space's own decoder takes the normalized latent as it is."
+            )
+        case _:
+            mean, deviation = _affine(wide, space, statistics)
+            wide = wide * deviation + mean
+    raw = unpatchify(wide, space.raw_patch).to(latent.dtype)
+    return raw.unsqueeze(2) if space.name == "qwenimage" else raw
+
+
+def _raw_layout(raw: Tensor, space: LatentSpace) -> Tensor:
+    if raw.ndim == 5 and raw.shape[2] == 1 and space.name == "qwenimage":
+        raw = raw.squeeze(2)
+    if raw.ndim != 4 or raw.shape[1] not in (space.raw_channels, space.channels):
+        raise LatentError(
+            f"A raw {space.name} latent is [B, {space.raw_channels}, h, w]; got {list(raw.shape)}. "
+            "Pass the tensor as the space's own encoder returns it (its mean, not a sample)."
+        )
+    return patchify(raw, space.raw_patch) if raw.shape[1] != space.channels else raw
+
+
+def _affine(latent: Tensor, space: LatentSpace, statistics: LatentStatistics | None) -> tuple[Tensor, Tensor]:
+    """Mean and deviation that broadcast over `latent`."""
+    if space.statistics == "per_channel":
+        given = latent.new_tensor([space.mean, space.std]).view(2, 1, -1, 1, 1)
+        return given[0], given[1]
+    if statistics is None:
+        raise LatentError(
+            f"Raw {space.name} latents are normalized with statistics that lie in the encoder's own weights: "
+            "pass them as statistics=LatentStatistics(mean, variance)."
+        )
+    want = (space.channels, *latent.shape[2:]) if space.statistics == "per_position" else (space.channels,)
+    for name in ("mean", "variance"):
+        shape = tuple(getattr(statistics, name).shape)
+        if shape != want:
+            raise LatentError(f"The {name} of the {space.name} statistics must be {list(want)}; got {list(shape)}.")
+    view = (1, space.channels, 1, 1) if space.statistics == "batch_norm" else (1, *want)
+    mean, variance = (part.to(latent).view(view) for part in (statistics.mean, statistics.variance))
+    if not bool((variance >= 0).all()):
+        raise LatentError(f"The variance of the {space.name} statistics is negative or NaN somewhere.")
+    return mean, (variance + space.epsilon).sqrt()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _column(sigma: float | Tensor, latent: Tensor) -> Tensor:
+    """Sigma as `[1 or B, 1, 1, 1]` in the dtype of the sums."""
+    column = torch.as_tensor(sigma, dtype=latent.dtype, device=latent.device).flatten()
+    if column.numel() not in (1, latent.shape[0]):
+        raise LatentError(f"Sigma must be one number or one per sample ({latent.shape[0]}); got {column.numel()}.")
+    return column.view(-1, *[1] * (latent.ndim - 1))
+
+
+def patchify(latent: Tensor, patch: int) -> Tensor:
+    """`[B, C, p h, p w]` to `[B, C p^2, h, w]`; channel index = (c, dy, dx)."""
+    if latent.shape[-1] % patch or latent.shape[-2] % patch:
+        raise LatentError(
+            f"A raw latent of {latent.shape[-2]}x{latent.shape[-1]} cells cannot be folded by {patch}: "
+            f"both sides must be multiples of {patch}. Crop the picture before encoding it."
+        )
+    return pixel_unshuffle(latent, patch) if patch > 1 else latent
+
+
+def unpatchify(latent: Tensor, patch: int) -> Tensor:
+    """`[B, C p^2, h, w]` to `[B, C, p h, p w]`, the inverse of `patchify`."""
+    return pixel_shuffle(latent, patch) if patch > 1 else latent
+
+
+def packed_grid(space: LatentSpace, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of tokens for a picture of `height` x `width` pixels (the image model's, not PiD's).
+
+    Sides that are no multiple of 16 are rounded down to one, as the pipelines do.
+    Raises SettingError for a space whose latents are not packed.
+    """
+    if space.packing == "none":
+        raise SettingError(
+            f"Latents of space {space.name} are not packed into tokens; give the [B, {space.channels}, h, w] tensor."
+        )
+    pixels = space.down * (2 if space.packing == "two_by_two" else 1)
+    if height < pixels or width < pixels:
+        raise SettingError(f"A picture of {height}x{width} pixels is smaller than one token ({pixels}x{pixels}).")
+    return height // pixels, width // pixels
+
+
+def unpack(tokens: Tensor, space: LatentSpace, height: int, width: int) -> Tensor:
+    """Packed tokens `[B, N, token channels]` of a `height` x `width` picture to a latent `[B, C, h, w]`.
+
+    Values and frame stay as they are. Raises LatentError when the tokens do not fit that picture, and
+    SettingError for a space that is not packed.
+    """
+    rows, columns = packed_grid(space, height, width)
+    expected = space.token_channels
+    if tokens.ndim != 3 or tokens.shape[2] != expected:
+        raise LatentError(
+            f"Packed {space.name} latents are [B, tokens, {expected}]; got {list(tokens.shape)}. "
+            "A four-dimensional tensor is not packed: pass it to Latent() itself."
+        )
+    if tokens.shape[1] != rows * columns:
+        raise LatentError(
+            f"A picture of {height}x{width} pixels has {rows}x{columns} = {rows * columns} {space.name} tokens; "
+            f"got {tokens.shape[1]}. Give the height and width the image model ran at."
+        )
+    grid = tokens.transpose(1, 2).reshape(len(tokens), -1, rows, columns)
+    return unpatchify(grid, 2 if space.packing == "two_by_two" else 1)
+
+
+def pack(latent: Tensor, space: LatentSpace) -> Tensor:
+    """A latent `[B, C, h, w]` to packed tokens `[B, N, token channels]`, the inverse of `unpack`."""
+    if space.packing == "none":
+        raise SettingError(f"Latents of space {space.name} are not packed into tokens.")
+    return patchify(latent, 2 if space.packing == "two_by_two" else 1).flatten(2).transpose(1, 2)

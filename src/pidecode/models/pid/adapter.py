@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapter: latent in, one set of patch tokens per injection point out, and the gates that let them in.
+
+Nothing here depends on the noisy picture or on time except a gate's own decision, so one picture needs
+the adapter once, whatever the number of steps (SPEC.md section 2).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from pidecode.errors import LatentError
+from pidecode.registry.configs import NetConfig, Padding
+
+
+@dataclass(frozen=True, slots=True)
+class Injection:
+    """Latent tokens for one place, with the part of its gate that no step changes."""
+
+    tokens: Tensor
+    """`[B, L, D]`"""
+    gate_logits: Tensor
+    """`[B, L, D or 1]`"""
+
+    def chunk(self, sample: int, part: slice) -> tuple[Tensor, Tensor]:
+        """Tokens and gate logits of one sample's patches."""
+        return self.tokens[sample, part], self.gate_logits[sample, part]
+
+    def window(self, patches: Tensor) -> Injection:
+        """The same for some patches only, given as indices."""
+        return Injection(self.tokens[:, patches], self.gate_logits[:, patches])
+
+
+@dataclass(frozen=True, slots=True)
+class LateInjection:
+    """The same as `Injection`, from the adapter's shared features each time it is asked for.
+
+    A head and a gate cost a hundredth of a step; what they make fills 50 MB for each place in a 2048-pixel picture.
+    """
+
+    features: Tensor
+    """`[B, L, adapter width]`"""
+    head: nn.Module
+    gate: Gate
+    sigma: Tensor
+    """`[B or 1]`"""
+    mask: Tensor | None
+
+    @property
+    def tokens(self) -> Tensor:
+        """`[B, L, D]`"""
+        return masked(self.head(self.features), self.mask)
+
+    @property
+    def gate_logits(self) -> Tensor:
+        """`[B, L, D or 1]`"""
+        return self.gate.latent_logits(self.tokens, self.sigma)
+
+    def chunk(self, sample: int, part: slice) -> tuple[Tensor, Tensor]:
+        """Tokens and gate logits of one sample's patches."""
+        one = slice(sample, sample + 1)
+        sigma = self.sigma if len(self.sigma) == 1 else self.sigma[one]
+        mask = self.mask if self.mask is None or len(self.mask) == 1 else self.mask[one]
+        tokens = masked(self.head(self.features[one, part]), mask)
+        return tokens[0], self.gate.latent_logits(tokens, sigma)[0]
+
+    def window(self, patches: Tensor) -> LateInjection:
+        """The same for some patches only, given as indices."""
+        return replace(self, features=self.features[:, patches])
+
+
+def masked(x: Tensor, mask_B: Tensor | None) -> Tensor:
+    """x `[B, ...]` with some samples silenced: `mask_B` is 0 or 1."""
+    return x if mask_B is None else x * mask_B.to(x.dtype).view(-1, *(1,) * (x.ndim - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class LatentTokens:
+    """What the adapter says of one latent: tokens `[B, L, D]` per injected patch block, and for the pixel blocks."""
+
+    blocks: tuple[Tensor, ...]
+    pixels: Tensor | None
+    color: Tensor | None
+    """Predicted low-resolution picture `[B, 3, h f, w f]`, f = patch_size / scale, if it was asked for."""
+
+
+def conv3x3(in_channels: int, out_channels: int, padding: Padding) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the grid."""
+    return nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode=padding)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions, each after a norm over the whole picture, and a skip."""
+
+    def __init__(self, width: int, padding: Padding, *, normalized: bool = True) -> None:
+        super().__init__()
+
+        def norm() -> nn.Module:
+            return nn.GroupNorm(4, width) if normalized else nn.Identity()
+
+        self.block = nn.Sequential(
+            norm(), nn.SiLU(), conv3x3(width, width, padding),
+            norm(), nn.SiLU(), conv3x3(width, width, padding),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.block(x)  # type: ignore[no-any-return]
+
+
+def _tower(in_channels: int, width: int, blocks: int, padding: Padding) -> nn.Sequential:
+    return nn.Sequential(
+        conv3x3(in_channels, width, padding), nn.SiLU(), conv3x3(width, width, padding),
+        *(ResidualBlock(width, padding) for _ in range(blocks)),
+    )  # fmt: skip
+
+
+class ClimbingTower(nn.Module):
+    """Unpatchified latent `[B, C, a, b]` to features of the patch grid, by way of a finer one.
+
+    Small networks decode better per operation this way: the latent's own coarse grid is where convolutions are cheap,
+    and a grid finer than the patches is where they need not tell apart the places within one. Only the coarsest level
+    normalizes over the picture; finer ones would lose the size of a faint detail by it.
+    """
+
+    def __init__(self, channels: int, config: NetConfig) -> None:
+        super().__init__()
+        self.fold = round(config.adapter_fold)
+        width, padding = config.adapter_width // self.fold**2, config.adapter_padding
+        self.levels = nn.ModuleList()
+        for level, blocks in enumerate(config.adapter_levels):
+            self.levels.append(nn.Sequential(
+                conv3x3(width if level else channels, width, padding),
+                *(ResidualBlock(width, padding, normalized=level == 0) for _ in range(blocks)),
+            ))  # fmt: skip
+
+    def forward(self, cells: Tensor) -> Tensor:
+        for level, layers in enumerate(self.levels):
+            cells = layers(F.interpolate(cells, scale_factor=2, mode="nearest") if level else cells)
+        return F.pixel_unshuffle(cells, self.fold)
+
+
+class Gate(nn.Module):
+    """How much of the latent's tokens to let in: less where the latent itself is noisy.
+
+    `x + sigmoid(content_proj([x, latent]) - exp(log_alpha) * sigma) * latent`
+    """
+
+    def __init__(self, width: int, per_channel: bool) -> None:
+        super().__init__()
+        self.content_proj = nn.Linear(2 * width, width if per_channel else 1)
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(5.0)))
+
+    def reset_parameters(self) -> None:
+        """Start values: nearly open for a clean latent, nearly shut for noise."""
+        nn.init.trunc_normal_(self.content_proj.weight, std=0.01)
+        nn.init.constant_(self.content_proj.bias, 2.0)
+        nn.init.constant_(self.log_alpha, math.log(5.0))
+
+    def latent_logits(self, latent_BLD: Tensor, sigma_B: Tensor) -> Tensor:
+        """The part of the decision that no denoising step changes, `[B, L, D or 1]`."""
+        weight = self.content_proj.weight[:, latent_BLD.shape[-1] :]
+        logits = F.linear(latent_BLD.to(weight.dtype), weight, self.content_proj.bias)
+        return logits - self.log_alpha.float().exp() * sigma_B.float().view(-1, 1, 1)
+
+    def opening(self, x_BLD: Tensor, logits: Tensor) -> Tensor:
+        """The gate itself, in (0, 1)."""
+        weight = self.content_proj.weight[:, : x_BLD.shape[-1]]
+        return torch.sigmoid(F.linear(x_BLD.to(weight.dtype), weight) + logits)
+
+    def forward(self, x_BLD: Tensor, latent_BLD: Tensor, logits: Tensor) -> Tensor:
+        return x_BLD + self.opening(x_BLD, logits) * latent_BLD
+
+
+class LatentAdapter(nn.Module):
+    """Latent `[B, C, a, b]` to tokens of the patch grid (SPEC.md section 2)."""
+
+    def __init__(self, config: NetConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, padding = config.adapter_width, config.adapter_padding
+        if config.adapter_image_channels:
+            self.fold = config.patch_size // config.scale
+            self.image_conv = _tower(
+                config.adapter_image_channels * self.fold**2, width, config.adapter_blocks, padding
+            )
+        if config.latent_channels:
+            channels = config.latent_channels // config.latent_unpatchify**2
+            if config.adapter_levels:
+                self.latent_proj: nn.Module = ClimbingTower(channels, config)
+            else:
+                if config.latent_to_patch_ratio < 1:
+                    channels *= round(1 / config.latent_to_patch_ratio) ** 2
+                self.latent_proj = _tower(channels, width, config.adapter_blocks, padding)
+        if config.adapter_image_channels and config.latent_channels:
+            self.merge = nn.Sequential(
+                nn.Conv2d(2 * width, width, 1), nn.SiLU(),
+                *(ResidualBlock(width, padding) for _ in range(config.adapter_blocks)),
+            )  # fmt: skip
+        self.output_heads = nn.ModuleList(nn.Linear(width, config.hidden_size) for _ in range(config.num_injections))
+        if config.inject_pixels:
+            self.pit_head = nn.Linear(width, config.hidden_size)
+        if config.color_head:
+            colors = 3 * (config.patch_size // config.scale) ** 2
+            self.lq_aux_rgb_head = nn.Sequential(
+                nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, colors)
+            )
+        self.gate_modules = nn.ModuleList(
+            Gate(config.hidden_size, config.gate == "per_channel") for _ in range(config.num_injections)
+        )
+
+    def align(self, latent: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Bring a latent to the patch grid (SPEC.md section 2, steps 1 and 2)."""
+        config = self.config
+        if latent.ndim != 4 or latent.shape[1] != config.latent_channels:
+            raise LatentError(
+                f"The latent has shape {tuple(latent.shape)}; "
+                f"this network expects [batch, {config.latent_channels}, h, w]."
+            )
+        if config.latent_unpatchify > 1:
+            latent = F.pixel_shuffle(latent, config.latent_unpatchify)
+        ratio = config.latent_to_patch_ratio
+        if ratio > 1 and not config.adapter_levels:
+            return F.interpolate(latent, size=grid, mode="nearest")
+        size = (round(grid[0] / ratio), round(grid[1] / ratio))
+        if config.adapter_levels and (size[0] * ratio, size[1] * ratio) != grid:
+            raise LatentError(
+                f"A grid of {grid[1]}x{grid[0]} patches is no whole number of latent cells, which cover {ratio:g}x"
+                f"{ratio:g} of them in this network; give a picture whose sides are multiples of "
+                f"{round(ratio * config.patch_size)} pixels."
+            )
+        fold = 1 if config.adapter_levels else round(1 / ratio)
+        if latent.shape[-2:] != size:
+            latent = F.interpolate(latent, size=size, mode="bilinear", align_corners=False)
+        return F.pixel_unshuffle(latent, fold) if fold > 1 else latent
+
+    def features(
+        self, grid: tuple[int, int], latent: Tensor | None, image: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Shared features `[B, width, h, w]`, and those the color head reads."""
+        parts: list[Tensor] = []
+        tapped: Tensor | None = None
+        if self.config.adapter_image_channels and image is not None:
+            size = (grid[0] * self.fold, grid[1] * self.fold)
+            if image.shape[-2:] != size:
+                image = F.interpolate(image, size=size, mode="bilinear", align_corners=False)
+            parts.append(self.image_conv(F.pixel_unshuffle(image, self.fold)))
+        if self.config.latent_channels and latent is not None:
+            hidden = self.align(latent, grid).to(next(self.latent_proj.parameters()).dtype)
+            if isinstance(self.latent_proj, ClimbingTower):
+                hidden = self.latent_proj(hidden)
+            else:
+                for index, layer in enumerate(cast(nn.Sequential, self.latent_proj)):
+                    hidden = layer(hidden)
+                    if index > 2 and index - 2 == self.config.color_head_tap:  # residual blocks count from one
+                        tapped = hidden
+            parts.append(hidden)
+        if not parts:
+            raise LatentError("The adapter was given neither a latent nor a low-resolution picture it can read.")
+        shared = parts[0] if len(parts) == 1 else self.merge(torch.cat(parts, dim=1))
+        return shared, shared if tapped is None else tapped
+
+    def color(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The color head: features to the low-resolution picture `[B, 3, h f, w f]`, unclamped."""
+        side = self.config.patch_size // self.config.scale
+        colors = self.lq_aux_rgb_head(features.flatten(2).transpose(1, 2))
+        return F.pixel_shuffle(colors.transpose(1, 2).unflatten(2, grid), side)
+
+    def late(
+        self, grid: tuple[int, int], latent: Tensor, sigma_B: Tensor, mask: Tensor | None, pixel_gate: Gate | None
+    ) -> tuple[tuple[LateInjection, ...], LateInjection | None, None]:
+        """The same tokens, made where they are used: only the shared features are computed and kept."""
+        tokens = self.features(grid, latent)[0].flatten(2).transpose(1, 2)
+
+        def injection(head: nn.Module, gate: nn.Module) -> LateInjection:
+            return LateInjection(tokens, head, cast(Gate, gate), sigma_B, mask)
+
+        blocks = tuple(injection(*pair) for pair in zip(self.output_heads, self.gate_modules, strict=True))
+        return blocks, None if pixel_gate is None else injection(self.pit_head, pixel_gate), None
+
+    def forward(
+        self,
+        grid: tuple[int, int],
+        latent: Tensor | None,
+        *,
+        image: Tensor | None = None,
+        mask: Tensor | None = None,
+        want_color: bool = False,
+    ) -> LatentTokens:
+        """Tokens for every injection point. `mask` `[B]` of 0 or 1 silences the latent of single samples."""
+        shared, tapped = self.features(grid, latent, image)
+        tokens = shared.flatten(2).transpose(1, 2)
+        return LatentTokens(
+            blocks=tuple(masked(head(tokens), mask) for head in self.output_heads),
+            pixels=masked(self.pit_head(tokens), mask) if self.config.inject_pixels else None,
+            color=masked(self.color(tapped, grid), mask) if want_color else None,
+        )

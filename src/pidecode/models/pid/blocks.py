@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks of the network: norms, embedders, rotary embedding, joint attention, patch and pixel blocks.
+
+Shapes: B batch, L patch tokens, N caption tokens, D hidden, P pixels of a patch, C pixel width.
+Precision: streams stay in float32; matrices run in the weights' own type.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from pidecode.models.attention import attention
+from pidecode.registry.configs import NetConfig
+
+IMAGE_SPAN = 16.0
+"""Every picture spans 0..16 on both axes, whatever its size (SPEC.md section 1, 2D RoPE)."""
+
+Rotation = tuple[Tensor, Tensor]
+"""cos and sin, each `[tokens, head_dim / 2]`, float32."""
+
+
+def _axis_angles(length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """Angles `[length, head_dim / 4]` of one axis."""
+    exponents = torch.arange(0, head_dim, 4, dtype=torch.float32, device=device) / head_dim
+    positions = torch.linspace(0.0, IMAGE_SPAN, length, dtype=torch.float32, device=device)
+    return torch.outer(positions, 1.0 / theta**exponents)
+
+
+def _scaled_theta(length: int, reference: float, head_dim: int) -> float:
+    """NTK-aware base: the frequencies stretch with the grid, per axis, relative to a reference grid."""
+    axis_dim = head_dim / 2
+    if axis_dim <= 2:
+        return 10000.0
+    return float(10000.0 * (length / reference) ** (axis_dim / (axis_dim - 2)))
+
+
+def image_rotation(
+    grid: tuple[int, int],
+    head_dim: int,
+    *,
+    reference_grid: tuple[float, float] | None,
+    device: torch.device,
+) -> Rotation:
+    """Rotary table of a grid (rows, columns) of patches, row-major (SPEC.md section 1, 2D RoPE).
+
+    `reference_grid` (rows, columns) selects the NTK-aware form; None the plain one.
+    """
+    rows, columns = grid
+    theta_y = theta_x = 10000.0
+    if reference_grid is not None:
+        theta_y = _scaled_theta(rows, reference_grid[0], head_dim)
+        theta_x = _scaled_theta(columns, reference_grid[1], head_dim)
+    y_RK = _axis_angles(rows, head_dim, theta_y, device)
+    x_CK = _axis_angles(columns, head_dim, theta_x, device)
+    # Interleaved (x0, y0, x1, y1, ...): neighboring pairs of channels alternate between the axes.
+    angles = torch.stack(
+        (x_CK.unsqueeze(0).expand(rows, -1, -1), y_RK.unsqueeze(1).expand(-1, columns, -1)), dim=-1
+    ).reshape(rows * columns, head_dim // 2)
+    return angles.cos(), angles.sin()
+
+
+def text_rotation(length: int, head_dim: int, theta: float, *, device: torch.device) -> Rotation:
+    """Rotary table of `length` caption tokens at positions 0, 1, 2, ..."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    positions = torch.arange(length, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, 1.0 / theta**exponents)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BLNK: Tensor, rotation: Rotation) -> Tensor:
+    """Rotate neighboring channel pairs (2j, 2j+1) of `[batch, tokens, heads, head_dim]`, in float32."""
+    cos, sin = (table[None, :, None, :] for table in rotation)
+    even, odd = x_BLNK.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+
+def pixel_axis_table(length: int, channels: int, *, device: torch.device) -> Tensor:
+    """Sines then cosines `[length, channels]` of integer pixel coordinates along one axis.
+
+    Built in float64, stored in float32 (SPEC.md section 1, sin-cos table of pixels); the table of a
+    picture is this one for its columns beside this one for its rows.
+    """
+    quarter = channels // 2
+    # Devices without float64 (Apple's) get the table from the processor.
+    k = torch.arange(quarter, dtype=torch.float64)
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), 10000.0 ** (-k / quarter))
+    return torch.cat((angles.sin(), angles.cos()), dim=1).float().to(device)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm: statistics in float32, eps 1e-6, result in the weight's type."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        return x.to(self.weight.dtype) * self.weight
+
+
+def timestep_features(t_B: Tensor, count: int = 256) -> Tensor:
+    """Cosines then sines `[B, count]` of the flow time times 1000, with a longest period of 10."""
+    half = count // 2
+    k = torch.arange(half, dtype=torch.float32, device=t_B.device)
+    angles = t_B.float()[:, None] * torch.exp(-math.log(10.0) * k / half)
+    features = torch.cat((angles.cos(), angles.sin()), dim=-1)
+    return F.pad(features, (0, count % 2))
+
+
+class TimestepEmbedder(nn.Module):
+    """Flow time (times 1000) `[B]` to `[B, D]`."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        return self.mlp(timestep_features(t_B).to(self.mlp[0].weight))  # type: ignore[no-any-return, arg-type]
+
+
+class PatchEmbedder(nn.Module):
+    """Flattened patches `[B, L, 3 P]` to tokens `[B, L, D]`."""
+
+    def __init__(self, in_width: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(in_width, hidden_size)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return self.proj(patches.to(self.proj.weight.dtype))  # type: ignore[no-any-return]
+
+
+class TextEmbedder(nn.Module):
+    """Caption states `[B, N, text_dim]` to tokens `[B, N, D]`."""
+
+    def __init__(self, text_dim: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(text_dim, hidden_size)
+        self.norm = RMSNorm(hidden_size)
+
+    def forward(self, text: Tensor) -> Tensor:
+        return self.norm(self.proj(text.to(self.proj.weight.dtype)))  # type: ignore[no-any-return]
+
+
+class PixelEmbedder(nn.Module):
+    """Colors `[..., 3]` to pixel tokens `[..., C]`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(3, width)
+
+    def forward(self, colors: Tensor) -> Tensor:
+        return self.proj(colors.to(self.proj.weight.dtype))  # type: ignore[no-any-return]
+
+
+class GatedFeedForward(nn.Module):
+    """SwiGLU without bias: `w2(silu(w1 v) * w3 v)`."""
+
+    def __init__(self, width: int, inner_width: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(width, inner_width, bias=False)
+        self.w3 = nn.Linear(width, inner_width, bias=False)
+        self.w2 = nn.Linear(inner_width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))  # type: ignore[no-any-return]
+
+
+class PixelFeedForward(nn.Module):
+    """Linear, exact GELU, Linear on every pixel: C -> 4C -> C."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))  # type: ignore[no-any-return]
+
+
+class FinalLayer(nn.Module):
+    """Pixel tokens `[..., C]` to colors `[..., 3]`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(width)
+        self.linear = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x))  # type: ignore[no-any-return]
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """`x (1 + scale) + shift`."""
+    return x * (1 + scale) + shift
+
+
+def to_patches(image_B3HW: Tensor, patch: int) -> Tensor:
+    """Picture to patches `[B, L, P, 3]`: patches row-major, and pixels row-major within a patch."""
+    B, _, H, W = image_B3HW.shape
+    x = image_B3HW.reshape(B, 3, H // patch, patch, W // patch, patch)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // patch) * (W // patch), patch * patch, 3)
+
+
+def from_patches(pixels_BLP3: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """Inverse of `to_patches`: `[B, L, P, 3]` to `[B, 3, H, W]`."""
+    rows, columns = grid
+    x = pixels_BLP3.reshape(-1, rows, columns, patch, patch, 3)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, rows * patch, columns * patch)
+
+
+Gather = Callable[[Tensor], Tensor]
+"""Keys or values `[B, local tokens, heads, head_dim]` of this process to those of all, in the picture's order."""
+
+
+def _split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """`[B, L, 3 D]` to q, k, v of `[B, L, heads, head_dim]`."""
+    return qkv.unflatten(-1, (3, heads, -1)).unbind(2)  # type: ignore[no-any-return]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention over `[B, L, heads, head_dim]`, merged back to `[B, L, D]`."""
+    q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (q, k, v))
+    return attention(q, k, v).transpose(1, 2).flatten(-2)
+
+
+class JointAttention(nn.Module):
+    """Caption tokens first, then image tokens, all attending to all."""
+
+    def __init__(self, config: NetConfig) -> None:
+        super().__init__()
+        D, head_dim = config.hidden_size, config.hidden_size // config.num_heads
+        self.heads = config.num_heads
+        self.gather: Gather | None = None  # set where one picture's tokens are spread over processes
+        self.qkv_x = nn.Linear(D, 3 * D, bias=False)
+        self.q_norm_x = RMSNorm(head_dim)
+        self.k_norm_x = RMSNorm(head_dim)
+        self.proj_x = nn.Linear(D, D)
+        if config.has_text:
+            self.qkv_y = nn.Linear(D, 3 * D, bias=False)
+            self.q_norm_y = RMSNorm(head_dim)
+            self.k_norm_y = RMSNorm(head_dim)
+            self.proj_y = nn.Linear(D, D)
+
+    def _image_qkv(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = _split_heads(self.qkv_x(x), self.heads)
+        return rotate(self.q_norm_x(q), rotation), rotate(self.k_norm_x(k), rotation), v
+
+    def _text_qkv(self, y: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = _split_heads(self.qkv_y(y), self.heads)
+        q, k = self.q_norm_y(q), self.k_norm_y(k)
+        return (q, k, v) if rotation is None else (rotate(q, rotation), rotate(k, rotation), v)
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        rotation: Rotation,
+        text_rotation: Rotation | None,
+        want_text: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        q, k, v = self._image_qkv(x, rotation)
+        if self.gather is not None:
+            k, v = self.gather(k), self.gather(v)
+        if y is None:
+            return self.proj_x(_attend(q, k, v)), None
+        text_q, text_k, text_v = self._text_qkv(y, text_rotation)
+        length = y.shape[1] if want_text else 0
+        if want_text:
+            q = torch.cat((text_q, q), dim=1)
+        out = _attend(q, torch.cat((text_k, k), dim=1), torch.cat((text_v, v), dim=1))
+        return self.proj_x(out[:, length:]), self.proj_y(out[:, :length]) if want_text else None
+
+
+class PatchBlock(nn.Module):
+    """A dual-stream block: image tokens `[B, L, D]` and caption tokens `[B, N, D]`, each with its own weights.
+
+    The condition `[B, 1, D]` gives both streams their shifts, scales and gates.
+    """
+
+    def __init__(self, config: NetConfig) -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.norm_x1 = RMSNorm(D)
+        self.norm_x2 = RMSNorm(D)
+        self.attn = JointAttention(config)
+        self.mlp_x = GatedFeedForward(D, config.mlp_width)
+        self.adaLN_modulation_img = nn.Sequential(nn.Linear(D, 6 * D))
+        if config.has_text:
+            self.norm_y1 = RMSNorm(D)
+            self.norm_y2 = RMSNorm(D)
+            self.mlp_y = GatedFeedForward(D, config.mlp_width)
+            self.adaLN_modulation_txt = nn.Sequential(nn.Linear(D, 6 * D))
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        condition: Tensor,
+        rotation: Rotation,
+        text_rotation: Rotation | None = None,
+        *,
+        want_text: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Both streams after the block; `want_text=False` skips the caption's, which nobody reads after the last."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation_img(condition).chunk(6, dim=-1)
+        y_in, text = None, None
+        if y is not None:
+            text = self.adaLN_modulation_txt(condition).chunk(6, dim=-1)
+            y_in = modulate(self.norm_y1(y), text[0], text[1])
+        x_out, y_out = self.attn(modulate(self.norm_x1(x), shift1, scale1), y_in, rotation, text_rotation, want_text)
+        x = x + gate1 * x_out
+        x = x + gate2 * self.mlp_x(modulate(self.norm_x2(x), shift2, scale2))
+        if y is None or text is None or y_out is None:
+            return x, None
+        y = y + text[2] * y_out
+        return x, y + text[5] * self.mlp_y(modulate(self.norm_y2(y), text[3], text[4]))
+
+
+class PixelAttention(nn.Module):
+    """Self-attention over patch tokens at the pixel blocks' own width."""
+
+    def __init__(self, config: NetConfig) -> None:
+        super().__init__()
+        width = config.pixel_attn_hidden_size
+        self.heads = config.pixel_num_heads
+        self.gather: Gather | None = None  # as in JointAttention
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_norm = RMSNorm(width // self.heads)
+        self.k_norm = RMSNorm(width // self.heads)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
+        q, k, v = _split_heads(self.qkv(x), self.heads)
+        q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
+        if self.gather is not None:
+            k, v = self.gather(k), self.gather(v)
+        return self.proj(_attend(q, k, v))  # type: ignore[no-any-return]
+
+
+class PixelBlock(nn.Module):
+    """A pixel block: pixel tokens `[B, L, P, C]`, every pixel modulated by its patch's condition `[B, L, D]`."""
+
+    def __init__(self, config: NetConfig) -> None:
+        super().__init__()
+        self.pixels, C = config.patch_size**2, config.pixel_hidden_size
+        self.adaLN_modulation = nn.Sequential(nn.Linear(config.hidden_size, 6 * C * self.pixels))
+        self.norm1 = RMSNorm(C)
+        self.compress_to_attn = nn.Linear(self.pixels * C, config.pixel_attn_hidden_size)
+        self.attn = PixelAttention(config)
+        self.expand_from_attn = nn.Linear(config.pixel_attn_hidden_size, self.pixels * C)
+        self.norm2 = RMSNorm(C)
+        self.mlp = PixelFeedForward(C)
+
+    def forward(self, x_BLPC: Tensor, condition_BLD: Tensor, rotation: Rotation) -> Tensor:
+        modulation = self.adaLN_modulation(condition_BLD.to(self.norm1.weight.dtype))
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unflatten(-1, (self.pixels, -1)).chunk(6, dim=-1)
+        patches = self.compress_to_attn(modulate(self.norm1(x_BLPC), shift1, scale1).flatten(2))
+        attended = self.expand_from_attn(self.attn(patches, rotation)).unflatten(-1, (self.pixels, -1))
+        x_BLPC = x_BLPC + gate1 * attended
+        return x_BLPC + gate2 * self.mlp(modulate(self.norm2(x_BLPC), shift2, scale2))  # type: ignore[no-any-return]

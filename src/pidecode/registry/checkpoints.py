@@ -1,0 +1,414 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Released checkpoints: files, licenses, schedules, trained sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from pidecode.errors import SettingError, SizeError
+from pidecode.registry import configs as architecture
+from pidecode.registry.configs import NetConfig
+from pidecode.registry.spaces import SPACES, LatentSpace, did_you_mean, get_space
+
+Kind = Literal["student", "teacher", "backbone"]
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
+REPOSITORY = "nvidia/PiD"
+"""Hub repository of the official weights."""
+
+TEXT_ENCODER = "Efficient-Large-Model/gemma-2-2b-it"
+"""Hub repository of the text encoder the official code loads (an ungated copy of google/gemma-2-2b-it)."""
+
+StudentKind = Literal["sde", "ode"]
+"""A student renoises after every step ("sde") or follows the flow ("ode")."""
+
+STUDENT_TIMES = (0.999, 0.866, 0.634, 0.342, 0.0)
+"""Flow times of the distilled 4-step schedule (SPEC.md section 3)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class License:
+    """Terms of a file, as far as a table can tell them; the text beside the file is what binds."""
+
+    name: str
+    title: str
+    commercial: bool
+    url: str
+
+
+NSCL_V1 = License(
+    name="NSCLv1",
+    title="NVIDIA Source Code License v1 (non-commercial)",
+    commercial=False,
+    url="https://huggingface.co/nvidia/PiD",
+)
+APACHE_2 = License(
+    name="Apache-2.0",
+    title="Apache License 2.0",
+    commercial=True,
+    url="https://www.apache.org/licenses/LICENSE-2.0",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlowShift:
+    """A teacher's shift of flow time: `t -> s t / (1 + (s - 1) t)` (SPEC.md section 3).
+
+    s = `base * sqrt(sqrt(H W) / size)` for an output of H x W pixels, or `base` alone where `size` is None.
+    """
+
+    base: float
+    size: int | None = None
+
+    def at(self, height: int, width: int) -> float:
+        """The factor s for that output size in pixels."""
+        if self.size is None:
+            return self.base
+        return float(self.base * ((height * width) ** 0.5 / self.size) ** 0.5)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """One released file of weights (SPEC.md section 6)."""
+
+    space: str
+    """Name of its latent space; "pixeldit" for the backbone, which takes no latent."""
+    variant: str
+    kind: Kind
+    repository: str | None
+    """Hub repository; None for the weights that ship with this package."""
+    path: str
+    """Path inside the repository, or file name among the package's assets."""
+    config: NetConfig | None
+    """The network it holds, as it is used; None where the file itself says it (ours)."""
+    parameters: int | None
+    size_bytes: int | None = None
+    """Exact size where known; see `about_bytes`."""
+    sha256: str | None = None
+    license: License = NSCL_V1
+    shift: FlowShift | None = None
+    """The flow shift of its training; teachers and the backbone sample with it, students have their own times."""
+    guidance: float = 1.0
+    """Recommended classifier-free guidance; 1 is none."""
+    steps: int = 4
+    """Recommended number of sampling steps."""
+    trained_sizes: tuple[Size, ...] = ()
+    """Output sizes the official notes name; empty where any size is as good as another."""
+    trained_area: tuple[int, int] | None = None
+    """Smallest and largest trained output area in pixels, where it was trained on a range of sizes."""
+
+    @property
+    def bundled(self) -> bool:
+        """Whether it ships with this package."""
+        return self.repository is None
+
+    @property
+    def name(self) -> str:
+        """A short name: space, variant, and the kind where it is not a student."""
+        return f"{self.space}/{self.variant}" + ("" if self.kind == "student" else f"/{self.kind}")
+
+    @property
+    def latent_space(self) -> LatentSpace | None:
+        """The row of its latent space; None for the backbone."""
+        return SPACES.get(self.space)
+
+    @property
+    def about_bytes(self) -> int | None:
+        """Its size, exact where known, else two bytes for each parameter."""
+        if self.size_bytes is not None or self.parameters is None:
+            return self.size_bytes
+        return 2 * self.parameters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderFile:
+    """What turns a picture into latents of one space: the file in the official repository, and its kin.
+
+    `path` is a file, or a folder where it ends in "/". `source` is the public model the encoder is,
+    and `statistics` the (repository, path) of normalization statistics that lie elsewhere.
+    """
+
+    space: str
+    repository: str
+    path: str
+    source: str | None = None
+    statistics: tuple[str, str] | None = None
+
+
+_SIZES_2K: tuple[Size, ...] = ((2048, 2048), (1728, 2304), (2304, 1728), (1536, 2688), (2688, 1536))
+# The range variants were trained on buckets of the same shapes from 2048 to about 4096 pixels; the upper
+# ones named here are those shapes with a long side of 4096.
+_SIZES_4K: tuple[Size, ...] = (*_SIZES_2K, (4096, 4096), (3072, 4096), (4096, 3072), (2304, 4096), (4096, 2304))
+_AREA_4K = (1536 * 2688, 4096 * 4096)
+_SQUARE_2K: tuple[Size, ...] = ((2048, 2048),)
+
+_SHIFT_2K = FlowShift(base=6.0)
+_SHIFT_V1_4K = FlowShift(base=4.0, size=1024)
+_SHIFT_V1PT5 = FlowShift(base=6.0, size=2048)
+
+
+def _file(folder: str) -> str:
+    return f"checkpoints/{folder}/model_ema_bf16.pth"
+
+
+def _v1_config(space: str) -> NetConfig:
+    row = SPACES[space]
+    return architecture.v1(latent_channels=row.channels, latent_down=row.down, scale=row.scale)
+
+
+def _v1pt5_config(space: str, *, teacher: bool) -> NetConfig:
+    row = SPACES[space]
+    return architecture.v1pt5(
+        latent_channels=row.channels, latent_down=row.down, latent_unpatchify=row.raw_patch, color_head=teacher
+    )
+
+
+def _v1(space: str, variant: str, parameters: int, size_bytes: int | None = None) -> Checkpoint:
+    sizes = _SIZES_2K if variant == "2k" else _SIZES_4K
+    return Checkpoint(
+        space=space,
+        variant=variant,
+        kind="student",
+        repository=REPOSITORY,
+        path=_file(f"PiD_res{variant}_sr{SPACES[space].scale}x_official_{space}_distill_4step"),
+        config=_v1_config(space),
+        parameters=parameters,
+        size_bytes=size_bytes,
+        shift=_SHIFT_2K if variant == "2k" else _SHIFT_V1_4K,
+        trained_sizes=_SQUARE_2K if SPACES[space].fixed_input else sizes,
+        trained_area=_AREA_4K if variant == "2kto4k" else None,
+    )
+
+
+def _v1pt5(space: str, parameters: int, size_bytes: int | None = None, *, teacher: bool = False) -> Checkpoint:
+    ending = "undistilled" if teacher else "distill_4step"
+    return Checkpoint(
+        space=space,
+        variant="2kto4k_v1pt5",
+        kind="teacher" if teacher else "student",
+        repository=REPOSITORY,
+        path=_file(f"PiD_v1pt5_res2kto4k_sr4x_official_{space}_{ending}"),
+        config=_v1pt5_config(space, teacher=teacher),
+        parameters=parameters,
+        size_bytes=size_bytes,
+        shift=_SHIFT_V1PT5,
+        guidance=5.0 if teacher else 1.0,
+        steps=25 if teacher else 4,
+        trained_sizes=_SIZES_4K,
+        trained_area=_AREA_4K,
+    )
+
+
+# The first variant of a space is its default, as in the official tools.
+_ROWS = (
+    _v1("flux", "2k", 1_362_348_170, 2_724_842_961),
+    _v1pt5("flux", 1_400_199_315, 2_800_546_587),
+    _v1pt5("flux", 1_401_300_163, teacher=True),
+    _v1("flux2", "2k", 1_362_864_266),
+    _v1pt5("flux2", 1_400_346_771, 2_800_841_499),
+    _v1pt5("flux2", 1_401_447_619, teacher=True),
+    _v1("sd3", "2k", 1_362_348_170),
+    _v1("sd3", "2kto4k", 1_362_348_170),
+    _v1("sdxl", "2kto4k", 1_362_292_874),
+    _v1pt5("qwenimage", 1_400_199_315, 2_800_546_587),
+    _v1pt5("qwenimage", 1_401_300_163, teacher=True),
+    _v1("dinov2", "2k", 1_365_813_386),
+    _v1("siglip", "2k", 1_367_582_858),
+    Checkpoint(
+        space="pixeldit",
+        variant="2kto4k",
+        kind="backbone",
+        repository=REPOSITORY,
+        path=_file("PixelDiT_finetune_2kto4k"),
+        config=architecture.backbone(),
+        parameters=1_302_470_787,
+        shift=_SHIFT_V1PT5,
+        guidance=2.75,
+        steps=50,
+        trained_sizes=_SIZES_4K,
+        trained_area=_AREA_4K,
+    ),
+    Checkpoint(
+        space="flux2",
+        variant="tiny",
+        kind="student",
+        repository=None,
+        path="tiny.safetensors",
+        config=None,
+        parameters=None,
+        license=APACHE_2,
+    ),
+)
+
+CHECKPOINTS: Mapping[tuple[str, str, Kind], Checkpoint] = MappingProxyType(
+    {(row.space, row.variant, row.kind): row for row in _ROWS}
+)
+"""Every released file by (space, variant, kind)."""
+
+ENCODERS: Mapping[str, EncoderFile] = MappingProxyType(
+    {
+        row.space: row
+        for row in (
+            EncoderFile(space="flux", repository=REPOSITORY, path="checkpoints/ae.safetensors"),
+            EncoderFile(
+                space="sd3", repository=REPOSITORY, path="checkpoints/sd3_vae/vae/diffusion_pytorch_model.safetensors"
+            ),
+            EncoderFile(space="sdxl", repository=REPOSITORY, path="checkpoints/sdxl_vae.safetensors"),
+            EncoderFile(space="flux2", repository=REPOSITORY, path="checkpoints/flux2_ae.safetensors"),
+            EncoderFile(space="qwenimage", repository=REPOSITORY, path="checkpoints/QwenImage_VAE_2d.pth"),
+            EncoderFile(
+                space="dinov2",
+                repository=REPOSITORY,
+                path="checkpoints/rae/",
+                source="facebook/dinov2-with-registers-base",
+                statistics=("nyu-visionx/RAE-collections", "stats/dinov2/wReg_base/imagenet1k_512/stat.pt"),
+            ),
+            EncoderFile(
+                space="siglip",
+                repository=REPOSITORY,
+                path="checkpoints/scale_rae/",
+                source="google/siglip2-so400m-patch14-224",
+            ),
+        )
+    }
+)
+"""The official encoder files by latent space. They keep their own licenses."""
+
+TINY_ENCODER = "tiny_encoder.safetensors"
+"""File name, among the package's assets, of the small encoder to FLUX.2's space."""
+
+
+def variants(space: str, kind: Kind = "student") -> tuple[str, ...]:
+    """The released variants of a space (name or alias), the default first. Raises SettingError for no space."""
+    name = space if space == "pixeldit" else get_space(space).name
+    return tuple(row.variant for row in _ROWS if row.space == name and row.kind == kind)
+
+
+def get_checkpoint(space: str, variant: str | None = None, kind: Kind | None = None) -> Checkpoint:
+    """The released file for a space (name or alias, or "pixeldit" or "tiny"); without a variant, its default.
+
+    kind: "student" unless told otherwise ("backbone" for "pixeldit"). Raises SettingError, saying what there is.
+    """
+    if space == "tiny":
+        space, variant = "flux2", "tiny" if variant is None else variant
+    name = space if space == "pixeldit" else get_space(space).name
+    kind = kind or ("backbone" if name == "pixeldit" else "student")
+    there = variants(name, kind)
+    if not there:
+        raise SettingError(
+            f"There is no {kind} for {name}. Teachers exist for "
+            f"{', '.join(sorted({row.space for row in _ROWS if row.kind == 'teacher'}))}; "
+            "the backbone is called pixeldit."
+        )
+    chosen = there[0] if variant is None else variant
+    row = CHECKPOINTS.get((name, chosen, kind))
+    if row is None:
+        raise SettingError(f"There is no {kind} {chosen!r} for {name}.{did_you_mean(chosen, there)}")
+    return row
+
+
+PATCH = 16
+"""Side, in output pixels, of a patch of every released network; outputs are whole patches."""
+
+# A range variant is judged trained up to these bounds: its buckets stop short of them by a few per cent.
+_AREA_TOLERANCE = 0.05
+_LONGEST_SIDE = 4096
+_WIDEST_ASPECT = 1.8
+
+
+def output_size(space: str, latent_height: int, latent_width: int) -> Size:
+    """Height and width, in pixels, of what a latent of that many cells becomes. Raises SizeError for none."""
+    if latent_height < 1 or latent_width < 1:
+        raise SizeError(f"A latent needs at least one cell; got {latent_height}x{latent_width}.")
+    factor = get_space(space).pixels_per_cell
+    return latent_height * factor, latent_width * factor
+
+
+def latent_grid(space: str, height: int, width: int) -> Size:
+    """Rows and columns of the latent whose output is `height` x `width` pixels.
+
+    Raises SizeError, naming the nearest sizes there are, if there is none.
+    """
+    check_output_size(space, height, width)
+    factor = get_space(space).pixels_per_cell
+    return height // factor, width // factor
+
+
+def input_size(space: str, height: int, width: int) -> Size:
+    """Height and width of the encoder's input for that output. Raises SizeError as `latent_grid` does."""
+    rows, columns = latent_grid(space, height, width)
+    down = get_space(space).down
+    return rows * down, columns * down
+
+
+def check_output_size(space: str, height: int, width: int) -> None:
+    """Raise SizeError unless a latent of `space` can become exactly `height` x `width` pixels.
+
+    Spaces with a fixed input have one output size; for the others both sides are multiples of
+    `input_multiple * scale` pixels (64).
+    """
+    row = get_space(space)
+    if row.fixed_input is not None:
+        side = row.fixed_input * row.scale
+        if (height, width) != (side, side):
+            raise SizeError(f"Space {row.name} always gives {side}x{side} pixels; {height}x{width} cannot be had.")
+        return
+    step = math.lcm(row.input_multiple * row.scale, PATCH, row.pixels_per_cell)
+    if height < step or width < step or height % step or width % step:
+        raise SizeError(
+            f"Space {row.name} cannot give {height}x{width} pixels: both sides must be multiples of {step}. "
+            f"The nearest is {_nearest(height, step)}x{_nearest(width, step)}."
+        )
+
+
+def is_trained(checkpoint: Checkpoint, height: int, width: int) -> bool:
+    """Whether the output size is among those the checkpoint was trained for (True where any size is as good)."""
+    if not checkpoint.trained_sizes or (height, width) in checkpoint.trained_sizes:
+        return True
+    if checkpoint.trained_area is None:
+        return False
+    least, most = checkpoint.trained_area
+    aspect = max(height, width) / max(1, min(height, width))
+    return (
+        least * (1 - _AREA_TOLERANCE) <= height * width <= most
+        and max(height, width) <= _LONGEST_SIDE
+        and aspect <= _WIDEST_ASPECT
+    )
+
+
+def nearest_trained(checkpoint: Checkpoint, height: int, width: int) -> Size | None:
+    """The trained output size nearest in shape, then in area; the size itself if trained; None without such a list."""
+    if height < 1 or width < 1:
+        raise SizeError(f"A picture has positive sides; got {height}x{width}.")
+    if not checkpoint.trained_sizes:
+        return None
+    if is_trained(checkpoint, height, width):
+        return height, width
+
+    def distance(size: Size) -> float:
+        shape = abs(math.log(size[0] * width / (size[1] * height)))
+        area = abs(math.log(size[0] * size[1] / (height * width)))
+        return 2 * shape + area / 2
+
+    return min(checkpoint.trained_sizes, key=distance)
+
+
+def size_advice(checkpoint: Checkpoint, height: int, width: int) -> str | None:
+    """A sentence to warn with when the output size is outside what the checkpoint was trained for, else None."""
+    if is_trained(checkpoint, height, width):
+        return None
+    nearest = nearest_trained(checkpoint, height, width)
+    assert nearest is not None
+    return (
+        f"{checkpoint.name} was not trained for {height}x{width} pixels (height x width): colors and textures may "
+        f"suffer. The nearest trained size is {nearest[0]}x{nearest[1]}."
+    )
+
+
+def _nearest(side: int, step: int) -> int:
+    return max(step, round(side / step) * step)

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shapes of PiD networks: PiDConfig, the released v1 and v1.5 networks, the backbone, and a debug model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from pidecode.errors import SettingError
+
+Gate = Literal["per_token", "per_channel"]
+Padding = Literal["zeros", "replicate", "reflect"]
+RopeMode = Literal["original", "ntk_aware"]
+Prediction = Literal["velocity", "x0"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "gate": ("per_token", "per_channel"),
+    "adapter_padding": ("zeros", "replicate", "reflect"),
+    "rope_mode": ("original", "ntk_aware"),
+    "prediction": ("velocity", "x0"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetConfig:
+    """Everything needed to build a PixelNet (SPEC.md sections 1 and 2).
+
+    Sizes are in channels, tokens or pixels. `text_dim=0` builds a network without a text stream;
+    `latent_channels=0` one without an adapter (the bare text-to-image backbone).
+
+    Raises SettingError, naming the field, when the values do not fit together.
+    """
+
+    hidden_size: int = 1536
+    """Width D of patch and caption tokens."""
+    num_heads: int = 24
+    """Heads of the patch blocks' attention."""
+    patch_depth: int = 14
+    """Patch blocks."""
+    patch_size: int = 16
+    """Pixels of a patch, along each side."""
+    pixel_hidden_size: int = 16
+    """Width C of a pixel."""
+    pixel_depth: int = 2
+    """Pixel blocks."""
+    pixel_attn_hidden_size: int = 1152
+    """Width of the pixel blocks' attention, one token per patch."""
+    pixel_num_heads: int = 16
+    """Its heads."""
+    text_dim: int = 2304
+    """Width of caption states; 0 builds no text stream."""
+    text_length: int = 300
+    """Most caption tokens read."""
+    text_rope: bool = True
+    """Whether caption tokens are rotated by their position."""
+    text_rope_theta: float = 10000.0
+    """Base of that rotation."""
+    rope_mode: RopeMode = "ntk_aware"
+    """Whether the image rotation's base follows the grid's size."""
+    rope_reference: tuple[int, int] = (1024, 1024)
+    """Height and width, in pixels, of the picture at which the NTK-aware rotation equals the plain one."""
+    latent_channels: int = 16
+    """Channels of the normalized latent; 0 builds no adapter."""
+    latent_down: int = 8
+    """Pixels of the low-resolution picture per latent cell, along each side."""
+    latent_unpatchify: int = 1
+    """Cells a latent cell is unpacked into, along each side."""
+    scale: int = 4
+    """Output pixels per pixel of the low-resolution picture, along each side."""
+    adapter_width: int = 512
+    """Channels of the adapter's convolutions."""
+    adapter_blocks: int = 4
+    """Residual blocks of the adapter, where it does not climb."""
+    adapter_padding: Padding = "zeros"
+    """What the convolutions see beyond the edge."""
+    adapter_levels: tuple[int, ...] = ()
+    """Residual blocks at each level of an adapter that climbs: from the latent's cells, by doubling, to a grid no
+    coarser than the patches, whose features are then folded into them. Empty convolves on the patch grid alone, with
+    `adapter_blocks`, as every released network does."""
+    adapter_image_channels: int = 0
+    """Channels of an optional low-resolution picture beside the latent (0 in every released network)."""
+    gate: Gate = "per_channel"
+    """Whether a gate decides for each token, or for each channel of it."""
+    inject_interval: int = 2
+    """The latent enters before every patch block whose index this divides."""
+    inject_pixels: bool = False
+    """Whether it enters before the pixel blocks as well."""
+    color_head: bool = False
+    """Whether the adapter predicts the low-resolution picture, for the color loss of training."""
+    color_head_tap: int = -1
+    """Residual block of the adapter, counted from one, that the color head reads; -1 reads the final features."""
+    prediction: Prediction = "velocity"
+    """What the output is: noise minus picture, or the picture."""
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise SettingError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
+        self._check_positive()
+        for size, heads in (("hidden_size", "num_heads"), ("pixel_attn_hidden_size", "pixel_num_heads")):
+            width, count = getattr(self, size), getattr(self, heads)
+            if width % count or (width // count) % 4:
+                raise SettingError(
+                    f"{size}={width} over {heads}={count} gives {width / count:g} channels a head; "
+                    "the two-axis rotation needs a whole multiple of 4."
+                )
+        if self.pixel_hidden_size % 4:
+            raise SettingError(
+                f"pixel_hidden_size is {self.pixel_hidden_size}; the position table needs a multiple of 4."
+            )
+        if self.adapter_levels and not self.latent_channels:
+            raise SettingError(f"adapter_levels is {self.adapter_levels}, and without latent_channels nothing climbs.")
+        if self.has_adapter:
+            self._check_adapter()
+
+    def _check_positive(self) -> None:
+        may_be_zero = {
+            "text_dim", "latent_channels", "adapter_blocks", "adapter_image_channels", "pixel_depth",
+        }  # fmt: skip
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int) or field.name == "color_head_tap":
+                continue
+            if value < (0 if field.name in may_be_zero else 1):
+                raise SettingError(f"{field.name} is {value}; it must be positive.")
+        if len(self.rope_reference) != 2 or min(self.rope_reference) < self.patch_size:
+            raise SettingError(
+                f"rope_reference is {self.rope_reference}; it must be two sides (height, width) in pixels, "
+                f"each at least patch_size={self.patch_size}."
+            )
+
+    def _check_adapter(self) -> None:
+        if self.adapter_width % 4:
+            raise SettingError(
+                f"adapter_width is {self.adapter_width}; its GroupNorm of 4 groups needs a multiple of 4."
+            )
+        if self.latent_channels % self.latent_unpatchify**2:
+            raise SettingError(
+                f"latent_channels={self.latent_channels} cannot be unpatchified by {self.latent_unpatchify}: "
+                f"it must be a multiple of {self.latent_unpatchify**2}."
+            )
+        if self.latent_down % self.latent_unpatchify:
+            raise SettingError(
+                f"latent_down={self.latent_down} is not a multiple of latent_unpatchify={self.latent_unpatchify}."
+            )
+        if self.patch_size % self.scale and self.color_head:
+            raise SettingError(
+                f"color_head needs patch_size ({self.patch_size}) to be a multiple of scale ({self.scale})."
+            )
+        ratio = self.latent_to_patch_ratio
+        if self.latent_channels and ratio < 1 and not math.isclose(1 / ratio, round(1 / ratio)):
+            raise SettingError(
+                f"patch_size={self.patch_size} covers {1 / ratio:g} latent cells a side; it must be a whole number."
+            )
+
+        if self.adapter_levels:
+            self._check_climb()
+
+    def _check_climb(self) -> None:
+        if len(self.adapter_levels) < 2 or min(self.adapter_levels) < 0:
+            raise SettingError(
+                f"adapter_levels is {self.adapter_levels}; it must be two or more numbers of blocks, 0 or more each."
+            )
+        fold = self.adapter_fold
+        if fold != round(fold) or fold < 1 or self.adapter_width % (4 * round(fold) ** 2):
+            raise SettingError(
+                f"{len(self.adapter_levels)} adapter_levels give {fold:g} cells a side of a patch; it must be a whole "
+                f"number, and adapter_width ({self.adapter_width}) a multiple of 4 times its square."
+            )
+        if self.color_head and self.color_head_tap != -1:
+            raise SettingError("color_head_tap counts blocks on the patch grid; with adapter_levels it must be -1.")
+
+    @property
+    def adapter_fold(self) -> float:
+        """Cells of the adapter's finest grid per patch, along each side, where it climbs."""
+        return float(2 ** (len(self.adapter_levels) - 1) / self.latent_to_patch_ratio)
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the network has a text stream."""
+        return self.text_dim > 0
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the network takes a latent (or a low-resolution picture)."""
+        return self.latent_channels > 0 or self.adapter_image_channels > 0
+
+    @property
+    def latent_to_patch_ratio(self) -> float:
+        """Patch-grid cells per (unpatchified) latent cell, along each side."""
+        return self.scale * (self.latent_down / self.latent_unpatchify) / self.patch_size
+
+    @property
+    def num_injections(self) -> int:
+        """Patch blocks that a set of latent tokens is injected before."""
+        return math.ceil(self.patch_depth / self.inject_interval) if self.has_adapter else 0
+
+    @property
+    def mlp_width(self) -> int:
+        """Inner width of the patch blocks' gated feed-forward."""
+        return 2 * (4 * self.hidden_size) // 3
+
+    @property
+    def pixels_per_latent_cell(self) -> int:
+        """Output pixels per latent cell, along each side."""
+        return self.latent_down * self.scale
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` reads them back."""
+        return {
+            **asdict(self), "rope_reference": list(self.rope_reference), "adapter_levels": list(self.adapter_levels),
+        }  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> NetConfig:
+        """Inverse of `to_dict`. Raises SettingError for unknown names or values of the wrong type."""
+        known = {field.name: field for field in fields(cls)}
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise SettingError(f"Unknown network settings {', '.join(unknown)}; known are {', '.join(known)}.")
+        clean: dict[str, Any] = dict(values)
+        defaults = cls()
+        for name, value in clean.items():
+            if name in ("rope_reference", "adapter_levels"):
+                if not isinstance(value, (list, tuple)) or not all(type(number) is int for number in value):
+                    raise SettingError(f"{name} is {value!r}; it must be a list of whole numbers.")
+                clean[name] = tuple(value)
+                continue
+            expected = type(getattr(defaults, name))
+            if expected is float and type(value) is int:
+                clean[name] = float(value)
+            elif type(value) is not expected:
+                raise SettingError(f"{name} is {value!r}; it must be of type {expected.__name__}.")
+        return cls(**clean)
+
+    def without_color_head(self) -> NetConfig:
+        """The same network without its training-only color head."""
+        return replace(self, color_head=False)
+
+
+def v1(*, latent_channels: int, latent_down: int, scale: int = 4) -> NetConfig:
+    """The released v1 network ("2k" and "2kto4k") for one latent space."""
+    return NetConfig(latent_channels=latent_channels, latent_down=latent_down, scale=scale)
+
+
+def v1pt5(*, latent_channels: int, latent_down: int, latent_unpatchify: int = 1, color_head: bool = False) -> NetConfig:
+    """The released v1.5 network ("2kto4k_v1pt5") for one latent space; its teacher keeps the color head."""
+    return NetConfig(
+        latent_channels=latent_channels,
+        latent_down=latent_down,
+        latent_unpatchify=latent_unpatchify,
+        adapter_width=1024,
+        adapter_padding="replicate",
+        gate="per_token",
+        inject_pixels=True,
+        rope_reference=(2048, 2048),
+        color_head=color_head,
+    )
+
+
+def backbone() -> NetConfig:
+    """The text-to-image PixelDiT backbone that every released decoder grew from."""
+    return NetConfig(latent_channels=0, rope_reference=(2048, 2048))
+
+
+def miniature(**changes: Any) -> NetConfig:
+    """A network of a few thousand parameters with every part of v1.5, for tests and dry runs."""
+    base = NetConfig(
+        hidden_size=32, num_heads=2, patch_depth=3, patch_size=16,
+        pixel_hidden_size=4, pixel_depth=1, pixel_attn_hidden_size=24, pixel_num_heads=3,
+        text_dim=16, text_length=10, latent_channels=16, latent_down=8,
+        adapter_width=8, adapter_blocks=1, adapter_padding="replicate", gate="per_token",
+        inject_pixels=True, rope_reference=(2048, 2048),
+    )  # fmt: skip
+    return replace(base, **changes)

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Latent spaces, the image models that use them, and how those models are called."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+from pidecode.errors import SettingError, SizeError
+
+Packing = Literal["none", "two_by_two", "patchified"]
+Statistics = Literal["constants", "per_channel", "batch_norm", "per_position", "layer_norm"]
+NoiseFrame = Literal["flow", "variance_preserving"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentSpace:
+    """One latent space (SPEC.md section 5): what a normalized latent `[B, channels, h, w]` of it means.
+
+    A latent is *normalized* when it is in the frame the image model itself works in: about zero mean and
+    unit standard deviation. *Raw* is what the space's own encoder puts out and its own decoder takes.
+    """
+
+    name: str
+    """Short name."""
+    title: str
+    """Name for people."""
+    channels: int
+    """Channels of the normalized latent."""
+    down: int
+    """Encoder-input pixels per latent cell, along each side."""
+    scale: int = 4
+    """Output pixels per encoder-input pixel, along each side."""
+    packing: Packing = "none"
+    """How pipelines flatten the latent to tokens: not at all, 2x2 cells to a token, or one cell to one."""
+    raw_patch: int = 1
+    """Raw cells per normalized cell, along each side: the raw latent is `[B, channels / p^2, p h, p w]`."""
+    statistics: Statistics
+    """What turns raw into normalized: two constants, a mean and deviation per channel, the autoencoder's
+    batch-norm statistics, a mean and variance per position, or a LayerNorm over channels without weights."""
+    scaling_factor: float = 1.0
+    """Constant that raw minus shift is multiplied by ("constants")."""
+    shift_factor: float = 0.0
+    """Constant taken from raw first ("constants")."""
+    mean: tuple[float, ...] = ()
+    """Mean of each channel ("per_channel")."""
+    std: tuple[float, ...] = ()
+    """Deviation of each channel ("per_channel")."""
+    epsilon: float = 0.0
+    """Added to a variance before its root ("batch_norm", "per_position", "layer_norm")."""
+    noise_frame: NoiseFrame = "flow"
+    """A noised latent is `(1 - s) z + s e` ("flow") or `sqrt(1 - s^2) z + s e` ("variance_preserving")."""
+    input_multiple: int = 16
+    """Sides of the encoder's input are cropped or padded to a multiple of this many pixels."""
+    fixed_input: int | None = None
+    """The one square side, in pixels, the encoder takes; None where any multiple will do."""
+    raw_std: float | None = None
+    """Standard deviation of a raw latent whose normalized form has 1; None where raw cannot be told so."""
+    spread_limit: float = 2.0
+    """Largest believable spread of a clean normalized latent: each channel's standard deviation over its
+    cells, root-mean-square over channels.
+
+    Measured in FLUX.2's space on 94 photographs, drawings and pages: 0.58 to 0.90; flat and test pictures
+    less. Where raw is the wider frame the limit lies between such values and the same times `raw_std`.
+    """
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if (self.statistics == "per_channel") != (len(values) == self.channels):
+                raise SettingError(
+                    f"{name} of space {self.name!r} has {len(values)} values for {self.channels} channels."
+                )
+
+    @property
+    def raw_channels(self) -> int:
+        """Channels of the raw latent."""
+        return self.channels // self.raw_patch**2
+
+    @property
+    def raw_down(self) -> int:
+        """Encoder-input pixels per raw latent cell, along each side."""
+        return self.down // self.raw_patch
+
+    @property
+    def pixels_per_cell(self) -> int:
+        """Output pixels per (normalized) latent cell, along each side."""
+        return self.down * self.scale
+
+    @property
+    def token_channels(self) -> int | None:
+        """Channels of a packed token; None where pipelines do not pack."""
+        return {"none": None, "two_by_two": 4 * self.channels, "patchified": self.channels}[self.packing]
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether raw latents can be converted only with statistics read from the encoder's own weights."""
+        return self.statistics in ("batch_norm", "per_position")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageModel:
+    """A text-to-image model whose latents PiD decodes, and how its diffusers pipeline hands them out.
+
+    `capture_step` of `steps` is the recommended moment to stop (SPEC.md section 5, early termination); equal
+    numbers mean the finished latent. `final_is_raw` marks the one pipeline whose `output_type="latent"`
+    is not the normalized latent; its step callback is.
+    """
+
+    name: str
+    space: str
+    pipeline: str
+    autoencoder: str
+    steps: int
+    capture_step: int
+    final_is_raw: bool = False
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether decoding a latent from before the last step is recommended."""
+        return self.capture_step < self.steps
+
+
+# The public class defaults of diffusers' AutoencoderKLQwenImage.
+_QWEN_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+_QWEN_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+_ROWS = (
+    LatentSpace(
+        name="flux", title="FLUX.1 and Z-Image", channels=16, down=8, packing="two_by_two",
+        statistics="constants", scaling_factor=0.3611, shift_factor=0.1159, raw_std=2.77, spread_limit=1.6,
+    ),
+    LatentSpace(
+        name="sd3", title="Stable Diffusion 3", channels=16, down=8,
+        statistics="constants", scaling_factor=1.5305, shift_factor=0.0609, raw_std=0.65,
+    ),
+    LatentSpace(
+        name="sdxl", title="Stable Diffusion XL", channels=4, down=8, noise_frame="variance_preserving",
+        statistics="constants", scaling_factor=0.13025, raw_std=7.68, spread_limit=2.5,
+    ),
+    LatentSpace(
+        name="flux2", title="FLUX.2 and its klein siblings", channels=128, down=16, packing="patchified",
+        raw_patch=2, statistics="batch_norm", epsilon=1e-4, raw_std=1.77, spread_limit=1.2,
+    ),
+    LatentSpace(
+        name="qwenimage", title="Qwen-Image", channels=16, down=8, packing="two_by_two",
+        statistics="per_channel", mean=_QWEN_MEAN, std=_QWEN_STD, raw_std=2.24, spread_limit=1.5,
+    ),
+    LatentSpace(
+        name="dinov2", title="DINOv2 (RAE)", channels=768, down=16,
+        statistics="per_position", epsilon=1e-5, fixed_input=512,
+    ),
+    LatentSpace(
+        name="siglip", title="SigLIP 2 (Scale-RAE)", channels=1152, down=16, scale=8,
+        statistics="layer_norm", epsilon=1e-6, fixed_input=256,
+    ),
+)  # fmt: skip
+
+SPACES: Mapping[str, LatentSpace] = MappingProxyType({row.name: row for row in _ROWS})
+"""Every latent space by its name."""
+
+_MODELS = tuple(
+    ImageModel(
+        name=name, space=space, pipeline=f"{pipeline}Pipeline", autoencoder=f"AutoencoderKL{autoencoder}",
+        capture_step=capture, steps=steps, final_is_raw=pipeline == "Flux2Klein",
+    )
+    for name, space, pipeline, autoencoder, capture, steps in (
+        ("flux", "flux", "Flux", "", 24, 28),
+        ("zimage", "flux", "ZImage", "", 46, 50),
+        ("zimage-turbo", "flux", "ZImage", "", 9, 9),
+        ("sd3", "sd3", "StableDiffusion3", "", 24, 28),
+        ("sdxl", "sdxl", "StableDiffusionXL", "", 26, 30),
+        ("flux2", "flux2", "Flux2", "Flux2", 46, 50),
+        ("flux2-klein-4b", "flux2", "Flux2Klein", "Flux2", 4, 4),
+        ("flux2-klein-9b", "flux2", "Flux2Klein", "Flux2", 4, 4),
+        ("qwenimage", "qwenimage", "QwenImage", "QwenImage", 44, 50),
+        ("qwenimage-2512", "qwenimage", "QwenImage", "QwenImage", 44, 50),
+    )
+)  # fmt: skip
+
+IMAGE_MODELS: Mapping[str, ImageModel] = MappingProxyType({model.name: model for model in _MODELS})
+"""Every image model whose latents lie in one of the spaces, by name."""
+
+ALIASES: Mapping[str, str] = MappingProxyType(
+    {model.name: model.space for model in _MODELS if model.name != model.space}
+)
+"""Names of image models that stand for another model's space."""
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """The tail of a message about an unknown name: the closest known ones, then all of them."""
+    names = sorted(known)
+    close = difflib.get_close_matches(str(name).lower(), names, n=2, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    return f"{hint} Known are {', '.join(names)}."
+
+
+def get_space(name: str) -> LatentSpace:
+    """The latent space of that name or alias. Raises SettingError for any other name."""
+    key = name.lower() if isinstance(name, str) else name
+    row = SPACES.get(ALIASES.get(key, key))
+    if row is None:
+        raise SettingError(f"There is no latent space {name!r}.{did_you_mean(name, [*SPACES, *ALIASES])}")
+    return row
+
+
+def get_image_model(name: str) -> ImageModel:
+    """The image model of that name. Raises SettingError for any other name."""
+    model = IMAGE_MODELS.get(name.lower())
+    if model is None:
+        raise SettingError(f"There is no image model {name!r}.{did_you_mean(name, IMAGE_MODELS)}")
+    return model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationDefaults:
+    """How `pidecode generate` calls one image model.
+
+    repository: hub repository of the diffusers pipeline.
+    arguments: of the pipeline's call, beside prompt, size, steps and generator.
+    """
+
+    repository: str
+    arguments: Mapping[str, float | int | str] = field(default_factory=dict)
+
+
+_LONG: dict[str, float | int | str] = {"max_sequence_length": 512}
+_QWEN: dict[str, float | int | str] = {"true_cfg_scale": 4.0, "negative_prompt": " ", **_LONG}
+
+_GENERATION_ROWS: tuple[tuple[str, str, dict[str, float | int | str]], ...] = (
+    ("flux", "black-forest-labs/FLUX.1-dev", {"guidance_scale": 3.5, **_LONG}),
+    ("flux2", "black-forest-labs/FLUX.2-dev", {"guidance_scale": 4.0, **_LONG}),
+    ("flux2-klein-4b", "black-forest-labs/FLUX.2-klein-4B", {"guidance_scale": 1.0, **_LONG}),
+    ("flux2-klein-9b", "black-forest-labs/FLUX.2-klein-9B", {"guidance_scale": 1.0, **_LONG}),
+    ("sd3", "stabilityai/stable-diffusion-3-medium-diffusers", {"guidance_scale": 4.0}),
+    ("sdxl", "stabilityai/stable-diffusion-xl-base-1.0", {"guidance_scale": 7.5}),
+    ("qwenimage", "Qwen/Qwen-Image", _QWEN),
+    ("qwenimage-2512", "Qwen/Qwen-Image-2512", _QWEN),
+    ("zimage", "Tongyi-MAI/Z-Image", {"guidance_scale": 5.0, **_LONG}),
+    ("zimage-turbo", "Tongyi-MAI/Z-Image-Turbo", {"guidance_scale": 0.0, **_LONG}),
+)
+GENERATION: Mapping[str, GenerationDefaults] = MappingProxyType(
+    {
+        name: GenerationDefaults(repository=repository, arguments=MappingProxyType(arguments))
+        for name, repository, arguments in _GENERATION_ROWS
+    }
+)
+"""Defaults by image model, as the models' own cards and the official demo give them."""
+
+assert set(GENERATION) == set(IMAGE_MODELS)
+
+
+def diffusion_size(model: str | ImageModel, width: int, height: int) -> tuple[int, int]:
+    """Width and height the image model runs at for a picture of `width` x `height` pixels from PiD.
+
+    Raises SizeError, naming the nearest size that fits, unless both sides are multiples of 16 times the scale.
+    """
+    row = get_image_model(model) if isinstance(model, str) else model
+    scale = get_space(row.space).scale
+    unit = 16 * scale
+    if width < unit or height < unit or width % unit or height % unit:
+        near = [max(unit, round(side / unit) * unit) for side in (width, height)]
+        raise SizeError(
+            f"{row.name} cannot draw what becomes {width}x{height}: both sides must be multiples of {unit}. The "
+            f"nearest size that fits is {near[0]}x{near[1]}."
+        )
+    return width // scale, height // scale

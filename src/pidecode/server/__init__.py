@@ -1,2 +1,0 @@
-# SPDX-License-Identifier: Apache-2.0
-"""The server: an HTTP interface for scripts and other programs, without a page."""

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What pictures there are, which size each is brought to, and in which order they are seen.
+
+A folder of pictures and a folder of WebDataset shards look the same from here: a list of entries, each a stretch of
+bytes in a file. The order is a function of the seed and the step alone, so a resumed run needs no other memory of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pidecode.errors import TrainingError
+from pidecode.training.noise import seed_of
+
+PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif"})
+_CAPTIONS = (".txt", ".caption", ".json")
+_EXIF_ORIENTATION, _SIDEWAYS = 274, {5, 6, 7, 8}
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of bytes in a file."""
+
+    path: Path
+    offset: int = 0
+    length: int = -1
+
+    def read(self) -> bytes:
+        """The bytes themselves."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.length)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One picture: its name, where it and its caption lie, and its size when upright."""
+
+    name: str
+    picture: Piece
+    caption: Piece | None
+    height: int
+    width: int
+
+    def read_caption(self) -> str:
+        """The caption, or the empty one: text beside the picture, or "caption" (or "text") of a JSON file."""
+        if self.caption is None:
+            return ""
+        text = self.caption.read().decode("utf-8", errors="replace").strip()
+        if not text.startswith("{"):
+            return text
+        try:
+            fields = json.loads(text)
+        except ValueError:
+            return text
+        return str(fields.get("caption", fields.get("text", "")))
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """All readable entries, and the names of unreadable ones with the reason."""
+
+    entries: tuple[Entry, ...]
+    skipped: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """Changes when pictures come, go, or change size."""
+        text = "\n".join(f"{entry.name} {entry.height} {entry.width}" for entry in self.entries)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def find_pictures(source: str | Path) -> Collection:
+    """Every picture below a folder, loose or in .tar shards, in a fixed order.
+
+    Files whose header is no picture's are skipped and named. Raises TrainingError when nothing is left.
+    """
+    root = Path(source).expanduser()
+    if not str(source) or not root.exists():
+        raise TrainingError(f"There are no pictures at {str(source)!r}; set data.source to a folder or a .tar shard.")
+    files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
+    entries: list[Entry] = []
+    skipped: dict[str, str] = {}
+    base = root.parent if root.is_file() else root
+    present = set(files)
+    for path in files:
+        name = path.relative_to(base).as_posix()
+        if path.suffix.lower() == ".tar":
+            found: Iterator[tuple[str, Piece, Piece | None]] = _in_shard(path, name, skipped)
+        elif path.suffix.lower() in PICTURES:
+            beside = next((path.with_suffix(end) for end in _CAPTIONS if path.with_suffix(end) in present), None)
+            found = iter([(name, Piece(path), None if beside is None else Piece(beside))])
+        else:
+            continue
+        for each, picture, caption in found:
+            try:
+                entries.append(Entry(each, picture, caption, *_size_of(picture)))
+            except Exception as fault:  # a hostile file can make a decoder raise nearly anything
+                skipped[each] = str(fault) or type(fault).__name__
+    if not entries:
+        why = (
+            f" {len(skipped)} files were skipped, the first because: {next(iter(skipped.values()))}." if skipped else ""
+        )
+        raise TrainingError(f"{root} holds no readable picture.{why}")
+    return Collection(tuple(entries), skipped)
+
+
+def _in_shard(path: Path, name: str, skipped: dict[str, str]) -> Iterator[tuple[str, Piece, Piece | None]]:
+    """Samples of a WebDataset shard: members that share a name up to its first dot."""
+    pictures: dict[str, Piece] = {}
+    captions: dict[str, Piece] = {}
+    try:
+        with tarfile.open(path, "r:") as shard:
+            for member in shard:
+                if not member.isfile():
+                    continue
+                folder, _, last = member.name.rpartition("/")
+                stem, dot, ending = last.partition(".")
+                key, piece = f"{folder}/{stem}" if folder else stem, Piece(path, member.offset_data, member.size)
+                if (dot + ending).lower() in PICTURES:
+                    pictures[key] = piece
+                elif (dot + ending).lower() in _CAPTIONS:
+                    captions.setdefault(key, piece)
+    except (tarfile.TarError, OSError, EOFError) as fault:
+        # What was read before the damage is whole and is used.
+        skipped[name] = f"the shard is damaged: {fault}"
+    for key, piece in pictures.items():
+        yield f"{name}/{key}", piece, captions.get(key)
+
+
+def _size_of(piece: Piece) -> tuple[int, int]:
+    """Height and width of a picture as it will stand, from its header."""
+    data = io.BytesIO(piece.read()) if piece.length >= 0 else piece.path
+    with Image.open(data) as picture:
+        # Asking a PNG without this chunk at its beginning would unpack all of it.
+        tagged = picture.format != "PNG" or "exif" in picture.info
+        sideways = tagged and picture.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS
+        width, height = picture.size
+    return (width, height) if sideways else (height, width)
+
+
+@dataclass(frozen=True, slots=True)
+class Sitting:
+    """The samples of one forward pass over all processes: one size, and an entry for each place."""
+
+    epoch: int
+    size: tuple[int, int]
+    entries: tuple[int, ...]
+
+
+class Order:
+    """Which entries are seen when; every sitting is of one size, and each epoch sees every entry at least once.
+
+    A size's last sitting in an epoch is filled up from that size's beginning.
+    """
+
+    def __init__(self, entries: Sequence[Entry], sizes: Sequence[tuple[int, int]], per_sitting: int, seed: int) -> None:
+        self._per_sitting, self._seed = per_sitting, seed
+        self._sizes = tuple(sizes)
+        self._members: dict[tuple[int, int], list[int]] = {}
+        for index, entry in enumerate(entries):
+            self._members.setdefault(nearest_size(entry, sizes), []).append(index)
+        self.per_epoch = sum(math.ceil(len(members) / per_sitting) for members in self._members.values())
+        self._epoch: tuple[int, list[Sitting]] | None = None
+
+    def members(self, size: tuple[int, int]) -> list[int]:
+        """Entries brought to a size."""
+        return self._members[size]
+
+    def sitting(self, number: int) -> Sitting:
+        """The sitting of that number, counted from 0 over the whole run."""
+        epoch, place = divmod(number, self.per_epoch)
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = (epoch, self._shuffled(epoch))
+        return self._epoch[1][place]
+
+    def _shuffled(self, epoch: int) -> list[Sitting]:
+        chance = np.random.default_rng(seed_of(self._seed, "order", epoch))
+        sittings: list[Sitting] = []
+        for size, members in sorted(self._members.items()):
+            shuffled = [members[index] for index in chance.permutation(len(members))]
+            for start in range(0, len(shuffled), self._per_sitting):
+                chosen = [shuffled[(start + place) % len(shuffled)] for place in range(self._per_sitting)]
+                sittings.append(Sitting(epoch, size, tuple(chosen)))
+        return [sittings[index] for index in chance.permutation(len(sittings))]
+
+
+def nearest_size(entry: Entry, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The size whose aspect ratio is nearest the entry's; of several with that ratio, the nearest in area."""
+    own = math.log(entry.height / entry.width)
+
+    def distance(size: tuple[int, int]) -> tuple[float, float]:
+        area = abs(math.log(size[0] * size[1] / (entry.height * entry.width)))
+        return round(abs(math.log(size[0] / size[1]) - own), 6), area
+
+    return min(sizes, key=distance)

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models to train: build, initialization, LoRA, which parameters take part.
+
+`pidecode.weights.load` applies such a file without peft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pidecode.errors import CheckpointError, MissingDependencyError, SettingError
+from pidecode.models.pid.adapter import Gate
+from pidecode.models.pid.network import PixelNet
+from pidecode.registry.configs import NetConfig
+from pidecode.training.config import Adapt
+from pidecode.weights.read import read_weights
+from pidecode.weights.resolve import locate
+
+_ADAPTER = ("lq_proj.", "pit_lq_gate.")
+_COLOR_HEAD = "lq_proj.lq_aux_rgb_head."
+
+
+def new_network(config: NetConfig, seed: int) -> PixelNet:
+    """A network with start values that depend on the seed alone.
+
+    Its output and what the latent adds both start at zero: a decoder grown from a backbone starts as that backbone.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = PixelNet(config)
+        _start_values(net)
+    return net
+
+
+def _start_values(net: PixelNet) -> None:
+    nn.init.xavier_uniform_(net.s_embedder.proj.weight)
+    nn.init.zeros_(net.s_embedder.proj.bias)
+    for layer in net.t_embedder.mlp:
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.02)
+    nn.init.zeros_(net.final_layer.linear.weight)
+    nn.init.zeros_(net.final_layer.linear.bias)
+    if net.config.has_text:
+        nn.init.normal_(net.y_pos_embedding, std=0.02)
+    for module in net.modules():
+        if isinstance(module, Gate):
+            module.reset_parameters()
+    if not net.config.has_adapter:
+        return
+    adapter = net.lq_proj
+    for module in adapter.modules():
+        if isinstance(module, nn.Conv2d):
+            # Kaiming-sized values would overflow the output heads' gradients in bfloat16.
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
+    heads = [*adapter.output_heads, *([adapter.pit_head] if net.config.inject_pixels else [])]
+    for head in heads:
+        assert isinstance(head, nn.Linear)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+    if net.config.color_head:
+        for module in adapter.lq_aux_rgb_head:
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+
+def start_weights(source: str) -> dict[str, Tensor]:
+    """Tensors of the file (or the decoder on this disk) a run starts from, float32."""
+    path = locate(source).path
+    return {name: tensor.float() for name, tensor in read_weights(path).tensors.items()}
+
+
+def take_weights(net: PixelNet, tensors: Mapping[str, Tensor], source: str) -> list[str]:
+    """Load what fits; returns the names of tensors that keep their start values, which are only the adapter's.
+
+    A backbone's file has no adapter and a student's none of the color head: those start fresh. A color head the
+    network does not have is left out. Raises CheckpointError for anything else that is missing, left over or of
+    another shape.
+    """
+    own = net.state_dict()
+    given = {name: tensor for name, tensor in tensors.items() if name in own or not name.startswith(_COLOR_HEAD)}
+    missing = [name for name in own if name not in given]
+    fresh_adapter = not any(name.startswith(_ADAPTER) for name in given)
+    allowed = _ADAPTER if fresh_adapter else (_COLOR_HEAD,)
+    wrong = [name for name in missing if not name.startswith(allowed)]
+    extra = [name for name in given if name not in own]
+    shapes = [name for name in given if name in own and given[name].shape != own[name].shape]
+    for what, names in (("lacks", wrong), ("has unknown", extra), ("has other shapes of", shapes)):
+        if names:
+            raise CheckpointError(
+                f"{source} {what} {len(names)} tensors of the network to be trained ({', '.join(sorted(names)[:3])}, "
+                "...); it must be of the same architecture, or a backbone of it."
+            )
+    net.load_state_dict(given, strict=False)
+    return missing
+
+
+def choose_parameters(net: PixelNet, only: str, *, color: bool) -> None:
+    """Mark what is trained.
+
+    Parameters that cannot change the output are frozen: no gradient ever reaches them (golden notes, section 5).
+    """
+    last = f"patch_blocks.{net.config.patch_depth - 1}."
+    dead = tuple(last + part for part in ("attn.proj_y.", "attn.q_norm_y.", "norm_y2.", "mlp_y."))
+    for name, parameter in net.named_parameters():
+        trained = not name.startswith(dead) and (color or not name.startswith(_COLOR_HEAD))
+        if only == "adapter":
+            trained = trained and name.startswith(_ADAPTER)
+        parameter.requires_grad_(trained)
+    if not any(parameter.requires_grad for parameter in net.parameters()):
+        raise SettingError("Nothing of this network would be trained; only='adapter' needs a network with an adapter.")
+
+
+_PLACES: Mapping[str, str] = {
+    "attention": r"patch_blocks\.\d+\.attn\.(qkv_x|proj_x)",
+    "mlp": r"patch_blocks\.\d+\.mlp_x\.(w1|w2|w3)",
+    "pixel_mlp": r"pixel_blocks\.\d+\.mlp\.(fc1|fc2)",
+}
+"""Linear layers each part of a network adapts."""
+
+_NAME = "default"  # peft's own name for a sole adapter
+
+
+def inject(net: PixelNet, settings: Adapt, seed: int) -> None:
+    """Add adapters that change nothing yet, and leave only them to be trained.
+
+    Raises MissingDependencyError without peft, SettingError where the network has none of the chosen parts.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise MissingDependencyError(
+            "Low-rank adapters need peft; install it with: pip install 'pidecode[train]'."
+        ) from None
+    pattern = "|".join(_PLACES[part] for part in settings.where)
+    if not settings.where:
+        raise SettingError("adapt.where is empty; name at least one part to adapt.")
+    config = LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha or settings.rank, target_modules=f"(.*\\.)?({pattern})"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, net)
+    net.plain = True
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+
+
+def adapter_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of an adapted network's tensors, the adapters': `<layer>.lora_A.weight` and `<layer>.lora_B.weight`."""
+    middle = f".{_NAME}."
+    return {name.replace(middle, "."): tensor for name, tensor in tensors.items() if ".lora_" in name}
+
+
+def base_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of an adapted network's tensors, the network's own, under their own names."""
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in tensors.items() if ".lora_" not in name}

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Download of a released decoder with everything it needs, after its license was accepted."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pidecode.errors import LicenseError, SettingError
+from pidecode.registry.checkpoints import ENCODERS, TEXT_ENCODER, Checkpoint, Kind, License, get_checkpoint
+from pidecode.weights.resolve import Hub, OnProgress, asset
+
+_MODEL_FILES = ("*.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.model", "LICENSE*", "README.md")
+"""What of a transformers repository is needed; never its pickles."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One thing to fetch: files of a repository that match any of the patterns; a plain path matches itself."""
+
+    title: str
+    repository: str
+    patterns: tuple[str, ...]
+
+    @property
+    def file(self) -> str | None:
+        """The one file it is, or None for several."""
+        return self.patterns[0] if len(self.patterns) == 1 and "*" not in self.patterns[0] else None
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """Where things lie now; None for what was not asked for. A folder is a repository's, or the part that was."""
+
+    decoder: Path | None = None
+    encoder: Path | None = None
+    text_encoder: Path | None = None
+    others: tuple[Path, ...] = ()
+
+
+def parts_of(row: Checkpoint, *, encoder: bool = True, text: bool = True) -> list[Part]:
+    """What a released decoder needs: itself, its space's encoder and what that builds on, the text encoder."""
+    if row.repository is None:
+        return []
+    parts = [Part("decoder", row.repository, (row.path,))]
+    source = ENCODERS.get(row.space)
+    if encoder and source:
+        pattern = f"{source.path}*" if source.path.endswith("/") else source.path
+        parts.append(Part("encoder", source.repository, (pattern,)))
+        if source.source:
+            parts.append(Part("encoder's model", source.source, _MODEL_FILES))
+        if source.statistics:
+            parts.append(Part("encoder's statistics", source.statistics[0], (source.statistics[1],)))
+    if text and row.config is not None and row.config.has_text:
+        parts.append(Part("text encoder", TEXT_ENCODER, _MODEL_FILES))
+    return parts
+
+
+def license_notice(license: License) -> str:
+    """What must be shown before weights under that license are fetched."""
+    terms = "commercial use is allowed" if license.commercial else "for research and evaluation, not for commercial use"
+    return (
+        f"These weights are under the {license.title}: {terms}.\n"
+        f"The text that binds stands at {license.url}. The encoders and the text encoder keep their own licenses."
+    )
+
+
+def pull(
+    space: str,
+    variant: str | None = None,
+    *,
+    kind: Kind | None = None,
+    accept_license: bool = False,
+    parts: Callable[[Checkpoint], list[Part]] = parts_of,
+    on_progress: OnProgress | None = None,
+    hub: Hub | None = None,
+) -> Pulled:
+    """Fetch a released decoder with its encoder and text encoder into the cache, and say where they lie.
+
+    What is there already is left alone: with everything there, nothing is asked of the network or of the user.
+    parts: which parts to fetch, such as `functools.partial(parts_of, text=False)`.
+    on_progress: told of every piece that arrives; it may raise Cancelled. A broken fetch goes on next time.
+    Raises LicenseError, whose message is the notice to show, unless the license was accepted or is free;
+    DownloadError when something cannot be fetched; SettingError for a decoder that does not exist.
+    """
+    hub = hub or Hub()
+    row = get_checkpoint(space, variant, kind)
+    if row.repository is None:
+        return Pulled(asset(row.path))
+    wanted = parts(row)
+    if not wanted:
+        raise SettingError("There is nothing to fetch: no part was asked for.")
+    found = {part.title: present(part, hub) for part in wanted}
+    if None in found.values():
+        if not (accept_license or row.license.commercial):
+            raise LicenseError(
+                f"{license_notice(row.license)}\nTo accept, run the same with --accept-license (accept_license=True)."
+            )
+        found = {part.title: found[part.title] or _fetch(part, hub, on_progress) for part in wanted}
+    here = {title: path for title, path in found.items() if path is not None}
+    named = {"decoder", "encoder", "text encoder"}
+    return Pulled(
+        decoder=here.get("decoder"),
+        encoder=here.get("encoder"),
+        text_encoder=here.get("text encoder"),
+        others=tuple(path for title, path in here.items() if title not in named),
+    )
+
+
+def present(part: Part, hub: Hub) -> Path | None:
+    """Where a part lies, if all of it is in the cache; never asks the network."""
+    if part.file:
+        return hub.cached(part.repository, part.file)
+    folder = hub.snapshot(part.repository)
+    if folder is None:
+        return None
+    marker = _marker(part, hub)
+    if not marker.is_file():  # fetched by another program, or not at all
+        return folder if part.patterns == _MODEL_FILES and _whole_model(folder) else None
+    names = marker.read_text(encoding="utf-8").splitlines()
+    complete = bool(names) and all((folder / name).is_file() for name in names)
+    return _place(part, folder) if complete else None
+
+
+def _whole_model(folder: Path) -> bool:
+    """Whether a transformers folder has its configuration and all of its weights."""
+    index = folder / "model.safetensors.index.json"
+    weights = {"model.safetensors"}
+    if index.is_file():
+        try:
+            weights = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return False
+    return all((folder / name).is_file() for name in {"config.json", *weights})
+
+
+def _fetch(part: Part, hub: Hub, on_progress: OnProgress | None) -> Path:
+    if part.file:
+        return hub.fetch(part.repository, part.file, on_progress)
+    names = [
+        name
+        for name in hub.files(part.repository)
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in part.patterns)
+    ]
+    if not names:
+        raise SettingError(f"{part.repository} has no file like {' or '.join(part.patterns)}; it must have changed.")
+    paths = [hub.fetch(part.repository, name, on_progress) for name in names]
+    marker = _marker(part, hub)
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    marker.write_text("\n".join(names) + "\n", encoding="utf-8")
+    folder = paths[0].parents[names[0].count("/")]
+    return _place(part, folder)
+
+
+def _marker(part: Part, hub: Hub) -> Path:
+    """The list of files a part consists of, so that its completeness can be told without the hub."""
+    stem = f"{part.repository}--{part.patterns[0].rstrip('*')}".replace("/", "--").replace("*", "all")
+    return hub.folder / "pidecode" / f"{stem}.txt"
+
+
+def _place(part: Part, folder: Path) -> Path:
+    inside = part.patterns[0].rpartition("/")[0] if part.patterns[0].endswith("/*") else ""
+    return folder / inside if inside else folder

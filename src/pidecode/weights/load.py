@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors to a network ready to run, and low-rank adapters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, MutableMapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from pidecode.errors import CheckpointError, SettingError
+from pidecode.files import atomic_write
+from pidecode.models.pid.network import PixelNet
+from pidecode.registry.configs import NetConfig
+from pidecode.weights.detect import ADAPTER, COLOR_HEAD
+from pidecode.weights.read import check_finite, read_tensors
+
+_NAMED = 4
+"""Tensors named in a message before it only counts."""
+
+
+def build_network(
+    tensors: MutableMapping[str, Tensor],
+    config: NetConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    color_head: bool = False,
+    source: str = "the file",
+) -> PixelNet:
+    """A network in evaluation mode, without gradients, whose parameters are these very tensors.
+
+    Tensors leave `tensors` as they are taken, converted one by one where `dtype` or `device` differs, so that
+    no more than one is ever held twice; where neither differs, the parameters share the file's own memory.
+    color_head: keep the head only training uses, which the tensors must then have. Otherwise it is left out.
+    Raises CheckpointError naming missing, unexpected and wrongly shaped tensors, SettingError for a bad dtype.
+    """
+    if dtype is not None and not dtype.is_floating_point:
+        raise SettingError(f"dtype is {dtype}; a network runs in float32, bfloat16 or float16.")
+    has_head = any(name.startswith(COLOR_HEAD) for name in tensors)
+    if color_head and not (has_head and config.color_head):
+        raise CheckpointError(f"{source} has no color head; train one, or do not ask for it.")
+    if not color_head:
+        config = config.without_color_head()
+        for name in [name for name in tensors if name.startswith(COLOR_HEAD)]:
+            del tensors[name]
+    with torch.device("meta"):
+        network = PixelNet(config)
+    check_complete(tensors, {name: tuple(p.shape) for name, p in network.state_dict().items()}, source)
+    device = torch.device(device)
+    taken = {name: _moved(tensors.pop(name), device, dtype) for name in list(tensors)}
+    network.load_state_dict(taken, strict=True, assign=True)
+    return network.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def _moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None and tensor.dtype == torch.float64:
+        dtype = torch.float32
+    return tensor.to(device=device, dtype=dtype or tensor.dtype)
+
+
+def check_complete(
+    tensors: MutableMapping[str, Tensor], expected: dict[str, tuple[int, ...]], source: str = "the file"
+) -> None:
+    """Raises CheckpointError unless names and shapes are exactly those expected."""
+    missing = [name for name in expected if name not in tensors]
+    unexpected = [name for name in tensors if name not in expected]
+    wrong = [name for name in expected if name in tensors and tuple(tensors[name].shape) != expected[name]]
+    faults = []
+    adapter = {name for name in expected if name.startswith(ADAPTER)}
+    if adapter and adapter <= set(missing):
+        faults.append("the adapter is missing, so the picture would ignore the latent")
+        missing = [name for name in missing if name not in adapter]
+    if missing:
+        faults.append(f"missing: {_some(missing)}")
+    if unexpected:
+        faults.append(f"unexpected: {_some(unexpected)}")
+    if wrong:
+        name = wrong[0]
+        shapes = f"{list(tensors[name].shape)}, expected {list(expected[name])}"
+        faults.append(f"wrong shape: {name} is {shapes}{f' (and {len(wrong) - 1} more)' if wrong[1:] else ''}")
+    if faults:
+        raise CheckpointError(
+            f"{source} does not fit the network; {'; '.join(faults)}. "
+            "Use a complete file of this network, or settings that fit the file."
+        )
+
+
+def _some(names: list[str]) -> str:
+    rest = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {rest} more ({len(names)} in all)" if rest > 0 else "")
+
+
+METADATA_KEY = "pidecode_lora"
+_PREFIX = "base_model.model."  # peft's own files name the layers from the outside
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraIdentity:
+    """What an adapter file says of itself."""
+
+    rank: int
+    alpha: float
+    space: str | None = None
+    """Latent space of the network it was trained on."""
+    base: str | None = None
+    """What it was trained on, in words."""
+
+
+def write_lora(path: str | Path, tensors: Mapping[str, Tensor], identity: LoraIdentity) -> None:
+    """Write adapters (`<layer>.lora_A.weight`, `<layer>.lora_B.weight`) as one .safetensors file."""
+    metadata = {"format": "pt", METADATA_KEY: json.dumps({"format": 1, **asdict(identity)})}
+    content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+    with atomic_write(path, overwrite=True) as file:
+        file.write(content)
+
+
+@torch.no_grad()
+def apply_lora(net: nn.Module, path: str | Path, scale: float = 1.0) -> int:
+    """Add an adapter file's change, times `scale`, to the network's own weights; returns how many layers changed.
+
+    `W + scale * alpha / rank * B A`, computed in float32. Applying the same file with the negated scale takes it
+    back to rounding. Files of ours and of peft are read; peft's without our metadata count alpha as the rank.
+    Raises CheckpointError for a file that is no adapter of this network, SettingError for a scale that is no number.
+    """
+    if not torch.isfinite(torch.tensor(float(scale))):
+        raise SettingError(f"lora_scale is {scale}; it must be a finite number (1 is full strength).")
+    file = read_tensors(path)
+    check_finite(file.tensors, path)
+    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in file.tensors.items()}
+    layers = sorted(name.removesuffix(_A) for name in tensors if name.endswith(_A))
+    if not layers or len(tensors) != 2 * len(layers) or any(layer + _B not in tensors for layer in layers):
+        raise CheckpointError(f"{path} is no adapter file: it must hold pairs of lora_A and lora_B, and nothing else.")
+    told = _identity(path, file.metadata)
+    own = dict(net.named_parameters())
+    changes = []
+    for layer in layers:
+        down, up = tensors[layer + _A].float(), tensors[layer + _B].float()
+        weight = own.get(f"{layer}.weight")
+        if weight is None or down.ndim != 2 or (up.shape[0], down.shape[1]) != tuple(weight.shape):
+            what = "which this network lacks" if weight is None else f"of shape {tuple(weight.shape)} here"
+            raise CheckpointError(f"{path} adapts {layer}, {what}; it was trained on another network.")
+        if up.shape[1] != down.shape[0]:
+            raise CheckpointError(f"{path} is damaged: the two halves of {layer} do not fit together.")
+        strength = scale * (1.0 if told is None else told.alpha / told.rank)
+        changes.append((weight, down, up, strength))
+    for weight, down, up, strength in changes:  # only once all are known to fit
+        device = weight.device
+        change = strength * (up.to(device) @ down.to(device))
+        weight.copy_((weight.float() + change).to(weight.dtype))
+    return len(changes)
+
+
+def _identity(path: str | Path, metadata: Mapping[str, str]) -> LoraIdentity | None:
+    if METADATA_KEY not in metadata:
+        return None
+    try:
+        record = json.loads(metadata[METADATA_KEY])
+        identity = LoraIdentity(
+            rank=int(record["rank"]), alpha=float(record["alpha"]), space=record.get("space"), base=record.get("base")
+        )
+        if record.get("format") != 1 or identity.rank < 1:
+            raise ValueError("its format or rank is unknown")
+    except (ValueError, KeyError, TypeError) as fault:
+        raise CheckpointError(f"{path} describes itself wrongly ({fault}); export it again.") from None
+    return identity

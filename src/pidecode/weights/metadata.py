@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoint metadata: what a weights file says of itself."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from pidecode.errors import CheckpointError, SettingError
+from pidecode.registry.configs import NetConfig
+
+Kind = Literal["student", "teacher", "backbone", "encoder"]
+KINDS: tuple[str, ...] = get_args(Kind)
+METADATA_KEY = "pidecode"
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """Everything a weights file must tell, and its tensors alone cannot.
+
+    kind: a distilled few-step network, one for many guided steps, a bare text-to-image one, or an image encoder.
+    config: the network's shape; None for an encoder, whose own configuration stands in `extra["config"]`.
+    space, variant: latent space and release it belongs to; None where it belongs to none.
+    license: short name of the weights' license, None where unknown.
+    times: step times of a student, from noise to picture; empty for the standard ones.
+    extra: whatever else the file says, kept as it is.
+    """
+
+    kind: Kind
+    config: NetConfig | None
+    space: str | None = None
+    variant: str | None = None
+    license: str | None = None
+    times: tuple[float, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise SettingError(f"kind is {self.kind!r}; it must be one of {', '.join(KINDS)}.")
+        if (self.config is None) != (self.kind == "encoder"):
+            raise SettingError(f"A {self.kind} {'needs a' if self.config is None else 'has no'} network configuration.")
+
+    def to_metadata(self) -> dict[str, str]:
+        """Metadata of a .safetensors file, which `from_metadata` reads back."""
+        record: dict[str, Any] = {
+            **self.extra,
+            "format": FORMAT,
+            "kind": self.kind,
+            "space": self.space,
+            "variant": self.variant,
+            "license": self.license,
+            "times": list(self.times),
+        }
+        if self.config is not None:
+            record |= {"config": self.config.to_dict(), "prediction": self.config.prediction}
+        return {"format": "pt", METADATA_KEY: json.dumps(record)}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str], source: str = "the file") -> Identity | None:
+        """The record in a file's metadata; None if it has none.
+
+        Raises CheckpointError when there is one that cannot be right, or that a later version wrote.
+        """
+        if METADATA_KEY not in metadata:
+            return None
+        try:
+            record = json.loads(metadata[METADATA_KEY])
+            if not isinstance(record, dict):
+                raise TypeError("it is no table")
+            if record.get("format") != FORMAT:
+                raise CheckpointError(
+                    f"{source} is of format {record.get('format')!r}, this version reads {FORMAT}; update pidecode."
+                )
+            config = None if record["kind"] == "encoder" else NetConfig.from_dict(record["config"])
+            if config is not None and record.get("prediction", config.prediction) != config.prediction:
+                raise ValueError("prediction is said twice, differently")
+            known = {"format", "kind", "space", "variant", "license", "times", "prediction"}
+            known |= {"config"} if config is not None else set()
+            return cls(
+                kind=record["kind"],
+                config=config,
+                space=_text(record, "space"),
+                variant=_text(record, "variant"),
+                license=_text(record, "license"),
+                times=_times(record.get("times") or ()),
+                extra={name: value for name, value in record.items() if name not in known},
+            )
+        except (ValueError, KeyError, TypeError, RecursionError) as fault:
+            raise CheckpointError(f"{source} describes itself wrongly ({fault}); convert the original again.") from None
+
+
+def _text(record: Mapping[str, Any], name: str) -> str | None:
+    value = record.get(name)
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{name} is {value!r}, not text")
+    return value
+
+
+def _times(values: Any) -> tuple[float, ...]:
+    times = tuple(float(value) for value in values)
+    if any(not 0 <= time <= 1 for time in times) or any(a <= b for a, b in itertools.pairwise(times)):
+        raise ValueError(f"times {list(times)} do not fall from 1 to 0")
+    return times

@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A name, a path or a hub id to the weights file on this machine, found in the hub cache.
+
+The cache is huggingface_hub's own, so `hf download` and other programs share it. The bytes are fetched by that
+library too, but into a partial file that outlives a broken run: newer versions of it start over otherwise.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from tqdm import tqdm
+
+from pidecode.errors import CheckpointError, DownloadError, MissingDependencyError, PidecodeError, SettingError
+from pidecode.registry.checkpoints import (
+    CHECKPOINTS,
+    ENCODERS,
+    REPOSITORY,
+    TINY_ENCODER,
+    Checkpoint,
+    Kind,
+    get_checkpoint,
+)
+from pidecode.registry.spaces import get_space
+from pidecode.weights.safetensors import sha256
+
+_SHA256_DIGITS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the fetching of one file has come, in bytes; `total` is None until it is known."""
+
+    file: str
+    done: int
+    total: int | None
+
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hub:
+    """Where files are fetched from and kept; None takes huggingface_hub's own setting (HF_HOME, HF_ENDPOINT, ...)."""
+
+    cache_dir: str | Path | None = None
+    endpoint: str | None = None
+    token: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The cache folder."""
+        return Path(self.cache_dir or _library(".constants").HF_HUB_CACHE).expanduser()
+
+    def cached(self, repository: str, path: str) -> Path | None:
+        """The file, if it is in the cache; never asks the network."""
+        found = _library().try_to_load_from_cache(repository, path, cache_dir=self.folder)
+        return Path(found) if isinstance(found, (str, Path)) and Path(found).is_file() else None
+
+    def snapshot(self, repository: str) -> Path | None:
+        """The folder of a repository's main revision, as far as it is in the cache; never asks the network."""
+        home = self.folder / f"models--{repository.replace('/', '--')}"
+        try:
+            folder = home / "snapshots" / (home / "refs" / "main").read_text(encoding="utf-8").strip()
+        except OSError:
+            return None
+        return folder if folder.is_dir() else None
+
+    def files(self, repository: str) -> list[str]:
+        """Names of all files of a repository, asked of the hub. Raises DownloadError."""
+        with _explained(repository, None):
+            info = _library().HfApi(endpoint=self.endpoint, token=self.token).model_info(repository)
+            return [sibling.rfilename for sibling in info.siblings or ()]
+
+    def fetch(self, repository: str, path: str, on_progress: OnProgress | None = None) -> Path:
+        """The file in the cache, fetched if it is not there; size and SHA-256 are checked against the hub's.
+
+        A fetch that breaks off leaves its bytes, and the next one goes on from them.
+        Raises DownloadError, in one line, with the command that does the same by hand.
+        """
+        if found := self.cached(repository, path):
+            return found
+        with _explained(repository, path):
+            library = _library()
+            url = library.hf_hub_url(repository, path, endpoint=self.endpoint)
+            about = library.get_hf_file_metadata(url, token=self.token)
+            if about.etag is None or about.size is None:
+                raise DownloadError(f"{repository}: the hub does not say how large {path} is; try again later.")
+            blob = self.folder / f"models--{repository.replace('/', '--')}" / "blobs" / about.etag
+            if not blob.exists():
+                self._fetch_blob(url, about, blob, _reporter(path, on_progress))
+            done = library.hf_hub_download(
+                repository, path, cache_dir=self.folder, endpoint=self.endpoint, token=self.token
+            )
+            return Path(done)
+
+    def _fetch_blob(self, url: str, about: Any, blob: Path, bar: type[tqdm[Any]]) -> None:
+        from filelock import FileLock, Timeout
+        from huggingface_hub.file_download import http_get
+
+        headers: dict[str, str] = _library(".utils").build_hf_headers(token=self.token)
+        if urlsplit(about.location).netloc != urlsplit(url).netloc:  # storage elsewhere must not see the token
+            headers.pop("authorization", None)
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        part = blob.with_name(f"{blob.name}.pidecode.part")
+        try:
+            with FileLock(f"{part}.lock", timeout=0), open(part, "ab") as file:
+                if file.tell() > about.size:
+                    file.truncate(0)
+                have = file.tell() if file.tell() <= about.size else 0
+                http_get(
+                    about.location, file, resume_size=have, headers=headers, expected_size=about.size, tqdm_class=bar
+                )
+                file.flush()
+                os.fsync(file.fileno())
+                _verify(part, about)
+                os.replace(part, blob)
+        except Timeout:
+            raise DownloadError(f"Another program is fetching {blob.name} now; wait for it.") from None
+        Path(f"{part}.lock").unlink(missing_ok=True)
+
+
+def _library(part: str = "") -> Any:
+    try:
+        return importlib.import_module(f"huggingface_hub{part}")
+    except ImportError as fault:
+        raise MissingDependencyError(
+            "Hub files need huggingface_hub; install it with `pip install huggingface-hub`."
+        ) from fault
+
+
+def _verify(part: Path, about: Any) -> None:
+    """The hub names large files by their SHA-256; small ones have only a size to check."""
+    size = part.stat().st_size
+    wrong = size != about.size or (len(about.etag) == _SHA256_DIGITS and sha256(part) != about.etag)
+    if wrong:
+        part.unlink()
+        raise DownloadError("The file arrived damaged and was thrown away; run the same command again.")
+
+
+def _reporter(path: str, on_progress: OnProgress | None) -> type[tqdm[Any]]:
+    class Reporter(tqdm):  # type: ignore[type-arg]
+        """A silent progress bar that tells the caller."""
+
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            settings.pop("name", None)
+            super().__init__(*args, **{**settings, "disable": True})
+            self.seen = int(settings.get("initial") or 0)
+            self.whole = settings.get("total")
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.seen += int(n or 0)
+            if on_progress:
+                on_progress(Progress(path, self.seen, self.whole))
+            return None
+
+    return Reporter
+
+
+def command(repository: str, path: str | None) -> str:
+    """What to type to fetch the same by hand."""
+    if path is None or not path.endswith("/"):
+        return f"`hf download {repository}{f' {path}' if path else ''}`"
+    return f'`hf download {repository} --include "{path}*"`'
+
+
+@contextmanager
+def _explained(repository: str, path: str | None) -> Iterator[None]:
+    """Turn whatever the library raises into one DownloadError; our own errors and cancelling pass."""
+    try:
+        yield
+    except PidecodeError:
+        raise
+    except Exception as fault:  # the library's HTTP client, and with it the exceptions, changed between versions
+        raise DownloadError(_explanation(fault, repository, path)) from fault
+
+
+def _explanation(fault: Exception, repository: str, path: str | None) -> str:
+    errors = _library(".errors")
+    what = f"{repository}: {path}" if path else repository
+    by_hand = f"On a machine that can, run {command(repository, path)}; a copy of its cache folder works here too."
+    if isinstance(fault, errors.GatedRepoError):
+        return (
+            f"{what} is gated: accept its terms at https://huggingface.co/{repository}, then run `hf auth login` "
+            "and the same command again."
+        )
+    if isinstance(fault, errors.RepositoryNotFoundError):
+        return f"{what} was not found: it does not exist, or it is private (`hf auth login`)."
+    if isinstance(fault, errors.EntryNotFoundError) and not isinstance(fault, FileNotFoundError):
+        return f"{what} is not in the repository any more; see https://huggingface.co/{repository}."
+    if isinstance(fault, errors.OfflineModeIsEnabled):
+        return f"{what} is not on this machine, and offline mode is on (HF_HUB_OFFLINE). {by_hand}"
+    if isinstance(fault, OSError) and fault.errno == errno.ENOSPC:
+        return f"{what} does not fit: the disk is full. Free some space and run the same command again."
+    reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0][:160]
+    return f"{what} could not be fetched ({type(fault).__name__}: {reason}). What arrived is kept. {by_hand}"
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """A weights file, what is known of it from how it was asked for, and its space's encoder if that is here too."""
+
+    path: Path
+    name: str
+    space: str | None = None
+    variant: str | None = None
+    kind: Kind | None = None
+    encoder: Path | None = None
+
+
+def locate(
+    name: str | Path,
+    *,
+    space: str | None = None,
+    variant: str | None = None,
+    kind: Kind | None = None,
+    hub: Hub | None = None,
+) -> Found:
+    """The weights file that a name stands for.
+
+    name: "tiny" (ships with the package), a file, a folder with one weights file or with official folders in it,
+    or a hub id such as "nvidia/PiD". For official folders and that repository, `space` (and `variant`, `kind`)
+    choose the file. A file or folder of that very name goes before a hub id.
+    Raises CheckpointError or SettingError when the name leads nowhere or to several files, and DownloadError,
+    with the command that fetches it, when it is not on this machine.
+    """
+    hub = hub or Hub()
+    bundled = {row.variant: row for row in CHECKPOINTS.values() if row.bundled}
+    if str(name) in bundled:
+        return _released(bundled[str(name)], asset(bundled[str(name)].path), space, hub)
+    path = Path(name).expanduser()
+    if not (path.exists() or path.is_symlink() or path.suffix in _SUFFIXES):
+        if not _HUB_ID.fullmatch(str(name)):
+            raise SettingError(
+                f"{str(name)!r} is no file or folder here and no known decoder. Give a path, "
+                f"{' or '.join(map(repr, bundled))}, or {REPOSITORY!r} with space=; `pidecode models` lists them."
+            )
+        if str(name).lower() == REPOSITORY.lower():
+            row = _row(space, variant, kind, REPOSITORY)
+            return _released(row, _in_official(row, hub), space, hub)
+        path = _snapshot(str(name), hub)
+    if path.is_dir():
+        path = _in_folder(path, space, variant, kind)
+    near = encoder_path(get_space(space).name, hub) if space else None
+    return Found(path=path, name=path.stem, space=space, variant=variant, kind=kind, encoder=near)
+
+
+def _released(row: Checkpoint, path: Path, space: str | None, hub: Hub) -> Found:
+    if space is not None and row.latent_space and get_space(space).name != row.space:
+        raise SettingError(f"{row.variant} decodes latents of space {row.space}, not of {get_space(space).name}.")
+    encoder = asset(TINY_ENCODER) if row.bundled else encoder_path(row.space, hub)
+    name = row.variant if row.bundled else row.name
+    return Found(path=path, name=name, space=row.space, variant=row.variant, kind=row.kind, encoder=encoder)
+
+
+def asset(name: str) -> Path:
+    """A file that ships with the package; reading it says so if this installation lacks it."""
+    return Path(str(resources.files("pidecode"))) / "assets" / name
+
+
+def encoder_path(space: str, hub: Hub | None = None) -> Path | None:
+    """The official encoder of a space where `pidecode pull` puts it, a file or a folder; None if it is not there."""
+    row, hub = ENCODERS.get(space), hub or Hub()
+    if row is None:
+        return None
+    if not row.path.endswith("/"):
+        return hub.cached(row.repository, row.path)
+    folder = hub.snapshot(row.repository)
+    return folder / row.path if folder and (folder / row.path).is_dir() else None
+
+
+def encoder_here(space: str | None) -> Path | None:
+    """The encoder of a file's own space: the pulled one, else for FLUX.2 the small one that ships with the package."""
+    if space is None:
+        return None
+    name = get_space(space).name
+    return encoder_path(name) or (asset(TINY_ENCODER) if name == "flux2" else None)
+
+
+def _row(space: str | None, variant: str | None, kind: Kind | None, where: str) -> Checkpoint:
+    if space is None:
+        names = sorted({row.space for row in CHECKPOINTS.values() if not row.bundled})
+        raise SettingError(f"{where} holds networks for several latent spaces; say space= one of {', '.join(names)}.")
+    return get_checkpoint(space, variant, kind)
+
+
+def _in_folder(folder: Path, space: str | None, variant: str | None, kind: Kind | None) -> Path:
+    weights = sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES and not path.name.startswith("."))
+    if len(weights) == 1:
+        return weights[0]
+    official = {row.path: row for row in CHECKPOINTS.values() if not row.bundled}
+    here = [row for path, row in official.items() if _official(folder, path)]
+    if here:
+        row = _row(space, variant, kind, str(folder))
+        if found := _official(folder, row.path):
+            return found
+        names = ", ".join(other.name for other in here)
+        raise CheckpointError(f"{folder} has no {row.name} ({row.path}); it has {names}.")
+    if weights:
+        names = ", ".join(path.name for path in weights[:6])
+        raise CheckpointError(f"{folder} holds {len(weights)} weights files ({names}); name the one you mean.")
+    raise CheckpointError(f"{folder} holds no weights file ({', '.join(_SUFFIXES)}); name the file.")
+
+
+def _official(folder: Path, path: str) -> Path | None:
+    """The official file below a copy of the repository, or of its `checkpoints` folder."""
+    places = (folder / path, folder / path.partition("/")[2])
+    return next((place for place in places if place.is_file()), None)
+
+
+def _in_official(row: Checkpoint, hub: Hub) -> Path:
+    if row.bundled:
+        return asset(row.path)
+    if found := hub.cached(row.repository or REPOSITORY, row.path):
+        return found
+    teacher = f" --kind {row.kind}" if row.kind == "teacher" else ""
+    raise DownloadError(
+        f"{row.name} of {row.repository} is not on this machine. Fetch it with "
+        f"`pidecode pull {row.space} --variant {row.variant}{teacher}`, which first shows its license "
+        f"({row.license.name}), or with {command(row.repository or REPOSITORY, row.path)}."
+    )
+
+
+def _snapshot(repository: str, hub: Hub) -> Path:
+    if folder := hub.snapshot(repository):
+        return folder
+    raise DownloadError(f"{repository} is not on this machine; fetch it with {command(repository, None)}.")
