@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-PICTURE ?=
+IMAGE ?=
 OUT ?= out
 RUN := $(VENV)/bin/python
 RECIPE := pyproject.toml constraints/torch.txt tools/make_env.py
@@ -12,7 +12,7 @@ RECIPE := pyproject.toml constraints/torch.txt tools/make_env.py
 
 help:
 	@echo "make demo               set everything up, then decode a real photograph to four times its size"
-	@echo "make demo PICTURE=path  the same with a picture of yours"
+	@echo "make demo IMAGE=path  the same with an image of yours"
 	@echo "make test               set everything up, then run every check and the tests"
 	@echo "make setup              only set up, for development ($(VENV))"
 	@echo "make check              linter, types, import contracts"
@@ -30,7 +30,7 @@ $(VENV)/.ready-dev: $(RECIPE)
 setup: $(VENV)/.ready-dev
 
 demo: $(VENV)/.ready-demo
-	@$(RUN) tools/make_picture.py $(if $(PICTURE),"$(PICTURE)") --out "$(OUT)"
+	@$(RUN) tools/make_image.py $(if $(IMAGE),"$(IMAGE)") --out "$(OUT)"
 
 check: setup
 	$(RUN) -m ruff check .

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What one small network learns in the same time by each objective: x0 or velocity, direct or as a flow, then DMD2.
 
-    python benchmarks/objectives.py --data PICTURES --teacher TAEF2 --seconds 720 --folder out [--device cuda]
+    python benchmarks/objectives.py --data IMAGES --teacher TAEF2 --seconds 720 --folder out [--device cuda]
 
-The network is a whole PixelNet with attention and four steps, from nothing, on crops of 128 pixels and the tiny FLUX.2
-autoencoder's latents. "direct" paints the picture itself from each of the student's four times; "flow" is the
+The network is a whole PiDNet with attention and four steps, from nothing, on crops of 128 pixels and the tiny FLUX.2
+autoencoder's latents. "direct" paints the image itself from each of the student's four times; "flow" is the
 teacher's flow matching; "dmd2" distils a flow's network, with its critic. Each learns for `--seconds`; a result in
-`--folder` is kept. Measured are the middles of the held-out pictures.
+`--folder` is kept. Measured are the middles of the held-out images.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from typing import get_args
 
 import numpy as np
 import torch
-from quality import middle, pictures
+from quality import images, middle
 from torch import Tensor, nn
 
 from pidecode.devices import pick_device
 from pidecode.files import atomic_write
 from pidecode.metrics import psnr, sharpness, ssim
 from pidecode.models.pid.network import Condition
-from pidecode.registry.configs import NetConfig, Prediction
+from pidecode.registry.configs import PiDConfig, Prediction
 from pidecode.sampling import sample_student, sample_teacher
 from pidecode.training.denoiser import Evaluator, Example
 from pidecode.training.dmd import Cast, Discriminator, Distillation, critics_loss, paint, student_loss
 from pidecode.training.flow_matching import TeacherLoss, teacher_loss
-from pidecode.training.losses import clean_picture
+from pidecode.training.losses import clean_image
 from pidecode.training.models import new_network
 from pidecode.training.noise import SeededDraws
 from pidecode.training.tiny.augment import varied
 from pidecode.training.tiny.cache import held_out, quarter, read_manifest, to_signed
-from pidecode.training.tiny.resident import ResidentPictures, resident_pictures
+from pidecode.training.tiny.resident import ResidentImages, resident_images
 from pidecode.training.tiny.stage import update_average
 from pidecode.training.tiny.state import load_state, save_state
 from pidecode.training.tiny.teacher import TeacherAutoencoder
@@ -53,7 +53,7 @@ FLOW = TeacherLoss(shift=1.0, shift_base_size=None)
 
 def network(prediction: Prediction, seed: int = 0) -> Evaluator:
     """A network of 3.7 million parameters from its start values."""
-    config = NetConfig(
+    config = PiDConfig(
         hidden_size=128, num_heads=4, patch_depth=3, patch_size=16, pixel_hidden_size=8, pixel_depth=1,
         pixel_attn_hidden_size=64, pixel_num_heads=4, text_dim=0, latent_channels=128, latent_down=16,
         latent_unpatchify=2, adapter_width=96, adapter_padding="replicate", gate="per_token", inject_pixels=True,
@@ -66,7 +66,7 @@ class Trainer:
     """Batches, updates with a rate that follows the time used, and an average of the weights."""
 
     def __init__(
-        self, crops: ResidentPictures, teacher: TeacherAutoencoder, device: torch.device, seconds: float
+        self, crops: ResidentImages, teacher: TeacherAutoencoder, device: torch.device, seconds: float
     ) -> None:
         self.crops, self.teacher, self.device = crops, teacher, device
         self.schedule = UnrolledRecipe(seconds=seconds, warmup_steps=100, decay_from=0.0)
@@ -77,12 +77,12 @@ class Trainer:
         started, step = time.monotonic(), 0
         while (used := self.schedule.progress(step, time.monotonic() - started)) < 1:
             with torch.no_grad():
-                picture, small = varied(self.crops.crops(BATCH, SIDE), recolored=0.5, joined=0.0)
+                image, small = varied(self.crops.crops(BATCH, SIDE), recolored=0.5, joined=0.0)
                 latent = nn.functional.pixel_unshuffle(self.teacher.encode(small), 2)
             sigma = torch.zeros(BATCH, device=self.device)
             draws = SeededDraws(0, step, range(BATCH), self.device)
             yield (
-                Example(picture=picture, low=small, latent=latent, sigma=sigma),
+                Example(image=image, low=small, latent=latent, sigma=sigma),
                 draws,
                 self.schedule.factor(used, step),
                 step,
@@ -105,7 +105,7 @@ class Trainer:
         average, optimizer, step = copy.deepcopy(net), torch.optim.AdamW(net.parameters(), weight_decay=0.0), 0
         for example, draws, factor, step in self.batches():
             if objective == "direct":
-                loss = clean_picture(paint(net, example, draws, Distillation()), example.picture)[0]
+                loss = clean_image(paint(net, example, draws, Distillation()), example.image)[0]
             else:
                 loss = teacher_loss(net, example, draws, FLOW).loss
             self.update(loss, [net], optimizer, RATE * factor)
@@ -142,7 +142,7 @@ def average_into(average: nn.Module, net: nn.Module, step: int) -> None:
 def measured(
     net: Evaluator, shown: list[np.ndarray], teacher: TeacherAutoencoder, device: torch.device
 ) -> dict[str, dict[str, float]]:
-    """Means over the pictures: four steps of a student, and 25 of a teacher, from the same noise."""
+    """Means over the images: four steps of a student, and 25 of a teacher, from the same noise."""
     net.eval()
     prediction = net.net.config.prediction
     rows: dict[str, list[tuple[float, float, float]]] = {"four steps": [], "25 steps": []}
@@ -162,9 +162,9 @@ def measured(
             "four steps": sample_student(predict, draw, prediction=prediction),
             "25 steps": sample_teacher(predict, draw(), prediction=prediction),
         }
-        for name, picture in made.items():
-            picture = picture.clamp(-1, 1)
-            found = psnr(picture, original), ssim(picture, original), sharpness(picture)
+        for name, image in made.items():
+            image = image.clamp(-1, 1)
+            found = psnr(image, original), ssim(image, original), sharpness(image)
             rows[name].append(tuple(x.item() for x in found))  # type: ignore[arg-type]
     return {
         name: dict(zip(("psnr", "ssim", "sharpness"), np.mean(found, 0).round(4).tolist(), strict=True))
@@ -175,7 +175,7 @@ def measured(
 def main() -> None:
     """Train every arm, measure it, write it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder of pictures, with manifest.jsonl")
+    parser.add_argument("--data", type=Path, required=True, help="folder of images, with manifest.jsonl")
     parser.add_argument("--teacher", type=Path, required=True, help="folder of the two taef2 files")
     parser.add_argument("--folder", type=Path, required=True, help="where results and weights go")
     parser.add_argument("--seconds", type=float, default=720, help="training time of each arm")
@@ -185,10 +185,10 @@ def main() -> None:
     teacher = TeacherAutoencoder.from_folder(given.teacher).to(device)
     categories = read_manifest(given.data)
     names = sorted({name for kind in categories.values() for name in kind} - held_out(categories))
-    crops = resident_pictures(
+    crops = resident_images(
         [given.data / name for name in names], device, shrinks=(1.0, 0.5), procedural_seeds=0, procedural_side=SIDE
     )
-    shown = [middle(array, WINDOW) for _, array in pictures(given.data, WINDOW, 1)]
+    shown = [middle(array, WINDOW) for _, array in images(given.data, WINDOW, 1)]
     given.folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(crops, teacher, device, given.seconds)
     for objective, prediction in itertools.product(("direct", "flow", "dmd2"), get_args(Prediction)):

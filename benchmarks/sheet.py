@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Side-by-side crops to look at: enlarged without a latent, taef2 and Lanczos, a decoder, this held, the original.
 
-    python benchmarks/sheet.py --teacher TAEF2 --out sheet.png [--data PICTURES] [--decoder tiny] [--crops 20] [--noise]
+    python benchmarks/sheet.py --teacher TAEF2 --out sheet.png [--data IMAGES] [--decoder tiny] [--crops 20] [--noise]
 
-With --noise the columns are this decoder's pictures of its latents with noise of sigma 0, 0.2, 0.4 and 0.6 in them.
+With --noise the columns are this decoder's images of its latents with noise of sigma 0, 0.2, 0.4 and 0.6 in them.
 
-The crops are the busiest of the chosen pictures' middles by gradient, one a picture, so nobody picks them by hand.
-Without --data the pictures are free ones that scikit-image ships, and a page of type set here.
+The crops are the busiest of the chosen images' middles by gradient, one an image, so nobody picks them by hand.
+Without --data the images are free ones that scikit-image ships, and a page of type set here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from quality import SIGMAS, enlarged, middle, pictures
+from quality import SIGMAS, enlarged, images, middle
 from torch import Tensor
 
 from pidecode import PixelDecoder
@@ -34,28 +34,28 @@ TITLE = 18
 """Height of the line of titles, in pixels."""
 
 
-def busiest(picture: Tensor, side: int) -> tuple[int, int]:
+def busiest(image: Tensor, side: int) -> tuple[int, int]:
     """Top left corner of the window of `side` pixels with the largest mean gradient, on a grid of half windows."""
-    luma = picture.mean(1, keepdim=True)
+    luma = image.mean(1, keepdim=True)
     across, down = luma.diff(dim=-1)[..., 1:, :].abs(), luma.diff(dim=-2)[..., 1:].abs()
     means = torch.nn.functional.avg_pool2d(across + down, side, stride=side // 2)[0, 0]
     row, column = divmod(int(means.argmax()), means.shape[1])
     return row * side // 2, column * side // 2
 
 
-def free_pictures(side: int) -> Iterator[np.ndarray]:
-    """Middles of at most `side` pixels of pictures that anyone may show, none of them used in training."""
+def free_images(side: int) -> Iterator[np.ndarray]:
+    """Middles of at most `side` pixels of images that anyone may show, none of them used in training."""
     import skimage.data
 
-    from pidecode.training.tiny.procedural import procedural_picture
+    from pidecode.training.tiny.procedural import procedural_image
 
     shown = (skimage.data.astronaut, skimage.data.chelsea, skimage.data.coffee, skimage.data.brick, skimage.data.camera)
-    yield from (middle(crop_to_multiple(Image.fromarray(picture())), side) for picture in shown)
-    yield procedural_picture("text_page", side, 4711)
+    yield from (middle(crop_to_multiple(Image.fromarray(image())), side) for image in shown)
+    yield procedural_image("text_page", side, 4711)
 
 
 def contenders(small: Tensor, decoder: PixelDecoder, teacher: TeacherAutoencoder) -> tuple[Tensor, ...]:
-    """A picture enlarged in each of the ways to compare."""
+    """An image enlarged in each of the ways to compare."""
     with torch.inference_mode():
         plain = teacher.decode(teacher.encode(small))
     ours = decoder.decode(decoder.encode(small), seed=0, output="pt")
@@ -70,7 +70,7 @@ def noisy(small: Tensor, decoder: PixelDecoder) -> tuple[Tensor, ...]:
 
 
 def strip(array: np.ndarray, shown_of: Callable[[Tensor], tuple[Tensor, ...]], side: int) -> Tensor:
-    """One picture's busiest window in every version and as it was, side by side: [1,3,side,n side]."""
+    """One image's busiest window in every version and as it was, side by side: [1,3,side,n side]."""
     original, small = to_signed(array)[None], to_signed(quarter(array))[None]
     top, left = busiest(original, side)
     shown = (*shown_of(small), original)
@@ -80,12 +80,12 @@ def strip(array: np.ndarray, shown_of: Callable[[Tensor], tuple[Tensor, ...]], s
 def main() -> None:
     """Make the sheet."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, help="folder of pictures, with manifest.jsonl if it has one")
+    parser.add_argument("--data", type=Path, help="folder of images, with manifest.jsonl if it has one")
     parser.add_argument("--teacher", type=Path, required=True, help="folder of the two taef2 files")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--decoder", default="tiny")
     parser.add_argument("--encoder", type=Path)
-    parser.add_argument("--side", type=int, default=512, help="largest side of a picture that is decoded, in pixels")
+    parser.add_argument("--side", type=int, default=512, help="largest side of an image that is decoded, in pixels")
     parser.add_argument("--window", type=int, default=224, help="side of a crop, in pixels")
     parser.add_argument("--crops", type=int, default=20)
     parser.add_argument("--noise", action="store_true", help="show noisy latents in place of the rivals")
@@ -96,7 +96,7 @@ def main() -> None:
         columns, shown_of = NOISY_COLUMNS, functools.partial(noisy, decoder=decoder)
     else:
         columns, shown_of = COLUMNS, functools.partial(contenders, decoder=decoder, teacher=teacher)
-    chosen = [array for _, array in pictures(given.data, given.side, 1)] if given.data else [*free_pictures(given.side)]
+    chosen = [array for _, array in images(given.data, given.side, 1)] if given.data else [*free_images(given.side)]
     step = max(1, len(chosen) // given.crops)
     rows = [strip(array, shown_of, given.window) for array in chosen[::step][: given.crops]]
     sheet = Image.new("RGB", (rows[0].shape[-1], TITLE + given.window * len(rows)), "white")

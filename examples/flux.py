@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FLUX.1: end the diffusion at step 24 of 28 and let PiD draw the picture from there, four times the size.
+"""FLUX.1: end the diffusion at step 24 of 28 and let PiD draw the image from there, four times the size.
 
 python examples/flux.py "a lighthouse in fog" --out lighthouse.png
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RAE (DINOv2) and Scale-RAE (SigLIP 2): what their projects' samplers leave, to a picture 4 or 8 times the size.
+"""RAE (DINOv2) and Scale-RAE (SigLIP 2): what their projects' samplers leave, to an image 4 or 8 times the size.
 
     python examples/rae.py dinov2 sample.pt --out sample.png
     python examples/rae.py siglip features.pt --out sample.png
@@ -44,8 +44,8 @@ def main(argv: list[str] | None = None, **settings: Any) -> None:
         grid_of(tensor) if tensor.ndim == 3 else tensor, given.space, sigma=given.sigma, caption=given.caption
     )
     decoder = pidecode.PixelDecoder.from_pretrained(given.decoder, space=given.space)
-    pictures = decoder.decode(latent, **settings)
-    (pictures if not isinstance(pictures, list) else pictures[0]).save(given.out)
+    images = decoder.decode(latent, **settings)
+    (images if not isinstance(images, list) else images[0]).save(given.out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stable Diffusion 3: several pictures in one call, with colors held to what SD3's own decoder would have drawn.
+"""Stable Diffusion 3: several images in one call, with colors held to what SD3's own decoder would have drawn.
 
-python examples/sd3.py "a lighthouse in fog" --out-folder pictures
+python examples/sd3.py "a lighthouse in fog" --out-folder images
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def main(argv: list[str] | None = None, **call: Any) -> None:
     call = {"height": 512, "width": 512, "num_inference_steps": 28, "guidance_scale": 4.0, **call}
     out = pipe(given.prompt, num_images_per_prompt=2, generator=torch.Generator().manual_seed(0), **call)
     given.out_folder.mkdir(exist_ok=True)
-    for number, picture in enumerate(out.images, 1):
-        picture.save(given.out_folder / f"{number}.png")
+    for number, image in enumerate(out.images, 1):
+        image.save(given.out_folder / f"{number}.png")
 
 
 if __name__ == "__main__":

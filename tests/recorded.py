@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pidecode import Latent, PixelDecoder
-from pidecode.models.pid.network import PixelNet
-from pidecode.registry.configs import miniature
+from pidecode.models.pid.network import PiDNet
+from pidecode.registry.configs import debug_config
 from pidecode.registry.spaces import SPACES
-from pidecode.weights.metadata import Identity
+from pidecode.weights.metadata import CheckpointMetadata
 
 FILE = Path(__file__).parent / "golden" / "outputs.safetensors"
 KEPT = 997
@@ -34,8 +34,8 @@ def noise(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def photograph(width: int, height: int, seed: int) -> Tensor:
-    """A made-up picture [1,3,H,W] in [-1, 1]: a gradient, waves, a hard edge and a little grain."""
+def synthetic_image(width: int, height: int, seed: int) -> Tensor:
+    """A procedural image [1,3,H,W] in [-1, 1]: a gradient, waves, a hard edge and a little grain."""
     y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
     waves = torch.stack([torch.sin((3 + k + seed) * 6.28 * (x * (k + 1) / 3 + y)) for k in range(3)])
     edge = ((x + 0.5 * y) > 0.6).float() * 0.5
@@ -46,15 +46,15 @@ def photograph(width: int, height: int, seed: int) -> Tensor:
 def random_decoder(space: str, kind: str) -> PixelDecoder:
     """A debug network of a space with random weights everywhere."""
     facts = SPACES[space]
-    config = miniature(latent_channels=facts.channels, latent_down=facts.down, scale=facts.scale)
-    net = PixelNet(config).eval()
+    config = debug_config(latent_channels=facts.channels, latent_down=facts.down, scale=facts.scale)
+    net = PiDNet(config).eval()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in net.parameters():
             fan = parameter[0].numel() if parameter.ndim > 1 else 1
             value = torch.randn(parameter.shape, generator=generator) / fan**0.5
             parameter.copy_(value if parameter.ndim > 1 else value * 0.1 + 0.5)
-    return PixelDecoder(net, Identity(kind=kind, space=space, config=config), name="random")
+    return PixelDecoder(net, CheckpointMetadata(kind=kind, space=space, config=config), name="random")
 
 
 def tiny_outputs() -> Iterator[tuple[str, Tensor]]:
@@ -63,12 +63,12 @@ def tiny_outputs() -> Iterator[tuple[str, Tensor]]:
         latent = Latent(noise(batch, 128, height, width, seed=batch + height), "flux2", sigma)
         yield f"tiny.decode.{height}x{width}.b{batch}.sigma{sigma}", tiny.decode(latent, output="pt")
     for width, height in ((64, 48), (50, 70), (33, 17)):
-        picture = photograph(width, height, seed=width)
+        image = synthetic_image(width, height, seed=width)
         for lock in ("off", "soft", "full", "detail"):
             for fit in ("pad", "crop"):
-                made = tiny.upscale(picture, fit=fit, color_lock=lock, output="pt")
+                made = tiny.upscale(image, fit=fit, color_lock=lock, output="pt")
                 yield f"tiny.upscale.{width}x{height}.{lock}.{fit}", made
-        yield f"tiny.encode.{width}x{height}", tiny.encode(picture, fit="crop").tensor
+        yield f"tiny.encode.{width}x{height}", tiny.encode(image, fit="crop").tensor
 
 
 def random_outputs() -> Iterator[tuple[str, Tensor]]:

@@ -23,7 +23,7 @@ def help_text() -> str:
         assert command is not None
         info = "pidecode" if not name else f"pidecode {name}"
         pages.append(
-            command.get_help(click.Context(command, info_name=info, terminal_width=100, max_content_width=100))
+            command.get_help(click.Context(command, info_name=info, terminal_width=100, **cli.context_settings))
         )
     return "\n\n".join(pages) + "\n"
 
@@ -34,9 +34,9 @@ def openapi() -> str:
     from serving_kit import small_decoder
 
     from pidecode.serve.app import create_app
-    from pidecode.serve.service import Desk
+    from pidecode.serve.service import DecodeService
 
-    desk = Desk({"small": small_decoder()})
+    desk = DecodeService({"small": small_decoder()})
     try:
         document = create_app(desk).openapi()
     finally:

@@ -17,23 +17,23 @@ ASSETS = resources.files("pidecode") / "assets"
 @pytest.mark.skipif(not (ASSETS / "tiny.safetensors").is_file(), reason="this checkout carries no trained weights yet")
 def test_a_photograph_is_quartered_encoded_and_decoded(root: Path, tmp_path: Path) -> None:
     pytest.importorskip("skimage")
-    command = [sys.executable, str(root / "tools" / "make_picture.py"), "chelsea", "--out", "shown"]
+    command = [sys.executable, str(root / "tools" / "make_image.py"), "chelsea", "--out", "shown"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     sheet = tmp_path / "shown" / "chelsea-before-after.png"
     assert done.stdout.splitlines()[-1] == f"Before and after, side by side: {sheet}"
     sizes = {}
     for path in sheet.parent.iterdir():
-        with Image.open(path) as picture:
-            sizes[path.name] = picture.size
+        with Image.open(path) as image:
+            sizes[path.name] = image.size
     assert sizes["chelsea-before.png"] == (112, 64)
     assert sizes["chelsea-after.png"] == (448, 256)
     assert sizes["chelsea-before-after.png"] == (4 * (448 + 12) + 12, 256 + 28 + 24)
 
 
-def test_what_is_no_picture_is_one_line(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "words.jpg").write_text("not a picture")
-    command = [sys.executable, str(root / "tools" / "make_picture.py"), "words.jpg"]
+def test_what_is_no_image_is_one_line(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "words.jpg").write_text("not an image")
+    command = [sys.executable, str(root / "tools" / "make_image.py"), "words.jpg"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("Error: ")

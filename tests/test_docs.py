@@ -20,9 +20,9 @@ from pidecode import PixelDecoder
 from pidecode.cli.app import cli
 from pidecode.errors import LatentError
 from pidecode.latents.latent import FrameWarning, Latent
-from pidecode.models.pid.network import PixelNet
-from pidecode.registry.configs import miniature
-from pidecode.weights.metadata import Identity
+from pidecode.models.pid.network import PiDNet
+from pidecode.registry.configs import debug_config
+from pidecode.weights.metadata import CheckpointMetadata
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -55,14 +55,16 @@ def small_decoder(space: str) -> PixelDecoder:
         "flux2": dict(latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0"),
         "flux": dict(latent_channels=16, latent_down=8),
     }
-    config = miniature(text_dim=0, **shapes[space])
+    config = debug_config(text_dim=0, **shapes[space])
     torch.manual_seed(0)
-    net = PixelNet(config).requires_grad_(False).eval()
+    net = PiDNet(config).requires_grad_(False).eval()
     for parameter in net.parameters():
         parameter.normal_(std=0.2) if parameter.ndim else parameter.fill_(1.0)
-    decoder = PixelDecoder(net, Identity(kind="student", config=config, space=space, license="Apache-2.0"), name=space)
+    decoder = PixelDecoder(
+        net, CheckpointMetadata(kind="student", config=config, space=space, license="Apache-2.0"), name=space
+    )
     if space == "flux2":
-        decoder.encoder = lambda pictures: torch.nn.functional.avg_pool2d(pictures, 16).repeat(1, 43, 1, 1)[:, :128]
+        decoder.encoder = lambda images: torch.nn.functional.avg_pool2d(images, 16).repeat(1, 43, 1, 1)[:, :128]
     return decoder
 
 

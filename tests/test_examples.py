@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 import tiny_models
 import tiny_pipelines as tiny
-from pidecode import PixelDecoder, images
+from pidecode import PixelDecoder
+from pidecode.images import to_tensor
 from pidecode.latents.latent import FrameWarning, Latent
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,20 +117,20 @@ def test_rae(space: str, side: int, scale: int, tmp_path: Path) -> None:
         tokens = cells[1:2].flatten(2).transpose(1, 2)
         torch.save(torch.cat([torch.zeros(1, 1, channels), tokens], dim=1), file)
     main_of("rae")(own, seed=5)
-    picture = Image.open(out)
-    assert picture.size == (16 * scale * side,) * 2
+    image = Image.open(out)
+    assert image.size == (16 * scale * side,) * 2
     latent = Latent(cells[1:2], space, sigma=0.25 if space == "dinov2" else 0.0)
     wanted = PixelDecoder.from_pretrained(tmp_path / "decoder.safetensors").decode(latent, seed=5)  # in its own dtype
     assert isinstance(wanted, Image.Image)
-    assert images.to_tensor(picture).equal(images.to_tensor(wanted))
+    assert to_tensor(image).equal(to_tensor(wanted))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("space", ["dinov2", "siglip"])
 def test_rae_at_its_own_size(space: str) -> None:
-    """A whole picture of the RAE spaces: 2048 pixels from 512 (4x) and from 256 (8x)."""
+    """A whole image of the RAE spaces: 2048 pixels from 512 (4x) and from 256 (8x)."""
     channels, side = {"dinov2": (768, 32), "siglip": (1152, 16)}[space]
     tensor = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(0))
-    picture = tiny.decoder_for(space).decode(Latent(tensor, space), steps=1)
-    assert isinstance(picture, Image.Image)
-    assert picture.size == (2048, 2048)
+    image = tiny.decoder_for(space).decode(Latent(tensor, space), steps=1)
+    assert isinstance(image, Image.Image)
+    assert image.size == (2048, 2048)

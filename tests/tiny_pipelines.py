@@ -15,10 +15,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 import tiny_models
 from pidecode.decoder import PixelDecoder
-from pidecode.models.pid.network import PixelNet
-from pidecode.registry.configs import miniature
+from pidecode.models.pid.network import PiDNet
+from pidecode.registry.configs import debug_config
 from pidecode.registry.spaces import get_space
-from pidecode.weights.metadata import Identity
+from pidecode.weights.metadata import CheckpointMetadata
 
 WORDS = 24
 TEMPLATE = (
@@ -247,12 +247,12 @@ def arguments(name: str, **changes: Any) -> dict[str, Any]:
 def decoder_for(space: str, *, text: bool = False) -> PixelDecoder:
     """A PiD network of the real make-up and a hundred thousand weights, for one space."""
     row = get_space(space)
-    config = miniature(
+    config = debug_config(
         latent_channels=row.channels, latent_down=row.down, scale=row.scale, latent_unpatchify=row.raw_patch,
         **({} if text else {"text_dim": 0}),
     )  # fmt: skip
     torch.manual_seed(1)
-    net = PixelNet(config).requires_grad_(False).eval()
+    net = PiDNet(config).requires_grad_(False).eval()
     for parameter in net.parameters():
         parameter.normal_(std=0.2) if parameter.ndim else parameter.fill_(1.0)
-    return PixelDecoder(net, Identity(kind="student", config=config, space=row.name), name=f"tiny {row.name}")
+    return PixelDecoder(net, CheckpointMetadata(kind="student", config=config, space=row.name), name=f"tiny {row.name}")

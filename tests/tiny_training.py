@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The networks of `tiny` at miniature size, what their training reports, and folders to train from."""
+"""The networks of `tiny` at debug_config size, what their training reports, and folders to train from."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pidecode.models.regressor import Regressor
 from pidecode.models.tiny import EncoderConfig
 from pidecode.training.tiny.cache import LatentCache
 from pidecode.training.tiny.decoder_stage import tiny_config
-from pidecode.training.tiny.procedural import procedural_picture
+from pidecode.training.tiny.procedural import procedural_image
 from pidecode.training.tiny.teacher import TeacherAutoencoder
 
 # As narrow as the teacher's features allow.
-SMALL = replace(tiny_config(), adapter_levels=(1, 1, 1, 1), pixel_attn_hidden_size=16)
+SMALL = replace(tiny_config(), adapter_stages=(1, 1, 1, 1), pixel_attn_hidden_size=16)
 ENCODER = EncoderConfig(half_blocks=1, quarter_blocks=1, eighth_width=16, eighth_blocks=1)
 
 
@@ -41,12 +41,12 @@ def started(cache: LatentCache) -> Regressor:
 
 
 def folders(tmp_path: Path, teacher: TeacherAutoencoder, side: int) -> tuple[Path, Path]:
-    """A folder of three pictures, and one of the teacher's two files."""
+    """A folder of three images, and one of the teacher's two files."""
     data, weights = tmp_path / "data", tmp_path / "teacher"
     data.mkdir()
     weights.mkdir()
     for name in ("a.png", "b.png", "c.png"):
-        Image.fromarray(procedural_picture("line_art", side, ord(name[0]))).save(data / name)
+        Image.fromarray(procedural_image("line_art", side, ord(name[0]))).save(data / name)
     for part in ("encoder", "decoder"):
         save_file(getattr(teacher, part).state_dict(), weights / f"taef2_{part}.safetensors")
     return data, weights

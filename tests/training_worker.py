@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from pidecode.training.config import Recipe, Spread
 from pidecode.training.dataloader import Feed, make_helpers
-from pidecode.training.dataset import find_pictures
-from pidecode.training.distributed import World, bare, finish_gradients, gradients_stay_here, whole, world
+from pidecode.training.dataset import find_images
+from pidecode.training.distributed import DistEnv, bare, finish_gradients, gradients_stay_here, whole, world
 from pidecode.training.methods import build_method
 from pidecode.training.overrides import apply_settings
 from pidecode.training.recipes import get_recipe
@@ -22,12 +22,12 @@ from pidecode.training.recipes import get_recipe
 CPU = torch.device("cpu")
 
 
-def gradients(recipe: Recipe, here: World, step: int = 0) -> dict[str, torch.Tensor]:
+def gradients(recipe: Recipe, here: DistEnv, step: int = 0) -> dict[str, torch.Tensor]:
     """Loss and gradients of every module that iteration `step` trains, whole."""
     method = build_method(recipe, here)
     for module in (*method.trained.values(), *method.frozen.values()):
         disturb(module)
-    feed = Feed(recipe, find_pictures(recipe.data.source), make_helpers(recipe, CPU), CPU, here.place, here.places)
+    feed = Feed(recipe, find_images(recipe.data.source), make_helpers(recipe, CPU), CPU, here.place, here.places)
     modules = [method.trained[name] for name in method.turn(step)]
     for index in range(recipe.optimize.accumulate):
         example, draws, _ = feed.batch(index)

@@ -3,7 +3,7 @@
 
     python tools/load_test.py --clients 12 --requests 10
 
-The server is a process of its own, with a network of the real classes at miniature size and random weights: what is
+The server is a process of its own, with a network of the real classes at debug_config size and random weights: what is
 measured is the server, not the network. A third of the clients are impatient: they hang up in the middle of every
 third request. Prints JSON. Counts and ratios travel between machines; the seconds do not.
 """
@@ -25,11 +25,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save, save_file
 
-from pidecode.models.pid.network import PixelNet
-from pidecode.registry.configs import miniature
-from pidecode.weights.metadata import Identity
+from pidecode.models.pid.network import PiDNet
+from pidecode.registry.configs import debug_config
+from pidecode.weights.metadata import CheckpointMetadata
 
-CONFIG = miniature(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
+CONFIG = debug_config(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
 PNG_END = b"IEND\xaeB`\x82"
 
 
@@ -50,10 +50,10 @@ class Tally:
 
 def write_weights(path: Path) -> None:
     torch.manual_seed(0)
-    net = PixelNet(CONFIG)
+    net = PiDNet(CONFIG)
     for parameter in net.parameters():
         parameter.data.normal_(std=0.2)
-    identity = Identity(kind="student", config=CONFIG, space="flux2", license="Apache-2.0")
+    identity = CheckpointMetadata(kind="student", config=CONFIG, space="flux2", license="Apache-2.0")
     save_file(dict(net.state_dict()), str(path), identity.to_metadata())
 
 

@@ -57,7 +57,7 @@ def facts(space: LatentSpace) -> str:
         ["raw to normalized", normalization(space)],
         ["noise at level s", noise],
         ["encoder's input", seen],
-        ["PiD's picture", f"{space.scale} times the encoder's input, {space.pixels_per_cell} px per cell"],
+        ["PiD's image", f"{space.scale} times the encoder's input, {space.pixels_per_cell} px per cell"],
         ["also called", ", ".join(f"`{name}`" for name, target in ALIASES.items() if target == space.name) or "–"],
         ["encoder file", f"`{encoder.path}` of {encoder.repository}"],
     ]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a diffusion model's latent straight to a picture: the front door, which loads each room when it is asked for.
+"""From a diffusion model's latent straight to an image: the front door, which loads each room when it is asked for.
 
     import pidecode
 
     decoder = pidecode.PixelDecoder.from_pretrained("tiny")
-    picture = decoder.upscale("photo.jpg")
+    image = decoder.upscale("photo.jpg")
 
 `import pidecode` alone loads neither torch nor anything else that is heavy.
 """

@@ -2,8 +2,8 @@
 """Color fix: low-frequency and back-projection correction against a reference image.
 
 PiD draws pixels anew, and over large areas its brightness and hue may drift by a level or a few. The reference is what
-the space's own decoder makes of the same latent, or, when enlarging, the picture itself. A small decoder also loses
-detail that the picture being enlarged still shows; it can be held as well.
+the space's own decoder makes of the same latent, or, when enlarging, the image itself. A small decoder also loses
+detail that the image being enlarged still shows; it can be held as well.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ _SOFT_PART = 16
 _NEIGHBOURHOOD = 1.0
 """Width of the area, in pixels of the reference, whose structure the "detail" lock compares."""
 _BARELY_SEEN = 3e-4
-"""Variance of pictures in [-1, 1], about two levels of 255, below which structure is too weak to compare."""
+"""Variance of images in [-1, 1], about two levels of 255, below which structure is too weak to compare."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """How near a picture, reduced to its reference's size, stays to that reference.
+    """How near an image, reduced to its reference's size, stays to that reference.
 
-    psnr: in decibels, over all channels; infinite for equal pictures.
-    shift: mean difference of red, green and blue in levels of 255; positive where the picture is brighter.
+    psnr: in decibels, over all channels; infinite for equal images.
+    shift: mean difference of red, green and blue in levels of 255; positive where the image is brighter.
     """
 
     psnr: float
@@ -52,33 +52,33 @@ class Fidelity:
         return f"PSNR {self.psnr:.2f} dB, mean shift R {red:+.2f} G {green:+.2f} B {blue:+.2f} of 255"
 
 
-def lock_colors(pictures: Tensor, reference: Tensor, lock: str) -> Tensor:
-    """Pictures `[B, 3, H, W]` with the low frequencies of `reference` `[B, 3, h, w]`, both in [-1, 1].
+def lock_colors(images: Tensor, reference: Tensor, lock: str) -> Tensor:
+    """Images `[B, 3, H, W]` with the low frequencies of `reference` `[B, 3, h, w]`, both in [-1, 1].
 
-    lock: "off" changes nothing; "soft" corrects brightness and hue over areas of about a sixteenth of the picture;
-        "full" corrects them down to a few pixels of the reference, and detail finer than that is the picture's own;
-        "detail" takes all that the reference shows, and still finer detail is the picture's own, the less of it the
-        less the picture tells of the reference's structure there.
-    Raises SettingError for another lock or a reference that is not of the pictures' shape.
+    lock: "off" changes nothing; "soft" corrects brightness and hue over areas of about a sixteenth of the image;
+        "full" corrects them down to a few pixels of the reference, and detail finer than that is the image's own;
+        "detail" takes all that the reference shows, and still finer detail is the image's own, the less of it the
+        less the image tells of the reference's structure there.
+    Raises SettingError for another lock or a reference that is not of the images' shape.
     """
-    _check(pictures, reference, lock)
+    _check(images, reference, lock)
     if lock == "off":
-        return pictures
-    reference, size = reference.to(pictures), pictures.shape[-2:]
-    reduced = _reduced(pictures, reference)
+        return images
+    reference, size = reference.to(images), images.shape[-2:]
+    reduced = _reduced(images, reference)
     if lock == "detail":
-        fine = _enlarged_whole(reduced, size).neg_().add_(pictures)
+        fine = _enlarged_whole(reduced, size).neg_().add_(images)
         fine *= functional.interpolate(_told(reduced, reference), size=size, mode="bilinear")
         return fine.add_(_enlarged_whole(reference, size)).clamp_(-1, 1)
     sigma = _FULL_SIGMA if lock == "full" else max(reference.shape[-2:]) / _SOFT_PART
     drift = _blurred(reference - reduced, sigma)
-    return functional.interpolate(drift, size=size, mode="bicubic").add_(pictures).clamp_(-1, 1)
+    return functional.interpolate(drift, size=size, mode="bicubic").add_(images).clamp_(-1, 1)
 
 
-def fidelity(pictures: Tensor, reference: Tensor) -> list[Fidelity]:
-    """One report per picture: `[B, 3, H, W]` against its smaller reference `[B, 3, h, w]`, both in [-1, 1]."""
-    _check(pictures, reference, "off")
-    difference = _reduced(pictures.float(), reference) - reference.to(pictures.device).float()
+def fidelity(images: Tensor, reference: Tensor) -> list[Fidelity]:
+    """One report per image: `[B, 3, H, W]` against its smaller reference `[B, 3, h, w]`, both in [-1, 1]."""
+    _check(images, reference, "off")
+    difference = _reduced(images.float(), reference) - reference.to(images.device).float()
     errors = difference.square().mean(dim=(1, 2, 3)).tolist()
     shifts = (difference.mean(dim=(2, 3)) * 127.5).tolist()
     return [
@@ -87,16 +87,16 @@ def fidelity(pictures: Tensor, reference: Tensor) -> list[Fidelity]:
     ]
 
 
-def _check(pictures: Tensor, reference: Tensor, lock: str) -> None:
+def _check(images: Tensor, reference: Tensor, lock: str) -> None:
     if lock not in LOCKS:
         raise SettingError(f"color_lock is {lock!r}; it must be one of {', '.join(LOCKS)}.")
-    if reference.ndim != 4 or reference.shape[:2] != pictures.shape[:2]:
-        raise SettingError(f"The reference must be [{len(pictures)}, 3, h, w] in [-1, 1]; got {list(reference.shape)}.")
-    height, width = pictures.shape[-2:]
+    if reference.ndim != 4 or reference.shape[:2] != images.shape[:2]:
+        raise SettingError(f"The reference must be [{len(images)}, 3, h, w] in [-1, 1]; got {list(reference.shape)}.")
+    height, width = images.shape[-2:]
     small_height, small_width = reference.shape[-2:]
     if not 0.98 <= (height * small_width) / (width * small_height) <= 1.02 or small_height > height:
         raise SettingError(
-            f"A reference of {small_width}x{small_height} is not a smaller version of a {width}x{height} picture; give "
+            f"A reference of {small_width}x{small_height} is not a smaller version of a {width}x{height} image; give "
             "one of the same shape."
         )
 
@@ -108,7 +108,7 @@ def _enlarged_whole(small: Tensor, size: torch.Size) -> Tensor:
 
 
 def _told(reduced: Tensor, reference: Tensor) -> Tensor:
-    """How far a reduced picture tells the reference's structure around each pixel, `[B, 1, h, w]` from 0 to 1.
+    """How far a reduced image tells the reference's structure around each pixel, `[B, 1, h, w]` from 0 to 1.
 
     It is the square of the share of local variance that it explains: where a decoder gets strokes or leaves wrong that
     the reference shows, what it paints between the pixels is no better. Drifting colors do not count.
@@ -122,9 +122,9 @@ def _told(reduced: Tensor, reference: Tensor) -> Tensor:
     return (1 - missed).clamp_(0, 1).square_()
 
 
-def _reduced(pictures: Tensor, reference: Tensor) -> Tensor:
+def _reduced(images: Tensor, reference: Tensor) -> Tensor:
     """Mean over the pixels that make one of the reference's."""
-    return functional.interpolate(pictures, size=reference.shape[-2:], mode="area")
+    return functional.interpolate(images, size=reference.shape[-2:], mode="area")
 
 
 def _blurred(image: Tensor, sigma: float) -> Tensor:

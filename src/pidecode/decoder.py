@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The waist: PixelDecoder knows all parts and joins them into one way from a latent to a picture."""
+"""The waist: PixelDecoder knows all parts and joins them into one way from a latent to an image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from pidecode import __version__, images
+from pidecode import __version__
 from pidecode.color_fix import HOLDING, LOCKS, lock_colors
 from pidecode.devices import pick_device, usual_dtype
 from pidecode.encoders.base import Encode, LazyEncoder, encode_for, native_reference, visiting
@@ -21,15 +21,26 @@ from pidecode.encoders.text import CaptionStates, TextEncoder, negative_prompt, 
 from pidecode.engine.plan import Plan
 from pidecode.engine.runner import Runner
 from pidecode.errors import LatentError, SettingError, SizeError
+from pidecode.images import (
+    KEYWORD,
+    ImageSource,
+    Padding,
+    center_crop,
+    crop_back,
+    load_tensor,
+    pad_to_multiple,
+    resize,
+    to_pils,
+)
 from pidecode.latents.latent import Latent
-from pidecode.models.pid.network import Condition, PixelNet
+from pidecode.models.pid.network import Condition, PiDNet
 from pidecode.options import LARGEST_TRAINED_SIGMA, DecodeSettings, RunSettings, Settings, checked_run_settings
 from pidecode.registry.checkpoints import CHECKPOINTS, Checkpoint, FlowShift, size_advice
 from pidecode.registry.spaces import LatentSpace, get_space
-from pidecode.sampling import NoiseStream, OnStep, guided, sample_student, sample_teacher
-from pidecode.weights.detect import Hints, detect
+from pidecode.sampling import Callback, NoiseStream, guided, sample_student, sample_teacher
+from pidecode.weights.detect import Overrides, detect
 from pidecode.weights.load import apply_lora, build_network
-from pidecode.weights.metadata import Identity
+from pidecode.weights.metadata import CheckpointMetadata
 from pidecode.weights.read import read_weights
 from pidecode.weights.resolve import encoder_here, locate
 
@@ -47,12 +58,12 @@ STRENGTH_STREAM = 1 << 32
 
 
 class PixelDecoder:
-    """A PiD network with everything around it: latents in, pictures out.
+    """A PiD network with everything around it: latents in, images out.
 
     net: the network, on its device and in its type.
     identity: what the weights are: student or teacher, and of which latent space.
     name: what to call it in messages and recipes.
-    encoder: pictures to latents of that space, for `encode` and `upscale`; None if there is none at hand.
+    encoder: images to latents of that space, for `encode` and `upscale`; None if there is none at hand.
     text: the caption encoder, for networks with a text stream; None needs `caption_states`.
     running: `compile` and `graphs`, see `RunSettings`.
 
@@ -61,8 +72,8 @@ class PixelDecoder:
 
     def __init__(
         self,
-        net: PixelNet,
-        identity: Identity,
+        net: PiDNet,
+        identity: CheckpointMetadata,
         *,
         name: str = "this decoder",
         encoder: Encode | None = None,
@@ -98,7 +109,7 @@ class PixelDecoder:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         encoder: str | PathLike[str] | None = None,
-        plan: Plan | Callable[[Identity], Plan] | None = None,
+        plan: Plan | Callable[[CheckpointMetadata], Plan] | None = None,
         **running: Unpack[RunSettings],
     ) -> PixelDecoder:
         """Load a decoder that is on this machine; `pidecode pull` fetches the official ones.
@@ -117,7 +128,7 @@ class PixelDecoder:
         chosen, running = pick_device(device), checked_run_settings(running)
         found = locate(str(name_or_path), space=space, variant=variant, kind=kind)
         file = read_weights(found.path)
-        identity = detect(file, Hints(space=found.space, variant=found.variant, kind=found.kind))
+        identity = detect(file, Overrides(space=found.space, variant=found.variant, kind=found.kind))
         assert identity.config is not None
         if callable(plan):
             plan = plan(identity)
@@ -148,7 +159,7 @@ class PixelDecoder:
 
     @property
     def scale(self) -> int:
-        """Output pixels per pixel of the picture the latent stands for, along each side."""
+        """Output pixels per pixel of the image the latent stands for, along each side."""
         return self.net.config.scale
 
     @property
@@ -170,16 +181,14 @@ class PixelDecoder:
         apply_lora(self.net, Path(path), scale)
         self.name = f"{self.name} + {Path(path).stem} at {scale:g}"
 
-    def encode(
-        self, picture: images.ImageSource, *, caption: str | Sequence[str] | None = None, fit: Fit = "crop"
-    ) -> Latent:
-        """A picture as a clean latent of this decoder's space, made for this decoder where the encoder can look.
+    def encode(self, image: ImageSource, *, caption: str | Sequence[str] | None = None, fit: Fit = "crop") -> Latent:
+        """An image as a clean latent of this decoder's space, made for this decoder where the encoder can look.
 
-        picture: a path, bytes, a PIL image, or a tensor `[B, 3, H, W]` (or `[3, H, W]`) in [-1, 1].
+        image: a path, bytes, a PIL image, or a tensor `[B, 3, H, W]` (or `[3, H, W]`) in [-1, 1].
         fit: "crop" center-crops the sides to the multiple the encoder needs, "pad" mirrors the edges out to it.
-        Raises ImageError for what is no picture, SizeError for one that is too small, SettingError without encoder.
+        Raises ImageError for what is no image, SizeError for one that is too small, SettingError without encoder.
         """
-        tensor, _ = self._fit(images.load_tensor(picture), fit)
+        tensor, _ = self._fit(load_tensor(image), fit)
         return self._encode(tensor, caption)
 
     @torch.inference_mode()
@@ -189,20 +198,20 @@ class PixelDecoder:
         caption: str | Sequence[str] | None = None,
         *,
         output: Output = "pil",
-        on_step: OnStep | None = None,
+        callback: Callback | None = None,
         **settings: Unpack[DecodeSettings],
     ) -> Made:
-        """A latent as a picture: nothing but the latent and the caption informs it.
+        """A latent as an image: nothing but the latent and the caption informs it.
 
         latent: of this decoder's space, normalized.
         caption: one for all, or one per latent; default the latent's own. Networks without text take none.
         output: "pil" for an image (a list if the batch holds more than one) that carries its recipe, "pt" for a
             float32 tensor `[B, 3, H, W]` in [-1, 1], "pairs" for a list of (tensor `[3, H, W]`, recipe), as
             `save_image` takes them for 16 bits.
-        on_step: called after each step with the current estimate; raise `errors.Cancelled` in it to stop.
+        callback: called after each step with the current estimate; raise `errors.Cancelled` in it to stop.
         settings: see `Settings`.
 
-        The same seed gives the same picture on the same device and versions; on another device the noise is the
+        The same seed gives the same image on the same device and versions; on another device the noise is the
         same and the arithmetic differs by rounding. Raises LatentError, SettingError or SizeError for what does not
         fit, Cancelled if told to stop.
         """
@@ -212,59 +221,59 @@ class PixelDecoder:
         clean, latent = latent, self._captioned(self._checked(latent, chosen), caption)
         width, height = self._size(latent, chosen)
         reference = self._reference(clean, chosen)
-        pixels = self._run(latent, (height, width), chosen, on_step)
+        pixels = self._run(latent, (height, width), chosen, callback)
         if reference is not None:
             pixels = lock_colors(pixels, reference.to(pixels), chosen.color_lock or "off")
         return self._delivered(pixels, latent, chosen, output)
 
     def upscale(
         self,
-        picture: images.ImageSource,
+        image: ImageSource,
         caption: str | Sequence[str] | None = None,
         *,
         fit: Fit = "pad",
         output: Output = "pil",
-        on_step: OnStep | None = None,
+        callback: Callback | None = None,
         **settings: Unpack[DecodeSettings],
     ) -> Made:
-        """Encode a picture and decode it `scale` times larger.
+        """Encode an image and decode it `scale` times larger.
 
         fit: "pad" (default) mirrors the edges out to the encoder's multiple and cuts the result back, so that it
-            is exactly `scale` times the picture; "crop" center-crops instead, and the result is `scale` times that.
-        By default a small decoder holds what the picture shows (`Settings.color_lock`). See also `encode`, `decode`.
+            is exactly `scale` times the image; "crop" center-crops instead, and the result is `scale` times that.
+        By default a small decoder holds what the image shows (`Settings.color_lock`). See also `encode`, `decode`.
         """
-        tensor, kept = self._fit(images.load_tensor(picture), fit)
+        tensor, kept = self._fit(load_tensor(image), fit)
         if "size" in settings:
             raise SettingError(
-                f"upscale makes {self.scale} times the picture, so size cannot act; resize before or after."
+                f"upscale makes {self.scale} times the image, so size cannot act; resize before or after."
             )
         latent = self._captioned(self._encode(tensor, None), caption)
         if settings.get("color_lock") is None and self.runner.look is not None and not settings.get("sigma"):
             settings["color_lock"] = "detail"
         if settings.get("color_lock") in HOLDING:
             settings.setdefault("reference", tensor)
-        pixels = self.decode(latent, output="pt", on_step=on_step, **settings)
+        pixels = self.decode(latent, output="pt", callback=callback, **settings)
         assert isinstance(pixels, Tensor)
         if kept is not None:
-            pixels = images.crop_back(pixels, kept, scale=self.scale)
+            pixels = crop_back(pixels, kept, scale=self.scale)
         return self._delivered(pixels, latent, Settings.of(settings), output)
 
-    def _fit(self, tensor: Tensor, fit: Fit) -> tuple[Tensor, images.Padding | None]:
-        """The picture at a size the encoder takes, and what to cut off the result again, if anything."""
+    def _fit(self, tensor: Tensor, fit: Fit) -> tuple[Tensor, Padding | None]:
+        """The image at a size the encoder takes, and what to cut off the result again, if anything."""
         space = self.space
         if fit not in ("pad", "crop"):
             raise SettingError(f"fit is {fit!r}; it must be 'pad' or 'crop'.")
         if space.fixed_input is not None:
-            return images.resize(tensor, space.fixed_input, space.fixed_input).clamp(-1, 1), None
+            return resize(tensor, space.fixed_input, space.fixed_input).clamp(-1, 1), None
         if fit == "crop":
-            return images.center_crop(tensor, space.input_multiple), None
-        return images.pad_to_multiple(tensor, space.input_multiple)
+            return center_crop(tensor, space.input_multiple), None
+        return pad_to_multiple(tensor, space.input_multiple)
 
     @torch.inference_mode()
     def _encode(self, tensor: Tensor, caption: str | Sequence[str] | None) -> Latent:
         if self.encoder is None:
             raise SettingError(
-                f"{self.name} came without an encoder, so it decodes latents but cannot take pictures. Fetch one "
+                f"{self.name} came without an encoder, so it decodes latents but cannot take images. Fetch one "
                 f"with `pidecode pull {self.space.name}`, or pass encoder= to from_pretrained()."
             )
         with visiting(self.encoder, self.device if self.runner.sets_aside("encoder") else None):
@@ -281,7 +290,7 @@ class PixelDecoder:
         if latent.space != self.space.name:
             raise LatentError(
                 f"This decoder is for space {self.space.name}; the latent is of space {latent.space}. Load the decoder "
-                f"for {latent.space}, or encode the picture again with this one."
+                f"for {latent.space}, or encode the image again with this one."
             )
         self._refuse_idle(chosen)
         latent = latent.to(self.device, torch.float32)
@@ -325,7 +334,7 @@ class PixelDecoder:
         self.net.grid_of(height, width)
         if not 0.5 <= (width * natural_height) / (height * natural_width) <= 2:
             raise SizeError(
-                f"{width}x{height} stretches a {natural_width}x{natural_height} picture more than twofold; "
+                f"{width}x{height} stretches a {natural_width}x{natural_height} image more than twofold; "
                 "choose a size of its shape."
             )
         advice = size_advice(self.checkpoint, height, width) if self.checkpoint else None
@@ -333,7 +342,7 @@ class PixelDecoder:
             warnings.warn(advice, stacklevel=4)
         return width, height
 
-    def _run(self, latent: Latent, size: tuple[int, int], chosen: Settings, on_step: OnStep | None) -> Tensor:
+    def _run(self, latent: Latent, size: tuple[int, int], chosen: Settings, callback: Callback | None) -> Tensor:
         net, batch = self.net, len(latent)
         grid = net.grid_of(*size)
         draw = NoiseStream(chosen.seeds(batch), (3, *size), self.device)
@@ -349,10 +358,10 @@ class PixelDecoder:
                 steps=4 if chosen.steps is None else chosen.steps,
                 kind=chosen.sampler or "sde",
                 prediction=prediction,
-                on_step=on_step,
+                callback=callback,
             )
         else:
-            pixels = self._run_teacher(latent, condition, draw(), chosen, on_step)
+            pixels = self._run_teacher(latent, condition, draw(), chosen, callback)
         if not torch.isfinite(pixels).all():
             raise LatentError(
                 "The network answered with NaN or infinite values. Decode in float32 (dtype=torch.float32); if that "
@@ -361,7 +370,7 @@ class PixelDecoder:
         return pixels.clamp_(-1, 1)
 
     def _run_teacher(
-        self, latent: Latent, condition: Condition, noise: Tensor, chosen: Settings, on_step: OnStep | None
+        self, latent: Latent, condition: Condition, noise: Tensor, chosen: Settings, callback: Callback | None
     ) -> Tensor:
         guidance = TEACHER_GUIDANCE if chosen.guidance is None else chosen.guidance
         without = condition
@@ -379,7 +388,7 @@ class PixelDecoder:
             steps=TEACHER_STEPS if chosen.steps is None else chosen.steps,
             shift=shift,
             prediction=self.net.config.prediction,
-            on_step=on_step,
+            callback=callback,
         )
 
     def _captioned(self, latent: Latent, caption: str | Sequence[str] | None) -> Latent:
@@ -401,7 +410,7 @@ class PixelDecoder:
         if ready is not None:
             states = ready_states(ready, length=config.text_length, width=config.text_dim)
             if len(states) not in (1, batch):
-                raise SettingError(f"There are caption states for {len(states)} pictures, and {batch} latents.")
+                raise SettingError(f"There are caption states for {len(states)} images, and {batch} latents.")
             return states.to(self.device).expand(batch, -1, -1)
         if self.text is None:
             raise SettingError(
@@ -411,19 +420,19 @@ class PixelDecoder:
         return self.text.encode([caption or "" for caption in captions]).to(self.device)
 
     def _delivered(self, pixels: Tensor, latent: Latent, chosen: Settings, output: Output) -> Made:
-        """Pixels in the form asked for; pictures carry their recipe in `.info["pidecode"]`."""
+        """Pixels in the form asked for; images carry their recipe in `.info["pidecode"]`."""
         if output == "pt":
             return pixels
         if output == "pairs":
             size = (pixels.shape[-1], pixels.shape[-2])
             return [(one, self._recipe(latent[index], chosen, index, size)) for index, one in enumerate(pixels)]
-        pictures = images.to_pils(pixels)
-        for index, picture in enumerate(pictures):
-            picture.info[images.KEYWORD] = self._recipe(latent[index], chosen, index, picture.size)
-        return pictures[0] if len(pictures) == 1 else pictures
+        images = to_pils(pixels)
+        for index, image in enumerate(images):
+            image.info[KEYWORD] = self._recipe(latent[index], chosen, index, image.size)
+        return images[0] if len(images) == 1 else images
 
     def _recipe(self, latent: Latent, chosen: Settings, index: int, size: tuple[int, int]) -> dict[str, Any]:
-        """Everything needed to make this picture again."""
+        """Everything needed to make this image again."""
         recipe: dict[str, Any] = {
             "model": self.name,
             "variant": self.identity.variant,

@@ -3,11 +3,11 @@
 
 PidecodeError
 ├── SettingError            a value the caller gave cannot act (also a ValueError)
-│   └── SizeError           a picture or latent size that fits nothing
+│   └── SizeError           an image or latent size that fits nothing
 ├── LatentError             a latent of the wrong space, frame, shape or content (also a ValueError)
 ├── FileError               a file that cannot be read or written as what it claims to be
 │   ├── CheckpointError     weights that do not fit the network, or are not weights
-│   └── ImageError          a picture that is truncated, too large or no picture
+│   └── ImageError          an image that is truncated, too large or no image
 ├── DownloadError           weights that could not be fetched
 │   └── LicenseError        a license that must be accepted first
 ├── MissingDependencyError  an optional package that is not installed (also an ImportError)
@@ -35,7 +35,7 @@ class SettingError(PidecodeError, ValueError):
 
 
 class SizeError(SettingError):
-    """A picture or latent size that fits nothing; the message names the nearest that does."""
+    """An image or latent size that fits nothing; the message names the nearest that does."""
 
 
 class LatentError(PidecodeError, ValueError):
@@ -55,7 +55,7 @@ class CheckpointError(FileError):
 
 
 class ImageError(FileError):
-    """A picture that is truncated, too large, or no picture."""
+    """An image that is truncated, too large, or no image."""
 
 
 class DownloadError(PidecodeError):

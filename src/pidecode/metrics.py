@@ -17,24 +17,24 @@ WINDOW_SIGMA = 1.5
 """Its standard deviation, in pixels."""
 
 
-def _unit(picture: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    if picture.shape != other.shape or picture.ndim != 4:
-        raise SizeError(f"Pictures of shapes {list(picture.shape)} and {list(other.shape)}; give two of one [B,C,H,W].")
-    return (picture.double().clamp(-1, 1) + 1) / 2, (other.double().clamp(-1, 1) + 1) / 2
+def _unit(image: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    if image.shape != other.shape or image.ndim != 4:
+        raise SizeError(f"Images of shapes {list(image.shape)} and {list(other.shape)}; give two of one [B,C,H,W].")
+    return (image.double().clamp(-1, 1) + 1) / 2, (other.double().clamp(-1, 1) + 1) / 2
 
 
-def psnr(picture: Tensor, original: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, one value a picture; [B,C,H,W] in [-1,1], all channels pooled."""
-    a, b = _unit(picture, original)
+def psnr(image: Tensor, original: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, one value an image; [B,C,H,W] in [-1,1], all channels pooled."""
+    a, b = _unit(image, original)
     return -10 * (a - b).square().mean((1, 2, 3)).clamp(min=1e-12).log10()
 
 
-def ssim(picture: Tensor, original: Tensor) -> Tensor:
-    """Structural similarity, one value a picture: Gaussian window 11 px wide, sigma 1.5, per channel, no padding.
+def ssim(image: Tensor, original: Tensor) -> Tensor:
+    """Structural similarity, one value an image: Gaussian window 11 px wide, sigma 1.5, per channel, no padding.
 
     The constants are the customary 0.01 and 0.03 of the data range; [B,C,H,W] in [-1,1], sides at least 11.
     """
-    a, b = _unit(picture, original)
+    a, b = _unit(image, original)
     if min(a.shape[-2:]) < WINDOW:
         raise SizeError(f"Structural similarity needs sides of at least {WINDOW} px; got {list(a.shape[-2:])}.")
     line = window_line(a.dtype, a.device)
@@ -55,7 +55,7 @@ def window_line(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def similarity(a: Tensor, b: Tensor, blur: Callable[[Tensor], Tensor]) -> Tensor:
-    """Structural similarity of pictures in [0,1], one value a picture, by means that `blur` takes over windows.
+    """Structural similarity of images in [0,1], one value an image, by means that `blur` takes over windows.
 
     It has gradients; `ssim` is this in float64 with the customary window.
     """
@@ -67,15 +67,15 @@ def similarity(a: Tensor, b: Tensor, blur: Callable[[Tensor], Tensor]) -> Tensor
     return score.mean((1, 2, 3))
 
 
-def channel_error(picture: Tensor, original: Tensor) -> Tensor:
+def channel_error(image: Tensor, original: Tensor) -> Tensor:
     """Mean signed error per channel in 1/255 steps, [B,C]: what a color cast shows up as."""
-    a, b = _unit(picture, original)
+    a, b = _unit(image, original)
     return 255 * (a - b).mean((2, 3))
 
 
-def sharpness(picture: Tensor) -> Tensor:
-    """Mean gradient magnitude of the luma in 1/255 steps per pixel, one value a picture; needs no original."""
-    weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64, device=picture.device).view(1, 3, 1, 1)
-    luma = 255 * ((picture.double().clamp(-1, 1) + 1) / 2 * weights).sum(1)
+def sharpness(image: Tensor) -> Tensor:
+    """Mean gradient magnitude of the luma in 1/255 steps per pixel, one value an image; needs no original."""
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64, device=image.device).view(1, 3, 1, 1)
+    luma = 255 * ((image.double().clamp(-1, 1) + 1) / 2 * weights).sum(1)
     across, down = luma[:, :-1, 1:] - luma[:, :-1, :-1], luma[:, 1:, :-1] - luma[:, :-1, :-1]
     return (across.square() + down.square()).sqrt().mean((1, 2))

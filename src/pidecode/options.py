@@ -34,13 +34,13 @@ class DecodeSettings(TypedDict, total=False):
 
 
 class RunSettings(TypedDict, total=False):
-    """Keyword settings of `from_pretrained` and `PixelDecoder` for speed; rounding aside they change no picture."""
+    """Keyword settings of `from_pretrained` and `PixelDecoder` for speed; rounding aside they change no image."""
 
     compile: bool
-    """Run the sums around the matrix products as the framework compiles them: worth the wait for many pictures on an
+    """Run the sums around the matrix products as the framework compiles them: worth the wait for many images on an
     accelerator (docs/performance.md)."""
     graphs: bool
-    """Record an evaluation once per picture size and replay it; CUDA devices only."""
+    """Record an evaluation once per image size and replay it; CUDA devices only."""
 
 
 def checked_run_settings(given: RunSettings) -> RunSettings:
@@ -57,7 +57,7 @@ class Settings:
     """How a latent is decoded. None means the network's own default; a setting that cannot act is refused."""
 
     seed: int | Sequence[int] = 0
-    """One seed (each further picture of a batch gets the next number), or one per picture."""
+    """One seed (each further image of a batch gets the next number), or one per image."""
     steps: int | None = None
     """Student: 1 to 4, default 4. Teacher: default 25."""
     sampler: StudentKind | None = None
@@ -69,7 +69,7 @@ class Settings:
     guidance: float | None = None
     """Teacher only: classifier-free guidance, default 5."""
     shift: float | None = None
-    """Teacher only: flow shift; the default grows with the picture as in training."""
+    """Teacher only: flow shift; the default grows with the image as in training."""
     negative_caption: str | None = None
     """Teacher only: what guidance leads away from."""
     caption_states: Tensor | None = field(default=None, compare=False)
@@ -77,9 +77,9 @@ class Settings:
     color_lock: Lock | None = None
     """Hold brightness and hue to a reference: "off", "soft" over wide areas, "full" down to a few pixels; "detail"
     holds all that the reference shows. Default "off"; "detail" where `upscale` enlarges with a small decoder that can
-    be looked through, as `tiny` can, and no strength is asked for: such decoders lose detail that the picture shows."""
+    be looked through, as `tiny` can, and no strength is asked for: such decoders lose detail that the image shows."""
     reference: Tensor | None = field(default=None, compare=False)
-    """What `color_lock` holds to, `[B, 3, h, w]` in [-1, 1]; default the picture being enlarged, or what the space's
+    """What `color_lock` holds to, `[B, 3, h, w]` in [-1, 1]; default the image being enlarged, or what the space's
     own decoder makes of the clean latent."""
 
     @classmethod
@@ -92,9 +92,9 @@ class Settings:
         return cls(**given)
 
     def seeds(self, batch: int) -> list[int]:
-        """One seed per picture."""
+        """One seed per image."""
         if isinstance(self.seed, int):
             return [self.seed + index for index in range(batch)]
         if len(self.seed) != batch:
-            raise SettingError(f"There are {len(self.seed)} seeds for {batch} pictures; give one, or one for each.")
+            raise SettingError(f"There are {len(self.seed)} seeds for {batch} images; give one, or one for each.")
         return list(self.seed)

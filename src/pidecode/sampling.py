@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From noise to picture: the student's few steps and the teacher's DPM-Solver, as functions of a network.
+"""From noise to image: the student's few steps and the teacher's DPM-Solver, as functions of a network.
 
-Time runs from 1 (noise) to 0 (picture): `x_t = (1 - t) x_0 + t eps` (SPEC.md section 3).
+Time runs from 1 (noise) to 0 (image): `x_t = (1 - t) x_0 + t eps` (SPEC.md section 3).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TIMESCALE = 1000.0
 """The network reads the flow time times this, never rounded: one unit is one radian."""
 
 Predict = Callable[[Tensor, Tensor], Tensor]
-"""Noisy picture `[B, 3, H, W]` and flow time times 1000 `[B]` to the network's output, same shape as the picture."""
+"""Noisy image `[B, 3, H, W]` and flow time times 1000 `[B]` to the network's output, same shape as the image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +38,11 @@ class Step:
     index: int
     """Steps done so far, from 1."""
     total: int
-    picture: Tensor
-    """The current estimate of the finished picture `[B, 3, H, W]`, unclamped."""
+    image: Tensor
+    """The current estimate of the finished image `[B, 3, H, W]`, unclamped."""
 
 
-OnStep = Callable[[Step], None]
+Callback = Callable[[Step], None]
 """Called after each step; raise `errors.Cancelled` in it to stop."""
 
 
@@ -68,9 +68,9 @@ def _wide(device: torch.device) -> torch.dtype:
 
 
 def _in_pieces(rule: Callable[..., Tensor], x: Tensor, other: Tensor, scalar: Tensor | float) -> Tensor:
-    """`rule(x, other, scalar)` elementwise in a wide type, as float32, without a wide copy of a whole picture.
+    """`rule(x, other, scalar)` elementwise in a wide type, as float32, without a wide copy of a whole image.
 
-    With gradients the whole picture goes at once, so that autograd sees one plain expression.
+    With gradients the whole image goes at once, so that autograd sees one plain expression.
     """
     wide = _wide(x.device)
     if isinstance(scalar, Tensor):
@@ -104,10 +104,10 @@ def renoise(clean: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
 
 
 class NoiseStream:
-    """Unit noise in the reference's order, from one seeded generator per picture, or given draws for tests.
+    """Unit noise in the reference's order, from one seeded generator per image, or given draws for tests.
 
     Generators live on the processor, so a seed draws the same noise whatever device decodes it, and a
-    picture in a batch gets the noise it would get alone.
+    image in a batch gets the noise it would get alone.
     """
 
     def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device) -> None:
@@ -129,9 +129,9 @@ def sample_student(
     steps: int = 4,
     kind: StudentKind = "sde",
     prediction: Prediction = "velocity",
-    on_step: OnStep | None = None,
+    callback: Callback | None = None,
 ) -> Tensor:
-    """Run a distilled decoder; returns the picture `[B, 3, H, W]`, unclamped.
+    """Run a distilled decoder; returns the image `[B, 3, H, W]`, unclamped.
 
     `draw()` gives the starting noise, then ("sde" only) one fresh noise after each step but the last.
     Raises SettingError for steps or kind that do not exist.
@@ -152,14 +152,14 @@ def sample_student(
             velocity = velocity_from_clean(x, output, t) if prediction == "x0" else output
             x = x + (t_next - t) * velocity
             del velocity
-        if on_step is not None:
-            on_step(Step(index + 1, steps, clean))
-        del output, clean  # two pictures that the next evaluation would otherwise run beside
+        if callback is not None:
+            callback(Step(index + 1, steps, clean))
+        del output, clean  # two images that the next evaluation would otherwise run beside
     return x
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
-    """`s t / (1 + (s - 1) t)`: moves times toward noise for large pictures."""
+    """`s t / (1 + (s - 1) t)`: moves times toward noise for large images."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -189,9 +189,9 @@ def sample_teacher(
     steps: int = 25,
     shift: float = 1.0,
     prediction: Prediction = "velocity",
-    on_step: OnStep | None = None,
+    callback: Callback | None = None,
 ) -> Tensor:
-    """DPM-Solver++, second-order multistep with the midpoint correction; returns the picture, unclamped.
+    """DPM-Solver++, second-order multistep with the midpoint correction; returns the image, unclamped.
 
     The same algorithm as diffusers' DPMSolverMultistepScheduler on flow sigmas, but the network is fed
     unrounded times: rounding them costs up to 2e-2 (golden notes, section 8). The first and the last step are
@@ -213,6 +213,6 @@ def sample_teacher(
             toward = clean if previous is None else clean + 0.5 * (h / previous_h) * (clean - previous)
             x = (t_next / t) * x - (1 - t_next) * (ratio - 1) * toward
             previous, previous_h = clean, h
-        if on_step is not None:
-            on_step(Step(index + 1, steps, clean.float()))
+        if callback is not None:
+            callback(Step(index + 1, steps, clean.float()))
     return x.float()

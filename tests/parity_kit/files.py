@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pidecode.models.pid.network import PixelNet
-from pidecode.registry.configs import NetConfig
+from pidecode.models.pid.network import PiDNet
+from pidecode.registry.configs import PiDConfig
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Case:
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
 
-    def net(self, scale: float = 1.0, *, train: bool = False) -> PixelNet:
+    def net(self, scale: float = 1.0, *, train: bool = False) -> PiDNet:
         """The network of a `net_*` file, its weights times `scale`."""
-        net = PixelNet(net_config(self.config))
+        net = PiDNet(net_config(self.config))
         net.load_state_dict({key: value * scale for key, value in self.weights.items()})
         return net.train(train).requires_grad_(train)
 
@@ -72,13 +72,13 @@ class Comparison:
         )
 
 
-def net_config(config: Mapping[str, Any]) -> NetConfig:
+def net_config(config: Mapping[str, Any]) -> PiDConfig:
     """A reference configuration `{cls, kwargs, prediction_type}` as ours."""
     return config_from_reference(config["kwargs"], bare=config["cls"] != "PidNet")
 
 
-def config_from_reference(kwargs: Mapping[str, Any], *, bare: bool = False) -> NetConfig:
-    """The reference's constructor arguments as a NetConfig."""
+def config_from_reference(kwargs: Mapping[str, Any], *, bare: bool = False) -> PiDConfig:
+    """The reference's constructor arguments as a PiDConfig."""
     reference_mode = "original" if bare else "ntk_aware"
     common = dict(
         hidden_size=kwargs["hidden_size"],
@@ -97,8 +97,8 @@ def config_from_reference(kwargs: Mapping[str, Any], *, bare: bool = False) -> N
         rope_reference=(kwargs.get("rope_ref_h", 1024), kwargs.get("rope_ref_w", 1024)),
     )
     if bare:
-        return NetConfig(latent_channels=0, **common)
-    return NetConfig(
+        return PiDConfig(latent_channels=0, **common)
+    return PiDConfig(
         latent_channels=kwargs["lq_latent_channels"],
         latent_down=kwargs["latent_spatial_down_factor"],
         latent_unpatchify=kwargs.get("lq_latent_unpatchify_factor", 1),

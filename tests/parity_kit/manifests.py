@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from parity_kit.files import Comparison, config_from_reference
-from pidecode.models.pid.network import PixelNet
+from pidecode.models.pid.network import PiDNet
 from pidecode.training.dmd import Discriminator
 
 ManifestCheck = Callable[[Path], Iterator[Comparison]]
@@ -43,7 +43,7 @@ def network(path: Path) -> Iterator[Comparison]:
     manifest = json.loads(path.read_text())
     config = config_from_reference(manifest["constructor_args"], bare=manifest["class"] != "PidNet")
     with torch.device("meta"):
-        net = PixelNet(config)
+        net = PiDNet(config)
     ours = {name: list(value.shape) for name, value in net.state_dict().items()}
     yield from same_tensors(ours, manifest)
 

@@ -11,14 +11,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from parity_kit.files import Case, Comparison
-from pidecode.models.pid.network import Condition, PixelNet
+from pidecode.models.pid.network import Condition, PiDNet
 from pidecode.sampling import guided, sample_student, sample_teacher
 
 FORWARD = 2e-5
 SAMPLING = 1e-4
 
 
-def _condition(net: PixelNet, case: Case, x: Tensor, *, text: str = "y", color: bool = False) -> Condition:
+def _condition(net: PiDNet, case: Case, x: Tensor, *, text: str = "y", color: bool = False) -> Condition:
     return net.prepare(
         net.grid_of(*x.shape[-2:]),
         case.inputs.get(text),
@@ -64,7 +64,7 @@ def features(case: Case) -> Iterator[Comparison]:
 class _Tape:
     """Records what goes into and comes out of named modules."""
 
-    def __init__(self, net: PixelNet) -> None:
+    def __init__(self, net: PiDNet) -> None:
         self.into: dict[str, tuple[Any, ...]] = {}
         self.out: dict[str, Any] = {}
         for name, module in net.named_modules():
@@ -89,7 +89,7 @@ def intermediates(case: Case) -> Iterator[Comparison]:
         yield Comparison(name, seen[name], expected, FORWARD * size)
 
 
-def _seen(net: PixelNet, tape: _Tape, condition: Condition) -> dict[str, Tensor]:
+def _seen(net: PiDNet, tape: _Tape, condition: Condition) -> dict[str, Tensor]:
     """The reference's names for what our modules carry."""
     last = net.config.patch_depth - 1
     t_emb = tape.out["t_embedder"]
@@ -144,7 +144,7 @@ def student(case: Case) -> Iterator[Comparison]:
             visited.append((x, t))
             return net.denoise(x, t, condition)
 
-        picture = sample_student(
+        image = sample_student(
             predict,
             lambda draws=draws: next(draws),  # type: ignore[misc]
             steps=variant["steps"],
@@ -152,7 +152,7 @@ def student(case: Case) -> Iterator[Comparison]:
             prediction=variant.get("prediction_type", case.config.get("prediction_type", "velocity")),
         )
         name = variant["name"]
-        yield Comparison(f"{name}.x0", picture, case.outputs[f"{name}.x0"], SAMPLING)
+        yield Comparison(f"{name}.x0", image, case.outputs[f"{name}.x0"], SAMPLING)
         for index, (x, t) in enumerate(visited):
             if f"{name}.x_into_step_{index}" in case.outputs:
                 yield Comparison(
@@ -172,17 +172,17 @@ def teacher(case: Case) -> Iterator[Comparison]:
         predict = guided(
             lambda x, t: net.denoise(x, t, captioned), lambda x, t: net.denoise(x, t, uncaptioned), variant["cfg"]
         )
-        picture = sample_teacher(predict, noise, steps=variant["steps"], shift=variant["shift"]).clamp(-1, 1)
+        image = sample_teacher(predict, noise, steps=variant["steps"], shift=variant["shift"]).clamp(-1, 1)
         name = variant["name"]
-        yield from with_own_rounding(case, picture, f"{name}.image_clamped", SAMPLING)
+        yield from with_own_rounding(case, image, f"{name}.image_clamped", SAMPLING)
 
 
-def with_own_rounding(case: Case, picture: Tensor, name: str, tolerance: float) -> Iterator[Comparison]:
+def with_own_rounding(case: Case, image: Tensor, name: str, tolerance: float) -> Iterator[Comparison]:
     """Compare with the reference's high-precision run, and with its float32 run.
 
     The reference's float32 solver loses digits (golden notes, section 8), so its own recorded distance from
     exact arithmetic is added to the tolerance of the second comparison, never of the first.
     """
     exact, single = case.outputs[f"{name}_hp"], case.outputs[name]
-    yield Comparison(f"{name}_hp", picture, exact, tolerance)
-    yield Comparison(name, picture, single, tolerance + (single - exact).abs().max().item())
+    yield Comparison(f"{name}_hp", image, exact, tolerance)
+    yield Comparison(name, image, single, tolerance + (single - exact).abs().max().item())

@@ -17,7 +17,7 @@ from pidecode.latents.layout import add_noise, euler_to_trained
 from pidecode.models.pid.adapter import Gate, LatentAdapter
 from pidecode.models.pid.blocks import image_rotation, pixel_axis_table, rotate, text_rotation, timestep_features
 from pidecode.registry.checkpoints import STUDENT_TIMES
-from pidecode.registry.configs import NetConfig
+from pidecode.registry.configs import PiDConfig
 from pidecode.registry.spaces import SPACES
 from pidecode.sampling import (
     clean_from_velocity,
@@ -98,7 +98,7 @@ def gate(case: Case) -> Iterator[Comparison]:
 def adapter(case: Case) -> Iterator[Comparison]:
     """The adapter alone."""
     kwargs, grid = case.args["kwargs"], tuple(case.args["grid"])
-    config = NetConfig(
+    config = PiDConfig(
         hidden_size=kwargs["out_dim"],
         num_heads=1,
         patch_depth=kwargs["num_outputs"],
@@ -147,7 +147,7 @@ def solver(case: Case) -> Iterator[Comparison]:
             lambda x, t: model(x, t, case.inputs["uncond"], []),
             entry["cfg"],
         )
-        picture = sample_teacher(
+        image = sample_teacher(
             predict,
             noise,
             steps=entry["steps"],
@@ -157,7 +157,7 @@ def solver(case: Case) -> Iterator[Comparison]:
         times = teacher_times(entry["steps"], entry["shift"])
         yield Comparison(f"{name}.t_grid", times.float(), case.outputs[f"{name}.t_grid"], TABLE)
         yield Comparison(f"{name}.tau", torch.stack(visited), case.outputs[f"{name}.tau"], 2e-4)
-        yield from with_own_rounding(case, picture, f"{name}.x", 1e-4)
+        yield from with_own_rounding(case, image, f"{name}.x", 1e-4)
 
 
 def student_schedule(case: Case) -> Iterator[Comparison]:
@@ -169,7 +169,7 @@ def student_schedule(case: Case) -> Iterator[Comparison]:
 
 
 def velocity(case: Case) -> Iterator[Comparison]:
-    """Between velocity and clean picture."""
+    """Between velocity and clean image."""
     x, v, t = case.inputs["x"], case.inputs["v"], case.inputs["t"]
     yield Comparison("x0", clean_from_velocity(x, v, t), case.outputs["x0"], TABLE)
     yield Comparison("v_from_x0", velocity_from_clean(x, v, t), case.outputs["v_from_x0"], TABLE)
@@ -193,12 +193,12 @@ def noising(case: Case) -> Iterator[Comparison]:
 
 
 def downsampling(case: Case) -> Iterator[Comparison]:
-    """The low-quality picture of training."""
+    """The low-quality image of training."""
     yield Comparison("lq", downsample(case.inputs["image"], int(case.args["downscale"])), case.outputs["lq"], TABLE)
 
 
 def normalizing(case: Case) -> Iterator[Comparison]:
-    """Pictures of any range brought to [-1, 1]."""
+    """Images of any range brought to [-1, 1]."""
     for name, image in case.inputs.items():
         yield Comparison(name, normalize_image(image), case.outputs[name], TABLE)
 

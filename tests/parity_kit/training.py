@@ -79,7 +79,7 @@ def vsd(case: Case) -> Iterator[Comparison]:
 
 
 def dsm(case: Case) -> Iterator[Comparison]:
-    """Denoising score matching is the flow-matching loss on the student's picture."""
+    """Denoising score matching is the flow-matching loss on the student's image."""
     prediction = _leaf(case.inputs["pred_v"])
     loss = flow_matching(prediction, case.inputs["x0"], case.inputs["eps"])
     yield _close("loss", loss, case)
@@ -154,13 +154,13 @@ def align(case: Case) -> Iterator[Comparison]:
 
 def fm(case: Case) -> Iterator[Comparison]:
     """Flow matching on the file's stand-in network; the file records the negated velocity."""
-    picture, noise, weight = case.inputs["x"], case.inputs["noise"], _leaf(case.inputs["mix"])
+    image, noise, weight = case.inputs["x"], case.inputs["noise"], _leaf(case.inputs["mix"])
     t = shifted(case.inputs["t_normal"].sigmoid(), case.args["shift"])
-    x_t = mix(picture, noise, t)
+    x_t = mix(image, noise, t)
     out = torch.tanh(torch.einsum("dc,bchw->bdhw", weight, x_t)) + 0.3 * torch.sin(0.01 * per_sample(t * 1000))
     x0 = case.args["prediction_type"] == "x0"
     velocity = velocity_from_clean(x_t, out, t) if x0 else out
-    loss = flow_matching(velocity, picture, noise)
+    loss = flow_matching(velocity, image, noise)
     yield _close("t", t, case)
     yield _close("t_scaled", t * 1000, case)
     yield _close("x_t", x_t, case)
@@ -233,7 +233,7 @@ def _gradients(case: Case, prefix: str, module: nn.Module) -> Iterator[Compariso
 def _train_step(case: Case, settings: TeacherLoss) -> Iterator[Comparison]:
     net = case.net(train=True)
     example = Example(
-        picture=case.inputs["image"],
+        image=case.inputs["image"],
         low=case.inputs.get("lq_image"),
         text=case.inputs["y"],
         latent=case.inputs.get("lq_latent"),
@@ -274,7 +274,7 @@ def _cast(case: Case, *, critic: bool = True) -> tuple[Cast, Example]:
     weights = {key.removeprefix(prefix): value for key, value in case.inputs.items() if key.startswith(prefix)}
     judge = _critic(case.args["discriminator"], weights) if critic else None
     example = Example(
-        picture=case.inputs["x0"],
+        image=case.inputs["x0"],
         text=case.inputs["y"],
         null_text=case.inputs["null_y"],
         latent=case.inputs["lq_latent"],

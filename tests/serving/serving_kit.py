@@ -24,36 +24,36 @@ from PIL import Image
 from torch import Tensor
 
 from pidecode import PixelDecoder
-from pidecode.models.pid.network import PixelNet
-from pidecode.registry.configs import miniature
+from pidecode.models.pid.network import PiDNet
+from pidecode.registry.configs import debug_config
 from pidecode.serve.http import address_of, bound_socket, make_server
 from pidecode.serve.queue import Job
 from pidecode.serve.schemas import Limits
-from pidecode.serve.service import Desk
-from pidecode.weights.metadata import Identity
+from pidecode.serve.service import DecodeService
+from pidecode.weights.metadata import CheckpointMetadata
 
-FLUX2 = miniature(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
+FLUX2 = debug_config(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
 PATIENCE = 60.0
 
 
-def block_means(pictures: Tensor) -> Tensor:
+def block_means(images: Tensor) -> Tensor:
     """An encoder of FLUX.2's sizes: means of 16-pixel blocks, repeated over the channels."""
-    return torch.nn.functional.avg_pool2d(pictures, 16).repeat(1, 43, 1, 1)[:, :128]
+    return torch.nn.functional.avg_pool2d(images, 16).repeat(1, 43, 1, 1)[:, :128]
 
 
 def small_decoder(name: str = "small") -> PixelDecoder:
     generator = torch.Generator().manual_seed(0)
-    net = PixelNet(FLUX2).requires_grad_(False).eval()
+    net = PiDNet(FLUX2).requires_grad_(False).eval()
     for parameter in net.parameters():
         parameter.normal_(std=0.2, generator=generator) if parameter.ndim else parameter.fill_(1.0)
-    identity = Identity(kind="student", config=FLUX2, space="flux2", license="Apache-2.0")
+    identity = CheckpointMetadata(kind="student", config=FLUX2, space="flux2", license="Apache-2.0")
     return PixelDecoder(net, identity, name=name, encoder=block_means)
 
 
-def picture_bytes(width: int = 32, height: int = 32, kind: str = "PNG") -> bytes:
+def image_bytes(width: int = 32, height: int = 32, kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
-    picture = Image.new("L", (width, height)) if width > 1000 else Image.radial_gradient("L").resize((width, height))
-    picture.convert("RGB").save(buffer, kind)
+    image = Image.new("L", (width, height)) if width > 1000 else Image.radial_gradient("L").resize((width, height))
+    image.convert("RGB").save(buffer, kind)
     return buffer.getvalue()
 
 
@@ -82,7 +82,7 @@ class Served:
     """A server that runs in a thread of this process."""
 
     port: int
-    desk: Desk
+    desk: DecodeService
 
     @property
     def url(self) -> str:
@@ -133,7 +133,7 @@ class Served:
 
 
 @contextmanager
-def running(app: Any, desk: Desk, *, connections: int = 40, grace: int = 3) -> Iterator[Served]:
+def running(app: Any, desk: DecodeService, *, connections: int = 40, grace: int = 3) -> Iterator[Served]:
     """Serve `app` on a free port of this machine for as long as the block lasts."""
     listener = bound_socket("127.0.0.1", 0)
     server = make_server(app, connections=connections, grace=grace)

@@ -2,7 +2,7 @@
 """The page in a real headless Chromium: drop, decode, drag, zoom, download, restore, a bad file, cancel.
 
 It runs with `-m slow`, with the weights that ship with the package where they are there. Set PIDECODE_SCREENSHOTS to
-a folder to have pictures of the page put into it.
+a folder to have images of the page put into it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving_kit import PATIENCE, Served, latent_bytes, picture_bytes, running, small_decoder
+from serving_kit import PATIENCE, Served, image_bytes, latent_bytes, running, small_decoder
 
 from pidecode import PixelDecoder
 from pidecode.errors import PidecodeError
 from pidecode.images import read_recipe
 from pidecode.serve.page import create_app
 from pidecode.serve.schemas import Limits
-from pidecode.serve.service import Desk
+from pidecode.serve.service import DecodeService
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 
@@ -43,7 +43,7 @@ def served() -> Iterator[Served]:
         decoder = PixelDecoder.from_pretrained("tiny", device="cpu")
     except PidecodeError:
         decoder = small_decoder("tiny")
-    desk = Desk({"tiny": decoder}, limits=LIMITS)
+    desk = DecodeService({"tiny": decoder}, limits=LIMITS)
     with running(create_app(desk), desk) as server:
         yield server
 
@@ -98,8 +98,8 @@ def download(page: Any, folder: Path) -> dict[str, Any]:
     return recipe | {"file": target.name}
 
 
-def test_a_picture_is_dropped_decoded_compared_and_downloaded(page: Any, tmp_path: Path) -> None:
-    drop(page, "moon.png", picture_bytes(48, 32))
+def test_a_image_is_dropped_decoded_compared_and_downloaded(page: Any, tmp_path: Path) -> None:
+    drop(page, "moon.png", image_bytes(48, 32))
     page.wait_for_selector("#go:not([disabled])")
     assert "192×128 pixels. Memory: about" in page.inner_text("#plan")
     page.fill("#seed", "11")
@@ -126,24 +126,24 @@ def test_a_picture_is_dropped_decoded_compared_and_downloaded(page: Any, tmp_pat
     assert (recipe["width"], recipe["height"], recipe["model"]) == (192, 128, "tiny")
 
 
-def test_what_is_held_of_the_picture_can_be_chosen(page: Any, tmp_path: Path) -> None:
-    drop(page, "moon.png", picture_bytes(32, 32))
+def test_what_is_held_of_the_image_can_be_chosen(page: Any, tmp_path: Path) -> None:
+    drop(page, "moon.png", image_bytes(32, 32))
     for chosen, recorded in (("", "detail"), ("off", "off"), ("soft", "soft")):
         page.select_option("#color_lock", chosen)
         decode(page)
         assert download(page, tmp_path)["color_lock"] == recorded
 
 
-def test_both_pictures_lie_exactly_over_each_other(page: Any) -> None:
-    drop(page, "odd.png", picture_bytes(45, 37))
+def test_both_images_lie_exactly_over_each_other(page: Any) -> None:
+    drop(page, "odd.png", image_bytes(45, 37))
     decode(page)
     assert page.inner_text("#result-facts").startswith("180×148")
     before, after = (page.locator(name).bounding_box() for name in ("#before", "#after"))
     assert before == pytest.approx(after, abs=0.5)
 
 
-def test_history_brings_back_picture_and_settings(page: Any, tmp_path: Path) -> None:
-    drop(page, "one.png", picture_bytes(32, 32))
+def test_history_brings_back_image_and_settings(page: Any, tmp_path: Path) -> None:
+    drop(page, "one.png", image_bytes(32, 32))
     page.fill("#seed", "1")
     decode(page)
     page.fill("#seed", "2")
@@ -162,11 +162,11 @@ def test_history_brings_back_picture_and_settings(page: Any, tmp_path: Path) -> 
     assert download(page, tmp_path)["seed"] == 1
     entries.nth(0).click()
     assert page.inner_text("#source-facts") == "latent of flux2, 2×1 cells"
-    assert page.locator("#viewer.alone").count() == 1  # a latent has no picture of its own to compare with
+    assert page.locator("#viewer.alone").count() == 1  # a latent has no image of its own to compare with
 
 
-def test_a_picture_with_a_recipe_offers_its_settings(page: Any, tmp_path: Path) -> None:
-    drop(page, "first.png", picture_bytes(16, 16))
+def test_a_image_with_a_recipe_offers_its_settings(page: Any, tmp_path: Path) -> None:
+    drop(page, "first.png", image_bytes(16, 16))
     page.fill("#seed", "77")
     decode(page)
     with page.expect_download() as waiting:
@@ -181,8 +181,8 @@ def test_a_picture_with_a_recipe_offers_its_settings(page: Any, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "data", "words"),
     [
-        ("broken.png", picture_bytes()[:50], "damaged or cut off"),
-        ("notes.png", b"no picture", "no picture of a known kind"),
+        ("broken.png", image_bytes()[:50], "damaged or cut off"),
+        ("notes.png", b"no image", "no image of a known kind"),
         ("cut.safetensors", latent_bytes()[:-9], "cut off"),
         ("large.png", b"x" * 3_000_000, "at most 2 MB can be taken"),
     ],
@@ -197,14 +197,14 @@ def test_a_bad_file_is_refused_in_a_sentence(page: Any, name: str, data: bytes, 
 
 
 def test_a_result_that_is_too_large_is_refused_in_the_plan(page: Any) -> None:
-    drop(page, "wide.png", picture_bytes(400, 400))
+    drop(page, "wide.png", image_bytes(400, 400))
     page.wait_for_selector("#plan-card.large")
     assert "1600x1600" in page.inner_text("#plan")
     assert page.locator("#go").is_disabled()
 
 
 def test_cancelling_frees_the_place_and_the_page_goes_on(page: Any, served: Served) -> None:
-    drop(page, "one.png", picture_bytes(32, 32))
+    drop(page, "one.png", image_bytes(32, 32))
     page.wait_for_selector("#go:not([disabled])")
     with served.busy():
         page.click("#go")
@@ -231,7 +231,7 @@ def test_the_page_fits_its_window(page: Any, width: int, scheme: str) -> None:
     page.set_viewport_size({"width": width, "height": 860})
     page.emulate_media(color_scheme=scheme)
     source = os.environ.get("PIDECODE_SCREENSHOT_SOURCE")
-    drop(page, "picture.png", Path(source).read_bytes() if source else picture_bytes(64, 48))
+    drop(page, "image.png", Path(source).read_bytes() if source else image_bytes(64, 48))
     decode(page)
     page.wait_for_timeout(600)
     assert page.evaluate("() => document.documentElement.scrollWidth") <= width
@@ -246,7 +246,7 @@ def test_the_page_fits_its_window(page: Any, width: int, scheme: str) -> None:
 
 
 def test_the_keyboard_alone_suffices(page: Any) -> None:
-    drop(page, "one.png", picture_bytes(16, 16))
+    drop(page, "one.png", image_bytes(16, 16))
     page.wait_for_selector("#go:not([disabled])")
     page.focus("#seed")
     page.keyboard.press("Enter")

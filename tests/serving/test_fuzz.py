@@ -13,7 +13,7 @@ import pytest
 from serving_kit import LIMITS, running, small_decoder
 
 from pidecode.serve.app import create_app
-from pidecode.serve.service import Desk
+from pidecode.serve.service import DecodeService
 
 pytest.importorskip("schemathesis", reason="schemathesis is not installed: pip install schemathesis")
 
@@ -24,7 +24,7 @@ CHECKS = "status_code_conformance,content_type_conformance,response_schema_confo
 
 @pytest.mark.slow
 def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
-    desk = Desk({"small": small_decoder()}, limits=LIMITS)
+    desk = DecodeService({"small": small_decoder()}, limits=LIMITS)
     with running(create_app(desk), desk) as served:
         command = [
             str(Path(sys.executable).with_name("schemathesis")), "run", f"{served.url}/openapi.json",

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from serving_kit import PATIENCE, latent_bytes, picture_bytes, small_decoder
+from serving_kit import PATIENCE, image_bytes, latent_bytes, small_decoder
 
 from pidecode.benchmarking.memory import LiveBytes
 from pidecode.cli.app import cli
@@ -23,7 +23,7 @@ from pidecode.latents.latent import Latent
 from pidecode.serve.estimate import Plan, plan, resident_memory
 from pidecode.serve.http import bound_socket, check_token, describe, is_loopback
 from pidecode.serve.schemas import Limits
-from pidecode.serve.service import Desk, Looked, looks_like_safetensors, small_picture
+from pidecode.serve.service import DecodeService, FileInfo, looks_like_safetensors, small_image
 
 
 @pytest.mark.parametrize(
@@ -82,10 +82,10 @@ def test_limits_are_checked() -> None:
     with pytest.raises(SettingError, match="waiting is -1"):
         Limits(waiting=-1)
     with pytest.raises(SettingError, match="There is no model to serve"):
-        Desk({})
+        DecodeService({})
 
 
-def test_a_plan_grows_with_the_picture_and_refuses_what_cannot_fit() -> None:
+def test_a_plan_grows_with_the_image_and_refuses_what_cannot_fit() -> None:
     decoder = small_decoder()
     small, large = plan(decoder, 64, 64), plan(decoder, 256, 256)
     assert large.working > 10 * small.working
@@ -103,12 +103,12 @@ def test_a_plan_grows_with_the_picture_and_refuses_what_cannot_fit() -> None:
 
 
 def test_the_desk_tells_what_a_file_is() -> None:
-    desk = Desk({"small": small_decoder()})
-    assert desk.look(picture_bytes(20, 30)) == Looked(kind="picture", width=20, height=30)
+    desk = DecodeService({"small": small_decoder()})
+    assert desk.look(image_bytes(20, 30)) == FileInfo(kind="image", width=20, height=30)
     found = desk.look(latent_bytes(2, 3, caption=["a cat"]))
-    assert found == Looked(kind="latent", width=3, height=2, space="flux2", sigma=0.0, caption="a cat")
+    assert found == FileInfo(kind="latent", width=3, height=2, space="flux2", sigma=0.0, caption="a cat")
     assert (desk.plan(None, found).width, desk.plan(None, found).height) == (192, 128)
-    assert desk.plan(None, Looked(kind="picture", width=20, height=30)).height == 120
+    assert desk.plan(None, FileInfo(kind="image", width=20, height=30)).height == 120
     with pytest.raises(ImageError):
         desk.look(b"nothing")
     with pytest.raises(FileError, match="cut off"):
@@ -129,9 +129,9 @@ def test_a_latent_is_read_from_bytes_as_from_a_file(tmp_path: Path) -> None:
 
 
 def test_a_preview_is_a_small_jpeg() -> None:
-    data = small_picture(torch.rand(1, 3, 100, 1000) * 2 - 1, side=100)
+    data = small_image(torch.rand(1, 3, 100, 1000) * 2 - 1, side=100)
     assert data[:2] == b"\xff\xd8"
-    assert Desk({"small": small_decoder()}).look(data).width == 100
+    assert DecodeService({"small": small_decoder()}).look(data).width == 100
 
 
 def test_the_command_refuses_an_open_address_before_it_loads_anything() -> None:

@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving_kit import LIMITS, Served, latent_bytes, picture_bytes, running, small_decoder
+from serving_kit import LIMITS, Served, image_bytes, latent_bytes, running, small_decoder
 
 import pidecode.serve.page
 from pidecode.images import load_image, read_recipe
 from pidecode.serve.page import create_app
-from pidecode.serve.service import Desk
+from pidecode.serve.service import DecodeService
 
 STATIC = Path(pidecode.serve.page.__file__).parent / "static"
 
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[Served]:
-    desk = Desk({"small": small_decoder()}, limits=LIMITS)
+    desk = DecodeService({"small": small_decoder()}, limits=LIMITS)
     with running(create_app(desk), desk) as served:
         yield served
 
@@ -67,32 +67,32 @@ def test_about_tells_the_models_and_the_limits(page: Served) -> None:
 
 
 def test_a_look_tells_what_was_dropped(page: Served) -> None:
-    assert {"kind": "picture", "width": 20, "height": 30}.items() <= page.post(
-        "/api/look", picture_bytes(20, 30)
+    assert {"kind": "image", "width": 20, "height": 30}.items() <= page.post(
+        "/api/look", image_bytes(20, 30)
     ).json().items()
     latent = page.post("/api/look", latent_bytes(2, 3)).json()
     assert {"kind": "latent", "width": 3, "height": 2, "space": "flux2", "sigma": 0.0}.items() <= latent.items()
     bad = page.post("/api/look", b"neither")
-    assert (bad.status, "no picture of a known kind" in bad.message) == (400, True)
+    assert (bad.status, "no image of a known kind" in bad.message) == (400, True)
 
 
 def test_a_plan_comes_before_the_work(page: Served) -> None:
-    plan = page.get("/api/plan?kind=picture&width=20&height=30").json()
+    plan = page.get("/api/plan?kind=image&width=20&height=30").json()
     assert (plan["width"], plan["height"], plan["fits"]) == (80, 120, True)
     assert plan["working"] > 0
     other = page.get("/api/plan?kind=latent&width=1&height=1&to_width=80&to_height=64").json()
     assert (other["width"], other["height"]) == (80, 64)
-    large = page.get("/api/plan?kind=picture&width=2000&height=2000")
+    large = page.get("/api/plan?kind=image&width=2000&height=2000")
     assert (large.status, "at most 65,536" in large.message) == (400, True)
 
 
 def test_a_job_is_told_step_by_step_and_its_file_is_fetched_once(page: Served) -> None:
-    told = story(page, "/api/upscale?steps=3&seed=4", picture_bytes(20, 33))
+    told = story(page, "/api/upscale?steps=3&seed=4", image_bytes(20, 33))
     previews = [line["preview"] for line in told if "preview" in line]
     assert previews
     for preview in previews:
         data = base64.b64decode(preview.removeprefix("data:image/jpeg;base64,"))
-        assert load_image(data).size == (128, 192)  # the padded picture, which is cut back only at the end
+        assert load_image(data).size == (128, 192)  # the padded image, which is cut back only at the end
     last = told[-1]
     assert (last["state"], last["width"], last["height"], last["recipe"]["seed"]) == ("done", 80, 132, 4)
     fetched = page.get(f"/{last['finished']}")
@@ -103,9 +103,9 @@ def test_a_job_is_told_step_by_step_and_its_file_is_fetched_once(page: Served) -
 
 
 def test_a_smaller_scale_is_made_whole_and_reduced(page: Served) -> None:
-    last = story(page, "/api/upscale?steps=1&scale=2", picture_bytes(20, 33))[-1]
+    last = story(page, "/api/upscale?steps=1&scale=2", image_bytes(20, 33))[-1]
     assert (last["width"], last["height"], last["recipe"]["reduced_to_scale"]) == (40, 66, 2)
-    refused = story(page, "/api/upscale?steps=1&scale=8", picture_bytes())[-1]
+    refused = story(page, "/api/upscale?steps=1&scale=8", image_bytes())[-1]
     assert refused["state"] == "failed"
     assert "scale is 8; this model enlarges 4 times" in refused["message"]
 
@@ -119,7 +119,7 @@ def test_a_latent_is_decoded_and_a_bad_one_ends_in_a_sentence(page: Served) -> N
 def test_a_full_line_is_said_before_the_story_begins(page: Served) -> None:
     with page.busy():
         waiting = [page.desk.queue.submit(lambda job: None) for _ in range(2)]
-        assert page.post("/api/upscale", picture_bytes()).status == 429
+        assert page.post("/api/upscale", image_bytes()).status == 429
         for job in waiting:
             job.cancel()
 
@@ -127,7 +127,7 @@ def test_a_full_line_is_said_before_the_story_begins(page: Served) -> None:
 def test_leaving_the_page_cancels_its_job(page: Served) -> None:
     with page.busy():
         connection = page.connect()
-        connection.request("POST", "/api/upscale", picture_bytes())
+        connection.request("POST", "/api/upscale", image_bytes())
         response = connection.getresponse()
         assert json.loads(response.readline())["state"] == "waiting"
         page.until(lambda: page.desk.queue.waiting == 1)
@@ -137,7 +137,7 @@ def test_leaving_the_page_cancels_its_job(page: Served) -> None:
 
 
 def test_a_token_opens_the_page_and_stays_as_a_cookie() -> None:
-    desk = Desk({"small": small_decoder()}, limits=LIMITS)
+    desk = DecodeService({"small": small_decoder()}, limits=LIMITS)
     token = "correct-horse-battery"
     with running(create_app(desk, token=token), desk) as served:
         assert served.get("/").status == 401

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from pidecode.errors import BusyError, Cancelled, SettingError
-from pidecode.serve.queue import Glimpse, Job, JobQueue
+from pidecode.serve.queue import Job, JobQueue, JobStatus
 
 PATIENCE = 10.0
 
@@ -53,7 +53,7 @@ def test_the_line_is_bounded_and_says_when_to_come_back(queue: JobQueue) -> None
     running = queue.submit(gate)
     assert gate.begun.wait(PATIENCE)
     waiting = [queue.submit(lambda job: None) for _ in range(2)]
-    assert [job.glimpse.place for job in waiting] == [1, 2]
+    assert [job.status.place for job in waiting] == [1, 2]
     with pytest.raises(BusyError, match="The line is full: 2 jobs wait and one runs") as caught:
         queue.submit(lambda job: None)
     assert caught.value.retry_after > 0
@@ -81,7 +81,7 @@ def test_a_cancelled_waiting_job_frees_its_place_at_once_and_never_runs(queue: J
     first, second = queue.submit(ran.append), queue.submit(ran.append)
     first.cancel("Enough.")
     assert first.over
-    assert second.glimpse.place == 1
+    assert second.status.place == 1
     with pytest.raises(Cancelled, match=r"Enough\."):
         first.result()
     third = queue.submit(lambda job: None)  # the place is free again
@@ -143,19 +143,19 @@ def test_progress_and_previews_reach_a_reader_who_sees_the_end(queue: JobQueue) 
             assert looked.acquire(timeout=PATIENCE), "the reader never looked"
         return "made"
 
-    async def read() -> list[Glimpse]:
+    async def read() -> list[JobStatus]:
         job = queue.submit(work)
         seen = []
-        async for glimpse in job.changes():
-            if glimpse.preview and glimpse.preview not in {one.preview for one in seen}:
+        async for status in job.changes():
+            if status.preview and status.preview not in {one.preview for one in seen}:
                 looked.release()
-            seen.append(glimpse)
+            seen.append(status)
         assert job.result() == "made"
         return seen
 
     seen = asyncio.run(asyncio.wait_for(read(), PATIENCE))
     assert seen[0].state in ("waiting", "running")
-    assert list(dict.fromkeys((glimpse.done, glimpse.preview) for glimpse in seen if glimpse.preview)) == [
+    assert list(dict.fromkeys((status.done, status.preview) for status in seen if status.preview)) == [
         (1, b"\1"),
         (2, b"\2"),
         (3, b"\3"),

@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from serving_kit import LIMITS, PATIENCE, Answer, Served, latent_bytes, picture_bytes, running, small_decoder
+from serving_kit import LIMITS, PATIENCE, Answer, Served, image_bytes, latent_bytes, running, small_decoder
 
 from pidecode.images import read_recipe
 from pidecode.serve.app import create_app
-from pidecode.serve.service import Desk
+from pidecode.serve.service import DecodeService
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Served]:
-    desk = Desk({"small": small_decoder(), "twin": small_decoder("twin")}, limits=LIMITS)
+    desk = DecodeService({"small": small_decoder(), "twin": small_decoder("twin")}, limits=LIMITS)
     with running(create_app(desk), desk) as served:
         yield served
 
@@ -42,7 +42,7 @@ def form(fields: dict[str, Any], boundary: str = "xyzzy") -> tuple[bytes, dict[s
     return body, {"Content-Type": f"multipart/form-data; boundary={boundary}"}
 
 
-def test_a_latent_becomes_a_picture_that_carries_its_recipe(server: Served) -> None:
+def test_a_latent_becomes_a_image_that_carries_its_recipe(server: Served) -> None:
     answer = server.post("/v1/decode?seed=5&steps=2", latent_bytes(1, 2))
     assert opened(answer).size == (128, 64)
     assert answer.headers["content-type"] == "image/png"
@@ -55,24 +55,24 @@ def test_a_latent_becomes_a_picture_that_carries_its_recipe(server: Served) -> N
 
 
 @pytest.mark.parametrize(("kind", "name"), [("png", "PNG"), ("webp", "WEBP"), ("jpeg", "JPEG")])
-def test_a_picture_is_enlarged_in_the_format_asked_for(server: Served, kind: str, name: str) -> None:
-    answer = server.post(f"/v1/upscale?steps=1&format={kind}", picture_bytes(20, 33))
-    picture = opened(answer)
-    assert (picture.format, picture.size) == (name, (80, 132))
+def test_a_image_is_enlarged_in_the_format_asked_for(server: Served, kind: str, name: str) -> None:
+    answer = server.post(f"/v1/upscale?steps=1&format={kind}", image_bytes(20, 33))
+    image = opened(answer)
+    assert (image.format, image.size) == (name, (80, 132))
     assert answer.headers["content-type"] == f"image/{kind}"
     assert (read_recipe(answer.body) or {})["steps"] == 1
 
 
 def test_another_model_is_chosen_by_name(server: Served) -> None:
-    assert (read_recipe(server.post("/v1/upscale?model=twin&steps=1", picture_bytes()).body) or {})["model"] == "twin"
-    refused = server.post("/v1/upscale?model=large", picture_bytes())
+    assert (read_recipe(server.post("/v1/upscale?model=twin&steps=1", image_bytes()).body) or {})["model"] == "twin"
+    refused = server.post("/v1/upscale?model=large", image_bytes())
     assert (refused.status, refused.message) == (400, "There is no model 'large' here; there are small, twin.")
 
 
 def test_models_say_what_they_can(server: Served) -> None:
     data = server.get("/v1/models").json()["data"]
     assert [model["id"] for model in data] == ["small", "twin"]
-    assert {"space": "flux2", "scale": 4, "takes_pictures": True, "reads_captions": False}.items() <= data[0].items()
+    assert {"space": "flux2", "scale": 4, "takes_images": True, "reads_captions": False}.items() <= data[0].items()
 
 
 def test_a_foreign_latent_needs_its_space(server: Served) -> None:
@@ -96,10 +96,10 @@ def test_a_foreign_latent_needs_its_space(server: Served) -> None:
         ("/v1/decode", latent_bytes(8, 8), 400, "this server makes at most 65,536"),
         ("/v1/decode", b"", 400, "body is empty"),
         ("/v1/decode", b"\x80\x04\x95csystem", 400, "no .safetensors file"),
-        ("/v1/upscale", b"no picture", 400, "no picture of a known kind"),
-        ("/v1/upscale", picture_bytes()[:60], 400, "damaged or cut off"),
-        ("/v1/upscale", picture_bytes(128, 128), 400, "512x512"),
-        ("/v1/upscale", picture_bytes(4000, 4000), 400, "pixels"),
+        ("/v1/upscale", b"no image", 400, "no image of a known kind"),
+        ("/v1/upscale", image_bytes()[:60], 400, "damaged or cut off"),
+        ("/v1/upscale", image_bytes(128, 128), 400, "512x512"),
+        ("/v1/upscale", image_bytes(4000, 4000), 400, "pixels"),
         ("/v1/decode?steps=9", latent_bytes(), 400, "steps is 9"),
         ("/v1/decode?caption=a+cat", latent_bytes(), 400, "no text stream"),
         ("/v1/decode?guidance=3", latent_bytes(), 400, "guidance acts on teachers only"),
@@ -107,7 +107,7 @@ def test_a_foreign_latent_needs_its_space(server: Served) -> None:
         ("/v1/decode?sigma=0.9", latent_bytes(), 422, "sigma: Input should be less than or equal to 0.8"),
         ("/v1/decode?seed=-1", latent_bytes(), 422, "seed"),
         ("/v1/decode?sede=1", latent_bytes(), 422, "sede: Extra inputs are not permitted"),
-        ("/v1/upscale?fit=stretch", picture_bytes(), 422, "'pad' or 'crop'"),
+        ("/v1/upscale?fit=stretch", image_bytes(), 422, "'pad' or 'crop'"),
         ("/v1/decode?space=sdxx", latent_bytes(), 400, "sdxx"),
     ],
 )
@@ -174,7 +174,7 @@ def test_health_and_metrics_tell_of_the_line(server: Served) -> None:
     with server.busy():
         assert server.get("/health").json() == {"status": "ok", "waiting": 0, "running": True}
         text = server.get("/metrics").body.decode()
-    server.post("/v1/upscale?steps=1", picture_bytes())
+    server.post("/v1/upscale?steps=1", image_bytes())
     after = server.get("/metrics").body.decode()
     assert "\npidecode_queue_running 1\n" in text
     assert 'pidecode_answers_total{path="/v1/upscale",status="200"}' in after
@@ -188,26 +188,26 @@ def test_health_and_metrics_tell_of_the_line(server: Served) -> None:
 
 
 def test_openai_edits_enlarge(server: Served) -> None:
-    body, headers = form({"image": picture_bytes(), "prompt": "", "n": 2, "size": "auto", "seed": 3, "steps": 1})
+    body, headers = form({"image": image_bytes(), "prompt": "", "n": 2, "size": "auto", "seed": 3, "steps": 1})
     answer = server.post("/v1/images/edits", body, **headers)
     assert answer.status == 200, answer.body
     assert answer.json()["size"] == "128x128"
-    pictures = [base64.b64decode(entry["b64_json"]) for entry in answer.json()["data"]]
-    assert [(read_recipe(data) or {})["seed"] for data in pictures] == [3, 4]
+    images = [base64.b64decode(entry["b64_json"]) for entry in answer.json()["data"]]
+    assert [(read_recipe(data) or {})["seed"] for data in images] == [3, 4]
 
 
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({"prompt": "x"}, "no file in the field 'image'"),
-        ({"image": b"nothing"}, "no picture of a known kind"),
+        ({"image": b"nothing"}, "no image of a known kind"),
         ({"image": latent_bytes()}, "send it to /v1/decode"),
-        ({"image": picture_bytes(), "size": "64x64"}, "becomes 128x128; size cannot be 64x64"),
-        ({"image": picture_bytes(), "size": "big"}, "must be WIDTHxHEIGHT"),
-        ({"image": picture_bytes(), "n": "9"}, "it must be 1 to 4"),
-        ({"image": picture_bytes(), "response_format": "url"}, "must be b64_json"),
-        ({"image": picture_bytes(), "mask": "x"}, "mask: Extra inputs are not permitted"),
-        ({"image": picture_bytes(), "prompt": "a cat"}, "no text stream"),
+        ({"image": image_bytes(), "size": "64x64"}, "becomes 128x128; size cannot be 64x64"),
+        ({"image": image_bytes(), "size": "big"}, "must be WIDTHxHEIGHT"),
+        ({"image": image_bytes(), "n": "9"}, "it must be 1 to 4"),
+        ({"image": image_bytes(), "response_format": "url"}, "must be b64_json"),
+        ({"image": image_bytes(), "mask": "x"}, "mask: Extra inputs are not permitted"),
+        ({"image": image_bytes(), "prompt": "a cat"}, "no text stream"),
     ],
 )
 def test_openai_edits_refuse_in_a_sentence(server: Served, fields: dict[str, Any], words: str) -> None:
@@ -253,7 +253,7 @@ def test_the_description_is_one_page_that_asks_nobody_else(server: Served) -> No
 
 
 def test_a_token_keeps_everyone_else_out() -> None:
-    desk = Desk({"small": small_decoder()}, limits=LIMITS)
+    desk = DecodeService({"small": small_decoder()}, limits=LIMITS)
     token = "correct-horse-battery"
     with running(create_app(desk, token=token), desk) as served:
         assert served.get("/health").status == 200
@@ -261,14 +261,14 @@ def test_a_token_keeps_everyone_else_out() -> None:
         assert served.get("/metrics").headers["www-authenticate"] == "Bearer"
         assert served.get("/v1/models", Authorization="Bearer correct-horse").status == 401
         assert served.get("/v1/models", Authorization=f"Bearer {token}", Host="box.lan").status == 200
-        assert served.post("/v1/upscale?steps=1", picture_bytes(), Authorization=f"bearer {token}").status == 200
+        assert served.post("/v1/upscale?steps=1", image_bytes(), Authorization=f"bearer {token}").status == 200
 
 
 def test_a_stop_lets_the_running_request_end() -> None:
-    desk = Desk({"small": small_decoder()}, limits=LIMITS)
+    desk = DecodeService({"small": small_decoder()}, limits=LIMITS)
     answers: list[Answer] = []
     with running(create_app(desk), desk, grace=int(PATIENCE)) as served, served.busy():
-        client = threading.Thread(target=lambda: answers.append(served.post("/v1/upscale?steps=1", picture_bytes())))
+        client = threading.Thread(target=lambda: answers.append(served.post("/v1/upscale?steps=1", image_bytes())))
         client.start()
         served.until(lambda: desk.queue.waiting == 1)
         asked_to_stop = threading.Thread(target=desk.stop, args=(PATIENCE,))
@@ -284,11 +284,11 @@ def test_a_stop_lets_the_running_request_end() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_a_prompt_is_painted_by_a_real_pipeline_and_decoded() -> None:
     tiny = pytest.importorskip("tiny_pipelines")
-    from pidecode.integrations.text_to_image import PipelinePainter
+    from pidecode.integrations.text_to_image import PipelineTextToLatent
     from pidecode.serve.schemas import Limits
 
-    painter = PipelinePainter("sdxl", tiny.build("sdxl"), steps=2)
-    desk = Desk({"sdxl": tiny.decoder_for("sdxl")}, limits=Limits(seconds=PATIENCE), painter=painter)
+    painter = PipelineTextToLatent("sdxl", tiny.build("sdxl"), steps=2)
+    desk = DecodeService({"sdxl": tiny.decoder_for("sdxl")}, limits=Limits(seconds=PATIENCE), painter=painter)
     with running(create_app(desk), desk) as served:
         wish = {"prompt": "a cat", "size": "128x64", "steps": 1, "seed": 2, "n": 2}
         answer = served.post("/v1/images/generations", wish)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hostile and broken pictures, latents and places to write: one clear error each, nothing left behind."""
+"""Hostile and broken images, latents and places to write: one clear error each, nothing left behind."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from pidecode import images
 from pidecode.errors import FileError, ImageError, LatentError, SettingError
 from pidecode.files import atomic_write, check_writable
+from pidecode.images import load_image, load_tensor, read_recipe, save_image
 from pidecode.latents.latent import Latent
 from pidecode.latents.layout import LatentStatistics
 
@@ -35,7 +35,7 @@ def png_bytes(width: int = 64, height: int = 64) -> bytes:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG of a few hundred bytes whose header claims a picture of any size."""
+    """A PNG of a few hundred bytes whose header claims an image of any size."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -45,17 +45,17 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
-# Pictures
+# Images
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF"])
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.9])
-def test_cut_off_pictures(kind: str, share: float) -> None:
+def test_cut_off_images(kind: str, share: float) -> None:
     buffer = io.BytesIO()
     Image.open(io.BytesIO(png_bytes())).save(buffer, kind)
     data = buffer.getvalue()
     with pytest.raises(ImageError):
-        images.load_image(data[: int(len(data) * share)])
+        load_image(data[: int(len(data) * share)])
 
 
 @pytest.mark.parametrize(
@@ -63,24 +63,24 @@ def test_cut_off_pictures(kind: str, share: float) -> None:
     [b"", b"\0" * 100, b"GIF89a", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%!PS-Adobe-3.0 EPSF-3.0\n",
      pickle.dumps({"a": 1}), b"\x89PNG\r\n\x1a\n" + b"\xff" * 64],
 )  # fmt: skip
-def test_what_is_no_picture(data: bytes) -> None:
+def test_what_is_no_image(data: bytes) -> None:
     with pytest.raises(ImageError):
-        images.load_image(data)
+        load_image(data)
 
 
 @pytest.mark.parametrize("side", [8_300, 9_500, 60_000])
 def test_image_bombs_are_refused_by_their_header(side: int) -> None:
     with pytest.raises(ImageError, match=r"the limit is 67,108,864|too large"):
-        images.load_image(bomb(side, side))
+        load_image(bomb(side, side))
 
 
 def test_the_limit_is_the_callers() -> None:
     with pytest.raises(ImageError, match="64x64 = 4,096 pixels; the limit is 4,095"):
-        images.load_image(png_bytes(), max_pixels=4095)
-    assert images.load_image(png_bytes(), max_pixels=4096).size == (64, 64)
+        load_image(png_bytes(), max_pixels=4095)
+    assert load_image(png_bytes(), max_pixels=4096).size == (64, 64)
 
 
-def test_damaged_pictures_never_raise_anything_else() -> None:
+def test_damaged_images_never_raise_anything_else() -> None:
     data = bytearray(png_bytes())
     generator = np.random.default_rng(1)
     for _ in range(60):
@@ -88,7 +88,7 @@ def test_damaged_pictures_never_raise_anything_else() -> None:
         for place in generator.integers(8, len(data), 6):
             broken[place] = int(generator.integers(0, 256))
         with contextlib.suppress(ImageError):
-            images.load_image(bytes(broken))
+            load_image(bytes(broken))
 
 
 def test_values_of_unknown_range() -> None:
@@ -96,21 +96,21 @@ def test_values_of_unknown_range() -> None:
         buffer = io.BytesIO()
         Image.fromarray(array).save(buffer, "TIFF")
         with pytest.raises(ImageError, match="range is unknown"):
-            images.load_image(buffer.getvalue())
+            load_image(buffer.getvalue())
 
 
 def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="does not exist"):
-        images.load_image(tmp_path / "none.png")
+        load_image(tmp_path / "none.png")
     with pytest.raises(ImageError, match="is a folder"):
-        images.load_image(tmp_path)
+        load_image(tmp_path)
     with pytest.raises(ImageError, match="could not be opened|does not exist"):
-        images.load_image("a\0b.png")
+        load_image("a\0b.png")
     with pytest.raises(ImageError, match="got int"):
-        images.load_image(3)  # type: ignore[arg-type]
+        load_image(3)  # type: ignore[arg-type]
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ImageError, match="not a file"):
-        images.load_image(tmp_path / "pipe")
+        load_image(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize(
@@ -125,18 +125,18 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
         (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), "float in"),
     ],
 )
-def test_tensors_that_are_no_pictures(tensor: torch.Tensor, message: str) -> None:
+def test_tensors_that_are_no_images(tensor: torch.Tensor, message: str) -> None:
     with pytest.raises(ImageError, match=message):
-        images.load_tensor(tensor)
+        load_tensor(tensor)
 
 
-def test_a_picture_of_nan_is_not_written(tmp_path: Path) -> None:
+def test_a_image_of_nan_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="NaN or infinite: the network overflowed"):
-        images.save_image(tmp_path / "a.png", torch.full((1, 3, 4, 4), float("nan")))
+        save_image(tmp_path / "a.png", torch.full((1, 3, 4, 4), float("nan")))
     with pytest.raises(ImageError, match="batch of 2"):
-        images.save_image(tmp_path / "a.png", torch.zeros(2, 3, 4, 4))
+        save_image(tmp_path / "a.png", torch.zeros(2, 3, 4, 4))
     with pytest.raises(ImageError, match="float64"):
-        images.save_image(tmp_path / "a.png", np.zeros((4, 4, 3)))
+        save_image(tmp_path / "a.png", np.zeros((4, 4, 3)))
     assert not list(tmp_path.iterdir())
 
 
@@ -155,22 +155,22 @@ def test_damaged_recipes(tmp_path: Path, text: bytes) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(with_text(text))
     with pytest.raises(ImageError, match="recipe in .* is damaged"):
-        images.read_recipe(path)
+        read_recipe(path)
 
 
 def test_recipes_of_broken_files(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(with_text(b"{}", spoil=True))
     with pytest.raises(ImageError, match="checksum"):
-        images.read_recipe(path)
+        read_recipe(path)
     path.write_bytes(png_bytes()[:-20])
     with pytest.raises(ImageError, match="cut off"):
-        images.read_recipe(path)
+        read_recipe(path)
     path.write_bytes(b"hello")
-    with pytest.raises(ImageError, match="no picture of a known kind"):
-        images.read_recipe(path)
+    with pytest.raises(ImageError, match="no image of a known kind"):
+        read_recipe(path)
     with pytest.raises(ImageError, match="There is no file"):
-        images.read_recipe(tmp_path)
+        read_recipe(tmp_path)
 
 
 # Places to write

@@ -24,22 +24,22 @@ from pidecode.cli.app import cli
 from pidecode.errors import FileError, SettingError
 from pidecode.images import read_recipe, save_image
 from pidecode.latents.latent import Latent
-from pidecode.models.pid.network import PixelNet
-from pidecode.registry.configs import miniature
-from pidecode.weights.metadata import Identity
+from pidecode.models.pid.network import PiDNet
+from pidecode.registry.configs import debug_config
+from pidecode.weights.metadata import CheckpointMetadata
 
-FLUX2 = miniature(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
+FLUX2 = debug_config(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random network in the release's file format."""
     torch.manual_seed(0)
-    net = PixelNet(FLUX2).requires_grad_(False)
+    net = PiDNet(FLUX2).requires_grad_(False)
     for parameter in net.parameters():
         parameter.normal_(std=0.2) if parameter.ndim else parameter.fill_(1.0)
     path = tmp_path_factory.mktemp("model") / "small.safetensors"
-    identity = Identity(kind="student", config=FLUX2, space="flux2", license="Apache-2.0")
+    identity = CheckpointMetadata(kind="student", config=FLUX2, space="flux2", license="Apache-2.0")
     save_file(dict(net.state_dict()), path, metadata=identity.to_metadata())
     return path
 
@@ -75,7 +75,7 @@ def test_a_folder_keeps_its_structure_and_passes_over_what_is_neither(tmp_path: 
     jobs = collect(tmp_path, Naming(out=tmp_path / "out"))
     assert [(job.name, job.kind, job.out.relative_to(tmp_path).as_posix()) for job in jobs] == [
         ("a/c.safetensors", "latent", "out/a/c.png"),
-        ("b.jpg", "picture", "out/b.png"),
+        ("b.jpg", "image", "out/b.png"),
     ]
 
 
@@ -100,7 +100,7 @@ def test_a_manifest_gives_each_line_its_own_settings(tmp_path: Path) -> None:
     assert first.source == tmp_path / "a.safetensors"
     assert first.own == {"seed": 7, "size": (64, 128), "caption": "a cat"}
     assert second == Job(
-        name="/elsewhere/b.png", source=Path("/elsewhere/b.png"), kind="picture", out=tmp_path / "o/new/b.jpg"
+        name="/elsewhere/b.png", source=Path("/elsewhere/b.png"), kind="image", out=tmp_path / "o/new/b.jpg"
     )
 
 
@@ -111,12 +111,12 @@ def test_a_manifest_gives_each_line_its_own_settings(tmp_path: Path) -> None:
         ("[1]", 'is not a table; write {"source": "cat.png"}'),
         ('{"sorce": "a.png"}', "an entry 'sorce'. Did you mean source?"),
         ('{"seed": 1}', "needs 'source' as text"),
-        ('{"source": "a.txt"}', "a.txt is neither a picture"),
+        ('{"source": "a.txt"}', "a.txt is neither an image"),
         ('{"source": "a.png", "seed": "x"}', "seed is 'x'; it must be int"),
         ('{"source": "a.png", "seed": true}', "seed is True"),
         ('{"source": "a.png", "size": [1]}', r"write width and height, as in \[2048, 1536\]"),
         ('{"source": "a.png", "out": "../b.png"}', "lies outside the folder of the results"),
-        ('{"source": "a.png", "out": "b.tiff"}', "b.tiff is no kind of picture written here"),
+        ('{"source": "a.png", "out": "b.tiff"}', "b.tiff is no kind of image written here"),
     ],
 )
 def test_a_wrong_manifest_names_the_line(tmp_path: Path, line: str, words: str) -> None:
@@ -130,7 +130,7 @@ def test_what_gives_no_jobs_is_said_at_once(tmp_path: Path) -> None:
     out = Naming(out=tmp_path / "o")
     with pytest.raises(FileError, match="There is no .*nowhere"):
         collect(tmp_path / "nowhere", out)
-    with pytest.raises(FileError, match="holds no picture and no latent"):
+    with pytest.raises(FileError, match="holds no image and no latent"):
         collect(tmp_path, out)
     (tmp_path / "a.png").touch()
     (tmp_path / "a.jpg").touch()
@@ -140,7 +140,7 @@ def test_what_gives_no_jobs_is_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="beside their sources"):
         collect(tmp_path, Naming(out=tmp_path))
     (tmp_path / "x.txt").touch()
-    with pytest.raises(FileError, match="neither a picture"):
+    with pytest.raises(FileError, match="neither an image"):
         collect(tmp_path / "x.txt", out)
 
 
@@ -156,7 +156,7 @@ def test_a_run_makes_skips_and_says_why_not(tmp_path: Path, work: Work) -> None:
         "a.safetensors": "done", "broken.safetensors": "failed", "deep/b.safetensors": "done",
         "foreign.safetensors": "failed", "many.safetensors": "done",
     }  # fmt: skip
-    assert first.pictures == 5
+    assert first.images == 5
     assert not first.complete
     assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*.png")) == [
         "a.png", "deep/b.png", "many-1.png", "many-2.png", "many-3.png",
@@ -179,12 +179,12 @@ def test_a_run_makes_skips_and_says_why_not(tmp_path: Path, work: Work) -> None:
         "a.safetensors": "skipped", "deep/b.safetensors": "skipped", "broken.safetensors": "done",
         "many.safetensors": "done",
     }  # fmt: skip
-    assert second.pictures == 2
+    assert second.images == 2
     after = {path: path.stat().st_mtime_ns for path in before if path.name != "many-2.png"}
     assert after == {path: before[path] for path in after}
     written = json.loads((out / "pidecode-batch.json").read_text())
-    assert {key: written[key] for key in ("complete", "jobs", "done", "skipped", "failed", "left", "pictures")} == {
-        "complete": True, "jobs": 4, "done": 2, "skipped": 2, "failed": 0, "left": 0, "pictures": 2,
+    assert {key: written[key] for key in ("complete", "jobs", "done", "skipped", "failed", "left", "images")} == {
+        "complete": True, "jobs": 4, "done": 2, "skipped": 2, "failed": 0, "left": 0, "images": 2,
     }  # fmt: skip
     assert written["work"]["steps"] == 1
 
@@ -193,15 +193,15 @@ def test_a_batch_equals_decoding_one_by_one(tmp_path: Path, work: Work) -> None:
     put(tmp_path / "in/many.safetensors", count=2, seed=3)
     go(tmp_path / "in", tmp_path / "out", work)
     decoder = PixelDecoder.from_pretrained(work.model, device="cpu")
-    pictures = decoder.decode(Latent.load(tmp_path / "in/many.safetensors"), steps=1, seed=0)
-    assert isinstance(pictures, list)
-    for index, picture in enumerate(pictures, start=1):
+    images = decoder.decode(Latent.load(tmp_path / "in/many.safetensors"), steps=1, seed=0)
+    assert isinstance(images, list)
+    for index, image in enumerate(images, start=1):
         with Image.open(tmp_path / f"out/many-{index}.png") as found:
-            difference = torch.tensor(list(found.tobytes())).int() - torch.tensor(list(picture.tobytes())).int()
+            difference = torch.tensor(list(found.tobytes())).int() - torch.tensor(list(image.tobytes())).int()
         assert difference.abs().max() <= 1
 
 
-def test_other_settings_never_replace_a_picture_unasked(tmp_path: Path, work: Work) -> None:
+def test_other_settings_never_replace_a_image_unasked(tmp_path: Path, work: Work) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
     put(source / "a.safetensors")
     put(source / "b.safetensors", seed=1)
@@ -218,16 +218,16 @@ def test_other_settings_never_replace_a_picture_unasked(tmp_path: Path, work: Wo
     assert states(go(source, out, allowed)) == {"a.safetensors": "skipped", "b.safetensors": "skipped"}
 
 
-def test_pictures_are_enlarged_and_any_fault_stays_with_its_job(tmp_path: Path, work: Work) -> None:
+def test_images_are_enlarged_and_any_fault_stays_with_its_job(tmp_path: Path, work: Work) -> None:
     save_image(tmp_path / "photo.png", Image.new("RGB", (20, 17), "teal"))
     decoder = PixelDecoder.from_pretrained(work.model, device="cpu")
-    decoder.encoder = lambda pictures: torch.zeros(1, 128, pictures.shape[2] // 16, pictures.shape[3] // 16)
+    decoder.encoder = lambda images: torch.zeros(1, 128, images.shape[2] // 16, images.shape[3] // 16)
     (job,) = collect(tmp_path / "photo.png", Naming(out=tmp_path / "out", ending=".jpg"))
     outcome = Worker(work, decoder).do(job)
-    assert (outcome.state, outcome.pictures) == ("done", 1)
-    with Image.open(job.out) as picture:
-        assert picture.size == (80, 68)
-    assert Worker(work, decoder).do(job).pictures == 0  # as after a death between writing and reporting
+    assert (outcome.state, outcome.images) == ("done", 1)
+    with Image.open(job.out) as image:
+        assert image.size == (80, 68)
+    assert Worker(work, decoder).do(job).images == 0  # as after a death between writing and reporting
 
     def out_of_memory(_: torch.Tensor) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -294,13 +294,13 @@ def test_engines_know_who_started_them(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_report_in_words() -> None:
     outcomes = (
         Outcome(name="b", state="failed", seconds=1, error="ImageError", why="b is cut off."),
-        Outcome(name="a", state="done", seconds=2, pictures=2, megapixels=8.0),
+        Outcome(name="a", state="done", seconds=2, images=2, megapixels=8.0),
         Outcome(name="c", state="skipped", seconds=0),
     )
     report = Report(jobs=4, outcomes=outcomes, seconds=30.0, engine="ray", workers=2, lost_workers=1)
     assert report.sentences().splitlines() == [
         "1 of 4 done, 1 were done before, 1 failed.",
-        "2 pictures in 30 s: 4.0 a minute, with 2 workers (ray).",
+        "2 images in 30 s: 4.0 a minute, with 2 workers (ray).",
         "1 worker died and had to be replaced; nothing was lost.",
         "Failed: b: b is cut off.",
         "Stopped with 1 job left; the same command goes on from here.",

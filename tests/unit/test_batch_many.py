@@ -24,22 +24,22 @@ from pidecode.batch.run import Batch, run
 from pidecode.batch.worker import Work
 from pidecode.errors import CheckpointError, MissingDependencyError, SettingError
 from pidecode.latents.latent import Latent
-from pidecode.models.pid.network import PixelNet
-from pidecode.registry.configs import miniature
-from pidecode.weights.metadata import Identity
+from pidecode.models.pid.network import PiDNet
+from pidecode.registry.configs import debug_config
+from pidecode.weights.metadata import CheckpointMetadata
 
-FLUX2 = miniature(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
+FLUX2 = debug_config(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
 MANY = 16
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    net = PixelNet(FLUX2).requires_grad_(False)
+    net = PiDNet(FLUX2).requires_grad_(False)
     for parameter in net.parameters():
         parameter.normal_(std=0.2) if parameter.ndim else parameter.fill_(1.0)
     path = tmp_path_factory.mktemp("model") / "small.safetensors"
-    identity = Identity(kind="student", config=FLUX2, space="flux2", license="Apache-2.0")
+    identity = CheckpointMetadata(kind="student", config=FLUX2, space="flux2", license="Apache-2.0")
     save_file(dict(net.state_dict()), path, metadata=identity.to_metadata())
     return path
 
@@ -68,7 +68,7 @@ def batch_of(source: Path, out: Path, model: Path) -> Batch:
     return Batch(jobs=jobs, work=Work(model=str(model), device="cpu", steps=2), out=out)
 
 
-def assert_same_pictures(one: Path, other: Path) -> None:
+def assert_same_images(one: Path, other: Path) -> None:
     names = sorted(path.name for path in one.glob("*.png"))
     assert names == sorted(path.name for path in other.glob("*.png"))
     assert len(names) == MANY
@@ -92,7 +92,7 @@ def test_torchrun_shares_the_work_and_resumes(source: Path, model: Path, plain: 
     told = json.loads(first.stdout)
     assert (told["done"], told["failed"], told["left"], told["workers"]) == (MANY, 1, 0, 2)
     assert told["engine"] == "torchrun"
-    assert_same_pictures(plain, out)
+    assert_same_images(plain, out)
     (out / "03.png").unlink()
     again = json.loads(subprocess.run(command, capture_output=True, text=True, check=False, env=environment).stdout)
     assert (again["done"], again["skipped"], again["failed"]) == (1, MANY - 1, 1)
@@ -147,7 +147,7 @@ def test_ray_loses_nothing_and_does_nothing_twice_when_a_worker_is_killed(
     assert set(names.values()) == {1}
     assert len(names) == MANY + 1
     assert [failure.name for failure in report.failures] == ["broken.safetensors"]
-    assert_same_pictures(plain, out)
+    assert_same_images(plain, out)
     assert not [path for path in out.iterdir() if path.name.startswith(".shared-")]
     again = run(ray_batch(source, out, model), lambda _: None)
     assert again is not None

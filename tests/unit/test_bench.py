@@ -101,16 +101,16 @@ def test_modes_that_were_named_and_cannot_run_are_errors(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_compiled_code_is_timed_and_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pidecode.engine.ops.compiled import CompiledSums
+    from pidecode.engine.ops.compiled import CompiledOps
 
-    monkeypatch.setattr("pidecode.engine.runner.CompiledSums", lambda: CompiledSums("eager"))
+    monkeypatch.setattr("pidecode.engine.runner.CompiledOps", lambda: CompiledOps("eager"))
     measured = Bench(trial(mode="compiled", steps=1))
     assert measured.peak() is None
     assert measured.step_times
 
 
 def test_operations_of_a_climbing_adapter_are_those_it_does() -> None:
-    config = replace(tiny_config(), adapter_levels=(2, 0, 1, 3))
+    config = replace(tiny_config(), adapter_stages=(2, 0, 1, 3))
     with torch.device("meta"):
         adapter, latent = LatentAdapter(config), torch.zeros(1, 128, 2, 3)
         with FlopCounterMode(display=False) as counter:

@@ -21,7 +21,7 @@ from pidecode.registry.checkpoints import (
     get_checkpoint,
     variants,
 )
-from pidecode.registry.configs import NetConfig
+from pidecode.registry.configs import PiDConfig
 from pidecode.registry.spaces import SPACES, get_space
 
 OFFICIAL: dict[str, dict[str, Any]] = json.loads(
@@ -47,7 +47,7 @@ def row_of(name: str) -> Checkpoint:
     return next(row for row in CHECKPOINTS.values() if row.path == OFFICIAL[name]["file"])
 
 
-def official_config(name: str) -> NetConfig:
+def official_config(name: str) -> PiDConfig:
     args = OFFICIAL[name]["args"]
     values = {ours: args[theirs] for theirs, ours in NAMES.items() if theirs in args}
     values["rope_reference"] = [args["rope_ref_h"], args["rope_ref_w"]]
@@ -56,7 +56,7 @@ def official_config(name: str) -> NetConfig:
         values["gate"] = GATES[args["lq_gate_type"]]
     else:
         values["latent_channels"] = 0
-    return NetConfig.from_dict(values)
+    return PiDConfig.from_dict(values)
 
 
 @pytest.mark.parametrize("name", OFFICIAL)

@@ -20,20 +20,20 @@ from safetensors.torch import save_file
 
 from pidecode.cli.app import cli
 from pidecode.latents.latent import Latent
-from pidecode.models.pid.network import PixelNet
-from pidecode.registry.configs import NetConfig, miniature
-from pidecode.weights.metadata import Identity
+from pidecode.models.pid.network import PiDNet
+from pidecode.registry.configs import PiDConfig, debug_config
+from pidecode.weights.metadata import CheckpointMetadata
 
-FLUX2 = miniature(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
+FLUX2 = debug_config(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
 
 
-def save_weights(path: Path, config: NetConfig) -> Path:
+def save_weights(path: Path, config: PiDConfig) -> Path:
     """A network with random weights as a release file."""
     torch.manual_seed(0)
-    net = PixelNet(config).requires_grad_(False)
+    net = PiDNet(config).requires_grad_(False)
     for parameter in net.parameters():
         parameter.normal_(std=0.2)
-    identity = Identity(kind="student", config=config, space="flux2", license="Apache-2.0")
+    identity = CheckpointMetadata(kind="student", config=config, space="flux2", license="Apache-2.0")
     save_file(dict(net.state_dict()), path, metadata=identity.to_metadata())
     return path
 
@@ -52,33 +52,33 @@ def latent(tmp_path: Path) -> Path:
 
 
 def size_and_format(path: Path) -> tuple[tuple[int, int], str | None]:
-    with Image.open(path) as picture:
-        return picture.size, picture.format
+    with Image.open(path) as image:
+        return image.size, image.format
 
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
-def test_a_latent_becomes_a_picture_with_its_recipe(weights: Path, latent: Path) -> None:
+def test_a_latent_becomes_a_image_with_its_recipe(weights: Path, latent: Path) -> None:
     result = run("decode", latent, "-m", weights, "--seed", 7, "--steps", 2)
     assert result.exit_code == 0, result.stderr
-    picture = latent.with_suffix(".png")
-    assert result.stdout.startswith(f"{picture}  128x64  ")
+    image = latent.with_suffix(".png")
+    assert result.stdout.startswith(f"{image}  128x64  ")
     assert result.stderr == ""  # no bar where nobody watches
-    assert size_and_format(picture) == ((128, 64), "PNG")
+    assert size_and_format(image) == ((128, 64), "PNG")
 
-    told = json.loads(run("info", picture, "--json").stdout)
-    assert {"what": "picture", "format": "PNG", "width": 128, "height": 64}.items() <= told.items()
+    told = json.loads(run("info", image, "--json").stdout)
+    assert {"what": "image", "format": "PNG", "width": 128, "height": 64}.items() <= told.items()
     expected = {"seed": 7, "steps": 2, "space": "flux2", "sampler": "sde", "latent_seed": 11, "sigma": 0.0}
     assert expected.items() <= told["recipe"].items()
-    assert "recipe\n  model" in run("info", picture).stdout
+    assert "recipe\n  model" in run("info", image).stdout
 
 
 def test_json_says_what_was_written(weights: Path, latent: Path, tmp_path: Path) -> None:
     result = run("decode", latent, "-m", weights, "-o", tmp_path / "made", "--json")
     (line,) = json.loads(result.stdout)
-    assert line["picture"] == str(tmp_path / "made" / "cat.png")
+    assert line["image"] == str(tmp_path / "made" / "cat.png")
     assert (line["width"], line["height"], line["seed"]) == (128, 64, 0)
     assert line["seconds"] >= 0
     assert line["seconds_saving"] >= 0
@@ -111,8 +111,8 @@ def test_an_adapter_and_a_color_lock_act(weights: Path, latent: Path, tmp_path: 
     Image.new("RGB", (32, 16), (200, 60, 30)).save(tmp_path / "photo.png")
     locked = run("upscale", tmp_path / "photo.png", "-m", weights, "--color-lock", "full")
     assert locked.exit_code == 0, locked.stderr
-    with Image.open(tmp_path / "photo-upscaled.png") as picture:
-        red, green, blue = (band.getextrema() for band in picture.resize((2, 1), Image.Resampling.BOX).split())
+    with Image.open(tmp_path / "photo-upscaled.png") as image:
+        red, green, blue = (band.getextrema() for band in image.resize((2, 1), Image.Resampling.BOX).split())
     assert abs(red[0] - 200) < 30
     assert abs(green[0] - 60) < 30
     assert abs(blue[0] - 30) < 30
@@ -132,7 +132,7 @@ def test_what_exists_stays_unless_told(weights: Path, latent: Path) -> None:
 def test_a_batch_is_numbered(weights: Path, tmp_path: Path) -> None:
     Latent(torch.randn(2, 128, 1, 1), "flux2").save(tmp_path / "two.safetensors")
     result = run("decode", tmp_path / "two.safetensors", "-m", weights, "--json")
-    assert [Path(line["picture"]).name for line in json.loads(result.stdout)] == ["two-1.png", "two-2.png"]
+    assert [Path(line["image"]).name for line in json.loads(result.stdout)] == ["two-1.png", "two-2.png"]
     assert [line["seed"] for line in json.loads(result.stdout)] == [0, 1]
 
 
@@ -141,13 +141,13 @@ def test_a_batch_is_numbered(weights: Path, tmp_path: Path) -> None:
     [
         (["missing.safetensors"], 4, "There is no file missing.safetensors"),
         (["{latent}", "--steps", "9"], 2, "a distilled decoder takes 1 to 4"),
-        (["{latent}", "--size", "big"], 2, "as in 2048x1536"),
+        (["{latent}", "--size", "big"], 2, "like 4096x3072"),
         (["{latent}", "--sigma", "0.9"], 2, "trained from 0 to 0.8"),
         (["{latent}", "--space", "sdxl"], 2, "sdxl"),
         (["{latent}", "--device", "toaster"], 2, "toaster"),
         (["{weights}"], 3, ""),
         (["{latent}", "-m", "nothing-like-that"], 2, "nothing-like-that"),
-        (["{latent}", "-o", "cat.gif"], 4, "no kind of picture written here"),
+        (["{latent}", "-o", "cat.gif"], 4, "no kind of image written here"),
         (["{latent}", "--lora-scale", "0.5"], 2, "add --lora FILE"),
         (["{latent}", "--lora", "{latent}"], 4, "no adapter file"),
         (["{latent}", "--bits", "12"], 2, "'12' is not one of '8', '16'"),
@@ -183,7 +183,7 @@ def test_info_on_a_latent_and_on_weights(weights: Path, latent: Path, tmp_path: 
     assert told["record"]["config"]["hidden_size"] == FLUX2.hidden_size
     assert told["parameters"] > 1000
 
-    save_file(dict(PixelNet(FLUX2).state_dict()), tmp_path / "foreign.safetensors")
+    save_file(dict(PiDNet(FLUX2).state_dict()), tmp_path / "foreign.safetensors")
     told = json.loads(run("info", tmp_path / "foreign.safetensors", "--json").stdout)
     assert told["network"].startswith("PiD")
     assert told["seen"]["hidden_size"] == FLUX2.hidden_size
@@ -195,7 +195,7 @@ def test_info_on_a_latent_and_on_weights(weights: Path, latent: Path, tmp_path: 
     ("content", "words"),
     [
         (b"", "empty"),
-        (b"just some words, no picture", "no picture, latent or weights file"),
+        (b"just some words, no image", "no image, latent or weights file"),
         (b"\x89PNG\r\n\x1a\nbroken", ""),
         (b"\x80\x04cos\nsystem\n", ""),
         ((10**6).to_bytes(8, "little") + b'{"a": 1}', "lies about its header"),

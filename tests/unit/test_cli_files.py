@@ -26,9 +26,9 @@ def test_into_a_folder_or_a_named_file(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(FileError, match=r"x\.tiff is no kind of picture written here; end its name in \.png"):
+    with pytest.raises(FileError, match=r"x\.tiff is no kind of image written here; end its name in \.png"):
         destinations([Path("cat.jpg")], Path("x.tiff"), "")
-    with pytest.raises(SettingError, match="2 pictures cannot all be written to x.png; name a folder"):
+    with pytest.raises(SettingError, match="2 images cannot all be written to x.png; name a folder"):
         destinations([Path("cat.jpg"), Path("dog.jpg")], Path("x.png"), "")
     with pytest.raises(SettingError, match="Several sources would be written to out/cat.png"):
         destinations([Path("a/cat.jpg"), Path("b/cat.png")], Path("out"), "")

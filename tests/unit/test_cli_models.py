@@ -107,4 +107,4 @@ def test_doctor_tells_versions_devices_extras_and_verdicts(hub: Path) -> None:
     put(hub, REPOSITORY, get_checkpoint("flux").path)
     shown = run("doctor").stdout
     assert "yes  released decoders for flux: 2k; without the text encoder" in shown
-    assert "and without the encoder, so latents decode but pictures cannot be upscaled: pidecode pull flux" in shown
+    assert "and without the encoder, so latents decode but images cannot be upscaled: pidecode pull flux" in shown

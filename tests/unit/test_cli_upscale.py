@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from test_cli_decode import FLUX2, save_weights, size_and_format
 
 from pidecode.cli.app import cli
-from pidecode.models.tiny import EncoderConfig, ImageEncoder
+from pidecode.models.tiny import EncoderConfig, TinyEncoder
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     )
     torch.manual_seed(0)
     record = {"format": 1, "kind": "encoder", "space": "flux2", "config": config.to_dict()}
-    tensors = dict(ImageEncoder(config).state_dict())
+    tensors = dict(TinyEncoder(config).state_dict())
     save_file(tensors, folder / "encoder.safetensors", metadata={"pidecode": json.dumps(record)})
     weights = save_weights(folder / "small.safetensors", FLUX2)
     return ["-m", str(weights), "--encoder", str(folder / "encoder.safetensors")]
@@ -44,7 +44,7 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(cli, ["upscale", *map(str, arguments)])
 
 
-def test_a_picture_of_any_size_becomes_exactly_four_times_as_large(model: list[str], photo: Path) -> None:
+def test_a_image_of_any_size_becomes_exactly_four_times_as_large(model: list[str], photo: Path) -> None:
     result = run(photo, *model)
     assert result.exit_code == 0, result.stderr
     made = photo.with_name("photo-upscaled.png")
@@ -59,7 +59,7 @@ def test_crop_cuts_to_what_the_encoder_takes(model: list[str], photo: Path, tmp_
     assert size_and_format(tmp_path / "cropped.jpg") == ((128, 64), "JPEG")
 
 
-def test_several_pictures_into_a_folder_in_sixteen_bits(model: list[str], photo: Path, tmp_path: Path) -> None:
+def test_several_images_into_a_folder_in_sixteen_bits(model: list[str], photo: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.png"
     Image.new("RGB", (16, 32), "teal").save(other)
     result = run(photo, other, *model, "-o", tmp_path / "large", "--bits", 16, "--seed", 3)
@@ -78,7 +78,7 @@ def test_the_same_seed_writes_the_same_bytes(model: list[str], photo: Path, tmp_
     assert first != other
 
 
-def test_what_is_no_picture_is_one_line_and_leaves_nothing(model: list[str], tmp_path: Path) -> None:
+def test_what_is_no_image_is_one_line_and_leaves_nothing(model: list[str], tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\nand then nothing of the kind")
     result = run(broken, *model, "-o", tmp_path / "made")

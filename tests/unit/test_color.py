@@ -100,15 +100,15 @@ def test_references_that_do_not_fit_are_refused() -> None:
 
 def test_decoding_and_enlarging_with_colors_held(tmp_path: Path) -> None:
     decoder = tiny_pipelines.decoder_for("sdxl")
-    picture = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    image = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
     with pytest.raises(SettingError, match="own decoder, and there is none here"):
         decoder.decode(Latent(torch.zeros(1, 4, 4, 6), "sdxl"), color_lock="full")
     tiny_models.autoencoder("sdxl").save_pretrained(tmp_path)
     decoder.encoder = load_encoder("sdxl", tmp_path)
-    free = decoder.upscale(picture, output="pt")
-    held = decoder.upscale(picture, output="pt", color_lock="full")
-    assert fidelity(held, picture)[0].psnr > fidelity(free, picture)[0].psnr
-    latent = decoder.encode(picture)
+    free = decoder.upscale(image, output="pt")
+    held = decoder.upscale(image, output="pt", color_lock="full")
+    assert fidelity(held, image)[0].psnr > fidelity(free, image)[0].psnr
+    latent = decoder.encode(image)
     native = decoder.encoder.decode_native(latent.tensor)
     held = decoder.decode(latent, output="pt", color_lock="full", sigma=0.2)
     assert fidelity(held, native)[0].psnr > fidelity(decoder.decode(latent, output="pt", sigma=0.2), native)[0].psnr
@@ -119,16 +119,16 @@ def test_decoding_and_enlarging_with_colors_held(tmp_path: Path) -> None:
     assert decoder.decode(latent, color_lock="soft").info["pidecode"]["color_lock"] == "soft"
 
 
-def test_a_small_decoder_holds_the_picture_it_enlarges_unless_told_otherwise() -> None:
+def test_a_small_decoder_holds_the_image_it_enlarges_unless_told_otherwise() -> None:
     decoder = PixelDecoder.from_pretrained("tiny", device="cpu", dtype=torch.float32)
-    picture = functional.interpolate(
+    image = functional.interpolate(
         torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(2)), size=(64, 64), mode="bicubic"
     ).clamp(0, 1)
-    picture = picture * 2 - 1
-    made = {lock: decoder.upscale(picture, output="pt", color_lock=lock) for lock in ("off", "detail")}
-    assert torch.equal(decoder.upscale(picture, output="pt"), made["detail"])
-    psnr = {lock: fidelity(one, picture)[0].psnr for lock, one in made.items()}
+    image = image * 2 - 1
+    made = {lock: decoder.upscale(image, output="pt", color_lock=lock) for lock in ("off", "detail")}
+    assert torch.equal(decoder.upscale(image, output="pt"), made["detail"])
+    psnr = {lock: fidelity(one, image)[0].psnr for lock, one in made.items()}
     assert psnr["detail"] > psnr["off"] + 10
-    assert torch.equal(decoder.decode(decoder.encode(picture), output="pt"), made["off"])
-    assert decoder.upscale(picture).info["pidecode"]["color_lock"] == "detail"
-    assert "color_lock" not in decoder.upscale(picture, sigma=0.4).info["pidecode"]
+    assert torch.equal(decoder.decode(decoder.encode(image), output="pt"), made["off"])
+    assert decoder.upscale(image).info["pidecode"]["color_lock"] == "detail"
+    assert "color_lock" not in decoder.upscale(image, sigma=0.4).info["pidecode"]

@@ -25,13 +25,13 @@ from pidecode import PixelDecoder
 from pidecode.errors import LatentError, SettingError
 from pidecode.integrations import comfyui_latents as comfyui_latents
 from pidecode.latents.latent import Latent
-from pidecode.models.pid.network import PixelNet
-from pidecode.registry.configs import NetConfig, miniature
+from pidecode.models.pid.network import PiDNet
+from pidecode.registry.configs import PiDConfig, debug_config
 from pidecode.registry.spaces import SPACES
-from pidecode.weights.metadata import Identity
+from pidecode.weights.metadata import CheckpointMetadata
 
 ROOT = Path(__file__).resolve().parents[2]
-FLUX2 = miniature(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
+FLUX2 = debug_config(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
 EVERY = ("flux", "sd3", "sdxl", "qwenimage", "flux2")
 SAMPLING = {space: "EPS" if space == "sdxl" else "CONST" for space in EVERY}
 FORMAT = {space: name for name, space in comfyui_latents.SPACE_OF_FORMAT.items()}
@@ -70,9 +70,9 @@ def comfy() -> Iterator[SimpleNamespace]:
         sys.modules.pop("pidecode.integrations.comfyui", None)
 
 
-def network(config: NetConfig) -> PixelNet:
+def network(config: PiDConfig) -> PiDNet:
     torch.manual_seed(0)
-    net = PixelNet(config).requires_grad_(False).eval()
+    net = PiDNet(config).requires_grad_(False).eval()
     for parameter in net.parameters():
         parameter.normal_(std=0.2) if parameter.ndim else parameter.fill_(1.0)
     return net
@@ -80,9 +80,9 @@ def network(config: NetConfig) -> PixelNet:
 
 @pytest.fixture
 def decoder() -> PixelDecoder:
-    identity = Identity(kind="student", config=FLUX2, space="flux2", license="Apache-2.0")
+    identity = CheckpointMetadata(kind="student", config=FLUX2, space="flux2", license="Apache-2.0")
     made = PixelDecoder(network(FLUX2), identity, name="small")
-    made.encoder = lambda pictures: torch.nn.functional.avg_pool2d(pictures, 16).repeat(1, 43, 1, 1)[:, :128]
+    made.encoder = lambda images: torch.nn.functional.avg_pool2d(images, 16).repeat(1, 43, 1, 1)[:, :128]
     return made
 
 
@@ -219,7 +219,7 @@ def test_enlarging_takes_and_gives_images(comfy: SimpleNamespace, decoder: Pixel
 
 
 def test_captions_come_as_text_or_as_gemmas_states(decoder: PixelDecoder) -> None:
-    captioned = network(miniature())
+    captioned = network(debug_config())
     width, length = captioned.config.text_dim, captioned.config.text_length
     states = torch.randn(1, length, width)
     assert comfyui_latents.caption_of(captioned, " a cat ", None) == {"caption": "a cat"}

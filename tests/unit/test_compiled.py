@@ -19,22 +19,22 @@ from pidecode.cli.app import cli
 from pidecode.devices import require_compiler
 from pidecode.engine.chunks import Chunks
 from pidecode.engine.ops import elementwise as lean
-from pidecode.engine.ops.compiled import CompiledSums
+from pidecode.engine.ops.compiled import CompiledOps
 from pidecode.errors import MissingDependencyError, SettingError
-from pidecode.models.pid.network import Condition, PixelNet
-from pidecode.registry.configs import miniature
+from pidecode.models.pid.network import Condition, PiDNet
+from pidecode.registry.configs import debug_config
 
 
-def random_net() -> PixelNet:
+def random_net() -> PiDNet:
     torch.manual_seed(0)
-    net = PixelNet(miniature(pixel_depth=2)).eval().requires_grad_(False)
+    net = PiDNet(debug_config(pixel_depth=2)).eval().requires_grad_(False)
     for parameter in net.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.05)
     net.chunks = Chunks(tokens=8, tile_tokens=8, tile_rows=4)
     return net
 
 
-def inputs(net: PixelNet, grid: tuple[int, int]) -> tuple[Tensor, Condition]:
+def inputs(net: PiDNet, grid: tuple[int, int]) -> tuple[Tensor, Condition]:
     config, generator = net.config, torch.Generator().manual_seed(1)
     x = torch.randn(1, 3, grid[0] * 16, grid[1] * 16, generator=generator)
     text = torch.randn(1, 7, config.text_dim, generator=generator)
@@ -43,7 +43,7 @@ def inputs(net: PixelNet, grid: tuple[int, int]) -> tuple[Tensor, Condition]:
 
 
 @torch.inference_mode()
-def apart(net: PixelNet, grid: tuple[int, int], sums: CompiledSums) -> float:
+def apart(net: PiDNet, grid: tuple[int, int], sums: CompiledOps) -> float:
     x, condition = inputs(net, grid)
     t = torch.tensor([634.0])
     eager = net.denoise(x, t, condition)
@@ -52,9 +52,9 @@ def apart(net: PixelNet, grid: tuple[int, int], sums: CompiledSums) -> float:
     return ((compiled - eager).abs().max() / eager.abs().max()).item()
 
 
-def test_a_picture_of_another_size_compiles_nothing() -> None:
+def test_a_image_of_another_size_compiles_nothing() -> None:
     counter = CompileCounter()  # type: ignore[no-untyped-call]
-    sums, net = CompiledSums(counter), random_net()
+    sums, net = CompiledOps(counter), random_net()
     assert apart(net, (4, 6), sums) < 5e-6
     first = counter.frame_count
     assert first
@@ -68,13 +68,13 @@ def test_each_network_has_its_own_share_of_what_the_framework_compiles() -> None
     counters = [CompileCounter() for _ in range(9)]  # type: ignore[no-untyped-call]
     for width, counter in enumerate(counters, start=2):
         x = torch.ones(3, width)
-        CompiledSums(counter).add_gated_(x, torch.ones(3, width), torch.ones(width))
+        CompiledOps(counter).add_gated_(x, torch.ones(3, width), torch.ones(width))
         assert x.eq(2).all()
         assert counter.frame_count == 1
 
 
 def test_narrow_types_round_once() -> None:
-    sums = CompiledSums("eager")
+    sums = CompiledOps("eager")
     x, other = torch.randn(2, 5, 12).bfloat16()
     wide = torch.nn.functional.silu(x.float()) * other.float()
     assert torch.equal(sums.silu_times_(x, other), wide.bfloat16())
@@ -88,7 +88,7 @@ def test_what_cannot_be_compiled_says_so() -> None:
         raise RuntimeError("no such instruction")
 
     with pytest.raises(SettingError, match=r"add_gated for cpu failed: .*no such instruction.*Run without compiling"):
-        CompiledSums(broken).add_gated_(torch.ones(2, 3), torch.ones(2, 3), torch.ones(3))
+        CompiledOps(broken).add_gated_(torch.ones(2, 3), torch.ones(2, 3), torch.ones(3))
 
 
 def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,8 +102,8 @@ def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_command_that_cannot_compile_says_what_to_install(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    picture = str(next((root / "docs/images").glob("*.png")))
-    done = CliRunner().invoke(cli, ["upscale", picture, "--compile", "--device", "cpu"])
+    image = str(next((root / "docs/images").glob("*.png")))
+    done = CliRunner().invoke(cli, ["upscale", image, "--compile", "--device", "cpu"])
     assert done.exit_code == MissingDependencyError.exit_code
     assert "no-such-compiler is not on this machine" in done.output
 
@@ -111,9 +111,9 @@ def test_a_command_that_cannot_compile_says_what_to_install(monkeypatch: pytest.
 PROBE = """
 import json, sys, torch
 from torch._dynamo.utils import counters
-from pidecode.engine.ops.compiled import CompiledSums
+from pidecode.engine.ops.compiled import CompiledOps
 x = torch.arange(24.0).view(4, 6)
-CompiledSums().add_gated_(x, torch.ones(4, 6), torch.ones(6))
+CompiledOps().add_gated_(x, torch.ones(4, 6), torch.ones(6))
 assert torch.equal(x, torch.arange(24.0).view(4, 6) + 1)
 print(json.dumps({name: counters["inductor"][name] for name in ("fxgraph_cache_hit", "fxgraph_cache_miss")}))
 """
@@ -136,6 +136,6 @@ def test_the_next_process_finds_what_was_compiled(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
 def test_the_framework_s_compiler_agrees() -> None:
-    sums, net = CompiledSums(), random_net()
+    sums, net = CompiledOps(), random_net()
     assert apart(net, (4, 6), sums) < 5e-6
     assert apart(net, (6, 4), sums) < 5e-6

@@ -17,38 +17,40 @@ from pidecode import PixelDecoder
 from pidecode.errors import Cancelled, CheckpointError, LatentError, SettingError, SizeError
 from pidecode.images import read_recipe, save_image
 from pidecode.latents.latent import Latent
-from pidecode.models.pid.network import PixelNet
-from pidecode.registry.configs import NetConfig, miniature
+from pidecode.models.pid.network import PiDNet
+from pidecode.registry.configs import PiDConfig, debug_config
 from pidecode.sampling import Step
-from pidecode.weights.metadata import Identity
+from pidecode.weights.metadata import CheckpointMetadata
 
-FLUX2 = miniature(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
+FLUX2 = debug_config(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
 
 
-def random_weights(config: NetConfig) -> PixelNet:
+def random_weights(config: PiDConfig) -> PiDNet:
     torch.manual_seed(0)
-    net = PixelNet(config).requires_grad_(False).eval()
+    net = PiDNet(config).requires_grad_(False).eval()
     for parameter in net.parameters():
         parameter.normal_(std=0.2) if parameter.ndim else parameter.fill_(1.0)
     return net
 
 
-def quarter_means(pictures: Tensor) -> Tensor:
-    """A stand-in encoder: block means of the picture in the latent's place; sizes as FLUX.2's."""
-    cells = torch.nn.functional.avg_pool2d(pictures, 16)
+def quarter_means(images: Tensor) -> Tensor:
+    """A stand-in encoder: block means of the image in the latent's place; sizes as FLUX.2's."""
+    cells = torch.nn.functional.avg_pool2d(images, 16)
     return cells.repeat(1, 43, 1, 1)[:, :128]
 
 
 @pytest.fixture
 def decoder() -> PixelDecoder:
-    identity = Identity(kind="student", config=FLUX2, space="flux2", license="Apache-2.0")
+    identity = CheckpointMetadata(kind="student", config=FLUX2, space="flux2", license="Apache-2.0")
     return PixelDecoder(random_weights(FLUX2), identity, name="small", encoder=quarter_means)
 
 
 @pytest.fixture
 def captioned() -> PixelDecoder:
-    config = miniature()
-    return PixelDecoder(random_weights(config), Identity(kind="student", config=config, space="flux"), name="captioned")
+    config = debug_config()
+    return PixelDecoder(
+        random_weights(config), CheckpointMetadata(kind="student", config=config, space="flux"), name="captioned"
+    )
 
 
 @pytest.fixture
@@ -56,17 +58,17 @@ def latent() -> Latent:
     return Latent(torch.randn(1, 128, 1, 2, generator=torch.Generator().manual_seed(1)), "flux2")
 
 
-def test_a_latent_becomes_a_picture_sixty_four_times_its_grid(decoder: PixelDecoder, latent: Latent) -> None:
-    picture = decoder.decode(latent, seed=3)
-    assert isinstance(picture, Image.Image)
-    assert picture.size == (128, 64)
+def test_a_latent_becomes_a_image_sixty_four_times_its_grid(decoder: PixelDecoder, latent: Latent) -> None:
+    image = decoder.decode(latent, seed=3)
+    assert isinstance(image, Image.Image)
+    assert image.size == (128, 64)
     pixels = decoder.decode(latent, seed=3, output="pt")
     assert pixels.dtype == torch.float32
     assert pixels.shape == (1, 3, 64, 128)
     assert pixels.abs().max() <= 1
 
 
-def test_the_same_seed_gives_the_same_picture_and_another_another(decoder: PixelDecoder, latent: Latent) -> None:
+def test_the_same_seed_gives_the_same_image_and_another_another(decoder: PixelDecoder, latent: Latent) -> None:
     first, again, other = (decoder.decode(latent, seed=seed, output="pt") for seed in (5, 5, 6))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -78,13 +80,13 @@ def test_a_batch_equals_its_members(decoder: PixelDecoder) -> None:
     for index, seed in enumerate((4, 9, 2)):
         alone = decoder.decode(batch[index], seed=seed, output="pt")
         assert torch.allclose(together[index], alone[0], atol=1e-5)
-    pictures = decoder.decode(batch, seed=10)
-    assert [picture.info["pidecode"]["seed"] for picture in pictures] == [10, 11, 12]
+    images = decoder.decode(batch, seed=10)
+    assert [image.info["pidecode"]["seed"] for image in images] == [10, 11, 12]
 
 
 def test_the_recipe_travels_with_the_file(decoder: PixelDecoder, latent: Latent, tmp_path: Path) -> None:
-    picture = decoder.decode(latent, seed=8, steps=2, sampler="ode")
-    save_image(tmp_path / "made.png", picture)
+    image = decoder.decode(latent, seed=8, steps=2, sampler="ode")
+    save_image(tmp_path / "made.png", image)
     recipe = read_recipe(tmp_path / "made.png")
     assert recipe is not None
     assert {"seed": 8, "steps": 2, "sampler": "ode", "space": "flux2", "model": "small"}.items() <= recipe.items()
@@ -93,18 +95,18 @@ def test_the_recipe_travels_with_the_file(decoder: PixelDecoder, latent: Latent,
 
 
 @pytest.mark.parametrize(("size", "expected"), [((32, 16), (32, 16)), ((37, 50), (37, 50)), ((5, 3), (5, 3))])
-def test_upscaling_returns_exactly_four_times_the_picture(
+def test_upscaling_returns_exactly_four_times_the_image(
     decoder: PixelDecoder, size: tuple[int, int], expected: tuple[int, int]
 ) -> None:
-    picture = decoder.upscale(Image.new("RGB", size, "teal"))
-    assert isinstance(picture, Image.Image)
-    assert picture.size == (4 * expected[0], 4 * expected[1])
+    image = decoder.upscale(Image.new("RGB", size, "teal"))
+    assert isinstance(image, Image.Image)
+    assert image.size == (4 * expected[0], 4 * expected[1])
 
 
 def test_cropping_is_stated_and_exact(decoder: PixelDecoder) -> None:
-    picture = decoder.upscale(Image.new("RGB", (37, 50)), fit="crop")
-    assert isinstance(picture, Image.Image)
-    assert picture.size == (4 * 32, 4 * 48)
+    image = decoder.upscale(Image.new("RGB", (37, 50)), fit="crop")
+    assert isinstance(image, Image.Image)
+    assert image.size == (4 * 32, 4 * 48)
     assert decoder.encode(Image.new("RGB", (37, 50))).grid == (3, 2)
 
 
@@ -126,7 +128,7 @@ def test_progress_and_cancelling(decoder: PixelDecoder, latent: Latent) -> None:
             raise Cancelled("Stopped by the caller.")
 
     with pytest.raises(Cancelled):
-        decoder.decode(latent, on_step=stop)
+        decoder.decode(latent, callback=stop)
     assert seen == [1, 2, 3]
 
 
@@ -141,9 +143,9 @@ def test_a_captioned_network_takes_states_and_refuses_to_guess(captioned: PixelD
 
 
 def test_a_teacher_runs_with_guidance() -> None:
-    config = miniature()
+    config = debug_config()
     teacher = PixelDecoder(
-        random_weights(config), Identity(kind="teacher", config=config, space="flux"), name="teacher"
+        random_weights(config), CheckpointMetadata(kind="teacher", config=config, space="flux"), name="teacher"
     )
     latent = Latent(torch.randn(1, 16, 2, 2), "flux")
     states = torch.randn(1, 10, 16)
@@ -164,7 +166,7 @@ def test_a_teacher_runs_with_guidance() -> None:
         ({"size": (64, 512)}, SizeError, "more than twofold"),
         ({"output": "jpeg"}, SettingError, "output is 'jpeg'"),
         ({"strength": 0.4}, SettingError, "no setting strength"),
-        ({"seed": [1, 2]}, SettingError, "2 seeds for 1 pictures"),
+        ({"seed": [1, 2]}, SettingError, "2 seeds for 1 images"),
     ],
 )
 def test_settings_that_cannot_act_are_refused(
@@ -204,7 +206,7 @@ def test_a_file_of_ours_loads_with_no_further_argument(tmp_path: Path, decoder: 
     assert half.dtype == torch.bfloat16
 
 
-def test_an_adapter_changes_the_picture_at_a_strength_and_can_be_taken_back(
+def test_an_adapter_changes_the_image_at_a_strength_and_can_be_taken_back(
     tmp_path: Path, decoder: PixelDecoder, latent: Latent
 ) -> None:
     layer = "patch_blocks.0.mlp_x.w1"

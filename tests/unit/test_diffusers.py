@@ -52,18 +52,18 @@ def _as_found() -> Any:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pictures_are_four_times_the_pipelines_and_of_the_same_latent(name: str) -> None:
+def test_images_are_four_times_the_pipelines_and_of_the_same_latent(name: str) -> None:
     pipe = pipeline(name)
     out = attach(pipe, decoder(name), seed=3)(**tiny.arguments(name))
-    (picture,) = out.images
-    assert picture.size == (4 * tiny.WIDTH, 4 * tiny.HEIGHT)
+    (image,) = out.images
+    assert image.size == (4 * tiny.WIDTH, 4 * tiny.HEIGHT)
     assert out.calls == tiny.STEPS
     assert (out.latents.captions, out.latents.sigma, out.latents.seed) == (("a cat",), 0.0, 0)
-    assert picture.info["pidecode"]["caption"] == "a cat"
-    assert picture.info["pidecode"]["pipeline_steps"] == tiny.STEPS
+    assert image.info["pidecode"]["caption"] == "a cat"
+    assert image.info["pidecode"]["pipeline_steps"] == tiny.STEPS
     again = decoder(name).decode(out.latents, seed=3)
-    assert np.array_equal(np.asarray(picture), np.asarray(again))
-    # The typed latent, denormalized and decoded, is the pipeline's own picture: frame and layout are right.
+    assert np.array_equal(np.asarray(image), np.asarray(again))
+    # The typed latent, denormalized and decoded, is the pipeline's own image: frame and layout are right.
     with torch.inference_mode():
         own = pipe(**tiny.arguments(name, output_type="pt")).images
     torch.testing.assert_close(decode_native(pipe, out.latents), own * 2 - 1, rtol=0, atol=2e-5)
@@ -126,12 +126,12 @@ def test_packed_latents_without_a_size_are_refused_unless_the_default_fits() -> 
     assert Latent.from_pipeline(pipe, square).grid == (2 * side, 2 * side)
 
 
-def test_batches_keep_prompt_and_picture_together() -> None:
+def test_batches_keep_prompt_and_image_together() -> None:
     pipe = attach(pipeline("zimage"), decoder("zimage"))
     out = pipe(**tiny.arguments("zimage", prompt=["a cat", "a dog"], num_images_per_prompt=2))
     assert len(out.images) == 4
     assert out.latents.captions == ("a cat", "a cat", "a dog", "a dog")
-    assert [picture.info["pidecode"]["seed"] for picture in out.images] == [0, 1, 2, 3]
+    assert [image.info["pidecode"]["seed"] for image in out.images] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("name", ["klein", "sd3"])
@@ -188,7 +188,7 @@ def test_relatives_that_share_the_path(kind: str) -> None:
         changes["strength"] = 0.5
     if kind == "flux_fill":
         changes["mask_image"] = Image.new("L", (64, 32), 255)
-    if kind == "flux_kontext":  # it would enlarge the picture to a megapixel
+    if kind == "flux_kontext":  # it would enlarge the image to a megapixel
         changes |= {"max_area": 32 * 64, "_auto_resize": False}
     out = attach(pipe, decoder("flux"))(**tiny.arguments("flux", **changes))
     assert out.latents.grid == (4, 8)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import tiny_models
-from pidecode.encoders.base import SpaceEncoder, load_encoder
+from pidecode.encoders.base import ImageEncoder, load_encoder
 from pidecode.errors import CheckpointError, DownloadError, SettingError, SizeError
 from pidecode.latents.latent import Latent
 from pidecode.registry.spaces import SPACES
@@ -22,7 +22,7 @@ from pidecode.registry.spaces import SPACES
 VAES = ("flux", "sd3", "sdxl", "flux2", "qwenimage")
 
 
-def pictures(seed: int = 0, batch: int = 2, height: int = 32, width: int = 48) -> Tensor:
+def images(seed: int = 0, batch: int = 2, height: int = 32, width: int = 48) -> Tensor:
     return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
@@ -53,7 +53,7 @@ def test_a_diffusers_folder_gives_the_pipelines_own_latents(space: str, vaes: di
     vaes[space].save_pretrained(tmp_path / "pipe" / "vae")
     for place in (tmp_path / "pipe", tmp_path / "pipe" / "vae"):
         encoder = load_encoder(space, place)
-        x = pictures()
+        x = images()
         torch.testing.assert_close(encoder(x), by_hand(space, vaes[space], x), rtol=1e-4, atol=1e-4)
     row = SPACES[space]
     assert encoder(x).shape == (2, row.channels, 32 // row.down, 48 // row.down)
@@ -75,7 +75,7 @@ def test_an_official_single_file_is_the_same_encoder_both_ways(
     file = single_file(space, vaes[space], tmp_path)
     vaes[space].save_pretrained(tmp_path / "vae")
     folder, single = load_encoder(space, tmp_path / "vae"), load_encoder(space, file)
-    x = pictures(1)
+    x = images(1)
     z = folder(x)
     torch.testing.assert_close(single(x), z, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(single.decode_native(z), folder.decode_native(z), rtol=1e-4, atol=1e-4)
@@ -86,7 +86,7 @@ def test_an_official_single_file_is_the_same_encoder_both_ways(
 def test_bfloat16_stays_near_float32_and_keeps_its_statistics(space: str, vaes: dict[str, Any], tmp_path: Path) -> None:
     vaes[space].save_pretrained(tmp_path / "vae")
     wide, narrow = (load_encoder(space, tmp_path / "vae", dtype=kind) for kind in (torch.float32, torch.bfloat16))
-    x = pictures(2)
+    x = images(2)
     a, b = wide(x), narrow(x)
     assert b.dtype == torch.float32
     assert float((a - b).std() / a.std()) < 0.05
@@ -120,7 +120,7 @@ def rae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_dinov2_follows_rae_step_by_step(rae: Path) -> None:
     encoder = load_encoder("dinov2", rae)
-    x = pictures(6, batch=1, height=512, width=512)
+    x = images(6, batch=1, height=512, width=512)
     model = tiny_models.dinov2()
     seen = functional.interpolate((x + 1) / 2, size=(448, 448), mode="bicubic", align_corners=False)
     seen = (seen - torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(
@@ -133,15 +133,15 @@ def test_dinov2_follows_rae_step_by_step(rae: Path) -> None:
     stat = torch.load(rae / "stats/dinov2/wReg_base/imagenet1k_512/stat.pt", weights_only=True)
     wanted = (tokens.transpose(1, 2).reshape(1, 768, 32, 32) - stat["mean"]) / torch.sqrt(stat["var"] + 1e-5)
     torch.testing.assert_close(encoder(x), wanted, rtol=1e-4, atol=1e-4)
-    picture = encoder.decode_native(encoder(x))
-    assert picture.shape == (1, 3, 512, 512)
-    assert float(picture.abs().max()) <= 1
+    image = encoder.decode_native(encoder(x))
+    assert image.shape == (1, 3, 512, 512)
+    assert float(image.abs().max()) <= 1
     # Any other square is brought to the model's own input without a step in between.
-    assert encoder(pictures(6, batch=1, height=96, width=96)).shape == (1, 768, 32, 32)
+    assert encoder(images(6, batch=1, height=96, width=96)).shape == (1, 768, 32, 32)
 
 
 def test_the_vit_decoder_equals_vit_maes(rae: Path) -> None:
-    """The same weights in transformers' ViT-MAE layers, wired as RAE wires them, make the same picture."""
+    """The same weights in transformers' ViT-MAE layers, wired as RAE wires them, make the same image."""
     from transformers import ViTMAEConfig
     from transformers.models.vit_mae.modeling_vit_mae import ViTMAELayer
 
@@ -197,7 +197,7 @@ def test_siglip_follows_scale_rae_step_by_step(tmp_path: Path) -> None:
     tiny_models.vit_decoder_file(tmp_path / "decoder/siglip2_sop14_i224_web73M_ganw3_decXL.pt", 1152, 16, 14)
     (tmp_path / "decoder/XL_decoder_config.json").write_text(json.dumps({"decoder_num_attention_heads": 4}))
     encoder = load_encoder("siglip", tmp_path)
-    x = pictures(8, batch=2, height=256, width=256)
+    x = images(8, batch=2, height=256, width=256)
     seen = functional.interpolate((x + 1) / 2, size=(224, 224), mode="bicubic", align_corners=False, antialias=True)
     tower = getattr(model, "vision_model", model)
     with torch.no_grad():
@@ -237,13 +237,13 @@ def test_what_does_not_fit_is_named(vaes: dict[str, Any], rae: Path, tmp_path: P
         load_encoder("dinov2", rae / "dinov2-with-registers-base")
 
 
-def test_pictures_are_checked(vaes: dict[str, Any], tmp_path: Path) -> None:
+def test_images_are_checked(vaes: dict[str, Any], tmp_path: Path) -> None:
     vaes["sdxl"].save_pretrained(tmp_path)
     encoder = load_encoder("sdxl", tmp_path)
-    assert isinstance(encoder, SpaceEncoder)
+    assert isinstance(encoder, ImageEncoder)
     with pytest.raises(SizeError, match="nearest that does is 48x32"):
         encoder(torch.zeros(1, 3, 31, 50))
     with pytest.raises(SettingError, match=r"must lie in \[-1, 1\]; these reach from 0 to 255"):
         encoder(torch.linspace(0, 255, 3 * 16 * 16).view(1, 3, 16, 16))
-    with pytest.raises(SettingError, match=r"takes pictures \[B, 3, H, W\]"):
+    with pytest.raises(SettingError, match=r"takes images \[B, 3, H, W\]"):
         encoder(torch.zeros(3, 16, 16))

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from pidecode.engine.ops import elementwise as lean
-from pidecode.models.pid.network import PixelNet
-from pidecode.registry.configs import miniature
+from pidecode.models.pid.network import PiDNet
+from pidecode.registry.configs import debug_config
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_the_second_half_of_a_pixel_block(fused: ModuleType, group: int, width: 
 @pytest.mark.parametrize("gate", ["per_token", "per_channel"])
 def test_a_whole_evaluation(fused: ModuleType, gate: Literal["per_token", "per_channel"]) -> None:
     torch.manual_seed(0)
-    net = PixelNet(miniature(pixel_depth=2, patch_size=4, gate=gate)).eval().requires_grad_(False)
+    net = PiDNet(debug_config(pixel_depth=2, patch_size=4, gate=gate)).eval().requires_grad_(False)
     for parameter in net.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.03)
     t = torch.tensor([634.0])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pidecode generate`, from a pipeline and a decoder on disk to pictures, a sheet, and a run that goes on."""
+"""`pidecode generate`, from a pipeline and a decoder on disk to images, a sheet, and a run that goes on."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import tiny_pipelines as tiny
-from pidecode import images
 from pidecode.cli.app import cli
 from pidecode.errors import SettingError, SizeError
+from pidecode.images import read_recipe
 from pidecode.integrations.text_to_image import Job
 from pidecode.latents.latent import FrameWarning, Latent
 from pidecode.registry.spaces import GENERATION, IMAGE_MODELS, diffusion_size
@@ -44,16 +44,16 @@ def run(files: Path, out: Path, *more: str) -> Result:
     return CliRunner().invoke(cli, [*common, *own, "--arguments", '{"guidance_scale": 1.0}', *more])
 
 
-def test_prompts_and_seeds_become_pictures_with_recipes_and_a_sheet(files: Path, tmp_path: Path) -> None:
+def test_prompts_and_seeds_become_images_with_recipes_and_a_sheet(files: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("# animals\na dog\n\n")
     out = tmp_path / "out"
     more = ["a cat", "--prompts", str(tmp_path / "prompts.txt"), "--seed", "1", "--seed", "2", "--compare", "vae"]
     done = run(files, out, *more, "--stop-after", "3", "--save-latents", "--json")
     assert done.exit_code == 0, done.output
     rows: list[dict[str, Any]] = json.loads(done.stdout)
-    names = [Path(row["picture"]).name for row in rows]
+    names = [Path(row["image"]).name for row in rows]
     assert names == ["0001-a-cat-s1.png", "0001-a-cat-s2.png", "0002-a-dog-s1.png", "0002-a-dog-s2.png"]
-    recipe = images.read_recipe(out / names[0])
+    recipe = read_recipe(out / names[0])
     assert recipe is not None
     assert (recipe["caption"], recipe["seed"], recipe["image_model"]) == ("a cat", 1, "sdxl")
     assert 0 < recipe["sigma"] < 0.8
@@ -75,7 +75,7 @@ def test_prompts_and_seeds_become_pictures_with_recipes_and_a_sheet(files: Path,
     assert other.exit_code == 2
     assert "holds another run (it differs in" in other.output
 
-    # A kept latent is a picture again at any time.
+    # A kept latent is an image again at any time.
     decoded = CliRunner().invoke(
         cli,
         ["decode", str(rows[0]["latent"]), "-m", str(files / "decoder.safetensors"), "-o", str(tmp_path / "x.png"),

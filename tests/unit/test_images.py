@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures in and out: exact, upright, rounded, and back with their recipe."""
+"""Images in and out: exact, upright, rounded, and back with their recipe."""
 
 from __future__ import annotations
 
@@ -15,19 +15,35 @@ import torch
 from PIL import Image, ImageCms
 from safetensors.torch import load_file
 
-from pidecode import images
 from pidecode.errors import FileError, SettingError, SizeError
+from pidecode.images import (
+    center_crop,
+    crop_back,
+    downsample,
+    lanczos,
+    load_image,
+    load_tensor,
+    normalize_image,
+    pad_to_multiple,
+    read_recipe,
+    resize,
+    save_image,
+    to_array,
+    to_pil,
+    to_pils,
+    to_tensor,
+)
 from pidecode.images.png import encode_png
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "inference_misc.safetensors"
 RECIPE = {"model": "tiny", "space": "flux2", "sigma": 0.25, "seed": 7, "caption": 'Käse 猫 "quoted"', "size": [64, 96]}
 
 
-def noise_picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+def noise_image(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def smooth_picture(height: int, width: int) -> np.ndarray:
+def smooth_image(height: int, width: int) -> np.ndarray:
     rows, columns = np.mgrid[0:height, 0:width]
     return np.stack([rows % 256, columns % 256, (rows + columns) // 2 % 256], axis=-1).astype(np.uint8)
 
@@ -43,14 +59,14 @@ def bytes_of(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 def test_downsample_agrees_with_the_reference() -> None:
     golden = load_file(GOLDEN)
-    ours = images.downsample(golden["inputs.downsample4.image"], 4)
+    ours = downsample(golden["inputs.downsample4.image"], 4)
     torch.testing.assert_close(ours, golden["outputs.downsample4.lq"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["f01", "f11", "f255", "u8"])
 def test_normalize_image_agrees_with_the_reference(name: str) -> None:
     golden = load_file(GOLDEN)
-    ours = images.normalize_image(golden[f"inputs.normalize_image.{name}"])
+    ours = normalize_image(golden[f"inputs.normalize_image.{name}"])
     torch.testing.assert_close(ours, golden[f"outputs.normalize_image.{name}"], rtol=0, atol=1e-6)
 
 
@@ -58,139 +74,139 @@ def test_normalize_image_agrees_with_the_reference(name: str) -> None:
 
 
 def test_tensor_round_trip_is_exact() -> None:
-    array = noise_picture(5, 7)
+    array = noise_image(5, 7)
     array[0, :2] = [[0, 0, 0], [255, 255, 255]]
-    tensor = images.to_tensor(Image.fromarray(array))
+    tensor = to_tensor(Image.fromarray(array))
     assert tensor.shape == (1, 3, 5, 7)
     assert (tensor.min(), tensor.max()) == (-1.0, 1.0)
-    assert np.array_equal(np.asarray(images.to_pil(tensor)), array)
+    assert np.array_equal(np.asarray(to_pil(tensor)), array)
 
 
 def test_values_are_rounded_and_clamped() -> None:
     levels = torch.tensor([99.4, 99.6, -5.0, 300.0])
-    picture = (levels / 127.5 - 1).view(1, 1, 2, 2).expand(1, 3, 2, 2)
-    assert images.to_array(picture)[..., 0].flatten().tolist() == [99, 100, 0, 255]
+    image = (levels / 127.5 - 1).view(1, 1, 2, 2).expand(1, 3, 2, 2)
+    assert to_array(image)[..., 0].flatten().tolist() == [99, 100, 0, 255]
 
 
 def test_sixteen_bits() -> None:
-    picture = torch.tensor([-1.0, 1.0, 0.5, 1e-4]).view(1, 1, 2, 2).expand(1, 3, 2, 2)
-    array = images.to_array(picture, bits=16)
+    image = torch.tensor([-1.0, 1.0, 0.5, 1e-4]).view(1, 1, 2, 2).expand(1, 3, 2, 2)
+    array = to_array(image, bits=16)
     assert array.dtype == np.uint16
     assert array[..., 0].flatten().tolist() == [0, 65535, 49151, 32771]
 
 
 def test_half_precision_is_widened_before_rounding() -> None:
-    array = noise_picture(8, 8)
-    tensor = images.to_tensor(Image.fromarray(array)).half()
-    assert np.array_equal(images.to_array(tensor), array)
+    array = noise_image(8, 8)
+    tensor = to_tensor(Image.fromarray(array)).half()
+    assert np.array_equal(to_array(tensor), array)
 
 
 def test_batches() -> None:
-    assert [picture.size for picture in images.to_pils(torch.zeros(2, 3, 4, 6))] == [(6, 4), (6, 4)]
+    assert [image.size for image in to_pils(torch.zeros(2, 3, 4, 6))] == [(6, 4), (6, 4)]
 
 
 # Reading
 
 
 def test_orientation() -> None:
-    array = noise_picture(4, 6)
+    array = noise_image(4, 6)
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: show it turned clockwise
     data = bytes_of(Image.fromarray(array), "PNG", exif=exif)
-    assert np.array_equal(np.asarray(images.load_image(data)), np.rot90(array, -1))
+    assert np.array_equal(np.asarray(load_image(data)), np.rot90(array, -1))
 
 
 def test_color_profile_to_srgb() -> None:
     array = np.full((4, 4, 3), 128, np.uint8)
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    same = images.load_image(bytes_of(Image.fromarray(array), "PNG", icc_profile=srgb))
+    same = load_image(bytes_of(Image.fromarray(array), "PNG", icc_profile=srgb))
     assert np.abs(np.asarray(same).astype(int) - 128).max() <= 1
-    # A profile that does not fit the picture, and one that is no profile, are passed over.
+    # A profile that does not fit the image, and one that is no profile, are passed over.
     for profile in (lab, b"no profile at all"):
-        kept = images.load_image(bytes_of(Image.fromarray(array), "PNG", icc_profile=profile))
+        kept = load_image(bytes_of(Image.fromarray(array), "PNG", icc_profile=profile))
         assert np.array_equal(np.asarray(kept), array)
 
 
 def test_a_wide_color_space_changes_the_values() -> None:
     array = np.zeros((4, 4, 4), np.uint8)
     array[..., 0] = 200
-    picture = images.load_image(bytes_of(Image.fromarray(array, "CMYK"), "JPEG", quality=100))
-    assert picture.mode == "RGB"
+    image = load_image(bytes_of(Image.fromarray(array, "CMYK"), "JPEG", quality=100))
+    assert image.mode == "RGB"
 
 
 def test_transparency_on_white() -> None:
     for mode, color in (("RGBA", (255, 0, 0, 0)), ("LA", (0, 0))):
         data = bytes_of(Image.new(mode, (3, 3), color), "PNG")
-        assert np.asarray(images.load_image(data)).min() == 255
-    half = np.asarray(images.load_image(bytes_of(Image.new("RGBA", (3, 3), (0, 0, 0, 128)), "PNG")))
+        assert np.asarray(load_image(data)).min() == 255
+    half = np.asarray(load_image(bytes_of(Image.new("RGBA", (3, 3), (0, 0, 0, 128)), "PNG")))
     assert abs(int(half[0, 0, 0]) - 127) <= 1
     palette = Image.new("P", (3, 3), 0)
     palette.putpalette([10, 20, 30, 40, 50, 60])
-    assert images.load_image(bytes_of(palette, "PNG", transparency=0)).getpixel((0, 0)) == (255, 255, 255)
-    assert images.load_image(bytes_of(palette, "PNG")).getpixel((0, 0)) == (10, 20, 30)
+    assert load_image(bytes_of(palette, "PNG", transparency=0)).getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(bytes_of(palette, "PNG")).getpixel((0, 0)) == (10, 20, 30)
 
 
 def test_gray_and_sixteen_bit_gray() -> None:
-    gray = images.load_image(bytes_of(Image.new("L", (3, 3), 77), "PNG"))
+    gray = load_image(bytes_of(Image.new("L", (3, 3), 77), "PNG"))
     assert gray.getpixel((1, 1)) == (77, 77, 77)
     deep = np.array([[0, 65535], [32768, 257 * 100 + 120]], np.uint16)
-    read = np.asarray(images.load_image(bytes_of(Image.fromarray(deep), "PNG")))
+    read = np.asarray(load_image(bytes_of(Image.fromarray(deep), "PNG")))
     assert read[..., 0].tolist() == [[0, 255], [128, 100]]
-    assert images.load_image(bytes_of(Image.new("1", (3, 3), 1), "PNG")).getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(bytes_of(Image.new("1", (3, 3), 1), "PNG")).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_sources(tmp_path: Path) -> None:
-    array = noise_picture(4, 6)
+    array = noise_image(4, 6)
     path = tmp_path / "a.png"
     Image.fromarray(array).save(path)
-    tensor = images.to_tensor(Image.fromarray(array))
+    tensor = to_tensor(Image.fromarray(array))
     for source in (path, str(path), path.read_bytes(), Image.fromarray(array), tensor, tensor[0]):
-        assert np.array_equal(np.asarray(images.load_image(source)), array)
-        torch.testing.assert_close(images.load_tensor(source), tensor)
+        assert np.array_equal(np.asarray(load_image(source)), array)
+        torch.testing.assert_close(load_tensor(source), tensor)
 
 
 def test_the_first_frame_of_an_animation(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert images.load_image(tmp_path / "a.gif").getpixel((0, 0)) == (255, 0, 0)
+    assert load_image(tmp_path / "a.gif").getpixel((0, 0)) == (255, 0, 0)
 
 
 # Sizes
 
 
 def test_center_crop() -> None:
-    picture = torch.arange(3 * 35 * 50, dtype=torch.float32).view(1, 3, 35, 50)
-    cropped = images.center_crop(picture, 16)
-    assert torch.equal(cropped, picture[:, :, 1:33, 1:49])
+    image = torch.arange(3 * 35 * 50, dtype=torch.float32).view(1, 3, 35, 50)
+    cropped = center_crop(image, 16)
+    assert torch.equal(cropped, image[:, :, 1:33, 1:49])
     with pytest.raises(SizeError, match="at least 64x64"):
-        images.center_crop(picture, 64)
+        center_crop(image, 64)
 
 
 @pytest.mark.parametrize(("height", "width"), [(35, 50), (3, 17), (1, 1), (32, 48)])
 def test_pad_and_crop_back(height: int, width: int) -> None:
-    picture = torch.rand(1, 3, height, width)
-    padded, padding = images.pad_to_multiple(picture, 16)
+    image = torch.rand(1, 3, height, width)
+    padded, padding = pad_to_multiple(image, 16)
     assert padded.shape[2] % 16 == padded.shape[3] % 16 == 0
-    assert torch.equal(padded[..., :height, :width], picture)
+    assert torch.equal(padded[..., :height, :width], image)
     enlarged = padded.repeat_interleave(4, -1).repeat_interleave(4, -2)
-    assert images.crop_back(enlarged, padding, scale=4).shape[-2:] == (4 * height, 4 * width)
+    assert crop_back(enlarged, padding, scale=4).shape[-2:] == (4 * height, 4 * width)
     with pytest.raises(SizeError, match="cannot be cropped back"):
-        images.crop_back(picture, padding, scale=4)
+        crop_back(image, padding, scale=4)
 
 
 def test_resizing() -> None:
     flat = torch.full((2, 3, 9, 12), 0.25)
     for method in ("bicubic", "area", "lanczos"):
-        sized = images.resize(flat, 5, 7, method=method)
+        sized = resize(flat, 5, 7, method=method)
         torch.testing.assert_close(sized, torch.full((2, 3, 5, 7), 0.25))
-    picture = torch.rand(1, 3, 8, 8) * 2 - 1
-    exact = Image.fromarray(picture[0, 0].numpy()).resize((32, 32), Image.Resampling.LANCZOS)
-    torch.testing.assert_close(images.lanczos(picture, 4)[0, 0], torch.from_numpy(np.array(exact)).clamp(-1, 1))
+    image = torch.rand(1, 3, 8, 8) * 2 - 1
+    exact = Image.fromarray(image[0, 0].numpy()).resize((32, 32), Image.Resampling.LANCZOS)
+    torch.testing.assert_close(lanczos(image, 4)[0, 0], torch.from_numpy(np.array(exact)).clamp(-1, 1))
     with pytest.raises(SettingError, match="not 'nearest'"):
-        images.resize(flat, 5, 7, method="nearest")
+        resize(flat, 5, 7, method="nearest")
     with pytest.raises(SizeError, match="positive sides"):
-        images.resize(flat, 0, 7)
+        resize(flat, 0, 7)
 
 
 # Writing
@@ -199,7 +215,7 @@ def test_resizing() -> None:
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (700, 1001), (1, 4000), (4000, 1)])
 def test_png_is_exact(shape: tuple[int, int], workers: int) -> None:
-    for array in (noise_picture(*shape), smooth_picture(*shape), np.zeros((*shape, 3), np.uint8)):
+    for array in (noise_image(*shape), smooth_image(*shape), np.zeros((*shape, 3), np.uint8)):
         data = b"".join(encode_png(array, {}, workers=workers))
         with Image.open(io.BytesIO(data)) as image:
             image.load()  # checks every checksum
@@ -210,7 +226,7 @@ def test_pages_stay_small() -> None:
     """Flat surfaces with sharp marks, next to bands of noise, in one file."""
     page = np.full((1200, 900, 3), 250, np.uint8)
     page[::30, 50:850:7] = 10
-    page[800:] = noise_picture(400, 900)
+    page[800:] = noise_image(400, 900)
     data = b"".join(encode_png(page[:800], {}))
     assert len(data) < 20_000
     mixed = b"".join(encode_png(page, {}))
@@ -227,11 +243,11 @@ def test_png_of_sixteen_bits_is_exact() -> None:
 
 
 def test_png_writer_leaves_no_threads_and_is_quicker_than_pillow(tmp_path: Path) -> None:
-    array = np.asarray(Image.fromarray(noise_picture(64, 64)).resize((1024, 1024), Image.Resampling.BICUBIC))
-    array = np.clip(array.astype(np.int16) + noise_picture(1024, 1024) % 5, 0, 255).astype(np.uint8)
+    array = np.asarray(Image.fromarray(noise_image(64, 64)).resize((1024, 1024), Image.Resampling.BICUBIC))
+    array = np.clip(array.astype(np.int16) + noise_image(1024, 1024) % 5, 0, 255).astype(np.uint8)
     before = threading.active_count()
     start = time.process_time()
-    images.save_image(tmp_path / "ours.png", array)
+    save_image(tmp_path / "ours.png", array)
     ours = time.process_time() - start
     assert threading.active_count() == before
     start = time.process_time()
@@ -242,34 +258,34 @@ def test_png_writer_leaves_no_threads_and_is_quicker_than_pillow(tmp_path: Path)
 
 @pytest.mark.parametrize("name", ["a.png", "a.webp", "a.jpg", "a.JPEG"])
 def test_recipe_round_trip(tmp_path: Path, name: str) -> None:
-    path = images.save_image(tmp_path / name, Image.fromarray(smooth_picture(40, 56)), recipe=RECIPE)
-    assert images.read_recipe(path) == RECIPE
-    assert images.load_image(path).size == (56, 40)
+    path = save_image(tmp_path / name, Image.fromarray(smooth_image(40, 56)), recipe=RECIPE)
+    assert read_recipe(path) == RECIPE
+    assert load_image(path).size == (56, 40)
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
-    bare = images.save_image(tmp_path / f"b{name}", Image.fromarray(smooth_picture(40, 56)))
-    assert images.read_recipe(bare) is None
+    bare = save_image(tmp_path / f"b{name}", Image.fromarray(smooth_image(40, 56)))
+    assert read_recipe(bare) is None
 
 
 def test_recipe_survives_pillow(tmp_path: Path) -> None:
     """A PNG that another tool has written anew, with its texts."""
-    path = images.save_image(tmp_path / "a.png", Image.fromarray(smooth_picture(8, 8)), recipe={"seed": 1})
+    path = save_image(tmp_path / "a.png", Image.fromarray(smooth_image(8, 8)), recipe={"seed": 1})
     with Image.open(path) as image:
         assert image.text["pidecode"] == '{"seed": 1}'
 
 
 def test_sixteen_bit_file(tmp_path: Path) -> None:
-    picture = torch.rand(1, 3, 20, 30) * 2 - 1
-    path = images.save_image(tmp_path / "a.png", picture, bits=16, recipe=RECIPE)
+    image = torch.rand(1, 3, 20, 30) * 2 - 1
+    path = save_image(tmp_path / "a.png", image, bits=16, recipe=RECIPE)
     assert path.read_bytes()[24] == 16
-    assert images.read_recipe(path) == RECIPE
-    assert np.abs(np.asarray(images.load_image(path)).astype(int) - images.to_array(picture)).max() <= 1
+    assert read_recipe(path) == RECIPE
+    assert np.abs(np.asarray(load_image(path)).astype(int) - to_array(image)).max() <= 1
 
 
 def test_quality_acts(tmp_path: Path) -> None:
-    picture = Image.fromarray(smooth_picture(64, 64))
+    image = Image.fromarray(smooth_image(64, 64))
     for name in ("a.jpg", "a.webp"):
-        low = images.save_image(tmp_path / f"low{name}", picture, quality=20)
-        high = images.save_image(tmp_path / f"high{name}", picture)
+        low = save_image(tmp_path / f"low{name}", image, quality=20)
+        high = save_image(tmp_path / f"high{name}", image)
         assert low.stat().st_size < high.stat().st_size
 
 
@@ -288,21 +304,21 @@ def test_quality_acts(tmp_path: Path) -> None:
 )
 def test_settings_that_cannot_act_are_refused(tmp_path: Path, name: str, options: Any, message: str) -> None:
     with pytest.raises(SettingError, match=message):
-        images.save_image(tmp_path / name, torch.zeros(1, 3, 8, 8), **options)
+        save_image(tmp_path / name, torch.zeros(1, 3, 8, 8), **options)
     assert not list(tmp_path.iterdir())
 
 
 def test_sides_a_format_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(SizeError, match=r"WEBP holds sides up to 16383 pixels; 16400 need a \.png"):
-        images.save_image(tmp_path / "a.webp", np.zeros((1, 16400, 3), np.uint8))
-    images.save_image(tmp_path / "a.png", np.zeros((1, 16400, 3), np.uint8))
+        save_image(tmp_path / "a.webp", np.zeros((1, 16400, 3), np.uint8))
+    save_image(tmp_path / "a.png", np.zeros((1, 16400, 3), np.uint8))
 
 
 def test_existing_files_stay(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(b"mine")
     with pytest.raises(FileError, match="--overwrite"):
-        images.save_image(path, torch.zeros(1, 3, 8, 8))
+        save_image(path, torch.zeros(1, 3, 8, 8))
     assert path.read_bytes() == b"mine"
-    images.save_image(path, torch.zeros(1, 3, 8, 8), overwrite=True)
-    assert images.load_image(path).size == (8, 8)
+    save_image(path, torch.zeros(1, 3, 8, 8), overwrite=True)
+    assert load_image(path).size == (8, 8)

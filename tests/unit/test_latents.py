@@ -207,14 +207,14 @@ def test_raw_noisy_latents_warn(sigma: float) -> None:
 @pytest.mark.parametrize("sigma", [0.0, 0.2, 0.5, 0.8, 1.0])
 @pytest.mark.parametrize("size", [0.0, 0.3, 0.6, 1.0])
 def test_honest_latents_do_not_warn(name: str, sigma: float, size: float) -> None:
-    """Flat, plain and busy pictures at any noise level, large and tiny grids."""
+    """Flat, plain and busy images at any noise level, large and tiny grids."""
     if name == "siglip" and size != 1.0 and sigma == 0.0:
         pytest.skip("its LayerNorm gives every cell deviation 1")
     channels = get_space(name).channels
     with warnings.catch_warnings():
         warnings.simplefilter("error", FrameWarning)
         for grid in ((4, 4), (16, 12)):
-            level = draw(1, channels, 1, 1, seed=1) * 1.5  # a flat picture's channels have any mean
+            level = draw(1, channels, 1, 1, seed=1) * 1.5  # a flat image's channels have any mean
             clean = draw(1, channels, *grid, seed=2) * size + (level if name != "siglip" else 0.0)
             signal, noise = frames.noise_weights(get_space(name), torch.tensor(sigma))
             Latent(signal * clean + noise * draw(1, channels, *grid, seed=3), name, sigma)

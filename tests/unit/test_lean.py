@@ -13,35 +13,35 @@ from torch import Tensor
 
 from pidecode.engine.chunks import Chunks
 from pidecode.engine.ops import elementwise as sums
-from pidecode.engine.timesteps import slim, tabulate
+from pidecode.engine.timesteps import precompute, strip_for_inference
 from pidecode.errors import SettingError
 from pidecode.models.pid.blocks import GatedFeedForward, RMSNorm, image_rotation, modulate, rotate
-from pidecode.models.pid.network import Condition, PixelNet
-from pidecode.registry.configs import NetConfig, miniature
+from pidecode.models.pid.network import Condition, PiDNet
+from pidecode.registry.configs import PiDConfig, debug_config
 
 TOLERANCE = 5e-6
 """Of the largest value: these random networks answer in tens, not in units."""
-VARIANTS: dict[str, NetConfig] = {
-    "v1.5": miniature(pixel_depth=2),
-    "v1": miniature(gate="per_channel", inject_pixels=False, adapter_padding="zeros", patch_depth=2),
-    "one pixel block": miniature(pixel_depth=1),
-    "three pixel blocks": miniature(pixel_depth=3),
-    "no pixel block": miniature(pixel_depth=0),
-    "no caption": miniature(text_dim=0),
-    "no latent": miniature(latent_channels=0, inject_pixels=False),
-    "small patches": miniature(patch_size=8, latent_down=8),
+VARIANTS: dict[str, PiDConfig] = {
+    "v1.5": debug_config(pixel_depth=2),
+    "v1": debug_config(gate="per_channel", inject_pixels=False, adapter_padding="zeros", patch_depth=2),
+    "one pixel block": debug_config(pixel_depth=1),
+    "three pixel blocks": debug_config(pixel_depth=3),
+    "no pixel block": debug_config(pixel_depth=0),
+    "no caption": debug_config(text_dim=0),
+    "no latent": debug_config(latent_channels=0, inject_pixels=False),
+    "small patches": debug_config(patch_size=8, latent_down=8),
 }
 
 
-def random_net(config: NetConfig, seed: int = 0) -> PixelNet:
+def random_net(config: PiDConfig, seed: int = 0) -> PiDNet:
     torch.manual_seed(seed)
-    net = PixelNet(config).eval().requires_grad_(False)
+    net = PiDNet(config).eval().requires_grad_(False)
     for parameter in net.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.05)
     return net
 
 
-def inputs(net: PixelNet, grid: tuple[int, int] = (4, 6), batch: int = 1, **options: Any) -> tuple[Tensor, Condition]:
+def inputs(net: PiDNet, grid: tuple[int, int] = (4, 6), batch: int = 1, **options: Any) -> tuple[Tensor, Condition]:
     config, generator = net.config, torch.Generator().manual_seed(1)
     x = torch.randn(batch, 3, grid[0] * config.patch_size, grid[1] * config.patch_size, generator=generator)
     text = torch.randn(batch, 7, config.text_dim, generator=generator) if config.has_text else None
@@ -56,7 +56,7 @@ def apart(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-def both(net: PixelNet, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+def both(net: PiDNet, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         plain = net.denoise(x, t, condition)
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_running_twice_alters_nothing() -> None:
 
 def test_the_schedule_gives_what_each_step_would_compute() -> None:
     net = random_net(VARIANTS["v1.5"])
-    schedule = tabulate(net, (0.999, 0.866, 0.634, 0.342, 1.0))
+    schedule = precompute(net, (0.999, 0.866, 0.634, 0.342, 1.0))
     x, condition = inputs(net, batch=2)
     known = replace(condition, schedule=schedule)
     with torch.no_grad():
@@ -114,12 +114,12 @@ def test_a_slimmed_network_runs_at_its_times_and_says_so_at_others() -> None:
     t = torch.tensor([342.0])
     with torch.no_grad():
         before = net.denoise(x, t, condition)
-        known = replace(condition, schedule=tabulate(net, times))
+        known = replace(condition, schedule=precompute(net, times))
         size = sum(p.numel() for p in net.parameters())
-        slim(net)
+        strip_for_inference(net)
         assert sum(p.numel() for p in net.parameters()) < 0.95 * size
         assert apart(net.denoise(x, t, known), before) < TOLERANCE
-        with pytest.raises(SettingError, match="slimmed"):
+        with pytest.raises(SettingError, match="stripped"):
             net.denoise(x, torch.tensor([500.0]), known)
 
 
@@ -137,12 +137,12 @@ def test_late_tokens_equal_kept_ones(name: str) -> None:
 
 
 def test_the_color_head_needs_its_tokens() -> None:
-    net = random_net(miniature(color_head=True))
+    net = random_net(debug_config(color_head=True))
     with pytest.raises(SettingError, match="keep_tokens"):
         inputs(net, keep_tokens=False, want_color=True)
 
 
-def test_half_precision_stays_near_the_exact_picture() -> None:
+def test_half_precision_stays_near_the_exact_image() -> None:
     net = random_net(VARIANTS["v1.5"])
     x, condition = inputs(net)
     exact, _ = both(net, x, torch.tensor([634.0]), condition)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Picture metrics against values worked out elsewhere."""
+"""Image metrics against values worked out elsewhere."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_sharpness_grows_with_edges() -> None:
     assert sharpness(edge) > 0
 
 
-def test_pictures_of_other_shapes_are_refused() -> None:
+def test_images_of_other_shapes_are_refused() -> None:
     with pytest.raises(SizeError, match="two of one"):
         psnr(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 9))
     with pytest.raises(SizeError, match="at least 11"):

@@ -8,20 +8,20 @@ import torch
 from torch import Tensor
 
 from pidecode.errors import LatentError, SettingError, SizeError
-from pidecode.models.pid.network import PixelNet
-from pidecode.registry.configs import NetConfig, backbone, miniature, v1, v1pt5
+from pidecode.models.pid.network import PiDNet
+from pidecode.registry.configs import PiDConfig, backbone, debug_config, v1, v1pt5
 
 
-def random_net(config: NetConfig, seed: int = 0) -> PixelNet:
+def random_net(config: PiDConfig, seed: int = 0) -> PiDNet:
     """A network in which nothing is left at zero, so that every path shows in the output."""
     torch.manual_seed(seed)
-    net = PixelNet(config).requires_grad_(False).eval()
+    net = PiDNet(config).requires_grad_(False).eval()
     for parameter in net.parameters():
         parameter.normal_(std=0.2) if parameter.ndim else parameter.fill_(1.0)
     return net
 
 
-def inputs(config: NetConfig, batch: int = 1, cells: tuple[int, int] = (2, 3)) -> dict[str, Tensor]:
+def inputs(config: PiDConfig, batch: int = 1, cells: tuple[int, int] = (2, 3)) -> dict[str, Tensor]:
     side = config.pixels_per_latent_cell
     given = {
         "x_B3HW": torch.randn(batch, 3, cells[0] * side, cells[1] * side),
@@ -36,7 +36,7 @@ def inputs(config: NetConfig, batch: int = 1, cells: tuple[int, int] = (2, 3)) -
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_close_to_single(dtype: torch.dtype) -> None:
-    config = miniature()
+    config = debug_config()
     net, given = random_net(config), inputs(config, batch=2)
     exact = net(**given)
     half = net.to(dtype)(**given)
@@ -46,7 +46,7 @@ def test_half_precision_stays_close_to_single(dtype: torch.dtype) -> None:
 
 
 def test_a_batch_equals_its_members_alone() -> None:
-    config = miniature()
+    config = debug_config()
     net, given = random_net(config), inputs(config, batch=3)
     together = net(**given)
     for index in range(3):
@@ -55,7 +55,7 @@ def test_a_batch_equals_its_members_alone() -> None:
 
 
 def test_a_network_without_text_takes_no_caption() -> None:
-    config = miniature(text_dim=0)
+    config = debug_config(text_dim=0)
     net, given = random_net(config), inputs(config)
     assert net(**given).shape == given["x_B3HW"].shape
     assert not any("_y" in name or "txt" in name for name in net.state_dict())
@@ -63,8 +63,8 @@ def test_a_network_without_text_takes_no_caption() -> None:
         net(**given, text=torch.zeros(1, 10, 16))
 
 
-def test_the_latent_reaches_the_picture_and_sigma_shuts_it_out() -> None:
-    config = miniature()
+def test_the_latent_reaches_the_image_and_sigma_shuts_it_out() -> None:
+    config = debug_config()
     net, given = random_net(config), inputs(config)
     base = net(**given)
     moved = net(**given | {"latent": given["latent"] + 1})
@@ -77,7 +77,7 @@ def test_the_latent_reaches_the_picture_and_sigma_shuts_it_out() -> None:
 
 
 def test_gradients_reach_every_parameter_that_matters() -> None:
-    config = miniature(color_head=True)
+    config = debug_config(color_head=True)
     net, given = random_net(config), inputs(config)
     net.requires_grad_(True).train()
     grid = net.grid_of(*given["x_B3HW"].shape[-2:])
@@ -104,7 +104,7 @@ def test_gradients_reach_every_parameter_that_matters() -> None:
     ],
 )
 def test_what_does_not_fit_is_said(change: dict[str, Tensor | None], error: type[Exception], words: str) -> None:
-    config = miniature()
+    config = debug_config()
     net, given = random_net(config), inputs(config)
     with pytest.raises(error, match=words):
         net(**given | change)
@@ -124,16 +124,16 @@ def test_what_does_not_fit_is_said(change: dict[str, Tensor | None], error: type
 )
 def test_a_config_that_cannot_be_names_the_field(change: dict[str, object], words: str) -> None:
     with pytest.raises(SettingError, match=words):
-        miniature(**change)
+        debug_config(**change)
 
 
 def test_a_config_survives_a_file() -> None:
     config = v1pt5(latent_channels=128, latent_down=16, latent_unpatchify=2)
-    assert NetConfig.from_dict(config.to_dict()) == config
+    assert PiDConfig.from_dict(config.to_dict()) == config
     with pytest.raises(SettingError, match="Unknown network settings depth"):
-        NetConfig.from_dict({"depth": 3})
+        PiDConfig.from_dict({"depth": 3})
     with pytest.raises(SettingError, match="patch_depth is '14'"):
-        NetConfig.from_dict({"patch_depth": "14"})
+        PiDConfig.from_dict({"patch_depth": "14"})
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_a_config_survives_a_file() -> None:
         (backbone(), 1_302_470_787),
     ],
 )
-def test_released_networks_have_the_released_size(config: NetConfig, parameters: int) -> None:
+def test_released_networks_have_the_released_size(config: PiDConfig, parameters: int) -> None:
     with torch.device("meta"):
-        net = PixelNet(config)
+        net = PiDNet(config)
     assert sum(parameter.numel() for parameter in net.parameters()) == parameters

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One picture over several processes equals the picture of one."""
+"""One image over several processes equals the image of one."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 
 from pidecode.engine.sequence_parallel import denoise_together, is_spread, stripes
 from pidecode.errors import SizeError
-from pidecode.models.pid.network import Condition, PixelNet
-from pidecode.registry.configs import miniature
+from pidecode.models.pid.network import Condition, PiDNet
+from pidecode.registry.configs import debug_config
 
 TIME = torch.tensor([634.0])
 
 
-def scene() -> tuple[PixelNet, Tensor, Condition]:
+def scene() -> tuple[PiDNet, Tensor, Condition]:
     torch.manual_seed(0)
-    net = PixelNet(miniature(pixel_depth=2)).eval().requires_grad_(False)
+    net = PiDNet(debug_config(pixel_depth=2)).eval().requires_grad_(False)
     for parameter in net.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.03)
     text, latent = torch.randn(1, 7, 16), torch.randn(1, 16, 3, 2)
@@ -41,7 +41,7 @@ def worker(rank: int, meeting: str, out: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_picture_of_one(tmp_path: Path) -> None:
+def test_two_processes_make_the_image_of_one(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=worker, args=(rank, f"{tmp_path}/meet", str(tmp_path))) for rank in range(2)]
     for process in processes:

@@ -11,14 +11,14 @@ import torch
 from pidecode.benchmarking.memory import trace_decode, weight_bytes
 from pidecode.engine.chunks import Chunks
 from pidecode.engine.plan import DRIVER, GB, Machine, Plan, parameters, parse_bytes, parse_size, plan_decode, predict
-from pidecode.engine.timesteps import slim
+from pidecode.engine.timesteps import strip_for_inference
 from pidecode.errors import DoesNotFitError, SettingError
-from pidecode.models.pid.network import PixelNet
-from pidecode.registry.configs import NetConfig, v1, v1pt5
+from pidecode.models.pid.network import PiDNet
+from pidecode.registry.configs import PiDConfig, v1, v1pt5
 from pidecode.training.tiny.decoder_stage import tiny_config
 
 V15 = v1pt5(latent_channels=16, latent_down=8)
-SMALL = NetConfig(
+SMALL = PiDConfig(
     hidden_size=256, num_heads=4, patch_depth=6, pixel_attn_hidden_size=192, pixel_num_heads=4, adapter_width=256,
     adapter_padding="replicate", gate="per_token", inject_pixels=True, rope_reference=(2048, 2048),
 )  # fmt: skip
@@ -29,13 +29,13 @@ SMALL = NetConfig(
     [V15, v1(latent_channels=16, latent_down=8), SMALL, tiny_config()],
     ids=["v1.5", "v1", "small", "climbing"],
 )
-@pytest.mark.parametrize("slimmed", [True, False])
-def test_parameters_are_counted_without_building(config: NetConfig, slimmed: bool) -> None:
+@pytest.mark.parametrize("stripped", [True, False])
+def test_parameters_are_counted_without_building(config: PiDConfig, stripped: bool) -> None:
     with torch.device("meta"):
-        net = PixelNet(config)
-    if slimmed:
-        slim(net)
-    assert sum(parameters(config, slimmed=slimmed)) == pytest.approx(weight_bytes(net) / 4, rel=1e-3)
+        net = PiDNet(config)
+    if stripped:
+        strip_for_inference(net)
+    assert sum(parameters(config, stripped=stripped)) == pytest.approx(weight_bytes(net) / 4, rel=1e-3)
 
 
 LARGE = Chunks.large(16)
@@ -66,7 +66,7 @@ def test_the_prediction_is_within_a_tenth_of_what_is_counted(plan: Plan) -> None
 
 
 @pytest.mark.parametrize("size", [(512, 512), (1024, 1024)])
-def test_a_small_network_is_mostly_the_pictures_between_its_evaluations(size: tuple[int, int]) -> None:
+def test_a_small_network_is_mostly_the_images_between_its_evaluations(size: tuple[int, int]) -> None:
     tiny, plan = tiny_config(), Plan(size=size, dtype="float32", chunks=LARGE)
     counted = trace_decode(tiny, plan)
     assert predict(plan, tiny, accelerator=False).peak == pytest.approx(counted.total, rel=0.1)
@@ -124,7 +124,7 @@ def test_less_memory_gives_a_sparer_plan() -> None:
     assert all(plan.peak <= gb * GB for plan, gb in zip(plans, (24, 3.2, 2.0, 1.5), strict=True))
 
 
-def test_exact_ways_come_before_those_that_change_the_picture() -> None:
+def test_exact_ways_come_before_those_that_change_the_image() -> None:
     plan = plan_decode(V15, (4096, 4096), Machine(memory=4 * GB))
     assert plan.exact and "blocks" in plan.offload
     tight = plan_decode(V15, (8192, 8192), Machine(memory=int(6.5 * GB)))
@@ -186,7 +186,7 @@ def test_a_plan_says_what_it_does() -> None:
     plan = predict(Plan(size=(4096, 3072), offload=("text", "encoder")), V15)
     text = plan.describe()
     assert "4096x3072" in text and "predicted peak" in text and "text, encoder" in text
-    assert "widened to multiply (changes the picture" in replace(plan, weights="int8").describe()
+    assert "widened to multiply (changes the image" in replace(plan, weights="int8").describe()
     assert "multiplied in eight bits" in replace(plan, weights="int8", products="eight").describe()
 
 

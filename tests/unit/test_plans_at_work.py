@@ -17,24 +17,24 @@ import pidecode
 from pidecode.benchmarking.machine import this_machine
 from pidecode.cli.app import cli
 from pidecode.devices import free_memory
-from pidecode.encoders.base import LazyEncoder, SpaceEncoder, visiting
+from pidecode.encoders.base import ImageEncoder, LazyEncoder, visiting
 from pidecode.engine.plan import Plan
 from pidecode.engine.runner import Runner
 from pidecode.errors import SettingError
 from pidecode.models import attention as door
-from pidecode.models.pid.network import PixelNet
-from pidecode.registry.configs import miniature
+from pidecode.models.pid.network import PiDNet
+from pidecode.registry.configs import debug_config
 from pidecode.registry.spaces import get_space
-from pidecode.weights.metadata import Identity
+from pidecode.weights.metadata import CheckpointMetadata
 
 CPU = torch.device("cpu")
-CONFIG = miniature(pixel_depth=2)
+CONFIG = debug_config(pixel_depth=2)
 
 
 @pytest.fixture
-def net() -> PixelNet:
+def net() -> PiDNet:
     torch.manual_seed(0)
-    net = PixelNet(CONFIG).eval().requires_grad_(False)
+    net = PiDNet(CONFIG).eval().requires_grad_(False)
     for parameter in net.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.03)
     return net
@@ -60,7 +60,7 @@ def faulty_flash(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("faulty_flash")
-def test_attention_that_answers_nan_on_the_first_step_is_replaced(net: PixelNet) -> None:
+def test_attention_that_answers_nan_on_the_first_step_is_replaced(net: PiDNet) -> None:
     runner, x = Runner(net), torch.randn(1, 3, 64, 96)
     runner.backend = "flash"  # as if its probe had passed
     with pytest.warns(UserWarning, match="Attention through 'flash' answered NaN on cpu"):
@@ -73,7 +73,7 @@ def test_attention_that_answers_nan_on_the_first_step_is_replaced(net: PixelNet)
 
 
 @pytest.mark.usefixtures("faulty_flash")
-def test_attention_is_not_blamed_for_what_it_was_given(net: PixelNet) -> None:
+def test_attention_is_not_blamed_for_what_it_was_given(net: PiDNet) -> None:
     runner, x = Runner(net), torch.full((1, 3, 64, 96), float("nan"))
     runner.backend = "flash"
     with warnings.catch_warnings():
@@ -83,9 +83,9 @@ def test_attention_is_not_blamed_for_what_it_was_given(net: PixelNet) -> None:
 
 
 def test_a_plan_may_be_made_from_what_the_weights_are() -> None:
-    seen: list[Identity] = []
+    seen: list[CheckpointMetadata] = []
 
-    def plan(identity: Identity) -> Plan:
+    def plan(identity: CheckpointMetadata) -> Plan:
         seen.append(identity)
         return Plan(size=(256, 256), dtype="float32", weights="int8")
 
@@ -110,7 +110,7 @@ class _Native:
 
 def test_an_encoder_that_visits_leaves_again_whatever_happens() -> None:
     native = _Native()
-    encoder = SpaceEncoder(native, get_space("flux2"))  # type: ignore[arg-type]
+    encoder = ImageEncoder(native, get_space("flux2"))  # type: ignore[arg-type]
     with pytest.raises(KeyError), visiting(encoder, torch.device("meta")):
         raise KeyError
     assert native.places == ["cpu", "meta", "cpu"]
@@ -128,8 +128,8 @@ def test_a_plan_has_the_encoder_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Plan(size=(256, 256), dtype="float32", offload=("encoder",))
     decoder = pidecode.PixelDecoder.from_pretrained("tiny", plan=plan)
     moves: list[str] = []
-    real = SpaceEncoder.to
-    monkeypatch.setattr(SpaceEncoder, "to", lambda self, device: (moves.append(str(device)), real(self, device))[1])
+    real = ImageEncoder.to
+    monkeypatch.setattr(ImageEncoder, "to", lambda self, device: (moves.append(str(device)), real(self, device))[1])
     decoder.encode(Image.new("RGB", (64, 64)))
     assert moves[-2:] == ["cpu", "cpu"]  # to where the network is, and home
     free = pidecode.PixelDecoder.from_pretrained("tiny")
@@ -149,11 +149,11 @@ def run(*arguments: object) -> Result:
 
 
 def test_the_command_line_plans_a_decode(tmp_path: Path) -> None:
-    picture = tmp_path / "one.png"
-    Image.radial_gradient("L").resize((40, 24)).convert("RGB").save(picture)
-    plain = run("upscale", picture, "-o", tmp_path / "plain.png", "--steps", 1)
+    image = tmp_path / "one.png"
+    Image.radial_gradient("L").resize((40, 24)).convert("RGB").save(image)
+    plain = run("upscale", image, "-o", tmp_path / "plain.png", "--steps", 1)
     assert plain.exit_code == 0 and "predicted peak" not in plain.stderr
-    done = run("upscale", picture, "-o", tmp_path / "int8.png", "--steps", 1, "--weights", "int8", "--memory", "1GB")
+    done = run("upscale", image, "-o", tmp_path / "int8.png", "--steps", 1, "--weights", "int8", "--memory", "1GB")
     assert done.exit_code == 0, done.output
     assert "192x128, batch of 1, float32" in done.stderr  # whole cells of the encoder, before it is cut back
     assert "weights int8, widened" in done.stderr

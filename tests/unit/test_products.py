@@ -33,11 +33,11 @@ from pidecode.engine.ops.quantize import (
 from pidecode.engine.plan import Plan
 from pidecode.engine.runner import Runner
 from pidecode.errors import SettingError
-from pidecode.models.pid.network import PixelNet
-from pidecode.registry.configs import NetConfig, miniature
+from pidecode.models.pid.network import PiDNet
+from pidecode.registry.configs import PiDConfig, debug_config
 
 CPU = torch.device("cpu")
-CONFIG = miniature(pixel_depth=2, pixel_attn_hidden_size=48)
+CONFIG = debug_config(pixel_depth=2, pixel_attn_hidden_size=48)
 FORMS: tuple[Format, ...] = ("int8", "fp8")
 ALL_WAYS: tuple[tuple[Format, Way], ...] = tuple((form, way) for form in FORMS for way in WAYS[form])
 
@@ -46,7 +46,7 @@ def form_of(way: Way) -> Format:
     return "int8" if way == "int8" else "fp8"
 
 
-def evaluate(net: PixelNet, config: NetConfig, height: int, width: int) -> Tensor:
+def evaluate(net: PiDNet, config: PiDConfig, height: int, width: int) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     cell = config.pixels_per_latent_cell
     x, text, latent = (
@@ -121,7 +121,7 @@ def test_a_whole_evaluation_against_the_exact_one(
         net = random_network(config, torch.float32, CPU)
     else:
         monkeypatch.setattr(q8, "SMALLEST", 512)
-        net = PixelNet(config).eval().requires_grad_(False)
+        net = PiDNet(config).eval().requires_grad_(False)
         for parameter in net.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.03)
     exact = evaluate(net, config, side, side)
@@ -132,7 +132,7 @@ def test_a_whole_evaluation_against_the_exact_one(
 def test_int8_products_inside_a_network_are_their_twin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(q8, "SMALLEST", 512)
     torch.manual_seed(0)
-    net = PixelNet(CONFIG).eval().requires_grad_(False)
+    net = PiDNet(CONFIG).eval().requires_grad_(False)
     for parameter in net.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.03)
     quantize(net.patch_blocks, "int8", "int8")
@@ -187,7 +187,7 @@ def test_a_device_that_multiplies_wrong_is_not_taken(monkeypatch: pytest.MonkeyP
 def test_a_runner_multiplies_as_its_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(q8, "SMALLEST", 512)
     torch.manual_seed(0)
-    first = PixelNet(CONFIG).eval().requires_grad_(False)
+    first = PiDNet(CONFIG).eval().requires_grad_(False)
     for products, dtype in every(("wide", "eight"), ("float32",)):
         net = copy.deepcopy(first)
         runner = Runner(net, Plan(size=(64, 64), dtype=dtype, weights="int8", products=products))

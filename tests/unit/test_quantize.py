@@ -6,24 +6,24 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pidecode.engine.offload import Visitors
+from pidecode.engine.offload import BlockOffloader
 from pidecode.engine.ops import quantize as q8
 from pidecode.engine.ops.quantize import QuantizedLinear, matrix_block, matrix_columns, matrix_rows, quantize
 from pidecode.errors import SettingError
-from pidecode.models.pid.network import PixelNet
-from pidecode.registry.configs import miniature
+from pidecode.models.pid.network import PiDNet
+from pidecode.registry.configs import debug_config
 
 
 @pytest.fixture
-def net() -> PixelNet:
+def net() -> PiDNet:
     torch.manual_seed(0)
-    net = PixelNet(miniature(pixel_depth=2)).eval().requires_grad_(False)
+    net = PiDNet(debug_config(pixel_depth=2)).eval().requires_grad_(False)
     for parameter in net.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.03)
     return net
 
 
-def predict(net: PixelNet) -> torch.Tensor:
+def predict(net: PiDNet) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     x, text, latent = (torch.randn(*s, generator=generator) for s in ((1, 3, 64, 96), (1, 7, 16), (1, 16, 2, 3)))
     with torch.no_grad():
@@ -53,7 +53,7 @@ def test_parts_of_a_weight_are_those_of_the_whole(form: q8.Format) -> None:
 
 
 @pytest.mark.parametrize(("form", "error"), [("int8", 0.02), ("fp8", 0.08)])
-def test_a_network_in_eight_bits(net: PixelNet, form: q8.Format, error: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_in_eight_bits(net: PiDNet, form: q8.Format, error: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(q8, "SMALLEST", 512)
     exact = predict(net)
     count = quantize(net, form)
@@ -63,16 +63,16 @@ def test_a_network_in_eight_bits(net: PixelNet, form: q8.Format, error: float, m
     assert 0 < (answer - exact).std() / exact.std() < error
 
 
-def test_an_unknown_format_is_an_error(net: PixelNet) -> None:
+def test_an_unknown_format_is_an_error(net: PiDNet) -> None:
     with pytest.raises(SettingError, match="no weight format 'int3'"):
         quantize(net, "int3")  # type: ignore[arg-type]
 
 
-def test_blocks_that_visit_give_the_same_and_leave(net: PixelNet) -> None:
+def test_blocks_that_visit_give_the_same_and_leave(net: PiDNet) -> None:
     expected = predict(net)
-    net.visitors = Visitors(net.patch_blocks, torch.device("cpu"))
+    net.offloader = BlockOffloader(net.patch_blocks, torch.device("cpu"))
     home = net.patch_blocks[0].norm_x1.weight.data_ptr()
     assert torch.equal(predict(net), expected)
     assert torch.equal(predict(net), expected)
     assert net.patch_blocks[0].norm_x1.weight.data_ptr() == home
-    assert len(net.visitors._arrived) == 1
+    assert len(net.offloader._arrived) == 1

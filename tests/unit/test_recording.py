@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recorded evaluations: other pictures through one recording equal plain runs; few are kept; refused where they cannot.
+"""Recorded evaluations: other images through one recording equal plain runs; few are kept; refused where they cannot.
 
 A processor records no graphs, so a tape stands for one: it keeps the operations of one run with the very tensors they
 worked on, and plays them again without any of the network's code, as a graph would.
@@ -18,13 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pidecode.decoder import PixelDecoder
-from pidecode.engine.cuda_graphs import MOST_KEPT, Recordings, Replay, cuda_graph
+from pidecode.engine.cuda_graphs import MOST_KEPT, GraphCache, Replay, cuda_graph
 from pidecode.engine.inplace import denoise
 from pidecode.engine.plan import Plan
 from pidecode.engine.runner import Runner
 from pidecode.errors import SettingError
-from pidecode.models.pid.network import Condition, PixelNet
-from pidecode.registry.configs import miniature
+from pidecode.models.pid.network import Condition, PiDNet
+from pidecode.registry.configs import debug_config
 from pidecode.sampling import sample_student
 
 
@@ -67,15 +67,15 @@ class Recorder:
         return replay
 
 
-def random_net() -> PixelNet:
+def random_net() -> PiDNet:
     torch.manual_seed(0)
-    net = PixelNet(miniature(pixel_depth=2)).eval().requires_grad_(False)
+    net = PiDNet(debug_config(pixel_depth=2)).eval().requires_grad_(False)
     for parameter in net.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.05)
     return net
 
 
-def inputs(net: PixelNet, grid: tuple[int, int], seed: int, **options: Any) -> tuple[Tensor, Condition]:
+def inputs(net: PiDNet, grid: tuple[int, int], seed: int, **options: Any) -> tuple[Tensor, Condition]:
     config, generator, device = net.config, torch.Generator().manual_seed(seed), net.device
     x, text, latent = (
         torch.randn(*shape, generator=generator).to(device)
@@ -90,28 +90,28 @@ def inputs(net: PixelNet, grid: tuple[int, int], seed: int, **options: Any) -> t
 
 @pytest.mark.parametrize("keep_tokens", [True, False])
 @torch.no_grad()
-def test_one_recording_serves_all_steps_and_pictures_of_a_size(keep_tokens: bool) -> None:
+def test_one_recording_serves_all_steps_and_images_of_a_size(keep_tokens: bool) -> None:
     net, recorder = random_net(), Recorder()
-    recordings = Recordings(partial(denoise, net), recorder)
+    recordings = GraphCache(partial(denoise, net), recorder)
     x, first = inputs(net, (4, 6), 1, keep_tokens=keep_tokens)
     other_x, second = inputs(net, (4, 6), 2, keep_tokens=keep_tokens)
-    for picture, condition, time in (
+    for image, condition, time in (
         (x, first, 999.0), (other_x, first, 342.0), (other_x, second, 342.0), (x, first, 866.0)
     ):  # fmt: skip
         t = torch.tensor([time])
-        expected = net.denoise(picture, t, condition)
-        before = picture.clone()
-        assert torch.equal(recordings.run(picture, net.vectors_at(t, condition), condition), expected)
-        assert torch.equal(picture, before)
+        expected = net.denoise(image, t, condition)
+        before = image.clone()
+        assert torch.equal(recordings.run(image, net.modulation_at(t, condition), condition), expected)
+        assert torch.equal(image, before)
     assert recorder.made == 1
 
 
 @torch.no_grad()
 def test_an_answer_is_the_caller_s_own() -> None:
     net = random_net()
-    recordings = Recordings(partial(denoise, net), Recorder())
+    recordings = GraphCache(partial(denoise, net), Recorder())
     x, condition = inputs(net, (2, 2), 1)
-    vectors = net.vectors_at(torch.tensor([999.0]), condition)
+    vectors = net.modulation_at(torch.tensor([999.0]), condition)
     first = recordings.run(x, vectors, condition)
     kept = first.clone()
     recordings.run(x * 2, vectors, condition)
@@ -121,11 +121,11 @@ def test_an_answer_is_the_caller_s_own() -> None:
 @torch.no_grad()
 def test_the_latest_sizes_are_kept() -> None:
     net, recorder = random_net(), Recorder()
-    recordings = Recordings(partial(denoise, net), recorder)
+    recordings = GraphCache(partial(denoise, net), recorder)
 
     def run(grid: tuple[int, int], variant: str = "") -> None:
         x, condition = inputs(net, grid, 1)
-        recordings.run(x, net.vectors_at(torch.tensor([999.0]), condition), condition, variant)
+        recordings.run(x, net.modulation_at(torch.tensor([999.0]), condition), condition, variant)
 
     for grid in ((2, 2), (2, 4), (2, 2)):
         run(grid)
@@ -140,20 +140,20 @@ def test_the_latest_sizes_are_kept() -> None:
     assert len(recordings) == 0
 
 
-def test_a_recording_does_not_keep_a_picture_s_condition_alive() -> None:
+def test_a_recording_does_not_keep_a_image_s_condition_alive() -> None:
     from weakref import ref
 
     net = random_net()
-    recordings = Recordings(partial(denoise, net), Recorder())
+    recordings = GraphCache(partial(denoise, net), Recorder())
     with torch.inference_mode():
         x, condition = inputs(net, (2, 2), 1)
-        recordings.run(x, net.vectors_at(torch.tensor([999.0]), condition), condition)
+        recordings.run(x, net.modulation_at(torch.tensor([999.0]), condition), condition)
         last = ref(condition)
         del condition
         assert last() is None
     with torch.no_grad():  # what was recorded in inference mode may be used outside of it
         x, condition = inputs(net, (2, 2), 2)
-        recordings.run(x, net.vectors_at(torch.tensor([999.0]), condition), condition)
+        recordings.run(x, net.modulation_at(torch.tensor([999.0]), condition), condition)
 
 
 def test_the_runner_replays_and_forgets_with_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,14 +162,14 @@ def test_the_runner_replays_and_forgets_with_the_weights(monkeypatch: pytest.Mon
     monkeypatch.setattr("pidecode.engine.runner.records_graphs", lambda device: True)
     monkeypatch.setattr("pidecode.engine.runner.cuda_graph", lambda device: recorder)
     noise = [torch.randn(1, 3, 32, 32) for _ in range(4)]
-    pictures = []
+    images = []
     with torch.inference_mode():
         text, latent = torch.randn(1, 7, net.config.text_dim), torch.randn(1, net.config.latent_channels, 1, 1)
         for each in (runner, plain):
             draws = iter(noise)
             condition = each.prepare((2, 2), text, latent, torch.zeros(1))
-            pictures.append(sample_student(each.predict(condition), lambda draws=draws: next(draws)))
-    assert torch.equal(*pictures)
+            images.append(sample_student(each.predict(condition), lambda draws=draws: next(draws)))
+    assert torch.equal(*images)
     assert recorder.made == 1
     assert runner.recordings is not None
     runner.forget()
@@ -204,12 +204,12 @@ def test_two_ways_of_the_same_sums_are_refused() -> None:
 @torch.inference_mode()
 def test_a_graph_equals_the_eager_path(compile: bool) -> None:
     net, device = random_net().cuda(), torch.device("cuda")
-    recordings = Recordings(partial(denoise, net), cuda_graph(device))
+    recordings = GraphCache(partial(denoise, net), cuda_graph(device))
     for seed, time in ((1, 999.0), (1, 342.0), (2, 634.0)):
         x, condition = inputs(net, (4, 6), seed)
         t = torch.tensor([time])
         expected = net.denoise(x, t, condition)
-        actual = recordings.run(x, net.vectors_at(t, condition), condition)
+        actual = recordings.run(x, net.modulation_at(t, condition), condition)
         assert ((actual - expected).abs().max() / expected.abs().max()).item() < 5e-6
     runner = Runner(net, graphs=True, compile=compile)
     x, condition = inputs(net, (4, 6), 3)

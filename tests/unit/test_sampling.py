@@ -33,7 +33,7 @@ def test_an_unknown_sampler_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["sde", "ode"])
-def test_a_seed_gives_the_same_picture_alone_and_in_a_batch(kind: str) -> None:
+def test_a_seed_gives_the_same_image_alone_and_in_a_batch(kind: str) -> None:
     alone = sample_student(shrink, stream(7), kind=kind)  # type: ignore[arg-type]
     again = sample_student(shrink, stream(7), kind=kind)  # type: ignore[arg-type]
     batch = sample_student(shrink, stream(3, 7), kind=kind)  # type: ignore[arg-type]
@@ -64,9 +64,9 @@ def test_progress_is_told_and_cancelling_stops_at_once() -> None:
             raise Cancelled("Stopped by the caller.")
 
     with pytest.raises(Cancelled):
-        sample_student(shrink, stream(0), on_step=stop_after_two)
+        sample_student(shrink, stream(0), callback=stop_after_two)
     assert [(step.index, step.total) for step in seen] == [(1, 4), (2, 4)]
-    assert seen[0].picture.shape == (1, *SHAPE)
+    assert seen[0].image.shape == (1, *SHAPE)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # from diffusers, with new numpy

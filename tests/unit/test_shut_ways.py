@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A network that heeds neither noise nor time is asked once for all steps, and gives the picture it gave before."""
+"""A network that heeds neither noise nor time is asked once for all steps, and gives the image it gave before."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from pidecode import PixelDecoder
 from pidecode.engine.plan import Plan
 from pidecode.engine.runner import Runner
-from pidecode.engine.timesteps import heeds_noise, slim, tabulate
+from pidecode.engine.timesteps import depends_on_noise, precompute, strip_for_inference
 from pidecode.latents.latent import Latent
-from pidecode.models.pid.network import Condition, PixelNet
+from pidecode.models.pid.network import Condition, PiDNet
 from pidecode.registry.checkpoints import StudentKind
 from pidecode.sampling import NoiseStream, Step, sample_student
 
@@ -32,13 +32,13 @@ def shipped() -> PixelDecoder:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Times at which any network is asked, as they come."""
     times: list[float] = []
-    whole = PixelNet.denoise
+    whole = PiDNet.denoise
 
-    def counted(net: PixelNet, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def counted(net: PiDNet, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         times.append(float(t[0]))
         return whole(net, x, t, condition)
 
-    monkeypatch.setattr(PixelNet, "denoise", counted)
+    monkeypatch.setattr(PiDNet, "denoise", counted)
     return times
 
 
@@ -47,16 +47,16 @@ def latent() -> Latent:
     return Latent(torch.randn(1, 128, 2, 3, generator=generator), "flux2", 0.0)
 
 
-def ways(net: PixelNet) -> dict[str, Any]:
-    return {"picture": net.s_embedder.proj, "pixels": net.pixel_embedder.proj, "time": net.t_embedder.mlp[2]}
+def ways(net: PiDNet) -> dict[str, Any]:
+    return {"image": net.s_embedder.proj, "pixels": net.pixel_embedder.proj, "time": net.t_embedder.mlp[2]}
 
 
 @pytest.mark.parametrize("sampler", ["sde", "ode"])
-def test_one_evaluation_gives_the_picture_of_four(
+def test_one_evaluation_gives_the_image_of_four(
     shipped: PixelDecoder, asked: list[float], sampler: StudentKind
 ) -> None:
     steps: list[Step] = []
-    made = shipped.decode(latent(), seed=3, sampler=sampler, output="pt", on_step=steps.append)
+    made = shipped.decode(latent(), seed=3, sampler=sampler, output="pt", callback=steps.append)
     assert len(asked) == 1
     assert [step.index for step in steps] == [1, 2, 3, 4]
     net, size = shipped.net, (3, 128, 192)
@@ -71,10 +71,10 @@ def test_one_evaluation_gives_the_picture_of_four(
     assert torch.equal(made, every.clamp(-1, 1))
 
 
-def test_the_short_way_gives_the_picture_of_the_long_one_unasked(shipped: PixelDecoder, asked: list[float]) -> None:
+def test_the_short_way_gives_the_image_of_the_long_one_unasked(shipped: PixelDecoder, asked: list[float]) -> None:
     steps: list[Step] = []
     short = PixelDecoder.from_pretrained("tiny", device="cpu", dtype=torch.float32)
-    made = short.decode(latent(), seed=3, output="pt", on_step=steps.append)
+    made = short.decode(latent(), seed=3, output="pt", callback=steps.append)
     assert not asked
     assert [step.index for step in steps] == [1, 2, 3, 4]
     long = PixelDecoder.from_pretrained("tiny", device="cpu", dtype=torch.float32)
@@ -102,11 +102,11 @@ def test_the_long_way_is_gone_where_something_asks_for_it(asked: list[float]) ->
     assert Runner(decoder.net)._answers_shortly(condition) is not None
 
 
-@pytest.mark.parametrize("way", ["picture", "pixels", "time"])
+@pytest.mark.parametrize("way", ["image", "pixels", "time"])
 def test_any_open_way_has_it_asked_at_every_step(shipped: PixelDecoder, asked: list[float], way: str) -> None:
     shipped.runner.forget()
     nn.init.normal_(ways(shipped.net)[way].weight, std=0.01)
-    assert heeds_noise(shipped.net)
+    assert depends_on_noise(shipped.net)
     shipped.decode(latent(), seed=3, output="pt")
     assert len(asked) == 4
 
@@ -123,9 +123,9 @@ def test_what_was_slimmed_is_asked_at_every_step_unless_looked_at_before(
     shipped: PixelDecoder, asked: list[float]
 ) -> None:
     net = shipped.net
-    schedule = tabulate(net, (0.999,))
-    slim(net)
-    assert heeds_noise(net)
+    schedule = precompute(net, (0.999,))
+    strip_for_inference(net)
+    assert depends_on_noise(net)
     with torch.inference_mode():
         condition = net.prepare((8, 12), None, latent().tensor, torch.zeros(1), schedule=schedule)
         predict = Runner(net).predict(condition)
@@ -136,6 +136,6 @@ def test_what_was_slimmed_is_asked_at_every_step_unless_looked_at_before(
 
 def test_a_runner_looks_before_it_slims(shipped: PixelDecoder, asked: list[float]) -> None:
     shipped.runner.arrange(torch.device("cpu"))
-    assert shipped.net.slimmed
+    assert shipped.net.stripped
     shipped.decode(latent(), output="pt")
     assert len(asked) == 1

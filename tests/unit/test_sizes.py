@@ -82,6 +82,6 @@ def test_tiny_gives_no_advice() -> None:
     assert nearest_trained(tiny, 512, 512) is None
 
 
-def test_no_picture() -> None:
+def test_no_image() -> None:
     with pytest.raises(SizeError, match="positive sides"):
         nearest_trained(get_checkpoint("flux"), 0, 10)

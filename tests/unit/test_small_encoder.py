@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 import tiny_models
 from pidecode.encoders.base import load_encoder
 from pidecode.errors import CheckpointError, SettingError
-from pidecode.models.tiny import EncoderConfig, ImageEncoder
+from pidecode.models.tiny import EncoderConfig, TinyEncoder
 
 
 def test_the_small_encoder_that_ships_with_tiny(tmp_path: Path) -> None:
     config = EncoderConfig(half_width=4, quarter_width=4, eighth_width=8, half_blocks=1, quarter_blocks=1)
-    model = tiny_models.shake(ImageEncoder(config))
+    model = tiny_models.shake(TinyEncoder(config))
     note = {"format": 1, "kind": "encoder", "space": "flux2", "config": config.to_dict()}
     save_file(dict(model.state_dict()), tmp_path / "tiny_encoder.safetensors", {"pidecode": json.dumps(note)})
     encoder = load_encoder("flux2", tmp_path / "tiny_encoder.safetensors")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Windows: they cover a picture, their weights sum to one, and only attention notices them."""
+"""Windows: they cover an image, their weights sum to one, and only attention notices them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 
 from pidecode.engine.tiling import Windows, blend, denoise_windows
 from pidecode.errors import SettingError
-from pidecode.models.pid.network import Condition, PixelNet
-from pidecode.registry.configs import miniature
+from pidecode.models.pid.network import Condition, PiDNet
+from pidecode.registry.configs import debug_config
 from pidecode.sampling import NoiseStream, sample_student
 
 GRID = (6, 10)
 
 
-def net_and_condition(deaf: bool = False) -> tuple[PixelNet, Condition, Tensor]:
+def net_and_condition(deaf: bool = False) -> tuple[PiDNet, Condition, Tensor]:
     torch.manual_seed(0)
-    config = miniature(pixel_depth=2)
-    net = PixelNet(config).eval().requires_grad_(False)
+    config = debug_config(pixel_depth=2)
+    net = PiDNet(config).eval().requires_grad_(False)
     for name, parameter in net.named_parameters():
         parameter.add_(torch.randn_like(parameter) * 0.05)
         if deaf and "attn.proj" in name:
@@ -55,7 +55,7 @@ def test_windows_are_counted() -> None:
     assert Windows.of_pixels(2048, 16) == Windows(128, 32)
 
 
-def test_one_window_is_the_whole_picture() -> None:
+def test_one_window_is_the_whole_image() -> None:
     net, condition, x = net_and_condition()
     t = torch.tensor([634.0])
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_one_window_is_the_whole_picture() -> None:
 
 def test_all_but_attention_is_as_in_the_whole() -> None:
     # Without what attention brings, a patch depends on its own position, latent tokens and pixels only. Equality
-    # here says that windows keep the whole picture's positions and latent tokens, and that blending leaves no seam.
+    # here says that windows keep the whole image's positions and latent tokens, and that blending leaves no seam.
     net, condition, x = net_and_condition(deaf=True)
     for block in net.pixel_blocks:
         block.attn.proj.weight.zero_()

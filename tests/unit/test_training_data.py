@@ -17,7 +17,7 @@ from PIL import Image
 from pidecode.errors import SettingError, TrainingError
 from pidecode.training.config import Recipe
 from pidecode.training.dataloader import Feed, Helpers
-from pidecode.training.dataset import Order, find_pictures, nearest_size
+from pidecode.training.dataset import Order, find_images, nearest_size
 from pidecode.training.debug import COSINES, encode_cosines
 from pidecode.training.latent_cache import LatentShards
 from pidecode.training.overrides import apply_settings
@@ -26,7 +26,7 @@ from pidecode.training.recipes import RECIPES, get_recipe
 CPU = torch.device("cpu")
 
 
-def picture_bytes(seed: int, size: tuple[int, int], kind: str = "PNG") -> bytes:
+def image_bytes(seed: int, size: tuple[int, int], kind: str = "PNG") -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).resize(size).save(file, kind)
@@ -35,14 +35,14 @@ def picture_bytes(seed: int, size: tuple[int, int], kind: str = "PNG") -> bytes:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    place = tmp_path / "pictures"
+    place = tmp_path / "images"
     (place / "more").mkdir(parents=True)
-    (place / "a.png").write_bytes(picture_bytes(1, (96, 64)))
+    (place / "a.png").write_bytes(image_bytes(1, (96, 64)))
     (place / "a.txt").write_text("a wide one\n")
-    (place / "more" / "b.jpg").write_bytes(picture_bytes(2, (64, 96), "JPEG"))
+    (place / "more" / "b.jpg").write_bytes(image_bytes(2, (64, 96), "JPEG"))
     (place / "more" / "b.json").write_text(json.dumps({"caption": "a tall one"}))
-    (place / "c.webp").write_bytes(picture_bytes(3, (64, 64), "WEBP"))
-    (place / "notes.md").write_text("no picture")
+    (place / "c.webp").write_bytes(image_bytes(3, (64, 64), "WEBP"))
+    (place / "notes.md").write_text("no image")
     return place
 
 
@@ -61,11 +61,11 @@ def recipe_for(source: Path, *settings: str) -> Recipe:
 
 def feed_of(recipe: Recipe, cache: LatentShards | None = None, rank: int = 0, ranks: int = 1) -> Feed:
     helpers = Helpers(encode_cosines, recipe.encode_text, cache)
-    return Feed(recipe, find_pictures(recipe.data.source), helpers, CPU, rank, ranks)
+    return Feed(recipe, find_images(recipe.data.source), helpers, CPU, rank, ranks)
 
 
 def test_a_folder_is_read_with_its_captions(folder: Path) -> None:
-    found = find_pictures(folder)
+    found = find_images(folder)
     assert [(e.name, e.height, e.width, e.read_caption()) for e in found.entries] == [
         ("a.png", 64, 96, "a wide one"),
         ("c.webp", 64, 64, ""),
@@ -78,57 +78,57 @@ def test_shards_are_read_like_folders(tmp_path: Path) -> None:
     shard(
         tmp_path / "0.tar",
         {
-            "x/001.jpg": picture_bytes(1, (64, 64), "JPEG"), "x/001.txt": b"first",
-            "x/002.png": picture_bytes(2, (96, 64)), "x/002.json": b'{"caption": "second"}',
+            "x/001.jpg": image_bytes(1, (64, 64), "JPEG"), "x/001.txt": b"first",
+            "x/002.png": image_bytes(2, (96, 64)), "x/002.json": b'{"caption": "second"}',
         },
     )  # fmt: skip
-    found = find_pictures(tmp_path)
+    found = find_images(tmp_path)
     assert [(e.name, e.read_caption()) for e in found.entries] == [("0.tar/x/001", "first"), ("0.tar/x/002", "second")]
-    assert Image.open(io.BytesIO(found.entries[1].picture.read())).size == (96, 64)
+    assert Image.open(io.BytesIO(found.entries[1].image.read())).size == (96, 64)
 
 
 def test_a_cut_off_shard_gives_what_is_whole_and_is_named(tmp_path: Path) -> None:
-    path = shard(tmp_path / "cut.tar", {f"{i}.png": picture_bytes(i, (64, 64)) for i in range(3)})
+    path = shard(tmp_path / "cut.tar", {f"{i}.png": image_bytes(i, (64, 64)) for i in range(3)})
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
-    found = find_pictures(tmp_path)
+    found = find_images(tmp_path)
     assert 1 <= len(found.entries) < 3
     assert found.skipped
 
 
-def test_pictures_lie_on_their_side_as_their_exif_says(tmp_path: Path) -> None:
+def test_images_lie_on_their_side_as_their_exif_says(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[274] = 6
     Image.new("RGB", (96, 64)).save(tmp_path / "turned.jpg", exif=exif)
-    assert [(e.height, e.width) for e in find_pictures(tmp_path).entries] == [(96, 64)]
+    assert [(e.height, e.width) for e in find_images(tmp_path).entries] == [(96, 64)]
 
 
 def test_damaged_files_are_skipped_counted_and_named(folder: Path) -> None:
-    (folder / "broken.png").write_bytes(b"not a picture")
-    whole = picture_bytes(9, (96, 64))
+    (folder / "broken.png").write_bytes(b"not an image")
+    whole = image_bytes(9, (96, 64))
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])  # its header is whole, its pixels are not
     recipe = recipe_for(folder, "data.batch=3", "data.sizes=((64, 96), (64, 64), (96, 64))")
     feed = feed_of(recipe)
     for number in range(2 * feed.order.per_epoch):
         example, _, names = feed.batch(number)
         assert "cut.png" not in names
-        assert torch.isfinite(example.picture).all()
+        assert torch.isfinite(example.image).all()
     feed.close()
     assert set(feed.skipped) == {"broken.png", "cut.png"}
 
 
-def test_no_picture_at_all_is_a_clear_stop(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"holds no readable picture"):
-        find_pictures(tmp_path)
+def test_no_image_at_all_is_a_clear_stop(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"holds no readable image"):
+        find_images(tmp_path)
     with pytest.raises(TrainingError, match=r"set data\.source"):
-        find_pictures(tmp_path / "nowhere")
+        find_images(tmp_path / "nowhere")
     (tmp_path / "a.png").write_bytes(b"x")
     with pytest.raises(TrainingError, match=r"1 files were skipped"):
-        find_pictures(tmp_path)
+        find_images(tmp_path)
 
 
 def test_only_unreadable_pixels_is_a_clear_stop(tmp_path: Path) -> None:
-    whole = picture_bytes(9, (96, 64))
+    whole = image_bytes(9, (96, 64))
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     feed = feed_of(recipe_for(tmp_path))
     with pytest.raises(TrainingError, match=r"in a row could not be read, the last being cut\.png"):
@@ -138,8 +138,8 @@ def test_only_unreadable_pixels_is_a_clear_stop(tmp_path: Path) -> None:
 
 def test_every_sitting_is_of_one_size_and_an_epoch_sees_everything(folder: Path) -> None:
     for index in range(7):
-        (folder / f"wide{index}.png").write_bytes(picture_bytes(index, (90, 60)))
-    entries = find_pictures(folder).entries
+        (folder / f"wide{index}.png").write_bytes(image_bytes(index, (90, 60)))
+    entries = find_images(folder).entries
     sizes = ((64, 64), (64, 96), (96, 64))
     order = Order(entries, sizes, 4, seed=5)
     epoch = [order.sitting(number) for number in range(order.per_epoch)]
@@ -161,20 +161,20 @@ def test_a_batch_is_the_same_whenever_and_by_however_many_it_is_asked_for(folder
         part, part_draws, part_names = other.batch(3)
         other.close()
         assert part_names == names[rank : rank + 1]
-        for field in ("picture", "low", "latent", "sigma", "keep", "text"):
+        for field in ("image", "low", "latent", "sigma", "keep", "text"):
             assert torch.equal(getattr(part, field)[0], getattr(whole, field)[rank]), field
         assert torch.equal(part_draws.normal((2,))[0], draws.normal((2,))[rank]) or rank == 1
     feed.close()
 
 
-def test_crops_of_picture_and_latent_show_the_same_place(folder: Path) -> None:
+def test_crops_of_image_and_latent_show_the_same_place(folder: Path) -> None:
     recipe = recipe_for(
         folder, "data.crop=32", "data.sizes=((96, 96),)", "noise.probability=0", "data.latent_drop=0", "data.batch=3"
     )
     feed = feed_of(recipe)
     for number in range(4):
         example, _, _ = feed.batch(number)
-        assert example.picture.shape[-2:] == (32, 32)
+        assert example.image.shape[-2:] == (32, 32)
         assert example.low is not None and example.latent is not None
         assert example.low.shape[-2:] == (8, 8)
         # This encoder is local, so the latent of the crop is the crop of the latent.
@@ -191,13 +191,13 @@ def test_latents_are_encoded_once_and_read_from_shards_afterwards(folder: Path, 
         return encode_cosines(low)
 
     cache = LatentShards(tmp_path / "cache", "cosines", per_shard=2)
-    feed = Feed(recipe, find_pictures(folder), Helpers(encode, recipe.encode_text, cache), CPU, 0, 1)
+    feed = Feed(recipe, find_images(folder), Helpers(encode, recipe.encode_text, cache), CPU, 0, 1)
     first, _, _ = feed.batch(0)
     feed.close()
     assert sum(calls) == 3
     again = LatentShards(tmp_path / "cache", "cosines")
     assert len(again) == 3
-    feed = Feed(recipe, find_pictures(folder), Helpers(None, recipe.encode_text, again), CPU, 0, 1)
+    feed = Feed(recipe, find_images(folder), Helpers(None, recipe.encode_text, again), CPU, 0, 1)
     second, _, _ = feed.batch(0)
     feed.close()
     assert torch.equal(first.latent, second.latent)  # type: ignore[arg-type]
@@ -219,7 +219,7 @@ def test_damaged_latent_shards_are_passed_over(tmp_path: Path) -> None:
 def test_an_encoder_of_another_space_is_noticed(folder: Path) -> None:
     recipe = recipe_for(folder)
     helpers = Helpers(lambda low: encode_cosines(low)[:, :4], recipe.encode_text)
-    feed = Feed(recipe, find_pictures(folder), helpers, CPU, 0, 1)
+    feed = Feed(recipe, find_images(folder), helpers, CPU, 0, 1)
     with pytest.raises(TrainingError, match=r"gave latents of shape \(4, .*means \(16,"):
         feed.batch(0)
     feed.close()
@@ -252,7 +252,7 @@ def test_recipes_exist_for_every_latent_space(space: str) -> None:
         ("run.steps.x=4", "goes too deep"),
         ("nothing", "write name=value"),
         ("data.sizes=((100, 100),)", "does not divide into units of 32"),
-        ("data.crop=4096", "larger than pictures of"),
+        ("data.crop=4096", "larger than images of"),
         ("noise.largest=2", "must lie within 0 and 1"),
         ("distil.times=(0.5, 0.7, 0)", "must fall and end in 0"),
         ("only=adapter", ""),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole way in miniature: a teacher is trained and distilled, and four steps come near its twenty-five."""
+"""The whole way in debug_config: a teacher is trained and distilled, and four steps come near its twenty-five."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pidecode.training.config import Recipe
 from pidecode.training.dataloader import Feed, make_helpers
-from pidecode.training.dataset import find_pictures
+from pidecode.training.dataset import find_images
 from pidecode.training.denoiser import Evaluator
 from pidecode.training.models import new_network, start_weights, take_weights
 from pidecode.training.overrides import apply_settings
@@ -24,32 +24,32 @@ CPU = torch.device("cpu")
 
 
 def painted(weights: Path, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """What a decoder paints of both pictures with two seeds each, and the pictures."""
+    """What a decoder paints of both images with two seeds each, and the images."""
     net = new_network(recipe.net, 0)
     take_weights(net, start_weights(str(weights)), str(weights))
     evaluator = Evaluator(net.eval().requires_grad_(False))
-    feed = Feed(recipe, find_pictures(recipe.data.source), make_helpers(recipe, CPU), CPU, 0, 1)
+    feed = Feed(recipe, find_images(recipe.data.source), make_helpers(recipe, CPU), CPU, 0, 1)
     examples = [(example, seed) for example in feed.preview(2) for seed in range(2)]
     feed.close()
-    pictures = [paint_example(evaluator, example, recipe, seed=seed) for example, seed in examples]
-    return torch.cat(pictures), torch.cat([example.picture for example, _ in examples])
+    images = [paint_example(evaluator, example, recipe, seed=seed) for example, seed in examples]
+    return torch.cat(images), torch.cat([example.image for example, _ in examples])
 
 
 def distance(first: Tensor, second: Tensor) -> float:
-    """Root-mean-square difference of pictures in [-1, 1]."""
+    """Root-mean-square difference of images in [-1, 1]."""
     return float((first - second).square().mean().sqrt())
 
 
 @pytest.mark.slow
 def test_the_four_step_student_comes_near_the_teacher(tmp_path: Path) -> None:
     rows, columns = np.mgrid[0:64, 0:64] / 64
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for index, (first, second) in enumerate(((rows, columns), (columns * rows, 1 - rows))):
         pixels = np.stack((first, second, np.hypot(rows - 0.5, columns - 0.5)), axis=-1)
-        Image.fromarray((255 * pixels).astype(np.uint8)).save(tmp_path / "pictures" / f"{index}.png")
-        (tmp_path / "pictures" / f"{index}.txt").write_text(f"picture {index}")
+        Image.fromarray((255 * pixels).astype(np.uint8)).save(tmp_path / "images" / f"{index}.png")
+        (tmp_path / "images" / f"{index}.txt").write_text(f"image {index}")
     common = [
-        f"data.source={str(tmp_path / 'pictures')!r}", "data.sizes=((32, 32),)", "data.latent_drop=0",
+        f"data.source={str(tmp_path / 'images')!r}", "data.sizes=((32, 32),)", "data.latent_drop=0",
         "noise.probability=0", "run.sample_every=0", "run.save_every=1000",
     ]  # fmt: skip
     teacher = apply_settings(
@@ -63,7 +63,7 @@ def test_the_four_step_student_comes_near_the_teacher(tmp_path: Path) -> None:
     student = apply_settings(student, [f"start_from={str(teacher_file)!r}"])
     student_file = train(student, tmp_path / "student", device=CPU)
     by_student, _ = painted(student_file, student)
-    # Seen: teacher to picture 0.24, student to teacher 0.26, student to picture 0.14; two seeds' noise alone is 1.4.
+    # Seen: teacher to image 0.24, student to teacher 0.26, student to image 0.14; two seeds' noise alone is 1.4.
     assert distance(by_teacher, real) < 0.35
     assert distance(by_student, by_teacher) < 0.35
     assert distance(by_student, real) < 0.25

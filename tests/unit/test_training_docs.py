@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tutorial of docs/training.md: its own files and commands, in miniature, from photographs to a picture."""
+"""The tutorial of docs/training.md: its own files and commands, in debug_config, from photographs to an image."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def test_the_tutorial_ends_in_a_decoder(photos: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "latents").glob("*.safetensors"))
     decoder = pidecode.PixelDecoder.from_pretrained(str(path), device="cpu")
     latent = pidecode.Latent(stand_in(torch.rand(1, 3, 32, 48) * 2 - 1), "flux2")
-    picture = decoder.decode(latent, seed=0)
-    assert picture.size == (192, 128)  # type: ignore[union-attr]
+    image = decoder.decode(latent, seed=0)
+    assert image.size == (192, 128)  # type: ignore[union-attr]
 
 
 @pytest.mark.slow

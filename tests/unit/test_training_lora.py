@@ -14,35 +14,35 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pidecode.errors import CheckpointError, SettingError
-from pidecode.models.pid.network import PixelNet
-from pidecode.registry.configs import miniature
+from pidecode.models.pid.network import PiDNet
+from pidecode.registry.configs import debug_config
 from pidecode.training.config import Adapt
 from pidecode.training.overrides import apply_settings
 from pidecode.training.recipes import get_recipe
-from pidecode.weights.load import LoraIdentity, apply_lora, write_lora
+from pidecode.weights.load import LoraMetadata, apply_lora, write_lora
 
 pytest.importorskip("peft")
 
 CPU = torch.device("cpu")
-CONFIG = miniature(patch_depth=1)
+CONFIG = debug_config(patch_depth=1)
 
 
-def random_net(seed: int) -> PixelNet:
+def random_net(seed: int) -> PiDNet:
     torch.manual_seed(seed)
-    net = PixelNet(CONFIG).eval().requires_grad_(False)
+    net = PiDNet(CONFIG).eval().requires_grad_(False)
     for parameter in net.parameters():
         parameter.add_(0.05 * torch.randn_like(parameter))
     return net
 
 
-def look(net: PixelNet) -> torch.Tensor:
+def look(net: PiDNet) -> torch.Tensor:
     chance = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        picture: torch.Tensor = net(
+        image: torch.Tensor = net(
             torch.randn(1, 3, 32, 32, generator=chance), torch.tensor([600.0]),
             torch.randn(1, 10, 16, generator=chance), torch.randn(1, 16, 1, 1, generator=chance), 0.1,
         )  # fmt: skip
-    return picture
+    return image
 
 
 def test_an_applied_adapter_equals_the_injected_one(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_an_applied_adapter_equals_the_injected_one(tmp_path: Path) -> None:
             if ".lora_" in name:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
     path = tmp_path / "adapter.safetensors"
-    write_lora(path, adapter_tensors(trained.state_dict()), LoraIdentity(rank=3, alpha=6.0, space="cosines"))
+    write_lora(path, adapter_tensors(trained.state_dict()), LoraMetadata(rank=3, alpha=6.0, space="cosines"))
     merged = random_net(1)
     plain = look(merged)
     assert apply_lora(merged, path) == 7
@@ -114,7 +114,7 @@ def test_files_that_do_not_fit_are_refused_whole(
 def test_bad_scales_and_metadata_are_refused(tmp_path: Path) -> None:
     layer = "patch_blocks.0.attn.proj_x"
     tensors = {f"{layer}.lora_A.weight": torch.ones(2, 32), f"{layer}.lora_B.weight": torch.ones(32, 2)}
-    write_lora(tmp_path / "x.safetensors", tensors, LoraIdentity(rank=2, alpha=2.0))
+    write_lora(tmp_path / "x.safetensors", tensors, LoraMetadata(rank=2, alpha=2.0))
     with pytest.raises(SettingError, match="must be a finite number"):
         apply_lora(random_net(1), tmp_path / "x.safetensors", float("nan"))
     save_file(tensors, tmp_path / "y.safetensors", {"pidecode_lora": json.dumps({"format": 1, "rank": 0, "alpha": 1})})
@@ -126,10 +126,10 @@ def test_a_run_trains_adapters_only_and_the_file_changes_the_decoder(tmp_path: P
     from pidecode.training.trainer import train
 
     pixels = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    (tmp_path / "pictures").mkdir()
-    Image.fromarray(pixels).save(tmp_path / "pictures" / "a.png")
+    (tmp_path / "images").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "images" / "a.png")
     common = [
-        f"data.source={str(tmp_path / 'pictures')!r}", "data.sizes=((32, 32),)", "run.sample_every=0",
+        f"data.source={str(tmp_path / 'images')!r}", "data.sizes=((32, 32),)", "run.sample_every=0",
         "net.patch_depth=1", "run.save_every=2", "run.steps=3",
     ]  # fmt: skip
     base = train(apply_settings(get_recipe("miniature_direct"), common), tmp_path / "base", device=CPU)
@@ -138,7 +138,7 @@ def test_a_run_trains_adapters_only_and_the_file_changes_the_decoder(tmp_path: P
     adapter = train(recipe, tmp_path / "run", device=CPU)
     assert adapter.name == "adapter.safetensors"
     assert all(".lora_" in name for name in load_file(adapter))
-    net = PixelNet(CONFIG)
+    net = PiDNet(CONFIG)
     net.load_state_dict(load_file(base))
     before = look(net)
     apply_lora(net, adapter, 1.0)

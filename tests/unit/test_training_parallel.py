@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pidecode.errors import SettingError, TrainingError
-from pidecode.training.distributed import Bands, World, world
+from pidecode.training.distributed import Bands, DistEnv, world
 from pidecode.training.overrides import apply_settings
 from pidecode.training.recipes import get_recipe
 from training_worker import CPU, gradients
@@ -26,12 +26,12 @@ TESTS = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("images")
     for index in range(4):
         pixels = np.random.default_rng(index).integers(0, 256, (64, 64, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(place / f"{index}.png")
-        (place / f"{index}.txt").write_text(f"picture {index}")
+        (place / f"{index}.txt").write_text(f"image {index}")
     return place
 
 
@@ -66,8 +66,8 @@ def finish(started: list[subprocess.Popen[str]], limit: float = 900) -> list[tup
 
 
 PLAIN = ["net.patch_depth=2", "data.sizes=((64, 64),)", "data.caption_drop=0"]
-# The color loss is a weighted mean over each process's own pictures, as in the reference: of a batch in two parts it
-# is another number. Everything else is a mean over pictures.
+# The color loss is a weighted mean over each process's own images, as in the reference: of a batch in two parts it
+# is another number. Everything else is a mean over images.
 SPLIT = ["teacher.color_weight=0"]
 CASES: dict[str, tuple[str, int, list[str], list[str], list[str]]] = {
     # recipe, iteration, settings of both, of two processes, of one
@@ -77,8 +77,8 @@ CASES: dict[str, tuple[str, int, list[str], list[str], list[str]]] = {
         ["data.batch=1"], ["data.batch=2"],
     ),
     "sharded": ("miniature_teacher", 0, SPLIT, ["data.batch=1", "spread.weights=sharded"], ["data.batch=2"]),
-    "one picture over two": ("miniature_teacher", 0, ["data.batch=2"], ["spread.across=2"], []),
-    "one picture over two, sharded and recomputed": (
+    "one image over two": ("miniature_teacher", 0, ["data.batch=2"], ["spread.across=2"], []),
+    "one image over two, sharded and recomputed": (
         "miniature_teacher", 0, ["data.batch=2", "run.recompute=true"],
         ["spread.across=2", "spread.weights=sharded"], [],
     ),
@@ -95,8 +95,8 @@ CASES: dict[str, tuple[str, int, list[str], list[str], list[str]]] = {
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_gradients_of_one(pictures: Path, tmp_path: Path) -> None:
-    source = f"data.source={str(pictures)!r}"
+def test_two_processes_have_the_gradients_of_one(images: Path, tmp_path: Path) -> None:
+    source = f"data.source={str(images)!r}"
     words: list[str] = []
     for name, step, shared, double, _ in CASES.values():
         words += ["--", name, str(step), source, *PLAIN, *shared, *double]
@@ -104,7 +104,7 @@ def test_two_processes_have_the_gradients_of_one(pictures: Path, tmp_path: Path)
     assert [code for code, _ in ends] == [0, 0], "\n".join(text for _, text in ends)
     for index, (case, (name, step, shared, _, single)) in enumerate(CASES.items()):
         recipe = apply_settings(get_recipe(name), [source, *PLAIN, *shared, *single])
-        expected = gradients(recipe, World(CPU), step)
+        expected = gradients(recipe, DistEnv(CPU), step)
         found = load_file(tmp_path / f"{index}.safetensors")
         assert found.keys() == expected.keys(), case
         for key, value in expected.items():
@@ -112,37 +112,37 @@ def test_two_processes_have_the_gradients_of_one(pictures: Path, tmp_path: Path)
             assert error <= 2e-5 * max(value.abs().max().item(), 1e-3), (case, key, error, value.abs().max().item())
 
 
-def train_words(pictures: Path, out: Path, *settings: str) -> list[str]:
+def train_words(images: Path, out: Path, *settings: str) -> list[str]:
     pairs = [
         part
         for setting in [*PLAIN, *SPLIT, "run.sample_every=2", "run.sample_steps=2", *settings]
         for part in ("--set", setting)
     ]
-    return ["-m", "pidecode", "train", "miniature_teacher", "--data", str(pictures), "--out", str(out), *pairs]
+    return ["-m", "pidecode", "train", "miniature_teacher", "--data", str(images), "--out", str(out), *pairs]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spread", [["data.batch=1"], ["data.batch=1", "spread.weights=sharded"], ["spread.across=2"]])
-def test_a_run_of_two_ends_like_one_and_can_go_on_alone(spread: list[str], pictures: Path, tmp_path: Path) -> None:
+def test_a_run_of_two_ends_like_one_and_can_go_on_alone(spread: list[str], images: Path, tmp_path: Path) -> None:
     length = ["run.steps=4", "run.save_every=2", "run.samples=1"]
-    ends = finish(start(train_words(pictures, tmp_path / "two", *length, *spread)))
+    ends = finish(start(train_words(images, tmp_path / "two", *length, *spread)))
     assert [code for code, _ in ends] == [0, 0], "\n".join(text for _, text in ends)
-    ends = finish(start(train_words(pictures, tmp_path / "one", *length), processes=1))
+    ends = finish(start(train_words(images, tmp_path / "one", *length), processes=1))
     assert ends[0][0] == 0, ends[0][1]
     two, one = (load_file(tmp_path / run / "decoder.safetensors") for run in ("two", "one"))
     for key, value in one.items():
         # AdamW turns the rounding of tiny gradients into steps of the size of the rate (3e-3, still warming up).
         assert (two[key] - value).abs().max().item() < 2e-3, key
-    longer = train_words(pictures, tmp_path / "two", "run.steps=5", "run.samples=1")
+    longer = train_words(images, tmp_path / "two", "run.steps=5", "run.samples=1")
     ends = finish(start([*longer, "--resume"], processes=1))
     assert ends[0][0] == 0, ends[0][1]
     assert "Going on from step 4." in ends[0][1]
 
 
 @pytest.mark.slow
-def test_a_lost_process_is_named_and_what_was_saved_is_whole(pictures: Path, tmp_path: Path) -> None:
+def test_a_lost_process_is_named_and_what_was_saved_is_whole(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    both = start(train_words(pictures, out, "run.steps=100000", "run.save_every=2", "spread.patience=120"))
+    both = start(train_words(images, out, "run.steps=100000", "run.save_every=2", "spread.patience=120"))
     deadline = time.monotonic() + 600
     while not list((out / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
         assert both[0].poll() is None
@@ -151,11 +151,11 @@ def test_a_lost_process_is_named_and_what_was_saved_is_whole(pictures: Path, tmp
     ends = finish(both)
     assert ends[0][0] == TrainingError.exit_code, ends[0][1]
     assert "Another process was lost" in ends[0][1]
-    ends = finish(start([*train_words(pictures, out, "run.steps=3"), "--export"], processes=1))
+    ends = finish(start([*train_words(images, out, "run.steps=3"), "--export"], processes=1))
     assert ends[0][0] == 0, ends[0][1]
 
 
-def test_processes_that_cannot_share_a_picture_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_cannot_share_a_image_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = apply_settings(get_recipe("miniature_teacher"), ["spread.across=2"])
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(SettingError, match="does not divide 3 processes"), world(recipe.spread, CPU):

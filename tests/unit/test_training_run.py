@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole runs in miniature: they learn, they resume bit for bit, and whatever stops them leaves nothing broken."""
+"""Whole runs in debug_config: they learn, they resume bit for bit, and whatever stops them leaves nothing broken."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two small pictures with something to learn in them."""
-    place = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two small images with something to learn in them."""
+    place = tmp_path_factory.mktemp("images")
     rows, columns = np.mgrid[0:64, 0:64] / 64
     for index, (first, second) in enumerate(((rows, columns), (columns * rows, 1 - rows))):
         pixels = np.stack((first, second, np.hypot(rows - 0.5, columns - 0.5)), axis=-1)
         Image.fromarray((255 * pixels).astype(np.uint8)).save(place / f"{index}.png")
-        (place / f"{index}.txt").write_text(f"picture {index}")
+        (place / f"{index}.txt").write_text(f"image {index}")
     return place
 
 
-def recipe_for(name: str, pictures: Path, *settings: str) -> Recipe:
+def recipe_for(name: str, images: Path, *settings: str) -> Recipe:
     fast = ["data.sizes=((32, 32),)", "run.sample_every=0", "run.log_every=1", "run.save_every=1000"]
-    return apply_settings(get_recipe(name), [f"data.source={str(pictures)!r}", *fast, *settings])
+    return apply_settings(get_recipe(name), [f"data.source={str(images)!r}", *fast, *settings])
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -65,17 +65,17 @@ OVERFIT = (
 
 
 @pytest.mark.parametrize("name", ["miniature_direct", "miniature_teacher", "miniature_backbone"])
-def test_a_miniature_overfits_two_pictures(name: str, pictures: Path, tmp_path: Path) -> None:
-    # Seen: the loss falls by 1.9 to 2.3, the squared error of the clean picture by 2.2 to 3.7.
-    train(recipe_for(name, pictures, *OVERFIT), tmp_path / "run", device=CPU)
+def test_a_miniature_overfits_two_images(name: str, images: Path, tmp_path: Path) -> None:
+    # Seen: the loss falls by 1.9 to 2.3, the squared error of the clean image by 2.2 to 3.7.
+    train(recipe_for(name, images, *OVERFIT), tmp_path / "run", device=CPU)
     seen = metrics(tmp_path / "run")
     assert mean(seen[:10], "loss") / mean(seen[-10:], "loss") > 1.6
     assert mean(seen[:10], "clean_error") / mean(seen[-10:], "clean_error") > 1.8
 
 
-def test_a_miniature_distillation_trains_both_sides(pictures: Path, tmp_path: Path) -> None:
+def test_a_miniature_distillation_trains_both_sides(images: Path, tmp_path: Path) -> None:
     settings = [*OVERFIT, "run.steps=12", "distil.gan_warmup=2", "run.save_every=1", "run.keep=12"]
-    train(recipe_for("miniature_student", pictures, *settings), tmp_path / "run", device=CPU)
+    train(recipe_for("miniature_student", images, *settings), tmp_path / "run", device=CPU)
     seen = metrics(tmp_path / "run")
     assert {"matching", "fooling", "fake", "telling", "steady", "gradient_net", "gradient_fake"} <= set(seen[-1])
     folders = sorted((tmp_path / "run" / "checkpoints").iterdir())
@@ -85,8 +85,8 @@ def test_a_miniature_distillation_trains_both_sides(pictures: Path, tmp_path: Pa
         assert moved & {"net", "fake", "critic"} == ({"net"} if step % 3 == 0 else {"fake", "critic"})
 
 
-def test_matching_leads_a_picture_to_the_teachers() -> None:
-    # With a fake score that knows the student's picture exactly, the gradient points straight at the teacher's.
+def test_matching_leads_a_image_to_the_teachers() -> None:
+    # With a fake score that knows the student's image exactly, the gradient points straight at the teacher's.
     teacher = torch.rand(2, 3, 8, 8)
     painted = torch.zeros_like(teacher, requires_grad=True)
     first = (painted - teacher).abs().mean().item()
@@ -113,8 +113,8 @@ class Interrupt:
 
 
 @pytest.mark.parametrize("name", ["miniature_teacher", "miniature_student"])
-def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(name: str, pictures: Path, tmp_path: Path) -> None:
-    recipe = recipe_for(name, pictures, *FAST, "optimize.accumulate=2")
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(name: str, images: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(name, images, *FAST, "optimize.accumulate=2")
     whole = train(recipe, tmp_path / "whole", device=CPU)
     with pytest.raises(KeyboardInterrupt):
         train(recipe, tmp_path / "broken", device=CPU, say=Interrupt(5))
@@ -127,7 +127,7 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(name: str, pictures: P
     assert states[0].tensors.keys() == states[1].tensors.keys()
     for key, value in states[0].tensors.items():
         assert torch.equal(value, states[1].tensors[key]), key
-    drop = ("pictures_per_second", "memory_gb")
+    drop = ("images_per_second", "memory_gb")
     plain = [
         [{k: v for k, v in r.items() if k not in drop} for r in metrics(tmp_path / run)] for run in ("whole", "broken")
     ]
@@ -141,16 +141,16 @@ def assert_same_weights(first: Path, second: Path) -> None:
         assert torch.equal(value, two[key]), key
 
 
-def command(recipe: str, pictures: Path, out: Path, *settings: str) -> list[str]:
+def command(recipe: str, images: Path, out: Path, *settings: str) -> list[str]:
     fast = ["data.sizes=((32, 32),)", "run.sample_every=0", "net.patch_depth=1", *settings]
     pairs = [part for setting in fast for part in ("--set", setting)]
-    return [sys.executable, "-m", "pidecode", "train", recipe, "--data", str(pictures), "--out", str(out), *pairs]
+    return [sys.executable, "-m", "pidecode", "train", recipe, "--data", str(images), "--out", str(out), *pairs]
 
 
-def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(pictures: Path, tmp_path: Path) -> None:
+def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     process = subprocess.Popen(
-        command("miniature_teacher", pictures, out, "run.steps=100000", "run.save_every=2"),
+        command("miniature_teacher", images, out, "run.steps=100000", "run.save_every=2"),
         stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     try:
@@ -164,15 +164,15 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(pictures: Path
     stored = newest_checkpoint(out / "checkpoints")
     assert stored is not None
     until = stored.step + 2
-    recipe = recipe_for("miniature_teacher", pictures, "net.patch_depth=1", f"run.steps={until}")
+    recipe = recipe_for("miniature_teacher", images, "net.patch_depth=1", f"run.steps={until}")
     (out / "checkpoints" / ".part-left").mkdir()  # what a kill in the middle of saving leaves
     resumed = train(recipe, out, resume=True, device=CPU)
     assert not list((out / "checkpoints").glob(".part-*"))
     assert_same_weights(resumed, train(recipe, tmp_path / "whole", device=CPU))
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_named(pictures: Path, tmp_path: Path) -> None:
-    recipe = recipe_for("miniature_direct", pictures, *FAST)
+def test_a_damaged_checkpoint_is_passed_over_and_named(images: Path, tmp_path: Path) -> None:
+    recipe = recipe_for("miniature_direct", images, *FAST)
     train(recipe, tmp_path / "run", device=CPU)
     newest = tmp_path / "run" / "checkpoints" / "step-00000006" / "tensors.safetensors"
     newest.write_bytes(newest.read_bytes()[:1000])
@@ -182,8 +182,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(pictures: Path, tmp_path:
     assert "is damaged and passed over" in said[0]
 
 
-def test_a_folder_with_a_run_is_not_overwritten_and_another_recipe_is_refused(pictures: Path, tmp_path: Path) -> None:
-    recipe = recipe_for("miniature_direct", pictures, *FAST, "run.steps=1")
+def test_a_folder_with_a_run_is_not_overwritten_and_another_recipe_is_refused(images: Path, tmp_path: Path) -> None:
+    recipe = recipe_for("miniature_direct", images, *FAST, "run.steps=1")
     train(recipe, tmp_path / "run", device=CPU)
     with pytest.raises(SettingError, match=r"holds a run already; go on with --resume"):
         train(recipe, tmp_path / "run", device=CPU)
@@ -192,26 +192,26 @@ def test_a_folder_with_a_run_is_not_overwritten_and_another_recipe_is_refused(pi
         train(other, tmp_path / "run", resume=True, device=CPU)
 
 
-def test_changed_pictures_are_told(pictures: Path, tmp_path: Path) -> None:
-    own = tmp_path / "pictures"
-    shutil.copytree(pictures, own)
+def test_changed_images_are_told(images: Path, tmp_path: Path) -> None:
+    own = tmp_path / "images"
+    shutil.copytree(images, own)
     train(recipe_for("miniature_direct", own, *FAST, "run.steps=1"), tmp_path / "run", device=CPU)
     (own / "1.png").unlink()
     said: list[str] = []
     longer = recipe_for("miniature_direct", own, *FAST, "run.steps=2")
     train(longer, tmp_path / "run", resume=True, device=CPU, say=said.append)
-    assert any("The pictures have changed" in line for line in said)
+    assert any("The images have changed" in line for line in said)
 
 
-def test_nan_stops_clearly_and_spares_what_was_saved(pictures: Path, tmp_path: Path) -> None:
-    good = recipe_for("miniature_direct", pictures, *FAST, "run.steps=2")
+def test_nan_stops_clearly_and_spares_what_was_saved(images: Path, tmp_path: Path) -> None:
+    good = recipe_for("miniature_direct", images, *FAST, "run.steps=2")
     train(good, tmp_path / "run", device=CPU)
 
     def encode(low: torch.Tensor) -> torch.Tensor:
         return torch.full((len(low), 16, low.shape[-2] // 8, low.shape[-1] // 8), float("nan"))
 
     bad = replace(good, encode=encode, run=replace(good.run, steps=5))
-    with pytest.raises(TrainingError, match=r"became NaN or infinite at step 3 \(pictures here: .*step 2 is whole"):
+    with pytest.raises(TrainingError, match=r"became NaN or infinite at step 3 \(images here: .*step 2 is whole"):
         train(bad, tmp_path / "run", resume=True, device=CPU)
     stored = newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert stored is not None and stored.step == 2
@@ -219,14 +219,14 @@ def test_nan_stops_clearly_and_spares_what_was_saved(pictures: Path, tmp_path: P
 
 
 @pytest.mark.skipif(os.name == "nt", reason="limits of a process's file size are a POSIX matter")
-def test_a_full_disk_stops_clearly_and_leaves_no_half_checkpoint(pictures: Path, tmp_path: Path) -> None:
+def test_a_full_disk_stops_clearly_and_leaves_no_half_checkpoint(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     settings = ["run.steps=4", "run.save_every=2"]
     start = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
         "from pidecode.cli.app import main; main()"
     )
-    line = command("miniature_direct", pictures, out, *settings)
+    line = command("miniature_direct", images, out, *settings)
     done = subprocess.run([sys.executable, "-c", start, *line[3:]], capture_output=True, text=True, check=False)
     assert done.returncode == TrainingError.exit_code, done.stderr
     assert "could not be written" in done.stderr
@@ -243,7 +243,7 @@ def test_the_command_lists_shows_and_refuses() -> None:
     listed = runner.invoke(command_line, ["--list"])
     assert listed.exit_code == 0 and "student_rollout" in listed.output
     shown = runner.invoke(command_line, ["miniature_teacher", "--show", "--set", "data.batch=7"])
-    assert "data.batch = 7\n    Pictures per process and forward pass." in shown.output
+    assert "data.batch = 7\n    Images per process and forward pass." in shown.output
     assert isinstance(runner.invoke(command_line, ["miniature_teecher"]).exception, SettingError)
     assert isinstance(runner.invoke(command_line, ["miniature_teacher"]).exception, SettingError)
 
@@ -261,9 +261,9 @@ def test_a_recipe_of_ones_own_file_is_found(tmp_path: Path) -> None:
         get_recipe(f"{path}:third")
 
 
-def test_samples_and_export_without_training_on(pictures: Path, tmp_path: Path) -> None:
+def test_samples_and_export_without_training_on(images: Path, tmp_path: Path) -> None:
     settings = [*FAST, "run.sample_every=3", "run.samples=2", "run.sample_steps=2", "run.track=tensorboard"]
-    recipe = recipe_for("miniature_teacher", pictures, *settings)
+    recipe = recipe_for("miniature_teacher", images, *settings)
     made = train(recipe, tmp_path / "run", device=CPU)
     with Image.open(tmp_path / "run" / "samples" / "step-00000003.png") as grid:
         assert grid.size == (3 * 68, 2 * 68)
@@ -272,21 +272,19 @@ def test_samples_and_export_without_training_on(pictures: Path, tmp_path: Path) 
     assert_same_weights(export_newest(recipe, tmp_path / "run"), kept)
 
 
-def test_the_result_is_a_decoder(pictures: Path, tmp_path: Path) -> None:
+def test_the_result_is_a_decoder(images: Path, tmp_path: Path) -> None:
     from pidecode.weights.detect import detect
     from pidecode.weights.load import build_network
     from pidecode.weights.read import read_weights
 
-    path = train(recipe_for("miniature_direct", pictures, *FAST, "run.steps=1"), tmp_path / "run", device=CPU)
+    path = train(recipe_for("miniature_direct", images, *FAST, "run.steps=1"), tmp_path / "run", device=CPU)
     file = read_weights(path)
     identity = detect(file)
     assert (identity.kind, identity.space) == ("student", "cosines")
     assert identity.config is not None
     net = build_network(dict(file.tensors), identity.config)
-    picture = net(
-        torch.zeros(1, 3, 32, 32), torch.tensor([999.0]), torch.zeros(1, 10, 16), torch.zeros(1, 16, 1, 1), 0.0
-    )
-    assert picture.shape == (1, 3, 32, 32)
+    image = net(torch.zeros(1, 3, 32, 32), torch.tensor([999.0]), torch.zeros(1, 10, 16), torch.zeros(1, 16, 1, 1), 0.0)
+    assert image.shape == (1, 3, 32, 32)
 
 
 def test_the_power_average_follows_training_time() -> None:

@@ -14,11 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pidecode.errors import CheckpointError, SettingError
-from pidecode.models.pid.network import PixelNet
-from pidecode.registry.configs import NetConfig, backbone, miniature, v1, v1pt5
+from pidecode.models.pid.network import PiDNet
+from pidecode.registry.configs import PiDConfig, backbone, debug_config, v1, v1pt5
 from pidecode.weights.detect import read_structure
 from pidecode.weights.load import build_network
-from pidecode.weights.metadata import Identity
+from pidecode.weights.metadata import CheckpointMetadata
 from pidecode.weights.read import read_weights
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
@@ -34,27 +34,27 @@ RELEASED = {
     "backbone": backbone(),
 }
 SMALL = {
-    "v1.5": miniature(),
-    "v1": miniature(gate="per_channel", inject_pixels=False, adapter_padding="zeros", rope_reference=(1024, 1024)),
-    "teacher": miniature(color_head=True),
-    "no text": miniature(text_dim=0),
-    "no pixel blocks": miniature(pixel_depth=0),
-    "no adapter": miniature(latent_channels=0, gate="per_channel", inject_pixels=False),
-    "every block": miniature(inject_interval=1),
-    "one injection": miniature(inject_interval=3),
-    "six blocks": miniature(patch_depth=6, inject_interval=2),
-    "flux2": miniature(latent_channels=128, latent_down=16, latent_unpatchify=2),
-    "folded latent": miniature(latent_channels=4, latent_down=2),
-    "picture and latent": miniature(adapter_image_channels=3),
-    "picture only": miniature(latent_channels=0, adapter_image_channels=3, inject_pixels=True),
-    "deeper adapter": miniature(adapter_blocks=3, adapter_width=12),
-    "patch 8": miniature(patch_size=8, scale=2),
+    "v1.5": debug_config(),
+    "v1": debug_config(gate="per_channel", inject_pixels=False, adapter_padding="zeros", rope_reference=(1024, 1024)),
+    "teacher": debug_config(color_head=True),
+    "no text": debug_config(text_dim=0),
+    "no pixel blocks": debug_config(pixel_depth=0),
+    "no adapter": debug_config(latent_channels=0, gate="per_channel", inject_pixels=False),
+    "every block": debug_config(inject_interval=1),
+    "one injection": debug_config(inject_interval=3),
+    "six blocks": debug_config(patch_depth=6, inject_interval=2),
+    "flux2": debug_config(latent_channels=128, latent_down=16, latent_unpatchify=2),
+    "folded latent": debug_config(latent_channels=4, latent_down=2),
+    "image and latent": debug_config(adapter_image_channels=3),
+    "image only": debug_config(latent_channels=0, adapter_image_channels=3, inject_pixels=True),
+    "deeper adapter": debug_config(adapter_blocks=3, adapter_width=12),
+    "patch 8": debug_config(patch_size=8, scale=2),
 }
 
 
 def network(config):
     torch.manual_seed(0)
-    net = PixelNet(config)
+    net = PiDNet(config)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.1)
@@ -63,7 +63,7 @@ def network(config):
 
 def shapes_of(config):
     with torch.device("meta"):
-        return {name: tuple(value.shape) for name, value in PixelNet(config).state_dict().items()}
+        return {name: tuple(value.shape) for name, value in PiDNet(config).state_dict().items()}
 
 
 @pytest.mark.parametrize("config", [*RELEASED.values(), *SMALL.values()], ids=[*RELEASED, *SMALL])
@@ -84,7 +84,7 @@ def test_shapes_show_what_they_can(config):
     {"pixel_depth": 2}, {"patch_depth": 4},
 ])  # fmt: skip
 def test_each_disagreement_is_named(change):
-    said = read_structure(shapes_of(miniature())).disagreement(miniature(**change))
+    said = read_structure(shapes_of(debug_config())).disagreement(debug_config(**change))
     assert said is not None
     assert next(iter(change)) in said
 
@@ -93,11 +93,11 @@ def test_generations():
     assert [read_structure(shapes_of(RELEASED[n])).generation for n in ("flux 2k", "flux v1.5", "backbone")] == [
         "v1", "v1pt5", "backbone",
     ]  # fmt: skip
-    assert read_structure(shapes_of(miniature(inject_pixels=False))).generation is None
+    assert read_structure(shapes_of(debug_config(inject_pixels=False))).generation is None
 
 
 def test_an_undecidable_interval_is_an_error_that_settles_it():
-    shapes = shapes_of(miniature(patch_depth=6, inject_interval=4))
+    shapes = shapes_of(debug_config(patch_depth=6, inject_interval=4))
     with pytest.raises(SettingError, match=r"3 or 4 or 5.*overrides=\{'inject_interval'"):
         read_structure(shapes)
     assert read_structure(shapes, interval=4).seen["inject_interval"] == 4
@@ -110,7 +110,7 @@ def test_files_of_something_else_are_refused():
         CheckpointError, match=r"holds no PiD network: it lacks s_embedder\.proj\.weight .*decoder\.conv_in"
     ):
         read_structure({"decoder.conv_in.weight": (4, 4, 3, 3)}, "vae.safetensors")
-    shapes = shapes_of(miniature())
+    shapes = shapes_of(debug_config())
     for name, shape, message in [
         ("s_embedder.proj.weight", (32, 700), "no square"),
         ("s_embedder.proj.weight", (32,), "sides were expected"),
@@ -131,7 +131,7 @@ def test_files_of_something_else_are_refused():
 @pytest.mark.parametrize(
     ("name", "suffix"),
     [("v1.5", ".pth"), ("v1.5", ".safetensors"), ("v1", ".safetensors"), ("teacher", ".safetensors"),
-     ("no text", ".safetensors"), ("picture and latent", ".safetensors"), ("no adapter", ".safetensors")],
+     ("no text", ".safetensors"), ("image and latent", ".safetensors"), ("no adapter", ".safetensors")],
 )  # fmt: skip
 def test_a_network_comes_back_as_it_was(tmp_path, name, suffix):
     config = SMALL[name]
@@ -163,20 +163,20 @@ def test_the_reference_networks_build_and_match_their_shapes(name):
     assert seen["adapter_blocks"] == said["lq_num_res_blocks"]
     assert seen["color_head"] == said["lq_aux_rgb_head"]
     unseen = {"latent_channels": 16, "latent_down": 8}
-    build_network(tensors, NetConfig(**seen | unseen))
+    build_network(tensors, PiDConfig(**seen | unseen))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, None])
 def test_number_formats(dtype):
-    tensors = {name: value.double() for name, value in network(miniature()).state_dict().items()}
-    built = build_network(tensors, miniature(), dtype=dtype)
+    tensors = {name: value.double() for name, value in network(debug_config()).state_dict().items()}
+    built = build_network(tensors, debug_config(), dtype=dtype)
     assert {parameter.dtype for parameter in built.parameters()} == {dtype or torch.float32}
     with pytest.raises(SettingError, match="dtype is"):
-        build_network({}, miniature(), dtype=torch.int8)
+        build_network({}, debug_config(), dtype=torch.int8)
 
 
 def test_the_color_head_is_optional_both_ways():
-    plain, head = miniature(), miniature(color_head=True)
+    plain, head = debug_config(), debug_config(color_head=True)
     assert not hasattr(build_network(network(head).state_dict(), head).lq_proj, "lq_aux_rgb_head")
     assert not hasattr(build_network(network(head).state_dict(), plain).lq_proj, "lq_aux_rgb_head")
     assert not hasattr(build_network(network(plain).state_dict(), head).lq_proj, "lq_aux_rgb_head")
@@ -187,18 +187,18 @@ def test_the_color_head_is_optional_both_ways():
 
 
 def test_a_missing_adapter_is_called_that():
-    tensors = {n: v for n, v in network(miniature()).state_dict().items() if not n.startswith(("lq_proj", "pit_lq"))}
-    with pytest.raises(CheckpointError, match=r"the adapter is missing, so the picture would ignore the latent\."):
-        build_network(tensors, miniature(), source="net.pth")
+    tensors = {n: v for n, v in network(debug_config()).state_dict().items() if not n.startswith(("lq_proj", "pit_lq"))}
+    with pytest.raises(CheckpointError, match=r"the adapter is missing, so the image would ignore the latent\."):
+        build_network(tensors, debug_config(), source="net.pth")
 
 
 def test_missing_unexpected_and_wrong_tensors_are_named():
-    tensors = network(miniature()).state_dict()
+    tensors = network(debug_config()).state_dict()
     for name in [name for name in tensors if name.startswith("patch_blocks.1.")]:
         tensors[f"stray.{name}"] = tensors.pop(name)
     tensors["final_layer.linear.weight"] = torch.zeros(4, 4)
     with pytest.raises(CheckpointError) as fault:
-        build_network(dict(tensors), miniature(), source="net.pth")
+        build_network(dict(tensors), debug_config(), source="net.pth")
     message = str(fault.value)
     assert "net.pth does not fit the network" in message
     assert "missing: patch_blocks.1." in message
@@ -209,14 +209,14 @@ def test_missing_unexpected_and_wrong_tensors_are_named():
 
 
 def test_our_own_metadata_round_trips():
-    identity = Identity(
-        kind="student", config=miniature(prediction="x0"), space="flux2", variant="tiny", license="Apache-2.0",
+    identity = CheckpointMetadata(
+        kind="student", config=debug_config(prediction="x0"), space="flux2", variant="tiny", license="Apache-2.0",
         times=(0.999, 0.634, 0.0), extra={"steps_trained": 10},
     )  # fmt: skip
-    assert Identity.from_metadata(identity.to_metadata()) == identity
-    encoder = Identity(kind="encoder", config=None, space="flux2", extra={"config": {"width": 8}})
-    assert Identity.from_metadata(encoder.to_metadata()) == encoder
-    assert Identity.from_metadata({"format": "pt"}) is None
+    assert CheckpointMetadata.from_metadata(identity.to_metadata()) == identity
+    encoder = CheckpointMetadata(kind="encoder", config=None, space="flux2", extra={"config": {"width": 8}})
+    assert CheckpointMetadata.from_metadata(encoder.to_metadata()) == encoder
+    assert CheckpointMetadata.from_metadata({"format": "pt"}) is None
 
 
 @pytest.mark.parametrize(
@@ -234,19 +234,19 @@ def test_our_own_metadata_round_trips():
     ],
 )
 def test_damaged_metadata_is_refused(change, message):
-    record = json.loads(Identity(kind="student", config=miniature()).to_metadata()["pidecode"])
+    record = json.loads(CheckpointMetadata(kind="student", config=debug_config()).to_metadata()["pidecode"])
     with pytest.raises(CheckpointError, match=message):
-        Identity.from_metadata({"pidecode": json.dumps(record | change)}, "net.safetensors")
+        CheckpointMetadata.from_metadata({"pidecode": json.dumps(record | change)}, "net.safetensors")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "3"])
 def test_metadata_that_is_no_record(text):
     with pytest.raises(CheckpointError, match="describes itself wrongly"):
-        Identity.from_metadata({"pidecode": text})
+        CheckpointMetadata.from_metadata({"pidecode": text})
 
 
 def test_identity_checks_itself():
     with pytest.raises(SettingError, match="has no network configuration"):
-        Identity(kind="encoder", config=replace(miniature()))
+        CheckpointMetadata(kind="encoder", config=replace(debug_config()))
     with pytest.raises(SettingError, match="needs a network configuration"):
-        Identity(kind="student", config=None)
+        CheckpointMetadata(kind="student", config=None)

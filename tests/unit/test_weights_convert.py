@@ -9,30 +9,30 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pidecode.errors import CheckpointError, FileError, SettingError
-from pidecode.models.pid.network import PixelNet
+from pidecode.models.pid.network import PiDNet
 from pidecode.registry.checkpoints import NSCL_V1
-from pidecode.registry.configs import miniature
+from pidecode.registry.configs import debug_config
 from pidecode.weights.convert import convert, license_text
-from pidecode.weights.detect import Hints, detect
+from pidecode.weights.detect import Overrides, detect
 from pidecode.weights.load import build_network
-from pidecode.weights.metadata import Identity
+from pidecode.weights.metadata import CheckpointMetadata
 from pidecode.weights.read import read_weights
 from pidecode.weights.safetensors import read_header, write_safetensors
 
-CONFIG = miniature(color_head=True)
+CONFIG = debug_config(color_head=True)
 OFFICIAL = "checkpoints/PiD_v1pt5_res2kto4k_sr4x_official_flux_undistilled/model_ema_bf16.pth"
 
 
 def network(config=CONFIG):
     torch.manual_seed(0)
-    net = PixelNet(config)
+    net = PiDNet(config)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.1)
     return net.eval().requires_grad_(False)
 
 
-def picture(net):
+def image(net):
     generator = torch.Generator().manual_seed(1)
     x, latent = torch.randn(1, 3, 32, 32, generator=generator), torch.randn(1, 16, 1, 1, generator=generator)
     text = torch.randn(1, 10, 16, generator=generator)
@@ -55,7 +55,7 @@ def test_a_converted_file_needs_no_further_argument(official, tmp_path):
     assert (written.kind, written.space, written.variant) == ("teacher", "flux", "2kto4k_v1pt5")
     assert written.config == CONFIG
     again = build_network(file.tensors, written.config)
-    torch.testing.assert_close(picture(again), picture(network()), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(image(again), image(network()), atol=1e-6, rtol=1e-5)
     assert file.metadata["modelspec.title"] == "PiD flux 2kto4k_v1pt5 teacher"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "flux teacher.safetensors"]
 
@@ -83,8 +83,10 @@ def test_a_file_without_its_color_head_says_so(official, tmp_path):
 
 
 def test_converting_again_keeps_everything(tmp_path):
-    config = miniature(prediction="x0", rope_reference=(512, 512))
-    identity = Identity(kind="student", config=config, space="flux2", times=(0.9, 0.5, 0.0), extra={"steps": 3})
+    config = debug_config(prediction="x0", rope_reference=(512, 512))
+    identity = CheckpointMetadata(
+        kind="student", config=config, space="flux2", times=(0.9, 0.5, 0.0), extra={"steps": 3}
+    )
     config = identity.config
     save_file(network(config).state_dict(), tmp_path / "a.safetensors", metadata=identity.to_metadata())
     assert convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", dtype="bf16") == identity
@@ -94,14 +96,14 @@ def test_converting_again_keeps_everything(tmp_path):
 def test_the_caller_settles_what_the_file_cannot(tmp_path):
     torch.save(network().state_dict(), tmp_path / "net.pth")
     with pytest.raises(SettingError, match="space="):
-        convert(tmp_path / "net.pth", tmp_path / "net.safetensors", hints=Hints(kind="teacher"))
-    convert(tmp_path / "net.pth", tmp_path / "net.safetensors", hints=Hints(space="sd3", kind="teacher"))
+        convert(tmp_path / "net.pth", tmp_path / "net.safetensors", hints=Overrides(kind="teacher"))
+    convert(tmp_path / "net.pth", tmp_path / "net.safetensors", hints=Overrides(space="sd3", kind="teacher"))
     assert detect(read_weights(tmp_path / "net.safetensors")).space == "sd3"
 
 
 def test_a_license_that_is_not_free_stays_beside_the_file(tmp_path):
-    config = miniature()
-    identity = Identity(kind="student", config=config, space="flux", license="NSCLv1")
+    config = debug_config()
+    identity = CheckpointMetadata(kind="student", config=config, space="flux", license="NSCLv1")
     source = tmp_path / "repository" / "a.safetensors"
     source.parent.mkdir()
     save_file(network(config).state_dict(), source, metadata=identity.to_metadata())
@@ -141,7 +143,7 @@ def test_a_failed_conversion_leaves_nothing(tmp_path, change, error, message):
     before = sorted(tmp_path.iterdir())
     source, target = tmp_path / change.pop("source", "net.pth"), tmp_path / change.pop("target", "net.safetensors")
     with pytest.raises(error, match=message):
-        convert(source, target, hints=Hints(space="flux", kind="teacher"), **change)
+        convert(source, target, hints=Overrides(space="flux", kind="teacher"), **change)
     assert sorted(tmp_path.iterdir()) == before
     assert (tmp_path / "there.safetensors").read_bytes() == b"old"
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from pidecode.errors import CheckpointError, SettingError
-from pidecode.models.pid.network import PixelNet
+from pidecode.models.pid.network import PiDNet
 from pidecode.registry.checkpoints import CHECKPOINTS
-from pidecode.registry.configs import miniature
-from pidecode.weights.detect import Hints, detect, official_name
-from pidecode.weights.metadata import Identity
+from pidecode.registry.configs import debug_config
+from pidecode.weights.detect import Overrides, detect, official_name
+from pidecode.weights.metadata import CheckpointMetadata
 from pidecode.weights.read import WeightFile
 
 RELEASED = [row for row in CHECKPOINTS.values() if row.config is not None]
@@ -23,7 +23,7 @@ RELEASED = [row for row in CHECKPOINTS.values() if row.config is not None]
 def file_of(config, path="some/where/weights.pth", metadata=None):
     """A file as reading would give it, of any size, in no memory."""
     with torch.device("meta"):
-        return WeightFile(Path(path), dict(PixelNet(config).state_dict()), metadata or {})
+        return WeightFile(Path(path), dict(PiDNet(config).state_dict()), metadata or {})
 
 
 def without_head(file):
@@ -41,7 +41,7 @@ def test_every_released_file_is_known_by_its_official_name(row):
 
 @pytest.mark.parametrize("row", RELEASED, ids=lambda row: row.name)
 def test_every_released_file_is_known_to_a_caller_who_names_it(row):
-    found = detect(file_of(row.config), Hints(space=row.space, variant=row.variant, kind=row.kind))
+    found = detect(file_of(row.config), Overrides(space=row.space, variant=row.variant, kind=row.kind))
     assert (found.config, found.kind, found.variant) == (row.config, row.kind, row.variant)
 
 
@@ -79,10 +79,10 @@ def test_look_alikes_must_be_told_apart():
     v1 = file_of(rows(space="flux", variant="2k").config)
     with pytest.raises(SettingError, match=r"may be for flux or sd3: .* space='flux' \(--space flux\)"):
         detect(v1)
-    assert detect(v1, Hints(space="sd3")).space == "sd3"
-    assert detect(v1, Hints(space="sd3")).variant is None  # 2k and 2kto4k look alike too
-    assert detect(v1, Hints(space="zimage")).space == "flux"
-    assert detect(v1, Hints(variant="2kto4k")).space == "sd3"
+    assert detect(v1, Overrides(space="sd3")).space == "sd3"
+    assert detect(v1, Overrides(space="sd3")).variant is None  # 2k and 2kto4k look alike too
+    assert detect(v1, Overrides(space="zimage")).space == "flux"
+    assert detect(v1, Overrides(variant="2kto4k")).space == "sd3"
     newer = file_of(rows(space="flux", variant="2kto4k_v1pt5", kind="student").config)
     with pytest.raises(SettingError, match="may be for flux or qwenimage"):
         detect(newer)
@@ -99,21 +99,21 @@ def test_student_or_teacher_must_be_told():
     with pytest.raises(SettingError, match=r"kind='student' or kind='teacher'"):
         detect(file_of(row.config))
     with pytest.raises(SettingError, match=r"kind='student'"):
-        detect(file_of(row.config), Hints(variant=row.variant))
+        detect(file_of(row.config), Overrides(variant=row.variant))
     with pytest.raises(SettingError, match=r"kind='student'"):
         detect(without_head(file_of(row.config)))
-    assert detect(without_head(file_of(row.config)), Hints(variant=row.variant)).kind == "student"
-    assert detect(file_of(row.config), Hints(kind="teacher")).kind == "teacher"
+    assert detect(without_head(file_of(row.config)), Overrides(variant=row.variant)).kind == "student"
+    assert detect(file_of(row.config), Overrides(kind="teacher")).kind == "teacher"
     with pytest.raises(SettingError, match="kind is 'wizard'"):
-        Hints(kind="wizard")
+        Overrides(kind="wizard")
 
 
 def test_a_name_and_a_caller_who_disagree():
     row = rows(space="sd3", variant="2k")
     with pytest.raises(SettingError, match=r"of space 'sd3' by its name, and space='flux' was asked for"):
-        detect(file_of(row.config, row.path), Hints(space="flux"))
+        detect(file_of(row.config, row.path), Overrides(space="flux"))
     with pytest.raises(SettingError, match=r"of kind 'student' by its name"):
-        detect(file_of(row.config, row.path), Hints(kind="teacher"))
+        detect(file_of(row.config, row.path), Overrides(kind="teacher"))
 
 
 def test_a_name_and_shapes_that_disagree():
@@ -121,7 +121,7 @@ def test_a_name_and_shapes_that_disagree():
     with pytest.raises(CheckpointError, match=r"no network for sdxl: its adapter takes 16 channels, .* have 4"):
         detect(file_of(sd3.config, rows(space="sdxl").path))
     with pytest.raises(CheckpointError, match=r"no '2kto4k_v1pt5': by its tensors it is built like v1"):
-        detect(file_of(sd3.config), Hints(space="flux", variant="2kto4k_v1pt5"))
+        detect(file_of(sd3.config), Overrides(space="flux", variant="2kto4k_v1pt5"))
 
 
 def test_a_missing_adapter_is_called_that():
@@ -131,87 +131,91 @@ def test_a_missing_adapter_is_called_that():
     with pytest.raises(CheckpointError, match=r"has no adapter .* cannot decode latents of flux"):
         detect(WeightFile(file.path, cut))
     with pytest.raises(CheckpointError, match="has no adapter"):
-        detect(WeightFile(Path("x.pth"), cut), Hints(kind="student"))
+        detect(WeightFile(Path("x.pth"), cut), Overrides(kind="student"))
     with pytest.raises(SettingError, match="space='pixeldit'"):
         detect(WeightFile(Path("x.pth"), cut))
-    assert detect(WeightFile(Path("x.pth"), cut), Hints(space="pixeldit")).kind == "backbone"
+    assert detect(WeightFile(Path("x.pth"), cut), Overrides(space="pixeldit")).kind == "backbone"
     with pytest.raises(CheckpointError, match="no bare backbone"):
-        detect(WeightFile(Path("x.pth"), file.tensors), Hints(kind="backbone"))
+        detect(WeightFile(Path("x.pth"), file.tensors), Overrides(kind="backbone"))
 
 
-SMALL_V1 = miniature(gate="per_channel", inject_pixels=False, adapter_padding="zeros", rope_reference=(1024, 1024))
+SMALL_V1 = debug_config(gate="per_channel", inject_pixels=False, adapter_padding="zeros", rope_reference=(1024, 1024))
 
 
-@pytest.mark.parametrize("config", [miniature(), SMALL_V1], ids=["v1.5", "v1"])
+@pytest.mark.parametrize("config", [debug_config(), SMALL_V1], ids=["v1.5", "v1"])
 def test_networks_of_any_size_follow_their_generation(config):
-    found = detect(file_of(config), Hints(space="flux", kind="teacher"))
+    found = detect(file_of(config), Overrides(space="flux", kind="teacher"))
     assert found.config == config
     assert (found.kind, found.space, found.variant, found.license) == ("teacher", "flux", None, None)
     with pytest.raises(SettingError, match="flux or sd3 or qwenimage"):
-        detect(file_of(config), Hints(kind="student"))
+        detect(file_of(config), Overrides(kind="student"))
     with pytest.raises(SettingError, match="kind="):
-        detect(file_of(config), Hints(space="flux"))
+        detect(file_of(config), Overrides(space="flux"))
 
 
 def test_a_small_network_with_flux2_latents_is_found_by_its_channels():
-    config = miniature(latent_channels=128, latent_down=16, latent_unpatchify=2)
-    assert detect(file_of(config), Hints(kind="student")).config == config
-    whole = miniature(latent_channels=128, latent_down=16)
-    assert detect(file_of(whole), Hints(kind="student")).config == whole
+    config = debug_config(latent_channels=128, latent_down=16, latent_unpatchify=2)
+    assert detect(file_of(config), Overrides(kind="student")).config == config
+    whole = debug_config(latent_channels=128, latent_down=16)
+    assert detect(file_of(whole), Overrides(kind="student")).config == whole
 
 
 def test_overrides_describe_what_nothing_else_can():
-    config = miniature(latent_channels=6, latent_down=4, prediction="x0", scale=8)
+    config = debug_config(latent_channels=6, latent_down=4, prediction="x0", scale=8)
     with pytest.raises(SettingError, match="latents of 6 channels, as no known latent space has"):
         detect(file_of(config))
     said = {"latent_channels": 6, "latent_down": 4, "prediction": "x0", "scale": 8}
-    found = detect(file_of(config), Hints(kind="student", overrides=said))
+    found = detect(file_of(config), Overrides(kind="student", overrides=said))
     assert (found.config, found.space) == (config, None)
     with pytest.raises(SettingError, match="does not go with these settings: hidden_size"):
-        detect(file_of(config), Hints(kind="student", overrides=said | {"hidden_size": 64}))
+        detect(file_of(config), Overrides(kind="student", overrides=said | {"hidden_size": 64}))
     with pytest.raises(SettingError, match="magic"):
-        Hints(overrides={"magic": 1})
+        Overrides(overrides={"magic": 1})
 
 
 def test_a_mixture_of_generations_must_be_described():
-    config = miniature(inject_pixels=False)
+    config = debug_config(inject_pixels=False)
     with pytest.raises(SettingError, match=r"neither like v1 nor like v1\.5"):
-        detect(file_of(config), Hints(space="flux", kind="student"))
+        detect(file_of(config), Overrides(space="flux", kind="student"))
     said = {"adapter_padding": "replicate", "rope_reference": (2048, 2048)}
-    assert detect(file_of(config), Hints(space="flux", kind="student", overrides=said)).config == config
+    assert detect(file_of(config), Overrides(space="flux", kind="student", overrides=said)).config == config
 
 
-def test_a_picture_branch_is_counted_by_its_pixels():
-    config = miniature(adapter_image_channels=3)
-    assert detect(file_of(config), Hints(space="flux", kind="student")).config == config
+def test_a_image_branch_is_counted_by_its_pixels():
+    config = debug_config(adapter_image_channels=3)
+    assert detect(file_of(config), Overrides(space="flux", kind="student")).config == config
 
 
 def own(config, **changes):
-    return Identity(**{"kind": "student", "config": config, "space": "flux", "license": "Apache-2.0"} | changes)
+    return CheckpointMetadata(
+        **{"kind": "student", "config": config, "space": "flux", "license": "Apache-2.0"} | changes
+    )
 
 
 def test_our_own_metadata_needs_no_help():
-    config = miniature(prediction="x0", rope_reference=(512, 512), inject_interval=3, patch_depth=4)
+    config = debug_config(prediction="x0", rope_reference=(512, 512), inject_interval=3, patch_depth=4)
     identity = own(config, variant="mine", times=(0.9, 0.0))
     assert detect(file_of(config, metadata=identity.to_metadata())) == identity
-    headed = miniature(color_head=True)
+    headed = debug_config(color_head=True)
     assert detect(without_head(file_of(headed, metadata=own(headed).to_metadata()))).config == headed
 
 
 def test_our_own_metadata_and_a_caller():
-    metadata = own(miniature(), variant=None).to_metadata()
+    metadata = own(debug_config(), variant=None).to_metadata()
     with pytest.raises(SettingError, match=r"of space 'flux' by its metadata, and space='sd3' was asked for"):
-        detect(file_of(miniature(), metadata=metadata), Hints(space="sd3"))
-    assert detect(file_of(miniature(), metadata=metadata), Hints(space="zimage", variant="mine")).variant == "mine"
+        detect(file_of(debug_config(), metadata=metadata), Overrides(space="sd3"))
+    assert (
+        detect(file_of(debug_config(), metadata=metadata), Overrides(space="zimage", variant="mine")).variant == "mine"
+    )
 
 
 def test_metadata_that_lies_is_refused():
-    metadata = own(miniature(hidden_size=64)).to_metadata()
+    metadata = own(debug_config(hidden_size=64)).to_metadata()
     with pytest.raises(CheckpointError, match="hidden_size is 32 by its tensors and 64"):
-        detect(file_of(miniature(), metadata=metadata))
+        detect(file_of(debug_config(), metadata=metadata))
     record = json.loads(metadata["pidecode"]) | {"kind": "encoder"}
     with pytest.raises(CheckpointError, match="an image encoder, not a decoder"):
-        detect(file_of(miniature(), metadata={"pidecode": json.dumps(record)}))
+        detect(file_of(debug_config(), metadata={"pidecode": json.dumps(record)}))
 
 
 def test_a_file_of_something_else():

@@ -14,10 +14,10 @@ from typing import Any, Literal
 from pidecode.errors import FileError, SettingError
 from pidecode.registry.spaces import did_you_mean
 
-Kind = Literal["latent", "picture"]
+Kind = Literal["latent", "image"]
 
 LATENTS = (".safetensors",)
-PICTURES = (
+IMAGES = (
     ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".avif", ".jp2", ".tga",
 )  # fmt: skip
 OUTPUTS = (".png", ".webp", ".jpg")
@@ -27,10 +27,10 @@ PER_JOB = ("caption", "seed", "steps", "sigma", "sampler", "size")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One source file and the picture it becomes.
+    """One source file and the image it becomes.
 
     name: the source as people know it: its path within the folder, or as the manifest writes it.
-    out: where its picture goes; the pictures of a latent batch get -1, -2, ... before the ending.
+    out: where its image goes; the images of a latent batch get -1, -2, ... before the ending.
     own: settings of this job alone, by the names in `PER_JOB`.
     """
 
@@ -80,7 +80,7 @@ def collect(source: str | os.PathLike[str], naming: Naming) -> list[Job]:
     else:
         raise FileError(f"There is no {text}. Give a folder, a file, a .jsonl manifest, or a pattern in quotes.")
     if not jobs:
-        raise FileError(f"{text} holds no picture and no latent (.safetensors); {', '.join(PICTURES)} are pictures.")
+        raise FileError(f"{text} holds no image and no latent (.safetensors); {', '.join(IMAGES)} are images.")
     _refuse_twins(jobs)
     return jobs
 
@@ -115,9 +115,9 @@ def _fixed_part(pattern: str) -> Path:
 
 
 def kind_of(path: Path) -> Kind | None:
-    """Whether a file's ending says latent, picture, or neither."""
+    """Whether a file's ending says latent, image, or neither."""
     ending = path.suffix.lower()
-    return "latent" if ending in LATENTS else "picture" if ending in PICTURES else None
+    return "latent" if ending in LATENTS else "image" if ending in IMAGES else None
 
 
 def _of_files(paths: Sequence[Path], base: Path, naming: Naming, *, chosen: bool = False) -> list[Job]:
@@ -125,7 +125,7 @@ def _of_files(paths: Sequence[Path], base: Path, naming: Naming, *, chosen: bool
     for path in sorted(paths, key=lambda path: path.relative_to(base).parts):
         kind = kind_of(path)
         if kind is None and chosen:
-            raise FileError(f"{path} is neither a picture ({', '.join(PICTURES)}) nor a latent (.safetensors).")
+            raise FileError(f"{path} is neither an image ({', '.join(IMAGES)}) nor a latent (.safetensors).")
         if kind is not None:
             name = path.relative_to(base)
             jobs.append(Job(name=name.as_posix(), source=path, kind=kind, out=naming.place(name)))
@@ -159,11 +159,11 @@ def _of_line(line: str, where: str, base: Path, naming: Naming) -> Job:
     source = base / Path(name).expanduser()
     kind = kind_of(source)
     if kind is None:
-        raise SettingError(f"{where}: {name} is neither a picture ({', '.join(PICTURES)}) nor a latent (.safetensors).")
+        raise SettingError(f"{where}: {name} is neither an image ({', '.join(IMAGES)}) nor a latent (.safetensors).")
     if "out" in entry:
         out = naming.out / _inside(_text(entry, "out", where), where)
         if out.suffix.lower() not in OUTPUTS:
-            raise SettingError(f"{where}: {entry['out']} is no kind of picture written here: {', '.join(OUTPUTS)}.")
+            raise SettingError(f"{where}: {entry['out']} is no kind of image written here: {', '.join(OUTPUTS)}.")
     else:
         # A source from elsewhere is named after its last part alone, so that results stay in their folder.
         relative = Path(name)

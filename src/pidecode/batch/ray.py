@@ -92,7 +92,7 @@ def run_ray(batch: Batch, tell: Tell) -> Report:
 
 
 def _absolute(batch: Batch) -> Batch:
-    """The batch with paths that mean the same in every process; the marks in the pictures do not depend on them."""
+    """The batch with paths that mean the same in every process; the marks in the images do not depend on them."""
 
     def whole(path: Path) -> Path:
         return Path(os.path.abspath(path))

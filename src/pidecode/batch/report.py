@@ -14,12 +14,12 @@ LISTED = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What came of one job: pictures made, "skipped" (done before), or an error and why, in seconds of its worker."""
+    """What came of one job: images made, "skipped" (done before), or an error and why, in seconds of its worker."""
 
     name: str
     state: State
     seconds: float
-    pictures: int = 0
+    images: int = 0
     megapixels: float = 0.0
     error: str | None = None
     why: str | None = None
@@ -56,9 +56,9 @@ class Report:
         return sorted((item for item in self.outcomes if item.state == "failed"), key=lambda item: item.name)
 
     @property
-    def pictures(self) -> int:
-        """Pictures written."""
-        return sum(outcome.pictures for outcome in self.outcomes)
+    def images(self) -> int:
+        """Images written."""
+        return sum(outcome.images for outcome in self.outcomes)
 
     @property
     def complete(self) -> bool:
@@ -78,10 +78,10 @@ class Report:
             "skipped": self.count("skipped"),
             "failed": self.count("failed"),
             "left": self.jobs - len(self.outcomes),
-            "pictures": self.pictures,
+            "images": self.images,
             "speed": {
                 "seconds": round(self.seconds, 3),
-                "pictures_per_minute": round(60 * self.pictures / seconds, 2),
+                "images_per_minute": round(60 * self.images / seconds, 2),
                 "megapixels_per_second": round(megapixels / seconds, 3),
             },
             "engine": self.engine,
@@ -96,10 +96,10 @@ class Report:
     def sentences(self) -> str:
         """The report for people: what was done, how fast, and what failed and why."""
         lines = [f"{self.count('done')} of {self.jobs} done, {_also(self)}."]
-        if self.pictures:
+        if self.images:
             lines.append(
-                f"{_many(self.pictures, 'picture')} in {readable_time(self.seconds)}: "
-                f"{60 * self.pictures / max(self.seconds, 1e-9):.1f} a minute, "
+                f"{_many(self.images, 'image')} in {readable_time(self.seconds)}: "
+                f"{60 * self.images / max(self.seconds, 1e-9):.1f} a minute, "
                 f"with {_many(self.workers, 'worker')} ({self.engine})."
             )
         if self.lost_workers:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One job from its source to its picture: skipped if done, made, written whole, and never the end of the others."""
+"""One job from its source to its image: skipped if done, made, written whole, and never the end of the others."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from pidecode.latents.storage import METADATA_KEY, TENSOR_NAME, read_header
 from pidecode.registry.checkpoints import StudentKind
 
 STAMP = "batch"
-"""Entry of a picture's recipe that says which job made it."""
+"""Entry of an image's recipe that says which job made it."""
 
 WRITING_AHEAD = 2
-"""Pictures that may wait to be written while the next are decoded."""
+"""Images that may wait to be written while the next are decoded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +71,7 @@ class Work:
         return {name: value for name, value in {**given, **job.own}.items() if value is not None}
 
     def stamp(self, job: Job) -> str:
-        """A mark of everything that decides a job's picture: its source, the model, and the settings.
+        """A mark of everything that decides a job's image: its source, the model, and the settings.
 
         The device and the number format are left out: a batch may be finished on another machine. Of the source
         its name and size in bytes count, not its time, which copying changes.
@@ -80,7 +80,7 @@ class Work:
             "name": job.name,
             "bytes": job.source.stat().st_size,
             "model": [self.model, self.space, self.variant],
-            "fit": self.fit if job.kind == "picture" else None,
+            "fit": self.fit if job.kind == "image" else None,
             "bits": self.bits,
             "settings": self.settings(job),
         }
@@ -108,7 +108,7 @@ def _latents_in(path: Path) -> int:
 
 
 def missing(job: Job, work: Work) -> list[int]:
-    """Which of a job's pictures are still to be made, by their place in `places`.
+    """Which of a job's images are still to be made, by their place in `places`.
 
     Raises FileError for a place that holds something else, unless `work.overwrite`.
     """
@@ -155,18 +155,18 @@ def failure(job: Job, error: BaseException, seconds: float) -> Outcome:
 
 @dataclass(slots=True, kw_only=True)
 class _Made:
-    """Pictures of one job, waiting to be written."""
+    """Images of one job, waiting to be written."""
 
     job: Job
     began: float
     stamp: str = ""
-    pictures: list[tuple[Path, Tensor, dict[str, Any]]] = field(default_factory=list)
+    images: list[tuple[Path, Tensor, dict[str, Any]]] = field(default_factory=list)
     error: BaseException | None = None
 
     def add(self, place: Path, pairs: Any) -> None:
-        """Keep the one picture of `pairs` for `place`, its recipe saying which source and job it comes from."""
-        ((picture, recipe),) = pairs
-        self.pictures.append((place, picture, {**recipe, "source": self.job.name, STAMP: self.stamp}))
+        """Keep the one image of `pairs` for `place`, its recipe saying which source and job it comes from."""
+        ((image, recipe),) = pairs
+        self.images.append((place, image, {**recipe, "source": self.job.name, STAMP: self.stamp}))
 
 
 class Worker:
@@ -181,7 +181,7 @@ class Worker:
         return self._write(self._make(job))
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
-        """Do the jobs in order, writing the last pictures while the next are decoded; the same files as `do`."""
+        """Do the jobs in order, writing the last images while the next are decoded; the same files as `do`."""
         waiting: deque[Future[Outcome]] = deque()
         with ThreadPoolExecutor(1, thread_name_prefix="pidecode-writer") as writer:
             for job in jobs:
@@ -200,13 +200,13 @@ class Worker:
             caption = settings.pop("caption", None)
             if not left:  # a worker that died had finished it
                 return made
-            if job.kind == "picture":
+            if job.kind == "image":
                 pairs = self.decoder.upscale(job.source, caption, fit=self.work.fit, output="pairs", **settings)
                 made.add(targets[0], pairs)
                 return made
             latent = Latent.load(job.source, space=self.work.space)
             first = settings.pop("seed")
-            for index in left:  # one after another: a batch that fits is no promise that its pictures do
+            for index in left:  # one after another: a batch that fits is no promise that its images do
                 pairs = self.decoder.decode(latent[index], caption, seed=first + index, output="pairs", **settings)
                 made.add(targets[index], pairs)
         except Exception as error:  # one failure must not stop the rest
@@ -216,18 +216,18 @@ class Worker:
     def _write(self, made: _Made) -> Outcome:
         pixels = 0
         try:
-            for place, picture, recipe in made.pictures:
+            for place, image, recipe in made.images:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 if not _is_done(place, made.stamp, overwrite=self.work.overwrite):  # by another run meanwhile
-                    save_image(place, picture, recipe=recipe, overwrite=self.work.overwrite, bits=self.work.bits)
-                pixels += picture.shape[1] * picture.shape[2]
+                    save_image(place, image, recipe=recipe, overwrite=self.work.overwrite, bits=self.work.bits)
+                pixels += image.shape[1] * image.shape[2]
         except Exception as error:
             made.error = made.error or error
         seconds = time.perf_counter() - made.began
         if made.error is not None:
             return failure(made.job, made.error, seconds)
         return Outcome(
-            name=made.job.name, state="done", seconds=seconds, pictures=len(made.pictures), megapixels=pixels / 1e6
+            name=made.job.name, state="done", seconds=seconds, images=len(made.images), megapixels=pixels / 1e6
         )
 
 

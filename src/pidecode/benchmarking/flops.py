@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from pidecode.registry.configs import NetConfig
+from pidecode.registry.configs import PiDConfig
 
 
-def step_flops(config: NetConfig, size: tuple[int, int]) -> int:
+def step_flops(config: PiDConfig, size: tuple[int, int]) -> int:
     """FLOP of one denoising step of width x height pixels; the adapter and the times are not part of it."""
     D, F, P = config.hidden_size, config.mlp_width, config.patch_size**2
     L = size[0] * size[1] // P
@@ -22,8 +22,8 @@ def step_flops(config: NetConfig, size: tuple[int, int]) -> int:
     return total + config.pixel_depth * block + 2 * L * P * 6 * C
 
 
-def adapter_flops(config: NetConfig, size: tuple[int, int]) -> int:
-    """FLOP of the adapter, once per picture."""
+def adapter_flops(config: PiDConfig, size: tuple[int, int]) -> int:
+    """FLOP of the adapter, once per image."""
     if not config.has_adapter:
         return 0
     L, D, W = size[0] * size[1] // config.patch_size**2, config.hidden_size, config.adapter_width
@@ -31,9 +31,9 @@ def adapter_flops(config: NetConfig, size: tuple[int, int]) -> int:
     gate = D if config.gate == "per_channel" else 1
     heads_and_gates = 2 * L * heads * (W * D + D * gate)
     channels = config.latent_channels // config.latent_unpatchify**2
-    if not config.adapter_levels:
+    if not config.adapter_stages:
         return 2 * L * 9 * W * (channels + W * (1 + 2 * config.adapter_blocks)) + heads_and_gates
     cells, width, total = L / config.latent_to_patch_ratio**2, W // round(config.adapter_fold) ** 2, 0.0
-    for level, blocks in enumerate(config.adapter_levels):
+    for level, blocks in enumerate(config.adapter_stages):
         total += 4**level * cells * 2 * 9 * width * (2 * blocks * width + (width if level else channels))
     return round(total) + heads_and_gates

@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from pidecode.engine.plan import Plan
 from pidecode.engine.runner import Runner
-from pidecode.models.pid.network import PixelNet
-from pidecode.registry.configs import NetConfig
+from pidecode.models.pid.network import PiDNet
+from pidecode.registry.configs import PiDConfig
 from pidecode.sampling import sample_student
 
 
@@ -85,16 +85,16 @@ def weight_bytes(module: nn.Module) -> int:
 
 
 @torch.no_grad()
-def trace_decode(config: NetConfig, plan: Plan, *, slimmed: bool = True) -> Traced:
+def trace_decode(config: PiDConfig, plan: Plan, *, stripped: bool = True) -> Traced:
     """Count a student's decode under a plan on the meta device: the real runner at work, and nothing computed.
 
-    slimmed: forget what inference at the distilled times never reads, as decoders do.
+    stripped: forget what inference at the distilled times never reads, as decoders do.
 
     A few patch blocks stand for all, which are alike: only the latent tokens kept for each place grow with their
     number, and are added.
     """
     short = replace(config, patch_depth=min(config.patch_depth, config.inject_interval + 1))
-    runner = _arranged(short, plan, slimmed)
+    runner = _arranged(short, plan, stripped)
     net, (width, height), meta, batch = runner.net, plan.size, torch.device("meta"), plan.batch
     grid, cell = net.grid_of(height, width), config.pixels_per_latent_cell
     text = torch.empty(batch, config.text_length, config.text_dim, device=meta) if config.has_text else None
@@ -115,15 +115,15 @@ def trace_decode(config: NetConfig, plan: Plan, *, slimmed: bool = True) -> Trac
         if plan.window is not None:  # a window's own cut of them
             kept *= 1 + min(plan.window, width) * min(plan.window, height) / (width * height)
     more = config.num_injections - len(condition.injections)
-    full = _arranged(config, plan, slimmed).net
-    weights = weight_bytes(full) - (weight_bytes(full.patch_blocks) if full.visitors else 0)
+    full = _arranged(config, plan, stripped).net
+    weights = weight_bytes(full) - (weight_bytes(full.patch_blocks) if full.offloader else 0)
     return Traced(weights=weights, peak=live.peak + int(more * kept))
 
 
-def _arranged(config: NetConfig, plan: Plan, slimmed: bool) -> Runner:
+def _arranged(config: PiDConfig, plan: Plan, stripped: bool) -> Runner:
     """A runner whose network has shapes and no numbers."""
     with torch.device("meta"):
-        net = PixelNet(config).to(getattr(torch, plan.dtype)).requires_grad_(False).eval()
-    runner = Runner(net, plan, distilled=slimmed)
+        net = PiDNet(config).to(getattr(torch, plan.dtype)).requires_grad_(False).eval()
+    runner = Runner(net, plan, distilled=stripped)
     runner.arrange(torch.device("meta"))
     return runner

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from pidecode.registry.configs import NetConfig, miniature, v1, v1pt5
+from pidecode.registry.configs import PiDConfig, debug_config, v1, v1pt5
 
-NETWORKS: dict[str, NetConfig] = {
-    "tiny": miniature(),
-    "small": NetConfig(
+NETWORKS: dict[str, PiDConfig] = {
+    "tiny": debug_config(),
+    "small": PiDConfig(
         hidden_size=256, num_heads=4, patch_depth=6, pixel_attn_hidden_size=192, pixel_num_heads=4,
         adapter_width=256, adapter_padding="replicate", gate="per_token", inject_pixels=True,
         rope_reference=(2048, 2048),

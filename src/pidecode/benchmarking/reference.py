@@ -19,7 +19,7 @@ from pidecode.benchmarking.machine import wait_for
 from pidecode.benchmarking.memory import LiveBytes
 from pidecode.benchmarking.speed import Bench, Trial, clock
 from pidecode.errors import FileError, MissingDependencyError
-from pidecode.registry.configs import NetConfig
+from pidecode.registry.configs import PiDConfig
 from pidecode.sampling import TIMESCALE, student_times
 
 ABSENT = ("pynvml", "megatron", "megatron.core", "megatron.core.parallel_state")
@@ -39,16 +39,16 @@ class Comparison:
     peak: int
     reference_peak: int
     difference: float
-    """Largest difference between the two pictures, in [-1, 1]."""
+    """Largest difference between the two images, in [-1, 1]."""
     spread: float
-    """Standard deviation of the reference's picture, to judge the difference by."""
+    """Standard deviation of the reference's image, to judge the difference by."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
 
 
-def reference_arguments(config: NetConfig) -> dict[str, Any]:
+def reference_arguments(config: PiDConfig) -> dict[str, Any]:
     """Our shape as the reference's constructor arguments."""
     per_token = config.gate == "per_token"
     return {
@@ -88,7 +88,7 @@ def _importable(checkout: Path) -> Iterator[None]:
             sys.modules.pop(name, None)
 
 
-def load_reference(checkout: Path, config: NetConfig) -> Any:
+def load_reference(checkout: Path, config: PiDConfig) -> Any:
     """The official network class, built from a checkout at the given shape, on the meta device.
 
     Raises FileError where there is no such checkout, MissingDependencyError for a package it needs.

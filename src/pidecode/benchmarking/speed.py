@@ -19,8 +19,8 @@ from pidecode.benchmarking.machine import describe_device, matrix_rate, seconds,
 from pidecode.benchmarking.memory import LiveBytes, weight_bytes
 from pidecode.engine.plan import Plan, Products, Weights, plan_decode
 from pidecode.engine.runner import Runner
-from pidecode.models.pid.network import Condition, PixelNet
-from pidecode.registry.configs import NetConfig
+from pidecode.models.pid.network import Condition, PiDNet
+from pidecode.registry.configs import PiDConfig
 from pidecode.sampling import sample_student
 
 Mode = Literal["eager", "compiled", "graphs"]
@@ -32,7 +32,7 @@ class Trial:
     """What to measure."""
 
     network: str
-    config: NetConfig
+    config: PiDConfig
     size: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
@@ -42,14 +42,14 @@ class Trial:
     weights: Weights | None = None
     products: Products | None = None
 
-    def runner(self, net: PixelNet, plan: Plan | None = None) -> Runner:
+    def runner(self, net: PiDNet, plan: Plan | None = None) -> Runner:
         """What runs a network in this trial's mode."""
         return Runner(net, plan, distilled=True, compile=self.mode == "compiled", graphs=self.mode == "graphs")
 
     def check(self) -> None:
         """Raise as `Runner.require` does where the device cannot run this mode."""
         with torch.device("meta"):
-            self.runner(PixelNet(self.config)).require(self.device)
+            self.runner(PiDNet(self.config)).require(self.device)
 
     def plan(self) -> Plan | None:
         """What this machine makes of weights or products that were asked for; None where neither was."""
@@ -119,10 +119,10 @@ class Measured:
         return asdict(self)
 
 
-def random_network(config: NetConfig, dtype: torch.dtype, device: torch.device) -> PixelNet:
+def random_network(config: PiDConfig, dtype: torch.dtype, device: torch.device) -> PiDNet:
     """A network with plausible random weights, none of them zero; its speed is that of a trained one."""
     with torch.device("meta"):
-        net = PixelNet(config)
+        net = PiDNet(config)
     net = net.to(dtype).to_empty(device=device).eval().requires_grad_(False)
     for name, parameter in net.named_parameters():
         if parameter.ndim >= 2:
@@ -161,7 +161,7 @@ class Bench:
 
     @torch.inference_mode()
     def decode(self) -> Tensor:
-        """One whole decode, its parts timed; returns the picture."""
+        """One whole decode, its parts timed; returns the image."""
         trial, draws = self.trial, iter(self.noise)
         start = seconds(trial.device)
         predict = self.runner.predict(self._prepare())

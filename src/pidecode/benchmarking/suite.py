@@ -68,7 +68,7 @@ def why_not(trial: Trial, memory: int | None = None) -> str | None:
     machine = this_machine(trial.device)
     free = machine.memory if memory is None else memory
     plan = Plan(size=trial.size, dtype=str(trial.dtype).removeprefix("torch."))
-    peak = predict(plan, trial.config, accelerator=machine.accelerator, slimmed=machine.accelerator).peak
+    peak = predict(plan, trial.config, accelerator=machine.accelerator, stripped=machine.accelerator).peak
     if peak > free:
         return f"it needs about {peak / GB:.1f} GB, and {free / GB:.1f} GB are free"
     try:

@@ -31,16 +31,16 @@ class Place(NamedTuple):
 
 # One line per command: the module holds a click command of the command's name ("-" written "_").
 COMMANDS: dict[str, Place] = {
-    "upscale": Place("pidecode.cli.decode", "Enlarge pictures: encode each to a latent, decode it larger."),
-    "decode": Place("pidecode.cli.decode", "Turn saved latents into pictures."),
+    "upscale": Place("pidecode.cli.decode", "Enlarge images: encode each to a latent, decode it larger."),
+    "decode": Place("pidecode.cli.decode", "Turn saved latents into images."),
     "batch": Place("pidecode.cli.batch", "Decode or enlarge whole folders, and go on where it was stopped."),
-    "generate": Place("pidecode.cli.generate", "Draw pictures from prompts with a diffusers pipeline and decode them."),
+    "generate": Place("pidecode.cli.generate", "Draw images from prompts with a diffusers pipeline and decode them."),
     "web": Place("pidecode.cli.serve", "Open a page for decoding by hand, on this machine alone."),
     "serve": Place("pidecode.cli.serve", "Offer decoding over HTTP, for scripts and other programs."),
     "models": Place("pidecode.cli.weights", "List the models there are, and which are on this disk."),
     "pull": Place("pidecode.cli.weights", "Download a model with everything it needs."),
     "convert": Place("pidecode.cli.weights", "Write weights as one self-describing .safetensors file."),
-    "info": Place("pidecode.cli.weights", "Say what a picture, a latent or a weights file is."),
+    "info": Place("pidecode.cli.weights", "Say what an image, a latent or a weights file is."),
     "train": Place("pidecode.cli.train", "Train a decoder of your own: teacher, student, adapters."),
     "plan": Place("pidecode.cli.decode", "Say what a size needs, and how it would be run, before anything runs."),
     "bench": Place("pidecode.cli.bench", "Measure speed and memory of decodes on this machine."),
@@ -108,7 +108,7 @@ class Commands(click.Group):
             _explain(ctx, f"Error: {error}")
             ctx.exit(error.exit_code)
         except MemoryError:
-            _explain(ctx, "Error: There is not enough memory for this. Try a smaller picture, or one at a time.")
+            _explain(ctx, "Error: There is not enough memory for this. Try a smaller image, or one at a time.")
             ctx.exit(DoesNotFitError.exit_code)
         except Exception as error:
             what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -142,7 +142,7 @@ def _explain(ctx: click.Context, message: str) -> None:
 )
 @click.version_option(__version__, "-V", "--version", package_name="pidecode", prog_name="pidecode")
 def cli() -> None:
-    """From a diffusion model's latent straight to a picture four times the size."""
+    """From a diffusion model's latent straight to an image four times the size."""
 
 
 debug_option(cli)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pidecode batch`: folders, patterns and manifests of latents and pictures in, larger pictures out."""
+"""`pidecode batch`: folders, patterns and manifests of latents and images in, larger images out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WORK = (
         type=click.Choice(["float32", "bfloat16", "float16"]),
         help="Number format; chosen to fit the device if not given.",
     ),
-    click.option("--caption", help="What the pictures show, for models that read captions."),
+    click.option("--caption", help="What the images show, for models that read captions."),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the noise, for each."),
     click.option("--steps", type=click.IntRange(min=1), help="Steps; the model's own number if not given."),
     click.option("--sigma", type=click.FloatRange(0, 1), help="Strength: noise put in first, so more is invented."),
@@ -34,13 +34,13 @@ _WORK = (
         type=click.Choice(["pad", "crop"]),
         default="pad",
         show_default=True,
-        help="For sides of pictures that do not divide.",
+        help="For sides of images that do not divide.",
     ),
     click.option(
         "--bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Per channel; 16 for png only."
     ),
-    click.option("--overwrite", is_flag=True, help="Replace pictures made otherwise; what is done stays."),
-    click.option("--compile", is_flag=True, help="Compile sums first: for many pictures, on an accelerator."),
+    click.option("--overwrite", is_flag=True, help="Replace images made otherwise; what is done stays."),
+    click.option("--compile", is_flag=True, help="Compile sums first: for many images, on an accelerator."),
     threads_option,
 )
 _HOW = (
@@ -71,7 +71,7 @@ def _options(command: Any) -> Any:
 @_options
 @click.pass_context
 def batch(ctx: click.Context, /, source: str, out: Path, as_json: bool, **options: Any) -> None:
-    """Make a picture in the folder OUT of every picture and latent of IN.
+    """Make an image in the folder OUT of every image and latent of IN.
 
     IN is a folder, a pattern in quotes ('in/**/*.jpg'), a .jsonl manifest, or one file. What is done is skipped, so
     the same command goes on where it was stopped; one failure does not stop the rest. At the end comes a report,

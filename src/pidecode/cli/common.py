@@ -15,7 +15,7 @@ from pidecode.engine.plan import PRODUCTS, WEIGHTS, Machine, Plan, Products, Wei
 from pidecode.registry.spaces import ALIASES, SPACES
 
 if TYPE_CHECKING:
-    from pidecode.weights.metadata import Identity
+    from pidecode.weights.metadata import CheckpointMetadata
 
 
 SHORT_DTYPES = ("bf16", "fp16", "fp32")
@@ -114,7 +114,7 @@ def progress(total: int, label: str, unit: str = "step") -> Any:
 
 
 Job = tuple[int, int, int]
-"""Width and height of a picture to make, in pixels, and how many at once."""
+"""Width and height of an image to make, in pixels, and how many at once."""
 
 
 def weights_options(command: F) -> F:
@@ -136,7 +136,7 @@ def memory_option(command: F) -> F:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Thrift:
+class MemoryOptions:
     """What was asked for; with nothing asked for there is no plan, and a decode runs as it always does."""
 
     memory: str | None = None
@@ -164,8 +164,8 @@ class Thrift:
         )
 
 
-def upscaled(pictures: Sequence[Any], identity: Identity) -> list[Job]:
-    """What enlarging these pictures makes, before anything is cut off again."""
+def upscaled(images: Sequence[Any], identity: CheckpointMetadata) -> list[Job]:
+    """What enlarging these images makes, before anything is cut off again."""
     from pidecode.images import load_image
     from pidecode.registry.spaces import get_space
 
@@ -175,7 +175,7 @@ def upscaled(pictures: Sequence[Any], identity: Identity) -> list[Job]:
     if space.fixed_input is not None:
         return [(space.fixed_input * scale, space.fixed_input * scale, 1)]
     step = space.input_multiple
-    sizes = (load_image(picture).size for picture in pictures)
+    sizes = (load_image(image).size for image in images)
     return [(-(-width // step) * step * scale, -(-height // step) * step * scale, 1) for width, height in sizes]
 
 

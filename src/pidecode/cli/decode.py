@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pidecode upscale` and `pidecode decode`: pictures or saved latents in, larger pictures out."""
+"""`pidecode upscale` and `pidecode decode`: images or saved latents in, larger images out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pidecode.benchmarking.networks import NETWORKS
 from pidecode.cli.common import (
     SHORT_DTYPES,
     Job,
-    Thrift,
+    MemoryOptions,
     decoded,
     emit,
     json_option,
@@ -35,14 +35,14 @@ from pidecode.errors import FileError, SettingError
 if TYPE_CHECKING:
     from pidecode.decoder import Output, PixelDecoder
     from pidecode.options import DecodeSettings
-    from pidecode.sampling import OnStep, Step
-    from pidecode.weights.metadata import Identity
+    from pidecode.sampling import Callback, Step
+    from pidecode.weights.metadata import CheckpointMetadata
 
 
 SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 _PATH = click.Path(path_type=Path)
 
-Make = Callable[["PixelDecoder", Path, "OnStep"], Any]
+Make = Callable[["PixelDecoder", Path, "Callback"], Any]
 """Decoder, source file and step callback to what the decoder gives for `Wish.output`."""
 
 
@@ -73,7 +73,7 @@ class Wish:
     overwrite: bool
     as_json: bool
 
-    def decoder(self, jobs: Callable[[Identity], list[Job]]) -> PixelDecoder:
+    def decoder(self, jobs: Callable[[CheckpointMetadata], list[Job]]) -> PixelDecoder:
         """Load the decoder asked for; `jobs` says what it will make, should a plan be needed."""
         from pidecode.decoder import PixelDecoder
         from pidecode.weights.convert import DTYPES
@@ -81,9 +81,9 @@ class Wish:
         if self.lora_scale is not None and self.lora is None:
             raise SettingError("--lora-scale is the strength of an adapter, and none was named; add --lora FILE.")
         dtype = DTYPES[self.dtype] if self.dtype else None
-        thrift = Thrift(memory=self.memory, weights=self.weights, products=self.products)
+        thrift = MemoryOptions(memory=self.memory, weights=self.weights, products=self.products)
 
-        def planned(identity: Identity) -> Plan:
+        def planned(identity: CheckpointMetadata) -> Plan:
             wanted = None if dtype is None else str(dtype).removeprefix("torch.")
             plan = thrift.plan(identity.config, jobs(identity), self.device, wanted)
             click.echo(plan.describe(), err=True)
@@ -105,7 +105,7 @@ class Wish:
 
     @property
     def output(self) -> Output:
-        """The form of picture that the file needs: Pillow has none with 16 bits a channel."""
+        """The form of image that the file needs: Pillow has none with 16 bits a channel."""
         return "pil" if self.bits == "8" else "pairs"
 
     def settings(self) -> DecodeSettings:
@@ -129,7 +129,7 @@ def _decoding_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(SHORT_DTYPES),
             help="Number format; chosen to fit the device if not given.",
         ),
-        click.option("--caption", help="What the picture shows, for models that read captions."),
+        click.option("--caption", help="What the image shows, for models that read captions."),
         click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the noise."),
         click.option("--steps", type=click.IntRange(min=1), help="Steps; the model's own number if not given."),
         click.option("--sigma", type=click.FloatRange(0, 1), help="Strength: noise put in first, so more is invented."),
@@ -139,7 +139,7 @@ def _decoding_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--color-lock",
             type=click.Choice(LOCKS),
-            help="Hold colors, or all detail, to the picture (upscale; detail by default for tiny and small) or to "
+            help="Hold colors, or all detail, to the image (upscale; detail by default for tiny and small) or to "
             "the space's own decoder (decode).",
         ),
         click.option("--lora", type=_PATH, metavar="FILE", help="Low-rank adapter to add to the weights."),
@@ -147,7 +147,7 @@ def _decoding_options(command: Callable[..., Any]) -> Callable[..., Any]:
         memory_option,
         weights_options,
         click.option("--bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Per channel."),
-        click.option("--compile", is_flag=True, help="Compile sums first: for many pictures, on an accelerator."),
+        click.option("--compile", is_flag=True, help="Compile sums first: for many images, on an accelerator."),
         threads_option,
         overwrite_option,
         json_option,
@@ -158,15 +158,15 @@ def _decoding_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def destinations(sources: Sequence[Path], out: Path | None, ending: str) -> list[Path]:
-    """Where each result goes: `out` if it names a picture, else `name<ending>.png` in the folder `out`, or beside it.
+    """Where each result goes: `out` if it names an image, else `name<ending>.png` in the folder `out`, or beside it.
 
     Raises SettingError when several results would go to one place, FileError for a kind not written here.
     """
     if out is not None and out.suffix and not out.is_dir():
         if out.suffix.lower() not in SUFFIXES:
-            raise FileError(f"{out} is no kind of picture written here; end its name in {', '.join(SUFFIXES)}.")
+            raise FileError(f"{out} is no kind of image written here; end its name in {', '.join(SUFFIXES)}.")
         if len(sources) > 1:
-            raise SettingError(f"{len(sources)} pictures cannot all be written to {out}; name a folder with --out.")
+            raise SettingError(f"{len(sources)} images cannot all be written to {out}; name a folder with --out.")
         return [out]
     places = [(out or source.parent) / f"{source.stem}{ending}.png" for source in sources]
     twins = sorted({place for place in places if places.count(place) > 1})
@@ -176,26 +176,28 @@ def destinations(sources: Sequence[Path], out: Path | None, ending: str) -> list
 
 
 @contextmanager
-def _steps(label: str) -> Iterator[OnStep]:
+def _steps(label: str) -> Iterator[Callback]:
     """A step callback that draws a bar."""
     with progress(0, label) as bar:
 
-        def on_step(step: Step) -> None:
+        def callback(step: Step) -> None:
             bar.total = step.total
             bar.update(step.index - bar.n)
 
-        yield on_step
+        yield callback
 
 
 def _several(place: Path, count: int) -> list[Path]:
-    """Names for the pictures of one batch: the name itself for one, else numbered."""
+    """Names for the images of one batch: the name itself for one, else numbered."""
     if count == 1:
         return [place]
     return [place.with_name(f"{place.stem}-{index}{place.suffix}") for index in range(1, count + 1)]
 
 
-def _run(sources: Sequence[Path], wish: Wish, ending: str, make: Make, jobs: Callable[[Identity], list[Job]]) -> None:
-    """Make and save the pictures of one source after another, then say what was written."""
+def _run(
+    sources: Sequence[Path], wish: Wish, ending: str, make: Make, jobs: Callable[[CheckpointMetadata], list[Job]]
+) -> None:
+    """Make and save the images of one source after another, then say what was written."""
     from pidecode.engine import sequence_parallel as parallel
     from pidecode.files import check_writable
     from pidecode.images import KEYWORD, save_image
@@ -209,90 +211,90 @@ def _run(sources: Sequence[Path], wish: Wish, ending: str, make: Make, jobs: Cal
             check_writable(place, overwrite=wish.overwrite)
         if wish.bits == "16" and place.suffix.lower() != ".png":
             raise SettingError(f"Only .png files hold 16 bits a channel; {place} does not.")
-    spread = parallel.join()  # under torchrun, several processes share each picture and one writes it
+    spread = parallel.join()  # under torchrun, several processes share each image and one writes it
     decoder = wish.decoder(jobs)
     decoder.runner.spread = spread
     written: list[dict[str, Any]] = []
     for source, place in zip(sources, places, strict=True):
         began = time.perf_counter()
-        with _steps(source.name) as on_step:
-            made = make(decoder, source, on_step)
+        with _steps(source.name) as callback:
+            made = make(decoder, source, callback)
         if not parallel.leads():
             continue
         images = made if isinstance(made, list) else [made]
         decoded = time.perf_counter()
         place.parent.mkdir(parents=True, exist_ok=True)
-        for name, image in zip(_several(place, len(images)), images, strict=True):
-            picture, recipe = image if isinstance(image, tuple) else (image, image.info[KEYWORD])
-            save_image(name, picture, recipe=recipe, overwrite=wish.overwrite, bits=int(wish.bits))
+        for name, one in zip(_several(place, len(images)), images, strict=True):
+            image, recipe = one if isinstance(one, tuple) else (one, one.info[KEYWORD])
+            save_image(name, image, recipe=recipe, overwrite=wish.overwrite, bits=int(wish.bits))
             size = {"width": recipe["width"], "height": recipe["height"]}
-            written.append({"source": str(source), "picture": str(name), **size, "seed": recipe["seed"]})
+            written.append({"source": str(source), "image": str(name), **size, "seed": recipe["seed"]})
         timing = {"seconds": round(decoded - began, 2), "seconds_saving": round(time.perf_counter() - decoded, 2)}
         written[-1] |= timing
         if not wish.as_json:
             for line in written[-len(images) :]:
-                click.echo(f"{line['picture']}  {line['width']}x{line['height']}  {timing['seconds']:.1f} s")
+                click.echo(f"{line['image']}  {line['width']}x{line['height']}  {timing['seconds']:.1f} s")
     if wish.as_json and parallel.leads():
         emit(written, "", as_json=True)
     parallel.leave()
 
 
 @click.command()
-@click.argument("pictures", nargs=-1, required=True, type=_PATH)
+@click.argument("images", nargs=-1, required=True, type=_PATH)
 @click.option(
     "--fit", type=click.Choice(["pad", "crop"]), default="pad", show_default=True, help="For sides that do not divide."
 )
 @_decoding_options
-def upscale(pictures: tuple[Path, ...], fit: str, **options: Any) -> None:
-    """Enlarge PICTURES: encode each to a latent, and decode that larger.
+def upscale(images: tuple[Path, ...], fit: str, **options: Any) -> None:
+    """Enlarge IMAGES: encode each to a latent, and decode that larger.
 
     Without --out, photo.jpg becomes photo-upscaled.png beside it. Existing files are left alone unless --overwrite.
     """
     wish = Wish(**options)
 
-    def make(decoder: PixelDecoder, source: Path, on_step: OnStep) -> Any:
-        return decoder.upscale(source, wish.caption, fit=fit, output=wish.output, on_step=on_step, **wish.settings())  # type: ignore[arg-type]
+    def make(decoder: PixelDecoder, source: Path, callback: Callback) -> Any:
+        return decoder.upscale(source, wish.caption, fit=fit, output=wish.output, callback=callback, **wish.settings())  # type: ignore[arg-type]
 
-    _run(pictures, wish, "-upscaled", make, lambda identity: upscaled(pictures, identity))
+    _run(images, wish, "-upscaled", make, lambda identity: upscaled(images, identity))
 
 
 @click.command()
 @click.argument("latents", nargs=-1, required=True, type=_PATH)
-@click.option("--size", metavar="WIDTHxHEIGHT", help="Of the picture, if not the latent's natural size.")
+@click.option("--size", metavar="WIDTHxHEIGHT", help="Of the image, if not the latent's natural size.")
 @_decoding_options
 def decode(latents: tuple[Path, ...], size: str | None, **options: Any) -> None:
-    """Turn saved LATENTS (.safetensors) into pictures.
+    """Turn saved LATENTS (.safetensors) into images.
 
     Without --out, cat.safetensors becomes cat.png beside it. Existing files are left alone unless --overwrite.
     """
     wish = Wish(**options)
     pixels = None if size is None else parse_size(size)
 
-    def make(decoder: PixelDecoder, source: Path, on_step: OnStep) -> Any:
+    def make(decoder: PixelDecoder, source: Path, callback: Callback) -> Any:
         from pidecode.latents.latent import Latent
 
         settings = wish.settings()
         if pixels is not None:
             settings["size"] = pixels
         latent = Latent.load(source, space=wish.space)
-        return decoder.decode(latent, wish.caption, output=wish.output, on_step=on_step, **settings)
+        return decoder.decode(latent, wish.caption, output=wish.output, callback=callback, **settings)
 
     _run(latents, wish, "", make, lambda _: decoded(latents, wish.space, pixels))
 
 
 @click.command()
-@click.option("--size", required=True, metavar="WxH", help="Picture to make, in pixels: 4096x3072.")
+@click.option("--size", required=True, metavar="WxH", help="Image to make, in pixels: 4096x3072.")
 @click.option("--vram", metavar="BYTES", help="Memory of an accelerator: 12GB. Without it, what is free here.")
 @click.option("--ram", metavar="BYTES", help="Plan for a processor with this much memory instead.")
 @click.option("--network", type=click.Choice(list(NETWORKS)), default="v1.5", show_default=True)
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures at once.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images at once.")
 @click.option("--dtype", metavar="NAME", help="float32, bfloat16 or float16; chosen to fit if not given.")
 @weights_options
 @json_option
 def plan(
     size: str, vram: str | None, ram: str | None, network: str, as_json: bool, weights: Weights | None, **options: Any
 ) -> None:
-    """Say how a picture would be decoded in the memory there is, or that it does not fit and what would."""
+    """Say how an image would be decoded in the memory there is, or that it does not fit and what would."""
     if vram and ram:
         raise SettingError("--vram and --ram name two machines; give one.")
     given = vram or ram

@@ -123,7 +123,7 @@ def processor() -> dict[str, Any]:
 def _library_verdicts(missing: dict[str, list[str]]) -> Iterator[Verdict]:
     for extra, purpose in (
         ("captions", "captions for the released decoders"),
-        ("diffusers", "pictures to latents with the image models' own encoders"),
+        ("diffusers", "images to latents with the image models' own encoders"),
     ):
         lacking = missing[extra]
         mend = f"{', '.join(lacking)} missing: pip install 'pidecode[{extra}]'" if lacking else "installed"
@@ -142,7 +142,7 @@ def _torch_verdicts(build: dict[str, Any], found: list[dict[str, Any]]) -> Itera
     elif build["cuda"] or build["hip"]:
         yield Verdict("decoding on a graphics card", False, "torch finds no card it can use; is the driver running?")
     else:
-        yield Verdict("decoding on a graphics card", False, "none here; small pictures decode on the processor")
+        yield Verdict("decoding on a graphics card", False, "none here; small images decode on the processor")
     if find_spec("torchvision") is not None:
         yield _torchvision_verdict()
 

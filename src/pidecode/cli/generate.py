@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pidecode generate`: prompts in, pictures out, drawn by a diffusers pipeline and decoded by PiD."""
+"""`pidecode generate`: prompts in, images out, drawn by a diffusers pipeline and decoded by PiD."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _PATH = click.Path(path_type=Path)
 @click.option("--prompts", "prompt_file", type=_PATH, help="File with one prompt per line; # begins a comment.")
 @click.option("--space", "model", type=click.Choice(list(GENERATION)), metavar="NAME", required=True,
               help=f"Image model: {', '.join(GENERATION)}.")  # fmt: skip
-@click.option("--size", default="2048x2048", show_default=True, help="Of the finished pictures, WIDTHxHEIGHT.")
-@click.option("--seed", "seeds", type=click.IntRange(min=0), multiple=True, help="Several make several pictures.")
+@click.option("--size", default="2048x2048", show_default=True, help="Of the finished images, WIDTHxHEIGHT.")
+@click.option("--seed", "seeds", type=click.IntRange(min=0), multiple=True, help="Several make several images.")
 @click.option("--steps", type=click.IntRange(min=1), help="Of the diffusion; the model's own number if not given.")
 @click.option("--stop-after", metavar="N", help="End the diffusion after step N and decode that; or `recommended`.")
 @click.option("--save-latents", is_flag=True, help="Keep the latents, to decode favorites again.")
-@click.option("--compare", type=click.Choice(["vae"]), help="Also put the model's own decode beside each picture.")
-@click.option("-o", "--out", type=_PATH, default=Path("pictures"), show_default=True, help="Folder to write to.")
+@click.option("--compare", type=click.Choice(["vae"]), help="Also put the model's own decode beside each image.")
+@click.option("-o", "--out", type=_PATH, default=Path("images"), show_default=True, help="Folder to write to.")
 @click.option("--pipeline", "source", help="Folder or hub repository of the pipeline, if not the model's own.")
 @click.option("-m", "--model", "decoder", help="PiD decoder: a name or file; the official one if not given.")
 @click.option("--variant", metavar="NAME", help="Variant of the decoder: 2k, 2kto4k, ...")
@@ -45,7 +45,7 @@ _PATH = click.Path(path_type=Path)
 )
 @json_option
 def generate(prompts: tuple[str, ...], prompt_file: Path | None, as_json: bool, **wish: Any) -> None:
-    """Draw pictures from prompts, at four times the size the image model draws.
+    """Draw images from prompts, at four times the size the image model draws.
 
     First all prompts are drawn, then the image model leaves the memory and PiD decodes. A run that was interrupted
     goes on where it stopped when it is given again.
@@ -92,11 +92,11 @@ def generate(prompts: tuple[str, ...], prompt_file: Path | None, as_json: bool, 
             on_progress=tell,
         )
     rows = [
-        {"picture": str(one.picture), "latent": one.latent and str(one.latent),
+        {"image": str(one.image), "latent": one.latent and str(one.latent),
          "comparison": one.comparison and str(one.comparison), "fidelity": one.fidelity}
         for one in written
     ]  # fmt: skip
-    lines = [f"{row['picture']}" + (f"  ({row['fidelity']})" if row["fidelity"] else "") for row in rows]
+    lines = [f"{row['image']}" + (f"  ({row['fidelity']})" if row["fidelity"] else "") for row in rows]
     emit(rows, "\n".join(lines), as_json=as_json)
 
 

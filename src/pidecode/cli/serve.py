@@ -17,8 +17,8 @@ from pidecode.registry.spaces import GENERATION
 
 if TYPE_CHECKING:
     from pidecode.decoder import PixelDecoder
-    from pidecode.integrations.text_to_image import PipelinePainter
-    from pidecode.serve.service import Desk
+    from pidecode.integrations.text_to_image import PipelineTextToLatent
+    from pidecode.serve.service import DecodeService
 
 SERVER_PORT = 8421
 PAGE_PORT = 8420
@@ -77,7 +77,7 @@ class Wish:
             found[name] = decoder
         return found
 
-    def painter(self) -> PipelinePainter | None:
+    def painter(self) -> PipelineTextToLatent | None:
         """The image model that paints from prompts, loaded; None where none is asked for."""
         if self.pipeline is None:
             if self.pipeline_source is not None:
@@ -86,11 +86,11 @@ class Wish:
         import torch
 
         from pidecode.devices import pick_device
-        from pidecode.integrations.text_to_image import PipelinePainter
+        from pidecode.integrations.text_to_image import PipelineTextToLatent
 
         device = pick_device(self.device)
         kind = self.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-        return PipelinePainter.from_pretrained(
+        return PipelineTextToLatent.from_pretrained(
             self.pipeline, self.pipeline_source, device=device, dtype=getattr(torch, kind)
         )
 
@@ -124,7 +124,7 @@ def _options(port: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             ),
             click.option("--pipeline-source", metavar="PATH", help="Its folder or hub repository, if not its own."),
             click.option("--max-body", type=click.IntRange(1), default=64, show_default=True, help="MiB per upload."),
-            click.option("--compile", is_flag=True, help="Compile sums with the first picture, for those after it."),
+            click.option("--compile", is_flag=True, help="Compile sums with the first image, for those after it."),
             threads_option,
             click.option("--queue", type=click.IntRange(0), default=8, show_default=True, help="Jobs that may wait."),
             click.option(
@@ -139,15 +139,15 @@ def _options(port: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return add
 
 
-def _desk(wish: Wish) -> Desk:
+def _desk(wish: Wish) -> DecodeService:
     """The models behind one queue."""
     from pidecode.serve.schemas import Limits
-    from pidecode.serve.service import Desk
+    from pidecode.serve.service import DecodeService
 
     limits = Limits(
         body_bytes=wish.max_body * MEBIBYTE, pixels=wish.max_pixels, waiting=wish.queue, seconds=wish.timeout
     )
-    return Desk(wish.decoders(), limits=limits, painter=wish.painter())
+    return DecodeService(wish.decoders(), limits=limits, painter=wish.painter())
 
 
 def _require(packages: Sequence[str], extra: str) -> None:
@@ -160,7 +160,7 @@ def _require(packages: Sequence[str], extra: str) -> None:
         )
 
 
-def _run(wish: Wish, create: Callable[[Desk, str | None], Any], say: Callable[[str], str]) -> None:
+def _run(wish: Wish, create: Callable[[DecodeService, str | None], Any], say: Callable[[str], str]) -> None:
     from pidecode.serve.http import bound_socket, check_token, serve
 
     token = wish.token()
@@ -180,7 +180,7 @@ def serve(**options: Any) -> None:
     """
     _require(["fastapi", "uvicorn", "python_multipart"], "serve")
 
-    def create(desk: Desk, token: str | None) -> Any:
+    def create(desk: DecodeService, token: str | None) -> Any:
         from pidecode.serve.app import create_app
 
         return create_app(desk, token=token)
@@ -199,7 +199,7 @@ def web(browser: bool, **options: Any) -> None:
     _require(["fastapi", "uvicorn"], "web")
     wish = Wish(**options)
 
-    def create(desk: Desk, token: str | None) -> Any:
+    def create(desk: DecodeService, token: str | None) -> Any:
         from pidecode.serve.page import create_app
 
         return create_app(desk, token=token)

@@ -48,7 +48,7 @@ class _Line:
 
 @click.command()
 @click.argument("recipe", required=False)
-@click.option("--data", metavar="PATH", help="Folder of pictures or WebDataset shards; the setting data.source.")
+@click.option("--data", metavar="PATH", help="Folder of images or WebDataset shards; the setting data.source.")
 @click.option("--out", metavar="FOLDER", help="Where the run lives: checkpoints, samples, metrics, result.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Change one setting; repeatable.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out.")

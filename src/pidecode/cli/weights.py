@@ -58,7 +58,7 @@ class _Bars:
 @click.argument("model", type=click.Choice(PULLABLE), metavar="MODEL")
 @click.option("--variant", metavar="NAME", help="Variant of the decoder: 2k, 2kto4k, 2kto4k_v1pt5.")
 @click.option("--kind", type=KINDS, help="A teacher, or the bare backbone.")
-@click.option("--no-encoder", is_flag=True, help="Leave out the encoder: latents decode, pictures cannot be upscaled.")
+@click.option("--no-encoder", is_flag=True, help="Leave out the encoder: latents decode, images cannot be upscaled.")
 @click.option("--no-text", is_flag=True, help="Leave out the text encoder (about 5 GB).")
 @click.option("--accept-license", is_flag=True, help="You have read the license and keep to it.")
 @json_option
@@ -108,9 +108,9 @@ def convert(source: Path, target: Path, **asked: Any) -> None:
     space, variant and license, and loads with no further argument.
     """
     from pidecode.weights.convert import convert as write
-    from pidecode.weights.detect import Hints
+    from pidecode.weights.detect import Overrides
 
-    hints = Hints(space=asked["space"], variant=asked["variant"], kind=asked["kind"])
+    hints = Overrides(space=asked["space"], variant=asked["variant"], kind=asked["kind"])
     identity = write(source, target, hints=hints, dtype=asked["dtype"], overwrite=asked["overwrite"])
     said: dict[str, Any] = {
         "file": str(target),
@@ -216,7 +216,7 @@ def verdicts(known: Sequence[dict[str, Any]]) -> Iterator[Verdict]:
     there = {(row["kind"], row["name"]) for row in known if row["path"]}
     tiny = {("student", "flux2/tiny"), ("encoder", "flux2/tiny")} <= there
     lost = "its weights are missing from the package; install it again"
-    yield Verdict("`tiny`, the model that ships here", tiny, "pictures and FLUX.2 latents" if tiny else lost)
+    yield Verdict("`tiny`, the model that ships here", tiny, "images and FLUX.2 latents" if tiny else lost)
     text = any(kind == READER for kind, _ in there)
     for space in dict.fromkeys(row["space"] for row in known if row["kind"] == "student"):
         students = [
@@ -230,7 +230,7 @@ def verdicts(known: Sequence[dict[str, Any]]) -> Iterator[Verdict]:
             continue
         lacking = [] if text else ["the text encoder, so captions must come as ready-made states"]
         if ("encoder", space) not in there:
-            lacking.append("the encoder, so latents decode but pictures cannot be upscaled")
+            lacking.append("the encoder, so latents decode but images cannot be upscaled")
         because = ", ".join(found) + (
             f"; without {' and without '.join(lacking)}: pidecode pull {space}" if lacking else ""
         )
@@ -258,7 +258,7 @@ def models(on_disk: bool, as_json: bool) -> None:
     emit(listed, lambda: table([_line(row) for row in listed]), as_json=as_json)
 
 
-PICTURES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
+IMAGES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
 PICKLES = (b"PK\x03\x04", b"\x80")
 
 
@@ -269,26 +269,26 @@ def describe(path: Path) -> dict[str, Any]:
     known: dict[str, Any] = {"file": str(path), "bytes": size}
     if looks_like_safetensors(start):
         return known | _safetensors(read_header(path), path)
-    if start.startswith(PICTURES):
-        return known | _picture(path)
+    if start.startswith(IMAGES):
+        return known | _image(path)
     if start.startswith(PICKLES):
         from pidecode.weights.read import read_weights
 
         shapes = read_weights(path, check_values=False).shapes
         return known | {"what": "weights", "format": "pickle, tensors only"} | _foreign(shapes, path)
-    raise FileError(f"{path} is no picture, latent or weights file that pidecode knows.")
+    raise FileError(f"{path} is no image, latent or weights file that pidecode knows.")
 
 
-def _picture(path: Path) -> dict[str, Any]:
+def _image(path: Path) -> dict[str, Any]:
     from PIL import Image
 
     from pidecode.images import load_image, read_recipe
 
-    picture = load_image(path)  # with all its checks, before anything else opens it
+    image = load_image(path)  # with all its checks, before anything else opens it
     with Image.open(path) as opened:
         kind = opened.format
     recipe = read_recipe(path)
-    return {"what": "picture", "format": kind, "width": picture.width, "height": picture.height, "recipe": recipe}
+    return {"what": "image", "format": kind, "width": image.width, "height": image.height, "recipe": recipe}
 
 
 def _safetensors(header: Header, path: Path) -> dict[str, Any]:
@@ -344,7 +344,7 @@ def _report(found: dict[str, Any]) -> str:
     shown = {name: value for name, value in found.items() if name != "bytes"}
     shown["size"] = readable_size(found["bytes"])
     if "recipe" in shown and shown["recipe"] is None:
-        shown["recipe"] = "none: this picture was not made by pidecode, or its metadata were removed"
+        shown["recipe"] = "none: this image was not made by pidecode, or its metadata were removed"
     return "\n".join(_lines(shown))
 
 
@@ -352,6 +352,6 @@ def _report(found: dict[str, Any]) -> str:
 @click.argument("file", type=click.Path(path_type=Path))
 @json_option
 def info(file: Path, as_json: bool) -> None:
-    """Say what FILE is: a picture and its recipe, a latent, or weights."""
+    """Say what FILE is: an image and its recipe, a latent, or weights."""
     found = describe(file)
     emit(found, lambda: _report(found), as_json=as_json)

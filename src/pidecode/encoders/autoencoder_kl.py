@@ -65,16 +65,16 @@ class AutoencoderNative:
         self.model = model.eval().requires_grad_(False)
         self._video = space.name == "qwenimage"
 
-    def encode(self, pictures: Tensor) -> Tensor:
+    def encode(self, images: Tensor) -> Tensor:
         """The posterior's mean, `[B, raw channels, h, w]`."""
-        pictures = pictures.to(self.model.dtype)
-        mean: Tensor = self.model.encode(pictures.unsqueeze(2) if self._video else pictures).latent_dist.mean
+        images = images.to(self.model.dtype)
+        mean: Tensor = self.model.encode(images.unsqueeze(2) if self._video else images).latent_dist.mean
         return mean.squeeze(2) if self._video else mean
 
     def decode(self, raw: Tensor) -> Tensor:
-        """Pictures; qwenimage's raw latents are videos of one frame."""
-        pictures: Tensor = self.model.decode(raw.to(self.model.dtype), return_dict=False)[0]
-        return pictures.squeeze(2) if self._video else pictures
+        """Images; qwenimage's raw latents are videos of one frame."""
+        images: Tensor = self.model.decode(raw.to(self.model.dtype), return_dict=False)[0]
+        return images.squeeze(2) if self._video else images
 
     def to(self, device: torch.device) -> None:
         """Move the weights."""
@@ -279,7 +279,7 @@ def _build(family: str, config: Mapping[str, Any], tensors: dict[str, Tensor], p
 
 
 def _lifted(model: torch.nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A picture-only (2-D) Qwen file in the video model's shapes, and buffers that files may leave out.
+    """An image-only (2-D) Qwen file in the video model's shapes, and buffers that files may leave out.
 
     Its causal convolutions see one frame after padding, so only their last slice in time ever acts; the
     convolutions over time alone are never reached by a single frame.

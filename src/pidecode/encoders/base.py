@@ -21,12 +21,12 @@ from pidecode.registry.spaces import LatentSpace, get_space
 
 PathLike = str | os.PathLike[str]
 Encode = Callable[[Tensor], Tensor]
-"""Pictures `[B, 3, H, W]` in [-1, 1] to normalized latents."""
+"""Images `[B, 3, H, W]` in [-1, 1] to normalized latents."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Native(Protocol):
-    """What a space's own model does, in its raw frame; pictures are `[B, 3, H, W]` in [-1, 1].
+    """What a space's own model does, in its raw frame; images are `[B, 3, H, W]` in [-1, 1].
 
     Tensors come in float32; the model casts them to its own number format, at the point where that is due.
     """
@@ -36,12 +36,12 @@ class Native(Protocol):
         """Whether the way back is at hand."""
         ...
 
-    def encode(self, pictures: Tensor) -> Tensor:
+    def encode(self, images: Tensor) -> Tensor:
         """Raw latents: the mean, never a sample."""
         ...
 
     def decode(self, raw: Tensor) -> Tensor:
-        """Pictures `[B, 3, H, W]`, not clamped."""
+        """Images `[B, 3, H, W]`, not clamped."""
         ...
 
     def to(self, device: torch.device) -> None:
@@ -49,8 +49,8 @@ class Native(Protocol):
         ...
 
 
-class SpaceEncoder:
-    """A latent space's own encoder: call it with pictures, get normalized latents.
+class ImageEncoder:
+    """A latent space's own encoder: call it with images, get normalized latents.
 
     space: the row of its latent space.
     statistics: mean and variance from the encoder's own weights (flux2, dinov2); None where the space has none.
@@ -82,24 +82,24 @@ class SpaceEncoder:
         """Whether `decode_native` is at hand."""
         return self._native.can_decode
 
-    def to(self, device: torch.device | str) -> SpaceEncoder:
+    def to(self, device: torch.device | str) -> ImageEncoder:
         """Move the weights; returns itself."""
         self.device = torch.device(device)
         self._native.to(self.device)
         return self
 
     @torch.no_grad()
-    def __call__(self, pictures: Tensor, look: Look | None = None) -> Tensor:
-        """Pictures `[B, 3, H, W]` in [-1, 1] to normalized latents `[B, C, H/down, W/down]`, float32.
+    def __call__(self, images: Tensor, look: Look | None = None) -> Tensor:
+        """Images `[B, 3, H, W]` in [-1, 1] to normalized latents `[B, C, H/down, W/down]`, float32.
 
-        look: what the decoder to come makes of a latent, at the picture's size. An encoder that was trained to
+        look: what the decoder to come makes of a latent, at the image's size. An encoder that was trained to
         (`EncoderConfig.rounds`) corrects its latent by it; to all others, and without it, it makes no difference.
         Sides must be multiples of the space's `input_multiple`; dinov2 and siglip take any size and see their own
         square (SPEC.md section 5). Raises SizeError for other sides, SettingError for other tensors, LatentError
         when the encoder answers with NaN.
         """
-        check_pictures(pictures, self.space)
-        given = pictures.to(self.device, torch.float32)
+        check_images(images, self.space)
+        given = images.to(self.device, torch.float32)
         raw = (self._native.encode(given) if look is None else self._encode_looking(given, look)).float()
         latent = raw if self._already_normalized else normalize(raw, self.space, self.statistics)
         if not bool(torch.isfinite(latent).all()):
@@ -109,22 +109,22 @@ class SpaceEncoder:
             )
         return latent
 
-    def _encode_looking(self, pictures: Tensor, look: Look) -> Tensor:
+    def _encode_looking(self, images: Tensor, look: Look) -> Tensor:
         from pidecode.encoders.tiny import TinyNative
 
         native = self._native
-        return native.encode(pictures, look) if isinstance(native, TinyNative) else native.encode(pictures)
+        return native.encode(images, look) if isinstance(native, TinyNative) else native.encode(images)
 
     @torch.no_grad()
     def decode_native(self, latent: Tensor) -> Tensor:
         """Normalized latents `[B, C, h, w]` to what the space's own decoder makes of them.
 
-        Returns `[B, 3, h down, w down]` in [-1, 1], float32. Noise in the latent stays in the picture. Raises
+        Returns `[B, 3, h down, w down]` in [-1, 1], float32. Noise in the latent stays in the image. Raises
         SettingError where the encoder came without its decoder.
         """
         if not self.can_decode:
             raise SettingError(
-                f"This {self.space.name} encoder came without the space's own decoder, so there is no picture to "
+                f"This {self.space.name} encoder came without the space's own decoder, so there is no image to "
                 "compare with. Load it from files that hold both (see the page of the space)."
             )
         wide = latent.to(self.device).float()
@@ -132,16 +132,16 @@ class SpaceEncoder:
         return self._native.decode(raw).float().clamp(-1.0, 1.0)
 
     def __repr__(self) -> str:
-        ways = "both ways" if self.can_decode else "pictures to latents only"
-        return f"SpaceEncoder({self.space.name}, {_plain(self.dtype)} on {self.device}, {ways})"
+        ways = "both ways" if self.can_decode else "images to latents only"
+        return f"ImageEncoder({self.space.name}, {_plain(self.dtype)} on {self.device}, {ways})"
 
 
 class LazyEncoder:
-    """A SpaceEncoder that is loaded when the first picture comes; then it behaves as that does."""
+    """A ImageEncoder that is loaded when the first image comes; then it behaves as that does."""
 
     def __init__(self, space: str, path: PathLike, device: torch.device, dtype: torch.dtype) -> None:
         self._load = functools.partial(load_encoder, space, path, device=device, dtype=dtype)
-        self._loaded: SpaceEncoder | None = None
+        self._loaded: ImageEncoder | None = None
 
     @classmethod
     def of(
@@ -151,7 +151,7 @@ class LazyEncoder:
         return None if path is None or space is None else cls(space, path, device, dtype)
 
     @property
-    def loaded(self) -> SpaceEncoder:
+    def loaded(self) -> ImageEncoder:
         """The encoder itself."""
         if self._loaded is None:
             self._loaded = self._load()
@@ -162,18 +162,18 @@ class LazyEncoder:
         """Whether `decode_native` is at hand."""
         return self.loaded.can_decode
 
-    def __call__(self, pictures: Tensor, look: Look | None = None) -> Tensor:
-        """Pictures to normalized latents; see `SpaceEncoder`."""
-        return self.loaded(pictures, look)
+    def __call__(self, images: Tensor, look: Look | None = None) -> Tensor:
+        """Images to normalized latents; see `ImageEncoder`."""
+        return self.loaded(images, look)
 
     def decode_native(self, latent: Tensor) -> Tensor:
-        """Normalized latents to the space's own pictures; see `SpaceEncoder`."""
+        """Normalized latents to the space's own images; see `ImageEncoder`."""
         return self.loaded.decode_native(latent)
 
 
-def encode_for(look: Look | None, encoder: Encode, pictures: Tensor) -> Tensor:
+def encode_for(look: Look | None, encoder: Encode, images: Tensor) -> Tensor:
     """Latents by `encoder`, which may be any function, for the decoder behind `look` where it can make use of that."""
-    return encoder(pictures, look) if isinstance(encoder, (SpaceEncoder, LazyEncoder)) else encoder(pictures)
+    return encoder(images, look) if isinstance(encoder, (ImageEncoder, LazyEncoder)) else encoder(images)
 
 
 @contextmanager
@@ -183,7 +183,7 @@ def visiting(encoder: object, device: torch.device | None) -> Iterator[None]:
     An encoder that is just a function has no weights of ours to move.
     """
     own = encoder.loaded if isinstance(encoder, LazyEncoder) and device is not None else encoder
-    if not isinstance(own, SpaceEncoder) or device is None:
+    if not isinstance(own, ImageEncoder) or device is None:
         yield
         return
     own.to(device)
@@ -203,7 +203,7 @@ def native_reference(encoder: object, latent: Latent) -> Tensor:
             f"Noise is in this latent (sigma {latent.sigmas.tolist()}), so the space's own decoder is no reference for "
             "its colors; pass reference=, or leave color_lock out."
         )
-    if not isinstance(encoder, (SpaceEncoder, LazyEncoder)) or not encoder.can_decode:
+    if not isinstance(encoder, (ImageEncoder, LazyEncoder)) or not encoder.can_decode:
         raise SettingError(
             f"Holding colors needs the {latent.space} space's own decoder, and there is none here. Fetch it with "
             f"`pidecode pull {latent.space}`, pass reference=, or leave color_lock out."
@@ -220,7 +220,7 @@ def load_encoder(
     backbone: PathLike | None = None,
     statistics: PathLike | None = None,
     native_decoder: PathLike | None = None,
-) -> SpaceEncoder:
+) -> ImageEncoder:
     """The encoder of a latent space, from files on this machine; nothing is downloaded.
 
     space: name or alias of a latent space.
@@ -242,7 +242,7 @@ def load_encoder(
         native, found = load_representation(
             row, place, dtype=dtype, backbone=backbone, statistics=statistics, native_decoder=native_decoder
         )
-        return SpaceEncoder(native, row, statistics=found, device=device, dtype=dtype)
+        return ImageEncoder(native, row, statistics=found, device=device, dtype=dtype)
     if not backbone == statistics == native_decoder is None:
         raise SettingError(
             f"backbone, statistics and native_decoder act on dinov2 and siglip only; the {row.name} encoder is whole."
@@ -252,29 +252,29 @@ def load_encoder(
 
     if is_tiny_encoder(place):
         tiny = load_tiny_encoder(place, row, dtype)
-        return SpaceEncoder(tiny, row, device=device, dtype=dtype, already_normalized=True)
+        return ImageEncoder(tiny, row, device=device, dtype=dtype, already_normalized=True)
     autoencoder, found = load_autoencoder(row, place, dtype)
-    return SpaceEncoder(autoencoder, row, statistics=found, device=device, dtype=dtype)
+    return ImageEncoder(autoencoder, row, statistics=found, device=device, dtype=dtype)
 
 
-def check_pictures(pictures: Tensor, space: LatentSpace) -> None:
-    """Raises SettingError or SizeError unless these are pictures the space's encoder takes."""
-    if not isinstance(pictures, Tensor) or pictures.ndim != 4 or pictures.shape[1] != 3:
-        given = list(pictures.shape) if isinstance(pictures, Tensor) else type(pictures).__name__
-        raise SettingError(f"The encoder takes pictures [B, 3, H, W] in [-1, 1]; got {given}.")
-    if not pictures.is_floating_point():
-        raise SettingError(f"The encoder takes pictures in [-1, 1]; got {_plain(pictures.dtype)}. Scale them first.")
-    low, high = torch.aminmax(pictures)
+def check_images(images: Tensor, space: LatentSpace) -> None:
+    """Raises SettingError or SizeError unless these are images the space's encoder takes."""
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
+        given = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise SettingError(f"The encoder takes images [B, 3, H, W] in [-1, 1]; got {given}.")
+    if not images.is_floating_point():
+        raise SettingError(f"The encoder takes images in [-1, 1]; got {_plain(images.dtype)}. Scale them first.")
+    low, high = torch.aminmax(images)
     if not (float(low) >= -1.001 and float(high) <= 1.001):
         raise SettingError(
-            f"Pictures must lie in [-1, 1]; these reach from {float(low):.3g} to {float(high):.3g}. Scale them first."
+            f"Images must lie in [-1, 1]; these reach from {float(low):.3g} to {float(high):.3g}. Scale them first."
         )
-    height, width = pictures.shape[-2:]
+    height, width = images.shape[-2:]
     multiple = space.input_multiple
     if space.fixed_input is None and (height % multiple or width % multiple or not height or not width):
         near = [max(multiple, round(side / multiple) * multiple) for side in (width, height)]
         raise SizeError(
-            f"A {width}x{height} picture does not divide into the {space.name} encoder's {multiple}-pixel cells; the "
+            f"A {width}x{height} image does not divide into the {space.name} encoder's {multiple}-pixel cells; the "
             f"nearest that does is {near[0]}x{near[1]}. Crop or pad it."
         )
 

@@ -65,7 +65,7 @@ RECIPES = {
 
 
 class RepresentationNative:
-    """A vision model's patch features as raw latents `[B, C, h, w]`, and a ViT that turns them back into pictures."""
+    """A vision model's patch features as raw latents `[B, C, h, w]`, and a ViT that turns them back into images."""
 
     def __init__(self, tower: Any, space: LatentSpace, decoder: VitDecoder | None) -> None:
         self._tower = tower.eval().requires_grad_(False)
@@ -86,10 +86,10 @@ class RepresentationNative:
         mean, deviation = like.new_tensor([recipe.mean, recipe.deviation]).view(2, 1, 3, 1, 1)
         return mean, deviation
 
-    def encode(self, pictures: Tensor) -> Tensor:
+    def encode(self, images: Tensor) -> Tensor:
         """Features of the model's last layer, before SigLIP's last norm, after DINOv2's without its weights."""
         recipe = self._recipe
-        seen = (pictures + 1) / 2
+        seen = (images + 1) / 2
         if seen.shape[-2:] != (recipe.side, recipe.side):
             seen = functional.interpolate(
                 seen, size=(recipe.side, recipe.side), mode="bicubic", align_corners=False, antialias=recipe.antialias
@@ -101,16 +101,16 @@ class RepresentationNative:
         return features
 
     def decode(self, raw: Tensor) -> Tensor:
-        """Pictures of the space's own square size, in [-1, 1]."""
+        """Images of the space's own square size, in [-1, 1]."""
         assert self._decoder is not None
-        pictures = self._decoder(raw.flatten(2).transpose(1, 2).to(self._dtype)).float()
-        mean, deviation = self._colors(pictures)
-        pictures = (pictures * deviation + mean).clamp(0, 1)
-        if pictures.shape[-1] != self._side:  # Scale-RAE decodes to 224 pixels what stands for 256
-            pictures = functional.interpolate(
-                pictures, size=(self._side, self._side), mode="bicubic", align_corners=False
+        images = self._decoder(raw.flatten(2).transpose(1, 2).to(self._dtype)).float()
+        mean, deviation = self._colors(images)
+        images = (images * deviation + mean).clamp(0, 1)
+        if images.shape[-1] != self._side:  # Scale-RAE decodes to 224 pixels what stands for 256
+            images = functional.interpolate(
+                images, size=(self._side, self._side), mode="bicubic", align_corners=False
             ).clamp(0, 1)
-        result: Tensor = pictures * 2 - 1
+        result: Tensor = images * 2 - 1
         return result
 
     def to(self, device: torch.device) -> None:

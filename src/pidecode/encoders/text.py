@@ -33,7 +33,7 @@ def instruction() -> str:
 
 
 def negative_prompt() -> str:
-    """The undistilled networks' caption for what a picture should not be, from PixelDiT (Apache-2.0)."""
+    """The undistilled networks' caption for what an image should not be, from PixelDiT (Apache-2.0)."""
     return _asset("negative_prompt.txt")
 
 

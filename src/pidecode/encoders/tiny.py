@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pidecode.encoders.autoencoder_kl import fill
 from pidecode.errors import CheckpointError
-from pidecode.models.tiny import EncoderConfig, ImageEncoder, Look
+from pidecode.models.tiny import EncoderConfig, Look, TinyEncoder
 from pidecode.registry.spaces import LatentSpace
 from pidecode.weights.read import read_tensors
 from pidecode.weights.safetensors import looks_like_safetensors, read_header, read_start
@@ -23,12 +23,12 @@ class TinyNative:
 
     can_decode = False
 
-    def __init__(self, model: ImageEncoder) -> None:
+    def __init__(self, model: TinyEncoder) -> None:
         self.model = model.eval().requires_grad_(False)
 
-    def encode(self, pictures: Tensor, look: Look | None = None) -> Tensor:
+    def encode(self, images: Tensor, look: Look | None = None) -> Tensor:
         """Normalized latents `[B, 128, h, w]`; with a `look` at what they decode to, corrected by it."""
-        latents: Tensor = self.model(pictures.to(self.model.stem.weight.dtype), look)
+        latents: Tensor = self.model(images.to(self.model.stem.weight.dtype), look)
         return latents
 
     def decode(self, raw: Tensor) -> Tensor:
@@ -59,10 +59,10 @@ def load_tiny_encoder(path: Path, space: LatentSpace, dtype: torch.dtype) -> Tin
     config = EncoderConfig.from_dict(note.get("config", {}))
     if note.get("space", "flux2") != space.name or config.channels != space.channels:
         raise CheckpointError(
-            f"{path} encodes pictures into space {note.get('space', 'flux2')}, not {space.name}; name that space's own."
+            f"{path} encodes images into space {note.get('space', 'flux2')}, not {space.name}; name that space's own."
         )
     tensors = read_tensors(path).tensors
     with torch.device("meta"):
-        model = ImageEncoder(config)
+        model = TinyEncoder(config)
     fill(model, tensors, path)
     return TinyNative(model.to(dtype))

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 WIDE_PIXELS = 2**18
-"""Pixels of a picture held in float64 at once, between evaluations."""
+"""Pixels of an image held in float64 at once, between evaluations."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """CUDA graph capture and replay of one evaluation.
 
-A recording (a CUDA graph) knows addresses, not values. So all that differs from step to step or from picture to
-picture of one size (the noisy picture, the vectors of its time, what its latent and caption became) is copied into
+A recording (a CUDA graph) knows addresses, not values. So all that differs from step to step or from image to
+image of one size (the noisy image, the vectors of its time, what its latent and caption became) is copied into
 tensors of the recording's own before each replay, and the answer out of one afterwards. Random draws and everything
 decided on the host happen outside, between evaluations. How work is recorded is a function, `cuda_graph` in earnest.
 """
@@ -18,17 +18,17 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from pidecode.engine.timesteps import StepVectors
+from pidecode.engine.timesteps import StepModulation
 from pidecode.errors import SettingError
 from pidecode.models.pid.network import Condition
 
-Evaluate = Callable[[Tensor, StepVectors, Condition], Tensor]
+Evaluate = Callable[[Tensor, StepModulation, Condition], Tensor]
 Replay = Callable[[], Tensor]
 """Does recorded work again on what the recording's tensors hold now; gives the same tensor each time."""
 Record = Callable[[Callable[[], Tensor]], Replay]
 
 MOST_KEPT = 2
-"""Recordings held at once. Each keeps its inputs, its answer and the memory of one evaluation."""
+"""GraphCache held at once. Each keeps its inputs, its answer and the memory of one evaluation."""
 WARM_UPS = 2
 """Evaluations before one is recorded: kernels are loaded, chosen and compiled where that may still wait."""
 
@@ -40,16 +40,16 @@ class Inputs:
     """All that an evaluation reads beside the weights."""
 
     x: Tensor
-    vectors: StepVectors
+    vectors: StepModulation
     condition: Condition
 
 
-class Recordings:
+class GraphCache:
     """Recorded evaluations of one network, the latest sizes kept."""
 
     def __init__(self, evaluate: Evaluate, record: Record) -> None:
         self._evaluate, self._record = evaluate, record
-        self._kept: OrderedDict[Hashable, _Recording] = OrderedDict()
+        self._kept: OrderedDict[Hashable, _CapturedGraph] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -58,10 +58,10 @@ class Recordings:
         """Forget all, as must be when weights move or change."""
         self._kept.clear()
 
-    def run(self, x: Tensor, vectors: StepVectors, condition: Condition, variant: Hashable = None) -> Tensor:
+    def run(self, x: Tensor, vectors: StepModulation, condition: Condition, variant: Hashable = None) -> Tensor:
         """The evaluation of these inputs, recorded first if none of their shapes was. The answer is the caller's own.
 
-        condition: the same object at each step of a picture, so that it is copied once.
+        condition: the same object at each step of an image, so that it is copied once.
         variant: what else a recording depends on, such as the attention kernel.
         """
         inputs = Inputs(x, vectors, replace(condition, schedule=None, color=None))
@@ -71,15 +71,15 @@ class Recordings:
         else:
             while len(self._kept) >= MOST_KEPT:
                 self._kept.popitem(last=False)  # before the new one takes its memory
-            self._kept[key] = _Recording(inputs, self._evaluate, self._record)
+            self._kept[key] = _CapturedGraph(inputs, self._evaluate, self._record)
         return self._kept[key].run(inputs, condition)
 
 
-class _Recording:
+class _CapturedGraph:
     """One recorded evaluation and the tensors it reads."""
 
     def __init__(self, inputs: Inputs, evaluate: Evaluate, record: Record) -> None:
-        # Ordinary tensors even in inference mode: they outlive the picture, and may be written to in any mode.
+        # Ordinary tensors even in inference mode: they outlive the image, and may be written to in any mode.
         with torch.inference_mode(False), torch.no_grad():
             held = self.held = duplicate(inputs)
         self._replay = record(lambda: evaluate(held.x, held.vectors, held.condition))

@@ -4,7 +4,7 @@
 The same sums as the modules' own `forward`, which training uses and tests compare with. Here tokens pass through each
 block in chunks and the residual stream is updated in place; only keys, values and attention see all tokens at once.
 The pixel path runs in tiles of some tokens by some pixels of their patches, so that the per-pixel modulation (six
-vectors for every pixel of the picture) never exists as a whole, and neither do its inner activations.
+vectors for every pixel of the image) never exists as a whole, and neither do its inner activations.
 
 Shapes: B batch, L tokens, N caption tokens, D hidden, P pixels of a patch, C pixel width, T tokens of a chunk.
 """
@@ -21,14 +21,14 @@ from torch import Tensor
 from pidecode.engine.ops import elementwise as lean
 from pidecode.engine.ops.quantize import matrix_rows
 from pidecode.engine.pixel_tiles import run_pixels
-from pidecode.engine.timesteps import StepVectors
+from pidecode.engine.timesteps import StepModulation
 from pidecode.models.attention import attention
 from pidecode.models.pid.blocks import Rotation
 
 if TYPE_CHECKING:
     from pidecode.engine.chunks import Chunks
     from pidecode.models.pid.adapter import Injection, LateInjection
-    from pidecode.models.pid.network import Condition, PixelNet
+    from pidecode.models.pid.network import Condition, PiDNet
 
 
 def complex_rotation(rotation: Rotation) -> Tensor:
@@ -36,8 +36,8 @@ def complex_rotation(rotation: Rotation) -> Tensor:
     return torch.complex(*rotation)
 
 
-def denoise(net: PixelNet, x_B3HW: Tensor, vectors: StepVectors, condition: Condition) -> Tensor:
-    """`PixelNet.denoise` without a graph; the noisy picture is not altered."""
+def denoise(net: PiDNet, x_B3HW: Tensor, vectors: StepModulation, condition: Condition) -> Tensor:
+    """`PiDNet.denoise` without a graph; the noisy image is not altered."""
     chunks = net.chunks_for(x_B3HW.device)
     tokens = _embed(net, x_B3HW, chunks)
     _run_patch_blocks(net, tokens, vectors, condition, chunks)
@@ -48,7 +48,7 @@ def denoise(net: PixelNet, x_B3HW: Tensor, vectors: StepVectors, condition: Cond
     return run_pixels(net, x_B3HW, tokens, condition, chunks)
 
 
-def _embed(net: PixelNet, x_B3HW: Tensor, chunks: Chunks) -> Tensor:
+def _embed(net: PiDNet, x_B3HW: Tensor, chunks: Chunks) -> Tensor:
     """Patches to tokens `[B, L, D]`, float32, some rows of patches at a time."""
     (rows, columns), patch = net.grid_of(*x_B3HW.shape[-2:]), net.config.patch_size
     B, proj = x_B3HW.shape[0], net.s_embedder.proj
@@ -60,7 +60,7 @@ def _embed(net: PixelNet, x_B3HW: Tensor, chunks: Chunks) -> Tensor:
     return tokens
 
 
-def _run_patch_blocks(net: PixelNet, x: Tensor, vectors: StepVectors, condition: Condition, chunks: Chunks) -> None:
+def _run_patch_blocks(net: PiDNet, x: Tensor, vectors: StepModulation, condition: Condition, chunks: Chunks) -> None:
     """All patch blocks on the image stream `x` `[B, L, D]`, in place."""
     y = None if condition.text is None else condition.text.float().clone().expand(x.shape[0], -1, -1).contiguous()
     length = x.shape[1] + (0 if y is None else y.shape[1])
@@ -73,7 +73,7 @@ def _run_patch_blocks(net: PixelNet, x: Tensor, vectors: StepVectors, condition:
         if condition.injections and index % net.config.inject_interval == 0:
             which = index // net.config.inject_interval
             gate_(net.lq_proj.gate_modules[which], x, condition.injections[which], chunks)
-        with nullcontext() if net.visitors is None else net.visitors.at_work(index):
+        with nullcontext() if net.offloader is None else net.offloader.resident(index):
             block_pass = _BlockPass(block, joint, vectors.image[index], chunks)
             if y is None:
                 block_pass.run(x, rotation)
@@ -135,7 +135,7 @@ class _BlockPass:
         return joint.unflatten(-1, (3, self.block.attn.heads, -1)).unbind(-3)  # type: ignore[no-any-return]
 
     def _gathered(self, k: Tensor, v: Tensor, text_tokens: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the whole picture, where its tokens are spread over processes."""
+        """Keys and values of the whole image, where its tokens are spread over processes."""
         gather = self.block.attn.gather
         if gather is None:
             return k, v
@@ -187,7 +187,7 @@ def gate_(gate: Any, x: Tensor, injection: Injection | LateInjection, chunks: Ch
             lean.let_in_(x[b, part], tokens, gate.content_proj.weight[:, : x.shape[2]], logits)
 
 
-def _finish_tokens_(net: PixelNet, x: Tensor, vectors: StepVectors, condition: Condition, chunks: Chunks) -> None:
+def _finish_tokens_(net: PiDNet, x: Tensor, vectors: StepModulation, condition: Condition, chunks: Chunks) -> None:
     """The patch conditions of the pixel path, in place: `silu(t_emb + x)`, and the latent let in once more."""
     F.silu(x.add_(vectors.embedding), inplace=True)
     if condition.pixel_injection is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Visitors:
+class BlockOffloader:
     """Blocks whose tensors stay on the host; each is on the device while it works.
 
     Where the device has streams, the next block is copied while the present one computes: the cost is then whichever
@@ -30,7 +30,7 @@ class Visitors:
         self._arrived: dict[int, tuple[dict[str, Tensor], torch.Event | None]] = {}
 
     @contextmanager
-    def at_work(self, index: int) -> Iterator[None]:
+    def resident(self, index: int) -> Iterator[None]:
         """Have block `index` on the device within the `with`, and the one after it on its way."""
         self._send(index)
         self._send((index + 1) % len(self.blocks))

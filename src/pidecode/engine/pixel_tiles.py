@@ -3,8 +3,8 @@
 
 A pixel block is two halves around its attention over patches. The first half only *summarizes* pixels (modulate,
 compress), the second *updates* them (gated attention, modulate, feed-forward, gate). So one sweep over the tiles can
-update with block k and summarize for block k + 1, or color the picture after the last; pixels are computed from the
-noisy picture when first met, and kept between sweeps only.
+update with block k and summarize for block k + 1, or color the image after the last; pixels are computed from the
+noisy image when first met, and kept between sweeps only.
 
 Each half multiplies the patch conditions with its own rows of `adaLN_modulation` (shift and scale; gate, shift, scale,
 gate), so no product is formed twice and the whole modulation, 96 vectors' worth for 16 channels, never exists.
@@ -31,7 +31,7 @@ from pidecode.models.attention import attention
 
 if TYPE_CHECKING:
     from pidecode.engine.chunks import Chunks
-    from pidecode.models.pid.network import Condition, PixelNet
+    from pidecode.models.pid.network import Condition, PiDNet
 
 
 SHIFT1, SCALE1, GATE1, SHIFT2, SCALE2, GATE2 = range(6)
@@ -106,9 +106,9 @@ class _Update:
 
 
 class _Canvas:
-    """The noisy picture as tiles going in, the prediction as tiles coming out."""
+    """The noisy image as tiles going in, the prediction as tiles coming out."""
 
-    def __init__(self, net: PixelNet, x_B3HW: Tensor, condition: Condition, chunks: Chunks) -> None:
+    def __init__(self, net: PiDNet, x_B3HW: Tensor, condition: Condition, chunks: Chunks) -> None:
         config = net.config
         self.net, self.patch, self.width = net, config.patch_size, config.pixel_hidden_size
         (self.rows, self.columns), self.batch = condition.grid, x_B3HW.shape[0]
@@ -123,9 +123,9 @@ class _Canvas:
         self.rows_per_tile = max(1, chunks.tile_tokens // self.columns)
         self.tile_rows = min(self.patch, max(1, chunks.tile_rows))
 
-    def _grid(self, picture: Tensor) -> Tensor:
+    def _grid(self, image: Tensor) -> Tensor:
         """`[B, 3, H, W]` as `[B, 3, rows, patch, columns, patch]`, a view."""
-        return picture.unflatten(3, (self.columns, self.patch)).unflatten(2, (self.rows, self.patch))  # type: ignore[no-any-return]
+        return image.unflatten(3, (self.columns, self.patch)).unflatten(2, (self.rows, self.patch))  # type: ignore[no-any-return]
 
     def groups(self) -> Iterator[slice]:
         """Pixels of a patch that are worked on together, as rows of the patch."""
@@ -138,24 +138,24 @@ class _Canvas:
                 yield b, part, slice(part.start * self.columns, part.stop * self.columns)
 
     def pixels(self, b: int, part: slice, group: slice) -> Tensor:
-        """A tile of fresh pixel tokens `[T, G, C]`, float32: colors embedded, and their place in the picture."""
+        """A tile of fresh pixel tokens `[T, G, C]`, float32: colors embedded, and their place in the image."""
         colors = self.noisy[b, :, part, group].permute(1, 3, 2, 4, 0)  # [n, columns, rows of pixels, patch, 3]
         proj = self.net.pixel_embedder.proj
         tile = F.linear(colors.to(proj.weight.dtype), proj.weight, proj.bias).float()
         tile.add_(self.across).add_(self.down[part, :, group])
         return tile.flatten(2, 3).flatten(0, 1)
 
-    def paint(self, picture: Tensor, b: int, part: slice, group: slice, tile_TGC: Tensor) -> None:
+    def paint(self, image: Tensor, b: int, part: slice, group: slice, tile_TGC: Tensor) -> None:
         """Colors of a finished tile into the prediction."""
         final = self.net.final_layer
         pixels = tile_TGC.mul_(lean.inverse_rms(tile_TGC)).mul_(final.norm.weight).to(final.linear.weight.dtype)
         colors = final.linear(pixels)
         shape = (part.stop - part.start, self.columns, group.stop - group.start, self.patch, 3)
-        self._grid(picture)[b, :, part, group] = colors.view(shape).permute(4, 0, 2, 1, 3)
+        self._grid(image)[b, :, part, group] = colors.view(shape).permute(4, 0, 2, 1, 3)
 
 
-def run_pixels(net: PixelNet, x_B3HW: Tensor, tokens_BLD: Tensor, condition: Condition, chunks: Chunks) -> Tensor:
-    """The pixel path: noisy picture `[B, 3, H, W]` and patch conditions `[B, L, D]` to the prediction, float32."""
+def run_pixels(net: PiDNet, x_B3HW: Tensor, tokens_BLD: Tensor, condition: Condition, chunks: Chunks) -> Tensor:
+    """The pixel path: noisy image `[B, 3, H, W]` and patch conditions `[B, L, D]` to the prediction, float32."""
     blocks: list[Any] = list(net.pixel_blocks)
     sweep = _Sweep(_Canvas(net, x_B3HW, condition, chunks), tokens_BLD)
     summary = sweep.run(None, None, blocks[0] if blocks else None)
@@ -165,7 +165,7 @@ def run_pixels(net: PixelNet, x_B3HW: Tensor, tokens_BLD: Tensor, condition: Con
         summary = sweep.run(
             block, attend_patches(block.attn, summary, condition.pixel_rotation, chunks.tokens), following
         )
-    return sweep.picture
+    return sweep.image
 
 
 class _Sweep:
@@ -177,7 +177,7 @@ class _Sweep:
         """Pixel tokens `[B, L, G, C]` by their group's first row, float32, from the first update to the last."""
 
     @cached_property
-    def picture(self) -> Tensor:
+    def image(self) -> Tensor:
         """The prediction `[B, 3, H, W]`, float32."""
         canvas = self.canvas
         sides = (canvas.rows * canvas.patch, canvas.columns * canvas.patch)
@@ -202,7 +202,7 @@ class _Sweep:
                 if update is not None and attended_BLA is not None:
                     update(tile, condition, attended_BLA[b, tokens])
                 if summarize is None or summary is None:
-                    canvas.paint(self.picture, b, part, group, tile)
+                    canvas.paint(self.image, b, part, group, tile)
                     continue
                 summarize(tile, condition, summary[b, tokens])
                 if update is not None and first_meeting:

@@ -2,7 +2,7 @@
 """Memory prediction and decode plans: dtype, chunks, offload, quantization, tiling.
 
 The peak is predicted from shapes alone; tests hold the prediction within a tenth of what is counted when the network
-really runs. Exact means are taken before those that change the picture.
+really runs. Exact means are taken before those that change the image.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal
 
 from pidecode.engine.chunks import WIDE_PIXELS, Chunks
 from pidecode.errors import DoesNotFitError, SettingError
-from pidecode.registry.configs import NetConfig
+from pidecode.registry.configs import PiDConfig
 
 GB = 10**9
 DRIVER = 450_000_000
@@ -36,7 +36,7 @@ CPU_CHUNKS = Chunks()
 """Those that suit a processor's caches."""
 
 WINDOWS = (4096, 3072, 2048, 1536, 1024)
-"""Sides of windows to try, largest first: the fewer, the more a picture is one."""
+"""Sides of windows to try, largest first: the fewer, the more an image is one."""
 
 
 def parse_bytes(text: str) -> int:
@@ -76,7 +76,7 @@ class Plan:
     text_on_host: bool = False
     """The captions' encoder does not visit: it is too large for the device and works on the host."""
     window: int | None = None
-    """Side of the windows a picture is cut into, in pixels; None decodes it whole."""
+    """Side of the windows an image is cut into, in pixels; None decodes it whole."""
     parts: tuple[tuple[str, int], ...] = ()
     """What the peak consists of, in bytes."""
 
@@ -102,7 +102,7 @@ class Plan:
 
     @property
     def exact(self) -> bool:
-        """Whether the picture is that of the plain network, up to rounding."""
+        """Whether the image is that of the plain network, up to rounding."""
         return self.weights == "plain" and self.window is None
 
     def describe(self) -> str:
@@ -115,7 +115,7 @@ class Plan:
             self._multiplied(),
             "on the host: " + (", ".join(self.offload) if self.offload else "nothing"),
             "captions are read on the host: their encoder is too large for the device" if self.text_on_host else "",
-            "whole picture at once" if self.window is None else f"windows of {self.window} pixels fused at every step",
+            "whole image at once" if self.window is None else f"windows of {self.window} pixels fused at every step",
         ]
         share = [f"  {name:22s} {size / GB:6.2f} GB" for name, size in self.parts]
         return "\n".join([*filter(None, how), *share, f"  {'predicted peak':22s} {self.peak / GB:6.2f} GB"])
@@ -124,7 +124,7 @@ class Plan:
         if self.weights == "plain":
             return "weights plain"
         how = "multiplied in eight bits" if self.products == "eight" else "widened to multiply"
-        return f"weights {self.weights}, {how} (changes the picture a little)"
+        return f"weights {self.weights}, {how} (changes the image a little)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,18 +139,18 @@ class Machine:
     """Formats it multiplies in eight bits, those that suit it best first."""
 
 
-def parameters(config: NetConfig, *, slimmed: bool) -> tuple[int, int, int]:
+def parameters(config: PiDConfig, *, stripped: bool) -> tuple[int, int, int]:
     """Numbers of parameters: in patch blocks, elsewhere in large matrices, and the rest."""
     D, F, C, P = config.hidden_size, config.mlp_width, config.pixel_hidden_size, config.patch_size**2
     streams = 2 if config.has_text else 1
     stream = 4 * D * D + D + 3 * D * F + 2 * D + 2 * (D // config.num_heads)
-    table = 0 if slimmed else 6 * D * D + 6 * D
+    table = 0 if stripped else 6 * D * D + 6 * D
     blocks = config.patch_depth * streams * (stream + table)
-    if slimmed and config.has_text:
+    if stripped and config.has_text:
         blocks -= D * D + D + 3 * D * F + D + D // config.num_heads
     A = config.pixel_attn_hidden_size
     pixel = config.pixel_depth * (6 * C * P * (D + 1) + 2 * P * C * A + A + P * C + 4 * A * A + A + 8 * C * C)
-    rest = 3 * P * D + D + (0 if slimmed else 256 * D + D * D + 2 * D)
+    rest = 3 * P * D + D + (0 if stripped else 256 * D + D * D + 2 * D)
     if config.has_text:
         rest += config.text_dim * D + 2 * D + config.text_length * D
     if config.has_adapter:
@@ -160,48 +160,48 @@ def parameters(config: NetConfig, *, slimmed: bool) -> tuple[int, int, int]:
     return blocks, pixel, rest
 
 
-def _tower(config: NetConfig) -> int:
+def _tower(config: PiDConfig) -> int:
     """Parameters of the adapter's convolutions."""
     W, channels = config.adapter_width, config.latent_channels // config.latent_unpatchify**2
-    if config.adapter_levels:  # a convolution to each level, two in each block
+    if config.adapter_stages:  # a convolution to each level, two in each block
         W //= round(config.adapter_fold) ** 2
-        convolutions = len(config.adapter_levels) - 1 + 2 * sum(config.adapter_levels)
+        convolutions = len(config.adapter_stages) - 1 + 2 * sum(config.adapter_stages)
     else:
         channels *= max(1, round(1 / config.latent_to_patch_ratio)) ** 2
         convolutions = 1 + 2 * config.adapter_blocks
     return 9 * W * (channels + W * convolutions) + W * (1 + convolutions)
 
 
-def predict(plan: Plan, config: NetConfig, *, accelerator: bool = True, slimmed: bool = True) -> Plan:
+def predict(plan: Plan, config: PiDConfig, *, accelerator: bool = True, stripped: bool = True) -> Plan:
     """The same plan with its parts filled in. The terms are named after what `model/lean.py` holds at each stage."""
     width, height = plan.size
     if plan.window is not None:
         width, height = min(width, plan.window), min(height, plan.window)
-    parts = [*_weight_parts(plan, config, slimmed=slimmed), *_activation_parts(plan, config, (width, height))]
+    parts = [*_weight_parts(plan, config, stripped=stripped), *_activation_parts(plan, config, (width, height))]
     if accelerator:
         parts.append(("driver", DRIVER))
     return replace(plan, parts=tuple(parts))
 
 
-def _weight_parts(plan: Plan, config: NetConfig, *, slimmed: bool) -> Iterator[tuple[str, int]]:
+def _weight_parts(plan: Plan, config: PiDConfig, *, stripped: bool) -> Iterator[tuple[str, int]]:
     wide = DTYPE_BYTES[plan.dtype]
-    _, pixel, rest = parameters(config, slimmed=slimmed)
+    _, pixel, rest = parameters(config, stripped=stripped)
     narrow = wide if plan.weights == "plain" else 1
     present = min(2, config.patch_depth) if "blocks" in plan.offload else config.patch_depth
-    yield "patch blocks", present * _block_bytes(plan, config, slimmed=slimmed)
+    yield "patch blocks", present * _block_bytes(plan, config, stripped=stripped)
     yield "pixel blocks", pixel * narrow
     # Quantization spares the convolutions and small layers.
     yield "adapter and embedders", rest * wide
 
 
-def _block_bytes(plan: Plan, config: NetConfig, *, slimmed: bool) -> int:
+def _block_bytes(plan: Plan, config: PiDConfig, *, stripped: bool) -> int:
     """Of one patch block's weights."""
     narrow = DTYPE_BYTES[plan.dtype] if plan.weights == "plain" else 1
-    return math.ceil(parameters(config, slimmed=slimmed)[0] / config.patch_depth) * narrow
+    return math.ceil(parameters(config, stripped=stripped)[0] / config.patch_depth) * narrow
 
 
-def _activation_parts(plan: Plan, config: NetConfig, size: tuple[int, int]) -> Iterator[tuple[str, int]]:
-    """Bytes of what one evaluation holds, for a (window's) size; the canvas is that of the whole picture."""
+def _activation_parts(plan: Plan, config: PiDConfig, size: tuple[int, int]) -> Iterator[tuple[str, int]]:
+    """Bytes of what one evaluation holds, for a (window's) size; the canvas is that of the whole image."""
     (width, height), wide, B = size, DTYPE_BYTES[plan.dtype], plan.batch
     whole = plan.size[0] * plan.size[1]
     L = width * height // config.patch_size**2
@@ -213,30 +213,30 @@ def _activation_parts(plan: Plan, config: NetConfig, size: tuple[int, int]) -> I
     tokens = heads * (D * wide + gate) if plan.keep_tokens else config.adapter_width * wide
     held = B * tokens * (L if plan.window is None else L_whole + L) if heads else 0  # a window's own cut beside all
     yield "latent tokens", held
-    picture = 3 * 4 * B
-    pictures = whole * (2 if plan.window is not None else 1) + (width * height if plan.window is not None else 0)
+    image = 3 * 4 * B
+    images = whole * (2 if plan.window is not None else 1) + (width * height if plan.window is not None else 0)
     rotation = (D // config.num_heads + A // config.pixel_num_heads) * 4
     rotations = rotation * (L + L_whole if plan.window is not None else L)
-    yield "canvas and positions", pictures * picture + rotations + N * B * (D + config.text_dim) * 4
+    yield "canvas and positions", images * image + rotations + N * B * (D + config.text_dim) * 4
     patch_stage = B * (L * D * 4 + (L + N) * 3 * D * wide + (L + N) * D * wide + N * D * 4)
     patch_stage += _chunk_bytes(plan, L, D, config.mlp_width)
     pixel_stage = _pixel_stage(plan, config, (width, height))
     if "blocks" in plan.offload and config.patch_depth > 1:  # all but the one that comes first have left by then
-        pixel_stage -= _block_bytes(plan, config, slimmed=True)
-    # Between evaluations: the clean picture, noise and their sum beside the canvas. A velocity is a picture more, of
+        pixel_stage -= _block_bytes(plan, config, stripped=True)
+    # Between evaluations: the clean image, noise and their sum beside the canvas. A velocity is an image more, of
     # which pieces are formed in float64 before there is noise. A window's own canvas, and the whole one that windows
     # are added up in, are free by then.
-    between = 3 * picture * whole
+    between = 3 * image * whole
     if config.prediction == "velocity":
-        between = max(4 * picture * whole, 2 * picture * whole + 4 * 2 * picture * min(whole, WIDE_PIXELS))
-    between -= picture * (pictures - whole)
+        between = max(4 * image * whole, 2 * image * whole + 4 * 2 * image * min(whole, WIDE_PIXELS))
+    between -= image * (images - whole)
     # Before there are tokens: what a residual block takes, its activation, the same with edges and what it gives, and a
     # coarser level's features.
     adapter_stage = B * L_whole * config.adapter_width * wide * 17 // 4 - held if heads else 0
     yield "activations", max(patch_stage, pixel_stage, between, adapter_stage)
 
 
-def _pixel_stage(plan: Plan, config: NetConfig, size: tuple[int, int]) -> int:
+def _pixel_stage(plan: Plan, config: PiDConfig, size: tuple[int, int]) -> int:
     """Most bytes of the pixel path: of the attention between two sweeps, or of the tiles of a sweep.
 
     The first sweep fills the next block's summaries, the last the prediction.
@@ -299,7 +299,7 @@ def _chunk_bytes(plan: Plan, L: int, D: int, F: int) -> int:
 
 
 def plan_decode(
-    config: NetConfig,
+    config: PiDConfig,
     size: tuple[int, int],
     machine: Machine,
     *,
@@ -350,13 +350,13 @@ def _format_of_products(machine: Machine, weights: Weights | None) -> Weights:
     )
 
 
-def _set_aside(config: NetConfig) -> tuple[str, ...]:
+def _set_aside(config: PiDConfig) -> tuple[str, ...]:
     """What an accelerator need not hold while it decodes."""
     return (*(("text",) if config.has_text else ()), *(("encoder",) if config.has_adapter else ()))
 
 
 def _text_is_too_large(plan: Plan, machine: Machine) -> bool:
-    """Whether the captions' encoder fits beside the network; the picture's own memory is not taken by then."""
+    """Whether the captions' encoder fits beside the network; the image's own memory is not taken by then."""
     if "text" not in plan.offload:
         return False
     return plan.peak - plan.working + TEXT_ENCODER > machine.memory
@@ -381,7 +381,7 @@ def _ways(first: Plan, machine: Machine, *, settled: bool) -> Iterator[Plan]:
         yield from (replace(way, window=side) for side in WINDOWS if side < max(first.size))
 
 
-def _refusal(config: NetConfig, sparest: Plan, machine: Machine) -> str:
+def _refusal(config: PiDConfig, sparest: Plan, machine: Machine) -> str:
     width, height = sparest.size
     need = f"{width}x{height} (batch of {sparest.batch}) needs {sparest.peak / GB:.2f} GB at the least"
     message = f"{need}, with everything spared that can be; {machine.memory / GB:.2f} GB are free."

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from pidecode.devices import records_graphs, require_compiler
-from pidecode.engine.cuda_graphs import Recordings, cuda_graph
+from pidecode.engine.cuda_graphs import GraphCache, cuda_graph
 from pidecode.engine.inplace import denoise
-from pidecode.engine.offload import Visitors
+from pidecode.engine.offload import BlockOffloader
 from pidecode.engine.ops import elementwise as lean
-from pidecode.engine.ops.compiled import CompiledSums
+from pidecode.engine.ops.compiled import CompiledOps
 from pidecode.engine.ops.quantize import best_way, quantize
 from pidecode.engine.plan import Plan, predict
 from pidecode.engine.sequence_parallel import denoise_together, is_spread
 from pidecode.engine.tiling import Windows, denoise_windows
-from pidecode.engine.timesteps import Schedule, heeds_noise, slim, tabulate
+from pidecode.engine.timesteps import TimestepCache, depends_on_noise, precompute, strip_for_inference
 from pidecode.errors import SettingError
 from pidecode.models.attention import best_backend, use
-from pidecode.models.pid.network import Condition, Grid, PixelNet
+from pidecode.models.pid.network import Condition, Grid, PiDNet
 from pidecode.models.regressor import look_through
 from pidecode.registry.checkpoints import STUDENT_TIMES
 from pidecode.sampling import SINGLE_STEP_TIME
@@ -41,14 +41,14 @@ class Runner:
     """Runs a network the way a plan says; without one, whole, in the weights' own type, everything on its device.
 
     fused: run the sums around the matrix products as Triton kernels.
-    compile: run them as the framework compiles them, once for all picture sizes.
-    graphs: record an evaluation once per picture size and replay it at each step; CUDA devices only.
+    compile: run them as the framework compiles them, once for all image sizes.
+    graphs: record an evaluation once per image size and replay it at each step; CUDA devices only.
     distilled: the network only ever runs at the student's times, so what depends on time alone is tabulated.
     """
 
     def __init__(
         self,
-        net: PixelNet,
+        net: PiDNet,
         plan: Plan | None = None,
         *,
         distilled: bool = False,
@@ -61,17 +61,17 @@ class Runner:
         self.net, self.plan, self.distilled, self.fused = net, plan, distilled, fused
         self.graphs = graphs
         self.look = look_through(net)
-        """The short way from latent to picture, which an encoder also looks through; None where there is none."""
-        self.sums = CompiledSums() if compile else None
+        """The short way from latent to image, which an encoder also looks through; None where there is none."""
+        self.sums = CompiledOps() if compile else None
         """The compiled sums, if any."""
-        self.recordings: Recordings | None = None
+        self.recordings: GraphCache | None = None
         """Recorded evaluations, from the first one on."""
-        self._schedule: Schedule | None = None
-        self._heeds_noise: bool | None = None
+        self._schedule: TimestepCache | None = None
+        self._depends_on_noise: bool | None = None
         self.backend: str | None = None
         """Attention kernel in use; None where the framework picks one per call, as on processors."""
         self.spread = False
-        """Whether the processes of this job share each picture; all of them must then ask for the same one."""
+        """Whether the processes of this job share each image; all of them must then ask for the same one."""
         self._checked = False
 
     def arrange(self, device: torch.device) -> None:
@@ -81,15 +81,15 @@ class Runner:
         Raises SettingError where the device does not multiply as the plan says.
         """
         plan = self.plan
-        self._slim()
+        self._strip()
         if plan is not None:
             self.net.chunks = plan.chunks
             if plan.weights != "plain":
                 self._quantize(plan, device)
             if "blocks" in plan.offload:
-                self.net.visitors = Visitors(self.net.patch_blocks, device)
+                self.net.offloader = BlockOffloader(self.net.patch_blocks, device)
         for name, child in self.net.named_children():
-            if self.net.visitors is None or name != "patch_blocks":
+            if self.net.offloader is None or name != "patch_blocks":
                 child.to(device)
         if self.net.config.has_text:
             self.net.y_pos_embedding.data = self.net.y_pos_embedding.data.to(device)
@@ -107,7 +107,7 @@ class Runner:
         if not records_graphs(device):
             raise SettingError(f"graphs need a CUDA device, and this decoder runs on {device}; leave graphs out.")
         for hinders, what in (
-            (self.spread and is_spread(), "a picture spread over several processes"),
+            (self.spread and is_spread(), "an image spread over several processes"),
             (plan is not None and plan.window is not None, "windows, which a plan chose to save memory"),
             (plan is not None and "blocks" in plan.offload, "blocks that live on the host"),
             (self.net.plain, "adapters that keep the layers' own forward"),
@@ -128,10 +128,10 @@ class Runner:
             quantize(blocks, plan.weights, way)
 
     def prepare(self, grid: Grid, text: Tensor | None, latent: Tensor, sigma: Tensor) -> Condition:
-        """What all steps of one picture share."""
+        """What all steps of one image share."""
         keep = self._keeps_tokens(len(latent) * grid[0] * grid[1])
         if latent.device.type != "cpu":
-            self._slim()  # a processor's memory is not what runs short, and a whole network can still be changed
+            self._strip()  # a processor's memory is not what runs short, and a whole network can still be changed
         return self.net.prepare(grid, text, latent, sigma, keep_tokens=keep, schedule=self.schedule())
 
     def plan_for(self, size: tuple[int, int], batch: int) -> Plan:
@@ -147,7 +147,7 @@ class Runner:
                 chunks=net.chunks_for(net.device),
                 keep_tokens=self._keeps_tokens(batch * size[0] * size[1] // config.patch_size**2),
             )
-        return predict(plan, config, accelerator=net.device.type != "cpu", slimmed=net.slimmed)
+        return predict(plan, config, accelerator=net.device.type != "cpu", stripped=net.stripped)
 
     def _keeps_tokens(self, patches: int) -> bool:
         if self.plan is not None:
@@ -156,40 +156,40 @@ class Runner:
         width = config.hidden_size * (3 if config.gate == "per_channel" else 1)
         return patches * width * config.num_injections * self.net.dtype.itemsize <= KEPT_TOKENS
 
-    def schedule(self) -> Schedule | None:
+    def schedule(self) -> TimestepCache | None:
         """The table of the distilled times, made when first asked for."""
         if self.distilled and self._schedule is None:
-            self._schedule = tabulate(self.net, (SINGLE_STEP_TIME, *STUDENT_TIMES[:-1]))
+            self._schedule = precompute(self.net, (SINGLE_STEP_TIME, *STUDENT_TIMES[:-1]))
         return self._schedule
 
     def forget(self) -> None:
         """Call before the weights change. Raises SettingError if parts of them are gone already."""
-        if self.net.slimmed or (self.plan is not None and self.plan.weights != "plain"):
+        if self.net.stripped or (self.plan is not None and self.plan.weights != "plain"):
             raise SettingError(
                 "The weights were already brought into the form that runs, so they cannot be changed any more. "
-                "Load the decoder again, and change it before the first picture and without a memory plan."
+                "Load the decoder again, and change it before the first image and without a memory plan."
             )
-        self._schedule = self._heeds_noise = self.look = None
+        self._schedule = self._depends_on_noise = self.look = None
         if self.recordings is not None:
             self.recordings.clear()
 
-    def _slim(self) -> None:
-        if self.schedule() is not None and not self.net.slimmed:
-            self.heeds_noise()
-            slim(self.net)
+    def _strip(self) -> None:
+        if self.schedule() is not None and not self.net.stripped:
+            self.depends_on_noise()
+            strip_for_inference(self.net)
 
-    def heeds_noise(self) -> bool:
+    def depends_on_noise(self) -> bool:
         """Whether the network's answer can differ from step to step; looked up in its weights once."""
-        if self._heeds_noise is None:
-            self._heeds_noise = heeds_noise(self.net)
-        return self._heeds_noise
+        if self._depends_on_noise is None:
+            self._depends_on_noise = depends_on_noise(self.net)
+        return self._depends_on_noise
 
     def sets_aside(self, what: str) -> bool:
         """Whether the plan has "text" or "encoder" leave the device when their work is done."""
         return self.plan is not None and what in self.plan.offload
 
     def predict(self, condition: Condition) -> Predict:
-        """The network as a function of the noisy picture and the time.
+        """The network as a function of the noisy image and the time.
 
         It is asked once if it heeds neither, and not at all where the short way says the same.
         """
@@ -228,7 +228,7 @@ class Runner:
             self.backend = "math"
             return once(x, t)
 
-        return checked if self.heeds_noise() else _asked_once(checked)
+        return checked if self.depends_on_noise() else _asked_once(checked)
 
     def _answers_shortly(self, condition: Condition) -> Predict | None:
         """The short way, where the network has one and nothing asks for the long one to be run in some manner."""
@@ -237,7 +237,7 @@ class Runner:
             return None
         if plan is not None and (plan.window is not None or plan.weights != "plain"):
             return None
-        return lambda x, t: look.picture(tokens.tokens, condition.grid)
+        return lambda x, t: look.image(tokens.tokens, condition.grid)
 
     def _sums(self) -> AbstractContextManager[None]:
         if self.sums is not None:
@@ -248,8 +248,8 @@ class Runner:
         if not self.net.runs_lean(x.device):
             raise SettingError("graphs work without gradients and autocast only; decode under torch.inference_mode().")
         if self.recordings is None:
-            self.recordings = Recordings(partial(denoise, self.net), cuda_graph(x.device))
-        return self.recordings.run(x, self.net.vectors_at(t, condition), condition, variant=self.backend)
+            self.recordings = GraphCache(partial(denoise, self.net), cuda_graph(x.device))
+        return self.recordings.run(x, self.net.modulation_at(t, condition), condition, variant=self.backend)
 
     def _choose_backend(self, device: torch.device) -> None:
         if self.backend is not None or device.type in ("cpu", "meta"):

@@ -2,7 +2,7 @@
 """Sequence parallelism: one image over several processes.
 
 Started by `torchrun`, every process runs the same program with the same inputs. Only keys and values travel within a
-step, and the stripes of the prediction at its end, so every process holds the finished picture.
+step, and the stripes of the prediction at its end, so every process holds the finished image.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pidecode.errors import SizeError
-from pidecode.models.pid.network import Condition, PixelNet
+from pidecode.models.pid.network import Condition, PiDNet
 
 
 def is_spread() -> bool:
@@ -51,7 +51,7 @@ def leave() -> None:
 def stripes(rows: int, processes: int) -> list[tuple[int, int]]:
     """First row of patches and one past the last for each process. Raises SizeError if one would have none."""
     if rows < processes:
-        raise SizeError(f"A picture of {rows} rows of patches cannot be spread over {processes} processes; use {rows}.")
+        raise SizeError(f"An image of {rows} rows of patches cannot be spread over {processes} processes; use {rows}.")
     edges = [index * rows // processes for index in range(processes + 1)]
     return list(pairwise(edges))
 
@@ -67,7 +67,7 @@ def _gather(part: Tensor, sizes: list[int], axis: int) -> Tensor:
 
 
 @contextmanager
-def _attending_together(net: PixelNet, sizes: list[int]) -> Iterator[None]:
+def _attending_together(net: PiDNet, sizes: list[int]) -> Iterator[None]:
     attentions: list[Any] = [block.attn for block in (*net.patch_blocks, *net.pixel_blocks)]
     for attention in attentions:
         attention.gather = partial(_gather, sizes=sizes, axis=1)
@@ -79,8 +79,8 @@ def _attending_together(net: PixelNet, sizes: list[int]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def denoise_together(net: PixelNet, x_B3HW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
-    """`PixelNet.denoise` with the work spread over all processes; every one gets the whole prediction."""
+def denoise_together(net: PiDNet, x_B3HW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
+    """`PiDNet.denoise` with the work spread over all processes; every one gets the whole prediction."""
     rows, columns = condition.grid
     patch = net.config.patch_size
     cuts = stripes(rows, dist.get_world_size())

@@ -2,7 +2,7 @@
 """Overlapping windows blended at every step (MultiDiffusion), for images beyond the trained size or memory.
 
 All windows denoise one shared noisy canvas; their predictions are blended before the sampler moves on, so they cannot
-drift apart and leave seams. Latent tokens are computed once for the whole picture, and every window sees the positions
+drift apart and leave seams. Latent tokens are computed once for the whole image, and every window sees the positions
 it has in the whole. Only attention ends at a window's edge.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pidecode.errors import SettingError
-from pidecode.models.pid.network import Condition, PixelNet
+from pidecode.models.pid.network import Condition, PiDNet
 
 Span = tuple[int, int]
 """First patch and one past the last, along one axis."""
@@ -22,7 +22,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """How a picture is cut: sides in patches. `side` may exceed the picture, which then is one window."""
+    """How an image is cut: sides in patches. `side` may exceed the image, which then is one window."""
 
     side: int = 128
     overlap: int = 32
@@ -50,7 +50,7 @@ class Windows:
         return [(start, start + self.side) for start in starts]
 
     def count(self, grid: tuple[int, int]) -> int:
-        """Windows of a whole picture."""
+        """Windows of a whole image."""
         return len(self.spans(grid[0])) * len(self.spans(grid[1]))
 
 
@@ -68,8 +68,8 @@ def blend(spans: list[Span], patch: int, device: torch.device) -> list[Tensor]:
 
 
 @torch.no_grad()
-def denoise_windows(net: PixelNet, x_B3HW: Tensor, t_B: Tensor, condition: Condition, windows: Windows) -> Tensor:
-    """`PixelNet.denoise` window by window, blended; the same where one window covers the picture."""
+def denoise_windows(net: PiDNet, x_B3HW: Tensor, t_B: Tensor, condition: Condition, windows: Windows) -> Tensor:
+    """`PiDNet.denoise` window by window, blended; the same where one window covers the image."""
     patch, device = net.config.patch_size, x_B3HW.device
     rows, columns = (windows.spans(length) for length in condition.grid)
     if len(rows) == len(columns) == 1:

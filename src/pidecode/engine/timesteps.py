@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from pidecode.errors import SettingError
 
 if TYPE_CHECKING:
-    from pidecode.models.pid.network import PixelNet
+    from pidecode.models.pid.network import PiDNet
 
 
 @dataclass(frozen=True, slots=True)
-class StepVectors:
+class StepModulation:
     """One evaluation's share of time, float32; B may be 1 for a batch at one time.
 
     The six vectors of a stream are shift, factor, gate of its attention, then of its feed-forward;
@@ -41,17 +41,17 @@ def _six(linear: nn.Module, condition_BD: Tensor, first: Tensor, second: Tensor)
     return vectors  # type: ignore[no-any-return]
 
 
-def step_vectors(net: PixelNet, t_B: Tensor) -> StepVectors:
-    """Evaluate everything that depends on time only. Raises SettingError if the network was slimmed."""
-    if net.slimmed:
+def step_modulation(net: PiDNet, t_B: Tensor) -> StepModulation:
+    """Evaluate everything that depends on time only. Raises SettingError if the network was stripped."""
+    if net.stripped:
         raise SettingError(
-            f"This network was slimmed to its distilled times; it has no vectors for {t_B.tolist()}. "
+            f"This network was stripped to its distilled times; it has no vectors for {t_B.tolist()}. "
             "Load it again without slimming to run it at other times."
         )
     embedding = net.t_embedder(t_B.reshape(-1))
     condition = F.silu(embedding)
     blocks: Any = net.patch_blocks
-    return StepVectors(
+    return StepModulation(
         embedding=embedding.float().unsqueeze(1),
         image=tuple(_six(b.adaLN_modulation_img, condition, b.norm_x1.weight, b.norm_x2.weight) for b in blocks),
         text=tuple(
@@ -62,15 +62,15 @@ def step_vectors(net: PixelNet, t_B: Tensor) -> StepVectors:
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
+class TimestepCache:
     """The vectors of a few known times, looked up instead of computed."""
 
     times: tuple[float, ...]
     """Flow times multiplied by 1000, as float32 holds them."""
-    vectors: StepVectors
+    vectors: StepModulation
     """All times at once: the batch axis runs over `times`."""
 
-    def find(self, t_B: Tensor) -> StepVectors | None:
+    def find(self, t_B: Tensor) -> StepModulation | None:
         """Vectors of a batch's times, or None if one of them is not in the schedule.
 
         `t_B` on the host costs nothing to look up; one on a device has to be waited for.
@@ -82,7 +82,7 @@ class Schedule:
         if len(set(rows)) == 1:
             rows = rows[:1]
         every = self.vectors
-        return StepVectors(
+        return StepModulation(
             embedding=every.embedding[rows],
             image=tuple(vectors[rows] for vectors in every.image),
             text=tuple(vectors[rows] for vectors in every.text),
@@ -90,33 +90,33 @@ class Schedule:
 
 
 @torch.no_grad()
-def tabulate(net: PixelNet, times: Sequence[float]) -> Schedule:
-    """Vectors for flow times in [0, 1]; give the result to `PixelNet.denoise` through `Condition.schedule`."""
+def precompute(net: PiDNet, times: Sequence[float]) -> TimestepCache:
+    """Vectors for flow times in [0, 1]; give the result to `PiDNet.denoise` through `Condition.schedule`."""
     t = torch.tensor(sorted(set(times)), dtype=torch.float32) * 1000.0
-    return Schedule(times=tuple(t.tolist()), vectors=step_vectors(net, t))
+    return TimestepCache(times=tuple(t.tolist()), vectors=step_modulation(net, t))
 
 
-def heeds_noise(net: PixelNet) -> bool:
-    """Whether the noisy picture or the time can change what the network answers.
+def depends_on_noise(net: PiDNet) -> bool:
+    """Whether the noisy image or the time can change what the network answers.
 
     They cannot where each of their ways in multiplies by zero, as in small networks of which only the adapter was
     trained: these give the same answer at every step, to the bit. Also True where the weights do not tell: without
-    numbers, under adapters, and after `slim`, which takes one of these ways out.
+    numbers, under adapters, and after `strip_for_inference`, which takes one of these ways out.
     """
-    if net.slimmed or net.plain or net.device.type == "meta":
+    if net.stripped or net.plain or net.device.type == "meta":
         return True
     time: Any = net.t_embedder.mlp[-1]
     return any(bool(way.weight.any()) for way in (net.s_embedder.proj, net.pixel_embedder.proj, time))
 
 
-def slim(net: PixelNet) -> None:
+def strip_for_inference(net: PiDNet) -> None:
     """Free, for inference at tabulated times, what such a network never reads again.
 
     Gone afterwards: the time embedder and the patch blocks' modulation matrices (28 % of all parameters, whose
-    products `tabulate` holds), the last block's caption output, and the color head. The network can then neither be
+    products `precompute` holds), the last block's caption output, and the color head. The network can then neither be
     saved nor run at other times.
     """
-    net.slimmed = True
+    net.stripped = True
     net.t_embedder = nn.Identity()  # type: ignore[assignment]
     blocks: Any = net.patch_blocks
     for block in blocks:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures in and out: safe reading, exact tensors, sizes, and files that carry their recipe."""
+"""Images in and out: safe reading, exact tensors, sizes, and files that carry their recipe."""
 
 from pidecode.images.read import MAX_PIXELS, ImageSource, load_image, load_tensor
 from pidecode.images.tensors import (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A PNG writer for large pictures: exact, on all cores, quicker than most decodes; and a reader of its texts."""
+"""A PNG writer for large images: exact, on all cores, quicker than most decodes; and a reader of its texts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pidecode.errors import ImageError
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_TEXT_BYTES = 1 << 20
 
-_BAND_BYTES = 1 << 20  # of filtered picture per piece of work: small enough to stay in a core's cache
+_BAND_BYTES = 1 << 20  # of filtered image per piece of work: small enough to stay in a core's cache
 _ADLER = 65521
 _UP, _AVERAGE = 2, 3
 _FLAT_SHARE = 0.6  # of bytes equal to the one above them
@@ -64,7 +64,7 @@ def encode_png(array: NDArray[Any], texts: Mapping[str, str], *, workers: int | 
 
 
 def read_texts(file: BinaryIO) -> dict[str, str]:
-    """The uncompressed texts of a PNG file, without unpacking its picture. Raises ImageError if it is damaged."""
+    """The uncompressed texts of a PNG file, without unpacking its image. Raises ImageError if it is damaged."""
     if file.read(8) != SIGNATURE:
         raise ImageError("The file is no PNG.")
     texts: dict[str, str] = {}

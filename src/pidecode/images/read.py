@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading pictures that may be anything: upright, in sRGB, on white, and refused when broken or too large."""
+"""Reading images that may be anything: upright, in sRGB, on white, and refused when broken or too large."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from pidecode.errors import ImageError
-from pidecode.images.tensors import check_picture, to_pil, to_tensor
+from pidecode.images.tensors import check_image, to_pil, to_tensor
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | Tensor
-"""A path, the bytes of a file, a Pillow picture, or a tensor `[3, H, W]` or `[1, 3, H, W]` in [-1, 1]."""
+"""A path, the bytes of a file, a Pillow image, or a tensor `[3, H, W]` or `[1, 3, H, W]` in [-1, 1]."""
 
 MAX_PIXELS = 2**26
-"""Largest picture read unless the caller allows more: 67,108,864 pixels, 8192 x 8192."""
+"""Largest image read unless the caller allows more: 67,108,864 pixels, 8192 x 8192."""
 
 # Formats that hold pixels and nothing that runs: no PostScript, no documents.
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000", "TGA")
@@ -28,18 +28,18 @@ _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
 def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """A picture as 8-bit RGB: upright by its EXIF orientation, in sRGB by its profile, transparency on white.
+    """An image as 8-bit RGB: upright by its EXIF orientation, in sRGB by its profile, transparency on white.
 
-    Gray, palette, CMYK and 16-bit pictures are converted; of an animation the first frame is taken. An
+    Gray, palette, CMYK and 16-bit images are converted; of an animation the first frame is taken. An
     unreadable color profile or orientation is passed over.
 
-    Raises ImageError for what is no picture, is cut off, has more than `max_pixels` pixels (judged by its
+    Raises ImageError for what is no image, is cut off, has more than `max_pixels` pixels (judged by its
     header, before it is unpacked), or has a range of values that cannot be known.
     """
     if isinstance(source, Tensor):
         return to_pil(source)
     if isinstance(source, Image.Image):
-        return _tidy(source, "The picture", max_pixels)
+        return _tidy(source, "The image", max_pixels)
     name, data = _open(source)
     try:
         with data, Image.open(data, formats=readable_formats()) as image:
@@ -49,34 +49,34 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name} is too large to be read safely: {error}") from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is no picture of a known kind ({', '.join(_FORMATS)}).") from error
+        raise ImageError(f"{name} is no image of a known kind ({', '.join(_FORMATS)}).") from error
     except Exception as error:  # a hostile file can make a decoder raise nearly anything
         raise ImageError(f"{name} is damaged or cut off: {error}. Export it anew.") from error
 
 
 def load_tensor(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """A picture as `[1, 3, H, W]` float32 in [-1, 1]; a tensor passes with its precision, clamped.
+    """An image as `[1, 3, H, W]` float32 in [-1, 1]; a tensor passes with its precision, clamped.
 
     Raises ImageError as `load_image` does.
     """
     if not isinstance(source, Tensor):
         return to_tensor(load_image(source, max_pixels=max_pixels))
-    picture = check_picture(source).float()
-    if not bool(torch.isfinite(picture).all()):
-        raise ImageError("The picture tensor holds NaN or infinite values.")
-    if float(picture.abs().max()) > 1.5:
+    image = check_image(source).float()
+    if not bool(torch.isfinite(image).all()):
+        raise ImageError("The image tensor holds NaN or infinite values.")
+    if float(image.abs().max()) > 1.5:
         raise ImageError(
-            f"A picture tensor lies in [-1, 1]; this one reaches {float(picture.abs().max()):.4g}. "
+            f"An image tensor lies in [-1, 1]; this one reaches {float(image.abs().max()):.4g}. "
             "If it is 0..255, use images.normalize_image()."
         )
-    return picture.clamp(-1.0, 1.0)
+    return image.clamp(-1.0, 1.0)
 
 
 def _open(source: str | os.PathLike[str] | bytes) -> tuple[str, BinaryIO]:
     if isinstance(source, bytes):
-        return "The picture", io.BytesIO(source)
+        return "The image", io.BytesIO(source)
     if not isinstance(source, (str, os.PathLike)):
-        raise ImageError(f"A picture is a path, bytes, a Pillow picture or a tensor; got {type(source).__name__}.")
+        raise ImageError(f"An image is a path, bytes, a Pillow image or a tensor; got {type(source).__name__}.")
     try:
         if not Path(source).is_file():  # a pipe would block for ever
             kind = "is a folder" if Path(source).is_dir() else "is not a file"
@@ -114,7 +114,7 @@ def _upright(image: Image.Image) -> Image.Image:
     image.load()
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # broken EXIF must not cost the picture
+    except Exception:  # broken EXIF must not cost the image
         return image
 
 

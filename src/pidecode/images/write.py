@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing pictures whole or not at all, with the recipe that made them inside; and reading it back."""
+"""Writing images whole or not at all, with the recipe that made them inside; and reading it back."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ def save_image(
     bits: int = 8,
     quality: int | None = None,
 ) -> Path:
-    """Write a picture as PNG, WebP or JPEG, by the ending of `path`; returns the path written.
+    """Write an image as PNG, WebP or JPEG, by the ending of `path`; returns the path written.
 
     image: Pillow RGB, a tensor `[3, H, W]` or `[1, 3, H, W]` in [-1, 1], or an array `[H, W, 3]` uint8 or uint16.
     recipe: how it was made, JSON values; kept in the file (PNG text "pidecode", else the EXIF user comment).
-        Default: what a Pillow picture made by a decoder carries in `.info["pidecode"]`.
+        Default: what a Pillow image made by a decoder carries in `.info["pidecode"]`.
     bits: 16 for PNG from a tensor or uint16 array.
     quality: 1 to 100 for WebP and JPEG, 95 if not given.
 
     Raises FileError if the file exists (unless `overwrite`) or cannot be written, SettingError for settings
-    that cannot act, SizeError beyond a format's longest side, ImageError for values that are no picture.
+    that cannot act, SizeError beyond a format's longest side, ImageError for values that are no image.
     """
     kind = _FORMATS.get(Path(path).suffix.lower())
     if kind is None:
-        raise SettingError(f"{path}: pictures are written as {', '.join(_FORMATS)}; choose one of these endings.")
+        raise SettingError(f"{path}: images are written as {', '.join(_FORMATS)}; choose one of these endings.")
     target = check_writable(path, overwrite=overwrite)
     pieces = _encode(kind, image, recipe, bits, quality)
     first = next(pieces)  # settings and sizes are judged before a file is begun
@@ -75,7 +75,7 @@ def encode_image(
     """The bytes of the file that `save_image` would write; kind is png, webp or jpeg. Raises as `save_image` does."""
     name = _FORMATS.get(f".{kind.lower()}")
     if name is None:
-        raise SettingError(f"Pictures are written as png, webp or jpeg; not {kind!r}.")
+        raise SettingError(f"Images are written as png, webp or jpeg; not {kind!r}.")
     return b"".join(_encode(name, image, recipe, bits, quality))
 
 
@@ -86,7 +86,7 @@ def _encode(
     bits: int,
     quality: int | None,
 ) -> Iterator[bytes]:
-    """The pieces of a picture file; everything that can be refused is refused before the first."""
+    """The pieces of an image file; everything that can be refused is refused before the first."""
     if quality is not None and (kind == "PNG" or not 1 <= quality <= 100):
         raise SettingError(f"quality={quality}: PNG is exact and takes none; WebP and JPEG take 1 to 100.")
     if bits != 8 and (kind != "PNG" or isinstance(image, Image.Image)):
@@ -109,12 +109,12 @@ def _encode(
 
 
 def read_recipe(path: str | os.PathLike[str] | bytes) -> dict[str, Any] | None:
-    """The recipe in a picture that `save_image` wrote (path, or its bytes); None if it carries none.
+    """The recipe in an image that `save_image` wrote (path, or its bytes); None if it carries none.
 
-    The picture itself is not unpacked. Raises ImageError for a missing file, no picture, or a damaged recipe.
+    The image itself is not unpacked. Raises ImageError for a missing file, no image, or a damaged recipe.
     """
     if isinstance(path, bytes):
-        return _read_recipe(io.BytesIO(path), "The picture")
+        return _read_recipe(io.BytesIO(path), "The image")
     try:
         if not Path(path).is_file():
             raise ImageError(f"There is no file {path}.")
@@ -132,7 +132,7 @@ def _read_recipe(file: BinaryIO, name: str) -> dict[str, Any] | None:
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is no picture of a known kind.") from error
+        raise ImageError(f"{name} is no image of a known kind.") from error
     except Exception as error:  # a hostile file can make a decoder raise nearly anything
         raise ImageError(f"{name} is damaged or cut off: {error}.") from error
     if text is None:
@@ -154,9 +154,9 @@ def _as_array(image: Image.Image | Tensor | NDArray[Any], bits: int) -> NDArray[
     wanted = np.uint8 if bits == 8 else np.uint16
     if not isinstance(image, np.ndarray) or image.ndim != 3 or image.shape[2] != 3 or image.dtype != wanted:
         what = f"{list(image.shape)} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise ImageError(f"A picture array of {bits} bits is [H, W, 3] {wanted.__name__}; got {what}.")
+        raise ImageError(f"An image array of {bits} bits is [H, W, 3] {wanted.__name__}; got {what}.")
     if not image.size:
-        raise ImageError("The picture has no pixels.")
+        raise ImageError("The image has no pixels.")
     return image
 
 

@@ -20,7 +20,7 @@ from pidecode.images import to_pil
 from pidecode.integrations.comfyui_latents import caption_of, stopping_place, to_image, to_latent, to_pixels
 from pidecode.options import LARGEST_TRAINED_SIGMA
 from pidecode.registry.checkpoints import CHECKPOINTS, REPOSITORY
-from pidecode.sampling import OnStep, Step
+from pidecode.sampling import Callback, Step
 
 DecoderType = io.Custom("PIDECODE_DECODER")
 
@@ -54,7 +54,7 @@ def _caption() -> list[Any]:
             default="",
             multiline=True,
             optional=True,
-            tooltip="What the picture shows. Needs Gemma-2 on this machine; or connect a CONDITIONING made with it.",
+            tooltip="What the image shows. Needs Gemma-2 on this machine; or connect a CONDITIONING made with it.",
         ),
         io.Conditioning.Input("conditioning", optional=True, tooltip="Gemma-2's states (CLIP type pixeldit)."),
     ]
@@ -75,7 +75,7 @@ class LoadDecoder(io.ComfyNode):
                 io.Combo.Input("model", options=_model_names(), default=_model_names()[0]),
                 io.Combo.Input(
                     "dtype", options=["auto", "bfloat16", "float16", "float32"], default="auto",
-                    tooltip="auto is bfloat16 on a GPU. If pictures come out black, take float32.",
+                    tooltip="auto is bfloat16 on a GPU. If images come out black, take float32.",
                 ),
                 io.String.Input("file", default="", optional=True, tooltip="A weights file instead of a named model."),
             ],
@@ -97,7 +97,7 @@ class LoadDecoder(io.ComfyNode):
 
 
 class Decode(io.ComfyNode):
-    """The node that makes pictures of latents."""
+    """The node that makes images of latents."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -106,7 +106,7 @@ class Decode(io.ComfyNode):
             node_id="PidecodeDecode",
             display_name="PiD Decode (pidecode)",
             category=CATEGORY,
-            description="A latent straight to a picture four times (SigLIP: eight times) what VAE Decode makes of it.",
+            description="A latent straight to an image four times (SigLIP: eight times) what VAE Decode makes of it.",
             inputs=[
                 DecoderType.Input("decoder"),
                 io.Latent.Input("samples"),
@@ -129,16 +129,16 @@ class Decode(io.ComfyNode):
         told = caption_of(decoder.net, rest.get("caption") or "", rest.get("conditioning"))
         if steps:
             told["steps"] = steps
-        on_step = _progress(len(latent))
+        callback = _progress(len(latent))
         made = [
-            decoder.decode(one, output="pt", on_step=on_step, seed=seed + index, **told)
+            decoder.decode(one, output="pt", callback=callback, seed=seed + index, **told)
             for index, one in enumerate(latent)
         ]
         return io.NodeOutput(_joined(made))
 
 
 class Upscale(io.ComfyNode):
-    """The node that enlarges pictures."""
+    """The node that enlarges images."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -147,7 +147,7 @@ class Upscale(io.ComfyNode):
             node_id="PidecodeUpscale",
             display_name="PiD Upscale (pidecode)",
             category=CATEGORY,
-            description="A picture to one four times as wide and high: encoded to a latent, decoded larger.",
+            description="An image to one four times as wide and high: encoded to a latent, decoded larger.",
             inputs=[
                 DecoderType.Input("decoder"),
                 io.Image.Input("image"),
@@ -164,17 +164,17 @@ class Upscale(io.ComfyNode):
 
     @classmethod
     def execute(cls, decoder: PixelDecoder, image: Tensor, seed: int, steps: int = 0, **rest: Any) -> io.NodeOutput:
-        """Enlarge one picture after another. `rest` holds strength, caption and conditioning, where given."""
-        pictures = to_pixels(image)
+        """Enlarge one image after another. `rest` holds strength, caption and conditioning, where given."""
+        images = to_pixels(image)
         told = caption_of(decoder.net, rest.get("caption") or "", rest.get("conditioning"))
         if steps:
             told["steps"] = steps
         if rest.get("strength"):
             told["sigma"] = rest["strength"]
-        on_step = _progress(len(pictures))
+        callback = _progress(len(images))
         made = [
-            decoder.upscale(one[None], output="pt", on_step=on_step, seed=seed + index, **told)
-            for index, one in enumerate(pictures)
+            decoder.upscale(one[None], output="pt", callback=callback, seed=seed + index, **told)
+            for index, one in enumerate(images)
         ]
         return io.NodeOutput(_joined(made))
 
@@ -214,22 +214,22 @@ class EarlyStop(io.ComfyNode):
         return io.NodeOutput(sigmas[: stop + 1], float(sigmas[stop]))
 
 
-def _progress(pictures: int) -> OnStep:
+def _progress(images: int) -> Callback:
     """A step callback that moves ComfyUI's bar, shows the estimate, and heeds its interrupt."""
     bars: list[Any] = []
     done = 0
 
-    def on_step(step: Step) -> None:
+    def callback(step: Step) -> None:
         nonlocal done
         comfy.model_management.throw_exception_if_processing_interrupted()
         if not bars:
-            bars.append(comfy.utils.ProgressBar(step.total * pictures))
+            bars.append(comfy.utils.ProgressBar(step.total * images))
         done += 1
-        stride = max(1, -(-max(step.picture.shape[-2:]) // PREVIEW_SIDE))
-        small = step.picture[:1, :, ::stride, ::stride].clamp(-1, 1).cpu()
-        bars[0].update_absolute(done, step.total * pictures, ("JPEG", to_pil(small), PREVIEW_SIDE))
+        stride = max(1, -(-max(step.image.shape[-2:]) // PREVIEW_SIDE))
+        small = step.image[:1, :, ::stride, ::stride].clamp(-1, 1).cpu()
+        bars[0].update_absolute(done, step.total * images, ("JPEG", to_pil(small), PREVIEW_SIDE))
 
-    return on_step
+    return callback
 
 
 def _joined(made: list[Any]) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from pidecode.encoders.text import ready_states
 from pidecode.errors import LatentError, SettingError
 from pidecode.latents.latent import Latent
-from pidecode.models.pid.network import PixelNet
+from pidecode.models.pid.network import PiDNet
 from pidecode.registry.spaces import IMAGE_MODELS, LatentSpace, get_space
 
 SPACE_OF_FORMAT: Mapping[str, str] = {
@@ -82,7 +82,7 @@ def _one_frame(tensor: Any) -> Tensor:
         raise LatentError(f"The LATENT holds {type(tensor).__name__} instead of a tensor.")
     if tensor.ndim == 5:
         if tensor.shape[2] != 1:
-            raise LatentError(f"The LATENT is a video of {tensor.shape[2]} frames; pick one, PiD decodes pictures.")
+            raise LatentError(f"The LATENT is a video of {tensor.shape[2]} frames; pick one, PiD decodes images.")
         return tensor[:, :, 0]
     return tensor
 
@@ -116,7 +116,7 @@ def to_image(pixels: Tensor) -> Tensor:
     return (pixels.float() / 2 + 0.5).clamp(0, 1).movedim(1, -1).contiguous().cpu()
 
 
-def caption_of(net: PixelNet, text: str, conditioning: Sequence[Any] | None) -> dict[str, Any]:
+def caption_of(net: PiDNet, text: str, conditioning: Sequence[Any] | None) -> dict[str, Any]:
     """The `caption` or `caption_states` of a decode, from a text or from CONDITIONING (Gemma-2's states).
 
     A network without a text stream takes neither. Raises SettingError when both are given, or when the

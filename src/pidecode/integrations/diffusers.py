@@ -2,7 +2,7 @@
 """attach() and detach(): a diffusers pipeline that decodes with PiD, and early stop.
 
     pipe = attach(pipe, decoder, stop_after=24)
-    picture = pipe("a lighthouse in fog").images[0]
+    image = pipe("a lighthouse in fog").images[0]
 
 Nothing in the pipeline is changed: the attached one owns it, asks it for latents and decodes them.
 """
@@ -80,7 +80,7 @@ class _Watch:
     kept: dict[int, tuple[Tensor, float]] = field(default_factory=dict)
 
     def before_call(self, _module: Any, _args: Any, keywords: Mapping[str, Any]) -> None:
-        """Forward pre-hook of the denoiser: the first call tells the grid of a packed picture."""
+        """Forward pre-hook of the denoiser: the first call tells the grid of a packed image."""
         self.calls += 1
         if not self.keywords:
             self.keywords = {name: keywords[name] for name in ("img_ids", "img_shapes") if name in keywords}
@@ -140,13 +140,13 @@ def run_for_latents(
     caption: str | Sequence[str] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Captured:
-    """Call a diffusers pipeline and return its latents instead of its pictures.
+    """Call a diffusers pipeline and return its latents instead of its images.
 
     arguments: of the call, by name; `output_type`, `return_dict` and the step callback are handled here (a
         callback given by the caller still runs).
     stop_after: end the diffusion after that step, counted from 1; "recommended" is SPEC.md section 5's.
     capture: steps whose latents are kept besides.
-    caption: what the latents show, where the call has no prompt; one for all or one per picture.
+    caption: what the latents show, where the call has no prompt; one for all or one per image.
 
     Raises SettingError for steps there are not, for sigma above the trained 0.8, and for pipelines that cannot stop.
     """
@@ -209,13 +209,13 @@ def _collected(watch: _Watch, call: Mapping[str, Any], caption: str | Sequence[s
 
 
 def captions_of(call: Mapping[str, Any], batch: int) -> tuple[str, ...] | None:
-    """The prompt of each picture, in the order pipelines lay them out: all pictures of a prompt together."""
+    """The prompt of each image, in the order pipelines lay them out: all images of a prompt together."""
     prompt = call.get("prompt")
     if prompt is None:
         return None
     prompts = [prompt] if isinstance(prompt, str) else [str(text) for text in prompt]
     if not prompts or batch % len(prompts):
-        raise SettingError(f"There are {len(prompts)} captions for {batch} pictures; give one, or one for each.")
+        raise SettingError(f"There are {len(prompts)} captions for {batch} images; give one, or one for each.")
     return tuple(text for text in prompts for _ in range(batch // len(prompts)))
 
 
@@ -234,7 +234,7 @@ def named_arguments(pipe: Any, args: Sequence[Any], keywords: Mapping[str, Any])
     given = dict(bound.arguments)
     given.pop(next(iter(given)))  # the pipeline itself
     texts = given.get("image")
-    if args and "prompt" not in given and _is_text(texts):  # FLUX.2's pipelines take a picture first
+    if args and "prompt" not in given and _is_text(texts):  # FLUX.2's pipelines take an image first
         given["prompt"] = given.pop("image")
     for name, parameter in inspect.signature(type(pipe).__call__).parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
@@ -265,7 +265,7 @@ class PixelOutput:
     calls: int
 
     def __getitem__(self, index: int) -> Any:
-        """`out[0]` are the pictures, as in diffusers."""
+        """`out[0]` are the images, as in diffusers."""
         return (self.images,)[index]
 
     def __iter__(self) -> Iterator[Any]:
@@ -310,11 +310,11 @@ class AttachedPipeline:
         return f"AttachedPipeline({type(self._pid_pipe).__name__}, decoder={self._pid_decoder.name!r})"
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
-        """Call the pipeline as before; its pictures are PiD's.
+        """Call the pipeline as before; its images are PiD's.
 
         Takes everything the pipeline takes, and besides, for this call only: stop_after, capture, on_progress,
         decode_settings (a table of `decode` settings), and caption where the call has no prompt.
-        Returns a PixelOutput, or a tuple of the pictures for `return_dict=False`.
+        Returns a PixelOutput, or a tuple of the images for `return_dict=False`.
         """
         own = {name: keywords.pop(name) for name in _OWN if name in keywords}
         call = named_arguments(self._pid_pipe, args, keywords)
@@ -333,7 +333,7 @@ class AttachedPipeline:
             caption=own.get("caption"),
             on_progress=on_progress,
         )
-        images = run.latent if output == "latent" else self._pictures(run, output, settings, on_progress)
+        images = run.latent if output == "latent" else self._images(run, output, settings, on_progress)
         if not call.get("return_dict", True):
             return (images,)
         return PixelOutput(images, run.latent, run.captured, run.steps, run.calls)
@@ -349,23 +349,23 @@ class AttachedPipeline:
                 'ready-made embeddings (an empty text "" is one).'
             )
 
-    def _pictures(
+    def _images(
         self, run: Captured, output: OutputType, settings: DecodeSettings, on_progress: OnProgress | None
     ) -> Any:
         pipe, decoder = self._pid_pipe, self._pid_decoder
         moved = _move_away(pipe) if self._pid_offload else None
         try:
-            pictures = decode_each(decoder, run.latent, settings, on_progress, tensors=output != "pil")
+            images = decode_each(decoder, run.latent, settings, on_progress, tensors=output != "pil")
         finally:
             if moved is not None:
                 pipe.to(moved)
         if output == "pil":
-            for picture in pictures:
-                picture.info.get("pidecode", {}).update(
+            for image in images:
+                image.info.get("pidecode", {}).update(
                     pipeline=type(pipe).__name__, pipeline_steps=run.steps, pipeline_steps_planned=run.steps_planned
                 )
-            return pictures
-        stack = torch.cat(pictures).float().add(1).div(2)
+            return images
+        stack = torch.cat(images).float().add(1).div(2)
         return stack if output == "pt" else stack.permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -391,7 +391,7 @@ def decode_each(
             if on_progress is not None:
                 on_progress(Progress("decoding", index * step.total + step.index, len(latent) * step.total))
 
-        made.append(decoder.decode(one, output="pt" if tensors else "pil", on_step=tell, **mine))
+        made.append(decoder.decode(one, output="pt" if tensors else "pil", callback=tell, **mine))
     return made
 
 
@@ -419,7 +419,7 @@ def attach(
     offload: bool = False,
     **settings: Unpack[DecodeSettings],
 ) -> AttachedPipeline:
-    """A diffusers pipeline whose pictures are PiD's, four times as large; the pipeline itself stays as it is.
+    """A diffusers pipeline whose images are PiD's, four times as large; the pipeline itself stays as it is.
 
     pipe: of the Flux, FLUX.2, Stable Diffusion 3, SDXL, Qwen-Image or Z-Image families; text to image, and the
         relatives that share their call (image to image, inpainting, Kontext, Fill, ControlNet).

@@ -19,7 +19,7 @@ from torch import Tensor
 from pidecode.color_fix import fidelity
 from pidecode.decoder import PixelDecoder
 from pidecode.encoders.autoencoder_kl import check_constants
-from pidecode.encoders.base import LazyEncoder, SpaceEncoder
+from pidecode.encoders.base import ImageEncoder, LazyEncoder
 from pidecode.errors import CheckpointError, LatentError, PidecodeError, SettingError
 from pidecode.latents.latent import FrameWarning, Latent
 from pidecode.latents.layout import LatentStatistics, denormalize, normalize, unpack
@@ -117,9 +117,9 @@ def trained_sigma(scheduler: Any, space: LatentSpace, level: float) -> float:
 
 
 def grid_of_call(given: Mapping[str, Any], tokens: int) -> tuple[int, int] | None:
-    """Rows and columns of the picture's own tokens, read from what a transformer is called with.
+    """Rows and columns of the image's own tokens, read from what a transformer is called with.
 
-    Editing pipelines append the tokens of reference pictures; those come later and are not counted. None where the
+    Editing pipelines append the tokens of reference images; those come later and are not counted. None where the
     call does not say.
     """
     shapes = given.get("img_shapes")
@@ -170,7 +170,7 @@ def latent_of(
 def _unpacked(tokens: Tensor, space: LatentSpace, grid: tuple[int, int] | None) -> Tensor:
     if grid is None:
         raise LatentError(
-            f"These {space.name} latents are {tokens.shape[1]} tokens in a row, which does not tell the picture's "
+            f"These {space.name} latents are {tokens.shape[1]} tokens in a row, which does not tell the image's "
             "shape. Give the height and width the pipeline ran at."
         )
     pixels = space.down * (2 if space.packing == "two_by_two" else 1)
@@ -229,12 +229,12 @@ def decode_native(pipe: Any, latent: Latent) -> Tensor:
         vae.to(torch.float32)
     try:
         device = getattr(pipe, "_execution_device", vae.device)
-        pictures: Tensor = vae.decode(raw.to(device, vae.dtype), return_dict=False)[0]
+        images: Tensor = vae.decode(raw.to(device, vae.dtype), return_dict=False)[0]
     finally:
         if narrow:
             vae.to(torch.float16)
-    pictures = pictures.squeeze(2) if pictures.ndim == 5 else pictures
-    return pictures.float().clamp(-1, 1).cpu()
+    images = images.squeeze(2) if images.ndim == 5 else images
+    return images.float().clamp(-1, 1).cpu()
 
 
 _CELLS = 4
@@ -313,7 +313,7 @@ def _check_decode(decoder: PixelDecoder, space: LatentSpace, states: Tensor | No
 
     def run() -> Tensor:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # so small a picture is outside the sizes it was trained for
+            warnings.simplefilter("ignore")  # so small an image is outside the sizes it was trained for
             made = decoder.decode(Latent(noise * 0.5, space.name), output="pt", **settings)
         assert isinstance(made, Tensor)
         return made
@@ -323,7 +323,7 @@ def _check_decode(decoder: PixelDecoder, space: LatentSpace, states: Tensor | No
 
 def _check_encoder(decoder: PixelDecoder, space: LatentSpace) -> Iterator[Check]:
     encoder = decoder.encoder
-    if not isinstance(encoder, LazyEncoder | SpaceEncoder):
+    if not isinstance(encoder, LazyEncoder | ImageEncoder):
         yield Check("encoder", False, f"not on this disk: pidecode pull {space.name}; latents decode without it")
         return
     side = space.fixed_input or 256

@@ -20,11 +20,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pidecode import images
 from pidecode.color_fix import fidelity
 from pidecode.decoder import PixelDecoder
 from pidecode.errors import DownloadError, FileError, MissingDependencyError, SettingError
 from pidecode.files import atomic_write
+from pidecode.images import KEYWORD, load_image, read_recipe, save_image, to_tensor
 from pidecode.integrations.diffusers import OnProgress, Progress, StopAfter, run_for_latents
 from pidecode.integrations.pipeline_latents import decode_native
 from pidecode.latents.latent import Latent
@@ -45,11 +45,11 @@ class Job:
     """One run: every prompt with every seed.
 
     model: an image model's name. prompts, seeds: all pairs are made.
-    size: width and height of the finished pictures, in pixels.
+    size: width and height of the finished images, in pixels.
     source: the pipeline's folder or hub repository; default the model's own.
     steps: of the diffusion; default the model's. stop_after: see `attach`.
-    compare: also put the native decode, enlarged by Lanczos, beside each picture.
-    keep_latents: leave the latents on disk when their pictures are written.
+    compare: also put the native decode, enlarged by Lanczos, beside each image.
+    keep_latents: leave the latents on disk when their images are written.
     arguments: of the pipeline's call, over the model's defaults.
     """
 
@@ -76,7 +76,7 @@ class Job:
 
     @property
     def pieces(self) -> list[Piece]:
-        """Every picture to be made, in order: all seeds of the first prompt, then of the next."""
+        """Every image to be made, in order: all seeds of the first prompt, then of the next."""
         return [
             Piece(prompt, seed, f"{place:04d}-{_slug(prompt)}-s{seed}")
             for place, prompt in enumerate(self.prompts, 1)
@@ -94,7 +94,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One picture of a run, and the name of its files."""
+    """One image of a run, and the name of its files."""
 
     prompt: str
     seed: int
@@ -103,9 +103,9 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """One finished picture: its file, its latent's file if kept, the comparison's, and how near it is to native."""
+    """One finished image: its file, its latent's file if kept, the comparison's, and how near it is to native."""
 
-    picture: Path
+    image: Path
     latent: Path | None
     comparison: Path | None
     fidelity: str | None
@@ -124,13 +124,13 @@ def generate(
     settings: DecodeSettings | None = None,
     on_progress: OnProgress | None = None,
 ) -> list[Written]:
-    """Make every picture of a job; what an earlier, interrupted run of it has made is not made again.
+    """Make every image of a job; what an earlier, interrupted run of it has made is not made again.
 
     device, dtype: of the pipeline. On a device too small for it, its parts take turns there.
     Raises SettingError when the folder holds another job, DownloadError when the pipeline is not on this machine.
     """
     _begin(job)
-    todo = [piece for piece in job.pieces if not _picture(job, piece).is_file()]
+    todo = [piece for piece in job.pieces if not _image(job, piece).is_file()]
     undrawn = [piece for piece in todo if not _has_latent(job, piece)]
     if undrawn:
         _draw(job, undrawn, device, dtype, on_progress)
@@ -149,7 +149,7 @@ def generate(
             on_progress(Progress("decoding", place + 1, len(job.pieces)))
         written.append(_written(job, piece))
     if job.sheet and len(written) > 1:
-        contact_sheet([entry.picture for entry in written], job.out / SHEET_FILE)
+        contact_sheet([entry.image for entry in written], job.out / SHEET_FILE)
     return written
 
 
@@ -181,7 +181,7 @@ def _slug(prompt: str) -> str:
     return words or hashlib.sha256(prompt.encode()).hexdigest()[:8]
 
 
-def _picture(job: Job, piece: Piece) -> Path:
+def _image(job: Job, piece: Piece) -> Path:
     return job.out / f"{piece.name}.png"
 
 
@@ -265,7 +265,7 @@ def _draw(
         latent, native = _drawn(job, pipe, call, telling(done))
         if native is not None:
             _native(job, piece).parent.mkdir(exist_ok=True)
-            images.save_image(_native(job, piece), native, overwrite=True)
+            save_image(_native(job, piece), native, overwrite=True)
         latent.save(_latent(job, piece), overwrite=True)
     del pipe
     gc.collect()
@@ -292,7 +292,7 @@ def _drawn(job: Job, pipe: Any, call: Mapping[str, Any], on_progress: OnProgress
 
 
 def _caption_states(decoder: PixelDecoder, pieces: Sequence[Piece]) -> dict[str, DecodeSettings]:
-    """States of every prompt, so that the text encoder's memory is free before the pictures are decoded."""
+    """States of every prompt, so that the text encoder's memory is free before the images are decoded."""
     if not decoder.net.config.has_text or decoder.text is None:
         return {}
     states: dict[str, DecodeSettings] = {
@@ -305,53 +305,53 @@ def _caption_states(decoder: PixelDecoder, pieces: Sequence[Piece]) -> dict[str,
 def _decode(job: Job, piece: Piece, decoder: PixelDecoder, settings: Any) -> None:
     latent = Latent.load(_latent(job, piece))
     settings.setdefault("seed", piece.seed)
-    picture = decoder.decode(latent, **settings)
-    assert isinstance(picture, Image.Image)
-    recipe = picture.info.get(images.KEYWORD, {})
+    image = decoder.decode(latent, **settings)
+    assert isinstance(image, Image.Image)
+    recipe = image.info.get(KEYWORD, {})
     recipe |= {"image_model": job.model, "pipeline_steps": job.steps or get_image_model(job.model).steps}
     if job.compare:
-        native = images.load_image(_native(job, piece))
-        images.save_image(_comparison(job, piece), beside(picture, native), recipe=recipe, overwrite=True)
-        (report,) = fidelity(images.to_tensor(picture), images.to_tensor(native))
+        native = load_image(_native(job, piece))
+        save_image(_comparison(job, piece), beside(image, native), recipe=recipe, overwrite=True)
+        (report,) = fidelity(to_tensor(image), to_tensor(native))
         recipe["fidelity"] = str(report)
-    images.save_image(_picture(job, piece), picture, recipe=recipe, overwrite=True)  # last: it marks the piece done
+    save_image(_image(job, piece), image, recipe=recipe, overwrite=True)  # last: it marks the piece done
     if not job.keep_latents:
         _latent(job, piece).unlink()
 
 
 def _written(job: Job, piece: Piece) -> Written:
-    recipe = images.read_recipe(_picture(job, piece)) or {}
+    recipe = read_recipe(_image(job, piece)) or {}
     latent, comparison = _latent(job, piece), _comparison(job, piece)
     return Written(
-        _picture(job, piece),
+        _image(job, piece),
         latent if latent.is_file() else None,
         comparison if comparison.is_file() else None,
         recipe.get("fidelity"),
     )
 
 
-def beside(picture: Image.Image, native: Image.Image) -> Image.Image:
-    """The native decode, enlarged by Lanczos, on the left, and the picture on the right."""
-    sheet = Image.new("RGB", (2 * picture.width, picture.height))
-    sheet.paste(native.convert("RGB").resize(picture.size, Image.Resampling.LANCZOS), (0, 0))
-    sheet.paste(picture, (picture.width, 0))
+def beside(image: Image.Image, native: Image.Image) -> Image.Image:
+    """The native decode, enlarged by Lanczos, on the left, and the image on the right."""
+    sheet = Image.new("RGB", (2 * image.width, image.height))
+    sheet.paste(native.convert("RGB").resize(image.size, Image.Resampling.LANCZOS), (0, 0))
+    sheet.paste(image, (image.width, 0))
     return sheet
 
 
-def contact_sheet(pictures: Sequence[Path], place: Path) -> None:
-    """Small versions of all pictures on one sheet, in reading order."""
-    columns = max(1, round(len(pictures) ** 0.5))
-    rows = -(-len(pictures) // columns)
+def contact_sheet(images: Sequence[Path], place: Path) -> None:
+    """Small versions of all images on one sheet, in reading order."""
+    columns = max(1, round(len(images) ** 0.5))
+    rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * _THUMBNAIL, rows * _THUMBNAIL), (24, 24, 24))
-    for index, path in enumerate(pictures):
-        small = images.load_image(path).convert("RGB")
+    for index, path in enumerate(images):
+        small = load_image(path).convert("RGB")
         small.thumbnail((_THUMBNAIL - 8, _THUMBNAIL - 8))
         left = index % columns * _THUMBNAIL + (_THUMBNAIL - small.width) // 2
         sheet.paste(small, (left, index // columns * _THUMBNAIL + (_THUMBNAIL - small.height) // 2))
-    images.save_image(place, sheet, overwrite=True)
+    save_image(place, sheet, overwrite=True)
 
 
-class PipelinePainter:
+class PipelineTextToLatent:
     """Prompts to latents.
 
     model: an image model's name. pipe: its pipeline, on its device. steps: of the diffusion; default the model's own.
@@ -366,21 +366,21 @@ class PipelinePainter:
     @classmethod
     def from_pretrained(
         cls, model: str, source: str | None, *, device: torch.device, dtype: torch.dtype
-    ) -> PipelinePainter:
+    ) -> PipelineTextToLatent:
         """Load the pipeline from this machine. Raises as `load_pipeline` does."""
         return cls(model, load_pipeline(model, source, device, dtype))
 
     def __call__(
-        self, prompt: str, *, width: int, height: int, seed: int, on_step: Callable[[int, int], None]
+        self, prompt: str, *, width: int, height: int, seed: int, callback: Callable[[int, int], None]
     ) -> Latent:
-        """The latent of a picture that PiD makes `width` x `height` pixels large; `on_step(done, total)` may stop it.
+        """The latent of an image that PiD makes `width` x `height` pixels large; `callback(done, total)` may stop it.
 
         Raises SizeError for a size the model cannot draw.
         """
         low_width, low_height = diffusion_size(self.model, width, height)
 
         def told(progress: Progress) -> None:
-            on_step(progress.step, progress.steps)
+            callback(progress.step, progress.steps)
 
         call = {
             **GENERATION[self.model].arguments,

@@ -90,7 +90,7 @@ class Latent:
     ) -> Latent:
         """From the tokens `[B, N, channels]` a Flux, FLUX.2 or Qwen-Image pipeline works with (normalized).
 
-        height, width: pixels of the picture the image model ran at. Raises LatentError if they do not fit.
+        height, width: pixels of the image the image model ran at. Raises LatentError if they do not fit.
         """
         row = get_space(space)
         _check_is_float(tokens)
@@ -211,7 +211,7 @@ class Latent:
 
     @property
     def output_size(self) -> tuple[int, int]:
-        """Height and width, in pixels, of the picture PiD makes of it."""
+        """Height and width, in pixels, of the image PiD makes of it."""
         return self.grid[0] * self.facts.pixels_per_cell, self.grid[1] * self.facts.pixels_per_cell
 
     def to_raw(self, statistics: LatentStatistics | None = None) -> Tensor:
@@ -438,9 +438,9 @@ def frame_evidence(tensor: Tensor, space: LatentSpace, sigmas: Tensor) -> str | 
     """What speaks against `tensor` `[B, C, h, w]` being a normalized latent of `space` at noise levels `[B]`.
 
     None when nothing does. Judged by the spread (each channel's standard deviation over its cells,
-    root-mean-square over channels), which for flat pictures is small whatever the frame and so never
+    root-mean-square over channels), which for flat images is small whatever the frame and so never
     counts against a clean latent; noise adds its own known share. Raw sd3 latents are narrower than
-    normalized ones and cannot be told from flat pictures, unless noise is in them.
+    normalized ones and cannot be told from flat images, unless noise is in them.
     """
     cells = tensor.shape[-2] * tensor.shape[-1]
     if cells < _FEWEST_CELLS:

@@ -156,7 +156,7 @@ def patchify(latent: Tensor, patch: int) -> Tensor:
     if latent.shape[-1] % patch or latent.shape[-2] % patch:
         raise LatentError(
             f"A raw latent of {latent.shape[-2]}x{latent.shape[-1]} cells cannot be folded by {patch}: "
-            f"both sides must be multiples of {patch}. Crop the picture before encoding it."
+            f"both sides must be multiples of {patch}. Crop the image before encoding it."
         )
     return pixel_unshuffle(latent, patch) if patch > 1 else latent
 
@@ -167,7 +167,7 @@ def unpatchify(latent: Tensor, patch: int) -> Tensor:
 
 
 def packed_grid(space: LatentSpace, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of tokens for a picture of `height` x `width` pixels (the image model's, not PiD's).
+    """Rows and columns of tokens for an image of `height` x `width` pixels (the image model's, not PiD's).
 
     Sides that are no multiple of 16 are rounded down to one, as the pipelines do.
     Raises SettingError for a space whose latents are not packed.
@@ -178,14 +178,14 @@ def packed_grid(space: LatentSpace, height: int, width: int) -> tuple[int, int]:
         )
     pixels = space.down * (2 if space.packing == "two_by_two" else 1)
     if height < pixels or width < pixels:
-        raise SettingError(f"A picture of {height}x{width} pixels is smaller than one token ({pixels}x{pixels}).")
+        raise SettingError(f"An image of {height}x{width} pixels is smaller than one token ({pixels}x{pixels}).")
     return height // pixels, width // pixels
 
 
 def unpack(tokens: Tensor, space: LatentSpace, height: int, width: int) -> Tensor:
-    """Packed tokens `[B, N, token channels]` of a `height` x `width` picture to a latent `[B, C, h, w]`.
+    """Packed tokens `[B, N, token channels]` of a `height` x `width` image to a latent `[B, C, h, w]`.
 
-    Values and frame stay as they are. Raises LatentError when the tokens do not fit that picture, and
+    Values and frame stay as they are. Raises LatentError when the tokens do not fit that image, and
     SettingError for a space that is not packed.
     """
     rows, columns = packed_grid(space, height, width)
@@ -197,7 +197,7 @@ def unpack(tokens: Tensor, space: LatentSpace, height: int, width: int) -> Tenso
         )
     if tokens.shape[1] != rows * columns:
         raise LatentError(
-            f"A picture of {height}x{width} pixels has {rows}x{columns} = {rows * columns} {space.name} tokens; "
+            f"An image of {height}x{width} pixels has {rows}x{columns} = {rows * columns} {space.name} tokens; "
             f"got {tokens.shape[1]}. Give the height and width the image model ran at."
         )
     grid = tokens.transpose(1, 2).reshape(len(tokens), -1, rows, columns)

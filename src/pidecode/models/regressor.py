@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The short way from latent to picture: the adapter with one linear layer to pixels, and how a PixelNet carries it.
+"""The short way from latent to image: the adapter with one linear layer to pixels, and how a PiDNet carries it.
 
 Nearly everything a small decoder knows sits in the adapter, and a pixel block costs several times as much as the
-adapter. So the adapter is first trained alone; `into_pixelnet` then sets a PixelNet so that it computes the same
-picture, and what the rest of the network adds is learned from there. A network that has learned nothing further can be
+adapter. So the adapter is first trained alone; `into_pixelnet` then sets a PiDNet so that it computes the same
+image, and what the rest of the network adds is learned from there. A network that has learned nothing further can be
 looked through: `look_through`.
 """
 
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from pidecode.errors import SettingError
 from pidecode.models.pid.adapter import ClimbingTower, LatentAdapter
-from pidecode.models.pid.network import PixelNet
-from pidecode.registry.configs import NetConfig
+from pidecode.models.pid.network import PiDNet
+from pidecode.registry.configs import PiDConfig
 
 GATE_BIAS = 4.0
 """Logit at which the pixel gate starts: 0.982 open, so that it still has a slope."""
@@ -37,14 +37,14 @@ SHUT = (
 
 
 class Regressor(nn.Module):
-    """Latent [B,C,a,b] to picture [B,3,H,W]: the adapter's features, a linear map to `hidden_size`, one to pixels."""
+    """Latent [B,C,a,b] to image [B,3,H,W]: the adapter's features, a linear map to `hidden_size`, one to pixels."""
 
-    def __init__(self, config: NetConfig) -> None:
+    def __init__(self, config: PiDConfig) -> None:
         super().__init__()
         if not config.inject_pixels or config.prediction != "x0" or config.has_text:
             raise SettingError("A regressor becomes a network with inject_pixels=True, prediction='x0' and text_dim=0.")
-        if not config.adapter_levels:
-            raise SettingError("A regressor needs adapter_levels.")
+        if not config.adapter_stages:
+            raise SettingError("A regressor needs adapter_stages.")
         self.config = config
         self.adapter = LatentAdapter(config)
         self.to_pixels = nn.Linear(config.hidden_size, 3 * config.patch_size**2)
@@ -53,29 +53,29 @@ class Regressor(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, latent: Tensor) -> Tensor:
-        """The picture, unclamped."""
+        """The image, unclamped."""
         config = self.config
         reach = config.latent_down * config.scale // config.patch_size
         grid = (latent.shape[-2] * reach, latent.shape[-1] * reach)
-        return self.picture(self.adapter.features(grid, latent)[0])
+        return self.image(self.adapter.features(grid, latent)[0])
 
     @property
     def tower(self) -> ClimbingTower:
         """The adapter's convolutions."""
         return cast(ClimbingTower, self.adapter.latent_proj)
 
-    def picture(self, features: Tensor) -> Tensor:
-        """The adapter's features [B,width,h,w] to the picture, unclamped."""
+    def image(self, features: Tensor) -> Tensor:
+        """The adapter's features [B,width,h,w] to the image, unclamped."""
         tokens = self.adapter.pit_head(features.flatten(2).transpose(1, 2))
         return self.painted(tokens, (features.shape[-2], features.shape[-1]))
 
     def painted(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The adapter's tokens for the pixels [B,L,hidden_size] to the picture, unclamped."""
+        """The adapter's tokens for the pixels [B,L,hidden_size] to the image, unclamped."""
         pixels: Tensor = self.to_pixels(tokens)
         return F.pixel_shuffle(pixels.transpose(1, 2).unflatten(2, grid), self.config.patch_size)
 
     def by_levels(self, cells: Tensor, given: Sequence[Tensor] | None = None) -> tuple[list[Tensor], Tensor]:
-        """What a teacher has features of at all levels of the tower but the last, coarsest first, and the picture.
+        """What a teacher has features of at all levels of the tower but the last, coarsest first, and the image.
 
         cells: unpatchified latent. given: the teacher's features. With them every level is fed what the teacher had
         there instead of what the level before it made: shallow parts learn many times faster than the whole, and all
@@ -86,18 +86,18 @@ class Regressor(nn.Module):
         for level, layers in enumerate(cast("Iterable[nn.Sequential]", self.tower.levels)):
             made.append(layers(F.interpolate(below, scale_factor=2, mode="nearest") if level else below))
             below = made[-1] if given is None or level == len(given) else given[level]
-        return made[:-1], self.picture(F.pixel_unshuffle(below, self.tower.fold))
+        return made[:-1], self.image(F.pixel_unshuffle(below, self.tower.fold))
 
     @torch.no_grad()
-    def start_from_patches(self, pictures: Tensor) -> None:
-        """Set the way from features to pixels to the leading principal directions of patches of `pictures`.
+    def start_from_patches(self, images: Tensor) -> None:
+        """Set the way from features to pixels to the leading principal directions of patches of `images`.
 
         Each cell of the finest grid starts with a small patch of its own, and the whole patch with what `hidden_size`
         directions hold of it; the fourth root of each direction's variance evens features and pixels out half each.
         """
         config, fold = self.config, self.tower.fold
         side, width = config.patch_size // fold, config.adapter_width // fold**2
-        variances, basis, small_mean = _principal(pictures, side, width)
+        variances, basis, small_mean = _principal(images, side, width)
         rank = len(variances)
         # Pixels are ordered (color, row, column) within the whole patch, features (channel, cell row, cell column).
         cells = torch.zeros(3, fold, side, fold, side, width, fold, fold)
@@ -105,7 +105,7 @@ class Regressor(nn.Module):
             for column in range(fold):
                 cells[:, row, :, column, :, :rank, row, column] = (basis * variances**0.25).view(3, side, side, rank)
         means = small_mean.view(3, 1, side, 1, side).expand(3, fold, side, fold, side).flatten()
-        variances, basis, mean = _principal(pictures, config.patch_size, config.hidden_size)
+        variances, basis, mean = _principal(images, config.patch_size, config.hidden_size)
         scale, rank = variances**0.25, len(variances)
         for layer in (self.to_pixels, self.adapter.pit_head):
             layer.weight.zero_()
@@ -116,21 +116,21 @@ class Regressor(nn.Module):
         self.adapter.pit_head.bias[:rank] = basis.T @ (means - mean) / scale
 
 
-def _principal(pictures: Tensor, side: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
+def _principal(images: Tensor, side: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of patches of `side` pixels: variances and directions [3 side^2, n] of the `most` leading components; mean."""
-    patches = F.pixel_unshuffle(pictures, side).flatten(2).transpose(1, 2).flatten(0, 1)
+    patches = F.pixel_unshuffle(images, side).flatten(2).transpose(1, 2).flatten(0, 1)
     variances, basis = (part.flip(-1)[..., :most] for part in torch.linalg.eigh(torch.cov(patches.T)))
     return variances.clamp(min=1e-8), basis, patches.mean(0)
 
 
 @torch.no_grad()
-def into_pixelnet(regressor: Regressor) -> PixelNet:
-    """A PixelNet that gives the regressor's picture whatever the noisy picture and the time, up to about 0.002.
+def into_pixelnet(regressor: Regressor) -> PiDNet:
+    """A PiDNet that gives the regressor's image whatever the noisy image and the time, up to about 0.002.
 
     Three pixel channels carry color and the last a large constant. The first pixel block's shift holds the colors,
     its feed-forward passes them through (`gelu(x) - gelu(-x) = x`), and every other path starts shut, with a slope.
     """
-    net = PixelNet(regressor.config).cpu()
+    net = PiDNet(regressor.config).cpu()
     adapter = {f"lq_proj.{name}": value.cpu() for name, value in regressor.adapter.state_dict().items()}
     tensors = net.state_dict() | adapter
     net.load_state_dict(tensors | _settled(tensors, regressor.to_pixels, regressor.config))
@@ -138,7 +138,7 @@ def into_pixelnet(regressor: Regressor) -> PixelNet:
 
 
 @torch.no_grad()
-def out_of_pixelnet(net: PixelNet) -> Regressor:
+def out_of_pixelnet(net: PiDNet) -> Regressor:
     """The regressor that `into_pixelnet` made a network of, so that training can go on from released weights.
 
     Raises SettingError for a network that was made otherwise, or has been trained since.
@@ -149,7 +149,7 @@ def out_of_pixelnet(net: PixelNet) -> Regressor:
     return regressor
 
 
-def _settled(tensors: Mapping[str, Tensor], to_pixels: nn.Linear, config: NetConfig) -> dict[str, Tensor]:
+def _settled(tensors: Mapping[str, Tensor], to_pixels: nn.Linear, config: PiDConfig) -> dict[str, Tensor]:
     """The tensors of a network that `into_pixelnet` sets, but for the adapter's own."""
     settled: dict[str, Tensor] = {}
     for name, value in tensors.items():
@@ -166,7 +166,7 @@ def _settled(tensors: Mapping[str, Tensor], to_pixels: nn.Linear, config: NetCon
 
 
 @torch.no_grad()
-def _to_pixels_of(net: PixelNet) -> nn.Linear:
+def _to_pixels_of(net: PiDNet) -> nn.Linear:
     """The map from `hidden_size` to pixels that the first pixel block's shift holds, float32, on the processor.
 
     Raises SettingError where the network is not as `into_pixelnet` made it.
@@ -192,32 +192,32 @@ class ShortWay:
     Follows the adapter's weights where they go.
     """
 
-    def __init__(self, net: PixelNet, to_pixels: nn.Linear) -> None:
+    def __init__(self, net: PiDNet, to_pixels: nn.Linear) -> None:
         self.net = net
         with torch.device("meta"):
             self.regressor = Regressor(net.config)
         self.regressor.adapter, self.regressor.to_pixels = net.lq_proj, to_pixels.requires_grad_(False)
 
-    def picture(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The picture [B,3,H,W], unclamped, of the adapter's tokens for the pixels [B,L,D]."""
+    def image(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The image [B,3,H,W], unclamped, of the adapter's tokens for the pixels [B,L,D]."""
         self.regressor.to_pixels.to(tokens.device, tokens.dtype)
         return self.regressor.painted(tokens, grid)
 
     @torch.no_grad()
     def __call__(self, latent: Tensor) -> Tensor:
-        """What a normalized latent decodes to, within [-1, 1], shrunk to the size of the encoded picture."""
+        """What a normalized latent decodes to, within [-1, 1], shrunk to the size of the encoded image."""
         net = self.net
         self.regressor.to_pixels.to(net.device, net.dtype)
         return shrunk(self.regressor(latent.to(net.device)).float(), net.config.scale)
 
 
-def look_through(net: PixelNet) -> ShortWay | None:
-    """The network's short way from latent to picture.
+def look_through(net: PiDNet) -> ShortWay | None:
+    """The network's short way from latent to image.
 
     None for a network that has none: one whose pixel blocks make more of it than what the adapter says, one whose
     weights are not there or no longer whole.
     """
-    if not net.config.adapter_levels or net.slimmed or net.device.type == "meta":
+    if not net.config.adapter_stages or net.stripped or net.device.type == "meta":
         return None
     try:
         return ShortWay(net, _to_pixels_of(net))
@@ -225,12 +225,12 @@ def look_through(net: PixelNet) -> ShortWay | None:
         return None
 
 
-def shrunk(picture: Tensor, scale: int) -> Tensor:
-    """A decoded picture [B,3,H,W], clamped to [-1, 1], at the size of what was encoded: antialiased bicubic."""
-    return F.interpolate(picture.clamp(-1, 1), scale_factor=1 / scale, mode="bicubic", antialias=True)
+def shrunk(image: Tensor, scale: int) -> Tensor:
+    """A decoded image [B,3,H,W], clamped to [-1, 1], at the size of what was encoded: antialiased bicubic."""
+    return F.interpolate(image.clamp(-1, 1), scale_factor=1 / scale, mode="bicubic", antialias=True)
 
 
-def _first_pixel_block(to_pixels: nn.Linear, config: NetConfig, size: float) -> dict[str, Tensor]:
+def _first_pixel_block(to_pixels: nn.Linear, config: PiDConfig, size: float) -> dict[str, Tensor]:
     """The block's tensors that are not as they were: its modulation, its second norm and its feed-forward."""
     width, pixels = config.pixel_hidden_size, config.patch_size**2
     opening = torch.sigmoid(torch.tensor(GATE_BIAS))

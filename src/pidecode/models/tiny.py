@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small image encoder that ships with `tiny`: a picture to FLUX.2's normalized latent, without FLUX.2's own VAE."""
+"""The small image encoder that ships with `tiny`: an image to FLUX.2's normalized latent, without FLUX.2's own VAE."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ MOST_ROUNDS = 16
 """Most corrections an encoder may ask for: each costs a look and an encoding, and a file decides over them."""
 
 Look = Callable[[Tensor], Tensor]
-"""From a normalized latent [B,128,h,w] to what a decoder makes of it, shrunk to the encoded picture's size."""
+"""From a normalized latent [B,128,h,w] to what a decoder makes of it, shrunk to the encoded image's size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderConfig:
-    """Widths and depths of an ImageEncoder at the picture's own side, a half, a quarter and an eighth of it.
+    """Widths and depths of an TinyEncoder at the image's own side, a half, a quarter and an eighth of it.
 
     `channels` is that of the packed latent (128 for FLUX.2). `rounds`: how often the latent is corrected after a look
     at what it decodes to, at most MOST_ROUNDS; 0 builds an encoder without the part that does it. Raises SettingError
@@ -82,9 +82,9 @@ class ResidualBlock(nn.Module):
 
 
 class ContextBlock(ResidualBlock):
-    """A ResidualBlock whose inner channels are scaled and shifted by the picture's mean features.
+    """A ResidualBlock whose inner channels are scaled and shifted by the image's mean features.
 
-    The autoencoder it imitates normalizes over the whole picture, so a purely local network cannot follow it.
+    The autoencoder it imitates normalizes over the whole image, so a purely local network cannot follow it.
     """
 
     def __init__(self, width: int) -> None:
@@ -99,11 +99,11 @@ class ContextBlock(ResidualBlock):
         return x + self.conv2(functional.relu(inner))  # type: ignore[no-any-return]
 
 
-class ImageEncoder(nn.Module):
-    """Picture [B,3,H,W] in [-1,1], sides multiples of 16, to the normalized latent [B,128,H/16,W/16].
+class TinyEncoder(nn.Module):
+    """Image [B,3,H,W] in [-1,1], sides multiples of 16, to the normalized latent [B,128,H/16,W/16].
 
     The output is in the frame every latent of this project is in (SPEC.md section 5): FLUX.2's patchified 32
-    channels, order (channel, row, column). It depends on the whole picture: encode first, crop after.
+    channels, order (channel, row, column). It depends on the whole image: encode first, crop after.
     """
 
     def __init__(self, config: EncoderConfig | None = None, *, inputs: int = 3) -> None:
@@ -119,11 +119,11 @@ class ImageEncoder(nn.Module):
         self.at_eighth = nn.Sequential(*(ContextBlock(config.eighth_width) for _ in range(config.eighth_blocks)))
         self.head = nn.Conv2d(config.eighth_width, config.channels // 4, 3, padding=1)
         if config.rounds:
-            self.corrector = ImageEncoder(replace(config, rounds=0), inputs=2 * inputs)
+            self.corrector = TinyEncoder(replace(config, rounds=0), inputs=2 * inputs)
 
-    def half_features(self, picture: Tensor) -> Tensor:
-        """Features at half of the picture's side."""
-        x: Tensor = self.at_half(self.to_half(functional.relu(self.at_full(self.stem(picture)))))
+    def half_features(self, image: Tensor) -> Tensor:
+        """Features at half of the image's side."""
+        x: Tensor = self.at_half(self.to_half(functional.relu(self.at_full(self.stem(image)))))
         return x
 
     def quarter_features(self, half: Tensor) -> Tensor:
@@ -136,51 +136,51 @@ class ImageEncoder(nn.Module):
         cells: Tensor = self.head(functional.relu(self.at_eighth(self.to_eighth(quarter))))
         return cells
 
-    def cells(self, picture: Tensor) -> Tensor:
+    def cells(self, image: Tensor) -> Tensor:
         """The latent before patchifying: [B,channels/4,H/8,W/8]."""
-        return self.cells_from(self.quarter_features(self.half_features(picture)))
+        return self.cells_from(self.quarter_features(self.half_features(image)))
 
-    def correction(self, picture: Tensor, error: Tensor, unprompted: Tensor | None = None) -> Tensor:
+    def correction(self, image: Tensor, error: Tensor, unprompted: Tensor | None = None) -> Tensor:
         """What to add to the cells of a latent to which `error` is missing in what it decodes to; nothing for none.
 
-        error: the picture less what was decoded, at its size. unprompted: what the corrector says without an error,
+        error: the image less what was decoded, at its size. unprompted: what the corrector says without an error,
         if that is at hand. Only an encoder with `rounds` can tell.
         """
         if unprompted is None:
-            unprompted = self._prompted(picture, torch.zeros_like(error))
-        return self._prompted(picture, error) - unprompted
+            unprompted = self._prompted(image, torch.zeros_like(error))
+        return self._prompted(image, error) - unprompted
 
-    def _prompted(self, picture: Tensor, error: Tensor) -> Tensor:
-        return self.corrector.cells(torch.cat((picture, error), dim=1))
+    def _prompted(self, image: Tensor, error: Tensor) -> Tensor:
+        return self.corrector.cells(torch.cat((image, error), dim=1))
 
-    def corrected(self, picture: Tensor, look: Look, rounds: int) -> Tensor:
+    def corrected(self, image: Tensor, look: Look, rounds: int) -> Tensor:
         """The cells after so many corrections, each by what the latent before it still gets wrong."""
-        cells = self.cells(picture)
+        cells = self.cells(image)
         if rounds:
-            unprompted = self._prompted(picture, torch.zeros_like(picture))
+            unprompted = self._prompted(image, torch.zeros_like(image))
         for _ in range(rounds):
-            error = picture - look(functional.pixel_unshuffle(cells, 2)).to(picture)
-            cells = cells + self.correction(picture, error, unprompted)
+            error = image - look(functional.pixel_unshuffle(cells, 2)).to(image)
+            cells = cells + self.correction(image, error, unprompted)
         return cells
 
-    def forward(self, picture: Tensor, look: Look | None = None) -> Tensor:
+    def forward(self, image: Tensor, look: Look | None = None) -> Tensor:
         """The latent; with a `look`, one corrected for `config.rounds` times.
 
-        Raises SizeError unless the picture is [B,3,H,W] with sides that are multiples of 16.
+        Raises SizeError unless the image is [B,3,H,W] with sides that are multiples of 16.
         """
-        if picture.ndim != 4 or picture.shape[1] != 3:
-            raise SizeError(f"The encoder takes pictures [B,3,H,W]; this one is {list(picture.shape)}.")
-        height, width = picture.shape[-2:]
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise SizeError(f"The encoder takes images [B,3,H,W]; this one is {list(image.shape)}.")
+        height, width = image.shape[-2:]
         if height % STRIDE or width % STRIDE or not height or not width:
             raise SizeError(
-                f"A {width}x{height} picture does not divide into {STRIDE}-pixel cells; "
+                f"A {width}x{height} image does not divide into {STRIDE}-pixel cells; "
                 f"crop it to {width // STRIDE * STRIDE}x{height // STRIDE * STRIDE}."
             )
-        cells = self.cells(picture) if look is None else self.corrected(picture, look, self.config.rounds)
+        cells = self.cells(image) if look is None else self.corrected(image, look, self.config.rounds)
         return functional.pixel_unshuffle(cells, 2)
 
 
 def encoder_parameters(config: EncoderConfig) -> int:
     """Parameter count of an encoder of this shape, computed without allocating it."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in ImageEncoder(config).parameters())
+        return sum(parameter.numel() for parameter in TinyEncoder(config).parameters())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ViT that RAE and Scale-RAE decode with: feature tokens to a picture, under the names their files use."""
+"""The ViT that RAE and Scale-RAE decode with: feature tokens to an image, under the names their files use."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class VitConfig:
     heads: int
     patch: int
     grid: int
-    """Tokens along each side of the square picture."""
+    """Tokens along each side of the square image."""
     epsilon: float = 1e-12
 
     @property
     def side(self) -> int:
-        """Pixels along each side of the picture."""
+        """Pixels along each side of the image."""
         return self.grid * self.patch
 
 
@@ -75,9 +75,9 @@ class Layer(nn.Module):
 
 
 class VitDecoder(nn.Module):
-    """Tokens `[B, grid^2, features]` (row-major, no class token) to pictures `[B, 3, side, side]`.
+    """Tokens `[B, grid^2, features]` (row-major, no class token) to images `[B, 3, side, side]`.
 
-    The pictures are in the encoder's own normalization (its mean and deviation of colors). Other square grids of
+    The images are in the encoder's own normalization (its mean and deviation of colors). Other square grids of
     tokens are brought to the trained one by bilinear interpolation, as both projects do.
     """
 
@@ -101,8 +101,8 @@ class VitDecoder(nn.Module):
         values = self.decoder_pred(self.decoder_norm(x))[:, 1:]
         # A token holds its patch as (row, column, color).
         patches = values.unflatten(1, (config.grid, config.grid)).unflatten(-1, (config.patch, config.patch, 3))
-        picture: Tensor = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-        return picture
+        image: Tensor = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        return image
 
     def _on_grid(self, x: Tensor) -> Tensor:
         side = math.isqrt(x.shape[1])

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pidecode.errors import SettingError, SizeError
 from pidecode.registry import configs as architecture
-from pidecode.registry.configs import NetConfig
+from pidecode.registry.configs import PiDConfig
 from pidecode.registry.spaces import SPACES, LatentSpace, did_you_mean, get_space
 
 Kind = Literal["student", "teacher", "backbone"]
@@ -84,7 +84,7 @@ class Checkpoint:
     """Hub repository; None for the weights that ship with this package."""
     path: str
     """Path inside the repository, or file name among the package's assets."""
-    config: NetConfig | None
+    config: PiDConfig | None
     """The network it holds, as it is used; None where the file itself says it (ours)."""
     parameters: int | None
     size_bytes: int | None = None
@@ -127,7 +127,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderFile:
-    """What turns a picture into latents of one space: the file in the official repository, and its kin.
+    """What turns an image into latents of one space: the file in the official repository, and its kin.
 
     `path` is a file, or a folder where it ends in "/". `source` is the public model the encoder is,
     and `statistics` the (repository, path) of normalization statistics that lie elsewhere.
@@ -156,12 +156,12 @@ def _file(folder: str) -> str:
     return f"checkpoints/{folder}/model_ema_bf16.pth"
 
 
-def _v1_config(space: str) -> NetConfig:
+def _v1_config(space: str) -> PiDConfig:
     row = SPACES[space]
     return architecture.v1(latent_channels=row.channels, latent_down=row.down, scale=row.scale)
 
 
-def _v1pt5_config(space: str, *, teacher: bool) -> NetConfig:
+def _v1pt5_config(space: str, *, teacher: bool) -> PiDConfig:
     row = SPACES[space]
     return architecture.v1pt5(
         latent_channels=row.channels, latent_down=row.down, latent_unpatchify=row.raw_patch, color_head=teacher
@@ -384,7 +384,7 @@ def is_trained(checkpoint: Checkpoint, height: int, width: int) -> bool:
 def nearest_trained(checkpoint: Checkpoint, height: int, width: int) -> Size | None:
     """The trained output size nearest in shape, then in area; the size itself if trained; None without such a list."""
     if height < 1 or width < 1:
-        raise SizeError(f"A picture has positive sides; got {height}x{width}.")
+        raise SizeError(f"An image has positive sides; got {height}x{width}.")
     if not checkpoint.trained_sizes:
         return None
     if is_trained(checkpoint, height, width):

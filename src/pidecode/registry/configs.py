@@ -24,8 +24,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NetConfig:
-    """Everything needed to build a PixelNet (SPEC.md sections 1 and 2).
+class PiDConfig:
+    """Everything needed to build a PiDNet (SPEC.md sections 1 and 2).
 
     Sizes are in channels, tokens or pixels. `text_dim=0` builds a network without a text stream;
     `latent_channels=0` one without an adapter (the bare text-to-image backbone).
@@ -60,27 +60,27 @@ class NetConfig:
     rope_mode: RopeMode = "ntk_aware"
     """Whether the image rotation's base follows the grid's size."""
     rope_reference: tuple[int, int] = (1024, 1024)
-    """Height and width, in pixels, of the picture at which the NTK-aware rotation equals the plain one."""
+    """Height and width, in pixels, of the image at which the NTK-aware rotation equals the plain one."""
     latent_channels: int = 16
     """Channels of the normalized latent; 0 builds no adapter."""
     latent_down: int = 8
-    """Pixels of the low-resolution picture per latent cell, along each side."""
+    """Pixels of the low-resolution image per latent cell, along each side."""
     latent_unpatchify: int = 1
     """Cells a latent cell is unpacked into, along each side."""
     scale: int = 4
-    """Output pixels per pixel of the low-resolution picture, along each side."""
+    """Output pixels per pixel of the low-resolution image, along each side."""
     adapter_width: int = 512
     """Channels of the adapter's convolutions."""
     adapter_blocks: int = 4
     """Residual blocks of the adapter, where it does not climb."""
     adapter_padding: Padding = "zeros"
     """What the convolutions see beyond the edge."""
-    adapter_levels: tuple[int, ...] = ()
+    adapter_stages: tuple[int, ...] = ()
     """Residual blocks at each level of an adapter that climbs: from the latent's cells, by doubling, to a grid no
     coarser than the patches, whose features are then folded into them. Empty convolves on the patch grid alone, with
     `adapter_blocks`, as every released network does."""
     adapter_image_channels: int = 0
-    """Channels of an optional low-resolution picture beside the latent (0 in every released network)."""
+    """Channels of an optional low-resolution image beside the latent (0 in every released network)."""
     gate: Gate = "per_channel"
     """Whether a gate decides for each token, or for each channel of it."""
     inject_interval: int = 2
@@ -88,11 +88,11 @@ class NetConfig:
     inject_pixels: bool = False
     """Whether it enters before the pixel blocks as well."""
     color_head: bool = False
-    """Whether the adapter predicts the low-resolution picture, for the color loss of training."""
+    """Whether the adapter predicts the low-resolution image, for the color loss of training."""
     color_head_tap: int = -1
     """Residual block of the adapter, counted from one, that the color head reads; -1 reads the final features."""
     prediction: Prediction = "velocity"
-    """What the output is: noise minus picture, or the picture."""
+    """What the output is: noise minus image, or the image."""
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -110,8 +110,8 @@ class NetConfig:
             raise SettingError(
                 f"pixel_hidden_size is {self.pixel_hidden_size}; the position table needs a multiple of 4."
             )
-        if self.adapter_levels and not self.latent_channels:
-            raise SettingError(f"adapter_levels is {self.adapter_levels}, and without latent_channels nothing climbs.")
+        if self.adapter_stages and not self.latent_channels:
+            raise SettingError(f"adapter_stages is {self.adapter_stages}, and without latent_channels nothing climbs.")
         if self.has_adapter:
             self._check_adapter()
 
@@ -155,27 +155,27 @@ class NetConfig:
                 f"patch_size={self.patch_size} covers {1 / ratio:g} latent cells a side; it must be a whole number."
             )
 
-        if self.adapter_levels:
+        if self.adapter_stages:
             self._check_climb()
 
     def _check_climb(self) -> None:
-        if len(self.adapter_levels) < 2 or min(self.adapter_levels) < 0:
+        if len(self.adapter_stages) < 2 or min(self.adapter_stages) < 0:
             raise SettingError(
-                f"adapter_levels is {self.adapter_levels}; it must be two or more numbers of blocks, 0 or more each."
+                f"adapter_stages is {self.adapter_stages}; it must be two or more numbers of blocks, 0 or more each."
             )
         fold = self.adapter_fold
         if fold != round(fold) or fold < 1 or self.adapter_width % (4 * round(fold) ** 2):
             raise SettingError(
-                f"{len(self.adapter_levels)} adapter_levels give {fold:g} cells a side of a patch; it must be a whole "
+                f"{len(self.adapter_stages)} adapter_stages give {fold:g} cells a side of a patch; it must be a whole "
                 f"number, and adapter_width ({self.adapter_width}) a multiple of 4 times its square."
             )
         if self.color_head and self.color_head_tap != -1:
-            raise SettingError("color_head_tap counts blocks on the patch grid; with adapter_levels it must be -1.")
+            raise SettingError("color_head_tap counts blocks on the patch grid; with adapter_stages it must be -1.")
 
     @property
     def adapter_fold(self) -> float:
         """Cells of the adapter's finest grid per patch, along each side, where it climbs."""
-        return float(2 ** (len(self.adapter_levels) - 1) / self.latent_to_patch_ratio)
+        return float(2 ** (len(self.adapter_stages) - 1) / self.latent_to_patch_ratio)
 
     @property
     def has_text(self) -> bool:
@@ -184,7 +184,7 @@ class NetConfig:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether the network takes a latent (or a low-resolution picture)."""
+        """Whether the network takes a latent (or a low-resolution image)."""
         return self.latent_channels > 0 or self.adapter_image_channels > 0
 
     @property
@@ -210,11 +210,11 @@ class NetConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""
         return {
-            **asdict(self), "rope_reference": list(self.rope_reference), "adapter_levels": list(self.adapter_levels),
+            **asdict(self), "rope_reference": list(self.rope_reference), "adapter_stages": list(self.adapter_stages),
         }  # fmt: skip
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> NetConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> PiDConfig:
         """Inverse of `to_dict`. Raises SettingError for unknown names or values of the wrong type."""
         known = {field.name: field for field in fields(cls)}
         unknown = sorted(set(values) - set(known))
@@ -223,7 +223,7 @@ class NetConfig:
         clean: dict[str, Any] = dict(values)
         defaults = cls()
         for name, value in clean.items():
-            if name in ("rope_reference", "adapter_levels"):
+            if name in ("rope_reference", "adapter_stages"):
                 if not isinstance(value, (list, tuple)) or not all(type(number) is int for number in value):
                     raise SettingError(f"{name} is {value!r}; it must be a list of whole numbers.")
                 clean[name] = tuple(value)
@@ -235,19 +235,19 @@ class NetConfig:
                 raise SettingError(f"{name} is {value!r}; it must be of type {expected.__name__}.")
         return cls(**clean)
 
-    def without_color_head(self) -> NetConfig:
+    def without_color_head(self) -> PiDConfig:
         """The same network without its training-only color head."""
         return replace(self, color_head=False)
 
 
-def v1(*, latent_channels: int, latent_down: int, scale: int = 4) -> NetConfig:
+def v1(*, latent_channels: int, latent_down: int, scale: int = 4) -> PiDConfig:
     """The released v1 network ("2k" and "2kto4k") for one latent space."""
-    return NetConfig(latent_channels=latent_channels, latent_down=latent_down, scale=scale)
+    return PiDConfig(latent_channels=latent_channels, latent_down=latent_down, scale=scale)
 
 
-def v1pt5(*, latent_channels: int, latent_down: int, latent_unpatchify: int = 1, color_head: bool = False) -> NetConfig:
+def v1pt5(*, latent_channels: int, latent_down: int, latent_unpatchify: int = 1, color_head: bool = False) -> PiDConfig:
     """The released v1.5 network ("2kto4k_v1pt5") for one latent space; its teacher keeps the color head."""
-    return NetConfig(
+    return PiDConfig(
         latent_channels=latent_channels,
         latent_down=latent_down,
         latent_unpatchify=latent_unpatchify,
@@ -260,14 +260,14 @@ def v1pt5(*, latent_channels: int, latent_down: int, latent_unpatchify: int = 1,
     )
 
 
-def backbone() -> NetConfig:
+def backbone() -> PiDConfig:
     """The text-to-image PixelDiT backbone that every released decoder grew from."""
-    return NetConfig(latent_channels=0, rope_reference=(2048, 2048))
+    return PiDConfig(latent_channels=0, rope_reference=(2048, 2048))
 
 
-def miniature(**changes: Any) -> NetConfig:
+def debug_config(**changes: Any) -> PiDConfig:
     """A network of a few thousand parameters with every part of v1.5, for tests and dry runs."""
-    base = NetConfig(
+    base = PiDConfig(
         hidden_size=32, num_heads=2, patch_depth=3, patch_size=16,
         pixel_hidden_size=4, pixel_depth=1, pixel_attn_hidden_size=24, pixel_num_heads=3,
         text_dim=16, text_length=10, latent_channels=16, latent_down=8,

@@ -63,7 +63,7 @@ class LatentSpace:
     """Largest believable spread of a clean normalized latent: each channel's standard deviation over its
     cells, root-mean-square over channels.
 
-    Measured in FLUX.2's space on 94 photographs, drawings and pages: 0.58 to 0.90; flat and test pictures
+    Measured in FLUX.2's space on 94 photographs, drawings and pages: 0.58 to 0.90; flat and test images
     less. Where raw is the wider frame the limit lies between such values and the same times `raw_std`.
     """
 
@@ -260,7 +260,7 @@ assert set(GENERATION) == set(IMAGE_MODELS)
 
 
 def diffusion_size(model: str | ImageModel, width: int, height: int) -> tuple[int, int]:
-    """Width and height the image model runs at for a picture of `width` x `height` pixels from PiD.
+    """Width and height the image model runs at for an image of `width` x `height` pixels from PiD.
 
     Raises SizeError, naming the nearest size that fits, unless both sides are multiples of 16 times the scale.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The HTTP interface: decode a latent, enlarge a picture, OpenAI's image endpoints, health, metrics, a description."""
+"""The HTTP interface: decode a latent, enlarge an image, OpenAI's image endpoints, health, metrics, a description."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from pidecode import __version__
 from pidecode.serve import openai
-from pidecode.serve.http import Guard, Intake, add_error_handlers, outcome, problem, to_header
-from pidecode.serve.prometheus import CONTENT_TYPE, Answers, Meter
+from pidecode.serve.http import AuthMiddleware, BodyReader, add_error_handlers, outcome, problem, to_header
+from pidecode.serve.prometheus import CONTENT_TYPE, Answers, MetricsMiddleware
 from pidecode.serve.reference import reference_page
 from pidecode.serve.schemas import DecodeOptions, Options, UpscaleOptions
-from pidecode.serve.service import Desk, Made
+from pidecode.serve.service import DecodeService, Made
 
 GRACE = 30.0
 """Seconds a running job is given when the server stops."""
@@ -48,8 +48,8 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 _DOOR = (401, 403)
 _WORK = (400, *_DOOR, 408, 413, 422, 429, 500, 501, 503, 507)
 _BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
-_PICTURE: dict[str, Any] = {
-    "description": "The picture, with its recipe inside. X-Pidecode-Warnings is a JSON list of what there is to say.",
+_IMAGE: dict[str, Any] = {
+    "description": "The image, with its recipe inside. X-Pidecode-Warnings is a JSON list of what there is to say.",
     "content": {"image/png": _BINARY, "image/webp": _BINARY, "image/jpeg": _BINARY},
 }
 _FORM: dict[str, Any] = {
@@ -60,7 +60,7 @@ _FORM: dict[str, Any] = {
         "image": {"type": "string", "format": "binary"},
         "prompt": {"type": "string", "maxLength": 4000, "description": "For models that read captions."},
         "model": {"type": "string", "maxLength": 200},
-        "n": {"type": "integer", "minimum": 1, "maximum": openai.MOST_PICTURES},
+        "n": {"type": "integer", "minimum": 1, "maximum": openai.MOST_IMAGES},
         "size": {"type": "string", "enum": ["auto"], "description": "auto, or exactly the enlarged size."},
         "response_format": {"type": "string", "enum": ["b64_json"]},
         "output_format": {"type": "string", "enum": ["png", "webp", "jpeg"]},
@@ -76,7 +76,7 @@ def _body(kind: str, words: str) -> dict[str, Any]:
     return {"requestBody": {"required": True, "description": words, "content": {kind: _BINARY}}}
 
 
-def create_app(desk: Desk, *, token: str | None = None) -> FastAPI:
+def create_app(desk: DecodeService, *, token: str | None = None) -> FastAPI:
     """The whole server as an ASGI application; it stops the desk's queue when it is shut down.
 
     token: what clients must show; None is for an address that only this machine reaches.
@@ -91,7 +91,7 @@ def create_app(desk: Desk, *, token: str | None = None) -> FastAPI:
     app = FastAPI(
         title="pidecode",
         version=__version__,
-        summary="Latents and pictures in, pictures four times the size out.",
+        summary="Latents and images in, images four times the size out.",
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
@@ -101,19 +101,19 @@ def create_app(desk: Desk, *, token: str | None = None) -> FastAPI:
     _add_openai(app, desk)
     _add_state(app, desk, answers)
     paths = [getattr(route, "path", "") for route in app.routes]
-    app.add_middleware(Guard, token=token, open_paths=frozenset({"/health"}))
-    app.add_middleware(Meter, paths=paths, tally=answers)
+    app.add_middleware(AuthMiddleware, token=token, open_paths=frozenset({"/health"}))
+    app.add_middleware(MetricsMiddleware, paths=paths, tally=answers)
     return app
 
 
-def _add_work(app: FastAPI, desk: Desk) -> None:
-    intake = Intake(desk.queue, desk.limits)
+def _add_work(app: FastAPI, desk: DecodeService) -> None:
+    intake = BodyReader(desk.queue, desk.limits)
 
     @app.post(
         "/v1/decode",
         summary="Decode a latent",
         response_class=Response,
-        responses={200: _PICTURE, **_problems(*_WORK)},
+        responses={200: _IMAGE, **_problems(*_WORK)},
         openapi_extra=_body("application/octet-stream", "A .safetensors file that holds one normalized latent."),
     )
     async def decode(request: Request, options: Annotated[DecodeOptions, Query()]) -> Response:
@@ -123,19 +123,19 @@ def _add_work(app: FastAPI, desk: Desk) -> None:
 
     @app.post(
         "/v1/upscale",
-        summary="Enlarge a picture",
+        summary="Enlarge an image",
         response_class=Response,
-        responses={200: _PICTURE, **_problems(*_WORK)},
-        openapi_extra=_body("application/octet-stream", "A picture file: PNG, JPEG, WebP and other kinds."),
+        responses={200: _IMAGE, **_problems(*_WORK)},
+        openapi_extra=_body("application/octet-stream", "An image file: PNG, JPEG, WebP and other kinds."),
     )
     async def upscale(request: Request, options: Annotated[UpscaleOptions, Query()]) -> Response:
-        """The picture is encoded to a latent and decoded larger; the result is exactly that many times its size."""
+        """The image is encoded to a latent and decoded larger; the result is exactly that many times its size."""
         data = await intake.body(request)
         return _file(await outcome(request, desk.upscale(data, options)))
 
 
-def _add_openai(app: FastAPI, desk: Desk) -> None:
-    intake = Intake(desk.queue, desk.limits)
+def _add_openai(app: FastAPI, desk: DecodeService) -> None:
+    intake = BodyReader(desk.queue, desk.limits)
 
     @app.get("/v1/models", summary="List the models", response_model=openai.Models, responses=_problems(*_DOOR))
     async def models() -> openai.Models:
@@ -145,7 +145,7 @@ def _add_openai(app: FastAPI, desk: Desk) -> None:
     @app.post(
         "/v1/images/generations",
         summary="Paint from a prompt (as OpenAI's)",
-        response_model=openai.Pictures,
+        response_model=openai.Images,
         responses=_problems(*_WORK),
     )
     async def generations(request: Request, body: openai.GenerationBody) -> Any:
@@ -155,7 +155,7 @@ def _add_openai(app: FastAPI, desk: Desk) -> None:
                 501,
                 "no_pipeline",
                 "No image pipeline is set up here, so there is nothing to paint with. Start the server "
-                "with --pipeline, or send a latent to /v1/decode or a picture to /v1/upscale.",
+                "with --pipeline, or send a latent to /v1/decode or an image to /v1/upscale.",
             )
         size = openai.parse_size(body.size)
         plans = [
@@ -167,29 +167,29 @@ def _add_openai(app: FastAPI, desk: Desk) -> None:
 
     @app.post(
         "/v1/images/edits",
-        summary="Enlarge a picture (as OpenAI's edits)",
-        response_model=openai.Pictures,
+        summary="Enlarge an image (as OpenAI's edits)",
+        response_model=openai.Images,
         responses=_problems(*_WORK),
         openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}},
     )
     async def edits(request: Request) -> Any:
         """The one edit there is: larger. A prompt is passed on as the caption, where the model reads captions."""
-        picture, fields = await _form(request, await intake.body(request))
+        image, fields = await _form(request, await intake.body(request))
         size, count = fields.pop("size", None), fields.pop("n", "1")
-        if count not in {str(number) for number in range(1, openai.MOST_PICTURES + 1)}:
-            raise HTTPException(400, f"n is {count[:20]!r}; it must be 1 to {openai.MOST_PICTURES}.")
+        if count not in {str(number) for number in range(1, openai.MOST_IMAGES + 1)}:
+            raise HTTPException(400, f"n is {count[:20]!r}; it must be 1 to {openai.MOST_IMAGES}.")
         options = _edit_options(fields)
-        looked = await asyncio.to_thread(desk.look, picture)
-        if looked.kind != "picture":
+        looked = await asyncio.to_thread(desk.look, image)
+        if looked.kind != "image":
             raise HTTPException(400, "The image is a latent file; send it to /v1/decode.")
         plan = desk.plan(options.model, looked)
         openai.check_edit_size(size, (plan.width, plan.height))
         wishes = [options.model_copy(update={"seed": options.seed + index}) for index in range(int(count))]
-        made = await _one_by_one(request, [lambda wish=wish: desk.upscale(picture, wish) for wish in wishes])
+        made = await _one_by_one(request, [lambda wish=wish: desk.upscale(image, wish) for wish in wishes])
         return openai.answer(made, options.format)
 
 
-def _add_state(app: FastAPI, desk: Desk, answers: Answers) -> None:
+def _add_state(app: FastAPI, desk: DecodeService, answers: Answers) -> None:
     @app.get("/health", summary="Is it well?", responses={503: {"description": "It is stopping."}})
     async def health() -> JSONResponse:
         """Needs no token, and tells nothing but this."""
@@ -220,14 +220,14 @@ def _file(made: Made) -> Response:
     return Response(made.data, media_type=made.media, headers=headers)
 
 
-def _model(desk: Desk, name: str) -> openai.Model:
+def _model(desk: DecodeService, name: str) -> openai.Model:
     decoder = desk.decoders[name]
     return openai.Model(
         id=name,
         space=decoder.space.name,
         scale=decoder.scale,
         kind=str(decoder.identity.kind),
-        takes_pictures=decoder.encoder is not None,
+        takes_images=decoder.encoder is not None,
         reads_captions=decoder.net.config.has_text,
         license=str(decoder.identity.license or "unknown"),
     )
@@ -245,7 +245,7 @@ async def _form(request: Request, body: bytes) -> tuple[bytes, dict[str, str]]:
         yield body
 
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        raise HTTPException(400, "Send a multipart form with the picture in the field 'image'.")
+        raise HTTPException(400, "Send a multipart form with the image in the field 'image'.")
     parser = MultiPartParser(request.headers, stream(), max_files=1, max_fields=20)
     parser.spool_max_size = len(body) + 1  # never on disk
     try:

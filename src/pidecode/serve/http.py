@@ -68,7 +68,7 @@ _STATUSES: tuple[tuple[type[Exception], int, str], ...] = (
 )
 
 
-class Guard:
+class AuthMiddleware:
     """ASGI middleware: knows who may come in, and sends every answer out with headers that keep it private.
 
     token: what a client must show (`Authorization: Bearer ...`, or the page's cookie); None lets everyone in who
@@ -125,7 +125,7 @@ class Guard:
         return refusal
 
 
-class Intake:
+class BodyReader:
     """Reads bodies, never more of them than the line has places, never longer than they may be."""
 
     def __init__(self, queue: JobQueue, limits: Limits) -> None:

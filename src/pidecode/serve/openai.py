@@ -14,7 +14,7 @@ from pidecode.errors import SettingError, SizeError
 from pidecode.serve.schemas import LARGEST_SEED
 from pidecode.serve.service import Made
 
-MOST_PICTURES = 4
+MOST_IMAGES = 4
 
 _SIZE = re.compile(r"([1-9][0-9]{1,4})x([1-9][0-9]{1,4})")
 
@@ -26,11 +26,9 @@ class GenerationBody(BaseModel):
 
     prompt: Annotated[str, Field(min_length=1, max_length=4000)]
     model: Annotated[str | None, Field(max_length=200)] = None
-    n: Annotated[int, Field(ge=1, le=MOST_PICTURES, description="Pictures, with seeds counting up.")] = 1
+    n: Annotated[int, Field(ge=1, le=MOST_IMAGES, description="Images, with seeds counting up.")] = 1
     size: Annotated[str, Field(max_length=11, description="WIDTHxHEIGHT of the result, in pixels.")] = "2048x2048"
-    response_format: Annotated[Literal["b64_json"], Field(description="Pictures come in the answer itself.")] = (
-        "b64_json"
-    )
+    response_format: Annotated[Literal["b64_json"], Field(description="Images come in the answer itself.")] = "b64_json"
     output_format: Literal["png", "webp", "jpeg"] = "png"
     user: Annotated[str | None, Field(max_length=200, description="Accepted for clients that send it; not kept.")] = (
         None
@@ -39,19 +37,19 @@ class GenerationBody(BaseModel):
     steps: Annotated[int | None, Field(ge=1, le=100, description="Of the decoder.")] = None
 
 
-class Picture(BaseModel):
-    """One picture, in the answer itself."""
+class Image(BaseModel):
+    """One image, in the answer itself."""
 
     b64_json: str
 
 
-class Pictures(BaseModel):
+class Images(BaseModel):
     """What both image endpoints answer."""
 
     created: int
     output_format: str
     size: str
-    data: list[Picture]
+    data: list[Image]
 
 
 class Model(BaseModel):
@@ -64,7 +62,7 @@ class Model(BaseModel):
     space: str
     scale: int
     kind: str
-    takes_pictures: bool
+    takes_images: bool
     reads_captions: bool
     license: str
 
@@ -102,16 +100,16 @@ def check_edit_size(size: str | None, made: tuple[int, int]) -> None:
     """Raise SettingError if an edit asks for another size than enlarging gives."""
     if size not in (None, "", "auto") and parse_size(str(size)) != made:
         raise SettingError(
-            f"Editing enlarges, and this picture becomes {made[0]}x{made[1]}; size cannot be {size}. Leave it out."
+            f"Editing enlarges, and this image becomes {made[0]}x{made[1]}; size cannot be {size}. Leave it out."
         )
 
 
-def answer(pictures: list[Made], output_format: str) -> dict[str, Any]:
+def answer(images: list[Made], output_format: str) -> dict[str, Any]:
     """Finished files in OpenAI's form."""
-    first = pictures[0]
+    first = images[0]
     return {
         "created": int(time.time()),
         "output_format": output_format,
         "size": f"{first.width}x{first.height}",
-        "data": [{"b64_json": base64.b64encode(made.data).decode("ascii")} for made in pictures],
+        "data": [{"b64_json": base64.b64encode(made.data).decode("ascii")} for made in images],
     }

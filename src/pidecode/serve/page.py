@@ -24,10 +24,10 @@ from starlette.exceptions import HTTPException
 
 from pidecode import __version__
 from pidecode.serve.estimate import Plan
-from pidecode.serve.http import COOKIE, Guard, Intake, add_error_handlers, cancel_when_gone, describe
-from pidecode.serve.queue import Glimpse, Job
+from pidecode.serve.http import COOKIE, AuthMiddleware, BodyReader, add_error_handlers, cancel_when_gone, describe
+from pidecode.serve.queue import Job, JobStatus
 from pidecode.serve.schemas import DecodeOptions, UpscaleOptions
-from pidecode.serve.service import Desk, Looked, Made
+from pidecode.serve.service import DecodeService, FileInfo, Made
 
 GRACE = 5.0
 """Seconds a running job is given when the page's server stops."""
@@ -49,7 +49,7 @@ class PlanQuery(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    kind: Literal["picture", "latent"]
+    kind: Literal["image", "latent"]
     width: Annotated[int, Field(ge=1, le=65536)]
     height: Annotated[int, Field(ge=1, le=65536)]
     model: str | None = None
@@ -76,7 +76,7 @@ class Finished:
         return self._made.pop(name, (0.0, None))[1]
 
 
-def create_app(desk: Desk, *, token: str | None = None) -> FastAPI:
+def create_app(desk: DecodeService, *, token: str | None = None) -> FastAPI:
     """The page as an ASGI application; it stops the desk's queue when it is shut down.
 
     token: what opens the page (`/?token=...`, then kept as a cookie); None is for this machine alone.
@@ -94,7 +94,7 @@ def create_app(desk: Desk, *, token: str | None = None) -> FastAPI:
     _add_files(app, token)
     _add_questions(app, desk)
     _add_jobs(app, desk)
-    app.add_middleware(Guard, token=token)
+    app.add_middleware(AuthMiddleware, token=token)
     return app
 
 
@@ -119,8 +119,8 @@ def _add_files(app: FastAPI, token: str | None) -> None:
         return answer(name)
 
 
-def _add_questions(app: FastAPI, desk: Desk) -> None:
-    intake = Intake(desk.queue, desk.limits)
+def _add_questions(app: FastAPI, desk: DecodeService) -> None:
+    intake = BodyReader(desk.queue, desk.limits)
 
     @app.get("/api/about")
     async def about() -> dict[str, Any]:
@@ -140,13 +140,13 @@ def _add_questions(app: FastAPI, desk: Desk) -> None:
 
     @app.get("/api/plan")
     async def plan(query: Annotated[PlanQuery, Query()]) -> dict[str, Any]:
-        looked = Looked(kind=query.kind, width=query.width, height=query.height)
+        looked = FileInfo(kind=query.kind, width=query.width, height=query.height)
         size = (query.to_width, query.to_height) if query.to_width and query.to_height else None
         return _plan(desk.plan(query.model, looked, size))
 
 
-def _add_jobs(app: FastAPI, desk: Desk) -> None:
-    intake, finished = Intake(desk.queue, desk.limits), Finished()
+def _add_jobs(app: FastAPI, desk: DecodeService) -> None:
+    intake, finished = BodyReader(desk.queue, desk.limits), Finished()
 
     @app.post("/api/decode")
     async def decode(request: Request, options: Annotated[DecodeOptions, Query()]) -> Response:
@@ -179,11 +179,11 @@ def _watched(request: Request, job: Job, finished: Finished) -> StreamingRespons
         gone = cancel_when_gone(request, job)
         shown: bytes | None = None
         try:
-            async for glimpse in job.changes():
-                fresh = glimpse.preview if glimpse.preview is not shown else None
-                shown = glimpse.preview or shown
+            async for status in job.changes():
+                fresh = status.preview if status.preview is not shown else None
+                shown = status.preview or shown
                 if not job.over:
-                    yield _line(_told(glimpse, fresh))
+                    yield _line(_told(status, fresh))
             yield _line(_ending(job, finished))
         finally:
             gone.cancel()
@@ -192,13 +192,13 @@ def _watched(request: Request, job: Job, finished: Finished) -> StreamingRespons
     return StreamingResponse(story(), media_type="application/x-ndjson")
 
 
-def _told(glimpse: Glimpse, preview: bytes | None) -> dict[str, Any]:
+def _told(status: JobStatus, preview: bytes | None) -> dict[str, Any]:
     told: dict[str, Any] = {
-        "state": glimpse.state,
-        "place": glimpse.place,
-        "done": glimpse.done,
-        "total": glimpse.total,
-        "note": glimpse.note,
+        "state": status.state,
+        "place": status.place,
+        "done": status.done,
+        "total": status.total,
+        "note": status.note,
     }
     if preview is not None:
         told["preview"] = f"data:image/jpeg;base64,{base64.b64encode(preview).decode('ascii')}"
@@ -223,7 +223,7 @@ def _ending(job: Job, finished: Finished) -> dict[str, Any]:
     }
 
 
-def _model(desk: Desk, name: str) -> dict[str, Any]:
+def _model(desk: DecodeService, name: str) -> dict[str, Any]:
     decoder = desk.decoders[name]
     return {
         "name": name,
@@ -232,7 +232,7 @@ def _model(desk: Desk, name: str) -> dict[str, Any]:
         "scale": decoder.scale,
         "pixels_per_cell": decoder.space.pixels_per_cell,
         "kind": decoder.identity.kind,
-        "takes_pictures": decoder.encoder is not None,
+        "takes_images": decoder.encoder is not None,
         "reads_captions": decoder.net.config.has_text,
         "license": decoder.identity.license or "unknown",
     }

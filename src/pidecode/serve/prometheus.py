@@ -22,7 +22,7 @@ Sample = tuple[str, str, float]
 """Suffix of the name, labels, value."""
 
 
-class Meter:
+class MetricsMiddleware:
     """ASGI middleware that counts answers by path and status, and times them."""
 
     def __init__(self, app: App, *, paths: Iterable[str], tally: Answers) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One device, one worker, a short line of jobs: bounded, cancellable, and stopped without losing anyone.
 
-The queue knows nothing of pictures or of HTTP. Work is a function of its job, run on the queue's own thread; it
+The queue knows nothing of images or of HTTP. Work is a function of its job, run on the queue's own thread; it
 calls `job.check()` or `job.report()` now and then, which is where a cancelled job ends.
 """
 
@@ -33,7 +33,7 @@ REMEMBERED = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Glimpse:
+class JobStatus:
     """A job as it stands: its state, its place in the line (1 is next), and how far the work is."""
 
     state: State
@@ -55,7 +55,7 @@ class Job:
         self.deadline = None if limit is None else self.created + limit
         self._work: Work | None = work
         self._queue = queue
-        self._glimpse = Glimpse(state="waiting")
+        self._glimpse = JobStatus(state="waiting")
         self._reason: str | None = None
         self._result: Any = None
         self._error: BaseException | None = None
@@ -73,7 +73,7 @@ class Job:
         return self._over.is_set()
 
     @property
-    def glimpse(self) -> Glimpse:
+    def status(self) -> JobStatus:
         """State, place, progress and the newest preview."""
         return self._queue._look(self)
 
@@ -97,7 +97,7 @@ class Job:
         """Called by the work: say how far it is. Raises Cancelled if the job is to stop."""
         self.check()
         kept = preview if preview is not None else self._glimpse.preview
-        self._glimpse = Glimpse(state="running", done=done, total=total, note=note, preview=kept)
+        self._glimpse = JobStatus(state="running", done=done, total=total, note=note, preview=kept)
         self._tell()
 
     def result(self) -> Any:
@@ -111,7 +111,7 @@ class Job:
         """Block until it is over; False if that took longer than `timeout` seconds."""
         return self._over.wait(timeout)
 
-    async def changes(self) -> AsyncIterator[Glimpse]:
+    async def changes(self) -> AsyncIterator[JobStatus]:
         """Its glimpses as they come, from now to the last. A slow reader misses some, never the last."""
         news, loop = asyncio.Event(), asyncio.get_running_loop()
 
@@ -123,7 +123,7 @@ class Job:
         try:
             while True:
                 news.clear()
-                over, seen = self.over, self.glimpse
+                over, seen = self.over, self.status
                 yield seen
                 if over:
                     return
@@ -148,10 +148,10 @@ class Job:
 
     def _end(self, state: State, *, result: Any = None, error: BaseException | None = None) -> None:
         self._result, self._error = result, error
-        self._work = None  # it may hold a picture; the queue keeps nothing of a finished job
+        self._work = None  # it may hold an image; the queue keeps nothing of a finished job
         self.ended = time.monotonic()
         last = self._glimpse
-        self._glimpse = Glimpse(state=state, done=last.done, total=last.total)
+        self._glimpse = JobStatus(state=state, done=last.done, total=last.total)
         self._over.set()
         self._tell()
 
@@ -255,13 +255,13 @@ class JobQueue:
         if self._worker is not None:
             self._worker.join()
 
-    def _look(self, job: Job) -> Glimpse:
+    def _look(self, job: Job) -> JobStatus:
         seen = job._glimpse
         if seen.state != "waiting":
             return seen
         with self._changed:
             place = self._waiting.index(job) + 1 if job in self._waiting else 0
-        return Glimpse(state="waiting", place=place)
+        return JobStatus(state="waiting", place=place)
 
     def _cancel(self, job: Job, reason: str) -> None:
         with self._changed:

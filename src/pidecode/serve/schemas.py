@@ -25,7 +25,7 @@ class Limits:
     body_bytes: int = 64 * 2**20
     """Longest body."""
     pixels: int = 4096 * 4096
-    """Most pixels of a result; a picture to enlarge has accordingly fewer."""
+    """Most pixels of a result; an image to enlarge has accordingly fewer."""
     waiting: int = 8
     """Jobs that may wait while one runs."""
     seconds: float = 600.0
@@ -50,7 +50,7 @@ class Limits:
 
 
 class Options(BaseModel):
-    """How to make the picture. What is left out is the model's own choice; what cannot act is refused."""
+    """How to make the image. What is left out is the model's own choice; what cannot act is refused."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -58,7 +58,7 @@ class Options(BaseModel):
         str | None, Field(max_length=200, description="A name from /v1/models; the first if left out.")
     ] = None
     caption: Annotated[
-        str | None, Field(max_length=4000, description="What the picture shows, for models that read captions.")
+        str | None, Field(max_length=4000, description="What the image shows, for models that read captions.")
     ] = None
     seed: Annotated[int, Field(ge=0, le=LARGEST_SEED, description="Of the noise.")] = 0
     steps: Annotated[int | None, Field(ge=1, le=100, description="Few-step models take 1 to 4.")] = None
@@ -71,7 +71,7 @@ class Options(BaseModel):
     color_lock: Annotated[
         Lock | None,
         Field(
-            description="Hold the picture that is enlarged: not at all, its broad colors, all colors, or all it "
+            description="Hold the image that is enlarged: not at all, its broad colors, all colors, or all it "
             "shows; the last is what small models do if left out."
         ),
     ] = None
@@ -84,13 +84,11 @@ class Options(BaseModel):
 
 
 class UpscaleOptions(Options):
-    """How to enlarge a picture."""
+    """How to enlarge an image."""
 
     scale: Annotated[
         int | None,
-        Field(
-            ge=1, le=8, description="Times the picture's size; less than the model's own is made whole, then reduced."
-        ),
+        Field(ge=1, le=8, description="Times the image's size; less than the model's own is made whole, then reduced."),
     ] = None
 
     fit: Annotated[

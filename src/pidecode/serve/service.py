@@ -15,9 +15,9 @@ from PIL.Image import Image, Resampling
 from torch import Tensor
 from torch.nn import functional
 
-from pidecode import images
 from pidecode.decoder import PixelDecoder
 from pidecode.errors import FileError, LatentError, SettingError
+from pidecode.images import KEYWORD, encode_image, load_image, read_recipe, to_pil
 from pidecode.latents import storage
 from pidecode.latents.latent import Latent
 from pidecode.sampling import Step
@@ -44,10 +44,10 @@ class Made:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Looked:
-    """What a file turned out to be. Sides are pixels of a picture, cells of a latent."""
+class FileInfo:
+    """What a file turned out to be. Sides are pixels of an image, cells of a latent."""
 
-    kind: Literal["picture", "latent"]
+    kind: Literal["image", "latent"]
     width: int
     height: int
     space: str | None = None
@@ -57,16 +57,16 @@ class Looked:
     recipe: dict[str, Any] | None = None
 
 
-class Painter(Protocol):
+class TextToLatent(Protocol):
     """A diffusion pipeline, seen from the desk: a prompt becomes a latent of the decoder's space."""
 
     def __call__(
-        self, prompt: str, *, width: int, height: int, seed: int, on_step: Callable[[int, int], None]
+        self, prompt: str, *, width: int, height: int, seed: int, callback: Callable[[int, int], None]
     ) -> Latent:
-        """width, height: pixels of the finished picture. `on_step(done, total)` may raise Cancelled."""
+        """width, height: pixels of the finished image. `callback(done, total)` may raise Cancelled."""
 
 
-class Desk:
+class DecodeService:
     """Decoders on one device behind one queue.
 
     decoders: by the name clients ask for; the first is the default. They must lie on the queue's one device.
@@ -78,7 +78,7 @@ class Desk:
         decoders: Mapping[str, PixelDecoder],
         *,
         limits: Limits | None = None,
-        painter: Painter | None = None,
+        painter: TextToLatent | None = None,
     ) -> None:
         if not decoders:
             raise SettingError("There is no model to serve; name at least one.")
@@ -95,21 +95,21 @@ class Desk:
             raise SettingError(f"There is no model {name[:80]!r} here; there are {', '.join(self.decoders)}.")
         return name, self.decoders[name]
 
-    def look(self, data: bytes) -> Looked:
-        """Say what a file is. Raises ImageError, FileError or LatentError if it is neither picture nor latent."""
+    def look(self, data: bytes) -> FileInfo:
+        """Say what a file is. Raises ImageError, FileError or LatentError if it is neither image nor latent."""
         if not looks_like_safetensors(data):
-            picture = images.load_image(data, max_pixels=self.limits.pixels)
-            return Looked(kind="picture", width=picture.width, height=picture.height, recipe=images.read_recipe(data))
+            image = load_image(data, max_pixels=self.limits.pixels)
+            return FileInfo(kind="image", width=image.width, height=image.height, recipe=read_recipe(data))
         return _read_latent(data)
 
-    def plan(self, name: str | None, looked: Looked, size: tuple[int, int] | None = None) -> Plan:
+    def plan(self, name: str | None, looked: FileInfo, size: tuple[int, int] | None = None) -> Plan:
         """What a decode of such a file would need. Raises SizeError if it is larger than allowed."""
         _, decoder = self.pick(name)
         width, height = size or self._result_size(decoder, looked)
         self.limits.check_pixels(width, height)
         return plan(decoder, width, height)
 
-    def _result_size(self, decoder: PixelDecoder, looked: Looked) -> tuple[int, int]:
+    def _result_size(self, decoder: PixelDecoder, looked: FileInfo) -> tuple[int, int]:
         space = decoder.space
         if looked.kind == "latent":
             return looked.width * space.pixels_per_cell, looked.height * space.pixels_per_cell
@@ -127,24 +127,24 @@ class Desk:
             height, width = latent.output_size
             self._check(decoder, *settings.get("size", (width, height)))
             return self._made(
-                options, lambda: decoder.decode(latent, options.caption, on_step=_reporter(job, previews), **settings)
+                options, lambda: decoder.decode(latent, options.caption, callback=_reporter(job, previews), **settings)
             )
 
         return self._submit(options, work)
 
     def upscale(self, data: bytes, options: UpscaleOptions, *, previews: bool = False) -> Job:
-        """Put a picture in the line; the job's result is a `Made`. Raises BusyError."""
+        """Put an image in the line; the job's result is a `Made`. Raises BusyError."""
 
         def work(job: Job) -> Made:
             _, decoder = self.pick(options.model)
-            picture = images.load_image(data, max_pixels=self.limits.pixels)
-            looked = Looked(kind="picture", width=picture.width, height=picture.height)
+            image = load_image(data, max_pixels=self.limits.pixels)
+            looked = FileInfo(kind="image", width=image.width, height=image.height)
             self._check(decoder, *self._result_size(decoder, looked))
             scale = _checked_scale(decoder, options.scale)
 
             def make() -> Any:
                 made = decoder.upscale(
-                    picture, options.caption, fit=options.fit, on_step=_reporter(job, previews), **options.settings()
+                    image, options.caption, fit=options.fit, callback=_reporter(job, previews), **options.settings()
                 )
                 assert isinstance(made, Image)
                 return made if scale == decoder.scale else _reduced(made, scale, decoder.scale)
@@ -172,9 +172,9 @@ class Desk:
                     width=size[0],
                     height=size[1],
                     seed=options.seed,
-                    on_step=lambda done, total: job.report(done=done, total=total, note="painting"),
+                    callback=lambda done, total: job.report(done=done, total=total, note="painting"),
                 )
-                return decoder.decode(latent, caption, on_step=_reporter(job, previews), **options.settings())
+                return decoder.decode(latent, caption, callback=_reporter(job, previews), **options.settings())
 
             return self._made(options, make)
 
@@ -198,11 +198,11 @@ class Desk:
         # The queue's thread is the only one that decodes, so the warnings caught are this decode's.
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            picture = make()
-        if isinstance(picture, list):
-            raise SettingError(f"The file holds {len(picture)} latents; send one at a time, or use `pidecode batch`.")
-        recipe = picture.info.get(images.KEYWORD)
-        data = images.encode_image(picture, options.format, recipe=recipe)
+            image = make()
+        if isinstance(image, list):
+            raise SettingError(f"The file holds {len(image)} latents; send one at a time, or use `pidecode batch`.")
+        recipe = image.info.get(KEYWORD)
+        data = encode_image(image, options.format, recipe=recipe)
         told = dict.fromkeys(
             str(entry.message)
             for entry in caught
@@ -211,8 +211,8 @@ class Desk:
         return Made(
             data=data,
             media=MEDIA[options.format],
-            width=picture.width,
-            height=picture.height,
+            width=image.width,
+            height=image.height,
             recipe=dict(recipe or {}),
             warnings=tuple(told),
             seconds=time.perf_counter() - began,
@@ -227,13 +227,13 @@ def _checked_scale(decoder: PixelDecoder, scale: int | None) -> int:
     return decoder.scale if scale is None else scale
 
 
-def _reduced(picture: Image, scale: int, made_at: int) -> Image:
-    """The picture at `scale` instead of `made_at` times its origin's size; its recipe says so."""
-    width, height = (max(1, round(side * scale / made_at)) for side in picture.size)
-    small = picture.resize((width, height), Resampling.LANCZOS)
-    recipe = picture.info.get(images.KEYWORD)
+def _reduced(image: Image, scale: int, made_at: int) -> Image:
+    """The image at `scale` instead of `made_at` times its origin's size; its recipe says so."""
+    width, height = (max(1, round(side * scale / made_at)) for side in image.size)
+    small = image.resize((width, height), Resampling.LANCZOS)
+    recipe = image.info.get(KEYWORD)
     if recipe:
-        small.info[images.KEYWORD] = {**recipe, "width": width, "height": height, "reduced_to_scale": scale}
+        small.info[KEYWORD] = {**recipe, "width": width, "height": height, "reduced_to_scale": scale}
     return small
 
 
@@ -249,19 +249,19 @@ def parse_latent(data: bytes, space: str | None, decoder: PixelDecoder) -> Laten
     two spaces may share a number of channels.
     """
     if not looks_like_safetensors(data):
-        raise FileError("The body is no .safetensors file; send one that holds a latent, or a picture to /v1/upscale.")
+        raise FileError("The body is no .safetensors file; send one that holds a latent, or an image to /v1/upscale.")
     latent = Latent.load(data, space=space)
     if len(latent) != 1:
         raise SettingError(f"The file holds {len(latent)} latents; send one at a time, or use `pidecode batch`.")
     return latent.to(decoder.device)
 
 
-def _read_latent(data: bytes) -> Looked:
+def _read_latent(data: bytes) -> FileInfo:
     stored = storage.read_latent(data)
     tensor, record = stored.tensor, stored.record
     if tensor.ndim != 4:
         raise LatentError(f"A latent is [1, channels, h, w]; the file holds {list(tensor.shape)}.")
-    return Looked(
+    return FileInfo(
         kind="latent",
         width=tensor.shape[3],
         height=tensor.shape[2],
@@ -272,22 +272,22 @@ def _read_latent(data: bytes) -> Looked:
 
 
 def _reporter(job: Job, previews: bool) -> Callable[[Step], None]:
-    """A step callback that passes progress on, with a small picture if anyone looks."""
+    """A step callback that passes progress on, with a small image if anyone looks."""
 
-    def on_step(step: Step) -> None:
-        preview = small_picture(step.picture) if previews else None
+    def callback(step: Step) -> None:
+        preview = small_image(step.image) if previews else None
         job.report(done=step.index, total=step.total, note="decoding", preview=preview)
 
-    return on_step
+    return callback
 
 
-def small_picture(pixels: Tensor, side: int = PREVIEW_SIDE) -> bytes:
-    """`[B, 3, H, W]` in [-1, 1] as a small JPEG of its first picture, for a look in passing."""
+def small_image(pixels: Tensor, side: int = PREVIEW_SIDE) -> bytes:
+    """`[B, 3, H, W]` in [-1, 1] as a small JPEG of its first image, for a look in passing."""
     height, width = pixels.shape[-2:]
     factor = max(1, math.ceil(max(height, width) / side))
     one = pixels[:1].float()
     if factor > 1:
         one = functional.avg_pool2d(one, factor, ceil_mode=True)
     buffer = io.BytesIO()
-    images.to_pil(one.clamp(-1, 1)).save(buffer, "JPEG", quality=82)
+    to_pil(one.clamp(-1, 1)).save(buffer, "JPEG", quality=82)
     return buffer.getvalue()

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pidecode.errors import CheckpointError, TrainingError
-from pidecode.training.distributed import World, bare, fill, wait_for_all, whole
-from pidecode.training.ema import MovingAverage
+from pidecode.training.distributed import DistEnv, bare, fill, wait_for_all, whole
+from pidecode.training.ema import ExponentialMovingAverage
 
 _NAME = re.compile(r"step-(\d{8})")
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
@@ -38,7 +38,7 @@ class Live:
 
     modules: Mapping[str, nn.Module]
     optimizers: Mapping[str, Optimizer]
-    average: MovingAverage | None
+    average: ExponentialMovingAverage | None
     device: torch.device
 
 
@@ -66,7 +66,7 @@ def _chance(device: torch.device) -> dict[str, Tensor]:
     return states
 
 
-def save_checkpoint(folder: Path, step: int, live: Live, facts: Mapping[str, Any], here: World, keep: int) -> None:
+def save_checkpoint(folder: Path, step: int, live: Live, facts: Mapping[str, Any], here: DistEnv, keep: int) -> None:
     """Store the state after `step` steps; every process must call this, the first one writes.
 
     Older checkpoints beyond `keep` are removed afterwards. Raises TrainingError when the disk is full or refuses;

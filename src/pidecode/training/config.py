@@ -10,14 +10,14 @@ from typing import Literal
 from torch import Tensor
 
 from pidecode.errors import SettingError
-from pidecode.registry.configs import NetConfig
+from pidecode.registry.configs import PiDConfig
 from pidecode.registry.spaces import LatentSpace
 from pidecode.training.dmd import Distillation
 from pidecode.training.flow_matching import TeacherLoss
 from pidecode.training.noise import LatentNoise
 
 Encode = Callable[[Tensor], Tensor]
-"""Low-resolution pictures `[B, 3, h, w]` in [-1, 1] to normalized latents `[B, C, h / down, w / down]`."""
+"""Low-resolution images `[B, 3, h, w]` in [-1, 1] to normalized latents `[B, C, h / down, w / down]`."""
 
 EncodeText = Callable[[Sequence[str]], Tensor]
 """Captions to states `[B, N, width]`."""
@@ -32,22 +32,22 @@ def _check(holds: bool, message: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Data:
-    """Pictures and what goes with them."""
+    """Images and what goes with them."""
 
     source: str = ""
-    """A folder of pictures or of WebDataset shards (.tar), searched with its subfolders; or one shard."""
+    """A folder of images or of WebDataset shards (.tar), searched with its subfolders; or one shard."""
     sizes: tuple[tuple[int, int], ...] = ((2048, 2048), (2304, 1728), (1728, 2304), (2688, 1536), (1536, 2688))
-    """Sizes (height, width) that pictures are brought to; each goes to the one nearest its own aspect ratio."""
+    """Sizes (height, width) that images are brought to; each goes to the one nearest its own aspect ratio."""
     crop: int = 0
-    """Side in pixels of the square trained on, cut from such a picture and its latent alike; 0 takes all of it."""
+    """Side in pixels of the square trained on, cut from such an image and its latent alike; 0 takes all of it."""
     batch: int = 1
-    """Pictures per process and forward pass."""
+    """Images per process and forward pass."""
     workers: int = 4
-    """Threads that read pictures ahead."""
+    """Threads that read images ahead."""
     encoder: str = ""
     """File or folder of the latent space's encoder; empty takes the one on this disk."""
     cache: str = ""
-    """Folder in which latents of whole pictures are kept, so that each is encoded once; empty encodes each time."""
+    """Folder in which latents of whole images are kept, so that each is encoded once; empty encodes each time."""
     caption_drop: float = 0.1
     """Share of captions replaced by the empty one."""
     latent_drop: float = 0.1
@@ -133,7 +133,7 @@ class Spread:
     weights: Literal["copied", "sharded"] = "copied"
     """Every process holds whole networks (DDP), or a part of each tensor (FSDP2)."""
     across: int = 1
-    """Processes that share one picture, each with a band of its patch rows (sequence parallelism)."""
+    """Processes that share one image, each with a band of its patch rows (sequence parallelism)."""
     patience: float = 600.0
     """Seconds without an answer after which another process counts as lost."""
 
@@ -149,7 +149,7 @@ class Run:
     steps: int = 1000
     """Optimizer steps (in a distillation: iterations of either phase)."""
     seed: int = 0
-    """Decides start values, the order of pictures and every draw."""
+    """Decides start values, the order of images and every draw."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """Number format of matrix products; weights, sums and optimizer are always float32."""
     recompute: bool = True
@@ -165,7 +165,7 @@ class Run:
     sample_every: int = 500
     """Steps between grids of samples; 0 draws none."""
     samples: int = 4
-    """Pictures in a grid."""
+    """Images in a grid."""
     sample_steps: int = 25
     """Solver steps of a teacher's samples; students use their own times."""
     sample_guidance: float = 5.0
@@ -182,18 +182,18 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Everything that decides a training run besides the pictures themselves."""
+    """Everything that decides a training run besides the images themselves."""
 
     title: str
     """What this trains, in one line."""
     method: Method
     """backbone: text to image; teacher: many guided steps; student: distilled to a few; direct: few steps, simply."""
-    net: NetConfig
+    net: PiDConfig
     """The network."""
     space: LatentSpace | None = None
     """Latent space it decodes; None for a backbone."""
     encode: Encode | None = None
-    """How a low-resolution picture becomes a latent; None takes the space's own encoder."""
+    """How a low-resolution image becomes a latent; None takes the space's own encoder."""
     encode_text: EncodeText | None = None
     """How captions become states; None takes Gemma-2. Unused by networks without a text stream."""
     negative: str = ""
@@ -203,7 +203,7 @@ class Recipe:
     only: Literal["all", "adapter"] = "all"
     """What is trained: everything, or the latent's adapter and gates with the backbone frozen."""
     data: Data = field(default_factory=Data)
-    """Pictures."""
+    """Images."""
     noise: LatentNoise = field(default_factory=LatentNoise)
     """Noising of latents."""
     teacher: TeacherLoss = field(default_factory=TeacherLoss)
@@ -255,18 +255,18 @@ class Recipe:
         for height, width in sizes:
             _check(
                 height > 0 and width > 0 and height % unit == 0 and width % unit == 0,
-                f"A picture of {height}x{width} does not divide into units of {unit} pixels "
+                f"An image of {height}x{width} does not divide into units of {unit} pixels "
                 "(a patch and a latent cell must both fit); change data.sizes or data.crop.",
             )
         for height, width in self.data.sizes:
             _check(
                 self.data.crop <= min(height, width),
-                f"data.crop is {self.data.crop}, larger than pictures of {height}x{width}.",
+                f"data.crop is {self.data.crop}, larger than images of {height}x{width}.",
             )
 
     @property
     def unit(self) -> int:
-        """Pixels that sides of pictures and crops must be multiples of: whole patches and whole latent cells."""
+        """Pixels that sides of images and crops must be multiples of: whole patches and whole latent cells."""
         patch = self.net.patch_size
         if self.space is None:
             return patch

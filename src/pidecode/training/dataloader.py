@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the order of pictures to batches: read ahead in threads, encoded whole, cropped, captioned and noised."""
+"""From the order of images to batches: read ahead in threads, encoded whole, cropped, captioned and noised."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _TRIES = 16
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One picture, read and brought to its size; its latent if it is already known."""
+    """One image, read and brought to its size; its latent if it is already known."""
 
     name: str
-    picture: Tensor
+    image: Tensor
     low: Tensor
     latent: Tensor | None
     caption: str
@@ -41,28 +41,28 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Helpers:
-    """What turns pictures and captions into what the network reads; None where the network reads none."""
+    """What turns images and captions into what the network reads; None where the network reads none."""
 
     encode: Encode | None
     encode_text: EncodeText | None
     cache: LatentShards | None = None
 
 
-def read_picture(entry: Entry, size: tuple[int, int]) -> Tensor:
-    """The picture `[3, H, W]` in [-1, 1], scaled to cover `size` (height, width) and cut to it around its center."""
-    picture = to_tensor(load_image(entry.picture.read()))
-    ratio = max(wanted / have for wanted, have in zip(size, picture.shape[-2:], strict=True))
-    covering = [max(wanted, round(have * ratio)) for wanted, have in zip(size, picture.shape[-2:], strict=True)]
-    if list(picture.shape[-2:]) != covering:
-        picture = F.interpolate(picture, size=covering, mode="bicubic", antialias=True).clamp(-1, 1)
+def read_image(entry: Entry, size: tuple[int, int]) -> Tensor:
+    """The image `[3, H, W]` in [-1, 1], scaled to cover `size` (height, width) and cut to it around its center."""
+    image = to_tensor(load_image(entry.image.read()))
+    ratio = max(wanted / have for wanted, have in zip(size, image.shape[-2:], strict=True))
+    covering = [max(wanted, round(have * ratio)) for wanted, have in zip(size, image.shape[-2:], strict=True)]
+    if list(image.shape[-2:]) != covering:
+        image = F.interpolate(image, size=covering, mode="bicubic", antialias=True).clamp(-1, 1)
     top, left = ((have - wanted) // 2 for have, wanted in zip(covering, size, strict=True))
-    return picture[0, :, top : top + size[0], left : left + size[1]].contiguous()
+    return image[0, :, top : top + size[0], left : left + size[1]].contiguous()
 
 
 class Feed:
     """Batches by number, the same for the same number whenever it is asked for.
 
-    rank, ranks: this process's place among those that see different pictures.
+    rank, ranks: this process's place among those that see different images.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Feed:
         self.order = Order(collection.entries, data.sizes, data.batch * ranks, recipe.run.seed)
         self.skipped: dict[str, str] = dict(collection.skipped)
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(data.workers, thread_name_prefix="pictures")
+        self._pool = ThreadPoolExecutor(data.workers, thread_name_prefix="images")
         self._ahead: dict[int, list[Future[Sample]]] = {}
         self._null: Tensor | None = None
 
@@ -105,22 +105,22 @@ class Feed:
                     self.skipped.setdefault(entry.name, str(fault))
             index = members[int(chance.integers(len(members)))]
         raise TrainingError(
-            f"{_TRIES} pictures in a row could not be read, the last being {entry.name}: {self.skipped[entry.name]}"
+            f"{_TRIES} images in a row could not be read, the last being {entry.name}: {self.skipped[entry.name]}"
         )
 
     def _sample(self, entry: Entry, size: tuple[int, int]) -> Sample:
-        picture = read_picture(entry, size)
-        low = downsample(picture[None], self.recipe.net.scale)[0]
+        image = read_image(entry, size)
+        low = downsample(image[None], self.recipe.net.scale)[0]
         cache = self.helpers.cache
         latent = None if cache is None else cache.get(self._cache_name(entry.name, size))
-        return Sample(entry.name, picture, low, latent, entry.read_caption())
+        return Sample(entry.name, image, low, latent, entry.read_caption())
 
     @staticmethod
     def _cache_name(name: str, size: tuple[int, int]) -> str:
         return f"{name}@{size[0]}x{size[1]}"
 
     def batch(self, number: int) -> tuple[Example, SeededDraws, tuple[str, ...]]:
-        """The batch of that number, noised; the draws for the rest of its step; the pictures' names."""
+        """The batch of that number, noised; the draws for the rest of its step; the images' names."""
         for ahead in range(number, number + 3):
             self._request(ahead)
         samples = [future.result() for future in self._ahead.pop(number)]
@@ -131,7 +131,7 @@ class Feed:
         return self._noised(self._assembled(samples, draws), draws, samples), draws, tuple(s.name for s in samples)
 
     def preview(self, count: int) -> list[Example]:
-        """The first pictures as they are, one by one, with clean latents and whole."""
+        """The first images as they are, one by one, with clean latents and whole."""
         found = []
         for index in range(min(count, len(self.collection.entries))):
             entry = self.collection.entries[index]
@@ -143,14 +143,14 @@ class Feed:
         return found
 
     def _assembled(self, samples: Sequence[Sample], draws: SeededDraws | None) -> Example:
-        """Pictures, latents of whole pictures and captions on the device; cropped and dropped where chance says so."""
+        """Images, latents of whole images and captions on the device; cropped and dropped where chance says so."""
         recipe, device = self.recipe, self.device
-        picture = torch.stack([sample.picture for sample in samples]).to(device)
+        image = torch.stack([sample.image for sample in samples]).to(device)
         low = torch.stack([sample.low for sample in samples]).to(device)
         latent = self._latents(samples, low)
         captions = [sample.caption for sample in samples]
         if draws is not None and recipe.data.crop:
-            picture, low, latent = self._cropped(picture, low, latent, draws)
+            image, low, latent = self._cropped(image, low, latent, draws)
         if draws is not None and recipe.net.has_text:
             dropped = (draws.uniform() < recipe.data.caption_drop).tolist()
             captions = ["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)]
@@ -158,7 +158,7 @@ class Feed:
         if self.helpers.encode_text is not None:
             text = self.helpers.encode_text(captions).to(device).float()
             null = self._null_text()
-        return Example(picture=picture, low=low, text=text, null_text=null, latent=latent)
+        return Example(image=image, low=low, text=text, null_text=null, latent=latent)
 
     def _null_text(self) -> Tensor:
         if self._null is None:
@@ -174,12 +174,12 @@ class Feed:
         missing = [index for index, latent in enumerate(known) if latent is None]
         if missing:
             if self.helpers.encode is None:
-                raise TrainingError("A picture has no latent in the cache, and there is no encoder to make it.")
+                raise TrainingError("An image has no latent in the cache, and there is no encoder to make it.")
             made = self.helpers.encode(low[missing]).float()
             self._check_latents(made, low)
             for index, latent in zip(missing, made, strict=True):
                 sample, cache = samples[index], self.helpers.cache
-                size = (sample.picture.shape[-2], sample.picture.shape[-1])
+                size = (sample.image.shape[-2], sample.image.shape[-1])
                 known[index] = latent if cache is None else cache.put(self._cache_name(sample.name, size), latent)
         return torch.stack([latent.to(self.device) for latent in known if latent is not None])
 
@@ -189,17 +189,17 @@ class Feed:
         wanted = (space.channels, low.shape[-2] // space.down, low.shape[-1] // space.down)
         if tuple(latents.shape[1:]) != wanted:
             raise TrainingError(
-                f"The encoder gave latents of shape {tuple(latents.shape[1:])} for pictures of "
+                f"The encoder gave latents of shape {tuple(latents.shape[1:])} for images of "
                 f"{low.shape[-2]}x{low.shape[-1]}; space {space.name!r} means {wanted}."
             )
 
     def _cropped(
-        self, picture: Tensor, low: Tensor, latent: Tensor | None, draws: SeededDraws
+        self, image: Tensor, low: Tensor, latent: Tensor | None, draws: SeededDraws
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The same square of each picture and of its latent, on a latent cell's corner."""
+        """The same square of each image and of its latent, on a latent cell's corner."""
         recipe = self.recipe
         unit, side, scale = recipe.unit, recipe.data.crop, recipe.net.scale
-        height, width = picture.shape[-2:]
+        height, width = image.shape[-2:]
         share_y, share_x = draws.uniform().tolist(), draws.uniform().tolist()
         tops = [int(share * ((height - side) // unit + 1)) * unit for share in share_y]
         lefts = [int(share * ((width - side) // unit + 1)) * unit for share in share_x]
@@ -213,7 +213,7 @@ class Feed:
             return torch.stack(parts)
 
         cell = None if recipe.space is None else recipe.space.pixels_per_cell
-        return cut(picture, 1), cut(low, scale), latent if latent is None or cell is None else cut(latent, cell)
+        return cut(image, 1), cut(low, scale), latent if latent is None or cell is None else cut(latent, cell)
 
     def _noised(self, example: Example, draws: SeededDraws, samples: Sequence[Sample]) -> Example:
         if example.latent is None or self.recipe.space is None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What pictures there are, which size each is brought to, and in which order they are seen.
+"""What images there are, which size each is brought to, and in which order they are seen.
 
-A folder of pictures and a folder of WebDataset shards look the same from here: a list of entries, each a stretch of
+A folder of images and a folder of WebDataset shards look the same from here: a list of entries, each a stretch of
 bytes in a file. The order is a function of the seed and the step alone, so a resumed run needs no other memory of it.
 """
 
@@ -22,7 +22,7 @@ from PIL import Image
 from pidecode.errors import TrainingError
 from pidecode.training.noise import seed_of
 
-PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif"})
+IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif"})
 _CAPTIONS = (".txt", ".caption", ".json")
 _EXIF_ORIENTATION, _SIDEWAYS = 274, {5, 6, 7, 8}
 
@@ -44,16 +44,16 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One picture: its name, where it and its caption lie, and its size when upright."""
+    """One image: its name, where it and its caption lie, and its size when upright."""
 
     name: str
-    picture: Piece
+    image: Piece
     caption: Piece | None
     height: int
     width: int
 
     def read_caption(self) -> str:
-        """The caption, or the empty one: text beside the picture, or "caption" (or "text") of a JSON file."""
+        """The caption, or the empty one: text beside the image, or "caption" (or "text") of a JSON file."""
         if self.caption is None:
             return ""
         text = self.caption.read().decode("utf-8", errors="replace").strip()
@@ -75,19 +75,19 @@ class Collection:
 
     @property
     def digest(self) -> str:
-        """Changes when pictures come, go, or change size."""
+        """Changes when images come, go, or change size."""
         text = "\n".join(f"{entry.name} {entry.height} {entry.width}" for entry in self.entries)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def find_pictures(source: str | Path) -> Collection:
-    """Every picture below a folder, loose or in .tar shards, in a fixed order.
+def find_images(source: str | Path) -> Collection:
+    """Every image below a folder, loose or in .tar shards, in a fixed order.
 
-    Files whose header is no picture's are skipped and named. Raises TrainingError when nothing is left.
+    Files whose header is no image's are skipped and named. Raises TrainingError when nothing is left.
     """
     root = Path(source).expanduser()
     if not str(source) or not root.exists():
-        raise TrainingError(f"There are no pictures at {str(source)!r}; set data.source to a folder or a .tar shard.")
+        raise TrainingError(f"There are no images at {str(source)!r}; set data.source to a folder or a .tar shard.")
     files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
     entries: list[Entry] = []
     skipped: dict[str, str] = {}
@@ -97,27 +97,27 @@ def find_pictures(source: str | Path) -> Collection:
         name = path.relative_to(base).as_posix()
         if path.suffix.lower() == ".tar":
             found: Iterator[tuple[str, Piece, Piece | None]] = _in_shard(path, name, skipped)
-        elif path.suffix.lower() in PICTURES:
+        elif path.suffix.lower() in IMAGES:
             beside = next((path.with_suffix(end) for end in _CAPTIONS if path.with_suffix(end) in present), None)
             found = iter([(name, Piece(path), None if beside is None else Piece(beside))])
         else:
             continue
-        for each, picture, caption in found:
+        for each, image, caption in found:
             try:
-                entries.append(Entry(each, picture, caption, *_size_of(picture)))
+                entries.append(Entry(each, image, caption, *_size_of(image)))
             except Exception as fault:  # a hostile file can make a decoder raise nearly anything
                 skipped[each] = str(fault) or type(fault).__name__
     if not entries:
         why = (
             f" {len(skipped)} files were skipped, the first because: {next(iter(skipped.values()))}." if skipped else ""
         )
-        raise TrainingError(f"{root} holds no readable picture.{why}")
+        raise TrainingError(f"{root} holds no readable image.{why}")
     return Collection(tuple(entries), skipped)
 
 
 def _in_shard(path: Path, name: str, skipped: dict[str, str]) -> Iterator[tuple[str, Piece, Piece | None]]:
     """Samples of a WebDataset shard: members that share a name up to its first dot."""
-    pictures: dict[str, Piece] = {}
+    images: dict[str, Piece] = {}
     captions: dict[str, Piece] = {}
     try:
         with tarfile.open(path, "r:") as shard:
@@ -127,25 +127,25 @@ def _in_shard(path: Path, name: str, skipped: dict[str, str]) -> Iterator[tuple[
                 folder, _, last = member.name.rpartition("/")
                 stem, dot, ending = last.partition(".")
                 key, piece = f"{folder}/{stem}" if folder else stem, Piece(path, member.offset_data, member.size)
-                if (dot + ending).lower() in PICTURES:
-                    pictures[key] = piece
+                if (dot + ending).lower() in IMAGES:
+                    images[key] = piece
                 elif (dot + ending).lower() in _CAPTIONS:
                     captions.setdefault(key, piece)
     except (tarfile.TarError, OSError, EOFError) as fault:
         # What was read before the damage is whole and is used.
         skipped[name] = f"the shard is damaged: {fault}"
-    for key, piece in pictures.items():
+    for key, piece in images.items():
         yield f"{name}/{key}", piece, captions.get(key)
 
 
 def _size_of(piece: Piece) -> tuple[int, int]:
-    """Height and width of a picture as it will stand, from its header."""
+    """Height and width of an image as it will stand, from its header."""
     data = io.BytesIO(piece.read()) if piece.length >= 0 else piece.path
-    with Image.open(data) as picture:
+    with Image.open(data) as image:
         # Asking a PNG without this chunk at its beginning would unpack all of it.
-        tagged = picture.format != "PNG" or "exif" in picture.info
-        sideways = tagged and picture.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS
-        width, height = picture.size
+        tagged = image.format != "PNG" or "exif" in image.info
+        sideways = tagged and image.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS
+        width, height = image.size
     return (width, height) if sideways else (height, width)
 
 

@@ -19,11 +19,11 @@ _CHROMA = ((0, 0), (0, 1), (1, 0))
 COSINES = LatentSpace(
     name="cosines", title="Block cosines (made up)", channels=16, down=_BLOCK, statistics="constants", input_multiple=8
 )
-"""The space's row: 16 channels, one cell per 8x8 pixels of the low-resolution picture."""
+"""The space's row: 16 channels, one cell per 8x8 pixels of the low-resolution image."""
 
 
 def encode_cosines(low: Tensor) -> Tensor:
-    """Pictures `[B, 3, h, w]` in [-1, 1] to latents `[B, 16, h / 8, w / 8]`: ten luma cosines, three of each color."""
+    """Images `[B, 3, h, w]` in [-1, 1] to latents `[B, 16, h / 8, w / 8]`: ten luma cosines, three of each color."""
     planes = to_ycbcr((low.float() + 1) / 2) - low.new_tensor([0.5, 0.0, 0.0]).view(1, 3, 1, 1)
     size = (low.shape[-2] // _BLOCK, low.shape[-1] // _BLOCK)
     blocks = F.unfold(planes.flatten(0, 1).unsqueeze(1), _BLOCK, stride=_BLOCK)

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from pidecode.models.pid.network import Condition, PixelNet
+from pidecode.models.pid.network import Condition, PiDNet
 from pidecode.sampling import TIMESCALE, clean_from_velocity, velocity_from_clean
 
 
@@ -17,22 +17,22 @@ class Evaluation(NamedTuple):
     """What one evaluation gave; empty where it was not asked for."""
 
     prediction: Tensor | None
-    """The network's output `[B, 3, H, W]`: velocity or clean picture, as its configuration says."""
+    """The network's output `[B, 3, H, W]`: velocity or clean image, as its configuration says."""
     color: Tensor | None
-    """The low-resolution picture of the color head."""
+    """The low-resolution image of the color head."""
     features: list[Tensor]
     """Image stream after the tapped patch blocks, each `[B, D, h, w]`."""
 
 
 class Slice(Protocol):
-    """How one picture is spread over processes: each has a band of whole patch rows."""
+    """How one image is spread over processes: each has a band of whole patch rows."""
 
     def condition(self, condition: Condition) -> Condition:
         """This process's part of what the steps share."""
         ...
 
-    def rows(self, picture: Tensor) -> Tensor:
-        """This process's band of a picture `[B, 3, H, W]`."""
+    def rows(self, image: Tensor) -> Tensor:
+        """This process's band of an image `[B, 3, H, W]`."""
         ...
 
     def join(self, band: Tensor) -> Tensor:
@@ -44,10 +44,10 @@ class Slice(Protocol):
 class Example:
     """One batch as the losses see it; latents are already noised."""
 
-    picture: Tensor
+    image: Tensor
     """`[B, 3, H, W]` in [-1, 1]."""
     low: Tensor | None = None
-    """The low-resolution picture `[B, 3, h, w]` in [-1, 1]."""
+    """The low-resolution image `[B, 3, h, w]` in [-1, 1]."""
     text: Tensor | None = None
     """Caption states `[B, N, width]`."""
     null_text: Tensor | None = None
@@ -61,16 +61,16 @@ class Example:
         """The same with the null caption in place of every caption."""
         if self.null_text is None:
             return self
-        return replace(self, text=self.null_text.expand(self.picture.shape[0], -1, -1))
+        return replace(self, text=self.null_text.expand(self.image.shape[0], -1, -1))
 
 
 class Evaluator(nn.Module):
-    """A PixelNet behind one call.
+    """A PiDNet behind one call.
 
     Everything the loss needs leaves through `forward`, so wrappers that act on a module's call see all of it.
     """
 
-    def __init__(self, net: PixelNet) -> None:
+    def __init__(self, net: PiDNet) -> None:
         super().__init__()
         self.net = net
         self.slice: Slice | None = None
@@ -106,16 +106,16 @@ class Evaluator(nn.Module):
         return Evaluation(prediction, color, features)
 
 
-def net_of(evaluator: nn.Module) -> PixelNet:
+def net_of(evaluator: nn.Module) -> PiDNet:
     """The network inside an Evaluator, however wrapped."""
     inner = getattr(evaluator, "module", evaluator)
     net = inner.net
-    assert isinstance(net, PixelNet)
+    assert isinstance(net, PiDNet)
     return net
 
 
 def clean_of(evaluator: nn.Module, prediction: Tensor, x_t: Tensor, t_B: Tensor) -> Tensor:
-    """The clean picture a prediction stands for."""
+    """The clean image a prediction stands for."""
     if net_of(evaluator).config.prediction == "x0":
         return prediction.float()
     return clean_from_velocity(x_t, prediction.float(), t_B)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many processes: copies of a network (DDP), parts of it (FSDP2), and one picture over several (sequence parallelism).
+"""Many processes: copies of a network (DDP), parts of it (FSDP2), and one image over several (sequence parallelism).
 
-The processes form a grid: `across` neighbors share a picture, the others see different ones. Losses are means over
-a process's pictures, and gradients are averaged over all processes; neighbors compute the same loss of the whole
-picture, so their average is right as well.
+The processes form a grid: `across` neighbors share an image, the others see different ones. Losses are means over
+a process's images, and gradients are averaged over all processes; neighbors compute the same loss of the whole
+image, so their average is right as well.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from pidecode.training.denoiser import Evaluator
 
 
 @dataclass(frozen=True, slots=True)
-class World:
-    """This process among all: where it computes, which pictures it sees, and with whom it shares them."""
+class DistEnv:
+    """This process among all: where it computes, which images it sees, and with whom it shares them."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
     across: int = 1
     band_group: Any = None
-    """The processes that share a picture with this one."""
+    """The processes that share an image with this one."""
 
     @property
     def is_first(self) -> bool:
@@ -58,7 +58,7 @@ class World:
 
     @property
     def band(self) -> int:
-        """Which band of its picture this process has."""
+        """Which band of its image this process has."""
         return self.rank % self.across
 
 
@@ -73,7 +73,7 @@ def local_device() -> torch.device:
 
 
 @contextmanager
-def world(spread: Spread, device: torch.device | None = None) -> Iterator[World]:
+def world(spread: Spread, device: torch.device | None = None) -> Iterator[DistEnv]:
     """Join the processes torchrun started, or be alone. Raises SettingError when `across` does not divide them."""
     device = local_device() if device is None else device
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -83,7 +83,7 @@ def world(spread: Spread, device: torch.device | None = None) -> Iterator[World]
             "start a multiple of it with torchrun."
         )
     if size == 1:
-        yield World(device)
+        yield DistEnv(device)
         return
     dist.init_process_group(timeout=timedelta(seconds=spread.patience))
     try:
@@ -92,7 +92,7 @@ def world(spread: Spread, device: torch.device | None = None) -> Iterator[World]
         for first in range(0, size, spread.across):
             made = dist.new_group(list(range(first, first + spread.across)))
             group = made if first <= rank < first + spread.across else group
-        yield World(device, rank, size, spread.across, group)
+        yield DistEnv(device, rank, size, spread.across, group)
     finally:
         dist.destroy_process_group()
 
@@ -124,7 +124,7 @@ def gather_bands(band: Tensor, dim: int, group: Any) -> Tensor:
 
 
 class Bands:
-    """One picture in bands of whole patch rows, one band per process of a group (the evaluator's `Slice`)."""
+    """One image in bands of whole patch rows, one band per process of a group (the evaluator's `Slice`)."""
 
     def __init__(self, band: int, bands: int, group: Any) -> None:
         self._band, self._bands, self._group = band, bands, group
@@ -143,13 +143,13 @@ class Bands:
         first, share = self._span(rows)
         return condition.window(slice(first, first + share), slice(0, columns))
 
-    def rows(self, picture: Tensor) -> Tensor:
+    def rows(self, image: Tensor) -> Tensor:
         """This process's band of `[B, 3, H, W]`."""
-        height = picture.shape[-2]
+        height = image.shape[-2]
         if height % self._bands:
             raise SettingError(f"{height} pixel rows do not divide over {self._bands} processes.")
         share = height // self._bands
-        return picture.narrow(-2, self._band * share, share)
+        return image.narrow(-2, self._band * share, share)
 
     def join(self, band: Tensor) -> Tensor:
         """All bands of `[B, C, h, w]`."""
@@ -163,7 +163,7 @@ class Bands:
                 module.gather = lambda x: gather_bands(x, 1, self._group)
 
 
-def spread_module(module: nn.Module, spread: Spread, here: World) -> nn.Module:
+def spread_module(module: nn.Module, spread: Spread, here: DistEnv) -> nn.Module:
     """The module as all processes hold it; trained modules exchange their gradients from now on."""
     if isinstance(module, Evaluator) and here.across > 1:
         Bands(here.band, here.across, here.band_group).attach(module)
@@ -215,7 +215,7 @@ def gradients_stay_here(modules: list[nn.Module], stay: bool) -> Iterator[None]:
                 module.set_requires_gradient_sync(True)
 
 
-def finish_gradients(modules: list[nn.Module], here: World) -> None:
+def finish_gradients(modules: list[nn.Module], here: DistEnv) -> None:
     """Average over processes what neither DDP nor FSDP2 exchanges: whole parameters of sharded modules."""
     if here.size == 1:
         return
@@ -261,7 +261,7 @@ def fill(tensor: Tensor, value: Tensor) -> None:
             tensor.copy_(value)
 
 
-def mean_over_processes(value: Tensor, here: World) -> Tensor:
+def mean_over_processes(value: Tensor, here: DistEnv) -> Tensor:
     """A number's mean over all processes."""
     if here.size == 1:
         return value
@@ -270,7 +270,7 @@ def mean_over_processes(value: Tensor, here: World) -> Tensor:
     return value / here.size
 
 
-def wait_for_all(here: World) -> None:
+def wait_for_all(here: DistEnv) -> None:
     """Go on when every process has come this far."""
     if here.size > 1:
         dist.barrier()

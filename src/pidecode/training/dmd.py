@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small convolutional critic of the distillation, which judges pictures by the teacher's features of them.
+"""The small convolutional critic of the distillation, which judges images by the teacher's features of them.
 
 Two phases alternate. The student learns from the difference between the frozen teacher's and the fake score's idea
-of its pictures, and from the critic. Between its updates, the fake score and the critic learn what it paints now.
+of its images, and from the critic. Between its updates, the fake score and the critic learn what it paints now.
 """
 
 from __future__ import annotations
@@ -87,11 +87,11 @@ class Distillation:
     student_every: int = 6
     """One iteration in this many trains the student; the others the fake score and the critic."""
     student_input: StudentInput = "teacher_forcing"
-    """What the student starts from: a noised real picture, or its own rollout from pure noise (as when decoding)."""
+    """What the student starts from: a noised real image, or its own rollout from pure noise (as when decoding)."""
     guidance: float = 3.0
     """Classifier-free guidance of the teacher."""
     earliest: float = 0.02
-    """Smallest time at which student pictures are noised for judging."""
+    """Smallest time at which student images are noised for judging."""
     latest: float = 0.99
     """Largest such time."""
     gan_weight: float = 0.05
@@ -101,13 +101,13 @@ class Distillation:
     r1_weight: float = 200.0
     """Weight of the critic's approximate R1 penalty."""
     r1_nudge: float = 0.1
-    """Size of the noise by which real pictures are nudged for it."""
+    """Size of the noise by which real images are nudged for it."""
     critic_blocks: tuple[int, ...] = ()
     """Teacher blocks the critic reads; empty means the middle one."""
     critic_layers: int = 2
     """Convolutions in each head of the critic."""
     critic_per_patch: bool = False
-    """Whether the critic judges places instead of whole pictures."""
+    """Whether the critic judges places instead of whole images."""
     times: tuple[float, ...] = STUDENT_TIMES
     """Times of the student's steps, falling, with a final 0."""
 
@@ -158,25 +158,25 @@ def _clean(net: nn.Module, x_t: Tensor, t_B: Tensor, example: Example) -> Tensor
 
 
 def paint(student: nn.Module, example: Example, draws: Draws, settings: Distillation) -> Tensor:
-    """A picture of the student's, `[B, 3, H, W]`, differentiable in its last step."""
-    picture = example.picture.float()
-    times = torch.tensor(settings.times[:-1], dtype=torch.float32, device=picture.device)
-    shape = tuple(picture.shape[1:])
+    """An image of the student's, `[B, 3, H, W]`, differentiable in its last step."""
+    image = example.image.float()
+    times = torch.tensor(settings.times[:-1], dtype=torch.float32, device=image.device)
+    shape = tuple(image.shape[1:])
     if settings.student_input == "teacher_forcing":
         t_B = times[draws.choice(len(times)).to(times.device)]
-        x_t = mix(picture, draws.normal(shape), t_B)
+        x_t = mix(image, draws.normal(shape), t_B)
         return _clean(student, x_t, t_B, example)
     last = draws.common_choice(len(times))
     x_t = draws.normal(shape)
     with torch.no_grad():
         for index in range(last):
-            clean = _clean(student, x_t, times[index].expand(picture.shape[0]), example)
+            clean = _clean(student, x_t, times[index].expand(image.shape[0]), example)
             x_t = renoise(clean, draws.normal(shape), times[index + 1])
-    return _clean(student, x_t, times[last].expand(picture.shape[0]), example)
+    return _clean(student, x_t, times[last].expand(image.shape[0]), example)
 
 
 def _perturb(painted: Tensor, draws: Draws, settings: Distillation) -> tuple[Tensor, Tensor, Tensor]:
-    """Time, noise and noisy picture at which a painted picture is judged."""
+    """Time, noise and noisy image at which a painted image is judged."""
     t_B = logit_normal_times(draws).clamp(settings.earliest, settings.latest)
     noise = draws.normal(tuple(painted.shape[1:]))
     return t_B, noise, mix(painted, noise, t_B)
@@ -185,9 +185,9 @@ def _perturb(painted: Tensor, draws: Draws, settings: Distillation) -> tuple[Ten
 def student_loss(
     cast: Cast, example: Example, draws: Draws, settings: Distillation, gan_weight: float
 ) -> tuple[Outcome, dict[str, Tensor]]:
-    """The student's phase: its loss, and the clean pictures that student, teacher and fake score saw.
+    """The student's phase: its loss, and the clean images that student, teacher and fake score saw.
 
-    The critic's gradient runs through the frozen teacher's features into the student; the teacher's picture is
+    The critic's gradient runs through the frozen teacher's features into the student; the teacher's image is
     a constant.
     """
     painted = paint(cast.student, example, draws, settings)
@@ -201,7 +201,7 @@ def student_loss(
         taught = clean_of(cast.teacher, guided, x_t.detach(), t_B)
         faked = _clean(cast.fake, x_t.detach(), t_B, example)
     loss = distribution_matching(painted, taught, faked)
-    parts = {"matching": loss.detach(), "clean_error": (painted.detach() - example.picture).square().mean()}
+    parts = {"matching": loss.detach(), "clean_error": (painted.detach() - example.image).square().mean()}
     if adversarial and cast.critic is not None:
         fooled = generator_adversarial(cast.critic(seen.features))
         parts["fooling"] = fooled.detach()
@@ -210,7 +210,7 @@ def student_loss(
 
 
 def critics_loss(cast: Cast, example: Example, draws: Draws, settings: Distillation) -> Outcome:
-    """The other phase: the fake score learns the student's pictures, the critic to tell them from real ones."""
+    """The other phase: the fake score learns the student's images, the critic to tell them from real ones."""
     with torch.no_grad():
         painted = paint(cast.student, example, draws, settings)
         t_B, noise, x_t = _perturb(painted, draws, settings)
@@ -219,7 +219,7 @@ def critics_loss(cast: Cast, example: Example, draws: Draws, settings: Distillat
     parts = {"fake": loss.detach()}
     if cast.critic is None:
         return Outcome(loss, parts)
-    real = mix(example.picture.float(), noise, t_B)
+    real = mix(example.image.float(), noise, t_B)
     with torch.no_grad():
         nudged = real + settings.r1_nudge * draws.normal(tuple(real.shape[1:]))
         fake_seen, real_seen, nudged_seen = (

@@ -30,7 +30,7 @@ def decay_at(settings: Average, step: int) -> float:
     return float((1.0 - 1.0 / (step + 1)) ** (power_exponent(settings.rate) + 1))
 
 
-class MovingAverage:
+class ExponentialMovingAverage:
     """Averages of a module's trained parameters, by name, float32; the others are as they are."""
 
     def __init__(self, module: nn.Module, settings: Average) -> None:

@@ -21,7 +21,7 @@ class TeacherLoss:
     """What a teacher or backbone pays for."""
 
     shift: float = 6.0
-    """Flow shift: moves training times toward noise, as large pictures need."""
+    """Flow shift: moves training times toward noise, as large images need."""
     shift_base_size: int | None = 2048
     """Side in pixels at which `shift` holds; other sizes follow the square root of theirs. None: constant."""
     color_weight: float = 0.8
@@ -41,7 +41,7 @@ class TeacherLoss:
 
     @property
     def flow_shift(self) -> FlowShift:
-        """The shift as a rule of the picture's size."""
+        """The shift as a rule of the image's size."""
         return FlowShift(base=self.shift, size=self.shift_base_size)
 
 
@@ -56,31 +56,31 @@ class Outcome:
 def teacher_loss(
     net: nn.Module, example: Example, draws: Draws, settings: TeacherLoss, alignment: nn.Module | None = None
 ) -> Outcome:
-    """One step's loss: random time, noisy picture, velocity error, and what `settings` add.
+    """One step's loss: random time, noisy image, velocity error, and what `settings` add.
 
     The prediction is judged as a velocity whatever the network's own output is.
     alignment: a `repa.Alignment`, where tokens are held against DINOv2's.
     """
-    picture = example.picture.float()
-    height, width = picture.shape[-2:]
+    image = example.image.float()
+    height, width = image.shape[-2:]
     t_B = shifted(logit_normal_times(draws), settings.flow_shift.at(height, width))
-    noise = draws.normal(tuple(picture.shape[1:]))
-    x_t = mix(picture, noise, t_B)
+    noise = draws.normal(tuple(image.shape[1:]))
+    x_t = mix(image, noise, t_B)
     config = net_of(net).config
     want_color = settings.color_weight > 0 and config.color_head and example.low is not None
     taps = (min(settings.align_block, config.patch_depth - 1),) if alignment is not None else ()
     evaluation = net(x_t, t_B, example, taps=taps, want_color=want_color)
-    loss = flow_matching(velocity_of(net, evaluation.prediction, x_t, t_B), picture, noise)
+    loss = flow_matching(velocity_of(net, evaluation.prediction, x_t, t_B), image, noise)
     parts = {"flow": loss.detach()}
     if want_color and example.low is not None:
         color = color_alignment(evaluation.color, example.low, example.sigma, example.keep)
         parts["color"] = color.detach()
         loss = loss + settings.color_weight * color
     if alignment is not None:
-        aligned = alignment(evaluation.features[0], picture)
+        aligned = alignment(evaluation.features[0], image)
         parts["alignment"] = aligned.detach()
         loss = loss + settings.align_weight * aligned
     with torch.no_grad():
         clean = clean_of(net, evaluation.prediction, x_t, t_B)
-        parts["clean_error"] = (clean - picture).square().mean()
+        parts["clean_error"] = (clean - image).square().mean()
     return Outcome(loss, parts)

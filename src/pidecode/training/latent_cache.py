@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latents of whole pictures on disk, so that each picture is encoded once: shards of many, written whole or not."""
+"""Latents of whole images on disk, so that each image is encoded once: shards of many, written whole or not."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _KEY = "pidecode_latents"
 class LatentShards:
     """A folder of latents by name, for one way of encoding.
 
-    identity: what decides a latent besides its picture (space, encoder). Shards of another identity are left alone.
+    identity: what decides a latent besides its image (space, encoder). Shards of another identity are left alone.
     Latents are kept as float16: normalized latents are of order one, so that costs about 5e-4 of their spread.
     """
 

@@ -41,10 +41,10 @@ class Journal:
         part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(part, self._path)
 
-    def note(self, step: int, values: Mapping[str, float], pictures: int, device: torch.device) -> None:
-        """Record the state after `step` steps; `pictures` were seen since this process began."""
+    def note(self, step: int, values: Mapping[str, float], images: int, device: torch.device) -> None:
+        """Record the state after `step` steps; `images` were seen since this process began."""
         seconds = max(time.monotonic() - self._began, 1e-9)
-        record = {"step": step, **values, "pictures_per_second": pictures / seconds, "memory_gb": _memory(device)}
+        record = {"step": step, **values, "images_per_second": images / seconds, "memory_gb": _memory(device)}
         try:
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -61,7 +61,7 @@ class Journal:
             done = step - self._first
             left = seconds / max(done, 1) * (self._steps - step)
             self._say(
-                f"step {step}/{self._steps}  loss {values['loss']:.4g}  {pictures / seconds:.2f} pictures/s  "
+                f"step {step}/{self._steps}  loss {values['loss']:.4g}  {images / seconds:.2f} images/s  "
                 f"{readable_time(left)} left  {record['memory_gb']:.1f} GB"
             )
 

@@ -14,15 +14,15 @@ _TINY = 1e-6
 _YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 
 
-def flow_matching(velocity: Tensor, picture: Tensor, noise: Tensor) -> Tensor:
-    """Mean squared error between the network's velocity and `noise - picture`, all `[B, 3, H, W]`."""
-    return F.mse_loss(velocity, noise - picture)
+def flow_matching(velocity: Tensor, image: Tensor, noise: Tensor) -> Tensor:
+    """Mean squared error between the network's velocity and `noise - image`, all `[B, 3, H, W]`."""
+    return F.mse_loss(velocity, noise - image)
 
 
 def distribution_matching(generated: Tensor, teacher: Tensor, fake: Tensor) -> Tensor:
-    """Variational score distillation: its gradient moves `generated` from the fake score's picture to the teacher's.
+    """Variational score distillation: its gradient moves `generated` from the fake score's image to the teacher's.
 
-    All are clean pictures `[B, 3, H, W]`; gradients reach `generated` alone. Each sample's pull is divided by its
+    All are clean images `[B, 3, H, W]`; gradients reach `generated` alone. Each sample's pull is divided by its
     mean distance from the teacher. Computed in float64; where that is not finite, nothing pulls.
     """
     wide = generated.double()
@@ -34,7 +34,7 @@ def distribution_matching(generated: Tensor, teacher: Tensor, fake: Tensor) -> T
 
 
 def generator_adversarial(fake_logits: Tensor) -> Tensor:
-    """What the student pays for pictures that the discriminator tells from real ones."""
+    """What the student pays for images that the discriminator tells from real ones."""
     return F.softplus(-fake_logits).mean()
 
 
@@ -44,7 +44,7 @@ def discriminator_adversarial(fake_logits: Tensor, real_logits: Tensor) -> Tenso
 
 
 def approximate_r1(real_logits: Tensor, nudged_logits: Tensor) -> Tensor:
-    """How far logits move when the real picture is nudged by a little noise; gradients flow into both."""
+    """How far logits move when the real image is nudged by a little noise; gradients flow into both."""
     return F.mse_loss(real_logits, nudged_logits)
 
 
@@ -66,7 +66,7 @@ def color_alignment(
 ) -> Tensor:
     """Color loss of the adapter's auxiliary head: Charbonnier distance in YCbCr, luma counted for less.
 
-    predicted, low: the head's picture and the low-resolution picture, `[B, 3, h, w]` in [-1, 1].
+    predicted, low: the head's image and the low-resolution image, `[B, 3, h, w]` in [-1, 1].
     sigma: noise left in each latent `[B]`; a noisier latent counts for `(1 - sigma) ** sigma_power`.
     keep: `[B]` of 0 or 1; 0 for samples whose latent was dropped. Blank targets do not count either.
     """
@@ -101,7 +101,7 @@ def feature_alignment(projected: Tensor, reference: Tensor) -> Tensor:
         if not (ours and theirs):
             raise SettingError(
                 f"{projected.shape[1]} network tokens and {reference.shape[1]} encoder tokens are not both square "
-                "grids, so neither can be resized to the other; train on square pictures or switch this loss off."
+                "grids, so neither can be resized to the other; train on square images or switch this loss off."
             )
         projected = _resize_tokens(projected, ours, min(ours, theirs))
         reference = _resize_tokens(reference, theirs, min(ours, theirs))
@@ -118,18 +118,18 @@ def _resize_tokens(tokens: Tensor, side: int, wanted: int) -> Tensor:
     return resized.flatten(2).transpose(1, 2)
 
 
-def clean_picture(painted: Tensor, picture: Tensor, *, edge_weight: float = 0.5) -> tuple[Tensor, dict[str, Tensor]]:
-    """The direct recipe's loss: Charbonnier distance of pictures `[B, 3, H, W]`, and of their edges.
+def clean_image(painted: Tensor, image: Tensor, *, edge_weight: float = 0.5) -> tuple[Tensor, dict[str, Tensor]]:
+    """The direct recipe's loss: Charbonnier distance of images `[B, 3, H, W]`, and of their edges.
 
     The second part counts differences of neighboring pixels, which keeps a small network from blurring.
     """
-    values = _charbonnier(painted - picture)
+    values = _charbonnier(painted - image)
     edges = sum(
-        (_charbonnier(torch.diff(painted, dim=axis) - torch.diff(picture, dim=axis)) for axis in (-2, -1)),
-        start=torch.zeros((), device=picture.device),
+        (_charbonnier(torch.diff(painted, dim=axis) - torch.diff(image, dim=axis)) for axis in (-2, -1)),
+        start=torch.zeros((), device=image.device),
     )
-    parts = {"picture": values.detach(), "edges": edges.detach()}
-    parts["clean_error"] = (painted.detach() - picture).square().mean()
+    parts = {"image": values.detach(), "edges": edges.detach()}
+    parts["clean_error"] = (painted.detach() - image).square().mean()
     return values + edge_weight * edges, parts
 
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pidecode.models.pid.adapter import ResidualBlock
 from pidecode.models.pid.blocks import PatchBlock, PixelBlock
-from pidecode.models.pid.network import PixelNet
+from pidecode.models.pid.network import PiDNet
 from pidecode.training.config import Recipe
 from pidecode.training.denoiser import Evaluator, Example
 
@@ -60,10 +60,10 @@ class _Ledger:
         return tensor
 
 
-def _watch(net: PixelNet, ledger: _Ledger) -> None:
+def _watch(net: PiDNet, ledger: _Ledger) -> None:
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ledger.block = id(module)
-        # The picture and caption streams are this block's own; the condition and tables are shared.
+        # The image and caption streams are this block's own; the condition and tables are shared.
         ledger.inputs[id(module)] = sum(x.numel() * x.element_size() for x in args[:2] if isinstance(x, Tensor))
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -76,9 +76,9 @@ def _watch(net: PixelNet, ledger: _Ledger) -> None:
 
 
 def activation_bytes(recipe: Recipe, size: tuple[int, int], batch: int) -> int:
-    """Bytes the forward pass of the recipe's main network keeps for pictures of `size` (height, width)."""
+    """Bytes the forward pass of the recipe's main network keeps for images of `size` (height, width)."""
     with FakeTensorMode():
-        net = PixelNet(recipe.net)
+        net = PiDNet(recipe.net)
         parameters = {p.untyped_storage()._cdata for p in net.parameters()}
         ledger = _Ledger(parameters, set(), [], {}, {})
         _watch(net, ledger)
@@ -98,17 +98,17 @@ def _blank_example(recipe: Recipe, size: tuple[int, int], batch: int) -> tuple[E
     x_t = torch.zeros(batch, 3, height, width)
     text = torch.zeros(batch, net.text_length, net.text_dim) if net.has_text else None
     if recipe.space is None:
-        return Example(picture=x_t, text=text), x_t
+        return Example(image=x_t, text=text), x_t
     cell = recipe.space.pixels_per_cell
     latent = torch.zeros(batch, net.latent_channels, height // cell, width // cell)
     low = torch.zeros(batch, 3, height // net.scale, width // net.scale)
-    return Example(picture=x_t, low=low, text=text, latent=latent, sigma=torch.zeros(batch)), x_t
+    return Example(image=x_t, low=low, text=text, latent=latent, sigma=torch.zeros(batch)), x_t
 
 
 def state_bytes(recipe: Recipe, processes: int) -> int:
     """Bytes of weights and all that belongs to them, in one of `processes`."""
     with torch.device("meta"):
-        net = PixelNet(recipe.net)
+        net = PiDNet(recipe.net)
     count = sum(p.numel() for p in net.parameters())
     trained = count
     if recipe.only == "adapter":
@@ -129,10 +129,10 @@ def state_bytes(recipe: Recipe, processes: int) -> int:
 
 
 def need(recipe: Recipe, size: tuple[int, int], processes: int = 1) -> Need:
-    """What one of `processes` needs for pictures of `size` (height, width).
+    """What one of `processes` needs for images of `size` (height, width).
 
     In a distillation the teacher's pass for the critic keeps about as much again as the student's own. Of processes
-    that share a picture, each keeps its share of the patch and pixel blocks.
+    that share an image, each keeps its share of the patch and pixel blocks.
     """
     once = activation_bytes(recipe, size, recipe.data.batch)
     passes = 2 if recipe.method == "student" and recipe.distil.gan_weight else 1
@@ -140,7 +140,7 @@ def need(recipe: Recipe, size: tuple[int, int], processes: int = 1) -> Need:
 
 
 def memory_table(recipe: Recipe, sizes: tuple[int, ...] = (2048, 4096)) -> str:
-    """Lines of text: GB per GPU for square pictures, by how the work is spread."""
+    """Lines of text: GB per GPU for square images, by how the work is spread."""
     rows = [f"{'GPUs':>4}  {'weights':8}  {'across':>6}  " + "  ".join(f"{side:>5} px" for side in sizes)]
     once = {side: activation_bytes(recipe, (side, side), recipe.data.batch) for side in sizes}
     passes = 2 if recipe.method == "student" and recipe.distil.gan_weight else 1

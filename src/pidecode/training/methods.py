@@ -13,13 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from pidecode.models.pid.adapter import ResidualBlock
 from pidecode.models.pid.blocks import PatchBlock, PixelBlock
-from pidecode.models.pid.network import PixelNet
+from pidecode.models.pid.network import PiDNet
 from pidecode.training.config import Recipe
 from pidecode.training.denoiser import Evaluator, Example
-from pidecode.training.distributed import World, bare, spread_module
+from pidecode.training.distributed import DistEnv, bare, spread_module
 from pidecode.training.dmd import Cast, Discriminator, critics_loss, paint, student_loss
 from pidecode.training.flow_matching import Outcome, teacher_loss
-from pidecode.training.losses import clean_picture
+from pidecode.training.losses import clean_image
 from pidecode.training.models import choose_parameters, inject, new_network, start_weights, take_weights
 from pidecode.training.noise import Draws, seed_of
 from pidecode.training.repa import Alignment, dinov2
@@ -70,13 +70,13 @@ class Method:
 
 
 def direct_loss(net: nn.Module, example: Example, draws: Draws, recipe: Recipe) -> Outcome:
-    """The simple recipe for small networks: whatever a student's step paints should be the picture itself."""
+    """The simple recipe for small networks: whatever a student's step paints should be the image itself."""
     painted = paint(net, example, draws, recipe.distil)
-    loss, parts = clean_picture(painted, example.picture.float())
+    loss, parts = clean_image(painted, example.image.float())
     return Outcome(loss, parts)
 
 
-def build_method(recipe: Recipe, here: World) -> Method:
+def build_method(recipe: Recipe, here: DistEnv) -> Method:
     """Networks with their start values, on this process's device, as the recipe spreads them."""
     build = _build_student if recipe.method == "student" else _build_single
     method = build(recipe, here)
@@ -87,7 +87,7 @@ def build_method(recipe: Recipe, here: World) -> Method:
     return method
 
 
-def _build_single(recipe: Recipe, here: World) -> Method:
+def _build_single(recipe: Recipe, here: DistEnv) -> Method:
     net = new_network(recipe.net, seed_of(recipe.run.seed, "weights"))
     fresh: list[str] = []
     if recipe.start_from:
@@ -106,10 +106,10 @@ def _alignment(recipe: Recipe) -> Alignment:
         return dinov2(recipe.teacher.align_with, recipe.net.hidden_size)
 
 
-def _build_student(recipe: Recipe, here: World) -> Method:
+def _build_student(recipe: Recipe, here: DistEnv) -> Method:
     config = recipe.net.without_color_head()
     given: dict[str, Tensor] | None = start_weights(recipe.start_from) if recipe.start_from else None
-    nets: dict[str, PixelNet] = {}
+    nets: dict[str, PiDNet] = {}
     for name in (MAIN, "fake", "teacher"):
         nets[name] = new_network(config, seed_of(recipe.run.seed, "weights"))
         if given is not None:
@@ -135,7 +135,7 @@ def _build_student(recipe: Recipe, here: World) -> Method:
     return Method(recipe, trained, {"teacher": _evaluator(nets["teacher"], recipe, here).eval()})
 
 
-def _evaluator(net: PixelNet, recipe: Recipe, here: World, *, adapt: bool = False) -> Evaluator:
+def _evaluator(net: PiDNet, recipe: Recipe, here: DistEnv, *, adapt: bool = False) -> Evaluator:
     if adapt and recipe.adapt.rank:
         inject(net, recipe.adapt, seed_of(recipe.run.seed, "adapters"))
     if recipe.run.recompute:
@@ -143,7 +143,7 @@ def _evaluator(net: PixelNet, recipe: Recipe, here: World, *, adapt: bool = Fals
     return Evaluator(net.to(here.device).train())
 
 
-def recompute_blocks(net: PixelNet) -> None:
+def recompute_blocks(net: PiDNet) -> None:
     """Keep each block's input only, and compute the rest again when gradients need it."""
     for module in net.modules():
         if isinstance(module, (PatchBlock, PixelBlock, ResidualBlock)):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from pidecode.errors import CheckpointError, MissingDependencyError, SettingError
 from pidecode.models.pid.adapter import Gate
-from pidecode.models.pid.network import PixelNet
-from pidecode.registry.configs import NetConfig
+from pidecode.models.pid.network import PiDNet
+from pidecode.registry.configs import PiDConfig
 from pidecode.training.config import Adapt
 from pidecode.weights.read import read_weights
 from pidecode.weights.resolve import locate
@@ -23,19 +23,19 @@ _ADAPTER = ("lq_proj.", "pit_lq_gate.")
 _COLOR_HEAD = "lq_proj.lq_aux_rgb_head."
 
 
-def new_network(config: NetConfig, seed: int) -> PixelNet:
+def new_network(config: PiDConfig, seed: int) -> PiDNet:
     """A network with start values that depend on the seed alone.
 
     Its output and what the latent adds both start at zero: a decoder grown from a backbone starts as that backbone.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = PixelNet(config)
+        net = PiDNet(config)
         _start_values(net)
     return net
 
 
-def _start_values(net: PixelNet) -> None:
+def _start_values(net: PiDNet) -> None:
     nn.init.xavier_uniform_(net.s_embedder.proj.weight)
     nn.init.zeros_(net.s_embedder.proj.bias)
     for layer in net.t_embedder.mlp:
@@ -75,7 +75,7 @@ def start_weights(source: str) -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in read_weights(path).tensors.items()}
 
 
-def take_weights(net: PixelNet, tensors: Mapping[str, Tensor], source: str) -> list[str]:
+def take_weights(net: PiDNet, tensors: Mapping[str, Tensor], source: str) -> list[str]:
     """Load what fits; returns the names of tensors that keep their start values, which are only the adapter's.
 
     A backbone's file has no adapter and a student's none of the color head: those start fresh. A color head the
@@ -100,7 +100,7 @@ def take_weights(net: PixelNet, tensors: Mapping[str, Tensor], source: str) -> l
     return missing
 
 
-def choose_parameters(net: PixelNet, only: str, *, color: bool) -> None:
+def choose_parameters(net: PiDNet, only: str, *, color: bool) -> None:
     """Mark what is trained.
 
     Parameters that cannot change the output are frozen: no gradient ever reaches them (golden notes, section 5).
@@ -126,7 +126,7 @@ _PLACES: Mapping[str, str] = {
 _NAME = "default"  # peft's own name for a sole adapter
 
 
-def inject(net: PixelNet, settings: Adapt, seed: int) -> None:
+def inject(net: PiDNet, settings: Adapt, seed: int) -> None:
     """Add adapters that change nothing yet, and leave only them to be trained.
 
     Raises MissingDependencyError without peft, SettingError where the network has none of the chosen parts.

@@ -78,7 +78,7 @@ def logit_normal_times(draws: Draws) -> Tensor:
 
 
 def per_sample(value_B: Tensor) -> Tensor:
-    """`[B]` as `[B, 1, 1, 1]`, to act on pictures or latents."""
+    """`[B]` as `[B, 1, 1, 1]`, to act on images or latents."""
     return value_B.view(-1, 1, 1, 1)
 
 

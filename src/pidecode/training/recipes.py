@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from pidecode.encoders.text import negative_prompt
 from pidecode.errors import SettingError
-from pidecode.registry.configs import NetConfig, backbone, miniature, v1pt5
+from pidecode.registry.configs import PiDConfig, backbone, debug_config, v1pt5
 from pidecode.registry.spaces import LatentSpace, did_you_mean, get_space
 from pidecode.training.config import Adapt, Average, Data, Optimize, Recipe, Run
 from pidecode.training.dataloader import ByteStates
@@ -26,7 +26,7 @@ Maker = Callable[[str], Recipe]
 _FIXED = "flux"
 
 
-def _config(space: LatentSpace, *, color_head: bool) -> NetConfig:
+def _config(space: LatentSpace, *, color_head: bool) -> PiDConfig:
     """The v1.5 architecture for a space."""
     config = v1pt5(
         latent_channels=space.channels,
@@ -45,7 +45,7 @@ def _data(space: LatentSpace) -> Data:
 
 
 def pixeldit(space: str = _FIXED) -> Recipe:
-    """Fine-tune the text-to-image backbone on pictures with captions."""
+    """Fine-tune the text-to-image backbone on images with captions."""
     return Recipe(
         title="PixelDiT fine-tuning, text to image",
         method="backbone",
@@ -118,7 +118,7 @@ def teacher_lora(space: str = _FIXED) -> Recipe:
 
 
 def student_lora(space: str = _FIXED) -> Recipe:
-    """Low-rank adapters on a student, by the direct loss: a few pictures are enough."""
+    """Low-rank adapters on a student, by the direct loss: a few images are enough."""
     made = student(space)
     return replace(
         made,
@@ -142,7 +142,7 @@ _SMALL_DATA = Data(sizes=((64, 64), (64, 96), (96, 64)), batch=2, workers=2)
 
 def miniature_backbone(space: str = COSINES.name) -> Recipe:
     """A dry run of the backbone's recipe: seconds on a processor."""
-    net = miniature(latent_channels=0, inject_pixels=False)
+    net = debug_config(latent_channels=0, inject_pixels=False)
     return Recipe(
         title="Miniature backbone",
         method="backbone",
@@ -157,7 +157,7 @@ def miniature_backbone(space: str = COSINES.name) -> Recipe:
 
 def miniature_teacher(space: str = COSINES.name) -> Recipe:
     """A dry run of the teacher's recipe in a made-up latent space: seconds on a processor."""
-    net = miniature(color_head=True)
+    net = debug_config(color_head=True)
     return replace(
         miniature_backbone(),
         title="Miniature teacher",
@@ -169,12 +169,12 @@ def miniature_teacher(space: str = COSINES.name) -> Recipe:
 
 
 def miniature_student(space: str = COSINES.name) -> Recipe:
-    """A dry run of the distillation, from a miniature teacher."""
+    """A dry run of the distillation, from a debug_config teacher."""
     return replace(
         miniature_teacher(),
         title="Miniature student",
         method="student",
-        net=miniature(),
+        net=debug_config(),
         data=replace(_SMALL_DATA, caption_drop=0.0, latent_drop=0.0),
         distil=Distillation(student_every=3, guidance=1.5, r1_weight=10.0),
         optimize=Optimize(rate=5e-4, critic_rate=1e-3, clip=1.0),
@@ -183,13 +183,13 @@ def miniature_student(space: str = COSINES.name) -> Recipe:
 
 def miniature_direct(space: str = COSINES.name) -> Recipe:
     """A dry run of the direct recipe."""
-    return replace(miniature_teacher(), title="Miniature direct", method="direct", net=miniature())
+    return replace(miniature_teacher(), title="Miniature direct", method="direct", net=debug_config())
 
 
 def photographs(space: str = "flux2") -> Recipe:
     """From a folder of photographs to a small four-step decoder in ten minutes on a processor (docs/training.md)."""
     row = get_space(space)
-    net = NetConfig(
+    net = PiDConfig(
         hidden_size=96, num_heads=4, patch_depth=4, patch_size=16,
         pixel_hidden_size=8, pixel_depth=1, pixel_attn_hidden_size=96, pixel_num_heads=4, text_dim=0, text_length=1,
         latent_channels=row.channels, latent_down=row.down, latent_unpatchify=row.raw_patch, scale=row.scale,

@@ -17,13 +17,13 @@ DINO_PATCH = 14
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def encoder_input(picture: Tensor, tokens: int) -> Tensor:
-    """A picture in [-1, 1] `[B, 3, H, W]`, normalized as DINOv2 expects and sized to show it `tokens` patches."""
-    mean = picture.new_tensor(_MEAN).view(1, 3, 1, 1)
-    std = picture.new_tensor(_STD).view(1, 3, 1, 1)
-    ratio = math.sqrt(tokens * DINO_PATCH**2 / (picture.shape[-2] * picture.shape[-1]))
-    size = [round(side * ratio) for side in picture.shape[-2:]]
-    return F.interpolate(((picture + 1) / 2 - mean) / std, size=size, mode="bicubic", align_corners=False)
+def encoder_input(image: Tensor, tokens: int) -> Tensor:
+    """An image in [-1, 1] `[B, 3, H, W]`, normalized as DINOv2 expects and sized to show it `tokens` patches."""
+    mean = image.new_tensor(_MEAN).view(1, 3, 1, 1)
+    std = image.new_tensor(_STD).view(1, 3, 1, 1)
+    ratio = math.sqrt(tokens * DINO_PATCH**2 / (image.shape[-2] * image.shape[-1]))
+    size = [round(side * ratio) for side in image.shape[-2:]]
+    return F.interpolate(((image + 1) / 2 - mean) / std, size=size, mode="bicubic", align_corners=False)
 
 
 def projector(width: int, encoder_width: int, layers: int = 2) -> nn.Sequential:
@@ -43,12 +43,12 @@ class Alignment(nn.Module):
         # In a tuple, so that the frozen encoder is neither trained nor saved with us.
         self._encoder = (encoder.eval().requires_grad_(False),)
 
-    def forward(self, features_BDhw: Tensor, picture: Tensor) -> Tensor:
-        """The loss for one tapped block's features and the clean picture in [-1, 1]."""
+    def forward(self, features_BDhw: Tensor, image: Tensor) -> Tensor:
+        """The loss for one tapped block's features and the clean image in [-1, 1]."""
         tokens = features_BDhw.flatten(2).transpose(1, 2).float()
         encoder = self._encoder[0].to(tokens.device)
         with torch.no_grad():
-            seen = encoder(encoder_input(picture.float(), tokens.shape[1]))
+            seen = encoder(encoder_input(image.float(), tokens.shape[1]))
         reference = getattr(seen, "last_hidden_state", seen)[:, 1:]  # without the class token
         return feature_alignment(self.projector(tokens), reference)
 

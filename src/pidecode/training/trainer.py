@@ -30,10 +30,10 @@ from pidecode.training.checkpoint import (
 )
 from pidecode.training.config import Optimize, Recipe
 from pidecode.training.dataloader import Feed, make_helpers
-from pidecode.training.dataset import find_pictures
+from pidecode.training.dataset import find_images
 from pidecode.training.denoiser import Example, clean_of, net_of
 from pidecode.training.distributed import (
-    World,
+    DistEnv,
     clip_gradients,
     finish_gradients,
     gradients_stay_here,
@@ -44,13 +44,13 @@ from pidecode.training.distributed import (
     whole,
     world,
 )
-from pidecode.training.ema import MovingAverage
+from pidecode.training.ema import ExponentialMovingAverage
 from pidecode.training.logger import Journal, Say
 from pidecode.training.methods import MAIN, Method, build_method
 from pidecode.training.models import adapter_tensors, base_tensors
 from pidecode.training.overrides import describe
-from pidecode.weights.load import LoraIdentity, write_lora
-from pidecode.weights.metadata import Identity, Kind
+from pidecode.weights.load import LoraMetadata, write_lora
+from pidecode.weights.metadata import CheckpointMetadata, Kind
 
 
 @dataclass
@@ -59,17 +59,17 @@ class Training:
 
     recipe: Recipe
     folder: Path
-    here: World
+    here: DistEnv
     method: Method
     feed: Feed
     optimizers: dict[str, Optimizer]
-    average: MovingAverage | None
+    average: ExponentialMovingAverage | None
     journal: Journal
     step: int = 0
     """Optimizer steps done."""
     saved: int = -1
     """Step of the newest checkpoint; -1 before the first."""
-    pictures: int = 0
+    images: int = 0
     latest: dict[str, float] = field(default_factory=dict)
     """Newest value of each metric; in a distillation the phases report different ones."""
 
@@ -114,27 +114,27 @@ def train(
 def export_newest(recipe: Recipe, folder: str | Path) -> Path:
     """Write the newest checkpoint of a run as a result, without training on. Raises TrainingError if there is none."""
     folder = Path(folder)
-    here = World(torch.device("cpu"))
+    here = DistEnv(torch.device("cpu"))
     stored = newest_checkpoint(folder / "checkpoints")
     if stored is None:
         raise TrainingError(f"{folder} holds no checkpoint to export.")
     method = build_method(recipe, here)
-    average = None if recipe.average.kind == "none" else MovingAverage(method.trained[MAIN], recipe.average)
+    average = None if recipe.average.kind == "none" else ExponentialMovingAverage(method.trained[MAIN], recipe.average)
     restore(stored, Live(method.trained, make_optimizers(recipe, method), average, here.device))
     if average is not None:
         average.swap(method.trained[MAIN])
     return export_network(recipe, method, folder, stored.step, here)
 
 
-def _begin(recipe: Recipe, folder: Path, here: World, resume: bool, say: Say | None) -> Training:
+def _begin(recipe: Recipe, folder: Path, here: DistEnv, resume: bool, say: Say | None) -> Training:
     checkpoints = folder / "checkpoints"
     stored = newest_checkpoint(checkpoints, say) if resume else None
     if not resume and any(checkpoints.glob("step-*")):
         raise SettingError(f"{folder} holds a run already; go on with --resume, or choose another folder.")
-    collection = find_pictures(recipe.data.source)
+    collection = find_images(recipe.data.source)
     method = build_method(recipe, here)
     feed = Feed(recipe, collection, make_helpers(recipe, here.device), here.device, here.place, here.places)
-    average = None if recipe.average.kind == "none" else MovingAverage(method.trained[MAIN], recipe.average)
+    average = None if recipe.average.kind == "none" else ExponentialMovingAverage(method.trained[MAIN], recipe.average)
     optimizers = make_optimizers(recipe, method)
     step = 0 if stored is None else stored.step
     if here.is_first:
@@ -151,8 +151,8 @@ def _begin(recipe: Recipe, folder: Path, here: World, resume: bool, say: Say | N
         restore(stored, run.live)
         run.latest = dict(stored.facts.get("latest", {}))
         journal.say(f"Going on from step {step}.")
-        if stored.facts.get("pictures") != collection.digest:
-            journal.say("The pictures have changed since; the run goes on, but not as it would have.")
+        if stored.facts.get("images") != collection.digest:
+            journal.say("The images have changed since; the run goes on, but not as it would have.")
     for note in _opening(run):
         journal.say(note)
     return run
@@ -161,7 +161,7 @@ def _begin(recipe: Recipe, folder: Path, here: World, resume: bool, say: Say | N
 def _opening(run: Training) -> Iterator[str]:
     found, skipped = len(run.feed.collection.entries), run.feed.skipped
     parameters = sum(p.numel() for p in run.method.trained[MAIN].parameters() if p.requires_grad)
-    yield f"{run.recipe.title}: {parameters:,} parameters, {found} pictures, {run.here.size} process(es)."
+    yield f"{run.recipe.title}: {parameters:,} parameters, {found} images, {run.here.size} process(es)."
     for name, reason in list(skipped.items())[:10]:
         yield f"Skipped {name}: {reason}"
     if run.method.fresh:
@@ -253,13 +253,13 @@ def _one_pass(run: Training, number: int, modules: list[nn.Module], *, last: boo
         run.latest[name] = float(value) * share + (
             run.latest.get(name, 0.0) if number % run.recipe.optimize.accumulate else 0
         )
-    run.pictures += run.recipe.data.batch * run.here.places
+    run.images += run.recipe.data.batch * run.here.places
 
 
 def _stop_for_nan(run: Training, what: str, names: tuple[str, ...]) -> None:
     saved = f"the checkpoint of step {run.saved} is whole" if run.saved >= 0 else "nothing had been saved yet"
     raise TrainingError(
-        f"The {what} became NaN or infinite at step {run.step + 1} (pictures here: {', '.join(names)}); {saved}. "
+        f"The {what} became NaN or infinite at step {run.step + 1} (images here: {', '.join(names)}); {saved}. "
         "Lower optimize.rate, lengthen optimize.warmup or set run.precision=float32, then start again with --resume."
     )
 
@@ -285,7 +285,7 @@ def _update(run: Training, turn: tuple[str, ...]) -> dict[str, float]:
 def _report(run: Training) -> None:
     factor = rate_factor(run.recipe.optimize, run.step - 1, run.recipe.run.steps)
     values = {**run.latest, "rate": run.recipe.optimize.rate * factor, "skipped": float(len(run.feed.skipped))}
-    run.journal.note(run.step, values, run.pictures, run.here.device)
+    run.journal.note(run.step, values, run.images, run.here.device)
 
 
 @contextmanager
@@ -305,7 +305,7 @@ def _sample(run: Training) -> None:
     net = run.method.trained[MAIN]
     with averaged(run), torch.no_grad(), _autocast(run):
         rows = [
-            (example.low, paint_example(net, example, run.recipe), example.picture)
+            (example.low, paint_example(net, example, run.recipe), example.image)
             for example in run.feed.preview(run.recipe.run.samples)
         ]
     if run.here.is_first:
@@ -316,7 +316,7 @@ def _save(run: Training) -> None:
     if run.feed.helpers.cache is not None:
         run.feed.helpers.cache.flush()
     facts = {
-        "pictures": run.feed.collection.digest,
+        "images": run.feed.collection.digest,
         "skipped": dict(list(run.feed.skipped.items())[:1000]),
         "method": run.recipe.method,
         "title": run.recipe.title,
@@ -330,7 +330,7 @@ def _save(run: Training) -> None:
 _KINDS: dict[str, Kind] = {"backbone": "backbone", "teacher": "teacher", "student": "student", "direct": "student"}
 
 
-def export_network(recipe: Recipe, method: Method, folder: Path, step: int, here: World) -> Path:
+def export_network(recipe: Recipe, method: Method, folder: Path, step: int, here: DistEnv) -> Path:
     """Write the network as it stands; every process must call this, the first one writes."""
     net = method.main.net
     tensors: dict[str, Tensor] = {}
@@ -350,7 +350,7 @@ def export_network(recipe: Recipe, method: Method, folder: Path, step: int, here
 def _write(path: Path, recipe: Recipe, method: Method, tensors: dict[str, Tensor], step: int) -> None:
     space = None if recipe.space is None else recipe.space.name
     if recipe.adapt.rank:
-        identity = LoraIdentity(
+        identity = LoraMetadata(
             rank=recipe.adapt.rank,
             alpha=recipe.adapt.alpha or recipe.adapt.rank,
             space=space,
@@ -363,7 +363,7 @@ def _write(path: Path, recipe: Recipe, method: Method, tensors: dict[str, Tensor
     dtype = getattr(torch, recipe.run.export_as)
     content = save(
         {name: tensor.to(dtype).contiguous() for name, tensor in base_tensors(tensors).items()},
-        Identity(
+        CheckpointMetadata(
             kind=kind,
             config=config,
             space=space,
@@ -380,10 +380,10 @@ _EDGE = 4
 
 @torch.no_grad()
 def paint_example(net: nn.Module, example: Example, recipe: Recipe, seed: int = 0) -> Tensor:
-    """A finished picture `[1, 3, H, W]` in [-1, 1], as a decoder would make it."""
-    picture = example.picture
-    shape = (3, picture.shape[-2], picture.shape[-1])
-    draw = NoiseStream([seed], shape, picture.device)
+    """A finished image `[1, 3, H, W]` in [-1, 1], as a decoder would make it."""
+    image = example.image
+    shape = (3, image.shape[-2], image.shape[-1])
+    draw = NoiseStream([seed], shape, image.device)
     if recipe.method in ("student", "direct"):
         return few_steps(net, example, recipe.distil.times, draw)
 
@@ -415,7 +415,7 @@ def few_steps(net: nn.Module, example: Example, times: Sequence[float], draw: No
 
 
 def grid_of(rows: Sequence[tuple[Tensor | None, Tensor, Tensor]]) -> Tensor:
-    """One picture `[3, H, W]` of rows (low resolution, painted, real), each `[1, 3, h, w]`, dark edges between."""
+    """One image `[3, H, W]` of rows (low resolution, painted, real), each `[1, 3, h, w]`, dark edges between."""
     height = max(row[2].shape[-2] for row in rows)
     width = max(row[2].shape[-1] for row in rows)
     bands = []

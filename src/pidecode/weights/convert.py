@@ -11,11 +11,11 @@ import torch
 
 from pidecode.errors import SettingError
 from pidecode.files import atomic_write, check_writable
-from pidecode.models.pid.network import PixelNet
+from pidecode.models.pid.network import PiDNet
 from pidecode.registry.checkpoints import APACHE_2, NSCL_V1, License
-from pidecode.weights.detect import COLOR_HEAD, Hints, detect
+from pidecode.weights.detect import COLOR_HEAD, Overrides, detect
 from pidecode.weights.load import check_complete
-from pidecode.weights.metadata import Identity
+from pidecode.weights.metadata import CheckpointMetadata
 from pidecode.weights.read import read_weights
 from pidecode.weights.safetensors import write_safetensors
 
@@ -30,10 +30,10 @@ def convert(
     source: str | Path,
     target: str | Path,
     *,
-    hints: Hints | None = None,
+    hints: Overrides | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
-) -> Identity:
+) -> CheckpointMetadata:
     """Write the network of `source` to `target` (.safetensors) with its configuration, space, variant and license.
 
     hints: what the caller knows of the source (see `detect`). dtype: "bf16", "fp16" or "fp32"; None keeps the
@@ -51,7 +51,7 @@ def convert(
     identity = _as_stored(detect(file, hints), has_head=any(name.startswith(COLOR_HEAD) for name in file.tensors))
     assert identity.config is not None  # detect refuses encoders
     with torch.device("meta"):
-        expected = {name: tuple(value.shape) for name, value in PixelNet(identity.config).state_dict().items()}
+        expected = {name: tuple(value.shape) for name, value in PiDNet(identity.config).state_dict().items()}
     check_complete(file.tensors, expected, str(source))
     license = _LICENSES.get(identity.license or "")
     notice = license_text(Path(source), license) if license and not license.commercial else None
@@ -63,13 +63,13 @@ def convert(
     return identity
 
 
-def _as_stored(identity: Identity, *, has_head: bool) -> Identity:
+def _as_stored(identity: CheckpointMetadata, *, has_head: bool) -> CheckpointMetadata:
     """The configuration of what is in the file: the color head may have been left out of it."""
     assert identity.config is not None
     return replace(identity, config=replace(identity.config, color_head=has_head))
 
 
-def _metadata(identity: Identity) -> dict[str, str]:
+def _metadata(identity: CheckpointMetadata) -> dict[str, str]:
     parts = (identity.space, identity.variant, None if identity.kind == "student" else identity.kind)
     title = " ".join(["PiD", *(part for part in parts if part)])
     common = {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": "pid", "modelspec.title": title}

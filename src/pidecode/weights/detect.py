@@ -13,9 +13,9 @@ from typing import Any, Literal
 from pidecode.errors import CheckpointError, SettingError
 from pidecode.registry import configs as architecture
 from pidecode.registry.checkpoints import CHECKPOINTS, Checkpoint
-from pidecode.registry.configs import NetConfig
+from pidecode.registry.configs import PiDConfig
 from pidecode.registry.spaces import SPACES, LatentSpace, get_space
-from pidecode.weights.metadata import KINDS, Identity, Kind
+from pidecode.weights.metadata import KINDS, CheckpointMetadata, Kind
 from pidecode.weights.read import WeightFile
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -32,12 +32,12 @@ _COMMON_INTERVAL = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Structure:
+class InferredShape:
     """What tensors show of their network.
 
-    seen: values of NetConfig fields read from names and shapes.
+    seen: values of PiDConfig fields read from names and shapes.
     latent_in: channels the adapter's first convolution takes, after unpatchifying or folding; 0 without one.
-    image_in: the same of the adapter's picture branch.
+    image_in: the same of the adapter's image branch.
     color_out: outputs of the color head, `3 (patch_size / scale)^2`; 0 without one.
     """
 
@@ -48,7 +48,7 @@ class Structure:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether a latent or a picture enters the network."""
+        """Whether a latent or an image enters the network."""
         return self.latent_in > 0 or self.image_in > 0
 
     @property
@@ -59,7 +59,7 @@ class Structure:
         kinds: dict[tuple[str, bool], Generation] = {("per_channel", False): "v1", ("per_token", True): "v1pt5"}
         return kinds.get((self.seen["gate"], self.seen["inject_pixels"]))
 
-    def disagreement(self, config: NetConfig) -> str | None:
+    def disagreement(self, config: PiDConfig) -> str | None:
         """The first thing a configuration says otherwise than the tensors, in words; None if there is none.
 
         The color head may be in a configuration and not in the file, or the other way round.
@@ -79,17 +79,17 @@ class Structure:
         return None
 
 
-def _latent_in(config: NetConfig) -> int:
+def _latent_in(config: PiDConfig) -> int:
     ratio = config.latent_to_patch_ratio
-    fold = round(1 / ratio) if 0 < ratio < 1 and not config.adapter_levels else 1
+    fold = round(1 / ratio) if 0 < ratio < 1 and not config.adapter_stages else 1
     return config.latent_channels // config.latent_unpatchify**2 * fold**2
 
 
-def _image_in(config: NetConfig) -> int:
+def _image_in(config: PiDConfig) -> int:
     return config.adapter_image_channels * (config.patch_size // config.scale) ** 2
 
 
-def read_structure(shapes: Shapes, source: str = "the file", interval: int | None = None) -> Structure:
+def read_structure(shapes: Shapes, source: str = "the file", interval: int | None = None) -> InferredShape:
     """Everything names and shapes show (SPEC.md sections 1 and 2), for a network of any size.
 
     interval: `inject_interval`, where it is known from elsewhere.
@@ -103,7 +103,7 @@ def read_structure(shapes: Shapes, source: str = "the file", interval: int | Non
     else:
         seen["text_dim"] = 0
     if not any(name.startswith(ADAPTER) for name in shapes):
-        return Structure(seen=seen | {"latent_channels": 0, "adapter_image_channels": 0})
+        return InferredShape(seen=seen | {"latent_channels": 0, "adapter_image_channels": 0})
     return _adapter(look, seen, interval)
 
 
@@ -174,7 +174,7 @@ def _pixel_path(look: _Look) -> dict[str, Any]:
     return seen
 
 
-def _adapter(look: _Look, seen: dict[str, Any], interval: int | None) -> Structure:
+def _adapter(look: _Look, seen: dict[str, Any], interval: int | None) -> InferredShape:
     shapes = look.shapes
     climbed = look.count(r"lq_proj\.latent_proj\.levels\.(\d+)\.")
     levels = [look.count(rf"lq_proj\.latent_proj\.levels\.{level}\.(\d+)\.block\.") for level in range(climbed)]
@@ -187,7 +187,7 @@ def _adapter(look: _Look, seen: dict[str, Any], interval: int | None) -> Structu
     color = COLOR_HEAD + "3.weight" in shapes
     gate_rows = look("lq_proj.gate_modules.0.content_proj.weight")[0]
     if levels:
-        seen["adapter_levels"] = tuple(levels)
+        seen["adapter_stages"] = tuple(levels)
     else:
         seen["adapter_blocks"] = look.count(rf"lq_proj\.{towers[0]}\.(\d+)\.block\.")
     seen |= {
@@ -198,7 +198,7 @@ def _adapter(look: _Look, seen: dict[str, Any], interval: int | None) -> Structu
         "color_head": color,
     }
     inputs = {tower: look(starts[tower], 4)[1] for tower in towers}
-    return Structure(
+    return InferredShape(
         seen=seen,
         latent_in=inputs.get("latent_proj", 0),
         image_in=inputs.get("image_conv", 0),
@@ -241,11 +241,11 @@ _VARIANTS = {"2k": "2k", "512_to_2048": "2k", "2kto4k": "2kto4k", "1024_to_4096"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hints:
+class Overrides:
     """What the caller knows of a file and its tensors cannot show.
 
     space: latent space, by name or alias. variant: release, as in the table of checkpoints. kind: student,
-    teacher or backbone. overrides: values of NetConfig fields, for networks unlike any released one.
+    teacher or backbone. overrides: values of PiDConfig fields, for networks unlike any released one.
     """
 
     space: str | None = None
@@ -256,7 +256,7 @@ class Hints:
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in KINDS[:3]:
             raise SettingError(f"kind is {self.kind!r}; it must be one of {', '.join(KINDS[:3])}.")
-        unknown = set(self.overrides or {}) - set(NetConfig.__dataclass_fields__)
+        unknown = set(self.overrides or {}) - set(PiDConfig.__dataclass_fields__)
         if unknown:
             raise SettingError(f"overrides name {', '.join(sorted(unknown))}, which no network has.")
 
@@ -266,19 +266,19 @@ class Hints:
         return self.space if self.space in (None, BACKBONE_SPACE) else get_space(self.space or "").name
 
 
-def detect(file: WeightFile, hints: Hints | None = None) -> Identity:
+def detect(file: WeightFile, hints: Overrides | None = None) -> CheckpointMetadata:
     """What network a file holds (SPEC.md sections 1, 2, 6).
 
     Our own metadata decides where the file has it; otherwise the shapes, then the official file or folder name
     (also ComfyUI's), then `hints`. What two of them say differently is an error, and so is what none of them says.
     Raises SettingError when the caller can settle it, CheckpointError when the file cannot be right.
     """
-    hints = hints or Hints()
-    own = Identity.from_metadata(file.metadata, str(file.path))
+    hints = hints or Overrides()
+    own = CheckpointMetadata.from_metadata(file.metadata, str(file.path))
     return _from_metadata(file, own, hints) if own else _from_evidence(file, hints)
 
 
-def _from_metadata(file: WeightFile, own: Identity, hints: Hints) -> Identity:
+def _from_metadata(file: WeightFile, own: CheckpointMetadata, hints: Overrides) -> CheckpointMetadata:
     if own.config is None:
         raise CheckpointError(f"{file.path} holds an image encoder, not a decoder; name the decoder's file.")
     told = _told(hints)
@@ -291,7 +291,7 @@ def _from_metadata(file: WeightFile, own: Identity, hints: Hints) -> Identity:
     return replace(own, config=config, **filled)
 
 
-def _from_evidence(file: WeightFile, hints: Hints) -> Identity:
+def _from_evidence(file: WeightFile, hints: Overrides) -> CheckpointMetadata:
     overrides = dict(hints.overrides or {})
     structure = read_structure(file.shapes, str(file.path), overrides.get("inject_interval"))
     named, told = official_name(file.path), _told(hints)
@@ -310,12 +310,12 @@ def _from_evidence(file: WeightFile, hints: Hints) -> Identity:
     kind = known.get("kind") or _only_kind(file.path, structure, rows, variant)
     rows = [row for row in rows if row.kind == kind]
     variant = variant or (rows[0].variant if len(rows) == 1 else None)
-    return Identity(
+    return CheckpointMetadata(
         kind=kind, config=config, space=space, variant=variant, license=rows[0].license.name if rows else None
     )
 
 
-def _told(hints: Hints) -> dict[str, Any]:
+def _told(hints: Overrides) -> dict[str, Any]:
     told = {"space": hints.space_name, "variant": hints.variant, "kind": hints.kind}
     return {name: value for name, value in told.items() if value is not None}
 
@@ -347,7 +347,9 @@ def official_name(path: str | Path) -> dict[str, str]:
     return {}
 
 
-def _backbone(path: Path, structure: Structure, known: Mapping[str, str], overrides: dict[str, Any]) -> Identity:
+def _backbone(
+    path: Path, structure: InferredShape, known: Mapping[str, str], overrides: dict[str, Any]
+) -> CheckpointMetadata:
     space, kind = known.get("space", BACKBONE_SPACE), known.get("kind", "backbone")
     if space != BACKBONE_SPACE or kind != "backbone":
         raise CheckpointError(
@@ -360,15 +362,19 @@ def _backbone(path: Path, structure: Structure, known: Mapping[str, str], overri
             f"space={BACKBONE_SPACE!r} for NVIDIA's 2K to 4K fine-tune, or overrides={{'rope_reference': ...}}."
         )
     config = _checked(path, structure, {**_values(architecture.backbone()), **structure.seen, **overrides})
-    return Identity(kind="backbone", config=config, variant=known.get("variant"), license="NSCLv1" if known else None)
+    return CheckpointMetadata(
+        kind="backbone", config=config, variant=known.get("variant"), license="NSCLv1" if known else None
+    )
 
 
-def _rows_like(structure: Structure) -> list[Checkpoint]:
+def _rows_like(structure: InferredShape) -> list[Checkpoint]:
     """Released checkpoints whose tensors would have exactly these shapes."""
     return [row for row in CHECKPOINTS.values() if row.config and not structure.disagreement(row.config)]
 
 
-def _only_space(path: Path, structure: Structure, known: Mapping[str, str], overrides: dict[str, Any]) -> str | None:
+def _only_space(
+    path: Path, structure: InferredShape, known: Mapping[str, str], overrides: dict[str, Any]
+) -> str | None:
     """The one latent space the shapes leave; None where the overrides describe a space of the caller's own."""
     if {"latent_channels", "latent_down"} <= set(overrides):
         return None
@@ -389,7 +395,7 @@ def _only_space(path: Path, structure: Structure, known: Mapping[str, str], over
     )
 
 
-def _only_kind(path: Path, structure: Structure, rows: list[Checkpoint], variant: str | None) -> Kind:
+def _only_kind(path: Path, structure: InferredShape, rows: list[Checkpoint], variant: str | None) -> Kind:
     """The one kind the table leaves; the color head, which only teachers surely keep, speaks against "student"."""
     kinds = {row.kind for row in rows if variant in (None, row.variant)}
     if len(kinds) == 1:
@@ -402,11 +408,11 @@ def _only_kind(path: Path, structure: Structure, rows: list[Checkpoint], variant
     )
 
 
-def _values(config: NetConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in NetConfig.__dataclass_fields__}
+def _values(config: PiDConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in PiDConfig.__dataclass_fields__}
 
 
-def _base(structure: Structure, space: LatentSpace) -> dict[str, Any] | None:
+def _base(structure: InferredShape, space: LatentSpace) -> dict[str, Any] | None:
     """What a released network for that space has and its tensors do not show; None if the channels do not fit."""
     generation = structure.generation or "v1pt5"
     for fold in sorted({1, space.raw_patch}):
@@ -415,16 +421,16 @@ def _base(structure: Structure, space: LatentSpace) -> dict[str, Any] | None:
         else:
             config = architecture.v1pt5(latent_channels=space.channels, latent_down=space.down)
         values = {**_values(config), "scale": space.scale, "latent_unpatchify": fold} | dict(structure.seen)
-        _count_picture_channels(structure, values)
+        _count_image_channels(structure, values)
         try:
-            if structure.disagreement(NetConfig(**values)) is None:
+            if structure.disagreement(PiDConfig(**values)) is None:
                 return values
         except SettingError:  # sizes that cannot go together: not this space
             continue
     return None
 
 
-def _config(path: Path, structure: Structure, space: str | None, overrides: dict[str, Any]) -> NetConfig:
+def _config(path: Path, structure: InferredShape, space: str | None, overrides: dict[str, Any]) -> PiDConfig:
     if structure.generation is None and not {"adapter_padding", "rope_reference"} <= set(overrides):
         raise SettingError(
             f"{path} is built neither like v1 nor like v1.5 (gate {structure.seen['gate']}, injection into "
@@ -445,15 +451,15 @@ def _config(path: Path, structure: Structure, space: str | None, overrides: dict
     return _checked(path, structure, {**base, **overrides})
 
 
-def _checked(path: Path, structure: Structure, values: dict[str, Any]) -> NetConfig:
-    _count_picture_channels(structure, values)
-    config = NetConfig(**values)
+def _checked(path: Path, structure: InferredShape, values: dict[str, Any]) -> PiDConfig:
+    _count_image_channels(structure, values)
+    config = PiDConfig(**values)
     if said := structure.disagreement(config):
         raise SettingError(f"{path} does not go with these settings: {said}.")
     return config
 
 
-def _count_picture_channels(structure: Structure, values: dict[str, Any]) -> None:
-    """A picture branch takes the pixels of a patch as channels; how many those are depends on the scale."""
+def _count_image_channels(structure: InferredShape, values: dict[str, Any]) -> None:
+    """An image branch takes the pixels of a patch as channels; how many those are depends on the scale."""
     if structure.image_in and not values["adapter_image_channels"]:
         values["adapter_image_channels"] = structure.image_in // max(1, values["patch_size"] // values["scale"]) ** 2

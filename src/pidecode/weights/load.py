@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from pidecode.errors import CheckpointError, SettingError
 from pidecode.files import atomic_write
-from pidecode.models.pid.network import PixelNet
-from pidecode.registry.configs import NetConfig
+from pidecode.models.pid.network import PiDNet
+from pidecode.registry.configs import PiDConfig
 from pidecode.weights.detect import ADAPTER, COLOR_HEAD
 from pidecode.weights.read import check_finite, read_tensors
 
@@ -25,13 +25,13 @@ _NAMED = 4
 
 def build_network(
     tensors: MutableMapping[str, Tensor],
-    config: NetConfig,
+    config: PiDConfig,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     color_head: bool = False,
     source: str = "the file",
-) -> PixelNet:
+) -> PiDNet:
     """A network in evaluation mode, without gradients, whose parameters are these very tensors.
 
     Tensors leave `tensors` as they are taken, converted one by one where `dtype` or `device` differs, so that
@@ -49,7 +49,7 @@ def build_network(
         for name in [name for name in tensors if name.startswith(COLOR_HEAD)]:
             del tensors[name]
     with torch.device("meta"):
-        network = PixelNet(config)
+        network = PiDNet(config)
     check_complete(tensors, {name: tuple(p.shape) for name, p in network.state_dict().items()}, source)
     device = torch.device(device)
     taken = {name: _moved(tensors.pop(name), device, dtype) for name in list(tensors)}
@@ -74,7 +74,7 @@ def check_complete(
     faults = []
     adapter = {name for name in expected if name.startswith(ADAPTER)}
     if adapter and adapter <= set(missing):
-        faults.append("the adapter is missing, so the picture would ignore the latent")
+        faults.append("the adapter is missing, so the image would ignore the latent")
         missing = [name for name in missing if name not in adapter]
     if missing:
         faults.append(f"missing: {_some(missing)}")
@@ -102,7 +102,7 @@ _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoraIdentity:
+class LoraMetadata:
     """What an adapter file says of itself."""
 
     rank: int
@@ -113,7 +113,7 @@ class LoraIdentity:
     """What it was trained on, in words."""
 
 
-def write_lora(path: str | Path, tensors: Mapping[str, Tensor], identity: LoraIdentity) -> None:
+def write_lora(path: str | Path, tensors: Mapping[str, Tensor], identity: LoraMetadata) -> None:
     """Write adapters (`<layer>.lora_A.weight`, `<layer>.lora_B.weight`) as one .safetensors file."""
     metadata = {"format": "pt", METADATA_KEY: json.dumps({"format": 1, **asdict(identity)})}
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
@@ -157,12 +157,12 @@ def apply_lora(net: nn.Module, path: str | Path, scale: float = 1.0) -> int:
     return len(changes)
 
 
-def _identity(path: str | Path, metadata: Mapping[str, str]) -> LoraIdentity | None:
+def _identity(path: str | Path, metadata: Mapping[str, str]) -> LoraMetadata | None:
     if METADATA_KEY not in metadata:
         return None
     try:
         record = json.loads(metadata[METADATA_KEY])
-        identity = LoraIdentity(
+        identity = LoraMetadata(
             rank=int(record["rank"]), alpha=float(record["alpha"]), space=record.get("space"), base=record.get("base")
         )
         if record.get("format") != 1 or identity.rank < 1:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from pidecode.errors import CheckpointError, SettingError
-from pidecode.registry.configs import NetConfig
+from pidecode.registry.configs import PiDConfig
 
 Kind = Literal["student", "teacher", "backbone", "encoder"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -19,19 +19,19 @@ FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Identity:
+class CheckpointMetadata:
     """Everything a weights file must tell, and its tensors alone cannot.
 
     kind: a distilled few-step network, one for many guided steps, a bare text-to-image one, or an image encoder.
     config: the network's shape; None for an encoder, whose own configuration stands in `extra["config"]`.
     space, variant: latent space and release it belongs to; None where it belongs to none.
     license: short name of the weights' license, None where unknown.
-    times: step times of a student, from noise to picture; empty for the standard ones.
+    times: step times of a student, from noise to image; empty for the standard ones.
     extra: whatever else the file says, kept as it is.
     """
 
     kind: Kind
-    config: NetConfig | None
+    config: PiDConfig | None
     space: str | None = None
     variant: str | None = None
     license: str | None = None
@@ -60,7 +60,7 @@ class Identity:
         return {"format": "pt", METADATA_KEY: json.dumps(record)}
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str], source: str = "the file") -> Identity | None:
+    def from_metadata(cls, metadata: Mapping[str, str], source: str = "the file") -> CheckpointMetadata | None:
         """The record in a file's metadata; None if it has none.
 
         Raises CheckpointError when there is one that cannot be right, or that a later version wrote.
@@ -75,7 +75,7 @@ class Identity:
                 raise CheckpointError(
                     f"{source} is of format {record.get('format')!r}, this version reads {FORMAT}; update pidecode."
                 )
-            config = None if record["kind"] == "encoder" else NetConfig.from_dict(record["config"])
+            config = None if record["kind"] == "encoder" else PiDConfig.from_dict(record["config"])
             if config is not None and record.get("prediction", config.prediction) != config.prediction:
                 raise ValueError("prediction is said twice, differently")
             known = {"format", "kind", "space", "variant", "license", "times", "prediction"}

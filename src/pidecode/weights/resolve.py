@@ -211,7 +211,7 @@ _SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class ResolvedCheckpoint:
     """A weights file, what is known of it from how it was asked for, and its space's encoder if that is here too."""
 
     path: Path
@@ -229,7 +229,7 @@ def locate(
     variant: str | None = None,
     kind: Kind | None = None,
     hub: Hub | None = None,
-) -> Found:
+) -> ResolvedCheckpoint:
     """The weights file that a name stands for.
 
     name: "tiny" (ships with the package), a file, a folder with one weights file or with official folders in it,
@@ -256,15 +256,17 @@ def locate(
     if path.is_dir():
         path = _in_folder(path, space, variant, kind)
     near = encoder_path(get_space(space).name, hub) if space else None
-    return Found(path=path, name=path.stem, space=space, variant=variant, kind=kind, encoder=near)
+    return ResolvedCheckpoint(path=path, name=path.stem, space=space, variant=variant, kind=kind, encoder=near)
 
 
-def _released(row: Checkpoint, path: Path, space: str | None, hub: Hub) -> Found:
+def _released(row: Checkpoint, path: Path, space: str | None, hub: Hub) -> ResolvedCheckpoint:
     if space is not None and row.latent_space and get_space(space).name != row.space:
         raise SettingError(f"{row.variant} decodes latents of space {row.space}, not of {get_space(space).name}.")
     encoder = asset(TINY_ENCODER) if row.bundled else encoder_path(row.space, hub)
     name = row.variant if row.bundled else row.name
-    return Found(path=path, name=name, space=row.space, variant=row.variant, kind=row.kind, encoder=encoder)
+    return ResolvedCheckpoint(
+        path=path, name=name, space=row.space, variant=row.variant, kind=row.kind, encoder=encoder
+    )
 
 
 def asset(name: str) -> Path:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A teacher with random weights, and a cache of two pictures of its latents."""
+"""A teacher with random weights, and a cache of two images of its latents."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from pidecode.training.tiny.cache import LatentCache, add_picture
-from pidecode.training.tiny.procedural import procedural_picture
+from pidecode.training.tiny.cache import LatentCache, add_image
+from pidecode.training.tiny.procedural import procedural_image
 from pidecode.training.tiny.teacher import TeacherAutoencoder
 
 
@@ -22,6 +22,6 @@ def teacher() -> TeacherAutoencoder:
 def cache(tmp_path_factory: pytest.TempPathFactory, teacher: TeacherAutoencoder) -> LatentCache:
     folder = tmp_path_factory.mktemp("cache")
     for seed in range(2):
-        picture = procedural_picture("dead_leaves", 192, seed)
-        add_picture(folder, f"leaves{seed}", picture, {"teacher": teacher.encode})
+        image = procedural_image("dead_leaves", 192, seed)
+        add_image(folder, f"leaves{seed}", image, {"teacher": teacher.encode})
     return LatentCache(folder, {"teacher": 1.0})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks of the tiny training as commands, on a few made-up pictures."""
+"""The benchmarks of the tiny training as commands, on a few made-up images."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def test_every_objective_is_trained_and_measured_once(root: Path, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--noise",)], ids=["rivals", "noise"])
-def test_a_sheet_has_a_row_for_each_picture(
+def test_a_sheet_has_a_row_for_each_image(
     root: Path, tmp_path: Path, teacher: TeacherAutoencoder, more: tuple[str, ...]
 ) -> None:
     data, weights = folders(tmp_path, teacher, 192)
     out = tmp_path / "sheet.png"
     benchmark(root, "sheet.py", "--data", data, "--teacher", weights, "--window", 128, "--out", out, *more)
     with Image.open(out) as sheet:
-        assert sheet.size == (5 * 128, 18 + 128)  # one of the three pictures is held out
+        assert sheet.size == (5 * 128, 18 + 128)  # one of the three images is held out

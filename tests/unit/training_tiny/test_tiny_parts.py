@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `tiny` is made of, at miniature size: pictures, cache, optimizer, networks, stages for one of them."""
+"""What `tiny` is made of, at debug_config size: images, cache, optimizer, networks, stages for one of them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 from PIL import Image
 
 from pidecode.errors import CheckpointError, LatentError, SettingError, TrainingError
-from pidecode.models.pid.network import PixelNet
+from pidecode.models.pid.network import PiDNet
 from pidecode.models.regressor import Regressor, into_pixelnet
-from pidecode.models.tiny import ImageEncoder
-from pidecode.registry.configs import NetConfig
+from pidecode.models.tiny import TinyEncoder
+from pidecode.registry.configs import PiDConfig
 from pidecode.training.tiny.augment import varied
 from pidecode.training.tiny.cache import LatentCache, crop_to_multiple, held_out, quarter, read_manifest
 from pidecode.training.tiny.decoder_stage import DecoderRecipe, noised, run_regressor
 from pidecode.training.tiny.encoder_stage import EncoderRecipe, by_levels, run_encoder
 from pidecode.training.tiny.joint_stage import coarse_error
 from pidecode.training.tiny.muon import Muon, muon_groups, orthogonalised
-from pidecode.training.tiny.procedural import KINDS, procedural_picture
+from pidecode.training.tiny.procedural import KINDS, procedural_image
 from pidecode.training.tiny.state import load_state
 from pidecode.training.tiny.teacher import TeacherAutoencoder
 from pidecode.weights.detect import read_structure
@@ -30,8 +30,8 @@ from tiny_training import ENCODER, SMALL, parts, started
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_procedural_pictures_are_the_same_for_the_same_seed(kind: str) -> None:
-    first, again, other = (procedural_picture(kind, 96, seed) for seed in (3, 3, 4))
+def test_procedural_images_are_the_same_for_the_same_seed(kind: str) -> None:
+    first, again, other = (procedural_image(kind, 96, seed) for seed in (3, 3, 4))
     assert first.shape == (96, 96, 3)
     assert first.dtype == np.uint8
     assert np.array_equal(first, again)
@@ -39,12 +39,12 @@ def test_procedural_pictures_are_the_same_for_the_same_seed(kind: str) -> None:
     assert first.std() > 0
 
 
-def test_an_unknown_kind_of_picture_names_those_there_are() -> None:
+def test_an_unknown_kind_of_image_names_those_there_are() -> None:
     with pytest.raises(SettingError, match="dead_leaves, gradients"):
-        procedural_picture("clouds", 64, 0)
+        procedural_image("clouds", 64, 0)
 
 
-def test_held_out_pictures_follow_from_names_alone() -> None:
+def test_held_out_images_follow_from_names_alone() -> None:
     names = {"a": [f"a{i}.webp" for i in range(30)], "b": ["b0.webp", "b1.webp"]}
     chosen = held_out(names)
     assert chosen == held_out({key: list(reversed(value)) for key, value in names.items()})
@@ -55,21 +55,21 @@ def test_held_out_pictures_follow_from_names_alone() -> None:
 def test_a_folder_without_manifest_is_one_category(tmp_path: Path) -> None:
     for name in ("b.png", "a.webp", "notes.txt"):
         (tmp_path / name).touch()
-    assert read_manifest(tmp_path) == {"pictures": ["a.webp", "b.png"]}
+    assert read_manifest(tmp_path) == {"images": ["a.webp", "b.png"]}
     (tmp_path / "manifest.jsonl").write_text('{"file": "a.webp", "category": "space"}\n')
     assert read_manifest(tmp_path) == {"space": ["a.webp"]}
 
 
 def test_cached_sides_pack_and_a_quarter_is_a_quarter() -> None:
-    picture = crop_to_multiple(Image.new("RGB", (300, 150), (10, 200, 30)), 0.9)
-    assert picture.shape == (128, 256, 3)
-    small = quarter(picture)
+    image = crop_to_multiple(Image.new("RGB", (300, 150), (10, 200, 30)), 0.9)
+    assert image.shape == (128, 256, 3)
+    small = quarter(image)
     assert small.shape == (32, 64, 3)
     assert np.array_equal(np.unique(small.reshape(-1, 3), axis=0), [[10, 200, 30]])
 
 
-def test_crops_are_cut_alike_from_picture_quarter_and_latent(cache: LatentCache, teacher: TeacherAutoencoder) -> None:
-    batch = cache.crops(6, 192, np.random.default_rng(0))  # the whole picture, so that the latent is known
+def test_crops_are_cut_alike_from_image_quarter_and_latent(cache: LatentCache, teacher: TeacherAutoencoder) -> None:
+    batch = cache.crops(6, 192, np.random.default_rng(0))  # the whole image, so that the latent is known
     assert batch.target.shape == (6, 3, 192, 192)
     expected = torch.nn.functional.pixel_unshuffle(teacher.encode(batch.small), 2)
     torch.testing.assert_close(batch.latent, expected, atol=2e-3, rtol=1e-2)
@@ -123,12 +123,12 @@ def test_muon_finds_a_linear_map() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"adapter_levels": (), "latent_channels": 0}, None),
+        ({"adapter_stages": (), "latent_channels": 0}, None),
         ({"latent_channels": 0}, "nothing climbs"),
         ({"adapter_width": 1020}, "multiple of 4 times its square"),
-        ({"adapter_levels": (2,)}, "two or more numbers of blocks"),
-        ({"adapter_levels": (2, -1)}, "two or more numbers of blocks"),
-        ({"patch_size": 8, "rope_reference": (1024, 1024), "adapter_levels": (1, 1)}, "whole number"),
+        ({"adapter_stages": (2,)}, "two or more numbers of blocks"),
+        ({"adapter_stages": (2, -1)}, "two or more numbers of blocks"),
+        ({"patch_size": 8, "rope_reference": (1024, 1024), "adapter_stages": (1, 1)}, "whole number"),
         ({"color_head": True, "color_head_tap": 1}, "must be -1"),
     ],
 )
@@ -141,11 +141,11 @@ def test_adapters_that_cannot_climb_say_why(change: dict[str, object], words: st
 
 
 def test_a_climbing_adapter_is_known_by_its_tensors_and_takes_whole_cells_only() -> None:
-    config = replace(SMALL, adapter_levels=(2, 0, 3, 1))
-    net = PixelNet(config)
+    config = replace(SMALL, adapter_stages=(2, 0, 3, 1))
+    net = PiDNet(config)
     seen = read_structure({name: tuple(value.shape) for name, value in net.state_dict().items()}).seen
-    assert (seen["adapter_levels"], seen["adapter_width"]) == (config.adapter_levels, config.adapter_width)
-    assert NetConfig.from_dict(config.to_dict()) == config
+    assert (seen["adapter_stages"], seen["adapter_width"]) == (config.adapter_stages, config.adapter_width)
+    assert PiDConfig.from_dict(config.to_dict()) == config
     with pytest.raises(LatentError, match="3x2 patches is no whole number .* multiples of 32 pixels"):
         net.prepare((2, 3), latent=torch.zeros(1, 128, 1, 1), sigma=0.0)
 
@@ -169,7 +169,7 @@ def test_rates_warm_up_stay_and_fall() -> None:
     assert (recipe.rate(0.2), recipe.rate(0.4)) == (2.0, 1.0)
 
 
-def test_a_pixelnet_gives_its_regressors_picture_at_any_time(cache: LatentCache) -> None:
+def test_a_pixelnet_gives_its_regressors_image_at_any_time(cache: LatentCache) -> None:
     regressor = started(cache)
     net = into_pixelnet(regressor).eval()
     batch = cache.crops(2, 128, np.random.default_rng(0))
@@ -182,21 +182,21 @@ def test_a_pixelnet_gives_its_regressors_picture_at_any_time(cache: LatentCache)
 
 def test_patches_start_as_their_own_principal_directions(cache: LatentCache) -> None:
     regressor = Regressor(SMALL)
-    pictures = cache.crops(16, 128, np.random.default_rng(0)).target
-    regressor.start_from_patches(pictures)
+    images = cache.crops(16, 128, np.random.default_rng(0)).target
+    regressor.start_from_patches(images)
     shuffle, unshuffle = torch.nn.functional.pixel_shuffle, torch.nn.functional.pixel_unshuffle
 
     def principal(side: int, most: int) -> tuple[torch.Tensor, ...]:
-        patches = unshuffle(pictures, side)
+        patches = unshuffle(images, side)
         values, vectors = torch.linalg.eigh(torch.cov(patches.transpose(0, 1).flatten(1)))
         mean = patches.mean((0, 2, 3), keepdim=True)
         return patches - mean, mean, values.flip(0)[:most].clamp(min=1e-8), vectors.flip(1)[:, :most]
 
     patches, _, values, basis = principal(4, 48)  # all there are: 4 x 4 pixels of three colors
-    features = torch.zeros(len(pictures), 64, 32, 32)
+    features = torch.zeros(len(images), 64, 32, 32)
     features[:, :48] = torch.einsum("bphw,pr->brhw", patches, basis / values**0.25)
     with torch.no_grad():
-        given = regressor.picture(unshuffle(features, 4))
+        given = regressor.image(unshuffle(features, 4))
     patches, mean, _, basis = principal(16, SMALL.hidden_size)
     kept = torch.einsum("bphw,pr,qr->bqhw", patches, basis, basis) + mean
     # The last direction kept may be a mixture of several with the same variance, so not every pixel is the same.
@@ -207,33 +207,33 @@ def test_parts_that_are_fed_their_own_work_are_the_whole(cache: LatentCache) -> 
     regressor = started(cache)
     cells = torch.nn.functional.pixel_shuffle(cache.crops(2, 128, np.random.default_rng(0)).latent, 2)
     with torch.no_grad():
-        made, picture = regressor.by_levels(cells)
+        made, image = regressor.by_levels(cells)
         again, same = regressor.by_levels(cells, made)
         whole = regressor(torch.nn.functional.pixel_unshuffle(cells, 2))
         other = regressor.by_levels(cells, [0.5 * part for part in made])[1]
-    torch.testing.assert_close(same, picture)
+    torch.testing.assert_close(same, image)
     for ours, theirs in zip(made, again, strict=True):
         torch.testing.assert_close(ours, theirs)
-    assert not torch.equal(other, picture)
-    torch.testing.assert_close(picture, whole, atol=1e-5, rtol=1e-4)
+    assert not torch.equal(other, image)
+    torch.testing.assert_close(image, whole, atol=1e-5, rtol=1e-4)
 
 
 def test_an_encoders_levels_that_are_fed_their_own_work_are_the_whole() -> None:
     torch.manual_seed(0)
-    encoder, picture = ImageEncoder(ENCODER), torch.rand(1, 3, 32, 32)
+    encoder, image = TinyEncoder(ENCODER), torch.rand(1, 3, 32, 32)
     with torch.no_grad():
-        made = by_levels(encoder, picture)
-        torch.testing.assert_close(made[-1], encoder.cells(picture))
-        for ours, again in zip(made, by_levels(encoder, picture, made), strict=True):
+        made = by_levels(encoder, image)
+        torch.testing.assert_close(made[-1], encoder.cells(image))
+        for ours, again in zip(made, by_levels(encoder, image, made), strict=True):
             torch.testing.assert_close(ours, again)
-        assert not torch.equal(made[-1], by_levels(encoder, picture, [0.5 * part for part in made])[-1])
+        assert not torch.equal(made[-1], by_levels(encoder, image, [0.5 * part for part in made])[-1])
 
 
 def test_a_regressor_needs_a_network_it_can_become() -> None:
     with pytest.raises(SettingError, match="inject_pixels"):
-        Regressor(NetConfig())
-    with pytest.raises(SettingError, match="adapter_levels"):
-        Regressor(replace(SMALL, adapter_levels=()))
+        Regressor(PiDConfig())
+    with pytest.raises(SettingError, match="adapter_stages"):
+        Regressor(replace(SMALL, adapter_stages=()))
 
 
 def test_the_regressor_learns_and_goes_on_where_it_stopped(
@@ -271,7 +271,7 @@ def test_the_encoder_comes_nearer_to_its_teacher(
     recipe = EncoderRecipe(steps=30, warmup_steps=2, side=32, crops=2, log_every=0.0)
     run_encoder(cache, tmp_path, recipe, teacher, config=ENCODER, report=lines.append)
     rows = [parts(line) for line in lines]
-    apart, whole = [row for row in rows if "picture" not in row], [row for row in rows if "picture" in row]
+    apart, whole = [row for row in rows if "image" not in row], [row for row in rows if "image" in row]
     assert (len(apart), len(whole)) == (15, 15)
     assert all(apart[-1][level] < apart[0][level] for level in ("half", "quarter", "latent"))
     assert sum(row["latent"] for row in whole[-4:]) < sum(row["latent"] for row in whole[:4])
@@ -283,7 +283,7 @@ def test_crops_are_turned_and_some_recolored() -> None:
     chance = torch.Generator().manual_seed(0)
     turned, small = varied(target, chance, recolored=0.0, joined=0.0)
     assert torch.equal(turned.flatten(2).sort()[0], target.flatten(2).sort()[0])  # the same pixels
-    assert len({tuple(picture[0, 0, :4].tolist()) for picture in varied(target[:1].expand(64, -1, -1, -1), chance,
+    assert len({tuple(image[0, 0, :4].tolist()) for image in varied(target[:1].expand(64, -1, -1, -1), chance,
                 recolored=0.0, joined=0.0)[0]}) == 8  # fmt: skip
     wanted = torch.nn.functional.interpolate(turned, scale_factor=0.25, mode="bicubic", antialias=True)
     torch.testing.assert_close(small, wanted.clamp(-1, 1))
@@ -294,22 +294,22 @@ def test_crops_are_turned_and_some_recolored() -> None:
     assert colored.abs().max() <= 1
 
 
-def test_some_crops_are_two_pictures_with_a_clean_edge() -> None:
+def test_some_crops_are_two_images_with_a_clean_edge() -> None:
     chance = torch.Generator().manual_seed(0)
     target = torch.stack((torch.full((3, 64, 64), -0.5), torch.full((3, 64, 64), 0.5))).repeat(20, 1, 1, 1)
     alone, _ = varied(target, chance, recolored=0.0, joined=0.0)
     assert torch.equal(alone, target)
     joined, _ = varied(target, chance, recolored=0.0, joined=1.0)
     beyond = set()
-    for picture, own in zip(joined, target, strict=True):
-        colors, counts = picture.flatten(1).T.unique(dim=0, return_counts=True)
+    for image, own in zip(joined, target, strict=True):
+        colors, counts = image.flatten(1).T.unique(dim=0, return_counts=True)
         most = counts.argsort(descending=True)[:2]
         assert counts[most].sum() > 0.96 * 64 * 64  # all but one pixel along a line
         found = {tuple(color.tolist()) for color in colors[most]}
         assert tuple(own[:, 0, 0].tolist()) in found
         beyond |= found
-    pictures = {(-0.5,) * 3, (0.5,) * 3}
-    assert beyond > pictures  # some are joined to a single color instead
+    images = {(-0.5,) * 3, (0.5,) * 3}
+    assert beyond > images  # some are joined to a single color instead
 
 
 def test_coarse_colors_count_where_squares_differ() -> None:

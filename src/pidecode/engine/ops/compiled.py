@@ -3,7 +3,7 @@
 
 Only these sums are compiled, not the products between them: those are library calls either way, may be eight-bit, may
 visit from the host, and no sum reaches across one. The number of tokens is left open, so that one compiled sum serves
-every picture size, chunk and tile; a sum is compiled anew for another width or type, and for a single token alone.
+every image size, chunk and tile; a sum is compiled anew for another width or type, and for a single token alone.
 
 What is compiled is kept on disk by the framework itself and found again by the next process (docs/performance.md).
 """
@@ -23,7 +23,7 @@ from pidecode.errors import SettingError
 EPS = 1e-6
 
 
-class CompiledSums:
+class CompiledOps:
     """The compiled sums of one network; nothing is compiled before it is first asked for.
 
     backend: of `torch.compile`; another than the framework's own is for tests.

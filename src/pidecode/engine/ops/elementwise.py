@@ -21,13 +21,13 @@ from pidecode.engine.ops.quantize import Matrix
 from pidecode.errors import MissingDependencyError
 
 if TYPE_CHECKING:
-    from pidecode.engine.ops.compiled import CompiledSums
+    from pidecode.engine.ops.compiled import CompiledOps
 
 
 EPS = 1e-6
 
 _fused: ContextVar[bool] = ContextVar("fused_sums", default=False)
-_compiled: ContextVar[CompiledSums | None] = ContextVar("compiled_sums", default=None)
+_compiled: ContextVar[CompiledOps | None] = ContextVar("compiled_sums", default=None)
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def fused() -> Iterator[None]:
 
 
 @contextmanager
-def compiled(sums: CompiledSums) -> Iterator[None]:
+def compiled(sums: CompiledOps) -> Iterator[None]:
     """Within the block, run the sums that have one as the framework compiled them."""
     token = _compiled.set(sums)
     try:

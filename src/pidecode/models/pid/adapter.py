@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The adapter: latent in, one set of patch tokens per injection point out, and the gates that let them in.
 
-Nothing here depends on the noisy picture or on time except a gate's own decision, so one picture needs
+Nothing here depends on the noisy image or on time except a gate's own decision, so one image needs
 the adapter once, whatever the number of steps (SPEC.md section 2).
 """
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from pidecode.errors import LatentError
-from pidecode.registry.configs import NetConfig, Padding
+from pidecode.registry.configs import Padding, PiDConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Injection:
 class LateInjection:
     """The same as `Injection`, from the adapter's shared features each time it is asked for.
 
-    A head and a gate cost a hundredth of a step; what they make fills 50 MB for each place in a 2048-pixel picture.
+    A head and a gate cost a hundredth of a step; what they make fills 50 MB for each place in a 2048-pixel image.
     """
 
     features: Tensor
@@ -87,7 +87,7 @@ class LatentTokens:
     blocks: tuple[Tensor, ...]
     pixels: Tensor | None
     color: Tensor | None
-    """Predicted low-resolution picture `[B, 3, h f, w f]`, f = patch_size / scale, if it was asked for."""
+    """Predicted low-resolution image `[B, 3, h f, w f]`, f = patch_size / scale, if it was asked for."""
 
 
 def conv3x3(in_channels: int, out_channels: int, padding: Padding) -> nn.Conv2d:
@@ -96,7 +96,7 @@ def conv3x3(in_channels: int, out_channels: int, padding: Padding) -> nn.Conv2d:
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions, each after a norm over the whole picture, and a skip."""
+    """Two 3x3 convolutions, each after a norm over the whole image, and a skip."""
 
     def __init__(self, width: int, padding: Padding, *, normalized: bool = True) -> None:
         super().__init__()
@@ -125,15 +125,15 @@ class ClimbingTower(nn.Module):
 
     Small networks decode better per operation this way: the latent's own coarse grid is where convolutions are cheap,
     and a grid finer than the patches is where they need not tell apart the places within one. Only the coarsest level
-    normalizes over the picture; finer ones would lose the size of a faint detail by it.
+    normalizes over the image; finer ones would lose the size of a faint detail by it.
     """
 
-    def __init__(self, channels: int, config: NetConfig) -> None:
+    def __init__(self, channels: int, config: PiDConfig) -> None:
         super().__init__()
         self.fold = round(config.adapter_fold)
         width, padding = config.adapter_width // self.fold**2, config.adapter_padding
         self.levels = nn.ModuleList()
-        for level, blocks in enumerate(config.adapter_levels):
+        for level, blocks in enumerate(config.adapter_stages):
             self.levels.append(nn.Sequential(
                 conv3x3(width if level else channels, width, padding),
                 *(ResidualBlock(width, padding, normalized=level == 0) for _ in range(blocks)),
@@ -180,7 +180,7 @@ class Gate(nn.Module):
 class LatentAdapter(nn.Module):
     """Latent `[B, C, a, b]` to tokens of the patch grid (SPEC.md section 2)."""
 
-    def __init__(self, config: NetConfig) -> None:
+    def __init__(self, config: PiDConfig) -> None:
         super().__init__()
         self.config = config
         width, padding = config.adapter_width, config.adapter_padding
@@ -191,7 +191,7 @@ class LatentAdapter(nn.Module):
             )
         if config.latent_channels:
             channels = config.latent_channels // config.latent_unpatchify**2
-            if config.adapter_levels:
+            if config.adapter_stages:
                 self.latent_proj: nn.Module = ClimbingTower(channels, config)
             else:
                 if config.latent_to_patch_ratio < 1:
@@ -225,16 +225,16 @@ class LatentAdapter(nn.Module):
         if config.latent_unpatchify > 1:
             latent = F.pixel_shuffle(latent, config.latent_unpatchify)
         ratio = config.latent_to_patch_ratio
-        if ratio > 1 and not config.adapter_levels:
+        if ratio > 1 and not config.adapter_stages:
             return F.interpolate(latent, size=grid, mode="nearest")
         size = (round(grid[0] / ratio), round(grid[1] / ratio))
-        if config.adapter_levels and (size[0] * ratio, size[1] * ratio) != grid:
+        if config.adapter_stages and (size[0] * ratio, size[1] * ratio) != grid:
             raise LatentError(
                 f"A grid of {grid[1]}x{grid[0]} patches is no whole number of latent cells, which cover {ratio:g}x"
-                f"{ratio:g} of them in this network; give a picture whose sides are multiples of "
+                f"{ratio:g} of them in this network; give an image whose sides are multiples of "
                 f"{round(ratio * config.patch_size)} pixels."
             )
-        fold = 1 if config.adapter_levels else round(1 / ratio)
+        fold = 1 if config.adapter_stages else round(1 / ratio)
         if latent.shape[-2:] != size:
             latent = F.interpolate(latent, size=size, mode="bilinear", align_corners=False)
         return F.pixel_unshuffle(latent, fold) if fold > 1 else latent
@@ -261,12 +261,12 @@ class LatentAdapter(nn.Module):
                         tapped = hidden
             parts.append(hidden)
         if not parts:
-            raise LatentError("The adapter was given neither a latent nor a low-resolution picture it can read.")
+            raise LatentError("The adapter was given neither a latent nor a low-resolution image it can read.")
         shared = parts[0] if len(parts) == 1 else self.merge(torch.cat(parts, dim=1))
         return shared, shared if tapped is None else tapped
 
     def color(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The color head: features to the low-resolution picture `[B, 3, h f, w f]`, unclamped."""
+        """The color head: features to the low-resolution image `[B, 3, h f, w f]`, unclamped."""
         side = self.config.patch_size // self.config.scale
         colors = self.lq_aux_rgb_head(features.flatten(2).transpose(1, 2))
         return F.pixel_shuffle(colors.transpose(1, 2).unflatten(2, grid), side)

@@ -15,10 +15,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from pidecode.models.attention import attention
-from pidecode.registry.configs import NetConfig
+from pidecode.registry.configs import PiDConfig
 
 IMAGE_SPAN = 16.0
-"""Every picture spans 0..16 on both axes, whatever its size (SPEC.md section 1, 2D RoPE)."""
+"""Every image spans 0..16 on both axes, whatever its size (SPEC.md section 1, 2D RoPE)."""
 
 Rotation = tuple[Tensor, Tensor]
 """cos and sin, each `[tokens, head_dim / 2]`, float32."""
@@ -83,7 +83,7 @@ def pixel_axis_table(length: int, channels: int, *, device: torch.device) -> Ten
     """Sines then cosines `[length, channels]` of integer pixel coordinates along one axis.
 
     Built in float64, stored in float32 (SPEC.md section 1, sin-cos table of pixels); the table of a
-    picture is this one for its columns beside this one for its rows.
+    image is this one for its columns beside this one for its rows.
     """
     quarter = channels // 2
     # Devices without float64 (Apple's) get the table from the processor.
@@ -202,7 +202,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def to_patches(image_B3HW: Tensor, patch: int) -> Tensor:
-    """Picture to patches `[B, L, P, 3]`: patches row-major, and pixels row-major within a patch."""
+    """Image to patches `[B, L, P, 3]`: patches row-major, and pixels row-major within a patch."""
     B, _, H, W = image_B3HW.shape
     x = image_B3HW.reshape(B, 3, H // patch, patch, W // patch, patch)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // patch) * (W // patch), patch * patch, 3)
@@ -216,7 +216,7 @@ def from_patches(pixels_BLP3: Tensor, grid: tuple[int, int], patch: int) -> Tens
 
 
 Gather = Callable[[Tensor], Tensor]
-"""Keys or values `[B, local tokens, heads, head_dim]` of this process to those of all, in the picture's order."""
+"""Keys or values `[B, local tokens, heads, head_dim]` of this process to those of all, in the image's order."""
 
 
 def _split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
@@ -233,11 +233,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class JointAttention(nn.Module):
     """Caption tokens first, then image tokens, all attending to all."""
 
-    def __init__(self, config: NetConfig) -> None:
+    def __init__(self, config: PiDConfig) -> None:
         super().__init__()
         D, head_dim = config.hidden_size, config.hidden_size // config.num_heads
         self.heads = config.num_heads
-        self.gather: Gather | None = None  # set where one picture's tokens are spread over processes
+        self.gather: Gather | None = None  # set where one image's tokens are spread over processes
         self.qkv_x = nn.Linear(D, 3 * D, bias=False)
         self.q_norm_x = RMSNorm(head_dim)
         self.k_norm_x = RMSNorm(head_dim)
@@ -284,7 +284,7 @@ class PatchBlock(nn.Module):
     The condition `[B, 1, D]` gives both streams their shifts, scales and gates.
     """
 
-    def __init__(self, config: NetConfig) -> None:
+    def __init__(self, config: PiDConfig) -> None:
         super().__init__()
         D = config.hidden_size
         self.norm_x1 = RMSNorm(D)
@@ -326,7 +326,7 @@ class PatchBlock(nn.Module):
 class PixelAttention(nn.Module):
     """Self-attention over patch tokens at the pixel blocks' own width."""
 
-    def __init__(self, config: NetConfig) -> None:
+    def __init__(self, config: PiDConfig) -> None:
         super().__init__()
         width = config.pixel_attn_hidden_size
         self.heads = config.pixel_num_heads
@@ -347,7 +347,7 @@ class PixelAttention(nn.Module):
 class PixelBlock(nn.Module):
     """A pixel block: pixel tokens `[B, L, P, C]`, every pixel modulated by its patch's condition `[B, L, D]`."""
 
-    def __init__(self, config: NetConfig) -> None:
+    def __init__(self, config: PiDConfig) -> None:
         super().__init__()
         self.pixels, C = config.patch_size**2, config.pixel_hidden_size
         self.adaLN_modulation = nn.Sequential(nn.Linear(config.hidden_size, 6 * C * self.pixels))

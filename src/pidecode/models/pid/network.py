@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from pidecode.engine import inplace as lean
 from pidecode.engine.chunks import Chunks
-from pidecode.engine.offload import Visitors
-from pidecode.engine.timesteps import Schedule, StepVectors, step_vectors
+from pidecode.engine.offload import BlockOffloader
+from pidecode.engine.timesteps import StepModulation, TimestepCache, step_modulation
 from pidecode.errors import LatentError, SettingError, SizeError
 from pidecode.models.pid.adapter import Gate, Injection, LateInjection, LatentAdapter
 from pidecode.models.pid.blocks import (
@@ -34,14 +34,14 @@ from pidecode.models.pid.blocks import (
     text_rotation,
     to_patches,
 )
-from pidecode.registry.configs import NetConfig
+from pidecode.registry.configs import PiDConfig
 
 Grid = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class Condition:
-    """Everything a picture's denoising steps share: computed once, used at every step."""
+    """Everything an image's denoising steps share: computed once, used at every step."""
 
     grid: Grid
     text: Tensor | None
@@ -53,11 +53,11 @@ class Condition:
     row_table: Tensor
     column_table: Tensor
     color: Tensor | None = None
-    schedule: Schedule | None = None
-    """Vectors of the times at which the picture will be denoised, if they are known beforehand."""
+    schedule: TimestepCache | None = None
+    """Vectors of the times at which the image will be denoised, if they are known beforehand."""
 
     def window(self, rows: slice, columns: slice) -> Condition:
-        """The condition of a window of the picture, in patches: positions and latent tokens as in the whole."""
+        """The condition of a window of the image, in patches: positions and latent tokens as in the whole."""
         (_, width), device = self.grid, self.row_table.device
         patch = len(self.column_table) // width
         across = torch.arange(columns.start, columns.stop, device=device)
@@ -77,7 +77,7 @@ class Condition:
 
 @dataclass(frozen=True, slots=True)
 class _Given:
-    """What a caller tells about a picture's latent."""
+    """What a caller tells about an image's latent."""
 
     grid: Grid
     latent: Tensor | None
@@ -87,21 +87,21 @@ class _Given:
     keep_tokens: bool
 
 
-class PixelNet(nn.Module):
+class PiDNet(nn.Module):
     """PiD's conditional pixel diffusion network (SPEC.md sections 1 and 2).
 
     The output is a velocity `eps - x_0`, or `x_0` itself where `config.prediction` says so.
     """
 
-    def __init__(self, config: NetConfig) -> None:
+    def __init__(self, config: PiDConfig) -> None:
         super().__init__()
         self.config = config
         self.chunks: Chunks | None = None
         """How much inference works on at once; None picks what suits the device."""
-        self.visitors: Visitors | None = None
+        self.offloader: BlockOffloader | None = None
         """Set where the patch blocks live on the host and only visit the device."""
-        self.slimmed = False
-        """Whether `schedule.slim` took away what only training and other times need."""
+        self.stripped = False
+        """Whether `schedule.strip_for_inference` took away what only training and other times need."""
         self.plain = False
         """Whether layers always run their own forward, as those wrapped by adapters must."""
         D = config.hidden_size
@@ -134,12 +134,12 @@ class PixelNet(nn.Module):
         return self.chunks or (Chunks() if device.type == "cpu" else Chunks.large(self.config.patch_size))
 
     def grid_of(self, height: int, width: int) -> Grid:
-        """Rows and columns of patches in a picture. Raises SizeError if the sides do not divide."""
+        """Rows and columns of patches in an image. Raises SizeError if the sides do not divide."""
         patch = self.config.patch_size
         if height % patch or width % patch or min(height, width) < patch:
             near = tuple(max(patch, round(side / patch) * patch) for side in (width, height))
             raise SizeError(
-                f"A picture of {width}x{height} pixels does not divide into {patch}-pixel patches; "
+                f"An image of {width}x{height} pixels does not divide into {patch}-pixel patches; "
                 f"the nearest size that does is {near[0]}x{near[1]}."
             )
         return height // patch, width // patch
@@ -154,7 +154,7 @@ class PixelNet(nn.Module):
         latent_mask: Tensor | None = None,
         want_color: bool = False,
         keep_tokens: bool = True,
-        schedule: Schedule | None = None,
+        schedule: TimestepCache | None = None,
     ) -> Condition:
         """Compute what all steps share.
 
@@ -163,7 +163,7 @@ class PixelNet(nn.Module):
         sigma: noise left in the latent, one value or one per sample, in [0, 1].
         latent_mask: `[B]` of 0 or 1; 0 silences a sample's latent.
         keep_tokens: False makes the latent's tokens anew at each use: less memory, a hundredth more work.
-        schedule: what `schedule.tabulate` made of the times to come.
+        schedule: what `schedule.precompute` made of the times to come.
         Raises LatentError or SettingError when an input does not fit the network.
         """
         config, device = self.config, self.device
@@ -220,7 +220,7 @@ class PixelNet(nn.Module):
         if given.sigma is None:
             raise LatentError("A latent came without sigma; give the noise left in it (0 for a finished latent).")
         if given.want_color and not self.config.color_head:
-            raise SettingError("This network has no color head, so it cannot predict the low-resolution picture.")
+            raise SettingError("This network has no color head, so it cannot predict the low-resolution image.")
         sigma_B = torch.as_tensor(given.sigma, dtype=torch.float32, device=given.latent.device).reshape(-1)
         if sigma_B.numel() not in (1, given.latent.shape[0]):
             raise LatentError(
@@ -242,21 +242,21 @@ class PixelNet(nn.Module):
         return injections, pixel_injection, adapted.color
 
     def denoise(self, x_B3HW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
-        """One evaluation: noisy picture `[B, 3, H, W]` and flow time times 1000 `[B]` to the prediction, same shape.
+        """One evaluation: noisy image `[B, 3, H, W]` and flow time times 1000 `[B]` to the prediction, same shape.
 
         Without gradients the same sums run in place and in chunks (`engine/inplace.py`); times on the host are looked up
         in the condition's schedule without waiting for the device.
         """
         if self.runs_lean(x_B3HW.device):
-            return lean.denoise(self, x_B3HW, self.vectors_at(t_B, condition), condition)
+            return lean.denoise(self, x_B3HW, self.modulation_at(t_B, condition), condition)
         tokens, patches, t_emb = self._embed(x_B3HW, t_B, condition.grid)
         tokens, _ = self._run_patch_blocks(tokens, t_emb, condition)
         return self._pixels(tokens, patches, t_emb, condition)
 
-    def vectors_at(self, t_B: Tensor, condition: Condition) -> StepVectors:
+    def modulation_at(self, t_B: Tensor, condition: Condition) -> StepModulation:
         """What the network derives from the times alone: looked up if the condition's schedule has them."""
         known = None if condition.schedule is None else condition.schedule.find(t_B)
-        return known or step_vectors(self, t_B)
+        return known or step_modulation(self, t_B)
 
     def runs_lean(self, device: torch.device) -> bool:
         """Whether `denoise` would run in place and in chunks as things are now."""
@@ -322,7 +322,7 @@ class PixelNet(nn.Module):
         return from_patches(self.final_layer(pixels).float(), condition.grid, self.config.patch_size)
 
     def _embed_pixels(self, patches_BLP3: Tensor, condition: Condition) -> Tensor:
-        """Colors to pixel tokens `[B, L, P, C]`, plus every pixel's place in the picture."""
+        """Colors to pixel tokens `[B, L, P, C]`, plus every pixel's place in the image."""
         (rows, columns), patch = condition.grid, self.config.patch_size
         half = self.config.pixel_hidden_size // 2
         shape = (rows, columns, patch, patch, half)

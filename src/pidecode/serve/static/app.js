@@ -17,7 +17,7 @@ let planned = 0;
 const size = (bytes) => (bytes >= 1e9 ? `${(bytes / 1e9).toFixed(1)} GB` : bytes >= 1e6 ? `${Math.round(bytes / 1e6)} MB` : `${Math.max(1, Math.round(bytes / 1e3))} kB`);
 const model = () => about.models.find((one) => one.name === find("model").value) ?? about.models[0];
 const isPrompt = () => input?.looked.kind === "prompt";
-const isPicture = () => input?.looked.kind === "picture";
+const isImage = () => input?.looked.kind === "image";
 
 function complain(message) {
   find("error").firstElementChild.textContent = message ?? "";
@@ -56,7 +56,7 @@ function fillSettings() {
   if (factors.includes(Number(kept.scale))) find("scale").value = kept.scale;
   if (steps.includes(Number(kept.steps))) find("steps").value = kept.steps;
   for (const [name, on] of Object.entries({
-    "for-picture": !input || isPicture(), "for-latent": input && !isPicture(), "for-foreign": input && !isPicture() && !isPrompt() && !input.looked.space,
+    "for-image": !input || isImage(), "for-latent": input && !isImage(), "for-foreign": input && !isImage() && !isPrompt() && !input.looked.space,
     "for-captions": chosen.reads_captions && !isPrompt(), "for-student": student, "for-teacher": !student,
   })) for (const element of document.getElementsByClassName(name)) element.hidden = !on;
 }
@@ -69,7 +69,7 @@ function readSettings() {
   if (model().kind === "student") settings.sampler = find("sampler").value;
   else settings.guidance = find("guidance").value;
   if (model().reads_captions && !isPrompt() && find("caption").value.trim()) settings.caption = find("caption").value.trim();
-  if (isPicture()) {
+  if (isImage()) {
     settings.fit = find("fit").value;
     settings.scale = find("scale").value;
     if (find("color_lock").value) settings.color_lock = find("color_lock").value;
@@ -107,11 +107,11 @@ function showInput() {
   find("source").hidden = false;
   find("source-name").textContent = file.name;
   find("source-name").title = file.name;
-  const facts = isPrompt() ? "to be painted, " : isPicture() ? "picture, " : `latent${looked.space ? ` of ${looked.space}` : ""}, `;
+  const facts = isPrompt() ? "to be painted, " : isImage() ? "image, " : `latent${looked.space ? ` of ${looked.space}` : ""}, `;
   const noise = looked.sigma ? `, noise ${looked.sigma.toFixed(2)}` : "";
-  find("source-facts").textContent = `${facts}${isPrompt() ? "by the image model" : `${looked.width}×${looked.height}${isPicture() ? "" : " cells"}`}${noise}`;
-  find("source-thumb").hidden = !isPicture();
-  if (isPicture()) find("source-thumb").src = url;
+  find("source-facts").textContent = `${facts}${isPrompt() ? "by the image model" : `${looked.width}×${looked.height}${isImage() ? "" : " cells"}`}${noise}`;
+  find("source-thumb").hidden = !isImage();
+  if (isImage()) find("source-thumb").src = url;
   find("choose").firstElementChild.textContent = "Choose another";
   find("from-recipe").hidden = !looked.recipe;
   find("drop").hidden = true;
@@ -124,7 +124,7 @@ async function take(file) {
   try {
     if (file.size > about.limits.body_bytes) throw new Error(`${file.name} has ${size(file.size)}; at most ${size(about.limits.body_bytes)} can be taken.`);
     const looked = await (await ask("api/look", { method: "POST", body: file })).json();
-    input = { file, looked, url: looked.kind === "picture" ? URL.createObjectURL(file) : null };
+    input = { file, looked, url: looked.kind === "image" ? URL.createObjectURL(file) : null };
   } catch (error) {
     complain(error.message);
     return;
@@ -134,7 +134,7 @@ async function take(file) {
   find("to-width").value = find("to-height").value = "";
   showInput();
   clearResult();
-  if (isPicture()) {
+  if (isImage()) {
     const { width, height } = input.looked;
     viewer.show({ beforeUrl: null, afterUrl: input.url, wide: width, high: height });
     find("tag-after").textContent = "Input";
@@ -165,17 +165,17 @@ async function plan() {
   const chosen = model();
   find("go").disabled = true;
   let words, large = false, share = null;
-  const refused = isPicture() && !chosen.takes_pictures
+  const refused = isImage() && !chosen.takes_images
     ? `${chosen.name} has no encoder here, so it takes latents only. \`pidecode pull ${chosen.space}\` fetches one.`
     : input.looked.space && input.looked.space !== chosen.space
       ? `The latent is of space ${input.looked.space}; ${chosen.name} decodes ${chosen.space}.` : null;
   try {
     if (refused) throw new Error(refused);
-    const query = new URLSearchParams({ kind: isPicture() ? "picture" : "latent", width: input.looked.width, height: input.looked.height, model: chosen.name });
+    const query = new URLSearchParams({ kind: isImage() ? "image" : "latent", width: input.looked.width, height: input.looked.height, model: chosen.name });
     const wide = find("to-width").value, high = find("to-height").value;
-    if (!isPicture() && wide && high) [["to_width", wide], ["to_height", high]].forEach((pair) => query.set(...pair));
+    if (!isImage() && wide && high) [["to_width", wide], ["to_height", high]].forEach((pair) => query.set(...pair));
     const told = await (await ask(`api/plan?${query}`)).json();
-    const factor = isPicture() ? Number(find("scale").value) / chosen.scale : 1;
+    const factor = isImage() ? Number(find("scale").value) / chosen.scale : 1;
     const made = `${Math.round(told.width * factor)}×${Math.round(told.height * factor)} pixels`;
     large = !told.fits;
     share = told.free ? told.working / told.free : null;
@@ -223,7 +223,7 @@ async function* lines(answer) {
 }
 
 async function run() {
-  const settings = readSettings(), job = { ...input }, kind = isPrompt() ? "paint" : isPicture() ? "upscale" : "decode";
+  const settings = readSettings(), job = { ...input }, kind = isPrompt() ? "paint" : isImage() ? "upscale" : "decode";
   running = new AbortController();
   working(true);
   complain();
@@ -240,7 +240,7 @@ async function run() {
         preview.src = told.preview;
         await preview.decode();
         const [wide, high] = [preview.naturalWidth, preview.naturalHeight];
-        const known = !find("viewer").hidden && isPicture();
+        const known = !find("viewer").hidden && isImage();
         if (known) viewer.preview(told.preview);
         else viewer.show({ beforeUrl: null, afterUrl: told.preview, wide, high, keepView: true });
         find("tag-after").textContent = "Preview";
@@ -252,7 +252,7 @@ async function run() {
   } catch (error) {
     const stopped = error.name === "AbortError";
     find("progress").hidden = true;
-    if (isPicture()) viewer.show({ beforeUrl: null, afterUrl: input.url, wide: input.looked.width, high: input.looked.height });
+    if (isImage()) viewer.show({ beforeUrl: null, afterUrl: input.url, wide: input.looked.width, high: input.looked.height });
     else viewer.hide();
     find("tag-after").textContent = "Input";
     if (!stopped) complain(error.message);
@@ -280,13 +280,13 @@ function working(on) {
 
 function showResult(entry) {
   current = entry;
-  const { result, settings } = entry, picture = entry.input.looked.kind === "picture";
+  const { result, settings } = entry, image = entry.input.looked.kind === "image";
   const factor = Number(settings.scale ?? 1), looked = entry.input.looked;
   const whole = about.models.find((one) => one.name === settings.model);
-  const fixed = picture && Math.abs(looked.width * factor - result.width) > 64 * factor; // resized to a fixed input
+  const fixed = image && Math.abs(looked.width * factor - result.width) > 64 * factor; // resized to a fixed input
   viewer.show({
-    beforeUrl: picture ? entry.input.url : null, afterUrl: result.url, wide: result.width, high: result.height,
-    beforeSize: picture && whole && !fixed ? [looked.width * factor, looked.height * factor] : null, keepView: true,
+    beforeUrl: image ? entry.input.url : null, afterUrl: result.url, wide: result.width, high: result.height,
+    beforeSize: image && whole && !fixed ? [looked.width * factor, looked.height * factor] : null, keepView: true,
   });
   find("tag-after").textContent = "After";
   find("progress").hidden = true;
@@ -308,7 +308,7 @@ function showResult(entry) {
 }
 
 async function remember(job, settings, result) {
-  const stem = job.prompt ? job.prompt.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40) : job.file.name.replace(/\.[^.]*$/, "") || "picture", ending = settings.format === "jpeg" ? "jpg" : settings.format;
+  const stem = job.prompt ? job.prompt.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40) : job.file.name.replace(/\.[^.]*$/, "") || "image", ending = settings.format === "jpeg" ? "jpg" : settings.format;
   const entry = { input: job, settings, result, name: `${stem}-pid-${settings.seed}.${ending}`, thumb: document.createElement("canvas") };
   history.unshift(entry);
   for (const old of history.splice(MOST_KEPT)) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Two pictures over each other with a handle between them; wheel and buttons zoom, dragging moves.
+// Two images over each other with a handle between them; wheel and buttons zoom, dragging moves.
 
 const LARGEST_ZOOM = 16;
 
@@ -99,12 +99,12 @@ export function makeViewer(find) {
   new ResizeObserver(() => (fitted ? fit() : (clamp(), draw()))).observe(frame);
 
   before.addEventListener("error", () => {
-    frame.classList.add("alone"); // a kind of picture this browser cannot show
+    frame.classList.add("alone"); // a kind of image this browser cannot show
     draw();
   });
 
   return {
-    // Both pictures fill a canvas of `wide` x `high` pixels; `beforeSize` is what the whole input becomes,
+    // Both images fill a canvas of `wide` x `high` pixels; `beforeSize` is what the whole input becomes,
     // of which a cropping decoder keeps the middle.
     show({ beforeUrl, afterUrl, wide, high, beforeSize, keepView }) {
       const same = keepView && wide === width && high === height && !frame.hidden;

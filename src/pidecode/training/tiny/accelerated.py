@@ -35,12 +35,12 @@ class Matrices:
         for offset in range(WINDOW):
             self.blurring.diagonal(offset).fill_(line[offset])
 
-    def shrunk(self, picture: Tensor) -> Tensor:
-        """`model.regressor.shrunk` of square pictures."""
-        return self.shrinking @ picture.clamp(-1, 1) @ self.shrinking.mT
+    def shrunk(self, image: Tensor) -> Tensor:
+        """`model.regressor.shrunk` of square images."""
+        return self.shrinking @ image.clamp(-1, 1) @ self.shrinking.mT
 
     def similarity(self, made: Tensor, wanted: Tensor) -> Tensor:
-        """`measure.metrics.ssim` in float32; pictures in [-1,1]."""
+        """`measure.metrics.ssim` in float32; images in [-1,1]."""
 
         def blur(x: Tensor) -> Tensor:
             return self.blurring @ x @ self.blurring.mT
@@ -49,7 +49,7 @@ class Matrices:
 
 
 def keep_exact(*modules: nn.Module) -> None:
-    """Let these compute in float32 inside bfloat16 surroundings: what they give is a latent, or a picture."""
+    """Let these compute in float32 inside bfloat16 surroundings: what they give is a latent, or an image."""
 
     def exact(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):

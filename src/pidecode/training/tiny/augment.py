@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Crops turned, joined and recolored at random: a few hundred pictures have too few colors to learn colors from.
+"""Crops turned, joined and recolored at random: a few hundred images have too few colors to learn colors from.
 
-Without this a small decoder learns its training pictures' colors by heart: on them it is nearer to the truth than its
+Without this a small decoder learns its training images' colors by heart: on them it is nearer to the truth than its
 teacher, on others two and a half times as far. Everything here is drawn for all crops at once, on their own device and
 without waiting for it, so that a step can be recorded as a whole.
 """
@@ -22,7 +22,7 @@ PLAIN = 0.2
 NEGATIVE = 0.1
 """Share of the recolored crops that are a negative."""
 KNOTS = 4
-"""Points along each side between which a recolored picture's light changes smoothly."""
+"""Points along each side between which a recolored image's light changes smoothly."""
 
 
 class Chance:
@@ -57,49 +57,49 @@ def varied(
     quarter by antialiased bicubic interpolation, [B,3,S/4,S/4].
     """
     chance = Chance(len(target), target.device, generator)
-    pictures = turned(target, chance)
-    pictures = torch.where(chance.happens(recolored), recolor(pictures, chance), pictures)
+    images = turned(target, chance)
+    images = torch.where(chance.happens(recolored), recolor(images, chance), images)
     plain = chance.uniform(-1, 1, 3, 1, 1).expand_as(target)
-    other = torch.where(chance.happens(PLAIN), plain, pictures.roll(1, 0))
-    pictures = torch.where(chance.happens(joined), join(pictures, other, chance), pictures)
-    small = F.interpolate(pictures, scale_factor=1 / SCALE, mode="bicubic", antialias=True)
-    return pictures, small.clamp(-1, 1)
+    other = torch.where(chance.happens(PLAIN), plain, images.roll(1, 0))
+    images = torch.where(chance.happens(joined), join(images, other, chance), images)
+    small = F.interpolate(images, scale_factor=1 / SCALE, mode="bicubic", antialias=True)
+    return images, small.clamp(-1, 1)
 
 
-def turned(pictures: Tensor, chance: Chance) -> Tensor:
+def turned(images: Tensor, chance: Chance) -> Tensor:
     """Squares [B,3,S,S], each in one of its eight positions."""
-    pictures = torch.where(chance.happens(0.5), pictures.transpose(-1, -2), pictures)
+    images = torch.where(chance.happens(0.5), images.transpose(-1, -2), images)
     for side in (-1, -2):
-        pictures = torch.where(chance.happens(0.5), pictures.flip(side), pictures)
-    return pictures
+        images = torch.where(chance.happens(0.5), images.flip(side), images)
+    return images
 
 
-def recolor(pictures: Tensor, chance: Chance) -> Tensor:
-    """Pictures [B,3,H,W] with other colors: channels in any order, saturation of its own, and light and contrast that
+def recolor(images: Tensor, chance: Chance) -> Tensor:
+    """Images [B,3,H,W] with other colors: channels in any order, saturation of its own, and light and contrast that
     may change smoothly from place to place.
     """
-    identity = torch.eye(3, device=pictures.device)
+    identity = torch.eye(3, device=images.device)
     order = torch.where(chance.happens(0.5)[..., 0], identity[chance.uniform(0, 1, 3).argsort(1)], identity)
-    gray = torch.stack([torch.full((3,), share, device=pictures.device) for share in LUMA], dim=1)
+    gray = torch.stack([torch.full((3,), share, device=images.device) for share in LUMA], dim=1)
     saturation = chance.uniform(0.0, 1.6, 1, 1)
     mixed = (gray + saturation * (identity - gray)) @ order
     mixed = torch.where(chance.happens(NEGATIVE)[..., 0], -mixed, mixed)
 
     def field(low: float, high: float, spread: float) -> Tensor:
-        """One level for all of a picture, one for each of its channels, and changes from place to place."""
+        """One level for all of an image, one for each of its channels, and changes from place to place."""
         changes = chance.uniform(-spread, spread, 3, KNOTS, KNOTS) * chance.uniform(0, 1, 1, 1, 1)
         points = chance.uniform(low, high, 1, 1, 1) + chance.uniform(-spread, spread, 3, 1, 1) + changes
-        return F.interpolate(points, size=pictures.shape[-2:], mode="bilinear", align_corners=True)
+        return F.interpolate(points, size=images.shape[-2:], mode="bilinear", align_corners=True)
 
-    colored = torch.einsum("bij,bjhw->bihw", mixed.to(pictures), pictures)
+    colored = torch.einsum("bij,bjhw->bihw", mixed.to(images), images)
     return (colored * field(-0.5, 0.3, 0.2).exp() + field(-0.3, 0.3, 0.2)).clamp(-1, 1)
 
 
-def join(pictures: Tensor, others: Tensor, chance: Chance) -> Tensor:
-    """`pictures` [B,3,H,W] on one side of a straight line through each, `others` beyond it; the edge is clean."""
-    height, width = pictures.shape[-2:]
+def join(images: Tensor, others: Tensor, chance: Chance) -> Tensor:
+    """`images` [B,3,H,W] on one side of a straight line through each, `others` beyond it; the edge is clean."""
+    height, width = images.shape[-2:]
     angle, through = chance.uniform(0, 2 * math.pi, 1, 1), chance.uniform(0.25, 0.75, 2, 1, 1)
-    rows = torch.arange(height, device=pictures.device).view(-1, 1) - through[:, 0] * height
-    columns = torch.arange(width, device=pictures.device) - through[:, 1] * width
+    rows = torch.arange(height, device=images.device).view(-1, 1) - through[:, 0] * height
+    columns = torch.arange(width, device=images.device) - through[:, 1] * width
     distance = rows * angle.sin() + columns * angle.cos()
-    return torch.lerp(others, pictures, (distance + 0.5).clamp(0, 1)[:, None])
+    return torch.lerp(others, images, (distance + 0.5).clamp(0, 1)[:, None])

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 FINE = (48, 96, 192, 192)
-"""Widths of a critic of whole pictures: a logit for each square of 16 pixels, which sees about 90."""
+"""Widths of a critic of whole images: a logit for each square of 16 pixels, which sees about 90."""
 COARSE = (64, 128, 192)
-"""Widths of one of pictures at a quarter of their size: a logit for each square of 8 pixels, which sees about 40."""
+"""Widths of one of images at a quarter of their size: a logit for each square of 8 pixels, which sees about 40."""
 
 
 class PatchCritic(nn.Module):
-    """Pictures [B,3,H,W] to one logit for each of their squares, [B,1,H/2^n,W/2^n] for n `widths`."""
+    """Images [B,3,H,W] to one logit for each of their squares, [B,1,H/2^n,W/2^n] for n `widths`."""
 
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
@@ -31,14 +31,14 @@ class PatchCritic(nn.Module):
             before = width
         self.layers = nn.Sequential(*layers, spectral_norm(nn.Conv2d(before, 1, 3, padding=1)))
 
-    def forward(self, picture: Tensor) -> Tensor:
+    def forward(self, image: Tensor) -> Tensor:
         """Higher for what it takes for a photograph."""
-        judged: Tensor = self.layers(picture)
+        judged: Tensor = self.layers(image)
         return judged
 
 
 class Critics(nn.Module):
-    """One critic of pictures as they are, for their finest detail, and one of them at a quarter of their size, for the
+    """One critic of images as they are, for their finest detail, and one of them at a quarter of their size, for the
     grains and leaves that a latent does not hold; either only if its share is not 0.
     """
 
@@ -57,11 +57,11 @@ class Critics(nn.Module):
         self.load_state_dict(own | {name: value for name, value in before.items() if name in own})
         return self
 
-    def views(self, picture: Tensor, shrunk: Callable[[Tensor], Tensor]) -> Iterator[tuple[PatchCritic, Tensor, float]]:
-        """Each critic, what it sees of `picture`, and its share. shrunk: to a quarter of the size."""
+    def views(self, image: Tensor, shrunk: Callable[[Tensor], Tensor]) -> Iterator[tuple[PatchCritic, Tensor, float]]:
+        """Each critic, what it sees of `image`, and its share. shrunk: to a quarter of the size."""
         for name, critic in self.named_children():
             assert isinstance(critic, PatchCritic)
-            yield critic, picture if name == "fine" else shrunk(picture), self.shares[name]
+            yield critic, image if name == "fine" else shrunk(image), self.shares[name]
 
 
 def critic_loss(of_made: Tensor, of_real: Tensor) -> Tensor:

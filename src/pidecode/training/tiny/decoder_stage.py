@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from pidecode.models.regressor import Regressor
-from pidecode.registry.configs import NetConfig
+from pidecode.registry.configs import PiDConfig
 from pidecode.training.tiny.augment import Chance, varied
 from pidecode.training.tiny.cache import CropBatch, LatentCache
 from pidecode.training.tiny.muon import Muon, muon_groups
@@ -21,20 +21,20 @@ from pidecode.training.tiny.stage import Draws, Learner, Parts, Report, Stage, S
 from pidecode.training.tiny.teacher import TeacherAutoencoder
 
 
-def tiny_config() -> NetConfig:
-    """The shape of `tiny`: an adapter that climbs to the small picture's own grid, one patch block, one pixel block."""
-    return NetConfig(
+def tiny_config() -> PiDConfig:
+    """The shape of `tiny`: an adapter that climbs to the small image's own grid, one patch block, one pixel block."""
+    return PiDConfig(
         hidden_size=256, num_heads=4, patch_depth=1, patch_size=16,
         pixel_hidden_size=4, pixel_depth=1, pixel_attn_hidden_size=32, pixel_num_heads=2,
         text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2,
-        adapter_width=1024, adapter_levels=(16, 8, 12, 6), adapter_padding="replicate", gate="per_token",
+        adapter_width=1024, adapter_stages=(16, 8, 12, 6), adapter_padding="replicate", gate="per_token",
         inject_pixels=True, rope_reference=(1024, 1024), prediction="x0",
     )  # fmt: skip
 
 
-def small_config() -> NetConfig:
+def small_config() -> PiDConfig:
     """The shape of `small`: that of `tiny` with ten more blocks at the finest level."""
-    return replace(tiny_config(), adapter_levels=(16, 8, 12, 16))
+    return replace(tiny_config(), adapter_stages=(16, 8, 12, 16))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +91,7 @@ def draw_crops(
 def coarse_loss(model: Regressor, teacher: TeacherAutoencoder, cells: Tensor) -> Tensor:
     """The coarsest level's distance from its teacher's features, in units of their variance.
 
-    That level has one position for a thousand pixels and decides over the whole picture, colors first.
+    That level has one position for a thousand pixels and decides over the whole image, colors first.
     """
     with torch.no_grad():
         hint: Tensor = teacher.decoder[:6](cells)
@@ -102,11 +102,11 @@ def coarse_loss(model: Regressor, teacher: TeacherAutoencoder, cells: Tensor) ->
 def hint_loss(
     model: Regressor, teacher: TeacherAutoencoder, cells: Tensor, target: Tensor, recipe: DecoderRecipe, *, apart: bool
 ) -> tuple[Tensor, Parts]:
-    """The loss, and in it the picture's squared error and the levels' mean distance from their teacher's features."""
+    """The loss, and in it the image's squared error and the levels' mean distance from their teacher's features."""
     with torch.no_grad():
         hints = teacher.decoder_features(cells)
-    made, picture = model.by_levels(cells, hints if apart else None)
-    error = F.mse_loss(picture, target)
+    made, image = model.by_levels(cells, hints if apart else None)
+    error = F.mse_loss(image, target)
     distances = [F.mse_loss(ours, theirs) / theirs.var() for ours, theirs in zip(made, hints, strict=True)]
     weight = recipe.hint_weight if apart else recipe.later_hint_weight
     loss = error + weight * torch.stack(distances).sum()
@@ -115,7 +115,7 @@ def hint_loss(
 
 def run_regressor(
     cache: LatentCache, folder: Path, recipe: DecoderRecipe, teacher: TeacherAutoencoder, *,
-    config: NetConfig | None = None, report: Report = lambda line: None,
+    config: PiDConfig | None = None, report: Report = lambda line: None,
 ) -> Regressor:  # fmt: skip
     """Train the adapter with a linear head until the budget is used; resumes from `folder`, returns the average."""
     torch.manual_seed(recipe.seed)
@@ -132,7 +132,7 @@ def run_regressor(
             loss = coarse_loss(model, teacher, F.pixel_shuffle(batch.latent, 2))
             return loss, {"distance": loss.item()}
         target, small = varied(batch.target, draws.noise, recolored=recipe.recolored, joined=recipe.joined)
-        with torch.no_grad():  # as a whole picture: a cut-out of a larger one's latent would not know its own colors
+        with torch.no_grad():  # as a whole image: a cut-out of a larger one's latent would not know its own colors
             cells = teacher.encode(small)
         if progress < recipe.hinted:
             return hint_loss(model, teacher, cells, target, recipe, apart=progress < recipe.apart)

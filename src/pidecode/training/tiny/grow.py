@@ -11,25 +11,25 @@ from torch import Tensor, nn
 
 from pidecode.errors import SettingError
 from pidecode.models.regressor import Regressor
-from pidecode.models.tiny import EncoderConfig, ImageEncoder
-from pidecode.registry.configs import NetConfig
+from pidecode.models.tiny import EncoderConfig, TinyEncoder
+from pidecode.registry.configs import PiDConfig
 
 GAIN = 0.3
-"""How much of an error an encoder's corrections first add to the picture: more helps more at once, but swings."""
+"""How much of an error an encoder's corrections first add to the image: more helps more at once, but swings."""
 
 
 @torch.no_grad()
-def grown(regressor: Regressor, config: NetConfig) -> Regressor:
+def grown(regressor: Regressor, config: PiDConfig) -> Regressor:
     """A regressor of `config`: at least as many blocks at each level, and as many levels or one finer one more.
 
     New blocks come last at each level and are the identity. A finer level starts by handing on what comes from below
     it, and each of its cells gives the pixels a quarter of what the cell below gave them. Raises SettingError where
     another size differs or shrinks.
     """
-    old, deeper = regressor.config.adapter_levels, Regressor(config)
-    levels = config.adapter_levels
+    old, deeper = regressor.config.adapter_stages, Regressor(config)
+    levels = config.adapter_stages
     if len(levels) - len(old) not in (0, 1) or any(now < before for now, before in zip(levels, old, strict=False)):
-        raise SettingError(f"A regressor of adapter_levels {old} does not grow to {levels}: none may shrink.")
+        raise SettingError(f"A regressor of adapter_stages {old} does not grow to {levels}: none may shrink.")
     wanted = deeper.state_dict()
     for name, value in regressor.state_dict().items():
         if len(levels) > len(old):
@@ -37,7 +37,7 @@ def grown(regressor: Regressor, config: NetConfig) -> Regressor:
                 continue
             value = _spread(value, round(regressor.config.adapter_fold)) if name == "adapter.pit_head.weight" else value
         if name not in wanted or wanted[name].shape != value.shape:
-            raise SettingError(f"{name} does not fit: a regressor grows in adapter_levels only.")
+            raise SettingError(f"{name} does not fit: a regressor grows in adapter_stages only.")
         wanted[name] = value
     if len(levels) > len(old):
         start = f"adapter.latent_proj.levels.{len(old)}.0."
@@ -64,13 +64,13 @@ def between(first: Regressor, second: Regressor, share: float) -> Regressor:
     return mixed
 
 
-def grown_encoder(encoder: ImageEncoder, config: EncoderConfig) -> ImageEncoder:
+def grown_encoder(encoder: TinyEncoder, config: EncoderConfig) -> TinyEncoder:
     """An encoder of `config`: as wide and with as many rounds, and at least as many blocks at each level.
 
     New blocks come last at each level, in both of its parts, and are the identity. Raises SettingError where another
     size differs or shrinks.
     """
-    deeper = ImageEncoder(config)
+    deeper = TinyEncoder(config)
     wanted = deeper.state_dict()
     for name, value in encoder.state_dict().items():
         if name not in wanted or wanted[name].shape != value.shape:
@@ -83,12 +83,12 @@ def grown_encoder(encoder: ImageEncoder, config: EncoderConfig) -> ImageEncoder:
     return deeper
 
 
-def with_corrections(encoder: ImageEncoder, rounds: int) -> ImageEncoder:
-    """`encoder` with a corrector that starts as itself, reading GAIN of an error as if it were part of the picture.
+def with_corrections(encoder: TinyEncoder, rounds: int) -> TinyEncoder:
+    """`encoder` with a corrector that starts as itself, reading GAIN of an error as if it were part of the image.
 
-    That already helps: what is added to the picture before it is encoded comes back in what is decoded.
+    That already helps: what is added to the image before it is encoded comes back in what is decoded.
     """
-    corrected = ImageEncoder(replace(encoder.config, rounds=rounds))
+    corrected = TinyEncoder(replace(encoder.config, rounds=rounds))
     own = encoder.state_dict()
     tensors = own | {f"corrector.{name}": value for name, value in own.items()}
     tensors["corrector.stem.weight"] = torch.cat((own["stem.weight"], GAIN * own["stem.weight"]), dim=1)
@@ -96,10 +96,10 @@ def with_corrections(encoder: ImageEncoder, rounds: int) -> ImageEncoder:
     return corrected
 
 
-def with_rounds(encoder: ImageEncoder, rounds: int) -> ImageEncoder:
+def with_rounds(encoder: TinyEncoder, rounds: int) -> TinyEncoder:
     """The same encoder, set to correct its latent so often. Raises SettingError for one that has no corrections."""
     if not encoder.config.rounds:
         raise SettingError("This encoder corrects nothing; give it corrections first.")
-    again = ImageEncoder(replace(encoder.config, rounds=rounds))
+    again = TinyEncoder(replace(encoder.config, rounds=rounds))
     again.load_state_dict(encoder.state_dict())
     return again

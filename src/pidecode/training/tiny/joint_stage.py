@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from pidecode.models.regressor import Regressor, shrunk
-from pidecode.models.tiny import ImageEncoder
+from pidecode.models.tiny import TinyEncoder
 from pidecode.training.tiny.augment import varied
 from pidecode.training.tiny.cache import SCALE, LatentCache
 from pidecode.training.tiny.decoder_stage import decoder_optimizer, draw_crops, noised, tempered
@@ -42,10 +42,10 @@ class PairRecipe(StageRecipe):
     crops: tuple[tuple[int, int, float], ...] = ((256, 4, 0.5), (384, 2, 0.25), (512, 1, 0.25))
     """Crop side in pixels, crops a step, share of the steps."""
     allowed_difference: float = 0.0025
-    """Mean squared difference, in pictures of [-1, 1], of what the teacher decodes from its own latents and the
+    """Mean squared difference, in images of [-1, 1], of what the teacher decodes from its own latents and the
     encoder's, that costs nothing (32 dB): within it the encoder is free to tell the decoder more."""
     imitation_weight: float = 1.0
-    """Weight of what goes beyond it, a decibel as much as one of a picture."""
+    """Weight of what goes beyond it, a decibel as much as one of an image."""
     latent_weight: float = 0.05
     """Weight of the encoder's squared distance from its teacher's latents."""
     coarse: tuple[tuple[int, float], ...] = ((16, 4.0), (64, 4.0))
@@ -73,29 +73,29 @@ class JointRecipe(PairRecipe):
 class Pair(nn.Module):
     """The two networks that are trained together."""
 
-    def __init__(self, decoder: Regressor, encoder: ImageEncoder) -> None:
+    def __init__(self, decoder: Regressor, encoder: TinyEncoder) -> None:
         super().__init__()
         self.decoder, self.encoder = decoder, encoder
 
 
 TYPICAL = 0.015
-"""Mean squared error of a picture in [-1, 1]."""
+"""Mean squared error of an image in [-1, 1]."""
 TINIEST = 0.0005
 """Error below which there is little left to gain."""
 
 
 def levelled(error: Tensor) -> Tensor:
-    """Squared errors of pictures [B] as a loss to which a decibel is worth the same in each of them.
+    """Squared errors of images [B] as a loss to which a decibel is worth the same in each of them.
 
-    The mean itself is made by the few pictures nobody can predict, and its gradient by their noise.
+    The mean itself is made by the few images nobody can predict, and its gradient by their noise.
     """
     return TYPICAL * torch.log((error + TINIEST) / TYPICAL)
 
 
 def coarse_error(made: Tensor, small: Tensor, weights: Sequence[tuple[int, float]]) -> Tensor:
-    """Weighted squared differences [B] of squares' mean colors: pictures [B,3,H,W], their quarters [B,3,H/4,W/4].
+    """Weighted squared differences [B] of squares' mean colors: images [B,3,H,W], their quarters [B,3,H/4,W/4].
 
-    weights: sides of the squares in the pictures' pixels, and what each counts.
+    weights: sides of the squares in the images' pixels, and what each counts.
     """
     differences = F.avg_pool2d(made, SCALE) - small
     terms = [weight * F.avg_pool2d(differences, side // SCALE).square().mean((1, 2, 3)) for side, weight in weights]
@@ -105,21 +105,21 @@ def coarse_error(made: Tensor, small: Tensor, weights: Sequence[tuple[int, float
 def joint_loss(
     pair: Pair, teacher: TeacherAutoencoder, cache: LatentCache, recipe: JointRecipe, draws: Draws
 ) -> tuple[Tensor, Parts]:
-    """The loss of one batch, and its parts: squared errors of the pictures from both encoders' latents, and of their
+    """The loss of one batch, and its parts: squared errors of the images from both encoders' latents, and of their
     coarse colors; where the encoder learns too, the differences of what the teacher decodes, and of the latents.
     The teacher's own latent is that of the first crop alone.
 
     From the teacher's latents the coarse colors shall be what the teacher decodes: that follows from the latents.
     """
     drawn = draw_crops(cache, recipe.crops, draws.crops).to(recipe.device).target
-    pictures, small = varied(drawn, draws.noise, recolored=recipe.recolored, joined=recipe.joined)
-    with torch.no_grad():  # as a whole picture: a cut-out of a larger one's latent would not know its own colors
+    images, small = varied(drawn, draws.noise, recolored=recipe.recolored, joined=recipe.joined)
+    with torch.no_grad():  # as a whole image: a cut-out of a larger one's latent would not know its own colors
         wanted = teacher.encode(small[:1])
         decoded = teacher.decode(wanted)
     cells = encoded(pair, small, recipe, draws)
-    latents, target, shown = cells, pictures, small
+    latents, target, shown = cells, images, small
     if recipe.teacher_weight:
-        latents, target = torch.cat((cells, wanted)), torch.cat((pictures, pictures[:1]))
+        latents, target = torch.cat((cells, wanted)), torch.cat((images, images[:1]))
         shown = torch.cat((small, decoded))
     given, sigma = noised(F.pixel_unshuffle(latents, 2), recipe.noisy_share, recipe.largest_sigma, draws.noise)
     made = pair.decoder(given)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures made by code: free, endless, and rich in the edges, type and flat areas that photographs lack."""
+"""Images made by code: free, endless, and rich in the edges, type and flat areas that photographs lack."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pidecode.errors import SettingError
 
-Picture = NDArray[np.uint8]
+Pixels = NDArray[np.uint8]
 Random = np.random.Generator
 
 OVERSAMPLING = 2
@@ -79,11 +79,11 @@ def _canvas(side: int, color: tuple[int, int, int]) -> tuple[Image.Image, ImageD
     return image, ImageDraw.Draw(image)
 
 
-def _finish(image: Image.Image, side: int) -> Picture:
+def _finish(image: Image.Image, side: int) -> Pixels:
     return np.array(image.resize((side, side), Image.Resampling.BOX))
 
 
-def dead_leaves(side: int, random: Random) -> Picture:
+def dead_leaves(side: int, random: Random) -> Pixels:
     """Overlapping discs, boxes and triangles with sizes from a power law: the statistics of natural occlusion."""
     image, draw = _canvas(side, _color(random))
     full = side * OVERSAMPLING
@@ -101,7 +101,7 @@ def dead_leaves(side: int, random: Random) -> Picture:
     return _finish(image, side)
 
 
-def gradients(side: int, random: Random) -> Picture:
+def gradients(side: int, random: Random) -> Pixels:
     """Smooth two-color ramps, bowls and waves, added up: flat areas where a decoder must invent nothing."""
     rows, columns = np.mgrid[0:side, 0:side] / side
     total = np.zeros((side, side, 3))
@@ -120,7 +120,7 @@ def gradients(side: int, random: Random) -> Picture:
     return np.clip(np.round(total + dither), 0, 255).astype(np.uint8)
 
 
-def line_art(side: int, random: Random) -> Picture:
+def line_art(side: int, random: Random) -> Pixels:
     """Strokes, arcs, grids and outlines of one to a dozen pixels on a plain ground, as drawings and plans have."""
     dark_on_light = bool(random.uniform() < 0.7)
     ground = (250, 248, 244) if dark_on_light else (18, 20, 26)
@@ -149,7 +149,7 @@ def line_art(side: int, random: Random) -> Picture:
     return _finish(image, side)
 
 
-def fractal(side: int, random: Random) -> Picture:
+def fractal(side: int, random: Random) -> Pixels:
     """A window on a Julia set, colored smoothly: detail at every scale."""
     turn = random.uniform(0, math.tau)
     constant = 0.7885 * complex(math.cos(turn), math.sin(turn))
@@ -164,11 +164,11 @@ def fractal(side: int, random: Random) -> Picture:
     smooth = count - np.where(count < 60, np.log2(np.log2(np.maximum(np.abs(z), 2.0))), 0.0)
     phases, speeds = random.uniform(0, math.tau, 3), random.uniform(0.05, 0.35, 3)
     waves = 0.5 + 0.5 * np.sin(smooth[..., None] * speeds + phases)
-    picture: Picture = np.round(255 * waves).astype(np.uint8)
-    return picture
+    image: Pixels = np.round(255 * waves).astype(np.uint8)
+    return image
 
 
-def text_page(side: int, random: Random, fonts: Sequence[Path] = ()) -> Picture:
+def text_page(side: int, random: Random, fonts: Sequence[Path] = ()) -> Pixels:
     """Lines of words from 10 to 96 pixels high, some turned, in `fonts` or Pillow's own."""
     paper, ink = _color(random, muted=True), _color(random)
     if abs(sum(paper) - sum(ink)) < 240:
@@ -192,24 +192,24 @@ def text_page(side: int, random: Random, fonts: Sequence[Path] = ()) -> Picture:
     return _finish(image, side)
 
 
-KINDS: dict[str, Callable[[int, Random], Picture]] = {
+KINDS: dict[str, Callable[[int, Random], Pixels]] = {
     "dead_leaves": dead_leaves,
     "gradients": gradients,
     "line_art": line_art,
     "fractal": fractal,
     "text_page": text_page,
 }
-"""Every kind of picture, by name."""
+"""Every kind of image, by name."""
 
 
-def procedural_picture(kind: str, side: int, seed: int, fonts: Sequence[Path] = ()) -> Picture:
-    """A picture uint8 [side,side,3] of one of KINDS; the same arguments give the same pixels.
+def procedural_image(kind: str, side: int, seed: int, fonts: Sequence[Path] = ()) -> Pixels:
+    """An image uint8 [side,side,3] of one of KINDS; the same arguments give the same pixels.
 
     `fonts` are TrueType files for text pages; without them Pillow's own face is used.
     Raises SettingError for a kind that does not exist.
     """
     if kind not in KINDS:
-        raise SettingError(f"No procedural pictures of kind {kind!r}; known are {', '.join(KINDS)}.")
+        raise SettingError(f"No procedural images of kind {kind!r}; known are {', '.join(KINDS)}.")
     random = np.random.default_rng([seed, list(KINDS).index(kind)])
     if kind == "text_page":
         return text_page(side, random, fonts)

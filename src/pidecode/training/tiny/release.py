@@ -12,19 +12,19 @@ import torch
 from pidecode.encoders.tiny import load_tiny_encoder
 from pidecode.errors import SettingError, TrainingError
 from pidecode.models.regressor import Regressor, into_pixelnet, out_of_pixelnet
-from pidecode.models.tiny import EncoderConfig, ImageEncoder
+from pidecode.models.tiny import EncoderConfig, TinyEncoder
 from pidecode.registry.checkpoints import APACHE_2, STUDENT_TIMES, TINY_ENCODER
-from pidecode.registry.configs import NetConfig
+from pidecode.registry.configs import PiDConfig
 from pidecode.registry.spaces import get_space
 from pidecode.training.tiny.joint_stage import Pair
 from pidecode.training.tiny.state import load_state
 from pidecode.weights.detect import detect
 from pidecode.weights.load import build_network
-from pidecode.weights.metadata import Identity
+from pidecode.weights.metadata import CheckpointMetadata
 from pidecode.weights.read import read_weights
 from pidecode.weights.safetensors import write_safetensors
 
-CREDITS = "Trained on CC0, public-domain and CC-BY pictures; the credits in ATTRIBUTION.md travel with these weights."
+CREDITS = "Trained on CC0, public-domain and CC-BY images; the credits in ATTRIBUTION.md travel with these weights."
 
 
 def load_pair(state_path: Path) -> Pair:
@@ -50,7 +50,7 @@ def release_decoder(state_path: Path, folder: Path, *, variant: str) -> Path:
     """
     state = _state(state_path)
     net = into_pixelnet(_pair(state).decoder)
-    student = Identity(
+    student = CheckpointMetadata(
         kind="student", config=net.config, space="flux2", variant=variant, license=APACHE_2.name,
         times=STUDENT_TIMES, extra=_extra(state),
     )  # fmt: skip
@@ -67,7 +67,7 @@ def release_encoder(state_path: Path, folder: Path, *, rounds: int | None = None
     state = _state(state_path)
     model = _pair(state).encoder
     config = model.config if rounds is None else replace(model.config, rounds=rounds)
-    encoder = Identity(
+    encoder = CheckpointMetadata(
         kind="encoder", config=None, space="flux2", variant="tiny", license=APACHE_2.name,
         extra={**_extra(state), "config": config.to_dict()},
     )  # fmt: skip
@@ -88,7 +88,7 @@ def _state(path: Path) -> dict[str, Any]:
 
 
 def _pair(state: dict[str, Any]) -> Pair:
-    decoder = Regressor(NetConfig.from_dict(state["decoder_config"]))
-    pair = Pair(decoder, ImageEncoder(EncoderConfig.from_dict(state["encoder_config"])))
+    decoder = Regressor(PiDConfig.from_dict(state["decoder_config"]))
+    pair = Pair(decoder, TinyEncoder(EncoderConfig.from_dict(state["encoder_config"])))
     pair.load_state_dict(state["average"])
     return pair

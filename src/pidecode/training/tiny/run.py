@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All of it in order: cache the pictures, train decoder and encoder apart, then together, write the two files."""
+"""All of it in order: cache the images, train decoder and encoder apart, then together, write the two files."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from PIL import Image
 
 from pidecode.models.tiny import EncoderConfig
 from pidecode.registry.checkpoints import TINY_ENCODER
-from pidecode.training.tiny.cache import LatentCache, add_picture, crop_to_multiple, held_out, read_manifest
+from pidecode.training.tiny.cache import LatentCache, add_image, crop_to_multiple, held_out, read_manifest
 from pidecode.training.tiny.decoder_stage import DecoderRecipe, run_regressor, small_config, tiny_config
 from pidecode.training.tiny.encoder_stage import EncoderRecipe, run_encoder
 from pidecode.training.tiny.grow import between, grown, grown_encoder, with_corrections, with_rounds
 from pidecode.training.tiny.joint_stage import JointRecipe, Pair, run_joint
-from pidecode.training.tiny.procedural import KINDS, procedural_picture
+from pidecode.training.tiny.procedural import KINDS, procedural_image
 from pidecode.training.tiny.release import load_pair, release_decoder, release_encoder, released_pair
-from pidecode.training.tiny.resident import ResidentPictures, resident_pictures
+from pidecode.training.tiny.resident import ResidentImages, resident_images
 from pidecode.training.tiny.stage import Report
 from pidecode.training.tiny.teacher import TeacherAutoencoder
 from pidecode.training.tiny.unrolled_stage import UnrolledRecipe, run_unrolled
@@ -31,7 +31,7 @@ PROCEDURAL_SIDE = 640
 ROUNDS = 4
 """How many rounds of correction the encoder is made for."""
 RELEASED_ROUNDS = 2
-"""How many it makes: more bring the picture still nearer, and cost a look and an encoding each."""
+"""How many it makes: more bring the image still nearer, and cost a look and an encoding each."""
 CORRECTIONS = JointRecipe(
     seed=11, finest_rate=0.0, decoder_rate=0.0, encoder_rate=0.0, corrector_rate=3e-4,
     first_share=0.0, teacher_weight=0.0, noisy_share=0.0,
@@ -49,7 +49,7 @@ FINISHED = replace(
     REFINED, seed=61, warmup_steps=120, decay_from=0.25, finest_rate=2.5e-4, decoder_rate=2.5e-4, encoder_rate=1.5e-4,
     corrector_rate=2e-4, allowed_difference=0.0026, critic_share=0.25, coarse_critic_share=0.25,
 )  # fmt: skip
-"""The same with a second critic, of the picture at a quarter of its size."""
+"""The same with a second critic, of the image at a quarter of its size."""
 DEEPENED = replace(
     FINISHED, seed=62, warmup_steps=60, decay_from=0.1, finest_rate=4e-4, decoder_rate=1e-4, encoder_rate=0.0,
     corrector_rate=0.0, rounds=(0.1, 0.0, 0.9), through_looks=False, crops=((256, 48, 0.6), (512, 12, 0.4)),
@@ -67,10 +67,10 @@ SETTLED = replace(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TinyRun:
-    """A whole run: where pictures and teacher lie, and how long each stage takes, in seconds of wall time."""
+    """A whole run: where images and teacher lie, and how long each stage takes, in seconds of wall time."""
 
     data: Path
-    """Folder of pictures, with `manifest.jsonl` (file, category) if it has categories."""
+    """Folder of images, with `manifest.jsonl` (file, category) if it has categories."""
     teacher: Path
     """Folder of the two taef2 files."""
     folder: Path
@@ -89,7 +89,7 @@ class TinyRun:
     settled_seconds: float = 4000.0
     """For its finest level once more, on a processor."""
     procedural_seeds: int = 24
-    """Rounds of procedural pictures, of every kind once each."""
+    """Rounds of procedural images, of every kind once each."""
     fonts: Sequence[Path] = ()
     """TrueType files for rendered text; without them Pillow's own face."""
     start: Path | None = None
@@ -101,40 +101,40 @@ class TinyRun:
 
 
 def build_cache(run: TinyRun, report: Report = lambda line: None) -> LatentCache:
-    """Cache every picture that is not held out, at each size, and the procedural ones; what is there is kept."""
+    """Cache every image that is not held out, at each size, and the procedural ones; what is there is kept."""
     teacher = TeacherAutoencoder.from_folder(run.teacher).to(run.device)
     categories = read_manifest(run.data)
     kept_out = held_out(categories)
     place = run.folder / "cache"
 
-    def encode(picture: Image.Image, shrink: float, folder: Path, name: str) -> None:
-        add_picture(
+    def encode(image: Image.Image, shrink: float, folder: Path, name: str) -> None:
+        add_image(
             folder,
             name,
-            crop_to_multiple(picture, shrink),
+            crop_to_multiple(image, shrink),
             {"teacher": lambda x: teacher.encode(x.to(run.device)).cpu()},
         )
 
     for name in sorted(name for names in categories.values() for name in names):
         report(f"caching {name}")
-        with Image.open(run.data / name) as picture:
+        with Image.open(run.data / name) as image:
             if name in kept_out:
-                encode(picture, 1.0, run.folder / "held_out", Path(name).stem)
+                encode(image, 1.0, run.folder / "held_out", Path(name).stem)
                 continue
             for label, shrink in SHRINKS.items():
-                encode(picture, shrink, place, f"{Path(name).stem}.{label}")
+                encode(image, shrink, place, f"{Path(name).stem}.{label}")
     for seed in range(run.procedural_seeds):
         for kind in KINDS:
-            drawn = Image.fromarray(procedural_picture(kind, PROCEDURAL_SIDE, seed, run.fonts))
+            drawn = Image.fromarray(procedural_image(kind, PROCEDURAL_SIDE, seed, run.fonts))
             encode(drawn, 1.0, place, f"procedural_{kind}_{seed}")
     return LatentCache(place, {"teacher": 1.0})
 
 
-def pictures_of(run: TinyRun) -> ResidentPictures:
-    """The same pictures for the unrolled stages, whole and in the device's memory."""
+def images_of(run: TinyRun) -> ResidentImages:
+    """The same images for the unrolled stages, whole and in the device's memory."""
     categories = read_manifest(run.data)
     names = sorted({name for names in categories.values() for name in names} - held_out(categories))
-    return resident_pictures(
+    return resident_images(
         [run.data / name for name in names], torch.device(run.device), shrinks=tuple(SHRINKS.values()),
         procedural_seeds=run.procedural_seeds, procedural_side=PROCEDURAL_SIDE, fonts=run.fonts,
     )  # fmt: skip
@@ -157,12 +157,12 @@ def train_tiny(run: TinyRun, report: Report = lambda line: None) -> tuple[Path, 
     pair = _corrected(run, teacher, report)
     decoder = grown(pair.decoder, tiny_config())
     pair = Pair(decoder, grown_encoder(pair.encoder, replace(EncoderConfig(), rounds=pair.encoder.config.rounds)))
-    pictures = pictures_of(run)
+    images = images_of(run)
 
     refined = run.folder / "refined"
-    run_unrolled(pair, pictures, refined, fitted(REFINED, run, run.refined_seconds), teacher, report)
+    run_unrolled(pair, images, refined, fitted(REFINED, run, run.refined_seconds), teacher, report)
     finished = fitted(FINISHED, run, run.finished_seconds)
-    run_unrolled(load_pair(refined / "joint.pt"), pictures, run.folder / "finished", finished, teacher, report, refined)
+    run_unrolled(load_pair(refined / "joint.pt"), images, run.folder / "finished", finished, teacher, report, refined)
     state = run.folder / "finished" / "joint.pt"
     encoder = release_encoder(state, run.folder, rounds=RELEASED_ROUNDS)
     return release_decoder(state, run.folder, variant="tiny"), encoder
@@ -197,12 +197,12 @@ def train_small(run: TinyRun, report: Report = lambda line: None) -> tuple[Path,
     """
     _, encoder = train_tiny(run, report)
     finished, deepened, settled = (run.folder / name for name in ("finished", "small", "settled"))
-    teacher, pictures = TeacherAutoencoder.from_folder(run.teacher), pictures_of(run)
+    teacher, images = TeacherAutoencoder.from_folder(run.teacher), images_of(run)
     pair = load_pair(finished / "joint.pt")
     start = grown(pair.decoder, small_config())
     pair = Pair(copy.deepcopy(start), pair.encoder)
-    run_unrolled(pair, pictures, deepened, fitted(DEEPENED, run, run.small_seconds), teacher, report, finished)
+    run_unrolled(pair, images, deepened, fitted(DEEPENED, run, run.small_seconds), teacher, report, finished)
     pair = load_pair(deepened / "joint.pt")
     pair = Pair(between(start, pair.decoder, DEEPENED_SHARE), pair.encoder)
-    run_unrolled(pair, pictures, settled, fitted(SETTLED, run, run.settled_seconds), teacher, report, deepened)
+    run_unrolled(pair, images, settled, fitted(SETTLED, run, run.settled_seconds), teacher, report, deepened)
     return release_decoder(settled / "joint.pt", run.folder, variant="small"), encoder

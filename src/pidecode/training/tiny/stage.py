@@ -43,7 +43,7 @@ class StageRecipe:
     recolored: float = 0.5
     """Share of crops that get other colors."""
     joined: float = 0.25
-    """Share of crops of which a part is another picture, or a single color."""
+    """Share of crops of which a part is another image, or a single color."""
     device: str = "cpu"
     seed: int = 0
     save_every: float = 90.0

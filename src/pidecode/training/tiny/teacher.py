@@ -13,7 +13,7 @@ from pidecode.errors import CheckpointError
 WIDTH = 64
 """Channels of every hidden layer of the published weights."""
 CELLS = 32
-"""Channels of a latent at an eighth of the picture's side (four of them make one packed cell of 128)."""
+"""Channels of a latent at an eighth of the image's side (four of them make one packed cell of 128)."""
 
 
 class Soften(nn.Module):
@@ -25,7 +25,7 @@ class Soften(nn.Module):
 
 
 class Block(nn.Module):
-    """Three convolutions with a skip; with `pool`, first a mix whose norm sees the whole picture."""
+    """Three convolutions with a skip; with `pool`, first a mix whose norm sees the whole image."""
 
     def __init__(self, *, pool: bool = False) -> None:
         super().__init__()
@@ -59,9 +59,9 @@ def _plain(stride: int = 1) -> nn.Conv2d:
 
 
 class TeacherAutoencoder(nn.Module):
-    """Picture [B,3,H,W] in [-1,1] <-> latent [B,32,H/8,W/8] in FLUX.2's normalized space (before patchifying).
+    """Image [B,3,H,W] in [-1,1] <-> latent [B,32,H/8,W/8] in FLUX.2's normalized space (before patchifying).
 
-    The encoder's normalization is over the whole picture: encode whole pictures, then crop latents.
+    The encoder's normalization is over the whole image: encode whole images, then crop latents.
     The weights are read from a folder and are not part of this project.
     """
 
@@ -82,23 +82,23 @@ class TeacherAutoencoder(nn.Module):
             nn.Conv2d(WIDTH, 3, 3, padding=1),
         )  # fmt: skip
 
-    def encode(self, picture: Tensor) -> Tensor:
-        """Latent of a whole picture whose sides are multiples of 8."""
-        latent: Tensor = self.encoder((picture + 1) / 2)
+    def encode(self, image: Tensor) -> Tensor:
+        """Latent of a whole image whose sides are multiples of 8."""
+        latent: Tensor = self.encoder((image + 1) / 2)
         return latent
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Picture in [-1,1] of a latent."""
-        return self.decoder_picture(latent).clamp(-1, 1)
+        """Image in [-1,1] of a latent."""
+        return self.decoder_image(latent).clamp(-1, 1)
 
-    def decoder_picture(self, latent: Tensor) -> Tensor:
+    def decoder_image(self, latent: Tensor) -> Tensor:
         """The same without the clamp, which would hide gradients."""
-        picture: Tensor = self.decoder(latent)
-        return picture * 2 - 1
+        image: Tensor = self.decoder(latent)
+        return image * 2 - 1
 
-    def encoder_features(self, picture: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Features at a half and a quarter of the picture's side, and the latent they lead to."""
-        half: Tensor = self.encoder[:6]((picture + 1) / 2)
+    def encoder_features(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features at a half and a quarter of the image's side, and the latent they lead to."""
+        half: Tensor = self.encoder[:6]((image + 1) / 2)
         quarter: Tensor = self.encoder[6:10](half)
         return half, quarter, self.encoder[10:](quarter)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole way trained as it is used: encode, look and correct some rounds, decode; the last error teaches all of it.
 
-The joint stage teaches each round by itself, with what a processor can afford. Here the last picture's error reaches
+The joint stage teaches each round by itself, with what a processor can afford. Here the last image's error reaches
 every round, on many crops at once: work for an accelerator, where one step is recorded as a CUDA graph for each number
 of rounds and replayed.
 """
@@ -29,7 +29,7 @@ from pidecode.training.tiny.critic import Critics, critic_loss
 from pidecode.training.tiny.decoder_stage import noised, tempered
 from pidecode.training.tiny.joint_stage import TINIEST, TYPICAL, Pair, PairRecipe, coarse_error, learners_of, levelled
 from pidecode.training.tiny.muon import Muon
-from pidecode.training.tiny.resident import ResidentPictures
+from pidecode.training.tiny.resident import ResidentImages
 from pidecode.training.tiny.stage import Learner, Report, resume, share_work, update_average
 from pidecode.training.tiny.state import load_state, save_state
 from pidecode.training.tiny.teacher import TeacherAutoencoder
@@ -65,9 +65,9 @@ class UnrolledRecipe(PairRecipe):
     """As in the joint stage, but of all crops, and for each by itself."""
     latent_weight: float = 0.01
     critic_share: float = 0.0
-    """Length of the fine critic's gradient on a picture as a share of that of all else; 0 trains without it."""
+    """Length of the fine critic's gradient on an image as a share of that of all else; 0 trains without it."""
     coarse_critic_share: float = 0.0
-    """The same of the critic that sees pictures at a quarter of their size."""
+    """The same of the critic that sees images at a quarter of their size."""
     critic_rate: float = 2e-4
     ema: float = 0.998
     record: bool = True
@@ -86,13 +86,13 @@ class UnrolledRecipe(PairRecipe):
 
 
 class Step:
-    """Everything of one step but its record: pictures in, gradients and measures out, no wait for the device."""
+    """Everything of one step but its record: images in, gradients and measures out, no wait for the device."""
 
     def __init__(
-        self, pair: Pair, teacher: TeacherAutoencoder, pictures: ResidentPictures, recipe: UnrolledRecipe,
+        self, pair: Pair, teacher: TeacherAutoencoder, images: ResidentImages, recipe: UnrolledRecipe,
         critics: Critics | None,
     ) -> None:  # fmt: skip
-        self.pair, self.teacher, self.pictures, self.recipe, self.critics = pair, teacher, pictures, recipe, critics
+        self.pair, self.teacher, self.images, self.recipe, self.critics = pair, teacher, images, recipe, critics
         self.device = torch.device(recipe.device)
         self.encoder_learns = any(parameter.requires_grad for parameter in pair.encoder.parameters())
         self.matrices = {side: Matrices(side, self.device) for side, _, _ in recipe.crops}
@@ -118,7 +118,7 @@ class Step:
         read = round(recipe.teacher_share * count)
         seen = count if self.encoder_learns else read
         with torch.no_grad():
-            target, small = varied(self.pictures.crops(count, side), recolored=recipe.recolored, joined=recipe.joined)
+            target, small = varied(self.images.crops(count, side), recolored=recipe.recolored, joined=recipe.joined)
         with self.half():
             with torch.no_grad():
                 wanted = self.teacher.encode(small[:seen]).float()
@@ -160,9 +160,9 @@ class Step:
         ).detach()
 
     def _judged(self, loss: Tensor, beside: Tensor, made: Tensor, targets: Tensor, matrices: Matrices) -> Tensor:
-        """Gradients with the critics' say, each scaled to its share for each picture; and the critics' own loss.
+        """Gradients with the critics' say, each scaled to its share for each image; and the critics' own loss.
 
-        loss: what follows from the pictures `made` alone. beside: what does not; no critic has a say in it.
+        loss: what follows from the images `made` alone. beside: what does not; no critic has a say in it.
         """
         assert self.critics is not None
         (slope,) = torch.autograd.grad(loss, made)
@@ -281,7 +281,7 @@ class _Loop:
 
 
 def run_unrolled(
-    pair: Pair, pictures: ResidentPictures, folder: Path, recipe: UnrolledRecipe, teacher: TeacherAutoencoder,
+    pair: Pair, images: ResidentImages, folder: Path, recipe: UnrolledRecipe, teacher: TeacherAutoencoder,
     report: Report = lambda line: None, after: Path | None = None,
 ) -> Pair:  # fmt: skip
     """Train `pair` until the budget is used; returns the average, also in `folder/joint.pt`, from which it resumes.
@@ -317,7 +317,7 @@ def run_unrolled(
             before = None if after is None else load_state(after / "joint.pt")
             critics = Critics(recipe.critic_share, recipe.coarse_critic_share).taking(before or {}).to(recipe.device)
         learners = [learner for learner in learners_of(pair, recipe) if learner.rate(0.0) > 0]
-        step = Step(pair, teacher, pictures, recipe, critics)
+        step = Step(pair, teacher, images, recipe, critics)
         loop = _Loop(pair, average, learners, critics, step, recipe, rank)
         if state is not None:
             loop.restore(state)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Show what the decoder does to a photograph: quarter it, decode its latent at full size, and enlarge it.
 
-    python tools/make_picture.py                    # scikit-image's astronaut (NASA, public domain)
-    python tools/make_picture.py coffee             # or chelsea, both CC0
-    python tools/make_picture.py holiday.jpg --out shown
+    python tools/make_image.py                    # scikit-image's astronaut (NASA, public domain)
+    python tools/make_image.py coffee             # or chelsea, both CC0
+    python tools/make_image.py holiday.jpg --out shown
 
 Writes four files into the folder: the quarter-size input, what its latent alone decodes to, what `upscale` makes of it,
 and all of them side by side with the original. Nothing is downloaded: scikit-image carries its sample photographs,
@@ -30,47 +30,47 @@ CAPTION_HEIGHT = 28
 GAP = 12
 
 
-def open_picture(name: str) -> Image.Image:
+def open_image(name: str) -> Image.Image:
     """A sample by its name, or a file of the user's, as RGB with its orientation applied."""
     if name in SAMPLES and not Path(name).exists():
         from skimage import data
 
         return Image.fromarray(getattr(data, name)())
-    with Image.open(name) as picture:
-        return ImageOps.exif_transpose(picture).convert("RGB")
+    with Image.open(name) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
 
 
-def cropped(picture: Image.Image) -> Image.Image:
-    """The picture, at most LONGEST a side, its middle cropped to multiples of MULTIPLE."""
-    picture.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
-    width, height = (side // MULTIPLE * MULTIPLE for side in picture.size)
+def cropped(image: Image.Image) -> Image.Image:
+    """The image, at most LONGEST a side, its middle cropped to multiples of MULTIPLE."""
+    image.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
+    width, height = (side // MULTIPLE * MULTIPLE for side in image.size)
     if not width or not height:
-        sys.exit(f"The picture is {picture.width} x {picture.height}; it must be at least {MULTIPLE} pixels a side.")
-    left, top = (picture.width - width) // 2, (picture.height - height) // 2
-    return picture.crop((left, top, left + width, top + height))
+        sys.exit(f"The image is {image.width} x {image.height}; it must be at least {MULTIPLE} pixels a side.")
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def side_by_side(panels: list[tuple[str, Image.Image]]) -> Image.Image:
-    """Pictures of one size in a row, each under a line of words."""
+    """Images of one size in a row, each under a line of words."""
     width, height = panels[0][1].size
     sheet = Image.new("RGB", (len(panels) * (width + GAP) + GAP, height + CAPTION_HEIGHT + 2 * GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
-    for index, (words, picture) in enumerate(panels):
+    for index, (words, image) in enumerate(panels):
         left = GAP + index * (width + GAP)
         draw.text((left, GAP), words, fill="black", font=font)
-        sheet.paste(picture, (left, GAP + CAPTION_HEIGHT))
+        sheet.paste(image, (left, GAP + CAPTION_HEIGHT))
     return sheet
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("picture", nargs="?", default=SAMPLES[0], help="a file, or one of " + ", ".join(SAMPLES))
+    parser.add_argument("image", nargs="?", default=SAMPLES[0], help="a file, or one of " + ", ".join(SAMPLES))
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder to write into")
     parser.add_argument("--model", default="tiny", help="a model's name, folder or file")
     parser.add_argument("--seed", type=int, default=0)
     wanted = parser.parse_args()
 
-    original = cropped(open_picture(wanted.picture))
+    original = cropped(open_image(wanted.image))
     small = original.resize((original.width // QUARTER, original.height // QUARTER), Image.Resampling.BICUBIC)
     decoder = pidecode.PixelDecoder.from_pretrained(wanted.model)
     began = time.perf_counter()
@@ -82,7 +82,7 @@ def main() -> None:
     assert isinstance(decoded, Image.Image)
 
     wanted.out.mkdir(parents=True, exist_ok=True)
-    stem = Path(wanted.picture).stem
+    stem = Path(wanted.image).stem
     small.save(wanted.out / f"{stem}-before.png")
     decoded.save(wanted.out / f"{stem}-latent.png")
     enlarged.save(wanted.out / f"{stem}-after.png")
