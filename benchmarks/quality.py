@@ -5,7 +5,7 @@
 
 Beside the decoder stand two rivals: the tiny FLUX.2 autoencoder's decode enlarged by Lanczos, which sees a latent
 too, and plain Lanczos of the quarter-size image, which never went through a latent. "Colors held" and "details
-held" are `color_lock="full"` and "detail": they read the quarter-size image beside the latent, as `upscale` with a
+held" are `color_fix="full"` and "detail": they read the quarter-size image beside the latent, as `upscale` with a
 small decoder does by default. All in float32.
 """
 
@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from pidecode import Latent, PixelDecoder
-from pidecode.color_fix import lock_colors
+from pidecode.color_fix import apply_color_fix
 from pidecode.metrics import channel_error, psnr, sharpness, ssim
 from pidecode.training.tiny.cache import crop_to_multiple, held_out, quarter, read_manifest, to_signed
 from pidecode.training.tiny.teacher import TeacherAutoencoder
@@ -80,12 +80,12 @@ def rows_of(
     seconds = time.perf_counter() - started
     found = {
         "ours": row(ours, original) | {"seconds": seconds},
-        "ours, colors held": row(lock_colors(ours, small, "full"), original),
-        "ours, details held": row(lock_colors(ours, small, "detail"), original),
+        "ours, colors held": row(apply_color_fix(ours, small, "full"), original),
+        "ours, details held": row(apply_color_fix(ours, small, "detail"), original),
         "ours, teacher's latent": row(decoder.decode(theirs, seed=0, steps=steps, output="pt"), original),
         "taef2 + Lanczos": row(enlarged(plain), original),
-        "taef2 + Lanczos, colors held": row(lock_colors(enlarged(plain), small, "full"), original),
-        "taef2 + Lanczos, details held": row(lock_colors(enlarged(plain), small, "detail"), original),
+        "taef2 + Lanczos, colors held": row(apply_color_fix(enlarged(plain), small, "full"), original),
+        "taef2 + Lanczos, details held": row(apply_color_fix(enlarged(plain), small, "detail"), original),
         "Lanczos, no latent": row(enlarged(small), original),
         "original": row(original, original),
     }

@@ -23,7 +23,7 @@ from quality import SIGMAS, enlarged, images, middle
 from torch import Tensor
 
 from pidecode import PixelDecoder
-from pidecode.color_fix import lock_colors
+from pidecode.color_fix import apply_color_fix
 from pidecode.images.tensors import to_pil
 from pidecode.training.tiny.cache import crop_to_multiple, quarter, to_signed
 from pidecode.training.tiny.teacher import TeacherAutoencoder
@@ -59,7 +59,7 @@ def contenders(small: Tensor, decoder: PixelDecoder, teacher: TeacherAutoencoder
     with torch.inference_mode():
         plain = teacher.decode(teacher.encode(small))
     ours = decoder.decode(decoder.encode(small), seed=0, output="pt")
-    return enlarged(small), enlarged(plain), ours, lock_colors(ours, small, "detail")
+    return enlarged(small), enlarged(plain), ours, apply_color_fix(ours, small, "detail")
 
 
 def noisy(small: Tensor, decoder: PixelDecoder) -> tuple[Tensor, ...]:

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None, **settings: Any) -> None:
     options.add_argument("file")
     options.add_argument("--step", type=int, help="step of a trajectory, where the file holds one")
     options.add_argument("--sigma", type=float, default=0.0, help="the sampler's time at that step: 1 noise, 0 clean")
-    options.add_argument("--caption", default="")
+    options.add_argument("--prompt", default="")
     options.add_argument("--decoder", default="nvidia/PiD")
     options.add_argument("--out", default="rae.png")
     given = options.parse_args(argv)
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None, **settings: Any) -> None:
     if given.step is not None:
         tensor = tensor[given.step : given.step + 1]
     latent = pidecode.Latent(
-        grid_of(tensor) if tensor.ndim == 3 else tensor, given.space, sigma=given.sigma, caption=given.caption
+        grid_of(tensor) if tensor.ndim == 3 else tensor, given.space, sigma=given.sigma, prompt=given.prompt
     )
     decoder = pidecode.PixelDecoder.from_pretrained(given.decoder, space=given.space)
     images = decoder.decode(latent, **settings)

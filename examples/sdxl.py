@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None, **call: Any) -> None:
 
     favorite = given.out.with_suffix(".safetensors")
     out.latents.save(favorite, overwrite=True)
-    again = pidecode.Latent.load(favorite)  # it knows its space, its noise and its caption
+    again = pidecode.Latent.load(favorite)  # it knows its space, its noise and its prompt
     decoder.decode(again, seed=7).save(given.out.with_stem(f"{given.out.stem}-again"))
 
 

@@ -66,7 +66,7 @@ def tiny_outputs() -> Iterator[tuple[str, Tensor]]:
         image = synthetic_image(width, height, seed=width)
         for lock in ("off", "soft", "full", "detail"):
             for fit in ("pad", "crop"):
-                made = tiny.upscale(image, fit=fit, color_lock=lock, output="pt")
+                made = tiny.upscale(image, fit=fit, color_fix=lock, output="pt")
                 yield f"tiny.upscale.{width}x{height}.{lock}.{fit}", made
         yield f"tiny.encode.{width}x{height}", tiny.encode(image, fit="crop").tensor
 
@@ -79,9 +79,9 @@ def random_outputs() -> Iterator[tuple[str, Tensor]]:
             latent = Latent(noise(1, facts.channels, 3, 2, seed=3), space, 0.2)
             states = noise(1, 10, 16, seed=5)
             made = (
-                decoder.decode(latent, output="pt", seed=11, steps=4, caption_states=states)
+                decoder.decode(latent, output="pt", seed=11, steps=4, prompt_embeds=states)
                 if kind == "student"
-                else (decoder.decode(latent, output="pt", seed=11, steps=5, caption_states=states, guidance=1.0))
+                else (decoder.decode(latent, output="pt", seed=11, steps=5, prompt_embeds=states, guidance=1.0))
             )
             yield f"random.{space}.{kind}", made
 

@@ -26,7 +26,7 @@ QUARTER = 4
 MULTIPLE = 64
 """Sides of the original are cropped to this, so that a quarter of them fits the latent grid (16 pixels a cell)."""
 LONGEST = 1024
-CAPTION_HEIGHT = 28
+PROMPT_HEIGHT = 28
 GAP = 12
 
 
@@ -53,12 +53,12 @@ def cropped(image: Image.Image) -> Image.Image:
 def side_by_side(panels: list[tuple[str, Image.Image]]) -> Image.Image:
     """Images of one size in a row, each under a line of words."""
     width, height = panels[0][1].size
-    sheet = Image.new("RGB", (len(panels) * (width + GAP) + GAP, height + CAPTION_HEIGHT + 2 * GAP), "white")
+    sheet = Image.new("RGB", (len(panels) * (width + GAP) + GAP, height + PROMPT_HEIGHT + 2 * GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
     for index, (words, image) in enumerate(panels):
         left = GAP + index * (width + GAP)
         draw.text((left, GAP), words, fill="black", font=font)
-        sheet.paste(image, (left, GAP + CAPTION_HEIGHT))
+        sheet.paste(image, (left, GAP + PROMPT_HEIGHT))
     return sheet
 
 

@@ -52,7 +52,7 @@ class Fidelity:
         return f"PSNR {self.psnr:.2f} dB, mean shift R {red:+.2f} G {green:+.2f} B {blue:+.2f} of 255"
 
 
-def lock_colors(images: Tensor, reference: Tensor, lock: str) -> Tensor:
+def apply_color_fix(images: Tensor, reference: Tensor, lock: str) -> Tensor:
     """Images `[B, 3, H, W]` with the low frequencies of `reference` `[B, 3, h, w]`, both in [-1, 1].
 
     lock: "off" changes nothing; "soft" corrects brightness and hue over areas of about a sixteenth of the image;
@@ -89,7 +89,7 @@ def fidelity(images: Tensor, reference: Tensor) -> list[Fidelity]:
 
 def _check(images: Tensor, reference: Tensor, lock: str) -> None:
     if lock not in LOCKS:
-        raise SettingError(f"color_lock is {lock!r}; it must be one of {', '.join(LOCKS)}.")
+        raise SettingError(f"color_fix is {lock!r}; it must be one of {', '.join(LOCKS)}.")
     if reference.ndim != 4 or reference.shape[:2] != images.shape[:2]:
         raise SettingError(f"The reference must be [{len(images)}, 3, h, w] in [-1, 1]; got {list(reference.shape)}.")
     height, width = images.shape[-2:]

@@ -14,10 +14,10 @@ from PIL.Image import Image
 from torch import Tensor
 
 from pidecode import __version__
-from pidecode.color_fix import HOLDING, LOCKS, lock_colors
+from pidecode.color_fix import HOLDING, LOCKS, apply_color_fix
 from pidecode.devices import pick_device, usual_dtype
 from pidecode.encoders.base import Encode, LazyEncoder, encode_for, native_reference, visiting
-from pidecode.encoders.text import CaptionStates, TextEncoder, negative_prompt, ready_states
+from pidecode.encoders.text import TextEncoder, TextStateCache, default_negative_prompt, ready_states
 from pidecode.engine.plan import Plan
 from pidecode.engine.runner import Runner
 from pidecode.errors import LatentError, SettingError, SizeError
@@ -64,7 +64,7 @@ class PixelDecoder:
     identity: what the weights are: student or teacher, and of which latent space.
     name: what to call it in messages and recipes.
     encoder: images to latents of that space, for `encode` and `upscale`; None if there is none at hand.
-    text: the caption encoder, for networks with a text stream; None needs `caption_states`.
+    text: the prompt encoder, for networks with a text stream; None needs `prompt_embeds`.
     running: `compile` and `graphs`, see `RunSettings`.
 
     A decoder is not safe to use from several threads at once; give each its own, or take turns.
@@ -143,7 +143,7 @@ class PixelDecoder:
             identity,
             name=found.name,
             encoder=LazyEncoder.of(near, identity.space, chosen, dtype),
-            text=TextEncoder(device=read_at, states=CaptionStates()) if net.config.has_text else None,
+            text=TextEncoder(device=read_at, states=TextStateCache()) if net.config.has_text else None,
             plan=plan,
             **running,
         )
@@ -181,7 +181,7 @@ class PixelDecoder:
         apply_lora(self.net, Path(path), scale)
         self.name = f"{self.name} + {Path(path).stem} at {scale:g}"
 
-    def encode(self, image: ImageSource, *, caption: str | Sequence[str] | None = None, fit: Fit = "crop") -> Latent:
+    def encode(self, image: ImageSource, *, prompt: str | Sequence[str] | None = None, fit: Fit = "crop") -> Latent:
         """An image as a clean latent of this decoder's space, made for this decoder where the encoder can look.
 
         image: a path, bytes, a PIL image, or a tensor `[B, 3, H, W]` (or `[3, H, W]`) in [-1, 1].
@@ -189,22 +189,22 @@ class PixelDecoder:
         Raises ImageError for what is no image, SizeError for one that is too small, SettingError without encoder.
         """
         tensor, _ = self._fit(load_tensor(image), fit)
-        return self._encode(tensor, caption)
+        return self._encode(tensor, prompt)
 
     @torch.inference_mode()
     def decode(
         self,
         latent: Latent,
-        caption: str | Sequence[str] | None = None,
+        prompt: str | Sequence[str] | None = None,
         *,
         output: Output = "pil",
         callback: Callback | None = None,
         **settings: Unpack[DecodeSettings],
     ) -> Made:
-        """A latent as an image: nothing but the latent and the caption informs it.
+        """A latent as an image: nothing but the latent and the prompt informs it.
 
         latent: of this decoder's space, normalized.
-        caption: one for all, or one per latent; default the latent's own. Networks without text take none.
+        prompt: one for all, or one per latent; default the latent's own. Networks without text take none.
         output: "pil" for an image (a list if the batch holds more than one) that carries its recipe, "pt" for a
             float32 tensor `[B, 3, H, W]` in [-1, 1], "pairs" for a list of (tensor `[3, H, W]`, recipe), as
             `save_image` takes them for 16 bits.
@@ -218,18 +218,18 @@ class PixelDecoder:
         chosen = Settings.of(settings)
         if output not in ("pil", "pt", "pairs"):
             raise SettingError(f"output is {output!r}; it must be 'pil', 'pt' or 'pairs'.")
-        clean, latent = latent, self._captioned(self._checked(latent, chosen), caption)
+        clean, latent = latent, self._prompted(self._checked(latent, chosen), prompt)
         width, height = self._size(latent, chosen)
         reference = self._reference(clean, chosen)
         pixels = self._run(latent, (height, width), chosen, callback)
         if reference is not None:
-            pixels = lock_colors(pixels, reference.to(pixels), chosen.color_lock or "off")
+            pixels = apply_color_fix(pixels, reference.to(pixels), chosen.color_fix or "off")
         return self._delivered(pixels, latent, chosen, output)
 
     def upscale(
         self,
         image: ImageSource,
-        caption: str | Sequence[str] | None = None,
+        prompt: str | Sequence[str] | None = None,
         *,
         fit: Fit = "pad",
         output: Output = "pil",
@@ -240,17 +240,17 @@ class PixelDecoder:
 
         fit: "pad" (default) mirrors the edges out to the encoder's multiple and cuts the result back, so that it
             is exactly `scale` times the image; "crop" center-crops instead, and the result is `scale` times that.
-        By default a small decoder holds what the image shows (`Settings.color_lock`). See also `encode`, `decode`.
+        By default a small decoder holds what the image shows (`Settings.color_fix`). See also `encode`, `decode`.
         """
         tensor, kept = self._fit(load_tensor(image), fit)
         if "size" in settings:
             raise SettingError(
                 f"upscale makes {self.scale} times the image, so size cannot act; resize before or after."
             )
-        latent = self._captioned(self._encode(tensor, None), caption)
-        if settings.get("color_lock") is None and self.runner.look is not None and not settings.get("sigma"):
-            settings["color_lock"] = "detail"
-        if settings.get("color_lock") in HOLDING:
+        latent = self._prompted(self._encode(tensor, None), prompt)
+        if settings.get("color_fix") is None and self.runner.look is not None and not settings.get("sigma"):
+            settings["color_fix"] = "detail"
+        if settings.get("color_fix") in HOLDING:
             settings.setdefault("reference", tensor)
         pixels = self.decode(latent, output="pt", callback=callback, **settings)
         assert isinstance(pixels, Tensor)
@@ -270,7 +270,7 @@ class PixelDecoder:
         return pad_to_multiple(tensor, space.input_multiple)
 
     @torch.inference_mode()
-    def _encode(self, tensor: Tensor, caption: str | Sequence[str] | None) -> Latent:
+    def _encode(self, tensor: Tensor, prompt: str | Sequence[str] | None) -> Latent:
         if self.encoder is None:
             raise SettingError(
                 f"{self.name} came without an encoder, so it decodes latents but cannot take images. Fetch one "
@@ -278,7 +278,7 @@ class PixelDecoder:
             )
         with visiting(self.encoder, self.device if self.runner.sets_aside("encoder") else None):
             cells = encode_for(self.runner.look, self.encoder, tensor.to(self.device))
-        texts = caption if caption is None or isinstance(caption, str) else tuple(caption)
+        texts = prompt if prompt is None or isinstance(prompt, str) else tuple(prompt)
         return Latent(cells, self.space.name, 0.0, texts)
 
     def _checked(self, latent: Latent, chosen: Settings) -> Latent:
@@ -306,7 +306,7 @@ class PixelDecoder:
     def _refuse_idle(self, chosen: Settings) -> None:
         """A setting that cannot act is an error, not ignored."""
         student = self.identity.kind == "student"
-        idle = ("guidance", "shift", "negative_caption") if student else ("sampler",)
+        idle = ("guidance", "shift", "negative_prompt") if student else ("sampler",)
         for name in idle:
             if getattr(chosen, name) is not None:
                 other = "teachers" if student else "students"
@@ -316,15 +316,15 @@ class PixelDecoder:
 
     def _reference(self, latent: Latent, chosen: Settings) -> Tensor | None:
         """What colors are held to; None where they are free."""
-        if chosen.color_lock not in (None, *LOCKS):
-            raise SettingError(f"color_lock is {chosen.color_lock!r}; it must be one of {', '.join(LOCKS)}.")
-        if chosen.color_lock in HOLDING:
+        if chosen.color_fix not in (None, *LOCKS):
+            raise SettingError(f"color_fix is {chosen.color_fix!r}; it must be one of {', '.join(LOCKS)}.")
+        if chosen.color_fix in HOLDING:
             if chosen.reference is not None:
                 return chosen.reference
             with visiting(self.encoder, self.device if self.runner.sets_aside("encoder") else None):
                 return native_reference(self.encoder, latent)
         if chosen.reference is not None:
-            raise SettingError(f"reference acts with a color_lock only; name one of {', '.join(HOLDING)}.")
+            raise SettingError(f"reference acts with a color_fix only; name one of {', '.join(HOLDING)}.")
         return None
 
     def _size(self, latent: Latent, chosen: Settings) -> tuple[int, int]:
@@ -346,7 +346,7 @@ class PixelDecoder:
         net, batch = self.net, len(latent)
         grid = net.grid_of(*size)
         draw = NoiseStream(chosen.seeds(batch), (3, *size), self.device)
-        states = self._states(latent.captions, chosen.caption_states, batch)
+        states = self._states(latent.prompts, chosen.prompt_embeds, batch)
         if self.text is not None and self.runner.sets_aside("text"):
             self.text.unload()
         condition = self.runner.prepare(grid, states, latent.tensor, latent.sigmas)
@@ -375,7 +375,7 @@ class PixelDecoder:
         guidance = TEACHER_GUIDANCE if chosen.guidance is None else chosen.guidance
         without = condition
         if guidance != 1.0:
-            negative = negative_prompt() if chosen.negative_caption is None else chosen.negative_caption
+            negative = default_negative_prompt() if chosen.negative_prompt is None else chosen.negative_prompt
             states = self._states((negative,) * len(latent), None, len(latent))
             without = self.runner.prepare(condition.grid, states, latent.tensor, latent.sigmas)
         shift = chosen.shift
@@ -391,33 +391,33 @@ class PixelDecoder:
             callback=callback,
         )
 
-    def _captioned(self, latent: Latent, caption: str | Sequence[str] | None) -> Latent:
-        """The latent with the caption it is decoded with."""
-        if caption is None:
+    def _prompted(self, latent: Latent, prompt: str | Sequence[str] | None) -> Latent:
+        """The latent with the prompt it is decoded with."""
+        if prompt is None:
             return latent
         if not self.net.config.has_text:
-            raise SettingError(f"{self.name} has no text stream, so a caption cannot act; leave it out.")
-        texts = caption if isinstance(caption, str) else tuple(caption)
+            raise SettingError(f"{self.name} has no text stream, so a prompt cannot act; leave it out.")
+        texts = prompt if isinstance(prompt, str) else tuple(prompt)
         return Latent(latent.tensor, latent.space, latent.sigma, texts, latent.seed)
 
-    def _states(self, captions: Sequence[str | None], ready: Tensor | None, batch: int) -> Tensor | None:
+    def _states(self, prompts: Sequence[str | None], ready: Tensor | None, batch: int) -> Tensor | None:
         """Text states `[batch, tokens, text_dim]`, or None for networks without text."""
         config = self.net.config
         if not config.has_text:
             if ready is not None:
-                raise SettingError(f"{self.name} has no text stream, so caption_states cannot act; leave them out.")
+                raise SettingError(f"{self.name} has no text stream, so prompt_embeds cannot act; leave them out.")
             return None
         if ready is not None:
             states = ready_states(ready, length=config.text_length, width=config.text_dim)
             if len(states) not in (1, batch):
-                raise SettingError(f"There are caption states for {len(states)} images, and {batch} latents.")
+                raise SettingError(f"There are prompt states for {len(states)} images, and {batch} latents.")
             return states.to(self.device).expand(batch, -1, -1)
         if self.text is None:
             raise SettingError(
-                f"{self.name} reads captions, and has no text encoder here. Fetch it with `pidecode pull "
-                f"{self.space.name}`, pass text= to from_pretrained(), or pass ready-made caption_states=."
+                f"{self.name} reads prompts, and has no text encoder here. Fetch it with `pidecode pull "
+                f"{self.space.name}`, pass text= to from_pretrained(), or pass ready-made prompt_embeds=."
             )
-        return self.text.encode([caption or "" for caption in captions]).to(self.device)
+        return self.text.encode([prompt or "" for prompt in prompts]).to(self.device)
 
     def _delivered(self, pixels: Tensor, latent: Latent, chosen: Settings, output: Output) -> Made:
         """Pixels in the form asked for; images carry their recipe in `.info["pidecode"]`."""
@@ -447,8 +447,8 @@ class PixelDecoder:
             "steps": chosen.steps or (4 if self.identity.kind == "student" else TEACHER_STEPS),
             "sampler": (chosen.sampler or "sde") if self.identity.kind == "student" else "dpm-solver++",
             "guidance": chosen.guidance,
-            "color_lock": chosen.color_lock,
-            "caption": latent.captions[0],
+            "color_fix": chosen.color_fix,
+            "prompt": latent.prompts[0],
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
             "versions": {"pidecode": __version__, "torch": torch.__version__},

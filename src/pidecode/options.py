@@ -27,9 +27,9 @@ class DecodeSettings(TypedDict, total=False):
     size: tuple[int, int]
     guidance: float
     shift: float
-    negative_caption: str
-    caption_states: Tensor
-    color_lock: Lock
+    negative_prompt: str
+    prompt_embeds: Tensor
+    color_fix: Lock
     reference: Tensor
 
 
@@ -70,16 +70,16 @@ class Settings:
     """Teacher only: classifier-free guidance, default 5."""
     shift: float | None = None
     """Teacher only: flow shift; the default grows with the image as in training."""
-    negative_caption: str | None = None
+    negative_prompt: str | None = None
     """Teacher only: what guidance leads away from."""
-    caption_states: Tensor | None = field(default=None, compare=False)
-    """Ready-made text states `[B, tokens, text_dim]` instead of a caption."""
-    color_lock: Lock | None = None
+    prompt_embeds: Tensor | None = field(default=None, compare=False)
+    """Ready-made text states `[B, tokens, text_dim]` instead of a prompt."""
+    color_fix: Lock | None = None
     """Hold brightness and hue to a reference: "off", "soft" over wide areas, "full" down to a few pixels; "detail"
     holds all that the reference shows. Default "off"; "detail" where `upscale` enlarges with a small decoder that can
     be looked through, as `tiny` can, and no strength is asked for: such decoders lose detail that the image shows."""
     reference: Tensor | None = field(default=None, compare=False)
-    """What `color_lock` holds to, `[B, 3, h, w]` in [-1, 1]; default the image being enlarged, or what the space's
+    """What `color_fix` holds to, `[B, 3, h, w]` in [-1, 1]; default the image being enlarged, or what the space's
     own decoder makes of the clean latent."""
 
     @classmethod

@@ -170,13 +170,13 @@ def teacher_times(steps: int, shift: float) -> Tensor:
     return shifted(1 - torch.linspace(1.0, 0.001, steps + 1, dtype=torch.float64), shift).flip(0)
 
 
-def guided(predict: Predict, predict_uncaptioned: Predict, guidance: float) -> Predict:
+def guided(predict: Predict, predict_unprompted: Predict, guidance: float) -> Predict:
     """Classifier-free guidance: `u + g (c - u)`; the latent stays in both branches."""
     if guidance == 1.0:
         return predict
 
     def combined(x: Tensor, t: Tensor) -> Tensor:
-        without = predict_uncaptioned(x, t)
+        without = predict_unprompted(x, t)
         return without + guidance * (predict(x, t) - without)
 
     return combined

@@ -59,7 +59,7 @@ def image_bytes(width: int = 32, height: int = 32, kind: str = "PNG") -> bytes:
 
 def latent_bytes(rows: int = 1, columns: int = 1, channels: int = 128, *, batch: int = 1, **note: Any) -> bytes:
     tensor = torch.randn(batch, channels, rows, columns, generator=torch.Generator().manual_seed(1))
-    record = {"format": 1, "space": "flux2", "frame": "normalized", "sigma": [0.0] * batch, "caption": None, "seed": 7}
+    record = {"format": 1, "space": "flux2", "frame": "normalized", "sigma": [0.0] * batch, "prompt": None, "seed": 7}
     return safetensors.torch.save({"latent": tensor}, {"pidecode_latent": json.dumps(record | note)})
 
 

@@ -129,9 +129,9 @@ def test_a_image_is_dropped_decoded_compared_and_downloaded(page: Any, tmp_path:
 def test_what_is_held_of_the_image_can_be_chosen(page: Any, tmp_path: Path) -> None:
     drop(page, "moon.png", image_bytes(32, 32))
     for chosen, recorded in (("", "detail"), ("off", "off"), ("soft", "soft")):
-        page.select_option("#color_lock", chosen)
+        page.select_option("#color_fix", chosen)
         decode(page)
-        assert download(page, tmp_path)["color_lock"] == recorded
+        assert download(page, tmp_path)["color_fix"] == recorded
 
 
 def test_both_images_lie_exactly_over_each_other(page: Any) -> None:

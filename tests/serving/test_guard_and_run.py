@@ -105,8 +105,8 @@ def test_a_plan_grows_with_the_image_and_refuses_what_cannot_fit() -> None:
 def test_the_desk_tells_what_a_file_is() -> None:
     desk = DecodeService({"small": small_decoder()})
     assert desk.look(image_bytes(20, 30)) == FileInfo(kind="image", width=20, height=30)
-    found = desk.look(latent_bytes(2, 3, caption=["a cat"]))
-    assert found == FileInfo(kind="latent", width=3, height=2, space="flux2", sigma=0.0, caption="a cat")
+    found = desk.look(latent_bytes(2, 3, prompt=["a cat"]))
+    assert found == FileInfo(kind="latent", width=3, height=2, space="flux2", sigma=0.0, prompt="a cat")
     assert (desk.plan(None, found).width, desk.plan(None, found).height) == (192, 128)
     assert desk.plan(None, FileInfo(kind="image", width=20, height=30)).height == 120
     with pytest.raises(ImageError):
@@ -117,11 +117,11 @@ def test_the_desk_tells_what_a_file_is() -> None:
 
 
 def test_a_latent_is_read_from_bytes_as_from_a_file(tmp_path: Path) -> None:
-    data = latent_bytes(2, 1, caption=["a dog"])
+    data = latent_bytes(2, 1, prompt=["a dog"])
     (tmp_path / "latent.safetensors").write_bytes(data)
     from_bytes, from_file = Latent.load(data), Latent.load(tmp_path / "latent.safetensors")
     assert torch.equal(from_bytes.tensor, from_file.tensor)
-    assert (from_bytes.caption, from_bytes.seed) == (from_file.caption, from_file.seed) == ("a dog", 7)
+    assert (from_bytes.prompt, from_bytes.seed) == (from_file.prompt, from_file.seed) == ("a dog", 7)
     with pytest.raises(LatentError, match=r"The latent file holds a latent of space flux2, not sdxl\."):
         Latent.load(data, space="sdxl")
     with pytest.raises(FileError, match="The latent file is no .safetensors file, or is cut off"):

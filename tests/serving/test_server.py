@@ -72,7 +72,7 @@ def test_another_model_is_chosen_by_name(server: Served) -> None:
 def test_models_say_what_they_can(server: Served) -> None:
     data = server.get("/v1/models").json()["data"]
     assert [model["id"] for model in data] == ["small", "twin"]
-    assert {"space": "flux2", "scale": 4, "takes_images": True, "reads_captions": False}.items() <= data[0].items()
+    assert {"space": "flux2", "scale": 4, "takes_images": True, "reads_text": False}.items() <= data[0].items()
 
 
 def test_a_foreign_latent_needs_its_space(server: Served) -> None:
@@ -101,7 +101,7 @@ def test_a_foreign_latent_needs_its_space(server: Served) -> None:
         ("/v1/upscale", image_bytes(128, 128), 400, "512x512"),
         ("/v1/upscale", image_bytes(4000, 4000), 400, "pixels"),
         ("/v1/decode?steps=9", latent_bytes(), 400, "steps is 9"),
-        ("/v1/decode?caption=a+cat", latent_bytes(), 400, "no text stream"),
+        ("/v1/decode?prompt=a+cat", latent_bytes(), 400, "no text stream"),
         ("/v1/decode?guidance=3", latent_bytes(), 400, "guidance acts on teachers only"),
         ("/v1/decode?width=64", latent_bytes(), 400, "width and height together"),
         ("/v1/decode?sigma=0.9", latent_bytes(), 422, "sigma: Input should be less than or equal to 0.8"),
@@ -297,6 +297,6 @@ def test_a_prompt_is_painted_by_a_real_pipeline_and_decoded() -> None:
         assert Image.open(io.BytesIO(made[0])).size == (128, 64)
         recipes = [read_recipe(data) or {} for data in made]
         assert [recipe["seed"] for recipe in recipes] == [2, 3]
-        assert recipes[0]["caption"] == "a cat"
+        assert recipes[0]["prompt"] == "a cat"
         refused = served.post("/v1/images/generations", wish | {"size": "130x64"})
         assert (refused.status, "multiples of 64" in refused.message) == (400, True)

@@ -270,12 +270,10 @@ def test_sigmas_that_are_none(sigma: Any, message: str) -> None:
         Latent(draw(2, 16, 4, 4), "flux", sigma)
 
 
-@pytest.mark.parametrize(
-    ("caption", "message"), [(["a"], "1 captions for 2"), (7, "got 7"), ([1, 2], "one per sample")]
-)
-def test_captions_that_are_none(caption: Any, message: str) -> None:
+@pytest.mark.parametrize(("prompt", "message"), [(["a"], "1 prompts for 2"), (7, "got 7"), ([1, 2], "one per sample")])
+def test_prompts_that_are_none(prompt: Any, message: str) -> None:
     with pytest.raises(LatentError, match=message):
-        Latent(draw(2, 16, 4, 4), "flux", caption=caption)
+        Latent(draw(2, 16, 4, 4), "flux", prompt=prompt)
 
 
 def test_seeds_and_spaces_that_are_none() -> None:
@@ -315,7 +313,7 @@ def entry(shape: list[int], begin: int, end: int, dtype: str = "F32") -> dict[st
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
-GOOD = {"format": 1, "space": "flux", "frame": "normalized", "sigma": [0.0], "caption": None, "seed": None}
+GOOD = {"format": 1, "space": "flux", "frame": "normalized", "sigma": [0.0], "prompt": None, "seed": None}
 
 
 @pytest.mark.parametrize(
@@ -375,7 +373,7 @@ def test_cut_off_latents(tmp_path: Path, share: float) -> None:
         ({"sigma": [1.5]}, "says sigma"),
         ({"sigma": 0.0}, "says sigma"),
         ({"sigma": [0.0, 0.0]}, "contradicts itself"),
-        ({"caption": ["a", "b"]}, "captions"),
+        ({"prompt": ["a", "b"]}, "prompts"),
         ({"seed": "x"}, "seed"),
         ({"space": "sdxl"}, "has 4 channels; got 16"),
     ],

@@ -91,14 +91,14 @@ def test_a_pattern_and_a_single_file(tmp_path: Path) -> None:
 
 def test_a_manifest_gives_each_line_its_own_settings(tmp_path: Path) -> None:
     lines = [
-        {"source": "a.safetensors", "seed": 7, "size": [64, 128], "caption": "a cat"},
+        {"source": "a.safetensors", "seed": 7, "size": [64, 128], "prompt": "a cat"},
         {"source": "/elsewhere/b.png", "out": "new/b.jpg"},
     ]
     path = tmp_path / "list.jsonl"
     path.write_text("\n\n".join(json.dumps(line) for line in lines))
     first, second = collect(path, Naming(out=tmp_path / "o"))
     assert first.source == tmp_path / "a.safetensors"
-    assert first.own == {"seed": 7, "size": (64, 128), "caption": "a cat"}
+    assert first.own == {"seed": 7, "size": (64, 128), "prompt": "a cat"}
     assert second == Job(
         name="/elsewhere/b.png", source=Path("/elsewhere/b.png"), kind="image", out=tmp_path / "o/new/b.jpg"
     )

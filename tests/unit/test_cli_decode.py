@@ -96,7 +96,7 @@ def test_sixteen_bits_and_webp(weights: Path, latent: Path, tmp_path: Path) -> N
     assert "Only .png files hold 16 bits" in refused.stderr
 
 
-def test_an_adapter_and_a_color_lock_act(weights: Path, latent: Path, tmp_path: Path) -> None:
+def test_an_adapter_and_a_color_fix_act(weights: Path, latent: Path, tmp_path: Path) -> None:
     layer = "patch_blocks.0.mlp_x.w1"
     halves = {f"{layer}.lora_A.weight": torch.randn(2, 32), f"{layer}.lora_B.weight": torch.randn(85, 2)}
     save_file(halves, tmp_path / "style.safetensors")
@@ -109,7 +109,7 @@ def test_an_adapter_and_a_color_lock_act(weights: Path, latent: Path, tmp_path: 
     assert "style at 2" in json.loads(run("info", styled, "--json").stdout)["recipe"]["model"]
 
     Image.new("RGB", (32, 16), (200, 60, 30)).save(tmp_path / "photo.png")
-    locked = run("upscale", tmp_path / "photo.png", "-m", weights, "--color-lock", "full")
+    locked = run("upscale", tmp_path / "photo.png", "-m", weights, "--color-fix", "full")
     assert locked.exit_code == 0, locked.stderr
     with Image.open(tmp_path / "photo-upscaled.png") as image:
         red, green, blue = (band.getextrema() for band in image.resize((2, 1), Image.Resampling.BOX).split())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ComfyUI nodes: schemas, frames of every family, early stop, captions, previews and the interrupt.
+"""The ComfyUI nodes: schemas, frames of every family, early stop, prompts, previews and the interrupt.
 
 With PIDECODE_COMFYUI=/path/to/ComfyUI the real comfy and comfy_api are used, else doubles of what they publish.
 """
@@ -114,7 +114,7 @@ def test_the_schemas_are_as_published(comfy: SimpleNamespace) -> None:
     kinds = [(entry.id, str(entry.io_type), entry.optional) for entry in schemas["PidecodeDecode"].inputs]
     assert kinds == [
         ("decoder", "PIDECODE_DECODER", False), ("samples", "LATENT", False), ("seed", "INT", False),
-        ("steps", "INT", False), ("sigma", "FLOAT", False), ("model", "MODEL", True), ("caption", "STRING", True),
+        ("steps", "INT", False), ("sigma", "FLOAT", False), ("model", "MODEL", True), ("prompt", "STRING", True),
         ("conditioning", "CONDITIONING", True),
     ]  # fmt: skip
     assert [str(entry.io_type) for entry in schemas["PidecodeEarlyStop"].outputs] == ["SIGMAS", "FLOAT"]
@@ -218,22 +218,22 @@ def test_enlarging_takes_and_gives_images(comfy: SimpleNamespace, decoder: Pixel
         comfyui_latents.to_pixels(torch.zeros(20, 33, 3))
 
 
-def test_captions_come_as_text_or_as_gemmas_states(decoder: PixelDecoder) -> None:
-    captioned = network(debug_config())
-    width, length = captioned.config.text_dim, captioned.config.text_length
+def test_prompts_come_as_text_or_as_gemmas_states(decoder: PixelDecoder) -> None:
+    prompted = network(debug_config())
+    width, length = prompted.config.text_dim, prompted.config.text_length
     states = torch.randn(1, length, width)
-    assert comfyui_latents.caption_of(captioned, " a cat ", None) == {"caption": "a cat"}
-    assert torch.equal(comfyui_latents.caption_of(captioned, "", [[states, {}]])["caption_states"], states)
-    assert comfyui_latents.caption_of(decoder.net, "", None) == {}
+    assert comfyui_latents.prompt_of(prompted, " a cat ", None) == {"prompt": "a cat"}
+    assert torch.equal(comfyui_latents.prompt_of(prompted, "", [[states, {}]])["prompt_embeds"], states)
+    assert comfyui_latents.prompt_of(decoder.net, "", None) == {}
     for net, text, conditioning, words in (
-        (captioned, "a cat", [[states, {}]], "give one of them"),
-        (captioned, "", [[torch.zeros(1, 77, 768), {}]], "reads Gemma-2's states"),
-        (captioned, "", [[states, {}], [states, {}]], "has 2 parts"),
-        (decoder.net, "a cat", None, "no text stream, so a caption cannot act"),
+        (prompted, "a cat", [[states, {}]], "give one of them"),
+        (prompted, "", [[torch.zeros(1, 77, 768), {}]], "reads Gemma-2's states"),
+        (prompted, "", [[states, {}], [states, {}]], "has 2 parts"),
+        (decoder.net, "a cat", None, "no text stream, so a prompt cannot act"),
         (decoder.net, "", [[states, {}]], "so CONDITIONING cannot act"),
     ):
         with pytest.raises(SettingError, match=words):
-            comfyui_latents.caption_of(net, text, conditioning)
+            comfyui_latents.prompt_of(net, text, conditioning)
 
 
 def test_the_loader_takes_a_file(comfy: SimpleNamespace, decoder: PixelDecoder, tmp_path: Path) -> None:

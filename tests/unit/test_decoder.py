@@ -46,10 +46,10 @@ def decoder() -> PixelDecoder:
 
 
 @pytest.fixture
-def captioned() -> PixelDecoder:
+def prompted() -> PixelDecoder:
     config = debug_config()
     return PixelDecoder(
-        random_weights(config), CheckpointMetadata(kind="student", config=config, space="flux"), name="captioned"
+        random_weights(config), CheckpointMetadata(kind="student", config=config, space="flux"), name="prompted"
     )
 
 
@@ -132,14 +132,14 @@ def test_progress_and_cancelling(decoder: PixelDecoder, latent: Latent) -> None:
     assert seen == [1, 2, 3]
 
 
-def test_a_captioned_network_takes_states_and_refuses_to_guess(captioned: PixelDecoder) -> None:
+def test_a_prompted_network_takes_states_and_refuses_to_guess(prompted: PixelDecoder) -> None:
     latent = Latent(torch.randn(2, 16, 2, 2), "flux")
     states = torch.randn(1, 10, 16)
-    one = captioned.decode(latent, caption_states=states, output="pt")
-    other = captioned.decode(latent, caption_states=states + 1, output="pt")
+    one = prompted.decode(latent, prompt_embeds=states, output="pt")
+    other = prompted.decode(latent, prompt_embeds=states + 1, output="pt")
     assert not torch.equal(one, other)
     with pytest.raises(SettingError, match="no text encoder here.*pidecode pull flux"):
-        captioned.decode(latent, "a cat")
+        prompted.decode(latent, "a cat")
 
 
 def test_a_teacher_runs_with_guidance() -> None:
@@ -149,10 +149,10 @@ def test_a_teacher_runs_with_guidance() -> None:
     )
     latent = Latent(torch.randn(1, 16, 2, 2), "flux")
     states = torch.randn(1, 10, 16)
-    plain = teacher.decode(latent, caption_states=states, guidance=1.0, steps=3, output="pt")
+    plain = teacher.decode(latent, prompt_embeds=states, guidance=1.0, steps=3, output="pt")
     assert plain.shape == (1, 3, 64, 64)
     with pytest.raises(SettingError, match="sampler acts on students only"):
-        teacher.decode(latent, caption_states=states, sampler="sde")
+        teacher.decode(latent, prompt_embeds=states, sampler="sde")
 
 
 @pytest.mark.parametrize(
@@ -160,8 +160,8 @@ def test_a_teacher_runs_with_guidance() -> None:
     [
         ({"steps": 5}, SettingError, "steps is 5"),
         ({"guidance": 3.0}, SettingError, "guidance acts on teachers only"),
-        ({"caption": "a cat"}, SettingError, "no text stream"),
-        ({"caption_states": torch.zeros(1, 10, 16)}, SettingError, "no text stream"),
+        ({"prompt": "a cat"}, SettingError, "no text stream"),
+        ({"prompt_embeds": torch.zeros(1, 10, 16)}, SettingError, "no text stream"),
         ({"size": (100, 64)}, SizeError, "nearest size that does is 96x64"),
         ({"size": (64, 512)}, SizeError, "more than twofold"),
         ({"output": "jpeg"}, SettingError, "output is 'jpeg'"),
@@ -242,6 +242,6 @@ def test_a_device_that_is_not_here_is_named() -> None:
         PixelDecoder.from_pretrained("tiny", device="cuda")
 
 
-def test_upscaling_refuses_a_caption_that_cannot_act(decoder: PixelDecoder) -> None:
-    with pytest.raises(SettingError, match="no text stream, so a caption cannot act"):
+def test_upscaling_refuses_a_prompt_that_cannot_act(decoder: PixelDecoder) -> None:
+    with pytest.raises(SettingError, match="no text stream, so a prompt cannot act"):
         decoder.upscale(Image.new("RGB", (16, 16)), "a cat")

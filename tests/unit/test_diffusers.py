@@ -58,8 +58,8 @@ def test_images_are_four_times_the_pipelines_and_of_the_same_latent(name: str) -
     (image,) = out.images
     assert image.size == (4 * tiny.WIDTH, 4 * tiny.HEIGHT)
     assert out.calls == tiny.STEPS
-    assert (out.latents.captions, out.latents.sigma, out.latents.seed) == (("a cat",), 0.0, 0)
-    assert image.info["pidecode"]["caption"] == "a cat"
+    assert (out.latents.prompts, out.latents.sigma, out.latents.seed) == (("a cat",), 0.0, 0)
+    assert image.info["pidecode"]["prompt"] == "a cat"
     assert image.info["pidecode"]["pipeline_steps"] == tiny.STEPS
     again = decoder(name).decode(out.latents, seed=3)
     assert np.array_equal(np.asarray(image), np.asarray(again))
@@ -96,10 +96,10 @@ def test_a_pipelines_own_latents_are_read_whatever_their_form(name: str) -> None
     pipe = pipeline(name)
     with torch.inference_mode():
         out = pipe(**tiny.arguments(name, output_type="latent"))
-    latent = Latent.from_pipeline(pipe, out, height=tiny.HEIGHT, width=tiny.WIDTH, caption="a cat")
+    latent = Latent.from_pipeline(pipe, out, height=tiny.HEIGHT, width=tiny.WIDTH, prompt="a cat")
     typed = run_for_latents(pipe, tiny.arguments(name)).latent
     torch.testing.assert_close(latent.tensor, typed.tensor, rtol=1e-4, atol=1e-4)  # klein's came back from raw
-    assert (latent.space, latent.sigma, latent.captions) == (typed.space, 0.0, ("a cat",))
+    assert (latent.space, latent.sigma, latent.prompts) == (typed.space, 0.0, ("a cat",))
 
     def stop(pipe: Any, index: int, _time: Any, given: dict[str, Any]) -> dict[str, Any]:
         pipe._interrupt = index == 2
@@ -130,14 +130,14 @@ def test_batches_keep_prompt_and_image_together() -> None:
     pipe = attach(pipeline("zimage"), decoder("zimage"))
     out = pipe(**tiny.arguments("zimage", prompt=["a cat", "a dog"], num_images_per_prompt=2))
     assert len(out.images) == 4
-    assert out.latents.captions == ("a cat", "a cat", "a dog", "a dog")
+    assert out.latents.prompts == ("a cat", "a cat", "a dog", "a dog")
     assert [image.info["pidecode"]["seed"] for image in out.images] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("name", ["klein", "sd3"])
 def test_the_prompt_may_come_first_whatever_the_pipeline_expects_there(name: str) -> None:
     call = tiny.arguments(name)
-    assert attach(pipeline(name), decoder(name))(call.pop("prompt"), **call).latents.captions == ("a cat",)
+    assert attach(pipeline(name), decoder(name))(call.pop("prompt"), **call).latents.prompts == ("a cat",)
 
 
 def test_a_bfloat16_pipeline_gives_float32_latents_near_its_own() -> None:
@@ -149,18 +149,18 @@ def test_a_bfloat16_pipeline_gives_float32_latents_near_its_own() -> None:
     assert float((decode_native(pipe, out.latents) - own).abs().mean()) < 0.02
 
 
-def test_latents_and_captions_of_several_runs_go_into_one_call() -> None:
+def test_latents_and_prompts_of_several_runs_go_into_one_call() -> None:
     runs = [
         run_for_latents(pipeline("sdxl"), tiny.arguments("sdxl", prompt=text), stop_after=stop).latent
         for text, stop in (("a cat", 3), ("a dog", None))
     ]
-    captioned = tiny.decoder_for("sdxl", text=True)
+    prompted = tiny.decoder_for("sdxl", text=True)
     states = torch.randn(2, 10, 16, generator=torch.Generator().manual_seed(3))
     batch = Latent.cat(runs)
-    assert batch.captions == ("a cat", "a dog")
-    together = captioned.decode(batch, output="pt", caption_states=states, seed=[5, 6])
+    assert batch.prompts == ("a cat", "a dog")
+    together = prompted.decode(batch, output="pt", prompt_embeds=states, seed=[5, 6])
     for index in range(2):
-        alone = captioned.decode(runs[index], output="pt", caption_states=states[index : index + 1], seed=[5, 6][index])
+        alone = prompted.decode(runs[index], output="pt", prompt_embeds=states[index : index + 1], seed=[5, 6][index])
         torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-3, atol=1e-3)
 
 
@@ -273,19 +273,19 @@ def test_offloaded_networks_leave_the_device_before_decoding_and_after_a_cancell
     assert freed == ["freed", "decoding", "freed"]
 
 
-def test_captions_come_from_the_call_or_are_asked_for_before_the_long_part() -> None:
-    captioned = tiny.decoder_for("sdxl", text=True)
+def test_prompts_come_from_the_call_or_are_asked_for_before_the_long_part() -> None:
+    prompted = tiny.decoder_for("sdxl", text=True)
     inner = pipeline("sdxl")
     states = torch.randn(1, 10, 16, generator=torch.Generator().manual_seed(2))
     embeddings = inner.encode_prompt("a cat", do_classifier_free_guidance=False)
     ready = dict(prompt=None, prompt_embeds=embeddings[0], pooled_prompt_embeds=embeddings[2])
     told: list[Progress] = []
-    pipe = attach(inner, captioned, on_progress=told.append)
-    with pytest.raises(SettingError, match="this call has no prompt; pass caption="):
+    pipe = attach(inner, prompted, on_progress=told.append)
+    with pytest.raises(SettingError, match="this call has no prompt; pass decoder_prompt="):
         pipe(**tiny.arguments("sdxl", **ready))
     assert told == []
-    out = pipe(**tiny.arguments("sdxl", **ready), caption="a cat", decode_settings={"caption_states": states})
-    assert out.latents.captions == ("a cat",)
+    out = pipe(**tiny.arguments("sdxl", **ready), decoder_prompt="a cat", decode_settings={"prompt_embeds": states})
+    assert out.latents.prompts == ("a cat",)
 
 
 def test_what_cannot_be_done_is_refused_with_the_mend() -> None:

@@ -55,13 +55,13 @@ def test_prompts_and_seeds_become_images_with_recipes_and_a_sheet(files: Path, t
     assert names == ["0001-a-cat-s1.png", "0001-a-cat-s2.png", "0002-a-dog-s1.png", "0002-a-dog-s2.png"]
     recipe = read_recipe(out / names[0])
     assert recipe is not None
-    assert (recipe["caption"], recipe["seed"], recipe["image_model"]) == ("a cat", 1, "sdxl")
+    assert (recipe["prompt"], recipe["seed"], recipe["image_model"]) == ("a cat", 1, "sdxl")
     assert 0 < recipe["sigma"] < 0.8
     assert "PSNR" in recipe["fidelity"] == rows[0]["fidelity"] or "PSNR" in rows[0]["fidelity"]
     assert Image.open(out / names[0]).size == (256, 128)
     assert Image.open(rows[0]["comparison"]).size == (512, 128)
     assert (out / "contact-sheet.jpg").is_file()
-    assert Latent.load(rows[3]["latent"]).captions == ("a dog",)
+    assert Latent.load(rows[3]["latent"]).prompts == ("a dog",)
 
     # The same run goes on where it stopped: only what is missing is made, and it comes out the same.
     before = (out / names[2]).read_bytes()

@@ -36,7 +36,7 @@ from pidecode.images import (
 from pidecode.images.png import encode_png
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "inference_misc.safetensors"
-RECIPE = {"model": "tiny", "space": "flux2", "sigma": 0.25, "seed": 7, "caption": 'Käse 猫 "quoted"', "size": [64, 96]}
+RECIPE = {"model": "tiny", "space": "flux2", "sigma": 0.25, "seed": 7, "prompt": 'Käse 猫 "quoted"', "size": [64, 96]}
 
 
 def noise_image(height: int, width: int, seed: int = 0) -> np.ndarray:

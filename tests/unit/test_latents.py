@@ -148,9 +148,9 @@ def test_packed_refuses_the_wrong_form() -> None:
 
 
 def test_from_euler() -> None:
-    latent = Latent.from_euler(draw(2, 4, 8, 8) * 3.0, torch.tensor([2.0, 3.0]), caption=["a", "b"])
+    latent = Latent.from_euler(draw(2, 4, 8, 8) * 3.0, torch.tensor([2.0, 3.0]), prompt=["a", "b"])
     torch.testing.assert_close(latent.sigmas, torch.tensor([2.0, 3.0]) / torch.tensor([5.0, 10.0]).sqrt())
-    assert latent.captions == ("a", "b")
+    assert latent.prompts == ("a", "b")
     with pytest.raises(LatentError, match="flow-matching"):
         Latent.from_euler(draw(1, 16, 8, 8), 0.3, "flux")
     with pytest.raises(LatentError, match="not negative"):
@@ -162,12 +162,12 @@ def test_from_euler() -> None:
 
 @pytest.mark.parametrize("name", ["flux", "sdxl"])
 def test_noised_labels_what_it_does(name: str) -> None:
-    clean = Latent(draw(2, get_space(name).channels, 8, 8), name, caption="x")
+    clean = Latent(draw(2, get_space(name).channels, 8, 8), name, prompt="x")
     noisy = clean.noised(0.4, seed=3)
     noise = draw(*clean.tensor.shape, seed=3)
     torch.testing.assert_close(noisy.tensor, frames.add_noise(clean.tensor, noise, 0.4, get_space(name)))
     assert noisy.sigma == 0.4
-    assert noisy.caption == "x"
+    assert noisy.prompt == "x"
     assert torch.equal(clean.noised(0.4, noise=noise).tensor, noisy.tensor)
     with pytest.raises(LatentError, match="Only a clean latent"):
         noisy.noised(0.5)
@@ -283,13 +283,13 @@ def test_split_and_cat() -> None:
     one, two = latent.split(2)
     assert (len(one), len(two)) == (2, 1)
     assert latent[1].sigma == pytest.approx(0.2)
-    assert latent[-1].caption == "b"
+    assert latent[-1].prompt == "b"
     again = Latent.cat([one, two])
     assert torch.equal(again.tensor, latent.tensor)
     assert torch.equal(again.sigmas, latent.sigmas)
-    assert again.captions == ("a", "b", "b")
+    assert again.prompts == ("a", "b", "b")
     assert again.seed == 7
-    assert [part.captions for part in latent] == [("a",), ("b",), ("b",)]
+    assert [part.prompts for part in latent] == [("a",), ("b",), ("b",)]
     with pytest.raises(IndexError):
         latent[3]
 
@@ -304,19 +304,19 @@ def test_cat_refuses_what_does_not_belong_together() -> None:
         Latent.cat([])
 
 
-def test_cat_fills_captions_and_drops_differing_seeds() -> None:
+def test_cat_fills_prompts_and_drops_differing_seeds() -> None:
     parts = [
-        Latent(draw(1, 16, 4, 4), "flux", caption="a", seed=1),
+        Latent(draw(1, 16, 4, 4), "flux", prompt="a", seed=1),
         Latent(draw(1, 16, 4, 4), "flux", seed=2),
     ]
     joined = Latent.cat(parts)
-    assert joined.captions == ("a", "")
+    assert joined.prompts == ("a", "")
     assert joined.seed is None
 
 
 def test_repr_is_short() -> None:
     latent = Latent(draw(1, 16, 4, 4), "flux", 0.5, "a cat", 3)
-    assert repr(latent) == "Latent(flux, 1x16x4x4 float32 on cpu, sigma=0.5, caption='a cat', seed=3)"
+    assert repr(latent) == "Latent(flux, 1x16x4x4 float32 on cpu, sigma=0.5, prompt='a cat', seed=3)"
 
 
 # Files
@@ -329,7 +329,7 @@ def test_save_and_load(tmp_path: Path, dtype: torch.dtype) -> None:
     again = Latent.load(tmp_path / "a.safetensors")
     assert torch.equal(again.tensor, latent.tensor)
     assert torch.equal(again.sigmas, latent.sigmas)
-    assert (again.space, again.caption, again.seed) == ("flux", ("ein Käse", "b"), 11)
+    assert (again.space, again.prompt, again.seed) == ("flux", ("ein Käse", "b"), 11)
     assert list(tmp_path.iterdir()) == [tmp_path / "a.safetensors"]
 
 

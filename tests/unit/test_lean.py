@@ -27,7 +27,7 @@ VARIANTS: dict[str, PiDConfig] = {
     "one pixel block": debug_config(pixel_depth=1),
     "three pixel blocks": debug_config(pixel_depth=3),
     "no pixel block": debug_config(pixel_depth=0),
-    "no caption": debug_config(text_dim=0),
+    "no prompt": debug_config(text_dim=0),
     "no latent": debug_config(latent_channels=0, inject_pixels=False),
     "small patches": debug_config(patch_size=8, latent_down=8),
 }

@@ -54,7 +54,7 @@ def test_a_batch_equals_its_members_alone() -> None:
         assert torch.allclose(together[index : index + 1], alone, atol=1e-5)
 
 
-def test_a_network_without_text_takes_no_caption() -> None:
+def test_a_network_without_text_takes_no_prompt() -> None:
     config = debug_config(text_dim=0)
     net, given = random_net(config), inputs(config)
     assert net(**given).shape == given["x_B3HW"].shape
@@ -98,8 +98,8 @@ def test_gradients_reach_every_parameter_that_matters() -> None:
         ({"latent": torch.zeros(1, 4, 2, 3)}, LatentError, r"\[batch, 16, h, w\]"),
         ({"sigma": None}, LatentError, "without sigma"),
         ({"sigma": torch.zeros(2)}, LatentError, "2 values for 1 latents"),
-        ({"text": None}, SettingError, "needs caption states"),
-        ({"text": torch.zeros(1, 10, 3)}, SettingError, "caption states of shape"),
+        ({"text": None}, SettingError, "needs prompt states"),
+        ({"text": torch.zeros(1, 10, 3)}, SettingError, "prompt states of shape"),
         ({"x_B3HW": torch.zeros(1, 3, 60, 96)}, SizeError, "nearest size that does is 96x64"),
     ],
 )

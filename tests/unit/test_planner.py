@@ -174,10 +174,10 @@ def test_weights_that_are_settled_stay_so() -> None:
     assert plan_decode(V15, (1024, 1024), Machine(memory=int(1.05 * GB))).weights == "int8"
 
 
-def test_captions_are_read_on_the_device_where_there_is_room() -> None:
+def test_prompts_are_read_on_the_device_where_there_is_room() -> None:
     assert not plan_decode(V15, (1024, 1024), Machine(memory=12 * GB)).text_on_host
     tight = plan_decode(V15, (1024, 1024), Machine(memory=6 * GB))
-    assert tight.text_on_host and "captions are read on the host" in tight.describe()
+    assert tight.text_on_host and "prompts are read on the host" in tight.describe()
     mute = plan_decode(replace(V15, text_dim=0), (1024, 1024), Machine(memory=4 * GB))
     assert mute.offload == ("encoder",) and not mute.text_on_host
 

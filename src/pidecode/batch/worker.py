@@ -43,7 +43,7 @@ class Work:
     variant: str | None = None
     device: str | None = None
     dtype: str | None = None
-    caption: str | None = None
+    prompt: str | None = None
     seed: int = 0
     steps: int | None = None
     sigma: float | None = None
@@ -67,7 +67,7 @@ class Work:
 
     def settings(self, job: Job) -> dict[str, Any]:
         """The settings of one job: the batch's, with its own in their place."""
-        given = {name: getattr(self, name) for name in ("caption", "seed", "steps", "sigma", "sampler")}
+        given = {name: getattr(self, name) for name in ("prompt", "seed", "steps", "sigma", "sampler")}
         return {name: value for name, value in {**given, **job.own}.items() if value is not None}
 
     def stamp(self, job: Job) -> str:
@@ -197,17 +197,17 @@ class Worker:
             left, targets = missing(job, self.work), places(job)
             made.stamp = self.work.stamp(job)
             settings = self.work.settings(job)
-            caption = settings.pop("caption", None)
+            prompt = settings.pop("prompt", None)
             if not left:  # a worker that died had finished it
                 return made
             if job.kind == "image":
-                pairs = self.decoder.upscale(job.source, caption, fit=self.work.fit, output="pairs", **settings)
+                pairs = self.decoder.upscale(job.source, prompt, fit=self.work.fit, output="pairs", **settings)
                 made.add(targets[0], pairs)
                 return made
             latent = Latent.load(job.source, space=self.work.space)
             first = settings.pop("seed")
             for index in left:  # one after another: a batch that fits is no promise that its images do
-                pairs = self.decoder.decode(latent[index], caption, seed=first + index, output="pairs", **settings)
+                pairs = self.decoder.decode(latent[index], prompt, seed=first + index, output="pairs", **settings)
                 made.add(targets[index], pairs)
         except Exception as error:  # one failure must not stop the rest
             made.error = error

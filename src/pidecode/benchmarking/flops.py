@@ -13,7 +13,7 @@ def step_flops(config: PiDConfig, size: tuple[int, int]) -> int:
     N = config.text_length if config.has_text else 0
     linears, depth = 4 * D * D + 3 * D * F, config.patch_depth
     total = 2 * L * 3 * P * D + depth * 2 * (L + N) * linears + depth * 4 * (L + N) ** 2 * D
-    if N:  # the last block's caption gives keys and values only
+    if N:  # the last block's prompt gives keys and values only
         total -= 2 * N * (linears - 2 * D * D) + 4 * N * (L + N) * D
     gate = D if config.gate == "per_channel" else 1
     total += (config.num_injections + int(config.inject_pixels)) * 2 * L * D * gate

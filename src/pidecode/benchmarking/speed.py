@@ -81,7 +81,7 @@ class Measured:
     first: float | None
     """Seconds of the wall for the first decode where that compiled or recorded, else None."""
     prepare: float
-    """Of what all steps share: the adapter and the caption's projection."""
+    """Of what all steps share: the adapter and the prompt's projection."""
     step: float
     """Of one denoising step, the best of all repeats."""
     whole: float
@@ -133,7 +133,7 @@ def random_network(config: PiDConfig, dtype: torch.dtype, device: torch.device) 
 
 
 def inputs(trial: Trial) -> tuple[list[Tensor], Tensor | None, Tensor]:
-    """Noise for each step, caption states and a latent, seeded."""
+    """Noise for each step, prompt states and a latent, seeded."""
     config, (width, height), generator = trial.config, trial.size, torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:

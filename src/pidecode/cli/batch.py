@@ -24,7 +24,7 @@ _WORK = (
         type=click.Choice(["float32", "bfloat16", "float16"]),
         help="Number format; chosen to fit the device if not given.",
     ),
-    click.option("--caption", help="What the images show, for models that read captions."),
+    click.option("--prompt", help="What the images show, for models that read prompts."),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the noise, for each."),
     click.option("--steps", type=click.IntRange(min=1), help="Steps; the model's own number if not given."),
     click.option("--sigma", type=click.FloatRange(0, 1), help="Strength: noise put in first, so more is invented."),

@@ -57,12 +57,12 @@ class Wish:
     encoder: Path | None
     device: str | None
     dtype: str | None
-    caption: str | None
+    prompt: str | None
     seed: int
     steps: int | None
     sigma: float | None
     sampler: str | None
-    color_lock: str | None
+    color_fix: str | None
     lora: Path | None
     lora_scale: float | None
     memory: str | None
@@ -110,7 +110,7 @@ class Wish:
 
     def settings(self) -> DecodeSettings:
         """Settings for the decoder: those that were given."""
-        names = ("seed", "steps", "sigma", "sampler", "color_lock")
+        names = ("seed", "steps", "sigma", "sampler", "color_fix")
         given = {name: getattr(self, name) for name in names}
         return {name: value for name, value in given.items() if value is not None}  # type: ignore[return-value]
 
@@ -129,7 +129,7 @@ def _decoding_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(SHORT_DTYPES),
             help="Number format; chosen to fit the device if not given.",
         ),
-        click.option("--caption", help="What the image shows, for models that read captions."),
+        click.option("--prompt", help="What the image shows, for models that read prompts."),
         click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the noise."),
         click.option("--steps", type=click.IntRange(min=1), help="Steps; the model's own number if not given."),
         click.option("--sigma", type=click.FloatRange(0, 1), help="Strength: noise put in first, so more is invented."),
@@ -137,7 +137,7 @@ def _decoding_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--sampler", type=click.Choice(["sde", "ode"]), help="How a few-step model walks; sde if not given."
         ),
         click.option(
-            "--color-lock",
+            "--color-fix",
             type=click.Choice(LOCKS),
             help="Hold colors, or all detail, to the image (upscale; detail by default for tiny and small) or to "
             "the space's own decoder (decode).",
@@ -253,7 +253,7 @@ def upscale(images: tuple[Path, ...], fit: str, **options: Any) -> None:
     wish = Wish(**options)
 
     def make(decoder: PixelDecoder, source: Path, callback: Callback) -> Any:
-        return decoder.upscale(source, wish.caption, fit=fit, output=wish.output, callback=callback, **wish.settings())  # type: ignore[arg-type]
+        return decoder.upscale(source, wish.prompt, fit=fit, output=wish.output, callback=callback, **wish.settings())  # type: ignore[arg-type]
 
     _run(images, wish, "-upscaled", make, lambda identity: upscaled(images, identity))
 
@@ -277,7 +277,7 @@ def decode(latents: tuple[Path, ...], size: str | None, **options: Any) -> None:
         if pixels is not None:
             settings["size"] = pixels
         latent = Latent.load(source, space=wish.space)
-        return decoder.decode(latent, wish.caption, output=wish.output, callback=callback, **settings)
+        return decoder.decode(latent, wish.prompt, output=wish.output, callback=callback, **settings)
 
     _run(latents, wish, "", make, lambda _: decoded(latents, wish.space, pixels))
 

@@ -122,7 +122,7 @@ def processor() -> dict[str, Any]:
 
 def _library_verdicts(missing: dict[str, list[str]]) -> Iterator[Verdict]:
     for extra, purpose in (
-        ("captions", "captions for the released decoders"),
+        ("captions", "prompts for the released decoders"),
         ("diffusers", "images to latents with the image models' own encoders"),
     ):
         lacking = missing[extra]

@@ -36,7 +36,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--pipeline", "source", help="Folder or hub repository of the pipeline, if not the model's own.")
 @click.option("-m", "--model", "decoder", help="PiD decoder: a name or file; the official one if not given.")
 @click.option("--variant", metavar="NAME", help="Variant of the decoder: 2k, 2kto4k, ...")
-@click.option("--color-lock", type=click.Choice(LOCKS), help="Hold colors, or all detail, to the model's own decode.")
+@click.option("--color-fix", type=click.Choice(LOCKS), help="Hold colors, or all detail, to the model's own decode.")
 @click.option("--arguments", default="{}", metavar="JSON", help="More arguments for the pipeline's call.")
 @threads_option
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; chosen for you if not given.")
@@ -71,7 +71,7 @@ def generate(prompts: tuple[str, ...], prompt_file: Path | None, as_json: bool, 
     )
     device = pick_device(wish["device"])
     narrow = torch.float32 if device.type == "cpu" else torch.bfloat16
-    settings: Any = {} if wish["color_lock"] is None else {"color_lock": wish["color_lock"]}
+    settings: Any = {} if wish["color_fix"] is None else {"color_fix": wish["color_fix"]}
     stage = ["diffusion"]
     with progress(0, "drawing") as bar:
 

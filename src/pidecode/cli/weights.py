@@ -228,7 +228,7 @@ def verdicts(known: Sequence[dict[str, Any]]) -> Iterator[Verdict]:
         if not found:
             yield Verdict(f"released decoders for {space}", False, f"not on this disk: pidecode pull {space}")
             continue
-        lacking = [] if text else ["the text encoder, so captions must come as ready-made states"]
+        lacking = [] if text else ["the text encoder, so prompts must come as ready-made states"]
         if ("encoder", space) not in there:
             lacking.append("the encoder, so latents decode but images cannot be upscaled")
         because = ", ".join(found) + (

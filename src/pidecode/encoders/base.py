@@ -201,12 +201,12 @@ def native_reference(encoder: object, latent: Latent) -> Tensor:
     if bool((latent.sigmas > 0).any()):
         raise SettingError(
             f"Noise is in this latent (sigma {latent.sigmas.tolist()}), so the space's own decoder is no reference for "
-            "its colors; pass reference=, or leave color_lock out."
+            "its colors; pass reference=, or leave color_fix out."
         )
     if not isinstance(encoder, (ImageEncoder, LazyEncoder)) or not encoder.can_decode:
         raise SettingError(
             f"Holding colors needs the {latent.space} space's own decoder, and there is none here. Fetch it with "
-            f"`pidecode pull {latent.space}`, pass reference=, or leave color_lock out."
+            f"`pidecode pull {latent.space}`, pass reference=, or leave color_fix out."
         )
     return encoder.decode_native(latent.tensor)
 

@@ -28,12 +28,12 @@ from pidecode.registry.checkpoints import TEXT_ENCODER
 
 
 def instruction() -> str:
-    """The fixed text every caption is appended to, from PixelDiT and Sana (Apache-2.0); ends in a space."""
+    """The fixed text every prompt is appended to, from PixelDiT and Sana (Apache-2.0); ends in a space."""
     return _asset("chi_prompt.txt")
 
 
-def negative_prompt() -> str:
-    """The undistilled networks' caption for what an image should not be, from PixelDiT (Apache-2.0)."""
+def default_negative_prompt() -> str:
+    """The undistilled networks' prompt for what an image should not be, from PixelDiT (Apache-2.0)."""
     return _asset("negative_prompt.txt")
 
 
@@ -42,11 +42,11 @@ def _asset(name: str) -> str:
 
 
 def prompt_length(n_instruction: int, model_max_length: int = 300) -> int:
-    """Tokens that instruction and caption together are cut or padded to.
+    """Tokens that instruction and prompt together are cut or padded to.
 
     n_instruction: tokens of the instruction alone, its BOS included; 0 for no instruction.
     model_max_length: rows the network takes.
-    The two missing ones: BOS is counted in both, and the instruction's last space joins the caption's first word.
+    The two missing ones: BOS is counted in both, and the instruction's last space joins the prompt's first word.
     """
     if n_instruction < 0 or model_max_length < 1:
         raise SettingError(f"{n_instruction} instruction tokens and {model_max_length} rows cannot make a prompt.")
@@ -64,7 +64,7 @@ def select_positions(n_instruction: int, model_max_length: int = 300) -> list[in
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextOptions:
-    """How captions become states; a different value anywhere gives different states, and other cache entries."""
+    """How prompts become states; a different value anywhere gives different states, and other cache entries."""
 
     model: str = TEXT_ENCODER
     """A hub id, or a local folder with a Gemma-2 and its tokenizer."""
@@ -87,7 +87,7 @@ class TextOptions:
             raise SettingError(f"length is {self.length}; at least BOS and one more row are kept.")
 
     def identity(self) -> dict[str, Any]:
-        """Everything that decides the states besides the caption, as plain values.
+        """Everything that decides the states besides the prompt, as plain values.
 
         A hub model is named by id and revision, a local folder by a fingerprint of its files, so that a copy
         of the folder elsewhere finds the same cache entries.
@@ -118,7 +118,7 @@ class TextEncoder:
 
     options: which model, and how it is run.
     device: where it runs; results are returned there.
-    states: cache on disk; a caption found in it needs no model. None computes every time.
+    states: cache on disk; a prompt found in it needs no model. None computes every time.
 
     Nothing is downloaded here: `pidecode pull` does that, after showing the license.
     """
@@ -128,7 +128,7 @@ class TextEncoder:
         options: TextOptions | None = None,
         *,
         device: torch.device | str = "cpu",
-        states: CaptionStates | None = None,
+        states: TextStateCache | None = None,
     ) -> None:
         self.options = options or TextOptions()
         self.device = torch.device(device)
@@ -143,43 +143,43 @@ class TextEncoder:
         return self._model is not None
 
     def unload(self) -> None:
-        """Give the model's memory back; the next unknown caption loads it again."""
+        """Give the model's memory back; the next unknown prompt loads it again."""
         self._model = self._tokenizer = None
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
-    def encode(self, captions: str | Sequence[str]) -> Tensor:
-        """States `[batch, length, width]` of one caption or several, in the encoder's number format.
+    def encode(self, prompts: str | Sequence[str]) -> Tensor:
+        """States `[batch, length, width]` of one prompt or several, in the encoder's number format.
 
-        The empty caption is a caption like any other. Each caption is run alone, so that its states do not
+        The empty prompt is a prompt like any other. Each prompt is run alone, so that its states do not
         depend on its neighbors.
         Raises SettingError for anything but text, DownloadError when the model is not on this machine,
         MissingDependencyError without transformers.
         """
-        captions = [captions] if isinstance(captions, str) else captions
-        if not isinstance(captions, Sequence) or not all(isinstance(caption, str) for caption in captions):
-            raise SettingError(f"A caption must be a text, or several in a list; {captions!r} came.")
-        if not captions:
-            raise SettingError("No caption came; give at least one (an empty text is one).")
-        return torch.stack([self._states_of(caption) for caption in captions])
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(prompts, Sequence) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise SettingError(f"A prompt must be a text, or several in a list; {prompts!r} came.")
+        if not prompts:
+            raise SettingError("No prompt came; give at least one (an empty text is one).")
+        return torch.stack([self._states_of(prompt) for prompt in prompts])
 
-    def _states_of(self, caption: str) -> Tensor:
+    def _states_of(self, prompt: str) -> Tensor:
         if self.states is None:
-            return self._compute(caption)
+            return self._compute(prompt)
         if self._identity is None:
             self._identity = self.options.identity()
-        found = self.states.get(caption, self._identity)
+        found = self.states.get(prompt, self._identity)
         if found is None:
-            found = self._compute(caption)
-            self.states.put(caption, self._identity, found)
+            found = self._compute(prompt)
+            self.states.put(prompt, self._identity, found)
         return found.to(self.device)
 
     @torch.no_grad()
-    def _compute(self, caption: str) -> Tensor:
+    def _compute(self, prompt: str) -> Tensor:
         if self._model is None:
             self._load()
-        ids, mask = self._tokenize(caption)
+        ids, mask = self._tokenize(prompt)
         states = self._model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[0]
         positions = select_positions(self._instruction_tokens(), self.options.length)
         kept: Tensor = states[torch.tensor(positions, device=states.device)]
@@ -194,13 +194,13 @@ class TextEncoder:
         text = self.options.instruction
         return len(self._tokenizer(text)["input_ids"]) if text else 0
 
-    def _tokenize(self, caption: str) -> tuple[Tensor, Tensor]:
-        """Token ids and mask `[1, n]` of instruction and caption, cut and padded on the right here.
+    def _tokenize(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """Token ids and mask `[1, n]` of instruction and prompt, cut and padded on the right here.
 
         The tokenizer's own padding side is left as it is: others may share it.
         """
         total = prompt_length(self._instruction_tokens(), self.options.length)
-        ids = list(self._tokenizer(self.options.instruction + caption)["input_ids"])[:total]
+        ids = list(self._tokenizer(self.options.instruction + prompt)["input_ids"])[:total]
         if not ids or ids[0] != self._tokenizer.bos_token_id:
             raise FileError(f"The tokenizer of {self.options.model} does not begin with BOS; it is not Gemma-2's.")
         missing = total - len(ids)
@@ -213,8 +213,8 @@ class TextEncoder:
             from transformers import AutoConfig, AutoTokenizer, Gemma2Model
         except ImportError as fault:
             raise MissingDependencyError(
-                "Captions need the text encoder's library (transformers); install it with "
-                '`pip install "pidecode[captions]"`, or pass ready-made caption states.'
+                "Prompts need the text encoder's library (transformers); install it with "
+                '`pip install "pidecode[captions]"`, or pass ready-made prompt states.'
             ) from fault
         options = self.options
         source = str(Path(options.model).expanduser()) if Path(options.model).expanduser().is_dir() else options.model
@@ -246,7 +246,7 @@ class TextEncoder:
         revision = f" --revision {self.options.revision}" if self.options.revision else ""
         return (
             f"The text encoder {source} is not on this machine. Fetch it with `hf download {source}{revision}` "
-            "(`pidecode pull` does so too), or pass ready-made caption states."
+            "(`pidecode pull` does so too), or pass ready-made prompt states."
         )
 
     def _check_attention(self, model: Any) -> None:
@@ -261,74 +261,74 @@ class TextEncoder:
 
 
 def ready_states(source: Tensor | str | Path, *, length: int = 300, width: int = 2304) -> Tensor:
-    """Ready-made caption states as `[batch, length, width]`, from a tensor of that shape or of one caption, or a file.
+    """Ready-made prompt states as `[batch, length, width]`, from a tensor of that shape or of one prompt, or a file.
 
-    A file is .safetensors: one written by `CaptionStates.export_to`, or any with a single such tensor.
+    A file is .safetensors: one written by `TextStateCache.export_to`, or any with a single such tensor.
     Raises SettingError when the shape or the values do not fit, FileError when the file cannot be read.
     """
     states = source if isinstance(source, Tensor) else torch.stack([entry.states for entry in _read_entries(source)])
     states = states[None] if states.ndim == 2 else states.flatten(0, 1) if states.ndim == 4 else states
     if states.ndim != 3 or tuple(states.shape[1:]) != (length, width) or not states.is_floating_point():
         raise SettingError(
-            f"Caption states of shape {tuple(states.shape)} and type {states.dtype} came; [batch, {length}, {width}] "
+            f"Prompt states of shape {tuple(states.shape)} and type {states.dtype} came; [batch, {length}, {width}] "
             "of floating-point values are expected. Rows at padding positions count: never trim them."
         )
     if not torch.isfinite(states).all():
-        raise SettingError("The caption states hold NaN or infinite values; compute them again.")
+        raise SettingError("The prompt states hold NaN or infinite values; compute them again.")
     return states
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """States `[length, width]` of one caption; other programs' files name neither caption nor encoder."""
+    """States `[length, width]` of one prompt; other programs' files name neither prompt nor encoder."""
 
     states: Tensor
-    caption: str | None = None
+    prompt: str | None = None
     identity: Mapping[str, Any] | None = None
 
 
-class CaptionStates:
-    """Caption states on disk: one .safetensors per caption and encoder, in `folder`.
+class TextStateCache:
+    """Prompt states on disk: one .safetensors per prompt and encoder, in `folder`.
 
-    The files hold the caption as text. They may be copied between machines; several processes may share a folder.
+    The files hold the prompt as text. They may be copied between machines; several processes may share a folder.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
         self.folder = Path(folder).expanduser() if folder is not None else default_folder()
 
-    def get(self, caption: str, identity: Mapping[str, Any]) -> Tensor | None:
-        """States of a caption by the encoder of that identity, or None; a damaged entry counts as none."""
-        path = self._path(caption, identity)
+    def get(self, prompt: str, identity: Mapping[str, Any]) -> Tensor | None:
+        """States of a prompt by the encoder of that identity, or None; a damaged entry counts as none."""
+        path = self._path(prompt, identity)
         if not path.is_file():
             return None
         try:
             (entry,) = _read_entries(path)
         except (FileError, ValueError):
             return None
-        return entry.states if (entry.caption, entry.identity) == (caption, identity) else None
+        return entry.states if (entry.prompt, entry.identity) == (prompt, identity) else None
 
-    def put(self, caption: str, identity: Mapping[str, Any], states: Tensor) -> Path:
+    def put(self, prompt: str, identity: Mapping[str, Any], states: Tensor) -> Path:
         """Keep states `[length, width]`. Raises FileError when the folder cannot be written."""
-        path = self._path(caption, identity)
-        _write_entries(path, [_Entry(states, caption, dict(identity))])
+        path = self._path(prompt, identity)
+        _write_entries(path, [_Entry(states, prompt, dict(identity))])
         return path
 
-    def export_to(self, path: str | Path, captions: Sequence[str] | None = None) -> int:
-        """Write the entries of these captions (all, if None) to one file and return how many there were.
+    def export_to(self, path: str | Path, prompts: Sequence[str] | None = None) -> int:
+        """Write the entries of these prompts (all, if None) to one file and return how many there were.
 
-        Raises SettingError when a caption is not in the cache, FileError when the file exists or cannot be written.
+        Raises SettingError when a prompt is not in the cache, FileError when the file exists or cannot be written.
         """
         path = Path(path)
         if path.exists():
             raise FileError(f"{path} exists; remove it or choose another name.")
         entries = [entry for file in sorted(self.folder.glob("*.safetensors")) for entry in _read_entries(file)]
-        if captions is not None:
-            absent = set(captions) - {entry.caption for entry in entries}
+        if prompts is not None:
+            absent = set(prompts) - {entry.prompt for entry in entries}
             if absent:
-                raise SettingError(f"No states are kept for the caption {min(absent)!r}; encode it first.")
-            entries = [entry for entry in entries if entry.caption in captions]
+                raise SettingError(f"No states are kept for the prompt {min(absent)!r}; encode it first.")
+            entries = [entry for entry in entries if entry.prompt in prompts]
         if not entries:
-            raise SettingError(f"There are no caption states in {self.folder} to export; encode some first.")
+            raise SettingError(f"There are no prompt states in {self.folder} to export; encode some first.")
         _write_entries(path, entries)
         return len(entries)
 
@@ -339,32 +339,32 @@ class CaptionStates:
         """
         entries = _read_entries(path)
         for entry in entries:
-            if entry.caption is None or entry.identity is None:
+            if entry.prompt is None or entry.identity is None:
                 raise FileError(
-                    f"{path} does not say which caption its states are of; it was not exported from a cache."
+                    f"{path} does not say which prompt its states are of; it was not exported from a cache."
                 )
             if entry.states.ndim != 2 or not torch.isfinite(entry.states).all():
-                raise FileError(f"{path} holds damaged states for {entry.caption!r}; export it again.")
+                raise FileError(f"{path} holds damaged states for {entry.prompt!r}; export it again.")
         for entry in entries:
-            self.put(entry.caption or "", entry.identity or {}, entry.states)
+            self.put(entry.prompt or "", entry.identity or {}, entry.states)
         return len(entries)
 
-    def _path(self, caption: str, identity: Mapping[str, Any]) -> Path:
-        key = json.dumps([caption, dict(identity)], sort_keys=True, ensure_ascii=True)
+    def _path(self, prompt: str, identity: Mapping[str, Any]) -> Path:
+        key = json.dumps([prompt, dict(identity)], sort_keys=True, ensure_ascii=True)
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
 
 def default_folder() -> Path:
-    """Where caption states are kept: below $PIDECODE_CACHE, else the user's cache folder."""
+    """Where prompt states are kept: below $PIDECODE_CACHE, else the user's cache folder."""
     own = os.environ.get("PIDECODE_CACHE")
     base = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pidecode"
-    return base.expanduser() / "captions"
+    return base.expanduser() / "prompts"
 
 
 def _write_entries(path: Path, entries: Sequence[_Entry]) -> None:
     named = {f"states.{index}": entry.states.detach().cpu().contiguous() for index, entry in enumerate(entries)}
-    about = [{"caption": entry.caption, "identity": entry.identity} for entry in entries]
-    metadata = {"format": "pt", "pidecode_captions": json.dumps({"format": 1, "entries": about})}
+    about = [{"prompt": entry.prompt, "identity": entry.identity} for entry in entries]
+    metadata = {"format": "pt", "pidecode_prompts": json.dumps({"format": 1, "entries": about})}
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -383,13 +383,13 @@ def _read_entries(path: str | Path) -> list[_Entry]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (safetensors.SafetensorError, OSError, ValueError) as fault:
-        raise FileError(f"{path} could not be read as caption states (.safetensors): {fault}.") from None
-    if "pidecode_captions" not in metadata:
+        raise FileError(f"{path} could not be read as prompt states (.safetensors): {fault}.") from None
+    if "pidecode_prompts" not in metadata:
         if len(tensors) != 1:
-            raise FileError(f"{path} holds {len(tensors)} tensors; one, of caption states, was expected.")
+            raise FileError(f"{path} holds {len(tensors)} tensors; one, of prompt states, was expected.")
         return [_Entry(next(iter(tensors.values())))]
     try:
-        about = json.loads(metadata["pidecode_captions"])["entries"]
-        return [_Entry(tensors[f"states.{i}"], item["caption"], item["identity"]) for i, item in enumerate(about)]
+        about = json.loads(metadata["pidecode_prompts"])["entries"]
+        return [_Entry(tensors[f"states.{i}"], item["prompt"], item["identity"]) for i, item in enumerate(about)]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise FileError(f"{path} describes its caption states wrongly; export it again.") from None
+        raise FileError(f"{path} describes its prompt states wrongly; export it again.") from None

@@ -2,7 +2,7 @@
 """CUDA graph capture and replay of one evaluation.
 
 A recording (a CUDA graph) knows addresses, not values. So all that differs from step to step or from image to
-image of one size (the noisy image, the vectors of its time, what its latent and caption became) is copied into
+image of one size (the noisy image, the vectors of its time, what its latent and prompt became) is copied into
 tensors of the recording's own before each replay, and the answer out of one afterwards. Random draws and everything
 decided on the host happen outside, between evaluations. How work is recorded is a function, `cuda_graph` in earnest.
 """

@@ -6,7 +6,7 @@ block in chunks and the residual stream is updated in place; only keys, values a
 The pixel path runs in tiles of some tokens by some pixels of their patches, so that the per-pixel modulation (six
 vectors for every pixel of the image) never exists as a whole, and neither do its inner activations.
 
-Shapes: B batch, L tokens, N caption tokens, D hidden, P pixels of a patch, C pixel width, T tokens of a chunk.
+Shapes: B batch, L tokens, N prompt tokens, D hidden, P pixels of a patch, C pixel width, T tokens of a chunk.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class _BlockPass:
         self.block, self.joint, self.image, self.chunks = block, joint, image, chunks
 
     def run(self, x: Tensor, rotation: Tensor) -> None:
-        """The block without a caption stream."""
+        """The block without a prompt stream."""
         self._project_image(x, rotation, offset=0)
         q, k, v = self._heads()
         self._finish_image(x, _attend(q, *self._gathered(k, v, 0)))
@@ -104,7 +104,7 @@ class _BlockPass:
         *,
         want_text: bool,
     ) -> None:
-        """The block with both streams; `want_text=False` leaves the caption's as it was."""
+        """The block with both streams; `want_text=False` leaves the prompt's as it was."""
         block, N = self.block, y.shape[1]
         self._project_image(x, rotation, offset=N)
         for b in range(len(y)):
@@ -112,7 +112,7 @@ class _BlockPass:
             tokens = lean.norm_modulate(y[b], shift, factor, self.joint.dtype)
             if want_text:
                 lean.linear_into(block.attn.qkv_y, tokens, self.joint[b, :N])
-            else:  # keys and values only: nobody reads what the caption would learn
+            else:  # keys and values only: nobody reads what the prompt would learn
                 self.joint[b, :N, y.shape[2] :] = _key_value(block.attn.qkv_y, tokens)
             q, k, _ = self._heads(b, slice(0, N))
             if want_text:

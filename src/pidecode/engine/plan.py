@@ -27,7 +27,7 @@ WEIGHTS: tuple[Weights, ...] = ("plain", "int8", "fp8")
 PRODUCTS: tuple[Products, ...] = ("wide", "eight")
 
 TEXT_ENCODER = 5_230_000_000
-"""Weights of the captions' encoder (Gemma-2 2B) in bfloat16."""
+"""Weights of the prompts' encoder (Gemma-2 2B) in bfloat16."""
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -74,7 +74,7 @@ class Plan:
     offload: tuple[str, ...] = ()
     """What stays on the host and visits the device: "text", "encoder", "blocks"."""
     text_on_host: bool = False
-    """The captions' encoder does not visit: it is too large for the device and works on the host."""
+    """The prompts' encoder does not visit: it is too large for the device and works on the host."""
     window: int | None = None
     """Side of the windows an image is cut into, in pixels; None decodes it whole."""
     parts: tuple[tuple[str, int], ...] = ()
@@ -114,7 +114,7 @@ class Plan:
             "latent tokens " + ("kept for all steps" if self.keep_tokens else "made anew at each use (exact)"),
             self._multiplied(),
             "on the host: " + (", ".join(self.offload) if self.offload else "nothing"),
-            "captions are read on the host: their encoder is too large for the device" if self.text_on_host else "",
+            "prompts are read on the host: their encoder is too large for the device" if self.text_on_host else "",
             "whole image at once" if self.window is None else f"windows of {self.window} pixels fused at every step",
         ]
         share = [f"  {name:22s} {size / GB:6.2f} GB" for name, size in self.parts]
@@ -356,7 +356,7 @@ def _set_aside(config: PiDConfig) -> tuple[str, ...]:
 
 
 def _text_is_too_large(plan: Plan, machine: Machine) -> bool:
-    """Whether the captions' encoder fits beside the network; the image's own memory is not taken by then."""
+    """Whether the prompts' encoder fits beside the network; the image's own memory is not taken by then."""
     if "text" not in plan.offload:
         return False
     return plan.peak - plan.working + TEXT_ENCODER > machine.memory

@@ -30,7 +30,7 @@ class StepModulation:
     image: tuple[Tensor, ...]
     """Per patch block `[B, 6, D]`."""
     text: tuple[Tensor, ...]
-    """Per patch block `[B, 6, D]`, empty without a caption stream."""
+    """Per patch block `[B, 6, D]`, empty without a prompt stream."""
 
 
 def _six(linear: nn.Module, condition_BD: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def strip_for_inference(net: PiDNet) -> None:
     """Free, for inference at tabulated times, what such a network never reads again.
 
     Gone afterwards: the time embedder and the patch blocks' modulation matrices (28 % of all parameters, whose
-    products `precompute` holds), the last block's caption output, and the color head. The network can then neither be
+    products `precompute` holds), the last block's prompt output, and the color head. The network can then neither be
     saved nor run at other times.
     """
     net.stripped = True

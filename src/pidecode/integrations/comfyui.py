@@ -17,7 +17,7 @@ from torch import Tensor
 from pidecode.decoder import PixelDecoder
 from pidecode.errors import SettingError
 from pidecode.images import to_pil
-from pidecode.integrations.comfyui_latents import caption_of, stopping_place, to_image, to_latent, to_pixels
+from pidecode.integrations.comfyui_latents import prompt_of, stopping_place, to_image, to_latent, to_pixels
 from pidecode.options import LARGEST_TRAINED_SIGMA
 from pidecode.registry.checkpoints import CHECKPOINTS, REPOSITORY
 from pidecode.sampling import Callback, Step
@@ -47,10 +47,10 @@ def _steps() -> Any:
     return io.Int.Input("steps", default=0, min=0, max=100, tooltip=tip)
 
 
-def _caption() -> list[Any]:
+def _prompt() -> list[Any]:
     return [
         io.String.Input(
-            "caption",
+            "prompt",
             default="",
             multiline=True,
             optional=True,
@@ -117,16 +117,16 @@ class Decode(io.ComfyNode):
                     tooltip="Noise still in the latent, from PiD Early Stop. 0 for a finished latent.",
                 ),
                 io.Model.Input("model", optional=True, tooltip="The model that made the latent: its frame is used."),
-                *_caption(),
+                *_prompt(),
             ],
             outputs=[io.Image.Output()],
         )  # fmt: skip
 
     @classmethod
     def execute(cls, decoder: PixelDecoder, samples: Any, seed: int, steps: int = 0, **rest: Any) -> io.NodeOutput:
-        """Decode one latent after another. `rest` holds sigma, model, caption and conditioning, where given."""
+        """Decode one latent after another. `rest` holds sigma, model, prompt and conditioning, where given."""
         latent = to_latent(samples, decoder.space, model=rest.get("model"), sigma=rest.get("sigma", 0.0))
-        told = caption_of(decoder.net, rest.get("caption") or "", rest.get("conditioning"))
+        told = prompt_of(decoder.net, rest.get("prompt") or "", rest.get("conditioning"))
         if steps:
             told["steps"] = steps
         callback = _progress(len(latent))
@@ -157,16 +157,16 @@ class Upscale(io.ComfyNode):
                     "strength", default=0.0, min=0.0, max=LARGEST_TRAINED_SIGMA, step=0.01,
                     tooltip="Noise put into the latent first: more is invented, less is kept.",
                 ),
-                *_caption(),
+                *_prompt(),
             ],
             outputs=[io.Image.Output()],
         )  # fmt: skip
 
     @classmethod
     def execute(cls, decoder: PixelDecoder, image: Tensor, seed: int, steps: int = 0, **rest: Any) -> io.NodeOutput:
-        """Enlarge one image after another. `rest` holds strength, caption and conditioning, where given."""
+        """Enlarge one image after another. `rest` holds strength, prompt and conditioning, where given."""
         images = to_pixels(image)
-        told = caption_of(decoder.net, rest.get("caption") or "", rest.get("conditioning"))
+        told = prompt_of(decoder.net, rest.get("prompt") or "", rest.get("conditioning"))
         if steps:
             told["steps"] = steps
         if rest.get("strength"):

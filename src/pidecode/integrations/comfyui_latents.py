@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ComfyUI's tensors and ours: LATENT to the trained frame, IMAGE to [-1, 1], CONDITIONING to caption states.
+"""ComfyUI's tensors and ours: LATENT to the trained frame, IMAGE to [-1, 1], CONDITIONING to prompt states.
 
 Everything is taken from the objects themselves, so that this file needs nothing of ComfyUI to be imported.
 """
@@ -116,8 +116,8 @@ def to_image(pixels: Tensor) -> Tensor:
     return (pixels.float() / 2 + 0.5).clamp(0, 1).movedim(1, -1).contiguous().cpu()
 
 
-def caption_of(net: PiDNet, text: str, conditioning: Sequence[Any] | None) -> dict[str, Any]:
-    """The `caption` or `caption_states` of a decode, from a text or from CONDITIONING (Gemma-2's states).
+def prompt_of(net: PiDNet, text: str, conditioning: Sequence[Any] | None) -> dict[str, Any]:
+    """The `prompt` or `prompt_embeds` of a decode, from a text or from CONDITIONING (Gemma-2's states).
 
     A network without a text stream takes neither. Raises SettingError when both are given, or when the
     CONDITIONING comes from another text encoder.
@@ -125,10 +125,10 @@ def caption_of(net: PiDNet, text: str, conditioning: Sequence[Any] | None) -> di
     text = text.strip()
     if conditioning is None:
         if text and not net.config.has_text:
-            raise SettingError("This decoder has no text stream, so a caption cannot act; leave it empty.")
-        return {"caption": text} if net.config.has_text else {}
+            raise SettingError("This decoder has no text stream, so a prompt cannot act; leave it empty.")
+        return {"prompt": text} if net.config.has_text else {}
     if text:
-        raise SettingError("There are a caption and a CONDITIONING; give one of them.")
+        raise SettingError("There are a prompt and a CONDITIONING; give one of them.")
     if not net.config.has_text:
         raise SettingError("This decoder has no text stream, so CONDITIONING cannot act; disconnect it.")
     if len(conditioning) != 1:
@@ -138,9 +138,9 @@ def caption_of(net: PiDNet, text: str, conditioning: Sequence[Any] | None) -> di
         shape = list(states.shape) if isinstance(states, Tensor) else type(states).__name__
         raise SettingError(
             f"The CONDITIONING is {shape}; this decoder reads Gemma-2's states, {net.config.text_dim} wide. Encode the "
-            "caption with that text encoder (CLIP type pixeldit), or write it as text."
+            "prompt with that text encoder (CLIP type pixeldit), or write it as text."
         )
-    return {"caption_states": ready_states(states.float(), length=net.config.text_length, width=net.config.text_dim)}
+    return {"prompt_embeds": ready_states(states.float(), length=net.config.text_length, width=net.config.text_dim)}
 
 
 def stopping_place(total: int, model: Any, steps_left: int | None = None) -> int:

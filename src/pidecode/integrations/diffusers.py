@@ -137,7 +137,7 @@ def run_for_latents(
     *,
     stop_after: StopAfter = None,
     capture: Sequence[int] = (),
-    caption: str | Sequence[str] | None = None,
+    prompt: str | Sequence[str] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Captured:
     """Call a diffusers pipeline and return its latents instead of its images.
@@ -146,7 +146,7 @@ def run_for_latents(
         callback given by the caller still runs).
     stop_after: end the diffusion after that step, counted from 1; "recommended" is SPEC.md section 5's.
     capture: steps whose latents are kept besides.
-    caption: what the latents show, where the call has no prompt; one for all or one per image.
+    prompt: what the latents show, where the call has no prompt; one for all or one per image.
 
     Raises SettingError for steps there are not, for sigma above the trained 0.8, and for pipelines that cannot stop.
     """
@@ -182,22 +182,22 @@ def run_for_latents(
             hook.remove()
         if not finished and hasattr(pipe, "maybe_free_model_hooks"):
             pipe.maybe_free_model_hooks()  # a cancelled run must not leave an offloaded network on the device
-    return _collected(watch, arguments, caption)
+    return _collected(watch, arguments, prompt)
 
 
-def _collected(watch: _Watch, call: Mapping[str, Any], caption: str | Sequence[str] | None) -> Captured:
+def _collected(watch: _Watch, call: Mapping[str, Any], prompt: str | Sequence[str] | None) -> Captured:
     if watch.last is None:
         raise LatentError("The pipeline ran without a single step, so there is no latent; raise num_inference_steps.")
     generator = call.get("generator")
     seed = int(generator.initial_seed()) if isinstance(generator, torch.Generator) else None
-    texts = captions_of(call if caption is None else {"prompt": caption}, len(watch.last[0]))
+    texts = prompts_of(call if prompt is None else {"prompt": prompt}, len(watch.last[0]))
 
     def typed(state: tuple[Tensor, float]) -> Latent:
         tokens = state[0].shape[1] if state[0].ndim == 3 else 0
         grid = grid_of_call(watch.keywords, tokens)
         # Inference tensors may not be used where gradients are; a latent is for keeping.
         with torch.inference_mode(False):
-            return latent_of(watch.pipe, state[0].clone(), grid=grid, level=state[1], caption=texts, seed=seed)
+            return latent_of(watch.pipe, state[0].clone(), grid=grid, level=state[1], prompt=texts, seed=seed)
 
     return Captured(
         latent=typed(watch.last),
@@ -208,14 +208,14 @@ def _collected(watch: _Watch, call: Mapping[str, Any], caption: str | Sequence[s
     )
 
 
-def captions_of(call: Mapping[str, Any], batch: int) -> tuple[str, ...] | None:
+def prompts_of(call: Mapping[str, Any], batch: int) -> tuple[str, ...] | None:
     """The prompt of each image, in the order pipelines lay them out: all images of a prompt together."""
     prompt = call.get("prompt")
     if prompt is None:
         return None
     prompts = [prompt] if isinstance(prompt, str) else [str(text) for text in prompt]
     if not prompts or batch % len(prompts):
-        raise SettingError(f"There are {len(prompts)} captions for {batch} images; give one, or one for each.")
+        raise SettingError(f"There are {len(prompts)} prompts for {batch} images; give one, or one for each.")
     return tuple(text for text in prompts for _ in range(batch // len(prompts)))
 
 
@@ -244,7 +244,7 @@ def named_arguments(pipe: Any, args: Sequence[Any], keywords: Mapping[str, Any])
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 _OUTPUTS = ("pil", "np", "pt", "latent")
-_OWN = ("stop_after", "capture", "caption", "on_progress", "decode_settings")
+_OWN = ("stop_after", "capture", "decoder_prompt", "on_progress", "decode_settings")
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +253,7 @@ class PixelOutput:
 
     images: a list of PIL images; an array `[B, H, W, 3]` in [0, 1] for "np"; a tensor `[B, 3, H, W]` in [0, 1] for
         "pt"; the Latent itself for "latent".
-    latents: what was decoded, with its sigma and captions; save it to decode it again later.
+    latents: what was decoded, with its sigma and prompts; save it to decode it again later.
     captured: the latents of the steps named by `capture=`, by step.
     steps: how many steps were run; calls: how often the denoiser was.
     """
@@ -313,7 +313,7 @@ class AttachedPipeline:
         """Call the pipeline as before; its images are PiD's.
 
         Takes everything the pipeline takes, and besides, for this call only: stop_after, capture, on_progress,
-        decode_settings (a table of `decode` settings), and caption where the call has no prompt.
+        decode_settings (a table of `decode` settings), and decoder_prompt where the call has no prompt.
         Returns a PixelOutput, or a tuple of the images for `return_dict=False`.
         """
         own = {name: keywords.pop(name) for name in _OWN if name in keywords}
@@ -323,14 +323,14 @@ class AttachedPipeline:
             raise SettingError(f"output_type is {output!r}; it must be one of {', '.join(_OUTPUTS)}.")
         settings = cast(DecodeSettings, {**self._pid_settings, **own.get("decode_settings", {})})
         Settings.of(settings)
-        self._refuse_captionless(call, own, settings, output)
+        self._refuse_promptless(call, own, settings, output)
         on_progress = own.get("on_progress", self._pid_on_progress)
         run = run_for_latents(
             self._pid_pipe,
             call,
             stop_after=own.get("stop_after", self._pid_stop_after),
             capture=own.get("capture", self._pid_capture),
-            caption=own.get("caption"),
+            prompt=own.get("decoder_prompt"),
             on_progress=on_progress,
         )
         images = run.latent if output == "latent" else self._images(run, output, settings, on_progress)
@@ -338,14 +338,14 @@ class AttachedPipeline:
             return (images,)
         return PixelOutput(images, run.latent, run.captured, run.steps, run.calls)
 
-    def _refuse_captionless(
+    def _refuse_promptless(
         self, call: Mapping[str, Any], own: Mapping[str, Any], settings: DecodeSettings, output: str
     ) -> None:
         """Before the long part, not after it."""
-        needs = self._pid_decoder.net.config.has_text and "caption_states" not in settings and output != "latent"
-        if needs and call.get("prompt") is None and own.get("caption") is None:
+        needs = self._pid_decoder.net.config.has_text and "prompt_embeds" not in settings and output != "latent"
+        if needs and call.get("prompt") is None and own.get("decoder_prompt") is None:
             raise SettingError(
-                f"{self._pid_decoder.name} reads captions and this call has no prompt; pass caption= beside the "
+                f"{self._pid_decoder.name} reads prompts and this call has no prompt; pass decoder_prompt= beside the "
                 'ready-made embeddings (an empty text "" is one).'
             )
 
@@ -380,12 +380,12 @@ def decode_each(
     """A batch decoded one by one, which needs the memory of one: PIL images, or tensors `[1, 3, H, W]` in [-1, 1]."""
     chosen = Settings.of(settings)
     seeds = chosen.seeds(len(latent))
-    states = chosen.caption_states
+    states = chosen.prompt_embeds
     made: list[Any] = []
     for index, one in enumerate(latent):
         mine: DecodeSettings = {**settings, "seed": seeds[index]}
         if isinstance(states, Tensor) and states.ndim == 3 and len(states) == len(latent):
-            mine["caption_states"] = states[index : index + 1]
+            mine["prompt_embeds"] = states[index : index + 1]
 
         def tell(step: Step, index: int = index) -> None:
             if on_progress is not None:
@@ -432,7 +432,7 @@ def attach(
         `enable_model_cpu_offload()` do so anyway.
     settings: as for `decode`.
 
-    The caption is the call's prompt. Raises LatentError when pipeline and decoder are of different spaces, SettingError
+    The prompt is the call's prompt. Raises LatentError when pipeline and decoder are of different spaces, SettingError
     for a pipeline without a decoder.
     """
     if isinstance(pipe, AttachedPipeline):

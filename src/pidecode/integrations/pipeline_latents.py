@@ -144,7 +144,7 @@ def latent_of(
     *,
     grid: tuple[int, int] | None = None,
     level: float | None = None,
-    caption: Sequence[str] | None = None,
+    prompt: Sequence[str] | None = None,
     seed: int | None = None,
 ) -> Latent:
     """A pipeline's latents, as its callback or `output_type="latent"` hands them out, as a float32 Latent.
@@ -161,9 +161,9 @@ def latent_of(
     elif tensor.ndim == 4 and space.statistics == "batch_norm" and tensor.shape[1] == space.raw_channels:
         tensor = normalize(tensor, space, statistics_of(pipe))  # FLUX.2 klein's final latent is raw
     level = noise_level(pipe.scheduler) if level is None else level
-    texts = None if caption is None else tuple(caption)
+    texts = None if prompt is None else tuple(prompt)
     if level > 0 and frame_of(pipe.scheduler, space) == "euler":
-        return Latent.from_euler(tensor, level, space.name, caption=texts, seed=seed)
+        return Latent.from_euler(tensor, level, space.name, prompt=texts, seed=seed)
     return Latent(tensor, space.name, trained_sigma(pipe.scheduler, space, level), texts, seed)
 
 
@@ -192,7 +192,7 @@ def from_pipeline(
     *,
     height: int | None = None,
     width: int | None = None,
-    caption: str | Sequence[str] | None = None,
+    prompt: str | Sequence[str] | None = None,
     seed: int | None = None,
 ) -> Latent:
     """What a pipeline returned for `output_type="latent"`, as a Latent; see `Latent.from_pipeline`."""
@@ -215,8 +215,8 @@ def from_pipeline(
         elif height is None and width is None:
             side = int(getattr(pipe, "default_sample_size", 0)) * int(getattr(pipe, "vae_scale_factor", 0)) // pixels
             grid = (side, side) if side * side == tensor.shape[1] else None
-    texts = [caption] * len(tensor) if isinstance(caption, str) else caption
-    return latent_of(pipe, tensor, grid=grid, caption=texts, seed=seed)
+    texts = [prompt] * len(tensor) if isinstance(prompt, str) else prompt
+    return latent_of(pipe, tensor, grid=grid, prompt=texts, seed=seed)
 
 
 @torch.no_grad()
@@ -277,7 +277,7 @@ def check_space(
     )
     checks = [first]
     if decoder is not None:
-        states, more = _check_captions(decoder)
+        states, more = _check_prompts(decoder)
         checks += more
         checks.append(_check_decode(decoder, row, states))
         checks += _check_encoder(decoder, row)
@@ -296,20 +296,20 @@ def _millions(decoder: PixelDecoder) -> str:
     return f"{sum(parameter.numel() for parameter in decoder.net.parameters()) / 1e6:.1f} M weights"
 
 
-def _check_captions(decoder: PixelDecoder) -> tuple[Tensor | None, list[Check]]:
-    """States of the empty caption, or zeros in their place, so that the decode can be tried all the same."""
+def _check_prompts(decoder: PixelDecoder) -> tuple[Tensor | None, list[Check]]:
+    """States of the empty prompt, or zeros in their place, so that the decode can be tried all the same."""
     config = decoder.net.config
     if not config.has_text or decoder.text is None:
         return None, []
     text = decoder.text
-    states, check = _attempt("captions", lambda: text.encode(""), lambda made: f"states {list(made.shape)}")
+    states, check = _attempt("prompts", lambda: text.encode(""), lambda made: f"states {list(made.shape)}")
     text.unload()
     return torch.zeros(1, config.text_length, config.text_dim) if states is None else states, [check]
 
 
 def _check_decode(decoder: PixelDecoder, space: LatentSpace, states: Tensor | None) -> Check:
     noise = torch.randn(1, space.channels, _CELLS, _CELLS, generator=torch.Generator().manual_seed(0))
-    settings: Any = {} if states is None else {"caption_states": states}
+    settings: Any = {} if states is None else {"prompt_embeds": states}
 
     def run() -> Tensor:
         with warnings.catch_warnings():
@@ -343,7 +343,7 @@ def _check_encoder(decoder: PixelDecoder, space: LatentSpace) -> Iterator[Check]
     if latent is None:
         return
     if not encoder.can_decode:
-        yield Check("native decoder", False, "this encoder came without one; only comparing and color_lock need it")
+        yield Check("native decoder", False, "this encoder came without one; only comparing and color_fix need it")
         return
     near = fidelity(encoder.decode_native(latent.tensor).to(ramp), ramp)[0]
     good = near.psnr > 20

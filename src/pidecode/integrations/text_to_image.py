@@ -140,7 +140,7 @@ def generate(
             f"{job.model} draws in space {get_image_model(job.model).space} and {decoder.name} decodes "
             f"{decoder.space.name}. Name a decoder of that space; the latents are kept."
         )
-    states = _caption_states(decoder, todo) if decoder is not None else {}
+    states = _prompt_embeds(decoder, todo) if decoder is not None else {}
     written = []
     for place, piece in enumerate(job.pieces):
         if piece in todo and decoder is not None:
@@ -291,12 +291,12 @@ def _drawn(job: Job, pipe: Any, call: Mapping[str, Any], on_progress: OnProgress
     return run.captured[step], decode_native(pipe, run.latent)[0]
 
 
-def _caption_states(decoder: PixelDecoder, pieces: Sequence[Piece]) -> dict[str, DecodeSettings]:
+def _prompt_embeds(decoder: PixelDecoder, pieces: Sequence[Piece]) -> dict[str, DecodeSettings]:
     """States of every prompt, so that the text encoder's memory is free before the images are decoded."""
     if not decoder.net.config.has_text or decoder.text is None:
         return {}
     states: dict[str, DecodeSettings] = {
-        prompt: {"caption_states": decoder.text.encode(prompt).cpu()} for prompt in {piece.prompt for piece in pieces}
+        prompt: {"prompt_embeds": decoder.text.encode(prompt).cpu()} for prompt in {piece.prompt for piece in pieces}
     }
     decoder.text.unload()
     return states

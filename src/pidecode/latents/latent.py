@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The typed latent: a tensor with its space, its noise level and its caption, normalized by definition."""
+"""The typed latent: a tensor with its space, its noise level and its prompt, normalized by definition."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Latent:
         (but see `from_packed`, `from_euler` and `from_raw`; FLUX.2 klein's final latent is raw).
     space: name or alias of a latent space; kept as the space's own name.
     sigma: noise still in it, in [0, 1]; a number, or one per sample (kept as a float32 tensor `[B]`).
-    caption: a text for all samples, or one per sample.
+    prompt: a text for all samples, or one per sample.
     seed: the seed it was made with, for the record.
 
     Raises LatentError for anything else, naming the mend, and SettingError for an unknown space. Warns with
@@ -41,7 +41,7 @@ class Latent:
     tensor: Tensor
     space: str
     sigma: float | Tensor = 0.0
-    caption: str | tuple[str, ...] | None = None
+    prompt: str | tuple[str, ...] | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -49,7 +49,7 @@ class Latent:
         object.__setattr__(self, "space", row.name)
         _check_tensor(self.tensor, row)
         object.__setattr__(self, "sigma", _clean_sigma(self.sigma, len(self.tensor), self.tensor.device))
-        object.__setattr__(self, "caption", _clean_caption(self.caption, len(self.tensor)))
+        object.__setattr__(self, "prompt", _clean_prompt(self.prompt, len(self.tensor)))
         if self.seed is not None and type(self.seed) is not int:
             raise LatentError(f"The seed must be a whole number or None; got {self.seed!r}.")
         evidence = frame_evidence(self.tensor, row, self.sigmas)
@@ -64,7 +64,7 @@ class Latent:
         *,
         statistics: LatentStatistics | None = None,
         sigma: float | Tensor = 0.0,
-        caption: str | Sequence[str] | None = None,
+        prompt: str | Sequence[str] | None = None,
         seed: int | None = None,
     ) -> Latent:
         """From what the space's own encoder puts out (its mean, before scaling and shifting).
@@ -74,7 +74,7 @@ class Latent:
         """
         row = get_space(space)
         _check_is_float(raw)
-        return cls(layout.normalize(raw, row, statistics), row.name, sigma, _tuple(caption), seed)
+        return cls(layout.normalize(raw, row, statistics), row.name, sigma, _tuple(prompt), seed)
 
     @classmethod
     def from_packed(
@@ -85,7 +85,7 @@ class Latent:
         height: int,
         width: int,
         sigma: float | Tensor = 0.0,
-        caption: str | Sequence[str] | None = None,
+        prompt: str | Sequence[str] | None = None,
         seed: int | None = None,
     ) -> Latent:
         """From the tokens `[B, N, channels]` a Flux, FLUX.2 or Qwen-Image pipeline works with (normalized).
@@ -94,7 +94,7 @@ class Latent:
         """
         row = get_space(space)
         _check_is_float(tokens)
-        return cls(layout.unpack(tokens, row, height, width), row.name, sigma, _tuple(caption), seed)
+        return cls(layout.unpack(tokens, row, height, width), row.name, sigma, _tuple(prompt), seed)
 
     @classmethod
     def from_euler(
@@ -103,7 +103,7 @@ class Latent:
         sigma: float | Tensor,
         space: str = "sdxl",
         *,
-        caption: str | Sequence[str] | None = None,
+        prompt: str | Sequence[str] | None = None,
         seed: int | None = None,
     ) -> Latent:
         """From SDXL's Euler scheduler, `x_0 + s e` with s >= 0 (0 to about 14.6), normalized otherwise.
@@ -118,7 +118,7 @@ class Latent:
             )
         _check_tensor(tensor, row)
         latent, level = layout.euler_to_trained(tensor, sigma)
-        return cls(latent, row.name, level if level.numel() > 1 else float(level), _tuple(caption), seed)
+        return cls(latent, row.name, level if level.numel() > 1 else float(level), _tuple(prompt), seed)
 
     @classmethod
     def from_pipeline(
@@ -128,7 +128,7 @@ class Latent:
         *,
         height: int | None = None,
         width: int | None = None,
-        caption: str | Sequence[str] | None = None,
+        prompt: str | Sequence[str] | None = None,
         seed: int | None = None,
     ) -> Latent:
         """From what a diffusers pipeline returned for `output_type="latent"`, whatever its layout and frame.
@@ -141,7 +141,7 @@ class Latent:
         """
         from pidecode.integrations.pipeline_latents import from_pipeline
 
-        return from_pipeline(pipe, out, height=height, width=width, caption=caption, seed=seed)
+        return from_pipeline(pipe, out, height=height, width=width, prompt=prompt, seed=seed)
 
     @classmethod
     def load(
@@ -167,7 +167,7 @@ class Latent:
         if space is not None and get_space(space).name != record.space:
             raise LatentError(f"{path} holds a latent of space {record.space}, not {get_space(space).name}.")
         told = _collapse(torch.tensor(record.sigma, dtype=torch.float32))
-        latent = cls(stored.tensor, record.space, told, _tuple(record.caption), record.seed)
+        latent = cls(stored.tensor, record.space, told, _tuple(record.prompt), record.seed)
         if sigma is not None:
             asked = _column(_clean_sigma(sigma, len(latent), latent.tensor.device), latent)
             if not torch.allclose(asked, latent.sigmas, atol=1e-6):
@@ -175,14 +175,14 @@ class Latent:
         return latent
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write a .safetensors file with the tensor, space, sigma, caption and seed, whole or not at all.
+        """Write a .safetensors file with the tensor, space, sigma, prompt and seed, whole or not at all.
 
         Raises FileError if the file exists (unless `overwrite`) or cannot be written.
         """
         record = storage.LatentRecord(
             space=self.space,
             sigma=tuple(self.sigmas.tolist()),
-            caption=(self.caption,) * len(self) if isinstance(self.caption, str) else self.caption,
+            prompt=(self.prompt,) * len(self) if isinstance(self.prompt, str) else self.prompt,
             seed=self.seed,
         )
         storage.write_latent(path, self.tensor, record, overwrite=overwrite)
@@ -198,11 +198,11 @@ class Latent:
         return _column(self.sigma, self)
 
     @property
-    def captions(self) -> tuple[str, ...] | tuple[None, ...]:
-        """The caption of each sample; None for all where there is none."""
-        if self.caption is None:
+    def prompts(self) -> tuple[str, ...] | tuple[None, ...]:
+        """The prompt of each sample; None for all where there is none."""
+        if self.prompt is None:
             return (None,) * len(self)
-        return (self.caption,) * len(self) if isinstance(self.caption, str) else self.caption
+        return (self.prompt,) * len(self) if isinstance(self.prompt, str) else self.prompt
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -262,8 +262,8 @@ class Latent:
         if not len(tensor):
             raise LatentError(f"{index} selects none of the {len(self)} latents.")
         sigma = _collapse(self.sigma[index]) if isinstance(self.sigma, Tensor) else self.sigma
-        caption = self.caption if self.caption is None or isinstance(self.caption, str) else self.caption[index]
-        return self._with(tensor=tensor, sigma=sigma, caption=_unify(caption))
+        prompt = self.prompt if self.prompt is None or isinstance(self.prompt, str) else self.prompt[index]
+        return self._with(tensor=tensor, sigma=sigma, prompt=_unify(prompt))
 
     def split(self, size: int = 1) -> list[Latent]:
         """Batches of at most `size` samples, in order."""
@@ -275,7 +275,7 @@ class Latent:
     def cat(latents: Sequence[Latent]) -> Latent:
         """One batch of several latents of the same space, grid, type and device.
 
-        Samples without a caption get the empty one if others have one. The seed is kept if all agree.
+        Samples without a prompt get the empty one if others have one. The seed is kept if all agree.
         """
         if not latents:
             raise LatentError("There is nothing to join; give at least one latent.")
@@ -292,14 +292,14 @@ class Latent:
                         f"Latents of one batch must share their {what}: {mine} and {theirs}. Decode them one by one, "
                         "or convert them first."
                     )
-        captions: tuple[str, ...] | None = None
-        if any(latent.caption is not None for latent in latents):
-            captions = tuple(text or "" for latent in latents for text in latent.captions)
+        prompts: tuple[str, ...] | None = None
+        if any(latent.prompt is not None for latent in latents):
+            prompts = tuple(text or "" for latent in latents for text in latent.prompts)
         seeds = {latent.seed for latent in latents}
         return first._with(
             tensor=torch.cat([latent.tensor for latent in latents]),
             sigma=_collapse(torch.cat([latent.sigmas for latent in latents])),
-            caption=_unify(captions),
+            prompt=_unify(prompts),
             seed=seeds.pop() if len(seeds) == 1 else None,
         )
 
@@ -308,14 +308,14 @@ class Latent:
         sigma = self.sigma.tolist() if isinstance(self.sigma, Tensor) else self.sigma
         kind = str(self.tensor.dtype).removeprefix("torch.")
         return (
-            f"Latent({self.space}, {shape} {kind} on {self.tensor.device}, sigma={sigma}, caption={self.caption!r}, "
+            f"Latent({self.space}, {shape} {kind} on {self.tensor.device}, sigma={sigma}, prompt={self.prompt!r}, "
             f"seed={self.seed})"
         )
 
     def _with(self, **changes: Any) -> Latent:
         """A changed copy, unchecked: only for changes that cannot break what was checked."""
         new = object.__new__(Latent)
-        for name in ("tensor", "space", "sigma", "caption", "seed"):
+        for name in ("tensor", "space", "sigma", "prompt", "seed"):
             object.__setattr__(new, name, changes.get(name, getattr(self, name)))
         return new
 
@@ -397,22 +397,22 @@ def _column(sigma: float | Tensor, latent: Latent) -> Tensor:
     return torch.as_tensor(sigma, dtype=torch.float32, device=latent.tensor.device).flatten().expand(len(latent))
 
 
-def _clean_caption(caption: object, batch: int) -> str | tuple[str, ...] | None:
-    if caption is None or isinstance(caption, str):
-        return caption
-    if not isinstance(caption, (list, tuple)) or not all(isinstance(text, str) for text in caption):
-        raise LatentError(f"The caption is a text, one per sample, or None; got {caption!r}.")
-    if len(caption) != batch:
-        raise LatentError(f"There are {len(caption)} captions for {batch} latents; give one, or one for each.")
-    return _unify(tuple(caption))
+def _clean_prompt(prompt: object, batch: int) -> str | tuple[str, ...] | None:
+    if prompt is None or isinstance(prompt, str):
+        return prompt
+    if not isinstance(prompt, (list, tuple)) or not all(isinstance(text, str) for text in prompt):
+        raise LatentError(f"The prompt is a text, one per sample, or None; got {prompt!r}.")
+    if len(prompt) != batch:
+        raise LatentError(f"There are {len(prompt)} prompts for {batch} latents; give one, or one for each.")
+    return _unify(tuple(prompt))
 
 
-def _unify(caption: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-    return caption[0] if isinstance(caption, tuple) and len(set(caption)) == 1 else caption
+def _unify(prompt: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    return prompt[0] if isinstance(prompt, tuple) and len(set(prompt)) == 1 else prompt
 
 
-def _tuple(caption: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
-    return caption if caption is None or isinstance(caption, str) else tuple(caption)
+def _tuple(prompt: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
+    return prompt if prompt is None or isinstance(prompt, str) else tuple(prompt)
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

@@ -24,7 +24,7 @@ METADATA_KEY = "pidecode_latent"
 TENSOR_NAME = "latent"
 IN_MEMORY = "The latent file"
 """What messages call a file that came as bytes."""
-# Far above any honest header of one tensor and its captions.
+# Far above any honest header of one tensor and its prompts.
 MAX_HEADER_BYTES = 1 << 20
 
 _ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
@@ -32,11 +32,11 @@ _ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentRecord:
-    """What a latent file says beside its tensor: space, sigma per sample, captions or None, seed or None."""
+    """What a latent file says beside its tensor: space, sigma per sample, prompts or None, seed or None."""
 
     space: str
     sigma: tuple[float, ...]
-    caption: tuple[str, ...] | None
+    prompt: tuple[str, ...] | None
     seed: int | None
 
 
@@ -57,12 +57,12 @@ def write_latent(
         "space": record.space,
         "frame": "normalized",
         "sigma": list(record.sigma),
-        "caption": None if record.caption is None else list(record.caption),
+        "prompt": None if record.prompt is None else list(record.prompt),
         "seed": record.seed,
     }
     text = json.dumps(note)
     if len(text) > MAX_HEADER_BYTES // 2:
-        raise LatentError(f"The captions take {len(text)} characters; a latent file holds {MAX_HEADER_BYTES // 2}.")
+        raise LatentError(f"The prompts take {len(text)} characters; a latent file holds {MAX_HEADER_BYTES // 2}.")
     data = safetensors.torch.save({TENSOR_NAME: tensor.detach().cpu().contiguous()}, {METADATA_KEY: text})
     with atomic_write(path, overwrite=overwrite) as file:
         file.write(data)
@@ -178,20 +178,18 @@ def _parse_record(text: str, path: object) -> LatentRecord:
         raise LatentError(f"{path} is of space {space!r}; known are {', '.join(SPACES)}.")
     if frame != "normalized":
         raise LatentError(f"{path} says its frame is {frame!r}; a latent file holds the normalized one. Convert it.")
-    sigma, caption = note.get("sigma"), note.get("caption")
+    sigma, prompt = note.get("sigma"), note.get("prompt")
     if not isinstance(sigma, list) or not all(type(s) in (int, float) and 0 <= s <= 1 for s in sigma):
         raise LatentError(f"{path} says sigma {sigma!r}; it must be a list of numbers in [0, 1], one per sample.")
-    if caption is not None and (
-        not isinstance(caption, list)
-        or len(caption) != len(sigma)
-        or not all(isinstance(text, str) for text in caption)
+    if prompt is not None and (
+        not isinstance(prompt, list) or len(prompt) != len(sigma) or not all(isinstance(text, str) for text in prompt)
     ):
-        raise LatentError(f"The captions in {path} are not {len(sigma)} texts; the file is damaged.")
+        raise LatentError(f"The prompts in {path} are not {len(sigma)} texts; the file is damaged.")
     if seed is not None and type(seed) is not int:
         raise LatentError(f"The seed in {path} is {seed!r}; it must be a whole number.")
     return LatentRecord(
         space=space,
         sigma=tuple(float(number) for number in sigma),
-        caption=None if caption is None else tuple(caption),
+        prompt=None if prompt is None else tuple(prompt),
         seed=seed,
     )

@@ -29,7 +29,7 @@ _chosen: ContextVar[str | None] = ContextVar("attention_backend", default=None)
 def attention(q_BNLK: Tensor, k_BNLK: Tensor, v_BNLK: Tensor) -> Tensor:
     """Softmax(q k^T / sqrt(head_dim)) v, without a mask, for `[batch, heads, tokens, head_dim]`.
 
-    PiD masks nothing: padded caption positions are attended (SPEC.md section 4). Runs the backend that `use` chose,
+    PiD masks nothing: padded prompt positions are attended (SPEC.md section 4). Runs the backend that `use` chose,
     or what the framework picks.
     """
     if q_BNLK.is_meta:

@@ -34,7 +34,7 @@ class PiDConfig:
     """
 
     hidden_size: int = 1536
-    """Width D of patch and caption tokens."""
+    """Width D of patch and prompt tokens."""
     num_heads: int = 24
     """Heads of the patch blocks' attention."""
     patch_depth: int = 14
@@ -50,11 +50,11 @@ class PiDConfig:
     pixel_num_heads: int = 16
     """Its heads."""
     text_dim: int = 2304
-    """Width of caption states; 0 builds no text stream."""
+    """Width of prompt states; 0 builds no text stream."""
     text_length: int = 300
-    """Most caption tokens read."""
+    """Most prompt tokens read."""
     text_rope: bool = True
-    """Whether caption tokens are rotated by their position."""
+    """Whether prompt tokens are rotated by their position."""
     text_rope_theta: float = 10000.0
     """Base of that rotation."""
     rope_mode: RopeMode = "ntk_aware"

@@ -58,7 +58,7 @@ _FORM: dict[str, Any] = {
     "additionalProperties": False,
     "properties": {
         "image": {"type": "string", "format": "binary"},
-        "prompt": {"type": "string", "maxLength": 4000, "description": "For models that read captions."},
+        "prompt": {"type": "string", "maxLength": 4000, "description": "For models that read prompts."},
         "model": {"type": "string", "maxLength": 200},
         "n": {"type": "integer", "minimum": 1, "maximum": openai.MOST_IMAGES},
         "size": {"type": "string", "enum": ["auto"], "description": "auto, or exactly the enlarged size."},
@@ -117,7 +117,7 @@ def _add_work(app: FastAPI, desk: DecodeService) -> None:
         openapi_extra=_body("application/octet-stream", "A .safetensors file that holds one normalized latent."),
     )
     async def decode(request: Request, options: Annotated[DecodeOptions, Query()]) -> Response:
-        """The file says its space, noise level and caption if `Latent.save` wrote it; else name the space."""
+        """The file says its space, noise level and prompt if `Latent.save` wrote it; else name the space."""
         data = await intake.body(request)
         return _file(await outcome(request, desk.decode(data, options)))
 
@@ -173,7 +173,7 @@ def _add_openai(app: FastAPI, desk: DecodeService) -> None:
         openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}},
     )
     async def edits(request: Request) -> Any:
-        """The one edit there is: larger. A prompt is passed on as the caption, where the model reads captions."""
+        """The one edit there is: larger. A prompt is passed on as the prompt, where the model reads prompts."""
         image, fields = await _form(request, await intake.body(request))
         size, count = fields.pop("size", None), fields.pop("n", "1")
         if count not in {str(number) for number in range(1, openai.MOST_IMAGES + 1)}:
@@ -228,7 +228,7 @@ def _model(desk: DecodeService, name: str) -> openai.Model:
         scale=decoder.scale,
         kind=str(decoder.identity.kind),
         takes_images=decoder.encoder is not None,
-        reads_captions=decoder.net.config.has_text,
+        reads_text=decoder.net.config.has_text,
         license=str(decoder.identity.license or "unknown"),
     )
 
@@ -267,7 +267,7 @@ def _edit_options(fields: dict[str, str]) -> UpscaleOptions:
     fields.pop("user", None)
     if fields.pop("response_format", "b64_json") != "b64_json":
         raise HTTPException(400, "response_format must be b64_json: this server keeps no files to link to.")
-    renamed = {"prompt": "caption", "output_format": "format"}
+    renamed = {"prompt": "prompt", "output_format": "format"}
     values = {renamed.get(name, name): value for name, value in fields.items() if value != ""}
     try:
         return UpscaleOptions.model_validate(values)

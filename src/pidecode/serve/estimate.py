@@ -42,7 +42,7 @@ class Plan:
 def plan(decoder: PixelDecoder, width: int, height: int, *, batch: int = 1) -> Plan:
     """Estimate the decode of a result of that size, run as this decoder would run it.
 
-    A latent made from an image, or states made from a caption, are made before: what that takes is not counted.
+    A latent made from an image, or states made from a prompt, are made before: what that takes is not counted.
     """
     net = decoder.net
     return Plan(

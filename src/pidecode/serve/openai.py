@@ -63,7 +63,7 @@ class Model(BaseModel):
     scale: int
     kind: str
     takes_images: bool
-    reads_captions: bool
+    reads_text: bool
     license: str
 
 

@@ -233,7 +233,7 @@ def _model(desk: DecodeService, name: str) -> dict[str, Any]:
         "pixels_per_cell": decoder.space.pixels_per_cell,
         "kind": decoder.identity.kind,
         "takes_images": decoder.encoder is not None,
-        "reads_captions": decoder.net.config.has_text,
+        "reads_text": decoder.net.config.has_text,
         "license": decoder.identity.license or "unknown",
     }
 

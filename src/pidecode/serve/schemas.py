@@ -57,8 +57,8 @@ class Options(BaseModel):
     model: Annotated[
         str | None, Field(max_length=200, description="A name from /v1/models; the first if left out.")
     ] = None
-    caption: Annotated[
-        str | None, Field(max_length=4000, description="What the image shows, for models that read captions.")
+    prompt: Annotated[
+        str | None, Field(max_length=4000, description="What the image shows, for models that read prompts.")
     ] = None
     seed: Annotated[int, Field(ge=0, le=LARGEST_SEED, description="Of the noise.")] = 0
     steps: Annotated[int | None, Field(ge=1, le=100, description="Few-step models take 1 to 4.")] = None
@@ -68,7 +68,7 @@ class Options(BaseModel):
         Field(ge=0, le=0.8, description="Strength: noise put into a clean latent first, so more is invented."),
     ] = None
     guidance: Annotated[float | None, Field(ge=0, le=30, description="Of a many-step model.")] = None
-    color_lock: Annotated[
+    color_fix: Annotated[
         Lock | None,
         Field(
             description="Hold the image that is enlarged: not at all, its broad colors, all colors, or all it "
@@ -79,7 +79,7 @@ class Options(BaseModel):
 
     def settings(self) -> dict[str, Any]:
         """Keyword settings for the decoder: those that were given."""
-        names = ("seed", "steps", "sampler", "sigma", "guidance", "color_lock")
+        names = ("seed", "steps", "sampler", "sigma", "guidance", "color_fix")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 

@@ -53,7 +53,7 @@ class FileInfo:
     space: str | None = None
     """Of a latent that says so."""
     sigma: float | None = None
-    caption: str | None = None
+    prompt: str | None = None
     recipe: dict[str, Any] | None = None
 
 
@@ -127,7 +127,7 @@ class DecodeService:
             height, width = latent.output_size
             self._check(decoder, *settings.get("size", (width, height)))
             return self._made(
-                options, lambda: decoder.decode(latent, options.caption, callback=_reporter(job, previews), **settings)
+                options, lambda: decoder.decode(latent, options.prompt, callback=_reporter(job, previews), **settings)
             )
 
         return self._submit(options, work)
@@ -144,7 +144,7 @@ class DecodeService:
 
             def make() -> Any:
                 made = decoder.upscale(
-                    image, options.caption, fit=options.fit, callback=_reporter(job, previews), **options.settings()
+                    image, options.prompt, fit=options.fit, callback=_reporter(job, previews), **options.settings()
                 )
                 assert isinstance(made, Image)
                 return made if scale == decoder.scale else _reduced(made, scale, decoder.scale)
@@ -164,7 +164,7 @@ class DecodeService:
         def work(job: Job) -> Made:
             _, decoder = self.pick(options.model)
             self._check(decoder, *size)
-            caption = prompt if decoder.net.config.has_text else None
+            read = prompt if decoder.net.config.has_text else None
 
             def make() -> Any:
                 latent = painter(
@@ -174,7 +174,7 @@ class DecodeService:
                     seed=options.seed,
                     callback=lambda done, total: job.report(done=done, total=total, note="painting"),
                 )
-                return decoder.decode(latent, caption, callback=_reporter(job, previews), **options.settings())
+                return decoder.decode(latent, read, callback=_reporter(job, previews), **options.settings())
 
             return self._made(options, make)
 
@@ -267,7 +267,7 @@ def _read_latent(data: bytes) -> FileInfo:
         height=tensor.shape[2],
         space=record.space if record else None,
         sigma=record.sigma[0] if record else None,
-        caption=record.caption[0] if record and record.caption else None,
+        prompt=record.prompt[0] if record and record.prompt else None,
     )
 
 

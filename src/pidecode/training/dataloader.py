@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from pidecode.encoders.text import CaptionStates, TextEncoder, default_folder
+from pidecode.encoders.text import TextEncoder, TextStateCache, default_folder
 from pidecode.errors import ImageError, TrainingError
 from pidecode.images.read import load_image
 from pidecode.images.tensors import downsample, to_tensor
@@ -228,7 +228,7 @@ def make_helpers(recipe: Recipe, device: torch.device) -> Helpers:
     """The recipe's own encoders, or the latent space's and Gemma-2; latents are kept where `data.cache` says."""
     encode_text: EncodeText | None = None
     if recipe.net.has_text:
-        encode_text = recipe.encode_text or TextEncoder(device=device, states=CaptionStates(default_folder())).encode
+        encode_text = recipe.encode_text or TextEncoder(device=device, states=TextStateCache(default_folder())).encode
     if recipe.space is None:
         return Helpers(None, encode_text)
     source, encode = _encoder(recipe, device)

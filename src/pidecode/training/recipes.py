@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
-from pidecode.encoders.text import negative_prompt
+from pidecode.encoders.text import default_negative_prompt
 from pidecode.errors import SettingError
 from pidecode.registry.configs import PiDConfig, backbone, debug_config, v1pt5
 from pidecode.registry.spaces import LatentSpace, did_you_mean, get_space
@@ -50,7 +50,7 @@ def pixeldit(space: str = _FIXED) -> Recipe:
         title="PixelDiT fine-tuning, text to image",
         method="backbone",
         net=backbone(),
-        negative=negative_prompt(),
+        negative=default_negative_prompt(),
         optimize=Optimize(rate=2e-5, warmup=1000, clip=0.1),
         run=Run(steps=50_000),
     )
@@ -64,7 +64,7 @@ def teacher_adapter(space: str = _FIXED) -> Recipe:
         method="teacher",
         net=_config(row, color_head=True),
         space=row,
-        negative=negative_prompt(),
+        negative=default_negative_prompt(),
         only="adapter",
         data=_data(row),
         optimize=Optimize(rate=5e-5, warmup=2000, decay=1e-3, clip=0.1),
@@ -92,7 +92,7 @@ def student(space: str = _FIXED) -> Recipe:
         method="student",
         net=_config(row, color_head=False),
         space=row,
-        negative=negative_prompt(),
+        negative=default_negative_prompt(),
         data=replace(_data(row), caption_drop=0.0, latent_drop=0.0),
         optimize=Optimize(rate=1e-5, critic_rate=1e-5, decay=0.0, fake_decay=1e-3, clip=0.1),
         run=Run(steps=3000, save_every=250, sample_every=250),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks of the network: norms, embedders, rotary embedding, joint attention, patch and pixel blocks.
 
-Shapes: B batch, L patch tokens, N caption tokens, D hidden, P pixels of a patch, C pixel width.
+Shapes: B batch, L patch tokens, N prompt tokens, D hidden, P pixels of a patch, C pixel width.
 Precision: streams stay in float32; matrices run in the weights' own type.
 """
 
@@ -65,7 +65,7 @@ def image_rotation(
 
 
 def text_rotation(length: int, head_dim: int, theta: float, *, device: torch.device) -> Rotation:
-    """Rotary table of `length` caption tokens at positions 0, 1, 2, ..."""
+    """Rotary table of `length` prompt tokens at positions 0, 1, 2, ..."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     positions = torch.arange(length, dtype=torch.float32, device=device)
     angles = torch.outer(positions, 1.0 / theta**exponents)
@@ -137,7 +137,7 @@ class PatchEmbedder(nn.Module):
 
 
 class TextEmbedder(nn.Module):
-    """Caption states `[B, N, text_dim]` to tokens `[B, N, D]`."""
+    """Prompt states `[B, N, text_dim]` to tokens `[B, N, D]`."""
 
     def __init__(self, text_dim: int, hidden_size: int) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class JointAttention(nn.Module):
-    """Caption tokens first, then image tokens, all attending to all."""
+    """Prompt tokens first, then image tokens, all attending to all."""
 
     def __init__(self, config: PiDConfig) -> None:
         super().__init__()
@@ -279,7 +279,7 @@ class JointAttention(nn.Module):
 
 
 class PatchBlock(nn.Module):
-    """A dual-stream block: image tokens `[B, L, D]` and caption tokens `[B, N, D]`, each with its own weights.
+    """A dual-stream block: image tokens `[B, L, D]` and prompt tokens `[B, N, D]`, each with its own weights.
 
     The condition `[B, 1, D]` gives both streams their shifts, scales and gates.
     """
@@ -308,7 +308,7 @@ class PatchBlock(nn.Module):
         *,
         want_text: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        """Both streams after the block; `want_text=False` skips the caption's, which nobody reads after the last."""
+        """Both streams after the block; `want_text=False` skips the prompt's, which nobody reads after the last."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation_img(condition).chunk(6, dim=-1)
         y_in, text = None, None
         if y is not None:

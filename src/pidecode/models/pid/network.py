@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """PiDNet: latent adapter, patch blocks, pixel blocks, final layer (PiD, PixelDiT).
 
-Shapes: B batch, L = h w patch tokens, N caption tokens, D hidden, P pixels of a patch, C pixel width.
+Shapes: B batch, L = h w patch tokens, N prompt tokens, D hidden, P pixels of a patch, C pixel width.
 Attribute names are those of the released checkpoints, which are a file format.
 """
 
@@ -158,7 +158,7 @@ class PiDNet(nn.Module):
     ) -> Condition:
         """Compute what all steps share.
 
-        text: caption states `[B, N, text_dim]`; positions beyond `text_length` are cut.
+        text: prompt states `[B, N, text_dim]`; positions beyond `text_length` are cut.
         latent: normalized latent `[B, channels, a, b]`; None runs without any latent.
         sigma: noise left in the latent, one value or one per sample, in [0, 1].
         latent_mask: `[B]` of 0 or 1; 0 silences a sample's latent.
@@ -197,12 +197,12 @@ class PiDNet(nn.Module):
         config = self.config
         if not config.has_text:
             if text is not None:
-                raise SettingError("This network has no text stream, so a caption cannot act; leave it out.")
+                raise SettingError("This network has no text stream, so a prompt cannot act; leave it out.")
             return None
         if text is None or text.ndim != 3 or text.shape[-1] != config.text_dim:
             came = "nothing" if text is None else f"shape {tuple(text.shape)}"
             raise SettingError(
-                f"This network needs caption states of shape [batch, tokens, {config.text_dim}]; {came} came."
+                f"This network needs prompt states of shape [batch, tokens, {config.text_dim}]; {came} came."
             )
         text = text[:, : config.text_length]
         # float32 like the image stream, whatever the matrices are in.

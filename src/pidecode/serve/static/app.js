@@ -57,7 +57,7 @@ function fillSettings() {
   if (steps.includes(Number(kept.steps))) find("steps").value = kept.steps;
   for (const [name, on] of Object.entries({
     "for-image": !input || isImage(), "for-latent": input && !isImage(), "for-foreign": input && !isImage() && !isPrompt() && !input.looked.space,
-    "for-captions": chosen.reads_captions && !isPrompt(), "for-student": student, "for-teacher": !student,
+    "for-prompts": chosen.reads_text && !isPrompt(), "for-student": student, "for-teacher": !student,
   })) for (const element of document.getElementsByClassName(name)) element.hidden = !on;
 }
 
@@ -68,11 +68,11 @@ function readSettings() {
   if (Number(find("sigma").value)) settings.sigma = find("sigma").value;
   if (model().kind === "student") settings.sampler = find("sampler").value;
   else settings.guidance = find("guidance").value;
-  if (model().reads_captions && !isPrompt() && find("caption").value.trim()) settings.caption = find("caption").value.trim();
+  if (model().reads_text && !isPrompt() && find("prompt").value.trim()) settings.prompt = find("prompt").value.trim();
   if (isImage()) {
     settings.fit = find("fit").value;
     settings.scale = find("scale").value;
-    if (find("color_lock").value) settings.color_lock = find("color_lock").value;
+    if (find("color_fix").value) settings.color_fix = find("color_fix").value;
   } else {
     if (find("to-width").value) settings.width = find("to-width").value;
     if (find("to-height").value) settings.height = find("to-height").value;
@@ -84,17 +84,17 @@ function readSettings() {
 function writeSettings(settings) {
   if (about.models.some((one) => one.name === settings.model)) find("model").value = settings.model;
   fillSettings();
-  for (const name of ["seed", "steps", "sampler", "guidance", "fit", "scale", "format", "space", "caption"]) {
+  for (const name of ["seed", "steps", "sampler", "guidance", "fit", "scale", "format", "space", "prompt"]) {
     const value = settings[name], field = find(name);
     if (value === undefined) continue;
     if (field.tagName === "SELECT" && ![...field.options].some((one) => one.value === String(value))) continue;
     field.value = value;
   }
   find("sigma").value = settings.sigma ?? 0;
-  find("color_lock").value = settings.color_lock ?? "";
+  find("color_fix").value = settings.color_fix ?? "";
   find("to-width").value = settings.width ?? "";
   find("to-height").value = settings.height ?? "";
-  if (settings.caption === undefined) find("caption").value = "";
+  if (settings.prompt === undefined) find("prompt").value = "";
   showSigma();
 }
 
@@ -130,7 +130,7 @@ async function take(file) {
     return;
   }
   current = null;
-  if (input.looked.caption && !find("caption").value) find("caption").value = input.looked.caption;
+  if (input.looked.prompt && !find("prompt").value) find("prompt").value = input.looked.prompt;
   find("to-width").value = find("to-height").value = "";
   showInput();
   clearResult();
@@ -353,7 +353,7 @@ function restore(entry) {
 
 function useRecipe() {
   const recipe = input.looked.recipe, given = {};
-  for (const name of ["seed", "steps", "sampler", "guidance", "caption", "model", "color_lock"]) if (recipe[name] !== undefined) given[name] = recipe[name];
+  for (const name of ["seed", "steps", "sampler", "guidance", "prompt", "model", "color_fix"]) if (recipe[name] !== undefined) given[name] = recipe[name];
   if (recipe.sigma > 0 && recipe.sigma <= 0.8) given.sigma = recipe.sigma;
   writeSettings({ ...readSettings(), ...given });
   find("from-recipe").hidden = true;

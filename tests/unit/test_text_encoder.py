@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Captions to states: the prompt's layout, the encoder's exact maths, and the cache that makes it needed once."""
+"""Prompts to states: the prompt's layout, the encoder's exact maths, and the cache that makes it needed once."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pidecode.encoders import text as captions
+from pidecode.encoders import text as prompts
 from pidecode.encoders.text import (
-    CaptionStates,
     TextEncoder,
     TextOptions,
+    TextStateCache,
     prompt_length,
     ready_states,
     select_positions,
@@ -56,9 +56,9 @@ def test_impossible_prompts_are_refused(bad):
 
 def test_texts_are_shipped_byte_for_byte():
     digests = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in
-               {"chi": captions.instruction(), "negative": captions.negative_prompt()}.items()}  # fmt: skip
+               {"chi": prompts.instruction(), "negative": prompts.default_negative_prompt()}.items()}  # fmt: skip
     assert digests == {"chi": "62b9ab89eebb0ac5", "negative": "3fbcee537cdf9114"}
-    assert captions.instruction().endswith("User Prompt: ")
+    assert prompts.instruction().endswith("User Prompt: ")
 
 
 @pytest.fixture(scope="session")
@@ -141,14 +141,14 @@ def character_ids(text):
 
 
 @pytest.mark.parametrize("soft_capping", [False, True])
-@pytest.mark.parametrize("caption", ["a cat", "", "a very long caption that is cut"])
-def test_states_do_not_depend_on_the_librarys_defaults(gemma_folder, caption, soft_capping):
+@pytest.mark.parametrize("prompt", ["a cat", "", "a very long prompt that is cut"])
+def test_states_do_not_depend_on_the_librarys_defaults(gemma_folder, prompt, soft_capping):
     """Fails when attention, soft-capping, the mask or padding changes under us in a new transformers."""
     encoder = TextEncoder(options_for(gemma_folder, soft_capping=soft_capping))
-    got = encoder.encode(caption)
+    got = encoder.encode(prompt)
     n_instruction = 1 + len("Enhance: ")
     total = n_instruction + 12 - 2
-    ids = character_ids("Enhance: " + caption)[:total]
+    ids = character_ids("Enhance: " + prompt)[:total]
     padded = ids + [0] * (total - len(ids))
     expected = reference_states(gemma_folder, padded, len(ids), CAP if soft_capping else None)
     other = reference_states(gemma_folder, padded, len(ids), None if soft_capping else CAP)
@@ -177,7 +177,7 @@ def test_without_instruction(gemma_folder):
     torch.testing.assert_close(encoder.encode("a cat")[0], expected, atol=2e-4, rtol=1e-4)
 
 
-def test_a_batch_is_its_captions_one_by_one(gemma_folder):
+def test_a_batch_is_its_prompts_one_by_one(gemma_folder):
     encoder = TextEncoder(options_for(gemma_folder, dtype="bfloat16"))
     both = encoder.encode(["a cat", "two dogs"])
     assert both.dtype == torch.bfloat16
@@ -185,10 +185,10 @@ def test_a_batch_is_its_captions_one_by_one(gemma_folder):
 
 
 def test_the_encoder_is_needed_once(gemma_folder, tmp_path):
-    states = CaptionStates(tmp_path / "cache")
+    states = TextStateCache(tmp_path / "cache")
     first = TextEncoder(options_for(gemma_folder), states=states)
     computed = first.encode(["a cat", ""])
-    again = TextEncoder(options_for(gemma_folder), states=CaptionStates(tmp_path / "cache"))
+    again = TextEncoder(options_for(gemma_folder), states=TextStateCache(tmp_path / "cache"))
     assert torch.equal(again.encode(["a cat", ""]), computed)
     assert not again.loaded
     assert first.loaded
@@ -202,7 +202,7 @@ def test_the_encoder_is_needed_once(gemma_folder, tmp_path):
     "change", [{"instruction": "Paint: "}, {"soft_capping": True}, {"length": 11}, {"dtype": "bfloat16"}]
 )
 def test_other_options_are_other_entries(gemma_folder, tmp_path, change):
-    states = CaptionStates(tmp_path)
+    states = TextStateCache(tmp_path)
     base, other = options_for(gemma_folder), options_for(gemma_folder, **change)
     states.put("a cat", base.identity(), torch.zeros(12, WIDTH))
     assert states.get("a cat", other.identity()) is None
@@ -229,9 +229,9 @@ def test_a_changed_or_copied_folder(gemma_folder, tmp_path):
 
 def test_cache_entries_travel_as_files(tmp_path):
     identity = TextOptions().identity()
-    here, there = CaptionStates(tmp_path / "here"), CaptionStates(tmp_path / "there")
-    for seed, caption in enumerate(["a cat", "ein Kätzchen", ""]):
-        here.put(caption, identity, torch.full((4, 8), float(seed)).bfloat16())
+    here, there = TextStateCache(tmp_path / "here"), TextStateCache(tmp_path / "there")
+    for seed, prompt in enumerate(["a cat", "ein Kätzchen", ""]):
+        here.put(prompt, identity, torch.full((4, 8), float(seed)).bfloat16())
     assert here.export_to(tmp_path / "all.safetensors") == 3
     assert here.export_to(tmp_path / "one.safetensors", ["ein Kätzchen"]) == 1
     assert there.import_from(tmp_path / "all.safetensors") == 3
@@ -243,21 +243,21 @@ def test_cache_entries_travel_as_files(tmp_path):
     with pytest.raises(SettingError, match="'a dog'"):
         here.export_to(tmp_path / "none.safetensors", ["a dog"])
     with pytest.raises(SettingError, match="encode some first"):
-        CaptionStates(tmp_path / "empty").export_to(tmp_path / "none.safetensors")
+        TextStateCache(tmp_path / "empty").export_to(tmp_path / "none.safetensors")
 
 
 def test_damaged_entries(tmp_path):
     identity = TextOptions().identity()
-    states = CaptionStates(tmp_path / "cache")
+    states = TextStateCache(tmp_path / "cache")
     path = states.put("a cat", identity, torch.zeros(4, 8))
     path.write_bytes(path.read_bytes()[:-3])
     assert states.get("a cat", identity) is None
     with pytest.raises(FileError, match="could not be read"):
         states.import_from(path)
     save_file({"x": torch.zeros(4, 8)}, tmp_path / "plain.safetensors")
-    with pytest.raises(FileError, match="does not say which caption"):
+    with pytest.raises(FileError, match="does not say which prompt"):
         states.import_from(tmp_path / "plain.safetensors")
-    save_file({"x": torch.zeros(1)}, tmp_path / "odd.safetensors", metadata={"pidecode_captions": '{"entries": [{}]}'})
+    save_file({"x": torch.zeros(1)}, tmp_path / "odd.safetensors", metadata={"pidecode_prompts": '{"entries": [{}]}'})
     with pytest.raises(FileError, match="wrongly"):
         states.import_from(tmp_path / "odd.safetensors")
     states.put("a cat", identity, torch.zeros(4, 8))
@@ -267,15 +267,15 @@ def test_damaged_entries(tmp_path):
 def test_cache_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(FileError, match="could not be written"):
-        CaptionStates(tmp_path / "file" / "cache").put("a", {}, torch.zeros(1, 1))
+        TextStateCache(tmp_path / "file" / "cache").put("a", {}, torch.zeros(1, 1))
 
 
 def test_default_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("PIDECODE_CACHE", str(tmp_path))
-    assert CaptionStates().folder == tmp_path / "captions"
+    assert TextStateCache().folder == tmp_path / "prompts"
     monkeypatch.delenv("PIDECODE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
-    assert CaptionStates().folder == tmp_path / "x" / "pidecode" / "captions"
+    assert TextStateCache().folder == tmp_path / "x" / "pidecode" / "prompts"
 
 
 def test_ready_made_states(tmp_path):
@@ -312,10 +312,10 @@ def test_another_kind_of_model_is_refused(tmp_path):
         TextEncoder(TextOptions(model=str(tmp_path))).encode("a cat")
 
 
-@pytest.mark.parametrize("caption", [3, None, ["a", 3], []])
-def test_captions_must_be_text(caption):
+@pytest.mark.parametrize("prompt", [3, None, ["a", 3], []])
+def test_prompts_must_be_text(prompt):
     with pytest.raises(SettingError):
-        TextEncoder().encode(caption)
+        TextEncoder().encode(prompt)
 
 
 @pytest.mark.parametrize("change", [{"dtype": "int8"}, {"length": 1}])
