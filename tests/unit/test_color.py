@@ -13,7 +13,7 @@ from torch.nn import functional
 import tiny_models
 import tiny_pipelines
 from pidecode import PixelDecoder
-from pidecode.color_fix import fidelity, apply_color_fix
+from pidecode.color_fix import apply_color_fix, fidelity
 from pidecode.encoders.base import load_encoder
 from pidecode.errors import SettingError
 from pidecode.latents.latent import Latent

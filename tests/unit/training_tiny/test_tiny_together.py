@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoder and decoder of `tiny` together, at debug_config size: runs that grow, share, stop and go on; files that load."""
+"""Encoder and decoder of `tiny` together: runs that grow, share, stop and go on; files that load."""
 
 from __future__ import annotations
 

@@ -244,7 +244,7 @@ class PiDNet(nn.Module):
     def denoise(self, x_B3HW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
         """One evaluation: noisy image `[B, 3, H, W]` and flow time times 1000 `[B]` to the prediction, same shape.
 
-        Without gradients the same sums run in place and in chunks (`engine/inplace.py`); times on the host are looked up
+        Without gradients it runs in place and in chunks (`engine/inplace.py`); times on the host are looked up
         in the condition's schedule without waiting for the device.
         """
         if self.runs_lean(x_B3HW.device):
