@@ -22,7 +22,7 @@ import torch
 
 from pidecode.benchmarking.machine import describe_device, seconds
 from pidecode.devices import pick_device
-from pidecode.engine.ops import elementwise as lean
+from pidecode.engine.ops import elementwise
 from pidecode.engine.ops import quantize as products
 from pidecode.errors import MissingDependencyError, SettingError
 
@@ -74,16 +74,16 @@ def kernels(device: torch.device) -> dict[str, tuple[Callable[[], Any], int]]:
     logits, gate = draw(TOKENS, 1, dtype=torch.float32), draw(1, HIDDEN).mul_(0.01)
     tokens, pixels = TOKENS * HIDDEN, TILE * GROUP * PIXEL
     return {
-        "norm and modulation, tokens": (lambda: lean.norm_modulate(stream, one, one, dtype), tokens * 6),
-        "norm and modulation, pixels": (lambda: lean.norm_modulate(tile, shift, factor, dtype), pixels * 10),
-        "gated sum": (lambda: lean.add_gated_(stream, branch, one), tokens * 10),
-        "gate of one opening per token": (lambda: lean.let_in_(stream, branch, gate, logits), tokens * 10),
+        "norm and modulation, tokens": (lambda: elementwise.norm_modulate(stream, one, one, dtype), tokens * 6),
+        "norm and modulation, pixels": (lambda: elementwise.norm_modulate(tile, shift, factor, dtype), pixels * 10),
+        "gated sum": (lambda: elementwise.add_gated_(stream, branch, one), tokens * 10),
+        "gate of one opening per token": (lambda: elementwise.gate_latent_(stream, branch, gate, logits), tokens * 10),
         "norm and rotation of queries": (
-            lambda: lean.norm_rotate_(joint[:, 0], one[: HIDDEN // HEADS], turns),
+            lambda: elementwise.norm_rotate_(joint[:, 0], one[: HIDDEN // HEADS], turns),
             tokens * 4 + TOKENS * 32 * 8,
         ),
         "pixel block after its large products": (
-            lambda: lean.update_pixels_(tile, expanded, vectors, fc1, fc2),
+            lambda: elementwise.update_pixels_(tile, expanded, vectors, fc1, fc2),
             pixels * 18,
         ),
     }
@@ -98,7 +98,7 @@ def compare_kernels(device: torch.device, repeats: int) -> list[Line]:
     for what, (run, size) in kernels(device).items():
         plain = best(run, device, repeats)
         try:
-            with lean.fused():
+            with elementwise.fused():
                 fast = best(run, device, repeats)
         except MissingDependencyError as fault:
             print(fault, file=sys.stderr)

@@ -13,7 +13,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from pidecode.engine.chunks import WIDE_PIXELS
 from pidecode.errors import SettingError
 from pidecode.registry.checkpoints import STUDENT_TIMES, StudentKind
 from pidecode.registry.configs import Prediction
@@ -23,6 +22,9 @@ SINGLE_STEP_TIME = 1.0
 
 SMALLEST_DIVISOR = 0.05
 """Below this time a velocity is not recovered from x_0 by dividing by t, but by this."""
+
+FLOAT64_PIXELS = 2**18
+"""Pixels converted in float64 at once, so that no float64 copy of a whole image exists."""
 
 TIMESCALE = 1000.0
 """The network reads the flow time times this, never rounded: one unit is one radian."""
@@ -78,7 +80,7 @@ def _in_pieces(rule: Callable[..., Tensor], x: Tensor, other: Tensor, scalar: Te
     if torch.is_grad_enabled() and (x.requires_grad or other.requires_grad):
         return rule(x.to(wide), other.to(wide), scalar).float()
     out = torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
-    rows = max(1, WIDE_PIXELS // max(1, x.shape[0] * x.shape[-1]))
+    rows = max(1, FLOAT64_PIXELS // max(1, x.shape[0] * x.shape[-1]))
     for start in range(0, x.shape[-2], rows):
         piece = (..., slice(start, start + rows), slice(None))
         out[piece] = rule(x[piece].to(wide), other[piece].to(wide), scalar)

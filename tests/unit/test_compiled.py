@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled sums: equal to their twins, compiled once for all sizes, kept between processes, refused with a reason."""
+"""Compiled ops: equal to the eager ones, compiled once for all sizes, kept between processes, refused with a reason."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from torch._dynamo.testing import CompileCounter
 from pidecode.cli.app import cli
 from pidecode.devices import require_compiler
 from pidecode.engine.chunks import Chunks
-from pidecode.engine.ops import elementwise as lean
+from pidecode.engine.inplace import denoise
+from pidecode.engine.ops import elementwise
 from pidecode.engine.ops.compiled import CompiledOps
+from pidecode.engine.timesteps import step_modulation
 from pidecode.errors import MissingDependencyError, SettingError
 from pidecode.models.pid.network import Condition, PiDNet
 from pidecode.registry.configs import debug_config
@@ -30,7 +32,6 @@ def random_net() -> PiDNet:
     net = PiDNet(debug_config(pixel_depth=2)).eval().requires_grad_(False)
     for parameter in net.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.05)
-    net.chunks = Chunks(tokens=8, tile_tokens=8, tile_rows=4)
     return net
 
 
@@ -43,23 +44,24 @@ def inputs(net: PiDNet, grid: tuple[int, int]) -> tuple[Tensor, Condition]:
 
 
 @torch.inference_mode()
-def apart(net: PiDNet, grid: tuple[int, int], sums: CompiledOps) -> float:
+def apart(net: PiDNet, grid: tuple[int, int], ops: CompiledOps) -> float:
     x, condition = inputs(net, grid)
     t = torch.tensor([634.0])
-    eager = net.denoise(x, t, condition)
-    with lean.compiled(sums):
-        compiled = net.denoise(x, t, condition)
+    chunks, modulation = Chunks(tokens=8, tile_tokens=8, tile_rows=4), step_modulation(net, t)
+    eager = denoise(net, x, modulation, condition, chunks=chunks)
+    with elementwise.compiled(ops):
+        compiled = denoise(net, x, modulation, condition, chunks=chunks)
     return ((compiled - eager).abs().max() / eager.abs().max()).item()
 
 
 def test_a_image_of_another_size_compiles_nothing() -> None:
     counter = CompileCounter()  # type: ignore[no-untyped-call]
-    sums, net = CompiledOps(counter), random_net()
-    assert apart(net, (4, 6), sums) < 5e-6
+    ops, net = CompiledOps(counter), random_net()
+    assert apart(net, (4, 6), ops) < 5e-6
     first = counter.frame_count
     assert first
     for grid in ((6, 6), (2, 8), (8, 4)):
-        assert apart(net, grid, sums) < 5e-6
+        assert apart(net, grid, ops) < 5e-6
     assert counter.frame_count == first
 
 
@@ -74,13 +76,13 @@ def test_each_network_has_its_own_share_of_what_the_framework_compiles() -> None
 
 
 def test_narrow_types_round_once() -> None:
-    sums = CompiledOps("eager")
+    ops = CompiledOps("eager")
     x, other = torch.randn(2, 5, 12).bfloat16()
     wide = torch.nn.functional.silu(x.float()) * other.float()
-    assert torch.equal(sums.silu_times_(x, other), wide.bfloat16())
+    assert torch.equal(ops.silu_times_(x, other), wide.bfloat16())
     stream, shift = torch.randn(5, 12), torch.randn(12)
-    plain = lean.norm_modulate(stream, shift, shift, torch.bfloat16)
-    assert torch.allclose(sums.norm_modulate(stream, shift, shift, torch.bfloat16).float(), plain.float(), rtol=1e-2)
+    plain = elementwise.norm_modulate(stream, shift, shift, torch.bfloat16)
+    assert torch.allclose(ops.norm_modulate(stream, shift, shift, torch.bfloat16).float(), plain.float(), rtol=1e-2)
 
 
 def test_what_cannot_be_compiled_says_so() -> None:
@@ -136,6 +138,6 @@ def test_the_next_process_finds_what_was_compiled(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
 def test_the_framework_s_compiler_agrees() -> None:
-    sums, net = CompiledOps(), random_net()
-    assert apart(net, (4, 6), sums) < 5e-6
-    assert apart(net, (6, 4), sums) < 5e-6
+    ops, net = CompiledOps(), random_net()
+    assert apart(net, (4, 6), ops) < 5e-6
+    assert apart(net, (6, 4), ops) < 5e-6

@@ -13,6 +13,7 @@ from torch import Tensor
 import pidecode
 from pidecode.benchmarking.networks import NETWORKS
 from pidecode.benchmarking.speed import random_network
+from pidecode.engine.inplace import denoise
 from pidecode.engine.ops import quantize as door
 from pidecode.engine.ops import quantize as q8
 from pidecode.engine.ops.quantize import (
@@ -32,6 +33,7 @@ from pidecode.engine.ops.quantize import (
 )
 from pidecode.engine.plan import Plan
 from pidecode.engine.runner import Runner
+from pidecode.engine.timesteps import step_modulation
 from pidecode.errors import SettingError
 from pidecode.models.pid.network import PiDNet
 from pidecode.registry.configs import PiDConfig, debug_config
@@ -58,7 +60,8 @@ def evaluate(net: PiDNet, config: PiDConfig, height: int, width: int) -> Tensor:
         )
     )
     with torch.no_grad():
-        return net.denoise(x, torch.tensor([634.0]), net.prepare((height // 16, width // 16), text, latent, 0.2))
+        condition = net.prepare((height // 16, width // 16), text, latent, 0.2)
+        return denoise(net, x, step_modulation(net, torch.tensor([634.0])), condition)
 
 
 @pytest.mark.parametrize(("form", "way"), ALL_WAYS)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pidecode import PixelDecoder
 from pidecode.engine.plan import Plan
 from pidecode.engine.runner import Runner
-from pidecode.engine.timesteps import depends_on_noise, precompute, strip_for_inference
+from pidecode.engine.timesteps import depends_on_noise, is_stripped, strip_for_inference
 from pidecode.latents.latent import Latent
 from pidecode.models.pid.network import Condition, PiDNet
 from pidecode.registry.checkpoints import StudentKind
@@ -32,13 +32,13 @@ def shipped() -> PixelDecoder:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Times at which any network is asked, as they come."""
     times: list[float] = []
-    whole = PiDNet.denoise
+    whole = Runner.denoise
 
-    def counted(net: PiDNet, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def counted(runner: Runner, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         times.append(float(t[0]))
-        return whole(net, x, t, condition)
+        return whole(runner, x, t, condition)
 
-    monkeypatch.setattr(PiDNet, "denoise", counted)
+    monkeypatch.setattr(Runner, "denoise", counted)
     return times
 
 
@@ -64,7 +64,7 @@ def test_one_evaluation_gives_the_image_of_four(
         condition = net.prepare((8, 12), None, latent().tensor, torch.zeros(1))
         draw = NoiseStream([3], size, torch.device("cpu"))
         every = sample_student(
-            lambda x, t: net.denoise(x, t, condition), draw, kind=sampler, prediction=net.config.prediction
+            lambda x, t: shipped.runner.denoise(x, t, condition), draw, kind=sampler, prediction=net.config.prediction
         )
     assert len(asked) == 5
     assert isinstance(made, Tensor)
@@ -123,12 +123,14 @@ def test_what_was_slimmed_is_asked_at_every_step_unless_looked_at_before(
     shipped: PixelDecoder, asked: list[float]
 ) -> None:
     net = shipped.net
-    schedule = precompute(net, (0.999,))
+    runner = Runner(net, distilled=True)
+    runner.look = None
+    runner.precompute_timesteps()
     strip_for_inference(net)
     assert depends_on_noise(net)
     with torch.inference_mode():
-        condition = net.prepare((8, 12), None, latent().tensor, torch.zeros(1), schedule=schedule)
-        predict = Runner(net).predict(condition)
+        condition = net.prepare((8, 12), None, latent().tensor, torch.zeros(1))
+        predict = runner.predict(condition)
         for _ in range(2):
             predict(torch.randn(1, 3, 128, 192), torch.tensor([999.0]))
     assert len(asked) == 2
@@ -136,6 +138,6 @@ def test_what_was_slimmed_is_asked_at_every_step_unless_looked_at_before(
 
 def test_a_runner_looks_before_it_slims(shipped: PixelDecoder, asked: list[float]) -> None:
     shipped.runner.arrange(torch.device("cpu"))
-    assert shipped.net.stripped
+    assert is_stripped(shipped.net)
     shipped.decode(latent(), output="pt")
     assert len(asked) == 1

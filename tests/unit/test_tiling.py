@@ -9,13 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from pidecode.engine.tiling import Windows, blend, denoise_windows
+from pidecode.engine.injections import prepare_recomputed
+from pidecode.engine.tiling import Windows, blend_weights, denoise_windows
 from pidecode.errors import SettingError
 from pidecode.models.pid.network import Condition, PiDNet
 from pidecode.registry.configs import debug_config
 from pidecode.sampling import NoiseStream, sample_student
 
 GRID = (6, 10)
+
+
+def windowed(net: PiDNet, x: Tensor, t: Tensor, condition: Condition, windows: Windows) -> Tensor:
+    return denoise_windows(net.denoise, x, t, condition, windows, net.config.patch_size)
 
 
 def net_and_condition(deaf: bool = False) -> tuple[PiDNet, Condition, Tensor]:
@@ -39,7 +44,7 @@ def test_spans_cover_the_axis_with_their_overlap(length: int, side: int, overlap
     for (_, stop), (start, _) in pairwise(spans):
         assert stop - start >= overlap
     total = torch.zeros(length * 4)
-    for (start, stop), weight in zip(spans, blend(spans, 4, torch.device("cpu")), strict=True):
+    for (start, stop), weight in zip(spans, blend_weights(spans, 4, torch.device("cpu")), strict=True):
         assert weight.min() > 0
         total[start * 4 : stop * 4] += weight
     assert torch.allclose(total, torch.ones_like(total), atol=1e-6)
@@ -59,7 +64,7 @@ def test_one_window_is_the_whole_image() -> None:
     net, condition, x = net_and_condition()
     t = torch.tensor([634.0])
     with torch.no_grad():
-        assert torch.equal(denoise_windows(net, x, t, condition, Windows(10, 2)), net.denoise(x, t, condition))
+        assert torch.equal(windowed(net, x, t, condition, Windows(10, 2)), net.denoise(x, t, condition))
 
 
 def test_all_but_attention_is_as_in_the_whole() -> None:
@@ -71,8 +76,8 @@ def test_all_but_attention_is_as_in_the_whole() -> None:
     t = torch.tensor([634.0])
     with torch.no_grad():
         whole = net.denoise(x, t, condition)
-        fused = denoise_windows(net, x, t, condition, Windows(4, 1))
-    assert (whole - fused).abs().max() < 5e-6 * whole.abs().max()
+        blended = windowed(net, x, t, condition, Windows(4, 1))
+    assert (whole - blended).abs().max() < 5e-6 * whole.abs().max()
 
 
 def test_a_whole_decode_in_windows_has_no_seam() -> None:
@@ -81,7 +86,7 @@ def test_a_whole_decode_in_windows_has_no_seam() -> None:
 
     def decode(windows: Windows) -> Tensor:
         draw = NoiseStream([5], size, torch.device("cpu"))
-        return sample_student(lambda x, t: denoise_windows(net, x, t, condition, windows), draw)
+        return sample_student(lambda x, t: windowed(net, x, t, condition, windows), draw)
 
     with torch.no_grad():
         whole, fused = decode(Windows(10, 2)), decode(Windows(4, 2))
@@ -92,14 +97,14 @@ def test_a_whole_decode_in_windows_has_no_seam() -> None:
     assert jump[edges].mean() < 2 * jump.mean()
 
 
-def test_latent_tokens_made_late_are_cut_alike() -> None:
+def test_recomputed_latent_tokens_are_cropped_alike() -> None:
     net, condition, x = net_and_condition()
     torch.manual_seed(0)
-    late = net.prepare(GRID, torch.randn(1, 7, 16), torch.randn(1, 16, 3, 5), 0.3, keep_tokens=False)
+    recomputed = prepare_recomputed(net, GRID, torch.randn(1, 7, 16), torch.randn(1, 16, 3, 5), 0.3)
     torch.manual_seed(0)
     kept = net.prepare(GRID, torch.randn(1, 7, 16), torch.randn(1, 16, 3, 5), 0.3)
     t = torch.tensor([634.0])
     with torch.no_grad():
-        a, b = (denoise_windows(net, x, t, c, Windows(4, 1)) for c in (late, kept))
+        a, b = (windowed(net, x, t, c, Windows(4, 1)) for c in (recomputed, kept))
     assert (a - b).abs().max() < 5e-6 * b.abs().max()
     assert condition.grid == GRID

@@ -115,8 +115,8 @@ def trace_decode(config: PiDConfig, plan: Plan, *, stripped: bool = True) -> Tra
         if plan.window is not None:  # a window's own cut of them
             kept *= 1 + min(plan.window, width) * min(plan.window, height) / (width * height)
     more = config.num_injections - len(condition.injections)
-    full = _arranged(config, plan, stripped).net
-    weights = weight_bytes(full) - (weight_bytes(full.patch_blocks) if full.offloader else 0)
+    full = _arranged(config, plan, stripped)
+    weights = weight_bytes(full.net) - (weight_bytes(full.net.patch_blocks) if full.offloader else 0)
     return Traced(weights=weights, peak=live.peak + int(more * kept))
 
 

@@ -198,7 +198,7 @@ def _run(
     sources: Sequence[Path], wish: Wish, ending: str, make: Make, jobs: Callable[[CheckpointMetadata], list[Job]]
 ) -> None:
     """Make and save the images of one source after another, then say what was written."""
-    from pidecode.engine import sequence_parallel as parallel
+    from pidecode.engine import sequence_parallel
     from pidecode.files import check_writable
     from pidecode.images import KEYWORD, save_image
 
@@ -211,15 +211,15 @@ def _run(
             check_writable(place, overwrite=wish.overwrite)
         if wish.bits == "16" and place.suffix.lower() != ".png":
             raise SettingError(f"Only .png files hold 16 bits a channel; {place} does not.")
-    spread = parallel.join()  # under torchrun, several processes share each image and one writes it
+    parallel = sequence_parallel.init_process_group()  # under torchrun: each image is sharded, one process writes it
     decoder = wish.decoder(jobs)
-    decoder.runner.spread = spread
+    decoder.runner.sequence_parallel = parallel
     written: list[dict[str, Any]] = []
     for source, place in zip(sources, places, strict=True):
         began = time.perf_counter()
         with _steps(source.name) as callback:
             made = make(decoder, source, callback)
-        if not parallel.leads():
+        if not sequence_parallel.is_main_process():
             continue
         images = made if isinstance(made, list) else [made]
         decoded = time.perf_counter()
@@ -234,9 +234,9 @@ def _run(
         if not wish.as_json:
             for line in written[-len(images) :]:
                 click.echo(f"{line['image']}  {line['width']}x{line['height']}  {timing['seconds']:.1f} s")
-    if wish.as_json and parallel.leads():
+    if wish.as_json and sequence_parallel.is_main_process():
         emit(written, "", as_json=True)
-    parallel.leave()
+    sequence_parallel.destroy_process_group()
 
 
 @click.command()

@@ -5,9 +5,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-WIDE_PIXELS = 2**18
-"""Pixels of an image held in float64 at once, between evaluations."""
-
 
 @dataclass(frozen=True, slots=True)
 class Chunks:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CUDA graph capture and replay of one evaluation.
+"""CUDA graph capture and replay of one evaluation. Experimental: no gain was measured on a GPU yet.
 
-A recording (a CUDA graph) knows addresses, not values. So all that differs from step to step or from image to
-image of one size (the noisy image, the vectors of its time, what its latent and prompt became) is copied into
-tensors of the recording's own before each replay, and the answer out of one afterwards. Random draws and everything
-decided on the host happen outside, between evaluations. How work is recorded is a function, `cuda_graph` in earnest.
+A graph holds addresses, not values. So all that differs from step to step, or between images of one size (the noisy
+image, the modulation of its time, the condition made of its latent and prompt), is copied into tensors of the graph's
+own before each replay, and the prediction out of one afterwards. Random draws and decisions on the host stay outside,
+between evaluations. See https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
 """
 
 from __future__ import annotations
@@ -24,85 +24,97 @@ from pidecode.models.pid.network import Condition
 
 Evaluate = Callable[[Tensor, StepModulation, Condition], Tensor]
 Replay = Callable[[], Tensor]
-"""Does recorded work again on what the recording's tensors hold now; gives the same tensor each time."""
-Record = Callable[[Callable[[], Tensor]], Replay]
+"""Runs the captured work on what its static input tensors hold now; returns the same output tensor each time."""
+Capture = Callable[[Callable[[], Tensor]], Replay]
+"""Captures the work of a function; `capture_on` makes one, tests have another that needs no GPU."""
 
-MOST_KEPT = 2
-"""GraphCache held at once. Each keeps its inputs, its answer and the memory of one evaluation."""
+MAX_GRAPHS = 2
+"""Graphs kept at once. Each holds its inputs, its output and the memory of one evaluation."""
 WARM_UPS = 2
-"""Evaluations before one is recorded: kernels are loaded, chosen and compiled where that may still wait."""
+"""Evaluations before one is captured, in which kernels are loaded, chosen and compiled."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """All that an evaluation reads beside the weights."""
+    """Everything an evaluation reads beside the weights."""
 
     x: Tensor
-    vectors: StepModulation
+    modulation: StepModulation
     condition: Condition
 
 
 class GraphCache:
-    """Recorded evaluations of one network, the latest sizes kept."""
+    """Captured evaluations of one network, least recently used sizes dropped first.
 
-    def __init__(self, evaluate: Evaluate, record: Record) -> None:
-        self._evaluate, self._record = evaluate, record
-        self._kept: OrderedDict[Hashable, _CapturedGraph] = OrderedDict()
+    Args:
+        evaluate: One evaluation of the network.
+        capture: Captures it.
+    """
+
+    def __init__(self, evaluate: Evaluate, capture: Capture) -> None:
+        self._evaluate, self._capture = evaluate, capture
+        self._graphs: OrderedDict[Hashable, _CapturedGraph] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._graphs)
 
     def clear(self) -> None:
-        """Forget all, as must be when weights move or change."""
-        self._kept.clear()
+        """Drop all graphs, as is needed when weights move or change."""
+        self._graphs.clear()
 
-    def run(self, x: Tensor, vectors: StepModulation, condition: Condition, variant: Hashable = None) -> Tensor:
-        """The evaluation of these inputs, recorded first if none of their shapes was. The answer is the caller's own.
+    def run(self, x: Tensor, modulation: StepModulation, condition: Condition, variant: Hashable = None) -> Tensor:
+        """Evaluate these inputs, capturing a graph first if there is none for their shapes.
 
-        condition: the same object at each step of an image, so that it is copied once.
-        variant: what else a recording depends on, such as the attention kernel.
+        Args:
+            x: Noisy image `[B, 3, H, W]`.
+            modulation: That of its time.
+            condition: The same object at each step of an image, so that it is copied once.
+            variant: What else a graph depends on, such as the attention kernel.
+
+        Returns:
+            The prediction `[B, 3, H, W]`, in memory of its own.
         """
-        inputs = Inputs(x, vectors, replace(condition, schedule=None, color=None))
+        inputs = Inputs(x, modulation, replace(condition, color=None))
         key = (variant, shape_of(inputs))
-        if key in self._kept:
-            self._kept.move_to_end(key)
+        if key in self._graphs:
+            self._graphs.move_to_end(key)
         else:
-            while len(self._kept) >= MOST_KEPT:
-                self._kept.popitem(last=False)  # before the new one takes its memory
-            self._kept[key] = _CapturedGraph(inputs, self._evaluate, self._record)
-        return self._kept[key].run(inputs, condition)
+            while len(self._graphs) >= MAX_GRAPHS:
+                self._graphs.popitem(last=False)  # before the new one takes its memory
+            self._graphs[key] = _CapturedGraph(inputs, self._evaluate, self._capture)
+        return self._graphs[key].run(inputs, condition)
 
 
 class _CapturedGraph:
-    """One recorded evaluation and the tensors it reads."""
+    """One captured evaluation and its static input tensors."""
 
-    def __init__(self, inputs: Inputs, evaluate: Evaluate, record: Record) -> None:
+    def __init__(self, inputs: Inputs, evaluate: Evaluate, capture: Capture) -> None:
         # Ordinary tensors even in inference mode: they outlive the image, and may be written to in any mode.
         with torch.inference_mode(False), torch.no_grad():
-            held = self.held = duplicate(inputs)
-        self._replay = record(lambda: evaluate(held.x, held.vectors, held.condition))
-        self._holds: ref[Condition] | None = None
+            static = self.static = duplicate(inputs)
+        self._replay = capture(lambda: evaluate(static.x, static.modulation, static.condition))
+        self._condition: ref[Condition] | None = None
 
     def run(self, inputs: Inputs, source: Condition) -> Tensor:
         """Copy in what is new, replay, copy out."""
-        _copy((self.held.x, self.held.vectors), (inputs.x, inputs.vectors))
-        if self._holds is None or self._holds() is not source:
-            _copy(self.held.condition, inputs.condition)
-            self._holds = ref(source)
+        _copy((self.static.x, self.static.modulation), (inputs.x, inputs.modulation))
+        if self._condition is None or self._condition() is not source:
+            _copy(self.static.condition, inputs.condition)
+            self._condition = ref(source)
         return self._replay().clone()
 
 
 def _copy(into: object, out_of: object) -> None:
     pairs = {id(a): (a, b) for a, b in zip(tensors_in(into), tensors_in(out_of), strict=True)}
     with torch.no_grad():
-        for mine, given in pairs.values():
-            mine.copy_(given)
+        for target, source in pairs.values():
+            target.copy_(source)
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
-    """Tensors of a value made of dataclasses and tuples, in order; one that is held twice comes twice."""
+    """Tensors of a value made of dataclasses and tuples, in order; one that occurs twice comes twice."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple):
@@ -114,7 +126,7 @@ def tensors_in(value: object) -> Iterator[Tensor]:
 
 
 def shape_of(value: object) -> Hashable:
-    """What two values have in common if one can take the other's place: all but the numbers in their tensors."""
+    """A key equal for two values that differ in nothing but the numbers in their tensors."""
     if isinstance(value, Tensor):
         return tuple(value.shape), value.dtype, value.device
     if isinstance(value, tuple):
@@ -125,7 +137,7 @@ def shape_of(value: object) -> Hashable:
 
 
 def duplicate(value: T, seen: dict[int, Tensor] | None = None) -> T:
-    """The same value with tensors of its own; one that was held twice still is."""
+    """The same value with cloned tensors; one that occurs twice is cloned once."""
     seen = {} if seen is None else seen
     copy: Any = value
     if isinstance(value, Tensor):
@@ -138,35 +150,32 @@ def duplicate(value: T, seen: dict[int, Tensor] | None = None) -> T:
     return copy  # type: ignore[no-any-return]
 
 
-def cuda_graph(device: torch.device) -> Record:
-    """Record work on a CUDA device as a graph of its own.
+def capture_on(device: torch.device) -> Capture:
+    """Capture work on a CUDA device as a graph; the result raises SettingError if something in it cannot be."""
 
-    The recorder raises SettingError if something in the work cannot be recorded.
-    """
-
-    def record(run: Callable[[], Tensor]) -> Replay:
+    def capture(run: Callable[[], Tensor]) -> Replay:
         with torch.cuda.device(device):
-            apart, present = torch.cuda.Stream(), torch.cuda.current_stream()
-            apart.wait_stream(present)
-            with torch.cuda.stream(apart):
+            side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
                 for _ in range(WARM_UPS):
                     run()
-            present.wait_stream(apart)
+            current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             try:
                 with torch.cuda.graph(graph):
-                    answer = run()
+                    output = run()
             except RuntimeError as error:
                 first = (str(error).splitlines() or [type(error).__name__])[0]
                 raise SettingError(
-                    f"One evaluation could not be recorded as a graph on {device}: {first} Run without graphs."
+                    f"One evaluation could not be captured as a CUDA graph on {device}: {first} Leave CUDA graphs out."
                 ) from error
 
         def replay() -> Tensor:
             with torch.cuda.device(device):
                 graph.replay()
-            return answer
+            return output
 
         return replay
 
-    return record
+    return capture

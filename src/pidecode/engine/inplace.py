@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory-efficient forward of PiDNet: chunked, in place, without autograd.
 
-The same sums as the modules' own `forward`, which training uses and tests compare with. Here tokens pass through each
-block in chunks and the residual stream is updated in place; only keys, values and attention see all tokens at once.
-The pixel path runs in tiles of some tokens by some pixels of their patches, so that the per-pixel modulation (six
-vectors for every pixel of the image) never exists as a whole, and neither do its inner activations.
+It computes what `PiDNet.denoise`, the reference it is tested against, computes. Tokens pass through each block in
+chunks and the residual stream is updated in place; only keys, values and attention see all tokens at once. The pixel
+blocks run in tiles (`pixel_tiles`).
 
 Shapes: B batch, L tokens, N prompt tokens, D hidden, P pixels of a patch, C pixel width, T tokens of a chunk.
 """
@@ -12,23 +11,23 @@ Shapes: B batch, L tokens, N prompt tokens, D hidden, P pixels of a patch, C pix
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from pidecode.engine.ops import elementwise as lean
+from pidecode.engine.chunks import Chunks
+from pidecode.engine.injections import chunk_of
+from pidecode.engine.offload import BlockOffloader
+from pidecode.engine.ops import elementwise as ops
 from pidecode.engine.ops.quantize import matrix_rows
-from pidecode.engine.pixel_tiles import run_pixels
+from pidecode.engine.pixel_tiles import run_pixel_blocks
 from pidecode.engine.timesteps import StepModulation
 from pidecode.models.attention import attention
+from pidecode.models.pid.adapter import Injection
 from pidecode.models.pid.blocks import Rotation
-
-if TYPE_CHECKING:
-    from pidecode.engine.chunks import Chunks
-    from pidecode.models.pid.adapter import Injection, LateInjection
-    from pidecode.models.pid.network import Condition, PiDNet
+from pidecode.models.pid.network import Condition, PiDNet
 
 
 def complex_rotation(rotation: Rotation) -> Tensor:
@@ -36,16 +35,61 @@ def complex_rotation(rotation: Rotation) -> Tensor:
     return torch.complex(*rotation)
 
 
-def denoise(net: PiDNet, x_B3HW: Tensor, vectors: StepModulation, condition: Condition) -> Tensor:
-    """`PiDNet.denoise` without a graph; the noisy image is not altered."""
-    chunks = net.chunks_for(x_B3HW.device)
+def runs_in_place(net: PiDNet, device: torch.device) -> bool:
+    """Whether this forward can stand for the network's own as things are now.
+
+    Gradients, autocast, sharded weights and layers wrapped by adapters act in the modules' own forward.
+    """
+    if torch.is_grad_enabled():
+        return False
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return False
+    if hasattr(next(net.patch_blocks.parameters()), "device_mesh"):
+        return False
+    return not has_adapters(net)
+
+
+def has_adapters(net: PiDNet) -> bool:
+    """Whether a layer is wrapped, as peft wraps those it adapts: the wrapper's `forward` is more than its weight."""
+    return any(hasattr(module, "base_layer") for module in net.modules())
+
+
+def default_chunks(net: PiDNet, device: torch.device) -> Chunks:
+    """Chunk sizes that suit a device."""
+    return Chunks() if device.type == "cpu" else Chunks.large(net.config.patch_size)
+
+
+@torch.no_grad()
+def denoise(
+    net: PiDNet,
+    x_B3HW: Tensor,
+    modulation: StepModulation,
+    condition: Condition,
+    *,
+    chunks: Chunks | None = None,
+    offloader: BlockOffloader | None = None,
+) -> Tensor:
+    """One evaluation, as `PiDNet.denoise` gives it.
+
+    Args:
+        net: The network; its blocks may be quantized.
+        x_B3HW: Noisy image `[B, 3, H, W]`; not altered.
+        modulation: What the network derives from the time.
+        condition: What `prepare` computed for the image.
+        chunks: Chunk sizes; default those that suit the device.
+        offloader: Holds the patch blocks, where they live on the host.
+
+    Returns:
+        The prediction `[B, 3, H, W]`, float32.
+    """
+    chunks = chunks or default_chunks(net, x_B3HW.device)
     tokens = _embed(net, x_B3HW, chunks)
-    _run_patch_blocks(net, tokens, vectors, condition, chunks)
-    _finish_tokens_(net, tokens, vectors, condition, chunks)
+    _run_patch_blocks(net, tokens, modulation, condition, chunks, offloader)
+    _finish_tokens_(net, tokens, modulation, condition, chunks)
     dtype = net.final_layer.linear.weight.dtype
     if tokens.dtype != dtype:
         tokens = tokens.to(dtype)
-    return run_pixels(net, x_B3HW, tokens, condition, chunks)
+    return run_pixel_blocks(net, x_B3HW, tokens, condition, chunks)
 
 
 def _embed(net: PiDNet, x_B3HW: Tensor, chunks: Chunks) -> Tensor:
@@ -54,13 +98,20 @@ def _embed(net: PiDNet, x_B3HW: Tensor, chunks: Chunks) -> Tensor:
     B, proj = x_B3HW.shape[0], net.s_embedder.proj
     tokens = x_B3HW.new_empty(B, rows * columns, net.config.hidden_size, dtype=torch.float32)
     grid = x_B3HW.unflatten(3, (columns, patch)).unflatten(2, (rows, patch))  # [B, 3, rows, patch, columns, patch]
-    for part in lean.parts(rows, max(1, chunks.tokens // columns)):
+    for part in ops.parts(rows, max(1, chunks.tokens // columns)):
         patches = grid[:, :, part].permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         tokens[:, part.start * columns : part.stop * columns] = net.s_embedder(patches.to(proj.weight.dtype))
     return tokens
 
 
-def _run_patch_blocks(net: PiDNet, x: Tensor, vectors: StepModulation, condition: Condition, chunks: Chunks) -> None:
+def _run_patch_blocks(
+    net: PiDNet,
+    x: Tensor,
+    modulation: StepModulation,
+    condition: Condition,
+    chunks: Chunks,
+    offloader: BlockOffloader | None,
+) -> None:
     """All patch blocks on the image stream `x` `[B, L, D]`, in place."""
     y = None if condition.text is None else condition.text.float().clone().expand(x.shape[0], -1, -1).contiguous()
     length = x.shape[1] + (0 if y is None else y.shape[1])
@@ -73,17 +124,17 @@ def _run_patch_blocks(net: PiDNet, x: Tensor, vectors: StepModulation, condition
         if condition.injections and index % net.config.inject_interval == 0:
             which = index // net.config.inject_interval
             gate_(net.lq_proj.gate_modules[which], x, condition.injections[which], chunks)
-        with nullcontext() if net.offloader is None else net.offloader.resident(index):
-            block_pass = _BlockPass(block, joint, vectors.image[index], chunks)
+        with nullcontext() if offloader is None else offloader.resident(index):
+            block_pass = _BlockPass(block, joint, modulation.image[index], chunks)
             if y is None:
                 block_pass.run(x, rotation)
             else:
                 last = index == len(blocks) - 1
-                block_pass.run_with_text(x, y, rotation, text_rotation, vectors.text[index], want_text=not last)
+                block_pass.run_with_text(x, y, rotation, text_rotation, modulation.text[index], want_text=not last)
 
 
 class _BlockPass:
-    """One patch block at work on one evaluation."""
+    """One patch block in one evaluation."""
 
     def __init__(self, block: Any, joint: Tensor, image: Tensor, chunks: Chunks) -> None:
         self.block, self.joint, self.image, self.chunks = block, joint, image, chunks
@@ -109,25 +160,25 @@ class _BlockPass:
         self._project_image(x, rotation, offset=N)
         for b in range(len(y)):
             shift, factor = text[b % len(text)][:2]
-            tokens = lean.norm_modulate(y[b], shift, factor, self.joint.dtype)
+            tokens = ops.norm_modulate(y[b], shift, factor, self.joint.dtype)
             if want_text:
-                lean.linear_into(block.attn.qkv_y, tokens, self.joint[b, :N])
-            else:  # keys and values only: nobody reads what the prompt would learn
+                ops.linear_into(block.attn.qkv_y, tokens, self.joint[b, :N])
+            else:  # keys and values only: nothing reads the last block's prompt output
                 self.joint[b, :N, y.shape[2] :] = _key_value(block.attn.qkv_y, tokens)
             q, k, _ = self._heads(b, slice(0, N))
             if want_text:
-                lean.norm_rotate_(q, block.attn.q_norm_y.weight, text_rotation)
-            lean.norm_rotate_(k, block.attn.k_norm_y.weight, text_rotation)
+                ops.norm_rotate_(q, block.attn.q_norm_y.weight, text_rotation)
+            ops.norm_rotate_(k, block.attn.k_norm_y.weight, text_rotation)
         q, k, v = self._heads()
         out = _attend(q if want_text else q[:, N:], *self._gathered(k, v, N))
         self._finish_image(x, out[:, out.shape[1] - x.shape[1] :])
         if want_text:
             for b in range(len(y)):
                 gate1, shift2, factor2, gate2 = text[b % len(text)][2:]
-                inner = lean.add_norm_modulate_(
+                inner = ops.add_norm_modulate_(
                     y[b], block.attn.proj_y(out[b, :N]), gate1, shift2, factor2, self.joint.dtype
                 )
-                lean.add_gated_(y[b], _feed_forward(block.mlp_y, inner), gate2)
+                ops.add_gated_(y[b], _feed_forward(block.mlp_y, inner), gate2)
 
     def _heads(self, b: int | None = None, part: slice = slice(None)) -> tuple[Tensor, ...]:
         """q, k, v, each `[B, tokens, heads, head_dim]`, or of one sample without its batch axis."""
@@ -135,7 +186,7 @@ class _BlockPass:
         return joint.unflatten(-1, (3, self.block.attn.heads, -1)).unbind(-3)  # type: ignore[no-any-return]
 
     def _gathered(self, k: Tensor, v: Tensor, text_tokens: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the whole image, where its tokens are spread over processes."""
+        """Keys and values of the whole image, where its tokens are sharded over processes."""
         gather = self.block.attn.gather
         if gather is None:
             return k, v
@@ -146,24 +197,24 @@ class _BlockPass:
         attn = self.block.attn
         for b in range(len(x)):
             shift, factor = self.image[b % len(self.image)][:2]
-            for part in lean.parts(x.shape[1], self.chunks.tokens):
-                tokens = lean.norm_modulate(x[b, part], shift, factor, self.joint.dtype)
+            for part in ops.parts(x.shape[1], self.chunks.tokens):
+                tokens = ops.norm_modulate(x[b, part], shift, factor, self.joint.dtype)
                 place = slice(offset + part.start, offset + part.stop)
-                lean.linear_into(attn.qkv_x, tokens, self.joint[b, place])
+                ops.linear_into(attn.qkv_x, tokens, self.joint[b, place])
                 q, k, _ = self._heads(b, place)
-                lean.norm_rotate_(q, attn.q_norm_x.weight, rotation[part])
-                lean.norm_rotate_(k, attn.k_norm_x.weight, rotation[part])
+                ops.norm_rotate_(q, attn.q_norm_x.weight, rotation[part])
+                ops.norm_rotate_(k, attn.k_norm_x.weight, rotation[part])
 
     def _finish_image(self, x: Tensor, out: Tensor) -> None:
-        """Project what was attended, then the feed-forward, chunk by chunk into the stream."""
+        """Output projection and feed-forward, added to the stream chunk by chunk."""
         for b in range(len(x)):
             gate1, shift2, factor2, gate2 = self.image[b % len(self.image)][2:]
-            for part in lean.parts(x.shape[1], self.chunks.tokens):
+            for part in ops.parts(x.shape[1], self.chunks.tokens):
                 stream = x[b, part]
-                inner = lean.add_norm_modulate_(
+                inner = ops.add_norm_modulate_(
                     stream, self.block.attn.proj_x(out[b, part]), gate1, shift2, factor2, self.joint.dtype
                 )
-                lean.add_gated_(stream, _feed_forward(self.block.mlp_x, inner), gate2)
+                ops.add_gated_(stream, _feed_forward(self.block.mlp_x, inner), gate2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -171,7 +222,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _feed_forward(mlp: Any, x: Tensor) -> Tensor:
-    return lean.gated_feed_forward(x, mlp.w1, mlp.w3, mlp.w2)
+    return ops.gated_feed_forward(x, mlp.w1, mlp.w3, mlp.w2)
 
 
 def _key_value(qkv: Any, tokens: Tensor) -> Tensor:
@@ -179,16 +230,16 @@ def _key_value(qkv: Any, tokens: Tensor) -> Tensor:
     return matrix_rows(qkv, slice(tokens.shape[-1], None))(tokens)
 
 
-def gate_(gate: Any, x: Tensor, injection: Injection | LateInjection, chunks: Chunks) -> None:
+def gate_(gate: Any, x: Tensor, injection: Injection, chunks: Chunks) -> None:
     """`Gate.forward` on a stream `[B, L, D]`, in place."""
     for b in range(len(x)):
-        for part in lean.parts(x.shape[1], chunks.tokens):
-            tokens, logits = injection.chunk(b, part)
-            lean.let_in_(x[b, part], tokens, gate.content_proj.weight[:, : x.shape[2]], logits)
+        for part in ops.parts(x.shape[1], chunks.tokens):
+            tokens, logits = chunk_of(injection, b, part)
+            ops.gate_latent_(x[b, part], tokens, gate.content_proj.weight[:, : x.shape[2]], logits)
 
 
-def _finish_tokens_(net: PiDNet, x: Tensor, vectors: StepModulation, condition: Condition, chunks: Chunks) -> None:
-    """The patch conditions of the pixel path, in place: `silu(t_emb + x)`, and the latent let in once more."""
-    F.silu(x.add_(vectors.embedding), inplace=True)
+def _finish_tokens_(net: PiDNet, x: Tensor, modulation: StepModulation, condition: Condition, chunks: Chunks) -> None:
+    """The pixel blocks' condition, in place: `silu(t_emb + x)`, then the pixel gate."""
+    F.silu(x.add_(modulation.embedding), inplace=True)
     if condition.pixel_injection is not None:
         gate_(net.pit_lq_gate, x, condition.pixel_injection, chunks)

@@ -11,59 +11,63 @@ from torch import Tensor, nn
 
 
 class BlockOffloader:
-    """Blocks whose tensors stay on the host; each is on the device while it works.
+    """Keeps blocks on the host and copies each to the device while it runs.
 
     Where the device has streams, the next block is copied while the present one computes: the cost is then whichever
-    is longer, the block's work or the passage of its weights.
+    is longer, the block's computation or the copy of its weights.
+
+    Args:
+        blocks: The blocks; their tensors are moved to the host, pinned where the device can use that.
+        device: Where they run.
     """
 
     def __init__(self, blocks: nn.ModuleList, device: torch.device) -> None:
         self.device = device
         self.blocks: list[nn.Module] = list(blocks)
-        self.at_home: list[dict[str, Tensor]] = []
-        travels = device.type not in ("cpu", "meta")  # where memory is only counted, home is on the meta device too
+        self.on_host: list[dict[str, Tensor]] = []
+        pinned = device.type not in ("cpu", "meta")  # the meta device, where memory is only counted, is its own host
         for block in self.blocks:
             block.to("meta" if device.type == "meta" else "cpu")
             held = {name: tensor.data for name, tensor in _tensors(block)}
-            self.at_home.append({name: t.pin_memory() if travels else t for name, t in held.items()})
-        self._stream = torch.Stream(device) if travels else None
-        self._arrived: dict[int, tuple[dict[str, Tensor], torch.Event | None]] = {}
+            self.on_host.append({name: t.pin_memory() if pinned else t for name, t in held.items()})
+        self._stream = torch.Stream(device) if pinned else None
+        self._resident: dict[int, tuple[dict[str, Tensor], torch.Event | None]] = {}
 
     @contextmanager
     def resident(self, index: int) -> Iterator[None]:
-        """Have block `index` on the device within the `with`, and the one after it on its way."""
-        self._send(index)
-        self._send((index + 1) % len(self.blocks))
-        tensors, event = self._arrived[index]
+        """Have block `index` on the device inside the `with`, while the one after it is prefetched."""
+        self._prefetch(index)
+        self._prefetch((index + 1) % len(self.blocks))
+        tensors, event = self._resident[index]
         if event is not None:
             torch.accelerator.current_stream(self.device).wait_event(event)
-        self._put(index, tensors)
+        self._assign(index, tensors)
         try:
             yield
         finally:
-            self._put(index, self.at_home[index])
-            del self._arrived[index]
+            self._assign(index, self.on_host[index])
+            del self._resident[index]
 
-    def _send(self, index: int) -> None:
-        if index in self._arrived:
+    def _prefetch(self, index: int) -> None:
+        if index in self._resident:
             return
-        home = self.at_home[index]
+        host = self.on_host[index]
         if self._stream is None:
-            self._arrived[index] = {name: tensor.clone() for name, tensor in home.items()}, None
+            self._resident[index] = {name: tensor.clone() for name, tensor in host.items()}, None
             return
         # The copy may overtake work that still reads memory it is given, so it waits for what is queued now.
-        working = torch.accelerator.current_stream(self.device)
-        self._stream.wait_stream(working)
+        compute = torch.accelerator.current_stream(self.device)
+        self._stream.wait_stream(compute)
         torch.accelerator.set_stream(self._stream)
         try:
-            sent = {name: tensor.to(self.device, non_blocking=True) for name, tensor in home.items()}
+            sent = {name: tensor.to(self.device, non_blocking=True) for name, tensor in host.items()}
         finally:
-            torch.accelerator.set_stream(working)
+            torch.accelerator.set_stream(compute)
         for tensor in sent.values():
-            tensor.record_stream(working)
-        self._arrived[index] = sent, self._stream.record_event()
+            tensor.record_stream(compute)
+        self._resident[index] = sent, self._stream.record_event()
 
-    def _put(self, index: int, tensors: dict[str, Tensor]) -> None:
+    def _assign(self, index: int, tensors: dict[str, Tensor]) -> None:
         for name, tensor in _tensors(self.blocks[index]):
             tensor.data = tensors[name]
 

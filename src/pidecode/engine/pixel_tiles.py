@@ -19,20 +19,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from pidecode.engine.ops import elementwise as lean
+from pidecode.engine.chunks import Chunks
+from pidecode.engine.ops import elementwise as ops
 from pidecode.engine.ops.quantize import Matrix, matrix_block, matrix_columns, matrix_rows
 from pidecode.models.attention import attention
-
-if TYPE_CHECKING:
-    from pidecode.engine.chunks import Chunks
-    from pidecode.models.pid.network import Condition, PiDNet
-
+from pidecode.models.pid.network import Condition, PiDNet
 
 SHIFT1, SCALE1, GATE1, SHIFT2, SCALE2, GATE2 = range(6)
 
@@ -84,8 +81,8 @@ class _Summarize:
 
     def __call__(self, tile_TGC: Tensor, condition_TD: Tensor, summary_TA: Tensor) -> None:
         shift, factor = (v.view(tile_TGC.shape) for v in self.modulation(condition_TD))
-        pixels = lean.norm_modulate(tile_TGC, shift, factor, condition_TD.dtype)
-        lean.accumulate_(summary_TA, pixels.flatten(1), self.compress)
+        pixels = ops.norm_modulate(tile_TGC, shift, factor, condition_TD.dtype)
+        ops.accumulate_(summary_TA, pixels.flatten(1), self.compress)
 
 
 class _Update:
@@ -102,7 +99,7 @@ class _Update:
     def __call__(self, tile_TGC: Tensor, condition_TD: Tensor, attended_TA: Tensor) -> None:
         vectors = self.modulation(condition_TD)
         expanded = self.expand(attended_TA, self.expand_bias).view(tile_TGC.shape)
-        lean.update_pixels_(tile_TGC, expanded, vectors, self.mlp.fc1, self.mlp.fc2)
+        ops.update_pixels_(tile_TGC, expanded, vectors, self.mlp.fc1, self.mlp.fc2)
 
 
 class _Canvas:
@@ -129,12 +126,12 @@ class _Canvas:
 
     def groups(self) -> Iterator[slice]:
         """Pixels of a patch that are worked on together, as rows of the patch."""
-        yield from lean.parts(self.patch, self.tile_rows)
+        yield from ops.parts(self.patch, self.tile_rows)
 
     def tiles(self) -> Iterator[tuple[int, slice, slice]]:
         """Sample, rows of patches, and the same as tokens."""
         for b in range(self.batch):
-            for part in lean.parts(self.rows, self.rows_per_tile):
+            for part in ops.parts(self.rows, self.rows_per_tile):
                 yield b, part, slice(part.start * self.columns, part.stop * self.columns)
 
     def pixels(self, b: int, part: slice, group: slice) -> Tensor:
@@ -148,13 +145,13 @@ class _Canvas:
     def paint(self, image: Tensor, b: int, part: slice, group: slice, tile_TGC: Tensor) -> None:
         """Colors of a finished tile into the prediction."""
         final = self.net.final_layer
-        pixels = tile_TGC.mul_(lean.inverse_rms(tile_TGC)).mul_(final.norm.weight).to(final.linear.weight.dtype)
+        pixels = tile_TGC.mul_(ops.inverse_rms(tile_TGC)).mul_(final.norm.weight).to(final.linear.weight.dtype)
         colors = final.linear(pixels)
         shape = (part.stop - part.start, self.columns, group.stop - group.start, self.patch, 3)
         self._grid(image)[b, :, part, group] = colors.view(shape).permute(4, 0, 2, 1, 3)
 
 
-def run_pixels(net: PiDNet, x_B3HW: Tensor, tokens_BLD: Tensor, condition: Condition, chunks: Chunks) -> Tensor:
+def run_pixel_blocks(net: PiDNet, x_B3HW: Tensor, tokens_BLD: Tensor, condition: Condition, chunks: Chunks) -> Tensor:
     """The pixel path: noisy image `[B, 3, H, W]` and patch conditions `[B, L, D]` to the prediction, float32."""
     blocks: list[Any] = list(net.pixel_blocks)
     sweep = _Sweep(_Canvas(net, x_B3HW, condition, chunks), tokens_BLD)
@@ -223,16 +220,16 @@ def attend_patches(attn: Any, summary_BLA: Tensor, rotation: tuple[Tensor, Tenso
     turns = torch.complex(*rotation)
     joint = summary_BLA.new_empty(B, L, 3 * width)
     for b in range(B):
-        for part in lean.parts(L, chunk):
-            lean.linear_into(attn.qkv, summary_BLA[b, part], joint[b, part])
+        for part in ops.parts(L, chunk):
+            ops.linear_into(attn.qkv, summary_BLA[b, part], joint[b, part])
             q, k, _ = joint[b, part].unflatten(-1, (3, attn.heads, -1)).unbind(-3)
-            lean.norm_rotate_(q, attn.q_norm.weight, turns[part])
-            lean.norm_rotate_(k, attn.k_norm.weight, turns[part])
+            ops.norm_rotate_(q, attn.q_norm.weight, turns[part])
+            ops.norm_rotate_(k, attn.k_norm.weight, turns[part])
     q, k, v = joint.unflatten(-1, (3, attn.heads, -1)).unbind(-3)
     if attn.gather is not None:
         k, v = attn.gather(k.contiguous()), attn.gather(v.contiguous())
     out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(-2)
     for b in range(B):
-        for part in lean.parts(L, chunk):
-            lean.linear_into(attn.proj, out[b, part], summary_BLA[b, part])
+        for part in ops.parts(L, chunk):
+            ops.linear_into(attn.proj, out[b, part], summary_BLA[b, part])
     return summary_BLA

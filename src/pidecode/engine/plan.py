@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pidecode.engine.chunks import WIDE_PIXELS, Chunks
+from pidecode.engine.chunks import Chunks
 from pidecode.errors import DoesNotFitError, SettingError
 from pidecode.registry.configs import PiDConfig
 
@@ -202,6 +202,8 @@ def _block_bytes(plan: Plan, config: PiDConfig, *, stripped: bool) -> int:
 
 def _activation_parts(plan: Plan, config: PiDConfig, size: tuple[int, int]) -> Iterator[tuple[str, int]]:
     """Bytes of what one evaluation holds, for a (window's) size; the canvas is that of the whole image."""
+    from pidecode.sampling import FLOAT64_PIXELS  # loads torch, which importing this module must not
+
     (width, height), wide, B = size, DTYPE_BYTES[plan.dtype], plan.batch
     whole = plan.size[0] * plan.size[1]
     L = width * height // config.patch_size**2
@@ -228,7 +230,7 @@ def _activation_parts(plan: Plan, config: PiDConfig, size: tuple[int, int]) -> I
     # are added up in, are free by then.
     between = 3 * image * whole
     if config.prediction == "velocity":
-        between = max(4 * image * whole, 2 * image * whole + 4 * 2 * image * min(whole, WIDE_PIXELS))
+        between = max(4 * image * whole, 2 * image * whole + 4 * 2 * image * min(whole, FLOAT64_PIXELS))
     between -= image * (images - whole)
     # Before there are tokens: what a residual block takes, its activation, the same with edges and what it gives, and a
     # coarser level's features.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A network at work under a plan: arranged once, then asked for predictions step by step."""
+"""Runner: runs a PiDNet the way a plan says, and holds the caches that needs."""
 
 from __future__ import annotations
 
@@ -7,22 +7,31 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from pidecode.devices import records_graphs, require_compiler
-from pidecode.engine.cuda_graphs import GraphCache, cuda_graph
-from pidecode.engine.inplace import denoise
+from pidecode.engine import inplace
+from pidecode.engine.chunks import Chunks
+from pidecode.engine.cuda_graphs import GraphCache, capture_on
+from pidecode.engine.injections import prepare_recomputed
 from pidecode.engine.offload import BlockOffloader
-from pidecode.engine.ops import elementwise as lean
+from pidecode.engine.ops import elementwise
 from pidecode.engine.ops.compiled import CompiledOps
 from pidecode.engine.ops.quantize import best_way, quantize
 from pidecode.engine.plan import Plan, predict
-from pidecode.engine.sequence_parallel import denoise_together, is_spread
+from pidecode.engine.sequence_parallel import denoise_sharded, is_parallel
 from pidecode.engine.tiling import Windows, denoise_windows
-from pidecode.engine.timesteps import TimestepCache, depends_on_noise, precompute, strip_for_inference
+from pidecode.engine.timesteps import (
+    StepModulation,
+    TimestepCache,
+    depends_on_noise,
+    is_stripped,
+    precompute,
+    step_modulation,
+    strip_for_inference,
+)
 from pidecode.errors import SettingError
 from pidecode.models.attention import best_backend, use
 from pidecode.models.pid.network import Condition, Grid, PiDNet
@@ -34,16 +43,22 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 
 
 KEPT_TOKENS = 256_000_000
-"""Without a plan, latent tokens beyond this many bytes are made anew at each use: a hundredth more work."""
+"""Without a plan, latent tokens beyond this many bytes are recomputed at each use: a hundredth more computation."""
 
 
 class Runner:
     """Runs a network the way a plan says; without one, whole, in the weights' own type, everything on its device.
 
-    fused: run the sums around the matrix products as Triton kernels.
-    compile: run them as the framework compiles them, once for all image sizes.
-    graphs: record an evaluation once per image size and replay it at each step; CUDA devices only.
-    distilled: the network only ever runs at the student's times, so what depends on time alone is tabulated.
+    Args:
+        net: The network.
+        plan: How to run it; `arrange` brings the network into its shape.
+        distilled: The network only ever runs at the student's times, so its modulation is precomputed for them.
+        fused: Run the elementwise ops as Triton kernels. Experimental.
+        compile: Run the elementwise ops as `torch.compile` compiles them, once for all image sizes. Experimental.
+        graphs: Capture an evaluation as a CUDA graph, once per image size, and replay it. Experimental.
+
+    Raises:
+        SettingError: `fused` and `compile` were both asked for.
     """
 
     def __init__(
@@ -57,63 +72,70 @@ class Runner:
         graphs: bool = False,
     ) -> None:
         if fused and compile:
-            raise SettingError("fused and compile are two ways to run the same sums; choose one.")
+            raise SettingError("fused and compile are two ways to run the same elementwise ops; choose one.")
         self.net, self.plan, self.distilled, self.fused = net, plan, distilled, fused
         self.graphs = graphs
         self.look = look_through(net)
         """The short way from latent to image, which an encoder also looks through; None where there is none."""
-        self.sums = CompiledOps() if compile else None
-        """The compiled sums, if any."""
-        self.recordings: GraphCache | None = None
-        """Recorded evaluations, from the first one on."""
-        self._schedule: TimestepCache | None = None
+        self.compiled_ops = CompiledOps() if compile else None
+        self.graph_cache: GraphCache | None = None
+        """Captured evaluations, from the first one on."""
+        self.chunks: Chunks | None = None if plan is None else plan.chunks
+        """Chunk sizes of the in-place forward; None for those that suit the device."""
+        self.offloader: BlockOffloader | None = None
+        """Holds the patch blocks where the plan keeps them on the host."""
+        self._timesteps: TimestepCache | None = None
         self._depends_on_noise: bool | None = None
         self.backend: str | None = None
-        """Attention kernel in use; None where the framework picks one per call, as on processors."""
-        self.spread = False
-        """Whether the processes of this job share each image; all of them must then ask for the same one."""
+        """Attention kernel in use; None where torch picks one per call, as on the CPU."""
+        self.sequence_parallel = False
+        """Whether the processes of this job share each image; all of them must then decode the same one."""
         self._checked = False
 
     def arrange(self, device: torch.device) -> None:
-        """Bring the network into the plan's shape, on `device`, for good: it can no longer be saved or trained.
+        """Strip, quantize and move the network as the plan says; it can no longer be saved or trained.
 
-        A distilled network forgets what made its table of times; weights are quantized; blocks go to the host.
-        Raises SettingError where the device does not multiply as the plan says.
+        Args:
+            device: Where it runs; offloaded blocks stay on the host.
+
+        Raises:
+            SettingError: The device has no eight-bit matrix products of the plan's format.
         """
         plan = self.plan
         self._strip()
         if plan is not None:
-            self.net.chunks = plan.chunks
             if plan.weights != "plain":
                 self._quantize(plan, device)
             if "blocks" in plan.offload:
-                self.net.offloader = BlockOffloader(self.net.patch_blocks, device)
+                self.offloader = BlockOffloader(self.net.patch_blocks, device)
         for name, child in self.net.named_children():
-            if self.net.offloader is None or name != "patch_blocks":
+            if self.offloader is None or name != "patch_blocks":
                 child.to(device)
         if self.net.config.has_text:
             self.net.y_pos_embedding.data = self.net.y_pos_embedding.data.to(device)
 
     def require(self, device: torch.device) -> None:
-        """Raise an error that says the mend, if what was asked for cannot run on the device.
+        """Check that what was asked for can run on the device.
 
-        MissingDependencyError for a compiler that is not there, SettingError for graphs where they cannot be.
+        Raises:
+            MissingDependencyError: There is no compiler.
+            SettingError: CUDA graphs cannot be captured here.
         """
-        if self.sums is not None:
+        if self.compiled_ops is not None:
             require_compiler(device)
         if not self.graphs:
             return
         plan = self.plan
         if not records_graphs(device):
-            raise SettingError(f"graphs need a CUDA device, and this decoder runs on {device}; leave graphs out.")
-        for hinders, what in (
-            (self.spread and is_spread(), "an image spread over several processes"),
+            raise SettingError(f"CUDA graphs need a CUDA device, and this decoder runs on {device}; leave them out.")
+        for conflict, what in (
+            (self.sequence_parallel and is_parallel(), "an image sharded over several processes"),
             (plan is not None and plan.window is not None, "windows, which a plan chose to save memory"),
             (plan is not None and "blocks" in plan.offload, "blocks that live on the host"),
-            (self.net.plain, "adapters that keep the layers' own forward"),
+            (inplace.has_adapters(self.net), "adapters, which keep the layers' own forward"),
         ):
-            if hinders:
-                raise SettingError(f"graphs do not go together with {what}; leave graphs out.")
+            if conflict:
+                raise SettingError(f"CUDA graphs do not work with {what}; leave them out.")
 
     def _quantize(self, plan: Plan, device: torch.device) -> None:
         assert plan.weights != "plain"
@@ -130,9 +152,39 @@ class Runner:
     def prepare(self, grid: Grid, text: Tensor | None, latent: Tensor, sigma: Tensor) -> Condition:
         """What all steps of one image share."""
         keep = self._keeps_tokens(len(latent) * grid[0] * grid[1])
+        self.precompute_timesteps()
         if latent.device.type != "cpu":
-            self._strip()  # a processor's memory is not what runs short, and a whole network can still be changed
-        return self.net.prepare(grid, text, latent, sigma, keep_tokens=keep, schedule=self.schedule())
+            self._strip()  # the CPU's memory is not what runs short, and a whole network can still be changed
+        if keep:
+            return self.net.prepare(grid, text, latent, sigma)
+        return prepare_recomputed(self.net, grid, text, latent, sigma)
+
+    def denoise(self, x_B3HW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
+        """One evaluation of the whole image, in place and in chunks where that is possible.
+
+        Arguments and result are those of `PiDNet.denoise`. Times on the host are looked up in the timestep cache
+        without synchronizing the device.
+
+        Raises:
+            SettingError: Gradients, autocast or adapters need the network's own forward, which a stripped or
+                offloaded network no longer has.
+        """
+        if inplace.runs_in_place(self.net, x_B3HW.device):
+            modulation = self.modulation_at(t_B)
+            return inplace.denoise(
+                self.net, x_B3HW, modulation, condition, chunks=self.chunks, offloader=self.offloader
+            )
+        if self.offloader is not None or is_stripped(self.net):
+            raise SettingError(
+                "This network was brought into the form that only inference runs; decode under "
+                "torch.inference_mode() and without autocast, or load it again without a memory plan."
+            )
+        return self.net.denoise(x_B3HW, t_B, condition)
+
+    def modulation_at(self, t_B: Tensor) -> StepModulation:
+        """What the network derives from the times `[B]` (multiplied by 1000) alone: cached, or evaluated."""
+        cached = None if self._timesteps is None else self._timesteps.find(t_B)
+        return cached or step_modulation(self.net, t_B)
 
     def plan_for(self, size: tuple[int, int], batch: int) -> Plan:
         """How width x height pixels are decoded here, with the memory that is predicted for it."""
@@ -144,10 +196,10 @@ class Runner:
                 size=size,
                 batch=batch,
                 dtype=str(net.dtype).removeprefix("torch."),
-                chunks=net.chunks_for(net.device),
+                chunks=self.chunks or inplace.default_chunks(net, net.device),
                 keep_tokens=self._keeps_tokens(batch * size[0] * size[1] // config.patch_size**2),
             )
-        return predict(plan, config, accelerator=net.device.type != "cpu", stripped=net.stripped)
+        return predict(plan, config, accelerator=net.device.type != "cpu", stripped=is_stripped(net))
 
     def _keeps_tokens(self, patches: int) -> bool:
         if self.plan is not None:
@@ -156,30 +208,34 @@ class Runner:
         width = config.hidden_size * (3 if config.gate == "per_channel" else 1)
         return patches * width * config.num_injections * self.net.dtype.itemsize <= KEPT_TOKENS
 
-    def schedule(self) -> TimestepCache | None:
-        """The table of the distilled times, made when first asked for."""
-        if self.distilled and self._schedule is None:
-            self._schedule = precompute(self.net, (SINGLE_STEP_TIME, *STUDENT_TIMES[:-1]))
-        return self._schedule
+    def precompute_timesteps(self) -> None:
+        """Precompute the modulation of the distilled times, once."""
+        if self.distilled and self._timesteps is None:
+            self._timesteps = precompute(self.net, (SINGLE_STEP_TIME, *STUDENT_TIMES[:-1]))
 
     def forget(self) -> None:
-        """Call before the weights change. Raises SettingError if parts of them are gone already."""
-        if self.net.stripped or (self.plan is not None and self.plan.weights != "plain"):
+        """Drop everything derived from the weights; call before they change.
+
+        Raises:
+            SettingError: Parts of the weights are gone already.
+        """
+        if is_stripped(self.net) or (self.plan is not None and self.plan.weights != "plain"):
             raise SettingError(
                 "The weights were already brought into the form that runs, so they cannot be changed any more. "
                 "Load the decoder again, and change it before the first image and without a memory plan."
             )
-        self._schedule = self._depends_on_noise = self.look = None
-        if self.recordings is not None:
-            self.recordings.clear()
+        self._timesteps = self._depends_on_noise = self.look = None
+        if self.graph_cache is not None:
+            self.graph_cache.clear()
 
     def _strip(self) -> None:
-        if self.schedule() is not None and not self.net.stripped:
-            self.depends_on_noise()
+        if self.distilled and not is_stripped(self.net):
+            self.precompute_timesteps()
+            self.depends_on_noise()  # which the weights can no longer tell afterwards
             strip_for_inference(self.net)
 
     def depends_on_noise(self) -> bool:
-        """Whether the network's answer can differ from step to step; looked up in its weights once."""
+        """Whether the prediction can differ from step to step; read from the weights once."""
         if self._depends_on_noise is None:
             self._depends_on_noise = depends_on_noise(self.net)
         return self._depends_on_noise
@@ -191,7 +247,7 @@ class Runner:
     def predict(self, condition: Condition) -> Predict:
         """The network as a function of the noisy image and the time.
 
-        It is asked once if it heeds neither, and not at all where the short way says the same.
+        It is evaluated once for all steps if it depends on neither.
         """
         windows = None
         if self.plan is not None and self.plan.window is not None:
@@ -200,17 +256,17 @@ class Runner:
         self.require(self.net.device)
         shortly = self._answers_shortly(condition)
         if shortly is not None:
-            return _asked_once(shortly)
+            return _evaluated_once(shortly)
 
         def once(x: Tensor, t: Tensor) -> Tensor:
-            with use(self.backend), self._sums():
-                if self.spread and is_spread():
-                    return denoise_together(self.net, x, t, condition)
+            with use(self.backend), self._ops():
+                if self.sequence_parallel and is_parallel():
+                    return denoise_sharded(self.net, self.denoise, x, t, condition)
                 if windows is not None:
-                    return denoise_windows(self.net, x, t, condition, windows)
+                    return denoise_windows(self.denoise, x, t, condition, windows, self.net.config.patch_size)
                 if self.graphs:
                     return self._replay(x, t, condition)
-                return self.net.denoise(x, t, condition)
+                return self.denoise(x, t, condition)
 
         def checked(x: Tensor, t: Tensor) -> Tensor:
             self._choose_backend(x.device)
@@ -221,35 +277,47 @@ class Runner:
             if bool(torch.isfinite(prediction).all()) or not bool(torch.isfinite(x).all()):
                 return prediction
             warnings.warn(
-                f"Attention through {self.backend!r} answered NaN on {x.device}; decoding goes on with the plain "
-                "kernel, which is slower and takes more memory.",
+                f"Attention through {self.backend!r} answered NaN on {x.device}; decoding goes on with the "
+                "'math' kernel, which is slower and takes more memory.",
                 stacklevel=2,
             )
             self.backend = "math"
             return once(x, t)
 
-        return checked if self.depends_on_noise() else _asked_once(checked)
+        return checked if self.depends_on_noise() else _evaluated_once(checked)
 
     def _answers_shortly(self, condition: Condition) -> Predict | None:
         """The short way, where the network has one and nothing asks for the long one to be run in some manner."""
         look, plan, tokens = self.look, self.plan, condition.pixel_injection
-        if look is None or tokens is None or self.graphs or self.fused or self.sums is not None or self.spread:
+        if (
+            look is None
+            or tokens is None
+            or self.graphs
+            or self.fused
+            or self.compiled_ops is not None
+            or self.sequence_parallel
+        ):
             return None
         if plan is not None and (plan.window is not None or plan.weights != "plain"):
             return None
         return lambda x, t: look.image(tokens.tokens, condition.grid)
 
-    def _sums(self) -> AbstractContextManager[None]:
-        if self.sums is not None:
-            return lean.compiled(self.sums)
-        return lean.fused() if self.fused else nullcontext()
+    def _ops(self) -> AbstractContextManager[None]:
+        if self.compiled_ops is not None:
+            return elementwise.compiled(self.compiled_ops)
+        return elementwise.fused() if self.fused else nullcontext()
 
     def _replay(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        if not self.net.runs_lean(x.device):
-            raise SettingError("graphs work without gradients and autocast only; decode under torch.inference_mode().")
-        if self.recordings is None:
-            self.recordings = GraphCache(partial(denoise, self.net), cuda_graph(x.device))
-        return self.recordings.run(x, self.net.modulation_at(t, condition), condition, variant=self.backend)
+        if not inplace.runs_in_place(self.net, x.device):
+            raise SettingError(
+                "CUDA graphs work without gradients and autocast only; decode under torch.inference_mode()."
+            )
+        if self.graph_cache is None:
+            self.graph_cache = GraphCache(self._evaluate, capture_on(x.device))
+        return self.graph_cache.run(x, self.modulation_at(t), condition, variant=self.backend)
+
+    def _evaluate(self, x: Tensor, modulation: StepModulation, condition: Condition) -> Tensor:
+        return inplace.denoise(self.net, x, modulation, condition, chunks=self.chunks)
 
     def _choose_backend(self, device: torch.device) -> None:
         if self.backend is not None or device.type in ("cpu", "meta"):
@@ -259,13 +327,13 @@ class Runner:
         self.backend = best_backend(head_dims, self.net.dtype, device)
 
 
-def _asked_once(predict: Predict) -> Predict:
-    """`predict` for a network that answers the same at every step: all later steps get the first one's answer."""
-    answers: list[Tensor] = []
+def _evaluated_once(predict: Predict) -> Predict:
+    """`predict` for a network that predicts the same at every step: later steps get the first one's prediction."""
+    predictions: list[Tensor] = []
 
     def remembered(x: Tensor, t: Tensor) -> Tensor:
-        if not answers:
-            answers.append(predict(x, t))
-        return answers[0]
+        if not predictions:
+            predictions.append(predict(x, t))
+        return predictions[0]
 
     return remembered

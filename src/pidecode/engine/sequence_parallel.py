@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sequence parallelism: one image over several processes.
+"""Sequence parallelism: the tokens of one image sharded over several processes.
 
-Started by `torchrun`, every process runs the same program with the same inputs. Only keys and values travel within a
-step, and the stripes of the prediction at its end, so every process holds the finished image.
+Started by `torchrun`, every process runs the same program with the same inputs. Within a step only keys and values are
+gathered, and at its end the shards of the prediction, so every process holds the finished image.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pidecode.engine.tiling import Denoise
 from pidecode.errors import SizeError
 from pidecode.models.pid.network import Condition, PiDNet
 
 
-def is_spread() -> bool:
-    """Whether this process is one of several that were set up to work together."""
+def is_parallel() -> bool:
+    """Whether this process is one of several in an initialized process group."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def join() -> bool:
-    """Meet the other processes of a `torchrun` job, each on its own device; False outside of one."""
+def init_process_group() -> bool:
+    """Join the process group of a `torchrun` job, each process on its own device; False outside of one."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return False
     if torch.cuda.is_available():
@@ -37,27 +38,31 @@ def join() -> bool:
     return True
 
 
-def leads() -> bool:
-    """Whether this process is the one that writes what all of them hold."""
-    return not is_spread() or dist.get_rank() == 0
+def is_main_process() -> bool:
+    """Whether this process is the one that writes files."""
+    return not is_parallel() or dist.get_rank() == 0
 
 
-def leave() -> None:
-    """End the meeting, if there was one."""
-    if is_spread():
+def destroy_process_group() -> None:
+    """Leave the process group, if there is one."""
+    if is_parallel():
         dist.destroy_process_group()
 
 
-def stripes(rows: int, processes: int) -> list[tuple[int, int]]:
-    """First row of patches and one past the last for each process. Raises SizeError if one would have none."""
+def row_shards(rows: int, processes: int) -> list[tuple[int, int]]:
+    """First row of patches and one past the last for each process.
+
+    Raises:
+        SizeError: There are fewer rows than processes.
+    """
     if rows < processes:
-        raise SizeError(f"An image of {rows} rows of patches cannot be spread over {processes} processes; use {rows}.")
+        raise SizeError(f"An image of {rows} rows of patches cannot be sharded over {processes} processes; use {rows}.")
     edges = [index * rows // processes for index in range(processes + 1)]
     return list(pairwise(edges))
 
 
 def _gather(part: Tensor, sizes: list[int], axis: int) -> Tensor:
-    """Every process's part, in order, along `axis`; parts may differ in size."""
+    """The shards of all processes, in order, along `axis`; they may differ in size."""
     largest = max(sizes)
     padded = part.new_zeros(*part.shape[:axis], largest, *part.shape[axis + 1 :])
     padded.narrow(axis, 0, part.shape[axis]).copy_(part)
@@ -67,7 +72,7 @@ def _gather(part: Tensor, sizes: list[int], axis: int) -> Tensor:
 
 
 @contextmanager
-def _attending_together(net: PiDNet, sizes: list[int]) -> Iterator[None]:
+def _gathered_attention(net: PiDNet, sizes: list[int]) -> Iterator[None]:
     attentions: list[Any] = [block.attn for block in (*net.patch_blocks, *net.pixel_blocks)]
     for attention in attentions:
         attention.gather = partial(_gather, sizes=sizes, axis=1)
@@ -79,14 +84,22 @@ def _attending_together(net: PiDNet, sizes: list[int]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def denoise_together(net: PiDNet, x_B3HW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
-    """`PiDNet.denoise` with the work spread over all processes; every one gets the whole prediction."""
+def denoise_sharded(net: PiDNet, denoise: Denoise, x_B3HW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
+    """One evaluation sharded over all processes; every one gets the whole prediction.
+
+    Args:
+        net: The network, whose attention layers gather keys and values meanwhile.
+        denoise: Evaluates it on this process's shard.
+        x_B3HW: Noisy image `[B, 3, H, W]`, the same on every process.
+        t_B: Flow time times 1000, `[B]`.
+        condition: What `prepare` computed for the whole image.
+    """
     rows, columns = condition.grid
     patch = net.config.patch_size
-    cuts = stripes(rows, dist.get_world_size())
-    top, bottom = cuts[dist.get_rank()]
-    part = condition.window(slice(top, bottom), slice(0, columns))
-    tokens = [(stop - start) * columns for start, stop in cuts]
-    with _attending_together(net, tokens):
-        prediction = net.denoise(x_B3HW[:, :, top * patch : bottom * patch].contiguous(), t_B, part)
-    return _gather(prediction, [(stop - start) * patch for start, stop in cuts], axis=2)
+    shards = row_shards(rows, dist.get_world_size())
+    top, bottom = shards[dist.get_rank()]
+    part = condition.crop(slice(top, bottom), slice(0, columns))
+    tokens = [(stop - start) * columns for start, stop in shards]
+    with _gathered_attention(net, tokens):
+        prediction = denoise(x_B3HW[:, :, top * patch : bottom * patch].contiguous(), t_B, part)
+    return _gather(prediction, [(stop - start) * patch for start, stop in shards], axis=2)

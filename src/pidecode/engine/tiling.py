@@ -1,32 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Overlapping windows blended at every step (MultiDiffusion), for images beyond the trained size or memory.
+"""Overlapping windows blended at every step, for images beyond the trained size or memory.
 
-All windows denoise one shared noisy canvas; their predictions are blended before the sampler moves on, so they cannot
-drift apart and leave seams. Latent tokens are computed once for the whole image, and every window sees the positions
-it has in the whole. Only attention ends at a window's edge.
+This is MultiDiffusion (https://arxiv.org/abs/2302.08113): all windows denoise one shared noisy image, and their
+predictions are blended before the sampler moves on, so they cannot drift apart and leave seams. Latent tokens are
+computed once for the whole image, and every window keeps the positions it has in the whole. Only attention ends at a
+window's edge.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pidecode.errors import SettingError
-from pidecode.models.pid.network import Condition, PiDNet
+from pidecode.models.pid.network import Condition
 
+Denoise = Callable[[Tensor, Tensor, Condition], Tensor]
+"""Noisy image, time and condition to the prediction, as `PiDNet.denoise`."""
 Span = tuple[int, int]
 """First patch and one past the last, along one axis."""
 
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """How an image is cut: sides in patches. `side` may exceed the image, which then is one window."""
+    """How an image is cut into windows.
+
+    Attributes:
+        side: Side of a window in patches; one that exceeds the image covers it as one window.
+        overlap: Least overlap of neighbors in patches; windows are placed evenly, so it may be more.
+
+    Raises:
+        SettingError: The windows cannot advance.
+    """
 
     side: int = 128
     overlap: int = 32
-    """Least overlap of neighbors; they are spread evenly, so it may be more."""
 
     def __post_init__(self) -> None:
         if self.side < 1 or not 0 <= self.overlap < self.side:
@@ -54,8 +65,8 @@ class Windows:
         return len(self.spans(grid[0])) * len(self.spans(grid[1]))
 
 
-def blend(spans: list[Span], patch: int, device: torch.device) -> list[Tensor]:
-    """Weights of each window's pixels along one axis: ramps where windows overlap, and 1 in sum everywhere."""
+def blend_weights(spans: list[Span], patch: int, device: torch.device) -> list[Tensor]:
+    """Weights of each window's pixels along one axis: ramps where windows overlap; they sum to 1 at every pixel."""
     length = spans[-1][1] * patch
     weights = []
     for start, stop in spans:
@@ -68,18 +79,32 @@ def blend(spans: list[Span], patch: int, device: torch.device) -> list[Tensor]:
 
 
 @torch.no_grad()
-def denoise_windows(net: PiDNet, x_B3HW: Tensor, t_B: Tensor, condition: Condition, windows: Windows) -> Tensor:
-    """`PiDNet.denoise` window by window, blended; the same where one window covers the image."""
-    patch, device = net.config.patch_size, x_B3HW.device
+def denoise_windows(
+    denoise: Denoise, x_B3HW: Tensor, t_B: Tensor, condition: Condition, windows: Windows, patch_size: int
+) -> Tensor:
+    """One evaluation window by window, blended; that of the whole image where one window covers it.
+
+    Args:
+        denoise: Evaluates the network on an image and its condition.
+        x_B3HW: Noisy image `[B, 3, H, W]`.
+        t_B: Flow time times 1000, `[B]`.
+        condition: What `prepare` computed for the whole image.
+        windows: How the image is cut.
+        patch_size: Pixels of a patch, along each side.
+
+    Returns:
+        The prediction `[B, 3, H, W]`, float32.
+    """
+    patch, device = patch_size, x_B3HW.device
     rows, columns = (windows.spans(length) for length in condition.grid)
     if len(rows) == len(columns) == 1:
-        return net.denoise(x_B3HW, t_B, condition)
-    down, across = blend(rows, patch, device), blend(columns, patch, device)
-    fused = torch.zeros_like(x_B3HW, dtype=torch.float32)
-    for (top, bottom), weight_H in zip(rows, down, strict=True):
-        for (left, right), weight_W in zip(columns, across, strict=True):
+        return denoise(x_B3HW, t_B, condition)
+    row_weights, column_weights = blend_weights(rows, patch, device), blend_weights(columns, patch, device)
+    blended = torch.zeros_like(x_B3HW, dtype=torch.float32)
+    for (top, bottom), weight_H in zip(rows, row_weights, strict=True):
+        for (left, right), weight_W in zip(columns, column_weights, strict=True):
             window = (..., slice(top * patch, bottom * patch), slice(left * patch, right * patch))
-            part = condition.window(slice(top, bottom), slice(left, right))
-            prediction = net.denoise(x_B3HW[window].contiguous(), t_B, part)
-            fused[window] += prediction.mul_(weight_H[:, None]).mul_(weight_W)
-    return fused
+            part = condition.crop(slice(top, bottom), slice(left, right))
+            prediction = denoise(x_B3HW[window].contiguous(), t_B, part)
+            blended[window] += prediction.mul_(weight_H[:, None]).mul_(weight_W)
+    return blended

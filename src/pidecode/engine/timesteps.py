@@ -1,27 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Timestep embeddings and AdaLN modulation, precomputed for known times; stripping for inference."""
+"""Timestep embeddings and AdaLN modulation: evaluated per step, precomputed for known times, stripped for inference."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from pidecode.errors import SettingError
-
-if TYPE_CHECKING:
-    from pidecode.models.pid.network import PiDNet
+from pidecode.models.pid.network import PiDNet
 
 
 @dataclass(frozen=True, slots=True)
 class StepModulation:
-    """One evaluation's share of time, float32; B may be 1 for a batch at one time.
+    """Everything an evaluation derives from time alone, float32; B may be 1 for a batch at one time.
 
-    The six vectors of a stream are shift, factor, gate of its attention, then of its feed-forward;
+    The six vectors of a stream are shift, factor and gate of its attention, then of its feed-forward;
     a factor is `(1 + scale)` times the norm's weight.
     """
 
@@ -30,11 +28,11 @@ class StepModulation:
     image: tuple[Tensor, ...]
     """Per patch block `[B, 6, D]`."""
     text: tuple[Tensor, ...]
-    """Per patch block `[B, 6, D]`, empty without a prompt stream."""
+    """Per patch block `[B, 6, D]`, empty without a text stream."""
 
 
-def _six(linear: nn.Module, condition_BD: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """The six vectors of one stream in one block, its norms' weights merged into the factors."""
+def _six_vectors(linear: nn.Module, condition_BD: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """The six vectors `[B, 6, D]` of one stream in one block, its norms' weights merged into the factors."""
     vectors = linear(condition_BD).float().unflatten(-1, (6, -1))
     for index, weight in ((1, first), (4, second)):
         vectors[:, index] = (1 + vectors[:, index]) * weight.float()
@@ -42,20 +40,30 @@ def _six(linear: nn.Module, condition_BD: Tensor, first: Tensor, second: Tensor)
 
 
 def step_modulation(net: PiDNet, t_B: Tensor) -> StepModulation:
-    """Evaluate everything that depends on time only. Raises SettingError if the network was stripped."""
-    if net.stripped:
+    """Evaluate the timestep embedder and every patch block's AdaLN modulation.
+
+    Args:
+        net: The network.
+        t_B: Flow times multiplied by 1000, `[B]`.
+
+    Raises:
+        SettingError: The network was stripped for inference.
+    """
+    if is_stripped(net):
         raise SettingError(
-            f"This network was stripped to its distilled times; it has no vectors for {t_B.tolist()}. "
-            "Load it again without slimming to run it at other times."
+            f"This network was stripped for inference at its distilled times; it has no modulation for {t_B.tolist()}. "
+            "Load it again to run it at other times."
         )
     embedding = net.t_embedder(t_B.reshape(-1))
     condition = F.silu(embedding)
     blocks: Any = net.patch_blocks
     return StepModulation(
         embedding=embedding.float().unsqueeze(1),
-        image=tuple(_six(b.adaLN_modulation_img, condition, b.norm_x1.weight, b.norm_x2.weight) for b in blocks),
+        image=tuple(
+            _six_vectors(b.adaLN_modulation_img, condition, b.norm_x1.weight, b.norm_x2.weight) for b in blocks
+        ),
         text=tuple(
-            _six(b.adaLN_modulation_txt, condition, b.norm_y1.weight, b.norm_y2.weight)
+            _six_vectors(b.adaLN_modulation_txt, condition, b.norm_y1.weight, b.norm_y2.weight)
             for b in (blocks if net.config.has_text else ())
         ),
     )
@@ -63,17 +71,18 @@ def step_modulation(net: PiDNet, t_B: Tensor) -> StepModulation:
 
 @dataclass(frozen=True, slots=True)
 class TimestepCache:
-    """The vectors of a few known times, looked up instead of computed."""
+    """Precomputed modulation of a few known times."""
 
     times: tuple[float, ...]
     """Flow times multiplied by 1000, as float32 holds them."""
-    vectors: StepModulation
+    modulation: StepModulation
     """All times at once: the batch axis runs over `times`."""
 
     def find(self, t_B: Tensor) -> StepModulation | None:
-        """Vectors of a batch's times, or None if one of them is not in the schedule.
+        """Modulation of a batch's times, or None if one of them was not precomputed.
 
-        `t_B` on the host costs nothing to look up; one on a device has to be waited for.
+        Args:
+            t_B: Flow times multiplied by 1000, `[B]`. On the CPU the look-up is free; on a device it synchronizes.
         """
         try:
             rows = [self.times.index(t) for t in t_B.reshape(-1).tolist()]
@@ -81,42 +90,46 @@ class TimestepCache:
             return None
         if len(set(rows)) == 1:
             rows = rows[:1]
-        every = self.vectors
+        cached = self.modulation
         return StepModulation(
-            embedding=every.embedding[rows],
-            image=tuple(vectors[rows] for vectors in every.image),
-            text=tuple(vectors[rows] for vectors in every.text),
+            embedding=cached.embedding[rows],
+            image=tuple(vectors[rows] for vectors in cached.image),
+            text=tuple(vectors[rows] for vectors in cached.text),
         )
 
 
 @torch.no_grad()
 def precompute(net: PiDNet, times: Sequence[float]) -> TimestepCache:
-    """Vectors for flow times in [0, 1]; give the result to `PiDNet.denoise` through `Condition.schedule`."""
+    """The modulation of flow times in [0, 1]."""
     t = torch.tensor(sorted(set(times)), dtype=torch.float32) * 1000.0
-    return TimestepCache(times=tuple(t.tolist()), vectors=step_modulation(net, t))
+    return TimestepCache(times=tuple(t.tolist()), modulation=step_modulation(net, t))
 
 
 def depends_on_noise(net: PiDNet) -> bool:
-    """Whether the noisy image or the time can change what the network answers.
+    """Whether the noisy image or the time can change what the network predicts.
 
-    They cannot where each of their ways in multiplies by zero, as in small networks of which only the adapter was
-    trained: these give the same answer at every step, to the bit. Also True where the weights do not tell: without
-    numbers, under adapters, and after `strip_for_inference`, which takes one of these ways out.
+    They cannot where the patch embedding, the pixel embedding and the timestep embedding are all multiplied by zero,
+    as in a network of which only the adapter was trained: it gives the same prediction at every step, bit for bit.
+    Also True where the weights do not tell: on the meta device, and after `strip_for_inference`.
     """
-    if net.stripped or net.plain or net.device.type == "meta":
+    if is_stripped(net) or net.device.type == "meta":
         return True
     time: Any = net.t_embedder.mlp[-1]
-    return any(bool(way.weight.any()) for way in (net.s_embedder.proj, net.pixel_embedder.proj, time))
+    return any(bool(layer.weight.any()) for layer in (net.s_embedder.proj, net.pixel_embedder.proj, time))
+
+
+def is_stripped(net: PiDNet) -> bool:
+    """Whether `strip_for_inference` was applied."""
+    return isinstance(net.t_embedder, nn.Identity)
 
 
 def strip_for_inference(net: PiDNet) -> None:
-    """Free, for inference at tabulated times, what such a network never reads again.
+    """Free the weights that inference at precomputed times never reads.
 
-    Gone afterwards: the time embedder and the patch blocks' modulation matrices (28 % of all parameters, whose
+    Removed are the timestep embedder and the patch blocks' modulation matrices (28 % of all parameters, whose
     products `precompute` holds), the last block's prompt output, and the color head. The network can then neither be
     saved nor run at other times.
     """
-    net.stripped = True
     net.t_embedder = nn.Identity()  # type: ignore[assignment]
     blocks: Any = net.patch_blocks
     for block in blocks:

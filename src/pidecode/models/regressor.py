@@ -217,7 +217,7 @@ def look_through(net: PiDNet) -> ShortWay | None:
     None for a network that has none: one whose pixel blocks make more of it than what the adapter says, one whose
     weights are not there or no longer whole.
     """
-    if not net.config.adapter_stages or net.stripped or net.device.type == "meta":
+    if not net.config.adapter_stages or isinstance(net.t_embedder, nn.Identity) or net.device.type == "meta":
         return None
     try:
         return ShortWay(net, _to_pixels_of(net))

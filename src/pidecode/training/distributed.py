@@ -141,7 +141,7 @@ class Bands:
         """This process's tokens, positions and injections."""
         rows, columns = condition.grid
         first, share = self._span(rows)
-        return condition.window(slice(first, first + share), slice(0, columns))
+        return condition.crop(slice(first, first + share), slice(0, columns))
 
     def rows(self, image: Tensor) -> Tensor:
         """This process's band of `[B, 3, H, W]`."""

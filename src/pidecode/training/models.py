@@ -146,7 +146,6 @@ def inject(net: PiDNet, settings: Adapt, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, net)
-    net.plain = True
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(".lora_" in name)
 

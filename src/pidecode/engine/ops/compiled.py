@@ -36,29 +36,29 @@ class CompiledOps:
         self._made: dict[str, Callable[..., Any]] = {}
 
     def norm_modulate(self, x: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-        """See `lean.norm_modulate`."""
+        """See `elementwise.norm_modulate`."""
         return self._run(_norm_modulate, (x, shift, factor), dtype)  # type: ignore[no-any-return]
 
     def add_gated_(self, x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-        """See `lean.add_gated_`."""
+        """See `elementwise.add_gated_`."""
         self._run(_add_gated_, (x, branch, gate))
         return x
 
     def add_norm_modulate_(
         self, x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        """See `lean.add_norm_modulate_`; the stream is read once for both sums."""
+        """See `elementwise.add_norm_modulate_`; the stream is read once for both sums."""
         return self._run(_add_norm_modulate_, (x, branch, gate, shift, factor), dtype)  # type: ignore[no-any-return]
 
     def norm_rotate_(self, heads_TNK: Tensor, weight_K: Tensor, rotation: Tensor | None) -> None:
-        """See `lean.norm_rotate_`."""
+        """See `elementwise.norm_rotate_`."""
         if rotation is None:
             self._run(_norm_heads_, (heads_TNK, weight_K))
         else:  # compilers know no complex numbers
             self._run(_norm_rotate_, (heads_TNK, weight_K, torch.view_as_real(rotation)))
 
     def silu_times_(self, x: Tensor, other: Tensor) -> Tensor:
-        """See `lean.silu_times_`."""
+        """See `elementwise.silu_times_`."""
         self._run(_silu_times_, (x, other))
         return x
 

@@ -105,7 +105,7 @@ def add_norm_modulate_(
     return norm_modulate(add_gated_(x, branch, gate), shift, factor, dtype)
 
 
-def let_in_(x_TD: Tensor, tokens_TD: Tensor, weight_OD: Tensor, logits: Tensor) -> Tensor:
+def gate_latent_(x_TD: Tensor, tokens_TD: Tensor, weight_OD: Tensor, logits: Tensor) -> Tensor:
     """`x += sigmoid(x @ weight^T + logits) * tokens`, in place; twin: `Gate.forward`.
 
     One opening per token (`O` is 1, logits `[T, 1]`) or per channel.
@@ -113,7 +113,7 @@ def let_in_(x_TD: Tensor, tokens_TD: Tensor, weight_OD: Tensor, logits: Tensor) 
     if _fused.get() and len(weight_OD) == 1 and x_TD.stride(1) == tokens_TD.stride(1) == 1:
         from pidecode.engine.ops import triton as triton_kernels
 
-        return triton_kernels.let_in_(x_TD, tokens_TD, weight_OD, logits)
+        return triton_kernels.gate_latent_(x_TD, tokens_TD, weight_OD, logits)
     return add_gated_(x_TD, tokens_TD, torch.sigmoid(F.linear(x_TD.to(weight_OD.dtype), weight_OD) + logits))
 
 

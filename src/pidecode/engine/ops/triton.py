@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernels of the elementwise ops.
 
-Not the default: they were tested in Triton's interpreter and never timed on a GPU. Inside `with lean.fused():` they
-are used, on devices that Triton knows.
+Experimental: tested in Triton's interpreter, no gain was measured on a GPU yet. `with elementwise.fused():` uses them,
+on devices that Triton supports. Each equals the function of its name in `elementwise`, its reference implementation.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _norm_modulate(  # type: ignore[no-untyped-def]
 
 
 def norm_modulate(x: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`rms_norm(x) * factor + shift` over the last axis, read once and written once; twin: `lean.norm_modulate`.
+    """`rms_norm(x) * factor + shift` over the last axis, read once and written once.
 
     shift, factor: of x's shape, or one vector for all.
     """
@@ -74,7 +74,7 @@ def _add_gated(  # type: ignore[no-untyped-def]
 
 
 def add_gated_(x_TD: Tensor, branch_TD: Tensor, gate: Tensor, *, logits: bool = False) -> Tensor:
-    """`x += gate * branch` in place, or `sigmoid(gate)` with `logits`; twin: `lean.add_gated_`.
+    """`x += gate * branch` in place, or `sigmoid(gate)` with `logits`.
 
     gate: `[T, D]`, `[T, 1]` or `[D]`; rows of all three may be any distance apart, their last axis must be dense.
     """
@@ -124,7 +124,7 @@ def _norm_rotate(  # type: ignore[no-untyped-def]
 
 
 def norm_rotate_(heads_TNK: Tensor, weight_K: Tensor, rotation: Tensor | None) -> None:
-    """Normalize each head and rotate its channel pairs, in place, in one pass; twin: `lean.norm_rotate_`.
+    """Normalize each head and rotate its channel pairs, in place, in one pass.
 
     heads_TNK: any strides with a dense last axis; rotation: `[tokens, head_dim / 2]` complex64 or None.
     """
@@ -139,7 +139,7 @@ def norm_rotate_(heads_TNK: Tensor, weight_K: Tensor, rotation: Tensor | None) -
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _let_in(  # type: ignore[no-untyped-def]
+def _gate_latent(  # type: ignore[no-untyped-def]
     x_ptr, token_ptr, weight_ptr, logit_ptr, width, x_stride, token_stride, logit_stride, LANES: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -155,10 +155,10 @@ def _let_in(  # type: ignore[no-untyped-def]
     tl.store(x_ptr + row * x_stride + lanes, out.to(x_ptr.dtype.element_ty), mask=inside)
 
 
-def let_in_(x_TD: Tensor, tokens_TD: Tensor, weight_1D: Tensor, logits_T1: Tensor) -> Tensor:
-    """A gate of one opening per token, decided and applied in one pass over the stream; twin: `lean.let_in_`."""
+def gate_latent_(x_TD: Tensor, tokens_TD: Tensor, weight_1D: Tensor, logits_T1: Tensor) -> Tensor:
+    """A gate of one opening per token, decided and applied in one pass over the stream."""
     rows, width = x_TD.shape
-    _let_in[(rows,)](
+    _gate_latent[(rows,)](
         x_TD, tokens_TD, weight_1D.contiguous(), logits_T1, width, x_TD.stride(0), tokens_TD.stride(0),
         logits_T1.stride(0), triton.next_power_of_2(width),
     )  # fmt: skip
@@ -232,7 +232,7 @@ def _interpreted() -> bool:
 def update_pixels_(
     tile_TGC: Tensor, expanded_TGC: Tensor, vectors: tuple[Tensor, ...], fc1: nn.Linear, fc2: nn.Linear
 ) -> Tensor:
-    """The second half of a pixel block after its large products, in place; twin: `lean.update_pixels_`.
+    """The second half of a pixel block after its large products, in place.
 
     vectors: gate, shift, factor and gate of the tile, each `[T, G * C]` with rows equally far apart.
     """

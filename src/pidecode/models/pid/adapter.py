@@ -8,8 +8,8 @@ the adapter once, whatever the number of steps (SPEC.md section 2).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import cast
+from dataclasses import dataclass
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -19,60 +19,34 @@ from pidecode.errors import LatentError
 from pidecode.registry.configs import Padding, PiDConfig
 
 
-@dataclass(frozen=True, slots=True)
-class Injection:
-    """Latent tokens for one place, with the part of its gate that no step changes."""
-
-    tokens: Tensor
-    """`[B, L, D]`"""
-    gate_logits: Tensor
-    """`[B, L, D or 1]`"""
-
-    def chunk(self, sample: int, part: slice) -> tuple[Tensor, Tensor]:
-        """Tokens and gate logits of one sample's patches."""
-        return self.tokens[sample, part], self.gate_logits[sample, part]
-
-    def window(self, patches: Tensor) -> Injection:
-        """The same for some patches only, given as indices."""
-        return Injection(self.tokens[:, patches], self.gate_logits[:, patches])
-
-
-@dataclass(frozen=True, slots=True)
-class LateInjection:
-    """The same as `Injection`, from the adapter's shared features each time it is asked for.
-
-    A head and a gate cost a hundredth of a step; what they make fills 50 MB for each place in a 2048-pixel image.
-    """
-
-    features: Tensor
-    """`[B, L, adapter width]`"""
-    head: nn.Module
-    gate: Gate
-    sigma: Tensor
-    """`[B or 1]`"""
-    mask: Tensor | None
+class Injection(Protocol):
+    """Latent tokens of one injection point, with the part of their gate that no denoising step changes."""
 
     @property
     def tokens(self) -> Tensor:
         """`[B, L, D]`"""
-        return masked(self.head(self.features), self.mask)
+        ...
 
     @property
     def gate_logits(self) -> Tensor:
         """`[B, L, D or 1]`"""
-        return self.gate.latent_logits(self.tokens, self.sigma)
+        ...
 
-    def chunk(self, sample: int, part: slice) -> tuple[Tensor, Tensor]:
-        """Tokens and gate logits of one sample's patches."""
-        one = slice(sample, sample + 1)
-        sigma = self.sigma if len(self.sigma) == 1 else self.sigma[one]
-        mask = self.mask if self.mask is None or len(self.mask) == 1 else self.mask[one]
-        tokens = masked(self.head(self.features[one, part]), mask)
-        return tokens[0], self.gate.latent_logits(tokens, sigma)[0]
-
-    def window(self, patches: Tensor) -> LateInjection:
+    def crop(self, patches: Tensor) -> Injection:
         """The same for some patches only, given as indices."""
-        return replace(self, features=self.features[:, patches])
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ComputedInjection:
+    """An injection held in memory."""
+
+    tokens: Tensor
+    gate_logits: Tensor
+
+    def crop(self, patches: Tensor) -> ComputedInjection:
+        """The same for some patches only, given as indices."""
+        return ComputedInjection(self.tokens[:, patches], self.gate_logits[:, patches])
 
 
 def masked(x: Tensor, mask_B: Tensor | None) -> Tensor:
@@ -270,18 +244,6 @@ class LatentAdapter(nn.Module):
         side = self.config.patch_size // self.config.scale
         colors = self.lq_aux_rgb_head(features.flatten(2).transpose(1, 2))
         return F.pixel_shuffle(colors.transpose(1, 2).unflatten(2, grid), side)
-
-    def late(
-        self, grid: tuple[int, int], latent: Tensor, sigma_B: Tensor, mask: Tensor | None, pixel_gate: Gate | None
-    ) -> tuple[tuple[LateInjection, ...], LateInjection | None, None]:
-        """The same tokens, made where they are used: only the shared features are computed and kept."""
-        tokens = self.features(grid, latent)[0].flatten(2).transpose(1, 2)
-
-        def injection(head: nn.Module, gate: nn.Module) -> LateInjection:
-            return LateInjection(tokens, head, cast(Gate, gate), sigma_B, mask)
-
-        blocks = tuple(injection(*pair) for pair in zip(self.output_heads, self.gate_modules, strict=True))
-        return blocks, None if pixel_gate is None else injection(self.pit_head, pixel_gate), None
 
     def forward(
         self,

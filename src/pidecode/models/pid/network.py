@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PiDNet: latent adapter, patch blocks, pixel blocks, final layer (PiD, PixelDiT).
+"""PiDNet, the conditional pixel diffusion network of PiD (https://arxiv.org/abs/2605.23902).
 
-Shapes: B batch, L = h w patch tokens, N prompt tokens, D hidden, P pixels of a patch, C pixel width.
-Attribute names are those of the released checkpoints, which are a file format.
+A latent adapter turns the latent into tokens of the patch grid; patch blocks denoise patch tokens jointly with prompt
+tokens; pixel blocks refine every pixel under its patch's condition; a final layer gives the prediction. The layout of
+patch and pixel blocks is PixelDiT's.
+
+This is the plain forward: what training differentiates and what every path in `pidecode.engine` is tested against.
+
+Shapes: B batch, h w grid of patches, L = h w patch tokens, N prompt tokens, D hidden, P pixels of a patch, C pixel
+width. Attribute names are those of the released checkpoints, which are a file format.
 """
 
 from __future__ import annotations
@@ -13,12 +19,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from pidecode.engine import inplace as lean
-from pidecode.engine.chunks import Chunks
-from pidecode.engine.offload import BlockOffloader
-from pidecode.engine.timesteps import StepModulation, TimestepCache, step_modulation
 from pidecode.errors import LatentError, SettingError, SizeError
-from pidecode.models.pid.adapter import Gate, Injection, LateInjection, LatentAdapter
+from pidecode.models.pid.adapter import ComputedInjection, Gate, Injection, LatentAdapter
 from pidecode.models.pid.blocks import (
     FinalLayer,
     PatchBlock,
@@ -37,36 +39,49 @@ from pidecode.models.pid.blocks import (
 from pidecode.registry.configs import PiDConfig
 
 Grid = tuple[int, int]
+"""Rows and columns of patches."""
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class Condition:
-    """Everything an image's denoising steps share: computed once, used at every step."""
+    """Everything the denoising steps of one image share: computed once by `PiDNet.prepare`, read at every step."""
 
     grid: Grid
     text: Tensor | None
-    injections: tuple[Injection | LateInjection, ...]
-    pixel_injection: Injection | LateInjection | None
+    """Embedded prompt tokens `[B, N, D]`, float32; None without a text stream."""
+    injections: tuple[Injection, ...]
+    """One per injected patch block; empty without a latent."""
+    pixel_injection: Injection | None
+    """Enters the pixel blocks' condition; None for networks that do not inject there."""
     rotation: Rotation
+    """Rotary table of the patch blocks' image tokens."""
     pixel_rotation: Rotation
+    """Rotary table of the pixel blocks' attention."""
     text_rotation: Rotation | None
     row_table: Tensor
+    """Sin-cos table `[h * patch_size, C / 2]` of pixel rows."""
     column_table: Tensor
+    """Sin-cos table `[w * patch_size, C / 2]` of pixel columns."""
     color: Tensor | None = None
-    schedule: TimestepCache | None = None
-    """Vectors of the times at which the image will be denoised, if they are known beforehand."""
+    """Low-resolution image `[B, 3, h f, w f]` predicted by the color head, f = patch_size / scale, if asked for."""
 
-    def window(self, rows: slice, columns: slice) -> Condition:
-        """The condition of a window of the image, in patches: positions and latent tokens as in the whole."""
+    def crop(self, rows: slice, columns: slice) -> Condition:
+        """The condition of a part of the image, given in patches; positions and latent tokens stay those of the whole.
+
+        Args:
+            rows: Rows of patches, with explicit start and stop.
+            columns: Columns of patches, likewise.
+        """
         (_, width), device = self.grid, self.row_table.device
         patch = len(self.column_table) // width
-        across = torch.arange(columns.start, columns.stop, device=device)
-        patches = (torch.arange(rows.start, rows.stop, device=device)[:, None] * width + across).flatten()
+        column_indices = torch.arange(columns.start, columns.stop, device=device)
+        row_indices = torch.arange(rows.start, rows.stop, device=device)
+        patches = (row_indices[:, None] * width + column_indices).flatten()
         return replace(
             self,
             grid=(rows.stop - rows.start, columns.stop - columns.start),
-            injections=tuple(injection.window(patches) for injection in self.injections),
-            pixel_injection=None if self.pixel_injection is None else self.pixel_injection.window(patches),
+            injections=tuple(injection.crop(patches) for injection in self.injections),
+            pixel_injection=None if self.pixel_injection is None else self.pixel_injection.crop(patches),
             rotation=(self.rotation[0][patches], self.rotation[1][patches]),
             pixel_rotation=(self.pixel_rotation[0][patches], self.pixel_rotation[1][patches]),
             row_table=self.row_table[rows.start * patch : rows.stop * patch],
@@ -75,35 +90,18 @@ class Condition:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Given:
-    """What a caller tells about an image's latent."""
-
-    grid: Grid
-    latent: Tensor | None
-    sigma: Tensor | float | None
-    mask: Tensor | None
-    want_color: bool
-    keep_tokens: bool
-
-
 class PiDNet(nn.Module):
-    """PiD's conditional pixel diffusion network (SPEC.md sections 1 and 2).
+    """PiD's conditional pixel diffusion network.
 
-    The output is a velocity `eps - x_0`, or `x_0` itself where `config.prediction` says so.
+    The output is a velocity `eps - x_0`, or `x_0` itself where `config.prediction` says so; see docs/architecture.md.
+
+    Args:
+        config: Shape of the network; weights are left as torch initializes them.
     """
 
     def __init__(self, config: PiDConfig) -> None:
         super().__init__()
         self.config = config
-        self.chunks: Chunks | None = None
-        """How much inference works on at once; None picks what suits the device."""
-        self.offloader: BlockOffloader | None = None
-        """Set where the patch blocks live on the host and only visit the device."""
-        self.stripped = False
-        """Whether `schedule.strip_for_inference` took away what only training and other times need."""
-        self.plain = False
-        """Whether layers always run their own forward, as those wrapped by adapters must."""
         D = config.hidden_size
         self.pixel_embedder = PixelEmbedder(config.pixel_hidden_size)
         self.s_embedder = PatchEmbedder(3 * config.patch_size**2, D)
@@ -129,12 +127,12 @@ class PiDNet(nn.Module):
         """Where the weights are."""
         return self.final_layer.linear.weight.device
 
-    def chunks_for(self, device: torch.device) -> Chunks:
-        """How much inference works on at once on a device."""
-        return self.chunks or (Chunks() if device.type == "cpu" else Chunks.large(self.config.patch_size))
-
     def grid_of(self, height: int, width: int) -> Grid:
-        """Rows and columns of patches in an image. Raises SizeError if the sides do not divide."""
+        """Rows and columns of patches of an image.
+
+        Raises:
+            SizeError: A side is not a multiple of the patch size.
+        """
         patch = self.config.patch_size
         if height % patch or width % patch or min(height, width) < patch:
             near = tuple(max(patch, round(side / patch) * patch) for side in (width, height))
@@ -143,6 +141,19 @@ class PiDNet(nn.Module):
                 f"the nearest size that does is {near[0]}x{near[1]}."
             )
         return height // patch, width // patch
+
+    def forward(
+        self,
+        x_B3HW: Tensor,
+        t_B: Tensor,
+        text: Tensor | None = None,
+        latent: Tensor | None = None,
+        sigma: Tensor | float | None = None,
+        latent_mask: Tensor | None = None,
+    ) -> Tensor:
+        """`prepare` and `denoise` in one; see there for shapes and errors."""
+        grid = self.grid_of(*x_B3HW.shape[-2:])
+        return self.denoise(x_B3HW, t_B, self.prepare(grid, text, latent, sigma, latent_mask=latent_mask))
 
     def prepare(
         self,
@@ -153,23 +164,24 @@ class PiDNet(nn.Module):
         *,
         latent_mask: Tensor | None = None,
         want_color: bool = False,
-        keep_tokens: bool = True,
-        schedule: TimestepCache | None = None,
     ) -> Condition:
-        """Compute what all steps share.
+        """Compute what all denoising steps of an image share: prompt tokens, latent tokens, positions.
 
-        text: prompt states `[B, N, text_dim]`; positions beyond `text_length` are cut.
-        latent: normalized latent `[B, channels, a, b]`; None runs without any latent.
-        sigma: noise left in the latent, one value or one per sample, in [0, 1].
-        latent_mask: `[B]` of 0 or 1; 0 silences a sample's latent.
-        keep_tokens: False makes the latent's tokens anew at each use: less memory, a hundredth more work.
-        schedule: what `schedule.precompute` made of the times to come.
-        Raises LatentError or SettingError when an input does not fit the network.
+        Args:
+            grid: Rows and columns of patches of the image.
+            text: Prompt states `[B, N, text_dim]`; positions beyond `text_length` are cut.
+            latent: Normalized latent `[B, channels, a, b]`; None runs without any latent.
+            sigma: Noise left in the latent, in [0, 1]: one value, or one per sample.
+            latent_mask: `[B]` of 0 or 1; 0 silences a sample's latent.
+            want_color: Also run the color head, into `Condition.color`.
+
+        Raises:
+            LatentError: The latent's shape or sigma does not fit the network.
+            SettingError: The text does not fit, or an argument cannot act on this network.
         """
         config, device = self.config, self.device
-        given = _Given(grid, latent, sigma, latent_mask, want_color, keep_tokens)
-        injections, pixel_injection, color = self._inject(given)
         tokens = self._embed_text(text)
+        injections, pixel_injection, color = self._inject(grid, latent, sigma, latent_mask, want_color)
         reference = None
         if config.rope_mode == "ntk_aware":
             reference = (config.rope_reference[0] / config.patch_size, config.rope_reference[1] / config.patch_size)
@@ -190,8 +202,50 @@ class PiDNet(nn.Module):
             row_table=pixel_axis_table(grid[0] * config.patch_size, config.pixel_hidden_size // 2, device=device),
             column_table=pixel_axis_table(grid[1] * config.patch_size, config.pixel_hidden_size // 2, device=device),
             color=color,
-            schedule=schedule,
         )
+
+    def denoise(self, x_B3HW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
+        """One evaluation of the network.
+
+        Args:
+            x_B3HW: Noisy image `[B, 3, H, W]`.
+            t_B: Flow time times 1000, `[B]`, or `[1]` for all samples.
+            condition: What `prepare` computed for the image.
+
+        Returns:
+            The prediction `[B, 3, H, W]`, float32.
+        """
+        tokens, patches, t_emb = self._embed(x_B3HW, t_B)
+        tokens, _ = self._run_patch_blocks(tokens, t_emb, condition)
+        return self._run_pixel_blocks(tokens, patches, t_emb, condition)
+
+    def features(
+        self, x_B3HW: Tensor, t_B: Tensor, condition: Condition, indices: tuple[int, ...], *, predict: bool = False
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Image stream after the named patch blocks, as discriminators and representation alignment read it.
+
+        Args:
+            x_B3HW: Noisy image `[B, 3, H, W]`.
+            t_B: Flow time times 1000, `[B]`.
+            condition: What `prepare` computed for the image.
+            indices: Patch blocks, zero-based and ascending.
+            predict: Run the network to its end, for the prediction as well.
+
+        Returns:
+            Features `[B, D, h, w]` per index, and the prediction `[B, 3, H, W]` or None.
+
+        Raises:
+            SettingError: There is no such block.
+        """
+        if not indices or min(indices) < 0 or max(indices) >= self.config.patch_depth:
+            raise SettingError(f"Feature blocks {indices} are not among 0..{self.config.patch_depth - 1}.")
+        tokens, patches, t_emb = self._embed(x_B3HW, t_B)
+        stop = None if predict else max(indices)
+        tokens, taps = self._run_patch_blocks(tokens, t_emb, condition, taps=frozenset(indices), stop=stop)
+        maps = [tap.transpose(1, 2).unflatten(2, condition.grid) for tap in taps]
+        return maps, self._run_pixel_blocks(tokens, patches, t_emb, condition) if predict else None
+
+    # What `prepare` is made of.
 
     def _embed_text(self, text: Tensor | None) -> Tensor | None:
         config = self.config
@@ -205,87 +259,53 @@ class PiDNet(nn.Module):
                 f"This network needs prompt states of shape [batch, tokens, {config.text_dim}]; {came} came."
             )
         text = text[:, : config.text_length]
-        # float32 like the image stream, whatever the matrices are in.
+        # float32 like the image stream, whatever the type of the weights.
         return (self.y_embedder(text) + self.y_pos_embedding[:, : text.shape[1]]).float()  # type: ignore[no-any-return]
 
-    def _inject(
-        self, given: _Given
-    ) -> tuple[tuple[Injection | LateInjection, ...], Injection | LateInjection | None, Tensor | None]:
-        if given.latent is None:
-            if given.sigma is not None or given.mask is not None or given.want_color:
-                raise SettingError("sigma, latent_mask and want_color act on a latent, and none was given.")
-            return (), None, None
+    def check_latent(self, latent: Tensor, sigma: Tensor | float | None) -> Tensor:
+        """The latent's noise levels `[B]` or `[1]`, float32, on its device.
+
+        Raises:
+            LatentError: There is no sigma, or not one per sample.
+            SettingError: The network has no adapter.
+        """
         if not self.config.has_adapter:
             raise SettingError("This network is a bare text-to-image backbone: it takes no latent.")
-        if given.sigma is None:
+        if sigma is None:
             raise LatentError("A latent came without sigma; give the noise left in it (0 for a finished latent).")
-        if given.want_color and not self.config.color_head:
-            raise SettingError("This network has no color head, so it cannot predict the low-resolution image.")
-        sigma_B = torch.as_tensor(given.sigma, dtype=torch.float32, device=given.latent.device).reshape(-1)
-        if sigma_B.numel() not in (1, given.latent.shape[0]):
+        sigma_B = torch.as_tensor(sigma, dtype=torch.float32, device=latent.device).reshape(-1)
+        if sigma_B.numel() not in (1, latent.shape[0]):
             raise LatentError(
-                f"sigma has {sigma_B.numel()} values for {given.latent.shape[0]} latents; give one, or one each."
+                f"sigma has {sigma_B.numel()} values for {latent.shape[0]} latents; give one, or one each."
             )
-        if given.want_color and not given.keep_tokens:
-            raise SettingError("The color head needs keep_tokens=True; with it off, no head is run beforehand.")
-        pixel_gate = self.pit_lq_gate if self.config.inject_pixels else None
-        if not given.keep_tokens:
-            return self.lq_proj.late(given.grid, given.latent, sigma_B, given.mask, pixel_gate)
-        adapted = self.lq_proj(given.grid, given.latent, mask=given.mask, want_color=given.want_color)
+        return sigma_B
+
+    def _inject(
+        self, grid: Grid, latent: Tensor | None, sigma: Tensor | float | None, mask: Tensor | None, want_color: bool
+    ) -> tuple[tuple[Injection, ...], Injection | None, Tensor | None]:
+        if latent is None:
+            if sigma is not None or mask is not None or want_color:
+                raise SettingError("sigma, latent_mask and want_color act on a latent, and none was given.")
+            return (), None, None
+        sigma_B = self.check_latent(latent, sigma)
+        if want_color and not self.config.color_head:
+            raise SettingError("This network has no color head, so it cannot predict the low-resolution image.")
+        adapted = self.lq_proj(grid, latent, mask=mask, want_color=want_color)
         injections = tuple(
-            Injection(tokens, gate.latent_logits(tokens, sigma_B))  # type: ignore[operator]
+            ComputedInjection(tokens, gate.latent_logits(tokens, sigma_B))  # type: ignore[operator]
             for tokens, gate in zip(adapted.blocks, self.lq_proj.gate_modules, strict=True)
         )
         pixel_injection = None
-        if pixel_gate is not None:
-            pixel_injection = Injection(adapted.pixels, pixel_gate.latent_logits(adapted.pixels, sigma_B))
+        if self.config.inject_pixels:
+            pixel_injection = ComputedInjection(adapted.pixels, self.pit_lq_gate.latent_logits(adapted.pixels, sigma_B))
         return injections, pixel_injection, adapted.color
 
-    def denoise(self, x_B3HW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
-        """One evaluation: noisy image `[B, 3, H, W]` and flow time times 1000 `[B]` to the prediction, same shape.
+    # What `denoise` is made of.
 
-        Without gradients it runs in place and in chunks (`engine/inplace.py`); times on the host are looked up
-        in the condition's schedule without waiting for the device.
-        """
-        if self.runs_lean(x_B3HW.device):
-            return lean.denoise(self, x_B3HW, self.modulation_at(t_B, condition), condition)
-        tokens, patches, t_emb = self._embed(x_B3HW, t_B, condition.grid)
-        tokens, _ = self._run_patch_blocks(tokens, t_emb, condition)
-        return self._pixels(tokens, patches, t_emb, condition)
-
-    def modulation_at(self, t_B: Tensor, condition: Condition) -> StepModulation:
-        """What the network derives from the times alone: looked up if the condition's schedule has them."""
-        known = None if condition.schedule is None else condition.schedule.find(t_B)
-        return known or step_modulation(self, t_B)
-
-    def runs_lean(self, device: torch.device) -> bool:
-        """Whether `denoise` would run in place and in chunks as things are now."""
-        # Autocast and sharded weights live in the modules' own forward, so they keep it.
-        kind = device.type
-        if self.plain or torch.is_grad_enabled():
-            return False
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            return False
-        return not hasattr(next(self.patch_blocks.parameters()), "device_mesh")
-
-    def features(
-        self, x_B3HW: Tensor, t_B: Tensor, condition: Condition, indices: tuple[int, ...], *, predict: bool = False
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """Image stream after the named patch blocks (zero-based, ascending), each `[B, D, h, w]`.
-
-        With `predict`, the prediction as well.
-        """
-        if not indices or min(indices) < 0 or max(indices) >= self.config.patch_depth:
-            raise SettingError(f"Feature blocks {indices} are not among 0..{self.config.patch_depth - 1}.")
-        tokens, patches, t_emb = self._embed(x_B3HW, t_B, condition.grid)
-        stop = None if predict else max(indices)
-        tokens, taps = self._run_patch_blocks(tokens, t_emb, condition, taps=frozenset(indices), stop=stop)
-        maps = [tap.transpose(1, 2).unflatten(2, condition.grid) for tap in taps]
-        return maps, self._pixels(tokens, patches, t_emb, condition) if predict else None
-
-    def _embed(self, x_B3HW: Tensor, t_B: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    def _embed(self, x_B3HW: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Patch tokens `[B, L, D]`, patches `[B, L, P, 3]`, timestep embedding `[B, 1, D]`."""
         patches_BLP3 = to_patches(x_B3HW, self.config.patch_size)
-        # The patch embedding reads channel-major patches, the pixel path pixel-major ones.
+        # The patch embedding reads channel-major patches, the pixel blocks pixel-major ones.
         tokens = self.s_embedder(patches_BLP3.transpose(2, 3).flatten(2))
         return tokens.float(), patches_BLP3, self.t_embedder(t_B.reshape(-1)).unsqueeze(1)
 
@@ -297,6 +317,7 @@ class PiDNet(nn.Module):
         taps: frozenset[int] = frozenset(),
         stop: int | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
+        """Image tokens `[B, L, D]` through the patch blocks, and the tokens after those in `taps`."""
         silu_t, y, tapped = F.silu(t_emb), condition.text, []
         last = len(self.patch_blocks) - 1
         for index, block in enumerate(self.patch_blocks):
@@ -304,6 +325,7 @@ class PiDNet(nn.Module):
                 which = index // self.config.inject_interval
                 injection = condition.injections[which]
                 x = self.lq_proj.gate_modules[which](x, injection.tokens, injection.gate_logits)
+            # The last block's prompt output is read by nothing.
             x, y = block(x, y, silu_t, condition.rotation, condition.text_rotation, want_text=index < last)
             if index in taps:
                 tapped.append(x)
@@ -311,7 +333,8 @@ class PiDNet(nn.Module):
                 break
         return x, tapped
 
-    def _pixels(self, tokens: Tensor, patches_BLP3: Tensor, t_emb: Tensor, condition: Condition) -> Tensor:
+    def _run_pixel_blocks(self, tokens: Tensor, patches_BLP3: Tensor, t_emb: Tensor, condition: Condition) -> Tensor:
+        """Pixels through the pixel blocks, modulated by the patch tokens: the prediction `[B, 3, H, W]`."""
         patch_condition = F.silu(t_emb + tokens)
         if condition.pixel_injection is not None:
             injection = condition.pixel_injection
@@ -322,24 +345,11 @@ class PiDNet(nn.Module):
         return from_patches(self.final_layer(pixels).float(), condition.grid, self.config.patch_size)
 
     def _embed_pixels(self, patches_BLP3: Tensor, condition: Condition) -> Tensor:
-        """Colors to pixel tokens `[B, L, P, C]`, plus every pixel's place in the image."""
+        """Colors to pixel tokens `[B, L, P, C]`, plus the sin-cos position of every pixel in the image."""
         (rows, columns), patch = condition.grid, self.config.patch_size
         half = self.config.pixel_hidden_size // 2
         shape = (rows, columns, patch, patch, half)
-        across = condition.column_table.view(1, columns, 1, patch, half).expand(shape)
-        down = condition.row_table.view(rows, 1, patch, 1, half).expand(shape)
-        place = torch.cat((across, down), dim=-1).view(rows * columns, patch * patch, 2 * half)
-        return self.pixel_embedder(patches_BLP3) + place  # type: ignore[no-any-return]
-
-    def forward(
-        self,
-        x_B3HW: Tensor,
-        t_B: Tensor,
-        text: Tensor | None = None,
-        latent: Tensor | None = None,
-        sigma: Tensor | float | None = None,
-        latent_mask: Tensor | None = None,
-    ) -> Tensor:
-        """`prepare` and `denoise` in one; see there for shapes and errors."""
-        grid = self.grid_of(*x_B3HW.shape[-2:])
-        return self.denoise(x_B3HW, t_B, self.prepare(grid, text, latent, sigma, latent_mask=latent_mask))
+        x = condition.column_table.view(1, columns, 1, patch, half).expand(shape)
+        y = condition.row_table.view(rows, 1, patch, 1, half).expand(shape)
+        position = torch.cat((x, y), dim=-1).view(rows * columns, patch * patch, 2 * half)
+        return self.pixel_embedder(patches_BLP3) + position  # type: ignore[no-any-return]

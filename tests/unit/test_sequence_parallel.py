@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pidecode.engine.sequence_parallel import denoise_together, is_spread, stripes
+from pidecode.engine.runner import Runner
+from pidecode.engine.sequence_parallel import denoise_sharded, is_parallel, row_shards
 from pidecode.errors import SizeError
 from pidecode.models.pid.network import Condition, PiDNet
 from pidecode.registry.configs import debug_config
@@ -25,16 +26,16 @@ def scene() -> tuple[PiDNet, Tensor, Condition]:
     for parameter in net.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.03)
     text, latent = torch.randn(1, 7, 16), torch.randn(1, 16, 3, 2)
-    # Five rows of patches do not divide by two: the stripes differ in size.
+    # Five rows of patches do not divide by two: the shards differ in size.
     return net, torch.randn(1, 3, 80, 64), net.prepare((5, 4), text, latent, 0.2)
 
 
 def worker(rank: int, meeting: str, out: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     try:
-        assert is_spread()
+        assert is_parallel()
         net, x, condition = scene()
-        torch.save(denoise_together(net, x, TIME, condition), f"{out}/{rank}.pt")
+        torch.save(denoise_sharded(net, Runner(net).denoise, x, TIME, condition), f"{out}/{rank}.pt")
         assert all(block.attn.gather is None for block in net.patch_blocks)
     finally:
         dist.destroy_process_group()
@@ -51,18 +52,18 @@ def test_two_processes_make_the_image_of_one(tmp_path: Path) -> None:
         assert process.exitcode == 0
     net, x, condition = scene()
     with torch.no_grad():
-        alone = net.denoise(x, TIME, condition)
+        alone = Runner(net).denoise(x, TIME, condition)
     for rank in range(2):
         together = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert (together - alone).abs().max() < 5e-6 * alone.abs().max()
 
 
-def test_stripes_cover_all_rows() -> None:
-    assert stripes(5, 2) == [(0, 2), (2, 5)]
-    assert stripes(4, 4) == [(0, 1), (1, 2), (2, 3), (3, 4)]
-    with pytest.raises(SizeError, match="cannot be spread over 4"):
-        stripes(3, 4)
+def test_shards_cover_all_rows() -> None:
+    assert row_shards(5, 2) == [(0, 2), (2, 5)]
+    assert row_shards(4, 4) == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    with pytest.raises(SizeError, match="cannot be sharded over 4"):
+        row_shards(3, 4)
 
 
-def test_one_process_is_not_spread() -> None:
-    assert not is_spread()
+def test_one_process_is_not_parallel() -> None:
+    assert not is_parallel()

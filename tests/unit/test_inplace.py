@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each saving of the lean evaluation against its plain twin: same numbers, in chunks and in place."""
+"""The in-place forward and its elementwise ops against the reference forward: same numbers, in chunks and in place."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +11,12 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from pidecode.engine.chunks import Chunks
-from pidecode.engine.ops import elementwise as sums
-from pidecode.engine.timesteps import precompute, strip_for_inference
-from pidecode.errors import SettingError
+from pidecode.engine.injections import prepare_recomputed
+from pidecode.engine.inplace import denoise, runs_in_place
+from pidecode.engine.ops import elementwise
+from pidecode.engine.runner import Runner
+from pidecode.engine.timesteps import is_stripped, precompute, step_modulation, strip_for_inference
+from pidecode.errors import LatentError, SettingError
 from pidecode.models.pid.blocks import GatedFeedForward, RMSNorm, image_rotation, modulate, rotate
 from pidecode.models.pid.network import Condition, PiDNet
 from pidecode.registry.configs import PiDConfig, debug_config
@@ -41,7 +43,9 @@ def random_net(config: PiDConfig, seed: int = 0) -> PiDNet:
     return net
 
 
-def inputs(net: PiDNet, grid: tuple[int, int] = (4, 6), batch: int = 1, **options: Any) -> tuple[Tensor, Condition]:
+def inputs(
+    net: PiDNet, grid: tuple[int, int] = (4, 6), batch: int = 1, *, recomputed: bool = False, **options: Any
+) -> tuple[Tensor, Condition]:
     config, generator = net.config, torch.Generator().manual_seed(1)
     x = torch.randn(batch, 3, grid[0] * config.patch_size, grid[1] * config.patch_size, generator=generator)
     text = torch.randn(batch, 7, config.text_dim, generator=generator) if config.has_text else None
@@ -49,6 +53,9 @@ def inputs(net: PiDNet, grid: tuple[int, int] = (4, 6), batch: int = 1, **option
     if config.has_adapter:
         latent = torch.randn(batch, config.latent_channels, grid[0] // 2, grid[1] // 2, generator=generator)
         sigma = torch.rand(batch, generator=generator)
+    if recomputed:
+        assert latent is not None
+        return x, prepare_recomputed(net, grid, text, latent, sigma, **options)
     return x, net.prepare(grid, text, latent, sigma, **options)
 
 
@@ -56,21 +63,20 @@ def apart(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-def both(net: PiDNet, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        plain = net.denoise(x, t, condition)
+def both(net: PiDNet, x: Tensor, t: Tensor, condition: Condition, **how: Any) -> tuple[Tensor, Tensor]:
+    """The reference forward, and the in-place one."""
     with torch.no_grad():
-        return plain, net.denoise(x, t, condition)
+        return net.denoise(x, t, condition), denoise(net, x, step_modulation(net, t), condition, **how)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_lean_equals_plain(name: str) -> None:
+def test_in_place_equals_the_reference(name: str) -> None:
     net = random_net(VARIANTS[name])
     x, condition = inputs(net, batch=2)
     before = x.clone()
-    plain, leanly = both(net, x, torch.tensor([866.0, 342.0]), condition)
+    plain, in_place = both(net, x, torch.tensor([866.0, 342.0]), condition)
     assert plain.std() > 0.01
-    assert apart(plain, leanly) < TOLERANCE
+    assert apart(plain, in_place) < TOLERANCE
     assert torch.equal(x, before)
 
 
@@ -80,66 +86,68 @@ def test_lean_equals_plain(name: str) -> None:
 )
 def test_any_chunk_gives_the_same(chunks: Chunks) -> None:
     net = random_net(VARIANTS["v1.5"])
-    net.chunks = chunks
     x, condition = inputs(net)
-    plain, leanly = both(net, x, torch.tensor([634.0]), condition)
-    assert apart(plain, leanly) < TOLERANCE
+    plain, in_place = both(net, x, torch.tensor([634.0]), condition, chunks=chunks)
+    assert apart(plain, in_place) < TOLERANCE
 
 
 def test_running_twice_alters_nothing() -> None:
     net = random_net(VARIANTS["v1.5"])
     x, condition = inputs(net)
     with torch.no_grad():
-        first, second = (net.denoise(x, torch.tensor([634.0]), condition) for _ in range(2))
+        first, second = (Runner(net).denoise(x, torch.tensor([634.0]), condition) for _ in range(2))
     assert torch.equal(first, second)
 
 
-def test_the_schedule_gives_what_each_step_would_compute() -> None:
+def test_the_cache_gives_what_each_step_would_compute() -> None:
     net = random_net(VARIANTS["v1.5"])
-    schedule = precompute(net, (0.999, 0.866, 0.634, 0.342, 1.0))
+    cached, computed = Runner(net, distilled=True), Runner(net)
+    cached.precompute_timesteps()
     x, condition = inputs(net, batch=2)
-    known = replace(condition, schedule=schedule)
     with torch.no_grad():
         for t in (torch.tensor([866.0, 866.0]), torch.tensor([999.0, 342.0]), torch.tensor([123.0, 866.0])):
-            assert apart(net.denoise(x, t, known), net.denoise(x, t, condition)) < TOLERANCE
-    assert schedule.find(torch.tensor([123.0])) is None
-    found = schedule.find(torch.tensor([866.0, 866.0]))
+            assert apart(cached.denoise(x, t, condition), computed.denoise(x, t, condition)) < TOLERANCE
+    cache = precompute(net, (0.999, 0.866, 0.634, 0.342, 1.0))
+    assert cache.find(torch.tensor([123.0])) is None
+    found = cache.find(torch.tensor([866.0, 866.0]))
     assert found is not None and len(found.embedding) == 1
 
 
-def test_a_slimmed_network_runs_at_its_times_and_says_so_at_others() -> None:
+def test_a_stripped_network_runs_at_its_times_and_says_so_at_others() -> None:
     net = random_net(VARIANTS["v1.5"])
-    times = (0.866, 0.342)
     x, condition = inputs(net)
     t = torch.tensor([342.0])
     with torch.no_grad():
         before = net.denoise(x, t, condition)
-        known = replace(condition, schedule=precompute(net, times))
+        runner = Runner(net, distilled=True)
+        runner.precompute_timesteps()
         size = sum(p.numel() for p in net.parameters())
         strip_for_inference(net)
+        assert is_stripped(net)
         assert sum(p.numel() for p in net.parameters()) < 0.95 * size
-        assert apart(net.denoise(x, t, known), before) < TOLERANCE
+        assert apart(runner.denoise(x, t, condition), before) < TOLERANCE
         with pytest.raises(SettingError, match="stripped"):
-            net.denoise(x, torch.tensor([500.0]), known)
+            runner.denoise(x, torch.tensor([500.0]), condition)
+    with pytest.raises(SettingError, match="inference_mode"):
+        runner.denoise(x, t, condition)
 
 
 @pytest.mark.parametrize("name", ["v1.5", "v1"])
-def test_late_tokens_equal_kept_ones(name: str) -> None:
+def test_recomputed_tokens_equal_kept_ones(name: str) -> None:
     net = random_net(VARIANTS[name])
     t = torch.tensor([634.0])
     mask = torch.tensor([1.0, 0.0])
     x, kept = inputs(net, batch=2, latent_mask=mask)
-    _, late = inputs(net, batch=2, latent_mask=mask, keep_tokens=False)
-    with torch.no_grad():
-        assert apart(net.denoise(x, t, kept), net.denoise(x, t, late)) < TOLERANCE
-    plain, _ = both(net, x, t.expand(2), late)
-    assert apart(plain, both(net, x, t.expand(2), kept)[0]) < TOLERANCE
+    _, recomputed = inputs(net, batch=2, latent_mask=mask, recomputed=True)
+    references, in_place = zip(*(both(net, x, t.expand(2), each) for each in (kept, recomputed)), strict=True)
+    assert apart(*references) < TOLERANCE
+    assert apart(*in_place) < TOLERANCE
 
 
-def test_the_color_head_needs_its_tokens() -> None:
-    net = random_net(debug_config(color_head=True))
-    with pytest.raises(SettingError, match="keep_tokens"):
-        inputs(net, keep_tokens=False, want_color=True)
+def test_recomputed_tokens_need_what_kept_ones_need() -> None:
+    net = random_net(VARIANTS["v1.5"])
+    with pytest.raises(LatentError, match="without sigma"):
+        prepare_recomputed(net, (2, 2), torch.zeros(1, 7, 16), torch.zeros(1, 16, 1, 1), None)
 
 
 def test_half_precision_stays_near_the_exact_image() -> None:
@@ -148,28 +156,31 @@ def test_half_precision_stays_near_the_exact_image() -> None:
     exact, _ = both(net, x, torch.tensor([634.0]), condition)
     net.bfloat16()
     x, condition = inputs(net)
-    plain, leanly = both(net, x, torch.tensor([634.0]), condition)
-    assert leanly.dtype == torch.float32
-    error_lean, error_plain = ((y - exact).square().mean().sqrt() / exact.std() for y in (leanly, plain))
-    assert error_lean < 0.03
-    assert error_lean < 1.2 * error_plain
+    plain, in_place = both(net, x, torch.tensor([634.0]), condition)
+    assert in_place.dtype == torch.float32
+    error_in_place, error_plain = ((y - exact).square().mean().sqrt() / exact.std() for y in (in_place, plain))
+    assert error_in_place < 0.03
+    assert error_in_place < 1.2 * error_plain
 
 
-def test_gradients_take_the_plain_path() -> None:
+def test_gradients_take_the_reference_forward() -> None:
     net = random_net(VARIANTS["v1.5"]).requires_grad_(True)
     x, condition = inputs(net)
-    net.denoise(x, torch.tensor([634.0]), condition).square().mean().backward()
+    assert not runs_in_place(net, net.device)
+    Runner(net).denoise(x, torch.tensor([634.0]), condition).square().mean().backward()
     assert all(p.grad is not None for n, p in net.named_parameters() if n.startswith("pixel_blocks"))
 
 
-def test_norm_and_modulation_in_one_go() -> None:
+def test_norm_and_modulation() -> None:
     x, shift, scale = torch.randn(3, 5, 8), torch.randn(8), torch.randn(8)
     norm = RMSNorm(8)
     torch.nn.init.normal_(norm.weight)
     with torch.no_grad():
         plain = modulate(norm(x), shift, scale)
-        assert torch.allclose(sums.norm_modulate(x, shift, (1 + scale) * norm.weight, torch.float32), plain, atol=1e-6)
-        narrow = sums.norm_modulate(x, shift, (1 + scale) * norm.weight, torch.bfloat16)
+        assert torch.allclose(
+            elementwise.norm_modulate(x, shift, (1 + scale) * norm.weight, torch.float32), plain, atol=1e-6
+        )
+        narrow = elementwise.norm_modulate(x, shift, (1 + scale) * norm.weight, torch.bfloat16)
     assert torch.allclose(narrow.float(), plain, rtol=1e-2, atol=1e-2)
 
 
@@ -181,28 +192,28 @@ def test_norm_and_rotation_in_place(dtype: torch.dtype) -> None:
     with torch.no_grad():
         norm.weight.normal_()
         plain = rotate(norm(qkv[None, :, 0].float()), rotation)[0]
-        sums.norm_rotate_(qkv[:, 0], norm.weight, torch.complex(*rotation))
+        elementwise.norm_rotate_(qkv[:, 0], norm.weight, torch.complex(*rotation))
     assert torch.allclose(qkv[:, 0].float(), plain, atol=1e-6 if dtype == torch.float32 else 5e-2)
 
 
 def test_feed_forward_with_one_buffer_less() -> None:
     mlp, x = GatedFeedForward(8, 12), torch.randn(4, 8)
     with torch.no_grad():
-        assert torch.allclose(sums.gated_feed_forward(x, mlp.w1, mlp.w3, mlp.w2), mlp(x), atol=1e-7)
+        assert torch.allclose(elementwise.gated_feed_forward(x, mlp.w1, mlp.w3, mlp.w2), mlp(x), atol=1e-7)
 
 
 def test_linear_into_writes_where_it_is_told() -> None:
     with torch.no_grad():
         for bias in (True, False):
             layer, x, out = torch.nn.Linear(4, 6, bias=bias), torch.randn(5, 4), torch.zeros(9, 12)
-            sums.linear_into(layer, x, out[2:7, :6])
+            elementwise.linear_into(layer, x, out[2:7, :6])
             assert torch.allclose(out[2:7, :6], F.linear(x, layer.weight, layer.bias), atol=1e-6)
             assert out[:2].eq(0).all() and out[7:].eq(0).all() and out[:, 6:].eq(0).all()
 
 
 @pytest.mark.parametrize(("length", "size"), [(10, 3), (1, 5), (512, 512), (513, 512), (7, 1)])
 def test_parts_cover_a_length_evenly(length: int, size: int) -> None:
-    pieces = list(sums.parts(length, size))
+    pieces = list(elementwise.parts(length, size))
     assert [i for piece in pieces for i in range(piece.start, piece.stop)] == list(range(length))
     widths = [piece.stop - piece.start for piece in pieces]
     assert max(widths) <= size and max(widths) - min(widths) <= len(widths)

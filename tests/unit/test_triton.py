@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels against their plain twins, in Triton's interpreter: equality without a GPU, says nothing of speed."""
+"""Triton kernels against the eager ops, in Triton's interpreter: equality without a GPU, says nothing of speed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Literal
 import pytest
 import torch
 
-from pidecode.engine.ops import elementwise as lean
+from pidecode.engine.inplace import denoise
+from pidecode.engine.ops import elementwise
+from pidecode.engine.timesteps import step_modulation
 from pidecode.models.pid.network import PiDNet
 from pidecode.registry.configs import debug_config
 
@@ -31,7 +33,7 @@ def fused() -> ModuleType:
 def test_norm_and_modulation(fused: ModuleType, rows: int, width: int, shared: bool, dtype: torch.dtype) -> None:
     x = torch.randn(rows, width)
     shift, factor = torch.randn(2, *((width,) if shared else (rows, width))).unbind(0)
-    expected = lean.norm_modulate(x, shift, factor, dtype)
+    expected = elementwise.norm_modulate(x, shift, factor, dtype)
     actual = fused.norm_modulate(x, shift, factor, dtype)
     assert actual.dtype == dtype
     close = 1e-5 if dtype == torch.float32 else 2e-2
@@ -43,7 +45,7 @@ def test_norm_and_modulation(fused: ModuleType, rows: int, width: int, shared: b
 def test_gated_sum(fused: ModuleType, gate_shape: tuple[int, ...], logits: bool) -> None:
     stream, branch, gate = torch.randn(9, 48), torch.randn(7, 40), torch.randn(gate_shape)
     expected = stream.clone()
-    lean.add_gated_(expected[1:8, :40], branch, gate.sigmoid() if logits else gate)
+    elementwise.add_gated_(expected[1:8, :40], branch, gate.sigmoid() if logits else gate)
     fused.add_gated_(stream[1:8, :40], branch, gate, logits=logits)
     assert torch.allclose(stream, expected, atol=1e-6)
 
@@ -58,7 +60,7 @@ def test_norm_and_rotation_of_heads(
     weight = torch.randn(width).to(dtype)
     rotation = torch.polar(torch.ones(11, width // 2), torch.randn(11, width // 2)) if turned else None
     expected = joint.clone()
-    lean.norm_rotate_(expected.unflatten(1, (3, heads, width))[:, 1], weight, rotation)
+    elementwise.norm_rotate_(expected.unflatten(1, (3, heads, width))[:, 1], weight, rotation)
     fused.norm_rotate_(joint.unflatten(1, (3, heads, width))[:, 1], weight, rotation)
     close = 1e-5 if dtype == torch.float32 else 2e-2
     assert torch.allclose(joint.float(), expected.float(), rtol=close, atol=close)
@@ -69,8 +71,8 @@ def test_a_gate_of_one_opening_per_token(fused: ModuleType, dtype: torch.dtype) 
     stream, tokens, weight = torch.randn(9, 48), torch.randn(7, 40).to(dtype), torch.randn(1, 80).to(dtype)[:, :40]
     logits = torch.randn(7, 1)
     expected = stream.clone()
-    lean.let_in_(expected[1:8, :40], tokens, weight, logits)
-    fused.let_in_(stream[1:8, :40], tokens, weight, logits)
+    elementwise.gate_latent_(expected[1:8, :40], tokens, weight, logits)
+    fused.gate_latent_(stream[1:8, :40], tokens, weight, logits)
     close = 1e-5 if dtype == torch.float32 else 1e-2
     assert torch.allclose(stream, expected, rtol=close, atol=close)
 
@@ -83,7 +85,7 @@ def test_the_second_half_of_a_pixel_block(fused: ModuleType, group: int, width: 
     fc1, fc2 = torch.nn.Linear(width, 4 * width).to(dtype), torch.nn.Linear(4 * width, width).to(dtype)
     expected = tile.clone()
     with torch.no_grad():
-        lean.update_pixels_(expected, expanded, vectors, fc1, fc2)
+        elementwise.update_pixels_(expected, expanded, vectors, fc1, fc2)
         fused.update_pixels_(tile, expanded, vectors, fc1, fc2)
     close = 1e-5 if dtype == torch.float32 else 5e-2
     assert torch.allclose(tile, expected, rtol=close, atol=close)
@@ -99,6 +101,7 @@ def test_a_whole_evaluation(fused: ModuleType, gate: Literal["per_token", "per_c
     with torch.no_grad():
         condition = net.prepare((2, 4), torch.randn(1, 3, 16), torch.randn(1, 16, 1, 1), 0.1)
         x = torch.randn(1, 3, 8, 16)
-        plain = net.denoise(x, t, condition)
-        with lean.fused():
-            assert (net.denoise(x, t, condition) - plain).abs().max() < 1e-5 * plain.abs().max()
+        modulation = step_modulation(net, t)
+        expected = denoise(net, x, modulation, condition)
+        with elementwise.fused():
+            assert (denoise(net, x, modulation, condition) - expected).abs().max() < 1e-5 * expected.abs().max()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recorded evaluations: other images through one recording equal plain runs; few are kept; refused where they cannot.
+"""Captured evaluations: replays for other images equal eager runs; few are kept; refused where they cannot be.
 
-A processor records no graphs, so a tape stands for one: it keeps the operations of one run with the very tensors they
-worked on, and plays them again without any of the network's code, as a graph would.
+A CPU has no graphs, so a tape stands for one: it keeps the operations of one run with the very tensors they worked on,
+and plays them again without any of the network's code, as a graph would.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pidecode.decoder import PixelDecoder
-from pidecode.engine.cuda_graphs import MOST_KEPT, GraphCache, Replay, cuda_graph
+from pidecode.engine.cuda_graphs import MAX_GRAPHS, GraphCache, Replay, capture_on
+from pidecode.engine.injections import prepare_recomputed
 from pidecode.engine.inplace import denoise
 from pidecode.engine.plan import Plan
 from pidecode.engine.runner import Runner
+from pidecode.engine.timesteps import step_modulation
 from pidecode.errors import SettingError
 from pidecode.models.pid.network import Condition, PiDNet
 from pidecode.registry.configs import debug_config
@@ -49,7 +51,7 @@ class Tape(TorchDispatchMode):
 
 
 class Recorder:
-    """Records with tapes, and counts them."""
+    """Captures with tapes, and counts them."""
 
     def __init__(self) -> None:
         self.made = 0
@@ -75,7 +77,7 @@ def random_net() -> PiDNet:
     return net
 
 
-def inputs(net: PiDNet, grid: tuple[int, int], seed: int, **options: Any) -> tuple[Tensor, Condition]:
+def inputs(net: PiDNet, grid: tuple[int, int], seed: int, *, recomputed: bool = False) -> tuple[Tensor, Condition]:
     config, generator, device = net.config, torch.Generator().manual_seed(seed), net.device
     x, text, latent = (
         torch.randn(*shape, generator=generator).to(device)
@@ -85,82 +87,83 @@ def inputs(net: PiDNet, grid: tuple[int, int], seed: int, **options: Any) -> tup
             (1, config.latent_channels, grid[0] // 2, grid[1] // 2),
         )
     )
-    return x, net.prepare(grid, text, latent, torch.rand(1, generator=generator).to(device), **options)
+    prepare = prepare_recomputed if recomputed else PiDNet.prepare
+    return x, prepare(net, grid, text, latent, torch.rand(1, generator=generator).to(device))
 
 
-@pytest.mark.parametrize("keep_tokens", [True, False])
+@pytest.mark.parametrize("recomputed", [False, True])
 @torch.no_grad()
-def test_one_recording_serves_all_steps_and_images_of_a_size(keep_tokens: bool) -> None:
+def test_one_graph_serves_all_steps_and_images_of_a_size(recomputed: bool) -> None:
     net, recorder = random_net(), Recorder()
-    recordings = GraphCache(partial(denoise, net), recorder)
-    x, first = inputs(net, (4, 6), 1, keep_tokens=keep_tokens)
-    other_x, second = inputs(net, (4, 6), 2, keep_tokens=keep_tokens)
+    runner, graphs = Runner(net), GraphCache(partial(denoise, net), recorder)
+    x, first = inputs(net, (4, 6), 1, recomputed=recomputed)
+    other_x, second = inputs(net, (4, 6), 2, recomputed=recomputed)
     for image, condition, time in (
         (x, first, 999.0), (other_x, first, 342.0), (other_x, second, 342.0), (x, first, 866.0)
     ):  # fmt: skip
         t = torch.tensor([time])
-        expected = net.denoise(image, t, condition)
+        expected = runner.denoise(image, t, condition)
         before = image.clone()
-        assert torch.equal(recordings.run(image, net.modulation_at(t, condition), condition), expected)
+        assert torch.equal(graphs.run(image, runner.modulation_at(t), condition), expected)
         assert torch.equal(image, before)
     assert recorder.made == 1
 
 
 @torch.no_grad()
-def test_an_answer_is_the_caller_s_own() -> None:
+def test_a_prediction_has_memory_of_its_own() -> None:
     net = random_net()
-    recordings = GraphCache(partial(denoise, net), Recorder())
+    graphs = GraphCache(partial(denoise, net), Recorder())
     x, condition = inputs(net, (2, 2), 1)
-    vectors = net.modulation_at(torch.tensor([999.0]), condition)
-    first = recordings.run(x, vectors, condition)
+    modulation = step_modulation(net, torch.tensor([999.0]))
+    first = graphs.run(x, modulation, condition)
     kept = first.clone()
-    recordings.run(x * 2, vectors, condition)
+    graphs.run(x * 2, modulation, condition)
     assert torch.equal(first, kept)
 
 
 @torch.no_grad()
 def test_the_latest_sizes_are_kept() -> None:
     net, recorder = random_net(), Recorder()
-    recordings = GraphCache(partial(denoise, net), recorder)
+    graphs = GraphCache(partial(denoise, net), recorder)
 
     def run(grid: tuple[int, int], variant: str = "") -> None:
         x, condition = inputs(net, grid, 1)
-        recordings.run(x, net.modulation_at(torch.tensor([999.0]), condition), condition, variant)
+        graphs.run(x, step_modulation(net, torch.tensor([999.0])), condition, variant)
 
     for grid in ((2, 2), (2, 4), (2, 2)):
         run(grid)
     assert recorder.made == 2
     run((4, 2))
-    assert (recorder.made, len(recordings)) == (3, MOST_KEPT)
+    assert (recorder.made, len(graphs)) == (3, MAX_GRAPHS)
     run((2, 2))  # used later than (2, 4), so it stayed
     assert recorder.made == 3
     run((2, 2), "another attention kernel")
     assert recorder.made == 4
-    recordings.clear()
-    assert len(recordings) == 0
+    graphs.clear()
+    assert len(graphs) == 0
 
 
-def test_a_recording_does_not_keep_a_image_s_condition_alive() -> None:
+def test_a_graph_does_not_keep_an_image_s_condition_alive() -> None:
     from weakref import ref
 
     net = random_net()
-    recordings = GraphCache(partial(denoise, net), Recorder())
+    graphs = GraphCache(partial(denoise, net), Recorder())
     with torch.inference_mode():
         x, condition = inputs(net, (2, 2), 1)
-        recordings.run(x, net.modulation_at(torch.tensor([999.0]), condition), condition)
+        graphs.run(x, step_modulation(net, torch.tensor([999.0])), condition)
         last = ref(condition)
         del condition
         assert last() is None
-    with torch.no_grad():  # what was recorded in inference mode may be used outside of it
+    with torch.no_grad():  # what was captured in inference mode may be used outside of it
         x, condition = inputs(net, (2, 2), 2)
-        recordings.run(x, net.modulation_at(torch.tensor([999.0]), condition), condition)
+        graphs.run(x, step_modulation(net, torch.tensor([999.0])), condition)
 
 
 def test_the_runner_replays_and_forgets_with_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     net, recorder = random_net(), Recorder()
     runner, plain = Runner(net, distilled=True, graphs=True), Runner(net, distilled=True)
     monkeypatch.setattr("pidecode.engine.runner.records_graphs", lambda device: True)
-    monkeypatch.setattr("pidecode.engine.runner.cuda_graph", lambda device: recorder)
+    monkeypatch.setattr("pidecode.engine.runner.capture_on", lambda device: recorder)
     noise = [torch.randn(1, 3, 32, 32) for _ in range(4)]
     images = []
     with torch.inference_mode():
@@ -171,9 +174,9 @@ def test_the_runner_replays_and_forgets_with_the_weights(monkeypatch: pytest.Mon
             images.append(sample_student(each.predict(condition), lambda draws=draws: next(draws)))
     assert torch.equal(*images)
     assert recorder.made == 1
-    assert runner.recordings is not None
+    assert runner.graph_cache is not None
     runner.forget()
-    assert len(runner.recordings) == 0
+    assert len(runner.graph_cache) == 0
 
 
 def test_graphs_are_refused_where_they_cannot_act(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,12 +192,12 @@ def test_graphs_are_refused_where_they_cannot_act(monkeypatch: pytest.MonkeyPatc
     x, condition = inputs(net, (2, 2), 1)
     with pytest.raises(SettingError, match="inference_mode"):
         runner.predict(condition)(x, torch.tensor([999.0]))
-    net.plain = True
+    net.patch_blocks[0].attn.proj_x.base_layer = torch.nn.Identity()  # as peft wraps a layer
     with pytest.raises(SettingError, match="adapters"):
         runner.require(net.device)
 
 
-def test_two_ways_of_the_same_sums_are_refused() -> None:
+def test_two_ways_of_the_same_ops_are_refused() -> None:
     with pytest.raises(SettingError, match="choose one"):
         Runner(random_net(), fused=True, compile=True)
 
@@ -204,16 +207,16 @@ def test_two_ways_of_the_same_sums_are_refused() -> None:
 @torch.inference_mode()
 def test_a_graph_equals_the_eager_path(compile: bool) -> None:
     net, device = random_net().cuda(), torch.device("cuda")
-    recordings = GraphCache(partial(denoise, net), cuda_graph(device))
+    eager, graphs = Runner(net), GraphCache(partial(denoise, net), capture_on(device))
     for seed, time in ((1, 999.0), (1, 342.0), (2, 634.0)):
         x, condition = inputs(net, (4, 6), seed)
         t = torch.tensor([time])
-        expected = net.denoise(x, t, condition)
-        actual = recordings.run(x, net.modulation_at(t, condition), condition)
+        expected = eager.denoise(x, t, condition)
+        actual = graphs.run(x, eager.modulation_at(t), condition)
         assert ((actual - expected).abs().max() / expected.abs().max()).item() < 5e-6
     runner = Runner(net, graphs=True, compile=compile)
     x, condition = inputs(net, (4, 6), 3)
-    expected = net.denoise(x, t, condition)
+    expected = eager.denoise(x, t, condition)
     predict = runner.predict(condition)
     for _ in range(2):
         assert ((predict(x, t) - expected).abs().max() / expected.abs().max()).item() < 5e-5
@@ -225,4 +228,4 @@ def test_a_decoder_takes_settings_of_how_it_runs_and_refuses_what_cannot_act() -
     with pytest.raises(SettingError, match=r"no setting speed .*compile, graphs"):
         PixelDecoder.from_pretrained("tiny", speed="most")  # type: ignore[call-arg]
     decoder = PixelDecoder.from_pretrained("tiny", device="cpu", compile=True)
-    assert decoder.runner.sums is not None and not decoder.runner.graphs
+    assert decoder.runner.compiled_ops is not None and not decoder.runner.graph_cache
