@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing files whole or not at all."""
+"""Atomic writes: a file or folder appears complete under its name, or not at all."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +14,22 @@ from typing import BinaryIO
 
 from pidecode.errors import FileError
 
+PART = ".part"
+"""Ending of the temporary files and folders that are not yet complete."""
+
 
 def check_writable(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """The real path a file may be written to; worth asking before the work whose result goes there.
+    """Check that a file may be written; worth calling before the work whose result goes there.
 
-    Raises FileError if something is there already (unless `overwrite`), if it is no regular file, or if its
-    folder does not exist.
+    Args:
+        path: The file to write.
+        overwrite: Whether a file that exists may be replaced.
+
+    Returns:
+        The path with symbolic links resolved.
+
+    Raises:
+        FileError: A file exists there and `overwrite` is False, it is not a regular file, or its folder does not exist.
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
@@ -35,24 +47,108 @@ def check_writable(path: str | os.PathLike[str], *, overwrite: bool = False) -> 
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[BinaryIO]:
-    """A binary file that appears at `path` only when the block ends well; otherwise nothing is left behind.
+def atomic_path(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary path beside `path` for libraries that write to a path; what is there at the end moves to `path`.
 
-    It is written beside its place under another name and then moved there. Raises FileError if the place is
-    taken and `overwrite` is False, also if it was taken meanwhile, or if the system refuses to write.
+    Args:
+        path: Where the file is to appear.
+        overwrite: Whether a file that exists is replaced.
+
+    Yields:
+        A path that does not exist yet, in the same folder. If the block raises, what was written there is removed.
+
+    Raises:
+        FileError: `path` may not be written, was created by another process meanwhile, or the system refused to write.
     """
     target = check_writable(path, overwrite=overwrite)
-    part = target.with_name(f".{target.name[:64]}.{secrets.token_hex(4)}.part")
+    part = _part_of(target)
     try:
-        with open(part, "xb") as file:
-            yield file
+        yield part
         _move(part, target, overwrite)
     except FileExistsError as error:
-        raise FileError(f"{path} was created by someone else meanwhile; it was left as it is.") from error
+        raise FileError(f"{path} was created by another process meanwhile; it was left as it is.") from error
     except OSError as error:
         raise FileError(f"{path} could not be written: {error.strerror or error}.") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[BinaryIO]:
+    """A binary file that appears at `path` only when the block ends without an error.
+
+    Args:
+        path: Where the file is to appear.
+        overwrite: Whether a file that exists is replaced.
+
+    Yields:
+        The open file.
+
+    Raises:
+        FileError: As `atomic_path`.
+    """
+    with atomic_path(path, overwrite=overwrite) as part, open(part, "xb") as file:
+        yield file
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new empty folder that appears at `path`, in place of one that is there, when the block ends without an error.
+
+    The files in it are flushed to the disk before it is renamed, so that no crash leaves half a folder.
+
+    Args:
+        path: Where the folder is to appear; its parent must exist.
+
+    Yields:
+        The temporary folder to write into.
+
+    Raises:
+        OSError: The system refused to write; nothing is left behind, and an earlier folder at `path` is kept unless
+            it was already being replaced.
+    """
+    target = Path(path)
+    part = _part_of(target)
+    part.mkdir()
+    try:
+        yield part
+        for file in part.iterdir():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(part, target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def remove_partial(folder: str | os.PathLike[str], *, older_than: float = 0.0) -> int:
+    """Remove temporary files and folders that a killed process left in `folder` and below.
+
+    Args:
+        folder: Where to search.
+        older_than: Seconds since the last change; younger ones may belong to a running process. 0 removes all.
+
+    Returns:
+        How many were removed.
+    """
+    count = 0
+    for part in list(Path(folder).rglob(f".*{PART}")):
+        try:
+            if older_than and time.time() - part.stat().st_mtime <= older_than:
+                continue
+            if part.is_dir():
+                shutil.rmtree(part)
+            else:
+                part.unlink()
+            count += 1
+        except OSError:  # gone meanwhile, or not ours to remove
+            continue
+    return count
+
+
+def _part_of(target: Path) -> Path:
+    return target.with_name(f".{target.name[:64]}.{secrets.token_hex(4)}{PART}")
 
 
 def _move(part: Path, target: Path, overwrite: bool) -> None:

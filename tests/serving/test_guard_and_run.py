@@ -96,7 +96,7 @@ def test_a_plan_grows_with_the_image_and_refuses_what_cannot_fit() -> None:
     assert small.weights == sum(value.numel() * 4 for value in decoder.net.parameters())
     assert small.fits
     small.require()
-    with pytest.raises(DoesNotFitError, match=r"needs about 2\.0 GB of memory, and 5 MB are free"):
+    with pytest.raises(DoesNotFitError, match=r"needs about 2\.0 GB of memory, and 5\.0 MB are free"):
         Plan(width=9, height=9, weights=0, working=2 * 10**9, free=5 * 10**6).require()
     resident = resident_memory()
     assert resident is None or resident > 10**7

@@ -212,7 +212,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
 
 
 def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
-    with pytest.raises(FileError, match="created by someone else"):
+    with pytest.raises(FileError, match="created by another process"):
         write_then(tmp_path / "a", lambda: (tmp_path / "a").write_bytes(b"theirs"))
     assert (tmp_path / "a").read_bytes() == b"theirs"
     assert len(list(tmp_path.iterdir())) == 1

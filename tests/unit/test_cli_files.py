@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pidecode.cli.common import readable_size, table
+from pidecode.cli.common import table
 from pidecode.cli.decode import destinations
-from pidecode.engine.plan import parse_size
 from pidecode.errors import FileError, SettingError
 
 
@@ -32,25 +31,6 @@ def test_what_cannot_be_is_refused() -> None:
         destinations([Path("cat.jpg"), Path("dog.jpg")], Path("x.png"), "")
     with pytest.raises(SettingError, match="Several sources would be written to out/cat.png"):
         destinations([Path("a/cat.jpg"), Path("b/cat.png")], Path("out"), "")
-
-
-@pytest.mark.parametrize(("text", "size"), [("2048x1536", (2048, 1536)), ("64X32", (64, 32)), ("8×9", (8, 9))])
-def test_sizes(text: str, size: tuple[int, int]) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "2048", "x", "20x", "-1x2", "1.5x2", "axb", "1x2x3"])
-def test_no_sizes(text: str) -> None:
-    with pytest.raises(SettingError, match="is no size; write width x height"):
-        parse_size(text)
-
-
-@pytest.mark.parametrize(
-    ("count", "said"),
-    [(None, "?"), (0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2_730_000_000, "2.7 GB"), (123e6, "123 MB")],
-)
-def test_sizes_of_files(count: int | None, said: str) -> None:
-    assert readable_size(count) == said
 
 
 def test_a_table_lines_up() -> None:

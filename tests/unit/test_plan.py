@@ -10,7 +10,7 @@ import torch
 
 from pidecode.benchmarking.memory import trace_decode, weight_bytes
 from pidecode.engine.chunks import Chunks
-from pidecode.engine.plan import DRIVER, GB, Machine, Plan, parameters, parse_bytes, parse_size, plan_decode, predict
+from pidecode.engine.plan import DRIVER, GB, Machine, Plan, parameters, plan_decode, predict
 from pidecode.engine.timesteps import strip_for_inference
 from pidecode.errors import DoesNotFitError, SettingError
 from pidecode.models.pid.network import PiDNet
@@ -188,18 +188,3 @@ def test_a_plan_says_what_it_does() -> None:
     assert "4096x3072" in text and "predicted peak" in text and "text, encoder" in text
     assert "widened to multiply (changes the image" in replace(plan, weights="int8").describe()
     assert "multiplied in eight bits" in replace(plan, weights="int8", products="eight").describe()
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("12GB", 12 * GB), ("800 mb", 8 * 10**8), ("1.5GiB", 3 * 2**29), ("7", 7), ("2k", 2000)]
-)
-def test_amounts_of_memory(text: str, size: int) -> None:
-    assert parse_bytes(text) == size
-
-
-def test_unreadable_amounts_and_sizes() -> None:
-    with pytest.raises(SettingError, match="no amount of memory"):
-        parse_bytes("much")
-    with pytest.raises(SettingError, match="no size"):
-        parse_size("big")
-    assert parse_size("4096x3072") == (4096, 3072)

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from pidecode.units import format_seconds
+
 State = Literal["done", "skipped", "failed"]
 LISTED = 20
 """Failures that the sentences name; the JSON holds all."""
@@ -98,7 +100,7 @@ class Report:
         lines = [f"{self.count('done')} of {self.jobs} done, {_also(self)}."]
         if self.images:
             lines.append(
-                f"{_many(self.images, 'image')} in {readable_time(self.seconds)}: "
+                f"{_many(self.images, 'image')} in {format_seconds(self.seconds)}: "
                 f"{60 * self.images / max(self.seconds, 1e-9):.1f} a minute, "
                 f"with {_many(self.workers, 'worker')} ({self.engine})."
             )
@@ -127,15 +129,6 @@ def _short(outcome: Outcome) -> dict[str, Any]:
 
 def _many(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
-
-
-def readable_time(seconds: float) -> str:
-    """Seconds as people say them: 42 s, 3 min 20 s, 2 h 5 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
 def merge(reports: Iterable[Report]) -> Report:

@@ -16,15 +16,18 @@ import torch
 
 from pidecode.batch.jobs import Job
 from pidecode.batch.report import Outcome, Report, merge
-from pidecode.batch.worker import Work, Worker, sift, sweep
+from pidecode.batch.worker import Work, Worker, sift
 from pidecode.decoder import PixelDecoder
 from pidecode.devices import pick_device
 from pidecode.errors import FileError, SettingError
-from pidecode.files import atomic_write
+from pidecode.files import atomic_write, remove_partial
 
 Engine = Literal["local", "torchrun", "ray"]
 Tell = Callable[[Outcome], None]
 """Called with every outcome as it comes, in the process that leads."""
+
+ABANDONED = 600.0
+"""Seconds after which an incomplete file cannot belong to a running process."""
 
 REPORT = "pidecode-batch.json"
 """Name of the report in the folder of the results."""
@@ -127,14 +130,14 @@ def run(batch: Batch, tell: Tell, *, decoder: PixelDecoder | None = None) -> Rep
     report: Report | None
     match batch.engine:
         case "local":
-            sweep(batch.out)
+            remove_partial(batch.out, older_than=ABANDONED)
             report = run_local(batch, tell, decoder=decoder)
         case "torchrun":
             report = run_striped(batch, tell)
         case "ray":
             from pidecode.batch.ray import run_ray
 
-            sweep(batch.out)
+            remove_partial(batch.out, older_than=ABANDONED)
             report = run_ray(batch, tell)
     if report is not None:
         write_report(batch.out, report)
@@ -169,7 +172,7 @@ def run_striped(batch: Batch, tell: Tell) -> Report | None:
     try:
         rank, world = dist.get_rank(), dist.get_world_size()
         if rank == 0:
-            sweep(batch.out)
+            remove_partial(batch.out, older_than=ABANDONED)
         stripes = batch.jobs[rank::world]
         work = replace(batch.work, device=batch.work.device or _device_of(int(os.environ["LOCAL_RANK"])))
         # Shares are cut from the whole list: what is done already may look different to each process.

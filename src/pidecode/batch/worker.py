@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -229,22 +228,3 @@ class Worker:
         return Outcome(
             name=made.job.name, state="done", seconds=seconds, images=len(made.images), megapixels=pixels / 1e6
         )
-
-
-def sweep(folder: Path, *, older_than: float = 600.0) -> int:
-    """Remove what a killed run left half written in `folder`: parts that nobody has touched for `older_than` seconds.
-
-    Returns how many there were.
-    """
-    count = 0
-    for here, _, files in os.walk(folder):
-        for name in files:
-            path = Path(here) / name
-            if name.startswith(".") and name.endswith(".part"):
-                try:
-                    if time.time() - path.stat().st_mtime > older_than:
-                        path.unlink()
-                        count += 1
-                except OSError:  # gone meanwhile, or not ours to remove
-                    continue
-    return count

@@ -14,8 +14,9 @@ from pidecode.benchmarking.machine import this_machine
 from pidecode.benchmarking.networks import NETWORKS
 from pidecode.benchmarking.speed import Mode, Trial
 from pidecode.devices import usual_dtype
-from pidecode.engine.plan import GB, Plan, Products, Weights, predict
+from pidecode.engine.plan import Plan, Products, Weights, predict
 from pidecode.errors import PidecodeError
+from pidecode.units import format_bytes
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 SIZES = ((1024, 1024), (2048, 2048), (2688, 1536), (4096, 4096))
@@ -70,7 +71,7 @@ def why_not(trial: Trial, memory: int | None = None) -> str | None:
     plan = Plan(size=trial.size, dtype=str(trial.dtype).removeprefix("torch."))
     peak = predict(plan, trial.config, accelerator=machine.accelerator, stripped=machine.accelerator).peak
     if peak > free:
-        return f"it needs about {peak / GB:.1f} GB, and {free / GB:.1f} GB are free"
+        return f"it needs about {format_bytes(peak)}, and {format_bytes(free)} are free"
     try:
         trial.check()
     except PidecodeError as error:

@@ -12,8 +12,8 @@ import click
 
 from pidecode.benchmarking.networks import NETWORKS
 from pidecode.cli.common import SHORT_DTYPES, emit, json_option, table, threads_option, weights_options
-from pidecode.engine.plan import parse_size
 from pidecode.errors import SettingError
+from pidecode.units import parse_size
 
 if TYPE_CHECKING:
     from pidecode.benchmarking.speed import Trial

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from pidecode.engine.plan import PRODUCTS, WEIGHTS, Machine, Plan, Products, Weights, parse_bytes, plan_decode
+from pidecode.engine.plan import PRODUCTS, WEIGHTS, Machine, Plan, Products, Weights, plan_decode
 from pidecode.registry.spaces import ALIASES, SPACES
+from pidecode.units import parse_bytes
 
 if TYPE_CHECKING:
     from pidecode.weights.metadata import CheckpointMetadata
@@ -85,16 +86,6 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
     widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
     lines = [{key: key for key in widths}, *rows]
     return "\n".join("  ".join(row[key].ljust(width) for key, width in widths.items()).rstrip() for row in lines)
-
-
-def readable_size(count: int | None) -> str:
-    """Bytes as people say them: 2.7 GB."""
-    if count is None:
-        return "?"
-    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while size >= 1000 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.0f} {units[0]}" if units[0] == "B" or size >= 100 else f"{size:.1f} {units[0]}"
 
 
 def progress(total: int, label: str, unit: str = "step") -> Any:

@@ -29,8 +29,9 @@ from pidecode.cli.common import (
     weights_options,
 )
 from pidecode.color_fix import LOCKS
-from pidecode.engine.plan import GB, Machine, Plan, Products, Weights, parse_bytes, parse_size, plan_decode
+from pidecode.engine.plan import GB, Machine, Plan, Products, Weights, plan_decode
 from pidecode.errors import FileError, SettingError
+from pidecode.units import parse_bytes, parse_size
 
 if TYPE_CHECKING:
     from pidecode.decoder import Output, PixelDecoder

@@ -15,8 +15,9 @@ from typing import Any
 import click
 
 from pidecode import __version__
-from pidecode.cli.common import Verdict, emit, json_option, readable_size, space_option
+from pidecode.cli.common import Verdict, emit, json_option, space_option
 from pidecode.errors import SettingError
+from pidecode.units import format_bytes
 
 PACKAGES = ("torch", "safetensors", "huggingface-hub", "numpy", "pillow", "diffusers", "transformers", "accelerate")
 
@@ -188,7 +189,7 @@ def examine() -> dict[str, Any]:
 
 
 def _device_line(device: dict[str, Any]) -> str:
-    memory = f"{readable_size(device['available_bytes'])} of {readable_size(device['total_bytes'])} free"
+    memory = f"{format_bytes(device['available_bytes'])} of {format_bytes(device['total_bytes'])} free"
     cores = f", {device['cores']} cores" if "cores" in device else ""
     return f"  {device['device']:8s} {device['name']}{cores}, {memory}"
 

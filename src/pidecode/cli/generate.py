@@ -13,6 +13,7 @@ from pidecode.cli.common import emit, json_option, progress, threads_option
 from pidecode.color_fix import LOCKS
 from pidecode.errors import DownloadError, FileError, SettingError
 from pidecode.registry.spaces import GENERATION, get_image_model
+from pidecode.units import parse_size
 
 if TYPE_CHECKING:
     from pidecode.decoder import PixelDecoder
@@ -61,7 +62,7 @@ def generate(prompts: tuple[str, ...], prompt_file: Path | None, as_json: bool, 
         prompts=(*prompts, *(_lines(prompt_file) if prompt_file else ())),
         out=wish["out"],
         seeds=wish["seeds"] or (0,),
-        size=_size(wish["size"]),
+        size=parse_size(wish["size"]),
         source=wish["source"],
         steps=wish["steps"],
         stop_after=_stop(wish["stop_after"]),
@@ -130,13 +131,6 @@ def _lines(file: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as fault:
         raise FileError(f"{file} cannot be read as text: {fault}.") from None
     return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-
-
-def _size(text: str) -> tuple[int, int]:
-    width, _, height = text.lower().partition("x")
-    if not (width.isdigit() and height.isdigit()):
-        raise SettingError(f"The size is {text!r}; write it as WIDTHxHEIGHT, like 2048x2048.")
-    return int(width), int(height)
 
 
 def _stop(text: str | None) -> Any:

@@ -21,13 +21,13 @@ from pidecode.cli.common import (
     json_option,
     overwrite_option,
     progress,
-    readable_size,
     space_option,
     table,
 )
 from pidecode.errors import CheckpointError, FileError
 from pidecode.registry.checkpoints import CHECKPOINTS, ENCODERS, TEXT_ENCODER, TINY_ENCODER, Checkpoint
 from pidecode.registry.spaces import ALIASES, SPACES
+from pidecode.units import format_bytes
 from pidecode.weights.safetensors import Header, check_file, looks_like_safetensors, read_header, read_start
 
 KINDS = click.Choice(["student", "teacher", "backbone"])
@@ -120,7 +120,7 @@ def convert(source: Path, target: Path, **asked: Any) -> None:
         "variant": identity.variant,
         "license": identity.license,
     }
-    words = f"{target}  {identity.kind} for {identity.space}, {readable_size(said['bytes'])}, {identity.license}"
+    words = f"{target}  {identity.kind} for {identity.space}, {format_bytes(said['bytes'])}, {identity.license}"
     emit(said, words, as_json=asked["as_json"])
 
 
@@ -243,7 +243,7 @@ def _line(row: dict[str, Any]) -> dict[str, str]:
         "name": row["name"],
         "kind": row["kind"],
         "on disk": "yes" if row["path"] else "no",
-        "size": readable_size(row["bytes"]),
+        "size": format_bytes(row["bytes"]),
         "license": row["license"] + free,
         "from": row["source"],
     }
@@ -342,7 +342,7 @@ def _lines(values: Mapping[str, Any], depth: int = 0) -> Iterator[str]:
 
 def _report(found: dict[str, Any]) -> str:
     shown = {name: value for name, value in found.items() if name != "bytes"}
-    shown["size"] = readable_size(found["bytes"])
+    shown["size"] = format_bytes(found["bytes"])
     if "recipe" in shown and shown["recipe"] is None:
         shown["recipe"] = "none: this image was not made by pidecode, or its metadata were removed"
     return "\n".join(_lines(shown))

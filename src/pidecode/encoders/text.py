@@ -11,7 +11,6 @@ import gc
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pidecode.errors import DownloadError, FileError, MissingDependencyError, PidecodeError, SettingError
+from pidecode.files import atomic_path
 from pidecode.registry.checkpoints import TEXT_ENCODER
 
 
@@ -365,14 +365,10 @@ def _write_entries(path: Path, entries: Sequence[_Entry]) -> None:
     named = {f"states.{index}": entry.states.detach().cpu().contiguous() for index, entry in enumerate(entries)}
     about = [{"prompt": entry.prompt, "identity": entry.identity} for entry in entries]
     metadata = {"format": "pt", "pidecode_prompts": json.dumps({"format": 1, "entries": about})}
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            safetensors.torch.save_file(named, partial, metadata=metadata)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomic_path(path, overwrite=True) as part:
+            safetensors.torch.save_file(named, part, metadata=metadata)
     except (OSError, safetensors.SafetensorError) as fault:
         raise FileError(f"{path} could not be written: {fault}.") from fault
 

@@ -8,7 +8,6 @@ really runs. Exact means are taken before those that change the image.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -30,31 +29,12 @@ TEXT_ENCODER = 5_230_000_000
 """Weights of the prompts' encoder (Gemma-2 2B) in bfloat16."""
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 CPU_CHUNKS = Chunks()
 """Those that suit a processor's caches."""
 
 WINDOWS = (4096, 3072, 2048, 1536, 1024)
 """Sides of windows to try, largest first: the fewer, the more an image is one."""
-
-
-def parse_bytes(text: str) -> int:
-    """ "12GB", "800 MB", "11.5GiB" to bytes. Raises SettingError for anything else."""
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?)(i?)b?\s*", text.lower())
-    if match is None:
-        raise SettingError(f"{text!r} is no amount of memory; write it like 12GB, 800MB or 11.5GiB.")
-    number, unit, binary = match.groups()
-    factor = 1024 ** "kmgt".index(unit) * 1024 if binary and unit else _UNITS[unit]
-    return int(float(number) * factor)
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """ "4096x3072" to width and height. Raises SettingError for anything else."""
-    match = re.fullmatch(r"\s*(\d+)\s*[x×]\s*(\d+)\s*", text.lower())
-    if match is None:
-        raise SettingError(f"{text!r} is no size; write width x height, like 4096x3072.")
-    return int(match[1]), int(match[2])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ from pidecode.serve.prometheus import CONTENT_TYPE, Answers, MetricsMiddleware
 from pidecode.serve.reference import reference_page
 from pidecode.serve.schemas import DecodeOptions, Options, UpscaleOptions
 from pidecode.serve.service import DecodeService, Made
+from pidecode.units import parse_size
 
 GRACE = 30.0
 """Seconds a running job is given when the server stops."""
@@ -157,7 +158,7 @@ def _add_openai(app: FastAPI, desk: DecodeService) -> None:
                 "No image pipeline is set up here, so there is nothing to paint with. Start the server "
                 "with --pipeline, or send a latent to /v1/decode or an image to /v1/upscale.",
             )
-        size = openai.parse_size(body.size)
+        size = parse_size(body.size)
         plans = [
             Options(model=body.model, seed=body.seed + index, steps=body.steps, format=body.output_format)
             for index in range(body.n)

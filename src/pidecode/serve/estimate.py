@@ -10,6 +10,7 @@ from pathlib import Path
 from pidecode.decoder import PixelDecoder
 from pidecode.devices import free_memory
 from pidecode.errors import DoesNotFitError
+from pidecode.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +35,8 @@ class Plan:
         if not self.fits:
             assert self.free is not None
             raise DoesNotFitError(
-                f"A result of {self.width}x{self.height} pixels needs about {_readable(self.working)} of memory, and "
-                f"{_readable(self.free)} are free. Use a smaller input, or end other programs."
+                f"A result of {self.width}x{self.height} pixels needs about {format_bytes(self.working)} of memory, "
+                f"and {format_bytes(self.free)} are free. Use a smaller input, or end other programs."
             )
 
 
@@ -61,7 +62,3 @@ def resident_memory() -> int | None:
     except (OSError, ValueError, IndexError):
         return None
     return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _readable(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -4,19 +4,17 @@
 from __future__ import annotations
 
 import base64
-import re
 import time
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pidecode.errors import SettingError, SizeError
+from pidecode.errors import SettingError
 from pidecode.serve.schemas import LARGEST_SEED
 from pidecode.serve.service import Made
+from pidecode.units import parse_size
 
 MOST_IMAGES = 4
-
-_SIZE = re.compile(r"([1-9][0-9]{1,4})x([1-9][0-9]{1,4})")
 
 
 class GenerationBody(BaseModel):
@@ -86,14 +84,6 @@ class ProblemBody(BaseModel):
     """Every answer that is not 2xx."""
 
     error: Problem
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """ "1024x768" as width and height. Raises SizeError for anything else."""
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        raise SizeError(f"The size is {text[:20]!r}; it must be WIDTHxHEIGHT in pixels, such as 2048x1536.")
-    return int(match[1]), int(match[2])
 
 
 def check_edit_size(size: str | None, made: tuple[int, int]) -> None:

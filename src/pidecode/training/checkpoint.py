@@ -9,9 +9,7 @@ another number of processes.
 from __future__ import annotations
 
 import json
-import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,8 +23,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pidecode.errors import CheckpointError, TrainingError
+from pidecode.files import atomic_folder
 from pidecode.training.distributed import DistEnv, bare, fill, wait_for_all, whole
 from pidecode.training.ema import ExponentialMovingAverage
+from pidecode.units import format_bytes
 
 _NAME = re.compile(r"step-(\d{8})")
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
@@ -92,28 +92,18 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], state: Mapping[s
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise TrainingError(
-            f"A checkpoint takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free at {folder}; "
+            f"A checkpoint takes {format_bytes(needed)} and {format_bytes(free)} are free at {folder}; "
             "make room, then start again with --resume. Earlier checkpoints are whole."
         )
-    part = folder / f".part-{secrets.token_hex(6)}"
-    part.mkdir()
     try:
-        save_file(tensors, part / _TENSORS)
-        (part / _STATE).write_text(json.dumps(state, indent=1, default=str), encoding="utf-8")
-        for name in (_TENSORS, _STATE):
-            with open(part / name, "rb") as file:
-                os.fsync(file.fileno())
-        target = folder / f"step-{step:08d}"
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(part, target)
+        with atomic_folder(folder / f"step-{step:08d}") as part:
+            save_file(tensors, part / _TENSORS)
+            (part / _STATE).write_text(json.dumps(state, indent=1, default=str), encoding="utf-8")
     except (OSError, SafetensorError) as fault:
         raise TrainingError(
             f"The checkpoint of step {step} could not be written to {folder}: {fault}. Earlier checkpoints are "
-            "whole; mend the disk, then start again with --resume."
+            "whole; free or repair the disk, then start again with --resume."
         ) from fault
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _found(folder: Path) -> list[Path]:
@@ -141,12 +131,6 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None] | None = None) ->
             if say is not None:
                 say(f"{path} is damaged and passed over: {fault}")
     return None
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed run left half written."""
-    for part in folder.glob(".part-*"):
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def restore(stored: Stored, live: Live) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from pidecode.errors import MissingDependencyError, TrainingError
+from pidecode.files import atomic_write
+from pidecode.units import format_seconds
 
 Say = Callable[[str], None]
 
@@ -37,9 +39,8 @@ class Journal:
                     continue  # the line a killed run was writing
                 if record["step"] <= first:
                     kept.append(line)
-        part = self._path.with_suffix(".part")
-        part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(part, self._path)
+        with atomic_write(self._path, overwrite=True) as file:
+            file.write("".join(line + "\n" for line in kept).encode())
 
     def note(self, step: int, values: Mapping[str, float], images: int, device: torch.device) -> None:
         """Record the state after `step` steps; `images` were seen since this process began."""
@@ -62,7 +63,7 @@ class Journal:
             left = seconds / max(done, 1) * (self._steps - step)
             self._say(
                 f"step {step}/{self._steps}  loss {values['loss']:.4g}  {images / seconds:.2f} images/s  "
-                f"{readable_time(left)} left  {record['memory_gb']:.1f} GB"
+                f"{format_seconds(left)} left  {record['memory_gb']:.1f} GB"
             )
 
     def say(self, words: str) -> None:
@@ -76,15 +77,6 @@ class Journal:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def readable_time(seconds: float) -> str:
-    """Seconds as people say them: 3 h 05 min."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def _memory(device: torch.device) -> float:

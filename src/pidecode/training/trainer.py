@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from pidecode.errors import FileError, SettingError, TrainingError
-from pidecode.files import atomic_write
+from pidecode.files import atomic_write, remove_partial
 from pidecode.images.tensors import to_pil
 from pidecode.sampling import NoiseStream, guided, renoise, sample_teacher
 from pidecode.training.checkpoint import (
     Live,
     newest_checkpoint,
-    remove_leftovers,
     restore,
     save_checkpoint,
 )
@@ -139,7 +138,7 @@ def _begin(recipe: Recipe, folder: Path, here: DistEnv, resume: bool, say: Say |
     step = 0 if stored is None else stored.step
     if here.is_first:
         folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(checkpoints)
+        remove_partial(checkpoints)
         words = "\n".join(f"{name} = {value!r}" for name, value, _ in describe(recipe))
         (folder / "recipe.txt").write_text(words + "\n", encoding="utf-8")
     wait_for_all(here)
@@ -433,6 +432,5 @@ def grid_of(rows: Sequence[tuple[Tensor | None, Tensor, Tensor]]) -> Tensor:
 def save_grid(path: Path, rows: Sequence[tuple[Tensor | None, Tensor, Tensor]]) -> None:
     """Write the grid as PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    to_pil(grid_of(rows)).save(part, format="PNG")
-    part.replace(path)
+    with atomic_write(path, overwrite=True) as file:
+        to_pil(grid_of(rows)).save(file, format="PNG")

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image sizes, byte counts and durations as text: parsed from what a user writes, formatted for reading."""
+
+from __future__ import annotations
+
+import re
+
+from pidecode.errors import SettingError, SizeError
+
+_PREFIXES = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Parse an image size.
+
+    Args:
+        text: Width and height in pixels, as "4096x3072".
+
+    Returns:
+        Width and height.
+
+    Raises:
+        SizeError: The text is not of that form.
+    """
+    match = re.fullmatch(r"\s*([1-9]\d{0,5})\s*[x×]\s*([1-9]\d{0,5})\s*", text.lower())
+    if match is None:
+        raise SizeError(f"The size is {text[:20]!r}; it must be WIDTHxHEIGHT in pixels, such as 2048x1536.")
+    return int(match[1]), int(match[2])
+
+
+def parse_bytes(text: str) -> int:
+    """Parse an amount of memory.
+
+    Args:
+        text: "12GB", "800 MB", "11.5GiB" or a plain number of bytes.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        SettingError: The text is not of that form.
+    """
+    match = re.fullmatch(r"\s*(\d{0,9}\.?\d{1,15})\s*([kmgt]?)(i?)b?\s*", text.lower())
+    if match is None or (match[3] and not match[2]):
+        raise SettingError(f"{text[:20]!r} is not an amount of memory; write it like 12GB, 800MB or 11.5GiB.")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** _PREFIXES[match[2]])
+
+
+def format_bytes(count: int | None) -> str:
+    """Format bytes with three digits or fewer, as "2.7 GB"; "?" for None."""
+    if count is None:
+        return "?"
+    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.0f} {units[0]}" if units[0] == "B" or size >= 100 else f"{size:.1f} {units[0]}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Format a duration, as "4.2 s", "42 s", "3 min 20 s" or "2 h 5 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

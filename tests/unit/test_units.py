@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes, bytes and durations as text."""
+
+from __future__ import annotations
+
+import pytest
+
+from pidecode.errors import SettingError, SizeError
+from pidecode.units import format_bytes, format_seconds, parse_bytes, parse_size
+
+
+@pytest.mark.parametrize(("text", "size"), [("2048x1536", (2048, 1536)), ("64X32", (64, 32)), ("8×9", (8, 9))])
+def test_sizes(text: str, size: tuple[int, int]) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "2048", "x", "20x", "-1x2", "1.5x2", "axb", "1x2x3", "0x8", "9" * 5000 + "x1"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(SizeError, match="it must be WIDTHxHEIGHT in pixels"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("12GB", 12 * 10**9), ("800 mb", 8 * 10**8), ("1.5GiB", 3 * 2**29), ("7", 7), ("2k", 2000), (".5k", 500)],
+)
+def test_amounts_of_memory(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1GB", "1e9", "5ib", "GB"])
+def test_no_amounts_of_memory(text: str) -> None:
+    with pytest.raises(SettingError, match="is not an amount of memory; write it like 12GB"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(None, "?"), (0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2_730_000_000, "2.7 GB"), (123_000_000, "123 MB")],
+)
+def test_format_bytes(count: int | None, text: str) -> None:
+    assert format_bytes(count) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(4.21, "4.2 s"), (42, "42 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")])
+def test_format_seconds(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
