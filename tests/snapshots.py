@@ -36,11 +36,11 @@ def openapi() -> str:
     from pidecode.serve.app import create_app
     from pidecode.serve.service import DecodeService
 
-    desk = DecodeService({"small": small_decoder()})
+    service = DecodeService({"small": small_decoder()})
     try:
-        document = create_app(desk).openapi()
+        document = create_app(service).openapi()
     finally:
-        desk.stop()
+        service.stop()
     document["info"].pop("version", None)
     return json.dumps(document, indent=1, sort_keys=True) + "\n"
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small decoder of the real classes, and real servers on loopback to ask."""
+"""A small random decoder, and real servers on loopback."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from pidecode import PixelDecoder
 from pidecode.models.pid.network import PiDNet
 from pidecode.registry.configs import debug_config
 from pidecode.serve.http import address_of, bound_socket, make_server
-from pidecode.serve.queue import Job
-from pidecode.serve.schemas import Limits
+from pidecode.serve.queue import DecodeJob
+from pidecode.serve.schemas import RequestLimits
 from pidecode.serve.service import DecodeService
 from pidecode.weights.metadata import CheckpointMetadata
 
@@ -64,7 +64,7 @@ def latent_bytes(rows: int = 1, columns: int = 1, channels: int = 128, *, batch:
 
 
 @dataclass(frozen=True)
-class Answer:
+class HttpAnswer:
     status: int
     headers: Mapping[str, str]
     body: bytes
@@ -82,7 +82,7 @@ class Served:
     """A server that runs in a thread of this process."""
 
     port: int
-    desk: DecodeService
+    service: DecodeService
 
     @property
     def url(self) -> str:
@@ -91,41 +91,41 @@ class Served:
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
 
-    def ask(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Answer:
+    def ask(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> HttpAnswer:
         connection = self.connect()
         try:
             connection.request(method, path, body, dict(headers or {}), encode_chunked=not isinstance(body, bytes))
             response = connection.getresponse()
             found = {name.lower(): value for name, value in response.getheaders()}
-            return Answer(response.status, found, response.read())
+            return HttpAnswer(response.status, found, response.read())
         finally:
             connection.close()
 
-    def get(self, path: str, **headers: str) -> Answer:
+    def get(self, path: str, **headers: str) -> HttpAnswer:
         return self.ask("GET", path, None, headers)
 
-    def post(self, path: str, body: Any, **headers: str) -> Answer:
+    def post(self, path: str, body: Any, **headers: str) -> HttpAnswer:
         if isinstance(body, dict):
             body, headers = json.dumps(body), {"Content-Type": "application/json", **headers}
         return self.ask("POST", path, body, headers)
 
     def until(self, holds: Callable[[], bool]) -> None:
-        """Wait for something to become true."""
+        """Wait until the condition holds."""
         end = time.monotonic() + PATIENCE
         while not holds():
-            assert time.monotonic() < end, "it never happened"
+            assert time.monotonic() < end, "the condition never became true"
             time.sleep(0.005)
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """Keep the device busy with work that never ends by itself."""
+        """Keep the queue busy with a job that does not end by itself."""
         go = threading.Event()
 
-        def work(job: Job) -> None:
+        def work(job: DecodeJob) -> None:
             while not go.wait(0.005):
                 job.check()
 
-        job = self.desk.queue.submit(work)
+        job = self.service.queue.submit(work)
         self.until(lambda: job.state == "running")
         yield
         go.set()
@@ -133,7 +133,7 @@ class Served:
 
 
 @contextmanager
-def running(app: Any, desk: DecodeService, *, connections: int = 40, grace: int = 3) -> Iterator[Served]:
+def running(app: Any, service: DecodeService, *, connections: int = 40, grace: int = 3) -> Iterator[Served]:
     """Serve `app` on a free port of this machine for as long as the block lasts."""
     listener = bound_socket("127.0.0.1", 0)
     server = make_server(app, connections=connections, grace=grace)
@@ -145,7 +145,7 @@ def running(app: Any, desk: DecodeService, *, connections: int = 40, grace: int 
             assert time.monotonic() < end, "the server did not start"
             assert thread.is_alive(), "the server ended at once"
             time.sleep(0.005)
-        yield Served(int(address_of(listener).rsplit(":", 1)[1]), desk)
+        yield Served(int(address_of(listener).rsplit(":", 1)[1]), service)
     finally:
         server.should_exit = True
         thread.join(PATIENCE)
@@ -153,5 +153,5 @@ def running(app: Any, desk: DecodeService, *, connections: int = 40, grace: int 
         assert not thread.is_alive()
 
 
-LIMITS = Limits(body_bytes=200_000, pixels=256 * 256, waiting=2, seconds=2 * PATIENCE, body_seconds=1.5)
-"""Small, so that every limit is soon reached."""
+LIMITS = RequestLimits(body_bytes=200_000, pixels=256 * 256, waiting=2, job_seconds=2 * PATIENCE, body_seconds=1.5)
+"""Small, so that every limit can be reached."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page in a real headless Chromium: drop, decode, drag, zoom, download, restore, a bad file, cancel.
 
-It runs with `-m slow`, with the weights that ship with the package where they are there. Set PIDECODE_SCREENSHOTS to
-a folder to have images of the page put into it.
+Run with `-m slow`. Screenshots of the page are
+written to the folder PIDECODE_SCREENSHOTS, if set.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from serving_kit import PATIENCE, Served, image_bytes, latent_bytes, running, sm
 from pidecode import PixelDecoder
 from pidecode.errors import PidecodeError
 from pidecode.images import read_recipe
-from pidecode.serve.page import create_app
-from pidecode.serve.schemas import Limits
+from pidecode.serve.app import create_app
+from pidecode.serve.schemas import RequestLimits
 from pidecode.serve.service import DecodeService
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
@@ -34,7 +34,7 @@ QUIET = (
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 WAIT = PATIENCE * 1000
-LIMITS = Limits(body_bytes=2_000_000, pixels=1024 * 1024, waiting=2)
+LIMITS = RequestLimits(body_bytes=2_000_000, pixels=1024 * 1024, waiting=2)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,8 @@ def served() -> Iterator[Served]:
         decoder = PixelDecoder.from_pretrained("tiny", device="cpu")
     except PidecodeError:
         decoder = small_decoder("tiny")
-    desk = DecodeService({"tiny": decoder}, limits=LIMITS)
-    with running(create_app(desk), desk) as server:
+    service = DecodeService({"tiny": decoder}, limits=LIMITS)
+    with running(create_app(service), service) as server:
         yield server
 
 
@@ -61,19 +61,19 @@ def chromium() -> Iterator[Any]:
 @pytest.fixture
 def page(chromium: Any, served: Served) -> Iterator[Any]:
     context = chromium.new_context(viewport={"width": 1280, "height": 860}, color_scheme="light", accept_downloads=True)
-    made = context.new_page()
-    made.set_default_timeout(WAIT)
-    strangers: list[str] = []
-    faults: list[str] = []
+    tab = context.new_page()
+    tab.set_default_timeout(WAIT)
+    foreign_requests: list[str] = []
+    script_errors: list[str] = []
     own = (served.url, "blob:", "data:")
-    made.on("request", lambda request: strangers.append(request.url) if not request.url.startswith(own) else None)
-    made.on("pageerror", lambda error: faults.append(str(error)))
-    made.goto(served.url)
-    made.wait_for_selector("body[data-ready]")
-    yield made
+    tab.on("request", lambda request: foreign_requests.append(request.url) if not request.url.startswith(own) else None)
+    tab.on("pageerror", lambda error: script_errors.append(str(error)))
+    tab.goto(served.url)
+    tab.wait_for_selector("body[data-ready]")
+    yield tab
     context.close()
-    assert strangers == []
-    assert faults == []
+    assert foreign_requests == []
+    assert script_errors == []
 
 
 def drop(page: Any, name: str, data: bytes) -> None:
@@ -93,19 +93,19 @@ def download(page: Any, folder: Path) -> dict[str, Any]:
         page.click("#download")
     target = folder / waiting.value.suggested_filename
     waiting.value.save_as(target)
-    recipe = read_recipe(target)
-    assert recipe is not None
-    return recipe | {"file": target.name}
+    metadata = read_recipe(target)
+    assert metadata is not None
+    return metadata | {"file": target.name}
 
 
-def test_a_image_is_dropped_decoded_compared_and_downloaded(page: Any, tmp_path: Path) -> None:
+def test_an_image_is_dropped_decoded_compared_and_downloaded(page: Any, tmp_path: Path) -> None:
     drop(page, "moon.png", image_bytes(48, 32))
     page.wait_for_selector("#go:not([disabled])")
     assert "192×128 pixels. Memory: about" in page.inner_text("#plan")
     page.fill("#seed", "11")
     page.locator("#sigma").fill("0.2")
     decode(page)
-    assert page.inner_text("#result-facts").startswith("192×128")
+    assert page.inner_text("#result-info").startswith("192×128")
     box = page.locator("#handle").bounding_box()
     frame = page.locator("#viewer").bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, frame["y"] + frame["height"] / 2)
@@ -121,12 +121,12 @@ def test_a_image_is_dropped_decoded_compared_and_downloaded(page: Any, tmp_path:
     assert page.inner_text("#zoom-value") != before
     page.click("#zoom-full")
     assert page.inner_text("#zoom-value") == "100 %"
-    recipe = download(page, tmp_path)
-    assert (recipe["file"], recipe["seed"], recipe["sigma"]) == ("moon-pid-11.png", 11, 0.2)
-    assert (recipe["width"], recipe["height"], recipe["model"]) == (192, 128, "tiny")
+    metadata = download(page, tmp_path)
+    assert (metadata["file"], metadata["seed"], metadata["sigma"]) == ("moon-pid-11.png", 11, 0.2)
+    assert (metadata["width"], metadata["height"], metadata["model"]) == (192, 128, "tiny")
 
 
-def test_what_is_held_of_the_image_can_be_chosen(page: Any, tmp_path: Path) -> None:
+def test_the_color_fix_can_be_chosen(page: Any, tmp_path: Path) -> None:
     drop(page, "moon.png", image_bytes(32, 32))
     for chosen, recorded in (("", "detail"), ("off", "off"), ("soft", "soft")):
         page.select_option("#color_fix", chosen)
@@ -137,7 +137,7 @@ def test_what_is_held_of_the_image_can_be_chosen(page: Any, tmp_path: Path) -> N
 def test_both_images_lie_exactly_over_each_other(page: Any) -> None:
     drop(page, "odd.png", image_bytes(45, 37))
     decode(page)
-    assert page.inner_text("#result-facts").startswith("180×148")
+    assert page.inner_text("#result-info").startswith("180×148")
     before, after = (page.locator(name).bounding_box() for name in ("#before", "#after"))
     assert before == pytest.approx(after, abs=0.5)
 
@@ -153,7 +153,7 @@ def test_history_brings_back_image_and_settings(page: Any, tmp_path: Path) -> No
     decode(page)
     entries = page.locator("#history button")
     assert [entries.nth(index).inner_text().strip() for index in range(3)] == [
-        "latent.safetensors: seed 2, strength 0.4", "one.png: seed 2, strength 0.4", "one.png: seed 1",
+        "latent.safetensors: seed 2, noise 0.4", "one.png: seed 2, noise 0.4", "one.png: seed 1",
     ]  # fmt: skip
     entries.nth(2).click()
     assert page.input_value("#seed") == "1"
@@ -161,11 +161,11 @@ def test_history_brings_back_image_and_settings(page: Any, tmp_path: Path) -> No
     assert page.inner_text("#source-name") == "one.png"
     assert download(page, tmp_path)["seed"] == 1
     entries.nth(0).click()
-    assert page.inner_text("#source-facts") == "latent of flux2, 2×1 cells"
+    assert page.inner_text("#source-info") == "latent of flux2, 2×1 cells"
     assert page.locator("#viewer.alone").count() == 1  # a latent has no image of its own to compare with
 
 
-def test_a_image_with_a_recipe_offers_its_settings(page: Any, tmp_path: Path) -> None:
+def test_an_image_made_by_pidecode_offers_its_settings(page: Any, tmp_path: Path) -> None:
     drop(page, "first.png", image_bytes(16, 16))
     page.fill("#seed", "77")
     decode(page)
@@ -174,7 +174,7 @@ def test_a_image_with_a_recipe_offers_its_settings(page: Any, tmp_path: Path) ->
     waiting.value.save_as(tmp_path / "made.png")
     page.fill("#seed", "5")
     drop(page, "made.png", (tmp_path / "made.png").read_bytes())
-    page.click("#use-recipe")
+    page.click("#use-metadata")
     assert page.input_value("#seed") == "77"
 
 
@@ -209,10 +209,10 @@ def test_cancelling_frees_the_place_and_the_page_goes_on(page: Any, served: Serv
     with served.busy():
         page.click("#go")
         page.wait_for_selector("#cancel", state="visible")
-        served.until(lambda: served.desk.queue.waiting == 1)
-        assert "next in line" in page.inner_text("#status")
+        served.until(lambda: served.service.queue.waiting == 1)
+        assert "next in the queue" in page.inner_text("#status")
         page.click("#cancel")
-        served.until(lambda: served.desk.queue.waiting == 0)
+        served.until(lambda: served.service.queue.waiting == 0)
     page.wait_for_selector("#go", state="visible")
     assert page.inner_text("#status") == "Cancelled."
     assert page.locator("#error").is_hidden()

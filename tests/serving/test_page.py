@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page's application, asked as the page asks it: files without foreign addresses, looks, plans, jobs as they go."""
+"""The page's files, and the endpoints it uses: inspect, plan, streamed jobs, results."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from typing import Any
 import pytest
 from serving_kit import LIMITS, Served, image_bytes, latent_bytes, running, small_decoder
 
-import pidecode.serve.page
+import pidecode.serve.app
 from pidecode.images import load_image, read_recipe
-from pidecode.serve.page import create_app
+from pidecode.serve.app import create_app
 from pidecode.serve.service import DecodeService
 
-STATIC = Path(pidecode.serve.page.__file__).parent / "static"
+STATIC = Path(pidecode.serve.app.__file__).parent / "static"
 
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[Served]:
-    desk = DecodeService({"small": small_decoder()}, limits=LIMITS)
-    with running(create_app(desk), desk) as served:
+    service = DecodeService({"small": small_decoder()}, limits=LIMITS)
+    with running(create_app(service), service) as served:
         yield served
 
 
-def story(served: Served, path: str, body: bytes) -> list[dict[str, Any]]:
+def stream(served: Served, path: str, body: bytes) -> list[dict[str, Any]]:
     answer = served.post(path, body)
     assert answer.status == 200, answer.body
     assert answer.headers["content-type"] == "application/x-ndjson"
     return [json.loads(line) for line in answer.body.splitlines()]
 
 
-def test_the_page_and_its_files_ask_nobody_else(page: Served) -> None:
+def test_the_page_and_its_files_refer_to_no_other_host(page: Served) -> None:
     index = page.get("/")
     assert b"pidecode" in index.body
     policy = index.headers["content-security-policy"]
@@ -52,7 +52,7 @@ def test_the_page_and_its_files_ask_nobody_else(page: Served) -> None:
     assert page.get("/static/..%2fapp.py").status == 404
 
 
-def test_every_element_the_scripts_look_for_is_on_the_page() -> None:
+def test_every_element_the_scripts_use_is_on_the_page() -> None:
     scripts = "".join((STATIC / name).read_text() for name in ("app.js", "viewer.js"))
     index = (STATIC / "index.html").read_text()
     wanted = set(re.findall(r'find\("([\w-]+)"\)', scripts))
@@ -60,66 +60,66 @@ def test_every_element_the_scripts_look_for_is_on_the_page() -> None:
     assert wanted <= set(re.findall(r'id="([\w-]+)"', index))
 
 
-def test_about_tells_the_models_and_the_limits(page: Served) -> None:
-    about = page.get("/api/about").json()
-    assert about["models"][0]["name"] == "small"
-    assert about["limits"]["body_bytes"] == LIMITS.body_bytes
+def test_the_server_reports_its_limits(page: Served) -> None:
+    server = page.get("/v1/server").json()
+    assert server["text_to_image"] is False
+    assert server["limits"]["body_bytes"] == LIMITS.body_bytes
 
 
-def test_a_look_tells_what_was_dropped(page: Served) -> None:
+def test_inspect_describes_a_file(page: Served) -> None:
     assert {"kind": "image", "width": 20, "height": 30}.items() <= page.post(
-        "/api/look", image_bytes(20, 30)
+        "/v1/inspect", image_bytes(20, 30)
     ).json().items()
-    latent = page.post("/api/look", latent_bytes(2, 3)).json()
+    latent = page.post("/v1/inspect", latent_bytes(2, 3)).json()
     assert {"kind": "latent", "width": 3, "height": 2, "space": "flux2", "sigma": 0.0}.items() <= latent.items()
-    bad = page.post("/api/look", b"neither")
+    bad = page.post("/v1/inspect", b"neither")
     assert (bad.status, "no image of a known kind" in bad.message) == (400, True)
 
 
 def test_a_plan_comes_before_the_work(page: Served) -> None:
-    plan = page.get("/api/plan?kind=image&width=20&height=30").json()
+    plan = page.get("/v1/plan?kind=image&width=20&height=30").json()
     assert (plan["width"], plan["height"], plan["fits"]) == (80, 120, True)
     assert plan["working"] > 0
-    other = page.get("/api/plan?kind=latent&width=1&height=1&to_width=80&to_height=64").json()
+    other = page.get("/v1/plan?kind=latent&width=1&height=1&output_width=80&output_height=64").json()
     assert (other["width"], other["height"]) == (80, 64)
-    large = page.get("/api/plan?kind=image&width=2000&height=2000")
+    large = page.get("/v1/plan?kind=image&width=2000&height=2000")
     assert (large.status, "at most 65,536" in large.message) == (400, True)
 
 
-def test_a_job_is_told_step_by_step_and_its_file_is_fetched_once(page: Served) -> None:
-    told = story(page, "/api/upscale?steps=3&seed=4", image_bytes(20, 33))
-    previews = [line["preview"] for line in told if "preview" in line]
+def test_a_job_is_streamed_step_by_step_and_its_result_is_fetched_once(page: Served) -> None:
+    events = stream(page, "/v1/upscale?stream=true&steps=3&seed=4", image_bytes(20, 33))
+    previews = [line["preview"] for line in events if "preview" in line]
     assert previews
     for preview in previews:
         data = base64.b64decode(preview.removeprefix("data:image/jpeg;base64,"))
         assert load_image(data).size == (128, 192)  # the padded image, which is cut back only at the end
-    last = told[-1]
-    assert (last["state"], last["width"], last["height"], last["recipe"]["seed"]) == ("done", 80, 132, 4)
-    fetched = page.get(f"/{last['finished']}")
+    last = events[-1]
+    assert (last["state"], last["width"], last["height"], last["metadata"]["seed"]) == ("done", 80, 132, 4)
+    fetched = page.get(last["result"])
     assert len(fetched.body) == last["bytes"]
-    assert read_recipe(fetched.body) == last["recipe"]
-    again = page.get(f"/{last['finished']}")
+    assert read_recipe(fetched.body) == last["metadata"]
+    again = page.get(last["result"])
     assert (again.status, "fetched already" in again.message) == (404, True)
 
 
-def test_a_smaller_scale_is_made_whole_and_reduced(page: Served) -> None:
-    last = story(page, "/api/upscale?steps=1&scale=2", image_bytes(20, 33))[-1]
-    assert (last["width"], last["height"], last["recipe"]["reduced_to_scale"]) == (40, 66, 2)
-    refused = story(page, "/api/upscale?steps=1&scale=8", image_bytes())[-1]
+def test_a_smaller_scale_is_downsampled(page: Served) -> None:
+    last = stream(page, "/v1/upscale?stream=true&steps=1&scale=2", image_bytes(20, 33))[-1]
+    assert (last["width"], last["height"], last["metadata"]["downsampled_to_scale"]) == (40, 66, 2)
+    refused = stream(page, "/v1/upscale?stream=true&steps=1&scale=8", image_bytes())[-1]
     assert refused["state"] == "failed"
-    assert "scale is 8; this model enlarges 4 times" in refused["message"]
+    assert "scale is 8; this model enlarges 4 times" in refused["error"]["message"]
 
 
-def test_a_latent_is_decoded_and_a_bad_one_ends_in_a_sentence(page: Served) -> None:
-    assert story(page, "/api/decode?steps=1&format=webp", latent_bytes())[-1]["width"] == 64
-    last = story(page, "/api/decode?steps=1", latent_bytes()[:-8])[-1]
-    assert (last["state"], "cut off" in last["message"]) == ("failed", True)
+def test_a_latent_is_decoded_and_a_bad_one_ends_in_an_error(page: Served) -> None:
+    assert stream(page, "/v1/decode?stream=true&steps=1&format=webp", latent_bytes())[-1]["width"] == 64
+    last = stream(page, "/v1/decode?stream=true&steps=1", latent_bytes()[:-8])[-1]
+    assert (last["state"], "cut off" in last["error"]["message"]) == ("failed", True)
 
 
-def test_a_full_line_is_said_before_the_story_begins(page: Served) -> None:
+def test_a_full_queue_is_an_error_before_the_stream_begins(page: Served) -> None:
     with page.busy():
-        waiting = [page.desk.queue.submit(lambda job: None) for _ in range(2)]
-        assert page.post("/api/upscale", image_bytes()).status == 429
+        waiting = [page.service.queue.submit(lambda job: None) for _ in range(2)]
+        assert page.post("/v1/upscale?stream=true", image_bytes()).status == 429
         for job in waiting:
             job.cancel()
 
@@ -127,25 +127,25 @@ def test_a_full_line_is_said_before_the_story_begins(page: Served) -> None:
 def test_leaving_the_page_cancels_its_job(page: Served) -> None:
     with page.busy():
         connection = page.connect()
-        connection.request("POST", "/api/upscale", image_bytes())
+        connection.request("POST", "/v1/upscale?stream=true", image_bytes())
         response = connection.getresponse()
         assert json.loads(response.readline())["state"] == "waiting"
-        page.until(lambda: page.desk.queue.waiting == 1)
+        page.until(lambda: page.service.queue.waiting == 1)
         response.close()
         connection.close()
-        page.until(lambda: page.desk.queue.waiting == 0)
+        page.until(lambda: page.service.queue.waiting == 0)
 
 
 def test_a_token_opens_the_page_and_stays_as_a_cookie() -> None:
-    desk = DecodeService({"small": small_decoder()}, limits=LIMITS)
+    service = DecodeService({"small": small_decoder()}, limits=LIMITS)
     token = "correct-horse-battery"
-    with running(create_app(desk, token=token), desk) as served:
+    with running(create_app(service, token=token), service) as served:
         assert served.get("/").status == 401
         opened = served.get(f"/?token={token}")
         assert opened.status == 200
         cookie = opened.headers["set-cookie"]
         assert "HttpOnly" in cookie
         assert "SameSite=strict" in cookie
-        assert served.get("/api/about").status == 401
-        assert served.get("/api/about", Cookie=cookie.split(";")[0]).status == 200
-        assert served.get(f"/api/about?token={token}").status == 401  # the address opens the page and nothing else
+        assert served.get("/v1/server").status == 401
+        assert served.get("/v1/server", Cookie=cookie.split(";")[0]).status == 200
+        assert served.get(f"/v1/server?token={token}").status == 401  # the query opens the page and nothing else

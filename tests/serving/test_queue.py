@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The line in front of a device: order, bounds, cancelling in every state, time limits, previews, and the stop."""
+"""The job queue: order, capacity, cancellation in every state, timeouts, previews and shutdown."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from collections.abc import Iterator
 import pytest
 
 from pidecode.errors import BusyError, Cancelled, SettingError
-from pidecode.serve.queue import Job, JobQueue, JobStatus
+from pidecode.serve.queue import DecodeJob, JobQueue, JobStatus
 
 PATIENCE = 10.0
 
 
 @pytest.fixture
 def queue() -> Iterator[JobQueue]:
-    made = JobQueue(capacity=2)
-    yield made
-    made.stop()
+    queue = JobQueue(capacity=2)
+    yield queue
+    queue.stop()
 
 
 class Gate:
-    """Work that says when it has begun and ends when told, checking its job as decoding does."""
+    """A job function that ends when opened, and checks its job as decoding does."""
 
     def __init__(self, answer: object = None) -> None:
         self.begun, self.open = threading.Event(), threading.Event()
         self.answer = answer
 
-    def __call__(self, job: Job) -> object:
+    def __call__(self, job: DecodeJob) -> object:
         self.begun.set()
         while not self.open.wait(0.005):
             job.check()
@@ -45,25 +45,25 @@ def test_work_runs_in_order_on_one_thread_and_gives_its_result(queue: JobQueue) 
     assert [job.wait(PATIENCE) and job.result() for job in jobs] == [0, 1]
     assert [number for number, _ in order] == [0, 1]
     assert {name for _, name in order} == {"pidecode-queue"}
-    assert queue.tally.done == 2
+    assert queue.stats.done == 2
 
 
-def test_the_line_is_bounded_and_says_when_to_come_back(queue: JobQueue) -> None:
+def test_the_queue_is_bounded_and_says_when_to_retry(queue: JobQueue) -> None:
     gate = Gate()
     running = queue.submit(gate)
     assert gate.begun.wait(PATIENCE)
     waiting = [queue.submit(lambda job: None) for _ in range(2)]
-    assert [job.status.place for job in waiting] == [1, 2]
-    with pytest.raises(BusyError, match="The line is full: 2 jobs wait and one runs") as caught:
+    assert [job.status.position for job in waiting] == [1, 2]
+    with pytest.raises(BusyError, match="The queue is full: 2 jobs are waiting and one is running") as caught:
         queue.submit(lambda job: None)
     assert caught.value.retry_after > 0
-    assert (queue.tally.refused, queue.waiting, queue.running) == (1, 2, True)
+    assert (queue.stats.refused, queue.waiting, queue.running) == (1, 2, True)
     gate.open.set()
     assert all(job.wait(PATIENCE) for job in (running, *waiting))
     assert not queue.running
 
 
-def test_a_line_without_places_still_takes_one_job_when_idle() -> None:
+def test_a_queue_of_capacity_zero_takes_one_job_when_idle() -> None:
     queue, gate = JobQueue(capacity=0), Gate()
     job = queue.submit(gate)
     assert gate.begun.wait(PATIENCE)
@@ -81,7 +81,7 @@ def test_a_cancelled_waiting_job_frees_its_place_at_once_and_never_runs(queue: J
     first, second = queue.submit(ran.append), queue.submit(ran.append)
     first.cancel("Enough.")
     assert first.over
-    assert second.status.place == 1
+    assert second.status.position == 1
     with pytest.raises(Cancelled, match=r"Enough\."):
         first.result()
     third = queue.submit(lambda job: None)  # the place is free again
@@ -97,13 +97,13 @@ def test_a_cancelled_running_job_stops_at_its_next_check(queue: JobQueue) -> Non
     job.cancel()
     assert job.wait(PATIENCE)
     assert job.state == "cancelled"
-    assert queue.tally.cancelled == 1
+    assert queue.stats.cancelled == 1
     job.cancel("again")  # does nothing
     assert job.state == "cancelled"
 
 
 def test_a_job_whose_time_is_up_is_stopped() -> None:
-    queue = JobQueue(capacity=1, limit=0.05)
+    queue = JobQueue(capacity=1, timeout=0.05)
     job = queue.submit(Gate())
     assert job.wait(PATIENCE)
     with pytest.raises(Cancelled, match=r"longer than the 0\.05 seconds"):
@@ -111,8 +111,8 @@ def test_a_job_whose_time_is_up_is_stopped() -> None:
     queue.stop()
 
 
-def test_a_waiting_job_whose_time_is_up_is_told_without_being_run() -> None:
-    queue = JobQueue(capacity=1, limit=0.1)
+def test_a_waiting_job_whose_time_is_up_is_cancelled_without_being_run() -> None:
+    queue = JobQueue(capacity=1, timeout=0.1)
     stubborn = threading.Event()
     queue.submit(lambda job: stubborn.wait(PATIENCE))  # never checks
     waiting = queue.submit(lambda job: None)
@@ -124,38 +124,38 @@ def test_a_waiting_job_whose_time_is_up_is_told_without_being_run() -> None:
 
 
 def test_errors_come_back_as_they_were_and_the_worker_lives_on(queue: JobQueue) -> None:
-    def fails(job: Job) -> None:
+    def fails(job: DecodeJob) -> None:
         raise SettingError("No such thing.")
 
     failed, fine = queue.submit(fails), queue.submit(lambda job: "fine")
     assert fine.wait(PATIENCE)
     with pytest.raises(SettingError, match=r"No such thing\."):
         failed.result()
-    assert (fine.result(), queue.tally.failed) == ("fine", 1)
+    assert (fine.result(), queue.stats.failed) == ("fine", 1)
 
 
 def test_progress_and_previews_reach_a_reader_who_sees_the_end(queue: JobQueue) -> None:
-    looked = threading.Semaphore(0)
+    seen_by_reader = threading.Semaphore(0)
 
-    def work(job: Job) -> str:
+    def work(job: DecodeJob) -> str:
         for step in range(1, 4):
-            job.report(done=step, total=3, preview=bytes([step]))
-            assert looked.acquire(timeout=PATIENCE), "the reader never looked"
-        return "made"
+            job.report(step=step, num_steps=3, preview=bytes([step]))
+            assert seen_by_reader.acquire(timeout=PATIENCE), "the reader saw nothing"
+        return "result"
 
     async def read() -> list[JobStatus]:
         job = queue.submit(work)
         seen = []
         async for status in job.changes():
             if status.preview and status.preview not in {one.preview for one in seen}:
-                looked.release()
+                seen_by_reader.release()
             seen.append(status)
-        assert job.result() == "made"
+        assert job.result() == "result"
         return seen
 
     seen = asyncio.run(asyncio.wait_for(read(), PATIENCE))
     assert seen[0].state in ("waiting", "running")
-    assert list(dict.fromkeys((status.done, status.preview) for status in seen if status.preview)) == [
+    assert list(dict.fromkeys((status.step, status.preview) for status in seen if status.preview)) == [
         (1, b"\1"),
         (2, b"\2"),
         (3, b"\3"),
@@ -165,7 +165,7 @@ def test_progress_and_previews_reach_a_reader_who_sees_the_end(queue: JobQueue) 
 
 def test_many_readers_and_a_reader_that_leaves(queue: JobQueue) -> None:
     async def scene() -> list[object]:
-        gate = Gate("made")
+        gate = Gate("result")
         job = queue.submit(gate)
         readers = [asyncio.ensure_future(job.finished()) for _ in range(3)]
         await asyncio.sleep(0.02)
@@ -173,18 +173,18 @@ def test_many_readers_and_a_reader_that_leaves(queue: JobQueue) -> None:
         gate.open.set()
         return list(await asyncio.gather(*readers[1:]))
 
-    assert asyncio.run(asyncio.wait_for(scene(), PATIENCE)) == ["made", "made"]
+    assert asyncio.run(asyncio.wait_for(scene(), PATIENCE)) == ["result", "result"]
 
 
 def test_stopping_cancels_who_waits_and_lets_the_running_job_end() -> None:
-    queue, gate = JobQueue(capacity=2), Gate("made")
+    queue, gate = JobQueue(capacity=2), Gate("result")
     running = queue.submit(gate)
     assert gate.begun.wait(PATIENCE)
     waiting = queue.submit(lambda job: None)
     threading.Timer(0.1, gate.open.set).start()
     queue.stop(grace=PATIENCE)
-    assert running.result() == "made"
-    with pytest.raises(Cancelled, match="not begun"):
+    assert running.result() == "result"
+    with pytest.raises(Cancelled, match="not started"):
         waiting.result()
     with pytest.raises(BusyError, match="stopping"):
         queue.submit(lambda job: None)
@@ -196,7 +196,7 @@ def test_stopping_breaks_off_what_outlasts_the_grace() -> None:
     job = queue.submit(gate)
     assert gate.begun.wait(PATIENCE)
     queue.stop(grace=0.01)
-    with pytest.raises(Cancelled, match="broken off"):
+    with pytest.raises(Cancelled, match="interrupted"):
         job.result()
 
 
@@ -206,10 +206,10 @@ def test_nothing_of_a_finished_job_is_kept(queue: JobQueue) -> None:
 
     large = Large()
     kept = weakref.ref(large)
-    job = queue.submit(lambda job, large=large: job.report(done=1, total=1))
+    job = queue.submit(lambda job, large=large: job.report(step=1, num_steps=1))
     assert job.wait(PATIENCE)
     del job, large
-    for _ in range(200):  # the worker drops its last reference a moment after it has told
+    for _ in range(200):  # the worker drops its last reference a moment after it has notified
         gc.collect()
         if kept() is None:
             break
@@ -240,8 +240,8 @@ def test_many_threads_submit_and_cancel_and_every_job_ends_once() -> None:
     for thread in threads:
         thread.join()
     queue.stop()
-    tally = queue.tally
+    stats = queue.stats
     assert len(ended) + len(refused) == 8 * 40
-    assert tally.accepted == len(ended) == tally.done + tally.cancelled
-    assert tally.refused == len(refused)
-    assert tally.failed == 0
+    assert stats.accepted == len(ended) == stats.done + stats.cancelled
+    assert stats.refused == len(refused)
+    assert stats.failed == 0

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pidecode web` and `pidecode serve`: the page and the HTTP interface, on this machine unless told otherwise."""
+"""`pidecode serve` and `pidecode web`: start the HTTP server; `web` also opens its page in the browser."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,17 +18,15 @@ from pidecode.registry.spaces import GENERATION
 if TYPE_CHECKING:
     from pidecode.decoder import PixelDecoder
     from pidecode.integrations.text_to_image import PipelineTextToLatent
-    from pidecode.serve.service import DecodeService
 
-SERVER_PORT = 8421
-PAGE_PORT = 8420
+PORT = 8420
 TOKEN_VARIABLE = "PIDECODE_TOKEN"
 MEBIBYTE = 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
-    """What both commands take."""
+class ServeOptions:
+    """The options of both commands."""
 
     model: tuple[str, ...]
     space: str | None
@@ -47,7 +45,11 @@ class Wish:
     pipeline_source: str | None
 
     def token(self) -> str | None:
-        """The token from the file or the environment, None if there is none. Raises FileError."""
+        """The token from the file or the environment variable, if any.
+
+        Raises:
+            FileError: If the file cannot be read.
+        """
         if self.token_file is None:
             return os.environ.get(TOKEN_VARIABLE) or None
         try:
@@ -56,32 +58,40 @@ class Wish:
             raise FileError(f"The token cannot be read from {self.token_file}: {error}.") from error
 
     def decoders(self) -> dict[str, PixelDecoder]:
-        """Every model asked for, loaded, by the name clients use."""
+        """Load every model, by the name that clients use.
+
+        Raises:
+            SettingError: If two models have the same name.
+        """
         import torch
 
         from pidecode.decoder import PixelDecoder
 
-        found: dict[str, PixelDecoder] = {}
-        for wanted in self.model:
+        decoders: dict[str, PixelDecoder] = {}
+        for source in self.model:
             decoder = PixelDecoder.from_pretrained(
-                wanted,
+                source,
                 space=self.space,
                 variant=self.variant,
                 device=self.device,
                 dtype=getattr(torch, self.dtype) if self.dtype else None,
                 compile=self.compile,
             )
-            name = Path(wanted).stem if Path(wanted).suffix else wanted
-            if name in found:
+            name = Path(source).stem if Path(source).suffix else source
+            if name in decoders:
                 raise SettingError(f"Two models would be called {name!r}; rename one of the files.")
-            found[name] = decoder
-        return found
+            decoders[name] = decoder
+        return decoders
 
-    def painter(self) -> PipelineTextToLatent | None:
-        """The image model that paints from prompts, loaded; None where none is asked for."""
+    def text_to_latent(self) -> PipelineTextToLatent | None:
+        """Load the text-to-image pipeline, if one is named.
+
+        Raises:
+            SettingError: If there is a source without a pipeline.
+        """
         if self.pipeline is None:
             if self.pipeline_source is not None:
-                raise SettingError("--pipeline-source says where a pipeline lies; name it with --pipeline.")
+                raise SettingError("--pipeline-source says where a pipeline is; name the pipeline with --pipeline.")
             return None
         import torch
 
@@ -95,123 +105,108 @@ class Wish:
         )
 
 
-def _options(port: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add the options that `Wish` holds."""
-
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        options = [
-            click.option(
-                "-m", "--model", multiple=True, default=("tiny",), show_default=True,
-                help="A model's name, file or folder. Give it again for more; the first is the default.",
-            ),
-            space_option,
-            click.option("--variant", metavar="NAME", help="Variant of a model that has several: 2k, 2kto4k, ..."),
-            click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; chosen for you if not given."),
-            click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Number format."),
-            click.option("--host", default="127.0.0.1", show_default=True, help="Address; others need a token."),
-            click.option("--port", type=click.IntRange(0, 65535), default=port, show_default=True, help="0: any free."),
-            click.option(
-                "--token-file", type=click.Path(path_type=Path),
-                help=f"File with the token that clients must show; or set {TOKEN_VARIABLE}.",
-            ),
-            click.option(
-                "--max-pixels", type=click.IntRange(min=4096), default=4096 * 4096, show_default=True,
-                help="Most pixels of a result.",
-            ),
-            click.option(
-                "--pipeline", type=click.Choice(list(GENERATION)), metavar="NAME",
-                help=f"Image model that paints from prompts: {', '.join(GENERATION)}.",
-            ),
-            click.option("--pipeline-source", metavar="PATH", help="Its folder or hub repository, if not its own."),
-            click.option("--max-body", type=click.IntRange(1), default=64, show_default=True, help="MiB per upload."),
-            click.option("--compile", is_flag=True, help="Compile sums with the first image, for those after it."),
-            threads_option,
-            click.option("--queue", type=click.IntRange(0), default=8, show_default=True, help="Jobs that may wait."),
-            click.option(
-                "--timeout", type=click.FloatRange(min=1), default=600, show_default=True,
-                help="Seconds a job may take, waiting included.",
-            ),
-        ]  # fmt: skip
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
+def serve_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that `ServeOptions` holds."""
+    options = [
+        click.option(
+            "-m", "--model", multiple=True, default=("tiny",), show_default=True,
+            help="A model's name, file or folder. Give it again for more; the first is the default.",
+        ),
+        space_option,
+        click.option("--variant", metavar="NAME", help="Variant of a model that has several: 2k, 2kto4k, ..."),
+        click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; by default the best there is."),
+        click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Number format."),
+        click.option("--host", default="127.0.0.1", show_default=True, help="Address; others need a token."),
+        click.option("--port", type=click.IntRange(0, 65535), default=PORT, show_default=True, help="0: any free."),
+        click.option(
+            "--token-file", type=click.Path(path_type=Path),
+            help=f"File with the token that clients must show; or set {TOKEN_VARIABLE}.",
+        ),
+        click.option(
+            "--max-pixels", type=click.IntRange(min=4096), default=4096 * 4096, show_default=True,
+            help="Most pixels of a result.",
+        ),
+        click.option(
+            "--pipeline", type=click.Choice(list(GENERATION)), metavar="NAME",
+            help=f"Text-to-image pipeline that makes latents from prompts: {', '.join(GENERATION)}.",
+        ),
+        click.option("--pipeline-source", metavar="PATH", help="Folder or hub repository of the pipeline."),
+        click.option("--max-body", type=click.IntRange(1), default=64, show_default=True, help="MiB per request."),
+        click.option("--compile", is_flag=True, help="Compile elementwise ops at the first image."),
+        threads_option,
+        click.option("--queue", type=click.IntRange(0), default=8, show_default=True, help="Jobs that may wait."),
+        click.option(
+            "--timeout", type=click.FloatRange(min=1), default=600, show_default=True,
+            help="Seconds a job may take, waiting included.",
+        ),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
-def _desk(wish: Wish) -> DecodeService:
-    """The models behind one queue."""
-    from pidecode.serve.schemas import Limits
-    from pidecode.serve.service import DecodeService
-
-    limits = Limits(
-        body_bytes=wish.max_body * MEBIBYTE, pixels=wish.max_pixels, waiting=wish.queue, seconds=wish.timeout
-    )
-    return DecodeService(wish.decoders(), limits=limits, painter=wish.painter())
-
-
-def _require(packages: Sequence[str], extra: str) -> None:
+def _require_packages() -> None:
     from importlib.util import find_spec
 
-    missing = [package for package in packages if find_spec(package) is None]
+    missing = [package for package in ("fastapi", "uvicorn", "python_multipart") if find_spec(package) is None]
     if missing:
         raise MissingDependencyError(
-            f"This needs {' and '.join(missing)}, which are not installed: pip install 'pidecode[{extra}]'."
+            f"The server needs {' and '.join(missing)}: install them with `pip install 'pidecode[serve]'`."
         )
 
 
-def _run(wish: Wish, create: Callable[[DecodeService, str | None], Any], say: Callable[[str], str]) -> None:
+def _run(options: ServeOptions, ready: Callable[[str], None]) -> None:
+    """Load the models and serve until a signal; `ready` is called with the URL."""
+    from pidecode.serve.app import create_app
     from pidecode.serve.http import bound_socket, check_token, serve
+    from pidecode.serve.schemas import RequestLimits
+    from pidecode.serve.service import DecodeService
 
-    token = wish.token()
-    check_token(wish.host, token)
-    listener = bound_socket(wish.host, wish.port)  # before the models are loaded: a taken port should not cost that
+    token = options.token()
+    check_token(options.host, token)
+    listener = bound_socket(options.host, options.port)  # first: a port in use should not cost loading the models
     with listener:
-        app = create(_desk(wish), token)
-        serve(app, listener, connections=4 * (wish.queue + 8), ready=lambda url: click.echo(say(url)))
+        limits = RequestLimits(
+            body_bytes=options.max_body * MEBIBYTE,
+            pixels=options.max_pixels,
+            waiting=options.queue,
+            job_seconds=options.timeout,
+        )
+        service = DecodeService(options.decoders(), limits=limits, text_to_latent=options.text_to_latent())
+        serve(create_app(service, token=token), listener, connections=4 * (options.queue + 8), ready=ready)
 
 
 @click.command()
-@_options(SERVER_PORT)
+@serve_options
 def serve(**options: Any) -> None:
-    """Offer decoding over HTTP, for scripts and other programs.
+    """Serve decoding over HTTP to other programs.
 
-    The description of the interface is at /docs. Ctrl-C stops it once what runs is done.
+    The page is at /, the API at /v1, its OpenAPI document at /openapi.json. Ctrl-C stops the server
+    once the running job has ended.
     """
-    _require(["fastapi", "uvicorn", "python_multipart"], "serve")
-
-    def create(desk: DecodeService, token: str | None) -> Any:
-        from pidecode.serve.app import create_app
-
-        return create_app(desk, token=token)
-
-    _run(Wish(**options), create, lambda url: f"Serving on {url} (description: {url}/docs). Ctrl-C stops it.")
+    _require_packages()
+    _run(ServeOptions(**options), lambda url: click.echo(f"Serving on {url} (API: {url}/openapi.json). Ctrl-C stops."))
 
 
 @click.command()
-@_options(PAGE_PORT)
-@click.option("--browser/--no-browser", default=True, show_default=True, help="Open the page.")
+@serve_options
+@click.option("--browser/--no-browser", default=True, show_default=True, help="Open the page in the browser.")
 def web(browser: bool, **options: Any) -> None:
-    """Open a page for decoding by hand, on this machine alone.
+    """Start the server and open its page in the browser.
 
-    Nothing is sent anywhere else, and nothing is kept when the page is closed. Ctrl-C stops it.
+    Nothing is sent to other hosts, and nothing is kept when the page is closed. Ctrl-C stops the server.
     """
-    _require(["fastapi", "uvicorn"], "web")
-    wish = Wish(**options)
+    _require_packages()
+    given = ServeOptions(**options)
 
-    def create(desk: DecodeService, token: str | None) -> Any:
-        from pidecode.serve.page import create_app
-
-        return create_app(desk, token=token)
-
-    def say(url: str) -> str:
-        address = f"{url}/?token={wish.token()}" if wish.token() else f"{url}/"
+    def ready(url: str) -> None:
+        token = given.token()
+        address = f"{url}/?token={token}" if token else f"{url}/"
+        click.echo(f"The page is at {address} Ctrl-C stops.")
         if browser:
             import threading
             import webbrowser
 
-            # A moment later, when the server answers.
-            threading.Timer(0.5, webbrowser.open, [address]).start()
-        return f"The page is at {address} Ctrl-C stops it."
+            threading.Timer(0.5, webbrowser.open, [address]).start()  # once the server accepts connections
 
-    _run(wish, create, say)
+    _run(given, ready)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One FastAPI app: the page at /, the API at /v1, one queue for one device."""
+"""HTTP server: one FastAPI app with the page at /, the API at /v1, and one job queue for one device."""

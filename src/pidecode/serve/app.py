@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The HTTP interface: decode a latent, enlarge an image, OpenAI's image endpoints, health, metrics, a description."""
+"""The FastAPI app: the page at /, decoding and OpenAI's image endpoints at /v1, health and metrics."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+import base64
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from dataclasses import asdict
+from importlib.resources import files
+from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Query, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -17,213 +21,363 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from pidecode import __version__
 from pidecode.serve import openai
-from pidecode.serve.http import AuthMiddleware, BodyReader, add_error_handlers, outcome, problem, to_header
-from pidecode.serve.prometheus import CONTENT_TYPE, Answers, MetricsMiddleware
-from pidecode.serve.reference import reference_page
-from pidecode.serve.schemas import DecodeOptions, Options, UpscaleOptions
-from pidecode.serve.service import DecodeService, Made
-from pidecode.units import parse_size
+from pidecode.serve.http import (
+    COOKIE,
+    SHUTDOWN_SECONDS,
+    AuthMiddleware,
+    BodyReader,
+    add_error_handlers,
+    cancel_on_disconnect,
+    response_for,
+    result_of,
+)
+from pidecode.serve.prometheus import CONTENT_TYPE, MetricsMiddleware, ResponseStats
+from pidecode.serve.queue import DecodeJob, JobStatus
+from pidecode.serve.schemas import (
+    MAX_PROMPT_LENGTH,
+    MEDIA_TYPES,
+    DecodeParams,
+    DecodePlan,
+    FileInfo,
+    GenerateParams,
+    Health,
+    JobEvent,
+    PlanParams,
+    ServerInfo,
+    ServerLimits,
+    UpscaleParams,
+)
+from pidecode.serve.service import DecodeService, Result
 
-GRACE = 30.0
-"""Seconds a running job is given when the server stops."""
+ParamsT = TypeVar("ParamsT")
 
-_WORDS = {
-    400: "Something in the request cannot act; the message says what, and the mend.",
-    401: "No token, or a wrong one.",
-    403: "Asked for under a foreign name, or by a foreign web site.",
+NDJSON = "application/x-ndjson"
+
+_STATIC_TYPES = {
+    "index.html": "text/html; charset=utf-8",
+    "app.js": "text/javascript; charset=utf-8",
+    "viewer.js": "text/javascript; charset=utf-8",
+    "style.css": "text/css; charset=utf-8",
+    "icon.svg": "image/svg+xml",
+}
+
+_ERROR_DESCRIPTIONS = {
+    400: "A file or option that cannot be used; the message says why and what to do.",
+    401: "The token is missing or wrong.",
+    403: "Addressed by a foreign host name, or sent by a foreign web site.",
+    404: "No such result.",
     408: "The body took too long to arrive.",
     413: "The body is too long.",
-    422: "A parameter has the wrong form.",
-    429: "The line is full; Retry-After says when to ask again.",
-    500: "A fault; the server's log has the details.",
-    501: "Needs something that is not set up here.",
-    503: "The job was stopped: its time was up, or the server is stopping.",
+    422: "A parameter is of the wrong form.",
+    429: "The queue is full; Retry-After gives the seconds to wait.",
+    500: "Internal error; see the server's log.",
+    501: "The server was started without what this needs.",
+    503: "The job was stopped: it timed out, or the server is stopping.",
     507: "It does not fit into memory.",
 }
+_AUTH_ERRORS = (401, 403)
+_UPLOAD_ERRORS = (400, *_AUTH_ERRORS, 408, 413, 429, 500)
+_JOB_ERRORS = (*_UPLOAD_ERRORS, 422, 501, 503, 507)
 
 
-def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": openai.ProblemBody, "description": _WORDS[status]} for status in statuses}
+def create_app(service: DecodeService, *, token: str | None = None) -> FastAPI:
+    """Create the ASGI application; on shutdown it stops the service's queue.
 
-
-_DOOR = (401, 403)
-_WORK = (400, *_DOOR, 408, 413, 422, 429, 500, 501, 503, 507)
-_BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
-_IMAGE: dict[str, Any] = {
-    "description": "The image, with its recipe inside. X-Pidecode-Warnings is a JSON list of what there is to say.",
-    "content": {"image/png": _BINARY, "image/webp": _BINARY, "image/jpeg": _BINARY},
-}
-_FORM: dict[str, Any] = {
-    "type": "object",
-    "required": ["image"],
-    "additionalProperties": False,
-    "properties": {
-        "image": {"type": "string", "format": "binary"},
-        "prompt": {"type": "string", "maxLength": 4000, "description": "For models that read prompts."},
-        "model": {"type": "string", "maxLength": 200},
-        "n": {"type": "integer", "minimum": 1, "maximum": openai.MOST_IMAGES},
-        "size": {"type": "string", "enum": ["auto"], "description": "auto, or exactly the enlarged size."},
-        "response_format": {"type": "string", "enum": ["b64_json"]},
-        "output_format": {"type": "string", "enum": ["png", "webp", "jpeg"]},
-        "user": {"type": "string", "maxLength": 200},
-        "seed": {"type": "integer", "minimum": 0},
-        "steps": {"type": "integer", "minimum": 1, "maximum": 4},
-        "sigma": {"type": "number", "minimum": 0, "maximum": 0.8},
-    },
-}
-
-
-def _body(kind: str, words: str) -> dict[str, Any]:
-    return {"requestBody": {"required": True, "description": words, "content": {kind: _BINARY}}}
-
-
-def create_app(desk: DecodeService, *, token: str | None = None) -> FastAPI:
-    """The whole server as an ASGI application; it stops the desk's queue when it is shut down.
-
-    token: what clients must show; None is for an address that only this machine reaches.
+    Args:
+        service: The decoders and their queue.
+        token: What clients must present. None is for a loopback address only. The page is opened by `/?token=...`
+            and then keeps the token as a cookie.
     """
-    answers = Answers()
+    stats = ResponseStats()
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(desk.stop, GRACE)
+        await asyncio.to_thread(service.stop, SHUTDOWN_SECONDS)
 
     app = FastAPI(
         title="pidecode",
         version=__version__,
-        summary="Latents and images in, images four times the size out.",
-        docs_url=None,
+        summary="Decode latents and upscale images with pixel diffusion decoders.",
+        docs_url=None,  # FastAPI's own pages load scripts from other hosts
         redoc_url=None,
         lifespan=lifespan,
     )
+    reader = BodyReader(service.queue, service.limits)
     add_error_handlers(app)
-    _add_work(app, desk)
-    _add_openai(app, desk)
-    _add_state(app, desk, answers)
+    _add_page(app, token)
+    _add_jobs(app, service, reader)
+    _add_queries(app, service, reader)
+    _add_openai(app, service, reader)
+    _add_monitoring(app, service, stats)
     paths = [getattr(route, "path", "") for route in app.routes]
     app.add_middleware(AuthMiddleware, token=token, open_paths=frozenset({"/health"}))
-    app.add_middleware(MetricsMiddleware, paths=paths, tally=answers)
+    app.add_middleware(MetricsMiddleware, paths=paths, stats=stats)
     return app
 
 
-def _add_work(app: FastAPI, desk: DecodeService) -> None:
-    intake = BodyReader(desk.queue, desk.limits)
+def _errors(statuses: Iterable[int]) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": openai.ErrorResponse, "description": _ERROR_DESCRIPTIONS[status]} for status in statuses}
 
+
+def _binary_body(media_type: str, description: str) -> dict[str, Any]:
+    content = {media_type: {"schema": {"type": "string", "format": "binary"}}}
+    return {"requestBody": {"required": True, "description": description, "content": content}}
+
+
+def _job_responses() -> dict[int | str, dict[str, Any]]:
+    image = {media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in MEDIA_TYPES.values()}
+    done = {
+        "description": "The image with its metadata; X-Pidecode-Warnings is a JSON list of warnings. With stream=true, "
+        "the job's progress as lines of JSON.",
+        "content": {**image, NDJSON: {"schema": JobEvent.model_json_schema()}},
+    }
+    return {200: done, **_errors(_JOB_ERRORS)}
+
+
+def _add_page(app: FastAPI, token: str | None) -> None:
+    folder = files("pidecode.serve") / "static"
+    content = {name: (folder / name).read_bytes() for name in _STATIC_TYPES}
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        page = Response(content["index.html"], media_type=_STATIC_TYPES["index.html"])
+        if token is not None:
+            page.set_cookie(COOKIE, token, httponly=True, samesite="strict")
+        return page
+
+    @app.get("/static/{name}", include_in_schema=False)
+    async def static(name: str) -> Response:
+        if name not in content:
+            raise HTTPException(404, "There is no such file.")
+        return Response(content[name], media_type=_STATIC_TYPES[name])
+
+
+def _add_jobs(app: FastAPI, service: DecodeService, reader: BodyReader) -> None:
     @app.post(
         "/v1/decode",
         summary="Decode a latent",
         response_class=Response,
-        responses={200: _IMAGE, **_problems(*_WORK)},
-        openapi_extra=_body("application/octet-stream", "A .safetensors file that holds one normalized latent."),
+        responses=_job_responses(),
+        openapi_extra=_binary_body("application/octet-stream", "A .safetensors file with one normalized latent."),
     )
-    async def decode(request: Request, options: Annotated[DecodeOptions, Query()]) -> Response:
-        """The file says its space, noise level and prompt if `Latent.save` wrote it; else name the space."""
-        data = await intake.body(request)
-        return _file(await outcome(request, desk.decode(data, options)))
+    async def decode(request: Request, params: Annotated[DecodeParams, Query()]) -> Response:
+        """A file written by `Latent.save` holds its space, noise level and prompt; others need `space`."""
+        data = await reader.read(request)
+        return await _respond(request, service, service.decode(data, params), params.stream)
 
     @app.post(
         "/v1/upscale",
-        summary="Enlarge an image",
+        summary="Upscale an image",
         response_class=Response,
-        responses={200: _IMAGE, **_problems(*_WORK)},
-        openapi_extra=_body("application/octet-stream", "An image file: PNG, JPEG, WebP and other kinds."),
+        responses=_job_responses(),
+        openapi_extra=_binary_body("application/octet-stream", "An image file: PNG, JPEG, WebP and others."),
     )
-    async def upscale(request: Request, options: Annotated[UpscaleOptions, Query()]) -> Response:
-        """The image is encoded to a latent and decoded larger; the result is exactly that many times its size."""
-        data = await intake.body(request)
-        return _file(await outcome(request, desk.upscale(data, options)))
+    async def upscale(request: Request, params: Annotated[UpscaleParams, Query()]) -> Response:
+        """The image is encoded to a latent and decoded; the result is exactly `scale` times its size."""
+        data = await reader.read(request)
+        return await _respond(request, service, service.upscale(data, params), params.stream)
+
+    @app.post(
+        "/v1/generate",
+        summary="Generate an image from a prompt",
+        response_class=Response,
+        responses=_job_responses(),
+        openapi_extra=_binary_body("text/plain", "The prompt, in UTF-8."),
+    )
+    async def generate(request: Request, params: Annotated[GenerateParams, Query()]) -> Response:
+        """Needs a pipeline on the server (--pipeline); its latent is decoded."""
+        prompt = _prompt(await reader.read(request))
+        job = service.generate(prompt, (params.width, params.height), params)
+        return await _respond(request, service, job, params.stream)
+
+    @app.get(
+        "/v1/results/{name}",
+        summary="Fetch the result of a streamed job",
+        response_class=Response,
+        responses={
+            200: {"description": "The image with its metadata.", "content": {
+                media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in MEDIA_TYPES.values()
+            }},
+            **_errors((*_AUTH_ERRORS, 404, 422)),
+        },
+    )  # fmt: skip
+    async def result(name: str) -> Response:
+        """Each result can be fetched once, within five minutes."""
+        found = service.results.pop(name)
+        if found is None:
+            raise HTTPException(404, "This result was fetched already, or is too old; run the job again.")
+        return _file(found)
 
 
-def _add_openai(app: FastAPI, desk: DecodeService) -> None:
-    intake = BodyReader(desk.queue, desk.limits)
+def _add_queries(app: FastAPI, service: DecodeService, reader: BodyReader) -> None:
+    @app.get("/v1/server", summary="Version, device and limits", responses=_errors(_AUTH_ERRORS))
+    async def server() -> ServerInfo:
+        """The limits hold for every request."""
+        return ServerInfo(
+            version=__version__,
+            device=str(service.decoder(None).device),
+            limits=ServerLimits(**asdict(service.limits)),
+            text_to_image=service.text_to_latent is not None,
+        )
 
-    @app.get("/v1/models", summary="List the models", response_model=openai.Models, responses=_problems(*_DOOR))
-    async def models() -> openai.Models:
-        """The first is the one used where none is named."""
-        return openai.Models(data=[_model(desk, name) for name in desk.decoders])
+    @app.post(
+        "/v1/inspect",
+        summary="Inspect a file",
+        responses=_errors((*_UPLOAD_ERRORS, 422)),
+        openapi_extra=_binary_body("application/octet-stream", "An image or a .safetensors file with a latent."),
+    )
+    async def inspect(request: Request) -> FileInfo:
+        """Tells whether the file is an image or a latent, its size and its metadata. Nothing is decoded."""
+        data = await reader.read(request)
+        return await asyncio.to_thread(service.inspect, data)
+
+    @app.get("/v1/plan", summary="Estimate a decode", responses=_errors((400, *_AUTH_ERRORS, 422)))
+    async def plan(params: Annotated[PlanParams, Query()]) -> DecodePlan:
+        """The size of the result, the memory that its decode needs, and whether it is free."""
+        file = FileInfo(kind=params.kind, width=params.width, height=params.height)
+        return service.plan(params.model, file, params.output_size())
+
+
+def _add_openai(app: FastAPI, service: DecodeService, reader: BodyReader) -> None:
+    @app.get("/v1/models", summary="List the models", responses=_errors(_AUTH_ERRORS))
+    async def models() -> openai.ModelList:
+        """The first is the default."""
+        return openai.ModelList(data=[_model_info(service, name) for name in service.decoders])
 
     @app.post(
         "/v1/images/generations",
-        summary="Paint from a prompt (as OpenAI's)",
-        response_model=openai.Images,
-        responses=_problems(*_WORK),
+        summary="Generate an image from a prompt (OpenAI)",
+        responses=_errors(_JOB_ERRORS),
     )
-    async def generations(request: Request, body: openai.GenerationBody) -> Any:
-        """Needs an image pipeline on the server (--pipeline); without one the answer is 501."""
-        if desk.painter is None:
-            return problem(
-                501,
-                "no_pipeline",
-                "No image pipeline is set up here, so there is nothing to paint with. Start the server "
-                "with --pipeline, or send a latent to /v1/decode or an image to /v1/upscale.",
-            )
-        size = parse_size(body.size)
-        plans = [
-            Options(model=body.model, seed=body.seed + index, steps=body.steps, format=body.output_format)
-            for index in range(body.n)
-        ]
-        made = await _one_by_one(request, [lambda plan=plan: desk.generate(body.prompt, size, plan) for plan in plans])
-        return openai.answer(made, body.output_format)
+    async def generations(request: Request, body: openai.ImageGenerationRequest) -> openai.ImagesResponse:
+        """Needs a pipeline on the server (--pipeline)."""
+        size = body.result_size()
+        results = await _run_in_turn(
+            request, lambda params: service.generate(body.prompt, size, params), body.generate_params()
+        )
+        return openai.images_response(results, body.output_format)
 
     @app.post(
         "/v1/images/edits",
-        summary="Enlarge an image (as OpenAI's edits)",
-        response_model=openai.Images,
-        responses=_problems(*_WORK),
-        openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}},
+        summary="Upscale an image (OpenAI)",
+        responses=_errors(_JOB_ERRORS),
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {"multipart/form-data": {"schema": openai.ImageEditRequest.form_schema()}},
+            }
+        },
     )
-    async def edits(request: Request) -> Any:
-        """The one edit there is: larger. A prompt is passed on as the prompt, where the model reads prompts."""
-        image, fields = await _form(request, await intake.body(request))
-        size, count = fields.pop("size", None), fields.pop("n", "1")
-        if count not in {str(number) for number in range(1, openai.MOST_IMAGES + 1)}:
-            raise HTTPException(400, f"n is {count[:20]!r}; it must be 1 to {openai.MOST_IMAGES}.")
-        options = _edit_options(fields)
-        looked = await asyncio.to_thread(desk.look, image)
-        if looked.kind != "image":
-            raise HTTPException(400, "The image is a latent file; send it to /v1/decode.")
-        plan = desk.plan(options.model, looked)
-        openai.check_edit_size(size, (plan.width, plan.height))
-        wishes = [options.model_copy(update={"seed": options.seed + index}) for index in range(int(count))]
-        made = await _one_by_one(request, [lambda wish=wish: desk.upscale(image, wish) for wish in wishes])
-        return openai.answer(made, options.format)
+    async def edits(request: Request) -> openai.ImagesResponse:
+        """The only edit is enlargement. The prompt describes the image, for models that read prompts."""
+        image, fields = await _read_form(request, await reader.read(request))
+        try:
+            form = openai.ImageEditRequest.model_validate(fields)
+        except ValidationError as error:
+            messages = [f"{'.'.join(str(part) for part in entry['loc'])}: {entry['msg']}" for entry in error.errors()]
+            raise HTTPException(400, "; ".join(messages[:8]) + ".") from None
+        file = await asyncio.to_thread(service.inspect, image)
+        if file.kind != "image":
+            raise HTTPException(400, "The file is a latent; send it to /v1/decode.")
+        plan = service.plan(form.model, file)
+        openai.check_edit_size(form.size, (plan.width, plan.height))
+        results = await _run_in_turn(request, lambda params: service.upscale(image, params), form.upscale_params())
+        return openai.images_response(results, form.output_format)
 
 
-def _add_state(app: FastAPI, desk: DecodeService, answers: Answers) -> None:
-    @app.get("/health", summary="Is it well?", responses={503: {"description": "It is stopping."}})
+def _add_monitoring(app: FastAPI, service: DecodeService, stats: ResponseStats) -> None:
+    @app.get(
+        "/health",
+        summary="State of the server",
+        response_model=Health,
+        responses={503: {"model": Health, "description": "The server is stopping."}},
+    )
     async def health() -> JSONResponse:
-        """Needs no token, and tells nothing but this."""
-        queue = desk.queue
-        state = {"status": "stopping" if queue.closed else "ok", "waiting": queue.waiting, "running": queue.running}
-        return JSONResponse(state, 503 if queue.closed else 200)
+        """Needs no token."""
+        queue = service.queue
+        state = Health(status="stopping" if queue.closed else "ok", waiting=queue.waiting, running=queue.running)
+        return JSONResponse(state.model_dump(), 503 if queue.closed else 200)
 
     @app.get(
         "/metrics",
-        summary="Counts and times, as Prometheus reads them",
+        summary="Metrics for Prometheus",
         response_class=Response,
-        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **_problems(*_DOOR)},
+        responses={
+            200: {"description": "Metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+            **_errors(_AUTH_ERRORS),
+        },
     )
     async def metrics() -> Response:
-        """Queue, jobs, answers, memory."""
-        return Response(answers.text(desk.queue), media_type=CONTENT_TYPE)
-
-    @app.get("/", include_in_schema=False)
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> HTMLResponse:
-        return HTMLResponse(reference_page(app.openapi()))
+        """Queue, jobs, responses and memory."""
+        return Response(stats.text(service.queue), media_type=CONTENT_TYPE)
 
 
-def _file(made: Made) -> Response:
-    headers = {"X-Pidecode-Seconds": f"{made.seconds:.3f}"}
-    if made.warnings:
-        headers["X-Pidecode-Warnings"] = to_header(list(made.warnings))
-    return Response(made.data, media_type=made.media, headers=headers)
+async def _respond(request: Request, service: DecodeService, job: DecodeJob, stream: bool) -> Response:
+    """The job's result, or its progress as it runs."""
+    if not stream:
+        return _file(await result_of(request, job))
+
+    async def lines() -> AsyncIterator[bytes]:
+        watcher = cancel_on_disconnect(request, job)
+        last_preview: bytes | None = None
+        try:
+            async for status in job.changes():
+                new_preview = status.preview if status.preview is not last_preview else None
+                last_preview = status.preview or last_preview
+                if not job.over:
+                    yield _line(_progress_event(status, new_preview))
+            yield _line(_final_event(service, job))
+        finally:
+            watcher.cancel()
+            job.cancel("The client disconnected.")
+
+    return StreamingResponse(lines(), media_type=NDJSON)
 
 
-def _model(desk: DecodeService, name: str) -> openai.Model:
-    decoder = desk.decoders[name]
-    return openai.Model(
+def _progress_event(status: JobStatus, preview: bytes | None) -> JobEvent:
+    return JobEvent(
+        state=status.state,
+        position=status.position,
+        step=status.step,
+        num_steps=status.num_steps,
+        phase=status.phase,
+        preview=None if preview is None else f"data:image/jpeg;base64,{base64.b64encode(preview).decode('ascii')}",
+    )
+
+
+def _final_event(service: DecodeService, job: DecodeJob) -> JobEvent:
+    try:
+        result: Result = job.result()
+    except Exception as error:
+        return JobEvent(state=job.state, error=json.loads(bytes(response_for(error).body))["error"])
+    service.results.put(job.id, result)
+    return JobEvent(
+        state=job.state,
+        result=f"/v1/results/{job.id}",
+        width=result.width,
+        height=result.height,
+        metadata=result.metadata,
+        warnings=list(result.warnings),
+        seconds=round(result.seconds, 2),
+        bytes=len(result.data),
+    )
+
+
+def _line(event: JobEvent) -> bytes:
+    return event.model_dump_json(exclude_none=True).encode() + b"\n"
+
+
+def _file(result: Result) -> Response:
+    headers = {"X-Pidecode-Seconds": f"{result.seconds:.3f}"}
+    if result.warnings:
+        headers["X-Pidecode-Warnings"] = json.dumps(list(result.warnings))  # plain ASCII on one line
+    return Response(result.data, media_type=result.media_type, headers=headers)
+
+
+def _model_info(service: DecodeService, name: str) -> openai.ModelInfo:
+    decoder = service.decoders[name]
+    return openai.ModelInfo(
         id=name,
         space=decoder.space.name,
         scale=decoder.scale,
@@ -234,20 +388,41 @@ def _model(desk: DecodeService, name: str) -> openai.Model:
     )
 
 
-async def _one_by_one(request: Request, submits: list[Any]) -> list[Made]:
-    """Several jobs of one request, each put in the line when the one before it is done."""
-    return [await outcome(request, submit()) for submit in submits]
+async def _run_in_turn(
+    request: Request, submit: Callable[[ParamsT], DecodeJob], params: Iterable[ParamsT]
+) -> list[Result]:
+    """Run several jobs of one request, each queued when the one before it is done, so that others get their turn."""
+    return [await result_of(request, submit(one)) for one in params]
 
 
-async def _form(request: Request, body: bytes) -> tuple[bytes, dict[str, str]]:
-    """The image and the other fields of a multipart body, parsed in memory. Raises HTTPException."""
+def _prompt(body: bytes) -> str:
+    """Decode a prompt.
+
+    Raises:
+        HTTPException: 400 if it is not UTF-8, or is too long.
+    """
+    try:
+        prompt = body.decode("utf-8").strip()
+    except UnicodeDecodeError:
+        raise HTTPException(400, "The prompt must be UTF-8 text.") from None
+    if not 1 <= len(prompt) <= MAX_PROMPT_LENGTH:
+        raise HTTPException(400, f"The prompt has {len(prompt)} characters; it must have 1 to {MAX_PROMPT_LENGTH}.")
+    return prompt
+
+
+async def _read_form(request: Request, body: bytes) -> tuple[bytes, dict[str, str]]:
+    """Parse a multipart body in memory into the image and the other, non-empty fields.
+
+    Raises:
+        HTTPException: 400 if it is no such form, or holds no image.
+    """
 
     async def stream() -> AsyncGenerator[bytes, None]:
         yield body
 
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise HTTPException(400, "Send a multipart form with the image in the field 'image'.")
-    parser = MultiPartParser(request.headers, stream(), max_files=1, max_fields=20)
+    parser = MultiPartParser(request.headers, stream(), max_files=1, max_fields=30)
     parser.spool_max_size = len(body) + 1  # never on disk
     try:
         form = await parser.parse()
@@ -257,21 +432,7 @@ async def _form(request: Request, body: bytes) -> tuple[bytes, dict[str, str]]:
         image = form.get("image", form.get("image[]"))
         if not isinstance(image, UploadFile):
             raise HTTPException(400, "The form holds no file in the field 'image'.")
-        fields = {name: value for name, value in form.multi_items() if isinstance(value, str)}
+        fields = {name: value for name, value in form.multi_items() if isinstance(value, str) and value}
         return await image.read(), fields
     finally:
         await form.close()
-
-
-def _edit_options(fields: dict[str, str]) -> UpscaleOptions:
-    """The form's other fields as options. Raises HTTPException for one that does not exist or cannot act."""
-    fields.pop("user", None)
-    if fields.pop("response_format", "b64_json") != "b64_json":
-        raise HTTPException(400, "response_format must be b64_json: this server keeps no files to link to.")
-    renamed = {"prompt": "prompt", "output_format": "format"}
-    values = {renamed.get(name, name): value for name, value in fields.items() if value != ""}
-    try:
-        return UpscaleOptions.model_validate(values)
-    except ValidationError as error:
-        words = [f"{'.'.join(str(part) for part in entry['loc'])}: {entry['msg']}" for entry in error.errors()]
-        raise HTTPException(400, "; ".join(words[:8]) + ".") from None

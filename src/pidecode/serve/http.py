@@ -1,24 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HTTP as both doors speak it: who may come in, how much a body may hold, and errors as sentences."""
+"""HTTP basics: authentication, bounded request bodies, error responses, sockets and the uvicorn server."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
 import ipaddress
-import json
 import math
 import socket
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from fastapi import Request
+import uvicorn
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pidecode.errors import (
     BusyError,
@@ -30,16 +31,14 @@ from pidecode.errors import (
     PidecodeError,
     SettingError,
 )
-from pidecode.serve.queue import Job, JobQueue
-from pidecode.serve.schemas import Limits
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from pidecode.serve.queue import DecodeJob, JobQueue
+from pidecode.serve.schemas import RequestLimits
 
 COOKIE = "pidecode_token"
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+SHUTDOWN_SECONDS = 30
+"""Seconds that open requests and the running job are given when the server stops."""
+MIN_TOKEN_LENGTH = 16
 
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
@@ -56,7 +55,7 @@ _HEADERS = (
     ),
 )
 
-# Statuses by class of error, the first that fits.
+# Status and code by class of error; the first match counts.
 _STATUSES: tuple[tuple[type[Exception], int, str], ...] = (
     (BusyError, 429, "busy"),
     (Cancelled, 503, "stopped"),
@@ -69,29 +68,32 @@ _STATUSES: tuple[tuple[type[Exception], int, str], ...] = (
 
 
 class AuthMiddleware:
-    """ASGI middleware: knows who may come in, and sends every answer out with headers that keep it private.
+    """ASGI middleware that checks host, origin and token, and adds security headers to every response.
 
-    token: what a client must show (`Authorization: Bearer ...`, or the page's cookie); None lets everyone in who
-        reaches the address, which is then meant to be this machine alone.
-    open_paths: what may be asked without a token.
+    Without a token only requests addressed to this machine by a loopback name are answered, so that a web site which
+    resolves its own name to this address (DNS rebinding) gets nothing. Requests that a browser sends on behalf of
+    another site are refused.
 
-    Without a token only requests addressed to this machine by name are answered, so that a web site which points
-    its own name here (DNS rebinding) gets nothing. Requests that a browser sends for another site are refused.
+    Args:
+        app: The application.
+        token: What a client must present (`Authorization: Bearer ...`, or the page's cookie). None admits everyone who
+            reaches the address, which must then be a loopback address.
+        open_paths: Paths that need no token.
     """
 
-    def __init__(self, app: App, *, token: str | None = None, open_paths: frozenset[str] = frozenset()) -> None:
+    def __init__(self, app: ASGIApp, *, token: str | None = None, open_paths: frozenset[str] = frozenset()) -> None:
         self.app = app
         self.token = token
         self.open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer or refuse one connection."""
+        """Forward or refuse one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
 
-        async def dressed(message: MutableMapping[str, Any]) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 given = {name.lower() for name, _ in message["headers"]}
                 extra = [(name, value) for name, value in _HEADERS if name not in given]
@@ -100,46 +102,58 @@ class AuthMiddleware:
 
         refusal = self._refusal(scope, headers)
         if refusal is not None:
-            await refusal(scope, receive, dressed)
+            await refusal(scope, receive, send_with_headers)
             return
-        await self.app(scope, receive, dressed)
+        await self.app(scope, receive, send_with_headers)
 
-    def _refusal(self, scope: Scope, headers: dict[str, str]) -> Any:
+    def _refusal(self, scope: Scope, headers: dict[str, str]) -> JSONResponse | None:
         host = headers.get("host", "")
         if self.token is None and _hostname(host) not in LOOPBACK:
-            return problem(
+            return error_response(
                 403, "wrong_host", f"This server answers to localhost only, and was addressed as {host[:80]!r}."
             )
         origin = headers.get("origin")
         foreign = origin is not None and origin.lower() not in (f"http://{host}".lower(), f"https://{host}".lower())
         if foreign or headers.get("sec-fetch-site") == "cross-site":
-            return problem(
-                403, "wrong_origin", "This server answers to its own page and to programs, not to other web sites."
+            return error_response(
+                403, "wrong_origin", "This server answers its own page and programs, not other web sites."
             )
         if self.token is None or scope["path"] in self.open_paths:
             return None
-        if any(_same(shown, self.token) for shown in _tokens(scope, headers)):
+        if any(_equal(presented, self.token) for presented in _tokens(scope, headers)):
             return None
-        refusal = problem(401, "no_token", "Show the server's token: the header 'Authorization: Bearer TOKEN'.")
+        refusal = error_response(
+            401, "no_token", "The token is missing or wrong; send the header 'Authorization: Bearer TOKEN'."
+        )
         refusal.headers["WWW-Authenticate"] = "Bearer"
         return refusal
 
 
 class BodyReader:
-    """Reads bodies, never more of them than the line has places, never longer than they may be."""
+    """Reads request bodies: no more at once than the queue has free slots, none longer than the limit.
 
-    def __init__(self, queue: JobQueue, limits: Limits) -> None:
+    Args:
+        queue: The queue that the bodies' jobs will enter.
+        limits: Longest body in bytes and in seconds.
+    """
+
+    def __init__(self, queue: JobQueue, limits: RequestLimits) -> None:
         self.queue = queue
         self.limits = limits
         self.reading = 0
 
-    async def body(self, request: Request) -> bytes:
-        """The whole body. Raises BusyError before reading if its job has no place, HTTPException for a bad one."""
-        if self.reading >= self.queue.places:
-            self.queue.tally.refused += 1
-            raise BusyError("The line is full. Ask again in a little while.", self.queue.estimate())
-        told = request.headers.get("content-length", "")
-        if told.isdecimal() and int(told) > self.limits.body_bytes:
+    async def read(self, request: Request) -> bytes:
+        """Return the whole body.
+
+        Raises:
+            BusyError: If the queue has no slot for its job; raised before the body is read.
+            HTTPException: 400 for an empty body, 408 for a slow one, 413 for a long one.
+        """
+        if self.reading >= self.queue.free_slots:
+            self.queue.stats.refused += 1
+            raise BusyError("The queue is full. Retry later.", self.queue.retry_after())
+        declared = request.headers.get("content-length", "")
+        if declared.isdecimal() and int(declared) > self.limits.body_bytes:
             raise self._too_long()
         self.reading += 1
         try:
@@ -167,31 +181,36 @@ class BodyReader:
         return HTTPException(413, f"The body is longer than the {self.limits.body_bytes:,} bytes this server takes.")
 
 
-async def outcome(request: Request, job: Job) -> Any:
-    """The job's result; the job is cancelled when the client goes away, so that it frees its place."""
+async def result_of(request: Request, job: DecodeJob) -> Any:
+    """Wait for the job's result and cancel the job if the client disconnects, so that its slot is free again.
+
+    Raises:
+        ClientDisconnect: If the client disconnected.
+        Exception: Whatever `job.result` raises.
+    """
     gone = asyncio.ensure_future(_disconnected(request))
     end = asyncio.ensure_future(job.finished())
     try:
         await asyncio.wait({gone, end}, return_when=asyncio.FIRST_COMPLETED)
         if end.done():
             return end.result()
-        job.cancel("The client went away.")
+        job.cancel("The client disconnected.")
         raise ClientDisconnect
     finally:
-        job.cancel("The request was broken off.")
+        job.cancel("The request was aborted.")
         gone.cancel()
         end.cancel()
 
 
-def cancel_when_gone(request: Request, job: Job) -> asyncio.Future[None]:
-    """A watcher that cancels the job when the client goes away; cancel the watcher once the job is over."""
+def cancel_on_disconnect(request: Request, job: DecodeJob) -> asyncio.Future[None]:
+    """Cancel the job if the client disconnects. Cancel the returned future once the job is over."""
 
-    def gone(watcher: asyncio.Future[None]) -> None:
+    def cancel_job(watcher: asyncio.Future[None]) -> None:
         if not watcher.cancelled():
-            job.cancel("The client went away.")
+            job.cancel("The client disconnected.")
 
     watcher = asyncio.ensure_future(_disconnected(request))
-    watcher.add_done_callback(gone)
+    watcher.add_done_callback(cancel_job)
     return watcher
 
 
@@ -200,56 +219,54 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def problem(status: int, code: str, message: str) -> JSONResponse:
-    """An error as OpenAI's clients expect it: {"error": {"message", "type", "code"}}."""
+def error_response(status: int, code: str, message: str) -> JSONResponse:
+    """An error in the form that OpenAI's clients expect: {"error": {"message", "type", "code"}}."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return JSONResponse({"error": {"message": message, "type": kind, "code": code}}, status)
 
 
-def describe(error: Exception) -> JSONResponse:
-    """The answer for an error: its status, and what came, what was expected, and the mend."""
+def response_for(error: Exception) -> JSONResponse:
+    """The response for an exception. Only pidecode's own errors show their message to the client."""
     for kind, status, code in _STATUSES:
         if isinstance(error, kind):
-            answer = problem(status, code, str(error))
+            response = error_response(status, code, str(error))
             if isinstance(error, BusyError):
-                answer.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-            return answer
+                response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+            return response
     if isinstance(error, PidecodeError):
-        return problem(500, "failed", str(error))
+        return error_response(500, "failed", str(error))
     if type(error).__name__ == "OutOfMemoryError":
-        return problem(507, "does_not_fit", "The device ran out of memory; use a smaller input.")
-    return problem(
-        500, "fault", "Sorry, that is a fault of pidecode or of something below it; the server's log has the details."
-    )
+        return error_response(507, "does_not_fit", "The device ran out of memory; use a smaller input.")
+    return error_response(500, "internal", "Internal error of pidecode or its dependencies; see the server's log.")
 
 
-def add_error_handlers(app: Any) -> None:
-    """Let `app` answer every error in one shape."""
+def add_error_handlers(app: FastAPI) -> None:
+    """Let `app` answer every error in one form."""
 
-    async def known(_request: Request, error: Exception) -> JSONResponse:
-        return describe(error)
+    async def exception(_request: Request, error: Exception) -> JSONResponse:
+        return response_for(error)
 
-    async def http(_request: Request, error: Exception) -> JSONResponse:
+    async def http_exception(_request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        answer = problem(error.status_code, f"http_{error.status_code}", str(error.detail))
-        answer.headers.update(error.headers or {})
-        return answer
+        response = error_response(error.status_code, f"http_{error.status_code}", str(error.detail))
+        response.headers.update(error.headers or {})
+        return response
 
-    async def invalid(_request: Request, error: Exception) -> JSONResponse:
+    async def validation_error(_request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         found = [
             f"{'.'.join(str(part) for part in entry['loc'][1:]) or 'body'}: {entry['msg']}" for entry in error.errors()
         ]
-        return problem(422, "invalid", "; ".join(found[:8]) + ".")
+        return error_response(422, "invalid", "; ".join(found[:8]) + ".")
 
-    async def gone(_request: Request, _error: Exception) -> JSONResponse:
-        return problem(499, "gone", "The client went away.")  # nobody reads it; the metrics count it
+    async def disconnected(_request: Request, _error: Exception) -> JSONResponse:
+        return error_response(499, "disconnected", "The client disconnected.")  # only the metrics see it
 
-    app.add_exception_handler(PidecodeError, known)
-    app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(ClientDisconnect, gone)
-    app.add_exception_handler(Exception, known)
+    app.add_exception_handler(PidecodeError, exception)
+    app.add_exception_handler(HTTPException, http_exception)
+    app.add_exception_handler(RequestValidationError, validation_error)
+    app.add_exception_handler(ClientDisconnect, disconnected)
+    app.add_exception_handler(Exception, exception)
 
 
 def _hostname(host: str) -> str:
@@ -260,7 +277,7 @@ def _hostname(host: str) -> str:
 
 
 def _tokens(scope: Scope, headers: dict[str, str]) -> list[str]:
-    """Every token a request shows: as a header, as the page's cookie, or in the address that opens the page."""
+    """Every token in a request: the header, the page's cookie, or the query of the address that opens the page."""
     found = []
     scheme, _, value = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
@@ -276,22 +293,12 @@ def _tokens(scope: Scope, headers: dict[str, str]) -> list[str]:
     return found
 
 
-def _same(shown: str, token: str) -> bool:
-    return hmac.compare_digest(shown.encode("utf-8", "surrogateescape"), token.encode("utf-8"))
-
-
-def to_header(value: Any) -> str:
-    """JSON that fits a header: plain ASCII on one line."""
-    return json.dumps(value, ensure_ascii=True)
-
-
-GRACE = 30
-"""Seconds that open requests are given when the server is told to stop."""
-SHORTEST_TOKEN = 16
+def _equal(presented: str, token: str) -> bool:
+    return hmac.compare_digest(presented.encode("utf-8", "surrogateescape"), token.encode("utf-8"))
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches that address."""
+    """Whether only this machine can reach that address."""
     if host == "localhost":
         return True
     try:
@@ -301,13 +308,17 @@ def is_loopback(host: str) -> bool:
 
 
 def check_token(host: str, token: str | None) -> None:
-    """Raise SettingError for an address that others reach without a token, or for a token that could be guessed."""
+    """Check that the token suits the address.
+
+    Raises:
+        SettingError: If other machines can reach `host` and there is no token, or if the token could be guessed.
+    """
     if token is not None and (
-        len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token
+        len(token) < MIN_TOKEN_LENGTH or not token.isascii() or not token.isprintable() or " " in token
     ):
         raise SettingError(
-            f"The token must be at least {SHORTEST_TOKEN} printable ASCII characters without spaces, so that it cannot "
-            "be guessed; make one with: python -c 'import secrets; print(secrets.token_urlsafe())'"
+            f"The token must be at least {MIN_TOKEN_LENGTH} printable ASCII characters without spaces, so that it "
+            "cannot be guessed; make one with: python -c 'import secrets; print(secrets.token_urlsafe())'"
         )
     if token is None and not is_loopback(host):
         raise SettingError(
@@ -317,11 +328,15 @@ def check_token(host: str, token: str | None) -> None:
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes any free one. Raises SettingError if the address cannot be had."""
+    """Return a bound socket; port 0 takes any free port.
+
+    Raises:
+        SettingError: If the address does not exist or is in use.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
-        raise SettingError(f"{host} is no address of this machine: {error.strerror or error}.") from error
+        raise SettingError(f"{host} is not an address of this machine: {error.strerror or error}.") from error
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -335,18 +350,19 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 
 def address_of(listener: socket.socket) -> str:
-    """Where a browser finds it: http://127.0.0.1:8321."""
+    """The URL of a bound socket, such as http://127.0.0.1:8421."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def make_server(app: Any, *, connections: int, grace: int = GRACE) -> Any:
-    """A uvicorn server for `app`, with nothing logged of who asked what.
+def make_server(app: ASGIApp, *, connections: int, grace: int = SHUTDOWN_SECONDS) -> uvicorn.Server:
+    """Create the uvicorn server for `app`. It logs no requests.
 
-    connections: most connections held at once; the next are told 503.
+    Args:
+        app: The ASGI application.
+        connections: Most connections held at once; further ones are answered with 503.
+        grace: Seconds that open requests are given on shutdown.
     """
-    import uvicorn
-
     config = uvicorn.Config(
         app,
         access_log=False,
@@ -363,8 +379,15 @@ def make_server(app: Any, *, connections: int, grace: int = GRACE) -> Any:
     return uvicorn.Server(config)
 
 
-def serve(app: Any, listener: socket.socket, *, connections: int, ready: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM, then finish what runs within `GRACE` seconds. `ready` is told the address."""
+def serve(app: ASGIApp, listener: socket.socket, *, connections: int, ready: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM, then let open requests end within `SHUTDOWN_SECONDS`.
+
+    Args:
+        app: The ASGI application.
+        listener: A socket from `bound_socket`; closed at the end.
+        connections: As in `make_server`.
+        ready: Called with the server's URL once connections are accepted.
+    """
     server = make_server(app, connections=connections)
     listener.listen(128)  # from here on connections wait instead of being refused
     ready(address_of(listener))

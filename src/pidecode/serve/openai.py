@@ -1,57 +1,109 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shapes of OpenAI's image interface, as far as they mean something here."""
+"""Requests and responses of OpenAI's image API (https://platform.openai.com/docs/api-reference/images)."""
 
 from __future__ import annotations
 
 import base64
 import time
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from pidecode.errors import SettingError
-from pidecode.serve.schemas import LARGEST_SEED
-from pidecode.serve.service import Made
+from pidecode.serve.schemas import (
+    MAX_JSON_INTEGER,
+    MAX_PROMPT_LENGTH,
+    FileFormat,
+    GenerateParams,
+    ModelName,
+    UpscaleParams,
+)
+from pidecode.serve.service import Result
 from pidecode.units import parse_size
 
-MOST_IMAGES = 4
+MAX_IMAGES = 4
+
+_SIZE = "[1-9][0-9]{1,4}x[1-9][0-9]{1,4}"
 
 
-class GenerationBody(BaseModel):
-    """A prompt to paint. `seed` and `steps` go beyond OpenAI's own fields."""
+class OpenAIRequest(BaseModel):
+    """Fields of both image endpoints. `seed` and `steps` are additions to OpenAI's."""
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: Annotated[str, Field(min_length=1, max_length=4000)]
-    model: Annotated[str | None, Field(max_length=200)] = None
-    n: Annotated[int, Field(ge=1, le=MOST_IMAGES, description="Images, with seeds counting up.")] = 1
-    size: Annotated[str, Field(max_length=11, description="WIDTHxHEIGHT of the result, in pixels.")] = "2048x2048"
-    response_format: Annotated[Literal["b64_json"], Field(description="Images come in the answer itself.")] = "b64_json"
-    output_format: Literal["png", "webp", "jpeg"] = "png"
-    user: Annotated[str | None, Field(max_length=200, description="Accepted for clients that send it; not kept.")] = (
-        None
+    model: ModelName = None
+    n: Annotated[int, Field(ge=1, le=MAX_IMAGES, description="Number of images, with consecutive seeds.")] = 1
+    response_format: Annotated[
+        Literal["b64_json"], Field(description="Images are in the response itself; the server keeps no files.")
+    ] = "b64_json"
+    output_format: FileFormat = "png"
+    user: Annotated[str | None, Field(max_length=200, description="Accepted and ignored.")] = None
+    seed: Annotated[int, Field(ge=0, le=MAX_JSON_INTEGER)] = 0
+    steps: Annotated[int | None, Field(ge=1, le=100, description="Steps of the decoder.")] = None
+
+    def _job_options(self) -> Iterator[dict[str, Any]]:
+        for index in range(self.n):
+            yield {
+                "model": self.model, "seed": self.seed + index, "steps": self.steps, "format": self.output_format,
+            }  # fmt: skip
+
+
+class ImageGenerationRequest(OpenAIRequest):
+    """Body of /v1/images/generations."""
+
+    prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_LENGTH)]
+    size: Annotated[str, Field(pattern=f"^{_SIZE}$", description="WIDTHxHEIGHT of the result, in pixels.")] = (
+        "2048x2048"
     )
-    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] = 0
-    steps: Annotated[int | None, Field(ge=1, le=100, description="Of the decoder.")] = None
+
+    def result_size(self) -> tuple[int, int]:
+        """Width and height of the result in pixels."""
+        return parse_size(self.size)
+
+    def generate_params(self) -> list[GenerateParams]:
+        """Options of each image's job."""
+        return [GenerateParams(**options) for options in self._job_options()]
 
 
-class Image(BaseModel):
-    """One image, in the answer itself."""
+class ImageEditRequest(OpenAIRequest):
+    """Form fields of /v1/images/edits besides the image."""
+
+    prompt: Annotated[str, Field(max_length=MAX_PROMPT_LENGTH, description="For models that read prompts.")] = ""
+    size: Annotated[str, Field(pattern=f"^(auto|{_SIZE})$", description="auto, or exactly the enlarged size.")] = "auto"
+    sigma: Annotated[float | None, Field(ge=0, le=0.8)] = None
+
+    def upscale_params(self) -> list[UpscaleParams]:
+        """Options of each image's job."""
+        own: dict[str, Any] = {"prompt": self.prompt or None, "sigma": self.sigma}
+        return [UpscaleParams(**own, **options) for options in self._job_options()]
+
+    @classmethod
+    def form_schema(cls) -> dict[str, Any]:
+        """The schema of the whole form, the image included."""
+        schema = cls.model_json_schema()
+        schema["properties"]["image"] = {"type": "string", "format": "binary"}
+        schema["required"] = ["image"]
+        return schema
+
+
+class EncodedImage(BaseModel):
+    """One image file in base64."""
 
     b64_json: str
 
 
-class Images(BaseModel):
-    """What both image endpoints answer."""
+class ImagesResponse(BaseModel):
+    """Response of both image endpoints."""
 
     created: int
-    output_format: str
+    output_format: FileFormat
     size: str
-    data: list[Image]
+    data: list[EncodedImage]
 
 
-class Model(BaseModel):
-    """One decoder that may be asked for."""
+class ModelInfo(BaseModel):
+    """One decoder. All but the first four fields are additions to OpenAI's."""
 
     id: str
     object: Literal["model"] = "model"
@@ -65,41 +117,43 @@ class Model(BaseModel):
     license: str
 
 
-class Models(BaseModel):
-    """The decoders there are."""
+class ModelList(BaseModel):
+    """The decoders that can be named as `model`."""
 
     object: Literal["list"] = "list"
-    data: list[Model]
+    data: list[ModelInfo]
 
 
-class Problem(BaseModel):
-    """What went wrong, as a sentence."""
+class ErrorDetail(BaseModel):
+    """What went wrong."""
 
     message: str
     type: str
     code: str
 
 
-class ProblemBody(BaseModel):
-    """Every answer that is not 2xx."""
+class ErrorResponse(BaseModel):
+    """Body of every response that is not 2xx."""
 
-    error: Problem
-
-
-def check_edit_size(size: str | None, made: tuple[int, int]) -> None:
-    """Raise SettingError if an edit asks for another size than enlarging gives."""
-    if size not in (None, "", "auto") and parse_size(str(size)) != made:
-        raise SettingError(
-            f"Editing enlarges, and this image becomes {made[0]}x{made[1]}; size cannot be {size}. Leave it out."
-        )
+    error: ErrorDetail
 
 
-def answer(images: list[Made], output_format: str) -> dict[str, Any]:
-    """Finished files in OpenAI's form."""
-    first = images[0]
-    return {
-        "created": int(time.time()),
-        "output_format": output_format,
-        "size": f"{first.width}x{first.height}",
-        "data": [{"b64_json": base64.b64encode(made.data).decode("ascii")} for made in images],
-    }
+def check_edit_size(size: str, result_size: tuple[int, int]) -> None:
+    """Check that an edit asks for the size it will have.
+
+    Raises:
+        SettingError: If it asks for another size.
+    """
+    expected = f"{result_size[0]}x{result_size[1]}"
+    if size not in ("auto", expected):
+        raise SettingError(f"This image becomes {expected}; size cannot be {size}. Leave it out.")
+
+
+def images_response(results: list[Result], output_format: FileFormat) -> ImagesResponse:
+    """The response with these files, which all have one size."""
+    return ImagesResponse(
+        created=int(time.time()),
+        output_format=output_format,
+        size=f"{results[0].width}x{results[0].height}",
+        data=[EncodedImage(b64_json=base64.b64encode(result.data).decode("ascii")) for result in results],
+    )

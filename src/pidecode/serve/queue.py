@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One device, one worker, a short line of jobs: bounded, cancellable, and stopped without losing anyone.
+"""A bounded job queue with one worker thread for one device: jobs can be cancelled, timed out and drained.
 
-The queue knows nothing of images or of HTTP. Work is a function of its job, run on the queue's own thread; it
-calls `job.check()` or `job.report()` now and then, which is where a cancelled job ends.
+The queue knows nothing of images or of HTTP. A job is a function that runs on the worker thread and calls `job.check()`
+or `job.report()` regularly; that is where a cancelled job ends.
 """
 
 from __future__ import annotations
@@ -22,217 +22,261 @@ from pidecode.errors import BusyError, Cancelled, PidecodeError
 
 log = logging.getLogger(__name__)
 
-State = Literal["waiting", "running", "done", "failed", "cancelled"]
-ENDED: tuple[State, ...] = ("done", "failed", "cancelled")
-Work = Callable[["Job"], Any]
+JobState = Literal["waiting", "running", "done", "failed", "cancelled"]
+JobFunction = Callable[["DecodeJob"], Any]
 
-FIRST_GUESS = 5.0
-"""Seconds a job is believed to take before any has been measured."""
-REMEMBERED = 16
-"""Recent jobs whose durations make the estimate."""
+DEFAULT_JOB_SECONDS = 5.0
+"""Assumed duration of a job before one has been measured."""
+DURATION_WINDOW = 16
+"""Number of recent jobs whose durations are averaged for `Retry-After`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobStatus:
-    """A job as it stands: its state, its place in the line (1 is next), and how far the work is."""
+    """State and progress of a job at one moment.
 
-    state: State
-    place: int = 0
-    done: int = 0
-    total: int = 0
-    note: str = ""
+    Attributes:
+        state: One of "waiting", "running", "done", "failed", "cancelled".
+        position: Position in the queue while waiting; 1 is next, 0 means not waiting.
+        step: Steps finished.
+        num_steps: Steps in total, 0 while unknown.
+        phase: What the steps belong to: "decode" or "text-to-latent"; empty before the first step.
+        preview: JPEG of the newest estimate, if previews were asked for.
+    """
+
+    state: JobState
+    position: int = 0
+    step: int = 0
+    num_steps: int = 0
+    phase: str = ""
     preview: bytes | None = None
 
 
-class Job:
-    """A piece of work in the line. Safe to use from any thread."""
+class DecodeJob:
+    """A function in the queue, with its state and result. All methods are thread-safe.
 
-    def __init__(self, work: Work, queue: JobQueue, *, limit: float | None) -> None:
+    Args:
+        function: Called with the job on the worker thread; its return value is the job's result.
+        queue: The queue that the job belongs to.
+        timeout: Seconds from creation to the end, waiting included; None for no limit.
+    """
+
+    def __init__(self, function: JobFunction, queue: JobQueue, *, timeout: float | None) -> None:
         self.id = secrets.token_urlsafe(12)
         self.created = time.monotonic()
         self.started: float | None = None
         self.ended: float | None = None
-        self.deadline = None if limit is None else self.created + limit
-        self._work: Work | None = work
+        self.deadline = None if timeout is None else self.created + timeout
+        self._function: JobFunction | None = function
         self._queue = queue
-        self._glimpse = JobStatus(state="waiting")
-        self._reason: str | None = None
+        self._status = JobStatus(state="waiting")
+        self._cancel_reason: str | None = None
         self._result: Any = None
         self._error: BaseException | None = None
         self._listeners: list[Callable[[], None]] = []
         self._over = threading.Event()
 
     @property
-    def state(self) -> State:
-        """Where it stands; "done", "failed" and "cancelled" are final."""
-        return self._glimpse.state
+    def state(self) -> JobState:
+        """Current state; "done", "failed" and "cancelled" are final."""
+        return self._status.state
 
     @property
     def over(self) -> bool:
-        """Whether it has ended, one way or another."""
+        """Whether the state is final."""
         return self._over.is_set()
 
     @property
     def status(self) -> JobStatus:
-        """State, place, progress and the newest preview."""
-        return self._queue._look(self)
+        """Current state, queue position, progress and newest preview."""
+        return self._queue._status_of(self)
 
     @property
     def late(self) -> bool:
-        """Whether its time is up."""
+        """Whether the deadline has passed."""
         return self.deadline is not None and time.monotonic() > self.deadline
 
     def cancel(self, reason: str = "The job was cancelled.") -> None:
-        """Leave the line at once, or stop at the next check if running. Does nothing once it has ended."""
+        """Remove a waiting job from the queue, or stop a running one at its next check; no effect once it is over.
+
+        Args:
+            reason: Message of the `Cancelled` that `result` raises.
+        """
         self._queue._cancel(self, reason)
 
     def check(self) -> None:
-        """Called by the work: raises Cancelled if the job is to stop."""
-        if self.late and self._reason is None:
-            self._reason = self._queue.too_late
-        if self._reason is not None:
-            raise Cancelled(self._reason)
+        """Called by the job's function between steps.
 
-    def report(self, *, done: int = 0, total: int = 0, note: str = "", preview: bytes | None = None) -> None:
-        """Called by the work: say how far it is. Raises Cancelled if the job is to stop."""
+        Raises:
+            Cancelled: If the job was cancelled or its deadline has passed.
+        """
+        if self.late and self._cancel_reason is None:
+            self._cancel_reason = self._queue.timeout_message
+        if self._cancel_reason is not None:
+            raise Cancelled(self._cancel_reason)
+
+    def report(self, *, step: int = 0, num_steps: int = 0, phase: str = "", preview: bytes | None = None) -> None:
+        """Called by the job's function to publish progress.
+
+        Raises:
+            Cancelled: As `check`.
+        """
         self.check()
-        kept = preview if preview is not None else self._glimpse.preview
-        self._glimpse = JobStatus(state="running", done=done, total=total, note=note, preview=kept)
-        self._tell()
+        kept = preview if preview is not None else self._status.preview
+        self._status = JobStatus(state="running", step=step, num_steps=num_steps, phase=phase, preview=kept)
+        self._notify()
 
     def result(self) -> Any:
-        """What the work returned. Raises what it raised, or Cancelled; only once it is over."""
+        """Return what the job's function returned; call it only once the job is over.
+
+        Raises:
+            Cancelled: If the job was cancelled.
+            BaseException: Whatever the function raised.
+        """
         assert self.over, "the job has not ended"
         if self._error is not None:
             raise self._error
         return self._result
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Block until it is over; False if that took longer than `timeout` seconds."""
+        """Block until the job is over; return False if that took longer than `timeout` seconds."""
         return self._over.wait(timeout)
 
     async def changes(self) -> AsyncIterator[JobStatus]:
-        """Its glimpses as they come, from now to the last. A slow reader misses some, never the last."""
-        news, loop = asyncio.Event(), asyncio.get_running_loop()
+        """Yield the status now and after each change. A slow reader may miss some, but never the final one."""
+        changed, loop = asyncio.Event(), asyncio.get_running_loop()
 
         def wake() -> None:
-            with suppress(RuntimeError):  # the reader's loop is gone, and the reader with it
-                loop.call_soon_threadsafe(news.set)
+            with suppress(RuntimeError):  # the reader's event loop is closed
+                loop.call_soon_threadsafe(changed.set)
 
         self._listeners.append(wake)
         try:
             while True:
-                news.clear()
-                over, seen = self.over, self.status
-                yield seen
+                changed.clear()
+                over, status = self.over, self.status
+                yield status
                 if over:
                     return
                 left = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
                 try:
-                    await asyncio.wait_for(news.wait(), left)
+                    await asyncio.wait_for(changed.wait(), left)
                 except TimeoutError:
-                    self.cancel(self._queue.too_late)
-                    self.deadline = None  # told once; a running job now stops at its next check
+                    self.cancel(self._queue.timeout_message)
+                    self.deadline = None  # cancel once; a running job now stops at its next check
         finally:
             self._listeners.remove(wake)
 
     async def finished(self) -> Any:
-        """Wait for the end, then as `result`."""
+        """Wait until the job is over, then return or raise as `result`."""
         async for _ in self.changes():
             pass
         return self.result()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         for listener in tuple(self._listeners):
             listener()
 
-    def _end(self, state: State, *, result: Any = None, error: BaseException | None = None) -> None:
+    def _end(self, state: JobState, *, result: Any = None, error: BaseException | None = None) -> None:
         self._result, self._error = result, error
-        self._work = None  # it may hold an image; the queue keeps nothing of a finished job
+        self._function = None  # its closure may hold an image; the queue keeps nothing of a finished job
         self.ended = time.monotonic()
-        last = self._glimpse
-        self._glimpse = JobStatus(state=state, done=last.done, total=last.total)
+        last = self._status
+        self._status = JobStatus(state=state, step=last.step, num_steps=last.num_steps)
         self._over.set()
-        self._tell()
+        self._notify()
 
 
 @dataclass(slots=True)
-class Tally:
-    """What a queue has seen since it was made."""
+class QueueStats:
+    """Counts of jobs since the queue was created.
+
+    Attributes:
+        accepted: Jobs that entered the queue.
+        refused: Jobs refused because the queue was full or closed.
+        done: Jobs that returned.
+        failed: Jobs that raised.
+        cancelled: Jobs that were cancelled or timed out.
+        durations: Seconds that recent jobs ran.
+    """
 
     accepted: int = 0
     refused: int = 0
     done: int = 0
     failed: int = 0
     cancelled: int = 0
-    recent: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
-    """Seconds that recent jobs ran."""
+    durations: deque[float] = field(default_factory=lambda: deque(maxlen=DURATION_WINDOW))
 
 
 class JobQueue:
-    """The line in front of one device.
+    """First-in-first-out queue in front of one device.
 
-    capacity: jobs that may wait besides the one that runs; what comes on top is refused with BusyError.
-    limit: seconds a job may take from its arrival to its end, or None.
+    Args:
+        capacity: Jobs that may wait besides the running one; further ones are refused with `BusyError`.
+        timeout: Seconds a job may take from submission to its end, or None.
     """
 
-    def __init__(self, capacity: int = 8, *, limit: float | None = None) -> None:
+    def __init__(self, capacity: int = 8, *, timeout: float | None = None) -> None:
         self.capacity = capacity
-        self.limit = limit
-        self.tally = Tally()
-        self._waiting: deque[Job] = deque()
-        self._running: Job | None = None
+        self.timeout = timeout
+        self.stats = QueueStats()
+        self._waiting: deque[DecodeJob] = deque()
+        self._running: DecodeJob | None = None
         self._changed = threading.Condition()
         self._closed = False
         self._worker: threading.Thread | None = None
 
     @property
-    def too_late(self) -> str:
-        """The sentence for a job whose time is up."""
+    def timeout_message(self) -> str:
+        """The message for a job that took too long."""
         return (
-            f"The job took longer than the {self.limit or 0:g} seconds it may take, waiting included; it was stopped."
+            f"The job took longer than the {self.timeout or 0:g} seconds it may take, waiting included; it was stopped."
         )
 
     @property
     def waiting(self) -> int:
-        """Jobs in the line, without the running one."""
+        """Jobs in the queue, without the running one."""
         return len(self._waiting)
 
     @property
     def running(self) -> bool:
-        """Whether the device is busy."""
+        """Whether a job is running."""
         return self._running is not None
 
     @property
     def closed(self) -> bool:
-        """Whether it takes no more jobs."""
+        """Whether `stop` was called, after which no job is accepted."""
         return self._closed
 
     @property
-    def places(self) -> int:
-        """Jobs that would be taken now."""
+    def free_slots(self) -> int:
+        """Jobs that would be accepted now."""
         return 0 if self._closed else self.capacity + 1 - len(self._waiting) - (self._running is not None)
 
-    def estimate(self) -> float:
-        """Seconds until a newcomer would have a place in the line, by the recent jobs."""
-        recent = self.tally.recent
-        return sum(recent) / len(recent) if recent else FIRST_GUESS
+    def retry_after(self) -> float:
+        """Seconds until a slot is likely to be free: the mean duration of recent jobs."""
+        durations = self.stats.durations
+        return sum(durations) / len(durations) if durations else DEFAULT_JOB_SECONDS
 
-    def submit(self, work: Work) -> Job:
-        """Put work at the end of the line. Raises BusyError if the line is full or closed."""
+    def submit(self, function: JobFunction) -> DecodeJob:
+        """Append a job to the queue.
+
+        Raises:
+            BusyError: If the queue is full or closed.
+        """
         with self._changed:
             if self._closed:
-                self.tally.refused += 1
+                self.stats.refused += 1
                 raise BusyError("The server is stopping and takes no new jobs; ask again when it is back.", 10.0)
-            if not self.places:
-                self.tally.refused += 1
+            if not self.free_slots:
+                self.stats.refused += 1
                 raise BusyError(
-                    f"The line is full: {len(self._waiting)} jobs wait and one runs. Ask again in a little while.",
-                    self.estimate(),
+                    f"The queue is full: {len(self._waiting)} jobs are waiting and one is running. Retry later.",
+                    self.retry_after(),
                 )
-            job = Job(work, self, limit=self.limit)
+            job = DecodeJob(function, self, timeout=self.timeout)
             self._waiting.append(job)
-            self.tally.accepted += 1
+            self.stats.accepted += 1
             if self._worker is None:
                 self._worker = threading.Thread(target=self._run, name="pidecode-queue", daemon=True)
                 self._worker.start()
@@ -240,42 +284,42 @@ class JobQueue:
         return job
 
     def stop(self, grace: float = 0.0) -> None:
-        """Take no more jobs, cancel those waiting, give the running one `grace` seconds, then end the worker.
+        """Close the queue: cancel waiting jobs, give the running one `grace` seconds, then join the worker.
 
-        Work that never checks its job is waited for: a device call cannot be broken off halfway.
+        A function that never checks its job is waited for: a call on the device cannot be interrupted.
         """
         with self._changed:
             self._closed = True
-            left, running = list(self._waiting), self._running
+            waiting, running = list(self._waiting), self._running
             self._changed.notify_all()
-        for job in left:
-            job.cancel("The server is stopping; the job was not begun.")
+        for job in waiting:
+            job.cancel("The server is stopping; the job was not started.")
         if running is not None and not running.wait(grace):
-            running.cancel("The server is stopping; the job was broken off.")
+            running.cancel("The server is stopping; the job was interrupted.")
         if self._worker is not None:
             self._worker.join()
 
-    def _look(self, job: Job) -> JobStatus:
-        seen = job._glimpse
-        if seen.state != "waiting":
-            return seen
+    def _status_of(self, job: DecodeJob) -> JobStatus:
+        status = job._status
+        if status.state != "waiting":
+            return status
         with self._changed:
-            place = self._waiting.index(job) + 1 if job in self._waiting else 0
-        return JobStatus(state="waiting", place=place)
+            position = self._waiting.index(job) + 1 if job in self._waiting else 0
+        return JobStatus(state="waiting", position=position)
 
-    def _cancel(self, job: Job, reason: str) -> None:
+    def _cancel(self, job: DecodeJob, reason: str) -> None:
         with self._changed:
-            if job.over or job._reason is not None:
+            if job.over or job._cancel_reason is not None:
                 return
-            job._reason = reason
+            job._cancel_reason = reason
             if job not in self._waiting:
                 return
             self._waiting.remove(job)
-            self.tally.cancelled += 1
+            self.stats.cancelled += 1
             behind = list(self._waiting)
         job._end("cancelled", error=Cancelled(reason))
         for other in behind:
-            other._tell()
+            other._notify()
 
     def _run(self) -> None:
         while True:
@@ -287,19 +331,19 @@ class JobQueue:
                 job = self._running = self._waiting.popleft()
                 behind = list(self._waiting)
             for other in behind:
-                other._tell()
-            self._perform(job)
-            del job, behind  # nothing of the job is kept while the thread sleeps
+                other._notify()
+            self._run_job(job)
+            del job, behind  # keep no reference to the job while the thread waits for the next one
 
-    def _perform(self, job: Job) -> None:
-        assert job._work is not None
+    def _run_job(self, job: DecodeJob) -> None:
+        assert job._function is not None
         job.started = time.monotonic()
-        state: State = "done"
+        state: JobState = "done"
         result: Any = None
         error: BaseException | None = None
         try:
             job.report()
-            result = job._work(job)
+            result = job._function(job)
         except Cancelled as caught:
             state, error = "cancelled", caught
         except BaseException as caught:
@@ -308,9 +352,9 @@ class JobQueue:
                 log.exception("A job failed unexpectedly.")
         with self._changed:
             self._running = None
-            setattr(self.tally, state, getattr(self.tally, state) + 1)
+            setattr(self.stats, state, getattr(self.stats, state) + 1)
             if state == "done":
-                self.tally.recent.append(time.monotonic() - job.started)
+                self.stats.durations.append(time.monotonic() - job.started)
         if error is not None:
-            error = error.with_traceback(None)  # frames would keep the job's tensors alive
+            error = error.with_traceback(None)  # its frames would keep the job's tensors alive
         job._end(state, result=result, error=error)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a request may ask for, as one checked model, and the bounds a server sets to everyone."""
+"""Requests and responses of the HTTP API, and the limits that hold for every request."""
 
 from __future__ import annotations
 
@@ -11,37 +11,54 @@ from pydantic import BaseModel, ConfigDict, Field
 from pidecode.color_fix import Lock
 from pidecode.errors import SettingError, SizeError
 
-Format = Literal["png", "webp", "jpeg"]
-MEDIA: dict[str, str] = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
+FileFormat = Literal["png", "webp", "jpeg"]
+MEDIA_TYPES: dict[FileFormat, str] = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
 
-LARGEST_SEED = 2**53 - 1
-"""The largest whole number that JSON carries through every language unharmed."""
+MAX_JSON_INTEGER = 2**53 - 1
+"""The largest integer that every JSON parser reads exactly; JavaScript's numbers are 64-bit floats."""
+MAX_PROMPT_LENGTH = 4000
+
+ModelName = Annotated[str | None, Field(max_length=200, description="A name from /v1/models; by default the first.")]
+Prompt = Annotated[
+    str | None, Field(max_length=MAX_PROMPT_LENGTH, description="What the image shows, for models that read prompts.")
+]
+Side = Annotated[int | None, Field(ge=16, le=65536)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """Bounds that hold for every request."""
+class RequestLimits:
+    """Limits that hold for every request.
+
+    Attributes:
+        body_bytes: Longest request body.
+        pixels: Most pixels of a result; an image to upscale may have accordingly fewer.
+        waiting: Jobs that may wait while one runs.
+        job_seconds: Longest time from a job's submission to its end, waiting included.
+        body_seconds: Longest time a body may take to arrive.
+
+    Raises:
+        SettingError: If a limit is not positive; `waiting` may be 0.
+    """
 
     body_bytes: int = 64 * 2**20
-    """Longest body."""
     pixels: int = 4096 * 4096
-    """Most pixels of a result; an image to enlarge has accordingly fewer."""
     waiting: int = 8
-    """Jobs that may wait while one runs."""
-    seconds: float = 600.0
-    """Longest time from a job's arrival to its end, waiting included."""
+    job_seconds: float = 600.0
     body_seconds: float = 60.0
-    """Longest time a body may take to arrive."""
 
     def __post_init__(self) -> None:
-        for name in ("body_bytes", "pixels", "seconds", "body_seconds"):
+        for name in ("body_bytes", "pixels", "job_seconds", "body_seconds"):
             if getattr(self, name) <= 0:
                 raise SettingError(f"The limit {name} is {getattr(self, name)}; it must be positive.")
         if self.waiting < 0:
             raise SettingError(f"The limit waiting is {self.waiting}; it must be 0 or more.")
 
     def check_pixels(self, width: int, height: int) -> None:
-        """Raise SizeError if a result of that size is larger than this server makes."""
+        """Check the size of a result.
+
+        Raises:
+            SizeError: If it has more pixels than allowed.
+        """
         if width * height > self.pixels:
             raise SizeError(
                 f"The result would have {width}x{height} = {width * height:,} pixels; this server makes at most "
@@ -49,69 +66,192 @@ class Limits:
             )
 
 
-class Options(BaseModel):
-    """How to make the image. What is left out is the model's own choice; what cannot act is refused."""
+class ResultParams(BaseModel):
+    """Options of every job. Unset ones take the model's default; one that has no effect is refused."""
 
     model_config = ConfigDict(extra="forbid")
 
-    model: Annotated[
-        str | None, Field(max_length=200, description="A name from /v1/models; the first if left out.")
-    ] = None
-    prompt: Annotated[
-        str | None, Field(max_length=4000, description="What the image shows, for models that read prompts.")
-    ] = None
-    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED, description="Of the noise.")] = 0
+    model: ModelName = None
+    seed: Annotated[int, Field(ge=0, le=MAX_JSON_INTEGER, description="Seed of the noise.")] = 0
     steps: Annotated[int | None, Field(ge=1, le=100, description="Few-step models take 1 to 4.")] = None
-    sampler: Annotated[Literal["sde", "ode"] | None, Field(description="How a few-step model walks.")] = None
+    sampler: Annotated[Literal["sde", "ode"] | None, Field(description="Sampler of a few-step model.")] = None
     sigma: Annotated[
         float | None,
-        Field(ge=0, le=0.8, description="Strength: noise put into a clean latent first, so more is invented."),
+        Field(ge=0, le=0.8, description="Noise added to a clean latent before decoding, so that more is generated."),
     ] = None
-    guidance: Annotated[float | None, Field(ge=0, le=30, description="Of a many-step model.")] = None
-    color_fix: Annotated[
-        Lock | None,
-        Field(
-            description="Hold the image that is enlarged: not at all, its broad colors, all colors, or all it "
-            "shows; the last is what small models do if left out."
-        ),
-    ] = None
-    format: Annotated[Format, Field(description="Of the file that comes back.")] = "png"
+    guidance: Annotated[float | None, Field(ge=0, le=30, description="Classifier-free guidance of a teacher.")] = None
+    color_fix: Annotated[Lock | None, Field(description="Correction against the image that is enlarged.")] = None
+    format: Annotated[FileFormat, Field(description="Format of the resulting file.")] = "png"
+    stream: Annotated[
+        bool,
+        Field(description="Answer with the job's progress as lines of JSON, the last of which links to the file."),
+    ] = False
 
-    def settings(self) -> dict[str, Any]:
-        """Keyword settings for the decoder: those that were given."""
+    def options(self) -> dict[str, Any]:
+        """The decode options that were given, as keywords of the decoder."""
         names = ("seed", "steps", "sampler", "sigma", "guidance", "color_fix")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
-class UpscaleOptions(Options):
-    """How to enlarge an image."""
+class UpscaleParams(ResultParams):
+    """Options for upscaling an image."""
 
+    prompt: Prompt = None
     scale: Annotated[
         int | None,
-        Field(ge=1, le=8, description="Times the image's size; less than the model's own is made whole, then reduced."),
+        Field(ge=1, le=8, description="Enlargement; below the model's own scale the result is downsampled."),
     ] = None
-
     fit: Annotated[
         Literal["pad", "crop"],
-        Field(description="For sides that do not divide: mirror the edges and cut them off again, or crop first."),
+        Field(description="For sides that the encoder cannot divide: pad by reflection and cut back, or crop."),
     ] = "pad"
 
 
-class DecodeOptions(Options):
-    """How to decode a latent."""
+class DecodeParams(ResultParams):
+    """Options for decoding a latent."""
 
-    width: Annotated[int | None, Field(ge=16, le=65536, description="Of the result, with height; else natural.")] = None
-    height: Annotated[int | None, Field(ge=16, le=65536, description="Of the result, with width; else natural.")] = None
+    prompt: Prompt = None
+    width: Annotated[Side, Field(description="Width of the result, with height; by default the latent's.")] = None
+    height: Annotated[Side, Field(description="Height of the result, with width; by default the latent's.")] = None
     space: Annotated[
         str | None,
-        Field(max_length=40, description="Latent space, for a file that does not say; it must be normalized."),
+        Field(max_length=40, description="Latent space of a normalized latent whose file does not name it."),
     ] = None
 
-    def settings(self) -> dict[str, Any]:
-        """Keyword settings for the decoder: those that were given. Raises SettingError for half a size."""
-        given = super().settings()
-        if (self.width is None) != (self.height is None):
-            raise SettingError("Give width and height together, or neither.")
-        if self.width is not None and self.height is not None:
-            given["size"] = (self.width, self.height)
-        return given
+    def options(self) -> dict[str, Any]:
+        """The decode options that were given, as keywords of the decoder.
+
+        Raises:
+            SettingError: If only one of width and height is given.
+        """
+        given = super().options()
+        size = pair("width", self.width, "height", self.height)
+        return given if size is None else {**given, "size": size}
+
+
+class GenerateParams(ResultParams):
+    """Options for generating an image from a prompt."""
+
+    width: Annotated[int, Field(ge=16, le=65536, description="Width of the result.")] = 2048
+    height: Annotated[int, Field(ge=16, le=65536, description="Height of the result.")] = 2048
+
+
+class PlanParams(BaseModel):
+    """The input whose decode is to be estimated."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Annotated[Literal["image", "latent"], Field(description="What the input is.")]
+    width: Annotated[int, Field(ge=1, le=65536, description="Of the input, in pixels or latent cells.")]
+    height: Annotated[int, Field(ge=1, le=65536, description="Of the input, in pixels or latent cells.")]
+    model: ModelName = None
+    output_width: Annotated[Side, Field(description="Of the result, with output_height; for latents only.")] = None
+    output_height: Annotated[Side, Field(description="Of the result, with output_width; for latents only.")] = None
+
+    def output_size(self) -> tuple[int, int] | None:
+        """Width and height of the result, if given.
+
+        Raises:
+            SettingError: If only one of them is given, or if they are given for an image.
+        """
+        size = pair("output_width", self.output_width, "output_height", self.output_height)
+        if size is not None and self.kind == "image":
+            raise SettingError("output_width and output_height act on latents only; an image has one result size.")
+        return size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileInfo:
+    """What an uploaded file contains.
+
+    Attributes:
+        kind: "image" or "latent".
+        width: In pixels of an image, cells of a latent.
+        height: In pixels of an image, cells of a latent.
+        space: Latent space, if the file names it.
+        sigma: Noise level of a latent, if the file names it.
+        prompt: Prompt of a latent, if the file holds it.
+        metadata: What pidecode wrote into an image, if anything.
+    """
+
+    kind: Literal["image", "latent"]
+    width: int
+    height: int
+    space: str | None = None
+    sigma: float | None = None
+    prompt: str | None = None
+    metadata: dict[str, Any] | None = None
+
+
+class DecodePlan(BaseModel):
+    """Size of a result and the memory its decode needs, in bytes."""
+
+    width: int
+    height: int
+    weights: Annotated[int, Field(description="Held by the model's weights.")]
+    working: Annotated[int, Field(description="Needed on top while the decode runs.")]
+    free: Annotated[int | None, Field(description="Free memory; null where the device does not report it.")]
+    fits: bool
+
+
+class ServerLimits(BaseModel):
+    """The server's limits."""
+
+    body_bytes: int
+    pixels: int
+    waiting: int
+    job_seconds: float
+    body_seconds: float
+
+
+class ServerInfo(BaseModel):
+    """Version, device, limits and abilities of the server."""
+
+    version: str
+    device: str
+    limits: ServerLimits
+    text_to_image: Annotated[bool, Field(description="Whether images can be generated from a prompt.")]
+
+
+class JobEvent(BaseModel):
+    """One line of a progress stream. The last one has a final state, and a result or an error."""
+
+    state: Literal["waiting", "running", "done", "failed", "cancelled"]
+    position: Annotated[int | None, Field(description="Position in the queue while waiting; 1 is next.")] = None
+    step: int | None = None
+    num_steps: Annotated[int | None, Field(description="0 while unknown.")] = None
+    phase: Annotated[str | None, Field(description="text-to-latent or decode.")] = None
+    preview: Annotated[str | None, Field(description="Newest estimate: a data URL with a small JPEG.")] = None
+    result: Annotated[
+        str | None, Field(description="Path of the finished file. It can be fetched once, within five minutes.")
+    ] = None
+    width: int | None = None
+    height: int | None = None
+    metadata: Annotated[dict[str, Any] | None, Field(description="What is written into the file.")] = None
+    warnings: list[str] | None = None
+    seconds: Annotated[float | None, Field(description="Time the job ran, without waiting.")] = None
+    bytes: Annotated[int | None, Field(description="Size of the finished file.")] = None
+    error: Annotated[
+        dict[str, str] | None, Field(description="message, type and code, as in every error response.")
+    ] = None
+
+
+class Health(BaseModel):
+    """State of the server and its queue."""
+
+    status: Literal["ok", "stopping"]
+    waiting: int
+    running: bool
+
+
+def pair(first_name: str, first: int | None, second_name: str, second: int | None) -> tuple[int, int] | None:
+    """Both values, or None for neither.
+
+    Raises:
+        SettingError: If only one is given.
+    """
+    if first is None and second is None:
+        return None
+    if first is None or second is None:
+        raise SettingError(f"Give {first_name} and {second_name} together, or neither.")
+    return first, second

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The desk: takes files and options in, hands work to the queue, and gives finished files out."""
+"""The decode service: takes files and options, runs them as jobs of one queue, and returns finished files."""
 
 from __future__ import annotations
 
@@ -9,232 +9,303 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from PIL.Image import Image, Resampling
 from torch import Tensor
 from torch.nn import functional
 
 from pidecode.decoder import PixelDecoder
-from pidecode.errors import FileError, LatentError, SettingError
+from pidecode.devices import free_memory
+from pidecode.errors import DoesNotFitError, FileError, LatentError, MissingDependencyError, SettingError
 from pidecode.images import KEYWORD, encode_image, load_image, read_recipe, to_pil
 from pidecode.latents import storage
 from pidecode.latents.latent import Latent
 from pidecode.sampling import Step
-from pidecode.serve.estimate import Plan, plan
-from pidecode.serve.queue import Job, JobQueue, Work
-from pidecode.serve.schemas import MEDIA, DecodeOptions, Limits, Options, UpscaleOptions
+from pidecode.serve.queue import DecodeJob, JobFunction, JobQueue
+from pidecode.serve.schemas import (
+    MEDIA_TYPES,
+    DecodeParams,
+    DecodePlan,
+    FileInfo,
+    RequestLimits,
+    ResultParams,
+    UpscaleParams,
+)
+from pidecode.units import format_bytes
 
 PREVIEW_SIDE = 448
-"""Longest side, in pixels, of a step preview."""
+"""Longest side of a preview, in pixels."""
+RESULTS_KEPT = 4
+RESULT_SECONDS = 300.0
+"""How long a streamed job's result can be fetched."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Made:
-    """A finished file, and what there is to say about it."""
+class Result:
+    """A finished image file.
+
+    Attributes:
+        data: The file.
+        media_type: Its media type, such as "image/png".
+        width: In pixels.
+        height: In pixels.
+        metadata: What is written into the file.
+        warnings: Messages of warnings raised by the decode.
+        seconds: Time the job ran, without waiting.
+    """
 
     data: bytes
-    media: str
+    media_type: str
     width: int
     height: int
-    recipe: dict[str, Any]
+    metadata: dict[str, Any]
     warnings: tuple[str, ...]
     seconds: float
-    """Of work, the time in the line left out."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileInfo:
-    """What a file turned out to be. Sides are pixels of an image, cells of a latent."""
+class ResultStore:
+    """Results of streamed jobs until they are fetched: the newest few, each for a few minutes, each once."""
 
-    kind: Literal["image", "latent"]
-    width: int
-    height: int
-    space: str | None = None
-    """Of a latent that says so."""
-    sigma: float | None = None
-    prompt: str | None = None
-    recipe: dict[str, Any] | None = None
+    def __init__(self) -> None:
+        self._results: dict[str, tuple[float, Result]] = {}
+
+    def put(self, name: str, result: Result) -> None:
+        """Keep a result under a name."""
+        now = time.monotonic()
+        fresh = {key: entry for key, entry in self._results.items() if now - entry[0] < RESULT_SECONDS}
+        self._results = dict(list(fresh.items())[1 - RESULTS_KEPT :])
+        self._results[name] = (now, result)
+
+    def pop(self, name: str) -> Result | None:
+        """Remove and return a result; None if there is none of that name."""
+        return self._results.pop(name, (0.0, None))[1]
 
 
 class TextToLatent(Protocol):
-    """A diffusion pipeline, seen from the desk: a prompt becomes a latent of the decoder's space."""
+    """A diffusion pipeline that makes a latent of the first decoder's space from a prompt."""
 
     def __call__(
         self, prompt: str, *, width: int, height: int, seed: int, callback: Callable[[int, int], None]
     ) -> Latent:
-        """width, height: pixels of the finished image. `callback(done, total)` may raise Cancelled."""
+        """Generate one latent.
+
+        Args:
+            prompt: What the image shows.
+            width: Of the finished image, in pixels.
+            height: Of the finished image, in pixels.
+            seed: Seed of the initial noise.
+            callback: Called with steps done and steps in total; may raise `Cancelled`.
+        """
 
 
 class DecodeService:
     """Decoders on one device behind one queue.
 
-    decoders: by the name clients ask for; the first is the default. They must lie on the queue's one device.
-    painter: makes latents from prompts, for the first decoder's space; None if there is no pipeline.
+    Args:
+        decoders: By the name that clients use; the first is the default. All must be on one device.
+        limits: Limits of requests and of the queue.
+        text_to_latent: Makes latents of the first decoder's space from prompts, if there is a pipeline.
+
+    Raises:
+        SettingError: If there is no decoder.
     """
 
     def __init__(
         self,
         decoders: Mapping[str, PixelDecoder],
         *,
-        limits: Limits | None = None,
-        painter: TextToLatent | None = None,
+        limits: RequestLimits | None = None,
+        text_to_latent: TextToLatent | None = None,
     ) -> None:
         if not decoders:
             raise SettingError("There is no model to serve; name at least one.")
         self.decoders = dict(decoders)
-        self.limits = limits or Limits()
-        self.queue = JobQueue(self.limits.waiting, limit=self.limits.seconds)
-        self.painter = painter
+        self.limits = limits or RequestLimits()
+        self.queue = JobQueue(self.limits.waiting, timeout=self.limits.job_seconds)
+        self.text_to_latent = text_to_latent
+        self.results = ResultStore()
 
-    def pick(self, name: str | None) -> tuple[str, PixelDecoder]:
-        """The decoder of that name, or the default. Raises SettingError with the names there are."""
+    def decoder(self, name: str | None) -> PixelDecoder:
+        """The decoder of that name, or the first.
+
+        Raises:
+            SettingError: If there is none of that name.
+        """
         if name is None:
-            name = next(iter(self.decoders))
+            return next(iter(self.decoders.values()))
         if name not in self.decoders:
             raise SettingError(f"There is no model {name[:80]!r} here; there are {', '.join(self.decoders)}.")
-        return name, self.decoders[name]
+        return self.decoders[name]
 
-    def look(self, data: bytes) -> FileInfo:
-        """Say what a file is. Raises ImageError, FileError or LatentError if it is neither image nor latent."""
+    def inspect(self, data: bytes) -> FileInfo:
+        """Tell what a file contains.
+
+        Raises:
+            ImageError: If it is neither a latent nor a readable image.
+            FileError: If it is a damaged latent file.
+            LatentError: If it holds no latent.
+        """
         if not looks_like_safetensors(data):
             image = load_image(data, max_pixels=self.limits.pixels)
-            return FileInfo(kind="image", width=image.width, height=image.height, recipe=read_recipe(data))
-        return _read_latent(data)
+            return FileInfo(kind="image", width=image.width, height=image.height, metadata=read_recipe(data))
+        return _latent_info(data)
 
-    def plan(self, name: str | None, looked: FileInfo, size: tuple[int, int] | None = None) -> Plan:
-        """What a decode of such a file would need. Raises SizeError if it is larger than allowed."""
-        _, decoder = self.pick(name)
-        width, height = size or self._result_size(decoder, looked)
+    def plan(self, name: str | None, file: FileInfo, size: tuple[int, int] | None = None) -> DecodePlan:
+        """Estimate the decode of a file.
+
+        Args:
+            name: Name of the decoder, or None for the first.
+            file: The input.
+            size: Width and height of the result, if it should differ from the natural size.
+
+        Raises:
+            SettingError: If there is no such decoder.
+            SizeError: If the result is larger than allowed.
+        """
+        decoder = self.decoder(name)
+        width, height = size or result_size(decoder, file)
         self.limits.check_pixels(width, height)
-        return plan(decoder, width, height)
+        return estimate(decoder, width, height)
 
-    def _result_size(self, decoder: PixelDecoder, looked: FileInfo) -> tuple[int, int]:
-        space = decoder.space
-        if looked.kind == "latent":
-            return looked.width * space.pixels_per_cell, looked.height * space.pixels_per_cell
-        if space.fixed_input is not None:
-            return space.fixed_input * decoder.scale, space.fixed_input * decoder.scale
-        return looked.width * decoder.scale, looked.height * decoder.scale
+    def decode(self, data: bytes, params: DecodeParams) -> DecodeJob:
+        """Queue the decode of a latent file; the job's result is a `Result`.
 
-    def decode(self, data: bytes, options: DecodeOptions, *, previews: bool = False) -> Job:
-        """Put a latent file in the line; the job's result is a `Made`. Raises BusyError."""
+        Raises:
+            BusyError: If the queue is full.
+            SettingError: If an option is wrong; errors of the file are raised by the job.
+        """
+        options = params.options()
 
-        def work(job: Job) -> Made:
-            _, decoder = self.pick(options.model)
-            latent = parse_latent(data, options.space, decoder)
-            settings = options.settings()
+        def run(job: DecodeJob) -> Result:
+            decoder = self.decoder(params.model)
+            latent = load_latent(data, params.space, decoder)
             height, width = latent.output_size
-            self._check(decoder, *settings.get("size", (width, height)))
-            return self._made(
-                options, lambda: decoder.decode(latent, options.prompt, callback=_reporter(job, previews), **settings)
-            )
+            self._check_size(decoder, *options.get("size", (width, height)))
+            callback = _progress(job, params.stream)
+            return _result(params, lambda: decoder.decode(latent, params.prompt, callback=callback, **options))
 
-        return self._submit(options, work)
+        return self._submit(params, run)
 
-    def upscale(self, data: bytes, options: UpscaleOptions, *, previews: bool = False) -> Job:
-        """Put an image in the line; the job's result is a `Made`. Raises BusyError."""
+    def upscale(self, data: bytes, params: UpscaleParams) -> DecodeJob:
+        """Queue the enlargement of an image file; the job's result is a `Result`.
 
-        def work(job: Job) -> Made:
-            _, decoder = self.pick(options.model)
+        Raises:
+            BusyError: If the queue is full.
+            SettingError: If an option is wrong; errors of the file are raised by the job.
+        """
+        options = params.options()
+
+        def run(job: DecodeJob) -> Result:
+            decoder = self.decoder(params.model)
             image = load_image(data, max_pixels=self.limits.pixels)
-            looked = FileInfo(kind="image", width=image.width, height=image.height)
-            self._check(decoder, *self._result_size(decoder, looked))
-            scale = _checked_scale(decoder, options.scale)
+            file = FileInfo(kind="image", width=image.width, height=image.height)
+            self._check_size(decoder, *result_size(decoder, file))
+            scale = _checked_scale(decoder, params.scale)
 
-            def make() -> Any:
-                made = decoder.upscale(
-                    image, options.prompt, fit=options.fit, callback=_reporter(job, previews), **options.settings()
-                )
-                assert isinstance(made, Image)
-                return made if scale == decoder.scale else _reduced(made, scale, decoder.scale)
+            def upscale() -> Any:
+                callback = _progress(job, params.stream)
+                large = decoder.upscale(image, params.prompt, fit=params.fit, callback=callback, **options)
+                assert isinstance(large, Image)
+                return large if scale == decoder.scale else _downsampled(large, scale, decoder.scale)
 
-            return self._made(options, make)
+            return _result(params, upscale)
 
-        return self._submit(options, work)
+        return self._submit(params, run)
 
-    def generate(self, prompt: str, size: tuple[int, int], options: Options, *, previews: bool = False) -> Job:
-        """Put a prompt in the line; size is that of the result, in pixels. Raises BusyError, SettingError."""
-        painter = self.painter
-        if painter is None:
-            raise SettingError(
-                "No image pipeline is set up here; start the server with --pipeline to paint from prompts."
+    def generate(self, prompt: str, size: tuple[int, int], params: ResultParams) -> DecodeJob:
+        """Queue the generation of an image from a prompt; the job's result is a `Result`.
+
+        Args:
+            prompt: What the image shows.
+            size: Width and height of the result in pixels.
+            params: Options of the decode; its seed is the pipeline's, too.
+
+        Raises:
+            BusyError: If the queue is full.
+            MissingDependencyError: If the service has no pipeline.
+            SettingError: If an option is wrong.
+        """
+        options = params.options()
+        text_to_latent = self.text_to_latent
+        if text_to_latent is None:
+            raise MissingDependencyError(
+                "This server has no text-to-image pipeline. Start it with --pipeline, or send a latent to /v1/decode "
+                "or an image to /v1/upscale."
             )
 
-        def work(job: Job) -> Made:
-            _, decoder = self.pick(options.model)
-            self._check(decoder, *size)
-            read = prompt if decoder.net.config.has_text else None
+        def run(job: DecodeJob) -> Result:
+            decoder = self.decoder(params.model)
+            self._check_size(decoder, *size)
 
-            def make() -> Any:
-                latent = painter(
+            def generate() -> Any:
+                latent = text_to_latent(
                     prompt,
                     width=size[0],
                     height=size[1],
-                    seed=options.seed,
-                    callback=lambda done, total: job.report(done=done, total=total, note="painting"),
+                    seed=params.seed,
+                    callback=lambda step, num_steps: job.report(step=step, num_steps=num_steps, phase="text-to-latent"),
                 )
-                return decoder.decode(latent, read, callback=_reporter(job, previews), **options.settings())
+                read = prompt if decoder.net.config.has_text else None
+                return decoder.decode(latent, read, callback=_progress(job, params.stream), **options)
 
-            return self._made(options, make)
+            return _result(params, generate)
 
-        return self._submit(options, work)
+        return self._submit(params, run)
 
     def stop(self, grace: float = 10.0) -> None:
-        """End the queue: see `JobQueue.stop`."""
+        """Stop the queue: see `JobQueue.stop`."""
         self.queue.stop(grace)
 
-    def _submit(self, options: Options, work: Work) -> Job:
-        self.pick(options.model)
-        options.settings()
-        return self.queue.submit(work)
+    def _submit(self, params: ResultParams, function: JobFunction) -> DecodeJob:
+        self.decoder(params.model)  # an unknown name is an error before the job is queued
+        return self.queue.submit(function)
 
-    def _check(self, decoder: PixelDecoder, width: int, height: int) -> None:
+    def _check_size(self, decoder: PixelDecoder, width: int, height: int) -> None:
         self.limits.check_pixels(width, height)
-        plan(decoder, width, height).require()
+        require_memory(estimate(decoder, width, height))
 
-    def _made(self, options: Options, make: Callable[[], Any]) -> Made:
-        began = time.perf_counter()
-        # The queue's thread is the only one that decodes, so the warnings caught are this decode's.
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            image = make()
-        if isinstance(image, list):
-            raise SettingError(f"The file holds {len(image)} latents; send one at a time, or use `pidecode batch`.")
-        recipe = image.info.get(KEYWORD)
-        data = encode_image(image, options.format, recipe=recipe)
-        told = dict.fromkeys(
-            str(entry.message)
-            for entry in caught
-            if "pidecode" in entry.category.__module__ or entry.category is UserWarning
+
+def result_size(decoder: PixelDecoder, file: FileInfo) -> tuple[int, int]:
+    """Natural width and height, in pixels, of what the decoder makes of a file."""
+    space = decoder.space
+    if file.kind == "latent":
+        return file.width * space.pixels_per_cell, file.height * space.pixels_per_cell
+    if space.fixed_input is not None:
+        return space.fixed_input * decoder.scale, space.fixed_input * decoder.scale
+    return file.width * decoder.scale, file.height * decoder.scale
+
+
+def estimate(decoder: PixelDecoder, width: int, height: int) -> DecodePlan:
+    """Estimate the decode of one image of that size, run as this decoder would run it.
+
+    The memory for encoding an image or a prompt, which comes before, is not counted.
+    """
+    net = decoder.net
+    working = decoder.runner.plan_for((width, height), 1).working
+    free = free_memory(decoder.device)
+    return DecodePlan(
+        width=width,
+        height=height,
+        weights=sum(tensor.numel() * tensor.element_size() for tensor in (*net.parameters(), *net.buffers())),
+        working=working,
+        free=free,
+        fits=free is None or working <= free,
+    )
+
+
+def require_memory(plan: DecodePlan) -> None:
+    """Check that a decode fits.
+
+    Raises:
+        DoesNotFitError: If it needs more memory than is free.
+    """
+    if not plan.fits:
+        assert plan.free is not None
+        raise DoesNotFitError(
+            f"A result of {plan.width}x{plan.height} pixels needs about {format_bytes(plan.working)} of memory, and "
+            f"{format_bytes(plan.free)} are free. Use a smaller input, or end other programs."
         )
-        return Made(
-            data=data,
-            media=MEDIA[options.format],
-            width=image.width,
-            height=image.height,
-            recipe=dict(recipe or {}),
-            warnings=tuple(told),
-            seconds=time.perf_counter() - began,
-        )
-
-
-def _checked_scale(decoder: PixelDecoder, scale: int | None) -> int:
-    if scale is not None and scale > decoder.scale:
-        raise SettingError(
-            f"scale is {scale}; this model enlarges {decoder.scale} times, so it must be 1 to {decoder.scale}."
-        )
-    return decoder.scale if scale is None else scale
-
-
-def _reduced(image: Image, scale: int, made_at: int) -> Image:
-    """The image at `scale` instead of `made_at` times its origin's size; its recipe says so."""
-    width, height = (max(1, round(side * scale / made_at)) for side in image.size)
-    small = image.resize((width, height), Resampling.LANCZOS)
-    recipe = image.info.get(KEYWORD)
-    if recipe:
-        small.info[KEYWORD] = {**recipe, "width": width, "height": height, "reduced_to_scale": scale}
-    return small
 
 
 def looks_like_safetensors(data: bytes) -> bool:
@@ -242,11 +313,16 @@ def looks_like_safetensors(data: bytes) -> bool:
     return data[8:9] == b"{" and int.from_bytes(data[:8], "little") < 1 << 32
 
 
-def parse_latent(data: bytes, space: str | None, decoder: PixelDecoder) -> Latent:
-    """The one latent in a file. Raises FileError or LatentError, SettingError for an unknown space.
+def load_latent(data: bytes, space: str | None, decoder: PixelDecoder) -> Latent:
+    """Read the one latent of a file.
 
-    A file that does not say its space is refused unless `space` says it, even where one decoder alone would fit:
-    two spaces may share a number of channels.
+    A file that does not name its space needs `space`, even where only one decoder would fit: two spaces may have the
+    same number of channels.
+
+    Raises:
+        FileError: If it is no .safetensors file.
+        LatentError: If it holds no latent, or does not say its space.
+        SettingError: If the space does not exist, or the file holds several latents.
     """
     if not looks_like_safetensors(data):
         raise FileError("The body is no .safetensors file; send one that holds a latent, or an image to /v1/upscale.")
@@ -256,7 +332,19 @@ def parse_latent(data: bytes, space: str | None, decoder: PixelDecoder) -> Laten
     return latent.to(decoder.device)
 
 
-def _read_latent(data: bytes) -> FileInfo:
+def encode_preview(pixels: Tensor, side: int = PREVIEW_SIDE) -> bytes:
+    """Encode the first image of `[B, 3, H, W]` in [-1, 1] as a JPEG with sides of at most `side` pixels."""
+    height, width = pixels.shape[-2:]
+    factor = max(1, math.ceil(max(height, width) / side))
+    first = pixels[:1].float()
+    if factor > 1:
+        first = functional.avg_pool2d(first, factor, ceil_mode=True)
+    buffer = io.BytesIO()
+    to_pil(first.clamp(-1, 1)).save(buffer, "JPEG", quality=82)
+    return buffer.getvalue()
+
+
+def _latent_info(data: bytes) -> FileInfo:
     stored = storage.read_latent(data)
     tensor, record = stored.tensor, stored.record
     if tensor.ndim != 4:
@@ -271,23 +359,54 @@ def _read_latent(data: bytes) -> FileInfo:
     )
 
 
-def _reporter(job: Job, previews: bool) -> Callable[[Step], None]:
-    """A step callback that passes progress on, with a small image if anyone looks."""
+def _checked_scale(decoder: PixelDecoder, scale: int | None) -> int:
+    if scale is not None and scale > decoder.scale:
+        raise SettingError(
+            f"scale is {scale}; this model enlarges {decoder.scale} times, so it must be 1 to {decoder.scale}."
+        )
+    return decoder.scale if scale is None else scale
+
+
+def _downsampled(image: Image, scale: int, native_scale: int) -> Image:
+    """The image at `scale` instead of `native_scale` times the input's size; its metadata says so."""
+    width, height = (max(1, round(side * scale / native_scale)) for side in image.size)
+    small = image.resize((width, height), Resampling.LANCZOS)
+    metadata = image.info.get(KEYWORD)
+    if metadata:
+        small.info[KEYWORD] = {**metadata, "width": width, "height": height, "downsampled_to_scale": scale}
+    return small
+
+
+def _progress(job: DecodeJob, previews: bool) -> Callable[[Step], None]:
+    """A step callback that reports the job's progress, with a preview if it is streamed."""
 
     def callback(step: Step) -> None:
-        preview = small_image(step.image) if previews else None
-        job.report(done=step.index, total=step.total, note="decoding", preview=preview)
+        preview = encode_preview(step.image) if previews else None
+        job.report(step=step.index, num_steps=step.total, phase="decode", preview=preview)
 
     return callback
 
 
-def small_image(pixels: Tensor, side: int = PREVIEW_SIDE) -> bytes:
-    """`[B, 3, H, W]` in [-1, 1] as a small JPEG of its first image, for a look in passing."""
-    height, width = pixels.shape[-2:]
-    factor = max(1, math.ceil(max(height, width) / side))
-    one = pixels[:1].float()
-    if factor > 1:
-        one = functional.avg_pool2d(one, factor, ceil_mode=True)
-    buffer = io.BytesIO()
-    to_pil(one.clamp(-1, 1)).save(buffer, "JPEG", quality=82)
-    return buffer.getvalue()
+def _result(params: ResultParams, decode: Callable[[], Any]) -> Result:
+    """Run a decode and encode its image as a file."""
+    started = time.perf_counter()
+    # Only the queue's thread decodes, so the warnings caught here are this decode's.
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        image = decode()
+    metadata = image.info.get(KEYWORD)
+    data = encode_image(image, params.format, recipe=metadata)
+    messages = dict.fromkeys(
+        str(entry.message)
+        for entry in caught
+        if "pidecode" in entry.category.__module__ or entry.category is UserWarning
+    )
+    return Result(
+        data=data,
+        media_type=MEDIA_TYPES[params.format],
+        width=image.width,
+        height=image.height,
+        metadata=dict(metadata or {}),
+        warnings=tuple(messages),
+        seconds=time.perf_counter() - started,
+    )

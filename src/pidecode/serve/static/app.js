@@ -1,49 +1,46 @@
 // SPDX-License-Identifier: Apache-2.0
-// The page: one input, its settings, one running job, and what this session has made. All of it lives in this tab.
+// The page: one input, its settings, one running job and the session's history. All state is in this tab.
 
 import { makeViewer } from "./viewer.js";
 
 const find = (id) => document.getElementById(id);
 const viewer = makeViewer(find);
-const MOST_KEPT = 24;
+const HISTORY_LENGTH = 24;
 
-let about = null; // models and limits
-let input = null; // {file, looked, url}
+let server = null; // version, device, limits and models
+let input = null; // {file, info, url}
 let running = null; // AbortController of the job
 let history = []; // newest first: {input, settings, result}
 let current = null;
-let planned = 0;
+let planRequests = 0;
 
 const size = (bytes) => (bytes >= 1e9 ? `${(bytes / 1e9).toFixed(1)} GB` : bytes >= 1e6 ? `${Math.round(bytes / 1e6)} MB` : `${Math.max(1, Math.round(bytes / 1e3))} kB`);
-const model = () => about.models.find((one) => one.name === find("model").value) ?? about.models[0];
-const isPrompt = () => input?.looked.kind === "prompt";
-const isImage = () => input?.looked.kind === "image";
+const model = () => server.models.find((one) => one.id === find("model").value) ?? server.models[0];
+const isPrompt = () => input?.info.kind === "prompt";
+const isImage = () => input?.info.kind === "image";
 
-function complain(message) {
+function showError(message) {
   find("error").firstElementChild.textContent = message ?? "";
   find("error").hidden = !message;
 }
 
-async function ask(path, options) {
-  let answer;
+async function request(path, options) {
+  let response;
   try {
-    answer = await fetch(path, options);
+    response = await fetch(path, options);
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Error("The server does not answer. Is pidecode web still running?");
+    throw new Error("The server does not answer. Is pidecode still running?");
   }
-  if (answer.ok) return answer;
-  const told = await answer.json().catch(() => null);
-  throw new Error(told?.error?.message ?? `The server answered ${answer.status}.`);
+  if (response.ok) return response;
+  const body = await response.json().catch(() => null);
+  throw new Error(body?.error?.message ?? `The server answered ${response.status}.`);
 }
 
 // ---- settings
 
 function option(value, text) {
-  const made = document.createElement("option");
-  made.value = value;
-  made.textContent = text;
-  return made;
+  return Object.assign(document.createElement("option"), { value, textContent: text });
 }
 
 function fillSettings() {
@@ -56,8 +53,8 @@ function fillSettings() {
   if (factors.includes(Number(kept.scale))) find("scale").value = kept.scale;
   if (steps.includes(Number(kept.steps))) find("steps").value = kept.steps;
   for (const [name, on] of Object.entries({
-    "for-image": !input || isImage(), "for-latent": input && !isImage(), "for-foreign": input && !isImage() && !isPrompt() && !input.looked.space,
-    "for-prompts": chosen.reads_text && !isPrompt(), "for-student": student, "for-teacher": !student,
+    "for-image": !input || isImage(), "for-latent": input && !isImage(), "for-unknown-space": input && !isImage() && !isPrompt() && !input.info.space,
+    "for-text-readers": chosen.reads_text && !isPrompt(), "for-student": student, "for-teacher": !student,
   })) for (const element of document.getElementsByClassName(name)) element.hidden = !on;
 }
 
@@ -76,13 +73,13 @@ function readSettings() {
   } else {
     if (find("to-width").value) settings.width = find("to-width").value;
     if (find("to-height").value) settings.height = find("to-height").value;
-    if (!input.looked.space && !isPrompt()) settings.space = find("space").value;
+    if (!input.info.space && !isPrompt()) settings.space = find("space").value;
   }
   return settings;
 }
 
 function writeSettings(settings) {
-  if (about.models.some((one) => one.name === settings.model)) find("model").value = settings.model;
+  if (server.models.some((one) => one.id === settings.model)) find("model").value = settings.model;
   fillSettings();
   for (const name of ["seed", "steps", "sampler", "guidance", "fit", "scale", "format", "space", "prompt"]) {
     const value = settings[name], field = find(name);
@@ -103,40 +100,40 @@ const showSigma = () => (find("sigma-value").textContent = Number(find("sigma").
 // ---- input and plan
 
 function showInput() {
-  const { file, looked, url } = input;
+  const { file, info, url } = input;
   find("source").hidden = false;
   find("source-name").textContent = file.name;
   find("source-name").title = file.name;
-  const facts = isPrompt() ? "to be painted, " : isImage() ? "image, " : `latent${looked.space ? ` of ${looked.space}` : ""}, `;
-  const noise = looked.sigma ? `, noise ${looked.sigma.toFixed(2)}` : "";
-  find("source-facts").textContent = `${facts}${isPrompt() ? "by the image model" : `${looked.width}×${looked.height}${isImage() ? "" : " cells"}`}${noise}`;
+  const kind = isPrompt() ? "prompt, " : isImage() ? "image, " : `latent${info.space ? ` of ${info.space}` : ""}, `;
+  const noise = info.sigma ? `, noise ${info.sigma.toFixed(2)}` : "";
+  find("source-info").textContent = `${kind}${isPrompt() ? "to be generated" : `${info.width}×${info.height}${isImage() ? "" : " cells"}`}${noise}`;
   find("source-thumb").hidden = !isImage();
   if (isImage()) find("source-thumb").src = url;
   find("choose").firstElementChild.textContent = "Choose another";
-  find("from-recipe").hidden = !looked.recipe;
+  find("from-metadata").hidden = !info.metadata;
   find("drop").hidden = true;
   fillSettings();
 }
 
-async function take(file) {
+async function openFile(file) {
   if (!file || running) return;
-  complain();
+  showError();
   try {
-    if (file.size > about.limits.body_bytes) throw new Error(`${file.name} has ${size(file.size)}; at most ${size(about.limits.body_bytes)} can be taken.`);
-    const looked = await (await ask("api/look", { method: "POST", body: file })).json();
-    input = { file, looked, url: looked.kind === "image" ? URL.createObjectURL(file) : null };
+    if (file.size > server.limits.body_bytes) throw new Error(`${file.name} has ${size(file.size)}; at most ${size(server.limits.body_bytes)} can be taken.`);
+    const info = await (await request("v1/inspect", { method: "POST", body: file })).json();
+    input = { file, info, url: info.kind === "image" ? URL.createObjectURL(file) : null };
   } catch (error) {
-    complain(error.message);
+    showError(error.message);
     return;
   }
   current = null;
-  if (input.looked.prompt && !find("prompt").value) find("prompt").value = input.looked.prompt;
+  if (input.info.prompt && !find("prompt").value) find("prompt").value = input.info.prompt;
   find("to-width").value = find("to-height").value = "";
   showInput();
   clearResult();
   if (isImage()) {
-    const { width, height } = input.looked;
-    viewer.show({ beforeUrl: null, afterUrl: input.url, wide: width, high: height });
+    const { width, height } = input.info;
+    viewer.show({ beforeUrl: null, afterUrl: input.url, width, height });
     find("tag-after").textContent = "Input";
   } else {
     viewer.hide();
@@ -145,11 +142,11 @@ async function take(file) {
   await plan();
 }
 
-async function takePrompt() {
-  const prompt = find("prompt").value.trim();
+async function openPrompt() {
+  const prompt = find("generate-prompt").value.trim();
   if (!prompt || running) return;
-  complain();
-  input = { file: { name: prompt }, looked: { kind: "prompt", width: 1, height: 1 }, url: null, prompt };
+  showError();
+  input = { file: { name: prompt }, info: { kind: "prompt", width: 1, height: 1 }, url: null, prompt };
   current = null;
   if (!find("to-width").value) find("to-width").value = find("to-height").value = 2048;
   showInput();
@@ -160,58 +157,58 @@ async function takePrompt() {
 }
 
 async function plan() {
-  const turn = ++planned, card = find("plan-card"), meter = find("plan-meter");
+  const turn = ++planRequests, card = find("plan-card"), bar = find("plan-bar");
   if (!input) return;
   const chosen = model();
   find("go").disabled = true;
-  let words, large = false, share = null;
+  let text, tooLarge = false, share = null;
   const refused = isImage() && !chosen.takes_images
-    ? `${chosen.name} has no encoder here, so it takes latents only. \`pidecode pull ${chosen.space}\` fetches one.`
-    : input.looked.space && input.looked.space !== chosen.space
-      ? `The latent is of space ${input.looked.space}; ${chosen.name} decodes ${chosen.space}.` : null;
+    ? `${chosen.id} has no encoder here, so it takes latents only. \`pidecode pull ${chosen.space}\` fetches one.`
+    : input.info.space && input.info.space !== chosen.space
+      ? `The latent is of space ${input.info.space}; ${chosen.id} decodes ${chosen.space}.` : null;
   try {
     if (refused) throw new Error(refused);
-    const query = new URLSearchParams({ kind: isImage() ? "image" : "latent", width: input.looked.width, height: input.looked.height, model: chosen.name });
-    const wide = find("to-width").value, high = find("to-height").value;
-    if (!isImage() && wide && high) [["to_width", wide], ["to_height", high]].forEach((pair) => query.set(...pair));
-    const told = await (await ask(`api/plan?${query}`)).json();
+    const query = new URLSearchParams({ kind: isImage() ? "image" : "latent", width: input.info.width, height: input.info.height, model: chosen.id });
+    const width = find("to-width").value, height = find("to-height").value;
+    if (!isImage() && width && height) [["output_width", width], ["output_height", height]].forEach((pair) => query.set(...pair));
+    const estimate = await (await request(`v1/plan?${query}`)).json();
     const factor = isImage() ? Number(find("scale").value) / chosen.scale : 1;
-    const made = `${Math.round(told.width * factor)}×${Math.round(told.height * factor)} pixels`;
-    large = !told.fits;
-    share = told.free ? told.working / told.free : null;
-    words = `The result will have ${made}. Memory: about ${size(told.working)}${told.free ? `, of ${size(told.free)} free` : ""}.`
-      + (large ? " That does not fit: use a smaller input." : "");
+    const result = `${Math.round(estimate.width * factor)}×${Math.round(estimate.height * factor)} pixels`;
+    tooLarge = !estimate.fits;
+    share = estimate.free ? estimate.working / estimate.free : null;
+    text = `The result will have ${result}. Memory: about ${size(estimate.working)}${estimate.free ? `, of ${size(estimate.free)} free` : ""}.`
+      + (tooLarge ? " That does not fit: use a smaller input." : "");
   } catch (error) {
-    words = error.message;
-    large = true;
+    text = error.message;
+    tooLarge = true;
   }
-  if (turn !== planned) return;
-  find("plan").textContent = words;
-  card.classList.toggle("large", large);
-  meter.hidden = share === null;
-  meter.firstElementChild.style.width = `${Math.min(100, Math.max(1, 100 * (share ?? 0)))}%`;
-  find("go").disabled = large || running !== null;
+  if (turn !== planRequests) return;
+  find("plan").textContent = text;
+  card.classList.toggle("large", tooLarge);
+  bar.hidden = share === null;
+  bar.firstElementChild.style.width = `${Math.min(100, Math.max(1, 100 * (share ?? 0)))}%`;
+  find("go").disabled = tooLarge || running !== null;
 }
 
 // ---- the job
 
 function clearResult() {
-  for (const id of ["tools", "warnings", "recipe", "progress"]) find(id).hidden = true;
+  for (const id of ["tools", "warnings", "metadata", "progress"]) find(id).hidden = true;
   document.body.classList.remove("has-result");
 }
 
-function showProgress(told) {
+function showProgress(status) {
   const bar = find("progress").firstElementChild;
   find("progress").hidden = false;
-  const waiting = told.state === "waiting" || !told.total;
+  const waiting = status.state === "waiting" || !status.num_steps;
   bar.classList.toggle("waiting", waiting);
-  bar.firstElementChild.style.width = waiting ? "" : `${(100 * told.done) / told.total}%`;
-  if (told.state === "waiting") find("status").textContent = told.place > 1 ? `Waiting: ${told.place - 1} before this one.` : "Waiting: next in line.";
-  else find("status").textContent = told.total ? `${told.note === "painting" ? "Painting, step" : "Step"} ${told.done} of ${told.total}` : "Preparing…";
+  bar.firstElementChild.style.width = waiting ? "" : `${(100 * status.step) / status.num_steps}%`;
+  if (status.state === "waiting") find("status").textContent = status.position > 1 ? `Waiting: ${status.position - 1} jobs before this one.` : "Waiting: next in the queue.";
+  else find("status").textContent = status.num_steps ? `${status.phase === "text-to-latent" ? "Generating, step" : "Step"} ${status.step} of ${status.num_steps}` : "Preparing…";
 }
 
-async function* lines(answer) {
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+async function* lines(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
     const { value, done } = await reader.read();
@@ -223,39 +220,39 @@ async function* lines(answer) {
 }
 
 async function run() {
-  const settings = readSettings(), job = { ...input }, kind = isPrompt() ? "paint" : isImage() ? "upscale" : "decode";
+  const settings = readSettings(), job = { ...input }, kind = isPrompt() ? "generate" : isImage() ? "upscale" : "decode";
   running = new AbortController();
   working(true);
-  complain();
+  showError();
   clearResult();
-  showProgress({ state: "waiting", place: 1 });
+  showProgress({ state: "waiting", position: 1 });
   const preview = document.createElement("img");
   let last = null;
   try {
-    const answer = await ask(`api/${kind}?${new URLSearchParams(settings)}`, { method: "POST", body: job.prompt ?? job.file, signal: running.signal });
-    for await (const told of lines(answer)) {
-      last = told;
-      if (told.state === "waiting" || told.state === "running") showProgress(told);
-      if (told.preview) {
-        preview.src = told.preview;
+    const response = await request(`v1/${kind}?${new URLSearchParams({ ...settings, stream: true })}`, { method: "POST", body: job.prompt ?? job.file, signal: running.signal });
+    for await (const event of lines(response)) {
+      last = event;
+      if (event.state === "waiting" || event.state === "running") showProgress(event);
+      if (event.preview) {
+        preview.src = event.preview;
         await preview.decode();
-        const [wide, high] = [preview.naturalWidth, preview.naturalHeight];
+        const [width, height] = [preview.naturalWidth, preview.naturalHeight];
         const known = !find("viewer").hidden && isImage();
-        if (known) viewer.preview(told.preview);
-        else viewer.show({ beforeUrl: null, afterUrl: told.preview, wide, high, keepView: true });
+        if (known) viewer.preview(event.preview);
+        else viewer.show({ beforeUrl: null, afterUrl: event.preview, width, height, keepView: true });
         find("tag-after").textContent = "Preview";
       }
     }
-    if (last?.state !== "done") throw new Error(last?.message ?? "The server stopped in the middle of the job.");
-    const blob = await (await ask(last.finished)).blob();
-    remember(job, settings, { ...last, url: URL.createObjectURL(blob), blob });
+    if (last?.state !== "done") throw new Error(last?.error?.message ?? "The server stopped in the middle of the job.");
+    const blob = await (await request(last.result.slice(1))).blob();
+    addToHistory(job, settings, { ...last, url: URL.createObjectURL(blob), blob });
   } catch (error) {
     const stopped = error.name === "AbortError";
     find("progress").hidden = true;
-    if (isImage()) viewer.show({ beforeUrl: null, afterUrl: input.url, wide: input.looked.width, high: input.looked.height });
+    if (isImage()) viewer.show({ beforeUrl: null, afterUrl: input.url, width: input.info.width, height: input.info.height });
     else viewer.hide();
     find("tag-after").textContent = "Input";
-    if (!stopped) complain(error.message);
+    if (!stopped) showError(error.message);
     else {
       find("progress").hidden = false;
       find("progress").firstElementChild.firstElementChild.style.width = "0";
@@ -280,38 +277,38 @@ function working(on) {
 
 function showResult(entry) {
   current = entry;
-  const { result, settings } = entry, image = entry.input.looked.kind === "image";
-  const factor = Number(settings.scale ?? 1), looked = entry.input.looked;
-  const whole = about.models.find((one) => one.name === settings.model);
-  const fixed = image && Math.abs(looked.width * factor - result.width) > 64 * factor; // resized to a fixed input
+  const { result, settings } = entry, image = entry.input.info.kind === "image";
+  const factor = Number(settings.scale ?? 1), info = entry.input.info;
+  const known = server.models.find((one) => one.id === settings.model);
+  const fixed = image && Math.abs(info.width * factor - result.width) > 64 * factor; // resized to a fixed input
   viewer.show({
-    beforeUrl: image ? entry.input.url : null, afterUrl: result.url, wide: result.width, high: result.height,
-    beforeSize: image && whole && !fixed ? [looked.width * factor, looked.height * factor] : null, keepView: true,
+    beforeUrl: image ? entry.input.url : null, afterUrl: result.url, width: result.width, height: result.height,
+    beforeSize: image && known && !fixed ? [info.width * factor, info.height * factor] : null, keepView: true,
   });
   find("tag-after").textContent = "After";
   find("progress").hidden = true;
   find("tools").hidden = false;
-  find("result-facts").textContent = `${result.width}×${result.height}, ${size(result.bytes)}, ${result.seconds} s`;
+  find("result-info").textContent = `${result.width}×${result.height}, ${size(result.bytes)}, ${result.seconds} s`;
   const link = find("download");
   link.href = result.url;
   link.download = entry.name;
   find("warnings").hidden = !result.warnings.length;
   find("warnings").replaceChildren(...result.warnings.map((text) => Object.assign(document.createElement("li"), { textContent: text })));
-  const rows = Object.entries(result.recipe).flatMap(([key, value]) => [
+  const rows = Object.entries(result.metadata).flatMap(([key, value]) => [
     Object.assign(document.createElement("dt"), { textContent: key.replaceAll("_", " ") }),
     Object.assign(document.createElement("dd"), { textContent: typeof value === "object" ? Object.entries(value).map((pair) => pair.join(" ")).join(", ") : String(value) }),
   ]);
-  find("recipe").querySelector("dl").replaceChildren(...rows);
-  find("recipe").hidden = false;
+  find("metadata").querySelector("dl").replaceChildren(...rows);
+  find("metadata").hidden = false;
   document.body.classList.add("has-result");
   drawHistory();
 }
 
-async function remember(job, settings, result) {
+async function addToHistory(job, settings, result) {
   const stem = job.prompt ? job.prompt.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40) : job.file.name.replace(/\.[^.]*$/, "") || "image", ending = settings.format === "jpeg" ? "jpg" : settings.format;
   const entry = { input: job, settings, result, name: `${stem}-pid-${settings.seed}.${ending}`, thumb: document.createElement("canvas") };
   history.unshift(entry);
-  for (const old of history.splice(MOST_KEPT)) {
+  for (const old of history.splice(HISTORY_LENGTH)) {
     URL.revokeObjectURL(old.result.url);
     if (old.input.url && !history.some((one) => one.input.url === old.input.url)) URL.revokeObjectURL(old.input.url);
   }
@@ -327,13 +324,13 @@ async function remember(job, settings, result) {
 function drawHistory() {
   find("history").hidden = !history.length;
   find("history").querySelector("ol").replaceChildren(...history.map((entry) => {
-    const button = document.createElement("button"), words = document.createElement("span");
+    const button = document.createElement("button"), label = document.createElement("span");
     button.type = "button";
     button.setAttribute("aria-current", String(entry === current));
-    const strength = entry.settings.sigma ? `, strength ${entry.settings.sigma}` : "";
-    words.textContent = `${entry.input.file.name}: seed ${entry.settings.seed}${strength}`;
+    const noise = entry.settings.sigma ? `, noise ${entry.settings.sigma}` : "";
+    label.textContent = `${entry.input.file.name}: seed ${entry.settings.seed}${noise}`;
     entry.thumb.setAttribute("aria-hidden", "true");
-    button.append(entry.thumb, words);
+    button.append(entry.thumb, label);
     button.addEventListener("click", () => restore(entry));
     const item = document.createElement("li");
     item.append(button);
@@ -343,7 +340,7 @@ function drawHistory() {
 
 function restore(entry) {
   if (running) return;
-  complain();
+  showError();
   input = entry.input;
   writeSettings(entry.settings);
   showInput();
@@ -351,19 +348,19 @@ function restore(entry) {
   plan();
 }
 
-function useRecipe() {
-  const recipe = input.looked.recipe, given = {};
-  for (const name of ["seed", "steps", "sampler", "guidance", "prompt", "model", "color_fix"]) if (recipe[name] !== undefined) given[name] = recipe[name];
-  if (recipe.sigma > 0 && recipe.sigma <= 0.8) given.sigma = recipe.sigma;
+function useMetadata() {
+  const metadata = input.info.metadata, given = {};
+  for (const name of ["seed", "steps", "sampler", "guidance", "prompt", "model", "color_fix"]) if (metadata[name] !== undefined) given[name] = metadata[name];
+  if (metadata.sigma > 0 && metadata.sigma <= 0.8) given.sigma = metadata.sigma;
   writeSettings({ ...readSettings(), ...given });
-  find("from-recipe").hidden = true;
+  find("from-metadata").hidden = true;
   plan();
 }
 
 // ---- wiring
 
 find("file").addEventListener("change", (event) => {
-  take(event.target.files[0]);
+  openFile(event.target.files[0]);
   event.target.value = "";
 });
 find("drop").addEventListener("click", () => find("file").click());
@@ -376,9 +373,9 @@ find("dice").addEventListener("click", () => (find("seed").value = Math.floor(Ma
 find("sigma").addEventListener("input", showSigma);
 find("model").addEventListener("change", () => (fillSettings(), plan()));
 for (const id of ["scale", "to-width", "to-height", "fit"]) find(id).addEventListener("change", plan);
-find("error").lastElementChild.addEventListener("click", () => complain());
-find("use-prompt").addEventListener("click", takePrompt);
-find("use-recipe").addEventListener("click", useRecipe);
+find("error").lastElementChild.addEventListener("click", () => showError());
+find("use-prompt").addEventListener("click", openPrompt);
+find("use-metadata").addEventListener("click", useMetadata);
 document.addEventListener("dragover", (event) => {
   event.preventDefault();
   document.body.classList.add("dropping");
@@ -387,19 +384,20 @@ document.addEventListener("dragleave", (event) => event.relatedTarget ?? documen
 document.addEventListener("drop", (event) => {
   event.preventDefault();
   document.body.classList.remove("dropping");
-  take(event.dataTransfer.files[0]);
+  openFile(event.dataTransfer.files[0]);
 });
-document.addEventListener("paste", (event) => take(event.clipboardData.files[0]));
+document.addEventListener("paste", (event) => openFile(event.clipboardData.files[0]));
 
 try {
-  about = await (await ask("api/about")).json();
-  find("model").replaceChildren(...about.models.map((one) => option(one.name, `${one.name}, ${one.space} ${one.scale}×`)));
-  find("space").replaceChildren(...[...new Set(about.models.map((one) => one.space))].map((one) => option(one, one)));
-  find("about").textContent = `version ${about.version}, on ${about.device}`;
-  find("words").hidden = !about.paints;
+  server = await (await request("v1/server")).json();
+  server.models = (await (await request("v1/models")).json()).data;
+  find("model").replaceChildren(...server.models.map((one) => option(one.id, `${one.id}, ${one.space} ${one.scale}×`)));
+  find("space").replaceChildren(...[...new Set(server.models.map((one) => one.space))].map((one) => option(one, one)));
+  find("about").textContent = `version ${server.version}, on ${server.device}`;
+  find("text-to-image").hidden = !server.text_to_image;
   fillSettings();
   showSigma();
   document.body.dataset.ready = "true";
 } catch (error) {
-  complain(error.message);
+  showError(error.message);
 }

@@ -23,13 +23,13 @@ export function makeViewer(find) {
   }
 
   function clamp() {
-    const room = (size, span, value) => (span <= size ? (size - span) / 2 : Math.min(0, Math.max(size - span, value)));
-    left = room(frame.clientWidth, width * zoom, left);
-    top = room(frame.clientHeight, height * zoom, top);
+    const limit = (size, span, value) => (span <= size ? (size - span) / 2 : Math.min(0, Math.max(size - span, value)));
+    left = limit(frame.clientWidth, width * zoom, left);
+    top = limit(frame.clientHeight, height * zoom, top);
   }
 
-  function zoomTo(wanted, x = frame.clientWidth / 2, y = frame.clientHeight / 2) {
-    const next = Math.min(LARGEST_ZOOM, Math.max(Math.min(fitZoom(), 1), wanted));
+  function zoomTo(target, x = frame.clientWidth / 2, y = frame.clientHeight / 2) {
+    const next = Math.min(LARGEST_ZOOM, Math.max(Math.min(fitZoom(), 1), target));
     left = x - ((x - left) * next) / zoom;
     top = y - ((y - top) * next) / zoom;
     zoom = next;
@@ -104,21 +104,21 @@ export function makeViewer(find) {
   });
 
   return {
-    // Both images fill a canvas of `wide` x `high` pixels; `beforeSize` is what the whole input becomes,
-    // of which a cropping decoder keeps the middle.
-    show({ beforeUrl, afterUrl, wide, high, beforeSize, keepView }) {
-      const same = keepView && wide === width && high === height && !frame.hidden;
-      width = wide;
-      height = high;
+    // Both images fill a canvas of `width` x `height` pixels; `beforeSize` is the size of the whole enlarged input,
+    // of which `fit=crop` keeps the middle.
+    show({ beforeUrl, afterUrl, width: newWidth, height: newHeight, beforeSize, keepView }) {
+      const same = keepView && newWidth === width && newHeight === height && !frame.hidden;
+      width = newWidth;
+      height = newHeight;
       frame.hidden = false;
       frame.classList.toggle("alone", !beforeUrl);
-      canvas.style.width = after.style.width = `${wide}px`;
-      canvas.style.height = after.style.height = `${high}px`;
-      const [w, h] = beforeSize ?? [wide, high];
+      canvas.style.width = after.style.width = `${newWidth}px`;
+      canvas.style.height = after.style.height = `${newHeight}px`;
+      const [w, h] = beforeSize ?? [newWidth, newHeight];
       before.style.width = `${w}px`;
       before.style.height = `${h}px`;
-      before.style.left = `${-(w - wide) / 2}px`;
-      before.style.top = `${-(h - high) / 2}px`;
+      before.style.left = `${-(w - newWidth) / 2}px`;
+      before.style.top = `${-(h - newHeight) / 2}px`;
       if (beforeUrl) before.src = beforeUrl;
       else before.removeAttribute("src");
       if (afterUrl) after.src = afterUrl;

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Addresses, tokens, limits, plans, and the command line's part in them."""
+"""Addresses, tokens, limits, memory estimates, and the command line."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from pidecode.benchmarking.memory import LiveBytes
 from pidecode.cli.app import cli
 from pidecode.errors import BusyError, Cancelled, DoesNotFitError, FileError, ImageError, LatentError, SettingError
 from pidecode.latents.latent import Latent
-from pidecode.serve.estimate import Plan, plan, resident_memory
-from pidecode.serve.http import bound_socket, check_token, describe, is_loopback
-from pidecode.serve.schemas import Limits
-from pidecode.serve.service import DecodeService, FileInfo, looks_like_safetensors, small_image
+from pidecode.serve.http import bound_socket, check_token, is_loopback, response_for
+from pidecode.serve.prometheus import resident_memory
+from pidecode.serve.schemas import DecodePlan, FileInfo, RequestLimits
+from pidecode.serve.service import DecodeService, encode_preview, estimate, looks_like_safetensors, require_memory
 
 
 @pytest.mark.parametrize(
@@ -47,12 +47,12 @@ def test_a_token_that_could_be_guessed_or_mangled_is_refused(token: str) -> None
         check_token("127.0.0.1", token)
 
 
-def test_a_taken_port_and_a_foreign_address_are_said() -> None:
+def test_a_port_in_use_and_a_foreign_address_are_errors() -> None:
     with bound_socket("127.0.0.1", 0) as taken:
         taken.listen()
         with pytest.raises(SettingError, match="cannot be used: .* Choose another port"):
             bound_socket("127.0.0.1", taken.getsockname()[1])
-    with pytest.raises(SettingError, match="no address of this machine"):
+    with pytest.raises(SettingError, match="not an address of this machine"):
         bound_socket("256.1.1.1", 0)
 
 
@@ -68,8 +68,8 @@ def test_a_taken_port_and_a_foreign_address_are_said() -> None:
         (RuntimeError("secret path /home/me"), 500),
     ],
 )
-def test_every_error_has_its_status_and_a_fault_tells_nothing_of_the_machine(error: Exception, status: int) -> None:
-    answer = describe(error)
+def test_every_error_has_its_status_and_unknown_ones_reveal_nothing(error: Exception, status: int) -> None:
+    answer = response_for(error)
     assert answer.status_code == status
     assert b"/home/me" not in bytes(answer.body)
     if isinstance(error, BusyError):
@@ -78,16 +78,16 @@ def test_every_error_has_its_status_and_a_fault_tells_nothing_of_the_machine(err
 
 def test_limits_are_checked() -> None:
     with pytest.raises(SettingError, match="pixels is 0"):
-        Limits(pixels=0)
+        RequestLimits(pixels=0)
     with pytest.raises(SettingError, match="waiting is -1"):
-        Limits(waiting=-1)
+        RequestLimits(waiting=-1)
     with pytest.raises(SettingError, match="There is no model to serve"):
         DecodeService({})
 
 
 def test_a_plan_grows_with_the_image_and_refuses_what_cannot_fit() -> None:
     decoder = small_decoder()
-    small, large = plan(decoder, 64, 64), plan(decoder, 256, 256)
+    small, large = estimate(decoder, 64, 64), estimate(decoder, 256, 256)
     assert large.working > 10 * small.working
     assert large.working == decoder.runner.plan_for((256, 256), 1).working
     with LiveBytes() as live:
@@ -95,24 +95,24 @@ def test_a_plan_grows_with_the_image_and_refuses_what_cannot_fit() -> None:
     assert large.working == pytest.approx(live.peak, rel=0.1)
     assert small.weights == sum(value.numel() * 4 for value in decoder.net.parameters())
     assert small.fits
-    small.require()
+    require_memory(small)
     with pytest.raises(DoesNotFitError, match=r"needs about 2\.0 GB of memory, and 5\.0 MB are free"):
-        Plan(width=9, height=9, weights=0, working=2 * 10**9, free=5 * 10**6).require()
+        require_memory(DecodePlan(width=9, height=9, weights=0, working=2 * 10**9, free=5 * 10**6, fits=False))
     resident = resident_memory()
     assert resident is None or resident > 10**7
 
 
-def test_the_desk_tells_what_a_file_is() -> None:
-    desk = DecodeService({"small": small_decoder()})
-    assert desk.look(image_bytes(20, 30)) == FileInfo(kind="image", width=20, height=30)
-    found = desk.look(latent_bytes(2, 3, prompt=["a cat"]))
+def test_the_service_inspects_files() -> None:
+    service = DecodeService({"small": small_decoder()})
+    assert service.inspect(image_bytes(20, 30)) == FileInfo(kind="image", width=20, height=30)
+    found = service.inspect(latent_bytes(2, 3, prompt=["a cat"]))
     assert found == FileInfo(kind="latent", width=3, height=2, space="flux2", sigma=0.0, prompt="a cat")
-    assert (desk.plan(None, found).width, desk.plan(None, found).height) == (192, 128)
-    assert desk.plan(None, FileInfo(kind="image", width=20, height=30)).height == 120
+    assert (service.plan(None, found).width, service.plan(None, found).height) == (192, 128)
+    assert service.plan(None, FileInfo(kind="image", width=20, height=30)).height == 120
     with pytest.raises(ImageError):
-        desk.look(b"nothing")
+        service.inspect(b"nothing")
     with pytest.raises(FileError, match="cut off"):
-        desk.look(latent_bytes()[:-3])
+        service.inspect(latent_bytes()[:-3])
     assert not looks_like_safetensors(b"")
 
 
@@ -129,9 +129,9 @@ def test_a_latent_is_read_from_bytes_as_from_a_file(tmp_path: Path) -> None:
 
 
 def test_a_preview_is_a_small_jpeg() -> None:
-    data = small_image(torch.rand(1, 3, 100, 1000) * 2 - 1, side=100)
+    data = encode_preview(torch.rand(1, 3, 100, 1000) * 2 - 1, side=100)
     assert data[:2] == b"\xff\xd8"
-    assert DecodeService({"small": small_decoder()}).look(data).width == 100
+    assert DecodeService({"small": small_decoder()}).inspect(data).width == 100
 
 
 def test_the_command_refuses_an_open_address_before_it_loads_anything() -> None:
@@ -142,7 +142,7 @@ def test_the_command_refuses_an_open_address_before_it_loads_anything() -> None:
     assert "needs a token" in result.output
 
 
-def test_the_command_says_when_the_token_file_is_missing(tmp_path: Path) -> None:
+def test_the_command_refuses_a_missing_token_file(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["serve", "--token-file", str(tmp_path / "none")])
     assert result.exit_code == 4
     assert "cannot be read" in result.output
