@@ -115,9 +115,9 @@ def compare_products(device: torch.device, repeats: int) -> list[Line]:
         x = torch.randn(tokens, inside, device=device, dtype=dtype)
         weight = torch.randn(outside, inside, device=device, dtype=dtype)
         plain = best(lambda x=x, weight=weight: torch.nn.functional.linear(x, weight), device, repeats)
-        for form in products.WAYS:
+        for form in products.KERNELS:
             try:
-                way = products.best_way(form, dtype, device)
+                way = products.best_kernel(form, dtype, device)
             except SettingError as fault:
                 print(fault, file=sys.stderr)
                 continue

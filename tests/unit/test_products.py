@@ -17,16 +17,16 @@ from pidecode.engine.inplace import denoise
 from pidecode.engine.ops import quantize as door
 from pidecode.engine.ops import quantize as q8
 from pidecode.engine.ops.quantize import (
-    WAYS,
+    KERNELS,
     Format,
     QuantizedLinear,
     Way,
-    best_way,
-    matrix_block,
-    matrix_columns,
-    matrix_rows,
+    best_kernel,
+    weight_block,
+    weight_columns,
+    weight_rows,
     narrow,
-    plain_product,
+    reference_linear,
     product,
     quantize,
     works,
@@ -41,7 +41,7 @@ from pidecode.registry.configs import PiDConfig, debug_config
 CPU = torch.device("cpu")
 CONFIG = debug_config(pixel_depth=2, pixel_attn_hidden_size=48)
 FORMS: tuple[Format, ...] = ("int8", "fp8")
-ALL_WAYS: tuple[tuple[Format, Way], ...] = tuple((form, way) for form in FORMS for way in WAYS[form])
+ALL_WAYS: tuple[tuple[Format, Way], ...] = tuple((form, way) for form in FORMS for way in KERNELS[form])
 
 
 def form_of(way: Way) -> Format:
@@ -72,9 +72,9 @@ def test_a_product_is_its_plain_twin(form: Format, way: Way, tokens: int, dtype:
     codes, scales = narrow(weight, form)
     for offset in (None, bias):
         actual = product(x, codes, scales, way, offset)
-        expected = plain_product(x, codes, scales, form, offset)
+        expected = reference_linear(x, codes, scales, form, offset)
         assert actual.dtype == dtype and actual.shape == (tokens, 96)
-        rounding = 1e-5 if dtype == torch.float32 and way != "fp8 by rows" else 2e-2
+        rounding = 1e-5 if dtype == torch.float32 and way != "fp8 rowwise" else 2e-2
         assert torch.allclose(actual.float(), expected.float(), rtol=rounding, atol=rounding * expected.abs().max())
 
 
@@ -94,10 +94,10 @@ def test_parts_of_a_layer_multiply_as_the_whole_does(form: Format, way: Way) -> 
     whole = layer(x)
     bias = layer.bias
     assert bias is not None
-    assert torch.allclose(matrix_rows(layer, slice(16, 48))(x, bias[16:48]), whole[:, 16:48], atol=1e-5)
-    block = matrix_block(layer, (2, 3, 16), (slice(0, 2), slice(1, 3))).map(lambda rows: rows.flatten(0, 2))
+    assert torch.allclose(weight_rows(layer, slice(16, 48))(x, bias[16:48]), whole[:, 16:48], atol=1e-5)
+    block = weight_block(layer, (2, 3, 16), (slice(0, 2), slice(1, 3))).map(lambda rows: rows.flatten(0, 2))
     assert torch.allclose(block(x), (whole - bias).unflatten(1, (2, 3, 16))[:, :, 1:].flatten(1), atol=0.02)
-    halves = [matrix_columns(layer, part)(x[:, part]) for part in (slice(0, 32), slice(32, 64))]
+    halves = [weight_columns(layer, part)(x[:, part]) for part in (slice(0, 32), slice(32, 64))]
     exact = x @ layer.weight.t()
     assert (halves[0] + halves[1] - exact).std() < (0.02 if form == "int8" else 0.06) * exact.std()
 
@@ -123,7 +123,7 @@ def test_a_whole_evaluation_against_the_exact_one(
     if large:
         net = random_network(config, torch.float32, CPU)
     else:
-        monkeypatch.setattr(q8, "SMALLEST", 512)
+        monkeypatch.setattr(q8, "MIN_WEIGHTS", 512)
         net = PiDNet(config).eval().requires_grad_(False)
         for parameter in net.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.03)
@@ -133,7 +133,7 @@ def test_a_whole_evaluation_against_the_exact_one(
 
 
 def test_int8_products_inside_a_network_are_their_twin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(q8, "SMALLEST", 512)
+    monkeypatch.setattr(q8, "MIN_WEIGHTS", 512)
     torch.manual_seed(0)
     net = PiDNet(CONFIG).eval().requires_grad_(False)
     for parameter in net.parameters():
@@ -142,7 +142,7 @@ def test_int8_products_inside_a_network_are_their_twin(monkeypatch: pytest.Monke
     quantize(net.pixel_blocks, "int8", "int8")
     actual = evaluate(net, CONFIG, 64, 64)
     monkeypatch.setattr(
-        q8, "product", lambda x, codes, scales, way, bias=None: plain_product(x, codes, scales, form_of(way), bias)
+        q8, "product", lambda x, codes, scales, way, bias=None: reference_linear(x, codes, scales, form_of(way), bias)
     )
     expected = evaluate(net, CONFIG, 64, 64)
     # A sum that differs in its last place may tip a code at a later layer, hence more than rounding.
@@ -168,17 +168,17 @@ def test_the_shipped_decoder_against_its_exact_self(form: Format, way: Way | Non
 
 
 def test_devices_are_asked_what_they_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert best_way("int8", torch.float32, CPU) == "int8"
+    assert best_kernel("int8", torch.float32, CPU) == "int8"
     with pytest.raises(SettingError, match=r"cpu does not multiply in fp8: .*compute capability 8\.9"):
-        best_way("fp8", torch.bfloat16, CPU)
-    assert not works("fp8 by rows", torch.float32, CPU)
+        best_kernel("fp8", torch.bfloat16, CPU)
+    assert not works("fp8 rowwise", torch.float32, CPU)
 
     def faulty(*_: object) -> Tensor:
         raise RuntimeError("not here")
 
     monkeypatch.setattr(torch, "_int_mm", faulty)
     with pytest.raises(SettingError, match='products="wide"'):
-        best_way("int8", torch.float32, CPU)
+        best_kernel("int8", torch.float32, CPU)
 
 
 def test_a_device_that_multiplies_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +188,7 @@ def test_a_device_that_multiplies_wrong_is_not_taken(monkeypatch: pytest.MonkeyP
 
 
 def test_a_runner_multiplies_as_its_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(q8, "SMALLEST", 512)
+    monkeypatch.setattr(q8, "MIN_WEIGHTS", 512)
     torch.manual_seed(0)
     first = PiDNet(CONFIG).eval().requires_grad_(False)
     for products, dtype in every(("wide", "eight"), ("float32",)):
@@ -218,9 +218,9 @@ def test_a_card_multiplies_as_the_twin(form: Format) -> None:
     device = torch.device("cuda")
     if form == "fp8" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("needs compute capability 8.9")
-    way = best_way(form, torch.bfloat16, device)
+    way = best_kernel(form, torch.bfloat16, device)
     x, weight = torch.randn(300, 1536, dtype=torch.bfloat16), torch.randn(4608, 1536)
     codes, scales = narrow(weight, form)
-    expected = plain_product(x, codes, scales, form).float()
+    expected = reference_linear(x, codes, scales, form).float()
     answer = product(x.to(device), codes.to(device), scales.to(device), way).float().cpu()
     assert (answer - expected).abs().max() < 1e-2 * expected.abs().max()

@@ -9,7 +9,7 @@ import torch
 from pidecode.engine.inplace import denoise
 from pidecode.engine.offload import BlockOffloader
 from pidecode.engine.ops import quantize as q8
-from pidecode.engine.ops.quantize import QuantizedLinear, matrix_block, matrix_columns, matrix_rows, quantize
+from pidecode.engine.ops.quantize import QuantizedLinear, weight_block, weight_columns, weight_rows, quantize
 from pidecode.engine.timesteps import step_modulation
 from pidecode.errors import SettingError
 from pidecode.models.pid.network import PiDNet
@@ -49,15 +49,15 @@ def test_parts_of_a_weight_are_those_of_the_whole(form: q8.Format) -> None:
     linear = torch.nn.Linear(10, 24)
     for layer in (linear, QuantizedLinear(linear, form)):
         whole = layer.weight
-        assert torch.equal(matrix_rows(layer, slice(3, 9)).weight, whole[3:9])
-        assert torch.equal(matrix_columns(layer, slice(3, 9)).weight, whole[:, 3:9])
+        assert torch.equal(weight_rows(layer, slice(3, 9)).weight, whole[3:9])
+        assert torch.equal(weight_columns(layer, slice(3, 9)).weight, whole[:, 3:9])
         cut = (slice(0, 2), slice(1, 3))
-        assert torch.equal(matrix_block(layer, (2, 3, 4), cut).weight, whole.view(2, 3, 4, 10)[cut])
+        assert torch.equal(weight_block(layer, (2, 3, 4), cut).weight, whole.view(2, 3, 4, 10)[cut])
 
 
 @pytest.mark.parametrize(("form", "error"), [("int8", 0.02), ("fp8", 0.08)])
 def test_a_network_in_eight_bits(net: PiDNet, form: q8.Format, error: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(q8, "SMALLEST", 512)
+    monkeypatch.setattr(q8, "MIN_WEIGHTS", 512)
     exact = predict(net)
     count = quantize(net, form)
     assert count > 40

@@ -43,7 +43,6 @@ COMMANDS: dict[str, Place] = {
     "info": Place("pidecode.cli.weights", "Say what an image, a latent or a weights file is."),
     "train": Place("pidecode.cli.train", "Train a decoder of your own: teacher, student, adapters."),
     "plan": Place("pidecode.cli.decode", "Say what a size needs, and how it would be run, before anything runs."),
-    "bench": Place("pidecode.cli.bench", "Measure speed and memory of decodes on this machine."),
     "doctor": Place("pidecode.cli.doctor", "Say what will work on this machine, and why the rest will not."),
 }
 

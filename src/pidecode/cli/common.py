@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from pidecode.engine.plan import PRODUCTS, WEIGHTS, Machine, Plan, Products, Weights, plan_decode
+from pidecode.engine.plan import QUANTIZATIONS, SCHEMES, Machine, Plan, Quantization, Scheme, plan_decode, this_machine
 from pidecode.registry.spaces import ALIASES, SPACES
 from pidecode.units import parse_bytes
 
@@ -108,15 +108,18 @@ Job = tuple[int, int, int]
 """Width and height of an image to make, in pixels, and how many at once."""
 
 
-def weights_options(command: F) -> F:
-    """Add --weights and --products."""
+def quantization_options(command: F) -> F:
+    """Add --quantization and --scheme."""
     command = click.option(
-        "--products",
-        type=click.Choice(PRODUCTS),
-        help="Multiply eight-bit weights widened, or in eight bits where the device can; wide if not given.",
+        "--scheme",
+        type=click.Choice(SCHEMES),
+        help="How quantized weights are multiplied: dequantized (w8a16, the default), or in eight bits where the "
+        "device can (w8a8, experimental).",
     )(command)
     return click.option(
-        "--weights", type=click.Choice(WEIGHTS), help="Format weights are kept in; chosen to fit if not given."
+        "--quantization",
+        type=click.Choice(QUANTIZATIONS),
+        help="Format weights are stored in; chosen to fit if not given.",
     )(command)
 
 
@@ -131,27 +134,31 @@ class MemoryOptions:
     """What was asked for; with nothing asked for there is no plan, and a decode runs as it always does."""
 
     memory: str | None = None
-    weights: Weights | None = None
-    products: Products | None = None
+    quantization: Quantization | None = None
+    scheme: Scheme | None = None
 
     @property
     def asked(self) -> bool:
         """Whether a plan is to be made."""
-        return (self.memory, self.weights, self.products) != (None, None, None)
+        return (self.memory, self.quantization, self.scheme) != (None, None, None)
 
     def plan(self, config: Any, jobs: Sequence[Job], device: str | None, dtype: str | None) -> Plan:
         """The plan that the largest of the jobs needs, on this machine.
 
         Raises DoesNotFitError if there is none, SettingError for what the device cannot do.
         """
-        from pidecode.benchmarking.machine import this_machine
-
         machine: Machine = this_machine(device)
         if self.memory is not None:
             machine = replace(machine, memory=min(machine.memory, parse_bytes(self.memory)))
         width, height, batch = max(jobs, key=lambda job: job[0] * job[1] * job[2])
         return plan_decode(
-            config, (width, height), machine, batch=batch, dtype=dtype, weights=self.weights, products=self.products
+            config,
+            (width, height),
+            machine,
+            batch=batch,
+            dtype=dtype,
+            quantization=self.quantization,
+            scheme=self.scheme,
         )
 
 

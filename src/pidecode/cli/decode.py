@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pidecode.benchmarking.networks import NETWORKS
 from pidecode.cli.common import (
     SHORT_DTYPES,
     Job,
@@ -26,11 +25,12 @@ from pidecode.cli.common import (
     space_option,
     threads_option,
     upscaled,
-    weights_options,
+    quantization_options,
 )
 from pidecode.color_fix import LOCKS
-from pidecode.engine.plan import GB, Machine, Plan, Products, Weights, plan_decode
+from pidecode.engine.plan import GB, Machine, Plan, Quantization, Scheme, plan_decode, this_machine
 from pidecode.errors import FileError, SettingError
+from pidecode.registry.configs import RELEASED_CONFIGS
 from pidecode.units import parse_bytes, parse_size
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ class Wish:
     lora: Path | None
     lora_scale: float | None
     memory: str | None
-    weights: Weights | None
-    products: Products | None
+    quantization: Quantization | None
+    scheme: Scheme | None
     bits: str
     compile: bool
     overwrite: bool
@@ -82,7 +82,7 @@ class Wish:
         if self.lora_scale is not None and self.lora is None:
             raise SettingError("--lora-scale is the strength of an adapter, and none was named; add --lora FILE.")
         dtype = DTYPES[self.dtype] if self.dtype else None
-        thrift = MemoryOptions(memory=self.memory, weights=self.weights, products=self.products)
+        thrift = MemoryOptions(memory=self.memory, quantization=self.quantization, scheme=self.scheme)
 
         def planned(identity: CheckpointMetadata) -> Plan:
             wanted = None if dtype is None else str(dtype).removeprefix("torch.")
@@ -146,7 +146,7 @@ def _decoding_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--lora", type=_PATH, metavar="FILE", help="Low-rank adapter to add to the weights."),
         click.option("--lora-scale", type=float, help="Its strength; 1 if not given."),
         memory_option,
-        weights_options,
+        quantization_options,
         click.option("--bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Per channel."),
         click.option("--compile", is_flag=True, help="Compile sums first: for many images, on an accelerator."),
         threads_option,
@@ -287,13 +287,19 @@ def decode(latents: tuple[Path, ...], size: str | None, **options: Any) -> None:
 @click.option("--size", required=True, metavar="WxH", help="Image to make, in pixels: 4096x3072.")
 @click.option("--vram", metavar="BYTES", help="Memory of an accelerator: 12GB. Without it, what is free here.")
 @click.option("--ram", metavar="BYTES", help="Plan for a processor with this much memory instead.")
-@click.option("--network", type=click.Choice(list(NETWORKS)), default="v1.5", show_default=True)
+@click.option("--network", type=click.Choice(list(RELEASED_CONFIGS)), default="v1.5", show_default=True)
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images at once.")
 @click.option("--dtype", metavar="NAME", help="float32, bfloat16 or float16; chosen to fit if not given.")
-@weights_options
+@quantization_options
 @json_option
 def plan(
-    size: str, vram: str | None, ram: str | None, network: str, as_json: bool, weights: Weights | None, **options: Any
+    size: str,
+    vram: str | None,
+    ram: str | None,
+    network: str,
+    as_json: bool,
+    quantization: Quantization | None,
+    **options: Any
 ) -> None:
     """Say how an image would be decoded in the memory there is, or that it does not fit and what would."""
     if vram and ram:
@@ -301,12 +307,10 @@ def plan(
     given = vram or ram
     if given:
         # Of a card that is known by its memory alone, it is taken for granted that it multiplies as asked.
-        products: tuple[Weights, ...] = ("fp8",) if weights == "fp8" else ("int8",)
-        machine = Machine(memory=parse_bytes(given), accelerator=bool(vram), products=products)
+        w8a8: tuple[Quantization, ...] = ("fp8",) if quantization == "fp8" else ("int8",)
+        machine = Machine(memory=parse_bytes(given), accelerator=bool(vram), w8a8=w8a8)
     else:
-        from pidecode.benchmarking.machine import this_machine
-
         machine = this_machine()
-    chosen = plan_decode(NETWORKS[network], parse_size(size), machine, weights=weights, **options)
+    chosen = plan_decode(RELEASED_CONFIGS[network], parse_size(size), machine, quantization=quantization, **options)
     data = {**asdict(chosen), "peak": chosen.peak, "exact": chosen.exact, "memory": machine.memory}
     emit(data, f"{chosen.describe()}\n  {'free':22s} {machine.memory / GB:6.2f} GB", as_json=as_json)

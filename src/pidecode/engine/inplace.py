@@ -21,7 +21,7 @@ from pidecode.engine.chunks import Chunks
 from pidecode.engine.injections import chunk_of
 from pidecode.engine.offload import BlockOffloader
 from pidecode.engine.ops import elementwise as ops
-from pidecode.engine.ops.quantize import matrix_rows
+from pidecode.engine.ops.quantize import weight_rows
 from pidecode.engine.pixel_tiles import run_pixel_blocks
 from pidecode.engine.timesteps import StepModulation
 from pidecode.models.attention import attention
@@ -227,7 +227,7 @@ def _feed_forward(mlp: Any, x: Tensor) -> Tensor:
 
 def _key_value(qkv: Any, tokens: Tensor) -> Tensor:
     """The last two thirds of a joint projection."""
-    return matrix_rows(qkv, slice(tokens.shape[-1], None))(tokens)
+    return weight_rows(qkv, slice(tokens.shape[-1], None))(tokens)
 
 
 def gate_(gate: Any, x: Tensor, injection: Injection, chunks: Chunks) -> None:

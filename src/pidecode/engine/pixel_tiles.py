@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pidecode.engine.chunks import Chunks
 from pidecode.engine.ops import elementwise as ops
-from pidecode.engine.ops.quantize import Matrix, matrix_block, matrix_columns, matrix_rows
+from pidecode.engine.ops.quantize import WeightSlice, weight_block, weight_columns, weight_rows
 from pidecode.models.attention import attention
 from pidecode.models.pid.network import Condition, PiDNet
 
@@ -38,7 +38,7 @@ SHIFT1, SCALE1, GATE1, SHIFT2, SCALE2, GATE2 = range(6)
 class Modulation:
     """Rows of `adaLN_modulation` for some pixels and some of the six vectors, as one matrix."""
 
-    matrix: Matrix
+    matrix: WeightSlice
     """`[vectors * G * C, D]`, vector by vector."""
     bias: Tensor
     vectors: int
@@ -60,7 +60,7 @@ def modulation_rows(block: Any, pixels: slice, which: slice) -> Modulation:
     def by_vector(rows: Tensor) -> Tensor:
         return rows.transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
-    matrix = matrix_block(linear, (P, 6, C), (pixels, which)).map(by_vector)
+    matrix = weight_block(linear, (P, 6, C), (pixels, which)).map(by_vector)
     bias = by_vector(linear.bias.unflatten(0, (P, 6, C))[pixels, which])
     for scale, norm in ((SCALE1, block.norm1), (SCALE2, block.norm2)):
         index = scale - which.start
@@ -77,7 +77,7 @@ class _Summarize:
         C = block.norm1.weight.shape[0]
         self.channels = C
         self.modulation = modulation_rows(block, group, slice(SHIFT1, SCALE1 + 1))
-        self.compress = matrix_columns(block.compress_to_attn, slice(group.start * C, group.stop * C))
+        self.compress = weight_columns(block.compress_to_attn, slice(group.start * C, group.stop * C))
 
     def __call__(self, tile_TGC: Tensor, condition_TD: Tensor, summary_TA: Tensor) -> None:
         shift, factor = (v.view(tile_TGC.shape) for v in self.modulation(condition_TD))
@@ -92,7 +92,7 @@ class _Update:
         C = block.norm1.weight.shape[0]
         self.modulation = modulation_rows(block, group, slice(GATE1, GATE2 + 1))
         features = slice(group.start * C, group.stop * C)
-        self.expand = matrix_rows(block.expand_from_attn, features)
+        self.expand = weight_rows(block.expand_from_attn, features)
         self.expand_bias = block.expand_from_attn.bias[features]
         self.mlp = block.mlp
 

@@ -19,7 +19,7 @@ from pidecode.engine.injections import prepare_recomputed
 from pidecode.engine.offload import BlockOffloader
 from pidecode.engine.ops import elementwise
 from pidecode.engine.ops.compiled import CompiledOps
-from pidecode.engine.ops.quantize import best_way, quantize
+from pidecode.engine.ops.quantize import best_kernel, quantize
 from pidecode.engine.plan import Plan, predict
 from pidecode.engine.sequence_parallel import denoise_sharded, is_parallel
 from pidecode.engine.tiling import Windows, denoise_windows
@@ -104,7 +104,7 @@ class Runner:
         plan = self.plan
         self._strip()
         if plan is not None:
-            if plan.weights != "plain":
+            if plan.quantization != "none":
                 self._quantize(plan, device)
             if "blocks" in plan.offload:
                 self.offloader = BlockOffloader(self.net.patch_blocks, device)
@@ -138,16 +138,16 @@ class Runner:
                 raise SettingError(f"CUDA graphs do not work with {what}; leave them out.")
 
     def _quantize(self, plan: Plan, device: torch.device) -> None:
-        assert plan.weights != "plain"
-        way = best_way(plan.weights, self.net.dtype, device) if plan.products == "eight" else None
-        if way is not None and device.type == "cpu":
+        assert plan.quantization != "none"
+        kernel = None if plan.scheme == "w8a16" else best_kernel(plan.quantization, self.net.dtype, device)
+        if kernel is not None and device.type == "cpu":
             warnings.warn(
-                "Products in eight bits are slower than float32 on a processor without units for them; compare with "
-                "`pidecode bench`.",
+                "w8a8 is slower than float32 on a CPU without units for eight-bit products; compare with "
+                "benchmarks/decode.py.",
                 stacklevel=4,
             )
         for blocks in (self.net.patch_blocks, self.net.pixel_blocks):
-            quantize(blocks, plan.weights, way)
+            quantize(blocks, plan.quantization, kernel)
 
     def prepare(self, grid: Grid, text: Tensor | None, latent: Tensor, sigma: Tensor) -> Condition:
         """What all steps of one image share."""
@@ -219,7 +219,7 @@ class Runner:
         Raises:
             SettingError: Parts of the weights are gone already.
         """
-        if is_stripped(self.net) or (self.plan is not None and self.plan.weights != "plain"):
+        if is_stripped(self.net) or (self.plan is not None and self.plan.quantization != "none"):
             raise SettingError(
                 "The weights were already brought into the form that runs, so they cannot be changed any more. "
                 "Load the decoder again, and change it before the first image and without a memory plan."
@@ -298,7 +298,7 @@ class Runner:
             or self.sequence_parallel
         ):
             return None
-        if plan is not None and (plan.window is not None or plan.weights != "plain"):
+        if plan is not None and (plan.window is not None or plan.quantization != "none"):
             return None
         return lambda x, t: look.image(tokens.tokens, condition.grid)
 

@@ -265,6 +265,13 @@ def backbone() -> PiDConfig:
     return PiDConfig(latent_channels=0, rope_reference=(2048, 2048))
 
 
+RELEASED_CONFIGS: dict[str, PiDConfig] = {
+    "v1": v1(latent_channels=16, latent_down=8),
+    "v1.5": v1pt5(latent_channels=16, latent_down=8),
+}
+"""By the version of the released weights, for FLUX.1's latents: networks of other spaces are less than 1 % larger."""
+
+
 def debug_config(**changes: Any) -> PiDConfig:
     """A network of a few thousand parameters with every part of v1.5, for tests and dry runs."""
     base = PiDConfig(

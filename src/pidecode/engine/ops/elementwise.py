@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from pidecode.engine.ops.quantize import Matrix
+from pidecode.engine.ops.quantize import WeightSlice
 from pidecode.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def gated_feed_forward(x: Tensor, w1: nn.Module, w3: nn.Module, w2: nn.Module) -
     return w2(silu_times_(w1(x), w3(x)))  # type: ignore[no-any-return]
 
 
-def accumulate_(total: Tensor, x: Tensor, matrix: Matrix) -> None:
+def accumulate_(total: Tensor, x: Tensor, matrix: WeightSlice) -> None:
     """`total += x @ matrix^T`; a total wider than its terms stays wide."""
     if total.dtype == x.dtype and matrix.scales is None:
         total.addmm_(x, matrix.weight.t())

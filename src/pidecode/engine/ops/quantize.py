@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weight quantization (w8a16) and eight-bit matrix products (w8a8), int8 and fp8.
+"""Weight quantization to int8 and fp8: dequantized to multiply (w8a16), or multiplied in eight bits (w8a8).
 
-Weights carry one scale per output (`quantize.py`), activations get one per token as they come. The sums are
-those of `plain_product`, which widens the same codes first: rounding the factors is all that differs from the exact
-product.
+Weights carry one scale per output channel. In w8a8, activations get one scale per token as they come; the kernels
+compute what `reference_linear` computes from the same codes, so rounding to eight bits is all that differs from the
+exact product. w8a8 is experimental: it was compared on a CPU only, and no gain was measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -19,209 +19,241 @@ from torch import Tensor, nn
 from pidecode.errors import SettingError
 
 Format = Literal["int8", "fp8"]
-Way = Literal["int8", "fp8 by rows", "fp8"]
-"""How a device multiplies: in integers; in floats, with the scales given to the kernel; or scaled back afterwards."""
+Kernel = Literal["int8", "fp8 rowwise", "fp8"]
+"""How a device multiplies in eight bits: integers; floats with rowwise scales given to the kernel; floats scaled back
+afterwards."""
 
 STORED: dict[Format, tuple[torch.dtype, float]] = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 """Type and largest value of each format."""
 
-WAYS: dict[Format, tuple[Way, ...]] = {"int8": ("int8",), "fp8": ("fp8 by rows", "fp8")}
-"""Ways of each format, the better one first."""
+KERNELS: dict[Format, tuple[Kernel, ...]] = {"int8": ("int8",), "fp8": ("fp8 rowwise", "fp8")}
+"""Kernels of each format, the better one first."""
 
-STEP = 16
-"""Kernels multiply matrices whose sides divide by this."""
+ALIGNMENT = 16
+"""Kernels multiply matrices whose sides are multiples of this."""
 
-FEWEST = 17
-"""Tokens that an integer product needs on some devices; fewer are padded."""
+MIN_ROWS = 17
+"""Tokens that `torch._int_mm` needs on some devices; fewer are padded."""
+
+MIN_WEIGHTS = 2**16
+"""Layers with fewer weights are not quantized: nothing to gain, and the gates among them are sensitive."""
 
 
-def narrow(x_TK: Tensor, form: Format) -> tuple[Tensor, Tensor]:
+def quantize_rows(x_TK: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     """Codes `[T, K]` and scales `[T, 1]`, float32, of a matrix: each row fills the format's range."""
-    stored, largest = STORED[form]
+    stored, largest = STORED[format]
     scales = torch.linalg.vector_norm(x_TK, ord=float("inf"), dim=-1, keepdim=True, dtype=torch.float32)
     scales = scales.clamp_(min=1e-12).div_(largest)
     codes = x_TK / scales
-    return (codes.round_() if form == "int8" else codes).to(stored), scales
+    return (codes.round_() if format == "int8" else codes).to(stored), scales
 
 
-def product(x_TK: Tensor, codes_OK: Tensor, scales_O1: Tensor, way: Way, bias: Tensor | None = None) -> Tensor:
-    """`x @ (codes * scales)^T + bias` in eight bits, `[T, O]` in x's own type; twin: `plain_product`."""
-    form: Format = "int8" if way == "int8" else "fp8"
-    codes, scales = narrow(x_TK, form)
-    if way == "fp8 by rows":
+def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """`codes * scales`, rounded to `dtype` once: every code is exact in it, and no float32 copy is made."""
+    return codes.to(dtype, copy=True).mul_(scales)
+
+
+def w8a8_linear(
+    x_TK: Tensor, codes_OK: Tensor, scales_O1: Tensor, kernel: Kernel, bias: Tensor | None = None
+) -> Tensor:
+    """`x @ (codes * scales)^T + bias` with both factors in eight bits.
+
+    Args:
+        x_TK: Activations `[T, K]`, quantized here.
+        codes_OK: Quantized weight `[O, K]`.
+        scales_O1: Its scales `[O, 1]`, float32.
+        kernel: How to multiply.
+        bias: `[O]` in x's type, or None.
+
+    Returns:
+        `[T, O]` in x's type. `reference_linear` is the reference implementation.
+    """
+    format: Format = "int8" if kernel == "int8" else "fp8"
+    codes, scales = quantize_rows(x_TK, format)
+    if kernel == "fp8 rowwise":
         out = torch._scaled_mm(
             codes, codes_OK.t(), scale_a=scales, scale_b=scales_O1.t().contiguous(), out_dtype=torch.bfloat16
         )
         out = out.to(x_TK.dtype)
         return out if bias is None else out.add_(bias)
-    if way == "int8":
-        short = FEWEST - len(codes)
-        raw = torch._int_mm(F.pad(codes, (0, 0, 0, short)) if short > 0 else codes, codes_OK.t())[: len(codes)]
+    if kernel == "int8":
+        missing = MIN_ROWS - len(codes)
+        raw = torch._int_mm(F.pad(codes, (0, 0, 0, missing)) if missing > 0 else codes, codes_OK.t())[: len(codes)]
     else:
         one = torch.ones((), device=x_TK.device)
         raw = torch._scaled_mm(codes, codes_OK.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)
-    wide = raw * scales
+    out = raw * scales
     del raw
-    wide.mul_(scales_O1.t())
+    out.mul_(scales_O1.t())
     if bias is not None:
-        wide.add_(bias)
-    return wide.to(x_TK.dtype)
+        out.add_(bias)
+    return out.to(x_TK.dtype)
 
 
-def plain_product(
-    x_TK: Tensor, codes_OK: Tensor, scales_O1: Tensor, form: Format, bias: Tensor | None = None
+def reference_linear(
+    x_TK: Tensor, codes_OK: Tensor, scales_O1: Tensor, format: Format, bias: Tensor | None = None
 ) -> Tensor:
-    """The same sums in float32: what every way is compared with."""
-    codes, scales = narrow(x_TK, form)
+    """`w8a8_linear` with the same codes multiplied in float32: what every kernel is compared with."""
+    codes, scales = quantize_rows(x_TK, format)
     out = (codes.float() * scales) @ (codes_OK.float() * scales_O1).t()
     return (out if bias is None else out + bias).to(x_TK.dtype)
 
 
-def works(way: Way, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a device multiplies this way for activations of `dtype`, and its answer is right."""
-    if way == "fp8 by rows" and dtype != torch.bfloat16:
-        return False  # such kernels answer in bfloat16 only
-    form: Format = "int8" if way == "int8" else "fp8"
+def kernel_works(kernel: Kernel, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a device has the kernel for activations of `dtype`, and its result is right."""
+    if kernel == "fp8 rowwise" and dtype != torch.bfloat16:
+        return False  # such kernels give bfloat16 only
+    format: Format = "int8" if kernel == "int8" else "fp8"
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(64, 64, generator=generator) for _ in range(2))
-    codes, scales = narrow(weight, form)
-    expected = plain_product(x.to(dtype), codes, scales, form).float()
+    codes, scales = quantize_rows(weight, format)
+    expected = reference_linear(x.to(dtype), codes, scales, format).float()
     try:
-        answer = product(x.to(device, dtype), codes.to(device), scales.to(device), way).float().cpu()
+        out = w8a8_linear(x.to(device, dtype), codes.to(device), scales.to(device), kernel).float().cpu()
     except (RuntimeError, NotImplementedError, AttributeError):
         return False
-    return bool((answer - expected).abs().max() <= 1e-2 * expected.abs().max())
+    return bool((out - expected).abs().max() <= 1e-2 * expected.abs().max())
 
 
-def best_way(form: Format, dtype: torch.dtype, device: torch.device) -> Way:
-    """The first way in which the device multiplies this format right. Raises SettingError where there is none."""
+def best_kernel(format: Format, dtype: torch.dtype, device: torch.device) -> Kernel:
+    """The first kernel of a format that works on the device.
+
+    Raises:
+        SettingError: There is none.
+    """
     if device.type == "meta":  # where memory is counted and nothing computed
-        return WAYS[form][0] if form == "int8" or dtype == torch.bfloat16 else "fp8"
-    # Processors only imitate eight-bit floats, at a small part of float32's speed.
-    if form == "int8" or device.type != "cpu":
-        for way in WAYS[form]:
-            if works(way, dtype, device):
-                return way
+        return KERNELS[format][0] if format == "int8" or dtype == torch.bfloat16 else "fp8"
+    # CPUs only emulate eight-bit floats, at a small part of float32's speed.
+    if format == "int8" or device.type != "cpu":
+        for kernel in KERNELS[format]:
+            if kernel_works(kernel, dtype, device):
+                return kernel
     need = (
-        "an NVIDIA card of compute capability 8.9 or above, or an AMD one with the like"
-        if form == "fp8"
-        else "an NVIDIA card, or a processor and a torch with integer products"
+        "an NVIDIA GPU of compute capability 8.9 or above, or an AMD one with fp8 units"
+        if format == "fp8"
+        else "an NVIDIA GPU, or a CPU and a torch with integer products"
     )
     raise SettingError(
-        f"{device} does not multiply in {form}: that takes {need}. Keep the weights in {form} and multiply wide "
-        'instead (products="wide").'
+        f"{device} does not multiply in {format}: that takes {need}. Keep the weights in {format} and dequantize them "
+        'to multiply instead (scheme="w8a16").'
     )
-
-
-SMALLEST = 2**16
-"""Layers with fewer weights stay as they are: nothing to gain, and the gates among them are sensitive."""
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer whose weight is kept in eight bits with one scale per output.
+    """A linear layer whose weight is stored in eight bits with one scale per output channel.
 
-    way: how it multiplies in eight bits too; None widens the weight when it is used. A layer whose sides the kernels
-    do not take (`products.STEP`) is always widened.
+    Args:
+        linear: The layer to replace.
+        format: Format of the stored weight.
+        kernel: Multiplies in eight bits (w8a8); None dequantizes the weight at each use (w8a16), as a layer always
+            does whose sides are no multiples of `ALIGNMENT`.
     """
 
     codes: Tensor
     scales: Tensor
     bias: Tensor | None
 
-    def __init__(self, linear: nn.Linear, form: Format, way: Way | None = None) -> None:
+    def __init__(self, linear: nn.Linear, format: Format, kernel: Kernel | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, linear.weight.dtype
-        self.way = None if self.in_features % STEP or self.out_features % STEP else way
-        codes, scales = narrow(linear.weight.detach().float(), form)
+        self.kernel = None if self.in_features % ALIGNMENT or self.out_features % ALIGNMENT else kernel
+        codes, scales = quantize_rows(linear.weight.detach().float(), format)
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
 
     @property
     def weight(self) -> Tensor:
-        """The weight, widened; made anew each time."""
-        return widened(self.codes, self.scales, self.dtype)
+        """The dequantized weight `[out, in]`, computed at each access."""
+        return dequantize(self.codes, self.scales, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x `[..., in]` to `[..., out]`, in x's own type."""
-        if self.way is None:
+        """x `[..., in]` to `[..., out]`, in x's type."""
+        if self.kernel is None:
             return F.linear(x, self.weight.to(x.dtype), self.bias)
-        out = product(x.flatten(0, -2), self.codes, self.scales, self.way, self.bias)
+        out = w8a8_linear(x.flatten(0, -2), self.codes, self.scales, self.kernel, self.bias)
         return out.view(*x.shape[:-1], -1)
 
 
-def widened(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """`codes * scales`, rounded to `dtype` once: every code is exact in it, and no float32 copy is made."""
-    return codes.to(dtype, copy=True).mul_(scales)
-
-
 @dataclass(frozen=True, slots=True)
-class Matrix:
-    """Some of a layer's weight, ready to multiply with: wide, or in eight bits where its layer multiplies so."""
+class WeightSlice:
+    """Some of a layer's weight, dequantized or with its scales, ready to multiply with.
+
+    Attributes:
+        weight: `[..., out, in]`; eight-bit codes where the layer multiplies in eight bits.
+        scales: `[..., out, 1]` of such codes.
+        kernel: Multiplies them.
+    """
 
     weight: Tensor
-    """`[..., out, in]`"""
     scales: Tensor | None = None
-    """`[..., out, 1]` of a weight in eight bits."""
-    way: Way | None = None
+    kernel: Kernel | None = None
 
     def __call__(self, x_TK: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x @ weight^T + bias`, in x's own type."""
-        if self.scales is None or self.way is None:
+        """`x @ weight^T + bias`, in x's type."""
+        if self.scales is None or self.kernel is None:
             return F.linear(x_TK, self.weight, bias)
-        return product(x_TK, self.weight, self.scales, self.way, bias)
+        return w8a8_linear(x_TK, self.weight, self.scales, self.kernel, bias)
 
     @property
     def per_output(self) -> Tensor:
-        """The tensor that a factor for each output belongs into: the weight itself, or its scales."""
+        """The tensor that a factor per output channel is multiplied into: the weight itself, or its scales."""
         return self.weight if self.scales is None else self.scales
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Matrix:
+    def map(self, change: Callable[[Tensor], Tensor]) -> WeightSlice:
         """The same with weight and scales both rearranged."""
         return replace(self, weight=change(self.weight), scales=None if self.scales is None else change(self.scales))
 
 
-def _cut(linear: nn.Module, rows: Callable[[Tensor], Tensor], columns: slice = slice(None)) -> Matrix:
+def _slice(linear: nn.Module, rows: Callable[[Tensor], Tensor], columns: slice = slice(None)) -> WeightSlice:
     if not isinstance(linear, QuantizedLinear):
-        return Matrix(rows(cast(Tensor, linear.weight))[..., columns])
+        return WeightSlice(rows(cast(Tensor, linear.weight))[..., columns])
     codes, scales = rows(linear.codes)[..., columns], rows(linear.scales)
-    if linear.way is None or codes.shape[-1] % STEP or codes.shape[:-1].numel() % STEP:
-        return Matrix(widened(codes, scales, linear.dtype))
-    return Matrix(codes, scales, linear.way)
+    if linear.kernel is None or codes.shape[-1] % ALIGNMENT or codes.shape[:-1].numel() % ALIGNMENT:
+        return WeightSlice(dequantize(codes, scales, linear.dtype))
+    return WeightSlice(codes, scales, linear.kernel)
 
 
-def matrix_rows(linear: nn.Module, rows: slice) -> Matrix:
-    """Rows `[rows, in]` of a layer's weight, widening no others."""
-    return _cut(linear, lambda t: t[rows])
+def weight_rows(linear: nn.Module, rows: slice) -> WeightSlice:
+    """Rows `[rows, in]` of a layer's weight; no others are dequantized."""
+    return _slice(linear, lambda t: t[rows])
 
 
-def matrix_columns(linear: nn.Module, columns: slice) -> Matrix:
-    """Columns `[out, columns]` of a layer's weight, widening no others."""
-    # Kernels want rows that lie side by side; done once here, not at each product.
-    cut = _cut(linear, lambda t: t, columns)
+def weight_columns(linear: nn.Module, columns: slice) -> WeightSlice:
+    """Columns `[out, columns]` of a layer's weight; no others are dequantized."""
+    # Kernels want contiguous rows; made so once here, not at each product.
+    cut = _slice(linear, lambda t: t, columns)
     return cut if cut.scales is None else cut.map(Tensor.contiguous)
 
 
-def matrix_block(linear: nn.Module, split: tuple[int, ...], index: tuple[slice, ...]) -> Matrix:
-    """Rows of a layer seen as a `split` grid, cut by `index`: `[*cut, in]`, widening no others."""
-    return _cut(linear, lambda t: t.unflatten(0, split)[index])
+def weight_block(linear: nn.Module, split: tuple[int, ...], index: tuple[slice, ...]) -> WeightSlice:
+    """Rows of a layer seen as a `split` grid, indexed: `[*indexed, in]`; no others are dequantized."""
+    return _slice(linear, lambda t: t.unflatten(0, split)[index])
 
 
 @torch.no_grad()
-def quantize(module: nn.Module, form: Format, way: Way | None = None) -> int:
-    """Replace the large linear layers below `module`, one after the other; returns how many.
+def quantize(module: nn.Module, format: Format, kernel: Kernel | None = None) -> int:
+    """Replace the large linear layers below `module` by quantized ones, one after the other.
 
-    way: multiply in eight bits too, as `products.best_way` says this device can.
-    Raises SettingError for a format that does not exist, or a way that is not the format's.
+    Args:
+        module: Holds the layers.
+        format: Format of the stored weights.
+        kernel: Multiply in eight bits too, with what `best_kernel` chose.
+
+    Returns:
+        How many layers were replaced.
+
+    Raises:
+        SettingError: The format does not exist, or the kernel is not one of its own.
     """
-    if form not in STORED:
-        raise SettingError(f"There is no weight format {form!r}; there are {', '.join(STORED)}.")
-    if way is not None and not way.startswith(form):
-        raise SettingError(f"Weights in {form} cannot be multiplied in {way}; use one format for both.")
+    if format not in STORED:
+        raise SettingError(f"There is no weight format {format!r}; there are {', '.join(STORED)}.")
+    if kernel is not None and kernel not in KERNELS[format]:
+        raise SettingError(f"Weights in {format} cannot be multiplied in {kernel}; use one format for both.")
     count = 0
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and child.weight.numel() >= SMALLEST:
-                setattr(parent, name, QuantizedLinear(child, form, way))
+            if type(child) is nn.Linear and child.weight.numel() >= MIN_WEIGHTS:
+                setattr(parent, name, QuantizedLinear(child, format, kernel))
                 count += 1
     return count
