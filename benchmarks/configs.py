@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes to plan for and to measure: the released ones, and smaller ones. Speed does not depend on the weights."""
+"""Shapes of networks to measure. Speed and memory do not depend on the weights, so these get random ones."""
 
 from __future__ import annotations
 
-from pidecode.registry.configs import PiDConfig, debug_config, v1, v1pt5
+from pidecode.registry.configs import RELEASED_CONFIGS, PiDConfig, debug_config
 
-NETWORKS: dict[str, PiDConfig] = {
-    "tiny": debug_config(),
-    "small": PiDConfig(
+CONFIGS: dict[str, PiDConfig] = {
+    "debug": debug_config(),
+    "v1.5-narrow": PiDConfig(
         hidden_size=256, num_heads=4, patch_depth=6, pixel_attn_hidden_size=192, pixel_num_heads=4,
         adapter_width=256, adapter_padding="replicate", gate="per_token", inject_pixels=True,
         rope_reference=(2048, 2048),
     ),
-    "v1": v1(latent_channels=16, latent_down=8),
-    "v1.5": v1pt5(latent_channels=16, latent_down=8),
+    **RELEASED_CONFIGS,
 }  # fmt: skip
-"""By name. The released networks of one version differ by less than a hundredth from space to space."""
+"""The released shapes by version; "v1.5-narrow" is v1.5's architecture at a size for CPUs, "debug" the tests' model."""

@@ -1,28 +1,101 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pidecode bench`: how fast a decode is here and how much memory it takes, with the conditions."""
+"""How fast a decode is here and how much memory it takes, with the conditions.
+
+    python -m benchmarks.decode --network v1.5 --size 2048x2048 [--mode cuda-graphs] [--reference CHECKOUT] [--json]
+
+Networks have random weights: speed does not depend on what the weights are.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, get_args
 
 import click
+import torch
 
-from pidecode.benchmarking.networks import NETWORKS
-from pidecode.cli.common import SHORT_DTYPES, emit, json_option, table, threads_option, weights_options
-from pidecode.errors import SettingError
-from pidecode.units import parse_size
+from benchmarks.configs import CONFIGS
+from benchmarks.profile import profile as run_profile
+from benchmarks.reference import compare
+from benchmarks.speed import Mode, Trial, measure
+from pidecode.cli.common import SHORT_DTYPES, emit, json_option, quantization_options, table, threads_option
+from pidecode.devices import pick_device, usual_dtype
+from pidecode.engine.plan import Plan, Quantization, Scheme, predict, this_machine
+from pidecode.errors import PidecodeError, SettingError
+from pidecode.units import format_bytes, parse_size
+from pidecode.weights.convert import DTYPES
 
-if TYPE_CHECKING:
-    from pidecode.benchmarking.speed import Trial
+MODES: tuple[Mode, ...] = get_args(Mode)
+SIZES = ((1024, 1024), (2048, 2048), (2688, 1536), (4096, 4096))
+"""Of the whole suite: square ones and the widest of the trained shapes."""
 
 
-MODES = ("eager", "compiled", "graphs")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """What to measure; an empty choice means one trial of each kind, or all there is with `suite`."""
+
+    device: torch.device
+    networks: Sequence[str] = ()
+    sizes: Sequence[tuple[int, int]] = ()
+    dtypes: Sequence[torch.dtype] = ()
+    modes: Sequence[Mode] = ()
+    steps: int = 4
+    repeats: int = 2
+    quantization: Quantization | None = None
+    scheme: Scheme | None = None
+    suite: bool = False
+
+    def trials(self) -> Iterator[Trial]:
+        """Every combination, quick ones first."""
+        every = self.suite
+        for name, size, dtype, mode in product(
+            self.networks or (tuple(CONFIGS) if every else ("v1.5-narrow",)),
+            self.sizes or (SIZES if every else ((512, 512),)),
+            self.dtypes or (usual_dtype(self.device),),
+            self.modes or (MODES if every else ("eager",)),
+        ):
+            yield Trial(
+                network=name,
+                config=CONFIGS[name],
+                size=size,
+                dtype=dtype,
+                device=self.device,
+                steps=self.steps,
+                repeats=self.repeats,
+                mode=mode,
+                quantization=self.quantization,
+                scheme=self.scheme,
+            )
+
+
+def why_not(trial: Trial, memory: int | None = None) -> str | None:
+    """Why a trial cannot run here; None if it can, as far as can be told beforehand.
+
+    Args:
+        trial: What to run.
+        memory: Bytes free on the device; read from it if not given.
+    """
+    machine = this_machine(trial.device)
+    free = machine.memory if memory is None else memory
+    plan = Plan(size=trial.size, dtype=str(trial.dtype).removeprefix("torch."))
+    peak = predict(plan, trial.config, accelerator=machine.accelerator, stripped=machine.accelerator).peak
+    if peak > free:
+        return f"it needs about {format_bytes(peak)}, and {format_bytes(free)} are free"
+    try:
+        trial.check()
+    except PidecodeError as error:
+        return str(error)
+    return None
+
 
 _WHAT = (
-    click.option("--network", "networks", type=click.Choice(list(NETWORKS)), multiple=True, help="tiny if not given."),
+    click.option(
+        "--network", "networks", type=click.Choice(list(CONFIGS)), multiple=True, help="v1.5-narrow if not given."
+    ),
     click.option("--size", "sizes", metavar="WxH", multiple=True, help="512x512 if not given."),
     click.option("--dtype", "dtypes", type=click.Choice(SHORT_DTYPES), multiple=True, help="As suits the device."),
     click.option("--mode", "modes", type=click.Choice(MODES), multiple=True, help="eager if not given."),
@@ -36,9 +109,9 @@ _HOW = (
     click.option("--steps", type=click.IntRange(1, 4), default=4, show_default=True),
     click.option("--repeats", type=click.IntRange(min=1), default=2, show_default=True),
     threads_option,
-    weights_options,
+    quantization_options,
     click.option("--reference", type=click.Path(path_type=Path), help="Checkout of nv-tlabs/PiD to compare with."),
-    click.option("--profile", is_flag=True, help="Say where the time goes instead."),
+    click.option("--profile", is_flag=True, help="Show where the time goes instead."),
     click.option("-o", "--out", type=click.Path(path_type=Path), help="Write JSON to this file as well."),
     json_option,
 )
@@ -52,21 +125,19 @@ def _options(command: Any) -> Any:
 
 @click.command()
 @_options
-def bench(reference: Path | None, profile: bool, out: Path | None, as_json: bool, **options: Any) -> None:
-    """Measure decodes with random weights: speed does not depend on what the weights are.
+def main(reference: Path | None, profile: bool, out: Path | None, as_json: bool, **options: Any) -> None:
+    """Measure decodes with random weights.
 
     --network, --size, --dtype and --mode may be given several times; every combination is measured.
     """
-    from pidecode.benchmarking.profile import profile as take_apart
-
     trials, skipped = _trials(**options)
     data: dict[str, Any] = {"skipped": skipped}
     if reference is not None and (profile or any(trial.mode != "eager" for trial in trials)):
         raise SettingError("--reference compares the eager mode alone, without --profile; leave the others out.")
     if profile:
-        profiles = [take_apart(trial) for trial in trials]
+        profiles = [run_profile(trial) for trial in trials]
         data["profiles"] = [one.as_dict() for one in profiles]
-        lines = [one.sentences() for one in profiles]
+        lines = [one.as_text() for one in profiles]
     else:
         lines = list(_measured(trials, data))
     if reference is not None:
@@ -79,11 +150,7 @@ def bench(reference: Path | None, profile: bool, out: Path | None, as_json: bool
 
 def _trials(device: str | None, dtypes: Sequence[str], sizes: Sequence[str], **options: Any) -> Any:
     """What to measure, and what a suite leaves out with the reason."""
-    from pidecode.benchmarking.suite import Wanted, why_not
-    from pidecode.devices import pick_device
-    from pidecode.weights.convert import DTYPES
-
-    wanted = Wanted(
+    wanted = Selection(
         device=pick_device(device),
         dtypes=[DTYPES[dtype] for dtype in dtypes],
         sizes=[parse_size(size) for size in sizes],
@@ -103,8 +170,6 @@ def _trials(device: str | None, dtypes: Sequence[str], sizes: Sequence[str], **o
 
 def _measured(trials: Sequence[Trial], data: dict[str, Any]) -> Iterator[str]:
     """The table and its conditions."""
-    from pidecode.benchmarking.speed import measure
-
     results = [measure(trial) for trial in trials]
     data["results"] = [result.as_dict() for result in results]
     yield table([result.row() for result in results])
@@ -113,9 +178,7 @@ def _measured(trials: Sequence[Trial], data: dict[str, Any]) -> Iterator[str]:
 
 
 def _compared(trials: Sequence[Trial], checkout: Path, data: dict[str, Any]) -> list[str]:
-    """Each trial beside the reference, in words."""
-    from pidecode.benchmarking.reference import compare
-
+    """Each trial beside the reference."""
     comparisons = [compare(trial, checkout) for trial in trials]
     data["comparisons"] = [comparison.as_dict() for comparison in comparisons]
     return [
@@ -123,3 +186,10 @@ def _compared(trials: Sequence[Trial], checkout: Path, data: dict[str, Any]) -> 
         f"{c.memory:.1f} times less memory, largest difference {c.difference:.1e}"
         for trial, c in zip(trials, comparisons, strict=True)
     ]
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except PidecodeError as error:
+        raise SystemExit(str(error)) from None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multiply-adds of a decode, from shapes alone, with every saving of `model/lean.py` applied."""
+"""FLOP of a decode, from shapes alone, without what the engine does not compute."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pidecode.registry.configs import PiDConfig
 
 
 def step_flops(config: PiDConfig, size: tuple[int, int]) -> int:
-    """FLOP of one denoising step of width x height pixels; the adapter and the times are not part of it."""
+    """FLOP of one denoising step of width x height pixels, without the adapter and the timestep embedding."""
     D, F, P = config.hidden_size, config.mlp_width, config.patch_size**2
     L = size[0] * size[1] // P
     N = config.text_length if config.has_text else 0

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Each Triton kernel against its plain twin, and products in eight bits against wide ones, on the device at hand.
+"""Each Triton kernel against the eager op, and w8a8 products against plain ones, on the device at hand.
 
-    python benchmarks/kernels.py [--device cuda] [--repeats 20] [--json]
+    python -m benchmarks.kernels [--device cuda] [--repeats 20] [--json]
 
 Shapes are those of v1.5 in bfloat16, one chunk or tile at a time. Time is the best of the repeats; bytes/s are those
-that a pass has to move at the least, over that time. Without a GPU Triton has nothing to run on: only the products
-are compared, in float32, and that is said.
+that a pass has to move at the least, over that time. Without a GPU only
+the products are compared, in float32.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from pidecode.benchmarking.machine import describe_device, seconds
+from benchmarks.speed import describe_device, seconds
 from pidecode.devices import pick_device
 from pidecode.engine.ops import elementwise
-from pidecode.engine.ops import quantize as products
+from pidecode.engine.ops.quantize import KERNELS, best_kernel, quantize_rows, w8a8_linear
 from pidecode.errors import MissingDependencyError, SettingError
 
 TOKENS, HIDDEN, FEED, HEADS = 4096, 1536, 4096, 24
@@ -31,7 +31,7 @@ TILE, GROUP, PIXEL = 2048, 64, 16
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class Comparison:
     """One comparison. Seconds; `bytes` is what one pass must read and write."""
 
     what: str
@@ -39,8 +39,8 @@ class Line:
     fast: float
     bytes: int
 
-    def words(self) -> str:
-        """The comparison as a line of a table."""
+    def as_text(self) -> str:
+        """A row of a table."""
         rates = " ".join(f"{self.bytes / t / 1e9:9.1f}" for t in (self.plain, self.fast))
         return f"{self.what:44s} {self.plain * 1e6:10.1f} {self.fast * 1e6:10.1f} {self.plain / self.fast:7.2f} {rates}"
 
@@ -57,7 +57,7 @@ def best(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
 
 
 def kernels(device: torch.device) -> dict[str, tuple[Callable[[], Any], int]]:
-    """The fused sums at work, by name, with the bytes that each must move."""
+    """The fused ops by name, with the bytes that each must move."""
     dtype = torch.bfloat16
 
     def draw(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -76,9 +76,9 @@ def kernels(device: torch.device) -> dict[str, tuple[Callable[[], Any], int]]:
     return {
         "norm and modulation, tokens": (lambda: elementwise.norm_modulate(stream, one, one, dtype), tokens * 6),
         "norm and modulation, pixels": (lambda: elementwise.norm_modulate(tile, shift, factor, dtype), pixels * 10),
-        "gated sum": (lambda: elementwise.add_gated_(stream, branch, one), tokens * 10),
-        "gate of one opening per token": (lambda: elementwise.gate_latent_(stream, branch, gate, logits), tokens * 10),
-        "norm and rotation of queries": (
+        "gated addition": (lambda: elementwise.add_gated_(stream, branch, one), tokens * 10),
+        "gate per token": (lambda: elementwise.gate_latent_(stream, branch, gate, logits), tokens * 10),
+        "norm and RoPE of queries": (
             lambda: elementwise.norm_rotate_(joint[:, 0], one[: HIDDEN // HEADS], turns),
             tokens * 4 + TOKENS * 32 * 8,
         ),
@@ -89,8 +89,8 @@ def kernels(device: torch.device) -> dict[str, tuple[Callable[[], Any], int]]:
     }
 
 
-def compare_kernels(device: torch.device, repeats: int) -> list[Line]:
-    """Every kernel against its twin; empty, and said why, where Triton cannot run."""
+def compare_kernels(device: torch.device, repeats: int) -> list[Comparison]:
+    """Every kernel against the eager op; empty where Triton cannot run, with the reason on stderr."""
     if device.type == "cpu":
         print("No GPU here, so Triton kernels were not timed.", file=sys.stderr)
         return []
@@ -103,28 +103,28 @@ def compare_kernels(device: torch.device, repeats: int) -> list[Line]:
         except MissingDependencyError as fault:
             print(fault, file=sys.stderr)
             return []
-        lines.append(Line(what, plain, fast, size))
+        lines.append(Comparison(what, plain, fast, size))
     return lines
 
 
-def compare_products(device: torch.device, repeats: int) -> list[Line]:
-    """Products in eight bits against wide ones."""
+def compare_products(device: torch.device, repeats: int) -> list[Comparison]:
+    """Products in eight bits against those of plain weights."""
     dtype, tokens = (torch.float32, 128) if device.type == "cpu" else (torch.bfloat16, TOKENS)
     lines = []
     for inside, outside in ((HIDDEN, 3 * HIDDEN), (HIDDEN, FEED), (FEED, HIDDEN)):
         x = torch.randn(tokens, inside, device=device, dtype=dtype)
         weight = torch.randn(outside, inside, device=device, dtype=dtype)
         plain = best(lambda x=x, weight=weight: torch.nn.functional.linear(x, weight), device, repeats)
-        for form in products.KERNELS:
+        for format in KERNELS:
             try:
-                way = products.best_kernel(form, dtype, device)
+                kernel = best_kernel(format, dtype, device)
             except SettingError as fault:
                 print(fault, file=sys.stderr)
                 continue
-            codes, scales = products.narrow(weight, form)
-            fast = best(lambda x=x, c=codes, s=scales, w=way: products.product(x, c, s, w), device, repeats)
+            codes, scales = quantize_rows(weight, format)
+            fast = best(lambda x=x, c=codes, s=scales, k=kernel: w8a8_linear(x, c, s, k), device, repeats)
             size = (tokens * (inside + outside) + inside * outside) * dtype.itemsize
-            lines.append(Line(f"{way} product {tokens} x {inside} x {outside}", plain, fast, size))
+            lines.append(Comparison(f"{kernel} product {tokens} x {inside} x {outside}", plain, fast, size))
     return lines
 
 
@@ -143,7 +143,7 @@ def main() -> None:
         print(json.dumps({"device": where, "lines": [asdict(line) for line in lines]}, indent=2))
         return
     print(f"{'':44s} {'plain us':>10s} {'fast us':>10s} {'ratio':>7s} {'plain GB/s':>9s} {'fast GB/s':>9s}")
-    print("\n".join([*(line.words() for line in lines), where]))
+    print("\n".join([*(line.as_text() for line in lines), where]))
 
 
 if __name__ == "__main__":

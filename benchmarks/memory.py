@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many bytes of tensors are alive at once: counted as they are made and freed, on any device, also without one.
+"""How many bytes of tensors are alive at once: counted as they are allocated and freed, on any device.
 
-The count is exact for what the framework allocates and knows nothing of workspaces inside kernels, of an allocator's
-slack, or of a driver's own memory. On the meta device it needs neither the memory nor the time of the real run.
+The count is exact for tensors and excludes workspaces inside kernels, an allocator's slack and a driver's own memory.
+On the meta device it needs neither the memory nor the time of the real run.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class LiveBytes(TorchDispatchMode):
         """Count what an operation made; never what it was given."""
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor):
-                self._meet(leaf, counts=False)
+                self._see(leaf, counts=False)
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._meet(leaf, counts=True)
+                self._see(leaf, counts=True)
         return result
 
-    def _meet(self, tensor: Tensor, counts: bool) -> None:
+    def _see(self, tensor: Tensor, counts: bool) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._sizes:
@@ -65,7 +65,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 @dataclass(frozen=True, slots=True)
-class Traced:
+class TracedMemory:
     """Bytes of one decode."""
 
     weights: int
@@ -85,13 +85,16 @@ def weight_bytes(module: nn.Module) -> int:
 
 
 @torch.no_grad()
-def trace_decode(config: PiDConfig, plan: Plan, *, stripped: bool = True) -> Traced:
-    """Count a student's decode under a plan on the meta device: the real runner at work, and nothing computed.
+def trace_decode(config: PiDConfig, plan: Plan, *, stripped: bool = True) -> TracedMemory:
+    """Count a student's decode under a plan on the meta device: the real runner runs, and nothing is computed.
 
-    stripped: forget what inference at the distilled times never reads, as decoders do.
-
-    A few patch blocks stand for all, which are alike: only the latent tokens kept for each place grow with their
+    A few patch blocks stand for all, which are alike: only the latent tokens kept per injection point grow with their
     number, and are added.
+
+    Args:
+        config: Shape of the network.
+        plan: How it runs.
+        stripped: Strip it for inference at the distilled times, as decoders do.
     """
     short = replace(config, patch_depth=min(config.patch_depth, config.inject_interval + 1))
     runner = _arranged(short, plan, stripped)
@@ -117,7 +120,7 @@ def trace_decode(config: PiDConfig, plan: Plan, *, stripped: bool = True) -> Tra
     more = config.num_injections - len(condition.injections)
     full = _arranged(config, plan, stripped)
     weights = weight_bytes(full.net) - (weight_bytes(full.net.patch_blocks) if full.offloader else 0)
-    return Traced(weights=weights, peak=live.peak + int(more * kept))
+    return TracedMemory(weights=weights, peak=live.peak + int(more * kept))
 
 
 def _arranged(config: PiDConfig, plan: Plan, stripped: bool) -> Runner:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pidecode.benchmarking.speed import Bench, Trial
+from benchmarks.speed import Benchmark, Trial
 
 KINDS: dict[str, tuple[str, ...]] = {
     "attention": ("attention", "flash", "sdpa", "fmha"),
@@ -16,13 +16,13 @@ KINDS: dict[str, tuple[str, ...]] = {
     "matrix products": ("::mm", "_mm", "addmm", "bmm", "linear", "matmul"),
     "copies": ("copy", "::cat", "contiguous", "clone"),
 }
-"""Kinds of work by what names of operations contain, tried in this order; the rest are the sums between."""
-REST = "sums between them"
+"""Kinds of work by what names of operations contain, tried in this order."""
+REST = "elementwise"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """One decode, taken apart."""
+    """Where the time of one decode goes."""
 
     network: str
     size: tuple[int, int]
@@ -35,8 +35,8 @@ class Profile:
         """For JSON."""
         return asdict(self)
 
-    def sentences(self) -> str:
-        """For people."""
+    def as_text(self) -> str:
+        """The shares and the table."""
         shares = ", ".join(f"{kind} {share:.0%}" for kind, share in sorted(self.shares.items(), key=lambda s: -s[1]))
         return f"{self.network} {self.size[0]}x{self.size[1]} {self.dtype}: {shares}\n{self.table}"
 
@@ -48,8 +48,8 @@ def kind_of(operation: str) -> str:
 
 
 def profile(trial: Trial, rows: int = 15) -> Profile:
-    """Run a decode to warm up and one under the framework's profiler."""
-    bench = Bench(trial)
+    """Run a decode to warm up and one under torch's profiler."""
+    bench = Benchmark(trial)
     bench.decode()
     with torch.profiler.profile() as record:
         bench.decode()

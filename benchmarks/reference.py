@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The official network from a checkout of yours, run beside ours in one process: same weights, same noise."""
+"""The official network from a checkout of nv-tlabs/PiD, run beside ours in one process: same weights, same noise."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pidecode.benchmarking.machine import wait_for
-from pidecode.benchmarking.memory import LiveBytes
-from pidecode.benchmarking.speed import Bench, Trial, clock
+from benchmarks.memory import LiveBytes
+from benchmarks.speed import Benchmark, Trial, clock, wait_for
 from pidecode.errors import FileError, MissingDependencyError
 from pidecode.registry.configs import PiDConfig
 from pidecode.sampling import TIMESCALE, student_times
@@ -40,7 +39,7 @@ class Comparison:
     reference_peak: int
     difference: float
     """Largest difference between the two images, in [-1, 1]."""
-    spread: float
+    deviation: float
     """Standard deviation of the reference's image, to judge the difference by."""
 
     def as_dict(self) -> dict[str, Any]:
@@ -115,11 +114,11 @@ def compare(trial: Trial, checkout: Path) -> Comparison:
 
     Ours runs as by default; the reference as its own sampler runs it, in its plain, eager form.
     """
-    bench = Bench(trial)
+    bench = Benchmark(trial)
     reference = load_reference(checkout, trial.config).eval().requires_grad_(False)
     reference.load_state_dict(dict(bench.net.state_dict()), assign=True)
 
-    def theirs() -> Tensor:
+    def run_reference() -> Tensor:
         x, times = bench.noise[0], student_times(trial.steps)
         for index, (t, t_next) in enumerate(pairwise(times)):
             time = torch.full((1,), t, device=trial.device) * TIMESCALE
@@ -131,10 +130,12 @@ def compare(trial: Trial, checkout: Path) -> Comparison:
 
     wait_for(trial.device)
     with LiveBytes() as reference_live:
-        expected = theirs()
+        expected = run_reference()
     with LiveBytes() as live:
         actual = bench.decode()
-    pairs = [(clock(theirs, trial.device)[0], clock(bench.decode, trial.device)[0]) for _ in range(trial.repeats)]
+    pairs = [
+        (clock(run_reference, trial.device)[0], clock(bench.decode, trial.device)[0]) for _ in range(trial.repeats)
+    ]
     return Comparison(
         speed=sum(a for a, _ in pairs) / sum(b for _, b in pairs),
         speeds=tuple(a / b for a, b in pairs),
@@ -142,5 +143,5 @@ def compare(trial: Trial, checkout: Path) -> Comparison:
         peak=live.peak,
         reference_peak=reference_live.peak,
         difference=(actual - expected).abs().max().item(),
-        spread=expected.std().item(),
+        deviation=expected.std().item(),
     )

@@ -13,18 +13,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from benchmarks.flops import adapter_flops, step_flops
+from benchmarks.memory import LiveBytes, weight_bytes
 from pidecode import __version__
-from pidecode.benchmarking.flops import adapter_flops, step_flops
-from pidecode.benchmarking.machine import describe_device, matrix_rate, seconds, this_machine
-from pidecode.benchmarking.memory import LiveBytes, weight_bytes
-from pidecode.engine.plan import Plan, Products, Weights, plan_decode
+from pidecode.engine.plan import Plan, Quantization, Scheme, plan_decode, this_machine
 from pidecode.engine.runner import Runner
 from pidecode.models.pid.network import Condition, PiDNet
 from pidecode.registry.configs import PiDConfig
 from pidecode.sampling import sample_student
 
-Mode = Literal["eager", "compiled", "graphs"]
-"""How a decode runs: operation by operation, with its sums compiled, or with its evaluations recorded and replayed."""
+Mode = Literal["eager", "compile", "cuda-graphs"]
+"""How a decode runs: eagerly, with compiled elementwise ops, or with its evaluations captured and replayed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,12 +38,12 @@ class Trial:
     steps: int = 4
     repeats: int = 2
     mode: Mode = "eager"
-    weights: Weights | None = None
-    products: Products | None = None
+    quantization: Quantization | None = None
+    scheme: Scheme | None = None
 
     def runner(self, net: PiDNet, plan: Plan | None = None) -> Runner:
         """What runs a network in this trial's mode."""
-        return Runner(net, plan, distilled=True, compile=self.mode == "compiled", graphs=self.mode == "graphs")
+        return Runner(net, plan, distilled=True, compile=self.mode == "compile", graphs=self.mode == "cuda-graphs")
 
     def check(self) -> None:
         """Raise as `Runner.require` does where the device cannot run this mode."""
@@ -52,22 +51,22 @@ class Trial:
             self.runner(PiDNet(self.config)).require(self.device)
 
     def plan(self) -> Plan | None:
-        """What this machine makes of weights or products that were asked for; None where neither was."""
-        if self.weights is None and self.products is None:
+        """This machine's plan for the quantization that was asked for; None where none was."""
+        if self.quantization is None and self.scheme is None:
             return None
         return plan_decode(
             self.config,
             self.size,
             this_machine(self.device),
             dtype=str(self.dtype).removeprefix("torch."),
-            weights=self.weights,
-            products=self.products,
+            quantization=self.quantization,
+            scheme=self.scheme,
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """One trial's figures. Times on a processor are its own work in seconds, elsewhere of the wall."""
+class Measurement:
+    """One trial's figures. Times on a CPU are this process's CPU seconds, elsewhere wall seconds."""
 
     network: str
     size: tuple[int, int]
@@ -75,26 +74,26 @@ class Measured:
     device: str
     mode: Mode
     attention: str
-    products: str
-    """How matrices are kept and multiplied."""
+    quantization: str
+    """Format and scheme of the weights, or "none"."""
     steps: int
     first: float | None
-    """Seconds of the wall for the first decode where that compiled or recorded, else None."""
+    """Wall seconds of the first decode where that compiled or captured, else None."""
     prepare: float
-    """Of what all steps share: the adapter and the prompt's projection."""
+    """Seconds of what all steps share: the adapter and the prompt's projection."""
     step: float
-    """Of one denoising step, the best of all repeats."""
+    """Seconds of one denoising step, the best of all repeats."""
     whole: float
-    """Of a whole decode, the best of all repeats."""
+    """Seconds of a whole decode, the best of all repeats."""
     weights: int
     peak: int | None
     """Most bytes of tensors alive above the weights; None where they cannot be counted, as in compiled code on a
-    processor."""
+    CPU."""
     flops: int
     rate: float
     """FLOP/s of the whole decode."""
     share: float
-    """Of the rate at which this device was measured to multiply large matrices."""
+    """The same as a part of the rate at which this device multiplies large matrices."""
     commit: str
     versions: dict[str, str]
 
@@ -105,7 +104,7 @@ class Measured:
             "size": "x".join(map(str, self.size)),
             "dtype": self.dtype,
             "mode": self.mode,
-            "format": self.products,
+            "quantization": self.quantization,
             "first": "-" if self.first is None else f"{self.first:.1f} s",
             "step": f"{self.step:.3f} s",
             "whole": f"{self.whole:.3f} s",
@@ -117,6 +116,43 @@ class Measured:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
+
+
+def describe_device(device: torch.device) -> str:
+    """The device as a reader knows it."""
+    if device.type == "cpu":
+        return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    if torch.version.cuda or torch.version.hip:
+        return torch.cuda.get_device_name(device)
+    return device.type
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when everything queued on the device is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def seconds(device: torch.device) -> float:
+    """A clock: this process's CPU time on a CPU, which may be shared, and wall time elsewhere."""
+    wait_for(device)
+    return time.process_time() if device.type == "cpu" else time.perf_counter()
+
+
+@torch.no_grad()
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Measured multiply-adds of a large square matrix product, in FLOP/s."""
+    side, rounds = (1024, 4) if device.type == "cpu" else (8192, 10)
+    a = torch.randn(side, side, device=device).to(dtype)
+    out = a @ a
+    start = seconds(device)
+    for _ in range(rounds):
+        torch.mm(a, a, out=out)
+    return 2 * side**3 * rounds / (seconds(device) - start)
+
+
+def _describe_quantization(plan: Plan | None) -> str:
+    return "none" if plan is None or plan.quantization == "none" else f"{plan.quantization}, {plan.scheme}"
 
 
 def random_network(config: PiDConfig, dtype: torch.dtype, device: torch.device) -> PiDNet:
@@ -145,7 +181,7 @@ def inputs(trial: Trial) -> tuple[list[Tensor], Tensor | None, Tensor]:
     return noise, text, draw(1, config.latent_channels, height // cell, width // cell)
 
 
-class Bench:
+class Benchmark:
     """A network ready to be measured."""
 
     def __init__(self, trial: Trial) -> None:
@@ -183,11 +219,11 @@ class Bench:
     def peak(self) -> int | None:
         """Run a first decode; most bytes alive above weights and inputs: counted, or the allocator's own figure.
 
-        None in compiled code on a processor, which counting would keep from being compiled.
+        None in compiled code on a CPU, which counting would keep from being compiled.
         """
         device = self.trial.device
         if not torch.cuda.is_available() or device.type == "cpu":
-            if self.trial.mode == "compiled":
+            if self.trial.mode == "compile":
                 self.decode()
                 return None
             with LiveBytes() as live:
@@ -195,10 +231,10 @@ class Bench:
             peak: int = live.peak
             return peak
         with torch.inference_mode():
-            self._prepare()  # a distilled network gives up weights the first time
+            self._prepare()  # a distilled network is stripped the first time
         given = (*self.noise, self.latent, *(() if self.text is None else (self.text,)))
         torch.cuda.reset_peak_memory_stats(device)
-        self.decode()  # what is recorded is held from here on, so this decode has the highest peak
+        self.decode()  # what is captured is held from here on, so this decode has the highest peak
         held = weight_bytes(self.net) + sum(t.numel() * t.element_size() for t in given)
         return int(torch.cuda.max_memory_allocated(device)) - int(held)
 
@@ -210,23 +246,23 @@ def clock(run: Callable[[], Tensor], device: torch.device) -> tuple[float, Tenso
     return seconds(device) - start, result
 
 
-def measure(trial: Trial) -> Measured:
+def measure(trial: Trial) -> Measurement:
     """Run one trial: a warm-up that counts memory, then the timed repeats."""
-    bench, start = Bench(trial), time.perf_counter()
+    bench, start = Benchmark(trial), time.perf_counter()
     peak = bench.peak()
     first = None if trial.mode == "eager" else time.perf_counter() - start
     bench.prepare_times.clear()
     bench.step_times.clear()
     whole = min(clock(bench.decode, trial.device)[0] for _ in range(trial.repeats))
     flops = trial.steps * step_flops(trial.config, trial.size) + adapter_flops(trial.config, trial.size)
-    return Measured(
+    return Measurement(
         network=trial.network,
         size=trial.size,
         dtype=str(trial.dtype).removeprefix("torch."),
         device=describe_device(trial.device),
         mode=trial.mode,
-        attention=bench.runner.backend or "the framework's choice",
-        products="plain" if (plan := bench.runner.plan) is None else f"{plan.weights}, {plan.products}",
+        attention=bench.runner.backend or "torch's choice",
+        quantization=_describe_quantization(bench.runner.plan),
         steps=trial.steps,
         first=first,
         prepare=min(bench.prepare_times),
@@ -243,7 +279,7 @@ def measure(trial: Trial) -> Measured:
 
 
 def commit() -> str:
-    """The commit this package runs from, or "unknown" where it was installed."""
+    """The commit of this checkout, or "unknown" where git cannot tell."""
     folder = Path(__file__).resolve().parent
     try:
         done = subprocess.run(
@@ -256,7 +292,7 @@ def commit() -> str:
 
 def compare_backends(trial: Trial, names: Sequence[str]) -> dict[str, float]:
     """Seconds of one step under each attention backend that runs here."""
-    bench, times = Bench(trial), {}
+    bench, times = Benchmark(trial), {}
     for name in names:
         bench.runner.backend = name
         try:

@@ -53,7 +53,6 @@ def test_the_commands_are_exactly_these() -> None:
         "info",
         "train",
         "plan",
-        "bench",
         "doctor",
     ]
 

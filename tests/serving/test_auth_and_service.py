@@ -16,7 +16,7 @@ import torch
 from click.testing import CliRunner
 from serving_kit import PATIENCE, image_bytes, latent_bytes, small_decoder
 
-from pidecode.benchmarking.memory import LiveBytes
+from benchmarks.memory import LiveBytes
 from pidecode.cli.app import cli
 from pidecode.errors import BusyError, Cancelled, DoesNotFitError, FileError, ImageError, LatentError, SettingError
 from pidecode.latents.latent import Latent

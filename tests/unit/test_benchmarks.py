@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pidecode bench`: what it reports and under which conditions, what a suite leaves out, and what it refuses."""
+"""The decode benchmark: what it reports and under which conditions, what a suite leaves out, and what it refuses."""
 
 from __future__ import annotations
 
@@ -13,33 +13,35 @@ import torch
 from click.testing import CliRunner
 from torch.utils.flop_counter import FlopCounterMode
 
-from pidecode.benchmarking.flops import adapter_flops
-from pidecode.benchmarking.networks import NETWORKS
-from pidecode.benchmarking.profile import KINDS, REST, kind_of
-from pidecode.benchmarking.speed import Bench, Trial
-from pidecode.benchmarking.suite import MODES, SIZES, Wanted, why_not
-from pidecode.cli.app import cli
-from pidecode.cli.bench import MODES as CLI_MODES
+from benchmarks.configs import CONFIGS
+from benchmarks.decode import MODES, SIZES, Selection, main, why_not
+from benchmarks.flops import adapter_flops
+from benchmarks.profile import KINDS, REST, kind_of
+from benchmarks.speed import Benchmark, Trial
+from pidecode.errors import SettingError
 from pidecode.models.pid.adapter import LatentAdapter
 from pidecode.training.tiny.decoder_stage import tiny_config
 
 CPU = torch.device("cpu")
 
 
-def bench(*arguments: str, code: int = 0) -> Any:
-    done = CliRunner().invoke(cli, ["bench", "--size", "64x64", "--steps", "1", "--repeats", "1", *arguments])
-    assert done.exit_code == code, done.output
+def bench(*arguments: str, refused: bool = False) -> Any:
+    done = CliRunner().invoke(main, ["--size", "64x64", "--steps", "1", "--repeats", "1", *arguments])
+    if refused:
+        assert isinstance(done.exception, SettingError)
+        return str(done.exception)
+    assert done.exit_code == 0, done.output
     return done.output
 
 
 def trial(**given: Any) -> Trial:
-    return Trial(**{"network": "tiny", "config": NETWORKS["tiny"], "size": (64, 64), "dtype": torch.float32,
+    return Trial(**{"network": "debug", "config": CONFIGS["debug"], "size": (64, 64), "dtype": torch.float32,
                     "device": CPU, **given})  # fmt: skip
 
 
 def test_figures_come_with_their_conditions(tmp_path: Path) -> None:
     place = tmp_path / "figures.json"
-    text = bench("--dtype", "fp32", "-o", str(place))
+    text = bench("--network", "debug", "--dtype", "fp32", "-o", str(place))
     (result,) = json.loads(place.read_text())["results"]
     assert result["mode"] == "eager" and result["first"] is None
     assert result["peak"] > 0 and result["whole"] >= result["step"] > 0 and result["share"] > 0
@@ -49,7 +51,7 @@ def test_figures_come_with_their_conditions(tmp_path: Path) -> None:
 
 
 def test_a_profile_says_what_kind_of_work_takes_the_time() -> None:
-    (found,) = json.loads(bench("--profile", "--json"))["profiles"]
+    (found,) = json.loads(bench("--network", "debug", "--profile", "--json"))["profiles"]
     assert sum(found["shares"].values()) == pytest.approx(1)
     assert set(found["shares"]) == {*KINDS, REST}
     assert found["shares"]["matrix products"] > 0 and found["shares"][REST] > 0
@@ -72,31 +74,32 @@ def test_kinds_of_work(operation: str, kind: str) -> None:
     assert kind_of(operation) == kind
 
 
-def test_the_command_knows_the_modes() -> None:
-    assert CLI_MODES == MODES
-
-
 def test_a_suite_is_every_network_size_and_mode() -> None:
-    trials = list(Wanted(device=CPU, suite=True).trials())
-    assert len(trials) == len(NETWORKS) * len(SIZES) * len(MODES)
-    named = list(Wanted(device=CPU, suite=True, networks=["v1"], modes=["eager"]).trials())
+    trials = list(Selection(device=CPU, suite=True).trials())
+    assert len(trials) == len(CONFIGS) * len(SIZES) * len(MODES)
+    named = list(Selection(device=CPU, suite=True, networks=["v1"], modes=["eager"]).trials())
     assert [one.size for one in named] == list(SIZES)
 
 
 def test_what_cannot_run_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert why_not(trial()) is None
-    assert "need a CUDA device" in str(why_not(trial(mode="graphs")))
-    assert "GB are free" in str(why_not(trial(network="v1", config=NETWORKS["v1"], size=(4096, 4096)), memory=10**9))
+    assert "need a CUDA device" in str(why_not(trial(mode="cuda-graphs")))
+    assert "GB are free" in str(why_not(trial(network="v1", config=CONFIGS["v1"], size=(4096, 4096)), memory=10**9))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "no-such-compiler" in str(why_not(trial(mode="compiled")))
-    data = json.loads(bench("--suite", "--network", "tiny", "--json"))
+    assert "no-such-compiler" in str(why_not(trial(mode="compile")))
+    data = json.loads(bench("--suite", "--network", "debug", "--json"))
     assert [result["mode"] for result in data["results"]] == ["eager"]
-    assert set(data["skipped"]) == {"tiny 64x64 compiled", "tiny 64x64 graphs"}
+    assert set(data["skipped"]) == {"debug 64x64 compile", "debug 64x64 cuda-graphs"}
 
 
 def test_modes_that_were_named_and_cannot_run_are_errors(tmp_path: Path) -> None:
-    assert "need a CUDA device" in bench("--mode", "graphs", code=2)
-    assert "eager mode alone" in bench("--profile", "--reference", str(tmp_path), code=2)
+    assert "need a CUDA device" in bench("--mode", "cuda-graphs", refused=True)
+    assert "eager mode alone" in bench("--profile", "--reference", str(tmp_path), refused=True)
+
+
+def test_a_plan_is_measured() -> None:
+    text = bench("--network", "debug", "--quantization", "int8", "--json")
+    assert json.loads(text)["results"][0]["quantization"] == "int8, w8a16"
 
 
 @pytest.mark.slow
@@ -104,7 +107,7 @@ def test_compiled_code_is_timed_and_not_counted(monkeypatch: pytest.MonkeyPatch)
     from pidecode.engine.ops.compiled import CompiledOps
 
     monkeypatch.setattr("pidecode.engine.runner.CompiledOps", lambda: CompiledOps("eager"))
-    measured = Bench(trial(mode="compiled", steps=1))
+    measured = Benchmark(trial(mode="compile", steps=1))
     assert measured.peak() is None
     assert measured.step_times
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pidecode.benchmarking.memory import trace_decode, weight_bytes
+from benchmarks.memory import trace_decode, weight_bytes
 from pidecode.engine.chunks import Chunks
 from pidecode.engine.plan import DRIVER, GB, Machine, Plan, parameters, plan_decode, predict
 from pidecode.engine.timesteps import strip_for_inference
@@ -39,7 +39,7 @@ def test_parameters_are_counted_without_building(config: PiDConfig, stripped: bo
 
 
 LARGE = Chunks.large(16)
-SPARE = Chunks(tokens=256, tile_tokens=128, tile_rows=2)
+SMALL_CHUNKS = Chunks(tokens=256, tile_tokens=128, tile_rows=2)
 
 
 @pytest.mark.parametrize(
@@ -47,18 +47,18 @@ SPARE = Chunks(tokens=256, tile_tokens=128, tile_rows=2)
     [
         Plan(size=(512, 512), keep_tokens=False, chunks=LARGE),
         Plan(size=(512, 384), batch=2, offload=("blocks",), chunks=LARGE),
-        Plan(size=(512, 512), dtype="float32", weights="int8", chunks=LARGE),
-        Plan(size=(384, 512), weights="int8", products="eight", chunks=LARGE),
-        Plan(size=(1024, 512), weights="fp8", products="eight", chunks=LARGE, offload=("blocks",)),
+        Plan(size=(512, 512), dtype="float32", quantization="int8", chunks=LARGE),
+        Plan(size=(384, 512), quantization="int8", scheme="w8a8", chunks=LARGE),
+        Plan(size=(1024, 512), quantization="fp8", scheme="w8a8", chunks=LARGE, offload=("blocks",)),
         pytest.param(Plan(size=(1024, 768), batch=2, offload=("blocks",), chunks=LARGE), marks=pytest.mark.slow),
-        pytest.param(Plan(size=(1024, 1024), weights="int8", products="eight", chunks=LARGE), marks=pytest.mark.slow),
+        pytest.param(Plan(size=(1024, 1024), quantization="int8", scheme="w8a8", chunks=LARGE), marks=pytest.mark.slow),
         # Small chunks and many windows mean many operations to follow, hence slow: minutes on a busy machine.
         pytest.param(Plan(size=(1024, 1024), dtype="float32"), marks=pytest.mark.slow),
-        pytest.param(Plan(size=(768, 512), chunks=SPARE), marks=pytest.mark.slow),
+        pytest.param(Plan(size=(768, 512), chunks=SMALL_CHUNKS), marks=pytest.mark.slow),
         pytest.param(Plan(size=(2048, 2048), window=1024, chunks=LARGE), marks=pytest.mark.slow),
         pytest.param(Plan(size=(2048, 1024), window=1024, keep_tokens=False, chunks=LARGE), marks=pytest.mark.slow),
     ],
-    ids=lambda plan: f"{plan.size[0]}-{plan.dtype}-{plan.weights}-{plan.products}-{plan.window}-{plan.offload}",
+    ids=lambda plan: f"{plan.size[0]}-{plan.dtype}-{plan.quantization}-{plan.scheme}-{plan.window}-{plan.offload}",
 )
 def test_the_prediction_is_within_a_tenth_of_what_is_counted(plan: Plan) -> None:
     counted = trace_decode(SMALL, plan)
@@ -82,12 +82,12 @@ FULL = Plan(size=(2048, 2048), keep_tokens=False, chunks=LARGE)
         (FULL, 2.9e9),
         (replace(FULL, size=(4096, 4096)), 5.7e9),
         (replace(FULL, keep_tokens=True), 3.0e9),
-        (replace(FULL, weights="int8"), 1.8e9),
-        (replace(FULL, weights="int8", products="eight"), 1.9e9),
-        (replace(FULL, weights="fp8", products="eight"), 1.8e9),
+        (replace(FULL, quantization="int8"), 1.8e9),
+        (replace(FULL, quantization="int8", scheme="w8a8"), 1.9e9),
+        (replace(FULL, quantization="fp8", scheme="w8a8"), 1.8e9),
         (replace(FULL, offload=("blocks",)), 1.2e9),
-        (replace(FULL, weights="int8", offload=("blocks",)), 1.1e9),
-        (replace(FULL, size=(4096, 4096), window=2048, weights="int8", offload=("blocks",)), 1.8e9),
+        (replace(FULL, quantization="int8", offload=("blocks",)), 1.1e9),
+        (replace(FULL, size=(4096, 4096), window=2048, quantization="int8", offload=("blocks",)), 1.8e9),
     ],
 )
 def test_full_size_decodes_stay_within_their_bars(plan: Plan, limit: float) -> None:
@@ -98,8 +98,8 @@ def test_full_size_decodes_stay_within_their_bars(plan: Plan, limit: float) -> N
 
 @pytest.mark.parametrize("gb", [pytest.param(4.0, marks=pytest.mark.slow), 1.7])
 def test_eight_bit_weights_and_offload_keep_2048_pixels_within_four_gigabytes(gb: float) -> None:
-    plan = plan_decode(V15, (2048, 2048), Machine(memory=int(gb * GB)), weights="int8")
-    assert plan.weights == "int8" and {"text", "encoder"} <= set(plan.offload) and plan.text_on_host
+    plan = plan_decode(V15, (2048, 2048), Machine(memory=int(gb * GB)), quantization="int8")
+    assert plan.quantization == "int8" and {"text", "encoder"} <= set(plan.offload) and plan.text_on_host
     assert ("blocks" in plan.offload) == (gb < 2)
     assert plan.window is None
     counted = trace_decode(V15, replace(plan, chunks=LARGE))  # fewer operations to follow, and no less memory
@@ -114,7 +114,7 @@ def test_8192_pixels_in_twelve_gigabytes() -> None:
         plan_decode(V15, (8192, 8192), Machine(memory=4 * GB))
 
 
-def test_less_memory_gives_a_sparer_plan() -> None:
+def test_less_memory_gives_a_plan_that_needs_less() -> None:
     plans = [plan_decode(V15, (2048, 2048), Machine(memory=int(gb * GB))) for gb in (24, 3.2, 2.0, 1.5)]
     assert plans[0].keep_tokens and plans[0].exact
     assert not plans[1].keep_tokens and plans[1].exact
@@ -149,42 +149,42 @@ def test_settings_that_are_none_are_refused() -> None:
         plan_decode(V15, (1000, 1000), Machine(memory=GB))
     with pytest.raises(SettingError, match="dtype is 'int4'"):
         plan_decode(V15, (1024, 1024), Machine(memory=GB), dtype="int4")
-    with pytest.raises(SettingError, match="weights is 'int3'"):
-        Plan(size=(64, 64), weights="int3")  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match="quantization is 'int3'"):
+        Plan(size=(64, 64), quantization="int3")  # type: ignore[arg-type]
 
 
-def test_products_in_eight_bits_are_only_asked_for_and_only_of_machines_that_have_them() -> None:
-    card = Machine(memory=24 * GB, products=("int8", "fp8"))
-    assert plan_decode(V15, (1024, 1024), card).products == "wide"
-    assert plan_decode(V15, (1024, 1024), card, products="eight").weights == "int8"
-    assert plan_decode(V15, (1024, 1024), card, products="eight", weights="fp8").weights == "fp8"
+def test_w8a8_is_only_asked_for_and_only_of_machines_that_have_it() -> None:
+    card = Machine(memory=24 * GB, w8a8=("int8", "fp8"))
+    assert plan_decode(V15, (1024, 1024), card).scheme == "w8a16"
+    assert plan_decode(V15, (1024, 1024), card, scheme="w8a8").quantization == "int8"
+    assert plan_decode(V15, (1024, 1024), card, scheme="w8a8", quantization="fp8").quantization == "fp8"
     with pytest.raises(SettingError, match="does not multiply in fp8, only in int8"):
-        plan_decode(V15, (1024, 1024), replace(card, products=("int8",)), products="eight", weights="fp8")
+        plan_decode(V15, (1024, 1024), replace(card, w8a8=("int8",)), scheme="w8a8", quantization="fp8")
     with pytest.raises(SettingError, match="does not multiply in eight bits"):
-        plan_decode(V15, (1024, 1024), replace(card, products=()), products="eight")
-    with pytest.raises(SettingError, match="plain weights are multiplied as they are"):
-        plan_decode(V15, (1024, 1024), card, products="eight", weights="plain")
+        plan_decode(V15, (1024, 1024), replace(card, w8a8=()), scheme="w8a8")
+    with pytest.raises(SettingError, match="multiplies quantized weights"):
+        plan_decode(V15, (1024, 1024), card, scheme="w8a8", quantization="none")
 
 
-def test_weights_that_are_settled_stay_so() -> None:
+def test_a_fixed_quantization_stays() -> None:
     for gb in (24, 3, 2):
-        assert plan_decode(V15, (2048, 2048), Machine(memory=gb * GB), weights="plain").weights == "plain"
+        assert plan_decode(V15, (2048, 2048), Machine(memory=gb * GB), quantization="none").quantization == "none"
     with pytest.raises(DoesNotFitError):
-        plan_decode(V15, (1024, 1024), Machine(memory=GB), weights="plain")
-    assert plan_decode(V15, (1024, 1024), Machine(memory=int(1.05 * GB))).weights == "int8"
+        plan_decode(V15, (1024, 1024), Machine(memory=GB), quantization="none")
+    assert plan_decode(V15, (1024, 1024), Machine(memory=int(1.05 * GB))).quantization == "int8"
 
 
-def test_prompts_are_read_on_the_device_where_there_is_room() -> None:
+def test_the_text_encoder_runs_on_the_device_where_there_is_room() -> None:
     assert not plan_decode(V15, (1024, 1024), Machine(memory=12 * GB)).text_on_host
     tight = plan_decode(V15, (1024, 1024), Machine(memory=6 * GB))
-    assert tight.text_on_host and "prompts are read on the host" in tight.describe()
-    mute = plan_decode(replace(V15, text_dim=0), (1024, 1024), Machine(memory=4 * GB))
-    assert mute.offload == ("encoder",) and not mute.text_on_host
+    assert tight.text_on_host and "text encoder runs on the host" in tight.describe()
+    textless = plan_decode(replace(V15, text_dim=0), (1024, 1024), Machine(memory=4 * GB))
+    assert textless.offload == ("encoder",) and not textless.text_on_host
 
 
 def test_a_plan_says_what_it_does() -> None:
     plan = predict(Plan(size=(4096, 3072), offload=("text", "encoder")), V15)
     text = plan.describe()
     assert "4096x3072" in text and "predicted peak" in text and "text, encoder" in text
-    assert "widened to multiply (changes the image" in replace(plan, weights="int8").describe()
-    assert "multiplied in eight bits" in replace(plan, weights="int8", products="eight").describe()
+    assert "dequantized to multiply (changes the image" in replace(plan, quantization="int8").describe()
+    assert "multiplied in eight bits" in replace(plan, quantization="int8", scheme="w8a8").describe()

@@ -88,7 +88,7 @@ def test_the_short_way_gives_the_image_of_the_long_one_unasked(shipped: PixelDec
 
 def test_the_long_way_is_gone_where_something_asks_for_it(asked: list[float]) -> None:
     windows = Plan(size=(192, 128), batch=1, dtype="float32", window=128)
-    for plan in (windows, replace(windows, window=None, weights="int8")):
+    for plan in (windows, replace(windows, window=None, quantization="int8")):
         decoder = PixelDecoder.from_pretrained("tiny", device="cpu", dtype=torch.float32)
         runner = Runner(decoder.net, plan)
         assert runner.look is not None

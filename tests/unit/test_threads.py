@@ -9,6 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from benchmarks.decode import main
 from pidecode import devices
 from pidecode import devices as threads
 from pidecode.cli.app import cli
@@ -73,7 +74,7 @@ def test_what_the_user_set_goes_first(system: Path) -> None:
 def test_a_command_sets_the_threads_it_was_told(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     try:
-        done = CliRunner().invoke(cli, ["bench", "--size", "64x64", "--repeats", "1", "--threads", "1"])
+        done = CliRunner().invoke(main, ["--network", "debug", "--size", "64x64", "--repeats", "1", "--threads", "1"])
         assert done.exit_code == 0, done.output
         assert torch.get_num_threads() == 1
         assert "1 threads" in done.output

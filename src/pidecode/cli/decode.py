@@ -22,10 +22,10 @@ from pidecode.cli.common import (
     memory_option,
     overwrite_option,
     progress,
+    quantization_options,
     space_option,
     threads_option,
     upscaled,
-    quantization_options,
 )
 from pidecode.color_fix import LOCKS
 from pidecode.engine.plan import GB, Machine, Plan, Quantization, Scheme, plan_decode, this_machine
@@ -299,7 +299,7 @@ def plan(
     network: str,
     as_json: bool,
     quantization: Quantization | None,
-    **options: Any
+    **options: Any,
 ) -> None:
     """Say how an image would be decoded in the memory there is, or that it does not fit and what would."""
     if vram and ram:

@@ -207,14 +207,14 @@ def predict(plan: Plan, config: PiDConfig, *, accelerator: bool = True, stripped
 
 
 def _weight_parts(plan: Plan, config: PiDConfig, *, stripped: bool) -> Iterator[tuple[str, int]]:
-    wide = DTYPE_BYTES[plan.dtype]
+    itemsize = DTYPE_BYTES[plan.dtype]
     _, pixel, rest = parameters(config, stripped=stripped)
-    weight_bytes = wide if plan.quantization == "none" else 1
+    weight_bytes = itemsize if plan.quantization == "none" else 1
     present = min(2, config.patch_depth) if "blocks" in plan.offload else config.patch_depth
     yield "patch blocks", present * _block_bytes(plan, config, stripped=stripped)
     yield "pixel blocks", pixel * weight_bytes
     # Convolutions and small layers are not quantized.
-    yield "adapter and embedders", rest * wide
+    yield "adapter and embedders", rest * itemsize
 
 
 def _block_bytes(plan: Plan, config: PiDConfig, *, stripped: bool) -> int:
@@ -227,7 +227,7 @@ def _activation_parts(plan: Plan, config: PiDConfig, size: tuple[int, int]) -> I
     """Bytes of what one evaluation holds, for a (window's) size; the noisy image is the whole one."""
     from pidecode.sampling import FLOAT64_PIXELS  # loads torch, which importing this module must not
 
-    (width, height), wide, B = size, DTYPE_BYTES[plan.dtype], plan.batch
+    (width, height), itemsize, B = size, DTYPE_BYTES[plan.dtype], plan.batch
     whole = plan.size[0] * plan.size[1]
     L = width * height // config.patch_size**2
     L_whole = whole // config.patch_size**2
@@ -235,7 +235,7 @@ def _activation_parts(plan: Plan, config: PiDConfig, size: tuple[int, int]) -> I
     N = config.text_length if config.has_text else 0
     heads = config.num_injections + int(config.inject_pixels)
     gate = (D if config.gate == "per_channel" else 1) * 4
-    tokens = heads * (D * wide + gate) if plan.keep_tokens else config.adapter_width * wide
+    tokens = heads * (D * itemsize + gate) if plan.keep_tokens else config.adapter_width * itemsize
     held = B * tokens * (L if plan.window is None else L_whole + L) if heads else 0  # a window's own cut beside all
     yield "latent tokens", held
     image = 3 * 4 * B
@@ -243,7 +243,7 @@ def _activation_parts(plan: Plan, config: PiDConfig, size: tuple[int, int]) -> I
     rotation = (D // config.num_heads + A // config.pixel_num_heads) * 4
     rotations = rotation * (L + L_whole if plan.window is not None else L)
     yield "noisy image and positions", images * image + rotations + N * B * (D + config.text_dim) * 4
-    patch_stage = B * (L * D * 4 + (L + N) * 3 * D * wide + (L + N) * D * wide + N * D * 4)
+    patch_stage = B * (L * D * 4 + (L + N) * 3 * D * itemsize + (L + N) * D * itemsize + N * D * 4)
     patch_stage += _chunk_bytes(plan, L, D, config.mlp_width)
     pixel_stage = _pixel_stage(plan, config, (width, height))
     if "blocks" in plan.offload and config.patch_depth > 1:  # all but the one that comes first have left by then
@@ -256,7 +256,7 @@ def _activation_parts(plan: Plan, config: PiDConfig, size: tuple[int, int]) -> I
         between = max(4 * image * whole, 2 * image * whole + 4 * 2 * image * min(whole, FLOAT64_PIXELS))
     between -= image * (images - whole)
     # Before there are tokens: a residual block's input, its activation, the same padded, and its output.
-    adapter_stage = B * L_whole * config.adapter_width * wide * 17 // 4 - held if heads else 0
+    adapter_stage = B * L_whole * config.adapter_width * itemsize * 17 // 4 - held if heads else 0
     yield "activations", max(patch_stage, pixel_stage, between, adapter_stage)
 
 
@@ -265,20 +265,20 @@ def _pixel_stage(plan: Plan, config: PiDConfig, size: tuple[int, int]) -> int:
 
     The first pass fills the next block's compressed patches, the last the prediction.
     """
-    (width, height), wide, B, chunks = size, DTYPE_BYTES[plan.dtype], plan.batch, plan.chunks
+    (width, height), itemsize, B, chunks = size, DTYPE_BYTES[plan.dtype], plan.batch, plan.chunks
     D, A, C, patch = config.hidden_size, config.pixel_attn_hidden_size, config.pixel_hidden_size, config.patch_size
     L = width * height // patch**2
     several = config.pixel_depth > 1
-    always = B * L * (D * wide + (C * 4 * patch**2 if several else 0) + A * wide)
-    between = B * L * 3 * A * wide + max(B * L * A * wide, _qkv_bytes(plan, _run(L, chunks.tokens), A))
+    always = B * L * (D * itemsize + (C * 4 * patch**2 if several else 0) + A * itemsize)
+    between = B * L * 3 * A * itemsize + max(B * L * A * itemsize, _qkv_bytes(plan, _run(L, chunks.tokens), A))
     columns = width // patch
     tile_tokens = columns * _run(height // patch, max(1, chunks.tile_tokens // columns))
     tile = tile_tokens * chunks.tile_rows * patch * C
     filled = max(width * height * 3 * 4 * B, B * L * A * 4 if several else 0)
     # The six vectors' rows of the modulation; dequantized ones are copied twice.
     eight = plan.scheme == "w8a8"
-    rows = C * chunks.tile_rows * patch * D * (6 if eight else (6 if plan.quantization == "none" else 8) * wide)
-    inside = max(10 * wide, 4 * wide + _beside(plan, 0, 4)) if eight else 10 * wide
+    rows = C * chunks.tile_rows * patch * D * (6 if eight else (6 if plan.quantization == "none" else 8) * itemsize)
+    inside = max(10 * itemsize, 4 * itemsize + _beside(plan, 0, 4)) if eight else 10 * itemsize
     fresh = 0 if several and tile_tokens == B * L else 4  # one tile is all that is kept, and needs no copy
     during = filled + rows + tile * (fresh + inside) + (tile_tokens * D if eight else 0)
     return always + max(between, during)
@@ -291,10 +291,10 @@ def _run(length: int, size: int) -> int:
 
 def _beside(plan: Plan, inside: int, outside: int) -> int:
     """Bytes per token that a product in eight bits takes beside its operand and its result."""
-    wide = DTYPE_BYTES[plan.dtype]
+    itemsize = DTYPE_BYTES[plan.dtype]
     if plan.quantization == "fp8" and plan.dtype == "bfloat16":  # the kernel scales by itself
         return inside
-    return inside + outside * (8 - wide)  # sums, and the same scaled, in four bytes each
+    return inside + outside * (8 - itemsize)  # sums, and the same scaled, in four bytes each
 
 
 def _product_bytes(plan: Plan, tokens: int, inside: int, outside: int) -> int:
@@ -308,18 +308,18 @@ def _product_bytes(plan: Plan, tokens: int, inside: int, outside: int) -> int:
 
 def _qkv_bytes(plan: Plan, tokens: int, D: int) -> int:
     """Bytes of one chunk on its way into the joint buffer: a result of its own if quantized, or its norm in float32."""
-    wide = DTYPE_BYTES[plan.dtype]
-    norm = tokens * D * 4 if wide < 4 else 0
+    itemsize = DTYPE_BYTES[plan.dtype]
+    norm = tokens * D * 4 if itemsize < 4 else 0
     if plan.quantization == "none":
         return norm
-    return max(norm, tokens * 3 * D * wide + _product_bytes(plan, tokens, D, 3 * D))
+    return max(norm, tokens * 3 * D * itemsize + _product_bytes(plan, tokens, D, 3 * D))
 
 
 def _chunk_bytes(plan: Plan, L: int, D: int, F: int) -> int:
     """Bytes of one chunk of a patch block, at its projection or inside its feed-forward."""
-    tokens, wide = _run(L, plan.chunks.tokens), DTYPE_BYTES[plan.dtype]
-    hidden = tokens * 2 * F * wide + _product_bytes(plan, tokens, D, F)
-    return tokens * D * wide + max(hidden, _qkv_bytes(plan, tokens, D))
+    tokens, itemsize = _run(L, plan.chunks.tokens), DTYPE_BYTES[plan.dtype]
+    hidden = tokens * 2 * F * itemsize + _product_bytes(plan, tokens, D, F)
+    return tokens * D * itemsize + max(hidden, _qkv_bytes(plan, tokens, D))
 
 
 def plan_decode(

@@ -14,11 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 import pidecode
-from pidecode.benchmarking.machine import this_machine
 from pidecode.cli.app import cli
 from pidecode.devices import free_memory
 from pidecode.encoders.base import ImageEncoder, LazyEncoder, visiting
-from pidecode.engine.plan import Plan
+from pidecode.engine.plan import Plan, this_machine
 from pidecode.engine.runner import Runner
 from pidecode.errors import SettingError
 from pidecode.models import attention as door
@@ -87,11 +86,11 @@ def test_a_plan_may_be_made_from_what_the_weights_are() -> None:
 
     def plan(identity: CheckpointMetadata) -> Plan:
         seen.append(identity)
-        return Plan(size=(256, 256), dtype="float32", weights="int8")
+        return Plan(size=(256, 256), dtype="float32", quantization="int8")
 
     decoder = pidecode.PixelDecoder.from_pretrained("tiny", plan=plan)
     assert seen[0].space == "flux2" and seen[0].config == decoder.net.config
-    assert decoder.runner.plan is not None and decoder.runner.plan.weights == "int8"
+    assert decoder.runner.plan is not None and decoder.runner.plan.quantization == "int8"
     with pytest.raises(SettingError, match="cannot be changed any more"):
         decoder.runner.forget()
 
@@ -139,7 +138,7 @@ def test_a_plan_has_the_encoder_leave(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_this_machine_says_what_it_has() -> None:
     machine = this_machine("cpu")
-    assert not machine.accelerator and machine.products == ("int8",)
+    assert not machine.accelerator and machine.w8a8 == ("int8",)
     free = free_memory(CPU)
     assert free is None or machine.memory == pytest.approx(free, rel=0.2)
 
@@ -153,10 +152,10 @@ def test_the_command_line_plans_a_decode(tmp_path: Path) -> None:
     Image.radial_gradient("L").resize((40, 24)).convert("RGB").save(image)
     plain = run("upscale", image, "-o", tmp_path / "plain.png", "--steps", 1)
     assert plain.exit_code == 0 and "predicted peak" not in plain.stderr
-    done = run("upscale", image, "-o", tmp_path / "int8.png", "--steps", 1, "--weights", "int8", "--memory", "1GB")
+    done = run("upscale", image, "-o", tmp_path / "int8.png", "--steps", 1, "--quantization", "int8", "--memory", "1GB")
     assert done.exit_code == 0, done.output
     assert "192x128, batch of 1, float32" in done.stderr  # whole cells of the encoder, before it is cut back
-    assert "weights int8, widened" in done.stderr
+    assert "weights in int8, w8a16: dequantized" in done.stderr
     with Image.open(tmp_path / "int8.png") as made:
         assert made.size == (160, 96)
 
@@ -166,22 +165,16 @@ def test_the_command_line_refuses_what_cannot_be(tmp_path: Path) -> None:
     pidecode.Latent(torch.randn(2, 128, 1, 2), "flux2", 0.0).save(latent)
     tight = run("decode", latent, "--memory", "1MB")
     assert tight.exit_code != 0 and "128x64 (batch of 2) needs" in tight.stderr
-    fp8 = run("decode", latent, "--weights", "fp8", "--products", "eight")
+    fp8 = run("decode", latent, "--quantization", "fp8", "--scheme", "w8a8")
     assert fp8.exit_code != 0 and "does not multiply in fp8" in fp8.stderr
-    idle = run("decode", latent, "--weights", "plain", "--products", "eight")
-    assert idle.exit_code != 0 and "plain weights are multiplied as they are" in idle.stderr
+    idle = run("decode", latent, "--quantization", "none", "--scheme", "w8a8")
+    assert idle.exit_code != 0 and "multiplies quantized weights" in idle.stderr
 
 
-def test_plan_takes_weights_and_products() -> None:
-    done = run("plan", "--size", "2048x2048", "--vram", "4GB", "--products", "eight", "--json")
+def test_plan_takes_quantization_and_scheme() -> None:
+    done = run("plan", "--size", "2048x2048", "--vram", "4GB", "--scheme", "w8a8", "--json")
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
-    assert (told["weights"], told["products"], told["exact"], told["text_on_host"]) == ("int8", "eight", False, True)
-    fp8 = run("plan", "--size", "2048x2048", "--vram", "4GB", "--products", "eight", "--weights", "fp8")
-    assert "weights fp8, multiplied in eight bits" in fp8.output
-
-
-def test_bench_measures_a_plan() -> None:
-    done = run("bench", "--size", "64x64", "--weights", "int8", "--repeats", 1, "--steps", 1, "--json")
-    assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["results"][0]["products"] == "int8, wide"
+    assert (told["quantization"], told["scheme"], told["exact"], told["text_on_host"]) == ("int8", "w8a8", False, True)
+    fp8 = run("plan", "--size", "2048x2048", "--vram", "4GB", "--scheme", "w8a8", "--quantization", "fp8")
+    assert "weights in fp8, w8a8: multiplied in eight bits" in fp8.output
