@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runners and decoders under a plan: what leaves the device, what is measured of it, and attention that answers NaN."""
+"""Runners and decoders under a plan: what is offloaded, what this machine offers, and attention that gives NaN."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pidecode.encoders.base import ImageEncoder, LazyEncoder, visiting
 from pidecode.engine.plan import Plan, this_machine
 from pidecode.engine.runner import Runner
 from pidecode.errors import SettingError
-from pidecode.models import attention as door
+from pidecode.models import attention as attention_module
 from pidecode.models.pid.network import PiDNet
 from pidecode.registry.configs import debug_config
 from pidecode.registry.spaces import get_space
@@ -49,20 +49,20 @@ def first_step(runner: Runner, x: Tensor) -> Tensor:
 
 @pytest.fixture
 def faulty_flash(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = door.F.scaled_dot_product_attention
+    real = attention_module.F.scaled_dot_product_attention
 
     def faulty(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         answer = real(q, k, v)
-        return answer if door._chosen.get() == "math" else answer * float("nan")
+        return answer if attention_module._chosen.get() == "math" else answer * float("nan")
 
-    monkeypatch.setattr(door.F, "scaled_dot_product_attention", faulty)
+    monkeypatch.setattr(attention_module.F, "scaled_dot_product_attention", faulty)
 
 
 @pytest.mark.usefixtures("faulty_flash")
-def test_attention_that_answers_nan_on_the_first_step_is_replaced(net: PiDNet) -> None:
+def test_attention_that_gives_nan_on_the_first_step_is_replaced(net: PiDNet) -> None:
     runner, x = Runner(net), torch.randn(1, 3, 64, 96)
     runner.backend = "flash"  # as if its probe had passed
-    with pytest.warns(UserWarning, match="Attention through 'flash' answered NaN on cpu"):
+    with pytest.warns(UserWarning, match="Attention through 'flash' gave NaN on cpu"):
         answer = first_step(runner, x)
     assert torch.isfinite(answer).all()
     assert runner.backend == "math"
@@ -72,7 +72,7 @@ def test_attention_that_answers_nan_on_the_first_step_is_replaced(net: PiDNet) -
 
 
 @pytest.mark.usefixtures("faulty_flash")
-def test_attention_is_not_blamed_for_what_it_was_given(net: PiDNet) -> None:
+def test_nan_in_the_input_does_not_change_the_backend(net: PiDNet) -> None:
     runner, x = Runner(net), torch.full((1, 3, 64, 96), float("nan"))
     runner.backend = "flash"
     with warnings.catch_warnings():
@@ -107,7 +107,7 @@ class _Native:
         self.places.append(device.type)
 
 
-def test_an_encoder_that_visits_leaves_again_whatever_happens() -> None:
+def test_an_offloaded_encoder_returns_to_the_host_whatever_happens() -> None:
     native = _Native()
     encoder = ImageEncoder(native, get_space("flux2"))  # type: ignore[arg-type]
     with pytest.raises(KeyError), visiting(encoder, torch.device("meta")):
@@ -123,7 +123,7 @@ def test_an_encoder_that_visits_leaves_again_whatever_happens() -> None:
     assert native.places[-1] == "cpu"
 
 
-def test_a_plan_has_the_encoder_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_offloads_the_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Plan(size=(256, 256), dtype="float32", offload=("encoder",))
     decoder = pidecode.PixelDecoder.from_pretrained("tiny", plan=plan)
     moves: list[str] = []

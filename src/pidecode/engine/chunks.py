@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much an evaluation works on at once: the one knob between speed and memory that changes no number."""
+"""Chunk sizes of the in-place forward: larger is faster up to a point, smaller needs less memory."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
-    """Larger is faster up to a point, smaller needs less memory. The default suits a processor's caches."""
+    """What one evaluation works on at once; the default suits a CPU's caches. No size changes more than rounding.
+
+    Attributes:
+        tokens: Patch tokens that pass through a patch block's linear layers together.
+        tile_tokens: Patch tokens of a tile of the pixel blocks; rounded to whole rows of patches.
+        tile_rows: Pixel rows, within each of those patches, of such a tile.
+    """
 
     tokens: int = 512
-    """Patch tokens that pass through a patch block's linear layers together."""
     tile_tokens: int = 256
-    """Patch tokens of a tile of the pixel path; rounded to whole rows of patches."""
     tile_rows: int = 1
-    """Pixel rows, within each of those patches, of such a tile."""
 
     @classmethod
     def large(cls, patch_size: int) -> Chunks:
-        """Few, large matrix products, as accelerators like them."""
+        """Few, large matrix products, as suits accelerators."""
         return cls(tokens=4096, tile_tokens=2048, tile_rows=max(1, patch_size // 4))

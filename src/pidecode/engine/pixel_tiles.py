@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pixel path in tiles: some patches by some rows of their pixels, finished before the next one is begun.
+"""The pixel blocks in tiles: some patches by some rows of their pixels at a time.
 
-A pixel block is two halves around its attention over patches. The first half only *summarizes* pixels (modulate,
-compress), the second *updates* them (gated attention, modulate, feed-forward, gate). So one sweep over the tiles can
-update with block k and summarize for block k + 1, or color the image after the last; pixels are computed from the
-noisy image when first met, and kept between sweeps only.
+A pixel block is two halves around its attention over patches. The first compresses pixels to patches (modulate,
+compress), the second updates them (gated attention, modulate, feed-forward, gate). So one pass over the tiles updates
+with block k and compresses for block k + 1, or writes the prediction after the last block; pixels are embedded from the
+noisy image in the first pass, and kept between passes only.
 
 Each half multiplies the patch conditions with its own rows of `adaLN_modulation` (shift and scale; gate, shift, scale,
-gate), so no product is formed twice and the whole modulation, 96 vectors' worth for 16 channels, never exists.
+gate), so no product is computed twice, and the whole modulation, six vectors for every pixel, never exists.
 
-Shapes: B batch, L tokens, D hidden, P pixels of a patch, C pixel width, R rows of patches, T tokens of a tile,
+Shapes: B batch, L tokens, D hidden, P pixels of a patch, C pixel width, A attention width, T tokens of a tile,
 G pixels of a tile per patch.
 """
 
@@ -35,24 +35,29 @@ SHIFT1, SCALE1, GATE1, SHIFT2, SCALE2, GATE2 = range(6)
 
 
 @dataclass(frozen=True, slots=True)
-class Modulation:
-    """Rows of `adaLN_modulation` for some pixels and some of the six vectors, as one matrix."""
+class PixelModulation:
+    """Rows of `adaLN_modulation` for some pixels and some of the six vectors, as one matrix.
 
-    matrix: WeightSlice
-    """`[vectors * G * C, D]`, vector by vector."""
+    Attributes:
+        weight: `[vectors * G * C, D]`, vector by vector.
+        bias: `[vectors * G * C]`.
+        vectors: How many of the six.
+    """
+
+    weight: WeightSlice
     bias: Tensor
     vectors: int
 
     def __call__(self, condition_TD: Tensor) -> tuple[Tensor, ...]:
         """Each vector `[T, G * C]`."""
-        return self.matrix(condition_TD, self.bias).chunk(self.vectors, dim=-1)
+        return self.weight(condition_TD, self.bias).chunk(self.vectors, dim=-1)
 
 
-def modulation_rows(block: Any, pixels: slice, which: slice) -> Modulation:
+def modulation_rows(block: Any, pixels: slice, which: slice) -> PixelModulation:
     """Cut `which` of the six vectors of `pixels` out of a block's modulation; scales become factors.
 
-    A factor is `(1 + scale) * norm weight`, formed here in the matrix: exact in float32 up to rounding. In narrower
-    types the merged matrix would round once more, but so does the plain path, each time it adds 1 to a scale.
+    A factor is `(1 + scale) * norm weight`, merged into the matrix here: exact in float32 up to rounding. In half
+    precision the merged matrix rounds once more, as the reference does each time it adds 1 to a scale.
     """
     linear, P = block.adaLN_modulation[0], block.pixels
     C = block.norm1.weight.shape[0]
@@ -67,11 +72,11 @@ def modulation_rows(block: Any, pixels: slice, which: slice) -> Modulation:
         if 0 <= index < len(bias) and scale < which.stop:
             matrix.per_output[index].mul_(norm.weight[:, None])
             bias[index].add_(1).mul_(norm.weight)
-    return Modulation(matrix.map(lambda rows: rows.flatten(0, 2)), bias.flatten(), len(bias))
+    return PixelModulation(matrix.map(lambda rows: rows.flatten(0, 2)), bias.flatten(), len(bias))
 
 
-class _Summarize:
-    """First half of a pixel block on the pixels `group`: tiles to their share of the patches' summaries."""
+class _Compress:
+    """First half of a pixel block on the pixels `group`: adds a tile's part to the compressed patches."""
 
     def __init__(self, block: Any, group: slice) -> None:
         C = block.norm1.weight.shape[0]
@@ -79,14 +84,14 @@ class _Summarize:
         self.modulation = modulation_rows(block, group, slice(SHIFT1, SCALE1 + 1))
         self.compress = weight_columns(block.compress_to_attn, slice(group.start * C, group.stop * C))
 
-    def __call__(self, tile_TGC: Tensor, condition_TD: Tensor, summary_TA: Tensor) -> None:
+    def __call__(self, tile_TGC: Tensor, condition_TD: Tensor, compressed_TA: Tensor) -> None:
         shift, factor = (v.view(tile_TGC.shape) for v in self.modulation(condition_TD))
         pixels = ops.norm_modulate(tile_TGC, shift, factor, condition_TD.dtype)
-        ops.accumulate_(summary_TA, pixels.flatten(1), self.compress)
+        ops.accumulate_(compressed_TA, pixels.flatten(1), self.compress)
 
 
 class _Update:
-    """Second half of a pixel block on the pixels `group`: writes into the tile."""
+    """Second half of a pixel block on the pixels `group`: updates the tile in place."""
 
     def __init__(self, block: Any, group: slice) -> None:
         C = block.norm1.weight.shape[0]
@@ -102,8 +107,8 @@ class _Update:
         ops.update_pixels_(tile_TGC, expanded, vectors, self.mlp.fc1, self.mlp.fc2)
 
 
-class _Canvas:
-    """The noisy image as tiles going in, the prediction as tiles coming out."""
+class _TiledImage:
+    """The noisy image as tiles of pixel tokens, and finished tiles as parts of the prediction."""
 
     def __init__(self, net: PiDNet, x_B3HW: Tensor, condition: Condition, chunks: Chunks) -> None:
         config = net.config
@@ -111,12 +116,12 @@ class _Canvas:
         (self.rows, self.columns), self.batch = condition.grid, x_B3HW.shape[0]
         self.noisy = self._grid(x_B3HW)
         half = self.width // 2
-        zeros_down, zeros_across = (torch.zeros_like(t) for t in (condition.row_table, condition.column_table))
-        # Two tables of the width of a pixel, each silent where the other speaks: their sum is the place.
-        across = torch.cat((condition.column_table, zeros_across), dim=1)
-        down = torch.cat((zeros_down, condition.row_table), dim=1)
-        self.across = across.view(1, self.columns, 1, self.patch, 2 * half)
-        self.down = down.view(self.rows, 1, self.patch, 1, 2 * half)
+        zero_rows, zero_columns = (torch.zeros_like(t) for t in (condition.row_table, condition.column_table))
+        # Two tables of the width of a pixel, each zero where the other is not: their sum is the position.
+        x_table = torch.cat((condition.column_table, zero_columns), dim=1)
+        y_table = torch.cat((zero_rows, condition.row_table), dim=1)
+        self.x_table = x_table.view(1, self.columns, 1, self.patch, 2 * half)
+        self.y_table = y_table.view(self.rows, 1, self.patch, 1, 2 * half)
         self.rows_per_tile = max(1, chunks.tile_tokens // self.columns)
         self.tile_rows = min(self.patch, max(1, chunks.tile_rows))
 
@@ -125,7 +130,7 @@ class _Canvas:
         return image.unflatten(3, (self.columns, self.patch)).unflatten(2, (self.rows, self.patch))  # type: ignore[no-any-return]
 
     def groups(self) -> Iterator[slice]:
-        """Pixels of a patch that are worked on together, as rows of the patch."""
+        """Rows of a patch that are processed together."""
         yield from ops.parts(self.patch, self.tile_rows)
 
     def tiles(self) -> Iterator[tuple[int, slice, slice]]:
@@ -135,78 +140,79 @@ class _Canvas:
                 yield b, part, slice(part.start * self.columns, part.stop * self.columns)
 
     def pixels(self, b: int, part: slice, group: slice) -> Tensor:
-        """A tile of fresh pixel tokens `[T, G, C]`, float32: colors embedded, and their place in the image."""
+        """A tile of embedded pixel tokens `[T, G, C]`, float32: colors plus their position in the image."""
         colors = self.noisy[b, :, part, group].permute(1, 3, 2, 4, 0)  # [n, columns, rows of pixels, patch, 3]
         proj = self.net.pixel_embedder.proj
         tile = F.linear(colors.to(proj.weight.dtype), proj.weight, proj.bias).float()
-        tile.add_(self.across).add_(self.down[part, :, group])
+        tile.add_(self.x_table).add_(self.y_table[part, :, group])
         return tile.flatten(2, 3).flatten(0, 1)
 
-    def paint(self, image: Tensor, b: int, part: slice, group: slice, tile_TGC: Tensor) -> None:
-        """Colors of a finished tile into the prediction."""
+    def write(self, prediction: Tensor, b: int, part: slice, group: slice, tile_TGC: Tensor) -> None:
+        """Apply the final layer to a finished tile and write its colors into the prediction."""
         final = self.net.final_layer
         pixels = tile_TGC.mul_(ops.inverse_rms(tile_TGC)).mul_(final.norm.weight).to(final.linear.weight.dtype)
         colors = final.linear(pixels)
         shape = (part.stop - part.start, self.columns, group.stop - group.start, self.patch, 3)
-        self._grid(image)[b, :, part, group] = colors.view(shape).permute(4, 0, 2, 1, 3)
+        self._grid(prediction)[b, :, part, group] = colors.view(shape).permute(4, 0, 2, 1, 3)
 
 
 def run_pixel_blocks(net: PiDNet, x_B3HW: Tensor, tokens_BLD: Tensor, condition: Condition, chunks: Chunks) -> Tensor:
-    """The pixel path: noisy image `[B, 3, H, W]` and patch conditions `[B, L, D]` to the prediction, float32."""
+    """Pixel blocks and final layer: noisy image `[B, 3, H, W]` and patch conditions `[B, L, D]` to the prediction."""
     blocks: list[Any] = list(net.pixel_blocks)
-    sweep = _Sweep(_Canvas(net, x_B3HW, condition, chunks), tokens_BLD)
-    summary = sweep.run(None, None, blocks[0] if blocks else None)
+    passes = _TilePasses(_TiledImage(net, x_B3HW, condition, chunks), tokens_BLD)
+    compressed = passes.run(None, None, blocks[0] if blocks else None)
     for block, following in zip_longest(blocks, blocks[1:]):
-        assert summary is not None
-        # Not named: what was attended is given up before the next block attends.
-        summary = sweep.run(
-            block, attend_patches(block.attn, summary, condition.pixel_rotation, chunks.tokens), following
+        assert compressed is not None
+        # Not bound to a name, so that the attention's output is freed before the next block attends.
+        compressed = passes.run(
+            block, attend_patches(block.attn, compressed, condition.pixel_rotation, chunks.tokens), following
         )
-    return sweep.image
+    return passes.prediction
 
 
-class _Sweep:
-    """Passes over all tiles, the pixels kept between them, and the prediction at their end."""
+class _TilePasses:
+    """Passes over all tiles: pixels kept between them, and the prediction after the last."""
 
-    def __init__(self, canvas: _Canvas, tokens_BLD: Tensor) -> None:
-        self.canvas, self.tokens = canvas, tokens_BLD
+    def __init__(self, image: _TiledImage, tokens_BLD: Tensor) -> None:
+        self.image, self.tokens = image, tokens_BLD
         self.kept: dict[int, Tensor] = {}
         """Pixel tokens `[B, L, G, C]` by their group's first row, float32, from the first update to the last."""
 
     @cached_property
-    def image(self) -> Tensor:
+    def prediction(self) -> Tensor:
         """The prediction `[B, 3, H, W]`, float32."""
-        canvas = self.canvas
-        sides = (canvas.rows * canvas.patch, canvas.columns * canvas.patch)
-        return self.tokens.new_empty(canvas.batch, 3, *sides, dtype=torch.float32)
+        image = self.image
+        sides = (image.rows * image.patch, image.columns * image.patch)
+        return self.tokens.new_empty(image.batch, 3, *sides, dtype=torch.float32)
 
     def run(self, block: Any | None, attended_BLA: Tensor | None, following: Any | None) -> Tensor | None:
-        """Update every tile with `block`, then summarize it for the `following` block, or paint it if none follows.
+        """Update every tile with `block`, then compress it for the `following` block or write it to the prediction.
 
-        Returns the summaries `[B, L, attention width]` for the following block.
+        Rerotation_LH:
+            Compressed patches `[B, L, A]` for the following block, or None.
         """
-        canvas, B, L = self.canvas, *self.tokens.shape[:2]
-        # Sums over several groups of pixels stay in float32.
-        summary = None if following is None else following.compress_to_attn.bias.float().expand(B, L, -1).clone()
-        first_meeting = not self.kept
-        for group in canvas.groups():
-            pixels = slice(group.start * canvas.patch, group.stop * canvas.patch)
+        image, B, L = self.image, *self.tokens.shape[:2]
+        # Accumulated over groups of pixels, hence in float32.
+        compressed = None if following is None else following.compress_to_attn.bias.float().expand(B, L, -1).clone()
+        first_pass = not self.kept
+        for group in image.groups():
+            pixels = slice(group.start * image.patch, group.stop * image.patch)
             update = None if block is None else _Update(block, pixels)
-            summarize = None if following is None else _Summarize(following, pixels)
-            for b, part, tokens in canvas.tiles():
+            compress_tile = None if following is None else _Compress(following, pixels)
+            for b, part, tokens in image.tiles():
                 condition = self.tokens[b, tokens]
-                tile = canvas.pixels(b, part, group) if first_meeting else self.kept[group.start][b, tokens]
+                tile = image.pixels(b, part, group) if first_pass else self.kept[group.start][b, tokens]
                 if update is not None and attended_BLA is not None:
                     update(tile, condition, attended_BLA[b, tokens])
-                if summarize is None or summary is None:
-                    canvas.paint(self.image, b, part, group, tile)
+                if compress_tile is None or compressed is None:
+                    image.write(self.prediction, b, part, group, tile)
                     continue
-                summarize(tile, condition, summary[b, tokens])
-                if update is not None and first_meeting:
+                compress_tile(tile, condition, compressed[b, tokens])
+                if update is not None and first_pass:
                     self._keep(b, tokens, group, tile)
             if following is None:
                 self.kept.pop(group.start, None)
-        return None if summary is None else summary.to(self.tokens.dtype)
+        return None if compressed is None else compressed.to(self.tokens.dtype)
 
     def _keep(self, b: int, tokens: slice, group: slice, tile_TGC: Tensor) -> None:
         if group.start not in self.kept:
@@ -214,22 +220,22 @@ class _Sweep:
         self.kept[group.start][b, tokens] = tile_TGC
 
 
-def attend_patches(attn: Any, summary_BLA: Tensor, rotation: tuple[Tensor, Tensor], chunk: int) -> Tensor:
-    """Self-attention of a pixel block over the patches' summaries; twin: `PixelAttention.forward`."""
-    B, L, width = summary_BLA.shape
-    turns = torch.complex(*rotation)
-    joint = summary_BLA.new_empty(B, L, 3 * width)
+def attend_patches(attn: Any, compressed_BLA: Tensor, rotation: tuple[Tensor, Tensor], chunk: int) -> Tensor:
+    """Self-attention of a pixel block over compressed patches, in place; reference: `PixelAttention.forward`."""
+    B, L, width = compressed_BLA.shape
+    rotation_LH = torch.complex(*rotation)
+    joint = compressed_BLA.new_empty(B, L, 3 * width)
     for b in range(B):
         for part in ops.parts(L, chunk):
-            ops.linear_into(attn.qkv, summary_BLA[b, part], joint[b, part])
+            ops.linear_into(attn.qkv, compressed_BLA[b, part], joint[b, part])
             q, k, _ = joint[b, part].unflatten(-1, (3, attn.heads, -1)).unbind(-3)
-            ops.norm_rotate_(q, attn.q_norm.weight, turns[part])
-            ops.norm_rotate_(k, attn.k_norm.weight, turns[part])
+            ops.norm_rotate_(q, attn.q_norm.weight, rotation_LH[part])
+            ops.norm_rotate_(k, attn.k_norm.weight, rotation_LH[part])
     q, k, v = joint.unflatten(-1, (3, attn.heads, -1)).unbind(-3)
     if attn.gather is not None:
         k, v = attn.gather(k.contiguous()), attn.gather(v.contiguous())
     out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(-2)
     for b in range(B):
         for part in ops.parts(L, chunk):
-            ops.linear_into(attn.proj, out[b, part], summary_BLA[b, part])
-    return summary_BLA
+            ops.linear_into(attn.proj, out[b, part], compressed_BLA[b, part])
+    return compressed_BLA

@@ -33,7 +33,7 @@ from pidecode.engine.timesteps import (
     strip_for_inference,
 )
 from pidecode.errors import SettingError
-from pidecode.models.attention import best_backend, use
+from pidecode.models.attention import best_backend, use_backend
 from pidecode.models.pid.network import Condition, Grid, PiDNet
 from pidecode.models.regressor import look_through
 from pidecode.registry.checkpoints import STUDENT_TIMES
@@ -259,7 +259,7 @@ class Runner:
             return _evaluated_once(shortly)
 
         def once(x: Tensor, t: Tensor) -> Tensor:
-            with use(self.backend), self._ops():
+            with use_backend(self.backend), self._ops():
                 if self.sequence_parallel and is_parallel():
                     return denoise_sharded(self.net, self.denoise, x, t, condition)
                 if windows is not None:
@@ -277,7 +277,7 @@ class Runner:
             if bool(torch.isfinite(prediction).all()) or not bool(torch.isfinite(x).all()):
                 return prediction
             warnings.warn(
-                f"Attention through {self.backend!r} answered NaN on {x.device}; decoding goes on with the "
+                f"Attention through {self.backend!r} gave NaN on {x.device}; decoding goes on with the "
                 "'math' kernel, which is slower and takes more memory.",
                 stacklevel=2,
             )

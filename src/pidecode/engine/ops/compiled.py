@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sums around the matrix products, compiled by the framework; each equals its plain twin in `elementwise.py`.
+"""The elementwise ops as `torch.compile` compiles them. Experimental: no gain was measured on a GPU yet.
 
-Only these sums are compiled, not the products between them: those are library calls either way, may be eight-bit, may
-visit from the host, and no sum reaches across one. The number of tokens is left open, so that one compiled sum serves
-every image size, chunk and tile; a sum is compiled anew for another width or type, and for a single token alone.
+Each equals the function of its name in `elementwise`, its reference implementation. Matrix products are not compiled:
+they are library calls either way, may be quantized or offloaded, and no op fuses across one. The number of tokens is
+dynamic, so that one compiled op serves every image size, chunk and tile; another width or type compiles again, and so
+does a single token.
 
-What is compiled is kept on disk by the framework itself and found again by the next process (docs/performance.md).
+torch keeps compiled code on disk, and the next process finds it there (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ EPS = 1e-6
 
 
 class CompiledOps:
-    """The compiled sums of one network; nothing is compiled before it is first asked for.
+    """The compiled ops of one network; each is compiled when first called.
 
-    backend: of `torch.compile`; another than the framework's own is for tests.
+    Args:
+        backend: Of `torch.compile`; another than "inductor" is for tests.
     """
 
     def __init__(self, backend: str | Callable[..., Any] = "inductor") -> None:
         from torch._dynamo.exc import TorchDynamoException
 
-        self._backend, self._faults = backend, TorchDynamoException
-        self._made: dict[str, Callable[..., Any]] = {}
+        self._backend, self._errors = backend, TorchDynamoException
+        self._cache: dict[str, Callable[..., Any]] = {}
 
     def norm_modulate(self, x: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         """See `elementwise.norm_modulate`."""
@@ -47,14 +49,14 @@ class CompiledOps:
     def add_norm_modulate_(
         self, x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        """See `elementwise.add_norm_modulate_`; the stream is read once for both sums."""
+        """See `elementwise.add_norm_modulate_`; the stream is read once for both."""
         return self._run(_add_norm_modulate_, (x, branch, gate, shift, factor), dtype)  # type: ignore[no-any-return]
 
     def norm_rotate_(self, heads_TNK: Tensor, weight_K: Tensor, rotation: Tensor | None) -> None:
         """See `elementwise.norm_rotate_`."""
         if rotation is None:
             self._run(_norm_heads_, (heads_TNK, weight_K))
-        else:  # compilers know no complex numbers
+        else:  # the compiler does not support complex numbers
             self._run(_norm_rotate_, (heads_TNK, weight_K, torch.view_as_real(rotation)))
 
     def silu_times_(self, x: Tensor, other: Tensor) -> Tensor:
@@ -69,30 +71,30 @@ class CompiledOps:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
         try:
             return self._compiled(body)(*tensors, *constants)
-        except self._faults as error:
-            told = " ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
+        except self._errors as error:
+            detail = " ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
             raise SettingError(
-                f"Compiling {body.__name__.strip('_')} for {tensors[0].device} failed: {told} Run without compiling, "
-                "or mend what the compiler needs; TORCH_LOGS=+dynamo,+inductor shows all of it."
+                f"Compiling {body.__name__.strip('_')} for {tensors[0].device} failed: {detail} Run without compiling, "
+                "or fix what the compiler needs; TORCH_LOGS=+dynamo,+inductor shows all of it."
             ) from error
 
     def _compiled(self, body: Callable[..., Any]) -> Callable[..., Any]:
         name = body.__name__
-        if name not in self._made:
+        if name not in self._cache:
             assert isinstance(body, FunctionType)
-            # The framework bounds how often it compiles one piece of code, in a whole process: each network brings
-            # its own copy, so that several of them do not use up each other's share.
+            # torch limits how often one code object is recompiled in a process: each network has its own copy, so that
+            # several networks do not exhaust the limit together.
             own = FunctionType(body.__code__.replace(), body.__globals__, name)
-            self._made[name] = torch.compile(own, backend=self._backend, fullgraph=True, dynamic=False)
-        return self._made[name]
+            self._cache[name] = torch.compile(own, backend=self._backend, fullgraph=True, dynamic=False)
+        return self._cache[name]
 
 
-# Bodies: plain sums in float32, which the compiler joins into one pass over memory.
+# What is compiled: float32 arithmetic, which the compiler fuses into one pass over memory.
 
 
 def _normed(x: Tensor) -> Tensor:
-    wide = x.float()
-    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
 
 
 def _norm_modulate(x: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -114,9 +116,9 @@ def _norm_heads_(heads_TNK: Tensor, weight_K: Tensor) -> None:
     heads_TNK.copy_(_normed(heads_TNK) * weight_K)
 
 
-def _norm_rotate_(heads_TNK: Tensor, weight_K: Tensor, turns_TH2: Tensor) -> None:
+def _norm_rotate_(heads_TNK: Tensor, weight_K: Tensor, rotation_TH2: Tensor) -> None:
     even, odd = (_normed(heads_TNK) * weight_K).unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = turns_TH2.unsqueeze(1).unbind(-1)
+    cos, sin = rotation_TH2.unsqueeze(1).unbind(-1)
     heads_TNK.copy_(torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2))
 
 

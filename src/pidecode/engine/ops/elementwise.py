@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Elementwise ops of the in-place forward: norm, modulation, gates, rotary embedding.
 
-Each sum has a plain twin in `model/layers.py` or `model/rope.py` that autograd can follow; these write in place,
-take their statistics in float32 without a float32 copy of the input, and agree with the twin to rounding.
+Each has a reference implementation in `pidecode.models.pid` that autograd can differentiate. These write in place,
+compute statistics in float32 without a float32 copy of the input, and agree with the reference to rounding.
+Inside `with compiled(...)` or `with fused():` those that have one run as compiled code or as a Triton kernel; both are
+experimental.
 """
 
 from __future__ import annotations
@@ -26,15 +28,16 @@ if TYPE_CHECKING:
 
 EPS = 1e-6
 
-_fused: ContextVar[bool] = ContextVar("fused_sums", default=False)
-_compiled: ContextVar[CompiledOps | None] = ContextVar("compiled_sums", default=None)
+_fused: ContextVar[bool] = ContextVar("fused_ops", default=False)
+_compiled: ContextVar[CompiledOps | None] = ContextVar("compiled_ops", default=None)
 
 
 @contextmanager
 def fused() -> Iterator[None]:
-    """Within the block, run the sums that have one as a Triton kernel (`triton.py`).
+    """Inside the `with`, run the ops that have one as a Triton kernel (`ops.triton`). Experimental.
 
-    Raises MissingDependencyError where Triton is not installed.
+    Raises:
+        MissingDependencyError: Triton is not installed.
     """
     if find_spec("triton") is None:
         raise MissingDependencyError("Fused kernels need triton, which comes with GPU builds of torch on Linux.")
@@ -46,9 +49,9 @@ def fused() -> Iterator[None]:
 
 
 @contextmanager
-def compiled(sums: CompiledOps) -> Iterator[None]:
-    """Within the block, run the sums that have one as the framework compiled them."""
-    token = _compiled.set(sums)
+def compiled(ops: CompiledOps) -> Iterator[None]:
+    """Inside the `with`, run the ops that have one as `torch.compile` compiled them. Experimental."""
+    token = _compiled.set(ops)
     try:
         yield
     finally:
@@ -56,7 +59,7 @@ def compiled(sums: CompiledOps) -> Iterator[None]:
 
 
 def parts(length: int, size: int) -> Iterator[slice]:
-    """Cut `length` into runs of at most `size`, as equal as can be, so that no short tail wastes a matrix product."""
+    """Slices of at most `size` that cover `length`, as equal as can be: a short tail would waste a matrix product."""
     count = max(1, -(-length // size))
     step = -(-length // count)
     for start in range(0, length, step):
@@ -70,12 +73,12 @@ def inverse_rms(x: Tensor) -> Tensor:
 
 
 def norm_modulate(x: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`rms_norm(x) * factor + shift`, summed in float32, as `dtype`; twin: `modulate(RMSNorm(x), shift, scale)`.
+    """`rms_norm(x) * factor + shift`, computed in float32, as `dtype`; reference: `modulate(RMSNorm(x), shift, scale)`.
 
-    `factor` is `(1 + scale) * norm weight`: a step's scales are known before its tokens, so they are merged once.
+    `factor` is `(1 + scale) * norm weight`, merged once per step rather than per token.
     """
-    if (sums := _compiled.get()) is not None:
-        return sums.norm_modulate(x, shift, factor, dtype)
+    if (ops := _compiled.get()) is not None:
+        return ops.norm_modulate(x, shift, factor, dtype)
     if _fused.get() and (shift.ndim == 1 or shift.shape == x.shape == factor.shape):
         from pidecode.engine.ops import triton as triton_kernels
 
@@ -87,8 +90,8 @@ def norm_modulate(x: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype) 
 
 def add_gated_(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     """`x += gate * branch`, in place, whatever the types of the two."""
-    if (sums := _compiled.get()) is not None:
-        return sums.add_gated_(x, branch, gate)
+    if (ops := _compiled.get()) is not None:
+        return ops.add_gated_(x, branch, gate)
     if _fused.get() and x.ndim == 2 and x.stride(1) == branch.stride(1) == 1:
         from pidecode.engine.ops import triton as triton_kernels
 
@@ -99,16 +102,16 @@ def add_gated_(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
 def add_norm_modulate_(
     x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """`add_gated_`, then `norm_modulate` of what came of it: one pass over the stream where sums are compiled."""
-    if (sums := _compiled.get()) is not None:
-        return sums.add_norm_modulate_(x, branch, gate, shift, factor, dtype)
+    """`add_gated_`, then `norm_modulate` of the result: one pass over the stream where ops are compiled."""
+    if (ops := _compiled.get()) is not None:
+        return ops.add_norm_modulate_(x, branch, gate, shift, factor, dtype)
     return norm_modulate(add_gated_(x, branch, gate), shift, factor, dtype)
 
 
 def gate_latent_(x_TD: Tensor, tokens_TD: Tensor, weight_OD: Tensor, logits: Tensor) -> Tensor:
-    """`x += sigmoid(x @ weight^T + logits) * tokens`, in place; twin: `Gate.forward`.
+    """`x += sigmoid(x @ weight^T + logits) * tokens`, in place; reference: `Gate.forward`.
 
-    One opening per token (`O` is 1, logits `[T, 1]`) or per channel.
+    One gate per token (O is 1, logits `[T, 1]`) or per channel (O is D).
     """
     if _fused.get() and len(weight_OD) == 1 and x_TD.stride(1) == tokens_TD.stride(1) == 1:
         from pidecode.engine.ops import triton as triton_kernels
@@ -120,9 +123,14 @@ def gate_latent_(x_TD: Tensor, tokens_TD: Tensor, weight_OD: Tensor, logits: Ten
 def update_pixels_(
     tile_TGC: Tensor, expanded_TGC: Tensor, vectors: tuple[Tensor, ...], fc1: nn.Module, fc2: nn.Module
 ) -> Tensor:
-    """The second half of a pixel block after its large products, in place; twin: the end of `PixelBlock.forward`.
+    """What a pixel block does after its attention, in place; reference: the end of `PixelBlock.forward`.
 
-    expanded_TGC: what was attended, expanded to pixels. vectors: gate, shift, factor and gate, each `[T, G * C]`.
+    Args:
+        tile_TGC: Pixel tokens of a tile, float32.
+        expanded_TGC: Attention output, expanded to pixels.
+        vectors: Gate, shift, factor and gate, each `[T, G * C]`.
+        fc1: First layer of the feed-forward.
+        fc2: Its second layer.
     """
     if _fused.get() and type(fc1) is type(fc2) is nn.Linear and tile_TGC.stride()[1:] == (tile_TGC.shape[2], 1):
         from pidecode.engine.ops import triton as triton_kernels
@@ -135,13 +143,15 @@ def update_pixels_(
 
 
 def norm_rotate_(heads_TNK: Tensor, weight_K: Tensor, rotation: Tensor | None) -> None:
-    """RMS-normalize each head and rotate its channel pairs, in place; twin: `rotate(RMSNorm(x), rotation)`.
+    """RMS-normalize each head and rotate its channel pairs, in place; reference: `rotate(RMSNorm(x), rotation)`.
 
-    heads_TNK: queries or keys `[tokens, heads, head_dim]`, any strides with a dense last axis.
-    rotation: `[tokens, head_dim / 2]` complex64, or None where nothing is rotated.
+    Args:
+        heads_TNK: Queries or keys `[tokens, heads, head_dim]`, any strides with a dense last axis.
+        weight_K: The norm's weight.
+        rotation: `[tokens, head_dim / 2]` complex64, or None where nothing is rotated.
     """
-    if (sums := _compiled.get()) is not None:
-        sums.norm_rotate_(heads_TNK, weight_K, rotation)
+    if (ops := _compiled.get()) is not None:
+        ops.norm_rotate_(heads_TNK, weight_K, rotation)
         return
     if _fused.get() and heads_TNK.stride(2) == 1:
         from pidecode.engine.ops import triton as triton_kernels
@@ -162,13 +172,13 @@ def _rotate_(x_TNK: Tensor, rotation: Tensor) -> None:
     # Not every device multiplies complex numbers.
     even, odd = x_TNK.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rotation.real.unsqueeze(1), rotation.imag.unsqueeze(1)
-    turned = even * sin + odd * cos
+    new_odd = even * sin + odd * cos
     even.copy_(even * cos - odd * sin)
-    odd.copy_(turned)
+    odd.copy_(new_odd)
 
 
 def linear_into(linear: nn.Module, x_TD: Tensor, out: Tensor) -> None:
-    """Write `linear(x)` into `out`, straight from the matrix product where the layer is a plain one."""
+    """Write `linear(x)` into `out`, directly from the matrix product where the layer is an `nn.Linear`."""
     if type(linear) is nn.Linear and out.dtype == linear.weight.dtype:
         if linear.bias is None:
             torch.mm(x_TD, linear.weight.t(), out=out)
@@ -180,18 +190,18 @@ def linear_into(linear: nn.Module, x_TD: Tensor, out: Tensor) -> None:
 
 def silu_times_(x: Tensor, other: Tensor) -> Tensor:
     """`silu(x) * other`, into `x`."""
-    if (sums := _compiled.get()) is not None:
-        return sums.silu_times_(x, other)
+    if (ops := _compiled.get()) is not None:
+        return ops.silu_times_(x, other)
     return F.silu(x, inplace=True).mul_(other)
 
 
 def gated_feed_forward(x: Tensor, w1: nn.Module, w3: nn.Module, w2: nn.Module) -> Tensor:
-    """`w2(silu(w1 x) * w3 x)` with one inner buffer less; twin: `GatedFeedForward`."""
+    """`w2(silu(w1 x) * w3 x)` with one inner buffer less; reference: `GatedFeedForward`."""
     return w2(silu_times_(w1(x), w3(x)))  # type: ignore[no-any-return]
 
 
 def accumulate_(total: Tensor, x: Tensor, matrix: WeightSlice) -> None:
-    """`total += x @ matrix^T`; a total wider than its terms stays wide."""
+    """`total += x @ matrix^T`; a float32 total stays float32."""
     if total.dtype == x.dtype and matrix.scales is None:
         total.addmm_(x, matrix.weight.t())
     else:

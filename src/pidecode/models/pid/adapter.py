@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapter: latent in, one set of patch tokens per injection point out, and the gates that let them in.
+"""Latent adapter and gates: a latent to patch tokens for every injection point (docs/architecture.md, Adapter).
 
-Nothing here depends on the noisy image or on time except a gate's own decision, so one image needs
-the adapter once, whatever the number of steps (SPEC.md section 2).
+Only the gates read the noisy image, so an image needs the adapter once, whatever the number of steps.
 """
 
 from __future__ import annotations
@@ -50,27 +49,27 @@ class ComputedInjection:
 
 
 def masked(x: Tensor, mask_B: Tensor | None) -> Tensor:
-    """x `[B, ...]` with some samples silenced: `mask_B` is 0 or 1."""
+    """x `[B, ...]` times a per-sample mask `[B]` of 0 or 1."""
     return x if mask_B is None else x * mask_B.to(x.dtype).view(-1, *(1,) * (x.ndim - 1))
 
 
 @dataclass(frozen=True, slots=True)
 class LatentTokens:
-    """What the adapter says of one latent: tokens `[B, L, D]` per injected patch block, and for the pixel blocks."""
+    """The adapter's output: tokens `[B, L, D]` per injected patch block, and for the pixel blocks."""
 
     blocks: tuple[Tensor, ...]
     pixels: Tensor | None
     color: Tensor | None
-    """Predicted low-resolution image `[B, 3, h f, w f]`, f = patch_size / scale, if it was asked for."""
+    """Low-resolution image `[B, 3, h f, w f]`, f = patch_size / scale, if asked for."""
 
 
 def conv3x3(in_channels: int, out_channels: int, padding: Padding) -> nn.Conv2d:
-    """A 3x3 convolution that keeps the grid."""
+    """A 3x3 convolution that keeps height and width."""
     return nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode=padding)
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions, each after a norm over the whole image, and a skip."""
+    """GroupNorm, SiLU, 3x3 convolution, twice, and a skip connection."""
 
     def __init__(self, width: int, padding: Padding, *, normalized: bool = True) -> None:
         super().__init__()
@@ -120,9 +119,10 @@ class ClimbingTower(nn.Module):
 
 
 class Gate(nn.Module):
-    """How much of the latent's tokens to let in: less where the latent itself is noisy.
+    """Sigma-aware gate: adds latent tokens to the stream, fewer where the latent itself is noisy.
 
-    `x + sigmoid(content_proj([x, latent]) - exp(log_alpha) * sigma) * latent`
+    `x + sigmoid(content_proj([x, latent]) - exp(log_alpha) * sigma) * latent`, with one gate per token or per channel.
+    `latent_logits` is the part of the logits that no denoising step changes.
     """
 
     def __init__(self, width: int, per_channel: bool) -> None:
@@ -131,19 +131,19 @@ class Gate(nn.Module):
         self.log_alpha = nn.Parameter(torch.tensor(math.log(5.0)))
 
     def reset_parameters(self) -> None:
-        """Start values: nearly open for a clean latent, nearly shut for noise."""
+        """Start values: nearly open for a clean latent, nearly closed for noise."""
         nn.init.trunc_normal_(self.content_proj.weight, std=0.01)
         nn.init.constant_(self.content_proj.bias, 2.0)
         nn.init.constant_(self.log_alpha, math.log(5.0))
 
     def latent_logits(self, latent_BLD: Tensor, sigma_B: Tensor) -> Tensor:
-        """The part of the decision that no denoising step changes, `[B, L, D or 1]`."""
+        """The part of the logits that no denoising step changes, `[B, L, D or 1]`, float32."""
         weight = self.content_proj.weight[:, latent_BLD.shape[-1] :]
         logits = F.linear(latent_BLD.to(weight.dtype), weight, self.content_proj.bias)
         return logits - self.log_alpha.float().exp() * sigma_B.float().view(-1, 1, 1)
 
     def opening(self, x_BLD: Tensor, logits: Tensor) -> Tensor:
-        """The gate itself, in (0, 1)."""
+        """The gate's value `[B, L, D or 1]` in (0, 1)."""
         weight = self.content_proj.weight[:, : x_BLD.shape[-1]]
         return torch.sigmoid(F.linear(x_BLD.to(weight.dtype), weight) + logits)
 
@@ -152,7 +152,7 @@ class Gate(nn.Module):
 
 
 class LatentAdapter(nn.Module):
-    """Latent `[B, C, a, b]` to tokens of the patch grid (SPEC.md section 2)."""
+    """Latent `[B, C, a, b]` to tokens of the patch grid for every injection point."""
 
     def __init__(self, config: PiDConfig) -> None:
         super().__init__()
@@ -189,7 +189,11 @@ class LatentAdapter(nn.Module):
         )
 
     def align(self, latent: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Bring a latent to the patch grid (SPEC.md section 2, steps 1 and 2)."""
+        """Bring a latent to the patch grid: unpatchify, then resize or pixel-unshuffle.
+
+        Raises:
+            LatentError: The latent's shape does not fit the network.
+        """
         config = self.config
         if latent.ndim != 4 or latent.shape[1] != config.latent_channels:
             raise LatentError(
@@ -216,7 +220,11 @@ class LatentAdapter(nn.Module):
     def features(
         self, grid: tuple[int, int], latent: Tensor | None, image: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Shared features `[B, width, h, w]`, and those the color head reads."""
+        """Features `[B, width, h, w]` that all heads share, and those the color head reads.
+
+        Raises:
+            LatentError: There is nothing this adapter can read.
+        """
         parts: list[Tensor] = []
         tapped: Tensor | None = None
         if self.config.adapter_image_channels and image is not None:
@@ -240,7 +248,7 @@ class LatentAdapter(nn.Module):
         return shared, shared if tapped is None else tapped
 
     def color(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The color head: features to the low-resolution image `[B, 3, h f, w f]`, unclamped."""
+        """Color head: features to the low-resolution image `[B, 3, h f, w f]`, not clamped."""
         side = self.config.patch_size // self.config.scale
         colors = self.lq_aux_rgb_head(features.flatten(2).transpose(1, 2))
         return F.pixel_shuffle(colors.transpose(1, 2).unflatten(2, grid), side)
@@ -254,7 +262,15 @@ class LatentAdapter(nn.Module):
         mask: Tensor | None = None,
         want_color: bool = False,
     ) -> LatentTokens:
-        """Tokens for every injection point. `mask` `[B]` of 0 or 1 silences the latent of single samples."""
+        """Tokens for every injection point.
+
+        Args:
+            grid: Rows and columns of patches.
+            latent: Normalized latent `[B, C, a, b]`.
+            image: Low-resolution image `[B, 3, H, W]`, for adapters that read one.
+            mask: `[B]` of 0 or 1; 0 silences a sample.
+            want_color: Run the color head.
+        """
         shared, tapped = self.features(grid, latent, image)
         tokens = shared.flatten(2).transpose(1, 2)
         return LatentTokens(

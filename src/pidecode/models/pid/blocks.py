@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks of the network: norms, embedders, rotary embedding, joint attention, patch and pixel blocks.
+"""Blocks of the network: rotary and sin-cos positions, norms, embedders, patch blocks and pixel blocks.
 
 Shapes: B batch, L patch tokens, N prompt tokens, D hidden, P pixels of a patch, C pixel width.
-Precision: streams stay in float32; matrices run in the weights' own type.
+Precision: residual streams stay in float32; matrix products run in the type of the weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pidecode.models.attention import attention
 from pidecode.registry.configs import PiDConfig
 
 IMAGE_SPAN = 16.0
-"""Every image spans 0..16 on both axes, whatever its size (SPEC.md section 1, 2D RoPE)."""
+"""Positions of patches run from 0 to 16 on both axes, whatever the image's size."""
 
 Rotation = tuple[Tensor, Tensor]
 """cos and sin, each `[tokens, head_dim / 2]`, float32."""
@@ -32,7 +32,7 @@ def _axis_angles(length: int, head_dim: int, theta: float, device: torch.device)
 
 
 def _scaled_theta(length: int, reference: float, head_dim: int) -> float:
-    """NTK-aware base: the frequencies stretch with the grid, per axis, relative to a reference grid."""
+    """NTK-aware RoPE base of one axis: frequencies scale with the grid relative to a reference grid."""
     axis_dim = head_dim / 2
     if axis_dim <= 2:
         return 10000.0
@@ -46,9 +46,14 @@ def image_rotation(
     reference_grid: tuple[float, float] | None,
     device: torch.device,
 ) -> Rotation:
-    """Rotary table of a grid (rows, columns) of patches, row-major (SPEC.md section 1, 2D RoPE).
+    """2D rotary table of a grid of patches, row-major (RoPE, https://arxiv.org/abs/2104.09864).
 
-    `reference_grid` (rows, columns) selects the NTK-aware form; None the plain one.
+    Args:
+        grid: Rows and columns of patches.
+        head_dim: Channels of an attention head.
+        reference_grid: Rows and columns for which the NTK-aware form leaves the frequencies as they are; None selects
+            the plain form.
+        device: Where the table is needed.
     """
     rows, columns = grid
     theta_y = theta_x = 10000.0
@@ -65,7 +70,7 @@ def image_rotation(
 
 
 def text_rotation(length: int, head_dim: int, theta: float, *, device: torch.device) -> Rotation:
-    """Rotary table of `length` prompt tokens at positions 0, 1, 2, ..."""
+    """1D rotary table of prompt tokens at positions 0, 1, 2, ..."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     positions = torch.arange(length, dtype=torch.float32, device=device)
     angles = torch.outer(positions, 1.0 / theta**exponents)
@@ -73,27 +78,26 @@ def text_rotation(length: int, head_dim: int, theta: float, *, device: torch.dev
 
 
 def rotate(x_BLNK: Tensor, rotation: Rotation) -> Tensor:
-    """Rotate neighboring channel pairs (2j, 2j+1) of `[batch, tokens, heads, head_dim]`, in float32."""
+    """Apply a rotary table to channel pairs (2j, 2j + 1) of `[B, tokens, heads, head_dim]`, in float32."""
     cos, sin = (table[None, :, None, :] for table in rotation)
     even, odd = x_BLNK.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
 def pixel_axis_table(length: int, channels: int, *, device: torch.device) -> Tensor:
-    """Sines then cosines `[length, channels]` of integer pixel coordinates along one axis.
+    """Sines then cosines `[length, channels]` of integer pixel coordinates along one axis, float32.
 
-    Built in float64, stored in float32 (SPEC.md section 1, sin-cos table of pixels); the table of a
-    image is this one for its columns beside this one for its rows.
+    A pixel's position is the entry of its column beside that of its row.
     """
-    quarter = channels // 2
-    # Devices without float64 (Apple's) get the table from the processor.
-    k = torch.arange(quarter, dtype=torch.float64)
-    angles = torch.outer(torch.arange(length, dtype=torch.float64), 10000.0 ** (-k / quarter))
+    half = channels // 2
+    # float64 as in the reference, and on the CPU since some devices (Apple's) have none.
+    k = torch.arange(half, dtype=torch.float64)
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), 10000.0 ** (-k / half))
     return torch.cat((angles.sin(), angles.cos()), dim=1).float().to(device)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm: statistics in float32, eps 1e-6, result in the weight's type."""
+    """RMS norm (https://arxiv.org/abs/1910.07467): float32 statistics, eps 1e-6, result in the weight's type."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -106,7 +110,7 @@ class RMSNorm(nn.Module):
 
 
 def timestep_features(t_B: Tensor, count: int = 256) -> Tensor:
-    """Cosines then sines `[B, count]` of the flow time times 1000, with a longest period of 10."""
+    """Cosines then sines `[B, count]` of the flow time times 1000; frequencies fall from 1 to 1/10."""
     half = count // 2
     k = torch.arange(half, dtype=torch.float32, device=t_B.device)
     angles = t_B.float()[:, None] * torch.exp(-math.log(10.0) * k / half)
@@ -160,7 +164,7 @@ class PixelEmbedder(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """SwiGLU without bias: `w2(silu(w1 v) * w3 v)`."""
+    """SwiGLU without bias, https://arxiv.org/abs/2002.05202: `w2(silu(w1 x) * w3 x)`."""
 
     def __init__(self, width: int, inner_width: int) -> None:
         super().__init__()
@@ -173,7 +177,7 @@ class GatedFeedForward(nn.Module):
 
 
 class PixelFeedForward(nn.Module):
-    """Linear, exact GELU, Linear on every pixel: C -> 4C -> C."""
+    """Linear, exact GELU, linear on every pixel: C to 4 C to C."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -202,7 +206,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def to_patches(image_B3HW: Tensor, patch: int) -> Tensor:
-    """Image to patches `[B, L, P, 3]`: patches row-major, and pixels row-major within a patch."""
+    """Image `[B, 3, H, W]` to patches `[B, L, P, 3]`, both patches and their pixels row-major."""
     B, _, H, W = image_B3HW.shape
     x = image_B3HW.reshape(B, 3, H // patch, patch, W // patch, patch)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // patch) * (W // patch), patch * patch, 3)
@@ -216,7 +220,7 @@ def from_patches(pixels_BLP3: Tensor, grid: tuple[int, int], patch: int) -> Tens
 
 
 Gather = Callable[[Tensor], Tensor]
-"""Keys or values `[B, local tokens, heads, head_dim]` of this process to those of all, in the image's order."""
+"""Sequence parallelism: keys or values `[B, local tokens, heads, head_dim]` of this process to those of all."""
 
 
 def _split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
@@ -231,13 +235,16 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class JointAttention(nn.Module):
-    """Prompt tokens first, then image tokens, all attending to all."""
+    """Attention over prompt tokens and image tokens together, each stream with its own projections (MMDiT).
+
+    The joint sequence has the prompt first; see https://arxiv.org/abs/2403.03206.
+    """
 
     def __init__(self, config: PiDConfig) -> None:
         super().__init__()
         D, head_dim = config.hidden_size, config.hidden_size // config.num_heads
         self.heads = config.num_heads
-        self.gather: Gather | None = None  # set where one image's tokens are spread over processes
+        self.gather: Gather | None = None  # set where the image's tokens are sharded over processes
         self.qkv_x = nn.Linear(D, 3 * D, bias=False)
         self.q_norm_x = RMSNorm(head_dim)
         self.k_norm_x = RMSNorm(head_dim)
@@ -279,9 +286,9 @@ class JointAttention(nn.Module):
 
 
 class PatchBlock(nn.Module):
-    """A dual-stream block: image tokens `[B, L, D]` and prompt tokens `[B, N, D]`, each with its own weights.
+    """Dual-stream transformer block on image tokens `[B, L, D]` and prompt tokens `[B, N, D]`.
 
-    The condition `[B, 1, D]` gives both streams their shifts, scales and gates.
+    The timestep embedding gives both streams shifts, scales and gates (AdaLN, https://arxiv.org/abs/2212.09748).
     """
 
     def __init__(self, config: PiDConfig) -> None:
@@ -308,7 +315,16 @@ class PatchBlock(nn.Module):
         *,
         want_text: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        """Both streams after the block; `want_text=False` skips the prompt's, which nobody reads after the last."""
+        """Both streams after the block.
+
+        Args:
+            x: Image tokens `[B, L, D]`, float32.
+            y: Prompt tokens `[B, N, D]`, float32, or None.
+            condition: SiLU of the timestep embedding `[B, 1, D]`.
+            rotation: Rotary table of the image tokens.
+            text_rotation: Rotary table of the prompt tokens, or None.
+            want_text: False skips the prompt's output, which nothing reads after the last block.
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation_img(condition).chunk(6, dim=-1)
         y_in, text = None, None
         if y is not None:
@@ -324,7 +340,7 @@ class PatchBlock(nn.Module):
 
 
 class PixelAttention(nn.Module):
-    """Self-attention over patch tokens at the pixel blocks' own width."""
+    """Self-attention of a pixel block over one token per patch, at its own width."""
 
     def __init__(self, config: PiDConfig) -> None:
         super().__init__()
@@ -345,7 +361,10 @@ class PixelAttention(nn.Module):
 
 
 class PixelBlock(nn.Module):
-    """A pixel block: pixel tokens `[B, L, P, C]`, every pixel modulated by its patch's condition `[B, L, D]`."""
+    """Pixel block (PiT) on pixel tokens `[B, L, P, C]`, every pixel modulated by its patch's condition `[B, L, D]`.
+
+    The pixels of a patch are compressed to one token for attention, and its output is expanded to them again.
+    """
 
     def __init__(self, config: PiDConfig) -> None:
         super().__init__()
