@@ -24,7 +24,8 @@ from benchmarks.reference import compare
 from benchmarks.speed import Mode, Trial, measure
 from pidecode.cli.common import SHORT_DTYPES, emit, json_option, quantization_options, table, threads_option
 from pidecode.devices import pick_device, usual_dtype
-from pidecode.engine.plan import Plan, Quantization, Scheme, predict, this_machine
+from pidecode.engine.machine import Quantization, this_machine
+from pidecode.engine.plan import Plan, Scheme, predict
 from pidecode.errors import PidecodeError, SettingError
 from pidecode.units import format_bytes, parse_size
 from pidecode.weights.convert import DTYPES

@@ -108,7 +108,7 @@ def trace_decode(config: PiDConfig, plan: Plan, *, stripped: bool = True) -> Tra
         sample_student(
             runner.predict(condition),
             lambda: torch.empty(batch, 3, height, width, device=meta),
-            steps=2,
+            num_steps=2,
             prediction=config.prediction,
         )
     kept = 0.0

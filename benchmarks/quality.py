@@ -5,7 +5,7 @@
 
 Beside the decoder stand two rivals: the tiny FLUX.2 autoencoder's decode enlarged by Lanczos, which sees a latent
 too, and plain Lanczos of the quarter-size image, which never went through a latent. "Colors held" and "details
-held" are `color_fix="full"` and "detail": they read the quarter-size image beside the latent, as `upscale` with a
+held" are `color_fix="fine"` and "detail": they read the quarter-size image beside the latent, as `upscale` with a
 small decoder does by default. All in float32.
 """
 
@@ -76,13 +76,13 @@ def rows_of(
     theirs = Latent(tensor=torch.nn.functional.pixel_unshuffle(cells, 2), space="flux2", sigma=0.0)
     latent = decoder.encode(small)
     started = time.perf_counter()
-    ours = decoder.decode(latent, seed=0, steps=steps, output="pt")
+    ours = decoder.decode(latent, seed=0, steps=steps).tensor
     seconds = time.perf_counter() - started
     found = {
         "ours": row(ours, original) | {"seconds": seconds},
         "ours, colors held": row(apply_color_fix(ours, small, "full"), original),
         "ours, details held": row(apply_color_fix(ours, small, "detail"), original),
-        "ours, teacher's latent": row(decoder.decode(theirs, seed=0, steps=steps, output="pt"), original),
+        "ours, teacher's latent": row(decoder.decode(theirs, seed=0, steps=steps).tensor, original),
         "taef2 + Lanczos": row(enlarged(plain), original),
         "taef2 + Lanczos, colors held": row(apply_color_fix(enlarged(plain), small, "full"), original),
         "taef2 + Lanczos, details held": row(apply_color_fix(enlarged(plain), small, "detail"), original),
@@ -97,7 +97,7 @@ def rows_of(
         "relative": ((ours_cells - cells).norm() / cells.norm()).item(),
     }
     for sigma in SIGMAS if noisy else ():
-        noisy_image = decoder.decode(latent.noised(sigma, seed=1), seed=0, steps=steps, output="pt")
+        noisy_image = decoder.decode(latent.noised(sigma, seed=1), seed=0, steps=steps).tensor
         found[f"ours, sigma {sigma}"] = row(noisy_image, original)
     return found
 
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--decoder", default="tiny")
     parser.add_argument("--encoder", type=Path)
     parser.add_argument("--side", type=int, default=1024, help="largest side of an image, in pixels")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--num-steps", type=int, default=4)
     parser.add_argument("--every", type=int, default=1, help="take every n-th held-out image")
     parser.add_argument("--noisy-every", type=int, default=3, help="noise the latent of every n-th of those")
     parser.add_argument("--json", type=Path, help="where to write every image's numbers")
@@ -119,7 +119,7 @@ def main() -> None:
     teacher = TeacherAutoencoder.from_folder(given.teacher)
     table: dict[str, dict[str, dict[str, float]]] = {}
     for index, (name, array) in enumerate(images(given.data, given.side, given.every)):
-        found = rows_of(array, decoder, teacher, steps=given.steps, noisy=index % given.noisy_every == 0)
+        found = rows_of(array, decoder, teacher, num_steps=given.num_steps, noisy=index % given.noisy_every == 0)
         table[name] = found
         print(name, {who: round(numbers["psnr"], 2) for who, numbers in found.items() if who != "original"}, flush=True)
         if given.json:

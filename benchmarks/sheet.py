@@ -58,7 +58,7 @@ def contenders(small: Tensor, decoder: PixelDecoder, teacher: TeacherAutoencoder
     """An image enlarged in each of the ways to compare."""
     with torch.inference_mode():
         plain = teacher.decode(teacher.encode(small))
-    ours = decoder.decode(decoder.encode(small), seed=0, output="pt")
+    ours = decoder.decode(decoder.encode(small), seed=0).tensor
     return enlarged(small), enlarged(plain), ours, apply_color_fix(ours, small, "detail")
 
 
@@ -66,7 +66,7 @@ def noisy(small: Tensor, decoder: PixelDecoder) -> tuple[Tensor, ...]:
     """What the decoder makes of its latent as it is, and with ever more noise in it."""
     latent = decoder.encode(small)
     latents = (latent, *(latent.noised(sigma, seed=1) for sigma in SIGMAS))
-    return tuple(decoder.decode(one, seed=0, output="pt") for one in latents)
+    return tuple(decoder.decode(one, seed=0).tensor for one in latents)
 
 
 def strip(array: np.ndarray, shown_of: Callable[[Tensor], tuple[Tensor, ...]], side: int) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor
 from benchmarks.flops import adapter_flops, step_flops
 from benchmarks.memory import LiveBytes, weight_bytes
 from pidecode import __version__
-from pidecode.engine.plan import Plan, Quantization, Scheme, plan_decode, this_machine
+from pidecode.engine.machine import Quantization, this_machine
+from pidecode.engine.plan import Plan, Scheme, plan_decode
 from pidecode.engine.runner import Runner
 from pidecode.models.pid.network import Condition, PiDNet
 from pidecode.registry.configs import PiDConfig
@@ -210,7 +211,7 @@ class Benchmark:
             return prediction
 
         kind = self.net.config.prediction
-        return sample_student(timed, lambda: next(draws), steps=trial.steps, prediction=kind).clamp_(-1, 1)
+        return sample_student(timed, lambda: next(draws), num_steps=trial.steps, prediction=kind).clamp_(-1, 1)
 
     def _prepare(self) -> Condition:
         grid = self.net.grid_of(self.trial.size[1], self.trial.size[0])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Qwen-Image: keep the latents of several steps of one run, and see what PiD makes of each.
 
-python examples/qwenimage.py "a lighthouse in fog" --steps 40 44 50 --out-folder steps
+python examples/qwenimage.py "a lighthouse in fog" --num-steps 40 44 50 --out-folder steps
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None, **call: Any) -> None:
     options.add_argument("prompt")
     options.add_argument("--pipeline", default="Qwen/Qwen-Image")
     options.add_argument("--decoder", default="nvidia/PiD")
-    options.add_argument("--steps", type=int, nargs="+", default=[40, 44, 50])
+    options.add_argument("--num-steps", type=int, nargs="+", default=[40, 44, 50])
     options.add_argument("--out-folder", type=Path, default=Path("steps"))
     given = options.parse_args(argv)
 

@@ -61,13 +61,13 @@ def tiny_outputs() -> Iterator[tuple[str, Tensor]]:
     tiny = PixelDecoder.from_pretrained("tiny", device="cpu", dtype=torch.float32)
     for height, width, batch, sigma in ((2, 3, 1, 0.0), (7, 5, 1, 0.4), (2, 3, 2, 0.0)):
         latent = Latent(noise(batch, 128, height, width, seed=batch + height), "flux2", sigma)
-        yield f"tiny.decode.{height}x{width}.b{batch}.sigma{sigma}", tiny.decode(latent, output="pt")
+        yield f"tiny.decode.{height}x{width}.b{batch}.sigma{sigma}", tiny.decode(latent).tensor
     for width, height in ((64, 48), (50, 70), (33, 17)):
         image = synthetic_image(width, height, seed=width)
-        for lock in ("off", "soft", "full", "detail"):
+        for color_fix in ("off", "coarse", "fine", "back-projection"):
             for fit in ("pad", "crop"):
-                made = tiny.upscale(image, fit=fit, color_fix=lock, output="pt")
-                yield f"tiny.upscale.{width}x{height}.{lock}.{fit}", made
+                made = tiny.upscale(image, fit=fit, color_fix=color_fix).tensor
+                yield f"tiny.upscale.{width}x{height}.{color_fix}.{fit}", made
         yield f"tiny.encode.{width}x{height}", tiny.encode(image, fit="crop").tensor
 
 
@@ -78,11 +78,8 @@ def random_outputs() -> Iterator[tuple[str, Tensor]]:
             decoder = random_decoder(space, kind)
             latent = Latent(noise(1, facts.channels, 3, 2, seed=3), space, 0.2)
             states = noise(1, 10, 16, seed=5)
-            made = (
-                decoder.decode(latent, output="pt", seed=11, steps=4, prompt_embeds=states)
-                if kind == "student"
-                else (decoder.decode(latent, output="pt", seed=11, steps=5, prompt_embeds=states, guidance=1.0))
-            )
+            steps = {"num_steps": 4} if kind == "student" else {"num_steps": 5, "guidance_scale": 1.0}
+            made = decoder.decode(latent, seed=11, prompt_embeds=states, **steps).tensor
             yield f"random.{space}.{kind}", made
 
 

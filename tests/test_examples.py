@@ -47,7 +47,7 @@ def on_disk(folder: Path, name: str, space: str) -> list[str]:
 def decoder_on_disk(folder: Path, space: str) -> str:
     decoder = tiny.decoder_for(space)
     tensors = {name: tensor.clone() for name, tensor in decoder.net.state_dict().items()}
-    save_file(tensors, folder / "decoder.safetensors", decoder.identity.to_metadata())
+    save_file(tensors, folder / "decoder.safetensors", decoder.metadata.to_metadata())
     return str(folder / "decoder.safetensors")
 
 
@@ -90,7 +90,7 @@ def test_sdxl(tmp_path: Path) -> None:
 
 
 def test_qwenimage(tmp_path: Path) -> None:
-    own = ["a cat", "--out-folder", str(tmp_path / "out"), "--steps", "3", "4"]
+    own = ["a cat", "--out-folder", str(tmp_path / "out"), "--num-steps", "3", "4"]
     main_of("qwenimage")([*own, *on_disk(tmp_path, "qwenimage", "qwenimage")], **call("qwenimage"))
     assert len(list((tmp_path / "out").iterdir())) == 2
     assert (tmp_path / "out" / "step-4-sigma-0.000.png").is_file()
@@ -131,6 +131,6 @@ def test_rae_at_its_own_size(space: str) -> None:
     """A whole image of the RAE spaces: 2048 pixels from 512 (4x) and from 256 (8x)."""
     channels, side = {"dinov2": (768, 32), "siglip": (1152, 16)}[space]
     tensor = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(0))
-    image = tiny.decoder_for(space).decode(Latent(tensor, space), steps=1)
+    image = tiny.decoder_for(space).decode(Latent(tensor, space), num_steps=1)
     assert isinstance(image, Image.Image)
     assert image.size == (2048, 2048)

@@ -71,7 +71,7 @@ def client(port: int, number: int, requests: int, body: bytes, stats: ClientStat
             disconnects = number % 3 == 0 and turn % 3 == 2
             try:
                 again = _one(
-                    port, f"/v1/decode?space=flux2&steps=2&seed={number * 1000 + turn}", body, disconnects, stats
+                    port, f"/v1/decode?space=flux2&num_steps=2&seed={number * 1000 + turn}", body, disconnects, stats
                 )
             except OSError as error:
                 stats.record(f"lost: {type(error).__name__}")

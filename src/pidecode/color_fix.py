@@ -1,38 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Color fix: low-frequency and back-projection correction against a reference image.
 
-PiD draws pixels anew, and over large areas its brightness and hue may drift by a level or a few. The reference is what
-the space's own decoder makes of the same latent, or, when enlarging, the image itself. A small decoder also loses
-detail that the image being enlarged still shows; it can be held as well.
+A diffusion decoder draws pixels anew, and over wide areas its brightness and hue may drift by a level or a few. The
+reference is the VAE's decode of the same latent or, in `upscale`, the image itself. A feed-forward decoder also loses
+detail that the image being enlarged still shows; "back-projection" restores it.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from pidecode.errors import SettingError
+from pidecode.options import COLOR_FIXES, ColorFix
 
-Lock = Literal["off", "soft", "full", "detail"]
-"""Nothing; wide areas' brightness and hue; the same down to a few pixels; all that the reference shows."""
-
-LOCKS: tuple[Lock, ...] = get_args(Lock)
-HOLDING = LOCKS[1:]
-"""Those that need a reference."""
-
-
-_FULL_SIGMA = 2.0
-"""Width of the "full" lock's blur, in pixels of the reference: finer drift is left alone, as it may be detail."""
-_SOFT_PART = 16
-"""The "soft" lock blurs over this part of the reference's longer side: only wide drift goes."""
-_NEIGHBOURHOOD = 1.0
-"""Width of the area, in pixels of the reference, whose structure the "detail" lock compares."""
-_BARELY_SEEN = 3e-4
+_FINE_SIGMA = 2.0
+"""Sigma of the blur of "fine", in pixels of the reference: finer drift is left alone, as it may be detail."""
+_COARSE_SHARE = 16
+"""Sigma of the blur of "coarse" is the reference's longer side over this: only drift over wide areas goes."""
+_STRUCTURE_SIGMA = 1.0
+"""Sigma of the window, in pixels of the reference, in which "back-projection" compares structure."""
+_WEAK_VARIANCE = 3e-4
 """Variance of images in [-1, 1], about two levels of 255, below which structure is too weak to compare."""
 
 
@@ -52,25 +44,34 @@ class Fidelity:
         return f"PSNR {self.psnr:.2f} dB, mean shift R {red:+.2f} G {green:+.2f} B {blue:+.2f} of 255"
 
 
-def apply_color_fix(images: Tensor, reference: Tensor, lock: str) -> Tensor:
-    """Images `[B, 3, H, W]` with the low frequencies of `reference` `[B, 3, h, w]`, both in [-1, 1].
+def apply_color_fix(images: Tensor, reference: Tensor, color_fix: ColorFix) -> Tensor:
+    """Correct images by a smaller reference.
 
-    lock: "off" changes nothing; "soft" corrects brightness and hue over areas of about a sixteenth of the image;
-        "full" corrects them down to a few pixels of the reference, and detail finer than that is the image's own;
-        "detail" takes all that the reference shows, and still finer detail is the image's own, the less of it the
-        less the image tells of the reference's structure there.
-    Raises SettingError for another lock or a reference that is not of the images' shape.
+    Args:
+        images: `[B, 3, H, W]` in [-1, 1].
+        reference: `[B, 3, h, w]` in [-1, 1], of the same shape.
+        color_fix: "off" changes nothing. "coarse" corrects brightness and hue over areas of about a sixteenth of the
+            image. "fine" corrects them down to a few pixels of the reference, and detail finer than that is the
+            image's own. "back-projection" takes all that the reference shows
+            (https://doi.org/10.1016/1049-9652(91)90045-L); still finer detail is the image's own, weighted by how well
+            the image agrees with the reference's structure there.
+
+    Returns:
+        The corrected images, in [-1, 1].
+
+    Raises:
+        SettingError: There is no such color fix, or the reference is no smaller version of the images.
     """
-    _check(images, reference, lock)
-    if lock == "off":
+    _check(images, reference, color_fix)
+    if color_fix == "off":
         return images
     reference, size = reference.to(images), images.shape[-2:]
     reduced = _reduced(images, reference)
-    if lock == "detail":
-        fine = _enlarged_whole(reduced, size).neg_().add_(images)
-        fine *= functional.interpolate(_told(reduced, reference), size=size, mode="bilinear")
-        return fine.add_(_enlarged_whole(reference, size)).clamp_(-1, 1)
-    sigma = _FULL_SIGMA if lock == "full" else max(reference.shape[-2:]) / _SOFT_PART
+    if color_fix == "back-projection":
+        fine = _upsampled(reduced, size).neg_().add_(images)
+        fine *= functional.interpolate(_agreement(reduced, reference), size=size, mode="bilinear")
+        return fine.add_(_upsampled(reference, size)).clamp_(-1, 1)
+    sigma = _FINE_SIGMA if color_fix == "fine" else max(reference.shape[-2:]) / _COARSE_SHARE
     drift = _blurred(reference - reduced, sigma)
     return functional.interpolate(drift, size=size, mode="bicubic").add_(images).clamp_(-1, 1)
 
@@ -87,9 +88,9 @@ def fidelity(images: Tensor, reference: Tensor) -> list[Fidelity]:
     ]
 
 
-def _check(images: Tensor, reference: Tensor, lock: str) -> None:
-    if lock not in LOCKS:
-        raise SettingError(f"color_fix is {lock!r}; it must be one of {', '.join(LOCKS)}.")
+def _check(images: Tensor, reference: Tensor, color_fix: str) -> None:
+    if color_fix not in COLOR_FIXES:
+        raise SettingError(f"color_fix is {color_fix!r}; it must be one of {', '.join(COLOR_FIXES)}.")
     if reference.ndim != 4 or reference.shape[:2] != images.shape[:2]:
         raise SettingError(f"The reference must be [{len(images)}, 3, h, w] in [-1, 1]; got {list(reference.shape)}.")
     height, width = images.shape[-2:]
@@ -101,34 +102,34 @@ def _check(images: Tensor, reference: Tensor, lock: str) -> None:
         )
 
 
-def _enlarged_whole(small: Tensor, size: torch.Size) -> Tensor:
-    """Enlarged so that, reduced again, it is very nearly `small`: what blurs on the way is added once more."""
+def _upsampled(small: Tensor, size: torch.Size) -> Tensor:
+    """Bicubic upsampling with one back-projection: reduced again, it is very nearly `small`."""
     blurred = _reduced(functional.interpolate(small, size=size, mode="bicubic"), small)
     return functional.interpolate(2 * small - blurred, size=size, mode="bicubic")
 
 
-def _told(reduced: Tensor, reference: Tensor) -> Tensor:
-    """How far a reduced image tells the reference's structure around each pixel, `[B, 1, h, w]` from 0 to 1.
+def _agreement(reduced: Tensor, reference: Tensor) -> Tensor:
+    """How well a reduced image agrees with the reference's structure around each pixel, `[B, 1, h, w]` from 0 to 1.
 
     It is the square of the share of local variance that it explains: where a decoder gets strokes or leaves wrong that
-    the reference shows, what it paints between the pixels is no better. Drifting colors do not count.
+    the reference shows, its detail between the pixels is no better. Drifting colors do not count.
     """
 
-    def strength(image: Tensor) -> Tensor:
-        structure = image - _blurred(image, _FULL_SIGMA)
-        return _blurred(structure.square().mean(1, keepdim=True), _NEIGHBOURHOOD)
+    def variance(image: Tensor) -> Tensor:
+        structure = image - _blurred(image, _FINE_SIGMA)
+        return _blurred(structure.square().mean(1, keepdim=True), _STRUCTURE_SIGMA)
 
-    missed = strength(reference - reduced) / (strength(reference) + _BARELY_SEEN)
-    return (1 - missed).clamp_(0, 1).square_()
+    unexplained = variance(reference - reduced) / (variance(reference) + _WEAK_VARIANCE)
+    return (1 - unexplained).clamp_(0, 1).square_()
 
 
 def _reduced(images: Tensor, reference: Tensor) -> Tensor:
-    """Mean over the pixels that make one of the reference's."""
+    """Mean over the pixels of each of the reference's."""
     return functional.interpolate(images, size=reference.shape[-2:], mode="area")
 
 
 def _blurred(image: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur that repeats the border, so that edges are held as well as the middle."""
+    """Gaussian blur that repeats the border, so that edges are corrected as well as the middle."""
     radius = max(1, math.ceil(3 * sigma))
     offsets = torch.arange(-radius, radius + 1, dtype=image.dtype, device=image.device)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)

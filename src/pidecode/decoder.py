@@ -1,23 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The waist: PixelDecoder knows all parts and joins them into one way from a latent to an image."""
+"""PixelDecoder: a network with everything around it, from latents or images in to large images out."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, Unpack, cast
+from typing import Any, Literal, cast
 
 import torch
-from PIL.Image import Image
+from PIL import Image
 from torch import Tensor
 
 from pidecode import __version__
-from pidecode.color_fix import HOLDING, LOCKS, apply_color_fix
+from pidecode.color_fix import apply_color_fix
 from pidecode.devices import pick_device, usual_dtype
 from pidecode.encoders.base import Encode, LazyEncoder, encode_for, native_reference, visiting
 from pidecode.encoders.text import TextEncoder, TextStateCache, default_negative_prompt, ready_states
+from pidecode.engine.feed_forward import FeedForwardPlan, FeedForwardRunner
 from pidecode.engine.plan import Plan
 from pidecode.engine.runner import Runner
 from pidecode.errors import LatentError, SettingError, SizeError
@@ -30,68 +33,151 @@ from pidecode.images import (
     load_tensor,
     pad_to_multiple,
     resize,
+    save_image,
     to_pils,
 )
 from pidecode.latents.latent import Latent
 from pidecode.models.pid.network import Condition, PiDNet
-from pidecode.options import LARGEST_TRAINED_SIGMA, DecodeSettings, RunSettings, Settings, checked_run_settings
+from pidecode.models.tiny import TinyDecoder
+from pidecode.options import (
+    MAX_SEED,
+    MAX_SIGMA,
+    ColorFix,
+    Command,
+    DecodeOptions,
+    DecoderKind,
+    Fit,
+    RuntimeOptions,
+    Sampler,
+)
 from pidecode.registry.checkpoints import CHECKPOINTS, Checkpoint, FlowShift, size_advice
 from pidecode.registry.spaces import LatentSpace, get_space
-from pidecode.sampling import Callback, NoiseStream, guided, sample_student, sample_teacher
+from pidecode.sampling import Callback, NoiseStream, Step, guided, sample_student, sample_teacher
 from pidecode.weights.detect import Overrides, detect
 from pidecode.weights.load import apply_lora, build_network
 from pidecode.weights.metadata import CheckpointMetadata
 from pidecode.weights.read import read_weights
 from pidecode.weights.resolve import encoder_here, locate
 
-Output = Literal["pil", "pt", "pairs"]
-Made = Image | list[Image] | Tensor | list[tuple[Tensor, dict[str, Any]]]
-Fit = Literal["pad", "crop"]
-
 DEFAULT_SHIFT = FlowShift(base=6.0, size=2048)
-"""A teacher's flow shift where nothing else is known (SPEC.md section 3)."""
-
+"""A teacher's flow shift where nothing else is known: that of the v1.5 teachers."""
+STUDENT_STEPS = 4
 TEACHER_STEPS = 25
 TEACHER_GUIDANCE = 5.0
-STRENGTH_STREAM = 1 << 32
-"""Added to the seed for the noise that `sigma=` puts into a clean latent: a stream of its own."""
+SIGMA_SEED_OFFSET = 1 << 32
+"""Added to the seed for the noise that `sigma=` puts into a clean latent: a generator of its own."""
+
+
+@dataclass(frozen=True)
+class DecodeOutput:
+    """Decoded images with what they were made by.
+
+    Attributes:
+        tensor: `[B, 3, H, W]`, float32 in [-1, 1].
+        metadata: One table per image, as it is written into files: model, options, size, versions.
+    """
+
+    tensor: Tensor
+    metadata: tuple[dict[str, Any], ...]
+
+    @cached_property
+    def images(self) -> list[Image.Image]:
+        """8-bit RGB images; each carries its metadata in `.info["pidecode"]`."""
+        images = to_pils(self.tensor)
+        for image, metadata in zip(images, self.metadata, strict=True):
+            image.info[KEYWORD] = metadata
+        return images
+
+    @property
+    def image(self) -> Image.Image:
+        """The one image.
+
+        Raises:
+            SettingError: The batch holds several.
+        """
+        if len(self.tensor) != 1:
+            raise SettingError(f"There are {len(self.tensor)} images; use .images.")
+        return self.images[0]
+
+    def save(
+        self,
+        path: str | PathLike[str],
+        *,
+        overwrite: bool = False,
+        bits: Literal[8, 16] = 8,
+        quality: int | None = None,
+    ) -> list[Path]:
+        """Write the images, with their metadata, in the format of the path's ending.
+
+        Args:
+            path: Name of the file; several images are numbered: `a-1.png`, `a-2.png`.
+            overwrite: Replace files that exist.
+            bits: 16 for PNG with 16 bits a channel.
+            quality: 1 to 100 for WebP and JPEG.
+
+        Returns:
+            The paths written.
+
+        Raises:
+            FileError: A file exists or cannot be written.
+            SettingError: An option cannot act on the format.
+            SizeError: The image is beyond the format's longest side.
+        """
+        return [
+            save_image(place, pixels, recipe=metadata, overwrite=overwrite, bits=bits, quality=quality)
+            for place, pixels, metadata in zip(self.paths(path), self.tensor, self.metadata, strict=True)
+        ]
+
+    def paths(self, path: str | PathLike[str]) -> list[Path]:
+        """The files that `save` writes."""
+        place = Path(path)
+        if len(self.tensor) == 1:
+            return [place]
+        return [place.with_name(f"{place.stem}-{index}{place.suffix}") for index in range(1, len(self.tensor) + 1)]
 
 
 class PixelDecoder:
-    """A PiD network with everything around it: latents in, images out.
+    """Decodes latents of one space to images.
 
-    net: the network, on its device and in its type.
-    identity: what the weights are: student or teacher, and of which latent space.
-    name: what to call it in messages and recipes.
-    encoder: images to latents of that space, for `encode` and `upscale`; None if there is none at hand.
-    text: the prompt encoder, for networks with a text stream; None needs `prompt_embeds`.
-    running: `compile` and `graphs`, see `RunSettings`.
+    A decoder is not safe to use from several threads at once.
 
-    A decoder is not safe to use from several threads at once; give each its own, or take turns.
+    Args:
+        net: The network, on its device and in its number format.
+        metadata: What the weights are: their kind, and the latent space they read.
+        name: What to call it in messages and in the images' metadata.
+        encoder: Images to latents of the space, for `encode` and `upscale`.
+        text: The text encoder, for networks with a text stream; without it they need `prompt_embeds`.
+        plan: How to run within limits of memory; see `pidecode.plan_decode`.
+        runtime: How to run fast.
+
+    Raises:
+        SettingError: The weights are no decoder, or not of the space.
     """
 
     def __init__(
         self,
-        net: PiDNet,
-        identity: CheckpointMetadata,
+        net: PiDNet | TinyDecoder,
+        metadata: CheckpointMetadata,
         *,
         name: str = "this decoder",
         encoder: Encode | None = None,
         text: TextEncoder | None = None,
-        plan: Plan | None = None,
-        **running: Unpack[RunSettings],
+        plan: Plan | FeedForwardPlan | None = None,
+        runtime: RuntimeOptions | None = None,
     ) -> None:
-        if identity.kind not in ("student", "teacher") or identity.space is None:
+        if metadata.kind not in ("feed-forward", "student", "teacher") or metadata.space is None:
             raise SettingError(
-                f"{name} is a {identity.kind} of space {identity.space}; a decoder is a student or a teacher of one."
+                f"{name} is a {metadata.kind} of space {metadata.space}; a decoder is feed-forward, a student or a "
+                "teacher, and of one space."
             )
         self.net = net
-        self.identity = identity
+        self.metadata = metadata
+        self.kind: DecoderKind = metadata.kind
         self.name = name
-        self.space: LatentSpace = get_space(identity.space)
+        self.space: LatentSpace = get_space(metadata.space)
         self.encoder = encoder
         self.text = text
-        self.runner = Runner(net, plan, distilled=identity.kind == "student", **checked_run_settings(running))
+        self.runner = _make_runner(net, plan, runtime or RuntimeOptions(), metadata.kind, name)
         if self.space.channels != net.config.latent_channels:
             raise SettingError(
                 f"{name} takes latents of {net.config.latent_channels} channels, but those of space {self.space.name} "
@@ -105,57 +191,67 @@ class PixelDecoder:
         *,
         space: str | None = None,
         variant: str | None = None,
-        kind: Literal["student", "teacher"] | None = None,
+        kind: Literal["feed-forward", "student", "teacher"] | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         encoder: str | PathLike[str] | None = None,
-        plan: Plan | Callable[[CheckpointMetadata], Plan] | None = None,
-        **running: Unpack[RunSettings],
+        plan: Plan | FeedForwardPlan | Callable[[CheckpointMetadata], Plan | FeedForwardPlan] | None = None,
+        runtime: RuntimeOptions | None = None,
     ) -> PixelDecoder:
         """Load a decoder that is on this machine; `pidecode pull` fetches the official ones.
 
-        name_or_path: "tiny" (ships with the package), a file (.safetensors or official .pth), or the hub repository
-            "nvidia/PiD" with `space` and, unless its default will do, `variant`.
-        space, variant, kind: what the file itself cannot say; see `pidecode models`.
-        device: the best there is, unless named. dtype: what suits the device (`devices.usual_dtype`), unless named.
-        encoder: the space's own encoder, a file or folder, where it does not lie where `pidecode pull` puts it.
-        plan: what `planner.plan_decode` made, or makes of what the weights are; it then settles the dtype.
-        running: `compile=True`, `graphs=True`; see `RunSettings`.
+        Args:
+            name_or_path: "tiny" (ships with the package), a file (.safetensors or official .pth), or the hub
+                repository "nvidia/PiD" with `space` and, unless its default will do, `variant`.
+            space: Latent space, where the file does not say it.
+            variant: Release, as `pidecode models` lists them.
+            kind: Student or teacher, where the file does not say it.
+            device: By default the best there is.
+            dtype: By default what suits the device.
+            encoder: The space's encoder, a file or folder, where it does not lie where `pidecode pull` puts it.
+            plan: From `pidecode.plan_decode`, or a function that makes one of what the weights are; it settles dtype.
+            runtime: Compilation and CUDA graphs.
 
-        Raises SettingError when something must be named, CheckpointError when the file is not what it should be,
-        DownloadError when it is not here, MissingDependencyError when it cannot compile.
+        Raises:
+            SettingError: Something must be named, or cannot act.
+            CheckpointError: The file is not what it should be.
+            DownloadError: The file is not on this machine.
+            MissingDependencyError: A compiler or package is missing.
         """
-        chosen, running = pick_device(device), checked_run_settings(running)
+        chosen = pick_device(device)
         found = locate(str(name_or_path), space=space, variant=variant, kind=kind)
         file = read_weights(found.path)
-        identity = detect(file, Overrides(space=found.space, variant=found.variant, kind=found.kind))
-        assert identity.config is not None
+        metadata = detect(file, Overrides(space=found.space, variant=found.variant, kind=found.kind))
+        assert metadata.config is not None  # detect refuses encoders
         if callable(plan):
-            plan = plan(identity)
+            plan = plan(metadata)
         dtype = getattr(torch, plan.dtype) if plan is not None else dtype or usual_dtype(chosen)
+        offloads = isinstance(plan, Plan)
         # A plan may keep parts of the network on the host, so it is built there.
-        place = chosen if plan is None else "cpu"
-        near = encoder or found.encoder or encoder_here(identity.space)
-        read_at = "cpu" if plan is not None and plan.text_on_host else chosen
-        net = build_network(file.tensors, identity.config, dtype=dtype, device=place, source=str(found.path))
+        place = "cpu" if offloads else chosen
+        near = encoder or found.encoder or encoder_here(metadata.space)
+        text_device = "cpu" if isinstance(plan, Plan) and plan.text_on_host else chosen
+        net = build_network(file.tensors, metadata.config, dtype=dtype, device=place, source=str(found.path))
+        reads_text = isinstance(net, PiDNet) and net.config.has_text
         decoder = cls(
             net,
-            identity,
+            metadata,
             name=found.name,
-            encoder=LazyEncoder.of(near, identity.space, chosen, dtype),
-            text=TextEncoder(device=read_at, states=TextStateCache()) if net.config.has_text else None,
+            encoder=LazyEncoder.of(near, metadata.space, chosen, dtype),
+            text=TextEncoder(device=text_device, states=TextStateCache()) if reads_text else None,
             plan=plan,
-            **running,
+            runtime=runtime,
         )
-        decoder.runner.require(chosen)
-        if plan is not None:
-            decoder.runner.arrange(chosen)
+        if isinstance(decoder.runner, Runner):
+            decoder.runner.require(chosen)
+            if offloads:
+                decoder.runner.arrange(chosen)
         return decoder
 
     @property
     def checkpoint(self) -> Checkpoint | None:
-        """The row of the released file it comes from, if it comes from one."""
-        return CHECKPOINTS.get((self.space.name, self.identity.variant or "", cast(Any, self.identity.kind)))
+        """The registry's row of the released file it comes from, if it comes from one."""
+        return CHECKPOINTS.get((self.space.name, self.metadata.variant or "", cast(Any, self.kind)))
 
     @property
     def scale(self) -> int:
@@ -172,91 +268,207 @@ class PixelDecoder:
         """Number format of the weights."""
         return self.net.dtype
 
+    @property
+    def license(self) -> str:
+        """Short name of the weights' license, "unknown" where the file does not say."""
+        return self.metadata.license or "unknown"
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether a prompt acts on it."""
+        return isinstance(self.net, PiDNet) and self.net.config.has_text
+
+    @property
+    def max_sigma(self) -> float:
+        """Highest noise level of a latent that it decodes well."""
+        return self.net.config.max_sigma if isinstance(self.net, TinyDecoder) else MAX_SIGMA
+
+    def memory_estimate(self, size: tuple[int, int], *, batch: int = 1) -> int:
+        """Predicted peak of memory on the device, in bytes, of decoding to `size` (width, height), weights included."""
+        return self.runner.plan_for(size, batch).peak
+
     def load_lora(self, path: str | PathLike[str], scale: float = 1.0) -> None:
         """Add a low-rank adapter's change, times `scale`, to the weights; the negated scale takes it back.
 
-        Raises CheckpointError for a file that is no adapter of this network.
+        Raises:
+            CheckpointError: The file is no adapter of this network.
+            SettingError: The decoder is feed-forward, or its weights can no longer be changed.
         """
+        if not isinstance(self.net, PiDNet) or not isinstance(self.runner, Runner):
+            raise SettingError(
+                f"Adapters act on student and teacher decoders only, and {self.name} is feed-forward; load it without."
+            )
         self.runner.forget()
         apply_lora(self.net, Path(path), scale)
         self.name = f"{self.name} + {Path(path).stem} at {scale:g}"
 
-    def encode(self, image: ImageSource, *, prompt: str | Sequence[str] | None = None, fit: Fit = "crop") -> Latent:
-        """An image as a clean latent of this decoder's space, made for this decoder where the encoder can look.
+    def __repr__(self) -> str:
+        reads = "text" if self.reads_text else "no text"
+        return (
+            f"PixelDecoder({self.name}, {self.kind}, space {self.space.name}, {self.scale}x, reads {reads}, "
+            f"{str(self.dtype).removeprefix('torch.')} on {self.device}, license {self.license})"
+        )
 
-        image: a path, bytes, a PIL image, or a tensor `[B, 3, H, W]` (or `[3, H, W]`) in [-1, 1].
-        fit: "crop" center-crops the sides to the multiple the encoder needs, "pad" mirrors the edges out to it.
-        Raises ImageError for what is no image, SizeError for one that is too small, SettingError without encoder.
+    def encode(self, image: ImageSource, *, fit: Fit = "pad", num_refinements: int | None = None) -> Latent:
+        """Encode an image to a clean latent of this decoder's space.
+
+        Args:
+            image: A path, bytes, a PIL image, or a tensor `[B, 3, H, W]` or `[3, H, W]` in [-1, 1].
+            fit: For sides that the encoder cannot divide: "pad" by mirrored edges, or "crop" around the center.
+            num_refinements: Times the latent is corrected by what it decodes to, for encoders that can.
+
+        Raises:
+            ImageError: It is no image.
+            SizeError: The image is too small.
+            SettingError: There is no encoder, or an option cannot act.
         """
         tensor, _ = self._fit(load_tensor(image), fit)
-        return self._encode(tensor, prompt)
+        return self._encode(tensor, num_refinements)
 
-    @torch.inference_mode()
     def decode(
         self,
         latent: Latent,
-        prompt: str | Sequence[str] | None = None,
         *,
-        output: Output = "pil",
+        options: DecodeOptions | None = None,
+        seed: int | Sequence[int] | None = None,
+        num_steps: int | None = None,
+        sampler: Sampler | None = None,
+        sigma: float | None = None,
+        size: tuple[int, int] | None = None,
+        guidance_scale: float | None = None,
+        shift: float | None = None,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | None = None,
+        prompt_embeds: Tensor | None = None,
+        color_fix: ColorFix | None = None,
+        reference: Tensor | None = None,
         callback: Callback | None = None,
-        **settings: Unpack[DecodeSettings],
-    ) -> Made:
-        """A latent as an image: nothing but the latent and the prompt informs it.
+    ) -> DecodeOutput:
+        """Decode a latent: nothing but the latent and the prompt informs the image.
 
-        latent: of this decoder's space, normalized.
-        prompt: one for all, or one per latent; default the latent's own. Networks without text take none.
-        output: "pil" for an image (a list if the batch holds more than one) that carries its recipe, "pt" for a
-            float32 tensor `[B, 3, H, W]` in [-1, 1], "pairs" for a list of (tensor `[3, H, W]`, recipe), as
-            `save_image` takes them for 16 bits.
-        callback: called after each step with the current estimate; raise `errors.Cancelled` in it to stop.
-        settings: see `Settings`.
+        The same seed gives the same image on the same device and versions; on another device the noise is the same
+        and the arithmetic differs by rounding.
 
-        The same seed gives the same image on the same device and versions; on another device the noise is the
-        same and the arithmetic differs by rounding. Raises LatentError, SettingError or SizeError for what does not
-        fit, Cancelled if told to stop.
+        Args:
+            latent: Normalized, of this decoder's space.
+            options: All the following as one value; keywords given beside it take precedence.
+            seed: One seed (each further image of a batch takes the next number), or one per image. Default 0.
+            num_steps: Denoising steps. Student: 1 to 4, default 4. Teacher: default 25.
+            sampler: Student only: "sde" (default) or "ode".
+            sigma: Noise to add to a clean latent, from 0 to `max_sigma`.
+            size: Width and height in pixels, where they should differ from the latent's natural size.
+            guidance_scale: Teacher only: classifier-free guidance, default 5.
+            shift: Teacher only: flow shift.
+            prompt: For decoders that read text: one for all, or one per latent; default the latent's own.
+            negative_prompt: Teacher only.
+            prompt_embeds: Text states `[B, tokens, text_dim]` in place of a prompt.
+            color_fix: "off" (default), "coarse", "fine" or "back-projection": see `pidecode.color_fix`.
+            reference: What the color fix corrects against, `[B, 3, h, w]` in [-1, 1]; default the VAE's decode.
+            callback: Called after each step with the current estimate; raise `errors.Cancelled` in it to stop.
+
+        Raises:
+            LatentError: The latent is not of this decoder's space, or the network answered with NaN.
+            SettingError: An option cannot act or is out of range.
+            SizeError: The size does not fit the network or the latent.
+            Cancelled: The callback asked to stop.
         """
-        chosen = Settings.of(settings)
-        if output not in ("pil", "pt", "pairs"):
-            raise SettingError(f"output is {output!r}; it must be 'pil', 'pt' or 'pairs'.")
-        clean, latent = latent, self._prompted(self._checked(latent, chosen), prompt)
-        width, height = self._size(latent, chosen)
-        reference = self._reference(clean, chosen)
-        pixels = self._run(latent, (height, width), chosen, callback)
-        if reference is not None:
-            pixels = apply_color_fix(pixels, reference.to(pixels), chosen.color_fix or "off")
-        return self._delivered(pixels, latent, chosen, output)
+        chosen = (options or DecodeOptions()).replace(
+            seed=seed, num_steps=num_steps, sampler=sampler, sigma=sigma, size=size, guidance_scale=guidance_scale,
+            shift=shift, prompt=prompt, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
+            color_fix=color_fix, reference=reference,
+        )  # fmt: skip
+        return self._decode(latent, chosen, "decode", callback)
 
     def upscale(
         self,
         image: ImageSource,
-        prompt: str | Sequence[str] | None = None,
         *,
-        fit: Fit = "pad",
-        output: Output = "pil",
+        options: DecodeOptions | None = None,
+        seed: int | Sequence[int] | None = None,
+        num_steps: int | None = None,
+        sampler: Sampler | None = None,
+        sigma: float | None = None,
+        guidance_scale: float | None = None,
+        shift: float | None = None,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | None = None,
+        prompt_embeds: Tensor | None = None,
+        color_fix: ColorFix | None = None,
+        reference: Tensor | None = None,
+        fit: Fit | None = None,
+        num_refinements: int | None = None,
         callback: Callback | None = None,
-        **settings: Unpack[DecodeSettings],
-    ) -> Made:
+    ) -> DecodeOutput:
         """Encode an image and decode it `scale` times larger.
 
-        fit: "pad" (default) mirrors the edges out to the encoder's multiple and cuts the result back, so that it
-            is exactly `scale` times the image; "crop" center-crops instead, and the result is `scale` times that.
-        By default a small decoder holds what the image shows (`Settings.color_fix`). See also `encode`, `decode`.
+        Args:
+            image: A path, bytes, a PIL image, or a tensor `[B, 3, H, W]` or `[3, H, W]` in [-1, 1].
+            options: All the following as one value; keywords given beside it take precedence.
+            seed: See `decode`, as for all that is not named here.
+            num_steps: See `decode`.
+            sampler: See `decode`.
+            sigma: See `decode`.
+            guidance_scale: See `decode`.
+            shift: See `decode`.
+            prompt: See `decode`.
+            negative_prompt: See `decode`.
+            prompt_embeds: See `decode`.
+            color_fix: Default "off"; "back-projection" for a feed-forward decoder unless `sigma` asks it to invent.
+            reference: Default the image itself.
+            fit: "pad" (default) mirrors the edges out to the encoder's multiple and cuts the result back, so that it
+                is exactly `scale` times the image; "crop" crops around the center instead.
+            num_refinements: Times the encoder corrects its latent by what it decodes to, for encoders that can.
+            callback: See `decode`.
+
+        Raises:
+            ImageError: It is no image.
+            SizeError: The image is too small.
+            SettingError: There is no encoder, or an option cannot act or is out of range.
+            Cancelled: The callback asked to stop.
         """
-        tensor, kept = self._fit(load_tensor(image), fit)
-        if "size" in settings:
-            raise SettingError(
-                f"upscale makes {self.scale} times the image, so size cannot act; resize before or after."
+        chosen = (options or DecodeOptions()).replace(
+            seed=seed, num_steps=num_steps, sampler=sampler, sigma=sigma, guidance_scale=guidance_scale, shift=shift,
+            prompt=prompt, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds, color_fix=color_fix,
+            reference=reference, fit=fit, num_refinements=num_refinements,
+        )  # fmt: skip
+        chosen.require_acting(self.kind, "upscale", self.name)
+        tensor, padding = self._fit(load_tensor(image), chosen.fit or "pad")
+        latent = self._encode(tensor, chosen.num_refinements)
+        if chosen.color_fix is None and self.kind == "feed-forward" and not chosen.sigma:
+            chosen = chosen.replace(color_fix="back-projection")
+        if chosen.color_fix not in (None, "off") and chosen.reference is None:
+            chosen = chosen.replace(reference=tensor)
+        output = self._decode(latent, chosen, "upscale", callback)
+        if padding is None:
+            return output
+        pixels = crop_back(output.tensor, padding, scale=self.scale)
+        size = {"width": pixels.shape[-1], "height": pixels.shape[-2]}
+        return DecodeOutput(pixels, tuple(metadata | size for metadata in output.metadata))
+
+    @torch.inference_mode()
+    def _decode(
+        self, latent: Latent, options: DecodeOptions, command: Command, callback: Callback | None
+    ) -> DecodeOutput:
+        options.require_acting(self.kind, command, self.name)
+        clean, latent = latent, self._with_prompt(self._checked(latent, options), options.prompt)
+        width, height = self._size(latent, options)
+        reference = self._reference(clean, options)
+        if isinstance(self.runner, FeedForwardRunner):
+            pixels = self._run_feed_forward(self.runner, latent, callback)
+        else:
+            pixels = self._run_diffusion(self.runner, latent, (width, height), options, callback)
+        if not torch.isfinite(pixels).all():
+            raise LatentError(
+                "The network answered with NaN or infinite values. Decode in float32 (dtype=torch.float32); if that "
+                "helps, this device's half-precision arithmetic is at fault."
             )
-        latent = self._prompted(self._encode(tensor, None), prompt)
-        if settings.get("color_fix") is None and self.runner.look is not None and not settings.get("sigma"):
-            settings["color_fix"] = "detail"
-        if settings.get("color_fix") in HOLDING:
-            settings.setdefault("reference", tensor)
-        pixels = self.decode(latent, output="pt", callback=callback, **settings)
-        assert isinstance(pixels, Tensor)
-        if kept is not None:
-            pixels = crop_back(pixels, kept, scale=self.scale)
-        return self._delivered(pixels, latent, Settings.of(settings), output)
+        pixels = pixels.clamp_(-1, 1)
+        if reference is not None:
+            pixels = apply_color_fix(pixels, reference.to(pixels), options.color_fix or "off")
+        described = tuple(
+            self._describe(latent[index], options, index, (width, height)) for index in range(len(pixels))
+        )
+        return DecodeOutput(pixels, described)
 
     def _fit(self, tensor: Tensor, fit: Fit) -> tuple[Tensor, Padding | None]:
         """The image at a size the encoder takes, and what to cut off the result again, if anything."""
@@ -270,18 +482,21 @@ class PixelDecoder:
         return pad_to_multiple(tensor, space.input_multiple)
 
     @torch.inference_mode()
-    def _encode(self, tensor: Tensor, prompt: str | Sequence[str] | None) -> Latent:
+    def _encode(self, tensor: Tensor, num_refinements: int | None) -> Latent:
         if self.encoder is None:
             raise SettingError(
                 f"{self.name} came without an encoder, so it decodes latents but cannot take images. Fetch one "
                 f"with `pidecode pull {self.space.name}`, or pass encoder= to from_pretrained()."
             )
-        with visiting(self.encoder, self.device if self.runner.sets_aside("encoder") else None):
-            cells = encode_for(self.runner.look, self.encoder, tensor.to(self.device))
-        texts = prompt if prompt is None or isinstance(prompt, str) else tuple(prompt)
-        return Latent(cells, self.space.name, 0.0, texts)
+        reconstruct = self.runner.reconstruct if isinstance(self.runner, FeedForwardRunner) else None
+        with visiting(self.encoder, self.device if self._offloads("encoder") else None):
+            cells = encode_for(self.encoder, tensor.to(self.device), reconstruct, num_refinements)
+        return Latent(cells, self.space.name, 0.0)
 
-    def _checked(self, latent: Latent, chosen: Settings) -> Latent:
+    def _offloads(self, what: str) -> bool:
+        return isinstance(self.runner, Runner) and self.runner.sets_aside(what)
+
+    def _checked(self, latent: Latent, options: DecodeOptions) -> Latent:
         if not isinstance(latent, Latent):
             raise LatentError(
                 f"decode takes a Latent; got {type(latent).__name__}. Say what the tensor is: "
@@ -292,46 +507,34 @@ class PixelDecoder:
                 f"This decoder is for space {self.space.name}; the latent is of space {latent.space}. Load the decoder "
                 f"for {latent.space}, or encode the image again with this one."
             )
-        self._refuse_idle(chosen)
         latent = latent.to(self.device, torch.float32)
-        if chosen.sigma is None:
+        if options.sigma is None:
             return latent
-        if not 0.0 <= chosen.sigma <= LARGEST_TRAINED_SIGMA:
+        if options.sigma > self.max_sigma:
             raise SettingError(
-                f"sigma is {chosen.sigma:g}; the networks were trained from 0 to {LARGEST_TRAINED_SIGMA}. To label "
+                f"sigma is {options.sigma:g}; {self.name} decodes latents well up to {self.max_sigma:g}. To label "
                 "a latent that already holds noise, give sigma to Latent() instead."
             )
-        return latent.noised(chosen.sigma, seed=chosen.seeds(1)[0] + STRENGTH_STREAM) if chosen.sigma else latent
+        seed = options.seeds(len(latent))[0]
+        return latent.noised(options.sigma, seed=(seed + SIGMA_SEED_OFFSET) % MAX_SEED) if options.sigma else latent
 
-    def _refuse_idle(self, chosen: Settings) -> None:
-        """A setting that cannot act is an error, not ignored."""
-        student = self.identity.kind == "student"
-        idle = ("guidance", "shift", "negative_prompt") if student else ("sampler",)
-        for name in idle:
-            if getattr(chosen, name) is not None:
-                other = "teachers" if student else "students"
-                raise SettingError(
-                    f"{name} acts on {other} only, and {self.name} is a {self.identity.kind}; leave it out."
-                )
+    def _reference(self, latent: Latent, options: DecodeOptions) -> Tensor | None:
+        """What the color fix corrects against; None without one."""
+        if options.color_fix in (None, "off"):
+            if options.reference is not None:
+                raise SettingError("reference acts with a color_fix only; name one, or leave reference out.")
+            return None
+        if options.reference is not None:
+            return options.reference
+        with visiting(self.encoder, self.device if self._offloads("encoder") else None):
+            return native_reference(self.encoder, latent)
 
-    def _reference(self, latent: Latent, chosen: Settings) -> Tensor | None:
-        """What colors are held to; None where they are free."""
-        if chosen.color_fix not in (None, *LOCKS):
-            raise SettingError(f"color_fix is {chosen.color_fix!r}; it must be one of {', '.join(LOCKS)}.")
-        if chosen.color_fix in HOLDING:
-            if chosen.reference is not None:
-                return chosen.reference
-            with visiting(self.encoder, self.device if self.runner.sets_aside("encoder") else None):
-                return native_reference(self.encoder, latent)
-        if chosen.reference is not None:
-            raise SettingError(f"reference acts with a color_fix only; name one of {', '.join(HOLDING)}.")
-        return None
-
-    def _size(self, latent: Latent, chosen: Settings) -> tuple[int, int]:
+    def _size(self, latent: Latent, options: DecodeOptions) -> tuple[int, int]:
         """Width and height of the output."""
         natural_height, natural_width = latent.output_size
-        width, height = chosen.size or (natural_width, natural_height)
-        self.net.grid_of(height, width)
+        width, height = options.size or (natural_width, natural_height)
+        if isinstance(self.net, PiDNet):
+            self.net.grid_of(height, width)
         if not 0.5 <= (width * natural_height) / (height * natural_width) <= 2:
             raise SizeError(
                 f"{width}x{height} stretches a {natural_width}x{natural_height} image more than twofold; "
@@ -339,118 +542,140 @@ class PixelDecoder:
             )
         advice = size_advice(self.checkpoint, height, width) if self.checkpoint else None
         if advice:
-            warnings.warn(advice, stacklevel=4)
+            warnings.warn(advice, stacklevel=5)
         return width, height
 
-    def _run(self, latent: Latent, size: tuple[int, int], chosen: Settings, callback: Callback | None) -> Tensor:
-        net, batch = self.net, len(latent)
-        grid = net.grid_of(*size)
-        draw = NoiseStream(chosen.seeds(batch), (3, *size), self.device)
-        states = self._states(latent.prompts, chosen.prompt_embeds, batch)
-        if self.text is not None and self.runner.sets_aside("text"):
+    def _run_feed_forward(self, runner: FeedForwardRunner, latent: Latent, callback: Callback | None) -> Tensor:
+        pixels = runner.decode(latent.tensor)
+        if callback is not None:
+            callback(Step(1, 1, pixels))
+        return pixels
+
+    def _run_diffusion(
+        self,
+        runner: Runner,
+        latent: Latent,
+        size: tuple[int, int],
+        options: DecodeOptions,
+        callback: Callback | None,
+    ) -> Tensor:
+        width, height = size
+        grid = runner.net.grid_of(height, width)
+        noise = NoiseStream(options.seeds(len(latent)), (3, height, width), self.device)
+        states = self._text_states(latent.prompts, options.prompt_embeds, len(latent))
+        if self.text is not None and runner.sets_aside("text"):
             self.text.unload()
-        condition = self.runner.prepare(grid, states, latent.tensor, latent.sigmas)
-        prediction = net.config.prediction
-        if self.identity.kind == "student":
-            pixels = sample_student(
-                self.runner.predict(condition),
-                draw,
-                steps=4 if chosen.steps is None else chosen.steps,
-                kind=chosen.sampler or "sde",
-                prediction=prediction,
-                callback=callback,
-            )
-        else:
-            pixels = self._run_teacher(latent, condition, draw(), chosen, callback)
-        if not torch.isfinite(pixels).all():
-            raise LatentError(
-                "The network answered with NaN or infinite values. Decode in float32 (dtype=torch.float32); if that "
-                "helps, this device's half-precision attention is at fault."
-            )
-        return pixels.clamp_(-1, 1)
+        condition = runner.prepare(grid, states, latent.tensor, latent.sigmas)
+        if self.kind == "teacher":
+            return self._run_teacher(runner, latent, condition, noise(), options, callback)
+        return sample_student(
+            runner.predict(condition),
+            noise,
+            num_steps=options.num_steps or STUDENT_STEPS,
+            sampler=options.sampler or "sde",
+            prediction=runner.net.config.prediction,
+            callback=callback,
+        )
 
     def _run_teacher(
-        self, latent: Latent, condition: Condition, noise: Tensor, chosen: Settings, callback: Callback | None
+        self,
+        runner: Runner,
+        latent: Latent,
+        condition: Condition,
+        noise: Tensor,
+        options: DecodeOptions,
+        callback: Callback | None,
     ) -> Tensor:
-        guidance = TEACHER_GUIDANCE if chosen.guidance is None else chosen.guidance
+        scale = TEACHER_GUIDANCE if options.guidance_scale is None else options.guidance_scale
         without = condition
-        if guidance != 1.0:
-            negative = default_negative_prompt() if chosen.negative_prompt is None else chosen.negative_prompt
-            states = self._states((negative,) * len(latent), None, len(latent))
-            without = self.runner.prepare(condition.grid, states, latent.tensor, latent.sigmas)
-        shift = chosen.shift
+        if scale != 1.0:
+            negative = default_negative_prompt() if options.negative_prompt is None else options.negative_prompt
+            states = self._text_states((negative,) * len(latent), None, len(latent))
+            without = runner.prepare(condition.grid, states, latent.tensor, latent.sigmas)
+        shift = options.shift
         if shift is None:
             trained = self.checkpoint.shift if self.checkpoint else None
             shift = (trained or DEFAULT_SHIFT).at(*noise.shape[-2:])
         return sample_teacher(
-            guided(self.runner.predict(condition), self.runner.predict(without), guidance),
+            guided(runner.predict(condition), runner.predict(without), scale),
             noise,
-            steps=TEACHER_STEPS if chosen.steps is None else chosen.steps,
+            num_steps=options.num_steps or TEACHER_STEPS,
             shift=shift,
-            prediction=self.net.config.prediction,
+            prediction=runner.net.config.prediction,
             callback=callback,
         )
 
-    def _prompted(self, latent: Latent, prompt: str | Sequence[str] | None) -> Latent:
+    def _with_prompt(self, latent: Latent, prompt: str | Sequence[str] | None) -> Latent:
         """The latent with the prompt it is decoded with."""
         if prompt is None:
             return latent
-        if not self.net.config.has_text:
+        if not self.reads_text:
             raise SettingError(f"{self.name} has no text stream, so a prompt cannot act; leave it out.")
         texts = prompt if isinstance(prompt, str) else tuple(prompt)
         return Latent(latent.tensor, latent.space, latent.sigma, texts, latent.seed)
 
-    def _states(self, prompts: Sequence[str | None], ready: Tensor | None, batch: int) -> Tensor | None:
+    def _text_states(self, prompts: Sequence[str | None], given: Tensor | None, batch: int) -> Tensor | None:
         """Text states `[batch, tokens, text_dim]`, or None for networks without text."""
         config = self.net.config
-        if not config.has_text:
-            if ready is not None:
+        if not isinstance(self.net, PiDNet) or not self.net.config.has_text:
+            if given is not None:
                 raise SettingError(f"{self.name} has no text stream, so prompt_embeds cannot act; leave them out.")
             return None
-        if ready is not None:
-            states = ready_states(ready, length=config.text_length, width=config.text_dim)
+        config = self.net.config
+        if given is not None:
+            states = ready_states(given, length=config.text_length, width=config.text_dim)
             if len(states) not in (1, batch):
-                raise SettingError(f"There are prompt states for {len(states)} images, and {batch} latents.")
+                raise SettingError(f"There are prompt_embeds for {len(states)} images, and {batch} latents.")
             return states.to(self.device).expand(batch, -1, -1)
         if self.text is None:
             raise SettingError(
-                f"{self.name} reads prompts, and has no text encoder here. Fetch it with `pidecode pull "
-                f"{self.space.name}`, pass text= to from_pretrained(), or pass ready-made prompt_embeds=."
+                f"{self.name} reads text, and has no text encoder here. Fetch it with `pidecode pull "
+                f"{self.space.name}`, pass text= to PixelDecoder(), or pass prompt_embeds=."
             )
         return self.text.encode([prompt or "" for prompt in prompts]).to(self.device)
 
-    def _delivered(self, pixels: Tensor, latent: Latent, chosen: Settings, output: Output) -> Made:
-        """Pixels in the form asked for; images carry their recipe in `.info["pidecode"]`."""
-        if output == "pt":
-            return pixels
-        if output == "pairs":
-            size = (pixels.shape[-1], pixels.shape[-2])
-            return [(one, self._recipe(latent[index], chosen, index, size)) for index, one in enumerate(pixels)]
-        images = to_pils(pixels)
-        for index, image in enumerate(images):
-            image.info[KEYWORD] = self._recipe(latent[index], chosen, index, image.size)
-        return images[0] if len(images) == 1 else images
-
-    def _recipe(self, latent: Latent, chosen: Settings, index: int, size: tuple[int, int]) -> dict[str, Any]:
-        """Everything needed to make this image again."""
-        recipe: dict[str, Any] = {
+    def _describe(self, latent: Latent, options: DecodeOptions, index: int, size: tuple[int, int]) -> dict[str, Any]:
+        """Everything needed to make this image again; only options that acted."""
+        described: dict[str, Any] = {
             "model": self.name,
-            "variant": self.identity.variant,
+            "variant": self.metadata.variant,
             "space": self.space.name,
-            "license": self.identity.license,
-            "kind": self.identity.kind,
-            "sigma": float(latent.sigmas[0]) if chosen.sigma is None else chosen.sigma,
-            "seed": chosen.seed + index if isinstance(chosen.seed, int) else chosen.seed[index],
+            "license": self.metadata.license,
+            "kind": self.kind,
+            "sigma": float(latent.sigmas[0]) if options.sigma is None else options.sigma,
             "width": size[0],
             "height": size[1],
             "latent_seed": latent.seed,
-            "steps": chosen.steps or (4 if self.identity.kind == "student" else TEACHER_STEPS),
-            "sampler": (chosen.sampler or "sde") if self.identity.kind == "student" else "dpm-solver++",
-            "guidance": chosen.guidance,
-            "color_fix": chosen.color_fix,
+            "color_fix": options.color_fix,
+            "num_refinements": options.num_refinements,
             "prompt": latent.prompts[0],
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
             "versions": {"pidecode": __version__, "torch": torch.__version__},
         }
-        return {key: value for key, value in recipe.items() if value is not None}
+        if self.kind != "feed-forward":
+            student = self.kind == "student"
+            described |= {
+                "seed": options.seeds(index + 1)[index]
+                if not isinstance(options.seed, Sequence)
+                else options.seed[index],
+                "num_steps": options.num_steps or (STUDENT_STEPS if student else TEACHER_STEPS),
+                "sampler": (options.sampler or "sde") if student else "dpm-solver++",
+                "guidance_scale": options.guidance_scale,
+            }
+        return {key: value for key, value in described.items() if value is not None}
+
+
+def _make_runner(
+    net: PiDNet | TinyDecoder, plan: Plan | FeedForwardPlan | None, runtime: RuntimeOptions, kind: str, name: str
+) -> Runner | FeedForwardRunner:
+    if isinstance(net, TinyDecoder):
+        if isinstance(plan, Plan) or runtime != RuntimeOptions():
+            raise SettingError(
+                f"{name} is a feed-forward decoder, which knows neither eight-bit weights, offloading, compile nor "
+                "cuda_graphs; leave them out."
+            )
+        return FeedForwardRunner(net, plan)
+    if isinstance(plan, FeedForwardPlan):
+        raise SettingError(f"{name} is a {kind} decoder; make its plan from its own configuration.")
+    return Runner(net, plan, distilled=kind == "student", compile=runtime.compile, graphs=runtime.cuda_graphs)

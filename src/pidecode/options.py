@@ -1,100 +1,242 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode options and runtime options."""
+"""Decode options and runtime options: the one list that Python, command line, HTTP, batch and ComfyUI are made from.
+
+Each field of `DecodeOptions` carries an `OptionInfo`: what it means, its range or choices, the kinds of decoder on
+which it acts, the commands it belongs to and the interfaces that offer it.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import TypedDict
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from torch import Tensor
-
-from pidecode.color_fix import Lock
 from pidecode.errors import SettingError
-from pidecode.registry.checkpoints import StudentKind
 
-LARGEST_TRAINED_SIGMA = 0.8
-"""Beyond this much noise the networks never saw a latent (SPEC.md section 7)."""
+if TYPE_CHECKING:
+    from torch import Tensor
 
+DecoderKind = Literal["feed-forward", "student", "teacher"]
+"""How an image is formed: by one evaluation of a network, by a few distilled steps, or by many guided ones."""
+Sampler = Literal["sde", "ode"]
+ColorFix = Literal["off", "coarse", "fine", "back-projection"]
+Fit = Literal["pad", "crop"]
+Command = Literal["decode", "upscale"]
+Interface = Literal["cli", "http", "batch", "comfyui"]
 
-class DecodeSettings(TypedDict, total=False):
-    """Keyword settings of `decode` and `upscale`; `Settings` says what each means."""
+COLOR_FIXES: tuple[ColorFix, ...] = get_args(ColorFix)
+MAX_SEED = 2**64 - 1
+"""Largest seed torch's generators take, and ComfyUI's largest."""
+MAX_SIDE = 65_535
+"""Largest side of an image, in pixels, that is worth asking for: the limit of JPEG."""
+MAX_SIGMA = 0.8
+"""Largest noise level of latents in PiD's training (https://arxiv.org/abs/2605.23902)."""
 
-    seed: int | Sequence[int]
-    steps: int
-    sampler: StudentKind
-    sigma: float
-    size: tuple[int, int]
-    guidance: float
-    shift: float
-    negative_prompt: str
-    prompt_embeds: Tensor
-    color_fix: Lock
-    reference: Tensor
-
-
-class RunSettings(TypedDict, total=False):
-    """Keyword settings of `from_pretrained` and `PixelDecoder` for speed; rounding aside they change no image."""
-
-    compile: bool
-    """Run the sums around the matrix products as the framework compiles them: worth the wait for many images on an
-    accelerator (docs/performance.md)."""
-    graphs: bool
-    """Record an evaluation once per image size and replay it; CUDA devices only."""
-
-
-def checked_run_settings(given: RunSettings) -> RunSettings:
-    """The same settings. Raises SettingError for a name that does not exist."""
-    unknown = sorted(set(given) - set(RunSettings.__annotations__))
-    if unknown:
-        known = ", ".join(sorted(RunSettings.__annotations__))
-        raise SettingError(f"There is no setting {', '.join(unknown)} of how a decoder runs; there are {known}.")
-    return given
+_EVERYWHERE: tuple[Interface, ...] = get_args(Interface)
+_PIXEL_DIFFUSION: tuple[DecoderKind, ...] = ("student", "teacher")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """How a latent is decoded. None means the network's own default; a setting that cannot act is refused."""
+class OptionInfo:
+    """What interfaces need to know of an option.
 
-    seed: int | Sequence[int] = 0
-    """One seed (each further image of a batch gets the next number), or one per image."""
-    steps: int | None = None
-    """Student: 1 to 4, default 4. Teacher: default 25."""
-    sampler: StudentKind | None = None
-    """Student only: "sde" (default, fresh noise at every step) or "ode"."""
-    sigma: float | None = None
-    """Strength: noises a clean latent to this level, in [0, 0.8], and tells the network so."""
-    size: tuple[int, int] | None = None
-    """Width and height in pixels, where they should differ from the latent's natural size."""
-    guidance: float | None = None
-    """Teacher only: classifier-free guidance, default 5."""
-    shift: float | None = None
-    """Teacher only: flow shift; the default grows with the image as in training."""
-    negative_prompt: str | None = None
-    """Teacher only: what guidance leads away from."""
-    prompt_embeds: Tensor | None = field(default=None, compare=False)
-    """Ready-made text states `[B, tokens, text_dim]` instead of a prompt."""
-    color_fix: Lock | None = None
-    """Hold brightness and hue to a reference: "off", "soft" over wide areas, "full" down to a few pixels; "detail"
-    holds all that the reference shows. Default "off"; "detail" where `upscale` enlarges with a small decoder that can
-    be looked through, as `tiny` can, and no strength is asked for: such decoders lose detail that the image shows."""
-    reference: Tensor | None = field(default=None, compare=False)
-    """What `color_fix` holds to, `[B, 3, h, w]` in [-1, 1]; default the image being enlarged, or what the space's
-    own decoder makes of the clean latent."""
+    Attributes:
+        help: One or two plain sentences.
+        type: Type of a single value: int, float or str; `tuple` for a size, `object` for what is Python only.
+        choices: The values there are, where they can be listed.
+        minimum: Smallest value, included.
+        maximum: Largest value, included.
+        kinds: Kinds of decoder on which it acts; others refuse it.
+        commands: Where it belongs: decoding a latent, enlarging an image, or both.
+        interfaces: Who offers it besides Python.
+    """
 
-    @classmethod
-    def of(cls, given: DecodeSettings) -> Settings:
-        """Check the names of keyword settings. Raises SettingError for one that does not exist."""
-        known = {entry.name for entry in fields(cls)}
-        unknown = sorted(set(given) - known)
-        if unknown:
-            raise SettingError(f"There is no setting {', '.join(unknown)}; there are {', '.join(sorted(known))}.")
-        return cls(**given)
+    help: str
+    type: type
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    kinds: tuple[DecoderKind, ...] = get_args(DecoderKind)
+    commands: tuple[Command, ...] = get_args(Command)
+    interfaces: tuple[Interface, ...] = _EVERYWHERE
+
+
+def _option(help: str, type: type, **rest: Any) -> Any:
+    info = OptionInfo(help=help, type=type, **rest)
+    return field(default=None, compare=type is not object, metadata={"option": info})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeOptions:
+    """How a latent is decoded; None means the decoder's default, and an option that cannot act is refused.
+
+    Raises:
+        SettingError: A value has the wrong type, is out of range or is none of the choices.
+    """
+
+    seed: int | Sequence[int] | None = _option(
+        "Seed of the noise; each further image of a batch takes the next number.",
+        int, minimum=0, maximum=MAX_SEED, kinds=_PIXEL_DIFFUSION,
+    )  # fmt: skip
+    num_steps: int | None = _option(
+        "Denoising steps: 1 to 4 for a distilled decoder (default 4); a teacher takes more (default 25).",
+        int, minimum=1, maximum=1000, kinds=_PIXEL_DIFFUSION,
+    )  # fmt: skip
+    sampler: Sampler | None = _option(
+        "Sampler of a distilled decoder: sde draws fresh noise at every step (default), ode does not.",
+        str, choices=get_args(Sampler), kinds=("student",),
+    )  # fmt: skip
+    sigma: float | None = _option(
+        "Noise level to add to a clean latent before decoding; more leaves more to the decoder.",
+        float, minimum=0.0, maximum=MAX_SIGMA,
+    )  # fmt: skip
+    size: tuple[int, int] | None = _option(
+        "Width and height of the image in pixels, where they should differ from the latent's natural size.",
+        tuple, minimum=16, maximum=MAX_SIDE, kinds=_PIXEL_DIFFUSION, commands=("decode",),
+        interfaces=("cli", "http", "batch"),
+    )  # fmt: skip
+    guidance_scale: float | None = _option(
+        "Classifier-free guidance of a teacher (default 5).",
+        float, minimum=1.0, maximum=100.0, kinds=("teacher",),
+    )  # fmt: skip
+    shift: float | None = _option(
+        "Flow shift of a teacher's schedule; by default it grows with the image as in training.",
+        float, minimum=0.01, maximum=100.0, kinds=("teacher",), interfaces=("cli", "http", "batch"),
+    )  # fmt: skip
+    prompt: str | Sequence[str] | None = _option(
+        "What the image shows, for decoders that read text; by default the latent's own prompt.",
+        str, kinds=_PIXEL_DIFFUSION,
+    )  # fmt: skip
+    negative_prompt: str | None = _option(
+        "What a teacher's guidance leads away from.",
+        str, kinds=("teacher",), interfaces=("cli", "http", "batch"),
+    )  # fmt: skip
+    prompt_embeds: Tensor | None = _option(
+        "Gemma-2 text states [B, tokens, text_dim] in place of a prompt.",
+        object, kinds=_PIXEL_DIFFUSION, interfaces=(),
+    )  # fmt: skip
+    color_fix: ColorFix | None = _option(
+        "Correct the image against a smaller reference: coarse (brightness and hue over wide areas), fine (down to a "
+        "few pixels) or back-projection (all that the reference shows).",
+        str, choices=COLOR_FIXES,
+    )  # fmt: skip
+    reference: Tensor | None = _option(
+        "What the color fix corrects against, [B, 3, h, w] in [-1, 1]; by default the image being enlarged, or the "
+        "VAE's decode of the clean latent.",
+        object, interfaces=(),
+    )  # fmt: skip
+    fit: Fit | None = _option(
+        "For sides that the encoder cannot divide: pad by mirrored edges and cut back (default), or crop.",
+        str, choices=get_args(Fit), commands=("upscale",),
+    )  # fmt: skip
+    num_refinements: int | None = _option(
+        "Times the encoder corrects its latent by what it decodes to; 0 is fastest.",
+        int, minimum=0, maximum=16, kinds=("feed-forward",), commands=("upscale",),
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        for name, info in option_infos().items():
+            value = getattr(self, name)
+            if value is not None:
+                _check(name, info, value)
+
+    def replace(self, **given: Any) -> DecodeOptions:
+        """The same options with those given (not None) in place of their own."""
+        return replace(self, **{name: value for name, value in given.items() if value is not None})
+
+    def require_acting(self, kind: DecoderKind, command: Command, name: str) -> None:
+        """Check that every option given acts.
+
+        Args:
+            kind: Kind of the decoder.
+            command: What it is asked to do.
+            name: What to call the decoder in the message.
+
+        Raises:
+            SettingError: An option has no effect on this kind of decoder, or in this command.
+        """
+        for option, info in option_infos().items():
+            if getattr(self, option) is None:
+                continue
+            if kind not in info.kinds:
+                acts = " and ".join(f"{other} decoders" for other in info.kinds)
+                raise SettingError(f"{option} acts on {acts} only, and {name} is a {kind} decoder; leave it out.")
+            if command not in info.commands:
+                acts = " and ".join(info.commands)
+                raise SettingError(f"{option} acts in {acts} only, and this is {command}; leave it out.")
 
     def seeds(self, batch: int) -> list[int]:
-        """One seed per image."""
-        if isinstance(self.seed, int):
-            return [self.seed + index for index in range(batch)]
+        """One seed per image of a batch.
+
+        Raises:
+            SettingError: There are several seeds, and not one for each image.
+        """
+        if self.seed is None or isinstance(self.seed, int):
+            return [((self.seed or 0) + index) % (MAX_SEED + 1) for index in range(batch)]
         if len(self.seed) != batch:
             raise SettingError(f"There are {len(self.seed)} seeds for {batch} images; give one, or one for each.")
         return list(self.seed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeOptions:
+    """How a network runs; rounding aside, neither changes an image. Both act on students and teachers only.
+
+    Attributes:
+        compile: Run the elementwise ops through torch.compile: worth its wait for many images. Experimental.
+        cuda_graphs: Capture one evaluation per image size and replay it; CUDA devices only. Experimental.
+    """
+
+    compile: bool = False
+    cuda_graphs: bool = False
+
+
+def option_infos(*, command: Command | None = None, interface: Interface | None = None) -> dict[str, OptionInfo]:
+    """Name and `OptionInfo` of every decode option, in order; only those of a command or an interface, if named."""
+    infos = {entry.name: _info(entry) for entry in fields(DecodeOptions)}
+    return {
+        name: info
+        for name, info in infos.items()
+        if (command is None or command in info.commands) and (interface is None or interface in info.interfaces)
+    }
+
+
+def _info(entry: Field[Any]) -> OptionInfo:
+    info: OptionInfo = entry.metadata["option"]
+    return info
+
+
+def _check(name: str, info: OptionInfo, value: Any) -> None:
+    if info.type is object:
+        return
+    if info.type is tuple:
+        sides = value if isinstance(value, (tuple, list)) else ()
+        if len(sides) != 2 or not all(_is_a(int, side) for side in sides):
+            raise SettingError(f"{name} is {value!r}; it must be width and height in pixels, such as (2048, 1536).")
+        values = list(sides)
+    elif info.type in (int, str) and isinstance(value, (tuple, list)):
+        if name not in ("seed", "prompt"):
+            raise SettingError(f"{name} is {value!r}; one value acts on all images.")
+        values = list(value)
+    else:
+        values = [value]
+    for one in values:
+        if not _is_a(int if info.type is tuple else info.type, one):
+            raise SettingError(f"{name} is {one!r}; it must be {_TYPES[info.type]}.")
+        if info.choices and one not in info.choices:
+            raise SettingError(f"{name} is {one!r}; it must be one of {', '.join(info.choices)}.")
+        low, high = info.minimum, info.maximum
+        if low is not None and high is not None and not low <= one <= high:
+            raise SettingError(f"{name} is {one:g}; it must be from {low:g} to {high:g}.")
+
+
+_TYPES = {int: "a whole number", float: "a number", str: "text", tuple: "width and height"}
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    if isinstance(value, bool):
+        return False
+    if kind is float:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, kind)

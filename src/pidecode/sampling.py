@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from pidecode.errors import SettingError
-from pidecode.registry.checkpoints import STUDENT_TIMES, StudentKind
+from pidecode.options import Sampler
+from pidecode.registry.checkpoints import STUDENT_TIMES
 from pidecode.registry.configs import Prediction
 
 SINGLE_STEP_TIME = 1.0
@@ -48,20 +49,20 @@ Callback = Callable[[Step], None]
 """Called after each step; raise `errors.Cancelled` in it to stop."""
 
 
-def student_times(steps: int) -> tuple[float, ...]:
-    """Times at which a `steps`-step student runs, ending in 0 (SPEC.md section 3).
+def student_times(num_steps: int) -> tuple[float, ...]:
+    """Times at which a `num_steps`-step student runs, ending in 0 (SPEC.md section 3).
 
     Raises SettingError beyond 1 to 4 steps: the list has four distinct entries, more would repeat them.
     """
     longest = len(STUDENT_TIMES) - 1
-    if not 1 <= steps <= longest:
+    if not 1 <= num_steps <= longest:
         raise SettingError(
-            f"steps is {steps}; a distilled decoder takes 1 to {longest}. It was trained at {longest} times only, "
-            "so more steps would repeat some of them without adding anything."
+            f"num_steps is {num_steps}; a distilled decoder takes 1 to {longest}. It was trained at {longest} times "
+            "only, so more steps would repeat some of them without adding anything."
         )
-    if steps == 1:
+    if num_steps == 1:
         return (SINGLE_STEP_TIME, 0.0)
-    return tuple(STUDENT_TIMES[round(longest * index / steps)] for index in range(steps + 1))
+    return tuple(STUDENT_TIMES[round(longest * index / num_steps)] for index in range(num_steps + 1))
 
 
 def _wide(device: torch.device) -> torch.dtype:
@@ -128,19 +129,19 @@ def sample_student(
     predict: Predict,
     draw: Callable[[], Tensor],
     *,
-    steps: int = 4,
-    kind: StudentKind = "sde",
+    num_steps: int = 4,
+    sampler: Sampler = "sde",
     prediction: Prediction = "velocity",
     callback: Callback | None = None,
 ) -> Tensor:
     """Run a distilled decoder; returns the image `[B, 3, H, W]`, unclamped.
 
     `draw()` gives the starting noise, then ("sde" only) one fresh noise after each step but the last.
-    Raises SettingError for steps or kind that do not exist.
+    Raises SettingError for num_steps or a sampler that do not exist.
     """
-    if kind not in ("sde", "ode"):
-        raise SettingError(f"The sampler is {kind!r}; a student runs as 'sde' or 'ode'.")
-    times = student_times(steps)
+    if sampler not in ("sde", "ode"):
+        raise SettingError(f"The sampler is {sampler!r}; a student runs as 'sde' or 'ode'.")
+    times = student_times(num_steps)
     x = draw()
     for index, (t, t_next) in enumerate(pairwise(times)):
         # The time stays on the host: a network that knows it beforehand need not wait to read it.
@@ -148,14 +149,14 @@ def sample_student(
         clean = output if prediction == "x0" else clean_from_velocity(x, output, t)
         if t_next == 0:
             x = clean
-        elif kind == "sde":
+        elif sampler == "sde":
             x = renoise(clean, draw(), t_next)
         else:
             velocity = velocity_from_clean(x, output, t) if prediction == "x0" else output
             x = x + (t_next - t) * velocity
             del velocity
         if callback is not None:
-            callback(Step(index + 1, steps, clean))
+            callback(Step(index + 1, num_steps, clean))
         del output, clean  # two images that the next evaluation would otherwise run beside
     return x
 
@@ -165,21 +166,21 @@ def shifted(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def teacher_times(steps: int, shift: float) -> Tensor:
-    """The `steps + 1` times of the teacher's solver, float64, from just under 1 to exactly 0."""
-    if steps < 1:
-        raise SettingError(f"steps is {steps}; the teacher needs at least one.")
-    return shifted(1 - torch.linspace(1.0, 0.001, steps + 1, dtype=torch.float64), shift).flip(0)
+def teacher_times(num_steps: int, shift: float) -> Tensor:
+    """The `num_steps + 1` times of the teacher's solver, float64, from just under 1 to exactly 0."""
+    if num_steps < 1:
+        raise SettingError(f"num_steps is {num_steps}; the teacher needs at least one.")
+    return shifted(1 - torch.linspace(1.0, 0.001, num_steps + 1, dtype=torch.float64), shift).flip(0)
 
 
-def guided(predict: Predict, predict_unprompted: Predict, guidance: float) -> Predict:
+def guided(predict: Predict, predict_unprompted: Predict, guidance_scale: float) -> Predict:
     """Classifier-free guidance: `u + g (c - u)`; the latent stays in both branches."""
-    if guidance == 1.0:
+    if guidance_scale == 1.0:
         return predict
 
     def combined(x: Tensor, t: Tensor) -> Tensor:
         without = predict_unprompted(x, t)
-        return without + guidance * (predict(x, t) - without)
+        return without + guidance_scale * (predict(x, t) - without)
 
     return combined
 
@@ -188,7 +189,7 @@ def sample_teacher(
     predict: Predict,
     noise: Tensor,
     *,
-    steps: int = 25,
+    num_steps: int = 25,
     shift: float = 1.0,
     prediction: Prediction = "velocity",
     callback: Callback | None = None,
@@ -200,7 +201,7 @@ def sample_teacher(
     of first order. Solver arithmetic runs in float64 where the device has it.
     """
     wide = _wide(noise.device)
-    times = teacher_times(steps, shift).tolist()
+    times = teacher_times(num_steps, shift).tolist()
     x, previous, previous_h = noise.to(wide), None, 0.0
     for index, (t, t_next) in enumerate(pairwise(times)):
         narrow = x.float()
@@ -216,5 +217,5 @@ def sample_teacher(
             x = (t_next / t) * x - (1 - t_next) * (ratio - 1) * toward
             previous, previous_h = clean, h
         if callback is not None:
-            callback(Step(index + 1, steps, clean.float()))
+            callback(Step(index + 1, num_steps, clean.float()))
     return x.float()

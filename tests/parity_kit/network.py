@@ -149,7 +149,7 @@ def student(case: Case) -> Iterator[Comparison]:
         image = sample_student(
             predict,
             lambda draws=draws: next(draws),  # type: ignore[misc]
-            steps=variant["steps"],
+            num_steps=variant["steps"],
             kind=variant["type"],
             prediction=variant.get("prediction_type", case.config.get("prediction_type", "velocity")),
         )
@@ -174,7 +174,7 @@ def teacher(case: Case) -> Iterator[Comparison]:
         predict = guided(
             lambda x, t: net.denoise(x, t, captioned), lambda x, t: net.denoise(x, t, uncaptioned), variant["cfg"]
         )
-        image = sample_teacher(predict, noise, steps=variant["steps"], shift=variant["shift"]).clamp(-1, 1)
+        image = sample_teacher(predict, noise, num_steps=variant["steps"], shift=variant["shift"]).clamp(-1, 1)
         name = variant["name"]
         yield from with_own_rounding(case, image, f"{name}.image_clamped", SAMPLING)
 

@@ -150,7 +150,7 @@ def solver(case: Case) -> Iterator[Comparison]:
         image = sample_teacher(
             predict,
             noise,
-            steps=entry["steps"],
+            num_steps=entry["steps"],
             shift=entry["shift"],
             prediction="x0" if name.endswith("x0model") else "velocity",
         )

@@ -91,7 +91,7 @@ def test_a_plan_grows_with_the_image_and_refuses_what_cannot_fit() -> None:
     assert large.working > 10 * small.working
     assert large.working == decoder.runner.plan_for((256, 256), 1).working
     with LiveBytes() as live:
-        decoder.decode(Latent(torch.zeros(1, 128, 4, 4), "flux2", 0.0), steps=2, output="pt")
+        decoder.decode(Latent(torch.zeros(1, 128, 4, 4), "flux2", 0.0), num_steps=2).tensor
     assert large.working == pytest.approx(live.peak, rel=0.1)
     assert small.weights == sum(value.numel() * 4 for value in decoder.net.parameters())
     assert small.fits
@@ -161,7 +161,7 @@ def test_the_command_serves_and_stops_on_a_signal(tmp_path: Path) -> None:
         url = line.split()[2]
         with urllib.request.urlopen(f"{url}/v1/models", timeout=PATIENCE) as answer:
             assert json.load(answer)["data"][0]["id"] == "small"
-        request = urllib.request.Request(f"{url}/v1/decode?steps=1", latent_bytes(), method="POST")
+        request = urllib.request.Request(f"{url}/v1/decode?num_steps=1", latent_bytes(), method="POST")
         with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             assert answer.read(4) == b"\x89PNG"
         process.send_signal(signal.SIGTERM)
@@ -177,4 +177,4 @@ def _write_weights(path: Path) -> None:
     from safetensors.torch import save_file
 
     decoder = small_decoder()
-    save_file(dict(decoder.net.state_dict()), str(path), decoder.identity.to_metadata())
+    save_file(dict(decoder.net.state_dict()), str(path), decoder.metadata.to_metadata())

@@ -110,7 +110,7 @@ def test_an_image_is_dropped_decoded_compared_and_downloaded(page: Any, tmp_path
     frame = page.locator("#viewer").bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, frame["y"] + frame["height"] / 2)
     page.mouse.down()
-    page.mouse.move(frame["x"] + frame["width"] * 0.25, frame["y"] + frame["height"] / 2, steps=4)
+    page.mouse.move(frame["x"] + frame["width"] * 0.25, frame["y"] + frame["height"] / 2, num_steps=4)
     page.mouse.up()
     assert page.get_attribute("#handle", "aria-valuenow") == "25"
     page.focus("#handle")

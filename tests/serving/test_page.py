@@ -87,7 +87,7 @@ def test_a_plan_comes_before_the_work(page: Served) -> None:
 
 
 def test_a_job_is_streamed_step_by_step_and_its_result_is_fetched_once(page: Served) -> None:
-    events = stream(page, "/v1/upscale?stream=true&steps=3&seed=4", image_bytes(20, 33))
+    events = stream(page, "/v1/upscale?stream=true&num_steps=3&seed=4", image_bytes(20, 33))
     previews = [line["preview"] for line in events if "preview" in line]
     assert previews
     for preview in previews:
@@ -103,16 +103,16 @@ def test_a_job_is_streamed_step_by_step_and_its_result_is_fetched_once(page: Ser
 
 
 def test_a_smaller_scale_is_downsampled(page: Served) -> None:
-    last = stream(page, "/v1/upscale?stream=true&steps=1&scale=2", image_bytes(20, 33))[-1]
+    last = stream(page, "/v1/upscale?stream=true&num_steps=1&scale=2", image_bytes(20, 33))[-1]
     assert (last["width"], last["height"], last["metadata"]["downsampled_to_scale"]) == (40, 66, 2)
-    refused = stream(page, "/v1/upscale?stream=true&steps=1&scale=8", image_bytes())[-1]
+    refused = stream(page, "/v1/upscale?stream=true&num_steps=1&scale=8", image_bytes())[-1]
     assert refused["state"] == "failed"
     assert "scale is 8; this model enlarges 4 times" in refused["error"]["message"]
 
 
 def test_a_latent_is_decoded_and_a_bad_one_ends_in_an_error(page: Served) -> None:
-    assert stream(page, "/v1/decode?stream=true&steps=1&format=webp", latent_bytes())[-1]["width"] == 64
-    last = stream(page, "/v1/decode?stream=true&steps=1", latent_bytes()[:-8])[-1]
+    assert stream(page, "/v1/decode?stream=true&num_steps=1&format=webp", latent_bytes())[-1]["width"] == 64
+    last = stream(page, "/v1/decode?stream=true&num_steps=1", latent_bytes()[:-8])[-1]
     assert (last["state"], "cut off" in last["error"]["message"]) == ("failed", True)
 
 

@@ -43,28 +43,28 @@ def form(fields: dict[str, Any], boundary: str = "xyzzy") -> tuple[bytes, dict[s
 
 
 def test_a_latent_becomes_an_image_with_metadata(server: Served) -> None:
-    answer = server.post("/v1/decode?seed=5&steps=2", latent_bytes(1, 2))
+    answer = server.post("/v1/decode?seed=5&num_steps=2", latent_bytes(1, 2))
     assert opened(answer).size == (128, 64)
     assert answer.headers["content-type"] == "image/png"
     metadata = read_recipe(answer.body)
     assert metadata is not None
-    assert {"seed": 5, "steps": 2, "model": "small", "space": "flux2", "latent_seed": 7}.items() <= metadata.items()
-    again = server.post("/v1/decode?seed=5&steps=2", latent_bytes(1, 2))
+    assert {"seed": 5, "num_steps": 2, "model": "small", "space": "flux2", "latent_seed": 7}.items() <= metadata.items()
+    again = server.post("/v1/decode?seed=5&num_steps=2", latent_bytes(1, 2))
     assert again.body == answer.body
-    assert server.post("/v1/decode?seed=6&steps=2", latent_bytes(1, 2)).body != answer.body
+    assert server.post("/v1/decode?seed=6&num_steps=2", latent_bytes(1, 2)).body != answer.body
 
 
 @pytest.mark.parametrize(("kind", "name"), [("png", "PNG"), ("webp", "WEBP"), ("jpeg", "JPEG")])
 def test_an_image_is_enlarged_in_the_format_asked_for(server: Served, kind: str, name: str) -> None:
-    answer = server.post(f"/v1/upscale?steps=1&format={kind}", image_bytes(20, 33))
+    answer = server.post(f"/v1/upscale?num_steps=1&format={kind}", image_bytes(20, 33))
     image = opened(answer)
     assert (image.format, image.size) == (name, (80, 132))
     assert answer.headers["content-type"] == f"image/{kind}"
-    assert (read_recipe(answer.body) or {})["steps"] == 1
+    assert (read_recipe(answer.body) or {})["num_steps"] == 1
 
 
 def test_another_model_is_chosen_by_name(server: Served) -> None:
-    assert (read_recipe(server.post("/v1/upscale?model=second&steps=1", image_bytes()).body) or {})["model"] == "second"
+    assert (read_recipe(server.post("/v1/upscale?model=second&num_steps=1", image_bytes()).body) or {})["model"] == "second"
     refused = server.post("/v1/upscale?model=large", image_bytes())
     assert (refused.status, refused.message) == (400, "There is no model 'large' here; there are small, second.")
 
@@ -83,7 +83,7 @@ def test_a_foreign_latent_needs_its_space(server: Served) -> None:
     refused = server.post("/v1/decode", foreign)
     assert refused.status == 400
     assert "does not say which latent space" in refused.message
-    assert opened(server.post("/v1/decode?space=flux2&steps=1", foreign)).size == (64, 64)
+    assert opened(server.post("/v1/decode?space=flux2&num_steps=1", foreign)).size == (64, 64)
 
 
 @pytest.mark.parametrize(
@@ -100,9 +100,9 @@ def test_a_foreign_latent_needs_its_space(server: Served) -> None:
         ("/v1/upscale", image_bytes()[:60], 400, "damaged or cut off"),
         ("/v1/upscale", image_bytes(128, 128), 400, "512x512"),
         ("/v1/upscale", image_bytes(4000, 4000), 400, "pixels"),
-        ("/v1/decode?steps=9", latent_bytes(), 400, "steps is 9"),
+        ("/v1/decode?num_steps=9", latent_bytes(), 400, "steps is 9"),
         ("/v1/decode?prompt=a+cat", latent_bytes(), 400, "no text stream"),
-        ("/v1/decode?guidance=3", latent_bytes(), 400, "guidance acts on teachers only"),
+        ("/v1/decode?guidance_scale=3", latent_bytes(), 400, "guidance_scale acts on teacher decoders only"),
         ("/v1/decode?width=64", latent_bytes(), 400, "width and height together"),
         ("/v1/decode?sigma=0.9", latent_bytes(), 422, "sigma: Input should be less than or equal to 0.8"),
         ("/v1/decode?seed=-1", latent_bytes(), 422, "seed"),
@@ -174,7 +174,7 @@ def test_health_and_metrics_report_the_queue(server: Served) -> None:
     with server.busy():
         assert server.get("/health").json() == {"status": "ok", "waiting": 0, "running": True}
         text = server.get("/metrics").body.decode()
-    server.post("/v1/upscale?steps=1", image_bytes())
+    server.post("/v1/upscale?num_steps=1", image_bytes())
     after = server.get("/metrics").body.decode()
     assert "\npidecode_queue_running 1\n" in text
     assert 'pidecode_responses_total{path="/v1/upscale",status="200"}' in after
@@ -188,7 +188,7 @@ def test_health_and_metrics_report_the_queue(server: Served) -> None:
 
 
 def test_openai_edits_enlarge(server: Served) -> None:
-    body, headers = form({"image": image_bytes(), "prompt": "", "n": 2, "size": "auto", "seed": 3, "steps": 1})
+    body, headers = form({"image": image_bytes(), "prompt": "", "n": 2, "size": "auto", "seed": 3, "num_steps": 1})
     answer = server.post("/v1/images/edits", body, **headers)
     assert answer.status == 200, answer.body
     assert answer.json()["size"] == "128x128"
@@ -254,14 +254,14 @@ def test_a_token_is_required() -> None:
         assert served.get("/metrics").headers["www-authenticate"] == "Bearer"
         assert served.get("/v1/models", Authorization="Bearer correct-horse").status == 401
         assert served.get("/v1/models", Authorization=f"Bearer {token}", Host="box.lan").status == 200
-        assert served.post("/v1/upscale?steps=1", image_bytes(), Authorization=f"bearer {token}").status == 200
+        assert served.post("/v1/upscale?num_steps=1", image_bytes(), Authorization=f"bearer {token}").status == 200
 
 
 def test_a_stop_lets_the_running_request_end() -> None:
     service = DecodeService({"small": small_decoder()}, limits=LIMITS)
     answers: list[HttpAnswer] = []
     with running(create_app(service), service, grace=int(PATIENCE)) as served, served.busy():
-        client = threading.Thread(target=lambda: answers.append(served.post("/v1/upscale?steps=1", image_bytes())))
+        client = threading.Thread(target=lambda: answers.append(served.post("/v1/upscale?num_steps=1", image_bytes())))
         client.start()
         served.until(lambda: service.queue.waiting == 1)
         asked_to_stop = threading.Thread(target=service.stop, args=(PATIENCE,))
@@ -280,12 +280,12 @@ def test_a_prompt_is_generated_by_a_real_pipeline_and_decoded() -> None:
     from pidecode.integrations.text_to_image import PipelineTextToLatent
     from pidecode.serve.schemas import RequestLimits
 
-    text_to_latent = PipelineTextToLatent("sdxl", tiny.build("sdxl"), steps=2)
+    text_to_latent = PipelineTextToLatent("sdxl", tiny.build("sdxl"), num_steps=2)
     service = DecodeService(
         {"sdxl": tiny.decoder_for("sdxl")}, limits=RequestLimits(job_seconds=PATIENCE), text_to_latent=text_to_latent
     )
     with running(create_app(service), service) as served:
-        body = {"prompt": "a cat", "size": "128x64", "steps": 1, "seed": 2, "n": 2}
+        body = {"prompt": "a cat", "size": "128x64", "num_steps": 1, "seed": 2, "n": 2}
         answer = served.post("/v1/images/generations", body)
         assert answer.status == 200, answer.body
         images = [base64.b64decode(entry["b64_json"]) for entry in answer.json()["data"]]

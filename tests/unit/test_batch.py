@@ -47,7 +47,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def work(model: Path) -> Work:
-    return Work(model=str(model), device="cpu", steps=1)
+    return Work(model=str(model), device="cpu", num_steps=1)
 
 
 def put(path: Path, count: int = 1, seed: int = 0) -> Path:
@@ -187,14 +187,14 @@ def test_a_run_makes_skips_and_says_why_not(tmp_path: Path, work: Work) -> None:
     assert {key: written[key] for key in ("complete", "jobs", "done", "skipped", "failed", "left", "images")} == {
         "complete": True, "jobs": 4, "done": 2, "skipped": 2, "failed": 0, "left": 0, "images": 2,
     }  # fmt: skip
-    assert written["work"]["steps"] == 1
+    assert written["work"]["num_steps"] == 1
 
 
 def test_a_batch_equals_decoding_one_by_one(tmp_path: Path, work: Work) -> None:
     put(tmp_path / "in/many.safetensors", count=2, seed=3)
     go(tmp_path / "in", tmp_path / "out", work)
     decoder = PixelDecoder.from_pretrained(work.model, device="cpu")
-    images = decoder.decode(Latent.load(tmp_path / "in/many.safetensors"), steps=1, seed=0)
+    images = decoder.decode(Latent.load(tmp_path / "in/many.safetensors"), num_steps=1, seed=0)
     assert isinstance(images, list)
     for index, image in enumerate(images, start=1):
         with Image.open(tmp_path / f"out/many-{index}.png") as found:
@@ -209,12 +209,12 @@ def test_other_settings_never_replace_a_image_unasked(tmp_path: Path, work: Work
     out.mkdir()
     save_image(out / "b.png", Image.new("RGB", (4, 4)))
     go(source, out, work)
-    other = Work(model=work.model, device="cpu", steps=1, seed=9)
+    other = Work(model=work.model, device="cpu", num_steps=1, seed=9)
     report = go(source, out, other)
     why = {item.name: item.why or "" for item in report.failures}
     assert "was made with other settings or from another source. --overwrite replaces" in why["a.safetensors"]
     assert "was not made by a batch" in why["b.safetensors"]
-    allowed = Work(model=work.model, device="cpu", steps=1, seed=9, overwrite=True)
+    allowed = Work(model=work.model, device="cpu", num_steps=1, seed=9, overwrite=True)
     assert states(go(source, out, allowed)) == {"a.safetensors": "done", "b.safetensors": "done"}
     assert states(go(source, out, allowed)) == {"a.safetensors": "skipped", "b.safetensors": "skipped"}
 
@@ -320,7 +320,7 @@ def test_the_command(tmp_path: Path, work: Work) -> None:
         work.model,
         "--device",
         "cpu",
-        "--steps",
+        "--num-steps",
         "1",
     ]
     runner = CliRunner()

@@ -65,7 +65,7 @@ def plain(source: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def batch_of(source: Path, out: Path, model: Path) -> Batch:
     jobs = collect(source, Naming(out=out))
-    return Batch(jobs=jobs, work=Work(model=str(model), device="cpu", steps=2), out=out)
+    return Batch(jobs=jobs, work=Work(model=str(model), device="cpu", num_steps=2), out=out)
 
 
 def assert_same_images(one: Path, other: Path) -> None:
@@ -84,7 +84,7 @@ def test_torchrun_shares_the_work_and_resumes(source: Path, model: Path, plain: 
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1",
         "--master-port=29613", "-m", "pidecode", "batch", str(source), str(out), "-m", str(model), "--device", "cpu",
-        "--steps", "2", "--json",
+        "--num-steps", "2", "--json",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "GLOO_SOCKET_IFNAME": "lo"}
     first = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

@@ -61,7 +61,7 @@ def run(*arguments: object) -> Result:
 
 
 def test_a_latent_becomes_a_image_with_its_recipe(weights: Path, latent: Path) -> None:
-    result = run("decode", latent, "-m", weights, "--seed", 7, "--steps", 2)
+    result = run("decode", latent, "-m", weights, "--seed", 7, "--num-steps", 2)
     assert result.exit_code == 0, result.stderr
     image = latent.with_suffix(".png")
     assert result.stdout.startswith(f"{image}  128x64  ")
@@ -70,7 +70,7 @@ def test_a_latent_becomes_a_image_with_its_recipe(weights: Path, latent: Path) -
 
     told = json.loads(run("info", image, "--json").stdout)
     assert {"what": "image", "format": "PNG", "width": 128, "height": 64}.items() <= told.items()
-    expected = {"seed": 7, "steps": 2, "space": "flux2", "sampler": "sde", "latent_seed": 11, "sigma": 0.0}
+    expected = {"seed": 7, "num_steps": 2, "space": "flux2", "sampler": "sde", "latent_seed": 11, "sigma": 0.0}
     assert expected.items() <= told["recipe"].items()
     assert "recipe\n  model" in run("info", image).stdout
 
@@ -109,7 +109,7 @@ def test_an_adapter_and_a_color_fix_act(weights: Path, latent: Path, tmp_path: P
     assert "style at 2" in json.loads(run("info", styled, "--json").stdout)["recipe"]["model"]
 
     Image.new("RGB", (32, 16), (200, 60, 30)).save(tmp_path / "photo.png")
-    locked = run("upscale", tmp_path / "photo.png", "-m", weights, "--color-fix", "full")
+    locked = run("upscale", tmp_path / "photo.png", "-m", weights, "--color-fix", "fine")
     assert locked.exit_code == 0, locked.stderr
     with Image.open(tmp_path / "photo-upscaled.png") as image:
         red, green, blue = (band.getextrema() for band in image.resize((2, 1), Image.Resampling.BOX).split())
@@ -140,7 +140,7 @@ def test_a_batch_is_numbered(weights: Path, tmp_path: Path) -> None:
     ("arguments", "code", "words"),
     [
         (["missing.safetensors"], 4, "There is no file missing.safetensors"),
-        (["{latent}", "--steps", "9"], 2, "a distilled decoder takes 1 to 4"),
+        (["{latent}", "--num-steps", "9"], 2, "a distilled decoder takes 1 to 4"),
         (["{latent}", "--size", "big"], 2, "like 4096x3072"),
         (["{latent}", "--sigma", "0.9"], 2, "trained from 0 to 0.8"),
         (["{latent}", "--space", "sdxl"], 2, "sdxl"),

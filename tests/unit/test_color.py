@@ -31,10 +31,10 @@ def scene(height: int = 128, width: int = 192) -> tuple[Tensor, Tensor, Tensor]:
     return functional.avg_pool2d(true, 4), true, true + torch.tensor([0.08, -0.05, 0.02]).view(1, 3, 1, 1)
 
 
-@pytest.mark.parametrize("lock", ["soft", "full", "detail"])
-def test_drift_goes_and_detail_stays(lock: str) -> None:
+@pytest.mark.parametrize("color_fix", ["coarse", "fine", "back-projection"])
+def test_drift_goes_and_detail_stays(color_fix: str) -> None:
     reference, true, astray = scene()
-    held = apply_color_fix(astray, reference, lock)
+    held = apply_color_fix(astray, reference, color_fix)
     torch.testing.assert_close(held, true, rtol=0, atol=1e-3)
     assert apply_color_fix(astray, reference, "off") is astray
 
@@ -42,8 +42,11 @@ def test_drift_goes_and_detail_stays(lock: str) -> None:
 def test_full_follows_drift_that_soft_leaves() -> None:
     reference, true, _ = scene(512, 768)
     waves = 0.1 * torch.sin(torch.arange(768) / 96 * 2 * 3.14159).expand(1, 3, 512, 768)
-    left = {lock: float((apply_color_fix(true + waves, reference, lock) - true).std()) for lock in ("soft", "full")}
-    assert left["full"] < 0.02 < 0.05 < left["soft"]
+    left = {
+        color_fix: float((apply_color_fix(true + waves, reference, color_fix) - true).std())
+        for color_fix in ("coarse", "fine")
+    }
+    assert left["fine"] < 0.02 < 0.05 < left["coarse"]
 
 
 def test_detail_of_the_reference_is_held_and_finer_detail_stays() -> None:
@@ -51,13 +54,13 @@ def test_detail_of_the_reference_is_held_and_finer_detail_stays() -> None:
     lost = functional.interpolate(functional.avg_pool2d(reference, 2), size=true.shape[-2:], mode="bicubic")
     fine = true - functional.interpolate(functional.avg_pool2d(true, 4), scale_factor=4, mode="nearest")
     astray = (lost + fine).clone()
-    before, held = astray.clone(), apply_color_fix(astray, reference, "detail")
+    before, held = astray.clone(), apply_color_fix(astray, reference, "back-projection")
     assert torch.equal(astray, before)
     psnr = {
-        lock: fidelity(apply_color_fix(astray, reference, lock), reference)[0].psnr
-        for lock in ("off", "full", "detail")
+        color_fix: fidelity(apply_color_fix(astray, reference, color_fix), reference)[0].psnr
+        for color_fix in ("off", "fine", "back-projection")
     }
-    assert psnr["detail"] > psnr["full"] + 10 >= psnr["off"] + 10
+    assert psnr["back-projection"] > psnr["fine"] + 10 >= psnr["off"] + 10
     own = held - functional.interpolate(functional.avg_pool2d(held, 4), scale_factor=4, mode="nearest")
     assert functional.cosine_similarity(own.flatten(), fine.flatten(), dim=0) > 0.95
 
@@ -70,7 +73,7 @@ def test_fine_detail_goes_where_the_reference_shows_something_else() -> None:
     wrong = reference.clone()
     wrong[..., 32:] = wrong[..., 32:].flip(-2)
     made = functional.interpolate(wrong, size=fine.shape[-2:], mode="bicubic") + fine
-    held = apply_color_fix(made, reference, "detail")
+    held = apply_color_fix(made, reference, "back-projection")
     kept = held - functional.interpolate(reference, size=fine.shape[-2:], mode="bicubic")
 
     def share(part: slice) -> float:
@@ -94,30 +97,30 @@ def test_references_that_do_not_fit_are_refused() -> None:
     with pytest.raises(SettingError, match="color_fix is 'hard'"):
         apply_color_fix(true, reference, "hard")
     with pytest.raises(SettingError, match="is not a smaller version"):
-        apply_color_fix(true, reference.transpose(2, 3), "full")
+        apply_color_fix(true, reference.transpose(2, 3), "fine")
     with pytest.raises(SettingError, match="The reference must be"):
-        apply_color_fix(true, reference[0], "full")
+        apply_color_fix(true, reference[0], "fine")
 
 
 def test_decoding_and_enlarging_with_colors_held(tmp_path: Path) -> None:
     decoder = tiny_pipelines.decoder_for("sdxl")
     image = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
     with pytest.raises(SettingError, match="own decoder, and there is none here"):
-        decoder.decode(Latent(torch.zeros(1, 4, 4, 6), "sdxl"), color_fix="full")
+        decoder.decode(Latent(torch.zeros(1, 4, 4, 6), "sdxl"), color_fix="fine")
     tiny_models.autoencoder("sdxl").save_pretrained(tmp_path)
     decoder.encoder = load_encoder("sdxl", tmp_path)
-    free = decoder.upscale(image, output="pt")
-    held = decoder.upscale(image, output="pt", color_fix="full")
+    free = decoder.upscale(image).tensor
+    held = decoder.upscale(image, color_fix="fine").tensor
     assert fidelity(held, image)[0].psnr > fidelity(free, image)[0].psnr
     latent = decoder.encode(image)
     native = decoder.encoder.decode_native(latent.tensor)
-    held = decoder.decode(latent, output="pt", color_fix="full", sigma=0.2)
-    assert fidelity(held, native)[0].psnr > fidelity(decoder.decode(latent, output="pt", sigma=0.2), native)[0].psnr
+    held = decoder.decode(latent, color_fix="fine", sigma=0.2).tensor
+    assert fidelity(held, native)[0].psnr > fidelity(decoder.decode(latent, sigma=0.2).tensor, native)[0].psnr
     with pytest.raises(SettingError, match="Noise is in this latent"):
-        decoder.decode(latent.noised(0.3), color_fix="soft")
+        decoder.decode(latent.noised(0.3), color_fix="coarse")
     with pytest.raises(SettingError, match="reference acts with a color_fix"):
         decoder.decode(latent, reference=native)
-    assert decoder.decode(latent, color_fix="soft").info["pidecode"]["color_fix"] == "soft"
+    assert decoder.decode(latent, color_fix="coarse").info["pidecode"]["color_fix"] == "coarse"
 
 
 def test_a_small_decoder_holds_the_image_it_enlarges_unless_told_otherwise() -> None:
@@ -126,10 +129,10 @@ def test_a_small_decoder_holds_the_image_it_enlarges_unless_told_otherwise() -> 
         torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(2)), size=(64, 64), mode="bicubic"
     ).clamp(0, 1)
     image = image * 2 - 1
-    made = {lock: decoder.upscale(image, output="pt", color_fix=lock) for lock in ("off", "detail")}
-    assert torch.equal(decoder.upscale(image, output="pt"), made["detail"])
-    psnr = {lock: fidelity(one, image)[0].psnr for lock, one in made.items()}
-    assert psnr["detail"] > psnr["off"] + 10
-    assert torch.equal(decoder.decode(decoder.encode(image), output="pt"), made["off"])
-    assert decoder.upscale(image).info["pidecode"]["color_fix"] == "detail"
+    made = {color_fix: decoder.upscale(image, color_fix=color_fix).tensor for color_fix in ("off", "back-projection")}
+    assert torch.equal(decoder.upscale(image).tensor, made["back-projection"])
+    psnr = {color_fix: fidelity(one, image)[0].psnr for color_fix, one in made.items()}
+    assert psnr["back-projection"] > psnr["off"] + 10
+    assert torch.equal(decoder.decode(decoder.encode(image)).tensor, made["off"])
+    assert decoder.upscale(image).info["pidecode"]["color_fix"] == "back-projection"
     assert "color_fix" not in decoder.upscale(image, sigma=0.4).info["pidecode"]

@@ -114,7 +114,7 @@ def test_the_schemas_are_as_published(comfy: SimpleNamespace) -> None:
     kinds = [(entry.id, str(entry.io_type), entry.optional) for entry in schemas["PidecodeDecode"].inputs]
     assert kinds == [
         ("decoder", "PIDECODE_DECODER", False), ("samples", "LATENT", False), ("seed", "INT", False),
-        ("steps", "INT", False), ("sigma", "FLOAT", False), ("model", "MODEL", True), ("prompt", "STRING", True),
+        ("num_steps", "INT", False), ("sigma", "FLOAT", False), ("model", "MODEL", True), ("prompt", "STRING", True),
         ("conditioning", "CONDITIONING", True),
     ]  # fmt: skip
     assert [str(entry.io_type) for entry in schemas["PidecodeEarlyStop"].outputs] == ["SIGMAS", "FLOAT"]
@@ -193,7 +193,7 @@ def test_decoding_gives_images_and_previews(comfy: SimpleNamespace, decoder: Pix
     assert image.shape == (2, 64, 128, 3)
     assert image.dtype == torch.float32
     assert 0 <= float(image.min()) <= float(image.max()) <= 1
-    expected = decoder.decode(Latent(z, "flux2"), seed=5, output="pt")
+    expected = decoder.decode(Latent(z, "flux2"), seed=5).tensor
     assert isinstance(expected, Tensor)
     assert torch.allclose(image, (expected / 2 + 0.5).movedim(1, -1), atol=1e-5)
     assert [entry[:2] for entry in seen] == [(step, 8) for step in range(1, 9)]
@@ -208,9 +208,9 @@ def test_cancel_is_heeded_at_the_next_step(comfy: SimpleNamespace, decoder: Pixe
 
 def test_enlarging_takes_and_gives_images(comfy: SimpleNamespace, decoder: PixelDecoder) -> None:
     image = torch.rand(2, 20, 33, 3)
-    (large,) = comfy.nodes.Upscale.execute(decoder, image, seed=0, steps=1).result
+    (large,) = comfy.nodes.Upscale.execute(decoder, image, seed=0, num_steps=1).result
     assert large.shape == (2, 80, 132, 3)
-    (stronger,) = comfy.nodes.Upscale.execute(decoder, image, seed=0, steps=1, strength=0.5).result
+    (stronger,) = comfy.nodes.Upscale.execute(decoder, image, seed=0, num_steps=1, strength=0.5).result
     assert not torch.equal(large, stronger)
     transparent = torch.cat([image, torch.zeros(2, 20, 33, 1)], dim=-1)
     assert torch.equal(comfyui_latents.to_pixels(transparent), torch.ones(2, 3, 20, 33))
@@ -238,7 +238,7 @@ def test_prompts_come_as_text_or_as_gemmas_states(decoder: PixelDecoder) -> None
 
 def test_the_loader_takes_a_file(comfy: SimpleNamespace, decoder: PixelDecoder, tmp_path: Path) -> None:
     path = tmp_path / "mine.safetensors"
-    save_file(dict(decoder.net.state_dict()), path, metadata=decoder.identity.to_metadata())
+    save_file(dict(decoder.net.state_dict()), path, metadata=decoder.metadata.to_metadata())
     (loaded,) = comfy.nodes.LoadDecoder.execute("tiny", "float32", str(path)).result
     assert loaded.space.name == "flux2"
     options = comfy.nodes._model_names()

@@ -62,34 +62,34 @@ def test_a_latent_becomes_a_image_sixty_four_times_its_grid(decoder: PixelDecode
     image = decoder.decode(latent, seed=3)
     assert isinstance(image, Image.Image)
     assert image.size == (128, 64)
-    pixels = decoder.decode(latent, seed=3, output="pt")
+    pixels = decoder.decode(latent, seed=3).tensor
     assert pixels.dtype == torch.float32
     assert pixels.shape == (1, 3, 64, 128)
     assert pixels.abs().max() <= 1
 
 
 def test_the_same_seed_gives_the_same_image_and_another_another(decoder: PixelDecoder, latent: Latent) -> None:
-    first, again, other = (decoder.decode(latent, seed=seed, output="pt") for seed in (5, 5, 6))
+    first, again, other = (decoder.decode(latent, seed=seed).tensor for seed in (5, 5, 6))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 def test_a_batch_equals_its_members(decoder: PixelDecoder) -> None:
     batch = Latent(torch.randn(3, 128, 1, 1), "flux2", torch.tensor([0.0, 0.2, 0.4]))
-    together = decoder.decode(batch, seed=[4, 9, 2], output="pt")
+    together = decoder.decode(batch, seed=[4, 9, 2]).tensor
     for index, seed in enumerate((4, 9, 2)):
-        alone = decoder.decode(batch[index], seed=seed, output="pt")
+        alone = decoder.decode(batch[index], seed=seed).tensor
         assert torch.allclose(together[index], alone[0], atol=1e-5)
     images = decoder.decode(batch, seed=10)
     assert [image.info["pidecode"]["seed"] for image in images] == [10, 11, 12]
 
 
 def test_the_recipe_travels_with_the_file(decoder: PixelDecoder, latent: Latent, tmp_path: Path) -> None:
-    image = decoder.decode(latent, seed=8, steps=2, sampler="ode")
+    image = decoder.decode(latent, seed=8, num_steps=2, sampler="ode")
     save_image(tmp_path / "made.png", image)
     recipe = read_recipe(tmp_path / "made.png")
     assert recipe is not None
-    assert {"seed": 8, "steps": 2, "sampler": "ode", "space": "flux2", "model": "small"}.items() <= recipe.items()
+    assert {"seed": 8, "num_steps": 2, "sampler": "ode", "space": "flux2", "model": "small"}.items() <= recipe.items()
     assert (recipe["width"], recipe["height"]) == (128, 64)
     json.dumps(recipe)
 
@@ -111,10 +111,10 @@ def test_cropping_is_stated_and_exact(decoder: PixelDecoder) -> None:
 
 
 def test_strength_noises_and_labels(decoder: PixelDecoder, latent: Latent) -> None:
-    plain = decoder.decode(latent, output="pt")
-    strong = decoder.decode(latent, sigma=0.5, output="pt")
+    plain = decoder.decode(latent).tensor
+    strong = decoder.decode(latent, sigma=0.5).tensor
     assert not torch.equal(plain, strong)
-    assert torch.equal(plain, decoder.decode(latent, sigma=0.0, output="pt"))
+    assert torch.equal(plain, decoder.decode(latent, sigma=0.0).tensor)
     with pytest.raises(SettingError, match=r"sigma is 0.9; .* 0.8"):
         decoder.decode(latent, sigma=0.9)
 
@@ -135,8 +135,8 @@ def test_progress_and_cancelling(decoder: PixelDecoder, latent: Latent) -> None:
 def test_a_prompted_network_takes_states_and_refuses_to_guess(prompted: PixelDecoder) -> None:
     latent = Latent(torch.randn(2, 16, 2, 2), "flux")
     states = torch.randn(1, 10, 16)
-    one = prompted.decode(latent, prompt_embeds=states, output="pt")
-    other = prompted.decode(latent, prompt_embeds=states + 1, output="pt")
+    one = prompted.decode(latent, prompt_embeds=states).tensor
+    other = prompted.decode(latent, prompt_embeds=states + 1).tensor
     assert not torch.equal(one, other)
     with pytest.raises(SettingError, match="no text encoder here.*pidecode pull flux"):
         prompted.decode(latent, "a cat")
@@ -149,7 +149,7 @@ def test_a_teacher_runs_with_guidance() -> None:
     )
     latent = Latent(torch.randn(1, 16, 2, 2), "flux")
     states = torch.randn(1, 10, 16)
-    plain = teacher.decode(latent, prompt_embeds=states, guidance=1.0, steps=3, output="pt")
+    plain = teacher.decode(latent, prompt_embeds=states, guidance_scale=1.0, num_steps=3).tensor
     assert plain.shape == (1, 3, 64, 64)
     with pytest.raises(SettingError, match="sampler acts on students only"):
         teacher.decode(latent, prompt_embeds=states, sampler="sde")
@@ -158,8 +158,8 @@ def test_a_teacher_runs_with_guidance() -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "words"),
     [
-        ({"steps": 5}, SettingError, "steps is 5"),
-        ({"guidance": 3.0}, SettingError, "guidance acts on teachers only"),
+        ({"num_steps": 5}, SettingError, "steps is 5"),
+        ({"guidance": 3.0}, SettingError, "guidance_scale acts on teacher decoders only"),
         ({"prompt": "a cat"}, SettingError, "no text stream"),
         ({"prompt_embeds": torch.zeros(1, 10, 16)}, SettingError, "no text stream"),
         ({"size": (100, 64)}, SizeError, "nearest size that does is 96x64"),
@@ -197,11 +197,11 @@ def test_weights_gone_wrong_are_noticed(decoder: PixelDecoder, latent: Latent) -
 
 def test_a_file_of_ours_loads_with_no_further_argument(tmp_path: Path, decoder: PixelDecoder, latent: Latent) -> None:
     path = tmp_path / "mine.safetensors"
-    save_file(dict(decoder.net.state_dict()), path, metadata=decoder.identity.to_metadata())
+    save_file(dict(decoder.net.state_dict()), path, metadata=decoder.metadata.to_metadata())
     loaded = PixelDecoder.from_pretrained(path, device="cpu", dtype=torch.float32)
     assert loaded.space.name == "flux2"
     # Tensors in a file's own pages may be aligned otherwise, which changes the order of sums.
-    assert torch.allclose(loaded.decode(latent, output="pt"), decoder.decode(latent, output="pt"), atol=1e-5)
+    assert torch.allclose(loaded.decode(latent).tensor, decoder.decode(latent).tensor, atol=1e-5)
     half = PixelDecoder.from_pretrained(path, device="cpu", dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
 
@@ -212,25 +212,25 @@ def test_an_adapter_changes_the_image_at_a_strength_and_can_be_taken_back(
     layer = "patch_blocks.0.mlp_x.w1"
     out_width, in_width = decoder.net.patch_blocks[0].mlp_x.w1.weight.shape
     halves = {f"{layer}.lora_A.weight": torch.randn(2, in_width), f"{layer}.lora_B.weight": torch.randn(out_width, 2)}
-    save_file(decoder.net.state_dict(), tmp_path / "base.safetensors", metadata=decoder.identity.to_metadata())
+    save_file(decoder.net.state_dict(), tmp_path / "base.safetensors", metadata=decoder.metadata.to_metadata())
     save_file(halves, tmp_path / "style.safetensors")
     loaded = PixelDecoder.from_pretrained(tmp_path / "base.safetensors", device="cpu", dtype=torch.float32)
-    plain = loaded.decode(latent, output="pt")
+    plain = loaded.decode(latent).tensor
     loaded.load_lora(tmp_path / "style.safetensors", 0.5)
-    changed = loaded.decode(latent, output="pt")
+    changed = loaded.decode(latent).tensor
     assert (changed - plain).abs().max() > 1e-3
     loaded.load_lora(tmp_path / "style.safetensors", -0.5)
-    assert torch.allclose(loaded.decode(latent, output="pt"), plain, atol=1e-4)
+    assert torch.allclose(loaded.decode(latent).tensor, plain, atol=1e-4)
     untouched = PixelDecoder.from_pretrained(tmp_path / "base.safetensors", device="cpu", dtype=torch.float32)
-    assert torch.allclose(untouched.decode(latent, output="pt"), plain, atol=1e-5)
+    assert torch.allclose(untouched.decode(latent).tensor, plain, atol=1e-5)
 
 
 def test_a_decoder_of_the_wrong_space_is_refused_at_the_door(tmp_path: Path, decoder: PixelDecoder) -> None:
     path = tmp_path / "mine.safetensors"
-    save_file(dict(decoder.net.state_dict()), path, metadata=decoder.identity.to_metadata())
+    save_file(dict(decoder.net.state_dict()), path, metadata=decoder.metadata.to_metadata())
     with pytest.raises((SettingError, CheckpointError), match="flux2"):
         PixelDecoder.from_pretrained(path, space="sd3", device="cpu")
-    backbone = replace(decoder.identity, kind="backbone", space=None)
+    backbone = replace(decoder.metadata, kind="backbone", space=None)
     with pytest.raises(SettingError, match="a decoder is a student or a teacher"):
         PixelDecoder(decoder.net, backbone)
 

@@ -158,9 +158,9 @@ def test_latents_and_prompts_of_several_runs_go_into_one_call() -> None:
     states = torch.randn(2, 10, 16, generator=torch.Generator().manual_seed(3))
     batch = Latent.cat(runs)
     assert batch.prompts == ("a cat", "a dog")
-    together = prompted.decode(batch, output="pt", prompt_embeds=states, seed=[5, 6])
+    together = prompted.decode(batch, prompt_embeds=states, seed=[5, 6]).tensor
     for index in range(2):
-        alone = prompted.decode(runs[index], output="pt", prompt_embeds=states[index : index + 1], seed=[5, 6][index])
+        alone = prompted.decode(runs[index], prompt_embeds=states[index : index + 1], seed=[5, 6][index]).tensor
         torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-3, atol=1e-3)
 
 

@@ -34,7 +34,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.build("sdxl").save_pretrained(folder / "pipeline")
     decoder = tiny.decoder_for("sdxl")
     tensors = {name: tensor.clone() for name, tensor in decoder.net.state_dict().items()}
-    save_file(tensors, folder / "decoder.safetensors", decoder.identity.to_metadata())
+    save_file(tensors, folder / "decoder.safetensors", decoder.metadata.to_metadata())
     return folder
 
 

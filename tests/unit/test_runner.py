@@ -17,7 +17,8 @@ import pidecode
 from pidecode.cli.app import cli
 from pidecode.devices import free_memory
 from pidecode.encoders.base import ImageEncoder, LazyEncoder, visiting
-from pidecode.engine.plan import Plan, this_machine
+from pidecode.engine.machine import this_machine
+from pidecode.engine.plan import Plan
 from pidecode.engine.runner import Runner
 from pidecode.errors import SettingError
 from pidecode.models import attention as attention_module
@@ -150,7 +151,7 @@ def run(*arguments: object) -> Result:
 def test_the_command_line_plans_a_decode(tmp_path: Path) -> None:
     image = tmp_path / "one.png"
     Image.radial_gradient("L").resize((40, 24)).convert("RGB").save(image)
-    plain = run("upscale", image, "-o", tmp_path / "plain.png", "--steps", 1)
+    plain = run("upscale", image, "-o", tmp_path / "plain.png", "--num-steps", 1)
     assert plain.exit_code == 0 and "predicted peak" not in plain.stderr
     done = run("upscale", image, "-o", tmp_path / "int8.png", "--steps", 1, "--quantization", "int8", "--memory", "1GB")
     assert done.exit_code == 0, done.output

@@ -21,7 +21,7 @@ def shrink(x: Tensor, t: Tensor) -> Tensor:
     return x * 0.3 + torch.sin(t).view(-1, 1, 1, 1)
 
 
-@pytest.mark.parametrize("steps", [0, 5, 25])
+@pytest.mark.parametrize("num_steps", [0, 5, 25])
 def test_step_counts_the_student_never_learned_are_refused(steps: int) -> None:
     with pytest.raises(SettingError, match=f"steps is {steps}.* 1 to 4"):
         student_times(steps)
@@ -29,14 +29,14 @@ def test_step_counts_the_student_never_learned_are_refused(steps: int) -> None:
 
 def test_an_unknown_sampler_is_refused() -> None:
     with pytest.raises(SettingError, match="'euler'"):
-        sample_student(shrink, stream(0), kind="euler")  # type: ignore[arg-type]
+        sample_student(shrink, stream(0), sampler="euler")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["sde", "ode"])
 def test_a_seed_gives_the_same_image_alone_and_in_a_batch(kind: str) -> None:
-    alone = sample_student(shrink, stream(7), kind=kind)  # type: ignore[arg-type]
-    again = sample_student(shrink, stream(7), kind=kind)  # type: ignore[arg-type]
-    batch = sample_student(shrink, stream(3, 7), kind=kind)  # type: ignore[arg-type]
+    alone = sample_student(shrink, stream(7), sampler=kind)  # type: ignore[arg-type]
+    again = sample_student(shrink, stream(7), sampler=kind)  # type: ignore[arg-type]
+    batch = sample_student(shrink, stream(3, 7), sampler=kind)  # type: ignore[arg-type]
     assert torch.equal(alone, again)
     assert torch.equal(alone[0], batch[1])
     assert not torch.equal(batch[0], batch[1])
@@ -51,7 +51,7 @@ def test_the_sde_draws_once_per_step_and_the_ode_once() -> None:
             draws.append(1)
             return source()
 
-        sample_student(shrink, draw, steps=4, kind=kind)  # type: ignore[arg-type]
+        sample_student(shrink, draw, num_steps=4, sampler=kind)  # type: ignore[arg-type]
         assert len(draws) == expected
 
 
@@ -70,7 +70,7 @@ def test_progress_is_told_and_cancelling_stops_at_once() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # from diffusers, with new numpy
-@pytest.mark.parametrize(("steps", "shift"), [(1, 1.0), (2, 3.0), (7, 6.0), (25, 6.0)])
+@pytest.mark.parametrize(("num_steps", "shift"), [(1, 1.0), (2, 3.0), (7, 6.0), (25, 6.0)])
 def test_the_teacher_equals_diffusers_solver(steps: int, shift: float) -> None:
     schedulers = pytest.importorskip("diffusers.schedulers")
     scheduler = schedulers.DPMSolverMultistepScheduler(
@@ -85,5 +85,5 @@ def test_the_teacher_equals_diffusers_solver(steps: int, shift: float) -> None:
         # Its own timesteps are rounded to integers, which the network must never see.
         t = torch.full((1,), float(scheduler.sigmas[index]) * 1000)
         x = scheduler.step(shrink(x.float(), t).double(), timestep, x, return_dict=False)[0]
-    ours = sample_teacher(shrink, noise, steps=steps, shift=shift)
+    ours = sample_teacher(shrink, noise, num_steps=steps, shift=shift)
     assert (ours - x.float()).abs().max() < 2e-5 * max(1.0, x.abs().max().item())

@@ -26,7 +26,7 @@ def test_nothing_here_is_said_with_the_mend() -> None:
 def test_what_is_here_is_tried(tmp_path: Path) -> None:
     decoder = tiny.decoder_for("sdxl")
     tensors = {name: tensor.clone() for name, tensor in decoder.net.state_dict().items()}
-    save_file(tensors, tmp_path / "decoder.safetensors", decoder.identity.to_metadata())
+    save_file(tensors, tmp_path / "decoder.safetensors", decoder.metadata.to_metadata())
     tiny_models.autoencoder("sdxl").save_pretrained(tmp_path / "vae")
     own = ["-m", str(tmp_path / "decoder.safetensors"), "--encoder", str(tmp_path / "vae"), "--json"]
     done = CliRunner().invoke(cli, ["doctor", "--space", "sdxl", *own])

@@ -85,7 +85,7 @@ def test_a_file_without_its_color_head_says_so(official, tmp_path):
 def test_converting_again_keeps_everything(tmp_path):
     config = debug_config(prediction="x0", rope_reference=(512, 512))
     identity = CheckpointMetadata(
-        kind="student", config=config, space="flux2", times=(0.9, 0.5, 0.0), extra={"steps": 3}
+        kind="student", config=config, space="flux2", times=(0.9, 0.5, 0.0), extra={"num_steps": 3}
     )
     config = identity.config
     save_file(network(config).state_dict(), tmp_path / "a.safetensors", metadata=identity.to_metadata())

@@ -21,7 +21,7 @@ IMAGES = (
     ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".avif", ".jp2", ".tga",
 )  # fmt: skip
 OUTPUTS = (".png", ".webp", ".jpg")
-PER_JOB = ("prompt", "seed", "steps", "sigma", "sampler", "size")
+PER_JOB = ("prompt", "seed", "num_steps", "sigma", "sampler", "size")
 """Settings that a line of a manifest may give for its own job."""
 
 
@@ -189,7 +189,8 @@ def _inside(name: str, where: str) -> Path:
 def _settings(entry: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
     """The settings of a manifest's line, each of the type it must be."""
     types: dict[str, tuple[type, ...]] = {
-        "prompt": (str,), "sampler": (str,), "seed": (int,), "steps": (int,), "sigma": (int, float), "size": (list,),
+        "prompt": (str,), "sampler": (str,), "seed": (int,), "num_steps": (int,), "sigma": (int, float),
+        "size": (list,),
     }  # fmt: skip
     for name in PER_JOB:
         value = entry.get(name)

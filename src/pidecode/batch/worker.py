@@ -19,12 +19,12 @@ from torch import Tensor
 
 from pidecode.batch.jobs import Job
 from pidecode.batch.report import Outcome
-from pidecode.decoder import PixelDecoder
+from pidecode.decoder import DecodeOutput, PixelDecoder
 from pidecode.errors import FileError, PidecodeError
 from pidecode.images import read_recipe, save_image
 from pidecode.latents.latent import Latent
 from pidecode.latents.storage import METADATA_KEY, TENSOR_NAME, read_header
-from pidecode.registry.checkpoints import StudentKind
+from pidecode.options import RuntimeOptions, Sampler
 
 STAMP = "batch"
 """Entry of an image's recipe that says which job made it."""
@@ -43,10 +43,10 @@ class Work:
     device: str | None = None
     dtype: str | None = None
     prompt: str | None = None
-    seed: int = 0
-    steps: int | None = None
+    seed: int | None = None
+    num_steps: int | None = None
     sigma: float | None = None
-    sampler: StudentKind | None = None
+    sampler: Sampler | None = None
     fit: Literal["pad", "crop"] = "pad"
     bits: int = 8
     compile: bool = False
@@ -61,12 +61,12 @@ class Work:
             variant=self.variant,
             device=self.device,
             dtype=dtype,
-            compile=self.compile,
+            runtime=RuntimeOptions(compile=self.compile),
         )
 
     def settings(self, job: Job) -> dict[str, Any]:
         """The settings of one job: the batch's, with its own in their place."""
-        given = {name: getattr(self, name) for name in ("prompt", "seed", "steps", "sigma", "sampler")}
+        given = {name: getattr(self, name) for name in ("prompt", "seed", "num_steps", "sigma", "sampler")}
         return {name: value for name, value in {**given, **job.own}.items() if value is not None}
 
     def stamp(self, job: Job) -> str:
@@ -162,10 +162,10 @@ class _Made:
     images: list[tuple[Path, Tensor, dict[str, Any]]] = field(default_factory=list)
     error: BaseException | None = None
 
-    def add(self, place: Path, pairs: Any) -> None:
-        """Keep the one image of `pairs` for `place`, its recipe saying which source and job it comes from."""
-        ((image, recipe),) = pairs
-        self.images.append((place, image, {**recipe, "source": self.job.name, STAMP: self.stamp}))
+    def add(self, place: Path, output: DecodeOutput) -> None:
+        """Keep the one image of `output` for `place`; its metadata says which source and job it comes from."""
+        (metadata,) = output.metadata
+        self.images.append((place, output.tensor[0], {**metadata, "source": self.job.name, STAMP: self.stamp}))
 
 
 class Worker:
@@ -196,18 +196,17 @@ class Worker:
             left, targets = missing(job, self.work), places(job)
             made.stamp = self.work.stamp(job)
             settings = self.work.settings(job)
-            prompt = settings.pop("prompt", None)
             if not left:  # a worker that died had finished it
                 return made
             if job.kind == "image":
-                pairs = self.decoder.upscale(job.source, prompt, fit=self.work.fit, output="pairs", **settings)
-                made.add(targets[0], pairs)
+                made.add(targets[0], self.decoder.upscale(job.source, fit=self.work.fit, **settings))
                 return made
             latent = Latent.load(job.source, space=self.work.space)
-            first = settings.pop("seed")
+            first = settings.pop("seed", None)
             for index in left:  # one after another: a batch that fits is no promise that its images do
-                pairs = self.decoder.decode(latent[index], prompt, seed=first + index, output="pairs", **settings)
-                made.add(targets[index], pairs)
+                if self.decoder.kind != "feed-forward" or first is not None:
+                    settings["seed"] = (first or 0) + index
+                made.add(targets[index], self.decoder.decode(latent[index], **settings))
         except Exception as error:  # one failure must not stop the rest
             made.error = error
         return made

@@ -25,8 +25,8 @@ _WORK = (
         help="Number format; chosen to fit the device if not given.",
     ),
     click.option("--prompt", help="What the images show, for models that read prompts."),
-    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the noise, for each."),
-    click.option("--steps", type=click.IntRange(min=1), help="Steps; the model's own number if not given."),
+    click.option("--seed", type=click.IntRange(min=0), help="Of the noise, for each; 0 if not given."),
+    click.option("--num-steps", type=click.IntRange(min=1), help="Steps; the model's own number if not given."),
     click.option("--sigma", type=click.FloatRange(0, 1), help="Strength: noise put in first, so more is invented."),
     click.option("--sampler", type=click.Choice(["sde", "ode"]), help="How a few-step model walks; sde if not given."),
     click.option(

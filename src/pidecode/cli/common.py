@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from pidecode.engine.plan import QUANTIZATIONS, SCHEMES, Machine, Plan, Quantization, Scheme, plan_decode, this_machine
+from pidecode.engine.machine import QUANTIZATIONS, Machine, Quantization, this_machine
+from pidecode.engine.plan import SCHEMES, Plan, Scheme, plan_decode
 from pidecode.registry.spaces import ALIASES, SPACES
 from pidecode.units import parse_bytes
 

@@ -27,15 +27,15 @@ from pidecode.cli.common import (
     threads_option,
     upscaled,
 )
-from pidecode.color_fix import LOCKS
-from pidecode.engine.plan import GB, Machine, Plan, Quantization, Scheme, plan_decode, this_machine
+from pidecode.options import COLOR_FIXES, RuntimeOptions
+from pidecode.engine.machine import GB, Machine, Quantization, this_machine
+from pidecode.engine.plan import Plan, Scheme, plan_decode
 from pidecode.errors import FileError, SettingError
 from pidecode.registry.configs import RELEASED_CONFIGS
 from pidecode.units import parse_bytes, parse_size
 
 if TYPE_CHECKING:
-    from pidecode.decoder import Output, PixelDecoder
-    from pidecode.options import DecodeSettings
+    from pidecode.decoder import DecodeOutput, PixelDecoder
     from pidecode.sampling import Callback, Step
     from pidecode.weights.metadata import CheckpointMetadata
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 _PATH = click.Path(path_type=Path)
 
-Make = Callable[["PixelDecoder", Path, "Callback"], Any]
+Make = Callable[["PixelDecoder", Path, "Callback"], "DecodeOutput"]
 """Decoder, source file and step callback to what the decoder gives for `Wish.output`."""
 
 
@@ -59,8 +59,8 @@ class Wish:
     device: str | None
     dtype: str | None
     prompt: str | None
-    seed: int
-    steps: int | None
+    seed: int | None
+    num_steps: int | None
     sigma: float | None
     sampler: str | None
     color_fix: str | None
@@ -98,22 +98,17 @@ class Wish:
             device=self.device,
             dtype=dtype,
             plan=planned if thrift.asked else None,
-            compile=self.compile,
+            runtime=RuntimeOptions(compile=self.compile),
         )
         if self.lora is not None:
             decoder.load_lora(self.lora, 1.0 if self.lora_scale is None else self.lora_scale)
         return decoder
 
-    @property
-    def output(self) -> Output:
-        """The form of image that the file needs: Pillow has none with 16 bits a channel."""
-        return "pil" if self.bits == "8" else "pairs"
-
-    def settings(self) -> DecodeSettings:
-        """Settings for the decoder: those that were given."""
-        names = ("seed", "steps", "sigma", "sampler", "color_fix")
+    def settings(self) -> dict[str, Any]:
+        """Keywords for the decoder: those that were given."""
+        names = ("prompt", "seed", "num_steps", "sigma", "sampler", "color_fix")
         given = {name: getattr(self, name) for name in names}
-        return {name: value for name, value in given.items() if value is not None}  # type: ignore[return-value]
+        return {name: value for name, value in given.items() if value is not None}
 
 
 def _decoding_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -131,17 +126,17 @@ def _decoding_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Number format; chosen to fit the device if not given.",
         ),
         click.option("--prompt", help="What the image shows, for models that read prompts."),
-        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the noise."),
-        click.option("--steps", type=click.IntRange(min=1), help="Steps; the model's own number if not given."),
+        click.option("--seed", type=click.IntRange(min=0), help="Of the noise; 0 if not given."),
+        click.option("--num-steps", type=click.IntRange(min=1), help="Steps; the model's own number if not given."),
         click.option("--sigma", type=click.FloatRange(0, 1), help="Strength: noise put in first, so more is invented."),
         click.option(
             "--sampler", type=click.Choice(["sde", "ode"]), help="How a few-step model walks; sde if not given."
         ),
         click.option(
             "--color-fix",
-            type=click.Choice(LOCKS),
-            help="Hold colors, or all detail, to the image (upscale; detail by default for tiny and small) or to "
-            "the space's own decoder (decode).",
+            type=click.Choice(COLOR_FIXES),
+            help="Correct colors, or all detail, by the image (upscale; back-projection by default for tiny) or by the "
+            "VAE's decode (decode).",
         ),
         click.option("--lora", type=_PATH, metavar="FILE", help="Low-rank adapter to add to the weights."),
         click.option("--lora-scale", type=float, help="Its strength; 1 if not given."),
@@ -188,20 +183,12 @@ def _steps(label: str) -> Iterator[Callback]:
         yield callback
 
 
-def _several(place: Path, count: int) -> list[Path]:
-    """Names for the images of one batch: the name itself for one, else numbered."""
-    if count == 1:
-        return [place]
-    return [place.with_name(f"{place.stem}-{index}{place.suffix}") for index in range(1, count + 1)]
-
-
 def _run(
     sources: Sequence[Path], wish: Wish, ending: str, make: Make, jobs: Callable[[CheckpointMetadata], list[Job]]
 ) -> None:
     """Make and save the images of one source after another, then say what was written."""
     from pidecode.engine import sequence_parallel
     from pidecode.files import check_writable
-    from pidecode.images import KEYWORD, save_image
 
     places = destinations(sources, wish.out, ending)
     for source in sources:
@@ -222,18 +209,16 @@ def _run(
             made = make(decoder, source, callback)
         if not sequence_parallel.is_main_process():
             continue
-        images = made if isinstance(made, list) else [made]
         decoded = time.perf_counter()
         place.parent.mkdir(parents=True, exist_ok=True)
-        for name, one in zip(_several(place, len(images)), images, strict=True):
-            image, recipe = one if isinstance(one, tuple) else (one, one.info[KEYWORD])
-            save_image(name, image, recipe=recipe, overwrite=wish.overwrite, bits=int(wish.bits))
-            size = {"width": recipe["width"], "height": recipe["height"]}
-            written.append({"source": str(source), "image": str(name), **size, "seed": recipe["seed"]})
+        names = made.save(place, overwrite=wish.overwrite, bits=16 if wish.bits == "16" else 8)
+        for name, metadata in zip(names, made.metadata, strict=True):
+            kept = {key: metadata[key] for key in ("width", "height", "seed") if key in metadata}
+            written.append({"source": str(source), "image": str(name), **kept})
         timing = {"seconds": round(decoded - began, 2), "seconds_saving": round(time.perf_counter() - decoded, 2)}
         written[-1] |= timing
         if not wish.as_json:
-            for line in written[-len(images) :]:
+            for line in written[-len(names) :]:
                 click.echo(f"{line['image']}  {line['width']}x{line['height']}  {timing['seconds']:.1f} s")
     if wish.as_json and sequence_parallel.is_main_process():
         emit(written, "", as_json=True)
@@ -253,8 +238,8 @@ def upscale(images: tuple[Path, ...], fit: str, **options: Any) -> None:
     """
     wish = Wish(**options)
 
-    def make(decoder: PixelDecoder, source: Path, callback: Callback) -> Any:
-        return decoder.upscale(source, wish.prompt, fit=fit, output=wish.output, callback=callback, **wish.settings())  # type: ignore[arg-type]
+    def make(decoder: PixelDecoder, source: Path, callback: Callback) -> DecodeOutput:
+        return decoder.upscale(source, fit=fit, callback=callback, **wish.settings())  # type: ignore[arg-type]
 
     _run(images, wish, "-upscaled", make, lambda identity: upscaled(images, identity))
 
@@ -271,14 +256,14 @@ def decode(latents: tuple[Path, ...], size: str | None, **options: Any) -> None:
     wish = Wish(**options)
     pixels = None if size is None else parse_size(size)
 
-    def make(decoder: PixelDecoder, source: Path, callback: Callback) -> Any:
+    def make(decoder: PixelDecoder, source: Path, callback: Callback) -> DecodeOutput:
         from pidecode.latents.latent import Latent
 
         settings = wish.settings()
         if pixels is not None:
             settings["size"] = pixels
         latent = Latent.load(source, space=wish.space)
-        return decoder.decode(latent, wish.prompt, output=wish.output, callback=callback, **settings)
+        return decoder.decode(latent, callback=callback, **settings)
 
     _run(latents, wish, "", make, lambda _: decoded(latents, wish.space, pixels))
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pidecode.cli.common import emit, json_option, progress, threads_option
-from pidecode.color_fix import LOCKS
 from pidecode.errors import DownloadError, FileError, SettingError
+from pidecode.options import COLOR_FIXES
 from pidecode.registry.spaces import GENERATION, get_image_model
 from pidecode.units import parse_size
 
@@ -37,7 +37,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--pipeline", "source", help="Folder or hub repository of the pipeline, if not the model's own.")
 @click.option("-m", "--model", "decoder", help="PiD decoder: a name or file; the official one if not given.")
 @click.option("--variant", metavar="NAME", help="Variant of the decoder: 2k, 2kto4k, ...")
-@click.option("--color-fix", type=click.Choice(LOCKS), help="Hold colors, or all detail, to the model's own decode.")
+@click.option("--color-fix", type=click.Choice(COLOR_FIXES), help="Correct colors, or all detail, by the VAE's decode.")
 @click.option("--arguments", default="{}", metavar="JSON", help="More arguments for the pipeline's call.")
 @threads_option
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; chosen for you if not given.")

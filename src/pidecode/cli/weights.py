@@ -30,7 +30,7 @@ from pidecode.registry.spaces import ALIASES, SPACES
 from pidecode.units import format_bytes
 from pidecode.weights.safetensors import Header, check_file, looks_like_safetensors, read_header, read_start
 
-KINDS = click.Choice(["student", "teacher", "backbone"])
+KINDS = click.Choice(["feed-forward", "student", "teacher", "backbone"])
 PULLABLE = [*SPACES, *ALIASES, *dict.fromkeys(name for name, _, _ in CHECKPOINTS if name not in SPACES), "tiny"]
 
 
@@ -214,7 +214,7 @@ def rows() -> list[dict[str, Any]]:
 def verdicts(known: Sequence[dict[str, Any]]) -> Iterator[Verdict]:
     """What the files on this disk allow, for `pidecode doctor`."""
     there = {(row["kind"], row["name"]) for row in known if row["path"]}
-    tiny = {("student", "flux2/tiny"), ("encoder", "flux2/tiny")} <= there
+    tiny = {("feed-forward", "flux2/tiny"), ("encoder", "flux2/tiny")} <= there
     lost = "its weights are missing from the package; install it again"
     yield Verdict("`tiny`, the model that ships here", tiny, "images and FLUX.2 latents" if tiny else lost)
     text = any(kind == READER for kind, _ in there)

@@ -16,7 +16,7 @@ from torch import Tensor
 from pidecode.errors import LatentError, MissingDependencyError, SettingError, SizeError
 from pidecode.latents.latent import Latent
 from pidecode.latents.layout import LatentStatistics, denormalize, normalize
-from pidecode.models.tiny import Look
+from pidecode.models.tiny import Reconstruct
 from pidecode.registry.spaces import LatentSpace, get_space
 
 PathLike = str | os.PathLike[str]
@@ -89,18 +89,20 @@ class ImageEncoder:
         return self
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, look: Look | None = None) -> Tensor:
+    def __call__(
+        self, images: Tensor, reconstruct: Reconstruct | None = None, num_refinements: int | None = None
+    ) -> Tensor:
         """Images `[B, 3, H, W]` in [-1, 1] to normalized latents `[B, C, H/down, W/down]`, float32.
 
-        look: what the decoder to come makes of a latent, at the image's size. An encoder that was trained to
-        (`EncoderConfig.rounds`) corrects its latent by it; to all others, and without it, it makes no difference.
+        reconstruct: what the decoder to come makes of a latent, at the image's size. An encoder with a refiner
+            corrects its latent by it, `num_refinements` times or as it was trained; to others it makes no difference.
         Sides must be multiples of the space's `input_multiple`; dinov2 and siglip take any size and see their own
         square (SPEC.md section 5). Raises SizeError for other sides, SettingError for other tensors, LatentError
         when the encoder answers with NaN.
         """
         check_images(images, self.space)
         given = images.to(self.device, torch.float32)
-        raw = (self._native.encode(given) if look is None else self._encode_looking(given, look)).float()
+        raw = self._encode(given, reconstruct, num_refinements).float()
         latent = raw if self._already_normalized else normalize(raw, self.space, self.statistics)
         if not bool(torch.isfinite(latent).all()):
             raise LatentError(
@@ -109,11 +111,16 @@ class ImageEncoder:
             )
         return latent
 
-    def _encode_looking(self, images: Tensor, look: Look) -> Tensor:
+    def _encode(self, images: Tensor, reconstruct: Reconstruct | None, num_refinements: int | None) -> Tensor:
         from pidecode.encoders.tiny import TinyNative
 
-        native = self._native
-        return native.encode(images, look) if isinstance(native, TinyNative) else native.encode(images)
+        if isinstance(self._native, TinyNative):
+            return self._native.encode(images, reconstruct, num_refinements)
+        if num_refinements is not None:
+            raise SettingError(
+                f"num_refinements acts on the encoder of `tiny` only, and this is {self.space.name}'s; leave it out."
+            )
+        return self._native.encode(images)
 
     @torch.no_grad()
     def decode_native(self, latent: Tensor) -> Tensor:
@@ -162,18 +169,24 @@ class LazyEncoder:
         """Whether `decode_native` is at hand."""
         return self.loaded.can_decode
 
-    def __call__(self, images: Tensor, look: Look | None = None) -> Tensor:
+    def __call__(
+        self, images: Tensor, reconstruct: Reconstruct | None = None, num_refinements: int | None = None
+    ) -> Tensor:
         """Images to normalized latents; see `ImageEncoder`."""
-        return self.loaded(images, look)
+        return self.loaded(images, reconstruct, num_refinements)
 
     def decode_native(self, latent: Tensor) -> Tensor:
         """Normalized latents to the space's own images; see `ImageEncoder`."""
         return self.loaded.decode_native(latent)
 
 
-def encode_for(look: Look | None, encoder: Encode, images: Tensor) -> Tensor:
-    """Latents by `encoder`, which may be any function, for the decoder behind `look` where it can make use of that."""
-    return encoder(images, look) if isinstance(encoder, (ImageEncoder, LazyEncoder)) else encoder(images)
+def encode_for(encoder: Encode, images: Tensor, reconstruct: Reconstruct | None, num_refinements: int | None) -> Tensor:
+    """Latents by `encoder`, which may be any function; one with a refiner corrects them by `reconstruct`."""
+    if isinstance(encoder, (ImageEncoder, LazyEncoder)):
+        return encoder(images, reconstruct, num_refinements)
+    if num_refinements is not None:
+        raise SettingError("num_refinements acts on the encoder of `tiny` only; leave it out.")
+    return encoder(images)
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pidecode.encoders.autoencoder_kl import fill
 from pidecode.errors import CheckpointError
-from pidecode.models.tiny import EncoderConfig, Look, TinyEncoder
+from pidecode.models.tiny import Reconstruct, TinyEncoder
+from pidecode.registry.configs import TinyEncoderConfig
 from pidecode.registry.spaces import LatentSpace
 from pidecode.weights.read import read_tensors
 from pidecode.weights.safetensors import looks_like_safetensors, read_header, read_start
@@ -26,9 +27,11 @@ class TinyNative:
     def __init__(self, model: TinyEncoder) -> None:
         self.model = model.eval().requires_grad_(False)
 
-    def encode(self, images: Tensor, look: Look | None = None) -> Tensor:
-        """Normalized latents `[B, 128, h, w]`; with a `look` at what they decode to, corrected by it."""
-        latents: Tensor = self.model(images.to(self.model.stem.weight.dtype), look)
+    def encode(
+        self, images: Tensor, reconstruct: Reconstruct | None = None, num_refinements: int | None = None
+    ) -> Tensor:
+        """Normalized latents `[B, 128, h, w]`; with `reconstruct`, corrected by what they decode to."""
+        latents: Tensor = self.model(images.to(self.model.dtype), reconstruct, num_refinements)
         return latents
 
     def decode(self, raw: Tensor) -> Tensor:
@@ -56,7 +59,7 @@ def _own_note(path: Path) -> dict[str, Any]:
 def load_tiny_encoder(path: Path, space: LatentSpace, dtype: torch.dtype) -> TinyNative:
     """Our own small encoder. Raises CheckpointError if it is not of `space` or its weights do not fit."""
     note = _own_note(path)
-    config = EncoderConfig.from_dict(note.get("config", {}))
+    config = TinyEncoderConfig.from_dict(note.get("config", {}))
     if note.get("space", "flux2") != space.name or config.channels != space.channels:
         raise CheckpointError(
             f"{path} encodes images into space {note.get('space', 'flux2')}, not {space.name}; name that space's own."

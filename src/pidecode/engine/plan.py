@@ -9,32 +9,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 from pidecode.engine.chunks import Chunks
+from pidecode.engine.machine import DRIVER, DTYPE_BYTES, GB, Machine, Quantization
 from pidecode.errors import DoesNotFitError, SettingError
-from pidecode.registry.configs import PiDConfig
+from pidecode.registry.configs import PiDConfig, TinyDecoderConfig
 
 if TYPE_CHECKING:
-    import torch
+    from pidecode.engine.feed_forward import FeedForwardPlan
 
-GB = 10**9
-DRIVER = 450_000_000
-"""What an accelerator's context and kernels take besides tensors (the usual 0.3 to 0.5 GB)."""
-
-Quantization = Literal["none", "int8", "fp8"]
-"""Format that the weights of large linear layers are stored in."""
 Scheme = Literal["w8a16", "w8a8"]
 """Quantized weights are dequantized to be multiplied, or multiplied in eight bits (experimental)."""
-QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 
 TEXT_ENCODER = 5_230_000_000
 """Bytes of the text encoder (Gemma-2 2B) in bfloat16."""
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 CPU_CHUNKS = Chunks()
 """Those that suit a CPU's caches."""
@@ -119,47 +111,6 @@ class Plan:
             return "weights not quantized"
         how = "multiplied in eight bits" if self.scheme == "w8a8" else "dequantized to multiply"
         return f"weights in {self.quantization}, {self.scheme}: {how} (changes the image a little)"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """What a decode may use.
-
-    Attributes:
-        memory: Bytes free on the device.
-        accelerator: Whether the device has memory apart from the host's, so that modules can be offloaded and a
-            driver takes its share.
-        w8a8: Formats it multiplies in eight bits, the best first.
-    """
-
-    memory: int
-    accelerator: bool = True
-    w8a8: tuple[Quantization, ...] = ()
-
-
-def this_machine(device: str | torch.device | None = None) -> Machine:
-    """What a decode may use on this machine now.
-
-    Args:
-        device: Where it runs; default the best there is.
-
-    Raises:
-        SettingError: The device is not there, or does not say how much memory is free.
-    """
-    # These load torch, which importing this module must not.
-    from pidecode.devices import free_memory, pick_device, usual_dtype
-    from pidecode.engine.ops.quantize import KERNELS, best_kernel
-
-    chosen = pick_device(device)
-    free = free_memory(chosen)
-    if free is None:
-        raise SettingError(f"{chosen} does not say how much memory is free; name an amount.")
-    w8a8: list[Quantization] = []
-    for format in KERNELS:
-        with suppress(SettingError):
-            best_kernel(format, usual_dtype(chosen), chosen)
-            w8a8.append(format)
-    return Machine(memory=free, accelerator=chosen.type != "cpu", w8a8=tuple(w8a8))
 
 
 def parameters(config: PiDConfig, *, stripped: bool) -> tuple[int, int, int]:
@@ -323,7 +274,7 @@ def _chunk_bytes(plan: Plan, L: int, D: int, F: int) -> int:
 
 
 def plan_decode(
-    config: PiDConfig,
+    config: PiDConfig | TinyDecoderConfig,
     size: tuple[int, int],
     machine: Machine,
     *,
@@ -331,7 +282,7 @@ def plan_decode(
     dtype: str | None = None,
     quantization: Quantization | None = None,
     scheme: Scheme | None = None,
-) -> Plan:
+) -> Plan | FeedForwardPlan:
     """The first plan, from the fastest exact one to the lowest-memory one, that fits the machine.
 
     Args:
@@ -347,6 +298,12 @@ def plan_decode(
         DoesNotFitError: No plan fits; the message says what would.
         SettingError: The size does not divide into patches, or the machine cannot do what was asked for.
     """
+    if isinstance(config, TinyDecoderConfig):
+        if quantization not in (None, "none") or scheme is not None:
+            raise SettingError("Eight-bit weights act on student and teacher decoders only; leave them out.")
+        from pidecode.engine.feed_forward import plan_feed_forward  # needs torch, which planning PiD does not
+
+        return plan_feed_forward(config, size, machine, batch=batch, dtype=dtype)
     if min(size) < config.patch_size or any(side % config.patch_size for side in size):
         raise SettingError(f"A size of {size[0]}x{size[1]} does not divide into patches of {config.patch_size} pixels.")
     if scheme == "w8a8":

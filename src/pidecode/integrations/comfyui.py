@@ -18,7 +18,7 @@ from pidecode.decoder import PixelDecoder
 from pidecode.errors import SettingError
 from pidecode.images import to_pil
 from pidecode.integrations.comfyui_latents import prompt_of, stopping_place, to_image, to_latent, to_pixels
-from pidecode.options import LARGEST_TRAINED_SIGMA
+from pidecode.options import MAX_SIGMA
 from pidecode.registry.checkpoints import CHECKPOINTS, REPOSITORY
 from pidecode.sampling import Callback, Step
 
@@ -128,13 +128,18 @@ class Decode(io.ComfyNode):
         latent = to_latent(samples, decoder.space, model=rest.get("model"), sigma=rest.get("sigma", 0.0))
         told = prompt_of(decoder.net, rest.get("prompt") or "", rest.get("conditioning"))
         if steps:
-            told["steps"] = steps
+            told["num_steps"] = steps
         callback = _progress(len(latent))
         made = [
-            decoder.decode(one, output="pt", callback=callback, seed=seed + index, **told)
+            decoder.decode(one, callback=callback, **_seeded(decoder, seed + index), **told).tensor
             for index, one in enumerate(latent)
         ]
         return io.NodeOutput(_joined(made))
+
+
+def _seeded(decoder: PixelDecoder, seed: int) -> dict[str, int]:
+    """The seed, for decoders that draw noise."""
+    return {} if decoder.kind == "feed-forward" else {"seed": seed}
 
 
 class Upscale(io.ComfyNode):
@@ -154,7 +159,7 @@ class Upscale(io.ComfyNode):
                 _seed(),
                 _steps(),
                 io.Float.Input(
-                    "strength", default=0.0, min=0.0, max=LARGEST_TRAINED_SIGMA, step=0.01,
+                    "strength", default=0.0, min=0.0, max=MAX_SIGMA, step=0.01,
                     tooltip="Noise put into the latent first: more is invented, less is kept.",
                 ),
                 *_prompt(),
@@ -168,12 +173,12 @@ class Upscale(io.ComfyNode):
         images = to_pixels(image)
         told = prompt_of(decoder.net, rest.get("prompt") or "", rest.get("conditioning"))
         if steps:
-            told["steps"] = steps
+            told["num_steps"] = steps
         if rest.get("strength"):
             told["sigma"] = rest["strength"]
         callback = _progress(len(images))
         made = [
-            decoder.upscale(one[None], output="pt", callback=callback, seed=seed + index, **told)
+            decoder.upscale(one[None], callback=callback, **_seeded(decoder, seed + index), **told).tensor
             for index, one in enumerate(images)
         ]
         return io.NodeOutput(_joined(made))

@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any, Literal, Unpack, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from pidecode.integrations.pipeline_latents import (
     trained_sigma,
 )
 from pidecode.latents.latent import Latent
-from pidecode.options import LARGEST_TRAINED_SIGMA, DecodeSettings, Settings
+from pidecode.options import MAX_SIGMA, DecodeOptions, option_infos
 from pidecode.sampling import Step
 
 StopAfter = int | Literal["recommended"] | None
@@ -123,11 +123,11 @@ class _Watch:
         frame_of(scheduler, space)
         first = int(getattr(scheduler, "step_index", 1)) - 1
         levels = [trained_sigma(scheduler, space, float(level)) for level in scheduler.sigmas[first + 1 :]]
-        if levels[step - 1] > LARGEST_TRAINED_SIGMA:
-            fit = next((i + 1 for i, level in enumerate(levels) if level <= LARGEST_TRAINED_SIGMA), self.planned)
+        if levels[step - 1] > MAX_SIGMA:
+            fit = next((i + 1 for i, level in enumerate(levels) if level <= MAX_SIGMA), self.planned)
             raise SettingError(
                 f"After step {step} of {self.planned} the latent's sigma is {levels[step - 1]:.2f}; PiD was trained up "
-                f"to {LARGEST_TRAINED_SIGMA}. Stop after step {fit} or later."
+                f"to {MAX_SIGMA}. Stop after step {fit} or later."
             )
 
 
@@ -284,7 +284,7 @@ class AttachedPipeline:
         capture: Sequence[int],
         on_progress: OnProgress | None,
         offload: bool,
-        settings: DecodeSettings,
+        settings: dict[str, Any],
     ) -> None:
         own = {"pipe": pipe, "decoder": decoder, "stop_after": stop_after, "capture": tuple(capture)}
         for name, value in {**own, "on_progress": on_progress, "offload": offload, "settings": settings}.items():
@@ -321,8 +321,8 @@ class AttachedPipeline:
         output = call.get("output_type", "pil")
         if output not in _OUTPUTS:
             raise SettingError(f"output_type is {output!r}; it must be one of {', '.join(_OUTPUTS)}.")
-        settings = cast(DecodeSettings, {**self._pid_settings, **own.get("decode_settings", {})})
-        Settings.of(settings)
+        settings = {**self._pid_settings, **own.get("decode_settings", {})}
+        _decode_options(settings)
         self._refuse_promptless(call, own, settings, output)
         on_progress = own.get("on_progress", self._pid_on_progress)
         run = run_for_latents(
@@ -339,10 +339,10 @@ class AttachedPipeline:
         return PixelOutput(images, run.latent, run.captured, run.steps, run.calls)
 
     def _refuse_promptless(
-        self, call: Mapping[str, Any], own: Mapping[str, Any], settings: DecodeSettings, output: str
+        self, call: Mapping[str, Any], own: Mapping[str, Any], settings: dict[str, Any], output: str
     ) -> None:
         """Before the long part, not after it."""
-        needs = self._pid_decoder.net.config.has_text and "prompt_embeds" not in settings and output != "latent"
+        needs = self._pid_decoder.reads_text and "prompt_embeds" not in settings and output != "latent"
         if needs and call.get("prompt") is None and own.get("decoder_prompt") is None:
             raise SettingError(
                 f"{self._pid_decoder.name} reads prompts and this call has no prompt; pass decoder_prompt= beside the "
@@ -350,7 +350,7 @@ class AttachedPipeline:
             )
 
     def _images(
-        self, run: Captured, output: OutputType, settings: DecodeSettings, on_progress: OnProgress | None
+        self, run: Captured, output: OutputType, settings: dict[str, Any], on_progress: OnProgress | None
     ) -> Any:
         pipe, decoder = self._pid_pipe, self._pid_decoder
         moved = _move_away(pipe) if self._pid_offload else None
@@ -369,21 +369,32 @@ class AttachedPipeline:
         return stack if output == "pt" else stack.permute(0, 2, 3, 1).cpu().numpy()
 
 
+def _decode_options(settings: Mapping[str, Any]) -> DecodeOptions:
+    """The keywords, checked. Raises SettingError for one that does not exist."""
+    known = set(option_infos())
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        raise SettingError(f"There is no setting {', '.join(unknown)}; there are {', '.join(sorted(known))}.")
+    return DecodeOptions(**settings)
+
+
 def decode_each(
     decoder: PixelDecoder,
     latent: Latent,
-    settings: DecodeSettings,
+    settings: dict[str, Any],
     on_progress: OnProgress | None = None,
     *,
     tensors: bool = False,
 ) -> list[Any]:
     """A batch decoded one by one, which needs the memory of one: PIL images, or tensors `[1, 3, H, W]` in [-1, 1]."""
-    chosen = Settings.of(settings)
+    chosen = _decode_options(settings)
     seeds = chosen.seeds(len(latent))
     states = chosen.prompt_embeds
     made: list[Any] = []
     for index, one in enumerate(latent):
-        mine: DecodeSettings = {**settings, "seed": seeds[index]}
+        mine = dict(settings)
+        if decoder.kind != "feed-forward" or chosen.seed is not None:
+            mine["seed"] = seeds[index]
         if isinstance(states, Tensor) and states.ndim == 3 and len(states) == len(latent):
             mine["prompt_embeds"] = states[index : index + 1]
 
@@ -391,7 +402,8 @@ def decode_each(
             if on_progress is not None:
                 on_progress(Progress("decoding", index * step.total + step.index, len(latent) * step.total))
 
-        made.append(decoder.decode(one, output="pt" if tensors else "pil", callback=tell, **mine))
+        output = decoder.decode(one, callback=tell, **mine)
+        made.append(output.tensor if tensors else output.image)
     return made
 
 
@@ -417,7 +429,7 @@ def attach(
     capture: Sequence[int] = (),
     on_progress: OnProgress | None = None,
     offload: bool = False,
-    **settings: Unpack[DecodeSettings],
+    **settings: Any,
 ) -> AttachedPipeline:
     """A diffusers pipeline whose images are PiD's, four times as large; the pipeline itself stays as it is.
 
@@ -430,7 +442,7 @@ def attach(
     on_progress: told of each step of both stages; raise `errors.Cancelled` in it to stop.
     offload: keep the pipeline in the processor's memory while PiD decodes, for small GPUs. Pipelines with
         `enable_model_cpu_offload()` do so anyway.
-    settings: as for `decode`.
+    settings: keywords of `PixelDecoder.decode`.
 
     The prompt is the call's prompt. Raises LatentError when pipeline and decoder are of different spaces, SettingError
     for a pipeline without a decoder.
@@ -443,7 +455,7 @@ def attach(
             f"A {type(pipe).__name__} works in space {space.name} and {decoder.name} decodes {decoder.space.name}. "
             f"Load the decoder of {space.name}."
         )
-    Settings.of(settings)
+    _decode_options(settings)
     return AttachedPipeline(
         pipe, decoder, stop_after=stop_after, capture=capture, on_progress=on_progress, offload=offload,
         settings=settings,

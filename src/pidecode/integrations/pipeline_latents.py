@@ -314,7 +314,7 @@ def _check_decode(decoder: PixelDecoder, space: LatentSpace, states: Tensor | No
     def run() -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # so small an image is outside the sizes it was trained for
-            made = decoder.decode(Latent(noise * 0.5, space.name), output="pt", **settings)
+            made = decoder.decode(Latent(noise * 0.5, space.name), **settings).tensor
         assert isinstance(made, Tensor)
         return made
 

@@ -28,7 +28,6 @@ from pidecode.images import KEYWORD, load_image, read_recipe, save_image, to_ten
 from pidecode.integrations.diffusers import OnProgress, Progress, StopAfter, run_for_latents
 from pidecode.integrations.pipeline_latents import decode_native
 from pidecode.latents.latent import Latent
-from pidecode.options import DecodeSettings
 from pidecode.registry.spaces import GENERATION, diffusion_size, get_image_model
 
 JOB_FILE = "job.json"
@@ -121,7 +120,7 @@ def generate(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    settings: DecodeSettings | None = None,
+    settings: dict[str, Any] | None = None,
     on_progress: OnProgress | None = None,
 ) -> list[Written]:
     """Make every image of a job; what an earlier, interrupted run of it has made is not made again.
@@ -291,11 +290,11 @@ def _drawn(job: Job, pipe: Any, call: Mapping[str, Any], on_progress: OnProgress
     return run.captured[step], decode_native(pipe, run.latent)[0]
 
 
-def _prompt_embeds(decoder: PixelDecoder, pieces: Sequence[Piece]) -> dict[str, DecodeSettings]:
+def _prompt_embeds(decoder: PixelDecoder, pieces: Sequence[Piece]) -> dict[str, dict[str, Any]]:
     """States of every prompt, so that the text encoder's memory is free before the images are decoded."""
-    if not decoder.net.config.has_text or decoder.text is None:
+    if not decoder.reads_text or decoder.text is None:
         return {}
-    states: dict[str, DecodeSettings] = {
+    states: dict[str, dict[str, Any]] = {
         prompt: {"prompt_embeds": decoder.text.encode(prompt).cpu()} for prompt in {piece.prompt for piece in pieces}
     }
     decoder.text.unload()
@@ -304,9 +303,9 @@ def _prompt_embeds(decoder: PixelDecoder, pieces: Sequence[Piece]) -> dict[str, 
 
 def _decode(job: Job, piece: Piece, decoder: PixelDecoder, settings: Any) -> None:
     latent = Latent.load(_latent(job, piece))
-    settings.setdefault("seed", piece.seed)
-    image = decoder.decode(latent, **settings)
-    assert isinstance(image, Image.Image)
+    if decoder.kind != "feed-forward":
+        settings.setdefault("seed", piece.seed)
+    image = decoder.decode(latent, **settings).image
     recipe = image.info.get(KEYWORD, {})
     recipe |= {"image_model": job.model, "pipeline_steps": job.steps or get_image_model(job.model).steps}
     if job.compare:

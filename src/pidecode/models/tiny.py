@@ -1,73 +1,105 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small image encoder that ships with `tiny`: an image to FLUX.2's normalized latent, without FLUX.2's own VAE."""
+"""`tiny`: a feed-forward decoder from FLUX.2 latents to images four times as large, and an encoder to those latents.
+
+Both are plain convolutional networks. The decoder is not a PiD network: it takes no noise and no time, and forms the
+image in one evaluation. `recipes/tiny` beside the package says how both are trained.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pidecode.errors import SettingError, SizeError
+from pidecode.errors import LatentError, SettingError, SizeError
+from pidecode.registry.configs import TinyDecoderConfig, TinyEncoderConfig
 
-STRIDE = 16
-"""Input pixels per packed latent cell, along each side."""
-
-MOST_ROUNDS = 16
-"""Most corrections an encoder may ask for: each costs a look and an encoding, and a file decides over them."""
-
-Look = Callable[[Tensor], Tensor]
-"""From a normalized latent [B,128,h,w] to what a decoder makes of it, shrunk to the encoded image's size."""
+ENCODER_STRIDE = 16
+"""Input pixels per latent cell, along each side."""
+Reconstruct = Callable[[Tensor], Tensor]
+"""From a normalized latent `[B, 128, h, w]` to what a decoder makes of it, at the size of the encoded image."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EncoderConfig:
-    """Widths and depths of an TinyEncoder at the image's own side, a half, a quarter and an eighth of it.
+class DecoderBlock(nn.Module):
+    """Two 3x3 convolutions, each behind a SiLU and an optional norm over the whole image, added to their input."""
 
-    `channels` is that of the packed latent (128 for FLUX.2). `rounds`: how often the latent is corrected after a look
-    at what it decodes to, at most MOST_ROUNDS; 0 builds an encoder without the part that does it. Raises SettingError
-    for values that cannot be built.
+    def __init__(self, width: int, *, normalized: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(4, width) if normalized else nn.Identity()
+        self.conv1 = _conv3x3(width, width)
+        self.norm2 = nn.GroupNorm(4, width) if normalized else nn.Identity()
+        self.conv2 = _conv3x3(width, width)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.conv1(functional.silu(self.norm1(x)))
+        return x + self.conv2(functional.silu(self.norm2(hidden)))  # type: ignore[no-any-return]
+
+
+class TinyDecoder(nn.Module):
+    """Normalized latent `[B, 128, h, w]` to image `[B, 3, 64 h, 64 w]`, nominally in [-1, 1].
+
+    The first stage works on the latent's own grid, where convolutions are cheap, and alone normalizes over the whole
+    image; finer stages would lose the size of a faint detail by it. Each further stage doubles the grid. The last
+    grid's cells are gathered into patches, and two linear layers turn a patch's features into its pixels.
     """
 
-    full_width: int = 48
-    full_blocks: int = 1
-    half_width: int = 64
-    half_blocks: int = 6
-    quarter_width: int = 64
-    quarter_blocks: int = 8
-    eighth_width: int = 128
-    eighth_blocks: int = 6
-    channels: int = 128
-    rounds: int = 0
+    def __init__(self, config: TinyDecoderConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or TinyDecoderConfig()
+        channels = config.latent_channels // config.latent_unpatchify**2
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                _conv3x3(config.width if stage else channels, config.width),
+                *(DecoderBlock(config.width, normalized=stage == 0) for _ in range(count)),
+            )
+            for stage, count in enumerate(config.blocks)
+        )
+        self.to_hidden = nn.Linear(config.width * config.unshuffle**2, config.hidden_size)
+        self.to_pixels = nn.Linear(config.hidden_size, 3 * config.patch_size**2)
 
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value, least = getattr(self, field.name), 0 if field.name == "rounds" else 1
-            if type(value) is not int or value < least:
-                raise SettingError(f"{field.name} is {value!r}; it must be a whole number from {least} on.")
-        if self.rounds > MOST_ROUNDS:
-            raise SettingError(f"rounds is {self.rounds}; it must be at most {MOST_ROUNDS}.")
-        if self.channels % 4:
-            raise SettingError(f"channels is {self.channels}; 2x2 cells are packed, so it must be a multiple of 4.")
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the weights."""
+        return self.to_pixels.weight.dtype
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_dict` reads them back."""
-        return asdict(self)
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.to_pixels.weight.device
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> EncoderConfig:
-        """Inverse of `to_dict`. Raises SettingError for unknown names or values that are not whole numbers."""
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise SettingError(f"Unknown encoder settings {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
-        return cls(**values)
+    def coarse(self, latent: Tensor) -> Tensor:
+        """Features of the first stage, `[B, width, h u, w u]` with u = `latent_unpatchify`; they see the whole latent.
+
+        Raises:
+            LatentError: The latent is not `[B, latent_channels, h, w]`.
+        """
+        if latent.ndim != 4 or latent.shape[1] != self.config.latent_channels:
+            raise LatentError(
+                f"The latent has shape {list(latent.shape)}; this decoder takes "
+                f"[batch, {self.config.latent_channels}, h, w]."
+            )
+        cells = functional.pixel_shuffle(latent, self.config.latent_unpatchify)
+        return self.stages[0](cells.to(self.dtype))  # type: ignore[no-any-return]
+
+    def fine(self, features: Tensor) -> Tensor:
+        """The image of `coarse` features, or of a part of them: the further stages are local."""
+        for stage in list(self.stages)[1:]:
+            features = stage(functional.interpolate(features, scale_factor=2, mode="nearest"))
+        patches = functional.pixel_unshuffle(features, self.config.unshuffle)
+        tokens = self.to_pixels(self.to_hidden(patches.flatten(2).transpose(1, 2)))
+        pixels = tokens.transpose(1, 2).unflatten(2, patches.shape[-2:])
+        return functional.pixel_shuffle(pixels, self.config.patch_size)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return self.fine(self.coarse(latent))
 
 
-class ResidualBlock(nn.Module):
+class EncoderBlock(nn.Module):
     """Two 3x3 convolutions behind ReLUs, added to their input; starts as the identity."""
 
     def __init__(self, width: int) -> None:
@@ -81,8 +113,8 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(functional.relu(self.conv1(functional.relu(x))))  # type: ignore[no-any-return]
 
 
-class ContextBlock(ResidualBlock):
-    """A ResidualBlock whose inner channels are scaled and shifted by the image's mean features.
+class ContextBlock(EncoderBlock):
+    """An `EncoderBlock` whose inner channels are scaled and shifted by the image's mean features.
 
     The autoencoder it imitates normalizes over the whole image, so a purely local network cannot follow it.
     """
@@ -100,87 +132,88 @@ class ContextBlock(ResidualBlock):
 
 
 class TinyEncoder(nn.Module):
-    """Image [B,3,H,W] in [-1,1], sides multiples of 16, to the normalized latent [B,128,H/16,W/16].
+    """Image `[B, 3, H, W]` in [-1, 1], sides multiples of 16, to FLUX.2's normalized latent `[B, 128, H/16, W/16]`.
 
-    The output is in the frame every latent of this project is in (SPEC.md section 5): FLUX.2's patchified 32
-    channels, order (channel, row, column). It depends on the whole image: encode first, crop after.
+    Channels of the latent are ordered (channel, row, column) of the 2x2 cells that FLUX.2 packs. The latent depends on
+    the whole image: encode first, crop after.
     """
 
-    def __init__(self, config: EncoderConfig | None = None, *, inputs: int = 3) -> None:
+    def __init__(self, config: TinyEncoderConfig | None = None, *, inputs: int = 3) -> None:
         super().__init__()
-        self.config = config = config or EncoderConfig()
+        self.config = config = config or TinyEncoderConfig()
         self.stem = nn.Conv2d(inputs, config.full_width, 3, padding=1)
-        self.at_full = nn.Sequential(*(ResidualBlock(config.full_width) for _ in range(config.full_blocks)))
+        self.at_full = nn.Sequential(*(EncoderBlock(config.full_width) for _ in range(config.full_blocks)))
         self.to_half = nn.Conv2d(config.full_width, config.half_width, 3, stride=2, padding=1)
-        self.at_half = nn.Sequential(*(ResidualBlock(config.half_width) for _ in range(config.half_blocks)))
+        self.at_half = nn.Sequential(*(EncoderBlock(config.half_width) for _ in range(config.half_blocks)))
         self.to_quarter = nn.Conv2d(config.half_width, config.quarter_width, 3, stride=2, padding=1)
-        self.at_quarter = nn.Sequential(*(ResidualBlock(config.quarter_width) for _ in range(config.quarter_blocks)))
+        self.at_quarter = nn.Sequential(*(EncoderBlock(config.quarter_width) for _ in range(config.quarter_blocks)))
         self.to_eighth = nn.Conv2d(config.quarter_width, config.eighth_width, 3, stride=2, padding=1)
         self.at_eighth = nn.Sequential(*(ContextBlock(config.eighth_width) for _ in range(config.eighth_blocks)))
         self.head = nn.Conv2d(config.eighth_width, config.channels // 4, 3, padding=1)
-        if config.rounds:
-            self.corrector = TinyEncoder(replace(config, rounds=0), inputs=2 * inputs)
+        if config.num_refinements:
+            self.refiner = TinyEncoder(replace(config, num_refinements=0), inputs=2 * inputs)
 
-    def half_features(self, image: Tensor) -> Tensor:
-        """Features at half of the image's side."""
-        x: Tensor = self.at_half(self.to_half(functional.relu(self.at_full(self.stem(image)))))
-        return x
-
-    def quarter_features(self, half: Tensor) -> Tensor:
-        """Features at a quarter of it, from those at half."""
-        x: Tensor = self.at_quarter(self.to_quarter(half))
-        return x
-
-    def cells_from(self, quarter: Tensor) -> Tensor:
-        """The latent before patchifying, from features at a quarter: [B,channels/4,H/8,W/8]."""
-        cells: Tensor = self.head(functional.relu(self.at_eighth(self.to_eighth(quarter))))
-        return cells
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the weights."""
+        return self.stem.weight.dtype
 
     def cells(self, image: Tensor) -> Tensor:
-        """The latent before patchifying: [B,channels/4,H/8,W/8]."""
-        return self.cells_from(self.quarter_features(self.half_features(image)))
+        """The latent before packing, `[B, channels / 4, H/8, W/8]`."""
+        x = self.at_half(self.to_half(functional.relu(self.at_full(self.stem(image)))))
+        x = self.at_eighth(self.to_eighth(self.at_quarter(self.to_quarter(x))))
+        return self.head(functional.relu(x))  # type: ignore[no-any-return]
 
-    def correction(self, image: Tensor, error: Tensor, unprompted: Tensor | None = None) -> Tensor:
-        """What to add to the cells of a latent to which `error` is missing in what it decodes to; nothing for none.
+    def refined(self, image: Tensor, reconstruct: Reconstruct, num_refinements: int) -> Tensor:
+        """`cells` after so many refinements, each by the error that the decoded latent still has.
 
-        error: the image less what was decoded, at its size. unprompted: what the corrector says without an error,
-        if that is at hand. Only an encoder with `rounds` can tell.
+        The refiner's answer to no error at all is subtracted, so that a perfect latent stays as it is.
         """
-        if unprompted is None:
-            unprompted = self._prompted(image, torch.zeros_like(error))
-        return self._prompted(image, error) - unprompted
-
-    def _prompted(self, image: Tensor, error: Tensor) -> Tensor:
-        return self.corrector.cells(torch.cat((image, error), dim=1))
-
-    def corrected(self, image: Tensor, look: Look, rounds: int) -> Tensor:
-        """The cells after so many corrections, each by what the latent before it still gets wrong."""
         cells = self.cells(image)
-        if rounds:
-            unprompted = self._prompted(image, torch.zeros_like(image))
-        for _ in range(rounds):
-            error = image - look(functional.pixel_unshuffle(cells, 2)).to(image)
-            cells = cells + self.correction(image, error, unprompted)
+        if num_refinements:
+            without_error = self.refiner.cells(torch.cat((image, torch.zeros_like(image)), dim=1))
+        for _ in range(num_refinements):
+            error = image - reconstruct(functional.pixel_unshuffle(cells, 2)).to(image)
+            cells = cells + (self.refiner.cells(torch.cat((image, error), dim=1)) - without_error)
         return cells
 
-    def forward(self, image: Tensor, look: Look | None = None) -> Tensor:
-        """The latent; with a `look`, one corrected for `config.rounds` times.
+    def forward(
+        self, image: Tensor, reconstruct: Reconstruct | None = None, num_refinements: int | None = None
+    ) -> Tensor:
+        """Encode an image.
 
-        Raises SizeError unless the image is [B,3,H,W] with sides that are multiples of 16.
+        Args:
+            image: `[B, 3, H, W]` in [-1, 1].
+            reconstruct: What the decoder to come makes of a latent; without it nothing is refined.
+            num_refinements: How often; by default as the encoder was trained.
+
+        Returns:
+            The latent `[B, channels, H/16, W/16]`.
+
+        Raises:
+            SizeError: The image has another shape, or sides that are no multiples of 16.
+            SettingError: Refinements are asked of an encoder without refiner.
         """
         if image.ndim != 4 or image.shape[1] != 3:
-            raise SizeError(f"The encoder takes images [B,3,H,W]; this one is {list(image.shape)}.")
+            raise SizeError(f"The encoder takes images [B, 3, H, W]; this one is {list(image.shape)}.")
         height, width = image.shape[-2:]
-        if height % STRIDE or width % STRIDE or not height or not width:
+        if height % ENCODER_STRIDE or width % ENCODER_STRIDE or not height or not width:
             raise SizeError(
-                f"A {width}x{height} image does not divide into {STRIDE}-pixel cells; "
-                f"crop it to {width // STRIDE * STRIDE}x{height // STRIDE * STRIDE}."
+                f"A {width}x{height} image does not divide into {ENCODER_STRIDE}-pixel cells; crop it to "
+                f"{width // ENCODER_STRIDE * ENCODER_STRIDE}x{height // ENCODER_STRIDE * ENCODER_STRIDE}."
             )
-        cells = self.cells(image) if look is None else self.corrected(image, look, self.config.rounds)
+        count = self.config.num_refinements if num_refinements is None else num_refinements
+        if count and not self.config.num_refinements:
+            raise SettingError(f"num_refinements is {count}, and this encoder has no refiner; leave it out.")
+        cells = self.cells(image) if reconstruct is None else self.refined(image, reconstruct, count)
         return functional.pixel_unshuffle(cells, 2)
 
 
-def encoder_parameters(config: EncoderConfig) -> int:
-    """Parameter count of an encoder of this shape, computed without allocating it."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in TinyEncoder(config).parameters())
+def downscaled(image: Tensor, scale: int) -> Tensor:
+    """A decoded image `[B, 3, H, W]`, clamped to [-1, 1], at the size of what was encoded: antialiased bicubic."""
+    return functional.interpolate(image.clamp(-1, 1), scale_factor=1 / scale, mode="bicubic", antialias=True)
+
+
+def _conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the grid and repeats its border."""
+    return nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode="replicate")

@@ -14,7 +14,7 @@ from pidecode.registry import configs as architecture
 from pidecode.registry.configs import PiDConfig
 from pidecode.registry.spaces import SPACES, LatentSpace, did_you_mean, get_space
 
-Kind = Literal["student", "teacher", "backbone"]
+Kind = Literal["feed-forward", "student", "teacher", "backbone"]
 Size = tuple[int, int]
 """Height and width in pixels."""
 
@@ -24,8 +24,8 @@ REPOSITORY = "nvidia/PiD"
 TEXT_ENCODER = "Efficient-Large-Model/gemma-2-2b-it"
 """Hub repository of the text encoder the official code loads (an ungated copy of google/gemma-2-2b-it)."""
 
-StudentKind = Literal["sde", "ode"]
-"""A student renoises after every step ("sde") or follows the flow ("ode")."""
+DECODERS: tuple[Kind, ...] = ("student", "feed-forward")
+"""Kinds that a variant without a kind names."""
 
 STUDENT_TIMES = (0.999, 0.866, 0.634, 0.342, 0.0)
 """Flow times of the distilled 4-step schedule (SPEC.md section 3)."""
@@ -109,8 +109,8 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """A short name: space, variant, and the kind where it is not a student."""
-        return f"{self.space}/{self.variant}" + ("" if self.kind == "student" else f"/{self.kind}")
+        """A short name: space and variant, and the kind of teachers and the backbone."""
+        return f"{self.space}/{self.variant}" + ("" if self.kind in DECODERS else f"/{self.kind}")
 
     @property
     def latent_space(self) -> LatentSpace | None:
@@ -236,7 +236,7 @@ _ROWS = (
     Checkpoint(
         space="flux2",
         variant="tiny",
-        kind="student",
+        kind="feed-forward",
         repository=None,
         path="tiny.safetensors",
         config=None,
@@ -283,33 +283,42 @@ TINY_ENCODER = "tiny_encoder.safetensors"
 """File name, among the package's assets, of the small encoder to FLUX.2's space."""
 
 
-def variants(space: str, kind: Kind = "student") -> tuple[str, ...]:
-    """The released variants of a space (name or alias), the default first. Raises SettingError for no space."""
+def variants(space: str, *kinds: Kind) -> tuple[str, ...]:
+    """The released variants of a space (name or alias) and of some kinds, the default first.
+
+    Args:
+        space: Latent space, or "pixeldit".
+        kinds: By default students and feed-forward decoders.
+
+    Raises:
+        SettingError: There is no such space.
+    """
     name = space if space == "pixeldit" else get_space(space).name
-    return tuple(row.variant for row in _ROWS if row.space == name and row.kind == kind)
+    return tuple(row.variant for row in _ROWS if row.space == name and row.kind in (kinds or DECODERS))
 
 
 def get_checkpoint(space: str, variant: str | None = None, kind: Kind | None = None) -> Checkpoint:
     """The released file for a space (name or alias, or "pixeldit" or "tiny"); without a variant, its default.
 
-    kind: "student" unless told otherwise ("backbone" for "pixeldit"). Raises SettingError, saying what there is.
+    Without a kind it is a student or feed-forward decoder ("backbone" for "pixeldit"). Raises SettingError, saying
+    what there is.
     """
     if space == "tiny":
         space, variant = "flux2", "tiny" if variant is None else variant
     name = space if space == "pixeldit" else get_space(space).name
-    kind = kind or ("backbone" if name == "pixeldit" else "student")
-    there = variants(name, kind)
+    kinds: tuple[Kind, ...] = (kind,) if kind else ("backbone",) if name == "pixeldit" else DECODERS
+    there = variants(name, *kinds)
     if not there:
         raise SettingError(
-            f"There is no {kind} for {name}. Teachers exist for "
+            f"There is no {kinds[0]} for {name}. Teachers exist for "
             f"{', '.join(sorted({row.space for row in _ROWS if row.kind == 'teacher'}))}; "
             "the backbone is called pixeldit."
         )
     chosen = there[0] if variant is None else variant
-    row = CHECKPOINTS.get((name, chosen, kind))
-    if row is None:
-        raise SettingError(f"There is no {kind} {chosen!r} for {name}.{did_you_mean(chosen, there)}")
-    return row
+    for of_kind in kinds:
+        if (name, chosen, of_kind) in CHECKPOINTS:
+            return CHECKPOINTS[name, chosen, of_kind]
+    raise SettingError(f"There is no {kinds[0]} {chosen!r} for {name}.{did_you_mean(chosen, there)}")
 
 
 PATCH = 16

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes of PiD networks: PiDConfig, the released v1 and v1.5 networks, the backbone, and a debug model."""
+"""Shapes of networks: PiDConfig with the released v1, v1.5 and backbone networks and a debug model; those of `tiny`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pidecode.errors import SettingError
 
@@ -282,3 +282,155 @@ def debug_config(**changes: Any) -> PiDConfig:
         inject_pixels=True, rope_reference=(2048, 2048),
     )  # fmt: skip
     return replace(base, **changes)
+
+
+MAX_REFINEMENTS = 16
+"""Most refinements an encoder may ask for: each costs a decode and an encode, and a file decides over them."""
+MAX_BLOCKS = 256
+"""Most blocks a stage of a file's network may have."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TinyDecoderConfig:
+    """Shape of a `TinyDecoder`.
+
+    Attributes:
+        latent_channels: Channels of the latent.
+        latent_unpatchify: Cells a latent cell is unpacked into, along each side.
+        latent_down: Pixels of the low-resolution image per latent cell, along each side.
+        scale: Output pixels per pixel of the low-resolution image, along each side.
+        width: Channels of all convolutions.
+        blocks: Residual blocks of each stage; each stage but the first doubles the grid.
+        unshuffle: Cells of the last grid per output patch, along each side (pixel-unshuffle factor).
+        hidden_size: Width between the features of a patch and its pixels.
+        max_sigma: Highest noise level of a latent for which the decoder was found good.
+
+    Raises:
+        SettingError: A value is out of range, or the values do not fit together.
+    """
+
+    latent_channels: int = 128
+    latent_unpatchify: int = 2
+    latent_down: int = 16
+    scale: int = 4
+    width: int = 64
+    blocks: tuple[int, ...] = (16, 8, 12, 6)
+    unshuffle: int = 4
+    hidden_size: int = 256
+    max_sigma: float = 0.8
+
+    def __post_init__(self) -> None:
+        for name in ("latent_channels", "latent_unpatchify", "latent_down", "scale", "width", "unshuffle",
+                     "hidden_size"):  # fmt: skip
+            _check_count(name, getattr(self, name), least=1, most=65536)
+        if not self.blocks:
+            raise SettingError("blocks is empty; name the residual blocks of at least one stage.")
+        for count in self.blocks:
+            _check_count("blocks", count, least=0, most=MAX_BLOCKS)
+        if self.width % 4 or self.latent_channels % self.latent_unpatchify**2:
+            raise SettingError(
+                f"width={self.width} must be a multiple of 4 (its GroupNorm's groups), and latent_channels="
+                f"{self.latent_channels} of {self.latent_unpatchify**2} (latent_unpatchify squared)."
+            )
+        if (
+            self.pixels_per_cell % (self.latent_unpatchify * self.unshuffle_grid)
+            or self.unshuffle_grid % self.unshuffle
+        ):
+            raise SettingError(
+                f"{len(self.blocks)} stages and unshuffle={self.unshuffle} do not divide the {self.pixels_per_cell} "
+                "output pixels of a latent cell."
+            )
+        if not 0.0 <= self.max_sigma <= 1.0:
+            raise SettingError(f"max_sigma is {self.max_sigma}; it must be from 0 to 1.")
+
+    @property
+    def pixels_per_cell(self) -> int:
+        """Output pixels per latent cell, along each side."""
+        return self.latent_down * self.scale
+
+    @property
+    def unshuffle_grid(self) -> int:
+        """Cells of the last grid per cell of the first, along each side."""
+        return int(2 ** (len(self.blocks) - 1))
+
+    @property
+    def patch_size(self) -> int:
+        """Output pixels of a patch, along each side."""
+        return self.pixels_per_cell // (self.latent_unpatchify * self.unshuffle_grid) * self.unshuffle
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` reads them back."""
+        return {**asdict(self), "blocks": list(self.blocks)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TinyDecoderConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+            SettingError: A name is unknown, or a value has the wrong type.
+        """
+        blocks = values.get("blocks", cls.blocks)
+        if not isinstance(blocks, (list, tuple)):
+            raise SettingError(f"blocks is {blocks!r}; it must be a list of whole numbers.")
+        return _from_dict(cls, {**values, "blocks": tuple(blocks)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TinyEncoderConfig:
+    """Widths and depths of a `TinyEncoder` at the image's own side, a half, a quarter and an eighth of it.
+
+    Attributes:
+        channels: Channels of the packed latent (128 for FLUX.2).
+        num_refinements: How often the latent is corrected by what it decodes to; 0 builds an encoder without refiner.
+
+    Raises:
+        SettingError: A value cannot be built.
+    """
+
+    full_width: int = 48
+    full_blocks: int = 1
+    half_width: int = 64
+    half_blocks: int = 6
+    quarter_width: int = 64
+    quarter_blocks: int = 8
+    eighth_width: int = 128
+    eighth_blocks: int = 6
+    channels: int = 128
+    num_refinements: int = 0
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            most = MAX_BLOCKS if entry.name.endswith("_blocks") else 65536
+            least, most = (0, MAX_REFINEMENTS) if entry.name == "num_refinements" else (1, most)
+            _check_count(entry.name, getattr(self, entry.name), least=least, most=most)
+        if self.channels % 4:
+            raise SettingError(f"channels is {self.channels}; 2x2 cells are packed, so it must be a multiple of 4.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` reads them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TinyEncoderConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+            SettingError: A name is unknown, or a value is no whole number.
+        """
+        return _from_dict(cls, values)
+
+
+Config = TypeVar("Config", TinyDecoderConfig, TinyEncoderConfig)
+
+
+def _from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
+    known = {entry.name for entry in fields(cls)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise SettingError(f"Unknown fields {', '.join(unknown)}; {cls.__name__} has {', '.join(sorted(known))}.")
+    return cls(**values)
+
+
+def _check_count(name: str, value: Any, *, least: int, most: int) -> None:
+    if type(value) is not int or not least <= value <= most:
+        raise SettingError(f"{name} is {value!r}; it must be a whole number from {least} to {most}.")

@@ -381,10 +381,10 @@ def _model_info(service: DecodeService, name: str) -> openai.ModelInfo:
         id=name,
         space=decoder.space.name,
         scale=decoder.scale,
-        kind=str(decoder.identity.kind),
+        kind=decoder.kind,
         takes_images=decoder.encoder is not None,
-        reads_text=decoder.net.config.has_text,
-        license=str(decoder.identity.license or "unknown"),
+        reads_text=decoder.reads_text,
+        license=decoder.license,
     )
 
 

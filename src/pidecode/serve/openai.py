@@ -28,7 +28,7 @@ _SIZE = "[1-9][0-9]{1,4}x[1-9][0-9]{1,4}"
 
 
 class OpenAIRequest(BaseModel):
-    """Fields of both image endpoints. `seed` and `steps` are additions to OpenAI's."""
+    """Fields of both image endpoints. `seed` and `num_steps` are additions to OpenAI's."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -39,14 +39,13 @@ class OpenAIRequest(BaseModel):
     ] = "b64_json"
     output_format: FileFormat = "png"
     user: Annotated[str | None, Field(max_length=200, description="Accepted and ignored.")] = None
-    seed: Annotated[int, Field(ge=0, le=MAX_JSON_INTEGER)] = 0
-    steps: Annotated[int | None, Field(ge=1, le=100, description="Steps of the decoder.")] = None
+    seed: Annotated[int | None, Field(ge=0, le=MAX_JSON_INTEGER)] = None
+    num_steps: Annotated[int | None, Field(ge=1, le=100, description="Steps of the decoder.")] = None
 
     def _job_options(self) -> Iterator[dict[str, Any]]:
         for index in range(self.n):
-            yield {
-                "model": self.model, "seed": self.seed + index, "steps": self.steps, "format": self.output_format,
-            }  # fmt: skip
+            seed = None if self.seed is None else self.seed + index
+            yield {"model": self.model, "seed": seed, "num_steps": self.num_steps, "format": self.output_format}
 
 
 class ImageGenerationRequest(OpenAIRequest):

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pidecode.color_fix import Lock
 from pidecode.errors import SettingError, SizeError
+from pidecode.options import ColorFix
 
 FileFormat = Literal["png", "webp", "jpeg"]
 MEDIA_TYPES: dict[FileFormat, str] = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
@@ -72,15 +72,15 @@ class ResultParams(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: ModelName = None
-    seed: Annotated[int, Field(ge=0, le=MAX_JSON_INTEGER, description="Seed of the noise.")] = 0
-    steps: Annotated[int | None, Field(ge=1, le=100, description="Few-step models take 1 to 4.")] = None
+    seed: Annotated[int | None, Field(ge=0, le=MAX_JSON_INTEGER, description="Seed of the noise.")] = None
+    num_steps: Annotated[int | None, Field(ge=1, le=100, description="Few-step models take 1 to 4.")] = None
     sampler: Annotated[Literal["sde", "ode"] | None, Field(description="Sampler of a few-step model.")] = None
     sigma: Annotated[
         float | None,
         Field(ge=0, le=0.8, description="Noise added to a clean latent before decoding, so that more is generated."),
     ] = None
-    guidance: Annotated[float | None, Field(ge=0, le=30, description="Classifier-free guidance of a teacher.")] = None
-    color_fix: Annotated[Lock | None, Field(description="Correction against the image that is enlarged.")] = None
+    guidance_scale: Annotated[float | None, Field(ge=1, le=100, description="Classifier-free guidance of a teacher.")] = None
+    color_fix: Annotated[ColorFix | None, Field(description="Correction against the image that is enlarged.")] = None
     format: Annotated[FileFormat, Field(description="Format of the resulting file.")] = "png"
     stream: Annotated[
         bool,
@@ -89,8 +89,8 @@ class ResultParams(BaseModel):
 
     def options(self) -> dict[str, Any]:
         """The decode options that were given, as keywords of the decoder."""
-        names = ("seed", "steps", "sampler", "sigma", "guidance", "color_fix")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        names = ("prompt", "seed", "num_steps", "sampler", "sigma", "guidance_scale", "color_fix", "fit")
+        return {name: getattr(self, name) for name in names if getattr(self, name, None) is not None}
 
 
 class UpscaleParams(ResultParams):

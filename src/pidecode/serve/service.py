@@ -183,7 +183,7 @@ class DecodeService:
             height, width = latent.output_size
             self._check_size(decoder, *options.get("size", (width, height)))
             callback = _progress(job, params.stream)
-            return _result(params, lambda: decoder.decode(latent, params.prompt, callback=callback, **options))
+            return _result(params, lambda: decoder.decode(latent, callback=callback, **options).image)
 
         return self._submit(params, run)
 
@@ -205,8 +205,7 @@ class DecodeService:
 
             def upscale() -> Any:
                 callback = _progress(job, params.stream)
-                large = decoder.upscale(image, params.prompt, fit=params.fit, callback=callback, **options)
-                assert isinstance(large, Image)
+                large = decoder.upscale(image, callback=callback, **options).image
                 return large if scale == decoder.scale else _downsampled(large, scale, decoder.scale)
 
             return _result(params, upscale)
@@ -243,11 +242,15 @@ class DecodeService:
                     prompt,
                     width=size[0],
                     height=size[1],
-                    seed=params.seed,
+                    seed=params.seed or 0,
                     callback=lambda step, num_steps: job.report(step=step, num_steps=num_steps, phase="text-to-latent"),
                 )
-                read = prompt if decoder.net.config.has_text else None
-                return decoder.decode(latent, read, callback=_progress(job, params.stream), **options)
+                chosen = dict(options)
+                if decoder.reads_text:
+                    chosen["prompt"] = prompt
+                if decoder.kind == "feed-forward":
+                    chosen.pop("seed", None)  # it acts on the pipeline
+                return decoder.decode(latent, callback=_progress(job, params.stream), **chosen).image
 
             return _result(params, generate)
 

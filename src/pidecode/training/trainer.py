@@ -397,7 +397,7 @@ def paint_example(net: nn.Module, example: Example, recipe: Recipe, seed: int = 
     return sample_teacher(
         guided(predict, uncaptioned, guidance),
         draw(),
-        steps=recipe.run.sample_steps,
+        num_steps=recipe.run.sample_steps,
         shift=recipe.teacher.flow_shift.at(*shape[1:]),
         prediction=net_of(net).config.prediction,
     ).clamp(-1, 1)

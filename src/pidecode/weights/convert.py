@@ -11,10 +11,10 @@ import torch
 
 from pidecode.errors import SettingError
 from pidecode.files import atomic_write, check_writable
-from pidecode.models.pid.network import PiDNet
 from pidecode.registry.checkpoints import APACHE_2, NSCL_V1, License
+from pidecode.registry.configs import TinyDecoderConfig
 from pidecode.weights.detect import COLOR_HEAD, Overrides, detect
-from pidecode.weights.load import check_complete
+from pidecode.weights.load import check_complete, empty_network
 from pidecode.weights.metadata import CheckpointMetadata
 from pidecode.weights.read import read_weights
 from pidecode.weights.safetensors import write_safetensors
@@ -50,8 +50,7 @@ def convert(
     file = read_weights(source)
     identity = _as_stored(detect(file, hints), has_head=any(name.startswith(COLOR_HEAD) for name in file.tensors))
     assert identity.config is not None  # detect refuses encoders
-    with torch.device("meta"):
-        expected = {name: tuple(value.shape) for name, value in PiDNet(identity.config).state_dict().items()}
+    expected = {name: tuple(value.shape) for name, value in empty_network(identity.config).state_dict().items()}
     check_complete(file.tensors, expected, str(source))
     license = _LICENSES.get(identity.license or "")
     notice = license_text(Path(source), license) if license and not license.commercial else None
@@ -66,6 +65,8 @@ def convert(
 def _as_stored(identity: CheckpointMetadata, *, has_head: bool) -> CheckpointMetadata:
     """The configuration of what is in the file: the color head may have been left out of it."""
     assert identity.config is not None
+    if isinstance(identity.config, TinyDecoderConfig):
+        return identity
     return replace(identity, config=replace(identity.config, color_head=has_head))
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pidecode.errors import CheckpointError, SettingError
 from pidecode.registry import configs as architecture
 from pidecode.registry.checkpoints import CHECKPOINTS, Checkpoint
-from pidecode.registry.configs import PiDConfig
+from pidecode.registry.configs import PiDConfig, TinyDecoderConfig
 from pidecode.registry.spaces import SPACES, LatentSpace, get_space
 from pidecode.weights.metadata import KINDS, CheckpointMetadata, Kind
 from pidecode.weights.read import WeightFile
@@ -244,8 +244,8 @@ _VARIANTS = {"2k": "2k", "512_to_2048": "2k", "2kto4k": "2kto4k", "1024_to_4096"
 class Overrides:
     """What the caller knows of a file and its tensors cannot show.
 
-    space: latent space, by name or alias. variant: release, as in the table of checkpoints. kind: student,
-    teacher or backbone. overrides: values of PiDConfig fields, for networks unlike any released one.
+    space: latent space, by name or alias. variant: release, as in the table of checkpoints. kind: feed-forward,
+    student, teacher or backbone. overrides: values of PiDConfig fields, for networks unlike any released one.
     """
 
     space: str | None = None
@@ -254,8 +254,8 @@ class Overrides:
     overrides: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.kind is not None and self.kind not in KINDS[:3]:
-            raise SettingError(f"kind is {self.kind!r}; it must be one of {', '.join(KINDS[:3])}.")
+        if self.kind is not None and self.kind not in KINDS[:4]:
+            raise SettingError(f"kind is {self.kind!r}; it must be one of {', '.join(KINDS[:4])}.")
         unknown = set(self.overrides or {}) - set(PiDConfig.__dataclass_fields__)
         if unknown:
             raise SettingError(f"overrides name {', '.join(sorted(unknown))}, which no network has.")
@@ -283,6 +283,10 @@ def _from_metadata(file: WeightFile, own: CheckpointMetadata, hints: Overrides) 
         raise CheckpointError(f"{file.path} holds an image encoder, not a decoder; name the decoder's file.")
     told = _told(hints)
     _agree(file.path, "its metadata", {name: getattr(own, name) for name in told}, told)
+    if isinstance(own.config, TinyDecoderConfig):
+        if hints.overrides:
+            raise SettingError(f"{file.path} is a feed-forward decoder, whose file settles its shape; leave them out.")
+        return own
     config = replace(own.config, **(hints.overrides or {}))
     structure = read_structure(file.shapes, str(file.path), config.inject_interval)
     if said := structure.disagreement(config):

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from pidecode.errors import CheckpointError, SettingError
 from pidecode.files import atomic_write
 from pidecode.models.pid.network import PiDNet
-from pidecode.registry.configs import PiDConfig
+from pidecode.models.tiny import TinyDecoder
+from pidecode.registry.configs import PiDConfig, TinyDecoderConfig
 from pidecode.weights.detect import ADAPTER, COLOR_HEAD
 from pidecode.weights.read import check_finite, read_tensors
 
@@ -25,13 +26,13 @@ _NAMED = 4
 
 def build_network(
     tensors: MutableMapping[str, Tensor],
-    config: PiDConfig,
+    config: PiDConfig | TinyDecoderConfig,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     color_head: bool = False,
     source: str = "the file",
-) -> PiDNet:
+) -> PiDNet | TinyDecoder:
     """A network in evaluation mode, without gradients, whose parameters are these very tensors.
 
     Tensors leave `tensors` as they are taken, converted one by one where `dtype` or `device` differs, so that
@@ -41,6 +42,8 @@ def build_network(
     """
     if dtype is not None and not dtype.is_floating_point:
         raise SettingError(f"dtype is {dtype}; a network runs in float32, bfloat16 or float16.")
+    if isinstance(config, TinyDecoderConfig):
+        return _filled(empty_network(config), tensors, dtype=dtype, device=device, source=source)
     has_head = any(name.startswith(COLOR_HEAD) for name in tensors)
     if color_head and not (has_head and config.color_head):
         raise CheckpointError(f"{source} has no color head; train one, or do not ask for it.")
@@ -48,8 +51,23 @@ def build_network(
         config = config.without_color_head()
         for name in [name for name in tensors if name.startswith(COLOR_HEAD)]:
             del tensors[name]
+    return _filled(empty_network(config), tensors, dtype=dtype, device=device, source=source)
+
+
+def empty_network(config: PiDConfig | TinyDecoderConfig) -> PiDNet | TinyDecoder:
+    """A network whose parameters have shapes and no memory."""
     with torch.device("meta"):
-        network = PiDNet(config)
+        return TinyDecoder(config) if isinstance(config, TinyDecoderConfig) else PiDNet(config)
+
+
+def _filled(
+    network: PiDNet | TinyDecoder,
+    tensors: MutableMapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    source: str,
+) -> PiDNet | TinyDecoder:
     check_complete(tensors, {name: tuple(p.shape) for name, p in network.state_dict().items()}, source)
     device = torch.device(device)
     taken = {name: _moved(tensors.pop(name), device, dtype) for name in list(tensors)}

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from pidecode.errors import CheckpointError, SettingError
-from pidecode.registry.configs import PiDConfig
+from pidecode.registry.configs import PiDConfig, TinyDecoderConfig
 
-Kind = Literal["student", "teacher", "backbone", "encoder"]
+Kind = Literal["feed-forward", "student", "teacher", "backbone", "encoder"]
 KINDS: tuple[str, ...] = get_args(Kind)
 METADATA_KEY = "pidecode"
 FORMAT = 1
@@ -22,7 +22,8 @@ FORMAT = 1
 class CheckpointMetadata:
     """Everything a weights file must tell, and its tensors alone cannot.
 
-    kind: a distilled few-step network, one for many guided steps, a bare text-to-image one, or an image encoder.
+    kind: a feed-forward decoder, a distilled few-step network, one for many guided steps, a bare text-to-image one,
+        or an image encoder.
     config: the network's shape; None for an encoder, whose own configuration stands in `extra["config"]`.
     space, variant: latent space and release it belongs to; None where it belongs to none.
     license: short name of the weights' license, None where unknown.
@@ -31,7 +32,7 @@ class CheckpointMetadata:
     """
 
     kind: Kind
-    config: PiDConfig | None
+    config: PiDConfig | TinyDecoderConfig | None
     space: str | None = None
     variant: str | None = None
     license: str | None = None
@@ -43,6 +44,8 @@ class CheckpointMetadata:
             raise SettingError(f"kind is {self.kind!r}; it must be one of {', '.join(KINDS)}.")
         if (self.config is None) != (self.kind == "encoder"):
             raise SettingError(f"A {self.kind} {'needs a' if self.config is None else 'has no'} network configuration.")
+        if self.config is not None and isinstance(self.config, TinyDecoderConfig) != (self.kind == "feed-forward"):
+            raise SettingError(f"A {self.kind} network cannot have a {type(self.config).__name__}.")
 
     def to_metadata(self) -> dict[str, str]:
         """Metadata of a .safetensors file, which `from_metadata` reads back."""
@@ -56,7 +59,9 @@ class CheckpointMetadata:
             "times": list(self.times),
         }
         if self.config is not None:
-            record |= {"config": self.config.to_dict(), "prediction": self.config.prediction}
+            record["config"] = self.config.to_dict()
+        if isinstance(self.config, PiDConfig):
+            record["prediction"] = self.config.prediction
         return {"format": "pt", METADATA_KEY: json.dumps(record)}
 
     @classmethod
@@ -75,8 +80,12 @@ class CheckpointMetadata:
                 raise CheckpointError(
                     f"{source} is of format {record.get('format')!r}, this version reads {FORMAT}; update pidecode."
                 )
-            config = None if record["kind"] == "encoder" else PiDConfig.from_dict(record["config"])
-            if config is not None and record.get("prediction", config.prediction) != config.prediction:
+            config: PiDConfig | TinyDecoderConfig | None = None
+            if record["kind"] == "feed-forward":
+                config = TinyDecoderConfig.from_dict(record["config"])
+            elif record["kind"] != "encoder":
+                config = PiDConfig.from_dict(record["config"])
+            if isinstance(config, PiDConfig) and record.get("prediction", config.prediction) != config.prediction:
                 raise ValueError("prediction is said twice, differently")
             known = {"format", "kind", "space", "variant", "license", "times", "prediction"}
             known |= {"config"} if config is not None else set()

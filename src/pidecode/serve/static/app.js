@@ -45,26 +45,31 @@ function option(value, text) {
 
 function fillSettings() {
   const chosen = model(), student = chosen.kind === "student";
-  const kept = { scale: find("scale").value, steps: find("steps").value };
+  const kept = { scale: find("scale").value, num_steps: find("num_steps").value };
   const factors = [chosen.scale, ...[4, 3, 2, 1].filter((one) => one < chosen.scale)];
   find("scale").replaceChildren(...factors.map((one) => option(one, one === chosen.scale ? `${one}×` : `${one}×, reduced from ${chosen.scale}×`)));
   const steps = student ? [4, 3, 2, 1] : [25, 15, 35, 50];
-  find("steps").replaceChildren(...steps.map((one, index) => option(one, index ? String(one) : `${one}, as trained`)));
+  find("num_steps").replaceChildren(...steps.map((one, index) => option(one, index ? String(one) : `${one}, as trained`)));
   if (factors.includes(Number(kept.scale))) find("scale").value = kept.scale;
-  if (steps.includes(Number(kept.steps))) find("steps").value = kept.steps;
+  if (steps.includes(Number(kept.num_steps))) find("num_steps").value = kept.num_steps;
   for (const [name, on] of Object.entries({
     "for-image": !input || isImage(), "for-latent": input && !isImage(), "for-unknown-space": input && !isImage() && !isPrompt() && !input.info.space,
-    "for-text-readers": chosen.reads_text && !isPrompt(), "for-student": student, "for-teacher": !student,
+    "for-text-readers": chosen.reads_text && !isPrompt(), "for-student": student, "for-teacher": chosen.kind === "teacher",
+    "for-seed": chosen.kind !== "feed-forward" || isPrompt(), "for-diffusion": chosen.kind !== "feed-forward",
   })) for (const element of document.getElementsByClassName(name)) element.hidden = !on;
 }
 
 function readSettings() {
   const settings = {
-    model: find("model").value, seed: find("seed").value, steps: find("steps").value, format: find("format").value,
+    model: find("model").value, format: find("format").value,
   };
+  if (model().kind !== "feed-forward") {
+    settings.seed = find("seed").value;
+    settings.num_steps = find("num_steps").value;
+  } else if (isPrompt()) settings.seed = find("seed").value;
   if (Number(find("sigma").value)) settings.sigma = find("sigma").value;
   if (model().kind === "student") settings.sampler = find("sampler").value;
-  else settings.guidance = find("guidance").value;
+  else if (model().kind === "teacher") settings.guidance_scale = find("guidance_scale").value;
   if (model().reads_text && !isPrompt() && find("prompt").value.trim()) settings.prompt = find("prompt").value.trim();
   if (isImage()) {
     settings.fit = find("fit").value;
@@ -81,7 +86,7 @@ function readSettings() {
 function writeSettings(settings) {
   if (server.models.some((one) => one.id === settings.model)) find("model").value = settings.model;
   fillSettings();
-  for (const name of ["seed", "steps", "sampler", "guidance", "fit", "scale", "format", "space", "prompt"]) {
+  for (const name of ["seed", "num_steps", "sampler", "guidance_scale", "fit", "scale", "format", "space", "prompt"]) {
     const value = settings[name], field = find(name);
     if (value === undefined) continue;
     if (field.tagName === "SELECT" && ![...field.options].some((one) => one.value === String(value))) continue;
@@ -350,7 +355,7 @@ function restore(entry) {
 
 function useMetadata() {
   const metadata = input.info.metadata, given = {};
-  for (const name of ["seed", "steps", "sampler", "guidance", "prompt", "model", "color_fix"]) if (metadata[name] !== undefined) given[name] = metadata[name];
+  for (const name of ["seed", "num_steps", "sampler", "guidance_scale", "prompt", "model", "color_fix"]) if (metadata[name] !== undefined) given[name] = metadata[name];
   if (metadata.sigma > 0 && metadata.sigma <= 0.8) given.sigma = metadata.sigma;
   writeSettings({ ...readSettings(), ...given });
   find("from-metadata").hidden = true;

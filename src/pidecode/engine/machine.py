@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a decode may use of a machine, and the constants that memory plans share."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+from pidecode.errors import SettingError
+
+if TYPE_CHECKING:
+    import torch
+
+GB = 10**9
+DRIVER = 450_000_000
+"""What an accelerator's context and kernels take besides tensors (the usual 0.3 to 0.5 GB)."""
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+Quantization = Literal["none", "int8", "fp8"]
+"""Format that the weights of large linear layers are stored in."""
+QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What a decode may use.
+
+    Attributes:
+        memory: Bytes free on the device.
+        accelerator: Whether the device has memory apart from the host's, so that modules can be offloaded and a
+            driver takes its share.
+        w8a8: Formats it multiplies in eight bits, the best first.
+    """
+
+    memory: int
+    accelerator: bool = True
+    w8a8: tuple[Quantization, ...] = ()
+
+
+def this_machine(device: str | torch.device | None = None) -> Machine:
+    """What a decode may use on this machine now.
+
+    Args:
+        device: Where it runs; default the best there is.
+
+    Raises:
+        SettingError: The device is not there, or does not say how much memory is free.
+    """
+    # These load torch, which importing this module must not.
+    from pidecode.devices import free_memory, pick_device, usual_dtype
+    from pidecode.engine.ops.quantize import KERNELS, best_kernel
+
+    chosen = pick_device(device)
+    free = free_memory(chosen)
+    if free is None:
+        raise SettingError(f"{chosen} does not say how much memory is free; name an amount.")
+    w8a8: list[Quantization] = []
+    for format in KERNELS:
+        with suppress(SettingError):
+            best_kernel(format, usual_dtype(chosen), chosen)
+            w8a8.append(format)
+    return Machine(memory=free, accelerator=chosen.type != "cpu", w8a8=tuple(w8a8))

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tiny`: the shipped decoder and encoder, tiles against the whole, refinement, and what a feed-forward decoder refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import recorded
+import tiny_models
+from pidecode import PixelDecoder
+from pidecode.encoders.base import load_encoder
+from pidecode.engine import feed_forward
+from pidecode.engine.feed_forward import FeedForwardPlan, FeedForwardRunner, plan_feed_forward, predict
+from pidecode.engine.machine import Machine
+from pidecode.engine.plan import plan_decode
+from pidecode.errors import CheckpointError, DoesNotFitError, LatentError, SettingError, SizeError
+from pidecode.latents.latent import Latent
+from pidecode.metrics import psnr
+from pidecode.models.tiny import TinyDecoder, TinyEncoder, downscaled
+from pidecode.options import DecodeOptions, RuntimeOptions
+from pidecode.registry.configs import TinyDecoderConfig, TinyEncoderConfig
+
+SMALL = TinyDecoderConfig(width=8, blocks=(1, 1, 1, 1), hidden_size=12)
+SMALL_ENCODER = TinyEncoderConfig(
+    full_width=4, half_width=4, half_blocks=1, quarter_width=4, quarter_blocks=1, eighth_width=8, eighth_blocks=1,
+    num_refinements=1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shipped() -> PixelDecoder:
+    return PixelDecoder.from_pretrained("tiny", device="cpu", dtype=torch.float32)
+
+
+def latent(rows: int = 1, columns: int = 2, batch: int = 1) -> Latent:
+    return Latent(recorded.noise(batch, 128, rows, columns, seed=0), "flux2", 0.0)
+
+
+def test_the_shapes_are_those_named() -> None:
+    assert (SMALL.pixels_per_cell, SMALL.patch_size, SMALL.unshuffle_grid) == (64, 16, 8)
+    assert TinyDecoder(SMALL)(torch.zeros(2, 128, 1, 3)).shape == (2, 3, 64, 192)
+    assert TinyEncoder(SMALL_ENCODER)(torch.zeros(1, 3, 32, 48)).shape == (1, 128, 2, 3)
+    assert TinyDecoderConfig.from_dict(SMALL.to_dict()) == SMALL
+    assert TinyEncoderConfig.from_dict(SMALL_ENCODER.to_dict()) == SMALL_ENCODER
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"blocks": ()}, "blocks is empty"), ({"blocks": (10**9,)}, "blocks is 1000000000"),
+        ({"width": 6}, "multiple of 4"), ({"unshuffle": 3}, "do not divide the 64"), ({"width": True}, "width is True"),
+        ({"max_sigma": 1.5}, "max_sigma is 1.5"),
+    ],
+)  # fmt: skip
+def test_decoder_shapes_that_cannot_be_are_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(SettingError, match=said):
+        TinyDecoderConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"eighth_blocks": 10**9}, "from 1 to 256"), ({"num_refinements": 17}, "from 0 to 16"),
+        ({"channels": 6}, "multiple of 4"), ({"wide": 1}, "Unknown fields wide"),
+    ],
+)  # fmt: skip
+def test_encoder_shapes_that_cannot_be_are_refused(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(SettingError, match=said):
+        TinyEncoderConfig.from_dict(values)
+
+
+def test_inputs_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(LatentError, match=r"\[batch, 128, h, w\]"):
+        TinyDecoder(SMALL)(torch.zeros(1, 16, 2, 2))
+    with pytest.raises(SizeError, match="does not divide into 16-pixel cells"):
+        TinyEncoder(SMALL_ENCODER)(torch.zeros(1, 3, 20, 32))
+
+
+def test_tiles_equal_the_whole(shipped: PixelDecoder) -> None:
+    assert isinstance(shipped.net, TinyDecoder)
+    tensor = shipped.encode(recorded.synthetic_image(400, 272, seed=1)).tensor
+    whole = FeedForwardRunner(shipped.net).decode(tensor)
+    tiled = FeedForwardRunner(shipped.net, FeedForwardPlan(size=(1600, 1088), tile=16)).decode(tensor)
+    assert not torch.equal(whole, tiled)  # there were tiles
+    assert float((whole - tiled).abs().max()) * 127.5 < 1.0
+
+
+def test_large_images_are_tiled_and_a_plan_makes_tiles_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert feed_forward.default_tile(SMALL, (2048, 2048)) is None
+    assert feed_forward.default_tile(SMALL, (4096, 1024)) == 64
+    roomy = plan_feed_forward(SMALL, (4096, 4096), Machine(memory=10**12, accelerator=False))
+    tight = plan_feed_forward(SMALL, (4096, 4096), Machine(memory=roomy.peak - 1, accelerator=False))
+    assert (roomy.tile, tight.tile) == (64, 32)
+    assert tight.peak < roomy.peak
+    with pytest.raises(DoesNotFitError, match="needs .* at the least"):
+        plan_decode(SMALL, (4096, 4096), Machine(memory=1000, accelerator=False))
+    with pytest.raises(SettingError, match="multiple of the 64 pixels"):
+        plan_decode(SMALL, (1000, 1024), Machine(memory=10**12, accelerator=False))
+    with pytest.raises(SettingError, match="Eight-bit weights act on"):
+        plan_decode(SMALL, (1024, 1024), Machine(memory=10**12), quantization="int8")
+
+
+def test_a_prediction_counts_the_weights(shipped: PixelDecoder) -> None:
+    assert isinstance(shipped.net, TinyDecoder)
+    held = sum(parameter.numel() * 4 for parameter in shipped.net.parameters())
+    plan = predict(FeedForwardPlan(size=(1024, 1024)), shipped.net.config)
+    assert dict(plan.parts)["weights"] == held
+    assert shipped.memory_estimate((1024, 1024)) == plan.peak > shipped.memory_estimate((512, 512))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"seed": 1}, {"num_steps": 4}, {"sampler": "sde"}, {"guidance_scale": 2.0}, {"shift": 2.0}, {"size": (64, 64)},
+     {"prompt": "a cat"}, {"negative_prompt": "a dog"}, {"prompt_embeds": torch.zeros(1, 2, 4)}],
+)  # fmt: skip
+def test_what_cannot_act_is_refused(shipped: PixelDecoder, option: dict[str, Any]) -> None:
+    (name,) = option
+    with pytest.raises(SettingError, match=f"{name} acts on .* only, and tiny is a feed-forward decoder"):
+        shipped.decode(latent(), **option)
+    with pytest.raises(SettingError, match=f"{name} acts on"):
+        shipped.decode(latent(), options=DecodeOptions(**option))
+
+
+def test_adapters_and_ways_to_run_are_refused(shipped: PixelDecoder, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="Adapters act on student and teacher decoders only"):
+        shipped.load_lora(tmp_path / "adapter.safetensors")
+    with pytest.raises(SettingError, match="knows neither eight-bit weights"):
+        PixelDecoder.from_pretrained("tiny", device="cpu", runtime=RuntimeOptions(compile=True))
+
+
+def test_the_image_says_feed_forward_and_nothing_that_did_not_act(shipped: PixelDecoder) -> None:
+    output = shipped.decode(latent(batch=2))
+    assert (shipped.kind, shipped.reads_text, shipped.license) == ("feed-forward", False, "Apache-2.0")
+    assert "feed-forward" in repr(shipped)
+    for metadata in output.metadata:
+        assert metadata["kind"] == "feed-forward"
+        assert not {"seed", "num_steps", "sampler", "guidance_scale", "prompt"} & set(metadata)
+    assert [image.size for image in output.images] == [(128, 64)] * 2
+    with pytest.raises(SettingError, match="There are 2 images"):
+        output.image  # noqa: B018
+
+
+def test_steps_are_reported_and_the_image_is_the_one_returned(shipped: PixelDecoder) -> None:
+    seen = []
+    output = shipped.decode(latent(), callback=seen.append)
+    assert [(step.index, step.total) for step in seen] == [(1, 1)]
+    assert torch.equal(seen[0].image.clamp(-1, 1), output.tensor)
+
+
+def test_refinement_brings_the_decoded_image_nearer(shipped: PixelDecoder) -> None:
+    image = recorded.synthetic_image(64, 64, seed=3)
+
+    def found(count: int) -> float:
+        decoded = shipped.decode(shipped.encode(image, num_refinements=count)).tensor
+        return float(psnr(downscaled(decoded, shipped.scale), image))
+
+    assert found(2) > found(0) + 0.2
+    assert torch.equal(shipped.encode(image).tensor, shipped.encode(image, num_refinements=2).tensor)
+
+
+def test_packed_channels_are_channel_row_column() -> None:
+    encoder = tiny_models.shake(TinyEncoder(SMALL_ENCODER))
+    image = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        packed, cells = encoder(image), encoder.cells(image)
+    assert torch.equal(packed[:, 4 * 5 + 2 * 1 + 0], cells[:, 5, 1::2, 0::2])
+
+
+def test_a_latent_is_refined_by_the_error_that_is_left() -> None:
+    encoder = tiny_models.shake(TinyEncoder(replace(SMALL_ENCODER, num_refinements=2)))
+    image = torch.rand(1, 3, 32, 32)
+    seen: list[torch.Tensor] = []
+
+    def reconstruct(latent: torch.Tensor) -> torch.Tensor:
+        seen.append(latent)
+        return torch.full_like(image, 0.25 * len(seen))
+
+    def correction(error: torch.Tensor) -> torch.Tensor:
+        zero = encoder.refiner.cells(torch.cat((image, torch.zeros_like(image)), dim=1))
+        return encoder.refiner.cells(torch.cat((image, error), dim=1)) - zero
+
+    with torch.no_grad():
+        first, refined = encoder(image), encoder(image, reconstruct)
+        second = encoder.cells(image) + correction(image - 0.25)
+        last = second + correction(image - 0.5)
+        expected = [first, torch.nn.functional.pixel_unshuffle(second, 2)]
+        assert all(torch.equal(one, other) for one, other in zip(seen, expected, strict=True))
+        assert torch.equal(refined, torch.nn.functional.pixel_unshuffle(last, 2))
+        assert torch.equal(encoder(image, lambda latent: image), first)  # no error, nothing to refine
+
+
+def test_the_encoder_loads_as_that_of_its_space(tmp_path: Path) -> None:
+    model, path = tiny_models.shake(TinyEncoder(SMALL_ENCODER)), tmp_path / "tiny_encoder.safetensors"
+    note = {"format": 1, "kind": "encoder", "space": "flux2", "config": SMALL_ENCODER.to_dict()}
+    save_file(dict(model.state_dict()), path, {"pidecode": json.dumps(note)})
+    encoder = load_encoder("flux2", path)
+    image = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(4)) * 2 - 1
+    with torch.no_grad():
+        assert torch.equal(encoder(image), model(image))
+    assert not encoder.can_decode
+    with pytest.raises(CheckpointError, match="into space flux2, not sdxl"):
+        load_encoder("sdxl", path)
+
+
+def test_an_encoder_without_refiner_refuses_refinements() -> None:
+    encoder = TinyEncoder(TinyEncoderConfig.from_dict(SMALL_ENCODER.to_dict() | {"num_refinements": 0}))
+    with pytest.raises(SettingError, match="has no refiner"):
+        encoder(torch.zeros(1, 3, 32, 32), lambda cells: torch.zeros(1, 3, 32, 32), 1)
+
+
+def test_a_file_of_ones_own_loads_and_a_wrong_one_is_refused(tmp_path: Path, shipped: PixelDecoder) -> None:
+    torch.manual_seed(0)
+    net, path = TinyDecoder(SMALL), tmp_path / "own.safetensors"
+    save_file(net.state_dict(), path, replace(shipped.metadata, config=SMALL).to_metadata())
+    own = PixelDecoder.from_pretrained(path, device="cpu", dtype=torch.float32)
+    expected = net(latent().tensor).clamp(-1, 1)
+    torch.testing.assert_close(own.decode(latent()).tensor, expected, atol=0, rtol=0)
+    short = {name: value for name, value in net.state_dict().items() if name != "to_pixels.bias"}
+    save_file(short, path, replace(shipped.metadata, config=SMALL).to_metadata())
+    with pytest.raises(CheckpointError, match=r"missing: to_pixels\.bias"):
+        PixelDecoder.from_pretrained(path, device="cpu")
+
+
+def test_both_files_fit_their_share_of_the_package(root: Path) -> None:
+    assets = root / "src" / "pidecode" / "assets"
+    assert sum((assets / name).stat().st_size for name in ("tiny.safetensors", "tiny_encoder.safetensors")) < 32e6
