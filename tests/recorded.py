@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -43,10 +44,10 @@ def synthetic_image(width: int, height: int, seed: int) -> Tensor:
     return (0.4 * waves + edge + x - 0.6 * y - 0.2 + grain)[None].clamp(-1, 1)
 
 
-def random_decoder(space: str, kind: str) -> PixelDecoder:
+def random_decoder(space: str, kind: str, **changes: Any) -> PixelDecoder:
     """A debug network of a space with random weights everywhere."""
     facts = SPACES[space]
-    config = debug_config(latent_channels=facts.channels, latent_down=facts.down, scale=facts.scale)
+    config = debug_config(latent_channels=facts.channels, latent_down=facts.down, scale=facts.scale, **changes)
     net = PiDNet(config).eval()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():

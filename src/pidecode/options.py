@@ -213,7 +213,7 @@ def _check(name: str, info: OptionInfo, value: Any) -> None:
     if info.type is tuple:
         sides = value if isinstance(value, (tuple, list)) else ()
         if len(sides) != 2 or not all(_is_a(int, side) for side in sides):
-            raise SettingError(f"{name} is {value!r}; it must be width and height in pixels, such as (2048, 1536).")
+            raise SettingError(f"{name} is {value!r:.40}; it must be width and height in pixels, such as (2048, 1536).")
         values = list(sides)
     elif info.type in (int, str) and isinstance(value, (tuple, list)):
         if name not in ("seed", "prompt"):
@@ -228,7 +228,15 @@ def _check(name: str, info: OptionInfo, value: Any) -> None:
             raise SettingError(f"{name} is {one!r}; it must be one of {', '.join(info.choices)}.")
         low, high = info.minimum, info.maximum
         if low is not None and high is not None and not low <= one <= high:
-            raise SettingError(f"{name} is {one:g}; it must be from {low:g} to {high:g}.")
+            bounds = f"{low:g} to {high}" if isinstance(high, int) else f"{low:g} to {high:g}"
+            raise SettingError(f"{name} is {_shown(one)}; it must be from {bounds}.")
+
+
+def _shown(value: int | float) -> str:
+    """A number for a message; Python refuses to write out thousands of digits."""
+    if isinstance(value, int) and value.bit_length() > 80:
+        return f"a number of {value.bit_length()} bits"
+    return str(value)
 
 
 _TYPES = {int: "a whole number", float: "a number", str: "text", tuple: "width and height"}

@@ -150,7 +150,7 @@ def student(case: Case) -> Iterator[Comparison]:
             predict,
             lambda draws=draws: next(draws),  # type: ignore[misc]
             num_steps=variant["steps"],
-            kind=variant["type"],
+            sampler=variant["type"],
             prediction=variant.get("prediction_type", case.config.get("prediction_type", "velocity")),
         )
         name = variant["name"]

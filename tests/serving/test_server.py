@@ -64,7 +64,8 @@ def test_an_image_is_enlarged_in_the_format_asked_for(server: Served, kind: str,
 
 
 def test_another_model_is_chosen_by_name(server: Served) -> None:
-    assert (read_recipe(server.post("/v1/upscale?model=second&num_steps=1", image_bytes()).body) or {})["model"] == "second"
+    answer = server.post("/v1/upscale?model=second&num_steps=1", image_bytes())
+    assert (read_recipe(answer.body) or {})["model"] == "second"
     refused = server.post("/v1/upscale?model=large", image_bytes())
     assert (refused.status, refused.message) == (400, "There is no model 'large' here; there are small, second.")
 

@@ -194,8 +194,7 @@ def test_a_batch_equals_decoding_one_by_one(tmp_path: Path, work: Work) -> None:
     put(tmp_path / "in/many.safetensors", count=2, seed=3)
     go(tmp_path / "in", tmp_path / "out", work)
     decoder = PixelDecoder.from_pretrained(work.model, device="cpu")
-    images = decoder.decode(Latent.load(tmp_path / "in/many.safetensors"), num_steps=1, seed=0)
-    assert isinstance(images, list)
+    images = decoder.decode(Latent.load(tmp_path / "in/many.safetensors"), num_steps=1, seed=0).images
     for index, image in enumerate(images, start=1):
         with Image.open(tmp_path / f"out/many-{index}.png") as found:
             difference = torch.tensor(list(found.tobytes())).int() - torch.tensor(list(image.tobytes())).int()

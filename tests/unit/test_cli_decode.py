@@ -141,8 +141,8 @@ def test_a_batch_is_numbered(weights: Path, tmp_path: Path) -> None:
     [
         (["missing.safetensors"], 4, "There is no file missing.safetensors"),
         (["{latent}", "--num-steps", "9"], 2, "a distilled decoder takes 1 to 4"),
-        (["{latent}", "--size", "big"], 2, "like 4096x3072"),
-        (["{latent}", "--sigma", "0.9"], 2, "trained from 0 to 0.8"),
+        (["{latent}", "--size", "big"], 2, "such as 2048x1536"),
+        (["{latent}", "--sigma", "0.9"], 2, "sigma is 0.9; it must be from 0 to 0.8"),
         (["{latent}", "--space", "sdxl"], 2, "sdxl"),
         (["{latent}", "--device", "toaster"], 2, "toaster"),
         (["{weights}"], 3, ""),

@@ -15,14 +15,15 @@ from safetensors.torch import save_file
 from test_cli_decode import FLUX2, save_weights, size_and_format
 
 from pidecode.cli.app import cli
-from pidecode.models.tiny import EncoderConfig, TinyEncoder
+from pidecode.models.tiny import TinyEncoder
+from pidecode.registry.configs import TinyEncoderConfig
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Options that name a small decoder and its encoder."""
     folder = tmp_path_factory.mktemp("weights")
-    config = EncoderConfig(
+    config = TinyEncoderConfig(
         half_width=4, half_blocks=1, quarter_width=4, quarter_blocks=1, eighth_width=8, eighth_blocks=1
     )
     torch.manual_seed(0)

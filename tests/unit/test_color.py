@@ -120,7 +120,7 @@ def test_decoding_and_enlarging_with_colors_held(tmp_path: Path) -> None:
         decoder.decode(latent.noised(0.3), color_fix="coarse")
     with pytest.raises(SettingError, match="reference acts with a color_fix"):
         decoder.decode(latent, reference=native)
-    assert decoder.decode(latent, color_fix="coarse").info["pidecode"]["color_fix"] == "coarse"
+    assert decoder.decode(latent, color_fix="coarse").metadata[0]["color_fix"] == "coarse"
 
 
 def test_a_small_decoder_holds_the_image_it_enlarges_unless_told_otherwise() -> None:
@@ -134,5 +134,5 @@ def test_a_small_decoder_holds_the_image_it_enlarges_unless_told_otherwise() -> 
     psnr = {color_fix: fidelity(one, image)[0].psnr for color_fix, one in made.items()}
     assert psnr["back-projection"] > psnr["off"] + 10
     assert torch.equal(decoder.decode(decoder.encode(image)).tensor, made["off"])
-    assert decoder.upscale(image).info["pidecode"]["color_fix"] == "back-projection"
-    assert "color_fix" not in decoder.upscale(image, sigma=0.4).info["pidecode"]
+    assert decoder.upscale(image).metadata[0]["color_fix"] == "back-projection"
+    assert "color_fix" not in decoder.upscale(image, sigma=0.4).metadata[0]

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import save_file
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
+import recorded
 from pidecode.cli.app import cli
 from pidecode.devices import require_compiler
 from pidecode.engine.chunks import Chunks
@@ -102,10 +104,14 @@ def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         require_compiler(torch.device("cuda"))
 
 
-def test_a_command_that_cannot_compile_says_what_to_install(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+def test_a_command_that_cannot_compile_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, root: Path, tmp_path: Path
+) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
+    path, random = tmp_path / "pid.safetensors", recorded.random_decoder("flux2", "student")
+    save_file(dict(random.net.state_dict()), path, random.metadata.to_metadata())
     image = str(next((root / "docs/images").glob("*.png")))
-    done = CliRunner().invoke(cli, ["upscale", image, "--compile", "--device", "cpu"])
+    done = CliRunner().invoke(cli, ["upscale", image, "-m", str(path), "--compile", "--device", "cpu"])
     assert done.exit_code == MissingDependencyError.exit_code
     assert "no-such-compiler is not on this machine" in done.output
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import recorded
 from pidecode.decoder import PixelDecoder
 from pidecode.engine.cuda_graphs import MAX_GRAPHS, GraphCache, Replay, capture_on
 from pidecode.engine.injections import prepare_recomputed
@@ -26,6 +29,7 @@ from pidecode.engine.runner import Runner
 from pidecode.engine.timesteps import step_modulation
 from pidecode.errors import SettingError
 from pidecode.models.pid.network import Condition, PiDNet
+from pidecode.options import RuntimeOptions
 from pidecode.registry.configs import debug_config
 from pidecode.sampling import sample_student
 
@@ -222,10 +226,11 @@ def test_a_graph_equals_the_eager_path(compile: bool) -> None:
         assert ((predict(x, t) - expected).abs().max() / expected.abs().max()).item() < 5e-5
 
 
-def test_a_decoder_takes_settings_of_how_it_runs_and_refuses_what_cannot_act() -> None:
+def test_a_decoder_takes_runtime_options_and_refuses_what_cannot_act(tmp_path: Path) -> None:
+    path, random = tmp_path / "pid.safetensors", recorded.random_decoder("flux2", "student")
+    save_file(dict(random.net.state_dict()), path, random.metadata.to_metadata())
     with pytest.raises(SettingError, match="need a CUDA device"):
-        PixelDecoder.from_pretrained("tiny", device="cpu", graphs=True)
-    with pytest.raises(SettingError, match=r"no setting speed .*compile, graphs"):
-        PixelDecoder.from_pretrained("tiny", speed="most")  # type: ignore[call-arg]
-    decoder = PixelDecoder.from_pretrained("tiny", device="cpu", compile=True)
+        PixelDecoder.from_pretrained(path, device="cpu", runtime=RuntimeOptions(cuda_graphs=True))
+    decoder = PixelDecoder.from_pretrained(path, device="cpu", runtime=RuntimeOptions(compile=True))
+    assert isinstance(decoder.runner, Runner)
     assert decoder.runner.compiled_ops is not None and not decoder.runner.graph_cache

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pidecode import PixelDecoder
 from pidecode.errors import Cancelled, CheckpointError, LatentError, SettingError, SizeError
-from pidecode.images import read_recipe, save_image
+from pidecode.images import read_recipe
 from pidecode.latents.latent import Latent
 from pidecode.models.pid.network import PiDNet
 from pidecode.registry.configs import PiDConfig, debug_config
@@ -59,8 +59,7 @@ def latent() -> Latent:
 
 
 def test_a_latent_becomes_a_image_sixty_four_times_its_grid(decoder: PixelDecoder, latent: Latent) -> None:
-    image = decoder.decode(latent, seed=3)
-    assert isinstance(image, Image.Image)
+    image = decoder.decode(latent, seed=3).image
     assert image.size == (128, 64)
     pixels = decoder.decode(latent, seed=3).tensor
     assert pixels.dtype == torch.float32
@@ -80,13 +79,12 @@ def test_a_batch_equals_its_members(decoder: PixelDecoder) -> None:
     for index, seed in enumerate((4, 9, 2)):
         alone = decoder.decode(batch[index], seed=seed).tensor
         assert torch.allclose(together[index], alone[0], atol=1e-5)
-    images = decoder.decode(batch, seed=10)
+    images = decoder.decode(batch, seed=10).images
     assert [image.info["pidecode"]["seed"] for image in images] == [10, 11, 12]
 
 
 def test_the_recipe_travels_with_the_file(decoder: PixelDecoder, latent: Latent, tmp_path: Path) -> None:
-    image = decoder.decode(latent, seed=8, num_steps=2, sampler="ode")
-    save_image(tmp_path / "made.png", image)
+    decoder.decode(latent, seed=8, num_steps=2, sampler="ode").save(tmp_path / "made.png")
     recipe = read_recipe(tmp_path / "made.png")
     assert recipe is not None
     assert {"seed": 8, "num_steps": 2, "sampler": "ode", "space": "flux2", "model": "small"}.items() <= recipe.items()
@@ -98,16 +96,14 @@ def test_the_recipe_travels_with_the_file(decoder: PixelDecoder, latent: Latent,
 def test_upscaling_returns_exactly_four_times_the_image(
     decoder: PixelDecoder, size: tuple[int, int], expected: tuple[int, int]
 ) -> None:
-    image = decoder.upscale(Image.new("RGB", size, "teal"))
-    assert isinstance(image, Image.Image)
+    image = decoder.upscale(Image.new("RGB", size, "teal")).image
     assert image.size == (4 * expected[0], 4 * expected[1])
 
 
 def test_cropping_is_stated_and_exact(decoder: PixelDecoder) -> None:
-    image = decoder.upscale(Image.new("RGB", (37, 50)), fit="crop")
-    assert isinstance(image, Image.Image)
+    image = decoder.upscale(Image.new("RGB", (37, 50)), fit="crop").image
     assert image.size == (4 * 32, 4 * 48)
-    assert decoder.encode(Image.new("RGB", (37, 50))).grid == (3, 2)
+    assert decoder.encode(Image.new("RGB", (37, 50)), fit="crop").grid == (3, 2)
 
 
 def test_strength_noises_and_labels(decoder: PixelDecoder, latent: Latent) -> None:
@@ -139,7 +135,7 @@ def test_a_prompted_network_takes_states_and_refuses_to_guess(prompted: PixelDec
     other = prompted.decode(latent, prompt_embeds=states + 1).tensor
     assert not torch.equal(one, other)
     with pytest.raises(SettingError, match="no text encoder here.*pidecode pull flux"):
-        prompted.decode(latent, "a cat")
+        prompted.decode(latent, prompt="a cat")
 
 
 def test_a_teacher_runs_with_guidance() -> None:
@@ -151,7 +147,7 @@ def test_a_teacher_runs_with_guidance() -> None:
     states = torch.randn(1, 10, 16)
     plain = teacher.decode(latent, prompt_embeds=states, guidance_scale=1.0, num_steps=3).tensor
     assert plain.shape == (1, 3, 64, 64)
-    with pytest.raises(SettingError, match="sampler acts on students only"):
+    with pytest.raises(SettingError, match="sampler acts on student decoders only"):
         teacher.decode(latent, prompt_embeds=states, sampler="sde")
 
 
@@ -159,13 +155,17 @@ def test_a_teacher_runs_with_guidance() -> None:
     ("settings", "error", "words"),
     [
         ({"num_steps": 5}, SettingError, "steps is 5"),
-        ({"guidance": 3.0}, SettingError, "guidance_scale acts on teacher decoders only"),
+        ({"guidance_scale": 3.0}, SettingError, "guidance_scale acts on teacher decoders only"),
         ({"prompt": "a cat"}, SettingError, "no text stream"),
         ({"prompt_embeds": torch.zeros(1, 10, 16)}, SettingError, "no text stream"),
         ({"size": (100, 64)}, SizeError, "nearest size that does is 96x64"),
         ({"size": (64, 512)}, SizeError, "more than twofold"),
-        ({"output": "jpeg"}, SettingError, "output is 'jpeg'"),
-        ({"strength": 0.4}, SettingError, "no setting strength"),
+        ({"seed": -1}, SettingError, "seed is -1; it must be from 0 to"),
+        ({"seed": 2**64}, SettingError, "it must be from 0 to"),
+        ({"num_steps": 2.5}, SettingError, "num_steps is 2.5; it must be a whole number"),
+        ({"sampler": "euler"}, SettingError, "must be one of sde, ode"),
+        ({"size": (10**5000, 64)}, SettingError, "size is"),
+        ({"fit": "pad"}, TypeError, "fit"),
         ({"seed": [1, 2]}, SettingError, "2 seeds for 1 images"),
     ],
 )
@@ -225,13 +225,13 @@ def test_an_adapter_changes_the_image_at_a_strength_and_can_be_taken_back(
     assert torch.allclose(untouched.decode(latent).tensor, plain, atol=1e-5)
 
 
-def test_a_decoder_of_the_wrong_space_is_refused_at_the_door(tmp_path: Path, decoder: PixelDecoder) -> None:
+def test_a_decoder_of_the_wrong_space_is_refused_when_loaded(tmp_path: Path, decoder: PixelDecoder) -> None:
     path = tmp_path / "mine.safetensors"
     save_file(dict(decoder.net.state_dict()), path, metadata=decoder.metadata.to_metadata())
     with pytest.raises((SettingError, CheckpointError), match="flux2"):
         PixelDecoder.from_pretrained(path, space="sd3", device="cpu")
     backbone = replace(decoder.metadata, kind="backbone", space=None)
-    with pytest.raises(SettingError, match="a decoder is a student or a teacher"):
+    with pytest.raises(SettingError, match="a decoder is feed-forward, a student or a teacher"):
         PixelDecoder(decoder.net, backbone)
 
 
@@ -244,4 +244,4 @@ def test_a_device_that_is_not_here_is_named() -> None:
 
 def test_upscaling_refuses_a_prompt_that_cannot_act(decoder: PixelDecoder) -> None:
     with pytest.raises(SettingError, match="no text stream, so a prompt cannot act"):
-        decoder.upscale(Image.new("RGB", (16, 16)), "a cat")
+        decoder.upscale(Image.new("RGB", (16, 16)), prompt="a cat")

@@ -61,7 +61,7 @@ def test_images_are_four_times_the_pipelines_and_of_the_same_latent(name: str) -
     assert (out.latents.prompts, out.latents.sigma, out.latents.seed) == (("a cat",), 0.0, 0)
     assert image.info["pidecode"]["prompt"] == "a cat"
     assert image.info["pidecode"]["pipeline_steps"] == tiny.STEPS
-    again = decoder(name).decode(out.latents, seed=3)
+    again = decoder(name).decode(out.latents, seed=3).image
     assert np.array_equal(np.asarray(image), np.asarray(again))
     # The typed latent, denormalized and decoded, is the pipeline's own image: frame and layout are right.
     with torch.inference_mode():

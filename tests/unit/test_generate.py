@@ -96,7 +96,7 @@ def test_latents_are_not_kept_unasked(files: Path, tmp_path: Path) -> None:
     ("more", "said"),
     [
         (["--size", "250x128"], "The nearest size that fits is 256x128"),
-        (["--size", "big"], "write it as WIDTHxHEIGHT"),
+        (["--size", "big"], "it must be WIDTHxHEIGHT"),
         (["--stop-after", "late"], "counted from 1, or `recommended`"),
         (["--arguments", "[]"], "must be a JSON table"),
         (["--pipeline", "/nowhere/at/all"], "hf download stabilityai/stable-diffusion-xl-base-1.0"),

@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import json
 import warnings
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 import pidecode
+import recorded
 from pidecode.cli.app import cli
 from pidecode.devices import free_memory
 from pidecode.encoders.base import ImageEncoder, LazyEncoder, visiting
@@ -82,14 +86,27 @@ def test_nan_in_the_input_does_not_change_the_backend(net: PiDNet) -> None:
     assert runner.backend == "flash"
 
 
-def test_a_plan_may_be_made_from_what_the_weights_are() -> None:
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """A PiD decoder of FLUX.2's space without text, as a file; its space's encoder is that of `tiny`."""
+    path = tmp_path / "pid.safetensors"
+    decoder = recorded.random_decoder("flux2", "student", text_dim=0)
+    save_file(dict(decoder.net.state_dict()), path, decoder.metadata.to_metadata())
+    return path
+
+
+def load(path: Path, **more: Any) -> pidecode.PixelDecoder:
+    return pidecode.PixelDecoder.from_pretrained(path, device="cpu", encoder=tiny_encoder(), **more)
+
+
+def test_a_plan_may_be_made_from_what_the_weights_are(weights: Path) -> None:
     seen: list[CheckpointMetadata] = []
 
     def plan(identity: CheckpointMetadata) -> Plan:
         seen.append(identity)
         return Plan(size=(256, 256), dtype="float32", quantization="int8")
 
-    decoder = pidecode.PixelDecoder.from_pretrained("tiny", plan=plan)
+    decoder = load(weights, plan=plan)
     assert seen[0].space == "flux2" and seen[0].config == decoder.net.config
     assert decoder.runner.plan is not None and decoder.runner.plan.quantization == "int8"
     with pytest.raises(SettingError, match="cannot be changed any more"):
@@ -124,15 +141,15 @@ def test_an_offloaded_encoder_returns_to_the_host_whatever_happens() -> None:
     assert native.places[-1] == "cpu"
 
 
-def test_a_plan_offloads_the_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_offloads_the_encoder(monkeypatch: pytest.MonkeyPatch, weights: Path) -> None:
     plan = Plan(size=(256, 256), dtype="float32", offload=("encoder",))
-    decoder = pidecode.PixelDecoder.from_pretrained("tiny", plan=plan)
+    decoder = load(weights, plan=plan)
     moves: list[str] = []
     real = ImageEncoder.to
     monkeypatch.setattr(ImageEncoder, "to", lambda self, device: (moves.append(str(device)), real(self, device))[1])
     decoder.encode(Image.new("RGB", (64, 64)))
     assert moves[-2:] == ["cpu", "cpu"]  # to where the network is, and home
-    free = pidecode.PixelDecoder.from_pretrained("tiny")
+    free = load(weights)
     free.encode(Image.new("RGB", (64, 64)))
     assert len(moves) == 4  # the last one was its loading only
 
@@ -144,16 +161,21 @@ def test_this_machine_says_what_it_has() -> None:
     assert free is None or machine.memory == pytest.approx(free, rel=0.2)
 
 
+def tiny_encoder() -> Path:
+    return Path(str(resources.files("pidecode"))) / "assets" / "tiny_encoder.safetensors"
+
+
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
-def test_the_command_line_plans_a_decode(tmp_path: Path) -> None:
+def test_the_command_line_plans_a_decode(tmp_path: Path, weights: Path) -> None:
     image = tmp_path / "one.png"
     Image.radial_gradient("L").resize((40, 24)).convert("RGB").save(image)
-    plain = run("upscale", image, "-o", tmp_path / "plain.png", "--num-steps", 1)
+    common = ("upscale", image, "-m", weights, "--encoder", tiny_encoder(), "--num-steps", 1, "-o")
+    plain = run(*common, tmp_path / "plain.png")
     assert plain.exit_code == 0 and "predicted peak" not in plain.stderr
-    done = run("upscale", image, "-o", tmp_path / "int8.png", "--steps", 1, "--quantization", "int8", "--memory", "1GB")
+    done = run(*common, tmp_path / "int8.png", "--quantization", "int8", "--memory", "1GB")
     assert done.exit_code == 0, done.output
     assert "192x128, batch of 1, float32" in done.stderr  # whole cells of the encoder, before it is cut back
     assert "weights in int8, w8a16: dequantized" in done.stderr
@@ -161,10 +183,10 @@ def test_the_command_line_plans_a_decode(tmp_path: Path) -> None:
         assert made.size == (160, 96)
 
 
-def test_the_command_line_refuses_what_cannot_be(tmp_path: Path) -> None:
+def test_the_command_line_refuses_what_cannot_be(tmp_path: Path, weights: Path) -> None:
     latent = tmp_path / "one.safetensors"
     pidecode.Latent(torch.randn(2, 128, 1, 2), "flux2", 0.0).save(latent)
-    tight = run("decode", latent, "--memory", "1MB")
+    tight = run("decode", latent, "-m", weights, "--memory", "1kB")
     assert tight.exit_code != 0 and "128x64 (batch of 2) needs" in tight.stderr
     fp8 = run("decode", latent, "--quantization", "fp8", "--scheme", "w8a8")
     assert fp8.exit_code != 0 and "does not multiply in fp8" in fp8.stderr

@@ -21,7 +21,7 @@ def shrink(x: Tensor, t: Tensor) -> Tensor:
     return x * 0.3 + torch.sin(t).view(-1, 1, 1, 1)
 
 
-@pytest.mark.parametrize("num_steps", [0, 5, 25])
+@pytest.mark.parametrize("steps", [0, 5, 25])
 def test_step_counts_the_student_never_learned_are_refused(steps: int) -> None:
     with pytest.raises(SettingError, match=f"steps is {steps}.* 1 to 4"):
         student_times(steps)
@@ -70,7 +70,7 @@ def test_progress_is_told_and_cancelling_stops_at_once() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # from diffusers, with new numpy
-@pytest.mark.parametrize(("num_steps", "shift"), [(1, 1.0), (2, 3.0), (7, 6.0), (25, 6.0)])
+@pytest.mark.parametrize(("steps", "shift"), [(1, 1.0), (2, 3.0), (7, 6.0), (25, 6.0)])
 def test_the_teacher_equals_diffusers_solver(steps: int, shift: float) -> None:
     schedulers = pytest.importorskip("diffusers.schedulers")
     scheduler = schedulers.DPMSolverMultistepScheduler(

@@ -19,7 +19,7 @@ from pidecode.errors import SettingError
 from pidecode.images import to_pil
 from pidecode.integrations.comfyui_latents import prompt_of, stopping_place, to_image, to_latent, to_pixels
 from pidecode.options import MAX_SIGMA
-from pidecode.registry.checkpoints import CHECKPOINTS, REPOSITORY
+from pidecode.registry.checkpoints import CHECKPOINTS, DECODERS, REPOSITORY
 from pidecode.sampling import Callback, Step
 
 DecoderType = io.Custom("PIDECODE_DECODER")
@@ -31,7 +31,7 @@ LARGEST_SEED = 2**32 - 1
 
 def _model_names() -> list[str]:
     """What the loader offers: our own small decoder, and every released one as `space/variant`."""
-    rows = [row for row in CHECKPOINTS.values() if row.kind == "student"]
+    rows = [row for row in CHECKPOINTS.values() if row.kind in DECODERS]
     bundled = [row.variant for row in rows if row.bundled]
     return bundled + [f"{row.space}/{row.variant}" for row in rows if not row.bundled]
 
@@ -44,7 +44,7 @@ def _seed() -> Any:
 
 def _steps() -> Any:
     tip = "0 for the decoder's own number; a distilled one takes 1 to 4."
-    return io.Int.Input("steps", default=0, min=0, max=100, tooltip=tip)
+    return io.Int.Input("num_steps", default=0, min=0, max=100, tooltip=tip)
 
 
 def _prompt() -> list[Any]:
@@ -123,12 +123,12 @@ class Decode(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, decoder: PixelDecoder, samples: Any, seed: int, steps: int = 0, **rest: Any) -> io.NodeOutput:
+    def execute(cls, decoder: PixelDecoder, samples: Any, seed: int, num_steps: int = 0, **rest: Any) -> io.NodeOutput:
         """Decode one latent after another. `rest` holds sigma, model, prompt and conditioning, where given."""
         latent = to_latent(samples, decoder.space, model=rest.get("model"), sigma=rest.get("sigma", 0.0))
         told = prompt_of(decoder.net, rest.get("prompt") or "", rest.get("conditioning"))
-        if steps:
-            told["num_steps"] = steps
+        if num_steps:
+            told["num_steps"] = num_steps
         callback = _progress(len(latent))
         made = [
             decoder.decode(one, callback=callback, **_seeded(decoder, seed + index), **told).tensor
@@ -168,12 +168,12 @@ class Upscale(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, decoder: PixelDecoder, image: Tensor, seed: int, steps: int = 0, **rest: Any) -> io.NodeOutput:
+    def execute(cls, decoder: PixelDecoder, image: Tensor, seed: int, num_steps: int = 0, **rest: Any) -> io.NodeOutput:
         """Enlarge one image after another. `rest` holds strength, prompt and conditioning, where given."""
         images = to_pixels(image)
         told = prompt_of(decoder.net, rest.get("prompt") or "", rest.get("conditioning"))
-        if steps:
-            told["num_steps"] = steps
+        if num_steps:
+            told["num_steps"] = num_steps
         if rest.get("strength"):
             told["sigma"] = rest["strength"]
         callback = _progress(len(images))

@@ -79,7 +79,9 @@ class ResultParams(BaseModel):
         float | None,
         Field(ge=0, le=0.8, description="Noise added to a clean latent before decoding, so that more is generated."),
     ] = None
-    guidance_scale: Annotated[float | None, Field(ge=1, le=100, description="Classifier-free guidance of a teacher.")] = None
+    guidance_scale: Annotated[
+        float | None, Field(ge=1, le=100, description="Classifier-free guidance of a teacher.")
+    ] = None
     color_fix: Annotated[ColorFix | None, Field(description="Correction against the image that is enlarged.")] = None
     format: Annotated[FileFormat, Field(description="Format of the resulting file.")] = "png"
     stream: Annotated[
