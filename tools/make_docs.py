@@ -90,7 +90,9 @@ def _checkpoint_row(row: Checkpoint) -> str:
         trained = "2048 px, five shapes" if len(row.trained_sizes) > 1 else "2048 px square"
     else:
         trained = "any"
-    kind = {"student": "decoder", "teacher": "teacher", "backbone": "text to image"}[row.kind]
+    kind = {
+        "feed-forward": "feed-forward", "student": "decoder", "teacher": "teacher", "backbone": "text to image",
+    }[row.kind]  # fmt: skip
     terms = f"{row.license.name}, {'free' if row.license.commercial else 'non-commercial'}"
     cells = [f"`{row.space}`", f"`{row.variant}`", kind, str(row.steps), trained, size, terms]
     return f"| {' | '.join(cells)} |"

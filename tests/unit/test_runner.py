@@ -188,9 +188,9 @@ def test_the_command_line_refuses_what_cannot_be(tmp_path: Path, weights: Path) 
     pidecode.Latent(torch.randn(2, 128, 1, 2), "flux2", 0.0).save(latent)
     tight = run("decode", latent, "-m", weights, "--memory", "1kB")
     assert tight.exit_code != 0 and "128x64 (batch of 2) needs" in tight.stderr
-    fp8 = run("decode", latent, "--quantization", "fp8", "--scheme", "w8a8")
+    fp8 = run("decode", latent, "-m", weights, "--quantization", "fp8", "--scheme", "w8a8")
     assert fp8.exit_code != 0 and "does not multiply in fp8" in fp8.stderr
-    idle = run("decode", latent, "--quantization", "none", "--scheme", "w8a8")
+    idle = run("decode", latent, "-m", weights, "--quantization", "none", "--scheme", "w8a8")
     assert idle.exit_code != 0 and "multiplies quantized weights" in idle.stderr
 
 

@@ -27,10 +27,10 @@ from pidecode.cli.common import (
     threads_option,
     upscaled,
 )
-from pidecode.options import COLOR_FIXES, RuntimeOptions
 from pidecode.engine.machine import GB, Machine, Quantization, this_machine
 from pidecode.engine.plan import Plan, Scheme, plan_decode
 from pidecode.errors import FileError, SettingError
+from pidecode.options import COLOR_FIXES, RuntimeOptions
 from pidecode.registry.configs import RELEASED_CONFIGS
 from pidecode.units import parse_bytes, parse_size
 

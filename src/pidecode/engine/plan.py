@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 from pidecode.engine.chunks import Chunks
-from pidecode.engine.machine import DRIVER, DTYPE_BYTES, GB, Machine, Quantization
+from pidecode.engine.machine import DRIVER, DTYPE_BYTES, GB, QUANTIZATIONS, Machine, Quantization
 from pidecode.errors import DoesNotFitError, SettingError
 from pidecode.registry.configs import PiDConfig, TinyDecoderConfig
 
