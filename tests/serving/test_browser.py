@@ -18,7 +18,6 @@ import pytest
 from serving_kit import PATIENCE, Served, image_bytes, latent_bytes, running, small_decoder
 
 from pidecode import PixelDecoder
-from pidecode.errors import PidecodeError
 from pidecode.images import read_recipe
 from pidecode.serve.app import create_app
 from pidecode.serve.schemas import RequestLimits
@@ -39,11 +38,8 @@ LIMITS = RequestLimits(body_bytes=2_000_000, pixels=1024 * 1024, waiting=2)
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    try:
-        decoder = PixelDecoder.from_pretrained("tiny", device="cpu")
-    except PidecodeError:
-        decoder = small_decoder("tiny")
-    service = DecodeService({"tiny": decoder}, limits=LIMITS)
+    decoders = {"small": small_decoder(), "tiny": PixelDecoder.from_pretrained("tiny", device="cpu")}
+    service = DecodeService(decoders, limits=LIMITS)
     with running(create_app(service), service) as server:
         yield server
 
@@ -110,7 +106,7 @@ def test_an_image_is_dropped_decoded_compared_and_downloaded(page: Any, tmp_path
     frame = page.locator("#viewer").bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, frame["y"] + frame["height"] / 2)
     page.mouse.down()
-    page.mouse.move(frame["x"] + frame["width"] * 0.25, frame["y"] + frame["height"] / 2, num_steps=4)
+    page.mouse.move(frame["x"] + frame["width"] * 0.25, frame["y"] + frame["height"] / 2, steps=4)
     page.mouse.up()
     assert page.get_attribute("#handle", "aria-valuenow") == "25"
     page.focus("#handle")
@@ -123,15 +119,27 @@ def test_an_image_is_dropped_decoded_compared_and_downloaded(page: Any, tmp_path
     assert page.inner_text("#zoom-value") == "100 %"
     metadata = download(page, tmp_path)
     assert (metadata["file"], metadata["seed"], metadata["sigma"]) == ("moon-pid-11.png", 11, 0.2)
-    assert (metadata["width"], metadata["height"], metadata["model"]) == (192, 128, "tiny")
+    assert (metadata["width"], metadata["height"], metadata["model"]) == (192, 128, "small")
 
 
 def test_the_color_fix_can_be_chosen(page: Any, tmp_path: Path) -> None:
+    page.select_option("#model", "tiny")
     drop(page, "moon.png", image_bytes(32, 32))
-    for chosen, recorded in (("", "detail"), ("off", "off"), ("soft", "soft")):
+    for chosen in ("off", "coarse", "fine", "back-projection"):
         page.select_option("#color_fix", chosen)
         decode(page)
-        assert download(page, tmp_path)["color_fix"] == recorded
+        assert download(page, tmp_path)["color_fix"] == chosen
+
+
+def test_a_feed_forward_model_has_no_seed_and_no_steps(page: Any, tmp_path: Path) -> None:
+    page.select_option("#model", "tiny")
+    page.click("summary")
+    for name in ("#seed", "#num_steps", "#sampler", "#guidance_scale"):
+        assert page.locator(name).is_hidden()
+    drop(page, "moon.png", image_bytes(32, 32))
+    decode(page)
+    metadata = download(page, tmp_path)
+    assert (metadata["file"], metadata["model"], metadata.get("seed")) == ("moon-pid.png", "tiny", None)
 
 
 def test_both_images_lie_exactly_over_each_other(page: Any) -> None:
@@ -153,7 +161,7 @@ def test_history_brings_back_image_and_settings(page: Any, tmp_path: Path) -> No
     decode(page)
     entries = page.locator("#history button")
     assert [entries.nth(index).inner_text().strip() for index in range(3)] == [
-        "latent.safetensors: seed 2, noise 0.4", "one.png: seed 2, noise 0.4", "one.png: seed 1",
+        "latent.safetensors, seed 2, noise 0.4", "one.png, seed 2, noise 0.4", "one.png, seed 1",
     ]  # fmt: skip
     entries.nth(2).click()
     assert page.input_value("#seed") == "1"
@@ -179,7 +187,7 @@ def test_an_image_made_by_pidecode_offers_its_settings(page: Any, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "words"),
+    ("name", "data", "expected"),
     [
         ("broken.png", image_bytes()[:50], "damaged or cut off"),
         ("notes.png", b"no image", "no image of a known kind"),
@@ -187,10 +195,10 @@ def test_an_image_made_by_pidecode_offers_its_settings(page: Any, tmp_path: Path
         ("large.png", b"x" * 3_000_000, "at most 2 MB can be taken"),
     ],
 )
-def test_a_bad_file_is_refused_in_a_sentence(page: Any, name: str, data: bytes, words: str) -> None:
+def test_a_bad_file_is_refused(page: Any, name: str, data: bytes, expected: str) -> None:
     drop(page, name, data)
     page.wait_for_selector("#error", state="visible")
-    assert words in page.inner_text("#error")
+    assert expected in page.inner_text("#error")
     assert page.locator("#go").is_disabled()
     page.click("#error button")
     assert page.locator("#error").is_hidden()
@@ -222,7 +230,7 @@ def test_cancelling_frees_the_place_and_the_page_goes_on(page: Any, served: Serv
 def test_a_model_that_cannot_take_the_file_says_so(page: Any) -> None:
     drop(page, "other.safetensors", latent_bytes(channels=16, space="flux"))
     page.wait_for_selector("#plan-card.large")
-    assert "of space flux; tiny decodes flux2" in page.inner_text("#plan")
+    assert "of space flux; small decodes flux2" in page.inner_text("#plan")
 
 
 @pytest.mark.parametrize("width", [1280, 390])
@@ -230,6 +238,7 @@ def test_a_model_that_cannot_take_the_file_says_so(page: Any) -> None:
 def test_the_page_fits_its_window(page: Any, width: int, scheme: str) -> None:
     page.set_viewport_size({"width": width, "height": 860})
     page.emulate_media(color_scheme=scheme)
+    page.select_option("#model", "tiny")
     source = os.environ.get("PIDECODE_SCREENSHOT_SOURCE")
     drop(page, "image.png", Path(source).read_bytes() if source else image_bytes(64, 48))
     decode(page)

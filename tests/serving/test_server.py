@@ -16,6 +16,7 @@ from PIL import Image
 from serving_kit import LIMITS, PATIENCE, HttpAnswer, Served, image_bytes, latent_bytes, running, small_decoder
 
 from pidecode.images import read_recipe
+from pidecode.options import Command, option_infos
 from pidecode.serve.app import create_app
 from pidecode.serve.service import DecodeService
 
@@ -64,8 +65,9 @@ def test_an_image_is_enlarged_in_the_format_asked_for(server: Served, kind: str,
 
 
 def test_another_model_is_chosen_by_name(server: Served) -> None:
-    answer = server.post("/v1/upscale?model=second&num_steps=1", image_bytes())
-    assert (read_recipe(answer.body) or {})["model"] == "second"
+    assert (read_recipe(server.post("/v1/upscale?model=second&num_steps=1", image_bytes()).body) or {})[
+        "model"
+    ] == "second"
     refused = server.post("/v1/upscale?model=large", image_bytes())
     assert (refused.status, refused.message) == (400, "There is no model 'large' here; there are small, second.")
 
@@ -88,7 +90,7 @@ def test_a_foreign_latent_needs_its_space(server: Served) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "status", "words"),
+    ("path", "body", "status", "expected"),
     [
         ("/v1/decode", b"no file at all", 400, "no .safetensors file"),
         ("/v1/decode", latent_bytes()[:-9], 400, "cut off"),
@@ -101,20 +103,22 @@ def test_a_foreign_latent_needs_its_space(server: Served) -> None:
         ("/v1/upscale", image_bytes()[:60], 400, "damaged or cut off"),
         ("/v1/upscale", image_bytes(128, 128), 400, "512x512"),
         ("/v1/upscale", image_bytes(4000, 4000), 400, "pixels"),
-        ("/v1/decode?num_steps=9", latent_bytes(), 400, "steps is 9"),
+        ("/v1/decode?num_steps=9", latent_bytes(), 400, "num_steps is 9"),
         ("/v1/decode?prompt=a+cat", latent_bytes(), 400, "no text stream"),
         ("/v1/decode?guidance_scale=3", latent_bytes(), 400, "guidance_scale acts on teacher decoders only"),
         ("/v1/decode?width=64", latent_bytes(), 400, "width and height together"),
         ("/v1/decode?sigma=0.9", latent_bytes(), 422, "sigma: Input should be less than or equal to 0.8"),
+        ("/v1/decode?fit=pad", latent_bytes(), 422, "fit: Extra inputs are not permitted"),
+        ("/v1/upscale?num_refinements=2", image_bytes(), 400, "num_refinements acts on feed-forward decoders only"),
         ("/v1/decode?seed=-1", latent_bytes(), 422, "seed"),
         ("/v1/decode?sede=1", latent_bytes(), 422, "sede: Extra inputs are not permitted"),
         ("/v1/upscale?fit=stretch", image_bytes(), 422, "'pad' or 'crop'"),
         ("/v1/decode?space=sdxx", latent_bytes(), 400, "sdxx"),
     ],
 )
-def test_errors_are_sentences(server: Served, path: str, body: bytes, status: int, words: str) -> None:
+def test_errors_name_their_cause(server: Served, path: str, body: bytes, status: int, expected: str) -> None:
     answer = server.post(path, body)
-    assert (answer.status, words in answer.message) == (status, True), answer.message
+    assert (answer.status, expected in answer.message) == (status, True), answer.message
     assert answer.json()["error"].keys() == {"message", "type", "code"}
 
 
@@ -198,7 +202,7 @@ def test_openai_edits_enlarge(server: Served) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("fields", "expected"),
     [
         ({"prompt": "x"}, "no file in the field 'image'"),
         ({"image": b"nothing"}, "no image of a known kind"),
@@ -211,10 +215,10 @@ def test_openai_edits_enlarge(server: Served) -> None:
         ({"image": image_bytes(), "prompt": "a cat"}, "no text stream"),
     ],
 )
-def test_openai_edits_refuse_wrong_fields(server: Served, fields: dict[str, Any], words: str) -> None:
+def test_openai_edits_refuse_wrong_fields(server: Served, fields: dict[str, Any], expected: str) -> None:
     body, headers = form(fields)
     answer = server.post("/v1/images/edits", body, **headers)
-    assert (answer.status, words in answer.message) == (400, True), answer.message
+    assert (answer.status, expected in answer.message) == (400, True), answer.message
 
 
 def test_a_broken_form_is_refused(server: Served) -> None:
@@ -244,6 +248,22 @@ def test_the_openapi_document_lists_every_endpoint(server: Served) -> None:
         "/v1/models", "/v1/images/generations", "/v1/images/edits", "/health", "/metrics",
     }  # fmt: skip
     assert server.get("/nothing").status == 404
+
+
+def test_parameters_are_the_decode_options_that_http_offers(server: Served) -> None:
+    paths = server.get("/openapi.json").json()["paths"]
+    commands: tuple[Command, ...] = ("decode", "upscale")
+    for command in commands:
+        found = {entry["name"]: entry for entry in paths[f"/v1/{command}"]["post"]["parameters"]}
+        for name, info in option_infos(command=command, interface="http").items():
+            if name == "size":
+                assert {"width", "height"} <= found.keys()
+                continue
+            schema = found.pop(name)["schema"]
+            assert schema["description"] == info.help
+            assert tuple(schema["anyOf"][0].get("enum", ())) == info.choices
+        rest = {"decode": {"space", "width", "height"}, "upscale": {"scale"}}[command]
+        assert found.keys() == {"model", "format", "stream"} | rest
 
 
 def test_a_token_is_required() -> None:
@@ -281,7 +301,7 @@ def test_a_prompt_is_generated_by_a_real_pipeline_and_decoded() -> None:
     from pidecode.integrations.text_to_image import PipelineTextToLatent
     from pidecode.serve.schemas import RequestLimits
 
-    text_to_latent = PipelineTextToLatent("sdxl", tiny.build("sdxl"), num_steps=2)
+    text_to_latent = PipelineTextToLatent("sdxl", tiny.build("sdxl"), steps=2)
     service = DecodeService(
         {"sdxl": tiny.decoder_for("sdxl")}, limits=RequestLimits(job_seconds=PATIENCE), text_to_latent=text_to_latent
     )

@@ -66,6 +66,7 @@ class ServeOptions:
         import torch
 
         from pidecode.decoder import PixelDecoder
+        from pidecode.options import RuntimeOptions
 
         decoders: dict[str, PixelDecoder] = {}
         for source in self.model:
@@ -75,7 +76,7 @@ class ServeOptions:
                 variant=self.variant,
                 device=self.device,
                 dtype=getattr(torch, self.dtype) if self.dtype else None,
-                compile=self.compile,
+                runtime=RuntimeOptions(compile=self.compile),
             )
             name = Path(source).stem if Path(source).suffix else source
             if name in decoders:

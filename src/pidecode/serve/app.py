@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from importlib.resources import files
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from pidecode import __version__
+from pidecode.errors import SettingError
 from pidecode.serve import openai
 from pidecode.serve.http import (
     COOKIE,
@@ -48,8 +49,7 @@ from pidecode.serve.schemas import (
     UpscaleParams,
 )
 from pidecode.serve.service import DecodeService, Result
-
-ParamsT = TypeVar("ParamsT")
+from pidecode.units import parse_size
 
 NDJSON = "application/x-ndjson"
 
@@ -252,9 +252,9 @@ def _add_openai(app: FastAPI, service: DecodeService, reader: BodyReader) -> Non
     )
     async def generations(request: Request, body: openai.ImageGenerationRequest) -> openai.ImagesResponse:
         """Needs a pipeline on the server (--pipeline)."""
-        size = body.result_size()
+        size = parse_size(body.size)
         results = await _run_in_turn(
-            request, lambda params: service.generate(body.prompt, size, params), body.generate_params()
+            request, lambda params: service.generate(body.prompt, size, params), body.jobs(GenerateParams)
         )
         return openai.images_response(results, body.output_format)
 
@@ -281,8 +281,11 @@ def _add_openai(app: FastAPI, service: DecodeService, reader: BodyReader) -> Non
         if file.kind != "image":
             raise HTTPException(400, "The file is a latent; send it to /v1/decode.")
         plan = service.plan(form.model, file)
+        decoder = service.decoder(form.model)
+        if form.n > 1 and decoder.kind == "feed-forward":
+            raise SettingError(f"n is {form.n}; {decoder.name} is a feed-forward decoder, so n must be 1.")
         openai.check_edit_size(form.size, (plan.width, plan.height))
-        results = await _run_in_turn(request, lambda params: service.upscale(image, params), form.upscale_params())
+        results = await _run_in_turn(request, lambda params: service.upscale(image, params), form.jobs(UpscaleParams))
         return openai.images_response(results, form.output_format)
 
 
@@ -384,12 +387,13 @@ def _model_info(service: DecodeService, name: str) -> openai.ModelInfo:
         kind=decoder.kind,
         takes_images=decoder.encoder is not None,
         reads_text=decoder.reads_text,
+        max_sigma=decoder.max_sigma,
         license=decoder.license,
     )
 
 
 async def _run_in_turn(
-    request: Request, submit: Callable[[ParamsT], DecodeJob], params: Iterable[ParamsT]
+    request: Request, submit: Callable[[openai.ParamsT], DecodeJob], params: Iterable[openai.ParamsT]
 ) -> list[Result]:
     """Run several jobs of one request, each queued when the one before it is done, so that others get their turn."""
     return [await result_of(request, submit(one)) for one in params]

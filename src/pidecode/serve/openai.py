@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,22 +14,24 @@ from pidecode.serve.schemas import (
     MAX_JSON_INTEGER,
     MAX_PROMPT_LENGTH,
     FileFormat,
-    GenerateParams,
     ModelName,
-    UpscaleParams,
+    ResultParams,
+    with_decode_options,
 )
 from pidecode.serve.service import Result
-from pidecode.units import parse_size
 
 MAX_IMAGES = 4
+
+ParamsT = TypeVar("ParamsT", bound=ResultParams)
 
 _SIZE = "[1-9][0-9]{1,4}x[1-9][0-9]{1,4}"
 
 
 class OpenAIRequest(BaseModel):
-    """Fields of both image endpoints. `seed` and `num_steps` are additions to OpenAI's."""
+    """Fields of both image endpoints. The decode options are additions to OpenAI's."""
 
     model_config = ConfigDict(extra="forbid")
+    option_names: ClassVar[tuple[str, ...]] = ()
 
     model: ModelName = None
     n: Annotated[int, Field(ge=1, le=MAX_IMAGES, description="Number of images, with consecutive seeds.")] = 1
@@ -39,15 +40,23 @@ class OpenAIRequest(BaseModel):
     ] = "b64_json"
     output_format: FileFormat = "png"
     user: Annotated[str | None, Field(max_length=200, description="Accepted and ignored.")] = None
-    seed: Annotated[int | None, Field(ge=0, le=MAX_JSON_INTEGER)] = None
-    num_steps: Annotated[int | None, Field(ge=1, le=100, description="Steps of the decoder.")] = None
 
-    def _job_options(self) -> Iterator[dict[str, Any]]:
+    def jobs(self, params: type[ParamsT]) -> list[ParamsT]:
+        """The parameters of each image's job.
+
+        Args:
+            params: Class of the parameters, with the same decode options.
+        """
+        options = self.model_dump(include=set(self.option_names), exclude_none=True)
+        jobs = []
         for index in range(self.n):
-            seed = None if self.seed is None else self.seed + index
-            yield {"model": self.model, "seed": seed, "num_steps": self.num_steps, "format": self.output_format}
+            if index:
+                options["seed"] = (options.get("seed", 0) + 1) % (MAX_JSON_INTEGER + 1)
+            jobs.append(params(model=self.model, format=self.output_format, **options))
+        return jobs
 
 
+@with_decode_options("decode", exclude=("size", "prompt"))
 class ImageGenerationRequest(OpenAIRequest):
     """Body of /v1/images/generations."""
 
@@ -56,26 +65,12 @@ class ImageGenerationRequest(OpenAIRequest):
         "2048x2048"
     )
 
-    def result_size(self) -> tuple[int, int]:
-        """Width and height of the result in pixels."""
-        return parse_size(self.size)
 
-    def generate_params(self) -> list[GenerateParams]:
-        """Options of each image's job."""
-        return [GenerateParams(**options) for options in self._job_options()]
-
-
+@with_decode_options("upscale")
 class ImageEditRequest(OpenAIRequest):
     """Form fields of /v1/images/edits besides the image."""
 
-    prompt: Annotated[str, Field(max_length=MAX_PROMPT_LENGTH, description="For models that read prompts.")] = ""
     size: Annotated[str, Field(pattern=f"^(auto|{_SIZE})$", description="auto, or exactly the enlarged size.")] = "auto"
-    sigma: Annotated[float | None, Field(ge=0, le=0.8)] = None
-
-    def upscale_params(self) -> list[UpscaleParams]:
-        """Options of each image's job."""
-        own: dict[str, Any] = {"prompt": self.prompt or None, "sigma": self.sigma}
-        return [UpscaleParams(**own, **options) for options in self._job_options()]
 
     @classmethod
     def form_schema(cls) -> dict[str, Any]:
@@ -113,6 +108,7 @@ class ModelInfo(BaseModel):
     kind: str
     takes_images: bool
     reads_text: bool
+    max_sigma: Annotated[float, Field(description="Largest noise level of a latent.")]
     license: str
 
 

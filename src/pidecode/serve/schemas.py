@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from pidecode.errors import SettingError, SizeError
-from pidecode.options import ColorFix
+from pidecode.options import MAX_SIDE, Command, DecodeOptions, OptionInfo, option_infos
 
 FileFormat = Literal["png", "webp", "jpeg"]
 MEDIA_TYPES: dict[FileFormat, str] = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
@@ -19,10 +20,8 @@ MAX_JSON_INTEGER = 2**53 - 1
 MAX_PROMPT_LENGTH = 4000
 
 ModelName = Annotated[str | None, Field(max_length=200, description="A name from /v1/models; by default the first.")]
-Prompt = Annotated[
-    str | None, Field(max_length=MAX_PROMPT_LENGTH, description="What the image shows, for models that read prompts.")
-]
-Side = Annotated[int | None, Field(ge=16, le=65536)]
+ModelT = TypeVar("ModelT", bound=BaseModel)
+Side = Annotated[int | None, Field(ge=16, le=MAX_SIDE)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,75 +66,100 @@ class RequestLimits:
 
 
 class ResultParams(BaseModel):
-    """Options of every job. Unset ones take the model's default; one that has no effect is refused."""
+    """Parameters of every job. Decode options that are not given have the decoder's default."""
 
     model_config = ConfigDict(extra="forbid")
+    option_names: ClassVar[tuple[str, ...]] = ()
+    """Decode options among the fields; `size` stands for width and height."""
 
     model: ModelName = None
-    seed: Annotated[int | None, Field(ge=0, le=MAX_JSON_INTEGER, description="Seed of the noise.")] = None
-    num_steps: Annotated[int | None, Field(ge=1, le=100, description="Few-step models take 1 to 4.")] = None
-    sampler: Annotated[Literal["sde", "ode"] | None, Field(description="Sampler of a few-step model.")] = None
-    sigma: Annotated[
-        float | None,
-        Field(ge=0, le=0.8, description="Noise added to a clean latent before decoding, so that more is generated."),
-    ] = None
-    guidance_scale: Annotated[
-        float | None, Field(ge=1, le=100, description="Classifier-free guidance of a teacher.")
-    ] = None
-    color_fix: Annotated[ColorFix | None, Field(description="Correction against the image that is enlarged.")] = None
     format: Annotated[FileFormat, Field(description="Format of the resulting file.")] = "png"
     stream: Annotated[
         bool,
         Field(description="Answer with the job's progress as lines of JSON, the last of which links to the file."),
     ] = False
 
-    def options(self) -> dict[str, Any]:
-        """The decode options that were given, as keywords of the decoder."""
-        names = ("prompt", "seed", "num_steps", "sampler", "sigma", "guidance_scale", "color_fix", "fit")
-        return {name: getattr(self, name) for name in names if getattr(self, name, None) is not None}
+    def options(self) -> DecodeOptions:
+        """The decode options that were given.
+
+        Raises:
+            SettingError: If one is out of range, or only one of width and height is given.
+        """
+        values = dict(self)
+        if "size" in self.option_names:
+            values["size"] = pair("width", values["width"], "height", values["height"])
+        return DecodeOptions(**{name: values[name] for name in self.option_names})
 
 
+def with_decode_options(command: Command, *, exclude: Collection[str] = ()) -> Callable[[type[ModelT]], type[ModelT]]:
+    """Class decorator: add a field for each decode option that HTTP offers for a command.
+
+    Args:
+        command: What the options are for.
+        exclude: Options that the class takes in another way.
+    """
+
+    def add(model: type[ModelT]) -> type[ModelT]:
+        infos = option_infos(command=command, interface="http")
+        fields: dict[str, Any] = {}
+        for name, info in infos.items():
+            if name in exclude:
+                continue
+            if name == "size":
+                fields["width"] = (_field_type(info, int, "Width of the result in pixels, together with height."), None)
+                fields["height"] = (
+                    _field_type(info, int, "Height of the result in pixels, together with width."),
+                    None,
+                )
+            else:
+                fields[name] = (_field_type(info, info.type, info.help), None)
+        created = create_model(
+            model.__name__, __base__=model, __doc__=model.__doc__, __module__=model.__module__, **fields
+        )
+        created.option_names = tuple(name for name in infos if name not in exclude)  # type: ignore[attr-defined]
+        return created
+
+    return add
+
+
+def _field_type(info: OptionInfo, kind: type, description: str) -> Any:
+    """The type of an option's field, with its bounds, choices and description."""
+    if info.choices:
+        return Annotated[Literal[info.choices] | None, Field(description=description)]
+    if kind is str:
+        return Annotated[str | None, Field(max_length=MAX_PROMPT_LENGTH, description=description)]
+    maximum = info.maximum
+    if kind is int and maximum is not None:
+        maximum = min(int(maximum), MAX_JSON_INTEGER)
+    return Annotated[kind | None, Field(ge=info.minimum, le=maximum, description=description)]
+
+
+@with_decode_options("upscale")
 class UpscaleParams(ResultParams):
-    """Options for upscaling an image."""
+    """Parameters for upscaling an image."""
 
-    prompt: Prompt = None
     scale: Annotated[
         int | None,
         Field(ge=1, le=8, description="Enlargement; below the model's own scale the result is downsampled."),
     ] = None
-    fit: Annotated[
-        Literal["pad", "crop"],
-        Field(description="For sides that the encoder cannot divide: pad by reflection and cut back, or crop."),
-    ] = "pad"
 
 
+@with_decode_options("decode")
 class DecodeParams(ResultParams):
-    """Options for decoding a latent."""
+    """Parameters for decoding a latent."""
 
-    prompt: Prompt = None
-    width: Annotated[Side, Field(description="Width of the result, with height; by default the latent's.")] = None
-    height: Annotated[Side, Field(description="Height of the result, with width; by default the latent's.")] = None
     space: Annotated[
         str | None,
         Field(max_length=40, description="Latent space of a normalized latent whose file does not name it."),
     ] = None
 
-    def options(self) -> dict[str, Any]:
-        """The decode options that were given, as keywords of the decoder.
 
-        Raises:
-            SettingError: If only one of width and height is given.
-        """
-        given = super().options()
-        size = pair("width", self.width, "height", self.height)
-        return given if size is None else {**given, "size": size}
-
-
+@with_decode_options("decode", exclude=("size", "prompt"))
 class GenerateParams(ResultParams):
-    """Options for generating an image from a prompt."""
+    """Parameters for generating an image from a prompt."""
 
-    width: Annotated[int, Field(ge=16, le=65536, description="Width of the result.")] = 2048
-    height: Annotated[int, Field(ge=16, le=65536, description="Height of the result.")] = 2048
+    width: Annotated[int, Field(ge=16, le=MAX_SIDE, description="Width of the result in pixels.")] = 2048
+    height: Annotated[int, Field(ge=16, le=MAX_SIDE, description="Height of the result in pixels.")] = 2048
 
 
 class PlanParams(BaseModel):
@@ -144,8 +168,8 @@ class PlanParams(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     kind: Annotated[Literal["image", "latent"], Field(description="What the input is.")]
-    width: Annotated[int, Field(ge=1, le=65536, description="Of the input, in pixels or latent cells.")]
-    height: Annotated[int, Field(ge=1, le=65536, description="Of the input, in pixels or latent cells.")]
+    width: Annotated[int, Field(ge=1, le=MAX_SIDE, description="Of the input, in pixels or latent cells.")]
+    height: Annotated[int, Field(ge=1, le=MAX_SIDE, description="Of the input, in pixels or latent cells.")]
     model: ModelName = None
     output_width: Annotated[Side, Field(description="Of the result, with output_height; for latents only.")] = None
     output_height: Annotated[Side, Field(description="Of the result, with output_width; for latents only.")] = None

@@ -8,7 +8,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from PIL.Image import Image, Resampling
@@ -181,9 +181,9 @@ class DecodeService:
             decoder = self.decoder(params.model)
             latent = load_latent(data, params.space, decoder)
             height, width = latent.output_size
-            self._check_size(decoder, *options.get("size", (width, height)))
+            self._check_size(decoder, *(options.size or (width, height)))
             callback = _progress(job, params.stream)
-            return _result(params, lambda: decoder.decode(latent, callback=callback, **options).image)
+            return _result(params, lambda: decoder.decode(latent, options=options, callback=callback).image)
 
         return self._submit(params, run)
 
@@ -203,9 +203,9 @@ class DecodeService:
             self._check_size(decoder, *result_size(decoder, file))
             scale = _checked_scale(decoder, params.scale)
 
-            def upscale() -> Any:
+            def upscale() -> Image:
                 callback = _progress(job, params.stream)
-                large = decoder.upscale(image, callback=callback, **options).image
+                large = decoder.upscale(image, options=options, callback=callback).image
                 return large if scale == decoder.scale else _downsampled(large, scale, decoder.scale)
 
             return _result(params, upscale)
@@ -237,20 +237,20 @@ class DecodeService:
             decoder = self.decoder(params.model)
             self._check_size(decoder, *size)
 
-            def generate() -> Any:
+            def generate() -> Image:
                 latent = text_to_latent(
                     prompt,
                     width=size[0],
                     height=size[1],
-                    seed=params.seed or 0,
+                    seed=options.seeds(1)[0],
                     callback=lambda step, num_steps: job.report(step=step, num_steps=num_steps, phase="text-to-latent"),
                 )
-                chosen = dict(options)
-                if decoder.reads_text:
-                    chosen["prompt"] = prompt
-                if decoder.kind == "feed-forward":
-                    chosen.pop("seed", None)  # it acts on the pipeline
-                return decoder.decode(latent, callback=_progress(job, params.stream), **chosen).image
+                used = replace(
+                    options,
+                    prompt=prompt if decoder.reads_text else None,
+                    seed=None if decoder.kind == "feed-forward" else options.seed,  # it acted on the pipeline
+                )
+                return decoder.decode(latent, options=used, callback=_progress(job, params.stream)).image
 
             return _result(params, generate)
 
@@ -390,7 +390,7 @@ def _progress(job: DecodeJob, previews: bool) -> Callable[[Step], None]:
     return callback
 
 
-def _result(params: ResultParams, decode: Callable[[], Any]) -> Result:
+def _result(params: ResultParams, decode: Callable[[], Image]) -> Result:
     """Run a decode and encode its image as a file."""
     started = time.perf_counter()
     # Only the queue's thread decodes, so the warnings caught here are this decode's.

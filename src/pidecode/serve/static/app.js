@@ -18,6 +18,7 @@ const size = (bytes) => (bytes >= 1e9 ? `${(bytes / 1e9).toFixed(1)} GB` : bytes
 const model = () => server.models.find((one) => one.id === find("model").value) ?? server.models[0];
 const isPrompt = () => input?.info.kind === "prompt";
 const isImage = () => input?.info.kind === "image";
+const hasSize = () => !find("to-width").closest(".row").hidden && find("to-width").value && find("to-height").value;
 
 function showError(message) {
   find("error").firstElementChild.textContent = message ?? "";
@@ -47,37 +48,33 @@ function fillSettings() {
   const chosen = model(), student = chosen.kind === "student";
   const kept = { scale: find("scale").value, num_steps: find("num_steps").value };
   const factors = [chosen.scale, ...[4, 3, 2, 1].filter((one) => one < chosen.scale)];
-  find("scale").replaceChildren(...factors.map((one) => option(one, one === chosen.scale ? `${one}×` : `${one}×, reduced from ${chosen.scale}×`)));
+  find("scale").replaceChildren(...factors.map((one) => option(one, one === chosen.scale ? `${one}×` : `${one}×, downsampled from ${chosen.scale}×`)));
   const steps = student ? [4, 3, 2, 1] : [25, 15, 35, 50];
   find("num_steps").replaceChildren(...steps.map((one, index) => option(one, index ? String(one) : `${one}, as trained`)));
   if (factors.includes(Number(kept.scale))) find("scale").value = kept.scale;
   if (steps.includes(Number(kept.num_steps))) find("num_steps").value = kept.num_steps;
+  find("sigma").max = chosen.max_sigma;
   for (const [name, on] of Object.entries({
-    "for-image": !input || isImage(), "for-latent": input && !isImage(), "for-unknown-space": input && !isImage() && !isPrompt() && !input.info.space,
+    "for-image": !input || isImage(), "for-size": input && (isPrompt() || (!isImage() && chosen.kind !== "feed-forward")), "for-unknown-space": input && !isImage() && !isPrompt() && !input.info.space,
     "for-text-readers": chosen.reads_text && !isPrompt(), "for-student": student, "for-teacher": chosen.kind === "teacher",
-    "for-seed": chosen.kind !== "feed-forward" || isPrompt(), "for-diffusion": chosen.kind !== "feed-forward",
+    "for-diffusion": chosen.kind !== "feed-forward", "for-seed": chosen.kind !== "feed-forward" || isPrompt(),
   })) for (const element of document.getElementsByClassName(name)) element.hidden = !on;
 }
 
 function readSettings() {
-  const settings = {
-    model: find("model").value, format: find("format").value,
-  };
-  if (model().kind !== "feed-forward") {
-    settings.seed = find("seed").value;
-    settings.num_steps = find("num_steps").value;
-  } else if (isPrompt()) settings.seed = find("seed").value;
+  const settings = { model: find("model").value, format: find("format").value }, { kind } = model();
+  if (kind !== "feed-forward" || isPrompt()) settings.seed = find("seed").value; // the seed of a text-to-image pipeline, too
+  if (kind !== "feed-forward") settings.num_steps = find("num_steps").value;
   if (Number(find("sigma").value)) settings.sigma = find("sigma").value;
-  if (model().kind === "student") settings.sampler = find("sampler").value;
-  else if (model().kind === "teacher") settings.guidance_scale = find("guidance_scale").value;
+  if (kind === "student") settings.sampler = find("sampler").value;
+  if (kind === "teacher") settings.guidance_scale = find("guidance_scale").value;
   if (model().reads_text && !isPrompt() && find("prompt").value.trim()) settings.prompt = find("prompt").value.trim();
   if (isImage()) {
     settings.fit = find("fit").value;
     settings.scale = find("scale").value;
     if (find("color_fix").value) settings.color_fix = find("color_fix").value;
   } else {
-    if (find("to-width").value) settings.width = find("to-width").value;
-    if (find("to-height").value) settings.height = find("to-height").value;
+    if (hasSize()) [settings.width, settings.height] = [find("to-width").value, find("to-height").value];
     if (!input.info.space && !isPrompt()) settings.space = find("space").value;
   }
   return settings;
@@ -174,8 +171,10 @@ async function plan() {
   try {
     if (refused) throw new Error(refused);
     const query = new URLSearchParams({ kind: isImage() ? "image" : "latent", width: input.info.width, height: input.info.height, model: chosen.id });
-    const width = find("to-width").value, height = find("to-height").value;
-    if (!isImage() && width && height) [["output_width", width], ["output_height", height]].forEach((pair) => query.set(...pair));
+    if (hasSize()) {
+      query.set("output_width", find("to-width").value);
+      query.set("output_height", find("to-height").value);
+    }
     const estimate = await (await request(`v1/plan?${query}`)).json();
     const factor = isImage() ? Number(find("scale").value) / chosen.scale : 1;
     const result = `${Math.round(estimate.width * factor)}×${Math.round(estimate.height * factor)} pixels`;
@@ -311,7 +310,7 @@ function showResult(entry) {
 
 async function addToHistory(job, settings, result) {
   const stem = job.prompt ? job.prompt.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40) : job.file.name.replace(/\.[^.]*$/, "") || "image", ending = settings.format === "jpeg" ? "jpg" : settings.format;
-  const entry = { input: job, settings, result, name: `${stem}-pid-${settings.seed}.${ending}`, thumb: document.createElement("canvas") };
+  const entry = { input: job, settings, result, name: `${stem}-pid${settings.seed === undefined ? "" : `-${settings.seed}`}.${ending}`, thumb: document.createElement("canvas") };
   history.unshift(entry);
   for (const old of history.splice(HISTORY_LENGTH)) {
     URL.revokeObjectURL(old.result.url);
@@ -333,7 +332,8 @@ function drawHistory() {
     button.type = "button";
     button.setAttribute("aria-current", String(entry === current));
     const noise = entry.settings.sigma ? `, noise ${entry.settings.sigma}` : "";
-    label.textContent = `${entry.input.file.name}: seed ${entry.settings.seed}${noise}`;
+    const seed = entry.settings.seed === undefined ? "" : `, seed ${entry.settings.seed}`;
+    label.textContent = `${entry.input.file.name}${seed}${noise}`;
     entry.thumb.setAttribute("aria-hidden", "true");
     button.append(entry.thumb, label);
     button.addEventListener("click", () => restore(entry));
