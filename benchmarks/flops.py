@@ -31,9 +31,4 @@ def adapter_flops(config: PiDConfig, size: tuple[int, int]) -> int:
     gate = D if config.gate == "per_channel" else 1
     heads_and_gates = 2 * L * heads * (W * D + D * gate)
     channels = config.latent_channels // config.latent_unpatchify**2
-    if not config.adapter_stages:
-        return 2 * L * 9 * W * (channels + W * (1 + 2 * config.adapter_blocks)) + heads_and_gates
-    cells, width, total = L / config.latent_to_patch_ratio**2, W // round(config.adapter_fold) ** 2, 0.0
-    for level, blocks in enumerate(config.adapter_stages):
-        total += 4**level * cells * 2 * 9 * width * (2 * blocks * width + (width if level else channels))
-    return round(total) + heads_and_gates
+    return 2 * L * 9 * W * (channels + W * (1 + 2 * config.adapter_blocks)) + heads_and_gates

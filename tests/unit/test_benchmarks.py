@@ -4,23 +4,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.configs import CONFIGS
 from benchmarks.decode import MODES, SIZES, Selection, main, why_not
-from benchmarks.flops import adapter_flops
 from benchmarks.profile import KINDS, REST, kind_of
 from benchmarks.speed import Benchmark, Trial
 from pidecode.errors import SettingError
-from pidecode.models.pid.adapter import LatentAdapter
-from pidecode.training.tiny.decoder_stage import tiny_config
 
 CPU = torch.device("cpu")
 
@@ -110,13 +105,3 @@ def test_compiled_code_is_timed_and_not_counted(monkeypatch: pytest.MonkeyPatch)
     measured = Benchmark(trial(mode="compile", steps=1))
     assert measured.peak() is None
     assert measured.step_times
-
-
-def test_operations_of_a_climbing_adapter_are_those_it_does() -> None:
-    config = replace(tiny_config(), adapter_stages=(2, 0, 1, 3))
-    with torch.device("meta"):
-        adapter, latent = LatentAdapter(config), torch.zeros(1, 128, 2, 3)
-        with FlopCounterMode(display=False) as counter:
-            adapter((8, 12), latent)
-    gates = 2 * 8 * 12 * config.hidden_size * 2  # which are the network's to call
-    assert adapter_flops(config, (192, 128)) == counter.get_total_flops() + gates

@@ -16,7 +16,6 @@ from pidecode.engine.timesteps import strip_for_inference
 from pidecode.errors import DoesNotFitError, SettingError
 from pidecode.models.pid.network import PiDNet
 from pidecode.registry.configs import PiDConfig, v1, v1pt5
-from pidecode.training.tiny.decoder_stage import tiny_config
 
 V15 = v1pt5(latent_channels=16, latent_down=8)
 SMALL = PiDConfig(
@@ -24,11 +23,17 @@ SMALL = PiDConfig(
     adapter_padding="replicate", gate="per_token", inject_pixels=True, rope_reference=(2048, 2048),
 )  # fmt: skip
 
+SHALLOW = PiDConfig(
+    hidden_size=256, num_heads=4, patch_depth=1, pixel_hidden_size=4, pixel_depth=1, pixel_attn_hidden_size=32,
+    pixel_num_heads=2, text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, adapter_width=64,
+    adapter_blocks=2, adapter_padding="replicate", gate="per_token", inject_pixels=True, prediction="x0",
+)  # fmt: skip
+
 
 @pytest.mark.parametrize(
     "config",
-    [V15, v1(latent_channels=16, latent_down=8), SMALL, tiny_config()],
-    ids=["v1.5", "v1", "small", "climbing"],
+    [V15, v1(latent_channels=16, latent_down=8), SMALL],
+    ids=["v1.5", "v1", "small"],
 )
 @pytest.mark.parametrize("stripped", [True, False])
 def test_parameters_are_counted_without_building(config: PiDConfig, stripped: bool) -> None:
@@ -68,7 +73,7 @@ def test_the_prediction_is_within_a_tenth_of_what_is_counted(plan: Plan) -> None
 
 @pytest.mark.parametrize("size", [(512, 512), (1024, 1024)])
 def test_a_small_network_is_mostly_the_images_between_its_evaluations(size: tuple[int, int]) -> None:
-    tiny, plan = tiny_config(), Plan(size=size, dtype="float32", chunks=LARGE)
+    tiny, plan = SHALLOW, Plan(size=size, dtype="float32", chunks=LARGE)
     counted = trace_decode(tiny, plan)
     assert predict(plan, tiny, accelerator=False).peak == pytest.approx(counted.total, rel=0.1)
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import pidecode
 from benchmarks.configs import CONFIGS
 from benchmarks.speed import random_network
 from pidecode.engine.inplace import denoise
@@ -150,24 +149,6 @@ def test_int8_products_inside_a_network_equal_the_reference(monkeypatch: pytest.
     expected = evaluate(net, CONFIG, 64, 64)
     # A sum that differs in its last place may tip a code at a later layer, hence more than rounding.
     assert (actual - expected).std() < 1e-3 * expected.std()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("format", "kernel", "decibels"), [("int8", None, 58), ("fp8", None, 42), ("int8", "int8", 50), ("fp8", "fp8", 41)]
-)
-def test_the_shipped_decoder_against_its_exact_self(format: Format, kernel: Kernel | None, decibels: float) -> None:
-    generator = torch.Generator().manual_seed(3)
-    cells = torch.nn.functional.interpolate(torch.randn(1, 128, 4, 4, generator=generator), size=(8, 8), mode="bicubic")
-    latent = pidecode.Latent(cells, "flux2", 0.0)
-    decoder = pidecode.PixelDecoder.from_pretrained("tiny")
-    decoder.runner.look = None  # the kernel that runs the blocks
-    exact = decoder.decode(latent, output="pt")
-    quantize(decoder.net.patch_blocks, format, kernel)
-    quantize(decoder.net.pixel_blocks, format, kernel)
-    answer = decoder.decode(latent, output="pt")
-    assert isinstance(exact, Tensor) and isinstance(answer, Tensor)
-    assert 10 * torch.log10(4 / (answer - exact).square().mean()) > decibels
 
 
 def test_kernels_are_probed_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

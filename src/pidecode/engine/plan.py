@@ -137,12 +137,8 @@ def parameters(config: PiDConfig, *, stripped: bool) -> tuple[int, int, int]:
 def _tower(config: PiDConfig) -> int:
     """Parameters of the adapter's convolutions."""
     W, channels = config.adapter_width, config.latent_channels // config.latent_unpatchify**2
-    if config.adapter_stages:  # a convolution to each level, two in each block
-        W //= round(config.adapter_fold) ** 2
-        convolutions = len(config.adapter_stages) - 1 + 2 * sum(config.adapter_stages)
-    else:
-        channels *= max(1, round(1 / config.latent_to_patch_ratio)) ** 2
-        convolutions = 1 + 2 * config.adapter_blocks
+    channels *= max(1, round(1 / config.latent_to_patch_ratio)) ** 2
+    convolutions = 1 + 2 * config.adapter_blocks
     return 9 * W * (channels + W * convolutions) + W * (1 + convolutions)
 
 

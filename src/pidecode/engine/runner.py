@@ -26,7 +26,6 @@ from pidecode.engine.tiling import Windows, denoise_windows
 from pidecode.engine.timesteps import (
     StepModulation,
     TimestepCache,
-    depends_on_noise,
     is_stripped,
     precompute,
     step_modulation,
@@ -35,7 +34,6 @@ from pidecode.engine.timesteps import (
 from pidecode.errors import SettingError
 from pidecode.models.attention import best_backend, use_backend
 from pidecode.models.pid.network import Condition, Grid, PiDNet
-from pidecode.models.regressor import look_through
 from pidecode.registry.checkpoints import STUDENT_TIMES
 from pidecode.sampling import SINGLE_STEP_TIME
 
@@ -75,8 +73,6 @@ class Runner:
             raise SettingError("fused and compile are two ways to run the same elementwise ops; choose one.")
         self.net, self.plan, self.distilled, self.fused = net, plan, distilled, fused
         self.graphs = graphs
-        self.look = look_through(net)
-        """The short way from latent to image, which an encoder also looks through; None where there is none."""
         self.compiled_ops = CompiledOps() if compile else None
         self.graph_cache: GraphCache | None = None
         """Captured evaluations, from the first one on."""
@@ -85,7 +81,6 @@ class Runner:
         self.offloader: BlockOffloader | None = None
         """Holds the patch blocks where the plan keeps them on the host."""
         self._timesteps: TimestepCache | None = None
-        self._depends_on_noise: bool | None = None
         self.backend: str | None = None
         """Attention kernel in use; None where torch picks one per call, as on the CPU."""
         self.sequence_parallel = False
@@ -224,39 +219,26 @@ class Runner:
                 "The weights were already brought into the form that runs, so they cannot be changed any more. "
                 "Load the decoder again, and change it before the first image and without a memory plan."
             )
-        self._timesteps = self._depends_on_noise = self.look = None
+        self._timesteps = None
         if self.graph_cache is not None:
             self.graph_cache.clear()
 
     def _strip(self) -> None:
         if self.distilled and not is_stripped(self.net):
             self.precompute_timesteps()
-            self.depends_on_noise()  # which the weights can no longer tell afterwards
             strip_for_inference(self.net)
-
-    def depends_on_noise(self) -> bool:
-        """Whether the prediction can differ from step to step; read from the weights once."""
-        if self._depends_on_noise is None:
-            self._depends_on_noise = depends_on_noise(self.net)
-        return self._depends_on_noise
 
     def sets_aside(self, what: str) -> bool:
         """Whether the plan has "text" or "encoder" leave the device when their work is done."""
         return self.plan is not None and what in self.plan.offload
 
     def predict(self, condition: Condition) -> Predict:
-        """The network as a function of the noisy image and the time.
-
-        It is evaluated once for all steps if it depends on neither.
-        """
+        """The network as a function of the noisy image and the time."""
         windows = None
         if self.plan is not None and self.plan.window is not None:
             windows = Windows.of_pixels(self.plan.window, self.net.config.patch_size)
 
         self.require(self.net.device)
-        shortly = self._answers_shortly(condition)
-        if shortly is not None:
-            return _evaluated_once(shortly)
 
         def once(x: Tensor, t: Tensor) -> Tensor:
             with use_backend(self.backend), self._ops():
@@ -284,23 +266,7 @@ class Runner:
             self.backend = "math"
             return once(x, t)
 
-        return checked if self.depends_on_noise() else _evaluated_once(checked)
-
-    def _answers_shortly(self, condition: Condition) -> Predict | None:
-        """The short way, where the network has one and nothing asks for the long one to be run in some manner."""
-        look, plan, tokens = self.look, self.plan, condition.pixel_injection
-        if (
-            look is None
-            or tokens is None
-            or self.graphs
-            or self.fused
-            or self.compiled_ops is not None
-            or self.sequence_parallel
-        ):
-            return None
-        if plan is not None and (plan.window is not None or plan.quantization != "none"):
-            return None
-        return lambda x, t: look.image(tokens.tokens, condition.grid)
+        return checked
 
     def _ops(self) -> AbstractContextManager[None]:
         if self.compiled_ops is not None:
@@ -325,15 +291,3 @@ class Runner:
         config = self.net.config
         head_dims = (config.hidden_size // config.num_heads, config.pixel_attn_hidden_size // config.pixel_num_heads)
         self.backend = best_backend(head_dims, self.net.dtype, device)
-
-
-def _evaluated_once(predict: Predict) -> Predict:
-    """`predict` for a network that predicts the same at every step: later steps get the first one's prediction."""
-    predictions: list[Tensor] = []
-
-    def remembered(x: Tensor, t: Tensor) -> Tensor:
-        if not predictions:
-            predictions.append(predict(x, t))
-        return predictions[0]
-
-    return remembered

@@ -105,19 +105,6 @@ def precompute(net: PiDNet, times: Sequence[float]) -> TimestepCache:
     return TimestepCache(times=tuple(t.tolist()), modulation=step_modulation(net, t))
 
 
-def depends_on_noise(net: PiDNet) -> bool:
-    """Whether the noisy image or the time can change what the network predicts.
-
-    They cannot where the patch embedding, the pixel embedding and the timestep embedding are all multiplied by zero,
-    as in a network of which only the adapter was trained: it gives the same prediction at every step, bit for bit.
-    Also True where the weights do not tell: on the meta device, and after `strip_for_inference`.
-    """
-    if is_stripped(net) or net.device.type == "meta":
-        return True
-    time: Any = net.t_embedder.mlp[-1]
-    return any(bool(layer.weight.any()) for layer in (net.s_embedder.proj, net.pixel_embedder.proj, time))
-
-
 def is_stripped(net: PiDNet) -> bool:
     """Whether `strip_for_inference` was applied."""
     return isinstance(net.t_embedder, nn.Identity)

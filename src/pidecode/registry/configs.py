@@ -72,13 +72,9 @@ class PiDConfig:
     adapter_width: int = 512
     """Channels of the adapter's convolutions."""
     adapter_blocks: int = 4
-    """Residual blocks of the adapter, where it does not climb."""
+    """Residual blocks of the adapter."""
     adapter_padding: Padding = "zeros"
     """What the convolutions see beyond the edge."""
-    adapter_stages: tuple[int, ...] = ()
-    """Residual blocks at each level of an adapter that climbs: from the latent's cells, by doubling, to a grid no
-    coarser than the patches, whose features are then folded into them. Empty convolves on the patch grid alone, with
-    `adapter_blocks`, as every released network does."""
     adapter_image_channels: int = 0
     """Channels of an optional low-resolution image beside the latent (0 in every released network)."""
     gate: Gate = "per_channel"
@@ -110,8 +106,6 @@ class PiDConfig:
             raise SettingError(
                 f"pixel_hidden_size is {self.pixel_hidden_size}; the position table needs a multiple of 4."
             )
-        if self.adapter_stages and not self.latent_channels:
-            raise SettingError(f"adapter_stages is {self.adapter_stages}, and without latent_channels nothing climbs.")
         if self.has_adapter:
             self._check_adapter()
 
@@ -155,28 +149,6 @@ class PiDConfig:
                 f"patch_size={self.patch_size} covers {1 / ratio:g} latent cells a side; it must be a whole number."
             )
 
-        if self.adapter_stages:
-            self._check_climb()
-
-    def _check_climb(self) -> None:
-        if len(self.adapter_stages) < 2 or min(self.adapter_stages) < 0:
-            raise SettingError(
-                f"adapter_stages is {self.adapter_stages}; it must be two or more numbers of blocks, 0 or more each."
-            )
-        fold = self.adapter_fold
-        if fold != round(fold) or fold < 1 or self.adapter_width % (4 * round(fold) ** 2):
-            raise SettingError(
-                f"{len(self.adapter_stages)} adapter_stages give {fold:g} cells a side of a patch; it must be a whole "
-                f"number, and adapter_width ({self.adapter_width}) a multiple of 4 times its square."
-            )
-        if self.color_head and self.color_head_tap != -1:
-            raise SettingError("color_head_tap counts blocks on the patch grid; with adapter_stages it must be -1.")
-
-    @property
-    def adapter_fold(self) -> float:
-        """Cells of the adapter's finest grid per patch, along each side, where it climbs."""
-        return float(2 ** (len(self.adapter_stages) - 1) / self.latent_to_patch_ratio)
-
     @property
     def has_text(self) -> bool:
         """Whether the network has a text stream."""
@@ -209,9 +181,7 @@ class PiDConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""
-        return {
-            **asdict(self), "rope_reference": list(self.rope_reference), "adapter_stages": list(self.adapter_stages),
-        }  # fmt: skip
+        return {**asdict(self), "rope_reference": list(self.rope_reference)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PiDConfig:
@@ -223,7 +193,7 @@ class PiDConfig:
         clean: dict[str, Any] = dict(values)
         defaults = cls()
         for name, value in clean.items():
-            if name in ("rope_reference", "adapter_stages"):
+            if name == "rope_reference":
                 if not isinstance(value, (list, tuple)) or not all(type(number) is int for number in value):
                     raise SettingError(f"{name} is {value!r}; it must be a list of whole numbers.")
                 clean[name] = tuple(value)

@@ -81,7 +81,7 @@ class InferredShape:
 
 def _latent_in(config: PiDConfig) -> int:
     ratio = config.latent_to_patch_ratio
-    fold = round(1 / ratio) if 0 < ratio < 1 and not config.adapter_stages else 1
+    fold = round(1 / ratio) if 0 < ratio < 1 else 1
     return config.latent_channels // config.latent_unpatchify**2 * fold**2
 
 
@@ -176,20 +176,14 @@ def _pixel_path(look: _Look) -> dict[str, Any]:
 
 def _adapter(look: _Look, seen: dict[str, Any], interval: int | None) -> InferredShape:
     shapes = look.shapes
-    climbed = look.count(r"lq_proj\.latent_proj\.levels\.(\d+)\.")
-    levels = [look.count(rf"lq_proj\.latent_proj\.levels\.{level}\.(\d+)\.block\.") for level in range(climbed)]
-    first = {"latent_proj": "levels.0.0" if levels else "0", "image_conv": "0"}  # the convolutions that see the input
-    starts = {tower: f"lq_proj.{tower}.{place}.weight" for tower, place in first.items()}
+    starts = {tower: f"lq_proj.{tower}.0.weight" for tower in ("latent_proj", "image_conv")}
     towers = [tower for tower, start in starts.items() if start in shapes]
     if not towers:
         look("lq_proj.latent_proj.0.weight")
     heads = look.count(r"lq_proj\.output_heads\.(\d+)\.")
     color = COLOR_HEAD + "3.weight" in shapes
     gate_rows = look("lq_proj.gate_modules.0.content_proj.weight")[0]
-    if levels:
-        seen["adapter_stages"] = tuple(levels)
-    else:
-        seen["adapter_blocks"] = look.count(rf"lq_proj\.{towers[0]}\.(\d+)\.block\.")
+    seen["adapter_blocks"] = look.count(rf"lq_proj\.{towers[0]}\.(\d+)\.block\.")
     seen |= {
         "adapter_width": look("lq_proj.output_heads.0.weight")[1],
         "gate": "per_token" if gate_rows == 1 else "per_channel",

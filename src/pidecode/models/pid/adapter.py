@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -71,15 +71,11 @@ def conv3x3(in_channels: int, out_channels: int, padding: Padding) -> nn.Conv2d:
 class ResidualBlock(nn.Module):
     """GroupNorm, SiLU, 3x3 convolution, twice, and a skip connection."""
 
-    def __init__(self, width: int, padding: Padding, *, normalized: bool = True) -> None:
+    def __init__(self, width: int, padding: Padding) -> None:
         super().__init__()
-
-        def norm() -> nn.Module:
-            return nn.GroupNorm(4, width) if normalized else nn.Identity()
-
         self.block = nn.Sequential(
-            norm(), nn.SiLU(), conv3x3(width, width, padding),
-            norm(), nn.SiLU(), conv3x3(width, width, padding),
+            nn.GroupNorm(4, width), nn.SiLU(), conv3x3(width, width, padding),
+            nn.GroupNorm(4, width), nn.SiLU(), conv3x3(width, width, padding),
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,31 +87,6 @@ def _tower(in_channels: int, width: int, blocks: int, padding: Padding) -> nn.Se
         conv3x3(in_channels, width, padding), nn.SiLU(), conv3x3(width, width, padding),
         *(ResidualBlock(width, padding) for _ in range(blocks)),
     )  # fmt: skip
-
-
-class ClimbingTower(nn.Module):
-    """Unpatchified latent `[B, C, a, b]` to features of the patch grid, by way of a finer one.
-
-    Small networks decode better per operation this way: the latent's own coarse grid is where convolutions are cheap,
-    and a grid finer than the patches is where they need not tell apart the places within one. Only the coarsest level
-    normalizes over the image; finer ones would lose the size of a faint detail by it.
-    """
-
-    def __init__(self, channels: int, config: PiDConfig) -> None:
-        super().__init__()
-        self.fold = round(config.adapter_fold)
-        width, padding = config.adapter_width // self.fold**2, config.adapter_padding
-        self.levels = nn.ModuleList()
-        for level, blocks in enumerate(config.adapter_stages):
-            self.levels.append(nn.Sequential(
-                conv3x3(width if level else channels, width, padding),
-                *(ResidualBlock(width, padding, normalized=level == 0) for _ in range(blocks)),
-            ))  # fmt: skip
-
-    def forward(self, cells: Tensor) -> Tensor:
-        for level, layers in enumerate(self.levels):
-            cells = layers(F.interpolate(cells, scale_factor=2, mode="nearest") if level else cells)
-        return F.pixel_unshuffle(cells, self.fold)
 
 
 class Gate(nn.Module):
@@ -165,12 +136,9 @@ class LatentAdapter(nn.Module):
             )
         if config.latent_channels:
             channels = config.latent_channels // config.latent_unpatchify**2
-            if config.adapter_stages:
-                self.latent_proj: nn.Module = ClimbingTower(channels, config)
-            else:
-                if config.latent_to_patch_ratio < 1:
-                    channels *= round(1 / config.latent_to_patch_ratio) ** 2
-                self.latent_proj = _tower(channels, width, config.adapter_blocks, padding)
+            if config.latent_to_patch_ratio < 1:
+                channels *= round(1 / config.latent_to_patch_ratio) ** 2
+            self.latent_proj = _tower(channels, width, config.adapter_blocks, padding)
         if config.adapter_image_channels and config.latent_channels:
             self.merge = nn.Sequential(
                 nn.Conv2d(2 * width, width, 1), nn.SiLU(),
@@ -203,16 +171,10 @@ class LatentAdapter(nn.Module):
         if config.latent_unpatchify > 1:
             latent = F.pixel_shuffle(latent, config.latent_unpatchify)
         ratio = config.latent_to_patch_ratio
-        if ratio > 1 and not config.adapter_stages:
+        if ratio > 1:
             return F.interpolate(latent, size=grid, mode="nearest")
         size = (round(grid[0] / ratio), round(grid[1] / ratio))
-        if config.adapter_stages and (size[0] * ratio, size[1] * ratio) != grid:
-            raise LatentError(
-                f"A grid of {grid[1]}x{grid[0]} patches is no whole number of latent cells, which cover {ratio:g}x"
-                f"{ratio:g} of them in this network; give an image whose sides are multiples of "
-                f"{round(ratio * config.patch_size)} pixels."
-            )
-        fold = 1 if config.adapter_stages else round(1 / ratio)
+        fold = round(1 / ratio)
         if latent.shape[-2:] != size:
             latent = F.interpolate(latent, size=size, mode="bilinear", align_corners=False)
         return F.pixel_unshuffle(latent, fold) if fold > 1 else latent
@@ -234,13 +196,10 @@ class LatentAdapter(nn.Module):
             parts.append(self.image_conv(F.pixel_unshuffle(image, self.fold)))
         if self.config.latent_channels and latent is not None:
             hidden = self.align(latent, grid).to(next(self.latent_proj.parameters()).dtype)
-            if isinstance(self.latent_proj, ClimbingTower):
-                hidden = self.latent_proj(hidden)
-            else:
-                for index, layer in enumerate(cast(nn.Sequential, self.latent_proj)):
-                    hidden = layer(hidden)
-                    if index > 2 and index - 2 == self.config.color_head_tap:  # residual blocks count from one
-                        tapped = hidden
+            for index, layer in enumerate(self.latent_proj):
+                hidden = layer(hidden)
+                if index > 2 and index - 2 == self.config.color_head_tap:  # residual blocks count from one
+                    tapped = hidden
             parts.append(hidden)
         if not parts:
             raise LatentError("The adapter was given neither a latent nor a low-resolution image it can read.")
