@@ -14,14 +14,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from pidecode.version import __version__
+
 if TYPE_CHECKING:
     from pidecode import errors
     from pidecode.decoder import PixelDecoder
     from pidecode.errors import PidecodeError
     from pidecode.integrations.diffusers import attach, detach
     from pidecode.latents.latent import Latent
-
-__version__ = "0.1.0"
 
 __all__ = ["Latent", "PidecodeError", "PixelDecoder", "__version__", "attach", "detach", "errors"]
 

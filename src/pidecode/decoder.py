@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pidecode import __version__
 from pidecode.color_fix import apply_color_fix
 from pidecode.devices import pick_device, usual_dtype
 from pidecode.encoders.base import Encode, LazyEncoder, encode_for, native_reference, visiting
@@ -53,6 +52,7 @@ from pidecode.options import (
 from pidecode.registry.checkpoints import CHECKPOINTS, Checkpoint, FlowShift, size_advice
 from pidecode.registry.spaces import LatentSpace, get_space
 from pidecode.sampling import Callback, NoiseStream, Step, guided, sample_student, sample_teacher
+from pidecode.version import __version__
 from pidecode.weights.detect import Overrides, detect
 from pidecode.weights.load import apply_lora, build_network
 from pidecode.weights.metadata import CheckpointMetadata

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import click
 
-from pidecode import __version__
 from pidecode.errors import DoesNotFitError, PidecodeError
+from pidecode.version import __version__
 
 UNEXPECTED = 70
 INTERRUPTED = 130

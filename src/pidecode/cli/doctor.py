@@ -14,10 +14,10 @@ from typing import Any
 
 import click
 
-from pidecode import __version__
 from pidecode.cli.common import Verdict, emit, json_option, space_option
 from pidecode.errors import SettingError
 from pidecode.units import format_bytes
+from pidecode.version import __version__
 
 PACKAGES = ("torch", "safetensors", "huggingface-hub", "numpy", "pillow", "diffusers", "transformers", "accelerate")
 

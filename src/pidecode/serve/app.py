@@ -19,7 +19,6 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from pidecode import __version__
 from pidecode.errors import SettingError
 from pidecode.serve import openai
 from pidecode.serve.http import (
@@ -50,6 +49,7 @@ from pidecode.serve.schemas import (
 )
 from pidecode.serve.service import DecodeService, Result
 from pidecode.units import parse_size
+from pidecode.version import __version__
 
 NDJSON = "application/x-ndjson"
 
