@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +26,11 @@ from torch import Tensor
 from pidecode import Latent, PixelDecoder
 from pidecode.color_fix import apply_color_fix
 from pidecode.metrics import channel_error, psnr, sharpness, ssim
-from pidecode.training.tiny.cache import crop_to_multiple, held_out, quarter, read_manifest, to_signed
-from pidecode.training.tiny.teacher import TeacherAutoencoder
+
+sys.path.append(str(Path(__file__).parent.parent / "recipes" / "tiny"))
+from taef2 import TinyAutoencoder
+
+from data import crop_to_multiple, held_out, quarter, read_manifest, to_signed
 
 SIGMAS = (0.2, 0.4, 0.6)
 
@@ -66,7 +70,7 @@ def row(image: Tensor, original: Tensor) -> dict[str, float]:
 
 
 def rows_of(
-    array: np.ndarray, decoder: PixelDecoder, teacher: TeacherAutoencoder, *, steps: int, noisy: bool
+    array: np.ndarray, decoder: PixelDecoder, teacher: TinyAutoencoder, *, steps: int, noisy: bool
 ) -> dict[str, dict[str, float]]:
     """Every contender's numbers for one image."""
     original, small = to_signed(array)[None], to_signed(quarter(array))[None]
@@ -116,7 +120,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write every image's numbers")
     given = parser.parse_args()
     decoder = PixelDecoder.from_pretrained(given.decoder, encoder=given.encoder, device="cpu", dtype=torch.float32)
-    teacher = TeacherAutoencoder.from_folder(given.teacher)
+    teacher = TinyAutoencoder.from_folder(given.teacher)
     table: dict[str, dict[str, dict[str, float]]] = {}
     for index, (name, array) in enumerate(images(given.data, given.side, given.every)):
         found = rows_of(array, decoder, teacher, num_steps=given.num_steps, noisy=index % given.noisy_every == 0)

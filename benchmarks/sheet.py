@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,8 +26,12 @@ from torch import Tensor
 from pidecode import PixelDecoder
 from pidecode.color_fix import apply_color_fix
 from pidecode.images.tensors import to_pil
-from pidecode.training.tiny.cache import crop_to_multiple, quarter, to_signed
-from pidecode.training.tiny.teacher import TeacherAutoencoder
+
+sys.path.append(str(Path(__file__).parent.parent / "recipes" / "tiny"))
+from synthetic import synthetic_image
+from taef2 import TinyAutoencoder
+
+from data import crop_to_multiple, quarter, to_signed
 
 COLUMNS = ("Lanczos 4x, no latent", "taef2, then Lanczos 4x", "this decoder", "the same, detail held", "original")
 NOISY_COLUMNS = ("no noise", *(f"sigma {sigma}" for sigma in SIGMAS), "original")
@@ -47,14 +52,12 @@ def free_images(side: int) -> Iterator[np.ndarray]:
     """Middles of at most `side` pixels of images that anyone may show, none of them used in training."""
     import skimage.data
 
-    from pidecode.training.tiny.procedural import procedural_image
-
     shown = (skimage.data.astronaut, skimage.data.chelsea, skimage.data.coffee, skimage.data.brick, skimage.data.camera)
     yield from (middle(crop_to_multiple(Image.fromarray(image())), side) for image in shown)
-    yield procedural_image("text_page", side, 4711)
+    yield synthetic_image("text_page", side, 4711)
 
 
-def contenders(small: Tensor, decoder: PixelDecoder, teacher: TeacherAutoencoder) -> tuple[Tensor, ...]:
+def contenders(small: Tensor, decoder: PixelDecoder, teacher: TinyAutoencoder) -> tuple[Tensor, ...]:
     """An image enlarged in each of the ways to compare."""
     with torch.inference_mode():
         plain = teacher.decode(teacher.encode(small))
@@ -91,7 +94,7 @@ def main() -> None:
     parser.add_argument("--noise", action="store_true", help="show noisy latents in place of the rivals")
     given = parser.parse_args()
     decoder = PixelDecoder.from_pretrained(given.decoder, encoder=given.encoder, device="cpu")
-    teacher = TeacherAutoencoder.from_folder(given.teacher)
+    teacher = TinyAutoencoder.from_folder(given.teacher)
     if given.noise:
         columns, shown_of = NOISY_COLUMNS, functools.partial(noisy, decoder=decoder)
     else:

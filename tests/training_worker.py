@@ -11,35 +11,43 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from pidecode.training.config import Recipe, Spread
-from pidecode.training.dataloader import Feed, make_helpers
+from pidecode.training.config import ParallelConfig, TrainConfig, apply_settings
+from pidecode.training.dataloader import DataLoader, make_encoders
 from pidecode.training.dataset import find_images
-from pidecode.training.distributed import DistEnv, bare, finish_gradients, gradients_stay_here, whole, world
-from pidecode.training.methods import build_method
-from pidecode.training.overrides import apply_settings
+from pidecode.training.distributed import (
+    DistEnv,
+    full_tensor,
+    init_distributed,
+    no_gradient_sync,
+    reduce_unsharded_gradients,
+    unwrap,
+)
 from pidecode.training.recipes import get_recipe
+from pidecode.training.tasks import build_task
 
 CPU = torch.device("cpu")
 
 
-def gradients(recipe: Recipe, here: DistEnv, step: int = 0) -> dict[str, torch.Tensor]:
+def gradients(recipe: TrainConfig, env: DistEnv, step: int = 0) -> dict[str, torch.Tensor]:
     """Loss and gradients of every module that iteration `step` trains, whole."""
-    method = build_method(recipe, here)
-    for module in (*method.trained.values(), *method.frozen.values()):
+    task = build_task(recipe, env)
+    for module in (*task.modules.values(), *task.frozen.values()):
         disturb(module)
-    feed = Feed(recipe, find_images(recipe.data.source), make_helpers(recipe, CPU), CPU, here.place, here.places)
-    modules = [method.trained[name] for name in method.turn(step)]
-    for index in range(recipe.optimize.accumulate):
-        example, draws, _ = feed.batch(index)
-        with gradients_stay_here(modules, index < recipe.optimize.accumulate - 1):
-            (method.outcome(step, example, draws).loss / recipe.optimize.accumulate).backward()
-    feed.close()
-    finish_gradients(modules, here)
+    loader = DataLoader(
+        recipe, find_images(recipe.data.source), make_encoders(recipe, CPU), CPU, env.data_rank, env.data_world_size
+    )
+    modules = [task.modules[name] for name in task.trained_at(step)]
+    for index in range(recipe.optimizer.grad_accumulation):
+        batch, rng, _ = loader.batch(index)
+        with no_gradient_sync(modules, index < recipe.optimizer.grad_accumulation - 1):
+            (task.loss(step, batch, rng).loss / recipe.optimizer.grad_accumulation).backward()
+    loader.close()
+    reduce_unsharded_gradients(modules, env)
     found = {}
-    for name in method.turn(step):
-        for key, parameter in bare(method.trained[name]).named_parameters():
+    for name in task.trained_at(step):
+        for key, parameter in unwrap(task.modules[name]).named_parameters():
             if parameter.grad is not None:
-                found[f"{name}.{key}"] = whole(parameter.grad).clone()
+                found[f"{name}.{key}"] = full_tensor(parameter.grad).clone()
     return found
 
 
@@ -61,12 +69,12 @@ def main() -> None:
             cases[-1].append(word)
     torch.set_num_threads(1)
     recipes = [(int(step), apply_settings(get_recipe(name), settings)) for name, step, *settings in cases]
-    with world(Spread(patience=300), CPU) as here:
+    with init_distributed(ParallelConfig(patience=300), CPU) as env:
         for index, (step, recipe) in enumerate(recipes):
-            across = recipe.spread.across
-            shared = replace(here, across=across, band_group=dist.group.WORLD if across > 1 else None)
+            count = recipe.parallel.context_parallel
+            shared = replace(env, context_parallel=count, context_group=dist.group.WORLD if count > 1 else None)
             found = gradients(recipe, shared, step)
-            if here.is_first:
+            if env.is_first:
                 save_file({key: value.contiguous() for key, value in found.items()}, Path(out) / f"{index}.safetensors")
 
 

@@ -127,7 +127,6 @@ PAGES = (
     Page("performance.md", "Performance", "a small card, or little time"),
     Page("benchmarks.md", "Benchmarks", "a wish for numbers"),
     Page("model_card.md", "Model card", "a question about the weights that ship with the package"),
-    Page("training_log.md", "Training log", "a wish to know how those weights were made, and what failed"),
     Page("licenses.md", "Licenses", "a question about money"),
     Page("troubleshooting.md", "Troubleshooting", "an error message"),
     Page("messages.md", "Every message"),

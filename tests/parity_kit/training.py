@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training: losses with their gradients, noising, the critic, and whole steps of teacher, student and fake score."""
+"""Training: losses with their gradients, noising, the discriminator, and steps of teacher, student and fake score."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from parity_kit.files import Case, Comparison
 from pidecode.sampling import clean_from_velocity, shifted, velocity_from_clean
-from pidecode.training.denoiser import Evaluator, Example
-from pidecode.training.dmd import Cast, Discriminator, Distillation, critics_loss, student_loss
-from pidecode.training.flow_matching import TeacherLoss, teacher_loss
+from pidecode.training.denoiser import Denoiser, TrainBatch
+from pidecode.training.dmd import Discriminator, DistillationConfig, DistillationModels, fake_score_loss, student_loss
+from pidecode.training.flow_matching import TeacherLossConfig, teacher_loss
 from pidecode.training.losses import (
     approximate_r1,
     color_alignment,
@@ -24,7 +24,7 @@ from pidecode.training.losses import (
     generator_adversarial,
     to_ycbcr,
 )
-from pidecode.training.noise import LatentNoise, mix, noise_latent, per_sample
+from pidecode.training.noise import LatentNoiseConfig, mix, noise_latent, per_sample
 from pidecode.training.repa import encoder_input, projector
 
 ABSOLUTE, RELATIVE = 1e-6, 1e-4
@@ -32,8 +32,8 @@ FORWARD = 2e-5
 SAMPLING = 1e-4
 
 
-class GivenDraws:
-    """Recorded draws instead of fresh ones, each kind in its own order."""
+class RecordedRNG:
+    """Recorded rng instead of fresh ones, each kind in its own order."""
 
     def __init__(
         self, normals: list[Tensor] | None = None, uniforms: list[Tensor] | None = None, choice: Tensor | None = None
@@ -89,16 +89,16 @@ def dsm(case: Case) -> Iterator[Comparison]:
 def gan(case: Case) -> Iterator[Comparison]:
     """Both sides of the adversarial loss."""
     fake, real = _leaf(case.inputs["fake_logits"]), _leaf(case.inputs["real_logits"])
-    generator, critic = generator_adversarial(fake), discriminator_adversarial(fake, real)
+    generator, discriminator = generator_adversarial(fake), discriminator_adversarial(fake, real)
     yield _close("gen_loss", generator, case)
-    yield _close("disc_loss", critic, case)
+    yield _close("disc_loss", discriminator, case)
     yield _close("gen_grad_fake", _gradient(generator, fake), case)
-    yield _close("disc_grad_fake", _gradient(critic, fake), case)
-    yield _close("disc_grad_real", _gradient(critic, real), case)
+    yield _close("disc_grad_fake", _gradient(discriminator, fake), case)
+    yield _close("disc_grad_real", _gradient(discriminator, real), case)
 
 
-def _critic(kwargs: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> Discriminator:
-    critic = Discriminator(
+def _discriminator(kwargs: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> Discriminator:
+    discriminator = Discriminator(
         kwargs["inner_dim"],
         kwargs["num_blocks"],
         tuple(kwargs["feature_indices"] or ()),
@@ -106,17 +106,17 @@ def _critic(kwargs: Mapping[str, Any], weights: Mapping[str, Tensor] | None = No
         per_patch=kwargs.get("patch_logits", False),
     )
     if weights is not None:
-        critic.load_state_dict(dict(weights))
-    return critic
+        discriminator.load_state_dict(dict(weights))
+    return discriminator
 
 
 def r1(case: Case) -> Iterator[Comparison]:
     """The approximate penalty, on the file's stand-in features."""
-    critic = _critic(case.args["kwargs"], case.weights)
+    discriminator = _discriminator(case.args["kwargs"], case.weights)
 
     def judge(x: Tensor) -> Tensor:
         features = torch.tanh(torch.einsum("dc,bchw->bdhw", case.inputs["mix"], x) + per_sample(case.inputs["t"]))
-        logits: Tensor = critic([features])
+        logits: Tensor = discriminator([features])
         return logits
 
     x = case.inputs["x"]
@@ -125,7 +125,7 @@ def r1(case: Case) -> Iterator[Comparison]:
     loss.backward()
     yield _close("real_logits", real, case)
     yield _close("r1", loss, case)
-    for name, parameter in critic.named_parameters():
+    for name, parameter in discriminator.named_parameters():
         yield _close(f"grad.{name}", _grad_of(parameter), case)
 
 
@@ -172,20 +172,20 @@ def fm(case: Case) -> Iterator[Comparison]:
 
 
 def disc(case: Case) -> Iterator[Comparison]:
-    """The critic on given features."""
-    critic = _critic(case.args["kwargs"], case.weights)
+    """The discriminator on given features."""
+    discriminator = _discriminator(case.args["kwargs"], case.weights)
     features = [case.inputs[key] for key in sorted(case.inputs)]
-    yield Comparison("logits", critic(features), case.outputs["logits"], FORWARD)
+    yield Comparison("logits", discriminator(features), case.outputs["logits"], FORWARD)
 
 
 def noiser(case: Case) -> Iterator[Comparison]:
-    """Noising of latents with recorded draws."""
+    """Noising of latents with recorded rng."""
     given = case.args["cfg"]
-    settings = LatentNoise(
+    settings = LatentNoiseConfig(
         probability=given["apply_prob"],
-        clean_share=given.get("clean_latent_ratio", 0.0),
-        smallest=given["add_sigma_min"],
-        largest=given["add_sigma_max"],
+        clean_probability=given.get("clean_latent_ratio", 0.0),
+        sigma_min=given["add_sigma_min"],
+        sigma_max=given["add_sigma_max"],
         by_name=tuple(
             (entry["url_substring"], entry["add_sigma_min"], entry["add_sigma_max"])
             for entry in given.get("url_sigma_overrides") or ()
@@ -193,15 +193,15 @@ def noiser(case: Case) -> Iterator[Comparison]:
     )
     dtype = getattr(torch, case.args.get("dtype", "float32"))
     order = [case.inputs["u_apply"], *(case.inputs[key] for key in ("u_clean",) if key in case.inputs)]
-    draws = GivenDraws([case.inputs["noise"]], [*order, case.inputs["u_sigma"]])
+    rng = RecordedRNG([case.inputs["noise"]], [*order, case.inputs["u_sigma"]])
     frame = "variance_preserving" if given["backbone"] == "sdxl" else "flow"
-    latent, sigma = noise_latent(case.inputs["latent"].to(dtype), draws, settings, frame, case.args.get("urls", ()))
+    latent, sigma = noise_latent(case.inputs["latent"].to(dtype), rng, settings, frame, case.args.get("urls", ()))
     yield _close("latent", latent.float(), case)
     yield _close("sigma", sigma, case)
 
 
 def repa(case: Case) -> Iterator[Comparison]:
-    """Alignment with recorded encoder features."""
+    """RepresentationAlignment with recorded encoder features."""
     width, _, encoder_width = case.args["dims"]
     module = projector(width, encoder_width)
     module.load_state_dict(dict(case.weights))
@@ -230,91 +230,89 @@ def _gradients(case: Case, prefix: str, module: nn.Module) -> Iterator[Compariso
         yield Comparison(f"{prefix}.{key}", actual, recorded, allowed, RELATIVE)
 
 
-def _train_step(case: Case, settings: TeacherLoss) -> Iterator[Comparison]:
+def _train_step(case: Case, settings: TeacherLossConfig) -> Iterator[Comparison]:
     net = case.net(train=True)
-    example = Example(
+    batch = TrainBatch(
         image=case.inputs["image"],
         low=case.inputs.get("lq_image"),
         text=case.inputs["y"],
         latent=case.inputs.get("lq_latent"),
         sigma=case.inputs.get("sigma"),
     )
-    outcome = teacher_loss(
-        Evaluator(net), example, GivenDraws([case.inputs["t_normal"], case.inputs["noise"]]), settings
-    )
-    outcome.loss.backward()
-    yield _close("total_loss", outcome.loss, case)
-    yield _close("diffusion_loss", outcome.parts["flow"], case)
-    if "color" in outcome.parts:
-        yield _close("lq_latent_image_align_loss", outcome.parts["color"], case)
+    output = teacher_loss(Denoiser(net), batch, RecordedRNG([case.inputs["t_normal"], case.inputs["noise"]]), settings)
+    output.loss.backward()
+    yield _close("total_loss", output.loss, case)
+    yield _close("diffusion_loss", output.parts["flow"], case)
+    if "color" in output.parts:
+        yield _close("lq_latent_image_align_loss", output.parts["color"], case)
     yield from _gradients(case, "grad", net)
 
 
 def t2i_train_step(case: Case) -> Iterator[Comparison]:
     """A step of the text-to-image backbone with a size-dependent shift."""
     shift = case.args["dynamic_shift"]
-    settings = TeacherLoss(shift=shift["base_shift"], shift_base_size=shift["base_image_size_for_shift_calc"])
+    settings = TeacherLossConfig(shift=shift["base_shift"], shift_base_size=shift["base_image_size_for_shift_calc"])
     yield from _train_step(case, settings)
 
 
 def teacher_train_step(case: Case) -> Iterator[Comparison]:
     """A step of the teacher: flow matching and the color loss."""
-    settings = TeacherLoss(shift=case.args["shift"], shift_base_size=None, color_weight=case.args["align_weight"])
+    settings = TeacherLossConfig(shift=case.args["shift"], shift_base_size=None, color_weight=case.args["align_weight"])
     yield from _train_step(case, settings)
 
 
-_DISTILLATION = Distillation()
+_DISTILLATION = DistillationConfig()
 
 
-def _cast(case: Case, *, critic: bool = True) -> tuple[Cast, Example]:
-    student = Evaluator(case.net(train=True))
-    teacher = Evaluator(case.net(case.args["teacher_scale"]))
-    fake = Evaluator(case.net(case.args["fake_scale"], train=True))
+def _models(case: Case, *, discriminator: bool = True) -> tuple[DistillationModels, TrainBatch]:
+    student = Denoiser(case.net(train=True))
+    teacher = Denoiser(case.net(case.args["teacher_scale"]))
+    fake = Denoiser(case.net(case.args["fake_scale"], train=True))
     prefix = "disc_weights."
     weights = {key.removeprefix(prefix): value for key, value in case.inputs.items() if key.startswith(prefix)}
-    judge = _critic(case.args["discriminator"], weights) if critic else None
-    example = Example(
+    judge = _discriminator(case.args["discriminator"], weights) if discriminator else None
+    batch = TrainBatch(
         image=case.inputs["x0"],
         text=case.inputs["y"],
         null_text=case.inputs["null_y"],
         latent=case.inputs["lq_latent"],
         sigma=case.inputs["sigma"],
     )
-    return Cast(student, teacher, fake, judge), example
+    return DistillationModels(student, teacher, fake, judge), batch
 
 
-def _distillation_draws(case: Case, *more: Tensor) -> GivenDraws:
+def _distillation_rng(case: Case, *more: Tensor) -> RecordedRNG:
     normals = [case.inputs[key] for key in ("noise", "t_normal", "eps")]
-    return GivenDraws([*normals, *more], choice=case.inputs["step_ids"])
+    return RecordedRNG([*normals, *more], choice=case.inputs["step_ids"])
 
 
 def distill_student_step(case: Case) -> Iterator[Comparison]:
-    """The student's phase without and with the critic."""
-    for variant, critic in (("nogan", False), ("gan", True)):
-        cast, example = _cast(case, critic=critic)
-        outcome, seen = student_loss(cast, example, _distillation_draws(case), _DISTILLATION, _DISTILLATION.gan_weight)
-        outcome.loss.backward()
-        yield _close(f"{variant}.total_loss", outcome.loss.float(), case)
-        yield _close(f"{variant}.vsd_loss", outcome.parts["matching"].float(), case)
-        if critic:
-            yield _close("gan.gan_loss_gen", outcome.parts["fooling"], case)
+    """The student's phase without and with the discriminator."""
+    for variant, discriminator in (("nogan", False), ("gan", True)):
+        models, batch = _models(case, discriminator=discriminator)
+        output, seen = student_loss(models, batch, _distillation_rng(case), _DISTILLATION, _DISTILLATION.gan_weight)
+        output.loss.backward()
+        yield _close(f"{variant}.total_loss", output.loss.float(), case)
+        yield _close(f"{variant}.vsd_loss", output.parts["dmd"].float(), case)
+        if discriminator:
+            yield _close("gan.gan_loss_gen", output.parts["g_loss"], case)
         else:
             for name, key in (("student", "x0_student"), ("teacher", "x0_teacher_cfg"), ("fake", "x0_fake")):
                 yield Comparison(key, seen[name], case.outputs[key], SAMPLING)
-        yield from _gradients(case, f"{variant}.grad", cast.student.net)  # type: ignore[arg-type]
-    t = case.inputs["t_normal"].sigmoid().clamp(_DISTILLATION.earliest, _DISTILLATION.latest)
+        yield from _gradients(case, f"{variant}.grad", models.student.net)  # type: ignore[arg-type]
+    t = case.inputs["t_normal"].sigmoid().clamp(_DISTILLATION.min_time, _DISTILLATION.max_time)
     yield _close("t", t, case)
 
 
 def distill_fake_step(case: Case) -> Iterator[Comparison]:
-    """The other phase: fake score and critic."""
-    cast, example = _cast(case)
-    outcome = critics_loss(cast, example, _distillation_draws(case, case.inputs["r1_noise"]), _DISTILLATION)
-    outcome.loss.backward()
-    yield _close("total_loss", outcome.loss, case)
-    for name, key in (("fake", "dsm_loss"), ("telling", "gan_loss_disc"), ("steady", "gan_loss_r1")):
+    """The other phase: fake score and discriminator."""
+    models, batch = _models(case)
+    output = fake_score_loss(models, batch, _distillation_rng(case, case.inputs["r1_noise"]), _DISTILLATION)
+    output.loss.backward()
+    yield _close("total_loss", output.loss, case)
+    for name, key in (("fake", "dsm_loss"), ("d_loss", "gan_loss_disc"), ("r1", "gan_loss_r1")):
         recorded = case.outputs[key]
-        yield Comparison(key, outcome.parts[name], recorded, ABSOLUTE, RELATIVE)
-    yield from _gradients(case, "grad", cast.fake.net)  # type: ignore[arg-type]
-    assert cast.critic is not None
-    yield from _gradients(case, "grad_disc", cast.critic)
+        yield Comparison(key, output.parts[name], recorded, ABSOLUTE, RELATIVE)
+    yield from _gradients(case, "grad", models.fake.net)  # type: ignore[arg-type]
+    assert models.discriminator is not None
+    yield from _gradients(case, "grad_disc", models.discriminator)

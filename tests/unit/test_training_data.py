@@ -15,12 +15,11 @@ import torch
 from PIL import Image
 
 from pidecode.errors import SettingError, TrainingError
-from pidecode.training.config import Recipe
-from pidecode.training.dataloader import Feed, Helpers
-from pidecode.training.dataset import Order, find_images, nearest_size
-from pidecode.training.debug import COSINES, encode_cosines
+from pidecode.training.config import TrainConfig, apply_settings
+from pidecode.training.dataloader import ConditionEncoders, DataLoader
+from pidecode.training.dataset import BucketSampler, find_images, nearest_size
+from pidecode.training.debug import BLOCK_DCT, encode_block_dct
 from pidecode.training.latent_cache import LatentShards
-from pidecode.training.overrides import apply_settings
 from pidecode.training.recipes import RECIPES, get_recipe
 
 CPU = torch.device("cpu")
@@ -55,13 +54,13 @@ def shard(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
-def recipe_for(source: Path, *settings: str) -> Recipe:
-    return apply_settings(get_recipe("miniature_teacher"), [f"data.source={str(source)!r}", *settings])
+def recipe_for(source: Path, *settings: str) -> TrainConfig:
+    return apply_settings(get_recipe("debug_teacher"), [f"data.source={str(source)!r}", *settings])
 
 
-def feed_of(recipe: Recipe, cache: LatentShards | None = None, rank: int = 0, ranks: int = 1) -> Feed:
-    helpers = Helpers(encode_cosines, recipe.encode_text, cache)
-    return Feed(recipe, find_images(recipe.data.source), helpers, CPU, rank, ranks)
+def loader_for(recipe: TrainConfig, cache: LatentShards | None = None, rank: int = 0, ranks: int = 1) -> DataLoader:
+    encoders = ConditionEncoders(encode_block_dct, recipe.encode_text, cache)
+    return DataLoader(recipe, find_images(recipe.data.source), encoders, CPU, rank, ranks)
 
 
 def test_a_folder_is_read_with_its_captions(folder: Path) -> None:
@@ -107,14 +106,14 @@ def test_damaged_files_are_skipped_counted_and_named(folder: Path) -> None:
     (folder / "broken.png").write_bytes(b"not an image")
     whole = image_bytes(9, (96, 64))
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])  # its header is whole, its pixels are not
-    recipe = recipe_for(folder, "data.batch=3", "data.sizes=((64, 96), (64, 64), (96, 64))")
-    feed = feed_of(recipe)
-    for number in range(2 * feed.order.per_epoch):
-        example, _, names = feed.batch(number)
+    recipe = recipe_for(folder, "data.batch_size=3", "data.sizes=((64, 96), (64, 64), (96, 64))")
+    loader = loader_for(recipe)
+    for number in range(2 * loader.sampler.batches_per_epoch):
+        batch, _, names = loader.batch(number)
         assert "cut.png" not in names
-        assert torch.isfinite(example.image).all()
-    feed.close()
-    assert set(feed.skipped) == {"broken.png", "cut.png"}
+        assert torch.isfinite(batch.image).all()
+    loader.close()
+    assert set(loader.skipped) == {"broken.png", "cut.png"}
 
 
 def test_no_image_at_all_is_a_clear_stop(tmp_path: Path) -> None:
@@ -130,10 +129,10 @@ def test_no_image_at_all_is_a_clear_stop(tmp_path: Path) -> None:
 def test_only_unreadable_pixels_is_a_clear_stop(tmp_path: Path) -> None:
     whole = image_bytes(9, (96, 64))
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    feed = feed_of(recipe_for(tmp_path))
+    loader = loader_for(recipe_for(tmp_path))
     with pytest.raises(TrainingError, match=r"in a row could not be read, the last being cut\.png"):
-        feed.batch(0)
-    feed.close()
+        loader.batch(0)
+    loader.close()
 
 
 def test_every_sitting_is_of_one_size_and_an_epoch_sees_everything(folder: Path) -> None:
@@ -141,65 +140,70 @@ def test_every_sitting_is_of_one_size_and_an_epoch_sees_everything(folder: Path)
         (folder / f"wide{index}.png").write_bytes(image_bytes(index, (90, 60)))
     entries = find_images(folder).entries
     sizes = ((64, 64), (64, 96), (96, 64))
-    order = Order(entries, sizes, 4, seed=5)
-    epoch = [order.sitting(number) for number in range(order.per_epoch)]
-    assert {index for sitting in epoch for index in sitting.entries} == set(range(len(entries)))
-    for sitting in epoch:
-        assert all(nearest_size(entries[index], sizes) == sitting.size for index in sitting.entries)
-        assert len(sitting.entries) == 4
-    again = Order(entries, sizes, 4, seed=5)
-    assert again.sitting(order.per_epoch + 1) == order.sitting(order.per_epoch + 1)  # asked for in any order
+    order = BucketSampler(entries, sizes, 4, seed=5)
+    epoch = [order.batch(number) for number in range(order.batches_per_epoch)]
+    assert {index for batch in epoch for index in batch.entries} == set(range(len(entries)))
+    for batch in epoch:
+        assert all(nearest_size(entries[index], sizes) == batch.size for index in batch.entries)
+        assert len(batch.entries) == 4
+    again = BucketSampler(entries, sizes, 4, seed=5)
+    assert again.batch(order.batches_per_epoch + 1) == order.batch(order.batches_per_epoch + 1)
 
 
 def test_a_batch_is_the_same_whenever_and_by_however_many_it_is_asked_for(folder: Path) -> None:
-    recipe = recipe_for(folder, "data.batch=2", "data.crop=32", "data.sizes=((64, 64),)")
-    feed = feed_of(recipe)
-    whole, draws, names = feed.batch(3)
-    single = apply_settings(recipe, ["data.batch=1"])
+    recipe = recipe_for(folder, "data.batch_size=2", "data.crop=32", "data.sizes=((64, 64),)")
+    loader = loader_for(recipe)
+    whole, rng, names = loader.batch(3)
+    single = apply_settings(recipe, ["data.batch_size=1"])
     for rank in range(2):
-        other = feed_of(single, rank=rank, ranks=2)
+        other = loader_for(single, rank=rank, ranks=2)
         part, part_draws, part_names = other.batch(3)
         other.close()
         assert part_names == names[rank : rank + 1]
         for field in ("image", "low", "latent", "sigma", "keep", "text"):
             assert torch.equal(getattr(part, field)[0], getattr(whole, field)[rank]), field
-        assert torch.equal(part_draws.normal((2,))[0], draws.normal((2,))[rank]) or rank == 1
-    feed.close()
+        assert torch.equal(part_draws.normal((2,))[0], rng.normal((2,))[rank]) or rank == 1
+    loader.close()
 
 
 def test_crops_of_image_and_latent_show_the_same_place(folder: Path) -> None:
     recipe = recipe_for(
-        folder, "data.crop=32", "data.sizes=((96, 96),)", "noise.probability=0", "data.latent_drop=0", "data.batch=3"
+        folder,
+        "data.crop=32",
+        "data.sizes=((96, 96),)",
+        "noise.probability=0",
+        "data.latent_dropout=0",
+        "data.batch_size=3",
     )
-    feed = feed_of(recipe)
+    loader = loader_for(recipe)
     for number in range(4):
-        example, _, _ = feed.batch(number)
-        assert example.image.shape[-2:] == (32, 32)
-        assert example.low is not None and example.latent is not None
-        assert example.low.shape[-2:] == (8, 8)
+        batch, _, _ = loader.batch(number)
+        assert batch.image.shape[-2:] == (32, 32)
+        assert batch.low is not None and batch.latent is not None
+        assert batch.low.shape[-2:] == (8, 8)
         # This encoder is local, so the latent of the crop is the crop of the latent.
-        assert torch.allclose(example.latent, encode_cosines(example.low), atol=1e-5)
-    feed.close()
+        assert torch.allclose(batch.latent, encode_block_dct(batch.low), atol=1e-5)
+    loader.close()
 
 
 def test_latents_are_encoded_once_and_read_from_shards_afterwards(folder: Path, tmp_path: Path) -> None:
-    recipe = recipe_for(folder, "data.sizes=((64, 64),)", "data.batch=3")
+    recipe = recipe_for(folder, "data.sizes=((64, 64),)", "data.batch_size=3")
     calls = []
 
     def encode(low: torch.Tensor) -> torch.Tensor:
         calls.append(len(low))
-        return encode_cosines(low)
+        return encode_block_dct(low)
 
-    cache = LatentShards(tmp_path / "cache", "cosines", per_shard=2)
-    feed = Feed(recipe, find_images(folder), Helpers(encode, recipe.encode_text, cache), CPU, 0, 1)
-    first, _, _ = feed.batch(0)
-    feed.close()
+    cache = LatentShards(tmp_path / "cache", "block-dct", per_shard=2)
+    loader = DataLoader(recipe, find_images(folder), ConditionEncoders(encode, recipe.encode_text, cache), CPU, 0, 1)
+    first, _, _ = loader.batch(0)
+    loader.close()
     assert sum(calls) == 3
-    again = LatentShards(tmp_path / "cache", "cosines")
+    again = LatentShards(tmp_path / "cache", "block-dct")
     assert len(again) == 3
-    feed = Feed(recipe, find_images(folder), Helpers(None, recipe.encode_text, again), CPU, 0, 1)
-    second, _, _ = feed.batch(0)
-    feed.close()
+    loader = DataLoader(recipe, find_images(folder), ConditionEncoders(None, recipe.encode_text, again), CPU, 0, 1)
+    second, _, _ = loader.batch(0)
+    loader.close()
     assert torch.equal(first.latent, second.latent)  # type: ignore[arg-type]
     assert len(LatentShards(tmp_path / "cache", "another encoder")) == 0
 
@@ -218,15 +222,15 @@ def test_damaged_latent_shards_are_passed_over(tmp_path: Path) -> None:
 
 def test_an_encoder_of_another_space_is_noticed(folder: Path) -> None:
     recipe = recipe_for(folder)
-    helpers = Helpers(lambda low: encode_cosines(low)[:, :4], recipe.encode_text)
-    feed = Feed(recipe, find_images(folder), helpers, CPU, 0, 1)
-    with pytest.raises(TrainingError, match=r"gave latents of shape \(4, .*means \(16,"):
-        feed.batch(0)
-    feed.close()
+    encoders = ConditionEncoders(lambda low: encode_block_dct(low)[:, :4], recipe.encode_text)
+    loader = DataLoader(recipe, find_images(folder), encoders, CPU, 0, 1)
+    with pytest.raises(TrainingError, match=r"gave latents of shape \(4, .*has \(16,"):
+        loader.batch(0)
+    loader.close()
 
 
 def test_every_recipe_is_whole_and_every_setting_is_explained() -> None:
-    from pidecode.training.overrides import describe
+    from pidecode.training.config import describe
 
     for name in RECIPES:
         recipe = get_recipe(name)
@@ -245,7 +249,7 @@ def test_recipes_exist_for_every_latent_space(space: str) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("data.bach=4", "Did you mean batch"),
+        ("data.batchsize=4", "Did you mean batch_size"),
         ("run.steps=1.5", "must be a whole number"),
         ("run.precision=fp8", "'bfloat16' or 'float32'"),
         ("data=3", "is a group of settings"),
@@ -253,15 +257,15 @@ def test_recipes_exist_for_every_latent_space(space: str) -> None:
         ("nothing", "write name=value"),
         ("data.sizes=((100, 100),)", "does not divide into units of 32"),
         ("data.crop=4096", "larger than images of"),
-        ("noise.largest=2", "must lie within 0 and 1"),
-        ("distil.times=(0.5, 0.7, 0)", "must fall and end in 0"),
-        ("only=adapter", ""),
+        ("noise.sigma_max=2", "must lie within 0 and 1"),
+        ("distillation.times=(0.5, 0.7, 0)", "must decrease and end in 0"),
+        ("trainable=adapter", ""),
     ],
 )
 def test_settings_that_cannot_act_are_refused(setting: str, message: str) -> None:
-    recipe = get_recipe("miniature_teacher")
+    recipe = get_recipe("debug_teacher")
     if not message:
-        assert apply_settings(recipe, [setting]).only == "adapter"
+        assert apply_settings(recipe, [setting]).trainable == "adapter"
         return
     with pytest.raises(SettingError, match=message.replace("(", r"\(")):
         apply_settings(recipe, [setting])
@@ -269,15 +273,20 @@ def test_settings_that_cannot_act_are_refused(setting: str, message: str) -> Non
 
 def test_settings_of_every_kind_are_read() -> None:
     recipe = apply_settings(
-        get_recipe("miniature_teacher"),
-        ["data.batch=4", "run.track=tensorboard", "optimize.rate=1", "run.recompute=no", "teacher.shift_base_size=none",
+        get_recipe("debug_teacher"),
+        ["data.batch_size=4", "run.trackers=tensorboard", "optimizer.lr=1", "run.activation_checkpointing=no",
+         "teacher.shift_base_size=none",
          "data.sizes=[(64, 64)]", "title=a new name"],
     )  # fmt: skip
-    assert (recipe.data.batch, recipe.run.track, recipe.optimize.rate) == (4, ("tensorboard",), 1.0)
-    assert (recipe.run.recompute, recipe.teacher.shift_base_size, recipe.data.sizes) == (False, None, ((64, 64),))
+    assert (recipe.data.batch_size, recipe.run.trackers, recipe.optimizer.lr) == (4, ("tensorboard",), 1.0)
+    assert (recipe.run.activation_checkpointing, recipe.teacher.shift_base_size, recipe.data.sizes) == (
+        False,
+        None,
+        ((64, 64),),
+    )
     assert recipe.title == "a new name"
 
 
 def test_a_network_of_another_space_is_refused() -> None:
     with pytest.raises(SettingError, match=r"reads latents of 16 channels at 1/8"):
-        replace(get_recipe("miniature_teacher"), space=replace(COSINES, channels=4))
+        replace(get_recipe("debug_teacher"), space=replace(BLOCK_DCT, channels=4))

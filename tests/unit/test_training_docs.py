@@ -13,16 +13,16 @@ from click.testing import CliRunner
 
 import pidecode
 from pidecode.cli.app import cli
-from pidecode.cli.train import OWN_WEIGHTS
-from pidecode.training.overrides import apply_settings
+from pidecode.training.config import apply_settings
 from pidecode.training.recipes import RECIPES, get_recipe
-from pidecode.training.trainer import train
+from pidecode.training.tasks import train
 from pidecode.weights.detect import detect
 from pidecode.weights.read import read_weights
 
 CPU = torch.device("cpu")
 SMALL = [
-    "run.steps=4", "run.save_every=2", "run.sample_every=4", "run.samples=1", "data.batch=2", "data.crop=64",
+    "run.steps=4", "run.checkpoint_every=2", "run.sample_every=4", "run.num_samples=1", "data.batch_size=2",
+    "data.crop=64",
     "data.sizes=((64, 64), (64, 128), (128, 64))", "net.hidden_size=32", "net.patch_depth=1",
     "net.pixel_attn_hidden_size=32", "net.adapter_width=8",
 ]  # fmt: skip
@@ -83,7 +83,7 @@ def test_the_example_of_an_own_space_trains(page: str, photos: Path, tmp_path: P
 
 def test_every_recipe_and_setting_the_page_names_exists(page: str) -> None:
     for name in re.findall(r"pidecode train ([a-z_]+)(?![a-z_.])", page):
-        assert name in {*RECIPES, *OWN_WEIGHTS}, name
+        assert name in RECIPES, name
     recipe = get_recipe("student")
     for setting in re.findall(r"--set ([a-z_.]+=[^\s`]+)", page):
         if not setting.startswith(("net.hidden_size", "teacher.align", "data.crop", "teacher=")):

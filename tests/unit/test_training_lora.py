@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 from pidecode.errors import CheckpointError, SettingError
 from pidecode.models.pid.network import PiDNet
 from pidecode.registry.configs import debug_config
-from pidecode.training.config import Adapt
-from pidecode.training.overrides import apply_settings
+from pidecode.training.config import LoRAConfig, apply_settings
 from pidecode.training.recipes import get_recipe
 from pidecode.weights.load import LoraMetadata, apply_lora, write_lora
 
@@ -46,10 +45,10 @@ def look(net: PiDNet) -> torch.Tensor:
 
 
 def test_an_applied_adapter_equals_the_injected_one(tmp_path: Path) -> None:
-    from pidecode.training.models import adapter_tensors, inject
+    from pidecode.training.models import adapter_tensors, inject_lora
 
     trained = random_net(1)
-    inject(trained, Adapt(rank=3, alpha=6.0), seed=2)
+    inject_lora(trained, LoRAConfig(rank=3, alpha=6.0), seed=2)
     assert {name.split(".")[0] for name, p in trained.named_parameters() if p.requires_grad} == {
         "patch_blocks", "pixel_blocks"
     }  # fmt: skip
@@ -59,7 +58,7 @@ def test_an_applied_adapter_equals_the_injected_one(tmp_path: Path) -> None:
             if ".lora_" in name:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
     path = tmp_path / "adapter.safetensors"
-    write_lora(path, adapter_tensors(trained.state_dict()), LoraMetadata(rank=3, alpha=6.0, space="cosines"))
+    write_lora(path, adapter_tensors(trained.state_dict()), LoraMetadata(rank=3, alpha=6.0, space="block-dct"))
     merged = random_net(1)
     plain = look(merged)
     assert apply_lora(merged, path) == 7
@@ -123,18 +122,18 @@ def test_bad_scales_and_metadata_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_trains_adapters_only_and_the_file_changes_the_decoder(tmp_path: Path) -> None:
-    from pidecode.training.trainer import train
+    from pidecode.training.tasks import train
 
     pixels = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     (tmp_path / "images").mkdir()
     Image.fromarray(pixels).save(tmp_path / "images" / "a.png")
     common = [
         f"data.source={str(tmp_path / 'images')!r}", "data.sizes=((32, 32),)", "run.sample_every=0",
-        "net.patch_depth=1", "run.save_every=2", "run.steps=3",
+        "net.patch_depth=1", "run.checkpoint_every=2", "run.steps=3",
     ]  # fmt: skip
-    base = train(apply_settings(get_recipe("miniature_direct"), common), tmp_path / "base", device=CPU)
-    recipe = apply_settings(get_recipe("miniature_direct"), [*common, "adapt.rank=2", "optimize.rate=0.05"])
-    recipe = replace(recipe, start_from=str(base))
+    base = train(apply_settings(get_recipe("debug_direct"), common), tmp_path / "base", device=CPU)
+    recipe = apply_settings(get_recipe("debug_direct"), [*common, "lora.rank=2", "optimizer.lr=0.05"])
+    recipe = replace(recipe, init_from=str(base))
     adapter = train(recipe, tmp_path / "run", device=CPU)
     assert adapter.name == "adapter.safetensors"
     assert all(".lora_" in name for name in load_file(adapter))

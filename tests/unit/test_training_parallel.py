@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pidecode.errors import SettingError, TrainingError
-from pidecode.training.distributed import Bands, DistEnv, world
-from pidecode.training.overrides import apply_settings
+from pidecode.training.config import apply_settings
+from pidecode.training.distributed import DistEnv, RowSharding, init_distributed
 from pidecode.training.recipes import get_recipe
 from training_worker import CPU, gradients
 
@@ -65,31 +65,34 @@ def finish(started: list[subprocess.Popen[str]], limit: float = 900) -> list[tup
     return [(process.returncode, end[1]) for process, end in zip(started, ends, strict=True)]
 
 
-PLAIN = ["net.patch_depth=2", "data.sizes=((64, 64),)", "data.caption_drop=0"]
+PLAIN = ["net.patch_depth=2", "data.sizes=((64, 64),)", "data.caption_dropout=0"]
 # The color loss is a weighted mean over each process's own images, as in the reference: of a batch in two parts it
 # is another number. Everything else is a mean over images.
 SPLIT = ["teacher.color_weight=0"]
 CASES: dict[str, tuple[str, int, list[str], list[str], list[str]]] = {
     # recipe, iteration, settings of both, of two processes, of one
-    "copied": ("miniature_teacher", 0, SPLIT, ["data.batch=1"], ["data.batch=2"]),
+    "copied": ("debug_teacher", 0, SPLIT, ["data.batch_size=1"], ["data.batch_size=2"]),
     "copied and accumulated": (
-        "miniature_teacher", 0, [*SPLIT, "optimize.accumulate=2", "run.recompute=true"],
-        ["data.batch=1"], ["data.batch=2"],
+        "debug_teacher", 0, [*SPLIT, "optimizer.grad_accumulation=2", "run.activation_checkpointing=true"],
+        ["data.batch_size=1"], ["data.batch_size=2"],
     ),
-    "sharded": ("miniature_teacher", 0, SPLIT, ["data.batch=1", "spread.weights=sharded"], ["data.batch=2"]),
-    "one image over two": ("miniature_teacher", 0, ["data.batch=2"], ["spread.across=2"], []),
+    "sharded": ("debug_teacher", 0, SPLIT, ["data.batch_size=1", "parallel.weights=shard"], ["data.batch_size=2"]),
+    "one image over two": ("debug_teacher", 0, ["data.batch_size=2"], ["parallel.context_parallel=2"], []),
     "one image over two, sharded and recomputed": (
-        "miniature_teacher", 0, ["data.batch=2", "run.recompute=true"],
-        ["spread.across=2", "spread.weights=sharded"], [],
+        "debug_teacher", 0, ["data.batch_size=2", "run.activation_checkpointing=true"],
+        ["parallel.context_parallel=2", "parallel.weights=shard"], [],
     ),
-    "student copied": ("miniature_student", 6, [], ["data.batch=1"], ["data.batch=2"]),
-    "student sharded": ("miniature_student", 6, [], ["data.batch=1", "spread.weights=sharded"], ["data.batch=2"]),
-    "student over two": ("miniature_student", 6, ["data.batch=2"], ["spread.across=2"], []),
-    "critics copied": ("miniature_student", 7, [], ["data.batch=1"], ["data.batch=2"]),
-    "critics sharded": ("miniature_student", 7, [], ["data.batch=1", "spread.weights=sharded"], ["data.batch=2"]),
-    "critics over two": ("miniature_student", 7, ["data.batch=2"], ["spread.across=2"], []),
+    "student copied": ("debug_student", 6, [], ["data.batch_size=1"], ["data.batch_size=2"]),
+    "student sharded": ("debug_student", 6, [], ["data.batch_size=1", "parallel.weights=shard"], ["data.batch_size=2"]),
+    "student over two": ("debug_student", 6, ["data.batch_size=2"], ["parallel.context_parallel=2"], []),
+    "fake score copied": ("debug_student", 7, [], ["data.batch_size=1"], ["data.batch_size=2"]),
+    "fake score sharded": (
+        "debug_student", 7, [], ["data.batch_size=1", "parallel.weights=shard"], ["data.batch_size=2"],
+    ),
+    "fake score over two": ("debug_student", 7, ["data.batch_size=2"], ["parallel.context_parallel=2"], []),
     "rollout over two": (
-        "miniature_student", 6, ["data.batch=2", "distil.student_input=self_rollout"], ["spread.across=2"], []
+        "debug_student", 6, ["data.batch_size=2", "distillation.student_input=self_rollout"],
+        ["parallel.context_parallel=2"], [],
     ),
 }  # fmt: skip
 
@@ -118,14 +121,17 @@ def train_words(images: Path, out: Path, *settings: str) -> list[str]:
         for setting in [*PLAIN, *SPLIT, "run.sample_every=2", "run.sample_steps=2", *settings]
         for part in ("--set", setting)
     ]
-    return ["-m", "pidecode", "train", "miniature_teacher", "--data", str(images), "--out", str(out), *pairs]
+    return ["-m", "pidecode", "train", "debug_teacher", "--data", str(images), "--out", str(out), *pairs]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spread", [["data.batch=1"], ["data.batch=1", "spread.weights=sharded"], ["spread.across=2"]])
-def test_a_run_of_two_ends_like_one_and_can_go_on_alone(spread: list[str], images: Path, tmp_path: Path) -> None:
-    length = ["run.steps=4", "run.save_every=2", "run.samples=1"]
-    ends = finish(start(train_words(images, tmp_path / "two", *length, *spread)))
+@pytest.mark.parametrize(
+    "parallel",
+    [["data.batch_size=1"], ["data.batch_size=1", "parallel.weights=shard"], ["parallel.context_parallel=2"]],
+)
+def test_a_run_of_two_ends_like_one_and_can_go_on_alone(parallel: list[str], images: Path, tmp_path: Path) -> None:
+    length = ["run.steps=4", "run.checkpoint_every=2", "run.num_samples=1"]
+    ends = finish(start(train_words(images, tmp_path / "two", *length, *parallel)))
     assert [code for code, _ in ends] == [0, 0], "\n".join(text for _, text in ends)
     ends = finish(start(train_words(images, tmp_path / "one", *length), processes=1))
     assert ends[0][0] == 0, ends[0][1]
@@ -133,16 +139,16 @@ def test_a_run_of_two_ends_like_one_and_can_go_on_alone(spread: list[str], image
     for key, value in one.items():
         # AdamW turns the rounding of tiny gradients into steps of the size of the rate (3e-3, still warming up).
         assert (two[key] - value).abs().max().item() < 2e-3, key
-    longer = train_words(images, tmp_path / "two", "run.steps=5", "run.samples=1")
+    longer = train_words(images, tmp_path / "two", "run.steps=5", "run.num_samples=1")
     ends = finish(start([*longer, "--resume"], processes=1))
     assert ends[0][0] == 0, ends[0][1]
-    assert "Going on from step 4." in ends[0][1]
+    assert "Resuming from step 4." in ends[0][1]
 
 
 @pytest.mark.slow
 def test_a_lost_process_is_named_and_what_was_saved_is_whole(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    both = start(train_words(images, out, "run.steps=100000", "run.save_every=2", "spread.patience=120"))
+    both = start(train_words(images, out, "run.steps=100000", "run.checkpoint_every=2", "parallel.timeout=120"))
     deadline = time.monotonic() + 600
     while not list((out / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
         assert both[0].poll() is None
@@ -156,9 +162,9 @@ def test_a_lost_process_is_named_and_what_was_saved_is_whole(images: Path, tmp_p
 
 
 def test_processes_that_cannot_share_a_image_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = apply_settings(get_recipe("miniature_teacher"), ["spread.across=2"])
+    recipe = apply_settings(get_recipe("debug_teacher"), ["parallel.context_parallel=2"])
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(SettingError, match="does not divide 3 processes"), world(recipe.spread, CPU):
+    with pytest.raises(SettingError, match="does not divide 3 processes"), init_distributed(recipe.parallel, CPU):
         pass
     with pytest.raises(SettingError, match="pixel rows do not divide over 5"):
-        Bands(0, 5, None).rows(torch.zeros(1, 3, 64, 64))
+        RowSharding(0, 5, None).rows(torch.zeros(1, 3, 64, 64))

@@ -23,12 +23,12 @@ from safetensors.torch import load_file
 
 from pidecode.errors import CheckpointError, SettingError, TrainingError
 from pidecode.training.checkpoint import newest_checkpoint
-from pidecode.training.config import Average, Optimize, Recipe
-from pidecode.training.ema import decay_at, power_exponent
+from pidecode.training.config import EMAConfig, OptimizerConfig, TrainConfig, apply_settings
+from pidecode.training.ema import ema_decay, power_exponent
 from pidecode.training.losses import distribution_matching
-from pidecode.training.overrides import apply_settings
 from pidecode.training.recipes import get_recipe
-from pidecode.training.trainer import export_newest, rate_factor, train
+from pidecode.training.tasks import export, train
+from pidecode.training.trainer import lr_factor
 
 CPU = torch.device("cpu")
 
@@ -45,8 +45,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def recipe_for(name: str, images: Path, *settings: str) -> Recipe:
-    fast = ["data.sizes=((32, 32),)", "run.sample_every=0", "run.log_every=1", "run.save_every=1000"]
+def recipe_for(name: str, images: Path, *settings: str) -> TrainConfig:
+    fast = ["data.sizes=((32, 32),)", "run.sample_every=0", "run.log_every=1", "run.checkpoint_every=1000"]
     return apply_settings(get_recipe(name), [f"data.source={str(images)!r}", *fast, *settings])
 
 
@@ -59,46 +59,48 @@ def mean(records: list[dict[str, Any]], key: str) -> float:
 
 
 OVERFIT = (
-    "data.caption_drop=0", "data.latent_drop=0", "noise.probability=0", "net.patch_depth=1", "average.kind=none",
-    "optimize.rate=1e-2", "run.steps=80", "distil.student_input=teacher_forcing",
+    "data.caption_dropout=0", "data.latent_dropout=0", "noise.probability=0", "net.patch_depth=1", "ema.kind=none",
+    "optimizer.lr=1e-2", "run.steps=80", "distillation.student_input=teacher_forcing",
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["miniature_direct", "miniature_teacher", "miniature_backbone"])
+@pytest.mark.parametrize("name", ["debug_direct", "debug_teacher", "debug_backbone"])
 def test_a_miniature_overfits_two_images(name: str, images: Path, tmp_path: Path) -> None:
     # Seen: the loss falls by 1.9 to 2.3, the squared error of the clean image by 2.2 to 3.7.
     train(recipe_for(name, images, *OVERFIT), tmp_path / "run", device=CPU)
     seen = metrics(tmp_path / "run")
     assert mean(seen[:10], "loss") / mean(seen[-10:], "loss") > 1.6
-    assert mean(seen[:10], "clean_error") / mean(seen[-10:], "clean_error") > 1.8
+    assert mean(seen[:10], "mse") / mean(seen[-10:], "mse") > 1.8
 
 
 def test_a_miniature_distillation_trains_both_sides(images: Path, tmp_path: Path) -> None:
-    settings = [*OVERFIT, "run.steps=12", "distil.gan_warmup=2", "run.save_every=1", "run.keep=12"]
-    train(recipe_for("miniature_student", images, *settings), tmp_path / "run", device=CPU)
+    settings = [*OVERFIT, "run.steps=12", "distillation.gan_warmup=2", "run.checkpoint_every=1", "run.keep=12"]
+    train(recipe_for("debug_student", images, *settings), tmp_path / "run", device=CPU)
     seen = metrics(tmp_path / "run")
-    assert {"matching", "fooling", "fake", "telling", "steady", "gradient_net", "gradient_fake"} <= set(seen[-1])
+    assert {"dmd", "g_loss", "fake", "d_loss", "r1", "grad_norm_net", "grad_norm_fake_score"} <= set(seen[-1])
     folders = sorted((tmp_path / "run" / "checkpoints").iterdir())
     states = [load_file(folder / "tensors.safetensors") for folder in folders]
     for step, (before, after) in enumerate(itertools.pairwise(states), start=1):
         moved = {key.split(".")[1] for key, value in after.items() if not torch.equal(value, before.get(key, value))}
-        assert moved & {"net", "fake", "critic"} == ({"net"} if step % 3 == 0 else {"fake", "critic"})
+        assert moved & {"net", "fake_score", "discriminator"} == (
+            {"net"} if step % 3 == 0 else {"fake_score", "discriminator"}
+        )
 
 
 def test_matching_leads_a_image_to_the_teachers() -> None:
     # With a fake score that knows the student's image exactly, the gradient points straight at the teacher's.
     teacher = torch.rand(2, 3, 8, 8)
-    painted = torch.zeros_like(teacher, requires_grad=True)
-    first = (painted - teacher).abs().mean().item()
+    generated = torch.zeros_like(teacher, requires_grad=True)
+    first = (generated - teacher).abs().mean().item()
     for _ in range(40):
-        loss = distribution_matching(painted, teacher, painted.detach())
-        (gradient,) = torch.autograd.grad(loss, painted)
+        loss = distribution_matching(generated, teacher, generated.detach())
+        (gradient,) = torch.autograd.grad(loss, generated)
         with torch.no_grad():
-            painted -= 0.02 * gradient * gradient.numel()
-    assert first / (painted - teacher).abs().mean().item() > 5
+            generated -= 0.02 * gradient * gradient.numel()
+    assert first / (generated - teacher).abs().mean().item() > 5
 
 
-FAST = ("net.patch_depth=1", "run.steps=6", "run.save_every=3", "data.crop=32", "data.sizes=((64, 64),)")
+FAST = ("net.patch_depth=1", "run.steps=6", "run.checkpoint_every=3", "data.crop=32", "data.sizes=((64, 64),)")
 
 
 class Interrupt:
@@ -112,15 +114,15 @@ class Interrupt:
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("name", ["miniature_teacher", "miniature_student"])
+@pytest.mark.parametrize("name", ["debug_teacher", "debug_student"])
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(name: str, images: Path, tmp_path: Path) -> None:
-    recipe = recipe_for(name, images, *FAST, "optimize.accumulate=2")
+    recipe = recipe_for(name, images, *FAST, "optimizer.grad_accumulation=2")
     whole = train(recipe, tmp_path / "whole", device=CPU)
     with pytest.raises(KeyboardInterrupt):
-        train(recipe, tmp_path / "broken", device=CPU, say=Interrupt(5))
+        train(recipe, tmp_path / "broken", device=CPU, progress=Interrupt(5))
     said: list[str] = []
-    resumed = train(recipe, tmp_path / "broken", resume=True, device=CPU, say=said.append)
-    assert "Going on from step 3." in said
+    resumed = train(recipe, tmp_path / "broken", resume=True, device=CPU, progress=said.append)
+    assert "Resuming from step 3." in said
     assert_same_weights(whole, resumed)
     states = [newest_checkpoint(tmp_path / run / "checkpoints") for run in ("whole", "broken")]
     assert states[0] is not None and states[1] is not None
@@ -150,7 +152,7 @@ def command(recipe: str, images: Path, out: Path, *settings: str) -> list[str]:
 def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     process = subprocess.Popen(
-        command("miniature_teacher", images, out, "run.steps=100000", "run.save_every=2"),
+        command("debug_teacher", images, out, "run.steps=100000", "run.checkpoint_every=2"),
         stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     try:
@@ -164,7 +166,7 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(images: Path, 
     stored = newest_checkpoint(out / "checkpoints")
     assert stored is not None
     until = stored.step + 2
-    recipe = recipe_for("miniature_teacher", images, "net.patch_depth=1", f"run.steps={until}")
+    recipe = recipe_for("debug_teacher", images, "net.patch_depth=1", f"run.steps={until}")
     (out / "checkpoints" / ".step-00000009.left.part").mkdir()  # what a kill in the middle of saving leaves
     resumed = train(recipe, out, resume=True, device=CPU)
     assert not list((out / "checkpoints").glob("*.part"))
@@ -172,20 +174,20 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(images: Path, 
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_named(images: Path, tmp_path: Path) -> None:
-    recipe = recipe_for("miniature_direct", images, *FAST)
+    recipe = recipe_for("debug_direct", images, *FAST)
     train(recipe, tmp_path / "run", device=CPU)
     newest = tmp_path / "run" / "checkpoints" / "step-00000006" / "tensors.safetensors"
     newest.write_bytes(newest.read_bytes()[:1000])
     said: list[str] = []
     stored = newest_checkpoint(tmp_path / "run" / "checkpoints", said.append)
     assert stored is not None and stored.step == 3
-    assert "is damaged and passed over" in said[0]
+    assert "is damaged and skipped" in said[0]
 
 
 def test_a_folder_with_a_run_is_not_overwritten_and_another_recipe_is_refused(images: Path, tmp_path: Path) -> None:
-    recipe = recipe_for("miniature_direct", images, *FAST, "run.steps=1")
+    recipe = recipe_for("debug_direct", images, *FAST, "run.steps=1")
     train(recipe, tmp_path / "run", device=CPU)
-    with pytest.raises(SettingError, match=r"holds a run already; go on with --resume"):
+    with pytest.raises(SettingError, match=r"holds a run already; continue it with --resume"):
         train(recipe, tmp_path / "run", device=CPU)
     other = apply_settings(recipe, ["net.adapter_width=16"])
     with pytest.raises(CheckpointError, match=r"is of another network or method"):
@@ -195,23 +197,23 @@ def test_a_folder_with_a_run_is_not_overwritten_and_another_recipe_is_refused(im
 def test_changed_images_are_told(images: Path, tmp_path: Path) -> None:
     own = tmp_path / "images"
     shutil.copytree(images, own)
-    train(recipe_for("miniature_direct", own, *FAST, "run.steps=1"), tmp_path / "run", device=CPU)
+    train(recipe_for("debug_direct", own, *FAST, "run.steps=1"), tmp_path / "run", device=CPU)
     (own / "1.png").unlink()
     said: list[str] = []
-    longer = recipe_for("miniature_direct", own, *FAST, "run.steps=2")
-    train(longer, tmp_path / "run", resume=True, device=CPU, say=said.append)
+    longer = recipe_for("debug_direct", own, *FAST, "run.steps=2")
+    train(longer, tmp_path / "run", resume=True, device=CPU, progress=said.append)
     assert any("The images have changed" in line for line in said)
 
 
 def test_nan_stops_clearly_and_spares_what_was_saved(images: Path, tmp_path: Path) -> None:
-    good = recipe_for("miniature_direct", images, *FAST, "run.steps=2")
+    good = recipe_for("debug_direct", images, *FAST, "run.steps=2")
     train(good, tmp_path / "run", device=CPU)
 
     def encode(low: torch.Tensor) -> torch.Tensor:
         return torch.full((len(low), 16, low.shape[-2] // 8, low.shape[-1] // 8), float("nan"))
 
     bad = replace(good, encode=encode, run=replace(good.run, steps=5))
-    with pytest.raises(TrainingError, match=r"became NaN or infinite at step 3 \(images here: .*step 2 is whole"):
+    with pytest.raises(TrainingError, match=r"became NaN or infinite at step 3 \(images here: .*step 2 is complete"):
         train(bad, tmp_path / "run", resume=True, device=CPU)
     stored = newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert stored is not None and stored.step == 2
@@ -221,12 +223,12 @@ def test_nan_stops_clearly_and_spares_what_was_saved(images: Path, tmp_path: Pat
 @pytest.mark.skipif(os.name == "nt", reason="limits of a process's file size are a POSIX matter")
 def test_a_full_disk_stops_clearly_and_leaves_no_half_checkpoint(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    settings = ["run.steps=4", "run.save_every=2"]
+    settings = ["run.steps=4", "run.checkpoint_every=2"]
     start = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
         "from pidecode.cli.app import main; main()"
     )
-    line = command("miniature_direct", images, out, *settings)
+    line = command("debug_direct", images, out, *settings)
     done = subprocess.run([sys.executable, "-c", start, *line[3:]], capture_output=True, text=True, check=False)
     assert done.returncode == TrainingError.exit_code, done.stderr
     assert "could not be written" in done.stderr
@@ -242,34 +244,34 @@ def test_the_command_lists_shows_and_refuses() -> None:
     runner = CliRunner()
     listed = runner.invoke(command_line, ["--list"])
     assert listed.exit_code == 0 and "student_rollout" in listed.output
-    shown = runner.invoke(command_line, ["miniature_teacher", "--show", "--set", "data.batch=7"])
-    assert "data.batch = 7\n    Images per process and forward pass." in shown.output
-    assert isinstance(runner.invoke(command_line, ["miniature_teecher"]).exception, SettingError)
-    assert isinstance(runner.invoke(command_line, ["miniature_teacher"]).exception, SettingError)
+    shown = runner.invoke(command_line, ["debug_teacher", "--show", "--set", "data.batch_size=7"])
+    assert "data.batch_size = 7\n    Images per process and forward pass." in shown.output
+    assert isinstance(runner.invoke(command_line, ["debug_teecher"]).exception, SettingError)
+    assert isinstance(runner.invoke(command_line, ["debug_teacher"]).exception, SettingError)
 
 
 def test_a_recipe_of_ones_own_file_is_found(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(
-        "from dataclasses import replace\nfrom pidecode.training.recipes import miniature_direct\n"
-        "def my_decoder():\n    return replace(miniature_direct(), title='mine')\ndef other():\n    return 3\n"
+        "from dataclasses import replace\nfrom pidecode.training.recipes import debug_direct\n"
+        "def my_decoder():\n    return replace(debug_direct(), title='mine')\ndef other():\n    return 3\n"
     )
     assert get_recipe(f"{path}:my_decoder").title == "mine"
-    with pytest.raises(SettingError, match="returns int, not a Recipe"):
+    with pytest.raises(SettingError, match="returns int, not a TrainConfig"):
         get_recipe(f"{path}:other")
     with pytest.raises(SettingError, match="has no function 'third'"):
         get_recipe(f"{path}:third")
 
 
 def test_samples_and_export_without_training_on(images: Path, tmp_path: Path) -> None:
-    settings = [*FAST, "run.sample_every=3", "run.samples=2", "run.sample_steps=2", "run.track=tensorboard"]
-    recipe = recipe_for("miniature_teacher", images, *settings)
+    settings = [*FAST, "run.sample_every=3", "run.num_samples=2", "run.sample_steps=2", "run.trackers=tensorboard"]
+    recipe = recipe_for("debug_teacher", images, *settings)
     made = train(recipe, tmp_path / "run", device=CPU)
     with Image.open(tmp_path / "run" / "samples" / "step-00000003.png") as grid:
         assert grid.size == (3 * 68, 2 * 68)
     assert list((tmp_path / "run" / "tensorboard").iterdir())
     kept = made.rename(tmp_path / "before.safetensors")
-    assert_same_weights(export_newest(recipe, tmp_path / "run"), kept)
+    assert_same_weights(export(recipe, tmp_path / "run"), kept)
 
 
 def test_the_result_is_a_decoder(images: Path, tmp_path: Path) -> None:
@@ -277,10 +279,10 @@ def test_the_result_is_a_decoder(images: Path, tmp_path: Path) -> None:
     from pidecode.weights.load import build_network
     from pidecode.weights.read import read_weights
 
-    path = train(recipe_for("miniature_direct", images, *FAST, "run.steps=1"), tmp_path / "run", device=CPU)
+    path = train(recipe_for("debug_direct", images, *FAST, "run.steps=1"), tmp_path / "run", device=CPU)
     file = read_weights(path)
     identity = detect(file)
-    assert (identity.kind, identity.space) == ("student", "cosines")
+    assert (identity.kind, identity.space) == ("student", "block-dct")
     assert identity.config is not None
     net = build_network(dict(file.tensors), identity.config)
     image = net(torch.zeros(1, 3, 32, 32), torch.tensor([999.0]), torch.zeros(1, 10, 16), torch.zeros(1, 16, 1, 1), 0.0)
@@ -290,12 +292,12 @@ def test_the_result_is_a_decoder(images: Path, tmp_path: Path) -> None:
 def test_the_power_average_follows_training_time() -> None:
     exponent = power_exponent(0.1)
     assert exponent == pytest.approx(6.9372, abs=1e-4)  # golden notes, section 9
-    settings = Average()
-    assert decay_at(settings, 9) == pytest.approx((1 - 1 / 10) ** (exponent + 1))
+    settings = EMAConfig()
+    assert ema_decay(settings, 9) == pytest.approx((1 - 1 / 10) ** (exponent + 1))
     weights = torch.zeros(200)
     for step in range(1, 200):
-        weights *= decay_at(settings, step)
-        weights[step] = 1 - decay_at(settings, step)
+        weights *= ema_decay(settings, step)
+        weights[step] = 1 - ema_decay(settings, step)
     weights /= weights.sum()
     times = torch.arange(200.0)
     center = (weights * times).sum()
@@ -304,6 +306,6 @@ def test_the_power_average_follows_training_time() -> None:
 
 
 def test_the_rate_warms_up_and_falls() -> None:
-    assert [rate_factor(Optimize(warmup=4), step, 100) for step in (0, 1, 3, 50)] == [0.25, 0.5, 1.0, 1.0]
-    falling = [rate_factor(Optimize(fall="cosine"), step, 100) for step in (0, 50, 100)]
+    assert [lr_factor(OptimizerConfig(warmup_steps=4), step, 100) for step in (0, 1, 3, 50)] == [0.25, 0.5, 1.0, 1.0]
+    falling = [lr_factor(OptimizerConfig(lr_schedule="cosine"), step, 100) for step in (0, 50, 100)]
     assert falling == pytest.approx([1.0, 0.5, 0.0])

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints that are whole or not there: everything a run needs to go on exactly, without a pickle in it.
+"""Checkpoints: everything a run needs to resume exactly, in safetensors and JSON, written completely or not at all.
 
-`checkpoints/step-00000100/` holds `tensors.safetensors` and `state.json`. It is written under another name and then
-renamed, so a run killed at any moment finds the last whole one. Sharded tensors are gathered, so a run may go on with
-another number of processes.
+`checkpoints/step-00000100/` holds `tensors.safetensors` and `state.json`. It is written under a temporary name and then
+renamed, so a run killed at any moment finds the last complete one. Sharded tensors are gathered, so a run may resume
+with another number of processes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from pidecode.errors import CheckpointError, TrainingError
 from pidecode.files import atomic_folder
-from pidecode.training.distributed import DistEnv, bare, fill, wait_for_all, whole
+from pidecode.training.distributed import DistEnv, barrier, copy_full_, full_tensor, unwrap
 from pidecode.training.ema import ExponentialMovingAverage
 from pidecode.units import format_bytes
 
@@ -33,57 +33,61 @@ _TENSORS, _STATE = "tensors.safetensors", "state.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Live:
+class TrainState:
     """The parts of a run that a checkpoint stores and restores in place."""
 
     modules: Mapping[str, nn.Module]
     optimizers: Mapping[str, Optimizer]
-    average: ExponentialMovingAverage | None
+    emas: Mapping[str, ExponentialMovingAverage]
     device: torch.device
 
 
-def _parameters(live: Live) -> Iterator[tuple[str, Tensor]]:
-    for name, module in live.modules.items():
-        for key, value in bare(module).state_dict(keep_vars=True).items():
+def _parameters(state: TrainState) -> Iterator[tuple[str, Tensor]]:
+    for name, module in state.modules.items():
+        for key, value in unwrap(module).state_dict(keep_vars=True).items():
             yield f"weights.{name}.{key}", value.detach()
-    if live.average is not None:
-        for key, value in live.average.tensors.items():
-            yield f"average.{key}", value
+    for name, average in state.emas.items():
+        for key, value in average.tensors.items():
+            yield f"ema.{name}.{key}", value
 
 
-def _moments(live: Live) -> Iterator[tuple[str, Tensor]]:
-    for name, optimizer in live.optimizers.items():
-        for key, parameter in bare(live.modules[name]).named_parameters():
+def _optimizer_tensors(state: TrainState) -> Iterator[tuple[str, Tensor]]:
+    for name, optimizer in state.optimizers.items():
+        for key, parameter in unwrap(state.modules[name]).named_parameters():
             for moment, value in optimizer.state.get(parameter, {}).items():
                 yield f"optimizer.{name}.{key}/{moment}", value
 
 
-def _chance(device: torch.device) -> dict[str, Tensor]:
-    """States of torch's own generators; the run's draws do not use them, but a layer might."""
-    states = {"chance.processor": torch.get_rng_state()}
+def _rng_states(device: torch.device) -> dict[str, Tensor]:
+    """States of torch's global generators; a step's own random numbers do not use them, but a layer might."""
+    states = {"rng.cpu": torch.get_rng_state()}
     if device.type != "cpu":
-        states["chance.device"] = torch.get_device_module(device).get_rng_state()
+        states["rng.device"] = torch.get_device_module(device).get_rng_state()
     return states
 
 
-def save_checkpoint(folder: Path, step: int, live: Live, facts: Mapping[str, Any], here: DistEnv, keep: int) -> None:
+def save_checkpoint(
+    folder: Path, step: int, state: TrainState, metadata: Mapping[str, Any], env: DistEnv, keep: int
+) -> None:
     """Store the state after `step` steps; every process must call this, the first one writes.
 
-    Older checkpoints beyond `keep` are removed afterwards. Raises TrainingError when the disk is full or refuses;
-    what was saved before stays.
+    Older checkpoints beyond `keep` are removed afterwards.
+
+    Raises:
+        TrainingError: The disk is full or cannot be written. What was saved before stays.
     """
     tensors: dict[str, Tensor] = {}
-    for source in (_parameters, _moments):
-        for name, value in source(live):
-            full = whole(value)
-            if here.is_first:
+    for source in (_parameters, _optimizer_tensors):
+        for name, value in source(state):
+            full = full_tensor(value)
+            if env.is_first:
                 tensors[name] = full.detach().to("cpu", copy=True).contiguous()
-    if here.is_first:
-        tensors |= _chance(live.device)
-        _write(folder, step, tensors, {"format": 1, "step": step, **facts})
+    if env.is_first:
+        tensors |= _rng_states(state.device)
+        _write(folder, step, tensors, {"format": 1, "step": step, **metadata})
         for old in _found(folder)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
-    wait_for_all(here)
+    barrier(env)
 
 
 def _write(folder: Path, step: int, tensors: dict[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -93,7 +97,7 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], state: Mapping[s
     if needed > free:
         raise TrainingError(
             f"A checkpoint takes {format_bytes(needed)} and {format_bytes(free)} are free at {folder}; "
-            "make room, then start again with --resume. Earlier checkpoints are whole."
+            "make room, then start again with --resume. Earlier checkpoints are complete."
         )
     try:
         with atomic_folder(folder / f"step-{step:08d}") as part:
@@ -102,7 +106,7 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], state: Mapping[s
     except (OSError, SafetensorError) as fault:
         raise TrainingError(
             f"The checkpoint of step {step} could not be written to {folder}: {fault}. Earlier checkpoints are "
-            "whole; free or repair the disk, then start again with --resume."
+            "complete; free or repair the disk, then start again with --resume."
         ) from fault
 
 
@@ -112,48 +116,52 @@ def _found(folder: Path) -> list[Path]:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredCheckpoint:
     """A checkpoint read from disk."""
 
     path: Path
     step: int
     tensors: dict[str, Tensor]
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
 
 
-def newest_checkpoint(folder: Path, say: Callable[[str], None] | None = None) -> Stored | None:
-    """The newest whole checkpoint; damaged ones are passed over and named. None when there is none."""
+def newest_checkpoint(folder: Path, progress: Callable[[str], None] | None = None) -> StoredCheckpoint | None:
+    """The newest complete checkpoint, or None; damaged ones are skipped and named to `progress`."""
     for path in reversed(_found(folder)):
         try:
-            facts = json.loads((path / _STATE).read_text(encoding="utf-8"))
-            return Stored(path, int(facts["step"]), load_file(path / _TENSORS), facts)
+            metadata = json.loads((path / _STATE).read_text(encoding="utf-8"))
+            return StoredCheckpoint(path, int(metadata["step"]), load_file(path / _TENSORS), metadata)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as fault:
-            if say is not None:
-                say(f"{path} is damaged and passed over: {fault}")
+            if progress is not None:
+                progress(f"{path} is damaged and skipped: {fault}")
     return None
 
 
-def restore(stored: Stored, live: Live) -> None:
-    """Put a checkpoint's values into a run just built. Raises CheckpointError when it is another run's."""
-    wanted = dict(_parameters(live))
-    have = {name for name in stored.tensors if name.startswith(("weights.", "average."))}
+def restore(stored: StoredCheckpoint, state: TrainState) -> None:
+    """Put a checkpoint's values into a run that was just built.
+
+    Raises:
+        CheckpointError: The checkpoint is of another network or method.
+    """
+    wanted = dict(_parameters(state))
+    have = {name for name in stored.tensors if name.startswith(("weights.", "ema."))}
     if set(wanted) != have or any(stored.tensors[name].shape != value.shape for name, value in wanted.items()):
         odd = sorted(set(wanted) ^ have)[:3]
         raise CheckpointError(
             f"{stored.path} is of another network or method ({', '.join(odd) or 'shapes differ'}); "
-            "resume with the recipe it was made with, or choose another folder."
+            "resume with the configuration it was made with, or choose another folder."
         )
     for name, value in wanted.items():
-        fill(value, stored.tensors[name])
-    _restore_moments(stored, live)
-    torch.set_rng_state(stored.tensors["chance.processor"])
-    if "chance.device" in stored.tensors and live.device.type != "cpu":
-        torch.get_device_module(live.device).set_rng_state(stored.tensors["chance.device"])
+        copy_full_(value, stored.tensors[name])
+    _restore_optimizers(stored, state)
+    torch.set_rng_state(stored.tensors["rng.cpu"])
+    if "rng.device" in stored.tensors and state.device.type != "cpu":
+        torch.get_device_module(state.device).set_rng_state(stored.tensors["rng.device"])
 
 
-def _restore_moments(stored: Stored, live: Live) -> None:
-    for name, optimizer in live.optimizers.items():
-        parameters = dict(bare(live.modules[name]).named_parameters())
+def _restore_optimizers(stored: StoredCheckpoint, state: TrainState) -> None:
+    for name, optimizer in state.optimizers.items():
+        parameters = dict(unwrap(state.modules[name]).named_parameters())
         prefix = f"optimizer.{name}."
         for full_key in [key for key in stored.tensors if key.startswith(prefix)]:
             key, _, moment = full_key.removeprefix(prefix).rpartition("/")
@@ -161,6 +169,6 @@ def _restore_moments(stored: Stored, live: Live) -> None:
             if moment == "step":
                 optimizer.state[parameter][moment] = value.clone()
                 continue
-            place = torch.zeros_like(parameter, requires_grad=False)
-            fill(place, value)
-            optimizer.state[parameter][moment] = place
+            restored = torch.zeros_like(parameter, requires_grad=False)
+            copy_full_(restored, value)
+            optimizer.state[parameter][moment] = restored

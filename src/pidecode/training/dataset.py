@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What images there are, which size each is brought to, and in which order they are seen.
+"""Training images: where they are, which bucket size each gets, and in which order they are seen.
 
 A folder of images and a folder of WebDataset shards look the same from here: a list of entries, each a stretch of
-bytes in a file. The order is a function of the seed and the step alone, so a resumed run needs no other memory of it.
+bytes in a file. The order is a function of the seed and the step alone, so a resumed run needs no other state.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _EXIF_ORIENTATION, _SIDEWAYS = 274, {5, 6, 7, 8}
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class FileSlice:
     """A stretch of bytes in a file."""
 
     path: Path
@@ -43,12 +43,12 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ImageEntry:
     """One image: its name, where it and its caption lie, and its size when upright."""
 
     name: str
-    image: Piece
-    caption: Piece | None
+    image: FileSlice
+    caption: FileSlice | None
     height: int
     width: int
 
@@ -67,20 +67,20 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Collection:
+class ImageDataset:
     """All readable entries, and the names of unreadable ones with the reason."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[ImageEntry, ...]
     skipped: dict[str, str]
 
     @property
-    def digest(self) -> str:
-        """Changes when images come, go, or change size."""
+    def fingerprint(self) -> str:
+        """Changes when images are added, removed or resized."""
         text = "\n".join(f"{entry.name} {entry.height} {entry.width}" for entry in self.entries)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def find_images(source: str | Path) -> Collection:
+def find_images(source: str | Path) -> ImageDataset:
     """Every image below a folder, loose or in .tar shards, in a fixed order.
 
     Files whose header is no image's are skipped and named. Raises TrainingError when nothing is left.
@@ -89,22 +89,22 @@ def find_images(source: str | Path) -> Collection:
     if not str(source) or not root.exists():
         raise TrainingError(f"There are no images at {str(source)!r}; set data.source to a folder or a .tar shard.")
     files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
-    entries: list[Entry] = []
+    entries: list[ImageEntry] = []
     skipped: dict[str, str] = {}
     base = root.parent if root.is_file() else root
     present = set(files)
     for path in files:
         name = path.relative_to(base).as_posix()
         if path.suffix.lower() == ".tar":
-            found: Iterator[tuple[str, Piece, Piece | None]] = _in_shard(path, name, skipped)
+            found: Iterator[tuple[str, FileSlice, FileSlice | None]] = _in_shard(path, name, skipped)
         elif path.suffix.lower() in IMAGES:
             beside = next((path.with_suffix(end) for end in _CAPTIONS if path.with_suffix(end) in present), None)
-            found = iter([(name, Piece(path), None if beside is None else Piece(beside))])
+            found = iter([(name, FileSlice(path), None if beside is None else FileSlice(beside))])
         else:
             continue
         for each, image, caption in found:
             try:
-                entries.append(Entry(each, image, caption, *_size_of(image)))
+                entries.append(ImageEntry(each, image, caption, *_size_of(image)))
             except Exception as fault:  # a hostile file can make a decoder raise nearly anything
                 skipped[each] = str(fault) or type(fault).__name__
     if not entries:
@@ -112,13 +112,13 @@ def find_images(source: str | Path) -> Collection:
             f" {len(skipped)} files were skipped, the first because: {next(iter(skipped.values()))}." if skipped else ""
         )
         raise TrainingError(f"{root} holds no readable image.{why}")
-    return Collection(tuple(entries), skipped)
+    return ImageDataset(tuple(entries), skipped)
 
 
-def _in_shard(path: Path, name: str, skipped: dict[str, str]) -> Iterator[tuple[str, Piece, Piece | None]]:
+def _in_shard(path: Path, name: str, skipped: dict[str, str]) -> Iterator[tuple[str, FileSlice, FileSlice | None]]:
     """Samples of a WebDataset shard: members that share a name up to its first dot."""
-    images: dict[str, Piece] = {}
-    captions: dict[str, Piece] = {}
+    images: dict[str, FileSlice] = {}
+    captions: dict[str, FileSlice] = {}
     try:
         with tarfile.open(path, "r:") as shard:
             for member in shard:
@@ -126,21 +126,21 @@ def _in_shard(path: Path, name: str, skipped: dict[str, str]) -> Iterator[tuple[
                     continue
                 folder, _, last = member.name.rpartition("/")
                 stem, dot, ending = last.partition(".")
-                key, piece = f"{folder}/{stem}" if folder else stem, Piece(path, member.offset_data, member.size)
+                key, source = f"{folder}/{stem}" if folder else stem, FileSlice(path, member.offset_data, member.size)
                 if (dot + ending).lower() in IMAGES:
-                    images[key] = piece
+                    images[key] = source
                 elif (dot + ending).lower() in _CAPTIONS:
-                    captions.setdefault(key, piece)
+                    captions.setdefault(key, source)
     except (tarfile.TarError, OSError, EOFError) as fault:
-        # What was read before the damage is whole and is used.
+        # What was read before the damage is complete and is used.
         skipped[name] = f"the shard is damaged: {fault}"
-    for key, piece in images.items():
-        yield f"{name}/{key}", piece, captions.get(key)
+    for key, source in images.items():
+        yield f"{name}/{key}", source, captions.get(key)
 
 
-def _size_of(piece: Piece) -> tuple[int, int]:
+def _size_of(source: FileSlice) -> tuple[int, int]:
     """Height and width of an image as it will stand, from its header."""
-    data = io.BytesIO(piece.read()) if piece.length >= 0 else piece.path
+    data = io.BytesIO(source.read()) if source.length >= 0 else source.path
     with Image.open(data) as image:
         # Asking a PNG without this chunk at its beginning would unpack all of it.
         tagged = image.format != "PNG" or "exif" in image.info
@@ -150,52 +150,54 @@ def _size_of(piece: Piece) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class Sitting:
-    """The samples of one forward pass over all processes: one size, and an entry for each place."""
+class BatchIndices:
+    """Entries of one forward pass over all processes, all of one bucket size."""
 
     epoch: int
     size: tuple[int, int]
     entries: tuple[int, ...]
 
 
-class Order:
-    """Which entries are seen when; every sitting is of one size, and each epoch sees every entry at least once.
+class BucketSampler:
+    """Order of entries: every batch is of one bucket size, and each epoch sees every entry at least once.
 
-    A size's last sitting in an epoch is filled up from that size's beginning.
+    The last batch of a size in an epoch is filled up from the beginning of that size.
     """
 
-    def __init__(self, entries: Sequence[Entry], sizes: Sequence[tuple[int, int]], per_sitting: int, seed: int) -> None:
-        self._per_sitting, self._seed = per_sitting, seed
+    def __init__(
+        self, entries: Sequence[ImageEntry], sizes: Sequence[tuple[int, int]], batch_size: int, seed: int
+    ) -> None:
+        self._batch_size, self._seed = batch_size, seed
         self._sizes = tuple(sizes)
         self._members: dict[tuple[int, int], list[int]] = {}
         for index, entry in enumerate(entries):
             self._members.setdefault(nearest_size(entry, sizes), []).append(index)
-        self.per_epoch = sum(math.ceil(len(members) / per_sitting) for members in self._members.values())
-        self._epoch: tuple[int, list[Sitting]] | None = None
+        self.batches_per_epoch = sum(math.ceil(len(members) / batch_size) for members in self._members.values())
+        self._epoch: tuple[int, list[BatchIndices]] | None = None
 
     def members(self, size: tuple[int, int]) -> list[int]:
-        """Entries brought to a size."""
+        """Entries of a bucket size."""
         return self._members[size]
 
-    def sitting(self, number: int) -> Sitting:
-        """The sitting of that number, counted from 0 over the whole run."""
-        epoch, place = divmod(number, self.per_epoch)
+    def batch(self, number: int) -> BatchIndices:
+        """The batch of that number, counted from 0 over the whole run."""
+        epoch, place = divmod(number, self.batches_per_epoch)
         if self._epoch is None or self._epoch[0] != epoch:
             self._epoch = (epoch, self._shuffled(epoch))
         return self._epoch[1][place]
 
-    def _shuffled(self, epoch: int) -> list[Sitting]:
-        chance = np.random.default_rng(seed_of(self._seed, "order", epoch))
-        sittings: list[Sitting] = []
+    def _shuffled(self, epoch: int) -> list[BatchIndices]:
+        rng = np.random.default_rng(seed_of(self._seed, "order", epoch))
+        batches: list[BatchIndices] = []
         for size, members in sorted(self._members.items()):
-            shuffled = [members[index] for index in chance.permutation(len(members))]
-            for start in range(0, len(shuffled), self._per_sitting):
-                chosen = [shuffled[(start + place) % len(shuffled)] for place in range(self._per_sitting)]
-                sittings.append(Sitting(epoch, size, tuple(chosen)))
-        return [sittings[index] for index in chance.permutation(len(sittings))]
+            shuffled = [members[index] for index in rng.permutation(len(members))]
+            for start in range(0, len(shuffled), self._batch_size):
+                chosen = [shuffled[(start + place) % len(shuffled)] for place in range(self._batch_size)]
+                batches.append(BatchIndices(epoch, size, tuple(chosen)))
+        return [batches[index] for index in rng.permutation(len(batches))]
 
 
-def nearest_size(entry: Entry, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+def nearest_size(entry: ImageEntry, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """The size whose aspect ratio is nearest the entry's; of several with that ratio, the nearest in area."""
     own = math.log(entry.height / entry.width)
 

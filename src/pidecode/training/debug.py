@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A made-up latent space that needs no weights: cosines of 8x8 blocks, as in JPEG; for dry runs, tests and teaching."""
+"""Stand-ins that need no weights, for dry runs and tests: a latent space of 8x8 block DCTs and a text encoder."""
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -16,13 +18,13 @@ _BLOCK = 8
 _LUMA = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0), (1, 2), (2, 1), (0, 3), (3, 0))
 _CHROMA = ((0, 0), (0, 1), (1, 0))
 
-COSINES = LatentSpace(
-    name="cosines", title="Block cosines (made up)", channels=16, down=_BLOCK, statistics="constants", input_multiple=8
+BLOCK_DCT = LatentSpace(
+    name="block-dct", title="Block DCT (for tests)", channels=16, down=_BLOCK, statistics="constants", input_multiple=8
 )
-"""The space's row: 16 channels, one cell per 8x8 pixels of the low-resolution image."""
+"""Latent space of `encode_block_dct`: 16 channels, one cell per 8x8 pixels of the low-resolution image."""
 
 
-def encode_cosines(low: Tensor) -> Tensor:
+def encode_block_dct(low: Tensor) -> Tensor:
     """Images `[B, 3, h, w]` in [-1, 1] to latents `[B, 16, h / 8, w / 8]`: ten luma cosines, three of each color."""
     planes = to_ycbcr((low.float() + 1) / 2) - low.new_tensor([0.5, 0.0, 0.0]).view(1, 3, 1, 1)
     size = (low.shape[-2] // _BLOCK, low.shape[-1] // _BLOCK)
@@ -43,3 +45,20 @@ def _wave(row: int, column: int) -> Tensor:
 
     wave = torch.outer(axis(row), axis(column)).flatten()
     return wave / 2 if (row, column) == (0, 0) else wave
+
+
+class ByteTextEncoder:
+    """A text encoder for tests: a fixed random vector for each byte of a caption."""
+
+    def __init__(self, length: int, width: int) -> None:
+        self.length, self.width = length, width
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(b"bytes").digest()[:7], "little"))
+        self._table = torch.randn(257, width, generator=generator)
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """States `[B, length, width]`; shorter captions are padded."""
+        rows = torch.full((len(captions), self.length), 256)
+        for row, caption in zip(rows, captions, strict=True):
+            data = list(caption.encode("utf-8"))[: self.length]
+            row[: len(data)] = torch.tensor(data, dtype=torch.long)
+        return self._table[rows]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many processes: copies of a network (DDP), parts of it (FSDP2), and one image over several (sequence parallelism).
+"""Several processes: replicated networks (DDP), sharded ones (FSDP2), and one image over several (context parallelism).
 
-The processes form a grid: `across` neighbors share an image, the others see different ones. Losses are means over
-a process's images, and gradients are averaged over all processes; neighbors compute the same loss of the whole
-image, so their average is right as well.
+The processes form a grid: `context_parallel` of them share an image, the others see different ones. Losses are means
+over a process's images, and gradients are averaged over all processes; processes that share an image compute the same
+loss of all of it, so their average is right as well.
 """
 
 from __future__ import annotations
@@ -26,44 +26,44 @@ from pidecode.devices import pick_device
 from pidecode.errors import SettingError, TrainingError
 from pidecode.models.pid.blocks import JointAttention, PatchBlock, PixelAttention, PixelBlock
 from pidecode.models.pid.network import Condition
-from pidecode.training.config import Spread
-from pidecode.training.denoiser import Evaluator
+from pidecode.training.config import ParallelConfig
+from pidecode.training.denoiser import Denoiser
 
 
 @dataclass(frozen=True, slots=True)
 class DistEnv:
-    """This process among all: where it computes, which images it sees, and with whom it shares them."""
+    """This process among all: its device, its part of the global batch, and the group it shares an image with."""
 
     device: torch.device
     rank: int = 0
-    size: int = 1
-    across: int = 1
-    band_group: Any = None
+    world_size: int = 1
+    context_parallel: int = 1
+    context_group: Any = None
     """The processes that share an image with this one."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this process writes files and reports progress."""
         return self.rank == 0
 
     @property
-    def place(self) -> int:
+    def data_rank(self) -> int:
         """Which part of the global batch this process sees."""
-        return self.rank // self.across
+        return self.rank // self.context_parallel
 
     @property
-    def places(self) -> int:
+    def data_world_size(self) -> int:
         """Parts of the global batch."""
-        return self.size // self.across
+        return self.world_size // self.context_parallel
 
     @property
-    def band(self) -> int:
-        """Which band of its image this process has."""
-        return self.rank % self.across
+    def context_rank(self) -> int:
+        """Which shard of its image this process has."""
+        return self.rank % self.context_parallel
 
 
 def local_device() -> torch.device:
-    """This process's own device: of several accelerators, the one torchrun means for it."""
+    """This process's own device: of several accelerators, the one of its local rank."""
     best = pick_device()
     if "LOCAL_RANK" not in os.environ or best.type == "cpu":
         return best
@@ -73,69 +73,74 @@ def local_device() -> torch.device:
 
 
 @contextmanager
-def world(spread: Spread, device: torch.device | None = None) -> Iterator[DistEnv]:
-    """Join the processes torchrun started, or be alone. Raises SettingError when `across` does not divide them."""
+def init_distributed(parallel: ParallelConfig, device: torch.device | None = None) -> Iterator[DistEnv]:
+    """Join the processes torchrun started; without torchrun there is one.
+
+    Raises:
+        SettingError: `parallel.context_parallel` does not divide the number of processes.
+    """
     device = local_device() if device is None else device
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size % spread.across:
+    if size % parallel.context_parallel:
         raise SettingError(
-            f"spread.across is {spread.across}, which does not divide {size} processes; "
+            f"parallel.context_parallel is {parallel.context_parallel}, which does not divide {size} processes; "
             "start a multiple of it with torchrun."
         )
     if size == 1:
         yield DistEnv(device)
         return
-    dist.init_process_group(timeout=timedelta(seconds=spread.patience))
+    dist.init_process_group(timeout=timedelta(seconds=parallel.timeout))
     try:
         rank = dist.get_rank()
         group = None
-        for first in range(0, size, spread.across):
-            made = dist.new_group(list(range(first, first + spread.across)))
-            group = made if first <= rank < first + spread.across else group
-        yield DistEnv(device, rank, size, spread.across, group)
+        for first in range(0, size, parallel.context_parallel):
+            created = dist.new_group(list(range(first, first + parallel.context_parallel)))
+            group = created if first <= rank < first + parallel.context_parallel else group
+        yield DistEnv(device, rank, size, parallel.context_parallel, group)
     finally:
         dist.destroy_process_group()
 
 
-class _GatherBands(torch.autograd.Function):
-    """Bands of all neighbors along `dim`; gradients of all their uses come back summed."""
+class _GatherRows(torch.autograd.Function):
+    """All-gather along `dim` over a group; the backward pass sums the gradients of all uses of a shard."""
 
     @staticmethod
-    def forward(ctx: Any, band: Tensor, dim: int, group: Any) -> Tensor:
+    def forward(ctx: Any, shard: Tensor, dim: int, group: Any) -> Tensor:
         """Concatenate."""
-        ctx.dim, ctx.group, ctx.length = dim, group, band.shape[dim]
-        parts = [torch.empty_like(band) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, band.contiguous(), group=group)
+        ctx.dim, ctx.group, ctx.length = dim, group, shard.shape[dim]
+        parts = [torch.empty_like(shard) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, shard.contiguous(), group=group)
         return torch.cat(parts, dim=dim)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """Sum over neighbors, keep our own band."""
+        """Sum over the group, keep this process's shard."""
         total = gradients[0].contiguous()
         dist.all_reduce(total, group=ctx.group)
         start = dist.get_rank(ctx.group) * ctx.length
         return total.narrow(ctx.dim, start, ctx.length), None, None
 
 
-def gather_bands(band: Tensor, dim: int, group: Any) -> Tensor:
-    """Every neighbor's part along `dim`, in order, differentiable."""
-    joined: Tensor = _GatherBands.apply(band, dim, group)  # type: ignore[no-untyped-call]
+def gather_rows(shard: Tensor, dim: int, group: Any) -> Tensor:
+    """Shards of all processes of a group, concatenated along `dim`, differentiable."""
+    joined: Tensor = _GatherRows.apply(shard, dim, group)  # type: ignore[no-untyped-call]
     return joined
 
 
-class Bands:
-    """One image in bands of whole patch rows, one band per process of a group (the evaluator's `Slice`)."""
+class RowSharding:
+    """An image in shards of whole patch rows, one per process of a group (an `ImageSharding`)."""
 
-    def __init__(self, band: int, bands: int, group: Any) -> None:
-        self._band, self._bands, self._group = band, bands, group
+    def __init__(self, rank: int, count: int, group: Any) -> None:
+        self._rank, self._count, self._group = rank, count, group
 
     def _span(self, rows: int) -> tuple[int, int]:
-        if rows % self._bands:
+        if rows % self._count:
             raise SettingError(
-                f"{rows} patch rows do not divide over spread.across={self._bands} processes; change data.sizes."
+                f"{rows} patch rows do not divide over parallel.context_parallel={self._count} processes; "
+                "change data.sizes."
             )
-        share = rows // self._bands
-        return self._band * share, share
+        share = rows // self._count
+        return self._rank * share, share
 
     def condition(self, condition: Condition) -> Condition:
         """This process's tokens, positions and injections."""
@@ -144,33 +149,33 @@ class Bands:
         return condition.crop(slice(first, first + share), slice(0, columns))
 
     def rows(self, image: Tensor) -> Tensor:
-        """This process's band of `[B, 3, H, W]`."""
+        """This process's rows of `[B, 3, H, W]`."""
         height = image.shape[-2]
-        if height % self._bands:
-            raise SettingError(f"{height} pixel rows do not divide over {self._bands} processes.")
-        share = height // self._bands
-        return image.narrow(-2, self._band * share, share)
+        if height % self._count:
+            raise SettingError(f"{height} pixel rows do not divide over {self._count} processes.")
+        share = height // self._count
+        return image.narrow(-2, self._rank * share, share)
 
-    def join(self, band: Tensor) -> Tensor:
-        """All bands of `[B, C, h, w]`."""
-        return gather_bands(band, 2, self._group)
+    def gather(self, shard: Tensor) -> Tensor:
+        """All shards `[B, C, h, w]`, along rows."""
+        return gather_rows(shard, 2, self._group)
 
-    def attach(self, evaluator: Evaluator) -> None:
-        """Let every attention of the network see the keys and values of all bands."""
-        evaluator.slice = self
-        for module in evaluator.modules():
+    def attach(self, denoiser: Denoiser) -> None:
+        """Let every attention of the network see the keys and values of all shards."""
+        denoiser.sharding = self
+        for module in denoiser.modules():
             if isinstance(module, (JointAttention, PixelAttention)):
-                module.gather = lambda x: gather_bands(x, 1, self._group)
+                module.gather = lambda x: gather_rows(x, 1, self._group)
 
 
-def spread_module(module: nn.Module, spread: Spread, here: DistEnv) -> nn.Module:
-    """The module as all processes hold it; trained modules exchange their gradients from now on."""
-    if isinstance(module, Evaluator) and here.across > 1:
-        Bands(here.band, here.across, here.band_group).attach(module)
-    if here.size == 1:
+def parallelize(module: nn.Module, parallel: ParallelConfig, env: DistEnv) -> nn.Module:
+    """Replicate or shard a module over the processes; trained modules exchange their gradients from now on."""
+    if isinstance(module, Denoiser) and env.context_parallel > 1:
+        RowSharding(env.context_rank, env.context_parallel, env.context_group).attach(module)
+    if env.world_size == 1:
         return module
-    if spread.weights == "sharded":
-        # Single numbers (the gates' log_alpha) cannot be sharded; `finish_gradients` averages theirs.
+    if parallel.weights == "shard":
+        # Single numbers (the gates' log_alpha) cannot be sharded; `reduce_unsharded_gradients` averages theirs.
         single = {parameter for parameter in module.parameters() if parameter.ndim == 0}
         for part in module.modules():
             if isinstance(part, (PatchBlock, PixelBlock)):
@@ -179,25 +184,25 @@ def spread_module(module: nn.Module, spread: Spread, here: DistEnv) -> nn.Module
         return module
     if not any(parameter.requires_grad for parameter in module.parameters()):
         return module
-    return DistributedDataParallel(module, device_ids=None if here.device.type == "cpu" else [here.device])
+    return DistributedDataParallel(module, device_ids=None if env.device.type == "cpu" else [env.device])
 
 
-def own_shards(module: nn.Module) -> None:
-    """Let every sharded part hold its own share again: FSDP2 leaves the outermost gathered after a forward."""
+def reshard(module: nn.Module) -> None:
+    """Let every sharded module hold its own shard again: FSDP2 leaves the outermost gathered after a forward."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
 
 
-def bare(module: nn.Module) -> nn.Module:
+def unwrap(module: nn.Module) -> nn.Module:
     """The module itself, without DDP's wrapping."""
     return module.module if isinstance(module, DistributedDataParallel) else module
 
 
 @contextmanager
-def gradients_stay_here(modules: list[nn.Module], stay: bool) -> Iterator[None]:
-    """While `stay`, backward passes only add up gradients and exchange none (accumulation)."""
-    if not stay:
+def no_gradient_sync(modules: list[nn.Module], active: bool) -> Iterator[None]:
+    """While `active`, backward passes accumulate gradients and exchange none."""
+    if not active:
         yield
         return
     for module in modules:
@@ -215,30 +220,30 @@ def gradients_stay_here(modules: list[nn.Module], stay: bool) -> Iterator[None]:
                 module.set_requires_gradient_sync(True)
 
 
-def finish_gradients(modules: list[nn.Module], here: DistEnv) -> None:
-    """Average over processes what neither DDP nor FSDP2 exchanges: whole parameters of sharded modules."""
-    if here.size == 1:
+def reduce_unsharded_gradients(modules: list[nn.Module], env: DistEnv) -> None:
+    """EMAConfig over processes what neither DDP nor FSDP2 exchanges: whole parameters of sharded modules."""
+    if env.world_size == 1:
         return
     for module in modules:
         if isinstance(module, FSDPModule):
             for parameter in module.parameters():
                 if parameter.grad is not None and not isinstance(parameter, DTensor):
                     dist.all_reduce(parameter.grad)
-                    parameter.grad /= here.size
+                    parameter.grad /= env.world_size
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     """Trained parameters for an optimizer; sharded and whole ones apart, since they cannot be stepped together."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    kinds = ([p for p in trained if isinstance(p, DTensor)], [p for p in trained if not isinstance(p, DTensor)])
-    return [{"params": kind} for kind in kinds if kind]
+    groups = ([p for p in trained if isinstance(p, DTensor)], [p for p in trained if not isinstance(p, DTensor)])
+    return [{"params": group} for group in groups if group]
 
 
 def clip_gradients(module: nn.Module, limit: float) -> float:
     """Shorten the gradient of a whole module to `limit`; returns its norm before."""
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-    kinds = ([g for g in gradients if isinstance(g, DTensor)], [g for g in gradients if not isinstance(g, DTensor)])
-    norms = [whole(nn.utils.get_total_norm(kind)) for kind in kinds if kind]
+    groups = ([g for g in gradients if isinstance(g, DTensor)], [g for g in gradients if not isinstance(g, DTensor)])
+    norms = [full_tensor(nn.utils.get_total_norm(group)) for group in groups if group]
     norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
     share = (limit / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
@@ -246,13 +251,13 @@ def clip_gradients(module: nn.Module, limit: float) -> float:
     return float(norm)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor's full value, gathered where it is sharded (then every process must ask)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def fill(tensor: Tensor, value: Tensor) -> None:
-    """Give a tensor, sharded or not, the values of a full one that every process has."""
+def copy_full_(tensor: Tensor, value: Tensor) -> None:
+    """Copy a full tensor, which every process has, into one that may be sharded."""
     value = value.to(tensor.device, tensor.dtype)
     with torch.no_grad():
         if isinstance(tensor, DTensor):
@@ -261,24 +266,33 @@ def fill(tensor: Tensor, value: Tensor) -> None:
             tensor.copy_(value)
 
 
-def mean_over_processes(value: Tensor, here: DistEnv) -> Tensor:
-    """A number's mean over all processes."""
-    if here.size == 1:
+def mean_over_processes(value: Tensor, env: DistEnv) -> Tensor:
+    """Mean of a number over all processes."""
+    if env.world_size == 1:
         return value
     value = value.detach().clone()
     dist.all_reduce(value)
-    return value / here.size
+    return value / env.world_size
 
 
-def wait_for_all(here: DistEnv) -> None:
-    """Go on when every process has come this far."""
-    if here.size > 1:
+def any_process(condition: bool, env: DistEnv) -> bool:
+    """Whether a condition holds in any process; all of them must ask."""
+    if env.world_size == 1:
+        return condition
+    flag = torch.tensor(int(condition), device=env.device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+def barrier(env: DistEnv) -> None:
+    """Wait until every process has come this far."""
+    if env.world_size > 1:
         dist.barrier()
 
 
 @contextmanager
-def lost_workers_named() -> Iterator[None]:
-    """Turn a broken connection into a plain statement."""
+def report_lost_processes() -> Iterator[None]:
+    """Turn a broken connection into a TrainingError that says what to do."""
     try:
         yield
     except RuntimeError as fault:
@@ -286,7 +300,7 @@ def lost_workers_named() -> Iterator[None]:
         signs = ("onnection", "imed out", "imeout", "NCCL", "Gloo", "gloo", "peer")
         if isinstance(fault, dist.DistError) or any(sign in text for sign in signs):
             raise TrainingError(
-                f"Another process was lost, so this one stops; the last checkpoint is whole. Start all of them again "
-                f"with --resume. ({text.splitlines()[0]})"
+                f"Another process was lost, so this one stops; the last checkpoint is complete. Start all of them "
+                f"again with --resume. ({text.splitlines()[0]})"
             ) from fault
         raise

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The moving average of the weights, with a decay that follows training time or stays."""
+"""Exponential moving average of the weights, with a constant decay or one that follows training time."""
 
 from __future__ import annotations
 
@@ -9,52 +9,53 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pidecode.training.config import Average
-from pidecode.training.distributed import bare, own_shards
+from pidecode.training.config import EMAConfig
+from pidecode.training.distributed import reshard, unwrap
 
 
-def power_exponent(rate: float) -> float:
-    """The exponent of a power-function average whose width is `rate` of the training time.
+def power_exponent(sigma_rel: float) -> float:
+    """Exponent of a power-function average whose width is `sigma_rel` of the training time.
 
-    The average weighs step s of t by (s / t) ** g; its relative deviation sqrt((g+1) / ((g+2)^2 (g+3))) is the rate.
+    The average weighs step s of t by (s / t) ** g; its relative standard deviation is
+    sqrt((g + 1) / ((g + 2)^2 (g + 3))) (Karras et al., https://arxiv.org/abs/2312.02696, equation 6).
     """
-    wanted = rate**-2
-    roots = np.roots([1.0, 7.0, 16.0 - wanted, 12.0 - wanted])
+    inverse = sigma_rel**-2
+    roots = np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse])
     return float(roots.real.max())
 
 
-def decay_at(settings: Average, step: int) -> float:
-    """Share of the average kept at step `step`, counted from 1."""
-    if settings.kind == "constant":
-        return settings.decay
-    return float((1.0 - 1.0 / (step + 1)) ** (power_exponent(settings.rate) + 1))
+def ema_decay(config: EMAConfig, step: int) -> float:
+    """Share of the average that is kept at step `step`, counted from 1."""
+    if config.kind == "constant":
+        return min(config.decay, (1 + step) / (10 + step))
+    return float((1.0 - 1.0 / (step + 1)) ** (power_exponent(config.sigma_rel) + 1))
 
 
 class ExponentialMovingAverage:
-    """Averages of a module's trained parameters, by name, float32; the others are as they are."""
+    """Averages of a module's trained parameters, by name, float32; frozen parameters are not averaged."""
 
-    def __init__(self, module: nn.Module, settings: Average) -> None:
-        self.settings = settings
+    def __init__(self, module: nn.Module, config: EMAConfig) -> None:
+        self.config = config
         self.tensors: dict[str, Tensor] = {
             name: parameter.detach().clone()
-            for name, parameter in bare(module).named_parameters()
+            for name, parameter in unwrap(module).named_parameters()
             if parameter.requires_grad
         }
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
-        """Take in the weights after step `step`, counted from 1."""
-        weight = 1.0 - decay_at(self.settings, step)
-        parameters = dict(bare(module).named_parameters())
+        """Average the weights after step `step`, counted from 1."""
+        weight = 1.0 - ema_decay(self.config, step)
+        parameters = dict(unwrap(module).named_parameters())
         for name, average in self.tensors.items():
             average.lerp_(parameters[name].detach(), weight)
 
     @torch.no_grad()
     def swap(self, module: nn.Module) -> None:
-        """Exchange averages and weights; twice is as before."""
-        own_shards(module)
-        parameters: Mapping[str, Tensor] = dict(bare(module).named_parameters())
+        """Exchange averages and weights; a second call restores them."""
+        reshard(module)
+        parameters: Mapping[str, Tensor] = dict(unwrap(module).named_parameters())
         for name, average in self.tensors.items():
-            kept = parameters[name].detach().clone()
+            current = parameters[name].detach().clone()
             parameters[name].detach().copy_(average)
-            average.copy_(kept)
+            average.copy_(current)

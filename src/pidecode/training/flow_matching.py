@@ -11,33 +11,33 @@ from torch import Tensor, nn
 from pidecode.errors import SettingError
 from pidecode.registry.checkpoints import FlowShift
 from pidecode.sampling import shifted
-from pidecode.training.denoiser import Example, clean_of, net_of, velocity_of
+from pidecode.training.denoiser import TrainBatch, pid_net, to_clean, to_velocity
 from pidecode.training.losses import color_alignment, flow_matching
-from pidecode.training.noise import Draws, logit_normal_times, mix
+from pidecode.training.noise import RNG, logit_normal_times, mix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherLoss:
-    """What a teacher or backbone pays for."""
+class TeacherLossConfig:
+    """Loss of a teacher or backbone."""
 
     shift: float = 6.0
     """Flow shift: moves training times toward noise, as large images need."""
     shift_base_size: int | None = 2048
-    """Side in pixels at which `shift` holds; other sizes follow the square root of theirs. None: constant."""
+    """Side in pixels at which `shift` holds; it grows with the square root of the area. None: constant."""
     color_weight: float = 0.8
     """Weight of the color loss; acts only on networks with a color head."""
-    align_weight: float = 0.0
-    """Weight of the alignment with DINOv2; needs `align_with`."""
-    align_block: int = 6
+    repa_weight: float = 0.0
+    """Weight of representation alignment (REPA); needs `repa_encoder`."""
+    repa_block: int = 6
     """Patch block whose tokens are aligned."""
-    align_with: str = ""
-    """Folder of the DINOv2 to align with."""
+    repa_encoder: str = ""
+    """Folder of the DINOv2 encoder."""
 
     def __post_init__(self) -> None:
         if self.shift <= 0:
             raise SettingError(f"The flow shift is {self.shift}; it must be positive.")
-        if self.align_weight and not self.align_with:
-            raise SettingError("align_weight is set but align_with is not; name the folder of a DINOv2.")
+        if self.repa_weight and not self.repa_encoder:
+            raise SettingError("repa_weight is set but repa_encoder is not; name the folder of a DINOv2.")
 
     @property
     def flow_shift(self) -> FlowShift:
@@ -46,7 +46,7 @@ class TeacherLoss:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class LossOutput:
     """A step's loss to differentiate, and its parts to report."""
 
     loss: Tensor
@@ -54,33 +54,33 @@ class Outcome:
 
 
 def teacher_loss(
-    net: nn.Module, example: Example, draws: Draws, settings: TeacherLoss, alignment: nn.Module | None = None
-) -> Outcome:
+    net: nn.Module, batch: TrainBatch, rng: RNG, config: TeacherLossConfig, alignment: nn.Module | None = None
+) -> LossOutput:
     """One step's loss: random time, noisy image, velocity error, and what `settings` add.
 
     The prediction is judged as a velocity whatever the network's own output is.
-    alignment: a `repa.Alignment`, where tokens are held against DINOv2's.
+    alignment: a `repa.RepresentationAlignment`, where tokens are held against DINOv2's.
     """
-    image = example.image.float()
+    image = batch.image.float()
     height, width = image.shape[-2:]
-    t_B = shifted(logit_normal_times(draws), settings.flow_shift.at(height, width))
-    noise = draws.normal(tuple(image.shape[1:]))
+    t_B = shifted(logit_normal_times(rng), config.flow_shift.at(height, width))
+    noise = rng.normal(tuple(image.shape[1:]))
     x_t = mix(image, noise, t_B)
-    config = net_of(net).config
-    want_color = settings.color_weight > 0 and config.color_head and example.low is not None
-    taps = (min(settings.align_block, config.patch_depth - 1),) if alignment is not None else ()
-    evaluation = net(x_t, t_B, example, taps=taps, want_color=want_color)
-    loss = flow_matching(velocity_of(net, evaluation.prediction, x_t, t_B), image, noise)
+    net_config = pid_net(net).config
+    want_color = config.color_weight > 0 and net_config.color_head and batch.low is not None
+    taps = (min(config.repa_block, net_config.patch_depth - 1),) if alignment is not None else ()
+    output = net(x_t, t_B, batch, taps=taps, want_color=want_color)
+    loss = flow_matching(to_velocity(net, output.prediction, x_t, t_B), image, noise)
     parts = {"flow": loss.detach()}
-    if want_color and example.low is not None:
-        color = color_alignment(evaluation.color, example.low, example.sigma, example.keep)
+    if want_color and batch.low is not None:
+        color = color_alignment(output.color, batch.low, batch.sigma, batch.keep)
         parts["color"] = color.detach()
-        loss = loss + settings.color_weight * color
+        loss = loss + config.color_weight * color
     if alignment is not None:
-        aligned = alignment(evaluation.features[0], image)
+        aligned = alignment(output.features[0], image)
         parts["alignment"] = aligned.detach()
-        loss = loss + settings.align_weight * aligned
+        loss = loss + config.repa_weight * aligned
     with torch.no_grad():
-        clean = clean_of(net, evaluation.prediction, x_t, t_B)
-        parts["clean_error"] = (clean - image).square().mean()
-    return Outcome(loss, parts)
+        clean = to_clean(net, output.prediction, x_t, t_B)
+        parts["mse"] = (clean - image).square().mean()
+    return LossOutput(loss, parts)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says while it runs: a line of progress, a file of metrics, and trackers that are installed."""
+"""Metrics of a run: a line of progress, metrics.jsonl, and trackers that are installed."""
 
 from __future__ import annotations
 
@@ -16,20 +16,28 @@ from pidecode.errors import MissingDependencyError, TrainingError
 from pidecode.files import atomic_write
 from pidecode.units import format_seconds
 
-Say = Callable[[str], None]
+ProgressFn = Callable[[str], None]
+"""Receives a line of text about the run's progress."""
 
 
-class Journal:
+class MetricLogger:
     """Metrics of one run. On resuming, lines of steps that are run again are dropped first.
 
-    track: "tensorboard" and "wandb" (which stays offline unless its own settings say otherwise).
+    Args:
+        folder: Where metrics.jsonl is written.
+        trackers: "tensorboard" and "wandb" (offline unless WANDB_MODE is set).
+        steps: Steps of the whole run.
+        first: Step at which this process starts.
+        progress: Receives a line of text with each record.
     """
 
-    def __init__(self, folder: Path, track: tuple[str, ...], steps: int, first: int, say: Say | None) -> None:
-        self._path, self._steps, self._first, self._say = folder / "metrics.jsonl", steps, first, say
+    def __init__(
+        self, folder: Path, trackers: tuple[str, ...], steps: int, first: int, progress: ProgressFn | None
+    ) -> None:
+        self._path, self._steps, self._first, self._progress = folder / "metrics.jsonl", steps, first, progress
         self._began = time.monotonic()
-        self._board: Any = _tensorboard(folder, first) if "tensorboard" in track else None
-        self._wandb: Any = _wandb(folder) if "wandb" in track else None
+        self._board: Any = _tensorboard(folder, first) if "tensorboard" in trackers else None
+        self._wandb: Any = _wandb(folder) if "wandb" in trackers else None
         kept = []
         if self._path.exists():
             for line in self._path.read_text(encoding="utf-8").splitlines():
@@ -42,7 +50,7 @@ class Journal:
         with atomic_write(self._path, overwrite=True) as file:
             file.write("".join(line + "\n" for line in kept).encode())
 
-    def note(self, step: int, values: Mapping[str, float], images: int, device: torch.device) -> None:
+    def log(self, step: int, values: Mapping[str, float], images: int, device: torch.device) -> None:
         """Record the state after `step` steps; `images` were seen since this process began."""
         seconds = max(time.monotonic() - self._began, 1e-9)
         record = {"step": step, **values, "images_per_second": images / seconds, "memory_gb": _memory(device)}
@@ -51,28 +59,28 @@ class Journal:
                 file.write(json.dumps(record) + "\n")
         except OSError as fault:
             raise TrainingError(
-                f"{self._path} could not be written: {fault}. Checkpoints are whole; mend the disk and --resume."
+                f"{self._path} could not be written: {fault}. Checkpoints are complete; fix the disk and --resume."
             ) from fault
         if self._board is not None:
             for name, value in record.items():
                 self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(record, step=step)
-        if self._say is not None:
+        if self._progress is not None:
             done = step - self._first
             left = seconds / max(done, 1) * (self._steps - step)
-            self._say(
+            self._progress(
                 f"step {step}/{self._steps}  loss {values['loss']:.4g}  {images / seconds:.2f} images/s  "
                 f"{format_seconds(left)} left  {record['memory_gb']:.1f} GB"
             )
 
-    def say(self, words: str) -> None:
-        """A line for people."""
-        if self._say is not None:
-            self._say(words)
+    def message(self, text: str) -> None:
+        """Report a line of text."""
+        if self._progress is not None:
+            self._progress(text)
 
     def close(self) -> None:
-        """Let the trackers finish."""
+        """Close the trackers."""
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:
@@ -80,7 +88,7 @@ class Journal:
 
 
 def _memory(device: torch.device) -> float:
-    """Most memory used so far, in GB: the accelerator's, or this process's own."""
+    """Most memory used so far, in GB: the accelerator's, or this process's resident set."""
     if device.type != "cpu":
         module = torch.get_device_module(device)
         peak = getattr(module, "max_memory_allocated", None)
@@ -97,7 +105,7 @@ def _tensorboard(folder: Path, first: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise MissingDependencyError(
-            "run.track names tensorboard, which is not installed: pip install 'pidecode[train]'."
+            "run.trackers names tensorboard, which is not installed: pip install 'pidecode[train]'."
         ) from None
     return SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
 
@@ -106,6 +114,6 @@ def _wandb(folder: Path) -> Any:
     try:
         import wandb
     except ImportError:
-        raise MissingDependencyError("run.track names wandb, which is not installed: pip install wandb.") from None
+        raise MissingDependencyError("run.trackers names wandb, which is not installed: pip install wandb.") from None
     mode = os.environ.get("WANDB_MODE", "offline")
     return wandb.init(project="pidecode", dir=str(folder), mode=mode, resume="allow", id=folder.resolve().name)

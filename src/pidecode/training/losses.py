@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every loss of PiD's training as a plain function of tensors (SPEC.md section 7)."""
+"""Losses as plain functions of tensors (docs/architecture.md, "Training")."""
 
 from __future__ import annotations
 
@@ -20,32 +20,37 @@ def flow_matching(velocity: Tensor, image: Tensor, noise: Tensor) -> Tensor:
 
 
 def distribution_matching(generated: Tensor, teacher: Tensor, fake: Tensor) -> Tensor:
-    """Variational score distillation: its gradient moves `generated` from the fake score's image to the teacher's.
+    """Distribution matching: its gradient moves `generated` from the fake score's image to the teacher's.
 
-    All are clean images `[B, 3, H, W]`; gradients reach `generated` alone. Each sample's pull is divided by its
-    mean distance from the teacher. Computed in float64; where that is not finite, nothing pulls.
+    DMD2, https://arxiv.org/abs/2405.14867.
+
+    All are clean images `[B, 3, H, W]`; gradients reach `generated` alone. Each sample's gradient is divided by its
+    mean distance from the teacher. Computed in float64; where that is not finite, the gradient is 0.
     """
     wide = generated.double()
     with torch.no_grad():
         start, goal = wide.detach(), teacher.double()
         distance = (start - goal).abs().flatten(1).mean(1).view(-1, 1, 1, 1)
-        pull = ((fake.double() - goal) / (distance + _TINY)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    return 0.5 * F.mse_loss(wide, start - pull)
+        gradient = ((fake.double() - goal) / (distance + _TINY)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return 0.5 * F.mse_loss(wide, start - gradient)
 
 
 def generator_adversarial(fake_logits: Tensor) -> Tensor:
-    """What the student pays for images that the discriminator tells from real ones."""
+    """Non-saturating loss of the student for samples that the discriminator recognizes."""
     return F.softplus(-fake_logits).mean()
 
 
 def discriminator_adversarial(fake_logits: Tensor, real_logits: Tensor) -> Tensor:
-    """What the discriminator pays for mistaking either."""
+    """Logistic loss of the discriminator."""
     return F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
 
 
-def approximate_r1(real_logits: Tensor, nudged_logits: Tensor) -> Tensor:
-    """How far logits move when the real image is nudged by a little noise; gradients flow into both."""
-    return F.mse_loss(real_logits, nudged_logits)
+def approximate_r1(real_logits: Tensor, perturbed_logits: Tensor) -> Tensor:
+    """Squared change of the logits when the real image is perturbed by a little noise; gradients flow into both.
+
+    Approximates R1 without second derivatives (https://arxiv.org/abs/2501.08316).
+    """
+    return F.mse_loss(real_logits, perturbed_logits)
 
 
 def to_ycbcr(rgb: Tensor) -> Tensor:
@@ -90,7 +95,9 @@ def _square_side(tokens: int) -> int:
 
 
 def feature_alignment(projected: Tensor, reference: Tensor) -> Tensor:
-    """One minus the mean cosine between projected network tokens and an encoder's, `[B, tokens, width]`.
+    """One minus the mean cosine between projected network tokens and an encoder's, `[B, tokens, width]` (REPA).
+
+    https://arxiv.org/abs/2410.06940
 
     Where the counts differ, the larger of two square grids is resized (bilinear) to the smaller.
     Raises SettingError when they differ and are not both square.
@@ -118,20 +125,38 @@ def _resize_tokens(tokens: Tensor, side: int, wanted: int) -> Tensor:
     return resized.flatten(2).transpose(1, 2)
 
 
-def clean_image(painted: Tensor, image: Tensor, *, edge_weight: float = 0.5) -> tuple[Tensor, dict[str, Tensor]]:
-    """The direct recipe's loss: Charbonnier distance of images `[B, 3, H, W]`, and of their edges.
+def reconstruction(generated: Tensor, image: Tensor, *, edge_weight: float = 0.5) -> tuple[Tensor, dict[str, Tensor]]:
+    """Charbonnier distance of images `[B, 3, H, W]` and of the differences of neighboring pixels.
 
-    The second part counts differences of neighboring pixels, which keeps a small network from blurring.
+    The second part keeps a small network from blurring.
+
+    Returns:
+        The loss, and its parts to report.
     """
-    values = _charbonnier(painted - image)
+    values = charbonnier(generated - image)
     edges = sum(
-        (_charbonnier(torch.diff(painted, dim=axis) - torch.diff(image, dim=axis)) for axis in (-2, -1)),
+        (charbonnier(torch.diff(generated, dim=axis) - torch.diff(image, dim=axis)) for axis in (-2, -1)),
         start=torch.zeros((), device=image.device),
     )
     parts = {"image": values.detach(), "edges": edges.detach()}
-    parts["clean_error"] = (painted.detach() - image).square().mean()
+    parts["mse"] = (generated.detach() - image).square().mean()
     return values + edge_weight * edges, parts
 
 
-def _charbonnier(difference: Tensor, softness: float = 1e-3) -> Tensor:
+def charbonnier(difference: Tensor, softness: float = 1e-3) -> Tensor:
+    """Mean of `sqrt(d^2 + softness^2) - softness`, a smooth L1."""
     return (torch.sqrt(difference.square() + softness**2) - softness).mean()
+
+
+def discriminator_hinge(fake_logits: Tensor, real_logits: Tensor) -> Tensor:
+    """Hinge loss of a discriminator: generated images below -1, real ones above 1 (https://arxiv.org/abs/1705.02894)."""
+    return F.relu(1 + fake_logits).mean() + F.relu(1 - real_logits).mean()
+
+
+def r1_penalty(real_logits: Tensor, real: Tensor) -> Tensor:
+    """Squared gradient norm of the logits at real images `[B, ...]` (R1, https://arxiv.org/abs/1801.04406).
+
+    Differentiable itself; `real` must require gradients.
+    """
+    (gradient,) = torch.autograd.grad(real_logits.float().sum(), real, create_graph=True)
+    return gradient.float().square().flatten(1).sum(1).mean()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory a recipe needs per GPU, counted from the network itself without allocating any of it.
+"""How much memory a configuration needs per GPU, counted from the network itself without allocating any of it.
 
 The network runs once on tensors that have shapes but no storage; what autograd would keep is added up. Estimates
-leave out the allocator's waste and the library's own workspace: leave a tenth free.
+leave out fragmentation and the workspace of libraries: leave a tenth free.
 """
 
 from __future__ import annotations
@@ -17,30 +17,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pidecode.models.pid.adapter import ResidualBlock
 from pidecode.models.pid.blocks import PatchBlock, PixelBlock
 from pidecode.models.pid.network import PiDNet
-from pidecode.training.config import Recipe
-from pidecode.training.denoiser import Evaluator, Example
+from pidecode.training.config import TrainConfig
+from pidecode.training.denoiser import Denoiser, TrainBatch
 
 GB = 1e9
 _BLOCKS = (PatchBlock, PixelBlock, ResidualBlock)
 
 
-@dataclass(frozen=True, slots=True)
-class Need:
-    """Bytes one process needs."""
-
-    states: int
-    """Weights, gradients, optimizer and average, with the cached bfloat16 copies."""
-    activations: int
-    """What the forward pass keeps for the backward pass."""
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.states + self.activations
-
-
 @dataclass
-class _Ledger:
+class _SavedTensors:
     """Bytes autograd keeps, by the block they arise in (None: outside any)."""
 
     ignored: set[int]
@@ -60,14 +45,14 @@ class _Ledger:
         return tensor
 
 
-def _watch(net: PiDNet, ledger: _Ledger) -> None:
+def _register_hooks(net: PiDNet, saved: _SavedTensors) -> None:
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ledger.block = id(module)
+        saved.block = id(module)
         # The image and caption streams are this block's own; the condition and tables are shared.
-        ledger.inputs[id(module)] = sum(x.numel() * x.element_size() for x in args[:2] if isinstance(x, Tensor))
+        saved.inputs[id(module)] = sum(x.numel() * x.element_size() for x in args[:2] if isinstance(x, Tensor))
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        ledger.block = None
+        saved.block = None
 
     for module in net.modules():
         if isinstance(module, _BLOCKS):
@@ -75,79 +60,73 @@ def _watch(net: PiDNet, ledger: _Ledger) -> None:
             module.register_forward_hook(leave)
 
 
-def activation_bytes(recipe: Recipe, size: tuple[int, int], batch: int) -> int:
-    """Bytes the forward pass of the recipe's main network keeps for images of `size` (height, width)."""
+def activation_bytes(config: TrainConfig, size: tuple[int, int], batch_size: int) -> int:
+    """Bytes the forward pass of the main network keeps for images of `size` (height, width)."""
     with FakeTensorMode():
-        net = PiDNet(recipe.net)
+        net = PiDNet(config.net)
         parameters = {p.untyped_storage()._cdata for p in net.parameters()}
-        ledger = _Ledger(parameters, set(), [], {}, {})
-        _watch(net, ledger)
-        example, x_t = _blank_example(recipe, size, batch)
-        hooks = torch.autograd.graph.saved_tensors_hooks(ledger.pack, lambda tensor: tensor)
-        half = recipe.run.precision == "bfloat16"
+        saved = _SavedTensors(parameters, set(), [], {}, {})
+        _register_hooks(net, saved)
+        batch, x_t = _blank_batch(config, size, batch_size)
+        hooks = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor)
+        half = config.run.precision == "bfloat16"
         with hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
-            Evaluator(net)(x_t, torch.zeros(batch), example, want_color=recipe.net.color_head)
-    outside = ledger.by_block.pop(None, 0)
-    if not recipe.run.recompute:
-        return outside + sum(ledger.by_block.values())
-    return outside + sum(ledger.inputs.values()) + max(ledger.by_block.values(), default=0)
+            Denoiser(net)(x_t, torch.zeros(batch_size), batch, want_color=config.net.color_head)
+    outside = saved.by_block.pop(None, 0)
+    if not config.run.activation_checkpointing:
+        return outside + sum(saved.by_block.values())
+    return outside + sum(saved.inputs.values()) + max(saved.by_block.values(), default=0)
 
 
-def _blank_example(recipe: Recipe, size: tuple[int, int], batch: int) -> tuple[Example, Tensor]:
-    net, (height, width) = recipe.net, size
-    x_t = torch.zeros(batch, 3, height, width)
-    text = torch.zeros(batch, net.text_length, net.text_dim) if net.has_text else None
-    if recipe.space is None:
-        return Example(image=x_t, text=text), x_t
-    cell = recipe.space.pixels_per_cell
-    latent = torch.zeros(batch, net.latent_channels, height // cell, width // cell)
-    low = torch.zeros(batch, 3, height // net.scale, width // net.scale)
-    return Example(image=x_t, low=low, text=text, latent=latent, sigma=torch.zeros(batch)), x_t
+def _blank_batch(config: TrainConfig, size: tuple[int, int], count: int) -> tuple[TrainBatch, Tensor]:
+    net, (height, width) = config.net, size
+    x_t = torch.zeros(count, 3, height, width)
+    text = torch.zeros(count, net.text_length, net.text_dim) if net.has_text else None
+    if config.space is None:
+        return TrainBatch(image=x_t, text=text), x_t
+    cell = config.space.pixels_per_cell
+    latent = torch.zeros(count, net.latent_channels, height // cell, width // cell)
+    low = torch.zeros(count, 3, height // net.scale, width // net.scale)
+    return TrainBatch(image=x_t, low=low, text=text, latent=latent, sigma=torch.zeros(count)), x_t
 
 
-def state_bytes(recipe: Recipe, processes: int) -> int:
+def state_bytes(config: TrainConfig, processes: int) -> int:
     """Bytes of weights and all that belongs to them, in one of `processes`."""
     with torch.device("meta"):
-        net = PiDNet(recipe.net)
+        net = PiDNet(config.net)
     count = sum(p.numel() for p in net.parameters())
     trained = count
-    if recipe.only == "adapter":
+    if config.trainable == "adapter":
         trained = sum(p.numel() for name, p in net.named_parameters() if name.startswith(("lq_proj.", "pit_lq_gate.")))
-    if recipe.adapt.rank:
+    if config.lora.rank:
         trained = 0  # a few million at most, beside which nothing else counts
-    per_trained = 4 + 8 + (0 if recipe.average.kind == "none" else 4)  # gradient, two moments, average
+    per_trained = 4 + 8 + (0 if config.ema.kind == "none" else 4)  # gradient, two moments, average
     total = 4 * count + per_trained * trained
     nets = 1
-    if recipe.method == "student":
+    if config.method == "student":
         nets = 3
         total += 4 * count + (4 + 4 + 8) * count  # the teacher; the fake score with gradient and moments
-    if recipe.spread.weights == "sharded":
+    if config.parallel.weights == "shard":
         block = max((sum(p.numel() for p in b.parameters()) for b in net.patch_blocks), default=0)
         rest = count - sum(p.numel() for b in (*net.patch_blocks, *net.pixel_blocks) for p in b.parameters())
-        total = total // processes + nets * 4 * (2 * block + rest)  # two blocks at a time, and the root's own, whole
-    return total + (2 * count * nets if recipe.run.precision == "bfloat16" else 0)
+        # Two blocks at a time and the parameters outside blocks are unsharded.
+        total = total // processes + nets * 4 * (2 * block + rest)
+    return total + (2 * count * nets if config.run.precision == "bfloat16" else 0)
 
 
-def need(recipe: Recipe, size: tuple[int, int], processes: int = 1) -> Need:
-    """What one of `processes` needs for images of `size` (height, width).
+def memory_table(config: TrainConfig, sizes: tuple[int, ...] = (2048, 4096)) -> str:
+    """Lines of text: GB per GPU for square images, by parallelism.
 
-    In a distillation the teacher's pass for the critic keeps about as much again as the student's own. Of processes
-    that share an image, each keeps its share of the patch and pixel blocks.
+    In a distillation the teacher's pass for the discriminator stores about as much again as the student's own. Of
+    processes that share an image, each stores its part of the patch and pixel blocks.
     """
-    once = activation_bytes(recipe, size, recipe.data.batch)
-    passes = 2 if recipe.method == "student" and recipe.distil.gan_weight else 1
-    return Need(state_bytes(recipe, processes), passes * once // recipe.spread.across)
-
-
-def memory_table(recipe: Recipe, sizes: tuple[int, ...] = (2048, 4096)) -> str:
-    """Lines of text: GB per GPU for square images, by how the work is spread."""
-    rows = [f"{'GPUs':>4}  {'weights':8}  {'across':>6}  " + "  ".join(f"{side:>5} px" for side in sizes)]
-    once = {side: activation_bytes(recipe, (side, side), recipe.data.batch) for side in sizes}
-    passes = 2 if recipe.method == "student" and recipe.distil.gan_weight else 1
-    for processes, weights, across in ((1, "copied", 1), (8, "sharded", 1), (8, "sharded", 8)):
-        spread = replace(recipe.spread, weights=weights, across=across)  # type: ignore[arg-type]
-        states = state_bytes(replace(recipe, spread=spread), processes)
-        cells = [f"{(states + passes * once[side] // across) / GB:>5.0f} GB" for side in sizes]
-        rows.append(f"{processes:>4}  {weights:8}  {across:>6}  " + "  ".join(cells))
+    rows = [f"{'GPUs':>4}  {'weights':8}  {'context':>7}  " + "  ".join(f"{side:>5} px" for side in sizes)]
+    once = {side: activation_bytes(config, (side, side), config.data.batch_size) for side in sizes}
+    passes = 2 if config.method == "student" and config.distillation.gan_weight else 1
+    for processes, weights, context_parallel in ((1, "replicate", 1), (8, "shard", 1), (8, "shard", 8)):
+        parallel = replace(config.parallel, weights=weights, context_parallel=context_parallel)  # type: ignore[arg-type]
+        states = state_bytes(replace(config, parallel=parallel), processes)
+        cells = [f"{(states + passes * once[side] // context_parallel) / GB:>5.0f} GB" for side in sizes]
+        rows.append(f"{processes:>4}  {weights:8}  {context_parallel:>7}  " + "  ".join(cells))
     rows.append("Estimated from the network, not measured; leave a tenth free.")
     return "\n".join(rows)

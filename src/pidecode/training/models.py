@@ -15,7 +15,7 @@ from pidecode.errors import CheckpointError, MissingDependencyError, SettingErro
 from pidecode.models.pid.adapter import Gate
 from pidecode.models.pid.network import PiDNet
 from pidecode.registry.configs import PiDConfig
-from pidecode.training.config import Adapt
+from pidecode.training.config import LoRAConfig
 from pidecode.weights.read import read_weights
 from pidecode.weights.resolve import locate
 
@@ -24,18 +24,18 @@ _COLOR_HEAD = "lq_proj.lq_aux_rgb_head."
 
 
 def new_network(config: PiDConfig, seed: int) -> PiDNet:
-    """A network with start values that depend on the seed alone.
+    """A network with initial values that depend on the seed alone.
 
-    Its output and what the latent adds both start at zero: a decoder grown from a backbone starts as that backbone.
+    Its output and the latent's injections start at zero: a decoder initialized from a backbone starts as that backbone.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = PiDNet(config)
-        _start_values(net)
+        _initialize(net)
     return net
 
 
-def _start_values(net: PiDNet) -> None:
+def _initialize(net: PiDNet) -> None:
     nn.init.xavier_uniform_(net.s_embedder.proj.weight)
     nn.init.zeros_(net.s_embedder.proj.bias)
     for layer in net.t_embedder.mlp:
@@ -69,24 +69,26 @@ def _start_values(net: PiDNet) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def start_weights(source: str) -> dict[str, Tensor]:
-    """Tensors of the file (or the decoder on this disk) a run starts from, float32."""
+def initial_weights(source: str) -> dict[str, Tensor]:
+    """Tensors of the file or installed model a run starts from, float32."""
     path = locate(source).path
     return {name: tensor.float() for name, tensor in read_weights(path).tensors.items()}
 
 
-def take_weights(net: PiDNet, tensors: Mapping[str, Tensor], source: str) -> list[str]:
-    """Load what fits; returns the names of tensors that keep their start values, which are only the adapter's.
+def load_initial_weights(net: PiDNet, tensors: Mapping[str, Tensor], source: str) -> list[str]:
+    """Load initial weights; returns the names of tensors that keep their random values, which are only the adapter's.
 
-    A backbone's file has no adapter and a student's none of the color head: those start fresh. A color head the
-    network does not have is left out. Raises CheckpointError for anything else that is missing, left over or of
-    another shape.
+    A backbone's file has no adapter and a student's none of the color head: those start from random values. A color
+    head the network does not have is left out.
+
+    Raises:
+        CheckpointError: Any other tensor is missing, left over or of another shape.
     """
     own = net.state_dict()
     given = {name: tensor for name, tensor in tensors.items() if name in own or not name.startswith(_COLOR_HEAD)}
     missing = [name for name in own if name not in given]
-    fresh_adapter = not any(name.startswith(_ADAPTER) for name in given)
-    allowed = _ADAPTER if fresh_adapter else (_COLOR_HEAD,)
+    random_adapter = not any(name.startswith(_ADAPTER) for name in given)
+    allowed = _ADAPTER if random_adapter else (_COLOR_HEAD,)
     wrong = [name for name in missing if not name.startswith(allowed)]
     extra = [name for name in given if name not in own]
     shapes = [name for name in given if name in own and given[name].shape != own[name].shape]
@@ -100,34 +102,36 @@ def take_weights(net: PiDNet, tensors: Mapping[str, Tensor], source: str) -> lis
     return missing
 
 
-def choose_parameters(net: PiDNet, only: str, *, color: bool) -> None:
-    """Mark what is trained.
+def set_trainable(net: PiDNet, trainable: str, *, color: bool) -> None:
+    """Set `requires_grad` of all parameters.
 
-    Parameters that cannot change the output are frozen: no gradient ever reaches them (golden notes, section 5).
+    Parameters that cannot change the output are frozen: no gradient ever reaches them.
     """
     last = f"patch_blocks.{net.config.patch_depth - 1}."
     dead = tuple(last + part for part in ("attn.proj_y.", "attn.q_norm_y.", "norm_y2.", "mlp_y."))
     for name, parameter in net.named_parameters():
         trained = not name.startswith(dead) and (color or not name.startswith(_COLOR_HEAD))
-        if only == "adapter":
+        if trainable == "adapter":
             trained = trained and name.startswith(_ADAPTER)
         parameter.requires_grad_(trained)
     if not any(parameter.requires_grad for parameter in net.parameters()):
-        raise SettingError("Nothing of this network would be trained; only='adapter' needs a network with an adapter.")
+        raise SettingError(
+            "Nothing of this network would be trained; trainable='adapter' needs a network with an adapter."
+        )
 
 
-_PLACES: Mapping[str, str] = {
+_LORA_TARGETS: Mapping[str, str] = {
     "attention": r"patch_blocks\.\d+\.attn\.(qkv_x|proj_x)",
     "mlp": r"patch_blocks\.\d+\.mlp_x\.(w1|w2|w3)",
     "pixel_mlp": r"pixel_blocks\.\d+\.mlp\.(fc1|fc2)",
 }
-"""Linear layers each part of a network adapts."""
+"""Linear layers of each choice of `lora.targets`."""
 
 _NAME = "default"  # peft's own name for a sole adapter
 
 
-def inject(net: PiDNet, settings: Adapt, seed: int) -> None:
-    """Add adapters that change nothing yet, and leave only them to be trained.
+def inject_lora(net: PiDNet, config: LoRAConfig, seed: int) -> None:
+    """Add low-rank adapters, which change nothing yet, and train only them.
 
     Raises MissingDependencyError without peft, SettingError where the network has none of the chosen parts.
     """
@@ -137,15 +141,15 @@ def inject(net: PiDNet, settings: Adapt, seed: int) -> None:
         raise MissingDependencyError(
             "Low-rank adapters need peft; install it with: pip install 'pidecode[train]'."
         ) from None
-    pattern = "|".join(_PLACES[part] for part in settings.where)
-    if not settings.where:
-        raise SettingError("adapt.where is empty; name at least one part to adapt.")
-    config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha or settings.rank, target_modules=f"(.*\\.)?({pattern})"
+    pattern = "|".join(_LORA_TARGETS[part] for part in config.targets)
+    if not config.targets:
+        raise SettingError("lora.targets is empty; name at least one part to adapt.")
+    peft_config = LoraConfig(
+        r=config.rank, lora_alpha=config.alpha or config.rank, target_modules=f"(.*\\.)?({pattern})"
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, net)
+        inject_adapter_in_model(peft_config, net)
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(".lora_" in name)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What chance decides in training: times, noise, which latents are noised or dropped; every draw belongs to a sample.
+"""Random numbers of training, with a generator of its own for each sample.
 
-A sample's draws come from its own generator, seeded by the run's seed, the step and the sample's place in the
-global batch. So they do not depend on how many processes share the batch, and a resumed run repeats them exactly.
+A sample's generator is seeded by the run's seed, the step and the sample's index in the global batch. So its numbers do
+not depend on how many processes share the batch, and a resumed run repeats them exactly.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pidecode.errors import SettingError
 from pidecode.registry.spaces import NoiseFrame
 
 
-class Draws(Protocol):
-    """Where a step's random numbers come from."""
+class RNG(Protocol):
+    """Random numbers of one step, for each sample of a batch."""
 
     def normal(self, shape: tuple[int, ...]) -> Tensor:
         """Unit normal numbers `[B, *shape]`, float32."""
@@ -45,13 +45,13 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-class SeededDraws:
-    """Draws of one step for some samples of the global batch (see the module's first lines)."""
+class PerSampleRNG:
+    """Random numbers of one step for some samples of the global batch, given by their indices in it."""
 
-    def __init__(self, seed: int, step: int, places: Sequence[int], device: torch.device) -> None:
+    def __init__(self, seed: int, step: int, indices: Sequence[int], device: torch.device) -> None:
         self._device = device
         self._each = [
-            torch.Generator(device=device).manual_seed(seed_of(seed, step, "sample", place)) for place in places
+            torch.Generator(device=device).manual_seed(seed_of(seed, step, "sample", index)) for index in indices
         ]
         self._common = torch.Generator().manual_seed(seed_of(seed, step, "common"))
 
@@ -72,9 +72,9 @@ class SeededDraws:
         return int(torch.randint(count, (), generator=self._common).item())
 
 
-def logit_normal_times(draws: Draws) -> Tensor:
+def logit_normal_times(rng: RNG) -> Tensor:
     """Flow times `sigmoid(normal)` in (0, 1), `[B]`."""
-    return draws.normal(()).sigmoid()
+    return rng.normal(()).sigmoid()
 
 
 def per_sample(value_B: Tensor) -> Tensor:
@@ -88,52 +88,52 @@ def mix(clean: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LatentNoise:
-    """How latents are noised before the network sees them, so that it can read an unfinished one."""
+class LatentNoiseConfig:
+    """Noise added to latents, so that the network learns to decode unfinished ones."""
 
     probability: float = 0.75
     """Share of samples that are noised at all."""
-    clean_share: float = 0.0
-    """Share of those that stay clean after all."""
-    smallest: float = 0.0
+    clean_probability: float = 0.0
+    """Share of those that stay clean after all, as in the released recipes."""
+    sigma_min: float = 0.0
     """Smallest sigma drawn."""
-    largest: float = 0.8
+    sigma_max: float = 0.8
     """Largest sigma drawn."""
     by_name: tuple[tuple[str, float, float], ...] = ()
-    """Other ranges for some samples: (part of the sample's name, smallest, largest); the first that fits counts."""
+    """Other ranges for some samples: (part of the file name, sigma_min, sigma_max); the first match counts."""
 
     def __post_init__(self) -> None:
-        ranges = (("", self.smallest, self.largest), *self.by_name)
+        ranges = (("", self.sigma_min, self.sigma_max), *self.by_name)
         for part, low, high in ranges:
             if not 0 <= low <= high <= 1:
                 of = f" for names with {part!r}" if part else ""
                 raise SettingError(f"Latent noise{of} runs from {low} to {high}; it must lie within 0 and 1, in order.")
-        for name in ("probability", "clean_share"):
+        for name in ("probability", "clean_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingError(f"Latent noise {name} is {getattr(self, name)}; it must lie within 0 and 1.")
 
 
 def noise_latent(
-    latent: Tensor, draws: Draws, settings: LatentNoise, frame: NoiseFrame, names: Sequence[str] = ()
+    latent: Tensor, rng: RNG, config: LatentNoiseConfig, frame: NoiseFrame, names: Sequence[str] = ()
 ) -> tuple[Tensor, Tensor]:
     """Noised latents `[B, C, h, w]` and the sigma `[B]` left in each (0 where it stayed clean), float32."""
-    noised = draws.uniform() < settings.probability
-    if settings.clean_share > 0:
-        noised = noised & ~(draws.uniform() < settings.clean_share)
-    share = draws.uniform()  # drawn whether or not it is used, so that a sample's later draws stay where they are
-    low, high = _ranges(latent.shape[0], settings, names)
+    noised = rng.uniform() < config.probability
+    if config.clean_probability > 0:
+        noised = noised & ~(rng.uniform() < config.clean_probability)
+    share = rng.uniform()  # drawn whether or not it is used, so that the sample's later random numbers do not shift
+    low, high = _ranges(latent.shape[0], config, names)
     low, high = low.to(share), high.to(share)
     sigma = torch.where(noised, low + (high - low) * share, torch.zeros_like(share))
-    noise = draws.normal(tuple(latent.shape[1:])).to(latent.dtype)
+    noise = rng.normal(tuple(latent.shape[1:])).to(latent.dtype)
     s = per_sample(sigma.to(latent.dtype))
     kept = torch.sqrt(1 - s * s) if frame == "variance_preserving" else 1 - s
     return torch.where(per_sample(noised), kept * latent + s * noise, latent), sigma
 
 
-def _ranges(count: int, settings: LatentNoise, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    chosen = [(settings.smallest, settings.largest)] * count
+def _ranges(count: int, config: LatentNoiseConfig, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    chosen = [(config.sigma_min, config.sigma_max)] * count
     for index, name in enumerate(names):
-        for part, low, high in settings.by_name:
+        for part, low, high in config.by_name:
             if part in name:
                 chosen[index] = (low, high)
                 break

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes: functions that return a whole training run; `pidecode train --list` shows them."""
+"""Recipes: functions that return a training configuration; `pidecode train --list` shows them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from pidecode.encoders.text import default_negative_prompt
 from pidecode.errors import SettingError
 from pidecode.registry.configs import PiDConfig, backbone, debug_config, v1pt5
 from pidecode.registry.spaces import LatentSpace, did_you_mean, get_space
-from pidecode.training.config import Adapt, Average, Data, Optimize, Recipe, Run
-from pidecode.training.dataloader import ByteStates
-from pidecode.training.debug import COSINES, encode_cosines
-from pidecode.training.dmd import Distillation
-from pidecode.training.flow_matching import TeacherLoss
+from pidecode.training.config import DataConfig, EMAConfig, LoRAConfig, OptimizerConfig, RunConfig, TrainConfig
+from pidecode.training.debug import BLOCK_DCT, ByteTextEncoder, encode_block_dct
+from pidecode.training.dmd import DistillationConfig
+from pidecode.training.flow_matching import TeacherLossConfig
 
-Maker = Callable[[str], Recipe]
-"""A recipe: the name of a latent space to a run. Recipes that are bound to one space ignore the default only."""
+RecipeFn = Callable[[str], TrainConfig]
+"""A recipe: the name of a latent space to a training configuration."""
 
-_FIXED = "flux"
+_DEFAULT_SPACE = "flux"
 
 
 def _config(space: LatentSpace, *, color_head: bool) -> PiDConfig:
@@ -37,157 +36,165 @@ def _config(space: LatentSpace, *, color_head: bool) -> PiDConfig:
     return replace(config, scale=space.scale)
 
 
-def _data(space: LatentSpace) -> Data:
+def _data(space: LatentSpace) -> DataConfig:
     if space.fixed_input is None:
-        return Data()
+        return DataConfig()
     side = space.fixed_input * space.scale
-    return Data(sizes=((side, side),))
+    return DataConfig(sizes=((side, side),))
 
 
-def pixeldit(space: str = _FIXED) -> Recipe:
+def pixeldit(space: str = _DEFAULT_SPACE) -> TrainConfig:
     """Fine-tune the text-to-image backbone on images with captions."""
-    return Recipe(
+    return TrainConfig(
         title="PixelDiT fine-tuning, text to image",
         method="backbone",
         net=backbone(),
-        negative=default_negative_prompt(),
-        optimize=Optimize(rate=2e-5, warmup=1000, clip=0.1),
-        run=Run(steps=50_000),
+        negative_prompt=default_negative_prompt(),
+        optimizer=OptimizerConfig(lr=2e-5, warmup_steps=1000, max_grad_norm=0.1),
+        run=RunConfig(steps=50_000),
     )
 
 
-def teacher_adapter(space: str = _FIXED) -> Recipe:
-    """First stage of a teacher: grow the latent's adapter on a frozen backbone."""
+def teacher_adapter(space: str = _DEFAULT_SPACE) -> TrainConfig:
+    """First stage of a teacher: train the latent adapter on a frozen backbone."""
     row = get_space(space)
-    return Recipe(
+    return TrainConfig(
         title=f"PiD teacher for {row.name}, adapter only",
         method="teacher",
         net=_config(row, color_head=True),
         space=row,
-        negative=default_negative_prompt(),
-        only="adapter",
+        negative_prompt=default_negative_prompt(),
+        trainable="adapter",
         data=_data(row),
-        optimize=Optimize(rate=5e-5, warmup=2000, decay=1e-3, clip=0.1),
-        run=Run(steps=30_000, save_every=1000, sample_every=1000),
+        optimizer=OptimizerConfig(lr=5e-5, warmup_steps=2000, weight_decay=1e-3, max_grad_norm=0.1),
+        run=RunConfig(steps=30_000, checkpoint_every=1000, sample_every=1000),
     )
 
 
-def teacher(space: str = _FIXED) -> Recipe:
+def teacher(space: str = _DEFAULT_SPACE) -> TrainConfig:
     """Second stage of a teacher: train the whole network."""
     first = teacher_adapter(space)
     return replace(
         first,
         title=f"PiD teacher for {space}",
-        only="all",
-        optimize=Optimize(rate=2e-5, warmup=1000, decay=1e-3, clip=0.1),
+        trainable="all",
+        optimizer=OptimizerConfig(lr=2e-5, warmup_steps=1000, weight_decay=1e-3, max_grad_norm=0.1),
         run=replace(first.run, steps=20_000),
     )
 
 
-def student(space: str = _FIXED) -> Recipe:
-    """Distil a teacher into a student of four steps, as the released ones were."""
+def student(space: str = _DEFAULT_SPACE) -> TrainConfig:
+    """Distill a teacher into a student of four steps (DMD2), as the released ones were."""
     row = get_space(space)
-    return Recipe(
+    return TrainConfig(
         title=f"PiD student for {row.name}",
         method="student",
         net=_config(row, color_head=False),
         space=row,
-        negative=default_negative_prompt(),
-        data=replace(_data(row), caption_drop=0.0, latent_drop=0.0),
-        optimize=Optimize(rate=1e-5, critic_rate=1e-5, decay=0.0, fake_decay=1e-3, clip=0.1),
-        run=Run(steps=3000, save_every=250, sample_every=250),
+        negative_prompt=default_negative_prompt(),
+        data=replace(_data(row), caption_dropout=0.0, latent_dropout=0.0),
+        optimizer=OptimizerConfig(lr=1e-5, fake_score_lr=1e-5, max_grad_norm=0.1),
+        run=RunConfig(steps=3000, checkpoint_every=250, sample_every=250),
     )
 
 
-def student_rollout(space: str = _FIXED) -> Recipe:
+def student_rollout(space: str = _DEFAULT_SPACE) -> TrainConfig:
     """The same distillation with the student starting from its own rollouts, closer to decoding."""
-    made = student(space)
-    return replace(made, title=f"{made.title}, self-rollout", distil=Distillation(student_input="self_rollout"))
-
-
-def teacher_lora(space: str = _FIXED) -> Recipe:
-    """Low-rank adapters on a teacher, for a style or a camera."""
-    made = teacher(space)
+    config = student(space)
     return replace(
-        made,
-        title=f"Adapters on the PiD teacher for {space}",
-        adapt=Adapt(rank=16),
-        optimize=Optimize(rate=1e-4, warmup=100, clip=0.1),
-        run=replace(made.run, steps=2000, save_every=250, sample_every=250),
+        config, title=f"{config.title}, self-rollout", distillation=DistillationConfig(student_input="self_rollout")
     )
 
 
-def student_lora(space: str = _FIXED) -> Recipe:
-    """Low-rank adapters on a student, by the direct loss: a few images are enough."""
-    made = student(space)
+def teacher_lora(space: str = _DEFAULT_SPACE) -> TrainConfig:
+    """Low-rank adapters on a teacher, for a style or a camera."""
+    config = teacher(space)
     return replace(
-        made,
+        config,
+        title=f"Adapters on the PiD teacher for {space}",
+        lora=LoRAConfig(rank=16),
+        optimizer=OptimizerConfig(lr=1e-4, warmup_steps=100, max_grad_norm=0.1),
+        run=replace(config.run, steps=2000, checkpoint_every=250, sample_every=250),
+    )
+
+
+def student_lora(space: str = _DEFAULT_SPACE) -> TrainConfig:
+    """Low-rank adapters on a student, by the direct loss: a few images are enough."""
+    config = student(space)
+    return replace(
+        config,
         title=f"Adapters on the PiD student for {space}",
         method="direct",
-        adapt=Adapt(rank=16),
-        optimize=Optimize(rate=1e-4, warmup=100, clip=0.1),
-        run=replace(made.run, steps=2000, save_every=250, sample_every=250),
+        lora=LoRAConfig(rank=16),
+        optimizer=OptimizerConfig(lr=1e-4, warmup_steps=100, max_grad_norm=0.1),
+        run=replace(config.run, steps=2000, checkpoint_every=250, sample_every=250),
     )
 
 
-def _small_run(steps: int) -> Run:
-    return Run(
-        steps=steps, precision="float32", recompute=False, save_every=100, sample_every=100, samples=2, sample_steps=8,
-        export_as="float32",
-    )  # fmt: skip
+def _debug_run(steps: int) -> RunConfig:
+    return RunConfig(
+        steps=steps,
+        precision="float32",
+        activation_checkpointing=False,
+        checkpoint_every=100,
+        sample_every=100,
+        num_samples=2,
+        sample_steps=8,
+        export_dtype="float32",
+    )
 
 
-_SMALL_DATA = Data(sizes=((64, 64), (64, 96), (96, 64)), batch=2, workers=2)
+_DEBUG_DATA = DataConfig(sizes=((64, 64), (64, 96), (96, 64)), batch_size=2, num_workers=2)
 
 
-def miniature_backbone(space: str = COSINES.name) -> Recipe:
-    """A dry run of the backbone's recipe: seconds on a processor."""
+def debug_backbone(space: str = BLOCK_DCT.name) -> TrainConfig:
+    """A dry run of the backbone's recipe: seconds on a CPU."""
     net = debug_config(latent_channels=0, inject_pixels=False)
-    return Recipe(
-        title="Miniature backbone",
+    return TrainConfig(
+        title="Debug backbone",
         method="backbone",
         net=net,
-        encode_text=ByteStates(net.text_length, net.text_dim),
-        data=_SMALL_DATA,
-        teacher=TeacherLoss(shift=1.0, shift_base_size=None),
-        optimize=Optimize(rate=3e-3, clip=1.0, warmup=5),
-        run=_small_run(200),
+        encode_text=ByteTextEncoder(net.text_length, net.text_dim),
+        data=_DEBUG_DATA,
+        teacher=TeacherLossConfig(shift=1.0, shift_base_size=None),
+        optimizer=OptimizerConfig(lr=3e-3, max_grad_norm=1.0, warmup_steps=5),
+        run=_debug_run(200),
     )
 
 
-def miniature_teacher(space: str = COSINES.name) -> Recipe:
-    """A dry run of the teacher's recipe in a made-up latent space: seconds on a processor."""
+def debug_teacher(space: str = BLOCK_DCT.name) -> TrainConfig:
+    """A dry run of the teacher's recipe in a latent space for tests: seconds on a CPU."""
     net = debug_config(color_head=True)
     return replace(
-        miniature_backbone(),
-        title="Miniature teacher",
+        debug_backbone(),
+        title="Debug teacher",
         method="teacher",
         net=net,
-        space=COSINES,
-        encode=encode_cosines,
+        space=BLOCK_DCT,
+        encode=encode_block_dct,
     )
 
 
-def miniature_student(space: str = COSINES.name) -> Recipe:
-    """A dry run of the distillation, from a debug_config teacher."""
+def debug_student(space: str = BLOCK_DCT.name) -> TrainConfig:
+    """A dry run of the distillation, from a debug-size teacher."""
     return replace(
-        miniature_teacher(),
-        title="Miniature student",
+        debug_teacher(),
+        title="Debug student",
         method="student",
         net=debug_config(),
-        data=replace(_SMALL_DATA, caption_drop=0.0, latent_drop=0.0),
-        distil=Distillation(student_every=3, guidance=1.5, r1_weight=10.0),
-        optimize=Optimize(rate=5e-4, critic_rate=1e-3, clip=1.0),
+        data=replace(_DEBUG_DATA, caption_dropout=0.0, latent_dropout=0.0),
+        distillation=DistillationConfig(student_every=3, guidance_scale=1.5, r1_weight=10.0),
+        optimizer=OptimizerConfig(lr=5e-4, fake_score_lr=1e-3, max_grad_norm=1.0),
     )
 
 
-def miniature_direct(space: str = COSINES.name) -> Recipe:
+def debug_direct(space: str = BLOCK_DCT.name) -> TrainConfig:
     """A dry run of the direct recipe."""
-    return replace(miniature_teacher(), title="Miniature direct", method="direct", net=debug_config())
+    return replace(debug_teacher(), title="Debug direct", method="direct", net=debug_config())
 
 
-def photographs(space: str = "flux2") -> Recipe:
-    """From a folder of photographs to a small four-step decoder in ten minutes on a processor (docs/training.md)."""
+def photographs(space: str = "flux2") -> TrainConfig:
+    """From a folder of photographs to a small four-step decoder in ten minutes on a CPU (docs/training.md)."""
     row = get_space(space)
     net = PiDConfig(
         hidden_size=96, num_heads=4, patch_depth=4, patch_size=16,
@@ -196,53 +203,55 @@ def photographs(space: str = "flux2") -> Recipe:
         adapter_width=64, adapter_blocks=2, adapter_padding="replicate", gate="per_token", inject_interval=1,
         inject_pixels=True, rope_reference=(256, 256),
     )  # fmt: skip
-    return Recipe(
+    return TrainConfig(
         title="A small decoder from photographs",
         method="direct",
         net=net,
         space=row,
-        data=Data(sizes=((256, 256), (256, 384), (384, 256)), crop=128, batch=4, workers=2, latent_drop=0.0),
-        distil=Distillation(student_input="self_rollout"),
-        optimize=Optimize(rate=2e-3, warmup=50, clip=1.0, fall="cosine"),
-        average=Average(rate=0.1),
-        run=replace(_small_run(1000), save_every=200, sample_every=200),
+        data=DataConfig(
+            sizes=((256, 256), (256, 384), (384, 256)), crop=128, batch_size=4, num_workers=2, latent_dropout=0.0
+        ),
+        distillation=DistillationConfig(student_input="self_rollout"),
+        optimizer=OptimizerConfig(lr=2e-3, warmup_steps=50, max_grad_norm=1.0, lr_schedule="cosine"),
+        ema=EMAConfig(sigma_rel=0.1),
+        run=replace(_debug_run(1000), checkpoint_every=200, sample_every=200),
     )
 
 
-RECIPES: Mapping[str, Maker] = MappingProxyType(
+RECIPES: Mapping[str, RecipeFn] = MappingProxyType(
     {
-        maker.__name__: maker
-        for maker in (
+        recipe.__name__: recipe
+        for recipe in (
             pixeldit, teacher_adapter, teacher, student, student_rollout, teacher_lora, student_lora,
-            photographs, miniature_backbone, miniature_teacher, miniature_student, miniature_direct,
+            photographs, debug_backbone, debug_teacher, debug_student, debug_direct,
         )
     }
 )  # fmt: skip
 """Every recipe by its name."""
 
 
-def summary(maker: Maker) -> str:
+def summary(recipe: RecipeFn) -> str:
     """A recipe's first line."""
-    return (inspect.getdoc(maker) or "").splitlines()[0]
+    return (inspect.getdoc(recipe) or "").splitlines()[0]
 
 
-def get_recipe(name: str, space: str | None = None) -> Recipe:
+def get_recipe(name: str, space: str | None = None) -> TrainConfig:
     """A recipe by its name, or by `file.py:function` for one of your own.
 
-    Raises SettingError for a name that does not exist or a function that returns no Recipe.
+    Raises SettingError for a name that does not exist or a function that returns no TrainConfig.
     """
-    maker = _own(name) if ".py" in name else RECIPES.get(name)
-    if maker is None:
+    recipe = _own(name) if ".py" in name else RECIPES.get(name)
+    if recipe is None:
         raise SettingError(f"There is no recipe {name!r}.{did_you_mean(name, RECIPES)}")
-    made = maker(space) if space is not None else maker()  # type: ignore[call-arg]
-    if not isinstance(made, Recipe):
-        raise SettingError(f"{name} returns {type(made).__name__}, not a Recipe.")
-    if space is not None and made.space is not None and made.space.name != get_space(space).name:
-        raise SettingError(f"{name} is made for space {made.space.name}; it cannot be given another.")
-    return made
+    config = recipe(space) if space is not None else recipe()  # type: ignore[call-arg]
+    if not isinstance(config, TrainConfig):
+        raise SettingError(f"{name} returns {type(config).__name__}, not a TrainConfig.")
+    if space is not None and config.space is not None and config.space.name != get_space(space).name:
+        raise SettingError(f"{name} is for space {config.space.name}; it cannot be given another.")
+    return config
 
 
-def _own(name: str) -> Maker:
+def _own(name: str) -> RecipeFn:
     path, _, function = name.partition(":")
     if not Path(path).is_file() or not function:
         raise SettingError(f"{name!r} names no recipe; write the file and the function: my_recipe.py:my_decoder.")
@@ -251,8 +260,8 @@ def _own(name: str) -> Maker:
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
-    maker = getattr(module, function, None)
-    if not callable(maker):
+    recipe = getattr(module, function, None)
+    if not callable(recipe):
         raise SettingError(f"{path} has no function {function!r}.")
-    made: Maker = maker
-    return made
+    found_recipe: RecipeFn = recipe
+    return found_recipe

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Representation alignment: the network's tokens should say what a DINOv2 the user has says (optional loss)."""
+"""Representation alignment with DINOv2 features (REPA, https://arxiv.org/abs/2410.06940), an optional loss."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def encoder_input(image: Tensor, tokens: int) -> Tensor:
 
 
 def projector(width: int, encoder_width: int, layers: int = 2) -> nn.Sequential:
-    """The small network that brings tokens to the encoder's width: Linear, SiLU, ..., Linear."""
+    """Projection of tokens to the encoder's width: Linear, SiLU, ..., Linear."""
     parts: list[nn.Module] = []
     for _ in range(layers - 1):
         parts += [nn.Linear(width, width), nn.SiLU()]
     return nn.Sequential(*parts, nn.Linear(width, encoder_width))
 
 
-class Alignment(nn.Module):
-    """The projector, and the frozen encoder it is held against."""
+class RepresentationAlignment(nn.Module):
+    """The projector and the frozen encoder whose features it predicts."""
 
     def __init__(self, width: int, encoder: nn.Module, encoder_width: int) -> None:
         super().__init__()
@@ -53,8 +53,8 @@ class Alignment(nn.Module):
         return feature_alignment(self.projector(tokens), reference)
 
 
-def dinov2(folder: str | Path, width: int) -> Alignment:
-    """An Alignment with the DINOv2 in `folder` (a transformers folder, or a hub name already downloaded)."""
+def dinov2(folder: str | Path, width: int) -> RepresentationAlignment:
+    """Alignment with the DINOv2 in `folder`: a transformers folder, or a hub name that is already downloaded."""
     try:
         from transformers import AutoModel
     except ImportError:
@@ -62,4 +62,4 @@ def dinov2(folder: str | Path, width: int) -> Alignment:
             "Representation alignment needs transformers; install it with: pip install 'pidecode[captions]'."
         ) from None
     encoder = AutoModel.from_pretrained(str(folder), local_files_only=True)
-    return Alignment(width, encoder, encoder.config.hidden_size)
+    return RepresentationAlignment(width, encoder, encoder.config.hidden_size)

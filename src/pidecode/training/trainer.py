@@ -1,233 +1,392 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop."""
+"""The training loop: any modules with a loss, with EMA, checkpoints, metrics and samples.
+
+A `TrainTask` owns the modules and says what they cost; a `TrainLoader` gives batches by number. `Trainer` does the
+rest and knows neither. `pidecode.training.tasks` is the task of PiD networks, `recipes/tiny` that of `tiny`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from itertools import pairwise
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F  # noqa: N812
-from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from pidecode.errors import FileError, SettingError, TrainingError
-from pidecode.files import atomic_write, remove_partial
-from pidecode.images.tensors import to_pil
-from pidecode.sampling import NoiseStream, guided, renoise, sample_teacher
+from pidecode.errors import SettingError, TrainingError
+from pidecode.files import remove_partial
 from pidecode.training.checkpoint import (
-    Live,
+    TrainState,
     newest_checkpoint,
     restore,
     save_checkpoint,
 )
-from pidecode.training.config import Optimize, Recipe
-from pidecode.training.dataloader import Feed, make_helpers
-from pidecode.training.dataset import find_images
-from pidecode.training.denoiser import Example, clean_of, net_of
+from pidecode.training.config import EMAConfig, OptimizerConfig, RunConfig, describe
 from pidecode.training.distributed import (
     DistEnv,
+    any_process,
+    barrier,
     clip_gradients,
-    finish_gradients,
-    gradients_stay_here,
-    lost_workers_named,
     mean_over_processes,
+    no_gradient_sync,
     parameter_groups,
-    wait_for_all,
-    whole,
-    world,
+    reduce_unsharded_gradients,
 )
 from pidecode.training.ema import ExponentialMovingAverage
-from pidecode.training.logger import Journal, Say
-from pidecode.training.methods import MAIN, Method, build_method
-from pidecode.training.models import adapter_tensors, base_tensors
-from pidecode.training.overrides import describe
-from pidecode.weights.load import LoraMetadata, write_lora
-from pidecode.weights.metadata import CheckpointMetadata, Kind
+from pidecode.training.flow_matching import LossOutput
+from pidecode.training.logger import MetricLogger, ProgressFn
+from pidecode.training.muon import Muon, muon_groups
+from pidecode.training.noise import RNG
 
 
-@dataclass
-class Training:
-    """A run in progress in this process."""
-
-    recipe: Recipe
-    folder: Path
-    here: DistEnv
-    method: Method
-    feed: Feed
-    optimizers: dict[str, Optimizer]
-    average: ExponentialMovingAverage | None
-    journal: Journal
-    step: int = 0
-    """Optimizer steps done."""
-    saved: int = -1
-    """Step of the newest checkpoint; -1 before the first."""
-    images: int = 0
-    latest: dict[str, float] = field(default_factory=dict)
-    """Newest value of each metric; in a distillation the phases report different ones."""
+class TrainTask(Protocol):
+    """What is trained and how it is judged."""
 
     @property
-    def live(self) -> Live:
-        """What checkpoints hold."""
-        return Live(self.method.trained, self.optimizers, self.average, self.here.device)
+    def title(self) -> str:
+        """What is trained, in one line."""
+        ...
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Trained modules by name; each has an optimizer of its own."""
+        ...
+
+    @property
+    def averaged(self) -> tuple[str, ...]:
+        """Names of modules with a moving average, which samples and exports use."""
+        ...
+
+    def trained_at(self, step: int) -> tuple[str, ...]:
+        """Names of the modules that iteration `step`, counted from 0, trains."""
+        ...
+
+    def make_optimizer(self, name: str) -> Optimizer:
+        """The optimizer of a module; its learning rates are the full ones, before warm-up and schedule."""
+        ...
+
+    def loss(self, step: int, batch: Any, rng: RNG) -> LossOutput:
+        """The loss of one forward pass of iteration `step`."""
+        ...
+
+    def save_samples(self, folder: Path, step: int) -> None:
+        """Write samples of the averaged weights; every process calls this, the first one writes."""
+        ...
+
+    def export(self, folder: Path, step: int) -> Path:
+        """Write the averaged weights as a result; every process calls this, the first one writes."""
+        ...
+
+    def notes(self) -> Iterator[str]:
+        """Lines to report before the first step."""
+        ...
 
 
-def train(
-    recipe: Recipe,
-    folder: str | Path,
-    *,
-    resume: bool = False,
-    say: Say | None = None,
-    device: torch.device | None = None,
-) -> Path:
-    """Run a recipe to its end; returns the exported weights, `folder/decoder.safetensors` (or `adapter.safetensors`).
+class TrainLoader(Protocol):
+    """Batches by number: the same batch for the same number, whenever it is asked for."""
 
-    resume: go on from the newest checkpoint in `folder`; without one, begin. Otherwise `folder` must hold no run.
-    say: told a line now and then, in the first process only.
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the training data changes."""
+        ...
 
-    Raises TrainingError when it must stop (no data, NaN, a full disk, a lost process); what was saved is whole.
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """Unreadable files, with the reason."""
+        ...
+
+    def batch(self, number: int) -> tuple[Any, RNG, tuple[str, ...]]:
+        """The batch of that number, the random numbers for the rest of its step, and its images' names."""
+        ...
+
+    def flush(self) -> None:
+        """Write what is cached in memory."""
+        ...
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        ...
+
+
+class LoopConfig(Protocol):
+    """What the loop reads of a configuration, which is a dataclass."""
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """Schedule, clipping and accumulation."""
+        ...
+
+    @property
+    def ema(self) -> EMAConfig:
+        """The moving average."""
+        ...
+
+    @property
+    def run(self) -> RunConfig:
+        """Length, precision and outputs."""
+        ...
+
+
+class Trainer:
+    """One training run in this process.
+
+    Args:
+        task: Modules and losses.
+        loader: Batches.
+        folder: Where checkpoints, metrics, samples and the result go.
+        config: Length, schedule and outputs; all of it is written to `folder/config.txt`.
+        env: This process among all.
+        resume: Continue from the newest checkpoint in `folder`; without one, start.
+        progress: Called with a line of text now and then, in the first process only.
+
+    Raises:
+        SettingError: `folder` holds a run and `resume` is not set.
+        CheckpointError: The checkpoint belongs to other modules.
+    """
+
+    def __init__(
+        self,
+        task: TrainTask,
+        loader: TrainLoader,
+        folder: str | Path,
+        config: LoopConfig,
+        env: DistEnv,
+        *,
+        resume: bool = False,
+        progress: ProgressFn | None = None,
+    ) -> None:
+        self.task, self.loader, self.folder, self.env = task, loader, Path(folder), env
+        self.optimizer_config, self.run_config = config.optimizer, config.run
+        self.step = 0
+        """Optimizer steps done."""
+        self.images = 0
+        """Images this process has seen since it began."""
+        self.metrics: dict[str, float] = {}
+        """Newest value of each metric; in a distillation the phases report different ones."""
+        self._saved_step = -1
+        self._saved_at = time.monotonic()
+        self._checkpoints = self.folder / "checkpoints"
+        progress = progress if env.is_first else None
+        stored = newest_checkpoint(self._checkpoints, progress) if resume else None
+        if not resume and any(self._checkpoints.glob("step-*")):
+            raise SettingError(
+                f"{self.folder} holds a run already; continue it with --resume, or choose another folder."
+            )
+        self.state = train_state(task, config.ema, env.device)
+        if env.is_first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_partial(self._checkpoints)
+            text = "".join(f"{name} = {value!r}\n" for name, value, _ in describe(config))
+            (self.folder / "config.txt").write_text(text, encoding="utf-8")
+        barrier(env)
+        if stored is not None:
+            self.step = self._saved_step = stored.step
+        log_folder = self.folder if env.is_first else self.folder / f"process-{env.rank}"
+        log_folder.mkdir(parents=True, exist_ok=True)
+        trackers = config.run.trackers if env.is_first else ()
+        self.logger = MetricLogger(log_folder, trackers, config.run.steps, self.step, progress)
+        if stored is not None:
+            restore(stored, self.state)
+            self.metrics = dict(stored.metadata.get("metrics", {}))
+            self.logger.message(f"Resuming from step {self.step}.")
+            if stored.metadata.get("images") != loader.fingerprint:
+                self.logger.message("The images have changed since; the run continues, but not as it would have.")
+        for name, reason in list(loader.skipped.items())[:10]:
+            self.logger.message(f"Skipped {name}: {reason}")
+        for note in task.notes():
+            self.logger.message(note)
+
+    def run(self) -> Path:
+        """Train to the last step and export.
+
+        Returns:
+            The file `TrainTask.export` wrote.
+
+        Raises:
+            TrainingError: The run must stop: NaN, a full disk, unreadable data. What was saved is complete.
+        """
+        try:
+            while self.step < self.run_config.steps:
+                self._train_step()
+            if self._saved_step != self.step:
+                self._save()
+            with averaged_weights(self.state):
+                exported = self.task.export(self.folder, self.step)
+            self.logger.message(f"Done: {exported}")
+        finally:
+            self.loader.close()
+            self.logger.close()
+        return exported
+
+    def _train_step(self) -> None:
+        """One optimizer step, and what is written after it."""
+        names = self.task.trained_at(self.step)
+        modules = [self.task.modules[name] for name in names]
+        others = [module for name, module in self.task.modules.items() if name not in names]
+        passes = self.optimizer_config.grad_accumulation
+        with _without_gradients(others):
+            for index in range(passes):
+                self._forward_backward(self.step * passes + index, modules, last=index == passes - 1)
+        reduce_unsharded_gradients(modules, self.env)
+        for name, norm in self._update(names).items():
+            self.metrics[f"grad_norm_{name}"] = norm
+        self.step += 1
+        for name, average in self.state.emas.items():
+            if name in names:
+                average.update(self.task.modules[name], self.step)
+        run = self.run_config
+        if self.step % run.log_every == 0 or self.step == run.steps:
+            self._log()
+        if run.sample_every and self.step % run.sample_every == 0:
+            with averaged_weights(self.state), torch.no_grad(), self._autocast():
+                self.task.save_samples(self.folder / "samples", self.step)
+        if self._checkpoint_is_due():
+            self._save()
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.run_config.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.env.device.type, torch.bfloat16)
+
+    def _forward_backward(self, number: int, modules: list[nn.Module], *, last: bool) -> None:
+        passes = self.optimizer_config.grad_accumulation
+        batch, rng, names = self.loader.batch(number)
+        with no_gradient_sync(modules, not last):
+            with self._autocast():
+                output = self.task.loss(self.step, batch, rng)
+            loss = mean_over_processes(output.loss.detach().float(), self.env)
+            if not bool(torch.isfinite(loss)):
+                self._stop_for_nan("loss", names)
+            (output.loss / passes).backward()
+        for name, value in {"loss": loss, **output.parts}.items():
+            before = self.metrics.get(name, 0.0) if number % passes else 0.0
+            self.metrics[name] = before + float(value) / passes
+        self.images += len(names) * self.env.data_world_size
+
+    def _stop_for_nan(self, what: str, names: tuple[str, ...]) -> None:
+        saved = (
+            f"the checkpoint of step {self._saved_step} is complete"
+            if self._saved_step >= 0
+            else "nothing had been saved yet"
+        )
+        raise TrainingError(
+            f"The {what} became NaN or infinite at step {self.step + 1} (images here: {', '.join(names)}); {saved}. "
+            "Lower the learning rate, lengthen optimizer.warmup_steps or set run.precision=float32, then start again "
+            "with --resume."
+        )
+
+    def _update(self, names: tuple[str, ...]) -> dict[str, float]:
+        """Clip gradients and step the optimizers of this iteration.
+
+        Returns:
+            Gradient norms before clipping, by module.
+        """
+        norms: dict[str, float] = {}
+        factor = lr_factor(self.optimizer_config, self.step, self.run_config.steps)
+        for name in names:
+            norms[name] = clip_gradients(self.task.modules[name], self.optimizer_config.max_grad_norm)
+            if not math.isfinite(norms[name]):
+                self._stop_for_nan(f"gradient of {name}", ())
+        for name in names:
+            for group in self.state.optimizers[name].param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            self.state.optimizers[name].step()
+        for optimizer in self.state.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        return norms
+
+    def _log(self) -> None:
+        factor = lr_factor(self.optimizer_config, self.step - 1, self.run_config.steps)
+        values = {
+            **self.metrics,
+            "lr": self.optimizer_config.lr * factor,
+            "skipped": float(len(self.loader.skipped)),
+        }
+        self.logger.log(self.step, values, self.images, self.env.device)
+
+    def _checkpoint_is_due(self) -> bool:
+        if self.step % self.run_config.checkpoint_every == 0:
+            return True
+        minutes = self.run_config.checkpoint_minutes
+        return minutes > 0 and any_process(time.monotonic() - self._saved_at >= 60 * minutes, self.env)
+
+    def _save(self) -> None:
+        self.loader.flush()
+        metadata = {
+            "images": self.loader.fingerprint,
+            "skipped": dict(list(self.loader.skipped.items())[:1000]),
+            "title": self.task.title,
+            "metrics": self.metrics,
+        }
+        save_checkpoint(self._checkpoints, self.step, self.state, metadata, self.env, self.run_config.keep)
+        self._saved_step, self._saved_at = self.step, time.monotonic()
+
+
+def train_state(task: TrainTask, ema: EMAConfig, device: torch.device) -> TrainState:
+    """Modules, fresh optimizers and moving averages of a task: what a checkpoint stores."""
+    optimizers = {name: task.make_optimizer(name) for name in task.modules}
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    names = () if ema.kind == "none" else task.averaged
+    emas = {name: ExponentialMovingAverage(task.modules[name], ema) for name in names}
+    return TrainState(task.modules, optimizers, emas, device)
+
+
+def export_newest(task: TrainTask, ema: EMAConfig, folder: str | Path) -> Path:
+    """Export the newest checkpoint of a run without training on.
+
+    Raises:
+        TrainingError: `folder` holds no complete checkpoint.
+        CheckpointError: The checkpoint belongs to other modules.
     """
     folder = Path(folder)
-    with lost_workers_named(), world(recipe.spread, device) as here:
-        run = _begin(recipe, folder, here, resume, say if here.is_first else None)
-        try:
-            while run.step < recipe.run.steps:
-                _advance(run)
-            if run.saved != run.step:
-                _save(run)
-            with averaged(run):
-                exported = export_network(recipe, run.method, folder, run.step, here)
-            run.journal.say(f"Done: {exported}")
-        finally:
-            run.feed.close()
-            run.journal.close()
-    return exported
-
-
-def export_newest(recipe: Recipe, folder: str | Path) -> Path:
-    """Write the newest checkpoint of a run as a result, without training on. Raises TrainingError if there is none."""
-    folder = Path(folder)
-    here = DistEnv(torch.device("cpu"))
     stored = newest_checkpoint(folder / "checkpoints")
     if stored is None:
         raise TrainingError(f"{folder} holds no checkpoint to export.")
-    method = build_method(recipe, here)
-    average = None if recipe.average.kind == "none" else ExponentialMovingAverage(method.trained[MAIN], recipe.average)
-    restore(stored, Live(method.trained, make_optimizers(recipe, method), average, here.device))
-    if average is not None:
-        average.swap(method.trained[MAIN])
-    return export_network(recipe, method, folder, stored.step, here)
+    state = train_state(task, ema, torch.device("cpu"))
+    restore(stored, state)
+    with averaged_weights(state):
+        return task.export(folder, stored.step)
 
 
-def _begin(recipe: Recipe, folder: Path, here: DistEnv, resume: bool, say: Say | None) -> Training:
-    checkpoints = folder / "checkpoints"
-    stored = newest_checkpoint(checkpoints, say) if resume else None
-    if not resume and any(checkpoints.glob("step-*")):
-        raise SettingError(f"{folder} holds a run already; go on with --resume, or choose another folder.")
-    collection = find_images(recipe.data.source)
-    method = build_method(recipe, here)
-    feed = Feed(recipe, collection, make_helpers(recipe, here.device), here.device, here.place, here.places)
-    average = None if recipe.average.kind == "none" else ExponentialMovingAverage(method.trained[MAIN], recipe.average)
-    optimizers = make_optimizers(recipe, method)
-    step = 0 if stored is None else stored.step
-    if here.is_first:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_partial(checkpoints)
-        words = "\n".join(f"{name} = {value!r}" for name, value, _ in describe(recipe))
-        (folder / "recipe.txt").write_text(words + "\n", encoding="utf-8")
-    wait_for_all(here)
-    journal_folder = folder if here.is_first else folder / f"process-{here.rank}"
-    journal_folder.mkdir(parents=True, exist_ok=True)
-    journal = Journal(journal_folder, recipe.run.track if here.is_first else (), recipe.run.steps, step, say)
-    run = Training(recipe, folder, here, method, feed, optimizers, average, journal, step, step if stored else -1)
-    if stored is not None:
-        restore(stored, run.live)
-        run.latest = dict(stored.facts.get("latest", {}))
-        journal.say(f"Going on from step {step}.")
-        if stored.facts.get("images") != collection.digest:
-            journal.say("The images have changed since; the run goes on, but not as it would have.")
-    for note in _opening(run):
-        journal.say(note)
-    return run
+@contextmanager
+def averaged_weights(state: TrainState) -> Iterator[None]:
+    """Put the averaged weights in place of the current ones, for the duration of the context."""
+    for name, average in state.emas.items():
+        average.swap(state.modules[name])
+    try:
+        yield
+    finally:
+        for name, average in state.emas.items():
+            average.swap(state.modules[name])
 
 
-def _opening(run: Training) -> Iterator[str]:
-    found, skipped = len(run.feed.collection.entries), run.feed.skipped
-    parameters = sum(p.numel() for p in run.method.trained[MAIN].parameters() if p.requires_grad)
-    yield f"{run.recipe.title}: {parameters:,} parameters, {found} images, {run.here.size} process(es)."
-    for name, reason in list(skipped.items())[:10]:
-        yield f"Skipped {name}: {reason}"
-    if run.method.fresh:
-        yield f"{len(run.method.fresh)} tensors are not in {run.recipe.start_from} and start from chance."
+def make_optimizer(module: nn.Module, config: OptimizerConfig, *, lr: float, weight_decay: float) -> Optimizer:
+    """The optimizer of a configuration for the parameters of `module` that require gradients."""
+    if config.name == "muon":
+        named = ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
+        return Muon(muon_groups(named), lr=lr, weight_decay=weight_decay)
+    return AdamW(parameter_groups(module), lr=lr, betas=config.betas, weight_decay=weight_decay)
 
 
-def make_optimizers(recipe: Recipe, method: Method) -> dict[str, Optimizer]:
-    """An AdamW for each trained module."""
-    settings = recipe.optimize
-    made: dict[str, Optimizer] = {}
-    for name, module in method.trained.items():
-        critic = name in ("fake", "critic")
-        made[name] = AdamW(
-            parameter_groups(module),
-            lr=settings.critic_rate if critic else settings.rate,
-            betas=settings.betas,
-            weight_decay={"fake": settings.fake_decay, "critic": 0.0}.get(name, settings.decay),
-        )
-        for group in made[name].param_groups:
-            group["full_rate"] = group["lr"]
-    return made
-
-
-def rate_factor(settings: Optimize, step: int, steps: int) -> float:
-    """Share of the full learning rate at step `step`, counted from 0."""
-    factor = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
-    if settings.fall == "cosine" and step >= settings.warmup:
-        done = (step - settings.warmup) / max(1, steps - settings.warmup)
+def lr_factor(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Factor of the full learning rate at step `step`, counted from 0: linear warm-up, then the schedule."""
+    factor = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    if config.lr_schedule == "cosine" and step >= config.warmup_steps:
+        done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
         factor *= 0.5 * (1 + math.cos(math.pi * done))
     return factor
 
 
-def _autocast(run: Training) -> Any:
-    if run.recipe.run.precision == "float32":
-        return nullcontext()
-    return torch.autocast(run.here.device.type, torch.bfloat16)
-
-
-def _advance(run: Training) -> None:
-    """One optimizer step and what belongs to it."""
-    recipe = run.recipe
-    turn = run.method.turn(run.step)
-    passes = recipe.optimize.accumulate
-    modules = [run.method.trained[name] for name in turn]
-    others = [module for name, module in run.method.trained.items() if name not in turn]
-    with _set_aside(others):
-        for index in range(passes):
-            _one_pass(run, run.step * passes + index, modules, last=index == passes - 1)
-    finish_gradients(modules, run.here)
-    norms = _update(run, turn)
-    run.step += 1
-    if run.average is not None and MAIN in turn:
-        run.average.update(run.method.trained[MAIN], run.step)
-    for name, norm in norms.items():
-        run.latest[f"gradient_{name}"] = norm
-    settings = recipe.run
-    if run.step % settings.log_every == 0 or run.step == settings.steps:
-        _report(run)
-    if settings.sample_every and run.step % settings.sample_every == 0:
-        _sample(run)
-    if run.step % settings.save_every == 0:
-        _save(run)
-
-
 @contextmanager
-def _set_aside(modules: list[nn.Module]) -> Iterator[None]:
-    """Spare modules that this iteration does not train their gradients."""
+def _without_gradients(modules: list[nn.Module]) -> Iterator[None]:
+    """Compute no gradients for modules that this iteration does not train."""
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -236,201 +395,3 @@ def _set_aside(modules: list[nn.Module]) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
-
-
-def _one_pass(run: Training, number: int, modules: list[nn.Module], *, last: bool) -> None:
-    example, draws, names = run.feed.batch(number)
-    with gradients_stay_here(modules, not last):
-        with _autocast(run):
-            outcome = run.method.outcome(run.step, example, draws)
-        loss = mean_over_processes(outcome.loss.detach().float(), run.here)
-        if not bool(torch.isfinite(loss)):
-            _stop_for_nan(run, "loss", names)
-        (outcome.loss / run.recipe.optimize.accumulate).backward()
-    share = 1 / run.recipe.optimize.accumulate
-    for name, value in {"loss": loss, **outcome.parts}.items():
-        run.latest[name] = float(value) * share + (
-            run.latest.get(name, 0.0) if number % run.recipe.optimize.accumulate else 0
-        )
-    run.images += run.recipe.data.batch * run.here.places
-
-
-def _stop_for_nan(run: Training, what: str, names: tuple[str, ...]) -> None:
-    saved = f"the checkpoint of step {run.saved} is whole" if run.saved >= 0 else "nothing had been saved yet"
-    raise TrainingError(
-        f"The {what} became NaN or infinite at step {run.step + 1} (images here: {', '.join(names)}); {saved}. "
-        "Lower optimize.rate, lengthen optimize.warmup or set run.precision=float32, then start again with --resume."
-    )
-
-
-def _update(run: Training, turn: tuple[str, ...]) -> dict[str, float]:
-    """Clip and step the optimizers of this iteration; the gradients' norms before clipping."""
-    settings, norms = run.recipe.optimize, {}
-    factor = rate_factor(settings, run.step, run.recipe.run.steps)
-    for name in turn:
-        norms[name] = clip_gradients(run.method.trained[name], settings.clip)
-        if not math.isfinite(norms[name]):
-            _stop_for_nan(run, f"gradient of {name}", ())
-    for name in turn:
-        optimizer = run.optimizers[name]
-        for group in optimizer.param_groups:
-            group["lr"] = group["full_rate"] * factor
-        optimizer.step()
-    for optimizer in run.optimizers.values():
-        optimizer.zero_grad(set_to_none=True)
-    return norms
-
-
-def _report(run: Training) -> None:
-    factor = rate_factor(run.recipe.optimize, run.step - 1, run.recipe.run.steps)
-    values = {**run.latest, "rate": run.recipe.optimize.rate * factor, "skipped": float(len(run.feed.skipped))}
-    run.journal.note(run.step, values, run.images, run.here.device)
-
-
-@contextmanager
-def averaged(run: Training) -> Iterator[None]:
-    """The averaged weights in place of the current ones."""
-    if run.average is None:
-        yield
-        return
-    run.average.swap(run.method.trained[MAIN])
-    try:
-        yield
-    finally:
-        run.average.swap(run.method.trained[MAIN])
-
-
-def _sample(run: Training) -> None:
-    net = run.method.trained[MAIN]
-    with averaged(run), torch.no_grad(), _autocast(run):
-        rows = [
-            (example.low, paint_example(net, example, run.recipe), example.image)
-            for example in run.feed.preview(run.recipe.run.samples)
-        ]
-    if run.here.is_first:
-        save_grid(run.folder / "samples" / f"step-{run.step:08d}.png", rows)
-
-
-def _save(run: Training) -> None:
-    if run.feed.helpers.cache is not None:
-        run.feed.helpers.cache.flush()
-    facts = {
-        "images": run.feed.collection.digest,
-        "skipped": dict(list(run.feed.skipped.items())[:1000]),
-        "method": run.recipe.method,
-        "title": run.recipe.title,
-        "latest": run.latest,
-    }
-    checkpoints = run.folder / "checkpoints"
-    save_checkpoint(checkpoints, run.step, run.live, facts, run.here, run.recipe.run.keep)
-    run.saved = run.step
-
-
-_KINDS: dict[str, Kind] = {"backbone": "backbone", "teacher": "teacher", "student": "student", "direct": "student"}
-
-
-def export_network(recipe: Recipe, method: Method, folder: Path, step: int, here: DistEnv) -> Path:
-    """Write the network as it stands; every process must call this, the first one writes."""
-    net = method.main.net
-    tensors: dict[str, Tensor] = {}
-    for name, value in net.state_dict().items():
-        full = whole(value.detach())
-        if here.is_first:
-            tensors[name] = full.to("cpu", copy=True).contiguous()
-    path = folder / ("adapter.safetensors" if recipe.adapt.rank else "decoder.safetensors")
-    if here.is_first:
-        try:
-            _write(path, recipe, method, tensors, step)
-        except FileError as fault:
-            raise TrainingError(f"The result could not be written: {fault} The last checkpoint is whole.") from fault
-    return path
-
-
-def _write(path: Path, recipe: Recipe, method: Method, tensors: dict[str, Tensor], step: int) -> None:
-    space = None if recipe.space is None else recipe.space.name
-    if recipe.adapt.rank:
-        identity = LoraMetadata(
-            rank=recipe.adapt.rank,
-            alpha=recipe.adapt.alpha or recipe.adapt.rank,
-            space=space,
-            base=recipe.start_from or None,
-        )
-        write_lora(path, adapter_tensors(tensors), identity)
-        return
-    kind = _KINDS[recipe.method]
-    config = method.main.net.config
-    dtype = getattr(torch, recipe.run.export_as)
-    content = save(
-        {name: tensor.to(dtype).contiguous() for name, tensor in base_tensors(tensors).items()},
-        CheckpointMetadata(
-            kind=kind,
-            config=config,
-            space=space,
-            times=recipe.distil.times if kind == "student" else (),
-            extra={"trained": {"recipe": recipe.title, "steps": step, "started_from": recipe.start_from}},
-        ).to_metadata(),
-    )
-    with atomic_write(path, overwrite=True) as file:
-        file.write(content)
-
-
-_EDGE = 4
-
-
-@torch.no_grad()
-def paint_example(net: nn.Module, example: Example, recipe: Recipe, seed: int = 0) -> Tensor:
-    """A finished image `[1, 3, H, W]` in [-1, 1], as a decoder would make it."""
-    image = example.image
-    shape = (3, image.shape[-2], image.shape[-1])
-    draw = NoiseStream([seed], shape, image.device)
-    if recipe.method in ("student", "direct"):
-        return few_steps(net, example, recipe.distil.times, draw)
-
-    def predict(x: Tensor, t: Tensor, shown: Example = example) -> Tensor:
-        prediction: Tensor = net(x, t / 1000.0, shown).prediction
-        return prediction.float()
-
-    def uncaptioned(x: Tensor, t: Tensor) -> Tensor:
-        return predict(x, t, example.without_caption())
-
-    guidance = recipe.run.sample_guidance if recipe.net.has_text else 1.0
-    return sample_teacher(
-        guided(predict, uncaptioned, guidance),
-        draw(),
-        num_steps=recipe.run.sample_steps,
-        shift=recipe.teacher.flow_shift.at(*shape[1:]),
-        prediction=net_of(net).config.prediction,
-    ).clamp(-1, 1)
-
-
-def few_steps(net: nn.Module, example: Example, times: Sequence[float], draw: NoiseStream) -> Tensor:
-    """The student's loop over its own times."""
-    x = draw()
-    for t, t_next in pairwise(times):
-        t_B = torch.full((x.shape[0],), t, device=x.device)
-        clean = clean_of(net, net(x, t_B, example).prediction, x, t_B)
-        x = renoise(clean, draw(), t_next) if t_next > 0 else clean
-    return x.clamp(-1, 1)
-
-
-def grid_of(rows: Sequence[tuple[Tensor | None, Tensor, Tensor]]) -> Tensor:
-    """One image `[3, H, W]` of rows (low resolution, painted, real), each `[1, 3, h, w]`, dark edges between."""
-    height = max(row[2].shape[-2] for row in rows)
-    width = max(row[2].shape[-1] for row in rows)
-    bands = []
-    for low, painted, real in rows:
-        size = (real.shape[-2], real.shape[-1])
-        first = torch.full_like(real, -1.0) if low is None else F.interpolate(low, size=size, mode="nearest")
-        cells = [
-            F.pad(cell[0].float().cpu(), (0, width - size[1] + _EDGE, 0, height - size[0] + _EDGE), value=-1.0)
-            for cell in (first, painted, real)
-        ]
-        bands.append(torch.cat(cells, dim=-1))
-    return torch.cat(bands, dim=-2)
-
-
-def save_grid(path: Path, rows: Sequence[tuple[Tensor | None, Tensor, Tensor]]) -> None:
-    """Write the grid as PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path, overwrite=True) as file:
-        to_pil(grid_of(rows)).save(file, format="PNG")

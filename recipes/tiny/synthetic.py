@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images made by code: free, endless, and rich in the edges, type and flat areas that photographs lack."""
+"""Synthetic images, rich in the edges, type and flat areas that photographs lack."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OVERSAMPLING = 2
 
 WORDS = [
     "light",
-    "harbour",
+    "harbor",
     "window",
     "copper",
     "seven",
@@ -65,7 +65,7 @@ WORDS = [
     "3/4",
     "17:45",
 ]
-"""Made-up running text: letters of every kind, figures and signs."""
+"""Words of text pages: letters of every kind, figures and signs."""
 
 
 def _color(random: Random, *, muted: bool = False) -> tuple[int, int, int]:
@@ -102,7 +102,7 @@ def dead_leaves(side: int, random: Random) -> Pixels:
 
 
 def gradients(side: int, random: Random) -> Pixels:
-    """Smooth two-color ramps, bowls and waves, added up: flat areas where a decoder must invent nothing."""
+    """Smooth two-color ramps, bowls and waves, added up: flat areas, where a decoder must add no texture."""
     rows, columns = np.mgrid[0:side, 0:side] / side
     total = np.zeros((side, side, 3))
     for _ in range(int(random.integers(1, 4))):
@@ -202,14 +202,16 @@ KINDS: dict[str, Callable[[int, Random], Pixels]] = {
 """Every kind of image, by name."""
 
 
-def procedural_image(kind: str, side: int, seed: int, fonts: Sequence[Path] = ()) -> Pixels:
-    """An image uint8 [side,side,3] of one of KINDS; the same arguments give the same pixels.
+def synthetic_image(kind: str, side: int, seed: int, fonts: Sequence[Path] = ()) -> Pixels:
+    """An image uint8 `[side, side, 3]` of one of KINDS; the same arguments give the same pixels.
 
-    `fonts` are TrueType files for text pages; without them Pillow's own face is used.
-    Raises SettingError for a kind that does not exist.
+    `fonts` are TrueType files for text pages; without them Pillow's own is used.
+
+    Raises:
+        SettingError: The kind does not exist.
     """
     if kind not in KINDS:
-        raise SettingError(f"No procedural images of kind {kind!r}; known are {', '.join(KINDS)}.")
+        raise SettingError(f"There are no synthetic images of kind {kind!r}; known are {', '.join(KINDS)}.")
     random = np.random.default_rng([seed, list(KINDS).index(kind)])
     if kind == "text_page":
         return text_page(side, random, fonts)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tiny FLUX.2 autoencoder ("taef2") as a frozen teacher: latents to train on, and the baseline to beat."""
+"""The tiny FLUX.2 autoencoder ("taef2", MIT), frozen: latents to train on, and the baseline to beat.
+
+Its weights are read from a folder and are not part of this project.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,15 @@ CELLS = 32
 """Channels of a latent at an eighth of the image's side (four of them make one packed cell of 128)."""
 
 
-class Soften(nn.Module):
-    """Keep latents within ±3 smoothly, as the published decoder does first."""
+class SoftClamp(nn.Module):
+    """`3 tanh(x / 3)`, the published decoder's first step."""
 
     def forward(self, latent: Tensor) -> Tensor:
         """Same shape."""
         return torch.tanh(latent / 3) * 3
 
 
-class Block(nn.Module):
+class TaesdBlock(nn.Module):
     """Three convolutions with a skip; with `pool`, first a mix whose norm sees the whole image."""
 
     def __init__(self, *, pool: bool = False) -> None:
@@ -51,18 +54,17 @@ class Block(nn.Module):
 
 
 def _stage(count: int, *, pool: bool = False) -> list[nn.Module]:
-    return [Block(pool=pool) for _ in range(count)]
+    return [TaesdBlock(pool=pool) for _ in range(count)]
 
 
 def _plain(stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(WIDTH, WIDTH, 3, padding=1, stride=stride, bias=False)
 
 
-class TeacherAutoencoder(nn.Module):
-    """Image [B,3,H,W] in [-1,1] <-> latent [B,32,H/8,W/8] in FLUX.2's normalized space (before patchifying).
+class TinyAutoencoder(nn.Module):
+    """Image `[B, 3, H, W]` in [-1, 1] to FLUX.2's normalized latent before patchifying, `[B, 32, H/8, W/8]`, and back.
 
     The encoder's normalization is over the whole image: encode whole images, then crop latents.
-    The weights are read from a folder and are not part of this project.
     """
 
     def __init__(self) -> None:
@@ -75,7 +77,7 @@ class TeacherAutoencoder(nn.Module):
             nn.Conv2d(WIDTH, CELLS, 3, padding=1),
         )  # fmt: skip
         self.decoder = nn.Sequential(
-            Soften(), nn.Conv2d(CELLS, WIDTH, 3, padding=1), nn.ReLU(), *_stage(3, pool=True),
+            SoftClamp(), nn.Conv2d(CELLS, WIDTH, 3, padding=1), nn.ReLU(), *_stage(3, pool=True),
             nn.Upsample(scale_factor=2), _plain(), *_stage(3),
             nn.Upsample(scale_factor=2), _plain(), *_stage(3),
             nn.Upsample(scale_factor=2), _plain(), *_stage(1),
@@ -88,7 +90,7 @@ class TeacherAutoencoder(nn.Module):
         return latent
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Image in [-1,1] of a latent."""
+        """Image in [-1, 1] of a latent."""
         return self.decoder_image(latent).clamp(-1, 1)
 
     def decoder_image(self, latent: Tensor) -> Tensor:
@@ -96,23 +98,12 @@ class TeacherAutoencoder(nn.Module):
         image: Tensor = self.decoder(latent)
         return image * 2 - 1
 
-    def encoder_features(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Features at a half and a quarter of the image's side, and the latent they lead to."""
-        half: Tensor = self.encoder[:6]((image + 1) / 2)
-        quarter: Tensor = self.encoder[6:10](half)
-        return half, quarter, self.encoder[10:](quarter)
-
-    def decoder_features(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Features at the latent's grid, at twice and at four times its side, from which it would go on to pixels."""
-        first: Tensor = self.decoder[:6](latent)
-        second: Tensor = self.decoder[6:11](first)
-        return first, second, self.decoder[11:16](second)
-
     @classmethod
-    def from_folder(cls, folder: Path | str) -> TeacherAutoencoder:
+    def from_folder(cls, folder: Path | str) -> TinyAutoencoder:
         """Read `taef2_encoder.safetensors` and `taef2_decoder.safetensors`; frozen, float32, on the CPU.
 
-        Raises CheckpointError when a file is absent or holds other tensors.
+        Raises:
+            CheckpointError: A file is absent or holds other tensors.
         """
         from safetensors.torch import load_file
 

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The discriminator of `tiny`: learned heads on frozen features and one on pixels, with hinge loss and R1.
+
+Projected GANs, https://arxiv.org/abs/2111.01007; R1, https://arxiv.org/abs/1801.04406, every few steps as in
+https://arxiv.org/abs/1912.04958.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pidecode.training.losses import discriminator_hinge, r1_penalty
+
+
+def _feature_head(channels: int, width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 1),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(width, width, 3, padding=1),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(width, 1, 1),
+    )
+
+
+def _pixel_head(width: int) -> nn.Sequential:
+    """A logit per 4x4 pixels that sees 13x13 of them: fine grain, but no objects."""
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(width, width, 4, stride=2, padding=1),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(width, width, 4, stride=2, padding=1),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(width, 1, 1),
+    )
+
+
+class FeatureDiscriminator(nn.Module):
+    """One head per layer of frozen features and one on pixels.
+
+    Args:
+        channels: Channels of the feature layers.
+        layers: Indices of the layers that are read.
+        width: Channels of the heads.
+        pixels: Whether there is a head on pixels.
+    """
+
+    def __init__(self, channels: Sequence[int], layers: Sequence[int], *, width: int = 64, pixels: bool = True) -> None:
+        super().__init__()
+        self.layers = tuple(layers)
+        self.heads = nn.ModuleList(_feature_head(channels[layer], width) for layer in self.layers)
+        self.pixel_head = _pixel_head(width // 2) if pixels else None
+
+    def inputs(self, image: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
+        """What the heads read: the chosen features and, if there is a head for them, pixels."""
+        chosen = [features[layer] for layer in self.layers]
+        return chosen if self.pixel_head is None else [*chosen, image]
+
+    def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Logit maps `[B, 1, h, w]`, one per head; higher for what looks real."""
+        heads = [*self.heads, *([] if self.pixel_head is None else [self.pixel_head])]
+        return [head(x) for head, x in zip(heads, inputs, strict=True)]
+
+
+def g_loss(logits: Sequence[Tensor]) -> Tensor:
+    """Generator side of the hinge loss, averaged over heads."""
+    return -torch.stack([x.float().mean() for x in logits]).mean()
+
+
+def d_loss(fake: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
+    """Discriminator side of the hinge loss, averaged over heads."""
+    losses = [discriminator_hinge(x.float(), y.float()) for x, y in zip(fake, real, strict=True)]
+    return torch.stack(losses).mean()
+
+
+def r1(discriminator: FeatureDiscriminator, inputs: Sequence[Tensor]) -> Tensor:
+    """R1 with respect to what the heads read of real images, averaged over heads; in float32.
+
+    Gradients do not run through the frozen features, which are fixed anyway. Logits are averaged over positions, so
+    that the penalty does not depend on the size of the crop.
+    """
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        leaves = [x.detach().float().requires_grad_(True) for x in inputs]
+        penalties = []
+        for logits, leaf in zip(discriminator(leaves), leaves, strict=True):
+            per_image = logits.flatten(1).mean(1)
+            penalties.append(r1_penalty(per_image, leaf) * logits.shape[-1] * logits.shape[-2])
+        return torch.stack(penalties).mean()

@@ -1,0 +1,445 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train `tiny`: fidelity (pixels, low frequencies), then perception (features, discriminator).
+
+    python recipes/tiny/train.py --data PHOTOGRAPHS --taef2 FOLDER --out runs/tiny [--set fidelity.run.steps=2000]
+
+The same command resumes after a stop, to the bit. `export.py` writes the weights files of the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from discriminator import FeatureDiscriminator, d_loss, g_loss, r1
+from losses import PerceptualFeatures, dists_distance, low_frequency_distance, lpips_distance, pixel_distance
+from safetensors.torch import load_file, save_file
+from taef2 import TinyAutoencoder
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from data import CropBatch, CropLoader, TinyDataConfig, prepare_images, quarter, to_signed, validation_images
+from pidecode.devices import pick_device
+from pidecode.errors import CheckpointError, PidecodeError, SettingError
+from pidecode.files import atomic_write
+from pidecode.metrics import psnr, sharpness
+from pidecode.models.tiny import TinyDecoder, TinyEncoder
+from pidecode.training.config import (
+    EMAConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    apply_settings,
+    describe,
+)
+from pidecode.training.distributed import (
+    DistEnv,
+    barrier,
+    init_distributed,
+    parallelize,
+    report_lost_processes,
+    unwrap,
+)
+from pidecode.training.flow_matching import LossOutput
+from pidecode.training.logger import ProgressFn
+from pidecode.training.noise import RNG, LatentNoiseConfig, seed_of
+from pidecode.training.tasks import save_grid
+from pidecode.training.trainer import Trainer, make_optimizer
+
+PHASES = ("fidelity", "perception")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TinyLossConfig:
+    """Weights of the losses; what has weight 0 is not computed."""
+
+    pixel: float = 1.0
+    """Mean absolute difference of pixels."""
+    low_frequency: float = 2.0
+    """The same of the mean colors of squares."""
+    lpips: float = 0.0
+    """LPIPS-like distance of EfficientNet-Lite0 features."""
+    dists: float = 0.0
+    """DISTS-like distance of the same features."""
+    gan: float = 0.0
+    """Adversarial loss of the decoder; 0 trains without a discriminator."""
+    gan_start: int = 0
+    """Steps before the adversarial loss begins; the discriminator learns from the first step."""
+    gan_warmup: int = 1000
+    """Steps over which its weight grows from 0."""
+    r1: float = 1.0
+    """R1 penalty of the discriminator."""
+    r1_every: int = 8
+    """Steps between penalties, each of which counts this many times."""
+    noise_scale: float = 0.3
+    """A sample of noise level sigma counts `1 / (1 + (sigma / noise_scale)^2)`."""
+    encoder: float = 1.0
+    """Loss of the encoder: difference of latents, and of what taef2 decodes from them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseConfig:
+    """One phase of training."""
+
+    models: tuple[str, ...] = ("decoder", "encoder")
+    """What is trained: "decoder", "encoder" or both."""
+    discriminator_lr: float = 2e-4
+    """Learning rate of the discriminator."""
+    discriminator_layers: tuple[int, ...] = (1, 2, 3)
+    """Feature layers the discriminator reads: strides 2, 4, 8, 16 and 32 are 0 to 4."""
+    discriminator_width: int = 64
+    """Channels of its heads."""
+    validation_side: int = 384
+    """Largest side of the held-out crops in samples."""
+    data: TinyDataConfig = field(default_factory=TinyDataConfig)
+    """Images and crops."""
+    noise: LatentNoiseConfig = field(default_factory=lambda: LatentNoiseConfig(probability=0.25, sigma_max=0.8))
+    """Noise on latents."""
+    loss: TinyLossConfig = field(default_factory=TinyLossConfig)
+    """Weights of the losses."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer of decoder and encoder, and the schedule of all."""
+    ema: EMAConfig = field(default_factory=lambda: EMAConfig(kind="constant", decay=0.999))
+    """Moving average of the weights."""
+    run: RunConfig = field(default_factory=RunConfig)
+    """Length and outputs."""
+
+    def __post_init__(self) -> None:
+        if not self.models or not set(self.models) <= {"decoder", "encoder"}:
+            raise SettingError(f"models is {self.models}; it must name 'decoder', 'encoder' or both.")
+        if self.loss.gan and "decoder" not in self.models:
+            raise SettingError("loss.gan acts on the decoder; add it to models or set loss.gan=0.")
+
+
+def _run(steps: int) -> RunConfig:
+    return RunConfig(
+        steps=steps,
+        checkpoint_every=1000,
+        checkpoint_minutes=5.0,
+        log_every=20,
+        sample_every=500,
+        num_samples=8,
+        export_dtype="float32",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TinyRecipe:
+    """Both phases and the shapes of the networks."""
+
+    init_from: str = ""
+    """Folder with `tiny.safetensors` and `tiny_encoder.safetensors` to start from; empty initializes randomly."""
+    decoder: Any = field(default_factory=lambda: TinyDecoder().config)
+    """Shape of the decoder."""
+    encoder: Any = field(default_factory=lambda: TinyEncoder().config)
+    """Shape of the encoder."""
+    fidelity: PhaseConfig = field(
+        default_factory=lambda: PhaseConfig(
+            optimizer=OptimizerConfig(name="muon", lr=1e-3, max_grad_norm=1.0, warmup_steps=100, lr_schedule="cosine"),
+            run=_run(12_000),
+        )
+    )
+    """Pixels and low frequencies."""
+    perception: PhaseConfig = field(
+        default_factory=lambda: PhaseConfig(
+            models=("decoder",),
+            loss=TinyLossConfig(pixel=1.0, low_frequency=2.0, lpips=0.3, dists=0.3, gan=0.01, gan_start=500),
+            optimizer=OptimizerConfig(name="muon", lr=3e-4, max_grad_norm=1.0, warmup_steps=100, lr_schedule="cosine"),
+            run=_run(12_000),
+        )
+    )
+    """Features and the discriminator."""
+
+
+class TinyTask:
+    """Decoder, encoder and discriminator of one phase (a `TrainTask`).
+
+    Args:
+        config: The phase.
+        modules: Decoder and encoder, as far as the phase trains them.
+        autoencoder: taef2, frozen.
+        cache: Folder of decoded images, for the held-out crops.
+        env: This process among all.
+    """
+
+    def __init__(
+        self,
+        config: PhaseConfig,
+        modules: dict[str, nn.Module],
+        autoencoder: TinyAutoencoder,
+        cache: Path,
+        env: DistEnv,
+    ) -> None:
+        self.config, self.autoencoder, self.cache, self.env = config, autoencoder, cache, env
+        loss = config.loss
+        self.features: PerceptualFeatures | None = None
+        if "decoder" in modules and (loss.lpips or loss.dists or loss.gan):
+            self.features = PerceptualFeatures().to(env.device, memory_format=torch.channels_last)
+        self.averaged = tuple(modules)
+        self.modules = dict(modules)
+        if loss.gan and self.features is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed_of(config.run.seed, "discriminator"))
+                self.modules["discriminator"] = FeatureDiscriminator(
+                    self.features.channels, config.discriminator_layers, width=config.discriminator_width
+                )
+        for name, module in self.modules.items():
+            module = module.to(env.device, memory_format=torch.channels_last).train()
+            self.modules[name] = parallelize(module, ParallelConfig(), env)
+        self.title = f"tiny ({', '.join(self.modules)})"
+
+    def trained_at(self, step: int) -> tuple[str, ...]:
+        """All modules, in every step."""
+        return tuple(self.modules)
+
+    def make_optimizer(self, name: str) -> Optimizer:
+        """Adam without momentum for the discriminator, the configured optimizer for the others."""
+        if name == "discriminator":
+            config = OptimizerConfig(betas=(0.0, 0.99))
+            return make_optimizer(self.modules[name], config, lr=self.config.discriminator_lr, weight_decay=0.0)
+        config = self.config.optimizer
+        return make_optimizer(self.modules[name], config, lr=config.lr, weight_decay=config.weight_decay)
+
+    def loss(self, step: int, batch: CropBatch, rng: RNG) -> LossOutput:
+        """The sum of all modules' losses; each reaches only its own module."""
+        total = torch.zeros((), device=self.env.device)
+        parts: dict[str, Tensor] = {}
+        if "decoder" in self.modules:
+            total = total + self._decoder_loss(step, batch, parts)
+        if "encoder" in self.modules:
+            total = total + self.config.loss.encoder * self._encoder_loss(batch, parts)
+        return LossOutput(total, {name: value.detach() for name, value in parts.items()})
+
+    def _decoder_loss(self, step: int, batch: CropBatch, parts: dict[str, Tensor]) -> Tensor:
+        config = self.config.loss
+        image = batch.image.contiguous(memory_format=torch.channels_last)
+        generated = self.modules["decoder"](batch.latent).float().contiguous(memory_format=torch.channels_last)
+        weight_B = 1 / (1 + (batch.sigma / config.noise_scale).square())
+        weight_B = weight_B / weight_B.sum()
+
+        def add(name: str, weight: float, distance_B: Tensor) -> Tensor:
+            parts[name] = (weight_B * distance_B).sum()
+            return weight * parts[name]
+
+        loss = add("pixel", config.pixel, pixel_distance(generated, image))
+        loss = loss + add("low_frequency", config.low_frequency, low_frequency_distance(generated, image))
+        parts["mse"] = F.mse_loss(generated.detach(), image)
+        if self.features is None:
+            return loss
+        fake = self.features(generated)
+        with torch.no_grad():
+            real = self.features(image)
+        if config.lpips:
+            loss = loss + add("lpips", config.lpips, lpips_distance(fake, real))
+        if config.dists:
+            loss = loss + add("dists", config.dists, dists_distance(fake, real))
+        if "discriminator" in self.modules:
+            loss = loss + self._gan_loss(step, (generated, fake), (image, real), parts)
+        return loss
+
+    def _gan_loss(
+        self,
+        step: int,
+        generated: tuple[Tensor, list[Tensor]],
+        image: tuple[Tensor, list[Tensor]],
+        parts: dict[str, Tensor],
+    ) -> Tensor:
+        """Losses of decoder and discriminator from (pixels, features) of generated and real images.
+
+        For the decoder's part the discriminator is frozen, for its own the images are detached: so one backward pass
+        gives each module its own gradient.
+        """
+        config = self.config.loss
+        wrapped = self.modules["discriminator"]
+        discriminator = unwrap(wrapped)
+        assert isinstance(discriminator, FeatureDiscriminator)
+        fake, real = discriminator.inputs(*generated), discriminator.inputs(*image)
+        loss = torch.zeros((), device=self.env.device)
+        ramp = min(1.0, max(0, step - config.gan_start) / max(1, config.gan_warmup))
+        if ramp:
+            discriminator.requires_grad_(False)
+            parts["g_loss"] = g_loss(discriminator(fake))
+            discriminator.requires_grad_(True)
+            loss = loss + config.gan * ramp * parts["g_loss"]
+        real = [x.detach() for x in real]
+        parts["d_loss"] = d_loss(wrapped([x.detach() for x in fake]), wrapped(real))
+        loss = loss + parts["d_loss"]
+        if config.r1 and step % config.r1_every == 0:
+            parts["r1"] = r1(discriminator, real)
+            loss = loss + config.r1 * config.r1_every * parts["r1"]
+        return loss
+
+    def _encoder_loss(self, batch: CropBatch, parts: dict[str, Tensor]) -> Tensor:
+        latent = self.modules["encoder"](batch.low).float()
+        parts["latent"] = (latent - batch.clean_latent).abs().mean()
+        decoded = self.autoencoder.decoder_image(F.pixel_shuffle(latent, 2)).float()
+        with torch.no_grad():
+            reference = self.autoencoder.decoder_image(F.pixel_shuffle(batch.clean_latent, 2)).float()
+        parts["decoded"] = (decoded - reference).abs().mean()
+        return 0.2 * parts["latent"] + parts["decoded"]
+
+    def save_samples(self, folder: Path, step: int) -> None:
+        """Write held-out crops (low resolution, generated, original), and their mean distances to metrics.jsonl."""
+        if "decoder" not in self.modules or not self.env.is_first:
+            return
+        decoder = unwrap(self.modules["decoder"])
+        rows, metrics = [], []
+        images = validation_images(self.cache, self.config.run.num_samples, self.config.validation_side)
+        for original in images:
+            array = ((original[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
+            low = to_signed(quarter(array))[None].to(self.env.device)
+            image = original.to(self.env.device)
+            generated = decoder(F.pixel_unshuffle(self.autoencoder.encode(low).float(), 2)).float().clamp(-1, 1)
+            rows.append((low, generated, image))
+            found = {"psnr": psnr(generated, image).mean(), "sharpness": sharpness(generated).mean()}
+            if self.features is not None:
+                fake, real = self.features(generated), self.features(image)
+                found |= {"lpips": lpips_distance(fake, real).mean(), "dists": dists_distance(fake, real).mean()}
+            metrics.append(found)
+        if not rows:
+            return
+        save_grid(folder / f"step-{step:08d}.png", rows)
+        means = {name: float(torch.stack([found[name] for found in metrics]).mean()) for name in metrics[0]}
+        with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **means}) + "\n")
+
+    def export(self, folder: Path, step: int) -> Path:
+        """Write `decoder.safetensors` and `encoder.safetensors`, float32, as far as they are trained."""
+        path = folder
+        for name in reversed(self.averaged):
+            module = unwrap(self.modules[name])
+            tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+            path = folder / f"{name}.safetensors"
+            if self.env.is_first:
+                save_file(tensors, path.with_suffix(".part"))
+                path.with_suffix(".part").replace(path)
+        return path
+
+    def notes(self) -> Iterator[str]:
+        """Sizes of the modules."""
+        for name, module in self.modules.items():
+            yield f"{name}: {sum(parameter.numel() for parameter in module.parameters()):,} parameters"
+
+
+def build_models(recipe: TinyRecipe, phase: PhaseConfig, previous: Path | None) -> dict[str, nn.Module]:
+    """Decoder and encoder as far as a phase trains them: from the previous phase, `init_from`, or random values.
+
+    Raises:
+        CheckpointError: The initial weights are of other shapes.
+    """
+    modules: dict[str, nn.Module] = {}
+    for name in phase.models:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(phase.run.seed, name))
+            modules[name] = TinyDecoder(recipe.decoder) if name == "decoder" else TinyEncoder(recipe.encoder)
+        start = None if previous is None else previous / f"{name}.safetensors"
+        if (start is None or not start.is_file()) and recipe.init_from:
+            file_name = "tiny.safetensors" if name == "decoder" else "tiny_encoder.safetensors"
+            start = Path(recipe.init_from) / file_name
+        if start is not None and start.is_file():
+            try:
+                modules[name].load_state_dict({key: value.float() for key, value in load_file(start).items()})
+            except RuntimeError as fault:
+                raise CheckpointError(f"{start} does not fit the {name} that is to be trained: {fault}") from fault
+    return modules
+
+
+def run_phase(
+    recipe: TinyRecipe,
+    name: str,
+    out: Path,
+    autoencoder: TinyAutoencoder,
+    env: DistEnv,
+    progress: ProgressFn | None = None,
+) -> Path:
+    """Run or resume one phase in `out/name`; a finished one is left as it is.
+
+    Returns:
+        The exported weights.
+    """
+    phase: PhaseConfig = getattr(recipe, name)
+    folder = out / name
+    finished = folder / f"{phase.models[0]}.safetensors"
+    if finished.is_file():
+        return finished
+    report = progress if progress is not None and env.is_first else (lambda text: None)
+    cache = Path(phase.data.cache) if phase.data.cache else out / "images"
+    skipped = prepare_images(phase.data, cache, phase.run.seed, report) if env.is_first else {}
+    barrier(env)
+    index = PHASES.index(name)
+    models = build_models(recipe, phase, out / PHASES[index - 1] if index else None)
+    task = TinyTask(phase, models, autoencoder.to(env.device), cache, env)
+    loader = CropLoader(
+        phase.data,
+        phase.noise,
+        cache,
+        autoencoder.encode,
+        device=env.device,
+        seed=seed_of(phase.run.seed, name),
+        rank=env.data_rank,
+        world_size=env.data_world_size,
+        skipped=skipped,
+    )
+    report(f"Phase {name}.")
+    return Trainer(task, loader, folder, phase, env, resume=True, progress=progress).run()
+
+
+def train_tiny(
+    recipe: TinyRecipe, out: Path, taef2: Path, device: torch.device | None = None, progress: ProgressFn | None = None
+) -> Path:
+    """Both phases in order; resumes what was begun. Returns the exported decoder of the last one."""
+    autoencoder = TinyAutoencoder.from_folder(taef2)
+    with report_lost_processes(), init_distributed(ParallelConfig(), device) as env:
+        if env.is_first:
+            out.mkdir(parents=True, exist_ok=True)
+            shapes = {"decoder": recipe.decoder.to_dict(), "encoder": recipe.encoder.to_dict()}
+            with atomic_write(out / "models.json", overwrite=True) as file:
+                file.write(json.dumps(shapes, indent=1).encode())
+        for name in PHASES:
+            path = run_phase(recipe, name, out, autoencoder, env, progress)
+    return path
+
+
+def parse_recipe(data: str, settings: list[str]) -> TinyRecipe:
+    """The default recipe with a folder of photographs and changed settings."""
+    sources = [f"{phase}.data.source={data!r}" for phase in PHASES]
+    return apply_settings(TinyRecipe(), [*sources, *settings])
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", required=True, help="folder of photographs")
+    parser.add_argument("--taef2", type=Path, help="folder of taef2_encoder.safetensors and taef2_decoder.safetensors")
+    parser.add_argument("--out", type=Path, help="folder of the run")
+    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE",
+                        help="change a setting, for instance perception.loss.gan=0")  # fmt: skip
+    parser.add_argument("--device", default=None, help="cpu, cuda, ...; by default the best one")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    parser.add_argument("--show", action="store_true", help="show every setting and end")
+    given = parser.parse_args()
+    try:
+        recipe = parse_recipe(given.data, given.settings)
+        if given.show:
+            for name, value, text in describe(recipe):
+                print(f"{name} = {value!r}\n    {text}")
+            return
+        if given.taef2 is None or given.out is None:
+            parser.error("--taef2 and --out are needed")
+        if given.threads:
+            torch.set_num_threads(given.threads)
+        device = None if given.device is None else pick_device(given.device)
+        print(train_tiny(recipe, given.out, given.taef2, device, lambda text: print(text, flush=True)))
+    except PidecodeError as fault:
+        sys.exit(str(fault))
+
+
+if __name__ == "__main__":
+    main()

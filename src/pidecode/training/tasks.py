@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training of PiD networks: backbone, teacher, student and direct training as tasks of the training loop."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
+
+from pidecode.errors import FileError, SettingError, TrainingError
+from pidecode.files import atomic_write
+from pidecode.images.tensors import to_pil
+from pidecode.models.pid.adapter import ResidualBlock
+from pidecode.models.pid.blocks import PatchBlock, PixelBlock
+from pidecode.models.pid.network import PiDNet
+from pidecode.sampling import NoiseStream, guided, renoise, sample_teacher
+from pidecode.training.config import TrainConfig
+from pidecode.training.dataloader import DataLoader, make_encoders
+from pidecode.training.dataset import find_images
+from pidecode.training.denoiser import Denoiser, TrainBatch, pid_net, to_clean
+from pidecode.training.distributed import (
+    DistEnv,
+    full_tensor,
+    init_distributed,
+    parallelize,
+    report_lost_processes,
+    unwrap,
+)
+from pidecode.training.dmd import Discriminator, DistillationModels, fake_score_loss, generate, student_loss
+from pidecode.training.flow_matching import LossOutput, teacher_loss
+from pidecode.training.logger import ProgressFn
+from pidecode.training.losses import reconstruction
+from pidecode.training.models import (
+    adapter_tensors,
+    base_tensors,
+    initial_weights,
+    inject_lora,
+    load_initial_weights,
+    new_network,
+    set_trainable,
+)
+from pidecode.training.noise import RNG, seed_of
+from pidecode.training.repa import RepresentationAlignment, dinov2
+from pidecode.training.trainer import Trainer, export_newest, make_optimizer
+from pidecode.weights.load import LoraMetadata, write_lora
+from pidecode.weights.metadata import CheckpointMetadata, Kind
+
+MAIN = "net"
+"""Name of the network that a run is about: averaged, sampled, exported."""
+_KINDS: dict[str, Kind] = {"backbone": "backbone", "teacher": "teacher", "student": "student", "direct": "student"}
+_GRID_GAP = 4
+
+
+def train(
+    config: TrainConfig,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    progress: ProgressFn | None = None,
+    device: torch.device | None = None,
+) -> Path:
+    """Run a configuration to its end.
+
+    Args:
+        config: What is trained, on what and how.
+        folder: Where checkpoints, metrics, samples and the result go.
+        resume: Continue from the newest checkpoint in `folder`; without one, start. Otherwise `folder` must hold none.
+        progress: Called with a line of text now and then, in the first process only.
+        device: Where to compute; by default the best one.
+
+    Returns:
+        The exported weights, `folder/decoder.safetensors` (or `adapter.safetensors`).
+
+    Raises:
+        TrainingError: The run must stop: no data, NaN, a full disk, a lost process. What was saved is complete.
+        SettingError: `folder` holds a run and `resume` is not set, or the settings do not fit the processes.
+    """
+    with report_lost_processes(), init_distributed(config.parallel, device) as env:
+        images = find_images(config.data.source)
+        task = build_task(config, env)
+        loader = DataLoader(
+            config, images, make_encoders(config, env.device), env.device, env.data_rank, env.data_world_size
+        )
+        trainer = Trainer(task, loader, folder, config, env, resume=resume, progress=progress)
+        task.loader = loader
+        return trainer.run()
+
+
+def export(config: TrainConfig, folder: str | Path) -> Path:
+    """Export the newest checkpoint of a run without training on.
+
+    Raises:
+        TrainingError: `folder` holds no complete checkpoint.
+        CheckpointError: The checkpoint is of another network or method.
+    """
+    return export_newest(build_task(config, DistEnv(torch.device("cpu"))), config.ema, folder)
+
+
+@dataclass
+class PiDTask:
+    """Networks of a run, replicated or sharded over the processes, with their losses, samples and export."""
+
+    config: TrainConfig
+    env: DistEnv
+    modules: dict[str, nn.Module]
+    """Trained modules by name; each has its own optimizer."""
+    frozen: dict[str, nn.Module] = field(default_factory=dict)
+    uninitialized: list[str] = field(default_factory=list)
+    """Tensors that keep random initial values although weights were given."""
+    loader: DataLoader | None = None
+    """Source of the images in a grid of samples."""
+    averaged: tuple[str, ...] = (MAIN,)
+
+    @property
+    def title(self) -> str:
+        """What is trained."""
+        return self.config.title
+
+    @property
+    def main(self) -> Denoiser:
+        """The network the run is about, unwrapped."""
+        denoiser = unwrap(self.modules[MAIN])
+        assert isinstance(denoiser, Denoiser)
+        return denoiser
+
+    def trained_at(self, step: int) -> tuple[str, ...]:
+        """Names of the modules that iteration `step`, counted from 0, trains."""
+        if self.config.method != "student":
+            return tuple(self.modules)
+        student = self.config.distillation.is_student_turn(step)
+        return tuple(name for name in self.modules if (name == MAIN) == student)
+
+    def make_optimizer(self, name: str) -> Optimizer:
+        """The optimizer of a module at full learning rate."""
+        config = self.config.optimizer
+        auxiliary = name in ("fake_score", "discriminator")
+        decay = {"fake_score": config.fake_score_weight_decay, "discriminator": 0.0}.get(name, config.weight_decay)
+        lr = config.fake_score_lr if auxiliary else config.lr
+        return make_optimizer(self.modules[name], config, lr=lr, weight_decay=decay)
+
+    def loss(self, step: int, batch: TrainBatch, rng: RNG) -> LossOutput:
+        """The loss of one forward pass of iteration `step`."""
+        config = self.config
+        if config.method == "direct":
+            return direct_loss(self.modules[MAIN], batch, rng, config)
+        if config.method != "student":
+            return teacher_loss(self.modules[MAIN], batch, rng, config.teacher, self.modules.get("repa"))
+        student, fake_score = self.modules[MAIN], self.modules["fake_score"]
+        discriminator, teacher = self.modules.get("discriminator"), self.frozen["teacher"]
+        # Modules this iteration does not train are called without DDP's wrapping, which waits for their gradients.
+        if config.distillation.is_student_turn(step):
+            bare = None if discriminator is None else unwrap(discriminator)
+            models = DistillationModels(student, teacher, unwrap(fake_score), bare)
+            weight = config.distillation.gan_weight_at(step)
+            return student_loss(models, batch, rng, config.distillation, weight)[0]
+        models = DistillationModels(unwrap(student), teacher, fake_score, discriminator)
+        return fake_score_loss(models, batch, rng, config.distillation)
+
+    def save_samples(self, folder: Path, step: int) -> None:
+        """Write a grid of low-resolution input, sample and image for the first images."""
+        if self.loader is None:
+            return
+        net = self.modules[MAIN]
+        rows = [
+            (batch.low, sample(net, batch, self.config), batch.image)
+            for batch in self.loader.sample_batches(self.config.run.num_samples)
+        ]
+        if self.env.is_first:
+            save_grid(folder / f"step-{step:08d}.png", rows)
+
+    def export(self, folder: Path, step: int) -> Path:
+        """Write the network as it stands; every process must call this, the first one writes."""
+        tensors: dict[str, Tensor] = {}
+        for name, value in self.main.net.state_dict().items():
+            full = full_tensor(value.detach())
+            if self.env.is_first:
+                tensors[name] = full.to("cpu", copy=True).contiguous()
+        path = folder / ("adapter.safetensors" if self.config.lora.rank else "decoder.safetensors")
+        if self.env.is_first:
+            try:
+                self._write(path, tensors, step)
+            except FileError as fault:
+                raise TrainingError(
+                    f"The result could not be written: {fault} The last checkpoint is complete."
+                ) from fault
+        return path
+
+    def _write(self, path: Path, tensors: dict[str, Tensor], step: int) -> None:
+        config = self.config
+        space = None if config.space is None else config.space.name
+        if config.lora.rank:
+            alpha = config.lora.alpha or config.lora.rank
+            metadata = LoraMetadata(rank=config.lora.rank, alpha=alpha, space=space, base=config.init_from or None)
+            write_lora(path, adapter_tensors(tensors), metadata)
+            return
+        kind = _KINDS[config.method]
+        dtype = getattr(torch, config.run.export_dtype)
+        content = save(
+            {name: tensor.to(dtype).contiguous() for name, tensor in base_tensors(tensors).items()},
+            CheckpointMetadata(
+                kind=kind,
+                config=self.main.net.config,
+                space=space,
+                times=config.distillation.times if kind == "student" else (),
+                extra={"trained": {"recipe": config.title, "steps": step, "init_from": config.init_from}},
+            ).to_metadata(),
+        )
+        with atomic_write(path, overwrite=True) as file:
+            file.write(content)
+
+    def notes(self) -> Iterator[str]:
+        """Lines to report before the first step."""
+        trainable = sum(p.numel() for p in self.modules[MAIN].parameters() if p.requires_grad)
+        yield f"{self.title}: {trainable:,} parameters, {self.env.world_size} process(es)."
+        if self.uninitialized:
+            yield f"{len(self.uninitialized)} tensors are not in {self.config.init_from} and start from random values."
+
+
+def direct_loss(net: nn.Module, batch: TrainBatch, rng: RNG, config: TrainConfig) -> LossOutput:
+    """Reconstruction loss of a student's sample, for small networks: it should be the image itself."""
+    generated = generate(net, batch, rng, config.distillation)
+    loss, parts = reconstruction(generated, batch.image.float())
+    return LossOutput(loss, parts)
+
+
+def build_task(config: TrainConfig, env: DistEnv) -> PiDTask:
+    """Networks with their initial values, on this process's device, replicated or sharded."""
+    if config.parallel.weights == "shard" and config.optimizer.name == "muon":
+        raise SettingError("Muon needs whole matrices; set parallel.weights=replicate or optimizer.name=adamw.")
+    build = _build_student if config.method == "student" else _build_single
+    task = build(config, env)
+    for modules in (task.modules, task.frozen):
+        for name, module in modules.items():
+            modules[name] = parallelize(module, config.parallel, env)
+    return task
+
+
+def _build_single(config: TrainConfig, env: DistEnv) -> PiDTask:
+    net = new_network(config.net, seed_of(config.run.seed, "weights"))
+    uninitialized: list[str] = []
+    if config.init_from:
+        uninitialized = load_initial_weights(net, initial_weights(config.init_from), config.init_from)
+    color = config.method == "teacher" and config.teacher.color_weight > 0
+    set_trainable(net, config.trainable, color=color)
+    modules: dict[str, nn.Module] = {MAIN: _denoiser(net, config, env, lora=True)}
+    if config.teacher.repa_weight and config.method in ("teacher", "backbone"):
+        modules["repa"] = _repa(config).to(env.device)
+    return PiDTask(config, env, modules, uninitialized=uninitialized)
+
+
+def _repa(config: TrainConfig) -> RepresentationAlignment:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(config.run.seed, "repa"))
+        return dinov2(config.teacher.repa_encoder, config.net.hidden_size)
+
+
+def _build_student(config: TrainConfig, env: DistEnv) -> PiDTask:
+    net_config = config.net.without_color_head()
+    weights: dict[str, Tensor] | None = initial_weights(config.init_from) if config.init_from else None
+    nets: dict[str, PiDNet] = {}
+    for name in (MAIN, "fake_score", "teacher"):
+        nets[name] = new_network(net_config, seed_of(config.run.seed, "weights"))
+        if weights is not None:
+            load_initial_weights(nets[name], weights, config.init_from)
+        set_trainable(nets[name], "all", color=False)
+    nets["teacher"].requires_grad_(False)
+    modules: dict[str, nn.Module] = {
+        MAIN: _denoiser(nets[MAIN], config, env, lora=True),
+        "fake_score": _denoiser(nets["fake_score"], config, env),
+    }
+    distillation = config.distillation
+    if distillation.gan_weight > 0:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(config.run.seed, "discriminator"))
+            discriminator = Discriminator(
+                net_config.hidden_size,
+                net_config.patch_depth,
+                distillation.discriminator_blocks,
+                layers=distillation.discriminator_layers,
+                per_patch=distillation.discriminator_per_patch,
+            )
+        modules["discriminator"] = discriminator.to(env.device)
+    return PiDTask(config, env, modules, {"teacher": _denoiser(nets["teacher"], config, env).eval()})
+
+
+def _denoiser(net: PiDNet, config: TrainConfig, env: DistEnv, *, lora: bool = False) -> Denoiser:
+    if lora and config.lora.rank:
+        inject_lora(net, config.lora, seed_of(config.run.seed, "adapters"))
+    if config.run.activation_checkpointing:
+        checkpoint_activations(net)
+    return Denoiser(net.to(env.device).train())
+
+
+def checkpoint_activations(net: PiDNet) -> None:
+    """Store each block's input only and recompute the rest in the backward pass."""
+    for module in net.modules():
+        if isinstance(module, (PatchBlock, PixelBlock, ResidualBlock)):
+            module.forward = functools.partial(_checkpointed, module.forward)  # type: ignore[method-assign]
+
+
+def _checkpointed(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+@torch.no_grad()
+def sample(net: nn.Module, batch: TrainBatch, config: TrainConfig, seed: int = 0) -> Tensor:
+    """A finished image `[1, 3, H, W]` in [-1, 1], as a decoder would make it from the batch's latent."""
+    image = batch.image
+    shape = (3, image.shape[-2], image.shape[-1])
+    noise = NoiseStream([seed], shape, image.device)
+    if config.method in ("student", "direct"):
+        return sample_few_steps(net, batch, config.distillation.times, noise)
+
+    def predict(x: Tensor, t: Tensor, given: TrainBatch = batch) -> Tensor:
+        prediction: Tensor = net(x, t / 1000.0, given).prediction
+        return prediction.float()
+
+    def unconditional(x: Tensor, t: Tensor) -> Tensor:
+        return predict(x, t, batch.with_null_text())
+
+    guidance_scale = config.run.sample_guidance if config.net.has_text else 1.0
+    return sample_teacher(
+        guided(predict, unconditional, guidance_scale),
+        noise(),
+        num_steps=config.run.sample_steps,
+        shift=config.teacher.flow_shift.at(*shape[1:]),
+        prediction=pid_net(net).config.prediction,
+    ).clamp(-1, 1)
+
+
+def sample_few_steps(net: nn.Module, batch: TrainBatch, times: Sequence[float], noise: NoiseStream) -> Tensor:
+    """The student's loop over its own times."""
+    x = noise()
+    for t, t_next in pairwise(times):
+        t_B = torch.full((x.shape[0],), t, device=x.device)
+        clean = to_clean(net, net(x, t_B, batch).prediction, x, t_B)
+        x = renoise(clean, noise(), t_next) if t_next > 0 else clean
+    return x.clamp(-1, 1)
+
+
+def image_grid(rows: Sequence[tuple[Tensor | None, Tensor, Tensor]]) -> Tensor:
+    """One image `[3, H, W]` of rows (low resolution, sample, image), each `[1, 3, h, w]`, with dark gaps."""
+    height = max(row[2].shape[-2] for row in rows)
+    width = max(row[2].shape[-1] for row in rows)
+    lines = []
+    for low, generated, image in rows:
+        size = (image.shape[-2], image.shape[-1])
+        first = torch.full_like(image, -1.0) if low is None else F.interpolate(low, size=size, mode="nearest")
+        cells = [
+            F.pad(cell[0].float().cpu(), (0, width - size[1] + _GRID_GAP, 0, height - size[0] + _GRID_GAP), value=-1.0)
+            for cell in (first, generated, image)
+        ]
+        lines.append(torch.cat(cells, dim=-1))
+    return torch.cat(lines, dim=-2)
+
+
+def save_grid(path: Path, rows: Sequence[tuple[Tensor | None, Tensor, Tensor]]) -> None:
+    """Write `image_grid` as PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, overwrite=True) as file:
+        to_pil(image_grid(rows)).save(file, format="PNG")
