@@ -86,5 +86,5 @@ def test_every_recipe_and_setting_the_page_names_exists(page: str) -> None:
         assert name in RECIPES, name
     recipe = get_recipe("student")
     for setting in re.findall(r"--set ([a-z_.]+=[^\s`]+)", page):
-        if not setting.startswith(("net.hidden_size", "teacher.align", "data.crop", "teacher=")):
+        if not setting.startswith(("net.hidden_size", "teacher.repa", "data.crop", "teacher=")):
             apply_settings(recipe, [setting])

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe of `tiny` at debug size: both phases run, resume bit for bit after an interruption, and export."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import train as recipe
+from export import export_weights
+from losses import dists_distance, lpips_distance
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from synthetic import KINDS, synthetic_image
+from taef2 import TinyAutoencoder
+from torch import Tensor, nn
+
+from data import TinyDataConfig, augment, held_out, quarter
+from pidecode.errors import CheckpointError, SettingError
+from pidecode.training.noise import PerSampleRNG
+
+CPU = torch.device("cpu")
+
+
+class RandomFeatures(nn.Module):
+    """In place of EfficientNet-Lite0: fixed random convolutions."""
+
+    channels = (8, 8, 8, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.layers = nn.ModuleList(nn.Conv2d(3 if i == 0 else 8, 8, 3, stride=2, padding=1) for i in range(5))
+        self.requires_grad_(False)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        features, x = [], image
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+            features.append(x)
+        return features
+
+
+@pytest.fixture(autouse=True)
+def random_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "PerceptualFeatures", RandomFeatures)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A folder of images, and one of the autoencoder's two files."""
+    root = tmp_path_factory.mktemp("recipe")
+    data, weights = root / "data", root / "taef2"
+    data.mkdir()
+    weights.mkdir()
+    for name in ("a", "b", "c"):
+        Image.fromarray(synthetic_image("line_art", 128, ord(name))).save(data / f"{name}.png")
+    torch.manual_seed(0)
+    autoencoder = TinyAutoencoder()
+    for part in ("encoder", "decoder"):
+        save_file(getattr(autoencoder, part).state_dict(), weights / f"taef2_{part}.safetensors")
+    return data, weights
+
+
+def debug_recipe(data: Path, *settings: str) -> recipe.TinyRecipe:
+    fast = []
+    for phase in recipe.PHASES:
+        fast += [
+            f"{phase}.run.steps=4", f"{phase}.run.checkpoint_every=2", f"{phase}.run.log_every=1",
+            f"{phase}.run.sample_every=4", f"{phase}.run.num_samples=1", f"{phase}.run.checkpoint_minutes=0",
+            f"{phase}.data.crops=((64, 2, 1.0),)", f"{phase}.data.synthetic_images=5",
+        ]  # fmt: skip
+    fast += ["perception.loss.gan_start=1", "perception.loss.gan_warmup=1", "perception.loss.r1_every=2"]
+    made = recipe.parse_recipe(str(data), [*fast, *settings])
+    encoder = {
+        field: value for field, value in made.encoder.to_dict().items() if not field.endswith(("blocks", "width"))
+    }
+    encoder |= {field: 1 for field in made.encoder.to_dict() if field.endswith("blocks")}
+    encoder |= {field: 8 for field in made.encoder.to_dict() if field.endswith("width")}
+    return replace(
+        made,
+        decoder=replace(made.decoder, width=8, blocks=(1, 1, 1, 1), hidden_size=16),
+        encoder=replace(made.encoder, **encoder),
+    )
+
+
+class Interrupt:
+    """Stops a run once it reports a step of a phase."""
+
+    def __init__(self, phase: str, step: int) -> None:
+        self.phase, self.step, self.current = phase, step, ""
+
+    def __call__(self, text: str) -> None:
+        if text.startswith("Phase "):
+            self.current = text.removeprefix("Phase ").removesuffix(".")
+        if self.current == self.phase and text.startswith(f"step {self.step}/"):
+            raise KeyboardInterrupt
+
+
+def test_both_phases_resume_bit_for_bit_and_export(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    data, taef2 = folders
+    made = debug_recipe(data)
+    whole = recipe.train_tiny(made, tmp_path / "whole", taef2, CPU)
+    for phase in recipe.PHASES:
+        with pytest.raises(KeyboardInterrupt):
+            recipe.train_tiny(made, tmp_path / "broken", taef2, CPU, Interrupt(phase, 3))
+    said: list[str] = []
+    resumed = recipe.train_tiny(made, tmp_path / "broken", taef2, CPU, said.append)
+    assert "Resuming from step 2." in said
+    assert whole.name == "decoder.safetensors" and whole.parent.name == "perception"
+    first, second = load_file(whole), load_file(resumed)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    started = load_file(tmp_path / "whole" / "fidelity" / "decoder.safetensors")
+    assert any(not torch.equal(first[key], started[key]) for key in first)
+    with Image.open(tmp_path / "whole" / "perception" / "samples" / "step-00000004.png") as grid:
+        assert grid.height > 64
+    decoder, encoder = export_weights(tmp_path / "whole", tmp_path / "weights", torch.float32)
+    exported = load_file(decoder)
+    assert all(torch.equal(exported[key], first[key]) for key in first)
+    assert encoder.name == "tiny_encoder.safetensors"
+
+
+def test_initial_weights_of_another_shape_are_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    data, taef2 = folders
+    (tmp_path / "start").mkdir()
+    save_file({"x": torch.zeros(1)}, tmp_path / "start" / "tiny.safetensors")
+    made = replace(debug_recipe(data), init_from=str(tmp_path / "start"))
+    with pytest.raises(CheckpointError, match="does not fit the decoder"):
+        recipe.train_tiny(made, tmp_path / "run", taef2, CPU)
+
+
+def test_settings_that_cannot_act_are_refused() -> None:
+    with pytest.raises(SettingError, match=r"multiples of 64"):
+        TinyDataConfig(crops=((100, 1, 1.0),))
+    with pytest.raises(SettingError, match=r"acts on the decoder"):
+        recipe.PhaseConfig(models=("encoder",), loss=recipe.TinyLossConfig(gan=0.1))
+    with pytest.raises(SettingError, match=r"Did you mean perception"):
+        recipe.parse_recipe("x", ["perceptio.loss.gan=0"])
+
+
+def test_distances_are_zero_for_equal_images_and_grow() -> None:
+    features = RandomFeatures()
+    image = torch.rand(2, 3, 64, 64) * 2 - 1
+    same, near, far = (features((image + s * torch.randn_like(image)).clamp(-1, 1)) for s in (0.0, 0.1, 0.5))
+    for distance in (lpips_distance, dists_distance):
+        values = [distance(x, features(image)) for x in (same, near, far)]
+        assert values[0].abs().max() < 1e-5
+        assert (values[0] < values[1]).all() and (values[1] < values[2]).all()
+
+
+def test_augmentation_depends_on_the_seed_alone_and_stays_in_range() -> None:
+    image = torch.rand(4, 3, 64, 64) * 2 - 1
+    first, again, other = (
+        augment(image, PerSampleRNG(seed, 0, range(4), CPU), recolor=1.0, join=1.0) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert first.abs().max() <= 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_synthetic_images_are_the_same_for_the_same_seed(kind: str) -> None:
+    first, again, other = (synthetic_image(kind, 96, seed) for seed in (3, 3, 4))
+    assert first.shape == (96, 96, 3) and first.dtype == np.uint8
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_held_out_images_depend_on_names_only() -> None:
+    names = {"a": [f"{i}.png" for i in range(20)], "b": ["x.png"]}
+    chosen = held_out(names)
+    assert chosen == held_out({key: list(reversed(group)) for key, group in names.items()})
+    assert len(chosen) == 3 and "x.png" in chosen
+    assert quarter(np.zeros((64, 128, 3), np.uint8)).shape == (16, 32, 3)
