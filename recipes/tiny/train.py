@@ -134,6 +134,8 @@ def _run(steps: int) -> RunConfig:
 class TinyRecipe:
     """Both phases and the shapes of the networks."""
 
+    phases: tuple[str, ...] = PHASES
+    """Phases to run, in order."""
     init_from: str = ""
     """Folder with `tiny.safetensors` and `tiny_encoder.safetensors` to start from; empty initializes randomly."""
     decoder: Any = field(default_factory=lambda: TinyDecoder().config)
@@ -156,6 +158,10 @@ class TinyRecipe:
         )
     )
     """Features and the discriminator."""
+
+    def __post_init__(self) -> None:
+        if not self.phases or not set(self.phases) <= set(PHASES):
+            raise SettingError(f"phases is {self.phases}; it must name {' or '.join(PHASES)}.")
 
 
 class TinyTask:
@@ -402,7 +408,7 @@ def train_tiny(
             shapes = {"decoder": recipe.decoder.to_dict(), "encoder": recipe.encoder.to_dict()}
             with atomic_write(out / "models.json", overwrite=True) as file:
                 file.write(json.dumps(shapes, indent=1).encode())
-        for name in PHASES:
+        for name in recipe.phases:
             path = run_phase(recipe, name, out, autoencoder, env, progress)
     return path
 

@@ -29,7 +29,7 @@ EncodeFn = Callable[[Tensor], Tensor]
 EncodeTextFn = Callable[[Sequence[str]], Tensor]
 """Captions to text states `[B, N, text_dim]`."""
 
-Method = Literal["backbone", "teacher", "student", "direct"]
+TrainMethod = Literal["backbone", "teacher", "student", "direct"]
 
 
 def _check(holds: bool, message: str) -> None:
@@ -213,7 +213,7 @@ class TrainConfig:
 
     title: str
     """What is trained, in one line."""
-    method: Method
+    method: TrainMethod
     """backbone: text to image; teacher: many guided steps; student: distilled to few steps; direct: few steps by a
     reconstruction loss."""
     net: PiDConfig

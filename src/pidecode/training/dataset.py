@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training images: where they are, which bucket size each gets, and in which order they are seen.
 
-A folder of images and a folder of WebDataset shards look the same from here: a list of entries, each a stretch of
-bytes in a file. The order is a function of the seed and the step alone, so a resumed run needs no other state.
+A folder of images and a folder of WebDataset shards both give a list of entries, each a range of bytes in a file. The
+order is a function of the seed and the step alone, so a resumed run needs no other state.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _EXIF_ORIENTATION, _SIDEWAYS = 274, {5, 6, 7, 8}
 
 @dataclass(frozen=True, slots=True)
 class FileSlice:
-    """A stretch of bytes in a file."""
+    """A range of bytes in a file."""
 
     path: Path
     offset: int = 0
@@ -44,7 +44,7 @@ class FileSlice:
 
 @dataclass(frozen=True, slots=True)
 class ImageEntry:
-    """One image: its name, where it and its caption lie, and its size when upright."""
+    """One image: its name, its bytes and those of its caption, and its size after EXIF rotation."""
 
     name: str
     image: FileSlice
@@ -68,7 +68,7 @@ class ImageEntry:
 
 @dataclass(frozen=True, slots=True)
 class ImageDataset:
-    """All readable entries, and the names of unreadable ones with the reason."""
+    """All readable entries, and unreadable files with the reason."""
 
     entries: tuple[ImageEntry, ...]
     skipped: dict[str, str]
@@ -83,7 +83,16 @@ class ImageDataset:
 def find_images(source: str | Path) -> ImageDataset:
     """Every image below a folder, loose or in .tar shards, in a fixed order.
 
-    Files whose header is no image's are skipped and named. Raises TrainingError when nothing is left.
+    Files whose header is no image's are skipped.
+
+    Args:
+        source: A folder, or one shard.
+
+    Returns:
+        The images, and the skipped files with the reason.
+
+    Raises:
+        TrainingError: There is no readable image.
     """
     root = Path(source).expanduser()
     if not str(source) or not root.exists():
@@ -139,7 +148,7 @@ def _in_shard(path: Path, name: str, skipped: dict[str, str]) -> Iterator[tuple[
 
 
 def _size_of(source: FileSlice) -> tuple[int, int]:
-    """Height and width of an image as it will stand, from its header."""
+    """Height and width of an image after EXIF rotation, from its header."""
     data = io.BytesIO(source.read()) if source.length >= 0 else source.path
     with Image.open(data) as image:
         # Asking a PNG without this chunk at its beginning would unpack all of it.

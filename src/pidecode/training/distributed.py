@@ -221,7 +221,7 @@ def no_gradient_sync(modules: list[nn.Module], active: bool) -> Iterator[None]:
 
 
 def reduce_unsharded_gradients(modules: list[nn.Module], env: DistEnv) -> None:
-    """EMAConfig over processes what neither DDP nor FSDP2 exchanges: whole parameters of sharded modules."""
+    """Average over processes what neither DDP nor FSDP2 exchanges: whole parameters of sharded modules."""
     if env.world_size == 1:
         return
     for module in modules:
@@ -233,14 +233,14 @@ def reduce_unsharded_gradients(modules: list[nn.Module], env: DistEnv) -> None:
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Trained parameters for an optimizer; sharded and whole ones apart, since they cannot be stepped together."""
+    """Trained parameters for an optimizer; sharded and unsharded ones apart, since they cannot be stepped together."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = ([p for p in trained if isinstance(p, DTensor)], [p for p in trained if not isinstance(p, DTensor)])
     return [{"params": group} for group in groups if group]
 
 
 def clip_gradients(module: nn.Module, limit: float) -> float:
-    """Shorten the gradient of a whole module to `limit`; returns its norm before."""
+    """Scale the gradient of a module down to norm `limit`; returns its norm before."""
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
     groups = ([g for g in gradients if isinstance(g, DTensor)], [g for g in gradients if not isinstance(g, DTensor)])
     norms = [full_tensor(nn.utils.get_total_norm(group)) for group in groups if group]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The teacher's training step, which is also the text-to-image backbone's: flow matching, color, alignment."""
+"""Loss of teachers and text-to-image backbones: flow matching (https://arxiv.org/abs/2210.02747), color, alignment."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class TeacherLossConfig:
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """A step's loss to differentiate, and its parts to report."""
+    """A loss to differentiate, and its parts to report."""
 
     loss: Tensor
     parts: dict[str, Tensor]
@@ -58,8 +58,14 @@ def teacher_loss(
 ) -> LossOutput:
     """One step's loss: random time, noisy image, velocity error, and what `settings` add.
 
-    The prediction is judged as a velocity whatever the network's own output is.
-    alignment: a `repa.RepresentationAlignment`, where tokens are held against DINOv2's.
+    The loss is on the velocity whatever the network's own output is.
+
+    Args:
+        net: A `Denoiser`, possibly wrapped.
+        batch: Images `[B, 3, H, W]` in [-1, 1] with their conditioning.
+        rng: Random numbers of the step.
+        config: Weights and flow shift.
+        alignment: A `RepresentationAlignment`, or None.
     """
     image = batch.image.float()
     height, width = image.shape[-2:]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latents of whole images on disk, so that each image is encoded once: shards of many, written whole or not."""
+"""Latents of whole images cached on disk in shards, so that each image is encoded once."""
 
 from __future__ import annotations
 
@@ -24,8 +24,12 @@ _KEY = "pidecode_latents"
 class LatentShards:
     """A folder of latents by name, for one way of encoding.
 
-    identity: what decides a latent besides its image (space, encoder). Shards of another identity are left alone.
-    Latents are kept as float16: normalized latents are of order one, so that costs about 5e-4 of their spread.
+    Latents are stored as float16: normalized latents are of order one, so that costs about 5e-4 of their spread.
+
+    Args:
+        folder: Where shards are stored.
+        identity: What determines a latent besides its image (space, encoder); shards of another identity are ignored.
+        per_shard: Latents in a shard.
     """
 
     def __init__(self, folder: str | Path, identity: str, *, per_shard: int = PER_SHARD) -> None:
@@ -45,13 +49,13 @@ class LatentShards:
                 if json.loads(metadata.get(_KEY, "{}")).get("identity") == self._identity:
                     self._places.update(dict.fromkeys(shard.keys(), path))
         except (SafetensorError, OSError, ValueError):
-            self.unreadable.append(path.name)  # its latents are simply made again
+            self.unreadable.append(path.name)  # its latents are encoded again
 
     def __len__(self) -> int:
         return len(self._places) + len(self._waiting)
 
     def get(self, name: str) -> Tensor | None:
-        """The latent `[C, h, w]` of that name, float32; None if it is not kept."""
+        """The latent `[C, h, w]` of that name, float32; None if it is not cached."""
         with self._lock:
             waiting, path = self._waiting.get(name), self._places.get(name)
         if waiting is not None:
@@ -63,7 +67,14 @@ class LatentShards:
         return latent.float()
 
     def put(self, name: str, latent: Tensor) -> Tensor:
-        """Keep a latent `[C, h, w]`; returns it as `get` will from now on."""
+        """Cache a latent `[C, h, w]`.
+
+        Returns:
+            The latent as `get` will return it from now on.
+
+        Raises:
+            TrainingError: It has NaN or infinite values.
+        """
         narrow = latent.detach().to("cpu", torch.float16).contiguous()
         if not bool(torch.isfinite(narrow).all()):
             raise TrainingError(f"The encoder gave NaN or infinite values for {name}; is it this space's encoder?")
@@ -76,7 +87,11 @@ class LatentShards:
         return narrow.float()
 
     def flush(self) -> None:
-        """Write what waits as a shard. Raises TrainingError when the disk refuses; nothing kept before is touched."""
+        """Write waiting latents as a shard.
+
+        Raises:
+            TrainingError: The disk is full or cannot be written; what was cached before stays.
+        """
         with self._lock:
             if not self._waiting:
                 return

@@ -100,7 +100,9 @@ def feature_alignment(projected: Tensor, reference: Tensor) -> Tensor:
     https://arxiv.org/abs/2410.06940
 
     Where the counts differ, the larger of two square grids is resized (bilinear) to the smaller.
-    Raises SettingError when they differ and are not both square.
+
+    Raises:
+        SettingError: The counts differ and are not both square.
     """
     projected, reference = projected.float(), reference.float()
     ours, theirs = _square_side(projected.shape[1]), _square_side(reference.shape[1])

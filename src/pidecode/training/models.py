@@ -133,7 +133,9 @@ _NAME = "default"  # peft's own name for a sole adapter
 def inject_lora(net: PiDNet, config: LoRAConfig, seed: int) -> None:
     """Add low-rank adapters, which change nothing yet, and train only them.
 
-    Raises MissingDependencyError without peft, SettingError where the network has none of the chosen parts.
+    Raises:
+        MissingDependencyError: peft is not installed.
+        SettingError: `lora.targets` is empty.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model

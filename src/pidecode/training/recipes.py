@@ -238,7 +238,8 @@ def summary(recipe: RecipeFn) -> str:
 def get_recipe(name: str, space: str | None = None) -> TrainConfig:
     """A recipe by its name, or by `file.py:function` for one of your own.
 
-    Raises SettingError for a name that does not exist or a function that returns no TrainConfig.
+    Raises:
+        SettingError: The name does not exist, or the function returns no TrainConfig.
     """
     recipe = _own(name) if ".py" in name else RECIPES.get(name)
     if recipe is None:
