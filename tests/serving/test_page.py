@@ -6,15 +6,17 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from serving_kit import LIMITS, Served, image_bytes, latent_bytes, running, small_decoder
 
 import pidecode.serve.app
 from pidecode.images import load_image, read_recipe
+from pidecode.latents.latent import Latent
 from pidecode.serve.app import create_app
 from pidecode.serve.service import DecodeService
 
@@ -76,12 +78,18 @@ def test_inspect_describes_a_file(page: Served) -> None:
     assert (bad.status, "no image of a known kind" in bad.message) == (400, True)
 
 
-def test_a_plan_comes_before_the_work(page: Served) -> None:
+def test_a_decode_is_estimated(page: Served) -> None:
     plan = page.get("/v1/plan?kind=image&width=20&height=30").json()
     assert (plan["width"], plan["height"], plan["fits"]) == (80, 120, True)
     assert plan["working"] > 0
     other = page.get("/v1/plan?kind=latent&width=1&height=1&output_width=80&output_height=64").json()
     assert (other["width"], other["height"]) == (80, 64)
+    for query, message in (
+        ("kind=image&output_width=64&output_height=64", "latents only"),
+        ("kind=latent&output_width=64", "together"),
+    ):
+        refused = page.get(f"/v1/plan?width=1&height=1&{query}")
+        assert (refused.status, message in refused.message) == (400, True)
     large = page.get("/v1/plan?kind=image&width=2000&height=2000")
     assert (large.status, "at most 65,536" in large.message) == (400, True)
 
@@ -149,3 +157,29 @@ def test_a_token_opens_the_page_and_stays_as_a_cookie() -> None:
         assert served.get("/v1/server").status == 401
         assert served.get("/v1/server", Cookie=cookie.split(";")[0]).status == 200
         assert served.get(f"/v1/server?token={token}").status == 401  # the query opens the page and nothing else
+
+
+def test_a_latent_from_a_prompt_is_decoded() -> None:
+    calls: list[tuple[str, int, int, int]] = []
+
+    def text_to_latent(
+        prompt: str, *, width: int, height: int, seed: int, callback: Callable[[int, int], None]
+    ) -> Latent:
+        calls.append((prompt, width, height, seed))
+        callback(1, 2)
+        return Latent(torch.zeros(1, 128, height // 64, width // 64), "flux2", 0.0)
+
+    service = DecodeService({"small": small_decoder()}, limits=LIMITS, text_to_latent=text_to_latent)
+    with running(create_app(service), service) as served:
+        assert served.get("/v1/server").json()["text_to_image"] is True
+        path = "/v1/generate?width=128&height=64&seed=3&num_steps=1"
+        events = stream(served, f"{path}&stream=true", b"a cat")
+        assert "text-to-latent" in {event.get("phase") for event in events}
+        assert (events[-1]["width"], events[-1]["height"], events[-1]["metadata"]["seed"]) == (128, 64, 3)
+        body = {"prompt": "a cat", "size": "128x64", "seed": 3, "num_steps": 1, "n": 2}
+        answer = served.post("/v1/images/generations", body)
+        assert (answer.json()["size"], len(answer.json()["data"])) == ("128x64", 2)
+        assert calls == [("a cat", 128, 64, 3), ("a cat", 128, 64, 3), ("a cat", 128, 64, 4)]
+        assert served.post(path, b"\xff").message == "The prompt must be UTF-8 text."
+        assert "has 4001 characters" in served.post(path, b"x" * 4001).message
+        assert served.post(f"{path}&prompt=a", b"a").status == 422

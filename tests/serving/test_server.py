@@ -232,6 +232,7 @@ def test_generation_without_a_pipeline_is_refused(server: Served) -> None:
     answer = server.post("/v1/images/generations", {"prompt": "a cat"})
     assert answer.status == 501
     assert "--pipeline" in answer.message
+    assert server.post("/v1/generate", b"a cat").status == 501
 
 
 def test_other_names_and_other_sites_are_refused(server: Served) -> None:
