@@ -94,6 +94,7 @@ def test_a_plan_grows_with_the_image_and_refuses_what_cannot_fit() -> None:
         decoder.decode(Latent(torch.zeros(1, 128, 4, 4), "flux2", 0.0), num_steps=2)
     assert large.working == pytest.approx(live.peak, rel=0.1)
     assert small.weights == sum(value.numel() * 4 for value in decoder.net.parameters())
+    assert estimate(decoder, 4, 4).working == small.working  # a tiny image is padded
     assert small.fits
     require_memory(small)
     with pytest.raises(DoesNotFitError, match=r"needs about 2\.0 GB of memory, and 5\.0 MB are free"):

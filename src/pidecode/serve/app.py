@@ -120,8 +120,9 @@ def _errors(statuses: Iterable[int]) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": openai.ErrorResponse, "description": _ERROR_DESCRIPTIONS[status]} for status in statuses}
 
 
-def _binary_body(media_type: str, description: str) -> dict[str, Any]:
-    content = {media_type: {"schema": {"type": "string", "format": "binary"}}}
+def _body(description: str, media_type: str = "application/octet-stream", **schema: Any) -> dict[str, Any]:
+    """The request body of an operation; binary if no schema is given."""
+    content = {media_type: {"schema": {"type": "string", **(schema or {"format": "binary"})}}}
     return {"requestBody": {"required": True, "description": description, "content": content}}
 
 
@@ -159,7 +160,7 @@ def _add_jobs(app: FastAPI, service: DecodeService, reader: BodyReader) -> None:
         summary="Decode a latent",
         response_class=Response,
         responses=_job_responses(),
-        openapi_extra=_binary_body("application/octet-stream", "A .safetensors file with one normalized latent."),
+        openapi_extra=_body("A .safetensors file with one normalized latent."),
     )
     async def decode(request: Request, params: Annotated[DecodeParams, Query()]) -> Response:
         """A file written by `Latent.save` holds its space, noise level and prompt; others need `space`."""
@@ -171,7 +172,7 @@ def _add_jobs(app: FastAPI, service: DecodeService, reader: BodyReader) -> None:
         summary="Upscale an image",
         response_class=Response,
         responses=_job_responses(),
-        openapi_extra=_binary_body("application/octet-stream", "An image file: PNG, JPEG, WebP and others."),
+        openapi_extra=_body("An image file: PNG, JPEG, WebP and others."),
     )
     async def upscale(request: Request, params: Annotated[UpscaleParams, Query()]) -> Response:
         """The image is encoded to a latent and decoded; the result is exactly `scale` times its size."""
@@ -183,7 +184,7 @@ def _add_jobs(app: FastAPI, service: DecodeService, reader: BodyReader) -> None:
         summary="Generate an image from a prompt",
         response_class=Response,
         responses=_job_responses(),
-        openapi_extra=_binary_body("text/plain", "The prompt, in UTF-8."),
+        openapi_extra=_body("The prompt, in UTF-8.", "text/plain", minLength=1, maxLength=MAX_PROMPT_LENGTH),
     )
     async def generate(request: Request, params: Annotated[GenerateParams, Query()]) -> Response:
         """Needs a pipeline on the server (--pipeline); its latent is decoded."""
@@ -225,7 +226,7 @@ def _add_queries(app: FastAPI, service: DecodeService, reader: BodyReader) -> No
         "/v1/inspect",
         summary="Inspect a file",
         responses=_errors((*_UPLOAD_ERRORS, 422)),
-        openapi_extra=_binary_body("application/octet-stream", "An image or a .safetensors file with a latent."),
+        openapi_extra=_body("An image or a .safetensors file with a latent."),
     )
     async def inspect(request: Request) -> FileInfo:
         """Tells whether the file is an image or a latent, its size and its metadata. Nothing is decoded."""

@@ -284,8 +284,10 @@ def estimate(decoder: PixelDecoder, width: int, height: int) -> DecodePlan:
 
     The memory for encoding an image or a prompt, which comes before, is not counted.
     """
-    net = decoder.net
-    working = decoder.runner.plan_for((width, height), 1).working
+    net, cell = decoder.net, decoder.space.pixels_per_cell
+    # An image is padded to whole cells of the latent, and cut back only after the decode.
+    padded = (-(-width // cell) * cell, -(-height // cell) * cell)
+    working = decoder.runner.plan_for(padded, 1).working
     free = free_memory(decoder.device)
     return DecodePlan(
         width=width,
