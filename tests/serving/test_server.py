@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from serving_kit import LIMITS, PATIENCE, HttpAnswer, Served, image_bytes, latent_bytes, running, small_decoder
 
+from pidecode import PixelDecoder
 from pidecode.images import read_recipe
 from pidecode.options import Command, option_infos
 from pidecode.serve.app import create_app
@@ -317,3 +318,17 @@ def test_a_prompt_is_generated_by_a_real_pipeline_and_decoded() -> None:
         assert metadata[0]["prompt"] == "a cat"
         refused = served.post("/v1/images/generations", body | {"size": "130x64"})
         assert (refused.status, "multiples of 64" in refused.message) == (400, True)
+
+
+def test_a_feed_forward_decoder_refuses_what_cannot_act() -> None:
+    service = DecodeService({"tiny": PixelDecoder.from_pretrained("tiny", device="cpu")}, limits=LIMITS)
+    with running(create_app(service), service) as served:
+        assert served.get("/v1/models").json()["data"][0]["kind"] == "feed-forward"
+        for option in ("seed=1", "num_steps=2", "sampler=ode", "guidance_scale=2"):
+            refused = served.post(f"/v1/upscale?{option}", image_bytes(16, 16))
+            assert (refused.status, option.split("=")[0] in refused.message) == (400, True), refused.body
+        body, headers = form({"image": image_bytes(16, 16), "n": 2})
+        refused = served.post("/v1/images/edits", body, **headers)
+        assert (refused.status, "so n must be 1" in refused.message) == (400, True)
+        body, headers = form({"image": image_bytes(16, 16)})
+        assert served.post("/v1/images/edits", body, **headers).json()["size"] == "64x64"

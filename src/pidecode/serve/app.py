@@ -205,10 +205,7 @@ def _add_jobs(app: FastAPI, service: DecodeService, reader: BodyReader) -> None:
     )  # fmt: skip
     async def result(name: str) -> Response:
         """Each result can be fetched once, within five minutes."""
-        found = service.results.pop(name)
-        if found is None:
-            raise HTTPException(404, "This result was fetched already, or is too old; run the job again.")
-        return _file(found)
+        return _file(_stored_result(service, name))
 
 
 def _add_queries(app: FastAPI, service: DecodeService, reader: BodyReader) -> None:
@@ -273,19 +270,9 @@ def _add_openai(app: FastAPI, service: DecodeService, reader: BodyReader) -> Non
     async def edits(request: Request) -> openai.ImagesResponse:
         """The only edit is enlargement. The prompt describes the image, for models that read prompts."""
         image, fields = await _read_form(request, await reader.read(request))
-        try:
-            form = openai.ImageEditRequest.model_validate(fields)
-        except ValidationError as error:
-            messages = [f"{'.'.join(str(part) for part in entry['loc'])}: {entry['msg']}" for entry in error.errors()]
-            raise HTTPException(400, "; ".join(messages[:8]) + ".") from None
+        form = _edit_request(fields)
         file = await asyncio.to_thread(service.inspect, image)
-        if file.kind != "image":
-            raise HTTPException(400, "The file is a latent; send it to /v1/decode.")
-        plan = service.plan(form.model, file)
-        decoder = service.decoder(form.model)
-        if form.n > 1 and decoder.kind == "feed-forward":
-            raise SettingError(f"n is {form.n}; {decoder.name} is a feed-forward decoder, so n must be 1.")
-        openai.check_edit_size(form.size, (plan.width, plan.height))
+        _check_edit(service, form, file)
         results = await _run_in_turn(request, lambda params: service.upscale(image, params), form.jobs(UpscaleParams))
         return openai.images_response(results, form.output_format)
 
@@ -398,6 +385,47 @@ async def _run_in_turn(
 ) -> list[Result]:
     """Run several jobs of one request, each queued when the one before it is done, so that others get their turn."""
     return [await result_of(request, submit(one)) for one in params]
+
+
+def _stored_result(service: DecodeService, name: str) -> Result:
+    """Take the result of a streamed job.
+
+    Raises:
+        HTTPException: 404 if there is none of that name.
+    """
+    result = service.results.pop(name)
+    if result is None:
+        raise HTTPException(404, "This result was fetched already, or is too old; run the job again.")
+    return result
+
+
+def _edit_request(fields: dict[str, str]) -> openai.ImageEditRequest:
+    """Validate the fields of an edit's form.
+
+    Raises:
+        HTTPException: 400 if a field is unknown, or has the wrong form.
+    """
+    try:
+        return openai.ImageEditRequest.model_validate(fields)
+    except ValidationError as error:
+        messages = [f"{'.'.join(str(part) for part in entry['loc'])}: {entry['msg']}" for entry in error.errors()]
+        raise HTTPException(400, "; ".join(messages[:8]) + ".") from None
+
+
+def _check_edit(service: DecodeService, form: openai.ImageEditRequest, file: FileInfo) -> None:
+    """Check that an edit can give what it asks for.
+
+    Raises:
+        SettingError: If the file is a latent, or the number or size of the images cannot be as asked.
+    """
+    if file.kind != "image":
+        raise SettingError("The file is a latent; send it to /v1/decode.")
+    decoder, plan = service.decoder(form.model), service.plan(form.model, file)
+    if form.n > 1 and decoder.kind == "feed-forward":
+        raise SettingError(f"n is {form.n}; {decoder.name} is a feed-forward decoder, so n must be 1.")
+    result_size = f"{plan.width}x{plan.height}"
+    if form.size not in ("auto", result_size):
+        raise SettingError(f"This image becomes {result_size}; size cannot be {form.size}. Leave it out.")
 
 
 def _prompt(body: bytes) -> str:

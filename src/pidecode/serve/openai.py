@@ -9,7 +9,6 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pidecode.errors import SettingError
 from pidecode.serve.schemas import (
     MAX_JSON_INTEGER,
     MAX_PROMPT_LENGTH,
@@ -131,17 +130,6 @@ class ErrorResponse(BaseModel):
     """Body of every response that is not 2xx."""
 
     error: ErrorDetail
-
-
-def check_edit_size(size: str, result_size: tuple[int, int]) -> None:
-    """Check that an edit asks for the size it will have.
-
-    Raises:
-        SettingError: If it asks for another size.
-    """
-    expected = f"{result_size[0]}x{result_size[1]}"
-    if size not in ("auto", expected):
-        raise SettingError(f"This image becomes {expected}; size cannot be {size}. Leave it out.")
 
 
 def images_response(results: list[Result], output_format: FileFormat) -> ImagesResponse:
