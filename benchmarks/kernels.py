@@ -98,7 +98,7 @@ def compare_kernels(device: torch.device, repeats: int) -> list[Comparison]:
     for what, (run, size) in kernels(device).items():
         plain = best(run, device, repeats)
         try:
-            with elementwise.fused():
+            with elementwise.triton_ops():
                 fast = best(run, device, repeats)
         except MissingDependencyError as fault:
             print(fault, file=sys.stderr)

@@ -44,7 +44,7 @@ class Trial:
 
     def runner(self, net: PiDNet, plan: Plan | None = None) -> Runner:
         """What runs a network in this trial's mode."""
-        return Runner(net, plan, distilled=True, compile=self.mode == "compile", graphs=self.mode == "cuda-graphs")
+        return Runner(net, plan, distilled=True, compile=self.mode == "compile", cuda_graphs=self.mode == "cuda-graphs")
 
     def check(self) -> None:
         """Raise as `Runner.require` does where the device cannot run this mode."""

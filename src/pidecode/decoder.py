@@ -494,7 +494,7 @@ class PixelDecoder:
         return Latent(cells, self.space.name, 0.0)
 
     def _offloads(self, what: str) -> bool:
-        return isinstance(self.runner, Runner) and self.runner.sets_aside(what)
+        return isinstance(self.runner, Runner) and self.runner.offloads(what)
 
     def _checked(self, latent: Latent, options: DecodeOptions) -> Latent:
         if not isinstance(latent, Latent):
@@ -563,7 +563,7 @@ class PixelDecoder:
         grid = runner.net.grid_of(height, width)
         noise = NoiseStream(options.seeds(len(latent)), (3, height, width), self.device)
         states = self._text_states(latent.prompts, options.prompt_embeds, len(latent))
-        if self.text is not None and runner.sets_aside("text"):
+        if self.text is not None and runner.offloads("text"):
             self.text.unload()
         condition = runner.prepare(grid, states, latent.tensor, latent.sigmas)
         if self.kind == "teacher":
@@ -678,4 +678,4 @@ def _make_runner(
         return FeedForwardRunner(net, plan)
     if isinstance(plan, FeedForwardPlan):
         raise SettingError(f"{name} is a {kind} decoder; make its plan from its own configuration.")
-    return Runner(net, plan, distilled=kind == "student", compile=runtime.compile, graphs=runtime.cuda_graphs)
+    return Runner(net, plan, distilled=kind == "student", compile=runtime.compile, cuda_graphs=runtime.cuda_graphs)

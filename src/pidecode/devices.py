@@ -43,7 +43,7 @@ def pick_device(wanted: str | torch.device | None = None) -> torch.device:
     return device
 
 
-def records_graphs(device: torch.device) -> bool:
+def supports_cuda_graphs(device: torch.device) -> bool:
     """Whether work on the device can be recorded and replayed as a graph: on CUDA, and ROCm under the same name."""
     return device.type == "cuda"
 

@@ -51,7 +51,7 @@ def apart(net: PiDNet, grid: tuple[int, int], ops: CompiledOps) -> float:
     t = torch.tensor([634.0])
     chunks, modulation = Chunks(tokens=8, tile_tokens=8, tile_rows=4), step_modulation(net, t)
     eager = denoise(net, x, modulation, condition, chunks=chunks)
-    with elementwise.compiled(ops):
+    with elementwise.compiled_ops(ops):
         compiled = denoise(net, x, modulation, condition, chunks=chunks)
     return ((compiled - eager).abs().max() / eager.abs().max()).item()
 

@@ -165,8 +165,8 @@ def test_a_graph_does_not_keep_an_image_s_condition_alive() -> None:
 
 def test_the_runner_replays_and_forgets_with_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     net, recorder = random_net(), Recorder()
-    runner, plain = Runner(net, distilled=True, graphs=True), Runner(net, distilled=True)
-    monkeypatch.setattr("pidecode.engine.runner.records_graphs", lambda device: True)
+    runner, plain = Runner(net, distilled=True, cuda_graphs=True), Runner(net, distilled=True)
+    monkeypatch.setattr("pidecode.engine.runner.supports_cuda_graphs", lambda device: True)
     monkeypatch.setattr("pidecode.engine.runner.capture_on", lambda device: recorder)
     noise = [torch.randn(1, 3, 32, 32) for _ in range(4)]
     images = []
@@ -186,13 +186,13 @@ def test_the_runner_replays_and_forgets_with_the_weights(monkeypatch: pytest.Mon
 def test_graphs_are_refused_where_they_cannot_act(monkeypatch: pytest.MonkeyPatch) -> None:
     net = random_net()
     with pytest.raises(SettingError, match="need a CUDA device, and this decoder runs on cpu"):
-        Runner(net, graphs=True).require(net.device)
-    monkeypatch.setattr("pidecode.engine.runner.records_graphs", lambda device: True)
+        Runner(net, cuda_graphs=True).require(net.device)
+    monkeypatch.setattr("pidecode.engine.runner.supports_cuda_graphs", lambda device: True)
     with pytest.raises(SettingError, match="windows"):
-        Runner(net, Plan(size=(64, 64), window=32), graphs=True).require(net.device)
+        Runner(net, Plan(size=(64, 64), window=32), cuda_graphs=True).require(net.device)
     with pytest.raises(SettingError, match="on the host"):
-        Runner(net, Plan(size=(64, 64), offload=("blocks",)), graphs=True).require(net.device)
-    runner = Runner(net, graphs=True)
+        Runner(net, Plan(size=(64, 64), offload=("blocks",)), cuda_graphs=True).require(net.device)
+    runner = Runner(net, cuda_graphs=True)
     x, condition = inputs(net, (2, 2), 1)
     with pytest.raises(SettingError, match="inference_mode"):
         runner.predict(condition)(x, torch.tensor([999.0]))
@@ -203,7 +203,7 @@ def test_graphs_are_refused_where_they_cannot_act(monkeypatch: pytest.MonkeyPatc
 
 def test_two_ways_of_the_same_ops_are_refused() -> None:
     with pytest.raises(SettingError, match="choose one"):
-        Runner(random_net(), fused=True, compile=True)
+        Runner(random_net(), triton=True, compile=True)
 
 
 @pytest.mark.gpu
@@ -218,7 +218,7 @@ def test_a_graph_equals_the_eager_path(compile: bool) -> None:
         expected = eager.denoise(x, t, condition)
         actual = graphs.run(x, eager.modulation_at(t), condition)
         assert ((actual - expected).abs().max() / expected.abs().max()).item() < 5e-6
-    runner = Runner(net, graphs=True, compile=compile)
+    runner = Runner(net, cuda_graphs=True, compile=compile)
     x, condition = inputs(net, (4, 6), 3)
     expected = eager.denoise(x, t, condition)
     predict = runner.predict(condition)

@@ -40,7 +40,7 @@ _WORK = (
         "--bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Per channel; 16 for png only."
     ),
     click.option("--overwrite", is_flag=True, help="Replace images made otherwise; what is done stays."),
-    click.option("--compile", is_flag=True, help="Compile sums first: for many images, on an accelerator."),
+    click.option("--compile", is_flag=True, help="Compile elementwise ops at the first image (experimental)."),
     threads_option,
 )
 _HOW = (

@@ -31,7 +31,7 @@ from pidecode.engine.machine import GB, Machine, Quantization, this_machine
 from pidecode.engine.plan import Plan, Scheme, plan_decode
 from pidecode.errors import FileError, SettingError
 from pidecode.options import COLOR_FIXES, RuntimeOptions
-from pidecode.registry.configs import RELEASED_CONFIGS
+from pidecode.registry.configs import RELEASED_CONFIGS, TinyDecoderConfig
 from pidecode.units import parse_bytes, parse_size
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _decoding_options(command: Callable[..., Any]) -> Callable[..., Any]:
         memory_option,
         quantization_options,
         click.option("--bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Per channel."),
-        click.option("--compile", is_flag=True, help="Compile sums first: for many images, on an accelerator."),
+        click.option("--compile", is_flag=True, help="Compile elementwise ops at the first image (experimental)."),
         threads_option,
         overwrite_option,
         json_option,
@@ -188,6 +188,7 @@ def _run(
 ) -> None:
     """Make and save the images of one source after another, then say what was written."""
     from pidecode.engine import sequence_parallel
+    from pidecode.engine.runner import Runner
     from pidecode.files import check_writable
 
     places = destinations(sources, wish.out, ending)
@@ -201,7 +202,12 @@ def _run(
             raise SettingError(f"Only .png files hold 16 bits a channel; {place} does not.")
     parallel = sequence_parallel.init_process_group()  # under torchrun: each image is sharded, one process writes it
     decoder = wish.decoder(jobs)
-    decoder.runner.sequence_parallel = parallel
+    if parallel:
+        if not isinstance(decoder.runner, Runner):
+            raise SettingError(
+                f"{decoder.name} is a feed-forward decoder, which runs in one process; leave torchrun out."
+            )
+        decoder.runner.sequence_parallel = True
     written: list[dict[str, Any]] = []
     for source, place in zip(sources, places, strict=True):
         began = time.perf_counter()
@@ -272,7 +278,13 @@ def decode(latents: tuple[Path, ...], size: str | None, **options: Any) -> None:
 @click.option("--size", required=True, metavar="WxH", help="Image to make, in pixels: 4096x3072.")
 @click.option("--vram", metavar="BYTES", help="Memory of an accelerator: 12GB. Without it, what is free here.")
 @click.option("--ram", metavar="BYTES", help="Plan for a processor with this much memory instead.")
-@click.option("--network", type=click.Choice(list(RELEASED_CONFIGS)), default="v1.5", show_default=True)
+@click.option(
+    "--network",
+    type=click.Choice(["tiny", *RELEASED_CONFIGS]),
+    default="v1.5",
+    show_default=True,
+    help="`tiny`, or the version of PiD's released weights.",
+)
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images at once.")
 @click.option("--dtype", metavar="NAME", help="float32, bfloat16 or float16; chosen to fit if not given.")
 @quantization_options
@@ -291,11 +303,12 @@ def plan(
         raise SettingError("--vram and --ram name two machines; give one.")
     given = vram or ram
     if given:
-        # Of a card that is known by its memory alone, it is taken for granted that it multiplies as asked.
+        # A GPU known by its memory alone is assumed to multiply as asked.
         w8a8: tuple[Quantization, ...] = ("fp8",) if quantization == "fp8" else ("int8",)
         machine = Machine(memory=parse_bytes(given), accelerator=bool(vram), w8a8=w8a8)
     else:
         machine = this_machine()
-    chosen = plan_decode(RELEASED_CONFIGS[network], parse_size(size), machine, quantization=quantization, **options)
+    config = TinyDecoderConfig() if network == "tiny" else RELEASED_CONFIGS[network]
+    chosen = plan_decode(config, parse_size(size), machine, quantization=quantization, **options)
     data = {**asdict(chosen), "peak": chosen.peak, "exact": chosen.exact, "memory": machine.memory}
     emit(data, f"{chosen.describe()}\n  {'free':22s} {machine.memory / GB:6.2f} GB", as_json=as_json)

@@ -133,7 +133,7 @@ def serve_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--pipeline-source", metavar="PATH", help="Folder or hub repository of the pipeline."),
         click.option("--max-body", type=click.IntRange(1), default=64, show_default=True, help="MiB per request."),
-        click.option("--compile", is_flag=True, help="Compile elementwise ops at the first image."),
+        click.option("--compile", is_flag=True, help="Compile elementwise ops at the first image (experimental)."),
         threads_option,
         click.option("--queue", type=click.IntRange(0), default=8, show_default=True, help="Jobs that may wait."),
         click.option(

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runner: runs a PiDNet the way a plan says, and holds the caches that needs."""
+"""Runs a PiDNet the way a plan says, and holds what that takes: caches, chunk sizes, offloaded blocks."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from pidecode.devices import records_graphs, require_compiler
+from pidecode.devices import require_compiler, supports_cuda_graphs
 from pidecode.engine import inplace
 from pidecode.engine.chunks import Chunks
 from pidecode.engine.cuda_graphs import GraphCache, capture_on
@@ -35,10 +34,7 @@ from pidecode.errors import SettingError
 from pidecode.models.attention import best_backend, use_backend
 from pidecode.models.pid.network import Condition, Grid, PiDNet
 from pidecode.registry.checkpoints import STUDENT_TIMES
-from pidecode.sampling import SINGLE_STEP_TIME
-
-Predict = Callable[[Tensor, Tensor], Tensor]
-
+from pidecode.sampling import SINGLE_STEP_TIME, Predict
 
 KEPT_TOKENS = 256_000_000
 """Without a plan, latent tokens beyond this many bytes are recomputed at each use: a hundredth more computation."""
@@ -51,12 +47,12 @@ class Runner:
         net: The network.
         plan: How to run it; `arrange` brings the network into its shape.
         distilled: The network only ever runs at the student's times, so its modulation is precomputed for them.
-        fused: Run the elementwise ops as Triton kernels. Experimental.
+        triton: Run the elementwise ops as Triton kernels. Experimental.
         compile: Run the elementwise ops as `torch.compile` compiles them, once for all image sizes. Experimental.
-        graphs: Capture an evaluation as a CUDA graph, once per image size, and replay it. Experimental.
+        cuda_graphs: Capture an evaluation as a CUDA graph, once per image size, and replay it. Experimental.
 
     Raises:
-        SettingError: `fused` and `compile` were both asked for.
+        SettingError: `triton` and `compile` were both asked for.
     """
 
     def __init__(
@@ -65,14 +61,14 @@ class Runner:
         plan: Plan | None = None,
         *,
         distilled: bool = False,
-        fused: bool = False,
+        triton: bool = False,
         compile: bool = False,
-        graphs: bool = False,
+        cuda_graphs: bool = False,
     ) -> None:
-        if fused and compile:
-            raise SettingError("fused and compile are two ways to run the same elementwise ops; choose one.")
-        self.net, self.plan, self.distilled, self.fused = net, plan, distilled, fused
-        self.graphs = graphs
+        if triton and compile:
+            raise SettingError("triton and compile are two ways to run the same elementwise ops; choose one.")
+        self.net, self.plan, self.distilled, self.triton = net, plan, distilled, triton
+        self.cuda_graphs = cuda_graphs
         self.compiled_ops = CompiledOps() if compile else None
         self.graph_cache: GraphCache | None = None
         """Captured evaluations, from the first one on."""
@@ -118,15 +114,15 @@ class Runner:
         """
         if self.compiled_ops is not None:
             require_compiler(device)
-        if not self.graphs:
+        if not self.cuda_graphs:
             return
         plan = self.plan
-        if not records_graphs(device):
+        if not supports_cuda_graphs(device):
             raise SettingError(f"CUDA graphs need a CUDA device, and this decoder runs on {device}; leave them out.")
         for conflict, what in (
             (self.sequence_parallel and is_parallel(), "an image sharded over several processes"),
             (plan is not None and plan.window is not None, "windows, which a plan chose to save memory"),
-            (plan is not None and "blocks" in plan.offload, "blocks that live on the host"),
+            (plan is not None and "blocks" in plan.offload, "offloaded blocks, which stay on the host"),
             (inplace.has_adapters(self.net), "adapters, which keep the layers' own forward"),
         ):
             if conflict:
@@ -228,8 +224,8 @@ class Runner:
             self.precompute_timesteps()
             strip_for_inference(self.net)
 
-    def sets_aside(self, what: str) -> bool:
-        """Whether the plan has "text" or "encoder" leave the device when their work is done."""
+    def offloads(self, what: str) -> bool:
+        """Whether the plan has the "text" encoder or the image "encoder" on the device only while it runs."""
         return self.plan is not None and what in self.plan.offload
 
     def predict(self, condition: Condition) -> Predict:
@@ -246,7 +242,7 @@ class Runner:
                     return denoise_sharded(self.net, self.denoise, x, t, condition)
                 if windows is not None:
                     return denoise_windows(self.denoise, x, t, condition, windows, self.net.config.patch_size)
-                if self.graphs:
+                if self.cuda_graphs:
                     return self._replay(x, t, condition)
                 return self.denoise(x, t, condition)
 
@@ -270,8 +266,8 @@ class Runner:
 
     def _ops(self) -> AbstractContextManager[None]:
         if self.compiled_ops is not None:
-            return elementwise.compiled(self.compiled_ops)
-        return elementwise.fused() if self.fused else nullcontext()
+            return elementwise.compiled_ops(self.compiled_ops)
+        return elementwise.triton_ops() if self.triton else nullcontext()
 
     def _replay(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         if not inplace.runs_in_place(self.net, x.device):

@@ -3,7 +3,7 @@
 
 Each has a reference implementation in `pidecode.models.pid` that autograd can differentiate. These write in place,
 compute statistics in float32 without a float32 copy of the input, and agree with the reference to rounding.
-Inside `with compiled(...)` or `with fused():` those that have one run as compiled code or as a Triton kernel; both are
+Inside `with compiled_ops(...)` or `with triton_ops():` those that can run as compiled code or as Triton kernels, both
 experimental.
 """
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 EPS = 1e-6
 
-_fused: ContextVar[bool] = ContextVar("fused_ops", default=False)
+_triton: ContextVar[bool] = ContextVar("triton_ops", default=False)
 _compiled: ContextVar[CompiledOps | None] = ContextVar("compiled_ops", default=None)
 
 
 @contextmanager
-def fused() -> Iterator[None]:
+def triton_ops() -> Iterator[None]:
     """Inside the `with`, run the ops that have one as a Triton kernel (`ops.triton`). Experimental.
 
     Raises:
@@ -41,15 +41,15 @@ def fused() -> Iterator[None]:
     """
     if find_spec("triton") is None:
         raise MissingDependencyError("Fused kernels need triton, which comes with GPU builds of torch on Linux.")
-    token = _fused.set(True)
+    token = _triton.set(True)
     try:
         yield
     finally:
-        _fused.reset(token)
+        _triton.reset(token)
 
 
 @contextmanager
-def compiled(ops: CompiledOps) -> Iterator[None]:
+def compiled_ops(ops: CompiledOps) -> Iterator[None]:
     """Inside the `with`, run the ops that have one as `torch.compile` compiled them. Experimental."""
     token = _compiled.set(ops)
     try:
@@ -79,7 +79,7 @@ def norm_modulate(x: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype) 
     """
     if (ops := _compiled.get()) is not None:
         return ops.norm_modulate(x, shift, factor, dtype)
-    if _fused.get() and (shift.ndim == 1 or shift.shape == x.shape == factor.shape):
+    if _triton.get() and (shift.ndim == 1 or shift.shape == x.shape == factor.shape):
         from pidecode.engine.ops import triton as triton_kernels
 
         return triton_kernels.norm_modulate(x, shift, factor, dtype)
@@ -92,7 +92,7 @@ def add_gated_(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     """`x += gate * branch`, in place, whatever the types of the two."""
     if (ops := _compiled.get()) is not None:
         return ops.add_gated_(x, branch, gate)
-    if _fused.get() and x.ndim == 2 and x.stride(1) == branch.stride(1) == 1:
+    if _triton.get() and x.ndim == 2 and x.stride(1) == branch.stride(1) == 1:
         from pidecode.engine.ops import triton as triton_kernels
 
         return triton_kernels.add_gated_(x, branch, gate)
@@ -113,7 +113,7 @@ def gate_latent_(x_TD: Tensor, tokens_TD: Tensor, weight_OD: Tensor, logits: Ten
 
     One gate per token (O is 1, logits `[T, 1]`) or per channel (O is D).
     """
-    if _fused.get() and len(weight_OD) == 1 and x_TD.stride(1) == tokens_TD.stride(1) == 1:
+    if _triton.get() and len(weight_OD) == 1 and x_TD.stride(1) == tokens_TD.stride(1) == 1:
         from pidecode.engine.ops import triton as triton_kernels
 
         return triton_kernels.gate_latent_(x_TD, tokens_TD, weight_OD, logits)
@@ -132,7 +132,7 @@ def update_pixels_(
         fc1: First layer of the feed-forward.
         fc2: Its second layer.
     """
-    if _fused.get() and type(fc1) is type(fc2) is nn.Linear and tile_TGC.stride()[1:] == (tile_TGC.shape[2], 1):
+    if _triton.get() and type(fc1) is type(fc2) is nn.Linear and tile_TGC.stride()[1:] == (tile_TGC.shape[2], 1):
         from pidecode.engine.ops import triton as triton_kernels
 
         return triton_kernels.update_pixels_(tile_TGC, expanded_TGC, vectors, fc1, fc2)
@@ -153,7 +153,7 @@ def norm_rotate_(heads_TNK: Tensor, weight_K: Tensor, rotation: Tensor | None) -
     if (ops := _compiled.get()) is not None:
         ops.norm_rotate_(heads_TNK, weight_K, rotation)
         return
-    if _fused.get() and heads_TNK.stride(2) == 1:
+    if _triton.get() and heads_TNK.stride(2) == 1:
         from pidecode.engine.ops import triton as triton_kernels
 
         return triton_kernels.norm_rotate_(heads_TNK, weight_K, rotation)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernels of the elementwise ops.
 
-Experimental: tested in Triton's interpreter, no gain was measured on a GPU yet. `with elementwise.fused():` uses them,
-on devices that Triton supports. Each equals the function of its name in `elementwise`, its reference implementation.
+Experimental: tested in Triton's interpreter, no gain was measured on a GPU yet. They run inside
+`with elementwise.triton_ops():`. Each equals the function of its name in `elementwise`, its reference implementation.
 """
 
 from __future__ import annotations
