@@ -116,7 +116,7 @@ class Page(NamedTuple):
 # In reading order. A page enters the site when its file is there.
 PAGES = (
     Page("index.md", "Start here"),
-    Page("how-it-works.md", "How it works", "a wish to know what happens"),
+    Page("architecture.md", "Architecture", "a question how it works"),
     Page("spaces", "Latent spaces", "a latent of your own"),
     Page("diffusers.md", "diffusers", "a diffusers pipeline"),
     Page("comfyui.md", "ComfyUI", "ComfyUI"),

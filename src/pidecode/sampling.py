@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From noise to image: the student's few steps and the teacher's DPM-Solver, as functions of a network.
 
-Time runs from 1 (noise) to 0 (image): `x_t = (1 - t) x_0 + t eps` (SPEC.md section 3).
+Time runs from 1 (noise) to 0 (image): `x_t = (1 - t) x_0 + t eps` (docs/architecture.md, Schedule and sampling).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Callback = Callable[[Step], None]
 
 
 def student_times(num_steps: int) -> tuple[float, ...]:
-    """Times at which a `num_steps`-step student runs, ending in 0 (SPEC.md section 3).
+    """Times at which a `num_steps`-step student runs, ending in 0 (docs/architecture.md, Schedule and sampling).
 
     Raises SettingError beyond 1 to 4 steps: the list has four distinct entries, more would repeat them.
     """

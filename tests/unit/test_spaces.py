@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of latent spaces says what SPEC.md section 5 says."""
+"""The table of latent spaces says what docs/architecture.md, Latent spaces, says."""
 
 from __future__ import annotations
 

@@ -97,8 +97,8 @@ class ImageEncoder:
         reconstruct: what the decoder to come makes of a latent, at the image's size. An encoder with a refiner
             corrects its latent by it, `num_refinements` times or as it was trained; to others it makes no difference.
         Sides must be multiples of the space's `input_multiple`; dinov2 and siglip take any size and see their own
-        square (SPEC.md section 5). Raises SizeError for other sides, SettingError for other tensors, LatentError
-        when the encoder answers with NaN.
+        square (docs/architecture.md, Latent spaces). Raises SizeError for other sides, SettingError for other tensors,
+        LatentError when the encoder answers with NaN.
         """
         check_images(images, self.space)
         given = images.to(self.device, torch.float32)

@@ -26,7 +26,7 @@ from pidecode.weights.resolve import Hub
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How a vision model is used as an encoder (SPEC.md section 5)."""
+    """How a vision model is used as an encoder (docs/architecture.md, Latent spaces)."""
 
     repository: str
     kinds: tuple[str, ...]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gemma-2 text encoder: prompt to text states, with a disk cache.
 
-The networks read 300 rows, padding included (SPEC.md section 4): every detail here, the instruction in front,
+The networks read 300 rows, padding included (docs/architecture.md, Text): every detail here, the instruction in front,
 the length padded to, the rows kept, plain attention, is part of the released models' input format.
 """
 
@@ -114,7 +114,7 @@ def _fingerprint(folder: Path) -> str:
 
 
 class TextEncoder:
-    """Gemma-2 as the networks' text encoder (SPEC.md section 4), loaded when first needed.
+    """Gemma-2 as the networks' text encoder (docs/architecture.md, Text), loaded when first needed.
 
     options: which model, and how it is run.
     device: where it runs; results are returned there.

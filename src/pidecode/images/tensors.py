@@ -150,7 +150,7 @@ def resize(image: Tensor, height: int, width: int, *, method: Method = "bicubic"
 def downsample(image: Tensor, factor: int = 4) -> Tensor:
     """The low-quality image of training: `[B, 3, H, W]` to 1/factor of its sides, rounded down, clamped.
 
-    Antialiased bicubic (SPEC.md section 7); agrees with the reference's golden block `downsample4`.
+    Antialiased bicubic (docs/architecture.md, Training); agrees with the reference's golden block `downsample4`.
     """
     height, width = image.shape[-2] // factor, image.shape[-1] // factor
     return resize(image, height, width).clamp(-1.0, 1.0)

@@ -144,7 +144,7 @@ def run_for_latents(
 
     arguments: of the call, by name; `output_type`, `return_dict` and the step callback are handled here (a
         callback given by the caller still runs).
-    stop_after: end the diffusion after that step, counted from 1; "recommended" is SPEC.md section 5's.
+    stop_after: end the diffusion after that step, counted from 1; "recommended" is the space's own.
     capture: steps whose latents are kept besides.
     prompt: what the latents show, where the call has no prompt; one for all or one per image.
 
@@ -436,7 +436,7 @@ def attach(
     pipe: of the Flux, FLUX.2, Stable Diffusion 3, SDXL, Qwen-Image or Z-Image families; text to image, and the
         relatives that share their call (image to image, inpainting, Kontext, Fill, ControlNet).
     decoder: of the same latent space.
-    stop_after: end the diffusion after that step (from 1; "recommended" for SPEC.md section 5's) and decode what
+    stop_after: end the diffusion after that step (from 1; "recommended" for the space's own) and decode what
         there is, with the noise it holds.
     capture: steps whose latents are kept too, in `out.captured`, to compare them.
     on_progress: told of each step of both stages; raise `errors.Cancelled` in it to stop.

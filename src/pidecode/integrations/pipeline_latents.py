@@ -74,7 +74,7 @@ def space_of(pipe: Any) -> LatentSpace:
 
 
 def recommended_stop(pipe: Any, steps: int) -> int:
-    """The step to stop after, of `steps` (SPEC.md section 5); `steps` itself for few-step models."""
+    """The step to stop after, of `steps` (docs/architecture.md, Latent spaces); `steps` itself for few-step models."""
     names = [kind.__name__ for kind in type(pipe).__mro__]
     rows = [row for row in IMAGE_MODELS.values() if row.pipeline in names]
     if not rows:

@@ -25,7 +25,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Latent:
-    """A batch of latents in the frame PiD was trained on (SPEC.md section 5).
+    """A batch of latents in the frame PiD was trained on (docs/architecture.md, Latent spaces).
 
     tensor: `[B, C, h, w]`, float, *normalized*: what diffusers gives for `output_type="latent"`, unpacked
         (but see `from_packed`, `from_euler` and `from_raw`; FLUX.2 klein's final latent is raw).

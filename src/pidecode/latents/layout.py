@@ -39,7 +39,7 @@ def noise_weights(space: LatentSpace, sigma: Tensor) -> tuple[Tensor, Tensor]:
 def add_noise(latent: Tensor, noise: Tensor, sigma: float | Tensor, space: LatentSpace) -> Tensor:
     """Noise a clean normalized latent `[B, C, h, w]` to sigma (a number, or `[B]`), in the space's own frame.
 
-    `(1 - s) z + s e` for flow-matching spaces, `sqrt(1 - s^2) z + s e` for SDXL (SPEC.md section 5).
+    `(1 - s) z + s e` for flow-matching spaces, `sqrt(1 - s^2) z + s e` for SDXL (docs/architecture.md, Latent spaces).
     Agrees with the `add_noise` block of the reference goldens.
     """
     if latent.shape != noise.shape:
@@ -64,7 +64,7 @@ def euler_to_trained(latent: Tensor, sigma: float | Tensor) -> tuple[Tensor, Ten
 
 
 def normalize(raw: Tensor, space: LatentSpace, statistics: LatentStatistics | None = None) -> Tensor:
-    """The encoder's raw latent to the normalized one the networks take (SPEC.md section 5).
+    """The encoder's raw latent to the normalized one the networks take (docs/architecture.md, Latent spaces).
 
     raw: `[B, raw channels, h p, w p]`, for qwenimage also `[B, 16, 1, h, w]`, for flux2 also patchified
     `[B, 128, h, w]`, for dinov2 the features after the LayerNorm without weights, for siglip those before it.

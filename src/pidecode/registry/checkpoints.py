@@ -28,7 +28,7 @@ DECODERS: tuple[Kind, ...] = ("student", "feed-forward")
 """Kinds that a variant without a kind names."""
 
 STUDENT_TIMES = (0.999, 0.866, 0.634, 0.342, 0.0)
-"""Flow times of the distilled 4-step schedule (SPEC.md section 3)."""
+"""Flow times of the distilled 4-step schedule (docs/architecture.md, Schedule and sampling)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ APACHE_2 = License(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlowShift:
-    """A teacher's shift of flow time: `t -> s t / (1 + (s - 1) t)` (SPEC.md section 3).
+    """A teacher's shift of flow time: `t -> s t / (1 + (s - 1) t)` (docs/architecture.md, Schedule and sampling).
 
     s = `base * sqrt(sqrt(H W) / size)` for an output of H x W pixels, or `base` alone where `size` is None.
     """
@@ -74,7 +74,7 @@ class FlowShift:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """One released file of weights (SPEC.md section 6)."""
+    """One released file of weights (docs/architecture.md, Released files)."""
 
     space: str
     """Name of its latent space; "pixeldit" for the backbone, which takes no latent."""

@@ -25,7 +25,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PiDConfig:
-    """Everything needed to build a PiDNet (SPEC.md sections 1 and 2).
+    """Everything needed to build a PiDNet (docs/architecture.md, Network and Adapter).
 
     Sizes are in channels, tokens or pixels. `text_dim=0` builds a network without a text stream;
     `latent_channels=0` one without an adapter (the bare text-to-image backbone).

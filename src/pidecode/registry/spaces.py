@@ -18,7 +18,7 @@ NoiseFrame = Literal["flow", "variance_preserving"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentSpace:
-    """One latent space (SPEC.md section 5): what a normalized latent `[B, channels, h, w]` of it means.
+    """A space of docs/architecture.md, Latent spaces: what a normalized latent `[B, channels, h, w]` of it means.
 
     A latent is *normalized* when it is in the frame the image model itself works in: about zero mean and
     unit standard deviation. *Raw* is what the space's own encoder puts out and its own decoder takes.
@@ -105,7 +105,7 @@ class LatentSpace:
 class ImageModel:
     """A text-to-image model whose latents PiD decodes, and how its diffusers pipeline hands them out.
 
-    `capture_step` of `steps` is the recommended moment to stop (SPEC.md section 5, early termination); equal
+    `capture_step` of `steps` is the recommended moment to stop (docs/architecture.md, Latent spaces); equal
     numbers mean the finished latent. `final_is_raw` marks the one pipeline whose `output_type="latent"`
     is not the normalized latent; its step callback is.
     """

@@ -90,7 +90,7 @@ def _image_in(config: PiDConfig) -> int:
 
 
 def read_structure(shapes: Shapes, source: str = "the file", interval: int | None = None) -> InferredShape:
-    """Everything names and shapes show (SPEC.md sections 1 and 2), for a network of any size.
+    """Everything names and shapes show (docs/architecture.md, Network and Adapter), for a network of any size.
 
     interval: `inject_interval`, where it is known from elsewhere.
     Raises CheckpointError when the tensors are of no PiD network, or contradict each other.
@@ -261,7 +261,7 @@ class Overrides:
 
 
 def detect(file: WeightFile, hints: Overrides | None = None) -> CheckpointMetadata:
-    """What network a file holds (SPEC.md sections 1, 2, 6).
+    """What network a file holds (docs/architecture.md, Network, Adapter, Released files).
 
     Our own metadata decides where the file has it; otherwise the shapes, then the official file or folder name
     (also ComfyUI's), then `hints`. What two of them say differently is an error, and so is what none of them says.

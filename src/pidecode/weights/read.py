@@ -55,7 +55,7 @@ class WeightFile:
 
 
 def read_weights(path: str | Path, *, check_values: bool = True) -> WeightFile:
-    """Tensors of a network file, named as the network names them (SPEC.md section 6).
+    """Tensors of a network file, named as the network names them (docs/architecture.md, Released files).
 
     Understands .safetensors and torch's .pth (tensors only, whatever the file's suffix), the official
     prefixes (`net_ema.` before `net.`), PixelDiT's `core.` and the ComfyUI repackaging. `check_values=False`
