@@ -69,7 +69,7 @@ def main() -> None:
             cases[-1].append(word)
     torch.set_num_threads(1)
     recipes = [(int(step), apply_settings(get_recipe(name), settings)) for name, step, *settings in cases]
-    with init_distributed(ParallelConfig(patience=300), CPU) as env:
+    with init_distributed(ParallelConfig(timeout=300), CPU) as env:
         for index, (step, recipe) in enumerate(recipes):
             count = recipe.parallel.context_parallel
             shared = replace(env, context_parallel=count, context_group=dist.group.WORLD if count > 1 else None)

@@ -350,11 +350,20 @@ def build_models(recipe: TinyRecipe, phase: PhaseConfig, previous: Path | None) 
             file_name = "tiny.safetensors" if name == "decoder" else "tiny_encoder.safetensors"
             start = Path(recipe.init_from) / file_name
         if start is not None and start.is_file():
-            try:
-                modules[name].load_state_dict({key: value.float() for key, value in load_file(start).items()})
-            except RuntimeError as fault:
-                raise CheckpointError(f"{start} does not fit the {name} that is to be trained: {fault}") from fault
+            _load(modules[name], start, name)
     return modules
+
+
+def _load(module: nn.Module, path: Path, name: str) -> None:
+    tensors, own = load_file(path), module.state_dict()
+    odd = sorted(key for key in tensors.keys() | own.keys() if key not in own or key not in tensors)
+    odd += [key for key, value in own.items() if key in tensors and tensors[key].shape != value.shape]
+    if odd:
+        raise CheckpointError(
+            f"{path} does not fit the {name} that is to be trained: {len(odd)} tensors differ ({', '.join(odd[:3])}, "
+            f"...); set {name}.* to the shape it was made with, or train it from random values."
+        )
+    module.load_state_dict({key: value.float() for key, value in tensors.items()})
 
 
 def run_phase(

@@ -58,8 +58,8 @@ def test_the_tutorial_ends_in_a_decoder(photos: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "latents").glob("*.safetensors"))
     decoder = pidecode.PixelDecoder.from_pretrained(str(path), device="cpu")
     latent = pidecode.Latent(stand_in(torch.rand(1, 3, 32, 48) * 2 - 1), "flux2")
-    image = decoder.decode(latent, seed=0)
-    assert image.size == (192, 128)  # type: ignore[union-attr]
+    output = decoder.decode(latent, seed=0)
+    assert output.image.size == (192, 128)
 
 
 @pytest.mark.slow

@@ -105,7 +105,7 @@ class Denoiser(nn.Module):
 
 
 def pid_net(denoiser: nn.Module) -> PiDNet:
-    """The network inside an Denoiser, however wrapped."""
+    """The network inside a Denoiser, however wrapped."""
     inner = getattr(denoiser, "module", denoiser)
     net = inner.net
     assert isinstance(net, PiDNet)
