@@ -20,12 +20,12 @@ def check_for(path: Path) -> ManifestCheck | None:
     """The check for a manifest's class, or None if this project has no such network."""
     kind = json.loads(path.read_text())["class"]
     if kind == "Discriminator_ImageDiT":
-        return critic
+        return discriminator
     return network if kind in ("PidNet", "PixDiT_T2I") else None
 
 
-def critic(path: Path) -> Iterator[Comparison]:
-    """The released critic, tensor by tensor."""
+def discriminator(path: Path) -> Iterator[Comparison]:
+    """The released discriminator, tensor by tensor."""
     args = (manifest := json.loads(path.read_text()))["constructor_args"]
     with torch.device("meta"):
         module = Discriminator(

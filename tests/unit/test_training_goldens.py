@@ -30,6 +30,6 @@ def test_every_kind_of_training_case_is_checked() -> None:
     }  # fmt: skip
 
 
-def test_the_critic_has_the_released_ones_tensors() -> None:
+def test_the_discriminator_has_the_released_ones_tensors() -> None:
     path = GOLDEN / "manifest_discriminator_v1pt5.json"
-    assert all(comparison.agrees for comparison in manifests.critic(path))
+    assert all(comparison.agrees for comparison in manifests.discriminator(path))

@@ -65,7 +65,7 @@ OVERFIT = (
 
 
 @pytest.mark.parametrize("name", ["debug_direct", "debug_teacher", "debug_backbone"])
-def test_a_miniature_overfits_two_images(name: str, images: Path, tmp_path: Path) -> None:
+def test_a_debug_network_overfits_two_images(name: str, images: Path, tmp_path: Path) -> None:
     # Seen: the loss falls by 1.9 to 2.3, the squared error of the clean image by 2.2 to 3.7.
     train(recipe_for(name, images, *OVERFIT), tmp_path / "run", device=CPU)
     seen = metrics(tmp_path / "run")
@@ -73,7 +73,7 @@ def test_a_miniature_overfits_two_images(name: str, images: Path, tmp_path: Path
     assert mean(seen[:10], "mse") / mean(seen[-10:], "mse") > 1.8
 
 
-def test_a_miniature_distillation_trains_both_sides(images: Path, tmp_path: Path) -> None:
+def test_a_distillation_trains_both_sides(images: Path, tmp_path: Path) -> None:
     settings = [*OVERFIT, "run.steps=12", "distillation.gan_warmup=2", "run.checkpoint_every=1", "run.keep=12"]
     train(recipe_for("debug_student", images, *settings), tmp_path / "run", device=CPU)
     seen = metrics(tmp_path / "run")
@@ -87,7 +87,7 @@ def test_a_miniature_distillation_trains_both_sides(images: Path, tmp_path: Path
         )
 
 
-def test_matching_leads_a_image_to_the_teachers() -> None:
+def test_distribution_matching_leads_an_image_to_the_teachers() -> None:
     # With a fake score that knows the student's image exactly, the gradient points straight at the teacher's.
     teacher = torch.rand(2, 3, 8, 8)
     generated = torch.zeros_like(teacher, requires_grad=True)
