@@ -23,7 +23,7 @@ from benchmarks.profile import profile as run_profile
 from benchmarks.reference import compare
 from benchmarks.speed import Mode, Trial, measure
 from pidecode.cli.common import SHORT_DTYPES, emit, json_option, quantization_options, table, threads_option
-from pidecode.devices import pick_device, usual_dtype
+from pidecode.devices import default_dtype, select_device
 from pidecode.engine.machine import Quantization, this_machine
 from pidecode.engine.plan import Plan, Scheme, predict
 from pidecode.errors import PidecodeError, SettingError
@@ -56,7 +56,7 @@ class Selection:
         for name, size, dtype, mode in product(
             self.networks or (tuple(CONFIGS) if every else ("v1.5-narrow",)),
             self.sizes or (SIZES if every else ((512, 512),)),
-            self.dtypes or (usual_dtype(self.device),),
+            self.dtypes or (default_dtype(self.device),),
             self.modes or (MODES if every else ("eager",)),
         ):
             yield Trial(
@@ -152,7 +152,7 @@ def main(reference: Path | None, profile: bool, out: Path | None, as_json: bool,
 def _trials(device: str | None, dtypes: Sequence[str], sizes: Sequence[str], **options: Any) -> Any:
     """What to measure, and what a suite leaves out with the reason."""
     wanted = Selection(
-        device=pick_device(device),
+        device=select_device(device),
         dtypes=[DTYPES[dtype] for dtype in dtypes],
         sizes=[parse_size(size) for size in sizes],
         **options,

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.speed import describe_device, seconds
-from pidecode.devices import pick_device
+from pidecode.devices import select_device
 from pidecode.engine.ops import elementwise
 from pidecode.engine.ops.quantize import KERNELS, best_kernel, quantize_rows, w8a8_linear
 from pidecode.errors import MissingDependencyError, SettingError
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     options = parser.parse_args()
-    device = pick_device(options.device)
+    device = select_device(options.device)
     with torch.inference_mode():
         lines = [*compare_kernels(device, options.repeats), *compare_products(device, options.repeats)]
     where = f"{describe_device(device)}; torch {torch.__version__}"

@@ -22,7 +22,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from pidecode.devices import pick_device
+from pidecode.devices import select_device
 from pidecode.files import atomic_write
 from pidecode.images.tensors import downsample
 from pidecode.metrics import psnr, sharpness, ssim
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000, help="training steps of each objective")
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
-    env = DistEnv(pick_device(given.device))
+    env = DistEnv(select_device(given.device))
     autoencoder = TinyAutoencoder.from_folder(given.taef2).to(env.device)
     data = TinyDataConfig(source=given.data, crops=((SIDE, BATCH, 1.0),), recolor=0.5, join=0.0, synthetic_share=0.0)
     cache = given.folder / "images"

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None, **call: Any) -> None:
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     call = {"height": 512, "width": 512, "num_inference_steps": 9, "guidance_scale": 0.0, **call}
     out = pipe(given.prompt, output_type="latent", generator=torch.Generator().manual_seed(0), **call)
-    latent = pidecode.Latent.from_pipeline(pipe, out, height=call["height"], width=call["width"], prompt=given.prompt)
+    latent = pidecode.latent_from_pipeline(pipe, out, height=call["height"], width=call["width"], prompt=given.prompt)
     del pipe  # its memory is the decoder's now
 
     decoder = pidecode.PixelDecoder.from_pretrained(given.decoder, space="zimage")

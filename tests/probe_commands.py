@@ -35,6 +35,6 @@ def probe(name: str) -> None:
 
 def errors_warning() -> type[Warning]:
     """A warning of ours."""
-    from pidecode.latents.latent import FrameWarning
+    from pidecode.latents.latent import NormalizationWarning
 
-    return FrameWarning
+    return NormalizationWarning

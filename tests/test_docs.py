@@ -19,7 +19,7 @@ from PIL import Image
 from pidecode import PixelDecoder
 from pidecode.cli.app import cli
 from pidecode.errors import LatentError
-from pidecode.latents.latent import FrameWarning, Latent
+from pidecode.latents.latent import Latent, NormalizationWarning
 from pidecode.models.pid.network import PiDNet
 from pidecode.registry.configs import debug_config
 from pidecode.weights.metadata import CheckpointMetadata
@@ -77,7 +77,7 @@ def with_snippets() -> list[Any]:
 
 @pytest.mark.parametrize("path", with_snippets())
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
-@pytest.mark.filterwarnings(f"ignore::{FrameWarning.__module__}.FrameWarning")
+@pytest.mark.filterwarnings(f"ignore::{NormalizationWarning.__module__}.NormalizationWarning")
 def test_snippets_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page run one after another, as a reader would type them, in a folder with a photo and latents."""
 

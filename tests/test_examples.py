@@ -17,13 +17,13 @@ import tiny_models
 import tiny_pipelines as tiny
 from pidecode import PixelDecoder
 from pidecode.images import to_tensor
-from pidecode.latents.latent import FrameWarning, Latent
+from pidecode.latents.latent import Latent, NormalizationWarning
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 pytestmark = [
-    pytest.mark.filterwarnings(f"ignore::{FrameWarning.__module__}.FrameWarning"),
+    pytest.mark.filterwarnings(f"ignore::{NormalizationWarning.__module__}.NormalizationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),

@@ -24,7 +24,9 @@ def modules_after(code: str) -> set[str]:
 
 def test_the_public_names_are_exactly_these() -> None:
     assert pidecode.__all__ == [
-        "Latent", "PidecodeError", "PixelDecoder", "__version__", "attach", "detach", "errors",
+        "DecodeOptions", "DecodeOutput", "Latent", "PidecodeError", "PixelDecoder", "__version__", "attach", "detach",
+        "errors", "latent_from_pipeline", "list_checkpoints", "list_spaces", "plan_decode", "read_metadata",
+        "save_image",
     ]  # fmt: skip
     assert dir(pidecode) == sorted(pidecode.__all__)
 
@@ -35,7 +37,7 @@ def test_every_public_name_resolves(name: str) -> None:
 
 
 def test_an_unknown_name_says_what_there_is() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'decoed'; it offers Latent, "):
+    with pytest.raises(AttributeError, match="no attribute 'decoed'; it has DecodeOptions, "):
         pidecode.decoed  # noqa: B018
 
 

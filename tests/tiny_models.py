@@ -143,11 +143,14 @@ def siglip() -> Any:
 
 def vit_decoder_file(path: Path, features: int, grid: int, patch: int, *, width: int = 32) -> dict[str, Tensor]:
     """A RAE decoder's file: ViT-MAE's names, one layer, positions as the projects compute them."""
-    from pidecode.models.vit_decoder import VitConfig, VitDecoder, positions
+    from pidecode.models.vit_decoder import VitDecoder, VitDecoderConfig, sincos_position_embedding
 
-    config = VitConfig(features=features, width=width, inner=48, layers=1, heads=16, patch=patch, grid=grid)
+    config = VitDecoderConfig(
+        in_channels=features, hidden_size=width, intermediate_size=48, num_layers=1, num_heads=16, patch_size=patch,
+        grid_size=grid,
+    )  # fmt: skip
     model = shake(VitDecoder(config))
-    tensors = dict(model.state_dict()) | {"decoder_pos_embed": positions(width, grid)}
+    tensors = dict(model.state_dict()) | {"decoder_pos_embed": sincos_position_embedding(width, grid)}
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         save_file(tensors, path)

@@ -43,7 +43,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def facts(space: LatentSpace) -> str:
     """What a latent of the space is."""
-    noise = {"flow": "(1 - s) z + s e", "variance_preserving": "sqrt(1 - s^2) z + s e"}[space.noise_frame]
+    noise = {"flow": "(1 - s) z + s e", "variance_preserving": "sqrt(1 - s^2) z + s e"}[space.noise_parametrization]
     packed = {
         "none": "not packed",
         "two_by_two": f"2x2 cells to a token of {space.token_channels} channels",

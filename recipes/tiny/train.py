@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from data import CropBatch, CropLoader, TinyDataConfig, prepare_images, quarter, to_signed, validation_images
-from pidecode.devices import pick_device
+from pidecode.devices import select_device
 from pidecode.errors import CheckpointError, PidecodeError, SettingError
 from pidecode.files import atomic_write
 from pidecode.metrics import psnr, sharpness
@@ -450,7 +450,7 @@ def main() -> None:
             parser.error("--taef2 and --out are needed")
         if given.threads:
             torch.set_num_threads(given.threads)
-        device = None if given.device is None else pick_device(given.device)
+        device = None if given.device is None else select_device(given.device)
         print(train_tiny(recipe, given.out, given.taef2, device, lambda text: print(text, flush=True)))
     except PidecodeError as fault:
         sys.exit(str(fault))

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a diffusion model's latent straight to an image: the front door, which loads each room when it is asked for.
+"""PiD: decode diffusion latents straight to high-resolution images.
 
     import pidecode
 
     decoder = pidecode.PixelDecoder.from_pretrained("tiny")
-    image = decoder.upscale("photo.jpg")
+    decoder.upscale("photo.jpg").save("large.png")
 
-`import pidecode` alone loads neither torch nor anything else that is heavy.
+`import pidecode` loads neither torch nor any other large library; a public name is imported on first use.
 """
 
 from __future__ import annotations
@@ -14,34 +14,64 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from pidecode.version import __version__
-
 if TYPE_CHECKING:
     from pidecode import errors
-    from pidecode.decoder import PixelDecoder
+    from pidecode.decoder import DecodeOutput, PixelDecoder
+    from pidecode.engine.plan import plan_decode
     from pidecode.errors import PidecodeError
+    from pidecode.images.write import read_metadata, save_image
     from pidecode.integrations.diffusers import attach, detach
+    from pidecode.integrations.pipeline_latents import latent_from_pipeline
     from pidecode.latents.latent import Latent
+    from pidecode.options import DecodeOptions
+    from pidecode.registry.checkpoints import list_checkpoints
+    from pidecode.registry.spaces import list_spaces
 
-__all__ = ["Latent", "PidecodeError", "PixelDecoder", "__version__", "attach", "detach", "errors"]
+__version__ = "0.1.0"
 
-# Public name -> the module it lives in; the name of a module itself stands for that module.
-_HOMES = {
+__all__ = [
+    "DecodeOptions",
+    "DecodeOutput",
+    "Latent",
+    "PidecodeError",
+    "PixelDecoder",
+    "__version__",
+    "attach",
+    "detach",
+    "errors",
+    "latent_from_pipeline",
+    "list_checkpoints",
+    "list_spaces",
+    "plan_decode",
+    "read_metadata",
+    "save_image",
+]
+
+# Public name -> the module that defines it; the name of a module stands for the module.
+_MODULES = {
+    "DecodeOptions": "pidecode.options",
+    "DecodeOutput": "pidecode.decoder",
     "Latent": "pidecode.latents.latent",
     "PidecodeError": "pidecode.errors",
     "PixelDecoder": "pidecode.decoder",
     "attach": "pidecode.integrations.diffusers",
     "detach": "pidecode.integrations.diffusers",
     "errors": "pidecode.errors",
+    "latent_from_pipeline": "pidecode.integrations.pipeline_latents",
+    "list_checkpoints": "pidecode.registry.checkpoints",
+    "list_spaces": "pidecode.registry.spaces",
+    "plan_decode": "pidecode.engine.plan",
+    "read_metadata": "pidecode.images.write",
+    "save_image": "pidecode.images.write",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name on first use (PEP 562)."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'pidecode' has no attribute {name!r}; it offers {', '.join(__all__)}")
-    home = import_module(_HOMES[name])
-    value = home if home.__name__ == f"{__name__}.{name}" else getattr(home, name)
+    """Import a public name on first use (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'pidecode' has no attribute {name!r}; it has {', '.join(__all__)}")
+    module = import_module(_MODULES[name])
+    value = module if module.__name__ == f"{__name__}.{name}" else getattr(module, name)
     globals()[name] = value
     return value
 

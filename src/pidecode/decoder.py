@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from pidecode.color_fix import apply_color_fix
-from pidecode.devices import pick_device, usual_dtype
-from pidecode.encoders.base import Encode, LazyEncoder, encode_for, native_reference, visiting
-from pidecode.encoders.text import TextEncoder, TextStateCache, default_negative_prompt, ready_states
+from pidecode.devices import default_dtype, select_device
+from pidecode.encoders.base import EncodeFunction, LazyImageEncoder, encode_images, on_device, vae_reference
+from pidecode.encoders.text import PromptEmbedsCache, TextEncoder, default_negative_prompt, load_prompt_embeds
 from pidecode.engine.feed_forward import FeedForwardPlan, FeedForwardRunner
 from pidecode.engine.plan import Plan
 from pidecode.engine.runner import Runner
@@ -26,7 +26,7 @@ from pidecode.errors import LatentError, SettingError, SizeError
 from pidecode.images import (
     KEYWORD,
     ImageSource,
-    Padding,
+    UnpaddedSize,
     center_crop,
     crop_back,
     load_tensor,
@@ -49,7 +49,7 @@ from pidecode.options import (
     RuntimeOptions,
     Sampler,
 )
-from pidecode.registry.checkpoints import CHECKPOINTS, Checkpoint, FlowShift, size_advice
+from pidecode.registry.checkpoints import CHECKPOINTS, Checkpoint, FlowShift, size_warning
 from pidecode.registry.spaces import LatentSpace, get_space
 from pidecode.sampling import Callback, NoiseStream, Step, guided, sample_student, sample_teacher
 from pidecode.version import __version__
@@ -57,7 +57,7 @@ from pidecode.weights.detect import Overrides, detect
 from pidecode.weights.load import apply_lora, build_network
 from pidecode.weights.metadata import CheckpointMetadata
 from pidecode.weights.read import read_weights
-from pidecode.weights.resolve import encoder_here, locate
+from pidecode.weights.resolve import default_encoder_path, resolve_checkpoint
 
 DEFAULT_SHIFT = FlowShift(base=6.0, size=2048)
 """A teacher's flow shift where nothing else is known: that of the v1.5 teachers."""
@@ -124,7 +124,7 @@ class DecodeOutput:
             SizeError: The image is beyond the format's longest side.
         """
         return [
-            save_image(place, pixels, recipe=metadata, overwrite=overwrite, bits=bits, quality=quality)
+            save_image(place, pixels, metadata=metadata, overwrite=overwrite, bits=bits, quality=quality)
             for place, pixels, metadata in zip(self.paths(path), self.tensor, self.metadata, strict=True)
         ]
 
@@ -160,7 +160,7 @@ class PixelDecoder:
         metadata: CheckpointMetadata,
         *,
         name: str = "this decoder",
-        encoder: Encode | None = None,
+        encoder: EncodeFunction | None = None,
         text: TextEncoder | None = None,
         plan: Plan | FeedForwardPlan | None = None,
         runtime: RuntimeOptions | None = None,
@@ -218,18 +218,18 @@ class PixelDecoder:
             DownloadError: The file is not on this machine.
             MissingDependencyError: A compiler or package is missing.
         """
-        chosen = pick_device(device)
-        found = locate(str(name_or_path), space=space, variant=variant, kind=kind)
+        chosen = select_device(device)
+        found = resolve_checkpoint(str(name_or_path), space=space, variant=variant, kind=kind)
         file = read_weights(found.path)
         metadata = detect(file, Overrides(space=found.space, variant=found.variant, kind=found.kind))
         assert metadata.config is not None  # detect refuses encoders
         if callable(plan):
             plan = plan(metadata)
-        dtype = getattr(torch, plan.dtype) if plan is not None else dtype or usual_dtype(chosen)
+        dtype = getattr(torch, plan.dtype) if plan is not None else dtype or default_dtype(chosen)
         offloads = isinstance(plan, Plan)
         # A plan may keep parts of the network on the host, so it is built there.
         place = "cpu" if offloads else chosen
-        near = encoder or found.encoder or encoder_here(metadata.space)
+        near = encoder or found.encoder or default_encoder_path(metadata.space)
         text_device = "cpu" if isinstance(plan, Plan) and plan.text_on_host else chosen
         net = build_network(file.tensors, metadata.config, dtype=dtype, device=place, source=str(found.path))
         reads_text = isinstance(net, PiDNet) and net.config.has_text
@@ -237,8 +237,8 @@ class PixelDecoder:
             net,
             metadata,
             name=found.name,
-            encoder=LazyEncoder.of(near, metadata.space, chosen, dtype),
-            text=TextEncoder(device=text_device, states=TextStateCache()) if reads_text else None,
+            encoder=LazyImageEncoder.of(near, metadata.space, chosen, dtype),
+            text=TextEncoder(device=text_device, states=PromptEmbedsCache()) if reads_text else None,
             plan=plan,
             runtime=runtime,
         )
@@ -470,7 +470,7 @@ class PixelDecoder:
         )
         return DecodeOutput(pixels, described)
 
-    def _fit(self, tensor: Tensor, fit: Fit) -> tuple[Tensor, Padding | None]:
+    def _fit(self, tensor: Tensor, fit: Fit) -> tuple[Tensor, UnpaddedSize | None]:
         """The image at a size the encoder takes, and what to cut off the result again, if anything."""
         space = self.space
         if fit not in ("pad", "crop"):
@@ -489,8 +489,8 @@ class PixelDecoder:
                 f"with `pidecode pull {self.space.name}`, or pass encoder= to from_pretrained()."
             )
         reconstruct = self.runner.reconstruct if isinstance(self.runner, FeedForwardRunner) else None
-        with visiting(self.encoder, self.device if self._offloads("encoder") else None):
-            cells = encode_for(self.encoder, tensor.to(self.device), reconstruct, num_refinements)
+        with on_device(self.encoder, self.device if self._offloads("encoder") else None):
+            cells = encode_images(self.encoder, tensor.to(self.device), reconstruct, num_refinements)
         return Latent(cells, self.space.name, 0.0)
 
     def _offloads(self, what: str) -> bool:
@@ -526,8 +526,8 @@ class PixelDecoder:
             return None
         if options.reference is not None:
             return options.reference
-        with visiting(self.encoder, self.device if self._offloads("encoder") else None):
-            return native_reference(self.encoder, latent)
+        with on_device(self.encoder, self.device if self._offloads("encoder") else None):
+            return vae_reference(self.encoder, latent)
 
     def _size(self, latent: Latent, options: DecodeOptions) -> tuple[int, int]:
         """Width and height of the output."""
@@ -540,7 +540,7 @@ class PixelDecoder:
                 f"{width}x{height} stretches a {natural_width}x{natural_height} image more than twofold; "
                 "choose a size of its shape."
             )
-        advice = size_advice(self.checkpoint, height, width) if self.checkpoint else None
+        advice = size_warning(self.checkpoint, height, width) if self.checkpoint else None
         if advice:
             warnings.warn(advice, stacklevel=5)
         return width, height
@@ -623,7 +623,7 @@ class PixelDecoder:
             return None
         config = self.net.config
         if given is not None:
-            states = ready_states(given, length=config.text_length, width=config.text_dim)
+            states = load_prompt_embeds(given, length=config.text_length, width=config.text_dim)
             if len(states) not in (1, batch):
                 raise SettingError(f"There are prompt_embeds for {len(states)} images, and {batch} latents.")
             return states.to(self.device).expand(batch, -1, -1)

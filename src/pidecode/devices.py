@@ -23,7 +23,7 @@ COMPILERS = ("g++", "clang++", "c++")
 """What torch looks for to compile for a processor where the environment names no CXX."""
 
 
-def pick_device(wanted: str | torch.device | None = None) -> torch.device:
+def select_device(wanted: str | torch.device | None = None) -> torch.device:
     """The device asked for, or the best there is: CUDA (also ROCm), then Apple's MPS, then the processor.
 
     Raises SettingError when the one asked for is not there.
@@ -48,23 +48,23 @@ def supports_cuda_graphs(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def trains_in_half(device: torch.device) -> bool:
+def supports_bfloat16_training(device: torch.device) -> bool:
     """Whether training multiplies in bfloat16 there: on CUDA (and ROCm); elsewhere it is slow, or was not tried."""
     return device.type == "cuda"
 
 
-def usual_dtype(device: torch.device) -> torch.dtype:
+def default_dtype(device: torch.device) -> torch.dtype:
     """The number format of weights where none is named: bfloat16 where it pays, float32 elsewhere.
 
     It pays on accelerators, Apple's excepted, and on processors with matrix units for it (Intel's AMX). Others compute
     it in wider steps, many times slower than float32, or were never tried.
     """
     if device.type == "cpu":
-        return torch.bfloat16 if processor_has_matrix_units() else torch.float32
+        return torch.bfloat16 if has_amx() else torch.float32
     return torch.float32 if device.type == "mps" else torch.bfloat16
 
 
-def processor_has_matrix_units() -> bool:
+def has_amx() -> bool:
     """Whether the processor multiplies matrices of bfloat16 in units of their own, as far as torch can tell."""
     tell = getattr(torch.cpu, "_is_amx_tile_supported", None)  # newer versions only
     return bool(tell is not None and tell())
@@ -130,7 +130,7 @@ class Threads:
     because: str
 
 
-def suitable_threads(present: int, environment: Mapping[str, str] = os.environ, system: Path = Path("/")) -> Threads:
+def recommended_threads(present: int, environment: Mapping[str, str] = os.environ, system: Path = Path("/")) -> Threads:
     """The number of threads for sums on the processor.
 
     present: what the framework would use by itself; it is never exceeded.

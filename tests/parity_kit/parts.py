@@ -13,7 +13,7 @@ from parity_kit.files import Case, Comparison
 from parity_kit.network import with_own_rounding
 from pidecode.encoders.text import select_positions
 from pidecode.images import downsample, normalize_image
-from pidecode.latents.layout import add_noise, euler_to_trained
+from pidecode.latents.layout import add_noise, euler_to_variance_preserving
 from pidecode.models.pid.adapter import Gate, LatentAdapter
 from pidecode.models.pid.blocks import image_rotation, pixel_axis_table, rotate, text_rotation, timestep_features
 from pidecode.registry.checkpoints import STUDENT_TIMES
@@ -178,7 +178,7 @@ def velocity(case: Case) -> Iterator[Comparison]:
 def euler_frame(case: Case) -> Iterator[Comparison]:
     """SDXL's Euler latents brought to the trained frame."""
     for index, sigma in enumerate(case.args["sigmas"]):
-        latent, level = euler_to_trained(case.inputs["latent"], sigma)
+        latent, level = euler_to_variance_preserving(case.inputs["latent"], sigma)
         yield Comparison(f"sdxl_{index}.latent", latent, case.outputs[f"sdxl_{index}.latent"], TABLE)
         yield Comparison(f"sdxl_{index}.sigma", level.reshape(()), case.outputs[f"sdxl_{index}.sigma"], TABLE)
 

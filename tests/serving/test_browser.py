@@ -18,7 +18,7 @@ import pytest
 from serving_kit import PATIENCE, Served, image_bytes, latent_bytes, running, small_decoder
 
 from pidecode import PixelDecoder
-from pidecode.images import read_recipe
+from pidecode.images import read_metadata
 from pidecode.serve.app import create_app
 from pidecode.serve.schemas import RequestLimits
 from pidecode.serve.service import DecodeService
@@ -89,7 +89,7 @@ def download(page: Any, folder: Path) -> dict[str, Any]:
         page.click("#download")
     target = folder / waiting.value.suggested_filename
     waiting.value.save_as(target)
-    metadata = read_recipe(target)
+    metadata = read_metadata(target)
     assert metadata is not None
     return metadata | {"file": target.name}
 

@@ -15,7 +15,7 @@ import torch
 from serving_kit import LIMITS, Served, image_bytes, latent_bytes, running, small_decoder
 
 import pidecode.serve.app
-from pidecode.images import load_image, read_recipe
+from pidecode.images import load_image, read_metadata
 from pidecode.latents.latent import Latent
 from pidecode.serve.app import create_app
 from pidecode.serve.service import DecodeService
@@ -105,7 +105,7 @@ def test_a_job_is_streamed_step_by_step_and_its_result_is_fetched_once(page: Ser
     assert (last["state"], last["width"], last["height"], last["metadata"]["seed"]) == ("done", 80, 132, 4)
     fetched = page.get(last["result"])
     assert len(fetched.body) == last["bytes"]
-    assert read_recipe(fetched.body) == last["metadata"]
+    assert read_metadata(fetched.body) == last["metadata"]
     again = page.get(last["result"])
     assert (again.status, "fetched already" in again.message) == (404, True)
 

@@ -16,7 +16,7 @@ from PIL import Image
 from serving_kit import LIMITS, PATIENCE, HttpAnswer, Served, image_bytes, latent_bytes, running, small_decoder
 
 from pidecode import PixelDecoder
-from pidecode.images import read_recipe
+from pidecode.images import read_metadata
 from pidecode.options import Command, option_infos
 from pidecode.serve.app import create_app
 from pidecode.serve.service import DecodeService
@@ -48,7 +48,7 @@ def test_a_latent_becomes_an_image_with_metadata(server: Served) -> None:
     answer = server.post("/v1/decode?seed=5&num_steps=2", latent_bytes(1, 2))
     assert opened(answer).size == (128, 64)
     assert answer.headers["content-type"] == "image/png"
-    metadata = read_recipe(answer.body)
+    metadata = read_metadata(answer.body)
     assert metadata is not None
     assert {"seed": 5, "num_steps": 2, "model": "small", "space": "flux2", "latent_seed": 7}.items() <= metadata.items()
     again = server.post("/v1/decode?seed=5&num_steps=2", latent_bytes(1, 2))
@@ -62,11 +62,11 @@ def test_an_image_is_enlarged_in_the_format_asked_for(server: Served, kind: str,
     image = opened(answer)
     assert (image.format, image.size) == (name, (80, 132))
     assert answer.headers["content-type"] == f"image/{kind}"
-    assert (read_recipe(answer.body) or {})["num_steps"] == 1
+    assert (read_metadata(answer.body) or {})["num_steps"] == 1
 
 
 def test_another_model_is_chosen_by_name(server: Served) -> None:
-    assert (read_recipe(server.post("/v1/upscale?model=second&num_steps=1", image_bytes()).body) or {})[
+    assert (read_metadata(server.post("/v1/upscale?model=second&num_steps=1", image_bytes()).body) or {})[
         "model"
     ] == "second"
     refused = server.post("/v1/upscale?model=large", image_bytes())
@@ -199,7 +199,7 @@ def test_openai_edits_enlarge(server: Served) -> None:
     assert answer.status == 200, answer.body
     assert answer.json()["size"] == "128x128"
     images = [base64.b64decode(entry["b64_json"]) for entry in answer.json()["data"]]
-    assert [(read_recipe(data) or {})["seed"] for data in images] == [3, 4]
+    assert [(read_metadata(data) or {})["seed"] for data in images] == [3, 4]
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_a_prompt_is_generated_by_a_real_pipeline_and_decoded() -> None:
         assert answer.status == 200, answer.body
         images = [base64.b64decode(entry["b64_json"]) for entry in answer.json()["data"]]
         assert Image.open(io.BytesIO(images[0])).size == (128, 64)
-        metadata = [read_recipe(data) or {} for data in images]
+        metadata = [read_metadata(data) or {} for data in images]
         assert [metadata["seed"] for metadata in metadata] == [2, 3]
         assert metadata[0]["prompt"] == "a cat"
         refused = served.post("/v1/images/generations", body | {"size": "130x64"})

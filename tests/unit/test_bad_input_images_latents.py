@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from pidecode.errors import FileError, ImageError, LatentError, SettingError
 from pidecode.files import atomic_write, check_writable
-from pidecode.images import load_image, load_tensor, read_recipe, save_image
+from pidecode.images import load_image, load_tensor, read_metadata, save_image
 from pidecode.latents.latent import Latent
 from pidecode.latents.layout import LatentStatistics
 
@@ -154,23 +154,23 @@ def with_text(text: bytes, *, spoil: bool = False) -> bytes:
 def test_damaged_recipes(tmp_path: Path, text: bytes) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(with_text(text))
-    with pytest.raises(ImageError, match="recipe in .* is damaged"):
-        read_recipe(path)
+    with pytest.raises(ImageError, match="metadata in .* is damaged"):
+        read_metadata(path)
 
 
 def test_recipes_of_broken_files(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(with_text(b"{}", spoil=True))
     with pytest.raises(ImageError, match="checksum"):
-        read_recipe(path)
+        read_metadata(path)
     path.write_bytes(png_bytes()[:-20])
     with pytest.raises(ImageError, match="cut off"):
-        read_recipe(path)
+        read_metadata(path)
     path.write_bytes(b"hello")
     with pytest.raises(ImageError, match="no image of a known kind"):
-        read_recipe(path)
+        read_metadata(path)
     with pytest.raises(ImageError, match="There is no file"):
-        read_recipe(tmp_path)
+        read_metadata(tmp_path)
 
 
 # Places to write

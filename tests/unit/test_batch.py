@@ -23,7 +23,7 @@ from pidecode.batch.worker import Work, Worker, places
 from pidecode.cli.app import cli
 from pidecode.errors import FileError, SettingError
 from pidecode.files import remove_partial
-from pidecode.images import read_recipe, save_image
+from pidecode.images import read_metadata, save_image
 from pidecode.latents.latent import Latent
 from pidecode.models.pid.network import PiDNet
 from pidecode.registry.configs import debug_config
@@ -165,7 +165,7 @@ def test_a_run_makes_skips_and_says_why_not(tmp_path: Path, work: Work) -> None:
     why = {item.name: item.why or "" for item in first.failures}
     assert "no .safetensors file, or is cut off" in why["broken.safetensors"]
     assert "does not say which latent space" in why["foreign.safetensors"]
-    recipe = read_recipe(out / "many-2.png")
+    recipe = read_metadata(out / "many-2.png")
     assert recipe is not None
     assert (recipe["source"], recipe["seed"]) == ("many.safetensors", 1)
     # The same command again: nothing is decoded, and what was wrong and is mended now is done.

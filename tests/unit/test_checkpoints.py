@@ -90,9 +90,9 @@ def test_schedules(name: str) -> None:
         )  # fmt: skip
     if row.kind == "student":
         assert tuple(official["times"]) == STUDENT_TIMES
-        assert (row.guidance, row.steps) == (1.0, 4)
+        assert (row.guidance_scale, row.num_steps) == (1.0, 4)
     else:
-        assert row.guidance == official["guidance"]
+        assert row.guidance_scale == official["guidance"]
 
 
 def test_every_official_row_is_checked() -> None:
@@ -135,13 +135,13 @@ def test_tiny_is_ours_and_bundled() -> None:
     assert tiny is get_checkpoint("flux2", "tiny")
     assert tiny.bundled
     assert tiny.license is APACHE_2
-    assert tiny.about_bytes is None
+    assert tiny.approximate_bytes is None
     assert all(row.license is NSCL_V1 and not row.bundled for row in CHECKPOINTS.values() if row is not tiny)
 
 
 def test_sizes_in_bytes() -> None:
-    assert get_checkpoint("flux", "2k").about_bytes == 2_724_842_961
-    assert get_checkpoint("sd3", "2k").about_bytes == 2 * 1_362_348_170
+    assert get_checkpoint("flux", "2k").approximate_bytes == 2_724_842_961
+    assert get_checkpoint("sd3", "2k").approximate_bytes == 2 * 1_362_348_170
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_decoding_and_enlarging_with_colors_held(tmp_path: Path) -> None:
     held = decoder.upscale(image, color_fix="fine").tensor
     assert fidelity(held, image)[0].psnr > fidelity(free, image)[0].psnr
     latent = decoder.encode(image)
-    native = decoder.encoder.decode_native(latent.tensor)
+    native = decoder.encoder.decode(latent.tensor)
     held = decoder.decode(latent, color_fix="fine", sigma=0.2).tensor
     assert fidelity(held, native)[0].psnr > fidelity(decoder.decode(latent, sigma=0.2).tensor, native)[0].psnr
     with pytest.raises(SettingError, match="Noise is in this latent"):

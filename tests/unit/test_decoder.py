@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pidecode import PixelDecoder
 from pidecode.errors import Cancelled, CheckpointError, LatentError, SettingError, SizeError
-from pidecode.images import read_recipe
+from pidecode.images import read_metadata
 from pidecode.latents.latent import Latent
 from pidecode.models.pid.network import PiDNet
 from pidecode.registry.configs import PiDConfig, debug_config
@@ -85,7 +85,7 @@ def test_a_batch_equals_its_members(decoder: PixelDecoder) -> None:
 
 def test_the_recipe_travels_with_the_file(decoder: PixelDecoder, latent: Latent, tmp_path: Path) -> None:
     decoder.decode(latent, seed=8, num_steps=2, sampler="ode").save(tmp_path / "made.png")
-    recipe = read_recipe(tmp_path / "made.png")
+    recipe = read_metadata(tmp_path / "made.png")
     assert recipe is not None
     assert {"seed": 8, "num_steps": 2, "sampler": "ode", "space": "flux2", "model": "small"}.items() <= recipe.items()
     assert (recipe["width"], recipe["height"]) == (128, 64)

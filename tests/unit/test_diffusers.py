@@ -14,16 +14,17 @@ import pytest
 import torch
 from PIL import Image
 
+import pidecode
 import tiny_pipelines as tiny
 from pidecode.decoder import PixelDecoder
 from pidecode.errors import Cancelled, LatentError, SettingError
 from pidecode.integrations.diffusers import AttachedPipeline, Progress, attach, detach, run_for_latents
 from pidecode.integrations.pipeline_latents import decode_native, frame_of, noise_level, recommended_stop, space_of
-from pidecode.latents.latent import FrameWarning, Latent
+from pidecode.latents.latent import Latent, NormalizationWarning
 
 # Random networks do not draw: what they leave is no believable latent, and says nothing about frames.
 pytestmark = [
-    pytest.mark.filterwarnings(f"ignore::{FrameWarning.__module__}.FrameWarning"),
+    pytest.mark.filterwarnings(f"ignore::{NormalizationWarning.__module__}.NormalizationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
@@ -96,7 +97,7 @@ def test_a_pipelines_own_latents_are_read_whatever_their_form(name: str) -> None
     pipe = pipeline(name)
     with torch.inference_mode():
         out = pipe(**tiny.arguments(name, output_type="latent"))
-    latent = Latent.from_pipeline(pipe, out, height=tiny.HEIGHT, width=tiny.WIDTH, prompt="a cat")
+    latent = pidecode.latent_from_pipeline(pipe, out, height=tiny.HEIGHT, width=tiny.WIDTH, prompt="a cat")
     typed = run_for_latents(pipe, tiny.arguments(name)).latent
     torch.testing.assert_close(latent.tensor, typed.tensor, rtol=1e-4, atol=1e-4)  # klein's came back from raw
     assert (latent.space, latent.sigma, latent.prompts) == (typed.space, 0.0, ("a cat",))
@@ -107,7 +108,7 @@ def test_a_pipelines_own_latents_are_read_whatever_their_form(name: str) -> None
 
     with torch.inference_mode():
         out = pipe(**tiny.arguments(name, output_type="latent", callback_on_step_end=stop))
-    early = Latent.from_pipeline(pipe, out, height=tiny.HEIGHT, width=tiny.WIDTH)
+    early = pidecode.latent_from_pipeline(pipe, out, height=tiny.HEIGHT, width=tiny.WIDTH)
     stopped = run_for_latents(pipe, tiny.arguments(name), stop_after=3).latent
     torch.testing.assert_close(early.tensor, stopped.tensor, rtol=1e-4, atol=1e-4)
     assert early.sigma == stopped.sigma
@@ -118,12 +119,12 @@ def test_packed_latents_without_a_size_are_refused_unless_the_default_fits() -> 
     with torch.inference_mode():
         out = pipe(**tiny.arguments("flux", output_type="latent"))
     with pytest.raises(LatentError, match="Give the height and width"):
-        Latent.from_pipeline(pipe, out)
+        pidecode.latent_from_pipeline(pipe, out)
     with pytest.raises(LatentError, match='call it with output_type="latent"'):
-        Latent.from_pipeline(pipe, [Image.new("RGB", (8, 8))])
+        pidecode.latent_from_pipeline(pipe, [Image.new("RGB", (8, 8))])
     side = pipe.default_sample_size * pipe.vae_scale_factor // 16
     square = torch.zeros(1, side * side, 64)
-    assert Latent.from_pipeline(pipe, square).grid == (2 * side, 2 * side)
+    assert pidecode.latent_from_pipeline(pipe, square).grid == (2 * side, 2 * side)
 
 
 def test_batches_keep_prompt_and_image_together() -> None:
@@ -340,7 +341,7 @@ def test_sdxl_schedulers_meet_in_the_variance_preserving_frame(kind: str) -> Non
         scheduler._step_index = 6
         assert frame_of(scheduler, space_of(pipe)) in ("euler", "variance_preserving")
         assert noise_level(scheduler) == float(scheduler.sigmas[6])
-        latent = Latent.from_pipeline(pipe, mixed)
+        latent = pidecode.latent_from_pipeline(pipe, mixed)
         signal = scheduler.alphas_cumprod[int(scheduler.timesteps[6])]
         torch.testing.assert_close(
             latent.tensor, signal.sqrt() * clean + (1 - signal).sqrt() * noise, rtol=1e-3, atol=1e-3

@@ -78,8 +78,8 @@ def test_an_official_single_file_is_the_same_encoder_both_ways(
     x = images(1)
     z = folder(x)
     torch.testing.assert_close(single(x), z, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(single.decode_native(z), folder.decode_native(z), rtol=1e-4, atol=1e-4)
-    assert single.decode_native(z).shape == x.shape
+    torch.testing.assert_close(single.decode(z), folder.decode(z), rtol=1e-4, atol=1e-4)
+    assert single.decode(z).shape == x.shape
 
 
 @pytest.mark.parametrize("space", VAES)
@@ -95,13 +95,13 @@ def test_bfloat16_stays_near_float32_and_keeps_its_statistics(space: str, vaes: 
         assert torch.equal(wide.statistics.variance, narrow.statistics.variance)
 
 
-def test_native_decoding_is_what_the_pipeline_decodes(vaes: dict[str, Any], tmp_path: Path) -> None:
+def test_decode_is_what_the_pipeline_decodes(vaes: dict[str, Any], tmp_path: Path) -> None:
     vaes["flux"].save_pretrained(tmp_path / "vae")
     encoder = load_encoder("zimage", tmp_path)
     z = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         wanted = vaes["flux"].decode(z / 0.3611 + 0.1159, return_dict=False)[0].clamp(-1, 1)
-    torch.testing.assert_close(encoder.decode_native(z), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(encoder.decode(z), wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_dinov2_follows_rae_step_by_step(rae: Path) -> None:
     stat = torch.load(rae / "stats/dinov2/wReg_base/imagenet1k_512/stat.pt", weights_only=True)
     wanted = (tokens.transpose(1, 2).reshape(1, 768, 32, 32) - stat["mean"]) / torch.sqrt(stat["var"] + 1e-5)
     torch.testing.assert_close(encoder(x), wanted, rtol=1e-4, atol=1e-4)
-    image = encoder.decode_native(encoder(x))
+    image = encoder.decode(encoder(x))
     assert image.shape == (1, 3, 512, 512)
     assert float(image.abs().max()) <= 1
     # Any other square is brought to the model's own input without a step in between.
@@ -145,11 +145,13 @@ def test_the_vit_decoder_equals_vit_maes(rae: Path) -> None:
     from transformers import ViTMAEConfig
     from transformers.models.vit_mae.modeling_vit_mae import ViTMAELayer
 
-    from pidecode.models.vit_decoder import VitConfig, VitDecoder, positions
+    from pidecode.models.vit_decoder import VitDecoder, VitDecoderConfig, sincos_position_embedding
 
-    config = VitConfig(features=24, width=32, inner=48, layers=2, heads=4, patch=4, grid=6)
+    config = VitDecoderConfig(
+        in_channels=24, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, patch_size=4, grid_size=6
+    )
     ours = tiny_models.shake(VitDecoder(config))
-    ours.decoder_pos_embed.data.copy_(positions(32, 6))
+    ours.decoder_pos_embed.data.copy_(sincos_position_embedding(32, 6))
     hf = ViTMAEConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4, layer_norm_eps=1e-12, qkv_bias=True)
     hf._attn_implementation = "sdpa"
     layers = [ViTMAELayer(hf).eval() for _ in range(2)]
@@ -177,7 +179,7 @@ def test_the_vit_decoder_equals_vit_maes(rae: Path) -> None:
 def test_positions_are_those_of_masked_autoencoders() -> None:
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-    from pidecode.models.vit_decoder import positions
+    from pidecode.models.vit_decoder import sincos_position_embedding
 
     config = ViTMAEConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=20, patch_size=4,
@@ -188,7 +190,7 @@ def test_positions_are_those_of_masked_autoencoders() -> None:
     decoder.initialize_weights(25)
     wanted = decoder.decoder_pos_embed
     assert float(wanted.abs().max()) > 0.9
-    torch.testing.assert_close(positions(32, 5), wanted.detach(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(sincos_position_embedding(32, 5), wanted.detach(), rtol=0, atol=1e-6)
 
 
 def test_siglip_follows_scale_rae_step_by_step(tmp_path: Path) -> None:
@@ -205,7 +207,7 @@ def test_siglip_follows_scale_rae_step_by_step(tmp_path: Path) -> None:
     tokens = functional.layer_norm(hidden, (1152,), eps=1e-6)
     wanted = tokens.transpose(1, 2).reshape(2, 1152, 16, 16)
     torch.testing.assert_close(encoder(x), wanted, rtol=1e-4, atol=1e-4)
-    assert encoder.decode_native(wanted).shape == (2, 3, 256, 256)
+    assert encoder.decode(wanted).shape == (2, 3, 256, 256)
     narrow = load_encoder("siglip", tmp_path, dtype=torch.bfloat16)
     assert float((narrow(x) - wanted).std()) < 0.1
     assert Latent(encoder(x), "siglip").output_size == (2048, 2048)
@@ -241,7 +243,7 @@ def test_images_are_checked(vaes: dict[str, Any], tmp_path: Path) -> None:
     vaes["sdxl"].save_pretrained(tmp_path)
     encoder = load_encoder("sdxl", tmp_path)
     assert isinstance(encoder, ImageEncoder)
-    with pytest.raises(SizeError, match="nearest that does is 48x32"):
+    with pytest.raises(SizeError, match="nearest size is 48x32"):
         encoder(torch.zeros(1, 3, 31, 50))
     with pytest.raises(SettingError, match=r"must lie in \[-1, 1\]; these reach from 0 to 255"):
         encoder(torch.linspace(0, 255, 3 * 16 * 16).view(1, 3, 16, 16))

@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 import tiny_pipelines as tiny
 from pidecode.cli.app import cli
 from pidecode.errors import SettingError, SizeError
-from pidecode.images import read_recipe
+from pidecode.images import read_metadata
 from pidecode.integrations.text_to_image import Job
-from pidecode.latents.latent import FrameWarning, Latent
+from pidecode.latents.latent import Latent, NormalizationWarning
 from pidecode.registry.spaces import GENERATION, IMAGE_MODELS, diffusion_size
 
 pytestmark = [
-    pytest.mark.filterwarnings(f"ignore::{FrameWarning.__module__}.FrameWarning"),
+    pytest.mark.filterwarnings(f"ignore::{NormalizationWarning.__module__}.NormalizationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -53,7 +53,7 @@ def test_prompts_and_seeds_become_images_with_recipes_and_a_sheet(files: Path, t
     rows: list[dict[str, Any]] = json.loads(done.stdout)
     names = [Path(row["image"]).name for row in rows]
     assert names == ["0001-a-cat-s1.png", "0001-a-cat-s2.png", "0002-a-dog-s1.png", "0002-a-dog-s2.png"]
-    recipe = read_recipe(out / names[0])
+    recipe = read_metadata(out / names[0])
     assert recipe is not None
     assert (recipe["prompt"], recipe["seed"], recipe["image_model"]) == ("a cat", 1, "sdxl")
     assert 0 < recipe["sigma"] < 0.8

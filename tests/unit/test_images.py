@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images in and out: exact, upright, rounded, and back with their recipe."""
+"""Images in and out: exact, upright, rounded, and back with their metadata."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pidecode.images import (
     load_tensor,
     normalize_image,
     pad_to_multiple,
-    read_recipe,
+    read_metadata,
     resize,
     save_image,
     to_array,
@@ -36,7 +36,7 @@ from pidecode.images import (
 from pidecode.images.png import encode_png
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "inference_misc.safetensors"
-RECIPE = {"model": "tiny", "space": "flux2", "sigma": 0.25, "seed": 7, "prompt": 'Käse 猫 "quoted"', "size": [64, 96]}
+METADATA = {"model": "tiny", "space": "flux2", "sigma": 0.25, "seed": 7, "prompt": 'Käse 猫 "quoted"', "size": [64, 96]}
 
 
 def noise_image(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -258,26 +258,26 @@ def test_png_writer_leaves_no_threads_and_is_quicker_than_pillow(tmp_path: Path)
 
 @pytest.mark.parametrize("name", ["a.png", "a.webp", "a.jpg", "a.JPEG"])
 def test_recipe_round_trip(tmp_path: Path, name: str) -> None:
-    path = save_image(tmp_path / name, Image.fromarray(smooth_image(40, 56)), recipe=RECIPE)
-    assert read_recipe(path) == RECIPE
+    path = save_image(tmp_path / name, Image.fromarray(smooth_image(40, 56)), metadata=METADATA)
+    assert read_metadata(path) == METADATA
     assert load_image(path).size == (56, 40)
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
     bare = save_image(tmp_path / f"b{name}", Image.fromarray(smooth_image(40, 56)))
-    assert read_recipe(bare) is None
+    assert read_metadata(bare) is None
 
 
 def test_recipe_survives_pillow(tmp_path: Path) -> None:
     """A PNG that another tool has written anew, with its texts."""
-    path = save_image(tmp_path / "a.png", Image.fromarray(smooth_image(8, 8)), recipe={"seed": 1})
+    path = save_image(tmp_path / "a.png", Image.fromarray(smooth_image(8, 8)), metadata={"seed": 1})
     with Image.open(path) as image:
         assert image.text["pidecode"] == '{"seed": 1}'
 
 
 def test_sixteen_bit_file(tmp_path: Path) -> None:
     image = torch.rand(1, 3, 20, 30) * 2 - 1
-    path = save_image(tmp_path / "a.png", image, bits=16, recipe=RECIPE)
+    path = save_image(tmp_path / "a.png", image, bits=16, metadata=METADATA)
     assert path.read_bytes()[24] == 16
-    assert read_recipe(path) == RECIPE
+    assert read_metadata(path) == METADATA
     assert np.abs(np.asarray(load_image(path)).astype(int) - to_array(image)).max() <= 1
 
 
@@ -297,9 +297,9 @@ def test_quality_acts(tmp_path: Path) -> None:
         ("a.jpg", {"quality": 101}, "1 to 100"),
         ("a.webp", {"bits": 16}, "needs a .png file"),
         ("a.png", {"bits": 12}, "8 or 16 bits"),
-        ("a.png", {"recipe": {"x": float("nan")}}, "JSON cannot"),
-        ("a.png", {"recipe": {"x": object()}}, "JSON cannot"),
-        ("a.jpg", {"recipe": {"x": "y" * 70_000}}, "Write a .png"),
+        ("a.png", {"metadata": {"x": float("nan")}}, "JSON cannot"),
+        ("a.png", {"metadata": {"x": object()}}, "JSON cannot"),
+        ("a.jpg", {"metadata": {"x": "y" * 70_000}}, "Write a .png"),
     ],
 )
 def test_settings_that_cannot_act_are_refused(tmp_path: Path, name: str, options: Any, message: str) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, safe_open
 
 from pidecode.errors import FileError, LatentError, SettingError
 from pidecode.latents import layout as frames
-from pidecode.latents.latent import FrameWarning, Latent, LatentStatistics
+from pidecode.latents.latent import Latent, LatentStatistics, NormalizationWarning
 from pidecode.latents.layout import pack, packed_grid, unpack
 from pidecode.registry.spaces import SPACES, get_space
 
@@ -53,7 +53,7 @@ def test_add_noise_agrees_with_the_reference() -> None:
 def test_euler_frame_agrees_with_the_reference() -> None:
     golden = load_file(GOLDEN)
     for index, sigma in enumerate(golden_args()["sdxl_frame"]):
-        latent, level = frames.euler_to_trained(golden["inputs.sdxl_frame.latent"], sigma)
+        latent, level = frames.euler_to_variance_preserving(golden["inputs.sdxl_frame.latent"], sigma)
         expected = golden[f"outputs.sdxl_frame.sdxl_{index}.latent"]
         torch.testing.assert_close(latent, expected, rtol=0, atol=1e-6)
         torch.testing.assert_close(level[0], golden[f"outputs.sdxl_frame.sdxl_{index}.sigma"], rtol=0, atol=1e-6)
@@ -192,14 +192,14 @@ def test_raw_latents_warn(name: str) -> None:
     raw = raw.squeeze(2) if raw.ndim == 5 else raw
     if row.raw_patch > 1:  # denormalized but still patchified: what some ports feed
         raw = frames.patchify(raw, row.raw_patch)
-    with pytest.warns(FrameWarning, match=r"Latent\.from_raw"):
+    with pytest.warns(NormalizationWarning, match=r"Latent\.from_raw"):
         Latent(raw, name)
 
 
 @pytest.mark.parametrize("sigma", [0.3, 0.6, 0.8])
 def test_raw_noisy_latents_warn(sigma: float) -> None:
     noisy = Latent(draw(1, 16, 16, 16) * 0.85, "flux").noised(sigma)
-    with pytest.warns(FrameWarning):
+    with pytest.warns(NormalizationWarning):
         Latent(noisy.tensor / 0.3611, "flux", sigma)
 
 
@@ -212,7 +212,7 @@ def test_honest_latents_do_not_warn(name: str, sigma: float, size: float) -> Non
         pytest.skip("its LayerNorm gives every cell deviation 1")
     channels = get_space(name).channels
     with warnings.catch_warnings():
-        warnings.simplefilter("error", FrameWarning)
+        warnings.simplefilter("error", NormalizationWarning)
         for grid in ((4, 4), (16, 12)):
             level = draw(1, channels, 1, 1, seed=1) * 1.5  # a flat image's channels have any mean
             clean = draw(1, channels, *grid, seed=2) * size + (level if name != "siglip" else 0.0)
@@ -221,31 +221,31 @@ def test_honest_latents_do_not_warn(name: str, sigma: float, size: float) -> Non
 
 
 def test_noise_that_is_not_there_warns() -> None:
-    with pytest.warns(FrameWarning, match="less than the noise of sigma 0.8"):
+    with pytest.warns(NormalizationWarning, match="less than the noise of sigma 0.8"):
         Latent(draw(1, 16, 16, 16) * 0.3, "sd3", 0.8)
 
 
 def test_the_sample_that_looks_wrong_is_named() -> None:
     tensor = draw(3, 16, 8, 8)
     tensor[1] *= 2.77
-    with pytest.warns(FrameWarning, match="Sample 1 of this flux latent"):
+    with pytest.warns(NormalizationWarning, match="Sample 1 of this flux latent"):
         Latent(tensor, "flux")
 
 
 def test_euler_frame_is_suggested() -> None:
-    with pytest.warns(FrameWarning, match="from_euler"):
+    with pytest.warns(NormalizationWarning, match="from_euler"):
         Latent(draw(1, 4, 8, 8) * 14.6, "sdxl")
 
 
 def test_dinov2_without_its_statistics_warns() -> None:
     features = torch.nn.functional.layer_norm(draw(1, 8, 8, 768), (768,)).movedim(-1, 1)
-    with pytest.warns(FrameWarning, match="before the statistics per position"):
+    with pytest.warns(NormalizationWarning, match="before the statistics per position"):
         Latent(features, "dinov2")
     Latent.from_raw(features, "dinov2", statistics=statistics_for("dinov2", (8, 8)))
 
 
 def test_siglip_without_its_layer_norm_warns() -> None:
-    with pytest.warns(FrameWarning, match="LayerNorm"):
+    with pytest.warns(NormalizationWarning, match="LayerNorm"):
         Latent(draw(1, 1152, 8, 8) * 1.5, "siglip")
 
 

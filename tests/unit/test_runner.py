@@ -20,7 +20,7 @@ import pidecode
 import recorded
 from pidecode.cli.app import cli
 from pidecode.devices import free_memory
-from pidecode.encoders.base import ImageEncoder, LazyEncoder, visiting
+from pidecode.encoders.base import ImageEncoder, LazyImageEncoder, on_device
 from pidecode.engine.machine import this_machine
 from pidecode.engine.plan import Plan
 from pidecode.engine.runner import Runner
@@ -128,15 +128,15 @@ class _Native:
 def test_an_offloaded_encoder_returns_to_the_host_whatever_happens() -> None:
     native = _Native()
     encoder = ImageEncoder(native, get_space("flux2"))  # type: ignore[arg-type]
-    with pytest.raises(KeyError), visiting(encoder, torch.device("meta")):
+    with pytest.raises(KeyError), on_device(encoder, torch.device("meta")):
         raise KeyError
     assert native.places == ["cpu", "meta", "cpu"]
-    with visiting(encoder, None), visiting(print, CPU):
+    with on_device(encoder, None), on_device(print, CPU):
         pass
     assert native.places == ["cpu", "meta", "cpu"]
-    lazy = LazyEncoder("flux2", "nowhere", CPU, torch.float32)
+    lazy = LazyImageEncoder("flux2", "nowhere", CPU, torch.float32)
     lazy._loaded = encoder
-    with visiting(lazy, torch.device("meta")):
+    with on_device(lazy, torch.device("meta")):
         assert native.places[-1] == "meta"
     assert native.places[-1] == "cpu"
 

@@ -15,7 +15,7 @@ from pidecode.registry.checkpoints import (
     latent_grid,
     nearest_trained,
     output_size,
-    size_advice,
+    size_warning,
 )
 from pidecode.registry.spaces import SPACES
 
@@ -51,7 +51,7 @@ def test_trained_sizes_can_be_had() -> None:
             if row.latent_space is not None:
                 check_output_size(row.space, height, width)
             assert is_trained(row, height, width)
-            assert size_advice(row, height, width) is None
+            assert size_warning(row, height, width) is None
 
 
 def test_2k_is_trained_for_its_list_only() -> None:
@@ -60,7 +60,7 @@ def test_2k_is_trained_for_its_list_only() -> None:
     assert nearest_trained(row, 4096, 4096) == (2048, 2048)
     assert nearest_trained(row, 1024, 1792) == (1536, 2688)
     assert nearest_trained(row, 3072, 2304) == (2304, 1728)
-    advice = size_advice(row, 1024, 1024)
+    advice = size_warning(row, 1024, 1024)
     assert advice is not None
     assert "nearest trained size is 2048x2048" in advice
 

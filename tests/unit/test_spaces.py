@@ -26,7 +26,7 @@ EXPECTED = {  # channels, down, scale, noise frame, token channels, raw channels
 def test_rows(name: str) -> None:
     row = get_space(name)
     assert (
-        row.channels, row.down, row.scale, row.noise_frame, row.token_channels, row.raw_channels
+        row.channels, row.down, row.scale, row.noise_parametrization, row.token_channels, row.raw_channels
     ) == EXPECTED[name]  # fmt: skip
     assert row.pixels_per_cell == row.down * row.scale
     assert row.raw_down == (8 if name not in ("dinov2", "siglip") else 16)

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 
 from pidecode.encoders import text as prompts
 from pidecode.encoders.text import (
+    PromptEmbedsCache,
     TextEncoder,
     TextOptions,
-    TextStateCache,
+    load_prompt_embeds,
     prompt_length,
-    ready_states,
     select_positions,
 )
 from pidecode.errors import DownloadError, FileError, SettingError
@@ -185,10 +185,10 @@ def test_a_batch_is_its_prompts_one_by_one(gemma_folder):
 
 
 def test_the_encoder_is_needed_once(gemma_folder, tmp_path):
-    states = TextStateCache(tmp_path / "cache")
+    states = PromptEmbedsCache(tmp_path / "cache")
     first = TextEncoder(options_for(gemma_folder), states=states)
     computed = first.encode(["a cat", ""])
-    again = TextEncoder(options_for(gemma_folder), states=TextStateCache(tmp_path / "cache"))
+    again = TextEncoder(options_for(gemma_folder), states=PromptEmbedsCache(tmp_path / "cache"))
     assert torch.equal(again.encode(["a cat", ""]), computed)
     assert not again.loaded
     assert first.loaded
@@ -202,7 +202,7 @@ def test_the_encoder_is_needed_once(gemma_folder, tmp_path):
     "change", [{"instruction": "Paint: "}, {"soft_capping": True}, {"length": 11}, {"dtype": "bfloat16"}]
 )
 def test_other_options_are_other_entries(gemma_folder, tmp_path, change):
-    states = TextStateCache(tmp_path)
+    states = PromptEmbedsCache(tmp_path)
     base, other = options_for(gemma_folder), options_for(gemma_folder, **change)
     states.put("a cat", base.identity(), torch.zeros(12, WIDTH))
     assert states.get("a cat", other.identity()) is None
@@ -229,7 +229,7 @@ def test_a_changed_or_copied_folder(gemma_folder, tmp_path):
 
 def test_cache_entries_travel_as_files(tmp_path):
     identity = TextOptions().identity()
-    here, there = TextStateCache(tmp_path / "here"), TextStateCache(tmp_path / "there")
+    here, there = PromptEmbedsCache(tmp_path / "here"), PromptEmbedsCache(tmp_path / "there")
     for seed, prompt in enumerate(["a cat", "ein Kätzchen", ""]):
         here.put(prompt, identity, torch.full((4, 8), float(seed)).bfloat16())
     assert here.export_to(tmp_path / "all.safetensors") == 3
@@ -237,18 +237,18 @@ def test_cache_entries_travel_as_files(tmp_path):
     assert there.import_from(tmp_path / "all.safetensors") == 3
     found = there.get("ein Kätzchen", identity)
     assert torch.equal(found, torch.full((4, 8), 1.0).bfloat16())
-    assert ready_states(tmp_path / "one.safetensors", length=4, width=8).shape == (1, 4, 8)
+    assert load_prompt_embeds(tmp_path / "one.safetensors", length=4, width=8).shape == (1, 4, 8)
     with pytest.raises(FileError, match="exists"):
         here.export_to(tmp_path / "all.safetensors")
     with pytest.raises(SettingError, match="'a dog'"):
         here.export_to(tmp_path / "none.safetensors", ["a dog"])
     with pytest.raises(SettingError, match="encode some first"):
-        TextStateCache(tmp_path / "empty").export_to(tmp_path / "none.safetensors")
+        PromptEmbedsCache(tmp_path / "empty").export_to(tmp_path / "none.safetensors")
 
 
 def test_damaged_entries(tmp_path):
     identity = TextOptions().identity()
-    states = TextStateCache(tmp_path / "cache")
+    states = PromptEmbedsCache(tmp_path / "cache")
     path = states.put("a cat", identity, torch.zeros(4, 8))
     path.write_bytes(path.read_bytes()[:-3])
     assert states.get("a cat", identity) is None
@@ -267,34 +267,34 @@ def test_damaged_entries(tmp_path):
 def test_cache_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(FileError, match="could not be written"):
-        TextStateCache(tmp_path / "file" / "cache").put("a", {}, torch.zeros(1, 1))
+        PromptEmbedsCache(tmp_path / "file" / "cache").put("a", {}, torch.zeros(1, 1))
 
 
 def test_default_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("PIDECODE_CACHE", str(tmp_path))
-    assert TextStateCache().folder == tmp_path / "prompts"
+    assert PromptEmbedsCache().folder == tmp_path / "prompts"
     monkeypatch.delenv("PIDECODE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
-    assert TextStateCache().folder == tmp_path / "x" / "pidecode" / "prompts"
+    assert PromptEmbedsCache().folder == tmp_path / "x" / "pidecode" / "prompts"
 
 
 def test_ready_made_states(tmp_path):
     good = torch.randn(2, 300, 2304).bfloat16()
-    assert ready_states(good) is good
-    assert ready_states(good[0]).shape == (1, 300, 2304)
+    assert load_prompt_embeds(good) is good
+    assert load_prompt_embeds(good[0]).shape == (1, 300, 2304)
     save_file({"anything": good}, tmp_path / "states.safetensors")
-    assert torch.equal(ready_states(tmp_path / "states.safetensors"), good)
+    assert torch.equal(load_prompt_embeds(tmp_path / "states.safetensors"), good)
     with pytest.raises(SettingError, match="never trim"):
-        ready_states(good[:, :12])
+        load_prompt_embeds(good[:, :12])
     with pytest.raises(SettingError, match="never trim"):
-        ready_states(torch.zeros(1, 300, 2304, dtype=torch.int64))
+        load_prompt_embeds(torch.zeros(1, 300, 2304, dtype=torch.int64))
     with pytest.raises(SettingError, match="NaN"):
-        ready_states(torch.full((1, 300, 2304), float("nan")))
+        load_prompt_embeds(torch.full((1, 300, 2304), float("nan")))
     save_file({"a": good, "b": good.clone()}, tmp_path / "two.safetensors")
     with pytest.raises(FileError, match="holds 2 tensors"):
-        ready_states(tmp_path / "two.safetensors")
+        load_prompt_embeds(tmp_path / "two.safetensors")
     with pytest.raises(FileError, match="could not be read"):
-        ready_states(tmp_path / "missing.safetensors")
+        load_prompt_embeds(tmp_path / "missing.safetensors")
 
 
 def test_missing_model_names_the_command(monkeypatch, tmp_path):

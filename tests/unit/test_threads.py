@@ -13,7 +13,7 @@ from benchmarks.decode import main
 from pidecode import devices
 from pidecode import devices as threads
 from pidecode.cli.app import cli
-from pidecode.devices import container_quota, physical_cores, suitable_threads
+from pidecode.devices import container_quota, physical_cores, recommended_threads
 
 
 @pytest.fixture
@@ -58,16 +58,16 @@ def test_the_older_form_of_a_quota(tmp_path: Path) -> None:
 
 def test_threads_keep_to_cores_and_quota(system: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "_allowed", lambda: list(range(8)))
-    found = suitable_threads(8, {}, system)
+    found = recommended_threads(8, {}, system)
     assert (found.count, found.because) == (4, "this process may use 4 cores")
     (system / "sys/fs/cgroup/work/job/cpu.max").write_text("150000 100000\n")
-    found = suitable_threads(8, {}, system)
+    found = recommended_threads(8, {}, system)
     assert (found.count, found.because) == (2, "the container's quota is 1.5 cores")
-    assert suitable_threads(1, {}, system).count == 1
+    assert recommended_threads(1, {}, system).count == 1
 
 
 def test_what_the_user_set_goes_first(system: Path) -> None:
-    found = suitable_threads(64, {"OMP_NUM_THREADS": "64"}, system)
+    found = recommended_threads(64, {"OMP_NUM_THREADS": "64"}, system)
     assert (found.count, found.because) == (64, "OMP_NUM_THREADS is set")
 
 
@@ -85,13 +85,13 @@ def test_a_command_sets_the_threads_it_was_told(tmp_path: Path) -> None:
 def test_bfloat16_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
-    assert devices.usual_dtype(cpu) == torch.float32
+    assert devices.default_dtype(cpu) == torch.float32
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert devices.usual_dtype(cpu) == torch.bfloat16
+    assert devices.default_dtype(cpu) == torch.bfloat16
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
-    assert devices.usual_dtype(cpu) == torch.float32
-    assert devices.usual_dtype(torch.device("mps")) == torch.float32
-    assert devices.usual_dtype(torch.device("cuda")) == torch.bfloat16
+    assert devices.default_dtype(cpu) == torch.float32
+    assert devices.default_dtype(torch.device("mps")) == torch.float32
+    assert devices.default_dtype(torch.device("cuda")) == torch.bfloat16
 
 
 def test_threads_that_cannot_act_are_refused(tmp_path: Path) -> None:

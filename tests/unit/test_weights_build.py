@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from pidecode.errors import CheckpointError, SettingError
 from pidecode.models.pid.network import PiDNet
 from pidecode.registry.configs import PiDConfig, backbone, debug_config, v1, v1pt5
-from pidecode.weights.detect import read_structure
+from pidecode.weights.detect import infer_shape
 from pidecode.weights.load import build_network
 from pidecode.weights.metadata import CheckpointMetadata
 from pidecode.weights.read import read_weights
@@ -68,7 +68,7 @@ def shapes_of(config):
 
 @pytest.mark.parametrize("config", [*RELEASED.values(), *SMALL.values()], ids=[*RELEASED, *SMALL])
 def test_shapes_show_what_they_can(config):
-    structure = read_structure(shapes_of(config))
+    structure = infer_shape(shapes_of(config))
     assert structure.disagreement(config) is None
     assert structure.seen["hidden_size"] == config.hidden_size
     assert structure.seen.get("color_head", False) == config.color_head
@@ -84,32 +84,32 @@ def test_shapes_show_what_they_can(config):
     {"pixel_depth": 2}, {"patch_depth": 4},
 ])  # fmt: skip
 def test_each_disagreement_is_named(change):
-    said = read_structure(shapes_of(debug_config())).disagreement(debug_config(**change))
+    said = infer_shape(shapes_of(debug_config())).disagreement(debug_config(**change))
     assert said is not None
     assert next(iter(change)) in said
 
 
 def test_generations():
-    assert [read_structure(shapes_of(RELEASED[n])).generation for n in ("flux 2k", "flux v1.5", "backbone")] == [
+    assert [infer_shape(shapes_of(RELEASED[n])).generation for n in ("flux 2k", "flux v1.5", "backbone")] == [
         "v1", "v1pt5", "backbone",
     ]  # fmt: skip
-    assert read_structure(shapes_of(debug_config(inject_pixels=False))).generation is None
+    assert infer_shape(shapes_of(debug_config(inject_pixels=False))).generation is None
 
 
 def test_an_undecidable_interval_is_an_error_that_settles_it():
     shapes = shapes_of(debug_config(patch_depth=6, inject_interval=4))
     with pytest.raises(SettingError, match=r"3 or 4 or 5.*overrides=\{'inject_interval'"):
-        read_structure(shapes)
-    assert read_structure(shapes, interval=4).seen["inject_interval"] == 4
+        infer_shape(shapes)
+    assert infer_shape(shapes, interval=4).seen["inject_interval"] == 4
     with pytest.raises(CheckpointError, match="no interval gives that"):
-        read_structure(shapes, interval=1)
+        infer_shape(shapes, interval=1)
 
 
 def test_files_of_something_else_are_refused():
     with pytest.raises(
         CheckpointError, match=r"holds no PiD network: it lacks s_embedder\.proj\.weight .*decoder\.conv_in"
     ):
-        read_structure({"decoder.conv_in.weight": (4, 4, 3, 3)}, "vae.safetensors")
+        infer_shape({"decoder.conv_in.weight": (4, 4, 3, 3)}, "vae.safetensors")
     shapes = shapes_of(debug_config())
     for name, shape, message in [
         ("s_embedder.proj.weight", (32, 700), "no square"),
@@ -119,13 +119,13 @@ def test_files_of_something_else_are_refused():
         ("pixel_blocks.0.adaLN_modulation.0.weight", (7, 32), "contradicts itself"),
     ]:
         with pytest.raises(CheckpointError, match=message):
-            read_structure(shapes | {name: shape})
+            infer_shape(shapes | {name: shape})
     gap = {name: shape for name, shape in shapes.items() if not name.startswith("patch_blocks.1.")}
     with pytest.raises(CheckpointError, match="in the middle of patch_blocks"):
-        read_structure(gap)
+        infer_shape(gap)
     cut = {name: shape for name, shape in shapes.items() if not name.startswith("lq_proj.")}
     with pytest.raises(CheckpointError, match=r"lacks lq_proj\.latent_proj"):
-        read_structure(cut)
+        infer_shape(cut)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_the_reference_networks_build_and_match_their_shapes(name):
     tensors = {key.removeprefix("weights."): value for key, value in stored.items() if key.startswith("weights.")}
     with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
         said = json.loads(file.metadata()["config"])["kwargs"]
-    seen = read_structure({key: tuple(value.shape) for key, value in tensors.items()}).seen
+    seen = infer_shape({key: tuple(value.shape) for key, value in tensors.items()}).seen
     assert seen["hidden_size"] == said["hidden_size"]
     assert seen["num_heads"] == said["num_groups"]
     assert seen["patch_size"] == said["patch_size"]

@@ -17,8 +17,8 @@ import pytest
 
 from pidecode.errors import Cancelled, CheckpointError, DownloadError, LicenseError, SettingError
 from pidecode.registry.checkpoints import TEXT_ENCODER, get_checkpoint
-from pidecode.weights.download import parts_of, pull
-from pidecode.weights.resolve import Hub, asset, encoder_path, locate
+from pidecode.weights.download import checkpoint_files, download_checkpoint
+from pidecode.weights.resolve import HubCache, asset, cached_encoder_path, resolve_checkpoint
 
 ROW = get_checkpoint("flux", "2k")
 COMMIT = "c0ffee" * 6 + "c0ff"
@@ -125,7 +125,7 @@ def server(monkeypatch):
 
 @pytest.fixture
 def hub(server, tmp_path):
-    return Hub(cache_dir=tmp_path / "cache", endpoint=server.url)
+    return HubCache(cache_dir=tmp_path / "cache", endpoint=server.url)
 
 
 def fill_cache(cache, repository, path, content):
@@ -143,10 +143,10 @@ def fill_cache(cache, repository, path, content):
 
 def test_everything_comes_in_one_go_after_the_license(hub, server, tmp_path):
     with pytest.raises(LicenseError, match=r"(?s)NVIDIA Source Code License.*not for commercial use.*--accept-license"):
-        pull("flux", "2k", hub=hub)
+        download_checkpoint("flux", "2k", hub=hub)
     assert server.requests == 0  # nothing is asked before the license is accepted
     seen = []
-    pulled = pull("flux", "2k", accept_license=True, on_progress=seen.append, hub=hub)
+    pulled = download_checkpoint("flux", "2k", accept_license=True, on_progress=seen.append, hub=hub)
     assert pulled.decoder.read_bytes() == DECODER
     assert pulled.encoder.read_bytes() == FILES["nvidia/PiD"]["checkpoints/ae.safetensors"]
     assert (pulled.text_encoder / "model.safetensors").is_file()
@@ -154,23 +154,23 @@ def test_everything_comes_in_one_go_after_the_license(hub, server, tmp_path):
     assert {step.file for step in seen} >= {ROW.path, "checkpoints/ae.safetensors", "model.safetensors"}
     assert [step for step in seen if step.file == ROW.path][-1].done == len(DECODER)
     before = server.requests
-    assert pull("flux", "2k", hub=hub) == pulled  # all there: no network, no license
+    assert download_checkpoint("flux", "2k", hub=hub) == pulled  # all there: no network, no license
     assert server.requests == before
-    assert locate("nvidia/PiD", space="flux", variant="2k", hub=hub).path == pulled.decoder
-    assert locate("nvidia/PiD", space="zimage", hub=hub).encoder == pulled.encoder
+    assert resolve_checkpoint("nvidia/PiD", space="flux", variant="2k", hub=hub).path == pulled.decoder
+    assert resolve_checkpoint("nvidia/PiD", space="zimage", hub=hub).encoder == pulled.encoder
     assert not list((tmp_path / "cache").rglob("*.part*"))
 
 
 def test_folders_and_further_models(hub):
-    pulled = pull("siglip", accept_license=True, parts=partial(parts_of, text=False), hub=hub)
+    pulled = download_checkpoint("siglip", accept_license=True, parts=partial(checkpoint_files, text=False), hub=hub)
     assert (pulled.encoder / "sub" / "b.bin").read_bytes() == b"b" * 50
     assert pulled.text_encoder is None
     assert [path.name for path in pulled.others] == [COMMIT]
-    assert pull("siglip", parts=partial(parts_of, text=False), hub=hub) == pulled
-    assert encoder_path("siglip", hub) == pulled.encoder
+    assert download_checkpoint("siglip", parts=partial(checkpoint_files, text=False), hub=hub) == pulled
+    assert cached_encoder_path("siglip", hub) == pulled.encoder
     (pulled.encoder / "a.json").unlink()
     with pytest.raises(LicenseError):
-        pull("siglip", parts=partial(parts_of, text=False), hub=hub)
+        download_checkpoint("siglip", parts=partial(checkpoint_files, text=False), hub=hub)
 
 
 def test_a_broken_fetch_goes_on_where_it_stopped(hub, server, monkeypatch):
@@ -179,10 +179,10 @@ def test_a_broken_fetch_goes_on_where_it_stopped(hub, server, monkeypatch):
     with pytest.raises(
         DownloadError, match=r"could not be fetched .* What arrived is kept.*`hf download nvidia/PiD checkp"
     ):
-        pull("flux", "2k", accept_license=True, hub=hub)
+        download_checkpoint("flux", "2k", accept_license=True, hub=hub)
     server.cut_at, server.ranges = None, []
     seen = []
-    pulled = pull("flux", "2k", accept_license=True, on_progress=seen.append, hub=hub)
+    pulled = download_checkpoint("flux", "2k", accept_license=True, on_progress=seen.append, hub=hub)
     (start,) = server.ranges
     assert len(DECODER) // 3 - 1024 <= start <= len(DECODER) // 3
     assert start < seen[0].done <= len(DECODER)
@@ -194,31 +194,31 @@ def test_cancelling_keeps_what_arrived(hub, server):
         raise Cancelled("stopped")
 
     with pytest.raises(Cancelled):
-        pull("flux", "2k", accept_license=True, on_progress=stop, hub=hub)
-    assert pull("flux", "2k", accept_license=True, hub=hub).decoder.read_bytes() == DECODER
+        download_checkpoint("flux", "2k", accept_license=True, on_progress=stop, hub=hub)
+    assert download_checkpoint("flux", "2k", accept_license=True, hub=hub).decoder.read_bytes() == DECODER
 
 
 def test_damage_on_the_way_is_noticed(hub, server):
     server.corrupt = True
     with pytest.raises(DownloadError, match="arrived damaged and was thrown away"):
-        pull("flux", "2k", accept_license=True, hub=hub)
+        download_checkpoint("flux", "2k", accept_license=True, hub=hub)
     assert hub.cached("nvidia/PiD", ROW.path) is None
     server.corrupt = False
-    assert pull("flux", "2k", accept_license=True, hub=hub).decoder.read_bytes() == DECODER
+    assert download_checkpoint("flux", "2k", accept_license=True, hub=hub).decoder.read_bytes() == DECODER
 
 
 def test_gated_and_vanished_files(hub, server):
     with pytest.raises(DownloadError, match="is not in the repository any more"):
-        pull("sd3", "2k", accept_license=True, hub=hub)
+        download_checkpoint("sd3", "2k", accept_license=True, hub=hub)
     server.gated = True
     with pytest.raises(DownloadError, match=r"accept its terms at https://huggingface\.co/nvidia/PiD, .*hf auth login"):
-        pull("flux", "2k", accept_license=True, hub=hub)
+        download_checkpoint("flux", "2k", accept_license=True, hub=hub)
 
 
 def test_no_network_is_one_clear_line(server, tmp_path):
-    nowhere = Hub(cache_dir=tmp_path, endpoint="http://127.0.0.1:9")
+    nowhere = HubCache(cache_dir=tmp_path, endpoint="http://127.0.0.1:9")
     with pytest.raises(DownloadError) as fault:
-        pull("flux", "2k", accept_license=True, hub=nowhere)
+        download_checkpoint("flux", "2k", accept_license=True, hub=nowhere)
     message = str(fault.value)
     assert "\n" not in message
     assert f"`hf download nvidia/PiD {ROW.path}`" in message
@@ -226,18 +226,18 @@ def test_no_network_is_one_clear_line(server, tmp_path):
 
 def test_offline_mode_is_named(tmp_path):
     with pytest.raises(DownloadError, match=r"offline mode is on \(HF_HUB_OFFLINE\).*hf download"):
-        pull("flux", "2k", accept_license=True, hub=Hub(cache_dir=tmp_path))
+        download_checkpoint("flux", "2k", accept_license=True, hub=HubCache(cache_dir=tmp_path))
 
 
 def test_what_ships_needs_no_fetching():
     with pytest.raises(SettingError, match="no student 'huge'"):
-        pull("flux", "huge")
+        download_checkpoint("flux", "huge")
     with pytest.raises(SettingError, match="nothing to fetch"):
-        pull("flux", parts=lambda row: [])
+        download_checkpoint("flux", parts=lambda row: [])
 
 
 def test_another_programs_text_encoder_counts(tmp_path):
-    hub = Hub(cache_dir=tmp_path)
+    hub = HubCache(cache_dir=tmp_path)
     fill_cache(tmp_path, "nvidia/PiD", ROW.path, b"d")
     fill_cache(tmp_path, "nvidia/PiD", "checkpoints/ae.safetensors", b"e")
     index = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}).encode()
@@ -248,9 +248,9 @@ def test_another_programs_text_encoder_counts(tmp_path):
     }.items():
         fill_cache(tmp_path, TEXT_ENCODER, name, content)
     with pytest.raises(LicenseError):
-        pull("flux", "2k", hub=hub)
+        download_checkpoint("flux", "2k", hub=hub)
     fill_cache(tmp_path, TEXT_ENCODER, "model-2.safetensors", b"2")
-    assert pull("flux", "2k", hub=hub).text_encoder.name == COMMIT
+    assert download_checkpoint("flux", "2k", hub=hub).text_encoder.name == COMMIT
 
 
 def test_files_and_folders(tmp_path):
@@ -258,60 +258,60 @@ def test_files_and_folders(tmp_path):
     only.parent.mkdir()
     only.touch()
     (tmp_path / "one" / "notes.txt").touch()
-    assert locate(only).path == only
-    assert (locate(str(tmp_path / "one")).path, locate(only).name) == (only, "net")
+    assert resolve_checkpoint(only).path == only
+    assert (resolve_checkpoint(str(tmp_path / "one")).path, resolve_checkpoint(only).name) == (only, "net")
     (tmp_path / "one" / "other.pth").touch()
     with pytest.raises(CheckpointError, match=r"2 weights files \(net\.safetensors, other\.pth\)"):
-        locate(tmp_path / "one")
+        resolve_checkpoint(tmp_path / "one")
     (tmp_path / "none").mkdir()
     with pytest.raises(CheckpointError, match="holds no weights file"):
-        locate(tmp_path / "none")
+        resolve_checkpoint(tmp_path / "none")
     with pytest.raises(SettingError, match="no file or folder here and no known decoder.*'tiny'"):
-        locate("a nonsense name")
-    assert locate("missing.safetensors").path.name == "missing.safetensors"  # reading it says that it is missing
+        resolve_checkpoint("a nonsense name")
+    assert resolve_checkpoint("missing.safetensors").path.name == "missing.safetensors"
 
 
 def test_what_ships():
-    found = locate("tiny")
+    found = resolve_checkpoint("tiny")
     assert (found.path, found.space, found.variant) == (asset("tiny.safetensors"), "flux2", "tiny")
     assert found.encoder == asset("tiny_encoder.safetensors")
-    assert locate("nvidia/PiD", space="flux2", variant="tiny").path == found.path
+    assert resolve_checkpoint("nvidia/PiD", space="flux2", variant="tiny").path == found.path
     with pytest.raises(SettingError, match="of space flux2, not of sd3"):
-        locate("tiny", space="sd3")
-    assert pull("tiny").decoder == found.path
+        resolve_checkpoint("tiny", space="sd3")
+    assert download_checkpoint("tiny").decoder == found.path
 
 
 def test_official_folders(tmp_path):
     decoder = tmp_path / ROW.path
     decoder.parent.mkdir(parents=True)
     decoder.touch()
-    assert locate(tmp_path, space="zimage").path == decoder
-    assert locate(tmp_path / "checkpoints", space="flux", variant="2k").path == decoder
+    assert resolve_checkpoint(tmp_path, space="zimage").path == decoder
+    assert resolve_checkpoint(tmp_path / "checkpoints", space="flux", variant="2k").path == decoder
     with pytest.raises(SettingError, match="say space="):
-        locate(tmp_path)
+        resolve_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match=r"has no sd3/2k .* it has flux/2k"):
-        locate(tmp_path, space="sd3")
+        resolve_checkpoint(tmp_path, space="sd3")
 
 
 def test_hub_ids(tmp_path):
-    hub = Hub(cache_dir=tmp_path)
+    hub = HubCache(cache_dir=tmp_path)
     with pytest.raises(
         DownloadError, match=r"`pidecode pull flux --variant 2k`.*NSCLv1.*`hf download nvidia/PiD checkpoints"
     ):
-        locate("nvidia/PiD", space="flux", hub=hub)
+        resolve_checkpoint("nvidia/PiD", space="flux", hub=hub)
     with pytest.raises(DownloadError, match="--kind teacher"):
-        locate("nvidia/PiD", space="flux", kind="teacher", hub=hub)
+        resolve_checkpoint("nvidia/PiD", space="flux", kind="teacher", hub=hub)
     with pytest.raises(SettingError, match="several latent spaces"):
-        locate("nvidia/PiD", hub=hub)
+        resolve_checkpoint("nvidia/PiD", hub=hub)
     with pytest.raises(DownloadError, match=r"`hf download someone/theirs`"):
-        locate("someone/theirs", hub=hub)
-    assert encoder_path("sd3", hub) is None
-    assert encoder_path("siglip", hub) is None
+        resolve_checkpoint("someone/theirs", hub=hub)
+    assert cached_encoder_path("sd3", hub) is None
+    assert cached_encoder_path("siglip", hub) is None
     link = fill_cache(tmp_path, "nvidia/PiD", ROW.path, b"x")
-    found = locate("nvidia/PiD", space="flux", hub=hub)
+    found = resolve_checkpoint("nvidia/PiD", space="flux", hub=hub)
     assert (found.path, found.space, found.variant, found.kind, found.encoder) == (link, "flux", "2k", "student", None)
     theirs = fill_cache(tmp_path, "someone/theirs", "model.safetensors", b"x")
-    assert locate("someone/theirs", hub=hub).path == theirs
+    assert resolve_checkpoint("someone/theirs", hub=hub).path == theirs
 
 
 def test_looking_for_weights_needs_no_torch():

@@ -18,7 +18,7 @@ from pidecode.batch.jobs import Job
 from pidecode.batch.report import Outcome, Report, merge
 from pidecode.batch.worker import Work, Worker, sift
 from pidecode.decoder import PixelDecoder
-from pidecode.devices import pick_device
+from pidecode.devices import select_device
 from pidecode.errors import FileError, SettingError
 from pidecode.files import atomic_write, remove_partial
 
@@ -191,6 +191,6 @@ def _ignore(_: Outcome) -> None:
 
 def _device_of(local_rank: int) -> str:
     """The device of the n-th process on a machine: its own where there are several."""
-    kind = pick_device(None).type
+    kind = select_device(None).type
     count = torch.accelerator.device_count() if kind != "cpu" else 0
     return f"{kind}:{local_rank % count}" if count > 1 else kind

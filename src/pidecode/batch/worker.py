@@ -21,7 +21,7 @@ from pidecode.batch.jobs import Job
 from pidecode.batch.report import Outcome
 from pidecode.decoder import DecodeOutput, PixelDecoder
 from pidecode.errors import FileError, PidecodeError
-from pidecode.images import read_recipe, save_image
+from pidecode.images import read_metadata, save_image
 from pidecode.latents.latent import Latent
 from pidecode.latents.storage import METADATA_KEY, TENSOR_NAME, read_header
 from pidecode.options import RuntimeOptions, Sampler
@@ -119,7 +119,7 @@ def _is_done(place: Path, stamp: str, *, overwrite: bool) -> bool:
     if not place.exists():
         return False
     try:
-        recipe = read_recipe(place)
+        recipe = read_metadata(place)
     except PidecodeError:
         recipe = None
     found = (recipe or {}).get(STAMP)
@@ -217,7 +217,7 @@ class Worker:
             for place, image, recipe in made.images:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 if not _is_done(place, made.stamp, overwrite=self.work.overwrite):  # by another run meanwhile
-                    save_image(place, image, recipe=recipe, overwrite=self.work.overwrite, bits=self.work.bits)
+                    save_image(place, image, metadata=recipe, overwrite=self.work.overwrite, bits=self.work.bits)
                 pixels += image.shape[1] * image.shape[2]
         except Exception as error:
             made.error = made.error or error

@@ -64,10 +64,10 @@ def _settle_threads(_ctx: click.Context, _option: click.Parameter, wanted: int |
     """Have the framework use as many threads as were asked for, or as suit this machine."""
     import torch
 
-    from pidecode.devices import suitable_threads
+    from pidecode.devices import recommended_threads
 
     present = torch.get_num_threads()
-    count = wanted or suitable_threads(present).count
+    count = wanted or recommended_threads(present).count
     if count != present:
         torch.set_num_threads(count)
 

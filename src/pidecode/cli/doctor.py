@@ -104,10 +104,10 @@ def processor() -> dict[str, Any]:
     """How decodes run on the processor: threads, number format, and whether sums could be compiled for it."""
     import torch
 
-    from pidecode.devices import require_compiler, suitable_threads, usual_dtype
+    from pidecode.devices import default_dtype, recommended_threads, require_compiler
     from pidecode.errors import MissingDependencyError
 
-    cpu, threads, compiler = torch.device("cpu"), suitable_threads(torch.get_num_threads()), ""
+    cpu, threads, compiler = torch.device("cpu"), recommended_threads(torch.get_num_threads()), ""
     try:
         require_compiler(cpu)
     except MissingDependencyError as error:
@@ -116,7 +116,7 @@ def processor() -> dict[str, Any]:
         "threads": threads.count,
         "threads_because": threads.because,
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "dtype": str(usual_dtype(cpu)).removeprefix("torch."),
+        "dtype": str(default_dtype(cpu)).removeprefix("torch."),
         "compiler_missing": compiler or None,
     }
 

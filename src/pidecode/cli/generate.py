@@ -53,7 +53,7 @@ def generate(prompts: tuple[str, ...], prompt_file: Path | None, as_json: bool, 
     """
     import torch
 
-    from pidecode.devices import pick_device
+    from pidecode.devices import select_device
     from pidecode.integrations.text_to_image import Job
     from pidecode.integrations.text_to_image import generate as run
 
@@ -70,7 +70,7 @@ def generate(prompts: tuple[str, ...], prompt_file: Path | None, as_json: bool, 
         keep_latents=wish["save_latents"],
         arguments=_arguments(wish["arguments"]),
     )
-    device = pick_device(wish["device"])
+    device = select_device(wish["device"])
     narrow = torch.float32 if device.type == "cpu" else torch.bfloat16
     settings: Any = {} if wish["color_fix"] is None else {"color_fix": wish["color_fix"]}
     stage = ["diffusion"]

@@ -96,10 +96,10 @@ class ServeOptions:
             return None
         import torch
 
-        from pidecode.devices import pick_device
+        from pidecode.devices import select_device
         from pidecode.integrations.text_to_image import PipelineTextToLatent
 
-        device = pick_device(self.device)
+        device = select_device(self.device)
         kind = self.dtype or ("float32" if device.type == "cpu" else "bfloat16")
         return PipelineTextToLatent.from_pretrained(
             self.pipeline, self.pipeline_source, device=device, dtype=getattr(torch, kind)

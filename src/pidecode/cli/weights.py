@@ -68,10 +68,10 @@ def pull(model: str, as_json: bool, accept_license: bool, **asked: Any) -> None:
     MODEL is a latent space or an image model that uses one: flux, flux2-klein-4b, sdxl, ... The license is shown
     first. A broken download goes on where it stopped. Afterwards everything works offline.
     """
-    from pidecode.weights.download import parts_of
-    from pidecode.weights.download import pull as fetch
+    from pidecode.weights.download import checkpoint_files
+    from pidecode.weights.download import download_checkpoint as fetch
 
-    parts = partial(parts_of, encoder=not asked["no_encoder"], text=not asked["no_text"])
+    parts = partial(checkpoint_files, encoder=not asked["no_encoder"], text=not asked["no_text"])
     bars = _Bars()
     try:
         pulled = fetch(
@@ -136,11 +136,11 @@ def asset(name: str) -> Path | None:
 
 def _places(row: Checkpoint) -> dict[str, Path | None]:
     """Where each part a released decoder needs lies on this disk, by the part's title."""
-    from pidecode.weights.download import parts_of, present
-    from pidecode.weights.resolve import Hub
+    from pidecode.weights.download import cached_files, checkpoint_files
+    from pidecode.weights.resolve import HubCache
 
-    hub = Hub()
-    return {part.title: present(part, hub) for part in parts_of(row)}
+    hub = HubCache()
+    return {part.title: cached_files(part, hub) for part in checkpoint_files(row)}
 
 
 def _size(path: Path | None) -> int | None:
@@ -163,7 +163,7 @@ def _checkpoint(row: Checkpoint, path: Path | None) -> dict[str, Any]:
         space=row.space,
         variant=row.variant,
         source=row.repository or IN_PACKAGE,
-        bytes=_size(path) or row.about_bytes,
+        bytes=_size(path) or row.approximate_bytes,
         license=row.license.name,
         commercial=row.license.commercial,
         path=path,
@@ -282,12 +282,12 @@ def describe(path: Path) -> dict[str, Any]:
 def _image(path: Path) -> dict[str, Any]:
     from PIL import Image
 
-    from pidecode.images import load_image, read_recipe
+    from pidecode.images import load_image, read_metadata
 
     image = load_image(path)  # with all its checks, before anything else opens it
     with Image.open(path) as opened:
         kind = opened.format
-    recipe = read_recipe(path)
+    recipe = read_metadata(path)
     return {"what": "image", "format": kind, "width": image.width, "height": image.height, "recipe": recipe}
 
 
@@ -318,11 +318,11 @@ def _counts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 def _foreign(shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, Any]:
     """What names and shapes show of weights that say nothing of themselves."""
-    from pidecode.weights.detect import read_structure
+    from pidecode.weights.detect import infer_shape
 
     counts = _counts(shapes)
     try:
-        structure = read_structure(shapes, str(path))
+        structure = infer_shape(shapes, str(path))
     except CheckpointError:
         return counts | {"network": "none of PiD's: an autoencoder, a text encoder, or something else"}
     seen = dict(structure.seen)

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pidecode.encoders.base import need
-from pidecode.errors import CheckpointError
+from pidecode.errors import CheckpointError, MissingDependencyError
 from pidecode.latents.layout import LatentStatistics
 from pidecode.registry.spaces import LatentSpace
+from pidecode.weights.load import load_state
 from pidecode.weights.read import check_finite, check_formats, read_tensors
 
 CLASSES = {"flux2": "AutoencoderKLFlux2", "qwenimage": "AutoencoderKLQwenImage"}
@@ -50,14 +50,19 @@ _WAN_BLOCK = {
     "residual.0.": "norm1.", "residual.2.": "conv1.", "residual.3.": "norm2.", "residual.6.": "conv2.",
     "shortcut.": "conv_shortcut.",
 }  # fmt: skip
-_WAN_REST = {
+_WAN_TOP_LEVEL = {
     "middle.0.": "mid_block.resnets.0.", "middle.1.": "mid_block.attentions.0.", "middle.2.": "mid_block.resnets.1.",
     "head.0.": "norm_out.", "head.2.": "conv_out.", "conv1.": "conv_in.",
 }  # fmt: skip
 
 
-class AutoencoderNative:
-    """A diffusers autoencoder, frozen, taking and giving raw latents."""
+class DiffusersAutoencoder:
+    """A frozen diffusers autoencoder of raw latents.
+
+    Args:
+        model: AutoencoderKL, AutoencoderKLFlux2 or AutoencoderKLQwenImage.
+        space: Its latent space.
+    """
 
     can_decode = True
 
@@ -66,31 +71,41 @@ class AutoencoderNative:
         self._video = space.name == "qwenimage"
 
     def encode(self, images: Tensor) -> Tensor:
-        """The posterior's mean, `[B, raw channels, h, w]`."""
+        """Encode images `[B, 3, H, W]` in [-1, 1] as the posterior's mean, `[B, raw_channels, h, w]`."""
         images = images.to(self.model.dtype)
         mean: Tensor = self.model.encode(images.unsqueeze(2) if self._video else images).latent_dist.mean
         return mean.squeeze(2) if self._video else mean
 
     def decode(self, raw: Tensor) -> Tensor:
-        """Images; qwenimage's raw latents are videos of one frame."""
+        """Decode raw latents to images `[B, 3, H, W]`; qwenimage's are videos of one frame, `[B, 16, 1, h, w]`."""
         images: Tensor = self.model.decode(raw.to(self.model.dtype), return_dict=False)[0]
         return images.squeeze(2) if self._video else images
 
     def to(self, device: torch.device) -> None:
-        """Move the weights."""
+        """Move the weights to a device."""
         self.model.to(device)
 
 
 def load_autoencoder(
     space: LatentSpace, path: Path, dtype: torch.dtype
-) -> tuple[AutoencoderNative, LatentStatistics | None]:
-    """A space's autoencoder from a diffusers folder or a single file, and its statistics if the space has any.
+) -> tuple[DiffusersAutoencoder, LatentStatistics | None]:
+    """Load the autoencoder of a space.
 
-    Raises CheckpointError for anything else, and for the autoencoder of another space.
+    Args:
+        space: The latent space.
+        path: A diffusers folder or a single file, also with the names of LDM or Wan.
+        dtype: Dtype of the weights.
+
+    Returns:
+        The autoencoder, and the statistics of its latents (FLUX.2) or None.
+
+    Raises:
+        CheckpointError: The file is no autoencoder, or another space's.
+        MissingDependencyError: diffusers is not installed.
     """
     config: dict[str, Any] = {}
     if path.is_dir():
-        path, config = _in_folder(path, space)
+        path, config = _read_folder(path, space)
     tensors = read_tensors(path).tensors
     tensors = {_without_prefix(name): tensor for name, tensor in tensors.items()}
     check_formats({name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}, path)
@@ -101,33 +116,33 @@ def load_autoencoder(
         tensors = _from_ldm(tensors)
     family = _family(tensors, path)
     if family != CLASSES.get(space.name, "AutoencoderKL"):
-        raise CheckpointError(f"{path} is an {family}, and that is not the {space.name} encoder; name the right file.")
-    config = {**_shape_of(tensors, family, path), **config}
+        raise CheckpointError(f"{path} is an {family}, not the autoencoder of {space.name}; give the right file.")
+    config = {**_infer_config(tensors, family, path), **config}
     _check_space(config, space, path)
     statistics = None
     if family == "AutoencoderKLFlux2":  # kept in the precision of the file, whatever the weights run in
         statistics = LatentStatistics(tensors["bn.running_mean"].float(), tensors["bn.running_var"].float())
     cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    return AutoencoderNative(_build(family, config, cast, path), space), statistics
+    return DiffusersAutoencoder(_build(family, config, cast, path), space), statistics
 
 
-def _in_folder(path: Path, space: LatentSpace) -> tuple[Path, dict[str, Any]]:
+def _read_folder(path: Path, space: LatentSpace) -> tuple[Path, dict[str, Any]]:
     folder = path / "vae" if (path / "vae" / "config.json").is_file() else path
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"{path} holds no config.json, so it is no diffusers autoencoder; name the folder that does, or one file."
+            f"{path} holds no config.json, so it is not a diffusers autoencoder; give its folder, or one file."
         )
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as fault:
-        raise CheckpointError(f"{folder / 'config.json'} cannot be read as JSON: {fault}. Fetch it again.") from None
+        raise CheckpointError(f"{folder / 'config.json'} cannot be read as JSON: {fault}. Download it again.") from None
     wanted = CLASSES.get(space.name, "AutoencoderKL")
     if not isinstance(config, dict) or config.get("_class_name") != wanted:
         found = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
         raise CheckpointError(f"{folder} holds a {found}; the encoder of {space.name} is an {wanted}.")
     weights = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if weights is None:
-        raise CheckpointError(f"{folder} has a config.json and no weights ({WEIGHT_FILES[0]}); fetch it again.")
+        raise CheckpointError(f"{folder} has a config.json and no weights ({WEIGHT_FILES[0]}); download it again.")
     return weights, {name: value for name, value in config.items() if not name.startswith("_")}
 
 
@@ -138,7 +153,7 @@ def _without_prefix(name: str) -> str:
 
 
 def _from_ldm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """LDM's names to diffusers'; LDM counts the decoder's stages from the far end and attends with convolutions."""
+    """Rename LDM's tensors to diffusers'. LDM counts the decoder's stages in reverse and attends by 1x1 convs."""
     stages = 1 + max(
         (int(match[1]) for name in tensors if (match := re.match(r"decoder\.up\.(\d+)\.", name))), default=0
     )
@@ -155,7 +170,7 @@ def _from_ldm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _from_wan(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Wan's names to diffusers', which groups the decoder's flat list of blocks by stage."""
+    """Rename Wan's tensors to diffusers', which groups the decoder's flat list of blocks by stage."""
     ups = sorted({int(m[1]) for name in tensors if (m := re.match(r"decoder\.upsamples\.(\d+)\.", name))})
     ends = [index for index in ups if f"decoder.upsamples.{index}.resample.1.weight" in tensors]
     renamed = {}
@@ -163,7 +178,7 @@ def _from_wan(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.startswith(("conv1.", "conv2.")):
             renamed[name.replace("conv1.", "quant_conv.").replace("conv2.", "post_quant_conv.")] = tensor
             continue
-        half, _, rest = name.partition(".")
+        module, _, rest = name.partition(".")
         found = re.match(r"(down|up)samples\.(\d+)\.(.*)", rest)
         if found and found[1] == "down":
             rest = f"down_blocks.{found[2]}.{_in_block(found[3])}"
@@ -174,9 +189,9 @@ def _from_wan(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             inside = f"upsamplers.0.{found[3]}" if index in ends else f"resnets.{index - first}.{_in_block(found[3])}"
             rest = f"up_blocks.{stage}.{inside}"
         else:
-            start = next((old for old in _WAN_REST if rest.startswith(old)), None)
-            rest = _WAN_REST[start] + _in_block(rest.removeprefix(start)) if start else rest
-        renamed[f"{half}.{rest}"] = tensor
+            start = next((old for old in _WAN_TOP_LEVEL if rest.startswith(old)), None)
+            rest = _WAN_TOP_LEVEL[start] + _in_block(rest.removeprefix(start)) if start else rest
+        renamed[f"{module}.{rest}"] = tensor
     return renamed
 
 
@@ -193,11 +208,11 @@ def _family(tensors: Mapping[str, Tensor], path: Path) -> str:
     if "encoder.conv_in.weight" in tensors and "decoder.conv_in.weight" in tensors:
         return "AutoencoderKL"
     some = ", ".join(sorted(tensors)[:3])
-    raise CheckpointError(f"{path} holds {some} ...: no autoencoder known here. Name the space's own encoder file.")
+    raise CheckpointError(f"{path} holds {some} ...: not a known autoencoder. Give the encoder file of the space.")
 
 
-def _shape_of(tensors: Mapping[str, Tensor], family: str, path: Path) -> dict[str, Any]:
-    """Constructor values, read from the weights' shapes."""
+def _infer_config(tensors: Mapping[str, Tensor], family: str, path: Path) -> dict[str, Any]:
+    """Constructor arguments, inferred from the shapes of the weights."""
     try:
         if family == "AutoencoderKLQwenImage":
             return _qwen_shape(tensors)
@@ -213,7 +228,7 @@ def _shape_of(tensors: Mapping[str, Tensor], family: str, path: Path) -> dict[st
             "use_post_quant_conv": "post_quant_conv.weight" in tensors,
         }
     except (KeyError, ValueError, IndexError) as fault:
-        raise CheckpointError(f"{path} lacks {fault}; it is no whole autoencoder. Fetch it again.") from None
+        raise CheckpointError(f"{path} lacks {fault}; it is not a complete autoencoder. Download it again.") from None
     return config
 
 
@@ -241,25 +256,34 @@ def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
 
 
 def _check_space(config: Mapping[str, Any], space: LatentSpace, path: Path) -> None:
-    """The autoencoders of flux and sd3 have one shape; a folder's config tells them apart, a bare file cannot."""
+    """Check the latent channels, and the constants if there is a config (flux and sd3 have the same shapes)."""
     channels = config.get("latent_channels", config.get("z_dim"))
     if channels != space.raw_channels:
         raise CheckpointError(
-            f"{path} has {channels} latent channels and the {space.name} encoder has {space.raw_channels}; name that."
+            f"{path} has {channels} latent channels, and the {space.name} encoder {space.raw_channels}; give that file."
         )
     if space.statistics == "constants" and "scaling_factor" in config:
         check_constants(config, space, path)
 
 
 def check_constants(config: Mapping[str, Any], space: LatentSpace, source: object) -> None:
-    """Raises CheckpointError when an autoencoder's own constants are not the space's."""
+    """Check the scaling and shift of an autoencoder's config.
+
+    Args:
+        config: The autoencoder's config.
+        space: A space with `statistics == "constants"`.
+        source: What error messages call the autoencoder.
+
+    Raises:
+        CheckpointError: The constants are not those of the space.
+    """
     found = (float(config.get("scaling_factor") or 1.0), float(config.get("shift_factor") or 0.0))
     wanted = (space.scaling_factor, space.shift_factor)
     own = config.get("latents_mean") or config.get("latents_std")
     if max(abs(a - b) for a, b in zip(found, wanted, strict=True)) > 1e-4 or own:
-        says = "means and deviations of its own" if own else f"scaling {found[0]:g} and shift {found[1]:g}"
+        says = "per-channel means and deviations" if own else f"scaling {found[0]:g} and shift {found[1]:g}"
         raise CheckpointError(
-            f"{source} says {says}; the {space.name} space has scaling {wanted[0]:g} and shift {wanted[1]:g}. "
+            f"{source} has {says}; the {space.name} space has scaling {wanted[0]:g} and shift {wanted[1]:g}. "
             "It is the autoencoder of another space."
         )
 
@@ -268,62 +292,44 @@ def _build(family: str, config: Mapping[str, Any], tensors: dict[str, Tensor], p
     try:
         import diffusers
     except ImportError as fault:
-        raise need("diffusers", "diffusers") from fault
+        raise MissingDependencyError(
+            'The autoencoders need diffusers, which is not installed; run `pip install "pidecode[diffusers]"`.'
+        ) from fault
     try:
         with torch.device("meta"):
             model = getattr(diffusers, family)(**config)
     except (TypeError, ValueError) as fault:
         raise CheckpointError(f"diffusers cannot build an {family} as {path} describes it: {fault}.") from None
-    fill(model, _lifted(model, tensors), path)
+    load_state(model, _as_video_weights(model, tensors), path)
     return model
 
 
-def _lifted(model: torch.nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An image-only (2-D) Qwen file in the video model's shapes, and buffers that files may leave out.
+def _as_video_weights(model: torch.nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Bring the weights of a 2-D (image only) Qwen-Image file to the video model's shapes, and add missing buffers.
 
-    Its causal convolutions see one frame after padding, so only their last slice in time ever acts; the
-    convolutions over time alone are never reached by a single frame.
+    A causal convolution over one frame sees only padding besides it, so only its last slice in time acts. The
+    convolutions over time alone are not reached by a single frame.
     """
-    lifted = dict(tensors)
+    weights = dict(tensors)
     for name, target in model.state_dict().items():
-        tensor = lifted.get(name)
+        tensor = weights.get(name)
         if tensor is None:
             if ".time_conv." in name or name.endswith("num_batches_tracked"):
-                lifted[name] = torch.zeros(target.shape, dtype=_kind(target, tensors))
+                weights[name] = torch.zeros(target.shape, dtype=_missing_dtype(target, tensors))
             continue
         if tensor.shape == target.shape:
             continue
         if tensor.numel() == target.numel():
-            lifted[name] = tensor.reshape(target.shape)
+            weights[name] = tensor.reshape(target.shape)
         elif target.ndim == 5 and tensor.ndim == 4 and target.shape[3:] == tensor.shape[2:]:
             whole = tensor.new_zeros(target.shape)
             whole[:, :, -1] = tensor
-            lifted[name] = whole
-    return lifted
+            weights[name] = whole
+    return weights
 
 
-def _kind(target: Tensor, tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """Number format of a missing tensor: the file's own, or whole numbers where the model counts."""
+def _missing_dtype(target: Tensor, tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """Dtype of a missing tensor: that of the file, or the target's where it is an integer."""
     return (
         next(t.dtype for t in tensors.values() if t.is_floating_point()) if target.is_floating_point() else target.dtype
     )
-
-
-def fill(model: torch.nn.Module, tensors: Mapping[str, Tensor], path: object) -> None:
-    """Give a model built on the meta device its weights, all of them and no others. Raises CheckpointError."""
-    wanted = model.state_dict()
-    wrong = [name for name in wanted if name in tensors and tensors[name].shape != wanted[name].shape]
-    problems: Sequence[tuple[str, list[str]]] = (
-        ("lacks", sorted(set(wanted) - set(tensors))),
-        ("has besides", sorted(set(tensors) - set(wanted))),
-        ("has in another shape", wrong),
-    )
-    told = [
-        f"{what} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-        for what, names in problems
-        if names
-    ]
-    if told:
-        raise CheckpointError(f"{path} does not fit the encoder: it {'; it '.join(told)}. Name the right file.")
-    # Copies, so that the model does not hang on a file that may be replaced under it.
-    model.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, strict=True, assign=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image encoders of the latent spaces: protocol, loading, and decoding by the space's own VAE."""
+"""Image encoders of the latent spaces: protocol of their autoencoders, the encoder itself, and loading."""
 
 from __future__ import annotations
 
@@ -13,55 +13,76 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pidecode.errors import LatentError, MissingDependencyError, SettingError, SizeError
+from pidecode.encoders.autoencoder_kl import load_autoencoder
+from pidecode.encoders.rae import load_representation_autoencoder
+from pidecode.encoders.tiny import TinyImageEncoder, is_tiny_encoder, load_tiny_encoder
+from pidecode.errors import LatentError, SettingError, SizeError
 from pidecode.latents.latent import Latent
 from pidecode.latents.layout import LatentStatistics, denormalize, normalize
 from pidecode.models.tiny import Reconstruct
 from pidecode.registry.spaces import LatentSpace, get_space
 
 PathLike = str | os.PathLike[str]
-Encode = Callable[[Tensor], Tensor]
-"""Images `[B, 3, H, W]` in [-1, 1] to normalized latents."""
+
+EncodeFunction = Callable[[Tensor], Tensor]
+"""Images `[B, 3, H, W]` in [-1, 1] to normalized latents `[B, C, h, w]`."""
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Native(Protocol):
-    """What a space's own model does, in its raw frame; images are `[B, 3, H, W]` in [-1, 1].
+class Autoencoder(Protocol):
+    """A latent space's own autoencoder, from images to raw (not normalized) latents and back.
 
-    Tensors come in float32; the model casts them to its own number format, at the point where that is due.
+    Tensors are passed in float32; the autoencoder casts them to the dtype of its weights.
     """
 
     @property
     def can_decode(self) -> bool:
-        """Whether the way back is at hand."""
+        """Whether the decoder half was loaded."""
         ...
 
     def encode(self, images: Tensor) -> Tensor:
-        """Raw latents: the mean, never a sample."""
+        """Encode images.
+
+        Args:
+            images: `[B, 3, H, W]` in [-1, 1].
+
+        Returns:
+            Raw latents, the mean of the posterior (never a sample of it).
+        """
         ...
 
     def decode(self, raw: Tensor) -> Tensor:
-        """Images `[B, 3, H, W]`, not clamped."""
+        """Decode raw latents.
+
+        Args:
+            raw: Raw latents, as `layout.denormalize` returns them.
+
+        Returns:
+            Images `[B, 3, H, W]`, about [-1, 1], not clamped.
+        """
         ...
 
     def to(self, device: torch.device) -> None:
-        """Move the weights."""
+        """Move the weights to a device."""
         ...
 
 
 class ImageEncoder:
-    """A latent space's own encoder: call it with images, get normalized latents.
+    """The image encoder of one latent space. Call it with images to get normalized latents; see `load_encoder`.
 
-    space: the row of its latent space.
-    statistics: mean and variance from the encoder's own weights (flux2, dinov2); None where the space has none.
-    dtype: number format the weights run in; frames are converted in float32 whatever it is.
-
-    Made by `load_encoder`.
+    Args:
+        autoencoder: The space's autoencoder.
+        space: Its latent space.
+        statistics: Mean and variance read from the encoder's weights (flux2, dinov2); None for other spaces.
+        device: Where the weights are.
+        dtype: Dtype of the weights. Normalization is always computed in float32.
+        already_normalized: Whether the autoencoder's latents are normalized already.
     """
 
     def __init__(
         self,
-        native: Native,
+        autoencoder: Autoencoder,
         space: LatentSpace,
         *,
         statistics: LatentStatistics | None = None,
@@ -72,79 +93,106 @@ class ImageEncoder:
         self.space = space
         self.statistics = statistics
         self.dtype = dtype
-        self._native = native
+        self._autoencoder = autoencoder
         self._already_normalized = already_normalized
         self.device = torch.device("cpu")
         self.to(device)
 
     @property
     def can_decode(self) -> bool:
-        """Whether `decode_native` is at hand."""
-        return self._native.can_decode
+        """Whether `decode` can be called."""
+        return self._autoencoder.can_decode
 
     def to(self, device: torch.device | str) -> ImageEncoder:
-        """Move the weights; returns itself."""
+        """Move the weights to a device.
+
+        Args:
+            device: The device.
+
+        Returns:
+            This encoder.
+        """
         self.device = torch.device(device)
-        self._native.to(self.device)
+        self._autoencoder.to(self.device)
         return self
 
     @torch.no_grad()
     def __call__(
         self, images: Tensor, reconstruct: Reconstruct | None = None, num_refinements: int | None = None
     ) -> Tensor:
-        """Images `[B, 3, H, W]` in [-1, 1] to normalized latents `[B, C, H/down, W/down]`, float32.
+        """Encode images as normalized latents.
 
-        reconstruct: what the decoder to come makes of a latent, at the image's size. An encoder with a refiner
-            corrects its latent by it, `num_refinements` times or as it was trained; to others it makes no difference.
-        Sides must be multiples of the space's `input_multiple`; dinov2 and siglip take any size and see their own
-        square (docs/architecture.md, Latent spaces). Raises SizeError for other sides, SettingError for other tensors,
-        LatentError when the encoder answers with NaN.
+        Args:
+            images: `[B, 3, H, W]` in [-1, 1]. Sides are multiples of the space's `input_multiple`; dinov2 and siglip
+                take any size and resize it to their own square.
+            reconstruct: Decodes a latent to an image `[B, 3, H, W]` of the input's size. An encoder with a refiner
+                corrects its latent by the difference; other encoders ignore it.
+            num_refinements: Number of corrections; None for the number the encoder was trained with.
+
+        Returns:
+            Normalized latents `[B, C, h, w]`, float32.
+
+        Raises:
+            SizeError: A side is not a multiple of `input_multiple`.
+            SettingError: The tensor is not a batch of images, or `num_refinements` cannot act.
+            LatentError: The encoder returned NaN or infinite values.
         """
         check_images(images, self.space)
-        given = images.to(self.device, torch.float32)
-        raw = self._encode(given, reconstruct, num_refinements).float()
+        raw = self._encode(images.to(self.device, torch.float32), reconstruct, num_refinements).float()
         latent = raw if self._already_normalized else normalize(raw, self.space, self.statistics)
         if not bool(torch.isfinite(latent).all()):
             raise LatentError(
-                f"The {self.space.name} encoder answered with NaN or infinite values in {_plain(self.dtype)}; load it "
+                f"The {self.space.name} encoder returned NaN or infinite values in {_dtype_name(self.dtype)}; load it "
                 "with dtype=torch.float32."
             )
         return latent
 
     def _encode(self, images: Tensor, reconstruct: Reconstruct | None, num_refinements: int | None) -> Tensor:
-        from pidecode.encoders.tiny import TinyNative
-
-        if isinstance(self._native, TinyNative):
-            return self._native.encode(images, reconstruct, num_refinements)
+        if isinstance(self._autoencoder, TinyImageEncoder):
+            return self._autoencoder.encode(images, reconstruct, num_refinements)
         if num_refinements is not None:
             raise SettingError(
                 f"num_refinements acts on the encoder of `tiny` only, and this is {self.space.name}'s; leave it out."
             )
-        return self._native.encode(images)
+        return self._autoencoder.encode(images)
 
     @torch.no_grad()
-    def decode_native(self, latent: Tensor) -> Tensor:
-        """Normalized latents `[B, C, h, w]` to what the space's own decoder makes of them.
+    def decode(self, latent: Tensor) -> Tensor:
+        """Decode normalized latents with the space's own decoder (the VAE's, or the RAE's ViT).
 
-        Returns `[B, 3, h down, w down]` in [-1, 1], float32. Noise in the latent stays in the image. Raises
-        SettingError where the encoder came without its decoder.
+        Args:
+            latent: Normalized, `[B, C, h, w]`. Noise in it is decoded as it is.
+
+        Returns:
+            Images `[B, 3, h * down, w * down]` in [-1, 1], float32.
+
+        Raises:
+            SettingError: The decoder half was not loaded.
         """
         if not self.can_decode:
             raise SettingError(
-                f"This {self.space.name} encoder came without the space's own decoder, so there is no image to "
-                "compare with. Load it from files that hold both (see the page of the space)."
+                f"This {self.space.name} encoder was loaded without the space's own decoder. Load it from files that "
+                "hold both (see the page of the space in docs/spaces)."
             )
-        wide = latent.to(self.device).float()
-        raw = wide if self.space.statistics == "layer_norm" else denormalize(wide, self.space, self.statistics)
-        return self._native.decode(raw).float().clamp(-1.0, 1.0)
+        latent = latent.to(self.device).float()
+        # A LayerNorm without weights cannot be undone; Scale-RAE's decoder takes its output.
+        raw = latent if self.space.statistics == "layer_norm" else denormalize(latent, self.space, self.statistics)
+        return self._autoencoder.decode(raw).float().clamp(-1.0, 1.0)
 
     def __repr__(self) -> str:
-        ways = "both ways" if self.can_decode else "images to latents only"
-        return f"ImageEncoder({self.space.name}, {_plain(self.dtype)} on {self.device}, {ways})"
+        halves = "encoder and decoder" if self.can_decode else "encoder only"
+        return f"ImageEncoder({self.space.name}, {_dtype_name(self.dtype)} on {self.device}, {halves})"
 
 
-class LazyEncoder:
-    """A ImageEncoder that is loaded when the first image comes; then it behaves as that does."""
+class LazyImageEncoder:
+    """An ImageEncoder whose weights are loaded on first use.
+
+    Args:
+        space: Name or alias of the latent space.
+        path: File or folder, see `load_encoder`.
+        device: Where the weights go.
+        dtype: Dtype of the weights.
+    """
 
     def __init__(self, space: str, path: PathLike, device: torch.device, dtype: torch.dtype) -> None:
         self._load = functools.partial(load_encoder, space, path, device=device, dtype=dtype)
@@ -153,36 +201,51 @@ class LazyEncoder:
     @classmethod
     def of(
         cls, path: PathLike | None, space: str | None, device: torch.device, dtype: torch.dtype
-    ) -> LazyEncoder | None:
-        """One for the file or folder; None where there is neither that nor a space."""
+    ) -> LazyImageEncoder | None:
+        """The encoder, or None if the path or the space is None."""
         return None if path is None or space is None else cls(space, path, device, dtype)
 
     @property
     def loaded(self) -> ImageEncoder:
-        """The encoder itself."""
+        """The encoder, loaded now if it was not yet."""
         if self._loaded is None:
             self._loaded = self._load()
         return self._loaded
 
     @property
     def can_decode(self) -> bool:
-        """Whether `decode_native` is at hand."""
+        """Whether `decode` can be called."""
         return self.loaded.can_decode
 
     def __call__(
         self, images: Tensor, reconstruct: Reconstruct | None = None, num_refinements: int | None = None
     ) -> Tensor:
-        """Images to normalized latents; see `ImageEncoder`."""
+        """Encode images as normalized latents; see `ImageEncoder.__call__`."""
         return self.loaded(images, reconstruct, num_refinements)
 
-    def decode_native(self, latent: Tensor) -> Tensor:
-        """Normalized latents to the space's own images; see `ImageEncoder`."""
-        return self.loaded.decode_native(latent)
+    def decode(self, latent: Tensor) -> Tensor:
+        """Decode normalized latents with the space's own decoder; see `ImageEncoder.decode`."""
+        return self.loaded.decode(latent)
 
 
-def encode_for(encoder: Encode, images: Tensor, reconstruct: Reconstruct | None, num_refinements: int | None) -> Tensor:
-    """Latents by `encoder`, which may be any function; one with a refiner corrects them by `reconstruct`."""
-    if isinstance(encoder, (ImageEncoder, LazyEncoder)):
+def encode_images(
+    encoder: EncodeFunction, images: Tensor, reconstruct: Reconstruct | None, num_refinements: int | None
+) -> Tensor:
+    """Encode images with an ImageEncoder or with any function of images.
+
+    Args:
+        encoder: Images to normalized latents.
+        images: `[B, 3, H, W]` in [-1, 1].
+        reconstruct: Decodes a latent, for encoders with a refiner; see `ImageEncoder.__call__`.
+        num_refinements: Number of refinements; None for the encoder's default.
+
+    Returns:
+        Normalized latents `[B, C, h, w]`.
+
+    Raises:
+        SettingError: `num_refinements` is given for an encoder without a refiner.
+    """
+    if isinstance(encoder, (ImageEncoder, LazyImageEncoder)):
         return encoder(images, reconstruct, num_refinements)
     if num_refinements is not None:
         raise SettingError("num_refinements acts on the encoder of `tiny` only; leave it out.")
@@ -190,38 +253,48 @@ def encode_for(encoder: Encode, images: Tensor, reconstruct: Reconstruct | None,
 
 
 @contextmanager
-def visiting(encoder: object, device: torch.device | None) -> Iterator[None]:
-    """Have an encoder's weights on the device within the block only; None leaves them where they are.
+def on_device(encoder: object, device: torch.device | None) -> Iterator[None]:
+    """Keep an encoder's weights on a device inside the block, and move them to the CPU after it.
 
-    An encoder that is just a function has no weights of ours to move.
+    Args:
+        encoder: An ImageEncoder, loaded or not. Nothing is moved for any other function.
+        device: The device; None leaves the weights where they are.
     """
-    own = encoder.loaded if isinstance(encoder, LazyEncoder) and device is not None else encoder
-    if not isinstance(own, ImageEncoder) or device is None:
+    target = encoder.loaded if isinstance(encoder, LazyImageEncoder) and device is not None else encoder
+    if not isinstance(target, ImageEncoder) or device is None:
         yield
         return
-    own.to(device)
+    target.to(device)
     try:
         yield
     finally:
-        own.to("cpu")
+        target.to("cpu")
 
 
-def native_reference(encoder: object, latent: Latent) -> Tensor:
-    """What the space's own decoder makes of a clean latent, for holding colors to it, `[B, 3, h, w]` in [-1, 1].
+def vae_reference(encoder: object, latent: Latent) -> Tensor:
+    """Decode a clean latent with the space's own decoder, as the reference of the color fix.
 
-    Raises SettingError when there is no such decoder at hand, or noise in the latent.
+    Args:
+        encoder: The space's ImageEncoder.
+        latent: Without noise.
+
+    Returns:
+        Images `[B, 3, H, W]` in [-1, 1].
+
+    Raises:
+        SettingError: There is noise in the latent, or the decoder is not loaded.
     """
     if bool((latent.sigmas > 0).any()):
         raise SettingError(
-            f"Noise is in this latent (sigma {latent.sigmas.tolist()}), so the space's own decoder is no reference for "
-            "its colors; pass reference=, or leave color_fix out."
+            f"There is noise in this latent (sigma {latent.sigmas.tolist()}), so the VAE's image of it is no color "
+            "reference; pass reference=, or leave color_fix out."
         )
-    if not isinstance(encoder, (ImageEncoder, LazyEncoder)) or not encoder.can_decode:
+    if not isinstance(encoder, (ImageEncoder, LazyImageEncoder)) or not encoder.can_decode:
         raise SettingError(
-            f"Holding colors needs the {latent.space} space's own decoder, and there is none here. Fetch it with "
-            f"`pidecode pull {latent.space}`, pass reference=, or leave color_fix out."
+            f"color_fix needs the {latent.space} space's own decoder as a reference, and it is not loaded. Fetch it "
+            f"with `pidecode pull {latent.space}`, pass reference=, or leave color_fix out."
         )
-    return encoder.decode_native(latent.tensor)
+    return encoder.decode(latent.tensor)
 
 
 def load_encoder(
@@ -232,51 +305,68 @@ def load_encoder(
     dtype: torch.dtype = torch.float32,
     backbone: PathLike | None = None,
     statistics: PathLike | None = None,
-    native_decoder: PathLike | None = None,
+    decoder: PathLike | None = None,
 ) -> ImageEncoder:
-    """The encoder of a latent space, from files on this machine; nothing is downloaded.
+    """Load the image encoder of a latent space from local files; nothing is downloaded.
 
-    space: name or alias of a latent space.
-    path: a diffusers folder (the autoencoder's own, or a whole pipeline's), or a single file: `ae.safetensors`,
-        `sdxl_vae.safetensors`, `flux2_ae.safetensors`, `QwenImage_VAE_2d.pth`, or the small encoder that ships with
-        `tiny`. For dinov2 and siglip a folder: the transformers model itself, or RAE's or Scale-RAE's collection.
-    backbone, statistics, native_decoder: dinov2 and siglip only: the parts, where they do not lie in `path`.
+    Args:
+        space: Name or alias of a latent space.
+        path: A diffusers folder (of the autoencoder, or of a whole pipeline) or one file: `ae.safetensors`,
+            `sdxl_vae.safetensors`, `flux2_ae.safetensors`, `QwenImage_VAE_2d.pth`, or the encoder of `tiny`.
+            For dinov2 and siglip a folder: the transformers model, or the collection of RAE or Scale-RAE.
+        device: Where the weights go.
+        dtype: Dtype of the weights: float32, bfloat16, or float16 (not for sdxl, whose VAE overflows in it).
+        backbone: dinov2 and siglip only: the vision model's folder, if it is not in `path`.
+        statistics: dinov2 only: the file of normalization statistics, if it is not in `path`.
+        decoder: dinov2 and siglip only: the ViT decoder's file, if it is not in `path`.
 
-    Raises CheckpointError for files that are not that space's encoder, SettingError for settings that cannot act,
-    MissingDependencyError without diffusers or transformers.
+    Returns:
+        The encoder.
+
+    Raises:
+        CheckpointError: The files are not this space's encoder.
+        SettingError: A setting cannot act, or the space is unknown.
+        MissingDependencyError: diffusers or transformers is not installed.
     """
     row = get_space(space)
     if dtype not in DTYPES or (dtype == torch.float16 and row.name == "sdxl"):
-        raise SettingError(f"The {row.name} encoder does not run in {_plain(dtype)}; use torch.float32 or bfloat16.")
-    place = Path(path).expanduser()
-    if row.fixed_input is not None:
-        from pidecode.encoders.rae import load_representation
-
-        native, found = load_representation(
-            row, place, dtype=dtype, backbone=backbone, statistics=statistics, native_decoder=native_decoder
-        )
-        return ImageEncoder(native, row, statistics=found, device=device, dtype=dtype)
-    if not backbone == statistics == native_decoder is None:
         raise SettingError(
-            f"backbone, statistics and native_decoder act on dinov2 and siglip only; the {row.name} encoder is whole."
+            f"The {row.name} encoder does not run in {_dtype_name(dtype)}; use torch.float32 or bfloat16."
         )
-    from pidecode.encoders.autoencoder_kl import load_autoencoder
-    from pidecode.encoders.tiny import is_tiny_encoder, load_tiny_encoder
-
-    if is_tiny_encoder(place):
-        tiny = load_tiny_encoder(place, row, dtype)
-        return ImageEncoder(tiny, row, device=device, dtype=dtype, already_normalized=True)
-    autoencoder, found = load_autoencoder(row, place, dtype)
-    return ImageEncoder(autoencoder, row, statistics=found, device=device, dtype=dtype)
+    path = Path(path).expanduser()
+    autoencoder: Autoencoder
+    if row.fixed_input is not None:
+        autoencoder, latent_statistics = load_representation_autoencoder(
+            row, path, dtype=dtype, backbone=backbone, statistics=statistics, decoder=decoder
+        )
+        return ImageEncoder(autoencoder, row, statistics=latent_statistics, device=device, dtype=dtype)
+    if not backbone == statistics == decoder is None:
+        raise SettingError(
+            f"backbone, statistics and decoder act on dinov2 and siglip only; the {row.name} encoder is one file."
+        )
+    if is_tiny_encoder(path):
+        autoencoder = load_tiny_encoder(path, row, dtype)
+        return ImageEncoder(autoencoder, row, device=device, dtype=dtype, already_normalized=True)
+    autoencoder, latent_statistics = load_autoencoder(row, path, dtype)
+    return ImageEncoder(autoencoder, row, statistics=latent_statistics, device=device, dtype=dtype)
 
 
 def check_images(images: Tensor, space: LatentSpace) -> None:
-    """Raises SettingError or SizeError unless these are images the space's encoder takes."""
+    """Check that images can be encoded.
+
+    Args:
+        images: `[B, 3, H, W]` in [-1, 1].
+        space: The latent space.
+
+    Raises:
+        SettingError: Not a batch of RGB images in [-1, 1].
+        SizeError: A side is not a multiple of the space's `input_multiple`.
+    """
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
         given = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise SettingError(f"The encoder takes images [B, 3, H, W] in [-1, 1]; got {given}.")
     if not images.is_floating_point():
-        raise SettingError(f"The encoder takes images in [-1, 1]; got {_plain(images.dtype)}. Scale them first.")
+        raise SettingError(f"The encoder takes images in [-1, 1]; got {_dtype_name(images.dtype)}. Scale them first.")
     low, high = torch.aminmax(images)
     if not (float(low) >= -1.001 and float(high) <= 1.001):
         raise SettingError(
@@ -285,19 +375,12 @@ def check_images(images: Tensor, space: LatentSpace) -> None:
     height, width = images.shape[-2:]
     multiple = space.input_multiple
     if space.fixed_input is None and (height % multiple or width % multiple or not height or not width):
-        near = [max(multiple, round(side / multiple) * multiple) for side in (width, height)]
+        nearest = [max(multiple, round(side / multiple) * multiple) for side in (width, height)]
         raise SizeError(
-            f"A {width}x{height} image does not divide into the {space.name} encoder's {multiple}-pixel cells; the "
-            f"nearest that does is {near[0]}x{near[1]}. Crop or pad it."
+            f"The sides of an image for the {space.name} encoder must be multiples of {multiple} pixels; got "
+            f"{width}x{height}. The nearest size is {nearest[0]}x{nearest[1]}: crop or pad the image."
         )
 
 
-def need(package: str, extra: str) -> MissingDependencyError:
-    """The error for an optional package that is not installed."""
-    return MissingDependencyError(
-        f'{package} is not installed, and this encoder is built with it; run `pip install "pidecode[{extra}]"`.'
-    )
-
-
-def _plain(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

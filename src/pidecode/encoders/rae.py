@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DINOv2 (RAE) and SigLIP 2 (Scale-RAE): frozen vision models as encoders, and their projects' ViT decoders."""
+"""Representation autoencoders: DINOv2 (RAE) and SigLIP 2 (Scale-RAE) as encoders, with their ViT decoders.
+
+RAE: "Diffusion Transformers with Representation Autoencoders", https://arxiv.org/abs/2510.11690. Scale-RAE:
+"Scaling Text-to-Image Diffusion Transformers with Representation Autoencoders", https://arxiv.org/abs/2601.16208.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,100 +18,116 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pidecode.encoders.autoencoder_kl import fill
-from pidecode.encoders.base import PathLike, need
-from pidecode.errors import CheckpointError, DownloadError
+from pidecode.errors import CheckpointError, DownloadError, MissingDependencyError
 from pidecode.latents.layout import LatentStatistics
-from pidecode.models.vit_decoder import VitDecoder, positions, shape_of
+from pidecode.models.vit_decoder import VitDecoder, infer_vit_config, sincos_position_embedding
 from pidecode.registry.checkpoints import ENCODERS
 from pidecode.registry.spaces import LatentSpace
+from pidecode.weights.load import load_state
 from pidecode.weights.read import check_finite, check_formats, read_tensors
-from pidecode.weights.resolve import Hub
+from pidecode.weights.resolve import HubCache
+
+PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """How a vision model is used as an encoder (docs/architecture.md, Latent spaces)."""
+class VisionModelSpec:
+    """How a vision model is used as an encoder (docs/architecture.md, "Latent spaces")."""
 
     repository: str
-    kinds: tuple[str, ...]
+    model_types: tuple[str, ...]
     """`model_type` values of its config.json."""
     side: int
-    """Pixels along each side of what the model sees."""
+    """Side, in pixels, of the square the model is given."""
     antialias: bool
     mean: tuple[float, float, float]
-    deviation: tuple[float, float, float]
+    std: tuple[float, float, float]
     decoder_files: tuple[str, ...]
-    """Where the projects keep the decoder's weights, below their collection's folder."""
+    """Places of the decoder's weights in the project's repository, in order of preference."""
     statistics_files: tuple[str, ...] = ()
 
 
-RECIPES = {
-    "dinov2": Recipe(
+VISION_MODELS = {
+    "dinov2": VisionModelSpec(
         repository="facebook/dinov2-with-registers-base",
-        kinds=("dinov2_with_registers",),
+        model_types=("dinov2_with_registers",),
         side=448,
         antialias=False,
         mean=(0.485, 0.456, 0.406),
-        deviation=(0.229, 0.224, 0.225),
+        std=(0.229, 0.224, 0.225),
         decoder_files=("decoders/dinov2/wReg_base/ViTXL_n08_i512/model.pt", "decoder.safetensors", "model.pt"),
         statistics_files=("stats/dinov2/wReg_base/imagenet1k_512/stat.pt", "stat.safetensors", "stat.pt"),
     ),
-    "siglip": Recipe(
+    "siglip": VisionModelSpec(
         repository="google/siglip2-so400m-patch14-224",
-        kinds=("siglip", "siglip_vision_model"),
+        model_types=("siglip", "siglip_vision_model"),
         side=224,
         antialias=True,
         mean=(0.5, 0.5, 0.5),
-        deviation=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
         decoder_files=("decoder/siglip2_sop14_i224_web73M_ganw3_decXL.pt", "decoder.safetensors", "model.pt"),
     ),
 }
 
 
-class RepresentationNative:
-    """A vision model's patch features as raw latents `[B, C, h, w]`, and a ViT that turns them back into images."""
+class RepresentationAutoencoder:
+    """A frozen vision model whose patch features are the raw latents, with a ViT decoder.
 
-    def __init__(self, tower: Any, space: LatentSpace, decoder: VitDecoder | None) -> None:
-        self._tower = tower.eval().requires_grad_(False)
+    Args:
+        model: The transformers vision model.
+        space: dinov2 or siglip.
+        decoder: The decoder, if its weights were found.
+    """
+
+    def __init__(self, model: Any, space: LatentSpace, decoder: VitDecoder | None) -> None:
+        self._model = model.eval().requires_grad_(False)
         self._decoder = decoder.eval().requires_grad_(False) if decoder is not None else None
-        self._recipe = RECIPES[space.name]
-        self._side = space.fixed_input or RECIPES[space.name].side
-        self._dtype = next(tower.parameters()).dtype
-        # Class and register tokens stand before the patches; SigLIP has none.
-        self._special = 1 + tower.config.num_register_tokens if space.name == "dinov2" else 0
+        self._spec = VISION_MODELS[space.name]
+        self._side = space.fixed_input or VISION_MODELS[space.name].side
+        self._dtype = next(model.parameters()).dtype
+        # DINOv2 puts a class token and register tokens before the patches; SigLIP has none.
+        self._num_prefix_tokens = 1 + model.config.num_register_tokens if space.name == "dinov2" else 0
 
     @property
     def can_decode(self) -> bool:
-        """Whether the ViT is at hand."""
+        """Whether the ViT decoder was loaded."""
         return self._decoder is not None
 
-    def _colors(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        recipe = self._recipe
-        mean, deviation = like.new_tensor([recipe.mean, recipe.deviation]).view(2, 1, 3, 1, 1)
-        return mean, deviation
+    def _mean_std(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        spec = self._spec
+        mean, std = like.new_tensor([spec.mean, spec.std]).view(2, 1, 3, 1, 1)
+        return mean, std
 
     def encode(self, images: Tensor) -> Tensor:
-        """Features of the model's last layer, before SigLIP's last norm, after DINOv2's without its weights."""
-        recipe = self._recipe
-        seen = (images + 1) / 2
-        if seen.shape[-2:] != (recipe.side, recipe.side):
-            seen = functional.interpolate(
-                seen, size=(recipe.side, recipe.side), mode="bicubic", align_corners=False, antialias=recipe.antialias
+        """Encode images as features of the last layer.
+
+        DINOv2's are taken after its last LayerNorm without the affine weights, SigLIP's before it.
+
+        Args:
+            images: `[B, 3, H, W]` in [-1, 1], resized to the model's own square.
+
+        Returns:
+            Features `[B, C, h, w]`.
+        """
+        spec = self._spec
+        resized = (images + 1) / 2
+        if resized.shape[-2:] != (spec.side, spec.side):
+            resized = functional.interpolate(
+                resized, size=(spec.side, spec.side), mode="bicubic", align_corners=False, antialias=spec.antialias
             )
-        mean, deviation = self._colors(seen)
-        tokens = self._tower(((seen - mean) / deviation).to(self._dtype)).last_hidden_state[:, self._special :]
+        mean, std = self._mean_std(resized)
+        tokens = self._model(((resized - mean) / std).to(self._dtype)).last_hidden_state[:, self._num_prefix_tokens :]
         side = math.isqrt(tokens.shape[1])
         features: Tensor = tokens.transpose(1, 2).unflatten(2, (side, side))
         return features
 
     def decode(self, raw: Tensor) -> Tensor:
-        """Images of the space's own square size, in [-1, 1]."""
+        """Decode features `[B, C, h, w]` to images `[B, 3, side, side]` in [-1, 1]."""
         assert self._decoder is not None
         images = self._decoder(raw.flatten(2).transpose(1, 2).to(self._dtype)).float()
-        mean, deviation = self._colors(images)
-        images = (images * deviation + mean).clamp(0, 1)
-        if images.shape[-1] != self._side:  # Scale-RAE decodes to 224 pixels what stands for 256
+        mean, std = self._mean_std(images)
+        images = (images * std + mean).clamp(0, 1)
+        if images.shape[-1] != self._side:  # Scale-RAE decodes to 224 pixels; the space counts 256
             images = functional.interpolate(
                 images, size=(self._side, self._side), mode="bicubic", align_corners=False
             ).clamp(0, 1)
@@ -114,39 +135,53 @@ class RepresentationNative:
         return result
 
     def to(self, device: torch.device) -> None:
-        """Move the weights."""
-        self._tower.to(device)
+        """Move the weights to a device."""
+        self._model.to(device)
         if self._decoder is not None:
             self._decoder.to(device)
 
 
-def load_representation(
+def load_representation_autoencoder(
     space: LatentSpace,
     path: Path,
     *,
     dtype: torch.dtype,
     backbone: PathLike | None,
     statistics: PathLike | None,
-    native_decoder: PathLike | None,
-) -> tuple[RepresentationNative, LatentStatistics | None]:
-    """The encoder of dinov2 or siglip, its statistics, and its decoder where there is one; see `load_encoder`.
+    decoder: PathLike | None,
+) -> tuple[RepresentationAutoencoder, LatentStatistics | None]:
+    """Load the autoencoder of dinov2 or siglip.
 
-    Raises CheckpointError or DownloadError naming the missing part.
+    Args:
+        space: The latent space.
+        path: Folder of the transformers model, or of RAE's or Scale-RAE's collection.
+        dtype: Dtype of the weights.
+        backbone: Folder or hub name of the vision model; None looks in `path`, then in the hub cache.
+        statistics: File of RAE's statistics; None looks in `path`, then in the hub cache.
+        decoder: File of the ViT decoder; None looks in `path`.
+
+    Returns:
+        The autoencoder (without a decoder if none was found), and the statistics of dinov2 or None.
+
+    Raises:
+        CheckpointError: A file is missing or does not fit.
+        DownloadError: The vision model is not on this machine.
+        MissingDependencyError: transformers is not installed.
     """
-    recipe = RECIPES[space.name]
+    spec = VISION_MODELS[space.name]
     if not path.is_dir():
         raise CheckpointError(
-            f"{path} is no folder; the {space.name} encoder is a folder: the model {recipe.repository}, or the "
-            "project's collection with its decoder beside it."
+            f"{path} is not a folder. The {space.name} encoder is a folder: the model {spec.repository}, or the "
+            "project's collection, which also holds the decoder."
         )
-    tower = _load_tower(space, _find_backbone(path, recipe, backbone), dtype)
-    found = None
+    model = _load_vision_model(space, _find_backbone(path, spec, backbone), dtype)
+    latent_statistics = None
     if space.statistics == "per_position":
-        file = _find(path, statistics, recipe.statistics_files) or _pulled_statistics(space)
-        found = _read_statistics(space, file, path)
-    decoder_file = _find(path, native_decoder, recipe.decoder_files)
-    decoder = None if decoder_file is None else _load_decoder(space, decoder_file, dtype)
-    return RepresentationNative(tower, space, decoder), found
+        file = _find(path, statistics, spec.statistics_files) or _cached_statistics(space)
+        latent_statistics = _read_statistics(space, file, path)
+    decoder_file = _find(path, decoder, spec.decoder_files)
+    vit = None if decoder_file is None else _load_decoder(space, decoder_file, dtype)
+    return RepresentationAutoencoder(model, space, vit), latent_statistics
 
 
 def _find(path: Path, given: PathLike | None, places: tuple[str, ...]) -> Path | None:
@@ -155,23 +190,23 @@ def _find(path: Path, given: PathLike | None, places: tuple[str, ...]) -> Path |
     return next((path / place for place in places if (path / place).is_file()), None)
 
 
-def _pulled_statistics(space: LatentSpace) -> Path | None:
-    """Where `pidecode pull` puts the statistics: RAE's own repository in the hub's cache."""
-    place = ENCODERS[space.name].statistics
-    return Hub().cached(*place) if place else None
+def _cached_statistics(space: LatentSpace) -> Path | None:
+    """RAE's statistics in the hub cache, where `pidecode pull` puts them."""
+    location = ENCODERS[space.name].statistics
+    return HubCache().cached(*location) if location else None
 
 
-def _find_backbone(path: Path, recipe: Recipe, given: PathLike | None) -> str:
+def _find_backbone(path: Path, spec: VisionModelSpec, given: PathLike | None) -> str:
     if given is not None:
         return str(Path(given).expanduser()) if Path(given).expanduser().is_dir() else str(given)
-    name = recipe.repository.split("/")[1]
-    for folder in (path, path / "encoder", path / name, path / recipe.repository):
-        if (folder / "config.json").is_file() and _kind(folder) in recipe.kinds:
+    name = spec.repository.split("/")[1]
+    for folder in (path, path / "encoder", path / name, path / spec.repository):
+        if (folder / "config.json").is_file() and _model_type(folder) in spec.model_types:
             return str(folder)
-    return recipe.repository
+    return spec.repository
 
 
-def _kind(folder: Path) -> object:
+def _model_type(folder: Path) -> object:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -179,40 +214,43 @@ def _kind(folder: Path) -> object:
     return config.get("model_type") if isinstance(config, dict) else None
 
 
-def _load_tower(space: LatentSpace, source: str, dtype: torch.dtype) -> Any:
+def _load_vision_model(space: LatentSpace, source: str, dtype: torch.dtype) -> Any:
     try:
         from transformers import Dinov2WithRegistersModel, SiglipVisionModel
     except ImportError as fault:
-        raise need("transformers", "captions") from fault
-    recipe = RECIPES[space.name]
-    if Path(source).is_dir() and _kind(Path(source)) not in recipe.kinds:
+        raise MissingDependencyError(
+            f"The {space.name} encoder needs transformers, which is not installed; run "
+            '`pip install "pidecode[captions]"`.'
+        ) from fault
+    spec = VISION_MODELS[space.name]
+    if Path(source).is_dir() and _model_type(Path(source)) not in spec.model_types:
         raise CheckpointError(
-            f"{source} holds a {_kind(Path(source))!r} model; the {space.name} encoder is {recipe.repository}."
+            f"{source} holds a {_model_type(Path(source))!r} model; the {space.name} encoder is {spec.repository}."
         )
-    kind = Dinov2WithRegistersModel if space.name == "dinov2" else SiglipVisionModel
+    model_class = Dinov2WithRegistersModel if space.name == "dinov2" else SiglipVisionModel
     try:
-        model = kind.from_pretrained(source, local_files_only=True, dtype=dtype)
+        model = model_class.from_pretrained(source, local_files_only=True, dtype=dtype)
     except (OSError, ValueError) as fault:
         first = (str(fault).splitlines() or [""])[0]
         raise DownloadError(
-            f"The vision model {source} is not on this machine or not whole ({first[:160]}). Fetch it with "
-            f"`hf download {recipe.repository}`, or name its folder as backbone=."
+            f"The vision model {source} is not on this machine or incomplete ({first[:160]}). Fetch it with "
+            f"`hf download {spec.repository}`, or pass its folder as backbone=."
         ) from None
     if space.name == "dinov2":
         norm = model.layernorm
         model.layernorm = torch.nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False)
         return model
-    tower = getattr(model, "vision_model", model)
-    tower.post_layernorm = torch.nn.Identity()  # the project took the features before it
-    tower.head = torch.nn.Identity()  # pooling that nobody reads
-    return tower
+    model = getattr(model, "vision_model", model)
+    model.post_layernorm = torch.nn.Identity()  # Scale-RAE takes the features before it
+    model.head = torch.nn.Identity()  # the pooled output is not used
+    return model
 
 
 def _read_statistics(space: LatentSpace, file: Path | None, path: Path) -> LatentStatistics:
     if file is None:
         raise CheckpointError(
             f"{path} holds no stat.pt, and {space.name} latents cannot be normalized without RAE's statistics. Fetch "
-            f"{RECIPES[space.name].statistics_files[0]} of nyu-visionx/RAE-collections, or name it as statistics=."
+            f"{VISION_MODELS[space.name].statistics_files[0]} of nyu-visionx/RAE-collections, or pass statistics=."
         )
     tensors = read_tensors(file).tensors
     if not {"mean", "var"} <= set(tensors):
@@ -220,7 +258,7 @@ def _read_statistics(space: LatentSpace, file: Path | None, path: Path) -> Laten
     mean, variance = tensors["mean"].float().squeeze(0), tensors["var"].float().squeeze(0)
     if mean.ndim != 3 or mean.shape != variance.shape or not bool((variance >= 0).all()):
         raise CheckpointError(
-            f"{file} has a mean {list(mean.shape)} and variance {list(variance.shape)}; fetch it again."
+            f"{file} has a mean {list(mean.shape)} and variance {list(variance.shape)}; download it again."
         )
     return LatentStatistics(mean, variance)
 
@@ -230,28 +268,29 @@ def _load_decoder(space: LatentSpace, file: Path, dtype: torch.dtype) -> VitDeco
     tensors = {name.removeprefix("module.").removeprefix("decoder."): value for name, value in tensors.items()}
     check_formats(tensors, file)
     check_finite(tensors, file)
-    heads, epsilon = _from_config(file)
-    if "decoder_pos_embed" not in tensors and "decoder_embed.weight" in tensors:  # it is fixed, so files may omit it
+    num_heads, eps = _read_decoder_config(file)
+    if "decoder_pos_embed" not in tensors and "decoder_embed.weight" in tensors:  # not trained, so files may omit it
         grid = 32 if space.name == "dinov2" else 16
-        tensors["decoder_pos_embed"] = positions(tensors["decoder_embed.weight"].shape[0], grid)
-    config = shape_of(tensors, file, heads=heads, epsilon=epsilon)
-    if config.features != space.channels:
+        tensors["decoder_pos_embed"] = sincos_position_embedding(tensors["decoder_embed.weight"].shape[0], grid)
+    config = infer_vit_config(tensors, file, num_heads=num_heads, eps=eps)
+    if config.in_channels != space.channels:
         raise CheckpointError(
-            f"{file} decodes {config.features} channels and {space.name} latents have {space.channels}; name its own."
+            f"{file} decodes {config.in_channels} channels, and {space.name} latents have {space.channels}; give the "
+            "decoder of that space."
         )
     with torch.device("meta"):
         decoder = VitDecoder(config)
-    fill(decoder, tensors, file)
+    load_state(decoder, tensors, file)
     return decoder.to(dtype)
 
 
-def _from_config(file: Path) -> tuple[int | None, float]:
-    """Heads and LayerNorm epsilon, which the weights do not tell: from a config beside them, else ViT-XL's."""
-    for beside in sorted(file.parent.glob("*config.json")):
+def _read_decoder_config(file: Path) -> tuple[int | None, float]:
+    """Heads and LayerNorm epsilon, which weights do not show: from a config in the same folder, else ViT-XL's."""
+    for config_path in sorted(file.parent.glob("*config.json")):
         try:
-            config = json.loads(beside.read_text(encoding="utf-8"))
+            config = json.loads(config_path.read_text(encoding="utf-8"))
             if isinstance(config, dict) and "decoder_num_attention_heads" in config:
                 return int(config["decoder_num_attention_heads"]), float(config.get("layer_norm_eps", 1e-12))
         except (OSError, TypeError, ValueError) as fault:
-            raise CheckpointError(f"{beside} cannot be read: {fault}. Fetch it again.") from None
+            raise CheckpointError(f"{config_path} cannot be read: {fault}. Download it again.") from None
     return None, 1e-12

@@ -128,7 +128,7 @@ class TextEncoder:
         options: TextOptions | None = None,
         *,
         device: torch.device | str = "cpu",
-        states: TextStateCache | None = None,
+        states: PromptEmbedsCache | None = None,
     ) -> None:
         self.options = options or TextOptions()
         self.device = torch.device(device)
@@ -260,10 +260,10 @@ class TextEncoder:
             )
 
 
-def ready_states(source: Tensor | str | Path, *, length: int = 300, width: int = 2304) -> Tensor:
+def load_prompt_embeds(source: Tensor | str | Path, *, length: int = 300, width: int = 2304) -> Tensor:
     """Ready-made prompt states as `[batch, length, width]`, from a tensor of that shape or of one prompt, or a file.
 
-    A file is .safetensors: one written by `TextStateCache.export_to`, or any with a single such tensor.
+    A file is .safetensors: one written by `PromptEmbedsCache.export_to`, or any with a single such tensor.
     Raises SettingError when the shape or the values do not fit, FileError when the file cannot be read.
     """
     states = source if isinstance(source, Tensor) else torch.stack([entry.states for entry in _read_entries(source)])
@@ -287,7 +287,7 @@ class _Entry:
     identity: Mapping[str, Any] | None = None
 
 
-class TextStateCache:
+class PromptEmbedsCache:
     """Prompt states on disk: one .safetensors per prompt and encoder, in `folder`.
 
     The files hold the prompt as text. They may be copied between machines; several processes may share a folder.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small encoder that ships with `tiny`, as an encoder of FLUX.2's space that needs no other library."""
+"""The image encoder that ships with `tiny`: FLUX.2's latent space, no other library needed."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pidecode.encoders.autoencoder_kl import fill
 from pidecode.errors import CheckpointError
 from pidecode.models.tiny import Reconstruct, TinyEncoder
 from pidecode.registry.configs import TinyEncoderConfig
 from pidecode.registry.spaces import LatentSpace
+from pidecode.weights.load import load_state
+from pidecode.weights.metadata import METADATA_KEY
 from pidecode.weights.read import read_tensors
 from pidecode.weights.safetensors import looks_like_safetensors, read_header, read_start
 
 
-class TinyNative:
-    """The small encoder that ships with `tiny`; its output is normalized already, and there is no way back."""
+class TinyImageEncoder:
+    """A TinyEncoder as an `Autoencoder` without a decoder; its latents are normalized already.
+
+    Args:
+        model: The network.
+    """
 
     can_decode = False
 
@@ -30,42 +35,63 @@ class TinyNative:
     def encode(
         self, images: Tensor, reconstruct: Reconstruct | None = None, num_refinements: int | None = None
     ) -> Tensor:
-        """Normalized latents `[B, 128, h, w]`; with `reconstruct`, corrected by what they decode to."""
+        """Encode images as normalized latents.
+
+        Args:
+            images: `[B, 3, H, W]` in [-1, 1].
+            reconstruct: Decodes a latent to an image of the input's size, for the refiner.
+            num_refinements: Number of refinements; None for the trained number.
+
+        Returns:
+            Latents `[B, 128, H / 16, W / 16]`.
+        """
         latents: Tensor = self.model(images.to(self.model.dtype), reconstruct, num_refinements)
         return latents
 
     def decode(self, raw: Tensor) -> Tensor:
-        """Never called: `can_decode` is False."""
-        raise AssertionError(f"no decoder for {list(raw.shape)}")
+        """Never called, because `can_decode` is False."""
+        raise AssertionError(f"no decoder for latents {list(raw.shape)}")
 
     def to(self, device: torch.device) -> None:
-        """Move the weights."""
+        """Move the weights to a device."""
         self.model.to(device)
 
 
 def is_tiny_encoder(path: Path) -> bool:
-    """Whether this file says that it is one of our own small encoders."""
-    return path.is_file() and looks_like_safetensors(read_start(path)) and _own_note(path).get("kind") == "encoder"
+    """Whether a file's metadata says that it holds a TinyEncoder."""
+    return path.is_file() and looks_like_safetensors(read_start(path)) and _metadata(path).get("kind") == "encoder"
 
 
-def _own_note(path: Path) -> dict[str, Any]:
+def _metadata(path: Path) -> dict[str, Any]:
     try:
-        note = json.loads(read_header(path).metadata.get("pidecode", "{}"))
+        metadata = json.loads(read_header(path).metadata.get(METADATA_KEY, "{}"))
     except (ValueError, RecursionError):
         return {}
-    return note if isinstance(note, dict) else {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
-def load_tiny_encoder(path: Path, space: LatentSpace, dtype: torch.dtype) -> TinyNative:
-    """Our own small encoder. Raises CheckpointError if it is not of `space` or its weights do not fit."""
-    note = _own_note(path)
-    config = TinyEncoderConfig.from_dict(note.get("config", {}))
-    if note.get("space", "flux2") != space.name or config.channels != space.channels:
+def load_tiny_encoder(path: Path, space: LatentSpace, dtype: torch.dtype) -> TinyImageEncoder:
+    """Load a TinyEncoder.
+
+    Args:
+        path: A .safetensors file.
+        space: The latent space it must be of.
+        dtype: Dtype of the weights.
+
+    Returns:
+        The encoder, on the CPU.
+
+    Raises:
+        CheckpointError: The file is for another space, or its weights do not fit its configuration.
+    """
+    metadata = _metadata(path)
+    config = TinyEncoderConfig.from_dict(metadata.get("config", {}))
+    if metadata.get("space", "flux2") != space.name or config.channels != space.channels:
         raise CheckpointError(
-            f"{path} encodes images into space {note.get('space', 'flux2')}, not {space.name}; name that space's own."
+            f"{path} encodes images into space {metadata.get('space', 'flux2')}, not {space.name}; "
+            "use the encoder of that space."
         )
-    tensors = read_tensors(path).tensors
     with torch.device("meta"):
         model = TinyEncoder(config)
-    fill(model, tensors, path)
-    return TinyNative(model.to(dtype))
+    load_state(model, read_tensors(path).tensors, path)
+    return TinyImageEncoder(model.to(dtype))

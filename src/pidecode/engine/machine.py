@@ -48,16 +48,16 @@ def this_machine(device: str | torch.device | None = None) -> Machine:
         SettingError: The device is not there, or does not say how much memory is free.
     """
     # These load torch, which importing this module must not.
-    from pidecode.devices import free_memory, pick_device, usual_dtype
+    from pidecode.devices import default_dtype, free_memory, select_device
     from pidecode.engine.ops.quantize import KERNELS, best_kernel
 
-    chosen = pick_device(device)
+    chosen = select_device(device)
     free = free_memory(chosen)
     if free is None:
         raise SettingError(f"{chosen} does not say how much memory is free; name an amount.")
     w8a8: list[Quantization] = []
     for format in KERNELS:
         with suppress(SettingError):
-            best_kernel(format, usual_dtype(chosen), chosen)
+            best_kernel(format, default_dtype(chosen), chosen)
             w8a8.append(format)
     return Machine(memory=free, accelerator=chosen.type != "cpu", w8a8=tuple(w8a8))

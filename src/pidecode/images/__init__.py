@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images in and out: safe reading, exact tensors, sizes, and files that carry their recipe."""
+"""Images in and out: safe reading, exact tensors, sizes, and files that carry their metadata."""
 
 from pidecode.images.read import MAX_PIXELS, ImageSource, load_image, load_tensor
 from pidecode.images.tensors import (
-    Padding,
+    UnpaddedSize,
     center_crop,
     crop_back,
     downsample,
@@ -16,13 +16,13 @@ from pidecode.images.tensors import (
     to_pils,
     to_tensor,
 )
-from pidecode.images.write import KEYWORD, encode_image, read_recipe, save_image
+from pidecode.images.write import KEYWORD, encode_image, read_metadata, save_image
 
 __all__ = [
     "KEYWORD",
     "MAX_PIXELS",
     "ImageSource",
-    "Padding",
+    "UnpaddedSize",
     "center_crop",
     "crop_back",
     "downsample",
@@ -32,7 +32,7 @@ __all__ = [
     "load_tensor",
     "normalize_image",
     "pad_to_multiple",
-    "read_recipe",
+    "read_metadata",
     "resize",
     "save_image",
     "to_array",

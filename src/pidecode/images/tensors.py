@@ -81,11 +81,11 @@ def normalize_image(image: Tensor) -> Tensor:
     return wide * 2.0 - 1.0 if bool(wide.min() >= 0.0) else wide
 
 
-Method = Literal["bicubic", "area", "lanczos"]
+ResizeMethod = Literal["bicubic", "area", "lanczos"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Padding:
+class UnpaddedSize:
     """Size in pixels before padding at the lower and right edge."""
 
     height: int
@@ -107,7 +107,7 @@ def center_crop(image: Tensor, multiple: int) -> Tensor:
     return image[..., top : top + height // multiple * multiple, left : left + width // multiple * multiple]
 
 
-def pad_to_multiple(image: Tensor, multiple: int) -> tuple[Tensor, Padding]:
+def pad_to_multiple(image: Tensor, multiple: int) -> tuple[Tensor, UnpaddedSize]:
     """`[B, 3, H, W]` grown at the lower and right edge to multiples, and what `crop_back` needs.
 
     The image is mirrored there; where it is too small for that, its edge is repeated.
@@ -119,10 +119,10 @@ def pad_to_multiple(image: Tensor, multiple: int) -> tuple[Tensor, Padding]:
         if amount:
             pad = (0, 0, 0, amount) if axis == 2 else (0, amount, 0, 0)
             padded = functional.pad(padded, pad, mode="reflect" if amount < side else "replicate")
-    return padded, Padding(height=height, width=width)
+    return padded, UnpaddedSize(height=height, width=width)
 
 
-def crop_back(image: Tensor, padding: Padding, *, scale: int = 1) -> Tensor:
+def crop_back(image: Tensor, padding: UnpaddedSize, *, scale: int = 1) -> Tensor:
     """Undo `pad_to_multiple` on an image since enlarged `scale` times. Raises SizeError if it is too small."""
     height, width = padding.height * scale, padding.width * scale
     if image.shape[-2] < height or image.shape[-1] < width:
@@ -130,7 +130,7 @@ def crop_back(image: Tensor, padding: Padding, *, scale: int = 1) -> Tensor:
     return image[..., :height, :width]
 
 
-def resize(image: Tensor, height: int, width: int, *, method: Method = "bicubic") -> Tensor:
+def resize(image: Tensor, height: int, width: int, *, method: ResizeMethod = "bicubic") -> Tensor:
     """`[B, 3, H, W]` resampled: antialiased bicubic, area means, or Lanczos. May overshoot [-1, 1] by a little."""
     if height < 1 or width < 1:
         raise SizeError(f"An image has positive sides; got {height}x{width}.")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing images whole or not at all, with the recipe that made them inside; and reading it back."""
+"""Writing images whole or not at all, with the metadata that made them inside; and reading it back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pidecode.images.read import readable_formats
 from pidecode.images.tensors import to_array
 
 KEYWORD = "pidecode"
-"""Name of the recipe among a PNG's texts, and its prefix in the EXIF user comment of other files."""
+"""Name of the metadata among a PNG's texts, and its prefix in the EXIF user comment of other files."""
 
 _LONGEST = {"JPEG": 65535, "WEBP": 16383}
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -35,7 +35,7 @@ def save_image(
     path: str | os.PathLike[str],
     image: Image.Image | Tensor | NDArray[Any],
     *,
-    recipe: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     bits: int = 8,
     quality: int | None = None,
@@ -43,7 +43,7 @@ def save_image(
     """Write an image as PNG, WebP or JPEG, by the ending of `path`; returns the path written.
 
     image: Pillow RGB, a tensor `[3, H, W]` or `[1, 3, H, W]` in [-1, 1], or an array `[H, W, 3]` uint8 or uint16.
-    recipe: how it was made, JSON values; kept in the file (PNG text "pidecode", else the EXIF user comment).
+    metadata: how it was made, JSON values; kept in the file (PNG text "pidecode", else the EXIF user comment).
         Default: what a Pillow image made by a decoder carries in `.info["pidecode"]`.
     bits: 16 for PNG from a tensor or uint16 array.
     quality: 1 to 100 for WebP and JPEG, 95 if not given.
@@ -55,7 +55,7 @@ def save_image(
     if kind is None:
         raise SettingError(f"{path}: images are written as {', '.join(_FORMATS)}; choose one of these endings.")
     target = check_writable(path, overwrite=overwrite)
-    pieces = _encode(kind, image, recipe, bits, quality)
+    pieces = _encode(kind, image, metadata, bits, quality)
     first = next(pieces)  # settings and sizes are judged before a file is begun
     with atomic_write(target, overwrite=overwrite) as file:
         file.write(first)
@@ -68,7 +68,7 @@ def encode_image(
     image: Image.Image | Tensor | NDArray[Any],
     kind: str = "png",
     *,
-    recipe: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
     bits: int = 8,
     quality: int | None = None,
 ) -> bytes:
@@ -76,13 +76,13 @@ def encode_image(
     name = _FORMATS.get(f".{kind.lower()}")
     if name is None:
         raise SettingError(f"Images are written as png, webp or jpeg; not {kind!r}.")
-    return b"".join(_encode(name, image, recipe, bits, quality))
+    return b"".join(_encode(name, image, metadata, bits, quality))
 
 
 def _encode(
     kind: str,
     image: Image.Image | Tensor | NDArray[Any],
-    recipe: Mapping[str, Any] | None,
+    metadata: Mapping[str, Any] | None,
     bits: int,
     quality: int | None,
 ) -> Iterator[bytes]:
@@ -95,9 +95,9 @@ def _encode(
     longest = _LONGEST.get(kind)
     if longest is not None and max(array.shape[:2]) > longest:
         raise SizeError(f"{kind} holds sides up to {longest} pixels; {max(array.shape[:2])} need a .png file.")
-    if recipe is None and isinstance(image, Image.Image):
-        recipe = image.info.get(KEYWORD)
-    text = None if recipe is None else _recipe_text(recipe)
+    if metadata is None and isinstance(image, Image.Image):
+        metadata = image.info.get(KEYWORD)
+    text = None if metadata is None else _metadata_text(metadata)
     if kind == "PNG":
         yield from encode_png(array, {} if text is None else {KEYWORD: text})
         return
@@ -108,23 +108,23 @@ def _encode(
     yield buffer.getvalue()
 
 
-def read_recipe(path: str | os.PathLike[str] | bytes) -> dict[str, Any] | None:
-    """The recipe in an image that `save_image` wrote (path, or its bytes); None if it carries none.
+def read_metadata(path: str | os.PathLike[str] | bytes) -> dict[str, Any] | None:
+    """The metadata in an image that `save_image` wrote (path, or its bytes); None if it carries none.
 
-    The image itself is not unpacked. Raises ImageError for a missing file, no image, or a damaged recipe.
+    The image itself is not unpacked. Raises ImageError for a missing file, no image, or a damaged metadata.
     """
     if isinstance(path, bytes):
-        return _read_recipe(io.BytesIO(path), "The image")
+        return _read_metadata(io.BytesIO(path), "The image")
     try:
         if not Path(path).is_file():
             raise ImageError(f"There is no file {path}.")
         with open(path, "rb") as file:
-            return _read_recipe(file, os.fspath(path))
+            return _read_metadata(file, os.fspath(path))
     except (OSError, ValueError) as error:
         raise ImageError(f"{path!r} could not be opened: {error}.") from error
 
 
-def _read_recipe(file: BinaryIO, name: str) -> dict[str, Any] | None:
+def _read_metadata(file: BinaryIO, name: str) -> dict[str, Any] | None:
     try:
         is_png = file.read(8) == SIGNATURE
         file.seek(0)
@@ -138,12 +138,12 @@ def _read_recipe(file: BinaryIO, name: str) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
-        recipe = json.loads(text)
+        metadata = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ImageError(f"The recipe in {name} is damaged: it is not JSON.") from error
-    if not isinstance(recipe, dict):
-        raise ImageError(f"The recipe in {name} is damaged: it is not a table.")
-    return recipe
+        raise ImageError(f"The metadata in {name} is damaged: it is not JSON.") from error
+    if not isinstance(metadata, dict):
+        raise ImageError(f"The metadata in {name} is damaged: it is not a table.")
+    return metadata
 
 
 def _as_array(image: Image.Image | Tensor | NDArray[Any], bits: int) -> NDArray[Any]:
@@ -160,17 +160,17 @@ def _as_array(image: Image.Image | Tensor | NDArray[Any], bits: int) -> NDArray[
     return image
 
 
-def _recipe_text(recipe: Mapping[str, Any]) -> str:
+def _metadata_text(metadata: Mapping[str, Any]) -> str:
     try:
         # Plain ASCII, so that every field of every format holds it.
-        return json.dumps(dict(recipe), allow_nan=False)
+        return json.dumps(dict(metadata), allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise SettingError(f"The recipe holds something that JSON cannot: {error}.") from error
+        raise SettingError(f"The metadata holds something that JSON cannot: {error}.") from error
 
 
 def _exif(text: str) -> bytes:
     if len(text) > _MAX_EXIF_BYTES:
-        raise SettingError(f"The recipe has {len(text)} characters; {_MAX_EXIF_BYTES} fit. Write a .png file.")
+        raise SettingError(f"The metadata has {len(text)} characters; {_MAX_EXIF_BYTES} fit. Write a .png file.")
     exif = Image.Exif()
     exif[_SOFTWARE] = KEYWORD
     exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _ASCII + f"{KEYWORD}:{text}".encode("ascii")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pidecode.encoders.text import ready_states
+from pidecode.encoders.text import load_prompt_embeds
 from pidecode.errors import LatentError, SettingError
 from pidecode.latents.latent import Latent
 from pidecode.models.pid.network import PiDNet
@@ -70,7 +70,7 @@ def to_latent(samples: Mapping[str, Any], space: LatentSpace, *, model: Any = No
     if not sigma:
         return Latent(normalized, space.name)
     state = _sampler_state(normalized, model, sigma)
-    if space.noise_frame == "variance_preserving":
+    if space.noise_parametrization == "variance_preserving":
         return Latent.from_euler(state, sigma, space.name)
     if not 0 < sigma < 1:
         raise SettingError(f"sigma is {sigma:g}; a flow-matching MODEL stops between 0 and 1.")
@@ -140,7 +140,9 @@ def prompt_of(net: PiDNet, text: str, conditioning: Sequence[Any] | None) -> dic
             f"The CONDITIONING is {shape}; this decoder reads Gemma-2's states, {net.config.text_dim} wide. Encode the "
             "prompt with that text encoder (CLIP type pixeldit), or write it as text."
         )
-    return {"prompt_embeds": ready_states(states.float(), length=net.config.text_length, width=net.config.text_dim)}
+    return {
+        "prompt_embeds": load_prompt_embeds(states.float(), length=net.config.text_length, width=net.config.text_dim)
+    }
 
 
 def stopping_place(total: int, model: Any, steps_left: int | None = None) -> int:

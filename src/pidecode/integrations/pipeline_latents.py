@@ -19,13 +19,13 @@ from torch import Tensor
 from pidecode.color_fix import fidelity
 from pidecode.decoder import PixelDecoder
 from pidecode.encoders.autoencoder_kl import check_constants
-from pidecode.encoders.base import ImageEncoder, LazyEncoder
+from pidecode.encoders.base import ImageEncoder, LazyImageEncoder
 from pidecode.errors import CheckpointError, LatentError, PidecodeError, SettingError
-from pidecode.latents.latent import FrameWarning, Latent
+from pidecode.latents.latent import Latent, NormalizationWarning
 from pidecode.latents.layout import LatentStatistics, denormalize, normalize, unpack
 from pidecode.registry.checkpoints import REPOSITORY
 from pidecode.registry.spaces import GENERATION, IMAGE_MODELS, LatentSpace, get_space
-from pidecode.weights.resolve import Hub
+from pidecode.weights.resolve import HubCache
 
 Frame = Literal["flow", "euler", "variance_preserving"]
 
@@ -87,14 +87,14 @@ def frame_of(scheduler: Any, space: LatentSpace) -> Frame:
     """The frame a scheduler keeps its latents in between steps. Raises SettingError for one that is not known."""
     name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
     flow = name in _FLOW or (name in _PRESERVING and bool(config.get("use_flow_sigmas", False)))
-    if space.noise_frame == "flow" and flow:
+    if space.noise_parametrization == "flow" and flow:
         return "flow"
-    if space.noise_frame == "variance_preserving" and not flow:
+    if space.noise_parametrization == "variance_preserving" and not flow:
         if name in _EULER:
             return "euler"
         if name in _PRESERVING:
             return "variance_preserving"
-    known = _FLOW if space.noise_frame == "flow" else _EULER + _PRESERVING
+    known = _FLOW if space.noise_parametrization == "flow" else _EULER + _PRESERVING
     raise SettingError(
         f"The noise in a latent of {name} cannot be told for space {space.name}. Let the pipeline run to its end, or "
         f"give it one of {', '.join(known)}."
@@ -186,7 +186,7 @@ def statistics_of(pipe: Any) -> LatentStatistics | None:
     return LatentStatistics(norm.running_mean.detach().float(), norm.running_var.detach().float())
 
 
-def from_pipeline(
+def latent_from_pipeline(
     pipe: Any,
     out: Any,
     *,
@@ -195,7 +195,25 @@ def from_pipeline(
     prompt: str | Sequence[str] | None = None,
     seed: int | None = None,
 ) -> Latent:
-    """What a pipeline returned for `output_type="latent"`, as a Latent; see `Latent.from_pipeline`."""
+    """What a pipeline returned for `output_type="latent"`, as a Latent.
+
+    Call it before the pipeline runs again: the noise level is read from the pipeline's scheduler.
+
+    Args:
+        pipe: The diffusers pipeline.
+        out: What it returned.
+        height: Height it was called with; needed where latents are packed, unless it ran at its default size.
+        width: Width it was called with.
+        prompt: One prompt for all latents, or one for each.
+        seed: Seed to note in the latent.
+
+    Returns:
+        The latent, normalized, with its noise level.
+
+    Raises:
+        SettingError: There is no PiD decoder for this pipeline.
+        LatentError: `out` holds no latents, or the size does not fit.
+    """
     latents = getattr(out, "latents", None)
     if isinstance(latents, Latent):
         return latents
@@ -222,7 +240,7 @@ def from_pipeline(
 @torch.no_grad()
 def decode_native(pipe: Any, latent: Latent) -> Tensor:
     """What the pipeline's own autoencoder makes of a latent: `[B, 3, H, W]` in [-1, 1], float32, on the CPU."""
-    space, vae = latent.facts, pipe.vae
+    space, vae = latent.latent_space, pipe.vae
     raw = denormalize(latent.tensor.float(), space, statistics_of(pipe))
     narrow = vae.dtype == torch.float16 and bool(vae.config.get("force_upcast", False))
     if narrow:
@@ -323,7 +341,7 @@ def _check_decode(decoder: PixelDecoder, space: LatentSpace, states: Tensor | No
 
 def _check_encoder(decoder: PixelDecoder, space: LatentSpace) -> Iterator[Check]:
     encoder = decoder.encoder
-    if not isinstance(encoder, LazyEncoder | ImageEncoder):
+    if not isinstance(encoder, LazyImageEncoder | ImageEncoder):
         yield Check("encoder", False, f"not on this disk: pidecode pull {space.name}; latents decode without it")
         return
     side = space.fixed_input or 256
@@ -332,12 +350,12 @@ def _check_encoder(decoder: PixelDecoder, space: LatentSpace) -> Iterator[Check]
 
     def run() -> Latent:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", FrameWarning)
+            warnings.simplefilter("error", NormalizationWarning)
             return Latent(encoder(ramp), space.name)
 
     try:
         latent, check = _attempt("encoder", run, lambda made: f"latent {list(made.tensor.shape)}, in the right frame")
-    except FrameWarning as doubt:
+    except NormalizationWarning as doubt:
         latent, check = None, Check("encoder", False, f"it is another space's, or damaged: {doubt}")
     yield check
     if latent is None:
@@ -345,7 +363,7 @@ def _check_encoder(decoder: PixelDecoder, space: LatentSpace) -> Iterator[Check]
     if not encoder.can_decode:
         yield Check("native decoder", False, "this encoder came without one; only comparing and color_fix need it")
         return
-    near = fidelity(encoder.decode_native(latent.tensor).to(ramp), ramp)[0]
+    near = fidelity(encoder.decode(latent.tensor).to(ramp), ramp)[0]
     good = near.psnr > 20
     yield Check("native decoder", good, f"{near}" if good else f"there and back gives {near}: check both files")
 
@@ -364,5 +382,5 @@ def _check_pipelines(space: LatentSpace) -> Iterator[Check]:
             because = f"diffusers {diffusers.__version__} has no {image_model.pipeline}; upgrade it"
             yield Check(f"pipeline {name}", False, because)
             continue
-        there = Hub().cached(source, "model_index.json") is not None
+        there = HubCache().cached(source, "model_index.json") is not None
         yield Check(f"pipeline {name}", there, source if there else f"not on this disk: hf download {source}")

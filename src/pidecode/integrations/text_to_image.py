@@ -24,7 +24,7 @@ from pidecode.color_fix import fidelity
 from pidecode.decoder import PixelDecoder
 from pidecode.errors import DownloadError, FileError, MissingDependencyError, SettingError
 from pidecode.files import atomic_write
-from pidecode.images import KEYWORD, load_image, read_recipe, save_image, to_tensor
+from pidecode.images import KEYWORD, load_image, read_metadata, save_image, to_tensor
 from pidecode.integrations.diffusers import OnProgress, Progress, StopAfter, run_for_latents
 from pidecode.integrations.pipeline_latents import decode_native
 from pidecode.latents.latent import Latent
@@ -310,16 +310,16 @@ def _decode(job: Job, piece: Piece, decoder: PixelDecoder, settings: Any) -> Non
     recipe |= {"image_model": job.model, "pipeline_steps": job.steps or get_image_model(job.model).steps}
     if job.compare:
         native = load_image(_native(job, piece))
-        save_image(_comparison(job, piece), beside(image, native), recipe=recipe, overwrite=True)
+        save_image(_comparison(job, piece), beside(image, native), metadata=recipe, overwrite=True)
         (report,) = fidelity(to_tensor(image), to_tensor(native))
         recipe["fidelity"] = str(report)
-    save_image(_image(job, piece), image, recipe=recipe, overwrite=True)  # last: it marks the piece done
+    save_image(_image(job, piece), image, metadata=recipe, overwrite=True)  # last: it marks the piece done
     if not job.keep_latents:
         _latent(job, piece).unlink()
 
 
 def _written(job: Job, piece: Piece) -> Written:
-    recipe = read_recipe(_image(job, piece)) or {}
+    recipe = read_metadata(_image(job, piece)) or {}
     latent, comparison = _latent(job, piece), _comparison(job, piece)
     return Written(
         _image(job, piece),

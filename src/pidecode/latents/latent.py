@@ -18,7 +18,7 @@ from pidecode.latents import layout, storage
 from pidecode.latents.layout import LatentStatistics, noise_weights
 from pidecode.registry.spaces import SPACES, LatentSpace, get_space
 
-__all__ = ["FrameWarning", "Latent", "LatentStatistics"]
+__all__ = ["Latent", "LatentStatistics", "NormalizationWarning"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -35,7 +35,7 @@ class Latent:
     seed: the seed it was made with, for the record.
 
     Raises LatentError for anything else, naming the mend, and SettingError for an unknown space. Warns with
-    FrameWarning when the tensor's statistics look like another frame.
+    NormalizationWarning when the tensor's statistics look like another frame.
     """
 
     tensor: Tensor
@@ -52,9 +52,9 @@ class Latent:
         object.__setattr__(self, "prompt", _clean_prompt(self.prompt, len(self.tensor)))
         if self.seed is not None and type(self.seed) is not int:
             raise LatentError(f"The seed must be a whole number or None; got {self.seed!r}.")
-        evidence = frame_evidence(self.tensor, row, self.sigmas)
+        evidence = normalization_problem(self.tensor, row, self.sigmas)
         if evidence:
-            warnings.warn(evidence, FrameWarning, stacklevel=3)
+            warnings.warn(evidence, NormalizationWarning, stacklevel=3)
 
     @classmethod
     def from_raw(
@@ -112,36 +112,13 @@ class Latent:
         LatentError for the flow-matching spaces, whose schedulers need no change of frame.
         """
         row = get_space(space)
-        if row.noise_frame != "variance_preserving":
+        if row.noise_parametrization != "variance_preserving":
             raise LatentError(
                 f"Space {row.name} is flow-matching: pass the latent and the scheduler's sigma to Latent() unchanged."
             )
         _check_tensor(tensor, row)
-        latent, level = layout.euler_to_trained(tensor, sigma)
+        latent, level = layout.euler_to_variance_preserving(tensor, sigma)
         return cls(latent, row.name, level if level.numel() > 1 else float(level), _tuple(prompt), seed)
-
-    @classmethod
-    def from_pipeline(
-        cls,
-        pipe: Any,
-        out: Any,
-        *,
-        height: int | None = None,
-        width: int | None = None,
-        prompt: str | Sequence[str] | None = None,
-        seed: int | None = None,
-    ) -> Latent:
-        """From what a diffusers pipeline returned for `output_type="latent"`, whatever its layout and frame.
-
-        height, width: what the pipeline was called with; needed by those that pack their latents to tokens, unless
-            it ran at its own default size.
-        Call it before the pipeline runs again: the noise level is read from the pipeline's scheduler, so a run that
-        was interrupted is labeled rightly. Raises SettingError for a pipeline PiD has no decoder for, LatentError
-        when `out` holds no latents or the size does not fit.
-        """
-        from pidecode.integrations.pipeline_latents import from_pipeline
-
-        return from_pipeline(pipe, out, height=height, width=width, prompt=prompt, seed=seed)
 
     @classmethod
     def load(
@@ -188,7 +165,7 @@ class Latent:
         storage.write_latent(path, self.tensor, record, overwrite=overwrite)
 
     @property
-    def facts(self) -> LatentSpace:
+    def latent_space(self) -> LatentSpace:
         """The row of the latent's space."""
         return SPACES[self.space]
 
@@ -212,15 +189,15 @@ class Latent:
     @property
     def output_size(self) -> tuple[int, int]:
         """Height and width, in pixels, of the image PiD makes of it."""
-        return self.grid[0] * self.facts.pixels_per_cell, self.grid[1] * self.facts.pixels_per_cell
+        return self.grid[0] * self.latent_space.pixels_per_cell, self.grid[1] * self.latent_space.pixels_per_cell
 
     def to_raw(self, statistics: LatentStatistics | None = None) -> Tensor:
         """What the space's own decoder takes; see `layout.denormalize`. flux2 and dinov2 need statistics."""
-        return layout.denormalize(self.tensor, self.facts, statistics)
+        return layout.denormalize(self.tensor, self.latent_space, statistics)
 
     def to_packed(self) -> Tensor:
         """The tokens `[B, N, channels]` of the space's pipeline; SettingError where it does not pack."""
-        return layout.pack(self.tensor, self.facts)
+        return layout.pack(self.tensor, self.latent_space)
 
     def noised(self, sigma: float | Tensor, *, seed: int = 0, noise: Tensor | None = None) -> Latent:
         """This clean latent noised to sigma in [0, 1] in its space's frame, and labeled so.
@@ -236,7 +213,7 @@ class Latent:
         if noise is None:
             generator = torch.Generator().manual_seed(seed)
             noise = torch.randn(self.tensor.shape, generator=generator).to(self.tensor.device)
-        tensor = layout.add_noise(self.tensor, noise, level, self.facts)
+        tensor = layout.add_noise(self.tensor, noise, level, self.latent_space)
         return self._with(tensor=tensor, sigma=level, seed=seed if self.seed is None else self.seed)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Latent:
@@ -430,11 +407,11 @@ _LEAST_NOISE = 0.75
 _UNIT = 1.1
 
 
-class FrameWarning(UserWarning):
+class NormalizationWarning(UserWarning):
     """A latent whose statistics do not look like the normalized frame at its sigma."""
 
 
-def frame_evidence(tensor: Tensor, space: LatentSpace, sigmas: Tensor) -> str | None:
+def normalization_problem(tensor: Tensor, space: LatentSpace, sigmas: Tensor) -> str | None:
     """What speaks against `tensor` `[B, C, h, w]` being a normalized latent of `space` at noise levels `[B]`.
 
     None when nothing does. Judged by the spread (each channel's standard deviation over its cells,
@@ -475,7 +452,7 @@ def _wider(space: LatentSpace) -> str:
             f"A raw {space.name} latent is {space.raw_std:g} times wider than a normalized one: "
             "if it is raw, build it with Latent.from_raw()."
         )
-    if space.noise_frame == "variance_preserving":
+    if space.noise_parametrization == "variance_preserving":
         mends.append("If it comes from an Euler scheduler before its last step, use Latent.from_euler().")
     else:
         mends.append("If noise is still in it, pass its sigma.")

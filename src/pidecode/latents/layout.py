@@ -31,7 +31,7 @@ class LatentStatistics:
 
 def noise_weights(space: LatentSpace, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """Weights of signal and noise at noise level sigma in [0, 1]: `z_s = signal * z + noise * e`."""
-    if space.noise_frame == "flow":
+    if space.noise_parametrization == "flow":
         return 1.0 - sigma, sigma
     return (1.0 - sigma * sigma).clamp_min(0.0).sqrt(), sigma
 
@@ -49,7 +49,7 @@ def add_noise(latent: Tensor, noise: Tensor, sigma: float | Tensor, space: Laten
     return (signal * wide + amount * noise.to(wide)).to(latent.dtype)
 
 
-def euler_to_trained(latent: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
+def euler_to_variance_preserving(latent: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
     """An Euler (variance-exploding) latent `x_0 + s e` and its s >= 0 to the variance-preserving frame.
 
     Both are divided by sqrt(s^2 + 1), which brings sigma into [0, 1). Returns the latent and sigma, the

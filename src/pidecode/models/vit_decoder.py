@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ViT that RAE and Scale-RAE decode with: feature tokens to an image, under the names their files use."""
+"""The ViT decoder of RAE and Scale-RAE: feature tokens to an image, with the parameter names of their files.
+
+RAE: https://arxiv.org/abs/2510.11690; the decoder is that of ViT-MAE, https://arxiv.org/abs/2111.06377.
+"""
 
 from __future__ import annotations
 
@@ -16,38 +19,43 @@ from pidecode.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VitConfig:
-    """Shape of a decoder; the released ones are "ViT-XL": width 1152, 28 layers, 16 heads."""
+class VitDecoderConfig:
+    """Shape of a VitDecoder; the released ones are "ViT-XL": hidden size 1152, 28 layers, 16 heads."""
 
-    features: int
-    width: int
-    inner: int
-    layers: int
-    heads: int
-    patch: int
-    grid: int
+    in_channels: int
+    """Channels of a feature token."""
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    patch_size: int
+    """Side of a patch, in pixels."""
+    grid_size: int
     """Tokens along each side of the square image."""
-    epsilon: float = 1e-12
+    eps: float = 1e-12
+    """Epsilon of the LayerNorms."""
 
     @property
     def side(self) -> int:
         """Pixels along each side of the image."""
-        return self.grid * self.patch
+        return self.grid_size * self.patch_size
 
 
-class Attention(nn.Module):
-    """Plain self-attention; its parameters have the nested names of ViT-MAE."""
+class VitSelfAttention(nn.Module):
+    """Multi-head self-attention with the nested parameter names of ViT-MAE."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.attention = nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
-        self.output = nn.ModuleDict({"dense": nn.Linear(width, width)})
+        self.num_heads = num_heads
+        self.attention = nn.ModuleDict(
+            {name: nn.Linear(hidden_size, hidden_size) for name in ("query", "key", "value")}
+        )
+        self.output = nn.ModuleDict({"dense": nn.Linear(hidden_size, hidden_size)})
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens `[B, N, width]` to the same."""
+        """Tokens `[B, N, hidden_size]` to the same shape."""
         q, k, v = (
-            self.attention[name](x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            self.attention[name](x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for name in ("query", "key", "value")
         )
         mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
@@ -55,19 +63,19 @@ class Attention(nn.Module):
         return out
 
 
-class Layer(nn.Module):
-    """Attention and an MLP with exact GELU, each behind its LayerNorm."""
+class VitLayer(nn.Module):
+    """Pre-norm transformer layer: self-attention, then an MLP with exact GELU."""
 
-    def __init__(self, config: VitConfig) -> None:
+    def __init__(self, config: VitDecoderConfig) -> None:
         super().__init__()
-        self.layernorm_before = nn.LayerNorm(config.width, eps=config.epsilon)
-        self.attention = Attention(config.width, config.heads)
-        self.layernorm_after = nn.LayerNorm(config.width, eps=config.epsilon)
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(config.width, config.inner)})
-        self.output = nn.ModuleDict({"dense": nn.Linear(config.inner, config.width)})
+        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.eps)
+        self.attention = VitSelfAttention(config.hidden_size, config.num_heads)
+        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.eps)
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.intermediate_size)})
+        self.output = nn.ModuleDict({"dense": nn.Linear(config.intermediate_size, config.hidden_size)})
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens `[B, N, width]` to the same."""
+        """Tokens `[B, N, hidden_size]` to the same shape."""
         x = x + self.attention(self.layernorm_before(x))
         inner = functional.gelu(self.intermediate["dense"](self.layernorm_after(x)))
         out: Tensor = x + self.output["dense"](inner)
@@ -75,71 +83,116 @@ class Layer(nn.Module):
 
 
 class VitDecoder(nn.Module):
-    """Tokens `[B, grid^2, features]` (row-major, no class token) to images `[B, 3, side, side]`.
+    """Decodes feature tokens `[B, N, in_channels]` to images `[B, 3, side, side]`.
 
-    The images are in the encoder's own normalization (its mean and deviation of colors). Other square grids of
-    tokens are brought to the trained one by bilinear interpolation, as both projects do.
+    Images are in the normalization of the vision model (its mean and standard deviation per color). Square grids of
+    another size than the trained one are resized to it by bilinear interpolation, as both projects do.
+
+    Args:
+        config: Shape of the network.
     """
 
-    def __init__(self, config: VitConfig) -> None:
+    def __init__(self, config: VitDecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.decoder_embed = nn.Linear(config.features, config.width)
-        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, config.grid**2 + 1, config.width), requires_grad=False)
-        self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
-        self.decoder_layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
-        self.decoder_norm = nn.LayerNorm(config.width, eps=config.epsilon)
-        self.decoder_pred = nn.Linear(config.width, 3 * config.patch**2)
+        self.decoder_embed = nn.Linear(config.in_channels, config.hidden_size)
+        self.decoder_pos_embed = nn.Parameter(
+            torch.zeros(1, config.grid_size**2 + 1, config.hidden_size), requires_grad=False
+        )
+        self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.decoder_layers = nn.ModuleList(VitLayer(config) for _ in range(config.num_layers))
+        self.decoder_norm = nn.LayerNorm(config.hidden_size, eps=config.eps)
+        self.decoder_pred = nn.Linear(config.hidden_size, 3 * config.patch_size**2)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """See the class."""
+        """Decode tokens.
+
+        Args:
+            tokens: `[B, N, in_channels]`, row-major, without a class token; N is a square number.
+
+        Returns:
+            Images `[B, 3, side, side]`, normalized as the vision model's input.
+        """
         config = self.config
-        x = self._on_grid(self.decoder_embed(tokens))
+        x = self._resize_grid(self.decoder_embed(tokens))
         x = torch.cat([self.trainable_cls_token.expand(len(x), -1, -1), x], dim=1) + self.decoder_pos_embed
         for layer in self.decoder_layers:
             x = layer(x)
         values = self.decoder_pred(self.decoder_norm(x))[:, 1:]
-        # A token holds its patch as (row, column, color).
-        patches = values.unflatten(1, (config.grid, config.grid)).unflatten(-1, (config.patch, config.patch, 3))
+        # The values of a token are ordered (row, column, color).
+        patches = values.unflatten(1, (config.grid_size, config.grid_size)).unflatten(
+            -1, (config.patch_size, config.patch_size, 3)
+        )
         image: Tensor = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         return image
 
-    def _on_grid(self, x: Tensor) -> Tensor:
+    def _resize_grid(self, x: Tensor) -> Tensor:
         side = math.isqrt(x.shape[1])
-        if side == self.config.grid:
+        if side == self.config.grid_size:
             return x
         cells = x.transpose(1, 2).unflatten(2, (side, side))
-        size = (self.config.grid, self.config.grid)
+        size = (self.config.grid_size, self.config.grid_size)
         return functional.interpolate(cells, size=size, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
 
 
-def positions(width: int, grid: int) -> Tensor:
-    """Fixed sine-cosine positions `[1, grid^2 + 1, width]`: half column, half row; zeros for the class token."""
-    quarter = width // 4
+def sincos_position_embedding(hidden_size: int, grid_size: int) -> Tensor:
+    """Fixed 2-D sine-cosine position embedding of ViT-MAE.
+
+    Args:
+        hidden_size: Channels; the first half encodes the column, the second the row.
+        grid_size: Tokens along each side.
+
+    Returns:
+        `[1, grid_size^2 + 1, hidden_size]` float32; zeros for the class token, which comes first.
+    """
+    quarter = hidden_size // 4
     omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega
+    angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * omega
     table = torch.cat([angles.sin(), angles.cos()], dim=1)
-    column, row = table[None].expand(grid, -1, -1), table[:, None].expand(-1, grid, -1)
+    column, row = table[None].expand(grid_size, -1, -1), table[:, None].expand(-1, grid_size, -1)
     cells = torch.cat([column, row], dim=2).flatten(0, 1)
     return torch.cat([torch.zeros(1, cells.shape[1], dtype=cells.dtype), cells])[None].float()
 
 
-def shape_of(tensors: Mapping[str, Tensor], source: object, *, heads: int | None, epsilon: float) -> VitConfig:
-    """A decoder's shape, read from its weights; the heads are not in them (ViT-XL: 16). Raises CheckpointError."""
+def infer_vit_config(
+    tensors: Mapping[str, Tensor], source: object, *, num_heads: int | None, eps: float
+) -> VitDecoderConfig:
+    """Infer the shape of a decoder from its weights.
+
+    Args:
+        tensors: State dict of a VitDecoder.
+        source: What error messages call the file.
+        num_heads: Attention heads, which weights do not show; None for ViT-XL's 16.
+        eps: Epsilon of the LayerNorms.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        CheckpointError: The tensors are not those of such a decoder.
+    """
     try:
-        width, features = tensors["decoder_embed.weight"].shape
+        hidden_size, in_channels = tensors["decoder_embed.weight"].shape
         layers = {int(m[1]) for name in tensors if (m := re.match(r"decoder_layers\.(\d+)\.", name))}
-        patch = math.isqrt(tensors["decoder_pred.weight"].shape[0] // 3)
-        grid = math.isqrt(tensors["decoder_pos_embed"].shape[1] - 1)
-        inner = tensors["decoder_layers.0.intermediate.dense.weight"].shape[0]
+        patch_size = math.isqrt(tensors["decoder_pred.weight"].shape[0] // 3)
+        grid_size = math.isqrt(tensors["decoder_pos_embed"].shape[1] - 1)
+        intermediate_size = tensors["decoder_layers.0.intermediate.dense.weight"].shape[0]
     except (KeyError, ValueError, IndexError) as fault:
         raise CheckpointError(
-            f"{source} is no RAE or Scale-RAE decoder: it lacks {fault}. Name their model.pt."
+            f"{source} is not a decoder of RAE or Scale-RAE: it lacks {fault}. Give their model.pt."
         ) from None
-    heads = 16 if heads is None else heads
-    if heads < 1 or width % heads:
-        raise CheckpointError(f"{source}: {heads} attention heads do not divide the width {width}; check its config.")
-    return VitConfig(
-        features=features, width=width, inner=inner, layers=len(layers), heads=heads, patch=patch, grid=grid,
-        epsilon=epsilon,
-    )  # fmt: skip
+    num_heads = 16 if num_heads is None else num_heads
+    if num_heads < 1 or hidden_size % num_heads:
+        raise CheckpointError(
+            f"{source}: {num_heads} attention heads do not divide the hidden size {hidden_size}; check its config."
+        )
+    return VitDecoderConfig(
+        in_channels=in_channels,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_layers=len(layers),
+        num_heads=num_heads,
+        patch_size=patch_size,
+        grid_size=grid_size,
+        eps=eps,
+    )

@@ -7,15 +7,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from pidecode.errors import SettingError, SizeError
-from pidecode.registry import configs as architecture
+from pidecode.registry import configs
 from pidecode.registry.configs import PiDConfig
 from pidecode.registry.spaces import SPACES, LatentSpace, did_you_mean, get_space
 
-Kind = Literal["feed-forward", "student", "teacher", "backbone"]
-Size = tuple[int, int]
+NetworkKind = Literal["feed-forward", "student", "teacher", "backbone"]
+ImageSize = tuple[int, int]
 """Height and width in pixels."""
 
 REPOSITORY = "nvidia/PiD"
@@ -24,7 +24,7 @@ REPOSITORY = "nvidia/PiD"
 TEXT_ENCODER = "Efficient-Large-Model/gemma-2-2b-it"
 """Hub repository of the text encoder the official code loads (an ungated copy of google/gemma-2-2b-it)."""
 
-DECODERS: tuple[Kind, ...] = ("student", "feed-forward")
+DECODERS: tuple[NetworkKind, ...] = ("student", "feed-forward")
 """Kinds that a variant without a kind names."""
 
 STUDENT_TIMES = (0.999, 0.866, 0.634, 0.342, 0.0)
@@ -79,7 +79,7 @@ class Checkpoint:
     space: str
     """Name of its latent space; "pixeldit" for the backbone, which takes no latent."""
     variant: str
-    kind: Kind
+    kind: NetworkKind
     repository: str | None
     """Hub repository; None for the weights that ship with this package."""
     path: str
@@ -88,16 +88,16 @@ class Checkpoint:
     """The network it holds, as it is used; None where the file itself says it (ours)."""
     parameters: int | None
     size_bytes: int | None = None
-    """Exact size where known; see `about_bytes`."""
+    """Exact size where known; see `approximate_bytes`."""
     sha256: str | None = None
     license: License = NSCL_V1
     shift: FlowShift | None = None
     """The flow shift of its training; teachers and the backbone sample with it, students have their own times."""
-    guidance: float = 1.0
+    guidance_scale: float = 1.0
     """Recommended classifier-free guidance; 1 is none."""
-    steps: int = 4
+    num_steps: int = 4
     """Recommended number of sampling steps."""
-    trained_sizes: tuple[Size, ...] = ()
+    trained_sizes: tuple[ImageSize, ...] = ()
     """Output sizes the official notes name; empty where any size is as good as another."""
     trained_area: tuple[int, int] | None = None
     """Smallest and largest trained output area in pixels, where it was trained on a range of sizes."""
@@ -118,7 +118,7 @@ class Checkpoint:
         return SPACES.get(self.space)
 
     @property
-    def about_bytes(self) -> int | None:
+    def approximate_bytes(self) -> int | None:
         """Its size, exact where known, else two bytes for each parameter."""
         if self.size_bytes is not None or self.parameters is None:
             return self.size_bytes
@@ -140,12 +140,12 @@ class EncoderFile:
     statistics: tuple[str, str] | None = None
 
 
-_SIZES_2K: tuple[Size, ...] = ((2048, 2048), (1728, 2304), (2304, 1728), (1536, 2688), (2688, 1536))
+_SIZES_2K: tuple[ImageSize, ...] = ((2048, 2048), (1728, 2304), (2304, 1728), (1536, 2688), (2688, 1536))
 # The range variants were trained on buckets of the same shapes from 2048 to about 4096 pixels; the upper
 # ones named here are those shapes with a long side of 4096.
-_SIZES_4K: tuple[Size, ...] = (*_SIZES_2K, (4096, 4096), (3072, 4096), (4096, 3072), (2304, 4096), (4096, 2304))
+_SIZES_4K: tuple[ImageSize, ...] = (*_SIZES_2K, (4096, 4096), (3072, 4096), (4096, 3072), (2304, 4096), (4096, 2304))
 _AREA_4K = (1536 * 2688, 4096 * 4096)
-_SQUARE_2K: tuple[Size, ...] = ((2048, 2048),)
+_SQUARE_2K: tuple[ImageSize, ...] = ((2048, 2048),)
 
 _SHIFT_2K = FlowShift(base=6.0)
 _SHIFT_V1_4K = FlowShift(base=4.0, size=1024)
@@ -158,12 +158,12 @@ def _file(folder: str) -> str:
 
 def _v1_config(space: str) -> PiDConfig:
     row = SPACES[space]
-    return architecture.v1(latent_channels=row.channels, latent_down=row.down, scale=row.scale)
+    return configs.v1(latent_channels=row.channels, latent_down=row.down, scale=row.scale)
 
 
 def _v1pt5_config(space: str, *, teacher: bool) -> PiDConfig:
     row = SPACES[space]
-    return architecture.v1pt5(
+    return configs.v1pt5(
         latent_channels=row.channels, latent_down=row.down, latent_unpatchify=row.raw_patch, color_head=teacher
     )
 
@@ -197,8 +197,8 @@ def _v1pt5(space: str, parameters: int, size_bytes: int | None = None, *, teache
         parameters=parameters,
         size_bytes=size_bytes,
         shift=_SHIFT_V1PT5,
-        guidance=5.0 if teacher else 1.0,
-        steps=25 if teacher else 4,
+        guidance_scale=5.0 if teacher else 1.0,
+        num_steps=25 if teacher else 4,
         trained_sizes=_SIZES_4K,
         trained_area=_AREA_4K,
     )
@@ -225,11 +225,11 @@ _ROWS = (
         kind="backbone",
         repository=REPOSITORY,
         path=_file("PixelDiT_finetune_2kto4k"),
-        config=architecture.backbone(),
+        config=configs.backbone(),
         parameters=1_302_470_787,
         shift=_SHIFT_V1PT5,
-        guidance=2.75,
-        steps=50,
+        guidance_scale=2.75,
+        num_steps=50,
         trained_sizes=_SIZES_4K,
         trained_area=_AREA_4K,
     ),
@@ -245,7 +245,7 @@ _ROWS = (
     ),
 )
 
-CHECKPOINTS: Mapping[tuple[str, str, Kind], Checkpoint] = MappingProxyType(
+CHECKPOINTS: Mapping[tuple[str, str, NetworkKind], Checkpoint] = MappingProxyType(
     {(row.space, row.variant, row.kind): row for row in _ROWS}
 )
 """Every released file by (space, variant, kind)."""
@@ -283,7 +283,7 @@ TINY_ENCODER = "tiny_encoder.safetensors"
 """File name, among the package's assets, of the small encoder to FLUX.2's space."""
 
 
-def variants(space: str, *kinds: Kind) -> tuple[str, ...]:
+def variants(space: str, *kinds: NetworkKind) -> tuple[str, ...]:
     """The released variants of a space (name or alias) and of some kinds, the default first.
 
     Args:
@@ -297,7 +297,7 @@ def variants(space: str, *kinds: Kind) -> tuple[str, ...]:
     return tuple(row.variant for row in _ROWS if row.space == name and row.kind in (kinds or DECODERS))
 
 
-def get_checkpoint(space: str, variant: str | None = None, kind: Kind | None = None) -> Checkpoint:
+def get_checkpoint(space: str, variant: str | None = None, kind: NetworkKind | None = None) -> Checkpoint:
     """The released file for a space (name or alias, or "pixeldit" or "tiny"); without a variant, its default.
 
     Without a kind it is a student or feed-forward decoder ("backbone" for "pixeldit"). Raises SettingError, saying
@@ -306,7 +306,7 @@ def get_checkpoint(space: str, variant: str | None = None, kind: Kind | None = N
     if space == "tiny":
         space, variant = "flux2", "tiny" if variant is None else variant
     name = space if space == "pixeldit" else get_space(space).name
-    kinds: tuple[Kind, ...] = (kind,) if kind else ("backbone",) if name == "pixeldit" else DECODERS
+    kinds: tuple[NetworkKind, ...] = (kind,) if kind else ("backbone",) if name == "pixeldit" else DECODERS
     there = variants(name, *kinds)
     if not there:
         raise SettingError(
@@ -321,6 +321,33 @@ def get_checkpoint(space: str, variant: str | None = None, kind: Kind | None = N
     raise SettingError(f"There is no {kinds[0]} {chosen!r} for {name}.{did_you_mean(chosen, there)}")
 
 
+def list_checkpoints() -> list[dict[str, Any]]:
+    """The released checkpoints as plain records.
+
+    Returns:
+        One dict per file: name, space, variant, kind, repository (None if it ships with the package), path,
+        parameters, size_bytes, license, commercial_use, num_steps, guidance_scale, trained_sizes (width, height).
+    """
+    return [
+        {
+            "name": row.name,
+            "space": row.space,
+            "variant": row.variant,
+            "kind": row.kind,
+            "repository": row.repository,
+            "path": row.path,
+            "parameters": row.parameters,
+            "size_bytes": row.approximate_bytes,
+            "license": row.license.name,
+            "commercial_use": row.license.commercial,
+            "num_steps": row.num_steps,
+            "guidance_scale": row.guidance_scale,
+            "trained_sizes": [(width, height) for height, width in row.trained_sizes],
+        }
+        for row in _ROWS
+    ]
+
+
 PATCH = 16
 """Side, in output pixels, of a patch of every released network; outputs are whole patches."""
 
@@ -330,7 +357,7 @@ _LONGEST_SIDE = 4096
 _WIDEST_ASPECT = 1.8
 
 
-def output_size(space: str, latent_height: int, latent_width: int) -> Size:
+def output_size(space: str, latent_height: int, latent_width: int) -> ImageSize:
     """Height and width, in pixels, of what a latent of that many cells becomes. Raises SizeError for none."""
     if latent_height < 1 or latent_width < 1:
         raise SizeError(f"A latent needs at least one cell; got {latent_height}x{latent_width}.")
@@ -338,7 +365,7 @@ def output_size(space: str, latent_height: int, latent_width: int) -> Size:
     return latent_height * factor, latent_width * factor
 
 
-def latent_grid(space: str, height: int, width: int) -> Size:
+def latent_grid(space: str, height: int, width: int) -> ImageSize:
     """Rows and columns of the latent whose output is `height` x `width` pixels.
 
     Raises SizeError, naming the nearest sizes there are, if there is none.
@@ -348,7 +375,7 @@ def latent_grid(space: str, height: int, width: int) -> Size:
     return height // factor, width // factor
 
 
-def input_size(space: str, height: int, width: int) -> Size:
+def input_size(space: str, height: int, width: int) -> ImageSize:
     """Height and width of the encoder's input for that output. Raises SizeError as `latent_grid` does."""
     rows, columns = latent_grid(space, height, width)
     down = get_space(space).down
@@ -390,7 +417,7 @@ def is_trained(checkpoint: Checkpoint, height: int, width: int) -> bool:
     )
 
 
-def nearest_trained(checkpoint: Checkpoint, height: int, width: int) -> Size | None:
+def nearest_trained(checkpoint: Checkpoint, height: int, width: int) -> ImageSize | None:
     """The trained output size nearest in shape, then in area; the size itself if trained; None without such a list."""
     if height < 1 or width < 1:
         raise SizeError(f"An image has positive sides; got {height}x{width}.")
@@ -399,7 +426,7 @@ def nearest_trained(checkpoint: Checkpoint, height: int, width: int) -> Size | N
     if is_trained(checkpoint, height, width):
         return height, width
 
-    def distance(size: Size) -> float:
+    def distance(size: ImageSize) -> float:
         shape = abs(math.log(size[0] * width / (size[1] * height)))
         area = abs(math.log(size[0] * size[1] / (height * width)))
         return 2 * shape + area / 2
@@ -407,7 +434,7 @@ def nearest_trained(checkpoint: Checkpoint, height: int, width: int) -> Size | N
     return min(checkpoint.trained_sizes, key=distance)
 
 
-def size_advice(checkpoint: Checkpoint, height: int, width: int) -> str | None:
+def size_warning(checkpoint: Checkpoint, height: int, width: int) -> str | None:
     """A sentence to warn with when the output size is outside what the checkpoint was trained for, else None."""
     if is_trained(checkpoint, height, width):
         return None

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from pidecode.errors import SettingError
 
-Gate = Literal["per_token", "per_channel"]
+GateMode = Literal["per_token", "per_channel"]
 Padding = Literal["zeros", "replicate", "reflect"]
 RopeMode = Literal["original", "ntk_aware"]
 Prediction = Literal["velocity", "x0"]
@@ -77,7 +77,7 @@ class PiDConfig:
     """What the convolutions see beyond the edge."""
     adapter_image_channels: int = 0
     """Channels of an optional low-resolution image beside the latent (0 in every released network)."""
-    gate: Gate = "per_channel"
+    gate: GateMode = "per_channel"
     """Whether a gate decides for each token, or for each channel of it."""
     inject_interval: int = 2
     """The latent enters before every patch block whose index this divides."""

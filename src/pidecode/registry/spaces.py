@@ -7,13 +7,13 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from pidecode.errors import SettingError, SizeError
 
 Packing = Literal["none", "two_by_two", "patchified"]
 Statistics = Literal["constants", "per_channel", "batch_norm", "per_position", "layer_norm"]
-NoiseFrame = Literal["flow", "variance_preserving"]
+NoiseParametrization = Literal["flow", "variance_preserving"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ class LatentSpace:
     """Deviation of each channel ("per_channel")."""
     epsilon: float = 0.0
     """Added to a variance before its root ("batch_norm", "per_position", "layer_norm")."""
-    noise_frame: NoiseFrame = "flow"
+    noise_parametrization: NoiseParametrization = "flow"
     """A noised latent is `(1 - s) z + s e` ("flow") or `sqrt(1 - s^2) z + s e` ("variance_preserving")."""
     input_multiple: int = 16
     """Sides of the encoder's input are cropped or padded to a multiple of this many pixels."""
@@ -144,7 +144,7 @@ _ROWS = (
         statistics="constants", scaling_factor=1.5305, shift_factor=0.0609, raw_std=0.65,
     ),
     LatentSpace(
-        name="sdxl", title="Stable Diffusion XL", channels=4, down=8, noise_frame="variance_preserving",
+        name="sdxl", title="Stable Diffusion XL", channels=4, down=8, noise_parametrization="variance_preserving",
         statistics="constants", scaling_factor=0.13025, raw_std=7.68, spread_limit=2.5,
     ),
     LatentSpace(
@@ -211,6 +211,28 @@ def get_space(name: str) -> LatentSpace:
     if row is None:
         raise SettingError(f"There is no latent space {name!r}.{did_you_mean(name, [*SPACES, *ALIASES])}")
     return row
+
+
+def list_spaces() -> list[dict[str, Any]]:
+    """The latent spaces as plain records.
+
+    Returns:
+        One dict per space: name, title, aliases, channels, down (image pixels per latent cell, one side), scale
+        (output pixels per image pixel, one side), noise_parametrization, image_models.
+    """
+    return [
+        {
+            "name": row.name,
+            "title": row.title,
+            "aliases": [alias for alias, name in ALIASES.items() if name == row.name],
+            "channels": row.channels,
+            "down": row.down,
+            "scale": row.scale,
+            "noise_parametrization": row.noise_parametrization,
+            "image_models": [model.name for model in IMAGE_MODELS.values() if model.space == row.name],
+        }
+        for row in _ROWS
+    ]
 
 
 def get_image_model(name: str) -> ImageModel:

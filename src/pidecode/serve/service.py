@@ -18,7 +18,7 @@ from torch.nn import functional
 from pidecode.decoder import PixelDecoder
 from pidecode.devices import free_memory
 from pidecode.errors import DoesNotFitError, FileError, LatentError, MissingDependencyError, SettingError
-from pidecode.images import KEYWORD, encode_image, load_image, read_recipe, to_pil
+from pidecode.images import KEYWORD, encode_image, load_image, read_metadata, to_pil
 from pidecode.latents import storage
 from pidecode.latents.latent import Latent
 from pidecode.sampling import Step
@@ -148,7 +148,7 @@ class DecodeService:
         """
         if not looks_like_safetensors(data):
             image = load_image(data, max_pixels=self.limits.pixels)
-            return FileInfo(kind="image", width=image.width, height=image.height, metadata=read_recipe(data))
+            return FileInfo(kind="image", width=image.width, height=image.height, metadata=read_metadata(data))
         return _latent_info(data)
 
     def plan(self, name: str | None, file: FileInfo, size: tuple[int, int] | None = None) -> DecodePlan:
@@ -400,7 +400,7 @@ def _result(params: ResultParams, decode: Callable[[], Image]) -> Result:
         warnings.simplefilter("always")
         image = decode()
     metadata = image.info.get(KEYWORD)
-    data = encode_image(image, params.format, recipe=metadata)
+    data = encode_image(image, params.format, metadata=metadata)
     messages = dict.fromkeys(
         str(entry.message)
         for entry in caught

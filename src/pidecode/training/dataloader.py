@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from pidecode.encoders.text import TextEncoder, TextStateCache, default_folder
+from pidecode.encoders.text import PromptEmbedsCache, TextEncoder, default_folder
 from pidecode.errors import ImageError, TrainingError
 from pidecode.images.read import load_image
 from pidecode.images.tensors import downsample, to_tensor
@@ -22,7 +22,7 @@ from pidecode.training.dataset import BucketSampler, ImageDataset, ImageEntry, n
 from pidecode.training.denoiser import TrainBatch
 from pidecode.training.latent_cache import LatentShards
 from pidecode.training.noise import PerSampleRNG, noise_latent, per_sample, seed_of
-from pidecode.weights.resolve import asset, encoder_path
+from pidecode.weights.resolve import asset, cached_encoder_path
 
 _TRIES = 16
 
@@ -235,7 +235,9 @@ class DataLoader:
         if batch.latent is None or self.config.space is None:
             return batch
         names = [sample.name for sample in samples]
-        latent, sigma = noise_latent(batch.latent, rng, self.config.noise, self.config.space.noise_frame, names)
+        latent, sigma = noise_latent(
+            batch.latent, rng, self.config.noise, self.config.space.noise_parametrization, names
+        )
         keep = (rng.uniform() >= self.config.data.latent_dropout).float()
         return replace(batch, latent=latent * per_sample(keep), sigma=sigma, keep=keep)
 
@@ -244,7 +246,9 @@ def make_encoders(config: TrainConfig, device: torch.device) -> ConditionEncoder
     """The configuration's own encoders, or the latent space's and Gemma-2; latents are cached in `data.cache`."""
     encode_text: EncodeTextFn | None = None
     if config.net.has_text:
-        encode_text = config.encode_text or TextEncoder(device=device, states=TextStateCache(default_folder())).encode
+        encode_text = (
+            config.encode_text or TextEncoder(device=device, states=PromptEmbedsCache(default_folder())).encode
+        )
     if config.space is None:
         return ConditionEncoders(None, encode_text)
     source, encode = _encoder(config, device)
@@ -259,7 +263,7 @@ def _encoder(config: TrainConfig, device: torch.device) -> tuple[str, EncodeFn]:
     if config.encode is not None:
         encode: Callable[..., Tensor] = config.encode
         return getattr(encode, "__qualname__", type(encode).__qualname__), config.encode
-    path = config.data.encoder or encoder_path(space.name)
+    path = config.data.encoder or cached_encoder_path(space.name)
     if not path and space.name == "flux2":
         path = asset("tiny_encoder.safetensors")
     if not path:

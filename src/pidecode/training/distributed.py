@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from pidecode.devices import pick_device
+from pidecode.devices import select_device
 from pidecode.errors import SettingError, TrainingError
 from pidecode.models.pid.blocks import JointAttention, PatchBlock, PixelAttention, PixelBlock
 from pidecode.models.pid.network import Condition
@@ -64,7 +64,7 @@ class DistEnv:
 
 def local_device() -> torch.device:
     """This process's own device: of several accelerators, the one of its local rank."""
-    best = pick_device()
+    best = select_device()
     if "LOCAL_RANK" not in os.environ or best.type == "cpu":
         return best
     index = int(os.environ["LOCAL_RANK"])

@@ -17,7 +17,7 @@ from pidecode.models.pid.network import PiDNet
 from pidecode.registry.configs import PiDConfig
 from pidecode.training.config import LoRAConfig
 from pidecode.weights.read import read_weights
-from pidecode.weights.resolve import locate
+from pidecode.weights.resolve import resolve_checkpoint
 
 _ADAPTER = ("lq_proj.", "pit_lq_gate.")
 _COLOR_HEAD = "lq_proj.lq_aux_rgb_head."
@@ -71,7 +71,7 @@ def _initialize(net: PiDNet) -> None:
 
 def initial_weights(source: str) -> dict[str, Tensor]:
     """Tensors of the file or installed model a run starts from, float32."""
-    path = locate(source).path
+    path = resolve_checkpoint(source).path
     return {name: tensor.float() for name, tensor in read_weights(path).tensors.items()}
 
 

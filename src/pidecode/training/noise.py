@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pidecode.errors import SettingError
-from pidecode.registry.spaces import NoiseFrame
+from pidecode.registry.spaces import NoiseParametrization
 
 
 class RNG(Protocol):
@@ -114,7 +114,7 @@ class LatentNoiseConfig:
 
 
 def noise_latent(
-    latent: Tensor, rng: RNG, config: LatentNoiseConfig, frame: NoiseFrame, names: Sequence[str] = ()
+    latent: Tensor, rng: RNG, config: LatentNoiseConfig, frame: NoiseParametrization, names: Sequence[str] = ()
 ) -> tuple[Tensor, Tensor]:
     """Noised latents `[B, C, h, w]` and the sigma `[B]` left in each (0 where it stayed clean), float32."""
     noised = rng.uniform() < config.probability

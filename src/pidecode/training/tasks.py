@@ -53,11 +53,16 @@ from pidecode.training.noise import RNG, seed_of
 from pidecode.training.repa import RepresentationAlignment, dinov2
 from pidecode.training.trainer import Trainer, export_newest, make_optimizer
 from pidecode.weights.load import LoraMetadata, write_lora
-from pidecode.weights.metadata import CheckpointMetadata, Kind
+from pidecode.weights.metadata import CheckpointMetadata, CheckpointKind
 
 MAIN = "net"
 """Name of the network that a run is about: averaged, sampled, exported."""
-_KINDS: dict[str, Kind] = {"backbone": "backbone", "teacher": "teacher", "student": "student", "direct": "student"}
+_KINDS: dict[str, CheckpointKind] = {
+    "backbone": "backbone",
+    "teacher": "teacher",
+    "student": "student",
+    "direct": "student",
+}
 _GRID_GAP = 4
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pidecode.errors import CheckpointError, SettingError
-from pidecode.registry import configs as architecture
+from pidecode.registry import configs
 from pidecode.registry.checkpoints import CHECKPOINTS, Checkpoint
 from pidecode.registry.configs import PiDConfig, TinyDecoderConfig
 from pidecode.registry.spaces import SPACES, LatentSpace, get_space
-from pidecode.weights.metadata import KINDS, CheckpointMetadata, Kind
+from pidecode.weights.metadata import KINDS, CheckpointKind, CheckpointMetadata
 from pidecode.weights.read import WeightFile
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -89,7 +89,7 @@ def _image_in(config: PiDConfig) -> int:
     return config.adapter_image_channels * (config.patch_size // config.scale) ** 2
 
 
-def read_structure(shapes: Shapes, source: str = "the file", interval: int | None = None) -> InferredShape:
+def infer_shape(shapes: Shapes, source: str = "the file", interval: int | None = None) -> InferredShape:
     """Everything names and shapes show (docs/architecture.md, Network and Adapter), for a network of any size.
 
     interval: `inject_interval`, where it is known from elsewhere.
@@ -282,7 +282,7 @@ def _from_metadata(file: WeightFile, own: CheckpointMetadata, hints: Overrides) 
             raise SettingError(f"{file.path} is a feed-forward decoder, whose file settles its shape; leave them out.")
         return own
     config = replace(own.config, **(hints.overrides or {}))
-    structure = read_structure(file.shapes, str(file.path), config.inject_interval)
+    structure = infer_shape(file.shapes, str(file.path), config.inject_interval)
     if said := structure.disagreement(config):
         raise CheckpointError(f"{file.path} contradicts itself: {said}.")
     filled = {name: value for name, value in told.items() if getattr(own, name) is None}
@@ -291,7 +291,7 @@ def _from_metadata(file: WeightFile, own: CheckpointMetadata, hints: Overrides) 
 
 def _from_evidence(file: WeightFile, hints: Overrides) -> CheckpointMetadata:
     overrides = dict(hints.overrides or {})
-    structure = read_structure(file.shapes, str(file.path), overrides.get("inject_interval"))
+    structure = infer_shape(file.shapes, str(file.path), overrides.get("inject_interval"))
     named, told = official_name(file.path), _told(hints)
     _agree(file.path, "its name", named, told)
     known = {**named, **told}
@@ -359,7 +359,7 @@ def _backbone(
             f"{path} is a bare backbone whose tensors cannot show the size it was trained at. Say "
             f"space={BACKBONE_SPACE!r} for NVIDIA's 2K to 4K fine-tune, or overrides={{'rope_reference': ...}}."
         )
-    config = _checked(path, structure, {**_values(architecture.backbone()), **structure.seen, **overrides})
+    config = _checked(path, structure, {**_values(configs.backbone()), **structure.seen, **overrides})
     return CheckpointMetadata(
         kind="backbone", config=config, variant=known.get("variant"), license="NSCLv1" if known else None
     )
@@ -393,7 +393,7 @@ def _only_space(
     )
 
 
-def _only_kind(path: Path, structure: InferredShape, rows: list[Checkpoint], variant: str | None) -> Kind:
+def _only_kind(path: Path, structure: InferredShape, rows: list[Checkpoint], variant: str | None) -> CheckpointKind:
     """The one kind the table leaves; the color head, which only teachers surely keep, speaks against "student"."""
     kinds = {row.kind for row in rows if variant in (None, row.variant)}
     if len(kinds) == 1:
@@ -415,9 +415,9 @@ def _base(structure: InferredShape, space: LatentSpace) -> dict[str, Any] | None
     generation = structure.generation or "v1pt5"
     for fold in sorted({1, space.raw_patch}):
         if generation == "v1":
-            config = architecture.v1(latent_channels=space.channels, latent_down=space.down, scale=space.scale)
+            config = configs.v1(latent_channels=space.channels, latent_down=space.down, scale=space.scale)
         else:
-            config = architecture.v1pt5(latent_channels=space.channels, latent_down=space.down)
+            config = configs.v1pt5(latent_channels=space.channels, latent_down=space.down)
         values = {**_values(config), "scale": space.scale, "latent_unpatchify": fold} | dict(structure.seen)
         _count_image_channels(structure, values)
         try:
@@ -443,7 +443,7 @@ def _config(path: Path, structure: InferredShape, space: str | None, overrides: 
             f"{row.name} have {row.channels}. Name the space the file is for."
         )
     if base is None:
-        default = architecture.v1 if structure.generation == "v1" else architecture.v1pt5
+        default = configs.v1 if structure.generation == "v1" else configs.v1pt5
         shown = _values(default(latent_channels=overrides["latent_channels"], latent_down=overrides["latent_down"]))
         base = {**shown, **structure.seen}
     return _checked(path, structure, {**base, **overrides})

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pidecode.errors import LicenseError, SettingError
-from pidecode.registry.checkpoints import ENCODERS, TEXT_ENCODER, Checkpoint, Kind, License, get_checkpoint
-from pidecode.weights.resolve import Hub, OnProgress, asset
+from pidecode.registry.checkpoints import ENCODERS, TEXT_ENCODER, Checkpoint, License, NetworkKind, get_checkpoint
+from pidecode.weights.resolve import DownloadCallback, HubCache, asset
 
 _MODEL_FILES = ("*.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.model", "LICENSE*", "README.md")
 """What of a transformers repository is needed; never its pickles."""
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class RepositoryFiles:
     """One thing to fetch: files of a repository that match any of the patterns; a plain path matches itself."""
 
     title: str
@@ -32,7 +32,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Pulled:
+class DownloadedCheckpoint:
     """Where things lie now; None for what was not asked for. A folder is a repository's, or the part that was."""
 
     decoder: Path | None = None
@@ -41,21 +41,21 @@ class Pulled:
     others: tuple[Path, ...] = ()
 
 
-def parts_of(row: Checkpoint, *, encoder: bool = True, text: bool = True) -> list[Part]:
+def checkpoint_files(row: Checkpoint, *, encoder: bool = True, text: bool = True) -> list[RepositoryFiles]:
     """What a released decoder needs: itself, its space's encoder and what that builds on, the text encoder."""
     if row.repository is None:
         return []
-    parts = [Part("decoder", row.repository, (row.path,))]
+    parts = [RepositoryFiles("decoder", row.repository, (row.path,))]
     source = ENCODERS.get(row.space)
     if encoder and source:
         pattern = f"{source.path}*" if source.path.endswith("/") else source.path
-        parts.append(Part("encoder", source.repository, (pattern,)))
+        parts.append(RepositoryFiles("encoder", source.repository, (pattern,)))
         if source.source:
-            parts.append(Part("encoder's model", source.source, _MODEL_FILES))
+            parts.append(RepositoryFiles("encoder's model", source.source, _MODEL_FILES))
         if source.statistics:
-            parts.append(Part("encoder's statistics", source.statistics[0], (source.statistics[1],)))
+            parts.append(RepositoryFiles("encoder's statistics", source.statistics[0], (source.statistics[1],)))
     if text and row.config is not None and row.config.has_text:
-        parts.append(Part("text encoder", TEXT_ENCODER, _MODEL_FILES))
+        parts.append(RepositoryFiles("text encoder", TEXT_ENCODER, _MODEL_FILES))
     return parts
 
 
@@ -68,32 +68,32 @@ def license_notice(license: License) -> str:
     )
 
 
-def pull(
+def download_checkpoint(
     space: str,
     variant: str | None = None,
     *,
-    kind: Kind | None = None,
+    kind: NetworkKind | None = None,
     accept_license: bool = False,
-    parts: Callable[[Checkpoint], list[Part]] = parts_of,
-    on_progress: OnProgress | None = None,
-    hub: Hub | None = None,
-) -> Pulled:
+    parts: Callable[[Checkpoint], list[RepositoryFiles]] = checkpoint_files,
+    on_progress: DownloadCallback | None = None,
+    hub: HubCache | None = None,
+) -> DownloadedCheckpoint:
     """Fetch a released decoder with its encoder and text encoder into the cache, and say where they lie.
 
     What is there already is left alone: with everything there, nothing is asked of the network or of the user.
-    parts: which parts to fetch, such as `functools.partial(parts_of, text=False)`.
+    parts: which parts to fetch, such as `functools.partial(checkpoint_files, text=False)`.
     on_progress: told of every piece that arrives; it may raise Cancelled. A broken fetch goes on next time.
     Raises LicenseError, whose message is the notice to show, unless the license was accepted or is free;
     DownloadError when something cannot be fetched; SettingError for a decoder that does not exist.
     """
-    hub = hub or Hub()
+    hub = hub or HubCache()
     row = get_checkpoint(space, variant, kind)
     if row.repository is None:
-        return Pulled(asset(row.path))
+        return DownloadedCheckpoint(asset(row.path))
     wanted = parts(row)
     if not wanted:
         raise SettingError("There is nothing to fetch: no part was asked for.")
-    found = {part.title: present(part, hub) for part in wanted}
+    found = {part.title: cached_files(part, hub) for part in wanted}
     if None in found.values():
         if not (accept_license or row.license.commercial):
             raise LicenseError(
@@ -102,7 +102,7 @@ def pull(
         found = {part.title: found[part.title] or _fetch(part, hub, on_progress) for part in wanted}
     here = {title: path for title, path in found.items() if path is not None}
     named = {"decoder", "encoder", "text encoder"}
-    return Pulled(
+    return DownloadedCheckpoint(
         decoder=here.get("decoder"),
         encoder=here.get("encoder"),
         text_encoder=here.get("text encoder"),
@@ -110,7 +110,7 @@ def pull(
     )
 
 
-def present(part: Part, hub: Hub) -> Path | None:
+def cached_files(part: RepositoryFiles, hub: HubCache) -> Path | None:
     """Where a part lies, if all of it is in the cache; never asks the network."""
     if part.file:
         return hub.cached(part.repository, part.file)
@@ -137,7 +137,7 @@ def _whole_model(folder: Path) -> bool:
     return all((folder / name).is_file() for name in {"config.json", *weights})
 
 
-def _fetch(part: Part, hub: Hub, on_progress: OnProgress | None) -> Path:
+def _fetch(part: RepositoryFiles, hub: HubCache, on_progress: DownloadCallback | None) -> Path:
     if part.file:
         return hub.fetch(part.repository, part.file, on_progress)
     names = [
@@ -155,12 +155,12 @@ def _fetch(part: Part, hub: Hub, on_progress: OnProgress | None) -> Path:
     return _place(part, folder)
 
 
-def _marker(part: Part, hub: Hub) -> Path:
+def _marker(part: RepositoryFiles, hub: HubCache) -> Path:
     """The list of files a part consists of, so that its completeness can be told without the hub."""
     stem = f"{part.repository}--{part.patterns[0].rstrip('*')}".replace("/", "--").replace("*", "all")
     return hub.folder / "pidecode" / f"{stem}.txt"
 
 
-def _place(part: Part, folder: Path) -> Path:
+def _place(part: RepositoryFiles, folder: Path) -> Path:
     inside = part.patterns[0].rpartition("/")[0] if part.patterns[0].endswith("/*") else ""
     return folder / inside if inside else folder

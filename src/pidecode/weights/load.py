@@ -82,6 +82,34 @@ def _moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> T
     return tensor.to(device=device, dtype=dtype or tensor.dtype)
 
 
+def load_state(model: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:
+    """Load a complete state dict into a model built on the meta device. The tensors are copied.
+
+    Args:
+        model: The model; its parameters become the copies.
+        tensors: Its state dict, in any floating-point dtype.
+        source: What error messages call the file.
+
+    Raises:
+        CheckpointError: Tensors are missing, unexpected or of another shape.
+    """
+    expected = model.state_dict()
+    differences = {
+        "lacks": sorted(set(expected) - set(tensors)),
+        "also has": sorted(set(tensors) - set(expected)),
+        "has another shape of": [n for n in expected if n in tensors and tensors[n].shape != expected[n].shape],
+    }
+    faults = [
+        f"{what} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        for what, names in differences.items()
+        if names
+    ]
+    if faults:
+        raise CheckpointError(f"{source} does not fit the model: it {'; it '.join(faults)}. Give the right file.")
+    # Copies, so that the model does not depend on a memory-mapped file that may be replaced.
+    model.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, strict=True, assign=True)
+
+
 def check_complete(
     tensors: MutableMapping[str, Tensor], expected: dict[str, tuple[int, ...]], source: str = "the file"
 ) -> None:

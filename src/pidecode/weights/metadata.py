@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args
 from pidecode.errors import CheckpointError, SettingError
 from pidecode.registry.configs import PiDConfig, TinyDecoderConfig
 
-Kind = Literal["feed-forward", "student", "teacher", "backbone", "encoder"]
-KINDS: tuple[str, ...] = get_args(Kind)
+CheckpointKind = Literal["feed-forward", "student", "teacher", "backbone", "encoder"]
+KINDS: tuple[str, ...] = get_args(CheckpointKind)
 METADATA_KEY = "pidecode"
 FORMAT = 1
 
@@ -31,7 +31,7 @@ class CheckpointMetadata:
     extra: whatever else the file says, kept as it is.
     """
 
-    kind: Kind
+    kind: CheckpointKind
     config: PiDConfig | TinyDecoderConfig | None
     space: str | None = None
     variant: str | None = None

@@ -28,7 +28,7 @@ from pidecode.registry.checkpoints import (
     REPOSITORY,
     TINY_ENCODER,
     Checkpoint,
-    Kind,
+    NetworkKind,
     get_checkpoint,
 )
 from pidecode.registry.spaces import get_space
@@ -38,7 +38,7 @@ _SHA256_DIGITS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class DownloadProgress:
     """How far the fetching of one file has come, in bytes; `total` is None until it is known."""
 
     file: str
@@ -46,11 +46,11 @@ class Progress:
     total: int | None
 
 
-OnProgress = Callable[[Progress], None]
+DownloadCallback = Callable[[DownloadProgress], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hub:
+class HubCache:
     """Where files are fetched from and kept; None takes huggingface_hub's own setting (HF_HOME, HF_ENDPOINT, ...)."""
 
     cache_dir: str | Path | None = None
@@ -82,7 +82,7 @@ class Hub:
             info = _library().HfApi(endpoint=self.endpoint, token=self.token).model_info(repository)
             return [sibling.rfilename for sibling in info.siblings or ()]
 
-    def fetch(self, repository: str, path: str, on_progress: OnProgress | None = None) -> Path:
+    def fetch(self, repository: str, path: str, on_progress: DownloadCallback | None = None) -> Path:
         """The file in the cache, fetched if it is not there; size and SHA-256 are checked against the hub's.
 
         A fetch that breaks off leaves its bytes, and the next one goes on from them.
@@ -148,7 +148,7 @@ def _verify(part: Path, about: Any) -> None:
         raise DownloadError("The file arrived damaged and was thrown away; run the same command again.")
 
 
-def _reporter(path: str, on_progress: OnProgress | None) -> type[tqdm[Any]]:
+def _reporter(path: str, on_progress: DownloadCallback | None) -> type[tqdm[Any]]:
     class Reporter(tqdm):  # type: ignore[type-arg]
         """A silent progress bar that tells the caller."""
 
@@ -161,7 +161,7 @@ def _reporter(path: str, on_progress: OnProgress | None) -> type[tqdm[Any]]:
         def update(self, n: float | None = 1) -> bool | None:
             self.seen += int(n or 0)
             if on_progress:
-                on_progress(Progress(path, self.seen, self.whole))
+                on_progress(DownloadProgress(path, self.seen, self.whole))
             return None
 
     return Reporter
@@ -218,17 +218,17 @@ class ResolvedCheckpoint:
     name: str
     space: str | None = None
     variant: str | None = None
-    kind: Kind | None = None
+    kind: NetworkKind | None = None
     encoder: Path | None = None
 
 
-def locate(
+def resolve_checkpoint(
     name: str | Path,
     *,
     space: str | None = None,
     variant: str | None = None,
-    kind: Kind | None = None,
-    hub: Hub | None = None,
+    kind: NetworkKind | None = None,
+    hub: HubCache | None = None,
 ) -> ResolvedCheckpoint:
     """The weights file that a name stands for.
 
@@ -238,7 +238,7 @@ def locate(
     Raises CheckpointError or SettingError when the name leads nowhere or to several files, and DownloadError,
     with the command that fetches it, when it is not on this machine.
     """
-    hub = hub or Hub()
+    hub = hub or HubCache()
     bundled = {row.variant: row for row in CHECKPOINTS.values() if row.bundled}
     if str(name) in bundled:
         return _released(bundled[str(name)], asset(bundled[str(name)].path), space, hub)
@@ -255,14 +255,14 @@ def locate(
         path = _snapshot(str(name), hub)
     if path.is_dir():
         path = _in_folder(path, space, variant, kind)
-    near = encoder_path(get_space(space).name, hub) if space else None
+    near = cached_encoder_path(get_space(space).name, hub) if space else None
     return ResolvedCheckpoint(path=path, name=path.stem, space=space, variant=variant, kind=kind, encoder=near)
 
 
-def _released(row: Checkpoint, path: Path, space: str | None, hub: Hub) -> ResolvedCheckpoint:
+def _released(row: Checkpoint, path: Path, space: str | None, hub: HubCache) -> ResolvedCheckpoint:
     if space is not None and row.latent_space and get_space(space).name != row.space:
         raise SettingError(f"{row.variant} decodes latents of space {row.space}, not of {get_space(space).name}.")
-    encoder = asset(TINY_ENCODER) if row.bundled else encoder_path(row.space, hub)
+    encoder = asset(TINY_ENCODER) if row.bundled else cached_encoder_path(row.space, hub)
     name = row.variant if row.bundled else row.name
     return ResolvedCheckpoint(
         path=path, name=name, space=row.space, variant=row.variant, kind=row.kind, encoder=encoder
@@ -274,9 +274,9 @@ def asset(name: str) -> Path:
     return Path(str(resources.files("pidecode"))) / "assets" / name
 
 
-def encoder_path(space: str, hub: Hub | None = None) -> Path | None:
+def cached_encoder_path(space: str, hub: HubCache | None = None) -> Path | None:
     """The official encoder of a space where `pidecode pull` puts it, a file or a folder; None if it is not there."""
-    row, hub = ENCODERS.get(space), hub or Hub()
+    row, hub = ENCODERS.get(space), hub or HubCache()
     if row is None:
         return None
     if not row.path.endswith("/"):
@@ -285,22 +285,22 @@ def encoder_path(space: str, hub: Hub | None = None) -> Path | None:
     return folder / row.path if folder and (folder / row.path).is_dir() else None
 
 
-def encoder_here(space: str | None) -> Path | None:
+def default_encoder_path(space: str | None) -> Path | None:
     """The encoder of a file's own space: the pulled one, else for FLUX.2 the small one that ships with the package."""
     if space is None:
         return None
     name = get_space(space).name
-    return encoder_path(name) or (asset(TINY_ENCODER) if name == "flux2" else None)
+    return cached_encoder_path(name) or (asset(TINY_ENCODER) if name == "flux2" else None)
 
 
-def _row(space: str | None, variant: str | None, kind: Kind | None, where: str) -> Checkpoint:
+def _row(space: str | None, variant: str | None, kind: NetworkKind | None, where: str) -> Checkpoint:
     if space is None:
         names = sorted({row.space for row in CHECKPOINTS.values() if not row.bundled})
         raise SettingError(f"{where} holds networks for several latent spaces; say space= one of {', '.join(names)}.")
     return get_checkpoint(space, variant, kind)
 
 
-def _in_folder(folder: Path, space: str | None, variant: str | None, kind: Kind | None) -> Path:
+def _in_folder(folder: Path, space: str | None, variant: str | None, kind: NetworkKind | None) -> Path:
     weights = sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES and not path.name.startswith("."))
     if len(weights) == 1:
         return weights[0]
@@ -324,7 +324,7 @@ def _official(folder: Path, path: str) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-def _in_official(row: Checkpoint, hub: Hub) -> Path:
+def _in_official(row: Checkpoint, hub: HubCache) -> Path:
     if row.bundled:
         return asset(row.path)
     if found := hub.cached(row.repository or REPOSITORY, row.path):
@@ -337,7 +337,7 @@ def _in_official(row: Checkpoint, hub: Hub) -> Path:
     )
 
 
-def _snapshot(repository: str, hub: Hub) -> Path:
+def _snapshot(repository: str, hub: HubCache) -> Path:
     if folder := hub.snapshot(repository):
         return folder
     raise DownloadError(f"{repository} is not on this machine; fetch it with {command(repository, None)}.")
