@@ -53,7 +53,7 @@ from pidecode.training.noise import RNG, seed_of
 from pidecode.training.repa import RepresentationAlignment, dinov2
 from pidecode.training.trainer import Trainer, export_newest, make_optimizer
 from pidecode.weights.load import LoraMetadata, write_lora
-from pidecode.weights.metadata import CheckpointMetadata, CheckpointKind
+from pidecode.weights.metadata import CheckpointKind, CheckpointMetadata
 
 MAIN = "net"
 """Name of the network that a run is about: averaged, sampled, exported."""
