@@ -339,10 +339,12 @@ class TinyDecoderConfig:
         Raises:
             SettingError: A name is unknown, or a value has the wrong type.
         """
-        blocks = values.get("blocks", cls.blocks)
-        if not isinstance(blocks, (list, tuple)):
-            raise SettingError(f"blocks is {blocks!r}; it must be a list of whole numbers.")
-        return _from_dict(cls, {**values, "blocks": tuple(blocks)})
+        clean = dict(values)
+        if "blocks" in clean:
+            if not isinstance(clean["blocks"], (list, tuple)):
+                raise SettingError(f"blocks is {clean['blocks']!r}; it must be a list of whole numbers.")
+            clean["blocks"] = tuple(clean["blocks"])
+        return _from_dict(cls, clean)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
