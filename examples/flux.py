@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None, **call: Any) -> None:
 
     call = {"height": 512, "width": 512, "num_inference_steps": 28, "guidance_scale": 3.5, **call}
     out = pipe(given.prompt, generator=torch.Generator().manual_seed(0), **call)
-    print(f"{out.steps} steps were run; sigma {out.latents.sigma:.3f} was left in the latent.")
+    print(f"{out.num_steps} steps were run; sigma {out.latents.sigma:.3f} was left in the latent.")
     out.images[0].save(given.out)
 
 

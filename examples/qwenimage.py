@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None, **call: Any) -> None:
     pipe = QwenImagePipeline.from_pretrained(given.pipeline, torch_dtype=decoder.dtype).to(decoder.device)
     call = {"height": 1024, "width": 1024, "num_inference_steps": 50, "true_cfg_scale": 4.0, **call}
     call |= {"negative_prompt": " ", "generator": torch.Generator().manual_seed(0), "output_type": "latent"}
-    out = pidecode.attach(pipe, decoder, capture=given.steps)(given.prompt, **call)
+    out = pidecode.attach(pipe, decoder, capture_steps=given.steps)(given.prompt, **call)
 
     given.out_folder.mkdir(exist_ok=True)
     for step, latent in out.captured.items():

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None, **call: Any) -> None:
 
     decoder = pidecode.PixelDecoder.from_pretrained(given.decoder, space="sd3", encoder=given.encoder)
     pipe = StableDiffusion3Pipeline.from_pretrained(given.pipeline, torch_dtype=decoder.dtype).to(decoder.device)
-    pipe = pidecode.attach(pipe, decoder, color_fix="fine")
+    pipe = pidecode.attach(pipe, decoder, options=pidecode.DecodeOptions(color_fix="fine"))
 
     call = {"height": 512, "width": 512, "num_inference_steps": 28, "guidance_scale": 4.0, **call}
     out = pipe(given.prompt, num_images_per_prompt=2, generator=torch.Generator().manual_seed(0), **call)

@@ -14,20 +14,21 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from pidecode.version import __version__
+
 if TYPE_CHECKING:
     from pidecode import errors
     from pidecode.decoder import DecodeOutput, PixelDecoder
+    from pidecode.engine.machine import this_machine
     from pidecode.engine.plan import plan_decode
     from pidecode.errors import PidecodeError
     from pidecode.images.write import read_metadata, save_image
-    from pidecode.integrations.diffusers import attach, detach
+    from pidecode.integrations.diffusers import attach
     from pidecode.integrations.pipeline_latents import latent_from_pipeline
     from pidecode.latents.latent import Latent
-    from pidecode.options import DecodeOptions
+    from pidecode.options import DecodeOptions, RuntimeOptions
     from pidecode.registry.checkpoints import list_checkpoints
     from pidecode.registry.spaces import list_spaces
-
-__version__ = "0.1.0"
 
 __all__ = [
     "DecodeOptions",
@@ -35,9 +36,9 @@ __all__ = [
     "Latent",
     "PidecodeError",
     "PixelDecoder",
+    "RuntimeOptions",
     "__version__",
     "attach",
-    "detach",
     "errors",
     "latent_from_pipeline",
     "list_checkpoints",
@@ -45,6 +46,7 @@ __all__ = [
     "plan_decode",
     "read_metadata",
     "save_image",
+    "this_machine",
 ]
 
 # Public name -> the module that defines it; the name of a module stands for the module.
@@ -54,8 +56,8 @@ _MODULES = {
     "Latent": "pidecode.latents.latent",
     "PidecodeError": "pidecode.errors",
     "PixelDecoder": "pidecode.decoder",
+    "RuntimeOptions": "pidecode.options",
     "attach": "pidecode.integrations.diffusers",
-    "detach": "pidecode.integrations.diffusers",
     "errors": "pidecode.errors",
     "latent_from_pipeline": "pidecode.integrations.pipeline_latents",
     "list_checkpoints": "pidecode.registry.checkpoints",
@@ -63,6 +65,7 @@ _MODULES = {
     "plan_decode": "pidecode.engine.plan",
     "read_metadata": "pidecode.images.write",
     "save_image": "pidecode.images.write",
+    "this_machine": "pidecode.engine.machine",
 }
 
 

@@ -14,15 +14,20 @@ import pytest
 import torch
 from PIL import Image
 
-import pidecode
 import tiny_pipelines as tiny
-from pidecode.decoder import PixelDecoder
+from pidecode import DecodeOptions, Latent, PixelDecoder, attach, latent_from_pipeline
 from pidecode.errors import Cancelled, LatentError, SettingError
-from pidecode.integrations.diffusers import AttachedPipeline, Progress, attach, detach, run_for_latents
-from pidecode.integrations.pipeline_latents import decode_native, frame_of, noise_level, recommended_stop, space_of
-from pidecode.latents.latent import Latent, NormalizationWarning
+from pidecode.integrations.diffusers import AttachedPipeline, PipelineProgress, capture_latents
+from pidecode.integrations.pipeline_latents import (
+    noise_parametrization,
+    pipeline_space,
+    recommended_stop_step,
+    scheduler_sigma,
+    vae_decode,
+)
+from pidecode.latents.latent import NormalizationWarning
 
-# Random networks do not draw: what they leave is no believable latent, and says nothing about frames.
+# Random networks do not draw: what they leave is no believable latent, and its statistics say nothing.
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore::{NormalizationWarning.__module__}.NormalizationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -55,25 +60,25 @@ def _as_found() -> Any:
 @pytest.mark.parametrize("name", NAMES)
 def test_images_are_four_times_the_pipelines_and_of_the_same_latent(name: str) -> None:
     pipe = pipeline(name)
-    out = attach(pipe, decoder(name), seed=3)(**tiny.arguments(name))
+    out = attach(pipe, decoder(name), options=DecodeOptions(seed=3))(**tiny.arguments(name))
     (image,) = out.images
     assert image.size == (4 * tiny.WIDTH, 4 * tiny.HEIGHT)
-    assert out.calls == tiny.STEPS
+    assert out.denoiser_calls == tiny.STEPS
     assert (out.latents.prompts, out.latents.sigma, out.latents.seed) == (("a cat",), 0.0, 0)
     assert image.info["pidecode"]["prompt"] == "a cat"
-    assert image.info["pidecode"]["pipeline_steps"] == tiny.STEPS
+    assert image.info["pidecode"]["pipeline_num_steps"] == tiny.STEPS
     again = decoder(name).decode(out.latents, seed=3).image
     assert np.array_equal(np.asarray(image), np.asarray(again))
-    # The typed latent, denormalized and decoded, is the pipeline's own image: frame and layout are right.
+    # The typed latent, denormalized and decoded, is the pipeline's own image: normalization and layout are right.
     with torch.inference_mode():
         own = pipe(**tiny.arguments(name, output_type="pt")).images
-    torch.testing.assert_close(decode_native(pipe, out.latents), own * 2 - 1, rtol=0, atol=2e-5)
+    torch.testing.assert_close(vae_decode(pipe, out.latents), own * 2 - 1, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_stopping_early_ends_the_diffusion_and_labels_the_noise(name: str) -> None:
     pipe = pipeline(name)
-    whole = run_for_latents(pipe, tiny.arguments(name), capture=(3, 4))
+    whole = capture_latents(pipe, tiny.arguments(name), capture_steps=(3, 4))
     counted = []
     network = pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
     hook = network.register_forward_hook(lambda *_: counted.append(1))
@@ -81,14 +86,14 @@ def test_stopping_early_ends_the_diffusion_and_labels_the_noise(name: str) -> No
         out = attach(pipe, decoder(name), stop_after=3)(**tiny.arguments(name))
     finally:
         hook.remove()
-    assert len(counted) == out.calls == out.steps == 3
-    assert torch.equal(out.latents.tensor, whole.captured[3].tensor)
+    assert len(counted) == out.denoiser_calls == out.num_steps == 3
+    assert torch.equal(out.latents.tensor, whole.intermediate[3].tensor)
     level = float(pipe.scheduler.sigmas[3])
     wanted = level / (level**2 + 1) ** 0.5 if name == "sdxl" else level
     assert out.latents.sigma == pytest.approx(wanted, abs=1e-6)
-    assert whole.captured[3].sigma == out.latents.sigma
-    assert whole.captured[4].sigma == 0.0
-    assert torch.equal(whole.captured[4].tensor, whole.latent.tensor)
+    assert whole.intermediate[3].sigma == out.latents.sigma
+    assert whole.intermediate[4].sigma == 0.0
+    assert torch.equal(whole.intermediate[4].tensor, whole.latent.tensor)
     assert out.images[0].info["pidecode"]["sigma"] == pytest.approx(wanted, abs=1e-6)
 
 
@@ -97,8 +102,8 @@ def test_a_pipelines_own_latents_are_read_whatever_their_form(name: str) -> None
     pipe = pipeline(name)
     with torch.inference_mode():
         out = pipe(**tiny.arguments(name, output_type="latent"))
-    latent = pidecode.latent_from_pipeline(pipe, out, height=tiny.HEIGHT, width=tiny.WIDTH, prompt="a cat")
-    typed = run_for_latents(pipe, tiny.arguments(name)).latent
+    latent = latent_from_pipeline(pipe, out, height=tiny.HEIGHT, width=tiny.WIDTH, prompt="a cat")
+    typed = capture_latents(pipe, tiny.arguments(name)).latent
     torch.testing.assert_close(latent.tensor, typed.tensor, rtol=1e-4, atol=1e-4)  # klein's came back from raw
     assert (latent.space, latent.sigma, latent.prompts) == (typed.space, 0.0, ("a cat",))
 
@@ -108,8 +113,8 @@ def test_a_pipelines_own_latents_are_read_whatever_their_form(name: str) -> None
 
     with torch.inference_mode():
         out = pipe(**tiny.arguments(name, output_type="latent", callback_on_step_end=stop))
-    early = pidecode.latent_from_pipeline(pipe, out, height=tiny.HEIGHT, width=tiny.WIDTH)
-    stopped = run_for_latents(pipe, tiny.arguments(name), stop_after=3).latent
+    early = latent_from_pipeline(pipe, out, height=tiny.HEIGHT, width=tiny.WIDTH)
+    stopped = capture_latents(pipe, tiny.arguments(name), stop_after=3).latent
     torch.testing.assert_close(early.tensor, stopped.tensor, rtol=1e-4, atol=1e-4)
     assert early.sigma == stopped.sigma
 
@@ -119,12 +124,12 @@ def test_packed_latents_without_a_size_are_refused_unless_the_default_fits() -> 
     with torch.inference_mode():
         out = pipe(**tiny.arguments("flux", output_type="latent"))
     with pytest.raises(LatentError, match="Give the height and width"):
-        pidecode.latent_from_pipeline(pipe, out)
+        latent_from_pipeline(pipe, out)
     with pytest.raises(LatentError, match='call it with output_type="latent"'):
-        pidecode.latent_from_pipeline(pipe, [Image.new("RGB", (8, 8))])
+        latent_from_pipeline(pipe, [Image.new("RGB", (8, 8))])
     side = pipe.default_sample_size * pipe.vae_scale_factor // 16
     square = torch.zeros(1, side * side, 64)
-    assert pidecode.latent_from_pipeline(pipe, square).grid == (2 * side, 2 * side)
+    assert latent_from_pipeline(pipe, square).grid == (2 * side, 2 * side)
 
 
 def test_batches_keep_prompt_and_image_together() -> None:
@@ -143,16 +148,16 @@ def test_the_prompt_may_come_first_whatever_the_pipeline_expects_there(name: str
 
 def test_a_bfloat16_pipeline_gives_float32_latents_near_its_own() -> None:
     pipe = tiny.build("flux").to(torch.bfloat16)
-    out = attach(pipe, decoder("flux"), capture=(3,))(**tiny.arguments("flux"))
+    out = attach(pipe, decoder("flux"), capture_steps=(3,))(**tiny.arguments("flux"))
     assert out.latents.tensor.dtype == out.captured[3].tensor.dtype == torch.float32
     with torch.inference_mode():
         own = pipe(**tiny.arguments("flux", output_type="pt")).images.float() * 2 - 1
-    assert float((decode_native(pipe, out.latents) - own).abs().mean()) < 0.02
+    assert float((vae_decode(pipe, out.latents) - own).abs().mean()) < 0.02
 
 
 def test_latents_and_prompts_of_several_runs_go_into_one_call() -> None:
     runs = [
-        run_for_latents(pipeline("sdxl"), tiny.arguments("sdxl", prompt=text), stop_after=stop).latent
+        capture_latents(pipeline("sdxl"), tiny.arguments("sdxl", prompt=text), stop_after=stop).latent
         for text, stop in (("a cat", 3), ("a dog", None))
     ]
     prompted = tiny.decoder_for("sdxl", text=True)
@@ -166,7 +171,7 @@ def test_latents_and_prompts_of_several_runs_go_into_one_call() -> None:
 
 
 def test_all_output_types_and_the_tuple() -> None:
-    pipe = attach(pipeline("sd3"), decoder("sd3"), seed=1)
+    pipe = attach(pipeline("sd3"), decoder("sd3"), options=DecodeOptions(seed=1))
     pil = pipe(**tiny.arguments("sd3")).images[0]
     pt = pipe(**tiny.arguments("sd3", output_type="pt")).images
     array = pipe(**tiny.arguments("sd3", output_type="np")).images
@@ -194,17 +199,17 @@ def test_relatives_that_share_the_path(kind: str) -> None:
     out = attach(pipe, decoder("flux"))(**tiny.arguments("flux", **changes))
     assert out.latents.grid == (4, 8)
     assert out.images[0].size == (256, 128)
-    assert out.steps == (2 if kind == "flux_img2img" else tiny.STEPS)
+    assert out.num_steps == (2 if kind == "flux_img2img" else tiny.STEPS)
 
 
 def test_progress_and_cancelling_leave_the_pipeline_usable() -> None:
-    told: list[Progress] = []
-    pipe = attach(pipeline("sdxl"), decoder("sdxl"), stop_after=2, on_progress=told.append)
+    reports: list[PipelineProgress] = []
+    pipe = attach(pipeline("sdxl"), decoder("sdxl"), stop_after=2, progress_callback=reports.append)
     wanted = pipe(**tiny.arguments("sdxl")).latents
-    assert told[:2] == [Progress("diffusion", 1, 2), Progress("diffusion", 2, 2)]
-    assert told[2:] == [Progress("decoding", step, 4) for step in (1, 2, 3, 4)]
+    assert reports[:2] == [PipelineProgress("diffusion", 1, 2), PipelineProgress("diffusion", 2, 2)]
+    assert reports[2:] == [PipelineProgress("decoding", step, 4) for step in (1, 2, 3, 4)]
 
-    def refuse(progress: Progress) -> None:
+    def refuse(progress: PipelineProgress) -> None:
         if progress.step == 2:
             raise Cancelled("enough")
 
@@ -212,7 +217,7 @@ def test_progress_and_cancelling_leave_the_pipeline_usable() -> None:
         with pytest.raises(Cancelled):
             pipe(
                 **tiny.arguments("sdxl"),
-                on_progress=lambda progress, stage=stage: refuse(progress) if progress.stage == stage else None,
+                progress_callback=lambda progress, stage=stage: refuse(progress) if progress.stage == stage else None,
             )
     assert torch.equal(pipe(**tiny.arguments("sdxl")).latents.tensor, wanted.tensor)
 
@@ -224,8 +229,8 @@ def test_the_callers_own_callback_still_runs_and_may_change_latents() -> None:
         seen.append(index)
         return {"latents": given["latents"] * (0.5 if index == 3 else 1)}
 
-    plain = run_for_latents(pipeline("flux"), tiny.arguments("flux")).latent
-    halved = run_for_latents(pipeline("flux"), tiny.arguments("flux", callback_on_step_end=halve)).latent
+    plain = capture_latents(pipeline("flux"), tiny.arguments("flux")).latent
+    halved = capture_latents(pipeline("flux"), tiny.arguments("flux", callback_on_step_end=halve)).latent
     assert seen == [0, 1, 2, 3]
     torch.testing.assert_close(halved.tensor, plain.tensor / 2)
 
@@ -246,9 +251,7 @@ def test_everything_else_is_the_pipelines_own(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionXLPipeline"
     assert index["vae"] == ["diffusers", "AutoencoderKL"]
-    assert detach(pipe) is inner
-    with pytest.raises(SettingError, match="is not attached"):
-        detach(inner)
+    assert pipe.detach() is inner
     with pytest.raises(SettingError, match="attached already"):
         attach(pipe, decoder("sdxl"))
 
@@ -259,18 +262,18 @@ def test_offloaded_networks_leave_the_device_before_decoding_and_after_a_cancell
     free = pipe.maybe_free_model_hooks
     pipe.maybe_free_model_hooks = lambda: (freed.append("freed"), free())[1]
 
-    def note(progress: Progress) -> None:
+    def note(progress: PipelineProgress) -> None:
         if progress.stage == "decoding" and progress.step == 1:
             freed.append("decoding")
 
-    attach(pipe, decoder("sd3"), on_progress=note)(**tiny.arguments("sd3"))
+    attach(pipe, decoder("sd3"), progress_callback=note)(**tiny.arguments("sd3"))
     assert freed == ["freed", "decoding"]
 
-    def stop(_progress: Progress) -> None:
+    def stop(_progress: PipelineProgress) -> None:
         raise Cancelled("enough")
 
     with pytest.raises(Cancelled):
-        attach(pipe, decoder("sd3"), on_progress=stop)(**tiny.arguments("sd3"))
+        attach(pipe, decoder("sd3"), progress_callback=stop)(**tiny.arguments("sd3"))
     assert freed == ["freed", "decoding", "freed"]
 
 
@@ -280,23 +283,29 @@ def test_prompts_come_from_the_call_or_are_asked_for_before_the_long_part() -> N
     states = torch.randn(1, 10, 16, generator=torch.Generator().manual_seed(2))
     embeddings = inner.encode_prompt("a cat", do_classifier_free_guidance=False)
     ready = dict(prompt=None, prompt_embeds=embeddings[0], pooled_prompt_embeds=embeddings[2])
-    told: list[Progress] = []
-    pipe = attach(inner, prompted, on_progress=told.append)
-    with pytest.raises(SettingError, match="this call has no prompt; pass decoder_prompt="):
+    reports: list[PipelineProgress] = []
+    pipe = attach(inner, prompted, progress_callback=reports.append)
+    with pytest.raises(SettingError, match="this call has none; pass decode_options="):
         pipe(**tiny.arguments("sdxl", **ready))
-    assert told == []
-    out = pipe(**tiny.arguments("sdxl", **ready), decoder_prompt="a cat", decode_settings={"prompt_embeds": states})
+    assert reports == []
+    out = pipe(**tiny.arguments("sdxl", **ready), decode_options=DecodeOptions(prompt="a cat", prompt_embeds=states))
     assert out.latents.prompts == ("a cat",)
 
 
-def test_what_cannot_be_done_is_refused_with_the_mend() -> None:
+def test_what_cannot_be_done_is_refused_with_the_fix() -> None:
     flux, sdxl = pipeline("flux"), pipeline("sdxl")
     with pytest.raises(LatentError, match="works in space flux and tiny sdxl decodes sdxl"):
         attach(flux, decoder("sdxl"))
     with pytest.raises(SettingError, match="does not work in a latent space that PiD decodes"):
         attach(object(), decoder("flux"))
-    with pytest.raises(SettingError, match="There is no setting color"):
-        attach(flux, decoder("flux"), color=1)
+    with pytest.raises(SettingError, match="options are dict; give pidecode.DecodeOptions"):
+        attach(flux, decoder("flux"), options={"seed": 1})  # type: ignore[arg-type]
+    for options, words in (
+        (DecodeOptions(guidance_scale=2.0), "guidance_scale acts on teacher decoders only"),
+        (DecodeOptions(prompt="a cat"), "reads no text, so prompt and prompt_embeds cannot act"),
+    ):
+        with pytest.raises(SettingError, match=words):
+            attach(flux, decoder("flux"), options=options)
     pipe = attach(flux, decoder("flux"))
     with pytest.raises(SettingError, match="There is no step 9: this run has 4"):
         pipe(**tiny.arguments("flux"), stop_after=9)
@@ -311,24 +320,24 @@ def test_what_cannot_be_done_is_refused_with_the_mend() -> None:
     before = sdxl.scheduler
     sdxl.scheduler = diffusers.PNDMScheduler.from_config(before.config)
     try:
-        with pytest.raises(SettingError, match="The noise in a latent of PNDMScheduler cannot be told"):
+        with pytest.raises(SettingError, match="noise level of PNDMScheduler's unfinished latents is not known"):
             attach(sdxl, decoder("sdxl"), stop_after=2)(**tiny.arguments("sdxl"))
     finally:
         sdxl.scheduler = before
 
 
-def test_the_recommended_step_is_the_specifications() -> None:
-    assert recommended_stop(pipeline("flux"), 28) == 24
-    assert recommended_stop(pipeline("sdxl"), 30) == 26
-    assert recommended_stop(pipeline("qwenimage"), 50) == 44
-    assert recommended_stop(pipeline("zimage"), 50) == 46
-    assert recommended_stop(pipeline("klein"), 4) == 4
-    assert recommended_stop(pipeline("sd3"), 14) == 12
+def test_the_recommended_step_follows_the_registry() -> None:
+    assert recommended_stop_step(pipeline("flux"), 28) == 24
+    assert recommended_stop_step(pipeline("sdxl"), 30) == 26
+    assert recommended_stop_step(pipeline("qwenimage"), 50) == 44
+    assert recommended_stop_step(pipeline("zimage"), 50) == 46
+    assert recommended_stop_step(pipeline("klein"), 4) == 4
+    assert recommended_stop_step(pipeline("sd3"), 14) == 12
 
 
 @pytest.mark.parametrize("kind", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
-def test_sdxl_schedulers_meet_in_the_variance_preserving_frame(kind: str) -> None:
-    """A clean latent noised by the scheduler itself, read as after a step, is the trained frame's own mixture."""
+def test_sdxl_schedulers_agree_in_the_variance_preserving_parametrization(kind: str) -> None:
+    """A clean latent noised by the scheduler itself, read as after a step, has the network's noise parametrization."""
     pipe = pipeline("sdxl")
     before = pipe.scheduler
     scheduler = getattr(diffusers, kind).from_config(before.config)
@@ -339,9 +348,9 @@ def test_sdxl_schedulers_meet_in_the_variance_preserving_frame(kind: str) -> Non
         clean, noise = (torch.randn(1, 4, 4, 4, generator=generator) for _ in range(2))
         mixed = scheduler.add_noise(clean, noise, scheduler.timesteps[6:7])
         scheduler._step_index = 6
-        assert frame_of(scheduler, space_of(pipe)) in ("euler", "variance_preserving")
-        assert noise_level(scheduler) == float(scheduler.sigmas[6])
-        latent = pidecode.latent_from_pipeline(pipe, mixed)
+        assert noise_parametrization(scheduler, pipeline_space(pipe)) in ("euler", "variance_preserving")
+        assert scheduler_sigma(scheduler) == float(scheduler.sigmas[6])
+        latent = latent_from_pipeline(pipe, mixed)
         signal = scheduler.alphas_cumprod[int(scheduler.timesteps[6])]
         torch.testing.assert_close(
             latent.tensor, signal.sqrt() * clean + (1 - signal).sqrt() * noise, rtol=1e-3, atol=1e-3

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pidecode generate`, from a pipeline and a decoder on disk to images, a sheet, and a run that goes on."""
+"""`pidecode generate`, from a pipeline and a decoder on disk to images and a contact sheet; and resuming it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import tiny_pipelines as tiny
 from pidecode.cli.app import cli
 from pidecode.errors import SettingError, SizeError
 from pidecode.images import read_metadata
-from pidecode.integrations.text_to_image import Job
+from pidecode.integrations.text_to_image import GenerationJob
 from pidecode.latents.latent import Latent, NormalizationWarning
 from pidecode.registry.spaces import GENERATION, IMAGE_MODELS, diffusion_size
 
@@ -44,7 +44,7 @@ def run(files: Path, out: Path, *more: str) -> Result:
     return CliRunner().invoke(cli, [*common, *own, "--arguments", '{"guidance_scale": 1.0}', *more])
 
 
-def test_prompts_and_seeds_become_images_with_recipes_and_a_sheet(files: Path, tmp_path: Path) -> None:
+def test_prompts_and_seeds_become_images_with_metadata_and_a_contact_sheet(files: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("# animals\na dog\n\n")
     out = tmp_path / "out"
     more = ["a cat", "--prompts", str(tmp_path / "prompts.txt"), "--seed", "1", "--seed", "2", "--compare", "vae"]
@@ -53,17 +53,18 @@ def test_prompts_and_seeds_become_images_with_recipes_and_a_sheet(files: Path, t
     rows: list[dict[str, Any]] = json.loads(done.stdout)
     names = [Path(row["image"]).name for row in rows]
     assert names == ["0001-a-cat-s1.png", "0001-a-cat-s2.png", "0002-a-dog-s1.png", "0002-a-dog-s2.png"]
-    recipe = read_metadata(out / names[0])
-    assert recipe is not None
-    assert (recipe["prompt"], recipe["seed"], recipe["image_model"]) == ("a cat", 1, "sdxl")
-    assert 0 < recipe["sigma"] < 0.8
-    assert "PSNR" in recipe["fidelity"] == rows[0]["fidelity"] or "PSNR" in rows[0]["fidelity"]
+    metadata = read_metadata(out / names[0])
+    assert metadata is not None
+    assert (metadata["prompt"], metadata["seed"], metadata["image_model"]) == ("a cat", 1, "sdxl")
+    assert 0 < metadata["sigma"] < 0.8
+    assert "PSNR" in metadata["fidelity"]
+    assert metadata["fidelity"] == rows[0]["fidelity"]
     assert Image.open(out / names[0]).size == (256, 128)
     assert Image.open(rows[0]["comparison"]).size == (512, 128)
     assert (out / "contact-sheet.jpg").is_file()
     assert Latent.load(rows[3]["latent"]).prompts == ("a dog",)
 
-    # The same run goes on where it stopped: only what is missing is made, and it comes out the same.
+    # The same command resumes: only what is missing is generated, and it comes out the same.
     before = (out / names[2]).read_bytes()
     kept = (out / names[0]).stat().st_mtime_ns
     (out / names[2]).unlink()
@@ -102,7 +103,7 @@ def test_latents_are_not_kept_unasked(files: Path, tmp_path: Path) -> None:
         (["--pipeline", "/nowhere/at/all"], "hf download stabilityai/stable-diffusion-xl-base-1.0"),
     ],
 )
-def test_wishes_that_cannot_be_met_are_refused(files: Path, tmp_path: Path, more: list[str], said: str) -> None:
+def test_impossible_arguments_are_refused(files: Path, tmp_path: Path, more: list[str], said: str) -> None:
     done = run(files, tmp_path / "out", "a cat", *more)
     assert done.exit_code in (2, 5)
     assert said in done.output.replace("\n", " ")
@@ -114,6 +115,6 @@ def test_every_image_model_has_defaults_and_a_size() -> None:
     with pytest.raises(SizeError, match="nearest size that fits is 2048x1024"):
         diffusion_size("sd3", 2040, 1030)
     with pytest.raises(SettingError, match="There is no prompt"):
-        Job(model="flux", prompts=(), out=Path("x"))
+        GenerationJob(model="flux", prompts=(), out=Path("x"))
     with pytest.raises(SettingError, match="each once"):
-        Job(model="flux", prompts=("a",), out=Path("x"), seeds=(1, 1))
+        GenerationJob(model="flux", prompts=("a",), out=Path("x"), seeds=(1, 1))

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import tiny_models
 import tiny_pipelines as tiny
 from pidecode.cli.app import cli
-from pidecode.integrations.pipeline_latents import check_space
+from pidecode.cli.space_check import check_space
 
 
 def test_nothing_here_is_said_with_the_mend() -> None:

@@ -212,7 +212,7 @@ def _report(findings: dict[str, Any]) -> str:
 
 
 def _space_report(space: str, model: str | None, encoder: str | None) -> list[dict[str, Any]]:
-    from pidecode.integrations.pipeline_latents import check_space
+    from pidecode.cli.space_check import check_space
 
     return [asdict(check) for check in check_space(space, model=model, encoder=encoder)]
 

@@ -17,7 +17,7 @@ from pidecode.units import parse_size
 
 if TYPE_CHECKING:
     from pidecode.decoder import PixelDecoder
-    from pidecode.integrations.diffusers import Progress
+    from pidecode.integrations.diffusers import PipelineProgress
 
 _PATH = click.Path(path_type=Path)
 
@@ -54,17 +54,18 @@ def generate(prompts: tuple[str, ...], prompt_file: Path | None, as_json: bool, 
     import torch
 
     from pidecode.devices import select_device
-    from pidecode.integrations.text_to_image import Job
+    from pidecode.integrations.text_to_image import GenerationJob
     from pidecode.integrations.text_to_image import generate as run
+    from pidecode.options import DecodeOptions
 
-    job = Job(
+    job = GenerationJob(
         model=wish["model"],
         prompts=(*prompts, *(_lines(prompt_file) if prompt_file else ())),
         out=wish["out"],
         seeds=wish["seeds"] or (0,),
         size=parse_size(wish["size"]),
         source=wish["source"],
-        steps=wish["steps"],
+        num_steps=wish["steps"],
         stop_after=_stop(wish["stop_after"]),
         compare=wish["compare"] is not None,
         keep_latents=wish["save_latents"],
@@ -72,16 +73,15 @@ def generate(prompts: tuple[str, ...], prompt_file: Path | None, as_json: bool, 
     )
     device = select_device(wish["device"])
     narrow = torch.float32 if device.type == "cpu" else torch.bfloat16
-    settings: Any = {} if wish["color_fix"] is None else {"color_fix": wish["color_fix"]}
     stage = ["diffusion"]
     with progress(0, "drawing") as bar:
 
-        def tell(at: Progress) -> None:
+        def report(at: PipelineProgress) -> None:
             if at.stage != stage[0]:
                 stage[0] = at.stage
                 bar.reset()
                 bar.set_description(at.stage)
-            bar.total = at.steps
+            bar.total = at.num_steps
             bar.update(at.step - bar.n)
 
         written = run(
@@ -89,8 +89,8 @@ def generate(prompts: tuple[str, ...], prompt_file: Path | None, as_json: bool, 
             lambda: _decoder(wish),
             device=device,
             dtype=getattr(torch, wish["dtype"]) if wish["dtype"] else narrow,
-            settings=settings,
-            on_progress=tell,
+            options=DecodeOptions(color_fix=wish["color_fix"]),
+            progress_callback=report,
         )
     rows = [
         {"image": str(one.image), "latent": one.latent and str(one.latent),

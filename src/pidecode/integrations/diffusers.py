@@ -1,297 +1,292 @@
 # SPDX-License-Identifier: Apache-2.0
-"""attach() and detach(): a diffusers pipeline that decodes with PiD, and early stop.
+"""Diffusers pipelines decoded by PiD: `attach`, early stop, and capture of latents during a run.
 
-    pipe = attach(pipe, decoder, stop_after=24)
+    pipe = pidecode.attach(pipe, decoder, stop_after="recommended")
     image = pipe("a lighthouse in fog").images[0]
+    pipe = pipe.detach()
 
-Nothing in the pipeline is changed: the attached one owns it, asks it for latents and decodes them.
+The pipeline object is not changed: `attach` wraps it, runs it to latents and decodes those.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from pidecode.decoder import PixelDecoder
+from pidecode.decoder import DecodeOutput, PixelDecoder
 from pidecode.errors import LatentError, SettingError
 from pidecode.integrations.pipeline_latents import (
-    frame_of,
-    grid_of_call,
-    latent_of,
-    noise_level,
-    recommended_stop,
-    space_of,
-    trained_sigma,
+    latent_sigma,
+    noise_parametrization,
+    pipeline_space,
+    recommended_stop_step,
+    scheduler_sigma,
+    to_latent,
+    token_grid,
 )
 from pidecode.latents.latent import Latent
-from pidecode.options import MAX_SIGMA, DecodeOptions, option_infos
+from pidecode.options import MAX_SIGMA, DecodeOptions
 from pidecode.sampling import Step
 
 StopAfter = int | Literal["recommended"] | None
+"""Step to end the diffusion after, counted from 1; "recommended" is what PiD's authors recommend."""
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """Where a call has come: `step` of `steps` of the "diffusion" or the "decoding"."""
+class PipelineProgress:
+    """How far a call is: `step` of `num_steps`, first of the diffusion, then of the decoding."""
 
     stage: Literal["diffusion", "decoding"]
     step: int
-    steps: int
+    num_steps: int
 
 
-OnProgress = Callable[[Progress], None]
-"""Told after every step; raise `errors.Cancelled` in it to stop."""
+ProgressCallback = Callable[[PipelineProgress], None]
+"""Called after every step; raise `errors.Cancelled` in it to stop."""
 
 
 @dataclass(frozen=True, slots=True)
-class Captured:
-    """What a run left: its last latent, those of the steps asked for, and how far it went.
+class CapturedLatents:
+    """Latents of one run of a pipeline.
 
-    `captured` is keyed by step, counted from one. `calls` counts the denoiser's calls.
+    Attributes:
+        latent: The last one, with its noise level and prompts.
+        intermediate: Those of the captured steps, by step, counted from 1.
+        num_steps: Steps that were run.
+        num_steps_planned: Steps of the whole schedule.
+        denoiser_calls: Forward passes of the pipeline's network.
     """
 
     latent: Latent
-    captured: Mapping[int, Latent]
-    steps: int
-    steps_planned: int
-    calls: int
+    intermediate: Mapping[int, Latent]
+    num_steps: int
+    num_steps_planned: int
+    denoiser_calls: int
 
 
 @dataclass(slots=True)
-class _Watch:
-    """The pipeline's state, followed from its step callback and its denoiser's calls."""
+class _StepRecorder:
+    """Follows a run through the pipeline's step callback and a forward pre-hook of its network."""
 
     pipe: Any
     stop_after: StopAfter
-    capture: Sequence[int]
-    on_progress: OnProgress | None
-    users: Callable[..., Any] | None
-    calls: int = 0
-    keywords: Mapping[str, Any] = field(default_factory=dict)
+    capture_steps: Sequence[int]
+    progress_callback: ProgressCallback | None
+    step_callback: Callable[..., Any] | None
+    denoiser_calls: int = 0
+    grid_keywords: Mapping[str, Any] = field(default_factory=dict)
     step: int = 0
-    planned: int = 0
+    num_steps: int = 0
     last: tuple[Tensor, float] | None = None
     kept: dict[int, tuple[Tensor, float]] = field(default_factory=dict)
 
-    def before_call(self, _module: Any, _args: Any, keywords: Mapping[str, Any]) -> None:
-        """Forward pre-hook of the denoiser: the first call tells the grid of a packed image."""
-        self.calls += 1
-        if not self.keywords:
-            self.keywords = {name: keywords[name] for name in ("img_ids", "img_shapes") if name in keywords}
+    def before_denoiser(self, _module: Any, _args: Any, keywords: Mapping[str, Any]) -> None:
+        """Forward pre-hook of the network; its first call tells the grid of packed tokens."""
+        self.denoiser_calls += 1
+        if not self.grid_keywords:
+            self.grid_keywords = {name: keywords[name] for name in ("img_ids", "img_shapes") if name in keywords}
 
-    def after_step(self, pipe: Any, index: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+    def on_step_end(self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """The pipeline's `callback_on_step_end`."""
-        result = given
-        if self.users is not None:
-            result = self.users(pipe, index, timestep, given) or given
-        latents = result.get("latents", given.get("latents"))
-        assert isinstance(latents, Tensor)
+        result = tensors
+        if self.step_callback is not None:
+            result = self.step_callback(pipe, index, timestep, tensors) or tensors
+        latents = result.get("latents", tensors.get("latents"))
+        assert isinstance(latents, Tensor)  # `latents` is among callback_on_step_end_tensor_inputs
         if not self.step:
-            self._settle()
+            self._check_steps()
         self.step = index + 1
-        self.last = (latents.detach(), noise_level(pipe.scheduler))
-        if self.step in self.capture:
+        self.last = (latents.detach(), scheduler_sigma(pipe.scheduler))
+        if self.step in self.capture_steps:
             self.kept[self.step] = (latents.detach().clone(), self.last[1])
-        if self.on_progress is not None:
-            stop = self.stop_after if isinstance(self.stop_after, int) else self.planned
-            self.on_progress(Progress("diffusion", self.step, stop))
+        if self.progress_callback is not None:
+            last_step = self.stop_after if isinstance(self.stop_after, int) else self.num_steps
+            self.progress_callback(PipelineProgress("diffusion", self.step, last_step))
         if self.step == self.stop_after:
-            pipe._interrupt = True  # the pipeline then skips what remains of its loop, network calls included
+            pipe._interrupt = True  # the pipeline then skips the rest of its loop, forward passes included
         return result
 
-    def _settle(self) -> None:
-        """After the first step the schedule is known: refuse at once what cannot be done with it."""
-        pipe = self.pipe
-        self.planned = int(pipe.num_timesteps)
+    def _check_steps(self) -> None:
+        """Refuse impossible steps after the first one, when the schedule is known."""
+        self.num_steps = int(self.pipe.num_timesteps)
         if self.stop_after == "recommended":
-            self.stop_after = recommended_stop(pipe, self.planned)
-        wanted = [*self.capture, *([self.stop_after] if isinstance(self.stop_after, int) else [])]
-        for step in wanted:
-            if not 1 <= step <= self.planned:
-                raise SettingError(f"There is no step {step}: this run has {self.planned}, counted from 1.")
-        if any(step < self.planned for step in wanted):
-            self._refuse_noisy(min(wanted))
+            self.stop_after = recommended_stop_step(self.pipe, self.num_steps)
+        requested = [*self.capture_steps, *([self.stop_after] if isinstance(self.stop_after, int) else [])]
+        for step in requested:
+            if not 1 <= step <= self.num_steps:
+                raise SettingError(f"There is no step {step}: this run has {self.num_steps}, counted from 1.")
+        if any(step < self.num_steps for step in requested):
+            self._check_sigma(min(requested))
 
-    def _refuse_noisy(self, step: int) -> None:
-        scheduler, space = self.pipe.scheduler, space_of(self.pipe)
-        frame_of(scheduler, space)
+    def _check_sigma(self, step: int) -> None:
+        scheduler, space = self.pipe.scheduler, pipeline_space(self.pipe)
+        noise_parametrization(scheduler, space)
         first = int(getattr(scheduler, "step_index", 1)) - 1
-        levels = [trained_sigma(scheduler, space, float(level)) for level in scheduler.sigmas[first + 1 :]]
-        if levels[step - 1] > MAX_SIGMA:
-            fit = next((i + 1 for i, level in enumerate(levels) if level <= MAX_SIGMA), self.planned)
+        sigmas = [latent_sigma(scheduler, space, float(sigma)) for sigma in scheduler.sigmas[first + 1 :]]
+        if sigmas[step - 1] > MAX_SIGMA:
+            earliest = next((i + 1 for i, sigma in enumerate(sigmas) if sigma <= MAX_SIGMA), self.num_steps)
             raise SettingError(
-                f"After step {step} of {self.planned} the latent's sigma is {levels[step - 1]:.2f}; PiD was trained up "
-                f"to {MAX_SIGMA}. Stop after step {fit} or later."
+                f"After step {step} of {self.num_steps} the latent's sigma is {sigmas[step - 1]:.2f}; PiD was trained "
+                f"up to {MAX_SIGMA}. Stop after step {earliest} or later."
             )
 
+    def result(self, prompts: Sequence[str] | None, seed: int | None) -> CapturedLatents:
+        """The latents, on which gradients may be taken: a copy made outside of inference mode."""
+        assert self.last is not None
 
-def run_for_latents(
+        def convert(state: tuple[Tensor, float]) -> Latent:
+            tensor, sigma = state
+            grid = token_grid(self.grid_keywords, tensor.shape[1] if tensor.ndim == 3 else 0)
+            with torch.inference_mode(False):
+                return to_latent(self.pipe, tensor.clone(), grid=grid, sigma=sigma, prompt=prompts, seed=seed)
+
+        return CapturedLatents(
+            latent=convert(self.last),
+            intermediate={step: convert(state) for step, state in sorted(self.kept.items())},
+            num_steps=self.step,
+            num_steps_planned=self.num_steps,
+            denoiser_calls=self.denoiser_calls,
+        )
+
+
+def capture_latents(
     pipe: Any,
-    arguments: Mapping[str, Any],
+    call: Mapping[str, Any],
     *,
     stop_after: StopAfter = None,
-    capture: Sequence[int] = (),
+    capture_steps: Sequence[int] = (),
     prompt: str | Sequence[str] | None = None,
-    on_progress: OnProgress | None = None,
-) -> Captured:
-    """Call a diffusers pipeline and return its latents instead of its images.
+    progress_callback: ProgressCallback | None = None,
+) -> CapturedLatents:
+    """Call a diffusers pipeline for its latents instead of its images.
 
-    arguments: of the call, by name; `output_type`, `return_dict` and the step callback are handled here (a
-        callback given by the caller still runs).
-    stop_after: end the diffusion after that step, counted from 1; "recommended" is the space's own.
-    capture: steps whose latents are kept besides.
-    prompt: what the latents show, where the call has no prompt; one for all or one per image.
+    Args:
+        pipe: The pipeline.
+        call: Keywords of the call. `output_type`, `return_dict` and the step callback are set here; a step callback
+            of the caller's own still runs.
+        stop_after: Step to end the diffusion after, counted from 1, or "recommended".
+        capture_steps: Steps whose latents are returned besides the last.
+        prompt: What the images show, where `call` has no prompt; one for all, or one per image.
+        progress_callback: Called after every step.
 
-    Raises SettingError for steps there are not, for sigma above the trained 0.8, and for pipelines that cannot stop.
+    Raises:
+        SettingError: A step does not exist or leaves more noise than PiD was trained on, or the pipeline cannot be
+            interrupted.
+        LatentError: The pipeline ran without a step.
     """
-    space_of(pipe)
-    if isinstance(stop_after, bool) or (stop_after is not None and not isinstance(stop_after, int | str)):
-        raise SettingError(f"stop_after is {stop_after!r}; it must be a step, counted from 1, or 'recommended'.")
-    if isinstance(stop_after, str) and stop_after != "recommended":
+    pipeline_space(pipe)
+    if stop_after is not None and stop_after != "recommended" and type(stop_after) is not int:
         raise SettingError(f"stop_after is {stop_after!r}; it must be a step, counted from 1, or 'recommended'.")
     if stop_after is not None and not hasattr(type(pipe), "interrupt"):
-        raise SettingError(f"A {type(pipe).__name__} cannot be interrupted; leave stop_after out and use capture.")
-    # Some pipelines write their chat template into a list of prompts they are given: they get a copy.
-    call = {name: list(value) if isinstance(value, list) else value for name, value in arguments.items()}
-    watch = _Watch(pipe, stop_after, tuple(capture), on_progress, arguments.get("callback_on_step_end"))
-    inputs = list(call.get("callback_on_step_end_tensor_inputs") or [])
-    call |= {
+        raise SettingError(f"A {type(pipe).__name__} cannot be interrupted; leave stop_after out, or capture steps.")
+    # Some pipelines write their chat template into the list of prompts they are given: they get a copy.
+    keywords = {name: list(value) if isinstance(value, list) else value for name, value in call.items()}
+    recorder = _StepRecorder(
+        pipe, stop_after, tuple(capture_steps), progress_callback, call.get("callback_on_step_end")
+    )
+    inputs = list(keywords.get("callback_on_step_end_tensor_inputs") or [])
+    keywords |= {
         "output_type": "latent",
         "return_dict": True,
-        "callback_on_step_end": watch.after_step,
+        "callback_on_step_end": recorder.on_step_end,
         "callback_on_step_end_tensor_inputs": ["latents", *(name for name in inputs if name != "latents")],
     }
     hooks = [
-        module.register_forward_pre_hook(watch.before_call, with_kwargs=True)
+        module.register_forward_pre_hook(recorder.before_denoiser, with_kwargs=True)
         for module in (getattr(pipe, "transformer", None), getattr(pipe, "unet", None))
         if isinstance(module, torch.nn.Module)
     ]
     finished = False
     try:
         with torch.inference_mode():
-            pipe(**call)
+            pipe(**keywords)
         finished = True
     finally:
         for hook in hooks:
             hook.remove()
         if not finished and hasattr(pipe, "maybe_free_model_hooks"):
             pipe.maybe_free_model_hooks()  # a cancelled run must not leave an offloaded network on the device
-    return _collected(watch, arguments, prompt)
-
-
-def _collected(watch: _Watch, call: Mapping[str, Any], prompt: str | Sequence[str] | None) -> Captured:
-    if watch.last is None:
+    if recorder.last is None:
         raise LatentError("The pipeline ran without a single step, so there is no latent; raise num_inference_steps.")
     generator = call.get("generator")
     seed = int(generator.initial_seed()) if isinstance(generator, torch.Generator) else None
-    texts = prompts_of(call if prompt is None else {"prompt": prompt}, len(watch.last[0]))
-
-    def typed(state: tuple[Tensor, float]) -> Latent:
-        tokens = state[0].shape[1] if state[0].ndim == 3 else 0
-        grid = grid_of_call(watch.keywords, tokens)
-        # Inference tensors may not be used where gradients are; a latent is for keeping.
-        with torch.inference_mode(False):
-            return latent_of(watch.pipe, state[0].clone(), grid=grid, level=state[1], prompt=texts, seed=seed)
-
-    return Captured(
-        latent=typed(watch.last),
-        captured={step: typed(state) for step, state in sorted(watch.kept.items())},
-        steps=watch.step,
-        steps_planned=watch.planned,
-        calls=watch.calls,
-    )
+    prompts = _image_prompts(call.get("prompt") if prompt is None else prompt, len(recorder.last[0]))
+    return recorder.result(prompts, seed)
 
 
-def prompts_of(call: Mapping[str, Any], batch: int) -> tuple[str, ...] | None:
-    """The prompt of each image, in the order pipelines lay them out: all images of a prompt together."""
-    prompt = call.get("prompt")
+def _image_prompts(prompt: str | Sequence[str] | None, batch: int) -> list[str] | None:
+    """The prompt of each image, in the order of pipelines: all images of the first prompt, then of the next."""
     if prompt is None:
         return None
     prompts = [prompt] if isinstance(prompt, str) else [str(text) for text in prompt]
     if not prompts or batch % len(prompts):
         raise SettingError(f"There are {len(prompts)} prompts for {batch} images; give one, or one for each.")
-    return tuple(text for text in prompts for _ in range(batch // len(prompts)))
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) or (
-        isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
-    )
-
-
-def named_arguments(pipe: Any, args: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """A pipeline call's arguments by name. Raises SettingError for what the pipeline does not take."""
-    try:
-        bound = inspect.signature(type(pipe).__call__).bind_partial(pipe, *args, **keywords)
-    except TypeError as fault:
-        raise SettingError(f"{type(pipe).__name__}: {fault}.") from None
-    given = dict(bound.arguments)
-    given.pop(next(iter(given)))  # the pipeline itself
-    texts = given.get("image")
-    if args and "prompt" not in given and _is_text(texts):  # FLUX.2's pipelines take an image first
-        given["prompt"] = given.pop("image")
-    for name, parameter in inspect.signature(type(pipe).__call__).parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            given |= given.pop(name, {})
-    return given
-
-
-OutputType = Literal["pil", "np", "pt", "latent"]
-_OUTPUTS = ("pil", "np", "pt", "latent")
-_OWN = ("stop_after", "capture", "decoder_prompt", "on_progress", "decode_settings")
+    return [text for text in prompts for _ in range(batch // len(prompts))]
 
 
 @dataclass(frozen=True, slots=True)
-class PixelOutput:
-    """What an attached pipeline returns.
+class PipelineOutput:
+    """What an attached pipeline returns; indexed or iterated, it has `images` alone, as in diffusers.
 
-    images: a list of PIL images; an array `[B, H, W, 3]` in [0, 1] for "np"; a tensor `[B, 3, H, W]` in [0, 1] for
-        "pt"; the Latent itself for "latent".
-    latents: what was decoded, with its sigma and prompts; save it to decode it again later.
-    captured: the latents of the steps named by `capture=`, by step.
-    steps: how many steps were run; calls: how often the denoiser was.
+    Attributes:
+        images: PIL images; for "np" an array `[B, H, W, 3]` in [0, 1]; for "pt" a tensor `[B, 3, H, W]` in [0, 1]; for
+            "latent" the `Latent` itself.
+        latents: What was decoded, with its noise level and prompts.
+        captured: Latents of the captured steps, by step, counted from 1.
+        num_steps: Steps of diffusion that were run.
+        denoiser_calls: Forward passes of the pipeline's network.
     """
 
     images: Any
     latents: Latent
     captured: Mapping[int, Latent]
-    steps: int
-    calls: int
+    num_steps: int
+    denoiser_calls: int
 
     def __getitem__(self, index: int) -> Any:
-        """`out[0]` are the images, as in diffusers."""
         return (self.images,)[index]
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.images,))
 
 
-class AttachedPipeline:
-    """A diffusers pipeline with PiD behind it; see `attach`. Everything but the call is the pipeline's own."""
+@dataclass(frozen=True, slots=True)
+class _Attachment:
+    """Everything an `AttachedPipeline` has of its own, as one value beside the wrapped pipeline's attributes."""
 
-    def __init__(
-        self,
-        pipe: Any,
-        decoder: PixelDecoder,
-        *,
-        stop_after: StopAfter,
-        capture: Sequence[int],
-        on_progress: OnProgress | None,
-        offload: bool,
-        settings: dict[str, Any],
-    ) -> None:
-        own = {"pipe": pipe, "decoder": decoder, "stop_after": stop_after, "capture": tuple(capture)}
-        for name, value in {**own, "on_progress": on_progress, "offload": offload, "settings": settings}.items():
-            object.__setattr__(self, f"_pid_{name}", value)
+    pipe: Any
+    decoder: PixelDecoder
+    stop_after: StopAfter
+    capture_steps: Sequence[int]
+    progress_callback: ProgressCallback | None
+    offload: bool
+    options: DecodeOptions
+
+
+_CALL_KEYWORDS = ("stop_after", "capture_steps", "progress_callback", "decode_options")
+
+
+class AttachedPipeline:
+    """A diffusers pipeline whose images a `PixelDecoder` decodes; made by `attach`.
+
+    All attributes but the call and `detach` are the pipeline's own.
+    """
+
+    _attachment: _Attachment
+
+    def __init__(self, attachment: _Attachment) -> None:
+        object.__setattr__(self, "_attachment", attachment)
 
     def __getattr__(self, name: str) -> Any:
-        pipe = object.__getattribute__(self, "_pid_pipe")
+        pipe = object.__getattribute__(self, "_attachment").pipe
         value = getattr(pipe, name)
         if not callable(value) or getattr(value, "__self__", None) is not pipe:
             return value
@@ -304,121 +299,169 @@ class AttachedPipeline:
         return call
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._pid_pipe, name, value)
+        setattr(self._attachment.pipe, name, value)
 
     def __repr__(self) -> str:
-        return f"AttachedPipeline({type(self._pid_pipe).__name__}, decoder={self._pid_decoder.name!r})"
+        return f"AttachedPipeline({type(self._attachment.pipe).__name__}, decoder={self._attachment.decoder.name!r})"
+
+    def detach(self) -> Any:
+        """The pipeline as it was before `attach`."""
+        return self._attachment.pipe
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
-        """Call the pipeline as before; its images are PiD's.
+        """Call the pipeline as before; its images are decoded by PiD.
 
-        Takes everything the pipeline takes, and besides, for this call only: stop_after, capture, on_progress,
-        decode_settings (a table of `decode` settings), and decoder_prompt where the call has no prompt.
-        Returns a PixelOutput, or a tuple of the images for `return_dict=False`.
+        Args:
+            args: Of the pipeline's call.
+            keywords: Of the pipeline's call. For this call alone, `stop_after`, `capture_steps` and
+                `progress_callback` replace what `attach` was given, and so do the options that are set in
+                `decode_options` (a `DecodeOptions`). Their `prompt` is read in place of the call's own.
+
+        Returns:
+            A `PipelineOutput`; for `return_dict=False` a tuple of the images alone.
+
+        Raises:
+            SettingError: An argument is not one of the pipeline's, a step does not exist, a decoder that reads text
+                got no prompt, or an option cannot act.
+            Cancelled: The progress callback asked to stop.
         """
-        own = {name: keywords.pop(name) for name in _OWN if name in keywords}
-        call = named_arguments(self._pid_pipe, args, keywords)
-        output = call.get("output_type", "pil")
-        if output not in _OUTPUTS:
-            raise SettingError(f"output_type is {output!r}; it must be one of {', '.join(_OUTPUTS)}.")
-        settings = {**self._pid_settings, **own.get("decode_settings", {})}
-        _decode_options(settings)
-        self._refuse_promptless(call, own, settings, output)
-        on_progress = own.get("on_progress", self._pid_on_progress)
-        run = run_for_latents(
-            self._pid_pipe,
+        own, replaced = self._attachment, {name: keywords.pop(name) for name in _CALL_KEYWORDS if name in keywords}
+        call = _named_arguments(own.pipe, args, keywords)
+        output_type = call.get("output_type", "pil")
+        if output_type not in OUTPUT_TYPES:
+            raise SettingError(f"output_type is {output_type!r}; it must be one of {', '.join(OUTPUT_TYPES)}.")
+        options = own.options
+        if "decode_options" in replaced:
+            given = replaced["decode_options"]
+            _check_options(given, own.decoder)
+            options = options.replace(**{entry: getattr(given, entry) for entry in given.__dataclass_fields__})
+        if output_type != "latent":
+            _require_prompt(own.decoder, call, options)
+        progress_callback = replaced.get("progress_callback", own.progress_callback)
+        run = capture_latents(
+            own.pipe,
             call,
-            stop_after=own.get("stop_after", self._pid_stop_after),
-            capture=own.get("capture", self._pid_capture),
-            prompt=own.get("decoder_prompt"),
-            on_progress=on_progress,
+            stop_after=replaced.get("stop_after", own.stop_after),
+            capture_steps=replaced.get("capture_steps", own.capture_steps),
+            prompt=options.prompt,
+            progress_callback=progress_callback,
         )
-        images = run.latent if output == "latent" else self._images(run, output, settings, on_progress)
+        images = run.latent if output_type == "latent" else self._decode(run, output_type, options, progress_callback)
         if not call.get("return_dict", True):
             return (images,)
-        return PixelOutput(images, run.latent, run.captured, run.steps, run.calls)
+        return PipelineOutput(images, run.latent, run.intermediate, run.num_steps, run.denoiser_calls)
 
-    def _refuse_promptless(
-        self, call: Mapping[str, Any], own: Mapping[str, Any], settings: dict[str, Any], output: str
-    ) -> None:
-        """Before the long part, not after it."""
-        needs = self._pid_decoder.reads_text and "prompt_embeds" not in settings and output != "latent"
-        if needs and call.get("prompt") is None and own.get("decoder_prompt") is None:
-            raise SettingError(
-                f"{self._pid_decoder.name} reads prompts and this call has no prompt; pass decoder_prompt= beside the "
-                'ready-made embeddings (an empty text "" is one).'
-            )
-
-    def _images(
-        self, run: Captured, output: OutputType, settings: dict[str, Any], on_progress: OnProgress | None
+    def _decode(
+        self,
+        run: CapturedLatents,
+        output_type: str,
+        options: DecodeOptions,
+        progress_callback: ProgressCallback | None,
     ) -> Any:
-        pipe, decoder = self._pid_pipe, self._pid_decoder
-        moved = _move_away(pipe) if self._pid_offload else None
+        pipe, decoder = self._attachment.pipe, self._attachment.decoder
+        device = _offload_pipeline(pipe) if self._attachment.offload else None
         try:
-            images = decode_each(decoder, run.latent, settings, on_progress, tensors=output != "pil")
+            outputs = _decode_one_by_one(decoder, run.latent, options, progress_callback)
         finally:
-            if moved is not None:
-                pipe.to(moved)
-        if output == "pil":
-            for image in images:
-                image.info.get("pidecode", {}).update(
-                    pipeline=type(pipe).__name__, pipeline_steps=run.steps, pipeline_steps_planned=run.steps_planned
+            if device is not None:
+                pipe.to(device)
+        if output_type == "pil":
+            for output in outputs:
+                output.metadata[0].update(
+                    pipeline=type(pipe).__name__,
+                    pipeline_num_steps=run.num_steps,
+                    pipeline_num_steps_planned=run.num_steps_planned,
                 )
-            return images
-        stack = torch.cat(images).float().add(1).div(2)
-        return stack if output == "pt" else stack.permute(0, 2, 3, 1).cpu().numpy()
+            return [output.image for output in outputs]
+        images = torch.cat([output.tensor for output in outputs]).float().add(1).div(2)
+        return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def _decode_options(settings: Mapping[str, Any]) -> DecodeOptions:
-    """The keywords, checked. Raises SettingError for one that does not exist."""
-    known = set(option_infos())
-    unknown = sorted(set(settings) - known)
-    if unknown:
-        raise SettingError(f"There is no setting {', '.join(unknown)}; there are {', '.join(sorted(known))}.")
-    return DecodeOptions(**settings)
+def _named_arguments(pipe: Any, args: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """A pipeline call's arguments by name. Raises SettingError for what the pipeline does not take."""
+    signature = inspect.signature(type(pipe).__call__)
+    try:
+        bound = signature.bind_partial(pipe, *args, **keywords)
+    except TypeError as error:
+        raise SettingError(f"{type(pipe).__name__}: {error}.") from None
+    call = dict(bound.arguments)
+    call.pop(next(iter(call)))  # the pipeline itself
+    if args and "prompt" not in call and _is_text(call.get("image")):  # FLUX.2's pipelines take an image first
+        call["prompt"] = call.pop("image")
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            call |= call.pop(name, {})
+    return call
 
 
-def decode_each(
-    decoder: PixelDecoder,
-    latent: Latent,
-    settings: dict[str, Any],
-    on_progress: OnProgress | None = None,
-    *,
-    tensors: bool = False,
-) -> list[Any]:
-    """A batch decoded one by one, which needs the memory of one: PIL images, or tensors `[1, 3, H, W]` in [-1, 1]."""
-    chosen = _decode_options(settings)
-    seeds = chosen.seeds(len(latent))
-    states = chosen.prompt_embeds
-    made: list[Any] = []
+def _is_text(value: object) -> bool:
+    texts = value if isinstance(value, list) and value else [value]
+    return all(isinstance(text, str) for text in texts)
+
+
+def _check_options(options: object, decoder: PixelDecoder) -> None:
+    if not isinstance(options, DecodeOptions):
+        raise SettingError(
+            f"The decoder's options are {type(options).__name__}; give pidecode.DecodeOptions(seed=..., ...)."
+        )
+    options.require_acting(decoder.kind, "decode", decoder.name)
+    if not decoder.reads_text and (options.prompt is not None or options.prompt_embeds is not None):
+        raise SettingError(f"{decoder.name} reads no text, so prompt and prompt_embeds cannot act; leave them out.")
+
+
+def _require_prompt(decoder: PixelDecoder, call: Mapping[str, Any], options: DecodeOptions) -> None:
+    """Refuse a call without a prompt before the diffusion, not after it."""
+    given = (call.get("prompt"), options.prompt, options.prompt_embeds)
+    if decoder.reads_text and all(value is None for value in given):
+        raise SettingError(
+            f"{decoder.name} reads prompts and this call has none; pass decode_options=DecodeOptions(prompt=...) "
+            'beside the ready-made embeddings (an empty text "" is a prompt).'
+        )
+
+
+def _decode_one_by_one(
+    decoder: PixelDecoder, latent: Latent, options: DecodeOptions, progress_callback: ProgressCallback | None
+) -> list[DecodeOutput]:
+    """Decode a batch in the memory that one image needs. The latent carries its prompts already."""
+    batch = len(latent)
+    seeds = options.seeds(batch) if decoder.kind != "feed-forward" else [None] * batch
+    outputs = []
     for index, one in enumerate(latent):
-        mine = dict(settings)
-        if decoder.kind != "feed-forward" or chosen.seed is not None:
-            mine["seed"] = seeds[index]
-        if isinstance(states, Tensor) and states.ndim == 3 and len(states) == len(latent):
-            mine["prompt_embeds"] = states[index : index + 1]
+        own = replace(
+            options,
+            seed=seeds[index],
+            prompt=None,
+            prompt_embeds=_sample(options.prompt_embeds, 3, index, batch),
+            reference=_sample(options.reference, 4, index, batch),
+        )
 
-        def tell(step: Step, index: int = index) -> None:
-            if on_progress is not None:
-                on_progress(Progress("decoding", index * step.total + step.index, len(latent) * step.total))
+        def report(step: Step, index: int = index) -> None:
+            if progress_callback is not None:
+                done = index * step.total + step.index
+                progress_callback(PipelineProgress("decoding", done, batch * step.total))
 
-        output = decoder.decode(one, callback=tell, **mine)
-        made.append(output.tensor if tensors else output.image)
-    return made
+        outputs.append(decoder.decode(one, options=own, callback=report))
+    return outputs
 
 
-def _move_away(pipe: Any) -> Any:
-    """Send a pipeline to the processor's memory; returns where it was, or None if it sees to that itself."""
+def _sample(tensor: Tensor | None, ndim: int, index: int, batch: int) -> Tensor | None:
+    """One image's part of a batched tensor that has a part for each; any other tensor whole."""
+    batched = tensor is not None and tensor.ndim == ndim and len(tensor) == batch
+    return tensor[index : index + 1] if tensor is not None and batched else tensor
+
+
+def _offload_pipeline(pipe: Any) -> Any:
+    """Move a pipeline to the CPU; returns its device, or None if it was there or offloads itself."""
     if getattr(pipe, "_all_hooks", None) or getattr(pipe, "hf_device_map", None):
         pipe.maybe_free_model_hooks()
         return None
-    where = pipe.device
-    if where.type == "cpu":
+    device = pipe.device
+    if device.type == "cpu":
         return None
     pipe.to("cpu")
-    if where.type != "meta" and hasattr(torch, where.type):
-        getattr(torch, where.type).empty_cache()
-    return where
+    if device.type != "meta" and hasattr(torch, device.type):
+        getattr(torch, device.type).empty_cache()
+    return device
 
 
 def attach(
@@ -426,44 +469,45 @@ def attach(
     decoder: PixelDecoder,
     *,
     stop_after: StopAfter = None,
-    capture: Sequence[int] = (),
-    on_progress: OnProgress | None = None,
+    capture_steps: Sequence[int] = (),
+    progress_callback: ProgressCallback | None = None,
     offload: bool = False,
-    **settings: Any,
+    options: DecodeOptions | None = None,
 ) -> AttachedPipeline:
-    """A diffusers pipeline whose images are PiD's, four times as large; the pipeline itself stays as it is.
+    """Wrap a diffusers pipeline so that a PiD decoder makes its images, four times as large.
 
-    pipe: of the Flux, FLUX.2, Stable Diffusion 3, SDXL, Qwen-Image or Z-Image families; text to image, and the
-        relatives that share their call (image to image, inpainting, Kontext, Fill, ControlNet).
-    decoder: of the same latent space.
-    stop_after: end the diffusion after that step (from 1; "recommended" for the space's own) and decode what
-        there is, with the noise it holds.
-    capture: steps whose latents are kept too, in `out.captured`, to compare them.
-    on_progress: told of each step of both stages; raise `errors.Cancelled` in it to stop.
-    offload: keep the pipeline in the processor's memory while PiD decodes, for small GPUs. Pipelines with
-        `enable_model_cpu_offload()` do so anyway.
-    settings: keywords of `PixelDecoder.decode`.
+    The pipeline itself is not changed. A decoder that reads text reads the call's prompt.
 
-    The prompt is the call's prompt. Raises LatentError when pipeline and decoder are of different spaces, SettingError
-    for a pipeline without a decoder.
+    Args:
+        pipe: A pipeline of the FLUX.1, FLUX.2, Stable Diffusion 3, SDXL, Qwen-Image or Z-Image families: text to
+            image, and the relatives that share its call (image to image, inpainting, Kontext, Fill, ControlNet).
+        decoder: A decoder of the pipeline's latent space.
+        stop_after: End the diffusion after that step, counted from 1, and decode the noisy latent; "recommended" is
+            what PiD's authors recommend (https://arxiv.org/abs/2605.23902), in proportion to the run's length.
+        capture_steps: Steps whose latents are returned too, as `out.captured`.
+        progress_callback: Called after each step of diffusion and decoding; raise `errors.Cancelled` in it to stop.
+        offload: Keep the pipeline in main memory while the decoder runs. Pipelines with
+            `enable_model_cpu_offload()` do so anyway.
+        options: How to decode.
+
+    Returns:
+        The wrapped pipeline; its `detach()` returns the pipeline.
+
+    Raises:
+        LatentError: Pipeline and decoder are of different latent spaces.
+        SettingError: PiD has no decoder for the pipeline's space, the pipeline is attached already, or an option
+            cannot act.
     """
     if isinstance(pipe, AttachedPipeline):
-        raise SettingError("This pipeline is attached already; detach() it first.")
-    space = space_of(pipe)
+        raise SettingError("This pipeline is attached already; call its detach() first.")
+    space = pipeline_space(pipe)
     if decoder.space.name != space.name:
         raise LatentError(
             f"A {type(pipe).__name__} works in space {space.name} and {decoder.name} decodes {decoder.space.name}. "
             f"Load the decoder of {space.name}."
         )
-    _decode_options(settings)
+    options = options or DecodeOptions()
+    _check_options(options, decoder)
     return AttachedPipeline(
-        pipe, decoder, stop_after=stop_after, capture=capture, on_progress=on_progress, offload=offload,
-        settings=settings,
-    )  # fmt: skip
-
-
-def detach(pipe: Any) -> Any:
-    """The pipeline as it was before `attach`. Raises SettingError for one that is not attached."""
-    if not isinstance(pipe, AttachedPipeline):
-        raise SettingError(f"A {type(pipe).__name__} is not attached, so it cannot be detached.")
-    return pipe._pid_pipe
+        _Attachment(pipe, decoder, stop_after, tuple(capture_steps), progress_callback, offload, options)
+    )

@@ -1,36 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latents of diffusers pipelines: layout by pipeline class, and a check of the space.
+"""Latents of diffusers pipelines as `Latent`: which space, which layout, how much noise.
 
-Pipelines are known by their classes' names and read by their attributes; diffusers itself is not imported.
+Pipelines are recognized by the names of their classes and read through their attributes, so diffusers is not imported.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from pidecode.color_fix import fidelity
-from pidecode.decoder import PixelDecoder
 from pidecode.encoders.autoencoder_kl import check_constants
-from pidecode.encoders.base import ImageEncoder, LazyImageEncoder
-from pidecode.errors import CheckpointError, LatentError, PidecodeError, SettingError
-from pidecode.latents.latent import Latent, NormalizationWarning
+from pidecode.errors import CheckpointError, LatentError, SettingError
+from pidecode.latents.latent import Latent
 from pidecode.latents.layout import LatentStatistics, denormalize, normalize, unpack
-from pidecode.registry.checkpoints import REPOSITORY
-from pidecode.registry.spaces import GENERATION, IMAGE_MODELS, LatentSpace, get_space
-from pidecode.weights.resolve import HubCache
+from pidecode.registry.spaces import IMAGE_MODELS, LatentSpace, get_space
 
-Frame = Literal["flow", "euler", "variance_preserving"]
+NoiseParametrization = Literal["flow", "euler", "variance_preserving"]
+"""What a scheduler's latent is at sigma s: `(1 - s) x + s e`, `x + s e`, or `sqrt(1 - s^2) x + s e`."""
 
-# Beginning of a pipeline class's name, and the space of its latents; None where PiD has no decoder. First match.
-_CLASSES: tuple[tuple[str, str | None], ...] = (
+# First part of a pipeline class's name -> the space of its latents; None where PiD has no decoder. First match counts.
+_SPACE_BY_CLASS: tuple[tuple[str, str | None], ...] = (
     ("QwenImage21", None),
     ("QwenImageLayered", None),
     ("Flux2", "flux2"),
@@ -42,24 +35,26 @@ _CLASSES: tuple[tuple[str, str | None], ...] = (
     ("QwenImage", "qwenimage"),
     ("ZImage", "flux"),
 )
-_EULER = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler")
-_PRESERVING = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler")
-_FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
+_FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
+_EULER_SCHEDULERS = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler")
+_DPM_SCHEDULERS = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler")
 
 
-def space_of(pipe: Any) -> LatentSpace:
-    """The latent space of a diffusers pipeline. Raises SettingError for a pipeline PiD has no decoder for.
+def pipeline_space(pipe: Any) -> LatentSpace:
+    """The latent space that a diffusers pipeline works in.
 
-    Also raises it when the pipeline's autoencoder says that its latents are scaled in another way than the space's.
+    Raises:
+        SettingError: PiD has no decoder for the pipeline's space, or the pipeline's VAE scales its latents in another
+            way than that space.
     """
     name = None
     for kind in type(pipe).__mro__:
         if kind.__name__.endswith("Pipeline"):
-            name = next((space for start, space in _CLASSES if kind.__name__.startswith(start)), None)
+            name = next((space for start, space in _SPACE_BY_CLASS if kind.__name__.startswith(start)), None)
         if name is not None:
             break
     if name is None:
-        known = sorted({f"{start}*Pipeline" for start, space in _CLASSES if space})
+        known = sorted({f"{start}*Pipeline" for start, space in _SPACE_BY_CLASS if space})
         raise SettingError(
             f"A {type(pipe).__name__} does not work in a latent space that PiD decodes; known are {', '.join(known)}."
         )
@@ -67,123 +62,127 @@ def space_of(pipe: Any) -> LatentSpace:
     config = getattr(getattr(pipe, "vae", None), "config", None)
     if space.statistics == "constants" and config is not None:
         try:
-            check_constants(config, space, f"The autoencoder of this {type(pipe).__name__}")
-        except CheckpointError as fault:
-            raise SettingError(str(fault)) from None
+            check_constants(config, space, f"The VAE of this {type(pipe).__name__}")
+        except CheckpointError as error:
+            raise SettingError(str(error)) from None
     return space
 
 
-def recommended_stop(pipe: Any, steps: int) -> int:
-    """The step to stop after, of `steps` (docs/architecture.md, Latent spaces); `steps` itself for few-step models."""
+def recommended_stop_step(pipe: Any, num_steps: int) -> int:
+    """The step after which PiD's authors recommend to stop a run of `num_steps` steps, counted from 1."""
     names = [kind.__name__ for kind in type(pipe).__mro__]
-    rows = [row for row in IMAGE_MODELS.values() if row.pipeline in names]
-    if not rows:
-        rows = [row for row in IMAGE_MODELS.values() if row.space == space_of(pipe).name]
-    row = max(rows, key=lambda row: row.steps)
-    return steps if steps < 12 else max(1, round(steps * row.capture_step / row.steps))
+    models = [model for model in IMAGE_MODELS.values() if model.pipeline in names]
+    if not models:
+        space = pipeline_space(pipe).name
+        models = [model for model in IMAGE_MODELS.values() if model.space == space]
+    return max(models, key=lambda model: model.steps).recommended_stop(num_steps)
 
 
-def frame_of(scheduler: Any, space: LatentSpace) -> Frame:
-    """The frame a scheduler keeps its latents in between steps. Raises SettingError for one that is not known."""
+def noise_parametrization(scheduler: Any, space: LatentSpace) -> NoiseParametrization:
+    """How a scheduler mixes image and noise in the latents it keeps between steps.
+
+    Raises:
+        SettingError: The scheduler is not one of those known for the space.
+    """
     name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
-    flow = name in _FLOW or (name in _PRESERVING and bool(config.get("use_flow_sigmas", False)))
+    flow = name in _FLOW_SCHEDULERS or (name in _DPM_SCHEDULERS and bool(config.get("use_flow_sigmas", False)))
     if space.noise_parametrization == "flow" and flow:
         return "flow"
     if space.noise_parametrization == "variance_preserving" and not flow:
-        if name in _EULER:
+        if name in _EULER_SCHEDULERS:
             return "euler"
-        if name in _PRESERVING:
+        if name in _DPM_SCHEDULERS:
             return "variance_preserving"
-    known = _FLOW if space.noise_parametrization == "flow" else _EULER + _PRESERVING
+    known = _FLOW_SCHEDULERS if space.noise_parametrization == "flow" else _EULER_SCHEDULERS + _DPM_SCHEDULERS
     raise SettingError(
-        f"The noise in a latent of {name} cannot be told for space {space.name}. Let the pipeline run to its end, or "
-        f"give it one of {', '.join(known)}."
+        f"The noise level of {type(scheduler).__name__}'s unfinished latents is not known for space {space.name}. Let "
+        f"the pipeline run to its end, or give it one of {', '.join(known)}."
     )
 
 
-def noise_level(scheduler: Any) -> float:
-    """The sigma of the latent that the scheduler put out last, in the scheduler's own measure; 0 at the end."""
+def scheduler_sigma(scheduler: Any) -> float:
+    """Sigma, in the scheduler's own units, of the latent that its last step returned; 0 at the end of the schedule."""
     sigmas, index = getattr(scheduler, "sigmas", None), getattr(scheduler, "step_index", None)
     if sigmas is None or index is None:
         return 0.0 if sigmas is None else float(sigmas[-1])
     return float(sigmas[min(int(index), len(sigmas) - 1)])
 
 
-def trained_sigma(scheduler: Any, space: LatentSpace, level: float) -> float:
-    """A scheduler's sigma as the networks know it, in [0, 1]."""
-    if level <= 0 or frame_of(scheduler, space) == "flow":
-        return max(level, 0.0)
-    return level / math.sqrt(level * level + 1)
+def latent_sigma(scheduler: Any, space: LatentSpace, sigma: float) -> float:
+    """A scheduler's sigma as `Latent` has it, in [0, 1]."""
+    if sigma <= 0 or noise_parametrization(scheduler, space) == "flow":
+        return max(sigma, 0.0)
+    return sigma / math.sqrt(sigma * sigma + 1)
 
 
-def grid_of_call(given: Mapping[str, Any], tokens: int) -> tuple[int, int] | None:
-    """Rows and columns of the image's own tokens, read from what a transformer is called with.
+def token_grid(call: Mapping[str, Any], num_tokens: int) -> tuple[int, int] | None:
+    """Rows and columns of the image's own tokens, read from the keywords a transformer is called with.
 
-    Editing pipelines append the tokens of reference images; those come later and are not counted. None where the
-    call does not say.
+    Editing pipelines append the tokens of reference images; those come after the image's own and are not counted.
+
+    Args:
+        call: The keywords; `img_shapes` or `img_ids` tells the grid.
+        num_tokens: Number of the image's own tokens.
+
+    Returns:
+        Rows and columns, or None where the call does not tell.
     """
-    shapes = given.get("img_shapes")
+    shapes = call.get("img_shapes")
     if shapes is not None:
-        first = (
-            shapes[0][0]
-            if isinstance(shapes[0], (list, tuple)) and isinstance(shapes[0][0], (list, tuple))
-            else shapes[0]
-        )
+        first = shapes[0]
+        if isinstance(first, (list, tuple)) and isinstance(first[0], (list, tuple)):
+            first = first[0]
         return int(first[-2]), int(first[-1])
-    ids = given.get("img_ids")
+    ids = call.get("img_ids")
     if not isinstance(ids, Tensor):
         return None
-    own = (ids[0] if ids.ndim == 3 else ids)[:tokens, 1:3]
+    own = (ids[0] if ids.ndim == 3 else ids)[:num_tokens, 1:3]
     rows, columns = (int(side) + 1 for side in own.amax(0))
     return rows, columns
 
 
-def latent_of(
+def to_latent(
     pipe: Any,
     tensor: Tensor,
     *,
     grid: tuple[int, int] | None = None,
-    level: float | None = None,
+    sigma: float | None = None,
     prompt: Sequence[str] | None = None,
     seed: int | None = None,
 ) -> Latent:
-    """A pipeline's latents, as its callback or `output_type="latent"` hands them out, as a float32 Latent.
+    """Latents as a pipeline's step callback or `output_type="latent"` gives them, as a float32 `Latent`.
 
-    grid: rows and columns of tokens, where they are packed.
-    level: the scheduler's sigma; default that of the scheduler's present step.
+    Args:
+        pipe: The pipeline.
+        tensor: `[B, C, h, w]`, `[B, C, 1, h, w]`, or packed tokens `[B, N, C]`.
+        grid: Rows and columns of the tokens; needed where they are packed.
+        sigma: Noise level in the scheduler's units; by default that of the scheduler's present step.
+        prompt: One per image.
+        seed: Of the diffusion.
+
+    Raises:
+        LatentError: The tokens come without a grid, or the shape is not the space's.
+        SettingError: The scheduler's noise parametrization is not known.
     """
-    space = space_of(pipe)
+    space = pipeline_space(pipe)
     tensor = tensor.detach().float()
     if tensor.ndim == 3:
-        tensor = _unpacked(tensor, space, grid)
+        if grid is None:
+            raise LatentError(
+                f"These {space.name} latents are {tensor.shape[1]} packed tokens, which do not tell the image's "
+                "shape. Give the height and width the pipeline ran at."
+            )
+        side = _pixels_per_token(space)
+        tensor = unpack(tensor, space, grid[0] * side, grid[1] * side)
     elif tensor.ndim == 5 and tensor.shape[2] == 1:
         tensor = tensor.squeeze(2)
     elif tensor.ndim == 4 and space.statistics == "batch_norm" and tensor.shape[1] == space.raw_channels:
-        tensor = normalize(tensor, space, statistics_of(pipe))  # FLUX.2 klein's final latent is raw
-    level = noise_level(pipe.scheduler) if level is None else level
-    texts = None if prompt is None else tuple(prompt)
-    if level > 0 and frame_of(pipe.scheduler, space) == "euler":
-        return Latent.from_euler(tensor, level, space.name, prompt=texts, seed=seed)
-    return Latent(tensor, space.name, trained_sigma(pipe.scheduler, space, level), texts, seed)
-
-
-def _unpacked(tokens: Tensor, space: LatentSpace, grid: tuple[int, int] | None) -> Tensor:
-    if grid is None:
-        raise LatentError(
-            f"These {space.name} latents are {tokens.shape[1]} tokens in a row, which does not tell the image's "
-            "shape. Give the height and width the pipeline ran at."
-        )
-    pixels = space.down * (2 if space.packing == "two_by_two" else 1)
-
-    return unpack(tokens, space, grid[0] * pixels, grid[1] * pixels)
-
-
-def statistics_of(pipe: Any) -> LatentStatistics | None:
-    """Batch-norm statistics of the pipeline's own autoencoder; None for one that has none."""
-    norm = getattr(getattr(pipe, "vae", None), "bn", None)
-    if norm is None:
-        return None
-    return LatentStatistics(norm.running_mean.detach().float(), norm.running_var.detach().float())
+        tensor = normalize(tensor, space, _batch_norm_statistics(pipe))  # FLUX.2 klein's final latent is raw
+    sigma = scheduler_sigma(pipe.scheduler) if sigma is None else sigma
+    prompts = None if prompt is None else tuple(prompt)
+    if sigma > 0 and noise_parametrization(pipe.scheduler, space) == "euler":
+        return Latent.from_euler(tensor, sigma, space.name, prompt=prompts, seed=seed)
+    return Latent(tensor, space.name, latent_sigma(pipe.scheduler, space, sigma), prompts, seed)
 
 
 def latent_from_pipeline(
@@ -195,24 +194,22 @@ def latent_from_pipeline(
     prompt: str | Sequence[str] | None = None,
     seed: int | None = None,
 ) -> Latent:
-    """What a pipeline returned for `output_type="latent"`, as a Latent.
+    """What a diffusers pipeline returned for `output_type="latent"`, as a `Latent`.
 
-    Call it before the pipeline runs again: the noise level is read from the pipeline's scheduler.
+    Call it before the pipeline runs again: the noise level of an interrupted run is read from its scheduler.
 
     Args:
-        pipe: The diffusers pipeline.
-        out: What it returned.
-        height: Height it was called with; needed where latents are packed, unless it ran at its default size.
-        width: Width it was called with.
-        prompt: One prompt for all latents, or one for each.
-        seed: Seed to note in the latent.
-
-    Returns:
-        The latent, normalized, with its noise level.
+        pipe: The pipeline.
+        out: What its call returned, as an output object, a tuple or a tensor.
+        height: What the pipeline was called with, in pixels; needed by pipelines that pack their latents to tokens,
+            unless they ran at their default size.
+        width: Likewise.
+        prompt: What the images show; one for all, or one per image.
+        seed: Of the diffusion, to be kept with the latent.
 
     Raises:
-        SettingError: There is no PiD decoder for this pipeline.
-        LatentError: `out` holds no latents, or the size does not fit.
+        LatentError: `out` holds no latents, or the size does not fit them.
+        SettingError: PiD has no decoder for the pipeline's space.
     """
     latents = getattr(out, "latents", None)
     if isinstance(latents, Latent):
@@ -224,163 +221,47 @@ def latent_from_pipeline(
         raise LatentError(
             f'The pipeline returned {type(tensor).__name__}, not latents; call it with output_type="latent".'
         )
-    space = space_of(pipe)
     grid = None
     if tensor.ndim == 3:
-        pixels = space.down * (2 if space.packing == "two_by_two" else 1)
+        side = _pixels_per_token(pipeline_space(pipe))
         if height is not None and width is not None:
-            grid = (height // pixels, width // pixels)
+            grid = (height // side, width // side)
         elif height is None and width is None:
-            side = int(getattr(pipe, "default_sample_size", 0)) * int(getattr(pipe, "vae_scale_factor", 0)) // pixels
-            grid = (side, side) if side * side == tensor.shape[1] else None
-    texts = [prompt] * len(tensor) if isinstance(prompt, str) else prompt
-    return latent_of(pipe, tensor, grid=grid, prompt=texts, seed=seed)
+            default = int(getattr(pipe, "default_sample_size", 0)) * int(getattr(pipe, "vae_scale_factor", 0)) // side
+            grid = (default, default) if default * default == tensor.shape[1] else None
+    prompts = [prompt] * len(tensor) if isinstance(prompt, str) else prompt
+    return to_latent(pipe, tensor, grid=grid, prompt=prompts, seed=seed)
 
 
 @torch.no_grad()
-def decode_native(pipe: Any, latent: Latent) -> Tensor:
-    """What the pipeline's own autoencoder makes of a latent: `[B, 3, H, W]` in [-1, 1], float32, on the CPU."""
-    space, vae = latent.latent_space, pipe.vae
-    raw = denormalize(latent.tensor.float(), space, statistics_of(pipe))
-    narrow = vae.dtype == torch.float16 and bool(vae.config.get("force_upcast", False))
-    if narrow:
+def vae_decode(pipe: Any, latent: Latent) -> Tensor:
+    """Decode a clean latent by the pipeline's own VAE.
+
+    Returns:
+        `[B, 3, h, w]` in [-1, 1], float32, on the CPU.
+    """
+    vae = pipe.vae
+    raw = denormalize(latent.tensor.float(), latent.latent_space, _batch_norm_statistics(pipe))
+    upcast = vae.dtype == torch.float16 and bool(vae.config.get("force_upcast", False))
+    if upcast:
         vae.to(torch.float32)
     try:
         device = getattr(pipe, "_execution_device", vae.device)
         images: Tensor = vae.decode(raw.to(device, vae.dtype), return_dict=False)[0]
     finally:
-        if narrow:
+        if upcast:
             vae.to(torch.float16)
     images = images.squeeze(2) if images.ndim == 5 else images
     return images.float().clamp(-1, 1).cpu()
 
 
-_CELLS = 4
-"""Rows and columns of the latent that is decoded on trial."""
+def _pixels_per_token(space: LatentSpace) -> int:
+    return space.down * (2 if space.packing == "two_by_two" else 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One thing looked at: whether it is well, and what was found or would mend it."""
-
-    what: str
-    works: bool
-    because: str
-
-
-def check_space(
-    space: str,
-    *,
-    model: str | None = None,
-    variant: str | None = None,
-    encoder: str | None = None,
-    device: str | torch.device | None = None,
-) -> list[Check]:
-    """Everything needed to decode one latent space, tried in order; nothing is downloaded.
-
-    model: a decoder's name or file; default the official one of that space.
-    encoder: the space's encoder, where it is not where `pidecode pull` puts it.
-    Raises SettingError for a space there is not; everything else is a Check.
-    """
-    row = get_space(space)
-    decoder, first = _attempt(
-        "decoder",
-        lambda: PixelDecoder.from_pretrained(
-            model or REPOSITORY, space=row.name, variant=variant, device=device, encoder=encoder
-        ),
-        lambda made: (
-            f"{made.name}, {_millions(made)} in {str(made.dtype).removeprefix('torch.')} on {made.device}; "
-            "every tensor in its place"
-        ),
-    )
-    checks = [first]
-    if decoder is not None:
-        states, more = _check_prompts(decoder)
-        checks += more
-        checks.append(_check_decode(decoder, row, states))
-        checks += _check_encoder(decoder, row)
-    return [*checks, *_check_pipelines(row)]
-
-
-def _attempt(what: str, make: Callable[[], Any], tell: Callable[[Any], str]) -> tuple[Any, Check]:
-    try:
-        made = make()
-        return made, Check(what, True, tell(made))
-    except PidecodeError as fault:
-        return None, Check(what, False, str(fault))
-
-
-def _millions(decoder: PixelDecoder) -> str:
-    return f"{sum(parameter.numel() for parameter in decoder.net.parameters()) / 1e6:.1f} M weights"
-
-
-def _check_prompts(decoder: PixelDecoder) -> tuple[Tensor | None, list[Check]]:
-    """States of the empty prompt, or zeros in their place, so that the decode can be tried all the same."""
-    config = decoder.net.config
-    if not config.has_text or decoder.text is None:
-        return None, []
-    text = decoder.text
-    states, check = _attempt("prompts", lambda: text.encode(""), lambda made: f"states {list(made.shape)}")
-    text.unload()
-    return torch.zeros(1, config.text_length, config.text_dim) if states is None else states, [check]
-
-
-def _check_decode(decoder: PixelDecoder, space: LatentSpace, states: Tensor | None) -> Check:
-    noise = torch.randn(1, space.channels, _CELLS, _CELLS, generator=torch.Generator().manual_seed(0))
-    settings: Any = {} if states is None else {"prompt_embeds": states}
-
-    def run() -> Tensor:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # so small an image is outside the sizes it was trained for
-            made = decoder.decode(Latent(noise * 0.5, space.name), **settings).tensor
-        assert isinstance(made, Tensor)
-        return made
-
-    return _attempt("one small decode", run, lambda made: f"{made.shape[-1]}x{made.shape[-2]} pixels, all finite")[1]
-
-
-def _check_encoder(decoder: PixelDecoder, space: LatentSpace) -> Iterator[Check]:
-    encoder = decoder.encoder
-    if not isinstance(encoder, LazyImageEncoder | ImageEncoder):
-        yield Check("encoder", False, f"not on this disk: pidecode pull {space.name}; latents decode without it")
-        return
-    side = space.fixed_input or 256
-    ramp = torch.linspace(-0.9, 0.9, side).expand(1, 3, side, side).clone()
-    ramp[:, 1] = ramp[:, 1].transpose(1, 2).clone()
-
-    def run() -> Latent:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", NormalizationWarning)
-            return Latent(encoder(ramp), space.name)
-
-    try:
-        latent, check = _attempt("encoder", run, lambda made: f"latent {list(made.tensor.shape)}, in the right frame")
-    except NormalizationWarning as doubt:
-        latent, check = None, Check("encoder", False, f"it is another space's, or damaged: {doubt}")
-    yield check
-    if latent is None:
-        return
-    if not encoder.can_decode:
-        yield Check("native decoder", False, "this encoder came without one; only comparing and color_fix need it")
-        return
-    near = fidelity(encoder.decode(latent.tensor).to(ramp), ramp)[0]
-    good = near.psnr > 20
-    yield Check("native decoder", good, f"{near}" if good else f"there and back gives {near}: check both files")
-
-
-def _check_pipelines(space: LatentSpace) -> Iterator[Check]:
-    if find_spec("diffusers") is None:
-        yield Check("pipelines", False, 'diffusers is not installed: pip install "pidecode[diffusers]"')
-        return
-    import diffusers
-
-    for name, image_model in IMAGE_MODELS.items():
-        if image_model.space != space.name:
-            continue
-        source = GENERATION[name].repository
-        if not hasattr(diffusers, image_model.pipeline):
-            because = f"diffusers {diffusers.__version__} has no {image_model.pipeline}; upgrade it"
-            yield Check(f"pipeline {name}", False, because)
-            continue
-        there = HubCache().cached(source, "model_index.json") is not None
-        yield Check(f"pipeline {name}", there, source if there else f"not on this disk: hf download {source}")
+def _batch_norm_statistics(pipe: Any) -> LatentStatistics | None:
+    """Running mean and variance of the VAE's batch norm; None for a VAE without one."""
+    norm = getattr(getattr(pipe, "vae", None), "bn", None)
+    if norm is None:
+        return None
+    return LatentStatistics(norm.running_mean.detach().float(), norm.running_var.detach().float())

@@ -101,6 +101,10 @@ class LatentSpace:
         return self.statistics in ("batch_norm", "per_position")
 
 
+MIN_STEPS_TO_STOP_EARLY = 12
+"""In a shorter run the last steps each remove too much noise to be left out."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageModel:
     """A text-to-image model whose latents PiD decodes, and how its diffusers pipeline hands them out.
@@ -118,10 +122,11 @@ class ImageModel:
     capture_step: int
     final_is_raw: bool = False
 
-    @property
-    def stops_early(self) -> bool:
-        """Whether decoding a latent from before the last step is recommended."""
-        return self.capture_step < self.steps
+    def recommended_stop(self, num_steps: int) -> int:
+        """The step, counted from 1, to stop a run of `num_steps` after; `num_steps` itself for few-step runs."""
+        if num_steps < MIN_STEPS_TO_STOP_EARLY:
+            return num_steps
+        return max(1, round(num_steps * self.capture_step / self.steps))
 
 
 # The public class defaults of diffusers' AutoencoderKLQwenImage.

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pidecode doctor --space`: try everything that decoding one latent space needs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pidecode.cli.common import Verdict
+from pidecode.color_fix import fidelity
+from pidecode.decoder import DecodeOutput, PixelDecoder
+from pidecode.encoders.base import ImageEncoder, LazyImageEncoder
+from pidecode.errors import PidecodeError
+from pidecode.latents.latent import Latent, NormalizationWarning
+from pidecode.registry.checkpoints import REPOSITORY
+from pidecode.registry.configs import PiDConfig
+from pidecode.registry.spaces import GENERATION, IMAGE_MODELS, LatentSpace, get_space
+from pidecode.weights.resolve import HubCache
+
+TEST_LATENT_SIDE = 4
+"""Rows and columns of the latent that is decoded."""
+MIN_RECONSTRUCTION_PSNR = 20.0
+"""In dB; a VAE that reconstructs a smooth gradient worse than this has damaged or mismatched weights."""
+
+
+def check_space(space: str, *, model: str | None = None, encoder: str | None = None) -> list[Verdict]:
+    """Try everything that decoding one latent space needs, in order; nothing is downloaded.
+
+    Args:
+        space: Name of the latent space.
+        model: A decoder's name or file; default the official one of that space.
+        encoder: The space's encoder, where it is not where `pidecode pull` puts it.
+
+    Raises:
+        SettingError: There is no such space. Any other fault is a check that failed.
+    """
+    row = get_space(space)
+    decoder, loaded = _attempt(
+        "decoder",
+        lambda: PixelDecoder.from_pretrained(model or REPOSITORY, space=row.name, encoder=encoder),
+        _describe,
+    )
+    checks = [loaded]
+    if decoder is not None:
+        states, prompt_checks = _check_prompts(decoder)
+        checks += [*prompt_checks, _check_decode(decoder, states), *_check_encoder(decoder)]
+    return [*checks, *_check_pipelines(row)]
+
+
+def _attempt(what: str, action: Callable[[], Any], describe: Callable[[Any], str]) -> tuple[Any, Verdict]:
+    try:
+        result = action()
+        return result, Verdict(what, True, describe(result))
+    except PidecodeError as error:
+        return None, Verdict(what, False, str(error))
+
+
+def _describe(decoder: PixelDecoder) -> str:
+    millions = sum(parameter.numel() for parameter in decoder.net.parameters()) / 1e6
+    dtype = str(decoder.dtype).removeprefix("torch.")
+    return f"{decoder.name}, {millions:.1f} M weights in {dtype} on {decoder.device}; every tensor is there"
+
+
+def _check_prompts(decoder: PixelDecoder) -> tuple[Tensor | None, list[Verdict]]:
+    """Text states of the empty prompt, or zeros in their place, so that the decode can be tried without them."""
+    text, config = decoder.text, decoder.net.config
+    if text is None or not isinstance(config, PiDConfig):
+        return None, []
+    states, check = _attempt("prompts", lambda: text.encode(""), lambda states: f"states {list(states.shape)}")
+    text.unload()
+    return torch.zeros(1, config.text_length, config.text_dim) if states is None else states, [check]
+
+
+def _check_decode(decoder: PixelDecoder, states: Tensor | None) -> Verdict:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, decoder.space.channels, TEST_LATENT_SIDE, TEST_LATENT_SIDE, generator=generator)
+
+    def decode() -> DecodeOutput:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # so small an image is outside the sizes the decoder was trained for
+            return decoder.decode(Latent(noise * 0.5, decoder.space.name), prompt_embeds=states)
+
+    def describe(output: DecodeOutput) -> str:
+        return f"{output.tensor.shape[-1]}x{output.tensor.shape[-2]} pixels, all finite"
+
+    return _attempt("one small decode", decode, describe)[1]
+
+
+def _check_encoder(decoder: PixelDecoder) -> Iterator[Verdict]:
+    encoder, space = decoder.encoder, decoder.space
+    if not isinstance(encoder, LazyImageEncoder | ImageEncoder):
+        yield Verdict("encoder", False, f"not on this disk: pidecode pull {space.name}; latents decode without it")
+        return
+    side = space.fixed_input or 256
+    gradient = torch.linspace(-0.9, 0.9, side).expand(1, 3, side, side).clone()
+    gradient[:, 1] = gradient[:, 1].transpose(1, 2).clone()
+
+    def encode() -> Latent:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", NormalizationWarning)
+            return Latent(encoder(gradient), space.name)
+
+    try:
+        latent, check = _attempt(
+            "encoder", encode, lambda latent: f"latent {list(latent.tensor.shape)}, normalized as the space's are"
+        )
+    except NormalizationWarning as warning:
+        latent, check = None, Verdict("encoder", False, f"it is another space's, or damaged: {warning}")
+    yield check
+    if latent is None:
+        return
+    if not encoder.can_decode:
+        yield Verdict("VAE decode", False, "this encoder has no decoder; only comparisons and color_fix need it")
+        return
+    report = fidelity(encoder.decode(latent.tensor).to(gradient), gradient)[0]
+    works = report.psnr > MIN_RECONSTRUCTION_PSNR
+    yield Verdict("VAE decode", works, f"{report}" if works else f"encode and decode give {report}: check both files")
+
+
+def _check_pipelines(space: LatentSpace) -> Iterator[Verdict]:
+    if find_spec("diffusers") is None:
+        yield Verdict("pipelines", False, 'diffusers is not installed: pip install "pidecode[diffusers]"')
+        return
+    import diffusers
+
+    for name, image_model in IMAGE_MODELS.items():
+        if image_model.space != space.name:
+            continue
+        source = GENERATION[name].repository
+        if not hasattr(diffusers, image_model.pipeline):
+            reason = f"diffusers {diffusers.__version__} has no {image_model.pipeline}; upgrade it"
+            yield Verdict(f"pipeline {name}", False, reason)
+            continue
+        cached = HubCache().cached(source, "model_index.json") is not None
+        yield Verdict(f"pipeline {name}", cached, source if cached else f"not on this disk: hf download {source}")
