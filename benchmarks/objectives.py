@@ -28,7 +28,7 @@ from pidecode.images.tensors import downsample
 from pidecode.metrics import psnr, sharpness, ssim
 from pidecode.registry.configs import PiDConfig, Prediction
 from pidecode.registry.spaces import get_space
-from pidecode.training.config import DataConfig, EMAConfig, OptimizerConfig, RunConfig, TrainConfig
+from pidecode.training.config import DataConfig, EMAConfig, OptimizerConfig, PiDRunConfig, TrainConfig
 from pidecode.training.denoiser import TrainBatch
 from pidecode.training.distributed import DistEnv
 from pidecode.training.dmd import DistillationConfig
@@ -64,12 +64,14 @@ def objective_config(objective: str, prediction: Prediction, steps: int, init_fr
         data=DataConfig(sizes=((SIDE, SIDE),), batch_size=BATCH, latent_dropout=0.0),
         noise=NO_NOISE,
         teacher=TeacherLossConfig(shift=1.0, shift_base_size=None),
-        distillation=DistillationConfig(student_every=5, student_input="self_rollout" if dmd2 else "teacher_forcing"),
-        optimizer=OptimizerConfig(
-            lr=1e-4 if dmd2 else 1e-3, fake_score_lr=1e-4, max_grad_norm=1.0, warmup_steps=100, lr_schedule="cosine"
+        distillation=DistillationConfig(
+            student_every=5,
+            student_input="self_rollout" if dmd2 else "teacher_forcing",
+            fake_score_lr=1e-4,
         ),
+        optimizer=OptimizerConfig(lr=1e-4 if dmd2 else 1e-3, max_grad_norm=1.0, warmup_steps=100, lr_schedule="cosine"),
         ema=EMAConfig(kind="constant", decay=0.998),
-        run=RunConfig(
+        run=PiDRunConfig(
             steps=steps, precision="float32", activation_checkpointing=False, sample_every=0, export_dtype="float32"
         ),
     )

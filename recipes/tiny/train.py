@@ -126,7 +126,6 @@ def _run(steps: int) -> RunConfig:
         log_every=20,
         sample_every=500,
         num_samples=8,
-        export_dtype="float32",
     )
 
 

@@ -77,14 +77,10 @@ class OptimizerConfig:
     """AdamW, or Muon for weight matrices and convolution kernels with Adam for the rest."""
     lr: float = 1e-5
     """Learning rate of the trained network."""
-    fake_score_lr: float = 1e-5
-    """Learning rate of fake score and discriminator in a distillation."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of Adam's first and second moments."""
     weight_decay: float = 0.0
     """Weight decay of the trained network."""
-    fake_score_weight_decay: float = 1e-3
-    """Weight decay of the fake score."""
     max_grad_norm: float = 0.1
     """Gradients of a module are scaled down to this norm."""
     warmup_steps: int = 0
@@ -96,7 +92,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _check(self.name in ("adamw", "muon"), f"optimizer.name is {self.name!r}; it must be 'adamw' or 'muon'.")
-        _check(self.lr > 0 and self.fake_score_lr > 0, "Learning rates must be positive.")
+        _check(self.lr > 0, f"optimizer.lr is {self.lr}; it must be positive.")
         _check(self.max_grad_norm > 0, f"optimizer.max_grad_norm is {self.max_grad_norm}; it must be positive.")
         _check(
             self.grad_accumulation >= 1,
@@ -170,31 +166,23 @@ class RunConfig:
     """Seed of initial weights, data order and every random draw."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """Autocast dtype; weights and optimizer state are always float32."""
-    activation_checkpointing: bool = True
-    """Recompute each block's activations in the backward pass instead of storing them."""
     checkpoint_every: int = 500
     """Steps between checkpoints; a killed run loses at most this many."""
     checkpoint_minutes: float = 0.0
     """Write a checkpoint also when this many minutes have passed since the last one; 0 counts steps alone."""
     keep: int = 2
     """Newest checkpoints kept."""
-    export_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Dtype of the exported weights."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     sample_every: int = 500
     """Steps between grids of samples; 0 writes none."""
     num_samples: int = 4
     """Images in a grid."""
-    sample_steps: int = 25
-    """Solver steps of a teacher's samples; students use their own times."""
-    sample_guidance: float = 5.0
-    """Classifier-free guidance scale of a teacher's samples."""
     trackers: tuple[str, ...] = ()
     """Trackers beside metrics.jsonl: "tensorboard", "wandb"."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "checkpoint_every", "keep", "log_every", "num_samples", "sample_steps"):
+        for name in ("steps", "checkpoint_every", "keep", "log_every", "num_samples"):
             _check(getattr(self, name) >= 1, f"run.{name} is {getattr(self, name)}; it must be at least 1.")
         _check(self.checkpoint_minutes >= 0, f"run.checkpoint_minutes is {self.checkpoint_minutes}; at least 0.")
         _check(
@@ -205,6 +193,24 @@ class RunConfig:
             set(self.trackers) <= {"tensorboard", "wandb"},
             f"run.trackers is {self.trackers}; known are 'tensorboard' and 'wandb'.",
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PiDRunConfig(RunConfig):
+    """The same with what only runs of PiD networks have."""
+
+    activation_checkpointing: bool = True
+    """Recompute each block's activations in the backward pass instead of storing them."""
+    export_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype of the exported weights."""
+    sample_steps: int = 25
+    """Solver steps of a teacher's samples; students use their own times."""
+    sample_guidance: float = 5.0
+    """Classifier-free guidance scale of a teacher's samples."""
+
+    def __post_init__(self) -> None:
+        RunConfig.__post_init__(self)  # super() does not work in dataclasses with slots
+        _check(self.sample_steps >= 1, f"run.sample_steps is {self.sample_steps}; it must be at least 1.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,7 +252,7 @@ class TrainConfig:
     """Low-rank adapters."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Several processes."""
-    run: RunConfig = field(default_factory=RunConfig)
+    run: PiDRunConfig = field(default_factory=PiDRunConfig)
     """Length, precision and outputs."""
 
     def __post_init__(self) -> None:
@@ -401,13 +407,16 @@ def _plain(hint: Any) -> str:
 @functools.cache
 def field_words(record_type: type) -> dict[str, str]:
     """The sentence under each field of a dataclass, read from its source."""
-    body = ast.parse(inspect.cleandoc("\n" + inspect.getsource(record_type))).body[0]
-    assert isinstance(body, ast.ClassDef)
     words: dict[str, str] = {}
-    for node, after in zip(body.body, [*body.body[1:], ast.Pass()], strict=True):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
-            words[node.target.id] = " ".join(str(text).split())
+    for parent in reversed([kind for kind in record_type.__mro__ if is_dataclass(kind)]):
+        body = ast.parse(inspect.cleandoc("\n" + inspect.getsource(parent))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for node, after in zip(body.body, [*body.body[1:], ast.Pass()], strict=True):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                text = (
+                    after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
+                )
+                words[node.target.id] = " ".join(str(text).split())
     return words
 
 

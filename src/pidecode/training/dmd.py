@@ -102,6 +102,10 @@ class DistillationConfig:
     """Smallest time at which student images are noised for judging."""
     max_time: float = 0.99
     """Largest such time."""
+    fake_score_lr: float = 1e-5
+    """Learning rate of fake score and discriminator."""
+    fake_score_weight_decay: float = 1e-3
+    """Weight decay of the fake score."""
     gan_weight: float = 0.05
     """Weight of the adversarial loss of the student; 0 trains without a discriminator."""
     gan_warmup: int = 100
@@ -126,6 +130,8 @@ class DistillationConfig:
             raise SettingError(
                 f"student_input is {self.student_input!r}; it must be 'teacher_forcing' or 'self_rollout'."
             )
+        if self.fake_score_lr <= 0:
+            raise SettingError(f"fake_score_lr is {self.fake_score_lr}; it must be positive.")
         if not 0 < self.min_time < self.max_time < 1:
             raise SettingError(
                 f"Times run from {self.min_time} to {self.max_time}; they must lie within 0 and 1, in order."

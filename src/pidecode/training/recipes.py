@@ -14,7 +14,7 @@ from pidecode.encoders.text import default_negative_prompt
 from pidecode.errors import SettingError
 from pidecode.registry.configs import PiDConfig, backbone, debug_config, v1pt5
 from pidecode.registry.spaces import LatentSpace, did_you_mean, get_space
-from pidecode.training.config import DataConfig, EMAConfig, LoRAConfig, OptimizerConfig, RunConfig, TrainConfig
+from pidecode.training.config import DataConfig, EMAConfig, LoRAConfig, OptimizerConfig, PiDRunConfig, TrainConfig
 from pidecode.training.debug import BLOCK_DCT, ByteTextEncoder, encode_block_dct
 from pidecode.training.dmd import DistillationConfig
 from pidecode.training.flow_matching import TeacherLossConfig
@@ -51,7 +51,7 @@ def pixeldit(space: str = _DEFAULT_SPACE) -> TrainConfig:
         net=backbone(),
         negative_prompt=default_negative_prompt(),
         optimizer=OptimizerConfig(lr=2e-5, warmup_steps=1000, max_grad_norm=0.1),
-        run=RunConfig(steps=50_000),
+        run=PiDRunConfig(steps=50_000),
     )
 
 
@@ -67,7 +67,7 @@ def teacher_adapter(space: str = _DEFAULT_SPACE) -> TrainConfig:
         trainable="adapter",
         data=_data(row),
         optimizer=OptimizerConfig(lr=5e-5, warmup_steps=2000, weight_decay=1e-3, max_grad_norm=0.1),
-        run=RunConfig(steps=30_000, checkpoint_every=1000, sample_every=1000),
+        run=PiDRunConfig(steps=30_000, checkpoint_every=1000, sample_every=1000),
     )
 
 
@@ -93,8 +93,8 @@ def student(space: str = _DEFAULT_SPACE) -> TrainConfig:
         space=row,
         negative_prompt=default_negative_prompt(),
         data=replace(_data(row), caption_dropout=0.0, latent_dropout=0.0),
-        optimizer=OptimizerConfig(lr=1e-5, fake_score_lr=1e-5, max_grad_norm=0.1),
-        run=RunConfig(steps=3000, checkpoint_every=250, sample_every=250),
+        optimizer=OptimizerConfig(lr=1e-5, max_grad_norm=0.1),
+        run=PiDRunConfig(steps=3000, checkpoint_every=250, sample_every=250),
     )
 
 
@@ -131,8 +131,8 @@ def student_lora(space: str = _DEFAULT_SPACE) -> TrainConfig:
     )
 
 
-def _debug_run(steps: int) -> RunConfig:
-    return RunConfig(
+def _debug_run(steps: int) -> PiDRunConfig:
+    return PiDRunConfig(
         steps=steps,
         precision="float32",
         activation_checkpointing=False,
@@ -183,8 +183,8 @@ def debug_student(space: str = BLOCK_DCT.name) -> TrainConfig:
         method="student",
         net=debug_config(),
         data=replace(_DEBUG_DATA, caption_dropout=0.0, latent_dropout=0.0),
-        distillation=DistillationConfig(student_every=3, guidance_scale=1.5, r1_weight=10.0),
-        optimizer=OptimizerConfig(lr=5e-4, fake_score_lr=1e-3, max_grad_norm=1.0),
+        distillation=DistillationConfig(student_every=3, guidance_scale=1.5, r1_weight=10.0, fake_score_lr=1e-3),
+        optimizer=OptimizerConfig(lr=5e-4, max_grad_norm=1.0),
     )
 
 

@@ -147,10 +147,11 @@ class PiDTask:
 
     def make_optimizer(self, name: str) -> Optimizer:
         """The optimizer of a module at full learning rate."""
-        config = self.config.optimizer
-        auxiliary = name in ("fake_score", "discriminator")
-        decay = {"fake_score": config.fake_score_weight_decay, "discriminator": 0.0}.get(name, config.weight_decay)
-        lr = config.fake_score_lr if auxiliary else config.lr
+        config, distillation = self.config.optimizer, self.config.distillation
+        lr, decay = config.lr, config.weight_decay
+        if name in ("fake_score", "discriminator"):
+            lr = distillation.fake_score_lr
+            decay = distillation.fake_score_weight_decay if name == "fake_score" else 0.0
         return make_optimizer(self.modules[name], config, lr=lr, weight_decay=decay)
 
     def loss(self, step: int, batch: TrainBatch, rng: RNG) -> LossOutput:
