@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewrite what the documents say that is a fact elsewhere: files, latent spaces, weights, error messages, pages.
+"""Rewrite the generated parts of documents: files, latent spaces, weights, error messages, pages.
 
     python tools/make_docs.py            # rewrite
     python tools/make_docs.py --check    # only say, by the exit code, whether it is current
 
-A generated part of README.md or of a page in docs/ stands between `<!-- generated: NAME -->` and
-`<!-- end of NAME -->`, the site's list of pages in zensical.toml between the same words as comments.
+A generated part of README.md, CONTRIBUTING.md or a page in docs/ stands between `<!-- generated: NAME -->` and
+`<!-- end of NAME -->`, the site's list of pages in zensical.toml between the same words as comments. The words of the
+tree of files are written by hand, in CONTRIBUTING.md itself.
 """
 
 from __future__ import annotations
@@ -27,39 +28,46 @@ PACKAGE = ROOT / "src" / "pidecode"
 WORDS_AT = 25
 FEWEST_LETTERS = 12
 VARIES = "…"
-FOLDERS = {
-    "assets": "what ships inside the wheel: our own small weights, and the prompts",
-    "static": "the page itself: one HTML file, its style, two scripts, no build step",
-}
-"""Folders without modules, and what stands in them."""
+MOST_WORDS = 7
+OPAQUE = {"assets", "static"}
+"""Folders without modules, shown as one line."""
 
 
-def first_sentence(path: Path) -> str:
-    """First line of a file's docstring, without its full stop."""
-    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return docstring.splitlines()[0].rstrip(".") if docstring else ""
+def _words_in_tree() -> dict[str, str]:
+    """Words of each file and folder, by its path in the package, as CONTRIBUTING.md has them now."""
+    _, _, rest = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("<!-- generated: tree -->")
+    words: dict[str, str] = {}
+    folders: list[str] = []
+    for line in rest.partition("<!-- end of tree -->")[0].splitlines():
+        depth, (name, *about) = (len(line) - len(line.lstrip())) // 2, line.split() or [""]
+        if depth:
+            folders = [*folders[: depth - 1], name]
+            words["".join(folders)] = " ".join(about)
+    return words
 
 
 def tree() -> str:
-    """The package as a tree, each file with the sentence it opens with."""
+    """The package as a tree, each file with its words from CONTRIBUTING.md; exits where these do not fit."""
+    words = _words_in_tree()
 
-    def line(depth: int, name: str, words: str) -> str:
-        return f"{'  ' * depth}{name}".ljust(WORDS_AT) + words
+    def line(path: Path, depth: int) -> str:
+        key = path.relative_to(PACKAGE).as_posix() + ("/" if path.is_dir() else "")
+        about = words.get(key, "")
+        if not 1 <= len(about.split()) <= MOST_WORDS:
+            sys.exit(f"{key} needs one to {MOST_WORDS} words in the tree of CONTRIBUTING.md; it has {about!r}.")
+        return f"{'  ' * depth}{path.name}{'/' if path.is_dir() else ''}".ljust(WORDS_AT) + about
 
     def walk(folder: Path, depth: int) -> list[str]:
         lines = []
         paths = [path for path in folder.iterdir() if path.name != "__pycache__"]
         for path in sorted(paths, key=lambda path: (path.is_dir(), path.name)):
-            if path.name in FOLDERS:
-                lines.append(line(depth, f"{path.name}/", FOLDERS[path.name]))
-            elif path.is_dir():
-                lines.append(line(depth, f"{path.name}/", first_sentence(path / "__init__.py")))
-                lines += walk(path, depth + 1)
+            if path.is_dir():
+                lines += [line(path, depth), *(walk(path, depth + 1) if path.name not in OPAQUE else [])]
             elif path.suffix == ".py" and not (depth > 1 and path.name == "__init__.py"):
-                lines.append(line(depth, path.name, first_sentence(path)))
+                lines.append(line(path, depth))
         return lines
 
-    return "\n".join(["```", "src/pidecode/", *walk(PACKAGE, 1), "```"])
+    return "\n".join(["```text", "src/pidecode/", *walk(PACKAGE, 1), "```"])
 
 
 def _row(space: LatentSpace) -> str:
@@ -116,20 +124,20 @@ class Page(NamedTuple):
 # In reading order. A page enters the site when its file is there.
 PAGES = (
     Page("index.md", "Start here"),
-    Page("architecture.md", "Architecture", "a question how it works"),
+    Page("architecture.md", "Architecture", "a question about the method"),
     Page("spaces", "Latent spaces", "a latent of your own"),
     Page("diffusers.md", "diffusers", "a diffusers pipeline"),
     Page("comfyui.md", "ComfyUI", "ComfyUI"),
-    Page("page.md", "The page", "an image, and a browser"),
-    Page("server.md", "The server", "another program"),
+    Page("page.md", "Web page", "an image, and a browser"),
+    Page("server.md", "Server", "another program"),
     Page("batch.md", "Batch", "a folder of thousands"),
     Page("training.md", "Training", "images to train on"),
-    Page("performance.md", "Performance", "a small card, or little time"),
-    Page("benchmarks.md", "Benchmarks", "a wish for numbers"),
-    Page("model_card.md", "Model card", "a question about the weights that ship with the package"),
-    Page("licenses.md", "Licenses", "a question about money"),
+    Page("performance.md", "Performance", "a small GPU, or little time"),
+    Page("benchmarks.md", "Benchmarks", "a question about speed"),
+    Page("model_card.md", "Model card", "a question about `tiny`"),
+    Page("licenses.md", "Licenses", "a question about use"),
     Page("troubleshooting.md", "Troubleshooting", "an error message"),
-    Page("messages.md", "Every message"),
+    Page("messages.md", "Error messages"),
 )
 MESSAGES = DOCS / "messages.md"
 """Written for the site at every build, and never committed: it would be stale after every other change."""
@@ -194,7 +202,7 @@ def messages() -> str:
                 text = _template(node.args[0])
                 if sum(map(str.isalpha, text)) >= FEWEST_LETTERS:
                     found[node.func.id].setdefault(text, path.relative_to(PACKAGE).as_posix())
-    lines = ["# Every message", "", f"Look for the words that do not vary; {VARIES} stands for what does.", ""]
+    lines = ["# Error messages", "", f"Look for the words that do not vary; {VARIES} stands for what does.", ""]
     for name, texts in found.items():
         if not texts:
             continue
@@ -239,7 +247,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "ways in": ways_in,
 }
 REQUIRED = {
-    "README.md": {"tree", "spaces", "variants"},
+    "README.md": {"spaces"},
+    "CONTRIBUTING.md": {"tree"},
     "docs/index.md": {"ways in"},
     "docs/licenses.md": {"variants"},
 }
@@ -264,7 +273,11 @@ def documents() -> dict[Path, str]:
     head, _, rest = site.read_text(encoding="utf-8").partition("# generated: nav\n")
     _, _, tail = rest.partition("# end of nav\n")
     wanted = {site: f"{head}# generated: nav\n{nav()}\n# end of nav\n{tail}"}
-    for path in [ROOT / "README.md", *(path for path in sorted(DOCS.rglob("*.md")) if path != MESSAGES)]:
+    for path in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(path for path in sorted(DOCS.rglob("*.md")) if path != MESSAGES),
+    ]:
         name = path.relative_to(ROOT).as_posix()
         wanted[path] = filled(path.read_text(encoding="utf-8"), REQUIRED.get(name, set()), name)
     return wanted

@@ -23,11 +23,10 @@ PACKAGES = ("torch", "safetensors", "huggingface-hub", "numpy", "pillow", "diffu
 
 # Extra -> the modules that must be importable for it to count as installed.
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "captions": ("transformers", "sentencepiece"),
+    "text": ("transformers", "sentencepiece"),
     "diffusers": ("diffusers", "transformers", "accelerate"),
     "demo": ("skimage",),
     "serve": ("fastapi", "uvicorn"),
-    "web": ("fastapi", "uvicorn"),
     "train": ("tensorboard",),
     "ray": ("ray",),
 }
@@ -123,7 +122,7 @@ def processor() -> dict[str, Any]:
 
 def _library_verdicts(missing: dict[str, list[str]]) -> Iterator[Verdict]:
     for extra, purpose in (
-        ("captions", "prompts for the released decoders"),
+        ("text", "prompts for the released decoders"),
         ("diffusers", "images to latents with the image models' own encoders"),
     ):
         lacking = missing[extra]

@@ -219,8 +219,7 @@ def _load_vision_model(space: LatentSpace, source: str, dtype: torch.dtype) -> A
         from transformers import Dinov2WithRegistersModel, SiglipVisionModel
     except ImportError as fault:
         raise MissingDependencyError(
-            f"The {space.name} encoder needs transformers, which is not installed; run "
-            '`pip install "pidecode[captions]"`.'
+            f'The {space.name} encoder needs transformers, which is not installed; run `pip install "pidecode[text]"`.'
         ) from fault
     spec = VISION_MODELS[space.name]
     if Path(source).is_dir() and _model_type(Path(source)) not in spec.model_types:

@@ -214,7 +214,7 @@ class TextEncoder:
         except ImportError as fault:
             raise MissingDependencyError(
                 "Prompts need the text encoder's library (transformers); install it with "
-                '`pip install "pidecode[captions]"`, or pass ready-made prompt states.'
+                '`pip install "pidecode[text]"`, or pass ready-made prompt states.'
             ) from fault
         options = self.options
         source = str(Path(options.model).expanduser()) if Path(options.model).expanduser().is_dir() else options.model

@@ -59,7 +59,7 @@ def dinov2(folder: str | Path, width: int) -> RepresentationAlignment:
         from transformers import AutoModel
     except ImportError:
         raise MissingDependencyError(
-            "Representation alignment needs transformers; install it with: pip install 'pidecode[captions]'."
+            "Representation alignment needs transformers; install it with: pip install 'pidecode[text]'."
         ) from None
     encoder = AutoModel.from_pretrained(str(folder), local_files_only=True)
     return RepresentationAlignment(width, encoder, encoder.config.hidden_size)
