@@ -227,10 +227,10 @@ class TinyTask:
         image = batch.image.contiguous(memory_format=torch.channels_last)
         generated = self.modules["decoder"](batch.latent).float().contiguous(memory_format=torch.channels_last)
         weight_B = 1 / (1 + (batch.sigma / config.noise_scale).square())
-        weight_B = weight_B / weight_B.sum()
 
+        # Not divided by the sum of weights: a batch of noisy samples alone must count less as well.
         def add(name: str, weight: float, distance_B: Tensor) -> Tensor:
-            parts[name] = (weight_B * distance_B).sum()
+            parts[name] = (weight_B * distance_B).mean()
             return weight * parts[name]
 
         loss = add("pixel", config.pixel, pixel_distance(generated, image))
