@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from pidecode.registry.configs import RELEASED_CONFIGS, PiDConfig, debug_config
+from pidecode.registry.configs import PID_CONFIGS, PiDConfig, debug_config
 
 CONFIGS: dict[str, PiDConfig] = {
     "debug": debug_config(),
@@ -12,6 +12,6 @@ CONFIGS: dict[str, PiDConfig] = {
         adapter_width=256, adapter_padding="replicate", gate="per_token", inject_pixels=True,
         rope_reference=(2048, 2048),
     ),
-    **RELEASED_CONFIGS,
+    **PID_CONFIGS,
 }  # fmt: skip
 """The released shapes by version; "v1.5-narrow" is v1.5's architecture at a size for CPUs, "debug" the tests' model."""

@@ -55,7 +55,7 @@ class Trial:
         """This machine's plan for the quantization that was asked for; None where none was."""
         if self.quantization is None and self.scheme is None:
             return None
-        return plan_decode(
+        plan = plan_decode(
             self.config,
             self.size,
             this_machine(self.device),
@@ -63,6 +63,8 @@ class Trial:
             quantization=self.quantization,
             scheme=self.scheme,
         )
+        assert isinstance(plan, Plan)
+        return plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

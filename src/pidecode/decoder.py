@@ -47,9 +47,8 @@ from pidecode.options import (
     DecoderKind,
     Fit,
     RuntimeOptions,
-    Sampler,
 )
-from pidecode.registry.checkpoints import CHECKPOINTS, Checkpoint, FlowShift, size_warning
+from pidecode.registry.checkpoints import CHECKPOINTS, Checkpoint, FlowShift, Sampler, size_warning
 from pidecode.registry.spaces import LatentSpace, get_space
 from pidecode.sampling import Callback, NoiseStream, Step, guided, sample_student, sample_teacher
 from pidecode.version import __version__

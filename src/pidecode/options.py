@@ -13,13 +13,13 @@ from dataclasses import Field, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pidecode.errors import SettingError
+from pidecode.registry.checkpoints import Sampler
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 DecoderKind = Literal["feed-forward", "student", "teacher"]
 """How an image is formed: by one evaluation of a network, by a few distilled steps, or by many guided ones."""
-Sampler = Literal["sde", "ode"]
 ColorFix = Literal["off", "coarse", "fine", "back-projection"]
 Fit = Literal["pad", "crop"]
 Command = Literal["decode", "upscale"]

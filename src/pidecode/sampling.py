@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from pidecode.errors import SettingError
-from pidecode.options import Sampler
-from pidecode.registry.checkpoints import STUDENT_TIMES
+from pidecode.registry.checkpoints import STUDENT_TIMES, Sampler
 from pidecode.registry.configs import Prediction
 
 SINGLE_STEP_TIME = 1.0

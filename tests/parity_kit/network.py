@@ -120,16 +120,16 @@ def _seen(net: PiDNet, tape: _Tape, condition: Condition) -> dict[str, Tensor]:
         seen["lq_hidden"] = tape.out[f"lq_proj.latent_proj.{len(net.lq_proj.latent_proj) - 1}"]
         for index, injection in enumerate(condition.injections):
             seen[f"lq_feature_{index}"] = injection.tokens
-            seen[f"gate_{index}"] = _opening(net.lq_proj.gate_modules[index], tape, f"lq_proj.gate_modules.{index}")
+            seen[f"gate_{index}"] = _gate_value(net.lq_proj.gate_modules[index], tape, f"lq_proj.gate_modules.{index}")
         if condition.pixel_injection is not None:
             seen["lq_feature_pit"] = condition.pixel_injection.tokens
-            seen["gate_pit"] = _opening(net.pit_lq_gate, tape, "pit_lq_gate")
+            seen["gate_pit"] = _gate_value(net.pit_lq_gate, tape, "pit_lq_gate")
     return seen
 
 
-def _opening(gate: Any, tape: _Tape, name: str) -> Tensor:
+def _gate_value(gate: Any, tape: _Tape, name: str) -> Tensor:
     x, _tokens, logits = tape.into[name]
-    return gate.opening(x, logits)  # type: ignore[no-any-return]
+    return gate.value(x, logits)  # type: ignore[no-any-return]
 
 
 def student(case: Case) -> Iterator[Comparison]:
@@ -168,11 +168,11 @@ def student(case: Case) -> Iterator[Comparison]:
 def teacher(case: Case) -> Iterator[Comparison]:
     """The undistilled sampler with guidance."""
     net, noise = case.net(), case.inputs["noise"]
-    captioned = _condition(net, case, noise)
-    uncaptioned = _condition(net, case, noise, text="null_y")
+    prompted = _condition(net, case, noise)
+    unprompted = _condition(net, case, noise, text="null_y")
     for variant in case.args["variants"]:
         predict = guided(
-            lambda x, t: net.denoise(x, t, captioned), lambda x, t: net.denoise(x, t, uncaptioned), variant["cfg"]
+            lambda x, t: net.denoise(x, t, prompted), lambda x, t: net.denoise(x, t, unprompted), variant["cfg"]
         )
         image = sample_teacher(predict, noise, num_steps=variant["steps"], shift=variant["shift"]).clamp(-1, 1)
         name = variant["name"]

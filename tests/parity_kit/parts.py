@@ -29,7 +29,7 @@ from pidecode.sampling import (
 )
 
 TABLE = 1e-5
-ANGLES = 1e-4  # angles reach 1000, where float32 has steps of 6e-5; processors round their exponentials differently
+ANGLES = 1e-4  # angles reach 1000, where float32 has steps of 6e-5; CPUs round their exponentials differently
 FORWARD = 2e-5
 CPU = torch.device("cpu")
 
@@ -48,7 +48,7 @@ def image_rope(case: Case) -> Iterator[Comparison]:
 
 
 def text_rope(case: Case) -> Iterator[Comparison]:
-    """Rotary tables of caption tokens."""
+    """Rotary tables of prompt tokens."""
     for entry in case.args["cases"]:
         tables = text_rotation(entry["length"], entry["head_dim"], entry["theta"], device=CPU)
         for label, table in zip(("cos", "sin"), tables, strict=True):
@@ -66,9 +66,9 @@ def pixel_table(case: Case) -> Iterator[Comparison]:
     """The sine table of pixels, put together from its two axes."""
     for entry in case.args["cases"]:
         height, width, half = entry["H"], entry["W"], entry["dim"] // 2
-        across = pixel_axis_table(width, half, device=CPU).expand(height, width, half)
-        down = pixel_axis_table(height, half, device=CPU).unsqueeze(1).expand(height, width, half)
-        table = torch.cat((across, down), dim=-1).flatten(0, 1)
+        x_table = pixel_axis_table(width, half, device=CPU).expand(height, width, half)
+        y_table = pixel_axis_table(height, half, device=CPU).unsqueeze(1).expand(height, width, half)
+        table = torch.cat((x_table, y_table), dim=-1).flatten(0, 1)
         rows = case.inputs.get(f"{entry['name']}.rows")
         expected = case.outputs[f"{entry['name']}.table"]
         yield Comparison(f"{entry['name']}.table", table if rows is None else table[rows], expected, TABLE)
@@ -91,7 +91,7 @@ def gate(case: Case) -> Iterator[Comparison]:
     module.load_state_dict(dict(case.weights))
     x, tokens = case.inputs["x"], case.inputs["lq"]
     logits = module.latent_logits(tokens, case.inputs["sigma"])
-    yield Comparison("gate", module.opening(x, logits), case.outputs["gate"], FORWARD)
+    yield Comparison("gate", module.value(x, logits), case.outputs["gate"], FORWARD)
     yield Comparison("out", module(x, tokens, logits), case.outputs["out"], FORWARD)
 
 

@@ -24,7 +24,8 @@ from pidecode.errors import FileError, PidecodeError
 from pidecode.images import read_metadata, save_image
 from pidecode.latents.latent import Latent
 from pidecode.latents.storage import METADATA_KEY, TENSOR_NAME, read_header
-from pidecode.options import RuntimeOptions, Sampler
+from pidecode.options import RuntimeOptions
+from pidecode.registry.checkpoints import Sampler
 
 STAMP = "batch"
 """Entry of an image's recipe that says which job made it."""

@@ -31,7 +31,7 @@ from pidecode.engine.machine import GB, Machine, Quantization, this_machine
 from pidecode.engine.plan import Plan, Scheme, plan_decode
 from pidecode.errors import FileError, SettingError
 from pidecode.options import COLOR_FIXES, RuntimeOptions
-from pidecode.registry.configs import RELEASED_CONFIGS, TinyDecoderConfig
+from pidecode.registry.configs import RELEASED_CONFIGS
 from pidecode.units import parse_bytes, parse_size
 
 if TYPE_CHECKING:
@@ -280,7 +280,7 @@ def decode(latents: tuple[Path, ...], size: str | None, **options: Any) -> None:
 @click.option("--ram", metavar="BYTES", help="Plan for a processor with this much memory instead.")
 @click.option(
     "--network",
-    type=click.Choice(["tiny", *RELEASED_CONFIGS]),
+    type=click.Choice(list(RELEASED_CONFIGS)),
     default="v1.5",
     show_default=True,
     help="`tiny`, or the version of PiD's released weights.",
@@ -308,7 +308,6 @@ def plan(
         machine = Machine(memory=parse_bytes(given), accelerator=bool(vram), w8a8=w8a8)
     else:
         machine = this_machine()
-    config = TinyDecoderConfig() if network == "tiny" else RELEASED_CONFIGS[network]
-    chosen = plan_decode(config, parse_size(size), machine, quantization=quantization, **options)
+    chosen = plan_decode(network, parse_size(size), machine, quantization=quantization, **options)
     data = {**asdict(chosen), "peak": chosen.peak, "exact": chosen.exact, "memory": machine.memory}
     emit(data, f"{chosen.describe()}\n  {'free':22s} {machine.memory / GB:6.2f} GB", as_json=as_json)

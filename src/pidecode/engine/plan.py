@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 from pidecode.engine.chunks import Chunks
-from pidecode.engine.machine import DRIVER, DTYPE_BYTES, GB, QUANTIZATIONS, Machine, Quantization
+from pidecode.engine.machine import DRIVER, DTYPE_BYTES, GB, QUANTIZATIONS, Machine, Quantization, this_machine
 from pidecode.errors import DoesNotFitError, SettingError
-from pidecode.registry.configs import PiDConfig, TinyDecoderConfig
+from pidecode.registry.configs import RELEASED_CONFIGS, PiDConfig, TinyDecoderConfig
 
 if TYPE_CHECKING:
     from pidecode.engine.feed_forward import FeedForwardPlan
@@ -270,10 +270,11 @@ def _chunk_bytes(plan: Plan, L: int, D: int, F: int) -> int:
 
 
 def plan_decode(
-    config: PiDConfig | TinyDecoderConfig,
+    network: str | PiDConfig | TinyDecoderConfig,
     size: tuple[int, int],
-    machine: Machine,
+    machine: Machine | None = None,
     *,
+    memory: int | None = None,
     batch: int = 1,
     dtype: str | None = None,
     quantization: Quantization | None = None,
@@ -282,9 +283,10 @@ def plan_decode(
     """The first plan, from the fastest exact one to the lowest-memory one, that fits the machine.
 
     Args:
-        config: Shape of the network.
+        network: "tiny", "v1", "v1.5", or the shape of a network.
         size: Width and height in pixels.
-        machine: What the decode may use.
+        machine: What the decode may use; by default this machine's best device.
+        memory: Bytes of an accelerator's memory, in place of a machine.
         batch: Images at once.
         dtype: Fixes the number format.
         quantization: Fixes the weights' format.
@@ -294,32 +296,43 @@ def plan_decode(
         DoesNotFitError: No plan fits; the message says what would.
         SettingError: The size does not divide into patches, or the machine cannot do what was asked for.
     """
+    if isinstance(network, str) and network not in RELEASED_CONFIGS:
+        raise SettingError(f"There is no network {network!r}; there are {', '.join(RELEASED_CONFIGS)}.")
+    if machine is not None and memory is not None:
+        raise SettingError("machine and memory both say what a decode may use; give one.")
+    config = RELEASED_CONFIGS[network] if isinstance(network, str) else network
+    if machine is None:
+        machine = this_machine() if memory is None else Machine(memory=memory)
     if isinstance(config, TinyDecoderConfig):
         if quantization not in (None, "none") or scheme is not None:
             raise SettingError("Eight-bit weights act on student and teacher decoders only; leave them out.")
         from pidecode.engine.feed_forward import plan_feed_forward  # needs torch, which planning PiD does not
 
         return plan_feed_forward(config, size, machine, batch=batch, dtype=dtype)
-    if min(size) < config.patch_size or any(side % config.patch_size for side in size):
-        raise SettingError(f"A size of {size[0]}x{size[1]} does not divide into patches of {config.patch_size} pixels.")
-    if scheme == "w8a8":
-        quantization = _w8a8_format(machine, quantization)
     first = Plan(
         size=size,
         batch=batch,
         dtype=dtype or ("bfloat16" if machine.accelerator else "float32"),
-        quantization=quantization or "none",
+        quantization=_w8a8_format(machine, quantization) if scheme == "w8a8" else quantization or "none",
         scheme=scheme or "w8a16",
         chunks=Chunks.large(config.patch_size) if machine.accelerator else CPU_CHUNKS,
         offload=_offloaded(config) if machine.accelerator else (),
     )
+    return _first_that_fits(config, first, machine, fixed=scheme == "w8a8" or quantization is not None)
+
+
+def _first_that_fits(config: PiDConfig, first: Plan, machine: Machine, *, fixed: bool) -> Plan:
+    """The first of `_candidates` whose predicted peak the machine has."""
+    (width, height), patch = first.size, config.patch_size
+    if min(width, height) < patch or width % patch or height % patch:
+        raise SettingError(f"A size of {width}x{height} does not divide into patches of {patch} pixels.")
     lowest: Plan | None = None
-    for candidate in _candidates(first, machine, fixed=quantization is not None):
-        candidate = predict(candidate, config, accelerator=machine.accelerator)
-        if candidate.peak <= machine.memory:
-            return replace(candidate, text_on_host=_text_is_too_large(candidate, machine))
-        if lowest is None or candidate.peak < lowest.peak:
-            lowest = candidate
+    for candidate in _candidates(first, machine, fixed=fixed):
+        plan = predict(candidate, config, accelerator=machine.accelerator)
+        if plan.peak <= machine.memory:
+            return replace(plan, text_on_host=_text_is_too_large(plan, machine))
+        if lowest is None or plan.peak < lowest.peak:
+            lowest = plan
     assert lowest is not None
     raise DoesNotFitError(_refusal(config, lowest, machine))
 

@@ -27,6 +27,9 @@ TEXT_ENCODER = "Efficient-Large-Model/gemma-2-2b-it"
 DECODERS: tuple[NetworkKind, ...] = ("student", "feed-forward")
 """Kinds that a variant without a kind names."""
 
+Sampler = Literal["sde", "ode"]
+"""Samplers of a student: with fresh noise at every step, or without."""
+
 STUDENT_TIMES = (0.999, 0.866, 0.634, 0.342, 0.0)
 """Flow times of the distilled 4-step schedule (docs/architecture.md, Schedule and sampling)."""
 

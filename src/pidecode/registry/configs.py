@@ -235,11 +235,11 @@ def backbone() -> PiDConfig:
     return PiDConfig(latent_channels=0, rope_reference=(2048, 2048))
 
 
-RELEASED_CONFIGS: dict[str, PiDConfig] = {
+PID_CONFIGS: dict[str, PiDConfig] = {
     "v1": v1(latent_channels=16, latent_down=8),
     "v1.5": v1pt5(latent_channels=16, latent_down=8),
 }
-"""By the version of the released weights, for FLUX.1's latents: networks of other spaces are less than 1 % larger."""
+"""By the version of the released PiD weights, for FLUX.1's latents; those of other spaces are less than 1 % larger."""
 
 
 def debug_config(**changes: Any) -> PiDConfig:
@@ -406,3 +406,7 @@ def _from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
 def _check_count(name: str, value: Any, *, least: int, most: int) -> None:
     if type(value) is not int or not least <= value <= most:
         raise SettingError(f"{name} is {value!r}; it must be a whole number from {least} to {most}.")
+
+
+RELEASED_CONFIGS: dict[str, PiDConfig | TinyDecoderConfig] = {"tiny": TinyDecoderConfig(), **PID_CONFIGS}
+"""Shapes of the weights that people have, by their names."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernels of the elementwise ops.
 
-Experimental: tested in Triton's interpreter, no gain was measured on a GPU yet. They run inside
+Experimental: tested in Triton's interpreter, no gain was measured on a GPU yet. They run mask_in
 `with elementwise.triton_ops():`. Each equals the function of its name in `elementwise`, its reference implementation.
 """
 
@@ -15,20 +15,28 @@ from torch import Tensor, nn
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _norm_modulate(  # type: ignore[no-untyped-def]
-    x_ptr, shift_ptr, factor_ptr, out_ptr, groups, spread, WIDTH: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
+    x_ptr,
+    shift_ptr,
+    factor_ptr,
+    out_ptr,
+    groups,
+    row_stride,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    # One program normalizes ROWS vectors of WIDTH values. `spread` is 0 where all share one shift and factor.
+    # One program normalizes ROWS vectors of WIDTH values. `row_stride` is 0 where all share one shift and factor.
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lanes = tl.arange(0, LANES)
-    inside = (rows[:, None] < groups) & (lanes[None, :] < WIDTH)
-    place = rows[:, None].to(tl.int64) * WIDTH + lanes[None, :]
-    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    mask_in = (rows[:, None] < groups) & (lanes[None, :] < WIDTH)
+    offset = rows[:, None].to(tl.int64) * WIDTH + lanes[None, :]
+    x = tl.load(x_ptr + offset, mask=mask_in, other=0.0).to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / WIDTH + 1e-6)
-    table = rows[:, None].to(tl.int64) * spread + lanes[None, :]
-    shift = tl.load(shift_ptr + table, mask=inside, other=0.0).to(tl.float32)
-    factor = tl.load(factor_ptr + table, mask=inside, other=0.0).to(tl.float32)
+    table = rows[:, None].to(tl.int64) * row_stride + lanes[None, :]
+    shift = tl.load(shift_ptr + table, mask=mask_in, other=0.0).to(tl.float32)
+    factor = tl.load(factor_ptr + table, mask=mask_in, other=0.0).to(tl.float32)
     result = x * scale[:, None] * factor + shift
-    tl.store(out_ptr + place, result.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + offset, result.to(out_ptr.dtype.element_ty), mask=mask_in)
 
 
 def norm_modulate(x: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -59,31 +67,31 @@ def _add_gated(  # type: ignore[no-untyped-def]
     branch_stride,
     gate_stride,
     gate_step,
-    OPEN: tl.constexpr,
+    SIGMOID: tl.constexpr,
     LANES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.program_id(1) * LANES + tl.arange(0, LANES)
-    inside = lanes < width
-    gate = tl.load(gate_ptr + row * gate_stride + lanes * gate_step, mask=inside, other=0.0).to(tl.float32)
-    if OPEN:
+    mask_in = lanes < width
+    gate = tl.load(gate_ptr + row * gate_stride + lanes * gate_step, mask=mask_in, other=0.0).to(tl.float32)
+    if SIGMOID:
         gate = 1.0 / (1.0 + tl.exp(-gate))
-    branch = tl.load(branch_ptr + row * branch_stride + lanes, mask=inside, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + row * x_stride + lanes, mask=inside, other=0.0).to(tl.float32)
-    tl.store(x_ptr + row * x_stride + lanes, (x + gate * branch).to(x_ptr.dtype.element_ty), mask=inside)
+    branch = tl.load(branch_ptr + row * branch_stride + lanes, mask=mask_in, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * x_stride + lanes, mask=mask_in, other=0.0).to(tl.float32)
+    tl.store(x_ptr + row * x_stride + lanes, (x + gate * branch).to(x_ptr.dtype.element_ty), mask=mask_in)
 
 
 def add_gated_(x_TD: Tensor, branch_TD: Tensor, gate: Tensor, *, logits: bool = False) -> Tensor:
-    """`x += gate * branch` in place, or `sigmoid(gate)` with `logits`.
+    """`x += gate * branch` in offset, or `sigmoid(gate)` with `logits`.
 
     gate: `[T, D]`, `[T, 1]` or `[D]`; rows of all three may be any distance apart, their last axis must be dense.
     """
     rows, width = x_TD.shape
-    wide = gate.expand(rows, width)
+    expanded_gate = gate.expand(rows, width)
     lanes = min(1024, triton.next_power_of_2(width))
     _add_gated[(rows, triton.cdiv(width, lanes))](
-        x_TD, branch_TD, wide, width, x_TD.stride(0), branch_TD.stride(0), wide.stride(0), wide.stride(1),
-        logits, lanes,
+        x_TD, branch_TD, expanded_gate, width, x_TD.stride(0), branch_TD.stride(0),
+        expanded_gate.stride(0), expanded_gate.stride(1), logits, lanes,
     )  # fmt: skip
     return x_TD
 
@@ -92,48 +100,48 @@ def add_gated_(x_TD: Tensor, branch_TD: Tensor, gate: Tensor, *, logits: bool = 
 def _norm_rotate(  # type: ignore[no-untyped-def]
     x_ptr,
     weight_ptr,
-    turn_ptr,
+    rotation_ptr,
     rows,
     heads,
     token_stride,
     head_stride,
     WIDTH: tl.constexpr,
-    TURNS: tl.constexpr,
+    ROTATE: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):
     # One program takes ROWS heads; a row's lanes are its pairs of channels, even and odd apart.
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     pair = tl.arange(0, LANES)
-    inside = (row[:, None] < rows) & (pair[None, :] < WIDTH // 2)
+    mask_in = (row[:, None] < rows) & (pair[None, :] < WIDTH // 2)
     token = (row // heads).to(tl.int64)[:, None]
-    place = token * token_stride + (row % heads)[:, None] * head_stride + 2 * pair[None, :]
-    even = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    odd = tl.load(x_ptr + place + 1, mask=inside, other=0.0).to(tl.float32)
+    offset = token * token_stride + (row % heads)[:, None] * head_stride + 2 * pair[None, :]
+    even = tl.load(x_ptr + offset, mask=mask_in, other=0.0).to(tl.float32)
+    odd = tl.load(x_ptr + offset + 1, mask=mask_in, other=0.0).to(tl.float32)
     scale = 1.0 / tl.sqrt((tl.sum(even * even, axis=1) + tl.sum(odd * odd, axis=1)) / WIDTH + 1e-6)
-    known = pair[None, :] < WIDTH // 2
-    even = even * scale[:, None] * tl.load(weight_ptr + 2 * pair[None, :], mask=known, other=0.0).to(tl.float32)
-    odd = odd * scale[:, None] * tl.load(weight_ptr + 2 * pair[None, :] + 1, mask=known, other=0.0).to(tl.float32)
-    if TURNS:
-        turn = token * WIDTH + 2 * pair[None, :]
-        cos = tl.load(turn_ptr + turn, mask=inside, other=0.0)
-        sin = tl.load(turn_ptr + turn + 1, mask=inside, other=0.0)
+    valid = pair[None, :] < WIDTH // 2
+    even = even * scale[:, None] * tl.load(weight_ptr + 2 * pair[None, :], mask=valid, other=0.0).to(tl.float32)
+    odd = odd * scale[:, None] * tl.load(weight_ptr + 2 * pair[None, :] + 1, mask=valid, other=0.0).to(tl.float32)
+    if ROTATE:
+        entry = token * WIDTH + 2 * pair[None, :]
+        cos = tl.load(rotation_ptr + entry, mask=mask_in, other=0.0)
+        sin = tl.load(rotation_ptr + entry + 1, mask=mask_in, other=0.0)
         even, odd = even * cos - odd * sin, even * sin + odd * cos
-    tl.store(x_ptr + place, even.to(x_ptr.dtype.element_ty), mask=inside)
-    tl.store(x_ptr + place + 1, odd.to(x_ptr.dtype.element_ty), mask=inside)
+    tl.store(x_ptr + offset, even.to(x_ptr.dtype.element_ty), mask=mask_in)
+    tl.store(x_ptr + offset + 1, odd.to(x_ptr.dtype.element_ty), mask=mask_in)
 
 
 def norm_rotate_(heads_TNK: Tensor, weight_K: Tensor, rotation: Tensor | None) -> None:
-    """Normalize each head and rotate its channel pairs, in place, in one pass.
+    """Normalize each head and rotate its channel pairs, in offset, in one pass.
 
     heads_TNK: any strides with a dense last axis; rotation: `[tokens, head_dim / 2]` complex64 or None.
     """
     tokens, heads, width = heads_TNK.shape
     lanes = triton.next_power_of_2(width // 2)
     rows = max(1, 2048 // lanes)
-    turns = weight_K if rotation is None else torch.view_as_real(rotation.contiguous())
+    rotation_values = weight_K if rotation is None else torch.view_as_real(rotation.contiguous())
     _norm_rotate[(triton.cdiv(tokens * heads, rows),)](
-        heads_TNK, weight_K, turns, tokens * heads, heads, heads_TNK.stride(0), heads_TNK.stride(1),
+        heads_TNK, weight_K, rotation_values, tokens * heads, heads, heads_TNK.stride(0), heads_TNK.stride(1),
         width, rotation is not None, rows, lanes,
     )  # fmt: skip
 
@@ -144,19 +152,19 @@ def _gate_latent(  # type: ignore[no-untyped-def]
 ):
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, LANES)
-    inside = lanes < width
-    x = tl.load(x_ptr + row * x_stride + lanes, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + lanes, mask=inside, other=0.0)
+    mask_in = lanes < width
+    x = tl.load(x_ptr + row * x_stride + lanes, mask=mask_in, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + lanes, mask=mask_in, other=0.0)
     # The plain gate reads the stream in the weight's type.
     seen = x.to(weight.dtype).to(tl.float32)
     logit = tl.sum(seen * weight.to(tl.float32), axis=0) + tl.load(logit_ptr + row * logit_stride).to(tl.float32)
-    token = tl.load(token_ptr + row * token_stride + lanes, mask=inside, other=0.0).to(tl.float32)
+    token = tl.load(token_ptr + row * token_stride + lanes, mask=mask_in, other=0.0).to(tl.float32)
     out = x + token / (1.0 + tl.exp(-logit))
-    tl.store(x_ptr + row * x_stride + lanes, out.to(x_ptr.dtype.element_ty), mask=inside)
+    tl.store(x_ptr + row * x_stride + lanes, out.to(x_ptr.dtype.element_ty), mask=mask_in)
 
 
 def gate_latent_(x_TD: Tensor, tokens_TD: Tensor, weight_1D: Tensor, logits_T1: Tensor) -> Tensor:
-    """A gate of one opening per token, decided and applied in one pass over the stream."""
+    """One gate per token, computed and applied in one pass over the stream."""
     rows, width = x_TD.shape
     _gate_latent[(rows,)](
         x_TD, tokens_TD, weight_1D.contiguous(), logits_T1, width, x_TD.stride(0), tokens_TD.stride(0),
@@ -187,41 +195,41 @@ def _update_pixels(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     INNER: tl.constexpr,
-    WIDEN: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     # One program finishes ROWS pixels of WIDTH channels; nothing between the loads and the store leaves the chip.
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lane = tl.arange(0, LANES)
     inner = tl.arange(0, INNER)
-    inside = (row[:, None] < pixels) & (lane[None, :] < WIDTH)
+    mask_in = (row[:, None] < pixels) & (lane[None, :] < WIDTH)
     token = (row // group).to(tl.int64)[:, None]
-    place = (row % group)[:, None] * WIDTH + lane[None, :]
-    vector = token * vector_stride + place
-    x = tl.load(x_ptr + token * x_stride + place, mask=inside, other=0.0).to(tl.float32)
-    branch = tl.load(branch_ptr + token * branch_stride + place, mask=inside, other=0.0).to(tl.float32)
-    x += tl.load(gate1_ptr + vector, mask=inside, other=0.0).to(tl.float32) * branch
+    offset = (row % group)[:, None] * WIDTH + lane[None, :]
+    vector = token * vector_stride + offset
+    x = tl.load(x_ptr + token * x_stride + offset, mask=mask_in, other=0.0).to(tl.float32)
+    branch = tl.load(branch_ptr + token * branch_stride + offset, mask=mask_in, other=0.0).to(tl.float32)
+    x += tl.load(gate1_ptr + vector, mask=mask_in, other=0.0).to(tl.float32) * branch
     scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / WIDTH + 1e-6)
-    factor = tl.load(factor_ptr + vector, mask=inside, other=0.0).to(tl.float32)
-    shift = tl.load(shift_ptr + vector, mask=inside, other=0.0).to(tl.float32)
-    known = (lane[:, None] < WIDTH) & (inner[None, :] < HIDDEN)
-    w1 = tl.load(w1_ptr + inner[None, :] * WIDTH + lane[:, None], mask=known, other=0.0)
+    factor = tl.load(factor_ptr + vector, mask=mask_in, other=0.0).to(tl.float32)
+    shift = tl.load(shift_ptr + vector, mask=mask_in, other=0.0).to(tl.float32)
+    valid = (lane[:, None] < WIDTH) & (inner[None, :] < HIDDEN)
+    w1 = tl.load(w1_ptr + inner[None, :] * WIDTH + lane[:, None], mask=valid, other=0.0)
     b1 = tl.load(b1_ptr + inner, mask=inner < HIDDEN, other=0.0).to(tl.float32)
     modulated = (x * scale[:, None] * factor + shift).to(w1.dtype)
-    if WIDEN:
+    if UPCAST:
         modulated = modulated.to(tl.float32)
         w1 = w1.to(tl.float32)
     hidden = tl.dot(modulated, w1, input_precision="ieee") + b1[None, :]
     hidden = 0.5 * hidden * (1.0 + tl.erf(hidden * 0.7071067811865476))
-    known = (inner[:, None] < HIDDEN) & (lane[None, :] < WIDTH)
-    w2 = tl.load(w2_ptr + lane[None, :] * HIDDEN + inner[:, None], mask=known, other=0.0)
+    valid = (inner[:, None] < HIDDEN) & (lane[None, :] < WIDTH)
+    w2 = tl.load(w2_ptr + lane[None, :] * HIDDEN + inner[:, None], mask=valid, other=0.0)
     b2 = tl.load(b2_ptr + lane, mask=lane < WIDTH, other=0.0).to(tl.float32)
     hidden = hidden.to(w2.dtype)
-    if WIDEN:
+    if UPCAST:
         hidden = hidden.to(tl.float32)
         w2 = w2.to(tl.float32)
     out = tl.dot(hidden, w2, input_precision="ieee") + b2[None, :]
-    x += tl.load(gate2_ptr + vector, mask=inside, other=0.0).to(tl.float32) * out
-    tl.store(x_ptr + token * x_stride + place, x.to(x_ptr.dtype.element_ty), mask=inside)
+    x += tl.load(gate2_ptr + vector, mask=mask_in, other=0.0).to(tl.float32) * out
+    tl.store(x_ptr + token * x_stride + offset, x.to(x_ptr.dtype.element_ty), mask=mask_in)
 
 
 def _interpreted() -> bool:
@@ -232,7 +240,7 @@ def _interpreted() -> bool:
 def update_pixels_(
     tile_TGC: Tensor, expanded_TGC: Tensor, vectors: tuple[Tensor, ...], fc1: nn.Linear, fc2: nn.Linear
 ) -> Tensor:
-    """The second half of a pixel block after its large products, in place.
+    """The second half of a pixel block after its large products, in offset.
 
     vectors: gate, shift, factor and gate of the tile, each `[T, G * C]` with rows equally far apart.
     """

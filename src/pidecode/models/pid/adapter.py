@@ -82,7 +82,7 @@ class ResidualBlock(nn.Module):
         return x + self.block(x)  # type: ignore[no-any-return]
 
 
-def _tower(in_channels: int, width: int, blocks: int, padding: Padding) -> nn.Sequential:
+def _conv_stack(in_channels: int, width: int, blocks: int, padding: Padding) -> nn.Sequential:
     return nn.Sequential(
         conv3x3(in_channels, width, padding), nn.SiLU(), conv3x3(width, width, padding),
         *(ResidualBlock(width, padding) for _ in range(blocks)),
@@ -113,13 +113,13 @@ class Gate(nn.Module):
         logits = F.linear(latent_BLD.to(weight.dtype), weight, self.content_proj.bias)
         return logits - self.log_alpha.float().exp() * sigma_B.float().view(-1, 1, 1)
 
-    def opening(self, x_BLD: Tensor, logits: Tensor) -> Tensor:
+    def value(self, x_BLD: Tensor, logits: Tensor) -> Tensor:
         """The gate's value `[B, L, D or 1]` in (0, 1)."""
         weight = self.content_proj.weight[:, : x_BLD.shape[-1]]
         return torch.sigmoid(F.linear(x_BLD.to(weight.dtype), weight) + logits)
 
     def forward(self, x_BLD: Tensor, latent_BLD: Tensor, logits: Tensor) -> Tensor:
-        return x_BLD + self.opening(x_BLD, logits) * latent_BLD
+        return x_BLD + self.value(x_BLD, logits) * latent_BLD
 
 
 class LatentAdapter(nn.Module):
@@ -130,15 +130,15 @@ class LatentAdapter(nn.Module):
         self.config = config
         width, padding = config.adapter_width, config.adapter_padding
         if config.adapter_image_channels:
-            self.fold = config.patch_size // config.scale
-            self.image_conv = _tower(
-                config.adapter_image_channels * self.fold**2, width, config.adapter_blocks, padding
+            self.unshuffle = config.patch_size // config.scale
+            self.image_conv = _conv_stack(
+                config.adapter_image_channels * self.unshuffle**2, width, config.adapter_blocks, padding
             )
         if config.latent_channels:
             channels = config.latent_channels // config.latent_unpatchify**2
             if config.latent_to_patch_ratio < 1:
                 channels *= round(1 / config.latent_to_patch_ratio) ** 2
-            self.latent_proj = _tower(channels, width, config.adapter_blocks, padding)
+            self.latent_proj = _conv_stack(channels, width, config.adapter_blocks, padding)
         if config.adapter_image_channels and config.latent_channels:
             self.merge = nn.Sequential(
                 nn.Conv2d(2 * width, width, 1), nn.SiLU(),
@@ -190,10 +190,10 @@ class LatentAdapter(nn.Module):
         parts: list[Tensor] = []
         tapped: Tensor | None = None
         if self.config.adapter_image_channels and image is not None:
-            size = (grid[0] * self.fold, grid[1] * self.fold)
+            size = (grid[0] * self.unshuffle, grid[1] * self.unshuffle)
             if image.shape[-2:] != size:
                 image = F.interpolate(image, size=size, mode="bilinear", align_corners=False)
-            parts.append(self.image_conv(F.pixel_unshuffle(image, self.fold)))
+            parts.append(self.image_conv(F.pixel_unshuffle(image, self.unshuffle)))
         if self.config.latent_channels and latent is not None:
             hidden = self.align(latent, grid).to(next(self.latent_proj.parameters()).dtype)
             for index, layer in enumerate(self.latent_proj):
