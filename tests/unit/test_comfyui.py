@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ComfyUI nodes: schemas, frames of every family, early stop, prompts, previews and the interrupt.
+"""The ComfyUI nodes: schemas, normalization of every family, early stop, prompts, previews and the interrupt.
 
 With PIDECODE_COMFYUI=/path/to/ComfyUI the real comfy and comfy_api are used, else doubles of what they publish.
 """
@@ -21,11 +21,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pidecode import PixelDecoder
+from pidecode import DecodeOptions, PixelDecoder
 from pidecode.errors import LatentError, SettingError
-from pidecode.integrations import comfyui_latents as comfyui_latents
+from pidecode.integrations import comfyui_latents
 from pidecode.latents.latent import Latent
 from pidecode.models.pid.network import PiDNet
+from pidecode.options import option_infos
 from pidecode.registry.configs import PiDConfig, debug_config
 from pidecode.registry.spaces import SPACES
 from pidecode.weights.metadata import CheckpointMetadata
@@ -34,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLUX2 = debug_config(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
 EVERY = ("flux", "sd3", "sdxl", "qwenimage", "flux2")
 SAMPLING = {space: "EPS" if space == "sdxl" else "CONST" for space in EVERY}
-FORMAT = {space: name for name, space in comfyui_latents.SPACE_OF_FORMAT.items()}
+FORMAT = {space: name for name, space in comfyui_latents.SPACE_BY_FORMAT.items()}
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def latent_of(space: str, seed: int = 0) -> Tensor:
 
 
 def as_comfy_has_it(z: Tensor, space: str) -> Tensor:
-    """The LATENT of a normalized latent: in the autoencoder's frame, FLUX.2's excepted."""
+    """The LATENT of a normalized latent: raw, except for FLUX.2."""
     return z if space == "flux2" else Latent(z, space).to_raw()
 
 
@@ -111,12 +112,16 @@ def test_the_schemas_are_as_published(comfy: SimpleNamespace) -> None:
     nodes = asyncio.run(asyncio.run(comfy.nodes.comfy_entrypoint()).get_node_list())
     schemas = {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in nodes}
     assert list(schemas) == ["PidecodeLoadDecoder", "PidecodeDecode", "PidecodeUpscale", "PidecodeEarlyStop"]
-    kinds = [(entry.id, str(entry.io_type), entry.optional) for entry in schemas["PidecodeDecode"].inputs]
-    assert kinds == [
+    inputs = [(entry.id, str(entry.io_type), entry.optional) for entry in schemas["PidecodeDecode"].inputs]
+    assert inputs == [
         ("decoder", "PIDECODE_DECODER", False), ("samples", "LATENT", False), ("seed", "INT", False),
-        ("num_steps", "INT", False), ("sigma", "FLOAT", False), ("model", "MODEL", True), ("prompt", "STRING", True),
-        ("conditioning", "CONDITIONING", True),
+        ("num_steps", "INT", True), ("sampler", "COMBO", True), ("sigma", "FLOAT", True),
+        ("guidance_scale", "FLOAT", True), ("prompt", "STRING", True), ("color_fix", "COMBO", True),
+        ("conditioning", "CONDITIONING", True), ("latent_sigma", "FLOAT", True), ("model", "MODEL", True),
     ]  # fmt: skip
+    for node, command in (("PidecodeDecode", "decode"), ("PidecodeUpscale", "upscale")):
+        offered = {entry.id for entry in schemas[node].inputs}
+        assert set(option_infos(command=command, interface="comfyui")) <= offered
     assert [str(entry.io_type) for entry in schemas["PidecodeEarlyStop"].outputs] == ["SIGMAS", "FLOAT"]
     for schema in schemas.values():
         assert schema.display_name.endswith("(pidecode)")
@@ -124,7 +129,7 @@ def test_the_schemas_are_as_published(comfy: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize("space", EVERY)
-def test_every_family_arrives_in_the_trained_frame(comfy: SimpleNamespace, space: str) -> None:
+def test_latents_of_every_family_arrive_normalized(comfy: SimpleNamespace, space: str) -> None:
     z = latent_of(space)
     samples = {"samples": as_comfy_has_it(z, space)}
     with_model = comfyui_latents.to_latent(samples, SPACES[space], model=model_of(comfy, space))
@@ -166,20 +171,20 @@ def test_what_does_not_go_together_is_said(comfy: SimpleNamespace) -> None:
         comfyui_latents.to_latent({"samples": torch.zeros(1, 16, 3, 4, 4)}, SPACES["qwenimage"])
     other = SimpleNamespace(model=SimpleNamespace(latent_format=comfy.formats.Mochi()))
     with pytest.raises(SettingError, match="latent format Mochi, for which there is no decoder"):
-        comfyui_latents.space_of_model(other)
+        comfyui_latents.model_space(other)
 
 
 def test_early_stop_cuts_where_it_is_recommended_or_told(comfy: SimpleNamespace) -> None:
     sigmas, model = torch.linspace(1, 0, 29), model_of(comfy, "flux")
-    cut, sigma = comfy.nodes.EarlyStop.execute(sigmas, model).result
+    cut, sigma = comfy.nodes.EarlyStopNode.execute(sigmas, model).result
     assert len(cut) == 25
     assert sigma == pytest.approx(float(sigmas[24])) == pytest.approx(float(cut[-1]))
-    cut, sigma = comfy.nodes.EarlyStop.execute(sigmas, model, 0).result
+    cut, sigma = comfy.nodes.EarlyStopNode.execute(sigmas, model, 0).result
     assert (len(cut), sigma) == (29, 0.0)
     with pytest.raises(SettingError, match="steps_left is 28, and there are 28 steps; leave 0 to 27"):
-        comfy.nodes.EarlyStop.execute(sigmas, model, 28)
+        comfy.nodes.EarlyStopNode.execute(sigmas, model, 28)
     with pytest.raises(SettingError, match="no sigmas to cut"):
-        comfy.nodes.EarlyStop.execute(torch.zeros(1), model)
+        comfy.nodes.EarlyStopNode.execute(torch.zeros(1), model)
 
 
 def test_decoding_gives_images_and_previews(comfy: SimpleNamespace, decoder: PixelDecoder) -> None:
@@ -188,7 +193,7 @@ def test_decoding_gives_images_and_previews(comfy: SimpleNamespace, decoder: Pix
         lambda value, total, preview, node_id=None: seen.append((value, total, preview[1].size))
     )
     z = latent_of("flux2")[:, :, :1, :2]
-    (image,) = comfy.nodes.Decode.execute(decoder, {"samples": z}, seed=5).result
+    (image,) = comfy.nodes.DecodeNode.execute(decoder, {"samples": z}, seed=5).result
     comfy.utils.set_progress_bar_global_hook(None)
     assert image.shape == (2, 64, 128, 3)
     assert image.dtype == torch.float32
@@ -203,43 +208,77 @@ def test_decoding_gives_images_and_previews(comfy: SimpleNamespace, decoder: Pix
 def test_cancel_is_heeded_at_the_next_step(comfy: SimpleNamespace, decoder: PixelDecoder) -> None:
     comfy.management.interrupt_current_processing(True)
     with pytest.raises(comfy.management.InterruptProcessingException):
-        comfy.nodes.Decode.execute(decoder, {"samples": latent_of("flux2")}, seed=0)
+        comfy.nodes.DecodeNode.execute(decoder, {"samples": latent_of("flux2")}, seed=0)
 
 
 def test_enlarging_takes_and_gives_images(comfy: SimpleNamespace, decoder: PixelDecoder) -> None:
     image = torch.rand(2, 20, 33, 3)
-    (large,) = comfy.nodes.Upscale.execute(decoder, image, seed=0, num_steps=1).result
+    (large,) = comfy.nodes.UpscaleNode.execute(decoder, image, seed=0, num_steps=1).result
     assert large.shape == (2, 80, 132, 3)
-    (stronger,) = comfy.nodes.Upscale.execute(decoder, image, seed=0, num_steps=1, strength=0.5).result
+    (stronger,) = comfy.nodes.UpscaleNode.execute(decoder, image, seed=0, num_steps=1, sigma=0.5).result
     assert not torch.equal(large, stronger)
     transparent = torch.cat([image, torch.zeros(2, 20, 33, 1)], dim=-1)
-    assert torch.equal(comfyui_latents.to_pixels(transparent), torch.ones(2, 3, 20, 33))
+    assert torch.equal(comfyui_latents.tensor_from_image(transparent), torch.ones(2, 3, 20, 33))
     with pytest.raises(SettingError, match=r"An IMAGE is \[B, H, W, 3\]"):
-        comfyui_latents.to_pixels(torch.zeros(20, 33, 3))
+        comfyui_latents.tensor_from_image(torch.zeros(20, 33, 3))
 
 
-def test_prompts_come_as_text_or_as_gemmas_states(decoder: PixelDecoder) -> None:
-    prompted = network(debug_config())
-    width, length = prompted.config.text_dim, prompted.config.text_length
-    states = torch.randn(1, length, width)
-    assert comfyui_latents.prompt_of(prompted, " a cat ", None) == {"prompt": "a cat"}
-    assert torch.equal(comfyui_latents.prompt_of(prompted, "", [[states, {}]])["prompt_embeds"], states)
-    assert comfyui_latents.prompt_of(decoder.net, "", None) == {}
-    for net, text, conditioning, words in (
+def test_widgets_left_at_their_default_set_no_option(comfy: SimpleNamespace, decoder: PixelDecoder) -> None:
+    for command, node in (("decode", comfy.nodes.DecodeNode), ("upscale", comfy.nodes.UpscaleNode)):
+        entries = {entry.id: entry for entry in node.GET_SCHEMA().inputs}
+        names = option_infos(command=command, interface="comfyui")
+        values = {name: value_of(entries[name], "default") for name in names}
+        assert comfy.nodes._decode_options(values, command, decoder) == DecodeOptions(seed=0)
+    values |= {"seed": 7, "num_steps": 2, "sampler": "ode", "sigma": 0.25, "color_fix": "fine", "prompt": " a cat "}
+    wanted = DecodeOptions(seed=7, num_steps=2, sampler="ode", sigma=0.25, color_fix="fine", prompt="a cat")
+    assert comfy.nodes._decode_options(values, "upscale", decoder) == wanted
+
+
+def value_of(entry: Any, name: str) -> Any:
+    return entry.settings[name] if hasattr(entry, "settings") else getattr(entry, name)
+
+
+def test_a_feed_forward_decoder_decodes_whatever_the_seed_widget_holds(comfy: SimpleNamespace) -> None:
+    tiny = PixelDecoder.from_pretrained("tiny", device="cpu", dtype=torch.float32)
+    samples = {"samples": latent_of("flux2")[:1]}
+    (first,) = comfy.nodes.DecodeNode.execute(tiny, samples, seed=1).result
+    (second,) = comfy.nodes.DecodeNode.execute(tiny, samples, seed=2).result
+    assert first.shape == (1, 256, 384, 3)
+    assert torch.equal(first, second)
+    with pytest.raises(SettingError, match="num_steps acts on student decoders and teacher decoders only"):
+        comfy.nodes.DecodeNode.execute(tiny, samples, seed=1, num_steps=2)
+
+
+def test_prompts_come_as_text_or_as_gemmas_states(comfy: SimpleNamespace, decoder: PixelDecoder) -> None:
+    config = debug_config(
+        latent_channels=FLUX2.latent_channels, latent_down=FLUX2.latent_down, latent_unpatchify=2, prediction="x0"
+    )
+    prompted = PixelDecoder(network(config), CheckpointMetadata(kind="student", config=config, space="flux2"))
+    states = torch.randn(1, config.text_length, config.text_dim)
+    options = comfy.nodes._decode_options({"seed": 0, "conditioning": [[states, {}]]}, "decode", prompted)
+    assert options.prompt_embeds is not None
+    assert torch.equal(options.prompt_embeds, states)
+    (image,) = comfy.nodes.DecodeNode.execute(
+        prompted, {"samples": latent_of("flux2")[:, :, :1, :2]}, seed=0, num_steps=1, conditioning=[[states, {}]]
+    ).result
+    assert image.shape == (2, 64, 128, 3)
+    for asked, prompt, conditioning, words in (
         (prompted, "a cat", [[states, {}]], "give one of them"),
         (prompted, "", [[torch.zeros(1, 77, 768), {}]], "reads Gemma-2's states"),
         (prompted, "", [[states, {}], [states, {}]], "has 2 parts"),
-        (decoder.net, "a cat", None, "no text stream, so a prompt cannot act"),
-        (decoder.net, "", [[states, {}]], "so CONDITIONING cannot act"),
+        (decoder, "a cat", None, "no text stream, so a prompt cannot act"),
+        (decoder, "", [[states, {}]], "so CONDITIONING cannot act"),
     ):
         with pytest.raises(SettingError, match=words):
-            comfyui_latents.prompt_of(net, text, conditioning)
+            comfy.nodes.DecodeNode.execute(
+                asked, {"samples": latent_of("flux2")}, seed=0, prompt=prompt, conditioning=conditioning
+            )
 
 
 def test_the_loader_takes_a_file(comfy: SimpleNamespace, decoder: PixelDecoder, tmp_path: Path) -> None:
     path = tmp_path / "mine.safetensors"
     save_file(dict(decoder.net.state_dict()), path, metadata=decoder.metadata.to_metadata())
-    (loaded,) = comfy.nodes.LoadDecoder.execute("tiny", "float32", str(path)).result
+    (loaded,) = comfy.nodes.LoadDecoderNode.execute("tiny", "float32", str(path)).result
     assert loaded.space.name == "flux2"
     options = comfy.nodes._model_names()
     assert options[0] == "tiny"
@@ -272,5 +311,14 @@ def test_example_workflows_fit_the_nodes(comfy: SimpleNamespace, path: Path) -> 
         known = {entry.id: str(entry.io_type) for entry in schema.inputs}
         assert {entry["name"]: entry["type"] for entry in node["inputs"]}.items() <= known.items()
         widgets = [entry for entry in schema.inputs if str(entry.io_type) in ("INT", "FLOAT", "STRING", "COMBO")]
-        controls = sum(entry.id == "seed" for entry in widgets)  # fixed, increment, ...: a value of its own
-        assert len(node["widgets_values"]) == len(widgets) + controls
+        widgets.sort(key=lambda entry: entry.optional)  # the window shows required inputs first
+        values = list(node["widgets_values"])
+        for entry in widgets:
+            value = values.pop(0)
+            if str(entry.io_type) == "COMBO":
+                assert value in value_of(entry, "options")
+            elif str(entry.io_type) in ("INT", "FLOAT"):
+                assert value_of(entry, "min") <= value <= value_of(entry, "max")
+            if entry.id == "seed":
+                assert values.pop(0) == "fixed"  # what the seed does after a run has a widget of its own
+        assert values == []

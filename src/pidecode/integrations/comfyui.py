@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nodes for ComfyUI: load a decoder, decode a LATENT, stop a sampler early, enlarge an IMAGE.
+"""ComfyUI nodes: load a decoder, decode a LATENT, stop a sampler early, upscale an IMAGE.
 
-Imported by the folder `comfyui/` of the repository, inside ComfyUI, whose published node API (V3) it uses.
+The repository's folder `comfyui/` imports this module inside ComfyUI; it uses the node API V3. The inputs that set
+how to decode are made from `pidecode.options`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
@@ -17,51 +20,93 @@ from torch import Tensor
 from pidecode.decoder import PixelDecoder
 from pidecode.errors import SettingError
 from pidecode.images import to_pil
-from pidecode.integrations.comfyui_latents import prompt_of, stopping_place, to_image, to_latent, to_pixels
-from pidecode.options import MAX_SIGMA
+from pidecode.integrations.comfyui_latents import (
+    early_stop_step,
+    image_from_tensor,
+    prompt_embeds_from_conditioning,
+    tensor_from_image,
+    to_latent,
+)
+from pidecode.options import Command, DecodeOptions, OptionInfo, option_infos
 from pidecode.registry.checkpoints import CHECKPOINTS, DECODERS, REPOSITORY
 from pidecode.sampling import Callback, Step
 
 DecoderType = io.Custom("PIDECODE_DECODER")
 
 CATEGORY = "pidecode"
-PREVIEW_SIDE = 512
-LARGEST_SEED = 2**32 - 1
+DEFAULT = "default"
+"""Choice of a combo that leaves an option to the decoder."""
+MAX_PREVIEW_SIDE = 512
+
+
+def _unset_number(info: OptionInfo) -> int:
+    """The number that leaves an option to the decoder: widgets cannot be empty."""
+    return -1 if info.type is int and info.minimum == 0 else 0
+
+
+def _option_input(name: str, info: OptionInfo) -> Any:
+    """The widget of a decode option."""
+    if name == "seed":
+        text = f"{info.help} It has no effect on a feed-forward decoder such as tiny."
+        return io.Int.Input(name, default=0, min=0, max=info.maximum, control_after_generate=True, tooltip=text)
+    if info.choices:
+        return io.Combo.Input(name, options=[DEFAULT, *info.choices], default=DEFAULT, optional=True, tooltip=info.help)
+    if info.type is str:
+        return io.String.Input(name, default="", multiline=True, optional=True, tooltip=info.help)
+    unset = _unset_number(info)
+    tooltip = f"{info.help} {unset} takes the default."
+    if info.type is int:
+        return io.Int.Input(name, default=unset, min=unset, max=info.maximum, optional=True, tooltip=tooltip)
+    return io.Float.Input(
+        name, default=float(unset), min=float(unset), max=info.maximum, step=0.01, optional=True, tooltip=tooltip
+    )
+
+
+def _option_inputs(command: Command) -> list[Any]:
+    """Widgets of all decode options of a command, and the socket for prompts encoded in ComfyUI."""
+    inputs = [_option_input(name, info) for name, info in option_infos(command=command, interface="comfyui").items()]
+    text = "Gemma-2 text states in place of the prompt: from a CLIP of type pixeldit."
+    return [*inputs, io.Conditioning.Input("conditioning", optional=True, tooltip=text)]
+
+
+def _decode_options(values: Mapping[str, Any], command: Command, decoder: PixelDecoder) -> DecodeOptions:
+    """The options that a node's widgets set; those left at their default are None."""
+    chosen: dict[str, Any] = {}
+    for name, info in option_infos(command=command, interface="comfyui").items():
+        value = values.get(name)
+        if name == "seed":
+            # The widget always holds a number, so it cannot mean that a seed was asked for.
+            chosen[name] = value if decoder.kind in info.kinds else None
+        elif info.choices:
+            chosen[name] = None if value == DEFAULT else value
+        elif info.type is str:
+            chosen[name] = (value or "").strip() or None
+        else:
+            chosen[name] = None if value == _unset_number(info) else value
+    conditioning = values.get("conditioning")
+    if conditioning is not None:
+        if chosen["prompt"] is not None:
+            raise SettingError("There are a prompt and a CONDITIONING; give one of them.")
+        chosen["prompt_embeds"] = prompt_embeds_from_conditioning(conditioning, decoder)
+    return DecodeOptions(**chosen)
+
+
+def _per_image(options: DecodeOptions, batch: int) -> list[DecodeOptions]:
+    """The options of each image: a batch is decoded one by one, in the memory that one image needs."""
+    if options.seed is None:
+        return [options] * batch
+    return [replace(options, seed=seed) for seed in options.seeds(batch)]
 
 
 def _model_names() -> list[str]:
-    """What the loader offers: our own small decoder, and every released one as `space/variant`."""
+    """What the loader offers: decoders that ship with the package, and every released one as `space/variant`."""
     rows = [row for row in CHECKPOINTS.values() if row.kind in DECODERS]
     bundled = [row.variant for row in rows if row.bundled]
     return bundled + [f"{row.space}/{row.variant}" for row in rows if not row.bundled]
 
 
-def _seed() -> Any:
-    return io.Int.Input(
-        "seed", default=0, min=0, max=LARGEST_SEED, control_after_generate=True, tooltip="Of the noise."
-    )
-
-
-def _steps() -> Any:
-    tip = "0 for the decoder's own number; a distilled one takes 1 to 4."
-    return io.Int.Input("num_steps", default=0, min=0, max=100, tooltip=tip)
-
-
-def _prompt() -> list[Any]:
-    return [
-        io.String.Input(
-            "prompt",
-            default="",
-            multiline=True,
-            optional=True,
-            tooltip="What the image shows. Needs Gemma-2 on this machine; or connect a CONDITIONING made with it.",
-        ),
-        io.Conditioning.Input("conditioning", optional=True, tooltip="Gemma-2's states (CLIP type pixeldit)."),
-    ]
-
-
-class LoadDecoder(io.ComfyNode):
-    """The node that loads a decoder."""
+class LoadDecoderNode(io.ComfyNode):
+    """Loads a decoder."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -86,18 +131,21 @@ class LoadDecoder(io.ComfyNode):
     def execute(cls, model: str, dtype: str = "auto", file: str = "") -> io.NodeOutput:
         """Load it onto ComfyUI's device."""
         device = comfy.model_management.get_torch_device()
-        chosen = None if dtype == "auto" else getattr(torch, dtype)
-        if file.strip():
-            return io.NodeOutput(PixelDecoder.from_pretrained(file.strip(), device=device, dtype=chosen))
+        number_format = None if dtype == "auto" else getattr(torch, dtype)
         space, found, variant = model.partition("/")
-        if not found:
-            return io.NodeOutput(PixelDecoder.from_pretrained(model, device=device, dtype=chosen))
-        decoder = PixelDecoder.from_pretrained(REPOSITORY, space=space, variant=variant, device=device, dtype=chosen)
+        if file.strip():
+            decoder = PixelDecoder.from_pretrained(file.strip(), device=device, dtype=number_format)
+        elif found:
+            decoder = PixelDecoder.from_pretrained(
+                REPOSITORY, space=space, variant=variant, device=device, dtype=number_format
+            )
+        else:
+            decoder = PixelDecoder.from_pretrained(model, device=device, dtype=number_format)
         return io.NodeOutput(decoder)
 
 
-class Decode(io.ComfyNode):
-    """The node that makes images of latents."""
+class DecodeNode(io.ComfyNode):
+    """Decodes latents to images."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -110,40 +158,35 @@ class Decode(io.ComfyNode):
             inputs=[
                 DecoderType.Input("decoder"),
                 io.Latent.Input("samples"),
-                _seed(),
-                _steps(),
+                *_option_inputs("decode"),
                 io.Float.Input(
-                    "sigma", default=0.0, min=0.0, max=100.0, step=0.0001, round=False,
-                    tooltip="Noise still in the latent, from PiD Early Stop. 0 for a finished latent.",
+                    "latent_sigma", default=0.0, min=0.0, max=100.0, step=0.0001, round=False, optional=True,
+                    tooltip="Noise that is in the latent, from PiD Early Stop; 0 for a finished latent.",
                 ),
-                io.Model.Input("model", optional=True, tooltip="The model that made the latent: its frame is used."),
-                *_prompt(),
+                io.Model.Input(
+                    "model", optional=True,
+                    tooltip="The model that made the latent: it tells how latent and noise are scaled.",
+                ),
             ],
             outputs=[io.Image.Output()],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, decoder: PixelDecoder, samples: Any, seed: int, num_steps: int = 0, **rest: Any) -> io.NodeOutput:
-        """Decode one latent after another. `rest` holds sigma, model, prompt and conditioning, where given."""
-        latent = to_latent(samples, decoder.space, model=rest.get("model"), sigma=rest.get("sigma", 0.0))
-        told = prompt_of(decoder.net, rest.get("prompt") or "", rest.get("conditioning"))
-        if num_steps:
-            told["num_steps"] = num_steps
-        callback = _progress(len(latent))
-        made = [
-            decoder.decode(one, callback=callback, **_seeded(decoder, seed + index), **told).tensor
-            for index, one in enumerate(latent)
+    def execute(
+        cls, decoder: PixelDecoder, samples: Any, latent_sigma: float = 0.0, model: Any = None, **values: Any
+    ) -> io.NodeOutput:
+        """Decode one latent after another; `values` are those of the option widgets."""
+        latent = to_latent(samples, decoder.space, model=model, sigma=latent_sigma)
+        options = _per_image(_decode_options(values, "decode", decoder), len(latent))
+        callback = _progress_callback(len(latent))
+        outputs = [
+            decoder.decode(one, options=own, callback=callback) for one, own in zip(latent, options, strict=True)
         ]
-        return io.NodeOutput(_joined(made))
+        return io.NodeOutput(torch.cat([image_from_tensor(output.tensor) for output in outputs]))
 
 
-def _seeded(decoder: PixelDecoder, seed: int) -> dict[str, int]:
-    """The seed, for decoders that draw noise."""
-    return {} if decoder.kind == "feed-forward" else {"seed": seed}
-
-
-class Upscale(io.ComfyNode):
-    """The node that enlarges images."""
+class UpscaleNode(io.ComfyNode):
+    """Upscales images."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -153,39 +196,24 @@ class Upscale(io.ComfyNode):
             display_name="PiD Upscale (pidecode)",
             category=CATEGORY,
             description="An image to one four times as wide and high: encoded to a latent, decoded larger.",
-            inputs=[
-                DecoderType.Input("decoder"),
-                io.Image.Input("image"),
-                _seed(),
-                _steps(),
-                io.Float.Input(
-                    "strength", default=0.0, min=0.0, max=MAX_SIGMA, step=0.01,
-                    tooltip="Noise put into the latent first: more is invented, less is kept.",
-                ),
-                *_prompt(),
-            ],
+            inputs=[DecoderType.Input("decoder"), io.Image.Input("image"), *_option_inputs("upscale")],
             outputs=[io.Image.Output()],
-        )  # fmt: skip
+        )
 
     @classmethod
-    def execute(cls, decoder: PixelDecoder, image: Tensor, seed: int, num_steps: int = 0, **rest: Any) -> io.NodeOutput:
-        """Enlarge one image after another. `rest` holds strength, prompt and conditioning, where given."""
-        images = to_pixels(image)
-        told = prompt_of(decoder.net, rest.get("prompt") or "", rest.get("conditioning"))
-        if num_steps:
-            told["num_steps"] = num_steps
-        if rest.get("strength"):
-            told["sigma"] = rest["strength"]
-        callback = _progress(len(images))
-        made = [
-            decoder.upscale(one[None], callback=callback, **_seeded(decoder, seed + index), **told).tensor
-            for index, one in enumerate(images)
+    def execute(cls, decoder: PixelDecoder, image: Tensor, **values: Any) -> io.NodeOutput:
+        """Upscale one image after another; `values` are those of the option widgets."""
+        images = tensor_from_image(image)
+        options = _per_image(_decode_options(values, "upscale", decoder), len(images))
+        callback = _progress_callback(len(images))
+        outputs = [
+            decoder.upscale(one[None], options=own, callback=callback) for one, own in zip(images, options, strict=True)
         ]
-        return io.NodeOutput(_joined(made))
+        return io.NodeOutput(torch.cat([image_from_tensor(output.tensor) for output in outputs]))
 
 
-class EarlyStop(io.ComfyNode):
-    """The node beside the sampler that lets it stop early, and tells the decoder how much noise is left."""
+class EarlyStopNode(io.ComfyNode):
+    """Ends sampling early, and tells the decoder how much noise is left."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -196,7 +224,7 @@ class EarlyStop(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Put it between a scheduler and SamplerCustom(Advanced), take the sampler's first output (not the "
-                "denoised one), and connect sigma and the model to PiD Decode."
+                "denoised one), and connect latent_sigma and the model to PiD Decode."
             ),
             inputs=[
                 io.Sigmas.Input("sigmas"),
@@ -206,49 +234,44 @@ class EarlyStop(io.ComfyNode):
                     tooltip="Steps to leave out at the end; -1 for what is recommended for the model.",
                 ),
             ],
-            outputs=[io.Sigmas.Output(display_name="sigmas"), io.Float.Output(display_name="sigma")],
+            outputs=[io.Sigmas.Output(display_name="sigmas"), io.Float.Output(display_name="latent_sigma")],
         )  # fmt: skip
 
     @classmethod
     def execute(cls, sigmas: Tensor, model: Any, steps_left: int = -1) -> io.NodeOutput:
-        """Cut the sigmas, and hand over the one at which sampling will end."""
-        total = len(sigmas) - 1
-        if total < 1:
+        """Cut the sigmas, and return the one at which sampling will end."""
+        num_steps = len(sigmas) - 1
+        if num_steps < 1:
             raise SettingError("There are no sigmas to cut; connect a scheduler.")
-        stop = stopping_place(total, model, None if steps_left < 0 else steps_left)
-        return io.NodeOutput(sigmas[: stop + 1], float(sigmas[stop]))
+        step = early_stop_step(num_steps, model, None if steps_left < 0 else steps_left)
+        return io.NodeOutput(sigmas[: step + 1], float(sigmas[step]))
 
 
-def _progress(images: int) -> Callback:
-    """A step callback that moves ComfyUI's bar, shows the estimate, and heeds its interrupt."""
-    bars: list[Any] = []
+def _progress_callback(batch: int) -> Callback:
+    """A callback that moves ComfyUI's progress bar, shows the estimate, and raises if the user pressed Cancel."""
+    bar: Any = None
     done = 0
 
     def callback(step: Step) -> None:
-        nonlocal done
+        nonlocal bar, done
         comfy.model_management.throw_exception_if_processing_interrupted()
-        if not bars:
-            bars.append(comfy.utils.ProgressBar(step.total * images))
+        bar = bar or comfy.utils.ProgressBar(step.total * batch)
         done += 1
-        stride = max(1, -(-max(step.image.shape[-2:]) // PREVIEW_SIDE))
-        small = step.image[:1, :, ::stride, ::stride].clamp(-1, 1).cpu()
-        bars[0].update_absolute(done, step.total * images, ("JPEG", to_pil(small), PREVIEW_SIDE))
+        stride = max(1, -(-max(step.image.shape[-2:]) // MAX_PREVIEW_SIDE))
+        preview = step.image[:1, :, ::stride, ::stride].clamp(-1, 1).cpu()
+        bar.update_absolute(done, step.total * batch, ("JPEG", to_pil(preview), MAX_PREVIEW_SIDE))
 
     return callback
 
 
-def _joined(made: list[Any]) -> Tensor:
-    return torch.cat([to_image(pixels) for pixels in made])
-
-
-class Extension(ComfyExtension):
+class PidecodeExtension(ComfyExtension):
     """What ComfyUI asks for the list of nodes."""
 
     async def get_node_list(self) -> list[type[Any]]:
         """All nodes."""
-        return [LoadDecoder, Decode, Upscale, EarlyStop]
+        return [LoadDecoderNode, DecodeNode, UpscaleNode, EarlyStopNode]
 
 
-async def comfy_entrypoint() -> Extension:
+async def comfy_entrypoint() -> PidecodeExtension:
     """ComfyUI calls this when it loads the folder."""
-    return Extension()
+    return PidecodeExtension()
