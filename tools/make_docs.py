@@ -91,7 +91,7 @@ def spaces() -> str:
 
 
 def _checkpoint_row(row: Checkpoint) -> str:
-    size = "in the package" if row.bundled else f"{(row.about_bytes or 0) / 1e9:.1f} GB"
+    size = "in the package" if row.bundled else f"{(row.size_bytes or 0) / 1e9:.1f} GB"
     if row.trained_area is not None:
         trained = "2048 to 4096 px"
     elif row.trained_sizes:
