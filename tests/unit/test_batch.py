@@ -163,7 +163,7 @@ def test_a_run_makes_skips_and_says_why_not(tmp_path: Path, work: Work) -> None:
         "a.png", "deep/b.png", "many-1.png", "many-2.png", "many-3.png",
     ]  # fmt: skip
     why = {item.name: item.why or "" for item in first.failures}
-    assert "no .safetensors file, or is cut off" in why["broken.safetensors"]
+    assert "is not a .safetensors file, or is cut off" in why["broken.safetensors"]
     assert "does not say which latent space" in why["foreign.safetensors"]
     recipe = read_metadata(out / "many-2.png")
     assert recipe is not None

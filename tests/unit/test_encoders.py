@@ -231,7 +231,7 @@ def test_what_does_not_fit_is_named(vaes: dict[str, Any], rae: Path, tmp_path: P
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "cut.safetensors")
     with pytest.raises(CheckpointError, match=r"lacks encoder\.conv_out\.bias"):
         load_encoder("flux", tmp_path / "cut.safetensors")
-    with pytest.raises(CheckpointError, match="is no folder"):
+    with pytest.raises(CheckpointError, match="is not a folder"):
         load_encoder("dinov2", tmp_path / "cut.safetensors")
     with pytest.raises(DownloadError, match="hf download facebook/dinov2-with-registers-base"):
         load_encoder("dinov2", tmp_path)

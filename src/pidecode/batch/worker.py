@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -23,7 +22,7 @@ from pidecode.decoder import DecodeOutput, PixelDecoder
 from pidecode.errors import FileError, PidecodeError
 from pidecode.images import read_metadata, save_image
 from pidecode.latents.latent import Latent
-from pidecode.latents.storage import METADATA_KEY, TENSOR_NAME, read_header
+from pidecode.latents.storage import count_latents
 from pidecode.options import RuntimeOptions
 from pidecode.registry.checkpoints import Sampler
 
@@ -91,20 +90,10 @@ def places(job: Job) -> list[Path]:
     """Every file a job writes: one, or one per latent of a batch. Raises FileError or LatentError as reading does."""
     if not job.source.is_file():
         raise FileError(f"There is no file {job.source}.")
-    count = _latents_in(job.source) if job.kind == "latent" else 1
+    count = count_latents(job.source) if job.kind == "latent" else 1
     if count == 1:
         return [job.out]
     return [job.out.with_name(f"{job.out.stem}-{index}{job.out.suffix}") for index in range(1, count + 1)]
-
-
-def _latents_in(path: Path) -> int:
-    """How many latents a file holds, by its header alone; 1 where that cannot say, and loading will."""
-    header = read_header(path)
-    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    ours = METADATA_KEY in header.get("__metadata__", {})
-    entry = tensors.get(TENSOR_NAME) or (next(iter(tensors.values())) if len(tensors) == 1 and not ours else None)
-    shape = entry["shape"] if entry else []
-    return int(shape[0]) if len(shape) == 4 and math.prod(shape) > 0 else 1
 
 
 def missing(job: Job, work: Work) -> list[int]:

@@ -32,7 +32,7 @@ class Latent:
     space: name or alias of a latent space; kept as the space's own name.
     sigma: noise still in it, in [0, 1]; a number, or one per sample (kept as a float32 tensor `[B]`).
     prompt: a text for all samples, or one per sample.
-    seed: the seed it was made with, for the record.
+    seed: the seed it was made with, for the metadata.
 
     Raises LatentError for anything else, naming the mend, and SettingError for an unknown space. Warns with
     NormalizationWarning when the tensor's statistics look like another frame.
@@ -133,22 +133,22 @@ class Latent:
         """
         stored = storage.read_latent(path)
         path = storage.IN_MEMORY if isinstance(path, bytes) else path
-        if stored.record is None:
+        if stored.metadata is None:
             if space is None:
                 raise LatentError(
                     f"{path} does not say which latent space it is of. Name it: Latent.load(path, space=...), one of "
                     f"{', '.join(SPACES)}; or, if the tensor is raw, read it yourself and use Latent.from_raw()."
                 )
             return cls(stored.tensor, space, 0.0 if sigma is None else sigma)
-        record = stored.record
-        if space is not None and get_space(space).name != record.space:
-            raise LatentError(f"{path} holds a latent of space {record.space}, not {get_space(space).name}.")
-        told = _collapse(torch.tensor(record.sigma, dtype=torch.float32))
-        latent = cls(stored.tensor, record.space, told, _tuple(record.prompt), record.seed)
+        metadata = stored.metadata
+        if space is not None and get_space(space).name != metadata.space:
+            raise LatentError(f"{path} holds a latent of space {metadata.space}, not {get_space(space).name}.")
+        metadata_sigma = _collapse(torch.tensor(metadata.sigma, dtype=torch.float32))
+        latent = cls(stored.tensor, metadata.space, metadata_sigma, _tuple(metadata.prompt), metadata.seed)
         if sigma is not None:
             asked = _column(_clean_sigma(sigma, len(latent), latent.tensor.device), latent)
             if not torch.allclose(asked, latent.sigmas, atol=1e-6):
-                raise LatentError(f"{path} says sigma {record.sigma}; leave sigma out, or correct the file.")
+                raise LatentError(f"{path} says sigma {metadata.sigma}; leave sigma out, or correct the file.")
         return latent
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -156,13 +156,13 @@ class Latent:
 
         Raises FileError if the file exists (unless `overwrite`) or cannot be written.
         """
-        record = storage.LatentRecord(
+        metadata = storage.LatentMetadata(
             space=self.space,
             sigma=tuple(self.sigmas.tolist()),
             prompt=(self.prompt,) * len(self) if isinstance(self.prompt, str) else self.prompt,
             seed=self.seed,
         )
-        storage.write_latent(path, self.tensor, record, overwrite=overwrite)
+        storage.write_latent(path, self.tensor, metadata, overwrite=overwrite)
 
     @property
     def latent_space(self) -> LatentSpace:

@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latents on disk: .safetensors with a record of what the tensor means, read strictly and written whole."""
+"""Latent files: .safetensors with metadata that says what the tensor means."""
 
 from __future__ import annotations
 
-import io
 import json
-import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -18,21 +15,23 @@ from torch import Tensor
 from pidecode.errors import FileError, LatentError
 from pidecode.files import atomic_write
 from pidecode.registry.spaces import SPACES
+from pidecode.weights.safetensors import Header, read_header
 
 FORMAT = 1
 METADATA_KEY = "pidecode_latent"
 TENSOR_NAME = "latent"
 IN_MEMORY = "The latent file"
-"""What messages call a file that came as bytes."""
-# Far above any honest header of one tensor and its prompts.
-MAX_HEADER_BYTES = 1 << 20
+"""What error messages call a file that was given as bytes."""
 
-_ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+MAX_HEADER_BYTES = 1 << 20
+"""Largest header read: far more than one tensor and its prompts need."""
+
+_DTYPES = ("F64", "F32", "BF16", "F16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LatentRecord:
-    """What a latent file says beside its tensor: space, sigma per sample, prompts or None, seed or None."""
+class LatentMetadata:
+    """Metadata of a latent file: space, sigma per sample, prompts or None, seed or None."""
 
     space: str
     sigma: tuple[float, ...]
@@ -42,25 +41,37 @@ class LatentRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredLatent:
-    """A tensor read from a file, and its record (None in a file that is not ours)."""
+    """A tensor read from a file, and its metadata (None in a file of another program)."""
 
     tensor: Tensor
-    record: LatentRecord | None
+    metadata: LatentMetadata | None
 
 
 def write_latent(
-    path: str | os.PathLike[str], tensor: Tensor, record: LatentRecord, *, overwrite: bool = False
+    path: str | os.PathLike[str], tensor: Tensor, metadata: LatentMetadata, *, overwrite: bool = False
 ) -> None:
-    """Write tensor `[B, C, h, w]` and record, whole or not at all. Raises FileError."""
-    note = {
-        "format": FORMAT,
-        "space": record.space,
-        "frame": "normalized",
-        "sigma": list(record.sigma),
-        "prompt": None if record.prompt is None else list(record.prompt),
-        "seed": record.seed,
-    }
-    text = json.dumps(note)
+    """Write a latent file, completely or not at all.
+
+    Args:
+        path: The file (.safetensors).
+        tensor: `[B, C, h, w]`, normalized.
+        metadata: What the tensor means.
+        overwrite: Whether an existing file may be replaced.
+
+    Raises:
+        FileError: The file exists or cannot be written.
+        LatentError: The prompts are too long for a file header.
+    """
+    text = json.dumps(
+        {
+            "format": FORMAT,
+            "space": metadata.space,
+            "frame": "normalized",  # the key of file format 1
+            "sigma": list(metadata.sigma),
+            "prompt": None if metadata.prompt is None else list(metadata.prompt),
+            "seed": metadata.seed,
+        }
+    )
     if len(text) > MAX_HEADER_BYTES // 2:
         raise LatentError(f"The prompts take {len(text)} characters; a latent file holds {MAX_HEADER_BYTES // 2}.")
     data = safetensors.torch.save({TENSOR_NAME: tensor.detach().cpu().contiguous()}, {METADATA_KEY: text})
@@ -69,18 +80,26 @@ def write_latent(
 
 
 def read_latent(source: str | os.PathLike[str] | bytes) -> StoredLatent:
-    """Read a latent file, by its path or from its bytes. The header is checked before anything is allocated.
+    """Read a latent file. The header is checked before the tensor is allocated.
 
-    Raises FileError for what is no sound .safetensors file, LatentError for one that holds no usable latent.
+    Args:
+        source: Path of the file, or its bytes.
+
+    Returns:
+        The tensor and the metadata.
+
+    Raises:
+        FileError: The file is not a valid .safetensors file.
+        LatentError: The file holds no latent, or its metadata is wrong.
     """
     path = IN_MEMORY if isinstance(source, bytes) else source
-    header = read_header(source)
-    note = header.pop("__metadata__", {}).get(METADATA_KEY)
-    record = None if note is None else _parse_record(note, path)
-    name = _tensor_name(header, path, ours=record is not None)
-    kind = header[name]["dtype"]
-    if kind not in _ITEM_BYTES:
-        raise LatentError(f"The tensor of {path} is {kind}; a latent is one of {', '.join(_ITEM_BYTES)}.")
+    header = read_latent_header(source)
+    text = header.metadata.get(METADATA_KEY)
+    metadata = None if text is None else _parse_metadata(text, path)
+    name = _tensor_name(header, path, ours=metadata is not None)
+    dtype = header.tensors[name].dtype
+    if dtype not in _DTYPES:
+        raise LatentError(f"The tensor of {path} is {dtype}; a latent is one of {', '.join(_DTYPES)}.")
     try:
         if isinstance(source, bytes):
             tensor: Tensor = safetensors.torch.load(source)[name]
@@ -89,105 +108,77 @@ def read_latent(source: str | os.PathLike[str] | bytes) -> StoredLatent:
                 tensor = file.get_tensor(name)
     except (safetensors.SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise FileError(f"{path} could not be read as .safetensors: {error}.") from error
-    if record is not None and (tensor.ndim != 4 or len(record.sigma) != tensor.shape[0]):
-        raise LatentError(f"{path} contradicts itself: {len(record.sigma)} sigmas for a tensor {list(tensor.shape)}.")
-    return StoredLatent(tensor=tensor, record=record)
+    if metadata is not None and (tensor.ndim != 4 or len(metadata.sigma) != tensor.shape[0]):
+        raise LatentError(f"{path} contradicts itself: {len(metadata.sigma)} sigmas for a tensor {list(tensor.shape)}.")
+    return StoredLatent(tensor=tensor, metadata=metadata)
 
 
-def read_header(path: str | os.PathLike[str] | bytes) -> dict[str, Any]:
-    """The header of a .safetensors file (path or bytes), at most 1 MiB of it; every tensor lies inside the file.
+def read_latent_header(source: str | os.PathLike[str] | bytes) -> Header:
+    """The header of a latent file (path or bytes), at most 1 MiB. Raises FileError as `read_latent` does."""
+    name = IN_MEMORY if isinstance(source, bytes) else source
+    return read_header(source, name=name, max_header_bytes=MAX_HEADER_BYTES)
 
-    Raises FileError otherwise.
+
+def count_latents(path: str | os.PathLike[str]) -> int:
+    """Number of latents in a file by its header alone; 1 where the header does not show it, so that loading reports it.
+
+    Args:
+        path: A latent file.
+
+    Returns:
+        The batch size of its tensor.
+
+    Raises:
+        FileError: The file is not a valid .safetensors file.
     """
-    if isinstance(path, bytes):
-        return _checked_header(io.BytesIO(path), len(path), IN_MEMORY)
-    try:
-        if not Path(path).is_file():  # a pipe would block for ever
-            raise FileError(f"{path} is not a file; give a .safetensors file.")
-        with open(path, "rb") as file:
-            return _checked_header(file, os.fstat(file.fileno()).st_size, path)
-    except (OSError, ValueError) as error:
-        raise FileError(f"{path} could not be read: {error}.") from error
+    header = read_latent_header(path)
+    entry = header.tensors.get(TENSOR_NAME)
+    if entry is None and len(header.tensors) == 1 and METADATA_KEY not in header.metadata:
+        entry = next(iter(header.tensors.values()))
+    shape = entry.shape if entry else ()
+    return shape[0] if len(shape) == 4 and 0 not in shape else 1
 
 
-def _checked_header(file: BinaryIO, size: int, path: object) -> dict[str, Any]:
-    length = int.from_bytes(file.read(8), "little")
-    if size < 10 or length > size - 8:
-        raise FileError(f"{path} is no .safetensors file, or is cut off: {size} bytes, of which a header of {length}.")
-    if length > MAX_HEADER_BYTES:
-        raise FileError(
-            f"The header of {path} is {length} bytes long; that of a latent has at most {MAX_HEADER_BYTES}."
-        )
-    try:
-        header = json.loads(file.read(length).decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise FileError(f"The header of {path} is not JSON: it is no .safetensors file, or is damaged.") from error
-    if not isinstance(header, dict):
-        raise FileError(f"The header of {path} is not a table of tensors.")
-    metadata = header.get("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise FileError(f"The metadata of {path} is not a table of texts.")
-    for name, entry in header.items():
-        if name != "__metadata__":
-            _check_entry(name, entry, size - 8 - length, path)
-    return header
-
-
-def _check_entry(name: str, entry: Any, data_bytes: int, path: object) -> None:
-    problem = FileError(f"The header of {path} describes tensor {name[:80]!r} wrongly; the file is damaged.")
-    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
-        raise problem
-    shape: Any = entry.get("shape")
-    span: Any = entry.get("data_offsets")
-    for numbers in (shape, span):
-        if not isinstance(numbers, list) or not all(type(number) is int and number >= 0 for number in numbers):
-            raise problem
-    if len(span) != 2 or not span[0] <= span[1] <= data_bytes:
-        raise FileError(f"Tensor {name[:80]!r} of {path} lies outside the file; the file is cut off or damaged.")
-    item = _ITEM_BYTES.get(entry["dtype"])
-    if item is not None and math.prod(shape) * item != span[1] - span[0]:
-        raise problem
-
-
-def _tensor_name(header: dict[str, Any], path: object, *, ours: bool) -> str:
-    if TENSOR_NAME in header:
+def _tensor_name(header: Header, path: object, *, ours: bool) -> str:
+    names = list(header.tensors)
+    if TENSOR_NAME in names:
         return TENSOR_NAME
-    if "latent_tensor" in header:
+    if "latent_tensor" in names:
         raise LatentError(
             f"{path} is a ComfyUI latent, which is stored raw: load its latent_tensor with safetensors and build it "
             "with Latent.from_raw()."
         )
-    if ours or len(header) != 1:
+    if ours or len(names) != 1:
         raise LatentError(
-            f"{path} must hold one tensor, or one named {TENSOR_NAME!r}; it holds {len(header)}: "
-            f"{', '.join(name[:40] for name in list(header)[:5]) or 'none'}."
+            f"{path} must hold one tensor, or one named {TENSOR_NAME!r}; it holds {len(names)}: "
+            f"{', '.join(name[:40] for name in names[:5]) or 'none'}."
         )
-    return next(iter(header))
+    return names[0]
 
 
-def _parse_record(text: str, path: object) -> LatentRecord:
+def _parse_metadata(text: str, path: object) -> LatentMetadata:
     try:
-        note = json.loads(text)
+        values: Any = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise LatentError(f"What {path} says about its latent is not JSON; the file is damaged.") from error
-    if not isinstance(note, dict) or note.get("format") != FORMAT:
-        given = note.get("format") if isinstance(note, dict) else note
+        raise LatentError(f"The latent metadata of {path} is not JSON; the file is damaged.") from error
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        given = values.get("format") if isinstance(values, dict) else values
         raise LatentError(f"{path} is of latent format {given!r}; this version reads {FORMAT}. Update pidecode.")
-    space, frame, seed = note.get("space"), note.get("frame"), note.get("seed")
+    space, normalization, seed = values.get("space"), values.get("frame"), values.get("seed")
     if not isinstance(space, str) or space not in SPACES:
         raise LatentError(f"{path} is of space {space!r}; known are {', '.join(SPACES)}.")
-    if frame != "normalized":
-        raise LatentError(f"{path} says its frame is {frame!r}; a latent file holds the normalized one. Convert it.")
-    sigma, prompt = note.get("sigma"), note.get("prompt")
+    if normalization != "normalized":
+        raise LatentError(f"The latent in {path} is {normalization!r}; a latent file must be 'normalized'. Convert it.")
+    sigma, prompt = values.get("sigma"), values.get("prompt")
     if not isinstance(sigma, list) or not all(type(s) in (int, float) and 0 <= s <= 1 for s in sigma):
         raise LatentError(f"{path} says sigma {sigma!r}; it must be a list of numbers in [0, 1], one per sample.")
     if prompt is not None and (
         not isinstance(prompt, list) or len(prompt) != len(sigma) or not all(isinstance(text, str) for text in prompt)
     ):
-        raise LatentError(f"The prompts in {path} are not {len(sigma)} texts; the file is damaged.")
+        raise LatentError(f"The prompts in {path} are not {len(sigma)} strings; the file is damaged.")
     if seed is not None and type(seed) is not int:
         raise LatentError(f"The seed in {path} is {seed!r}; it must be a whole number.")
-    return LatentRecord(
+    return LatentMetadata(
         space=space,
         sigma=tuple(float(number) for number in sigma),
         prompt=None if prompt is None else tuple(prompt),

@@ -33,6 +33,7 @@ from pidecode.serve.schemas import (
     UpscaleParams,
 )
 from pidecode.units import format_bytes
+from pidecode.weights.safetensors import looks_like_safetensors
 
 PREVIEW_SIDE = 448
 """Longest side of a preview, in pixels."""
@@ -313,11 +314,6 @@ def require_memory(plan: DecodePlan) -> None:
         )
 
 
-def looks_like_safetensors(data: bytes) -> bool:
-    """Whether the bytes begin as a .safetensors file does: a short header length, then a JSON object."""
-    return data[8:9] == b"{" and int.from_bytes(data[:8], "little") < 1 << 32
-
-
 def load_latent(data: bytes, space: str | None, decoder: PixelDecoder) -> Latent:
     """Read the one latent of a file.
 
@@ -351,7 +347,7 @@ def encode_preview(pixels: Tensor, side: int = PREVIEW_SIDE) -> bytes:
 
 def _latent_info(data: bytes) -> FileInfo:
     stored = storage.read_latent(data)
-    tensor, record = stored.tensor, stored.record
+    tensor, record = stored.tensor, stored.metadata
     if tensor.ndim != 4:
         raise LatentError(f"A latent is [1, channels, h, w]; the file holds {list(tensor.shape)}.")
     return FileInfo(

@@ -27,15 +27,15 @@ BITS: Mapping[str, int] = {
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
-"""Bits per value of every number format a .safetensors file may name."""
+"""Bits per value of every dtype of the format."""
 
 MAX_HEADER_BYTES = 100_000_000
-"""The format's own limit; a larger claim is a lie or another kind of file."""
+"""The format's limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor as the header describes it: number format, shape, and its bytes' place after the header."""
+    """A tensor as the header describes it; `begin` and `end` are byte offsets after the header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -45,7 +45,7 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A checked .safetensors header: tensors by name, and the file's free text metadata."""
+    """A checked .safetensors header: tensors by name, and the text metadata of the file."""
 
     tensors: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
@@ -56,15 +56,24 @@ class Header:
         return {name: entry.shape for name, entry in self.tensors.items()}
 
 
-def check_file(path: str | Path) -> int:
-    """Size in bytes of an ordinary, non-empty, readable file; symbolic links are followed.
+def check_file(path: str | os.PathLike[str]) -> int:
+    """Check that a path is a regular, non-empty, readable file; symbolic links are followed.
 
-    Raises CheckpointError when it is missing, a directory, a link loop, a device, empty, or not ours to read.
+    Args:
+        path: The file.
+
+    Returns:
+        Its size in bytes.
+
+    Raises:
+        CheckpointError: It is missing, a folder, a link loop, a device, empty, or not readable.
     """
     path = Path(path)
     try:
         status = os.stat(path)
-    except OSError as fault:
+    except ValueError as error:  # a null byte in the name
+        raise CheckpointError(f"{str(path)!r} cannot be opened: {error}.") from None
+    except OSError as error:
         reasons = {
             errno.ELOOP: "is a symbolic link that leads back to itself; point it at the file",
             errno.EACCES: "may not be read; change its permissions",
@@ -72,92 +81,124 @@ def check_file(path: str | Path) -> int:
             errno.ENAMETOOLONG: "is too long a name for a file",
         }
         missing = "is a symbolic link to nothing" if path.is_symlink() else "does not exist; check the path"
-        raise CheckpointError(f"{path} {reasons.get(fault.errno or 0, missing)}.") from None
+        raise CheckpointError(f"{path} {reasons.get(error.errno or 0, missing)}.") from None
     if stat.S_ISDIR(status.st_mode):
-        raise CheckpointError(f"{path} is a folder; name the weights file in it (.safetensors or .pth).")
+        raise CheckpointError(f"{path} is a folder; give the file in it (.safetensors or .pth).")
     if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{path} is a device or pipe, not a file; weights are read from ordinary files only.")
+        raise CheckpointError(f"{path} is a device or pipe; weights are read from regular files only.")
     if status.st_size == 0:
-        raise CheckpointError(f"{path} is empty (0 bytes); the download or copy failed: fetch it again.")
+        raise CheckpointError(f"{path} is empty (0 bytes); the download or copy failed. Fetch it again.")
     if not os.access(path, os.R_OK):
         raise CheckpointError(f"{path} may not be read; change its permissions.")
     return status.st_size
 
 
-def read_start(path: str | Path, count: int = 512) -> bytes:
-    """The first bytes of a checked file."""
+def read_start(path: str | os.PathLike[str], count: int = 512) -> bytes:
+    """The first bytes of a file.
+
+    Args:
+        path: The file.
+        count: Number of bytes.
+
+    Returns:
+        At most `count` bytes.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
     try:
         with open(path, "rb") as file:
             return file.read(count)
-    except OSError as fault:
-        raise CheckpointError(f"{path} could not be read: {fault.strerror or fault}.") from fault
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be read: {error.strerror or error}.") from error
 
 
 def looks_like_safetensors(start: bytes) -> bool:
-    """Whether the first bytes are a header length and the opening of its JSON."""
+    """Whether the first bytes of a file are a plausible header length and the beginning of a JSON object."""
     return len(start) >= 9 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER_BYTES
 
 
-def read_header(path: str | Path) -> Header:
-    """The header of a .safetensors file, with every claim checked against the file's true size.
+def read_header(
+    source: str | os.PathLike[str] | bytes, *, name: object = None, max_header_bytes: int = MAX_HEADER_BYTES
+) -> Header:
+    """Read the header of a .safetensors file and check it against the size of the file.
 
-    Raises CheckpointError when the file is truncated, when lengths, offsets or shapes disagree with
-    each other or with the file, or when the header is not the JSON it must be.
+    Args:
+        source: Path of the file, or its bytes.
+        name: What error messages call the file; default its path.
+        max_header_bytes: Largest header accepted.
+
+    Returns:
+        The header.
+
+    Raises:
+        CheckpointError: The file is truncated; lengths, offsets or shapes contradict each other or the file's size;
+            or the header is not valid JSON.
     """
-    size = check_file(path)
-    start = read_start(path, 8)
+    if isinstance(source, bytes):
+        name = "The file" if name is None else name
+        size, start = len(source), source[:8]
+    else:
+        name = source if name is None else name
+        size = check_file(source)
+        start = read_start(source, 8)
     length = int.from_bytes(start, "little")
-    if len(start) < 8 or length > MAX_HEADER_BYTES or length < 2:
-        raise CheckpointError(f"{path} is not a .safetensors file: it has no header of a believable length.")
+    if len(start) < 8 or length < 2 or (length > size and length > MAX_HEADER_BYTES):
+        raise CheckpointError(f"{name} is not a .safetensors file, or is cut off: it has no valid header length.")
     if 8 + length > size:
         raise CheckpointError(
-            f"{path} is truncated or lies about its header: it claims {length:,} bytes of header "
-            f"in a file of {size:,}; fetch it again."
+            f"{name} is cut off: its header takes {length:,} bytes, and the whole file has {size:,}. Fetch it again."
         )
-    with open(path, "rb") as file:
-        file.seek(8)
-        text = file.read(length)
-    fields = _parse(path, text)
+    if length > max_header_bytes:
+        raise CheckpointError(f"The header of {name} has {length:,} bytes; at most {max_header_bytes:,} are read.")
+    if isinstance(source, bytes):
+        text = source[8 : 8 + length]
+    else:
+        with open(source, "rb") as file:
+            file.seek(8)
+            text = file.read(length)
+    fields = _parse(name, text)
     metadata = fields.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path} has metadata that is not text by name; the file was not written by safetensors.")
-    tensors = {name: _entry(path, name, claim) for name, claim in fields.items()}
-    _check_extent(path, tensors, size - 8 - length)
+        raise CheckpointError(f"The metadata of {name} is not a table of strings; safetensors did not write this file.")
+    tensors = {tensor: _parse_entry(name, tensor, entry) for tensor, entry in fields.items()}
+    _check_extent(name, tensors, size - 8 - length)
     return Header(tensors, metadata)
 
 
-def _parse(path: str | Path, text: bytes) -> dict[str, Any]:
-    def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _parse(path: object, text: bytes) -> dict[str, Any]:
+    def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         unique = dict(pairs)
         if len(unique) != len(pairs):
-            raise CheckpointError(f"{path} names a tensor twice in its header; do not trust this file.")
+            raise CheckpointError(f"{path} has two tensors of the same name in its header; do not trust this file.")
         return unique
 
     try:
-        fields = json.loads(text.decode("utf-8"), object_pairs_hook=no_twins)
+        fields = json.loads(text.decode("utf-8"), object_pairs_hook=unique_names)
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path} is not a .safetensors file: its header is not JSON. Fetch it again.") from None
     if not isinstance(fields, dict):
-        raise CheckpointError(f"{path} is not a .safetensors file: its header is not a table of tensors.")
+        raise CheckpointError(f"{path} is not a .safetensors file: its header is not a JSON object.")
     return fields
 
 
-def _entry(path: str | Path, name: str, claim: Any) -> TensorEntry:
-    if not isinstance(claim, dict):
-        raise CheckpointError(f"{path} describes tensor {name!r} by {type(claim).__name__}, not by a table.")
-    dtype: Any = claim.get("dtype")
-    shape: Any = claim.get("shape")
-    offsets: Any = claim.get("data_offsets")
+def _parse_entry(path: object, name: str, entry: Any) -> TensorEntry:
+    name = name[:80]
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"{path} describes tensor {name!r} by {type(entry).__name__}, not by a JSON object.")
+    dtype: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in BITS:
         raise CheckpointError(f"{path} stores tensor {name!r} as {dtype!r}; known formats are {', '.join(BITS)}.")
     if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"{path} gives tensor {name!r} a shape or place that is not whole numbers.")
+        raise CheckpointError(f"{path} gives tensor {name!r} a shape or offsets that are not whole numbers.")
     begin, end = offsets
     needed = math.prod(shape) * BITS[dtype]
     if needed % 8 or end - begin != needed // 8:
         raise CheckpointError(
-            f"{path} lies about tensor {name!r}: shape {list(shape)} as {dtype} takes {needed // 8:,} bytes, "
-            f"but it is given {end - begin:,}. Do not trust this file."
+            f"{path} contradicts itself: {name!r} of shape {list(shape)} in {dtype} takes {needed // 8:,} bytes, "
+            f"but its offsets span {end - begin:,}. Do not trust this file."
         )
     return TensorEntry(dtype, tuple(shape), begin, end)
 
@@ -166,25 +207,36 @@ def _whole_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
-def _check_extent(path: str | Path, tensors: Mapping[str, TensorEntry], available: int) -> None:
-    reached = 0
+def _check_extent(path: object, tensors: Mapping[str, TensorEntry], available: int) -> None:
+    end = 0
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if entry.begin != reached:
-            what = "overlaps the one before it" if entry.begin < reached else "leaves a gap before it"
-            raise CheckpointError(f"{path} lies about tensor {name!r}: its bytes start where it {what}.")
-        reached = entry.end
-    if reached > available:
+        if entry.begin != end:
+            what = "overlaps the one before it" if entry.begin < end else "leaves a gap before it"
+            raise CheckpointError(f"{path} contradicts itself: tensor {name[:80]!r} {what}.")
+        end = entry.end
+    if end > available:
         raise CheckpointError(
-            f"{path} is truncated: its tensors take {reached:,} bytes and only {available:,} are there; fetch it again."
+            f"{path} is truncated: its tensors take {end:,} bytes, and the file holds {available:,}. Fetch it again."
         )
-    if reached < available:
+    if end < available:
         raise CheckpointError(
-            f"{path} carries {available - reached:,} bytes that no tensor owns; do not trust this file."
+            f"{path} holds {available - end:,} bytes that belong to no tensor; do not trust this file."
         )
 
 
 def sha256(path: str | Path, on_progress: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file as 64 lower-case hexadecimal digits; `on_progress` is told the bytes read so far."""
+    """SHA-256 of a file.
+
+    Args:
+        path: The file.
+        on_progress: Called with the number of bytes read so far.
+
+    Returns:
+        64 lower-case hexadecimal digits.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
     check_file(path)
     digest, done = hashlib.sha256(), 0
     with open(path, "rb") as file:
@@ -199,7 +251,7 @@ def sha256(path: str | Path, on_progress: Callable[[int], None] | None = None) -
 _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
 _ALIGNMENT = 64
-"""Bytes the tensors are aligned to, as torch aligns its own memory: mapped files are then computed on as fast."""
+"""Bytes the tensors are aligned to, as torch aligns its own memory, so that mapped files compute as fast."""
 
 
 def write_safetensors(
@@ -210,10 +262,18 @@ def write_safetensors(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write tensors, converted to `dtype` if given; no more than one converted tensor is held at a time.
+    """Write tensors to a .safetensors file; at most one converted tensor is in memory at a time.
 
-    Raises FileError when the file exists (unless `overwrite`) or cannot be written, CheckpointError when a tensor's
-    values do not fit the number format. Nothing is left behind then.
+    Args:
+        path: The file. On an error nothing is left behind.
+        tensors: By name.
+        metadata: Text metadata of the file.
+        dtype: Convert floating-point tensors to this dtype; None keeps theirs.
+        overwrite: Whether an existing file may be replaced.
+
+    Raises:
+        FileError: The file exists or cannot be written.
+        CheckpointError: A tensor's values overflow `dtype`.
     """
     order = sorted(tensors, key=lambda name: _place(name, tensors[name], dtype or tensors[name].dtype))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -235,12 +295,12 @@ def write_safetensors(
 
 
 def _place(name: str, tensor: Tensor, stored: torch.dtype) -> tuple[int, bool, str]:
-    """Order in the file: wide formats first, and odd sizes last, so that nearly every tensor begins aligned."""
+    """Order in the file: wide dtypes first, unaligned sizes last, so that nearly every tensor begins aligned."""
     return -stored.itemsize, tensor.numel() * stored.itemsize % _ALIGNMENT != 0, name
 
 
 def _bytes(name: str, tensor: Tensor, dtype: torch.dtype | None) -> memoryview:
-    import torch  # reading headers needs no torch, and is much of what this module is for
+    import torch  # not at the top: reading headers does not need it
 
     stored = tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype)
     if stored.dtype != tensor.dtype and not torch.isfinite(stored).all():
