@@ -91,24 +91,23 @@ def spaces() -> str:
 
 
 def _checkpoint_row(row: Checkpoint) -> str:
-    size = "in the package" if row.bundled else f"{(row.size_bytes or 0) / 1e9:.1f} GB"
+    size = "in the package" if row.bundled else f"{(row.approximate_bytes or 0) / 1e9:.1f} GB"
     if row.trained_area is not None:
         trained = "2048 to 4096 px"
     elif row.trained_sizes:
         trained = "2048 px, five shapes" if len(row.trained_sizes) > 1 else "2048 px square"
     else:
         trained = "any"
-    kind = {
-        "feed-forward": "feed-forward", "student": "decoder", "teacher": "teacher", "backbone": "text to image",
-    }[row.kind]  # fmt: skip
+    kind = "text to image" if row.kind == "backbone" else row.kind
+    steps = "1" if row.kind == "feed-forward" else str(row.num_steps)
     terms = f"{row.license.name}, {'free' if row.license.commercial else 'non-commercial'}"
-    cells = [f"`{row.space}`", f"`{row.variant}`", kind, str(row.steps), trained, size, terms]
+    cells = [f"`{row.space}`", f"`{row.variant}`", kind, steps, trained, size, terms]
     return f"| {' | '.join(cells)} |"
 
 
 def variants() -> str:
     """Every file of weights, one row each."""
-    head = ["space", "variant", "what", "steps", "trained for", "size", "license"]
+    head = ["space", "variant", "kind", "steps", "trained for", "size", "license"]
     rows = [_checkpoint_row(row) for row in CHECKPOINTS.values()]
     return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows])
 

@@ -71,7 +71,9 @@ def models(space: LatentSpace) -> str:
             f"`{name}`",
             f"`{model.pipeline}`",
             GENERATION[name].repository,
-            f"{model.capture_step} of {model.steps}" if model.stops_early else f"the last, {model.steps}",
+            f"{model.capture_step} of {model.steps}"
+            if model.capture_step < model.steps
+            else f"the last, {model.steps}",
         ]
         for name, model in IMAGE_MODELS.items()
         if model.space == space.name
@@ -85,7 +87,7 @@ def decoders(space: LatentSpace) -> str:
     """The PiD networks for the space."""
     kinds = {"student": "decoder", "teacher": "teacher"}
     rows = [
-        [f"`{row.variant}`", kinds[row.kind], str(row.steps), row.license.name]
+        [f"`{row.variant}`", kinds[row.kind], str(row.num_steps), row.license.name]
         for row in CHECKPOINTS.values()
         if row.space == space.name and row.kind in kinds
     ]
