@@ -243,7 +243,11 @@ class DataLoader:
 
 
 def make_encoders(config: TrainConfig, device: torch.device) -> ConditionEncoders:
-    """The configuration's own encoders, or the latent space's and Gemma-2; latents are cached in `data.cache`."""
+    """The configuration's own encoders, or the latent space's and Gemma-2; latents are cached in `data.cache`.
+
+    Raises:
+        TrainingError: The latent space's encoder is not installed.
+    """
     encode_text: EncodeTextFn | None = None
     if config.net.has_text:
         encode_text = (

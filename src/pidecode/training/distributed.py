@@ -149,7 +149,11 @@ class RowSharding:
         return condition.crop(slice(first, first + share), slice(0, columns))
 
     def rows(self, image: Tensor) -> Tensor:
-        """This process's rows of `[B, 3, H, W]`."""
+        """This process's rows of `[B, 3, H, W]`.
+
+        Raises:
+            SettingError: The rows do not divide over the processes.
+        """
         height = image.shape[-2]
         if height % self._count:
             raise SettingError(f"{height} pixel rows do not divide over {self._count} processes.")
@@ -292,7 +296,11 @@ def barrier(env: DistEnv) -> None:
 
 @contextmanager
 def report_lost_processes() -> Iterator[None]:
-    """Turn a broken connection into a TrainingError that says what to do."""
+    """Turn a broken connection to another process into a plain error.
+
+    Raises:
+        TrainingError: The connection broke; other errors pass unchanged.
+    """
     try:
         yield
     except RuntimeError as fault:

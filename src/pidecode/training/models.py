@@ -106,6 +106,9 @@ def set_trainable(net: PiDNet, trainable: str, *, color: bool) -> None:
     """Set `requires_grad` of all parameters.
 
     Parameters that cannot change the output are frozen: no gradient ever reaches them.
+
+    Raises:
+        SettingError: Nothing would be trained.
     """
     last = f"patch_blocks.{net.config.patch_depth - 1}."
     dead = tuple(last + part for part in ("attn.proj_y.", "attn.q_norm_y.", "norm_y2.", "mlp_y."))

@@ -185,7 +185,11 @@ class PiDTask:
             save_grid(folder / f"step-{step:08d}.png", rows)
 
     def export(self, folder: Path, step: int) -> Path:
-        """Write the network as it stands; every process must call this, the first one writes."""
+        """Write the network as it stands; every process must call this, the first one writes.
+
+        Raises:
+            TrainingError: The file cannot be written.
+        """
         tensors: dict[str, Tensor] = {}
         for name, value in self.main.net.state_dict().items():
             full = full_tensor(value.detach())
@@ -240,7 +244,11 @@ def direct_loss(net: nn.Module, batch: TrainBatch, rng: RNG, config: TrainConfig
 
 
 def build_task(config: TrainConfig, env: DistEnv) -> PiDTask:
-    """Networks with their initial values, on this process's device, replicated or sharded."""
+    """Networks with their initial values, on this process's device, replicated or sharded.
+
+    Raises:
+        SettingError: Muon is to train sharded weights.
+    """
     if config.parallel.weights == "shard" and config.optimizer.name == "muon":
         raise SettingError("Muon needs whole matrices; set parallel.weights=replicate or optimizer.name=adamw.")
     build = _build_student if config.method == "student" else _build_single
