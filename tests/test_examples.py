@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import pidecode
 import tiny_models
 import tiny_pipelines as tiny
 from pidecode import PixelDecoder
@@ -38,12 +39,6 @@ def main_of(name: str) -> Callable[..., None]:
     return module.main  # type: ignore[no-any-return]
 
 
-def on_disk(folder: Path, name: str, space: str) -> list[str]:
-    """A tiny pipeline and a tiny decoder as files, and the options that name them."""
-    tiny.build(name).save_pretrained(folder / "pipeline")
-    return ["--pipeline", str(folder / "pipeline"), "--decoder", decoder_on_disk(folder, space)]
-
-
 def decoder_on_disk(folder: Path, space: str) -> str:
     decoder = tiny.decoder_for(space)
     tensors = {name: tensor.clone() for name, tensor in decoder.net.state_dict().items()}
@@ -51,55 +46,54 @@ def decoder_on_disk(folder: Path, space: str) -> str:
     return str(folder / "decoder.safetensors")
 
 
-def call(name: str, **changes: Any) -> dict[str, Any]:
+def run_pipeline(folder: Path, model: str, *options: str) -> Path:
+    """Run the example with a tiny pipeline and a tiny decoder from disk."""
+    name = {"flux2": "klein"}.get(model, model)
+    tiny.build(name).save_pretrained(folder / "pipeline")
+    decoder = decoder_on_disk(folder, tiny.SPACE.get(name, name))
+    out = folder / "out.png"
+    files = ["--pipeline", str(folder / "pipeline"), "--decoder", decoder, "--out", str(out)]
     small = dict(height=tiny.HEIGHT, width=tiny.WIDTH, num_inference_steps=tiny.STEPS)
-    return {**small, **tiny.CALL[name], **changes}
+    main_of("diffusers_pipeline")(["a cat", "--model", model, *files, *options], **small, **tiny.CALL[name])
+    return out
 
 
 def test_every_example_is_run_here() -> None:
-    names = {path.stem for path in EXAMPLES}
-    assert names == {"flux", "flux2_klein", "qwenimage", "rae", "sd3", "sdxl", "zimage"}
+    assert {path.stem for path in EXAMPLES} == {"diffusers_pipeline", "rae"}
 
 
-def test_flux(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out.png"
-    main_of("flux")(["a cat", "--out", str(out), *on_disk(tmp_path, "flux", "flux")], **call("flux"), stop_after=3)
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_use_public_names_alone(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name for name in imported if name.startswith("pidecode")} == {"pidecode"}
+    used = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "pidecode"
+    }
+    assert used <= set(pidecode.__all__)
+
+
+@pytest.mark.parametrize("model", ["flux", "flux2", "sd3", "sdxl", "qwenimage", "zimage"])
+def test_diffusers_pipeline(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run_pipeline(tmp_path, model, "--stop-after", "3", "--capture", "3")
     assert Image.open(out).size == (4 * tiny.WIDTH, 4 * tiny.HEIGHT)
+    metadata = pidecode.read_metadata(out)
+    assert metadata is not None
+    assert (metadata["prompt"], metadata["pipeline_num_steps"]) == ("a cat", 3)
     assert "3 steps were run; sigma 0." in capsys.readouterr().out
+    assert 0 < float(Latent.load(out.with_suffix(".safetensors")).sigma) < 1
+    assert len(list(tmp_path.glob("out-step-3-sigma-0.*.png"))) == 1
 
 
-def test_flux2_klein(tmp_path: Path) -> None:
-    out = tmp_path / "out.png"
-    main_of("flux2_klein")(["a cat", "--out", str(out), *on_disk(tmp_path, "klein", "flux2")], **call("klein"))
-    assert Image.open(out).size == (256, 128)
-    assert Image.open(f"{out}-native.png").size == (64, 32)
-
-
-def test_sd3(tmp_path: Path) -> None:
+def test_diffusers_pipeline_with_a_color_fix(tmp_path: Path) -> None:
     tiny_models.autoencoder("sd3").save_pretrained(tmp_path / "vae")
-    own = ["a cat", "--out-folder", str(tmp_path / "out"), "--encoder", str(tmp_path / "vae")]
-    main_of("sd3")([*own, *on_disk(tmp_path, "sd3", "sd3")], **call("sd3"))
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["1.png", "2.png"]
-
-
-def test_sdxl(tmp_path: Path) -> None:
-    out = tmp_path / "out.png"
-    main_of("sdxl")(["a cat", "--out", str(out), *on_disk(tmp_path, "sdxl", "sdxl")], **call("sdxl", stop_after=3))
-    assert Image.open(tmp_path / "out-again.png").size == Image.open(out).size == (256, 128)
-    assert 0 < float(Latent.load(tmp_path / "out.safetensors").sigma) < 1
-
-
-def test_qwenimage(tmp_path: Path) -> None:
-    own = ["a cat", "--out-folder", str(tmp_path / "out"), "--num-steps", "3", "4"]
-    main_of("qwenimage")([*own, *on_disk(tmp_path, "qwenimage", "qwenimage")], **call("qwenimage"))
-    assert len(list((tmp_path / "out").iterdir())) == 2
-    assert (tmp_path / "out" / "step-4-sigma-0.000.png").is_file()
-
-
-def test_zimage(tmp_path: Path) -> None:
-    out = tmp_path / "out.png"
-    main_of("zimage")(["a cat", "--out", str(out), *on_disk(tmp_path, "zimage", "flux")], **call("zimage"))
-    assert Image.open(out).size == (256, 128)
+    out = run_pipeline(tmp_path, "sd3", "--color-fix", "fine", "--encoder", str(tmp_path / "vae"))
+    metadata = pidecode.read_metadata(out)
+    assert metadata is not None
+    assert metadata["color_fix"] == "fine"
 
 
 @pytest.mark.parametrize(("space", "side", "scale"), [("dinov2", 4, 4), ("siglip", 4, 8)])
@@ -116,13 +110,12 @@ def test_rae(space: str, side: int, scale: int, tmp_path: Path) -> None:
     else:
         tokens = cells[1:2].flatten(2).transpose(1, 2)
         torch.save(torch.cat([torch.zeros(1, 1, channels), tokens], dim=1), file)
-    main_of("rae")(own, seed=5)
+    main_of("rae")([*own, "--seed", "5"])
     image = Image.open(out)
     assert image.size == (16 * scale * side,) * 2
     latent = Latent(cells[1:2], space, sigma=0.25 if space == "dinov2" else 0.0)
     wanted = PixelDecoder.from_pretrained(tmp_path / "decoder.safetensors").decode(latent, seed=5)  # in its own dtype
-    assert isinstance(wanted, Image.Image)
-    assert to_tensor(image).equal(to_tensor(wanted))
+    assert to_tensor(image).equal(to_tensor(wanted.image))
 
 
 @pytest.mark.slow
@@ -131,6 +124,5 @@ def test_rae_at_its_own_size(space: str) -> None:
     """A whole image of the RAE spaces: 2048 pixels from 512 (4x) and from 256 (8x)."""
     channels, side = {"dinov2": (768, 32), "siglip": (1152, 16)}[space]
     tensor = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(0))
-    image = tiny.decoder_for(space).decode(Latent(tensor, space), num_steps=1)
-    assert isinstance(image, Image.Image)
+    image = tiny.decoder_for(space).decode(Latent(tensor, space), num_steps=1).image
     assert image.size == (2048, 2048)

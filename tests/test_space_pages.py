@@ -32,5 +32,5 @@ def test_snippets_parse_and_links_lead_somewhere(page: Path) -> None:
         ast.parse(snippet)
     for target in re.findall(r"\]\(([\w.]+)\)", text):
         assert (page.parent / target).is_file()
-    for script in re.findall(r"`(examples/\w+\.py)`", text):
+    for script in re.findall(r"`(examples/\w+\.py)", text):
         assert (ROOT / script).is_file()
