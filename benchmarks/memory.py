@@ -104,7 +104,7 @@ def trace_decode(config: PiDConfig, plan: Plan, *, stripped: bool = True) -> Tra
     latent = torch.empty(batch, config.latent_channels, height // cell, width // cell, device=meta)
     with LiveBytes() as live:
         condition = runner.prepare(grid, text, latent, torch.empty(batch, device=meta))
-        # Two steps visit every state that four do.
+        # Two steps reach every state that four do.
         sample_student(
             runner.predict(condition),
             lambda: torch.empty(batch, 3, height, width, device=meta),

@@ -182,7 +182,7 @@ def teacher(case: Case) -> Iterator[Comparison]:
 def with_own_rounding(case: Case, image: Tensor, name: str, tolerance: float) -> Iterator[Comparison]:
     """Compare with the reference's high-precision run, and with its float32 run.
 
-    The reference's float32 solver loses digits (golden notes, section 8), so its own recorded distance from
+    The reference's float32 solver loses digits, so its own recorded distance from
     exact arithmetic is added to the tolerance of the second comparison, never of the first.
     """
     exact, single = case.outputs[f"{name}_hp"], case.outputs[name]

@@ -58,17 +58,17 @@ class Recorder:
     """Captures with tapes, and counts them."""
 
     def __init__(self) -> None:
-        self.made = 0
+        self.captures = 0
 
     def __call__(self, run: Callable[[], Tensor]) -> Replay:
-        self.made += 1
+        self.captures += 1
         tape = Tape()
         with tape:
-            answer = run()
+            output = run()
 
         def replay() -> Tensor:
             tape.play()
-            return answer
+            return output
 
         return replay
 
@@ -110,7 +110,7 @@ def test_one_graph_serves_all_steps_and_images_of_a_size(recomputed: bool) -> No
         before = image.clone()
         assert torch.equal(graphs.run(image, runner.modulation_at(t), condition), expected)
         assert torch.equal(image, before)
-    assert recorder.made == 1
+    assert recorder.captures == 1
 
 
 @torch.no_grad()
@@ -136,13 +136,13 @@ def test_the_latest_sizes_are_kept() -> None:
 
     for grid in ((2, 2), (2, 4), (2, 2)):
         run(grid)
-    assert recorder.made == 2
+    assert recorder.captures == 2
     run((4, 2))
-    assert (recorder.made, len(graphs)) == (3, MAX_GRAPHS)
+    assert (recorder.captures, len(graphs)) == (3, MAX_GRAPHS)
     run((2, 2))  # used later than (2, 4), so it stayed
-    assert recorder.made == 3
+    assert recorder.captures == 3
     run((2, 2), "another attention kernel")
-    assert recorder.made == 4
+    assert recorder.captures == 4
     graphs.clear()
     assert len(graphs) == 0
 
@@ -177,7 +177,7 @@ def test_the_runner_replays_and_forgets_with_the_weights(monkeypatch: pytest.Mon
             condition = each.prepare((2, 2), text, latent, torch.zeros(1))
             images.append(sample_student(each.predict(condition), lambda draws=draws: next(draws)))
     assert torch.equal(*images)
-    assert recorder.made == 1
+    assert recorder.captures == 1
     assert runner.graph_cache is not None
     runner.forget()
     assert len(runner.graph_cache) == 0

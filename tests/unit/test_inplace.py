@@ -22,7 +22,7 @@ from pidecode.models.pid.network import Condition, PiDNet
 from pidecode.registry.configs import PiDConfig, debug_config
 
 TOLERANCE = 5e-6
-"""Of the largest value: these random networks answer in tens, not in units."""
+"""Of the largest value: these random networks predict values in tens."""
 VARIANTS: dict[str, PiDConfig] = {
     "v1.5": debug_config(pixel_depth=2),
     "v1": debug_config(gate="per_channel", inject_pixels=False, adapter_padding="zeros", patch_depth=2),

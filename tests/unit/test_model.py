@@ -87,9 +87,9 @@ def test_gradients_reach_every_parameter_that_matters() -> None:
     last = config.patch_depth - 1
     unread = tuple(f"patch_blocks.{last}.{part}" for part in ("attn.proj_y", "norm_y2", "mlp_y", "attn.q_norm_y"))
     for name, parameter in net.named_parameters():
-        silent = parameter.grad is None or not parameter.grad.any()
-        # The first position of a rotation leaves nothing silent; a gate of sigma 0 does not move log_alpha.
-        assert silent == name.startswith(unread) or name.endswith("log_alpha"), name
+        unused = parameter.grad is None or not parameter.grad.any()
+        # The first position of a rotation leaves nothing unused; a gate of sigma 0 does not move log_alpha.
+        assert unused == name.startswith(unread) or name.endswith("log_alpha"), name
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_int8_products_inside_a_network_equal_the_reference(monkeypatch: pytest.
         lambda x, codes, scales, kernel, bias=None: reference_linear(x, codes, scales, format_of(kernel), bias),
     )
     expected = evaluate(net, CONFIG, 64, 64)
-    # A sum that differs in its last place may tip a code at a later layer, hence more than rounding.
+    # A difference in the last place may change a code at a later layer, hence more than rounding.
     assert (actual - expected).std() < 1e-3 * expected.std()
 
 
@@ -206,8 +206,8 @@ def test_a_gpu_multiplies_as_the_reference(format: Format) -> None:
     x, weight = torch.randn(300, 1536, dtype=torch.bfloat16), torch.randn(4608, 1536)
     codes, scales = quantize_rows(weight, format)
     expected = reference_linear(x, codes, scales, format).float()
-    answer = w8a8_linear(x.to(device), codes.to(device), scales.to(device), kernel).float().cpu()
-    assert (answer - expected).abs().max() < 1e-2 * expected.abs().max()
+    out = w8a8_linear(x.to(device), codes.to(device), scales.to(device), kernel).float().cpu()
+    assert (out - expected).abs().max() < 1e-2 * expected.abs().max()
 
 
 @pytest.fixture
@@ -256,8 +256,8 @@ def test_a_network_in_eight_bits(net: PiDNet, format: q8.Format, error: float, m
     count = quantize(net, format)
     assert count > 40
     assert quantize(net, format) == 0
-    answer = predict(net)
-    assert 0 < (answer - exact).std() / exact.std() < error
+    out = predict(net)
+    assert 0 < (out - exact).std() / exact.std() < error
 
 
 def test_an_unknown_format_is_an_error(net: PiDNet) -> None:

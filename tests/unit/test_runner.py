@@ -57,8 +57,8 @@ def faulty_flash(monkeypatch: pytest.MonkeyPatch) -> None:
     real = attention_module.F.scaled_dot_product_attention
 
     def faulty(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        answer = real(q, k, v)
-        return answer if attention_module._chosen.get() == "math" else answer * float("nan")
+        out = real(q, k, v)
+        return out if attention_module._chosen.get() == "math" else out * float("nan")
 
     monkeypatch.setattr(attention_module.F, "scaled_dot_product_attention", faulty)
 
@@ -68,12 +68,12 @@ def test_attention_that_gives_nan_on_the_first_step_is_replaced(net: PiDNet) -> 
     runner, x = Runner(net), torch.randn(1, 3, 64, 96)
     runner.backend = "flash"  # as if its probe had passed
     with pytest.warns(UserWarning, match="Attention through 'flash' gave NaN on cpu"):
-        answer = first_step(runner, x)
-    assert torch.isfinite(answer).all()
+        out = first_step(runner, x)
+    assert torch.isfinite(out).all()
     assert runner.backend == "math"
     exact = Runner(net)
     exact.backend = "math"
-    assert torch.equal(first_step(exact, x), answer)
+    assert torch.equal(first_step(exact, x), out)
 
 
 @pytest.mark.usefixtures("faulty_flash")
@@ -197,7 +197,7 @@ def test_the_command_line_refuses_what_cannot_be(tmp_path: Path, weights: Path) 
 def test_plan_takes_quantization_and_scheme() -> None:
     done = run("plan", "--size", "2048x2048", "--vram", "4GB", "--scheme", "w8a8", "--json")
     assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout)
-    assert (told["quantization"], told["scheme"], told["exact"], told["text_on_host"]) == ("int8", "w8a8", False, True)
+    data = json.loads(done.stdout)
+    assert (data["quantization"], data["scheme"], data["exact"], data["text_on_host"]) == ("int8", "w8a8", False, True)
     fp8 = run("plan", "--size", "2048x2048", "--vram", "4GB", "--scheme", "w8a8", "--quantization", "fp8")
     assert "weights in fp8, w8a8: multiplied in eight bits" in fp8.output

@@ -23,13 +23,13 @@ def windowed(net: PiDNet, x: Tensor, t: Tensor, condition: Condition, windows: W
     return denoise_windows(net.denoise, x, t, condition, windows, net.config.patch_size)
 
 
-def net_and_condition(deaf: bool = False) -> tuple[PiDNet, Condition, Tensor]:
+def net_and_condition(without_attention: bool = False) -> tuple[PiDNet, Condition, Tensor]:
     torch.manual_seed(0)
     config = debug_config(pixel_depth=2)
     net = PiDNet(config).eval().requires_grad_(False)
     for name, parameter in net.named_parameters():
         parameter.add_(torch.randn_like(parameter) * 0.05)
-        if deaf and "attn.proj" in name:
+        if without_attention and "attn.proj" in name:
             parameter.zero_()
     text, latent = torch.randn(1, 7, config.text_dim), torch.randn(1, 16, GRID[0] // 2, GRID[1] // 2)
     condition = net.prepare(GRID, text, latent, 0.3)
@@ -70,7 +70,7 @@ def test_one_window_is_the_whole_image() -> None:
 def test_all_but_attention_is_as_in_the_whole() -> None:
     # Without what attention brings, a patch depends on its own position, latent tokens and pixels only. Equality
     # here says that windows keep the whole image's positions and latent tokens, and that blending leaves no seam.
-    net, condition, x = net_and_condition(deaf=True)
+    net, condition, x = net_and_condition(without_attention=True)
     for block in net.pixel_blocks:
         block.attn.proj.weight.zero_()
     t = torch.tensor([634.0])

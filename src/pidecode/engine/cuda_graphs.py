@@ -145,8 +145,8 @@ def duplicate(value: T, seen: dict[int, Tensor] | None = None) -> T:
     elif isinstance(value, tuple):
         copy = tuple(duplicate(item, seen) for item in value)
     elif is_dataclass(value) and not isinstance(value, type):
-        made = {field.name: duplicate(getattr(value, field.name), seen) for field in fields(value)}
-        copy = replace(value, **made)
+        clones = {field.name: duplicate(getattr(value, field.name), seen) for field in fields(value)}
+        copy = replace(value, **clones)
     return copy  # type: ignore[no-any-return]
 
 

@@ -241,7 +241,7 @@ def _beside(plan: Plan, inside: int, outside: int) -> int:
     itemsize = DTYPE_BYTES[plan.dtype]
     if plan.quantization == "fp8" and plan.dtype == "bfloat16":  # the kernel scales by itself
         return inside
-    return inside + outside * (8 - itemsize)  # sums, and the same scaled, in four bytes each
+    return inside + outside * (8 - itemsize)  # results, and the same scaled, in four bytes each
 
 
 def _product_bytes(plan: Plan, tokens: int, inside: int, outside: int) -> int:

@@ -245,7 +245,7 @@ class PiDNet(nn.Module):
         maps = [tap.transpose(1, 2).unflatten(2, condition.grid) for tap in taps]
         return maps, self._run_pixel_blocks(tokens, patches, t_emb, condition) if predict else None
 
-    # What `prepare` is made of.
+    # Parts of `prepare`.
 
     def _embed_text(self, text: Tensor | None) -> Tensor | None:
         config = self.config
@@ -300,7 +300,7 @@ class PiDNet(nn.Module):
             pixel_injection = ComputedInjection(adapted.pixels, self.pit_lq_gate.latent_logits(adapted.pixels, sigma_B))
         return injections, pixel_injection, adapted.color
 
-    # What `denoise` is made of.
+    # Parts of `denoise`.
 
     def _embed(self, x_B3HW: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Patch tokens `[B, L, D]`, patches `[B, L, P, 3]`, timestep embedding `[B, 1, D]`."""
