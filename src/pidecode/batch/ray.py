@@ -105,7 +105,7 @@ def _ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
-        import ray.exceptions
+        import ray.exceptions  # noqa: F401  # an attribute of ray only when imported
     except ImportError as error:
         raise MissingDependencyError('Ray is not installed: pip install "pidecode[ray]" brings it.') from error
     return ray

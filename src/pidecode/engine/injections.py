@@ -30,12 +30,12 @@ class RecomputedInjection:
 
     @property
     def tokens(self) -> Tensor:
-        """`[B, L, D]`"""
+        """Tokens `[B, L, D]`."""
         return masked(self.head(self.features), self.mask)
 
     @property
     def gate_logits(self) -> Tensor:
-        """`[B, L, D or 1]`"""
+        """Gate logits `[B, L, D or 1]`."""
         return self.gate.latent_logits(self.tokens, self.sigma)
 
     def crop(self, patches: Tensor) -> RecomputedInjection:

@@ -76,6 +76,9 @@ def local_device() -> torch.device:
 def init_distributed(parallel: ParallelConfig, device: torch.device | None = None) -> Iterator[DistEnv]:
     """Join the processes torchrun started; without torchrun there is one.
 
+    Yields:
+        This process's place among them.
+
     Raises:
         SettingError: `parallel.context_parallel` does not divide the number of processes.
     """

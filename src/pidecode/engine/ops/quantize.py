@@ -168,7 +168,7 @@ class QuantizedLinear(nn.Module):
         return dequantize(self.codes, self.scales, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x `[..., in]` to `[..., out]`, in x's type."""
+        """Input `[..., in]` to `[..., out]`, in x's type."""
         if self.kernel is None:
             return F.linear(x, self.weight.to(x.dtype), self.bias)
         out = w8a8_linear(x.flatten(0, -2), self.codes, self.scales, self.kernel, self.bias)

@@ -23,12 +23,12 @@ class Injection(Protocol):
 
     @property
     def tokens(self) -> Tensor:
-        """`[B, L, D]`"""
+        """Tokens `[B, L, D]`."""
         ...
 
     @property
     def gate_logits(self) -> Tensor:
-        """`[B, L, D or 1]`"""
+        """Gate logits `[B, L, D or 1]`."""
         ...
 
     def crop(self, patches: Tensor) -> Injection:
@@ -49,7 +49,7 @@ class ComputedInjection:
 
 
 def masked(x: Tensor, mask_B: Tensor | None) -> Tensor:
-    """x `[B, ...]` times a per-sample mask `[B]` of 0 or 1."""
+    """Tensor `[B, ...]` times a per-sample mask `[B]` of 0 or 1."""
     return x if mask_B is None else x * mask_B.to(x.dtype).view(-1, *(1,) * (x.ndim - 1))
 
 
