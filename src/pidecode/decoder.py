@@ -218,9 +218,9 @@ class PixelDecoder:
             MissingDependencyError: A compiler or package is missing.
         """
         chosen = select_device(device)
-        found = resolve_checkpoint(str(name_or_path), space=space, variant=variant, kind=kind)
-        file = read_weights(found.path)
-        metadata = detect(file, Overrides(space=found.space, variant=found.variant, kind=found.kind))
+        resolved = resolve_checkpoint(str(name_or_path), space=space, variant=variant, kind=kind)
+        file = read_weights(resolved.path)
+        metadata = detect(file, Overrides(space=resolved.space, variant=resolved.variant, kind=resolved.kind))
         assert metadata.config is not None  # detect refuses encoders
         if callable(plan):
             plan = plan(metadata)
@@ -228,15 +228,15 @@ class PixelDecoder:
         offloads = isinstance(plan, Plan)
         # A plan may keep parts of the network on the host, so it is built there.
         place = "cpu" if offloads else chosen
-        near = encoder or found.encoder or default_encoder_path(metadata.space)
+        encoder_path = encoder or resolved.encoder or default_encoder_path(metadata.space)
         text_device = "cpu" if isinstance(plan, Plan) and plan.text_on_host else chosen
-        net = build_network(file.tensors, metadata.config, dtype=dtype, device=place, source=str(found.path))
+        net = build_network(file.tensors, metadata.config, dtype=dtype, device=place, source=str(resolved.path))
         reads_text = isinstance(net, PiDNet) and net.config.has_text
         decoder = cls(
             net,
             metadata,
-            name=found.name,
-            encoder=LazyImageEncoder.of(near, metadata.space, chosen, dtype),
+            name=resolved.name,
+            encoder=LazyImageEncoder.of(encoder_path, metadata.space, chosen, dtype),
             text=TextEncoder(device=text_device, states=PromptEmbedsCache()) if reads_text else None,
             plan=plan,
             runtime=runtime,

@@ -69,12 +69,12 @@ def shapes_of(config):
 @pytest.mark.parametrize("config", [*RELEASED.values(), *SMALL.values()], ids=[*RELEASED, *SMALL])
 def test_shapes_show_what_they_can(config):
     structure = infer_shape(shapes_of(config))
-    assert structure.disagreement(config) is None
-    assert structure.seen["hidden_size"] == config.hidden_size
-    assert structure.seen.get("color_head", False) == config.color_head
+    assert structure.difference_from(config) is None
+    assert structure.values["hidden_size"] == config.hidden_size
+    assert structure.values.get("color_head", False) == config.color_head
     assert structure.has_adapter == config.has_adapter
     if config.has_adapter and config.num_injections > 1:
-        assert structure.seen["inject_interval"] == config.inject_interval
+        assert structure.values["inject_interval"] == config.inject_interval
 
 
 @pytest.mark.parametrize("change", [
@@ -84,7 +84,7 @@ def test_shapes_show_what_they_can(config):
     {"pixel_depth": 2}, {"patch_depth": 4},
 ])  # fmt: skip
 def test_each_disagreement_is_named(change):
-    said = infer_shape(shapes_of(debug_config())).disagreement(debug_config(**change))
+    said = infer_shape(shapes_of(debug_config())).difference_from(debug_config(**change))
     assert said is not None
     assert next(iter(change)) in said
 
@@ -98,16 +98,16 @@ def test_generations():
 
 def test_an_undecidable_interval_is_an_error_that_settles_it():
     shapes = shapes_of(debug_config(patch_depth=6, inject_interval=4))
-    with pytest.raises(SettingError, match=r"3 or 4 or 5.*overrides=\{'inject_interval'"):
+    with pytest.raises(SettingError, match=r"3 or 4 or 5.*Overrides\(config=\{'inject_interval'"):
         infer_shape(shapes)
-    assert infer_shape(shapes, interval=4).seen["inject_interval"] == 4
+    assert infer_shape(shapes, interval=4).values["inject_interval"] == 4
     with pytest.raises(CheckpointError, match="no interval gives that"):
         infer_shape(shapes, interval=1)
 
 
 def test_files_of_something_else_are_refused():
     with pytest.raises(
-        CheckpointError, match=r"holds no PiD network: it lacks s_embedder\.proj\.weight .*decoder\.conv_in"
+        CheckpointError, match=r"does not hold a PiD network: it lacks s_embedder\.proj\.weight .*decoder\.conv_in"
     ):
         infer_shape({"decoder.conv_in.weight": (4, 4, 3, 3)}, "vae.safetensors")
     shapes = shapes_of(debug_config())
@@ -155,7 +155,7 @@ def test_the_reference_networks_build_and_match_their_shapes(name):
     tensors = {key.removeprefix("weights."): value for key, value in stored.items() if key.startswith("weights.")}
     with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
         said = json.loads(file.metadata()["config"])["kwargs"]
-    seen = infer_shape({key: tuple(value.shape) for key, value in tensors.items()}).seen
+    seen = infer_shape({key: tuple(value.shape) for key, value in tensors.items()}).values
     assert seen["hidden_size"] == said["hidden_size"]
     assert seen["num_heads"] == said["num_groups"]
     assert seen["patch_size"] == said["patch_size"]

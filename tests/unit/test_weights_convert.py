@@ -96,8 +96,8 @@ def test_converting_again_keeps_everything(tmp_path):
 def test_the_caller_settles_what_the_file_cannot(tmp_path):
     torch.save(network().state_dict(), tmp_path / "net.pth")
     with pytest.raises(SettingError, match="space="):
-        convert(tmp_path / "net.pth", tmp_path / "net.safetensors", hints=Overrides(kind="teacher"))
-    convert(tmp_path / "net.pth", tmp_path / "net.safetensors", hints=Overrides(space="sd3", kind="teacher"))
+        convert(tmp_path / "net.pth", tmp_path / "net.safetensors", overrides=Overrides(kind="teacher"))
+    convert(tmp_path / "net.pth", tmp_path / "net.safetensors", overrides=Overrides(space="sd3", kind="teacher"))
     assert detect(read_weights(tmp_path / "net.safetensors")).space == "sd3"
 
 
@@ -143,7 +143,7 @@ def test_a_failed_conversion_leaves_nothing(tmp_path, change, error, message):
     before = sorted(tmp_path.iterdir())
     source, target = tmp_path / change.pop("source", "net.pth"), tmp_path / change.pop("target", "net.safetensors")
     with pytest.raises(error, match=message):
-        convert(source, target, hints=Overrides(space="flux", kind="teacher"), **change)
+        convert(source, target, overrides=Overrides(space="flux", kind="teacher"), **change)
     assert sorted(tmp_path.iterdir()) == before
     assert (tmp_path / "there.safetensors").read_bytes() == b"old"
 

@@ -110,17 +110,17 @@ def convert(source: Path, target: Path, **asked: Any) -> None:
     from pidecode.weights.convert import convert as write
     from pidecode.weights.detect import Overrides
 
-    hints = Overrides(space=asked["space"], variant=asked["variant"], kind=asked["kind"])
-    identity = write(source, target, hints=hints, dtype=asked["dtype"], overwrite=asked["overwrite"])
+    overrides = Overrides(space=asked["space"], variant=asked["variant"], kind=asked["kind"])
+    metadata = write(source, target, overrides=overrides, dtype=asked["dtype"], overwrite=asked["overwrite"])
     said: dict[str, Any] = {
         "file": str(target),
         "bytes": target.stat().st_size,
-        "kind": identity.kind,
-        "space": identity.space,
-        "variant": identity.variant,
-        "license": identity.license,
+        "kind": metadata.kind,
+        "space": metadata.space,
+        "variant": metadata.variant,
+        "license": metadata.license,
     }
-    words = f"{target}  {identity.kind} for {identity.space}, {format_bytes(said['bytes'])}, {identity.license}"
+    words = f"{target}  {metadata.kind} for {metadata.space}, {format_bytes(said['bytes'])}, {metadata.license}"
     emit(said, words, as_json=asked["as_json"])
 
 
@@ -325,7 +325,7 @@ def _foreign(shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, Any
         structure = infer_shape(shapes, str(path))
     except CheckpointError:
         return counts | {"network": "none of PiD's: an autoencoder, a text encoder, or something else"}
-    seen = dict(structure.seen)
+    seen = dict(structure.values)
     return counts | {"network": f"PiD, {structure.generation or 'of no released design'}", "seen": seen}
 
 

@@ -30,13 +30,13 @@ def convert(
     source: str | Path,
     target: str | Path,
     *,
-    hints: Overrides | None = None,
+    overrides: Overrides | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
 ) -> CheckpointMetadata:
     """Write the network of `source` to `target` (.safetensors) with its configuration, space, variant and license.
 
-    hints: what the caller knows of the source (see `detect`). dtype: "bf16", "fp16" or "fp32"; None keeps the
+    overrides: what the caller knows of the source (see `detect`). dtype: "bf16", "fp16" or "fp32"; None keeps the
     source's. Weights under a license that is not free keep its text beside them, in `<target>.LICENSE.txt`.
     Returns what was written. Raises CheckpointError or SettingError for a source that is damaged, incomplete or
     undecided, FileError for a target that exists or cannot be written; nothing is left behind then.
@@ -48,35 +48,35 @@ def convert(
         raise SettingError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
     check_writable(target, overwrite=overwrite)
     file = read_weights(source)
-    identity = _as_stored(detect(file, hints), has_head=any(name.startswith(COLOR_HEAD) for name in file.tensors))
-    assert identity.config is not None  # detect refuses encoders
-    expected = {name: tuple(value.shape) for name, value in empty_network(identity.config).state_dict().items()}
+    metadata = _as_stored(detect(file, overrides), has_head=any(name.startswith(COLOR_HEAD) for name in file.tensors))
+    assert metadata.config is not None  # detect refuses encoders
+    expected = {name: tuple(value.shape) for name, value in empty_network(metadata.config).state_dict().items()}
     check_complete(file.tensors, expected, str(source))
-    license = _LICENSES.get(identity.license or "")
+    license = _LICENSES.get(metadata.license or "")
     notice = license_text(Path(source), license) if license and not license.commercial else None
     wanted = DTYPES[dtype] if dtype else None
-    write_safetensors(target, file.tensors, _metadata(identity), dtype=wanted, overwrite=overwrite)
+    write_safetensors(target, file.tensors, _file_metadata(metadata), dtype=wanted, overwrite=overwrite)
     if notice is not None:
         with atomic_write(target.with_suffix(".LICENSE.txt"), overwrite=True) as text:
             text.write(notice.encode("utf-8"))
-    return identity
+    return metadata
 
 
-def _as_stored(identity: CheckpointMetadata, *, has_head: bool) -> CheckpointMetadata:
+def _as_stored(metadata: CheckpointMetadata, *, has_head: bool) -> CheckpointMetadata:
     """The configuration of what is in the file: the color head may have been left out of it."""
-    assert identity.config is not None
-    if isinstance(identity.config, TinyDecoderConfig):
-        return identity
-    return replace(identity, config=replace(identity.config, color_head=has_head))
+    assert metadata.config is not None
+    if isinstance(metadata.config, TinyDecoderConfig):
+        return metadata
+    return replace(metadata, config=replace(metadata.config, color_head=has_head))
 
 
-def _metadata(identity: CheckpointMetadata) -> dict[str, str]:
-    parts = (identity.space, identity.variant, None if identity.kind == "student" else identity.kind)
+def _file_metadata(metadata: CheckpointMetadata) -> dict[str, str]:
+    parts = (metadata.space, metadata.variant, None if metadata.kind == "student" else metadata.kind)
     title = " ".join(["PiD", *(part for part in parts if part)])
     common = {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": "pid", "modelspec.title": title}
-    if identity.license:
-        common["modelspec.license"] = identity.license
-    return common | identity.to_metadata()
+    if metadata.license:
+        common["modelspec.license"] = metadata.license
+    return common | metadata.to_metadata()
 
 
 def license_text(source: Path, license: License) -> str:

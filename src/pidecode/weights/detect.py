@@ -22,26 +22,27 @@ Shapes = Mapping[str, tuple[int, ...]]
 Generation = Literal["v1", "v1pt5", "backbone"]
 
 COLOR_HEAD = "lq_proj.lq_aux_rgb_head."
-"""Names of the one part that only training uses; files may have it or not."""
+"""Prefix of the color head, which only training uses; files may lack it."""
 
 ADAPTER = ("lq_proj.", "pit_lq_gate.")
-"""Names of the parts that take the latent in."""
+"""Prefixes of the adapter and its gates."""
 
 _COMMON_INTERVAL = 2
-"""Every released network injects before every second block; taken where the shapes allow several."""
+"""`inject_interval` of every released network; taken where the shapes allow several."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferredShape:
-    """What tensors show of their network.
+    """What the names and shapes of tensors show of their network.
 
-    seen: values of PiDConfig fields read from names and shapes.
-    latent_in: channels the adapter's first convolution takes, after unpatchifying or folding; 0 without one.
-    image_in: the same of the adapter's image branch.
-    color_out: outputs of the color head, `3 (patch_size / scale)^2`; 0 without one.
+    Attributes:
+        values: Fields of PiDConfig that can be inferred.
+        latent_in: Input channels of the adapter's first convolution, after unpatchify or pixel-unshuffle; 0 if none.
+        image_in: The same of the adapter's image branch.
+        color_out: Outputs of the color head, `3 (patch_size / scale)^2`; 0 if none.
     """
 
-    seen: Mapping[str, Any]
+    values: Mapping[str, Any]
     latent_in: int = 0
     image_in: int = 0
     color_out: int = 0
@@ -53,18 +54,24 @@ class InferredShape:
 
     @property
     def generation(self) -> Generation | None:
-        """The released design this is built like, or None for a mixture of v1 and v1.5."""
+        """The released generation with this gate and injection; None for a mixture of v1 and v1.5."""
         if not self.has_adapter:
             return "backbone"
         kinds: dict[tuple[str, bool], Generation] = {("per_channel", False): "v1", ("per_token", True): "v1pt5"}
-        return kinds.get((self.seen["gate"], self.seen["inject_pixels"]))
+        return kinds.get((self.values["gate"], self.values["inject_pixels"]))
 
-    def disagreement(self, config: PiDConfig) -> str | None:
-        """The first thing a configuration says otherwise than the tensors, in words; None if there is none.
+    def difference_from(self, config: PiDConfig) -> str | None:
+        """The first difference between a configuration and the tensors.
 
-        The color head may be in a configuration and not in the file, or the other way round.
+        The color head may be in one of them only.
+
+        Args:
+            config: The configuration.
+
+        Returns:
+            The difference in words, or None.
         """
-        for name, value in self.seen.items():
+        for name, value in self.values.items():
             if name != "color_head" and getattr(config, name) != value:
                 return f"{name} is {value} by its tensors and {getattr(config, name)} by the configuration"
         expected = (_latent_in(config), _image_in(config))
@@ -81,8 +88,8 @@ class InferredShape:
 
 def _latent_in(config: PiDConfig) -> int:
     ratio = config.latent_to_patch_ratio
-    fold = round(1 / ratio) if 0 < ratio < 1 else 1
-    return config.latent_channels // config.latent_unpatchify**2 * fold**2
+    factor = round(1 / ratio) if 0 < ratio < 1 else 1
+    return config.latent_channels // config.latent_unpatchify**2 * factor**2
 
 
 def _image_in(config: PiDConfig) -> int:
@@ -90,26 +97,34 @@ def _image_in(config: PiDConfig) -> int:
 
 
 def infer_shape(shapes: Shapes, source: str = "the file", interval: int | None = None) -> InferredShape:
-    """Everything names and shapes show (docs/architecture.md, Network and Adapter), for a network of any size.
+    """Infer a network's configuration from names and shapes (docs/architecture.md, Network and Adapter), of any size.
 
-    interval: `inject_interval`, where it is known from elsewhere.
-    Raises CheckpointError when the tensors are of no PiD network, or contradict each other.
+    Args:
+        shapes: Shape of every tensor.
+        source: What error messages call the file.
+        interval: `inject_interval`, if it is known.
+
+    Returns:
+        What the shapes show.
+
+    Raises:
+        CheckpointError: The tensors are not those of a PiD network, or contradict each other.
     """
-    look = _Look(shapes, source)
-    seen: dict[str, Any] = {**_patch_path(look), **_pixel_path(look)}
+    reader = _ShapeReader(shapes, source)
+    values: dict[str, Any] = {**_patch_path(reader), **_pixel_path(reader)}
     if "y_pos_embedding" in shapes:
-        seen["text_dim"] = look("y_embedder.proj.weight")[1]
-        seen["text_length"] = look("y_pos_embedding")[1]
+        values["text_dim"] = reader("y_embedder.proj.weight")[1]
+        values["text_length"] = reader("y_pos_embedding")[1]
     else:
-        seen["text_dim"] = 0
+        values["text_dim"] = 0
     if not any(name.startswith(ADAPTER) for name in shapes):
-        return InferredShape(seen=seen | {"latent_channels": 0, "adapter_image_channels": 0})
-    return _adapter(look, seen, interval)
+        return InferredShape(values=values | {"latent_channels": 0, "adapter_image_channels": 0})
+    return _adapter(reader, values, interval)
 
 
 @dataclass(frozen=True, slots=True)
-class _Look:
-    """Shapes by name; a missing one is an error that says what the file lacks."""
+class _ShapeReader:
+    """Shapes by name; a missing one raises CheckpointError."""
 
     shapes: Shapes
     source: str
@@ -119,24 +134,24 @@ class _Look:
         if shape is None:
             some = ", ".join(list(self.shapes)[:3])
             raise CheckpointError(
-                f"{self.source} holds no PiD network: it lacks {name} (it holds {some}, ...). "
+                f"{self.source} does not hold a PiD network: it lacks {name} (it holds {some}, ...). "
                 "Check that it is a decoder, not an autoencoder, text encoder or LoRA."
             )
         if len(shape) < min(rank, 3) and name != "y_pos_embedding":
-            raise CheckpointError(f"{self.source}: {name} has shape {list(shape)}; {rank} sides were expected.")
+            raise CheckpointError(f"{self.source}: {name} has shape {list(shape)}; {rank} dimensions were expected.")
         return shape
 
     def count(self, pattern: str) -> int:
-        """How many numbered parts `pattern` (with one group) finds; they must run from its first without a gap."""
+        """Number of numbered modules that `pattern` (with one group) matches; they must be consecutive."""
         numbers = sorted({int(found[1]) for name in self.shapes if (found := re.match(pattern, name))})
         if numbers and numbers != list(range(numbers[0], numbers[0] + len(numbers))):
-            raise CheckpointError(f"{self.source} lacks parts in the middle of {pattern.split(chr(92))[0]}: {numbers}.")
+            raise CheckpointError(f"{self.source} lacks some of {pattern.split(chr(92))[0]}: {numbers}.")
         return len(numbers)
 
     def root(self, area: int, what: str) -> int:
         side = math.isqrt(area) if area > 0 else 0
         if side == 0 or side * side != area:
-            raise CheckpointError(f"{self.source}: {what} is {area}, which is no square; this is no PiD network.")
+            raise CheckpointError(f"{self.source}: {what} is {area}, not a square number; this is no PiD network.")
         return side
 
     def heads(self, width: int, head_dim: int, what: str) -> int:
@@ -145,58 +160,58 @@ class _Look:
         return width // head_dim
 
 
-def _patch_path(look: _Look) -> dict[str, Any]:
-    hidden, patch_inputs = look("s_embedder.proj.weight")[:2]
-    head_dim = look("patch_blocks.0.attn.q_norm_x.weight", 1)[0]
+def _patch_path(reader: _ShapeReader) -> dict[str, Any]:
+    hidden, patch_inputs = reader("s_embedder.proj.weight")[:2]
+    head_dim = reader("patch_blocks.0.attn.q_norm_x.weight", 1)[0]
     return {
         "hidden_size": hidden,
-        "num_heads": look.heads(hidden, head_dim, "hidden size"),
-        "patch_depth": look.count(r"patch_blocks\.(\d+)\."),
-        "patch_size": look.root(patch_inputs // 3, "the number of pixels in a patch"),
+        "num_heads": reader.heads(hidden, head_dim, "hidden size"),
+        "patch_depth": reader.count(r"patch_blocks\.(\d+)\."),
+        "patch_size": reader.root(patch_inputs // 3, "the number of pixels in a patch"),
     }
 
 
-def _pixel_path(look: _Look) -> dict[str, Any]:
-    width = look("pixel_embedder.proj.weight")[0]
-    seen: dict[str, Any] = {"pixel_hidden_size": width, "pixel_depth": look.count(r"pixel_blocks\.(\d+)\.")}
-    if seen["pixel_depth"]:
-        attention, flat = look("pixel_blocks.0.compress_to_attn.weight")[:2]
-        head_dim = look("pixel_blocks.0.attn.q_norm.weight", 1)[0]
-        seen["pixel_attn_hidden_size"] = attention
-        seen["pixel_num_heads"] = look.heads(attention, head_dim, "pixel attention width")
-        pixels = look("s_embedder.proj.weight")[1] // 3
-        modulated = look("pixel_blocks.0.adaLN_modulation.0.weight")[0]
+def _pixel_path(reader: _ShapeReader) -> dict[str, Any]:
+    width = reader("pixel_embedder.proj.weight")[0]
+    values: dict[str, Any] = {"pixel_hidden_size": width, "pixel_depth": reader.count(r"pixel_blocks\.(\d+)\.")}
+    if values["pixel_depth"]:
+        attention, flat = reader("pixel_blocks.0.compress_to_attn.weight")[:2]
+        head_dim = reader("pixel_blocks.0.attn.q_norm.weight", 1)[0]
+        values["pixel_attn_hidden_size"] = attention
+        values["pixel_num_heads"] = reader.heads(attention, head_dim, "pixel attention width")
+        pixels = reader("s_embedder.proj.weight")[1] // 3
+        modulated = reader("pixel_blocks.0.adaLN_modulation.0.weight")[0]
         if flat != pixels * width or modulated != 6 * flat:
             raise CheckpointError(
-                f"{look.source} contradicts itself: patches of {pixels} pixels, {width} channels a pixel, "
+                f"{reader.source} contradicts itself: patches of {pixels} pixels, {width} channels a pixel, "
                 f"but pixel blocks for {flat} values and {modulated} modulations."
             )
-    return seen
+    return values
 
 
-def _adapter(look: _Look, seen: dict[str, Any], interval: int | None) -> InferredShape:
-    shapes = look.shapes
+def _adapter(reader: _ShapeReader, values: dict[str, Any], interval: int | None) -> InferredShape:
+    shapes = reader.shapes
     starts = {tower: f"lq_proj.{tower}.0.weight" for tower in ("latent_proj", "image_conv")}
     towers = [tower for tower, start in starts.items() if start in shapes]
     if not towers:
-        look("lq_proj.latent_proj.0.weight")
-    heads = look.count(r"lq_proj\.output_heads\.(\d+)\.")
+        reader("lq_proj.latent_proj.0.weight")
+    heads = reader.count(r"lq_proj\.output_heads\.(\d+)\.")
     color = COLOR_HEAD + "3.weight" in shapes
-    gate_rows = look("lq_proj.gate_modules.0.content_proj.weight")[0]
-    seen["adapter_blocks"] = look.count(rf"lq_proj\.{towers[0]}\.(\d+)\.block\.")
-    seen |= {
-        "adapter_width": look("lq_proj.output_heads.0.weight")[1],
+    gate_rows = reader("lq_proj.gate_modules.0.content_proj.weight")[0]
+    values["adapter_blocks"] = reader.count(rf"lq_proj\.{towers[0]}\.(\d+)\.block\.")
+    values |= {
+        "adapter_width": reader("lq_proj.output_heads.0.weight")[1],
         "gate": "per_token" if gate_rows == 1 else "per_channel",
         "inject_pixels": "pit_lq_gate.log_alpha" in shapes,
-        "inject_interval": _interval(look.source, seen["patch_depth"], heads, interval),
+        "inject_interval": _interval(reader.source, values["patch_depth"], heads, interval),
         "color_head": color,
     }
-    inputs = {tower: look(starts[tower], 4)[1] for tower in towers}
+    inputs = {tower: reader(starts[tower], 4)[1] for tower in towers}
     return InferredShape(
-        seen=seen,
+        values=values,
         latent_in=inputs.get("latent_proj", 0),
         image_in=inputs.get("image_conv", 0),
-        color_out=look(COLOR_HEAD + "3.weight")[0] if color else 0,
+        color_out=reader(COLOR_HEAD + "3.weight")[0] if color else 0,
     )
 
 
@@ -216,12 +231,12 @@ def _interval(source: str, depth: int, heads: int, known: int | None) -> int:
         return depth
     raise SettingError(
         f"{source} has {heads} injection heads for {depth} patch blocks, which fits an interval of "
-        f"{' or '.join(map(str, fitting))}; say which by overrides={{'inject_interval': ...}}."
+        f"{' or '.join(map(str, fitting))}; choose by Overrides(config={{'inject_interval': ...}})."
     )
 
 
 BACKBONE_SPACE = "pixeldit"
-"""What stands for a latent space in the table's row of the bare backbone."""
+"""The space of the backbone's row in the registry."""
 
 _OFFICIAL = re.compile(
     r"PiD_(?P<v1pt5>v1pt5_)?res(?P<range>2k|2kto4k)_sr\dx_official_(?P<space>[a-z0-9]+)_"
@@ -245,14 +260,14 @@ class Overrides:
     space: str | None = None
     variant: str | None = None
     kind: str | None = None
-    overrides: Mapping[str, Any] | None = None
+    config: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in KINDS[:4]:
             raise SettingError(f"kind is {self.kind!r}; it must be one of {', '.join(KINDS[:4])}.")
-        unknown = set(self.overrides or {}) - set(PiDConfig.__dataclass_fields__)
+        unknown = set(self.config or {}) - set(PiDConfig.__dataclass_fields__)
         if unknown:
-            raise SettingError(f"overrides name {', '.join(sorted(unknown))}, which no network has.")
+            raise SettingError(f"PiDConfig has no fields {', '.join(sorted(unknown))}.")
 
     @property
     def space_name(self) -> str | None:
@@ -260,52 +275,62 @@ class Overrides:
         return self.space if self.space in (None, BACKBONE_SPACE) else get_space(self.space or "").name
 
 
-def detect(file: WeightFile, hints: Overrides | None = None) -> CheckpointMetadata:
-    """What network a file holds (docs/architecture.md, Network, Adapter, Released files).
+def detect(file: WeightFile, overrides: Overrides | None = None) -> CheckpointMetadata:
+    """Identify the network in a weights file (docs/architecture.md, Network, Adapter, Released files).
 
-    Our own metadata decides where the file has it; otherwise the shapes, then the official file or folder name
-    (also ComfyUI's), then `hints`. What two of them say differently is an error, and so is what none of them says.
-    Raises SettingError when the caller can settle it, CheckpointError when the file cannot be right.
+    pidecode's metadata decides if the file has it; otherwise the shapes, then the official file or folder name (also
+    ComfyUI's), then `overrides`. A contradiction between two of them is an error.
+
+    Args:
+        file: The weights file.
+        overrides: What the caller knows.
+
+    Returns:
+        Kind, configuration, space, variant and license.
+
+    Raises:
+        SettingError: Something is ambiguous that `overrides` can settle.
+        CheckpointError: The file cannot be a network.
     """
-    hints = hints or Overrides()
-    own = CheckpointMetadata.from_metadata(file.metadata, str(file.path))
-    return _from_metadata(file, own, hints) if own else _from_evidence(file, hints)
+    overrides = overrides or Overrides()
+    metadata = CheckpointMetadata.from_metadata(file.metadata, str(file.path))
+    return _from_metadata(file, metadata, overrides) if metadata else _from_shapes(file, overrides)
 
 
-def _from_metadata(file: WeightFile, own: CheckpointMetadata, hints: Overrides) -> CheckpointMetadata:
-    if own.config is None:
+def _from_metadata(file: WeightFile, metadata: CheckpointMetadata, overrides: Overrides) -> CheckpointMetadata:
+    if metadata.config is None:
         raise CheckpointError(f"{file.path} holds an image encoder, not a decoder; name the decoder's file.")
-    told = _told(hints)
-    _agree(file.path, "its metadata", {name: getattr(own, name) for name in told}, told)
-    if isinstance(own.config, TinyDecoderConfig):
-        if hints.overrides:
+    given = _given_values(overrides)
+    _check_agreement(file.path, "its metadata", {name: getattr(metadata, name) for name in given}, given)
+    if isinstance(metadata.config, TinyDecoderConfig):
+        if overrides.config:
             raise SettingError(f"{file.path} is a feed-forward decoder, whose file settles its shape; leave them out.")
-        return own
-    config = replace(own.config, **(hints.overrides or {}))
-    structure = infer_shape(file.shapes, str(file.path), config.inject_interval)
-    if said := structure.disagreement(config):
-        raise CheckpointError(f"{file.path} contradicts itself: {said}.")
-    filled = {name: value for name, value in told.items() if getattr(own, name) is None}
-    return replace(own, config=config, **filled)
+        return metadata
+    config = replace(metadata.config, **(overrides.config or {}))
+    inferred = infer_shape(file.shapes, str(file.path), config.inject_interval)
+    if difference := inferred.difference_from(config):
+        raise CheckpointError(f"{file.path} contradicts itself: {difference}.")
+    filled = {name: value for name, value in given.items() if getattr(metadata, name) is None}
+    return replace(metadata, config=config, **filled)
 
 
-def _from_evidence(file: WeightFile, hints: Overrides) -> CheckpointMetadata:
-    overrides = dict(hints.overrides or {})
-    structure = infer_shape(file.shapes, str(file.path), overrides.get("inject_interval"))
-    named, told = official_name(file.path), _told(hints)
-    _agree(file.path, "its name", named, told)
-    known = {**named, **told}
-    if not structure.has_adapter:
-        return _backbone(file.path, structure, known, overrides)
+def _from_shapes(file: WeightFile, overrides: Overrides) -> CheckpointMetadata:
+    config_overrides = dict(overrides.config or {})
+    inferred = infer_shape(file.shapes, str(file.path), config_overrides.get("inject_interval"))
+    named, given = official_name(file.path), _given_values(overrides)
+    _check_agreement(file.path, "its name", named, given)
+    known = {**named, **given}
+    if not inferred.has_adapter:
+        return _backbone(file.path, inferred, known, config_overrides)
     if known.get("space") == BACKBONE_SPACE or known.get("kind") == "backbone":
-        raise CheckpointError(f"{file.path} is no bare backbone: it has an adapter for a latent.")
-    space = known.get("space") or _only_space(file.path, structure, known, overrides)
-    config = _config(file.path, structure, space, overrides)
+        raise CheckpointError(f"{file.path} is no backbone: it has an adapter for a latent.")
+    space = known.get("space") or _infer_space(file.path, inferred, known, config_overrides)
+    config = _build_config(file.path, inferred, space, config_overrides)
     variant = known.get("variant")
-    if variant is not None and variant.endswith("_v1pt5") != (structure.generation == "v1pt5"):
-        raise CheckpointError(f"{file.path} is no {variant!r}: by its tensors it is built like {structure.generation}.")
-    rows = [row for row in _rows_like(structure) if row.space == space]
-    kind = known.get("kind") or _only_kind(file.path, structure, rows, variant)
+    if variant is not None and variant.endswith("_v1pt5") != (inferred.generation == "v1pt5"):
+        raise CheckpointError(f"{file.path} is no {variant!r}: by its tensors it is built like {inferred.generation}.")
+    rows = [row for row in _matching_rows(inferred) if row.space == space]
+    kind = known.get("kind") or _infer_kind(file.path, inferred, rows, variant)
     rows = [row for row in rows if row.kind == kind]
     variant = variant or (rows[0].variant if len(rows) == 1 else None)
     return CheckpointMetadata(
@@ -313,22 +338,21 @@ def _from_evidence(file: WeightFile, hints: Overrides) -> CheckpointMetadata:
     )
 
 
-def _told(hints: Overrides) -> dict[str, Any]:
-    told = {"space": hints.space_name, "variant": hints.variant, "kind": hints.kind}
-    return {name: value for name, value in told.items() if value is not None}
+def _given_values(overrides: Overrides) -> dict[str, Any]:
+    given = {"space": overrides.space_name, "variant": overrides.variant, "kind": overrides.kind}
+    return {name: value for name, value in given.items() if value is not None}
 
 
-def _agree(path: Path, what: str, said: Mapping[str, Any], told: Mapping[str, Any]) -> None:
-    for name, value in told.items():
+def _check_agreement(path: Path, what: str, said: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    for name, value in given.items():
         if said.get(name) not in (None, value):
             raise SettingError(
-                f"{path} is of {name} {said[name]!r} by {what}, and {name}={value!r} was asked for. "
-                f"Leave {name} out to use the file as what it is."
+                f"{path} has {name} {said[name]!r} by {what}, and {name}={value!r} was given. Leave {name} out."
             )
 
 
 def official_name(path: str | Path) -> dict[str, str]:
-    """Space, variant and kind from an official folder or file name, or ComfyUI's; empty for any other name."""
+    """Space, variant and kind from an official folder or file name, or ComfyUI's; empty for other names."""
     path = Path(path)
     for name in (path.stem, *path.parts[-2:-4:-1]):
         if name == "PixelDiT_finetune_2kto4k":
@@ -346,7 +370,7 @@ def official_name(path: str | Path) -> dict[str, str]:
 
 
 def _backbone(
-    path: Path, structure: InferredShape, known: Mapping[str, str], overrides: dict[str, Any]
+    path: Path, inferred: InferredShape, known: Mapping[str, str], config_overrides: dict[str, Any]
 ) -> CheckpointMetadata:
     space, kind = known.get("space", BACKBONE_SPACE), known.get("kind", "backbone")
     if space != BACKBONE_SPACE or kind != "backbone":
@@ -354,52 +378,52 @@ def _backbone(
             f"{path} has no adapter (no tensors below lq_proj.): it is a bare text-to-image backbone and cannot "
             f"decode latents{'' if space == BACKBONE_SPACE else f' of {space}'}. Take the decoder's own file."
         )
-    if not known and "rope_reference" not in overrides:
+    if not known and "rope_reference" not in config_overrides:
         raise SettingError(
-            f"{path} is a bare backbone whose tensors cannot show the size it was trained at. Say "
-            f"space={BACKBONE_SPACE!r} for NVIDIA's 2K to 4K fine-tune, or overrides={{'rope_reference': ...}}."
+            f"{path} is a backbone whose tensors cannot show the size it was trained at. Give "
+            f"space={BACKBONE_SPACE!r} for NVIDIA's 2K to 4K fine-tune, or Overrides(config={{'rope_reference': ...}})."
         )
-    config = _checked(path, structure, {**_values(configs.backbone()), **structure.seen, **overrides})
+    config = _checked_config(path, inferred, {**_values(configs.backbone()), **inferred.values, **config_overrides})
     return CheckpointMetadata(
         kind="backbone", config=config, variant=known.get("variant"), license="NSCLv1" if known else None
     )
 
 
-def _rows_like(structure: InferredShape) -> list[Checkpoint]:
+def _matching_rows(inferred: InferredShape) -> list[Checkpoint]:
     """Released checkpoints whose tensors would have exactly these shapes."""
-    return [row for row in CHECKPOINTS.values() if row.config and not structure.disagreement(row.config)]
+    return [row for row in CHECKPOINTS.values() if row.config and not inferred.difference_from(row.config)]
 
 
-def _only_space(
-    path: Path, structure: InferredShape, known: Mapping[str, str], overrides: dict[str, Any]
+def _infer_space(
+    path: Path, inferred: InferredShape, known: Mapping[str, str], config_overrides: dict[str, Any]
 ) -> str | None:
     """The one latent space the shapes leave; None where the overrides describe a space of the caller's own."""
-    if {"latent_channels", "latent_down"} <= set(overrides):
+    if {"latent_channels", "latent_down"} <= set(config_overrides):
         return None
-    rows = [row for row in _rows_like(structure) if known.get("variant") in (None, row.variant)]
+    rows = [row for row in _matching_rows(inferred) if known.get("variant") in (None, row.variant)]
     spaces = sorted({row.space for row in rows}) or [
-        space.name for space in SPACES.values() if _base(structure, space) is not None
+        space.name for space in SPACES.values() if _released_values(inferred, space) is not None
     ]
     if len(spaces) == 1:
         return spaces[0]
     if spaces:
         raise SettingError(
-            f"{path} may be for {' or '.join(spaces)}: its tensors look alike for all of them, and a wrong choice "
-            f"gives wrong colors. Say which: space={spaces[0]!r} (--space {spaces[0]})."
+            f"{path} may be for {' or '.join(spaces)}: its tensors are alike for all of them, and a wrong choice "
+            f"gives wrong colors. Choose one: space={spaces[0]!r} (--space {spaces[0]})."
         )
     raise SettingError(
-        f"{path} takes latents of {structure.latent_in} channels, as no known latent space has. Give overrides= with "
-        "latent_channels, latent_down, latent_unpatchify and scale, or a file that carries them in its metadata."
+        f"{path} takes latents of {inferred.latent_in} channels, as no known latent space has. Give "
+        "Overrides(config=...) with latent_channels, latent_down, latent_unpatchify and scale, or a file that carries them in its metadata."
     )
 
 
-def _only_kind(path: Path, structure: InferredShape, rows: list[Checkpoint], variant: str | None) -> CheckpointKind:
-    """The one kind the table leaves; the color head, which only teachers surely keep, speaks against "student"."""
+def _infer_kind(path: Path, inferred: InferredShape, rows: list[Checkpoint], variant: str | None) -> CheckpointKind:
+    """The only kind the registry leaves. A color head, which only teachers always keep, excludes "student"."""
     kinds = {row.kind for row in rows if variant in (None, row.variant)}
     if len(kinds) == 1:
         return kinds.pop()
-    if variant is not None and "student" in kinds and not structure.color_out:
-        return "student"  # a variant without a kind names the distilled network, here as everywhere
+    if variant is not None and "student" in kinds and not inferred.color_out:
+        return "student"  # a variant without a kind is the distilled network
     raise SettingError(
         f"{path} may be a student (4 steps) or a teacher (many guided steps): its tensors cannot show which. "
         "Say kind='student' or kind='teacher' (--kind)."
@@ -410,54 +434,58 @@ def _values(config: PiDConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in PiDConfig.__dataclass_fields__}
 
 
-def _base(structure: InferredShape, space: LatentSpace) -> dict[str, Any] | None:
-    """What a released network for that space has and its tensors do not show; None if the channels do not fit."""
-    generation = structure.generation or "v1pt5"
-    for fold in sorted({1, space.raw_patch}):
+def _released_values(inferred: InferredShape, space: LatentSpace) -> dict[str, Any] | None:
+    """Field values of a released network for that space; None if the channels do not fit."""
+    generation = inferred.generation or "v1pt5"
+    for factor in sorted({1, space.raw_patch}):
         if generation == "v1":
             config = configs.v1(latent_channels=space.channels, latent_down=space.down, scale=space.scale)
         else:
             config = configs.v1pt5(latent_channels=space.channels, latent_down=space.down)
-        values = {**_values(config), "scale": space.scale, "latent_unpatchify": fold} | dict(structure.seen)
-        _count_image_channels(structure, values)
+        values = {**_values(config), "scale": space.scale, "latent_unpatchify": factor} | dict(inferred.values)
+        _count_image_channels(inferred, values)
         try:
-            if structure.disagreement(PiDConfig(**values)) is None:
+            if inferred.difference_from(PiDConfig(**values)) is None:
                 return values
         except SettingError:  # sizes that cannot go together: not this space
             continue
     return None
 
 
-def _config(path: Path, structure: InferredShape, space: str | None, overrides: dict[str, Any]) -> PiDConfig:
-    if structure.generation is None and not {"adapter_padding", "rope_reference"} <= set(overrides):
+def _build_config(
+    path: Path, inferred: InferredShape, space: str | None, config_overrides: dict[str, Any]
+) -> PiDConfig:
+    if inferred.generation is None and not {"adapter_padding", "rope_reference"} <= set(config_overrides):
         raise SettingError(
-            f"{path} is built neither like v1 nor like v1.5 (gate {structure.seen['gate']}, injection into "
-            f"pixel blocks {structure.seen['inject_pixels']}), so its padding and rotation reference are unknown. "
-            "Give overrides= with adapter_padding and rope_reference."
+            f"{path} is built neither like v1 nor like v1.5 (gate {inferred.values['gate']}, injection into "
+            f"pixel blocks {inferred.values['inject_pixels']}), so its padding and rotation reference are unknown. "
+            "Give Overrides(config=...) with adapter_padding and rope_reference."
         )
-    base = _base(structure, SPACES[space]) if space else None
-    if base is None and not {"latent_channels", "latent_down"} <= set(overrides):
+    base = _released_values(inferred, SPACES[space]) if space else None
+    if base is None and not {"latent_channels", "latent_down"} <= set(config_overrides):
         row = SPACES[space or "flux"]
         raise CheckpointError(
-            f"{path} is no network for {row.name}: its adapter takes {structure.latent_in} channels, and latents of "
-            f"{row.name} have {row.channels}. Name the space the file is for."
+            f"{path} is not a network for {row.name}: its adapter takes {inferred.latent_in} channels, and latents of "
+            f"{row.name} have {row.channels}. Give the space of the file."
         )
     if base is None:
-        default = configs.v1 if structure.generation == "v1" else configs.v1pt5
-        shown = _values(default(latent_channels=overrides["latent_channels"], latent_down=overrides["latent_down"]))
-        base = {**shown, **structure.seen}
-    return _checked(path, structure, {**base, **overrides})
+        default = configs.v1 if inferred.generation == "v1" else configs.v1pt5
+        shown = _values(
+            default(latent_channels=config_overrides["latent_channels"], latent_down=config_overrides["latent_down"])
+        )
+        base = {**shown, **inferred.values}
+    return _checked_config(path, inferred, {**base, **config_overrides})
 
 
-def _checked(path: Path, structure: InferredShape, values: dict[str, Any]) -> PiDConfig:
-    _count_image_channels(structure, values)
+def _checked_config(path: Path, inferred: InferredShape, values: dict[str, Any]) -> PiDConfig:
+    _count_image_channels(inferred, values)
     config = PiDConfig(**values)
-    if said := structure.disagreement(config):
-        raise SettingError(f"{path} does not go with these settings: {said}.")
+    if difference := inferred.difference_from(config):
+        raise SettingError(f"{path} does not fit these settings: {difference}.")
     return config
 
 
-def _count_image_channels(structure: InferredShape, values: dict[str, Any]) -> None:
-    """An image branch takes the pixels of a patch as channels; how many those are depends on the scale."""
-    if structure.image_in and not values["adapter_image_channels"]:
-        values["adapter_image_channels"] = structure.image_in // max(1, values["patch_size"] // values["scale"]) ** 2
+def _count_image_channels(inferred: InferredShape, values: dict[str, Any]) -> None:
+    """Set `adapter_image_channels`: the image branch takes a patch's pixels as channels, as many as the scale makes."""
+    if inferred.image_in and not values["adapter_image_channels"]:
+        values["adapter_image_channels"] = inferred.image_in // max(1, values["patch_size"] // values["scale"]) ** 2

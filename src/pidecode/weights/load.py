@@ -159,10 +159,10 @@ class LoraMetadata:
     """What it was trained on, in words."""
 
 
-def write_lora(path: str | Path, tensors: Mapping[str, Tensor], identity: LoraMetadata) -> None:
+def write_lora(path: str | Path, tensors: Mapping[str, Tensor], metadata: LoraMetadata) -> None:
     """Write adapters (`<layer>.lora_A.weight`, `<layer>.lora_B.weight`) as one .safetensors file."""
-    metadata = {"format": "pt", METADATA_KEY: json.dumps({"format": 1, **asdict(identity)})}
-    content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+    file_metadata = {"format": "pt", METADATA_KEY: json.dumps({"format": 1, **asdict(metadata)})}
+    content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, file_metadata)
     with atomic_write(path, overwrite=True) as file:
         file.write(content)
 
@@ -183,7 +183,7 @@ def apply_lora(net: nn.Module, path: str | Path, scale: float = 1.0) -> int:
     layers = sorted(name.removesuffix(_A) for name in tensors if name.endswith(_A))
     if not layers or len(tensors) != 2 * len(layers) or any(layer + _B not in tensors for layer in layers):
         raise CheckpointError(f"{path} is no adapter file: it must hold pairs of lora_A and lora_B, and nothing else.")
-    told = _identity(path, file.metadata)
+    lora_metadata = _read_lora_metadata(path, file.metadata)
     own = dict(net.named_parameters())
     changes = []
     for layer in layers:
@@ -194,7 +194,7 @@ def apply_lora(net: nn.Module, path: str | Path, scale: float = 1.0) -> int:
             raise CheckpointError(f"{path} adapts {layer}, {what}; it was trained on another network.")
         if up.shape[1] != down.shape[0]:
             raise CheckpointError(f"{path} is damaged: the two halves of {layer} do not fit together.")
-        strength = scale * (1.0 if told is None else told.alpha / told.rank)
+        strength = scale * (1.0 if lora_metadata is None else lora_metadata.alpha / lora_metadata.rank)
         changes.append((weight, down, up, strength))
     for weight, down, up, strength in changes:  # only once all are known to fit
         device = weight.device
@@ -203,16 +203,16 @@ def apply_lora(net: nn.Module, path: str | Path, scale: float = 1.0) -> int:
     return len(changes)
 
 
-def _identity(path: str | Path, metadata: Mapping[str, str]) -> LoraMetadata | None:
+def _read_lora_metadata(path: str | Path, metadata: Mapping[str, str]) -> LoraMetadata | None:
     if METADATA_KEY not in metadata:
         return None
     try:
         record = json.loads(metadata[METADATA_KEY])
-        identity = LoraMetadata(
+        lora_metadata = LoraMetadata(
             rank=int(record["rank"]), alpha=float(record["alpha"]), space=record.get("space"), base=record.get("base")
         )
-        if record.get("format") != 1 or identity.rank < 1:
+        if record.get("format") != 1 or lora_metadata.rank < 1:
             raise ValueError("its format or rank is unknown")
     except (ValueError, KeyError, TypeError) as fault:
         raise CheckpointError(f"{path} describes itself wrongly ({fault}); export it again.") from None
-    return identity
+    return lora_metadata
