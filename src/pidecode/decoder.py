@@ -228,7 +228,7 @@ class PixelDecoder:
         offloads = isinstance(plan, Plan)
         # A plan may keep parts of the network on the host, so it is built there.
         place = "cpu" if offloads else chosen
-        encoder_path = encoder or resolved.encoder or default_encoder_path(metadata.space)
+        cached_encoder_path = encoder or resolved.encoder or default_encoder_path(metadata.space)
         text_device = "cpu" if isinstance(plan, Plan) and plan.text_on_host else chosen
         net = build_network(file.tensors, metadata.config, dtype=dtype, device=place, source=str(resolved.path))
         reads_text = isinstance(net, PiDNet) and net.config.has_text
@@ -236,7 +236,7 @@ class PixelDecoder:
             net,
             metadata,
             name=resolved.name,
-            encoder=LazyImageEncoder.of(encoder_path, metadata.space, chosen, dtype),
+            encoder=LazyImageEncoder.of(cached_encoder_path, metadata.space, chosen, dtype),
             text=TextEncoder(device=text_device, states=PromptEmbedsCache()) if reads_text else None,
             plan=plan,
             runtime=runtime,
