@@ -112,7 +112,7 @@ def test_files_of_something_else_are_refused():
         infer_shape({"decoder.conv_in.weight": (4, 4, 3, 3)}, "vae.safetensors")
     shapes = shapes_of(debug_config())
     for name, shape, message in [
-        ("s_embedder.proj.weight", (32, 700), "no square"),
+        ("s_embedder.proj.weight", (32, 700), "not a square number"),
         ("s_embedder.proj.weight", (32,), "sides were expected"),
         ("patch_blocks.0.attn.q_norm_x.weight", (5,), "does not divide into heads"),
         ("patch_blocks.0.attn.q_norm_x.weight", (0,), "does not divide into heads"),

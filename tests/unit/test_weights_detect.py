@@ -112,7 +112,7 @@ def test_a_name_and_a_caller_who_disagree():
     row = rows(space="sd3", variant="2k")
     with pytest.raises(SettingError, match=r"space 'sd3' by its name, and space='flux' was given"):
         detect(file_of(row.config, row.path), Overrides(space="flux"))
-    with pytest.raises(SettingError, match=r"of kind 'student' by its name"):
+    with pytest.raises(SettingError, match=r"kind 'student' by its name"):
         detect(file_of(row.config, row.path), Overrides(kind="teacher"))
 
 
@@ -167,7 +167,7 @@ def test_overrides_describe_what_nothing_else_can():
     said = {"latent_channels": 6, "latent_down": 4, "prediction": "x0", "scale": 8}
     found = detect(file_of(config), Overrides(kind="student", config=said))
     assert (found.config, found.space) == (config, None)
-    with pytest.raises(SettingError, match="does not go with these settings: hidden_size"):
+    with pytest.raises(SettingError, match="does not fit these settings: hidden_size"):
         detect(file_of(config), Overrides(kind="student", config=said | {"hidden_size": 64}))
     with pytest.raises(SettingError, match="magic"):
         Overrides(config={"magic": 1})

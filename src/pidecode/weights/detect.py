@@ -413,7 +413,8 @@ def _infer_space(
         )
     raise SettingError(
         f"{path} takes latents of {inferred.latent_in} channels, as no known latent space has. Give "
-        "Overrides(config=...) with latent_channels, latent_down, latent_unpatchify and scale, or a file that carries them in its metadata."
+        "Overrides(config=...) with latent_channels, latent_down, latent_unpatchify and scale, or "
+        "a file that has them in its metadata."
     )
 
 
