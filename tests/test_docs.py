@@ -96,7 +96,9 @@ def test_snippets_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
         tiny = pipelines.build("flux")
         monkeypatch.setattr(diffusers.FluxPipeline, "from_pretrained", lambda *_, **__: tiny)
-        code = [block.replace("height=512, width=512", "height=64, width=96, num_inference_steps=4") for block in code]
+        small = {"height=512, width=512": "height=64, width=96", 'fog", height': 'fog", num_inference_steps=4, height'}
+        for old, new in small.items():
+            code = [block.replace(old, new) for block in code]
     namespace: dict[str, Any] = {"tensor": torch.randn(1, 128, 2, 3) * 0.7, "torch": torch}
     for number, block in enumerate(code, start=1):
         compiled = compile(block, f"{name_of(path)}, block {number}", "exec")

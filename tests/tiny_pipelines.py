@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every diffusers pipeline PiD knows, whole and real, at a few hundred thousand weights, and decoders for them."""
+"""The supported diffusers pipelines, real classes with a few hundred thousand weights, and decoders for them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pidecode.registry.configs import debug_config
 from pidecode.registry.spaces import get_space
 from pidecode.weights.metadata import CheckpointMetadata
 
-WORDS = 24
+MAX_TOKENS = 24
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}"
@@ -29,7 +29,7 @@ TEMPLATE = (
 )
 
 
-def clip_words() -> Any:
+def clip_tokenizer() -> Any:
     letters = sorted(ByteLevel.alphabet())
     names = ["<|startoftext|>", "<|pad|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
     return transformers.CLIPTokenizer(
@@ -37,22 +37,22 @@ def clip_words() -> Any:
     )
 
 
-def t5_words() -> Any:
+def t5_tokenizer() -> Any:
     letters = ["\u2581", *string.ascii_letters, *string.digits, *string.punctuation]
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *((letter, -2.0) for letter in letters)]
     return transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
 
 
-def qwen_words() -> Any:
+def qwen_tokenizer() -> Any:
     names = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
-    words = transformers.Qwen2Tokenizer(
+    tokenizer = transformers.Qwen2Tokenizer(
         vocab={name: place for place, name in enumerate(names)},
         merges=[],
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
         model_max_length=2048,
     )
-    words.chat_template = TEMPLATE
-    return words
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
 
 
 def clip(projected: bool = False, width: int = 32) -> Any:
@@ -89,7 +89,7 @@ def flux_parts(**changes: Any) -> dict[str, Any]:
     return dict(
         transformer=diffusers.FluxTransformer2DModel(**{**shape, **changes}),
         scheduler=flow(use_dynamic_shifting=True, shift=3.0), vae=tiny_models.autoencoder("flux"),
-        text_encoder=clip(), tokenizer=clip_words(), text_encoder_2=t5(32), tokenizer_2=t5_words(),
+        text_encoder=clip(), tokenizer=clip_tokenizer(), text_encoder_2=t5(32), tokenizer_2=t5_tokenizer(),
     )  # fmt: skip
 
 
@@ -122,16 +122,16 @@ def flux2() -> Any:
         num_attention_heads=4, num_hidden_layers=2, num_key_value_heads=2, sliding_window=None, bos_token_id=2,
         eos_token_id=3, pad_token_id=4,
     )  # fmt: skip
-    seeing = dict(
+    vision = dict(
         model_type="pixtral", hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32,
         image_size=30, patch_size=6, num_channels=3,
     )  # fmt: skip
     config = transformers.Mistral3Config(
-        text_config=text, vision_config=seeing, image_token_index=1, vision_feature_layer=-1
+        text_config=text, vision_config=vision, image_token_index=1, vision_feature_layer=-1
     )
     return diffusers.Flux2Pipeline(
         scheduler=flow(use_dynamic_shifting=True, shift=3.0), vae=tiny_models.autoencoder("flux2"),
-        text_encoder=transformers.Mistral3ForConditionalGeneration(config).eval(), tokenizer=qwen_words(),
+        text_encoder=transformers.Mistral3ForConditionalGeneration(config).eval(), tokenizer=qwen_tokenizer(),
         transformer=_flux2_transformer(True),
     )  # fmt: skip
 
@@ -139,7 +139,7 @@ def flux2() -> Any:
 def klein() -> Any:
     return diffusers.Flux2KleinPipeline(
         scheduler=flow(use_dynamic_shifting=True, shift=3.0), vae=tiny_models.autoencoder("flux2"),
-        text_encoder=qwen3(transformers.Qwen3ForCausalLM), tokenizer=qwen_words(),
+        text_encoder=qwen3(transformers.Qwen3ForCausalLM), tokenizer=qwen_tokenizer(),
         transformer=_flux2_transformer(False), is_distilled=True,
     )  # fmt: skip
 
@@ -152,8 +152,8 @@ def sd3() -> Any:
     )  # fmt: skip
     return diffusers.StableDiffusion3Pipeline(
         transformer=transformer, scheduler=flow(shift=3.0), vae=tiny_models.autoencoder("sd3"),
-        text_encoder=clip(True), tokenizer=clip_words(), text_encoder_2=clip(True), tokenizer_2=clip_words(),
-        text_encoder_3=t5(64), tokenizer_3=t5_words(),
+        text_encoder=clip(True), tokenizer=clip_tokenizer(), text_encoder_2=clip(True), tokenizer_2=clip_tokenizer(),
+        text_encoder_3=t5(64), tokenizer_3=t5_tokenizer(),
     )  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def sdxl() -> Any:
     )
     return diffusers.StableDiffusionXLPipeline(
         unet=unet, scheduler=scheduler, vae=tiny_models.autoencoder("sdxl"), text_encoder=clip(),
-        tokenizer=clip_words(), text_encoder_2=clip(True), tokenizer_2=clip_words(), add_watermarker=False,
+        tokenizer=clip_tokenizer(), text_encoder_2=clip(True), tokenizer_2=clip_tokenizer(), add_watermarker=False,
     )  # fmt: skip
 
 
@@ -180,9 +180,9 @@ def qwenimage() -> Any:
         vocab_size=300, max_position_embeddings=2048,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
     )  # fmt: skip
-    seeing = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=16)
+    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=16)
     config = transformers.Qwen2_5_VLConfig(
-        text_config=text, vision_config=seeing,
+        text_config=text, vision_config=vision,
         vision_start_token_id=1, vision_end_token_id=2, image_token_id=3, video_token_id=4,
     )  # fmt: skip
     transformer = diffusers.QwenImageTransformer2DModel(
@@ -191,7 +191,7 @@ def qwenimage() -> Any:
     )  # fmt: skip
     return diffusers.QwenImagePipeline(
         scheduler=flow(use_dynamic_shifting=True), vae=tiny_models.autoencoder("qwenimage"), transformer=transformer,
-        text_encoder=transformers.Qwen2_5_VLForConditionalGeneration(config).eval(), tokenizer=qwen_words(),
+        text_encoder=transformers.Qwen2_5_VLForConditionalGeneration(config).eval(), tokenizer=qwen_tokenizer(),
     )  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def zimage() -> Any:
         torch.nn.init.ones_(token)  # the class leaves them uninitialized
     return diffusers.ZImagePipeline(
         scheduler=flow(shift=3.0), vae=tiny_models.autoencoder("flux"), text_encoder=qwen3(transformers.Qwen3Model),
-        tokenizer=qwen_words(), transformer=transformer.eval(),
+        tokenizer=qwen_tokenizer(), transformer=transformer.eval(),
     )  # fmt: skip
 
 
@@ -212,15 +212,15 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "flux": flux, "flux2": flux2, "klein": klein, "sd3": sd3, "sdxl": sdxl, "qwenimage": qwenimage, "zimage": zimage,
 }  # fmt: skip
 SPACE = {"klein": "flux2", "zimage": "flux"}
-_MISTRAL = dict(max_sequence_length=WORDS * 2, text_encoder_out_layers=(1,))
+_MISTRAL = dict(max_sequence_length=MAX_TOKENS * 2, text_encoder_out_layers=(1,))
 CALL: dict[str, dict[str, Any]] = {
-    "flux": dict(guidance_scale=3.5, max_sequence_length=WORDS),
+    "flux": dict(guidance_scale=3.5, max_sequence_length=MAX_TOKENS),
     "flux2": dict(guidance_scale=4.0, **_MISTRAL),
     "klein": dict(guidance_scale=1.0, **_MISTRAL),
-    "sd3": dict(guidance_scale=1.0, max_sequence_length=WORDS),
+    "sd3": dict(guidance_scale=1.0, max_sequence_length=MAX_TOKENS),
     "sdxl": dict(guidance_scale=1.0),
-    "qwenimage": dict(true_cfg_scale=1.0, max_sequence_length=WORDS * 2),
-    "zimage": dict(guidance_scale=0.0, max_sequence_length=WORDS),
+    "qwenimage": dict(true_cfg_scale=1.0, max_sequence_length=MAX_TOKENS * 2),
+    "zimage": dict(guidance_scale=0.0, max_sequence_length=MAX_TOKENS),
 }
 HEIGHT, WIDTH, STEPS = 32, 64, 4
 
@@ -245,7 +245,7 @@ def arguments(name: str, **changes: Any) -> dict[str, Any]:
 
 
 def decoder_for(space: str, *, text: bool = False) -> PixelDecoder:
-    """A PiD network of the real make-up and a hundred thousand weights, for one space."""
+    """A PiD network with all of its parts and a hundred thousand weights, for one space."""
     row = get_space(space)
     config = debug_config(
         latent_channels=row.channels, latent_down=row.down, scale=row.scale, latent_unpatchify=row.raw_patch,

@@ -98,7 +98,7 @@ def model_of(comfy: SimpleNamespace, space: str) -> Any:
 
 
 def latent_of(space: str, seed: int = 0) -> Tensor:
-    """A believable normalized latent."""
+    """A normalized latent with the spread of a photograph's."""
     noise = torch.randn(2, SPACES[space].channels, 4, 6, generator=torch.Generator().manual_seed(seed))
     return 0.7 * noise
 

@@ -27,7 +27,7 @@ from pidecode.integrations.pipeline_latents import (
 )
 from pidecode.latents.latent import NormalizationWarning
 
-# Random networks do not draw: what they leave is no believable latent, and its statistics say nothing.
+# The latents of random networks do not have the statistics of images.
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore::{NormalizationWarning.__module__}.NormalizationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),

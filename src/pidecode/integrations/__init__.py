@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Doors into other people's programs: diffusers pipelines, and generating images with them."""
+"""Integrations: diffusers pipelines, text to image with them, and ComfyUI nodes."""

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""As much of ComfyUI as the nodes touch, by its published behavior; the real one takes its place if it is here."""
+"""The parts of ComfyUI that the nodes use, by its published behavior."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latent formats: what takes a LATENT into a model's own frame, for the families with a decoder and one without."""
+"""Latent formats: how a model normalizes a LATENT, for the families with a decoder and one without."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class SDXL(Constants):
 
 
 class Flux2(Constants):
-    """Handed around normalized."""
+    """Its LATENT is normalized already."""
 
 
 class Mochi(Constants):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device, and the interrupt that is noticed once."""
+"""The device, and the interrupt, which is raised once."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class InterruptProcessingException(Exception):  # noqa: N818 - its published nam
 
 
 def interrupt_current_processing(value: bool = True) -> None:
-    global _interrupted  # noqa: PLW0603 - so it is there
+    global _interrupted  # noqa: PLW0603 - as in ComfyUI
     _interrupted = value
 
 
 def throw_exception_if_processing_interrupted() -> None:
-    global _interrupted  # noqa: PLW0603 - so it is there
+    global _interrupted  # noqa: PLW0603 - as in ComfyUI
     if _interrupted:
         _interrupted = False
         raise InterruptProcessingException

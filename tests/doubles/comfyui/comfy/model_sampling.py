@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sampling does to a latent on its way in and out: flow matching, and the older noise prediction."""
+"""How a latent is scaled when sampling begins and ends: flow matching, and noise prediction."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class CONST:
-    """Flow matching: what is left at sigma is divided by (1 - sigma) on the way out."""
+    """Flow matching: a latent at sigma is divided by (1 - sigma) when sampling ends."""
 
     def noise_scaling(self, sigma: Tensor, noise: Tensor, latent: Tensor, max_denoise: bool = False) -> Tensor:
         return sigma.view(-1, 1, 1, 1) * noise + (1 - sigma.view(-1, 1, 1, 1)) * latent

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The progress bar: a hook is told of every step."""
+"""The progress bar, which calls a hook at every step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PROGRESS_BAR_HOOK: Callable[..., None] | None = None
 
 
 def set_progress_bar_global_hook(function: Callable[..., None] | None) -> None:
-    global PROGRESS_BAR_HOOK  # noqa: PLW0603 - so it is there
+    global PROGRESS_BAR_HOOK  # noqa: PLW0603 - as in ComfyUI
     PROGRESS_BAR_HOOK = function
 
 

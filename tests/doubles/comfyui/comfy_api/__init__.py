@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published node API (V3), as far as the nodes use it."""
+"""The parts of the node API V3 that the nodes use."""

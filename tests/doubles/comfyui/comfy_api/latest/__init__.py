@@ -14,7 +14,7 @@ class _Field:
         self.optional = bool(settings.get("optional"))
 
 
-# What each kind of input may be told beyond id, display_name, optional, tooltip and lazy.
+# Keywords of each kind of input beyond id, display_name, optional, tooltip and lazy.
 _WIDGET = {"default", "socketless", "force_input"}
 _KINDS = {
     "INT": _WIDGET | {"min", "max", "step", "control_after_generate", "display_mode"},
