@@ -27,14 +27,7 @@ from pidecode.engine.timesteps import step_modulation
 from pidecode.errors import MissingDependencyError, SettingError
 from pidecode.models.pid.network import Condition, PiDNet
 from pidecode.registry.configs import debug_config
-
-
-def random_net() -> PiDNet:
-    torch.manual_seed(0)
-    net = PiDNet(debug_config(pixel_depth=2)).eval().requires_grad_(False)
-    for parameter in net.parameters():
-        parameter.add_(torch.randn_like(parameter) * 0.05)
-    return net
+from random_networks import random_net
 
 
 def inputs(net: PiDNet, grid: tuple[int, int]) -> tuple[Tensor, Condition]:
@@ -58,7 +51,7 @@ def apart(net: PiDNet, grid: tuple[int, int], ops: CompiledOps) -> float:
 
 def test_a_image_of_another_size_compiles_nothing() -> None:
     counter = CompileCounter()  # type: ignore[no-untyped-call]
-    ops, net = CompiledOps(counter), random_net()
+    ops, net = CompiledOps(counter), random_net(debug_config(pixel_depth=2))
     assert apart(net, (4, 6), ops) < 5e-6
     first = counter.frame_count
     assert first
@@ -144,6 +137,6 @@ def test_the_next_process_finds_what_was_compiled(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
 def test_the_framework_s_compiler_agrees() -> None:
-    ops, net = CompiledOps(), random_net()
+    ops, net = CompiledOps(), random_net(debug_config(pixel_depth=2))
     assert apart(net, (4, 6), ops) < 5e-6
     assert apart(net, (6, 4), ops) < 5e-6

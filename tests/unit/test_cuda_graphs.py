@@ -32,6 +32,7 @@ from pidecode.models.pid.network import Condition, PiDNet
 from pidecode.options import RuntimeOptions
 from pidecode.registry.configs import debug_config
 from pidecode.sampling import sample_student
+from random_networks import random_net
 
 
 class Tape(TorchDispatchMode):
@@ -73,14 +74,6 @@ class Recorder:
         return replay
 
 
-def random_net() -> PiDNet:
-    torch.manual_seed(0)
-    net = PiDNet(debug_config(pixel_depth=2)).eval().requires_grad_(False)
-    for parameter in net.parameters():
-        parameter.add_(torch.randn_like(parameter) * 0.05)
-    return net
-
-
 def inputs(net: PiDNet, grid: tuple[int, int], seed: int, *, recomputed: bool = False) -> tuple[Tensor, Condition]:
     config, generator, device = net.config, torch.Generator().manual_seed(seed), net.device
     x, text, latent = (
@@ -98,7 +91,7 @@ def inputs(net: PiDNet, grid: tuple[int, int], seed: int, *, recomputed: bool = 
 @pytest.mark.parametrize("recomputed", [False, True])
 @torch.no_grad()
 def test_one_graph_serves_all_steps_and_images_of_a_size(recomputed: bool) -> None:
-    net, recorder = random_net(), Recorder()
+    net, recorder = random_net(debug_config(pixel_depth=2)), Recorder()
     runner, graphs = Runner(net), GraphCache(partial(denoise, net), recorder)
     x, first = inputs(net, (4, 6), 1, recomputed=recomputed)
     other_x, second = inputs(net, (4, 6), 2, recomputed=recomputed)
@@ -115,7 +108,7 @@ def test_one_graph_serves_all_steps_and_images_of_a_size(recomputed: bool) -> No
 
 @torch.no_grad()
 def test_a_prediction_has_memory_of_its_own() -> None:
-    net = random_net()
+    net = random_net(debug_config(pixel_depth=2))
     graphs = GraphCache(partial(denoise, net), Recorder())
     x, condition = inputs(net, (2, 2), 1)
     modulation = step_modulation(net, torch.tensor([999.0]))
@@ -127,7 +120,7 @@ def test_a_prediction_has_memory_of_its_own() -> None:
 
 @torch.no_grad()
 def test_the_latest_sizes_are_kept() -> None:
-    net, recorder = random_net(), Recorder()
+    net, recorder = random_net(debug_config(pixel_depth=2)), Recorder()
     graphs = GraphCache(partial(denoise, net), recorder)
 
     def run(grid: tuple[int, int], variant: str = "") -> None:
@@ -150,7 +143,7 @@ def test_the_latest_sizes_are_kept() -> None:
 def test_a_graph_does_not_keep_an_image_s_condition_alive() -> None:
     from weakref import ref
 
-    net = random_net()
+    net = random_net(debug_config(pixel_depth=2))
     graphs = GraphCache(partial(denoise, net), Recorder())
     with torch.inference_mode():
         x, condition = inputs(net, (2, 2), 1)
@@ -164,7 +157,7 @@ def test_a_graph_does_not_keep_an_image_s_condition_alive() -> None:
 
 
 def test_the_runner_replays_and_forgets_with_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    net, recorder = random_net(), Recorder()
+    net, recorder = random_net(debug_config(pixel_depth=2)), Recorder()
     runner, plain = Runner(net, distilled=True, cuda_graphs=True), Runner(net, distilled=True)
     monkeypatch.setattr("pidecode.engine.runner.supports_cuda_graphs", lambda device: True)
     monkeypatch.setattr("pidecode.engine.runner.capture_on", lambda device: recorder)
@@ -184,7 +177,7 @@ def test_the_runner_replays_and_forgets_with_the_weights(monkeypatch: pytest.Mon
 
 
 def test_graphs_are_refused_where_they_cannot_act(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = random_net()
+    net = random_net(debug_config(pixel_depth=2))
     with pytest.raises(SettingError, match="need a CUDA device, and this decoder runs on cpu"):
         Runner(net, cuda_graphs=True).require(net.device)
     monkeypatch.setattr("pidecode.engine.runner.supports_cuda_graphs", lambda device: True)
@@ -203,14 +196,14 @@ def test_graphs_are_refused_where_they_cannot_act(monkeypatch: pytest.MonkeyPatc
 
 def test_two_ways_of_the_same_ops_are_refused() -> None:
     with pytest.raises(SettingError, match="choose one"):
-        Runner(random_net(), triton=True, compile=True)
+        Runner(random_net(debug_config(pixel_depth=2)), triton=True, compile=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True])
 @torch.inference_mode()
 def test_a_graph_equals_the_eager_path(compile: bool) -> None:
-    net, device = random_net().cuda(), torch.device("cuda")
+    net, device = random_net(debug_config(pixel_depth=2)).cuda(), torch.device("cuda")
     eager, graphs = Runner(net), GraphCache(partial(denoise, net), capture_on(device))
     for seed, time in ((1, 999.0), (1, 342.0), (2, 634.0)):
         x, condition = inputs(net, (4, 6), seed)

@@ -20,6 +20,7 @@ from pidecode.errors import LatentError, SettingError
 from pidecode.models.pid.blocks import GatedFeedForward, RMSNorm, image_rotation, modulate, rotate
 from pidecode.models.pid.network import Condition, PiDNet
 from pidecode.registry.configs import PiDConfig, debug_config
+from random_networks import random_net
 
 TOLERANCE = 5e-6
 """Of the largest value: these random networks predict values in tens."""
@@ -33,14 +34,6 @@ VARIANTS: dict[str, PiDConfig] = {
     "no latent": debug_config(latent_channels=0, inject_pixels=False),
     "small patches": debug_config(patch_size=8, latent_down=8),
 }
-
-
-def random_net(config: PiDConfig, seed: int = 0) -> PiDNet:
-    torch.manual_seed(seed)
-    net = PiDNet(config).eval().requires_grad_(False)
-    for parameter in net.parameters():
-        parameter.add_(torch.randn_like(parameter) * 0.05)
-    return net
 
 
 def inputs(

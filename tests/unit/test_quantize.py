@@ -35,6 +35,7 @@ from pidecode.engine.timesteps import step_modulation
 from pidecode.errors import SettingError
 from pidecode.models.pid.network import PiDNet
 from pidecode.registry.configs import PiDConfig, debug_config
+from random_networks import random_net
 
 CPU = torch.device("cpu")
 CONFIG = debug_config(pixel_depth=2, pixel_attn_hidden_size=48)
@@ -119,14 +120,12 @@ def test_a_whole_evaluation_against_the_exact_one(
 ) -> None:
     # The stated error: relative to the prediction's standard deviation.
     torch.manual_seed(0)
-    config, side = (CONFIGS["v1.5-quantize_rows"], 256) if large else (CONFIG, 64)
+    config, side = (CONFIGS["v1.5-narrow"], 256) if large else (CONFIG, 64)
     if large:
         net = random_network(config, torch.float32, CPU)
     else:
         monkeypatch.setattr(q8, "MIN_WEIGHTS", 512)
-        net = PiDNet(config).eval().requires_grad_(False)
-        for parameter in net.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.03)
+        net = random_net(config, std=0.03)
     exact = evaluate(net, config, side, side)
     assert sum(quantize(blocks, format, kernel) for blocks in (net.patch_blocks, net.pixel_blocks)) > 40
     assert 0 < (evaluate(net, config, side, side) - exact).std() < error * exact.std()
@@ -134,10 +133,7 @@ def test_a_whole_evaluation_against_the_exact_one(
 
 def test_int8_products_inside_a_network_equal_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(q8, "MIN_WEIGHTS", 512)
-    torch.manual_seed(0)
-    net = PiDNet(CONFIG).eval().requires_grad_(False)
-    for parameter in net.parameters():
-        parameter.add_(torch.randn_like(parameter) * 0.03)
+    net = random_net(CONFIG, std=0.03)
     quantize(net.patch_blocks, "int8", "int8")
     quantize(net.pixel_blocks, "int8", "int8")
     actual = evaluate(net, CONFIG, 64, 64)
@@ -212,10 +208,7 @@ def test_a_gpu_multiplies_as_the_reference(format: Format) -> None:
 
 @pytest.fixture
 def net() -> PiDNet:
-    torch.manual_seed(0)
-    net = PiDNet(debug_config(pixel_depth=2)).eval().requires_grad_(False)
-    for parameter in net.parameters():
-        parameter.add_(torch.randn_like(parameter) * 0.03)
+    net = random_net(debug_config(pixel_depth=2), std=0.03)
     return net
 
 

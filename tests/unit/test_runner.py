@@ -30,6 +30,7 @@ from pidecode.models.pid.network import PiDNet
 from pidecode.registry.configs import debug_config
 from pidecode.registry.spaces import get_space
 from pidecode.weights.metadata import CheckpointMetadata
+from random_networks import random_net
 
 CPU = torch.device("cpu")
 CONFIG = debug_config(pixel_depth=2)
@@ -37,10 +38,7 @@ CONFIG = debug_config(pixel_depth=2)
 
 @pytest.fixture
 def net() -> PiDNet:
-    torch.manual_seed(0)
-    net = PiDNet(CONFIG).eval().requires_grad_(False)
-    for parameter in net.parameters():
-        parameter.add_(torch.randn_like(parameter) * 0.03)
+    net = random_net(CONFIG, std=0.03)
     return net
 
 

@@ -16,15 +16,13 @@ from pidecode.engine.sequence_parallel import denoise_sharded, is_parallel, row_
 from pidecode.errors import SizeError
 from pidecode.models.pid.network import Condition, PiDNet
 from pidecode.registry.configs import debug_config
+from random_networks import random_net
 
 TIME = torch.tensor([634.0])
 
 
 def scene() -> tuple[PiDNet, Tensor, Condition]:
-    torch.manual_seed(0)
-    net = PiDNet(debug_config(pixel_depth=2)).eval().requires_grad_(False)
-    for parameter in net.parameters():
-        parameter.add_(torch.randn_like(parameter) * 0.03)
+    net = random_net(debug_config(pixel_depth=2), std=0.03)
     text, latent = torch.randn(1, 7, 16), torch.randn(1, 16, 3, 2)
     # Five rows of patches do not divide by two: the shards differ in size.
     return net, torch.randn(1, 3, 80, 64), net.prepare((5, 4), text, latent, 0.2)

@@ -13,8 +13,8 @@ import torch
 from pidecode.engine.inplace import denoise
 from pidecode.engine.ops import elementwise
 from pidecode.engine.timesteps import step_modulation
-from pidecode.models.pid.network import PiDNet
 from pidecode.registry.configs import debug_config
+from random_networks import random_net
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +93,7 @@ def test_the_second_half_of_a_pixel_block(kernels: ModuleType, group: int, width
 
 @pytest.mark.parametrize("gate", ["per_token", "per_channel"])
 def test_a_whole_evaluation(kernels: ModuleType, gate: Literal["per_token", "per_channel"]) -> None:
-    torch.manual_seed(0)
-    net = PiDNet(debug_config(pixel_depth=2, patch_size=4, gate=gate)).eval().requires_grad_(False)
-    for parameter in net.parameters():
-        parameter.add_(torch.randn_like(parameter) * 0.03)
+    net = random_net(debug_config(pixel_depth=2, patch_size=4, gate=gate), std=0.03)
     t = torch.tensor([634.0])
     with torch.no_grad():
         condition = net.prepare((2, 4), torch.randn(1, 3, 16), torch.randn(1, 16, 1, 1), 0.1)
