@@ -10,7 +10,7 @@ from pidecode.registry.configs import PiDConfig
 
 
 def random_net(config: PiDConfig, *, std: float = 0.05, seed: int = 0) -> PiDNet:
-    """torch's initial weights plus noise of a standard deviation."""
+    """The initial weights plus Gaussian noise of a standard deviation."""
     torch.manual_seed(seed)
     net = PiDNet(config).eval().requires_grad_(False)
     for parameter in net.parameters():

@@ -208,8 +208,7 @@ def test_a_gpu_multiplies_as_the_reference(format: Format) -> None:
 
 @pytest.fixture
 def net() -> PiDNet:
-    net = random_net(debug_config(pixel_depth=2), std=0.03)
-    return net
+    return random_net(debug_config(pixel_depth=2), std=0.03)
 
 
 def predict(net: PiDNet, offloader: BlockOffloader | None = None) -> torch.Tensor:

@@ -38,8 +38,7 @@ CONFIG = debug_config(pixel_depth=2)
 
 @pytest.fixture
 def net() -> PiDNet:
-    net = random_net(CONFIG, std=0.03)
-    return net
+    return random_net(CONFIG, std=0.03)
 
 
 def first_step(runner: Runner, x: Tensor) -> Tensor:
