@@ -18,11 +18,11 @@ from pidecode.version import __version__
 
 if TYPE_CHECKING:
     from pidecode import errors
-    from pidecode.decoder import DecodeOutput, PixelDecoder
+    from pidecode.decoder import PixelDecoder
     from pidecode.engine.machine import this_machine
     from pidecode.engine.plan import plan_decode
     from pidecode.errors import PidecodeError
-    from pidecode.images.write import read_metadata, save_image
+    from pidecode.images.write import DecodeOutput, read_metadata, save_image
     from pidecode.integrations.diffusers import attach
     from pidecode.integrations.pipeline_latents import latent_from_pipeline
     from pidecode.latents.latent import Latent
@@ -52,7 +52,7 @@ __all__ = [
 # Public name -> the module that defines it; the name of a module stands for the module.
 _MODULES = {
     "DecodeOptions": "pidecode.options",
-    "DecodeOutput": "pidecode.decoder",
+    "DecodeOutput": "pidecode.images.write",
     "Latent": "pidecode.latents.latent",
     "PidecodeError": "pidecode.errors",
     "PixelDecoder": "pidecode.decoder",

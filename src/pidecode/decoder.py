@@ -5,14 +5,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from pidecode.color_fix import apply_color_fix
@@ -24,7 +21,7 @@ from pidecode.engine.plan import Plan
 from pidecode.engine.runner import Runner
 from pidecode.errors import LatentError, SettingError, SizeError
 from pidecode.images import (
-    KEYWORD,
+    DecodeOutput,
     ImageSource,
     UnpaddedSize,
     center_crop,
@@ -32,8 +29,6 @@ from pidecode.images import (
     load_tensor,
     pad_to_multiple,
     resize,
-    save_image,
-    to_pils,
 )
 from pidecode.latents.latent import Latent
 from pidecode.models.pid.network import Condition, PiDNet
@@ -58,6 +53,8 @@ from pidecode.weights.metadata import CheckpointMetadata
 from pidecode.weights.read import read_weights
 from pidecode.weights.resolve import default_encoder_path, resolve_checkpoint
 
+__all__ = ["DecodeOutput", "PixelDecoder"]
+
 DEFAULT_SHIFT = FlowShift(base=6.0, size=2048)
 """A teacher's flow shift where nothing else is known: that of the v1.5 teachers."""
 STUDENT_STEPS = 4
@@ -65,74 +62,6 @@ TEACHER_STEPS = 25
 TEACHER_GUIDANCE = 5.0
 SIGMA_SEED_OFFSET = 1 << 32
 """Added to the seed for the noise that `sigma=` puts into a clean latent: a generator of its own."""
-
-
-@dataclass(frozen=True)
-class DecodeOutput:
-    """Decoded images with what they were made by.
-
-    Attributes:
-        tensor: `[B, 3, H, W]`, float32 in [-1, 1].
-        metadata: One table per image, as it is written into files: model, options, size, versions.
-    """
-
-    tensor: Tensor
-    metadata: tuple[dict[str, Any], ...]
-
-    @cached_property
-    def images(self) -> list[Image.Image]:
-        """8-bit RGB images; each carries its metadata in `.info["pidecode"]`."""
-        images = to_pils(self.tensor)
-        for image, metadata in zip(images, self.metadata, strict=True):
-            image.info[KEYWORD] = metadata
-        return images
-
-    @property
-    def image(self) -> Image.Image:
-        """The one image.
-
-        Raises:
-            SettingError: The batch holds several.
-        """
-        if len(self.tensor) != 1:
-            raise SettingError(f"There are {len(self.tensor)} images; use .images.")
-        return self.images[0]
-
-    def save(
-        self,
-        path: str | PathLike[str],
-        *,
-        overwrite: bool = False,
-        bits: Literal[8, 16] = 8,
-        quality: int | None = None,
-    ) -> list[Path]:
-        """Write the images, with their metadata, in the format of the path's ending.
-
-        Args:
-            path: Name of the file; several images are numbered: `a-1.png`, `a-2.png`.
-            overwrite: Replace files that exist.
-            bits: 16 for PNG with 16 bits a channel.
-            quality: 1 to 100 for WebP and JPEG.
-
-        Returns:
-            The paths written.
-
-        Raises:
-            FileError: A file exists or cannot be written.
-            SettingError: An option cannot act on the format.
-            SizeError: The image is beyond the format's longest side.
-        """
-        return [
-            save_image(place, pixels, metadata=metadata, overwrite=overwrite, bits=bits, quality=quality)
-            for place, pixels, metadata in zip(self.paths(path), self.tensor, self.metadata, strict=True)
-        ]
-
-    def paths(self, path: str | PathLike[str]) -> list[Path]:
-        """The files that `save` writes."""
-        place = Path(path)
-        if len(self.tensor) == 1:
-            return [place]
-        return [place.with_name(f"{place.stem}-{index}{place.suffix}") for index in range(1, len(self.tensor) + 1)]
 
 
 class PixelDecoder:

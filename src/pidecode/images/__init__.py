@@ -16,11 +16,12 @@ from pidecode.images.tensors import (
     to_pils,
     to_tensor,
 )
-from pidecode.images.write import KEYWORD, encode_image, read_metadata, save_image
+from pidecode.images.write import KEYWORD, DecodeOutput, encode_image, read_metadata, save_image
 
 __all__ = [
     "KEYWORD",
     "MAX_PIXELS",
+    "DecodeOutput",
     "ImageSource",
     "UnpaddedSize",
     "center_crop",

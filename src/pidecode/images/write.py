@@ -7,8 +7,10 @@ import io
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +21,7 @@ from pidecode.errors import ImageError, SettingError, SizeError
 from pidecode.files import atomic_write, check_writable
 from pidecode.images.png import SIGNATURE, encode_png, read_texts
 from pidecode.images.read import readable_formats
-from pidecode.images.tensors import to_array
+from pidecode.images.tensors import to_array, to_pils
 
 KEYWORD = "pidecode"
 """Name of the metadata among a PNG's texts, and its prefix in the EXIF user comment of other files."""
@@ -29,6 +31,74 @@ _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _MAX_EXIF_BYTES = 60_000  # an EXIF block must fit a JPEG segment of 64 KiB
 _EXIF_IFD, _USER_COMMENT, _SOFTWARE = 0x8769, 0x9286, 0x0131
 _ASCII = b"ASCII\0\0\0"
+
+
+@dataclass(frozen=True)
+class DecodeOutput:
+    """Decoded images with what they were made by.
+
+    Attributes:
+        tensor: `[B, 3, H, W]`, float32 in [-1, 1].
+        metadata: One table per image, as it is written into files: model, options, size, versions.
+    """
+
+    tensor: Tensor
+    metadata: tuple[dict[str, Any], ...]
+
+    @cached_property
+    def images(self) -> list[Image.Image]:
+        """8-bit RGB images; each carries its metadata in `.info["pidecode"]`."""
+        images = to_pils(self.tensor)
+        for image, metadata in zip(images, self.metadata, strict=True):
+            image.info[KEYWORD] = metadata
+        return images
+
+    @property
+    def image(self) -> Image.Image:
+        """The one image.
+
+        Raises:
+            SettingError: The batch holds several.
+        """
+        if len(self.tensor) != 1:
+            raise SettingError(f"There are {len(self.tensor)} images; use .images.")
+        return self.images[0]
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        bits: Literal[8, 16] = 8,
+        quality: int | None = None,
+    ) -> list[Path]:
+        """Write the images, with their metadata, in the format of the path's ending.
+
+        Args:
+            path: Name of the file; several images are numbered: `a-1.png`, `a-2.png`.
+            overwrite: Replace files that exist.
+            bits: 16 for PNG with 16 bits a channel.
+            quality: 1 to 100 for WebP and JPEG.
+
+        Returns:
+            The paths written.
+
+        Raises:
+            FileError: A file exists or cannot be written.
+            SettingError: An option cannot act on the format.
+            SizeError: The image is beyond the format's longest side.
+        """
+        return [
+            save_image(place, pixels, metadata=metadata, overwrite=overwrite, bits=bits, quality=quality)
+            for place, pixels, metadata in zip(self.paths(path), self.tensor, self.metadata, strict=True)
+        ]
+
+    def paths(self, path: str | os.PathLike[str]) -> list[Path]:
+        """The files that `save` writes."""
+        place = Path(path)
+        if len(self.tensor) == 1:
+            return [place]
+        return [place.with_name(f"{place.stem}-{index}{place.suffix}") for index in range(1, len(self.tensor) + 1)]
 
 
 def save_image(
