@@ -71,9 +71,9 @@ def models(space: LatentSpace) -> str:
             f"`{name}`",
             f"`{model.pipeline}`",
             GENERATION[name].repository,
-            f"{model.capture_step} of {model.steps}"
-            if model.capture_step < model.steps
-            else f"the last, {model.steps}",
+            f"{model.stop_step} of {model.num_steps}"
+            if model.stop_step < model.num_steps
+            else f"the last, {model.num_steps}",
         ]
         for name, model in IMAGE_MODELS.items()
         if model.space == space.name

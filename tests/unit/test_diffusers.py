@@ -19,9 +19,9 @@ from pidecode import DecodeOptions, Latent, PixelDecoder, attach, latent_from_pi
 from pidecode.errors import Cancelled, LatentError, SettingError
 from pidecode.integrations.diffusers import AttachedPipeline, PipelineProgress, capture_latents
 from pidecode.integrations.pipeline_latents import (
-    noise_parametrization,
     pipeline_space,
     recommended_stop_step,
+    scheduler_parametrization,
     scheduler_sigma,
     vae_decode,
 )
@@ -348,7 +348,7 @@ def test_sdxl_schedulers_agree_in_the_variance_preserving_parametrization(kind: 
         clean, noise = (torch.randn(1, 4, 4, 4, generator=generator) for _ in range(2))
         mixed = scheduler.add_noise(clean, noise, scheduler.timesteps[6:7])
         scheduler._step_index = 6
-        assert noise_parametrization(scheduler, pipeline_space(pipe)) in ("euler", "variance_preserving")
+        assert scheduler_parametrization(scheduler, pipeline_space(pipe)) in ("euler", "variance_preserving")
         assert scheduler_sigma(scheduler) == float(scheduler.sigmas[6])
         latent = latent_from_pipeline(pipe, mixed)
         signal = scheduler.alphas_cumprod[int(scheduler.timesteps[6])]

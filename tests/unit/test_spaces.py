@@ -86,7 +86,7 @@ def test_unknown_space_without_a_near_one_lists_all() -> None:
 
 
 def test_recommended_captures() -> None:
-    captures = {name: (model.capture_step, model.steps) for name, model in IMAGE_MODELS.items()}
+    captures = {name: (model.stop_step, model.num_steps) for name, model in IMAGE_MODELS.items()}
     assert captures["flux"] == captures["sd3"] == (24, 28)
     assert captures["sdxl"] == (26, 30)
     assert captures["flux2"] == captures["zimage"] == (46, 50)

@@ -23,9 +23,9 @@ from pidecode.decoder import DecodeOutput, PixelDecoder
 from pidecode.errors import LatentError, SettingError
 from pidecode.integrations.pipeline_latents import (
     latent_sigma,
-    noise_parametrization,
     pipeline_space,
     recommended_stop_step,
+    scheduler_parametrization,
     scheduler_sigma,
     to_latent,
     token_grid,
@@ -128,7 +128,7 @@ class _StepRecorder:
 
     def _check_sigma(self, step: int) -> None:
         scheduler, space = self.pipe.scheduler, pipeline_space(self.pipe)
-        noise_parametrization(scheduler, space)
+        scheduler_parametrization(scheduler, space)
         first = int(getattr(scheduler, "step_index", 1)) - 1
         sigmas = [latent_sigma(scheduler, space, float(sigma)) for sigma in scheduler.sigmas[first + 1 :]]
         if sigmas[step - 1] > MAX_SIGMA:

@@ -19,7 +19,7 @@ from pidecode.latents.latent import Latent
 from pidecode.latents.layout import LatentStatistics, denormalize, normalize, unpack
 from pidecode.registry.spaces import IMAGE_MODELS, LatentSpace, get_space
 
-NoiseParametrization = Literal["flow", "euler", "variance_preserving"]
+SchedulerParametrization = Literal["flow", "euler", "variance_preserving"]
 """What a scheduler's latent is at sigma s: `(1 - s) x + s e`, `x + s e`, or `sqrt(1 - s^2) x + s e`."""
 
 # First part of a pipeline class's name -> the space of its latents; None where PiD has no decoder. First match counts.
@@ -75,10 +75,10 @@ def recommended_stop_step(pipe: Any, num_steps: int) -> int:
     if not models:
         space = pipeline_space(pipe).name
         models = [model for model in IMAGE_MODELS.values() if model.space == space]
-    return max(models, key=lambda model: model.steps).recommended_stop(num_steps)
+    return max(models, key=lambda model: model.num_steps).recommended_stop(num_steps)
 
 
-def noise_parametrization(scheduler: Any, space: LatentSpace) -> NoiseParametrization:
+def scheduler_parametrization(scheduler: Any, space: LatentSpace) -> SchedulerParametrization:
     """How a scheduler mixes image and noise in the latents it keeps between steps.
 
     Raises:
@@ -110,7 +110,7 @@ def scheduler_sigma(scheduler: Any) -> float:
 
 def latent_sigma(scheduler: Any, space: LatentSpace, sigma: float) -> float:
     """A scheduler's sigma as `Latent` has it, in [0, 1]."""
-    if sigma <= 0 or noise_parametrization(scheduler, space) == "flow":
+    if sigma <= 0 or scheduler_parametrization(scheduler, space) == "flow":
         return max(sigma, 0.0)
     return sigma / math.sqrt(sigma * sigma + 1)
 
@@ -180,7 +180,7 @@ def to_latent(
         tensor = normalize(tensor, space, _batch_norm_statistics(pipe))  # FLUX.2 klein's final latent is raw
     sigma = scheduler_sigma(pipe.scheduler) if sigma is None else sigma
     prompts = None if prompt is None else tuple(prompt)
-    if sigma > 0 and noise_parametrization(pipe.scheduler, space) == "euler":
+    if sigma > 0 and scheduler_parametrization(pipe.scheduler, space) == "euler":
         return Latent.from_euler(tensor, sigma, space.name, prompt=prompts, seed=seed)
     return Latent(tensor, space.name, latent_sigma(pipe.scheduler, space, sigma), prompts, seed)
 

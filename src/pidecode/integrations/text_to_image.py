@@ -284,7 +284,7 @@ def _pipeline_call(
     width, height = diffusion_size(image_model, *size)
     return {
         **GENERATION[image_model.name].arguments, "width": width, "height": height,
-        "num_inference_steps": num_steps or image_model.steps, **arguments,
+        "num_inference_steps": num_steps or image_model.num_steps, **arguments,
         "prompt": prompt, "generator": torch.Generator().manual_seed(seed),
     }  # fmt: skip
 
@@ -353,7 +353,7 @@ def _decode_item(job: GenerationJob, item: GenerationItem, decoder: PixelDecoder
     metadata = output.metadata[0]
     metadata |= {
         "image_model": job.model,
-        "pipeline_num_steps": job.num_steps or get_image_model(job.model).steps,
+        "pipeline_num_steps": job.num_steps or get_image_model(job.model).num_steps,
     }
     if job.compare:
         vae_image = load_image(job.vae_path(item))

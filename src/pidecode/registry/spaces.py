@@ -109,24 +109,30 @@ MIN_STEPS_TO_STOP_EARLY = 12
 class ImageModel:
     """A text-to-image model whose latents PiD decodes, and how its diffusers pipeline hands them out.
 
-    `capture_step` of `steps` is the recommended moment to stop (docs/architecture.md, Latent spaces); equal
-    numbers mean the finished latent. `final_is_raw` marks the one pipeline whose `output_type="latent"`
-    is not the normalized latent; its step callback is.
+    Attributes:
+        name: As `--space` and `get_image_model` take it.
+        space: Its latent space.
+        pipeline: Class of its diffusers pipeline.
+        autoencoder: Class of its VAE in diffusers.
+        num_steps: Denoising steps its authors use.
+        stop_step: Of those, the step after which PiD's authors recommend to stop (docs/architecture.md, Latent
+            spaces); `num_steps` itself where only the finished latent is recommended.
+        final_is_raw: Whether the pipeline's `output_type="latent"` is raw, other than what its step callback has.
     """
 
     name: str
     space: str
     pipeline: str
     autoencoder: str
-    steps: int
-    capture_step: int
+    num_steps: int
+    stop_step: int
     final_is_raw: bool = False
 
     def recommended_stop(self, num_steps: int) -> int:
         """The step, counted from 1, to stop a run of `num_steps` after; `num_steps` itself for few-step runs."""
         if num_steps < MIN_STEPS_TO_STOP_EARLY:
             return num_steps
-        return max(1, round(num_steps * self.capture_step / self.steps))
+        return max(1, round(num_steps * self.stop_step / self.num_steps))
 
 
 # The public class defaults of diffusers' AutoencoderKLQwenImage.
@@ -176,9 +182,9 @@ SPACES: Mapping[str, LatentSpace] = MappingProxyType({row.name: row for row in _
 _MODELS = tuple(
     ImageModel(
         name=name, space=space, pipeline=f"{pipeline}Pipeline", autoencoder=f"AutoencoderKL{autoencoder}",
-        capture_step=capture, steps=steps, final_is_raw=pipeline == "Flux2Klein",
+        stop_step=stop_step, num_steps=num_steps, final_is_raw=pipeline == "Flux2Klein",
     )
-    for name, space, pipeline, autoencoder, capture, steps in (
+    for name, space, pipeline, autoencoder, stop_step, num_steps in (
         ("flux", "flux", "Flux", "", 24, 28),
         ("zimage", "flux", "ZImage", "", 46, 50),
         ("zimage-turbo", "flux", "ZImage", "", 9, 9),
