@@ -300,7 +300,7 @@ def test_cat_refuses_what_does_not_belong_together() -> None:
         Latent.cat([flux, Latent(draw(1, 16, 4, 4), "sd3")])
     with pytest.raises(LatentError, match="share their grid"):
         Latent.cat([flux, Latent(draw(1, 16, 4, 8), "flux")])
-    with pytest.raises(LatentError, match="nothing to join"):
+    with pytest.raises(LatentError, match="no latents to concatenate"):
         Latent.cat([])
 
 

@@ -113,7 +113,7 @@ def test_files_of_something_else_are_refused():
     shapes = shapes_of(debug_config())
     for name, shape, message in [
         ("s_embedder.proj.weight", (32, 700), "not a square number"),
-        ("s_embedder.proj.weight", (32,), "sides were expected"),
+        ("s_embedder.proj.weight", (32,), "dimensions were expected"),
         ("patch_blocks.0.attn.q_norm_x.weight", (5,), "does not divide into heads"),
         ("patch_blocks.0.attn.q_norm_x.weight", (0,), "does not divide into heads"),
         ("pixel_blocks.0.adaLN_modulation.0.weight", (7, 32), "contradicts itself"),

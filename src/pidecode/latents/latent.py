@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The typed latent: a tensor with its space, its noise level and its prompt, normalized by definition."""
+"""Latent: a normalized latent tensor with its space, noise level and prompt, and a check of its statistics."""
 
 from __future__ import annotations
 
@@ -22,20 +22,42 @@ __all__ = ["Latent", "LatentStatistics", "NormalizationWarning"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+_MIN_CELLS = 16
+"""Cells below which the spread is not judged."""
+
+_SPREAD_TOLERANCE = 1.15
+"""Factor on the upper bound: image models leave their schedule by some per cent."""
+
+_MIN_NOISE_SHARE = 0.75
+"""A latent at noise level s contains that noise, so a spread below this share of s contradicts it."""
+
+_MIN_UPPER_BOUND = 1.1
+"""Upper bound of the spread at any sigma: a normalized latent has unit standard deviation by definition."""
+
+
+class NormalizationWarning(UserWarning):
+    """The statistics of a latent do not look like those of a normalized latent at its sigma."""
+
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Latent:
-    """A batch of latents in the frame PiD was trained on (docs/architecture.md, Latent spaces).
+    """A batch of normalized latents of one space (docs/architecture.md, Latent spaces).
 
-    tensor: `[B, C, h, w]`, float, *normalized*: what diffusers gives for `output_type="latent"`, unpacked
-        (but see `from_packed`, `from_euler` and `from_raw`; FLUX.2 klein's final latent is raw).
-    space: name or alias of a latent space; kept as the space's own name.
-    sigma: noise still in it, in [0, 1]; a number, or one per sample (kept as a float32 tensor `[B]`).
-    prompt: a text for all samples, or one per sample.
-    seed: the seed it was made with, for the metadata.
+    Args:
+        tensor: `[B, C, h, w]`, floating point, *normalized*: what diffusers returns for `output_type="latent"`,
+            unpacked. For other layouts and normalizations see `from_packed`, `from_euler` and `from_raw`.
+        space: Name or alias of the latent space; kept as the space's own name.
+        sigma: Noise level in [0, 1] of the noise still in the latent; a number, or one per sample (kept as a float32
+            tensor `[B]`).
+        prompt: One prompt for all samples, or one per sample.
+        seed: The seed it was made with; noted only.
 
-    Raises LatentError for anything else, naming the mend, and SettingError for an unknown space. Warns with
-    NormalizationWarning when the tensor's statistics look like another frame.
+    Raises:
+        LatentError: The tensor, sigma or prompt is wrong; the message names the fix.
+        SettingError: The space is unknown.
+
+    Warns:
+        NormalizationWarning: The statistics of the tensor do not fit a normalized latent.
     """
 
     tensor: Tensor
@@ -48,13 +70,13 @@ class Latent:
         row = get_space(self.space)
         object.__setattr__(self, "space", row.name)
         _check_tensor(self.tensor, row)
-        object.__setattr__(self, "sigma", _clean_sigma(self.sigma, len(self.tensor), self.tensor.device))
-        object.__setattr__(self, "prompt", _clean_prompt(self.prompt, len(self.tensor)))
+        object.__setattr__(self, "sigma", _checked_sigma(self.sigma, len(self.tensor), self.tensor.device))
+        object.__setattr__(self, "prompt", _checked_prompt(self.prompt, len(self.tensor)))
         if self.seed is not None and type(self.seed) is not int:
             raise LatentError(f"The seed must be a whole number or None; got {self.seed!r}.")
-        evidence = normalization_problem(self.tensor, row, self.sigmas)
-        if evidence:
-            warnings.warn(evidence, NormalizationWarning, stacklevel=3)
+        problem = normalization_problem(self.tensor, row, self.sigmas)
+        if problem:
+            warnings.warn(problem, NormalizationWarning, stacklevel=3)
 
     @classmethod
     def from_raw(
@@ -67,10 +89,21 @@ class Latent:
         prompt: str | Sequence[str] | None = None,
         seed: int | None = None,
     ) -> Latent:
-        """From what the space's own encoder puts out (its mean, before scaling and shifting).
+        """Build a latent from the raw output of the space's encoder (its mean, before scaling and shifting).
 
-        raw: `[B, raw channels, h, w]`; see `layout.normalize` for each space. flux2 and dinov2 need the
-        statistics that lie in the encoder's weights. Raises LatentError as the class does.
+        Args:
+            raw: `[B, raw_channels, h, w]`; see `layout.normalize` for each space.
+            space: Name or alias of the latent space.
+            statistics: Mean and variance from the encoder's weights, for flux2 and dinov2.
+            sigma: Noise level, as in the class.
+            prompt: As in the class.
+            seed: As in the class.
+
+        Returns:
+            The normalized latent.
+
+        Raises:
+            LatentError: The tensor does not fit, or statistics are missing.
         """
         row = get_space(space)
         _check_is_float(raw)
@@ -88,9 +121,22 @@ class Latent:
         prompt: str | Sequence[str] | None = None,
         seed: int | None = None,
     ) -> Latent:
-        """From the tokens `[B, N, channels]` a Flux, FLUX.2 or Qwen-Image pipeline works with (normalized).
+        """Build a latent from the packed tokens of a Flux, FLUX.2 or Qwen-Image pipeline.
 
-        height, width: pixels of the image the image model ran at. Raises LatentError if they do not fit.
+        Args:
+            tokens: `[B, N, token_channels]`, normalized.
+            space: Name or alias of the latent space.
+            height: Height in pixels of the image the image model ran at.
+            width: Its width.
+            sigma: Noise level, as in the class.
+            prompt: As in the class.
+            seed: As in the class.
+
+        Returns:
+            The unpacked latent.
+
+        Raises:
+            LatentError: The tokens do not fit the image size.
         """
         row = get_space(space)
         _check_is_float(tokens)
@@ -106,10 +152,23 @@ class Latent:
         prompt: str | Sequence[str] | None = None,
         seed: int | None = None,
     ) -> Latent:
-        """From SDXL's Euler scheduler, `x_0 + s e` with s >= 0 (0 to about 14.6), normalized otherwise.
+        """Build a latent from SDXL's Euler scheduler, `x_0 + s e` (variance exploding).
 
-        Tensor and sigma are divided by sqrt(s^2 + 1), the frame the network was trained in. Raises
-        LatentError for the flow-matching spaces, whose schedulers need no change of frame.
+        Tensor and sigma are divided by sqrt(s^2 + 1), which gives the variance-preserving parametrization that the
+        networks were trained with.
+
+        Args:
+            tensor: `[B, 4, h, w]`, normalized.
+            sigma: The scheduler's sigma, 0 to about 14.6; a number, or one per sample.
+            space: A space whose noise parametrization is variance preserving.
+            prompt: As in the class.
+            seed: As in the class.
+
+        Returns:
+            The latent.
+
+        Raises:
+            LatentError: The space is flow matching: its schedulers need no conversion.
         """
         row = get_space(space)
         if row.noise_parametrization != "variance_preserving":
@@ -124,12 +183,19 @@ class Latent:
     def load(
         cls, path: str | os.PathLike[str] | bytes, *, space: str | None = None, sigma: float | Tensor | None = None
     ) -> Latent:
-        """Read a latent that `save` wrote; a foreign .safetensors file of one tensor if `space` is given.
+        """Read a latent file that `save` wrote, or another program's .safetensors file of one normalized tensor.
 
-        path: of the file, or its bytes.
+        Args:
+            path: The file, or its bytes.
+            space: Space of a file that does not say it.
+            sigma: Noise level of a file that does not say it.
 
-        space and sigma settle what a file does not say; where the file says otherwise, that is an error.
-        A foreign tensor must be normalized. Raises FileError for a broken file, LatentError for its content.
+        Returns:
+            The latent.
+
+        Raises:
+            FileError: The file is damaged.
+            LatentError: It holds no latent, or contradicts `space` or `sigma`.
         """
         stored = storage.read_latent(path)
         path = storage.IN_MEMORY if isinstance(path, bytes) else path
@@ -143,18 +209,23 @@ class Latent:
         metadata = stored.metadata
         if space is not None and get_space(space).name != metadata.space:
             raise LatentError(f"{path} holds a latent of space {metadata.space}, not {get_space(space).name}.")
-        metadata_sigma = _collapse(torch.tensor(metadata.sigma, dtype=torch.float32))
-        latent = cls(stored.tensor, metadata.space, metadata_sigma, _tuple(metadata.prompt), metadata.seed)
+        file_sigma = _collapse(torch.tensor(metadata.sigma, dtype=torch.float32))
+        latent = cls(stored.tensor, metadata.space, file_sigma, _tuple(metadata.prompt), metadata.seed)
         if sigma is not None:
-            asked = _column(_clean_sigma(sigma, len(latent), latent.tensor.device), latent)
-            if not torch.allclose(asked, latent.sigmas, atol=1e-6):
+            given_sigma = _per_sample(_checked_sigma(sigma, len(latent), latent.tensor.device), latent)
+            if not torch.allclose(given_sigma, latent.sigmas, atol=1e-6):
                 raise LatentError(f"{path} says sigma {metadata.sigma}; leave sigma out, or correct the file.")
         return latent
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write a .safetensors file with the tensor, space, sigma, prompt and seed, whole or not at all.
+        """Write a .safetensors file with the tensor, space, sigma, prompt and seed, completely or not at all.
 
-        Raises FileError if the file exists (unless `overwrite`) or cannot be written.
+        Args:
+            path: The file.
+            overwrite: Whether an existing file may be replaced.
+
+        Raises:
+            FileError: The file exists or cannot be written.
         """
         metadata = storage.LatentMetadata(
             space=self.space,
@@ -166,13 +237,13 @@ class Latent:
 
     @property
     def latent_space(self) -> LatentSpace:
-        """The row of the latent's space."""
+        """The latent space, as the registry describes it."""
         return SPACES[self.space]
 
     @property
     def sigmas(self) -> Tensor:
         """Sigma per sample, `[B]` float32 on the tensor's device."""
-        return _column(self.sigma, self)
+        return _per_sample(self.sigma, self)
 
     @property
     def prompts(self) -> tuple[str, ...] | tuple[None, ...]:
@@ -183,32 +254,51 @@ class Latent:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of cells."""
+        """Height and width of the latent, `(h, w)`."""
         return self.tensor.shape[2], self.tensor.shape[3]
 
     @property
     def output_size(self) -> tuple[int, int]:
-        """Height and width, in pixels, of the image PiD makes of it."""
+        """Height and width, in pixels, of the image PiD decodes it to."""
         return self.grid[0] * self.latent_space.pixels_per_cell, self.grid[1] * self.latent_space.pixels_per_cell
 
     def to_raw(self, statistics: LatentStatistics | None = None) -> Tensor:
-        """What the space's own decoder takes; see `layout.denormalize`. flux2 and dinov2 need statistics."""
+        """The raw latent, which the space's own decoder takes.
+
+        Args:
+            statistics: Mean and variance from the encoder's weights, for flux2 and dinov2.
+
+        Returns:
+            The raw latent; see `layout.denormalize` for its shape.
+        """
         return layout.denormalize(self.tensor, self.latent_space, statistics)
 
     def to_packed(self) -> Tensor:
-        """The tokens `[B, N, channels]` of the space's pipeline; SettingError where it does not pack."""
+        """The packed tokens `[B, N, token_channels]` of the space's pipeline.
+
+        Raises:
+            SettingError: The space's pipelines do not pack their latents.
+        """
         return layout.pack(self.tensor, self.latent_space)
 
     def noised(self, sigma: float | Tensor, *, seed: int = 0, noise: Tensor | None = None) -> Latent:
-        """This clean latent noised to sigma in [0, 1] in its space's frame, and labeled so.
+        """Add noise to this clean latent, in the parametrization of its space.
 
-        The noise is unit Gaussian from a CPU generator with that seed, the same on every machine, or is given
-        (the latent's shape). Sigma 0 draws nothing. Raises LatentError if noise is in the latent already.
+        Args:
+            sigma: Noise level in [0, 1]; a number, or one per sample. 0 draws nothing.
+            seed: Seed of the unit Gaussian noise, drawn on the CPU and so the same on every machine.
+            noise: Noise of the latent's shape, used instead.
+
+        Returns:
+            The noisy latent, with that sigma.
+
+        Raises:
+            LatentError: There is noise in the latent already.
         """
         if bool((self.sigmas > 0).any()):
             raise LatentError(f"Only a clean latent can be noised; this one has sigma {self.sigmas.tolist()} already.")
-        level = _clean_sigma(sigma, len(self), self.tensor.device)
-        if not bool((_column(level, self) > 0).any()):
+        level = _checked_sigma(sigma, len(self), self.tensor.device)
+        if not bool((_per_sample(level, self) > 0).any()):
             return self
         if noise is None:
             generator = torch.Generator().manual_seed(seed)
@@ -217,7 +307,7 @@ class Latent:
         return self._with(tensor=tensor, sigma=level, seed=seed if self.seed is None else self.seed)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Latent:
-        """The same latent on another device or in another floating-point type; sigma stays float32."""
+        """The same latent on another device or in another floating-point dtype; sigma stays float32."""
         if dtype is not None and dtype not in _DTYPES:
             raise LatentError(f"A latent can be {_names(_DTYPES)}; not {dtype}.")
         sigma = self.sigma.to(device=device) if isinstance(self.sigma, Tensor) else self.sigma
@@ -230,10 +320,10 @@ class Latent:
         return iter(self.split())
 
     def __getitem__(self, index: int | slice) -> Latent:
-        """A sample (as a batch of one) or a slice of the batch."""
+        """One sample (as a batch of one) or a slice of the batch."""
         if isinstance(index, int):
             if not -len(self) <= index < len(self):
-                raise IndexError(f"The batch has {len(self)} latents; there is no number {index}.")
+                raise IndexError(f"The batch has {len(self)} latents; there is no index {index}.")
             index = slice(index % len(self), index % len(self) + 1)
         tensor = self.tensor[index]
         if not len(tensor):
@@ -243,31 +333,38 @@ class Latent:
         return self._with(tensor=tensor, sigma=sigma, prompt=_unify(prompt))
 
     def split(self, size: int = 1) -> list[Latent]:
-        """Batches of at most `size` samples, in order."""
+        """Split into batches of at most `size` samples, in order."""
         if size < 1:
-            raise LatentError(f"Parts must hold at least one latent; got size={size}.")
+            raise LatentError(f"A batch holds at least one latent; got size={size}.")
         return [self[start : start + size] for start in range(0, len(self), size)]
 
     @staticmethod
     def cat(latents: Sequence[Latent]) -> Latent:
-        """One batch of several latents of the same space, grid, type and device.
+        """Concatenate latents of the same space, grid, dtype and device.
 
-        Samples without a prompt get the empty one if others have one. The seed is kept if all agree.
+        Args:
+            latents: At least one. Samples without a prompt get the empty one if others have one.
+
+        Returns:
+            One batch; its seed is that of all latents, or None if they differ.
+
+        Raises:
+            LatentError: The list is empty, or the latents differ in one of these.
         """
         if not latents:
-            raise LatentError("There is nothing to join; give at least one latent.")
+            raise LatentError("There are no latents to concatenate; give at least one.")
         first = latents[0]
         for other in latents[1:]:
-            for what, mine, theirs in (
+            for what, expected, given in (
                 ("space", first.space, other.space),
                 ("grid", first.grid, other.grid),
                 ("dtype", first.tensor.dtype, other.tensor.dtype),
                 ("device", first.tensor.device, other.tensor.device),
             ):
-                if mine != theirs:
+                if expected != given:
                     raise LatentError(
-                        f"Latents of one batch must share their {what}: {mine} and {theirs}. Decode them one by one, "
-                        "or convert them first."
+                        f"Latents of one batch must share their {what}: {expected} and {given}. Decode them "
+                        "one by one, or convert them first."
                     )
         prompts: tuple[str, ...] | None = None
         if any(latent.prompt is not None for latent in latents):
@@ -290,7 +387,7 @@ class Latent:
         )
 
     def _with(self, **changes: Any) -> Latent:
-        """A changed copy, unchecked: only for changes that cannot break what was checked."""
+        """A copy with changes that need no check."""
         new = object.__new__(Latent)
         for name in ("tensor", "space", "sigma", "prompt", "seed"):
             object.__setattr__(new, name, changes.get(name, getattr(self, name)))
@@ -312,15 +409,15 @@ def _check_tensor(tensor: object, space: LatentSpace) -> None:
     shape = list(tensor.shape)
     if tensor.ndim != 4:
         raise LatentError(
-            f"A {space.name} latent is [B, {space.channels}, h, w]; got {shape}. {_shape_mend(tensor, space)}"
+            f"A {space.name} latent is [B, {space.channels}, h, w]; got {shape}. {_shape_advice(tensor, space)}"
         )
     if tensor.shape[1] != space.channels:
         others = [row.name for row in SPACES.values() if row.channels == tensor.shape[1]]
-        mend = f"Latents of {' and '.join(others)} have that many." if others else "Check the space."
+        advice = f"Latents of {' and '.join(others)} have that many." if others else "Check the space."
         if tensor.shape[1] == space.raw_channels:
-            mend = "That is its raw form: build it with Latent.from_raw()."
+            advice = "That is its raw form: build it with Latent.from_raw()."
         raise LatentError(
-            f"A {space.name} latent has {space.channels} channels; got {tensor.shape[1]} in {shape}. {mend}"
+            f"A {space.name} latent has {space.channels} channels; got {tensor.shape[1]} in {shape}. {advice}"
         )
     if not tensor.numel():
         raise LatentError(f"The latent is empty: {shape}.")
@@ -332,17 +429,17 @@ def _check_tensor(tensor: object, space: LatentSpace) -> None:
         )
 
 
-def _shape_mend(tensor: Tensor, space: LatentSpace) -> str:
+def _shape_advice(tensor: Tensor, space: LatentSpace) -> str:
     if tensor.ndim == 3 and space.token_channels == tensor.shape[2]:
         return "These are packed tokens: build it with Latent.from_packed(), giving height and width."
     if tensor.ndim == 3:
         return "Add the batch axis with tensor.unsqueeze(0)."
     if tensor.ndim == 5 and tensor.shape[2] == 1:
-        return "Drop the frame axis with tensor.squeeze(2)."
+        return "Drop the time axis with tensor.squeeze(2)."
     return "Give one four-dimensional tensor."
 
 
-def _clean_sigma(sigma: object, batch: int, device: torch.device) -> float | Tensor:
+def _checked_sigma(sigma: object, batch: int, device: torch.device) -> float | Tensor:
     """A float, or `[B]` float32 where samples differ. Raises LatentError outside [0, 1]."""
     if isinstance(sigma, bool) or not isinstance(sigma, (int, float, Tensor, list, tuple)):
         raise LatentError(f"Sigma is a number in [0, 1] or one per sample; got {sigma!r}.")
@@ -356,7 +453,7 @@ def _clean_sigma(sigma: object, batch: int, device: torch.device) -> float | Ten
     if not all(0.0 <= number <= 1.0 for number in numbers):
         worst = next(number for number in numbers if not 0.0 <= number <= 1.0)
         raise LatentError(
-            f"Sigma is the share of noise, in [0, 1]; got {worst:g}. A scheduler's timestep must be divided by 1000; "
+            f"Sigma is the noise level, in [0, 1]; got {worst:g}. A scheduler's timestep must be divided by 1000; "
             "SDXL's Euler sigma goes through Latent.from_euler()."
         )
     if isinstance(sigma, (int, float)):
@@ -365,16 +462,16 @@ def _clean_sigma(sigma: object, batch: int, device: torch.device) -> float | Ten
 
 
 def _collapse(sigma: Tensor) -> float | Tensor:
-    """One float where all samples share it."""
+    """A float if all samples have the same sigma."""
     first = float(sigma[0])
     return first if bool((sigma == sigma[0]).all()) else sigma
 
 
-def _column(sigma: float | Tensor, latent: Latent) -> Tensor:
+def _per_sample(sigma: float | Tensor, latent: Latent) -> Tensor:
     return torch.as_tensor(sigma, dtype=torch.float32, device=latent.tensor.device).flatten().expand(len(latent))
 
 
-def _clean_prompt(prompt: object, batch: int) -> str | tuple[str, ...] | None:
+def _checked_prompt(prompt: object, batch: int) -> str | tuple[str, ...] | None:
     if prompt is None or isinstance(prompt, str):
         return prompt
     if not isinstance(prompt, (list, tuple)) or not all(isinstance(text, str) for text in prompt):
@@ -397,44 +494,39 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
-# Below this many cells a spread says too little.
-_FEWEST_CELLS = 16
-# Image models leave their schedule by some per cent; the bounds give way by as much.
-_SLACK = 1.15
-# A latent at noise level s holds that noise: a spread this far below s contradicts it.
-_LEAST_NOISE = 0.75
-# Unit deviation is what "normalized" means: it is never counted against a latent, whatever its sigma.
-_UNIT = 1.1
-
-
-class NormalizationWarning(UserWarning):
-    """A latent whose statistics do not look like the normalized frame at its sigma."""
-
-
 def normalization_problem(tensor: Tensor, space: LatentSpace, sigmas: Tensor) -> str | None:
-    """What speaks against `tensor` `[B, C, h, w]` being a normalized latent of `space` at noise levels `[B]`.
+    """Check whether a tensor looks like a normalized latent.
 
-    None when nothing does. Judged by the spread (each channel's standard deviation over its cells,
-    root-mean-square over channels), which for flat images is small whatever the frame and so never
-    counts against a clean latent; noise adds its own known share. Raw sd3 latents are narrower than
-    normalized ones and cannot be told from flat images, unless noise is in them.
+    The check is of the spread: each channel's standard deviation over its cells, root-mean-square over channels. It is
+    small for flat images, so a small spread counts only against noisy latents. Raw sd3 latents are narrower than
+    normalized ones and are not recognized without noise.
+
+    Args:
+        tensor: `[B, C, h, w]`.
+        space: Its latent space.
+        sigmas: Noise level per sample, `[B]`.
+
+    Returns:
+        A sentence that says what is wrong and how to fix it, or None.
     """
     cells = tensor.shape[-2] * tensor.shape[-1]
-    if cells < _FEWEST_CELLS:
+    if cells < _MIN_CELLS:
         return None
-    wide = tensor.detach().float()
-    spreads = wide.var(dim=(2, 3)).mean(dim=1).sqrt()
+    float_latent = tensor.detach().float()
+    spreads = float_latent.var(dim=(2, 3)).mean(dim=1).sqrt()
     sigma = sigmas.to(spreads)
     signal, noise = noise_weights(space, sigma)
-    doubt = 1.0 + 4.0 / math.sqrt(2.0 * cells * tensor.shape[1])  # four standard errors of a deviation
-    most = (((signal * space.spread_limit) ** 2 + noise**2).sqrt() * _SLACK).clamp_min(_UNIT) * doubt
-    least = noise * _LEAST_NOISE / doubt
-    for index, (spread, high, low, level) in enumerate(torch.stack([spreads, most, least, sigma], dim=1).tolist()):
+    margin = 1.0 + 4.0 / math.sqrt(2.0 * cells * tensor.shape[1])  # four standard errors of a deviation
+    upper = (((signal * space.spread_limit) ** 2 + noise**2).sqrt() * _SPREAD_TOLERANCE).clamp_min(
+        _MIN_UPPER_BOUND
+    ) * margin
+    lower = noise * _MIN_NOISE_SHARE / margin
+    for index, (spread, high, low, level) in enumerate(torch.stack([spreads, upper, lower, sigma], dim=1).tolist()):
         which = f"Sample {index} of this" if tensor.shape[0] > 1 else "This"
         if spread > high:
             return (
                 f"{which} {space.name} latent has a spread of {spread:.2f} within its channels; a normalized one "
-                f"at sigma {level:g} stays below {high:.2f} (photographs: 0.6 to 1 when clean). {_wider(space)}"
+                f"at sigma {level:g} stays below {high:.2f} (photographs: 0.6 to 1 when clean). {_spread_advice(space)}"
             )
         if spread < low:
             return (
@@ -442,28 +534,28 @@ def normalization_problem(tensor: Tensor, space: LatentSpace, sigmas: Tensor) ->
                 f"of sigma {level:g} alone gives. Check sigma, and that the latent was not scaled: a raw latent "
                 "belongs in Latent.from_raw()."
             )
-    return _token_evidence(wide, space, sigma)
+    return _feature_problem(float_latent, space, sigma)
 
 
-def _wider(space: LatentSpace) -> str:
-    mends = []
+def _spread_advice(space: LatentSpace) -> str:
+    advice = []
     if space.raw_std is not None and space.raw_std > 1:
-        mends.append(
+        advice.append(
             f"A raw {space.name} latent is {space.raw_std:g} times wider than a normalized one: "
             "if it is raw, build it with Latent.from_raw()."
         )
     if space.noise_parametrization == "variance_preserving":
-        mends.append("If it comes from an Euler scheduler before its last step, use Latent.from_euler().")
+        advice.append("If it comes from an Euler scheduler before its last step, use Latent.from_euler().")
     else:
-        mends.append("If noise is still in it, pass its sigma.")
-    return " ".join(mends)
+        advice.append("If noise is still in it, pass its sigma.")
+    return " ".join(advice)
 
 
-def _token_evidence(wide: Tensor, space: LatentSpace, sigma: Tensor) -> str | None:
-    """Clean RAE features betray a missing or a superfluous step by their mean and deviation over channels."""
+def _feature_problem(float_latent: Tensor, space: LatentSpace, sigma: Tensor) -> str | None:
+    """Clean RAE features show a missing or repeated normalization in their mean and deviation over channels."""
     if space.statistics not in ("per_position", "layer_norm") or bool((sigma > 0).any()):
         return None
-    variance, mean = torch.var_mean(wide, dim=1, correction=0)
+    variance, mean = torch.var_mean(float_latent, dim=1, correction=0)
     off = torch.maximum(mean.abs(), (variance.sqrt() - 1).abs())
     if space.statistics == "per_position" and float(off.max()) < 0.01:
         return (

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layout of latents: normalization, noise parametrization, packing.
 
-All sums are done in float32 (or float64 if that comes in) and returned in the dtype that came in: in
-bfloat16 they would add an error as large as that of the rounding itself.
+Computed in float32 (float64 for float64 inputs) and returned in the input's dtype: in bfloat16 the arithmetic would
+add an error as large as the rounding itself.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pidecode.registry.spaces import LatentSpace
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LatentStatistics:
-    """Mean and variance read from an encoder's own weights, for spaces that need them.
+    """Mean and variance of raw latents, from the encoder's weights.
 
-    flux2: the running statistics of the autoencoder's batch norm, each `[128]`.
-    dinov2: the RAE's statistics, each `[768, 32, 32]`.
+    flux2: running statistics of the autoencoder's batch norm, each `[128]`.
+    dinov2: statistics of RAE (https://arxiv.org/abs/2510.11690), each `[768, 32, 32]`.
     """
 
     mean: Tensor
@@ -30,79 +30,124 @@ class LatentStatistics:
 
 
 def noise_weights(space: LatentSpace, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights of signal and noise at noise level sigma in [0, 1]: `z_s = signal * z + noise * e`."""
+    """Weights of signal and noise: `z_s = signal * z + noise * e`.
+
+    Args:
+        space: The latent space.
+        sigma: Noise level in [0, 1], any shape.
+
+    Returns:
+        The two weights, in sigma's shape.
+    """
     if space.noise_parametrization == "flow":
         return 1.0 - sigma, sigma
     return (1.0 - sigma * sigma).clamp_min(0.0).sqrt(), sigma
 
 
 def add_noise(latent: Tensor, noise: Tensor, sigma: float | Tensor, space: LatentSpace) -> Tensor:
-    """Noise a clean normalized latent `[B, C, h, w]` to sigma (a number, or `[B]`), in the space's own frame.
+    """Add noise to a clean latent in the noise parametrization of its space.
 
     `(1 - s) z + s e` for flow-matching spaces, `sqrt(1 - s^2) z + s e` for SDXL (docs/architecture.md, Latent spaces).
-    Agrees with the `add_noise` block of the reference goldens.
+
+    Args:
+        latent: Clean and normalized, `[B, C, h, w]`.
+        noise: Unit Gaussian noise of the same shape.
+        sigma: Noise level in [0, 1]; a number, or `[B]`.
+        space: The latent space.
+
+    Returns:
+        The noisy latent.
+
+    Raises:
+        LatentError: The shapes differ.
     """
     if latent.shape != noise.shape:
         raise LatentError(f"Noise must have the latent's shape {list(latent.shape)}; got {list(noise.shape)}.")
-    wide = _wide(latent)
-    signal, amount = noise_weights(space, _column(sigma, wide))
-    return (signal * wide + amount * noise.to(wide)).to(latent.dtype)
+    value = _to_float(latent)
+    signal, amount = noise_weights(space, _sigma_like(sigma, value))
+    return (signal * value + amount * noise.to(value)).to(latent.dtype)
 
 
 def euler_to_variance_preserving(latent: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
-    """An Euler (variance-exploding) latent `x_0 + s e` and its s >= 0 to the variance-preserving frame.
+    """Convert a latent of an Euler scheduler, `x_0 + s e` (variance exploding), to variance preserving.
 
-    Both are divided by sqrt(s^2 + 1), which brings sigma into [0, 1). Returns the latent and sigma, the
-    latter float32 (or float64) with one entry, or `[B]`. Agrees with the `sdxl_frame` block of the goldens.
+    Both are divided by sqrt(s^2 + 1), which brings sigma into [0, 1).
+
+    Args:
+        latent: `[B, C, h, w]`.
+        sigma: The scheduler's sigma, s >= 0; a number, or `[B]`.
+
+    Returns:
+        The latent, and sigma as float32 (or float64) with one entry or `[B]`.
+
+    Raises:
+        LatentError: Sigma is negative or not finite.
     """
-    wide = _wide(latent)
-    column = _column(sigma, wide)
+    value = _to_float(latent)
+    column = _sigma_like(sigma, value)
     if not bool((torch.isfinite(column) & (column >= 0)).all()):
         raise LatentError(f"An Euler scheduler's sigma is finite and not negative; got {column.flatten().tolist()}.")
     size = (column * column + 1.0).sqrt()
-    return (wide / size).to(latent.dtype), (column / size).flatten()
+    return (value / size).to(latent.dtype), (column / size).flatten()
 
 
 def normalize(raw: Tensor, space: LatentSpace, statistics: LatentStatistics | None = None) -> Tensor:
-    """The encoder's raw latent to the normalized one the networks take (docs/architecture.md, Latent spaces).
+    """Normalize a raw latent (docs/architecture.md, Latent spaces).
 
-    raw: `[B, raw channels, h p, w p]`, for qwenimage also `[B, 16, 1, h, w]`, for flux2 also patchified
-    `[B, 128, h, w]`, for dinov2 the features after the LayerNorm without weights, for siglip those before it.
-    Returns `[B, channels, h, w]`. Raises LatentError for other shapes or missing statistics.
+    Args:
+        raw: `[B, raw_channels, h * p, w * p]`; for qwenimage also `[B, 16, 1, h, w]`, for flux2 also patchified
+            `[B, 128, h, w]`; for dinov2 the features after the LayerNorm without weights, for siglip those before it.
+        space: The latent space.
+        statistics: Mean and variance, for flux2 and dinov2.
+
+    Returns:
+        The normalized latent `[B, channels, h, w]`.
+
+    Raises:
+        LatentError: Another shape, or missing statistics.
     """
     raw = _raw_layout(raw, space)
-    wide = _wide(raw)
+    value = _to_float(raw)
     match space.statistics:
         case "constants":
-            wide = (wide - space.shift_factor) * space.scaling_factor
+            value = (value - space.shift_factor) * space.scaling_factor
         case "layer_norm":
-            variance, mean = torch.var_mean(wide, dim=1, keepdim=True, correction=0)
-            wide = (wide - mean) / (variance + space.epsilon).sqrt()
+            variance, mean = torch.var_mean(value, dim=1, keepdim=True, correction=0)
+            value = (value - mean) / (variance + space.epsilon).sqrt()
         case _:
-            mean, deviation = _affine(wide, space, statistics)
-            wide = (wide - mean) / deviation
-    return wide.to(raw.dtype)
+            mean, deviation = _affine(value, space, statistics)
+            value = (value - mean) / deviation
+    return value.to(raw.dtype)
 
 
 def denormalize(latent: Tensor, space: LatentSpace, statistics: LatentStatistics | None = None) -> Tensor:
-    """The normalized latent `[B, C, h, w]` to what the space's own decoder takes, the inverse of `normalize`.
+    """Undo `normalize`: the raw latent that the space's own decoder takes.
 
-    flux2 comes back unpatchified, `[B, 32, 2h, 2w]`; qwenimage as one frame of a video, `[B, 16, 1, h, w]`.
-    Raises LatentError for siglip, whose LayerNorm cannot be undone, and for missing statistics.
+    Args:
+        latent: Normalized, `[B, C, h, w]`.
+        space: The latent space.
+        statistics: Mean and variance, for flux2 and dinov2.
+
+    Returns:
+        The raw latent; unpatchified for flux2, `[B, 32, 2h, 2w]`; one frame of a video for qwenimage,
+        `[B, 16, 1, h, w]`.
+
+    Raises:
+        LatentError: The LayerNorm of siglip cannot be undone, or statistics are missing.
     """
-    wide = _wide(latent)
+    value = _to_float(latent)
     match space.statistics:
         case "constants":
-            wide = wide / space.scaling_factor + space.shift_factor
+            value = value / space.scaling_factor + space.shift_factor
         case "layer_norm":
             raise LatentError(
-                f"The raw form of a {space.name} latent is lost: its LayerNorm cannot be undone. "
-                "The space's own decoder takes the normalized latent as it is."
+                f"The raw form of a {space.name} latent cannot be computed: its LayerNorm cannot be undone. "
+                "The space's own decoder takes the normalized latent."
             )
         case _:
-            mean, deviation = _affine(wide, space, statistics)
-            wide = wide * deviation + mean
-    raw = unpatchify(wide, space.raw_patch).to(latent.dtype)
+            mean, deviation = _affine(value, space, statistics)
+            value = value * deviation + mean
+    raw = unpatchify(value, space.raw_patch).to(latent.dtype)
     return raw.unsqueeze(2) if space.name == "qwenimage" else raw
 
 
@@ -124,7 +169,7 @@ def _affine(latent: Tensor, space: LatentSpace, statistics: LatentStatistics | N
         return given[0], given[1]
     if statistics is None:
         raise LatentError(
-            f"Raw {space.name} latents are normalized with statistics that lie in the encoder's own weights: "
+            f"Raw {space.name} latents are normalized with statistics from the encoder's weights: "
             "pass them as statistics=LatentStatistics(mean, variance)."
         )
     want = (space.channels, *latent.shape[2:]) if space.statistics == "per_position" else (space.channels,)
@@ -139,12 +184,12 @@ def _affine(latent: Tensor, space: LatentSpace, statistics: LatentStatistics | N
     return mean, (variance + space.epsilon).sqrt()
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def _to_float(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _column(sigma: float | Tensor, latent: Tensor) -> Tensor:
-    """Sigma as `[1 or B, 1, 1, 1]` in the dtype of the sums."""
+def _sigma_like(sigma: float | Tensor, latent: Tensor) -> Tensor:
+    """Sigma as `[1 or B, 1, 1, 1]` in the latent's dtype."""
     column = torch.as_tensor(sigma, dtype=latent.dtype, device=latent.device).flatten()
     if column.numel() not in (1, latent.shape[0]):
         raise LatentError(f"Sigma must be one number or one per sample ({latent.shape[0]}); got {column.numel()}.")
@@ -155,7 +200,7 @@ def patchify(latent: Tensor, patch: int) -> Tensor:
     """`[B, C, p h, p w]` to `[B, C p^2, h, w]`; channel index = (c, dy, dx)."""
     if latent.shape[-1] % patch or latent.shape[-2] % patch:
         raise LatentError(
-            f"A raw latent of {latent.shape[-2]}x{latent.shape[-1]} cells cannot be folded by {patch}: "
+            f"A raw latent of {latent.shape[-2]}x{latent.shape[-1]} cells cannot be patchified by {patch}: "
             f"both sides must be multiples of {patch}. Crop the image before encoding it."
         )
     return pixel_unshuffle(latent, patch) if patch > 1 else latent
@@ -167,10 +212,18 @@ def unpatchify(latent: Tensor, patch: int) -> Tensor:
 
 
 def packed_grid(space: LatentSpace, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of tokens for an image of `height` x `width` pixels (the image model's, not PiD's).
+    """Rows and columns of the tokens of an image.
 
-    Sides that are no multiple of 16 are rounded down to one, as the pipelines do.
-    Raises SettingError for a space whose latents are not packed.
+    Args:
+        space: The latent space.
+        height: Height in pixels of the image model's image (not PiD's), rounded down to whole tokens.
+        width: Its width.
+
+    Returns:
+        Rows and columns.
+
+    Raises:
+        SettingError: The space's latents are not packed, or the image is smaller than a token.
     """
     if space.packing == "none":
         raise SettingError(
@@ -183,10 +236,20 @@ def packed_grid(space: LatentSpace, height: int, width: int) -> tuple[int, int]:
 
 
 def unpack(tokens: Tensor, space: LatentSpace, height: int, width: int) -> Tensor:
-    """Packed tokens `[B, N, token channels]` of a `height` x `width` image to a latent `[B, C, h, w]`.
+    """Unpack tokens to a latent; the values do not change.
 
-    Values and frame stay as they are. Raises LatentError when the tokens do not fit that image, and
-    SettingError for a space that is not packed.
+    Args:
+        tokens: `[B, N, token_channels]`.
+        space: The latent space.
+        height: Height in pixels of the image model's image.
+        width: Its width.
+
+    Returns:
+        The latent `[B, C, h, w]`.
+
+    Raises:
+        LatentError: The tokens do not fit the image.
+        SettingError: The space's latents are not packed.
     """
     rows, columns = packed_grid(space, height, width)
     expected = space.token_channels
@@ -205,7 +268,7 @@ def unpack(tokens: Tensor, space: LatentSpace, height: int, width: int) -> Tenso
 
 
 def pack(latent: Tensor, space: LatentSpace) -> Tensor:
-    """A latent `[B, C, h, w]` to packed tokens `[B, N, token channels]`, the inverse of `unpack`."""
+    """Pack a latent `[B, C, h, w]` to tokens `[B, N, token_channels]`, the inverse of `unpack`."""
     if space.packing == "none":
         raise SettingError(f"Latents of space {space.name} are not packed into tokens.")
     return patchify(latent, 2 if space.packing == "two_by_two" else 1).flatten(2).transpose(1, 2)
