@@ -19,7 +19,7 @@ import click
 import torch
 
 from benchmarks.configs import CONFIGS
-from benchmarks.profile import profile as run_profile
+from benchmarks.profiler import profile as run_profile
 from benchmarks.reference import compare
 from benchmarks.speed import Mode, Trial, measure
 from pidecode.cli.common import SHORT_DTYPES, emit, json_option, quantization_options, table, threads_option

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from benchmarks.configs import CONFIGS
 from benchmarks.decode import MODES, SIZES, Selection, main, why_not
-from benchmarks.profile import KINDS, REST, kind_of
+from benchmarks.profiler import KINDS, REST, kind_of
 from benchmarks.speed import Benchmark, Trial
 from pidecode.errors import SettingError
 

@@ -17,6 +17,7 @@ from pidecode.registry.spaces import ALIASES, SPACES
 from pidecode.units import parse_bytes
 
 if TYPE_CHECKING:
+    from pidecode.engine.feed_forward import FeedForwardPlan
     from pidecode.weights.metadata import CheckpointMetadata
 
 
@@ -143,7 +144,7 @@ class MemoryOptions:
         """Whether a plan is to be made."""
         return (self.memory, self.quantization, self.scheme) != (None, None, None)
 
-    def plan(self, config: Any, jobs: Sequence[Job], device: str | None, dtype: str | None) -> Plan:
+    def plan(self, config: Any, jobs: Sequence[Job], device: str | None, dtype: str | None) -> Plan | FeedForwardPlan:
         """The plan that the largest of the jobs needs, on this machine.
 
         Raises DoesNotFitError if there is none, SettingError for what the device cannot do.

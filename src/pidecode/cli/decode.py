@@ -36,6 +36,7 @@ from pidecode.units import parse_bytes, parse_size
 
 if TYPE_CHECKING:
     from pidecode.decoder import DecodeOutput, PixelDecoder
+    from pidecode.engine.feed_forward import FeedForwardPlan
     from pidecode.sampling import Callback, Step
     from pidecode.weights.metadata import CheckpointMetadata
 
@@ -84,7 +85,7 @@ class Wish:
         dtype = DTYPES[self.dtype] if self.dtype else None
         thrift = MemoryOptions(memory=self.memory, quantization=self.quantization, scheme=self.scheme)
 
-        def planned(identity: CheckpointMetadata) -> Plan:
+        def planned(identity: CheckpointMetadata) -> Plan | FeedForwardPlan:
             wanted = None if dtype is None else str(dtype).removeprefix("torch.")
             plan = thrift.plan(identity.config, jobs(identity), self.device, wanted)
             click.echo(plan.describe(), err=True)
@@ -219,7 +220,7 @@ def _run(
         place.parent.mkdir(parents=True, exist_ok=True)
         names = made.save(place, overwrite=wish.overwrite, bits=16 if wish.bits == "16" else 8)
         for name, metadata in zip(names, made.metadata, strict=True):
-            kept = {key: metadata[key] for key in ("width", "height", "seed") if key in metadata}
+            kept: dict[str, Any] = {key: metadata[key] for key in ("width", "height", "seed") if key in metadata}
             written.append({"source": str(source), "image": str(name), **kept})
         timing = {"seconds": round(decoded - began, 2), "seconds_saving": round(time.perf_counter() - decoded, 2)}
         written[-1] |= timing
