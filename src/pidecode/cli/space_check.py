@@ -13,9 +13,10 @@ from torch import Tensor
 
 from pidecode.cli.common import Verdict
 from pidecode.color_fix import fidelity
-from pidecode.decoder import DecodeOutput, PixelDecoder
+from pidecode.decoder import PixelDecoder
 from pidecode.encoders.base import ImageEncoder, LazyImageEncoder
 from pidecode.errors import PidecodeError
+from pidecode.images import DecodeOutput
 from pidecode.latents.latent import Latent, NormalizationWarning
 from pidecode.registry.checkpoints import REPOSITORY
 from pidecode.registry.configs import PiDConfig

@@ -19,8 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pidecode.decoder import DecodeOutput, PixelDecoder
+from pidecode.decoder import PixelDecoder
 from pidecode.errors import LatentError, SettingError
+from pidecode.images import DecodeOutput
 from pidecode.integrations.pipeline_latents import (
     latent_sigma,
     pipeline_space,
