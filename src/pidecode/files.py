@@ -14,6 +14,9 @@ from typing import BinaryIO
 
 from pidecode.errors import FileError
 
+PathLike = str | os.PathLike[str]
+"""A path as users give it."""
+
 PART = ".part"
 """Ending of the temporary files and folders that are not yet complete."""
 

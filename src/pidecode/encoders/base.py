@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +16,11 @@ from pidecode.encoders.autoencoder_kl import load_autoencoder
 from pidecode.encoders.rae import load_representation_autoencoder
 from pidecode.encoders.tiny import TinyImageEncoder, is_tiny_encoder, load_tiny_encoder
 from pidecode.errors import LatentError, SettingError, SizeError
+from pidecode.files import PathLike
 from pidecode.latents.latent import Latent
 from pidecode.latents.layout import LatentStatistics, denormalize, normalize
 from pidecode.models.tiny import Reconstruct
 from pidecode.registry.spaces import LatentSpace, get_space
-
-PathLike = str | os.PathLike[str]
 
 EncodeFunction = Callable[[Tensor], Tensor]
 """Images `[B, 3, H, W]` in [-1, 1] to normalized latents `[B, C, h, w]`."""

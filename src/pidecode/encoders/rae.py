@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pidecode.errors import CheckpointError, DownloadError, MissingDependencyError
+from pidecode.files import PathLike
 from pidecode.latents.layout import LatentStatistics
 from pidecode.models.vit_decoder import VitDecoder, infer_vit_config, sincos_position_embedding
 from pidecode.registry.checkpoints import ENCODERS
@@ -26,8 +26,6 @@ from pidecode.registry.spaces import LatentSpace
 from pidecode.weights.load import load_state
 from pidecode.weights.read import check_finite, check_formats, read_tensors
 from pidecode.weights.resolve import HubCache
-
-PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
