@@ -5,7 +5,7 @@ VENV ?= .venv
 IMAGE ?=
 OUT ?= out
 RUN := $(VENV)/bin/python
-RECIPE := pyproject.toml constraints/torch.txt tools/make_env.py
+ENVIRONMENT := pyproject.toml constraints/torch.txt tools/make_env.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check docs clean
@@ -16,14 +16,14 @@ help:
 	@echo "make test               set everything up, then run every check and the tests"
 	@echo "make setup              only set up, for development ($(VENV))"
 	@echo "make check              linter, types, import contracts"
-	@echo "make docs               rewrite what documents say that is a fact elsewhere, and build the site into site/"
+	@echo "make docs               rewrite generated parts of documents and build the site into site/"
 	@echo "make clean              remove the environment and everything generated"
 
-$(VENV)/.ready-demo: $(RECIPE)
+$(VENV)/.ready-demo: $(ENVIRONMENT)
 	@$(PYTHON) tools/make_env.py $(VENV) demo
 	@touch $@
 
-$(VENV)/.ready-dev: $(RECIPE)
+$(VENV)/.ready-dev: $(ENVIRONMENT)
 	@$(PYTHON) tools/make_env.py $(VENV) dev
 	@touch $@ $(VENV)/.ready-demo
 

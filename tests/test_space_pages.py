@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pages of the latent spaces: current with the facts, and their Python at least parses."""
+"""The pages of the latent spaces: current with the registry, and their Python parses."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def has_amx() -> bool:
 
 
 def require_compiler(device: torch.device) -> None:
-    """Raise MissingDependencyError if torch cannot compile for the device on this machine; says what would mend it.
+    """Raise MissingDependencyError if torch cannot compile for the device on this machine; says what would fix it.
 
     Looks for the tools only; what else can go wrong is told when the first sum is compiled.
     """

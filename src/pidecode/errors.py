@@ -16,7 +16,7 @@ PidecodeError
 ├── BusyError               a server whose line is full
 └── Cancelled               the caller asked to stop
 
-Each message says what came, what was expected, and the mend.
+Each message says what came, what was expected and how to fix it.
 """
 
 from __future__ import annotations

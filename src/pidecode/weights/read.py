@@ -61,7 +61,7 @@ def read_weights(path: str | Path, *, check_values: bool = True) -> WeightFile:
     prefixes (`net_ema.` before `net.`), PixelDiT's `core.` and the ComfyUI repackaging. `check_values=False`
     skips the search for NaN and infinity, which reads the whole file.
 
-    Raises CheckpointError for anything else, naming what was found and the mend.
+    Raises CheckpointError for anything else, naming what was found and the fix.
     """
     raw = read_tensors(path)
     tensors = strip_prefixes(raw.tensors, path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public names are pinned, each resolves, and coming in through the front door stays cheap."""
+"""The public names are these, each resolves, and importing the package loads no torch."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_commands_are_exactly_these() -> None:
         "from pidecode.cli.app import cli; cli(['models', '--help'], standalone_mode=False)",
     ],
 )
-def test_coming_in_is_light(code: str) -> None:
+def test_importing_is_light(code: str) -> None:
     # Listing what is on this disk asks the hub's library where its cache is.
     allowed = {"huggingface_hub", "tqdm"} if code.endswith("models'], standalone_mode=False)") else set()
     assert modules_after(code) & (HEAVY - allowed) == set()
