@@ -184,7 +184,7 @@ class RuntimeOptions:
     """How a network runs; rounding aside, neither changes an image. Both act on students and teachers only.
 
     Attributes:
-        compile: Run the elementwise ops through torch.compile: worth its wait for many images. Experimental.
+        compile: Run the elementwise ops through torch.compile; the first image waits for it. Experimental.
         cuda_graphs: Capture one evaluation per image size and replay it; CUDA devices only. Experimental.
     """
 

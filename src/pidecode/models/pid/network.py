@@ -2,8 +2,8 @@
 """PiDNet, the conditional pixel diffusion network of PiD (https://arxiv.org/abs/2605.23902).
 
 A latent adapter turns the latent into tokens of the patch grid; patch blocks denoise patch tokens jointly with prompt
-tokens; pixel blocks refine every pixel under its patch's condition; a final layer gives the prediction. The layout of
-patch and pixel blocks is PixelDiT's.
+tokens; pixel blocks refine every pixel under its patch's condition; a final layer gives the prediction. The backbone is
+PixelDiT (https://arxiv.org/abs/2511.20645).
 
 This is the plain forward: what training differentiates and what every path in `pidecode.engine` is tested against.
 
