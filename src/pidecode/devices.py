@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device, dtype, free memory and CPU threads.
+"""Selection of device and dtype; free memory; number of CPU threads.
 
-Only tells; the commands set what it says when they start (`--threads` overrules it), the library never does.
+Nothing here changes global state: the commands set the number of threads (`--threads`), the library never does.
 """
 
 from __future__ import annotations
@@ -20,31 +20,38 @@ import torch
 from pidecode.errors import MissingDependencyError, SettingError
 
 COMPILERS = ("g++", "clang++", "c++")
-"""What torch looks for to compile for a processor where the environment names no CXX."""
+"""C++ compilers torch looks for where the environment variable CXX is not set."""
 
 
-def select_device(wanted: str | torch.device | None = None) -> torch.device:
-    """The device asked for, or the best there is: CUDA (also ROCm), then Apple's MPS, then the processor.
+def select_device(name: str | torch.device | None = None) -> torch.device:
+    """Select a device.
 
-    Raises SettingError when the one asked for is not there.
+    Args:
+        name: A torch device; None for the best one: CUDA (also ROCm), then MPS, then the CPU.
+
+    Returns:
+        The device.
+
+    Raises:
+        SettingError: The device is not available.
     """
-    if wanted is None:
+    if name is None:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        device = torch.device(wanted)
+        device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise SettingError(
-            f"The device {str(wanted)!r} cannot be used here: {first}. `pidecode doctor` lists those that can."
+            f"The device {str(name)!r} cannot be used here: {first}. `pidecode doctor` lists those that can."
         ) from None
     return device
 
 
 def supports_cuda_graphs(device: torch.device) -> bool:
-    """Whether work on the device can be recorded and replayed as a graph: on CUDA, and ROCm under the same name."""
+    """Whether the device captures and replays CUDA graphs (CUDA and ROCm)."""
     return device.type == "cuda"
 
 
@@ -54,10 +61,9 @@ def supports_bfloat16_training(device: torch.device) -> bool:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """The number format of weights where none is named: bfloat16 where it pays, float32 elsewhere.
+    """Default dtype of weights: bfloat16 on GPUs other than Apple's and on CPUs with AMX, float32 elsewhere.
 
-    It pays on accelerators, Apple's excepted, and on processors with matrix units for it (Intel's AMX). Others compute
-    it in wider steps, many times slower than float32, or were never tried.
+    Other CPUs emulate bfloat16, which is many times slower than float32.
     """
     if device.type == "cpu":
         return torch.bfloat16 if has_amx() else torch.float32
@@ -65,21 +71,29 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def has_amx() -> bool:
-    """Whether the processor multiplies matrices of bfloat16 in units of their own, as far as torch can tell."""
+    """Whether the CPU has AMX matrix units, as far as torch reports it."""
     tell = getattr(torch.cpu, "_is_amx_tile_supported", None)  # newer versions only
     return bool(tell is not None and tell())
 
 
 def require_compiler(device: torch.device) -> None:
+<<<<<<< HEAD
     """Raise MissingDependencyError if torch cannot compile for the device on this machine; says what would fix it.
+=======
+    """Check that the tools torch.compile needs are installed.
+>>>>>>> 59e140a (Images, devices, metrics: Google docstrings and the field's words)
 
-    Looks for the tools only; what else can go wrong is told when the first sum is compiled.
+    Args:
+        device: The device to compile for.
+
+    Raises:
+        MissingDependencyError: There is no C++ compiler (CPU) or no triton (GPU).
     """
     if device.type == "cpu":
         wanted = [os.environ["CXX"]] if "CXX" in os.environ else ["cl"] if sys.platform == "win32" else COMPILERS
         if not any(shutil.which(name) for name in wanted):
             raise MissingDependencyError(
-                f"Compiling for a processor needs a C++ compiler, and {' or '.join(wanted)} is not on this machine. "
+                f"Compiling for the CPU needs a C++ compiler, and {' or '.join(wanted)} is not on this machine. "
                 "Install one (g++ on Linux, the command line tools of Xcode on a Mac), or run without compiling."
             )
     elif device.type != "mps" and find_spec("triton") is None:
@@ -90,22 +104,26 @@ def require_compiler(device: torch.device) -> None:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that a new job may take on the device; None where neither it nor the system tells.
+    """Free memory of a device.
 
-    What this process's own allocator holds in reserve counts as free, and so does what the system would give back.
+    Args:
+        device: The device.
+
+    Returns:
+        Bytes, including what this process's allocator has reserved and not allocated; None if unknown.
     """
     if device.type == "cpu":
-        return _free_main_memory()
+        return _free_host_memory()
     module = torch.get_device_module(device)
     if hasattr(module, "mem_get_info"):
         free, _total = module.mem_get_info(device)
         return int(free) + int(module.memory_reserved(device) - module.memory_allocated(device))
-    if hasattr(module, "recommended_max_memory"):  # memory shared with the processor: most of it, not all
+    if hasattr(module, "recommended_max_memory"):  # unified memory, most of which may be used
         return int(module.recommended_max_memory() - module.driver_allocated_memory())
-    return _free_main_memory()
+    return _free_host_memory()
 
 
-def _free_main_memory() -> int | None:
+def _free_host_memory() -> int | None:
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
@@ -119,42 +137,49 @@ def _free_main_memory() -> int | None:
 
 
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""What a user may have set; the framework reads them when it starts."""
+"""Environment variables by which a user sets the number of threads; torch reads them at import."""
 
 
 @dataclass(frozen=True, slots=True)
-class Threads:
-    """A number of threads and where it comes from, in words."""
+class ThreadCount:
+    """A number of threads and the reason for it."""
 
     count: int
-    because: str
+    reason: str
 
 
-def recommended_threads(present: int, environment: Mapping[str, str] = os.environ, system: Path = Path("/")) -> Threads:
-    """The number of threads for sums on the processor.
+def recommended_threads(
+    present: int, environment: Mapping[str, str] = os.environ, system: Path = Path("/")
+) -> ThreadCount:
+    """Recommended number of CPU threads.
 
-    present: what the framework would use by itself; it is never exceeded.
-    system: root of the file system that tells of cores and quotas.
+    Args:
+        present: What torch uses by default; never exceeded.
+        environment: Environment variables.
+        system: Root of the file system with /proc and /sys.
+
+    Returns:
+        The smallest of the default, the physical cores and the container's CPU quota.
     """
     for name in VARIABLES:
         if environment.get(name):
-            return Threads(present, f"{name} is set")
-    limits = [Threads(present, "the framework's own choice")]
-    if allowed := _allowed():
+            return ThreadCount(present, f"{name} is set")
+    limits = [ThreadCount(present, "the default of torch")]
+    if allowed := _allowed_cpus():
         cores = physical_cores(allowed, system)
-        limits.append(Threads(cores, f"this process may use {cores} cores"))
+        limits.append(ThreadCount(cores, f"this process may use {cores} cores"))
     if (quota := container_quota(system)) is not None:
-        limits.append(Threads(max(1, math.ceil(quota)), f"the container's quota is {quota:g} cores"))
+        limits.append(ThreadCount(max(1, math.ceil(quota)), f"the container's quota is {quota:g} cores"))
     return min(limits, key=lambda limit: limit.count)
 
 
-def _allowed() -> list[int]:
-    """Logical processors this process may run on; none where the system does not tell."""
+def _allowed_cpus() -> list[int]:
+    """Logical CPUs this process may run on; empty if unknown."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def physical_cores(logical: Iterable[int], system: Path = Path("/")) -> int:
-    """Cores behind some logical processors: two that share one core gain little from two threads of matrix products."""
+    """Number of physical cores behind logical CPUs; hyperthreads add little to matrix products."""
     cores = set()
     for number in logical:
         file = system / f"sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list"
@@ -163,7 +188,7 @@ def physical_cores(logical: Iterable[int], system: Path = Path("/")) -> int:
 
 
 def container_quota(system: Path = Path("/")) -> float | None:
-    """Cores' worth of time that the control group grants this process (Linux); None without a limit."""
+    """CPU quota of the control group in cores (Linux); None without a limit."""
     group = next(
         (line[3:] for line in (_read(system / "proc/self/cgroup") or "").splitlines() if line[:3] == "0::"), ""
     )

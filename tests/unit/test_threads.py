@@ -57,18 +57,18 @@ def test_the_older_form_of_a_quota(tmp_path: Path) -> None:
 
 
 def test_threads_keep_to_cores_and_quota(system: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "_allowed", lambda: list(range(8)))
+    monkeypatch.setattr(threads, "_allowed_cpus", lambda: list(range(8)))
     found = recommended_threads(8, {}, system)
-    assert (found.count, found.because) == (4, "this process may use 4 cores")
+    assert (found.count, found.reason) == (4, "this process may use 4 cores")
     (system / "sys/fs/cgroup/work/job/cpu.max").write_text("150000 100000\n")
     found = recommended_threads(8, {}, system)
-    assert (found.count, found.because) == (2, "the container's quota is 1.5 cores")
+    assert (found.count, found.reason) == (2, "the container's quota is 1.5 cores")
     assert recommended_threads(1, {}, system).count == 1
 
 
 def test_what_the_user_set_goes_first(system: Path) -> None:
     found = recommended_threads(64, {"OMP_NUM_THREADS": "64"}, system)
-    assert (found.count, found.because) == (64, "OMP_NUM_THREADS is set")
+    assert (found.count, found.reason) == (64, "OMP_NUM_THREADS is set")
 
 
 def test_a_command_sets_the_threads_it_was_told(tmp_path: Path) -> None:

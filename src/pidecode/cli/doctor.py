@@ -113,7 +113,7 @@ def processor() -> dict[str, Any]:
         compiler = str(error)
     return {
         "threads": threads.count,
-        "threads_because": threads.because,
+        "threads_because": threads.reason,
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "dtype": str(default_dtype(cpu)).removeprefix("torch."),
         "compiler_missing": compiler or None,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images in and out: safe reading, exact tensors, sizes, and files that carry their metadata."""
+"""Reading and writing image files, conversion to tensors, resizing and padding, and metadata in image files."""
 
 from pidecode.images.read import MAX_PIXELS, ImageSource, load_image, load_tensor
 from pidecode.images.tensors import (

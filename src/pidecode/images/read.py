@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading images that may be anything: upright, in sRGB, on white, and refused when broken or too large."""
+"""Safe reading of image files: orientation, color profile, transparency; damaged or huge files are refused."""
 
 from __future__ import annotations
 
@@ -22,42 +22,57 @@ ImageSource = str | os.PathLike[str] | bytes | Image.Image | Tensor
 MAX_PIXELS = 2**26
 """Largest image read unless the caller allows more: 67,108,864 pixels, 8192 x 8192."""
 
-# Formats that hold pixels and nothing that runs: no PostScript, no documents.
+# Pixel formats only: no PostScript, no documents.
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000", "TGA")
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
 def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """An image as 8-bit RGB: upright by its EXIF orientation, in sRGB by its profile, transparency on white.
+    """Read an image as 8-bit RGB in sRGB, rotated by its EXIF orientation, transparency on white.
 
-    Gray, palette, CMYK and 16-bit images are converted; of an animation the first frame is taken. An
-    unreadable color profile or orientation is passed over.
+    Gray, palette, CMYK and 16-bit images are converted; of an animation the first frame is read. An unreadable color
+    profile or orientation is ignored.
 
-    Raises ImageError for what is no image, is cut off, has more than `max_pixels` pixels (judged by its
-    header, before it is unpacked), or has a range of values that cannot be known.
+    Args:
+        source: A path, the bytes of a file, a Pillow image, or a tensor `[3, H, W]` in [-1, 1].
+        max_pixels: Largest number of pixels; checked in the header, before the image is decompressed.
+
+    Returns:
+        The image.
+
+    Raises:
+        ImageError: Not an image, truncated, too large, or values of an unknown range.
     """
     if isinstance(source, Tensor):
         return to_pil(source)
     if isinstance(source, Image.Image):
-        return _tidy(source, "The image", max_pixels)
+        return _to_rgb(source, "The image", max_pixels)
     name, data = _open(source)
     try:
         with data, Image.open(data, formats=readable_formats()) as image:
-            return _tidy(image, name, max_pixels)
+            return _to_rgb(image, name, max_pixels)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name} is too large to be read safely: {error}") from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is no image of a known kind ({', '.join(_FORMATS)}).") from error
-    except Exception as error:  # a hostile file can make a decoder raise nearly anything
-        raise ImageError(f"{name} is damaged or cut off: {error}. Export it anew.") from error
+        raise ImageError(f"{name} is not an image of a known format ({', '.join(_FORMATS)}).") from error
+    except Exception as error:  # a malicious file can make a decoder raise any exception
+        raise ImageError(f"{name} is damaged or truncated: {error}. Export it again.") from error
 
 
 def load_tensor(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """An image as `[1, 3, H, W]` float32 in [-1, 1]; a tensor passes with its precision, clamped.
+    """Read an image as a tensor.
 
-    Raises ImageError as `load_image` does.
+    Args:
+        source: As in `load_image`; a tensor is only checked and clamped.
+        max_pixels: Largest number of pixels.
+
+    Returns:
+        `[1, 3, H, W]` (`[B, 3, H, W]` for a batch tensor), float32 in [-1, 1].
+
+    Raises:
+        ImageError: As in `load_image`, or the tensor is not in [-1, 1].
     """
     if not isinstance(source, Tensor):
         return to_tensor(load_image(source, max_pixels=max_pixels))
@@ -78,7 +93,7 @@ def _open(source: str | os.PathLike[str] | bytes) -> tuple[str, BinaryIO]:
     if not isinstance(source, (str, os.PathLike)):
         raise ImageError(f"An image is a path, bytes, a Pillow image or a tensor; got {type(source).__name__}.")
     try:
-        if not Path(source).is_file():  # a pipe would block for ever
+        if not Path(source).is_file():  # a pipe would block forever
             kind = "is a folder" if Path(source).is_dir() else "is not a file"
             raise ImageError(f"{os.fspath(source)} {kind if Path(source).exists() else 'does not exist'}.")
         return os.fspath(source), open(source, "rb")
@@ -87,12 +102,12 @@ def _open(source: str | os.PathLike[str] | bytes) -> tuple[str, BinaryIO]:
 
 
 def readable_formats() -> list[str]:
-    """The formats this package reads, as far as the Pillow at hand knows them."""
+    """The formats this package reads and the installed Pillow supports."""
     Image.init()
     return [name for name in _FORMATS if name in Image.OPEN]
 
 
-def _tidy(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError(
@@ -102,23 +117,23 @@ def _tidy(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     if not width * height:
         raise ImageError(f"{name} has no pixels: {width}x{height}.")
     profile = image.info.get("icc_profile")
-    image = _upright(image)
-    image = _eight_bits(image, name)
-    image = _on_white(image)
+    image = _apply_orientation(image)
+    image = _to_8_bits(image, name)
+    image = _flatten_transparency(image)
     if image.mode not in ("RGB", "L", "CMYK"):
         image = image.convert("RGB")
     return _to_srgb(image, profile).convert("RGB")
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _apply_orientation(image: Image.Image) -> Image.Image:
     image.load()
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # broken EXIF must not cost the image
+    except Exception:  # the image is readable without its EXIF data
         return image
 
 
-def _eight_bits(image: Image.Image, name: str) -> Image.Image:
+def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
     """16-bit gray to 8, each value to its nearest level."""
     if image.mode in _SIXTEEN_BIT or image.mode == "I":
         values = np.asarray(image).astype(np.int64)
@@ -130,11 +145,11 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
     return image
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def _flatten_transparency(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
         return image
-    layered = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered).convert("RGB")
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
@@ -144,5 +159,5 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         target = ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(image, source, target, outputMode="RGB") or image
-    except Exception:  # a broken or unfitting profile, or a Pillow without color management
+    except Exception:  # a damaged or wrong profile, or a Pillow without color management
         return image

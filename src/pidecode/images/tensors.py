@@ -17,49 +17,69 @@ from pidecode.errors import ImageError, SettingError, SizeError
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """An image to `[1, 3, H, W]`, float32, in [-1, 1]; anything but RGB is converted by Pillow first."""
+    """Convert a Pillow image (converted to RGB first) to a tensor `[1, 3, H, W]`, float32 in [-1, 1]."""
     array = np.array(image.convert("RGB"), dtype=np.uint8)
     return torch.from_numpy(array).permute(2, 0, 1)[None].float().div_(127.5).sub_(1.0)
 
 
 def to_array(image: Tensor, *, bits: int = 8) -> NDArray[Any]:
-    """`[3, H, W]` or `[1, 3, H, W]` in [-1, 1] to `[H, W, 3]`, uint8 or (bits=16) uint16.
+    """Convert an image tensor to an array.
 
-    Values are clamped and rounded to the nearest level: truncation would darken by half a level on average.
-    Raises ImageError for NaN or infinite values or another shape, SettingError for other `bits`.
+    Values are clamped and rounded to the nearest level; truncation would darken by half a level on average.
+
+    Args:
+        image: `[3, H, W]` or `[1, 3, H, W]` in [-1, 1].
+        bits: 8 or 16.
+
+    Returns:
+        `[H, W, 3]`, uint8 or uint16.
+
+    Raises:
+        ImageError: NaN or infinite values, or another shape.
+        SettingError: Other `bits`.
     """
     if bits not in (8, 16):
         raise SettingError(f"An image has 8 or 16 bits per channel; got bits={bits}.")
     image = check_image(image)
     if len(image) != 1:
-        raise ImageError(f"One image is wanted; got a batch of {len(image)}. Take them one by one.")
-    wide = image[0].detach().float()
-    bad = int((~torch.isfinite(wide)).sum())
+        raise ImageError(f"One image was expected; got a batch of {len(image)}. Take them one by one.")
+    values = image[0].detach().float()
+    bad = int((~torch.isfinite(values)).sum())
     if bad:
         raise ImageError(
-            f"{bad} of {wide.numel()} values of the image are NaN or infinite: the network overflowed. "
+            f"{bad} of {values.numel()} values of the image are NaN or infinite: the network overflowed. "
             "Run it in float32 or bfloat16."
         )
     top = 2**bits - 1
-    levels = wide.clamp(-1.0, 1.0).add_(1.0).mul_(top / 2).round_().clamp_(0, top)
-    # torch knows little of uint16, so 16 bits take the way round.
+    levels = values.clamp(-1.0, 1.0).add_(1.0).mul_(top / 2).round_().clamp_(0, top)
+    # torch has few operations on uint16, so 16 bits are converted by numpy.
     whole = levels.to(torch.uint8 if bits == 8 else torch.int32)
     array: NDArray[Any] = whole.permute(1, 2, 0).contiguous().cpu().numpy()
     return array if bits == 8 else array.astype(np.uint16)
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """`[3, H, W]` or `[1, 3, H, W]` in [-1, 1] to an 8-bit RGB image; see `to_array`."""
+    """Convert `[3, H, W]` or `[1, 3, H, W]` in [-1, 1] to an 8-bit RGB image; raises as `to_array`."""
     return Image.fromarray(to_array(image))
 
 
 def to_pils(images: Tensor) -> list[Image.Image]:
-    """`[B, 3, H, W]` in [-1, 1] to a list of 8-bit RGB images."""
+    """Convert `[B, 3, H, W]` in [-1, 1] to a list of 8-bit RGB images; raises as `to_array`."""
     return [to_pil(image) for image in check_image(images)]
 
 
 def check_image(image: Tensor) -> Tensor:
-    """The tensor as `[B, 3, H, W]`. Raises ImageError unless it is float, three- or four-dimensional, RGB."""
+    """Check an image tensor.
+
+    Args:
+        image: Floating point, `[3, H, W]` or `[B, 3, H, W]`.
+
+    Returns:
+        The tensor as `[B, 3, H, W]`.
+
+    Raises:
+        ImageError: Another dtype or shape.
+    """
     if not image.is_floating_point():
         raise ImageError(f"An image tensor is float in [-1, 1]; got {image.dtype}. Use images.normalize_image().")
     batch = image[None] if image.ndim == 3 else image
@@ -69,16 +89,21 @@ def check_image(image: Tensor) -> Tensor:
 
 
 def normalize_image(image: Tensor) -> Tensor:
-    """Guess the range of an image tensor of any origin and bring it to [-1, 1], float32.
+    """Convert an image tensor of unknown range to [-1, 1] by guessing its range, as the official code does.
 
-    Whole numbers, and anything above 1, count as 0..255; else anything without negative values as 0..1; else it
-    is left as it is. This is the reference's guess (its golden block `normalize_image`): a dark image in
-    [-1, 1] without a negative value is misread by it, so our own functions never guess.
+    Integers, and values above 1, are taken as 0..255; values without a negative one as 0..1; others as [-1, 1]. An
+    image in [-1, 1] without a negative value is guessed wrongly, so nothing else in this package guesses.
+
+    Args:
+        image: Any shape and dtype.
+
+    Returns:
+        The image, float32.
     """
-    wide = image.float()
-    if not image.is_floating_point() or bool(wide.max() > 1.0):
-        return wide / 127.5 - 1.0
-    return wide * 2.0 - 1.0 if bool(wide.min() >= 0.0) else wide
+    values = image.float()
+    if not image.is_floating_point() or bool(values.max() > 1.0):
+        return values / 127.5 - 1.0
+    return values * 2.0 - 1.0 if bool(values.min() >= 0.0) else values
 
 
 ResizeMethod = Literal["bicubic", "area", "lanczos"]
@@ -93,9 +118,17 @@ class UnpaddedSize:
 
 
 def center_crop(image: Tensor, multiple: int) -> Tensor:
-    """The middle of `[B, 3, H, W]`, each side cut to a multiple. Raises SizeError if a side is shorter than one.
+    """Center-crop the sides of an image to multiples.
 
-    An odd remainder loses the extra row or column at the lower or right edge.
+    Args:
+        image: `[B, 3, H, W]`. Of an odd remainder the extra row or column is cut at the lower or right edge.
+        multiple: In pixels.
+
+    Returns:
+        The cropped image.
+
+    Raises:
+        SizeError: A side is shorter than `multiple`.
     """
     height, width = _sides(image, multiple)
     if height < multiple or width < multiple:
@@ -108,9 +141,14 @@ def center_crop(image: Tensor, multiple: int) -> Tensor:
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> tuple[Tensor, UnpaddedSize]:
-    """`[B, 3, H, W]` grown at the lower and right edge to multiples, and what `crop_back` needs.
+    """Pad an image at the lower and right edge to multiples.
 
-    The image is mirrored there; where it is too small for that, its edge is repeated.
+    Args:
+        image: `[B, 3, H, W]`. Padded by reflection, or by its edge where it is too small for that.
+        multiple: In pixels.
+
+    Returns:
+        The padded image, and the size that `crop_back` needs.
     """
     height, width = _sides(image, multiple)
     padded = check_image(image)
@@ -123,7 +161,19 @@ def pad_to_multiple(image: Tensor, multiple: int) -> tuple[Tensor, UnpaddedSize]
 
 
 def crop_back(image: Tensor, padding: UnpaddedSize, *, scale: int = 1) -> Tensor:
-    """Undo `pad_to_multiple` on an image since enlarged `scale` times. Raises SizeError if it is too small."""
+    """Crop an image enlarged `scale` times to the size before `pad_to_multiple`.
+
+    Args:
+        image: `[B, 3, H, W]`.
+        padding: The size that `pad_to_multiple` returned.
+        scale: Enlargement since then.
+
+    Returns:
+        The cropped image.
+
+    Raises:
+        SizeError: The image is too small.
+    """
     height, width = padding.height * scale, padding.width * scale
     if image.shape[-2] < height or image.shape[-1] < width:
         raise SizeError(f"{image.shape[-2]}x{image.shape[-1]} pixels cannot be cropped back to {height}x{width}.")
@@ -131,7 +181,21 @@ def crop_back(image: Tensor, padding: UnpaddedSize, *, scale: int = 1) -> Tensor
 
 
 def resize(image: Tensor, height: int, width: int, *, method: ResizeMethod = "bicubic") -> Tensor:
-    """`[B, 3, H, W]` resampled: antialiased bicubic, area means, or Lanczos. May overshoot [-1, 1] by a little."""
+    """Resize an image.
+
+    Args:
+        image: `[B, 3, H, W]`.
+        height: In pixels.
+        width: In pixels.
+        method: Antialiased bicubic, area average, or Lanczos.
+
+    Returns:
+        The resized image; bicubic and Lanczos may overshoot [-1, 1] slightly.
+
+    Raises:
+        SizeError: A side is not positive.
+        SettingError: An unknown method.
+    """
     if height < 1 or width < 1:
         raise SizeError(f"An image has positive sides; got {height}x{width}.")
     image = check_image(image)
@@ -148,16 +212,23 @@ def resize(image: Tensor, height: int, width: int, *, method: ResizeMethod = "bi
 
 
 def downsample(image: Tensor, factor: int = 4) -> Tensor:
-    """The low-quality image of training: `[B, 3, H, W]` to 1/factor of its sides, rounded down, clamped.
+    """The low-resolution image of training.
 
-    Antialiased bicubic (docs/architecture.md, Training); agrees with the reference's golden block `downsample4`.
+    Antialiased bicubic (docs/architecture.md, Training).
+
+    Args:
+        image: `[B, 3, H, W]` in [-1, 1].
+        factor: Reduction of each side, rounded down.
+
+    Returns:
+        The reduced image, clamped to [-1, 1].
     """
     height, width = image.shape[-2] // factor, image.shape[-1] // factor
     return resize(image, height, width).clamp(-1.0, 1.0)
 
 
 def lanczos(image: Tensor, scale: int) -> Tensor:
-    """`[B, 3, H, W]` enlarged by Lanczos and clamped to [-1, 1]: the yardstick to compare with."""
+    """Enlarge `[B, 3, H, W]` by Lanczos, clamped to [-1, 1]; the baseline of comparisons."""
     return resize(image, image.shape[-2] * scale, image.shape[-1] * scale, method="lanczos").clamp(-1.0, 1.0)
 
 

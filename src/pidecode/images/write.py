@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing images whole or not at all, with the metadata that made them inside; and reading it back."""
+"""Writing image files with metadata in them, atomically, and reading the metadata back."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pidecode.images.read import readable_formats
 from pidecode.images.tensors import to_array, to_pils
 
 KEYWORD = "pidecode"
-"""Name of the metadata among a PNG's texts, and its prefix in the EXIF user comment of other files."""
+"""Keyword of the PNG text chunk with the metadata, and its prefix in the EXIF user comment of other files."""
 
 _LONGEST = {"JPEG": 65535, "WEBP": 16383}
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -110,27 +110,36 @@ def save_image(
     bits: int = 8,
     quality: int | None = None,
 ) -> Path:
-    """Write an image as PNG, WebP or JPEG, by the ending of `path`; returns the path written.
+    """Write an image as PNG, WebP or JPEG.
 
-    image: Pillow RGB, a tensor `[3, H, W]` or `[1, 3, H, W]` in [-1, 1], or an array `[H, W, 3]` uint8 or uint16.
-    metadata: how it was made, JSON values; kept in the file (PNG text "pidecode", else the EXIF user comment).
-        Default: what a Pillow image made by a decoder carries in `.info["pidecode"]`.
-    bits: 16 for PNG from a tensor or uint16 array.
-    quality: 1 to 100 for WebP and JPEG, 95 if not given.
+    Args:
+        path: The file; its suffix chooses the format.
+        image: Pillow RGB, a tensor `[3, H, W]` or `[1, 3, H, W]` in [-1, 1], or an array `[H, W, 3]` uint8 or uint16.
+        metadata: JSON values that say how the image was made, kept in the file (PNG text "pidecode", else the EXIF user
+            comment). Default: `image.info["pidecode"]` of a Pillow image made by a decoder.
+        overwrite: Whether an existing file may be replaced.
+        bits: 16 for PNG from a tensor or uint16 array.
+        quality: 1 to 100 for WebP and JPEG, 95 if not given.
 
-    Raises FileError if the file exists (unless `overwrite`) or cannot be written, SettingError for settings
-    that cannot act, SizeError beyond a format's longest side, ImageError for values that are no image.
+    Returns:
+        The path written.
+
+    Raises:
+        FileError: The file exists or cannot be written.
+        SettingError: A setting cannot act.
+        SizeError: A side is longer than the format allows.
+        ImageError: The values are not an image.
     """
     kind = _FORMATS.get(Path(path).suffix.lower())
     if kind is None:
         raise SettingError(f"{path}: images are written as {', '.join(_FORMATS)}; choose one of these endings.")
     target = check_writable(path, overwrite=overwrite)
-    pieces = _encode(kind, image, metadata, bits, quality)
-    first = next(pieces)  # settings and sizes are judged before a file is begun
+    chunks = _encode(kind, image, metadata, bits, quality)
+    first = next(chunks)  # settings and sizes are checked before the file is opened
     with atomic_write(target, overwrite=overwrite) as file:
         file.write(first)
-        for piece in pieces:
-            file.write(piece)
+        for chunk in chunks:
+            file.write(chunk)
     return target
 
 
@@ -142,7 +151,21 @@ def encode_image(
     bits: int = 8,
     quality: int | None = None,
 ) -> bytes:
-    """The bytes of the file that `save_image` would write; kind is png, webp or jpeg. Raises as `save_image` does."""
+    """The bytes of the file that `save_image` would write.
+
+    Args:
+        image: As in `save_image`.
+        kind: "png", "webp" or "jpeg".
+        metadata: As in `save_image`.
+        bits: As in `save_image`.
+        quality: As in `save_image`.
+
+    Returns:
+        The file's bytes.
+
+    Raises:
+        PidecodeError: As in `save_image`.
+    """
     name = _FORMATS.get(f".{kind.lower()}")
     if name is None:
         raise SettingError(f"Images are written as png, webp or jpeg; not {kind!r}.")
@@ -156,7 +179,7 @@ def _encode(
     bits: int,
     quality: int | None,
 ) -> Iterator[bytes]:
-    """The pieces of an image file; everything that can be refused is refused before the first."""
+    """The chunks of an image file; every error is raised before the first chunk."""
     if quality is not None and (kind == "PNG" or not 1 <= quality <= 100):
         raise SettingError(f"quality={quality}: PNG is exact and takes none; WebP and JPEG take 1 to 100.")
     if bits != 8 and (kind != "PNG" or isinstance(image, Image.Image)):
@@ -179,9 +202,16 @@ def _encode(
 
 
 def read_metadata(path: str | os.PathLike[str] | bytes) -> dict[str, Any] | None:
-    """The metadata in an image that `save_image` wrote (path, or its bytes); None if it carries none.
+    """Read the metadata of an image file that `save_image` wrote; the image itself is not decompressed.
 
-    The image itself is not unpacked. Raises ImageError for a missing file, no image, or a damaged metadata.
+    Args:
+        path: The file, or its bytes.
+
+    Returns:
+        The metadata, or None if the file has none.
+
+    Raises:
+        ImageError: The file is missing, not an image, or its metadata is damaged.
     """
     if isinstance(path, bytes):
         return _read_metadata(io.BytesIO(path), "The image")
@@ -198,13 +228,13 @@ def _read_metadata(file: BinaryIO, name: str) -> dict[str, Any] | None:
     try:
         is_png = file.read(8) == SIGNATURE
         file.seek(0)
-        text = read_texts(file).get(KEYWORD) if is_png else _text_of_exif(file)
+        text = read_texts(file).get(KEYWORD) if is_png else _read_exif_comment(file)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is no image of a known kind.") from error
-    except Exception as error:  # a hostile file can make a decoder raise nearly anything
-        raise ImageError(f"{name} is damaged or cut off: {error}.") from error
+        raise ImageError(f"{name} is not an image of a known format.") from error
+    except Exception as error:  # a malicious file can make a decoder raise any exception
+        raise ImageError(f"{name} is damaged or truncated: {error}.") from error
     if text is None:
         return None
     try:
@@ -212,7 +242,7 @@ def _read_metadata(file: BinaryIO, name: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError) as error:
         raise ImageError(f"The metadata in {name} is damaged: it is not JSON.") from error
     if not isinstance(metadata, dict):
-        raise ImageError(f"The metadata in {name} is damaged: it is not a table.")
+        raise ImageError(f"The metadata in {name} is damaged: it is not a JSON object.")
     return metadata
 
 
@@ -232,10 +262,10 @@ def _as_array(image: Image.Image | Tensor | NDArray[Any], bits: int) -> NDArray[
 
 def _metadata_text(metadata: Mapping[str, Any]) -> str:
     try:
-        # Plain ASCII, so that every field of every format holds it.
+        # ASCII, which fits into the fields of every format.
         return json.dumps(dict(metadata), allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise SettingError(f"The metadata holds something that JSON cannot: {error}.") from error
+        raise SettingError(f"The metadata holds a value that JSON cannot represent: {error}.") from error
 
 
 def _exif(text: str) -> bytes:
@@ -247,7 +277,7 @@ def _exif(text: str) -> bytes:
     return exif.tobytes()
 
 
-def _text_of_exif(file: BinaryIO) -> str | None:
+def _read_exif_comment(file: BinaryIO) -> str | None:
     with Image.open(file, formats=readable_formats()) as image:
         comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT)
     if isinstance(comment, str):
