@@ -77,11 +77,7 @@ def has_amx() -> bool:
 
 
 def require_compiler(device: torch.device) -> None:
-<<<<<<< HEAD
-    """Raise MissingDependencyError if torch cannot compile for the device on this machine; says what would fix it.
-=======
     """Check that the tools torch.compile needs are installed.
->>>>>>> 59e140a (Images, devices, metrics: Google docstrings and the field's words)
 
     Args:
         device: The device to compile for.
