@@ -22,7 +22,7 @@ from benchmarks.configs import CONFIGS
 from benchmarks.profiler import profile as run_profile
 from benchmarks.reference import compare
 from benchmarks.speed import Mode, Trial, measure
-from pidecode.cli.common import SHORT_DTYPES, emit, json_option, quantization_options, table, threads_option
+from pidecode.cli.common import emit, json_option, quantization_options, table, threads_option
 from pidecode.devices import default_dtype, select_device
 from pidecode.engine.machine import Quantization, this_machine
 from pidecode.engine.plan import Plan, Scheme, predict
@@ -98,7 +98,7 @@ _WHAT = (
         "--network", "networks", type=click.Choice(list(CONFIGS)), multiple=True, help="v1.5-narrow if not given."
     ),
     click.option("--size", "sizes", metavar="WxH", multiple=True, help="512x512 if not given."),
-    click.option("--dtype", "dtypes", type=click.Choice(SHORT_DTYPES), multiple=True, help="As suits the device."),
+    click.option("--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True, help="As suits the device."),
     click.option("--mode", "modes", type=click.Choice(MODES), multiple=True, help="eager if not given."),
     click.option(
         "--suite", is_flag=True,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches: what becomes a job, what is skipped, what a failure costs, and what the report says; on one device."""
+"""Batches on one device: jobs, skipped and failed jobs, and the report."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pidecode import PixelDecoder
-from pidecode.batch.jobs import Job, Naming, collect
-from pidecode.batch.report import Outcome, Report, merge
-from pidecode.batch.run import Batch, engine_of, run
-from pidecode.batch.worker import Work, Worker, places
+from pidecode.batch.jobs import BatchJob, OutputNaming, collect_jobs
+from pidecode.batch.report import BatchReport, JobResult, merge
+from pidecode.batch.run import Batch, choose_engine, run_batch
+from pidecode.batch.worker import Worker, WorkerConfig, output_paths
 from pidecode.cli.app import cli
 from pidecode.errors import FileError, SettingError
 from pidecode.files import remove_partial
 from pidecode.images import read_metadata, save_image
 from pidecode.latents.latent import Latent
 from pidecode.models.pid.network import PiDNet
+from pidecode.options import DecodeOptions
 from pidecode.registry.configs import debug_config
 from pidecode.weights.metadata import CheckpointMetadata
 
@@ -46,8 +47,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def work(model: Path) -> Work:
-    return Work(model=str(model), device="cpu", num_steps=1)
+def config(model: Path) -> WorkerConfig:
+    return WorkerConfig(model=str(model), device="cpu", options=DecodeOptions(num_steps=1))
 
 
 def put(path: Path, count: int = 1, seed: int = 0) -> Path:
@@ -58,22 +59,22 @@ def put(path: Path, count: int = 1, seed: int = 0) -> Path:
     return path
 
 
-def go(source: Path | str, out: Path, work: Work, **naming: Any) -> Report:
-    batch = Batch(jobs=collect(source, Naming(out=out, **naming)), work=work, out=out)
-    report = run(batch, lambda _: None)
+def go(source: Path | str, out: Path, config: WorkerConfig, **naming: Any) -> BatchReport:
+    batch = Batch(jobs=collect_jobs(source, OutputNaming(out=out, **naming)), config=config, out=out)
+    report = run_batch(batch, lambda _: None)
     assert report is not None
     return report
 
 
-def states(report: Report) -> dict[str, str]:
-    return {outcome.name: outcome.state for outcome in report.outcomes}
+def states(report: BatchReport) -> dict[str, str]:
+    return {result.name: result.state for result in report.results}
 
 
-def test_a_folder_keeps_its_structure_and_passes_over_what_is_neither(tmp_path: Path) -> None:
+def test_a_folder_keeps_its_structure_and_other_files_are_ignored(tmp_path: Path) -> None:
     for name in ("b.jpg", "a/c.safetensors", "a/.hidden.png", "notes.txt", "out/old.png", ".git/x.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    jobs = collect(tmp_path, Naming(out=tmp_path / "out"))
+    jobs = collect_jobs(tmp_path, OutputNaming(out=tmp_path / "out"))
     assert [(job.name, job.kind, job.out.relative_to(tmp_path).as_posix()) for job in jobs] == [
         ("a/c.safetensors", "latent", "out/a/c.png"),
         ("b.jpg", "image", "out/b.png"),
@@ -84,9 +85,9 @@ def test_a_pattern_and_a_single_file(tmp_path: Path) -> None:
     for name in ("in/x/1.png", "in/y/2.png", "in/y/3.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    jobs = collect(f"{tmp_path}/in/**/*.png", Naming(out=tmp_path / "o", ending=".webp"))
+    jobs = collect_jobs(f"{tmp_path}/in/**/*.png", OutputNaming(out=tmp_path / "o", suffix=".webp"))
     assert [job.out.relative_to(tmp_path).as_posix() for job in jobs] == ["o/x/1.webp", "o/y/2.webp"]
-    (job,) = collect(tmp_path / "in/y/3.jpg", Naming(out=tmp_path / "o", keep_ending=True))
+    (job,) = collect_jobs(tmp_path / "in/y/3.jpg", OutputNaming(out=tmp_path / "o", keep_suffix=True))
     assert job.out == tmp_path / "o" / "3.jpg.png"
 
 
@@ -97,10 +98,10 @@ def test_a_manifest_gives_each_line_its_own_settings(tmp_path: Path) -> None:
     ]
     path = tmp_path / "list.jsonl"
     path.write_text("\n\n".join(json.dumps(line) for line in lines))
-    first, second = collect(path, Naming(out=tmp_path / "o"))
+    first, second = collect_jobs(path, OutputNaming(out=tmp_path / "o"))
     assert first.source == tmp_path / "a.safetensors"
-    assert first.own == {"seed": 7, "size": (64, 128), "prompt": "a cat"}
-    assert second == Job(
+    assert first.options == {"seed": 7, "size": (64, 128), "prompt": "a cat"}
+    assert second == BatchJob(
         name="/elsewhere/b.png", source=Path("/elsewhere/b.png"), kind="image", out=tmp_path / "o/new/b.jpg"
     )
 
@@ -109,50 +110,50 @@ def test_a_manifest_gives_each_line_its_own_settings(tmp_path: Path) -> None:
     ("line", "words"),
     [
         ("{", "Line 1 of list.jsonl is not JSON"),
-        ("[1]", 'is not a table; write {"source": "cat.png"}'),
+        ("[1]", 'is not a JSON object; write {"source": "cat.png"}'),
         ('{"sorce": "a.png"}', "an entry 'sorce'. Did you mean source?"),
         ('{"seed": 1}', "needs 'source' as text"),
         ('{"source": "a.txt"}', "a.txt is neither an image"),
-        ('{"source": "a.png", "seed": "x"}', "seed is 'x'; it must be int"),
+        ('{"source": "a.png", "seed": "x"}', "seed is 'x'; it must be a whole number"),
         ('{"source": "a.png", "seed": true}', "seed is True"),
-        ('{"source": "a.png", "size": [1]}', r"write width and height, as in \[2048, 1536\]"),
-        ('{"source": "a.png", "out": "../b.png"}', "lies outside the folder of the results"),
-        ('{"source": "a.png", "out": "b.tiff"}', "b.tiff is no kind of image written here"),
+        ('{"source": "a.png", "size": [1]}', "it must be width and height in pixels"),
+        ('{"source": "a.png", "out": "../b.png"}', "is outside the output folder"),
+        ('{"source": "a.png", "out": "b.tiff"}', "b.tiff must end in .png"),
     ],
 )
 def test_a_wrong_manifest_names_the_line(tmp_path: Path, line: str, words: str) -> None:
     path = tmp_path / "list.jsonl"
     path.write_text(line)
     with pytest.raises(SettingError, match=words):
-        collect(path, Naming(out=tmp_path / "o"))
+        collect_jobs(path, OutputNaming(out=tmp_path / "o"))
 
 
-def test_what_gives_no_jobs_is_said_at_once(tmp_path: Path) -> None:
-    out = Naming(out=tmp_path / "o")
+def test_sources_without_jobs_are_refused(tmp_path: Path) -> None:
+    out = OutputNaming(out=tmp_path / "o")
     with pytest.raises(FileError, match="There is no .*nowhere"):
-        collect(tmp_path / "nowhere", out)
-    with pytest.raises(FileError, match="holds no image and no latent"):
-        collect(tmp_path, out)
+        collect_jobs(tmp_path / "nowhere", out)
+    with pytest.raises(FileError, match="holds no image .* and no latent"):
+        collect_jobs(tmp_path, out)
     (tmp_path / "a.png").touch()
     (tmp_path / "a.jpg").touch()
-    with pytest.raises(SettingError, match="a.jpg and a.png would both be written to .*a.png. Keep their endings"):
-        collect(tmp_path, out)
-    assert len(collect(tmp_path, Naming(out=tmp_path / "o", keep_ending=True))) == 2
-    with pytest.raises(SettingError, match="beside their sources"):
-        collect(tmp_path, Naming(out=tmp_path))
+    with pytest.raises(SettingError, match="a.jpg and a.png would both be written to .*a.png. Keep their suffixes"):
+        collect_jobs(tmp_path, out)
+    assert len(collect_jobs(tmp_path, OutputNaming(out=tmp_path / "o", keep_suffix=True))) == 2
+    with pytest.raises(SettingError, match="is the source folder"):
+        collect_jobs(tmp_path, OutputNaming(out=tmp_path))
     (tmp_path / "x.txt").touch()
     with pytest.raises(FileError, match="neither an image"):
-        collect(tmp_path / "x.txt", out)
+        collect_jobs(tmp_path / "x.txt", out)
 
 
-def test_a_run_makes_skips_and_says_why_not(tmp_path: Path, work: Work) -> None:
+def test_a_run_decodes_skips_and_explains_failures(tmp_path: Path, config: WorkerConfig) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
     put(source / "deep/b.safetensors", seed=1)
     put(source / "a.safetensors")
     put(source / "many.safetensors", count=3)
     (source / "broken.safetensors").write_bytes(b"nonsense")
     save_file({"x": torch.zeros(1, 128, 1, 1)}, source / "foreign.safetensors")
-    first = go(source, out, work)
+    first = go(source, out, config)
     assert states(first) == {
         "a.safetensors": "done", "broken.safetensors": "failed", "deep/b.safetensors": "done",
         "foreign.safetensors": "failed", "many.safetensors": "done",
@@ -162,19 +163,19 @@ def test_a_run_makes_skips_and_says_why_not(tmp_path: Path, work: Work) -> None:
     assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*.png")) == [
         "a.png", "deep/b.png", "many-1.png", "many-2.png", "many-3.png",
     ]  # fmt: skip
-    why = {item.name: item.why or "" for item in first.failures}
+    why = {item.name: item.message or "" for item in first.failures}
     assert "is not a .safetensors file, or is cut off" in why["broken.safetensors"]
     assert "does not say which latent space" in why["foreign.safetensors"]
-    recipe = read_metadata(out / "many-2.png")
-    assert recipe is not None
-    assert (recipe["source"], recipe["seed"]) == ("many.safetensors", 1)
-    # The same command again: nothing is decoded, and what was wrong and is mended now is done.
+    metadata = read_metadata(out / "many-2.png")
+    assert metadata is not None
+    assert (metadata["source"], metadata["seed"]) == ("many.safetensors", 1)
+    # The same command again: nothing is decoded, and what failed and is repaired now is done.
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
     (source / "broken.safetensors").unlink()
     (source / "foreign.safetensors").unlink()
     put(source / "broken.safetensors", seed=5)
     (out / "many-2.png").unlink()
-    second = go(source, out, work)
+    second = go(source, out, config)
     assert second.complete
     assert states(second) == {
         "a.safetensors": "skipped", "deep/b.safetensors": "skipped", "broken.safetensors": "done",
@@ -187,13 +188,13 @@ def test_a_run_makes_skips_and_says_why_not(tmp_path: Path, work: Work) -> None:
     assert {key: written[key] for key in ("complete", "jobs", "done", "skipped", "failed", "left", "images")} == {
         "complete": True, "jobs": 4, "done": 2, "skipped": 2, "failed": 0, "left": 0, "images": 2,
     }  # fmt: skip
-    assert written["work"]["num_steps"] == 1
+    assert written["settings"]["options"]["num_steps"] == 1
 
 
-def test_a_batch_equals_decoding_one_by_one(tmp_path: Path, work: Work) -> None:
+def test_a_batch_equals_decoding_one_by_one(tmp_path: Path, config: WorkerConfig) -> None:
     put(tmp_path / "in/many.safetensors", count=2, seed=3)
-    go(tmp_path / "in", tmp_path / "out", work)
-    decoder = PixelDecoder.from_pretrained(work.model, device="cpu")
+    go(tmp_path / "in", tmp_path / "out", config)
+    decoder = PixelDecoder.from_pretrained(config.model, device="cpu")
     images = decoder.decode(Latent.load(tmp_path / "in/many.safetensors"), num_steps=1, seed=0).images
     for index, image in enumerate(images, start=1):
         with Image.open(tmp_path / f"out/many-{index}.png") as found:
@@ -201,61 +202,61 @@ def test_a_batch_equals_decoding_one_by_one(tmp_path: Path, work: Work) -> None:
         assert difference.abs().max() <= 1
 
 
-def test_other_settings_never_replace_a_image_unasked(tmp_path: Path, work: Work) -> None:
+def test_other_options_never_replace_an_image_without_overwrite(tmp_path: Path, config: WorkerConfig) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
     put(source / "a.safetensors")
     put(source / "b.safetensors", seed=1)
     out.mkdir()
     save_image(out / "b.png", Image.new("RGB", (4, 4)))
-    go(source, out, work)
-    other = Work(model=work.model, device="cpu", num_steps=1, seed=9)
+    go(source, out, config)
+    other = WorkerConfig(model=config.model, device="cpu", options=DecodeOptions(num_steps=1, seed=9))
     report = go(source, out, other)
-    why = {item.name: item.why or "" for item in report.failures}
-    assert "was made with other settings or from another source. --overwrite replaces" in why["a.safetensors"]
+    why = {item.name: item.message or "" for item in report.failures}
+    assert "was made with other options or from another source. Replace it with --overwrite" in why["a.safetensors"]
     assert "was not made by a batch" in why["b.safetensors"]
-    allowed = Work(model=work.model, device="cpu", num_steps=1, seed=9, overwrite=True)
+    allowed = WorkerConfig(model=config.model, device="cpu", options=DecodeOptions(num_steps=1, seed=9), overwrite=True)
     assert states(go(source, out, allowed)) == {"a.safetensors": "done", "b.safetensors": "done"}
     assert states(go(source, out, allowed)) == {"a.safetensors": "skipped", "b.safetensors": "skipped"}
 
 
-def test_images_are_enlarged_and_any_fault_stays_with_its_job(tmp_path: Path, work: Work) -> None:
+def test_images_are_upscaled_and_an_error_stays_with_its_job(tmp_path: Path, config: WorkerConfig) -> None:
     save_image(tmp_path / "photo.png", Image.new("RGB", (20, 17), "teal"))
-    decoder = PixelDecoder.from_pretrained(work.model, device="cpu")
+    decoder = PixelDecoder.from_pretrained(config.model, device="cpu")
     decoder.encoder = lambda images: torch.zeros(1, 128, images.shape[2] // 16, images.shape[3] // 16)
-    (job,) = collect(tmp_path / "photo.png", Naming(out=tmp_path / "out", ending=".jpg"))
-    outcome = Worker(work, decoder).do(job)
-    assert (outcome.state, outcome.images) == ("done", 1)
+    (job,) = collect_jobs(tmp_path / "photo.png", OutputNaming(out=tmp_path / "out", suffix=".jpg"))
+    result = Worker(config, decoder).process(job)
+    assert (result.state, result.images) == ("done", 1)
     with Image.open(job.out) as image:
         assert image.size == (80, 68)
-    assert Worker(work, decoder).do(job).images == 0  # as after a death between writing and reporting
+    assert Worker(config, decoder).process(job).images == 0  # as after a death between writing and reporting
 
     def out_of_memory(_: torch.Tensor) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     decoder.encoder = out_of_memory
     job.out.unlink()
-    assert "not enough memory" in (Worker(work, decoder).do(job).why or "")
+    assert "not enough memory" in (Worker(config, decoder).process(job).message or "")
     decoder.encoder = lambda _: 1 / 0  # type: ignore[assignment,return-value]
-    assert Worker(work, decoder).do(job).why == "ZeroDivisionError: division by zero"
+    assert Worker(config, decoder).process(job).message == "ZeroDivisionError: division by zero"
 
 
-def test_stopping_reports_and_the_next_run_goes_on(tmp_path: Path, work: Work) -> None:
+def test_an_interrupted_run_reports_and_the_next_resumes(tmp_path: Path, config: WorkerConfig) -> None:
     for index in range(6):
         put(tmp_path / f"in/{index}.safetensors", seed=index)
     out = tmp_path / "out"
-    batch = Batch(jobs=collect(tmp_path / "in", Naming(out=out)), work=work, out=out)
+    batch = Batch(jobs=collect_jobs(tmp_path / "in", OutputNaming(out=out)), config=config, out=out)
 
-    def stop(outcome: Outcome) -> None:
-        if outcome.name == "1.safetensors":
+    def stop(result: JobResult) -> None:
+        if result.name == "1.safetensors":
             raise KeyboardInterrupt
 
-    report = run(batch, stop)
+    report = run_batch(batch, stop)
     assert report is not None
     assert report.interrupted
-    assert "the same command goes on from here" in report.sentences()
+    assert "the same command resumes" in report.describe()
     made = {path.name for path in out.glob("*.png")}
     assert {"0.png", "1.png"} <= made < {f"{index}.png" for index in range(6)}
-    report = run(batch, lambda _: None)
+    report = run_batch(batch, lambda _: None)
     assert report is not None
     assert report.complete
     assert report.count("skipped") == len(made)
@@ -272,51 +273,51 @@ def test_incomplete_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     assert other.exists()
 
 
-def test_a_lying_header_promises_no_places(tmp_path: Path) -> None:
+def test_a_wrong_header_does_not_make_many_output_paths(tmp_path: Path) -> None:
     header = json.dumps({"x": {"dtype": "F32", "shape": [10**12, 0, 1, 1], "data_offsets": [0, 0]}}).encode()
     path = tmp_path / "a.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header)
-    assert places(Job(name="a", source=path, kind="latent", out=tmp_path / "a.png")) == [tmp_path / "a.png"]
+    assert output_paths(BatchJob(name="a", source=path, kind="latent", out=tmp_path / "a.png")) == [tmp_path / "a.png"]
 
 
-def test_engines_know_who_started_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_follows_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert engine_of(None) == "local"
+    assert choose_engine(None) == "local"
     with pytest.raises(SettingError, match="torchrun --nproc-per-node=2 -m pidecode batch"):
-        engine_of("torchrun")
+        choose_engine("torchrun")
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert engine_of(None) == "torchrun"
-    with pytest.raises(SettingError, match="each would do all the work"):
-        engine_of("local")
+    assert choose_engine(None) == "torchrun"
+    with pytest.raises(SettingError, match="each would process the whole batch"):
+        choose_engine("local")
 
 
-def test_the_report_in_words() -> None:
-    outcomes = (
-        Outcome(name="b", state="failed", seconds=1, error="ImageError", why="b is cut off."),
-        Outcome(name="a", state="done", seconds=2, images=2, megapixels=8.0),
-        Outcome(name="c", state="skipped", seconds=0),
+def test_the_report_as_text() -> None:
+    results = (
+        JobResult(name="b", state="failed", seconds=1, error="ImageError", message="b is cut off."),
+        JobResult(name="a", state="done", seconds=2, images=2, megapixels=8.0),
+        JobResult(name="c", state="skipped", seconds=0),
     )
-    report = Report(jobs=4, outcomes=outcomes, seconds=30.0, engine="ray", workers=2, lost_workers=1)
-    assert report.sentences().splitlines() == [
-        "1 of 4 done, 1 were done before, 1 failed.",
-        "2 images in 30 s: 4.0 a minute, with 2 workers (ray).",
-        "1 worker died and had to be replaced; nothing was lost.",
+    report = BatchReport(jobs=4, results=results, seconds=30.0, engine="ray", workers=2, lost_workers=1)
+    assert report.describe().splitlines() == [
+        "1 of 4 done, 1 skipped (done before), 1 failed.",
+        "2 images in 30 s: 4.0 per minute, with 2 workers (ray).",
+        "1 worker died and had to be replaced; their jobs were repeated.",
         "Failed: b: b is cut off.",
-        "Stopped with 1 job left; the same command goes on from here.",
+        "Stopped with 1 job left; the same command resumes.",
     ]
     both = merge([report, report])
-    assert (both.jobs, both.workers, len(both.outcomes), both.seconds) == (8, 4, 6, 30.0)
+    assert (both.jobs, both.workers, len(both.results), both.seconds) == (8, 4, 6, 30.0)
 
 
-def test_the_command(tmp_path: Path, work: Work) -> None:
+def test_the_command(tmp_path: Path, config: WorkerConfig) -> None:
     put(tmp_path / "in/a.safetensors")
     command = [
         "batch",
         str(tmp_path / "in"),
         str(tmp_path / "out"),
         "-m",
-        work.model,
+        config.model,
         "--device",
         "cpu",
         "--num-steps",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches on several processes: torchrun's stripes, and a real local Ray whose worker is killed midway."""
+"""Batches on several processes: torchrun, and a real local Ray whose worker is killed midway."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from pidecode.batch.jobs import Naming, collect
-from pidecode.batch.report import Outcome, Report
-from pidecode.batch.run import Batch, run
-from pidecode.batch.worker import Work
+from pidecode.batch.jobs import OutputNaming, collect_jobs
+from pidecode.batch.report import BatchReport, JobResult
+from pidecode.batch.run import Batch, run_batch
+from pidecode.batch.worker import WorkerConfig
 from pidecode.errors import CheckpointError, MissingDependencyError, SettingError
 from pidecode.latents.latent import Latent
 from pidecode.models.pid.network import PiDNet
+from pidecode.options import DecodeOptions
 from pidecode.registry.configs import debug_config
 from pidecode.weights.metadata import CheckpointMetadata
 
@@ -59,13 +60,15 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain(source: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process makes of them."""
     out = tmp_path_factory.mktemp("plain")
-    run(batch_of(source, out, model), lambda _: None)
+    run_batch(batch_of(source, out, model), lambda _: None)
     return out
 
 
 def batch_of(source: Path, out: Path, model: Path) -> Batch:
-    jobs = collect(source, Naming(out=out))
-    return Batch(jobs=jobs, work=Work(model=str(model), device="cpu", num_steps=2), out=out)
+    jobs = collect_jobs(source, OutputNaming(out=out))
+    return Batch(
+        jobs=jobs, config=WorkerConfig(model=str(model), device="cpu", options=DecodeOptions(num_steps=2)), out=out
+    )
 
 
 def assert_same_images(one: Path, other: Path) -> None:
@@ -79,7 +82,7 @@ def assert_same_images(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-def test_torchrun_shares_the_work_and_resumes(source: Path, model: Path, plain: Path, tmp_path: Path) -> None:
+def test_torchrun_divides_the_jobs_and_resumes(source: Path, model: Path, plain: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1",
@@ -89,9 +92,9 @@ def test_torchrun_shares_the_work_and_resumes(source: Path, model: Path, plain: 
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "GLOO_SOCKET_IFNAME": "lo"}
     first = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert first.returncode == 1, first.stderr  # one latent is broken
-    told = json.loads(first.stdout)
-    assert (told["done"], told["failed"], told["left"], told["workers"]) == (MANY, 1, 0, 2)
-    assert told["engine"] == "torchrun"
+    report = json.loads(first.stdout)
+    assert (report["done"], report["failed"], report["left"], report["workers"]) == (MANY, 1, 0, 2)
+    assert report["engine"] == "torchrun"
     assert_same_images(plain, out)
     (out / "03.png").unlink()
     again = json.loads(subprocess.run(command, capture_output=True, text=True, check=False, env=environment).stdout)
@@ -118,7 +121,7 @@ def _quiet_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("_quiet_ray")
 @pytest.mark.filterwarnings("default")
-def test_ray_loses_nothing_and_does_nothing_twice_when_a_worker_is_killed(
+def test_ray_completes_every_job_once_when_a_worker_is_killed(
     source: Path, model: Path, plain: Path, tmp_path: Path
 ) -> None:
     import ray
@@ -127,29 +130,29 @@ def test_ray_loses_nothing_and_does_nothing_twice_when_a_worker_is_killed(
     pids: set[int] = set()
     killed: list[int] = []
 
-    def tell(outcome: Outcome) -> None:
-        if outcome.worker is None:
+    def on_result(result: JobResult) -> None:
+        if result.worker is None:
             return
-        own = int(outcome.worker.rpartition(":")[2])
+        own = int(result.worker.rpartition(":")[2])
         pids.add(own)
         others = pids - {own}
         if not killed and others:  # the other one is in the middle of a job
             killed.append(others.pop())
             os.kill(killed[0], signal.SIGKILL)
 
-    report = run(ray_batch(source, out, model), tell)
+    report = run_batch(ray_batch(source, out, model), on_result)
     assert not ray.is_initialized()
     assert report is not None
     assert killed
     assert report.lost_workers == 1
     assert len(pids) >= 2  # the two, and perhaps the one that took the dead one's place: it may come too late
-    names = Counter(outcome.name for outcome in report.outcomes)
+    names = Counter(result.name for result in report.results)
     assert set(names.values()) == {1}
     assert len(names) == MANY + 1
     assert [failure.name for failure in report.failures] == ["broken.safetensors"]
     assert_same_images(plain, out)
     assert not [path for path in out.iterdir() if path.name.startswith(".shared-")]
-    again = run(ray_batch(source, out, model), lambda _: None)
+    again = run_batch(ray_batch(source, out, model), lambda _: None)
     assert again is not None
     assert (again.count("done"), again.count("skipped"), again.count("failed")) == (0, MANY, 1)
 
@@ -157,30 +160,30 @@ def test_ray_loses_nothing_and_does_nothing_twice_when_a_worker_is_killed(
 @pytest.mark.slow
 @pytest.mark.usefixtures("_quiet_ray")
 @pytest.mark.filterwarnings("default")
-def test_ray_ends_with_the_sentence_of_what_cannot_load(source: Path, tmp_path: Path) -> None:
+def test_ray_raises_the_error_of_a_model_that_cannot_load(source: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.safetensors"
     save_file({"x": torch.zeros(1)}, bad)
     began = time.perf_counter()
     with pytest.raises(CheckpointError):
-        run(ray_batch(source, tmp_path / "out", bad, workers=1), lambda _: None)
+        run_batch(ray_batch(source, tmp_path / "out", bad, workers=1), lambda _: None)
     assert time.perf_counter() - began < 120
 
 
-def test_ray_is_asked_for_only_when_there_is_work(
+def test_ray_is_imported_only_when_there_is_work(
     source: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingDependencyError, match=r"pidecode\[ray\]"):
-        run(ray_batch(source, tmp_path / "out", model), lambda _: None)
+        run_batch(ray_batch(source, tmp_path / "out", model), lambda _: None)
     only = replace(ray_batch(source, tmp_path / "o", model), jobs=[])
-    report: Report | None = run(only, lambda _: None)
+    report: BatchReport | None = run_batch(only, lambda _: None)
     assert report is not None
     assert report.complete
 
 
 @pytest.mark.usefixtures("_quiet_ray")
 @pytest.mark.filterwarnings("default")
-def test_a_cluster_that_is_not_there_is_named(source: Path, model: Path, tmp_path: Path) -> None:
+def test_an_unreachable_cluster_is_named(source: Path, model: Path, tmp_path: Path) -> None:
     batch = replace(ray_batch(source, tmp_path / "out", model), address="127.0.0.1:1")
     with pytest.raises(SettingError, match="Ray cluster '127.0.0.1:1' cannot be reached"):
-        run(batch, lambda _: None)
+        run_batch(batch, lambda _: None)

@@ -36,7 +36,7 @@ def trial(**given: Any) -> Trial:
 
 def test_figures_come_with_their_conditions(tmp_path: Path) -> None:
     place = tmp_path / "figures.json"
-    text = bench("--network", "debug", "--dtype", "fp32", "-o", str(place))
+    text = bench("--network", "debug", "--dtype", "float32", "-o", str(place))
     (result,) = json.loads(place.read_text())["results"]
     assert result["mode"] == "eager" and result["first"] is None
     assert result["peak"] > 0 and result["whole"] >= result["step"] > 0 and result["share"] > 0

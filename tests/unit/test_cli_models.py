@@ -101,8 +101,8 @@ def test_doctor_tells_versions_devices_extras_and_verdicts(hub: Path) -> None:
     if os.name == "posix":
         assert cpu["total_bytes"] >= cpu["available_bytes"] > 0
     assert set(told["extras"]) == set(EXTRAS)
-    assert {"what", "works", "because"} == set(told["verdicts"][0])
-    missing = [line["because"] for line in told["verdicts"] if line["what"] == "released decoders for flux"]
+    assert {"name", "ok", "reason"} == set(told["checks"][0])
+    missing = [line["reason"] for line in told["checks"] if line["name"] == "released decoders for flux"]
     assert missing == ["not on this disk: pidecode pull flux"]
     put(hub, REPOSITORY, get_checkpoint("flux").path)
     shown = run("doctor").stdout

@@ -39,7 +39,19 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(files: Path, out: Path, *more: str) -> Result:
-    common = ["generate", "--space", "sdxl", "--size", "256x128", "--steps", "4", "-o", str(out), "--device", "cpu"]
+    common = [
+        "generate",
+        "--space",
+        "sdxl",
+        "--size",
+        "256x128",
+        "--num-inference-steps",
+        "4",
+        "-o",
+        str(out),
+        "--device",
+        "cpu",
+    ]
     own = ["--pipeline", str(files / "pipeline"), "-m", str(files / "decoder.safetensors")]
     return CliRunner().invoke(cli, [*common, *own, "--arguments", '{"guidance_scale": 1.0}', *more])
 
@@ -99,7 +111,7 @@ def test_latents_are_not_kept_unasked(files: Path, tmp_path: Path) -> None:
         (["--size", "250x128"], "The nearest size that fits is 256x128"),
         (["--size", "big"], "it must be WIDTHxHEIGHT"),
         (["--stop-after", "late"], "counted from 1, or `recommended`"),
-        (["--arguments", "[]"], "must be a JSON table"),
+        (["--arguments", "[]"], "must be a JSON object"),
         (["--pipeline", "/nowhere/at/all"], "hf download stabilityai/stable-diffusion-xl-base-1.0"),
     ],
 )

@@ -16,11 +16,11 @@ from pidecode.cli.space_check import check_space
 
 
 def test_nothing_here_is_said_with_the_mend() -> None:
-    checks = {check.what: check for check in check_space("flux")}
-    assert not checks["decoder"].works
-    assert "pidecode pull flux" in checks["decoder"].because or "hf download" in checks["decoder"].because
-    assert not checks["pipeline flux"].works
-    assert checks["pipeline zimage"].because == "not on this disk: hf download Tongyi-MAI/Z-Image"
+    checks = {check.name: check for check in check_space("flux")}
+    assert not checks["decoder"].ok
+    assert "pidecode pull flux" in checks["decoder"].reason or "hf download" in checks["decoder"].reason
+    assert not checks["pipeline flux"].ok
+    assert checks["pipeline zimage"].reason == "not on this disk: hf download Tongyi-MAI/Z-Image"
 
 
 def test_what_is_here_is_tried(tmp_path: Path) -> None:
@@ -31,18 +31,18 @@ def test_what_is_here_is_tried(tmp_path: Path) -> None:
     own = ["-m", str(tmp_path / "decoder.safetensors"), "--encoder", str(tmp_path / "vae"), "--json"]
     done = CliRunner().invoke(cli, ["doctor", "--space", "sdxl", *own])
     assert done.exit_code == 0, done.output
-    checks = {check["what"]: check for check in json.loads(done.stdout)["checks"]}
-    assert checks["decoder"]["works"]
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert checks["decoder"]["ok"]
     assert checks["one small decode"] == {
-        "what": "one small decode",
-        "works": True,
-        "because": "128x128 pixels, all finite",
+        "name": "one small decode",
+        "ok": True,
+        "reason": "128x128 pixels, all finite",
     }
-    assert "latent [1, 4, 32, 32]" in checks["encoder"]["because"] or not checks["encoder"]["works"]
+    assert "latent [1, 4, 32, 32]" in checks["encoder"]["reason"] or not checks["encoder"]["ok"]
     (tmp_path / "vae" / "config.json").unlink()
     done = CliRunner().invoke(cli, ["doctor", "--space", "sdxl", *own])
-    checks = {check["what"]: check for check in json.loads(done.stdout)["checks"]}
-    assert "holds no config.json" in checks["encoder"]["because"]
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert "holds no config.json" in checks["encoder"]["reason"]
 
 
 def test_the_model_needs_its_space() -> None:

@@ -61,7 +61,7 @@ def test_a_converted_file_needs_no_further_argument(official, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
+    ("name", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16), ("float32", torch.float32)]
 )
 def test_number_formats(official, tmp_path, name, dtype):
     target = tmp_path / "net.safetensors"
@@ -70,7 +70,7 @@ def test_number_formats(official, tmp_path, name, dtype):
     assert stored.keys() == original.keys()
     for key, value in stored.items():
         assert torch.equal(value, original[key].to(dtype))
-    if name == "bf16":  # half the bytes, and a little for the header
+    if name == "bfloat16":  # half the bytes, and a little for the header
         header = read_header(target)
         assert max(entry.end for entry in header.tensors.values()) == 2 * sum(v.numel() for v in original.values())
 
@@ -89,7 +89,7 @@ def test_converting_again_keeps_everything(tmp_path):
     )
     config = identity.config
     save_file(network(config).state_dict(), tmp_path / "a.safetensors", metadata=identity.to_metadata())
-    assert convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", dtype="bf16") == identity
+    assert convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", dtype="bfloat16") == identity
     assert detect(read_weights(tmp_path / "b.safetensors")) == identity
 
 
@@ -123,13 +123,13 @@ def test_a_license_that_is_not_free_stays_beside_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"dtype": "int8"}, SettingError, "bf16, fp16, fp32"),
+        ({"dtype": "int8"}, SettingError, "float32, bfloat16, float16"),
         ({"target": "net.pth"}, SettingError, "does not end in"),
         ({"target": "nowhere/net.safetensors"}, FileError, "does not exist"),
         ({"target": "there.safetensors"}, FileError, "exists already"),
         ({"source": "missing.pth"}, CheckpointError, "does not exist"),
         ({"source": "half.pth"}, CheckpointError, r"missing: patch_blocks\.1\.norm_x1"),
-        ({"source": "large.pth", "dtype": "fp16"}, CheckpointError, r"too large for float16; use bfloat16"),
+        ({"source": "large.pth", "dtype": "float16"}, CheckpointError, r"too large for float16; use bfloat16"),
     ],
 )
 def test_a_failed_conversion_leaves_nothing(tmp_path, change, error, message):

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many images: folders and lists in, resumed where they stopped, on one device, many, or many machines."""
+"""Batch processing: folders of latents and images, resumable, on one device or many."""

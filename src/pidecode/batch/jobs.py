@@ -1,110 +1,131 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a batch has to do: folders, globs and manifests as an ordered list of jobs with fixed output names."""
+"""Jobs of a batch: folders, glob patterns and manifests as an ordered list of sources and output files."""
 
 from __future__ import annotations
 
 import glob
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from pidecode.errors import FileError, SettingError
+from pidecode.options import Command, DecodeOptions, option_infos
 from pidecode.registry.spaces import did_you_mean
 
-Kind = Literal["latent", "image"]
+SourceKind = Literal["latent", "image"]
 
-LATENTS = (".safetensors",)
-IMAGES = (
+LATENT_SUFFIXES = (".safetensors",)
+IMAGE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".avif", ".jp2", ".tga",
 )  # fmt: skip
-OUTPUTS = (".png", ".webp", ".jpg")
-PER_JOB = ("prompt", "seed", "num_steps", "sigma", "sampler", "size")
-"""Settings that a line of a manifest may give for its own job."""
+OUTPUT_SUFFIXES = (".png", ".webp", ".jpg")
+MANIFEST_OPTIONS = tuple(option_infos(interface="batch"))
+"""Decode options that a line of a manifest may set for its own job."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class BatchJob:
     """One source file and the image it becomes.
 
-    name: the source as people know it: its path within the folder, or as the manifest writes it.
-    out: where its image goes; the images of a latent batch get -1, -2, ... before the ending.
-    own: settings of this job alone, by the names in `PER_JOB`.
+    Attributes:
+        name: The source as the user wrote it: its path in the folder, or as in the manifest.
+        source: Path of the source.
+        kind: "latent" to decode or "image" to upscale.
+        out: The image to write; the images of a file with several latents get -1, -2, ... before the suffix.
+        options: Decode options of this job alone; see `MANIFEST_OPTIONS`.
     """
 
     name: str
     source: Path
-    kind: Kind
+    kind: SourceKind
     out: Path
-    own: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def command(self) -> Command:
+        """What the decoder is to do with the source."""
+        return "decode" if self.kind == "latent" else "upscale"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Naming:
-    """How results are named: in the folder `out`, with this `ending`, after the source.
+class OutputNaming:
+    """How output files are named.
 
-    keep_ending: cat.jpg becomes cat.jpg.png instead of cat.png, for folders where both cat.jpg and cat.webp lie.
+    Attributes:
+        out: Folder to write to.
+        suffix: Suffix of the images, which selects their format.
+        keep_suffix: Name the output of cat.jpg cat.jpg.png instead of cat.png, for folders with cat.jpg and cat.webp.
     """
 
     out: Path
-    ending: str = ".png"
-    keep_ending: bool = False
+    suffix: str = ".png"
+    keep_suffix: bool = False
 
-    def place(self, name: str | Path) -> Path:
-        """Where the result of the source of that (relative) name goes."""
+    def output_path(self, name: str | Path) -> Path:
+        """The output file of the source with this relative name."""
         path = self.out / name
-        return path.with_name(path.name + self.ending) if self.keep_ending else path.with_suffix(self.ending)
+        return path.with_name(path.name + self.suffix) if self.keep_suffix else path.with_suffix(self.suffix)
 
 
-def collect(source: str | os.PathLike[str], naming: Naming) -> list[Job]:
-    """Every job of `source`, in order of their names (a manifest's in its own order).
+def collect_jobs(source: str | os.PathLike[str], naming: OutputNaming) -> list[BatchJob]:
+    """List the jobs of a source.
 
-    source: a folder (searched to the bottom; hidden files and the results' own folder are passed over), a glob
-        pattern, a .jsonl manifest, or one file. A folder's structure is kept in the results.
+    Args:
+        source: A folder (searched recursively, without hidden files and the output folder), a glob pattern, a
+            .jsonl manifest, or one file. The outputs keep the structure of a folder.
+        naming: Where and how to write the images.
 
-    Raises FileError for what is not there or holds nothing, SettingError when two sources would be written to
-    one place or a manifest is wrong, naming the line.
+    Returns:
+        The jobs sorted by name; those of a manifest in its order.
+
+    Raises:
+        FileError: The source does not exist or holds no image and no latent.
+        SettingError: Two sources would be written to one file, or a line of the manifest is wrong.
     """
     text = os.fspath(source)
     path = Path(text).expanduser()
     if path.is_dir():
-        jobs = _of_files(_walk(path, naming.out), path, naming)
+        jobs = _from_files(_walk(path, naming.out), path, naming)
     elif path.suffix.lower() == ".jsonl" and path.is_file():
-        jobs = _of_manifest(path, naming)
+        jobs = _from_manifest(path, naming)
     elif path.is_file():
-        jobs = _of_files([path], path.parent, naming, chosen=True)
+        _require_kind(path, str(path), FileError)
+        jobs = _from_files([path], path.parent, naming)
     elif glob.has_magic(text):
-        jobs = _of_files(_globbed(text), _fixed_part(text), naming)
+        jobs = _from_files(_glob(text), _folder_of_pattern(text), naming)
     else:
         raise FileError(f"There is no {text}. Give a folder, a file, a .jsonl manifest, or a pattern in quotes.")
     if not jobs:
-        raise FileError(f"{text} holds no image and no latent (.safetensors); {', '.join(IMAGES)} are images.")
-    _refuse_twins(jobs)
+        raise FileError(f"{text} holds no image ({', '.join(IMAGE_SUFFIXES)}) and no latent (.safetensors).")
+    _check_unique_outputs(jobs)
     return jobs
 
 
 def _walk(folder: Path, out: Path) -> list[Path]:
     found: list[Path] = []
-    results = out.resolve()
-    if folder.resolve() == results:
-        raise SettingError(f"Results in {out}, beside their sources, would be sources of the next run; choose another.")
+    outputs = out.resolve()
+    if folder.resolve() == outputs:
+        raise SettingError(
+            f"The output folder {out} is the source folder, so the next run would read its images; choose another."
+        )
     for here, folders, files in os.walk(folder):
         inside = Path(here)
         folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and (inside / name).resolve() != results
+            name for name in folders if not name.startswith(".") and (inside / name).resolve() != outputs
         )
         found += [inside / name for name in files if not name.startswith(".")]
     return found
 
 
-def _globbed(pattern: str) -> list[Path]:
+def _glob(pattern: str) -> list[Path]:
     found = glob.glob(os.path.expanduser(pattern), recursive=True)
     return [path for path in map(Path, found) if path.is_file() and not path.name.startswith(".")]
 
 
-def _fixed_part(pattern: str) -> Path:
+def _folder_of_pattern(pattern: str) -> Path:
     """The folders of a pattern before its first wildcard."""
     fixed: list[str] = []
     for part in Path(os.path.expanduser(pattern)).parts[:-1]:
@@ -114,62 +135,65 @@ def _fixed_part(pattern: str) -> Path:
     return Path(*fixed)
 
 
-def kind_of(path: Path) -> Kind | None:
-    """Whether a file's ending says latent, image, or neither."""
-    ending = path.suffix.lower()
-    return "latent" if ending in LATENTS else "image" if ending in IMAGES else None
+def source_kind(path: Path) -> SourceKind | None:
+    """Whether a file is a latent or an image by its suffix; None if neither."""
+    suffix = path.suffix.lower()
+    return "latent" if suffix in LATENT_SUFFIXES else "image" if suffix in IMAGE_SUFFIXES else None
 
 
-def _of_files(paths: Sequence[Path], base: Path, naming: Naming, *, chosen: bool = False) -> list[Job]:
+def _require_kind(path: Path, name: str, error: type[FileError | SettingError]) -> SourceKind:
+    kind = source_kind(path)
+    if kind is None:
+        raise error(f"{name} is neither an image ({', '.join(IMAGE_SUFFIXES)}) nor a latent (.safetensors).")
+    return kind
+
+
+def _from_files(paths: Sequence[Path], base: Path, naming: OutputNaming) -> list[BatchJob]:
     jobs = []
     for path in sorted(paths, key=lambda path: path.relative_to(base).parts):
-        kind = kind_of(path)
-        if kind is None and chosen:
-            raise FileError(f"{path} is neither an image ({', '.join(IMAGES)}) nor a latent (.safetensors).")
+        kind = source_kind(path)
         if kind is not None:
             name = path.relative_to(base)
-            jobs.append(Job(name=name.as_posix(), source=path, kind=kind, out=naming.place(name)))
+            jobs.append(BatchJob(name=name.as_posix(), source=path, kind=kind, out=naming.output_path(name)))
     return jobs
 
 
-def _of_manifest(path: Path, naming: Naming) -> list[Job]:
+def _from_manifest(path: Path, naming: OutputNaming) -> list[BatchJob]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"{path} could not be read as UTF-8 text: {error}.") from error
     return [
-        _of_line(line, f"Line {number} of {path.name}", path.parent, naming)
+        _from_line(line, f"Line {number} of {path.name}", path.parent, naming)
         for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
 
 
-def _of_line(line: str, where: str, base: Path, naming: Naming) -> Job:
+def _from_line(line: str, where: str, base: Path, naming: OutputNaming) -> BatchJob:
     try:
         entry = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
         raise SettingError(f"{where} is not JSON: {error}.") from error
     if not isinstance(entry, dict):
-        raise SettingError(f'{where} is not a table; write {{"source": "cat.png"}}.')
-    known = ("source", "out", *PER_JOB)
+        raise SettingError(f'{where} is not a JSON object; write {{"source": "cat.png"}}.')
+    known = ("source", "out", *MANIFEST_OPTIONS)
     for name in entry:
         if name not in known:
             raise SettingError(f"{where} has an entry {name!r}.{did_you_mean(name, known)}")
     name = _text(entry, "source", where)
     source = base / Path(name).expanduser()
-    kind = kind_of(source)
-    if kind is None:
-        raise SettingError(f"{where}: {name} is neither an image ({', '.join(IMAGES)}) nor a latent (.safetensors).")
+    kind = _require_kind(source, f"{where}: {name}", SettingError)
     if "out" in entry:
-        out = naming.out / _inside(_text(entry, "out", where), where)
-        if out.suffix.lower() not in OUTPUTS:
-            raise SettingError(f"{where}: {entry['out']} is no kind of image written here: {', '.join(OUTPUTS)}.")
+        out = naming.out / _relative_path(_text(entry, "out", where), where)
+        if out.suffix.lower() not in OUTPUT_SUFFIXES:
+            raise SettingError(f"{where}: {entry['out']} must end in {', '.join(OUTPUT_SUFFIXES)}.")
     else:
-        # A source from elsewhere is named after its last part alone, so that results stay in their folder.
+        # A source outside the manifest's folder is named after its last part alone, so outputs stay in their folder.
         relative = Path(name)
-        loose = relative.is_absolute() or ".." in relative.parts or name.startswith("~")
-        out = naming.place(relative.name if loose else relative)
-    return Job(name=name, source=source, kind=kind, out=out, own=dict(_settings(entry, where)))
+        outside = relative.is_absolute() or ".." in relative.parts or name.startswith("~")
+        out = naming.output_path(relative.name if outside else relative)
+    return BatchJob(name=name, source=source, kind=kind, out=out, options=_options(entry, where))
 
 
 def _text(entry: Mapping[str, Any], name: str, where: str) -> str:
@@ -179,40 +203,34 @@ def _text(entry: Mapping[str, Any], name: str, where: str) -> str:
     return value
 
 
-def _inside(name: str, where: str) -> Path:
+def _relative_path(name: str, where: str) -> Path:
     path = Path(name)
     if path.is_absolute() or ".." in path.parts:
-        raise SettingError(f"{where}: {name} lies outside the folder of the results; name a place in it.")
+        raise SettingError(f"{where}: {name} is outside the output folder; give a path inside it.")
     return path
 
 
-def _settings(entry: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
-    """The settings of a manifest's line, each of the type it must be."""
-    types: dict[str, tuple[type, ...]] = {
-        "prompt": (str,), "sampler": (str,), "seed": (int,), "num_steps": (int,), "sigma": (int, float),
-        "size": (list,),
-    }  # fmt: skip
-    for name in PER_JOB:
-        value = entry.get(name)
-        if value is None:
-            continue
-        if not isinstance(value, types[name]) or isinstance(value, bool):
-            raise SettingError(f"{where}: {name} is {value!r}; it must be {types[name][-1].__name__}.")
-        yield name, _size(value, where) if isinstance(value, list) else value
+def _options(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The decode options of a manifest's line, checked."""
+    given = {name: entry[name] for name in MANIFEST_OPTIONS if entry.get(name) is not None}
+    for name in ("seed", "prompt"):
+        if isinstance(given.get(name), list):
+            raise SettingError(f"{where}: {name} is a list; a line of a manifest is one job and takes one value.")
+    if isinstance(given.get("size"), list):
+        given["size"] = tuple(given["size"])
+    try:
+        DecodeOptions(**given)
+    except SettingError as error:
+        raise SettingError(f"{where}: {error}") from None
+    return given
 
 
-def _size(value: list[Any], where: str) -> tuple[int, int]:
-    if len(value) != 2 or not all(type(side) is int and side > 0 for side in value):
-        raise SettingError(f"{where}: size is {value!r}; write width and height, as in [2048, 1536].")
-    return value[0], value[1]
-
-
-def _refuse_twins(jobs: Sequence[Job]) -> None:
+def _check_unique_outputs(jobs: Sequence[BatchJob]) -> None:
     seen: dict[Path, str] = {}
     for job in jobs:
         if job.out in seen:
             raise SettingError(
-                f"{seen[job.out]} and {job.name} would both be written to {job.out}. Keep their endings in the names "
-                "(--keep-ending), or name the results in a manifest."
+                f"{seen[job.out]} and {job.name} would both be written to {job.out}. Keep their suffixes in the names "
+                "(--keep-suffix), or name the outputs in a manifest."
             )
         seen[job.out] = job.name

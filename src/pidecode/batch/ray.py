@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A batch on the workers of a Ray cluster: each holds a decoder, and what a dying one held goes to another."""
+"""A batch on a Ray cluster: each worker holds a decoder, and the job of a worker that dies goes to another."""
 
 from __future__ import annotations
 
@@ -12,120 +12,137 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pidecode.batch.jobs import Job
-from pidecode.batch.report import Outcome, Report
-from pidecode.batch.run import Batch, Tally, Tell
-from pidecode.batch.worker import Work, Worker
+from pidecode.batch.jobs import BatchJob
+from pidecode.batch.report import BatchReport, JobResult
+from pidecode.batch.run import Batch, BatchProgress, ResultCallback
+from pidecode.batch.worker import Worker, WorkerConfig
 from pidecode.errors import FileError, MissingDependencyError, PidecodeError, SettingError
+from pidecode.files import PART
 
-MOST_ATTEMPTS = 3
+MAX_ATTEMPTS = 3
 """Workers that may die over one job before it counts as failed."""
 
-PATIENCE = 60.0
+START_WARNING_AFTER = 60.0
 """Seconds without a single worker before a warning says so."""
 
-_STARTS = 3
+_START_ATTEMPTS = 3
 """Attempts to start a private cluster."""
 
-_STORE_BYTES = 100 * 2**20  # only paths and outcomes travel
+_OBJECT_STORE_BYTES = 100 * 2**20  # only paths and results travel
 
 
-class Hand:
-    """One worker: a process somewhere on the cluster, with a decoder of its own."""
+class RayWorker:
+    """A Ray actor: a process on the cluster with a decoder of its own.
 
-    def __init__(self, work: Work) -> None:
-        self.work = work
+    Args:
+        config: Model and decode options.
+    """
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self.config = config
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self.worker: Worker | None = None
 
-    def open(self, token: str) -> str:
-        """Load the decoder; returns the worker's name. `token` is a file that only a shared folder can show."""
+    def load(self, token: str) -> str:
+        """Load the decoder.
+
+        Args:
+            token: Path of a file in the output folder, which exists only if the folder is shared.
+
+        Returns:
+            The worker's name.
+
+        Raises:
+            FileError: The worker does not see the output folder.
+        """
         if not Path(token).is_file():
             raise FileError(
-                f"Worker {self.name} does not see {Path(token).parent}. With Ray, the sources and the results must "
-                "lie in folders that all machines share under the same path."
+                f"Worker {self.name} does not see {Path(token).parent}. With Ray, sources and outputs must be in "
+                "folders that all machines share under the same path."
             )
-        self.worker = Worker(self.work)
+        self.worker = Worker(self.config)
         return self.name
 
-    def do(self, job: Job) -> Outcome:
-        """Do one job."""
+    def process(self, job: BatchJob) -> JobResult:
+        """Process one job."""
         assert self.worker is not None
-        return replace(self.worker.do(job), worker=self.name)
+        return replace(self.worker.process(job), worker=self.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
-    """What each worker gets of the cluster."""
+class Resources:
+    """How many workers there are, and what each gets of the cluster."""
 
     workers: int
     cpus: int
     gpus: int
 
 
-def run_ray(batch: Batch, tell: Tell) -> Report:
-    """Do the batch on a Ray cluster.
+def run_ray(batch: Batch, on_result: ResultCallback) -> BatchReport:
+    """Process the batch on a Ray cluster.
 
-    Every job is done once: a worker that dies takes nothing with it, because results appear whole, and its job
-    is given to another, which looks first whether it was finished.
+    Outputs appear atomically, so a worker that dies loses no finished image. Its job is given to another worker,
+    which checks first whether it was finished.
 
-    Raises MissingDependencyError without Ray, SettingError for a cluster that cannot be reached or is too small,
-    and what loading the decoder raises.
+    Raises:
+        MissingDependencyError: Ray is not installed.
+        SettingError: The cluster cannot be reached or is too small.
+        PidecodeError: The decoder cannot be loaded.
     """
-    tally = Tally(batch=_absolute(batch), tell=tell)
+    progress = BatchProgress(batch=_with_absolute_paths(batch), on_result=on_result)
     try:
-        pending = tally.sift()
+        pending = progress.pending()
         if pending:
-            ray = _ray()
-            ours = not ray.is_initialized()
-            if ours:
+            ray = _import_ray()
+            started_here = not ray.is_initialized()
+            if started_here:
                 _connect(ray, batch)
             try:
-                share = _share(ray, batch, len(pending))
-                _Crew(ray=ray, tally=tally, queue=deque(pending), share=share).run()
+                resources = _resources(ray, batch, len(pending))
+                _WorkerPool(ray=ray, progress=progress, queue=deque(pending), resources=resources).run()
             finally:
-                if ours:
+                if started_here:
                     ray.shutdown()
     except KeyboardInterrupt:
-        tally.interrupted = True
-    return tally.report()
+        progress.interrupted = True
+    return progress.report()
 
 
-def _absolute(batch: Batch) -> Batch:
-    """The batch with paths that mean the same in every process; the marks in the images do not depend on them."""
+def _with_absolute_paths(batch: Batch) -> Batch:
+    """The batch with paths that mean the same in every process; fingerprints do not depend on them."""
 
-    def whole(path: Path) -> Path:
+    def absolute(path: Path) -> Path:
         return Path(os.path.abspath(path))
 
-    jobs = [replace(job, source=whole(job.source), out=whole(job.out)) for job in batch.jobs]
-    return replace(batch, jobs=jobs, out=whole(batch.out))
+    jobs = [replace(job, source=absolute(job.source), out=absolute(job.out)) for job in batch.jobs]
+    return replace(batch, jobs=jobs, out=absolute(batch.out))
 
 
-def _ray() -> Any:
+def _import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
         import ray.exceptions  # noqa: F401  # an attribute of ray only when imported
     except ImportError as error:
-        raise MissingDependencyError('Ray is not installed: pip install "pidecode[ray]" brings it.') from error
+        raise MissingDependencyError('Ray is not installed; install it with: pip install "pidecode[ray]".') from error
     return ray
 
 
 def _connect(ray: Any, batch: Batch) -> None:
     """Join the cluster asked for, or start one on this machine that ends with the batch."""
     address = batch.address or os.environ.get("RAY_ADDRESS") or "local"
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     if address == "local":
-        quiet |= {
+        options |= {
             "num_cpus": max(batch.workers or 1, os.cpu_count() or 1),
             "include_dashboard": False,
-            "object_store_memory": _STORE_BYTES,
+            "object_store_memory": _OBJECT_STORE_BYTES,
         }
     else:
-        _knock(address)
-    for attempt in range(_STARTS, 0, -1):
+        _check_reachable(address)
+    for attempt in range(_START_ATTEMPTS, 0, -1):
         try:
-            ray.init(address=address, **quiet)
+            ray.init(address=address, **options)
             return
         except Exception as error:  # Ray raises plain Exception when its processes do not come up in time
             if attempt > 1 and address == "local":  # a busy machine may need longer than Ray's half minute
@@ -134,8 +151,8 @@ def _connect(ray: Any, batch: Batch) -> None:
             raise _unreachable(address, (str(error).splitlines() or [type(error).__name__])[0]) from error
 
 
-def _knock(address: str) -> None:
-    """Find out in seconds that nobody is there; Ray itself would try for minutes, and may end the process."""
+def _check_reachable(address: str) -> None:
+    """Fail within seconds if nothing listens there; Ray itself would try for minutes, and may end the process."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal():  # "auto", or a name that Ray must resolve
         return
@@ -154,100 +171,107 @@ def _unreachable(address: str, why: str) -> SettingError:
     )
 
 
-def _share(ray: Any, batch: Batch, jobs: int) -> Share:
-    """How many workers, and what each may use. Raises SettingError for more than the cluster has."""
+def _resources(ray: Any, batch: Batch, jobs: int) -> Resources:
+    """How many workers to start, and what each may use. Raises SettingError for more than the cluster has."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    on_gpu = batch.work.device is None or not batch.work.device.startswith("cpu")
+    on_gpu = batch.config.device is None or not batch.config.device.startswith("cpu")
     gpus = int(sum(node.get("GPU", 0) for node in nodes)) if on_gpu else 0
     workers = batch.workers or gpus or len(nodes)
     if gpus and workers > gpus:
         raise SettingError(
-            f"{workers} workers were asked for, and the cluster has {gpus} GPUs. Ask for fewer, or name --device cpu."
+            f"{workers} workers were asked for, and the cluster has {gpus} GPUs. Ask for fewer, or use --device cpu."
         )
     cpus = [int(node.get("CPU", 0)) for node in nodes]
     if workers > sum(cpus):
         raise SettingError(
-            f"{workers} workers were asked for, and the cluster has {sum(cpus)} CPU cores; ask for less."
+            f"{workers} workers were asked for, and the cluster has {sum(cpus)} CPU cores; ask for fewer."
         )
     each = 1 if gpus else max(1, max(cpus) // -(-workers // len(nodes)))
-    return Share(workers=min(workers, jobs), cpus=each, gpus=1 if gpus else 0)
+    return Resources(workers=min(workers, jobs), cpus=each, gpus=1 if gpus else 0)
 
 
 @dataclass(slots=True, kw_only=True)
-class _Crew:
-    """The workers of one batch, what each is doing, and what is left to do."""
+class _WorkerPool:
+    """The workers of one batch, the job of each, and the queue.
+
+    Attributes:
+        busy: Ray's future of a result -> the worker and its job (None while it loads its decoder).
+        deaths: Worker deaths by the name of the job they worked on, "" while they loaded.
+        token: File that shows a worker whether it sees the output folder.
+    """
 
     ray: Any
-    tally: Tally
-    queue: deque[Job]
-    share: Share
-    busy: dict[Any, tuple[Any, Job | None]] = field(default_factory=dict)
-    """Promise of a result -> the worker, and its job (None while it loads)."""
+    progress: BatchProgress
+    queue: deque[BatchJob]
+    resources: Resources
+    busy: dict[Any, tuple[Any, BatchJob | None]] = field(default_factory=dict)
     deaths: Counter[str] = field(default_factory=Counter)
     token: Path = field(init=False)
 
     def run(self) -> None:
-        """Work until the queue is empty and every job has come back; who is still loading then is sent home."""
-        self.token = (self.tally.batch.out / f".shared-{secrets.token_hex(8)}.part").resolve()
+        """Work until the queue is empty and every job has its result; workers that still load then are stopped."""
+        self.token = (self.progress.batch.out / f".shared-{secrets.token_hex(8)}{PART}").resolve()
         self.token.touch()
         try:
-            for _ in range(self.share.workers):
-                self._hire()
-            self.tally.workers = self.share.workers
+            for _ in range(self.resources.workers):
+                self._start_worker()
+            self.progress.workers = self.resources.workers
             while self.queue or any(job is not None for _, job in self.busy.values()):
-                ready, _ = self.ray.wait(list(self.busy), num_returns=1, timeout=PATIENCE)
+                ready, _ = self.ray.wait(list(self.busy), num_returns=1, timeout=START_WARNING_AFTER)
                 if not ready and all(job is None for _, job in self.busy.values()):
                     warnings.warn(
-                        f"No worker could start within {PATIENCE:.0f} seconds; the cluster may be busy. Still waiting.",
+                        f"No worker could start within {START_WARNING_AFTER:.0f} seconds; the cluster may be busy. "
+                        "Still waiting.",
                         stacklevel=2,
                     )
-                for promise in ready:
-                    self._receive(promise)
+                for future in ready:
+                    self._handle(future)
         finally:
             self.token.unlink(missing_ok=True)
-            for hand, _ in self.busy.values():
-                self.ray.kill(hand)
+            for worker, _ in self.busy.values():
+                self.ray.kill(worker)
 
-    def _hire(self) -> None:
-        """Start one more worker."""
-        options = {"num_cpus": self.share.cpus, "num_gpus": self.share.gpus, "max_restarts": 0}
-        hand = self.ray.remote(**options)(Hand).remote(self.tally.batch.work)
-        self.busy[hand.open.remote(str(self.token))] = (hand, None)
+    def _start_worker(self) -> None:
+        options = {"num_cpus": self.resources.cpus, "num_gpus": self.resources.gpus, "max_restarts": 0}
+        worker = self.ray.remote(**options)(RayWorker).remote(self.progress.batch.config)
+        self.busy[worker.load.remote(str(self.token))] = (worker, None)
 
-    def _receive(self, promise: Any) -> None:
-        """Take what a worker brings, and give it the next job, or see that it died."""
-        hand, job = self.busy.pop(promise)
+    def _handle(self, future: Any) -> None:
+        """Record the result of a worker and give it the next job; or replace it if it died."""
+        worker, job = self.busy.pop(future)
         try:
-            brought = self.ray.get(promise)
-        except self.ray.exceptions.RayTaskError as error:  # it could not load; nor could another
+            result = self.ray.get(future)
+        except self.ray.exceptions.RayTaskError as error:  # it could not load the decoder; nor could another
             cause = error.cause if isinstance(error.cause, PidecodeError) else error
             raise cause from None
         except self.ray.exceptions.RayError:
-            self._bury(hand, job)
+            self._replace_worker(job)
             return
         if job is not None:
-            self.tally.add(brought)
+            self.progress.add(result)
         if self.queue:
             following = self.queue.popleft()
-            self.busy[hand.do.remote(following)] = (hand, following)
+            self.busy[worker.process.remote(following)] = (worker, following)
         else:
-            self.ray.kill(hand)
+            self.ray.kill(worker)
 
-    def _bury(self, hand: Any, job: Job | None) -> None:
-        """A worker died: its job goes back to the front, and a new one takes its place."""
-        self.tally.lost_workers += 1
-        who = "" if job is None else job.name
-        self.deaths[who] += 1
-        tired = self.deaths[who] >= MOST_ATTEMPTS
-        if job is None and tired:
+    def _replace_worker(self, job: BatchJob | None) -> None:
+        """Put the job of a worker that died at the front of the queue, and start a new worker."""
+        self.progress.lost_workers += 1
+        name = "" if job is None else job.name
+        self.deaths[name] += 1
+        give_up = self.deaths[name] >= MAX_ATTEMPTS
+        if job is None and give_up:
             raise PidecodeError(
-                f"{MOST_ATTEMPTS} workers died while they loaded the model. Is there memory for "
-                f"{self.share.workers} of them? Ask for fewer (--workers)."
+                f"{MAX_ATTEMPTS} workers died while they loaded the model. Is there memory for "
+                f"{self.resources.workers} of them? Ask for fewer (--workers)."
             )
-        if job is not None and tired:
-            why = f"Its worker died {MOST_ATTEMPTS} times, perhaps for want of memory. Decode it alone to see why."
-            self.tally.add(Outcome(name=job.name, state="failed", seconds=0.0, error="WorkerDied", why=why))
+        if job is not None and give_up:
+            message = f"Its worker died {MAX_ATTEMPTS} times, perhaps out of memory. Decode it alone to see why."
+            self.progress.add(
+                JobResult(name=job.name, state="failed", seconds=0.0, error="WorkerDied", message=message)
+            )
         elif job is not None:
             self.queue.appendleft(job)
         if self.queue:
-            self._hire()
+            self._start_worker()

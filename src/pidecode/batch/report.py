@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What came of a batch: one outcome per job, and the report over all of them, as sentences and as JSON."""
+"""Results of a batch: one per job, and the report over all of them, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -9,67 +9,84 @@ from typing import Any, Literal
 
 from pidecode.units import format_seconds
 
-State = Literal["done", "skipped", "failed"]
-LISTED = 20
-"""Failures that the sentences name; the JSON holds all."""
+JobState = Literal["done", "skipped", "failed"]
+MAX_LISTED = 20
+"""Failures that the text names; the JSON holds all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What came of one job: images made, "skipped" (done before), or an error and why, in seconds of its worker."""
+class JobResult:
+    """Result of one job.
+
+    Attributes:
+        name: Name of the source.
+        state: "done", "skipped" (its images existed already) or "failed".
+        seconds: Time of the worker for this job.
+        images: Images written.
+        megapixels: Pixels written, in millions.
+        error: Class of the error, if it failed.
+        message: Message of the error.
+        worker: Host and process id of the worker, with Ray.
+    """
 
     name: str
-    state: State
+    state: JobState
     seconds: float
     images: int = 0
     megapixels: float = 0.0
     error: str | None = None
-    why: str | None = None
+    message: str | None = None
     worker: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """A finished or interrupted batch."""
+class BatchReport:
+    """Report of a finished or interrupted batch.
+
+    Attributes:
+        jobs: Number of jobs in the batch.
+        results: Results of the jobs that ended.
+        seconds: Wall-clock time, loading included.
+        engine: What ran the batch: "local", "torchrun" or "ray".
+        workers: Number of workers.
+        interrupted: Whether the batch was stopped before its end.
+        lost_workers: Workers that died and were replaced.
+        started: ISO date and time in UTC.
+        settings: Model and decode options.
+    """
 
     jobs: int
-    """Jobs there were."""
-    outcomes: tuple[Outcome, ...]
-    """Those that came to an end."""
+    results: tuple[JobResult, ...]
     seconds: float
-    """Wall-clock time, loading included."""
     engine: str
     workers: int
     interrupted: bool = False
     lost_workers: int = 0
-    """Workers that died and were replaced."""
     started: str = ""
-    """ISO date and time in UTC."""
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    """The model and the settings."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def count(self, state: State) -> int:
-        """Jobs that ended in that state."""
-        return sum(outcome.state == state for outcome in self.outcomes)
+    def count(self, state: JobState) -> int:
+        """Number of jobs that ended in `state`."""
+        return sum(result.state == state for result in self.results)
 
     @property
-    def failures(self) -> list[Outcome]:
-        """Jobs that failed, by name."""
-        return sorted((item for item in self.outcomes if item.state == "failed"), key=lambda item: item.name)
+    def failures(self) -> list[JobResult]:
+        """Jobs that failed, sorted by name."""
+        return sorted((result for result in self.results if result.state == "failed"), key=lambda result: result.name)
 
     @property
     def images(self) -> int:
-        """Images written."""
-        return sum(outcome.images for outcome in self.outcomes)
+        """Number of images written."""
+        return sum(result.images for result in self.results)
 
     @property
     def complete(self) -> bool:
-        """Whether every job is done."""
-        return not self.interrupted and not self.failures and len(self.outcomes) == self.jobs
+        """Whether every image of every job exists."""
+        return not self.interrupted and not self.failures and len(self.results) == self.jobs
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON values."""
-        megapixels = sum(outcome.megapixels for outcome in self.outcomes)
+        """The whole report as JSON values."""
+        megapixels = sum(result.megapixels for result in self.results)
         seconds = max(self.seconds, 1e-9)
         return {
             "format": 1,
@@ -79,7 +96,7 @@ class Report:
             "done": self.count("done"),
             "skipped": self.count("skipped"),
             "failed": self.count("failed"),
-            "left": self.jobs - len(self.outcomes),
+            "left": self.jobs - len(self.results),
             "images": self.images,
             "speed": {
                 "seconds": round(self.seconds, 3),
@@ -90,59 +107,60 @@ class Report:
             "workers": self.workers,
             "lost_workers": self.lost_workers,
             "started": self.started,
-            **self.facts,
-            "failures": [{"source": item.name, "error": item.error, "why": item.why} for item in self.failures],
-            "outcomes": [_short(outcome) for outcome in sorted(self.outcomes, key=lambda item: item.name)],
+            "settings": dict(self.settings),
+            "failures": [
+                {"source": result.name, "error": result.error, "message": result.message} for result in self.failures
+            ],
+            "results": [_without_defaults(result) for result in sorted(self.results, key=lambda result: result.name)],
         }
 
-    def sentences(self) -> str:
-        """The report for people: what was done, how fast, and what failed and why."""
-        lines = [f"{self.count('done')} of {self.jobs} done, {_also(self)}."]
+    def describe(self) -> str:
+        """The report as text: what was done, how fast, and what failed and why."""
+        done, skipped, failed = (self.count(state) for state in ("done", "skipped", "failed"))
+        lines = [f"{done} of {self.jobs} done, {skipped} skipped (done before), {failed} failed."]
         if self.images:
             lines.append(
-                f"{_many(self.images, 'image')} in {format_seconds(self.seconds)}: "
-                f"{60 * self.images / max(self.seconds, 1e-9):.1f} a minute, "
-                f"with {_many(self.workers, 'worker')} ({self.engine})."
+                f"{_plural(self.images, 'image')} in {format_seconds(self.seconds)}: "
+                f"{60 * self.images / max(self.seconds, 1e-9):.1f} per minute, "
+                f"with {_plural(self.workers, 'worker')} ({self.engine})."
             )
         if self.lost_workers:
-            lines.append(f"{_many(self.lost_workers, 'worker')} died and had to be replaced; nothing was lost.")
+            lines.append(
+                f"{_plural(self.lost_workers, 'worker')} died and had to be replaced; their jobs were repeated."
+            )
         failures = self.failures
-        lines += [f"Failed: {item.name}: {item.why}" for item in failures[:LISTED]]
-        if len(failures) > LISTED:
-            lines.append(f"... and {len(failures) - LISTED} more; the report file names all.")
-        left = self.jobs - len(self.outcomes)
+        lines += [f"Failed: {result.name}: {result.message}" for result in failures[:MAX_LISTED]]
+        if len(failures) > MAX_LISTED:
+            lines.append(f"... and {len(failures) - MAX_LISTED} more; the report file names all.")
+        left = self.jobs - len(self.results)
         if self.interrupted or left:
-            lines.append(f"Stopped with {_many(left, 'job')} left; the same command goes on from here.")
+            lines.append(f"Stopped with {_plural(left, 'job')} left; the same command resumes.")
         elif failures:
-            lines.append("The same command tries again what failed.")
+            lines.append("The same command tries the failed jobs again.")
         return "\n".join(lines)
 
 
-def _also(report: Report) -> str:
-    return f"{report.count('skipped')} were done before, {report.count('failed')} failed"
-
-
-def _short(outcome: Outcome) -> dict[str, Any]:
-    values = {key: value for key, value in asdict(outcome).items() if value not in (None, 0, 0.0)}
+def _without_defaults(result: JobResult) -> dict[str, Any]:
+    values = {key: value for key, value in asdict(result).items() if value not in (None, 0, 0.0)}
     return {key: round(value, 4) if isinstance(value, float) else value for key, value in values.items()}
 
 
-def _many(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def merge(reports: Iterable[Report]) -> Report:
-    """One report of the parts of a batch that several processes worked on; its time is that of the longest."""
+def merge(reports: Iterable[BatchReport]) -> BatchReport:
+    """Merge the reports of several processes into one; its time is that of the slowest process."""
     parts = list(reports)
     first = parts[0]
-    return Report(
+    return BatchReport(
         jobs=sum(part.jobs for part in parts),
-        outcomes=tuple(outcome for part in parts for outcome in part.outcomes),
+        results=tuple(result for part in parts for result in part.results),
         seconds=max(part.seconds for part in parts),
         engine=first.engine,
         workers=sum(part.workers for part in parts),
         interrupted=any(part.interrupted for part in parts),
         lost_workers=sum(part.lost_workers for part in parts),
         started=min(part.started for part in parts),
-        facts=first.facts,
+        settings=first.settings,
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One job from its source to its image: skipped if done, made, written whole, and never the end of the others."""
+"""A worker of a batch: processes one job at a time from its source to its image; a failure stays with its job."""
 
 from __future__ import annotations
 
@@ -9,85 +9,99 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pidecode.batch.jobs import Job
-from pidecode.batch.report import Outcome
+from pidecode.batch.jobs import BatchJob
+from pidecode.batch.report import JobResult
 from pidecode.decoder import DecodeOutput, PixelDecoder
 from pidecode.errors import FileError, PidecodeError
 from pidecode.images import read_metadata, save_image
 from pidecode.latents.latent import Latent
 from pidecode.latents.storage import count_latents
-from pidecode.options import RuntimeOptions
-from pidecode.registry.checkpoints import Sampler
+from pidecode.options import DecodeOptions, RuntimeOptions, option_infos
 
-STAMP = "batch"
-"""Entry of an image's recipe that says which job made it."""
+FINGERPRINT = "batch"
+"""Entry of an image's metadata that holds the fingerprint of its job."""
 
-WRITING_AHEAD = 2
-"""Images that may wait to be written while the next are decoded."""
+WRITE_QUEUE = 2
+"""Decoded images that may wait to be written while the next are decoded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """What every job of a batch shares: the model and the settings; plain values that travel between machines."""
+class WorkerConfig:
+    """What all jobs of a batch share; plain values, which are sent to other machines.
+
+    Attributes:
+        model: A model's name, file or folder, as `PixelDecoder.from_pretrained` takes it.
+        space: Latent space, where the weights do not say.
+        variant: Variant of a model that has several.
+        device: Device, or None to choose.
+        dtype: Number format by torch's name, or None to choose.
+        compile: Whether to compile elementwise operations.
+        options: Decode options; a manifest may override them for a job.
+        bits: Bits per channel of the images, 8 or 16.
+        overwrite: Whether images with another fingerprint are replaced.
+    """
 
     model: str = "tiny"
     space: str | None = None
     variant: str | None = None
     device: str | None = None
     dtype: str | None = None
-    prompt: str | None = None
-    seed: int | None = None
-    num_steps: int | None = None
-    sigma: float | None = None
-    sampler: Sampler | None = None
-    fit: Literal["pad", "crop"] = "pad"
-    bits: int = 8
     compile: bool = False
+    options: DecodeOptions = field(default_factory=DecodeOptions)
+    bits: int = 8
     overwrite: bool = False
 
-    def decoder(self) -> PixelDecoder:
-        """Load the decoder asked for; raises as `PixelDecoder.from_pretrained` does."""
-        dtype = getattr(torch, self.dtype) if self.dtype else None
+    def load_decoder(self) -> PixelDecoder:
+        """Load the decoder; raises as `PixelDecoder.from_pretrained` does."""
         return PixelDecoder.from_pretrained(
             self.model,
             space=self.space,
             variant=self.variant,
             device=self.device,
-            dtype=dtype,
+            dtype=getattr(torch, self.dtype) if self.dtype else None,
             runtime=RuntimeOptions(compile=self.compile),
         )
 
-    def settings(self, job: Job) -> dict[str, Any]:
-        """The settings of one job: the batch's, with its own in their place."""
-        given = {name: getattr(self, name) for name in ("prompt", "seed", "num_steps", "sigma", "sampler")}
-        return {name: value for name, value in {**given, **job.own}.items() if value is not None}
+    def options_of(self, job: BatchJob) -> DecodeOptions:
+        """The decode options of one job: those of the batch that belong to its command, overridden by its own.
 
-    def stamp(self, job: Job) -> str:
-        """A mark of everything that decides a job's image: its source, the model, and the settings.
-
-        The device and the number format are left out: a batch may be finished on another machine. Of the source
-        its name and size in bytes count, not its time, which copying changes.
+        A folder may hold images and latents, so an option of the batch for one of them is left out for the other; an
+        option of the job itself that cannot act is refused by the decoder.
         """
-        facts = {
+        acting = option_infos(command=job.command)
+        inherited = {name: getattr(self.options, name) for name in acting}
+        return DecodeOptions(**{**inherited, **job.options})
+
+    def fingerprint(self, job: BatchJob) -> str:
+        """A hash of everything that determines a job's image: its source, the model and the decode options.
+
+        The device and the number format are left out: a batch may be finished on another machine. Of the source,
+        the name and size in bytes count, not its time, which copying changes.
+        """
+        identity = {
             "name": job.name,
             "bytes": job.source.stat().st_size,
             "model": [self.model, self.space, self.variant],
-            "fit": self.fit if job.kind == "image" else None,
             "bits": self.bits,
-            "settings": self.settings(job),
+            "options": {name: value for name, value in asdict(self.options_of(job)).items() if value is not None},
         }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def places(job: Job) -> list[Path]:
-    """Every file a job writes: one, or one per latent of a batch. Raises FileError or LatentError as reading does."""
+def output_paths(job: BatchJob) -> list[Path]:
+    """The files a job writes: one, or one per latent of a file with several.
+
+    Raises:
+        FileError: The source does not exist or cannot be read.
+        LatentError: The source is not a latent.
+    """
     if not job.source.is_file():
         raise FileError(f"There is no file {job.source}.")
     count = count_latents(job.source) if job.kind == "latent" else 1
@@ -96,124 +110,139 @@ def places(job: Job) -> list[Path]:
     return [job.out.with_name(f"{job.out.stem}-{index}{job.out.suffix}") for index in range(1, count + 1)]
 
 
-def missing(job: Job, work: Work) -> list[int]:
-    """Which of a job's images are still to be made, by their place in `places`.
+def missing_outputs(job: BatchJob, config: WorkerConfig) -> list[int]:
+    """Indices in `output_paths` of a job's images that do not exist yet.
 
-    Raises FileError for a place that holds something else, unless `work.overwrite`.
+    Raises:
+        FileError: A file with another fingerprint is in the way, and `config.overwrite` is False.
     """
-    stamp = work.stamp(job)
-    return [index for index, place in enumerate(places(job)) if not _is_done(place, stamp, overwrite=work.overwrite)]
+    fingerprint = config.fingerprint(job)
+    paths = output_paths(job)
+    return [index for index, path in enumerate(paths) if not _is_done(path, fingerprint, overwrite=config.overwrite)]
 
 
-def _is_done(place: Path, stamp: str, *, overwrite: bool) -> bool:
-    if not place.exists():
+def _is_done(path: Path, fingerprint: str, *, overwrite: bool) -> bool:
+    if not path.exists():
         return False
     try:
-        recipe = read_metadata(place)
+        metadata = read_metadata(path)
     except PidecodeError:
-        recipe = None
-    found = (recipe or {}).get(STAMP)
-    if found == stamp:
+        metadata = None
+    found = (metadata or {}).get(FINGERPRINT)
+    if found == fingerprint:
         return True
     if overwrite:
         return False
-    what = "was not made by a batch" if found is None else "was made with other settings or from another source"
-    raise FileError(f"{place} exists and {what}. --overwrite replaces it; or choose another folder for the results.")
+    what = "was not made by a batch" if found is None else "was made with other options or from another source"
+    raise FileError(f"{path} exists and {what}. Replace it with --overwrite, or choose another output folder.")
 
 
-def sift(jobs: Iterable[Job], work: Work) -> Iterator[tuple[Job, Outcome | None]]:
-    """Each job with its outcome where that is settled without any work: done already, or impossible."""
+def skip_done(jobs: Iterable[BatchJob], config: WorkerConfig) -> Iterator[tuple[BatchJob, JobResult | None]]:
+    """Pair each job with its result if that is known without decoding: done before, or impossible; else with None."""
     for job in jobs:
         began = time.perf_counter()
         try:
-            yield job, None if missing(job, work) else Outcome(name=job.name, state="skipped", seconds=0.0)
+            skipped = JobResult(name=job.name, state="skipped", seconds=0.0)
+            yield job, None if missing_outputs(job, config) else skipped
         except (PidecodeError, OSError) as error:
-            yield job, failure(job, error, time.perf_counter() - began)
+            yield job, failed(job, error, time.perf_counter() - began)
 
 
-def failure(job: Job, error: BaseException, seconds: float) -> Outcome:
-    """The outcome of a job that went wrong, in one sentence."""
+def failed(job: BatchJob, error: BaseException, seconds: float) -> JobResult:
+    """The result of a job that raised `error`."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        why = "There was not enough memory for it. Decode it alone, smaller, or on a larger device."
+        message = "There was not enough memory for it. Decode it alone, smaller, or on a larger device."
     elif isinstance(error, PidecodeError):
-        why = str(error)
+        message = str(error)
     else:
-        why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return Outcome(name=job.name, state="failed", seconds=seconds, error=type(error).__name__, why=why)
+        message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return JobResult(name=job.name, state="failed", seconds=seconds, error=type(error).__name__, message=message)
 
 
 @dataclass(slots=True, kw_only=True)
-class _Made:
+class _Decoded:
     """Images of one job, waiting to be written."""
 
-    job: Job
+    job: BatchJob
     began: float
-    stamp: str = ""
+    fingerprint: str = ""
     images: list[tuple[Path, Tensor, dict[str, Any]]] = field(default_factory=list)
     error: BaseException | None = None
 
-    def add(self, place: Path, output: DecodeOutput) -> None:
-        """Keep the one image of `output` for `place`; its metadata says which source and job it comes from."""
+    def add(self, path: Path, output: DecodeOutput) -> None:
+        """Keep the one image of `output` for `path`, with its source and fingerprint in its metadata."""
         (metadata,) = output.metadata
-        self.images.append((place, output.tensor[0], {**metadata, "source": self.job.name, STAMP: self.stamp}))
+        metadata = {**metadata, "source": self.job.name, FINGERPRINT: self.fingerprint}
+        self.images.append((path, output.tensor[0], metadata))
 
 
 class Worker:
-    """A loaded decoder that does jobs, one at a time."""
+    """A loaded decoder that processes jobs, one at a time.
 
-    def __init__(self, work: Work, decoder: PixelDecoder | None = None) -> None:
-        self.work = work
-        self.decoder = decoder or work.decoder()
+    Args:
+        config: Model and decode options.
+        decoder: A decoder that is loaded already; by default `config` loads one.
+    """
 
-    def do(self, job: Job) -> Outcome:
-        """Do one job; whatever is wrong with it becomes its outcome."""
-        return self._write(self._make(job))
+    def __init__(self, config: WorkerConfig, decoder: PixelDecoder | None = None) -> None:
+        self.config = config
+        self.decoder = decoder or config.load_decoder()
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
-        """Do the jobs in order, writing the last images while the next are decoded; the same files as `do`."""
-        waiting: deque[Future[Outcome]] = deque()
+    def process(self, job: BatchJob) -> JobResult:
+        """Process one job; an error becomes its result."""
+        return self._write(self._decode(job))
+
+    def process_all(self, jobs: Iterable[BatchJob]) -> Iterator[JobResult]:
+        """Process jobs in order, writing images in a second thread while the next are decoded."""
+        waiting: deque[Future[JobResult]] = deque()
         with ThreadPoolExecutor(1, thread_name_prefix="pidecode-writer") as writer:
             for job in jobs:
-                waiting.append(writer.submit(self._write, self._make(job)))
-                while len(waiting) > WRITING_AHEAD:
+                waiting.append(writer.submit(self._write, self._decode(job)))
+                while len(waiting) > WRITE_QUEUE:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
 
-    def _make(self, job: Job) -> _Made:
-        made = _Made(job=job, began=time.perf_counter())
+    def _decode(self, job: BatchJob) -> _Decoded:
+        decoded = _Decoded(job=job, began=time.perf_counter())
         try:
-            left, targets = missing(job, self.work), places(job)
-            made.stamp = self.work.stamp(job)
-            settings = self.work.settings(job)
-            if not left:  # a worker that died had finished it
-                return made
+            missing, paths = missing_outputs(job, self.config), output_paths(job)
+            decoded.fingerprint = self.config.fingerprint(job)
+            options = self.config.options_of(job)
+            if not missing:  # a worker that died had finished it
+                return decoded
             if job.kind == "image":
-                made.add(targets[0], self.decoder.upscale(job.source, fit=self.work.fit, **settings))
-                return made
-            latent = Latent.load(job.source, space=self.work.space)
-            first = settings.pop("seed", None)
-            for index in left:  # one after another: a batch that fits is no promise that its images do
-                if self.decoder.kind != "feed-forward" or first is not None:
-                    settings["seed"] = (first or 0) + index
-                made.add(targets[index], self.decoder.decode(latent[index], **settings))
-        except Exception as error:  # one failure must not stop the rest
-            made.error = error
-        return made
+                decoded.add(paths[0], self.decoder.upscale(job.source, options=options))
+                return decoded
+            latent = Latent.load(job.source, space=self.config.space)
+            draws_noise = self.decoder.kind in option_infos()["seed"].kinds
+            first_seed = options.seeds(1)[0] if draws_noise else None
+            for index in missing:  # one by one: that one image fits in memory does not mean that all do
+                if first_seed is not None:
+                    options = replace(options, seed=first_seed + index)
+                decoded.add(paths[index], self.decoder.decode(latent[index], options=options))
+        except Exception as error:  # one failure must not stop the other jobs
+            decoded.error = error
+        return decoded
 
-    def _write(self, made: _Made) -> Outcome:
+    def _write(self, decoded: _Decoded) -> JobResult:
         pixels = 0
+        overwrite = self.config.overwrite
         try:
-            for place, image, recipe in made.images:
-                place.parent.mkdir(parents=True, exist_ok=True)
-                if not _is_done(place, made.stamp, overwrite=self.work.overwrite):  # by another run meanwhile
-                    save_image(place, image, metadata=recipe, overwrite=self.work.overwrite, bits=self.work.bits)
+            for path, image, metadata in decoded.images:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if not _is_done(path, decoded.fingerprint, overwrite=overwrite):  # written by another run meanwhile
+                    save_image(path, image, metadata=metadata, overwrite=overwrite, bits=self.config.bits)
                 pixels += image.shape[1] * image.shape[2]
         except Exception as error:
-            made.error = made.error or error
-        seconds = time.perf_counter() - made.began
-        if made.error is not None:
-            return failure(made.job, made.error, seconds)
-        return Outcome(
-            name=made.job.name, state="done", seconds=seconds, images=len(made.images), megapixels=pixels / 1e6
+            decoded.error = decoded.error or error
+        seconds = time.perf_counter() - decoded.began
+        if decoded.error is not None:
+            return failed(decoded.job, decoded.error, seconds)
+        return JobResult(
+            name=decoded.job.name,
+            state="done",
+            seconds=seconds,
+            images=len(decoded.images),
+            megapixels=pixels / 1e6,
         )

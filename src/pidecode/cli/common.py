@@ -1,39 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several commands share: options, checks, memory options."""
+"""Options and output formatting that several commands share."""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from pidecode.engine.feed_forward import FeedForwardPlan
 from pidecode.engine.machine import QUANTIZATIONS, Machine, Quantization, this_machine
 from pidecode.engine.plan import SCHEMES, Plan, Scheme, plan_decode
+from pidecode.options import Command, DecodeOptions, OptionInfo, option_infos
 from pidecode.registry.spaces import ALIASES, SPACES
-from pidecode.units import parse_bytes
+from pidecode.units import parse_bytes, parse_size
 
 if TYPE_CHECKING:
-    from pidecode.engine.feed_forward import FeedForwardPlan
+    import torch
+
     from pidecode.weights.metadata import CheckpointMetadata
 
 
-SHORT_DTYPES = ("bf16", "fp16", "fp32")
-"""Number formats by the names people type; `weights.convert.DTYPES` has torch's own."""
+DTYPES = ("float32", "bfloat16", "float16")
+"""Number formats by torch's names."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """One thing a person may want to do, whether it works here, and if not, what would mend it."""
+class Check:
+    """A capability of this machine.
 
-    what: str
-    works: bool
-    because: str
+    Attributes:
+        name: What may work.
+        ok: Whether it works.
+        reason: Why it works, or what is missing and how to fix it.
+    """
+
+    name: str
+    ok: bool
+    reason: str
 
 
 def json_option(command: F) -> F:
@@ -49,20 +59,20 @@ def overwrite_option(command: F) -> F:
 def space_option(command: F) -> F:
     """Add --space, which takes a latent space or the name of an image model that uses one."""
     choice = click.Choice([*SPACES, *ALIASES])
-    text = "Latent space, or an image model that uses one. Needed where the weights cannot tell."
+    text = "Latent space, or an image model that uses it. Needed if the weights do not name it."
     return click.option("--space", type=choice, metavar="NAME", help=text)(command)
 
 
 def threads_option(command: F) -> F:
-    """Add --threads, which is settled before the command begins and not passed on to it."""
-    text = "Threads of the processor; if not given, as many as suit its cores and limits (`pidecode doctor`)."
-    return click.option(
-        "--threads", type=click.IntRange(min=1), expose_value=False, callback=_settle_threads, help=text
-    )(command)
+    """Add --threads, which is applied before the command runs and not passed on to it."""
+    text = "CPU threads; if not given, chosen from cores and limits (`pidecode doctor`)."
+    return click.option("--threads", type=click.IntRange(min=1), expose_value=False, callback=_set_threads, help=text)(
+        command
+    )
 
 
-def _settle_threads(_ctx: click.Context, _option: click.Parameter, wanted: int | None) -> None:
-    """Have the framework use as many threads as were asked for, or as suit this machine."""
+def _set_threads(_ctx: click.Context, _option: click.Parameter, wanted: int | None) -> None:
+    """Set torch's number of threads to the one given, or to a suitable one."""
     import torch
 
     from pidecode.devices import recommended_threads
@@ -73,16 +83,16 @@ def _settle_threads(_ctx: click.Context, _option: click.Parameter, wanted: int |
         torch.set_num_threads(count)
 
 
-def emit(data: Any, sentences: str | Callable[[], str], *, as_json: bool) -> None:
-    """Print `data` as JSON, or `sentences` for people."""
+def emit(data: Any, text: str | Callable[[], str], *, as_json: bool) -> None:
+    """Print `data` as JSON, or `text`."""
     if as_json:
         click.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
         return
-    click.echo(sentences() if callable(sentences) else sentences)
+    click.echo(text() if callable(text) else text)
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows of equal keys as columns of equal width, under their names."""
+    """Format rows with equal keys as a table with a header."""
     if not rows:
         return "(none)"
     widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
@@ -91,7 +101,7 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def progress(total: int, label: str, unit: str = "step") -> Any:
-    """A bar on standard error, drawn only where a person is watching; bytes ("B") in kB, MB, GB."""
+    """A progress bar on standard error, drawn only on a terminal; bytes ("B") in kB, MB, GB."""
     from tqdm import tqdm
 
     return tqdm(
@@ -106,8 +116,8 @@ def progress(total: int, label: str, unit: str = "step") -> Any:
     )
 
 
-Job = tuple[int, int, int]
-"""Width and height of an image to make, in pixels, and how many at once."""
+ImageSize = tuple[int, int, int]
+"""Width and height of an image in pixels, and how many are decoded at once."""
 
 
 def quantization_options(command: F) -> F:
@@ -125,6 +135,88 @@ def quantization_options(command: F) -> F:
     )(command)
 
 
+def model_options(command: F) -> F:
+    """Add --model, --space, --variant, --device, --dtype and --compile, which select and load a decoder."""
+    options = (
+        click.option("-m", "--model", default="tiny", show_default=True, help="A model's name, file or folder."),
+        space_option,
+        click.option("--variant", metavar="NAME", help="Variant of a model that has several: 2k, 2kto4k, ..."),
+        device_option,
+        dtype_option,
+        click.option("--compile", is_flag=True, help="Compile elementwise ops at the first image (experimental)."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def device_option(command: F) -> F:
+    """Add --device."""
+    text = "cpu, cuda, cuda:1, mps; chosen automatically if not given."
+    return click.option("--device", metavar="NAME", help=text)(command)
+
+
+def dtype_option(command: F) -> F:
+    """Add --dtype, which takes torch's names."""
+    text = "Number format; chosen for the device if not given."
+    return click.option("--dtype", type=click.Choice(DTYPES), help=text)(command)
+
+
+def bits_option(command: F) -> F:
+    """Add --bits."""
+    text = "Bits per channel; 16 for .png files only."
+    return click.option("--bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help=text)(command)
+
+
+def decode_options(*commands: Command, exclude: Collection[str] = ()) -> Callable[[F], F]:
+    """Add a flag for every decode option.
+
+    Args:
+        commands: What the command does; options of other commands are left out.
+        exclude: Options that the command takes in another way.
+    """
+
+    def add(command: F) -> F:
+        for name, info in reversed(option_infos(interface="cli").items()):
+            if name not in exclude and set(commands) & set(info.commands):
+                command = _decode_option(name, info)(command)
+        return command
+
+    return add
+
+
+def _decode_option(name: str, info: OptionInfo) -> Callable[[F], F]:
+    flag = f"--{name.replace('_', '-')}"
+    kind: Any = click.STRING
+    if info.type is tuple:
+        return click.option(flag, metavar="WIDTHxHEIGHT", callback=_size_from_text, help=info.help)
+    if info.choices:
+        kind = click.Choice(info.choices)
+    elif info.type is int:
+        low, high = (None if bound is None else int(bound) for bound in (info.minimum, info.maximum))
+        kind = click.IntRange(low, high)
+    elif info.type is float:
+        kind = click.FloatRange(info.minimum, info.maximum)
+    return click.option(flag, type=kind, help=info.help)
+
+
+def _size_from_text(_ctx: click.Context, _option: click.Parameter, text: str | None) -> tuple[int, int] | None:
+    return None if text is None else parse_size(text)
+
+
+def take_decode_options(given: dict[str, Any], *, exclude: Collection[str] = ()) -> DecodeOptions:
+    """Remove the values of the flags that `decode_options` added from a command's parameters, as `DecodeOptions`."""
+    names = [name for name in option_infos(interface="cli") if name in given and name not in exclude]
+    return DecodeOptions(**{name: given.pop(name) for name in names})
+
+
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    """The number format with this name."""
+    import torch
+
+    return None if name is None else getattr(torch, name)
+
+
 def memory_option(command: F) -> F:
     """Add --memory."""
     text = "Plan the decode to need at most this much of the device's memory: 4GB. See `pidecode plan`."
@@ -133,7 +225,7 @@ def memory_option(command: F) -> F:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryOptions:
-    """What was asked for; with nothing asked for there is no plan, and a decode runs as it always does."""
+    """Memory limit and quantization asked for; with none given no memory plan is made."""
 
     memory: str | None = None
     quantization: Quantization | None = None
@@ -144,15 +236,25 @@ class MemoryOptions:
         """Whether a plan is to be made."""
         return (self.memory, self.quantization, self.scheme) != (None, None, None)
 
-    def plan(self, config: Any, jobs: Sequence[Job], device: str | None, dtype: str | None) -> Plan | FeedForwardPlan:
-        """The plan that the largest of the jobs needs, on this machine.
+    def plan(
+        self, config: Any, sizes: Sequence[ImageSize], device: str | None, dtype: str | None
+    ) -> Plan | FeedForwardPlan:
+        """Plan the decode of the largest image on this machine.
 
-        Raises DoesNotFitError if there is none, SettingError for what the device cannot do.
+        Args:
+            config: Configuration of the network.
+            sizes: The images to make.
+            device: Device, or None to choose.
+            dtype: Number format by torch's name, or None to choose.
+
+        Raises:
+            DoesNotFitError: No plan fits the memory.
+            SettingError: The device does not support what was asked for.
         """
         machine: Machine = this_machine(device)
         if self.memory is not None:
             machine = replace(machine, memory=min(machine.memory, parse_bytes(self.memory)))
-        width, height, batch = max(jobs, key=lambda job: job[0] * job[1] * job[2])
+        width, height, batch = max(sizes, key=math.prod)
         return plan_decode(
             config,
             (width, height),
@@ -164,14 +266,14 @@ class MemoryOptions:
         )
 
 
-def upscaled(images: Sequence[Any], identity: CheckpointMetadata) -> list[Job]:
-    """What enlarging these images makes, before anything is cut off again."""
+def upscaled_sizes(images: Sequence[Any], metadata: CheckpointMetadata) -> list[ImageSize]:
+    """Sizes to which these images are upscaled, before padding is cut off."""
     from pidecode.images import load_image
     from pidecode.registry.spaces import get_space
 
-    assert identity.config is not None
-    assert identity.space is not None
-    scale, space = identity.config.scale, get_space(identity.space)
+    assert metadata.config is not None
+    assert metadata.space is not None
+    scale, space = metadata.config.scale, get_space(metadata.space)
     if space.fixed_input is not None:
         return [(space.fixed_input * scale, space.fixed_input * scale, 1)]
     step = space.input_multiple
@@ -179,8 +281,8 @@ def upscaled(images: Sequence[Any], identity: CheckpointMetadata) -> list[Job]:
     return [(-(-width // step) * step * scale, -(-height // step) * step * scale, 1) for width, height in sizes]
 
 
-def decoded(latents: Sequence[Any], space: str | None, size: tuple[int, int] | None) -> list[Job]:
-    """What decoding these saved latents makes."""
+def decoded_sizes(latents: Sequence[Any], space: str | None, size: tuple[int, int] | None) -> list[ImageSize]:
+    """Sizes to which these latents are decoded."""
     from pidecode.latents.latent import Latent
 
     read = [Latent.load(source, space=space) for source in latents]

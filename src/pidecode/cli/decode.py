@@ -13,30 +13,34 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pidecode.cli.common import (
-    SHORT_DTYPES,
-    Job,
+    ImageSize,
     MemoryOptions,
-    decoded,
+    bits_option,
+    decode_options,
+    decoded_sizes,
+    dtype_option,
     emit,
     json_option,
     memory_option,
+    model_options,
     overwrite_option,
     progress,
     quantization_options,
-    space_option,
+    take_decode_options,
     threads_option,
-    upscaled,
+    torch_dtype,
+    upscaled_sizes,
 )
+from pidecode.engine.feed_forward import FeedForwardPlan
 from pidecode.engine.machine import GB, Machine, Quantization, this_machine
 from pidecode.engine.plan import Plan, Scheme, plan_decode
 from pidecode.errors import FileError, SettingError
-from pidecode.options import COLOR_FIXES, RuntimeOptions
+from pidecode.options import DecodeOptions, RuntimeOptions
 from pidecode.registry.configs import RELEASED_CONFIGS
 from pidecode.units import parse_bytes, parse_size
 
 if TYPE_CHECKING:
     from pidecode.decoder import DecodeOutput, PixelDecoder
-    from pidecode.engine.feed_forward import FeedForwardPlan
     from pidecode.sampling import Callback, Step
     from pidecode.weights.metadata import CheckpointMetadata
 
@@ -44,14 +48,18 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 _PATH = click.Path(path_type=Path)
 
-Make = Callable[["PixelDecoder", Path, "Callback"], "DecodeOutput"]
-"""Decoder, source file and step callback to what the decoder gives for `Wish.output`."""
+Run = Callable[["PixelDecoder", Path, "Callback"], "DecodeOutput"]
+"""Decoder, source file and step callback to the decoder's output."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
-    """What both commands take beside their files."""
+class DecodeArgs:
+    """Arguments of both commands beside their files.
 
+    `options` are those of the decode; the others have the names of their flags.
+    """
+
+    options: DecodeOptions
     out: Path | None
     model: str
     space: str | None
@@ -59,12 +67,6 @@ class Wish:
     encoder: Path | None
     device: str | None
     dtype: str | None
-    prompt: str | None
-    seed: int | None
-    num_steps: int | None
-    sigma: float | None
-    sampler: str | None
-    color_fix: str | None
     lora: Path | None
     lora_scale: float | None
     memory: str | None
@@ -75,19 +77,26 @@ class Wish:
     overwrite: bool
     as_json: bool
 
-    def decoder(self, jobs: Callable[[CheckpointMetadata], list[Job]]) -> PixelDecoder:
-        """Load the decoder asked for; `jobs` says what it will make, should a plan be needed."""
+    @classmethod
+    def parse(cls, given: dict[str, Any]) -> DecodeArgs:
+        """The arguments from click's parameters."""
+        return cls(options=take_decode_options(given), **given)
+
+    def load_decoder(self, jobs: Callable[[CheckpointMetadata], list[ImageSize]]) -> PixelDecoder:
+        """Load the decoder.
+
+        Args:
+            jobs: Sizes of the images to make, of the weights' metadata; called if a memory plan is needed.
+        """
         from pidecode.decoder import PixelDecoder
-        from pidecode.weights.convert import DTYPES
 
         if self.lora_scale is not None and self.lora is None:
-            raise SettingError("--lora-scale is the strength of an adapter, and none was named; add --lora FILE.")
-        dtype = DTYPES[self.dtype] if self.dtype else None
-        thrift = MemoryOptions(memory=self.memory, quantization=self.quantization, scheme=self.scheme)
+            raise SettingError("--lora-scale is the strength of an adapter, and none was given; add --lora FILE.")
+        dtype = torch_dtype(self.dtype)
+        limits = MemoryOptions(memory=self.memory, quantization=self.quantization, scheme=self.scheme)
 
-        def planned(identity: CheckpointMetadata) -> Plan | FeedForwardPlan:
-            wanted = None if dtype is None else str(dtype).removeprefix("torch.")
-            plan = thrift.plan(identity.config, jobs(identity), self.device, wanted)
+        def make_plan(metadata: CheckpointMetadata) -> Plan | FeedForwardPlan:
+            plan = limits.plan(metadata.config, jobs(metadata), self.device, self.dtype)
             click.echo(plan.describe(), err=True)
             return plan
 
@@ -98,53 +107,25 @@ class Wish:
             encoder=self.encoder,
             device=self.device,
             dtype=dtype,
-            plan=planned if thrift.asked else None,
+            plan=make_plan if limits.asked else None,
             runtime=RuntimeOptions(compile=self.compile),
         )
         if self.lora is not None:
             decoder.load_lora(self.lora, 1.0 if self.lora_scale is None else self.lora_scale)
         return decoder
 
-    def settings(self) -> dict[str, Any]:
-        """Keywords for the decoder: those that were given."""
-        names = ("prompt", "seed", "num_steps", "sigma", "sampler", "color_fix")
-        given = {name: getattr(self, name) for name in names}
-        return {name: value for name, value in given.items() if value is not None}
 
-
-def _decoding_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that `Wish` holds."""
+def _decoder_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the flags of `DecodeArgs` that are no decode options."""
     options = [
         click.option("-o", "--out", type=_PATH, help="File to write, or folder for several."),
-        click.option("-m", "--model", default="tiny", show_default=True, help="A model's name, file or folder."),
-        space_option,
-        click.option("--variant", metavar="NAME", help="Variant of a model that has several: 2k, 2kto4k, ..."),
+        model_options,
         click.option("--encoder", type=_PATH, help="Encoder of the model's space, if it is not where `pull` puts it."),
-        click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; chosen for you if not given."),
-        click.option(
-            "--dtype",
-            type=click.Choice(SHORT_DTYPES),
-            help="Number format; chosen to fit the device if not given.",
-        ),
-        click.option("--prompt", help="What the image shows, for models that read prompts."),
-        click.option("--seed", type=click.IntRange(min=0), help="Of the noise; 0 if not given."),
-        click.option("--num-steps", type=click.IntRange(min=1), help="Steps; the model's own number if not given."),
-        click.option("--sigma", type=click.FloatRange(0, 1), help="Strength: noise put in first, so more is invented."),
-        click.option(
-            "--sampler", type=click.Choice(["sde", "ode"]), help="How a few-step model walks; sde if not given."
-        ),
-        click.option(
-            "--color-fix",
-            type=click.Choice(COLOR_FIXES),
-            help="Correct colors, or all detail, by the image (upscale; back-projection by default for tiny) or by the "
-            "VAE's decode (decode).",
-        ),
         click.option("--lora", type=_PATH, metavar="FILE", help="Low-rank adapter to add to the weights."),
         click.option("--lora-scale", type=float, help="Its strength; 1 if not given."),
         memory_option,
         quantization_options,
-        click.option("--bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help="Per channel."),
-        click.option("--compile", is_flag=True, help="Compile elementwise ops at the first image (experimental)."),
+        bits_option,
         threads_option,
         overwrite_option,
         json_option,
@@ -154,27 +135,34 @@ def _decoding_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def destinations(sources: Sequence[Path], out: Path | None, ending: str) -> list[Path]:
-    """Where each result goes: `out` if it names an image, else `name<ending>.png` in the folder `out`, or beside it.
+def target_paths(sources: Sequence[Path], out: Path | None, suffix: str) -> list[Path]:
+    """Where each image is written.
 
-    Raises SettingError when several results would go to one place, FileError for a kind not written here.
+    Args:
+        sources: The files to decode or upscale.
+        out: An image file, a folder, or None for the folder of each source.
+        suffix: What is added to the name of each source.
+
+    Raises:
+        SettingError: Several images would be written to one file.
+        FileError: `out` names a file format that is not written here.
     """
     if out is not None and out.suffix and not out.is_dir():
         if out.suffix.lower() not in SUFFIXES:
-            raise FileError(f"{out} is no kind of image written here; end its name in {', '.join(SUFFIXES)}.")
+            raise FileError(f"{out} is not a format written here; its name must end in {', '.join(SUFFIXES)}.")
         if len(sources) > 1:
             raise SettingError(f"{len(sources)} images cannot all be written to {out}; name a folder with --out.")
         return [out]
-    places = [(out or source.parent) / f"{source.stem}{ending}.png" for source in sources]
-    twins = sorted({place for place in places if places.count(place) > 1})
-    if twins:
-        raise SettingError(f"Several sources would be written to {twins[0]}; give them different names.")
-    return places
+    paths = [(out or source.parent) / f"{source.stem}{suffix}.png" for source in sources]
+    repeated = sorted({path for path in paths if paths.count(path) > 1})
+    if repeated:
+        raise SettingError(f"Several sources would be written to {repeated[0]}; give them different names.")
+    return paths
 
 
 @contextmanager
 def _steps(label: str) -> Iterator[Callback]:
-    """A step callback that draws a bar."""
+    """A step callback that draws a progress bar."""
     with progress(0, label) as bar:
 
         def callback(step: Step) -> None:
@@ -185,24 +173,28 @@ def _steps(label: str) -> Iterator[Callback]:
 
 
 def _run(
-    sources: Sequence[Path], wish: Wish, ending: str, make: Make, jobs: Callable[[CheckpointMetadata], list[Job]]
+    sources: Sequence[Path],
+    args: DecodeArgs,
+    suffix: str,
+    run: Run,
+    jobs: Callable[[CheckpointMetadata], list[ImageSize]],
 ) -> None:
-    """Make and save the images of one source after another, then say what was written."""
+    """Decode one source after another, save the images and print what was written."""
     from pidecode.engine import sequence_parallel
     from pidecode.engine.runner import Runner
     from pidecode.files import check_writable
 
-    places = destinations(sources, wish.out, ending)
+    targets = target_paths(sources, args.out, suffix)
     for source in sources:
         if not source.is_file():
             raise FileError(f"There is no file {source}.")
-    for place in places:
-        if place.parent.exists():
-            check_writable(place, overwrite=wish.overwrite)
-        if wish.bits == "16" and place.suffix.lower() != ".png":
-            raise SettingError(f"Only .png files hold 16 bits a channel; {place} does not.")
+    for target in targets:
+        if target.parent.exists():
+            check_writable(target, overwrite=args.overwrite)
+        if args.bits == "16" and target.suffix.lower() != ".png":
+            raise SettingError(f"Only .png files hold 16 bits a channel; {target} does not.")
     parallel = sequence_parallel.init_process_group()  # under torchrun: each image is sharded, one process writes it
-    decoder = wish.decoder(jobs)
+    decoder = args.load_decoder(jobs)
     if parallel:
         if not isinstance(decoder.runner, Runner):
             raise SettingError(
@@ -210,75 +202,68 @@ def _run(
             )
         decoder.runner.sequence_parallel = True
     written: list[dict[str, Any]] = []
-    for source, place in zip(sources, places, strict=True):
+    for source, target in zip(sources, targets, strict=True):
         began = time.perf_counter()
         with _steps(source.name) as callback:
-            made = make(decoder, source, callback)
+            output = run(decoder, source, callback)
         if not sequence_parallel.is_main_process():
             continue
         decoded = time.perf_counter()
-        place.parent.mkdir(parents=True, exist_ok=True)
-        names = made.save(place, overwrite=wish.overwrite, bits=16 if wish.bits == "16" else 8)
-        for name, metadata in zip(names, made.metadata, strict=True):
-            kept: dict[str, Any] = {key: metadata[key] for key in ("width", "height", "seed") if key in metadata}
-            written.append({"source": str(source), "image": str(name), **kept})
+        target.parent.mkdir(parents=True, exist_ok=True)
+        names = output.save(target, overwrite=args.overwrite, bits=16 if args.bits == "16" else 8)
+        for name, metadata in zip(names, output.metadata, strict=True):
+            shown: dict[str, Any] = {key: metadata[key] for key in ("width", "height", "seed") if key in metadata}
+            written.append({"source": str(source), "image": str(name), **shown})
         timing = {"seconds": round(decoded - began, 2), "seconds_saving": round(time.perf_counter() - decoded, 2)}
         written[-1] |= timing
-        if not wish.as_json:
+        if not args.as_json:
             for line in written[-len(names) :]:
                 click.echo(f"{line['image']}  {line['width']}x{line['height']}  {timing['seconds']:.1f} s")
-    if wish.as_json and sequence_parallel.is_main_process():
+    if args.as_json and sequence_parallel.is_main_process():
         emit(written, "", as_json=True)
     sequence_parallel.destroy_process_group()
 
 
 @click.command()
 @click.argument("images", nargs=-1, required=True, type=_PATH)
-@click.option(
-    "--fit", type=click.Choice(["pad", "crop"]), default="pad", show_default=True, help="For sides that do not divide."
-)
-@_decoding_options
-def upscale(images: tuple[Path, ...], fit: str, **options: Any) -> None:
-    """Enlarge IMAGES: encode each to a latent, and decode that larger.
+@decode_options("upscale")
+@_decoder_options
+def upscale(images: tuple[Path, ...], **given: Any) -> None:
+    """Upscale IMAGES: encode each to a latent, and decode that to a larger image.
 
-    Without --out, photo.jpg becomes photo-upscaled.png beside it. Existing files are left alone unless --overwrite.
+    Without --out, photo.jpg becomes photo-upscaled.png beside it. Files that exist are kept unless --overwrite.
     """
-    wish = Wish(**options)
+    args = DecodeArgs.parse(given)
 
-    def make(decoder: PixelDecoder, source: Path, callback: Callback) -> DecodeOutput:
-        return decoder.upscale(source, fit=fit, callback=callback, **wish.settings())  # type: ignore[arg-type]
+    def run(decoder: PixelDecoder, source: Path, callback: Callback) -> DecodeOutput:
+        return decoder.upscale(source, options=args.options, callback=callback)
 
-    _run(images, wish, "-upscaled", make, lambda identity: upscaled(images, identity))
+    _run(images, args, "-upscaled", run, lambda metadata: upscaled_sizes(images, metadata))
 
 
 @click.command()
 @click.argument("latents", nargs=-1, required=True, type=_PATH)
-@click.option("--size", metavar="WIDTHxHEIGHT", help="Of the image, if not the latent's natural size.")
-@_decoding_options
-def decode(latents: tuple[Path, ...], size: str | None, **options: Any) -> None:
-    """Turn saved LATENTS (.safetensors) into images.
+@decode_options("decode")
+@_decoder_options
+def decode(latents: tuple[Path, ...], **given: Any) -> None:
+    """Decode saved LATENTS (.safetensors) to images.
 
-    Without --out, cat.safetensors becomes cat.png beside it. Existing files are left alone unless --overwrite.
+    Without --out, cat.safetensors becomes cat.png beside it. Files that exist are kept unless --overwrite.
     """
-    wish = Wish(**options)
-    pixels = None if size is None else parse_size(size)
+    args = DecodeArgs.parse(given)
 
-    def make(decoder: PixelDecoder, source: Path, callback: Callback) -> DecodeOutput:
+    def run(decoder: PixelDecoder, source: Path, callback: Callback) -> DecodeOutput:
         from pidecode.latents.latent import Latent
 
-        settings = wish.settings()
-        if pixels is not None:
-            settings["size"] = pixels
-        latent = Latent.load(source, space=wish.space)
-        return decoder.decode(latent, callback=callback, **settings)
+        return decoder.decode(Latent.load(source, space=args.space), options=args.options, callback=callback)
 
-    _run(latents, wish, "", make, lambda _: decoded(latents, wish.space, pixels))
+    _run(latents, args, "", run, lambda _: decoded_sizes(latents, args.space, args.options.size))
 
 
 @click.command()
 @click.option("--size", required=True, metavar="WxH", help="Image to make, in pixels: 4096x3072.")
 @click.option("--vram", metavar="BYTES", help="Memory of an accelerator: 12GB. Without it, what is free here.")
-@click.option("--ram", metavar="BYTES", help="Plan for a processor with this much memory instead.")
+@click.option("--ram", metavar="BYTES", help="Plan for a CPU with this much memory instead.")
 @click.option(
     "--network",
     type=click.Choice(list(RELEASED_CONFIGS)),
@@ -287,7 +272,7 @@ def decode(latents: tuple[Path, ...], size: str | None, **options: Any) -> None:
     help="`tiny`, or the version of PiD's released weights.",
 )
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images at once.")
-@click.option("--dtype", metavar="NAME", help="float32, bfloat16 or float16; chosen to fit if not given.")
+@dtype_option
 @quantization_options
 @json_option
 def plan(
@@ -299,7 +284,7 @@ def plan(
     quantization: Quantization | None,
     **options: Any,
 ) -> None:
-    """Say how an image would be decoded in the memory there is, or that it does not fit and what would."""
+    """Show how an image would be decoded in the available memory, or which size would fit."""
     if vram and ram:
         raise SettingError("--vram and --ram name two machines; give one.")
     given = vram or ram

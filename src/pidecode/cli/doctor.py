@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from pidecode.cli.common import Verdict, emit, json_option, space_option
+from pidecode.cli.common import Check, emit, json_option, space_option
 from pidecode.errors import SettingError
 from pidecode.units import format_bytes
 from pidecode.version import __version__
@@ -120,59 +120,59 @@ def processor() -> dict[str, Any]:
     }
 
 
-def _library_verdicts(missing: dict[str, list[str]]) -> Iterator[Verdict]:
+def _library_checks(missing: dict[str, list[str]]) -> Iterator[Check]:
     for extra, purpose in (
         ("text", "prompts for the released decoders"),
         ("diffusers", "images to latents with the image models' own encoders"),
     ):
         lacking = missing[extra]
         mend = f"{', '.join(lacking)} missing: pip install 'pidecode[{extra}]'" if lacking else "installed"
-        yield Verdict(f"library for {purpose}", not lacking, mend)
+        yield Check(f"library for {purpose}", not lacking, mend)
 
 
-def _torch_verdicts(build: dict[str, Any], found: list[dict[str, Any]]) -> Iterator[Verdict]:
+def _torch_checks(build: dict[str, Any], found: list[dict[str, Any]]) -> Iterator[Check]:
     from shutil import which
 
     on_gpu = any(device["device"] != "cpu" for device in found)
     if on_gpu:
-        yield Verdict("decoding on a graphics card", True, ", ".join(d["name"] for d in found if d["device"] != "cpu"))
+        yield Check("decoding on a graphics card", True, ", ".join(d["name"] for d in found if d["device"] != "cpu"))
     elif which("nvidia-smi") and build["cuda"] is None:
         mend = "there is an NVIDIA driver, but this torch is a CPU build: install the CUDA build (README.md, Install)"
-        yield Verdict("decoding on a graphics card", False, mend)
+        yield Check("decoding on a graphics card", False, mend)
     elif build["cuda"] or build["hip"]:
-        yield Verdict("decoding on a graphics card", False, "torch finds no card it can use; is the driver running?")
+        yield Check("decoding on a graphics card", False, "torch finds no card it can use; is the driver running?")
     else:
-        yield Verdict("decoding on a graphics card", False, "none here; small images decode on the processor")
+        yield Check("decoding on a graphics card", False, "none here; small images decode on the processor")
     if find_spec("torchvision") is not None:
-        yield _torchvision_verdict()
+        yield _torchvision_check()
 
 
-def _processor_verdicts(found: dict[str, Any]) -> Iterator[Verdict]:
+def _cpu_checks(found: dict[str, Any]) -> Iterator[Check]:
     narrow = found["dtype"] == "bfloat16"
     because = "matrix units for it, so it is the default" if narrow else "no matrix units for it: float32 is quicker"
-    yield Verdict("bfloat16 on the processor", narrow, because)
+    yield Check("bfloat16 on the processor", narrow, because)
     missing = found["compiler_missing"]
-    yield Verdict("compiling for the processor (--compile)", missing is None, missing or "a C++ compiler is here")
+    yield Check("compiling for the processor (--compile)", missing is None, missing or "a C++ compiler is here")
 
 
-def _torchvision_verdict() -> Verdict:
+def _torchvision_check() -> Check:
     what = "torchvision, which pidecode does not need"
     try:
         import_module("torchvision")
     except Exception as error:  # a mismatched build fails in many ways
         mend = f"does not fit this torch ({error}), and breaks transformers: pip uninstall torchvision"
-        return Verdict(what, False, mend)
-    return Verdict(what, True, "fits this torch")
+        return Check(what, False, mend)
+    return Check(what, True, "fits this torch")
 
 
 def examine() -> dict[str, Any]:
     """Everything the command reports, as plain values."""
-    from pidecode.cli.weights import rows, verdicts
+    from pidecode.cli.weights import checks, rows
 
     missing, build, found, own = extras(), build_of_torch(), devices(), processor()
     known = rows()
     judged = [
-        *_torch_verdicts(build, found), *_processor_verdicts(own), *_library_verdicts(missing), *verdicts(known)
+        *_torch_checks(build, found), *_cpu_checks(own), *_library_checks(missing), *checks(known)
     ]  # fmt: skip
     return {
         "versions": versions(),
@@ -183,7 +183,7 @@ def examine() -> dict[str, Any]:
         "processor": own,
         "extras": {extra: not lacking for extra, lacking in missing.items()},
         "models": known,
-        "verdicts": [asdict(verdict) for verdict in judged],
+        "checks": [asdict(check) for check in judged],
     }
 
 
@@ -207,7 +207,7 @@ def _report(findings: dict[str, Any]) -> str:
         for extra, there in findings["extras"].items()
     ]
     lines += ["", "What works here"]
-    return "\n".join([*lines, *_marks(findings["verdicts"])])
+    return "\n".join([*lines, *_marks(findings["checks"])])
 
 
 def _space_report(space: str, model: str | None, encoder: str | None) -> list[dict[str, Any]]:
@@ -216,8 +216,8 @@ def _space_report(space: str, model: str | None, encoder: str | None) -> list[di
     return [asdict(check) for check in check_space(space, model=model, encoder=encoder)]
 
 
-def _marks(verdicts: list[dict[str, Any]]) -> list[str]:
-    return [f"  {'yes' if one['works'] else 'no ':4s} {one['what']}: {one['because']}" for one in verdicts]
+def _marks(checks: list[dict[str, Any]]) -> list[str]:
+    return [f"  {'yes' if one['ok'] else 'no ':4s} {one['name']}: {one['reason']}" for one in checks]
 
 
 @click.command()

@@ -1,17 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pidecode generate`: prompts in, images out, drawn by a diffusers pipeline and decoded by PiD."""
+"""`pidecode generate`: images from prompts by a diffusers pipeline, decoded by PiD."""
 
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from pidecode.cli.common import emit, json_option, progress, threads_option
+from pidecode.cli.common import (
+    decode_options,
+    device_option,
+    dtype_option,
+    emit,
+    json_option,
+    progress,
+    take_decode_options,
+    threads_option,
+    torch_dtype,
+)
 from pidecode.errors import DownloadError, FileError, SettingError
-from pidecode.options import COLOR_FIXES
 from pidecode.registry.spaces import GENERATION, get_image_model
 from pidecode.units import parse_size
 
@@ -20,6 +30,8 @@ if TYPE_CHECKING:
     from pidecode.integrations.diffusers import PipelineProgress
 
 _PATH = click.Path(path_type=Path)
+_OWN = ("seed", "size", "prompt")
+"""Decode options that the command takes in another way: seeds and prompts of a whole run, and its image size."""
 
 
 @click.command()
@@ -29,7 +41,8 @@ _PATH = click.Path(path_type=Path)
               help=f"Image model: {', '.join(GENERATION)}.")  # fmt: skip
 @click.option("--size", default="2048x2048", show_default=True, help="Of the finished images, WIDTHxHEIGHT.")
 @click.option("--seed", "seeds", type=click.IntRange(min=0), multiple=True, help="Several make several images.")
-@click.option("--steps", type=click.IntRange(min=1), help="Of the diffusion; the model's own number if not given.")
+@click.option("--num-inference-steps", type=click.IntRange(min=1), metavar="N",
+              help="Steps of the image model; its default if not given.")  # fmt: skip
 @click.option("--stop-after", metavar="N", help="End the diffusion after step N and decode that; or `recommended`.")
 @click.option("--save-latents", is_flag=True, help="Keep the latents, to decode favorites again.")
 @click.option("--compare", type=click.Choice(["vae"]), help="Also put the model's own decode beside each image.")
@@ -37,44 +50,41 @@ _PATH = click.Path(path_type=Path)
 @click.option("--pipeline", "source", help="Folder or hub repository of the pipeline, if not the model's own.")
 @click.option("-m", "--model", "decoder", help="PiD decoder: a name or file; the official one if not given.")
 @click.option("--variant", metavar="NAME", help="Variant of the decoder: 2k, 2kto4k, ...")
-@click.option("--color-fix", type=click.Choice(COLOR_FIXES), help="Correct colors, or all detail, by the VAE's decode.")
+@decode_options("decode", exclude=_OWN)
 @click.option("--arguments", default="{}", metavar="JSON", help="More arguments for the pipeline's call.")
 @threads_option
-@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; chosen for you if not given.")
-@click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Number format; chosen if not given."
-)
+@device_option
+@dtype_option
 @json_option
-def generate(prompts: tuple[str, ...], prompt_file: Path | None, as_json: bool, **wish: Any) -> None:
-    """Draw images from prompts, at four times the size the image model draws.
+def generate(prompts: tuple[str, ...], prompt_file: Path | None, as_json: bool, **given: Any) -> None:
+    """Generate images from PROMPTS at four times the size of the image model.
 
-    First all prompts are drawn, then the image model leaves the memory and PiD decodes. A run that was interrupted
-    goes on where it stopped when it is given again.
+    The image model first makes the latents of all prompts and is then unloaded; after that PiD decodes them. The same
+    command resumes an interrupted run.
     """
     import torch
 
     from pidecode.devices import select_device
     from pidecode.integrations.text_to_image import GenerationJob
     from pidecode.integrations.text_to_image import generate as run
-    from pidecode.options import DecodeOptions
 
     job = GenerationJob(
-        model=wish["model"],
+        model=given["model"],
         prompts=(*prompts, *(_lines(prompt_file) if prompt_file else ())),
-        out=wish["out"],
-        seeds=wish["seeds"] or (0,),
-        size=parse_size(wish["size"]),
-        source=wish["source"],
-        num_steps=wish["steps"],
-        stop_after=_stop(wish["stop_after"]),
-        compare=wish["compare"] is not None,
-        keep_latents=wish["save_latents"],
-        arguments=_arguments(wish["arguments"]),
+        out=given["out"],
+        seeds=given["seeds"] or (0,),
+        size=parse_size(given["size"]),
+        source=given["source"],
+        num_steps=given["num_inference_steps"],
+        stop_after=_stop(given["stop_after"]),
+        compare=given["compare"] is not None,
+        keep_latents=given["save_latents"],
+        arguments=_arguments(given["arguments"]),
     )
-    device = select_device(wish["device"])
-    narrow = torch.float32 if device.type == "cpu" else torch.bfloat16
+    device = select_device(given["device"])
+    default = torch.float32 if device.type == "cpu" else torch.bfloat16
     stage = ["diffusion"]
-    with progress(0, "drawing") as bar:
+    with progress(0, "diffusion") as bar:
 
         def report(at: PipelineProgress) -> None:
             if at.stage != stage[0]:
@@ -86,10 +96,10 @@ def generate(prompts: tuple[str, ...], prompt_file: Path | None, as_json: bool, 
 
         written = run(
             job,
-            lambda: _decoder(wish),
+            lambda: _load_decoder(given),
             device=device,
-            dtype=getattr(torch, wish["dtype"]) if wish["dtype"] else narrow,
-            options=DecodeOptions(color_fix=wish["color_fix"]),
+            dtype=torch_dtype(given["dtype"]) or default,
+            options=take_decode_options(given, exclude=_OWN),
             progress_callback=report,
         )
     rows = [
@@ -101,28 +111,24 @@ def generate(prompts: tuple[str, ...], prompt_file: Path | None, as_json: bool, 
     emit(rows, "\n".join(lines), as_json=as_json)
 
 
-def _decoder(wish: dict[str, Any]) -> PixelDecoder:
-    """The decoder asked for; else the official one; else, for FLUX.2, the small one that ships with the package."""
-    import torch
-
+def _load_decoder(args: dict[str, Any]) -> PixelDecoder:
+    """The decoder asked for; else the official one; else, for FLUX.2 latents, `tiny`."""
     from pidecode.decoder import PixelDecoder
 
-    space = get_image_model(wish["model"]).space
-    given: dict[str, Any] = {
-        "space": space,
-        "variant": wish["variant"],
-        "device": wish["device"],
-        "dtype": getattr(torch, wish["dtype"]) if wish["dtype"] else None,
-    }
-    if wish["decoder"]:
-        return PixelDecoder.from_pretrained(wish["decoder"], **given)
+    space = get_image_model(args["model"]).space
+    dtype = torch_dtype(args["dtype"])
+    load = partial(
+        PixelDecoder.from_pretrained, space=space, variant=args["variant"], device=args["device"], dtype=dtype
+    )
+    if args["decoder"]:
+        return load(args["decoder"])
     try:
-        return PixelDecoder.from_pretrained("nvidia/PiD", **given)
+        return load("nvidia/PiD")
     except DownloadError:
-        if space != "flux2" or wish["variant"]:
+        if space != "flux2" or args["variant"]:
             raise
-        click.echo("The official decoder is not here; the small one that ships with pidecode is used.", err=True)
-        return PixelDecoder.from_pretrained("tiny", device=wish["device"], dtype=given["dtype"])
+        click.echo("The official decoder is not on this disk; `tiny` is used.", err=True)
+        return PixelDecoder.from_pretrained("tiny", device=args["device"], dtype=dtype)
 
 
 def _lines(file: Path) -> list[str]:
@@ -147,5 +153,5 @@ def _arguments(text: str) -> dict[str, Any]:
     except ValueError as fault:
         raise SettingError(f"--arguments is not JSON: {fault}.") from None
     if not isinstance(found, dict):
-        raise SettingError('--arguments must be a JSON table, like {"guidance_scale": 3}.')
+        raise SettingError('--arguments must be a JSON object, like {"guidance_scale": 3}.')
     return found

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pidecode.cli.common import Verdict
+from pidecode.cli.common import Check
 from pidecode.color_fix import fidelity
 from pidecode.decoder import PixelDecoder
 from pidecode.encoders.base import ImageEncoder, LazyImageEncoder
@@ -29,7 +29,7 @@ MIN_RECONSTRUCTION_PSNR = 20.0
 """In dB; a VAE that reconstructs a smooth gradient worse than this has damaged or mismatched weights."""
 
 
-def check_space(space: str, *, model: str | None = None, encoder: str | None = None) -> list[Verdict]:
+def check_space(space: str, *, model: str | None = None, encoder: str | None = None) -> list[Check]:
     """Try everything that decoding one latent space needs, in order; nothing is downloaded.
 
     Args:
@@ -53,12 +53,12 @@ def check_space(space: str, *, model: str | None = None, encoder: str | None = N
     return [*checks, *_check_pipelines(row)]
 
 
-def _attempt(what: str, action: Callable[[], Any], describe: Callable[[Any], str]) -> tuple[Any, Verdict]:
+def _attempt(what: str, action: Callable[[], Any], describe: Callable[[Any], str]) -> tuple[Any, Check]:
     try:
         result = action()
-        return result, Verdict(what, True, describe(result))
+        return result, Check(what, True, describe(result))
     except PidecodeError as error:
-        return None, Verdict(what, False, str(error))
+        return None, Check(what, False, str(error))
 
 
 def _describe(decoder: PixelDecoder) -> str:
@@ -67,7 +67,7 @@ def _describe(decoder: PixelDecoder) -> str:
     return f"{decoder.name}, {millions:.1f} M weights in {dtype} on {decoder.device}; every tensor is there"
 
 
-def _check_prompts(decoder: PixelDecoder) -> tuple[Tensor | None, list[Verdict]]:
+def _check_prompts(decoder: PixelDecoder) -> tuple[Tensor | None, list[Check]]:
     """Text states of the empty prompt, or zeros in their place, so that the decode can be tried without them."""
     text, config = decoder.text, decoder.net.config
     if text is None or not isinstance(config, PiDConfig):
@@ -77,7 +77,7 @@ def _check_prompts(decoder: PixelDecoder) -> tuple[Tensor | None, list[Verdict]]
     return torch.zeros(1, config.text_length, config.text_dim) if states is None else states, [check]
 
 
-def _check_decode(decoder: PixelDecoder, states: Tensor | None) -> Verdict:
+def _check_decode(decoder: PixelDecoder, states: Tensor | None) -> Check:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1, decoder.space.channels, TEST_LATENT_SIDE, TEST_LATENT_SIDE, generator=generator)
 
@@ -92,10 +92,10 @@ def _check_decode(decoder: PixelDecoder, states: Tensor | None) -> Verdict:
     return _attempt("one small decode", decode, describe)[1]
 
 
-def _check_encoder(decoder: PixelDecoder) -> Iterator[Verdict]:
+def _check_encoder(decoder: PixelDecoder) -> Iterator[Check]:
     encoder, space = decoder.encoder, decoder.space
     if not isinstance(encoder, LazyImageEncoder | ImageEncoder):
-        yield Verdict("encoder", False, f"not on this disk: pidecode pull {space.name}; latents decode without it")
+        yield Check("encoder", False, f"not on this disk: pidecode pull {space.name}; latents decode without it")
         return
     side = space.fixed_input or 256
     gradient = torch.linspace(-0.9, 0.9, side).expand(1, 3, side, side).clone()
@@ -111,21 +111,21 @@ def _check_encoder(decoder: PixelDecoder) -> Iterator[Verdict]:
             "encoder", encode, lambda latent: f"latent {list(latent.tensor.shape)}, normalized as the space's are"
         )
     except NormalizationWarning as warning:
-        latent, check = None, Verdict("encoder", False, f"it is another space's, or damaged: {warning}")
+        latent, check = None, Check("encoder", False, f"it is another space's, or damaged: {warning}")
     yield check
     if latent is None:
         return
     if not encoder.can_decode:
-        yield Verdict("VAE decode", False, "this encoder has no decoder; only comparisons and color_fix need it")
+        yield Check("VAE decode", False, "this encoder has no decoder; only comparisons and color_fix need it")
         return
     report = fidelity(encoder.decode(latent.tensor).to(gradient), gradient)[0]
     works = report.psnr > MIN_RECONSTRUCTION_PSNR
-    yield Verdict("VAE decode", works, f"{report}" if works else f"encode and decode give {report}: check both files")
+    yield Check("VAE decode", works, f"{report}" if works else f"encode and decode give {report}: check both files")
 
 
-def _check_pipelines(space: LatentSpace) -> Iterator[Verdict]:
+def _check_pipelines(space: LatentSpace) -> Iterator[Check]:
     if find_spec("diffusers") is None:
-        yield Verdict("pipelines", False, 'diffusers is not installed: pip install "pidecode[diffusers]"')
+        yield Check("pipelines", False, 'diffusers is not installed: pip install "pidecode[diffusers]"')
         return
     import diffusers
 
@@ -135,7 +135,7 @@ def _check_pipelines(space: LatentSpace) -> Iterator[Verdict]:
         source = GENERATION[name].repository
         if not hasattr(diffusers, image_model.pipeline):
             reason = f"diffusers {diffusers.__version__} has no {image_model.pipeline}; upgrade it"
-            yield Verdict(f"pipeline {name}", False, reason)
+            yield Check(f"pipeline {name}", False, reason)
             continue
         cached = HubCache().cached(source, "model_index.json") is not None
-        yield Verdict(f"pipeline {name}", cached, source if cached else f"not on this disk: hf download {source}")
+        yield Check(f"pipeline {name}", cached, source if cached else f"not on this disk: hf download {source}")

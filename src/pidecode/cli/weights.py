@@ -15,8 +15,8 @@ from typing import Any
 import click
 
 from pidecode.cli.common import (
-    SHORT_DTYPES,
-    Verdict,
+    DTYPES,
+    Check,
     emit,
     json_option,
     overwrite_option,
@@ -98,7 +98,7 @@ def pull(model: str, as_json: bool, accept_license: bool, **asked: Any) -> None:
 @space_option
 @click.option("--variant", metavar="NAME", help="Release it belongs to: 2k, 2kto4k, 2kto4k_v1pt5.")
 @click.option("--kind", type=KINDS, help="What it is, where the file does not tell.")
-@click.option("--dtype", type=click.Choice(SHORT_DTYPES), help="Number format to write; the source's if not given.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Number format to write; the source's if not given.")
 @overwrite_option
 @json_option
 def convert(source: Path, target: Path, **asked: Any) -> None:
@@ -211,12 +211,12 @@ def rows() -> list[dict[str, Any]]:
     return [*own, *released, *encoders.values(), reader]
 
 
-def verdicts(known: Sequence[dict[str, Any]]) -> Iterator[Verdict]:
+def checks(known: Sequence[dict[str, Any]]) -> Iterator[Check]:
     """What the files on this disk allow, for `pidecode doctor`."""
     there = {(row["kind"], row["name"]) for row in known if row["path"]}
     tiny = {("feed-forward", "flux2/tiny"), ("encoder", "flux2/tiny")} <= there
     lost = "its weights are missing from the package; install it again"
-    yield Verdict("`tiny`, the model that ships here", tiny, "images and FLUX.2 latents" if tiny else lost)
+    yield Check("`tiny`, the model that ships here", tiny, "images and FLUX.2 latents" if tiny else lost)
     text = any(kind == READER for kind, _ in there)
     for space in dict.fromkeys(row["space"] for row in known if row["kind"] == "student"):
         students = [
@@ -226,7 +226,7 @@ def verdicts(known: Sequence[dict[str, Any]]) -> Iterator[Verdict]:
         ]
         found = [row["variant"] for row in students if row["path"]]
         if not found:
-            yield Verdict(f"released decoders for {space}", False, f"not on this disk: pidecode pull {space}")
+            yield Check(f"released decoders for {space}", False, f"not on this disk: pidecode pull {space}")
             continue
         lacking = [] if text else ["the text encoder, so prompts must come as ready-made states"]
         if ("encoder", space) not in there:
@@ -234,7 +234,7 @@ def verdicts(known: Sequence[dict[str, Any]]) -> Iterator[Verdict]:
         because = ", ".join(found) + (
             f"; without {' and without '.join(lacking)}: pidecode pull {space}" if lacking else ""
         )
-        yield Verdict(f"released decoders for {space}", True, because)
+        yield Check(f"released decoders for {space}", True, because)
 
 
 def _line(row: dict[str, Any]) -> dict[str, str]:

@@ -19,8 +19,8 @@ from pidecode.weights.metadata import CheckpointMetadata
 from pidecode.weights.read import read_weights
 from pidecode.weights.safetensors import write_safetensors
 
-DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""Number formats to choose from, by the names users type."""
+DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+"""Number formats to choose from, by torch's names."""
 
 _LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENSE", "LICENSE.txt")
 _LICENSES: Mapping[str, License] = {license.name: license for license in (NSCL_V1, APACHE_2)}
@@ -36,8 +36,8 @@ def convert(
 ) -> CheckpointMetadata:
     """Write the network of `source` to `target` (.safetensors) with its configuration, space, variant and license.
 
-    overrides: what the caller knows of the source (see `detect`). dtype: "bf16", "fp16" or "fp32"; None keeps the
-    source's. Weights under a license that is not free keep its text beside them, in `<target>.LICENSE.txt`.
+    overrides: what the caller knows of the source (see `detect`). dtype: "float32", "bfloat16" or "float16"; None keeps
+    that of the source. Weights under a license that is not free keep its text beside them, in `<target>.LICENSE.txt`.
     Returns what was written. Raises CheckpointError or SettingError for a source that is damaged, incomplete or
     undecided, FileError for a target that exists or cannot be written; nothing is left behind then.
     """
