@@ -16,7 +16,7 @@ from pidecode.color_fix import apply_color_fix
 from pidecode.devices import default_dtype, select_device
 from pidecode.encoders.base import EncodeFunction, LazyImageEncoder, encode_images, on_device, vae_reference
 from pidecode.encoders.text import PromptEmbedsCache, TextEncoder, default_negative_prompt, load_prompt_embeds
-from pidecode.engine.feed_forward import FeedForwardPlan, FeedForwardRunner
+from pidecode.engine.feed_forward import FeedForwardPlan, FeedForwardRunner, encoding_work
 from pidecode.engine.plan import Plan
 from pidecode.engine.runner import Runner
 from pidecode.errors import LatentError, SettingError, SizeError
@@ -45,7 +45,16 @@ from pidecode.options import (
 )
 from pidecode.registry.checkpoints import CHECKPOINTS, Checkpoint, FlowShift, Sampler, size_warning
 from pidecode.registry.spaces import LatentSpace, get_space
-from pidecode.sampling import Callback, NoiseStream, Step, guided, sample_student, sample_teacher
+from pidecode.sampling import (
+    Callback,
+    NoiseStream,
+    ProgressCallback,
+    Step,
+    WorkTracker,
+    guided,
+    sample_student,
+    sample_teacher,
+)
 from pidecode.version import __version__
 from pidecode.weights.detect import Overrides, detect
 from pidecode.weights.load import apply_lora, build_network
@@ -251,7 +260,7 @@ class PixelDecoder:
             SettingError: There is no encoder, or an option cannot act.
         """
         tensor, _ = self._fit(load_tensor(image), fit)
-        return self._encode(tensor, num_refinements)
+        return self._encode(tensor, num_refinements, WorkTracker())
 
     def decode(
         self,
@@ -271,6 +280,7 @@ class PixelDecoder:
         color_fix: ColorFix | None = None,
         reference: Tensor | None = None,
         callback: Callback | None = None,
+        progress_callback: ProgressCallback | None = None,
     ) -> DecodeOutput:
         """Decode a latent: nothing but the latent and the prompt informs the image.
 
@@ -293,6 +303,7 @@ class PixelDecoder:
             color_fix: "off" (default), "coarse", "fine" or "back-projection": see `pidecode.color_fix`.
             reference: What the color fix corrects against, `[B, 3, h, w]` in [-1, 1]; default the VAE's decode.
             callback: Called after each step with the current estimate; raise `errors.Cancelled` in it to stop.
+            progress_callback: Called before each piece of work with what it is and the share of the work done so far.
 
         Raises:
             LatentError: The latent is not of this decoder's space, or the network answered with NaN.
@@ -305,7 +316,9 @@ class PixelDecoder:
             shift=shift, prompt=prompt, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
             color_fix=color_fix, reference=reference,
         )  # fmt: skip
-        return self._decode(latent, chosen, "decode", callback)
+        return self._decode(
+            latent, chosen, "decode", callback, WorkTracker(progress_callback, self._evaluations(chosen))
+        )
 
     def upscale(
         self,
@@ -326,6 +339,7 @@ class PixelDecoder:
         fit: Fit | None = None,
         num_refinements: int | None = None,
         callback: Callback | None = None,
+        progress_callback: ProgressCallback | None = None,
     ) -> DecodeOutput:
         """Encode an image and decode it `scale` times larger.
 
@@ -347,6 +361,7 @@ class PixelDecoder:
                 is exactly `scale` times the image; "crop" crops around the center instead.
             num_refinements: Times the encoder corrects its latent by what it decodes to, for encoders that can.
             callback: See `decode`.
+            progress_callback: See `decode`.
 
         Raises:
             ImageError: It is no image.
@@ -361,12 +376,14 @@ class PixelDecoder:
         )  # fmt: skip
         chosen.require_acting(self.kind, "upscale", self.name)
         tensor, padding = self._fit(load_tensor(image), chosen.fit or "pad")
-        latent = self._encode(tensor, chosen.num_refinements)
+        encoding = encoding_work(self._refinements(chosen.num_refinements))
+        tracker = WorkTracker(progress_callback, self._evaluations(chosen), encoding)
+        latent = self._encode(tensor, chosen.num_refinements, tracker)
         if chosen.color_fix is None and self.kind == "feed-forward" and not chosen.sigma:
             chosen = chosen.replace(color_fix="back-projection")
         if chosen.color_fix not in (None, "off") and chosen.reference is None:
             chosen = chosen.replace(reference=tensor)
-        output = self._decode(latent, chosen, "upscale", callback)
+        output = self._decode(latent, chosen, "upscale", callback, tracker)
         if padding is None:
             return output
         pixels = crop_back(output.tensor, padding, scale=self.scale)
@@ -375,16 +392,18 @@ class PixelDecoder:
 
     @torch.inference_mode()
     def _decode(
-        self, latent: Latent, options: DecodeOptions, command: Command, callback: Callback | None
+        self, latent: Latent, options: DecodeOptions, command: Command, callback: Callback | None, work: WorkTracker
     ) -> DecodeOutput:
         options.require_acting(self.kind, command, self.name)
         clean, latent = latent, self._with_prompt(self._checked(latent, options), options.prompt)
         width, height = self._size(latent, options)
         reference = self._reference(clean, options)
         if isinstance(self.runner, FeedForwardRunner):
-            pixels = self._run_feed_forward(self.runner, latent, callback)
+            pixels = self._run_feed_forward(self.runner, latent, callback, work)
         else:
+            callback = work.steps(callback, self._num_steps(options))
             pixels = self._run_diffusion(self.runner, latent, (width, height), options, callback)
+        work.report("finishing")
         if not torch.isfinite(pixels).all():
             raise LatentError(
                 "The network answered with NaN or infinite values. Decode in float32 (dtype=torch.float32); if that "
@@ -410,13 +429,16 @@ class PixelDecoder:
         return pad_to_multiple(tensor, space.input_multiple)
 
     @torch.inference_mode()
-    def _encode(self, tensor: Tensor, num_refinements: int | None) -> Latent:
+    def _encode(self, tensor: Tensor, num_refinements: int | None, tracker: WorkTracker) -> Latent:
         if self.encoder is None:
             raise SettingError(
                 f"{self.name} came without an encoder, so it decodes latents but cannot take images. Fetch one "
                 f"with `pidecode pull {self.space.name}`, or pass encoder= to from_pretrained()."
             )
-        reconstruct = self.runner.reconstruct if isinstance(self.runner, FeedForwardRunner) else None
+        tracker.report("encoding")
+        reconstruct = None
+        if isinstance(self.runner, FeedForwardRunner):
+            reconstruct = self.runner.reporting(tracker, self._refinements(num_refinements))
         with on_device(self.encoder, self.device if self._offloads("encoder") else None):
             cells = encode_images(self.encoder, tensor.to(self.device), reconstruct, num_refinements)
         return Latent(cells, self.space.name, 0.0)
@@ -473,8 +495,28 @@ class PixelDecoder:
             warnings.warn(advice, stacklevel=5)
         return width, height
 
-    def _run_feed_forward(self, runner: FeedForwardRunner, latent: Latent, callback: Callback | None) -> Tensor:
-        pixels = runner.decode(latent.tensor)
+    def _refinements(self, asked: int | None) -> int:
+        """Corrections that `_encode` will make."""
+        if not isinstance(self.runner, FeedForwardRunner):
+            return 0
+        return getattr(self.encoder, "num_refinements", 0) if asked is None else asked
+
+    def _num_steps(self, options: DecodeOptions) -> int:
+        if self.kind == "feed-forward":
+            return 1
+        return options.num_steps or (STUDENT_STEPS if self.kind == "student" else TEACHER_STEPS)
+
+    def _evaluations(self, options: DecodeOptions) -> int:
+        """Evaluations of the network that a decode takes."""
+        return self._num_steps(options) * (1 + (self.kind == "teacher" and options.guidance_scale != 1.0))
+
+    def _run_feed_forward(
+        self, runner: FeedForwardRunner, latent: Latent, callback: Callback | None, tracker: WorkTracker
+    ) -> Tensor:
+        tracker.report("decoding")
+        pixels = runner.decode(
+            latent.tensor, lambda done, total: tracker.report("decoding", done / total, "tile", done + 1, total)
+        )
         if callback is not None:
             callback(Step(1, 1, pixels))
         return pixels
@@ -499,7 +541,7 @@ class PixelDecoder:
         return sample_student(
             runner.predict(condition),
             noise,
-            num_steps=options.num_steps or STUDENT_STEPS,
+            num_steps=self._num_steps(options),
             sampler=options.sampler or "sde",
             prediction=runner.net.config.prediction,
             callback=callback,
@@ -527,7 +569,7 @@ class PixelDecoder:
         return sample_teacher(
             guided(runner.predict(condition), runner.predict(without), scale),
             noise,
-            num_steps=options.num_steps or TEACHER_STEPS,
+            num_steps=self._num_steps(options),
             shift=shift,
             prediction=runner.net.config.prediction,
             callback=callback,
@@ -587,7 +629,7 @@ class PixelDecoder:
                 "seed": options.seeds(index + 1)[index]
                 if not isinstance(options.seed, Sequence)
                 else options.seed[index],
-                "num_steps": options.num_steps or (STUDENT_STEPS if student else TEACHER_STEPS),
+                "num_steps": self._num_steps(options),
                 "sampler": (options.sampler or "sde") if student else "dpm-solver++",
                 "guidance_scale": options.guidance_scale,
             }

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ FLOAT64_PIXELS = 2**18
 TIMESCALE = 1000.0
 """The network reads the flow time times this, never rounded: one unit is one radian."""
 
+FINISHING_WORK = 0.02
+"""Work of color fix and clamping as a part of the rest, for progress only."""
+
 Predict = Callable[[Tensor, Tensor], Tensor]
 """Noisy image `[B, 3, H, W]` and flow time times 1000 `[B]` to the network's output, same shape as the image."""
 
@@ -46,6 +50,70 @@ class Step:
 
 Callback = Callable[[Step], None]
 """Called after each step; raise `errors.Cancelled` in it to stop."""
+
+Phase = Literal["encoding", "decoding", "finishing"]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What one call of `decode` or `upscale` is doing at this moment.
+
+    Attributes:
+        phase: The part of the call: "encoding" the image, "decoding" the latent, "finishing" the pixels.
+        done: Share of the whole call's predicted work that is done, 0 to 1; never falls within a call.
+        unit: What the phase is counted in: "refinement", "step" or "tile"; empty where it is one piece.
+        index: Unit that begins now, from 1; 0 before the first.
+        total: Units of the phase.
+    """
+
+    phase: Phase
+    done: float
+    unit: str = ""
+    index: int = 0
+    total: int = 0
+
+    def __str__(self) -> str:
+        """The phase in words, such as "encoding, refinement 1 of 2"."""
+        return f"{self.phase}, {self.unit} {self.index} of {self.total}" if self.index else self.phase
+
+
+ProgressCallback = Callable[[Progress], None]
+"""Called before the first work and before each further unit; raise `errors.Cancelled` in it to stop."""
+
+
+class WorkTracker:
+    """Reports progress as shares of a whole whose phases are of known size.
+
+    Args:
+        callback: Told of all progress; None for nobody.
+        decoding: Predicted work of decoding, in any unit.
+        encoding: Predicted work of encoding, in the same unit.
+    """
+
+    def __init__(self, callback: ProgressCallback | None = None, decoding: float = 1.0, encoding: float = 0.0) -> None:
+        self.callback = callback
+        finishing = FINISHING_WORK * (decoding + encoding)
+        self.work: dict[Phase, float] = {"encoding": encoding, "decoding": decoding, "finishing": finishing}
+
+    def report(self, phase: Phase, share: float = 0.0, unit: str = "", index: int = 0, total: int = 0) -> None:
+        """Report that a share of a phase is done, and which unit begins now."""
+        if self.callback is None:
+            return
+        before = sum(list(self.work.values())[: list(self.work).index(phase)])
+        done = (before + share * self.work[phase]) / sum(self.work.values())
+        self.callback(Progress(phase, min(1.0, done), unit, index, total))
+
+    def steps(self, callback: Callback | None, num_steps: int) -> Callback:
+        """A step callback that also reports the step that begins next; the first is reported now."""
+        self.report("decoding", 0.0, "step", 1, num_steps)
+
+        def report(step: Step) -> None:
+            if callback is not None:
+                callback(step)
+            if step.index < step.total:
+                self.report("decoding", step.index / step.total, "step", step.index + 1, step.total)
+
+        return report
 
 
 def student_times(num_steps: int) -> tuple[float, ...]:

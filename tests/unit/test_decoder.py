@@ -19,7 +19,7 @@ from pidecode.images import read_metadata
 from pidecode.latents.latent import Latent
 from pidecode.models.pid.network import PiDNet
 from pidecode.registry.configs import PiDConfig, debug_config
-from pidecode.sampling import Step
+from pidecode.sampling import Progress, Step
 from pidecode.weights.metadata import CheckpointMetadata
 
 FLUX2 = debug_config(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
@@ -245,3 +245,21 @@ def test_a_device_that_is_not_here_is_named() -> None:
 def test_upscaling_refuses_a_prompt_that_cannot_act(decoder: PixelDecoder) -> None:
     with pytest.raises(SettingError, match="no text stream, so a prompt cannot act"):
         decoder.upscale(Image.new("RGB", (16, 16)), prompt="a cat")
+
+
+def test_progress_tells_the_phase_and_never_falls() -> None:
+    seen: list[Progress] = []
+    small = torch.zeros(1, 3, 32, 32)
+    PixelDecoder.from_pretrained("tiny", device="cpu").upscale(small, num_refinements=2, progress_callback=seen.append)
+    assert [str(progress) for progress in seen] == [
+        "encoding", "encoding, refinement 1 of 2", "encoding, refinement 2 of 2", "decoding", "finishing",
+    ]  # fmt: skip
+    shares = [progress.done for progress in seen]
+    assert (shares[0], shares) == (0.0, sorted(shares))
+    assert 0.9 < shares[-1] < 1
+
+
+def test_steps_report_progress_before_they_begin(decoder: PixelDecoder, latent: Latent) -> None:
+    seen: list[str] = []
+    decoder.decode(latent, num_steps=2, progress_callback=lambda progress: seen.append(str(progress)))
+    assert seen == ["decoding, step 1 of 2", "decoding, step 2 of 2", "finishing"]

@@ -101,6 +101,11 @@ class ImageEncoder:
         """Whether `decode` can be called."""
         return self._autoencoder.can_decode
 
+    @property
+    def num_refinements(self) -> int:
+        """Corrections it makes by default; 0 for encoders without a refiner."""
+        return self._autoencoder.num_refinements if isinstance(self._autoencoder, TinyImageEncoder) else 0
+
     def to(self, device: torch.device | str) -> ImageEncoder:
         """Move the weights to a device.
 
@@ -214,6 +219,11 @@ class LazyImageEncoder:
     def can_decode(self) -> bool:
         """Whether `decode` can be called."""
         return self.loaded.can_decode
+
+    @property
+    def num_refinements(self) -> int:
+        """Corrections it makes by default; 0 for encoders without a refiner."""
+        return self.loaded.num_refinements
 
     def __call__(
         self, images: Tensor, reconstruct: Reconstruct | None = None, num_refinements: int | None = None

@@ -31,6 +31,7 @@ class TinyImageEncoder:
 
     def __init__(self, model: TinyEncoder) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.num_refinements = model.config.num_refinements
 
     def encode(
         self, images: Tensor, reconstruct: Reconstruct | None = None, num_refinements: int | None = None

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,12 +14,18 @@ from pidecode.engine.machine import DRIVER, DTYPE_BYTES, GB, Machine
 from pidecode.errors import DoesNotFitError, SettingError
 from pidecode.models.tiny import TinyDecoder, downscaled
 from pidecode.registry.configs import TinyDecoderConfig
+from pidecode.sampling import WorkTracker
 
 HALO = 6
 """Cells of the first stage's grid that a tile sees beyond its edges. Measured with the shipped weights on a photograph:
 the largest difference to the whole image is 1.1/255 with 4, 0.03/255 with 6 and 0.0003/255 with 8."""
 TILES = (64, 32, 16)
 """Sides of tiles to try, in cells of the first stage's grid, largest first: the larger, the less is computed twice."""
+ENCODER_WORK = 0.15
+"""Work of one pass of the encoder in evaluations of the decoder, for progress only."""
+
+TileCallback = Callable[[int, int], None]
+"""Called before each tile with the number of tiles done and of all tiles."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +162,7 @@ class FeedForwardRunner:
         return predict(plan, self.net.config, accelerator=self.net.device.type != "cpu")
 
     @torch.no_grad()
-    def decode(self, latent: Tensor) -> Tensor:
+    def decode(self, latent: Tensor, on_tile: TileCallback | None = None) -> Tensor:
         """Normalized latent `[B, C, h, w]` to the image `[B, 3, H, W]`, float32, not clamped."""
         net = self.net
         features = net.coarse(latent)
@@ -165,8 +172,12 @@ class FeedForwardRunner:
         if tile is None:
             return net.fine(features).float()
         image = torch.empty(len(latent), 3, rows * cell, columns * cell, device=latent.device)
+        count = itertools.count()
+        total = -(-rows // tile) * -(-columns // tile)
         for top, bottom, first, last in _spans(rows, tile):
             for left, right, start, end in _spans(columns, tile):
+                if on_tile is not None:
+                    on_tile(next(count), total)
                 part = net.fine(features[..., first:last, start:end])
                 inner = part[
                     ..., (top - first) * cell : (bottom - first) * cell, (left - start) * cell : (right - start) * cell
@@ -174,9 +185,30 @@ class FeedForwardRunner:
                 image[..., top * cell : bottom * cell, left * cell : right * cell] = inner
         return image
 
-    def reconstruct(self, latent: Tensor) -> Tensor:
+    def reconstruct(self, latent: Tensor, on_tile: TileCallback | None = None) -> Tensor:
         """What a latent decodes to, at the size of the image it encodes: `[B, 3, h down, w down]` in [-1, 1]."""
-        return downscaled(self.decode(latent.to(self.net.device)), self.net.config.scale)
+        return downscaled(self.decode(latent.to(self.net.device), on_tile), self.net.config.scale)
+
+    def reporting(self, tracker: WorkTracker, count: int) -> Callable[[Tensor], Tensor]:
+        """`reconstruct` for an encoder that calls it `count` times; each call reports its refinement."""
+        begun = itertools.count(1)
+
+        def reconstruct(latent: Tensor) -> Tensor:
+            index = next(begun)
+
+            def report(done: int, total: int) -> None:
+                before = encoding_work(index) - 1 - ENCODER_WORK
+                tracker.report("encoding", (before + done / total) / encoding_work(count), "refinement", index, count)
+
+            report(0, 1)
+            return self.reconstruct(latent, report)
+
+        return reconstruct
+
+
+def encoding_work(num_refinements: int) -> float:
+    """Work of encoding with so many refinements, in evaluations of the decoder."""
+    return num_refinements + ENCODER_WORK * (1 + 2 * num_refinements)
 
 
 def _spans(length: int, tile: int) -> Iterator[tuple[int, int, int, int]]:
