@@ -75,7 +75,7 @@ def test_inspect_describes_a_file(page: Served) -> None:
     latent = page.post("/v1/inspect", latent_bytes(2, 3)).json()
     assert {"kind": "latent", "width": 3, "height": 2, "space": "flux2", "sigma": 0.0}.items() <= latent.items()
     bad = page.post("/v1/inspect", b"neither")
-    assert (bad.status, "no image of a known kind" in bad.message) == (400, True)
+    assert (bad.status, "not an image of a known format" in bad.message) == (400, True)
 
 
 def test_a_decode_is_estimated(page: Served) -> None:

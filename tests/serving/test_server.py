@@ -100,7 +100,7 @@ def test_a_foreign_latent_needs_its_space(server: Served) -> None:
         ("/v1/decode", latent_bytes(8, 8), 400, "this server makes at most 65,536"),
         ("/v1/decode", b"", 400, "body is empty"),
         ("/v1/decode", b"\x80\x04\x95csystem", 400, "no .safetensors file"),
-        ("/v1/upscale", b"no image", 400, "no image of a known kind"),
+        ("/v1/upscale", b"no image", 400, "not an image of a known format"),
         ("/v1/upscale", image_bytes()[:60], 400, "damaged or cut off"),
         ("/v1/upscale", image_bytes(128, 128), 400, "512x512"),
         ("/v1/upscale", image_bytes(4000, 4000), 400, "pixels"),
@@ -206,7 +206,7 @@ def test_openai_edits_enlarge(server: Served) -> None:
     ("fields", "expected"),
     [
         ({"prompt": "x"}, "no file in the field 'image'"),
-        ({"image": b"nothing"}, "no image of a known kind"),
+        ({"image": b"nothing"}, "not an image of a known format"),
         ({"image": latent_bytes()}, "send it to /v1/decode"),
         ({"image": image_bytes(), "size": "64x64"}, "becomes 128x128; size cannot be 64x64"),
         ({"image": image_bytes(), "size": "big"}, "size: String should match pattern"),

@@ -167,7 +167,7 @@ def test_metadata_of_broken_files(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="truncated"):
         read_metadata(path)
     path.write_bytes(b"hello")
-    with pytest.raises(ImageError, match="no image of a known kind"):
+    with pytest.raises(ImageError, match="not an image of a known format"):
         read_metadata(path)
     with pytest.raises(ImageError, match="There is no file"):
         read_metadata(tmp_path)

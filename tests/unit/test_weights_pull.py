@@ -200,7 +200,7 @@ def test_cancelling_keeps_what_arrived(hub, server):
 
 def test_damage_on_the_way_is_noticed(hub, server):
     server.corrupt = True
-    with pytest.raises(DownloadError, match="arrived damaged and was thrown away"):
+    with pytest.raises(DownloadError, match="arrived damaged and was deleted"):
         download_checkpoint("flux", "2k", accept_license=True, hub=hub)
     assert hub.cached("nvidia/PiD", ROW.path) is None
     server.corrupt = False

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of what is known beforehand: network configs, latent spaces, released checkpoints. Standard library only."""
+"""Registry: network configurations, latent spaces, released checkpoints. Standard library only."""

@@ -36,7 +36,7 @@ STUDENT_TIMES = (0.999, 0.866, 0.634, 0.342, 0.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class License:
-    """Terms of a file, as far as a table can tell them; the text beside the file is what binds."""
+    """License of a file; the license text next to the file is binding."""
 
     name: str
     title: str
@@ -395,7 +395,7 @@ def check_output_size(space: str, height: int, width: int) -> None:
     if row.fixed_input is not None:
         side = row.fixed_input * row.scale
         if (height, width) != (side, side):
-            raise SizeError(f"Space {row.name} always gives {side}x{side} pixels; {height}x{width} cannot be had.")
+            raise SizeError(f"Space {row.name} always gives {side}x{side} pixels; {height}x{width} is not possible.")
         return
     step = math.lcm(row.input_multiple * row.scale, PATCH, row.pixels_per_cell)
     if height < step or width < step or height % step or width % step:

@@ -20,14 +20,14 @@ NoiseParametrization = Literal["flow", "variance_preserving"]
 class LatentSpace:
     """A space of docs/architecture.md, Latent spaces: what a normalized latent `[B, channels, h, w]` of it means.
 
-    A latent is *normalized* when it is in the frame the image model itself works in: about zero mean and
-    unit standard deviation. *Raw* is what the space's own encoder puts out and its own decoder takes.
+    A *normalized* latent is what the image model works with: about zero mean and unit standard deviation. A *raw* latent
+    is the output of the space's own encoder and the input of its own decoder.
     """
 
     name: str
     """Short name."""
     title: str
-    """Name for people."""
+    """Display name."""
     channels: int
     """Channels of the normalized latent."""
     down: int
@@ -60,11 +60,11 @@ class LatentSpace:
     raw_std: float | None = None
     """Standard deviation of a raw latent whose normalized form has 1; None where raw cannot be told so."""
     spread_limit: float = 2.0
-    """Largest believable spread of a clean normalized latent: each channel's standard deviation over its
+    """Upper bound of the spread of a clean normalized latent: each channel's standard deviation over its
     cells, root-mean-square over channels.
 
     Measured in FLUX.2's space on 94 photographs, drawings and pages: 0.58 to 0.90; flat and test images
-    less. Where raw is the wider frame the limit lies between such values and the same times `raw_std`.
+    less. Where raw latents are wider the limit lies between such values and the same times `raw_std`.
     """
 
     def __post_init__(self) -> None:
@@ -208,7 +208,7 @@ ALIASES: Mapping[str, str] = MappingProxyType(
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """The tail of a message about an unknown name: the closest known ones, then all of them."""
+    """End of an error message about an unknown name: the closest known names, then all of them."""
     names = sorted(known)
     close = difflib.get_close_matches(str(name).lower(), names, n=2, cutoff=0.5)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
@@ -303,7 +303,7 @@ def diffusion_size(model: str | ImageModel, width: int, height: int) -> tuple[in
     if width < unit or height < unit or width % unit or height % unit:
         near = [max(unit, round(side / unit) * unit) for side in (width, height)]
         raise SizeError(
-            f"{row.name} cannot draw what becomes {width}x{height}: both sides must be multiples of {unit}. The "
-            f"nearest size that fits is {near[0]}x{near[1]}."
+            f"{row.name} cannot make an image that decodes to {width}x{height}: both sides must be "
+            f"multiples of {unit}. The nearest size that fits is {near[0]}x{near[1]}."
         )
     return width // scale, height // scale

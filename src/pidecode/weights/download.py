@@ -19,7 +19,7 @@ _MODEL_FILES = ("*.json", "*.safetensors", "*.safetensors.index.json", "tokenize
 
 @dataclass(frozen=True, slots=True)
 class RepositoryFiles:
-    """One thing to fetch: files of a repository that match any of the patterns; a plain path matches itself."""
+    """Files of a hub repository that match any of the patterns; a plain path matches itself."""
 
     title: str
     repository: str
@@ -33,7 +33,7 @@ class RepositoryFiles:
 
 @dataclass(frozen=True, slots=True)
 class DownloadedCheckpoint:
-    """Where things lie now; None for what was not asked for. A folder is a repository's, or the part that was."""
+    """Local paths of a downloaded decoder; None for what was not requested."""
 
     decoder: Path | None = None
     encoder: Path | None = None
@@ -42,7 +42,7 @@ class DownloadedCheckpoint:
 
 
 def checkpoint_files(row: Checkpoint, *, encoder: bool = True, text: bool = True) -> list[RepositoryFiles]:
-    """What a released decoder needs: itself, its space's encoder and what that builds on, the text encoder."""
+    """Everything a released decoder needs: itself, its space's encoder and the model it builds on, the text encoder."""
     if row.repository is None:
         return []
     parts = [RepositoryFiles("decoder", row.repository, (row.path,))]
@@ -60,7 +60,7 @@ def checkpoint_files(row: Checkpoint, *, encoder: bool = True, text: bool = True
 
 
 def license_notice(license: License) -> str:
-    """What must be shown before weights under that license are fetched."""
+    """The notice to show before weights under a license are downloaded."""
     terms = "commercial use is allowed" if license.commercial else "for research and evaluation, not for commercial use"
     return (
         f"These weights are under the {license.title}: {terms}.\n"
@@ -78,13 +78,26 @@ def download_checkpoint(
     on_progress: DownloadCallback | None = None,
     hub: HubCache | None = None,
 ) -> DownloadedCheckpoint:
-    """Fetch a released decoder with its encoder and text encoder into the cache, and say where they lie.
+    """Download a released decoder with its encoder and text encoder into the hub cache.
 
-    What is there already is left alone: with everything there, nothing is asked of the network or of the user.
-    parts: which parts to fetch, such as `functools.partial(checkpoint_files, text=False)`.
-    on_progress: told of every piece that arrives; it may raise Cancelled. A broken fetch goes on next time.
-    Raises LicenseError, whose message is the notice to show, unless the license was accepted or is free;
-    DownloadError when something cannot be fetched; SettingError for a decoder that does not exist.
+    Cached files are kept; if everything is cached, neither the network nor the license is needed.
+
+    Args:
+        space: Name or alias of the latent space, or "tiny" or "pixeldit".
+        variant: None for the space's default.
+        kind: None for the distilled student.
+        accept_license: Whether the user accepts the license.
+        parts: Which files to download, such as `functools.partial(checkpoint_files, text=False)`.
+        on_progress: Called for every chunk; it may raise Cancelled. The next call resumes.
+        hub: The hub cache.
+
+    Returns:
+        The local paths.
+
+    Raises:
+        LicenseError: A non-commercial license was not accepted; the message is the notice to show.
+        DownloadError: A file cannot be downloaded.
+        SettingError: There is no such decoder.
     """
     hub = hub or HubCache()
     row = get_checkpoint(space, variant, kind)
@@ -111,7 +124,7 @@ def download_checkpoint(
 
 
 def cached_files(part: RepositoryFiles, hub: HubCache) -> Path | None:
-    """Where a part lies, if all of it is in the cache; never asks the network."""
+    """The local path of the files, if all of them are cached; never uses the network."""
     if part.file:
         return hub.cached(part.repository, part.file)
     folder = hub.snapshot(part.repository)

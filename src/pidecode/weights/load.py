@@ -33,12 +33,23 @@ def build_network(
     color_head: bool = False,
     source: str = "the file",
 ) -> PiDNet | TinyDecoder:
-    """A network in evaluation mode, without gradients, whose parameters are these very tensors.
+    """Build a network from tensors, in evaluation mode and without gradients.
 
-    Tensors leave `tensors` as they are taken, converted one by one where `dtype` or `device` differs, so that
-    no more than one is ever held twice; where neither differs, the parameters share the file's own memory.
-    color_head: keep the head only training uses, which the tensors must then have. Otherwise it is left out.
-    Raises CheckpointError naming missing, unexpected and wrongly shaped tensors, SettingError for a bad dtype.
+    Args:
+        tensors: State dict. Emptied while loading, so that at most one tensor is in memory twice; where neither dtype
+            nor device changes, the parameters share the file's memory.
+        config: Shape of the network.
+        dtype: Dtype of the parameters; None keeps that of the tensors.
+        device: Device of the parameters.
+        color_head: Keep the color head, which only training uses.
+        source: What error messages call the file.
+
+    Returns:
+        The network.
+
+    Raises:
+        CheckpointError: Tensors are missing, unexpected or of another shape.
+        SettingError: The dtype is not a floating-point one.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise SettingError(f"dtype is {dtype}; a network runs in float32, bfloat16 or float16.")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A name, a path or a hub id to the weights file on this machine, found in the hub cache.
+"""Resolving a name, path or hub id to a weights file on this machine, and the Hugging Face hub cache.
 
-The cache is huggingface_hub's own, so `hf download` and other programs share it. The bytes are fetched by that
-library too, but into a partial file that outlives a broken run: newer versions of it start over otherwise.
+The cache is huggingface_hub's, shared with `hf download` and other programs. Downloads go into a partial file that is
+kept when a run is interrupted, because newer versions of the library start over.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SHA256_DIGITS = 64
 
 @dataclass(frozen=True, slots=True)
 class DownloadProgress:
-    """How far the fetching of one file has come, in bytes; `total` is None until it is known."""
+    """Progress of the download of one file, in bytes; `total` is None until it is known."""
 
     file: str
     done: int
@@ -51,7 +51,7 @@ DownloadCallback = Callable[[DownloadProgress], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubCache:
-    """Where files are fetched from and kept; None takes huggingface_hub's own setting (HF_HOME, HF_ENDPOINT, ...)."""
+    """The hub cache; None takes huggingface_hub's own setting (HF_HOME, HF_ENDPOINT, ...)."""
 
     cache_dir: str | Path | None = None
     endpoint: str | None = None
@@ -83,10 +83,20 @@ class HubCache:
             return [sibling.rfilename for sibling in info.siblings or ()]
 
     def fetch(self, repository: str, path: str, on_progress: DownloadCallback | None = None) -> Path:
-        """The file in the cache, fetched if it is not there; size and SHA-256 are checked against the hub's.
+        """A file of a repository, downloaded if it is not cached; its size and SHA-256 are checked against the hub's.
 
-        A fetch that breaks off leaves its bytes, and the next one goes on from them.
-        Raises DownloadError, in one line, with the command that does the same by hand.
+        An interrupted download is resumed by the next call.
+
+        Args:
+            repository: Hub repository.
+            path: File in it.
+            on_progress: Called for every chunk.
+
+        Returns:
+            The file in the cache.
+
+        Raises:
+            DownloadError: The download failed; the message names the command that does the same.
         """
         if found := self.cached(repository, path):
             return found
@@ -145,12 +155,12 @@ def _verify(part: Path, about: Any) -> None:
     wrong = size != about.size or (len(about.etag) == _SHA256_DIGITS and sha256(part) != about.etag)
     if wrong:
         part.unlink()
-        raise DownloadError("The file arrived damaged and was thrown away; run the same command again.")
+        raise DownloadError("The file arrived damaged and was deleted; run the same command again.")
 
 
 def _reporter(path: str, on_progress: DownloadCallback | None) -> type[tqdm[Any]]:
     class Reporter(tqdm):  # type: ignore[type-arg]
-        """A silent progress bar that tells the caller."""
+        """A progress bar that prints nothing and calls `on_progress`."""
 
         def __init__(self, *args: Any, **settings: Any) -> None:
             settings.pop("name", None)
@@ -168,7 +178,7 @@ def _reporter(path: str, on_progress: DownloadCallback | None) -> type[tqdm[Any]
 
 
 def command(repository: str, path: str | None) -> str:
-    """What to type to fetch the same by hand."""
+    """The shell command that downloads the same."""
     if path is None or not path.endswith("/"):
         return f"`hf download {repository}{f' {path}' if path else ''}`"
     return f'`hf download {repository} --include "{path}*"`'
@@ -212,7 +222,7 @@ _SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedCheckpoint:
-    """A weights file, what is known of it from how it was asked for, and its space's encoder if that is here too."""
+    """A weights file, what its name says about it, and the image encoder of its space if it is on this machine."""
 
     path: Path
     name: str
@@ -230,13 +240,23 @@ def resolve_checkpoint(
     kind: NetworkKind | None = None,
     hub: HubCache | None = None,
 ) -> ResolvedCheckpoint:
-    """The weights file that a name stands for.
+    """Find the weights file of a name; nothing is downloaded.
 
-    name: "tiny" (ships with the package), a file, a folder with one weights file or with official folders in it,
-    or a hub id such as "nvidia/PiD". For official folders and that repository, `space` (and `variant`, `kind`)
-    choose the file. A file or folder of that very name goes before a hub id.
-    Raises CheckpointError or SettingError when the name leads nowhere or to several files, and DownloadError,
-    with the command that fetches it, when it is not on this machine.
+    Args:
+        name: "tiny" (ships with the package), a file, a folder with one weights file or with the official folders, or
+            a hub id such as "nvidia/PiD". A file or folder of that name precedes a hub id.
+        space: Latent space; chooses the file of the official repository or folder.
+        variant: Likewise; None for the space's default.
+        kind: Likewise; None for the distilled student.
+        hub: The hub cache.
+
+    Returns:
+        The file, and what is known about it.
+
+    Raises:
+        SettingError: The name is unknown, or `space` must be given.
+        CheckpointError: A folder holds no weights file, or several.
+        DownloadError: The file is not on this machine; the message names the command that downloads it.
     """
     hub = hub or HubCache()
     bundled = {row.variant: row for row in CHECKPOINTS.values() if row.bundled}
@@ -255,8 +275,8 @@ def resolve_checkpoint(
         path = _snapshot(str(name), hub)
     if path.is_dir():
         path = _in_folder(path, space, variant, kind)
-    near = cached_encoder_path(get_space(space).name, hub) if space else None
-    return ResolvedCheckpoint(path=path, name=path.stem, space=space, variant=variant, kind=kind, encoder=near)
+    encoder = cached_encoder_path(get_space(space).name, hub) if space else None
+    return ResolvedCheckpoint(path=path, name=path.stem, space=space, variant=variant, kind=kind, encoder=encoder)
 
 
 def _released(row: Checkpoint, path: Path, space: str | None, hub: HubCache) -> ResolvedCheckpoint:
