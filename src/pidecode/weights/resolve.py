@@ -88,7 +88,7 @@ class HubCache:
         An interrupted download is resumed by the next call.
 
         Args:
-            repository: Hub repository.
+            repository: HubCache repository.
             path: File in it.
             on_progress: Called for every chunk.
 
