@@ -20,8 +20,8 @@ NoiseParametrization = Literal["flow", "variance_preserving"]
 class LatentSpace:
     """A space of docs/architecture.md, Latent spaces: what a normalized latent `[B, channels, h, w]` of it means.
 
-    A *normalized* latent is what the image model works with: about zero mean and unit standard deviation. A *raw* latent
-    is the output of the space's own encoder and the input of its own decoder.
+    A *normalized* latent is what the image model works with: about zero mean and unit standard deviation. A *raw*
+    latent is the output of the space's own encoder and the input of its own decoder.
     """
 
     name: str
