@@ -126,8 +126,8 @@ def _library_checks(missing: dict[str, list[str]]) -> Iterator[Check]:
         ("diffusers", "images to latents with the image models' own encoders"),
     ):
         lacking = missing[extra]
-        mend = f"{', '.join(lacking)} missing: pip install 'pidecode[{extra}]'" if lacking else "installed"
-        yield Check(f"library for {purpose}", not lacking, mend)
+        fix = f"{', '.join(lacking)} missing: pip install 'pidecode[{extra}]'" if lacking else "installed"
+        yield Check(f"library for {purpose}", not lacking, fix)
 
 
 def _torch_checks(build: dict[str, Any], found: list[dict[str, Any]]) -> Iterator[Check]:
@@ -137,8 +137,8 @@ def _torch_checks(build: dict[str, Any], found: list[dict[str, Any]]) -> Iterato
     if on_gpu:
         yield Check("decoding on a graphics card", True, ", ".join(d["name"] for d in found if d["device"] != "cpu"))
     elif which("nvidia-smi") and build["cuda"] is None:
-        mend = "there is an NVIDIA driver, but this torch is a CPU build: install the CUDA build (README.md, Install)"
-        yield Check("decoding on a graphics card", False, mend)
+        fix = "there is an NVIDIA driver, but this torch is a CPU build: install the CUDA build (README.md, Install)"
+        yield Check("decoding on a graphics card", False, fix)
     elif build["cuda"] or build["hip"]:
         yield Check("decoding on a graphics card", False, "torch finds no card it can use; is the driver running?")
     else:
@@ -160,8 +160,8 @@ def _torchvision_check() -> Check:
     try:
         import_module("torchvision")
     except Exception as error:  # a mismatched build fails in many ways
-        mend = f"does not fit this torch ({error}), and breaks transformers: pip uninstall torchvision"
-        return Check(what, False, mend)
+        fix = f"does not fit this torch ({error}), and breaks transformers: pip uninstall torchvision"
+        return Check(what, False, fix)
     return Check(what, True, "fits this torch")
 
 
