@@ -71,7 +71,7 @@ def test_raw_and_back(name: str) -> None:
     torch.testing.assert_close(again.tensor, latent.tensor, rtol=0, atol=1e-5)
 
 
-def test_raw_shapes_are_those_of_the_native_decoders() -> None:
+def test_raw_shapes_are_those_of_the_own_decoders() -> None:
     assert Latent(draw(1, 16, 4, 6), "qwenimage").to_raw().shape == (1, 16, 1, 4, 6)
     assert Latent(draw(1, 128, 2, 3), "flux2").to_raw(statistics_for("flux2", (2, 3))).shape == (1, 32, 4, 6)
 

@@ -15,7 +15,7 @@ from pidecode.registry.configs import PiDConfig
 from pidecode.registry.spaces import SPACES, LatentSpace, did_you_mean, get_space
 
 NetworkKind = Literal["feed-forward", "student", "teacher", "backbone"]
-ImageSize = tuple[int, int]
+PixelSize = tuple[int, int]
 """Height and width in pixels."""
 
 REPOSITORY = "nvidia/PiD"
@@ -100,7 +100,7 @@ class Checkpoint:
     """Recommended classifier-free guidance; 1 is none."""
     num_steps: int = 4
     """Recommended number of sampling steps."""
-    trained_sizes: tuple[ImageSize, ...] = ()
+    trained_sizes: tuple[PixelSize, ...] = ()
     """Output sizes the official notes name; empty where any size is as good as another."""
     trained_area: tuple[int, int] | None = None
     """Smallest and largest trained output area in pixels, where it was trained on a range of sizes."""
@@ -143,12 +143,12 @@ class EncoderFile:
     statistics: tuple[str, str] | None = None
 
 
-_SIZES_2K: tuple[ImageSize, ...] = ((2048, 2048), (1728, 2304), (2304, 1728), (1536, 2688), (2688, 1536))
+_SIZES_2K: tuple[PixelSize, ...] = ((2048, 2048), (1728, 2304), (2304, 1728), (1536, 2688), (2688, 1536))
 # The range variants were trained on buckets of the same shapes from 2048 to about 4096 pixels; the upper
 # ones named here are those shapes with a long side of 4096.
-_SIZES_4K: tuple[ImageSize, ...] = (*_SIZES_2K, (4096, 4096), (3072, 4096), (4096, 3072), (2304, 4096), (4096, 2304))
+_SIZES_4K: tuple[PixelSize, ...] = (*_SIZES_2K, (4096, 4096), (3072, 4096), (4096, 3072), (2304, 4096), (4096, 2304))
 _AREA_4K = (1536 * 2688, 4096 * 4096)
-_SQUARE_2K: tuple[ImageSize, ...] = ((2048, 2048),)
+_SQUARE_2K: tuple[PixelSize, ...] = ((2048, 2048),)
 
 _SHIFT_2K = FlowShift(base=6.0)
 _SHIFT_V1_4K = FlowShift(base=4.0, size=1024)
@@ -360,7 +360,7 @@ _LONGEST_SIDE = 4096
 _WIDEST_ASPECT = 1.8
 
 
-def output_size(space: str, latent_height: int, latent_width: int) -> ImageSize:
+def output_size(space: str, latent_height: int, latent_width: int) -> PixelSize:
     """Height and width, in pixels, of what a latent of that many cells becomes. Raises SizeError for none."""
     if latent_height < 1 or latent_width < 1:
         raise SizeError(f"A latent needs at least one cell; got {latent_height}x{latent_width}.")
@@ -368,7 +368,7 @@ def output_size(space: str, latent_height: int, latent_width: int) -> ImageSize:
     return latent_height * factor, latent_width * factor
 
 
-def latent_grid(space: str, height: int, width: int) -> ImageSize:
+def latent_grid(space: str, height: int, width: int) -> PixelSize:
     """Rows and columns of the latent whose output is `height` x `width` pixels.
 
     Raises SizeError, naming the nearest sizes there are, if there is none.
@@ -378,7 +378,7 @@ def latent_grid(space: str, height: int, width: int) -> ImageSize:
     return height // factor, width // factor
 
 
-def input_size(space: str, height: int, width: int) -> ImageSize:
+def input_size(space: str, height: int, width: int) -> PixelSize:
     """Height and width of the encoder's input for that output. Raises SizeError as `latent_grid` does."""
     rows, columns = latent_grid(space, height, width)
     down = get_space(space).down
@@ -420,7 +420,7 @@ def is_trained(checkpoint: Checkpoint, height: int, width: int) -> bool:
     )
 
 
-def nearest_trained(checkpoint: Checkpoint, height: int, width: int) -> ImageSize | None:
+def nearest_trained(checkpoint: Checkpoint, height: int, width: int) -> PixelSize | None:
     """The trained output size nearest in shape, then in area; the size itself if trained; None without such a list."""
     if height < 1 or width < 1:
         raise SizeError(f"An image has positive sides; got {height}x{width}.")
@@ -429,7 +429,7 @@ def nearest_trained(checkpoint: Checkpoint, height: int, width: int) -> ImageSiz
     if is_trained(checkpoint, height, width):
         return height, width
 
-    def distance(size: ImageSize) -> float:
+    def distance(size: PixelSize) -> float:
         shape = abs(math.log(size[0] * width / (size[1] * height)))
         area = abs(math.log(size[0] * size[1] / (height * width)))
         return 2 * shape + area / 2

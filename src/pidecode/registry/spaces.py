@@ -58,7 +58,7 @@ class LatentSpace:
     fixed_input: int | None = None
     """The one square side, in pixels, the encoder takes; None where any multiple will do."""
     raw_std: float | None = None
-    """Standard deviation of a raw latent whose normalized form has 1; None where raw cannot be told so."""
+    """Standard deviation of a raw latent whose normalized form has 1; None where raw latents are not recognized by it."""
     spread_limit: float = 2.0
     """Upper bound of the spread of a clean normalized latent: each channel's standard deviation over its
     cells, root-mean-square over channels.
@@ -211,8 +211,8 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     """End of an error message about an unknown name: the closest known names, then all of them."""
     names = sorted(known)
     close = difflib.get_close_matches(str(name).lower(), names, n=2, cutoff=0.5)
-    hint = f" Did you mean {' or '.join(close)}?" if close else ""
-    return f"{hint} Known are {', '.join(names)}."
+    closest = f" Did you mean {' or '.join(close)}?" if close else ""
+    return f"{closest} Known are {', '.join(names)}."
 
 
 def get_space(name: str) -> LatentSpace:

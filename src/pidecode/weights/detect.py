@@ -191,14 +191,14 @@ def _pixel_path(reader: _ShapeReader) -> dict[str, Any]:
 
 def _adapter(reader: _ShapeReader, values: dict[str, Any], interval: int | None) -> InferredShape:
     shapes = reader.shapes
-    starts = {tower: f"lq_proj.{tower}.0.weight" for tower in ("latent_proj", "image_conv")}
-    towers = [tower for tower, start in starts.items() if start in shapes]
-    if not towers:
+    starts = {branch: f"lq_proj.{branch}.0.weight" for branch in ("latent_proj", "image_conv")}
+    branches = [branch for branch, start in starts.items() if start in shapes]
+    if not branches:
         reader("lq_proj.latent_proj.0.weight")
     heads = reader.count(r"lq_proj\.output_heads\.(\d+)\.")
     color = COLOR_HEAD + "3.weight" in shapes
     gate_rows = reader("lq_proj.gate_modules.0.content_proj.weight")[0]
-    values["adapter_blocks"] = reader.count(rf"lq_proj\.{towers[0]}\.(\d+)\.block\.")
+    values["adapter_blocks"] = reader.count(rf"lq_proj\.{branches[0]}\.(\d+)\.block\.")
     values |= {
         "adapter_width": reader("lq_proj.output_heads.0.weight")[1],
         "gate": "per_token" if gate_rows == 1 else "per_channel",
@@ -206,7 +206,7 @@ def _adapter(reader: _ShapeReader, values: dict[str, Any], interval: int | None)
         "inject_interval": _interval(reader.source, values["patch_depth"], heads, interval),
         "color_head": color,
     }
-    inputs = {tower: reader(starts[tower], 4)[1] for tower in towers}
+    inputs = {branch: reader(starts[branch], 4)[1] for branch in branches}
     return InferredShape(
         values=values,
         latent_in=inputs.get("latent_proj", 0),

@@ -169,7 +169,7 @@ def _fetch(part: RepositoryFiles, hub: HubCache, on_progress: DownloadCallback |
 
 
 def _marker(part: RepositoryFiles, hub: HubCache) -> Path:
-    """The list of files a part consists of, so that its completeness can be told without the hub."""
+    """List of the downloaded files, so that completeness is checked without the network."""
     stem = f"{part.repository}--{part.patterns[0].rstrip('*')}".replace("/", "--").replace("*", "all")
     return hub.folder / "pidecode" / f"{stem}.txt"
 
