@@ -58,7 +58,7 @@ class LatentSpace:
     fixed_input: int | None = None
     """The one square side, in pixels, the encoder takes; None where any multiple will do."""
     raw_std: float | None = None
-    """Standard deviation of a raw latent whose normalized form has 1; None where raw latents are not recognized by it."""
+    """Standard deviation of a raw latent whose normalized form has 1; None where it does not tell raw latents."""
     spread_limit: float = 2.0
     """Upper bound of the spread of a clean normalized latent: each channel's standard deviation over its
     cells, root-mean-square over channels.
