@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pidecode.units import format_seconds
 
-JobState = Literal["done", "skipped", "failed"]
+ResultState = Literal["done", "skipped", "failed"]
 MAX_LISTED = 20
 """Failures that the text names; the JSON holds all."""
 
@@ -30,7 +30,7 @@ class JobResult:
     """
 
     name: str
-    state: JobState
+    state: ResultState
     seconds: float
     images: int = 0
     megapixels: float = 0.0
@@ -65,7 +65,7 @@ class BatchReport:
     started: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def count(self, state: JobState) -> int:
+    def count(self, state: ResultState) -> int:
         """Number of jobs that ended in `state`."""
         return sum(result.state == state for result in self.results)
 

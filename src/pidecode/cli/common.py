@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from pidecode.engine.feed_forward import FeedForwardPlan
 from pidecode.engine.machine import QUANTIZATIONS, Machine, Quantization, this_machine
 from pidecode.engine.plan import SCHEMES, Plan, Scheme, plan_decode
 from pidecode.options import Command, DecodeOptions, OptionInfo, option_infos
@@ -22,6 +21,7 @@ from pidecode.units import parse_bytes, parse_size
 if TYPE_CHECKING:
     import torch
 
+    from pidecode.engine.feed_forward import FeedForwardPlan
     from pidecode.weights.metadata import CheckpointMetadata
 
 
@@ -116,7 +116,7 @@ def progress(total: int, label: str, unit: str = "step") -> Any:
     )
 
 
-ImageSize = tuple[int, int, int]
+BatchShape = tuple[int, int, int]
 """Width and height of an image in pixels, and how many are decoded at once."""
 
 
@@ -237,7 +237,7 @@ class MemoryOptions:
         return (self.memory, self.quantization, self.scheme) != (None, None, None)
 
     def plan(
-        self, config: Any, sizes: Sequence[ImageSize], device: str | None, dtype: str | None
+        self, config: Any, sizes: Sequence[BatchShape], device: str | None, dtype: str | None
     ) -> Plan | FeedForwardPlan:
         """Plan the decode of the largest image on this machine.
 
@@ -266,7 +266,7 @@ class MemoryOptions:
         )
 
 
-def upscaled_sizes(images: Sequence[Any], metadata: CheckpointMetadata) -> list[ImageSize]:
+def upscaled_sizes(images: Sequence[Any], metadata: CheckpointMetadata) -> list[BatchShape]:
     """Sizes to which these images are upscaled, before padding is cut off."""
     from pidecode.images import load_image
     from pidecode.registry.spaces import get_space
@@ -281,7 +281,7 @@ def upscaled_sizes(images: Sequence[Any], metadata: CheckpointMetadata) -> list[
     return [(-(-width // step) * step * scale, -(-height // step) * step * scale, 1) for width, height in sizes]
 
 
-def decoded_sizes(latents: Sequence[Any], space: str | None, size: tuple[int, int] | None) -> list[ImageSize]:
+def decoded_sizes(latents: Sequence[Any], space: str | None, size: tuple[int, int] | None) -> list[BatchShape]:
     """Sizes to which these latents are decoded."""
     from pidecode.latents.latent import Latent
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pidecode.cli.common import (
-    ImageSize,
+    BatchShape,
     MemoryOptions,
     bits_option,
     decode_options,
@@ -82,7 +82,7 @@ class DecodeArgs:
         """The arguments from click's parameters."""
         return cls(options=take_decode_options(given), **given)
 
-    def load_decoder(self, jobs: Callable[[CheckpointMetadata], list[ImageSize]]) -> PixelDecoder:
+    def load_decoder(self, jobs: Callable[[CheckpointMetadata], list[BatchShape]]) -> PixelDecoder:
         """Load the decoder.
 
         Args:
@@ -177,7 +177,7 @@ def _run(
     args: DecodeArgs,
     suffix: str,
     run: Run,
-    jobs: Callable[[CheckpointMetadata], list[ImageSize]],
+    jobs: Callable[[CheckpointMetadata], list[BatchShape]],
 ) -> None:
     """Decode one source after another, save the images and print what was written."""
     from pidecode.engine import sequence_parallel

@@ -50,7 +50,7 @@ class PipelineProgress:
     num_steps: int
 
 
-ProgressCallback = Callable[[PipelineProgress], None]
+PipelineCallback = Callable[[PipelineProgress], None]
 """Called after every step; raise `errors.Cancelled` in it to stop."""
 
 
@@ -80,7 +80,7 @@ class _StepRecorder:
     pipe: Any
     stop_after: StopAfter
     capture_steps: Sequence[int]
-    progress_callback: ProgressCallback | None
+    progress_callback: PipelineCallback | None
     step_callback: Callable[..., Any] | None
     denoiser_calls: int = 0
     grid_keywords: Mapping[str, Any] = field(default_factory=dict)
@@ -165,7 +165,7 @@ def capture_latents(
     stop_after: StopAfter = None,
     capture_steps: Sequence[int] = (),
     prompt: str | Sequence[str] | None = None,
-    progress_callback: ProgressCallback | None = None,
+    progress_callback: PipelineCallback | None = None,
 ) -> CapturedLatents:
     """Call a diffusers pipeline for its latents instead of its images.
 
@@ -267,7 +267,7 @@ class _Attachment:
     decoder: PixelDecoder
     stop_after: StopAfter
     capture_steps: Sequence[int]
-    progress_callback: ProgressCallback | None
+    progress_callback: PipelineCallback | None
     offload: bool
     options: DecodeOptions
 
@@ -357,7 +357,7 @@ class AttachedPipeline:
         run: CapturedLatents,
         output_type: str,
         options: DecodeOptions,
-        progress_callback: ProgressCallback | None,
+        progress_callback: PipelineCallback | None,
     ) -> Any:
         pipe, decoder = self._attachment.pipe, self._attachment.decoder
         device = _offload_pipeline(pipe) if self._attachment.offload else None
@@ -421,7 +421,7 @@ def _require_prompt(decoder: PixelDecoder, call: Mapping[str, Any], options: Dec
 
 
 def _decode_one_by_one(
-    decoder: PixelDecoder, latent: Latent, options: DecodeOptions, progress_callback: ProgressCallback | None
+    decoder: PixelDecoder, latent: Latent, options: DecodeOptions, progress_callback: PipelineCallback | None
 ) -> list[DecodeOutput]:
     """Decode a batch in the memory that one image needs. The latent carries its prompts already."""
     batch = len(latent)
@@ -471,7 +471,7 @@ def attach(
     *,
     stop_after: StopAfter = None,
     capture_steps: Sequence[int] = (),
-    progress_callback: ProgressCallback | None = None,
+    progress_callback: PipelineCallback | None = None,
     offload: bool = False,
     options: DecodeOptions | None = None,
 ) -> AttachedPipeline:

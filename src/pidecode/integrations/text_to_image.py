@@ -25,7 +25,7 @@ from pidecode.decoder import PixelDecoder
 from pidecode.errors import DownloadError, FileError, MissingDependencyError, SettingError
 from pidecode.files import atomic_write
 from pidecode.images import load_image, read_metadata, save_image, to_tensor
-from pidecode.integrations.diffusers import PipelineProgress, ProgressCallback, StopAfter, capture_latents
+from pidecode.integrations.diffusers import PipelineCallback, PipelineProgress, StopAfter, capture_latents
 from pidecode.integrations.pipeline_latents import recommended_stop_step, vae_decode
 from pidecode.latents.latent import Latent
 from pidecode.options import DecodeOptions
@@ -156,7 +156,7 @@ def generate(
     device: torch.device,
     dtype: torch.dtype,
     options: DecodeOptions | None = None,
-    progress_callback: ProgressCallback | None = None,
+    progress_callback: PipelineCallback | None = None,
 ) -> list[GeneratedImage]:
     """Generate every image of a job; those that an earlier run of it finished are not made again.
 
@@ -294,12 +294,12 @@ def _generate_latents(
     items: Sequence[GenerationItem],
     device: torch.device,
     dtype: torch.dtype,
-    progress_callback: ProgressCallback | None,
+    progress_callback: PipelineCallback | None,
 ) -> None:
     """Run the pipeline for every item; its memory is free again afterwards."""
     pipe = load_pipeline(job.model, job.source, device, dtype)
 
-    def report(done: int) -> ProgressCallback:
+    def report(done: int) -> PipelineCallback:
         def callback(progress: PipelineProgress) -> None:
             if progress_callback is not None:
                 step, num_steps = done * progress.num_steps + progress.step, progress.num_steps * len(items)
@@ -321,7 +321,7 @@ def _generate_latents(
 
 
 def _generate_latent(
-    job: GenerationJob, pipe: Any, call: Mapping[str, Any], progress_callback: ProgressCallback
+    job: GenerationJob, pipe: Any, call: Mapping[str, Any], progress_callback: PipelineCallback
 ) -> tuple[Latent, Tensor | None]:
     """One latent, and for a comparison the VAE's decode `[3, h, w]` of the finished one.
 
