@@ -33,16 +33,7 @@ from pidecode.images import (
 from pidecode.latents.latent import Latent
 from pidecode.models.pid.network import Condition, PiDNet
 from pidecode.models.tiny import TinyDecoder
-from pidecode.options import (
-    MAX_SEED,
-    MAX_SIGMA,
-    ColorFix,
-    Command,
-    DecodeOptions,
-    DecoderKind,
-    Fit,
-    RuntimeOptions,
-)
+from pidecode.options import MAX_SEED, MAX_SIGMA, ColorFix, Command, DecodeOptions, DecoderKind, Fit, RuntimeOptions
 from pidecode.registry.checkpoints import CHECKPOINTS, Checkpoint, FlowShift, Sampler, size_warning
 from pidecode.registry.spaces import LatentSpace, get_space
 from pidecode.sampling import (
