@@ -60,7 +60,7 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
-def test_a_latent_becomes_a_image_with_its_recipe(weights: Path, latent: Path) -> None:
+def test_a_latent_becomes_a_image_with_its_metadata(weights: Path, latent: Path) -> None:
     result = run("decode", latent, "-m", weights, "--seed", 7, "--num-steps", 2)
     assert result.exit_code == 0, result.stderr
     image = latent.with_suffix(".png")
@@ -71,8 +71,8 @@ def test_a_latent_becomes_a_image_with_its_recipe(weights: Path, latent: Path) -
     told = json.loads(run("info", image, "--json").stdout)
     assert {"what": "image", "format": "PNG", "width": 128, "height": 64}.items() <= told.items()
     expected = {"seed": 7, "num_steps": 2, "space": "flux2", "sampler": "sde", "latent_seed": 11, "sigma": 0.0}
-    assert expected.items() <= told["recipe"].items()
-    assert "recipe\n  model" in run("info", image).stdout
+    assert expected.items() <= told["metadata"].items()
+    assert "metadata\n  model" in run("info", image).stdout
 
 
 def test_json_says_what_was_written(weights: Path, latent: Path, tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_sixteen_bits_and_webp(weights: Path, latent: Path, tmp_path: Path) -> N
     assert run("decode", latent, "-m", weights, "-o", tmp_path / "deep.png", "--bits", 16).exit_code == 0
     deep = (tmp_path / "deep.png").read_bytes()
     assert deep[24] == 16  # the header's bit depth
-    assert json.loads(run("info", tmp_path / "deep.png", "--json").stdout)["recipe"]["space"] == "flux2"
+    assert json.loads(run("info", tmp_path / "deep.png", "--json").stdout)["metadata"]["space"] == "flux2"
     assert run("decode", latent, "-m", weights, "-o", tmp_path / "flat.webp").exit_code == 0
     assert size_and_format(tmp_path / "flat.webp") == ((128, 64), "WEBP")
     refused = run("decode", latent, "-m", weights, "-o", tmp_path / "deep.webp", "--bits", 16)
@@ -106,7 +106,7 @@ def test_an_adapter_and_a_color_fix_act(weights: Path, latent: Path, tmp_path: P
     assert run("decode", latent, "-m", weights, "-o", styled, *adapter).exit_code == 0
     with Image.open(plain) as one, Image.open(styled) as other:
         assert one.tobytes() != other.tobytes()
-    assert "style at 2" in json.loads(run("info", styled, "--json").stdout)["recipe"]["model"]
+    assert "style at 2" in json.loads(run("info", styled, "--json").stdout)["metadata"]["model"]
 
     Image.new("RGB", (32, 16), (200, 60, 30)).save(tmp_path / "photo.png")
     locked = run("upscale", tmp_path / "photo.png", "-m", weights, "--color-fix", "fine")

@@ -68,7 +68,7 @@ def test_several_images_into_a_folder_in_sixteen_bits(model: list[str], photo: P
     assert sorted(path.name for path in (tmp_path / "large").iterdir()) == ["other-upscaled.png", "photo-upscaled.png"]
     info = CliRunner().invoke(cli, ["info", str(tmp_path / "large" / "other-upscaled.png"), "--json"])
     told = json.loads(info.stdout)
-    assert (told["width"], told["height"], told["recipe"]["seed"]) == (64, 128, 3)
+    assert (told["width"], told["height"], told["metadata"]["seed"]) == (64, 128, 3)
 
 
 def test_the_same_seed_writes_the_same_bytes(model: list[str], photo: Path, tmp_path: Path) -> None:

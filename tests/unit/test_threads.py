@@ -97,4 +97,4 @@ def test_bfloat16_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_threads_that_cannot_act_are_refused(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli, ["batch", str(tmp_path), str(tmp_path / "out"), "--engine", "ray", "--threads", "1"])
     assert done.exit_code == 2
-    assert "others do the work" in done.output
+    assert "other processes decode" in done.output

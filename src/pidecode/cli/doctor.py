@@ -67,7 +67,7 @@ def memory() -> dict[str, int | None]:
 
 
 def devices() -> list[dict[str, Any]]:
-    """The devices torch can compute on here, the processor first."""
+    """The devices torch can compute on here, the CPU first."""
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -99,8 +99,8 @@ def build_of_torch() -> dict[str, Any]:
     return {"cuda": torch.version.cuda, "hip": torch.version.hip}
 
 
-def processor() -> dict[str, Any]:
-    """How decodes run on the processor: threads, number format, and whether sums could be compiled for it."""
+def cpu() -> dict[str, Any]:
+    """How decodes run on the CPU: threads, number format, and whether elementwise ops can be compiled."""
     import torch
 
     from pidecode.devices import default_dtype, recommended_threads, require_compiler
@@ -126,8 +126,8 @@ def _library_checks(missing: dict[str, list[str]]) -> Iterator[Check]:
         ("diffusers", "images to latents with the image models' own encoders"),
     ):
         lacking = missing[extra]
-        fix = f"{', '.join(lacking)} missing: pip install 'pidecode[{extra}]'" if lacking else "installed"
-        yield Check(f"library for {purpose}", not lacking, fix)
+        reason = f"{', '.join(lacking)} missing: pip install 'pidecode[{extra}]'" if lacking else "installed"
+        yield Check(f"library for {purpose}", not lacking, reason)
 
 
 def _torch_checks(build: dict[str, Any], found: list[dict[str, Any]]) -> Iterator[Check]:
@@ -135,14 +135,14 @@ def _torch_checks(build: dict[str, Any], found: list[dict[str, Any]]) -> Iterato
 
     on_gpu = any(device["device"] != "cpu" for device in found)
     if on_gpu:
-        yield Check("decoding on a graphics card", True, ", ".join(d["name"] for d in found if d["device"] != "cpu"))
+        yield Check("decoding on a GPU", True, ", ".join(d["name"] for d in found if d["device"] != "cpu"))
     elif which("nvidia-smi") and build["cuda"] is None:
-        fix = "there is an NVIDIA driver, but this torch is a CPU build: install the CUDA build (README.md, Install)"
-        yield Check("decoding on a graphics card", False, fix)
+        reason = "there is an NVIDIA driver, but this torch is a CPU build: install the CUDA build (README.md, Install)"
+        yield Check("decoding on a GPU", False, reason)
     elif build["cuda"] or build["hip"]:
-        yield Check("decoding on a graphics card", False, "torch finds no card it can use; is the driver running?")
+        yield Check("decoding on a GPU", False, "torch finds no usable GPU; is the driver running?")
     else:
-        yield Check("decoding on a graphics card", False, "none here; small images decode on the processor")
+        yield Check("decoding on a GPU", False, "no GPU; small images decode on the CPU")
     if find_spec("torchvision") is not None:
         yield _torchvision_check()
 
@@ -150,9 +150,9 @@ def _torch_checks(build: dict[str, Any], found: list[dict[str, Any]]) -> Iterato
 def _cpu_checks(found: dict[str, Any]) -> Iterator[Check]:
     narrow = found["dtype"] == "bfloat16"
     because = "matrix units for it, so it is the default" if narrow else "no matrix units for it: float32 is quicker"
-    yield Check("bfloat16 on the processor", narrow, because)
+    yield Check("bfloat16 on the CPU", narrow, because)
     missing = found["compiler_missing"]
-    yield Check("compiling for the processor (--compile)", missing is None, missing or "a C++ compiler is here")
+    yield Check("compiling for the CPU (--compile)", missing is None, missing or "a C++ compiler is here")
 
 
 def _torchvision_check() -> Check:
@@ -160,8 +160,8 @@ def _torchvision_check() -> Check:
     try:
         import_module("torchvision")
     except Exception as error:  # a mismatched build fails in many ways
-        fix = f"does not fit this torch ({error}), and breaks transformers: pip uninstall torchvision"
-        return Check(what, False, fix)
+        reason = f"does not fit this torch ({error}), and breaks transformers: pip uninstall torchvision"
+        return Check(what, False, reason)
     return Check(what, True, "fits this torch")
 
 
@@ -169,7 +169,7 @@ def examine() -> dict[str, Any]:
     """Everything the command reports, as plain values."""
     from pidecode.cli.weights import checks, rows
 
-    missing, build, found, own = extras(), build_of_torch(), devices(), processor()
+    missing, build, found, own = extras(), build_of_torch(), devices(), cpu()
     known = rows()
     judged = [
         *_torch_checks(build, found), *_cpu_checks(own), *_library_checks(missing), *checks(known)
@@ -180,7 +180,7 @@ def examine() -> dict[str, Any]:
         "executable": sys.executable,
         "torch": build,
         "devices": found,
-        "processor": own,
+        "cpu": own,
         "extras": {extra: not lacking for extra, lacking in missing.items()},
         "models": known,
         "checks": [asdict(check) for check in judged],
@@ -198,7 +198,7 @@ def _report(findings: dict[str, Any]) -> str:
     lines += [f"  {name:16s} {version or 'not installed'}" for name, version in findings["versions"].items()]
     lines += [f"  {'system':16s} {findings['platform']}", "", "Devices"]
     lines += [_device_line(device) for device in findings["devices"]]
-    own = findings["processor"]
+    own = findings["cpu"]
     threads = f"{own['threads']} threads ({own['threads_because']})"
     lines.append(f"  {'':8s} {threads}, {own['instructions']}, {own['dtype']}")
     lines += ["", "Extras"]

@@ -97,7 +97,7 @@ def pull(model: str, as_json: bool, accept_license: bool, **asked: Any) -> None:
 @click.argument("target", type=click.Path(path_type=Path))
 @space_option
 @click.option("--variant", metavar="NAME", help="Release it belongs to: 2k, 2kto4k, 2kto4k_v1pt5.")
-@click.option("--kind", type=KINDS, help="What it is, where the file does not tell.")
+@click.option("--kind", type=KINDS, help="What it is, if the file does not say.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Number format to write; the source's if not given.")
 @overwrite_option
 @json_option
@@ -287,8 +287,8 @@ def _image(path: Path) -> dict[str, Any]:
     image = load_image(path)  # with all its checks, before anything else opens it
     with Image.open(path) as opened:
         kind = opened.format
-    recipe = read_metadata(path)
-    return {"what": "image", "format": kind, "width": image.width, "height": image.height, "recipe": recipe}
+    metadata = read_metadata(path)
+    return {"what": "image", "format": kind, "width": image.width, "height": image.height, "metadata": metadata}
 
 
 def _safetensors(header: Header, path: Path) -> dict[str, Any]:
@@ -343,8 +343,8 @@ def _lines(values: Mapping[str, Any], depth: int = 0) -> Iterator[str]:
 def _report(found: dict[str, Any]) -> str:
     shown = {name: value for name, value in found.items() if name != "bytes"}
     shown["size"] = format_bytes(found["bytes"])
-    if "recipe" in shown and shown["recipe"] is None:
-        shown["recipe"] = "none: this image was not made by pidecode, or its metadata were removed"
+    if "metadata" in shown and shown["metadata"] is None:
+        shown["metadata"] = "none: this image was not made by pidecode, or its metadata were removed"
     return "\n".join(_lines(shown))
 
 
@@ -352,6 +352,6 @@ def _report(found: dict[str, Any]) -> str:
 @click.argument("file", type=click.Path(path_type=Path))
 @json_option
 def info(file: Path, as_json: bool) -> None:
-    """Say what FILE is: an image and its recipe, a latent, or weights."""
+    """Show what FILE is: an image and its metadata, a latent, or weights."""
     found = describe(file)
     emit(found, lambda: _report(found), as_json=as_json)
