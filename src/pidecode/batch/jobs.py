@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any, Literal
 from pidecode.errors import FileError, SettingError
 from pidecode.options import Command, DecodeOptions, option_infos
 from pidecode.registry.spaces import did_you_mean
+from pidecode.strict_json import JSONError, parse_json
 
 SourceKind = Literal["latent", "image"]
 
@@ -172,9 +172,9 @@ def _from_manifest(path: Path, naming: OutputNaming) -> list[BatchJob]:
 
 def _from_line(line: str, where: str, base: Path, naming: OutputNaming) -> BatchJob:
     try:
-        entry = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise SettingError(f"{where} is not JSON: {error}.") from error
+        entry = parse_json(line)
+    except JSONError as error:
+        raise SettingError(f"{where} is not JSON that is accepted: {error}.") from None
     if not isinstance(entry, dict):
         raise SettingError(f'{where} is not a JSON object; write {{"source": "cat.png"}}.')
     known = ("source", "out", *MANIFEST_OPTIONS)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from pidecode.cli.common import (
 )
 from pidecode.errors import DownloadError, FileError, SettingError
 from pidecode.registry.spaces import GENERATION, get_image_model
+from pidecode.strict_json import JSONError, parse_json
 from pidecode.units import parse_size
 
 if TYPE_CHECKING:
@@ -149,9 +149,9 @@ def _stop(text: str | None) -> Any:
 
 def _arguments(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
-    except ValueError as fault:
-        raise SettingError(f"--arguments is not JSON: {fault}.") from None
+        found = parse_json(text)
+    except JSONError as fault:
+        raise SettingError(f"--arguments is not JSON that is accepted: {fault}.") from None
     if not isinstance(found, dict):
         raise SettingError('--arguments must be a JSON object, like {"guidance_scale": 3}.')
     return found

@@ -27,6 +27,7 @@ from pidecode.cli.common import (
 from pidecode.errors import CheckpointError, FileError
 from pidecode.registry.checkpoints import CHECKPOINTS, ENCODERS, TEXT_ENCODER, TINY_ENCODER, Checkpoint
 from pidecode.registry.spaces import ALIASES, SPACES
+from pidecode.strict_json import JSONError, parse_json
 from pidecode.units import format_bytes
 from pidecode.weights.safetensors import Header, check_file, looks_like_safetensors, read_header, read_start
 
@@ -304,11 +305,11 @@ def _safetensors(header: Header, path: Path) -> dict[str, Any]:
 
 def _record(text: str, path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(text)
-    except (ValueError, RecursionError):
-        record = None
+        record = parse_json(text)
+    except JSONError as error:
+        raise CheckpointError(f"The metadata of {path} cannot be read: {error}. The file is damaged.") from None
     if not isinstance(record, dict):
-        raise CheckpointError(f"What {path} says of itself is not a table; the file is damaged.")
+        raise CheckpointError(f"The metadata of {path} is not a table; the file is damaged.")
     return record
 
 

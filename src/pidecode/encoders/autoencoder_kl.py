@@ -6,7 +6,6 @@ Shapes are read from the weights themselves; the names of single files are trans
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from pidecode.errors import CheckpointError, MissingDependencyError
 from pidecode.latents.layout import LatentStatistics
 from pidecode.registry.spaces import LatentSpace
+from pidecode.strict_json import parse_json
 from pidecode.weights.load import load_state
 from pidecode.weights.read import check_finite, check_formats, read_tensors
 
@@ -133,7 +133,7 @@ def _read_folder(path: Path, space: LatentSpace) -> tuple[Path, dict[str, Any]]:
             f"{path} holds no config.json, so it is not a diffusers autoencoder; give its folder, or one file."
         )
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((folder / "config.json").read_bytes())
     except (OSError, ValueError) as fault:
         raise CheckpointError(f"{folder / 'config.json'} cannot be read as JSON: {fault}. Download it again.") from None
     wanted = CLASSES.get(space.name, "AutoencoderKL")

@@ -7,7 +7,6 @@ RAE: "Diffusion Transformers with Representation Autoencoders", https://arxiv.or
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from pidecode.latents.layout import LatentStatistics
 from pidecode.models.vit_decoder import VitDecoder, infer_vit_config, sincos_position_embedding
 from pidecode.registry.checkpoints import ENCODERS
 from pidecode.registry.spaces import LatentSpace
+from pidecode.strict_json import parse_json
 from pidecode.weights.load import load_state
 from pidecode.weights.read import check_finite, check_formats, read_tensors
 from pidecode.weights.resolve import HubCache
@@ -206,7 +206,7 @@ def _find_backbone(path: Path, spec: VisionModelSpec, given: PathLike | None) ->
 
 def _model_type(folder: Path) -> object:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((folder / "config.json").read_bytes())
     except (OSError, ValueError):
         return None
     return config.get("model_type") if isinstance(config, dict) else None
@@ -285,7 +285,7 @@ def _read_decoder_config(file: Path) -> tuple[int | None, float]:
     """Heads and LayerNorm epsilon, which weights do not show: from a config in the same folder, else ViT-XL's."""
     for config_path in sorted(file.parent.glob("*config.json")):
         try:
-            config = json.loads(config_path.read_text(encoding="utf-8"))
+            config = parse_json(config_path.read_bytes())
             if isinstance(config, dict) and "decoder_num_attention_heads" in config:
                 return int(config["decoder_num_attention_heads"]), float(config.get("layer_norm_eps", 1e-12))
         except (OSError, TypeError, ValueError) as fault:

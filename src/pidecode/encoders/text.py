@@ -25,6 +25,8 @@ from torch import Tensor
 from pidecode.errors import DownloadError, FileError, MissingDependencyError, PidecodeError, SettingError
 from pidecode.files import atomic_path
 from pidecode.registry.checkpoints import TEXT_ENCODER
+from pidecode.strict_json import parse_json
+from pidecode.weights.safetensors import read_safetensors
 
 
 def instruction() -> str:
@@ -374,18 +376,14 @@ def _write_entries(path: Path, entries: Sequence[_Entry]) -> None:
 
 
 def _read_entries(path: str | Path) -> list[_Entry]:
-    try:
-        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (safetensors.SafetensorError, OSError, ValueError) as fault:
-        raise FileError(f"{path} could not be read as prompt states (.safetensors): {fault}.") from None
+    header, tensors = read_safetensors(path)
+    metadata = header.metadata
     if "pidecode_prompts" not in metadata:
         if len(tensors) != 1:
             raise FileError(f"{path} holds {len(tensors)} tensors; one, of prompt states, was expected.")
         return [_Entry(next(iter(tensors.values())))]
     try:
-        about = json.loads(metadata["pidecode_prompts"])["entries"]
+        about = parse_json(metadata["pidecode_prompts"])["entries"]
         return [_Entry(tensors[f"states.{i}"], item["prompt"], item["identity"]) for i, item in enumerate(about)]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         raise FileError(f"{path} describes its prompt states wrongly; export it again.") from None

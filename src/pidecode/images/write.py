@@ -22,6 +22,7 @@ from pidecode.files import atomic_write, check_writable
 from pidecode.images.png import SIGNATURE, encode_png, read_texts
 from pidecode.images.read import readable_formats
 from pidecode.images.tensors import to_array, to_pils
+from pidecode.strict_json import JSONError, parse_json
 
 KEYWORD = "pidecode"
 """Keyword of the PNG text chunk with the metadata, and its prefix in the EXIF user comment of other files."""
@@ -238,9 +239,9 @@ def _read_metadata(file: BinaryIO, name: str) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
-        metadata = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ImageError(f"The metadata in {name} is damaged: it is not JSON.") from error
+        metadata = parse_json(text)
+    except JSONError as error:
+        raise ImageError(f"The metadata in {name} is damaged: {error}.") from None
     if not isinstance(metadata, dict):
         raise ImageError(f"The metadata in {name} is damaged: it is not a JSON object.")
     return metadata

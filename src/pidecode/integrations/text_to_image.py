@@ -30,6 +30,7 @@ from pidecode.integrations.pipeline_latents import recommended_stop_step, vae_de
 from pidecode.latents.latent import Latent
 from pidecode.options import DecodeOptions
 from pidecode.registry.spaces import GENERATION, diffusion_size, get_image_model
+from pidecode.strict_json import parse_json
 
 JOB_FILE = "job.json"
 SHEET_FILE = "contact-sheet.jpg"
@@ -208,7 +209,7 @@ def _open_folder(job: GenerationJob) -> None:
             handle.write(text.encode())
         return
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
         raise FileError(f"{file} cannot be read: {error}. Name another folder.") from None
     record = json.loads(text)

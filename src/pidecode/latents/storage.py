@@ -8,14 +8,14 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from pidecode.errors import FileError, LatentError
+from pidecode.errors import LatentError
 from pidecode.files import atomic_write
 from pidecode.registry.spaces import SPACES
-from pidecode.weights.safetensors import Header, read_header
+from pidecode.strict_json import JSONError, parse_json
+from pidecode.weights.safetensors import Header, read_header, read_safetensors
 
 FORMAT = 1
 METADATA_KEY = "pidecode_latent"
@@ -25,6 +25,9 @@ IN_MEMORY = "The latent file"
 
 MAX_HEADER_BYTES = 1 << 20
 """Largest header read: far more than one tensor and its prompts need."""
+
+MAX_LATENTS = 1 << 16
+"""Most latents in one file."""
 
 _DTYPES = ("F64", "F32", "BF16", "F16")
 
@@ -100,14 +103,7 @@ def read_latent(source: str | os.PathLike[str] | bytes) -> StoredLatent:
     dtype = header.tensors[name].dtype
     if dtype not in _DTYPES:
         raise LatentError(f"The tensor of {path} is {dtype}; a latent is one of {', '.join(_DTYPES)}.")
-    try:
-        if isinstance(source, bytes):
-            tensor: Tensor = safetensors.torch.load(source)[name]
-        else:
-            with safetensors.safe_open(os.fspath(source), framework="pt") as file:
-                tensor = file.get_tensor(name)
-    except (safetensors.SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise FileError(f"{path} could not be read as .safetensors: {error}.") from error
+    tensor = read_safetensors(source, [name], name=path, max_header_bytes=MAX_HEADER_BYTES)[1][name]
     if metadata is not None and (tensor.ndim != 4 or len(metadata.sigma) != tensor.shape[0]):
         raise LatentError(f"{path} contradicts itself: {len(metadata.sigma)} sigmas for a tensor {list(tensor.shape)}.")
     return StoredLatent(tensor=tensor, metadata=metadata)
@@ -130,13 +126,17 @@ def count_latents(path: str | os.PathLike[str]) -> int:
 
     Raises:
         FileError: The file is not a valid .safetensors file.
+        LatentError: It claims to hold more than 65,536 latents.
     """
     header = read_latent_header(path)
     entry = header.tensors.get(TENSOR_NAME)
     if entry is None and len(header.tensors) == 1 and METADATA_KEY not in header.metadata:
         entry = next(iter(header.tensors.values()))
-    shape = entry.shape if entry else ()
-    return shape[0] if len(shape) == 4 and 0 not in shape else 1
+    shape = entry.shape if entry and entry.dtype in _DTYPES else ()
+    count = shape[0] if len(shape) == 4 and 0 not in shape else 1
+    if count > MAX_LATENTS:
+        raise LatentError(f"{path} says it holds {count:,} latents; at most {MAX_LATENTS:,} are read from one file.")
+    return count
 
 
 def _tensor_name(header: Header, path: object, *, ours: bool) -> str:
@@ -158,9 +158,9 @@ def _tensor_name(header: Header, path: object, *, ours: bool) -> str:
 
 def _parse_metadata(text: str, path: object) -> LatentMetadata:
     try:
-        values: Any = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise LatentError(f"The latent metadata of {path} is not JSON; the file is damaged.") from error
+        values: Any = parse_json(text)
+    except JSONError as error:
+        raise LatentError(f"The latent metadata of {path} cannot be read: {error}. The file is damaged.") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         given = values.get("format") if isinstance(values, dict) else values
         raise LatentError(f"{path} is of latent format {given!r}; this version reads {FORMAT}. Update pidecode.")

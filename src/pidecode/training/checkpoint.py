@@ -18,15 +18,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pidecode.errors import CheckpointError, TrainingError
 from pidecode.files import atomic_folder
+from pidecode.strict_json import parse_json
 from pidecode.training.distributed import DistEnv, barrier, copy_full_, full_tensor, unwrap
 from pidecode.training.ema import ExponentialMovingAverage
 from pidecode.units import format_bytes
+from pidecode.weights.safetensors import read_safetensors
 
 _NAME = re.compile(r"step-(\d{8})")
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
@@ -129,9 +131,9 @@ def newest_checkpoint(folder: Path, progress: Callable[[str], None] | None = Non
     """The newest complete checkpoint, or None; damaged ones are skipped and named to `progress`."""
     for path in reversed(_found(folder)):
         try:
-            metadata = json.loads((path / _STATE).read_text(encoding="utf-8"))
-            return StoredCheckpoint(path, int(metadata["step"]), load_file(path / _TENSORS), metadata)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as fault:
+            metadata = parse_json((path / _STATE).read_bytes())
+            return StoredCheckpoint(path, int(metadata["step"]), read_safetensors(path / _TENSORS)[1], metadata)
+        except (OSError, ValueError, KeyError, TypeError, CheckpointError) as fault:
             if progress is not None:
                 progress(f"{path} is damaged and skipped: {fault}")
     return None

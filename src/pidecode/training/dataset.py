@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from pidecode.errors import TrainingError
+from pidecode.strict_json import JSONError, parse_json
 from pidecode.training.noise import seed_of
 
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif"})
@@ -60,8 +60,8 @@ class ImageEntry:
         if not text.startswith("{"):
             return text
         try:
-            fields = json.loads(text)
-        except ValueError:
+            fields = parse_json(text)
+        except JSONError:
             return text
         return str(fields.get("caption", fields.get("text", "")))
 

@@ -10,12 +10,13 @@ import threading
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from pidecode.errors import FileError, TrainingError
 from pidecode.files import atomic_write
+from pidecode.strict_json import JSONError, parse_json
+from pidecode.weights.safetensors import read_header, read_safetensors
 
 PER_SHARD = 256
 _KEY = "pidecode_latents"
@@ -44,11 +45,11 @@ class LatentShards:
 
     def _learn(self, path: Path) -> None:
         try:
-            with safe_open(path, "pt") as shard:
-                metadata = shard.metadata() or {}
-                if json.loads(metadata.get(_KEY, "{}")).get("identity") == self._identity:
-                    self._places.update(dict.fromkeys(shard.keys(), path))
-        except (SafetensorError, OSError, ValueError):
+            header = read_header(path)
+            record = parse_json(header.metadata.get(_KEY, "{}"))
+            if isinstance(record, dict) and record.get("identity") == self._identity:
+                self._places.update(dict.fromkeys(header.tensors, path))
+        except (FileError, JSONError):
             self.unreadable.append(path.name)  # its latents are encoded again
 
     def __len__(self) -> int:
@@ -62,9 +63,7 @@ class LatentShards:
             return waiting.float()
         if path is None:
             return None
-        with safe_open(path, "pt") as shard:
-            latent: Tensor = shard.get_tensor(name)
-        return latent.float()
+        return read_safetensors(path, [name])[1][name].float()
 
     def put(self, name: str, latent: Tensor) -> Tensor:
         """Cache a latent `[C, h, w]`.

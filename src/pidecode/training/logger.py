@@ -14,6 +14,7 @@ import torch
 
 from pidecode.errors import MissingDependencyError, TrainingError
 from pidecode.files import atomic_write
+from pidecode.strict_json import JSONError, parse_json
 from pidecode.units import format_seconds
 
 ProgressFn = Callable[[str], None]
@@ -42,10 +43,10 @@ class MetricLogger:
         if self._path.exists():
             for line in self._path.read_text(encoding="utf-8").splitlines():
                 try:
-                    record = json.loads(line)
-                except ValueError:
+                    record = parse_json(line)
+                except JSONError:
                     continue  # the line a killed run was writing
-                if record["step"] <= first:
+                if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= first:
                     kept.append(line)
         with atomic_write(self._path, overwrite=True) as file:
             file.write("".join(line + "\n" for line in kept).encode())

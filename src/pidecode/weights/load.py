@@ -17,6 +17,7 @@ from pidecode.files import atomic_write
 from pidecode.models.pid.network import PiDNet
 from pidecode.models.tiny import TinyDecoder
 from pidecode.registry.configs import PiDConfig, TinyDecoderConfig
+from pidecode.strict_json import parse_json
 from pidecode.weights.detect import ADAPTER, COLOR_HEAD
 from pidecode.weights.read import check_finite, read_tensors
 
@@ -218,7 +219,7 @@ def _read_lora_metadata(path: str | Path, metadata: Mapping[str, str]) -> LoraMe
     if METADATA_KEY not in metadata:
         return None
     try:
-        record = json.loads(metadata[METADATA_KEY])
+        record = parse_json(metadata[METADATA_KEY])
         lora_metadata = LoraMetadata(
             rank=int(record["rank"]), alpha=float(record["alpha"]), space=record.get("space"), base=record.get("base")
         )

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from pidecode.errors import CheckpointError, SettingError
 from pidecode.registry.configs import PiDConfig, TinyDecoderConfig
+from pidecode.strict_json import parse_json
 
 CheckpointKind = Literal["feed-forward", "student", "teacher", "backbone", "encoder"]
 KINDS: tuple[str, ...] = get_args(CheckpointKind)
@@ -73,7 +74,7 @@ class CheckpointMetadata:
         if METADATA_KEY not in metadata:
             return None
         try:
-            record = json.loads(metadata[METADATA_KEY])
+            record = parse_json(metadata[METADATA_KEY])
             if not isinstance(record, dict):
                 raise TypeError("it is no table")
             if record.get("format") != FORMAT:
@@ -98,7 +99,7 @@ class CheckpointMetadata:
                 times=_times(record.get("times") or ()),
                 extra={name: value for name, value in record.items() if name not in known},
             )
-        except (ValueError, KeyError, TypeError, RecursionError) as fault:
+        except (ValueError, KeyError, TypeError) as fault:
             raise CheckpointError(f"{source} describes itself wrongly ({fault}); convert the original again.") from None
 
 

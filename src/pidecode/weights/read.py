@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors
 import torch
 from torch import Tensor
 
 from pidecode.errors import CheckpointError
-from pidecode.weights.safetensors import check_file, looks_like_safetensors, read_header, read_start
+from pidecode.weights.safetensors import check_file, looks_like_safetensors, read_safetensors, read_start
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Number formats a network's weights may be stored in."""
@@ -81,12 +80,11 @@ def read_tensors(path: str | Path) -> WeightFile:
     start = read_start(path)
     _refuse_known_strangers(path, start)
     if looks_like_safetensors(start) or (path.suffix == ".safetensors" and not start.startswith(b"PK\x03\x04")):
-        header = read_header(path)
+        header, tensors = read_safetensors(path)
         if small := sorted(
             {entry.dtype for entry in header.tensors.values() if entry.dtype.startswith(("F8", "F6", "F4"))}
         ):
             raise _quantized(path, small)
-        tensors = _read_safetensors(path)
         if not tensors:
             raise CheckpointError(f"{path} holds no tensors; weights were expected.")
         return WeightFile(path, tensors, header.metadata, "safetensors")
@@ -104,14 +102,6 @@ def _refuse_known_strangers(path: Path, start: bytes) -> None:
         )
     if start.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
         raise CheckpointError(f"{path} is a web page, not weights; download the file itself, as with `hf download`.")
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (safetensors.SafetensorError, OSError, RuntimeError, ValueError, AttributeError) as fault:
-        raise CheckpointError(f"{path} could not be read as .safetensors: {fault}.") from fault
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:

@@ -9,13 +9,14 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pidecode.errors import CheckpointError
 from pidecode.files import atomic_write
+from pidecode.strict_json import JSONError, parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -29,8 +30,13 @@ BITS: Mapping[str, int] = {
 }  # fmt: skip
 """Bits per value of every dtype of the format."""
 
-MAX_HEADER_BYTES = 100_000_000
-"""The format's limit."""
+MAX_HEADER_BYTES = 4 << 20
+"""Longest header read, some 30,000 tensors; the 100 MB that the format allows take gigabytes to parse."""
+
+_FORMAT_HEADER_BYTES = 100_000_000
+"""The format's own limit: beyond it, a file is something else."""
+
+_MAX_DIMENSIONS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +121,7 @@ def read_start(path: str | os.PathLike[str], count: int = 512) -> bytes:
 
 def looks_like_safetensors(start: bytes) -> bool:
     """Whether the first bytes of a file are a plausible header length and the beginning of a JSON object."""
-    return len(start) >= 9 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER_BYTES
+    return len(start) >= 9 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _FORMAT_HEADER_BYTES
 
 
 def read_header(
@@ -143,7 +149,7 @@ def read_header(
         size = check_file(source)
         start = read_start(source, 8)
     length = int.from_bytes(start, "little")
-    if len(start) < 8 or length < 2 or (length > size and length > MAX_HEADER_BYTES):
+    if len(start) < 8 or length < 2 or (length > size and length > _FORMAT_HEADER_BYTES):
         raise CheckpointError(f"{name} is not a .safetensors file, or is cut off: it has no valid header length.")
     if 8 + length > size:
         raise CheckpointError(
@@ -166,17 +172,56 @@ def read_header(
     return Header(tensors, metadata)
 
 
-def _parse(path: object, text: bytes) -> dict[str, Any]:
-    def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        unique = dict(pairs)
-        if len(unique) != len(pairs):
-            raise CheckpointError(f"{path} has two tensors of the same name in its header; do not trust this file.")
-        return unique
+def read_safetensors(
+    source: str | os.PathLike[str] | bytes,
+    names: Iterable[str] | None = None,
+    *,
+    name: object = None,
+    max_header_bytes: int = MAX_HEADER_BYTES,
+) -> tuple[Header, dict[str, Tensor]]:
+    """Read tensors of a .safetensors file whose header has passed every check of `read_header`.
 
+    Args:
+        source: Path of the file, which is mapped into memory, or its bytes.
+        names: The tensors to read; default all.
+        name: What error messages call the file; default its path.
+        max_header_bytes: Longest header accepted.
+
+    Returns:
+        The header, and the tensors by name.
+
+    Raises:
+        CheckpointError: The file is not a valid .safetensors file, or lacks one of the names.
+    """
+    import safetensors  # not at the top: reading headers needs neither it nor torch
+    import safetensors.torch
+
+    header = read_header(source, name=name, max_header_bytes=max_header_bytes)
+    wanted = list(header.tensors if names is None else names)
     try:
-        fields = json.loads(text.decode("utf-8"), object_pairs_hook=unique_names)
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{path} is not a .safetensors file: its header is not JSON. Fetch it again.") from None
+        if isinstance(source, bytes):
+            loaded: dict[str, Tensor] = safetensors.torch.load(source)
+            return header, {tensor: loaded[tensor] for tensor in wanted}
+        with safetensors.safe_open(os.fspath(source), framework="pt", device="cpu") as file:
+            return header, {tensor: file.get_tensor(tensor) for tensor in wanted}
+    except (
+        safetensors.SafetensorError,
+        OSError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        KeyError,
+    ) as error:
+        called = source if name is None and not isinstance(source, bytes) else name or "The file"
+        raise CheckpointError(f"{called} could not be read as .safetensors: {error}.") from error
+
+
+def _parse(path: object, text: bytes) -> dict[str, Any]:
+    try:
+        fields = parse_json(text, max_bytes=MAX_HEADER_BYTES)
+    except JSONError as error:
+        raise CheckpointError(f"{path} has no readable .safetensors header: {error}. Fetch it again.") from None
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path} is not a .safetensors file: its header is not a JSON object.")
     return fields
@@ -193,6 +238,10 @@ def _parse_entry(path: object, name: str, entry: Any) -> TensorEntry:
         raise CheckpointError(f"{path} stores tensor {name!r} as {dtype!r}; known formats are {', '.join(BITS)}.")
     if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{path} gives tensor {name!r} a shape or offsets that are not whole numbers.")
+    if len(shape) > _MAX_DIMENSIONS:
+        raise CheckpointError(
+            f"{path} gives tensor {name!r} {len(shape)} dimensions; at most {_MAX_DIMENSIONS} are read."
+        )
     begin, end = offsets
     needed = math.prod(shape) * BITS[dtype]
     if needed % 8 or end - begin != needed // 8:
