@@ -4,7 +4,7 @@
 PidecodeError
 ├── SettingError            a value the caller gave cannot act (also a ValueError)
 │   └── SizeError           an image or latent size that fits nothing
-├── LatentError             a latent of the wrong space, frame, shape or content (also a ValueError)
+├── LatentError             a latent of the wrong space, noise level, shape or content (also a ValueError)
 ├── FileError               a file that cannot be read or written as what it claims to be
 │   ├── CheckpointError     weights that do not fit the network, or are not weights
 │   └── ImageError          an image that is truncated, too large or no image
@@ -13,7 +13,7 @@ PidecodeError
 ├── MissingDependencyError  an optional package that is not installed (also an ImportError)
 ├── DoesNotFitError         more memory than there is
 ├── TrainingError           a training run that had to stop
-├── BusyError               a server whose line is full
+├── BusyError               a server whose queue is full
 └── Cancelled               the caller asked to stop
 
 Each message says what came, what was expected and how to fix it.
@@ -39,7 +39,7 @@ class SizeError(SettingError):
 
 
 class LatentError(PidecodeError, ValueError):
-    """A latent of the wrong space, frame, shape or content."""
+    """A latent of the wrong space, noise level, shape or content."""
 
     exit_code = 3
 
@@ -87,7 +87,7 @@ class TrainingError(PidecodeError):
 
 
 class BusyError(PidecodeError):
-    """The line in front of a device is full; `retry_after` says in how many seconds to ask again."""
+    """The queue of a device is full; `retry_after` says in how many seconds to ask again."""
 
     exit_code = 9
 
@@ -96,7 +96,7 @@ class BusyError(PidecodeError):
         self.retry_after = retry_after
 
 
-class Cancelled(PidecodeError):  # noqa: N818 - an outcome, not a fault
+class Cancelled(PidecodeError):  # noqa: N818 - a result, not an error
     """The caller asked to stop; nothing was written."""
 
     exit_code = 130

@@ -46,7 +46,9 @@ def comfyui(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_python_keywords(command: Command) -> None:
     signature = inspect.signature(getattr(PixelDecoder, command)).parameters.values()
     keywords = [parameter for parameter in signature if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
-    own = [parameter.name for parameter in keywords if parameter.name not in ("options", "callback")]
+    own = [
+        parameter.name for parameter in keywords if parameter.name not in ("options", "callback", "progress_callback")
+    ]
     assert own == list(option_infos(command=command))
     assert all(parameter.default is None for parameter in keywords)
 
