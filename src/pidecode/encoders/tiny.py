@@ -30,7 +30,8 @@ class TinyImageEncoder:
     can_decode = False
 
     def __init__(self, model: TinyEncoder) -> None:
-        self.model = model.eval().requires_grad_(False)
+        # Channels last, so that convolutions on a CPU need not reorder their inputs.
+        self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.num_refinements = model.config.num_refinements
 
     def encode(
