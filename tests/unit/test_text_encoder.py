@@ -252,7 +252,7 @@ def test_damaged_entries(tmp_path):
     path = states.put("a cat", identity, torch.zeros(4, 8))
     path.write_bytes(path.read_bytes()[:-3])
     assert states.get("a cat", identity) is None
-    with pytest.raises(FileError, match="could not be read"):
+    with pytest.raises(FileError, match="truncated"):
         states.import_from(path)
     save_file({"x": torch.zeros(4, 8)}, tmp_path / "plain.safetensors")
     with pytest.raises(FileError, match="does not say which prompt"):
@@ -293,7 +293,7 @@ def test_ready_made_states(tmp_path):
     save_file({"a": good, "b": good.clone()}, tmp_path / "two.safetensors")
     with pytest.raises(FileError, match="holds 2 tensors"):
         load_prompt_embeds(tmp_path / "two.safetensors")
-    with pytest.raises(FileError, match="could not be read"):
+    with pytest.raises(FileError, match="does not exist"):
         load_prompt_embeds(tmp_path / "missing.safetensors")
 
 

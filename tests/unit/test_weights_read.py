@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pickle
+import resource
 import struct
 import zipfile
 from collections import OrderedDict
@@ -306,3 +307,92 @@ def test_sha256(tmp_path):
     seen = []
     assert sha256(tmp_path / "a", seen.append) == hashlib.sha256(b"pixels" * 1000).hexdigest()
     assert seen == [6000]
+
+
+def write_pickle(path, content, *, legacy=False):
+    """A file as torch.save writes it, around a pickle of one's own."""
+    if legacy:
+        head = [pickle.dumps(value, protocol=2) for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
+        path.write_bytes(b"".join([*head, content, pickle.dumps(["0"], protocol=2)]) + bytes(64))
+        return path
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", content)
+        archive.writestr("archive/version", b"3\n")
+        archive.writestr("archive/data/0", bytes(16))
+    return path
+
+
+def storage(count, type_name="FloatStorage", key="0"):
+    """Opcodes of `("storage", torch.FloatStorage, key, "cpu", count)` as a persistent id."""
+    text = b"".join(b"X" + struct.pack("<I", len(word)) + word for word in (key.encode(), b"cpu"))
+    return b"(X\x07\0\0\0storagectorch\n" + type_name.encode() + b"\n" + text + number(count) + b"tQ"
+
+
+def number(value):
+    data = pickle.encode_long(value)
+    return b"\x8a" + bytes([len(data)]) + data
+
+
+def tensor_of(stored, size):
+    return (
+        b"ctorch._utils\n_rebuild_tensor_v2\n(" + stored + b"K\0(" + number(size) + b"t(K\x01t\x89"
+        b"ccollections\nOrderedDict\n)RtR"
+    )
+
+
+def named(value, name=b"X\x01\0\0\0a"):
+    return b"\x80\x02}" + name + value + b"s."
+
+
+SHARED_TUPLES = b"(K\x01tq\0" + b"".join(b"(h%ch%ctq%c" % (i, i, i + 1) for i in range(40))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (named(b"cbuiltins\nbytearray\n" + number(6_000_000_000) + b"\x85R"), "run code .builtins.bytearray."),
+        (named(b"ctorch\nFloatTensor\n" + number(6_000_000_000) + b"\x85R"), "run code .torch.FloatTensor."),
+        (named(b"cbuiltins\ngetattr\n(ttR"), "run code .builtins.getattr."),
+        (named(b"ctorch\nFloatStorage\n" + number(6_000_000_000) + b"\x85R"), "no known function"),
+        (named(tensor_of(storage(6_000_000_000), 4)), "claims 6,000,000,000 values for storage '0'"),
+        (named(tensor_of(storage(-4), 4)), "claims -4 values"),
+        (named(tensor_of(storage(4, "Storage"), 4)), "run code .torch.Storage."),
+        (named(b"\x8e" + struct.pack("<Q", 1 << 40)), "no pickle of plain tensors"),
+        (named(b"B" + struct.pack("<I", 4_000_000_000)), "no pickle of plain tensors"),
+        (named(b"h\x07"), "does not hold"),
+        (named(b"N", name=SHARED_TUPLES), "one tuple twice"),
+        (named(b"N", name=b"(K\x01t"), "neither text nor a number"),
+        (b"\x80\x02}(X\x01\0\0\0aNX\x01\0\0\0bu.", "neither text nor a number"),
+        (b"\x80\x02" + b"]" * 100 + b"t.", "no pickle of plain tensors"),
+        (b"\x80\x02}b.", "no pickle of plain tensors"),
+    ],
+)  # fmt: skip
+def test_hostile_pickles_take_no_memory(tmp_path, content, message, legacy):
+    path = write_pickle(tmp_path / "hostile.pth", content, legacy=legacy)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=message):
+        read_weights(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+
+
+def test_the_pickle_those_tests_write_is_otherwise_right(tmp_path):
+    path = write_pickle(tmp_path / "good.pth", named(tensor_of(storage(4), 4)))
+    assert read_weights(path).tensors["a"].tolist() == [0.0] * 4
+
+
+def test_storage_that_another_record_lacks(tmp_path):
+    path = write_pickle(tmp_path / "short.pth", named(tensor_of(storage(5), 5)))
+    with pytest.raises(CheckpointError, match="claims 5 values for storage '0', and the file has 16 bytes"):
+        read_weights(path)
+    path = write_pickle(tmp_path / "none.pth", named(tensor_of(storage(4, key="../x"), 4)))
+    with pytest.raises(CheckpointError, match="the file has none"):
+        read_weights(path)
+
+
+def test_two_records_of_one_name(tmp_path):
+    path = write_pickle(tmp_path / "two.pth", named(tensor_of(storage(4), 4)))
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("archive/data.pkl", b"")
+    with pytest.raises(CheckpointError, match="two files of one name"):
+        read_weights(path)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import pickle
-import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pidecode.errors import CheckpointError
+from pidecode.weights.pickle_scan import scan_pickle
 from pidecode.weights.safetensors import check_file, looks_like_safetensors, read_safetensors, read_start
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -108,14 +107,13 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     zipped = zipfile.is_zipfile(path)
     if zipped:
         _check_archive(path)
+    scan_pickle(path, zipped=zipped)
     try:
         if zipped and path.suffix != ".safetensors":
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         else:  # torch goes by the name where it is given one; a handle makes it look at the content
             with open(path, "rb") as file:
                 content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as fault:
-        raise CheckpointError(_code_message(path, str(fault))) from None
     except MemoryError:
         raise CheckpointError(f"{path} asks for more memory than there is; do not trust this file.") from None
     except Exception as fault:  # torch raises whatever a damaged stream leads it into
@@ -134,23 +132,15 @@ def _check_archive(path: Path) -> None:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as fault:
         raise CheckpointError(f"{path} is a damaged archive ({fault}); fetch it again.") from None
-    if not any(entry.filename.endswith("data.pkl") for entry in entries):
+    names = [entry.filename for entry in entries]
+    if len(set(names)) != len(names) or sum(name.endswith("data.pkl") for name in names) > 1:
+        raise CheckpointError(f"{path} holds two files of one name; do not trust this file.")
+    if not any(name.endswith("data.pkl") for name in names):
         raise CheckpointError(f"{path} is a zip archive without weights in it; unpack it, or name the weights file.")
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise CheckpointError(f"{path} is compressed, which torch.save never does; do not trust this file.")
     if sum(entry.file_size for entry in entries) > path.stat().st_size:
         raise CheckpointError(f"{path} claims to hold more bytes than it has; do not trust this file.")
-
-
-def _code_message(path: Path, detail: str) -> str:
-    found = re.search(r"GLOBAL ([\w.]+)", detail) or re.search(r"[Uu]nsupported (?:class|global)[ :]+([\w.]+)", detail)
-    if not found:
-        reason = (detail.split("WeightsUnpickler error:")[-1].strip().splitlines() or ["damaged"])[0]
-        return f"{path} is no pickle of plain tensors ({reason[:200]}); fetch it again, or get the .safetensors."
-    return (
-        f"{path} is a pickle that asks to run code ({found[1]}), not plain tensors; nothing was run. "
-        "Get the weights as .safetensors from a source you trust."
-    )
 
 
 def _only_tensors(path: Path, content: Any) -> dict[str, Tensor]:
@@ -178,6 +168,8 @@ def _only_tensors(path: Path, content: Any) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{path}: {name} claims {tensor.numel():,} values and stores fewer; do not trust this file."
             )
+    if sum(tensor.nbytes for tensor in tensors.values()) > 4 * path.stat().st_size:  # a few may share values
+        raise CheckpointError(f"{path} shows the same values under many names; do not trust this file.")
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
