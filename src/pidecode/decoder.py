@@ -498,7 +498,6 @@ class PixelDecoder:
         return options.num_steps or (STUDENT_STEPS if self.kind == "student" else TEACHER_STEPS)
 
     def _evaluations(self, options: DecodeOptions) -> int:
-        """Evaluations of the network that a decode takes."""
         return self._num_steps(options) * (1 + (self.kind == "teacher" and options.guidance_scale != 1.0))
 
     def _run_feed_forward(
