@@ -87,16 +87,33 @@ class TrainingError(PidecodeError):
 
 
 class BusyError(PidecodeError):
-    """The queue of a device is full; `retry_after` says in how many seconds to ask again."""
+    """The queue of a server is full, or the server is stopping.
+
+    Attributes:
+        retry_after: Seconds after which to ask again.
+        stopping: The server takes no more jobs at all.
+    """
 
     exit_code = 9
 
-    def __init__(self, message: str, retry_after: float) -> None:
+    def __init__(self, message: str, retry_after: float, *, stopping: bool = False) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.stopping = stopping
 
 
 class Cancelled(PidecodeError):  # noqa: N818 - a result, not an error
     """The caller asked to stop; nothing was written."""
 
     exit_code = 130
+
+
+OUT_OF_MEMORY = "There is not enough memory for this. Use a smaller image, or end other programs."
+_ALLOCATION_FAILURES = ("can't allocate memory", "out of memory", "not enough memory", "failed to allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of Python, torch or a driver says that memory ran out; a CPU's is a plain RuntimeError."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _ALLOCATION_FAILURES)

@@ -133,10 +133,10 @@ class Served:
 
 
 @contextmanager
-def running(app: Any, service: DecodeService, *, connections: int = 40, grace: int = 3) -> Iterator[Served]:
+def running(app: Any, service: DecodeService, *, grace: int = 3) -> Iterator[Served]:
     """Serve `app` on a free port of this machine for as long as the block lasts."""
     listener = bound_socket("127.0.0.1", 0)
-    server = make_server(app, connections=connections, grace=grace)
+    server = make_server(app, stop=service.stop, grace=grace)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

@@ -112,7 +112,7 @@ def test_the_service_inspects_files() -> None:
     assert service.plan(None, FileInfo(kind="image", width=20, height=30)).height == 120
     with pytest.raises(ImageError):
         service.inspect(b"nothing")
-    with pytest.raises(FileError, match="cut off"):
+    with pytest.raises(FileError, match="truncated"):
         service.inspect(latent_bytes()[:-3])
     assert not looks_like_safetensors(b"")
 
@@ -125,7 +125,7 @@ def test_a_latent_is_read_from_bytes_as_from_a_file(tmp_path: Path) -> None:
     assert (from_bytes.prompt, from_bytes.seed) == (from_file.prompt, from_file.seed) == ("a dog", 7)
     with pytest.raises(LatentError, match=r"The latent file holds a latent of space flux2, not sdxl\."):
         Latent.load(data, space="sdxl")
-    with pytest.raises(FileError, match="The latent file is no .safetensors file, or is cut off"):
+    with pytest.raises(FileError, match="is cut off"):
         Latent.load(data[:40])
 
 

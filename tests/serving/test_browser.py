@@ -189,9 +189,9 @@ def test_an_image_made_by_pidecode_offers_its_settings(page: Any, tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "data", "expected"),
     [
-        ("broken.png", image_bytes()[:50], "damaged or cut off"),
+        ("broken.png", image_bytes()[:50], "damaged or truncated"),
         ("notes.png", b"no image", "not an image of a known format"),
-        ("cut.safetensors", latent_bytes()[:-9], "cut off"),
+        ("cut.safetensors", latent_bytes()[:-9], "truncated"),
         ("large.png", b"x" * 3_000_000, "at most 2 MB can be taken"),
     ],
 )

@@ -121,7 +121,7 @@ def test_a_smaller_scale_is_downsampled(page: Served) -> None:
 def test_a_latent_is_decoded_and_a_bad_one_ends_in_an_error(page: Served) -> None:
     assert stream(page, "/v1/decode?stream=true&num_steps=1&format=webp", latent_bytes())[-1]["width"] == 64
     last = stream(page, "/v1/decode?stream=true&num_steps=1", latent_bytes()[:-8])[-1]
-    assert (last["state"], "cut off" in last["error"]["message"]) == ("failed", True)
+    assert (last["state"], "truncated" in last["error"]["message"]) == ("failed", True)
 
 
 def test_a_full_queue_is_an_error_before_the_stream_begins(page: Served) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from pidecode.errors import DoesNotFitError, PidecodeError
+from pidecode.errors import OUT_OF_MEMORY, DoesNotFitError, PidecodeError, is_out_of_memory
 from pidecode.version import __version__
 
 UNEXPECTED = 70
@@ -106,10 +106,10 @@ class Commands(click.Group):
         except PidecodeError as error:
             _explain(ctx, f"Error: {error}")
             ctx.exit(error.exit_code)
-        except MemoryError:
-            _explain(ctx, "Error: There is not enough memory for this. Try a smaller image, or one at a time.")
-            ctx.exit(DoesNotFitError.exit_code)
         except Exception as error:
+            if is_out_of_memory(error):
+                _explain(ctx, f"Error: {OUT_OF_MEMORY}")
+                ctx.exit(DoesNotFitError.exit_code)
             what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             hint = "" if ctx.meta.get(_DEBUG) else "\nRun the command again with --debug for the details."
             _explain(ctx, f"Sorry, that is a fault of pidecode or of something below it: {what}{hint}")

@@ -174,7 +174,7 @@ def _run(options: ServeOptions, ready: Callable[[str], None]) -> None:
             job_seconds=options.timeout,
         )
         service = DecodeService(options.decoders(), limits=limits, text_to_latent=options.text_to_latent())
-        serve(create_app(service, token=token), listener, connections=4 * (options.queue + 8), ready=ready)
+        serve(create_app(service, token=token), listener, stop=service.stop, ready=ready)
 
 
 @click.command()

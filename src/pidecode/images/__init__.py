@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading and writing image files, conversion to tensors, resizing and padding, and metadata in image files."""
 
-from pidecode.images.read import MAX_PIXELS, ImageSource, load_image, load_tensor
+from pidecode.images.read import MAX_PIXELS, ImageSource, image_size, load_image, load_tensor
 from pidecode.images.tensors import (
     UnpaddedSize,
     center_crop,
@@ -28,6 +28,7 @@ __all__ = [
     "crop_back",
     "downsample",
     "encode_image",
+    "image_size",
     "lanczos",
     "load_image",
     "load_tensor",

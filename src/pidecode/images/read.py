@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -21,6 +23,8 @@ ImageSource = str | os.PathLike[str] | bytes | Image.Image | Tensor
 
 MAX_PIXELS = 2**26
 """Largest image read unless the caller allows more: 67,108,864 pixels, 8192 x 8192."""
+READS_FREE, BYTES_PER_READ = 50_000, 256
+"""Reads of a file that Pillow may make, and one more for so many bytes of it."""
 
 # Pixel formats only: no PostScript, no documents.
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000", "TGA")
@@ -47,18 +51,19 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
         return to_pil(source)
     if isinstance(source, Image.Image):
         return _to_rgb(source, "The image", max_pixels)
-    name, data = _open(source)
-    try:
-        with data, Image.open(data, formats=readable_formats()) as image:
-            return _to_rgb(image, name, max_pixels)
-    except ImageError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{name} is too large to be read safely: {error}") from error
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is not an image of a known format ({', '.join(_FORMATS)}).") from error
-    except Exception as error:  # a malicious file can make a decoder raise any exception
-        raise ImageError(f"{name} is damaged or truncated: {error}. Export it again.") from error
+    with _opened(source) as (name, image):
+        return _to_rgb(image, name, max_pixels)
+
+
+def image_size(source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height as the header says, before any orientation is applied; nothing is decompressed.
+
+    Raises:
+        ImageError: Not an image, or too large.
+    """
+    with _opened(source) as (name, image):
+        _check_pixels(image, name, max_pixels)
+        return image.size
 
 
 def load_tensor(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -87,6 +92,48 @@ def load_tensor(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     return image.clamp(-1.0, 1.0)
 
 
+@contextmanager
+def _opened(source: str | os.PathLike[str] | bytes) -> Iterator[tuple[str, Image.Image]]:
+    """Name and image of a source; whatever goes wrong inside is an ImageError."""
+    name, data = _open(source)
+    try:
+        with data, Image.open(BoundedFile(data), formats=readable_formats()) as image:
+            yield name, image
+    except ImageError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"{name} is too large to be read safely: {error}") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name} is not an image of a known format ({', '.join(_FORMATS)}).") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a malicious file can make a decoder raise any exception
+        raise ImageError(f"{name} is damaged or truncated: {error}. Export it again.") from error
+
+
+class BoundedFile:
+    """A file that may be read only so often: one of millions of tiny chunks would take Pillow minutes.
+
+    Args:
+        file: What is read.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.reads_left = READS_FREE + file.seek(0, os.SEEK_END) // BYTES_PER_READ
+        file.seek(0)
+
+    def read(self, *size: int) -> bytes:
+        """Read as the file does."""
+        self.reads_left -= 1
+        if self.reads_left < 0:
+            raise ImageError("The image consists of very many tiny pieces. Export it again.")
+        return self.file.read(*size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
 def _open(source: str | os.PathLike[str] | bytes) -> tuple[str, BinaryIO]:
     if isinstance(source, bytes):
         return "The image", io.BytesIO(source)
@@ -107,7 +154,7 @@ def readable_formats() -> list[str]:
     return [name for name in _FORMATS if name in Image.OPEN]
 
 
-def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+def _check_pixels(image: Image.Image, name: str, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError(
@@ -116,6 +163,10 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         )
     if not width * height:
         raise ImageError(f"{name} has no pixels: {width}x{height}.")
+
+
+def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    _check_pixels(image, name, max_pixels)
     profile = image.info.get("icc_profile")
     image = _apply_orientation(image)
     image = _to_8_bits(image, name)

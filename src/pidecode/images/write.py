@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from torch import Tensor
 from pidecode.errors import ImageError, SettingError, SizeError
 from pidecode.files import atomic_write, check_writable
 from pidecode.images.png import SIGNATURE, encode_png, read_texts
-from pidecode.images.read import readable_formats
+from pidecode.images.read import BoundedFile, readable_formats
 from pidecode.images.tensors import to_array, to_pils
 from pidecode.strict_json import JSONError, parse_json
 
@@ -227,6 +227,7 @@ def read_metadata(path: str | os.PathLike[str] | bytes) -> dict[str, Any] | None
 
 def _read_metadata(file: BinaryIO, name: str) -> dict[str, Any] | None:
     try:
+        file = cast(BinaryIO, BoundedFile(file))
         is_png = file.read(8) == SIGNATURE
         file.seek(0)
         text = read_texts(file).get(KEYWORD) if is_png else _read_exif_comment(file)

@@ -19,7 +19,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from pidecode.errors import SettingError
+from pidecode.errors import BusyError, SettingError
 from pidecode.serve import openai
 from pidecode.serve.http import (
     COOKIE,
@@ -52,6 +52,8 @@ from pidecode.units import parse_size
 from pidecode.version import __version__
 
 NDJSON = "application/x-ndjson"
+INSPECTIONS = 8
+"""Files that may be inspected or wait for it."""
 
 _STATIC_TYPES = {
     "index.html": "text/html; charset=utf-8",
@@ -103,17 +105,51 @@ def create_app(service: DecodeService, *, token: str | None = None) -> FastAPI:
         redoc_url=None,
         lifespan=lifespan,
     )
-    reader = BodyReader(service.queue, service.limits)
+    reader, inspector = BodyReader(service.queue, service.limits), Inspector(service)
     add_error_handlers(app)
     _add_page(app, token)
     _add_jobs(app, service, reader)
-    _add_queries(app, service, reader)
-    _add_openai(app, service, reader)
+    _add_queries(app, service, reader, inspector)
+    _add_openai(app, service, reader, inspector)
     _add_monitoring(app, service, stats)
     paths = [getattr(route, "path", "") for route in app.routes]
-    app.add_middleware(AuthMiddleware, token=token, open_paths=frozenset({"/health"}))
+    app.add_middleware(
+        AuthMiddleware,
+        token=token,
+        open_paths=frozenset({"/health"}),
+        most_active=4 * (service.limits.waiting + 8),
+    )
     app.add_middleware(MetricsMiddleware, paths=paths, stats=stats)
     return app
+
+
+class Inspector:
+    """Looks into files outside the queue: one at a time, and only a few waiting.
+
+    Args:
+        service: What looks into them.
+    """
+
+    def __init__(self, service: DecodeService) -> None:
+        self.service = service
+        self.turn = asyncio.Semaphore(1)
+        self.inside = 0
+
+    async def inspect(self, data: bytes) -> FileInfo:
+        """Tell what a file contains.
+
+        Raises:
+            BusyError: Too many files are waiting.
+            PidecodeError: As `DecodeService.inspect`.
+        """
+        if self.inside >= INSPECTIONS:
+            raise BusyError("Too many files are being inspected. Retry later.", 1.0)
+        self.inside += 1
+        try:
+            async with self.turn:
+                return await asyncio.to_thread(self.service.inspect, data)
+        finally:
+            self.inside -= 1
 
 
 def _errors(statuses: Iterable[int]) -> dict[int | str, dict[str, Any]]:
@@ -208,7 +244,7 @@ def _add_jobs(app: FastAPI, service: DecodeService, reader: BodyReader) -> None:
         return _file(_stored_result(service, name))
 
 
-def _add_queries(app: FastAPI, service: DecodeService, reader: BodyReader) -> None:
+def _add_queries(app: FastAPI, service: DecodeService, reader: BodyReader, inspector: Inspector) -> None:
     @app.get("/v1/server", summary="Version, device and limits", responses=_errors(_AUTH_ERRORS))
     async def server() -> ServerInfo:
         """The limits hold for every request."""
@@ -227,8 +263,7 @@ def _add_queries(app: FastAPI, service: DecodeService, reader: BodyReader) -> No
     )
     async def inspect(request: Request) -> FileInfo:
         """Tells whether the file is an image or a latent, its size and its metadata. Nothing is decoded."""
-        data = await reader.read(request)
-        return await asyncio.to_thread(service.inspect, data)
+        return await inspector.inspect(await reader.read(request, queued=False))
 
     @app.get("/v1/plan", summary="Estimate a decode", responses=_errors((400, *_AUTH_ERRORS, 422)))
     async def plan(params: Annotated[PlanParams, Query()]) -> DecodePlan:
@@ -237,7 +272,7 @@ def _add_queries(app: FastAPI, service: DecodeService, reader: BodyReader) -> No
         return service.plan(params.model, file, params.output_size())
 
 
-def _add_openai(app: FastAPI, service: DecodeService, reader: BodyReader) -> None:
+def _add_openai(app: FastAPI, service: DecodeService, reader: BodyReader, inspector: Inspector) -> None:
     @app.get("/v1/models", summary="List the models", responses=_errors(_AUTH_ERRORS))
     async def models() -> openai.ModelList:
         """The first is the default."""
@@ -247,9 +282,16 @@ def _add_openai(app: FastAPI, service: DecodeService, reader: BodyReader) -> Non
         "/v1/images/generations",
         summary="Generate an image from a prompt (OpenAI)",
         responses=_errors(_JOB_ERRORS),
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": openai.ImageGenerationRequest.model_json_schema()}},
+            }
+        },
     )
-    async def generations(request: Request, body: openai.ImageGenerationRequest) -> openai.ImagesResponse:
+    async def generations(request: Request) -> openai.ImagesResponse:
         """Needs a pipeline on the server (--pipeline)."""
+        body = _validated(openai.ImageGenerationRequest, await reader.read(request))
         size = parse_size(body.size)
         results = await _run_in_turn(
             request, lambda params: service.generate(body.prompt, size, params), body.jobs(GenerateParams)
@@ -270,8 +312,8 @@ def _add_openai(app: FastAPI, service: DecodeService, reader: BodyReader) -> Non
     async def edits(request: Request) -> openai.ImagesResponse:
         """The only edit is enlargement. The prompt describes the image, for models that read prompts."""
         image, fields = await _read_form(request, await reader.read(request))
-        form = _edit_request(fields)
-        file = await asyncio.to_thread(service.inspect, image)
+        form = _validated(openai.ImageEditRequest, fields)
+        file = await inspector.inspect(image)
         _check_edit(service, form, file)
         results = await _run_in_turn(request, lambda params: service.upscale(image, params), form.jobs(UpscaleParams))
         return openai.images_response(results, form.output_format)
@@ -399,16 +441,18 @@ def _stored_result(service: DecodeService, name: str) -> Result:
     return result
 
 
-def _edit_request(fields: dict[str, str]) -> openai.ImageEditRequest:
-    """Validate the fields of an edit's form.
+def _validated(model: type[openai.RequestT], data: bytes | dict[str, str]) -> openai.RequestT:
+    """Validate a body of JSON, or the fields of a form.
 
     Raises:
-        HTTPException: 400 if a field is unknown, or has the wrong form.
+        HTTPException: 400 if it is no JSON, or if a field is unknown or has the wrong form.
     """
     try:
-        return openai.ImageEditRequest.model_validate(fields)
+        return model.model_validate_json(data) if isinstance(data, bytes) else model.model_validate(data)
     except ValidationError as error:
-        messages = [f"{'.'.join(str(part) for part in entry['loc'])}: {entry['msg']}" for entry in error.errors()]
+        messages = [
+            f"{'.'.join(str(part) for part in entry['loc']) or 'body'}: {entry['msg']}" for entry in error.errors()
+        ]
         raise HTTPException(400, "; ".join(messages[:8]) + ".") from None
 
 

@@ -8,11 +8,14 @@ import hmac
 import ipaddress
 import math
 import socket
+import threading
 from collections.abc import Callable
 from http.cookies import CookieError, SimpleCookie
+from types import FrameType
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import h11
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -20,8 +23,10 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pidecode.errors import (
+    OUT_OF_MEMORY,
     BusyError,
     Cancelled,
     DoesNotFitError,
@@ -30,15 +35,28 @@ from pidecode.errors import (
     MissingDependencyError,
     PidecodeError,
     SettingError,
+    is_out_of_memory,
 )
 from pidecode.serve.queue import DecodeJob, JobQueue
 from pidecode.serve.schemas import RequestLimits
 
 COOKIE = "pidecode_token"
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+RETRY_SECONDS = 5.0
+"""`Retry-After` where the queue has no better guess."""
 SHUTDOWN_SECONDS = 30
 """Seconds that open requests and the running job are given when the server stops."""
 MIN_TOKEN_LENGTH = 16
+HEADER_SECONDS = 10.0
+"""Time from a connection's opening, or from the end of its last response, to the end of the next request's headers."""
+MAX_CONNECTIONS = 512
+"""Connections held at once; beyond, the one that has sent no whole request for longest is closed."""
+MAX_READERS, BODIES_HELD = 64, 4
+"""Bodies read at once, and memory for unfinished ones in longest bodies."""
+MIN_RATE, RATE_GRACE_SECONDS = 4096, 5.0
+"""Bytes a second at which a body must arrive on average, after so many seconds."""
+SMALLEST_PIECE, PIECES_FREE = 64, 4096
+"""Bytes that the pieces of a chunked body must have on average, beyond the first pieces."""
 
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
@@ -79,12 +97,22 @@ class AuthMiddleware:
         token: What a client must present (`Authorization: Bearer ...`, or the page's cookie). None admits everyone who
             reaches the address, which must then be a loopback address.
         open_paths: Paths that need no token.
+        most_active: Requests handled at once; further ones with a good token are answered with 503.
     """
 
-    def __init__(self, app: ASGIApp, *, token: str | None = None, open_paths: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        token: str | None = None,
+        open_paths: frozenset[str] = frozenset(),
+        most_active: int = MAX_CONNECTIONS,
+    ) -> None:
         self.app = app
         self.token = token
         self.open_paths = open_paths
+        self.most_active = most_active
+        self.active = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward or refuse one request."""
@@ -93,18 +121,34 @@ class AuthMiddleware:
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
 
+        started = False
+
         async def send_with_headers(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 given = {name.lower() for name, _ in message["headers"]}
                 extra = [(name, value) for name, value in _HEADERS if name not in given]
                 message["headers"] = [*message["headers"], *extra]
             await send(message)
 
-        refusal = self._refusal(scope, headers)
-        if refusal is not None:
-            await refusal(scope, receive, send_with_headers)
+        response = self._refusal(scope, headers)
+        if response is None and self.active >= self.most_active:
+            response = error_response(
+                503, "busy", "The server handles as many requests as it can. Retry later.", retry_after=RETRY_SECONDS
+            )
+        if response is not None:
+            await response(scope, receive, send_with_headers)
             return
-        await self.app(scope, receive, send_with_headers)
+        self.active += 1
+        try:
+            await self.app(scope, receive, send_with_headers)
+        except asyncio.CancelledError:  # the server was told twice to stop
+            if not started:
+                response = error_response(503, "stopped", "The server is stopping.", retry_after=RETRY_SECONDS)
+                await response(scope, receive, send_with_headers)
+        finally:
+            self.active -= 1
 
     def _refusal(self, scope: Scope, headers: dict[str, str]) -> JSONResponse | None:
         host = headers.get("host", "")
@@ -130,7 +174,7 @@ class AuthMiddleware:
 
 
 class BodyReader:
-    """Reads request bodies: no more at once than the queue has free slots, none longer than the limit.
+    """Reads request bodies within limits of length, time, rate, number and memory, apart from the queue.
 
     Args:
         queue: The queue that the bodies' jobs will enter.
@@ -141,41 +185,68 @@ class BodyReader:
         self.queue = queue
         self.limits = limits
         self.reading = 0
+        self.held = 0
 
-    async def read(self, request: Request) -> bytes:
+    async def read(self, request: Request, *, queued: bool = True) -> bytes:
         """Return the whole body.
 
+        Args:
+            request: Whose body.
+            queued: Whether a job will be queued for it.
+
         Raises:
-            BusyError: If the queue has no slot for its job; raised before the body is read.
+            BusyError: The queue has no slot for its job, or too many bodies are arriving; raised before it is read.
             HTTPException: 400 for an empty body, 408 for a slow one, 413 for a long one.
         """
-        if self.reading >= self.queue.free_slots:
-            self.queue.stats.refused += 1
-            raise BusyError("The queue is full. Retry later.", self.queue.retry_after())
+        if queued and self.queue.free_slots <= 0:
+            raise self._busy("The queue is full. Retry later.")
+        if self.reading >= MAX_READERS:
+            raise self._busy(f"{MAX_READERS} other requests are being received. Retry later.", 1.0)
         declared = request.headers.get("content-length", "")
-        if declared.isdecimal() and int(declared) > self.limits.body_bytes:
+        if declared.isdecimal() and int(declared[:18]) > self.limits.body_bytes:
             raise self._too_long()
         self.reading += 1
+        data = bytearray()
         try:
-            return await asyncio.wait_for(self._read(request), self.limits.body_seconds)
-        except TimeoutError:
-            raise HTTPException(
-                408, f"The body took longer than {self.limits.body_seconds:g} seconds to arrive."
-            ) from None
+            await self._read(request, data)
         finally:
             self.reading -= 1
-
-    async def _read(self, request: Request) -> bytes:
-        parts: list[bytes] = []
-        size = 0
-        async for part in request.stream():
-            size += len(part)
-            if size > self.limits.body_bytes:
-                raise self._too_long()
-            parts.append(part)
-        if not size:
+            self.held -= len(data)
+        if not data:
             raise HTTPException(400, "The body is empty; send the file itself as the body.")
-        return b"".join(parts)
+        return bytes(data)
+
+    async def _read(self, request: Request, data: bytearray) -> None:
+        loop = asyncio.get_running_loop()
+        started, parts = loop.time(), request.stream()
+        while True:
+            slowest = started + min(self.limits.body_seconds, RATE_GRACE_SECONDS + len(data) / MIN_RATE)
+            try:
+                async with asyncio.timeout_at(slowest):
+                    part = await anext(parts, None)
+            except TimeoutError:
+                raise HTTPException(
+                    408,
+                    f"The body took too long to arrive: {len(data):,} bytes in {loop.time() - started:.0f} seconds. "
+                    f"Send at least {MIN_RATE:,} bytes a second, and all within {self.limits.body_seconds:g} seconds.",
+                ) from None
+            if part is None:
+                return
+            data += part
+            self.held += len(part)
+            if len(data) > self.limits.body_bytes:
+                raise self._too_long()
+            if self.held > BODIES_HELD * self.limits.body_bytes:
+                raise self._busy("Other large requests are being received. Retry later.", 1.0)
+
+    def _busy(self, message: str, retry_after: float | None = None) -> BusyError:
+        self.queue.stats.refused += 1
+        closed = self.queue.closed
+        return BusyError(
+            "The server is stopping and takes no new jobs; ask again when it is back." if closed else message,
+            self.queue.retry_after() if retry_after is None else retry_after,
+            stopping=closed,
+        )
 
     def _too_long(self) -> HTTPException:
         return HTTPException(413, f"The body is longer than the {self.limits.body_bytes:,} bytes this server takes.")
@@ -190,6 +261,7 @@ async def result_of(request: Request, job: DecodeJob) -> Any:
     """
     gone = asyncio.ensure_future(_disconnected(request))
     end = asyncio.ensure_future(job.finished())
+    end.add_done_callback(lambda task: task.cancelled() or task.exception())  # retrieved, also where nobody waits
     try:
         await asyncio.wait({gone, end}, return_when=asyncio.FIRST_COMPLETED)
         if end.done():
@@ -219,24 +291,25 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def error_response(status: int, code: str, message: str) -> JSONResponse:
+def error_response(status: int, code: str, message: str, *, retry_after: float | None = None) -> JSONResponse:
     """An error in the form that OpenAI's clients expect: {"error": {"message", "type", "code"}}."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "code": code}}, status)
+    headers = {} if retry_after is None else {"Retry-After": str(max(1, math.ceil(retry_after)))}
+    return JSONResponse({"error": {"message": message, "type": kind, "code": code}}, status, headers)
 
 
 def response_for(error: Exception) -> JSONResponse:
     """The response for an exception. Only pidecode's own errors show their message to the client."""
+    if is_out_of_memory(error):
+        return error_response(507, "does_not_fit", OUT_OF_MEMORY)
     for kind, status, code in _STATUSES:
         if isinstance(error, kind):
-            response = error_response(status, code, str(error))
             if isinstance(error, BusyError):
-                response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-            return response
+                status = 503 if error.stopping else status
+                return error_response(status, code, str(error), retry_after=error.retry_after)
+            return error_response(status, code, str(error), retry_after=RETRY_SECONDS if status == 503 else None)
     if isinstance(error, PidecodeError):
         return error_response(500, "failed", str(error))
-    if type(error).__name__ == "OutOfMemoryError":
-        return error_response(507, "does_not_fit", "The device ran out of memory; use a smaller input.")
     return error_response(500, "internal", "Internal error of pidecode or its dependencies; see the server's log.")
 
 
@@ -355,12 +428,116 @@ def address_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def make_server(app: ASGIApp, *, connections: int, grace: int = SHUTDOWN_SECONDS) -> uvicorn.Server:
+class _Connection(h11.Connection):
+    """An HTTP/1.1 connection that refuses bodies in very many tiny pieces, each as costly as a large one."""
+
+    pieces = 0
+    received = 0
+
+    def next_event(self) -> Any:
+        """The next event, as h11's."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self.pieces = self.received = 0
+        elif isinstance(event, h11.Data):
+            self.pieces += 1
+            self.received += len(event.data)
+            if self.pieces > PIECES_FREE + self.received // SMALLEST_PIECE:
+                raise h11.RemoteProtocolError("The body comes in too many small pieces; send larger ones.")
+        return event
+
+
+class BoundedProtocol(H11Protocol):
+    """uvicorn's HTTP/1.1 with a deadline for headers and a limit on connections that send no whole request."""
+
+    def __init__(self, config: uvicorn.Config, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.conn = _Connection(h11.SERVER, config.h11_max_incomplete_event_size or 16384)
+        self.header_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the deadline, and make room if there are too many connections."""
+        super().connection_made(transport)
+        self._await_headers()
+        if len(self.connections) > MAX_CONNECTIONS:
+            timers = {other: getattr(other, "header_timer", None) for other in self.connections}
+            waiting = {other: timer.when() for other, timer in timers.items() if timer is not None}
+            min(waiting, key=lambda other: waiting[other]).transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the deadline."""
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def handle_events(self) -> None:
+        """Stop the deadline once a request is there."""
+        before = self.cycle
+        super().handle_events()
+        if self.cycle is not before and not self.cycle.response_complete:
+            self._stop_timer()
+
+    def on_response_complete(self) -> None:
+        """Start the deadline for the next request; until then the rest of this one's body is read and dropped."""
+        self._await_headers()
+        super().on_response_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP, in the form of all errors."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = bytes(error_response(400, "bad_http", msg).body)
+            headers = [
+                ("content-type", "application/json"),
+                ("content-length", str(len(body))),
+                ("connection", "close"),
+            ]
+            for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self.transport.close()
+
+    def _await_headers(self) -> None:
+        self._stop_timer()
+        self.header_timer = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
+
+    def _stop_timer(self) -> None:
+        if self.header_timer is not None:
+            self.header_timer.cancel()
+            self.header_timer = None
+
+
+class StoppableServer(uvicorn.Server):
+    """A server that at the first signal ends its jobs in peace, at the second at once, and at the third itself.
+
+    Args:
+        config: uvicorn's.
+        stop: Ends the jobs within the seconds given, and answers their requests.
+    """
+
+    def __init__(self, config: uvicorn.Config, stop: Callable[[float], None]) -> None:
+        super().__init__(config)
+        self.stop = stop
+        self.signals = 0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Handle SIGINT and SIGTERM."""
+        self.signals += 1
+        if self.signals > 2:
+            self.force_exit = True
+            return
+        if self.signals == 1:
+            super().handle_exit(sig, frame)
+        grace = SHUTDOWN_SECONDS if self.signals == 1 else 0
+        threading.Thread(target=self.stop, args=(grace,), name="pidecode-stop", daemon=True).start()
+
+
+def make_server(app: ASGIApp, *, stop: Callable[[float], None], grace: int = 2 * SHUTDOWN_SECONDS) -> StoppableServer:
     """Create the uvicorn server for `app`. It logs no requests.
 
     Args:
         app: The ASGI application.
-        connections: Most connections held at once; further ones are answered with 503.
+        stop: Ends the jobs; see `StoppableServer`.
         grace: Seconds that open requests are given on shutdown.
     """
     config = uvicorn.Config(
@@ -370,25 +547,27 @@ def make_server(app: ASGIApp, *, connections: int, grace: int = SHUTDOWN_SECONDS
         log_level="warning",
         ws="none",
         lifespan="on",
-        limit_concurrency=connections,
         timeout_keep_alive=5,
         timeout_graceful_shutdown=grace,
         h11_max_incomplete_event_size=16384,
-        http="h11",
+        http=BoundedProtocol,
+        proxy_headers=False,
     )
-    return uvicorn.Server(config)
+    return StoppableServer(config, stop)
 
 
-def serve(app: ASGIApp, listener: socket.socket, *, connections: int, ready: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM, then let open requests end within `SHUTDOWN_SECONDS`.
+def serve(
+    app: ASGIApp, listener: socket.socket, *, stop: Callable[[float], None], ready: Callable[[str], None]
+) -> None:
+    """Serve until SIGINT or SIGTERM, then let the running job end within `SHUTDOWN_SECONDS`; at a second one at once.
 
     Args:
         app: The ASGI application.
         listener: A socket from `bound_socket`; closed at the end.
-        connections: As in `make_server`.
+        stop: As in `make_server`.
         ready: Called with the server's URL once connections are accepted.
     """
-    server = make_server(app, connections=connections)
+    server = make_server(app, stop=stop)
     listener.listen(128)  # from here on connections wait instead of being refused
     ready(address_of(listener))
     with listener:

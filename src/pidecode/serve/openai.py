@@ -23,6 +23,8 @@ MAX_IMAGES = 4
 
 ParamsT = TypeVar("ParamsT", bound=ResultParams)
 
+RequestT = TypeVar("RequestT", bound="OpenAIRequest")
+
 _SIZE = "[1-9][0-9]{1,4}x[1-9][0-9]{1,4}"
 
 

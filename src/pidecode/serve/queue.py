@@ -267,7 +267,9 @@ class JobQueue:
         with self._changed:
             if self._closed:
                 self.stats.refused += 1
-                raise BusyError("The server is stopping and takes no new jobs; ask again when it is back.", 10.0)
+                raise BusyError(
+                    "The server is stopping and takes no new jobs; ask again when it is back.", 10.0, stopping=True
+                )
             if not self.free_slots:
                 self.stats.refused += 1
                 raise BusyError(

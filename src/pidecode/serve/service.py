@@ -18,7 +18,7 @@ from torch.nn import functional
 from pidecode.decoder import PixelDecoder
 from pidecode.devices import free_memory
 from pidecode.errors import DoesNotFitError, FileError, LatentError, MissingDependencyError, SettingError
-from pidecode.images import KEYWORD, encode_image, load_image, read_metadata, to_pil
+from pidecode.images import KEYWORD, encode_image, image_size, load_image, read_metadata, to_pil
 from pidecode.latents import storage
 from pidecode.latents.latent import Latent
 from pidecode.sampling import Step
@@ -148,8 +148,10 @@ class DecodeService:
             LatentError: If it holds no latent.
         """
         if not looks_like_safetensors(data):
-            image = load_image(data, max_pixels=self.limits.pixels)
-            return FileInfo(kind="image", width=image.width, height=image.height, metadata=read_metadata(data))
+            width, height = image_size(data, max_pixels=self.limits.pixels)
+            if width * height * self.decoder(None).scale ** 2 <= self.limits.pixels:  # else refused by its plan
+                width, height = load_image(data, max_pixels=self.limits.pixels).size  # complete, and upright
+            return FileInfo(kind="image", width=width, height=height, metadata=read_metadata(data))
         return _latent_info(data)
 
     def plan(self, name: str | None, file: FileInfo, size: tuple[int, int] | None = None) -> DecodePlan:
