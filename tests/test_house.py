@@ -52,8 +52,8 @@ REPLACED_NAMES = {
     "on_step", "negative_caption", "color_lock", "heeds_noise", "at_work",  # callback, negative_prompt, color_fix
     "fall", "start_from", "d_telling", "g_fooling", "Hand", "Share", "Feed", "Cast", "Guard", "Hints",
 }  # fmt: skip
-FOREIGN = {"floor", "floor_"}
-"""Names of Python's and torch's own."""
+FOREIGN = {"connection_made", "floor", "floor_"}
+"""Names of Python's, asyncio's and torch's own."""
 # Built from pieces, so that this file does not itself break the rule it states.
 UNFINISHED = re.compile("|".join(("TO" + "DO", "FIX" + "ME", "XX" + "X", "raise NotImplemented" + "Error")))
 

@@ -38,8 +38,8 @@ from pidecode.registry.checkpoints import CHECKPOINTS, Checkpoint, FlowShift, Sa
 from pidecode.registry.spaces import LatentSpace, get_space
 from pidecode.sampling import (
     Callback,
+    DecodeProgressCallback,
     NoiseStream,
-    ProgressCallback,
     Step,
     WorkTracker,
     guided,
@@ -271,7 +271,7 @@ class PixelDecoder:
         color_fix: ColorFix | None = None,
         reference: Tensor | None = None,
         callback: Callback | None = None,
-        progress_callback: ProgressCallback | None = None,
+        progress_callback: DecodeProgressCallback | None = None,
     ) -> DecodeOutput:
         """Decode a latent: nothing but the latent and the prompt informs the image.
 
@@ -330,7 +330,7 @@ class PixelDecoder:
         fit: Fit | None = None,
         num_refinements: int | None = None,
         callback: Callback | None = None,
-        progress_callback: ProgressCallback | None = None,
+        progress_callback: DecodeProgressCallback | None = None,
     ) -> DecodeOutput:
         """Encode an image and decode it `scale` times larger.
 

@@ -77,7 +77,7 @@ class Progress:
         return f"{self.phase}, {self.unit} {self.index} of {self.total}" if self.index else self.phase
 
 
-ProgressCallback = Callable[[Progress], None]
+DecodeProgressCallback = Callable[[Progress], None]
 """Called before the first work and before each further unit; raise `errors.Cancelled` in it to stop."""
 
 
@@ -90,7 +90,9 @@ class WorkTracker:
         encoding: Predicted work of encoding, in the same unit.
     """
 
-    def __init__(self, callback: ProgressCallback | None = None, decoding: float = 1.0, encoding: float = 0.0) -> None:
+    def __init__(
+        self, callback: DecodeProgressCallback | None = None, decoding: float = 1.0, encoding: float = 0.0
+    ) -> None:
         self.callback = callback
         finishing = FINISHING_WORK * (decoding + encoding)
         self.work: dict[Phase, float] = {"encoding": encoding, "decoding": decoding, "finishing": finishing}

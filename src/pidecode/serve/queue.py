@@ -22,7 +22,7 @@ from pidecode.errors import BusyError, Cancelled, PidecodeError
 
 log = logging.getLogger(__name__)
 
-JobState = Literal["waiting", "running", "done", "failed", "cancelled"]
+DecodeJobState = Literal["waiting", "running", "done", "failed", "cancelled"]
 JobFunction = Callable[["DecodeJob"], Any]
 
 DEFAULT_JOB_SECONDS = 5.0
@@ -44,7 +44,7 @@ class JobStatus:
         preview: JPEG of the newest estimate, if previews were asked for.
     """
 
-    state: JobState
+    state: DecodeJobState
     position: int = 0
     step: int = 0
     num_steps: int = 0
@@ -77,7 +77,7 @@ class DecodeJob:
         self._over = threading.Event()
 
     @property
-    def state(self) -> JobState:
+    def state(self) -> DecodeJobState:
         """Current state; "done", "failed" and "cancelled" are final."""
         return self._status.state
 
@@ -177,7 +177,7 @@ class DecodeJob:
         for listener in tuple(self._listeners):
             listener()
 
-    def _end(self, state: JobState, *, result: Any = None, error: BaseException | None = None) -> None:
+    def _end(self, state: DecodeJobState, *, result: Any = None, error: BaseException | None = None) -> None:
         self._result, self._error = result, error
         self._function = None  # its closure may hold an image; the queue keeps nothing of a finished job
         self.ended = time.monotonic()
@@ -340,7 +340,7 @@ class JobQueue:
     def _run_job(self, job: DecodeJob) -> None:
         assert job._function is not None
         job.started = time.monotonic()
-        state: JobState = "done"
+        state: DecodeJobState = "done"
         result: Any = None
         error: BaseException | None = None
         try:
