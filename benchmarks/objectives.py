@@ -65,9 +65,7 @@ def objective_config(objective: str, prediction: Prediction, steps: int, init_fr
         noise=NO_NOISE,
         teacher=TeacherLossConfig(shift=1.0, shift_base_size=None),
         distillation=DistillationConfig(
-            student_every=5,
-            student_input="self_rollout" if dmd2 else "teacher_forcing",
-            fake_score_lr=1e-4,
+            student_every=5, student_input="self_rollout" if dmd2 else "teacher_forcing", fake_score_lr=1e-4
         ),
         optimizer=OptimizerConfig(lr=1e-4 if dmd2 else 1e-3, max_grad_norm=1.0, warmup_steps=100, lr_schedule="cosine"),
         ema=EMAConfig(kind="constant", decay=0.998),

@@ -45,13 +45,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwenimage": (
         "Qwen/Qwen-Image",
         "nvidia/PiD",
-        {
-            "height": 1024,
-            "width": 1024,
-            "num_inference_steps": 50,
-            "true_cfg_scale": 4.0,
-            "negative_prompt": " ",
-        },
+        {"height": 1024, "width": 1024, "num_inference_steps": 50, "true_cfg_scale": 4.0, "negative_prompt": " "},
     ),
     "zimage": (
         "Tongyi-MAI/Z-Image",

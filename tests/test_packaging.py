@@ -31,10 +31,7 @@ def project(root: Path) -> dict[str, Any]:
 
 
 def requirements(project: dict[str, Any]) -> list[Requirement]:
-    lines = [
-        *project["dependencies"],
-        *(line for extra in project["optional-dependencies"].values() for line in extra),
-    ]
+    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
     return [Requirement(line) for line in lines]
 
 

@@ -10,12 +10,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import (
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
+from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, SiglipVisionConfig, SiglipVisionModel
 
 CONSTANTS = {"flux": (16, 0.3611, 0.1159), "sd3": (16, 1.5305, 0.0609), "sdxl": (4, 0.13025, None)}
 

@@ -239,12 +239,7 @@ def _cell(text: str) -> str:
     return "`".join(pieces)
 
 
-PARTS: dict[str, Callable[[], str]] = {
-    "tree": tree,
-    "spaces": spaces,
-    "variants": variants,
-    "ways in": ways_in,
-}
+PARTS: dict[str, Callable[[], str]] = {"tree": tree, "spaces": spaces, "variants": variants, "ways in": ways_in}
 REQUIRED = {
     "README.md": {"spaces"},
     "CONTRIBUTING.md": {"tree"},

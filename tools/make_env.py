@@ -98,17 +98,7 @@ def main() -> None:
     python = make_venv(venv)
     install_torch(python)
     print(f"Installing pidecode[{extras}] beside torch {torch_version(python)} ...", flush=True)
-    command = [
-        str(python),
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "-c",
-        str(CONSTRAINTS),
-        "-e",
-        f"{ROOT}[{extras}]",
-    ]
+    command = [str(python), "-m", "pip", "install", "--quiet", "-c", str(CONSTRAINTS), "-e", f"{ROOT}[{extras}]"]
     if code := subprocess.run(command, check=False).returncode:
         sys.exit(code)
 

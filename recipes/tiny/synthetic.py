@@ -133,9 +133,7 @@ def line_art(side: int, random: Random) -> Pixels:
         box = np.sort(random.uniform(0, full, (2, 2)), axis=0)
         if kind == 0:
             draw.line(
-                [tuple(point) for point in random.uniform(0, full, (int(random.integers(2, 6)), 2))],
-                color,
-                max(1, pen),
+                [tuple(point) for point in random.uniform(0, full, (int(random.integers(2, 6)), 2))], color, max(1, pen)
             )
         elif kind == 1:
             draw.arc(tuple(box.flatten()), random.uniform(0, 360), random.uniform(0, 720), color, max(1, pen))

@@ -31,22 +31,8 @@ from pidecode.errors import CheckpointError, PidecodeError, SettingError
 from pidecode.files import atomic_write
 from pidecode.metrics import psnr, sharpness
 from pidecode.models.tiny import TinyDecoder, TinyEncoder
-from pidecode.training.config import (
-    EMAConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    RunConfig,
-    apply_settings,
-    describe,
-)
-from pidecode.training.distributed import (
-    DistEnv,
-    barrier,
-    init_distributed,
-    parallelize,
-    report_lost_processes,
-    unwrap,
-)
+from pidecode.training.config import EMAConfig, OptimizerConfig, ParallelConfig, RunConfig, apply_settings, describe
+from pidecode.training.distributed import DistEnv, barrier, init_distributed, parallelize, report_lost_processes, unwrap
 from pidecode.training.flow_matching import LossOutput
 from pidecode.training.logger import ProgressFn
 from pidecode.training.noise import RNG, LatentNoiseConfig, seed_of
@@ -120,12 +106,7 @@ class PhaseConfig:
 
 def _run(steps: int) -> RunConfig:
     return RunConfig(
-        steps=steps,
-        checkpoint_every=1000,
-        checkpoint_minutes=5.0,
-        log_every=20,
-        sample_every=500,
-        num_samples=8,
+        steps=steps, checkpoint_every=1000, checkpoint_minutes=5.0, log_every=20, sample_every=500, num_samples=8
     )
 
 

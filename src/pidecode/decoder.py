@@ -512,12 +512,7 @@ class PixelDecoder:
         return pixels
 
     def _run_diffusion(
-        self,
-        runner: Runner,
-        latent: Latent,
-        size: tuple[int, int],
-        options: DecodeOptions,
-        callback: Callback | None,
+        self, runner: Runner, latent: Latent, size: tuple[int, int], options: DecodeOptions, callback: Callback | None
     ) -> Tensor:
         width, height = size
         grid = runner.net.grid_of(height, width)

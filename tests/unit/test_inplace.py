@@ -74,8 +74,7 @@ def test_in_place_equals_the_reference(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "chunks",
-    [Chunks(tokens=5, tile_tokens=6, tile_rows=3), Chunks(tokens=10**6, tile_tokens=10**6, tile_rows=16)],
+    "chunks", [Chunks(tokens=5, tile_tokens=6, tile_rows=3), Chunks(tokens=10**6, tile_tokens=10**6, tile_rows=16)]
 )
 def test_any_chunk_gives_the_same(chunks: Chunks) -> None:
     net = random_net(VARIANTS["v1.5"])

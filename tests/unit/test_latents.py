@@ -305,10 +305,7 @@ def test_cat_refuses_what_does_not_belong_together() -> None:
 
 
 def test_cat_fills_prompts_and_drops_differing_seeds() -> None:
-    parts = [
-        Latent(draw(1, 16, 4, 4), "flux", prompt="a", seed=1),
-        Latent(draw(1, 16, 4, 4), "flux", seed=2),
-    ]
+    parts = [Latent(draw(1, 16, 4, 4), "flux", prompt="a", seed=1), Latent(draw(1, 16, 4, 4), "flux", seed=2)]
     joined = Latent.cat(parts)
     assert joined.prompts == ("a", "")
     assert joined.seed is None

@@ -30,11 +30,7 @@ SHALLOW = PiDConfig(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "config",
-    [V15, v1(latent_channels=16, latent_down=8), SMALL],
-    ids=["v1.5", "v1", "small"],
-)
+@pytest.mark.parametrize("config", [V15, v1(latent_channels=16, latent_down=8), SMALL], ids=["v1.5", "v1", "small"])
 @pytest.mark.parametrize("stripped", [True, False])
 def test_parameters_are_counted_without_building(config: PiDConfig, stripped: bool) -> None:
     with torch.device("meta"):

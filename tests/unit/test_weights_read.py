@@ -53,12 +53,7 @@ def test_safetensors_round_trip_with_metadata(tmp_path):
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda t: t,
-        lambda t: {"state_dict": t, "epoch": torch.tensor(3)},
-        lambda t: {"model": {"state_dict": t}},
-    ],
+    "wrap", [lambda t: t, lambda t: {"state_dict": t, "epoch": torch.tensor(3)}, lambda t: {"model": {"state_dict": t}}]
 )
 def test_pickle_of_tensors(tmp_path, legacy, wrap):
     path = tmp_path / "model_ema_bf16.pth"
@@ -160,10 +155,7 @@ def test_whole_model_pickle_is_refused_by_class(tmp_path):
         ({"a": torch.zeros(2, dtype=torch.complex64)}, "complex64"),
         ({"a": torch.zeros(2).to(torch.float8_e4m3fn)}, r"quantized by another program \(float8_e4m3fn\)"),
         (
-            {
-                "a.weight": torch.zeros(2, dtype=torch.int8),
-                "a.comfy_quant": torch.zeros(2, dtype=torch.uint8),
-            },
+            {"a.weight": torch.zeros(2, dtype=torch.int8), "a.comfy_quant": torch.zeros(2, dtype=torch.uint8)},
             "comfy_quant",
         ),
         ({"a.weight": torch.zeros(2, dtype=torch.int8), "a.weight_scale": torch.zeros(2)}, "weight_scale"),

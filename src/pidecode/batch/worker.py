@@ -240,9 +240,5 @@ class Worker:
         if decoded.error is not None:
             return failed(decoded.job, decoded.error, seconds)
         return JobResult(
-            name=decoded.job.name,
-            state="done",
-            seconds=seconds,
-            images=len(decoded.images),
-            megapixels=pixels / 1e6,
+            name=decoded.job.name, state="done", seconds=seconds, images=len(decoded.images), megapixels=pixels / 1e6
         )

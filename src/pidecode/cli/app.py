@@ -135,10 +135,7 @@ def _explain(ctx: click.Context, message: str) -> None:
     click.echo(message, err=True)
 
 
-@click.group(
-    cls=Commands,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-)
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, "-V", "--version", package_name="pidecode", prog_name="pidecode")
 def cli() -> None:
     """From a diffusion model's latent straight to an image four times the size."""

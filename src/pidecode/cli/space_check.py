@@ -42,9 +42,7 @@ def check_space(space: str, *, model: str | None = None, encoder: str | None = N
     """
     row = get_space(space)
     decoder, loaded = _attempt(
-        "decoder",
-        lambda: PixelDecoder.from_pretrained(model or REPOSITORY, space=row.name, encoder=encoder),
-        _describe,
+        "decoder", lambda: PixelDecoder.from_pretrained(model or REPOSITORY, space=row.name, encoder=encoder), _describe
     )
     checks = [loaded]
     if decoder is not None:

@@ -52,12 +52,7 @@ class _ProgressLine:
 @click.option("--memory", is_flag=True, help="Estimate the memory the recipe needs per GPU, from its network.")
 @space_option
 def train(
-    recipe: str | None,
-    data: str | None,
-    out: str | None,
-    settings: tuple[str, ...],
-    space: str | None,
-    **flags: bool,
+    recipe: str | None, data: str | None, out: str | None, settings: tuple[str, ...], space: str | None, **flags: bool
 ) -> None:
     """Train RECIPE (a name from --list, or my_recipe.py:function).
 

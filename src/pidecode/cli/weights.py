@@ -14,16 +14,7 @@ from typing import Any
 
 import click
 
-from pidecode.cli.common import (
-    DTYPES,
-    Check,
-    emit,
-    json_option,
-    overwrite_option,
-    progress,
-    space_option,
-    table,
-)
+from pidecode.cli.common import DTYPES, Check, emit, json_option, overwrite_option, progress, space_option, table
 from pidecode.errors import CheckpointError, FileError
 from pidecode.registry.checkpoints import CHECKPOINTS, ENCODERS, TEXT_ENCODER, TINY_ENCODER, Checkpoint
 from pidecode.registry.spaces import ALIASES, SPACES
@@ -76,12 +67,7 @@ def pull(model: str, as_json: bool, accept_license: bool, **asked: Any) -> None:
     bars = _Bars()
     try:
         pulled = fetch(
-            model,
-            asked["variant"],
-            kind=asked["kind"],
-            accept_license=accept_license,
-            parts=parts,
-            on_progress=bars,
+            model, asked["variant"], kind=asked["kind"], accept_license=accept_license, parts=parts, on_progress=bars
         )
     finally:
         bars.close()

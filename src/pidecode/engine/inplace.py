@@ -146,14 +146,7 @@ class _BlockPass:
         self._finish_image(x, _attend(q, *self._gathered(k, v, 0)))
 
     def run_with_text(
-        self,
-        x: Tensor,
-        y: Tensor,
-        rotation: Tensor,
-        text_rotation: Tensor | None,
-        text: Tensor,
-        *,
-        want_text: bool,
+        self, x: Tensor, y: Tensor, rotation: Tensor, text_rotation: Tensor | None, text: Tensor, *, want_text: bool
     ) -> None:
         """The block with both streams; `want_text=False` leaves the prompt's as it was."""
         block, N = self.block, y.shape[1]

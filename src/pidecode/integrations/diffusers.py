@@ -353,11 +353,7 @@ class AttachedPipeline:
         return PipelineOutput(images, run.latent, run.intermediate, run.num_steps, run.denoiser_calls)
 
     def _decode(
-        self,
-        run: CapturedLatents,
-        output_type: str,
-        options: DecodeOptions,
-        progress_callback: PipelineCallback | None,
+        self, run: CapturedLatents, output_type: str, options: DecodeOptions, progress_callback: PipelineCallback | None
     ) -> Any:
         pipe, decoder = self._attachment.pipe, self._attachment.decoder
         device = _offload_pipeline(pipe) if self._attachment.offload else None

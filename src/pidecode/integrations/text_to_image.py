@@ -352,10 +352,7 @@ def _decode_item(job: GenerationJob, item: GenerationItem, decoder: PixelDecoder
         options = options.replace(seed=item.seed)
     output = decoder.decode(Latent.load(job.latent_path(item)), options=options)
     metadata = output.metadata[0]
-    metadata |= {
-        "image_model": job.model,
-        "pipeline_num_steps": job.num_steps or get_image_model(job.model).num_steps,
-    }
+    metadata |= {"image_model": job.model, "pipeline_num_steps": job.num_steps or get_image_model(job.model).num_steps}
     if job.compare:
         vae_image = load_image(job.vae_path(item))
         pair = _side_by_side(vae_image, output.image)

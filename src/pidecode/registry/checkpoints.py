@@ -51,10 +51,7 @@ NSCL_V1 = License(
     url="https://huggingface.co/nvidia/PiD",
 )
 APACHE_2 = License(
-    name="Apache-2.0",
-    title="Apache License 2.0",
-    commercial=True,
-    url="https://www.apache.org/licenses/LICENSE-2.0",
+    name="Apache-2.0", title="Apache License 2.0", commercial=True, url="https://www.apache.org/licenses/LICENSE-2.0"
 )
 
 

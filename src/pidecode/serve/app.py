@@ -114,10 +114,7 @@ def create_app(service: DecodeService, *, token: str | None = None) -> FastAPI:
     _add_monitoring(app, service, stats)
     paths = [getattr(route, "path", "") for route in app.routes]
     app.add_middleware(
-        AuthMiddleware,
-        token=token,
-        open_paths=frozenset({"/health"}),
-        most_active=4 * (service.limits.waiting + 8),
+        AuthMiddleware, token=token, open_paths=frozenset({"/health"}), most_active=4 * (service.limits.waiting + 8)
     )
     app.add_middleware(MetricsMiddleware, paths=paths, stats=stats)
     return app

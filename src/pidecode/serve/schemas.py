@@ -75,8 +75,7 @@ class ResultParams(BaseModel):
     model: ModelName = None
     format: Annotated[FileFormat, Field(description="Format of the resulting file.")] = "png"
     stream: Annotated[
-        bool,
-        Field(description="Answer with the job's progress as lines of JSON, the last of which links to the file."),
+        bool, Field(description="Answer with the job's progress as lines of JSON, the last of which links to the file.")
     ] = False
 
     def options(self) -> DecodeOptions:
@@ -139,8 +138,7 @@ class UpscaleParams(ResultParams):
     """Parameters for upscaling an image."""
 
     scale: Annotated[
-        int | None,
-        Field(ge=1, le=8, description="Enlargement; below the model's own scale the result is downsampled."),
+        int | None, Field(ge=1, le=8, description="Enlargement; below the model's own scale the result is downsampled.")
     ] = None
 
 
@@ -149,8 +147,7 @@ class DecodeParams(ResultParams):
     """Parameters for decoding a latent."""
 
     space: Annotated[
-        str | None,
-        Field(max_length=40, description="Latent space of a normalized latent whose file does not name it."),
+        str | None, Field(max_length=40, description="Latent space of a normalized latent whose file does not name it.")
     ] = None
 
 

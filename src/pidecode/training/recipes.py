@@ -28,10 +28,7 @@ _DEFAULT_SPACE = "flux"
 def _config(space: LatentSpace, *, color_head: bool) -> PiDConfig:
     """The v1.5 architecture for a space."""
     config = v1pt5(
-        latent_channels=space.channels,
-        latent_down=space.down,
-        latent_unpatchify=space.raw_patch,
-        color_head=color_head,
+        latent_channels=space.channels, latent_down=space.down, latent_unpatchify=space.raw_patch, color_head=color_head
     )
     return replace(config, scale=space.scale)
 
@@ -166,12 +163,7 @@ def debug_teacher(space: str = BLOCK_DCT.name) -> TrainConfig:
     """A dry run of the teacher's recipe in a latent space for tests: seconds on a CPU."""
     net = debug_config(color_head=True)
     return replace(
-        debug_backbone(),
-        title="Debug teacher",
-        method="teacher",
-        net=net,
-        space=BLOCK_DCT,
-        encode=encode_block_dct,
+        debug_backbone(), title="Debug teacher", method="teacher", net=net, space=BLOCK_DCT, encode=encode_block_dct
     )
 
 

@@ -20,12 +20,7 @@ from torch.optim import AdamW, Optimizer
 
 from pidecode.errors import SettingError, TrainingError
 from pidecode.files import remove_partial
-from pidecode.training.checkpoint import (
-    TrainState,
-    newest_checkpoint,
-    restore,
-    save_checkpoint,
-)
+from pidecode.training.checkpoint import TrainState, newest_checkpoint, restore, save_checkpoint
 from pidecode.training.config import EMAConfig, OptimizerConfig, RunConfig, describe
 from pidecode.training.distributed import (
     DistEnv,
@@ -302,11 +297,7 @@ class Trainer:
 
     def _log(self) -> None:
         factor = lr_factor(self.optimizer_config, self.step - 1, self.run_config.steps)
-        values = {
-            **self.metrics,
-            "lr": self.optimizer_config.lr * factor,
-            "skipped": float(len(self.loader.skipped)),
-        }
+        values = {**self.metrics, "lr": self.optimizer_config.lr * factor, "skipped": float(len(self.loader.skipped))}
         self.logger.log(self.step, values, self.images, self.env.device)
 
     def _checkpoint_is_due(self) -> bool:

@@ -148,8 +148,7 @@ def _only_tensors(path: Path, content: Any) -> dict[str, Tensor]:
         if not isinstance(content, Mapping):
             break
         inner = next(
-            (content[name] for name in ("state_dict", "model") if isinstance(content.get(name), Mapping)),
-            None,
+            (content[name] for name in ("state_dict", "model") if isinstance(content.get(name), Mapping)), None
         )
         if inner is None:
             break

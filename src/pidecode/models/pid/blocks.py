@@ -40,11 +40,7 @@ def _scaled_theta(length: int, reference: float, head_dim: int) -> float:
 
 
 def image_rotation(
-    grid: tuple[int, int],
-    head_dim: int,
-    *,
-    reference_grid: tuple[float, float] | None,
-    device: torch.device,
+    grid: tuple[int, int], head_dim: int, *, reference_grid: tuple[float, float] | None, device: torch.device
 ) -> Rotation:
     """2D rotary table of a grid of patches, row-major (RoPE, https://arxiv.org/abs/2104.09864).
 
@@ -265,12 +261,7 @@ class JointAttention(nn.Module):
         return (q, k, v) if rotation is None else (rotate(q, rotation), rotate(k, rotation), v)
 
     def forward(
-        self,
-        x: Tensor,
-        y: Tensor | None,
-        rotation: Rotation,
-        text_rotation: Rotation | None,
-        want_text: bool,
+        self, x: Tensor, y: Tensor | None, rotation: Rotation, text_rotation: Rotation | None, want_text: bool
     ) -> tuple[Tensor, Tensor | None]:
         q, k, v = self._image_qkv(x, rotation)
         if self.gather is not None:
