@@ -22,6 +22,7 @@ def help_text() -> str:
         command = cli if not name else cli.get_command(click.Context(cli), name)
         assert command is not None
         info = "pidecode" if not name else f"pidecode {name}"
+        command._help_option = None  # click keeps the option of the first context that asked
         pages.append(
             command.get_help(click.Context(command, info_name=info, terminal_width=100, **cli.context_settings))
         )

@@ -67,19 +67,16 @@ def main() -> None:
     parser.add_argument("image", nargs="?", default=SAMPLES[0], help="a file, or one of " + ", ".join(SAMPLES))
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder to write into")
     parser.add_argument("--model", default="tiny", help="a model's name, folder or file")
-    parser.add_argument("--seed", type=int, default=0)
     wanted = parser.parse_args()
 
     original = cropped(open_image(wanted.image))
     small = original.resize((original.width // QUARTER, original.height // QUARTER), Image.Resampling.BICUBIC)
     decoder = pidecode.PixelDecoder.from_pretrained(wanted.model)
     began = time.perf_counter()
-    enlarged = decoder.upscale(small, seed=wanted.seed)
+    enlarged = decoder.upscale(small).image
     seconds = time.perf_counter() - began
     latent = decoder.encode(small)
-    decoded = decoder.decode(latent, seed=wanted.seed)
-    assert isinstance(enlarged, Image.Image)  # a batch of one
-    assert isinstance(decoded, Image.Image)
+    decoded = decoder.decode(latent).image
 
     wanted.out.mkdir(parents=True, exist_ok=True)
     stem = Path(wanted.image).stem

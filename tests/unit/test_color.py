@@ -105,7 +105,7 @@ def test_references_that_do_not_fit_are_refused() -> None:
 def test_decoding_and_enlarging_with_colors_held(tmp_path: Path) -> None:
     decoder = tiny_pipelines.decoder_for("sdxl")
     image = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    with pytest.raises(SettingError, match="own decoder, and there is none here"):
+    with pytest.raises(SettingError, match="own decoder as a reference, and it is not loaded"):
         decoder.decode(Latent(torch.zeros(1, 4, 4, 6), "sdxl"), color_fix="fine")
     tiny_models.autoencoder("sdxl").save_pretrained(tmp_path)
     decoder.encoder = load_encoder("sdxl", tmp_path)
