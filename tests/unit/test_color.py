@@ -113,13 +113,13 @@ def test_decoding_and_enlarging_with_colors_held(tmp_path: Path) -> None:
     held = decoder.upscale(image, color_fix="fine").tensor
     assert fidelity(held, image)[0].psnr > fidelity(free, image)[0].psnr
     latent = decoder.encode(image)
-    native = decoder.encoder.decode(latent.tensor)
+    decoded = decoder.encoder.decode(latent.tensor)
     held = decoder.decode(latent, color_fix="fine", sigma=0.2).tensor
-    assert fidelity(held, native)[0].psnr > fidelity(decoder.decode(latent, sigma=0.2).tensor, native)[0].psnr
-    with pytest.raises(SettingError, match="Noise is in this latent"):
+    assert fidelity(held, decoded)[0].psnr > fidelity(decoder.decode(latent, sigma=0.2).tensor, decoded)[0].psnr
+    with pytest.raises(SettingError, match="There is noise in this latent"):
         decoder.decode(latent.noised(0.3), color_fix="coarse")
     with pytest.raises(SettingError, match="reference acts with a color_fix"):
-        decoder.decode(latent, reference=native)
+        decoder.decode(latent, reference=decoded)
     assert decoder.decode(latent, color_fix="coarse").metadata[0]["color_fix"] == "coarse"
 
 
