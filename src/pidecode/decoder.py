@@ -19,7 +19,7 @@ from pidecode.encoders.text import PromptEmbedsCache, TextEncoder, default_negat
 from pidecode.engine.feed_forward import FeedForwardPlan, FeedForwardRunner, encoding_work
 from pidecode.engine.plan import Plan
 from pidecode.engine.runner import Runner
-from pidecode.errors import LatentError, SettingError, SizeError
+from pidecode.errors import ImageError, LatentError, SettingError, SizeError
 from pidecode.images import (
     DecodeOutput,
     ImageSource,
@@ -395,14 +395,15 @@ class PixelDecoder:
             callback = work.steps(callback, self._num_steps(options))
             pixels = self._run_diffusion(self.runner, latent, (width, height), options, callback)
         work.report("finishing")
-        if not torch.isfinite(pixels).all():
+        finite = bool(torch.isfinite(pixels).all())
+        pixels = pixels.clamp_(-1, 1)
+        if reference is not None:
+            pixels = apply_color_fix(pixels, reference.to(pixels), options.color_fix or "off")
+        if not (finite and torch.isfinite(pixels).all()):
             raise LatentError(
                 "The network answered with NaN or infinite values. Decode in float32 (dtype=torch.float32); if that "
                 "helps, this device's half-precision arithmetic is at fault."
             )
-        pixels = pixels.clamp_(-1, 1)
-        if reference is not None:
-            pixels = apply_color_fix(pixels, reference.to(pixels), options.color_fix or "off")
         described = tuple(
             self._describe(latent[index], options, index, (width, height)) for index in range(len(pixels))
         )
@@ -466,6 +467,8 @@ class PixelDecoder:
                 raise SettingError("reference acts with a color_fix only; name one, or leave reference out.")
             return None
         if options.reference is not None:
+            if not torch.isfinite(options.reference).all():
+                raise ImageError("The reference holds NaN or infinite values; give an image in [-1, 1].")
             return options.reference
         with on_device(self.encoder, self.device if self._offloads("encoder") else None):
             return vae_reference(self.encoder, latent)

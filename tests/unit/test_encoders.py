@@ -17,6 +17,7 @@ import tiny_models
 from pidecode.encoders.base import ImageEncoder, load_encoder
 from pidecode.errors import CheckpointError, DownloadError, SettingError, SizeError
 from pidecode.latents.latent import Latent
+from pidecode.registry.configs import check_foreign_config
 from pidecode.registry.spaces import SPACES
 
 VAES = ("flux", "sd3", "sdxl", "flux2", "qwenimage")
@@ -249,3 +250,18 @@ def test_images_are_checked(vaes: dict[str, Any], tmp_path: Path) -> None:
         encoder(torch.linspace(0, 255, 3 * 16 * 16).view(1, 3, 16, 16))
     with pytest.raises(SettingError, match=r"takes images \[B, 3, H, W\]"):
         encoder(torch.zeros(3, 16, 16))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"layers_per_block": 10**9},
+        {"vision_config": {"num_hidden_layers": 10**9}},
+        {"block_out_channels": [32] * 10_000},
+        {"block_out_channels": [10**12]},
+        {"down_block_types": ["DownEncoderBlock2D"] * 10_000},
+    ],
+)
+def test_configurations_no_model_has_are_refused(config: dict[str, Any]) -> None:
+    with pytest.raises(SettingError, match="at most"):
+        check_foreign_config({"_class_name": "AutoencoderKL", "sample_size": 1024, **config}, "config.json")

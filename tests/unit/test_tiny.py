@@ -20,7 +20,7 @@ from pidecode.engine import feed_forward
 from pidecode.engine.feed_forward import FeedForwardPlan, FeedForwardRunner, plan_feed_forward, predict
 from pidecode.engine.machine import Machine
 from pidecode.engine.plan import plan_decode
-from pidecode.errors import CheckpointError, DoesNotFitError, LatentError, SettingError, SizeError
+from pidecode.errors import CheckpointError, DoesNotFitError, ImageError, LatentError, SettingError, SizeError
 from pidecode.latents.latent import Latent
 from pidecode.metrics import psnr
 from pidecode.models.tiny import TinyDecoder, TinyEncoder, downscaled
@@ -232,3 +232,36 @@ def test_a_file_of_ones_own_loads_and_a_wrong_one_is_refused(tmp_path: Path, shi
 def test_both_files_fit_their_share_of_the_package(root: Path) -> None:
     assets = root / "src" / "pidecode" / "assets"
     assert sum((assets / name).stat().st_size for name in ("tiny.safetensors", "tiny_encoder.safetensors")) < 32e6
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({"config": {"full_blocks": 10**9}}, "full_blocks is 1000000000"),
+        ({"config": {"full_blocks": True}}, "full_blocks is True"),
+        ({"config": {"unknown": 1}}, "Unknown fields unknown"),
+        ({"config": [1]}, "no JSON object"),
+        ({"config": {}, "space": "flux"}, "not flux2"),
+    ],
+)
+def test_an_encoder_with_hostile_metadata_is_refused(tmp_path: Path, metadata: dict[str, Any], said: str) -> None:
+    path = tmp_path / "encoder.safetensors"
+    record = {"format": 1, "kind": "encoder", "space": "flux2", **metadata}
+    save_file({"a": torch.zeros(1)}, path, {"pidecode": json.dumps(record)})
+    with pytest.raises(CheckpointError, match=said):
+        load_encoder("flux2", path)
+
+
+def test_a_reference_that_is_not_finite_is_refused(shipped: PixelDecoder) -> None:
+    reference = torch.zeros(1, 3, 16, 32)
+    reference[0, 0, 3, 3] = float("nan")
+    with pytest.raises((ImageError, LatentError), match="NaN"):
+        shipped.decode(latent(), color_fix="coarse", reference=reference)
+    with pytest.raises((ImageError, LatentError), match="NaN"):
+        shipped.decode(latent(), options=DecodeOptions(color_fix="back-projection", reference=reference))
+
+
+def test_what_is_delivered_is_finite(shipped: PixelDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pidecode.decoder.apply_color_fix", lambda images, *_: images * float("nan"))
+    with pytest.raises(LatentError, match="NaN"):
+        shipped.decode(latent(), color_fix="coarse", reference=torch.zeros(1, 3, 16, 32))

@@ -144,3 +144,37 @@ def test_a_run_trains_adapters_only_and_the_file_changes_the_decoder(tmp_path: P
     assert not torch.allclose(look(net), before, atol=1e-4)
     longer = replace(recipe, run=replace(recipe.run, steps=4))
     train(longer, tmp_path / "run", resume=True, device=CPU)
+
+
+HALVES = {
+    "patch_blocks.0.attn.proj_x.lora_A.weight": torch.ones(2, 32),
+    "patch_blocks.0.attn.proj_x.lora_B.weight": torch.ones(32, 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "record", "said"),
+    [
+        ({}, {"alpha": float("nan")}, "NaN"),
+        ({}, {"alpha": float("inf")}, "Infinity"),
+        ({}, {"alpha": 1e300}, "NaN or infinite at strength"),
+        ({}, {"alpha": 1e39}, "NaN or infinite at strength"),
+        ({}, {"rank": 2.5}, "format or rank"),
+        ({}, {"rank": True}, "format or rank"),
+        (lambda t: t.reshape(-1), {}, "trained on another network"),
+        (lambda t: t[..., None], {}, "trained on another network"),
+        (lambda t: t.to(torch.complex64), {}, "complex64"),
+        (lambda t: t.to(torch.uint8), {}, "uint8"),
+        (lambda t: t * 1e30, {}, "NaN or infinite at strength"),
+        (lambda t: t * float("nan"), {}, "NaN or infinite values"),
+    ],
+)
+def test_hostile_adapters_leave_the_weights_as_they_were(tmp_path: Path, change, record, said: str) -> None:
+    path = tmp_path / "hostile.safetensors"
+    tensors = {name: change(value) if change else value for name, value in HALVES.items()}
+    save_file(tensors, path, {"pidecode_lora": json.dumps({"format": 1, "rank": 2, "alpha": 2.0, **record})})
+    net = random_net(1)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(CheckpointError, match=said):
+        apply_lora(net, path)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pidecode.errors import CheckpointError, MissingDependencyError
 from pidecode.latents.layout import LatentStatistics
+from pidecode.registry.configs import check_foreign_config
 from pidecode.registry.spaces import LatentSpace
 from pidecode.strict_json import parse_json
 from pidecode.weights.load import load_state
@@ -296,6 +297,7 @@ def _build(family: str, config: Mapping[str, Any], tensors: dict[str, Tensor], p
             'The autoencoders need diffusers, which is not installed; run `pip install "pidecode[diffusers]"`.'
         ) from fault
     try:
+        check_foreign_config(config, path)
         with torch.device("meta"):
             model = getattr(diffusers, family)(**config)
     except (TypeError, ValueError) as fault:

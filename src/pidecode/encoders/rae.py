@@ -21,6 +21,7 @@ from pidecode.files import PathLike
 from pidecode.latents.layout import LatentStatistics
 from pidecode.models.vit_decoder import VitDecoder, infer_vit_config, sincos_position_embedding
 from pidecode.registry.checkpoints import ENCODERS
+from pidecode.registry.configs import check_foreign_config
 from pidecode.registry.spaces import LatentSpace
 from pidecode.strict_json import parse_json
 from pidecode.weights.load import load_state
@@ -209,7 +210,10 @@ def _model_type(folder: Path) -> object:
         config = parse_json((folder / "config.json").read_bytes())
     except (OSError, ValueError):
         return None
-    return config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(config, dict):
+        return None
+    check_foreign_config(config, folder / "config.json")
+    return config.get("model_type")
 
 
 def _load_vision_model(space: LatentSpace, source: str, dtype: torch.dtype) -> Any:

@@ -3,20 +3,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pidecode.errors import CheckpointError
+from pidecode.errors import CheckpointError, SettingError
 from pidecode.models.tiny import Reconstruct, TinyEncoder
 from pidecode.registry.configs import TinyEncoderConfig
 from pidecode.registry.spaces import LatentSpace
+from pidecode.strict_json import JSONError, parse_json
 from pidecode.weights.load import load_state
 from pidecode.weights.metadata import METADATA_KEY
-from pidecode.weights.read import read_tensors
+from pidecode.weights.read import check_finite, check_formats, read_tensors
 from pidecode.weights.safetensors import looks_like_safetensors, read_header, read_start
 
 
@@ -66,8 +66,8 @@ def is_tiny_encoder(path: Path) -> bool:
 
 def _metadata(path: Path) -> dict[str, Any]:
     try:
-        metadata = json.loads(read_header(path).metadata.get(METADATA_KEY, "{}"))
-    except (ValueError, RecursionError):
+        metadata = parse_json(read_header(path).metadata.get(METADATA_KEY, "{}"))
+    except JSONError:
         return {}
     return metadata if isinstance(metadata, dict) else {}
 
@@ -87,7 +87,13 @@ def load_tiny_encoder(path: Path, space: LatentSpace, dtype: torch.dtype) -> Tin
         CheckpointError: The file is for another space, or its weights do not fit its configuration.
     """
     metadata = _metadata(path)
-    config = TinyEncoderConfig.from_dict(metadata.get("config", {}))
+    given = metadata.get("config", {})
+    if not isinstance(given, dict):
+        raise CheckpointError(f"{path} has a configuration that is no JSON object; the file is damaged.")
+    try:
+        config = TinyEncoderConfig.from_dict(given)
+    except SettingError as error:
+        raise CheckpointError(f"{path} describes no encoder: {error}") from None
     if metadata.get("space", "flux2") != space.name or config.channels != space.channels:
         raise CheckpointError(
             f"{path} encodes images into space {metadata.get('space', 'flux2')}, not {space.name}; "
@@ -95,5 +101,8 @@ def load_tiny_encoder(path: Path, space: LatentSpace, dtype: torch.dtype) -> Tin
         )
     with torch.device("meta"):
         model = TinyEncoder(config)
-    load_state(model, read_tensors(path).tensors, path)
+    tensors = read_tensors(path).tensors
+    check_formats(tensors, path)
+    check_finite(tensors, path)
+    load_state(model, tensors, path)
     return TinyImageEncoder(model.to(dtype))

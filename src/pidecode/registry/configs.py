@@ -23,6 +23,16 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
+MAX_WIDTH = 65536
+"""Largest width or count in a network's configuration: files are configured by whoever wrote them."""
+MAX_BLOCKS = 256
+"""Most blocks a stage of a file's network may have."""
+MAX_STAGES = 16
+"""Most stages of another library's autoencoder."""
+MAX_VALUE = 1 << 20
+"""Largest whole number in another library's config.json: sizes and vocabularies."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PiDConfig:
     """Everything needed to build a PiDNet (docs/architecture.md, Network and Adapter).
@@ -119,6 +129,9 @@ class PiDConfig:
                 continue
             if value < (0 if field.name in may_be_zero else 1):
                 raise SettingError(f"{field.name} is {value}; it must be positive.")
+            most = MAX_BLOCKS if field.name.endswith(("_depth", "_blocks")) else MAX_WIDTH
+            if value > most:
+                raise SettingError(f"{field.name} is {value}; it must be at most {most}.")
         if len(self.rope_reference) != 2 or min(self.rope_reference) < self.patch_size:
             raise SettingError(
                 f"rope_reference is {self.rope_reference}; it must be two sides (height, width) in pixels, "
@@ -256,8 +269,6 @@ def debug_config(**changes: Any) -> PiDConfig:
 
 MAX_REFINEMENTS = 16
 """Most refinements an encoder may ask for: each costs a decode and an encode, and a file decides over them."""
-MAX_BLOCKS = 256
-"""Most blocks a stage of a file's network may have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,7 +303,7 @@ class TinyDecoderConfig:
     def __post_init__(self) -> None:
         for name in ("latent_channels", "latent_unpatchify", "latent_down", "scale", "width", "unshuffle",
                      "hidden_size"):  # fmt: skip
-            _check_count(name, getattr(self, name), least=1, most=65536)
+            _check_count(name, getattr(self, name), least=1, most=MAX_WIDTH)
         if not self.blocks:
             raise SettingError("blocks is empty; name the residual blocks of at least one stage.")
         for count in self.blocks:
@@ -372,7 +383,7 @@ class TinyEncoderConfig:
 
     def __post_init__(self) -> None:
         for entry in fields(self):
-            most = MAX_BLOCKS if entry.name.endswith("_blocks") else 65536
+            most = MAX_BLOCKS if entry.name.endswith("_blocks") else MAX_WIDTH
             least, most = (0, MAX_REFINEMENTS) if entry.name == "num_refinements" else (1, most)
             _check_count(entry.name, getattr(self, entry.name), least=least, most=most)
         if self.channels % 4:
@@ -406,6 +417,24 @@ def _from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
 def _check_count(name: str, value: Any, *, least: int, most: int) -> None:
     if type(value) is not int or not least <= value <= most:
         raise SettingError(f"{name} is {value!r}; it must be a whole number from {least} to {most}.")
+
+
+def check_foreign_config(config: Mapping[str, Any], source: object) -> None:
+    """Check the size of a network that another library builds from a config.json (diffusers, transformers).
+
+    Raises:
+        SettingError: A count or width is beyond any real model's, so that building it would not end.
+    """
+    for name, value in config.items():
+        if isinstance(value, dict):
+            check_foreign_config(value, source)
+            continue
+        most = MAX_BLOCKS if name.endswith(("_blocks", "_layers", "_per_block")) else MAX_VALUE
+        items = value if isinstance(value, list) else [value]
+        if any(type(item) is int and item > most for item in items):
+            raise SettingError(f"{name} of {source} is {str(value)[:40]}; at most {most} is built.")
+        if len(items) > MAX_STAGES and ("block" in name or "mult" in name):
+            raise SettingError(f"{name} of {source} has {len(items)} entries; at most {MAX_STAGES} are built.")
 
 
 RELEASED_CONFIGS: dict[str, PiDConfig | TinyDecoderConfig] = {"tiny": TinyDecoderConfig(), **PID_CONFIGS}

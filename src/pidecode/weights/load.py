@@ -19,7 +19,7 @@ from pidecode.models.tiny import TinyDecoder
 from pidecode.registry.configs import PiDConfig, TinyDecoderConfig
 from pidecode.strict_json import parse_json
 from pidecode.weights.detect import ADAPTER, COLOR_HEAD
-from pidecode.weights.read import check_finite, read_tensors
+from pidecode.weights.read import check_finite, check_formats, read_tensors
 
 _NAMED = 4
 """Tensors named in a message before it only counts."""
@@ -190,6 +190,7 @@ def apply_lora(net: nn.Module, path: str | Path, scale: float = 1.0) -> int:
     if not torch.isfinite(torch.tensor(float(scale))):
         raise SettingError(f"lora_scale is {scale}; it must be a finite number (1 is full strength).")
     file = read_tensors(path)
+    check_formats(file.tensors, path)
     check_finite(file.tensors, path)
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in file.tensors.items()}
     layers = sorted(name.removesuffix(_A) for name in tensors if name.endswith(_A))
@@ -201,18 +202,26 @@ def apply_lora(net: nn.Module, path: str | Path, scale: float = 1.0) -> int:
     for layer in layers:
         down, up = tensors[layer + _A].float(), tensors[layer + _B].float()
         weight = own.get(f"{layer}.weight")
-        if weight is None or down.ndim != 2 or (up.shape[0], down.shape[1]) != tuple(weight.shape):
+        if weight is None or (down.ndim, up.ndim) != (2, 2) or (up.shape[0], down.shape[1]) != weight.shape:
             what = "which this network lacks" if weight is None else f"of shape {tuple(weight.shape)} here"
             raise CheckpointError(f"{path} adapts {layer}, {what}; it was trained on another network.")
         if up.shape[1] != down.shape[0]:
             raise CheckpointError(f"{path} is damaged: the two halves of {layer} do not fit together.")
         strength = scale * (1.0 if lora_metadata is None else lora_metadata.alpha / lora_metadata.rank)
         changes.append((weight, down, up, strength))
-    for weight, down, up, strength in changes:  # only once all are known to fit
-        device = weight.device
-        change = strength * (up.to(device) @ down.to(device))
-        weight.copy_((weight.float() + change).to(weight.dtype))
+    for layer, change in zip(layers, changes, strict=True):
+        if not torch.isfinite(_changed(*change)).all():
+            raise CheckpointError(
+                f"{path} makes {layer} NaN or infinite at strength {change[-1]:g}; the network was left as it was. "
+                "Lower lora_scale, or export the adapter again."
+            )
+    for change in changes:  # computed again, so that no second copy of the weights is held
+        change[0].copy_(_changed(*change))
     return len(changes)
+
+
+def _changed(weight: Tensor, down: Tensor, up: Tensor, strength: float) -> Tensor:
+    return (weight.float() + strength * (up.to(weight.device) @ down.to(weight.device))).to(weight.dtype)
 
 
 def _read_lora_metadata(path: str | Path, metadata: Mapping[str, str]) -> LoraMetadata | None:
@@ -221,9 +230,9 @@ def _read_lora_metadata(path: str | Path, metadata: Mapping[str, str]) -> LoraMe
     try:
         record = parse_json(metadata[METADATA_KEY])
         lora_metadata = LoraMetadata(
-            rank=int(record["rank"]), alpha=float(record["alpha"]), space=record.get("space"), base=record.get("base")
+            rank=record["rank"], alpha=float(record["alpha"]), space=record.get("space"), base=record.get("base")
         )
-        if record.get("format") != 1 or lora_metadata.rank < 1:
+        if record.get("format") != 1 or type(lora_metadata.rank) is not int or lora_metadata.rank < 1:
             raise ValueError("its format or rank is unknown")
     except (ValueError, KeyError, TypeError) as fault:
         raise CheckpointError(f"{path} describes itself wrongly ({fault}); export it again.") from None
