@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image sizes, byte counts and durations as text: parsed from what a user writes, formatted for reading."""
+"""Image sizes, byte counts and durations as text, parsed and formatted; text from outside made safe to print."""
 
 from __future__ import annotations
 
@@ -63,3 +63,25 @@ def format_seconds(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters but tab and newline, marks that reverse the order of text, and bytes of names not UTF-8."""
+
+
+def printable(text: str, *, json_escapes: bool = False) -> str:
+    """Write as escapes what a terminal would obey or a stream refuse.
+
+    Args:
+        text: Text that may hold names or metadata from outside.
+        json_escapes: Use the escapes of JSON instead of Python's.
+
+    Returns:
+        The text with a backslash, `x` or `u` and the code in place of each such character.
+    """
+
+    def escape(match: re.Match[str]) -> str:
+        code = ord(match[0])
+        return f"\\x{code:02x}" if code < 0x100 and not json_escapes else f"\\u{code:04x}"
+
+    return _UNPRINTABLE.sub(escape, text)

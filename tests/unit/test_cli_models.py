@@ -9,9 +9,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import save_file
 
 from pidecode.cli.app import cli
+from pidecode.cli.common import emit
 from pidecode.cli.doctor import EXTRAS
 from pidecode.registry.checkpoints import CHECKPOINTS, ENCODERS, REPOSITORY, get_checkpoint
 
@@ -108,3 +111,28 @@ def test_doctor_tells_versions_devices_extras_and_verdicts(hub: Path) -> None:
     shown = run("doctor").stdout
     assert "yes  released decoders for flux: 2k; without the text encoder" in shown
     assert "and without the encoder, so latents decode but images cannot be upscaled: pidecode pull flux" in shown
+
+
+def test_escapes_in_names_and_metadata_reach_no_terminal(tmp_path: Path) -> None:
+    name = "a\x1b[31m\u202e.safetensors"
+    record = {"format": 1, "kind": "encoder", "note\x1b]0;": "\x1b[2J\x9b\x07"}
+    save_file({"t\x1b[1m": torch.zeros(1)}, tmp_path / name, {"pidecode": json.dumps(record)})
+    shown = [run("info", str(tmp_path / name)), run("info", str(tmp_path / name), "--json")]
+    assert [result.exit_code for result in shown] == [0, 0]
+    assert json.loads(shown[1].stdout)["record"] == record
+    (tmp_path / ("b" + name)).write_bytes(b"junk")
+    shown += [
+        run("info", str(tmp_path / ("b" + name))),
+        run("info", str(tmp_path / ("none" + name))),
+        run("info", "x", "--no\x1b[1m"),
+        run("no\x1b[1m"),
+        run("upscale", str(tmp_path / ("b" + name)), "-o", str(tmp_path / "out")),
+    ]
+    assert all(result.exit_code for result in shown[2:])
+    for result in shown:
+        assert not set("\x1b\x9b\x07\u202e") & set(result.output), result.output
+
+
+def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    emit({"a": [float("nan"), (float("inf"), 1.5)], 2: {"b": -0.0}}, "", as_json=True)
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"a": [None, [None, 1.5]], "2": {"b": 0}}

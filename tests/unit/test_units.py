@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from pidecode.errors import SettingError, SizeError
-from pidecode.units import format_bytes, format_seconds, parse_bytes, parse_size
+from pidecode.units import format_bytes, format_seconds, parse_bytes, parse_size, printable
 
 
 @pytest.mark.parametrize(("text", "size"), [("2048x1536", (2048, 1536)), ("64X32", (64, 32)), ("8×9", (8, 9))])
@@ -45,3 +47,12 @@ def test_format_bytes(count: int | None, text: str) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(4.21, "4.2 s"), (42, "42 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")])
 def test_format_seconds(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+def test_what_a_terminal_would_obey_is_escaped() -> None:
+    hostile = "a\x1b[2J\x07\r\x9bb\x7f\u202egpj.exe\u2066\udc80\ttab\nline ü \U0001f600"
+    shown = printable(hostile)
+    assert shown == "a\\x1b[2J\\x07\\x0d\\x9bb\\x7f\\u202egpj.exe\\u2066\\udc80\ttab\nline ü \U0001f600"
+    shown.encode("utf-8")
+    text = json.dumps({hostile: 1}, ensure_ascii=False)
+    assert json.loads(printable(text, json_escapes=True)) == {hostile: 1}

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import click
 
 from pidecode.errors import OUT_OF_MEMORY, DoesNotFitError, PidecodeError, is_out_of_memory
+from pidecode.units import printable
 from pidecode.version import __version__
 
 UNEXPECTED = 70
@@ -94,7 +95,10 @@ class Commands(click.Group):
             with warnings.catch_warnings():
                 warnings.showwarning = _warning_shower(ctx)
                 return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit):
+        except click.ClickException as error:
+            error.message = printable(error.message)
+            raise
+        except click.exceptions.Exit:
             raise
         except (KeyboardInterrupt, click.Abort):
             click.echo("Stopped.", err=True)
@@ -121,9 +125,9 @@ def _warning_shower(ctx: click.Context) -> Callable[..., None]:
 
     def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
         if ctx.meta.get(_DEBUG):
-            click.echo(warnings.formatwarning(message, category, filename, lineno), err=True, nl=False)
+            click.echo(printable(warnings.formatwarning(message, category, filename, lineno)), err=True, nl=False)
         elif category.__module__.startswith("pidecode.") or filename.startswith(_OWN_FILES):
-            click.echo(f"Warning: {message}", err=True)
+            click.echo(printable(f"Warning: {message}"), err=True)
 
     return show
 
@@ -131,8 +135,8 @@ def _warning_shower(ctx: click.Context) -> Callable[..., None]:
 def _explain(ctx: click.Context, message: str) -> None:
     """Write `message`, and the traceback when --debug asked for it, to standard error."""
     if ctx.meta.get(_DEBUG):
-        click.echo(traceback.format_exc(), err=True, nl=False)
-    click.echo(message, err=True)
+        click.echo(printable(traceback.format_exc()), err=True, nl=False)
+    click.echo(printable(message), err=True)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -16,7 +16,7 @@ from pidecode.engine.machine import QUANTIZATIONS, Machine, Quantization, this_m
 from pidecode.engine.plan import SCHEMES, Plan, Scheme, plan_decode
 from pidecode.options import Command, DecodeOptions, OptionInfo, option_infos
 from pidecode.registry.spaces import ALIASES, SPACES
-from pidecode.units import parse_bytes, parse_size
+from pidecode.units import parse_bytes, parse_size, printable
 
 if TYPE_CHECKING:
     import torch
@@ -86,9 +86,23 @@ def _set_threads(_ctx: click.Context, _option: click.Parameter, wanted: int | No
 def emit(data: Any, text: str | Callable[[], str], *, as_json: bool) -> None:
     """Print `data` as JSON, or `text`."""
     if as_json:
-        click.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+        echo(json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False, default=str), json_escapes=True)
         return
-    click.echo(text() if callable(text) else text)
+    echo(text() if callable(text) else text)
+
+
+def echo(text: str, *, err: bool = False, nl: bool = True, json_escapes: bool = False) -> None:
+    """Print text that may hold names or metadata from outside; every command prints through this."""
+    click.echo(printable(text, json_escapes=json_escapes), err=err, nl=nl)
+
+
+def _finite(data: Any) -> Any:
+    """Data as JSON has them: null for NaN and infinity."""
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, Mapping):
+        return {str(name): _finite(value) for name, value in data.items()}
+    return [_finite(value) for value in data] if isinstance(data, (list, tuple)) else data
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:
@@ -106,7 +120,7 @@ def progress(total: int, label: str, unit: str = "step") -> Any:
 
     return tqdm(
         total=total,
-        desc=label,
+        desc=printable(label),
         unit=unit,
         unit_scale=unit == "B",
         file=sys.stderr,

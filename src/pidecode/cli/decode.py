@@ -19,6 +19,7 @@ from pidecode.cli.common import (
     decode_options,
     decoded_sizes,
     dtype_option,
+    echo,
     emit,
     json_option,
     memory_option,
@@ -97,7 +98,7 @@ class DecodeArgs:
 
         def make_plan(metadata: CheckpointMetadata) -> Plan | FeedForwardPlan:
             plan = limits.plan(metadata.config, jobs(metadata), self.device, self.dtype)
-            click.echo(plan.describe(), err=True)
+            echo(plan.describe(), err=True)
             return plan
 
         decoder = PixelDecoder.from_pretrained(
@@ -218,7 +219,7 @@ def _run(
         written[-1] |= timing
         if not args.as_json:
             for line in written[-len(names) :]:
-                click.echo(f"{line['image']}  {line['width']}x{line['height']}  {timing['seconds']:.1f} s")
+                echo(f"{line['image']}  {line['width']}x{line['height']}  {timing['seconds']:.1f} s")
     if args.as_json and sequence_parallel.is_main_process():
         emit(written, "", as_json=True)
     sequence_parallel.destroy_process_group()

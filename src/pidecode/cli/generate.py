@@ -13,6 +13,7 @@ from pidecode.cli.common import (
     decode_options,
     device_option,
     dtype_option,
+    echo,
     emit,
     json_option,
     progress,
@@ -127,7 +128,7 @@ def _load_decoder(args: dict[str, Any]) -> PixelDecoder:
     except DownloadError:
         if space != "flux2" or args["variant"]:
             raise
-        click.echo("The official decoder is not on this disk; `tiny` is used.", err=True)
+        echo("The official decoder is not on this disk; `tiny` is used.", err=True)
         return PixelDecoder.from_pretrained("tiny", device=args["device"], dtype=dtype)
 
 

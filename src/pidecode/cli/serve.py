@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pidecode.cli.common import space_option, threads_option
+from pidecode.cli.common import echo, space_option, threads_option
 from pidecode.errors import FileError, MissingDependencyError, SettingError
 from pidecode.registry.spaces import GENERATION
 
@@ -186,7 +186,7 @@ def serve(**options: Any) -> None:
     once the running job has ended.
     """
     _require_packages()
-    _run(ServeOptions(**options), lambda url: click.echo(f"Serving on {url} (API: {url}/openapi.json). Ctrl-C stops."))
+    _run(ServeOptions(**options), lambda url: echo(f"Serving on {url} (API: {url}/openapi.json). Ctrl-C stops."))
 
 
 @click.command()
@@ -203,7 +203,7 @@ def web(browser: bool, **options: Any) -> None:
     def ready(url: str) -> None:
         token = given.token()
         address = f"{url}/?token={token}" if token else f"{url}/"
-        click.echo(f"The page is at {address} Ctrl-C stops.")
+        echo(f"The page is at {address} Ctrl-C stops.")
         if browser:
             import threading
             import webbrowser

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pidecode.cli.common import space_option, table
+from pidecode.cli.common import echo, space_option, table
 from pidecode.errors import SettingError
+from pidecode.units import printable
 
 if TYPE_CHECKING:
     from pidecode.training.config import TrainConfig
@@ -30,13 +31,13 @@ class _ProgressLine:
     def __call__(self, text: str) -> None:
         progress = text.startswith("step ")
         if self._terminal and progress:
-            click.echo(f"\r\x1b[K{text}", nl=False, err=True)
+            click.echo(f"\r\x1b[K{printable(text)}", nl=False, err=True)
             self._open = True
             return
         if progress and time.monotonic() - self._last < _EVERY:
             return
         self._last = time.monotonic() if progress else self._last
-        click.echo(("\n" if self._open else "") + text, err=True)
+        echo(("\n" if self._open else "") + text, err=True)
         self._open = False
 
 
@@ -70,18 +71,18 @@ def train(
     if flags["memory"]:
         from pidecode.training.memory import memory_table
 
-        click.echo(memory_table(config))
+        echo(memory_table(config))
         return
     if out is None:
         raise SettingError("Name a folder for the run: --out runs/my-decoder.")
     if flags["export_only"]:
         from pidecode.training.tasks import export
 
-        click.echo(export(config, out))
+        echo(export(config, out))
         return
     from pidecode.training.tasks import train as run
 
-    click.echo(run(config, out, resume=flags["resume"], progress=_ProgressLine()))
+    echo(run(config, out, resume=flags["resume"], progress=_ProgressLine()))
 
 
 def _config(name: str, space: str | None, data: str | None, settings: tuple[str, ...]) -> TrainConfig:
@@ -96,12 +97,12 @@ def _list() -> None:
     from pidecode.training.recipes import RECIPES, summary
 
     rows = [{"recipe": name, "what it does": summary(recipe)} for name, recipe in RECIPES.items()]
-    click.echo(table(rows))
+    echo(table(rows))
 
 
 def _show(config: TrainConfig) -> None:
     from pidecode.training.config import describe
 
     for name, value, text in describe(config):
-        click.echo(f"{name} = {value!r}")
-        click.echo(f"    {text}")
+        echo(f"{name} = {value!r}")
+        echo(f"    {text}")
