@@ -24,13 +24,7 @@ COMPILERS = ("g++", "clang++", "c++")
 
 
 def select_device(name: str | torch.device | None = None) -> torch.device:
-    """Select a device.
-
-    Args:
-        name: A torch device; None for the best one: CUDA (also ROCm), then MPS, then the CPU.
-
-    Returns:
-        The device.
+    """A torch device by name; None selects the best one: CUDA (also ROCm), then MPS, then the CPU.
 
     Raises:
         SettingError: The device is not available.
@@ -77,10 +71,7 @@ def has_amx() -> bool:
 
 
 def require_compiler(device: torch.device) -> None:
-    """Check that the tools torch.compile needs are installed.
-
-    Args:
-        device: The device to compile for.
+    """Check that the tools torch.compile needs to compile for a device are installed.
 
     Raises:
         MissingDependencyError: There is no C++ compiler (CPU) or no triton (GPU).
@@ -100,14 +91,7 @@ def require_compiler(device: torch.device) -> None:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Free memory of a device.
-
-    Args:
-        device: The device.
-
-    Returns:
-        Bytes, including what this process's allocator has reserved and not allocated; None if unknown.
-    """
+    """Bytes free on a device, including what this process's allocator reserved and did not use; None if unknown."""
     if device.type == "cpu":
         return _free_host_memory()
     module = torch.get_device_module(device)
@@ -147,15 +131,12 @@ class ThreadCount:
 def recommended_threads(
     present: int, environment: Mapping[str, str] = os.environ, system: Path = Path("/")
 ) -> ThreadCount:
-    """Recommended number of CPU threads.
+    """Number of CPU threads: the smallest of torch's default, the physical cores and the container's CPU quota.
 
     Args:
         present: What torch uses by default; never exceeded.
         environment: Environment variables.
         system: Root of the file system with /proc and /sys.
-
-    Returns:
-        The smallest of the default, the physical cores and the container's CPU quota.
     """
     for name in VARIABLES:
         if environment.get(name):

@@ -22,14 +22,7 @@ PART = ".part"
 
 
 def check_writable(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Check that a file may be written; worth calling before the work whose result goes there.
-
-    Args:
-        path: The file to write.
-        overwrite: Whether a file that exists may be replaced.
-
-    Returns:
-        The path with symbolic links resolved.
+    """The path with links resolved, if a file may be written there; worth calling before the work that makes it.
 
     Raises:
         FileError: A file exists there and `overwrite` is False, it is not a regular file, or its folder does not exist.
@@ -51,14 +44,10 @@ def check_writable(path: str | os.PathLike[str], *, overwrite: bool = False) -> 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary path beside `path` for libraries that write to a path; what is there at the end moves to `path`.
-
-    Args:
-        path: Where the file is to appear.
-        overwrite: Whether a file that exists is replaced.
+    """A path beside `path` for libraries that write to paths; what is there at the end moves to `path`.
 
     Yields:
-        A path that does not exist yet, in the same folder. If the block raises, what was written there is removed.
+        A path that does not exist yet. If the block raises, what was written there is removed.
 
     Raises:
         FileError: `path` may not be written, was created by another process meanwhile, or the system refused to write.
@@ -80,15 +69,8 @@ def atomic_path(path: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
 def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[BinaryIO]:
     """A binary file that appears at `path` only when the block ends without an error.
 
-    Args:
-        path: Where the file is to appear.
-        overwrite: Whether a file that exists is replaced.
-
     Yields:
-        The open file.
-
-    Raises:
-        FileError: As `atomic_path`.
+        The open file; errors are those of `atomic_path`.
     """
     with atomic_path(path, overwrite=overwrite) as part, open(part, "xb") as file:
         yield file
@@ -99,9 +81,6 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A new empty folder that appears at `path`, in place of one that is there, when the block ends without an error.
 
     The files in it are flushed to the disk before it is renamed, so that no crash leaves half a folder.
-
-    Args:
-        path: Where the folder is to appear; its parent must exist.
 
     Yields:
         The temporary folder to write into.
@@ -126,14 +105,9 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def remove_partial(folder: str | os.PathLike[str], *, older_than: float = 0.0) -> int:
-    """Remove temporary files and folders that a killed process left in `folder` and below.
+    """Remove temporary files and folders that a killed process left in `folder` and below; returns how many.
 
-    Args:
-        folder: Where to search.
-        older_than: Seconds since the last change; younger ones may belong to a running process. 0 removes all.
-
-    Returns:
-        How many were removed.
+    Those changed within the last `older_than` seconds stay, as they may belong to a running process.
     """
     count = 0
     for part in list(Path(folder).rglob(f".*{PART}")):

@@ -24,14 +24,7 @@ def _to_unit_range(image: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def psnr(image: Tensor, original: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio.
-
-    Args:
-        image: `[B, C, H, W]` in [-1, 1].
-        original: The same shape.
-
-    Returns:
-        dB per image, `[B]`, over all channels.
+    """Peak signal-to-noise ratio `[B]` in dB over all channels, of images `[B, C, H, W]` in [-1, 1].
 
     Raises:
         SizeError: The shapes differ.
@@ -41,14 +34,9 @@ def psnr(image: Tensor, original: Tensor) -> Tensor:
 
 
 def ssim(image: Tensor, original: Tensor) -> Tensor:
-    """Structural similarity with a Gaussian window of 11 px, sigma 1.5, per channel, without padding.
+    """Structural similarity `[B]` of images `[B, C, H, W]` in [-1, 1], per channel and without padding.
 
-    Args:
-        image: `[B, C, H, W]` in [-1, 1], sides of at least 11.
-        original: The same shape.
-
-    Returns:
-        SSIM per image, `[B]`.
+    The window is a Gaussian of 11 pixels and sigma 1.5 (https://doi.org/10.1109/TIP.2003.819861).
 
     Raises:
         SizeError: The shapes differ, or a side is too short.
@@ -74,16 +62,7 @@ def gaussian_window(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def similarity(a: Tensor, b: Tensor, blur: Callable[[Tensor], Tensor]) -> Tensor:
-    """Differentiable structural similarity.
-
-    Args:
-        a: `[B, C, H, W]` in [0, 1].
-        b: The same shape.
-        blur: Weighted mean over windows.
-
-    Returns:
-        SSIM per image, `[B]`.
-    """
+    """Differentiable structural similarity `[B]` of images in [0, 1]; `blur` is a weighted mean over windows."""
     mean_a, mean_b = blur(a), blur(b)
     var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
     covariance = blur(a * b) - mean_a * mean_b

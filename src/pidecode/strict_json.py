@@ -30,9 +30,6 @@ def parse_json(text: str | bytes, *, max_bytes: int = MAX_BYTES, max_depth: int 
         max_bytes: Longest document accepted.
         max_depth: How deep arrays and objects may be nested.
 
-    Returns:
-        The value.
-
     Raises:
         JSONError: The text is not JSON, too long or nested too deeply; it has a name twice, NaN, infinity,
             a number of too many digits, or half of a surrogate pair.

@@ -11,13 +11,7 @@ _PREFIXES = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Parse an image size.
-
-    Args:
-        text: Width and height in pixels, as "4096x3072".
-
-    Returns:
-        Width and height.
+    """Width and height in pixels of "4096x3072".
 
     Raises:
         SizeError: The text is not of that form.
@@ -29,13 +23,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def parse_bytes(text: str) -> int:
-    """Parse an amount of memory.
-
-    Args:
-        text: "12GB", "800 MB", "11.5GiB" or a plain number of bytes.
-
-    Returns:
-        Bytes.
+    """Bytes of "12GB", "800 MB", "11.5GiB" or a plain number.
 
     Raises:
         SettingError: The text is not of that form.

@@ -32,11 +32,7 @@ _OBJECT_STORE_BYTES = 100 * 2**20  # only paths and results travel
 
 
 class RayWorker:
-    """A Ray actor: a process on the cluster with a decoder of its own.
-
-    Args:
-        config: Model and decode options.
-    """
+    """A Ray actor: a process on the cluster with a decoder of its own."""
 
     def __init__(self, config: WorkerConfig) -> None:
         self.config = config
@@ -44,13 +40,7 @@ class RayWorker:
         self.worker: Worker | None = None
 
     def load(self, token: str) -> str:
-        """Load the decoder.
-
-        Args:
-            token: Path of a file in the output folder, which exists only if the folder is shared.
-
-        Returns:
-            The worker's name.
+        """Load the decoder; returns the worker's name. `token` is a file that only a shared output folder has.
 
         Raises:
             FileError: The worker does not see the output folder.

@@ -177,12 +177,7 @@ class _Decoded:
 
 
 class Worker:
-    """A loaded decoder that processes jobs, one at a time.
-
-    Args:
-        config: Model and decode options.
-        decoder: A decoder that is loaded already; by default `config` loads one.
-    """
+    """A decoder, given or loaded as the configuration says, that processes jobs one at a time."""
 
     def __init__(self, config: WorkerConfig, decoder: PixelDecoder | None = None) -> None:
         self.config = config

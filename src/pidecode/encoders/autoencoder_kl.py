@@ -90,15 +90,12 @@ class DiffusersAutoencoder:
 def load_autoencoder(
     space: LatentSpace, path: Path, dtype: torch.dtype
 ) -> tuple[DiffusersAutoencoder, LatentStatistics | None]:
-    """Load the autoencoder of a space.
+    """Load the autoencoder of a space, and the statistics of its latents (FLUX.2) or None.
 
     Args:
         space: The latent space.
         path: A diffusers folder or a single file, also with the names of LDM or Wan.
         dtype: Dtype of the weights.
-
-    Returns:
-        The autoencoder, and the statistics of its latents (FLUX.2) or None.
 
     Raises:
         CheckpointError: The file is no autoencoder, or another space's.
@@ -268,12 +265,7 @@ def _check_space(config: Mapping[str, Any], space: LatentSpace, path: Path) -> N
 
 
 def check_constants(config: Mapping[str, Any], space: LatentSpace, source: object) -> None:
-    """Check the scaling and shift of an autoencoder's config.
-
-    Args:
-        config: The autoencoder's config.
-        space: A space with `statistics == "constants"`.
-        source: What error messages call the autoencoder.
+    """Check the scaling and shift in an autoencoder's config, for spaces with `statistics == "constants"`.
 
     Raises:
         CheckpointError: The constants are not those of the space.

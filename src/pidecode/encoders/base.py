@@ -40,25 +40,11 @@ class Autoencoder(Protocol):
         ...
 
     def encode(self, images: Tensor) -> Tensor:
-        """Encode images.
-
-        Args:
-            images: `[B, 3, H, W]` in [-1, 1].
-
-        Returns:
-            Raw latents, the mean of the posterior (never a sample of it).
-        """
+        """Raw latents of images `[B, 3, H, W]` in [-1, 1]: the mean of the posterior, never a sample of it."""
         ...
 
     def decode(self, raw: Tensor) -> Tensor:
-        """Decode raw latents.
-
-        Args:
-            raw: Raw latents, as `layout.denormalize` returns them.
-
-        Returns:
-            Images `[B, 3, H, W]`, about [-1, 1], not clamped.
-        """
+        """Images `[B, 3, H, W]`, about [-1, 1] and not clamped, of raw latents as `layout.denormalize` returns them."""
         ...
 
     def to(self, device: torch.device) -> None:
@@ -107,14 +93,7 @@ class ImageEncoder:
         return self._autoencoder.num_refinements if isinstance(self._autoencoder, TinyImageEncoder) else 0
 
     def to(self, device: torch.device | str) -> ImageEncoder:
-        """Move the weights to a device.
-
-        Args:
-            device: The device.
-
-        Returns:
-            This encoder.
-        """
+        """Move the weights to a device; returns this encoder."""
         self.device = torch.device(device)
         self._autoencoder.to(self.device)
         return self
@@ -188,14 +167,7 @@ class ImageEncoder:
 
 
 class LazyImageEncoder:
-    """An ImageEncoder whose weights are loaded on first use.
-
-    Args:
-        space: Name or alias of the latent space.
-        path: File or folder, see `load_encoder`.
-        device: Where the weights go.
-        dtype: Dtype of the weights.
-    """
+    """An ImageEncoder whose weights are loaded on first use, by `load_encoder`."""
 
     def __init__(self, space: str, path: PathLike, device: torch.device, dtype: torch.dtype) -> None:
         self._load = functools.partial(load_encoder, space, path, device=device, dtype=dtype)
@@ -239,16 +211,7 @@ class LazyImageEncoder:
 def encode_images(
     encoder: EncodeFunction, images: Tensor, reconstruct: Reconstruct | None, num_refinements: int | None
 ) -> Tensor:
-    """Encode images with an ImageEncoder or with any function of images.
-
-    Args:
-        encoder: Images to normalized latents.
-        images: `[B, 3, H, W]` in [-1, 1].
-        reconstruct: Decodes a latent, for encoders with a refiner; see `ImageEncoder.__call__`.
-        num_refinements: Number of refinements; None for the encoder's default.
-
-    Returns:
-        Normalized latents `[B, C, h, w]`.
+    """Encode images `[B, 3, H, W]` with an ImageEncoder (see `ImageEncoder.__call__`) or with any function of images.
 
     Raises:
         SettingError: `num_refinements` is given for an encoder without a refiner.
@@ -262,11 +225,9 @@ def encode_images(
 
 @contextmanager
 def on_device(encoder: object, device: torch.device | None) -> Iterator[None]:
-    """Keep an encoder's weights on a device inside the block, and move them to the CPU after it.
+    """Keep an ImageEncoder's weights on a device inside the block, and move them to the CPU after it.
 
-    Args:
-        encoder: An ImageEncoder, loaded or not. Nothing is moved for any other function.
-        device: The device; None leaves the weights where they are.
+    Nothing is moved for another function, or where the device is None.
     """
     target = encoder.loaded if isinstance(encoder, LazyImageEncoder) and device is not None else encoder
     if not isinstance(target, ImageEncoder) or device is None:
@@ -280,14 +241,7 @@ def on_device(encoder: object, device: torch.device | None) -> Iterator[None]:
 
 
 def vae_reference(encoder: object, latent: Latent) -> Tensor:
-    """Decode a clean latent with the space's own decoder, as the reference of the color fix.
-
-    Args:
-        encoder: The space's ImageEncoder.
-        latent: Without noise.
-
-    Returns:
-        Images `[B, 3, H, W]` in [-1, 1].
+    """Images `[B, 3, H, W]` in [-1, 1] of a clean latent by the space's own decoder: the reference of the color fix.
 
     Raises:
         SettingError: There is noise in the latent, or the decoder is not loaded.
@@ -328,9 +282,6 @@ def load_encoder(
         statistics: dinov2 only: the file of normalization statistics, if it is not in `path`.
         decoder: dinov2 and siglip only: the ViT decoder's file, if it is not in `path`.
 
-    Returns:
-        The encoder.
-
     Raises:
         CheckpointError: The files are not this space's encoder.
         SettingError: A setting cannot act, or the space is unknown.
@@ -360,11 +311,7 @@ def load_encoder(
 
 
 def check_images(images: Tensor, space: LatentSpace) -> None:
-    """Check that images can be encoded.
-
-    Args:
-        images: `[B, 3, H, W]` in [-1, 1].
-        space: The latent space.
+    """Check that images `[B, 3, H, W]` in [-1, 1] can be encoded.
 
     Raises:
         SettingError: Not a batch of RGB images in [-1, 1].

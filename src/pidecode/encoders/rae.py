@@ -98,15 +98,9 @@ class RepresentationAutoencoder:
         return mean, std
 
     def encode(self, images: Tensor) -> Tensor:
-        """Encode images as features of the last layer.
+        """Features `[B, C, h, w]` of the last layer, of images `[B, 3, H, W]` in [-1, 1] resized to the model's square.
 
         DINOv2's are taken after its last LayerNorm without the affine weights, SigLIP's before it.
-
-        Args:
-            images: `[B, 3, H, W]` in [-1, 1], resized to the model's own square.
-
-        Returns:
-            Features `[B, C, h, w]`.
         """
         spec = self._spec
         resized = (images + 1) / 2

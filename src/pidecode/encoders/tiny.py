@@ -21,11 +21,7 @@ from pidecode.weights.safetensors import looks_like_safetensors, read_header, re
 
 
 class TinyImageEncoder:
-    """A TinyEncoder as an `Autoencoder` without a decoder; its latents are normalized already.
-
-    Args:
-        model: The network.
-    """
+    """A TinyEncoder as an `Autoencoder` without a decoder; its latents are normalized already."""
 
     can_decode = False
 
@@ -37,16 +33,7 @@ class TinyImageEncoder:
     def encode(
         self, images: Tensor, reconstruct: Reconstruct | None = None, num_refinements: int | None = None
     ) -> Tensor:
-        """Encode images as normalized latents.
-
-        Args:
-            images: `[B, 3, H, W]` in [-1, 1].
-            reconstruct: Decodes a latent to an image of the input's size, for the refiner.
-            num_refinements: Number of refinements; None for the trained number.
-
-        Returns:
-            Latents `[B, 128, H / 16, W / 16]`.
-        """
+        """Normalized latents `[B, 128, H / 16, W / 16]`; arguments as of `TinyEncoder.forward`."""
         latents: Tensor = self.model(images.to(self.model.dtype), reconstruct, num_refinements)
         return latents
 
@@ -73,15 +60,7 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 
 def load_tiny_encoder(path: Path, space: LatentSpace, dtype: torch.dtype) -> TinyImageEncoder:
-    """Load a TinyEncoder.
-
-    Args:
-        path: A .safetensors file.
-        space: The latent space it must be of.
-        dtype: Dtype of the weights.
-
-    Returns:
-        The encoder, on the CPU.
+    """Load a TinyEncoder of a space from a .safetensors file, to the CPU.
 
     Raises:
         CheckpointError: The file is for another space, or its weights do not fit its configuration.

@@ -46,12 +46,7 @@ class Inputs:
 
 
 class GraphCache:
-    """Captured evaluations of one network, least recently used sizes dropped first.
-
-    Args:
-        evaluate: One evaluation of the network.
-        capture: Captures it.
-    """
+    """Captured evaluations of one network, least recently used sizes dropped first."""
 
     def __init__(self, evaluate: Evaluate, capture: Capture) -> None:
         self._evaluate, self._capture = evaluate, capture
@@ -72,9 +67,6 @@ class GraphCache:
             modulation: That of its time.
             condition: The same object at each step of an image, so that it is copied once.
             variant: What else a graph depends on, such as the attention kernel.
-
-        Returns:
-            The prediction `[B, 3, H, W]`, in memory of its own.
         """
         inputs = Inputs(x, modulation, replace(condition, color=None))
         key = (variant, shape_of(inputs))

@@ -39,10 +39,7 @@ class Machine:
 
 
 def this_machine(device: str | torch.device | None = None) -> Machine:
-    """What a decode may use on this machine now.
-
-    Args:
-        device: Where it runs; default the best there is.
+    """What a decode may use now on a device; by default the best there is.
 
     Raises:
         SettingError: The device is not there, or does not say how much memory is free.

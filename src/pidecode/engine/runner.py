@@ -86,8 +86,7 @@ class Runner:
     def arrange(self, device: torch.device) -> None:
         """Strip, quantize and move the network as the plan says; it can no longer be saved or trained.
 
-        Args:
-            device: Where it runs; offloaded blocks stay on the host.
+        Offloaded blocks stay on the host.
 
         Raises:
             SettingError: The device has no eight-bit matrix products of the plan's format.

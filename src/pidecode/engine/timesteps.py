@@ -40,11 +40,7 @@ def _six_vectors(linear: nn.Module, condition_BD: Tensor, first: Tensor, second:
 
 
 def step_modulation(net: PiDNet, t_B: Tensor) -> StepModulation:
-    """Evaluate the timestep embedder and every patch block's AdaLN modulation.
-
-    Args:
-        net: The network.
-        t_B: Flow times multiplied by 1000, `[B]`.
+    """Evaluate the timestep embedder and every patch block's AdaLN modulation at flow times `[B]` times 1000.
 
     Raises:
         SettingError: The network was stripped for inference.
@@ -79,10 +75,9 @@ class TimestepCache:
     """All times at once: the batch axis runs over `times`."""
 
     def find(self, t_B: Tensor) -> StepModulation | None:
-        """Modulation of a batch's times, or None if one of them was not precomputed.
+        """Modulation at flow times `[B]` times 1000, or None if one of them was not precomputed.
 
-        Args:
-            t_B: Flow times multiplied by 1000, `[B]`. On the CPU the look-up is free; on a device it synchronizes.
+        On the CPU the look-up is free; on a device it synchronizes.
         """
         try:
             rows = [self.times.index(t) for t in t_B.reshape(-1).tolist()]

@@ -70,13 +70,7 @@ def encode_png(array: NDArray[Any], texts: Mapping[str, str], *, workers: int | 
 
 
 def read_texts(file: BinaryIO) -> dict[str, str]:
-    """Read the uncompressed text chunks of a PNG file; the image is not decompressed.
-
-    Args:
-        file: An open PNG file.
-
-    Returns:
-        Texts by keyword.
+    """Uncompressed text chunks of an open PNG file, by keyword; the image is not decompressed.
 
     Raises:
         ImageError: The file is damaged, or not a PNG.

@@ -67,14 +67,7 @@ def image_size(source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_
 
 
 def load_tensor(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Read an image as a tensor.
-
-    Args:
-        source: As in `load_image`; a tensor is only checked and clamped.
-        max_pixels: Largest number of pixels.
-
-    Returns:
-        `[1, 3, H, W]` (`[B, 3, H, W]` for a batch tensor), float32 in [-1, 1].
+    """Read an image, as `load_image` does, as float32 `[1, 3, H, W]` in [-1, 1]; a tensor is only checked and clamped.
 
     Raises:
         ImageError: As in `load_image`, or the tensor is not in [-1, 1].
@@ -112,11 +105,7 @@ def _opened(source: str | os.PathLike[str] | bytes) -> Iterator[tuple[str, Image
 
 
 class BoundedFile:
-    """A file that may be read only so often: one of millions of tiny chunks would take Pillow minutes.
-
-    Args:
-        file: What is read.
-    """
+    """A file that may be read only so often: one of millions of tiny chunks would take Pillow minutes."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file

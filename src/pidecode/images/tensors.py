@@ -23,16 +23,13 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def to_array(image: Tensor, *, bits: int = 8) -> NDArray[Any]:
-    """Convert an image tensor to an array.
+    """Convert an image tensor to an array `[H, W, 3]`, uint8 or uint16.
 
     Values are clamped and rounded to the nearest level; truncation would darken by half a level on average.
 
     Args:
         image: `[3, H, W]` or `[1, 3, H, W]` in [-1, 1].
         bits: 8 or 16.
-
-    Returns:
-        `[H, W, 3]`, uint8 or uint16.
 
     Raises:
         ImageError: NaN or infinite values, or another shape.
@@ -69,13 +66,7 @@ def to_pils(images: Tensor) -> list[Image.Image]:
 
 
 def check_image(image: Tensor) -> Tensor:
-    """Check an image tensor.
-
-    Args:
-        image: Floating point, `[3, H, W]` or `[B, 3, H, W]`.
-
-    Returns:
-        The tensor as `[B, 3, H, W]`.
+    """A floating-point image tensor `[3, H, W]` or `[B, 3, H, W]` as `[B, 3, H, W]`.
 
     Raises:
         ImageError: Another dtype or shape.
@@ -89,16 +80,10 @@ def check_image(image: Tensor) -> Tensor:
 
 
 def normalize_image(image: Tensor) -> Tensor:
-    """Convert an image tensor of unknown range to [-1, 1] by guessing its range, as the official code does.
+    """A float32 image in [-1, 1] of one of unknown range, which is guessed as the official code does.
 
     Integers, and values above 1, are taken as 0..255; values without a negative one as 0..1; others as [-1, 1]. An
     image in [-1, 1] without a negative value is guessed wrongly, so nothing else in this package guesses.
-
-    Args:
-        image: Any shape and dtype.
-
-    Returns:
-        The image, float32.
     """
     values = image.float()
     if not image.is_floating_point() or bool(values.max() > 1.0):
@@ -118,14 +103,9 @@ class UnpaddedSize:
 
 
 def center_crop(image: Tensor, multiple: int) -> Tensor:
-    """Center-crop the sides of an image to multiples.
+    """Center-crop the sides of an image `[B, 3, H, W]` to multiples, in pixels.
 
-    Args:
-        image: `[B, 3, H, W]`. Of an odd remainder the extra row or column is cut at the lower or right edge.
-        multiple: In pixels.
-
-    Returns:
-        The cropped image.
+    Of an odd remainder the extra row or column is cut at the lower or right edge.
 
     Raises:
         SizeError: A side is shorter than `multiple`.
@@ -141,14 +121,9 @@ def center_crop(image: Tensor, multiple: int) -> Tensor:
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> tuple[Tensor, UnpaddedSize]:
-    """Pad an image at the lower and right edge to multiples.
+    """Pad an image `[B, 3, H, W]` at the lower and right edge to multiples; also returns what `crop_back` needs.
 
-    Args:
-        image: `[B, 3, H, W]`. Padded by reflection, or by its edge where it is too small for that.
-        multiple: In pixels.
-
-    Returns:
-        The padded image, and the size that `crop_back` needs.
+    Padded by reflection, or by its edge where it is too small for that.
     """
     height, width = _sides(image, multiple)
     padded = check_image(image)
@@ -161,15 +136,7 @@ def pad_to_multiple(image: Tensor, multiple: int) -> tuple[Tensor, UnpaddedSize]
 
 
 def crop_back(image: Tensor, padding: UnpaddedSize, *, scale: int = 1) -> Tensor:
-    """Crop an image enlarged `scale` times to the size before `pad_to_multiple`.
-
-    Args:
-        image: `[B, 3, H, W]`.
-        padding: The size that `pad_to_multiple` returned.
-        scale: Enlargement since then.
-
-    Returns:
-        The cropped image.
+    """Crop an image `[B, 3, H, W]`, enlarged `scale` times since, to the size before `pad_to_multiple`.
 
     Raises:
         SizeError: The image is too small.
@@ -181,16 +148,9 @@ def crop_back(image: Tensor, padding: UnpaddedSize, *, scale: int = 1) -> Tensor
 
 
 def resize(image: Tensor, height: int, width: int, *, method: ResizeMethod = "bicubic") -> Tensor:
-    """Resize an image.
+    """Resize an image `[B, 3, H, W]`: antialiased bicubic, area average, or Lanczos.
 
-    Args:
-        image: `[B, 3, H, W]`.
-        height: In pixels.
-        width: In pixels.
-        method: Antialiased bicubic, area average, or Lanczos.
-
-    Returns:
-        The resized image; bicubic and Lanczos may overshoot [-1, 1] slightly.
+    Bicubic and Lanczos may overshoot [-1, 1] slightly.
 
     Raises:
         SizeError: A side is not positive.
@@ -212,16 +172,9 @@ def resize(image: Tensor, height: int, width: int, *, method: ResizeMethod = "bi
 
 
 def downsample(image: Tensor, factor: int = 4) -> Tensor:
-    """The low-resolution image of training.
+    """The low-resolution image `[B, 3, H / factor, W / factor]` of training, in [-1, 1].
 
-    Antialiased bicubic (docs/architecture.md, Training).
-
-    Args:
-        image: `[B, 3, H, W]` in [-1, 1].
-        factor: Reduction of each side, rounded down.
-
-    Returns:
-        The reduced image, clamped to [-1, 1].
+    Antialiased bicubic (docs/architecture.md, Training); sides are rounded down.
     """
     height, width = image.shape[-2] // factor, image.shape[-1] // factor
     return resize(image, height, width).clamp(-1.0, 1.0)

@@ -152,21 +152,7 @@ def encode_image(
     bits: int = 8,
     quality: int | None = None,
 ) -> bytes:
-    """The bytes of the file that `save_image` would write.
-
-    Args:
-        image: As in `save_image`.
-        kind: "png", "webp" or "jpeg".
-        metadata: As in `save_image`.
-        bits: As in `save_image`.
-        quality: As in `save_image`.
-
-    Returns:
-        The file's bytes.
-
-    Raises:
-        PidecodeError: As in `save_image`.
-    """
+    """The bytes of the file of that kind ("png", "webp" or "jpeg"); arguments and errors are those of `save_image`."""
     name = _FORMATS.get(f".{kind.lower()}")
     if name is None:
         raise SettingError(f"Images are written as png, webp or jpeg; not {kind!r}.")

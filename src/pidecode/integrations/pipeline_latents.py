@@ -116,16 +116,9 @@ def latent_sigma(scheduler: Any, space: LatentSpace, sigma: float) -> float:
 
 
 def token_grid(call: Mapping[str, Any], num_tokens: int) -> tuple[int, int] | None:
-    """Rows and columns of the image's own tokens, read from the keywords a transformer is called with.
+    """Rows and columns of the image's own tokens, if the keywords of a transformer's call tell them.
 
     Editing pipelines append the tokens of reference images; those come after the image's own and are not counted.
-
-    Args:
-        call: The keywords; `img_shapes` or `img_ids` tells the grid.
-        num_tokens: Number of the image's own tokens.
-
-    Returns:
-        Rows and columns, or None where the call does not tell.
     """
     shapes = call.get("img_shapes")
     if shapes is not None:

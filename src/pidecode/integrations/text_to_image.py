@@ -425,14 +425,7 @@ class PipelineTextToLatent:
     def __call__(
         self, prompt: str, *, width: int, height: int, seed: int, callback: Callable[[int, int], None]
     ) -> Latent:
-        """Generate one latent.
-
-        Args:
-            prompt: What the image shows.
-            width: Of the finished image, in pixels.
-            height: Of the finished image, in pixels.
-            seed: Of the initial noise.
-            callback: Called with steps done and steps in total; may raise `errors.Cancelled`.
+        """Generate one latent; arguments as of `TextToLatent`.
 
         Raises:
             SizeError: The model cannot generate what becomes an image of that size.

@@ -99,9 +99,6 @@ class Latent:
             prompt: As in the class.
             seed: As in the class.
 
-        Returns:
-            The normalized latent.
-
         Raises:
             LatentError: The tensor does not fit, or statistics are missing.
         """
@@ -132,9 +129,6 @@ class Latent:
             prompt: As in the class.
             seed: As in the class.
 
-        Returns:
-            The unpacked latent.
-
         Raises:
             LatentError: The tokens do not fit the image size.
         """
@@ -164,9 +158,6 @@ class Latent:
             prompt: As in the class.
             seed: As in the class.
 
-        Returns:
-            The latent.
-
         Raises:
             LatentError: The space is flow matching: its schedulers need no conversion.
         """
@@ -189,9 +180,6 @@ class Latent:
             path: The file, or its bytes.
             space: Space of a file that does not say it.
             sigma: Noise level of a file that does not say it.
-
-        Returns:
-            The latent.
 
         Raises:
             FileError: The file is damaged.
@@ -263,14 +251,7 @@ class Latent:
         return self.grid[0] * self.latent_space.pixels_per_cell, self.grid[1] * self.latent_space.pixels_per_cell
 
     def to_raw(self, statistics: LatentStatistics | None = None) -> Tensor:
-        """The raw latent, which the space's own decoder takes.
-
-        Args:
-            statistics: Mean and variance from the encoder's weights, for flux2 and dinov2.
-
-        Returns:
-            The raw latent; see `layout.denormalize` for its shape.
-        """
+        """The raw latent, which the space's own decoder takes; see `layout.denormalize`."""
         return layout.denormalize(self.tensor, self.latent_space, statistics)
 
     def to_packed(self) -> Tensor:
@@ -288,9 +269,6 @@ class Latent:
             sigma: Noise level in [0, 1]; a number, or one per sample. 0 draws nothing.
             seed: Seed of the unit Gaussian noise, drawn on the CPU and so the same on every machine.
             noise: Noise of the latent's shape, used instead.
-
-        Returns:
-            The noisy latent, with that sigma.
 
         Raises:
             LatentError: There is noise in the latent already.
@@ -495,19 +473,11 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def normalization_problem(tensor: Tensor, space: LatentSpace, sigmas: Tensor) -> str | None:
-    """Check whether a tensor looks like a normalized latent.
+    """Say what is wrong and how to fix it if a tensor does not look like a normalized latent, else None.
 
     The check is of the spread: each channel's standard deviation over its cells, root-mean-square over channels. It is
     small for flat images, so a small spread counts only against noisy latents. Raw sd3 latents are narrower than
     normalized ones and are not recognized without noise.
-
-    Args:
-        tensor: `[B, C, h, w]`.
-        space: Its latent space.
-        sigmas: Noise level per sample, `[B]`.
-
-    Returns:
-        A sentence that says what is wrong and how to fix it, or None.
     """
     cells = tensor.shape[-2] * tensor.shape[-1]
     if cells < _MIN_CELLS:

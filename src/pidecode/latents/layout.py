@@ -30,15 +30,7 @@ class LatentStatistics:
 
 
 def noise_weights(space: LatentSpace, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights of signal and noise: `z_s = signal * z + noise * e`.
-
-    Args:
-        space: The latent space.
-        sigma: Noise level in [0, 1], any shape.
-
-    Returns:
-        The two weights, in sigma's shape.
-    """
+    """Weights of signal and noise at noise levels in [0, 1]: `z_s = signal * z + noise * e`."""
     if space.noise_parametrization == "flow":
         return 1.0 - sigma, sigma
     return (1.0 - sigma * sigma).clamp_min(0.0).sqrt(), sigma
@@ -54,9 +46,6 @@ def add_noise(latent: Tensor, noise: Tensor, sigma: float | Tensor, space: Laten
         noise: Unit Gaussian noise of the same shape.
         sigma: Noise level in [0, 1]; a number, or `[B]`.
         space: The latent space.
-
-    Returns:
-        The noisy latent.
 
     Raises:
         LatentError: The shapes differ.
@@ -77,9 +66,6 @@ def euler_to_variance_preserving(latent: Tensor, sigma: float | Tensor) -> tuple
         latent: `[B, C, h, w]`.
         sigma: The scheduler's sigma, s >= 0; a number, or `[B]`.
 
-    Returns:
-        The latent, and sigma as float32 (or float64) with one entry or `[B]`.
-
     Raises:
         LatentError: Sigma is negative or not finite.
     """
@@ -92,16 +78,13 @@ def euler_to_variance_preserving(latent: Tensor, sigma: float | Tensor) -> tuple
 
 
 def normalize(raw: Tensor, space: LatentSpace, statistics: LatentStatistics | None = None) -> Tensor:
-    """Normalize a raw latent (docs/architecture.md, Latent spaces).
+    """Normalize a raw latent to `[B, channels, h, w]` (docs/architecture.md, Latent spaces).
 
     Args:
         raw: `[B, raw_channels, h * p, w * p]`; for qwenimage also `[B, 16, 1, h, w]`, for flux2 also patchified
             `[B, 128, h, w]`; for dinov2 the features after the LayerNorm without weights, for siglip those before it.
         space: The latent space.
         statistics: Mean and variance, for flux2 and dinov2.
-
-    Returns:
-        The normalized latent `[B, channels, h, w]`.
 
     Raises:
         LatentError: Another shape, or missing statistics.
@@ -212,15 +195,7 @@ def unpatchify(latent: Tensor, patch: int) -> Tensor:
 
 
 def packed_grid(space: LatentSpace, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of the tokens of an image.
-
-    Args:
-        space: The latent space.
-        height: Height in pixels of the image model's image (not PiD's), rounded down to whole tokens.
-        width: Its width.
-
-    Returns:
-        Rows and columns.
+    """Rows and columns of the tokens of an image model's image (not PiD's), its size rounded down to whole tokens.
 
     Raises:
         SettingError: The space's latents are not packed, or the image is smaller than a token.
@@ -236,16 +211,7 @@ def packed_grid(space: LatentSpace, height: int, width: int) -> tuple[int, int]:
 
 
 def unpack(tokens: Tensor, space: LatentSpace, height: int, width: int) -> Tensor:
-    """Unpack tokens to a latent; the values do not change.
-
-    Args:
-        tokens: `[B, N, token_channels]`.
-        space: The latent space.
-        height: Height in pixels of the image model's image.
-        width: Its width.
-
-    Returns:
-        The latent `[B, C, h, w]`.
+    """Unpack tokens `[B, N, token_channels]` of an image model's image of that size to a latent `[B, C, h, w]`.
 
     Raises:
         LatentError: The tokens do not fit the image.

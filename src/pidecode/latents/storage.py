@@ -53,13 +53,7 @@ class StoredLatent:
 def write_latent(
     path: str | os.PathLike[str], tensor: Tensor, metadata: LatentMetadata, *, overwrite: bool = False
 ) -> None:
-    """Write a latent file, completely or not at all.
-
-    Args:
-        path: The file (.safetensors).
-        tensor: `[B, C, h, w]`, normalized.
-        metadata: What the tensor means.
-        overwrite: Whether an existing file may be replaced.
+    """Write a normalized latent `[B, C, h, w]` and its metadata as .safetensors, completely or not at all.
 
     Raises:
         FileError: The file exists or cannot be written.
@@ -83,13 +77,7 @@ def write_latent(
 
 
 def read_latent(source: str | os.PathLike[str] | bytes) -> StoredLatent:
-    """Read a latent file. The header is checked before the tensor is allocated.
-
-    Args:
-        source: Path of the file, or its bytes.
-
-    Returns:
-        The tensor and the metadata.
+    """Read a latent file, by path or content. The header is checked before the tensor is allocated.
 
     Raises:
         FileError: The file is not a valid .safetensors file.
@@ -117,12 +105,6 @@ def read_latent_header(source: str | os.PathLike[str] | bytes) -> Header:
 
 def count_latents(path: str | os.PathLike[str]) -> int:
     """Number of latents in a file by its header alone; 1 where the header does not show it, so that loading reports it.
-
-    Args:
-        path: A latent file.
-
-    Returns:
-        The batch size of its tensor.
 
     Raises:
         FileError: The file is not a valid .safetensors file.

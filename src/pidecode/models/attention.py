@@ -29,15 +29,8 @@ _chosen: ContextVar[str | None] = ContextVar("attention_backend", default=None)
 def attention(q_BNLK: Tensor, k_BNLK: Tensor, v_BNLK: Tensor) -> Tensor:
     """`softmax(q k^T / sqrt(head_dim)) v` without a mask, on the backend that `use_backend` chose or torch picks.
 
-    PiD masks nothing: padded prompt positions are attended (docs/architecture.md, Text).
-
-    Args:
-        q_BNLK: Queries `[B, heads, tokens, head_dim]`.
-        k_BNLK: Keys, of another number of tokens perhaps.
-        v_BNLK: Values.
-
-    Returns:
-        `[B, heads, tokens, head_dim]`.
+    All are `[B, heads, tokens, head_dim]`; keys and values may have another number of tokens than queries. PiD masks
+    nothing: padded prompt positions are attended (docs/architecture.md, Text).
     """
     if q_BNLK.is_meta:
         # Stands for a kernel that never holds all scores, so that memory can be counted where nothing is computed.

@@ -87,9 +87,6 @@ class VitDecoder(nn.Module):
 
     Images are in the normalization of the vision model (its mean and standard deviation per color). Square grids of
     another size than the trained one are resized to it by bilinear interpolation, as both projects do.
-
-    Args:
-        config: Shape of the network.
     """
 
     def __init__(self, config: VitDecoderConfig) -> None:
@@ -105,14 +102,7 @@ class VitDecoder(nn.Module):
         self.decoder_pred = nn.Linear(config.hidden_size, 3 * config.patch_size**2)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Decode tokens.
-
-        Args:
-            tokens: `[B, N, in_channels]`, row-major, without a class token; N is a square number.
-
-        Returns:
-            Images `[B, 3, side, side]`, normalized as the vision model's input.
-        """
+        """Images `[B, 3, side, side]` of row-major tokens `[B, N, in_channels]` without class token; N is a square."""
         config = self.config
         x = self._resize_grid(self.decoder_embed(tokens))
         x = torch.cat([self.trainable_cls_token.expand(len(x), -1, -1), x], dim=1) + self.decoder_pos_embed
@@ -136,14 +126,9 @@ class VitDecoder(nn.Module):
 
 
 def sincos_position_embedding(hidden_size: int, grid_size: int) -> Tensor:
-    """Fixed 2-D sine-cosine position embedding of ViT-MAE.
+    """Fixed 2-D sine-cosine position embedding of ViT-MAE, `[1, grid_size^2 + 1, hidden_size]`, float32.
 
-    Args:
-        hidden_size: Channels; the first half encodes the column, the second the row.
-        grid_size: Tokens along each side.
-
-    Returns:
-        `[1, grid_size^2 + 1, hidden_size]` float32; zeros for the class token, which comes first.
+    The first half of the channels encodes the column, the second the row; the class token, which is first, has zeros.
     """
     quarter = hidden_size // 4
     omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
@@ -157,16 +142,7 @@ def sincos_position_embedding(hidden_size: int, grid_size: int) -> Tensor:
 def infer_vit_config(
     tensors: Mapping[str, Tensor], source: object, *, num_heads: int | None, eps: float
 ) -> VitDecoderConfig:
-    """Infer the shape of a decoder from its weights.
-
-    Args:
-        tensors: State dict of a VitDecoder.
-        source: What error messages call the file.
-        num_heads: Attention heads, which weights do not show; None for ViT-XL's 16.
-        eps: Epsilon of the LayerNorms.
-
-    Returns:
-        The configuration.
+    """Infer the shape of a decoder from its state dict; attention heads do not show, None stands for ViT-XL's 16.
 
     Raises:
         CheckpointError: The tensors are not those of such a decoder.

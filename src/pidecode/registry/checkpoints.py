@@ -284,11 +284,9 @@ TINY_ENCODER = "tiny_encoder.safetensors"
 
 
 def variants(space: str, *kinds: NetworkKind) -> tuple[str, ...]:
-    """The released variants of a space (name or alias) and of some kinds, the default first.
+    """The released variants of a space (name or alias, or "pixeldit"), the default first.
 
-    Args:
-        space: Latent space, or "pixeldit".
-        kinds: By default students and feed-forward decoders.
+    Without kinds they are those of students and feed-forward decoders.
 
     Raises:
         SettingError: There is no such space.

@@ -427,11 +427,7 @@ async def _run_in_turn(
 
 
 def _stored_result(service: DecodeService, name: str) -> Result:
-    """Take the result of a streamed job.
-
-    Raises:
-        HTTPException: 404 if there is none of that name.
-    """
+    """Take the result of a streamed job; HTTP error 404 if there is none of that name."""
     result = service.results.pop(name)
     if result is None:
         raise HTTPException(404, "This result was fetched already, or is too old; run the job again.")
@@ -439,11 +435,7 @@ def _stored_result(service: DecodeService, name: str) -> Result:
 
 
 def _validated(model: type[openai.RequestT], data: bytes | dict[str, str]) -> openai.RequestT:
-    """Validate a body of JSON, or the fields of a form.
-
-    Raises:
-        HTTPException: 400 if it is no JSON, or if a field is unknown or has the wrong form.
-    """
+    """A body of JSON, or the fields of a form, as `model`; HTTP error 400 if it does not fit."""
     try:
         return model.model_validate_json(data) if isinstance(data, bytes) else model.model_validate(data)
     except ValidationError as error:
@@ -454,11 +446,7 @@ def _validated(model: type[openai.RequestT], data: bytes | dict[str, str]) -> op
 
 
 def _check_edit(service: DecodeService, form: openai.ImageEditRequest, file: FileInfo) -> None:
-    """Check that an edit can give what it asks for.
-
-    Raises:
-        SettingError: If the file is a latent, or the number or size of the images cannot be as asked.
-    """
+    """Check that an edit can give what it asks for."""
     if file.kind != "image":
         raise SettingError("The file is a latent; send it to /v1/decode.")
     decoder, plan = service.decoder(form.model), service.plan(form.model, file)
@@ -470,11 +458,7 @@ def _check_edit(service: DecodeService, form: openai.ImageEditRequest, file: Fil
 
 
 def _prompt(body: bytes) -> str:
-    """Decode a prompt.
-
-    Raises:
-        HTTPException: 400 if it is not UTF-8, or is too long.
-    """
+    """The prompt of a body; HTTP error 400 if it is not UTF-8, or is too long."""
     try:
         prompt = body.decode("utf-8").strip()
     except UnicodeDecodeError:
@@ -485,11 +469,7 @@ def _prompt(body: bytes) -> str:
 
 
 async def _read_form(request: Request, body: bytes) -> tuple[bytes, dict[str, str]]:
-    """Parse a multipart body in memory into the image and the other, non-empty fields.
-
-    Raises:
-        HTTPException: 400 if it is no such form, or holds no image.
-    """
+    """The image and the other, non-empty fields of a multipart body, parsed in memory; HTTP error 400 if it is none."""
 
     async def stream() -> AsyncGenerator[bytes, None]:
         yield body

@@ -401,11 +401,7 @@ def check_token(host: str, token: str | None) -> None:
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """Return a bound socket; port 0 takes any free port.
-
-    Raises:
-        SettingError: If the address does not exist or is in use.
-    """
+    """A bound socket (port 0 takes any free port); SettingError if the address does not exist or is in use."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:

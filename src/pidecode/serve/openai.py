@@ -43,11 +43,7 @@ class OpenAIRequest(BaseModel):
     user: Annotated[str | None, Field(max_length=200, description="Accepted and ignored.")] = None
 
     def jobs(self, params: type[ParamsT]) -> list[ParamsT]:
-        """The parameters of each image's job.
-
-        Args:
-            params: Class of the parameters, with the same decode options.
-        """
+        """The parameters of each image's job, of a class with the same decode options."""
         options = self.model_dump(include=set(self.option_names), exclude_none=True)
         jobs = []
         for index in range(self.n):

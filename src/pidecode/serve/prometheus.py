@@ -21,13 +21,7 @@ BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
 class MetricsMiddleware:
-    """ASGI middleware that records the status and duration of every response by path.
-
-    Args:
-        app: The application.
-        paths: Known paths; all others are counted together as "other".
-        stats: Where responses are recorded.
-    """
+    """ASGI middleware that records the status and duration of responses by path; unknown paths are counted together."""
 
     def __init__(self, app: ASGIApp, *, paths: Iterable[str], stats: ResponseStats) -> None:
         self.app = app

@@ -303,11 +303,7 @@ def estimate(decoder: PixelDecoder, width: int, height: int) -> DecodePlan:
 
 
 def require_memory(plan: DecodePlan) -> None:
-    """Check that a decode fits.
-
-    Raises:
-        DoesNotFitError: If it needs more memory than is free.
-    """
+    """Raise DoesNotFitError if a decode needs more memory than is free."""
     if not plan.fits:
         assert plan.free is not None
         raise DoesNotFitError(

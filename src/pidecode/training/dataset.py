@@ -81,15 +81,9 @@ class ImageDataset:
 
 
 def find_images(source: str | Path) -> ImageDataset:
-    """Every image below a folder, loose or in .tar shards, in a fixed order.
+    """Every image below a folder (or in one shard), loose or in .tar shards, in a fixed order.
 
-    Files whose header is no image's are skipped.
-
-    Args:
-        source: A folder, or one shard.
-
-    Returns:
-        The images, and the skipped files with the reason.
+    Files whose header is no image's are skipped, and listed with the reason.
 
     Raises:
         TrainingError: There is no readable image.

@@ -66,10 +66,7 @@ class LatentShards:
         return read_safetensors(path, [name])[1][name].float()
 
     def put(self, name: str, latent: Tensor) -> Tensor:
-        """Cache a latent `[C, h, w]`.
-
-        Returns:
-            The latent as `get` will return it from now on.
+        """Cache a latent `[C, h, w]`; returns it as `get` will from now on.
 
         Raises:
             TrainingError: It has NaN or infinite values.

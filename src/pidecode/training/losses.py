@@ -128,12 +128,9 @@ def _resize_tokens(tokens: Tensor, side: int, wanted: int) -> Tensor:
 
 
 def reconstruction(generated: Tensor, image: Tensor, *, edge_weight: float = 0.5) -> tuple[Tensor, dict[str, Tensor]]:
-    """Charbonnier distance of images `[B, 3, H, W]` and of the differences of neighboring pixels.
+    """Charbonnier distance of images `[B, 3, H, W]` and of the differences of neighboring pixels; also both parts.
 
     The second part keeps a small network from blurring.
-
-    Returns:
-        The loss, and its parts to report.
     """
     values = charbonnier(generated - image)
     edges = sum(

@@ -276,11 +276,7 @@ class Trainer:
         )
 
     def _update(self, names: tuple[str, ...]) -> dict[str, float]:
-        """Clip gradients and step the optimizers of this iteration.
-
-        Returns:
-            Gradient norms before clipping, by module.
-        """
+        """Clip gradients and step the optimizers of this iteration; returns the norms before clipping, by module."""
         norms: dict[str, float] = {}
         factor = lr_factor(self.optimizer_config, self.step, self.run_config.steps)
         for name in names:

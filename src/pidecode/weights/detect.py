@@ -61,15 +61,9 @@ class InferredShape:
         return kinds.get((self.values["gate"], self.values["inject_pixels"]))
 
     def difference_from(self, config: PiDConfig) -> str | None:
-        """The first difference between a configuration and the tensors.
+        """The first difference between a configuration and the tensors, in words, or None.
 
         The color head may be in one of them only.
-
-        Args:
-            config: The configuration.
-
-        Returns:
-            The difference in words, or None.
         """
         for name, value in self.values.items():
             if name != "color_head" and getattr(config, name) != value:
@@ -103,9 +97,6 @@ def infer_shape(shapes: Shapes, source: str = "the file", interval: int | None =
         shapes: Shape of every tensor.
         source: What error messages call the file.
         interval: `inject_interval`, if it is known.
-
-    Returns:
-        What the shapes show.
 
     Raises:
         CheckpointError: The tensors are not those of a PiD network, or contradict each other.
@@ -280,13 +271,6 @@ def detect(file: WeightFile, overrides: Overrides | None = None) -> CheckpointMe
 
     pidecode's metadata decides if the file has it; otherwise the shapes, then the official file or folder name (also
     ComfyUI's), then `overrides`. A contradiction between two of them is an error.
-
-    Args:
-        file: The weights file.
-        overrides: What the caller knows.
-
-    Returns:
-        Kind, configuration, space, variant and license.
 
     Raises:
         SettingError: Something is ambiguous that `overrides` can settle.

@@ -45,9 +45,6 @@ def build_network(
         color_head: Keep the color head, which only training uses.
         source: What error messages call the file.
 
-    Returns:
-        The network.
-
     Raises:
         CheckpointError: Tensors are missing, unexpected or of another shape.
         SettingError: The dtype is not a floating-point one.
@@ -95,12 +92,7 @@ def _moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> T
 
 
 def load_state(model: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:
-    """Load a complete state dict into a model built on the meta device. The tensors are copied.
-
-    Args:
-        model: The model; its parameters become the copies.
-        tensors: Its state dict, in any floating-point dtype.
-        source: What error messages call the file.
+    """Load a complete state dict, in any floating-point dtype, into a model built on the meta device, as copies.
 
     Raises:
         CheckpointError: Tensors are missing, unexpected or of another shape.

@@ -56,11 +56,7 @@ class _Made:
 
 
 def scan_pickle(path: Path, *, zipped: bool) -> None:
-    """Check the pickle of a file that torch.save wrote.
-
-    Args:
-        path: The file.
-        zipped: Whether it is a zip archive, which torch 1.6 and later write.
+    """Check the pickle of a file that torch.save wrote, as a zip archive (torch 1.6 and later) or without.
 
     Raises:
         CheckpointError: The pickle holds more than numbers, text and dense tensors, or tensors that the file has no

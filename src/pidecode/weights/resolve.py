@@ -83,17 +83,9 @@ class HubCache:
             return [sibling.rfilename for sibling in info.siblings or ()]
 
     def fetch(self, repository: str, path: str, on_progress: DownloadCallback | None = None) -> Path:
-        """A file of a repository, downloaded if it is not cached; its size and SHA-256 are checked against the hub's.
+        """A file of a repository in the cache, downloaded if it is not there; size and SHA-256 are checked.
 
         An interrupted download is resumed by the next call.
-
-        Args:
-            repository: HubCache repository.
-            path: File in it.
-            on_progress: Called for every chunk.
-
-        Returns:
-            The file in the cache.
 
         Raises:
             DownloadError: The download failed; the message names the command that does the same.

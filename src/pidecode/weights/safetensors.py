@@ -63,13 +63,7 @@ class Header:
 
 
 def check_file(path: str | os.PathLike[str]) -> int:
-    """Check that a path is a regular, non-empty, readable file; symbolic links are followed.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its size in bytes.
+    """Size of a regular, non-empty, readable file; symbolic links are followed.
 
     Raises:
         CheckpointError: It is missing, a folder, a link loop, a device, empty, or not readable.

@@ -25,11 +25,7 @@ EPS = 1e-6
 
 
 class CompiledOps:
-    """The compiled ops of one network; each is compiled when first called.
-
-    Args:
-        backend: Of `torch.compile`; another than "inductor" is for tests.
-    """
+    """The compiled ops of one network; each is compiled when first called. A backend but "inductor" is for tests."""
 
     def __init__(self, backend: str | Callable[..., Any] = "inductor") -> None:
         from torch._dynamo.exc import TorchDynamoException

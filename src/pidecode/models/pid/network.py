@@ -66,11 +66,9 @@ class Condition:
     """Low-resolution image `[B, 3, h f, w f]` predicted by the color head, f = patch_size / scale, if asked for."""
 
     def crop(self, rows: slice, columns: slice) -> Condition:
-        """The condition of a part of the image, given in patches; positions and latent tokens stay those of the whole.
+        """The condition of a part of the image, given as slices of patches with explicit start and stop.
 
-        Args:
-            rows: Rows of patches, with explicit start and stop.
-            columns: Columns of patches, likewise.
+        Positions and latent tokens stay those of the whole image.
         """
         (_, width), device = self.grid, self.row_table.device
         patch = len(self.column_table) // width
