@@ -55,19 +55,19 @@ def supports_bfloat16_training(device: torch.device) -> bool:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """Default dtype of weights: bfloat16 on GPUs other than Apple's and on CPUs with AMX, float32 elsewhere.
+    """Default dtype of weights: bfloat16 on GPUs other than Apple's and on CPUs that multiply it, float32 elsewhere.
 
     Other CPUs emulate bfloat16, which is many times slower than float32.
     """
     if device.type == "cpu":
-        return torch.bfloat16 if has_amx() else torch.float32
+        return torch.bfloat16 if multiplies_bfloat16() else torch.float32
     return torch.float32 if device.type == "mps" else torch.bfloat16
 
 
-def has_amx() -> bool:
-    """Whether the CPU has AMX matrix units, as far as torch reports it."""
-    tell = getattr(torch.cpu, "_is_amx_tile_supported", None)  # newer versions only
-    return bool(tell is not None and tell())
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for bfloat16 products (AMX or AVX512-BF16), as far as torch reports it."""
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # newer versions only
+    return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in names)
 
 
 def require_compiler(device: torch.device) -> None:

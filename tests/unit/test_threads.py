@@ -84,7 +84,8 @@ def test_a_command_sets_the_threads_it_was_told(tmp_path: Path) -> None:
 
 def test_bfloat16_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
     assert devices.default_dtype(cpu) == torch.float32
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert devices.default_dtype(cpu) == torch.bfloat16

@@ -149,7 +149,9 @@ def _torch_checks(build: dict[str, Any], found: list[dict[str, Any]]) -> Iterato
 
 def _cpu_checks(found: dict[str, Any]) -> Iterator[Check]:
     narrow = found["dtype"] == "bfloat16"
-    because = "matrix units for it, so it is the default" if narrow else "no matrix units for it: float32 is quicker"
+    because = (
+        "instructions for its products, so it is the default" if narrow else "no instructions for it: float32 is faster"
+    )
     yield Check("bfloat16 on the CPU", narrow, because)
     missing = found["compiler_missing"]
     yield Check("compiling for the CPU (--compile)", missing is None, missing or "a C++ compiler is here")
