@@ -17,12 +17,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from pidecode.engine.chunks import Chunks
 from pidecode.engine.injections import chunk_of
 from pidecode.engine.offload import BlockOffloader
 from pidecode.engine.ops import elementwise as ops
 from pidecode.engine.ops.quantize import weight_rows
-from pidecode.engine.pixel_tiles import run_pixel_blocks
+from pidecode.engine.pixel_tiles import Chunks, run_pixel_blocks
 from pidecode.engine.timesteps import StepModulation
 from pidecode.models.attention import attention
 from pidecode.models.pid.adapter import Injection
