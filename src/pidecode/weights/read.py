@@ -183,14 +183,10 @@ class _Value:
 
 
 def _scan_pickle(path: Path, *, zipped: bool) -> None:
-    """Check the pickle of a file that torch.save wrote, before anything unpickles it.
+    """Check the pickle of a file that torch.save wrote (`zipped`: by torch 1.6 or later) before anything unpickles it.
 
     torch's `weights_only` unpickler runs no code, but it allocates what a pickle asks for: `bytearray(6000000000)` is a
     file of a kilobyte. Here the opcodes are followed without making any of their objects.
-
-    Args:
-        path: The file.
-        zipped: Whether it is a zip archive, which torch 1.6 and later write.
 
     Raises:
         CheckpointError: The pickle holds more than numbers, text and dense tensors, or tensors that the file has no
