@@ -20,9 +20,9 @@ import recorded
 from pidecode.cli.app import cli
 from pidecode.devices import require_compiler
 from pidecode.engine.inplace import denoise
+from pidecode.engine.machine import Chunks
 from pidecode.engine.ops import elementwise
 from pidecode.engine.ops.compiled import CompiledOps
-from pidecode.engine.pixel_tiles import Chunks
 from pidecode.engine.timesteps import step_modulation
 from pidecode.errors import MissingDependencyError, SettingError
 from pidecode.models.pid.network import Condition, PiDNet

@@ -22,8 +22,7 @@ from torch.utils._pytree import tree_leaves
 import recorded
 from pidecode.decoder import PixelDecoder
 from pidecode.engine.cuda_graphs import MAX_GRAPHS, GraphCache, Replay, capture_on
-from pidecode.engine.injections import prepare_recomputed
-from pidecode.engine.inplace import denoise
+from pidecode.engine.inplace import denoise, prepare_recomputed
 from pidecode.engine.plan import Plan
 from pidecode.engine.runner import Runner
 from pidecode.engine.timesteps import step_modulation

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from pidecode.engine.injections import prepare_recomputed
-from pidecode.engine.inplace import denoise, runs_in_place
+from pidecode.engine.inplace import denoise, prepare_recomputed, runs_in_place
+from pidecode.engine.machine import Chunks
 from pidecode.engine.ops import elementwise
-from pidecode.engine.pixel_tiles import Chunks
 from pidecode.engine.runner import Runner
 from pidecode.engine.timesteps import is_stripped, precompute, step_modulation, strip_for_inference
 from pidecode.errors import LatentError, SettingError

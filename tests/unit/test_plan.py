@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from benchmarks.memory import trace_decode, weight_bytes
-from pidecode.engine.machine import DRIVER, GB, Machine
-from pidecode.engine.pixel_tiles import Chunks
+from pidecode.engine.machine import DRIVER, GB, Chunks, Machine
 from pidecode.engine.plan import Plan, parameters, plan_decode, predict
 from pidecode.engine.timesteps import strip_for_inference
 from pidecode.errors import DoesNotFitError, SettingError

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pidecode.engine.injections import prepare_recomputed
+from pidecode.engine.inplace import prepare_recomputed
 from pidecode.engine.tiling import Windows, blend_weights, denoise_windows
 from pidecode.errors import SettingError
 from pidecode.models.pid.network import Condition, PiDNet

@@ -18,9 +18,8 @@ from pidecode.errors import SettingError, TrainingError
 from pidecode.training.config import TrainConfig, apply_settings
 from pidecode.training.dataloader import ConditionEncoders, DataLoader
 from pidecode.training.dataset import BucketSampler, find_images, nearest_size
-from pidecode.training.debug import BLOCK_DCT, encode_block_dct
 from pidecode.training.latent_cache import LatentShards
-from pidecode.training.recipes import RECIPES, get_recipe
+from pidecode.training.recipes import BLOCK_DCT, RECIPES, encode_block_dct, get_recipe
 
 CPU = torch.device("cpu")
 

@@ -37,19 +37,15 @@ class Autoencoder(Protocol):
     @property
     def can_decode(self) -> bool:
         """Whether the decoder half was loaded."""
-        ...
 
     def encode(self, images: Tensor) -> Tensor:
         """Raw latents of images `[B, 3, H, W]` in [-1, 1]: the mean of the posterior, never a sample of it."""
-        ...
 
     def decode(self, raw: Tensor) -> Tensor:
         """Images `[B, 3, H, W]`, about [-1, 1] and not clamped, of raw latents as `layout.denormalize` returns them."""
-        ...
 
     def to(self, device: torch.device) -> None:
         """Move the weights to a device."""
-        ...
 
 
 class ImageEncoder:

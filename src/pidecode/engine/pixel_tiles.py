@@ -25,32 +25,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from pidecode.engine.machine import Chunks
 from pidecode.engine.ops import elementwise as ops
 from pidecode.engine.ops.quantize import WeightSlice, weight_block, weight_columns, weight_rows
 from pidecode.models.attention import attention
 from pidecode.models.pid.network import Condition, PiDNet
 
 SHIFT1, SCALE1, GATE1, SHIFT2, SCALE2, GATE2 = range(6)
-
-
-@dataclass(frozen=True, slots=True)
-class Chunks:
-    """What one evaluation works on at once; the default suits a CPU's caches. No size changes more than rounding.
-
-    Attributes:
-        tokens: Patch tokens that pass through a patch block's linear layers together.
-        tile_tokens: Patch tokens of a tile of the pixel blocks; rounded to whole rows of patches.
-        tile_rows: Pixel rows, within each of those patches, of such a tile.
-    """
-
-    tokens: int = 512
-    tile_tokens: int = 256
-    tile_rows: int = 1
-
-    @classmethod
-    def large(cls, patch_size: int) -> Chunks:
-        """Few, large matrix products, as suits accelerators."""
-        return cls(tokens=4096, tile_tokens=2048, tile_rows=max(1, patch_size // 4))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
-from pidecode.engine.machine import DRIVER, DTYPE_BYTES, GB, QUANTIZATIONS, Machine, Quantization, this_machine
-from pidecode.engine.pixel_tiles import Chunks
+from pidecode.engine.machine import DRIVER, DTYPE_BYTES, GB, QUANTIZATIONS, Chunks, Machine, Quantization, this_machine
 from pidecode.errors import DoesNotFitError, SettingError
 from pidecode.registry.configs import RELEASED_CONFIGS, PiDConfig, TinyDecoderConfig
 

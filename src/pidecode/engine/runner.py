@@ -13,12 +13,12 @@ from torch import Tensor
 from pidecode.devices import require_compiler, supports_cuda_graphs
 from pidecode.engine import inplace
 from pidecode.engine.cuda_graphs import GraphCache, capture_on
-from pidecode.engine.injections import prepare_recomputed
+from pidecode.engine.inplace import prepare_recomputed
+from pidecode.engine.machine import Chunks
 from pidecode.engine.offload import BlockOffloader
 from pidecode.engine.ops import elementwise
 from pidecode.engine.ops.compiled import CompiledOps
 from pidecode.engine.ops.quantize import best_kernel, quantize
-from pidecode.engine.pixel_tiles import Chunks
 from pidecode.engine.plan import Plan, predict
 from pidecode.engine.sequence_parallel import denoise_sharded, is_parallel
 from pidecode.engine.tiling import Windows, denoise_windows

@@ -29,15 +29,12 @@ class ImageSharding(Protocol):
 
     def condition(self, condition: Condition) -> Condition:
         """This process's part of the conditioning."""
-        ...
 
     def rows(self, image: Tensor) -> Tensor:
         """This process's rows of an image `[B, 3, H, W]`."""
-        ...
 
     def gather(self, shard: Tensor) -> Tensor:
         """All shards, concatenated along rows (the last axis but one)."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

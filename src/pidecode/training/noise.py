@@ -24,19 +24,15 @@ class RNG(Protocol):
 
     def normal(self, shape: tuple[int, ...]) -> Tensor:
         """Unit normal numbers `[B, *shape]`, float32."""
-        ...
 
     def uniform(self) -> Tensor:
         """One number in [0, 1) for each sample, `[B]`."""
-        ...
 
     def choice(self, count: int) -> Tensor:
         """One whole number in 0..count-1 for each sample, `[B]`."""
-        ...
 
     def common_choice(self, count: int) -> int:
         """One whole number in 0..count-1, the same for every sample and process."""
-        ...
 
 
 def seed_of(*parts: int | str) -> int:

@@ -3,26 +3,40 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
 
 from pidecode.encoders.text import default_negative_prompt
 from pidecode.errors import SettingError
 from pidecode.registry.configs import PiDConfig, backbone, debug_config, v1pt5
 from pidecode.registry.spaces import LatentSpace, did_you_mean, get_space
 from pidecode.training.config import DataConfig, EMAConfig, LoRAConfig, OptimizerConfig, PiDRunConfig, TrainConfig
-from pidecode.training.debug import BLOCK_DCT, ByteTextEncoder, encode_block_dct
 from pidecode.training.dmd import DistillationConfig
 from pidecode.training.flow_matching import TeacherLossConfig
+from pidecode.training.losses import to_ycbcr
 
 RecipeFn = Callable[[str], TrainConfig]
 """A recipe: the name of a latent space to a training configuration."""
 
 _DEFAULT_SPACE = "flux"
+_BLOCK = 8
+_LUMA = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0), (1, 2), (2, 1), (0, 3), (3, 0))
+_CHROMA = ((0, 0), (0, 1), (1, 0))
+
+BLOCK_DCT = LatentSpace(
+    name="block-dct", title="Block DCT (for tests)", channels=16, down=_BLOCK, statistics="constants", input_multiple=8
+)
+"""Latent space of `encode_block_dct`: 16 channels, one cell per 8x8 pixels of the low-resolution image."""
 
 
 def _config(space: LatentSpace, *, color_head: bool) -> PiDConfig:
@@ -126,6 +140,46 @@ def student_lora(space: str = _DEFAULT_SPACE) -> TrainConfig:
         optimizer=OptimizerConfig(lr=1e-4, warmup_steps=100, max_grad_norm=0.1),
         run=replace(config.run, steps=2000, checkpoint_every=250, sample_every=250),
     )
+
+
+def encode_block_dct(low: Tensor) -> Tensor:
+    """Images `[B, 3, h, w]` in [-1, 1] to latents `[B, 16, h / 8, w / 8]`: ten luma cosines, three of each color."""
+    planes = to_ycbcr((low.float() + 1) / 2) - low.new_tensor([0.5, 0.0, 0.0]).view(1, 3, 1, 1)
+    size = (low.shape[-2] // _BLOCK, low.shape[-1] // _BLOCK)
+    blocks = F.unfold(planes.flatten(0, 1).unsqueeze(1), _BLOCK, stride=_BLOCK)
+    waves = torch.stack([_wave(*place) for place in _LUMA]).to(blocks)
+    cosines = torch.einsum("kp,npl->nkl", waves, blocks).unflatten(0, (-1, 3))
+    chosen = [_LUMA.index(place) for place in _CHROMA]
+    channels = torch.cat((cosines[:, 0], cosines[:, 1, chosen], cosines[:, 2, chosen]), dim=1)
+    return channels.reshape(*channels.shape[:2], *size)
+
+
+def _wave(row: int, column: int) -> Tensor:
+    """One orthonormal cosine of the block, flattened; means are halved so that every channel is of order one."""
+
+    def axis(frequency: int) -> Tensor:
+        places = (torch.arange(_BLOCK) + 0.5) * math.pi * frequency / _BLOCK
+        return torch.cos(places) * math.sqrt((1 if frequency == 0 else 2) / _BLOCK)
+
+    wave = torch.outer(axis(row), axis(column)).flatten()
+    return wave / 2 if (row, column) == (0, 0) else wave
+
+
+class ByteTextEncoder:
+    """A text encoder for tests: a fixed random vector for each byte of a caption."""
+
+    def __init__(self, length: int, width: int) -> None:
+        self.length, self.width = length, width
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(b"bytes").digest()[:7], "little"))
+        self._table = torch.randn(257, width, generator=generator)
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """States `[B, length, width]`; shorter captions are padded."""
+        rows = torch.full((len(captions), self.length), 256)
+        for row, caption in zip(rows, captions, strict=True):
+            data = list(caption.encode("utf-8"))[: self.length]
+            row[: len(data)] = torch.tensor(data, dtype=torch.long)
+        return self._table[rows]
 
 
 def _debug_run(steps: int) -> PiDRunConfig:

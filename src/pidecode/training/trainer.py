@@ -45,41 +45,32 @@ class TrainTask(Protocol):
     @property
     def title(self) -> str:
         """What is trained, in one line."""
-        ...
 
     @property
     def modules(self) -> dict[str, nn.Module]:
         """Trained modules by name; each has an optimizer of its own."""
-        ...
 
     @property
     def averaged(self) -> tuple[str, ...]:
         """Names of modules with a moving average, which samples and exports use."""
-        ...
 
     def trained_at(self, step: int) -> tuple[str, ...]:
         """Names of the modules that iteration `step`, counted from 0, trains."""
-        ...
 
     def make_optimizer(self, name: str) -> Optimizer:
         """The optimizer of a module; its learning rates are the full ones, before warm-up and schedule."""
-        ...
 
     def loss(self, step: int, batch: Any, rng: RNG) -> LossOutput:
         """The loss of one forward pass of iteration `step`."""
-        ...
 
     def save_samples(self, folder: Path, step: int) -> None:
         """Write samples of the averaged weights; every process calls this, the first one writes."""
-        ...
 
     def export(self, folder: Path, step: int) -> Path:
         """Write the averaged weights as a result; every process calls this, the first one writes."""
-        ...
 
     def notes(self) -> Iterator[str]:
         """Lines to report before the first step."""
-        ...
 
 
 class TrainLoader(Protocol):
@@ -88,24 +79,19 @@ class TrainLoader(Protocol):
     @property
     def fingerprint(self) -> str:
         """Changes when the training data changes."""
-        ...
 
     @property
     def skipped(self) -> Mapping[str, str]:
         """Unreadable files, with the reason."""
-        ...
 
     def batch(self, number: int) -> tuple[Any, RNG, tuple[str, ...]]:
         """The batch of that number, the random numbers for the rest of its step, and its images' names."""
-        ...
 
     def flush(self) -> None:
         """Write what is cached in memory."""
-        ...
 
     def close(self) -> None:
         """Stop reading ahead."""
-        ...
 
 
 class LoopConfig(Protocol):
@@ -114,17 +100,14 @@ class LoopConfig(Protocol):
     @property
     def optimizer(self) -> OptimizerConfig:
         """Schedule, clipping and accumulation."""
-        ...
 
     @property
     def ema(self) -> EMAConfig:
         """The moving average."""
-        ...
 
     @property
     def run(self) -> RunConfig:
         """Length, precision and outputs."""
-        ...
 
 
 class Trainer:

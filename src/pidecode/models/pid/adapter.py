@@ -24,16 +24,13 @@ class Injection(Protocol):
     @property
     def tokens(self) -> Tensor:
         """Tokens `[B, L, D]`."""
-        ...
 
     @property
     def gate_logits(self) -> Tensor:
         """Gate logits `[B, L, D or 1]`."""
-        ...
 
     def crop(self, patches: Tensor) -> Injection:
         """The same for some patches only, given as indices."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
