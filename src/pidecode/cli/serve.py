@@ -174,6 +174,7 @@ def _run(options: ServeOptions, ready: Callable[[str], None]) -> None:
             job_seconds=options.timeout,
         )
         service = DecodeService(options.decoders(), limits=limits, text_to_latent=options.text_to_latent())
+        service.warm_up()
         serve(create_app(service, token=token), listener, stop=service.stop, ready=ready)
 
 

@@ -52,6 +52,7 @@ from pidecode.units import parse_size
 from pidecode.version import __version__
 
 NDJSON = "application/x-ndjson"
+MAX_FORM_FILES = 17  # sixteen images and a mask, which OpenAI takes
 INSPECTIONS = 8
 """Files that may be inspected or wait for it."""
 
@@ -275,6 +276,13 @@ def _add_openai(app: FastAPI, service: DecodeService, reader: BodyReader, inspec
         """The first is the default."""
         return openai.ModelList(data=[_model_info(service, name) for name in service.decoders])
 
+    @app.get("/v1/models/{name:path}", summary="Describe a model", responses=_errors((*_AUTH_ERRORS, 404)))
+    async def model(name: str) -> openai.ModelInfo:
+        """One of those listed."""
+        if name not in service.decoders:
+            raise HTTPException(404, f"There is no model {name[:80]!r} here; there are {', '.join(service.decoders)}.")
+        return _model_info(service, name)
+
     @app.post(
         "/v1/images/generations",
         summary="Generate an image from a prompt (OpenAI)",
@@ -289,11 +297,10 @@ def _add_openai(app: FastAPI, service: DecodeService, reader: BodyReader, inspec
     async def generations(request: Request) -> openai.ImagesResponse:
         """Needs a pipeline on the server (--pipeline)."""
         body = _validated(openai.ImageGenerationRequest, await reader.read(request))
-        size = parse_size(body.size)
-        results = await _run_in_turn(
-            request, lambda params: service.generate(body.prompt, size, params), body.jobs(GenerateParams)
-        )
-        return openai.images_response(results, body.output_format)
+        size = parse_size("2048x2048" if body.size == "auto" else body.size)
+        jobs = body.jobs(GenerateParams, body.decoder_name(service.decoders))
+        results = await _run_in_turn(request, lambda params: service.generate(body.prompt, size, params), jobs)
+        return openai.images_response(results, body.output_format, body.n)
 
     @app.post(
         "/v1/images/edits",
@@ -307,13 +314,17 @@ def _add_openai(app: FastAPI, service: DecodeService, reader: BodyReader, inspec
         },
     )
     async def edits(request: Request) -> openai.ImagesResponse:
-        """The only edit is enlargement. The prompt describes the image, for models that read prompts."""
+        """The only edit is enlargement. A prompt describes the image, for models that read text; others ignore it."""
         image, fields = await _read_form(request, await reader.read(request))
         form = _validated(openai.ImageEditRequest, fields)
-        file = await inspector.inspect(image)
-        _check_edit(service, form, file)
-        results = await _run_in_turn(request, lambda params: service.upscale(image, params), form.jobs(UpscaleParams))
-        return openai.images_response(results, form.output_format)
+        decoder = service.decoder(name := form.decoder_name(service.decoders))
+        if (await inspector.inspect(image)).kind != "image":
+            raise SettingError("The file is a latent; send it to /v1/decode.")
+        prompt = {"prompt": form.prompt} if decoder.reads_text and form.prompt else {}
+        size = None if form.size == "auto" else parse_size(form.size)
+        jobs = [params.model_copy(update=prompt) for params in form.jobs(UpscaleParams, name, decoder.kind)]
+        results = await _run_in_turn(request, lambda params: service.upscale(image, params, size), jobs)
+        return openai.images_response(results, form.output_format, form.n)
 
 
 def _add_monitoring(app: FastAPI, service: DecodeService, stats: ResponseStats) -> None:
@@ -362,7 +373,7 @@ async def _respond(request: Request, service: DecodeService, job: DecodeJob, str
             watcher.cancel()
             job.cancel("The client disconnected.")
 
-    return StreamingResponse(lines(), media_type=NDJSON)
+    return StreamingResponse(lines(), media_type=NDJSON, headers={"X-Accel-Buffering": "no"})  # nginx
 
 
 def _progress_event(status: JobStatus, preview: bytes | None) -> JobEvent:
@@ -371,7 +382,10 @@ def _progress_event(status: JobStatus, preview: bytes | None) -> JobEvent:
         position=status.position,
         step=status.step,
         num_steps=status.num_steps,
-        phase=status.phase,
+        activity=status.activity,
+        done=round(status.done, 3),
+        seconds=round(status.seconds, 2),
+        seconds_left=None if status.seconds_left is None else round(status.seconds_left, 1),
         preview=None if preview is None else f"data:image/jpeg;base64,{base64.b64encode(preview).decode('ascii')}",
     )
 
@@ -445,18 +459,6 @@ def _validated(model: type[openai.RequestT], data: bytes | dict[str, str]) -> op
         raise HTTPException(400, "; ".join(messages[:8]) + ".") from None
 
 
-def _check_edit(service: DecodeService, form: openai.ImageEditRequest, file: FileInfo) -> None:
-    """Check that an edit can give what it asks for."""
-    if file.kind != "image":
-        raise SettingError("The file is a latent; send it to /v1/decode.")
-    decoder, plan = service.decoder(form.model), service.plan(form.model, file)
-    if form.n > 1 and decoder.kind == "feed-forward":
-        raise SettingError(f"n is {form.n}; {decoder.name} is a feed-forward decoder, so n must be 1.")
-    result_size = f"{plan.width}x{plan.height}"
-    if form.size not in ("auto", result_size):
-        raise SettingError(f"This image becomes {result_size}; size cannot be {form.size}. Leave it out.")
-
-
 def _prompt(body: bytes) -> str:
     """The prompt of a body; HTTP error 400 if it is not UTF-8, or is too long."""
     try:
@@ -476,15 +478,19 @@ async def _read_form(request: Request, body: bytes) -> tuple[bytes, dict[str, st
 
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise HTTPException(400, "Send a multipart form with the image in the field 'image'.")
-    parser = MultiPartParser(request.headers, stream(), max_files=1, max_fields=30)
+    parser = MultiPartParser(request.headers, stream(), max_files=MAX_FORM_FILES, max_fields=40)
     parser.spool_max_size = len(body) + 1  # never on disk
     try:
         form = await parser.parse()
     except (MultiPartException, KeyError, ValueError) as error:
         raise HTTPException(400, f"The form cannot be read: {getattr(error, 'message', error)}.") from None
     try:
-        image = form.get("image", form.get("image[]"))
-        if not isinstance(image, UploadFile):
+        images = [*form.getlist("image"), *form.getlist("image[]")]
+        if len(images) > 1:
+            raise HTTPException(400, f"The form holds {len(images)} images; send one at a time.")
+        if "mask" in form:
+            raise HTTPException(400, "A mask cannot act: the only edit is enlarging the whole image. Leave it out.")
+        if not images or not isinstance(image := images[0], UploadFile):
             raise HTTPException(400, "The form holds no file in the field 'image'.")
         fields = {name: value for name, value in form.multi_items() if isinstance(value, str) and value}
         return await image.read(), fields

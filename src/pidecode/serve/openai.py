@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 import base64
+import re
 import time
+from collections.abc import Collection
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from pidecode.options import DecoderKind
 from pidecode.serve.schemas import (
     MAX_JSON_INTEGER,
     MAX_PROMPT_LENGTH,
     FileFormat,
-    ModelName,
     ResultParams,
     with_decode_options,
 )
@@ -25,31 +27,76 @@ ParamsT = TypeVar("ParamsT", bound=ResultParams)
 
 RequestT = TypeVar("RequestT", bound="OpenAIRequest")
 
+_IGNORED = Field(max_length=200, description="Accepted and ignored.")
+_OPENAI_MODELS = re.compile(r"(gpt-image|chatgpt-image|dall-e)-")
 _SIZE = "[1-9][0-9]{1,4}x[1-9][0-9]{1,4}"
 
 
 class OpenAIRequest(BaseModel):
-    """Fields of both image endpoints. The decode options are additions to OpenAI's."""
+    """Fields of both image endpoints. The decode options are additions to OpenAI's.
+
+    What describes OpenAI's own models is accepted and has no effect, so that their clients work as they are.
+    """
 
     model_config = ConfigDict(extra="forbid")
     option_names: ClassVar[tuple[str, ...]] = ()
 
-    model: ModelName = None
+    model: Annotated[
+        str | None, Field(max_length=200, description="A name from /v1/models; OpenAI's own names mean the first.")
+    ] = None
     n: Annotated[int, Field(ge=1, le=MAX_IMAGES, description="Number of images, with consecutive seeds.")] = 1
     response_format: Annotated[
         Literal["b64_json"], Field(description="Images are in the response itself; the server keeps no files.")
     ] = "b64_json"
     output_format: FileFormat = "png"
-    user: Annotated[str | None, Field(max_length=200, description="Accepted and ignored.")] = None
+    output_compression: Annotated[
+        int | None, Field(ge=0, le=100, description="Quality of WebP and JPEG; no effect on PNG.")
+    ] = None
+    background: Annotated[
+        Literal["auto", "opaque"], Field(description="Accepted and ignored; nothing is made transparent.")
+    ] = "auto"
+    stream: Annotated[
+        Literal[False] | None, Field(description="Events are at /v1/upscale?stream=true and /v1/decode?stream=true.")
+    ] = None
+    quality: Annotated[str | None, _IGNORED] = None
+    style: Annotated[str | None, _IGNORED] = None
+    moderation: Annotated[str | None, _IGNORED] = None
+    input_fidelity: Annotated[str | None, _IGNORED] = None
+    partial_images: Annotated[int | None, Field(ge=0, le=0, description="Only 0: there are none.")] = None
+    user: Annotated[str | None, _IGNORED] = None
 
-    def jobs(self, params: type[ParamsT]) -> list[ParamsT]:
-        """The parameters of each image's job, of a class with the same decode options."""
+    @field_validator("stream", mode="before")
+    @classmethod
+    def _form_boolean(cls, value: Any) -> Any:
+        return False if value == "false" else value
+
+    def decoder_name(self, names: Collection[str]) -> str | None:
+        """The name of the decoder that is meant: None, for the first, where one of OpenAI's own models is named."""
+        foreign = self.model is not None and self.model not in names and _OPENAI_MODELS.match(self.model)
+        return None if foreign else self.model
+
+    def jobs(self, params: type[ParamsT], decoder_name: str | None, kind: DecoderKind | None = None) -> list[ParamsT]:
+        """The parameters of each image's job; a single one where all images would be equal.
+
+        Args:
+            params: Class of the parameters, with the same decode options.
+            decoder_name: From `decoder_name`.
+            kind: Kind of the decoder, where its kind alone decides whether a seed acts.
+        """
         options = self.model_dump(include=set(self.option_names), exclude_none=True)
+        quality = None if self.output_format == "png" or self.output_compression is None else self.output_compression
         jobs = []
-        for index in range(self.n):
+        for index in range(1 if kind == "feed-forward" else self.n):
             if index:
                 options["seed"] = (options.get("seed", 0) + 1) % (MAX_JSON_INTEGER + 1)
-            jobs.append(params(model=self.model, format=self.output_format, **options))
+            jobs.append(
+                params(
+                    model=decoder_name,
+                    format=self.output_format,
+                    quality=None if quality is None else max(1, quality),
+                    **options,
+                )
+            )
         return jobs
 
 
@@ -58,16 +105,29 @@ class ImageGenerationRequest(OpenAIRequest):
     """Body of /v1/images/generations."""
 
     prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_LENGTH)]
-    size: Annotated[str, Field(pattern=f"^{_SIZE}$", description="WIDTHxHEIGHT of the result, in pixels.")] = (
-        "2048x2048"
-    )
+    size: Annotated[
+        str, Field(pattern=f"^(auto|{_SIZE})$", description="WIDTHxHEIGHT of the result in pixels; auto is 2048x2048.")
+    ] = "auto"
 
 
-@with_decode_options("upscale")
+@with_decode_options("upscale", exclude=("prompt",))
 class ImageEditRequest(OpenAIRequest):
     """Form fields of /v1/images/edits besides the image."""
 
-    size: Annotated[str, Field(pattern=f"^(auto|{_SIZE})$", description="auto, or exactly the enlarged size.")] = "auto"
+    prompt: Annotated[
+        str | None,
+        Field(
+            max_length=MAX_PROMPT_LENGTH,
+            description="What the image shows, for decoders that read text; ignored by others.",
+        ),
+    ] = None
+    size: Annotated[
+        str,
+        Field(
+            pattern=f"^(auto|{_SIZE})$",
+            description="auto for the enlarged size, or a smaller size of the same shape in pixels.",
+        ),
+    ] = "auto"
 
     @classmethod
     def form_schema(cls) -> dict[str, Any]:
@@ -130,8 +190,9 @@ class ErrorResponse(BaseModel):
     error: ErrorDetail
 
 
-def images_response(results: list[Result], output_format: FileFormat) -> ImagesResponse:
-    """The response with these files, which all have one size."""
+def images_response(results: list[Result], output_format: FileFormat, n: int) -> ImagesResponse:
+    """The response with `n` files, which all have one size; a single result stands for all."""
+    results = results * n if len(results) == 1 else results
     return ImagesResponse(
         created=int(time.time()),
         output_format=output_format,

@@ -15,10 +15,10 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from pidecode.errors import BusyError, Cancelled, PidecodeError
+from pidecode.errors import OUT_OF_MEMORY, BusyError, Cancelled, DoesNotFitError, PidecodeError, is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,10 @@ JobFunction = Callable[["DecodeJob"], Any]
 
 DEFAULT_JOB_SECONDS = 5.0
 """Assumed duration of a job before one has been measured."""
+HEARTBEAT_SECONDS = 1.0
+"""A running job's status is told again after so long, with new times."""
+MEASURABLE = 0.05
+"""Share of a job that must be done before its time is predicted from it."""
 DURATION_WINDOW = 16
 """Number of recent jobs whose durations are averaged for `Retry-After`."""
 
@@ -40,7 +44,10 @@ class JobStatus:
         position: Position in the queue while waiting; 1 is next, 0 means not waiting.
         step: Steps finished.
         num_steps: Steps in total, 0 while unknown.
-        phase: What the steps belong to: "decode" or "text-to-latent"; empty before the first step.
+        activity: What is being done, in words, such as "encoding, refinement 1 of 2"; empty before the first.
+        done: Share of the job's predicted work that is done, 0 to 1.
+        seconds: Time the job has run, without waiting.
+        seconds_left: Predicted time to its end; None while nothing is known of it.
         preview: JPEG of the newest estimate, if previews were asked for.
     """
 
@@ -48,7 +55,10 @@ class JobStatus:
     position: int = 0
     step: int = 0
     num_steps: int = 0
-    phase: str = ""
+    activity: str = ""
+    done: float = 0.0
+    seconds: float = 0.0
+    seconds_left: float | None = None
     preview: bytes | None = None
 
 
@@ -66,6 +76,8 @@ class DecodeJob:
         self.created = time.monotonic()
         self.started: float | None = None
         self.ended: float | None = None
+        self.expected_seconds: float | None = None  # set by the function, where it can predict its time
+        self._measured: float | None = None
         self.deadline = None if timeout is None else self.created + timeout
         self._function: JobFunction | None = function
         self._queue = queue
@@ -115,16 +127,31 @@ class DecodeJob:
         if self._cancel_reason is not None:
             raise Cancelled(self._cancel_reason)
 
-    def report(self, *, step: int = 0, num_steps: int = 0, phase: str = "", preview: bytes | None = None) -> None:
+    def report(self, **changes: Any) -> None:
         """Called by the job's function to publish progress.
+
+        Args:
+            changes: New values of fields of `JobStatus`; what is left out stays as it is.
 
         Raises:
             Cancelled: As `check`.
         """
         self.check()
-        kept = preview if preview is not None else self._status.preview
-        self._status = JobStatus(state="running", step=step, num_steps=num_steps, phase=phase, preview=kept)
+        if "done" in changes:
+            self._measured = time.monotonic()
+        self._status = replace(self._status, state="running", **changes)
         self._notify()
+
+    def _timed(self, status: JobStatus) -> JobStatus:
+        """The status with the times of this moment: from what is done, or else from what was expected."""
+        if self.started is None:
+            return status
+        ran = (self.ended or time.monotonic()) - self.started
+        total = self.expected_seconds
+        if status.done >= MEASURABLE and self._measured is not None:
+            total = (self._measured - self.started) / status.done
+        left = None if total is None or self.over else max(0.0, total - ran)
+        return replace(status, seconds=ran, seconds_left=left)
 
     def result(self) -> Any:
         """Return what the job's function returned; call it only once the job is over.
@@ -143,7 +170,7 @@ class DecodeJob:
         return self._over.wait(timeout)
 
     async def changes(self) -> AsyncIterator[JobStatus]:
-        """Yield the status now and after each change. A slow reader may miss some, but never the final one."""
+        """Yield the status now, after each change and each second. A slow reader never misses the final one."""
         changed, loop = asyncio.Event(), asyncio.get_running_loop()
 
         def wake() -> None:
@@ -158,12 +185,15 @@ class DecodeJob:
                 yield status
                 if over:
                     return
-                left = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+                left = HEARTBEAT_SECONDS
+                if self.deadline is not None:
+                    left = max(0.0, min(left, self.deadline - time.monotonic()))
                 try:
                     await asyncio.wait_for(changed.wait(), left)
                 except TimeoutError:
-                    self.cancel(self._queue.timeout_message)
-                    self.deadline = None  # cancel once; a running job now stops at its next check
+                    if self.late:
+                        self.cancel(self._queue.timeout_message)
+                        self.deadline = None  # cancel once; a running job now stops at its next check
         finally:
             self._listeners.remove(wake)
 
@@ -304,7 +334,7 @@ class JobQueue:
     def _status_of(self, job: DecodeJob) -> JobStatus:
         status = job._status
         if status.state != "waiting":
-            return status
+            return job._timed(status)
         with self._changed:
             position = self._waiting.index(job) + 1 if job in self._waiting else 0
         return JobStatus(state="waiting", position=position)
@@ -349,8 +379,8 @@ class JobQueue:
         except Cancelled as caught:
             state, error = "cancelled", caught
         except BaseException as caught:
-            state, error = "failed", caught
-            if not isinstance(caught, PidecodeError):
+            state, error = "failed", DoesNotFitError(OUT_OF_MEMORY) if is_out_of_memory(caught) else caught
+            if not isinstance(error, PidecodeError):
                 log.exception("A job failed unexpectedly.")
         with self._changed:
             self._running = None

@@ -74,6 +74,9 @@ class ResultParams(BaseModel):
 
     model: ModelName = None
     format: Annotated[FileFormat, Field(description="Format of the resulting file.")] = "png"
+    quality: Annotated[
+        int | None, Field(ge=1, le=100, description="Of WebP and JPEG; by default WebP is lossless and JPEG 95.")
+    ] = None
     stream: Annotated[
         bool, Field(description="Answer with the job's progress as lines of JSON, the last of which links to the file.")
     ] = False
@@ -82,9 +85,11 @@ class ResultParams(BaseModel):
         """The decode options that were given.
 
         Raises:
-            SettingError: If one is out of range, or only one of width and height is given.
+            SettingError: If one is out of range or cannot act, or only one of width and height is given.
         """
         values = dict(self)
+        if self.quality is not None and self.format == "png":
+            raise SettingError("quality acts on webp and jpeg only, and format is png; leave it out.")
         if "size" in self.option_names:
             values["size"] = pair("width", values["width"], "height", values["height"])
         return DecodeOptions(**{name: values[name] for name in self.option_names})
@@ -215,6 +220,7 @@ class DecodePlan(BaseModel):
     working: Annotated[int, Field(description="Needed on top while the decode runs.")]
     free: Annotated[int | None, Field(description="Free memory; null where the device does not report it.")]
     fits: bool
+    seconds: Annotated[float | None, Field(description="Predicted time, from earlier jobs of this server.")] = None
 
 
 class ServerLimits(BaseModel):
@@ -243,7 +249,11 @@ class JobEvent(BaseModel):
     position: Annotated[int | None, Field(description="Position in the queue while waiting; 1 is next.")] = None
     step: int | None = None
     num_steps: Annotated[int | None, Field(description="0 while unknown.")] = None
-    phase: Annotated[str | None, Field(description="text-to-latent or decode.")] = None
+    activity: Annotated[
+        str | None, Field(description="What is being done, in words, such as: encoding, refinement 1 of 2.")
+    ] = None
+    done: Annotated[float | None, Field(description="Share of the predicted work that is done, 0 to 1.")] = None
+    seconds_left: Annotated[float | None, Field(description="Predicted time to the end, once it is known.")] = None
     preview: Annotated[str | None, Field(description="Newest estimate: a data URL with a small JPEG.")] = None
     result: Annotated[
         str | None, Field(description="Path of the finished file. It can be fetched once, within five minutes.")
@@ -252,7 +262,7 @@ class JobEvent(BaseModel):
     height: int | None = None
     metadata: Annotated[dict[str, Any] | None, Field(description="What is written into the file.")] = None
     warnings: list[str] | None = None
-    seconds: Annotated[float | None, Field(description="Time the job ran, without waiting.")] = None
+    seconds: Annotated[float | None, Field(description="Time the job has run, without waiting.")] = None
     bytes: Annotated[int | None, Field(description="Size of the finished file.")] = None
     error: Annotated[
         dict[str, str] | None, Field(description="message, type and code, as in every error response.")

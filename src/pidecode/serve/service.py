@@ -21,7 +21,7 @@ from pidecode.errors import DoesNotFitError, FileError, LatentError, MissingDepe
 from pidecode.images import KEYWORD, encode_image, image_size, load_image, read_metadata, to_pil
 from pidecode.latents import storage
 from pidecode.latents.latent import Latent
-from pidecode.sampling import Step
+from pidecode.sampling import Progress, Step
 from pidecode.serve.queue import DecodeJob, JobFunction, JobQueue
 from pidecode.serve.schemas import (
     MEDIA_TYPES,
@@ -37,6 +37,7 @@ from pidecode.weights.safetensors import looks_like_safetensors
 
 PREVIEW_SIDE = 448
 """Longest side of a preview, in pixels."""
+WARM_UP_IMAGE = b"P6 64 64 255\n" + bytes(64 * 64 * 3)
 RESULTS_KEPT = 4
 RESULT_SECONDS = 300.0
 """How long a streamed job's result can be fetched."""
@@ -83,6 +84,26 @@ class ResultStore:
         return self._results.pop(name, (0.0, None))[1]
 
 
+class Speeds:
+    """Seconds a pixel, by model and by the options that time depends on, from the newest job of each kind."""
+
+    def __init__(self) -> None:
+        self._speeds: dict[tuple[Any, ...], float] = {}
+
+    def predict(self, name: str, params: ResultParams, size: tuple[int, int]) -> float | None:
+        """Seconds that a result of that size will take; None where no such job was seen."""
+        speed = self._speeds.get(self._key(name, params))
+        return None if speed is None else speed * size[0] * size[1]
+
+    def learn(self, name: str, params: ResultParams, size: tuple[int, int], seconds: float) -> None:
+        """Note what a job took."""
+        self._speeds[self._key(name, params)] = seconds / (size[0] * size[1])
+
+    def _key(self, name: str, params: ResultParams) -> tuple[Any, ...]:
+        options = (getattr(params, option, None) for option in ("num_steps", "num_refinements", "guidance_scale"))
+        return (name, isinstance(params, UpscaleParams), *options)
+
+
 class TextToLatent(Protocol):
     """A diffusion pipeline that makes a latent of the first decoder's space from a prompt."""
 
@@ -126,6 +147,7 @@ class DecodeService:
         self.queue = JobQueue(self.limits.waiting, timeout=self.limits.job_seconds)
         self.text_to_latent = text_to_latent
         self.results = ResultStore()
+        self.speeds = Speeds()
 
     def decoder(self, name: str | None) -> PixelDecoder:
         """The decoder of that name, or the first.
@@ -169,7 +191,15 @@ class DecodeService:
         decoder = self.decoder(name)
         width, height = size or result_size(decoder, file)
         self.limits.check_pixels(width, height)
-        return estimate(decoder, width, height)
+        params = UpscaleParams() if file.kind == "image" else DecodeParams()
+        seconds = self.speeds.predict(name or next(iter(self.decoders)), params, (width, height))
+        return estimate(decoder, width, height).model_copy(update={"seconds": seconds})
+
+    def warm_up(self) -> None:
+        """Queue a small upscale by each feed-forward decoder: it loads the encoder and measures this machine."""
+        for name, decoder in self.decoders.items():
+            if decoder.kind == "feed-forward" and decoder.encoder is not None:
+                self.upscale(WARM_UP_IMAGE, UpscaleParams(model=name))
 
     def decode(self, data: bytes, params: DecodeParams) -> DecodeJob:
         """Queue the decode of a latent file; the job's result is a `Result`.
@@ -185,13 +215,21 @@ class DecodeService:
             latent = load_latent(data, params.space, decoder)
             height, width = latent.output_size
             self._check_size(decoder, *(options.size or (width, height)))
-            callback = _progress(job, params.stream)
-            return _result(params, lambda: decoder.decode(latent, options=options, callback=callback).image)
+
+            def decode() -> Image:
+                return decoder.decode(latent, options=options, **_callbacks(job, params.stream)).image
+
+            return self._timed_result(job, params, options.size or (width, height), decode)
 
         return self._submit(params, run)
 
-    def upscale(self, data: bytes, params: UpscaleParams) -> DecodeJob:
+    def upscale(self, data: bytes, params: UpscaleParams, size: tuple[int, int] | None = None) -> DecodeJob:
         """Queue the enlargement of an image file; the job's result is a `Result`.
+
+        Args:
+            data: The file.
+            params: Options.
+            size: Width and height to downsample the result to, in place of a scale.
 
         Raises:
             BusyError: If the queue is full.
@@ -203,15 +241,15 @@ class DecodeService:
             decoder = self.decoder(params.model)
             image = load_image(data, max_pixels=self.limits.pixels)
             file = FileInfo(kind="image", width=image.width, height=image.height)
-            self._check_size(decoder, *result_size(decoder, file))
-            scale = _checked_scale(decoder, params.scale)
+            native = result_size(decoder, file)
+            self._check_size(decoder, *native)
+            target = _target_size(decoder, native, params.scale, size)
 
             def upscale() -> Image:
-                callback = _progress(job, params.stream)
-                large = decoder.upscale(image, options=options, callback=callback).image
-                return large if scale == decoder.scale else _downsampled(large, scale, decoder.scale)
+                large = decoder.upscale(image, options=options, **_callbacks(job, params.stream)).image
+                return large if target is None else _downsampled(large, target)
 
-            return _result(params, upscale)
+            return self._timed_result(job, params, native, upscale)
 
         return self._submit(params, run)
 
@@ -246,14 +284,19 @@ class DecodeService:
                     width=size[0],
                     height=size[1],
                     seed=options.seeds(1)[0],
-                    callback=lambda step, num_steps: job.report(step=step, num_steps=num_steps, phase="text-to-latent"),
+                    callback=lambda step, num_steps: job.report(
+                        step=step,
+                        num_steps=num_steps,
+                        activity=f"generating, step {step} of {num_steps}",
+                        done=step / num_steps / 2,  # how long the decode will take beside it is not known
+                    ),
                 )
                 used = replace(
                     options,
                     prompt=prompt if decoder.reads_text else None,
                     seed=None if decoder.kind == "feed-forward" else options.seed,  # it acted on the pipeline
                 )
-                return decoder.decode(latent, options=used, callback=_progress(job, params.stream)).image
+                return decoder.decode(latent, options=used, **_callbacks(job, params.stream, begin=0.5)).image
 
             return _result(params, generate)
 
@@ -262,6 +305,16 @@ class DecodeService:
     def stop(self, grace: float = 10.0) -> None:
         """Stop the queue: see `JobQueue.stop`."""
         self.queue.stop(grace)
+
+    def _timed_result(
+        self, job: DecodeJob, params: ResultParams, size: tuple[int, int], decode: Callable[[], Image]
+    ) -> Result:
+        """Run a decode with a prediction of its time, and learn from the time it took."""
+        name = params.model or next(iter(self.decoders))
+        job.expected_seconds = self.speeds.predict(name, params, size)
+        result = _result(params, decode)
+        self.speeds.learn(name, params, size, result.seconds)
+        return result
 
     def _submit(self, params: ResultParams, function: JobFunction) -> DecodeJob:
         self.decoder(params.model)  # an unknown name is an error before the job is queued
@@ -358,32 +411,58 @@ def _latent_info(data: bytes) -> FileInfo:
     )
 
 
-def _checked_scale(decoder: PixelDecoder, scale: int | None) -> int:
+def _target_size(
+    decoder: PixelDecoder, native: tuple[int, int], scale: int | None, size: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """Width and height that the result is to be downsampled to; None leaves it as it is.
+
+    Raises:
+        SettingError: It would have to be enlarged or stretched.
+    """
+    if size is not None:
+        (width, height), (native_width, native_height) = size, native
+        fits = width <= native_width and height <= native_height
+        if not fits or abs(width * native_height - height * native_width) > 0.02 * width * native_height:
+            raise SettingError(
+                f"This image becomes {native_width}x{native_height}; size cannot be {width}x{height}, only a smaller "
+                "one of the same shape. Leave it out, or say auto."
+            )
+        return None if size == native else size
     if scale is not None and scale > decoder.scale:
         raise SettingError(
             f"scale is {scale}; this model enlarges {decoder.scale} times, so it must be 1 to {decoder.scale}."
         )
-    return decoder.scale if scale is None else scale
+    if scale in (None, decoder.scale):
+        return None
+    width, height = (max(1, round(side * scale / decoder.scale)) for side in native)
+    return width, height
 
 
-def _downsampled(image: Image, scale: int, native_scale: int) -> Image:
-    """The image at `scale` instead of `native_scale` times the input's size; its metadata says so."""
-    width, height = (max(1, round(side * scale / native_scale)) for side in image.size)
-    small = image.resize((width, height), Resampling.LANCZOS)
+def _downsampled(image: Image, size: tuple[int, int]) -> Image:
+    """The image at a smaller size; its metadata says so."""
+    small = image.resize(size, Resampling.LANCZOS)
     metadata = image.info.get(KEYWORD)
     if metadata:
-        small.info[KEYWORD] = {**metadata, "width": width, "height": height, "downsampled_to_scale": scale}
+        small.info[KEYWORD] = {**metadata, "width": size[0], "height": size[1], "downsampled_from": list(image.size)}
     return small
 
 
-def _progress(job: DecodeJob, previews: bool) -> Callable[[Step], None]:
-    """A step callback that reports the job's progress, with a preview if it is streamed."""
+def _callbacks(job: DecodeJob, previews: bool, begin: float = 0.0) -> dict[str, Any]:
+    """Callbacks of a decode that report the job's progress, with a preview after each step if it is streamed.
 
-    def callback(step: Step) -> None:
-        preview = encode_preview(step.image) if previews else None
-        job.report(step=step.index, num_steps=step.total, phase="decode", preview=preview)
+    Args:
+        job: The job.
+        previews: Whether somebody sees them.
+        begin: Share of the job that was done before.
+    """
 
-    return callback
+    def step_done(step: Step) -> None:
+        job.report(step=step.index, num_steps=step.total, preview=encode_preview(step.image) if previews else None)
+
+    def progress(now: Progress) -> None:
+        job.report(activity=str(now), done=begin + (1 - begin) * now.done)
+
+    return {"callback": step_done, "progress_callback": progress}
 
 
 def _result(params: ResultParams, decode: Callable[[], Image]) -> Result:
@@ -394,7 +473,7 @@ def _result(params: ResultParams, decode: Callable[[], Image]) -> Result:
         warnings.simplefilter("always")
         image = decode()
     metadata = image.info.get(KEYWORD)
-    data = encode_image(image, params.format, metadata=metadata)
+    data = encode_image(image, params.format, metadata=metadata, quality=params.quality)
     messages = dict.fromkeys(
         str(entry.message)
         for entry in caught
