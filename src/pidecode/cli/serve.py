@@ -37,6 +37,8 @@ class ServeOptions:
     host: str
     port: int
     token_file: Path | None
+    allowed_host: tuple[str, ...]
+    cors: tuple[str, ...]
     max_pixels: int
     max_body: int
     queue: int
@@ -124,6 +126,14 @@ def serve_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help=f"File with the token that clients must show; or set {TOKEN_VARIABLE}.",
         ),
         click.option(
+            "--allowed-host", multiple=True, metavar="NAME",
+            help="Name besides localhost that a server without a token answers to, as behind a proxy. Repeatable.",
+        ),
+        click.option(
+            "--cors", multiple=True, metavar="ORIGIN",
+            help="Web site whose scripts may use the server, such as https://example.org. Repeatable.",
+        ),
+        click.option(
             "--max-pixels", type=click.IntRange(min=4096), default=4096 * 4096, show_default=True,
             help="Most pixels of a result.",
         ),
@@ -159,12 +169,13 @@ def _require_packages() -> None:
 def _run(options: ServeOptions, ready: Callable[[str], None]) -> None:
     """Load the models and serve until a signal; `ready` is called with the URL."""
     from pidecode.serve.app import create_app
-    from pidecode.serve.http import bound_socket, check_token, serve
+    from pidecode.serve.http import bound_socket, check_origin, check_token, serve
     from pidecode.serve.schemas import RequestLimits
     from pidecode.serve.service import DecodeService
 
     token = options.token()
     check_token(options.host, token)
+    origins = [check_origin(origin) for origin in options.cors]
     listener = bound_socket(options.host, options.port)  # first: a port in use should not cost loading the models
     with listener:
         limits = RequestLimits(
@@ -175,7 +186,8 @@ def _run(options: ServeOptions, ready: Callable[[str], None]) -> None:
         )
         service = DecodeService(options.decoders(), limits=limits, text_to_latent=options.text_to_latent())
         service.warm_up()
-        serve(create_app(service, token=token), listener, stop=service.stop, ready=ready)
+        app = create_app(service, token=token, hosts=options.allowed_host, origins=origins)
+        serve(app, listener, stop=service.stop, ready=ready)
 
 
 @click.command()

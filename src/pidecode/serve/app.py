@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from importlib.resources import files
@@ -83,13 +83,17 @@ _UPLOAD_ERRORS = (400, *_AUTH_ERRORS, 408, 413, 429, 500)
 _JOB_ERRORS = (*_UPLOAD_ERRORS, 422, 501, 503, 507)
 
 
-def create_app(service: DecodeService, *, token: str | None = None) -> FastAPI:
+def create_app(
+    service: DecodeService, *, token: str | None = None, hosts: Collection[str] = (), origins: Collection[str] = ()
+) -> FastAPI:
     """Create the ASGI application; on shutdown it stops the service's queue.
 
     Args:
         service: The decoders and their queue.
         token: What clients must present. None is for a loopback address only. The page is opened by `/?token=...`
             and then keeps the token as a cookie.
+        hosts: See `AuthMiddleware`.
+        origins: See `AuthMiddleware`.
     """
     stats = ResponseStats()
 
@@ -115,7 +119,12 @@ def create_app(service: DecodeService, *, token: str | None = None) -> FastAPI:
     _add_monitoring(app, service, stats)
     paths = [getattr(route, "path", "") for route in app.routes]
     app.add_middleware(
-        AuthMiddleware, token=token, open_paths=frozenset({"/health"}), most_active=4 * (service.limits.waiting + 8)
+        AuthMiddleware,
+        token=token,
+        open_paths=frozenset({"/health"}),
+        most_active=4 * (service.limits.waiting + 8),
+        hosts=hosts,
+        origins=origins,
     )
     app.add_middleware(MetricsMiddleware, paths=paths, stats=stats)
     return app

@@ -9,7 +9,7 @@ import ipaddress
 import math
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from http.cookies import CookieError, SimpleCookie
 from types import FrameType
 from typing import Any
@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import h11
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -73,6 +73,14 @@ _HEADERS = (
     ),
 )
 
+_CORS_HEADERS = (
+    (b"access-control-allow-methods", b"GET, POST"),
+    (b"access-control-allow-headers", b"Authorization, Content-Type"),
+    (b"access-control-expose-headers", b"X-Pidecode-Seconds, X-Pidecode-Warnings, Retry-After"),
+    (b"access-control-max-age", b"600"),
+    (b"vary", b"Origin"),
+)
+
 # Status and code by class of error; the first match counts.
 _STATUSES: tuple[tuple[type[Exception], int, str], ...] = (
     (BusyError, 429, "busy"),
@@ -98,6 +106,8 @@ class AuthMiddleware:
             reaches the address, which must then be a loopback address.
         open_paths: Paths that need no token.
         most_active: Requests handled at once; further ones with a good token are answered with 503.
+        hosts: Names besides the loopback ones under which a server without a token may be addressed.
+        origins: Web sites whose scripts may use the server (CORS), such as "https://example.org".
     """
 
     def __init__(
@@ -107,7 +117,11 @@ class AuthMiddleware:
         token: str | None = None,
         open_paths: frozenset[str] = frozenset(),
         most_active: int = MAX_CONNECTIONS,
+        hosts: Collection[str] = (),
+        origins: Collection[str] = (),
     ) -> None:
+        self.hosts = LOOPBACK.union(name.lower() for name in hosts)
+        self.origins = frozenset(origin.lower().rstrip("/") for origin in origins)
         self.app = app
         self.token = token
         self.open_paths = open_paths
@@ -122,6 +136,9 @@ class AuthMiddleware:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
 
         started = False
+        cors: list[tuple[bytes, bytes]] = []
+        if headers.get("origin", "").lower() in self.origins:
+            cors = [(b"access-control-allow-origin", headers["origin"].encode("latin-1")), *_CORS_HEADERS]
 
         async def send_with_headers(message: Message) -> None:
             nonlocal started
@@ -129,10 +146,12 @@ class AuthMiddleware:
                 started = True
                 given = {name.lower() for name, _ in message["headers"]}
                 extra = [(name, value) for name, value in _HEADERS if name not in given]
-                message["headers"] = [*message["headers"], *extra]
+                message["headers"] = [*message["headers"], *extra, *cors]
             await send(message)
 
-        response = self._refusal(scope, headers)
+        response: Response | None = self._refusal(scope, headers)
+        if cors and scope["method"] == "OPTIONS":
+            response = Response(status_code=204)
         if response is None and self.active >= self.most_active:
             response = error_response(
                 503, "busy", "The server handles as many requests as it can. Retry later.", retry_after=RETRY_SECONDS
@@ -152,15 +171,25 @@ class AuthMiddleware:
 
     def _refusal(self, scope: Scope, headers: dict[str, str]) -> JSONResponse | None:
         host = headers.get("host", "")
-        if self.token is None and _hostname(host) not in LOOPBACK:
+        if self.token is None and _hostname(host) not in self.hosts:
             return error_response(
-                403, "wrong_host", f"This server answers to localhost only, and was addressed as {host[:80]!r}."
+                403,
+                "wrong_host",
+                f"This server answers to localhost only, and was addressed as {host[:80]!r}. To let it answer to that "
+                "name, start it with --allowed-host NAME, or with a token.",
             )
-        origin = headers.get("origin")
-        foreign = origin is not None and origin.lower() not in (f"http://{host}".lower(), f"https://{host}".lower())
-        if foreign or headers.get("sec-fetch-site") == "cross-site":
+        origin = headers.get("origin", "").lower()
+        if origin in self.origins:
+            pass
+        elif (origin and origin not in (f"http://{host}".lower(), f"https://{host}".lower())) or headers.get(
+            "sec-fetch-site"
+        ) == "cross-site":
             return error_response(
-                403, "wrong_origin", "This server answers its own page and programs, not other web sites."
+                403,
+                "wrong_origin",
+                f"This server answers its own page and programs, not other web sites, and this comes from "
+                f"{origin[:80] or 'another one'!r}. To let that site use it, start it with --cors ORIGIN; behind a "
+                "proxy, let the proxy pass on the Host header.",
             )
         if self.token is None or scope["path"] in self.open_paths:
             return None
@@ -378,6 +407,18 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def check_origin(origin: str) -> str:
+    """The origin, checked.
+
+    Raises:
+        SettingError: It is no scheme and host, such as "https://example.org".
+    """
+    parts = urlsplit(origin)
+    if parts.scheme not in ("http", "https") or not parts.hostname or f"{parts.scheme}://{parts.netloc}" != origin:
+        raise SettingError(f"The origin is {origin[:80]!r}; it must be scheme and host, such as https://example.org.")
+    return origin
 
 
 def check_token(host: str, token: str | None) -> None:

@@ -12,13 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from pidecode.options import DecoderKind
-from pidecode.serve.schemas import (
-    MAX_JSON_INTEGER,
-    MAX_PROMPT_LENGTH,
-    FileFormat,
-    ResultParams,
-    with_decode_options,
-)
+from pidecode.serve.schemas import MAX_JSON_INTEGER, MAX_PROMPT_LENGTH, FileFormat, ResultParams, with_decode_options
 from pidecode.serve.service import Result
 
 MAX_IMAGES = 4
