@@ -24,7 +24,7 @@ from synthetic import KINDS, synthetic_image
 from torch import Tensor
 
 from pidecode.errors import SettingError, TrainingError
-from pidecode.files import atomic_write
+from pidecode.files import atomic_write, writable_folder
 from pidecode.training.noise import LatentNoiseConfig, PerSampleRNG, noise_latent, per_sample, seed_of
 
 SCALE = 4
@@ -142,7 +142,7 @@ def prepare_images(config: TinyDataConfig, cache: Path, seed: int, progress: Cal
     folder = Path(config.source).expanduser()
     if not config.source or not folder.is_dir():
         raise TrainingError(f"There are no images at {config.source!r}; give a folder with --data.")
-    cache.mkdir(parents=True, exist_ok=True)
+    writable_folder(cache)
     categories = read_manifest(folder)
     validation = held_out(categories)
     skipped: dict[str, str] = {}

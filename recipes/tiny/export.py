@@ -17,6 +17,7 @@ from torch import Tensor
 from train import PHASES
 
 from pidecode.errors import PidecodeError, TrainingError
+from pidecode.files import writable_folder
 from pidecode.models.tiny import TinyDecoder, TinyEncoder
 from pidecode.registry.checkpoints import APACHE_2
 from pidecode.training.checkpoint import newest_checkpoint
@@ -71,7 +72,7 @@ def export_weights(run: Path, out: Path, dtype: torch.dtype = torch.float16) -> 
         metadata = CheckpointMetadata(
             kind=kind, config=config, space="flux2", variant="tiny", license=APACHE_2.name, extra=extra
         )
-        out.mkdir(parents=True, exist_ok=True)
+        writable_folder(out)
         write_safetensors(out / file_name, tensors, metadata.to_metadata(), dtype=dtype, overwrite=True)
         written.append(out / file_name)
     if not written:

@@ -9,6 +9,7 @@ The same command resumes after a stop, to the bit. `export.py` writes the weight
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from torch.optim import Optimizer
 from data import CropBatch, CropLoader, TinyDataConfig, prepare_images, quarter, to_signed, validation_images
 from pidecode.devices import select_device
 from pidecode.errors import CheckpointError, PidecodeError, SettingError
-from pidecode.files import atomic_write
+from pidecode.files import FolderLock, atomic_path, atomic_write
 from pidecode.metrics import psnr, sharpness
 from pidecode.models.tiny import TinyDecoder, TinyEncoder
 from pidecode.training.config import EMAConfig, OptimizerConfig, ParallelConfig, RunConfig, apply_settings, describe
@@ -304,8 +305,8 @@ class TinyTask:
             tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
             path = folder / f"{name}.safetensors"
             if self.env.is_first:
-                save_file(tensors, path.with_suffix(".part"))
-                path.with_suffix(".part").replace(path)
+                with atomic_path(path, overwrite=True) as part:
+                    save_file(tensors, part)
         return path
 
     def notes(self) -> Iterator[str]:
@@ -391,9 +392,9 @@ def train_tiny(
 ) -> Path:
     """Both phases in order; resumes what was begun. Returns the exported decoder of the last one."""
     autoencoder = TinyAutoencoder.from_folder(taef2)
-    with report_lost_processes(), init_distributed(ParallelConfig(), device) as env:
+    with report_lost_processes(), init_distributed(ParallelConfig(), device) as env, contextlib.ExitStack() as stack:
         if env.is_first:
-            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FolderLock(out, "training"))
             shapes = {"decoder": recipe.decoder.to_dict(), "encoder": recipe.encoder.to_dict()}
             with atomic_write(out / "models.json", overwrite=True) as file:
                 file.write(json.dumps(shapes, indent=1).encode())

@@ -289,3 +289,9 @@ def test_settings_of_every_kind_are_read() -> None:
 def test_a_network_of_another_space_is_refused() -> None:
     with pytest.raises(SettingError, match=r"reads latents of 16 channels at 1/8"):
         replace(get_recipe("debug_teacher"), space=replace(BLOCK_DCT, channels=4))
+
+
+def test_folders_that_are_not_read_are_named(tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "one.png")
+    (tmp_path / "circle").symlink_to(tmp_path)
+    assert find_images(tmp_path).skipped == {"circle": "links to folders are not followed"}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -19,9 +20,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from pidecode.errors import CheckpointError, SettingError, TrainingError
+from pidecode.errors import CheckpointError, FileError, SettingError, TrainingError
 from pidecode.training.checkpoint import newest_checkpoint
 from pidecode.training.config import EMAConfig, OptimizerConfig, TrainConfig, apply_settings
 from pidecode.training.ema import ema_decay, power_exponent
@@ -182,6 +183,94 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(images: Path, tmp_path: P
     stored = newest_checkpoint(tmp_path / "run" / "checkpoints", said.append)
     assert stored is not None and stored.step == 3
     assert "is damaged and skipped" in said[0]
+
+
+@pytest.mark.parametrize("file", ["tensors.safetensors", "state.json"])
+def test_one_flipped_bit_is_noticed(file: str, images: Path, tmp_path: Path) -> None:
+    recipe = recipe_for("debug_direct", images, *FAST)
+    train(recipe, tmp_path / "run", device=CPU)
+    path = tmp_path / "run" / "checkpoints" / "step-00000006" / file
+    content = bytearray(path.read_bytes())
+    content[-40] ^= 1
+    path.write_bytes(content)
+    said: list[str] = []
+    stored = newest_checkpoint(tmp_path / "run" / "checkpoints", said.append)
+    assert stored is not None and stored.step == 3
+    assert f"{file} has changed since it was written" in said[0]
+
+
+def test_without_a_complete_checkpoint_a_run_does_not_start_again_in_silence(images: Path, tmp_path: Path) -> None:
+    recipe = recipe_for("debug_direct", images, *FAST, "run.steps=1")
+    train(recipe, tmp_path / "run", device=CPU)
+    (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
+    (folder / "SHA256SUMS").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"No checkpoint in .* is complete .*SHA256SUMS.* Restore one from a copy"
+    ):
+        train(recipe, tmp_path / "run", resume=True, device=CPU)
+
+
+def test_a_checkpoint_that_lacks_a_key_is_refused_with_a_sentence(images: Path, tmp_path: Path) -> None:
+    recipe = recipe_for("debug_direct", images, *FAST, "run.steps=1")
+    train(recipe, tmp_path / "run", device=CPU)
+    stored = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert stored is not None
+    (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
+
+    def resume_with(tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        save_file(tensors, folder / "tensors.safetensors")
+        (folder / "state.json").write_text(json.dumps(state))
+        names = ("tensors.safetensors", "state.json")
+        sums = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
+        (folder / "SHA256SUMS").write_text("".join(sums))
+        train(recipe, tmp_path / "run", resume=True, device=CPU)
+
+    state = json.loads((folder / "state.json").read_text())
+    with pytest.raises(CheckpointError, match="does not hold the number of steps"):
+        resume_with(stored.tensors, {"format": 1})
+    for key in ("rng.cpu", next(key for key in stored.tensors if key.startswith("weights."))):
+        with pytest.raises(CheckpointError, match=r"lacks the tensor rng\.cpu|is of another network or method"):
+            resume_with({name: value for name, value in stored.tensors.items() if name != key}, state)
+    odd = {"optimizer.net.nowhere/exp_avg": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match=r"optimizer state of net\.nowhere"):
+        resume_with(stored.tensors | odd, state)
+
+
+def test_two_runs_in_one_folder_do_not_both_write(images: Path, tmp_path: Path) -> None:
+    recipe = recipe_for("debug_direct", images, *FAST, "run.steps=2")
+    refused: list[str] = []
+
+    def start_another(text: str) -> None:
+        if text.startswith("step 1/"):
+            before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*"))
+            with pytest.raises(FileError, match=r"is in use by a training: process \d+ on ") as info:
+                train(recipe, tmp_path / "run", resume=True, device=CPU)
+            refused.append(str(info.value))
+            assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*")) == before
+
+    train(recipe, tmp_path / "run", device=CPU, progress=start_another)
+    assert len(refused) == 1
+    assert not list((tmp_path / "run").glob("*.lock"))
+
+
+def test_a_place_that_cannot_be_written_is_noticed_before_a_network_is_built(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("pidecode.training.tasks.build_task", None)
+    for place in (tmp_path / "file" / "run", tmp_path / ("x" * 300)):
+        with pytest.raises(FileError, match="cannot be created"):
+            train(recipe_for("debug_direct", images), place, device=CPU)
+
+
+@pytest.mark.parametrize("source", ["x" * 300, "a\0b", "~nosuchuser/images"])
+def test_a_source_that_is_no_path_is_refused_with_a_sentence(source: str, images: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"cannot be read|There are no images at"):
+        train(replace_source(recipe_for("debug_direct", images), source), tmp_path / "run", device=CPU)
+
+
+def replace_source(recipe: TrainConfig, source: str) -> TrainConfig:
+    return replace(recipe, data=replace(recipe.data, source=source))
 
 
 def test_a_folder_with_a_run_is_not_overwritten_and_another_recipe_is_refused(images: Path, tmp_path: Path) -> None:

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: everything a run needs to resume exactly, in safetensors and JSON, written completely or not at all.
 
-`checkpoints/step-00000100/` holds `tensors.safetensors` and `state.json`. It is written under a temporary name and then
-renamed, so a run killed at any moment finds the last complete one. Sharded tensors are gathered, so a run may resume
-with another number of processes.
+`checkpoints/step-00000100/` holds `tensors.safetensors`, `state.json` and `SHA256SUMS`, which `sha256sum -c` reads too.
+It is written under a temporary name and then renamed, so a run killed at any moment finds the last complete one.
+Sharded tensors are gathered, so a run may resume with another number of processes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import re
 import shutil
@@ -22,8 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pidecode.errors import CheckpointError, TrainingError
-from pidecode.files import atomic_folder
+from pidecode.errors import CheckpointError, FileError, TrainingError
+from pidecode.files import atomic_folder, remove_folder, writable_folder
 from pidecode.strict_json import parse_json
 from pidecode.training.distributed import DistEnv, barrier, copy_full_, full_tensor, unwrap
 from pidecode.training.ema import ExponentialMovingAverage
@@ -31,7 +33,7 @@ from pidecode.units import format_bytes
 from pidecode.weights.safetensors import read_safetensors
 
 _NAME = re.compile(r"step-(\d{8})")
-_TENSORS, _STATE = "tensors.safetensors", "state.json"
+_TENSORS, _STATE, _CHECKSUMS = "tensors.safetensors", "state.json", "SHA256SUMS"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +90,13 @@ def save_checkpoint(
         tensors |= _rng_states(state.device)
         _write(folder, step, tensors, {"format": 1, "step": step, **metadata})
         for old in _found(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            with contextlib.suppress(OSError):  # the new one is complete; an old one too many is no reason to stop
+                remove_folder(old)
     barrier(env)
 
 
 def _write(folder: Path, step: int, tensors: dict[str, Tensor], state: Mapping[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    writable_folder(folder)
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -105,11 +108,29 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], state: Mapping[s
         with atomic_folder(folder / f"step-{step:08d}") as part:
             save_file(tensors, part / _TENSORS)
             (part / _STATE).write_text(json.dumps(state, indent=1, default=str), encoding="utf-8")
+            digests = "".join(f"{_sha256(part / name)}  {name}\n" for name in (_TENSORS, _STATE))
+            (part / _CHECKSUMS).write_text(digests, encoding="ascii")
     except (OSError, SafetensorError) as fault:
         raise TrainingError(
             f"The checkpoint of step {step} could not be written to {folder}: {fault}. Earlier checkpoints are "
             "complete; free or repair the disk, then start again with --resume."
         ) from fault
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _verify(path: Path) -> None:
+    """Raise FileError unless the files of a checkpoint are what was written."""
+    digests: dict[str, str] = {}
+    for line in (path / _CHECKSUMS).read_text(encoding="ascii", errors="replace").splitlines():
+        digest, _, name = line.partition("  ")
+        digests[name] = digest
+    for name in (_TENSORS, _STATE):
+        if digests.get(name) != _sha256(path / name):
+            raise FileError(f"{name} has changed since it was written: its SHA-256 is not the one in {_CHECKSUMS}")
 
 
 def _found(folder: Path) -> list[Path]:
@@ -128,14 +149,31 @@ class StoredCheckpoint:
 
 
 def newest_checkpoint(folder: Path, progress: Callable[[str], None] | None = None) -> StoredCheckpoint | None:
-    """The newest complete checkpoint, or None; damaged ones are skipped and named to `progress`."""
+    """The newest complete checkpoint; damaged ones are skipped and named to `progress`.
+
+    Returns:
+        The checkpoint, or None if there is none at all.
+
+    Raises:
+        CheckpointError: There are checkpoints and all of them are damaged.
+    """
+    reason = ""
     for path in reversed(_found(folder)):
         try:
+            _verify(path)
             metadata = parse_json((path / _STATE).read_bytes())
-            return StoredCheckpoint(path, int(metadata["step"]), read_safetensors(path / _TENSORS)[1], metadata)
-        except (OSError, ValueError, KeyError, TypeError, CheckpointError) as fault:
+            if not isinstance(metadata, dict) or not isinstance(metadata.get("step"), int):
+                raise FileError(f"{_STATE} does not hold the number of steps")
+            return StoredCheckpoint(path, metadata["step"], read_safetensors(path / _TENSORS)[1], metadata)
+        except (OSError, ValueError, FileError) as fault:
+            reason = f"{path} is damaged and skipped: {fault}"
             if progress is not None:
-                progress(f"{path} is damaged and skipped: {fault}")
+                progress(reason)
+    if reason:
+        raise CheckpointError(
+            f"No checkpoint in {folder} is complete ({reason}). Restore one from a copy, or start again in another "
+            "folder."
+        )
     return None
 
 
@@ -153,6 +191,8 @@ def restore(stored: StoredCheckpoint, state: TrainState) -> None:
             f"{stored.path} is of another network or method ({', '.join(odd) or 'shapes differ'}); "
             "resume with the configuration it was made with, or choose another folder."
         )
+    if "rng.cpu" not in stored.tensors:
+        raise CheckpointError(f"{stored.path} lacks the tensor rng.cpu; move it away to resume from an earlier one.")
     for name, value in wanted.items():
         copy_full_(value, stored.tensors[name])
     _restore_optimizers(stored, state)
@@ -167,6 +207,11 @@ def _restore_optimizers(stored: StoredCheckpoint, state: TrainState) -> None:
         prefix = f"optimizer.{name}."
         for full_key in [key for key in stored.tensors if key.startswith(prefix)]:
             key, _, moment = full_key.removeprefix(prefix).rpartition("/")
+            if key not in parameters:
+                raise CheckpointError(
+                    f"{stored.path} has an optimizer state of {name}.{key}, which this run does not train; resume with "
+                    "the configuration it was made with."
+                )
             parameter, value = parameters[key], stored.tensors[full_key]
             if moment == "step":
                 optimizer.state[parameter][moment] = value.clone()

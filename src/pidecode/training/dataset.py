@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -88,12 +89,15 @@ def find_images(source: str | Path) -> ImageDataset:
     Raises:
         TrainingError: There is no readable image.
     """
-    root = Path(source).expanduser()
-    if not str(source) or not root.exists():
-        raise TrainingError(f"There are no images at {str(source)!r}; set data.source to a folder or a .tar shard.")
-    files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
-    entries: list[ImageEntry] = []
     skipped: dict[str, str] = {}
+    try:
+        root = Path(source).expanduser()
+        if not str(source) or not root.exists():
+            raise TrainingError(f"There are no images at {str(source)!r}; set data.source to a folder or a .tar shard.")
+        files = [root] if root.is_file() else sorted(_walk(root, skipped))
+    except (OSError, ValueError, RuntimeError) as fault:  # a name too long, a null byte, ~ of an unknown user
+        raise TrainingError(f"data.source={str(source)[:200]!r} cannot be read: {fault}.") from fault
+    entries: list[ImageEntry] = []
     base = root.parent if root.is_file() else root
     present = set(files)
     for path in files:
@@ -116,6 +120,21 @@ def find_images(source: str | Path) -> ImageDataset:
         )
         raise TrainingError(f"{root} holds no readable image.{why}")
     return ImageDataset(tuple(entries), skipped)
+
+
+def _walk(root: Path, skipped: dict[str, str]) -> Iterator[Path]:
+    """Files below a folder; folders that cannot be read, or are links and could lead in a circle, are skipped."""
+
+    def unreadable(fault: OSError) -> None:
+        if Path(fault.filename) == root:
+            raise fault
+        skipped[Path(fault.filename).relative_to(root).as_posix()] = f"the folder cannot be read: {fault.strerror}"
+
+    for folder, names, files in os.walk(root, onerror=unreadable):
+        for path in (Path(folder, name) for name in names):
+            if path.is_symlink():
+                skipped[path.relative_to(root).as_posix()] = "links to folders are not followed"
+        yield from (path for path in (Path(folder, name) for name in files) if path.is_file())
 
 
 def _in_shard(path: Path, name: str, skipped: dict[str, str]) -> Iterator[tuple[str, FileSlice, FileSlice | None]]:

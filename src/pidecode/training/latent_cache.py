@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pidecode.errors import FileError, TrainingError
-from pidecode.files import atomic_write
+from pidecode.files import atomic_write, writable_folder
 from pidecode.strict_json import JSONError, parse_json
 from pidecode.weights.safetensors import read_header, read_safetensors
 
@@ -35,7 +35,7 @@ class LatentShards:
 
     def __init__(self, folder: str | Path, identity: str, *, per_shard: int = PER_SHARD) -> None:
         self._folder, self._identity, self._per_shard = Path(folder).expanduser(), identity, per_shard
-        self._folder.mkdir(parents=True, exist_ok=True)
+        writable_folder(self._folder)
         self._places: dict[str, Path] = {}
         self._waiting: dict[str, Tensor] = {}
         self._lock = threading.Lock()

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from pidecode.errors import FileError, SettingError, TrainingError
-from pidecode.files import atomic_write
+from pidecode.files import atomic_write, writable_folder
 from pidecode.images.tensors import to_pil
 from pidecode.models.pid.adapter import ResidualBlock
 from pidecode.models.pid.blocks import PatchBlock, PixelBlock
@@ -89,7 +89,9 @@ def train(
     Raises:
         TrainingError: The run must stop: no data, NaN, a full disk, a lost process. What was saved is complete.
         SettingError: `folder` holds a run and `resume` is not set, or the settings do not fit the processes.
+        FileError: `folder` cannot be written to, or another run is writing into it.
     """
+    writable_folder(folder)  # before the networks are built
     with report_lost_processes(), init_distributed(config.parallel, device) as env:
         images = find_images(config.data.source)
         task = build_task(config, env)
@@ -382,6 +384,6 @@ def image_grid(rows: Sequence[tuple[Tensor | None, Tensor, Tensor]]) -> Tensor:
 
 def save_grid(path: Path, rows: Sequence[tuple[Tensor | None, Tensor, Tensor]]) -> None:
     """Write `image_grid` as PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    writable_folder(path.parent)
     with atomic_write(path, overwrite=True) as file:
         to_pil(image_grid(rows)).save(file, format="PNG")

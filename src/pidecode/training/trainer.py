@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from pidecode.errors import SettingError, TrainingError
-from pidecode.files import remove_partial
+from pidecode.files import FolderLock, atomic_write, remove_partial, writable_folder
 from pidecode.training.checkpoint import TrainState, newest_checkpoint, restore, save_checkpoint
 from pidecode.training.config import EMAConfig, OptimizerConfig, RunConfig, describe
 from pidecode.training.distributed import (
@@ -122,9 +123,12 @@ class Trainer:
         resume: Continue from the newest checkpoint in `folder`; without one, start.
         progress: Called with a line of text now and then, in the first process only.
 
+    The folder is locked until `run` ends or the trainer is gone: two runs in one folder would mix their checkpoints.
+
     Raises:
         SettingError: `folder` holds a run and `resume` is not set.
-        CheckpointError: The checkpoint belongs to other modules.
+        FileError: `folder` cannot be written to, or another run is writing into it.
+        CheckpointError: The checkpoint belongs to other modules, or all checkpoints are damaged.
     """
 
     def __init__(
@@ -149,7 +153,19 @@ class Trainer:
         self._saved_step = -1
         self._saved_at = time.monotonic()
         self._checkpoints = self.folder / "checkpoints"
-        progress = progress if env.is_first else None
+        self._release: Callable[[], object] = lambda: None
+        try:
+            self._begin(config, resume=resume, progress=progress if env.is_first else None)
+        except BaseException:
+            self._release()
+            raise
+
+    def _begin(self, config: LoopConfig, *, resume: bool, progress: ProgressFn | None) -> None:
+        """Lock the folder, read the checkpoint and report what is to be trained."""
+        task, loader, env = self.task, self.loader, self.env
+        if env.is_first:
+            lock = FolderLock(self.folder, "training")
+            self._release = weakref.finalize(self, lock.release)
         stored = newest_checkpoint(self._checkpoints, progress) if resume else None
         if not resume and any(self._checkpoints.glob("step-*")):
             raise SettingError(
@@ -157,15 +173,16 @@ class Trainer:
             )
         self.state = train_state(task, config.ema, env.device)
         if env.is_first:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            writable_folder(self._checkpoints)
             remove_partial(self._checkpoints)
             text = "".join(f"{name} = {value!r}\n" for name, value, _ in describe(config))
-            (self.folder / "config.txt").write_text(text, encoding="utf-8")
+            with atomic_write(self.folder / "config.txt", overwrite=True) as file:
+                file.write(text.encode())
         barrier(env)
         if stored is not None:
             self.step = self._saved_step = stored.step
         log_folder = self.folder if env.is_first else self.folder / f"process-{env.rank}"
-        log_folder.mkdir(parents=True, exist_ok=True)
+        writable_folder(log_folder)
         trackers = config.run.trackers if env.is_first else ()
         self.logger = MetricLogger(log_folder, trackers, config.run.steps, self.step, progress)
         if stored is not None:
@@ -199,6 +216,7 @@ class Trainer:
         finally:
             self.loader.close()
             self.logger.close()
+            self._release()
         return exported
 
     def _train_step(self) -> None:

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Durable writes, checks of a destination, and folder locks that outlive a killed owner."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pidecode import files
+from pidecode.errors import FileError
+from pidecode.files import FolderLock, atomic_folder, atomic_path, atomic_write, check_writable, writable_folder
+
+POSIX = pytest.mark.skipif(os.name == "nt", reason="permissions and process numbers of POSIX")
+
+
+@pytest.fixture
+def read_only() -> Iterator[Path]:
+    """A folder nobody may write into, seen without the rights of root."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, user = Path(name, "folder"), os.geteuid()
+        folder.mkdir()
+        (folder / "old").write_text("old")
+        folder.chmod(0o555)
+        Path(name).chmod(0o755)
+        try:
+            if user == 0:
+                os.seteuid(65534)
+            yield folder
+        finally:
+            os.seteuid(user)
+            folder.chmod(0o755)
+
+
+def test_a_file_and_its_folder_are_synced_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, seen = tmp_path / "file", []
+
+    def fsync(handle: int) -> None:
+        seen.append(("folder" if os.path.isdir(f"/proc/self/fd/{handle}") else "file", target.exists()))
+
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("needs /proc")
+    monkeypatch.setattr("os.fsync", fsync)
+    with atomic_write(target) as file:
+        file.write(b"content")
+    assert seen == [("file", False), ("folder", True)]
+    seen.clear()
+    with atomic_folder(tmp_path / "folder") as part:
+        (part / "inner").mkdir()
+        (part / "inner" / "file").write_text("content")
+    assert sorted(kind for kind, _ in seen[:-1]) == ["file", "folder", "folder"] and seen[-1][0] == "folder"
+
+
+@POSIX
+def test_a_read_only_folder_is_noticed_before_the_work(read_only: Path) -> None:
+    for path, overwrite in (("new", False), ("old", True)):
+        with pytest.raises(FileError, match=r"cannot be written to: Permission denied\. Choose another one"):
+            check_writable(read_only / path, overwrite=overwrite)
+    with pytest.raises(FileError, match="cannot be written to"):
+        writable_folder(read_only)
+    with pytest.raises(FileError, match=r"cannot be created: Permission denied"):
+        writable_folder(read_only / "a" / "b")
+    assert [path.name for path in read_only.iterdir()] == ["old"]
+
+
+def test_the_first_error_is_not_hidden_by_cleaning_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unlink(self: Path, missing_ok: bool = False) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with pytest.raises(ValueError, match="the work failed"), atomic_path(tmp_path / "file"):
+        raise ValueError("the work failed")
+
+
+@POSIX
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "\N{PILE OF POO}" * 64 + ".png", "loop", "\udcff.png"])
+def test_odd_names_are_written_or_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    if name in ("\udcff.png",):
+        with atomic_write(tmp_path / name):
+            pass
+        assert (tmp_path / name).exists()
+        return
+    with pytest.raises(FileError):
+        check_writable(tmp_path / name)
+    with pytest.raises(FileError), atomic_write(tmp_path / name):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["loop"]
+
+
+def test_a_long_name_that_fits_is_written(tmp_path: Path) -> None:
+    name = "\N{PILE OF POO}" * 62 + ".png"  # 252 bytes, so that a longer temporary name would not fit
+    with atomic_write(tmp_path / name) as file:
+        file.write(b"content")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_file_in_place_of_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match="is a file; give the name of a folder"):
+        writable_folder(tmp_path / "file")
+    with pytest.raises(FileError, match="cannot be created"):
+        writable_folder(tmp_path / "file" / "below")
+
+
+def test_a_lock_is_one_owner_s_and_ends_with_its_release(tmp_path: Path) -> None:
+    with (
+        FolderLock(tmp_path / "run", "training"),
+        pytest.raises(FileError, match=rf"is in use by a training: process {os.getpid()} on .* Wait until it ends"),
+    ):
+        FolderLock(tmp_path / "run", "batch")
+    assert list((tmp_path / "run").iterdir()) == []
+    FolderLock(tmp_path / "run", "batch").release()
+
+
+HOLD = """
+import sys, time
+from pidecode.files import FolderLock
+FolderLock(sys.argv[1], "training")
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@POSIX
+def test_a_lock_holds_between_processes_and_not_after_kill_9(tmp_path: Path) -> None:
+    owner = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert owner.stdout is not None and owner.stdout.readline() == "held\n"
+        with pytest.raises(FileError, match=f"is in use by a training: process {owner.pid} on "):
+            FolderLock(tmp_path, "training")
+    finally:
+        owner.send_signal(signal.SIGKILL)
+        owner.wait()
+        owner.stdout.close()
+    assert (tmp_path / files.LOCK_NAME).exists()
+    FolderLock(tmp_path, "training").release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def left_lock(folder: Path, seconds_ago: float, **changed: Any) -> None:
+    """The lock that another process left."""
+    lock = FolderLock(folder, "training")
+    content = json.loads(lock.path.read_bytes())
+    lock.release()
+    lock.path.write_text(json.dumps({**content, "key": "other", **changed}))
+    then = lock.path.stat().st_mtime - seconds_ago
+    os.utime(lock.path, (then, then))
+
+
+def test_the_lock_of_another_machine_counts_while_it_is_refreshed(tmp_path: Path) -> None:
+    left_lock(tmp_path, files.LOCK_EXPIRY / 2, machine="another")
+    with pytest.raises(FileError, match=r"seen 60 s ago"):
+        FolderLock(tmp_path, "training")
+    left_lock_path = tmp_path / files.LOCK_NAME
+    left_lock_path.unlink()
+    left_lock(tmp_path, files.LOCK_EXPIRY + 1, machine="another")
+    FolderLock(tmp_path, "training").release()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="process start times of Linux")
+def test_another_process_of_the_same_number_is_no_owner(tmp_path: Path) -> None:
+    left_lock(tmp_path, 0, began="1")
+    FolderLock(tmp_path, "training").release()
+
+
+def test_a_lock_is_refreshed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "LOCK_REFRESH", 0.01)
+    with FolderLock(tmp_path, "training") as lock:
+        os.utime(lock.path, (0, 0))
+        for _ in range(500):
+            if lock.path.stat().st_mtime > 0:
+                break
+            lock._released.wait(0.01)
+        assert lock.path.stat().st_mtime > 0
+
+
+def test_a_lock_full_of_rubbish_is_another_s_until_it_expires(tmp_path: Path) -> None:
+    path = tmp_path / files.LOCK_NAME
+    path.write_bytes(b"\xff[" * 1000)
+    with pytest.raises(FileError, match="is in use by a process"):
+        FolderLock(tmp_path, "training")
+    os.utime(path, (0, 0))
+    FolderLock(tmp_path, "training").release()
