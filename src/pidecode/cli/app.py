@@ -96,7 +96,7 @@ class Commands(click.Group):
                 warnings.showwarning = _warning_shower(ctx)
                 return super().invoke(ctx)
         except click.ClickException as error:
-            error.message = printable(error.message)
+            error.message = printable(error.message)  # type: ignore[misc]
             raise
         except click.exceptions.Exit:
             raise

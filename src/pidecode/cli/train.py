@@ -78,11 +78,11 @@ def train(
     if flags["export_only"]:
         from pidecode.training.tasks import export
 
-        echo(export(config, out))
+        echo(str(export(config, out)))
         return
     from pidecode.training.tasks import train as run
 
-    echo(run(config, out, resume=flags["resume"], progress=_ProgressLine()))
+    echo(str(run(config, out, resume=flags["resume"], progress=_ProgressLine())))
 
 
 def _config(name: str, space: str | None, data: str | None, settings: tuple[str, ...]) -> TrainConfig:

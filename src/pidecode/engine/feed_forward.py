@@ -152,7 +152,8 @@ class FeedForwardRunner:
 
     def __init__(self, net: TinyDecoder, plan: FeedForwardPlan | None = None) -> None:
         # Channels last, so that convolutions on a CPU need not reorder their inputs.
-        self.net, self.plan = net.to(memory_format=torch.channels_last), plan  # type: ignore[call-overload]
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.net, self.plan = net, plan
 
     def plan_for(self, size: tuple[int, int], batch: int) -> FeedForwardPlan:
         """How width x height pixels are decoded here, with the memory that is predicted for it."""
