@@ -48,6 +48,7 @@ from pidecode.serve.schemas import (
     UpscaleParams,
 )
 from pidecode.serve.service import DecodeService, Result
+from pidecode.strict_json import JSONError, parse_json
 from pidecode.units import parse_size
 from pidecode.version import __version__
 
@@ -460,7 +461,9 @@ def _stored_result(service: DecodeService, name: str) -> Result:
 def _validated(model: type[openai.RequestT], data: bytes | dict[str, str]) -> openai.RequestT:
     """A body of JSON, or the fields of a form, as `model`; HTTP error 400 if it does not fit."""
     try:
-        return model.model_validate_json(data) if isinstance(data, bytes) else model.model_validate(data)
+        return model.model_validate(parse_json(data) if isinstance(data, bytes) else data)
+    except JSONError as error:
+        raise HTTPException(400, f"The body is not JSON that is accepted: {error}.") from None
     except ValidationError as error:
         messages = [
             f"{'.'.join(str(part) for part in entry['loc']) or 'body'}: {entry['msg']}" for entry in error.errors()
