@@ -32,8 +32,9 @@ _WEAK_VARIANCE = 3e-4
 class Fidelity:
     """How near an image, reduced to its reference's size, stays to that reference.
 
-    psnr: in decibels, over all channels; infinite for equal images.
-    shift: mean difference of red, green and blue in levels of 255; positive where the image is brighter.
+    Attributes:
+        psnr: In decibels, over all channels; infinite for equal images.
+        shift: Mean difference of red, green and blue in levels of 255; positive where the image is brighter.
     """
 
     psnr: float

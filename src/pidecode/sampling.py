@@ -121,7 +121,8 @@ class WorkTracker:
 def student_times(num_steps: int) -> tuple[float, ...]:
     """Times at which a `num_steps`-step student runs, ending in 0 (docs/architecture.md, Schedule and sampling).
 
-    Raises SettingError beyond 1 to 4 steps: the list has four distinct entries, more would repeat them.
+    Raises:
+        SettingError: Beyond 1 to 4 steps: the list has four distinct entries, more would repeat them.
     """
     longest = len(STUDENT_TIMES) - 1
     if not 1 <= num_steps <= longest:
@@ -206,7 +207,9 @@ def sample_student(
     """Run a distilled decoder; returns the image `[B, 3, H, W]`, unclamped.
 
     `draw()` gives the starting noise, then ("sde" only) one fresh noise after each step but the last.
-    Raises SettingError for num_steps or a sampler that do not exist.
+
+    Raises:
+        SettingError: There is no such sampler or number of steps.
     """
     if sampler not in ("sde", "ode"):
         raise SettingError(f"The sampler is {sampler!r}; a student runs as 'sde' or 'ode'.")

@@ -44,11 +44,12 @@ def _asset(name: str) -> str:
 
 
 def prompt_length(n_instruction: int, model_max_length: int = 300) -> int:
-    """Tokens that instruction and prompt together are cut or padded to.
+    """Tokens that instruction (0 for none, else counted with its BOS) and prompt together are cut or padded to.
 
-    n_instruction: tokens of the instruction alone, its BOS included; 0 for no instruction.
-    model_max_length: rows the network takes.
     The two missing ones: BOS is counted in both, and the instruction's last space joins the prompt's first word.
+
+    Raises:
+        SettingError: The instruction's length is negative, or the network takes no rows.
     """
     if n_instruction < 0 or model_max_length < 1:
         raise SettingError(f"{n_instruction} instruction tokens and {model_max_length} rows cannot make a prompt.")
@@ -58,7 +59,8 @@ def prompt_length(n_instruction: int, model_max_length: int = 300) -> int:
 def select_positions(n_instruction: int, model_max_length: int = 300) -> list[int]:
     """Positions of the padded prompt whose states are kept: the first (BOS) and the last `model_max_length - 1`.
 
-    Raises SettingError for a negative instruction length or no rows at all.
+    Raises:
+        SettingError: As `prompt_length`.
     """
     total = prompt_length(n_instruction, model_max_length)
     return [0, *range(total - model_max_length + 1, total)]
@@ -118,11 +120,12 @@ def _fingerprint(folder: Path) -> str:
 class TextEncoder:
     """Gemma-2 as the networks' text encoder (docs/architecture.md, Text), loaded when first needed.
 
-    options: which model, and how it is run.
-    device: where it runs; results are returned there.
-    states: cache on disk; a prompt found in it needs no model. None computes every time.
-
     Nothing is downloaded here: `pidecode pull` does that, after showing the license.
+
+    Args:
+        options: Which model, and how it is run.
+        device: Where it runs; results are returned there.
+        states: Cache on disk; a prompt found in it needs no model. None computes every time.
     """
 
     def __init__(
@@ -154,10 +157,12 @@ class TextEncoder:
     def encode(self, prompts: str | Sequence[str]) -> Tensor:
         """States `[batch, length, width]` of one prompt or several, in the encoder's number format.
 
-        The empty prompt is a prompt like any other. Each prompt is run alone, so that its states do not
-        depend on its neighbors.
-        Raises SettingError for anything but text, DownloadError when the model is not on this machine,
-        MissingDependencyError without transformers.
+        The empty prompt is one like any other. Each is run alone, so that its states do not depend on its neighbors.
+
+        Raises:
+            SettingError: It is not text.
+            DownloadError: The model is not on this machine.
+            MissingDependencyError: transformers is not installed.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(prompts, Sequence) or not all(isinstance(prompt, str) for prompt in prompts):
@@ -266,7 +271,10 @@ def load_prompt_embeds(source: Tensor | str | Path, *, length: int = 300, width:
     """Ready-made prompt states as `[batch, length, width]`, from a tensor of that shape or of one prompt, or a file.
 
     A file is .safetensors: one written by `PromptEmbedsCache.export_to`, or any with a single such tensor.
-    Raises SettingError when the shape or the values do not fit, FileError when the file cannot be read.
+
+    Raises:
+        SettingError: The shape or the values do not fit.
+        FileError: The file cannot be read.
     """
     states = source if isinstance(source, Tensor) else torch.stack([entry.states for entry in _read_entries(source)])
     states = states[None] if states.ndim == 2 else states.flatten(0, 1) if states.ndim == 4 else states
@@ -310,7 +318,7 @@ class PromptEmbedsCache:
         return entry.states if (entry.prompt, entry.identity) == (prompt, identity) else None
 
     def put(self, prompt: str, identity: Mapping[str, Any], states: Tensor) -> Path:
-        """Keep states `[length, width]`. Raises FileError when the folder cannot be written."""
+        """Keep states `[length, width]`; a FileError says that the folder cannot be written."""
         path = self._path(prompt, identity)
         _write_entries(path, [_Entry(states, prompt, dict(identity))])
         return path
@@ -318,7 +326,9 @@ class PromptEmbedsCache:
     def export_to(self, path: str | Path, prompts: Sequence[str] | None = None) -> int:
         """Write the entries of these prompts (all, if None) to one file and return how many there were.
 
-        Raises SettingError when a prompt is not in the cache, FileError when the file exists or cannot be written.
+        Raises:
+            SettingError: A prompt is not in the cache.
+            FileError: The file exists or cannot be written.
         """
         path = Path(path)
         if path.exists():
@@ -337,7 +347,8 @@ class PromptEmbedsCache:
     def import_from(self, path: str | Path) -> int:
         """Take over the entries of an exported file and return how many there were.
 
-        Raises FileError when the file is damaged or was not written by `export_to`.
+        Raises:
+            FileError: The file is damaged or was not written by `export_to`.
         """
         entries = _read_entries(path)
         for entry in entries:

@@ -188,8 +188,7 @@ class _TilePasses:
     def run(self, block: Any | None, attended_BLA: Tensor | None, following: Any | None) -> Tensor | None:
         """Update every tile with `block`, then compress it for the `following` block or write it to the prediction.
 
-        Rerotation_LH:
-            Compressed patches `[B, L, A]` for the following block, or None.
+        Returns the compressed patches `[B, L, A]` for the following block, or None.
         """
         image, B, L = self.image, *self.tokens.shape[:2]
         # Accumulated over groups of pixels, hence in float32.

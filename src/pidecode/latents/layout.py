@@ -21,8 +21,8 @@ from pidecode.registry.spaces import LatentSpace
 class LatentStatistics:
     """Mean and variance of raw latents, from the encoder's weights.
 
-    flux2: running statistics of the autoencoder's batch norm, each `[128]`.
-    dinov2: statistics of RAE (https://arxiv.org/abs/2510.11690), each `[768, 32, 32]`.
+    For flux2 the running statistics of the autoencoder's batch norm, each `[128]`; for dinov2 those of RAE
+    (https://arxiv.org/abs/2510.11690), each `[768, 32, 32]`.
     """
 
     mean: Tensor

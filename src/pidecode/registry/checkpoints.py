@@ -129,8 +129,10 @@ class Checkpoint:
 class EncoderFile:
     """What turns an image into latents of one space: the file in the official repository, and its kin.
 
-    `path` is a file, or a folder where it ends in "/". `source` is the public model the encoder is,
-    and `statistics` the (repository, path) of normalization statistics that lie elsewhere.
+    Attributes:
+        path: A file, or a folder where it ends in "/".
+        source: The public model the encoder is.
+        statistics: The (repository, path) of normalization statistics that lie elsewhere.
     """
 
     space: str
@@ -298,8 +300,10 @@ def variants(space: str, *kinds: NetworkKind) -> tuple[str, ...]:
 def get_checkpoint(space: str, variant: str | None = None, kind: NetworkKind | None = None) -> Checkpoint:
     """The released file for a space (name or alias, or "pixeldit" or "tiny"); without a variant, its default.
 
-    Without a kind it is a student or feed-forward decoder ("backbone" for "pixeldit"). Raises SettingError, saying
-    what there is.
+    Without a kind it is a student or feed-forward decoder ("backbone" for "pixeldit").
+
+    Raises:
+        SettingError: There is none; the message says what there is.
     """
     if space == "tiny":
         space, variant = "flux2", "tiny" if variant is None else variant
@@ -366,7 +370,8 @@ def output_size(space: str, latent_height: int, latent_width: int) -> PixelSize:
 def latent_grid(space: str, height: int, width: int) -> PixelSize:
     """Rows and columns of the latent whose output is `height` x `width` pixels.
 
-    Raises SizeError, naming the nearest sizes there are, if there is none.
+    Raises:
+        SizeError: There is none; the message names the nearest sizes there are.
     """
     check_output_size(space, height, width)
     factor = get_space(space).pixels_per_cell
@@ -381,10 +386,13 @@ def input_size(space: str, height: int, width: int) -> PixelSize:
 
 
 def check_output_size(space: str, height: int, width: int) -> None:
-    """Raise SizeError unless a latent of `space` can become exactly `height` x `width` pixels.
+    """Check that a latent of `space` can become exactly `height` x `width` pixels.
 
     Spaces with a fixed input have one output size; for the others both sides are multiples of
     `input_multiple * scale` pixels (64).
+
+    Raises:
+        SizeError: It cannot.
     """
     row = get_space(space)
     if row.fixed_input is not None:

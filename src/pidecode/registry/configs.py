@@ -40,7 +40,8 @@ class PiDConfig:
     Sizes are in channels, tokens or pixels. `text_dim=0` builds a network without a text stream;
     `latent_channels=0` one without an adapter (the bare text-to-image backbone).
 
-    Raises SettingError, naming the field, when the values do not fit together.
+    Raises:
+        SettingError: The values do not fit together; the message names the field.
     """
 
     hidden_size: int = 1536

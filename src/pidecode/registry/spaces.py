@@ -258,8 +258,9 @@ def get_image_model(name: str) -> ImageModel:
 class GenerationDefaults:
     """How `pidecode generate` calls one image model.
 
-    repository: hub repository of the diffusers pipeline.
-    arguments: of the pipeline's call, beside prompt, size, steps and generator.
+    Attributes:
+        repository: Hub repository of the diffusers pipeline.
+        arguments: Of the pipeline's call, beside prompt, size, steps and generator.
     """
 
     repository: str
@@ -295,7 +296,8 @@ assert set(GENERATION) == set(IMAGE_MODELS)
 def diffusion_size(model: str | ImageModel, width: int, height: int) -> tuple[int, int]:
     """Width and height the image model runs at for an image of `width` x `height` pixels from PiD.
 
-    Raises SizeError, naming the nearest size that fits, unless both sides are multiples of 16 times the scale.
+    Raises:
+        SizeError: A side is no multiple of 16 times the scale; the message names the nearest size that fits.
     """
     row = get_image_model(model) if isinstance(model, str) else model
     scale = get_space(row.space).scale

@@ -71,9 +71,14 @@ def color_alignment(
 ) -> Tensor:
     """Color loss of the adapter's auxiliary head: Charbonnier distance in YCbCr, luma counted for less.
 
-    predicted, low: the head's image and the low-resolution image, `[B, 3, h, w]` in [-1, 1].
-    sigma: noise left in each latent `[B]`; a noisier latent counts for `(1 - sigma) ** sigma_power`.
-    keep: `[B]` of 0 or 1; 0 for samples whose latent was dropped. Blank targets do not count either.
+    Args:
+        predicted: The head's image `[B, 3, h, w]` in [-1, 1].
+        low: The low-resolution image, likewise.
+        sigma: Noise left in each latent `[B]`; a noisier latent counts for `(1 - sigma) ** sigma_power`.
+        keep: `[B]` of 0 or 1; 0 for samples whose latent was dropped. Blank targets do not count either.
+        sigma_power: See `sigma`.
+        luma_weight: Weight of the luma; that of each color is 1.
+        softness: Where the distance turns from quadratic to linear.
     """
     predicted, low = predicted.float(), low.float()
     if low.shape[-2:] != predicted.shape[-2:]:

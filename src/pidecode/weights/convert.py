@@ -22,7 +22,7 @@ from pidecode.weights.safetensors import write_safetensors
 DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 """Number formats to choose from, by torch's names."""
 
-_LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENSE", "LICENSE.txt")
+_LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "LICENCE.txt")
 _LICENSES: Mapping[str, License] = {license.name: license for license in (NSCL_V1, APACHE_2)}
 
 
@@ -36,10 +36,23 @@ def convert(
 ) -> CheckpointMetadata:
     """Write the network of `source` to `target` (.safetensors) with its configuration, space, variant and license.
 
-    overrides: what the caller knows of the source (see `detect`). dtype: "float32", "bfloat16" or "float16"; None keeps
-    that of the source. Weights under a license that is not free keep its text beside them, in `<target>.LICENSE.txt`.
-    Returns what was written. Raises CheckpointError or SettingError for a source that is damaged, incomplete or
-    undecided, FileError for a target that exists or cannot be written; nothing is left behind then.
+    Weights under a license that is not free keep its text beside them, in `<target>.LICENSE.txt`. After an error
+    nothing is left behind.
+
+    Args:
+        source: Any file that `read_weights` reads.
+        target: The file to write.
+        overrides: What the caller knows of the source; see `detect`.
+        dtype: "float32", "bfloat16" or "float16"; None keeps that of the source.
+        overwrite: Whether an existing file may be replaced.
+
+    Returns:
+        What was written about the network.
+
+    Raises:
+        CheckpointError: The source is damaged or incomplete.
+        SettingError: The source is ambiguous, or an argument is wrong.
+        FileError: The target exists or cannot be written.
     """
     target = Path(target)
     if target.suffix != ".safetensors":

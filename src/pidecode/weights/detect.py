@@ -244,8 +244,11 @@ _VARIANTS = {"2k": "2k", "512_to_2048": "2k", "2kto4k": "2kto4k", "1024_to_4096"
 class Overrides:
     """What the caller knows of a file and its tensors cannot show.
 
-    space: latent space, by name or alias. variant: release, as in the table of checkpoints. kind: feed-forward,
-    student, teacher or backbone. overrides: values of PiDConfig fields, for networks unlike any released one.
+    Attributes:
+        space: Latent space, by name or alias.
+        variant: Release, as in the table of checkpoints.
+        kind: Feed-forward, student, teacher or backbone.
+        overrides: Values of PiDConfig fields, for networks unlike any released one.
     """
 
     space: str | None = None

@@ -177,7 +177,10 @@ def apply_lora(net: nn.Module, path: str | Path, scale: float = 1.0) -> int:
 
     `W + scale * alpha / rank * B A`, computed in float32. Applying the same file with the negated scale takes it
     back to rounding. Files of ours and of peft are read; peft's without our metadata count alpha as the rank.
-    Raises CheckpointError for a file that is no adapter of this network, SettingError for a scale that is no number.
+
+    Raises:
+        CheckpointError: The file is no adapter of this network.
+        SettingError: The scale is no number.
     """
     if not torch.isfinite(torch.tensor(float(scale))):
         raise SettingError(f"lora_scale is {scale}; it must be a finite number (1 is full strength).")

@@ -23,13 +23,15 @@ FORMAT = 1
 class CheckpointMetadata:
     """Everything a weights file must tell, and its tensors alone cannot.
 
-    kind: a feed-forward decoder, a distilled few-step network, one for many guided steps, a bare text-to-image one,
-        or an image encoder.
-    config: the network's shape; None for an encoder, whose own configuration stands in `extra["config"]`.
-    space, variant: latent space and release it belongs to; None where it belongs to none.
-    license: short name of the weights' license, None where unknown.
-    times: step times of a student, from noise to image; empty for the standard ones.
-    extra: whatever else the file says, kept as it is.
+    Attributes:
+        kind: A feed-forward decoder, a distilled few-step network, one for many guided steps, a bare text-to-image one,
+            or an image encoder.
+        config: The network's shape; None for an encoder, whose own configuration stands in `extra["config"]`.
+        space: Latent space it belongs to, if any.
+        variant: Release it belongs to, if any.
+        license: Short name of the weights' license, None where unknown.
+        times: Step times of a student, from noise to image; empty for the standard ones.
+        extra: Whatever else the file says, kept as it is.
     """
 
     kind: CheckpointKind
@@ -69,7 +71,8 @@ class CheckpointMetadata:
     def from_metadata(cls, metadata: Mapping[str, str], source: str = "the file") -> CheckpointMetadata | None:
         """The record in a file's metadata; None if it has none.
 
-        Raises CheckpointError when there is one that cannot be right, or that a later version wrote.
+        Raises:
+            CheckpointError: There is one that cannot be right, or that a later version wrote.
         """
         if METADATA_KEY not in metadata:
             return None

@@ -90,7 +90,8 @@ def read_weights(path: str | Path, *, check_values: bool = True) -> WeightFile:
     prefixes (`net_ema.` before `net.`), PixelDiT's `core.` and the ComfyUI repackaging. `check_values=False`
     skips the search for NaN and infinity, which reads the whole file.
 
-    Raises CheckpointError for anything else, naming what was found and the fix.
+    Raises:
+        CheckpointError: It is anything else; the message says what was found and the fix.
     """
     raw = read_tensors(path)
     tensors = strip_prefixes(raw.tensors, path)
@@ -103,7 +104,8 @@ def read_weights(path: str | Path, *, check_values: bool = True) -> WeightFile:
 def read_tensors(path: str | Path) -> WeightFile:
     """Every tensor of a file under the name it has there; content, not suffix, decides the format.
 
-    Raises CheckpointError when the file is neither .safetensors nor a pickle of tensors, or is damaged.
+    Raises:
+        CheckpointError: The file is neither .safetensors nor a pickle of tensors, or is damaged.
     """
     path = Path(path)
     check_file(path)
@@ -351,7 +353,9 @@ def strip_prefixes(tensors: Mapping[str, Tensor], source: str | Path = "the file
     """Names as the network has them; other networks in the same file and `_extra_state` entries are left out.
 
     A tensor that belongs to nothing known keeps its name, so that loading can report it.
-    Raises CheckpointError when two tensors end under one name.
+
+    Raises:
+        CheckpointError: Two tensors end under one name.
     """
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("_extra_state")}
     for _ in range(4):

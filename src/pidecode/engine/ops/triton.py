@@ -40,10 +40,7 @@ def _norm_modulate(  # type: ignore[no-untyped-def]
 
 
 def norm_modulate(x: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`rms_norm(x) * factor + shift` over the last axis, read once and written once.
-
-    shift, factor: of x's shape, or one vector for all.
-    """
+    """`rms_norm(x) * factor + shift` over the last axis, read and written once; factor and shift may be one vector."""
     x = x.contiguous()
     width = x.shape[-1]
     groups = x.numel() // width
@@ -82,9 +79,9 @@ def _add_gated(  # type: ignore[no-untyped-def]
 
 
 def add_gated_(x_TD: Tensor, branch_TD: Tensor, gate: Tensor, *, logits: bool = False) -> Tensor:
-    """`x += gate * branch` in offset, or `sigmoid(gate)` with `logits`.
+    """`x += gate * branch` in place, or `sigmoid(gate)` with `logits`.
 
-    gate: `[T, D]`, `[T, 1]` or `[D]`; rows of all three may be any distance apart, their last axis must be dense.
+    The gate is `[T, D]`, `[T, 1]` or `[D]`; rows of all three may be any distance apart, their last axis must be dense.
     """
     rows, width = x_TD.shape
     expanded_gate = gate.expand(rows, width)
@@ -132,9 +129,9 @@ def _norm_rotate(  # type: ignore[no-untyped-def]
 
 
 def norm_rotate_(heads_TNK: Tensor, weight_K: Tensor, rotation: Tensor | None) -> None:
-    """Normalize each head and rotate its channel pairs, in offset, in one pass.
+    """Normalize each head and rotate its channel pairs, in place, in one pass.
 
-    heads_TNK: any strides with a dense last axis; rotation: `[tokens, head_dim / 2]` complex64 or None.
+    Heads may have any strides with a dense last axis; the rotation is `[tokens, head_dim / 2]` complex64 or None.
     """
     tokens, heads, width = heads_TNK.shape
     lanes = triton.next_power_of_2(width // 2)
@@ -240,9 +237,9 @@ def _interpreted() -> bool:
 def update_pixels_(
     tile_TGC: Tensor, expanded_TGC: Tensor, vectors: tuple[Tensor, ...], fc1: nn.Linear, fc2: nn.Linear
 ) -> Tensor:
-    """The second half of a pixel block after its large products, in offset.
+    """The second half of a pixel block after its large products, in place.
 
-    vectors: gate, shift, factor and gate of the tile, each `[T, G * C]` with rows equally far apart.
+    Vectors are gate, shift, factor and gate of the tile, each `[T, G * C]` with rows equally far apart.
     """
     tokens, group, width = tile_TGC.shape
     hidden = fc1.weight.shape[0]
