@@ -339,6 +339,19 @@ def test_the_command_lists_shows_and_refuses() -> None:
     assert isinstance(runner.invoke(command_line, ["debug_teacher"]).exception, SettingError)
 
 
+def test_the_command_prints_where_the_result_is(images: Path, tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from pidecode.cli.train import train as command_line
+
+    run = ["debug_direct", "--data", str(images), "--out", str(tmp_path), "--set", "run.steps=1"]
+    result = str(tmp_path / "decoder.safetensors")
+    sizes = ["--set", "data.sizes=((32, 32),)"]
+    for line in ([*run, *sizes], [*run, *sizes, "--export"]):
+        done = CliRunner().invoke(command_line, line, catch_exceptions=False)
+        assert done.stdout.splitlines()[-1] == result
+
+
 def test_a_recipe_of_ones_own_file_is_found(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(
