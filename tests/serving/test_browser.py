@@ -32,7 +32,7 @@ QUIET = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
-WAIT = PATIENCE * 1000
+WAIT = PATIENCE * 500
 LIMITS = RequestLimits(body_bytes=2_000_000, pixels=1024 * 1024, waiting=2)
 
 
@@ -133,7 +133,7 @@ def test_the_color_fix_can_be_chosen(page: Any, tmp_path: Path) -> None:
 
 def test_a_feed_forward_model_has_no_seed_and_no_steps(page: Any, tmp_path: Path) -> None:
     page.select_option("#model", "tiny")
-    page.click("summary")
+    page.click("summary:text('More')")
     for name in ("#seed", "#num_steps", "#sampler", "#guidance_scale"):
         assert page.locator(name).is_hidden()
     drop(page, "moon.png", image_bytes(32, 32))
@@ -159,7 +159,7 @@ def test_history_brings_back_image_and_settings(page: Any, tmp_path: Path) -> No
     decode(page)
     drop(page, "latent.safetensors", latent_bytes(1, 2))
     decode(page)
-    entries = page.locator("#history button")
+    entries = page.locator("#history .entry")
     assert [entries.nth(index).inner_text().strip() for index in range(3)] == [
         "latent.safetensors, seed 2, noise 0.4", "one.png, seed 2, noise 0.4", "one.png, seed 1",
     ]  # fmt: skip
@@ -233,7 +233,142 @@ def test_a_model_that_cannot_take_the_file_says_so(page: Any) -> None:
     assert "of space flux; small decodes flux2" in page.inner_text("#plan")
 
 
-@pytest.mark.parametrize("width", [1280, 390])
+def dropped(*names: str) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "mimeType": "image/png", "buffer": image_bytes(16 + 16 * index, 16)}
+        for index, name in enumerate(names)
+    ]
+
+
+def test_several_images_are_done_one_after_another(page: Any) -> None:
+    page.set_input_files("#file", [*dropped("a.png", "b.png"), {
+        "name": "bad.png", "mimeType": "image/png", "buffer": b"no image",
+    }, *dropped("c.png")])  # fmt: skip
+    page.wait_for_selector("#error", state="visible")
+    assert page.inner_text("#error p").startswith("bad.png: ")
+    assert page.inner_text("#queue-title").startswith("2 more follow")
+    page.wait_for_selector("#go:not([disabled])")
+    page.click("#go")
+    page.wait_for_function("() => document.querySelectorAll('#history .entry').length === 3")
+    assert page.locator("#history .entry").all_inner_texts() == ["c.png, seed 0", "b.png, seed 0", "a.png, seed 0"]
+    assert page.locator("#queue").is_hidden()
+
+
+def test_an_image_dropped_during_a_run_follows_it(page: Any, served: Served) -> None:
+    drop(page, "one.png", image_bytes(16, 16))
+    page.wait_for_selector("#go:not([disabled])")
+    with served.busy():
+        page.click("#go")
+        page.wait_for_selector("#cancel", state="visible")
+        page.set_input_files("#file", dropped("two.png", "three.png"))
+        page.wait_for_function("() => document.querySelectorAll('#queue li').length === 2")
+        page.click("#queue li:first-child button")
+        assert page.inner_text("#source-name") == "one.png"
+    page.wait_for_function("() => document.querySelectorAll('#history .entry').length === 2")
+    assert page.locator("#history .entry").all_inner_texts() == ["three.png, seed 0", "one.png, seed 0"]
+
+
+def test_escape_cancels_and_the_focus_stays_useful(page: Any, served: Served) -> None:
+    drop(page, "one.png", image_bytes(16, 16))
+    page.wait_for_selector("#go:not([disabled])")
+    with served.busy():
+        page.click("#go")
+        page.wait_for_selector("#bar[role=progressbar]", state="visible")
+        served.until(lambda: served.service.queue.waiting == 1)
+        page.keyboard.press("Escape")
+        served.until(lambda: served.service.queue.waiting == 0)
+    page.wait_for_selector("#go", state="visible")
+    assert page.inner_text("#announcement") == "Cancelled."
+    page.wait_for_function("() => document.activeElement.id === 'go'")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#tools", state="visible")
+    page.wait_for_function("() => document.activeElement.id === 'download'")
+    assert page.inner_text("#announcement").startswith("Done: 64×64 pixels")
+
+
+def test_progress_names_the_work_and_never_falls(page: Any) -> None:
+    page.select_option("#model", "tiny")
+    drop(page, "one.png", image_bytes(64, 64))
+    page.wait_for_selector("#go:not([disabled])")
+    page.evaluate(
+        "() => { window.seen = []; new MutationObserver(() => window.seen.push([document.getElementById('status')"
+        ".textContent, Number(document.getElementById('bar').getAttribute('aria-valuenow') ?? 0)]))"
+        ".observe(document.getElementById('bar'), {attributes: true}); }"
+    )
+    page.click("#go")
+    page.wait_for_selector("#tools", state="visible")
+    seen = page.evaluate("() => window.seen")
+    texts = " ".join(text for text, _ in seen)
+    assert "Sending" in texts
+    assert "Encoding" in texts
+    shares = [share for _, share in seen]
+    assert shares == sorted(shares)
+    drop(page, "two.png", image_bytes(64, 64))
+    page.wait_for_function("() => document.getElementById('plan').textContent.includes('Time: about')")
+
+
+def test_two_results_are_compared_and_one_is_used_again(page: Any) -> None:
+    drop(page, "one.png", image_bytes(16, 16))
+    decode(page)
+    page.fill("#seed", "2")
+    decode(page)
+    page.click("#history button:has-text('Compare')")
+    assert page.inner_text("#tag-before") == "one-pid-0.png"
+    assert page.inner_text("#tag-after") == "one-pid-2.png"
+    before, after = (page.locator(name).bounding_box() for name in ("#before", "#after"))
+    assert before == pytest.approx(after, abs=0.5)
+    assert page.evaluate("() => getComputedStyle(document.getElementById('before')).imageRendering") == "auto"
+    page.check("#before-pixels")
+    assert page.evaluate("() => getComputedStyle(document.getElementById('before')).imageRendering") == "pixelated"
+    page.click("#reuse")
+    page.wait_for_function("() => document.getElementById('source-name').textContent === 'one-pid-2.png'")
+    assert page.inner_text("#source-info") == "image, 64×64"
+
+
+def test_the_quality_acts_where_it_can(page: Any) -> None:
+    drop(page, "one.png", image_bytes(32, 32))
+    page.click("summary:text('More')")
+    assert page.locator("#quality").is_hidden()
+    page.select_option("#format", "jpeg")
+    sizes = []
+    for quality in ("20", "95"):
+        page.fill("#quality", quality)
+        decode(page)
+        sizes.append(int(page.inner_text("#result-info").split(", ")[1].removesuffix(" kB")))
+    assert sizes[0] < sizes[1]
+
+
+def test_the_result_is_copied(page: Any) -> None:
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    drop(page, "one.png", image_bytes(16, 16))
+    decode(page)
+    page.click("#copy")
+    page.wait_for_selector("#copy:text('Copied')")
+    assert page.evaluate("async () => (await navigator.clipboard.read())[0].types") == ["image/png"]
+
+
+def test_leaving_asks_only_where_something_would_be_lost(page: Any) -> None:
+    asked: list[str] = []
+    page.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.accept()))
+    page.reload()
+    page.wait_for_selector("body[data-ready]")
+    assert asked == []
+    drop(page, "one.png", image_bytes(16, 16))
+    decode(page)
+    page.reload()
+    page.wait_for_selector("body[data-ready]")
+    assert asked == ["beforeunload"]
+
+
+def test_a_latent_shows_what_is_known_of_it(page: Any) -> None:
+    drop(page, "latent.safetensors", latent_bytes(2, 3, prompt=["a cat"]))
+    page.wait_for_selector("#go:not([disabled])")
+    assert page.locator("#known dd").all_inner_texts() == ["flux2", "3×2", "0", "a cat"]
+    for name in ("#to-width", "#to-height"):
+        assert page.locator(name).bounding_box()["width"] > 70
+
+
+@pytest.mark.parametrize("width", [1280, 640, 390])  # 640: a window of 1280 at 200 %
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_fits_its_window(page: Any, width: int, scheme: str) -> None:
     page.set_viewport_size({"width": width, "height": 860})

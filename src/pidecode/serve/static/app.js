@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The page: one input, its settings, one running job and the session's history. All state is in this tab.
+// The page: an input with its settings, inputs that follow it, one running job and the session's history. All state is
+// in this tab.
 
 import { makeViewer } from "./viewer.js";
 
@@ -9,10 +10,13 @@ const HISTORY_LENGTH = 24;
 
 let server = null; // version, device, limits and models
 let input = null; // {file, info, url}
+let following = []; // inputs to be done after it
+let opening = Promise.resolve(); // files are looked into one after another
 let running = null; // AbortController of the job
 let history = []; // newest first: {input, settings, result}
 let current = null;
 let planRequests = 0;
+let shownShare = 0; // of the progress bar; never falls within a job
 
 const size = (bytes) => (bytes >= 1e9 ? `${(bytes / 1e9).toFixed(1)} GB` : bytes >= 1e6 ? `${Math.round(bytes / 1e6)} MB` : `${Math.max(1, Math.round(bytes / 1e3))} kB`);
 const model = () => server.models.find((one) => one.id === find("model").value) ?? server.models[0];
@@ -23,7 +27,13 @@ const hasSize = () => !find("to-width").closest(".row").hidden && find("to-width
 function showError(message) {
   find("error").firstElementChild.textContent = message ?? "";
   find("error").hidden = !message;
+  if (message) find("error").scrollIntoView({ block: "nearest" });
 }
+
+const announce = (text) => {
+  if (find("announcement").textContent !== text) find("announcement").textContent = text;
+};
+const duration = (seconds) => (seconds < 90 ? `${Math.max(1, Math.round(seconds))} s` : `${Math.round(seconds / 60)} min`);
 
 async function request(path, options) {
   let response;
@@ -58,6 +68,7 @@ function fillSettings() {
     "for-image": !input || isImage(), "for-size": input && (isPrompt() || (!isImage() && chosen.kind !== "feed-forward")), "for-unknown-space": input && !isImage() && !isPrompt() && !input.info.space,
     "for-text-readers": chosen.reads_text && !isPrompt(), "for-student": student, "for-teacher": chosen.kind === "teacher",
     "for-diffusion": chosen.kind !== "feed-forward", "for-seed": chosen.kind !== "feed-forward" || isPrompt(),
+    "for-noise": chosen.max_sigma > 0, "for-quality": find("format").value !== "png",
   })) for (const element of document.getElementsByClassName(name)) element.hidden = !on;
 }
 
@@ -65,7 +76,8 @@ function readSettings() {
   const settings = { model: find("model").value, format: find("format").value }, { kind } = model();
   if (kind !== "feed-forward" || isPrompt()) settings.seed = find("seed").value; // the seed of a text-to-image pipeline, too
   if (kind !== "feed-forward") settings.num_steps = find("num_steps").value;
-  if (Number(find("sigma").value)) settings.sigma = find("sigma").value;
+  if (settings.format !== "png" && find("quality").value) settings.quality = find("quality").value;
+  if (model().max_sigma > 0 && Number(find("sigma").value)) settings.sigma = find("sigma").value;
   if (kind === "student") settings.sampler = find("sampler").value;
   if (kind === "teacher") settings.guidance_scale = find("guidance_scale").value;
   if (model().reads_text && !isPrompt() && find("prompt").value.trim()) settings.prompt = find("prompt").value.trim();
@@ -83,7 +95,7 @@ function readSettings() {
 function writeSettings(settings) {
   if (server.models.some((one) => one.id === settings.model)) find("model").value = settings.model;
   fillSettings();
-  for (const name of ["seed", "num_steps", "sampler", "guidance_scale", "fit", "scale", "format", "space", "prompt"]) {
+  for (const name of ["seed", "num_steps", "sampler", "guidance_scale", "fit", "scale", "format", "quality", "space", "prompt"]) {
     const value = settings[name], field = find(name);
     if (value === undefined) continue;
     if (field.tagName === "SELECT" && ![...field.options].some((one) => one.value === String(value))) continue;
@@ -111,23 +123,67 @@ function showInput() {
   find("source-info").textContent = `${kind}${isPrompt() ? "to be generated" : `${info.width}×${info.height}${isImage() ? "" : " cells"}`}${noise}`;
   find("source-thumb").hidden = !isImage();
   if (isImage()) find("source-thumb").src = url;
-  find("choose").firstElementChild.textContent = "Choose another";
+  find("choose").firstElementChild.textContent = "Choose others";
   find("from-metadata").hidden = !info.metadata;
+  const known = { ...(isImage() || isPrompt() ? {} : { space: info.space ?? "not in the file", cells: `${info.width}×${info.height}`, noise: info.sigma ?? "not in the file" }), ...(info.prompt ? { prompt: info.prompt } : {}), ...info.metadata };
+  find("known").hidden = !Object.keys(known).length;
+  find("known").querySelector("dl").replaceChildren(...table(known));
+  find("known").open = !isImage();
   find("drop").hidden = true;
   fillSettings();
 }
 
-async function openFile(file) {
-  if (!file || running) return;
-  showError();
-  try {
-    if (file.size > server.limits.body_bytes) throw new Error(`${file.name} has ${size(file.size)}; at most ${size(server.limits.body_bytes)} can be taken.`);
-    const info = await (await request("v1/inspect", { method: "POST", body: file })).json();
-    input = { file, info, url: info.kind === "image" ? URL.createObjectURL(file) : null };
-  } catch (error) {
-    showError(error.message);
-    return;
-  }
+function table(values) {
+  return Object.entries(values).flatMap(([key, value]) => [
+    Object.assign(document.createElement("dt"), { textContent: key.replaceAll("_", " ") }),
+    Object.assign(document.createElement("dd"), { textContent: Array.isArray(value) ? value.join("×") : typeof value === "object" ? Object.entries(value).map((pair) => pair.join(" ")).join(", ") : String(value) }),
+  ]);
+}
+
+async function inspect(file) {
+  if (file.size > server.limits.body_bytes) throw new Error(`${file.name} has ${size(file.size)}; at most ${size(server.limits.body_bytes)} can be taken.`);
+  const info = await (await request("v1/inspect", { method: "POST", body: file })).json();
+  return { file, info, url: info.kind === "image" ? URL.createObjectURL(file) : null };
+}
+
+// The first file becomes the input, unless a job runs; the others follow it.
+function openFiles(files) {
+  const list = [...files];
+  opening = opening.then(async () => {
+    if (list.length) showError();
+    const refused = [];
+    for (const [index, file] of list.entries()) {
+      try {
+        const opened = await inspect(file);
+        if (running || (index && input)) following.push(opened);
+        else await useInput(opened);
+      } catch (error) {
+        refused.push(list.length > 1 ? `${file.name}: ${error.message}` : error.message);
+      }
+      drawFollowing();
+    }
+    if (refused.length) showError(refused.join(" "));
+  });
+}
+
+function drawFollowing() {
+  find("queue").hidden = !following.length;
+  find("queue-title").textContent = `${following.length === 1 ? "One more follows" : `${following.length} more follow`}, with the settings of then:`;
+  find("queue").querySelector("ol").replaceChildren(...following.map((one) => {
+    const item = document.createElement("li"), name = document.createElement("span"), button = document.createElement("button");
+    name.textContent = name.title = one.file.name;
+    Object.assign(button, { type: "button", textContent: "×", ariaLabel: `Do not decode ${one.file.name}` });
+    button.addEventListener("click", () => {
+      following = following.filter((other) => other !== one);
+      drawFollowing();
+    });
+    item.append(name, button);
+    return item;
+  }));
+}
+
+async function useInput(opened) {
+  input = opened;
   current = null;
   if (input.info.prompt && !find("prompt").value) find("prompt").value = input.info.prompt;
   find("to-width").value = find("to-height").value = "";
@@ -181,6 +237,7 @@ async function plan() {
     tooLarge = !estimate.fits;
     share = estimate.free ? estimate.working / estimate.free : null;
     text = `The result will have ${result}. Memory: about ${size(estimate.working)}${estimate.free ? `, of ${size(estimate.free)} free` : ""}.`
+      + (estimate.seconds ? ` Time: about ${duration(estimate.seconds)}.` : "")
       + (tooLarge ? " That does not fit: use a smaller input." : "");
   } catch (error) {
     text = error.message;
@@ -202,13 +259,21 @@ function clearResult() {
 }
 
 function showProgress(status) {
-  const bar = find("progress").firstElementChild;
+  const bar = find("bar"), left = status.seconds_left;
   find("progress").hidden = false;
-  const waiting = status.state === "waiting" || !status.num_steps;
+  const waiting = status.state !== "running";
+  const byTime = left === undefined || left === null ? 0 : status.seconds / (status.seconds + left);
+  shownShare = waiting ? 0 : Math.min(0.99, Math.max(shownShare, status.done ?? 0, byTime || 0));
   bar.classList.toggle("waiting", waiting);
-  bar.firstElementChild.style.width = waiting ? "" : `${(100 * status.step) / status.num_steps}%`;
-  if (status.state === "waiting") find("status").textContent = status.position > 1 ? `Waiting: ${status.position - 1} jobs before this one.` : "Waiting: next in the queue.";
-  else find("status").textContent = status.num_steps ? `${status.phase === "text-to-latent" ? "Generating, step" : "Step"} ${status.step} of ${status.num_steps}` : "Preparing…";
+  bar.firstElementChild.style.width = waiting ? "" : `${100 * shownShare}%`;
+  const activity = (status.activity || "starting").replace(/^./, (letter) => letter.toUpperCase());
+  const time = left > 0.5 ? `, about ${duration(left)} left` : status.seconds >= 2 ? `, ${duration(status.seconds)} so far` : "";
+  const text = !waiting ? activity : status.state === "sending" ? "Sending…" : status.position > 1 ? `Waiting: ${status.position - 1} jobs before this one.` : "Waiting: next in the queue.";
+  find("status").textContent = waiting ? text : `${activity}${time}${following.length ? `; ${following.length} more to come` : ""}`;
+  if (waiting) bar.removeAttribute("aria-valuenow");
+  else bar.setAttribute("aria-valuenow", String(Math.round(100 * shownShare)));
+  bar.setAttribute("aria-valuetext", find("status").textContent);
+  announce(text);
 }
 
 async function* lines(response) {
@@ -229,7 +294,8 @@ async function run() {
   working(true);
   showError();
   clearResult();
-  showProgress({ state: "waiting", position: 1 });
+  shownShare = 0;
+  showProgress({ state: "sending" });
   const preview = document.createElement("img");
   let last = null;
   try {
@@ -250,46 +316,68 @@ async function run() {
     if (last?.state !== "done") throw new Error(last?.error?.message ?? "The server stopped in the middle of the job.");
     const blob = await (await request(last.result.slice(1))).blob();
     addToHistory(job, settings, { ...last, url: URL.createObjectURL(blob), blob });
+    announce(`Done: ${last.width}×${last.height} pixels in ${duration(last.seconds)}.`);
+    return "done";
   } catch (error) {
     const stopped = error.name === "AbortError";
     find("progress").hidden = true;
     if (isImage()) viewer.show({ beforeUrl: null, afterUrl: input.url, width: input.info.width, height: input.info.height });
     else viewer.hide();
     find("tag-after").textContent = "Input";
-    if (!stopped) showError(error.message);
+    if (!stopped) showError(following.length ? `${job.file.name}: ${error.message}` : error.message);
     else {
       find("progress").hidden = false;
       find("progress").firstElementChild.firstElementChild.style.width = "0";
       find("progress").firstElementChild.classList.remove("waiting");
       find("status").textContent = "Cancelled.";
+      announce("Cancelled.");
     }
+    return stopped ? "cancelled" : "failed";
   } finally {
     running = null;
     working(false);
-    plan();
   }
+}
+
+// Run the input and what follows it; a failure does not stop the others, and Cancel leaves them in the list.
+async function runAll() {
+  const failures = [];
+  let outcome = await run();
+  while (outcome !== "cancelled") {
+    if (outcome === "failed") failures.push(find("error").firstElementChild.textContent);
+    await opening;
+    if (!following.length) break;
+    const next = following.shift();
+    drawFollowing();
+    await useInput(next);
+    outcome = find("go").disabled ? (showError(`${next.file.name}: ${find("plan").textContent}`), "failed") : await run();
+  }
+  if (failures.length) showError(failures.join(" "));
+  await plan();
+  // The button that had the focus, Decode or Cancel, was hidden.
+  if ([document.body, find("go"), find("cancel")].includes(document.activeElement)) find(outcome === "done" ? "download" : "go").focus({ preventScroll: true });
 }
 
 function working(on) {
   document.body.classList.toggle("working", on);
   find("go").hidden = on;
   find("cancel").hidden = !on;
-  find("file").disabled = on;
 }
 
 // ---- results and history
 
-function showResult(entry) {
+function showResult(entry, other = null) {
   current = entry;
   const { result, settings } = entry, image = entry.input.info.kind === "image";
   const factor = Number(settings.scale ?? 1), info = entry.input.info;
   const known = server.models.find((one) => one.id === settings.model);
   const fixed = image && Math.abs(info.width * factor - result.width) > 64 * factor; // resized to a fixed input
   viewer.show({
-    beforeUrl: image ? entry.input.url : null, afterUrl: result.url, width: result.width, height: result.height,
-    beforeSize: image && known && !fixed ? [info.width * factor, info.height * factor] : null, keepView: true,
+    beforeUrl: other ? other.result.url : image ? entry.input.url : null, afterUrl: result.url, width: result.width, height: result.height,
+    beforeSize: !other && image && known && !fixed ? [info.width * factor, info.height * factor] : null, keepView: true,
   });
-  find("tag-after").textContent = "After";
+  find("tag-before").textContent = other ? other.name : "Before";
+  find("tag-after").textContent = other ? entry.name : "After";
   find("progress").hidden = true;
   find("tools").hidden = false;
   find("result-info").textContent = `${result.width}×${result.height}, ${size(result.bytes)}, ${result.seconds} s`;
@@ -298,11 +386,7 @@ function showResult(entry) {
   link.download = entry.name;
   find("warnings").hidden = !result.warnings.length;
   find("warnings").replaceChildren(...result.warnings.map((text) => Object.assign(document.createElement("li"), { textContent: text })));
-  const rows = Object.entries(result.metadata).flatMap(([key, value]) => [
-    Object.assign(document.createElement("dt"), { textContent: key.replaceAll("_", " ") }),
-    Object.assign(document.createElement("dd"), { textContent: typeof value === "object" ? Object.entries(value).map((pair) => pair.join(" ")).join(", ") : String(value) }),
-  ]);
-  find("metadata").querySelector("dl").replaceChildren(...rows);
+  find("metadata").querySelector("dl").replaceChildren(...table(result.metadata));
   find("metadata").hidden = false;
   document.body.classList.add("has-result");
   drawHistory();
@@ -328,8 +412,9 @@ async function addToHistory(job, settings, result) {
 function drawHistory() {
   find("history").hidden = !history.length;
   find("history").querySelector("ol").replaceChildren(...history.map((entry) => {
-    const button = document.createElement("button"), label = document.createElement("span");
+    const button = document.createElement("button"), label = document.createElement("span"), item = document.createElement("li");
     button.type = "button";
+    button.className = "entry";
     button.setAttribute("aria-current", String(entry === current));
     const noise = entry.settings.sigma ? `, noise ${entry.settings.sigma}` : "";
     const seed = entry.settings.seed === undefined ? "" : `, seed ${entry.settings.seed}`;
@@ -337,10 +422,32 @@ function drawHistory() {
     entry.thumb.setAttribute("aria-hidden", "true");
     button.append(entry.thumb, label);
     button.addEventListener("click", () => restore(entry));
-    const item = document.createElement("li");
     item.append(button);
+    if (current && entry !== current) {
+      const compare = Object.assign(document.createElement("button"), { type: "button", className: "link", textContent: "Compare", ariaLabel: `Compare the shown result with ${label.textContent}` });
+      compare.addEventListener("click", () => showResult(current, entry));
+      item.append(compare);
+    }
     return item;
   }));
+}
+
+async function copyResult() {
+  const { result, settings } = current, button = find("copy");
+  const asPng = async () => { // the only kind that every browser's clipboard takes
+    if (settings.format === "png") return result.blob;
+    const bitmap = await createImageBitmap(result.blob), canvas = new OffscreenCanvas(bitmap.width, bitmap.height);
+    canvas.getContext("2d").drawImage(bitmap, 0, 0);
+    return canvas.convertToBlob({ type: "image/png" });
+  };
+  try {
+    await navigator.clipboard.write([new ClipboardItem({ "image/png": asPng() })]);
+    button.textContent = "Copied";
+    announce("The image is in the clipboard.");
+    setTimeout(() => (button.textContent = "Copy"), 2000);
+  } catch {
+    showError("The browser does not allow copying here; use Download.");
+  }
 }
 
 function restore(entry) {
@@ -365,13 +472,13 @@ function useMetadata() {
 // ---- wiring
 
 find("file").addEventListener("change", (event) => {
-  openFile(event.target.files[0]);
+  openFiles(event.target.files);
   event.target.value = "";
 });
 find("drop").addEventListener("click", () => find("file").click());
 find("panel").addEventListener("submit", (event) => {
   event.preventDefault();
-  if (!find("go").disabled && !running) run();
+  if (!find("go").disabled && !running) runAll();
 });
 find("cancel").addEventListener("click", () => running?.abort());
 find("dice").addEventListener("click", () => (find("seed").value = Math.floor(Math.random() * 2 ** 31)));
@@ -381,6 +488,16 @@ for (const id of ["scale", "to-width", "to-height", "fit"]) find(id).addEventLis
 find("error").lastElementChild.addEventListener("click", () => showError());
 find("use-prompt").addEventListener("click", openPrompt);
 find("use-metadata").addEventListener("click", useMetadata);
+find("format").addEventListener("change", fillSettings);
+find("copy").hidden = !navigator.clipboard?.write || !window.ClipboardItem;
+find("copy").addEventListener("click", copyResult);
+find("reuse").addEventListener("click", () => openFiles([new File([current.result.blob], current.name, { type: current.result.blob.type })]));
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && running) running.abort();
+});
+window.addEventListener("beforeunload", (event) => {
+  if (running || following.length || history.length) event.preventDefault(); // the browser asks
+});
 document.addEventListener("dragover", (event) => {
   event.preventDefault();
   document.body.classList.add("dropping");
@@ -389,9 +506,9 @@ document.addEventListener("dragleave", (event) => event.relatedTarget ?? documen
 document.addEventListener("drop", (event) => {
   event.preventDefault();
   document.body.classList.remove("dropping");
-  openFile(event.dataTransfer.files[0]);
+  openFiles(event.dataTransfer.files);
 });
-document.addEventListener("paste", (event) => openFile(event.clipboardData.files[0]));
+document.addEventListener("paste", (event) => openFiles(event.clipboardData.files));
 
 try {
   server = await (await request("v1/server")).json();

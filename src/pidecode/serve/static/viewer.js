@@ -95,6 +95,7 @@ export function makeViewer(find) {
   find("zoom-in").addEventListener("click", () => zoomTo(zoom * 1.5));
   find("zoom-out").addEventListener("click", () => zoomTo(zoom / 1.5));
   find("zoom-fit").addEventListener("click", fit);
+  find("before-pixels").addEventListener("change", (event) => frame.classList.toggle("pixels", event.target.checked));
   find("zoom-full").addEventListener("click", () => zoomTo(1 / devicePixelRatio));
   new ResizeObserver(() => (fitted ? fit() : (clamp(), draw()))).observe(frame);
 
