@@ -49,6 +49,7 @@ SMALL_CHUNKS = Chunks(tokens=256, tile_tokens=128, tile_rows=2)
         Plan(size=(512, 512), keep_tokens=False, chunks=LARGE),
         Plan(size=(512, 384), batch=2, offload=("blocks",), chunks=LARGE),
         Plan(size=(512, 512), dtype="float32", quantization="int8", chunks=LARGE),
+        Plan(size=(512, 384), batch=3, chunks=Chunks.whole(16)),
         Plan(size=(384, 512), quantization="int8", scheme="w8a8", chunks=LARGE),
         Plan(size=(1024, 512), quantization="fp8", scheme="w8a8", chunks=LARGE, offload=("blocks",)),
         pytest.param(Plan(size=(1024, 768), batch=2, offload=("blocks",), chunks=LARGE), marks=pytest.mark.slow),

@@ -10,6 +10,7 @@ Shapes: B batch, L tokens, N prompt tokens, D hidden, P pixels of a patch, C pix
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -22,7 +23,7 @@ from pidecode.engine.machine import Chunks
 from pidecode.engine.offload import BlockOffloader
 from pidecode.engine.ops import elementwise as ops
 from pidecode.engine.ops.quantize import weight_rows
-from pidecode.engine.pixel_tiles import run_pixel_blocks
+from pidecode.engine.pixel_tiles import PixelHalves, run_pixel_blocks
 from pidecode.engine.timesteps import StepModulation
 from pidecode.models.attention import attention
 from pidecode.models.pid.adapter import Gate, Injection, masked
@@ -68,6 +69,7 @@ def denoise(
     *,
     chunks: Chunks | None = None,
     offloader: BlockOffloader | None = None,
+    halves: PixelHalves | None = None,
 ) -> Tensor:
     """One evaluation, as `PiDNet.denoise` gives it.
 
@@ -78,6 +80,7 @@ def denoise(
         condition: What `prepare` computed for the image.
         chunks: Chunk sizes; default those that suit the device.
         offloader: Holds the patch blocks, where they live on the host.
+        halves: The pixel blocks' weights cut to tiles, kept between calls where the chunks say so.
 
     Returns:
         The prediction `[B, 3, H, W]`, float32.
@@ -89,7 +92,7 @@ def denoise(
     dtype = net.final_layer.linear.weight.dtype
     if tokens.dtype != dtype:
         tokens = tokens.to(dtype)
-    return run_pixel_blocks(net, x_B3HW, tokens, condition, chunks)
+    return run_pixel_blocks(net, x_B3HW, tokens, condition, chunks, halves)
 
 
 def _embed(net: PiDNet, x_B3HW: Tensor, chunks: Chunks) -> Tensor:
@@ -98,7 +101,7 @@ def _embed(net: PiDNet, x_B3HW: Tensor, chunks: Chunks) -> Tensor:
     B, proj = x_B3HW.shape[0], net.s_embedder.proj
     tokens = x_B3HW.new_empty(B, rows * columns, net.config.hidden_size, dtype=torch.float32)
     grid = x_B3HW.unflatten(3, (columns, patch)).unflatten(2, (rows, patch))  # [B, 3, rows, patch, columns, patch]
-    for part in ops.parts(rows, max(1, chunks.tokens // columns)):
+    for part in ops.parts(rows, max(1, chunks.tokens // (B * columns))):
         patches = grid[:, :, part].permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         tokens[:, part.start * columns : part.stop * columns] = net.s_embedder(patches.to(proj.weight.dtype))
     return tokens
@@ -134,49 +137,36 @@ def _run_patch_blocks(
 
 
 class _BlockPass:
-    """One patch block in one evaluation."""
+    """One patch block in one evaluation. Both streams pass in runs of tokens, of several samples where they fit."""
 
     def __init__(self, block: Any, joint: Tensor, image: Tensor, chunks: Chunks) -> None:
         self.block, self.joint, self.image, self.chunks = block, joint, image, chunks
 
     def run(self, x: Tensor, rotation: Tensor) -> None:
         """The block without a prompt stream."""
-        self._project_image(x, rotation, offset=0)
-        q, k, v = self._heads()
-        self._finish_image(x, _attend(q, *self._gathered(k, v, 0)))
+        self._project(x, self.image, rotation, 0, "x")
+        q, k, v = _heads(self.joint, self.block)
+        self._finish(x, self.image, _attend(q, *self._gathered(k, v, 0)), "x")
 
     def run_with_text(
         self, x: Tensor, y: Tensor, rotation: Tensor, text_rotation: Tensor | None, text: Tensor, *, want_text: bool
     ) -> None:
         """The block with both streams; `want_text=False` leaves the prompt's as it was."""
-        block, N = self.block, y.shape[1]
-        self._project_image(x, rotation, offset=N)
-        for b in range(len(y)):
-            shift, factor = text[b % len(text)][:2]
-            tokens = ops.norm_modulate(y[b], shift, factor, self.joint.dtype)
-            if want_text:
-                ops.linear_into(block.attn.qkv_y, tokens, self.joint[b, :N])
-            else:  # keys and values only: nothing reads the last block's prompt output
-                self.joint[b, :N, y.shape[2] :] = _key_value(block.attn.qkv_y, tokens)
-            q, k, _ = self._heads(b, slice(0, N))
-            if want_text:
-                ops.norm_rotate_(q, block.attn.q_norm_y.weight, text_rotation)
-            ops.norm_rotate_(k, block.attn.k_norm_y.weight, text_rotation)
-        q, k, v = self._heads()
+        N = y.shape[1]
+        self._project(x, self.image, rotation, N, "x")
+        self._project(y, text, text_rotation, 0, "y", want_query=want_text)
+        q, k, v = _heads(self.joint, self.block)
         out = _attend(q if want_text else q[:, N:], *self._gathered(k, v, N))
-        self._finish_image(x, out[:, out.shape[1] - x.shape[1] :])
+        self._finish(x, self.image, out[:, out.shape[1] - x.shape[1] :], "x")
         if want_text:
-            for b in range(len(y)):
-                gate1, shift2, factor2, gate2 = text[b % len(text)][2:]
-                inner = ops.add_norm_modulate_(
-                    y[b], block.attn.proj_y(out[b, :N]), gate1, shift2, factor2, self.joint.dtype
-                )
-                ops.add_gated_(y[b], _feed_forward(block.mlp_y, inner), gate2)
+            self._finish(y, text, out[:, :N], "y")
 
-    def _heads(self, b: int | None = None, part: slice = slice(None)) -> tuple[Tensor, ...]:
-        """q, k, v, each `[B, tokens, heads, head_dim]`, or of one sample without its batch axis."""
-        joint = self.joint if b is None else self.joint[b, part]
-        return joint.unflatten(-1, (3, self.block.attn.heads, -1)).unbind(-3)  # type: ignore[no-any-return]
+    def _runs(self, stream: Tensor, vectors: Tensor) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+        """Runs of a stream `[B, L, D]`, each with the six vectors of its time."""
+        B, length = stream.shape[:2]
+        size = self.chunks.tokens if len(vectors) == 1 else min(self.chunks.tokens, length)
+        for run in ops.runs(B, length, size):
+            yield run, vectors[run[0].start % len(vectors)]
 
     def _gathered(self, k: Tensor, v: Tensor, text_tokens: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the whole image, where its tokens are sharded over processes."""
@@ -186,36 +176,48 @@ class _BlockPass:
         full = [torch.cat((t[:, :text_tokens], gather(t[:, text_tokens:].contiguous())), dim=1) for t in (k, v)]
         return full[0], full[1]
 
-    def _project_image(self, x: Tensor, rotation: Tensor, offset: int) -> None:
+    def _project(
+        self, x: Tensor, vectors: Tensor, rotation: Tensor | None, offset: int, stream: str, *, want_query: bool = True
+    ) -> None:
+        """Queries, keys and values of a stream, written into the joint buffer from token `offset` on."""
         attn = self.block.attn
-        for b in range(len(x)):
-            shift, factor = self.image[b % len(self.image)][:2]
-            for part in ops.parts(x.shape[1], self.chunks.tokens):
-                tokens = ops.norm_modulate(x[b, part], shift, factor, self.joint.dtype)
-                place = slice(offset + part.start, offset + part.stop)
-                ops.linear_into(attn.qkv_x, tokens, self.joint[b, place])
-                q, k, _ = self._heads(b, place)
-                ops.norm_rotate_(q, attn.q_norm_x.weight, rotation[part])
-                ops.norm_rotate_(k, attn.k_norm_x.weight, rotation[part])
+        qkv, k_norm = getattr(attn, f"qkv_{stream}"), getattr(attn, f"k_norm_{stream}")
+        for (samples, part), (shift, factor, *_) in self._runs(x, vectors):
+            tokens = ops.norm_modulate(ops.cut_run(x, (samples, part)), shift, factor, self.joint.dtype)
+            place = self.joint[samples, offset + part.start : offset + part.stop]
+            # Several samples lie apart in the joint buffer, so their projection is written to one of its own first.
+            count = len(place)
+            flat = place[0] if count == 1 else place.new_empty(len(tokens), place.shape[2])
+            if want_query:
+                ops.linear_into(qkv, tokens, flat)
+            else:  # keys and values only: nothing reads the last block's prompt output
+                flat[:, x.shape[2] :] = _key_value(qkv, tokens)
+            turns = None if rotation is None else rotation[part].repeat(count, 1) if count > 1 else rotation[part]
+            q, k, _ = _heads(flat, self.block)
+            if want_query:
+                ops.norm_rotate_(q, getattr(attn, f"q_norm_{stream}").weight, turns)
+            ops.norm_rotate_(k, k_norm.weight, turns)
+            if count > 1:
+                place.copy_(flat.view_as(place))
 
-    def _finish_image(self, x: Tensor, out: Tensor) -> None:
-        """Output projection and feed-forward, added to the stream chunk by chunk."""
-        for b in range(len(x)):
-            gate1, shift2, factor2, gate2 = self.image[b % len(self.image)][2:]
-            for part in ops.parts(x.shape[1], self.chunks.tokens):
-                stream = x[b, part]
-                inner = ops.add_norm_modulate_(
-                    stream, self.block.attn.proj_x(out[b, part]), gate1, shift2, factor2, self.joint.dtype
-                )
-                ops.add_gated_(stream, _feed_forward(self.block.mlp_x, inner), gate2)
+    def _finish(self, x: Tensor, vectors: Tensor, out: Tensor, stream: str) -> None:
+        """Output projection and feed-forward, added to a stream run by run."""
+        proj, mlp = getattr(self.block.attn, f"proj_{stream}"), getattr(self.block, f"mlp_{stream}")
+        for run, (_, _, gate1, shift2, factor2, gate2) in self._runs(x, vectors):
+            tokens = ops.cut_run(x, run)
+            inner = ops.add_norm_modulate_(
+                tokens, proj(out[run].flatten(0, 1)), gate1, shift2, factor2, self.joint.dtype
+            )
+            ops.add_gated_(tokens, ops.gated_feed_forward(inner, mlp.w1, mlp.w3, mlp.w2), gate2)
+
+
+def _heads(joint: Tensor, block: Any) -> tuple[Tensor, ...]:
+    """q, k, v, each `[..., tokens, heads, head_dim]`."""
+    return joint.unflatten(-1, (3, block.attn.heads, -1)).unbind(-3)  # type: ignore[no-any-return]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(-2)
-
-
-def _feed_forward(mlp: Any, x: Tensor) -> Tensor:
-    return ops.gated_feed_forward(x, mlp.w1, mlp.w3, mlp.w2)
 
 
 def _key_value(qkv: Any, tokens: Tensor) -> Tensor:
@@ -225,10 +227,9 @@ def _key_value(qkv: Any, tokens: Tensor) -> Tensor:
 
 def gate_(gate: Any, x: Tensor, injection: Injection, chunks: Chunks) -> None:
     """`Gate.forward` on a stream `[B, L, D]`, in place."""
-    for b in range(len(x)):
-        for part in ops.parts(x.shape[1], chunks.tokens):
-            tokens, logits = chunk_of(injection, b, part)
-            ops.gate_latent_(x[b, part], tokens, gate.content_proj.weight[:, : x.shape[2]], logits)
+    for run in ops.runs(len(x), x.shape[1], chunks.tokens):
+        tokens, logits = chunk_of(injection, run)
+        ops.gate_latent_(ops.cut_run(x, run), tokens, gate.content_proj.weight[:, : x.shape[2]], logits)
 
 
 def _finish_tokens_(net: PiDNet, x: Tensor, modulation: StepModulation, condition: Condition, chunks: Chunks) -> None:
@@ -269,15 +270,15 @@ class RecomputedInjection:
         return replace(self, features=self.features[:, patches])
 
 
-def chunk_of(injection: Injection, sample: int, part: slice) -> tuple[Tensor, Tensor]:
-    """Tokens `[T, D]` and gate logits `[T, D or 1]` of some of one sample's patches, computing no others."""
+def chunk_of(injection: Injection, run: tuple[slice, slice]) -> tuple[Tensor, Tensor]:
+    """Tokens `[T, D]` and gate logits `[T, D or 1]` of some samples' patches, computing no others."""
     if not isinstance(injection, RecomputedInjection):
-        return injection.tokens[sample, part], injection.gate_logits[sample, part]
-    one = slice(sample, sample + 1)
-    sigma = injection.sigma if len(injection.sigma) == 1 else injection.sigma[one]
-    mask = injection.mask if injection.mask is None or len(injection.mask) == 1 else injection.mask[one]
-    tokens = masked(injection.head(injection.features[one, part]), mask)
-    return tokens[0], injection.gate.latent_logits(tokens, sigma)[0]
+        return injection.tokens[run].flatten(0, 1), injection.gate_logits[run].flatten(0, 1)
+    samples = run[0]
+    sigma = injection.sigma if len(injection.sigma) == 1 else injection.sigma[samples]
+    mask = injection.mask if injection.mask is None or len(injection.mask) == 1 else injection.mask[samples]
+    tokens = masked(injection.head(injection.features[run]), mask)
+    return tokens.flatten(0, 1), injection.gate.latent_logits(tokens, sigma).flatten(0, 1)
 
 
 def prepare_recomputed(

@@ -46,16 +46,23 @@ class Chunks:
         tokens: Patch tokens that pass through a patch block's linear layers together.
         tile_tokens: Patch tokens of a tile of the pixel blocks; rounded to whole rows of patches.
         tile_rows: Pixel rows, within each of those patches, of such a tile.
+        keep_modulation: Keep the pixel blocks' modulation, cut to these tiles, for all steps and images.
     """
 
     tokens: int = 512
     tile_tokens: int = 256
     tile_rows: int = 1
+    keep_modulation: bool = False
 
     @classmethod
     def large(cls, patch_size: int) -> Chunks:
         """Few, large matrix products, as suits accelerators."""
         return cls(tokens=4096, tile_tokens=2048, tile_rows=max(1, patch_size // 4))
+
+    @classmethod
+    def whole(cls, patch_size: int) -> Chunks:
+        """Whole images at once, up to 4096 x 4096 pixels: the fewest launches, and the most memory."""
+        return cls(tokens=65536, tile_tokens=65536, tile_rows=patch_size, keep_modulation=True)
 
 
 def this_machine(device: str | torch.device | None = None) -> Machine:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -31,6 +31,7 @@ from pidecode.engine.ops.quantize import WeightSlice, weight_block, weight_colum
 from pidecode.models.attention import attention
 from pidecode.models.pid.network import Condition, PiDNet
 
+Half = TypeVar("Half", "_Compress", "_Update")
 SHIFT1, SCALE1, GATE1, SHIFT2, SCALE2, GATE2 = range(6)
 
 
@@ -107,6 +108,29 @@ class _Update:
         ops.update_pixels_(tile_TGC, expanded, vectors, self.mlp.fc1, self.mlp.fc2)
 
 
+class PixelHalves:
+    """The halves of pixel blocks, each cut to the pixels of a tile: made at each use, or kept if `keep`."""
+
+    def __init__(self, keep: bool = False) -> None:
+        self.keep = keep
+        self._kept: dict[tuple[type, int, int, int], Any] = {}
+
+    def clear(self) -> None:
+        """Drop what is kept, as is needed when weights change."""
+        self._kept.clear()
+
+    def get(self, kind: type[Half], block: Any | None, group: slice) -> Half | None:
+        """One half of a block on some pixels; None without a block."""
+        if block is None or not self.keep:
+            return None if block is None else kind(block, group)
+        key = kind, id(block), group.start, group.stop
+        if key not in self._kept:
+            # Ordinary tensors even in inference mode: they outlive the image.
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept[key] = kind(block, group)
+        return self._kept[key]  # type: ignore[no-any-return]
+
+
 class _TiledImage:
     """The noisy image as tiles of pixel tokens, and finished tiles as parts of the prediction."""
 
@@ -133,33 +157,42 @@ class _TiledImage:
         """Rows of a patch that are processed together."""
         yield from ops.parts(self.patch, self.tile_rows)
 
-    def tiles(self) -> Iterator[tuple[int, slice, slice]]:
-        """Sample, rows of patches, and the same as tokens."""
-        for b in range(self.batch):
-            for part in ops.parts(self.rows, self.rows_per_tile):
-                yield b, part, slice(part.start * self.columns, part.stop * self.columns)
+    def tiles(self) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice]]]:
+        """Samples and rows of patches of each tile, and the same as samples and tokens."""
+        for samples, part in ops.runs(self.batch, self.rows, self.rows_per_tile):
+            yield (samples, part), (samples, slice(part.start * self.columns, part.stop * self.columns))
 
-    def pixels(self, b: int, part: slice, group: slice) -> Tensor:
+    def pixels(self, place: tuple[slice, slice], group: slice) -> Tensor:
         """A tile of embedded pixel tokens `[T, G, C]`, float32: colors plus their position in the image."""
-        colors = self.noisy[b, :, part, group].permute(1, 3, 2, 4, 0)  # [n, columns, rows of pixels, patch, 3]
+        samples, part = place
+        # [samples, rows of patches, columns, rows of pixels, patch, 3]
+        colors = self.noisy[samples, :, part, group].permute(0, 2, 4, 3, 5, 1)
         proj = self.net.pixel_embedder.proj
         tile = F.linear(colors.to(proj.weight.dtype), proj.weight, proj.bias).float()
         tile.add_(self.x_table).add_(self.y_table[part, :, group])
-        return tile.flatten(2, 3).flatten(0, 1)
+        return tile.flatten(3, 4).flatten(0, 2)
 
-    def write(self, prediction: Tensor, b: int, part: slice, group: slice, tile_TGC: Tensor) -> None:
+    def write(self, prediction: Tensor, place: tuple[slice, slice], group: slice, tile_TGC: Tensor) -> None:
         """Apply the final layer to a finished tile and write its colors into the prediction."""
         final = self.net.final_layer
-        pixels = tile_TGC.mul_(ops.inverse_rms(tile_TGC)).mul_(final.norm.weight).to(final.linear.weight.dtype)
+        pixels = ops.rms_norm_(tile_TGC, final.norm.weight).to(final.linear.weight.dtype)
         colors = final.linear(pixels)
-        shape = (part.stop - part.start, self.columns, group.stop - group.start, self.patch, 3)
-        self._grid(prediction)[b, :, part, group] = colors.view(shape).permute(4, 0, 2, 1, 3)
+        samples, part = place
+        shape = (-1, part.stop - part.start, self.columns, group.stop - group.start, self.patch, 3)
+        self._grid(prediction)[samples, :, part, group] = colors.view(shape).permute(0, 5, 1, 3, 2, 4)
 
 
-def run_pixel_blocks(net: PiDNet, x_B3HW: Tensor, tokens_BLD: Tensor, condition: Condition, chunks: Chunks) -> Tensor:
+def run_pixel_blocks(
+    net: PiDNet,
+    x_B3HW: Tensor,
+    tokens_BLD: Tensor,
+    condition: Condition,
+    chunks: Chunks,
+    halves: PixelHalves | None = None,
+) -> Tensor:
     """Pixel blocks and final layer: noisy image `[B, 3, H, W]` and patch conditions `[B, L, D]` to the prediction."""
     blocks: list[Any] = list(net.pixel_blocks)
-    passes = _TilePasses(_TiledImage(net, x_B3HW, condition, chunks), tokens_BLD)
+    passes = _TilePasses(_TiledImage(net, x_B3HW, condition, chunks), tokens_BLD, halves or PixelHalves())
     compressed = passes.run(None, None, blocks[0] if blocks else None)
     for block, following in zip_longest(blocks, blocks[1:]):
         assert compressed is not None
@@ -173,8 +206,8 @@ def run_pixel_blocks(net: PiDNet, x_B3HW: Tensor, tokens_BLD: Tensor, condition:
 class _TilePasses:
     """Passes over all tiles: pixels kept between them, and the prediction after the last."""
 
-    def __init__(self, image: _TiledImage, tokens_BLD: Tensor) -> None:
-        self.image, self.tokens = image, tokens_BLD
+    def __init__(self, image: _TiledImage, tokens_BLD: Tensor, halves: PixelHalves) -> None:
+        self.image, self.tokens, self.halves = image, tokens_BLD, halves
         self.kept: dict[int, Tensor] = {}
         """Pixel tokens `[B, L, G, C]` by their group's first row, float32, from the first update to the last."""
 
@@ -188,7 +221,8 @@ class _TilePasses:
     def run(self, block: Any | None, attended_BLA: Tensor | None, following: Any | None) -> Tensor | None:
         """Update every tile with `block`, then compress it for the `following` block or write it to the prediction.
 
-        Returns the compressed patches `[B, L, A]` for the following block, or None.
+        Returns:
+            Compressed patches `[B, L, A]` for the following block, or None.
         """
         image, B, L = self.image, *self.tokens.shape[:2]
         # Accumulated over groups of pixels, hence in float32.
@@ -196,27 +230,31 @@ class _TilePasses:
         first_pass = not self.kept
         for group in image.groups():
             pixels = slice(group.start * image.patch, group.stop * image.patch)
-            update = None if block is None else _Update(block, pixels)
-            compress_tile = None if following is None else _Compress(following, pixels)
-            for b, part, tokens in image.tiles():
-                condition = self.tokens[b, tokens]
-                tile = image.pixels(b, part, group) if first_pass else self.kept[group.start][b, tokens]
+            update = self.halves.get(_Update, block, pixels)
+            compress_tile = self.halves.get(_Compress, following, pixels)
+            for place, run in image.tiles():
+                condition = ops.cut_run(self.tokens, run)
+                tile = image.pixels(place, group) if first_pass else ops.cut_run(self.kept[group.start], run)
                 if update is not None and attended_BLA is not None:
-                    update(tile, condition, attended_BLA[b, tokens])
+                    update(tile, condition, ops.cut_run(attended_BLA, run))
                 if compress_tile is None or compressed is None:
-                    image.write(self.prediction, b, part, group, tile)
+                    image.write(self.prediction, place, group, tile)
                     continue
-                compress_tile(tile, condition, compressed[b, tokens])
+                compress_tile(tile, condition, ops.cut_run(compressed, run))
                 if update is not None and first_pass:
-                    self._keep(b, tokens, group, tile)
+                    self._keep(run, group, tile)
             if following is None:
                 self.kept.pop(group.start, None)
         return None if compressed is None else compressed.to(self.tokens.dtype)
 
-    def _keep(self, b: int, tokens: slice, group: slice, tile_TGC: Tensor) -> None:
+    def _keep(self, run: tuple[slice, slice], group: slice, tile_TGC: Tensor) -> None:
+        shape = (*self.tokens.shape[:2], *tile_TGC.shape[1:])
+        if len(tile_TGC) == shape[0] * shape[1]:  # the one tile is all there is
+            self.kept[group.start] = tile_TGC.view(shape)
+            return
         if group.start not in self.kept:
-            self.kept[group.start] = tile_TGC.new_empty(*self.tokens.shape[:2], *tile_TGC.shape[1:])
-        self.kept[group.start][b, tokens] = tile_TGC
+            self.kept[group.start] = tile_TGC.new_empty(shape)
+        ops.cut_run(self.kept[group.start], run).copy_(tile_TGC)
 
 
 def attend_patches(attn: Any, compressed_BLA: Tensor, rotation: tuple[Tensor, Tensor], chunk: int) -> Tensor:
@@ -224,17 +262,19 @@ def attend_patches(attn: Any, compressed_BLA: Tensor, rotation: tuple[Tensor, Te
     B, L, width = compressed_BLA.shape
     rotation_LH = torch.complex(*rotation)
     joint = compressed_BLA.new_empty(B, L, 3 * width)
-    for b in range(B):
-        for part in ops.parts(L, chunk):
-            ops.linear_into(attn.qkv, compressed_BLA[b, part], joint[b, part])
-            q, k, _ = joint[b, part].unflatten(-1, (3, attn.heads, -1)).unbind(-3)
-            ops.norm_rotate_(q, attn.q_norm.weight, rotation_LH[part])
-            ops.norm_rotate_(k, attn.k_norm.weight, rotation_LH[part])
+    runs = list(ops.runs(B, L, chunk))
+    for samples, part in runs:
+        place = ops.cut_run(joint, (samples, part))
+        ops.linear_into(attn.qkv, ops.cut_run(compressed_BLA, (samples, part)), place)
+        q, k, _ = place.unflatten(-1, (3, attn.heads, -1)).unbind(-3)
+        count = samples.stop - samples.start
+        turns = rotation_LH[part].repeat(count, 1) if count > 1 else rotation_LH[part]
+        ops.norm_rotate_(q, attn.q_norm.weight, turns)
+        ops.norm_rotate_(k, attn.k_norm.weight, turns)
     q, k, v = joint.unflatten(-1, (3, attn.heads, -1)).unbind(-3)
     if attn.gather is not None:
         k, v = attn.gather(k.contiguous()), attn.gather(v.contiguous())
     out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(-2)
-    for b in range(B):
-        for part in ops.parts(L, chunk):
-            ops.linear_into(attn.proj, out[b, part], compressed_BLA[b, part])
+    for run in runs:
+        ops.linear_into(attn.proj, out[run].flatten(0, 1), ops.cut_run(compressed_BLA, run))
     return compressed_BLA

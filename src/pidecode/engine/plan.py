@@ -163,6 +163,10 @@ def _weight_parts(plan: Plan, config: PiDConfig, *, stripped: bool) -> Iterator[
     yield "adapter and embedders", rest * itemsize
 
 
+def _keeps_modulation(plan: Plan) -> bool:
+    return plan.chunks.keep_modulation and plan.quantization == "none"
+
+
 def _block_bytes(plan: Plan, config: PiDConfig, *, stripped: bool) -> int:
     """Of one patch block's weights."""
     weight_bytes = DTYPE_BYTES[plan.dtype] if plan.quantization == "none" else 1
@@ -189,8 +193,11 @@ def _activation_parts(plan: Plan, config: PiDConfig, size: tuple[int, int]) -> I
     rotation = (D // config.num_heads + A // config.pixel_num_heads) * 4
     rotations = rotation * (L + L_whole if plan.window is not None else L)
     yield "noisy image and positions", images * image + rotations + N * B * (D + config.text_dim) * 4
+    if _keeps_modulation(plan):
+        rows = 6 * config.pixel_hidden_size * config.patch_size**2 * (D + 1) * itemsize
+        yield "pixel modulation", config.pixel_depth * rows
     patch_stage = B * (L * D * 4 + (L + N) * 3 * D * itemsize + (L + N) * D * itemsize + N * D * 4)
-    patch_stage += _chunk_bytes(plan, L, D, config.mlp_width)
+    patch_stage += _chunk_bytes(plan, L, D, config.mlp_width, apart=N > 0)
     pixel_stage = _pixel_stage(plan, config, (width, height))
     if "blocks" in plan.offload and config.patch_depth > 1:  # all but the one that comes first have left by then
         pixel_stage -= _block_bytes(plan, config, stripped=True)
@@ -216,23 +223,27 @@ def _pixel_stage(plan: Plan, config: PiDConfig, size: tuple[int, int]) -> int:
     L = width * height // patch**2
     several = config.pixel_depth > 1
     always = B * L * (D * itemsize + (C * 4 * patch**2 if several else 0) + A * itemsize)
-    between = B * L * 3 * A * itemsize + max(B * L * A * itemsize, _qkv_bytes(plan, _run(L, chunks.tokens), A))
+    between = B * L * 3 * A * itemsize + max(B * L * A * itemsize, _qkv_bytes(plan, _run(B, L, chunks.tokens), A))
     columns = width // patch
-    tile_tokens = columns * _run(height // patch, max(1, chunks.tile_tokens // columns))
+    tile_tokens = columns * _run(B, height // patch, max(1, chunks.tile_tokens // columns))
     tile = tile_tokens * chunks.tile_rows * patch * C
     filled = max(width * height * 3 * 4 * B, B * L * A * 4 if several else 0)
     # The six vectors' rows of the modulation; dequantized ones are copied twice.
     eight = plan.scheme == "w8a8"
     rows = C * chunks.tile_rows * patch * D * (6 if eight else (6 if plan.quantization == "none" else 8) * itemsize)
+    if _keeps_modulation(plan):
+        rows = 0
     inside = max(10 * itemsize, 4 * itemsize + _beside(plan, 0, 4)) if eight else 10 * itemsize
     fresh = 0 if several and tile_tokens == B * L else 4  # one tile is all that is kept, and needs no copy
     during = filled + rows + tile * (fresh + inside) + (tile_tokens * D if eight else 0)
     return always + max(between, during)
 
 
-def _run(length: int, size: int) -> int:
-    """Tokens of one chunk."""
-    return math.ceil(length / max(1, math.ceil(length / size)))
+def _run(batch: int, length: int, size: int) -> int:
+    """Tokens of the longest of `elementwise.runs`."""
+    if length > size // 2:
+        return math.ceil(length / max(1, math.ceil(length / size)))
+    return length * math.ceil(batch / math.ceil(batch / (size // length)))
 
 
 def _beside(plan: Plan, inside: int, outside: int) -> int:
@@ -261,11 +272,15 @@ def _qkv_bytes(plan: Plan, tokens: int, D: int) -> int:
     return max(norm, tokens * 3 * D * itemsize + _product_bytes(plan, tokens, D, 3 * D))
 
 
-def _chunk_bytes(plan: Plan, L: int, D: int, F: int) -> int:
-    """Bytes of one chunk of a patch block, at its projection or inside its feed-forward."""
-    tokens, itemsize = _run(L, plan.chunks.tokens), DTYPE_BYTES[plan.dtype]
+def _chunk_bytes(plan: Plan, L: int, D: int, F: int, *, apart: bool) -> int:
+    """Bytes of one chunk of a patch block, at its projection or inside its feed-forward.
+
+    A chunk of several samples that lie `apart` in the joint buffer is projected into a buffer of its own.
+    """
+    tokens, itemsize = _run(plan.batch, L, plan.chunks.tokens), DTYPE_BYTES[plan.dtype]
     hidden = tokens * 2 * F * itemsize + _product_bytes(plan, tokens, D, F)
-    return tokens * D * itemsize + max(hidden, _qkv_bytes(plan, tokens, D))
+    projected = tokens * 3 * D * itemsize if apart and tokens > L else 0
+    return tokens * D * itemsize + max(hidden, projected + _qkv_bytes(plan, tokens, D))
 
 
 def plan_decode(
@@ -314,7 +329,7 @@ def plan_decode(
         dtype=dtype or ("bfloat16" if machine.accelerator else "float32"),
         quantization=_w8a8_format(machine, quantization) if scheme == "w8a8" else quantization or "none",
         scheme=scheme or "w8a16",
-        chunks=Chunks.large(config.patch_size) if machine.accelerator else CPU_CHUNKS,
+        chunks=Chunks.whole(config.patch_size) if machine.accelerator else CPU_CHUNKS,
         offload=_offloaded(config) if machine.accelerator else (),
     )
     return _first_that_fits(config, first, machine, fixed=scheme == "w8a8" or quantization is not None)
@@ -361,6 +376,9 @@ def _text_is_too_large(plan: Plan, machine: Machine) -> bool:
 
 def _candidates(first: Plan, machine: Machine, *, fixed: bool) -> Iterator[Plan]:
     """Plans from the fastest to the lowest-memory one, exact ones first; quantized ones unless that is `fixed`."""
+    if machine.accelerator:
+        yield first
+        first = replace(first, chunks=Chunks.large(first.chunks.tile_rows))
     recomputed = replace(first, keep_tokens=False)
     small = recomputed
     if machine.accelerator:

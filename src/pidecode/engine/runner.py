@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pidecode.devices import require_compiler, supports_cuda_graphs
+from pidecode.devices import free_memory, require_compiler, supports_cuda_graphs
 from pidecode.engine import inplace
 from pidecode.engine.cuda_graphs import GraphCache, capture_on
 from pidecode.engine.inplace import prepare_recomputed
@@ -19,6 +19,7 @@ from pidecode.engine.offload import BlockOffloader
 from pidecode.engine.ops import elementwise
 from pidecode.engine.ops.compiled import CompiledOps
 from pidecode.engine.ops.quantize import best_kernel, quantize
+from pidecode.engine.pixel_tiles import PixelHalves
 from pidecode.engine.plan import Plan, predict
 from pidecode.engine.sequence_parallel import denoise_sharded, is_parallel
 from pidecode.engine.tiling import Windows, denoise_windows
@@ -38,6 +39,10 @@ from pidecode.sampling import SINGLE_STEP_TIME, Predict
 
 KEPT_TOKENS = 256_000_000
 """Without a plan, latent tokens beyond this many bytes are recomputed at each use: a hundredth more computation."""
+
+
+FREE_SHARE = 0.9
+"""Part of a device's free memory that an image is planned to take; the rest is the allocator's slack."""
 
 
 class Runner:
@@ -73,7 +78,9 @@ class Runner:
         self.graph_cache: GraphCache | None = None
         """Captured evaluations, from the first one on."""
         self.chunks: Chunks | None = None if plan is None else plan.chunks
-        """Chunk sizes of the in-place forward; None for those that suit the device."""
+        """Chunk sizes of the in-place forward; None for the largest that fit the device's free memory."""
+        self._image_chunks: Chunks | None = None
+        self._halves = PixelHalves()
         self.offloader: BlockOffloader | None = None
         """Holds the patch blocks where the plan keeps them on the host."""
         self._timesteps: TimestepCache | None = None
@@ -142,6 +149,8 @@ class Runner:
     def prepare(self, grid: Grid, text: Tensor | None, latent: Tensor, sigma: Tensor) -> Condition:
         """What all steps of one image share."""
         keep = self._keeps_tokens(len(latent) * grid[0] * grid[1])
+        patch = self.net.config.patch_size
+        self._image_chunks = self._choose_chunks((grid[1] * patch, grid[0] * patch), len(latent))
         self.precompute_timesteps()
         if latent.device.type != "cpu":
             self._strip()  # the CPU's memory is not what runs short, and a whole network can still be changed
@@ -161,9 +170,7 @@ class Runner:
         """
         if inplace.runs_in_place(self.net, x_B3HW.device):
             modulation = self.modulation_at(t_B)
-            return inplace.denoise(
-                self.net, x_B3HW, modulation, condition, chunks=self.chunks, offloader=self.offloader
-            )
+            return self._evaluate(x_B3HW, modulation, condition)
         if self.offloader is not None or is_stripped(self.net):
             raise SettingError(
                 "This network was brought into the form that only inference runs; decode under "
@@ -182,14 +189,13 @@ class Runner:
         if self.plan is not None:
             plan = replace(self.plan, size=size, batch=batch)
         else:
-            plan = Plan(
-                size=size,
-                batch=batch,
-                dtype=str(net.dtype).removeprefix("torch."),
-                chunks=self.chunks or inplace.default_chunks(net, net.device),
-                keep_tokens=self._keeps_tokens(batch * size[0] * size[1] // config.patch_size**2),
-            )
+            plan = self._plan(size, batch, self._choose_chunks(size, batch))
         return predict(plan, config, accelerator=net.device.type != "cpu", stripped=is_stripped(net))
+
+    def _plan(self, size: tuple[int, int], batch: int, chunks: Chunks) -> Plan:
+        keep = self._keeps_tokens(batch * size[0] * size[1] // self.net.config.patch_size**2)
+        dtype = str(self.net.dtype).removeprefix("torch.")
+        return Plan(size=size, batch=batch, dtype=dtype, chunks=chunks, keep_tokens=keep)
 
     def _keeps_tokens(self, patches: int) -> bool:
         if self.plan is not None:
@@ -215,6 +221,7 @@ class Runner:
                 "Load the decoder again, and change it before the first image and without a memory plan."
             )
         self._timesteps = None
+        self._halves.clear()
         if self.graph_cache is not None:
             self.graph_cache.clear()
 
@@ -278,7 +285,22 @@ class Runner:
         return self.graph_cache.run(x, self.modulation_at(t), condition, variant=self.backend)
 
     def _evaluate(self, x: Tensor, modulation: StepModulation, condition: Condition) -> Tensor:
-        return inplace.denoise(self.net, x, modulation, condition, chunks=self.chunks)
+        chunks = self.chunks or self._image_chunks or inplace.default_chunks(self.net, x.device)
+        self._halves.keep = chunks.keep_modulation and not (self.plan and self.plan.quantization != "none")
+        return inplace.denoise(
+            self.net, x, modulation, condition, chunks=chunks, offloader=self.offloader, halves=self._halves
+        )
+
+    def _choose_chunks(self, size: tuple[int, int], batch: int) -> Chunks:
+        """Those of the plan; else whole images where the device has the memory, else what suits it."""
+        if self.chunks is not None:
+            return self.chunks
+        net, device = self.net, self.net.device
+        free = None if device.type in ("cpu", "meta") else free_memory(device)
+        whole = self._plan(size, batch, Chunks.whole(net.config.patch_size))
+        if free is not None and predict(whole, net.config, stripped=is_stripped(net)).working <= FREE_SHARE * free:
+            return whole.chunks
+        return inplace.default_chunks(net, device)
 
     def _choose_backend(self, device: torch.device) -> None:
         if self.backend is not None or device.type in ("cpu", "meta"):

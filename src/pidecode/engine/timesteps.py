@@ -85,11 +85,15 @@ class TimestepCache:
             return None
         if len(set(rows)) == 1:
             rows = rows[:1]
+
+        def cut(vectors: Tensor) -> Tensor:
+            # Slices, which are views: indexing with a list would wait for the device to read it.
+            each = [vectors[row : row + 1] for row in rows]
+            return each[0] if len(each) == 1 else torch.cat(each)
+
         cached = self.modulation
         return StepModulation(
-            embedding=cached.embedding[rows],
-            image=tuple(vectors[rows] for vectors in cached.image),
-            text=tuple(vectors[rows] for vectors in cached.text),
+            embedding=cut(cached.embedding), image=tuple(map(cut, cached.image)), text=tuple(map(cut, cached.text))
         )
 
 

@@ -66,10 +66,38 @@ def parts(length: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + step, length))
 
 
+def runs(batch: int, length: int, size: int) -> Iterator[tuple[slice, slice]]:
+    """Samples and tokens of runs of at most `size` tokens: several whole samples, or a part of one."""
+    if length > size // 2:
+        for b in range(batch):
+            for part in parts(length, size):
+                yield slice(b, b + 1), part
+        return
+    for samples in parts(batch, size // length):
+        yield samples, slice(0, length)
+
+
+def cut_run(x: Tensor, run: tuple[slice, slice]) -> Tensor:
+    """A run of `runs` of a contiguous `[B, L, ...]` as `[T, ...]`, a view."""
+    return x[run].flatten(0, 1)
+
+
 def inverse_rms(x: Tensor) -> Tensor:
     """`1 / sqrt(mean(x^2) + eps)` over the last axis, kept, float32; x of any float type is not copied."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     return norm.square_().div_(x.shape[-1]).add_(EPS).rsqrt_()  # type: ignore[no-any-return]
+
+
+def one_kernel_norm(x: Tensor) -> bool:
+    """Whether torch has the RMS norm as one kernel where x is; on CPUs the ops below copy less."""
+    return not x.is_cpu
+
+
+def rms_norm_(x: Tensor, weight: Tensor) -> Tensor:
+    """`x / rms(x) * weight` over the last axis of a float32 x, which may be overwritten."""
+    if one_kernel_norm(x):
+        return F.rms_norm(x, x.shape[-1:], weight.float(), EPS)
+    return x.mul_(inverse_rms(x)).mul_(weight)
 
 
 def norm_modulate(x: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -83,7 +111,7 @@ def norm_modulate(x: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype) 
         from pidecode.engine.ops import triton as triton_kernels
 
         return triton_kernels.norm_modulate(x, shift, factor, dtype)
-    normed = x * inverse_rms(x)
+    normed = F.rms_norm(x, x.shape[-1:], eps=EPS) if one_kernel_norm(x) else x * inverse_rms(x)
     out = normed if normed.dtype == dtype else torch.empty_like(normed, dtype=dtype)
     return torch.addcmul(shift, normed, factor, out=out)
 
@@ -158,7 +186,7 @@ def norm_rotate_(heads_TNK: Tensor, weight_K: Tensor, rotation: Tensor | None) -
 
         return triton_kernels.norm_rotate_(heads_TNK, weight_K, rotation)
     x = heads_TNK if heads_TNK.dtype == torch.float32 else heads_TNK.float()
-    x.mul_(inverse_rms(x)).mul_(weight_K)
+    x = rms_norm_(x, weight_K)
     if rotation is not None:
         _rotate_(x, rotation)
     if x is not heads_TNK:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernels of the elementwise ops.
 
-Experimental: tested in Triton's interpreter, no gain was measured on a GPU yet. They run mask_in
+Experimental: tested in Triton's interpreter, no gain was measured on a GPU yet. They run in
 `with elementwise.triton_ops():`. Each equals the function of its name in `elementwise`, its reference implementation.
 """
 
