@@ -43,7 +43,7 @@ test: check
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
 attack: setup
-	OMP_NUM_THREADS=1 $(RUN) tests/attack
+	OMP_NUM_THREADS=1 $(RUN) tests/attack/run.py
 
 docs: setup
 	$(RUN) tools/make_docs.py

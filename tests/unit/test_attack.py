@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from attack import readers
-from attack.__main__ import KINDS, run_kind
+from attack.run import KINDS, run_kind
 from attack.mutate import hostile_json, mutated
 from pidecode.errors import SettingError
 from pidecode.strict_json import parse_json
@@ -67,7 +67,7 @@ def test_faults_are_told_from_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_a_few_of_each_kind() -> None:
-    command = [sys.executable, str(Path(__file__).parents[1] / "attack"), "--count", "3", "--seed", "1"]
+    command = [sys.executable, str(Path(__file__).parents[1] / "attack" / "run.py"), "--count", "3", "--seed", "1"]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
