@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from attack import readers
-from attack.run import KINDS, run_kind
 from attack.mutate import hostile_json, mutated
+from attack.run import KINDS, run_kind
 from pidecode.errors import SettingError
 from pidecode.strict_json import parse_json
 
