@@ -50,10 +50,10 @@ class PerceptualFeatures(nn.Module):
         """Stays in evaluation mode: the running statistics are part of the frozen features."""
         return super().train(False)
 
-    def forward(self, image: Tensor) -> list[Tensor]:
-        """Features of images `[B, 3, H, W]` in [-1, 1], finest first."""
+    def forward(self, image: Tensor, *, stem: bool = False) -> list[Tensor]:
+        """Features of images `[B, 3, H, W]` in [-1, 1], finest first; with `stem`, that of the stem before them."""
         x = self.stem(((image + 1) / 2 - _MEAN) / _STD)
-        features: list[Tensor] = []
+        features: list[Tensor] = [x] if stem else []
         for block in self.blocks:
             before, x = x, block(x)
             if x.shape[-1] != before.shape[-1]:
