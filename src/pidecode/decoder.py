@@ -519,7 +519,8 @@ class PixelDecoder:
     ) -> Tensor:
         width, height = size
         grid = runner.net.grid_of(height, width)
-        noise = NoiseStream(options.seeds(len(latent)), (3, height, width), self.device)
+        draws = self._num_steps(options) if self.kind == "student" and options.sampler != "ode" else 1
+        noise = NoiseStream(options.seeds(len(latent)), (3, height, width), self.device, draws)
         states = self._text_states(latent.prompts, options.prompt_embeds, len(latent))
         if self.text is not None and runner.offloads("text"):
             self.text.unload()

@@ -7,6 +7,7 @@ Time runs from 1 (noise) to 0 (image): `x_t = (1 - t) x_0 + t eps` (docs/archite
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -177,22 +178,47 @@ def renoise(clean: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
 
 
 class NoiseStream:
-    """Unit noise in the reference's order, from one seeded generator per image, or given draws for tests.
+    """Unit noise in the reference's order, from one seeded generator per image.
 
-    Generators live on the processor, so a seed draws the same noise whatever device decodes it, and a
-    image in a batch gets the noise it would get alone.
+    Generators live on the CPU, so a seed draws the same noise whatever device decodes it, and an image in a batch gets
+    the noise it would get alone. For another device each draw is made one ahead in a thread, while the device works,
+    into pinned memory from which it is copied without waiting. On the CPU drawing ahead would take a core and an
+    image's memory from the network, so each is drawn when it is asked for.
+
+    Args:
+        seeds: One per image.
+        shape: Channels, height and width.
+        device: Where the noise is used.
+        count: How many draws will be asked for; no more are made ahead.
     """
 
-    def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device) -> None:
+    def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device, count: int = 1) -> None:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._shape, self._device = shape, device
+        self._shape, self._device, self._ahead = shape, device, 0 if device.type == "cpu" else count
+        self._thread = ThreadPoolExecutor(1, "noise") if self._ahead else None
+        self._next: Future[Tensor] | None = None
+        self._draw_ahead()
+
+    def _draw_ahead(self) -> None:
+        self._next = None
+        if self._thread is not None and self._ahead > 0:
+            self._ahead -= 1
+            self._next = self._thread.submit(self._draw)
+            if self._ahead == 0:
+                self._thread.shutdown(wait=False)
+
+    def _draw(self) -> Tensor:
+        pinned = self._device.type == "cuda"
+        draws = torch.empty(len(self._generators), *self._shape, pin_memory=pinned)
+        for draw, generator in zip(draws, self._generators, strict=True):
+            torch.randn(self._shape, generator=generator, out=draw)
+        return draws
 
     def __call__(self) -> Tensor:
         """The next draw `[B, *shape]`, float32."""
-        draws = torch.empty(len(self._generators), *self._shape)
-        for draw, generator in zip(draws, self._generators, strict=True):
-            torch.randn(self._shape, generator=generator, out=draw)
-        return draws.to(self._device)
+        draws = self._draw() if self._next is None else self._next.result()
+        self._draw_ahead()
+        return draws.to(self._device, non_blocking=True)
 
 
 def sample_student(

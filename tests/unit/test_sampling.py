@@ -87,3 +87,15 @@ def test_the_teacher_equals_diffusers_solver(steps: int, shift: float) -> None:
         x = scheduler.step(shrink(x.float(), t).double(), timestep, x, return_dict=False)[0]
     ours = sample_teacher(shrink, noise, num_steps=steps, shift=shift)
     assert (ours - x.float()).abs().max() < 2e-5 * max(1.0, x.abs().max().item())
+
+
+def test_noise_drawn_ahead_is_the_noise_drawn_when_asked() -> None:
+    ahead, plain = (NoiseStream((3, 7), SHAPE, torch.device(name), 3) for name in ("meta", "cpu"))
+    made = []
+    for _ in range(3):
+        assert ahead._next is not None  # begun before it is asked for
+        made.append(ahead._next.result())
+        assert ahead().device.type == "meta"
+    assert ahead._next is None
+    assert all(torch.equal(each, plain()) for each in made)
+    assert plain._next is None
