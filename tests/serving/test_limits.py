@@ -18,6 +18,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from serving_kit import LIMITS, PATIENCE, HttpAnswer, Served, image_bytes, latent_bytes, running, small_decoder
@@ -239,24 +240,82 @@ sys.path.insert(0, {tests!r})
 from serving_kit import small_decoder
 from pidecode.serve.app import create_app
 from pidecode.serve.http import bound_socket, serve
+from pidecode.serve.schemas import RequestLimits
 from pidecode.serve.service import DecodeService
-service = DecodeService({{"small": small_decoder()}})
+service = DecodeService({{"small": small_decoder()}}, limits=RequestLimits(waiting=4))
+{before}
+serve(create_app(service), bound_socket("127.0.0.1", 0), stop=service.stop, ready=lambda url: print(url, flush=True))
+"""
+ENDLESS_JOB = """
 def work(job):
     while True:
         job.check()
         time.sleep(0.01)
 service.queue.submit(work)
-serve(create_app(service), bound_socket("127.0.0.1", 0), stop=service.stop, ready=lambda url: print(url, flush=True))
 """
 
 
-def test_a_second_signal_ends_the_running_job_with_503() -> None:
-    script = SCRIPT.format(tests=os.path.dirname(__file__))
+def started(before: str = "") -> tuple[subprocess.Popen[str], int]:
+    script = SCRIPT.format(tests=os.path.dirname(__file__), before=before)
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    port = int(process.stdout.readline().rsplit(":", 1)[1])
+    return process, int(process.stdout.readline().rsplit(":", 1)[1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_ten_times_its_queue_for_a_minute_leaves_memory_flat() -> None:
+    process, port = started()
+    served = Served(port, None)  # type: ignore[arg-type]
+    end = time.monotonic() + 60
+    bodies = [
+        ("/v1/upscale?num_steps=1", image_bytes(64, 48)), ("/v1/decode?num_steps=1", latent_bytes(4, 4)),
+        ("/v1/upscale?num_steps=1&format=jpeg", image_bytes(32, 90)),
+    ]  # fmt: skip
+    statuses: dict[int, int] = {}
+    without_advice: list[int] = []
+    lock = threading.Lock()
+
+    def ask(client: int) -> None:
+        turn = client
+        while time.monotonic() < end:
+            path, body = bodies[turn % len(bodies)]
+            turn += 1
+            answer = served.post(path, body)
+            with lock:
+                statuses[answer.status] = statuses.get(answer.status, 0) + 1
+                if answer.status != 200 and "retry-after" not in answer.headers:
+                    without_advice.append(answer.status)
+            if answer.status != 200:
+                time.sleep(0.2)  # less patient than it is told to be
+
+    def resident() -> int:
+        return int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+
+    sizes = []
+    try:
+        with ThreadPoolExecutor(50) as pool:
+            for client in range(50):
+                pool.submit(ask, client)
+            while time.monotonic() < end:
+                time.sleep(1)
+                sizes.append(resident())
+    finally:
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=PATIENCE)
+    steady = sizes[len(sizes) // 4 :]
+    print(statuses, f"memory {max(steady) / steady[0]:.3f} times that after {len(sizes) // 4} s")
+    assert statuses.keys() <= {200, 429, 503}
+    assert without_advice == []
+    assert min(statuses[200], statuses[429]) > 50
+    assert max(steady) <= 1.05 * steady[0]
+    assert "Traceback" not in errors
+
+
+def test_a_second_signal_ends_the_running_job_with_503() -> None:
+    process, port = started(ENDLESS_JOB)
     answers: list[HttpAnswer] = []
 
     def ask() -> None:

@@ -37,7 +37,7 @@ from pidecode.weights.safetensors import looks_like_safetensors
 
 PREVIEW_SIDE = 448
 """Longest side of a preview, in pixels."""
-WARM_UP_IMAGE = b"P6 64 64 255\n" + bytes(64 * 64 * 3)
+WARM_UP_IMAGE = b"P6 96 96 255\n" + bytes(96 * 96 * 3)
 RESULTS_KEPT = 4
 RESULT_SECONDS = 300.0
 """How long a streamed job's result can be fetched."""
@@ -199,7 +199,8 @@ class DecodeService:
         """Queue a small upscale by each feed-forward decoder: it loads the encoder and measures this machine."""
         for name, decoder in self.decoders.items():
             if decoder.kind == "feed-forward" and decoder.encoder is not None:
-                self.upscale(WARM_UP_IMAGE, UpscaleParams(model=name))
+                for _ in range(min(2, self.queue.free_slots)):  # the first time it loads, the second it is measured
+                    self.upscale(WARM_UP_IMAGE, UpscaleParams(model=name))
 
     def decode(self, data: bytes, params: DecodeParams) -> DecodeJob:
         """Queue the decode of a latent file; the job's result is a `Result`.

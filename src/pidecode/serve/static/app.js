@@ -168,7 +168,7 @@ function openFiles(files) {
 
 function drawFollowing() {
   find("queue").hidden = !following.length;
-  find("queue-title").textContent = `${following.length === 1 ? "One more follows" : `${following.length} more follow`}, with the settings of then:`;
+  find("queue-title").textContent = `${following.length === 1 ? "One more follows" : `${following.length} more follow`}, each with the settings chosen by then:`;
   find("queue").querySelector("ol").replaceChildren(...following.map((one) => {
     const item = document.createElement("li"), name = document.createElement("span"), button = document.createElement("button");
     name.textContent = name.title = one.file.name;
