@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the decoders give for fixed inputs, recorded: `python tests/recorded.py` writes the file that the test compares.
 
-Each output is kept as the SHA-256 of its float32 bytes and as every so many of its values. A processor with the
+Each output is kept as the SHA-256 of its float32 bytes and as every so many of its values. A CPU with the
 instruction set that the file was recorded on must give the same bytes; another rounds elsewhere, so there the kept
 values must agree within rounding.
 """
@@ -104,7 +104,7 @@ def samples(value: Tensor) -> Tensor:
 
 
 def machine() -> str:
-    """What decides the order in which a processor adds: its instructions and torch's version."""
+    """What decides the order in which a CPU adds: its instructions and torch's version."""
     return f"{torch.backends.cpu.get_cpu_capability()} torch {torch.__version__}"
 
 

@@ -249,7 +249,7 @@ REQUIRED = {
 
 
 def filled(text: str, required: set[str], name: str) -> str:
-    """`text` with every generated part written anew; ends the program where a required one is missing."""
+    """`text` with every generated part written again; ends the program where a required one is missing."""
     for part, write in PARTS.items():
         opening, closing = f"<!-- generated: {part} -->", f"<!-- end of {part} -->"
         before, found, rest = text.partition(opening)

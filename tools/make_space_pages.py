@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewrite the tables of docs/spaces/*.md from the facts they state: one page per latent space.
+"""Rewrite the tables of docs/spaces/*.md from the registry: one page per latent space.
 
     python tools/make_space_pages.py            # rewrite
     python tools/make_space_pages.py --check    # only say, by the exit code, whether they are current
@@ -41,7 +41,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def facts(space: LatentSpace) -> str:
+def properties(space: LatentSpace) -> str:
     """What a latent of the space is."""
     noise = {"flow": "(1 - s) z + s e", "variance_preserving": "sqrt(1 - s^2) z + s e"}[space.noise_parametrization]
     packed = {
@@ -94,11 +94,11 @@ def decoders(space: LatentSpace) -> str:
     return table(["variant", "what", "steps", "license"], rows)
 
 
-PARTS: dict[str, Callable[[LatentSpace], str]] = {"facts": facts, "models": models, "decoders": decoders}
+PARTS: dict[str, Callable[[LatentSpace], str]] = {"table": properties, "models": models, "decoders": decoders}
 
 
 def filled(text: str, space: LatentSpace) -> str:
-    """A page with every generated part written anew."""
+    """A page with every generated part written again."""
     for name, write in PARTS.items():
         opening, closing = f"<!-- generated: {name} -->", f"<!-- end of {name} -->"
         before, found, rest = text.partition(opening)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Color fix: low-frequency and back-projection correction against a reference image.
 
-A diffusion decoder draws pixels anew, and over wide areas its brightness and hue may drift by a level or a few. The
+A diffusion decoder generates pixels, and over wide areas its brightness and hue may drift by a level or a few. The
 reference is the VAE's decode of the same latent or, in `upscale`, the image itself. A feed-forward decoder also loses
 detail that the image being enlarged still shows; "back-projection" restores it.
 """

@@ -86,7 +86,7 @@ class WorkTracker:
     """Reports progress as shares of a whole whose phases are of known size.
 
     Args:
-        callback: Told of all progress; None for nobody.
+        callback: Called with all progress, if given.
         decoding: Predicted work of decoding, in any unit.
         encoding: Predicted work of encoding, in the same unit.
     """

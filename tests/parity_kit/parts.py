@@ -176,7 +176,7 @@ def velocity(case: Case) -> Iterator[Comparison]:
 
 
 def euler_frame(case: Case) -> Iterator[Comparison]:
-    """SDXL's Euler latents brought to the trained frame."""
+    """SDXL's Euler latents brought to the trained parametrization."""
     for index, sigma in enumerate(case.args["sigmas"]):
         latent, level = euler_to_variance_preserving(case.inputs["latent"], sigma)
         yield Comparison(f"sdxl_{index}.latent", latent, case.outputs[f"sdxl_{index}.latent"], TABLE)
@@ -184,7 +184,7 @@ def euler_frame(case: Case) -> Iterator[Comparison]:
 
 
 def noising(case: Case) -> Iterator[Comparison]:
-    """Forward noising of a clean latent in both frames."""
+    """Forward noising of a clean latent in both parametrizations."""
     latent, noise = case.inputs["latent"], case.inputs["noise"]
     for space in ("flux", "sdxl"):
         for index, sigma in enumerate(case.args["sigmas"]):

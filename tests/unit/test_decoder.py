@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The waist: what `decode`, `upscale` and `from_pretrained` promise, on small networks of the real classes."""
+"""PixelDecoder: what `decode`, `upscale` and `from_pretrained` promise, on small networks of the real classes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every space's encoder, saved as users have it on disk and loaded back through the one door they use."""
+"""Every space's encoder, saved as users have it on disk and loaded back by `load_encoder`."""
 
 from __future__ import annotations
 

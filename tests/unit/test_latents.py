@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latents: their frames agree with the reference, conversions invert, files say what they hold."""
+"""Latents: noise and normalization agree with the reference, conversions invert, files say what they hold."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, safe_open
 
 from pidecode.errors import FileError, LatentError, SettingError
-from pidecode.latents import layout as frames
+from pidecode.latents import layout
 from pidecode.latents.latent import Latent, LatentStatistics, NormalizationWarning
 from pidecode.latents.layout import pack, packed_grid, unpack
 from pidecode.registry.spaces import SPACES, get_space
@@ -32,7 +32,7 @@ def statistics_for(space: str, grid: tuple[int, int]) -> LatentStatistics | None
     return LatentStatistics(mean=draw(*shape, seed=5) * 0.3, variance=draw(*shape, seed=6).abs() * 0.2 + 3.0)
 
 
-# Frames against the reference
+# Noise and normalization against the reference
 
 
 def golden_args() -> dict[str, list[float]]:
@@ -46,14 +46,14 @@ def test_add_noise_agrees_with_the_reference() -> None:
     clean, noise = golden["inputs.add_noise.latent"], golden["inputs.add_noise.noise"]
     for name in ("flux", "sdxl"):
         for index, sigma in enumerate(golden_args()["add_noise"]):
-            ours = frames.add_noise(clean, noise, sigma, get_space(name))
+            ours = layout.add_noise(clean, noise, sigma, get_space(name))
             torch.testing.assert_close(ours, golden[f"outputs.add_noise.{name}_{index}"], rtol=0, atol=1e-6)
 
 
-def test_euler_frame_agrees_with_the_reference() -> None:
+def test_euler_latents_agree_with_the_reference() -> None:
     golden = load_file(GOLDEN)
     for index, sigma in enumerate(golden_args()["sdxl_frame"]):
-        latent, level = frames.euler_to_variance_preserving(golden["inputs.sdxl_frame.latent"], sigma)
+        latent, level = layout.euler_to_variance_preserving(golden["inputs.sdxl_frame.latent"], sigma)
         expected = golden[f"outputs.sdxl_frame.sdxl_{index}.latent"]
         torch.testing.assert_close(latent, expected, rtol=0, atol=1e-6)
         torch.testing.assert_close(level[0], golden[f"outputs.sdxl_frame.sdxl_{index}.sigma"], rtol=0, atol=1e-6)
@@ -165,7 +165,7 @@ def test_noised_labels_what_it_does(name: str) -> None:
     clean = Latent(draw(2, get_space(name).channels, 8, 8), name, prompt="x")
     noisy = clean.noised(0.4, seed=3)
     noise = draw(*clean.tensor.shape, seed=3)
-    torch.testing.assert_close(noisy.tensor, frames.add_noise(clean.tensor, noise, 0.4, get_space(name)))
+    torch.testing.assert_close(noisy.tensor, layout.add_noise(clean.tensor, noise, 0.4, get_space(name)))
     assert noisy.sigma == 0.4
     assert noisy.prompt == "x"
     assert torch.equal(clean.noised(0.4, noise=noise).tensor, noisy.tensor)
@@ -191,7 +191,7 @@ def test_raw_latents_warn(name: str) -> None:
     raw = latent.to_raw(statistics_for(name, (16, 16)))
     raw = raw.squeeze(2) if raw.ndim == 5 else raw
     if row.raw_patch > 1:  # denormalized but still patchified: what some ports feed
-        raw = frames.patchify(raw, row.raw_patch)
+        raw = layout.patchify(raw, row.raw_patch)
     with pytest.warns(NormalizationWarning, match=r"Latent\.from_raw"):
         Latent(raw, name)
 
@@ -216,7 +216,7 @@ def test_honest_latents_do_not_warn(name: str, sigma: float, size: float) -> Non
         for grid in ((4, 4), (16, 12)):
             level = draw(1, channels, 1, 1, seed=1) * 1.5  # a flat image's channels have any mean
             clean = draw(1, channels, *grid, seed=2) * size + (level if name != "siglip" else 0.0)
-            signal, noise = frames.noise_weights(get_space(name), torch.tensor(sigma))
+            signal, noise = layout.noise_weights(get_space(name), torch.tensor(sigma))
             Latent(signal * clean + noise * draw(1, channels, *grid, seed=3), name, sigma)
 
 

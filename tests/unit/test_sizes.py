@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums about sizes."""
+"""Sizes of latents, images and outputs."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pidecode doctor --space`: what is there is tried, what is missing is named with its mend."""
+"""`pidecode doctor --space`: what is there is tried, what is missing is named with its fix."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import pytest
 from pidecode.errors import SettingError
 from pidecode.registry.spaces import ALIASES, IMAGE_MODELS, SPACES, get_image_model, get_space
 
-EXPECTED = {  # channels, down, scale, noise frame, token channels, raw channels
+EXPECTED = {  # channels, down, scale, noise parametrization, token channels, raw channels
     "flux": (16, 8, 4, "flow", 64, 16),
     "sd3": (16, 8, 4, "flow", None, 16),
     "sdxl": (4, 8, 4, "variance_preserving", None, 4),

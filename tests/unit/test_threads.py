@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Threads and number formats that suit a processor: cores and quotas are kept to, and what the user said goes first."""
+"""Threads and number formats that suit a CPU: cores and quotas are kept to, and what the user said goes first."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a file is: told by its shapes, its metadata, its official name or the caller, and never guessed."""
+"""What a file is: shown by its shapes, its metadata, its official name or the caller, and never guessed."""
 
 from __future__ import annotations
 

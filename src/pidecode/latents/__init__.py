@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latents: their values, frames and packings, and the encoders that make them from images."""
+"""Latents: values, normalization, packing and files."""

@@ -110,7 +110,11 @@ class LatentNoiseConfig:
 
 
 def noise_latent(
-    latent: Tensor, rng: RNG, config: LatentNoiseConfig, frame: NoiseParametrization, names: Sequence[str] = ()
+    latent: Tensor,
+    rng: RNG,
+    config: LatentNoiseConfig,
+    parametrization: NoiseParametrization,
+    names: Sequence[str] = (),
 ) -> tuple[Tensor, Tensor]:
     """Noised latents `[B, C, h, w]` and the sigma `[B]` left in each (0 where it stayed clean), float32."""
     noised = rng.uniform() < config.probability
@@ -122,7 +126,7 @@ def noise_latent(
     sigma = torch.where(noised, low + (high - low) * share, torch.zeros_like(share))
     noise = rng.normal(tuple(latent.shape[1:])).to(latent.dtype)
     s = per_sample(sigma.to(latent.dtype))
-    kept = torch.sqrt(1 - s * s) if frame == "variance_preserving" else 1 - s
+    kept = torch.sqrt(1 - s * s) if parametrization == "variance_preserving" else 1 - s
     return torch.where(per_sample(noised), kept * latent + s * noise, latent), sigma
 
 
