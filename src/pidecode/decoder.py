@@ -46,6 +46,7 @@ from pidecode.sampling import (
     sample_student,
     sample_teacher,
 )
+from pidecode.units import parse_dtype
 from pidecode.version import __version__
 from pidecode.weights.detect import Overrides, detect
 from pidecode.weights.load import apply_lora, build_network
@@ -121,7 +122,7 @@ class PixelDecoder:
         variant: str | None = None,
         kind: Literal["feed-forward", "student", "teacher"] | None = None,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         encoder: str | PathLike[str] | None = None,
         plan: Plan | FeedForwardPlan | Callable[[CheckpointMetadata], Plan | FeedForwardPlan] | None = None,
         runtime: RuntimeOptions | None = None,
@@ -129,13 +130,13 @@ class PixelDecoder:
         """Load a decoder that is on this machine; `pidecode pull` fetches the official ones.
 
         Args:
-            name_or_path: "tiny" (ships with the package), a file (.safetensors or official .pth), or the hub
-                repository "nvidia/PiD" with `space` and, unless its default will do, `variant`.
+            name_or_path: "tiny" (ships with the package), a latent space ("flux2") or a name as `pidecode models`
+                lists it ("flux2/2k") for a downloaded official file, or a file (.safetensors or official .pth).
             space: Latent space, where the file does not say it.
             variant: Release, as `pidecode models` lists them.
             kind: Student or teacher, where the file does not say it.
             device: By default the best there is.
-            dtype: By default what suits the device.
+            dtype: By default what suits the device; torch.bfloat16, "bfloat16" or "bf16".
             encoder: The space's encoder, a file or folder, where it does not lie where `pidecode pull` puts it.
             plan: From `pidecode.plan_decode`, or a function that makes one of what the weights are; it settles dtype.
             runtime: Compilation and CUDA graphs.
@@ -153,6 +154,8 @@ class PixelDecoder:
         assert metadata.config is not None  # detect refuses encoders
         if callable(plan):
             plan = plan(metadata)
+        if isinstance(dtype, str):
+            dtype = cast(torch.dtype, getattr(torch, parse_dtype(dtype)))
         dtype = getattr(torch, plan.dtype) if plan is not None else dtype or default_dtype(chosen)
         offloads = isinstance(plan, Plan)
         # A plan may keep parts of the network on the host, so it is built there.

@@ -73,3 +73,20 @@ def printable(text: str, *, json_escapes: bool = False) -> str:
         return f"\\x{code:02x}" if code < 0x100 and not json_escapes else f"\\u{code:04x}"
 
     return _UNPRINTABLE.sub(escape, text)
+
+
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPES = tuple(_DTYPES.values())
+"""Number formats that weights run in and are written in, by torch's names."""
+
+
+def parse_dtype(text: str) -> str:
+    """Torch's name of a number format: "bfloat16" for "bf16" and "bfloat16".
+
+    Raises:
+        SettingError: There is no such format here.
+    """
+    name = _DTYPES.get(text.lower(), text.lower().removeprefix("torch."))
+    if name not in DTYPES:
+        raise SettingError(f"dtype is {text!r}; it must be one of {', '.join((*DTYPES, *_DTYPES))}.")
+    return name

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from pidecode.errors import SettingError, SizeError
-from pidecode.units import format_bytes, format_seconds, parse_bytes, parse_size, printable
+from pidecode.units import format_bytes, format_seconds, parse_bytes, parse_dtype, parse_size, printable
 
 
 @pytest.mark.parametrize(("text", "size"), [("2048x1536", (2048, 1536)), ("64X32", (64, 32)), ("8×9", (8, 9))])
@@ -56,3 +56,13 @@ def test_what_a_terminal_would_obey_is_escaped() -> None:
     shown.encode("utf-8")
     text = json.dumps({hostile: 1}, ensure_ascii=False)
     assert json.loads(printable(text, json_escapes=True)) == {hostile: 1}
+
+
+@pytest.mark.parametrize(("text", "name"), [("bf16", "bfloat16"), ("FP32", "float32"), ("torch.float16", "float16")])
+def test_both_spellings_of_a_dtype(text: str, name: str) -> None:
+    assert parse_dtype(text) == name
+
+
+def test_no_dtype() -> None:
+    with pytest.raises(SettingError, match="must be one of float32, bfloat16"):
+        parse_dtype("fp8")

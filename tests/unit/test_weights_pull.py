@@ -317,3 +317,17 @@ def test_hub_ids(tmp_path):
 def test_looking_for_weights_needs_no_torch():
     code = "import sys, pidecode.weights.download, pidecode.weights.metadata; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["flux2/2k", "flux2/2kto4k_v1pt5/teacher", "flux2", "zimage", "pixeldit/2kto4k/backbone"]
+)
+def test_names_as_the_list_prints_them_say_how_to_download(name: str) -> None:
+    with pytest.raises(DownloadError, match="pidecode pull"):
+        resolve_checkpoint(name)
+
+
+def test_listed_names_that_ship_are_found_and_contradictions_refused() -> None:
+    assert resolve_checkpoint("flux2/tiny").path == resolve_checkpoint("tiny").path
+    with pytest.raises(SettingError, match="flux2/2k is variant 2k and a student"):
+        resolve_checkpoint("flux2/2k", variant="2kto4k_v1pt5")

@@ -14,9 +14,10 @@ import click
 
 from pidecode.engine.machine import QUANTIZATIONS, Machine, Quantization, this_machine
 from pidecode.engine.plan import SCHEMES, Plan, Scheme, plan_decode
+from pidecode.errors import SettingError
 from pidecode.options import Command, DecodeOptions, OptionInfo, option_infos
 from pidecode.registry.spaces import ALIASES, SPACES
-from pidecode.units import parse_bytes, parse_size, printable
+from pidecode.units import DTYPES, parse_bytes, parse_dtype, parse_size, printable
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,23 @@ if TYPE_CHECKING:
     from pidecode.weights.metadata import CheckpointMetadata
 
 
-DTYPES = ("float32", "bfloat16", "float16")
+class DtypeParam(click.ParamType):
+    """A number format by torch's name or its short one."""
+
+    name = "dtype"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Torch's name."""
+        try:
+            return parse_dtype(value)
+        except SettingError as error:
+            self.fail(str(error), param, ctx)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """The choices, for the help."""
+        return f"[{'|'.join(DTYPES)}]"
+
+
 """Number formats by torch's names."""
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -173,7 +190,7 @@ def device_option(command: F) -> F:
 def dtype_option(command: F) -> F:
     """Add --dtype, which takes torch's names."""
     text = "Number format; chosen for the device if not given."
-    return click.option("--dtype", type=click.Choice(DTYPES), help=text)(command)
+    return click.option("--dtype", type=DtypeParam(), help=text)(command)
 
 
 def bits_option(command: F) -> F:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pidecode.cli.common import echo, space_option, threads_option
+from pidecode.cli.common import DtypeParam, echo, space_option, threads_option
 from pidecode.errors import FileError, MissingDependencyError, SettingError
 from pidecode.registry.spaces import GENERATION
 
@@ -118,7 +118,7 @@ def serve_options(command: Callable[..., Any]) -> Callable[..., Any]:
         space_option,
         click.option("--variant", metavar="NAME", help="Variant of a model that has several: 2k, 2kto4k, ..."),
         click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; by default the best there is."),
-        click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Number format."),
+        click.option("--dtype", type=DtypeParam(), help="Number format."),
         click.option("--host", default="127.0.0.1", show_default=True, help="Address; others need a token."),
         click.option("--port", type=click.IntRange(0, 65535), default=PORT, show_default=True, help="0: any free."),
         click.option(

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from pidecode.cli.common import DTYPES, Check, emit, json_option, overwrite_option, progress, space_option, table
+from pidecode.cli.common import Check, DtypeParam, emit, json_option, overwrite_option, progress, space_option, table
 from pidecode.errors import CheckpointError, FileError
 from pidecode.registry.checkpoints import CHECKPOINTS, ENCODERS, TEXT_ENCODER, TINY_ENCODER, Checkpoint
 from pidecode.registry.spaces import ALIASES, SPACES
@@ -85,7 +85,7 @@ def pull(model: str, as_json: bool, accept_license: bool, **asked: Any) -> None:
 @space_option
 @click.option("--variant", metavar="NAME", help="Release it belongs to: 2k, 2kto4k, 2kto4k_v1pt5.")
 @click.option("--kind", type=KINDS, help="What it is, if the file does not say.")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Number format to write; the source's if not given.")
+@click.option("--dtype", type=DtypeParam(), help="Number format to write; the source's if not given.")
 @overwrite_option
 @json_option
 def convert(source: Path, target: Path, **asked: Any) -> None:

@@ -13,13 +13,13 @@ from pidecode.errors import SettingError
 from pidecode.files import atomic_write, check_writable
 from pidecode.registry.checkpoints import APACHE_2, NSCL_V1, License
 from pidecode.registry.configs import TinyDecoderConfig
+from pidecode.units import parse_dtype
 from pidecode.weights.detect import COLOR_HEAD, Overrides, detect
 from pidecode.weights.load import check_complete, empty_network
 from pidecode.weights.metadata import CheckpointMetadata
 from pidecode.weights.read import read_weights
 from pidecode.weights.safetensors import write_safetensors
 
-DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 """Number formats to choose from, by torch's names."""
 
 _LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "LICENCE.txt")
@@ -57,8 +57,7 @@ def convert(
     target = Path(target)
     if target.suffix != ".safetensors":
         raise SettingError(f"{target} does not end in .safetensors, which is what is written; rename it.")
-    if dtype is not None and dtype not in DTYPES:
-        raise SettingError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
+    wanted = getattr(torch, parse_dtype(dtype)) if dtype else None
     check_writable(target, overwrite=overwrite)
     file = read_weights(source)
     metadata = _as_stored(detect(file, overrides), has_head=any(name.startswith(COLOR_HEAD) for name in file.tensors))
@@ -67,7 +66,6 @@ def convert(
     check_complete(file.tensors, expected, str(source))
     license = _LICENSES.get(metadata.license or "")
     notice = license_text(Path(source), license) if license and not license.commercial else None
-    wanted = DTYPES[dtype] if dtype else None
     write_safetensors(target, file.tensors, _file_metadata(metadata), dtype=wanted, overwrite=overwrite)
     if notice is not None:
         with atomic_write(target.with_suffix(".LICENSE.txt"), overwrite=True) as text:

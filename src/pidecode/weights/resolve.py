@@ -31,7 +31,7 @@ from pidecode.registry.checkpoints import (
     NetworkKind,
     get_checkpoint,
 )
-from pidecode.registry.spaces import get_space
+from pidecode.registry.spaces import ALIASES, SPACES, get_space
 from pidecode.weights.safetensors import sha256
 
 _SHA256_DIGITS = 64
@@ -235,8 +235,8 @@ def resolve_checkpoint(
     """Find the weights file of a name; nothing is downloaded.
 
     Args:
-        name: "tiny" (ships with the package), a file, a folder with one weights file or with the official folders, or
-            a hub id such as "nvidia/PiD". A file or folder of that name precedes a hub id.
+        name: "tiny" (ships with the package), a space or a name that `pidecode models` lists, a file, a folder with
+            one weights file or with the official folders, or a hub id. A file or folder of that name comes first.
         space: Latent space; chooses the file of the official repository or folder.
         variant: Likewise; None for the space's default.
         kind: Likewise; None for the distilled student.
@@ -255,6 +255,8 @@ def resolve_checkpoint(
     if str(name) in bundled:
         return _released(bundled[str(name)], asset(bundled[str(name)].path), space, hub)
     path = Path(name).expanduser()
+    if not path.exists() and (row := _listed(str(name), space, variant, kind)):
+        return _released(row, _in_official(row, hub), space, hub)
     if not (path.exists() or path.is_symlink() or path.suffix in _SUFFIXES):
         if not _HUB_ID.fullmatch(str(name)):
             raise SettingError(
@@ -269,6 +271,17 @@ def resolve_checkpoint(
         path = _in_folder(path, space, variant, kind)
     encoder = cached_encoder_path(get_space(space).name, hub) if space else None
     return ResolvedCheckpoint(path=path, name=path.stem, space=space, variant=variant, kind=kind, encoder=encoder)
+
+
+def _listed(name: str, space: str | None, variant: str | None, kind: NetworkKind | None) -> Checkpoint | None:
+    """The row of a name as `pidecode models` prints it, or of a space; None for other names."""
+    rows = {row.name: row for row in CHECKPOINTS.values()}
+    if name in rows:
+        row = rows[name]
+        if variant not in (None, row.variant) or kind not in (None, row.kind):
+            raise SettingError(f"{name} is variant {row.variant} and a {row.kind}; leave variant and kind out.")
+        return row
+    return get_checkpoint(name, variant, kind) if name in SPACES or name in ALIASES else None
 
 
 def _released(row: Checkpoint, path: Path, space: str | None, hub: HubCache) -> ResolvedCheckpoint:
