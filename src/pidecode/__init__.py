@@ -31,42 +31,21 @@ if TYPE_CHECKING:
     from pidecode.registry.spaces import list_spaces
 
 __all__ = [
-    "DecodeOptions",
-    "DecodeOutput",
-    "Latent",
-    "PidecodeError",
-    "PixelDecoder",
-    "RuntimeOptions",
-    "__version__",
-    "attach",
-    "errors",
-    "latent_from_pipeline",
-    "list_checkpoints",
-    "list_spaces",
-    "plan_decode",
-    "read_metadata",
-    "save_image",
-    "this_machine",
-]
+    "DecodeOptions", "DecodeOutput", "Latent", "PidecodeError", "PixelDecoder", "RuntimeOptions", "__version__",
+    "attach", "errors", "latent_from_pipeline", "list_checkpoints", "list_spaces", "plan_decode", "read_metadata",
+    "save_image", "this_machine",
+]  # fmt: skip
 
 # Public name -> the module that defines it; the name of a module stands for the module.
 _MODULES = {
-    "DecodeOptions": "pidecode.options",
-    "DecodeOutput": "pidecode.images.write",
-    "Latent": "pidecode.latents.latent",
-    "PidecodeError": "pidecode.errors",
-    "PixelDecoder": "pidecode.decoder",
-    "RuntimeOptions": "pidecode.options",
-    "attach": "pidecode.integrations.diffusers",
-    "errors": "pidecode.errors",
+    "DecodeOptions": "pidecode.options", "DecodeOutput": "pidecode.images.write", "Latent": "pidecode.latents.latent",
+    "PidecodeError": "pidecode.errors", "PixelDecoder": "pidecode.decoder", "RuntimeOptions": "pidecode.options",
+    "attach": "pidecode.integrations.diffusers", "errors": "pidecode.errors",
     "latent_from_pipeline": "pidecode.integrations.pipeline_latents",
-    "list_checkpoints": "pidecode.registry.checkpoints",
-    "list_spaces": "pidecode.registry.spaces",
-    "plan_decode": "pidecode.engine.plan",
-    "read_metadata": "pidecode.images.write",
-    "save_image": "pidecode.images.write",
-    "this_machine": "pidecode.engine.machine",
-}
+    "list_checkpoints": "pidecode.registry.checkpoints", "list_spaces": "pidecode.registry.spaces",
+    "plan_decode": "pidecode.engine.plan", "read_metadata": "pidecode.images.write",
+    "save_image": "pidecode.images.write", "this_machine": "pidecode.engine.machine",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -165,14 +165,11 @@ class PixelDecoder:
         net = build_network(file.tensors, metadata.config, dtype=dtype, device=place, source=str(resolved.path))
         reads_text = isinstance(net, PiDNet) and net.config.has_text
         decoder = cls(
-            net,
-            metadata,
-            name=resolved.name,
+            net, metadata, name=resolved.name,
             encoder=LazyImageEncoder.of(cached_encoder_path, metadata.space, chosen, dtype),
-            text=TextEncoder(device=text_device, states=PromptEmbedsCache()) if reads_text else None,
-            plan=plan,
+            text=TextEncoder(device=text_device, states=PromptEmbedsCache()) if reads_text else None, plan=plan,
             runtime=runtime,
-        )
+        )  # fmt: skip
         if isinstance(decoder.runner, Runner):
             decoder.runner.require(chosen)
             if offloads:
@@ -531,13 +528,9 @@ class PixelDecoder:
         if self.kind == "teacher":
             return self._run_teacher(runner, latent, condition, noise(), options, callback)
         return sample_student(
-            runner.predict(condition),
-            noise,
-            num_steps=self._num_steps(options),
-            sampler=options.sampler or "sde",
-            prediction=runner.net.config.prediction,
-            callback=callback,
-        )
+            runner.predict(condition), noise, num_steps=self._num_steps(options), sampler=options.sampler or "sde",
+            prediction=runner.net.config.prediction, callback=callback,
+        )  # fmt: skip
 
     def _run_teacher(
         self,
@@ -559,13 +552,10 @@ class PixelDecoder:
             trained = self.checkpoint.shift if self.checkpoint else None
             shift = (trained or DEFAULT_SHIFT).at(*noise.shape[-2:])
         return sample_teacher(
-            guided(runner.predict(condition), runner.predict(without), scale),
-            noise,
-            num_steps=self._num_steps(options),
-            shift=shift,
-            prediction=runner.net.config.prediction,
+            guided(runner.predict(condition), runner.predict(without), scale), noise,
+            num_steps=self._num_steps(options), shift=shift, prediction=runner.net.config.prediction,
             callback=callback,
-        )
+        )  # fmt: skip
 
     def _with_prompt(self, latent: Latent, prompt: str | Sequence[str] | None) -> Latent:
         """The latent with the prompt it is decoded with."""
@@ -599,22 +589,14 @@ class PixelDecoder:
     def _describe(self, latent: Latent, options: DecodeOptions, index: int, size: tuple[int, int]) -> dict[str, Any]:
         """Everything needed to make this image again; only options that acted."""
         described: dict[str, Any] = {
-            "model": self.name,
-            "variant": self.metadata.variant,
-            "space": self.space.name,
-            "license": self.metadata.license,
-            "kind": self.kind,
-            "sigma": float(latent.sigmas[0]) if options.sigma is None else options.sigma,
-            "width": size[0],
-            "height": size[1],
-            "latent_seed": latent.seed,
-            "color_fix": options.color_fix,
-            "num_refinements": options.num_refinements,
-            "prompt": latent.prompts[0],
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": self.device.type,
+            "model": self.name, "variant": self.metadata.variant, "space": self.space.name,
+            "license": self.metadata.license, "kind": self.kind,
+            "sigma": float(latent.sigmas[0]) if options.sigma is None else options.sigma, "width": size[0],
+            "height": size[1], "latent_seed": latent.seed, "color_fix": options.color_fix,
+            "num_refinements": options.num_refinements, "prompt": latent.prompts[0],
+            "dtype": str(self.dtype).removeprefix("torch."), "device": self.device.type,
             "versions": {"pidecode": __version__, "torch": torch.__version__},
-        }
+        }  # fmt: skip
         if self.kind != "feed-forward":
             student = self.kind == "student"
             described |= {

@@ -154,13 +154,8 @@ def merge(reports: Iterable[BatchReport]) -> BatchReport:
     parts = list(reports)
     first = parts[0]
     return BatchReport(
-        jobs=sum(part.jobs for part in parts),
-        results=tuple(result for part in parts for result in part.results),
-        seconds=max(part.seconds for part in parts),
-        engine=first.engine,
-        workers=sum(part.workers for part in parts),
-        interrupted=any(part.interrupted for part in parts),
-        lost_workers=sum(part.lost_workers for part in parts),
-        started=min(part.started for part in parts),
-        settings=first.settings,
-    )
+        jobs=sum(part.jobs for part in parts), results=tuple(result for part in parts for result in part.results),
+        seconds=max(part.seconds for part in parts), engine=first.engine, workers=sum(part.workers for part in parts),
+        interrupted=any(part.interrupted for part in parts), lost_workers=sum(part.lost_workers for part in parts),
+        started=min(part.started for part in parts), settings=first.settings,
+    )  # fmt: skip

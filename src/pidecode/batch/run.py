@@ -108,16 +108,10 @@ class BatchProgress:
     def report(self) -> BatchReport:
         """The report so far."""
         return BatchReport(
-            jobs=len(self.batch.jobs),
-            results=tuple(self.results),
-            seconds=time.perf_counter() - self.began,
-            engine=self.batch.engine,
-            workers=self.workers,
-            interrupted=self.interrupted,
-            lost_workers=self.lost_workers,
-            started=self.started,
-            settings=_given(asdict(self.batch.config)),
-        )
+            jobs=len(self.batch.jobs), results=tuple(self.results), seconds=time.perf_counter() - self.began,
+            engine=self.batch.engine, workers=self.workers, interrupted=self.interrupted,
+            lost_workers=self.lost_workers, started=self.started, settings=_given(asdict(self.batch.config)),
+        )  # fmt: skip
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:

@@ -61,13 +61,9 @@ class WorkerConfig:
     def load_decoder(self) -> PixelDecoder:
         """Load the decoder; raises as `PixelDecoder.from_pretrained` does."""
         return PixelDecoder.from_pretrained(
-            self.model,
-            space=self.space,
-            variant=self.variant,
-            device=self.device,
-            dtype=getattr(torch, self.dtype) if self.dtype else None,
-            runtime=RuntimeOptions(compile=self.compile),
-        )
+            self.model, space=self.space, variant=self.variant, device=self.device,
+            dtype=getattr(torch, self.dtype) if self.dtype else None, runtime=RuntimeOptions(compile=self.compile),
+        )  # fmt: skip
 
     def options_of(self, job: BatchJob) -> DecodeOptions:
         """The decode options of one job: those of the batch that belong to its command, overridden by its own.
@@ -86,12 +82,10 @@ class WorkerConfig:
         the name and size in bytes count, not its time, which copying changes.
         """
         identity = {
-            "name": job.name,
-            "bytes": job.source.stat().st_size,
-            "model": [self.model, self.space, self.variant],
+            "name": job.name, "bytes": job.source.stat().st_size, "model": [self.model, self.space, self.variant],
             "bits": self.bits,
             "options": {name: value for name, value in asdict(self.options_of(job)).items() if value is not None},
-        }
+        }  # fmt: skip
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 

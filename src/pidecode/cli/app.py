@@ -56,12 +56,9 @@ def _wants_debug(ctx: click.Context, _param: click.Parameter, value: bool) -> No
 def debug_option(command: click.Command) -> click.Command:
     """Give `command` the option --debug, which shows tracebacks."""
     option = click.Option(
-        ["--debug"],
-        is_flag=True,
-        expose_value=False,
-        callback=_wants_debug,
+        ["--debug"], is_flag=True, expose_value=False, callback=_wants_debug,
         help="Show the full traceback of an error.",
-    )
+    )  # fmt: skip
     command.params.append(option)
     return command
 

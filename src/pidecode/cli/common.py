@@ -136,15 +136,9 @@ def progress(total: int, label: str, unit: str = "step") -> Any:
     from tqdm import tqdm
 
     return tqdm(
-        total=total,
-        desc=printable(label),
-        unit=unit,
-        unit_scale=unit == "B",
-        file=sys.stderr,
-        disable=None,
-        leave=False,
-        dynamic_ncols=True,
-    )
+        total=total, desc=printable(label), unit=unit, unit_scale=unit == "B", file=sys.stderr, disable=None,
+        leave=False, dynamic_ncols=True,
+    )  # fmt: skip
 
 
 BatchShape = tuple[int, int, int]
@@ -287,14 +281,9 @@ class MemoryOptions:
             machine = replace(machine, memory=min(machine.memory, parse_bytes(self.memory)))
         width, height, batch = max(sizes, key=math.prod)
         return plan_decode(
-            config,
-            (width, height),
-            machine,
-            batch=batch,
-            dtype=dtype,
-            quantization=self.quantization,
+            config, (width, height), machine, batch=batch, dtype=dtype, quantization=self.quantization,
             scheme=self.scheme,
-        )
+        )  # fmt: skip
 
 
 def upscaled_sizes(images: Sequence[Any], metadata: CheckpointMetadata) -> list[BatchShape]:

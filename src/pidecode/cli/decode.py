@@ -102,15 +102,9 @@ class DecodeArgs:
             return plan
 
         decoder = PixelDecoder.from_pretrained(
-            self.model,
-            space=self.space,
-            variant=self.variant,
-            encoder=self.encoder,
-            device=self.device,
-            dtype=dtype,
-            plan=make_plan if limits.asked else None,
-            runtime=RuntimeOptions(compile=self.compile),
-        )
+            self.model, space=self.space, variant=self.variant, encoder=self.encoder, device=self.device, dtype=dtype,
+            plan=make_plan if limits.asked else None, runtime=RuntimeOptions(compile=self.compile),
+        )  # fmt: skip
         if self.lora is not None:
             decoder.load_lora(self.lora, 1.0 if self.lora_scale is None else self.lora_scale)
         return decoder

@@ -23,13 +23,9 @@ PACKAGES = ("torch", "safetensors", "huggingface-hub", "numpy", "pillow", "diffu
 
 # Extra -> the modules that must be importable for it to count as installed.
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "text": ("transformers", "sentencepiece"),
-    "diffusers": ("diffusers", "transformers", "accelerate"),
-    "demo": ("skimage",),
-    "serve": ("fastapi", "uvicorn"),
-    "train": ("tensorboard",),
-    "ray": ("ray",),
-}
+    "text": ("transformers", "sentencepiece"), "diffusers": ("diffusers", "transformers", "accelerate"),
+    "demo": ("skimage",), "serve": ("fastapi", "uvicorn"), "train": ("tensorboard",), "ray": ("ray",),
+}  # fmt: skip
 
 
 def versions() -> dict[str, str | None]:
@@ -80,13 +76,11 @@ def devices() -> list[dict[str, Any]]:
             free, total = torch.cuda.mem_get_info(index)
             found.append(
                 {
-                    "device": f"cuda:{index}",
-                    "name": properties.name,
-                    "capability": f"{properties.major}.{properties.minor}",
-                    "total_bytes": total,
+                    "device": f"cuda:{index}", "name": properties.name,
+                    "capability": f"{properties.major}.{properties.minor}", "total_bytes": total,
                     "available_bytes": free,
                 }
-            )
+            )  # fmt: skip
     if torch.backends.mps.is_available():
         found.append({"device": "mps", "name": "Metal", **memory()})
     return found
@@ -112,12 +106,10 @@ def cpu() -> dict[str, Any]:
     except MissingDependencyError as error:
         compiler = str(error)
     return {
-        "threads": threads.count,
-        "threads_because": threads.reason,
+        "threads": threads.count, "threads_because": threads.reason,
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "dtype": str(default_dtype(cpu)).removeprefix("torch."),
-        "compiler_missing": compiler or None,
-    }
+        "dtype": str(default_dtype(cpu)).removeprefix("torch."), "compiler_missing": compiler or None,
+    }  # fmt: skip
 
 
 def _library_checks(missing: dict[str, list[str]]) -> Iterator[Check]:
@@ -177,16 +169,11 @@ def examine() -> dict[str, Any]:
         *_torch_checks(build, found), *_cpu_checks(own), *_library_checks(missing), *checks(known)
     ]  # fmt: skip
     return {
-        "versions": versions(),
-        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "executable": sys.executable,
-        "torch": build,
-        "devices": found,
-        "cpu": own,
-        "extras": {extra: not lacking for extra, lacking in missing.items()},
-        "models": known,
+        "versions": versions(), "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "executable": sys.executable, "torch": build, "devices": found, "cpu": own,
+        "extras": {extra: not lacking for extra, lacking in missing.items()}, "models": known,
         "checks": [asdict(check) for check in judged],
-    }
+    }  # fmt: skip
 
 
 def _device_line(device: dict[str, Any]) -> str:

@@ -70,18 +70,12 @@ def generate(prompts: tuple[str, ...], prompt_file: Path | None, as_json: bool, 
     from pidecode.integrations.text_to_image import generate as run
 
     job = GenerationJob(
-        model=given["model"],
-        prompts=(*prompts, *(_lines(prompt_file) if prompt_file else ())),
-        out=given["out"],
-        seeds=given["seeds"] or (0,),
-        size=parse_size(given["size"]),
-        source=given["source"],
-        num_steps=given["num_inference_steps"],
-        stop_after=_stop(given["stop_after"]),
-        compare=given["compare"] is not None,
-        keep_latents=given["save_latents"],
+        model=given["model"], prompts=(*prompts, *(_lines(prompt_file) if prompt_file else ())), out=given["out"],
+        seeds=given["seeds"] or (0,), size=parse_size(given["size"]), source=given["source"],
+        num_steps=given["num_inference_steps"], stop_after=_stop(given["stop_after"]),
+        compare=given["compare"] is not None, keep_latents=given["save_latents"],
         arguments=_arguments(given["arguments"]),
-    )
+    )  # fmt: skip
     device = select_device(given["device"])
     default = torch.float32 if device.type == "cpu" else torch.bfloat16
     stage = ["diffusion"]
@@ -96,13 +90,9 @@ def generate(prompts: tuple[str, ...], prompt_file: Path | None, as_json: bool, 
             bar.update(at.step - bar.n)
 
         written = run(
-            job,
-            lambda: _load_decoder(given),
-            device=device,
-            dtype=torch_dtype(given["dtype"]) or default,
-            options=take_decode_options(given, exclude=_OWN),
-            progress_callback=report,
-        )
+            job, lambda: _load_decoder(given), device=device, dtype=torch_dtype(given["dtype"]) or default,
+            options=take_decode_options(given, exclude=_OWN), progress_callback=report,
+        )  # fmt: skip
     rows = [
         {"image": str(one.image), "latent": one.latent and str(one.latent),
          "comparison": one.comparison and str(one.comparison), "fidelity": one.fidelity}

@@ -73,13 +73,10 @@ class ServeOptions:
         decoders: dict[str, PixelDecoder] = {}
         for source in self.model:
             decoder = PixelDecoder.from_pretrained(
-                source,
-                space=self.space,
-                variant=self.variant,
-                device=self.device,
+                source, space=self.space, variant=self.variant, device=self.device,
                 dtype=getattr(torch, self.dtype) if self.dtype else None,
                 runtime=RuntimeOptions(compile=self.compile),
-            )
+            )  # fmt: skip
             name = Path(source).stem if Path(source).suffix else source
             if name in decoders:
                 raise SettingError(f"Two models would be called {name!r}; rename one of the files.")
@@ -179,11 +176,9 @@ def _run(options: ServeOptions, ready: Callable[[str], None]) -> None:
     listener = bound_socket(options.host, options.port)  # first: a port in use should not cost loading the models
     with listener:
         limits = RequestLimits(
-            body_bytes=options.max_body * MEBIBYTE,
-            pixels=options.max_pixels,
-            waiting=options.queue,
+            body_bytes=options.max_body * MEBIBYTE, pixels=options.max_pixels, waiting=options.queue,
             job_seconds=options.timeout,
-        )
+        )  # fmt: skip
         service = DecodeService(options.decoders(), limits=limits, text_to_latent=options.text_to_latent())
         service.warm_up()
         app = create_app(service, token=token, hosts=options.allowed_host, origins=origins)

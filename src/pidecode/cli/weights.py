@@ -100,13 +100,9 @@ def convert(source: Path, target: Path, **asked: Any) -> None:
     overrides = Overrides(space=asked["space"], variant=asked["variant"], kind=asked["kind"])
     metadata = write(source, target, overrides=overrides, dtype=asked["dtype"], overwrite=asked["overwrite"])
     said: dict[str, Any] = {
-        "file": str(target),
-        "bytes": target.stat().st_size,
-        "kind": metadata.kind,
-        "space": metadata.space,
-        "variant": metadata.variant,
-        "license": metadata.license,
-    }
+        "file": str(target), "bytes": target.stat().st_size, "kind": metadata.kind, "space": metadata.space,
+        "variant": metadata.variant, "license": metadata.license,
+    }  # fmt: skip
     words = f"{target}  {metadata.kind} for {metadata.space}, {format_bytes(said['bytes'])}, {metadata.license}"
     emit(said, words, as_json=asked["as_json"])
 
@@ -145,16 +141,10 @@ def _row(**known: Any) -> dict[str, Any]:
 
 def _checkpoint(row: Checkpoint, path: Path | None) -> dict[str, Any]:
     return _row(
-        name=row.name,
-        kind=row.kind,
-        space=row.space,
-        variant=row.variant,
-        source=row.repository or IN_PACKAGE,
-        bytes=_size(path) or row.approximate_bytes,
-        license=row.license.name,
-        commercial=row.license.commercial,
+        name=row.name, kind=row.kind, space=row.space, variant=row.variant, source=row.repository or IN_PACKAGE,
+        bytes=_size(path) or row.approximate_bytes, license=row.license.name, commercial=row.license.commercial,
         path=path,
-    )
+    )  # fmt: skip
 
 
 def rows() -> list[dict[str, Any]]:
@@ -173,26 +163,16 @@ def rows() -> list[dict[str, Any]]:
         if row.space in ENCODERS and row.space not in encoders:
             encoder = ENCODERS[row.space]
             encoders[row.space] = _row(
-                name=row.space,
-                kind="encoder",
-                space=row.space,
-                source=encoder.repository,
-                license="see its model card",
-                path=places.get("encoder"),
-            )
+                name=row.space, kind="encoder", space=row.space, source=encoder.repository,
+                license="see its model card", path=places.get("encoder"),
+            )  # fmt: skip
     tiny = asset(TINY_ENCODER)
     own.append(
         _row(
-            name="flux2/tiny",
-            kind="encoder",
-            space="flux2",
-            variant="tiny",
-            source=IN_PACKAGE,
-            license="Apache-2.0",
-            commercial=True,
-            path=tiny,
+            name="flux2/tiny", kind="encoder", space="flux2", variant="tiny", source=IN_PACKAGE, license="Apache-2.0",
+            commercial=True, path=tiny,
         )
-    )
+    )  # fmt: skip
     gemma = TEXT_ENCODER.rpartition("/")[2]
     reader = _row(name=gemma, kind=READER, space=None, source=TEXT_ENCODER, license="Gemma terms", path=text)
     return [*own, *released, *encoders.values(), reader]
@@ -227,13 +207,9 @@ def checks(known: Sequence[dict[str, Any]]) -> Iterator[Check]:
 def _line(row: dict[str, Any]) -> dict[str, str]:
     free = {True: "", False: ", non-commercial", None: ""}[row["commercial"]]
     return {
-        "name": row["name"],
-        "kind": row["kind"],
-        "on disk": "yes" if row["path"] else "no",
-        "size": format_bytes(row["bytes"]),
-        "license": row["license"] + free,
-        "from": row["source"],
-    }
+        "name": row["name"], "kind": row["kind"], "on disk": "yes" if row["path"] else "no",
+        "size": format_bytes(row["bytes"]), "license": row["license"] + free, "from": row["source"],
+    }  # fmt: skip
 
 
 @click.command()

@@ -33,19 +33,17 @@ _PREFIXES = ("first_stage_model.", "vae.", "model.")
 _LDM_RULES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"^(?:en|de)coder\.((?:post_)?quant_conv)\.", r"\1."),
-        (r"\.mid\.block_([12])\.", r".mid_block.resnets.\1."),
+        (r"^(?:en|de)coder\.((?:post_)?quant_conv)\.", r"\1."), (r"\.mid\.block_([12])\.", r".mid_block.resnets.\1."),
         (r"\.mid\.attn_1\.norm\.", r".mid_block.attentions.0.group_norm."),
         (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
         (r"\.mid\.attn_1\.proj_out\.", r".mid_block.attentions.0.to_out.0."),
         (r"\.down\.(\d+)\.block\.", r".down_blocks.\1.resnets."),
         (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
         (r"\.up\.(\d+)\.block\.", r".up_blocks.\1.resnets."),
-        (r"\.up\.(\d+)\.upsample\.", r".up_blocks.\1.upsamplers.0."),
-        (r"\.nin_shortcut\.", ".conv_shortcut."),
+        (r"\.up\.(\d+)\.upsample\.", r".up_blocks.\1.upsamplers.0."), (r"\.nin_shortcut\.", ".conv_shortcut."),
         (r"\.norm_out\.", ".conv_norm_out."),
     )
-)
+)  # fmt: skip
 # The same for the Wan names of Qwen-Image's single files.
 _WAN_BLOCK = {
     "residual.0.": "norm1.", "residual.2.": "conv1.", "residual.3.": "norm2.", "residual.6.": "conv2.",
@@ -241,12 +239,10 @@ def _qwen_shape(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         else:
             stages[-1].append(conv.shape[0] // base)
     return {
-        "base_dim": base,
-        "z_dim": tensors["post_quant_conv.weight"].shape[0],
-        "dim_mult": [stage[-1] for stage in stages],
-        "num_res_blocks": len(stages[0]),
+        "base_dim": base, "z_dim": tensors["post_quant_conv.weight"].shape[0],
+        "dim_mult": [stage[-1] for stage in stages], "num_res_blocks": len(stages[0]),
         "temperal_downsample": [False, *[True] * (len(stages) - 2)],
-    }
+    }  # fmt: skip
 
 
 def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:

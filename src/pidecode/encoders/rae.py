@@ -48,25 +48,17 @@ class VisionModelSpec:
 
 VISION_MODELS = {
     "dinov2": VisionModelSpec(
-        repository="facebook/dinov2-with-registers-base",
-        model_types=("dinov2_with_registers",),
-        side=448,
-        antialias=False,
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
+        repository="facebook/dinov2-with-registers-base", model_types=("dinov2_with_registers",), side=448,
+        antialias=False, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
         decoder_files=("decoders/dinov2/wReg_base/ViTXL_n08_i512/model.pt", "decoder.safetensors", "model.pt"),
         statistics_files=("stats/dinov2/wReg_base/imagenet1k_512/stat.pt", "stat.safetensors", "stat.pt"),
     ),
     "siglip": VisionModelSpec(
-        repository="google/siglip2-so400m-patch14-224",
-        model_types=("siglip", "siglip_vision_model"),
-        side=224,
-        antialias=True,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
+        repository="google/siglip2-so400m-patch14-224", model_types=("siglip", "siglip_vision_model"), side=224,
+        antialias=True, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
         decoder_files=("decoder/siglip2_sop14_i224_web73M_ganw3_decXL.pt", "decoder.safetensors", "model.pt"),
     ),
-}
+}  # fmt: skip
 
 
 class RepresentationAutoencoder:

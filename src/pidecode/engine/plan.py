@@ -324,14 +324,11 @@ def plan_decode(
 
         return plan_feed_forward(config, size, machine, batch=batch, dtype=dtype)
     first = Plan(
-        size=size,
-        batch=batch,
-        dtype=dtype or ("bfloat16" if machine.accelerator else "float32"),
+        size=size, batch=batch, dtype=dtype or ("bfloat16" if machine.accelerator else "float32"),
         quantization=_w8a8_format(machine, quantization) if scheme == "w8a8" else quantization or "none",
-        scheme=scheme or "w8a16",
-        chunks=Chunks.whole(config.patch_size) if machine.accelerator else CPU_CHUNKS,
+        scheme=scheme or "w8a16", chunks=Chunks.whole(config.patch_size) if machine.accelerator else CPU_CHUNKS,
         offload=_offloaded(config) if machine.accelerator else (),
-    )
+    )  # fmt: skip
     return _first_that_fits(config, first, machine, fixed=scheme == "w8a8" or quantization is not None)
 
 

@@ -19,26 +19,7 @@ from pidecode.images.tensors import (
 from pidecode.images.write import KEYWORD, DecodeOutput, encode_image, read_metadata, save_image
 
 __all__ = [
-    "KEYWORD",
-    "MAX_PIXELS",
-    "DecodeOutput",
-    "ImageSource",
-    "UnpaddedSize",
-    "center_crop",
-    "crop_back",
-    "downsample",
-    "encode_image",
-    "image_size",
-    "lanczos",
-    "load_image",
-    "load_tensor",
-    "normalize_image",
-    "pad_to_multiple",
-    "read_metadata",
-    "resize",
-    "save_image",
-    "to_array",
-    "to_pil",
-    "to_pils",
-    "to_tensor",
-]
+    "KEYWORD", "MAX_PIXELS", "DecodeOutput", "ImageSource", "UnpaddedSize", "center_crop", "crop_back", "downsample",
+    "encode_image", "image_size", "lanczos", "load_image", "load_tensor", "normalize_image", "pad_to_multiple",
+    "read_metadata", "resize", "save_image", "to_array", "to_pil", "to_pils", "to_tensor",
+]  # fmt: skip

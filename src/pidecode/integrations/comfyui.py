@@ -192,13 +192,11 @@ class UpscaleNode(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         """Inputs and outputs."""
         return io.Schema(
-            node_id="PidecodeUpscale",
-            display_name="PiD Upscale (pidecode)",
-            category=CATEGORY,
+            node_id="PidecodeUpscale", display_name="PiD Upscale (pidecode)", category=CATEGORY,
             description="An image to one four times as wide and high: encoded to a latent, decoded larger.",
             inputs=[DecoderType.Input("decoder"), io.Image.Input("image"), *_option_inputs("upscale")],
             outputs=[io.Image.Output()],
-        )
+        )  # fmt: skip
 
     @classmethod
     def execute(cls, decoder: PixelDecoder, image: Tensor, **values: Any) -> io.NodeOutput:

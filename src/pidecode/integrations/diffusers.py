@@ -151,11 +151,9 @@ class _StepRecorder:
 
         return CapturedLatents(
             latent=convert(self.last),
-            intermediate={step: convert(state) for step, state in sorted(self.kept.items())},
-            num_steps=self.step,
-            num_steps_planned=self.num_steps,
-            denoiser_calls=self.denoiser_calls,
-        )
+            intermediate={step: convert(state) for step, state in sorted(self.kept.items())}, num_steps=self.step,
+            num_steps_planned=self.num_steps, denoiser_calls=self.denoiser_calls,
+        )  # fmt: skip
 
 
 def capture_latents(
@@ -340,13 +338,10 @@ class AttachedPipeline:
             _require_prompt(own.decoder, call, options)
         progress_callback = replaced.get("progress_callback", own.progress_callback)
         run = capture_latents(
-            own.pipe,
-            call,
-            stop_after=replaced.get("stop_after", own.stop_after),
-            capture_steps=replaced.get("capture_steps", own.capture_steps),
-            prompt=options.prompt,
+            own.pipe, call, stop_after=replaced.get("stop_after", own.stop_after),
+            capture_steps=replaced.get("capture_steps", own.capture_steps), prompt=options.prompt,
             progress_callback=progress_callback,
-        )
+        )  # fmt: skip
         images = run.latent if output_type == "latent" else self._decode(run, output_type, options, progress_callback)
         if not call.get("return_dict", True):
             return (images,)
@@ -425,12 +420,9 @@ def _decode_one_by_one(
     outputs = []
     for index, one in enumerate(latent):
         own = replace(
-            options,
-            seed=seeds[index],
-            prompt=None,
-            prompt_embeds=_sample(options.prompt_embeds, 3, index, batch),
+            options, seed=seeds[index], prompt=None, prompt_embeds=_sample(options.prompt_embeds, 3, index, batch),
             reference=_sample(options.reference, 4, index, batch),
-        )
+        )  # fmt: skip
 
         def report(step: Step, index: int = index) -> None:
             if progress_callback is not None:

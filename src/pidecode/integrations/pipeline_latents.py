@@ -24,17 +24,10 @@ SchedulerParametrization = Literal["flow", "euler", "variance_preserving"]
 
 # First part of a pipeline class's name -> the space of its latents; None where PiD has no decoder. First match counts.
 _SPACE_BY_CLASS: tuple[tuple[str, str | None], ...] = (
-    ("QwenImage21", None),
-    ("QwenImageLayered", None),
-    ("Flux2", "flux2"),
-    ("FluxPriorRedux", None),
-    ("Flux", "flux"),
-    ("Chroma", "flux"),
-    ("StableDiffusion3", "sd3"),
-    ("StableDiffusionXL", "sdxl"),
-    ("QwenImage", "qwenimage"),
+    ("QwenImage21", None), ("QwenImageLayered", None), ("Flux2", "flux2"), ("FluxPriorRedux", None), ("Flux", "flux"),
+    ("Chroma", "flux"), ("StableDiffusion3", "sd3"), ("StableDiffusionXL", "sdxl"), ("QwenImage", "qwenimage"),
     ("ZImage", "flux"),
-)
+)  # fmt: skip
 _FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
 _EULER_SCHEDULERS = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler")
 _DPM_SCHEDULERS = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler")

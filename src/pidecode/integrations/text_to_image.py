@@ -368,11 +368,9 @@ def _describe(job: GenerationJob, item: GenerationItem) -> GeneratedImage:
     metadata = read_metadata(job.image_path(item)) or {}
     latent, comparison = job.latent_path(item), job.comparison_path(item)
     return GeneratedImage(
-        job.image_path(item),
-        latent if latent.is_file() else None,
-        comparison if comparison.is_file() else None,
+        job.image_path(item), latent if latent.is_file() else None, comparison if comparison.is_file() else None,
         metadata.get("fidelity"),
-    )
+    )  # fmt: skip
 
 
 def _side_by_side(vae_image: Image.Image, image: Image.Image) -> Image.Image:

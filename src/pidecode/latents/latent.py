@@ -216,11 +216,9 @@ class Latent:
             FileError: The file exists or cannot be written.
         """
         metadata = storage.LatentMetadata(
-            space=self.space,
-            sigma=tuple(self.sigmas.tolist()),
-            prompt=(self.prompt,) * len(self) if isinstance(self.prompt, str) else self.prompt,
-            seed=self.seed,
-        )
+            space=self.space, sigma=tuple(self.sigmas.tolist()),
+            prompt=(self.prompt,) * len(self) if isinstance(self.prompt, str) else self.prompt, seed=self.seed,
+        )  # fmt: skip
         storage.write_latent(path, self.tensor, metadata, overwrite=overwrite)
 
     @property

@@ -161,8 +161,6 @@ def _parse_metadata(text: str, path: object) -> LatentMetadata:
     if seed is not None and type(seed) is not int:
         raise LatentError(f"The seed in {path} is {seed!r}; it must be a whole number.")
     return LatentMetadata(
-        space=space,
-        sigma=tuple(float(number) for number in sigma),
-        prompt=None if prompt is None else tuple(prompt),
+        space=space, sigma=tuple(float(number) for number in sigma), prompt=None if prompt is None else tuple(prompt),
         seed=seed,
-    )
+    )  # fmt: skip

@@ -16,11 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pidecode.errors import SettingError
 
 BACKENDS: dict[str, SDPBackend] = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
+    "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH,
+}  # fmt: skip
 """torch's kernels by name, the fastest at PiD's head sizes first. "math" holds all scores at once."""
 
 _chosen: ContextVar[str | None] = ContextVar("attention_backend", default=None)

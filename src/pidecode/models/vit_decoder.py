@@ -163,12 +163,6 @@ def infer_vit_config(
             f"{source}: {num_heads} attention heads do not divide the hidden size {hidden_size}; check its config."
         )
     return VitDecoderConfig(
-        in_channels=in_channels,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_layers=len(layers),
-        num_heads=num_heads,
-        patch_size=patch_size,
-        grid_size=grid_size,
-        eps=eps,
-    )
+        in_channels=in_channels, hidden_size=hidden_size, intermediate_size=intermediate_size, num_layers=len(layers),
+        num_heads=num_heads, patch_size=patch_size, grid_size=grid_size, eps=eps,
+    )  # fmt: skip

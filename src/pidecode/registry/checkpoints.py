@@ -45,11 +45,9 @@ class License:
 
 
 NSCL_V1 = License(
-    name="NSCLv1",
-    title="NVIDIA Source Code License v1 (non-commercial)",
-    commercial=False,
+    name="NSCLv1", title="NVIDIA Source Code License v1 (non-commercial)", commercial=False,
     url="https://huggingface.co/nvidia/PiD",
-)
+)  # fmt: skip
 APACHE_2 = License(
     name="Apache-2.0", title="Apache License 2.0", commercial=True, url="https://www.apache.org/licenses/LICENSE-2.0"
 )
@@ -173,37 +171,24 @@ def _v1pt5_config(space: str, *, teacher: bool) -> PiDConfig:
 def _v1(space: str, variant: str, parameters: int, size_bytes: int | None = None) -> Checkpoint:
     sizes = _SIZES_2K if variant == "2k" else _SIZES_4K
     return Checkpoint(
-        space=space,
-        variant=variant,
-        kind="student",
-        repository=REPOSITORY,
+        space=space, variant=variant, kind="student", repository=REPOSITORY,
         path=_file(f"PiD_res{variant}_sr{SPACES[space].scale}x_official_{space}_distill_4step"),
-        config=_v1_config(space),
-        parameters=parameters,
-        size_bytes=size_bytes,
+        config=_v1_config(space), parameters=parameters, size_bytes=size_bytes,
         shift=_SHIFT_2K if variant == "2k" else _SHIFT_V1_4K,
         trained_sizes=_SQUARE_2K if SPACES[space].fixed_input else sizes,
         trained_area=_AREA_4K if variant == "2kto4k" else None,
-    )
+    )  # fmt: skip
 
 
 def _v1pt5(space: str, parameters: int, size_bytes: int | None = None, *, teacher: bool = False) -> Checkpoint:
     ending = "undistilled" if teacher else "distill_4step"
     return Checkpoint(
-        space=space,
-        variant="2kto4k_v1pt5",
-        kind="teacher" if teacher else "student",
-        repository=REPOSITORY,
+        space=space, variant="2kto4k_v1pt5", kind="teacher" if teacher else "student", repository=REPOSITORY,
         path=_file(f"PiD_v1pt5_res2kto4k_sr4x_official_{space}_{ending}"),
-        config=_v1pt5_config(space, teacher=teacher),
-        parameters=parameters,
-        size_bytes=size_bytes,
-        shift=_SHIFT_V1PT5,
-        guidance_scale=5.0 if teacher else 1.0,
-        num_steps=25 if teacher else 4,
-        trained_sizes=_SIZES_4K,
-        trained_area=_AREA_4K,
-    )
+        config=_v1pt5_config(space, teacher=teacher), parameters=parameters, size_bytes=size_bytes,
+        shift=_SHIFT_V1PT5, guidance_scale=5.0 if teacher else 1.0, num_steps=25 if teacher else 4,
+        trained_sizes=_SIZES_4K, trained_area=_AREA_4K,
+    )  # fmt: skip
 
 
 # The first variant of a space is its default, as in the official tools.
@@ -222,30 +207,15 @@ _ROWS = (
     _v1("dinov2", "2k", 1_365_813_386),
     _v1("siglip", "2k", 1_367_582_858),
     Checkpoint(
-        space="pixeldit",
-        variant="2kto4k",
-        kind="backbone",
-        repository=REPOSITORY,
-        path=_file("PixelDiT_finetune_2kto4k"),
-        config=configs.backbone(),
-        parameters=1_302_470_787,
-        shift=_SHIFT_V1PT5,
-        guidance_scale=2.75,
-        num_steps=50,
-        trained_sizes=_SIZES_4K,
-        trained_area=_AREA_4K,
+        space="pixeldit", variant="2kto4k", kind="backbone", repository=REPOSITORY,
+        path=_file("PixelDiT_finetune_2kto4k"), config=configs.backbone(), parameters=1_302_470_787,
+        shift=_SHIFT_V1PT5, guidance_scale=2.75, num_steps=50, trained_sizes=_SIZES_4K, trained_area=_AREA_4K,
     ),
     Checkpoint(
-        space="flux2",
-        variant="tiny",
-        kind="feed-forward",
-        repository=None,
-        path="tiny.safetensors",
-        config=None,
-        parameters=None,
-        license=APACHE_2,
+        space="flux2", variant="tiny", kind="feed-forward", repository=None, path="tiny.safetensors", config=None,
+        parameters=None, license=APACHE_2,
     ),
-)
+)  # fmt: skip
 
 CHECKPOINTS: Mapping[tuple[str, str, NetworkKind], Checkpoint] = MappingProxyType(
     {(row.space, row.variant, row.kind): row for row in _ROWS}
@@ -264,21 +234,17 @@ ENCODERS: Mapping[str, EncoderFile] = MappingProxyType(
             EncoderFile(space="flux2", repository=REPOSITORY, path="checkpoints/flux2_ae.safetensors"),
             EncoderFile(space="qwenimage", repository=REPOSITORY, path="checkpoints/QwenImage_VAE_2d.pth"),
             EncoderFile(
-                space="dinov2",
-                repository=REPOSITORY,
-                path="checkpoints/rae/",
+                space="dinov2", repository=REPOSITORY, path="checkpoints/rae/",
                 source="facebook/dinov2-with-registers-base",
                 statistics=("nyu-visionx/RAE-collections", "stats/dinov2/wReg_base/imagenet1k_512/stat.pt"),
             ),
             EncoderFile(
-                space="siglip",
-                repository=REPOSITORY,
-                path="checkpoints/scale_rae/",
+                space="siglip", repository=REPOSITORY, path="checkpoints/scale_rae/",
                 source="google/siglip2-so400m-patch14-224",
             ),
         )
     }
-)
+)  # fmt: skip
 """The official encoder files by latent space. They keep their own licenses."""
 
 TINY_ENCODER = "tiny_encoder.safetensors"
@@ -332,22 +298,15 @@ def list_checkpoints() -> list[dict[str, Any]]:
     """
     return [
         {
-            "name": row.name,
-            "space": row.space,
-            "variant": row.variant,
-            "kind": row.kind,
-            "repository": row.repository,
-            "path": row.path,
-            "parameters": row.parameters,
-            "size_bytes": row.approximate_bytes,
-            "license": row.license.name,
-            "commercial_use": row.license.commercial,
-            "num_steps": row.num_steps,
+            "name": row.name, "space": row.space, "variant": row.variant, "kind": row.kind,
+            "repository": row.repository, "path": row.path, "parameters": row.parameters,
+            "size_bytes": row.approximate_bytes, "license": row.license.name,
+            "commercial_use": row.license.commercial, "num_steps": row.num_steps,
             "guidance_scale": row.guidance_scale,
             "trained_sizes": [(width, height) for height, width in row.trained_sizes],
         }
         for row in _ROWS
-    ]
+    ]  # fmt: skip
 
 
 PATCH = 16

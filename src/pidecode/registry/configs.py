@@ -16,11 +16,9 @@ RopeMode = Literal["original", "ntk_aware"]
 Prediction = Literal["velocity", "x0"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "gate": ("per_token", "per_channel"),
-    "adapter_padding": ("zeros", "replicate", "reflect"),
-    "rope_mode": ("original", "ntk_aware"),
-    "prediction": ("velocity", "x0"),
-}
+    "gate": ("per_token", "per_channel"), "adapter_padding": ("zeros", "replicate", "reflect"),
+    "rope_mode": ("original", "ntk_aware"), "prediction": ("velocity", "x0"),
+}  # fmt: skip
 
 
 MAX_WIDTH = 65536
@@ -232,16 +230,10 @@ def v1(*, latent_channels: int, latent_down: int, scale: int = 4) -> PiDConfig:
 def v1pt5(*, latent_channels: int, latent_down: int, latent_unpatchify: int = 1, color_head: bool = False) -> PiDConfig:
     """The released v1.5 network ("2kto4k_v1pt5") for one latent space; its teacher keeps the color head."""
     return PiDConfig(
-        latent_channels=latent_channels,
-        latent_down=latent_down,
-        latent_unpatchify=latent_unpatchify,
-        adapter_width=1024,
-        adapter_padding="replicate",
-        gate="per_token",
-        inject_pixels=True,
-        rope_reference=(2048, 2048),
-        color_head=color_head,
-    )
+        latent_channels=latent_channels, latent_down=latent_down, latent_unpatchify=latent_unpatchify,
+        adapter_width=1024, adapter_padding="replicate", gate="per_token", inject_pixels=True,
+        rope_reference=(2048, 2048), color_head=color_head,
+    )  # fmt: skip
 
 
 def backbone() -> PiDConfig:

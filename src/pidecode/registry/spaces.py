@@ -233,17 +233,13 @@ def list_spaces() -> list[dict[str, Any]]:
     """
     return [
         {
-            "name": row.name,
-            "title": row.title,
-            "aliases": [alias for alias, name in ALIASES.items() if name == row.name],
-            "channels": row.channels,
-            "down": row.down,
-            "scale": row.scale,
-            "noise_parametrization": row.noise_parametrization,
+            "name": row.name, "title": row.title,
+            "aliases": [alias for alias, name in ALIASES.items() if name == row.name], "channels": row.channels,
+            "down": row.down, "scale": row.scale, "noise_parametrization": row.noise_parametrization,
             "image_models": [model.name for model in IMAGE_MODELS.values() if model.space == row.name],
         }
         for row in _ROWS
-    ]
+    ]  # fmt: skip
 
 
 def get_image_model(name: str) -> ImageModel:

@@ -58,27 +58,19 @@ INSPECTIONS = 8
 """Files that may be inspected or wait for it."""
 
 _STATIC_TYPES = {
-    "index.html": "text/html; charset=utf-8",
-    "app.js": "text/javascript; charset=utf-8",
-    "viewer.js": "text/javascript; charset=utf-8",
-    "style.css": "text/css; charset=utf-8",
+    "index.html": "text/html; charset=utf-8", "app.js": "text/javascript; charset=utf-8",
+    "viewer.js": "text/javascript; charset=utf-8", "style.css": "text/css; charset=utf-8",
     "icon.svg": "image/svg+xml",
-}
+}  # fmt: skip
 
 _ERROR_DESCRIPTIONS = {
     400: "A file or option that cannot be used; the message says why and what to do.",
-    401: "The token is missing or wrong.",
-    403: "Addressed by a foreign host name, or sent by a foreign web site.",
-    404: "No such result.",
-    408: "The body took too long to arrive.",
-    413: "The body is too long.",
-    422: "A parameter is of the wrong form.",
-    429: "The queue is full; Retry-After gives the seconds to wait.",
-    500: "Internal error; see the server's log.",
-    501: "The server was started without what this needs.",
-    503: "The job was stopped: it timed out, or the server is stopping.",
-    507: "It does not fit into memory.",
-}
+    401: "The token is missing or wrong.", 403: "Addressed by a foreign host name, or sent by a foreign web site.",
+    404: "No such result.", 408: "The body took too long to arrive.", 413: "The body is too long.",
+    422: "A parameter is of the wrong form.", 429: "The queue is full; Retry-After gives the seconds to wait.",
+    500: "Internal error; see the server's log.", 501: "The server was started without what this needs.",
+    503: "The job was stopped: it timed out, or the server is stopping.", 507: "It does not fit into memory.",
+}  # fmt: skip
 _AUTH_ERRORS = (401, 403)
 _UPLOAD_ERRORS = (400, *_AUTH_ERRORS, 408, 413, 429, 500)
 _JOB_ERRORS = (*_UPLOAD_ERRORS, 422, 501, 503, 507)
@@ -120,13 +112,9 @@ def create_app(
     _add_monitoring(app, service, stats)
     paths = [getattr(route, "path", "") for route in app.routes]
     app.add_middleware(
-        AuthMiddleware,
-        token=token,
-        open_paths=frozenset({"/health"}),
-        most_active=4 * (service.limits.waiting + 8),
-        hosts=hosts,
-        origins=origins,
-    )
+        AuthMiddleware, token=token, open_paths=frozenset({"/health"}), most_active=4 * (service.limits.waiting + 8),
+        hosts=hosts, origins=origins,
+    )  # fmt: skip
     app.add_middleware(MetricsMiddleware, paths=paths, stats=stats)
     return app
 
@@ -257,11 +245,9 @@ def _add_queries(app: FastAPI, service: DecodeService, reader: BodyReader, inspe
     async def server() -> ServerInfo:
         """The limits hold for every request."""
         return ServerInfo(
-            version=__version__,
-            device=str(service.decoder(None).device),
-            limits=ServerLimits(**asdict(service.limits)),
-            text_to_image=service.text_to_latent is not None,
-        )
+            version=__version__, device=str(service.decoder(None).device),
+            limits=ServerLimits(**asdict(service.limits)), text_to_image=service.text_to_latent is not None,
+        )  # fmt: skip
 
     @app.post(
         "/v1/inspect",
@@ -388,16 +374,11 @@ async def _respond(request: Request, service: DecodeService, job: DecodeJob, str
 
 def _progress_event(status: JobStatus, preview: bytes | None) -> JobEvent:
     return JobEvent(
-        state=status.state,
-        position=status.position,
-        step=status.step,
-        num_steps=status.num_steps,
-        activity=status.activity,
-        done=round(status.done, 3),
-        seconds=round(status.seconds, 2),
+        state=status.state, position=status.position, step=status.step, num_steps=status.num_steps,
+        activity=status.activity, done=round(status.done, 3), seconds=round(status.seconds, 2),
         seconds_left=None if status.seconds_left is None else round(status.seconds_left, 1),
         preview=None if preview is None else f"data:image/jpeg;base64,{base64.b64encode(preview).decode('ascii')}",
-    )
+    )  # fmt: skip
 
 
 def _final_event(service: DecodeService, job: DecodeJob) -> JobEvent:
@@ -407,15 +388,10 @@ def _final_event(service: DecodeService, job: DecodeJob) -> JobEvent:
         return JobEvent(state=job.state, error=json.loads(bytes(response_for(error).body))["error"])
     service.results.put(job.id, result)
     return JobEvent(
-        state=job.state,
-        result=f"/v1/results/{job.id}",
-        width=result.width,
-        height=result.height,
-        metadata=result.metadata,
-        warnings=list(result.warnings),
-        seconds=round(result.seconds, 2),
+        state=job.state, result=f"/v1/results/{job.id}", width=result.width, height=result.height,
+        metadata=result.metadata, warnings=list(result.warnings), seconds=round(result.seconds, 2),
         bytes=len(result.data),
-    )
+    )  # fmt: skip
 
 
 def _line(event: JobEvent) -> bytes:
@@ -432,15 +408,10 @@ def _file(result: Result) -> Response:
 def _model_info(service: DecodeService, name: str) -> openai.ModelInfo:
     decoder = service.decoders[name]
     return openai.ModelInfo(
-        id=name,
-        space=decoder.space.name,
-        scale=decoder.scale,
-        kind=decoder.kind,
-        takes_images=decoder.encoder is not None,
-        reads_text=decoder.reads_text,
-        max_sigma=decoder.max_sigma,
+        id=name, space=decoder.space.name, scale=decoder.scale, kind=decoder.kind,
+        takes_images=decoder.encoder is not None, reads_text=decoder.reads_text, max_sigma=decoder.max_sigma,
         license=decoder.license,
-    )
+    )  # fmt: skip
 
 
 async def _run_in_turn(

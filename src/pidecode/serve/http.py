@@ -83,14 +83,10 @@ _CORS_HEADERS = (
 
 # Status and code by class of error; the first match counts.
 _STATUSES: tuple[tuple[type[Exception], int, str], ...] = (
-    (BusyError, 429, "busy"),
-    (Cancelled, 503, "stopped"),
-    (DoesNotFitError, 507, "does_not_fit"),
-    (MissingDependencyError, 501, "not_installed"),
-    (SettingError, 400, "bad_setting"),
-    (LatentError, 400, "bad_latent"),
-    (FileError, 400, "bad_file"),
-)
+    (BusyError, 429, "busy"), (Cancelled, 503, "stopped"), (DoesNotFitError, 507, "does_not_fit"),
+    (MissingDependencyError, 501, "not_installed"), (SettingError, 400, "bad_setting"),
+    (LatentError, 400, "bad_latent"), (FileError, 400, "bad_file"),
+)  # fmt: skip
 
 
 class AuthMiddleware:
@@ -578,18 +574,10 @@ def make_server(app: ASGIApp, *, stop: Callable[[float], None], grace: int = 2 *
         grace: Seconds that open requests are given on shutdown.
     """
     config = uvicorn.Config(
-        app,
-        access_log=False,
-        server_header=False,
-        log_level="warning",
-        ws="none",
-        lifespan="on",
-        timeout_keep_alive=5,
-        timeout_graceful_shutdown=grace,
-        h11_max_incomplete_event_size=16384,
-        http=BoundedProtocol,
-        proxy_headers=False,
-    )
+        app, access_log=False, server_header=False, log_level="warning", ws="none", lifespan="on",
+        timeout_keep_alive=5, timeout_graceful_shutdown=grace, h11_max_incomplete_event_size=16384,
+        http=BoundedProtocol, proxy_headers=False,
+    )  # fmt: skip
     return StoppableServer(config, stop)
 
 

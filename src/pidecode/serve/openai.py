@@ -85,12 +85,10 @@ class OpenAIRequest(BaseModel):
                 options["seed"] = (options.get("seed", 0) + 1) % (MAX_JSON_INTEGER + 1)
             jobs.append(
                 params(
-                    model=decoder_name,
-                    format=self.output_format,
-                    quality=None if quality is None else max(1, quality),
-                    **options,
+                    model=decoder_name, format=self.output_format,
+                    quality=None if quality is None else max(1, quality), **options,
                 )
-            )
+            )  # fmt: skip
         return jobs
 
 
@@ -188,8 +186,6 @@ def images_response(results: list[Result], output_format: FileFormat, n: int) ->
     """The response with `n` files, which all have one size; a single result stands for all."""
     results = results * n if len(results) == 1 else results
     return ImagesResponse(
-        created=int(time.time()),
-        output_format=output_format,
-        size=f"{results[0].width}x{results[0].height}",
+        created=int(time.time()), output_format=output_format, size=f"{results[0].width}x{results[0].height}",
         data=[EncodedImage(b64_json=base64.b64encode(result.data).decode("ascii")) for result in results],
-    )
+    )  # fmt: skip

@@ -347,13 +347,10 @@ def estimate(decoder: PixelDecoder, width: int, height: int) -> DecodePlan:
     working = decoder.runner.plan_for(padded, 1).working
     free = free_memory(decoder.device)
     return DecodePlan(
-        width=width,
-        height=height,
+        width=width, height=height,
         weights=sum(tensor.numel() * tensor.element_size() for tensor in (*net.parameters(), *net.buffers())),
-        working=working,
-        free=free,
-        fits=free is None or working <= free,
-    )
+        working=working, free=free, fits=free is None or working <= free,
+    )  # fmt: skip
 
 
 def require_memory(plan: DecodePlan) -> None:
@@ -403,13 +400,9 @@ def _latent_info(data: bytes) -> FileInfo:
     if tensor.ndim != 4:
         raise LatentError(f"A latent is [1, channels, h, w]; the file holds {list(tensor.shape)}.")
     return FileInfo(
-        kind="latent",
-        width=tensor.shape[3],
-        height=tensor.shape[2],
-        space=record.space if record else None,
-        sigma=record.sigma[0] if record else None,
-        prompt=record.prompt[0] if record and record.prompt else None,
-    )
+        kind="latent", width=tensor.shape[3], height=tensor.shape[2], space=record.space if record else None,
+        sigma=record.sigma[0] if record else None, prompt=record.prompt[0] if record and record.prompt else None,
+    )  # fmt: skip
 
 
 def _target_size(
@@ -481,11 +474,6 @@ def _result(params: ResultParams, decode: Callable[[], Image]) -> Result:
         if "pidecode" in entry.category.__module__ or entry.category is UserWarning
     )
     return Result(
-        data=data,
-        media_type=MEDIA_TYPES[params.format],
-        width=image.width,
-        height=image.height,
-        metadata=dict(metadata or {}),
-        warnings=tuple(messages),
-        seconds=time.perf_counter() - started,
-    )
+        data=data, media_type=MEDIA_TYPES[params.format], width=image.width, height=image.height,
+        metadata=dict(metadata or {}), warnings=tuple(messages), seconds=time.perf_counter() - started,
+    )  # fmt: skip

@@ -57,56 +57,42 @@ def _data(space: LatentSpace) -> DataConfig:
 def pixeldit(space: str = _DEFAULT_SPACE) -> TrainConfig:
     """Fine-tune the text-to-image backbone on images with captions."""
     return TrainConfig(
-        title="PixelDiT fine-tuning, text to image",
-        method="backbone",
-        net=backbone(),
+        title="PixelDiT fine-tuning, text to image", method="backbone", net=backbone(),
         negative_prompt=default_negative_prompt(),
-        optimizer=OptimizerConfig(lr=2e-5, warmup_steps=1000, max_grad_norm=0.1),
-        run=PiDRunConfig(steps=50_000),
-    )
+        optimizer=OptimizerConfig(lr=2e-5, warmup_steps=1000, max_grad_norm=0.1), run=PiDRunConfig(steps=50_000),
+    )  # fmt: skip
 
 
 def teacher_adapter(space: str = _DEFAULT_SPACE) -> TrainConfig:
     """First stage of a teacher: train the latent adapter on a frozen backbone."""
     row = get_space(space)
     return TrainConfig(
-        title=f"PiD teacher for {row.name}, adapter only",
-        method="teacher",
-        net=_config(row, color_head=True),
-        space=row,
-        negative_prompt=default_negative_prompt(),
-        trainable="adapter",
-        data=_data(row),
+        title=f"PiD teacher for {row.name}, adapter only", method="teacher", net=_config(row, color_head=True),
+        space=row, negative_prompt=default_negative_prompt(), trainable="adapter", data=_data(row),
         optimizer=OptimizerConfig(lr=5e-5, warmup_steps=2000, weight_decay=1e-3, max_grad_norm=0.1),
         run=PiDRunConfig(steps=30_000, checkpoint_every=1000, sample_every=1000),
-    )
+    )  # fmt: skip
 
 
 def teacher(space: str = _DEFAULT_SPACE) -> TrainConfig:
     """Second stage of a teacher: train the whole network."""
     first = teacher_adapter(space)
     return replace(
-        first,
-        title=f"PiD teacher for {space}",
-        trainable="all",
+        first, title=f"PiD teacher for {space}", trainable="all",
         optimizer=OptimizerConfig(lr=2e-5, warmup_steps=1000, weight_decay=1e-3, max_grad_norm=0.1),
         run=replace(first.run, steps=20_000),
-    )
+    )  # fmt: skip
 
 
 def student(space: str = _DEFAULT_SPACE) -> TrainConfig:
     """Distill a teacher into a student of four steps (DMD2), as the released ones were."""
     row = get_space(space)
     return TrainConfig(
-        title=f"PiD student for {row.name}",
-        method="student",
-        net=_config(row, color_head=False),
-        space=row,
-        negative_prompt=default_negative_prompt(),
-        data=replace(_data(row), caption_dropout=0.0, latent_dropout=0.0),
+        title=f"PiD student for {row.name}", method="student", net=_config(row, color_head=False), space=row,
+        negative_prompt=default_negative_prompt(), data=replace(_data(row), caption_dropout=0.0, latent_dropout=0.0),
         optimizer=OptimizerConfig(lr=1e-5, max_grad_norm=0.1),
         run=PiDRunConfig(steps=3000, checkpoint_every=250, sample_every=250),
-    )
+    )  # fmt: skip
 
 
 def student_rollout(space: str = _DEFAULT_SPACE) -> TrainConfig:
@@ -121,25 +107,20 @@ def teacher_lora(space: str = _DEFAULT_SPACE) -> TrainConfig:
     """Low-rank adapters on a teacher, for a style or a camera."""
     config = teacher(space)
     return replace(
-        config,
-        title=f"Adapters on the PiD teacher for {space}",
-        lora=LoRAConfig(rank=16),
+        config, title=f"Adapters on the PiD teacher for {space}", lora=LoRAConfig(rank=16),
         optimizer=OptimizerConfig(lr=1e-4, warmup_steps=100, max_grad_norm=0.1),
         run=replace(config.run, steps=2000, checkpoint_every=250, sample_every=250),
-    )
+    )  # fmt: skip
 
 
 def student_lora(space: str = _DEFAULT_SPACE) -> TrainConfig:
     """Low-rank adapters on a student, by the direct loss: a few images are enough."""
     config = student(space)
     return replace(
-        config,
-        title=f"Adapters on the PiD student for {space}",
-        method="direct",
-        lora=LoRAConfig(rank=16),
+        config, title=f"Adapters on the PiD student for {space}", method="direct", lora=LoRAConfig(rank=16),
         optimizer=OptimizerConfig(lr=1e-4, warmup_steps=100, max_grad_norm=0.1),
         run=replace(config.run, steps=2000, checkpoint_every=250, sample_every=250),
-    )
+    )  # fmt: skip
 
 
 def encode_block_dct(low: Tensor) -> Tensor:
@@ -184,15 +165,9 @@ class ByteTextEncoder:
 
 def _debug_run(steps: int) -> PiDRunConfig:
     return PiDRunConfig(
-        steps=steps,
-        precision="float32",
-        activation_checkpointing=False,
-        checkpoint_every=100,
-        sample_every=100,
-        num_samples=2,
-        sample_steps=8,
-        export_dtype="float32",
-    )
+        steps=steps, precision="float32", activation_checkpointing=False, checkpoint_every=100, sample_every=100,
+        num_samples=2, sample_steps=8, export_dtype="float32",
+    )  # fmt: skip
 
 
 _DEBUG_DATA = DataConfig(sizes=((64, 64), (64, 96), (96, 64)), batch_size=2, num_workers=2)
@@ -202,15 +177,11 @@ def debug_backbone(space: str = BLOCK_DCT.name) -> TrainConfig:
     """A dry run of the backbone's recipe: seconds on a CPU."""
     net = debug_config(latent_channels=0, inject_pixels=False)
     return TrainConfig(
-        title="Debug backbone",
-        method="backbone",
-        net=net,
-        encode_text=ByteTextEncoder(net.text_length, net.text_dim),
-        data=_DEBUG_DATA,
+        title="Debug backbone", method="backbone", net=net,
+        encode_text=ByteTextEncoder(net.text_length, net.text_dim), data=_DEBUG_DATA,
         teacher=TeacherLossConfig(shift=1.0, shift_base_size=None),
-        optimizer=OptimizerConfig(lr=3e-3, max_grad_norm=1.0, warmup_steps=5),
-        run=_debug_run(200),
-    )
+        optimizer=OptimizerConfig(lr=3e-3, max_grad_norm=1.0, warmup_steps=5), run=_debug_run(200),
+    )  # fmt: skip
 
 
 def debug_teacher(space: str = BLOCK_DCT.name) -> TrainConfig:
@@ -224,14 +195,11 @@ def debug_teacher(space: str = BLOCK_DCT.name) -> TrainConfig:
 def debug_student(space: str = BLOCK_DCT.name) -> TrainConfig:
     """A dry run of the distillation, from a debug-size teacher."""
     return replace(
-        debug_teacher(),
-        title="Debug student",
-        method="student",
-        net=debug_config(),
+        debug_teacher(), title="Debug student", method="student", net=debug_config(),
         data=replace(_DEBUG_DATA, caption_dropout=0.0, latent_dropout=0.0),
         distillation=DistillationConfig(student_every=3, guidance_scale=1.5, r1_weight=10.0, fake_score_lr=1e-3),
         optimizer=OptimizerConfig(lr=5e-4, max_grad_norm=1.0),
-    )
+    )  # fmt: skip
 
 
 def debug_direct(space: str = BLOCK_DCT.name) -> TrainConfig:

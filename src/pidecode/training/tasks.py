@@ -58,11 +58,8 @@ from pidecode.weights.metadata import CheckpointKind, CheckpointMetadata
 MAIN = "net"
 """Name of the network that a run is about: averaged, sampled, exported."""
 _KINDS: dict[str, CheckpointKind] = {
-    "backbone": "backbone",
-    "teacher": "teacher",
-    "student": "student",
-    "direct": "student",
-}
+    "backbone": "backbone", "teacher": "teacher", "student": "student", "direct": "student",
+}  # fmt: skip
 _GRID_GAP = 4
 
 
@@ -220,13 +217,11 @@ class PiDTask:
         content = save(
             {name: tensor.to(dtype).contiguous() for name, tensor in base_tensors(tensors).items()},
             CheckpointMetadata(
-                kind=kind,
-                config=self.main.net.config,
-                space=space,
+                kind=kind, config=self.main.net.config, space=space,
                 times=config.distillation.times if kind == "student" else (),
                 extra={"trained": {"recipe": config.title, "steps": step, "init_from": config.init_from}},
             ).to_metadata(),
-        )
+        )  # fmt: skip
         with atomic_write(path, overwrite=True) as file:
             file.write(content)
 
@@ -299,12 +294,9 @@ def _build_student(config: TrainConfig, env: DistEnv) -> PiDTask:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(config.run.seed, "discriminator"))
             discriminator = Discriminator(
-                net_config.hidden_size,
-                net_config.patch_depth,
-                distillation.discriminator_blocks,
-                layers=distillation.discriminator_layers,
-                per_patch=distillation.discriminator_per_patch,
-            )
+                net_config.hidden_size, net_config.patch_depth, distillation.discriminator_blocks,
+                layers=distillation.discriminator_layers, per_patch=distillation.discriminator_per_patch,
+            )  # fmt: skip
         modules["discriminator"] = discriminator.to(env.device)
     return PiDTask(config, env, modules, {"teacher": _denoiser(nets["teacher"], config, env).eval()})
 
@@ -348,12 +340,9 @@ def sample(net: nn.Module, batch: TrainBatch, config: TrainConfig, seed: int = 0
 
     guidance_scale = config.run.sample_guidance if config.net.has_text else 1.0
     return sample_teacher(
-        guided(predict, unconditional, guidance_scale),
-        noise(),
-        num_steps=config.run.sample_steps,
-        shift=config.teacher.flow_shift.at(*shape[1:]),
-        prediction=pid_net(net).config.prediction,
-    ).clamp(-1, 1)
+        guided(predict, unconditional, guidance_scale), noise(), num_steps=config.run.sample_steps,
+        shift=config.teacher.flow_shift.at(*shape[1:]), prediction=pid_net(net).config.prediction,
+    ).clamp(-1, 1)  # fmt: skip
 
 
 def sample_few_steps(net: nn.Module, batch: TrainBatch, times: Sequence[float], noise: NoiseStream) -> Tensor:

@@ -306,11 +306,9 @@ class Trainer:
     def _save(self) -> None:
         self.loader.flush()
         metadata = {
-            "images": self.loader.fingerprint,
-            "skipped": dict(list(self.loader.skipped.items())[:1000]),
-            "title": self.task.title,
-            "metrics": self.metrics,
-        }
+            "images": self.loader.fingerprint, "skipped": dict(list(self.loader.skipped.items())[:1000]),
+            "title": self.task.title, "metrics": self.metrics,
+        }  # fmt: skip
         save_checkpoint(self._checkpoints, self.step, self.state, metadata, self.env, self.run_config.keep)
         self._saved_step, self._saved_at = self.step, time.monotonic()
 

@@ -199,11 +199,9 @@ def _adapter(reader: _ShapeReader, values: dict[str, Any], interval: int | None)
     }
     inputs = {branch: reader(starts[branch], 4)[1] for branch in branches}
     return InferredShape(
-        values=values,
-        latent_in=inputs.get("latent_proj", 0),
-        image_in=inputs.get("image_conv", 0),
+        values=values, latent_in=inputs.get("latent_proj", 0), image_in=inputs.get("image_conv", 0),
         color_out=reader(COLOR_HEAD + "3.weight")[0] if color else 0,
-    )
+    )  # fmt: skip
 
 
 def _interval(source: str, depth: int, heads: int, known: int | None) -> int:

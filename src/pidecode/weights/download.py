@@ -116,11 +116,9 @@ def download_checkpoint(
     here = {title: path for title, path in found.items() if path is not None}
     named = {"decoder", "encoder", "text encoder"}
     return DownloadedCheckpoint(
-        decoder=here.get("decoder"),
-        encoder=here.get("encoder"),
-        text_encoder=here.get("text encoder"),
+        decoder=here.get("decoder"), encoder=here.get("encoder"), text_encoder=here.get("text encoder"),
         others=tuple(path for title, path in here.items() if title not in named),
-    )
+    )  # fmt: skip
 
 
 def cached_files(part: RepositoryFiles, hub: HubCache) -> Path | None:

@@ -53,14 +53,9 @@ class CheckpointMetadata:
     def to_metadata(self) -> dict[str, str]:
         """Metadata of a .safetensors file, which `from_metadata` reads back."""
         record: dict[str, Any] = {
-            **self.extra,
-            "format": FORMAT,
-            "kind": self.kind,
-            "space": self.space,
-            "variant": self.variant,
-            "license": self.license,
-            "times": list(self.times),
-        }
+            **self.extra, "format": FORMAT, "kind": self.kind, "space": self.space, "variant": self.variant,
+            "license": self.license, "times": list(self.times),
+        }  # fmt: skip
         if self.config is not None:
             record["config"] = self.config.to_dict()
         if isinstance(self.config, PiDConfig):
@@ -94,14 +89,10 @@ class CheckpointMetadata:
             known = {"format", "kind", "space", "variant", "license", "times", "prediction"}
             known |= {"config"} if config is not None else set()
             return cls(
-                kind=record["kind"],
-                config=config,
-                space=_text(record, "space"),
-                variant=_text(record, "variant"),
-                license=_text(record, "license"),
-                times=_times(record.get("times") or ()),
+                kind=record["kind"], config=config, space=_text(record, "space"), variant=_text(record, "variant"),
+                license=_text(record, "license"), times=_times(record.get("times") or ()),
                 extra={name: value for name, value in record.items() if name not in known},
-            )
+            )  # fmt: skip
         except (ValueError, KeyError, TypeError) as fault:
             raise CheckpointError(f"{source} describes itself wrongly ({fault}); convert the original again.") from None
 

@@ -76,16 +76,14 @@ class Condition:
         row_indices = torch.arange(rows.start, rows.stop, device=device)
         patches = (row_indices[:, None] * width + column_indices).flatten()
         return replace(
-            self,
-            grid=(rows.stop - rows.start, columns.stop - columns.start),
+            self, grid=(rows.stop - rows.start, columns.stop - columns.start),
             injections=tuple(injection.crop(patches) for injection in self.injections),
             pixel_injection=None if self.pixel_injection is None else self.pixel_injection.crop(patches),
             rotation=(self.rotation[0][patches], self.rotation[1][patches]),
             pixel_rotation=(self.pixel_rotation[0][patches], self.pixel_rotation[1][patches]),
             row_table=self.row_table[rows.start * patch : rows.stop * patch],
-            column_table=self.column_table[columns.start * patch : columns.stop * patch],
-            color=None,
-        )
+            column_table=self.column_table[columns.start * patch : columns.stop * patch], color=None,
+        )  # fmt: skip
 
 
 class PiDNet(nn.Module):
