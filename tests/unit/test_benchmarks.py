@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from click.testing import CliRunner
 
 from benchmarks.configs import CONFIGS
 from benchmarks.decode import MODES, SIZES, Selection, main, why_not
+from benchmarks.gpu import main as benchmark_gpu
 from benchmarks.profiler import KINDS, REST, kind_of
 from benchmarks.speed import Benchmark, Trial
 from pidecode.errors import SettingError
@@ -105,3 +109,39 @@ def test_compiled_code_is_timed_and_not_counted(monkeypatch: pytest.MonkeyPatch)
     measured = Benchmark(trial(mode="compile", steps=1))
     assert measured.peak() is None
     assert measured.step_times
+
+
+BARE = """
+import sys
+for name in ("PIL", "numpy", "safetensors", "click", "huggingface_hub", "transformers", "diffusers"):
+    sys.modules[name] = None
+from benchmarks.gpu import main
+main(sys.argv[1:])
+"""
+
+
+def test_the_gpu_benchmark_checks_times_saves_and_resumes(tmp_path: Path) -> None:
+    place = tmp_path / "gpu.json"
+    root = Path(__file__).resolve().parents[2]
+    given = [word for mode in ("eager", "graphs", "int8") for word in ("--mode", mode)]
+    arguments = ["-o", str(place), "--device", "cpu", "--size", "64x64", "--size", "96x64", *given, "--network"]
+    threads = str(torch.get_num_threads())
+    environment = os.environ | {"PYTHONPATH": f"{root}/src:{root}", "OMP_NUM_THREADS": threads}
+    done = subprocess.run(
+        [sys.executable, "-c", BARE, *arguments, "debug"], capture_output=True, text=True, env=environment, check=False
+    )
+    text = done.stdout + done.stderr
+    rows = json.loads(place.read_text())["rows"]
+    kinds = [(row["what"], row["mode"], row["size"]) for row in rows]
+    assert kinds[:3] == [("check", mode, [256, 256]) for mode in ("eager", "graphs", "int8")], text
+    assert kinds[3:] == [("time", mode, [w, 64]) for w in (64, 96) for mode in ("eager", "int8")]
+    assert rows[0]["passed"] and rows[2]["passed"] and "need a CUDA device" in rows[1]["failure"]
+    assert all(row["first"] and row["later"] and row["step"] for row in rows[3:])
+    assert "| 64 x 64 | eager | torch's choice |" in text
+    data = json.loads(place.read_text())
+    place.write_text(json.dumps(data | {"rows": rows[:-1]}))
+    benchmark_gpu([*arguments, "debug"])
+    again = json.loads(place.read_text())["rows"]
+    assert again[:-1] == rows[:-1] and len(again) == len(rows)
+    with pytest.raises(SettingError, match="name another file"):
+        benchmark_gpu([*arguments, "v1.5-narrow"])
