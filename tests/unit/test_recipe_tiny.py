@@ -19,7 +19,8 @@ from taef2 import TinyAutoencoder
 from torch import Tensor, nn
 
 from data import TinyDataConfig, augment, held_out, quarter
-from pidecode.errors import CheckpointError, SettingError
+from pidecode.errors import CheckpointError, FileError, SettingError
+from pidecode.files import FolderLock
 from pidecode.training.noise import PerSampleRNG
 
 CPU = torch.device("cpu")
@@ -175,3 +176,11 @@ def test_held_out_images_depend_on_names_only() -> None:
     assert chosen == held_out({key: list(reversed(group)) for key, group in names.items()})
     assert len(chosen) == 3 and "x.png" in chosen
     assert quarter(np.zeros((64, 128, 3), np.uint8)).shape == (16, 32, 3)
+
+
+def test_a_second_run_in_the_folder_changes_nothing(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    data, weights = folders
+    (tmp_path / "run").mkdir()
+    with FolderLock(tmp_path / "run", "training"), pytest.raises(FileError, match="is in use by a training"):
+        recipe.train_tiny(recipe.parse_recipe(str(data), []), tmp_path / "run", weights, CPU)
+    assert not list((tmp_path / "run").iterdir())

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from pidecode.errors import CheckpointError, FileError, SettingError, TrainingError
+from pidecode.errors import CheckpointError, FileError, PidecodeError, SettingError, TrainingError
 from pidecode.training.checkpoint import newest_checkpoint
 from pidecode.training.config import EMAConfig, OptimizerConfig, TrainConfig, apply_settings
 from pidecode.training.ema import ema_decay, power_exponent
@@ -411,3 +411,29 @@ def test_the_rate_warms_up_and_falls() -> None:
     assert [lr_factor(OptimizerConfig(warmup_steps=4), step, 100) for step in (0, 1, 3, 50)] == [0.25, 0.5, 1.0, 1.0]
     falling = [lr_factor(OptimizerConfig(lr_schedule="cosine"), step, 100) for step in (0, 50, 100)]
     assert falling == pytest.approx([1.0, 0.5, 0.0])
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ["--out", LONG, "--export"],
+        ["--set", f"init_from=/tmp/{LONG}"],
+        [f"{LONG}.py:recipe"],
+        ["--set", f"run.seed={'9' * 5000}"],
+    ],
+    ids=["export", "init_from", "recipe", "digits"],
+)
+def test_names_and_numbers_that_are_too_long_end_with_a_sentence(
+    changed: list[str], images: Path, tmp_path: Path
+) -> None:
+    from click.testing import CliRunner
+
+    from pidecode.cli.train import train as command_line
+
+    recipe = [] if changed[0].endswith("recipe") else ["debug_direct"]
+    done = CliRunner().invoke(command_line, [*recipe, "--data", str(images), "--out", str(tmp_path / "run"), *changed])
+    assert isinstance(done.exception, PidecodeError)
+    assert len(str(done.exception)) < 1000

@@ -9,7 +9,6 @@ Sharded tensors are gathered, so a run may resume with another number of process
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 import shutil
@@ -30,7 +29,7 @@ from pidecode.strict_json import parse_json
 from pidecode.training.distributed import DistEnv, barrier, copy_full_, full_tensor, unwrap
 from pidecode.training.ema import ExponentialMovingAverage
 from pidecode.units import format_bytes
-from pidecode.weights.safetensors import read_safetensors
+from pidecode.weights.safetensors import read_safetensors, sha256
 
 _NAME = re.compile(r"step-(\d{8})")
 _TENSORS, _STATE, _CHECKSUMS = "tensors.safetensors", "state.json", "SHA256SUMS"
@@ -108,18 +107,13 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], state: Mapping[s
         with atomic_folder(folder / f"step-{step:08d}") as part:
             save_file(tensors, part / _TENSORS)
             (part / _STATE).write_text(json.dumps(state, indent=1, default=str), encoding="utf-8")
-            digests = "".join(f"{_sha256(part / name)}  {name}\n" for name in (_TENSORS, _STATE))
+            digests = "".join(f"{sha256(part / name)}  {name}\n" for name in (_TENSORS, _STATE))
             (part / _CHECKSUMS).write_text(digests, encoding="ascii")
     except (OSError, SafetensorError) as fault:
         raise TrainingError(
             f"The checkpoint of step {step} could not be written to {folder}: {fault}. Earlier checkpoints are "
             "complete; free or repair the disk, then start again with --resume."
         ) from fault
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _verify(path: Path) -> None:
@@ -129,13 +123,16 @@ def _verify(path: Path) -> None:
         digest, _, name = line.partition("  ")
         digests[name] = digest
     for name in (_TENSORS, _STATE):
-        if digests.get(name) != _sha256(path / name):
+        if digests.get(name) != sha256(path / name):
             raise FileError(f"{name} has changed since it was written: its SHA-256 is not the one in {_CHECKSUMS}")
 
 
 def _found(folder: Path) -> list[Path]:
     """Checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
+    try:
+        return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
+    except (OSError, ValueError) as fault:
+        raise FileError(f"{folder} cannot be read: {fault}.") from fault
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import reprlib
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -357,7 +358,7 @@ def _read(name: str, text: str, hint: Any) -> Any:
         fitted = _fit(value, hint)
         if fitted is not _MISFIT:
             return fitted
-    raise SettingError(f"{name} cannot be {text!r}; it must be {_plain(hint)}.")
+    raise SettingError(f"{name} cannot be {reprlib.repr(text)}; it must be {_plain(hint)}.")
 
 
 def _readings(text: str) -> Iterator[Any]:

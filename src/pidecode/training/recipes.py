@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import inspect
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -268,7 +269,7 @@ def get_recipe(name: str, space: str | None = None) -> TrainConfig:
 
 def _own(name: str) -> RecipeFn:
     path, _, function = name.partition(":")
-    if not Path(path).is_file() or not function:
+    if not os.path.isfile(path) or not function:
         raise SettingError(f"{name!r} names no recipe; write the file and the function: my_recipe.py:my_decoder.")
     found = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert found is not None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pidecode.errors import LicenseError, SettingError
+from pidecode.files import atomic_write
 from pidecode.registry.checkpoints import ENCODERS, TEXT_ENCODER, Checkpoint, License, NetworkKind, get_checkpoint
 from pidecode.strict_json import parse_json
 from pidecode.weights.resolve import DownloadCallback, HubCache, asset
@@ -161,7 +162,8 @@ def _fetch(part: RepositoryFiles, hub: HubCache, on_progress: DownloadCallback |
     paths = [hub.fetch(part.repository, name, on_progress) for name in names]
     marker = _marker(part, hub)
     marker.parent.mkdir(parents=True, exist_ok=True)
-    marker.write_text("\n".join(names) + "\n", encoding="utf-8")
+    with atomic_write(marker, overwrite=True) as file:
+        file.write(("\n".join(names) + "\n").encode())
     folder = paths[0].parents[names[0].count("/")]
     return _place(part, folder)
 

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from pidecode.errors import CheckpointError, DownloadError, MissingDependencyError, PidecodeError, SettingError
+from pidecode.files import sync
 from pidecode.registry.checkpoints import (
     CHECKPOINTS,
     ENCODERS,
@@ -127,6 +128,7 @@ class HubCache:
                 os.fsync(file.fileno())
                 _verify(part, about)
                 os.replace(part, blob)
+                sync(blob.parent)
         except Timeout:
             raise DownloadError(f"Another program is fetching {blob.name} now; wait for it.") from None
         Path(f"{part}.lock").unlink(missing_ok=True)
@@ -254,10 +256,11 @@ def resolve_checkpoint(
     bundled = {row.variant: row for row in CHECKPOINTS.values() if row.bundled}
     if str(name) in bundled:
         return _released(bundled[str(name)], asset(bundled[str(name)].path), space, hub)
-    path = Path(name).expanduser()
-    if not path.exists() and (row := _listed(str(name), space, variant, kind)):
+    path = Path(os.path.expanduser(name))
+    # os.path has no errors where a name is too long or a folder may not be read.
+    if not os.path.exists(path) and (row := _listed(str(name), space, variant, kind)):
         return _released(row, _in_official(row, hub), space, hub)
-    if not (path.exists() or path.is_symlink() or path.suffix in _SUFFIXES):
+    if not (os.path.lexists(path) or path.suffix in _SUFFIXES):
         if not _HUB_ID.fullmatch(str(name)):
             raise SettingError(
                 f"{str(name)!r} is no file or folder here and no known decoder. Give a path, "
@@ -267,7 +270,7 @@ def resolve_checkpoint(
             row = _row(space, variant, kind, REPOSITORY)
             return _released(row, _in_official(row, hub), space, hub)
         path = _snapshot(str(name), hub)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = _in_folder(path, space, variant, kind)
     encoder = cached_encoder_path(get_space(space).name, hub) if space else None
     return ResolvedCheckpoint(path=path, name=path.stem, space=space, variant=variant, kind=kind, encoder=encoder)
