@@ -331,3 +331,41 @@ def test_listed_names_that_ship_are_found_and_contradictions_refused() -> None:
     assert resolve_checkpoint("flux2/tiny").path == resolve_checkpoint("tiny").path
     with pytest.raises(SettingError, match="flux2/2k is variant 2k and a student"):
         resolve_checkpoint("flux2/2k", variant="2kto4k_v1pt5")
+
+
+def test_a_fetch_is_pinned_where_the_registry_knows_the_file_and_recorded(hub, tmp_path):
+    known = hashlib.sha256(DECODER).hexdigest()
+    with pytest.raises(DownloadError, match=rf"its SHA-256 is {known}, not {'0' * 64}"):
+        hub.fetch("nvidia/PiD", ROW.path, expected="0" * 64)
+    assert not list((tmp_path / "cache").rglob("*.pth"))
+    path = hub.fetch("nvidia/PiD", ROW.path, expected=known, revision=COMMIT)
+    assert path.read_bytes() == DECODER
+    assert hub.cached("nvidia/PiD", ROW.path, COMMIT) == path
+    (record,) = (tmp_path / "cache" / "pidecode").glob("*.json")
+    noted = json.loads(record.read_text())
+    assert noted == {"repository": "nvidia/PiD", "path": ROW.path, "revision": COMMIT, "sha256": known}
+
+
+@pytest.mark.parametrize("etag", ["../../../evil", "/etc/evil", "", "a" * 500])
+def test_a_hub_does_not_choose_where_a_file_goes(hub, monkeypatch, tmp_path, etag):
+    class About:
+        commit_hash, size, location = COMMIT, 3, hub.endpoint
+
+    About.etag = etag
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_, **__: About)
+    with pytest.raises(DownloadError, match="does not say"):
+        hub.fetch("nvidia/PiD", ROW.path)
+    assert not list(tmp_path.rglob("evil*"))
+
+
+def test_small_files_are_checked_against_their_git_hash(hub, server, monkeypatch):
+    real = huggingface_hub.get_hf_file_metadata
+
+    def small(*args, **settings):
+        about = real(*args, **settings)
+        return type(about)(commit_hash=about.commit_hash, etag="1" * 40, location=about.location, size=about.size,
+                           xet_file_data=None)  # fmt: skip
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", small)
+    with pytest.raises(DownloadError, match="arrived damaged"):
+        hub.fetch("nvidia/PiD", "README.md")

@@ -88,6 +88,9 @@ class Checkpoint:
     size_bytes: int | None = None
     """Exact size where known; see `approximate_bytes`."""
     sha256: str | None = None
+    """SHA-256 of the file where known; a download that differs is refused."""
+    revision: str | None = None
+    """Commit of the repository the file is fetched at; None for its main branch, whose commit is recorded."""
     license: License = NSCL_V1
     shift: FlowShift | None = None
     """The flow shift of its training; teachers and the backbone sample with it, students have their own times."""

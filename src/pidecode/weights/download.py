@@ -25,6 +25,8 @@ class RepositoryFiles:
     title: str
     repository: str
     patterns: tuple[str, ...]
+    revision: str | None = None
+    sha256: str | None = None
 
     @property
     def file(self) -> str | None:
@@ -46,7 +48,7 @@ def checkpoint_files(row: Checkpoint, *, encoder: bool = True, text: bool = True
     """Everything a released decoder needs: itself, its space's encoder and the model it builds on, the text encoder."""
     if row.repository is None:
         return []
-    parts = [RepositoryFiles("decoder", row.repository, (row.path,))]
+    parts = [RepositoryFiles("decoder", row.repository, (row.path,), row.revision, row.sha256)]
     source = ENCODERS.get(row.space)
     if encoder and source:
         pattern = f"{source.path}*" if source.path.endswith("/") else source.path
@@ -125,7 +127,7 @@ def download_checkpoint(
 def cached_files(part: RepositoryFiles, hub: HubCache) -> Path | None:
     """The local path of the files, if all of them are cached; never uses the network."""
     if part.file:
-        return hub.cached(part.repository, part.file)
+        return hub.cached(part.repository, part.file, part.revision)
     folder = hub.snapshot(part.repository)
     if folder is None:
         return None
@@ -151,7 +153,7 @@ def _whole_model(folder: Path) -> bool:
 
 def _fetch(part: RepositoryFiles, hub: HubCache, on_progress: DownloadCallback | None) -> Path:
     if part.file:
-        return hub.fetch(part.repository, part.file, on_progress)
+        return hub.fetch(part.repository, part.file, on_progress, revision=part.revision, expected=part.sha256)
     names = [
         name
         for name in hub.files(part.repository)

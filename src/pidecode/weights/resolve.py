@@ -8,7 +8,9 @@ kept when a run is interrupted, because newer versions of the library start over
 from __future__ import annotations
 
 import errno
+import hashlib
 import importlib
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -22,7 +24,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from pidecode.errors import CheckpointError, DownloadError, MissingDependencyError, PidecodeError, SettingError
-from pidecode.files import sync
+from pidecode.files import atomic_write, sync
 from pidecode.registry.checkpoints import (
     CHECKPOINTS,
     ENCODERS,
@@ -36,6 +38,8 @@ from pidecode.registry.spaces import ALIASES, SPACES, get_space
 from pidecode.weights.safetensors import sha256
 
 _SHA256_DIGITS = 64
+_ETAG = re.compile(r"\w[\w.-]{0,127}")
+"""A hub's name of a file's content, which becomes a file's name here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +67,9 @@ class HubCache:
         """The cache folder."""
         return Path(self.cache_dir or _library(".constants").HF_HUB_CACHE).expanduser()
 
-    def cached(self, repository: str, path: str) -> Path | None:
+    def cached(self, repository: str, path: str, revision: str | None = None) -> Path | None:
         """The file, if it is in the cache; never asks the network."""
-        found = _library().try_to_load_from_cache(repository, path, cache_dir=self.folder)
+        found = _library().try_to_load_from_cache(repository, path, cache_dir=self.folder, revision=revision)
         return Path(found) if isinstance(found, (str, Path)) and Path(found).is_file() else None
 
     def snapshot(self, repository: str) -> Path | None:
@@ -83,29 +87,57 @@ class HubCache:
             info = _library().HfApi(endpoint=self.endpoint, token=self.token).model_info(repository)
             return [sibling.rfilename for sibling in info.siblings or ()]
 
-    def fetch(self, repository: str, path: str, on_progress: DownloadCallback | None = None) -> Path:
-        """A file of a repository in the cache, downloaded if it is not there; size and SHA-256 are checked.
+    def fetch(
+        self,
+        repository: str,
+        path: str,
+        on_progress: DownloadCallback | None = None,
+        *,
+        revision: str | None = None,
+        expected: str | None = None,
+    ) -> Path:
+        """A file of a repository in the cache, downloaded if it is not there; size and hash are checked.
 
-        An interrupted download is resumed by the next call.
+        An interrupted download is resumed by the next call. What was fetched is recorded below the cache's folder
+        `pidecode`, with its commit and SHA-256.
+
+        Args:
+            repository: Hub repository.
+            path: Path inside it.
+            on_progress: Called as bytes arrive.
+            revision: Commit to take it from; by default the main branch's.
+            expected: SHA-256 it must have.
 
         Raises:
             DownloadError: The download failed; the message names the command that does the same.
         """
-        if found := self.cached(repository, path):
+        if found := self.cached(repository, path, revision):
             return found
         with _explained(repository, path):
             library = _library()
-            url = library.hf_hub_url(repository, path, endpoint=self.endpoint)
+            url = library.hf_hub_url(repository, path, revision=revision, endpoint=self.endpoint)
             about = library.get_hf_file_metadata(url, token=self.token)
-            if about.etag is None or about.size is None:
+            if about.etag is None or about.size is None or not _ETAG.fullmatch(about.etag):
                 raise DownloadError(f"{repository}: the hub does not say how large {path} is; try again later.")
+            _check_known(repository, path, about.etag, expected)
             blob = self.folder / f"models--{repository.replace('/', '--')}" / "blobs" / about.etag
             if not blob.exists():
                 self._fetch_blob(url, about, blob, _reporter(path, on_progress))
             done = library.hf_hub_download(
-                repository, path, cache_dir=self.folder, endpoint=self.endpoint, token=self.token
+                repository, path, revision=revision, cache_dir=self.folder, endpoint=self.endpoint, token=self.token
             )
+            digest = about.etag if len(about.etag) == _SHA256_DIGITS else sha256(done)
+            _check_known(repository, path, digest, expected)
+            self._record(repository, path, about.commit_hash, digest)
             return Path(done)
+
+    def _record(self, repository: str, path: str, revision: str | None, digest: str) -> None:
+        """Note where a file came from, so that the same one can be asked for again."""
+        file = self.folder / "pidecode" / f"{repository}--{path}.json".replace("/", "--")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        record = {"repository": repository, "path": path, "revision": revision, "sha256": digest}
+        with atomic_write(file, overwrite=True) as written:
+            written.write(json.dumps(record, indent=1).encode())
 
     def _fetch_blob(self, url: str, about: Any, blob: Path, bar: type[tqdm[Any]]) -> None:
         from filelock import FileLock, Timeout
@@ -143,10 +175,21 @@ def _library(part: str = "") -> Any:
         ) from fault
 
 
+def _check_known(repository: str, path: str, digest: str, expected: str | None) -> None:
+    """Compare a SHA-256 with the registry's, where it has one; a hub's name of another kind is no SHA-256."""
+    if expected is not None and len(digest) == _SHA256_DIGITS and digest != expected:
+        raise DownloadError(
+            f"{path} of {repository} is not the file that this version of pidecode knows: its SHA-256 is {digest}, not "
+            f"{expected}. Update pidecode, or fetch the file by hand if you trust it."
+        )
+
+
 def _verify(part: Path, about: Any) -> None:
-    """The hub names large files by their SHA-256; small ones have only a size to check."""
-    size = part.stat().st_size
-    wrong = size != about.size or (len(about.etag) == _SHA256_DIGITS and sha256(part) != about.etag)
+    """The hub names large files by their SHA-256, small ones by git's SHA-1."""
+    size, etag = part.stat().st_size, about.etag
+    wrong = size != about.size or (len(etag) == _SHA256_DIGITS and sha256(part) != etag)
+    if not wrong and re.fullmatch(r"[0-9a-f]{40}", etag):
+        wrong = hashlib.sha1(b"blob %d\0" % size + part.read_bytes(), usedforsecurity=False).hexdigest() != etag
     if wrong:
         part.unlink()
         raise DownloadError("The file arrived damaged and was deleted; run the same command again.")
@@ -355,7 +398,7 @@ def _official(folder: Path, path: str) -> Path | None:
 def _in_official(row: Checkpoint, hub: HubCache) -> Path:
     if row.bundled:
         return asset(row.path)
-    if found := hub.cached(row.repository or REPOSITORY, row.path):
+    if found := hub.cached(row.repository or REPOSITORY, row.path, row.revision):
         return found
     teacher = f" --kind {row.kind}" if row.kind == "teacher" else ""
     raise DownloadError(
