@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from importlib import metadata
@@ -124,3 +126,36 @@ def test_the_wheel_holds_the_package_and_nothing_else(root: Path, tmp_path: Path
     assert "pidecode/py.typed" in names
     licenses = {Path(name).name for name in zipfile.ZipFile(wheel).namelist() if "/licenses/" in name}
     assert licenses == {"LICENSE", "NOTICE"}
+
+
+def test_actions_are_pinned_by_commit(root: Path) -> None:
+    used = re.findall(r"uses: (\S+)", "".join(path.read_text() for path in (root / ".github").rglob("*.yml")))
+    assert used
+    assert [name for name in used if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", name)] == []
+
+
+def test_the_lock_holds_everything_development_needs(project: dict[str, Any], root: Path) -> None:
+    lines = (root / "constraints" / "dev.txt").read_text().splitlines()
+    locked = {Requirement(line).name: str(Requirement(line).specifier) for line in lines if not line.startswith("#")}
+    assert all(version.startswith("==") for version in locked.values())
+    assert "torch" not in locked  # constraints/torch.txt
+    extras = {name: lines for name, lines in project["optional-dependencies"].items() if name != "ray"}
+    dev = [Requirement(line) for lines in extras.values() for line in lines]
+    named = {canonicalize_name(item.name) for item in dev} - {"pidecode"}
+    assert named <= set(locked)
+    for item in [*dev, *(Requirement(line) for line in project["dependencies"])]:
+        name = canonicalize_name(item.name)
+        if name in locked:
+            assert item.specifier.contains(locked[name].removeprefix("==")), name
+
+
+def test_the_sdist_holds_what_the_tests_read(root: Path, tmp_path: Path) -> None:
+    pytest.importorskip("hatchling")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=root, check=True, capture_output=True)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    kept = {"comfyui/README.md", ".github/workflows/check.yml", "constraints/dev.txt", "SECURITY.md", "zensical.toml"}
+    assert kept <= names
+    assert {path.relative_to(root).as_posix() for path in (root / "tests").rglob("*.py")} <= names

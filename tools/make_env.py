@@ -20,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints" / "torch.txt"
+LOCK = ROOT / "constraints" / "dev.txt"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 OLDEST = (3, 11)
 
@@ -98,7 +99,9 @@ def main() -> None:
     python = make_venv(venv)
     install_torch(python)
     print(f"Installing pidecode[{extras}] beside torch {torch_version(python)} ...", flush=True)
-    command = [str(python), "-m", "pip", "install", "--quiet", "-c", str(CONSTRAINTS), "-e", f"{ROOT}[{extras}]"]
+    locked = ["-c", str(LOCK)] if extras == "dev" else []
+    command = [str(python), "-m", "pip", "install", "--quiet", "-c", str(CONSTRAINTS), *locked]
+    command += ["-e", f"{ROOT}[{extras}]"]
     if code := subprocess.run(command, check=False).returncode:
         sys.exit(code)
 
