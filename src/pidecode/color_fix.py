@@ -22,8 +22,7 @@ _FINE_SIGMA = 2.0
 """Sigma of the blur of "fine", in pixels of the reference: finer drift is left alone, as it may be detail."""
 _COARSE_SHARE = 16
 """Sigma of the blur of "coarse" is the reference's longer side over this: only drift over wide areas goes."""
-_STRUCTURE_SIGMA = 1.0
-"""Sigma of the window, in pixels of the reference, in which "back-projection" compares structure."""
+_STRUCTURE_SIGMA = 1.0  # sigma of the window, in pixels of the reference, in which "back-projection" compares structure
 _WEAK_VARIANCE = 3e-4
 """Variance of images in [-1, 1], about two levels of 255, below which structure is too weak to compare."""
 

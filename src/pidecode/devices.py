@@ -19,8 +19,7 @@ import torch
 
 from pidecode.errors import MissingDependencyError, SettingError
 
-COMPILERS = ("g++", "clang++", "c++")
-"""C++ compilers torch looks for where the environment variable CXX is not set."""
+COMPILERS = ("g++", "clang++", "c++")  # C++ compilers torch looks for where the environment variable CXX is not set
 
 
 def select_device(name: str | torch.device | None = None) -> torch.device:

@@ -22,17 +22,13 @@ from typing import BinaryIO
 
 from pidecode.errors import FileError
 
-PathLike = str | os.PathLike[str]
-"""A path as users give it."""
+PathLike = str | os.PathLike[str]  # A path as users give it
 
-PART = ".part"
-"""Ending of the temporary files and folders that are not yet complete."""
-LOCK_NAME = ".pidecode.lock"
-"""Name of the lock file in a folder that one process alone writes into."""
+PART = ".part"  # ending of the temporary files and folders that are not yet complete
+LOCK_NAME = ".pidecode.lock"  # name of the lock file in a folder that one process alone writes into
 LOCK_REFRESH, LOCK_EXPIRY = 20.0, 120.0
 """Seconds between refreshes of a lock, and without one after which another machine takes it over."""
-_NAME_BYTES = 200
-"""Bytes of a file's name that its temporary name keeps; file systems allow 255 in all."""
+_NAME_BYTES = 200  # bytes of a file's name that its temporary name keeps; file systems allow 255 in all
 
 
 def check_writable(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:

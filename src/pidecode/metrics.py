@@ -11,10 +11,8 @@ from torch import Tensor
 
 from pidecode.errors import SizeError
 
-WINDOW = 11
-"""Side of the Gaussian window of SSIM, in pixels."""
-WINDOW_SIGMA = 1.5
-"""Its standard deviation, in pixels."""
+WINDOW = 11  # side of the Gaussian window of SSIM, in pixels
+WINDOW_SIGMA = 1.5  # its standard deviation, in pixels
 
 
 def _to_unit_range(image: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,20 +19,15 @@ from pidecode.errors import SettingError
 from pidecode.registry.checkpoints import STUDENT_TIMES, Sampler
 from pidecode.registry.configs import Prediction
 
-SINGLE_STEP_TIME = 1.0
-"""One step alone starts from pure noise instead of the list's first entry."""
+SINGLE_STEP_TIME = 1.0  # one step alone starts from pure noise instead of the list's first entry
 
-SMALLEST_DIVISOR = 0.05
-"""Below this time a velocity is not recovered from x_0 by dividing by t, but by this."""
+SMALLEST_DIVISOR = 0.05  # below this time a velocity is not recovered from x_0 by dividing by t, but by this
 
-FLOAT64_PIXELS = 2**18
-"""Pixels converted in float64 at once, so that no float64 copy of a whole image exists."""
+FLOAT64_PIXELS = 2**18  # pixels converted in float64 at once, so that no float64 copy of a whole image exists
 
-TIMESCALE = 1000.0
-"""The network reads the flow time times this, never rounded: one unit is one radian."""
+TIMESCALE = 1000.0  # the network reads the flow time times this, never rounded: one unit is one radian
 
-FINISHING_WORK = 0.02
-"""Work of color fix and clamping as a part of the rest, for progress only."""
+FINISHING_WORK = 0.02  # work of color fix and clamping as a part of the rest, for progress only
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """Noisy image `[B, 3, H, W]` and flow time times 1000 `[B]` to the network's output, same shape as the image."""
@@ -42,15 +37,12 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 class Step:
     """What a progress callback learns after each step."""
 
-    index: int
-    """Steps done so far, from 1."""
+    index: int  # steps done so far, from 1
     total: int
-    image: Tensor
-    """The current estimate of the finished image `[B, 3, H, W]`, unclamped."""
+    image: Tensor  # the current estimate of the finished image `[B, 3, H, W]`, unclamped
 
 
-Callback = Callable[[Step], None]
-"""Called after each step; raise `errors.Cancelled` in it to stop."""
+Callback = Callable[[Step], None]  # called after each step; raise `errors.Cancelled` in it to stop
 
 Phase = Literal["encoding", "decoding", "finishing"]
 

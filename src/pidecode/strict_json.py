@@ -10,10 +10,8 @@ from typing import Any, NoReturn
 
 MAX_BYTES = 4 << 20
 MAX_DEPTH = 32
-_MAX_DIGITS = 20
-"""Digits of a whole number: enough for 64 bits."""
-_MAX_NUMBER = 64
-"""Characters of a decimal number."""
+_MAX_DIGITS = 20  # digits of a whole number: enough for 64 bits
+_MAX_NUMBER = 64  # characters of a decimal number
 
 
 class JSONError(ValueError):

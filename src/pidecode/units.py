@@ -76,8 +76,7 @@ def printable(text: str, *, json_escapes: bool = False) -> str:
 
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-DTYPES = tuple(_DTYPES.values())
-"""Number formats that weights run in and are written in, by torch's names."""
+DTYPES = tuple(_DTYPES.values())  # number formats that weights run in and are written in, by torch's names
 
 
 def parse_dtype(text: str) -> str:

@@ -19,14 +19,11 @@ from pidecode.batch.worker import Worker, WorkerConfig
 from pidecode.errors import FileError, MissingDependencyError, PidecodeError, SettingError
 from pidecode.files import PART
 
-MAX_ATTEMPTS = 3
-"""Workers that may die over one job before it counts as failed."""
+MAX_ATTEMPTS = 3  # workers that may die over one job before it counts as failed
 
-START_WARNING_AFTER = 60.0
-"""Seconds without a single worker before a warning says so."""
+START_WARNING_AFTER = 60.0  # seconds without a single worker before a warning says so
 
-_START_ATTEMPTS = 3
-"""Attempts to start a private cluster."""
+_START_ATTEMPTS = 3  # attempts to start a private cluster
 
 _OBJECT_STORE_BYTES = 100 * 2**20  # only paths and results travel
 

@@ -10,8 +10,7 @@ from typing import Any, Literal
 from pidecode.units import format_seconds
 
 ResultState = Literal["done", "skipped", "failed"]
-MAX_LISTED = 20
-"""Failures that the text names; the JSON holds all."""
+MAX_LISTED = 20  # failures that the text names; the JSON holds all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,14 +23,11 @@ from pidecode.errors import FileError, SettingError
 from pidecode.files import atomic_write, remove_partial
 
 BatchEngine = Literal["local", "torchrun", "ray"]
-ResultCallback = Callable[[JobResult], None]
-"""Called with every result as it comes, in the process with rank 0."""
+ResultCallback = Callable[[JobResult], None]  # called with every result as it comes, in the process with rank 0
 
-REPORT_NAME = "pidecode-batch.json"
-"""Name of the report in the output folder."""
+REPORT_NAME = "pidecode-batch.json"  # name of the report in the output folder
 
-ABANDONED_AFTER = 600.0
-"""Seconds without a change after which an incomplete file cannot belong to a running process."""
+ABANDONED_AFTER = 600.0  # seconds without a change after which an incomplete file cannot belong to a running process
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,11 +25,9 @@ from pidecode.latents.latent import Latent
 from pidecode.latents.storage import count_latents
 from pidecode.options import DecodeOptions, RuntimeOptions, option_infos
 
-FINGERPRINT = "batch"
-"""Entry of an image's metadata that holds the fingerprint of its job."""
+FINGERPRINT = "batch"  # entry of an image's metadata that holds the fingerprint of its job
 
-WRITE_QUEUE = 2
-"""Decoded images that may wait to be written while the next are decoded."""
+WRITE_QUEUE = 2  # decoded images that may wait to be written while the next are decoded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

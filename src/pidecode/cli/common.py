@@ -141,8 +141,7 @@ def progress(total: int, label: str, unit: str = "step") -> Any:
     )  # fmt: skip
 
 
-BatchShape = tuple[int, int, int]
-"""Width and height of an image in pixels, and how many are decoded at once."""
+BatchShape = tuple[int, int, int]  # width and height of an image in pixels, and how many are decoded at once
 
 
 def quantization_options(command: F) -> F:

@@ -23,8 +23,7 @@ from pidecode.registry.configs import PiDConfig
 from pidecode.registry.spaces import GENERATION, IMAGE_MODELS, LatentSpace, get_space
 from pidecode.weights.resolve import HubCache
 
-TEST_LATENT_SIDE = 4
-"""Rows and columns of the latent that is decoded."""
+TEST_LATENT_SIDE = 4  # rows and columns of the latent that is decoded
 MIN_RECONSTRUCTION_PSNR = 20.0
 """In dB; a VAE that reconstructs a smooth gradient worse than this has damaged or mismatched weights."""
 

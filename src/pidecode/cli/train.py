@@ -16,8 +16,7 @@ from pidecode.units import printable
 if TYPE_CHECKING:
     from pidecode.training.config import TrainConfig
 
-_EVERY = 10.0
-"""Seconds between progress lines where standard error is no terminal."""
+_EVERY = 10.0  # seconds between progress lines where standard error is no terminal
 
 
 class _ProgressLine:

@@ -22,8 +22,7 @@ from pidecode.latents.layout import LatentStatistics, denormalize, normalize
 from pidecode.models.tiny import Reconstruct
 from pidecode.registry.spaces import LatentSpace, get_space
 
-EncodeFunction = Callable[[Tensor], Tensor]
-"""Images `[B, 3, H, W]` in [-1, 1] to normalized latents `[B, C, h, w]`."""
+EncodeFunction = Callable[[Tensor], Tensor]  # images `[B, 3, H, W]` in [-1, 1] to normalized latents `[B, C, h, w]`
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -34,10 +34,8 @@ class VisionModelSpec:
     """How a vision model is used as an encoder (docs/architecture.md, "Latent spaces")."""
 
     repository: str
-    model_types: tuple[str, ...]
-    """`model_type` values of its config.json."""
-    side: int
-    """Side, in pixels, of the square the model is given."""
+    model_types: tuple[str, ...]  # `model_type` values of its config.json
+    side: int  # side, in pixels, of the square the model is given
     antialias: bool
     mean: tuple[float, float, float]
     std: tuple[float, float, float]

@@ -70,19 +70,15 @@ def select_positions(n_instruction: int, model_max_length: int = 300) -> list[in
 class TextOptions:
     """How prompts become states; a different value anywhere gives different states, and other cache entries."""
 
-    model: str = TEXT_ENCODER
-    """A hub id, or a local folder with a Gemma-2 and its tokenizer."""
-    revision: str | None = None
-    """Commit, tag or branch of a hub id; None is its main branch."""
+    model: str = TEXT_ENCODER  # A hub id, or a local folder with a Gemma-2 and its tokenizer
+    revision: str | None = None  # commit, tag or branch of a hub id; None is its main branch
     instruction: str = field(default_factory=instruction)
-    length: int = 300
-    """Rows of the result."""
+    length: int = 300  # rows of the result
     soft_capping: bool = False
     """Whether attention logits are soft-capped as Gemma-2's own configuration says. The official environment's
     attention left that out, and the released networks are used with it: hence off. (transformers from 5.23 on
     caps by default; earlier versions did not.)"""
-    dtype: str = "bfloat16"
-    """Number format the encoder runs in: bfloat16, float16 or float32."""
+    dtype: str = "bfloat16"  # number format the encoder runs in: bfloat16, float16 or float32
 
     def __post_init__(self) -> None:
         if self.dtype not in ("bfloat16", "float16", "float32"):

@@ -28,10 +28,8 @@ Replay = Callable[[], Tensor]
 Capture = Callable[[Callable[[], Tensor]], Replay]
 """Captures the work of a function; `capture_on` makes one, tests have another that needs no GPU."""
 
-MAX_GRAPHS = 2
-"""Graphs kept at once. Each holds its inputs, its output and the memory of one evaluation."""
-WARM_UPS = 2
-"""Evaluations before one is captured, in which kernels are loaded, chosen and compiled."""
+MAX_GRAPHS = 2  # graphs kept at once. Each holds its inputs, its output and the memory of one evaluation.
+WARM_UPS = 2  # evaluations before one is captured, in which kernels are loaded, chosen and compiled
 
 T = TypeVar("T")
 

@@ -21,11 +21,9 @@ HALO = 6
 the largest difference to the whole image is 1.1/255 with 4, 0.03/255 with 6 and 0.0003/255 with 8."""
 TILES = (64, 32, 16)
 """Sides of tiles to try, in cells of the first stage's grid, largest first: the larger, the less is computed twice."""
-ENCODER_WORK = 0.15
-"""Work of one pass of the encoder in evaluations of the decoder, for progress only."""
+ENCODER_WORK = 0.15  # work of one pass of the encoder in evaluations of the decoder, for progress only
 
-TileCallback = Callable[[int, int], None]
-"""Called before each tile with the number of tiles done and of all tiles."""
+TileCallback = Callable[[int, int], None]  # called before each tile with the number of tiles done and of all tiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

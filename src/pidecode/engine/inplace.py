@@ -246,14 +246,11 @@ class RecomputedInjection:
     A head and a gate cost a hundredth of a step; their output fills 50 MB per injection point for 2048 x 2048 pixels.
     """
 
-    features: Tensor
-    """`[B, L, adapter width]`"""
+    features: Tensor  # `[B, L, adapter width]`
     head: nn.Module
     gate: Gate
-    sigma: Tensor
-    """`[B or 1]`"""
-    mask: Tensor | None
-    """`[B or 1]` of 0 or 1."""
+    sigma: Tensor  # `[B or 1]`
+    mask: Tensor | None  # `[B or 1]` of 0 or 1
 
     @property
     def tokens(self) -> Tensor:

@@ -13,12 +13,10 @@ if TYPE_CHECKING:
     import torch
 
 GB = 10**9
-DRIVER = 450_000_000
-"""What an accelerator's context and kernels take besides tensors (the usual 0.3 to 0.5 GB)."""
+DRIVER = 450_000_000  # what an accelerator's context and kernels take besides tensors (the usual 0.3 to 0.5 GB)
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-Quantization = Literal["none", "int8", "fp8"]
-"""Format that the weights of large linear layers are stored in."""
+Quantization = Literal["none", "int8", "fp8"]  # format that the weights of large linear layers are stored in
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 
 

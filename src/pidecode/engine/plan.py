@@ -23,12 +23,10 @@ Scheme = Literal["w8a16", "w8a8"]
 """Quantized weights are dequantized to be multiplied, or multiplied in eight bits (experimental)."""
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 
-TEXT_ENCODER = 5_230_000_000
-"""Bytes of the text encoder (Gemma-2 2B) in bfloat16."""
+TEXT_ENCODER = 5_230_000_000  # bytes of the text encoder (Gemma-2 2B) in bfloat16
 
 
-CPU_CHUNKS = Chunks()
-"""Those that suit a CPU's caches."""
+CPU_CHUNKS = Chunks()  # those that suit a CPU's caches
 
 WINDOWS = (4096, 3072, 2048, 1536, 1024)
 """Sides of windows to try, largest first: fewer windows keep more of an image's global attention."""

@@ -41,8 +41,7 @@ KEPT_TOKENS = 256_000_000
 """Without a plan, latent tokens beyond this many bytes are recomputed at each use: a hundredth more computation."""
 
 
-FREE_SHARE = 0.9
-"""Part of a device's free memory that an image is planned to take; the rest is the allocator's slack."""
+FREE_SHARE = 0.9  # part of a device's free memory that an image is planned to take; the rest is the allocator's slack
 
 
 class Runner:
@@ -75,17 +74,14 @@ class Runner:
         self.net, self.plan, self.distilled, self.triton = net, plan, distilled, triton
         self.cuda_graphs = cuda_graphs
         self.compiled_ops = CompiledOps() if compile else None
-        self.graph_cache: GraphCache | None = None
-        """Captured evaluations, from the first one on."""
+        self.graph_cache: GraphCache | None = None  # captured evaluations, from the first one on
         self.chunks: Chunks | None = None if plan is None else plan.chunks
         """Chunk sizes of the in-place forward; None for the largest that fit the device's free memory."""
         self._image_chunks: Chunks | None = None
         self._halves = PixelHalves()
-        self.offloader: BlockOffloader | None = None
-        """Holds the patch blocks where the plan keeps them on the host."""
+        self.offloader: BlockOffloader | None = None  # holds the patch blocks where the plan keeps them on the host
         self._timesteps: TimestepCache | None = None
-        self.backend: str | None = None
-        """Attention kernel in use; None where torch picks one per call, as on the CPU."""
+        self.backend: str | None = None  # attention kernel in use; None where torch picks one per call, as on the CPU
         self.sequence_parallel = False
         """Whether the processes of this job share each image; all of them must then decode the same one."""
         self._checked = False

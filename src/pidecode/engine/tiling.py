@@ -20,8 +20,7 @@ from pidecode.models.pid.network import Condition
 
 Denoise = Callable[[Tensor, Tensor, Condition], Tensor]
 """Noisy image, time and condition to the prediction, as `PiDNet.denoise`."""
-Span = tuple[int, int]
-"""First patch and one past the last, along one axis."""
+Span = tuple[int, int]  # first patch and one past the last, along one axis
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,12 +23,9 @@ class StepModulation:
     a factor is `(1 + scale)` times the norm's weight.
     """
 
-    embedding: Tensor
-    """`[B, 1, D]`"""
-    image: tuple[Tensor, ...]
-    """Per patch block `[B, 6, D]`."""
-    text: tuple[Tensor, ...]
-    """Per patch block `[B, 6, D]`, empty without a text stream."""
+    embedding: Tensor  # `[B, 1, D]`
+    image: tuple[Tensor, ...]  # per patch block `[B, 6, D]`
+    text: tuple[Tensor, ...]  # per patch block `[B, 6, D]`, empty without a text stream
 
 
 def _six_vectors(linear: nn.Module, condition_BD: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -69,10 +66,8 @@ def step_modulation(net: PiDNet, t_B: Tensor) -> StepModulation:
 class TimestepCache:
     """Precomputed modulation of a few known times."""
 
-    times: tuple[float, ...]
-    """Flow times multiplied by 1000, as float32 holds them."""
-    modulation: StepModulation
-    """All times at once: the batch axis runs over `times`."""
+    times: tuple[float, ...]  # flow times multiplied by 1000, as float32 holds them
+    modulation: StepModulation  # all times at once: the batch axis runs over `times`
 
     def find(self, t_B: Tensor) -> StepModulation | None:
         """Modulation at flow times `[B]` times 1000, or None if one of them was not precomputed.

@@ -21,10 +21,8 @@ from pidecode.images.tensors import check_image, to_pil, to_tensor
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | Tensor
 """A path, the bytes of a file, a Pillow image, or a tensor `[3, H, W]` or `[1, 3, H, W]` in [-1, 1]."""
 
-MAX_PIXELS = 2**26
-"""Largest image read unless the caller allows more: 67,108,864 pixels, 8192 x 8192."""
-READS_FREE, BYTES_PER_READ = 50_000, 256
-"""Reads of a file that Pillow may make, and one more for so many bytes of it."""
+MAX_PIXELS = 2**26  # largest image read unless the caller allows more: 67,108,864 pixels, 8192 x 8192
+READS_FREE, BYTES_PER_READ = 50_000, 256  # reads of a file that Pillow may make, and one more for so many bytes of it
 
 # Pixel formats only: no PostScript, no documents.
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000", "TGA")

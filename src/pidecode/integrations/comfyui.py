@@ -34,8 +34,7 @@ from pidecode.sampling import Callback, Step
 DecoderType = io.Custom("PIDECODE_DECODER")
 
 CATEGORY = "pidecode"
-DEFAULT = "default"
-"""Choice of a combo that leaves an option to the decoder."""
+DEFAULT = "default"  # choice of a combo that leaves an option to the decoder
 MAX_PREVIEW_SIDE = 512
 
 

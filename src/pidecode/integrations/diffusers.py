@@ -50,8 +50,7 @@ class PipelineProgress:
     num_steps: int
 
 
-PipelineCallback = Callable[[PipelineProgress], None]
-"""Called after every step; raise `errors.Cancelled` in it to stop."""
+PipelineCallback = Callable[[PipelineProgress], None]  # called after every step; raise `errors.Cancelled` in it to stop
 
 
 @dataclass(frozen=True, slots=True)

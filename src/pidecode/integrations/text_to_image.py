@@ -38,8 +38,7 @@ LATENT_FOLDER = "latents"
 VAE_FOLDER = "vae"
 
 _THUMBNAIL_SIDE = 384
-_MEMORY_FACTOR = 1.25
-"""A pipeline needs about this many times the memory of its weights on a device."""
+_MEMORY_FACTOR = 1.25  # A pipeline needs about this many times the memory of its weights on a device
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,14 +20,11 @@ from pidecode.weights.safetensors import Header, read_header, read_safetensors
 FORMAT = 1
 METADATA_KEY = "pidecode_latent"
 TENSOR_NAME = "latent"
-IN_MEMORY = "The latent file"
-"""What error messages call a file that was given as bytes."""
+IN_MEMORY = "The latent file"  # what error messages call a file that was given as bytes
 
-MAX_HEADER_BYTES = 1 << 20
-"""Largest header read: far more than one tensor and its prompts need."""
+MAX_HEADER_BYTES = 1 << 20  # largest header read: far more than one tensor and its prompts need
 
-MAX_LATENTS = 1 << 16
-"""Most latents in one file."""
+MAX_LATENTS = 1 << 16  # most latents in one file
 
 _DTYPES = ("F64", "F32", "BF16", "F16")
 

@@ -17,8 +17,7 @@ from torch.nn import functional
 from pidecode.errors import LatentError, SettingError, SizeError
 from pidecode.registry.configs import TinyDecoderConfig, TinyEncoderConfig
 
-ENCODER_STRIDE = 16
-"""Input pixels per latent cell, along each side."""
+ENCODER_STRIDE = 16  # input pixels per latent cell, along each side
 Reconstruct = Callable[[Tensor], Tensor]
 """From a normalized latent `[B, 128, h, w]` to what a decoder makes of it, at the size of the encoded image."""
 

@@ -22,18 +22,14 @@ from pidecode.errors import CheckpointError
 class VitDecoderConfig:
     """Shape of a VitDecoder; the released ones are "ViT-XL": hidden size 1152, 28 layers, 16 heads."""
 
-    in_channels: int
-    """Channels of a feature token."""
+    in_channels: int  # channels of a feature token
     hidden_size: int
     intermediate_size: int
     num_layers: int
     num_heads: int
-    patch_size: int
-    """Side of a patch, in pixels."""
-    grid_size: int
-    """Tokens along each side of the square image."""
-    eps: float = 1e-12
-    """Epsilon of the LayerNorms."""
+    patch_size: int  # side of a patch, in pixels
+    grid_size: int  # tokens along each side of the square image
+    eps: float = 1e-12  # epsilon of the LayerNorms
 
     @property
     def side(self) -> int:

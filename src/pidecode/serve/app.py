@@ -54,8 +54,7 @@ from pidecode.version import __version__
 
 NDJSON = "application/x-ndjson"
 MAX_FORM_FILES = 17  # sixteen images and a mask, which OpenAI takes
-INSPECTIONS = 8
-"""Files that may be inspected or wait for it."""
+INSPECTIONS = 8  # files that may be inspected or wait for it
 
 _STATIC_TYPES = {
     "index.html": "text/html; charset=utf-8", "app.js": "text/javascript; charset=utf-8",

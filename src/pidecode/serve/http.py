@@ -42,19 +42,14 @@ from pidecode.serve.schemas import RequestLimits
 
 COOKIE = "pidecode_token"
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
-RETRY_SECONDS = 5.0
-"""`Retry-After` where the queue has no better guess."""
-SHUTDOWN_SECONDS = 30
-"""Seconds that open requests and the running job are given when the server stops."""
+RETRY_SECONDS = 5.0  # `Retry-After` where the queue has no better guess
+SHUTDOWN_SECONDS = 30  # seconds that open requests and the running job are given when the server stops
 MIN_TOKEN_LENGTH = 16
 HEADER_SECONDS = 10.0
 """Time from a connection's opening, or from the end of its last response, to the end of the next request's headers."""
-MAX_CONNECTIONS = 512
-"""Connections held at once; beyond, the one that has sent no whole request for longest is closed."""
-MAX_READERS, BODIES_HELD = 64, 4
-"""Bodies read at once, and memory for unfinished ones in longest bodies."""
-MIN_RATE, RATE_GRACE_SECONDS = 4096, 5.0
-"""Bytes a second at which a body must arrive on average, after so many seconds."""
+MAX_CONNECTIONS = 512  # connections held at once; beyond, the one that has sent no whole request for longest is closed
+MAX_READERS, BODIES_HELD = 64, 4  # bodies read at once, and memory for unfinished ones in longest bodies
+MIN_RATE, RATE_GRACE_SECONDS = 4096, 5.0  # bytes a second at which a body must arrive on average, after so many seconds
 SMALLEST_PIECE, PIECES_FREE = 64, 4096
 """Bytes that the pieces of a chunked body must have on average, beyond the first pieces."""
 

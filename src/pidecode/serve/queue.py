@@ -25,14 +25,10 @@ log = logging.getLogger(__name__)
 DecodeJobState = Literal["waiting", "running", "done", "failed", "cancelled"]
 JobFunction = Callable[["DecodeJob"], Any]
 
-DEFAULT_JOB_SECONDS = 5.0
-"""Assumed duration of a job before one has been measured."""
-HEARTBEAT_SECONDS = 1.0
-"""A running job's status is told again after so long, with new times."""
-MEASURABLE = 0.05
-"""Share of a job that must be done before its time is predicted from it."""
-DURATION_WINDOW = 16
-"""Number of recent jobs whose durations are averaged for `Retry-After`."""
+DEFAULT_JOB_SECONDS = 5.0  # assumed duration of a job before one has been measured
+HEARTBEAT_SECONDS = 1.0  # A running job's status is told again after so long, with new times
+MEASURABLE = 0.05  # share of a job that must be done before its time is predicted from it
+DURATION_WINDOW = 16  # number of recent jobs whose durations are averaged for `Retry-After`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -69,8 +69,7 @@ class ResultParams(BaseModel):
     """Parameters of every job. Decode options that are not given have the decoder's default."""
 
     model_config = ConfigDict(extra="forbid")
-    option_names: ClassVar[tuple[str, ...]] = ()
-    """Decode options among the fields; `size` stands for width and height."""
+    option_names: ClassVar[tuple[str, ...]] = ()  # decode options among the fields; `size` stands for width and height
 
     model: ModelName = None
     format: Annotated[FileFormat, Field(description="Format of the resulting file.")] = "png"

@@ -35,12 +35,10 @@ from pidecode.serve.schemas import (
 from pidecode.units import format_bytes
 from pidecode.weights.safetensors import looks_like_safetensors
 
-PREVIEW_SIDE = 448
-"""Longest side of a preview, in pixels."""
+PREVIEW_SIDE = 448  # longest side of a preview, in pixels
 WARM_UP_IMAGE = b"P6 96 96 255\n" + bytes(96 * 96 * 3)
 RESULTS_KEPT = 4
-RESULT_SECONDS = 300.0
-"""How long a streamed job's result can be fetched."""
+RESULT_SECONDS = 300.0  # how long a streamed job's result can be fetched
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

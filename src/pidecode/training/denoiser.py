@@ -16,12 +16,9 @@ from pidecode.sampling import TIMESCALE, clean_from_velocity, velocity_from_clea
 class DenoiserOutput(NamedTuple):
     """What one output gave; empty where it was not asked for."""
 
-    prediction: Tensor | None
-    """The network's output `[B, 3, H, W]`: velocity or clean image, as its configuration says."""
-    color: Tensor | None
-    """The low-resolution image of the color head."""
-    features: list[Tensor]
-    """Image stream after the tapped patch blocks, each `[B, D, h, w]`."""
+    prediction: Tensor | None  # the network's output `[B, 3, H, W]`: velocity or clean image, as its configuration says
+    color: Tensor | None  # the low-resolution image of the color head
+    features: list[Tensor]  # image stream after the tapped patch blocks, each `[B, D, h, w]`
 
 
 class ImageSharding(Protocol):
@@ -41,18 +38,13 @@ class ImageSharding(Protocol):
 class TrainBatch:
     """One batch for the losses; latents are already noised."""
 
-    image: Tensor
-    """`[B, 3, H, W]` in [-1, 1]."""
-    low: Tensor | None = None
-    """The low-resolution image `[B, 3, h, w]` in [-1, 1]."""
-    text: Tensor | None = None
-    """Caption states `[B, N, width]`."""
-    null_text: Tensor | None = None
-    """States of the negative prompt, `[1 or B, N, width]`."""
+    image: Tensor  # `[B, 3, H, W]` in [-1, 1]
+    low: Tensor | None = None  # the low-resolution image `[B, 3, h, w]` in [-1, 1]
+    text: Tensor | None = None  # caption states `[B, N, width]`
+    null_text: Tensor | None = None  # states of the negative prompt, `[1 or B, N, width]`
     latent: Tensor | None = None
     sigma: Tensor | None = None
-    keep: Tensor | None = None
-    """`[B]` of 0 or 1: 0 where the latent was dropped (zeroed)."""
+    keep: Tensor | None = None  # `[B]` of 0 or 1: 0 where the latent was dropped (zeroed)
 
     def with_null_text(self) -> TrainBatch:
         """The same batch with the negative prompt in place of every caption."""

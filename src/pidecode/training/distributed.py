@@ -38,8 +38,7 @@ class DistEnv:
     rank: int = 0
     world_size: int = 1
     context_parallel: int = 1
-    context_group: Any = None
-    """The processes that share an image with this one."""
+    context_group: Any = None  # the processes that share an image with this one
 
     @property
     def is_first(self) -> bool:

@@ -17,8 +17,7 @@ from pidecode.files import atomic_write
 from pidecode.strict_json import JSONError, parse_json
 from pidecode.units import format_seconds
 
-ProgressFn = Callable[[str], None]
-"""Receives a line of text about the run's progress."""
+ProgressFn = Callable[[str], None]  # receives a line of text about the run's progress
 
 
 class MetricLogger:

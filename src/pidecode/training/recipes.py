@@ -26,8 +26,7 @@ from pidecode.training.dmd import DistillationConfig
 from pidecode.training.flow_matching import TeacherLossConfig
 from pidecode.training.losses import to_ycbcr
 
-RecipeFn = Callable[[str], TrainConfig]
-"""A recipe: the name of a latent space to a training configuration."""
+RecipeFn = Callable[[str], TrainConfig]  # A recipe: the name of a latent space to a training configuration
 
 _DEFAULT_SPACE = "flux"
 _BLOCK = 8

@@ -55,8 +55,7 @@ from pidecode.training.trainer import Trainer, export_newest, make_optimizer
 from pidecode.weights.load import LoraMetadata, write_lora
 from pidecode.weights.metadata import CheckpointKind, CheckpointMetadata
 
-MAIN = "net"
-"""Name of the network that a run is about: averaged, sampled, exported."""
+MAIN = "net"  # name of the network that a run is about: averaged, sampled, exported
 _KINDS: dict[str, CheckpointKind] = {
     "backbone": "backbone", "teacher": "teacher", "student": "student", "direct": "student",
 }  # fmt: skip
@@ -116,13 +115,11 @@ class PiDTask:
 
     config: TrainConfig
     env: DistEnv
-    modules: dict[str, nn.Module]
-    """Trained modules by name; each has its own optimizer."""
+    modules: dict[str, nn.Module]  # trained modules by name; each has its own optimizer
     frozen: dict[str, nn.Module] = field(default_factory=dict)
     uninitialized: list[str] = field(default_factory=list)
     """Tensors that keep random initial values although weights were given."""
-    loader: DataLoader | None = None
-    """Source of the images in a grid of samples."""
+    loader: DataLoader | None = None  # source of the images in a grid of samples
     averaged: tuple[str, ...] = (MAIN,)
 
     @property

@@ -144,10 +144,8 @@ class Trainer:
     ) -> None:
         self.task, self.loader, self.folder, self.env = task, loader, Path(folder), env
         self.optimizer_config, self.run_config = config.optimizer, config.run
-        self.step = 0
-        """Optimizer steps done."""
-        self.images = 0
-        """Images this process has seen since it began."""
+        self.step = 0  # optimizer steps done
+        self.images = 0  # images this process has seen since it began
         self.metrics: dict[str, float] = {}
         """Newest value of each metric; in a distillation the phases report different ones."""
         self._saved_step = -1

@@ -21,14 +21,11 @@ from pidecode.weights.read import WeightFile
 Shapes = Mapping[str, tuple[int, ...]]
 Generation = Literal["v1", "v1pt5", "backbone"]
 
-COLOR_HEAD = "lq_proj.lq_aux_rgb_head."
-"""Prefix of the color head, which only training uses; files may lack it."""
+COLOR_HEAD = "lq_proj.lq_aux_rgb_head."  # prefix of the color head, which only training uses; files may lack it
 
-ADAPTER = ("lq_proj.", "pit_lq_gate.")
-"""Prefixes of the adapter and its gates."""
+ADAPTER = ("lq_proj.", "pit_lq_gate.")  # prefixes of the adapter and its gates
 
-_COMMON_INTERVAL = 2
-"""`inject_interval` of every released network; taken where the shapes allow several."""
+_COMMON_INTERVAL = 2  # `inject_interval` of every released network; taken where the shapes allow several
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,8 +221,7 @@ def _interval(source: str, depth: int, heads: int, known: int | None) -> int:
     )
 
 
-BACKBONE_SPACE = "pixeldit"
-"""The space of the backbone's row in the registry."""
+BACKBONE_SPACE = "pixeldit"  # the space of the backbone's row in the registry
 
 _OFFICIAL = re.compile(
     r"PiD_(?P<v1pt5>v1pt5_)?res(?P<range>2k|2kto4k)_sr\dx_official_(?P<space>[a-z0-9]+)_"

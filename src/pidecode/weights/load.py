@@ -21,8 +21,7 @@ from pidecode.strict_json import parse_json
 from pidecode.weights.detect import ADAPTER, COLOR_HEAD
 from pidecode.weights.read import check_finite, check_formats, read_tensors
 
-_NAMED = 4
-"""Tensors named in a message before it only counts."""
+_NAMED = 4  # tensors named in a message before it only counts
 
 
 def build_network(
@@ -157,10 +156,8 @@ class LoraMetadata:
 
     rank: int
     alpha: float
-    space: str | None = None
-    """Latent space of the network it was trained on."""
-    base: str | None = None
-    """What it was trained on, in words."""
+    space: str | None = None  # latent space of the network it was trained on
+    base: str | None = None  # what it was trained on, in words
 
 
 def write_lora(path: str | Path, tensors: Mapping[str, Tensor], metadata: LoraMetadata) -> None:

@@ -35,8 +35,7 @@ _QUANTizED_NAMES = (
 )  # fmt: skip
 
 
-MAX_PICKLE_BYTES = 16 << 20
-"""Longest pickle read, tensors apart: some 60,000 tensors."""
+MAX_PICKLE_BYTES = 16 << 20  # longest pickle read, tensors apart: some 60,000 tensors
 
 _LEGACY_PICKLES = 5
 """Pickles that torch before 1.6 wrote one after another: magic number, version, system, content, storage keys."""

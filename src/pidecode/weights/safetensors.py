@@ -33,8 +33,7 @@ BITS: Mapping[str, int] = {
 MAX_HEADER_BYTES = 4 << 20
 """Longest header read, some 30,000 tensors; the 100 MB that the format allows take gigabytes to parse."""
 
-_FORMAT_HEADER_BYTES = 100_000_000
-"""The format's own limit: beyond it, a file is something else."""
+_FORMAT_HEADER_BYTES = 100_000_000  # the format's own limit: beyond it, a file is something else
 
 _MAX_DIMENSIONS = 8
 

@@ -29,11 +29,9 @@ STORED: dict[Format, tuple[torch.dtype, float]] = {"int8": (torch.int8, 127.0), 
 KERNELS: dict[Format, tuple[Kernel, ...]] = {"int8": ("int8",), "fp8": ("fp8 rowwise", "fp8")}
 """Kernels of each format, the better one first."""
 
-ALIGNMENT = 16
-"""Kernels multiply matrices whose sides are multiples of this."""
+ALIGNMENT = 16  # kernels multiply matrices whose sides are multiples of this
 
-MIN_ROWS = 17
-"""Tokens that `torch._int_mm` needs on some devices; fewer are padded."""
+MIN_ROWS = 17  # tokens that `torch._int_mm` needs on some devices; fewer are padded
 
 MIN_WEIGHTS = 2**16
 """Layers with fewer weights are not quantized: nothing to gain, and the gates among them are sensitive."""

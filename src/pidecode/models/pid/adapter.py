@@ -56,8 +56,7 @@ class LatentTokens:
 
     blocks: tuple[Tensor, ...]
     pixels: Tensor | None
-    color: Tensor | None
-    """Low-resolution image `[B, 3, h f, w f]`, f = patch_size / scale, if asked for."""
+    color: Tensor | None  # low-resolution image `[B, 3, h f, w f]`, f = patch_size / scale, if asked for
 
 
 def conv3x3(in_channels: int, out_channels: int, padding: Padding) -> nn.Conv2d:

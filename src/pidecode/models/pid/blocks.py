@@ -17,11 +17,9 @@ from torch import Tensor, nn
 from pidecode.models.attention import attention
 from pidecode.registry.configs import PiDConfig
 
-IMAGE_SPAN = 16.0
-"""Positions of patches run from 0 to 16 on both axes, whatever the image's size."""
+IMAGE_SPAN = 16.0  # positions of patches run from 0 to 16 on both axes, whatever the image's size
 
-Rotation = tuple[Tensor, Tensor]
-"""cos and sin, each `[tokens, head_dim / 2]`, float32."""
+Rotation = tuple[Tensor, Tensor]  # cos and sin, each `[tokens, head_dim / 2]`, float32
 
 
 def _axis_angles(length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:

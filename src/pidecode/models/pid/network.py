@@ -38,8 +38,7 @@ from pidecode.models.pid.blocks import (
 )
 from pidecode.registry.configs import PiDConfig
 
-Grid = tuple[int, int]
-"""Rows and columns of patches."""
+Grid = tuple[int, int]  # rows and columns of patches
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
@@ -47,21 +46,14 @@ class Condition:
     """Everything the denoising steps of one image share: computed once by `PiDNet.prepare`, read at every step."""
 
     grid: Grid
-    text: Tensor | None
-    """Embedded prompt tokens `[B, N, D]`, float32; None without a text stream."""
-    injections: tuple[Injection, ...]
-    """One per injected patch block; empty without a latent."""
-    pixel_injection: Injection | None
-    """Enters the pixel blocks' condition; None for networks that do not inject there."""
-    rotation: Rotation
-    """Rotary table of the patch blocks' image tokens."""
-    pixel_rotation: Rotation
-    """Rotary table of the pixel blocks' attention."""
+    text: Tensor | None  # embedded prompt tokens `[B, N, D]`, float32; None without a text stream
+    injections: tuple[Injection, ...]  # one per injected patch block; empty without a latent
+    pixel_injection: Injection | None  # enters the pixel blocks' condition; None for networks that do not inject there
+    rotation: Rotation  # rotary table of the patch blocks' image tokens
+    pixel_rotation: Rotation  # rotary table of the pixel blocks' attention
     text_rotation: Rotation | None
-    row_table: Tensor
-    """Sin-cos table `[h * patch_size, C / 2]` of pixel rows."""
-    column_table: Tensor
-    """Sin-cos table `[w * patch_size, C / 2]` of pixel columns."""
+    row_table: Tensor  # sin-cos table `[h * patch_size, C / 2]` of pixel rows
+    column_table: Tensor  # sin-cos table `[w * patch_size, C / 2]` of pixel columns
     color: Tensor | None = None
     """Low-resolution image `[B, 3, h f, w f]` predicted by the color head, f = patch_size / scale, if asked for."""
 
