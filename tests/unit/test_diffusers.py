@@ -12,6 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers import callbacks
 from PIL import Image
 
 import tiny_pipelines as tiny
@@ -235,6 +236,72 @@ def test_the_callers_own_callback_still_runs_and_may_change_latents() -> None:
     torch.testing.assert_close(halved.tensor, plain.tensor / 2)
 
 
+class _Halve(callbacks.PipelineCallback):
+    """A callback object in diffusers' form, which names its tensors itself."""
+
+    tensor_inputs = ("latents",)
+
+    def callback_fn(self, _pipe: Any, index: int, _time: Any, given: dict[str, Any]) -> dict[str, Any]:
+        return given | {"latents": given["latents"] * (0.5 if index == 3 else 1)}
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+def test_callback_objects_run_as_without_us(several: bool) -> None:
+    """SDXL's cutoff of guidance needs three tensors beside the latents, and must not get those."""
+    cutoff = callbacks.SDXLCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
+    callback = callbacks.MultiPipelineCallbacks([cutoff, _Halve()]) if several else cutoff
+
+    def call(**changes: Any) -> dict[str, Any]:
+        return tiny.arguments("sdxl", guidance_scale=5.0, **changes)
+
+    wanted = pipeline("sdxl")(**call(callback_on_step_end=callback, output_type="latent")).images
+    found = attach(pipeline("sdxl"), decoder("sdxl"))(**call(callback_on_step_end=callback))
+    torch.testing.assert_close(found.latents.tensor, wanted.float())
+    assert not torch.equal(wanted, pipeline("sdxl")(**call(output_type="latent")).images)
+
+
+def test_a_function_gets_the_tensors_it_asked_for_alone() -> None:
+    seen: list[set[str]] = []
+
+    def note(_pipe: Any, _index: int, _time: Any, given: dict[str, Any]) -> dict[str, Any]:
+        seen.append(set(given))
+        return {}
+
+    names = ["prompt_embeds"]
+    call = tiny.arguments("sdxl", callback_on_step_end=note, callback_on_step_end_tensor_inputs=names)
+    attach(pipeline("sdxl"), decoder("sdxl"))(**call)
+    assert seen == [{"prompt_embeds"}] * tiny.STEPS
+
+
+def test_an_interrupt_of_the_callers_own_above_the_trained_noise_is_refused() -> None:
+    def interrupt(pipe: Any, _index: int, _time: Any, given: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = True
+        return given
+
+    pipe = attach(pipeline("flux"), decoder("flux"))
+    with pytest.raises(SettingError, match="interrupted after step 1 of 4, where sigma is 0.*trained up to 0.8"):
+        pipe(**tiny.arguments("flux", callback_on_step_end=interrupt))
+    latents = pipe(**tiny.arguments("flux", callback_on_step_end=interrupt), output_type="latent").latents
+    assert latents.sigma > 0.8
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("Flux3ModularPipeline", "is a modular pipeline"),
+        ("QwenImageModularPipeline", "is a modular pipeline"),
+        ("FluxModularPipeline", "is a modular pipeline"),
+        ("Flux3Pipeline", "does not work in a latent space that PiD decodes"),
+        ("QwenImage21Pipeline", "does not work in a latent space that PiD decodes"),
+    ],
+)
+def test_modular_pipelines_and_later_families_are_refused_before_any_work(name: str, words: str) -> None:
+    kind = getattr(diffusers, name, None) or type(name, (), {})
+    pipe = object.__new__(kind)
+    with pytest.raises(SettingError, match=words):
+        attach(pipe, decoder("flux"))
+
+
 def test_everything_else_is_the_pipelines_own(tmp_path: Path) -> None:
     inner = pipeline("sdxl")
     pipe = attach(inner, decoder("sdxl"))
@@ -333,6 +400,10 @@ def test_the_recommended_step_follows_the_registry() -> None:
     assert recommended_stop_step(pipeline("zimage"), 50) == 46
     assert recommended_stop_step(pipeline("klein"), 4) == 4
     assert recommended_stop_step(pipeline("sd3"), 14) == 12
+    for name, steps, stop in (("FluxKontext", 28, 24), ("ZImageImg2Img", 50, 46), ("Flux2KleinKV", 4, 4)):
+        assert recommended_stop_step(object.__new__(getattr(diffusers, f"{name}Pipeline")), steps) == stop
+    with pytest.raises(SettingError, match="No early stop is recommended for ChromaPipeline"):
+        recommended_stop_step(object.__new__(diffusers.ChromaPipeline), 28)
 
 
 @pytest.mark.parametrize("kind", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])

@@ -81,6 +81,8 @@ class _StepRecorder:
     capture_steps: Sequence[int]
     progress_callback: PipelineCallback | None
     step_callback: Callable[..., Any] | None
+    tensor_inputs: Sequence[str] = ("latents",)
+    max_sigma: float = MAX_SIGMA
     denoiser_calls: int = 0
     grid_keywords: Mapping[str, Any] = field(default_factory=dict)
     step: int = 0
@@ -98,9 +100,10 @@ class _StepRecorder:
         """The pipeline's `callback_on_step_end`."""
         result = tensors
         if self.step_callback is not None:
-            result = self.step_callback(pipe, index, timestep, tensors) or tensors
-        latents = result.get("latents", tensors.get("latents"))
-        assert isinstance(latents, Tensor)  # `latents` is among callback_on_step_end_tensor_inputs
+            # It sees the tensors that it asked for, as without the recorder, and may return some of them changed.
+            own = {name: tensors[name] for name in self.tensor_inputs}
+            result = {**tensors, **(self.step_callback(pipe, index, timestep, own) or {})}
+        latents = result["latents"]
         if not self.step:
             self._check_steps()
         self.step = index + 1
@@ -131,11 +134,11 @@ class _StepRecorder:
         scheduler_parametrization(scheduler, space)
         first = int(getattr(scheduler, "step_index", 1)) - 1
         sigmas = [latent_sigma(scheduler, space, float(sigma)) for sigma in scheduler.sigmas[first + 1 :]]
-        if sigmas[step - 1] > MAX_SIGMA:
-            earliest = next((i + 1 for i, sigma in enumerate(sigmas) if sigma <= MAX_SIGMA), self.num_steps)
+        if sigmas[step - 1] > self.max_sigma:
+            earliest = next((i + 1 for i, sigma in enumerate(sigmas) if sigma <= self.max_sigma), self.num_steps)
             raise SettingError(
                 f"After step {step} of {self.num_steps} the latent's sigma is {sigmas[step - 1]:.2f}; PiD was trained "
-                f"up to {MAX_SIGMA}. Stop after step {earliest} or later."
+                f"up to {self.max_sigma:g}. Stop after step {earliest} or later."
             )
 
     def result(self, prompts: Sequence[str] | None, seed: int | None) -> CapturedLatents:
@@ -163,6 +166,7 @@ def capture_latents(
     capture_steps: Sequence[int] = (),
     prompt: str | Sequence[str] | None = None,
     progress_callback: PipelineCallback | None = None,
+    max_sigma: float = MAX_SIGMA,
 ) -> CapturedLatents:
     """Call a diffusers pipeline for its latents instead of its images.
 
@@ -174,6 +178,7 @@ def capture_latents(
         capture_steps: Steps whose latents are returned besides the last.
         prompt: What the images show, where `call` has no prompt; one for all, or one per image.
         progress_callback: Called after every step.
+        max_sigma: Highest noise level to stop at.
 
     Raises:
         SettingError: A step does not exist or leaves more noise than PiD was trained on, or the pipeline cannot be
@@ -187,10 +192,13 @@ def capture_latents(
         raise SettingError(f"A {type(pipe).__name__} cannot be interrupted; leave stop_after out, or capture steps.")
     # Some pipelines write their chat template into the list of prompts they are given: they get a copy.
     keywords = {name: list(value) if isinstance(value, list) else value for name, value in call.items()}
+    step_callback = call.get("callback_on_step_end")
+    # diffusers' callback objects name their tensors themselves.
+    inputs = getattr(step_callback, "tensor_inputs", None) or keywords.get("callback_on_step_end_tensor_inputs")
+    inputs = ["latents"] if inputs is None else list(inputs)
     recorder = _StepRecorder(
-        pipe, stop_after, tuple(capture_steps), progress_callback, call.get("callback_on_step_end")
+        pipe, stop_after, tuple(capture_steps), progress_callback, step_callback, inputs, max_sigma
     )
-    inputs = list(keywords.get("callback_on_step_end_tensor_inputs") or [])
     keywords |= {
         "output_type": "latent",
         "return_dict": True,
@@ -340,7 +348,10 @@ class AttachedPipeline:
             own.pipe, call, stop_after=replaced.get("stop_after", own.stop_after),
             capture_steps=replaced.get("capture_steps", own.capture_steps), prompt=options.prompt,
             progress_callback=progress_callback,
+            max_sigma=own.decoder.max_sigma,
         )  # fmt: skip
+        if output_type != "latent":
+            _check_noise(run, own.decoder)
         images = run.latent if output_type == "latent" else self._decode(run, output_type, options, progress_callback)
         if not call.get("return_dict", True):
             return (images,)
@@ -398,6 +409,17 @@ def _check_options(options: object, decoder: PixelDecoder) -> None:
     options.require_acting(decoder.kind, "decode", decoder.name)
     if not decoder.reads_text and (options.prompt is not None or options.prompt_embeds is not None):
         raise SettingError(f"{decoder.name} reads no text, so prompt and prompt_embeds cannot act; leave them out.")
+
+
+def _check_noise(run: CapturedLatents, decoder: PixelDecoder) -> None:
+    """Refuse what an interrupt of the caller's own left too noisy to decode."""
+    sigma = float(run.latent.sigmas.max())
+    if sigma > decoder.max_sigma:
+        raise SettingError(
+            f"The diffusion was interrupted after step {run.num_steps} of {run.num_steps_planned}, where sigma is "
+            f"{sigma:.2f}; {decoder.name} was trained up to {decoder.max_sigma:g}. Interrupt later, or take the "
+            'latent with output_type="latent".'
+        )
 
 
 def _require_prompt(decoder: PixelDecoder, call: Mapping[str, Any], options: DecodeOptions) -> None:

@@ -17,14 +17,14 @@ from pidecode.encoders.autoencoder_kl import check_constants
 from pidecode.errors import CheckpointError, LatentError, SettingError
 from pidecode.latents.latent import Latent
 from pidecode.latents.layout import LatentStatistics, denormalize, normalize, unpack
-from pidecode.registry.spaces import IMAGE_MODELS, LatentSpace, get_space
+from pidecode.registry.spaces import LatentSpace, get_space, has_stem, recommended_stop
 
 SchedulerParametrization = Literal["flow", "euler", "variance_preserving"]
 """What a scheduler's latent is at sigma s: `(1 - s) x + s e`, `x + s e`, or `sqrt(1 - s^2) x + s e`."""
 
 # First part of a pipeline class's name -> the space of its latents; None where PiD has no decoder. First match counts.
 _SPACE_BY_CLASS: tuple[tuple[str, str | None], ...] = (
-    ("QwenImage21", None), ("QwenImageLayered", None), ("Flux2", "flux2"), ("FluxPriorRedux", None), ("Flux", "flux"),
+    ("QwenImageLayered", None), ("Flux2", "flux2"), ("FluxPriorRedux", None), ("Flux", "flux"),
     ("Chroma", "flux"), ("StableDiffusion3", "sd3"), ("StableDiffusionXL", "sdxl"), ("QwenImage", "qwenimage"),
     ("ZImage", "flux"),
 )  # fmt: skip
@@ -40,12 +40,15 @@ def pipeline_space(pipe: Any) -> LatentSpace:
         SettingError: PiD has no decoder for the pipeline's space, or the pipeline's VAE scales its latents in another
             way than that space.
     """
-    name = None
-    for kind in type(pipe).__mro__:
-        if kind.__name__.endswith("Pipeline"):
-            name = next((space for start, space in _SPACE_BY_CLASS if kind.__name__.startswith(start)), None)
-        if name is not None:
-            break
+    names = [kind.__name__ for kind in type(pipe).__mro__ if kind.__name__.endswith("Pipeline")]
+    if "ModularPipeline" in names:
+        raise SettingError(
+            f"A {type(pipe).__name__} is a modular pipeline; PiD decodes those of ordinary pipelines. Load the "
+            "ordinary one of the same model (DiffusionPipeline.from_pretrained), or end the blocks at the latents and "
+            "decode those with pidecode.Latent."
+        )
+    matches = (space for kind in names for stem, space in _SPACE_BY_CLASS if has_stem(kind, stem))
+    name = next(matches, None)
     if name is None:
         known = sorted({f"{start}*Pipeline" for start, space in _SPACE_BY_CLASS if space})
         raise SettingError(
@@ -64,11 +67,7 @@ def pipeline_space(pipe: Any) -> LatentSpace:
 def recommended_stop_step(pipe: Any, num_steps: int) -> int:
     """The step after which PiD's authors recommend to stop a run of `num_steps` steps, counted from 1."""
     names = [kind.__name__ for kind in type(pipe).__mro__]
-    models = [model for model in IMAGE_MODELS.values() if model.pipeline in names]
-    if not models:
-        space = pipeline_space(pipe).name
-        models = [model for model in IMAGE_MODELS.values() if model.space == space]
-    return max(models, key=lambda model: model.num_steps).recommended_stop(num_steps)
+    return recommended_stop([name for name in names if name.endswith("Pipeline")], num_steps)
 
 
 def scheduler_parametrization(scheduler: Any, space: LatentSpace) -> SchedulerParametrization:

@@ -201,6 +201,39 @@ _MODELS = tuple(
 IMAGE_MODELS: Mapping[str, ImageModel] = MappingProxyType({model.name: model for model in _MODELS})
 """Every image model whose latents lie in one of the spaces, by name."""
 
+# How the classes of an image model begin: of its diffusers pipelines and of its configuration in ComfyUI.
+_CLASS_STEMS: Mapping[str, str] = MappingProxyType(
+    {model.pipeline.removesuffix("Pipeline"): model.name for model in reversed(_MODELS)}
+    | {"ZImage": "zimage", "SD3": "sd3", "SDXL": "sdxl", "Flux2Klein": "flux2-klein-9b"}
+)
+
+
+def has_stem(name: str, stem: str) -> bool:
+    """Whether a class's name begins with a model family's; another version number makes another family."""
+    return name.startswith(stem) and not name[len(stem) : len(stem) + 1].isdigit()
+
+
+def recommended_stop(classes: Iterable[str], num_steps: int) -> int:
+    """The step, counted from 1, after which PiD's authors recommend to stop a run.
+
+    Args:
+        classes: Names of the classes of a diffusers pipeline or of a ComfyUI model, the most specific first.
+        num_steps: Steps of the whole run.
+
+    Raises:
+        SettingError: No recommendation is known for that model.
+    """
+    names = list(classes)
+    for name in names:
+        stems = [stem for stem in _CLASS_STEMS if has_stem(name, stem)]
+        if stems:
+            return IMAGE_MODELS[_CLASS_STEMS[max(stems, key=len)]].recommended_stop(num_steps)
+    raise SettingError(
+        f"No early stop is recommended for {names[0]}; there are recommendations for "
+        f"{', '.join(sorted(set(_CLASS_STEMS.values())))}. Name the step yourself."
+    )
+
+
 ALIASES: Mapping[str, str] = MappingProxyType(
     {model.name: model.space for model in _MODELS if model.name != model.space}
 )
