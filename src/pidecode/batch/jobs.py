@@ -28,21 +28,13 @@ MANIFEST_OPTIONS = tuple(option_infos(interface="batch"))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchJob:
-    """One source file and the image it becomes.
+    """One source file and the image it becomes."""
 
-    Attributes:
-        name: The source as the user wrote it: its path in the folder, or as in the manifest.
-        source: Path of the source.
-        kind: "latent" to decode or "image" to upscale.
-        out: The image to write; the images of a file with several latents get -1, -2, ... before the suffix.
-        options: Decode options of this job alone; see `MANIFEST_OPTIONS`.
-    """
-
-    name: str
-    source: Path
-    kind: SourceKind
-    out: Path
-    options: Mapping[str, Any] = field(default_factory=dict)
+    name: str  # the source as the user wrote it: its path in the folder, or as in the manifest
+    source: Path  # path of the source
+    kind: SourceKind  # "latent" to decode or "image" to upscale
+    out: Path  # the image to write; the images of a file with several latents get -1, -2, ... before the suffix.
+    options: Mapping[str, Any] = field(default_factory=dict)  # decode options of this job alone; see `MANIFEST_OPTIONS`
 
     @property
     def command(self) -> Command:

@@ -50,17 +50,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A capability of this machine.
+    """A capability of this machine."""
 
-    Attributes:
-        name: What may work.
-        ok: Whether it works.
-        reason: Why it works, or what is missing and how to fix it.
-    """
-
-    name: str
-    ok: bool
-    reason: str
+    name: str  # what may work
+    ok: bool  # whether it works
+    reason: str  # why it works, or what is missing and how to fix it
 
 
 def json_option(command: F) -> F:

@@ -38,19 +38,12 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
-    """What one evaluation works on at once; the default suits a CPU's caches. No size changes more than rounding.
+    """What one evaluation works on at once; the default suits a CPU's caches. No size changes more than rounding."""
 
-    Attributes:
-        tokens: Patch tokens that pass through a patch block's linear layers together.
-        tile_tokens: Patch tokens of a tile of the pixel blocks; rounded to whole rows of patches.
-        tile_rows: Pixel rows, within each of those patches, of such a tile.
-        keep_modulation: Keep the pixel blocks' modulation, cut to these tiles, for all steps and images.
-    """
-
-    tokens: int = 512
-    tile_tokens: int = 256
-    tile_rows: int = 1
-    keep_modulation: bool = False
+    tokens: int = 512  # patch tokens that pass through a patch block's linear layers together
+    tile_tokens: int = 256  # patch tokens of a tile of the pixel blocks; rounded to whole rows of patches
+    tile_rows: int = 1  # pixel rows, within each of those patches, of such a tile
+    keep_modulation: bool = False  # keep the pixel blocks' modulation, cut to these tiles, for all steps and images
 
     @classmethod
     def large(cls, patch_size: int) -> Chunks:

@@ -37,17 +37,11 @@ SHIFT1, SCALE1, GATE1, SHIFT2, SCALE2, GATE2 = range(6)
 
 @dataclass(frozen=True, slots=True)
 class PixelModulation:
-    """Rows of `adaLN_modulation` for some pixels and some of the six vectors, as one matrix.
+    """Rows of `adaLN_modulation` for some pixels and some of the six vectors, as one matrix."""
 
-    Attributes:
-        weight: `[vectors * G * C, D]`, vector by vector.
-        bias: `[vectors * G * C]`.
-        vectors: How many of the six.
-    """
-
-    weight: WeightSlice
-    bias: Tensor
-    vectors: int
+    weight: WeightSlice  # `[vectors * G * C, D]`, vector by vector
+    bias: Tensor  # `[vectors * G * C]`
+    vectors: int  # how many of the six
 
     def __call__(self, condition_TD: Tensor) -> tuple[Tensor, ...]:
         """Each vector `[T, G * C]`."""

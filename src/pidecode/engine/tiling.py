@@ -27,16 +27,12 @@ Span = tuple[int, int]  # first patch and one past the last, along one axis
 class Windows:
     """How an image is cut into windows.
 
-    Attributes:
-        side: Side of a window in patches; one that exceeds the image covers it as one window.
-        overlap: Least overlap of neighbors in patches; windows are placed evenly, so it may be more.
-
     Raises:
         SettingError: The windows cannot advance.
     """
 
-    side: int = 128
-    overlap: int = 32
+    side: int = 128  # side of a window in patches; one that exceeds the image covers it as one window
+    overlap: int = 32  # least overlap of neighbors in patches; windows are placed evenly, so it may be more
 
     def __post_init__(self) -> None:
         if self.side < 1 or not 0 <= self.overlap < self.side:

@@ -33,29 +33,17 @@ DURATION_WINDOW = 16  # number of recent jobs whose durations are averaged for `
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobStatus:
-    """State and progress of a job at one moment.
+    """State and progress of a job at one moment."""
 
-    Attributes:
-        state: One of "waiting", "running", "done", "failed", "cancelled".
-        position: Position in the queue while waiting; 1 is next, 0 means not waiting.
-        step: Steps finished.
-        num_steps: Steps in total, 0 while unknown.
-        activity: What is being done, in words, such as "encoding, refinement 1 of 2"; empty before the first.
-        done: Share of the job's predicted work that is done, 0 to 1.
-        seconds: Time the job has run, without waiting.
-        seconds_left: Predicted time to its end; None while nothing is known of it.
-        preview: JPEG of the newest estimate, if previews were asked for.
-    """
-
-    state: DecodeJobState
-    position: int = 0
-    step: int = 0
-    num_steps: int = 0
-    activity: str = ""
-    done: float = 0.0
-    seconds: float = 0.0
-    seconds_left: float | None = None
-    preview: bytes | None = None
+    state: DecodeJobState  # one of "waiting", "running", "done", "failed", "cancelled"
+    position: int = 0  # position in the queue while waiting; 1 is next, 0 means not waiting
+    step: int = 0  # steps finished
+    num_steps: int = 0  # steps in total, 0 while unknown
+    activity: str = ""  # what is being done, in words, such as "encoding, refinement 1 of 2"; empty before the first
+    done: float = 0.0  # share of the job's predicted work that is done, 0 to 1
+    seconds: float = 0.0  # time the job has run, without waiting
+    seconds_left: float | None = None  # predicted time to its end; None while nothing is known of it
+    preview: bytes | None = None  # JPEG of the newest estimate, if previews were asked for
 
 
 class DecodeJob:

@@ -43,25 +43,15 @@ RESULT_SECONDS = 300.0  # how long a streamed job's result can be fetched
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """A finished image file.
+    """A finished image file."""
 
-    Attributes:
-        data: The file.
-        media_type: Its media type, such as "image/png".
-        width: In pixels.
-        height: In pixels.
-        metadata: What is written into the file.
-        warnings: Messages of warnings raised by the decode.
-        seconds: Time the job ran, without waiting.
-    """
-
-    data: bytes
-    media_type: str
-    width: int
-    height: int
-    metadata: dict[str, Any]
-    warnings: tuple[str, ...]
-    seconds: float
+    data: bytes  # the file
+    media_type: str  # its media type, such as "image/png"
+    width: int  # in pixels
+    height: int  # in pixels
+    metadata: dict[str, Any]  # what is written into the file
+    warnings: tuple[str, ...]  # messages of warnings raised by the decode
+    seconds: float  # time the job ran, without waiting
 
 
 class ResultStore:

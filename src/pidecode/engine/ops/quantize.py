@@ -175,17 +175,11 @@ class QuantizedLinear(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class WeightSlice:
-    """Some of a layer's weight, dequantized or with its scales, ready to multiply with.
+    """Some of a layer's weight, dequantized or with its scales, ready to multiply with."""
 
-    Attributes:
-        weight: `[..., out, in]`; eight-bit codes where the layer multiplies in eight bits.
-        scales: `[..., out, 1]` of such codes.
-        kernel: Multiplies them.
-    """
-
-    weight: Tensor
-    scales: Tensor | None = None
-    kernel: Kernel | None = None
+    weight: Tensor  # `[..., out, in]`; eight-bit codes where the layer multiplies in eight bits
+    scales: Tensor | None = None  # `[..., out, 1]` of such codes
+    kernel: Kernel | None = None  # multiplies them
 
     def __call__(self, x_TK: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ weight^T + bias`, in x's type."""
