@@ -29,14 +29,10 @@ _WEAK_VARIANCE = 3e-4
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """How near an image, reduced to its reference's size, stays to that reference.
+    """How near an image, reduced to its reference's size, stays to that reference."""
 
-    Attributes:
-        psnr: In decibels, over all channels; infinite for equal images.
-        shift: Mean difference of red, green and blue in levels of 255; positive where the image is brighter.
-    """
-
-    psnr: float
+    psnr: float  # in decibels, over all channels; infinite for equal images
+    # Mean difference of red, green and blue in levels of 255; positive where the image is brighter.
     shift: tuple[float, float, float]
 
     def __str__(self) -> str:

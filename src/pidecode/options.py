@@ -39,27 +39,17 @@ _PIXEL_DIFFUSION: tuple[DecoderKind, ...] = ("student", "teacher")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptionInfo:
-    """What interfaces need to know of an option.
+    """What interfaces need to know of an option."""
 
-    Attributes:
-        help: One or two plain sentences.
-        type: Type of a single value: int, float or str; `tuple` for a size, `object` for what is Python only.
-        choices: The values there are, where they can be listed.
-        minimum: Smallest value, included.
-        maximum: Largest value, included.
-        kinds: Kinds of decoder on which it acts; others refuse it.
-        commands: Where it belongs: decoding a latent, enlarging an image, or both.
-        interfaces: Who offers it besides Python.
-    """
-
-    help: str
-    type: type
-    choices: tuple[str, ...] = ()
-    minimum: float | None = None
-    maximum: float | None = None
-    kinds: tuple[DecoderKind, ...] = get_args(DecoderKind)
+    help: str  # one or two plain sentences
+    type: type  # type of a single value: int, float or str; `tuple` for a size, `object` for what is Python only
+    choices: tuple[str, ...] = ()  # the values there are, where they can be listed
+    minimum: float | None = None  # smallest value, included
+    maximum: float | None = None  # largest value, included
+    kinds: tuple[DecoderKind, ...] = get_args(DecoderKind)  # kinds of decoder on which it acts; others refuse it
+    # Where it belongs: decoding a latent, enlarging an image, or both.
     commands: tuple[Command, ...] = get_args(Command)
-    interfaces: tuple[Interface, ...] = _EVERYWHERE
+    interfaces: tuple[Interface, ...] = _EVERYWHERE  # who offers it besides Python
 
 
 def _option(help: str, type: type, **rest: Any) -> Any:

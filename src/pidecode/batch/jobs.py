@@ -44,16 +44,11 @@ class BatchJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputNaming:
-    """How output files are named.
+    """How output files are named."""
 
-    Attributes:
-        out: Folder to write to.
-        suffix: Suffix of the images, which selects their format.
-        keep_suffix: Name the output of cat.jpg cat.jpg.png instead of cat.png, for folders with cat.jpg and cat.webp.
-    """
-
-    out: Path
-    suffix: str = ".png"
+    out: Path  # folder to write to
+    suffix: str = ".png"  # suffix of the images, which selects their format
+    # Name the output of cat.jpg cat.jpg.png instead of cat.png, for folders with cat.jpg and cat.webp.
     keep_suffix: bool = False
 
     def output_path(self, name: str | Path) -> Path:

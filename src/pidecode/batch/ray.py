@@ -179,21 +179,17 @@ def _resources(ray: Any, batch: Batch, jobs: int) -> Resources:
 
 @dataclass(slots=True, kw_only=True)
 class _WorkerPool:
-    """The workers of one batch, the job of each, and the queue.
-
-    Attributes:
-        busy: Ray's future of a result -> the worker and its job (None while it loads its decoder).
-        deaths: Worker deaths by the name of the job they worked on, "" while they loaded.
-        token: File that shows a worker whether it sees the output folder.
-    """
+    """The workers of one batch, the job of each, and the queue."""
 
     ray: Any
     progress: BatchProgress
     queue: deque[BatchJob]
     resources: Resources
+    # Ray's future of a result -> the worker and its job (None while it loads its decoder).
     busy: dict[Any, tuple[Any, BatchJob | None]] = field(default_factory=dict)
+    # Worker deaths by the name of the job they worked on, "" while they loaded.
     deaths: Counter[str] = field(default_factory=Counter)
-    token: Path = field(init=False)
+    token: Path = field(init=False)  # file that shows a worker whether it sees the output folder
 
     def run(self) -> None:
         """Work until the queue is empty and every job has its result; workers that still load then are stopped."""

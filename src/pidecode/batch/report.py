@@ -15,54 +15,31 @@ MAX_LISTED = 20  # failures that the text names; the JSON holds all
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobResult:
-    """Result of one job.
+    """Result of one job."""
 
-    Attributes:
-        name: Name of the source.
-        state: "done", "skipped" (its images existed already) or "failed".
-        seconds: Time of the worker for this job.
-        images: Images written.
-        megapixels: Pixels written, in millions.
-        error: Class of the error, if it failed.
-        message: Message of the error.
-        worker: Host and process id of the worker, with Ray.
-    """
-
-    name: str
-    state: ResultState
-    seconds: float
-    images: int = 0
-    megapixels: float = 0.0
-    error: str | None = None
-    message: str | None = None
-    worker: str | None = None
+    name: str  # name of the source
+    state: ResultState  # "done", "skipped" (its images existed already) or "failed"
+    seconds: float  # time of the worker for this job
+    images: int = 0  # images written
+    megapixels: float = 0.0  # pixels written, in millions
+    error: str | None = None  # class of the error, if it failed
+    message: str | None = None  # message of the error
+    worker: str | None = None  # host and process id of the worker, with Ray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchReport:
-    """Report of a finished or interrupted batch.
+    """Report of a finished or interrupted batch."""
 
-    Attributes:
-        jobs: Number of jobs in the batch.
-        results: Results of the jobs that ended.
-        seconds: Wall-clock time, loading included.
-        engine: What ran the batch: "local", "torchrun" or "ray".
-        workers: Number of workers.
-        interrupted: Whether the batch was stopped before its end.
-        lost_workers: Workers that died and were replaced.
-        started: ISO date and time in UTC.
-        settings: Model and decode options.
-    """
-
-    jobs: int
-    results: tuple[JobResult, ...]
-    seconds: float
-    engine: str
-    workers: int
-    interrupted: bool = False
-    lost_workers: int = 0
-    started: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    jobs: int  # number of jobs in the batch
+    results: tuple[JobResult, ...]  # results of the jobs that ended
+    seconds: float  # wall-clock time, loading included
+    engine: str  # what ran the batch: "local", "torchrun" or "ray"
+    workers: int  # number of workers
+    interrupted: bool = False  # whether the batch was stopped before its end
+    lost_workers: int = 0  # workers that died and were replaced
+    started: str = ""  # ISO date and time in UTC
+    settings: Mapping[str, Any] = field(default_factory=dict)  # model and decode options
 
     def count(self, state: ResultState) -> int:
         """Number of jobs that ended in `state`."""

@@ -32,29 +32,18 @@ WRITE_QUEUE = 2  # decoded images that may wait to be written while the next are
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig:
-    """What all jobs of a batch share; plain values, which are sent to other machines.
+    """What all jobs of a batch share; plain values, which are sent to other machines."""
 
-    Attributes:
-        model: A model's name, file or folder, as `PixelDecoder.from_pretrained` takes it.
-        space: Latent space, where the weights do not say.
-        variant: Variant of a model that has several.
-        device: Device, or None to choose.
-        dtype: Number format by torch's name, or None to choose.
-        compile: Whether to compile elementwise operations.
-        options: Decode options; a manifest may override them for a job.
-        bits: Bits per channel of the images, 8 or 16.
-        overwrite: Whether images with another fingerprint are replaced.
-    """
-
-    model: str = "tiny"
-    space: str | None = None
-    variant: str | None = None
-    device: str | None = None
-    dtype: str | None = None
-    compile: bool = False
+    model: str = "tiny"  # A model's name, file or folder, as `PixelDecoder.from_pretrained` takes it
+    space: str | None = None  # latent space, where the weights do not say
+    variant: str | None = None  # variant of a model that has several
+    device: str | None = None  # device, or None to choose
+    dtype: str | None = None  # number format by torch's name, or None to choose
+    compile: bool = False  # whether to compile elementwise operations
+    # Decode options; a manifest may override them for a job.
     options: DecodeOptions = field(default_factory=DecodeOptions)
-    bits: int = 8
-    overwrite: bool = False
+    bits: int = 8  # bits per channel of the images, 8 or 16
+    overwrite: bool = False  # whether images with another fingerprint are replaced
 
     def load_decoder(self) -> PixelDecoder:
         """Load the decoder; raises as `PixelDecoder.from_pretrained` does."""

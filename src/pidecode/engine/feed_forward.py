@@ -28,21 +28,13 @@ TileCallback = Callable[[int, int], None]  # called before each tile with the nu
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeedForwardPlan:
-    """How one feed-forward decode runs, and the memory it is predicted to need.
+    """How one feed-forward decode runs, and the memory it is predicted to need."""
 
-    Attributes:
-        size: Width and height of the image in pixels.
-        batch: Images at once.
-        dtype: Number format of the weights.
-        tile: Side of the tiles in cells of the first stage's grid; None decodes the image whole.
-        parts: What the peak consists of, in bytes.
-    """
-
-    size: tuple[int, int]
-    batch: int = 1
-    dtype: str = "float32"
-    tile: int | None = None
-    parts: tuple[tuple[str, int], ...] = ()
+    size: tuple[int, int]  # width and height of the image in pixels
+    batch: int = 1  # images at once
+    dtype: str = "float32"  # number format of the weights
+    tile: int | None = None  # side of the tiles in cells of the first stage's grid; None decodes the image whole
+    parts: tuple[tuple[str, int], ...] = ()  # what the peak consists of, in bytes
 
     @property
     def peak(self) -> int:

@@ -55,21 +55,13 @@ PipelineCallback = Callable[[PipelineProgress], None]  # called after every step
 
 @dataclass(frozen=True, slots=True)
 class CapturedLatents:
-    """Latents of one run of a pipeline.
+    """Latents of one run of a pipeline."""
 
-    Attributes:
-        latent: The last one, with its noise level and prompts.
-        intermediate: Those of the captured steps, by step, counted from 1.
-        num_steps: Steps that were run.
-        num_steps_planned: Steps of the whole schedule.
-        denoiser_calls: Forward passes of the pipeline's network.
-    """
-
-    latent: Latent
-    intermediate: Mapping[int, Latent]
-    num_steps: int
-    num_steps_planned: int
-    denoiser_calls: int
+    latent: Latent  # the last one, with its noise level and prompts
+    intermediate: Mapping[int, Latent]  # those of the captured steps, by step, counted from 1
+    num_steps: int  # steps that were run
+    num_steps_planned: int  # steps of the whole schedule
+    denoiser_calls: int  # forward passes of the pipeline's network
 
 
 @dataclass(slots=True)

@@ -203,22 +203,14 @@ class DecodeJob:
 
 @dataclass(slots=True)
 class QueueStats:
-    """Counts of jobs since the queue was created.
+    """Counts of jobs since the queue was created."""
 
-    Attributes:
-        accepted: Jobs that entered the queue.
-        refused: Jobs refused because the queue was full or closed.
-        done: Jobs that returned.
-        failed: Jobs that raised.
-        cancelled: Jobs that were cancelled or timed out.
-        durations: Seconds that recent jobs ran.
-    """
-
-    accepted: int = 0
-    refused: int = 0
-    done: int = 0
-    failed: int = 0
-    cancelled: int = 0
+    accepted: int = 0  # jobs that entered the queue
+    refused: int = 0  # jobs refused because the queue was full or closed
+    done: int = 0  # jobs that returned
+    failed: int = 0  # jobs that raised
+    cancelled: int = 0  # jobs that were cancelled or timed out
+    # Seconds that recent jobs ran.
     durations: deque[float] = field(default_factory=lambda: deque(maxlen=DURATION_WINDOW))
 
 

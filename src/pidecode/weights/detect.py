@@ -30,19 +30,13 @@ _COMMON_INTERVAL = 2  # `inject_interval` of every released network; taken where
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferredShape:
-    """What the names and shapes of tensors show of their network.
+    """What the names and shapes of tensors show of their network."""
 
-    Attributes:
-        values: Fields of PiDConfig that can be inferred.
-        latent_in: Input channels of the adapter's first convolution, after unpatchify or pixel-unshuffle; 0 if none.
-        image_in: The same of the adapter's image branch.
-        color_out: Outputs of the color head, `3 (patch_size / scale)^2`; 0 if none.
-    """
-
-    values: Mapping[str, Any]
+    values: Mapping[str, Any]  # fields of PiDConfig that can be inferred
+    # Input channels of the adapter's first convolution, after unpatchify or pixel-unshuffle; 0 if none.
     latent_in: int = 0
-    image_in: int = 0
-    color_out: int = 0
+    image_in: int = 0  # the same of the adapter's image branch
+    color_out: int = 0  # outputs of the color head, `3 (patch_size / scale)^2`; 0 if none
 
     @property
     def has_adapter(self) -> bool:
