@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 # Each of these drags in torchvision (whose compiled half must match torch's build exactly, or transformers
 # and diffusers stop importing), replaces torch, or has a license that does not go with ours.
@@ -159,3 +160,15 @@ def test_the_sdist_holds_what_the_tests_read(root: Path, tmp_path: Path) -> None
     kept = {"comfyui/README.md", ".github/workflows/check.yml", "constraints/dev.txt", "SECURITY.md", "zensical.toml"}
     assert kept <= names
     assert {path.relative_to(root).as_posix() for path in (root / "tests").rglob("*.py")} <= names
+
+
+def test_the_lowest_versions_that_ci_runs_are_those_declared(root: Path, project: dict[str, Any]) -> None:
+    lines = (root / "constraints" / "lowest.txt").read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    declared = {item.name: item.specifier for item in requirements(project)}
+    for name, version in pinned.items():
+        if name in declared:
+            (bound,) = declared[name]
+            assert bound.operator == ">="
+            assert Version(bound.version) == Version(version), name
+    assert pinned.keys() - declared.keys() == {"starlette"}  # fastapi's own

@@ -461,7 +461,8 @@ async def _read_form(request: Request, body: bytes) -> tuple[bytes, dict[str, st
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise HTTPException(400, "Send a multipart form with the image in the field 'image'.")
     parser = MultiPartParser(request.headers, stream(), max_files=MAX_FORM_FILES, max_fields=40)
-    parser.spool_max_size = len(body) + 1  # never on disk
+    for limit in ("spool_max_size", "max_file_size"):  # newer and older Starlette: never on disk
+        setattr(parser, limit, len(body) + 1)
     try:
         form = await parser.parse()
     except (MultiPartException, KeyError, ValueError) as error:
