@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from click.testing import CliRunner
 from benchmarks.decode import main
 from pidecode import devices
 from pidecode import devices as threads
+from pidecode.cli import app
 from pidecode.cli.app import cli
+from pidecode.cli.doctor import cpu
 from pidecode.devices import container_quota, physical_cores, recommended_threads
 
 
@@ -99,3 +102,13 @@ def test_threads_that_cannot_act_are_refused(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli, ["batch", str(tmp_path), str(tmp_path / "out"), "--engine", "ray", "--threads", "1"])
     assert done.exit_code == 2
     assert "other processes decode" in done.output
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
+def test_threads_wait_passively_unless_the_user_chose(
+    chosen: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", chosen)
+    monkeypatch.setattr(app, "cli", lambda prog_name: None)
+    app.main()
+    assert cpu()["wait_policy"] == chosen["OMP_WAIT_POLICY"] == expected

@@ -147,6 +147,9 @@ debug_option(cli)
 
 def main() -> None:
     """Entry point of `pidecode` and of `python -m pidecode`."""
+    # OpenMP reads this when torch loads. Threads that spin while they wait take the time of those that work wherever
+    # another program keeps a core busy: many times the seconds, against a few hundredths on a quiet machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         cli(prog_name="pidecode")
     except KeyboardInterrupt:  # before a command had begun

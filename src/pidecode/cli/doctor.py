@@ -107,6 +107,7 @@ def cpu() -> dict[str, Any]:
         compiler = str(error)
     return {
         "threads": threads.count, "threads_because": threads.reason,
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY", "OpenMP's own"),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "dtype": str(default_dtype(cpu)).removeprefix("torch."), "compiler_missing": compiler or None,
     }  # fmt: skip
@@ -188,7 +189,7 @@ def _report(findings: dict[str, Any]) -> str:
     lines += [f"  {'system':16s} {findings['platform']}", "", "Devices"]
     lines += [_device_line(device) for device in findings["devices"]]
     own = findings["cpu"]
-    threads = f"{own['threads']} threads ({own['threads_because']})"
+    threads = f"{own['threads']} threads ({own['threads_because']}; they wait {own['wait_policy']})"
     lines.append(f"  {'':8s} {threads}, {own['instructions']}, {own['dtype']}")
     lines += ["", "Extras"]
     lines += [
