@@ -187,12 +187,7 @@ def bits_option(command: F) -> F:
 
 
 def decode_options(*commands: Command, exclude: Collection[str] = ()) -> Callable[[F], F]:
-    """Add a flag for every decode option.
-
-    Args:
-        commands: What the command does; options of other commands are left out.
-        exclude: Options that the command takes in another way.
-    """
+    """Add a flag for every decode option of the commands, except those that are taken in another way."""
 
     def add(command: F) -> F:
         for name, info in reversed(option_infos(interface="cli").items()):
@@ -257,13 +252,7 @@ class MemoryOptions:
     def plan(
         self, config: Any, sizes: Sequence[BatchShape], device: str | None, dtype: str | None
     ) -> Plan | FeedForwardPlan:
-        """Plan the decode of the largest image on this machine.
-
-        Args:
-            config: Configuration of the network.
-            sizes: The images to make.
-            device: Device, or None to choose.
-            dtype: Number format by torch's name, or None to choose.
+        """Plan the decode of the largest of some images on a device; device and number format may be None, to choose.
 
         Raises:
             DoesNotFitError: No plan fits the memory.

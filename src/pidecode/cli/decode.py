@@ -84,11 +84,7 @@ class DecodeArgs:
         return cls(options=take_decode_options(given), **given)
 
     def load_decoder(self, jobs: Callable[[CheckpointMetadata], list[BatchShape]]) -> PixelDecoder:
-        """Load the decoder.
-
-        Args:
-            jobs: Sizes of the images to make, of the weights' metadata; called if a memory plan is needed.
-        """
+        """Load the decoder; `jobs` gives the images' sizes of the weights' metadata, where a memory plan needs them."""
         from pidecode.decoder import PixelDecoder
 
         if self.lora_scale is not None and self.lora is None:
@@ -131,12 +127,7 @@ def _decoder_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def target_paths(sources: Sequence[Path], out: Path | None, suffix: str) -> list[Path]:
-    """Where each image is written.
-
-    Args:
-        sources: The files to decode or upscale.
-        out: An image file, a folder, or None for the folder of each source.
-        suffix: What is added to the name of each source.
+    """Where the image of each source goes: into the file or folder `out`, or beside the source with a suffix.
 
     Raises:
         SettingError: Several images would be written to one file.

@@ -31,10 +31,7 @@ MIN_RECONSTRUCTION_PSNR = 20.0
 def check_space(space: str, *, model: str | None = None, encoder: str | None = None) -> list[Check]:
     """Try everything that decoding one latent space needs, in order; nothing is downloaded.
 
-    Args:
-        space: Name of the latent space.
-        model: A decoder's name or file; default the official one of that space.
-        encoder: The space's encoder, where it is not where `pidecode pull` puts it.
+    Model and encoder are a name or file; by default the official ones, where `pidecode pull` puts them.
 
     Raises:
         SettingError: There is no such space. Any other fault is a check that failed.

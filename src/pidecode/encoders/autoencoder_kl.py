@@ -56,12 +56,7 @@ _WAN_TOP_LEVEL = {
 
 
 class DiffusersAutoencoder:
-    """A frozen diffusers autoencoder of raw latents.
-
-    Args:
-        model: AutoencoderKL, AutoencoderKLFlux2 or AutoencoderKLQwenImage.
-        space: Its latent space.
-    """
+    """A frozen diffusers autoencoder (AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage) of raw latents."""
 
     can_decode = True
 
@@ -90,10 +85,7 @@ def load_autoencoder(
 ) -> tuple[DiffusersAutoencoder, LatentStatistics | None]:
     """Load the autoencoder of a space, and the statistics of its latents (FLUX.2) or None.
 
-    Args:
-        space: The latent space.
-        path: A diffusers folder or a single file, also with the names of LDM or Wan.
-        dtype: Dtype of the weights.
+    The path is a diffusers folder or a single file, also with the names of LDM or Wan.
 
     Raises:
         CheckpointError: The file is no autoencoder, or another space's.

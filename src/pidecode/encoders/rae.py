@@ -60,13 +60,7 @@ VISION_MODELS = {
 
 
 class RepresentationAutoencoder:
-    """A frozen vision model whose patch features are the raw latents, with a ViT decoder.
-
-    Args:
-        model: The transformers vision model.
-        space: dinov2 or siglip.
-        decoder: The decoder, if its weights were found.
-    """
+    """A frozen vision model whose patch features are the raw latents, with a ViT decoder if there is one."""
 
     def __init__(self, model: Any, space: LatentSpace, decoder: VitDecoder | None) -> None:
         self._model = model.eval().requires_grad_(False)

@@ -15,10 +15,6 @@ class BlockOffloader:
 
     Where the device has streams, the next block is copied while the present one computes: the cost is then whichever
     is longer, the block's computation or the copy of its weights.
-
-    Args:
-        blocks: The blocks; their tensors are moved to the host, pinned where the device can use that.
-        device: Where they run.
     """
 
     def __init__(self, blocks: nn.ModuleList, device: torch.device) -> None:

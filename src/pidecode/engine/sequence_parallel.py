@@ -85,15 +85,7 @@ def _gathered_attention(net: PiDNet, sizes: list[int]) -> Iterator[None]:
 
 @torch.no_grad()
 def denoise_sharded(net: PiDNet, denoise: Denoise, x_B3HW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
-    """One evaluation sharded over all processes; every one gets the whole prediction.
-
-    Args:
-        net: The network, whose attention layers gather keys and values meanwhile.
-        denoise: Evaluates it on this process's shard.
-        x_B3HW: Noisy image `[B, 3, H, W]`, the same on every process.
-        t_B: Flow time times 1000, `[B]`.
-        condition: What `prepare` computed for the whole image.
-    """
+    """One evaluation of the whole image, each process doing a shard by `denoise`; every one gets the prediction."""
     rows, columns = condition.grid
     patch = net.config.patch_size
     shards = row_shards(rows, dist.get_world_size())

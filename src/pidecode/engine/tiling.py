@@ -86,9 +86,6 @@ def denoise_windows(
         condition: What `prepare` computed for the whole image.
         windows: How the image is cut.
         patch_size: Pixels of a patch, along each side.
-
-    Returns:
-        The prediction `[B, 3, H, W]`, float32.
     """
     patch, device = patch_size, x_B3HW.device
     rows, columns = (windows.spans(length) for length in condition.grid)

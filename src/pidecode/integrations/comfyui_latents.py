@@ -152,10 +152,7 @@ def prompt_embeds_from_conditioning(conditioning: Sequence[Any], decoder: PixelD
 def early_stop_step(num_steps: int, model: Any, steps_left: int | None = None) -> int:
     """The step, counted from 1, to end sampling after.
 
-    Args:
-        num_steps: Steps of the whole schedule.
-        model: The MODEL that samples.
-        steps_left: Steps to leave out; by default what PiD's authors recommend for the model, in proportion.
+    `steps_left` are left out; by default what PiD's authors recommend for the model, in proportion.
 
     Raises:
         SettingError: No step would be left, or PiD has no decoder for the model.

@@ -220,11 +220,7 @@ def latent_from_pipeline(
 
 @torch.no_grad()
 def vae_decode(pipe: Any, latent: Latent) -> Tensor:
-    """Decode a clean latent by the pipeline's own VAE.
-
-    Returns:
-        `[B, 3, h, w]` in [-1, 1], float32, on the CPU.
-    """
+    """Decode a clean latent by the pipeline's own VAE to `[B, 3, h, w]` in [-1, 1], float32, on the CPU."""
     vae = pipe.vae
     raw = denormalize(latent.tensor.float(), latent.latent_space, _batch_norm_statistics(pipe))
     upcast = vae.dtype == torch.float16 and bool(vae.config.get("force_upcast", False))

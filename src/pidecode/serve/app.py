@@ -119,11 +119,7 @@ def create_app(
 
 
 class Inspector:
-    """Looks into files outside the queue: one at a time, and only a few waiting.
-
-    Args:
-        service: What looks into them.
-    """
+    """Looks into files outside the queue: one at a time, and only a few waiting."""
 
     def __init__(self, service: DecodeService) -> None:
         self.service = service

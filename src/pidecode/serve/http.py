@@ -208,11 +208,7 @@ class BodyReader:
         self.held = 0
 
     async def read(self, request: Request, *, queued: bool = True) -> bytes:
-        """Return the whole body.
-
-        Args:
-            request: Whose body.
-            queued: Whether a job will be queued for it.
+        """The whole body of a request; `queued` says whether a job will be queued for it.
 
         Raises:
             BusyError: The queue has no slot for its job, or too many bodies are arriving; raised before it is read.
@@ -538,9 +534,7 @@ class BoundedProtocol(H11Protocol):
 class StoppableServer(uvicorn.Server):
     """A server that at the first signal ends its jobs in peace, at the second at once, and at the third itself.
 
-    Args:
-        config: uvicorn's.
-        stop: Ends the jobs within the seconds given, and answers their requests.
+    `stop` ends the jobs within the seconds given, and answers their requests.
     """
 
     def __init__(self, config: uvicorn.Config, stop: Callable[[float], None]) -> None:
@@ -561,13 +555,7 @@ class StoppableServer(uvicorn.Server):
 
 
 def make_server(app: ASGIApp, *, stop: Callable[[float], None], grace: int = 2 * SHUTDOWN_SECONDS) -> StoppableServer:
-    """Create the uvicorn server for `app`. It logs no requests.
-
-    Args:
-        app: The ASGI application.
-        stop: Ends the jobs; see `StoppableServer`.
-        grace: Seconds that open requests are given on shutdown.
-    """
+    """Create the uvicorn server for `app`, which logs no requests; `grace` is given to open requests on shutdown."""
     config = uvicorn.Config(
         app, access_log=False, server_header=False, log_level="warning", ws="none", lifespan="on",
         timeout_keep_alive=5, timeout_graceful_shutdown=grace, h11_max_incomplete_event_size=16384,

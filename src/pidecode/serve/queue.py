@@ -95,8 +95,7 @@ class DecodeJob:
     def cancel(self, reason: str = "The job was cancelled.") -> None:
         """Remove a waiting job from the queue, or stop a running one at its next check; no effect once it is over.
 
-        Args:
-            reason: Message of the `Cancelled` that `result` raises.
+        The reason is the message of the `Cancelled` that `result` raises.
         """
         self._queue._cancel(self, reason)
 

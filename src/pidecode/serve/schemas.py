@@ -95,12 +95,7 @@ class ResultParams(BaseModel):
 
 
 def with_decode_options(command: Command, *, exclude: Collection[str] = ()) -> Callable[[type[ModelT]], type[ModelT]]:
-    """Class decorator: add a field for each decode option that HTTP offers for a command.
-
-    Args:
-        command: What the options are for.
-        exclude: Options that the class takes in another way.
-    """
+    """Class decorator: add a field for each decode option that HTTP offers for a command, with some exceptions."""
 
     def add(model: type[ModelT]) -> type[ModelT]:
         infos = option_infos(command=command, interface="http")

@@ -98,15 +98,7 @@ class TextToLatent(Protocol):
     def __call__(
         self, prompt: str, *, width: int, height: int, seed: int, callback: Callable[[int, int], None]
     ) -> Latent:
-        """Generate one latent.
-
-        Args:
-            prompt: What the image shows.
-            width: Of the finished image, in pixels.
-            height: Of the finished image, in pixels.
-            seed: Seed of the initial noise.
-            callback: Called with steps done and steps in total; may raise `Cancelled`.
-        """
+        """Generate one latent for a result of that size; called back with steps done and in total, which may raise."""
 
 
 class DecodeService:
@@ -165,12 +157,7 @@ class DecodeService:
         return _latent_info(data)
 
     def plan(self, name: str | None, file: FileInfo, size: tuple[int, int] | None = None) -> DecodePlan:
-        """Estimate the decode of a file.
-
-        Args:
-            name: Name of the decoder, or None for the first.
-            file: The input.
-            size: Width and height of the result, if it should differ from the natural size.
+        """Estimate the decode of a file, at another than its natural size if one is given.
 
         Raises:
             SettingError: If there is no such decoder.
@@ -244,11 +231,6 @@ class DecodeService:
 
     def generate(self, prompt: str, size: tuple[int, int], params: ResultParams) -> DecodeJob:
         """Queue the generation of an image from a prompt; the job's result is a `Result`.
-
-        Args:
-            prompt: What the image shows.
-            size: Width and height of the result in pixels.
-            params: Options of the decode; its seed is the pipeline's, too.
 
         Raises:
             BusyError: If the queue is full.

@@ -61,13 +61,7 @@ def read_image(entry: ImageEntry, size: tuple[int, int]) -> Tensor:
 class DataLoader:
     """Batches by number, the same for the same number whenever it is asked for.
 
-    Args:
-        config: Sizes, batch size, dropout and noise.
-        dataset: The images.
-        encoders: How latents and text states are made.
-        device: Where batches are put.
-        rank: This process among those that see different images.
-        world_size: Number of those processes.
+    Rank and world size count the processes that see different images.
     """
 
     def __init__(

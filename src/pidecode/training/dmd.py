@@ -56,14 +56,9 @@ def _head(width: int, layers: int, per_patch: bool) -> nn.Sequential:
 
 
 class Discriminator(nn.Module):
-    """Convolutional heads on the frozen teacher's features, one per tapped block.
+    """Convolutional heads on the frozen teacher's features, one per tapped block (by default the middle one).
 
-    Args:
-        width: Channels of the features.
-        depth: Patch blocks of the teacher.
-        blocks: Zero-based patch blocks whose features are read; empty means the middle one.
-        layers: Convolutions in each head.
-        per_patch: One logit per position instead of one per image.
+    A head has so many `layers` of convolutions and gives one logit per image, or per position.
     """
 
     def __init__(

@@ -23,14 +23,9 @@ _KEY = "pidecode_latents"
 
 
 class LatentShards:
-    """A folder of latents by name, for one way of encoding.
+    """A folder of latents by name, for one way of encoding (`identity`); shards of another are ignored.
 
     Latents are stored as float16: normalized latents are of order one, so that costs about 5e-4 of their spread.
-
-    Args:
-        folder: Where shards are stored.
-        identity: What determines a latent besides its image (space, encoder); shards of another identity are ignored.
-        per_shard: Latents in a shard.
     """
 
     def __init__(self, folder: str | Path, identity: str, *, per_shard: int = PER_SHARD) -> None:

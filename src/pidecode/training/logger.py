@@ -21,15 +21,7 @@ ProgressFn = Callable[[str], None]  # receives a line of text about the run's pr
 
 
 class MetricLogger:
-    """Metrics of one run. On resuming, lines of steps that are run again are dropped first.
-
-    Args:
-        folder: Where metrics.jsonl is written.
-        trackers: "tensorboard" and "wandb" (offline unless WANDB_MODE is set).
-        steps: Steps of the whole run.
-        first: Step at which this process starts.
-        progress: Receives a line of text with each record.
-    """
+    """Metrics of one run of `steps` steps from `first` on; lines of steps that are run again are dropped."""
 
     def __init__(
         self, folder: Path, trackers: tuple[str, ...], steps: int, first: int, progress: ProgressFn | None

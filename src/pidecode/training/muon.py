@@ -102,9 +102,7 @@ class Muon(torch.optim.Optimizer):
 def muon_groups(named: Iterable[tuple[str, nn.Parameter]], *, adam_names: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     """Parameter groups: Muon for matrices and kernels of at least 16 rows and columns, Adam for the rest.
 
-    Args:
-        named: Parameters with their names.
-        adam_names: Parts of names that get Adam in any case, such as first and last layers.
+    Parameters with a part of `adam_names` in their name, such as first and last layers, get Adam in any case.
     """
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []

@@ -94,9 +94,6 @@ def download_checkpoint(
         on_progress: Called for every chunk; it may raise Cancelled. The next call resumes.
         hub: The hub cache.
 
-    Returns:
-        The local paths.
-
     Raises:
         LicenseError: A non-commercial license was not accepted; the message is the notice to show.
         DownloadError: A file cannot be downloaded.

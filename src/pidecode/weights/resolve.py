@@ -287,9 +287,6 @@ def resolve_checkpoint(
         kind: Likewise; None for the distilled student.
         hub: The hub cache.
 
-    Returns:
-        The file, and what is known about it.
-
     Raises:
         SettingError: The name is unknown, or `space` must be given.
         CheckpointError: A folder holds no weights file, or several.

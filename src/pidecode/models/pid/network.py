@@ -79,12 +79,9 @@ class Condition:
 
 
 class PiDNet(nn.Module):
-    """PiD's conditional pixel diffusion network.
+    """PiD's conditional pixel diffusion network; weights are left as torch initializes them.
 
     The output is a velocity `eps - x_0`, or `x_0` itself where `config.prediction` says so; see docs/architecture.md.
-
-    Args:
-        config: Shape of the network; weights are left as torch initializes them.
     """
 
     def __init__(self, config: PiDConfig) -> None:
