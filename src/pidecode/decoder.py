@@ -28,6 +28,7 @@ from pidecode.images import (
     crop_back,
     load_tensor,
     pad_to_multiple,
+    read_image,
     resize,
 )
 from pidecode.latents.latent import Latent
@@ -206,6 +207,11 @@ class PixelDecoder:
         """Whether a prompt acts on it."""
         return isinstance(self.net, PiDNet) and self.net.config.has_text
 
+    def upscaled_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Width and height of what `upscale` makes of an image of that width and height, unless it crops."""
+        width, height = size if self.space.fixed_input is None else (self.space.fixed_input, self.space.fixed_input)
+        return width * self.scale, height * self.scale
+
     @property
     def max_sigma(self) -> float:
         """Highest noise level of a latent that it decodes well."""
@@ -335,7 +341,7 @@ class PixelDecoder:
         """Encode an image and decode it `scale` times larger.
 
         Args:
-            image: A path, bytes, a PIL image, or a tensor `[B, 3, H, W]` or `[3, H, W]` in [-1, 1].
+            image: As in `encode`, or from `images.read_image`; alpha, gray, EXIF and texts go over to the result.
             options: All the following as one value; keywords given beside it take precedence.
             seed: See `decode`, as for all that is not named here.
             num_steps: See `decode`.
@@ -366,7 +372,8 @@ class PixelDecoder:
             reference=reference, fit=fit, num_refinements=num_refinements,
         )  # fmt: skip
         chosen.require_acting(self.kind, "upscale", self.name)
-        tensor, padding = self._fit(load_tensor(image), chosen.fit or "pad")
+        source = read_image(image)
+        tensor, padding = self._fit(source.tensor, chosen.fit or "pad")
         encoding = encoding_work(self._refinements(chosen.num_refinements))
         tracker = WorkTracker(progress_callback, self._evaluations(chosen), encoding)
         latent = self._encode(tensor, chosen.num_refinements, tracker)
@@ -375,11 +382,11 @@ class PixelDecoder:
         if chosen.color_fix not in (None, "off") and chosen.reference is None:
             chosen = chosen.replace(reference=tensor)
         output = self._decode(latent, chosen, "upscale", callback, tracker)
-        if padding is None:
-            return output
-        pixels = crop_back(output.tensor, padding, scale=self.scale)
+        pixels = output.tensor if padding is None else crop_back(output.tensor, padding, scale=self.scale)
         size = {"width": pixels.shape[-1], "height": pixels.shape[-2]}
-        return DecodeOutput(pixels, tuple(metadata | size for metadata in output.metadata))
+        pixels, alpha = source.applied_to(pixels, self.space.input_multiple if chosen.fit == "crop" else None)
+        metadata = tuple(described | size for described in output.metadata)
+        return DecodeOutput(pixels, metadata, alpha, source.gray, source.attributes)
 
     @torch.inference_mode()
     def _decode(

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageCms
 from safetensors.torch import load_file
 
-from pidecode.errors import FileError, SettingError, SizeError
+from pidecode.errors import FileError, ImageError, SettingError, SizeError
 from pidecode.images import (
     center_crop,
     crop_back,
@@ -166,10 +166,17 @@ def test_sources(tmp_path: Path) -> None:
         torch.testing.assert_close(load_tensor(source), tensor)
 
 
-def test_the_first_frame_of_an_animation(tmp_path: Path) -> None:
-    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
-    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert load_image(tmp_path / "a.gif").getpixel((0, 0)) == (255, 0, 0)
+@pytest.mark.parametrize(
+    ("name", "what"), [("a.gif", "frames"), ("a.webp", "frames"), ("a.png", "frames"), ("a.tif", "pages")]
+)
+def test_several_frames_are_refused_with_their_number(tmp_path: Path, name: str, what: str) -> None:
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue", "white")]
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    with pytest.raises(ImageError, match=f"3 {what}"):
+        load_image(tmp_path / name)
+    with Image.open(tmp_path / name) as image:
+        image.seek(1)
+        assert load_image(image.copy()).getpixel((0, 0))[2] > 200
 
 
 # Sizes
@@ -309,7 +316,9 @@ def test_settings_that_cannot_act_are_refused(tmp_path: Path, name: str, options
 
 
 def test_sides_a_format_cannot_hold(tmp_path: Path) -> None:
-    with pytest.raises(SizeError, match=r"WEBP holds sides up to 16383 pixels; 16400 need a \.png"):
+    with pytest.raises(
+        SizeError, match=r"WEBP holds sides up to 16,383 pixels, and this image has 16400x1; write a \.png"
+    ):
         save_image(tmp_path / "a.webp", np.zeros((1, 16400, 3), np.uint8))
     save_image(tmp_path / "a.png", np.zeros((1, 16400, 3), np.uint8))
 

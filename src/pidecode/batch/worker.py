@@ -11,16 +11,15 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal, cast
 
 import torch
-from torch import Tensor
 
 from pidecode.batch.jobs import BatchJob
 from pidecode.batch.report import JobResult
 from pidecode.decoder import DecodeOutput, PixelDecoder
 from pidecode.errors import FileError, PidecodeError
-from pidecode.images import read_metadata, save_image
+from pidecode.images import MAX_PIXELS, check_format, image_size, read_image, read_metadata
 from pidecode.latents.latent import Latent
 from pidecode.latents.storage import count_latents
 from pidecode.options import DecodeOptions, RuntimeOptions, option_infos
@@ -44,6 +43,9 @@ class WorkerConfig:
     options: DecodeOptions = field(default_factory=DecodeOptions)
     bits: int = 8  # bits per channel of the images, 8 or 16
     overwrite: bool = False  # whether images with another fingerprint are replaced
+    strip: bool = False  # whether what a source carries (EXIF, texts, resolution) is left out of its image
+    keep_profile: bool = False  # whether a source's colors and profile are kept instead of converted to sRGB
+    max_pixels: int = MAX_PIXELS  # largest source read
 
     def load_decoder(self) -> PixelDecoder:
         """Load the decoder; raises as `PixelDecoder.from_pretrained` does."""
@@ -71,6 +73,7 @@ class WorkerConfig:
         identity = {
             "name": job.name, "bytes": job.source.stat().st_size, "model": [self.model, self.space, self.variant],
             "bits": self.bits,
+            "source": [self.strip, self.keep_profile],
             "options": {name: value for name, value in asdict(self.options_of(job)).items() if value is not None},
         }  # fmt: skip
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
@@ -147,14 +150,14 @@ class _Decoded:
     job: BatchJob
     began: float
     fingerprint: str = ""
-    images: list[tuple[Path, Tensor, dict[str, Any]]] = field(default_factory=list)
+    images: list[tuple[Path, DecodeOutput]] = field(default_factory=list)
     error: BaseException | None = None
 
     def add(self, path: Path, output: DecodeOutput) -> None:
         """Keep the one image of `output` for `path`, with its source and fingerprint in its metadata."""
         (metadata,) = output.metadata
         metadata = {**metadata, "source": self.job.name, FINGERPRINT: self.fingerprint}
-        self.images.append((path, output.tensor[0], metadata))
+        self.images.append((path, replace(output, metadata=(metadata,))))
 
 
 class Worker:
@@ -188,9 +191,15 @@ class Worker:
             if not missing:  # a worker that died had finished it
                 return decoded
             if job.kind == "image":
-                decoded.add(paths[0], self.decoder.upscale(job.source, options=options))
+                size = image_size(job.source, max_pixels=self.config.max_pixels)
+                check_format(paths[0], *self.decoder.upscaled_size(size))
+                image = read_image(job.source, max_pixels=self.config.max_pixels, keep_profile=self.config.keep_profile)
+                image = image.stripped() if self.config.strip else image
+                decoded.add(paths[0], self.decoder.upscale(image, options=options))
                 return decoded
             latent = Latent.load(job.source, space=self.config.space)
+            height, width = latent.output_size
+            check_format(paths[0], *(options.size or (width, height)))
             draws_noise = self.decoder.kind in option_infos()["seed"].kinds
             first_seed = options.seeds(1)[0] if draws_noise else None
             for index in missing:  # one by one: that one image fits in memory does not mean that all do
@@ -205,11 +214,11 @@ class Worker:
         pixels = 0
         overwrite = self.config.overwrite
         try:
-            for path, image, metadata in decoded.images:
+            for path, output in decoded.images:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if not _is_done(path, decoded.fingerprint, overwrite=overwrite):  # written by another run meanwhile
-                    save_image(path, image, metadata=metadata, overwrite=overwrite, bits=self.config.bits)
-                pixels += image.shape[1] * image.shape[2]
+                    output.save(path, overwrite=overwrite, bits=cast(Literal[8, 16], self.config.bits))
+                pixels += output.tensor.shape[2] * output.tensor.shape[3]
         except Exception as error:
             decoded.error = decoded.error or error
         seconds = time.perf_counter() - decoded.began

@@ -15,6 +15,7 @@ from pidecode.cli.common import (
     json_option,
     model_options,
     progress,
+    source_options,
     take_decode_options,
     threads_option,
 )
@@ -27,6 +28,7 @@ _OPTIONS = (
     model_options,
     threads_option,
     bits_option,
+    source_options,
     click.option(
         "--format", "suffix", type=click.Choice(["png", "webp", "jpg"]), default="png", show_default=True,
         help="File format of the images.",
@@ -42,6 +44,12 @@ _OPTIONS = (
     click.option("--ray-address", metavar="ADDRESS", help="With Ray: the cluster; `auto` for this machine's."),
     json_option,
 )  # fmt: skip
+
+
+_CONFIG = (
+    "model", "space", "variant", "device", "dtype", "compile", "overwrite", "strip", "keep_profile", "max_pixels",
+)  # fmt: skip
+"""Parameters of the command that are fields of `WorkerConfig`."""
 
 
 def _batch_options(command: Any) -> Any:
@@ -75,9 +83,7 @@ def batch(ctx: click.Context, /, source: str, out: Path, as_json: bool, **given:
     if given["bits"] == "16" and given["suffix"] != "png":
         raise click.UsageError("--bits 16 acts with --format png only.")
     config = WorkerConfig(
-        **{name: given[name] for name in ("model", "space", "variant", "device", "dtype", "compile", "overwrite")},
-        bits=int(given["bits"]),
-        options=take_decode_options(given),
+        **{name: given[name] for name in _CONFIG}, bits=int(given["bits"]), options=take_decode_options(given)
     )
     naming = OutputNaming(out=out, suffix=f".{given['suffix']}", keep_suffix=given["keep_suffix"])
     jobs = collect_jobs(source, naming)

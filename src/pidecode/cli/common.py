@@ -17,7 +17,7 @@ from pidecode.engine.plan import SCHEMES, Plan, Scheme, plan_decode
 from pidecode.errors import SettingError
 from pidecode.options import Command, DecodeOptions, OptionInfo, option_infos
 from pidecode.registry.spaces import ALIASES, SPACES
-from pidecode.units import DTYPES, parse_bytes, parse_dtype, parse_size, printable
+from pidecode.units import DTYPES, LARGEST_PIXELS, MAX_PIXELS, parse_bytes, parse_dtype, parse_size, printable
 
 if TYPE_CHECKING:
     import torch
@@ -186,6 +186,32 @@ def bits_option(command: F) -> F:
     return click.option("--bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help=text)(command)
 
 
+def source_options(command: F) -> F:
+    """Add --strip, --keep-profile and --max-pixels, which say how image files are read."""
+    options = (
+        click.option(
+            "--strip",
+            is_flag=True,
+            help="Leave out what the source carries (EXIF, XMP, texts such as a prompt or workflow, resolution).",
+        ),
+        click.option(
+            "--keep-profile",
+            is_flag=True,
+            help="Keep the source's colors and its ICC profile instead of converting to sRGB.",
+        ),
+        click.option(
+            "--max-pixels",
+            type=click.IntRange(1, LARGEST_PIXELS),
+            default=MAX_PIXELS,
+            show_default=True,
+            help="Largest source read, in pixels.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def decode_options(*commands: Command, exclude: Collection[str] = ()) -> Callable[[F], F]:
     """Add a flag for every decode option of the commands, except those that are taken in another way."""
 
@@ -268,9 +294,11 @@ class MemoryOptions:
         )  # fmt: skip
 
 
-def upscaled_sizes(images: Sequence[Any], metadata: CheckpointMetadata) -> list[BatchShape]:
+def upscaled_sizes(
+    images: Sequence[Any], metadata: CheckpointMetadata, max_pixels: int = MAX_PIXELS
+) -> list[BatchShape]:
     """Sizes to which these images are upscaled, before padding is cut off."""
-    from pidecode.images import load_image
+    from pidecode.images import image_size
     from pidecode.registry.spaces import get_space
 
     assert metadata.config is not None
@@ -279,7 +307,7 @@ def upscaled_sizes(images: Sequence[Any], metadata: CheckpointMetadata) -> list[
     if space.fixed_input is not None:
         return [(space.fixed_input * scale, space.fixed_input * scale, 1)]
     step = space.input_multiple
-    sizes = (load_image(image).size for image in images)
+    sizes = (image_size(image, max_pixels=max_pixels) for image in images)
     return [(-(-width // step) * step * scale, -(-height // step) * step * scale, 1) for width, height in sizes]
 
 

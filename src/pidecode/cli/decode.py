@@ -27,6 +27,7 @@ from pidecode.cli.common import (
     overwrite_option,
     progress,
     quantization_options,
+    source_options,
     take_decode_options,
     threads_option,
     torch_dtype,
@@ -164,11 +165,13 @@ def _run(
     suffix: str,
     run: Run,
     jobs: Callable[[CheckpointMetadata], list[BatchShape]],
+    sizes: Callable[[PixelDecoder], list[tuple[int, int]]],
 ) -> None:
     """Decode one source after another, save the images and print what was written."""
     from pidecode.engine import sequence_parallel
     from pidecode.engine.runner import Runner
     from pidecode.files import check_writable
+    from pidecode.images import check_format
 
     targets = target_paths(sources, args.out, suffix)
     for source in sources:
@@ -187,6 +190,8 @@ def _run(
                 f"{decoder.name} is a feed-forward decoder, which runs in one process; leave torchrun out."
             )
         decoder.runner.sequence_parallel = True
+    for target, size in zip(targets, sizes(decoder), strict=True):  # before the first decode
+        check_format(target, *size)
     written: list[dict[str, Any]] = []
     for source, target in zip(sources, targets, strict=True):
         began = time.perf_counter()
@@ -214,17 +219,27 @@ def _run(
 @click.argument("images", nargs=-1, required=True, type=_PATH)
 @decode_options("upscale")
 @_decoder_options
-def upscale(images: tuple[Path, ...], **given: Any) -> None:
+@source_options
+def upscale(images: tuple[Path, ...], strip: bool, keep_profile: bool, max_pixels: int, **given: Any) -> None:
     """Upscale IMAGES: encode each to a latent, and decode that to a larger image.
 
     Without --out, photo.jpg becomes photo-upscaled.png beside it. Files that exist are kept unless --overwrite.
+    Transparency, gray, 16 bits and what a file carries beside its pixels go over to the result.
     """
     args = DecodeArgs.parse(given)
 
     def run(decoder: PixelDecoder, source: Path, callback: Callback) -> DecodeOutput:
-        return decoder.upscale(source, options=args.options, callback=callback)
+        from pidecode.images import read_image
 
-    _run(images, args, "-upscaled", run, lambda metadata: upscaled_sizes(images, metadata))
+        image = read_image(source, max_pixels=max_pixels, keep_profile=keep_profile)
+        return decoder.upscale(image.stripped() if strip else image, options=args.options, callback=callback)
+
+    def sizes(decoder: PixelDecoder) -> list[tuple[int, int]]:
+        from pidecode.images import image_size
+
+        return [decoder.upscaled_size(image_size(image, max_pixels=max_pixels)) for image in images]
+
+    _run(images, args, "-upscaled", run, lambda metadata: upscaled_sizes(images, metadata, max_pixels), sizes)
 
 
 @click.command()
@@ -243,7 +258,10 @@ def decode(latents: tuple[Path, ...], **given: Any) -> None:
 
         return decoder.decode(Latent.load(source, space=args.space), options=args.options, callback=callback)
 
-    _run(latents, args, "", run, lambda _: decoded_sizes(latents, args.space, args.options.size))
+    def jobs(_: object = None) -> list[BatchShape]:
+        return decoded_sizes(latents, args.space, args.options.size)
+
+    _run(latents, args, "", run, jobs, lambda _: [(width, height) for width, height, _ in jobs()])
 
 
 @click.command()

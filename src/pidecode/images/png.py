@@ -22,10 +22,18 @@ _BAND_BYTES = 1 << 20  # of filtered rows per task, small enough for a core's ca
 _ADLER = 65521
 _UP, _AVERAGE = 2, 3
 _FLAT_SHARE = 0.6  # of bytes equal to the one above them
-_COLOR_TYPES = {1: 0, 3: 2, 4: 6}
+_COLOR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
 
 
-def encode_png(array: NDArray[Any], texts: Mapping[str, str], *, workers: int | None = None) -> Iterator[bytes]:
+def encode_png(
+    array: NDArray[Any],
+    texts: Mapping[str, str],
+    *,
+    exif: bytes = b"",
+    dpi: tuple[float, float] | None = None,
+    icc_profile: bytes | None = None,
+    workers: int | None = None,
+) -> Iterator[bytes]:
     """Encode a PNG file on several threads.
 
     Rows are cut into bands that are filtered and compressed in parallel. Flat bands (pages, diagrams) use the Up filter
@@ -34,8 +42,11 @@ def encode_png(array: NDArray[Any], texts: Mapping[str, str], *, workers: int | 
     and 15 times as fast for the grainy one on two cores.
 
     Args:
-        array: `[H, W, 1, 3 or 4]`, uint8 or uint16.
+        array: `[H, W, 1 to 4]`, uint8 or uint16; the second or fourth channel is alpha.
         texts: Text chunks by keyword.
+        exif: EXIF block.
+        dpi: Resolution.
+        icc_profile: Color profile, where the colors are not plain sRGB.
         workers: Threads; None for one per core, at most 16.
 
     Yields:
@@ -45,7 +56,14 @@ def encode_png(array: NDArray[Any], texts: Mapping[str, str], *, workers: int | 
     depth = array.dtype.itemsize
     yield SIGNATURE
     yield _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8 * depth, _COLOR_TYPES[channels], 0, 0, 0))
-    yield _chunk(b"sRGB", b"\0")
+    if icc_profile is None:
+        yield _chunk(b"sRGB", b"\0")
+    else:
+        yield _chunk(b"iCCP", b"profile\0\0" + zlib.compress(icc_profile))
+    if dpi is not None:
+        yield _chunk(b"pHYs", struct.pack(">IIB", *(round(value / 0.0254) for value in dpi), 1))
+    if exif:
+        yield _chunk(b"eXIf", exif.removeprefix(b"Exif\0\0"))
     for keyword, text in texts.items():
         yield _chunk(b"iTXt", keyword.encode("latin-1") + b"\0\0\0\0\0" + text.encode("utf-8"))
     rows = max(1, _BAND_BYTES // (width * channels * depth))

@@ -1,39 +1,107 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Safe reading of image files: orientation, color profile, transparency; damaged or huge files are refused."""
+"""Safe reading of image files: orientation, colors, transparency, 16 bits; damaged or huge files are refused."""
 
 from __future__ import annotations
 
 import io
 import os
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Union
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from numpy.typing import NDArray
+from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from pidecode.errors import ImageError
-from pidecode.images.tensors import check_image, to_pil, to_tensor
+from pidecode.images.attributes import Attributes, read_attributes
+from pidecode.images.color import described_colors, is_srgb, profile_colors, srgb_profile, to_srgb_by_profile
+from pidecode.images.tensors import center_crop, check_image, fill_transparent, on_white, resize, to_pil, to_tensor
+from pidecode.units import MAX_PIXELS
 
-ImageSource = str | os.PathLike[str] | bytes | Image.Image | Tensor
-"""A path, the bytes of a file, a Pillow image, or a tensor `[3, H, W]` or `[1, 3, H, W]` in [-1, 1]."""
+ImageSource = Union[str, os.PathLike[str], bytes, Image.Image, Tensor, "SourceImage"]
+"""A path, the bytes of a file, a Pillow image, what `read_image` returned, or a tensor `[3, H, W]` or `[B, 3, H, W]` in
+[-1, 1]."""
 
-MAX_PIXELS = 2**26  # largest image read unless the caller allows more: 67,108,864 pixels, 8192 x 8192
 READS_FREE, BYTES_PER_READ = 50_000, 256  # reads of a file that Pillow may make, and one more for so many bytes of it
 
 # Pixel formats only: no PostScript, no documents.
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000", "TGA")
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+_GRAY_MODES = ("1", "L", "LA", "La", "I", *_SIXTEEN_BIT)
+_RAW_SUFFIXES = (
+    ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw", ".raw", ".nrw", ".3fr", ".iiq",
+)  # fmt: skip
+_RAW = ("a camera's raw file", "develop it to a 16-bit TIFF or PNG: `darktable-cli FILE photo.png`")
+# What people have beside the formats read here: how their files begin, what they are, the step that helps.
+_OTHER_FORMATS: tuple[tuple[int, tuple[bytes, ...], str, str], ...] = (
+    (4, (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypheim", b"ftypmif1", b"ftypmsf1"), "HEIC",
+     "convert it: `heif-convert FILE photo.png` (libheif), or install pillow-heif and give its image in Python"),
+    (0, (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"), "JPEG XL", "convert it: `djxl FILE photo.png` (libjxl)"),
+    (4, (b"ftypcrx ",), *_RAW),
+    (0, (b"FUJIFILMCCD-RAW", b"IIRO", b"IIRS", b"IIU\0", b"II*\0\x10\0\0\0CR"), *_RAW),
+    (0, (b"%PDF",), "PDF", "make images of its pages: `pdftoppm -png -r 300 FILE page` (poppler)"),
+    (0, (b"8BPS",), "a Photoshop document", "export it as PNG, or `magick 'FILE[0]' photo.png`"),
+    (0, (b"v/1\x01", b"#?RADIANCE", b"#?RGBE"), "a high dynamic range image", "tone-map it and export it as PNG"),
+    (4, (b"ftyp",), "a video", "make images of its frames: `ffmpeg -i FILE frame-%05d.png`"),
+    (0, (b"\x1aE\xdf\xa3",), "a video", "make images of its frames: `ffmpeg -i FILE frame-%05d.png`"),
+)  # fmt: skip
+_HEAD_BYTES = 4096
+_DNG_VERSION = 0xC612
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class SourceImage:
+    """An image to upscale, with what its file carries beside the colors.
+
+    Attributes:
+        tensor: `[1, 3, H, W]` in [-1, 1], sRGB unless the profile was kept. Under transparent pixels lie the colors of
+            their neighbors, so that no fringe appears when it is enlarged.
+        alpha: Opacity `[1, 1, H, W]` in [0, 1]; None where the file has none.
+        gray: Whether the file is gray; what is made of it is gray too.
+        attributes: EXIF, texts, resolution and so on, carried over to what is made of it.
+    """
+
+    tensor: Tensor
+    alpha: Tensor | None = None
+    gray: bool = False
+    attributes: Attributes = field(default_factory=Attributes)
+
+    def stripped(self) -> SourceImage:
+        """The same image without attributes but the color profile, which its colors need."""
+        return replace(self, attributes=Attributes(icc_profile=self.attributes.icc_profile))
+
+    def applied_to(self, pixels: Tensor, cropped: int | None) -> tuple[Tensor, Tensor | None]:
+        """Make the enlarged image `[B, 3, H, W]` gray if this one is, and enlarge the alpha to its size.
+
+        Args:
+            pixels: In [-1, 1].
+            cropped: The multiple that the image was center-cropped to before, if it was.
+        """
+        if self.gray:
+            luma = pixels.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)  # BT.601
+            pixels = (pixels * luma).sum(dim=1, keepdim=True).expand(-1, 3, -1, -1)
+        if self.alpha is None:
+            return pixels, None
+        alpha = self.alpha.expand(-1, 3, -1, -1)
+        alpha = resize(alpha if cropped is None else center_crop(alpha, cropped), *pixels.shape[-2:])
+        return pixels, alpha[:, :1].clamp(0.0, 1.0).to(pixels)
+
+    def on_white(self) -> Tensor:
+        """The tensor with transparency composited on white."""
+        return self.tensor if self.alpha is None else on_white(self.tensor, self.alpha)
 
 
 def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read an image as 8-bit RGB in sRGB, rotated by its EXIF orientation, transparency on white.
 
-    Gray, palette, CMYK and 16-bit images are converted; of an animation the first frame is read. An unreadable color
-    profile or orientation is ignored.
+    Gray, palette, CMYK and 16-bit images are converted. An unreadable color profile or orientation is ignored.
 
     Args:
         source: A path, the bytes of a file, a Pillow image, or a tensor `[3, H, W]` in [-1, 1].
@@ -43,14 +111,46 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
         The image.
 
     Raises:
-        ImageError: Not an image, truncated, too large, or values of an unknown range.
+        ImageError: Not an image, truncated, too large, of several frames, or values of an unknown range.
     """
     if isinstance(source, Tensor):
         return to_pil(source)
-    if isinstance(source, Image.Image):
-        return _to_rgb(source, "The image", max_pixels)
-    with _opened(source) as (name, image):
-        return _to_rgb(image, name, max_pixels)
+    if isinstance(source, SourceImage):
+        return to_pil(source.on_white())
+    pixels = _read_pixels(source, max_pixels, keep_profile=False)
+    colors = Image.fromarray(_eight_bits(pixels.colors))
+    if pixels.alpha is None:
+        return colors
+    colors.putalpha(Image.fromarray(_eight_bits(pixels.alpha)))
+    return Image.alpha_composite(Image.new("RGBA", colors.size, "white"), colors).convert("RGB")
+
+
+def read_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, keep_profile: bool = False) -> SourceImage:
+    """Read an image for `PixelDecoder.upscale` with its transparency, depth and attributes.
+
+    Args:
+        source: A path, the bytes of a file, a Pillow image, or a tensor, which is only checked and clamped.
+        max_pixels: Largest number of pixels; checked in the header, before the image is decompressed.
+        keep_profile: Keep the colors as they are and carry their ICC profile over, instead of converting to sRGB.
+
+    Returns:
+        The image: values of 16 bits where the file has them.
+
+    Raises:
+        ImageError: As in `load_image`, or the tensor is not in [-1, 1].
+    """
+    if isinstance(source, SourceImage):
+        return source
+    if isinstance(source, Tensor):
+        return SourceImage(tensor=_checked_tensor(source))
+    pixels = _read_pixels(source, max_pixels, keep_profile=keep_profile)
+    tensor = _to_unit(pixels.colors).mul_(2.0).sub_(1.0) if pixels.colors.dtype == np.uint16 else None
+    if tensor is None:
+        tensor = to_tensor(Image.fromarray(pixels.colors))
+    alpha = None if pixels.alpha is None else _to_unit(pixels.alpha[..., None])
+    if alpha is not None:
+        tensor = fill_transparent(tensor, alpha)
+    return SourceImage(tensor=tensor, alpha=alpha, gray=pixels.gray, attributes=pixels.attributes)
 
 
 def image_size(source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -65,13 +165,15 @@ def image_size(source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_
 
 
 def load_tensor(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Read an image, as `load_image` does, as float32 `[1, 3, H, W]` in [-1, 1]; a tensor is only checked and clamped.
+    """Read an image as float32 `[1, 3, H, W]` in [-1, 1], transparency on white; a tensor is only checked and clamped.
 
     Raises:
-        ImageError: As in `load_image`, or the tensor is not in [-1, 1].
+        ImageError: As in `read_image`.
     """
-    if not isinstance(source, Tensor):
-        return to_tensor(load_image(source, max_pixels=max_pixels))
+    return read_image(source, max_pixels=max_pixels).on_white()
+
+
+def _checked_tensor(source: Tensor) -> Tensor:
     image = check_image(source).float()
     if not bool(torch.isfinite(image).all()):
         raise ImageError("The image tensor holds NaN or infinite values.")
@@ -88,8 +190,15 @@ def _opened(source: str | os.PathLike[str] | bytes) -> Iterator[tuple[str, Image
     """Name and image of a source; whatever goes wrong inside is an ImageError."""
     name, data = _open(source)
     try:
-        with data, Image.open(BoundedFile(data), formats=readable_formats()) as image:
-            yield name, image
+        with data:
+            _refuse_other_formats(name, data)
+            with warnings.catch_warnings():  # the limit of pixels is checked by this package
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                opened = Image.open(BoundedFile(data), formats=readable_formats())
+            with opened as image:
+                if image.format == "TIFF" and _DNG_VERSION in image.getexif():
+                    raise ImageError(_other_format(name, *_RAW))
+                yield name, image
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -135,6 +244,25 @@ def _open(source: str | os.PathLike[str] | bytes) -> tuple[str, BinaryIO]:
         raise ImageError(f"{os.fspath(source)!r} could not be opened: {error}.") from error
 
 
+def _refuse_other_formats(name: str, file: BinaryIO) -> None:
+    """Name the formats that people have and this package does not read, with the step that helps."""
+    head = file.read(_HEAD_BYTES)
+    file.seek(0)
+    if Path(name).suffix.lower() in _RAW_SUFFIXES:
+        raise ImageError(_other_format(name, *_RAW))
+    if head.startswith(b"\x89PNG"):
+        return
+    for offset, magics, kind, step in _OTHER_FORMATS:
+        if head[offset:].startswith(magics) and b"avif" not in head[8:32] and b"avis" not in head[8:32]:
+            raise ImageError(_other_format(name, kind, step))
+    if b"<svg" in head and head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+        raise ImageError(_other_format(name, "SVG", "render it at the size you need: `rsvg-convert -w 4096 FILE`"))
+
+
+def _other_format(name: str, kind: str, step: str) -> str:
+    return f"{name} is {kind}, which is not read here; {step}."
+
+
 def readable_formats() -> list[str]:
     """The formats this package reads and the installed Pillow supports."""
     Image.init()
@@ -146,56 +274,189 @@ def _check_pixels(image: Image.Image, name: str, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise ImageError(
             f"{name} has {width}x{height} = {width * height:,} pixels; the limit is {max_pixels:,}. "
-            "Make it smaller, or raise max_pixels."
+            "Make it smaller, or raise max_pixels (--max-pixels on the command line)."
         )
     if not width * height:
         raise ImageError(f"{name} has no pixels: {width}x{height}.")
 
 
-def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pixels:
+    """Upright colors `[H, W, 3]` and alpha `[H, W]`, each uint8 or uint16."""
+
+    colors: NDArray[Any]
+    alpha: NDArray[Any] | None
+    gray: bool
+    attributes: Attributes
+
+
+def _read_pixels(source: Any, max_pixels: int, *, keep_profile: bool) -> _Pixels:
+    if isinstance(source, Image.Image):
+        return _pixels_of(source, "The image", max_pixels, b"", keep_profile=keep_profile)
+    with _opened(source) as (name, image):
+        file = image.fp
+        assert file is not None
+        file.seek(0)
+        return _pixels_of(image, name, max_pixels, file.read(_HEAD_BYTES), keep_profile=keep_profile)
+
+
+def _pixels_of(image: Image.Image, name: str, max_pixels: int, head: bytes, *, keep_profile: bool) -> _Pixels:
     _check_pixels(image, name, max_pixels)
-    profile = image.info.get("icc_profile")
-    image = _apply_orientation(image)
-    image = _to_8_bits(image, name)
-    image = _flatten_transparency(image)
-    if image.mode not in ("RGB", "L", "CMYK"):
-        image = image.convert("RGB")
-    return _to_srgb(image, profile).convert("RGB")
-
-
-def _apply_orientation(image: Image.Image) -> Image.Image:
+    _check_frames(image, name)
+    deep = _read_16_bits(image)
     image.load()
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # the image is readable without its EXIF data
-        return image
+    gray = image.mode in _GRAY_MODES or (image.mode in ("P", "PA") and _is_gray_palette(image))
+    profile = image.info.get("icc_profile") or None
+    if profile is not None and not isinstance(profile, bytes):
+        profile = None
+    keeps = keep_profile and profile is not None and image.mode not in ("CMYK", "YCbCr", "LAB")
+    colors, alpha = _split_alpha(image, name) if deep is None else deep
+    if profile is not None and not keeps:
+        if colors.dtype == np.uint8:
+            converted = to_srgb_by_profile(_for_profile(image, colors), profile).convert("RGB")
+            colors = np.asarray(converted)
+        else:
+            found = profile_colors(profile)
+            one = found is not None and found.matrix is None
+            if found is not None and one == (colors.shape[2] == 1):
+                colors = found.to_srgb(colors)
+    elif profile is None:
+        described = described_colors(image, head)
+        if described is not None:
+            colors = described.to_srgb(colors)
+    carried: bytes | None = None
+    if profile is not None and (keeps or not gray):
+        carried = profile if keeps or (image.mode != "CMYK" and is_srgb(profile)) else srgb_profile()
+    if colors.shape[2] == 1:
+        colors = colors.repeat(3, axis=2)
+    elif gray and not keeps:  # a profile may leave a rounding error between the channels
+        colors = colors[..., 1:2].repeat(3, axis=2)
+    attributes = read_attributes(image, carried)
+    orientation = _orientation(image)
+    turned = _turn(colors, orientation)
+    return _Pixels(turned, None if alpha is None else _turn(alpha, orientation), gray, attributes)
 
 
-def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
-    """16-bit gray to 8, each value to its nearest level."""
+def _check_frames(image: Image.Image, name: str) -> None:
+    # The further images of an MPO file are previews and depth maps of its first.
+    count = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
+    if count > 1:
+        what, step = (
+            ("pages", "tiffsplit FILE") if image.format == "TIFF" else ("frames", "ffmpeg -i FILE frame-%05d.png")
+        )
+        raise ImageError(
+            f"{name} has {count} {what}, and one image is read at a time. Split it (`{step}`) and take its parts, "
+            "or in Python choose one: `image.seek(0)`, then give `image.copy()`."
+        )
+
+
+def _read_16_bits(image: Image.Image) -> tuple[NDArray[Any], NDArray[Any] | None] | None:
+    """Colors and alpha of a PNG or TIFF with 16 bits for each of several channels; None for others.
+
+    Pillow keeps the upper byte of these. Reading the file as if its bytes were in the other order gives the lower.
+    """
+    tiles = getattr(image, "tile", None)
+    if image.format not in ("PNG", "TIFF") or not isinstance(image, ImageFile.ImageFile) or not tiles:
+        return None
+    raw = tiles[0].args if isinstance(tiles[0].args, str) else tiles[0].args[0]
+    mode, _, order = str(raw).partition(";16")
+    if mode not in ("RGB", "RGBA", "LA") or order not in ("B", "L", "N"):
+        return None
+    file = image.fp
+    if mode == "LA":  # four bytes a pixel
+        image._mode = "RGBA"
+        image.tile = [_with_raw_mode(tile, "RGBA") for tile in tiles]
+        pixels = np.asarray(image).astype(np.uint16)
+        image._mode = "LA"
+        colors = pixels[..., 0:1] << 8 | pixels[..., 1:2]
+        return colors, pixels[..., 2] << 8 | pixels[..., 3]
+    assert file is not None
+    file.seek(0)
+    with Image.open(BoundedFile(_Unclosed(file)), formats=[image.format]) as second:
+        assert isinstance(second, ImageFile.ImageFile)
+        lower = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}[order]
+        second.tile = [_with_raw_mode(tile, f"{mode};16{lower}") for tile in second.tile]
+        low = np.asarray(second).astype(np.uint16)
+    both = np.asarray(image).astype(np.uint16) << 8 | low
+    return both[..., :3], both[..., 3] if mode == "RGBA" else None
+
+
+class _Unclosed:
+    """A file that stays open when the image read from it is closed."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def close(self) -> None:
+        """Leave it open."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+def _with_raw_mode(tile: Any, raw: str) -> Any:
+    args = raw if isinstance(tile.args, str) else (raw, *tile.args[1:])
+    return tile._replace(args=args)
+
+
+def _split_alpha(image: Image.Image, name: str) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """Colors `[H, W, 1 or 3]` and alpha of a loaded image; CMYK is converted without its profile."""
     if image.mode in _SIXTEEN_BIT or image.mode == "I":
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ImageError(f"{name} has 32-bit values whose range is unknown. Export it with 8 or 16 bits.")
-        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+        clear = image.info.get("transparency")
+        alpha = np.where(values == clear, 0, 255).astype(np.uint8) if isinstance(clear, int) else None
+        return values.astype(np.uint16)[..., None], alpha
     if image.mode == "F":
         raise ImageError(f"{name} has floating-point values whose range is unknown. Export it with 8 or 16 bits.")
-    return image
+    if image.has_transparency_data:
+        rgba = np.asarray(image.convert("RGBA"))
+        gray = image.mode in _GRAY_MODES
+        return rgba[..., :1] if gray else rgba[..., :3], rgba[..., 3]
+    if image.mode in ("1", "L"):
+        return np.asarray(image.convert("L"))[..., None], None
+    return np.asarray(image.convert("RGB")), None
 
 
-def _flatten_transparency(image: Image.Image) -> Image.Image:
-    if not image.has_transparency_data:
+def _for_profile(image: Image.Image, colors: NDArray[Any]) -> Image.Image:
+    """The image that an ICC profile speaks of: CMYK itself, else the colors without alpha."""
+    if image.mode == "CMYK":
         return image
-    rgba = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return Image.fromarray(colors[..., 0] if colors.shape[2] == 1 else np.ascontiguousarray(colors))
 
 
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    if not profile:
-        return image
+def _is_gray_palette(image: Image.Image) -> bool:
+    palette = np.array(image.getpalette("RGB") or [0, 0, 1]).reshape(-1, 3)
+    return bool((palette == palette[:, :1]).all())
+
+
+def _orientation(image: Image.Image) -> int:
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        target = ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image, source, target, outputMode="RGB") or image
-    except Exception:  # a damaged or wrong profile, or a Pillow without color management
-        return image
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # the image is readable without its EXIF data
+        return 1
+
+
+def _turn(array: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Rotate and mirror `[H, W, ...]` as the EXIF orientation asks."""
+    if orientation in (5, 6, 7, 8):
+        array = array.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        array = array[::-1]
+    if orientation in (2, 3, 6, 7):
+        array = array[:, ::-1]
+    return np.ascontiguousarray(array)
+
+
+def _eight_bits(array: NDArray[Any]) -> NDArray[Any]:
+    """16 bits to 8, each value to its nearest level."""
+    if array.dtype == np.uint8:
+        return array
+    return ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+
+
+def _to_unit(array: NDArray[Any]) -> Tensor:
+    """`[H, W, C]` to `[1, C, H, W]` in [0, 1]."""
+    values = torch.from_numpy(array.astype(np.float32) / np.float32(np.iinfo(array.dtype).max))
+    return values.permute(2, 0, 1)[None].contiguous()

@@ -79,6 +79,34 @@ def check_image(image: Tensor) -> Tensor:
     return batch
 
 
+def on_white(image: Tensor, alpha: Tensor) -> Tensor:
+    """Composite `[B, 3, H, W]` in [-1, 1] with alpha `[B, 1, H, W]` in [0, 1] on white."""
+    return image * alpha + (1.0 - alpha)
+
+
+def fill_transparent(image: Tensor, alpha: Tensor) -> Tensor:
+    """Replace the colors of transparent pixels by those of the nearest opaque ones, coarse to fine.
+
+    What lies under full transparency is arbitrary (mostly black), and would leak into the edge when enlarged.
+
+    Args:
+        image: `[1, 3, H, W]` in [-1, 1].
+        alpha: `[1, 1, H, W]` in [0, 1].
+    """
+    weight = (alpha * 8.0).clamp(max=1.0)  # colors of nearly transparent pixels are badly rounded
+    if bool((weight == 1.0).all()):
+        return image
+    if max(image.shape[-2:]) == 1 or not bool((weight > 0).any()):
+        total = weight.sum(dim=(2, 3), keepdim=True)
+        mean = (image * weight).sum(dim=(2, 3), keepdim=True) / total.clamp(min=1e-6)
+        return image * weight + mean * (1.0 - weight)
+    half = functional.avg_pool2d(weight, 2, ceil_mode=True)
+    colors = functional.avg_pool2d(image * weight, 2, ceil_mode=True) / half.clamp(min=1e-6)
+    coarse = fill_transparent(colors, half)
+    wide = functional.interpolate(coarse, size=image.shape[-2:], mode="bilinear", align_corners=False)
+    return image * weight + wide * (1.0 - weight)
+
+
 def normalize_image(image: Tensor) -> Tensor:
     """A float32 image in [-1, 1] of one of unknown range, which is guessed as the official code does.
 

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import io
-import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,19 +19,18 @@ from torch import Tensor
 
 from pidecode.errors import ImageError, SettingError, SizeError
 from pidecode.files import atomic_write, check_writable
+from pidecode.images.attributes import KEYWORD, MAX_EXIF_BYTES, Attributes, metadata_in_exif, metadata_json, png_texts
 from pidecode.images.png import SIGNATURE, encode_png, read_texts
 from pidecode.images.read import BoundedFile, readable_formats
-from pidecode.images.tensors import to_array, to_pils
+from pidecode.images.tensors import to_array
 from pidecode.strict_json import JSONError, parse_json
 
-KEYWORD = "pidecode"
-"""Keyword of the PNG text chunk with the metadata, and its prefix in the EXIF user comment of other files."""
+ATTRIBUTES = "pidecode_attributes"
+"""Entry of a Pillow image's `info` with the attributes of the source it was made of."""
 
 _LONGEST = {"JPEG": 65535, "WEBP": 16383}
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-_MAX_EXIF_BYTES = 60_000  # an EXIF block must fit a JPEG segment of 64 KiB
-_EXIF_IFD, _USER_COMMENT, _SOFTWARE = 0x8769, 0x9286, 0x0131
-_ASCII = b"ASCII\0\0\0"
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
 @dataclass(frozen=True)
@@ -41,18 +40,35 @@ class DecodeOutput:
     Attributes:
         tensor: `[B, 3, H, W]`, float32 in [-1, 1].
         metadata: One table per image, as it is written into files: model, options, size, versions.
+        alpha: Opacity `[B, 1, H, W]` in [0, 1] of images made of a source with transparency.
+        gray: Whether files are written gray, as the source was.
+        attributes: What the source carried (EXIF, texts, resolution), written into files beside the metadata.
     """
 
     tensor: Tensor
     metadata: tuple[dict[str, Any], ...]
+    alpha: Tensor | None = None
+    gray: bool = False
+    attributes: Attributes | None = None
 
     @cached_property
     def images(self) -> list[Image.Image]:
-        """8-bit RGB images; each carries its metadata in `.info["pidecode"]`."""
-        images = to_pils(self.tensor)
+        """8-bit images, RGB, RGBA, L or LA; each carries its metadata in `.info["pidecode"]`."""
+        images = [Image.fromarray(_squeezed(self._array(index, 8))) for index in range(len(self.tensor))]
         for image, metadata in zip(images, self.metadata, strict=True):
             image.info[KEYWORD] = metadata
+            if self.attributes is not None:
+                image.info[ATTRIBUTES] = self.attributes
         return images
+
+    def _array(self, index: int, bits: int) -> NDArray[Any]:
+        """One image `[H, W, 1 to 4]`, uint8 or uint16."""
+        array = to_array(self.tensor[index], bits=bits)
+        array = array[..., 1:2] if self.gray else array
+        if self.alpha is None:
+            return array
+        alpha = to_array(self.alpha[index].mul(2.0).sub(1.0).expand(3, -1, -1), bits=bits)
+        return np.concatenate([array, alpha[..., :1]], axis=2)
 
     @property
     def image(self) -> Image.Image:
@@ -72,6 +88,7 @@ class DecodeOutput:
         overwrite: bool = False,
         bits: Literal[8, 16] = 8,
         quality: int | None = None,
+        strip: bool = False,
     ) -> list[Path]:
         """Write the images, with their metadata, in the format of the path's ending.
 
@@ -80,6 +97,7 @@ class DecodeOutput:
             overwrite: Replace files that exist.
             bits: 16 for PNG with 16 bits a channel.
             quality: 1 to 100 for WebP and JPEG.
+            strip: Leave out what the source carried; the metadata and the color profile stay.
 
         Returns:
             The paths written.
@@ -89,9 +107,20 @@ class DecodeOutput:
             SettingError: An option cannot act on the format.
             SizeError: The image is beyond the format's longest side.
         """
+        attributes = self.attributes
+        if strip and attributes is not None:
+            attributes = Attributes(icc_profile=attributes.icc_profile)
         return [
-            save_image(place, pixels, metadata=metadata, overwrite=overwrite, bits=bits, quality=quality)
-            for place, pixels, metadata in zip(self.paths(path), self.tensor, self.metadata, strict=True)
+            save_image(
+                place,
+                self._array(index, bits),
+                metadata=self.metadata[index],
+                overwrite=overwrite,
+                bits=bits,
+                quality=quality,
+                attributes=attributes,
+            )
+            for index, place in enumerate(self.paths(path))
         ]
 
     def paths(self, path: str | os.PathLike[str]) -> list[Path]:
@@ -110,17 +139,20 @@ def save_image(
     overwrite: bool = False,
     bits: int = 8,
     quality: int | None = None,
+    attributes: Attributes | None = None,
 ) -> Path:
     """Write an image as PNG, WebP or JPEG.
 
     Args:
         path: The file; its suffix chooses the format.
-        image: Pillow RGB, a tensor `[3, H, W]` or `[1, 3, H, W]` in [-1, 1], or an array `[H, W, 3]` uint8 or uint16.
+        image: Pillow image, a tensor `[3, H, W]` or `[1, 3, H, W]` in [-1, 1], or an array `[H, W, 1 to 4]` uint8 or
+            uint16, whose second or fourth channel is alpha.
         metadata: JSON values that say how the image was made, kept in the file (PNG text "pidecode", else the EXIF user
             comment). Default: `image.info["pidecode"]` of a Pillow image made by a decoder.
         overwrite: Whether an existing file may be replaced.
         bits: 16 for PNG from a tensor or uint16 array.
         quality: 1 to 100 for WebP and JPEG, 95 if not given.
+        attributes: What else is written into the file; default that of a Pillow image made by a decoder.
 
     Returns:
         The path written.
@@ -130,12 +162,15 @@ def save_image(
         SettingError: A setting cannot act.
         SizeError: A side is longer than the format allows.
         ImageError: The values are not an image.
+
+    Warns:
+        UserWarning: The format has no alpha, and transparency was composited on white.
     """
     kind = _FORMATS.get(Path(path).suffix.lower())
     if kind is None:
         raise SettingError(f"{path}: images are written as {', '.join(_FORMATS)}; choose one of these endings.")
     target = check_writable(path, overwrite=overwrite)
-    chunks = _encode(kind, image, metadata, bits, quality)
+    chunks = _encode(kind, image, metadata, bits, quality, attributes)
     first = next(chunks)  # settings and sizes are checked before the file is opened
     with atomic_write(target, overwrite=overwrite) as file:
         file.write(first)
@@ -156,7 +191,27 @@ def encode_image(
     name = _FORMATS.get(f".{kind.lower()}")
     if name is None:
         raise SettingError(f"Images are written as png, webp or jpeg; not {kind!r}.")
-    return b"".join(_encode(name, image, metadata, bits, quality))
+    return b"".join(_encode(name, image, metadata, bits, quality, None))
+
+
+def check_format(path: str | os.PathLike[str], width: int, height: int) -> None:
+    """Check, before an image is made, that the format of a file's ending holds its size.
+
+    Args:
+        path: The file to be written, or its ending.
+        width: In pixels.
+        height: In pixels.
+
+    Raises:
+        SizeError: A side is longer than the format allows.
+    """
+    name = os.fspath(path)
+    kind = _FORMATS.get(name.lower() if name.startswith(".") else Path(name).suffix.lower(), "")
+    longest = _LONGEST.get(kind)
+    if longest is not None and max(width, height) > longest:
+        raise SizeError(
+            f"{kind} holds sides up to {longest:,} pixels, and this image has {width}x{height}; write a .png file."
+        )
 
 
 def _encode(
@@ -165,6 +220,7 @@ def _encode(
     metadata: Mapping[str, Any] | None,
     bits: int,
     quality: int | None,
+    attributes: Attributes | None,
 ) -> Iterator[bytes]:
     """The chunks of an image file; every error is raised before the first chunk."""
     if quality is not None and (kind == "PNG" or not 1 <= quality <= 100):
@@ -172,20 +228,55 @@ def _encode(
     if bits != 8 and (kind != "PNG" or isinstance(image, Image.Image)):
         raise SettingError(f"bits={bits} needs a .png file and a tensor or array to write.")
     array = _as_array(image, bits)
-    longest = _LONGEST.get(kind)
-    if longest is not None and max(array.shape[:2]) > longest:
-        raise SizeError(f"{kind} holds sides up to {longest} pixels; {max(array.shape[:2])} need a .png file.")
-    if metadata is None and isinstance(image, Image.Image):
-        metadata = image.info.get(KEYWORD)
+    height, width, channels = array.shape
+    check_format(f".{kind.lower()}", width, height)
+    if isinstance(image, Image.Image):
+        metadata = image.info.get(KEYWORD) if metadata is None else metadata
+        attributes = image.info.get(ATTRIBUTES) if attributes is None else attributes
+    attributes = attributes or Attributes()
     text = None if metadata is None else _metadata_text(metadata)
     if kind == "PNG":
-        yield from encode_png(array, {} if text is None else {KEYWORD: text})
+        exif = attributes.exif_block(None, with_texts=False)
+        texts = png_texts(attributes, text)
+        yield from encode_png(array, texts, exif=exif, dpi=attributes.dpi, icc_profile=attributes.icc_profile)
         return
+    if kind == "JPEG" and channels in (2, 4):
+        array = _flattened(array)
+        channels -= 1
+    if kind == "WEBP" and channels < 3:  # it has no gray
+        array = np.concatenate([array[..., :1].repeat(3, axis=2), array[..., 1:]], axis=2)
     buffer = io.BytesIO()
-    extra = {"subsampling": 0} if kind == "JPEG" else {"method": 2}
-    exif = b"" if text is None else _exif(text)
-    Image.fromarray(array).save(buffer, kind, quality=quality or 95, exif=exif, **extra)
+    extra: dict[str, Any] = {"subsampling": 0} if kind == "JPEG" and channels == 3 else {}
+    if kind == "WEBP":
+        extra = {"method": 2, "alpha_quality": 100}
+    if attributes.icc_profile:
+        extra["icc_profile"] = attributes.icc_profile
+    if attributes.xmp and (kind == "WEBP" or len(attributes.xmp) < MAX_EXIF_BYTES):
+        extra["xmp"] = attributes.xmp
+    if kind == "JPEG":
+        if attributes.dpi:
+            extra["dpi"] = tuple(round(value) for value in attributes.dpi)
+        comment = attributes.other_texts()
+        if comment and len(comment.encode()) < MAX_EXIF_BYTES:
+            extra["comment"] = comment
+    exif = _exif(attributes, text)
+    Image.fromarray(_squeezed(array)).save(buffer, kind, quality=quality or 95, exif=exif, **extra)
     yield buffer.getvalue()
+
+
+def _flattened(array: NDArray[Any]) -> NDArray[Any]:
+    """Composite `[H, W, 2 or 4]` on white, with a warning if that changes the image."""
+    colors, alpha = array[..., :-1], array[..., -1:]
+    if int(alpha.min()) == 255:
+        return colors
+    warnings.warn("JPEG has no transparency: it was composited on white. Write a .png or .webp file.", stacklevel=5)
+    weight = alpha.astype(np.uint16)
+    mixed: NDArray[Any] = ((colors * weight + 255 * (255 - weight) + 127) // 255).astype(np.uint8)
+    return mixed
+
+
+def _squeezed(array: NDArray[Any]) -> NDArray[Any]:
+    return array[..., 0] if array.shape[2] == 1 else array
 
 
 def read_metadata(path: str | os.PathLike[str] | bytes) -> dict[str, Any] | None:
@@ -216,7 +307,11 @@ def _read_metadata(file: BinaryIO, name: str) -> dict[str, Any] | None:
         file = cast(BinaryIO, BoundedFile(file))
         is_png = file.read(8) == SIGNATURE
         file.seek(0)
-        text = read_texts(file).get(KEYWORD) if is_png else _read_exif_comment(file)
+        if is_png:
+            text = read_texts(file).get(KEYWORD)
+        else:
+            with Image.open(file, formats=readable_formats()) as image:
+                text = metadata_in_exif(image)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -238,11 +333,14 @@ def _as_array(image: Image.Image | Tensor | NDArray[Any], bits: int) -> NDArray[
     if isinstance(image, Tensor):
         return to_array(image, bits=bits)
     if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
+        mode = image.mode if image.mode in _MODES.values() else "RGBA" if image.has_transparency_data else "RGB"
+        array = np.asarray(image.convert(mode))
+        return array[..., None] if array.ndim == 2 else array
     wanted = np.uint8 if bits == 8 else np.uint16
-    if not isinstance(image, np.ndarray) or image.ndim != 3 or image.shape[2] != 3 or image.dtype != wanted:
+    shaped = isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] in _MODES
+    if not isinstance(image, np.ndarray) or not shaped or image.dtype != wanted:
         what = f"{list(image.shape)} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise ImageError(f"An image array of {bits} bits is [H, W, 3] {wanted.__name__}; got {what}.")
+        raise ImageError(f"An image array of {bits} bits is [H, W, 1 to 4] {wanted.__name__}; got {what}.")
     if not image.size:
         raise ImageError("The image has no pixels.")
     return image
@@ -250,27 +348,18 @@ def _as_array(image: Image.Image | Tensor | NDArray[Any], bits: int) -> NDArray[
 
 def _metadata_text(metadata: Mapping[str, Any]) -> str:
     try:
-        # ASCII, which fits into the fields of every format.
-        return json.dumps(dict(metadata), allow_nan=False)
+        return metadata_json(metadata)
     except (TypeError, ValueError) as error:
         raise SettingError(f"The metadata holds a value that JSON cannot represent: {error}.") from error
 
 
-def _exif(text: str) -> bytes:
-    if len(text) > _MAX_EXIF_BYTES:
-        raise SettingError(f"The metadata has {len(text)} characters; {_MAX_EXIF_BYTES} fit. Write a .png file.")
-    exif = Image.Exif()
-    exif[_SOFTWARE] = KEYWORD
-    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _ASCII + f"{KEYWORD}:{text}".encode("ascii")
-    return exif.tobytes()
-
-
-def _read_exif_comment(file: BinaryIO) -> str | None:
-    with Image.open(file, formats=readable_formats()) as image:
-        comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT)
-    if isinstance(comment, str):
-        comment = comment.encode("latin-1", errors="replace")
-    prefix = _ASCII + KEYWORD.encode() + b":"
-    if not isinstance(comment, bytes) or not comment.startswith(prefix):
-        return None
-    return comment.removeprefix(prefix).rstrip(b"\0").decode("ascii", errors="replace")
+def _exif(attributes: Attributes, text: str | None) -> bytes:
+    """The EXIF block with what fits: the metadata always, then what the source carried, its texts last."""
+    if text is not None and len(text) > MAX_EXIF_BYTES:
+        raise SettingError(f"The metadata has {len(text)} characters; {MAX_EXIF_BYTES} fit. Write a .png file.")
+    for with_texts in (True, False):
+        exif = attributes.exif_block(text, with_texts=with_texts)
+        if len(exif) <= MAX_EXIF_BYTES + 1000:
+            return exif
+    warnings.warn("The EXIF data of the source do not fit beside the metadata and were left out.", stacklevel=5)
+    return Attributes().exif_block(text, with_texts=False)

@@ -18,7 +18,16 @@ from torch.nn import functional
 from pidecode.decoder import PixelDecoder
 from pidecode.devices import free_memory
 from pidecode.errors import DoesNotFitError, FileError, LatentError, MissingDependencyError, SettingError
-from pidecode.images import KEYWORD, encode_image, image_size, load_image, read_metadata, to_pil
+from pidecode.images import (
+    KEYWORD,
+    check_format,
+    encode_image,
+    image_size,
+    load_image,
+    read_image,
+    read_metadata,
+    to_pil,
+)
 from pidecode.latents import storage
 from pidecode.latents.latent import Latent
 from pidecode.sampling import Progress, Step
@@ -191,6 +200,7 @@ class DecodeService:
             latent = load_latent(data, params.space, decoder)
             height, width = latent.output_size
             self._check_size(decoder, *(options.size or (width, height)))
+            check_format(f".{params.format}", *(options.size or (width, height)))
 
             def decode() -> Image:
                 return decoder.decode(latent, options=options, **_callbacks(job, params.stream)).image
@@ -215,11 +225,12 @@ class DecodeService:
 
         def run(job: DecodeJob) -> Result:
             decoder = self.decoder(params.model)
-            image = load_image(data, max_pixels=self.limits.pixels)
-            file = FileInfo(kind="image", width=image.width, height=image.height)
-            native = result_size(decoder, file)
+            image = read_image(data, max_pixels=self.limits.pixels)
+            height, width = image.tensor.shape[-2:]
+            native = result_size(decoder, FileInfo(kind="image", width=width, height=height))
             self._check_size(decoder, *native)
             target = _target_size(decoder, native, params.scale, size)
+            check_format(f".{params.format}", *(target or native))
 
             def upscale() -> Image:
                 large = decoder.upscale(image, options=options, **_callbacks(job, params.stream)).image
@@ -301,9 +312,7 @@ def result_size(decoder: PixelDecoder, file: FileInfo) -> tuple[int, int]:
     space = decoder.space
     if file.kind == "latent":
         return file.width * space.pixels_per_cell, file.height * space.pixels_per_cell
-    if space.fixed_input is not None:
-        return space.fixed_input * decoder.scale, space.fixed_input * decoder.scale
-    return file.width * decoder.scale, file.height * decoder.scale
+    return decoder.upscaled_size((file.width, file.height))
 
 
 def estimate(decoder: PixelDecoder, width: int, height: int) -> DecodePlan:

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an image file carries beside its pixels: EXIF, XMP, resolution, texts and color profile, read and written."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+KEYWORD = "pidecode"
+"""Keyword of the PNG text chunk with the metadata, and its prefix in the EXIF comment of other files."""
+
+MAX_EXIF_BYTES = 60_000
+"""An EXIF block must fit a JPEG segment of 64 KiB."""
+
+_XMP = "XML:com.adobe.xmp"
+_EXIF_IFD, _GPS_IFD = 0x8769, 0x8825
+_USER_COMMENT, _IMAGE_HISTORY, _SOFTWARE, _MAKE, _MODEL = 0x9286, 0x9213, 0x0131, 0x010F, 0x0110
+_DESCRIPTION, _ARTIST, _COPYRIGHT, _MAKER_NOTE, _COLOR_SPACE = 0x010E, 0x013B, 0x8298, 0x927C, 0xA001
+_X_RESOLUTION, _Y_RESOLUTION, _RESOLUTION_UNIT = 0x011A, 0x011B, 0x0128
+_ASCII, _UNICODE = b"ASCII\0\0\0", b"UNICODE\0"
+# What describes the photograph; the others describe how the pixels of that one file are stored.
+_KEPT_TAGS = {
+    _DESCRIPTION, _MAKE, _MODEL, _SOFTWARE, _ARTIST, _COPYRIGHT, 0x0132, 0x013C, 0x4746, 0x4749,
+    0x9C9B, 0x9C9C, 0x9C9D, 0x9C9E, 0x9C9F, 0x9003, 0x9004,
+}  # fmt: skip
+_PIXEL_TAGS = {0xA002, 0xA003, 0xA005}
+_TAG_OF_TEXT = {"Description": _DESCRIPTION, "Title": _DESCRIPTION, "Author": _ARTIST, "Copyright": _COPYRIGHT}
+_COMFYUI = {"prompt": _MODEL, "workflow": _MAKE}
+"""Tags in which ComfyUI's WebP files keep what its PNG files have as texts, prefixed by the name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attributes:
+    """What a source carried, as it is written into the images made of it.
+
+    Attributes:
+        tags: EXIF values of the main directory.
+        exif: EXIF values of its Exif directory.
+        gps: EXIF values of its GPS directory.
+        xmp: XMP packet.
+        dpi: Horizontal and vertical resolution.
+        texts: Texts by keyword, such as Automatic1111's `parameters` and ComfyUI's `prompt` and `workflow`.
+        comment: Comment of a JPEG, GIF or WebP file.
+        icc_profile: Profile of the pixels; None for sRGB without a profile.
+    """
+
+    tags: Mapping[int, Any] = field(default_factory=dict)
+    exif: Mapping[int, Any] = field(default_factory=dict)
+    gps: Mapping[int, Any] = field(default_factory=dict)
+    xmp: bytes = b""
+    dpi: tuple[float, float] | None = None
+    texts: Mapping[str, str] = field(default_factory=dict)
+    comment: str = ""
+    icc_profile: bytes | None = None
+
+    def exif_block(self, metadata: str | None, *, with_texts: bool) -> bytes:
+        """The EXIF block of a file, b"" if it would be empty.
+
+        Args:
+            metadata: The metadata of this package, as ASCII.
+            with_texts: Whether texts and resolution are put into it, for formats without chunks for them.
+        """
+        tags, exif = dict(self.tags), dict(self.exif)
+        if with_texts:
+            if self.dpi is not None:
+                tags |= {_X_RESOLUTION: self.dpi[0], _Y_RESOLUTION: self.dpi[1], _RESOLUTION_UNIT: 2}  # per inch
+            for name, text in self.texts.items():
+                if name == "parameters":
+                    exif.setdefault(_USER_COMMENT, _UNICODE + text.encode("utf-16-be", errors="replace"))
+                elif name in _COMFYUI:
+                    tags.setdefault(_COMFYUI[name], f"{name}:{text}")
+                elif name in _TAG_OF_TEXT:
+                    tags.setdefault(_TAG_OF_TEXT[name], text)
+        if metadata is not None:
+            tags.setdefault(_SOFTWARE, KEYWORD)
+            taken = _USER_COMMENT in exif
+            text = f"{KEYWORD}:{metadata}"
+            exif[_IMAGE_HISTORY if taken else _USER_COMMENT] = text if taken else _ASCII + text.encode("ascii")
+        if not (tags or exif or self.gps):
+            return b""
+        return _exif_bytes(tags, exif, self.gps)
+
+    def other_texts(self) -> str:
+        """The comment and the texts that have no EXIF tag, as lines."""
+        named = {"parameters", *_COMFYUI, *_TAG_OF_TEXT}
+        lines = [self.comment] if self.comment else []
+        return "\n".join(
+            lines + [text if name == "Comment" else f"{name}: {text}" for name, text in self.texts.items()
+                     if name not in named]
+        )  # fmt: skip
+
+
+def _exif_bytes(tags: Mapping[int, Any], exif: Mapping[int, Any], gps: Mapping[int, Any]) -> bytes:
+    for dropped in ((), (_MAKER_NOTE,)):
+        block = Image.Exif()
+        for tag, value in tags.items():
+            block[tag] = value
+        for directory, values in ((_EXIF_IFD, exif), (_GPS_IFD, gps)):
+            kept = {tag: value for tag, value in values.items() if tag not in dropped}
+            if kept:
+                block.get_ifd(directory).update(kept)
+        data = block.tobytes()
+        if len(data) <= MAX_EXIF_BYTES:
+            break
+    return data
+
+
+def read_attributes(image: Image.Image, icc_profile: bytes | None) -> Attributes:
+    """The attributes of a loaded image; unreadable ones are left out. The orientation is left out: it was applied."""
+    tags: dict[int, Any] = {}
+    exif: dict[int, Any] = {}
+    gps: dict[int, Any] = {}
+    try:
+        block = image.getexif()
+        tags = {tag: value for tag, value in block.items() if tag in _KEPT_TAGS}
+        exif = {tag: value for tag, value in block.get_ifd(_EXIF_IFD).items() if tag not in _PIXEL_TAGS}
+        gps = dict(block.get_ifd(_GPS_IFD))
+        if exif.get(_COLOR_SPACE) == 0xFFFF:
+            exif[_COLOR_SPACE] = 1  # the pixels are sRGB now
+        for tag in (_USER_COMMENT, _IMAGE_HISTORY):
+            if is_our_comment(exif.get(tag)):  # of an image made by this package, to be replaced
+                del exif[tag]
+        if tags.get(_SOFTWARE) == KEYWORD:
+            del tags[_SOFTWARE]
+        _exif_bytes(tags, exif, gps)  # a damaged value is found here, before the decode
+    except Exception:  # the image is readable without its EXIF data
+        tags, exif, gps = {}, {}, {}
+    texts = {
+        name: str(text)
+        for name, text in (getattr(image, "text", None) or {}).items()
+        if name not in (KEYWORD, _XMP) and not name.startswith("Raw profile type")
+    }
+    xmp = image.info.get("xmp") or (getattr(image, "text", None) or {}).get(_XMP, b"")
+    return Attributes(
+        tags=tags,
+        exif=exif,
+        gps=gps,
+        xmp=_upright(xmp),
+        dpi=_resolution(image.info.get("dpi")),
+        texts=texts,
+        comment=_text(image.info.get("comment")),
+        icc_profile=icc_profile,
+    )
+
+
+def is_our_comment(value: Any) -> bool:
+    """Whether an EXIF comment holds metadata of this package."""
+    return comment_text(value) is not None
+
+
+def comment_text(value: Any) -> str | None:
+    """The metadata of this package in an EXIF comment; None if it holds something else."""
+    if isinstance(value, str):
+        value = value.encode("latin-1", errors="replace")
+    if not isinstance(value, bytes):
+        return None
+    value = value.removeprefix(_ASCII)
+    prefix = KEYWORD.encode() + b":"
+    return value.removeprefix(prefix).rstrip(b"\0").decode("ascii", "replace") if value.startswith(prefix) else None
+
+
+def metadata_in_exif(image: Image.Image) -> str | None:
+    """The metadata of this package in the EXIF data of an open image."""
+    exif = image.getexif().get_ifd(_EXIF_IFD)
+    found = (comment_text(exif.get(tag)) for tag in (_USER_COMMENT, _IMAGE_HISTORY))
+    return next((text for text in found if text is not None), None)
+
+
+def png_texts(attributes: Attributes, metadata: str | None) -> dict[str, str]:
+    """The text chunks of a PNG file."""
+    texts = dict(attributes.texts)
+    if attributes.comment:
+        texts.setdefault("Comment", attributes.comment)
+    if attributes.xmp:
+        texts[_XMP] = attributes.xmp.decode("utf-8", errors="replace")
+    # Keywords have 1 to 79 Latin-1 characters.
+    texts = {name: text for name, text in texts.items() if 0 < len(name) < 80 and name.isascii()}
+    return texts if metadata is None else {**texts, KEYWORD: metadata}
+
+
+def metadata_json(metadata: Mapping[str, Any]) -> str:
+    """Metadata as JSON in ASCII, which fits into the fields of every format."""
+    return json.dumps(dict(metadata), allow_nan=False)
+
+
+def _resolution(dpi: Any) -> tuple[float, float] | None:
+    try:
+        across, down = (float(value) for value in dpi)
+    except (TypeError, ValueError, ZeroDivisionError):
+        return None
+    return (across, down) if 1 <= across <= 65535 and 1 <= down <= 65535 else None
+
+
+def _upright(xmp: Any) -> bytes:
+    data = xmp.encode("utf-8", errors="replace") if isinstance(xmp, str) else xmp
+    if not isinstance(data, bytes):
+        return b""
+    data = re.sub(rb"(tiff:Orientation\s*=\s*[\"'])\d", rb"\g<1>1", data.rstrip(b"\0"))
+    return re.sub(rb"(<tiff:Orientation>\s*)\d", rb"\g<1>1", data)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", errors="replace")
+    return value.strip("\0") if isinstance(value, str) else ""
