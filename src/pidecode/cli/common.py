@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pidecode.weights.metadata import CheckpointMetadata
 
 
-class DtypeParam(click.ParamType):
+class DtypeParam(click.ParamType):  # type: ignore[type-arg]
     """A number format by torch's name or its short one."""
 
     name = "dtype"
@@ -42,8 +42,6 @@ class DtypeParam(click.ParamType):
         """The choices, for the help."""
         return f"[{'|'.join(DTYPES)}]"
 
-
-"""Number formats by torch's names."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
