@@ -10,11 +10,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
+import stat
 import threading
 import time
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,11 +27,33 @@ from pidecode.errors import FileError
 
 PathLike = str | os.PathLike[str]  # A path as users give it
 
-PART = ".part"  # ending of the temporary files and folders that are not yet complete
+PART = ".pidecode.part"  # ending of the temporary files and folders that are not yet complete
+_PART_NAME = re.compile(r"\..*\.[0-9a-f]{8}" + re.escape(PART), re.DOTALL)
 LOCK_NAME = ".pidecode.lock"  # name of the lock file in a folder that one process alone writes into
 LOCK_REFRESH, LOCK_EXPIRY = 20.0, 120.0
 """Seconds between refreshes of a lock, and without one after which another machine takes it over."""
 _NAME_BYTES = 200  # bytes of a file's name that its temporary name keeps; file systems allow 255 in all
+
+
+def require_file(path: PathLike) -> None:
+    """Check that there is a regular file; unlike `Path.is_file`, no name makes it raise anything else.
+
+    Raises:
+        FileError: There is none, it is something else, or the system does not tell.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileError(f"There is no file {os.fspath(path)}.") from error
+    except (OSError, ValueError) as error:
+        raise FileError(f"{os.fspath(path)} cannot be read: {_reason(error)}.") from error
+    if not stat.S_ISREG(mode):
+        raise FileError(f"{os.fspath(path)} is {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}.")
+
+
+def same_name(path: PathLike) -> str:
+    """A text that is equal for paths that some file systems take for one: by case, and by how accents are written."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", os.path.abspath(path)).lower())
 
 
 def check_writable(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -316,24 +341,29 @@ def _process_began(pid: object) -> str | None:
 def remove_partial(folder: str | os.PathLike[str], *, older_than: float = 0.0) -> int:
     """Remove temporary files and folders that a killed process left in `folder` and below; returns how many.
 
-    Those changed within the last `older_than` seconds stay, as they may belong to a running process.
+    Only names that this module gives count. Those changed within the last `older_than` seconds stay, as they may belong
+    to a running process.
     """
     count = 0
-    for part in list(Path(folder).rglob(f".*{PART}")):
-        try:
-            if older_than and time.time() - part.stat().st_mtime <= older_than:
+    for here, folders, files in os.walk(folder):
+        parts = [name for name in (*folders, *files) if _PART_NAME.fullmatch(name)]
+        folders[:] = [name for name in folders if name not in parts]
+        for part in (Path(here, name) for name in parts):
+            try:
+                if older_than and time.time() - part.lstat().st_mtime <= older_than:
+                    continue
+                if part.is_dir() and not part.is_symlink():
+                    shutil.rmtree(part)
+                else:
+                    part.unlink()
+                count += 1
+            except OSError:  # gone meanwhile, or not ours to remove
                 continue
-            if part.is_dir():
-                shutil.rmtree(part)
-            else:
-                part.unlink()
-            count += 1
-        except OSError:  # gone meanwhile, or not ours to remove
-            continue
     return count
 
 
 def _part_of(target: Path) -> Path:
+    """A new temporary name beside `target`; see `_PART_NAME`."""
     stem = os.fsencode(target.name)[:_NAME_BYTES].decode(errors="ignore")
     return target.with_name(f".{stem}.{secrets.token_hex(4)}{PART}")
 

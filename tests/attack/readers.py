@@ -226,7 +226,8 @@ def manifests(rng: Random, folder: Path) -> Iterator[Trial]:
         def trial(data: bytes = data) -> None:
             path.write_bytes(data)
             for job in collect_jobs(path, naming):
-                job.out.resolve().relative_to((folder / "out").resolve())
+                if job.error is None:
+                    job.out.resolve().relative_to((folder / "out").resolve())
 
         yield [trial]
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,15 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pidecode import PixelDecoder
-from pidecode.batch.jobs import BatchJob, OutputNaming, collect_jobs
+from pidecode.batch.jobs import IMAGE_SUFFIXES, BatchJob, OutputNaming, collect_jobs
 from pidecode.batch.report import BatchReport, JobResult, merge
 from pidecode.batch.run import Batch, choose_engine, run_batch
-from pidecode.batch.worker import Worker, WorkerConfig, output_paths
+from pidecode.batch.worker import Worker, WorkerConfig
 from pidecode.cli.app import cli
 from pidecode.errors import FileError, SettingError
-from pidecode.files import remove_partial
+from pidecode.files import FolderLock, remove_partial
 from pidecode.images import read_metadata, save_image
+from pidecode.images.read import readable_formats
 from pidecode.latents.latent import Latent
 from pidecode.models.pid.network import PiDNet
 from pidecode.options import DecodeOptions
@@ -55,12 +58,13 @@ def put(path: Path, count: int = 1, seed: int = 0) -> Path:
     """Write a file of `count` small latents."""
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = torch.randn(count, 128, 1, 1, generator=torch.Generator().manual_seed(seed))
-    Latent(noise, "flux2").save(path)
+    Latent(noise, "flux2").save(path, overwrite=True)
     return path
 
 
 def go(source: Path | str, out: Path, config: WorkerConfig, **naming: Any) -> BatchReport:
-    batch = Batch(jobs=collect_jobs(source, OutputNaming(out=out, **naming)), config=config, out=out)
+    jobs = collect_jobs(source, OutputNaming(out=out, **naming))
+    batch = Batch(jobs=jobs, config=config, out=out, left_out=jobs.left_out)
     report = run_batch(batch, lambda _: None)
     assert report is not None
     return report
@@ -121,11 +125,12 @@ def test_a_manifest_gives_each_line_its_own_settings(tmp_path: Path) -> None:
         ('{"source": "a.png", "out": "b.tiff"}', "b.tiff must end in .png"),
     ],
 )
-def test_a_wrong_manifest_names_the_line(tmp_path: Path, line: str, words: str) -> None:
+def test_a_wrong_line_of_a_manifest_fails_alone(tmp_path: Path, line: str, words: str) -> None:
     path = tmp_path / "list.jsonl"
-    path.write_text(line)
-    with pytest.raises(SettingError, match=words):
-        collect_jobs(path, OutputNaming(out=tmp_path / "o"))
+    path.write_text(f'{line}\n{{"source": "b.png"}}\n')
+    wrong, other = collect_jobs(path, OutputNaming(out=tmp_path / "o"))
+    assert words in str(wrong.error)
+    assert other.error is None
 
 
 def test_sources_without_jobs_are_refused(tmp_path: Path) -> None:
@@ -216,7 +221,7 @@ def test_other_options_never_replace_an_image_without_overwrite(tmp_path: Path, 
     assert "was not made by a batch" in why["b.safetensors"]
     allowed = WorkerConfig(model=config.model, device="cpu", options=DecodeOptions(num_steps=1, seed=9), overwrite=True)
     assert states(go(source, out, allowed)) == {"a.safetensors": "done", "b.safetensors": "done"}
-    assert states(go(source, out, allowed)) == {"a.safetensors": "skipped", "b.safetensors": "skipped"}
+    assert states(go(source, out, allowed)) == {"a.safetensors": "done", "b.safetensors": "done"}  # made again
 
 
 def test_images_are_upscaled_and_an_error_stays_with_its_job(tmp_path: Path, config: WorkerConfig) -> None:
@@ -263,21 +268,23 @@ def test_an_interrupted_run_reports_and_the_next_resumes(tmp_path: Path, config:
 
 
 def test_incomplete_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
-    old, fresh, other = tmp_path / ".a.png.12.part", tmp_path / ".b.png.34.part", tmp_path / "c.part"
-    for path in (old, fresh, other):
+    ours, fresh = tmp_path / "sub/.a.png.0123abcd.pidecode.part", tmp_path / ".b.png.0123abcd.pidecode.part"
+    others = [tmp_path / name for name in (".film.mkv.part", ".a.png.12.part", "c.pidecode.part", ".d.0123abcd.part")]
+    ours.parent.mkdir()
+    for path in (ours, fresh, *others):
         path.touch()
-    os.utime(old, (time.time() - 3600,) * 2)
+        if path != fresh:
+            os.utime(path, (time.time() - 3600,) * 2)
     assert remove_partial(tmp_path, older_than=600) == 1
-    assert not old.exists()
-    assert fresh.exists()
-    assert other.exists()
+    assert not ours.exists()
+    assert all(path.exists() for path in (fresh, *others))
 
 
 def test_a_wrong_header_does_not_make_many_output_paths(tmp_path: Path) -> None:
     header = json.dumps({"x": {"dtype": "F32", "shape": [10**12, 0, 1, 1], "data_offsets": [0, 0]}}).encode()
     path = tmp_path / "a.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header)
-    assert output_paths(BatchJob(name="a", source=path, kind="latent", out=tmp_path / "a.png")) == [tmp_path / "a.png"]
+    assert BatchJob(name="a", source=path, kind="latent", out=tmp_path / "a.png").outputs() == [tmp_path / "a.png"]
 
 
 def test_the_engine_follows_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,6 +315,172 @@ def test_the_report_as_text() -> None:
     ]
     both = merge([report, report])
     assert (both.jobs, both.workers, len(both.results), both.seconds) == (8, 4, 6, 30.0)
+
+
+def test_done_goes_by_the_content_of_source_and_weights(tmp_path: Path, config: WorkerConfig) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    size = put(source / "a.safetensors").stat().st_size
+    assert go(source, out, config).complete
+    before = (out / "a.png").read_bytes()
+    assert put(source / "a.safetensors", seed=1).stat().st_size == size
+    (failure,) = go(source, out, config).failures
+    assert "was made with other options or from another source" in (failure.message or "")
+    assert (out / "a.png").read_bytes() == before
+    assert states(go(source, out, replace(config, overwrite=True))) == {"a.safetensors": "done"}
+    assert (out / "a.png").read_bytes() != before
+    weights = Path(shutil.copy(config.model, tmp_path / "model.safetensors"))
+    same = replace(config, model=str(weights))
+    assert states(go(source, out, same)) == {"a.safetensors": "skipped"}  # the same weights under another name
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert states(go(source, out, same)) == {"a.safetensors": "failed"}
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_a_damaged_result_is_made_again_and_a_file_of_the_user_s_never(
+    tmp_path: Path, config: WorkerConfig, suffix: str
+) -> None:
+    for index in range(3):
+        put(tmp_path / f"in/{index}.safetensors", seed=index)
+    put(tmp_path / "in/other.safetensors")
+    out = tmp_path / "out"
+    go(tmp_path / "in", out, config, suffix=suffix)
+    whole = [(out / f"{index}{suffix}").read_bytes() for index in range(3)]
+    (out / f"0{suffix}").write_bytes(whole[0][:-20])
+    (out / f"1{suffix}").write_bytes(b"")
+    (out / f"2{suffix}").write_bytes(bytes(5000))
+    (out / f"other{suffix}").write_bytes(b"a text of the user")
+    report = go(tmp_path / "in", out, config, suffix=suffix)
+    assert [failure.name for failure in report.failures] == ["other.safetensors"]
+    assert [(out / f"{index}{suffix}").read_bytes() for index in range(3)] == whole
+    assert (out / f"other{suffix}").read_bytes() == b"a text of the user"
+    if suffix == ".png":  # a flipped bit
+        damaged = bytearray(whole[0])
+        damaged[-60] ^= 1
+        (out / "0.png").write_bytes(damaged)
+        assert states(go(tmp_path / "in", out, config))["0.safetensors"] == "done"
+
+
+def test_one_entry_never_ends_the_others(tmp_path: Path, config: WorkerConfig) -> None:
+    put(tmp_path / "good.safetensors")
+    odd = os.fsencode(tmp_path) + b"/\xff.safetensors"
+    Path(os.fsdecode(odd)).write_bytes((tmp_path / "good.safetensors").read_bytes())
+    out = tmp_path / "out"
+    (out / "pidecode-batch.json").mkdir(parents=True)
+    (out / "link").symlink_to(tmp_path)
+    digits = "9" * 5000
+    lines = [
+        *(json.dumps({"source": name}) for name in (
+            "a\0.png", "\ud800.png", "~nosuchuser/x.png", "x" * 300 + ".png", "good.safetensors/x.png",
+        )),
+        *(json.dumps({"source": "good.safetensors", "out": name}) for name in (
+            "pidecode-batch.json/x.png", "PIDECODE-BATCH.JSON/x.png", "link/x.png", "b\0.png", "y" * 300 + ".png",
+        )),
+        f'{{"source": "good.safetensors", "seed": {digits}}}',
+        '{"source": "good.safetensors", "size": [1e400, 2]}',
+        json.dumps({"source": "good.safetensors", "seed": 2**64, "out": "seed.png"}),
+        '{"source": "good.safetensors", "out": "caf\\u00e9.png"}',
+    ]  # fmt: skip
+    data = "\n".join(lines).encode() + b'\n{"source": "\xff.safetensors"}\n'
+    (tmp_path / "list.jsonl").write_bytes(data)
+    report = go(tmp_path / "list.jsonl", out, config)
+    assert (report.jobs, report.count("done"), report.count("failed")) == (15, 1, 14)
+    assert not report.complete
+    assert "The report could not be written" in report.describe()
+    assert (out / "caf\xe9.png").exists()
+    assert not (tmp_path / "x.png").exists()
+    json.dumps(report.to_dict()).encode("ascii")
+    (out / "pidecode-batch.json").rmdir()
+    odd_report = go(os.fsdecode(odd), out, config)
+    assert (odd_report.complete, os.path.exists(os.fsencode(out) + b"/\xff.png")) == (True, True)
+    assert json.loads((out / "pidecode-batch.json").read_bytes().decode("ascii"))["done"] == 1
+    assert states(go(os.fsdecode(odd), out, config)) == {os.fsdecode(b"\xff.safetensors"): "skipped"}
+
+
+def test_all_places_that_will_be_written_are_compared(tmp_path: Path) -> None:
+    out = OutputNaming(out=tmp_path / "o")
+
+    def refused(words: str, *names: str) -> None:
+        folder = tmp_path / "in"
+        folder.mkdir()
+        for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).touch()
+        if "c.safetensors" in names:
+            put(folder / "c.safetensors", count=3)
+        with pytest.raises(SettingError, match=words):
+            collect_jobs(folder, out)
+        shutil.rmtree(folder)
+
+    refused("c-2.png and c.safetensors would both be written to .*c-2.png", "c.safetensors", "c-2.png")
+    refused("which some file systems take for .*Cat.png", "Cat.png", "cat.webp")
+    refused("which some file systems take for", "caf\xe9.png", "cafe\u0301.jpg")
+    refused("a.png would be written to .*A.png, which must be a folder", "a.png", "A.png/b.jpg")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").touch()
+    with pytest.raises(SettingError, match="would be written over the source"):
+        collect_jobs(f"{tmp_path}/in/*.png", OutputNaming(out=tmp_path / "in"))
+
+
+def test_folders_that_are_not_read_are_reported(
+    tmp_path: Path, config: WorkerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path / "in/a/good.safetensors")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "in/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in/a/loop").symlink_to("..")
+    for name in ("x.heic", "y.HEIC", "z"):
+        (tmp_path / "in" / name).touch()
+    (tmp_path / "in/closed").mkdir()
+    scandir = os.scandir
+
+    def without_rights(path: Any) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", without_rights)
+    report = go(tmp_path / "in", tmp_path / "out", config)
+    assert states(report) == {"a/good.safetensors": "done", "link": "failed", "a/loop": "failed", "closed": "failed"}
+    assert "Left out, as no image and no latent: 1 without an ending, 2 .heic." in report.describe()
+    assert report.to_dict()["left_out"] == {".heic": 2, "": 1}
+    (only,) = [job for job in collect_jobs(f"{tmp_path}/in/**/*.safetensors", OutputNaming(out=tmp_path / "out"))
+               if job.error is None]  # fmt: skip
+    assert only.name == "a/good.safetensors"
+
+
+def test_the_endings_are_those_that_pillow_gives_the_formats_read() -> None:
+    formats = readable_formats()
+    known = {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
+    assert known - set(IMAGE_SUFFIXES) <= {".pfm", ".avifs", ".icb", ".vda", ".vst"}
+
+
+def test_a_second_batch_on_one_output_folder_is_refused(tmp_path: Path, config: WorkerConfig) -> None:
+    put(tmp_path / "in/a.safetensors")
+    with FolderLock(tmp_path / "out", "batch"), pytest.raises(FileError, match="is in use by a batch"):
+        go(tmp_path / "in", tmp_path / "out", config)
+
+
+def test_an_interrupt_counts_what_was_written(tmp_path: Path, config: WorkerConfig) -> None:
+    for index in range(6):
+        put(tmp_path / f"in/{index}.safetensors", seed=index)
+    decoder = PixelDecoder.from_pretrained(config.model, device="cpu")
+    decode, calls = decoder.decode, []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return decode(*args, **kwargs)
+
+    decoder.decode = interrupted  # type: ignore[method-assign]
+    out = tmp_path / "out"
+    batch = Batch(jobs=collect_jobs(tmp_path / "in", OutputNaming(out=out)), config=config, out=out)
+    report = run_batch(batch, decoder=decoder)
+    assert report is not None
+    assert report.interrupted
+    assert report.images == len(list(out.glob("*.png"))) == 2
 
 
 def test_the_command(tmp_path: Path, config: WorkerConfig) -> None:

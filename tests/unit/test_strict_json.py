@@ -66,8 +66,9 @@ def test_every_reader_refuses_it_as_its_own_error(tmp_path, text):
         read_header(header)
     manifest = tmp_path / "list.jsonl"
     manifest.write_text(text, encoding="utf-8")
-    with pytest.raises(PidecodeError):
-        collect_jobs(manifest, OutputNaming(out=tmp_path / "out"))
+    assert all(
+        isinstance(job.error, PidecodeError) for job in collect_jobs(manifest, OutputNaming(out=tmp_path / "out"))
+    )
 
 
 def test_bounds_of_safetensors_headers(tmp_path):

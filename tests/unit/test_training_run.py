@@ -168,7 +168,9 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(images: Path, 
     assert stored is not None
     until = stored.step + 2
     recipe = recipe_for("debug_teacher", images, "net.patch_depth=1", f"run.steps={until}")
-    (out / "checkpoints" / ".step-00000009.left.part").mkdir()  # what a kill in the middle of saving leaves
+    (
+        out / "checkpoints" / ".step-00000009.0123abcd.pidecode.part"
+    ).mkdir()  # what a kill in the middle of saving leaves
     resumed = train(recipe, out, resume=True, device=CPU)
     assert not list((out / "checkpoints").glob("*.part"))
     assert_same_weights(resumed, train(recipe, tmp_path / "whole", device=CPU))

@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pidecode.errors import FileError, SettingError
+from pidecode.batch.report import describe_left_out
+from pidecode.errors import FileError, PidecodeError, SettingError
+from pidecode.files import LOCK_NAME, require_file, same_name
+from pidecode.latents.storage import count_latents
 from pidecode.options import Command, DecodeOptions, option_infos
 from pidecode.registry.spaces import did_you_mean
 from pidecode.strict_json import JSONError, parse_json
@@ -19,9 +23,12 @@ SourceKind = Literal["latent", "image"]
 
 LATENT_SUFFIXES = (".safetensors",)
 IMAGE_SUFFIXES = (
-    ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".avif", ".jp2", ".tga",
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".ppm",
+    ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".tga",
 )  # fmt: skip
+"""Endings of the image formats that `pidecode.images` reads."""
 OUTPUT_SUFFIXES = (".png", ".webp", ".jpg")
+REPORT_NAME = "pidecode-batch.json"  # name of the report in the output folder
 MANIFEST_OPTIONS = tuple(option_infos(interface="batch"))
 """Decode options that a line of a manifest may set for its own job."""
 
@@ -35,11 +42,25 @@ class BatchJob:
     kind: SourceKind  # "latent" to decode or "image" to upscale
     out: Path  # the image to write; the images of a file with several latents get -1, -2, ... before the suffix.
     options: Mapping[str, Any] = field(default_factory=dict)  # decode options of this job alone; see `MANIFEST_OPTIONS`
+    error: PidecodeError | None = None  # why it cannot be processed, where listing showed that; it will only fail
 
     @property
     def command(self) -> Command:
         """What the decoder is to do with the source."""
         return "decode" if self.kind == "latent" else "upscale"
+
+    def outputs(self) -> list[Path]:
+        """The files the job writes: one, or one per latent of a file with several.
+
+        Raises:
+            FileError: The source does not exist or cannot be read.
+            LatentError: The source is not a latent.
+        """
+        require_file(self.source)
+        count = count_latents(self.source) if self.kind == "latent" else 1
+        if count == 1:
+            return [self.out]
+        return [self.out.with_name(f"{self.out.stem}-{index}{self.out.suffix}") for index in range(1, count + 1)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +78,19 @@ class OutputNaming:
         return path.with_name(path.name + self.suffix) if self.keep_suffix else path.with_suffix(self.suffix)
 
 
-def collect_jobs(source: str | os.PathLike[str], naming: OutputNaming) -> list[BatchJob]:
+class JobList(list[BatchJob]):
+    """The jobs of a source.
+
+    Attributes:
+        left_out: Number of files by ending (in lower case, "" without one) that are no images and no latents.
+    """
+
+    def __init__(self, jobs: Iterable[BatchJob] = (), left_out: Mapping[str, int] | None = None) -> None:
+        super().__init__(jobs)
+        self.left_out = dict(left_out or {})
+
+
+def collect_jobs(source: str | os.PathLike[str], naming: OutputNaming) -> JobList:
     """List the jobs of a source.
 
     Args:
@@ -66,50 +99,90 @@ def collect_jobs(source: str | os.PathLike[str], naming: OutputNaming) -> list[B
         naming: Where and how to write the images.
 
     Returns:
-        The jobs sorted by name; those of a manifest in its order.
+        The jobs sorted by name; those of a manifest in its order. What cannot be read (a line of a manifest, a folder)
+        is a job with an error, so that it does not stop the others.
 
     Raises:
         FileError: The source does not exist or holds no image and no latent.
-        SettingError: Two sources would be written to one file, or a line of the manifest is wrong.
+        SettingError: Two sources would be written to one file, or a source would be overwritten.
     """
     text = os.fspath(source)
-    path = Path(text).expanduser()
-    if path.is_dir():
-        jobs = _from_files(_walk(path, naming.out), path, naming)
-    elif path.suffix.lower() == ".jsonl" and path.is_file():
-        jobs = _from_manifest(path, naming)
-    elif path.is_file():
+    path = Path(os.path.expanduser(text))
+    if os.path.isdir(path):
+        jobs = _from_files(*_walk(path, naming.out), path, naming)
+    elif path.suffix.lower() == ".jsonl" and os.path.isfile(path):
+        jobs = JobList(_from_manifest(path, naming))
+    elif os.path.lexists(path) or not glob.has_magic(text):
+        try:
+            require_file(path)
+        except FileError as error:
+            raise FileError(f"{error} Give a folder, a file, a .jsonl manifest, or a pattern in quotes.") from None
         _require_kind(path, str(path), FileError)
-        jobs = _from_files([path], path.parent, naming)
-    elif glob.has_magic(text):
-        jobs = _from_files(_glob(text), _folder_of_pattern(text), naming)
+        jobs = _from_files([path], [], path.parent, naming)
     else:
-        raise FileError(f"There is no {text}. Give a folder, a file, a .jsonl manifest, or a pattern in quotes.")
+        jobs = _from_files(*_glob(text), _folder_of_pattern(text), naming)
     if not jobs:
-        raise FileError(f"{text} holds no image ({', '.join(IMAGE_SUFFIXES)}) and no latent (.safetensors).")
-    _check_unique_outputs(jobs)
+        found = f"; it has {describe_left_out(jobs.left_out)}" if jobs.left_out else ""
+        raise FileError(f"{text} holds no image ({', '.join(IMAGE_SUFFIXES)}) and no latent (.safetensors){found}.")
+    _check_outputs(jobs)
     return jobs
 
 
-def _walk(folder: Path, out: Path) -> list[Path]:
-    found: list[Path] = []
-    outputs = out.resolve()
-    if folder.resolve() == outputs:
+def _failure(name: str, message: str) -> BatchJob:
+    return BatchJob(name=name, source=Path(), kind="image", out=Path(), error=FileError(message))
+
+
+def _walk(folder: Path, out: Path) -> tuple[list[Path], list[BatchJob]]:
+    """The files below a folder, and the folders below it that are not read as jobs that fail."""
+    outputs = os.path.realpath(out)
+    if os.path.realpath(folder) == outputs:
         raise SettingError(
             f"The output folder {out} is the source folder, so the next run would read its images; choose another."
         )
-    for here, folders, files in os.walk(folder):
+    found: list[Path] = []
+    unread: list[BatchJob] = []
+
+    def on_error(error: OSError) -> None:
+        place = Path(error.filename or folder)
+        name = "." if place == folder else place.relative_to(folder).as_posix()
+        unread.append(_failure(name, f"The folder {place} cannot be read: {error.strerror}."))
+
+    for here, folders, files in os.walk(folder, onerror=on_error):
         inside = Path(here)
-        folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and (inside / name).resolve() != outputs
-        )
+        names = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = [name for name in names if os.path.realpath(inside / name) != outputs]
+        unread += [
+            _failure(
+                (inside / name).relative_to(folder).as_posix(),
+                f"{inside / name} is a link to a folder, and links to folders are not followed; give the folder itself "
+                "as a batch of its own.",
+            )
+            for name in folders
+            if os.path.islink(inside / name)
+        ]
         found += [inside / name for name in files if not name.startswith(".")]
-    return found
+    return found, unread
 
 
-def _glob(pattern: str) -> list[Path]:
+def _glob(pattern: str) -> tuple[list[Path], list[BatchJob]]:
+    """The files of a pattern, each once although links may lead to it in a circle, and the folders not read."""
     found = glob.glob(os.path.expanduser(pattern), recursive=True)
-    return [path for path in map(Path, found) if path.is_file() and not path.name.startswith(".")]
+    paths = [Path(name) for name in found if os.path.isfile(name) and not os.path.basename(name).startswith(".")]
+    once = {(os.path.realpath(path.parent), path.name): path for path in sorted(paths, key=_depth, reverse=True)}
+    base = _folder_of_pattern(pattern)
+    unread: list[BatchJob] = []
+
+    def on_error(error: OSError) -> None:
+        unread.append(_failure(str(error.filename), f"The folder {error.filename} cannot be read: {error.strerror}."))
+
+    if "**" in pattern:
+        for _ in os.walk(base, onerror=on_error):
+            pass
+    return list(once.values()), unread
+
+
+def _depth(path: Path) -> int:
+    return len(path.parts)
 
 
 def _folder_of_pattern(pattern: str) -> Path:
@@ -135,29 +208,48 @@ def _require_kind(path: Path, name: str, error: type[FileError | SettingError]) 
     return kind
 
 
-def _from_files(paths: Sequence[Path], base: Path, naming: OutputNaming) -> list[BatchJob]:
-    jobs = []
+def _from_files(paths: Sequence[Path], unread: Sequence[BatchJob], base: Path, naming: OutputNaming) -> JobList:
+    jobs = JobList(unread, Counter(path.suffix.lower() for path in paths if source_kind(path) is None))
     for path in sorted(paths, key=lambda path: path.relative_to(base).parts):
         kind = source_kind(path)
         if kind is not None:
             name = path.relative_to(base)
-            jobs.append(BatchJob(name=name.as_posix(), source=path, kind=kind, out=naming.output_path(name)))
+            out = naming.output_path(name)
+            jobs.append(
+                BatchJob(name=name.as_posix(), source=path, kind=kind, out=out, error=_reserved(out, naming.out))
+            )
     return jobs
 
 
-def _from_manifest(path: Path, naming: OutputNaming) -> list[BatchJob]:
+def _reserved(out: Path, folder: Path) -> SettingError | None:
+    """The error of an output whose place the batch itself needs."""
+    first = out.relative_to(folder).parts[0]
+    if same_name(first) not in (same_name(REPORT_NAME), same_name(LOCK_NAME)):
+        return None
+    return SettingError(f"{first} in the output folder is a name that the batch needs itself; name another output.")
+
+
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+def _from_manifest(path: Path, naming: OutputNaming) -> Iterator[BatchJob]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        data = path.read_bytes()
+        if data.startswith(_UTF16):
+            data = data.decode("utf-16").encode("utf-8", errors="replace")
     except (OSError, UnicodeDecodeError) as error:
-        raise FileError(f"{path} could not be read as UTF-8 text: {error}.") from error
-    return [
-        _from_line(line, f"Line {number} of {path.name}", path.parent, naming)
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
+        raise FileError(f"{path} could not be read as text: {error}.") from error
+    for number, line in enumerate(data.splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"Line {number} of {path.name}"
+        try:
+            yield _from_line(line, where, path.parent, naming)
+        except PidecodeError as error:
+            yield _failure(where, str(error))
 
 
-def _from_line(line: str, where: str, base: Path, naming: OutputNaming) -> BatchJob:
+def _from_line(line: bytes, where: str, base: Path, naming: OutputNaming) -> BatchJob:
     try:
         entry = parse_json(line)
     except JSONError as error:
@@ -169,7 +261,7 @@ def _from_line(line: str, where: str, base: Path, naming: OutputNaming) -> Batch
         if name not in known:
             raise SettingError(f"{where} has an entry {name!r}.{did_you_mean(name, known)}")
     name = _text(entry, "source", where)
-    source = base / Path(name).expanduser()
+    source = base / os.path.expanduser(name)
     kind = _require_kind(source, f"{where}: {name}", SettingError)
     if "out" in entry:
         out = naming.out / _relative_path(_text(entry, "out", where), where)
@@ -180,13 +272,23 @@ def _from_line(line: str, where: str, base: Path, naming: OutputNaming) -> Batch
         relative = Path(name)
         outside = relative.is_absolute() or ".." in relative.parts or name.startswith("~")
         out = naming.output_path(relative.name if outside else relative)
+    _check_inside(out, naming.out, where)
+    if reserved := _reserved(out, naming.out):
+        raise SettingError(f"{where}: {reserved}")
     return BatchJob(name=name, source=source, kind=kind, out=out, options=_options(entry, where))
+
+
+def _check_inside(out: Path, folder: Path, where: str) -> None:
+    """Raise SettingError for an output of a manifest that a link inside the output folder leads out of it."""
+    real, root = Path(os.path.realpath(out)), Path(os.path.realpath(folder))
+    if root not in real.parents:
+        raise SettingError(f"{where}: a link leads {out} out of the output folder, to {real}; name another output.")
 
 
 def _text(entry: Mapping[str, Any], name: str, where: str) -> str:
     value = entry.get(name)
-    if not isinstance(value, str) or not value:
-        raise SettingError(f"{where} needs {name!r} as text; got {value!r}.")
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise SettingError(f"{where} needs {name!r} as text without null characters; got {str(value)[:80]!r}.")
     return value
 
 
@@ -212,12 +314,40 @@ def _options(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
     return given
 
 
-def _check_unique_outputs(jobs: Sequence[BatchJob]) -> None:
-    seen: dict[Path, str] = {}
-    for job in jobs:
-        if job.out in seen:
+def _check_outputs(jobs: Sequence[BatchJob]) -> None:
+    """Check every file that will be written against the others, the sources and the names that are reserved.
+
+    Names count as equal where a file system may take them for one: without regard to case and to the way accents are
+    written.
+
+    Raises:
+        SettingError: Two jobs write to one place, or one overwrites a source.
+    """
+    runnable = [job for job in jobs if job.error is None]
+    sources = {os.path.realpath(job.source): job.name for job in runnable}
+    owners: dict[str, tuple[str, Path]] = {}
+    for job in runnable:
+        for place in _outputs(job):
+            overwritten = sources.get(os.path.realpath(place))
+            if overwritten is not None:
+                raise SettingError(f"{job.name} would be written over the source {overwritten}; choose another folder.")
+            name, other = owners.setdefault(same_name(place), (job.name, place))
+            if other is not place:
+                also = "" if other == place else f", which some file systems take for {other}"
+                raise SettingError(
+                    f"{name} and {job.name} would both be written to {place}{also}. Keep their suffixes in the names "
+                    "(--keep-suffix), rename one, or name the outputs in a manifest."
+                )
+    for parent in {parent for _, place in owners.values() for parent in place.parents}:
+        if same_name(parent) in owners:
             raise SettingError(
-                f"{seen[job.out]} and {job.name} would both be written to {job.out}. Keep their suffixes in the names "
-                "(--keep-suffix), or name the outputs in a manifest."
+                f"{owners[same_name(parent)][0]} would be written to {parent}, which must be a folder for the image of "
+                "another source. Rename one, or name the outputs in a manifest."
             )
-        seen[job.out] = job.name
+
+
+def _outputs(job: BatchJob) -> list[Path]:
+    try:
+        return job.outputs()
+    except PidecodeError:  # the job will fail by itself
+        return [job.out]

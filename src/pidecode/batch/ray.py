@@ -193,7 +193,7 @@ class _WorkerPool:
 
     def run(self) -> None:
         """Work until the queue is empty and every job has its result; workers that still load then are stopped."""
-        self.token = (self.progress.batch.out / f".shared-{secrets.token_hex(8)}{PART}").resolve()
+        self.token = (self.progress.batch.out / f".shared.{secrets.token_hex(4)}{PART}").resolve()
         self.token.touch()
         try:
             for _ in range(self.resources.workers):

@@ -40,6 +40,8 @@ class BatchReport:
     lost_workers: int = 0  # workers that died and were replaced
     started: str = ""  # ISO date and time in UTC
     settings: Mapping[str, Any] = field(default_factory=dict)  # model and decode options
+    left_out: Mapping[str, int] = field(default_factory=dict)  # number of files by ending that are no jobs
+    unwritten: str | None = None  # why the report could not be written into the output folder
 
     def count(self, state: ResultState) -> int:
         """Number of jobs that ended in `state`."""
@@ -57,8 +59,9 @@ class BatchReport:
 
     @property
     def complete(self) -> bool:
-        """Whether every image of every job exists."""
-        return not self.interrupted and not self.failures and len(self.results) == self.jobs
+        """Whether every image of every job exists, and the report."""
+        ended = not self.interrupted and len(self.results) == self.jobs
+        return ended and not self.failures and self.unwritten is None
 
     def to_dict(self) -> dict[str, Any]:
         """The whole report as JSON values."""
@@ -84,6 +87,7 @@ class BatchReport:
             "lost_workers": self.lost_workers,
             "started": self.started,
             "settings": dict(self.settings),
+            "left_out": dict(self.left_out),
             "failures": [
                 {"source": result.name, "error": result.error, "message": result.message} for result in self.failures
             ],
@@ -104,6 +108,8 @@ class BatchReport:
             lines.append(
                 f"{_plural(self.lost_workers, 'worker')} died and had to be replaced; their jobs were repeated."
             )
+        if self.left_out:
+            lines.append(f"Left out, as no image and no latent: {describe_left_out(self.left_out)}.")
         failures = self.failures
         lines += [f"Failed: {result.name}: {result.message}" for result in failures[:MAX_LISTED]]
         if len(failures) > MAX_LISTED:
@@ -113,7 +119,14 @@ class BatchReport:
             lines.append(f"Stopped with {_plural(left, 'job')} left; the same command resumes.")
         elif failures:
             lines.append("The same command tries the failed jobs again.")
+        if self.unwritten:
+            lines.append(self.unwritten)
         return "\n".join(lines)
+
+
+def describe_left_out(left_out: Mapping[str, int]) -> str:
+    """Files that are not read, by ending and number: "3 .heic, 1 without an ending"."""
+    return ", ".join(f"{count} {suffix or 'without an ending'}" for suffix, count in sorted(left_out.items()))
 
 
 def _without_defaults(result: JobResult) -> dict[str, Any]:
@@ -133,5 +146,5 @@ def merge(reports: Iterable[BatchReport]) -> BatchReport:
         jobs=sum(part.jobs for part in parts), results=tuple(result for part in parts for result in part.results),
         seconds=max(part.seconds for part in parts), engine=first.engine, workers=sum(part.workers for part in parts),
         interrupted=any(part.interrupted for part in parts), lost_workers=sum(part.lost_workers for part in parts),
-        started=min(part.started for part in parts), settings=first.settings,
+        started=min(part.started for part in parts), settings=first.settings, left_out=first.left_out,
     )  # fmt: skip

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,18 +14,16 @@ from typing import Any, Literal
 
 import torch
 
-from pidecode.batch.jobs import BatchJob
+from pidecode.batch.jobs import REPORT_NAME, BatchJob
 from pidecode.batch.report import BatchReport, JobResult, merge
 from pidecode.batch.worker import Worker, WorkerConfig, skip_done
 from pidecode.decoder import PixelDecoder
 from pidecode.devices import select_device
-from pidecode.errors import FileError, SettingError
-from pidecode.files import atomic_write, remove_partial
+from pidecode.errors import PidecodeError, SettingError
+from pidecode.files import FolderLock, atomic_write, remove_partial, writable_folder
 
 BatchEngine = Literal["local", "torchrun", "ray"]
 ResultCallback = Callable[[JobResult], None]  # called with every result as it comes, in the process with rank 0
-
-REPORT_NAME = "pidecode-batch.json"  # name of the report in the output folder
 
 ABANDONED_AFTER = 600.0  # seconds without a change after which an incomplete file cannot belong to a running process
 
@@ -42,6 +40,7 @@ class Batch:
         workers: Ray only: number of workers; by default one per GPU, or one per machine without GPUs.
         address: Ray only: address of the cluster, or "auto" for the one this machine belongs to; by default
             RAY_ADDRESS, else a private cluster is started.
+        left_out: Files of the source that are no jobs, by ending and number, for the report.
     """
 
     jobs: Sequence[BatchJob]
@@ -50,6 +49,7 @@ class Batch:
     engine: BatchEngine = "local"
     workers: int | None = None
     address: str | None = None
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 def choose_engine(engine: BatchEngine | None) -> BatchEngine:
@@ -108,6 +108,7 @@ class BatchProgress:
             jobs=len(self.batch.jobs), results=tuple(self.results), seconds=time.perf_counter() - self.began,
             engine=self.batch.engine, workers=self.workers, interrupted=self.interrupted,
             lost_workers=self.lost_workers, started=self.started, settings=_given(asdict(self.batch.config)),
+            left_out=self.batch.left_out,
         )  # fmt: skip
 
 
@@ -133,35 +134,35 @@ def run_batch(
         rank than 0.
 
     Raises:
-        FileError: The output folder cannot be written to.
+        FileError: The output folder cannot be written to, or another batch is writing there.
         PidecodeError: The decoder cannot be loaded. An error of a single job becomes its result instead.
     """
-    try:
-        batch.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(f"The folder {batch.out} cannot be created: {error.strerror or error}.") from error
+    writable_folder(batch.out)
+    batch = replace(batch, config=replace(batch.config, weights=batch.config.hash_weights()))
     callback = on_result or _ignore
-    report: BatchReport | None
-    match batch.engine:
-        case "local":
-            remove_partial(batch.out, older_than=ABANDONED_AFTER)
-            report = run_local(batch, callback, decoder=decoder)
-        case "torchrun":
-            report = run_torchrun(batch, callback)
-        case "ray":
+    if batch.engine == "torchrun":
+        report = run_torchrun(batch, callback)
+        return report if report is None else _write_report(batch.out, report)
+    with FolderLock(batch.out, "batch"):
+        remove_partial(batch.out, older_than=ABANDONED_AFTER)
+        if batch.engine == "ray":
             from pidecode.batch.ray import run_ray
 
-            remove_partial(batch.out, older_than=ABANDONED_AFTER)
             report = run_ray(batch, callback)
-    if report is not None:
-        write_report(batch.out, report)
+        else:
+            report = run_local(batch, callback, decoder=decoder)
+        return _write_report(batch.out, report)
+
+
+def _write_report(out: Path, report: BatchReport) -> BatchReport:
+    """Write the report as JSON into the output folder, in place of an earlier one; a failure is noted in it."""
+    text = json.dumps(report.to_dict(), indent=2, default=str)
+    try:
+        with atomic_write(out / REPORT_NAME, overwrite=True) as file:
+            file.write(text.encode("ascii"))
+    except (PidecodeError, OSError) as error:
+        return replace(report, unwritten=f"The report could not be written: {error}")
     return report
-
-
-def write_report(out: Path, report: BatchReport) -> None:
-    """Write the report as JSON into the output folder, in place of an earlier one."""
-    with atomic_write(out / REPORT_NAME, overwrite=True) as file:
-        file.write(json.dumps(report.to_dict(), indent=2, ensure_ascii=False, default=str).encode())
 
 
 def run_local(batch: Batch, on_result: ResultCallback, *, decoder: PixelDecoder | None = None) -> BatchReport:
@@ -170,8 +171,7 @@ def run_local(batch: Batch, on_result: ResultCallback, *, decoder: PixelDecoder 
     try:
         pending = progress.pending()
         if pending:
-            for result in Worker(batch.config, decoder).process_all(pending):
-                progress.add(result)
+            Worker(batch.config, decoder).process_all(pending, progress.add)
     except KeyboardInterrupt:
         progress.interrupted = True
     return progress.report()
@@ -183,10 +183,13 @@ def run_torchrun(batch: Batch, on_result: ResultCallback) -> BatchReport | None:
 
     # Processes may end hours apart, and gathering must not time out meanwhile.
     dist.init_process_group("gloo", timeout=timedelta(days=30))
+    lock: FolderLock | None = None
     try:
         rank, world_size = dist.get_rank(), dist.get_world_size()
         if rank == 0:
+            lock = FolderLock(batch.out, "batch")
             remove_partial(batch.out, older_than=ABANDONED_AFTER)
+        dist.barrier()
         config = replace(batch.config, device=batch.config.device or _local_device(int(os.environ["LOCAL_RANK"])))
         # Jobs are divided before any is skipped: which are done already may look different to each process.
         own = replace(batch, jobs=batch.jobs[rank::world_size], config=config)
@@ -195,6 +198,8 @@ def run_torchrun(batch: Batch, on_result: ResultCallback) -> BatchReport | None:
         dist.gather_object(report, parts, dst=0)
         return merge(parts) if parts is not None else None
     finally:
+        if lock is not None:
+            lock.release()
         dist.destroy_process_group()
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import struct
 import time
+import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,13 +23,17 @@ from pidecode.batch.report import JobResult
 from pidecode.decoder import DecodeOutput, PixelDecoder
 from pidecode.errors import FileError, PidecodeError
 from pidecode.images import MAX_PIXELS, check_format, image_size, read_image, read_metadata
+from pidecode.images.png import SIGNATURE
+from pidecode.images.read import SourceImage
 from pidecode.latents.latent import Latent
-from pidecode.latents.storage import count_latents
 from pidecode.options import DecodeOptions, RuntimeOptions, option_infos
+from pidecode.units import printable
+from pidecode.weights.resolve import default_encoder_path, resolve_checkpoint
+from pidecode.weights.safetensors import sha256
 
 FINGERPRINT = "batch"  # entry of an image's metadata that holds the fingerprint of its job
 
-WRITE_QUEUE = 2  # decoded images that may wait to be written while the next are decoded
+READ_QUEUE, WRITE_QUEUE = 2, 2  # jobs read ahead, and decoded ones that may wait to be written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,10 +49,24 @@ class WorkerConfig:
     # Decode options; a manifest may override them for a job.
     options: DecodeOptions = field(default_factory=DecodeOptions)
     bits: int = 8  # bits per channel of the images, 8 or 16
-    overwrite: bool = False  # whether images with another fingerprint are replaced
+    overwrite: bool = False  # whether images that exist are made again
     strip: bool = False  # whether what a source carries (EXIF, texts, resolution) is left out of its image
     keep_profile: bool = False  # whether a source's colors and profile are kept instead of converted to sRGB
     max_pixels: int = MAX_PIXELS  # largest source read
+    weights: str = ""  # content hash of the weights, from `hash_weights`
+
+    def hash_weights(self) -> str:
+        """A hash of the content of the weights, and of those of the encoder for images.
+
+        Raises:
+            PidecodeError: The weights are not on this machine.
+        """
+        resolved = resolve_checkpoint(self.model, space=self.space, variant=self.variant)
+        encoder = resolved.encoder or default_encoder_path(resolved.space)
+        files = [resolved.path]
+        if encoder is not None:
+            files += sorted(path for path in encoder.rglob("*") if path.is_file()) if encoder.is_dir() else [encoder]
+        return hashlib.sha256(" ".join(map(_content_hash, files)).encode()).hexdigest()
 
     def load_decoder(self) -> PixelDecoder:
         """Load the decoder; raises as `PixelDecoder.from_pretrained` does."""
@@ -65,60 +86,112 @@ class WorkerConfig:
         return DecodeOptions(**{**inherited, **job.options})
 
     def fingerprint(self, job: BatchJob) -> str:
-        """A hash of everything that determines a job's image: its source, the model and the decode options.
+        """A hash of everything that determines a job's image: contents of source and weights, and the decode options.
 
-        The device and the number format are left out: a batch may be finished on another machine. Of the source,
-        the name and size in bytes count, not its time, which copying changes.
+        The device and the number format are left out: a batch may be finished on another machine.
         """
         identity = {
-            "name": job.name, "bytes": job.source.stat().st_size, "model": [self.model, self.space, self.variant],
+            "source": sha256(job.source), "weights": self.weights, "model": [self.space, self.variant],
             "bits": self.bits,
-            "source": [self.strip, self.keep_profile],
+            "reading": [self.strip, self.keep_profile],
             "options": {name: value for name, value in asdict(self.options_of(job)).items() if value is not None},
         }  # fmt: skip
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def output_paths(job: BatchJob) -> list[Path]:
-    """The files a job writes: one, or one per latent of a file with several.
+def _content_hash(path: Path) -> str:
+    """SHA-256 of a file; the hub's cache names large files by it already."""
+    blob = path.resolve()
+    return blob.name if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name) else sha256(path)
+
+
+OutputState = Literal["missing", "done", "damaged"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobOutputs:
+    """The files of a job, and which of them are to be written.
+
+    Attributes:
+        fingerprint: Of the job.
+        paths: All files.
+        missing: Indices of those that do not exist, are damaged or, with `overwrite`, are to be made again.
+    """
+
+    fingerprint: str
+    paths: list[Path]
+    missing: list[int]
+
+
+def job_outputs(job: BatchJob, config: WorkerConfig) -> JobOutputs:
+    """What a job writes and what of it is missing.
 
     Raises:
-        FileError: The source does not exist or cannot be read.
-        LatentError: The source is not a latent.
+        FileError: The source cannot be read, or a file with another fingerprint is in the way and `config.overwrite`
+            is False.
+        PidecodeError: The job's own error.
     """
-    if not job.source.is_file():
-        raise FileError(f"There is no file {job.source}.")
-    count = count_latents(job.source) if job.kind == "latent" else 1
-    if count == 1:
-        return [job.out]
-    return [job.out.with_name(f"{job.out.stem}-{index}{job.out.suffix}") for index in range(1, count + 1)]
-
-
-def missing_outputs(job: BatchJob, config: WorkerConfig) -> list[int]:
-    """Indices in `output_paths` of a job's images that do not exist yet.
-
-    Raises:
-        FileError: A file with another fingerprint is in the way, and `config.overwrite` is False.
-    """
+    if job.error is not None:
+        raise job.error
+    paths = job.outputs()
     fingerprint = config.fingerprint(job)
-    paths = output_paths(job)
-    return [index for index, path in enumerate(paths) if not _is_done(path, fingerprint, overwrite=config.overwrite)]
+    missing = [index for index, path in enumerate(paths) if config.overwrite or _state(path, fingerprint) != "done"]
+    return JobOutputs(fingerprint=fingerprint, paths=paths, missing=missing)
 
 
-def _is_done(path: Path, fingerprint: str, *, overwrite: bool) -> bool:
+def _state(path: Path, fingerprint: str) -> OutputState:
+    """Whether an output exists and is whole.
+
+    A cut, empty or damaged file that a batch wrote counts as damaged: a power cut may leave one.
+
+    Raises:
+        FileError: Another file is there.
+    """
     if not path.exists():
-        return False
+        return "missing"
     try:
-        metadata = read_metadata(path)
-    except PidecodeError:
-        metadata = None
-    found = (metadata or {}).get(FINGERPRINT)
-    if found == fingerprint:
-        return True
-    if overwrite:
-        return False
+        metadata = read_metadata(path) if _is_complete(path) else None
+        found = (metadata or {}).get(FINGERPRINT)
+        if found == fingerprint:
+            return "done"
+        if metadata is None and _is_remains(path):
+            return "damaged"
+    except (PidecodeError, OSError):
+        found = None
+        if _is_remains(path):
+            return "damaged"
     what = "was not made by a batch" if found is None else "was made with other options or from another source"
     raise FileError(f"{path} exists and {what}. Replace it with --overwrite, or choose another output folder.")
+
+
+def _is_remains(path: Path) -> bool:
+    """Whether a damaged file is what is left of a batch's image: its entry in the metadata, or nothing but zeros."""
+    with open(path, "rb") as file:
+        start = file.read(1 << 16)
+    entry = f'"{FINGERPRINT}": "'.encode()
+    return not any(start) or (entry in start and not _is_complete(path))
+
+
+def _is_complete(path: Path) -> bool:
+    """Whether an image file has its end and, as PNG, the checksums of its chunks."""
+    with open(path, "rb") as file:
+        start = file.read(12)
+        if start.startswith(b"RIFF"):
+            return file.seek(0, 2) >= 8 + int.from_bytes(start[4:8], "little")
+        if start.startswith(b"\xff\xd8"):
+            file.seek(-2, 2)
+            return file.read(2) == b"\xff\xd9"
+        file.seek(len(SIGNATURE))
+        left = path.stat().st_size - len(SIGNATURE)
+        while start.startswith(SIGNATURE) and len(head := file.read(8)) == 8:
+            size, kind = struct.unpack(">I4s", head)
+            left -= size + 12
+            data = b"" if left < 0 else file.read(size)
+            if left < 0 or struct.pack(">I", zlib.crc32(kind + data)) != file.read(4):
+                return False
+            if kind == b"IEND":
+                return True
+    return False
 
 
 def skip_done(jobs: Iterable[BatchJob], config: WorkerConfig) -> Iterator[tuple[BatchJob, JobResult | None]]:
@@ -127,8 +200,8 @@ def skip_done(jobs: Iterable[BatchJob], config: WorkerConfig) -> Iterator[tuple[
         began = time.perf_counter()
         try:
             skipped = JobResult(name=job.name, state="skipped", seconds=0.0)
-            yield job, None if missing_outputs(job, config) else skipped
-        except (PidecodeError, OSError) as error:
+            yield job, None if job_outputs(job, config).missing else skipped
+        except Exception as error:  # whatever a name or a file provokes stays with its job
             yield job, failed(job, error, time.perf_counter() - began)
 
 
@@ -145,18 +218,24 @@ def failed(job: BatchJob, error: BaseException, seconds: float) -> JobResult:
 
 @dataclass(slots=True, kw_only=True)
 class _Decoded:
-    """Images of one job, waiting to be written."""
+    """One job on its way from its source to its images, which wait to be written."""
 
     job: BatchJob
     began: float
-    fingerprint: str = ""
+    outputs: JobOutputs | None = None
+    source: Latent | SourceImage | None = None
     images: list[tuple[Path, DecodeOutput]] = field(default_factory=list)
     error: BaseException | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the job; empty if it has failed before."""
+        return self.outputs.fingerprint if self.outputs else ""
 
     def add(self, path: Path, output: DecodeOutput) -> None:
         """Keep the one image of `output` for `path`, with its source and fingerprint in its metadata."""
         (metadata,) = output.metadata
-        metadata = {**metadata, "source": self.job.name, FINGERPRINT: self.fingerprint}
+        metadata = {**metadata, "source": printable(self.job.name), FINGERPRINT: self.fingerprint}
         self.images.append((path, replace(output, metadata=(metadata,))))
 
 
@@ -169,55 +248,80 @@ class Worker:
 
     def process(self, job: BatchJob) -> JobResult:
         """Process one job; an error becomes its result."""
-        return self._write(self._decode(job))
+        return self._write(self._decode(self._read(job)))
 
-    def process_all(self, jobs: Iterable[BatchJob]) -> Iterator[JobResult]:
-        """Process jobs in order, writing images in a second thread while the next are decoded."""
-        waiting: deque[Future[JobResult]] = deque()
-        with ThreadPoolExecutor(1, thread_name_prefix="pidecode-writer") as writer:
-            for job in jobs:
-                waiting.append(writer.submit(self._write, self._decode(job)))
-                while len(waiting) > WRITE_QUEUE:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+    def process_all(self, jobs: Iterable[BatchJob], on_result: Callable[[JobResult], None]) -> None:
+        """Process jobs in order: one thread reads ahead and one writes while this one decodes.
 
-    def _decode(self, job: BatchJob) -> _Decoded:
+        What is decoded when an exception (Ctrl-C) ends the work is written, and `on_result` called for it.
+        """
+        written: deque[Future[JobResult]] = deque()
+
+        def report(limit: int) -> None:
+            while len(written) > limit:
+                result = written[0].result()
+                written.popleft()
+                on_result(result)
+
+        with ThreadPoolExecutor(1, "pidecode-reader") as reader, ThreadPoolExecutor(1, "pidecode-writer") as writer:
+            try:
+                for sources in _ahead(reader, self._read, jobs):
+                    written.append(writer.submit(self._write, self._decode(sources)))
+                    report(WRITE_QUEUE)
+            finally:
+                report(0)
+
+    def _read(self, job: BatchJob) -> _Decoded:
+        """Check what a job misses, and read its source."""
         decoded = _Decoded(job=job, began=time.perf_counter())
         try:
-            missing, paths = missing_outputs(job, self.config), output_paths(job)
-            decoded.fingerprint = self.config.fingerprint(job)
-            options = self.config.options_of(job)
-            if not missing:  # a worker that died had finished it
-                return decoded
-            if job.kind == "image":
-                size = image_size(job.source, max_pixels=self.config.max_pixels)
-                check_format(paths[0], *self.decoder.upscaled_size(size))
-                image = read_image(job.source, max_pixels=self.config.max_pixels, keep_profile=self.config.keep_profile)
-                image = image.stripped() if self.config.strip else image
-                decoded.add(paths[0], self.decoder.upscale(image, options=options))
-                return decoded
+            decoded.outputs = job_outputs(job, self.config)
+            if decoded.outputs.missing:
+                decoded.source = self._load_source(job)
+        except Exception as error:  # one failure must not stop the other jobs
+            decoded.error = error
+        return decoded
+
+    def _load_source(self, job: BatchJob) -> Latent | SourceImage:
+        """The source of a job; its image is within the limits of its file format."""
+        if job.kind == "latent":
             latent = Latent.load(job.source, space=self.config.space)
             height, width = latent.output_size
-            check_format(paths[0], *(options.size or (width, height)))
+            check_format(job.out, *(self.config.options_of(job).size or (width, height)))
+            return latent
+        size = image_size(job.source, max_pixels=self.config.max_pixels)
+        check_format(job.out, *self.decoder.upscaled_size(size))
+        image = read_image(job.source, max_pixels=self.config.max_pixels, keep_profile=self.config.keep_profile)
+        return image.stripped() if self.config.strip else image
+
+    def _decode(self, decoded: _Decoded) -> _Decoded:
+        job, outputs = decoded.job, decoded.outputs
+        if decoded.error is not None or outputs is None or not outputs.missing:  # a worker that died had finished it
+            return decoded
+        try:
+            options = self.config.options_of(job)
+            if not isinstance(decoded.source, Latent):
+                assert decoded.source is not None
+                decoded.add(outputs.paths[0], self.decoder.upscale(decoded.source, options=options))
+                return decoded
             draws_noise = self.decoder.kind in option_infos()["seed"].kinds
             first_seed = options.seeds(1)[0] if draws_noise else None
-            for index in missing:  # one by one: that one image fits in memory does not mean that all do
+            for index in outputs.missing:  # one by one: that one image fits in memory does not mean that all do
                 if first_seed is not None:
                     options = replace(options, seed=first_seed + index)
-                decoded.add(paths[index], self.decoder.decode(latent[index], options=options))
+                decoded.add(outputs.paths[index], self.decoder.decode(decoded.source[index], options=options))
         except Exception as error:  # one failure must not stop the other jobs
             decoded.error = error
         return decoded
 
     def _write(self, decoded: _Decoded) -> JobResult:
         pixels = 0
-        overwrite = self.config.overwrite
         try:
             for path, output in decoded.images:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                if not _is_done(path, decoded.fingerprint, overwrite=overwrite):  # written by another run meanwhile
-                    output.save(path, overwrite=overwrite, bits=cast(Literal[8, 16], self.config.bits))
+                state = "damaged" if self.config.overwrite else _state(path, decoded.fingerprint)
+                if state != "done":  # else written by another run meanwhile
+                    output.save(path, overwrite=state == "damaged", bits=cast(Literal[8, 16], self.config.bits))
                 pixels += output.tensor.shape[2] * output.tensor.shape[3]
         except Exception as error:
             decoded.error = decoded.error or error
@@ -227,3 +331,16 @@ class Worker:
         return JobResult(
             name=decoded.job.name, state="done", seconds=seconds, images=len(decoded.images), megapixels=pixels / 1e6
         )
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, read: Callable[[BatchJob], _Decoded], jobs: Iterable[BatchJob]
+) -> Iterator[_Decoded]:
+    """What `read` makes of the jobs, in order; READ_QUEUE of them are read while the caller works on one."""
+    waiting: deque[Future[_Decoded]] = deque()
+    for job in jobs:
+        waiting.append(pool.submit(read, job))
+        if len(waiting) > READ_QUEUE:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

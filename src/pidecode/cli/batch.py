@@ -34,7 +34,7 @@ _OPTIONS = (
         help="File format of the images.",
     ),
     click.option("--keep-suffix", is_flag=True, help="Write cat.jpg.png for cat.jpg, not cat.png."),
-    click.option("--overwrite", is_flag=True, help="Replace images that exist with other options; done ones stay."),
+    click.option("--overwrite", is_flag=True, help="Make images again that exist."),
     click.option(
         "--engine",
         type=click.Choice(["local", "torchrun", "ray"]),
@@ -88,7 +88,13 @@ def batch(ctx: click.Context, /, source: str, out: Path, as_json: bool, **given:
     naming = OutputNaming(out=out, suffix=f".{given['suffix']}", keep_suffix=given["keep_suffix"])
     jobs = collect_jobs(source, naming)
     whole = Batch(
-        jobs=jobs, config=config, out=out, engine=engine, workers=given["workers"], address=given["ray_address"]
+        jobs=jobs,
+        config=config,
+        out=out,
+        engine=engine,
+        workers=given["workers"],
+        address=given["ray_address"],
+        left_out=jobs.left_out,
     )
     with progress(len(jobs), "batch", unit="job") as bar:
         failed = 0

@@ -192,8 +192,13 @@ def read_safetensors(
     header = read_header(source, name=name, max_header_bytes=max_header_bytes)
     wanted = list(header.tensors if names is None else names)
     try:
+        data: bytes | None = None
         if isinstance(source, bytes):
-            loaded: dict[str, Tensor] = safetensors.torch.load(source)
+            data = source
+        elif not _is_utf8(os.fspath(source)):  # the library opens no others
+            data = Path(source).read_bytes()
+        if data is not None:
+            loaded: dict[str, Tensor] = safetensors.torch.load(data)
             return header, {tensor: loaded[tensor] for tensor in wanted}
         with safetensors.safe_open(os.fspath(source), framework="pt", device="cpu") as file:
             return header, {tensor: file.get_tensor(tensor) for tensor in wanted}
@@ -208,6 +213,14 @@ def read_safetensors(
     ) as error:
         called = source if name is None and not isinstance(source, bytes) else name or "The file"
         raise CheckpointError(f"{called} could not be read as .safetensors: {error}.") from error
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parse(path: object, text: bytes) -> dict[str, Any]:
