@@ -69,10 +69,15 @@ def _normalized(luma: Tensor) -> tuple[Tensor, Tensor]:
     """Luma `[H, W]` less its local mean over its local standard deviation, and that deviation."""
     offsets = torch.arange(-3, 4, dtype=luma.dtype)
     line = (-(offsets.square()) / (2 * (7 / 6) ** 2)).exp()
-    window = torch.outer(line, line)[None, None] / line.sum().square()
+    line = line / line.sum()
     padded = F.pad(luma[None, None], (3, 3, 3, 3), mode="replicate")
-    mean = F.conv2d(padded, window)
-    deviation = (F.conv2d(padded.square(), window) - mean.square()).clamp(min=0).sqrt()
+    # A sum of shifted planes is several times faster than a convolution in double precision.
+    both = torch.cat([padded, padded.square()])
+    for dim in (2, 3):
+        length = both.shape[dim] - 6
+        both = sum(weight * both.narrow(dim, shift, length) for shift, weight in enumerate(line.tolist()))
+    mean, square = both.split(1)
+    deviation = (square - mean.square()).clamp(min=0).sqrt()
     return ((luma - mean) / (deviation + 1))[0, 0], deviation[0, 0]
 
 
