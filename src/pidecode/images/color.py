@@ -77,7 +77,8 @@ def _primaries_to_xyz(primaries: tuple[float, ...], white: tuple[float, float] =
 
 
 def _to_linear_srgb(primaries: tuple[float, ...]) -> NDArray[Any]:
-    return np.linalg.inv(_primaries_to_xyz(_SRGB)) @ _primaries_to_xyz(primaries)
+    matrix: NDArray[Any] = np.linalg.inv(_primaries_to_xyz(_SRGB)) @ _primaries_to_xyz(primaries)
+    return matrix
 
 
 def described_colors(image: Image.Image, head: bytes) -> RGBColors | None:
@@ -107,7 +108,7 @@ def described_colors(image: Image.Image, head: bytes) -> RGBColors | None:
             return RGBColors((curve,), scale / scale.sum(axis=1, keepdims=True))  # white stays white
         except (np.linalg.LinAlgError, ZeroDivisionError, ValueError):
             return None
-    exif = image.getexif() if image.format in ("JPEG", "MPO") else {}
+    exif = image.getexif() if image.format in ("JPEG", "MPO") else Image.Exif()
     # DCF 2.0 marks Adobe RGB by "uncalibrated" and the interoperability index R03; some writers leave the index out.
     if exif and exif.get_ifd(0x8769).get(0xA001) == 0xFFFF:
         index = exif.get_ifd(0xA005).get(1)

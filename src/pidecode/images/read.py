@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Union
+from typing import Any, BinaryIO, Union, cast
 
 import numpy as np
 import torch
@@ -294,6 +294,7 @@ def _read_pixels(source: Any, max_pixels: int, *, keep_profile: bool) -> _Pixels
     if isinstance(source, Image.Image):
         return _pixels_of(source, "The image", max_pixels, b"", keep_profile=keep_profile)
     with _opened(source) as (name, image):
+        assert isinstance(image, ImageFile.ImageFile)
         file = image.fp
         assert file is not None
         file.seek(0)
@@ -372,7 +373,7 @@ def _read_16_bits(image: Image.Image) -> tuple[NDArray[Any], NDArray[Any] | None
         return colors, pixels[..., 2] << 8 | pixels[..., 3]
     assert file is not None
     file.seek(0)
-    with Image.open(BoundedFile(_Unclosed(file)), formats=[image.format]) as second:
+    with Image.open(BoundedFile(cast(BinaryIO, _Unclosed(file))), formats=[image.format]) as second:
         assert isinstance(second, ImageFile.ImageFile)
         lower = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}[order]
         second.tile = [_with_raw_mode(tile, f"{mode};16{lower}") for tile in second.tile]

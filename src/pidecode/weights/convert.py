@@ -20,8 +20,6 @@ from pidecode.weights.metadata import CheckpointMetadata
 from pidecode.weights.read import read_weights
 from pidecode.weights.safetensors import write_safetensors
 
-"""Number formats to choose from, by torch's names."""
-
 _LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "LICENCE.txt")
 _LICENSES: Mapping[str, License] = {license.name: license for license in (NSCL_V1, APACHE_2)}
 
