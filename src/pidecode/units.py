@@ -9,10 +9,8 @@ from pidecode.errors import SettingError, SizeError
 
 _PREFIXES = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
-MAX_PIXELS = 2**26
-"""Largest image read unless the caller allows more: 67,108,864 pixels, 8192 x 8192."""
-LARGEST_PIXELS = 178_956_970
-"""Largest image that Pillow opens."""
+MAX_PIXELS = 2**26  # largest image read unless the caller allows more: 67,108,864 pixels, 8192 x 8192
+LARGEST_PIXELS = 178_956_970  # largest image that Pillow opens
 
 
 def parse_size(text: str) -> tuple[int, int]:

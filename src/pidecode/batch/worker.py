@@ -110,17 +110,11 @@ OutputState = Literal["missing", "done", "damaged"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobOutputs:
-    """The files of a job, and which of them are to be written.
+    """The files of a job, and which of them are to be written."""
 
-    Attributes:
-        fingerprint: Of the job.
-        paths: All files.
-        missing: Indices of those that do not exist, are damaged or, with `overwrite`, are to be made again.
-    """
-
-    fingerprint: str
-    paths: list[Path]
-    missing: list[int]
+    fingerprint: str  # of the job
+    paths: list[Path]  # all files
+    missing: list[int]  # indices of those that do not exist, are damaged or, with `overwrite`, are to be made again
 
 
 def job_outputs(job: BatchJob, config: WorkerConfig) -> JobOutputs:

@@ -88,14 +88,9 @@ def batch(ctx: click.Context, /, source: str, out: Path, as_json: bool, **given:
     naming = OutputNaming(out=out, suffix=f".{given['suffix']}", keep_suffix=given["keep_suffix"])
     jobs = collect_jobs(source, naming)
     whole = Batch(
-        jobs=jobs,
-        config=config,
-        out=out,
-        engine=engine,
-        workers=given["workers"],
-        address=given["ray_address"],
+        jobs=jobs, config=config, out=out, engine=engine, workers=given["workers"], address=given["ray_address"],
         left_out=jobs.left_out,
-    )
+    )  # fmt: skip
     with progress(len(jobs), "batch", unit="job") as bar:
         failed = 0
 

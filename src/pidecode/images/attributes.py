@@ -14,8 +14,7 @@ from PIL import Image
 KEYWORD = "pidecode"
 """Keyword of the PNG text chunk with the metadata, and its prefix in the EXIF comment of other files."""
 
-MAX_EXIF_BYTES = 60_000
-"""An EXIF block must fit a JPEG segment of 64 KiB."""
+MAX_EXIF_BYTES = 60_000  # an EXIF block must fit a JPEG segment of 64 KiB
 
 _XMP = "XML:com.adobe.xmp"
 _EXIF_IFD, _GPS_IFD = 0x8769, 0x8825
@@ -36,27 +35,17 @@ _COMFYUI = {"prompt": _MODEL, "workflow": _MAKE}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attributes:
-    """What a source carried, as it is written into the images made of it.
+    """What a source carried, as it is written into the images made of it."""
 
-    Attributes:
-        tags: EXIF values of the main directory.
-        exif: EXIF values of its Exif directory.
-        gps: EXIF values of its GPS directory.
-        xmp: XMP packet.
-        dpi: Horizontal and vertical resolution.
-        texts: Texts by keyword, such as Automatic1111's `parameters` and ComfyUI's `prompt` and `workflow`.
-        comment: Comment of a JPEG, GIF or WebP file.
-        icc_profile: Profile of the pixels; None for sRGB without a profile.
-    """
-
-    tags: Mapping[int, Any] = field(default_factory=dict)
-    exif: Mapping[int, Any] = field(default_factory=dict)
-    gps: Mapping[int, Any] = field(default_factory=dict)
-    xmp: bytes = b""
-    dpi: tuple[float, float] | None = None
+    tags: Mapping[int, Any] = field(default_factory=dict)  # EXIF values of the main directory
+    exif: Mapping[int, Any] = field(default_factory=dict)  # EXIF values of its Exif directory
+    gps: Mapping[int, Any] = field(default_factory=dict)  # EXIF values of its GPS directory
+    xmp: bytes = b""  # XMP packet
+    dpi: tuple[float, float] | None = None  # horizontal and vertical resolution
+    # Texts by keyword, such as Automatic1111's `parameters` and ComfyUI's `prompt` and `workflow`.
     texts: Mapping[str, str] = field(default_factory=dict)
-    comment: str = ""
-    icc_profile: bytes | None = None
+    comment: str = ""  # comment of a JPEG, GIF or WebP file
+    icc_profile: bytes | None = None  # profile of the pixels; None for sRGB without a profile
 
     def exif_block(self, metadata: str | None, *, with_texts: bool) -> bytes:
         """The EXIF block of a file, b"" if it would be empty.
@@ -137,15 +126,9 @@ def read_attributes(image: Image.Image, icc_profile: bytes | None) -> Attributes
     }
     xmp = image.info.get("xmp") or (getattr(image, "text", None) or {}).get(_XMP, b"")
     return Attributes(
-        tags=tags,
-        exif=exif,
-        gps=gps,
-        xmp=_upright(xmp),
-        dpi=_resolution(image.info.get("dpi")),
-        texts=texts,
-        comment=_text(image.info.get("comment")),
-        icc_profile=icc_profile,
-    )
+        tags=tags, exif=exif, gps=gps, xmp=_upright(xmp), dpi=_resolution(image.info.get("dpi")), texts=texts,
+        comment=_text(image.info.get("comment")), icc_profile=icc_profile,
+    )  # fmt: skip
 
 
 def is_our_comment(value: Any) -> bool:

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-Curve = Callable[[NDArray[Any]], NDArray[Any]]
-"""Encoded values in [0, 1] to linear light."""
+Curve = Callable[[NDArray[Any]], NDArray[Any]]  # encoded values in [0, 1] to linear light
 
 _ROWS = 256  # converted at a time, since linear light takes 12 bytes a pixel
 _D65 = (0.3127, 0.3290)

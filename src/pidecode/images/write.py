@@ -25,8 +25,7 @@ from pidecode.images.read import BoundedFile, readable_formats
 from pidecode.images.tensors import to_array
 from pidecode.strict_json import JSONError, parse_json
 
-ATTRIBUTES = "pidecode_attributes"
-"""Entry of a Pillow image's `info` with the attributes of the source it was made of."""
+ATTRIBUTES = "pidecode_attributes"  # entry of a Pillow image's `info` with the attributes of the source it was made of
 
 _LONGEST = {"JPEG": 65535, "WEBP": 16383}
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -112,16 +111,11 @@ class DecodeOutput:
             attributes = Attributes(icc_profile=attributes.icc_profile)
         return [
             save_image(
-                place,
-                self._array(index, bits),
-                metadata=self.metadata[index],
-                overwrite=overwrite,
-                bits=bits,
-                quality=quality,
-                attributes=attributes,
+                place, self._array(index, bits), metadata=self.metadata[index], overwrite=overwrite, bits=bits,
+                quality=quality, attributes=attributes,
             )
             for index, place in enumerate(self.paths(path))
-        ]
+        ]  # fmt: skip
 
     def paths(self, path: str | os.PathLike[str]) -> list[Path]:
         """The files that `save` writes."""

@@ -38,8 +38,7 @@ from pidecode.registry.spaces import ALIASES, SPACES, get_space
 from pidecode.weights.safetensors import sha256
 
 _SHA256_DIGITS = 64
-_ETAG = re.compile(r"\w[\w.-]{0,127}")
-"""A hub's name of a file's content, which becomes a file's name here."""
+_ETAG = re.compile(r"\w[\w.-]{0,127}")  # A hub's name of a file's content, which becomes a file's name here
 
 
 @dataclass(frozen=True, slots=True)
