@@ -8,6 +8,7 @@ import http.client
 import json
 import logging
 import os
+import random
 import signal
 import socket
 import struct
@@ -232,6 +233,25 @@ def test_hang_ups_log_nothing(server: Served, caplog: pytest.LogCaptureFixture) 
         gc.collect()
         time.sleep(0.2)
     assert caplog.records == []
+
+
+@pytest.mark.slow
+def test_hundreds_of_hang_ups_at_any_moment_log_nothing(server: Served, caplog: pytest.LogCaptureFixture) -> None:
+    chance = random.Random(1)
+    bad = [("/v1/upscale", image_bytes()[:60]), ("/v1/upscale?stream=true", image_bytes()[:60])]
+    good = [("/v1/decode?num_steps=1", latent_bytes()), ("/v1/decode?num_steps=1&stream=true", latent_bytes())]
+    with caplog.at_level(logging.WARNING):
+        for _ in range(400):
+            path, body = chance.choice(bad + good)
+            connection = server.connect()
+            connection.request("POST", path, body)
+            time.sleep(0.02 * chance.random())
+            connection.sock.close()
+            connection.close()
+        server.until(lambda: not server.service.queue.running)
+        time.sleep(0.5)
+        gc.collect()
+    assert [record.getMessage() for record in caplog.records] == []
 
 
 SCRIPT = """
