@@ -6,7 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from PIL import Image
 
+from pidecode.cli.app import UNEXPECTED, cli
 from pidecode.cli.common import table
 from pidecode.cli.decode import target_paths
 from pidecode.errors import FileError, SettingError
@@ -29,8 +32,40 @@ def test_what_cannot_be_is_refused() -> None:
         target_paths([Path("cat.jpg")], Path("x.tiff"), "")
     with pytest.raises(SettingError, match="2 images cannot all be written to x.png; name a folder"):
         target_paths([Path("cat.jpg"), Path("dog.jpg")], Path("x.png"), "")
-    with pytest.raises(SettingError, match="Several sources would be written to out/cat.png"):
-        target_paths([Path("a/cat.jpg"), Path("b/cat.png")], Path("out"), "")
+    for other in ("b/cat.png", "b/CAT.png"):
+        with pytest.raises(SettingError, match=r"would both be written to out/(cat|CAT)\.png.*--keep-suffix"):
+            target_paths([Path("a/cat.jpg"), Path(other)], Path("out"), "")
+    with pytest.raises(SettingError, match="some file systems take for"):
+        target_paths([Path("caf\xe9.jpg"), Path("cafe\u0301.jpg")], Path("out"), "")
+    with pytest.raises(SettingError, match="--keep-suffix chooses names in a folder"):
+        target_paths([Path("cat.jpg")], Path("x.png"), "", keep_suffix=True)
+
+
+def test_what_batch_offers_for_twins() -> None:
+    sources = [Path("a.jpg"), Path("a.png")]
+    assert target_paths(sources, "out", "", keep_suffix=True) == [Path("out/a.jpg.png"), Path("out/a.png.png")]
+
+
+def test_a_name_that_ends_in_a_slash_is_a_folder() -> None:
+    assert target_paths([Path("cat.jpg")], "out.v2/", "") == [Path("out.v2/cat.png")]
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".png", "loop.png", "closed.png/x.png"])
+def test_odd_names_of_sources_end_in_a_sentence(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "closed.png").touch()
+    for command in (["upscale", str(tmp_path / name)], ["batch", str(tmp_path / name), str(tmp_path / "out")]):
+        result = CliRunner().invoke(cli, command)
+        assert 0 < result.exit_code < UNEXPECTED, result.output
+
+
+def test_a_destination_is_checked_before_the_decoder_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.setattr("pidecode.decoder.PixelDecoder.from_pretrained", pytest.fail)
+    for out in ("/proc/a.png", "/proc/new/", str(tmp_path / "a.png" / "new") + "/", str(tmp_path / ("x" * 300)) + "/"):
+        result = CliRunner().invoke(cli, ["upscale", str(tmp_path / "a.png"), "-o", out])
+        assert 0 < result.exit_code < UNEXPECTED, result.output
+        assert "cannot be" in result.output
 
 
 def test_a_table_lines_up() -> None:

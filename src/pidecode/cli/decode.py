@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ from pidecode.engine.feed_forward import FeedForwardPlan
 from pidecode.engine.machine import GB, Machine, Quantization, this_machine
 from pidecode.engine.plan import Plan, Scheme, plan_decode
 from pidecode.errors import FileError, SettingError
+from pidecode.files import PathLike, check_writable, require_file, same_name, writable_folder
 from pidecode.options import DecodeOptions, RuntimeOptions
 from pidecode.registry.configs import RELEASED_CONFIGS
 from pidecode.units import parse_bytes, parse_size
@@ -62,7 +64,8 @@ class DecodeArgs:
     """
 
     options: DecodeOptions
-    out: Path | None
+    out: str | None
+    keep_suffix: bool
     model: str
     space: str | None
     variant: str | None
@@ -110,7 +113,8 @@ class DecodeArgs:
 def _decoder_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the flags of `DecodeArgs` that are no decode options."""
     options = [
-        click.option("-o", "--out", type=_PATH, help="File to write, or folder for several."),
+        click.option("-o", "--out", type=click.Path(), help="File to write; or folder, which ends in / if it is new."),
+        click.option("--keep-suffix", is_flag=True, help="Keep .jpg of cat.jpg in the names of the images."),
         model_options,
         click.option("--encoder", type=_PATH, help="Encoder of the model's space, if it is not where `pull` puts it."),
         click.option("--lora", type=_PATH, metavar="FILE", help="Low-rank adapter to add to the weights."),
@@ -127,24 +131,68 @@ def _decoder_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def target_paths(sources: Sequence[Path], out: Path | None, suffix: str) -> list[Path]:
+def target_paths(
+    sources: Sequence[Path], out: PathLike | None, suffix: str, *, keep_suffix: bool = False
+) -> list[Path]:
     """Where the image of each source goes: into the file or folder `out`, or beside the source with a suffix.
 
+    Args:
+        sources: The files to decode or upscale.
+        out: An image file; a folder, which ends in a slash, exists or has no ending; or None.
+        suffix: What is added to the name of each source.
+        keep_suffix: Keep the sources' own endings in the names.
+
     Raises:
-        SettingError: Several images would be written to one file.
+        SettingError: Several images would be written to one file, or `keep_suffix` cannot act.
         FileError: `out` names a file format that is not written here.
     """
-    if out is not None and out.suffix and not out.is_dir():
-        if out.suffix.lower() not in SUFFIXES:
-            raise FileError(f"{out} is not a format written here; its name must end in {', '.join(SUFFIXES)}.")
+    folder = None if out is None else Path(out)
+    is_folder = out is None or os.fspath(out).endswith(("/", os.sep)) or os.path.isdir(out)
+    if folder is not None and folder.suffix and not is_folder:
+        if folder.suffix.lower() not in SUFFIXES:
+            raise FileError(
+                f"{out} is not a format written here; its name must end in {', '.join(SUFFIXES)}, or in / for a folder."
+            )
         if len(sources) > 1:
             raise SettingError(f"{len(sources)} images cannot all be written to {out}; name a folder with --out.")
-        return [out]
-    paths = [(out or source.parent) / f"{source.stem}{suffix}.png" for source in sources]
-    repeated = sorted({path for path in paths if paths.count(path) > 1})
-    if repeated:
-        raise SettingError(f"Several sources would be written to {repeated[0]}; give them different names.")
+        if keep_suffix:
+            raise SettingError(f"--keep-suffix chooses names in a folder, and --out names the file {out}; drop one.")
+        return [folder]
+    names = [f"{source.name if keep_suffix else source.stem}{suffix}.png" for source in sources]
+    paths = [(folder or source.parent) / name for source, name in zip(sources, names, strict=True)]
+    owners: dict[str, tuple[Path, Path]] = {}
+    for source, path in zip(sources, paths, strict=True):
+        other, place = owners.setdefault(same_name(path), (source, path))
+        if place is not path:
+            also = "" if place == path else f", which some file systems take for {place}"
+            raise SettingError(
+                f"{other} and {source} would both be written to {path}{also}. Keep their suffixes in the names "
+                "(--keep-suffix), rename one, or write them to two folders (--out)."
+            )
     return paths
+
+
+@contextmanager
+def _destinations(sources: Sequence[Path], args: DecodeArgs, suffix: str) -> Iterator[list[Path]]:
+    """The files to write, after every check that can be made before the work; new folders left empty are removed."""
+    targets = target_paths(sources, args.out, suffix, keep_suffix=args.keep_suffix)
+    for source in sources:
+        require_file(source)
+    if args.bits == "16" and (others := [target for target in targets if target.suffix.lower() != ".png"]):
+        raise SettingError(f"Only .png files hold 16 bits a channel; {others[0]} does not.")
+    created: list[Path] = []
+    try:
+        for target in targets:
+            missing = [place for place in target.parents if not os.path.isdir(place)]
+            if missing:
+                writable_folder(target.parent)
+            created += missing
+            check_writable(target, overwrite=args.overwrite)
+        yield targets
+    finally:
+        for place in created:
+            with suppress(OSError):
+                place.rmdir()
 
 
 @contextmanager
@@ -170,49 +218,45 @@ def _run(
     """Decode one source after another, save the images and print what was written."""
     from pidecode.engine import sequence_parallel
     from pidecode.engine.runner import Runner
-    from pidecode.files import check_writable
     from pidecode.images import check_format
 
-    targets = target_paths(sources, args.out, suffix)
-    for source in sources:
-        if not source.is_file():
-            raise FileError(f"There is no file {source}.")
-    for target in targets:
-        if target.parent.exists():
-            check_writable(target, overwrite=args.overwrite)
-        if args.bits == "16" and target.suffix.lower() != ".png":
-            raise SettingError(f"Only .png files hold 16 bits a channel; {target} does not.")
-    parallel = sequence_parallel.init_process_group()  # under torchrun: each image is sharded, one process writes it
-    decoder = args.load_decoder(jobs)
-    if parallel:
-        if not isinstance(decoder.runner, Runner):
-            raise SettingError(
-                f"{decoder.name} is a feed-forward decoder, which runs in one process; leave torchrun out."
-            )
-        decoder.runner.sequence_parallel = True
-    for target, size in zip(targets, sizes(decoder), strict=True):  # before the first decode
-        check_format(target, *size)
-    written: list[dict[str, Any]] = []
-    for source, target in zip(sources, targets, strict=True):
-        began = time.perf_counter()
-        with _steps(source.name) as callback:
-            output = run(decoder, source, callback)
-        if not sequence_parallel.is_main_process():
-            continue
-        decoded = time.perf_counter()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        names = output.save(target, overwrite=args.overwrite, bits=16 if args.bits == "16" else 8)
-        for name, metadata in zip(names, output.metadata, strict=True):
-            shown: dict[str, Any] = {key: metadata[key] for key in ("width", "height", "seed") if key in metadata}
-            written.append({"source": str(source), "image": str(name), **shown})
-        timing = {"seconds": round(decoded - began, 2), "seconds_saving": round(time.perf_counter() - decoded, 2)}
-        written[-1] |= timing
-        if not args.as_json:
-            for line in written[-len(names) :]:
-                echo(f"{line['image']}  {line['width']}x{line['height']}  {timing['seconds']:.1f} s")
-    if args.as_json and sequence_parallel.is_main_process():
-        emit(written, "", as_json=True)
+    with _destinations(sources, args, suffix) as targets:
+        parallel = sequence_parallel.init_process_group()  # under torchrun an image is sharded, and one process writes
+        decoder = args.load_decoder(jobs)
+        if parallel:
+            if not isinstance(decoder.runner, Runner):
+                raise SettingError(
+                    f"{decoder.name} is a feed-forward decoder, which runs in one process; leave torchrun out."
+                )
+            decoder.runner.sequence_parallel = True
+        for target, size in zip(targets, sizes(decoder), strict=True):  # before the first decode
+            check_format(target, *size)
+        written: list[dict[str, Any]] = []
+        for source, target in zip(sources, targets, strict=True):
+            began = time.perf_counter()
+            with _steps(source.name) as callback:
+                output = run(decoder, source, callback)
+            if sequence_parallel.is_main_process():
+                written += _save(output, source, target, args, began)
+        if args.as_json and sequence_parallel.is_main_process():
+            emit(written, "", as_json=True)
     sequence_parallel.destroy_process_group()
+
+
+def _save(output: DecodeOutput, source: Path, target: Path, args: DecodeArgs, began: float) -> list[dict[str, Any]]:
+    """Write the images of one source; returns, and without --json prints, what was written."""
+    decoded = time.perf_counter()
+    names = output.save(target, overwrite=args.overwrite, bits=16 if args.bits == "16" else 8)
+    written: list[dict[str, Any]] = []
+    for name, metadata in zip(names, output.metadata, strict=True):
+        shown: dict[str, Any] = {key: metadata[key] for key in ("width", "height", "seed") if key in metadata}
+        written.append({"source": str(source), "image": str(name), **shown})
+    timing = {"seconds": round(decoded - began, 2), "seconds_saving": round(time.perf_counter() - decoded, 2)}
+    written[-1] |= timing
+    if not args.as_json:
+        for line in written:
+            echo(f"{line['image']}  {line['width']}x{line['height']}  {timing['seconds']:.1f} s")
+    return written
 
 
 @click.command()
