@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import subprocess
 import sys
 import tomllib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pidecode import DecodeOptions, PixelDecoder
-from pidecode.errors import LatentError, SettingError
+from pidecode.errors import CheckpointError, LatentError, SettingError
 from pidecode.integrations import comfyui_latents
 from pidecode.latents.latent import Latent
 from pidecode.models.pid.network import PiDNet
@@ -31,10 +33,13 @@ from pidecode.registry.configs import PiDConfig, debug_config
 from pidecode.registry.spaces import SPACES
 from pidecode.weights.metadata import CheckpointMetadata
 
+COMFY = ("comfy", "comfy_api", "comfy_execution", "folder_paths", "server")
 ROOT = Path(__file__).resolve().parents[2]
 FLUX2 = debug_config(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
 EVERY = ("flux", "sd3", "sdxl", "qwenimage", "flux2")
 SAMPLING = {space: "EPS" if space == "sdxl" else "CONST" for space in EVERY}
+CONFIG = {"flux": "Flux", "sd3": "SD3", "sdxl": "SDXL", "qwenimage": "QwenImage", "flux2": "Flux2"}
+"""Class of each model's configuration in ComfyUI's supported_models."""
 FORMAT = {space: name for name, space in comfyui_latents.SPACE_BY_FORMAT.items()}
 
 
@@ -50,10 +55,13 @@ def comfy() -> Iterator[SimpleNamespace]:
             import comfy.cli_args
 
             comfy.cli_args.args.cpu = True
+        import comfy.cli_args
         import comfy.latent_formats
         import comfy.model_management
         import comfy.model_sampling
         import comfy.utils
+        import folder_paths
+        import server
 
         from pidecode.integrations import comfyui
 
@@ -63,10 +71,13 @@ def comfy() -> Iterator[SimpleNamespace]:
             sampling=comfy.model_sampling,
             management=comfy.model_management,
             utils=comfy.utils,
+            arguments=comfy.cli_args,
+            folders=folder_paths,
+            server=server,
         )
     finally:
         sys.path, sys.argv = saved, arguments
-        for name in [name for name in sys.modules if name.partition(".")[0] in ("comfy", "comfy_api")]:
+        for name in [name for name in sys.modules if name.partition(".")[0] in COMFY]:
             del sys.modules[name]
         sys.modules.pop("pidecode.integrations.comfyui", None)
 
@@ -87,14 +98,18 @@ def decoder() -> PixelDecoder:
     return made
 
 
-def model_of(comfy: SimpleNamespace, space: str) -> Any:
+def model_of(comfy: SimpleNamespace, space: str, kind: str | None = None, sampling: str | None = None) -> Any:
     """A MODEL as the nodes see it: a latent format and a sampling, those of ComfyUI."""
     if not hasattr(comfy.formats, FORMAT[space]):
         pytest.skip(f"this ComfyUI knows no {FORMAT[space]}")
     latent_format = getattr(comfy.formats, FORMAT[space])()
-    sampling = getattr(comfy.sampling, SAMPLING[space])()
-    inner = SimpleNamespace(latent_format=latent_format, process_latent_in=latent_format.process_in)
-    return SimpleNamespace(model=inner, get_model_object=lambda name: {"model_sampling": sampling}[name])
+    scaling = getattr(comfy.sampling, sampling or SAMPLING[space])()
+    inner = SimpleNamespace(
+        latent_format=latent_format,
+        process_latent_in=latent_format.process_in,
+        model_config=type(kind or CONFIG[space], (), {})(),
+    )
+    return SimpleNamespace(model=inner, get_model_object=lambda name: {"model_sampling": scaling}[name])
 
 
 def latent_of(space: str, seed: int = 0) -> Tensor:
@@ -118,6 +133,7 @@ def test_the_schemas_are_as_published(comfy: SimpleNamespace) -> None:
         ("num_steps", "INT", True), ("sampler", "COMBO", True), ("sigma", "FLOAT", True),
         ("guidance_scale", "FLOAT", True), ("prompt", "STRING", True), ("color_fix", "COMBO", True),
         ("conditioning", "CONDITIONING", True), ("latent_sigma", "FLOAT", True), ("model", "MODEL", True),
+        ("vae", "VAE", True),
     ]  # fmt: skip
     for node, command in (("PidecodeDecode", "decode"), ("PidecodeUpscale", "upscale")):
         offered = {entry.id for entry in schemas[node].inputs}
@@ -190,10 +206,10 @@ def test_early_stop_cuts_where_it_is_recommended_or_told(comfy: SimpleNamespace)
 def test_decoding_gives_images_and_previews(comfy: SimpleNamespace, decoder: PixelDecoder) -> None:
     seen: list[tuple[Any, ...]] = []
     comfy.utils.set_progress_bar_global_hook(
-        lambda value, total, preview, node_id=None: seen.append((value, total, preview[1].size))
+        lambda value, total, preview, node_id=None: seen.append((value, total, preview and preview[1].size))
     )
     z = latent_of("flux2")[:, :, :1, :2]
-    (image,) = comfy.nodes.DecodeNode.execute(decoder, {"samples": z}, seed=5).result
+    (image,) = comfy.nodes.DecodeNode.execute(comfy.nodes.manage(decoder), {"samples": z}, seed=5).result
     comfy.utils.set_progress_bar_global_hook(None)
     assert image.shape == (2, 64, 128, 3)
     assert image.dtype == torch.float32
@@ -201,24 +217,29 @@ def test_decoding_gives_images_and_previews(comfy: SimpleNamespace, decoder: Pix
     expected = decoder.decode(Latent(z, "flux2"), seed=5).tensor
     assert isinstance(expected, Tensor)
     assert torch.allclose(image, (expected / 2 + 0.5).movedim(1, -1), atol=1e-5)
-    assert [entry[:2] for entry in seen] == [(step, 8) for step in range(1, 9)]
-    assert seen[0][2] == (128, 64)
+    done = [entry[0] for entry in seen]
+    assert done[0] == 0
+    assert done == sorted(done)
+    assert {entry[1] for entry in seen} == {2000}
+    assert {entry[2] for entry in seen} == {None, (128, 64)}
 
 
 def test_cancel_is_heeded_at_the_next_step(comfy: SimpleNamespace, decoder: PixelDecoder) -> None:
     comfy.management.interrupt_current_processing(True)
     with pytest.raises(comfy.management.InterruptProcessingException):
-        comfy.nodes.DecodeNode.execute(decoder, {"samples": latent_of("flux2")}, seed=0)
+        comfy.nodes.DecodeNode.execute(comfy.nodes.manage(decoder), {"samples": latent_of("flux2")}, seed=0)
 
 
 def test_enlarging_takes_and_gives_images(comfy: SimpleNamespace, decoder: PixelDecoder) -> None:
     image = torch.rand(2, 20, 33, 3)
-    (large,) = comfy.nodes.UpscaleNode.execute(decoder, image, seed=0, num_steps=1).result
+    large, _ = comfy.nodes.UpscaleNode.execute(comfy.nodes.manage(decoder), image, seed=0, num_steps=1).result
     assert large.shape == (2, 80, 132, 3)
-    (stronger,) = comfy.nodes.UpscaleNode.execute(decoder, image, seed=0, num_steps=1, sigma=0.5).result
+    stronger, _ = comfy.nodes.UpscaleNode.execute(
+        comfy.nodes.manage(decoder), image, seed=0, num_steps=1, sigma=0.5
+    ).result
     assert not torch.equal(large, stronger)
     transparent = torch.cat([image, torch.zeros(2, 20, 33, 1)], dim=-1)
-    assert torch.equal(comfyui_latents.tensor_from_image(transparent), torch.ones(2, 3, 20, 33))
+    assert torch.equal(comfyui_latents.tensor_from_image(transparent), comfyui_latents.tensor_from_image(image))
     with pytest.raises(SettingError, match=r"An IMAGE is \[B, H, W, 3\]"):
         comfyui_latents.tensor_from_image(torch.zeros(20, 33, 3))
 
@@ -241,12 +262,12 @@ def value_of(entry: Any, name: str) -> Any:
 def test_a_feed_forward_decoder_decodes_whatever_the_seed_widget_holds(comfy: SimpleNamespace) -> None:
     tiny = PixelDecoder.from_pretrained("tiny", device="cpu", dtype=torch.float32)
     samples = {"samples": latent_of("flux2")[:1]}
-    (first,) = comfy.nodes.DecodeNode.execute(tiny, samples, seed=1).result
-    (second,) = comfy.nodes.DecodeNode.execute(tiny, samples, seed=2).result
+    (first,) = comfy.nodes.DecodeNode.execute(comfy.nodes.manage(tiny), samples, seed=1).result
+    (second,) = comfy.nodes.DecodeNode.execute(comfy.nodes.manage(tiny), samples, seed=2).result
     assert first.shape == (1, 256, 384, 3)
     assert torch.equal(first, second)
     with pytest.raises(SettingError, match="num_steps acts on student decoders and teacher decoders only"):
-        comfy.nodes.DecodeNode.execute(tiny, samples, seed=1, num_steps=2)
+        comfy.nodes.DecodeNode.execute(comfy.nodes.manage(tiny), samples, seed=1, num_steps=2)
 
 
 def test_prompts_come_as_text_or_as_gemmas_states(comfy: SimpleNamespace, decoder: PixelDecoder) -> None:
@@ -259,7 +280,11 @@ def test_prompts_come_as_text_or_as_gemmas_states(comfy: SimpleNamespace, decode
     assert options.prompt_embeds is not None
     assert torch.equal(options.prompt_embeds, states)
     (image,) = comfy.nodes.DecodeNode.execute(
-        prompted, {"samples": latent_of("flux2")[:, :, :1, :2]}, seed=0, num_steps=1, conditioning=[[states, {}]]
+        comfy.nodes.manage(prompted),
+        {"samples": latent_of("flux2")[:, :, :1, :2]},
+        seed=0,
+        num_steps=1,
+        conditioning=[[states, {}]],
     ).result
     assert image.shape == (2, 64, 128, 3)
     for asked, prompt, conditioning, words in (
@@ -271,15 +296,209 @@ def test_prompts_come_as_text_or_as_gemmas_states(comfy: SimpleNamespace, decode
     ):
         with pytest.raises(SettingError, match=words):
             comfy.nodes.DecodeNode.execute(
-                asked, {"samples": latent_of("flux2")}, seed=0, prompt=prompt, conditioning=conditioning
+                comfy.nodes.manage(asked),
+                {"samples": latent_of("flux2")},
+                seed=0,
+                prompt=prompt,
+                conditioning=conditioning,
             )
+
+
+def test_recommended_stops_are_the_models_own(comfy: SimpleNamespace) -> None:
+    """Few-step runs end where they end, Z-Image has a row of its own, and AuraFlow has none."""
+    stop = comfyui_latents.early_stop_step
+    flux, sigmas = model_of(comfy, "flux"), torch.linspace(1, 0, 51)
+    for steps in (4, 8):
+        assert stop(torch.linspace(1, 0, steps + 1), flux) == steps
+    assert stop(sigmas, model_of(comfy, "flux", "ZImage")) == 46
+    assert stop(sigmas, flux) == 43
+    aura = model_of(comfy, "sdxl", "AuraFlow", "CONST")
+    with pytest.raises(SettingError, match="No early stop is recommended for AuraFlow"):
+        stop(sigmas, aura)
+    assert stop(sigmas, aura, 10) == 40
+
+
+def test_a_flow_model_in_sdxls_latents_is_read_as_flow(comfy: SimpleNamespace) -> None:
+    aura, z, sigma = model_of(comfy, "sdxl", "AuraFlow", "CONST"), latent_of("sdxl"), 0.3
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(9))
+    leaving = ((1 - sigma) * z + sigma * noise) / (1 - sigma)  # as ComfyUI lets it out
+    latent = comfyui_latents.to_latent(
+        {"samples": as_comfy_has_it(leaving, "sdxl")}, SPACES["sdxl"], model=aura, sigma=sigma
+    )
+    size = ((1 - sigma) ** 2 + sigma**2) ** 0.5
+    assert torch.allclose(latent.tensor, ((1 - sigma) * z + sigma * noise) / size, atol=1e-4)
+    assert latent.sigma == pytest.approx(sigma / size)
+    model = model_of(comfy, "sdxl")
+    model.get_model_object = lambda _name: object()
+    with pytest.raises(SettingError, match="samples as object, whose noise is not known"):
+        comfyui_latents.to_latent({"samples": leaving}, SPACES["sdxl"], model=model, sigma=sigma)
+
+
+def test_more_noise_than_trained_is_refused(comfy: SimpleNamespace, decoder: PixelDecoder) -> None:
+    model, sigmas = model_of(comfy, "flux"), torch.linspace(1, 0, 21)
+    with pytest.raises(SettingError, match=r"noise level is 0.90; PiD was trained up to 0.8. Set steps_left to 16"):
+        comfy.nodes.EarlyStopNode.execute(sigmas, model, 18)
+    assert comfy.nodes.EarlyStopNode.execute(sigmas, model, 16).result[1] == pytest.approx(0.8)
+    if not hasattr(comfy.formats, "Flux2"):
+        pytest.skip("this ComfyUI knows no Flux2")
+    with pytest.raises(SettingError, match="noise level is 0.90; small was trained up to 0.8"):
+        comfy.nodes.DecodeNode.execute(
+            comfy.nodes.manage(decoder), {"samples": latent_of("flux2")}, latent_sigma=0.9,
+            model=model_of(comfy, "flux2"), seed=0,
+        )  # fmt: skip
+
+
+needs_double = pytest.mark.skipif("PIDECODE_COMFYUI" in os.environ, reason="counts calls on the double")
+
+
+@needs_double
+def test_weights_move_as_comfyui_manages_them(comfy: SimpleNamespace, decoder: PixelDecoder) -> None:
+    """Each node asks for the room its own image needs; /free gets the memory back, and the next node loads again."""
+    management = comfy.management
+    management.calls.clear()
+    management.loaded.clear()
+    loaded = comfy.nodes.manage(decoder)
+    moves: list[str] = []
+    move = loaded.patcher.move
+    loaded.patcher.move = lambda device: (moves.append(str(device)), move(device))
+    small, large = latent_of("flux2")[:, :, :1, :1], latent_of("flux2")
+    for samples in (small, large):
+        comfy.nodes.DecodeNode.execute(loaded, {"samples": samples}, seed=0, num_steps=1)
+    wanted = [decoder.runner.plan_for(size, 1).working for size in ((64, 64), (384, 256))]
+    assert management.calls == [("load", bytes_) for bytes_ in wanted]
+    assert wanted[0] < wanted[1]
+    assert management.loaded == [loaded.patcher]
+    management.unload_all_models()
+    assert management.loaded == []
+    comfy.nodes.UpscaleNode.execute(loaded, torch.rand(1, 16, 16, 3), seed=0, num_steps=1)
+    assert management.loaded == [loaded.patcher]
+    assert moves == ["cpu"] * 4
+    assert loaded.patcher.size == 0  # left to ComfyUI to count
+
+
+@needs_double
+def test_the_text_encoder_leaves_before_the_decoder_runs(comfy: SimpleNamespace) -> None:
+    events: list[str] = []
+    config = debug_config(latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
+    metadata = CheckpointMetadata(kind="student", config=config, space="flux2")
+    text: Any = SimpleNamespace(
+        device=None,
+        encode=lambda prompt: (events.append(prompt), torch.zeros(1, config.text_length, config.text_dim))[1],
+        unload=lambda: events.append("unloaded"),
+    )
+    prompted = PixelDecoder(network(config), metadata, text=text)
+    comfy.management.calls.clear()
+    for prompt in ("a cat", ""):
+        comfy.nodes.DecodeNode.execute(
+            comfy.nodes.manage(prompted), {"samples": latent_of("flux2")[:, :, :1, :1]}, seed=0, num_steps=1,
+            prompt=prompt,
+        )  # fmt: skip
+    assert events == ["a cat", "unloaded", "", "unloaded"]
+    assert [name for name, _ in comfy.management.calls] == ["free", "load"] * 2
+
+
+def test_a_vae_takes_the_place_of_the_encoder(comfy: SimpleNamespace, decoder: PixelDecoder) -> None:
+    encoder, decoder.encoder = decoder.encoder, None
+    assert encoder is not None
+    vae = SimpleNamespace(
+        encode=lambda image: encoder(comfyui_latents.tensor_from_image(image)),
+        decode=lambda samples: torch.full((len(samples), *(16 * side for side in samples.shape[2:]), 3), 0.5),
+    )
+    image, loaded = torch.rand(2, 20, 33, 3), comfy.nodes.manage(decoder)
+    with pytest.raises(SettingError, match="or connect a VAE"):
+        comfy.nodes.UpscaleNode.execute(loaded, image, seed=0)
+    large, mask = comfy.nodes.UpscaleNode.execute(loaded, image, seed=0, num_steps=1, vae=vae).result
+    assert large.shape == (2, 80, 132, 3)
+    assert torch.equal(mask, torch.zeros(2, 80, 132))
+    assert decoder.encoder is None
+    sized, _ = comfy.nodes.UpscaleNode.execute(loaded, image, seed=0, num_steps=1, vae=vae, width=66).result
+    assert sized.shape == (2, 40, 66, 3)
+    with pytest.raises(SettingError, match="200x121 is more than 4 times the image of 33x20"):
+        comfy.nodes.UpscaleNode.execute(loaded, image, seed=0, vae=vae, width=200)
+    wrong = SimpleNamespace(encode=lambda image: torch.zeros(len(image), 4, 2, 3))
+    with pytest.raises(SettingError, match="have 4 channels, and those of space flux2 128"):
+        comfy.nodes.UpscaleNode.execute(loaded, image, seed=0, vae=wrong)
+    samples = {"samples": latent_of("flux2")}
+    plain = comfy.nodes.DecodeNode.execute(loaded, samples, seed=0, num_steps=1).result[0]
+    fixed = comfy.nodes.DecodeNode.execute(loaded, samples, seed=0, num_steps=1, vae=vae, color_fix="coarse").result[0]
+    assert abs(float(fixed.mean()) - 0.5) < abs(float(plain.mean()) - 0.5)
+    with pytest.raises(SettingError, match="The VAE acts with a color_fix only"):
+        comfy.nodes.DecodeNode.execute(loaded, samples, seed=0, vae=vae)
+
+
+def test_transparency_goes_on_as_a_mask(comfy: SimpleNamespace, decoder: PixelDecoder) -> None:
+    image, loaded = torch.rand(1, 16, 32, 4), comfy.nodes.manage(decoder)
+    image[..., 3] = (torch.arange(32) >= 16).float()
+    by_channel = comfy.nodes.UpscaleNode.execute(loaded, image, seed=0, num_steps=1).result
+    by_mask = comfy.nodes.UpscaleNode.execute(
+        loaded, image[..., :3], seed=0, num_steps=1, mask=1 - image[..., 3]
+    ).result  # fmt: skip
+    for colors, mask in (by_channel, by_mask):
+        assert colors.shape == (1, 64, 128, 3)
+        assert mask.shape == (1, 64, 128)
+        assert float(mask[0, 0, 8]) == pytest.approx(1, abs=1e-6)
+        assert float(mask[0, 0, -8]) == pytest.approx(0, abs=1e-6)
+    assert torch.equal(by_channel[0], by_mask[0])
+    with pytest.raises(SettingError, match="connect its own"):
+        comfy.nodes.UpscaleNode.execute(loaded, image[..., :3], seed=0, mask=torch.zeros(1, 8, 8))
+
+
+@needs_double
+def test_previews_obey_the_command_line_and_warnings_reach_the_node(
+    comfy: SimpleNamespace, decoder: PixelDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda _v, _t, preview, node_id=None: seen.append(preview))
+    monkeypatch.setattr(
+        comfy.arguments.args, "preview_method", comfy.arguments.LatentPreviewMethod.NoPreviews
+    )  # fmt: skip
+    size_warning = "small was not trained for this size"
+    decode = decoder.decode
+    monkeypatch.setattr(
+        decoder, "decode", lambda *a, **k: (warnings.warn(size_warning, stacklevel=2), decode(*a, **k))[1]
+    )
+    comfy.nodes.DecodeNode.execute(comfy.nodes.manage(decoder), {"samples": latent_of("flux2")[:1]}, seed=0)
+    assert seen
+    assert set(seen) == {None}
+    assert (size_warning, "7") in comfy.server.PromptServer.instance.texts
+
+
+def test_messages_speak_of_widgets(comfy: SimpleNamespace) -> None:
+    tiny = PixelDecoder.from_pretrained("tiny", device="cpu", dtype=torch.float32)
+    with pytest.raises(SettingError, match="set its widget to the default") as caught:
+        comfy.nodes.DecodeNode.execute(comfy.nodes.manage(tiny), {"samples": latent_of("flux2")[:1]}, num_steps=2)
+    assert "leave it out" not in str(caught.value)
+
+
+@needs_double
+def test_the_loader_lists_comfyuis_own_folders(
+    comfy: SimpleNamespace, decoder: PixelDecoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(comfy.folders.folders, "diffusion_models", tmp_path)
+    path, load = tmp_path / "renamed.safetensors", comfy.nodes.LoadDecoderNode
+    save_file(dict(decoder.net.state_dict()), path, metadata=decoder.metadata.to_metadata())
+    assert "renamed.safetensors" in comfy.nodes._model_names()
+    assert load.execute("renamed.safetensors", "float32").result[0].decoder.space.name == "flux2"
+    quoted = load.execute("tiny", "float32", f'"{path}"', "flux2", "student").result[0]
+    assert quoted.decoder.kind == "student"
+    with pytest.raises(SettingError, match="they are for renamed files"):
+        load.execute("tiny", space="flux2")
+    with pytest.raises(CheckpointError, match="is no file on this machine; correct the loader's file"):
+        load.execute("tiny", file=str(tmp_path / "absent.safetensors"))
+    before, about = load.fingerprint_inputs("renamed.safetensors"), path.stat()
+    assert before == load.fingerprint_inputs("renamed.safetensors", dtype="float32")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+    assert load.fingerprint_inputs("renamed.safetensors") != before
 
 
 def test_the_loader_takes_a_file(comfy: SimpleNamespace, decoder: PixelDecoder, tmp_path: Path) -> None:
     path = tmp_path / "mine.safetensors"
     save_file(dict(decoder.net.state_dict()), path, metadata=decoder.metadata.to_metadata())
     (loaded,) = comfy.nodes.LoadDecoderNode.execute("tiny", "float32", str(path)).result
-    assert loaded.space.name == "flux2"
+    assert loaded.decoder.space.name == "flux2"
     options = comfy.nodes._model_names()
     assert options[0] == "tiny"
     assert "flux/2kto4k_v1pt5" in options
@@ -289,9 +508,18 @@ def test_the_folder_is_what_the_manager_expects(comfy: SimpleNamespace) -> None:
     folder = ROOT / "comfyui"
     project = tomllib.loads((folder / "pyproject.toml").read_text())
     assert set(project["tool"]["comfy"]) == {"PublisherId", "DisplayName", "Icon", "requires-comfyui"}
-    assert "comfyui" not in project["project"]["name"].lower()
-    asked = project["project"]["dependencies"] + (folder / "requirements.txt").read_text().split()
-    assert {line.partition("[")[0] for line in asked} == {"pidecode"}
+    about = project["project"]
+    assert "comfyui" not in about["name"].lower()
+    assert set(about["license"]) in ({"file"}, {"text"})
+    assert {"Operating System :: OS Independent", "Environment :: GPU :: NVIDIA CUDA"} <= set(about["classifiers"])
+    home = about["urls"]["Repository"]
+    icon = project["tool"]["comfy"]["Icon"]
+    assert icon.startswith(home.replace("//github.com", "//raw.githubusercontent.com"))
+    assert (ROOT / icon.partition("/main/")[2]).is_file()
+    assert (folder / about["readme"]).is_file()
+    # Until the package is published, both name the archive of this repository.
+    asked = about["dependencies"] + (folder / "requirements.txt").read_text().splitlines()
+    assert set(asked) == {f"pidecode @ {home}/archive/refs/heads/main.zip"}
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"] == "pidecode"
 
 
@@ -322,3 +550,12 @@ def test_example_workflows_fit_the_nodes(comfy: SimpleNamespace, path: Path) -> 
             if entry.id == "seed":
                 assert values.pop(0) == "fixed"  # what the seed does after a run has a widget of its own
         assert values == []
+
+
+def test_without_the_package_the_folder_says_how_to_install_it() -> None:
+    """As ComfyUI imports it, with a Python that does not have pidecode."""
+    folder = ROOT / "comfyui" / "__init__.py"
+    command = [sys.executable, "-S", "-I", "-c", f"exec(open({str(folder)!r}).read())"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "ImportError: The package pidecode is not installed in ComfyUI's Python. Run" in done.stderr

@@ -15,7 +15,8 @@ from pidecode.registry.checkpoints import CHECKPOINTS
 from pidecode.registry.configs import debug_config
 from pidecode.weights.detect import Overrides, detect, official_name
 from pidecode.weights.metadata import CheckpointMetadata
-from pidecode.weights.read import WeightFile
+from pidecode.weights.read import WeightFile, check_formats
+from pidecode.weights.resolve import resolve_checkpoint
 
 RELEASED = [row for row in CHECKPOINTS.values() if row.config is not None]
 
@@ -221,3 +222,19 @@ def test_metadata_that_lies_is_refused():
 def test_a_file_of_something_else():
     with pytest.raises(CheckpointError, match="does not hold a PiD network"):
         detect(WeightFile(Path("vae.safetensors"), {"decoder.conv_in.weight": torch.zeros(1)}))
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp8"])
+def test_formats_of_comfyui_are_refused_by_name(format: str) -> None:
+    note = torch.frombuffer(bytearray(f'{{"format": "{format}"}}', "utf-8"), dtype=torch.uint8)
+    with pytest.raises(CheckpointError, match=rf"is quantized \({format.upper()}: {format}"):
+        check_formats({"blocks.0.weight": torch.zeros(2, 2, dtype=torch.uint8), "blocks.0.comfy_quant": note})
+
+
+@pytest.mark.parametrize("where", ["checkpoints_deprecated/{}", "checkpoints/{}_2606", "{}", "checkpoints/{}"])
+def test_official_files_are_found_where_they_were_moved(where: str, tmp_path: Path) -> None:
+    folder = tmp_path / where.format("PiD_res2k_sr4x_official_flux_distill_4step")
+    folder.mkdir(parents=True)
+    file = folder / "model_ema_bf16.pth"
+    file.write_bytes(b"weights")
+    assert resolve_checkpoint(tmp_path, space="flux", variant="2k").path == file

@@ -153,7 +153,7 @@ def test_whole_model_pickle_is_refused_by_class(tmp_path):
         ({"a": torch.arange(3)}, "stores a as int64"),
         ({"a": torch.zeros(2, dtype=torch.bool), "b": torch.zeros(2, dtype=torch.bool)}, "bool and 1 more"),
         ({"a": torch.zeros(2, dtype=torch.complex64)}, "complex64"),
-        ({"a": torch.zeros(2).to(torch.float8_e4m3fn)}, r"quantized by another program \(float8_e4m3fn\)"),
+        ({"a": torch.zeros(2).to(torch.float8_e4m3fn)}, r"quantized \(fp8: float8_e4m3fn\)"),
         (
             {"a.weight": torch.zeros(2, dtype=torch.int8), "a.comfy_quant": torch.zeros(2, dtype=torch.uint8)},
             "comfy_quant",
@@ -186,7 +186,7 @@ def test_large_half_precision_values_are_fine(tmp_path):
 
 def test_eight_bit_safetensors_is_refused_from_its_header(tmp_path):
     save_file({"a": torch.zeros(4).to(torch.float8_e4m3fn)}, tmp_path / "a.safetensors")
-    with pytest.raises(CheckpointError, match="quantized by another program"):
+    with pytest.raises(CheckpointError, match=r"quantized \(fp8: F8_E4M3\)"):
         read_weights(tmp_path / "a.safetensors")
 
 

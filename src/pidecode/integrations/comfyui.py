@@ -7,20 +7,34 @@ how to decode are made from `pidecode.options`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+import copy
+import hashlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import comfy.cli_args
 import comfy.model_management
+import comfy.model_patcher
 import comfy.utils
+import folder_paths
 import torch
 from comfy_api.latest import ComfyExtension, io
 from torch import Tensor
 
 from pidecode.decoder import PixelDecoder
-from pidecode.errors import SettingError
-from pidecode.images import to_pil
+from pidecode.devices import default_dtype
+from pidecode.encoders.base import on_device
+from pidecode.engine.plan import TEXT_ENCODER
+from pidecode.errors import CheckpointError, PidecodeError, SettingError
+from pidecode.images import resize, to_pil
 from pidecode.integrations.comfyui_latents import (
+    ROUNDING,
+    alpha_of,
     early_stop_step,
     image_from_tensor,
     prompt_embeds_from_conditioning,
@@ -29,13 +43,113 @@ from pidecode.integrations.comfyui_latents import (
 )
 from pidecode.options import Command, DecodeOptions, OptionInfo, option_infos
 from pidecode.registry.checkpoints import CHECKPOINTS, DECODERS, REPOSITORY
-from pidecode.sampling import Callback, Step
+from pidecode.registry.spaces import SPACES
+from pidecode.sampling import Callback, Progress, Step
 
 DecoderType = io.Custom("PIDECODE_DECODER")
 
 CATEGORY = "pidecode"
 DEFAULT = "default"  # choice of a combo that leaves an option to the decoder
+FROM_FILE = "as the file says"
+"""Choice of a combo that leaves space or kind to the weights file."""
+NO_LORA = "none"
 MAX_PREVIEW_SIDE = 512
+ENCODER_BYTES = 2000
+"""Predicted bytes that encoding takes per pixel and byte of the number format, about as ComfyUI predicts."""
+
+_NODE_WORDS = (
+    ("load it without.", "set lora to none on the loader."),
+    ("leave it out.", "set its widget to the default."),
+    ("; leave them out.", "; disconnect it or clear the text."),
+    ("pass reference=, or leave color_fix out", "connect a VAE, or set color_fix to default"),
+    ("Decode in float32 (dtype=torch.float32)", "Set dtype to float32 on the loader"),
+    ("load it with dtype=torch.float32", "set dtype to float32 on the loader"),
+    ("or pass encoder= to from_pretrained()", "or connect a VAE"),
+    ("To label a latent that already holds noise, give sigma to Latent() instead.",
+     "For a latent that holds noise already, connect latent_sigma instead."),
+    ("pass its name as space=", "choose it as space on the loader"),
+    ("pass reference=", "connect a VAE"),
+)  # fmt: skip
+"""Ends of messages that speak of Python's arguments, and the same in the words of a node."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedDecoder:
+    """A decoder whose weights ComfyUI's model management moves between its devices."""
+
+    decoder: PixelDecoder
+    patcher: Any
+
+
+class _Movable(torch.nn.Module):
+    """Holds a network for a ModelPatcher, which sets `device` and other attributes on what it moves."""
+
+    def __init__(self, net: torch.nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.device = torch.device("cpu")
+
+
+def manage(decoder: PixelDecoder) -> LoadedDecoder:
+    """Give a decoder on the CPU to ComfyUI's model management."""
+    management = comfy.model_management
+    patcher = comfy.model_patcher.ModelPatcher(
+        _Movable(decoder.net), load_device=management.get_torch_device(), offload_device=torch.device("cpu")
+    )
+    return LoadedDecoder(decoder, patcher)
+
+
+@contextmanager
+def _on_gpu(loaded: LoadedDecoder, size: tuple[int, int], encoded_pixels: int = 0) -> Iterator[PixelDecoder]:
+    """Load a decoder as ComfyUI loads models: others make room for the predicted memory of `size` (width, height)."""
+    decoder, device = loaded.decoder, loaded.patcher.load_device
+    working = decoder.runner.plan_for(size, 1).working
+    encoding = ENCODER_BYTES * encoded_pixels * decoder.dtype.itemsize
+    comfy.model_management.load_models_gpu(
+        [loaded.patcher], memory_required=max(working, encoding), force_full_load=True
+    )
+    with on_device(decoder.encoder, device if encoded_pixels else None):
+        yield decoder
+
+
+def _with_states(decoder: PixelDecoder, options: DecodeOptions) -> DecodeOptions:
+    """Options whose prompt is encoded already, by a text encoder that has left the device again."""
+    if decoder.text is None or options.prompt_embeds is not None:
+        return options
+    text, device = decoder.text, comfy.model_management.get_torch_device()
+    comfy.model_management.free_memory(TEXT_ENCODER, device)
+    text.device = device
+    try:
+        return options.replace(prompt_embeds=text.encode(options.prompt or "").cpu())
+    finally:
+        text.unload()
+
+
+@contextmanager
+def _in_node_words() -> Iterator[None]:
+    """Errors in the words of a node, and warnings of a decode where ComfyUI's log shows them."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            yield
+        except PidecodeError as error:
+            message = str(error)
+            for python, node in _NODE_WORDS:
+                message = message.replace(python, node)
+            raise type(error)(message) from error
+    for warning in caught:
+        logging.getLogger(__name__).warning("%s", warning.message)
+        _show(str(warning.message))
+
+
+def _show(message: str) -> None:
+    """Text on the node that runs, in versions of ComfyUI that can show it."""
+    from comfy_execution.utils import get_executing_context
+    from server import PromptServer
+
+    context = get_executing_context()
+    if context is not None and PromptServer.instance is not None:
+        PromptServer.instance.send_progress_text(message, context.node_id)
 
 
 def _unset_number(info: OptionInfo) -> int:
@@ -98,10 +212,34 @@ def _per_image(options: DecodeOptions, batch: int) -> list[DecodeOptions]:
 
 
 def _model_names() -> list[str]:
-    """What the loader offers: decoders that ship with the package, and every released one as `space/variant`."""
+    """What ships with the package, every released decoder as `space/variant`, and the files in ComfyUI's folder."""
     rows = [row for row in CHECKPOINTS.values() if row.kind in DECODERS]
     bundled = [row.variant for row in rows if row.bundled]
-    return bundled + [f"{row.space}/{row.variant}" for row in rows if not row.bundled]
+    released = [f"{row.space}/{row.variant}" for row in rows if not row.bundled]
+    return [*bundled, *released, *folder_paths.get_filename_list("diffusion_models")]
+
+
+def _weights_file(model: str, file: str) -> Path | None:
+    """The file that the loader names; None where it names a released decoder."""
+    typed = file.strip().strip("\"'").strip()
+    if typed:
+        return Path(typed).expanduser()
+    known = {row.variant if row.bundled else f"{row.space}/{row.variant}" for row in CHECKPOINTS.values()}
+    return None if model in known else Path(folder_paths.get_full_path_or_raise("diffusion_models", model))
+
+
+def _fingerprint(path: Path) -> str:
+    """Digest of a file by its size, times and samples of its content, so that an overwritten file is another."""
+    try:
+        about = path.stat()
+        digest = hashlib.sha256(f"{path}\0{about.st_size}\0{about.st_mtime_ns}".encode())
+        with open(path, "rb") as stream:
+            for part in range(64):
+                stream.seek(about.st_size * part // 64)
+                digest.update(stream.read(1 << 16))
+    except OSError as fault:
+        return f"{path}: {fault}"
+    return digest.hexdigest()
 
 
 class LoadDecoderNode(io.ComfyNode):
@@ -110,37 +248,81 @@ class LoadDecoderNode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Inputs and outputs."""
+        spaces, kinds = [FROM_FILE, *SPACES], [FROM_FILE, "student", "teacher"]
         return io.Schema(
             node_id="PidecodeLoadDecoder",
             display_name="Load PiD Decoder (pidecode)",
             category=CATEGORY,
             description="A pixel decoder of one latent space. `pidecode pull` fetches the released ones.",
             inputs=[
-                io.Combo.Input("model", options=_model_names(), default=_model_names()[0]),
+                io.Combo.Input(
+                    "model", options=_model_names(), default=_model_names()[0],
+                    tooltip="A decoder that ships or was pulled, or a file in models/diffusion_models.",
+                ),
                 io.Combo.Input(
                     "dtype", options=["auto", "bfloat16", "float16", "float32"], default="auto",
                     tooltip="auto is bfloat16 on a GPU. If images come out black, take float32.",
                 ),
-                io.String.Input("file", default="", optional=True, tooltip="A weights file instead of a named model."),
+                io.String.Input(
+                    "file", default="", optional=True, tooltip="A weights file elsewhere, in place of the model above."
+                ),
+                io.Combo.Input(
+                    "space", options=spaces, default=FROM_FILE, optional=True,
+                    tooltip="Latent space of a file that was renamed and does not say it.",
+                ),
+                io.Combo.Input(
+                    "kind", options=kinds, default=FROM_FILE, optional=True,
+                    tooltip="Kind of a file that was renamed and does not say it.",
+                ),
+                io.Combo.Input(
+                    "lora", options=[NO_LORA, *folder_paths.get_filename_list("loras")], default=NO_LORA,
+                    optional=True, tooltip="A LoRA of the decoder (not of the image model), in models/loras.",
+                ),
+                io.Float.Input("lora_strength", default=1.0, min=-10.0, max=10.0, step=0.05, optional=True),
             ],
             outputs=[DecoderType.Output(display_name="decoder")],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model: str, dtype: str = "auto", file: str = "") -> io.NodeOutput:
-        """Load it onto ComfyUI's device."""
-        device = comfy.model_management.get_torch_device()
-        number_format = None if dtype == "auto" else getattr(torch, dtype)
-        space, found, variant = model.partition("/")
-        if file.strip():
-            decoder = PixelDecoder.from_pretrained(file.strip(), device=device, dtype=number_format)
-        elif found:
-            decoder = PixelDecoder.from_pretrained(
-                REPOSITORY, space=space, variant=variant, device=device, dtype=number_format
-            )
-        else:
-            decoder = PixelDecoder.from_pretrained(model, device=device, dtype=number_format)
-        return io.NodeOutput(decoder)
+    def fingerprint_inputs(cls, model: str, file: str = "", lora: str = NO_LORA, **_others: Any) -> list[str]:
+        """What ComfyUI compares to know whether to load again: the files' content."""
+        path = _weights_file(model, file)
+        files = [path] if path else []
+        if lora != NO_LORA:
+            files.append(Path(folder_paths.get_full_path_or_raise("loras", lora)))
+        return [_fingerprint(entry) for entry in files]
+
+    @classmethod
+    def execute(
+        cls, model: str, dtype: str = "auto", file: str = "", space: str = FROM_FILE, kind: str = FROM_FILE,
+        lora: str = NO_LORA, lora_strength: float = 1.0,
+    ) -> io.NodeOutput:  # fmt: skip
+        """Load it into main memory; a node that decodes has ComfyUI move it to the device."""
+        named: dict[str, Any] = {"device": "cpu", "dtype": _number_format(dtype)}
+        path, space_given, kind_given = _weights_file(model, file), space != FROM_FILE, kind != FROM_FILE
+        with _in_node_words():
+            if path is not None:
+                named |= {"space": space} if space_given else {}
+                named |= {"kind": kind} if kind_given else {}
+                if not path.is_file():
+                    raise CheckpointError(f"{path} is no file on this machine; correct the loader's file.")
+                decoder = PixelDecoder.from_pretrained(path, **named)
+            elif space_given or kind_given:
+                raise SettingError(
+                    f"{model} says its space and kind itself; set both to {FROM_FILE!r}, they are for renamed files."
+                )
+            elif "/" in model:
+                own, _, variant = model.partition("/")
+                decoder = PixelDecoder.from_pretrained(REPOSITORY, space=own, variant=variant, **named)
+            else:
+                decoder = PixelDecoder.from_pretrained(model, **named)
+            if lora != NO_LORA:
+                decoder.load_lora(folder_paths.get_full_path_or_raise("loras", lora), lora_strength)
+        return io.NodeOutput(manage(decoder))
+
+
+def _number_format(dtype: str) -> torch.dtype:
+    return default_dtype(comfy.model_management.get_torch_device()) if dtype == "auto" else getattr(torch, dtype)
 
 
 class DecodeNode(io.ComfyNode):
@@ -166,22 +348,57 @@ class DecodeNode(io.ComfyNode):
                     "model", optional=True,
                     tooltip="The model that made the latent: it tells how latent and noise are scaled.",
                 ),
+                io.Vae.Input(
+                    "vae", optional=True, tooltip="Decodes the reference of color_fix, in place of the decoder's own."
+                ),
             ],
             outputs=[io.Image.Output()],
         )  # fmt: skip
 
     @classmethod
     def execute(
-        cls, decoder: PixelDecoder, samples: Any, latent_sigma: float = 0.0, model: Any = None, **values: Any
-    ) -> io.NodeOutput:
+        cls, decoder: LoadedDecoder, samples: Any, latent_sigma: float = 0.0, model: Any = None, vae: Any = None,
+        **values: Any,
+    ) -> io.NodeOutput:  # fmt: skip
         """Decode one latent after another; `values` are those of the option widgets."""
-        latent = to_latent(samples, decoder.space, model=model, sigma=latent_sigma)
-        options = _per_image(_decode_options(values, "decode", decoder), len(latent))
-        callback = _progress_callback(len(latent))
-        outputs = [
-            decoder.decode(one, options=own, callback=callback) for one, own in zip(latent, options, strict=True)
-        ]
+        own = decoder.decoder
+        with _in_node_words():
+            latent = to_latent(samples, own.space, model=model, sigma=latent_sigma)
+            if float(latent.sigmas.max()) > own.max_sigma + ROUNDING:
+                raise SettingError(
+                    f"The latent's noise level is {float(latent.sigmas.max()):.2f}; {own.name} was trained up to "
+                    f"{own.max_sigma:g}. Let the sampler run further (PiD Early Stop, steps_left)."
+                )
+            given = _with_states(own, _decode_options(values, "decode", own))
+            if vae is not None:
+                given = _with_reference(given, vae, samples, latent_sigma)
+            height, width = latent.output_size
+            fixes = given.color_fix not in (None, "off") and given.reference is None
+            encoded = height * width // own.scale**2 if fixes else 0
+            show, moves = _callbacks(len(latent))
+            with _on_gpu(decoder, (width, height), encoded):
+                outputs = [
+                    own.decode(one, options=_part(options, index), callback=show, progress_callback=moves(index))
+                    for index, (one, options) in enumerate(zip(latent, _per_image(given, len(latent)), strict=True))
+                ]
         return io.NodeOutput(torch.cat([image_from_tensor(output.tensor) for output in outputs]))
+
+
+def _with_reference(options: DecodeOptions, vae: Any, samples: Mapping[str, Any], sigma: float) -> DecodeOptions:
+    """Options whose color fix corrects against a VAE's images of the latents."""
+    if options.color_fix in (None, "off"):
+        raise SettingError("The VAE acts with a color_fix only; choose one, or disconnect the VAE.")
+    if sigma:
+        raise SettingError(f"latent_sigma is {sigma:g}: the VAE's image of a noisy latent is no color reference.")
+    images = vae.decode(samples["samples"])
+    images = images.flatten(0, 1) if images.ndim == 5 else images
+    return options.replace(reference=tensor_from_image(images))
+
+
+def _part(options: DecodeOptions, index: int) -> DecodeOptions:
+    """One image's options: its own reference out of a batch of them."""
+    reference = options.reference
+    return options if reference is None else options.replace(reference=reference[index : index + 1])
 
 
 class UpscaleNode(io.ComfyNode):
@@ -190,23 +407,96 @@ class UpscaleNode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Inputs and outputs."""
+        size = "{} of the result in pixels, up to four times the image's; 0 keeps the image's shape."
         return io.Schema(
-            node_id="PidecodeUpscale", display_name="PiD Upscale (pidecode)", category=CATEGORY,
+            node_id="PidecodeUpscale",
+            display_name="PiD Upscale (pidecode)",
+            category=CATEGORY,
             description="An image to one four times as wide and high: encoded to a latent, decoded larger.",
-            inputs=[DecoderType.Input("decoder"), io.Image.Input("image"), *_option_inputs("upscale")],
-            outputs=[io.Image.Output()],
+            inputs=[
+                DecoderType.Input("decoder"),
+                io.Image.Input("image"),
+                *_option_inputs("upscale"),
+                *(
+                    io.Int.Input(name, default=0, min=0, max=65535, optional=True, tooltip=size.format(name.title()))
+                    for name in ("width", "height")
+                ),
+                io.Vae.Input(
+                    "vae", optional=True,
+                    tooltip="Encodes the image, in place of the decoder's own encoder: the VAE of its latent space.",
+                ),
+                io.Mask.Input("mask", optional=True, tooltip="The image's transparency, enlarged with it."),
+            ],
+            outputs=[io.Image.Output(), io.Mask.Output()],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, decoder: PixelDecoder, image: Tensor, **values: Any) -> io.NodeOutput:
+    def execute(
+        cls, decoder: LoadedDecoder, image: Tensor, vae: Any = None, mask: Any = None, width: int = 0, height: int = 0,
+        **values: Any,
+    ) -> io.NodeOutput:  # fmt: skip
         """Upscale one image after another; `values` are those of the option widgets."""
-        images = tensor_from_image(image)
-        options = _per_image(_decode_options(values, "upscale", decoder), len(images))
-        callback = _progress_callback(len(images))
-        outputs = [
-            decoder.upscale(one[None], options=own, callback=callback) for one, own in zip(images, options, strict=True)
-        ]
-        return io.NodeOutput(torch.cat([image_from_tensor(output.tensor) for output in outputs]))
+        own = copy.copy(decoder.decoder)
+        with _in_node_words():
+            images = tensor_from_image(image)
+            alpha = alpha_of(image, mask)
+            target = _target_size(images, own.scale, width, height)
+            if vae is not None:
+                own.encoder = _vae_encoder(vae, own)
+            given = _with_states(own, _decode_options(values, "upscale", own))
+            rows, columns = images.shape[-2:]
+            multiple = own.space.input_multiple
+            padded = (-(-columns // multiple) * multiple * own.scale, -(-rows // multiple) * multiple * own.scale)
+            show, moves = _callbacks(len(images))
+            enlarged = []
+            with _on_gpu(replace(decoder, decoder=own), padded, rows * columns if vae is None else 0):
+                for index, options in enumerate(_per_image(given, len(images))):
+                    output = own.upscale(
+                        images[index : index + 1], options=options, callback=show, progress_callback=moves(index)
+                    )
+                    enlarged.append(_resized(output.tensor.float().cpu(), target))
+        pixels = image_from_tensor(torch.cat(enlarged))
+        if bool((alpha == 1).all()):
+            return io.NodeOutput(pixels, torch.zeros(pixels.shape[:3]))
+        large = resize(alpha[:, None].expand(-1, 3, -1, -1) * 2 - 1, *pixels.shape[1:3])[:, 0]
+        return io.NodeOutput(pixels, (0.5 - large / 2).clamp(0, 1))
+
+
+def _target_size(images: Tensor, scale: int, width: int, height: int) -> tuple[int, int] | None:
+    """Height and width of the result; None for the decoder's own."""
+    rows, columns = images.shape[-2:]
+    if not (width or height):
+        return None
+    width, height = width or round(height * columns / rows), height or round(width * rows / columns)
+    if width > columns * scale or height > rows * scale:
+        raise SettingError(
+            f"{width}x{height} is more than {scale} times the image of {columns}x{rows}; set width and height to "
+            f"{columns * scale}x{rows * scale} or less."
+        )
+    return height, width
+
+
+def _resized(pixels: Tensor, size: tuple[int, int] | None) -> Tensor:
+    return pixels if size is None or size == pixels.shape[-2:] else resize(pixels, *size, method="lanczos").clamp(-1, 1)
+
+
+def _vae_encoder(vae: Any, decoder: PixelDecoder) -> Callable[[Tensor], Tensor]:
+    """Images `[B, 3, H, W]` to normalized latents by a VAE of ComfyUI."""
+    if decoder.space.fixed_input is not None:
+        raise SettingError(f"A decoder of {decoder.space.name} takes latents of its own encoder; disconnect the VAE.")
+
+    def encode(images: Tensor) -> Tensor:
+        raw = vae.encode(image_from_tensor(images))
+        channels = decoder.space.channels if decoder.space.name == "flux2" else decoder.space.raw_channels
+        if raw.shape[1] != channels:
+            raise SettingError(
+                f"The VAE's latents have {raw.shape[1]} channels, and those of space {decoder.space.name} {channels}; "
+                "connect the VAE of that space."
+            )
+        latent: Tensor = to_latent({"samples": raw}, decoder.space).tensor
+        return latent.to(decoder.device)
+
+    return encode
 
 
 class EarlyStopNode(io.ComfyNode):
@@ -237,28 +527,38 @@ class EarlyStopNode(io.ComfyNode):
     @classmethod
     def execute(cls, sigmas: Tensor, model: Any, steps_left: int = -1) -> io.NodeOutput:
         """Cut the sigmas, and return the one at which sampling will end."""
-        num_steps = len(sigmas) - 1
-        if num_steps < 1:
-            raise SettingError("There are no sigmas to cut; connect a scheduler.")
-        step = early_stop_step(num_steps, model, None if steps_left < 0 else steps_left)
+        step = early_stop_step(sigmas, model, None if steps_left < 0 else steps_left)
         return io.NodeOutput(sigmas[: step + 1], float(sigmas[step]))
 
 
-def _progress_callback(batch: int) -> Callback:
-    """A callback that moves ComfyUI's progress bar, shows the estimate, and raises if the user pressed Cancel."""
-    bar: Any = None
+def _callbacks(batch: int) -> tuple[Callback | None, Callable[[int], Callable[[Progress], None]]]:
+    """What moves ComfyUI's progress bar through a batch, shows estimates, and raises if the user pressed Cancel.
+
+    Returns:
+        A callback for steps (None where --preview-method is none), and a function of an image's index that makes its
+        callback for progress.
+    """
+    total = 1000 * batch
+    bar = comfy.utils.ProgressBar(total)
     done = 0
 
-    def callback(step: Step) -> None:
-        nonlocal bar, done
+    def move(index: int) -> Callable[[Progress], None]:
+        def report(progress: Progress) -> None:
+            nonlocal done
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            done = round(1000 * (index + progress.done))
+            bar.update_absolute(done, total)
+
+        return report
+
+    def show(step: Step) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        bar = bar or comfy.utils.ProgressBar(step.total * batch)
-        done += 1
         stride = max(1, -(-max(step.image.shape[-2:]) // MAX_PREVIEW_SIDE))
         preview = step.image[:1, :, ::stride, ::stride].clamp(-1, 1).cpu()
-        bar.update_absolute(done, step.total * batch, ("JPEG", to_pil(preview), MAX_PREVIEW_SIDE))
+        bar.update_absolute(done, total, ("JPEG", to_pil(preview), MAX_PREVIEW_SIDE))
 
-    return callback
+    previews = getattr(comfy.cli_args.args.preview_method, "value", "none") != "none"
+    return (show if previews else None), move
 
 
 class PidecodeExtension(ComfyExtension):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import pickletools
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -379,13 +380,20 @@ def check_formats(tensors: Mapping[str, Tensor], source: str | Path = "the file"
     marks = sorted({mark for name in tensors for mark in _QUANTizED_NAMES if name.endswith(mark)})
     small = sorted({_plain(t.dtype) for t in tensors.values() if t.dtype not in FLOATS and t.dtype.is_floating_point})
     if marks or small:
-        raise _quantized(source, small + marks)
+        raise _quantized(source, _layer_formats(tensors) + small + marks)
     wrong = [name for name, tensor in tensors.items() if tensor.dtype not in FLOATS]
     if wrong:
         raise CheckpointError(
             f"{source} stores {wrong[0]} as {_plain(tensors[wrong[0]].dtype)}{_and_more(wrong)}; "
             "weights must be float32, bfloat16 or float16. Take the bfloat16 file of the same model."
         )
+
+
+def _layer_formats(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Formats that ComfyUI names beside each quantized layer, as JSON in a tensor of bytes."""
+    notes = {bytes(t.tolist()) for name, t in tensors.items() if name.endswith(".comfy_quant") and t.numel() < 1024}
+    found = {match[1].decode() for note in notes for match in re.finditer(rb'"format"\s*:\s*"([a-z0-9_]+)"', note)}
+    return sorted(found)
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str | Path = "the file") -> None:
@@ -404,8 +412,13 @@ def check_finite(tensors: Mapping[str, Tensor], source: str | Path = "the file")
 
 
 def _quantized(source: str | Path, marks: list[str]) -> CheckpointError:
+    """An error that calls the format what people call it: by its dtypes, or by what ComfyUI stores of a layer."""
+    found = ", ".join(marks)
+    names = {"F4": "NVFP4", "nvfp4": "NVFP4", "mxfp8": "MXFP8", "F8_E8M0": "MXFP8", "absmax": "bitsandbytes"}
+    names |= {"qweight": "GPTQ or AWQ", "F8": "fp8", "float8": "fp8", "scaled_fp8": "fp8", "int8": "int8"}
+    name = next((title for mark, title in names.items() if mark in found), "by another program")
     return CheckpointError(
-        f"{source} is quantized by another program ({', '.join(marks)}); such files are not read here. "
+        f"{source} is quantized ({name}: {found}); such files are not read here. "
         "Take the bfloat16 file of the same model."
     )
 

@@ -387,14 +387,24 @@ def _in_folder(folder: Path, space: str | None, variant: str | None, kind: Netwo
 
 def _official(folder: Path, path: str) -> Path | None:
     """The official file below a copy of the repository, or of its `checkpoints` folder."""
-    places = (folder / path, folder / path.partition("/")[2])
+    places = (place for moved in _official_paths(path) for place in (folder / moved, folder / moved.partition("/")[2]))
     return next((place for place in places if place.is_file()), None)
+
+
+def _official_paths(path: str) -> list[str]:
+    """Where a file was released, and where it may lie since: dated when trained anew, deprecated when replaced."""
+    folder, _, rest = path.partition("/")
+    name, slash, file = rest.partition("/")
+    return [path, *([f"{folder}/{name}_2606/{file}"] if slash else []), f"{folder}_deprecated/{rest}"]
 
 
 def _in_official(row: Checkpoint, hub: HubCache) -> Path:
     if row.bundled:
         return asset(row.path)
-    if found := hub.cached(row.repository or REPOSITORY, row.path, row.revision):
+    repository = row.repository or REPOSITORY
+    if found := hub.cached(repository, row.path, row.revision):
+        return found
+    if found := next(filter(None, (hub.cached(repository, path) for path in _official_paths(row.path))), None):
         return found
     teacher = f" --kind {row.kind}" if row.kind == "teacher" else ""
     raise DownloadError(

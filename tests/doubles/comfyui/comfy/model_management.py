@@ -26,3 +26,27 @@ def throw_exception_if_processing_interrupted() -> None:
 
 def get_torch_device() -> torch.device:
     return torch.device("cpu")
+
+
+calls: list[tuple[str, int]] = []
+loaded: list[object] = []
+
+
+def load_models_gpu(models: list[object], memory_required: int = 0, force_full_load: bool = False) -> None:
+    calls.append(("load", int(memory_required)))
+    for model in models:
+        model.move(model.load_device)  # type: ignore[attr-defined]
+        if not any(model is other for other in loaded):
+            loaded.append(model)
+
+
+def free_memory(memory_required: int, device: torch.device) -> None:
+    calls.append(("free", int(memory_required)))
+    unload_all_models()
+
+
+def unload_all_models() -> None:
+    """What /free does."""
+    while loaded:
+        model = loaded.pop()
+        model.move(model.offload_device)  # type: ignore[attr-defined]

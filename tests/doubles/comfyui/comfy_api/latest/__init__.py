@@ -92,5 +92,5 @@ class ComfyExtension(ABC):
 io = SimpleNamespace(
     ComfyNode=ComfyNode, NodeOutput=NodeOutput, Schema=Schema, Custom=_type, Int=_type("INT"), Float=_type("FLOAT"),
     String=_type("STRING"), Combo=_type("COMBO"), Image=_type("IMAGE"), Latent=_type("LATENT"), Model=_type("MODEL"),
-    Conditioning=_type("CONDITIONING"), Sigmas=_type("SIGMAS"),
+    Conditioning=_type("CONDITIONING"), Sigmas=_type("SIGMAS"), Vae=_type("VAE"), Mask=_type("MASK"),
 )  # fmt: skip
