@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 
-from pidecode.errors import SettingError, SizeError
+from pidecode.errors import FileError, SettingError, SizeError
 
 _PREFIXES = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
@@ -92,3 +93,25 @@ def parse_dtype(text: str) -> str:
     if name not in DTYPES:
         raise SettingError(f"dtype is {text!r}; it must be one of {', '.join((*DTYPES, *_DTYPES))}.")
     return name
+
+
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
+)  # fmt: skip
+
+
+def decode_text(data: bytes, name: object) -> str:
+    """Text of a file in any Unicode encoding: UTF-8, or another one that its byte-order mark tells.
+
+    Raises:
+        FileError: It is in none; a legacy encoding is not guessed.
+    """
+    encoding = next((encoding for mark, encoding in _BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8")
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise FileError(
+            f"{name} is not Unicode text ({error.reason} at byte {error.start}); save it as UTF-8, for example by "
+            "`iconv -f WINDOWS-1252 -t UTF-8`."
+        ) from error

@@ -21,7 +21,7 @@ from pidecode.strict_json import JSONError, parse_json
 
 SourceKind = Literal["latent", "image"]
 
-LATENT_SUFFIXES = (".safetensors",)
+LATENT_SUFFIXES = (".safetensors", ".latent", ".npy", ".pt")
 IMAGE_SUFFIXES = (
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".ppm",
     ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".tga",
@@ -123,7 +123,9 @@ def collect_jobs(source: str | os.PathLike[str], naming: OutputNaming) -> JobLis
         jobs = _from_files(*_glob(text), _folder_of_pattern(text), naming)
     if not jobs:
         found = f"; it has {describe_left_out(jobs.left_out)}" if jobs.left_out else ""
-        raise FileError(f"{text} holds no image ({', '.join(IMAGE_SUFFIXES)}) and no latent (.safetensors){found}.")
+        raise FileError(
+            f"{text} holds no image ({', '.join(IMAGE_SUFFIXES)}) and no latent ({', '.join(LATENT_SUFFIXES)}){found}."
+        )
     _check_outputs(jobs)
     return jobs
 
@@ -204,7 +206,9 @@ def source_kind(path: Path) -> SourceKind | None:
 def _require_kind(path: Path, name: str, error: type[FileError | SettingError]) -> SourceKind:
     kind = source_kind(path)
     if kind is None:
-        raise error(f"{name} is neither an image ({', '.join(IMAGE_SUFFIXES)}) nor a latent (.safetensors).")
+        raise error(
+            f"{name} is neither an image ({', '.join(IMAGE_SUFFIXES)}) nor a latent ({', '.join(LATENT_SUFFIXES)})."
+        )
     return kind
 
 

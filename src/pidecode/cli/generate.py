@@ -24,7 +24,7 @@ from pidecode.cli.common import (
 from pidecode.errors import DownloadError, FileError, SettingError
 from pidecode.registry.spaces import GENERATION, get_image_model
 from pidecode.strict_json import JSONError, parse_json
-from pidecode.units import parse_size
+from pidecode.units import decode_text, parse_size
 
 if TYPE_CHECKING:
     from pidecode.decoder import PixelDecoder
@@ -124,8 +124,8 @@ def _load_decoder(args: dict[str, Any]) -> PixelDecoder:
 
 def _lines(file: Path) -> list[str]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as fault:
+        lines = decode_text(file.read_bytes(), file).splitlines()
+    except OSError as fault:
         raise FileError(f"{file} cannot be read as text: {fault}.") from None
     return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
 

@@ -14,6 +14,7 @@ import click
 from pidecode.cli.common import DtypeParam, echo, space_option, threads_option
 from pidecode.errors import FileError, MissingDependencyError, SettingError
 from pidecode.registry.spaces import GENERATION
+from pidecode.units import decode_text
 
 if TYPE_CHECKING:
     from pidecode.decoder import PixelDecoder
@@ -55,8 +56,8 @@ class ServeOptions:
         if self.token_file is None:
             return os.environ.get(TOKEN_VARIABLE) or None
         try:
-            return self.token_file.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
+            return decode_text(self.token_file.read_bytes(), self.token_file).strip()
+        except OSError as error:
             raise FileError(f"The token cannot be read from {self.token_file}: {error}.") from error
 
     def decoders(self) -> dict[str, PixelDecoder]:

@@ -222,6 +222,8 @@ def models(on_disk: bool, as_json: bool) -> None:
 
 
 IMAGES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
+FOREIGN_LATENTS = ("latent_tensor", "samples", "latents", "latent")
+COMFYUI_NAMES = FOREIGN_LATENTS[:2]
 PICKLES = (b"PK\x03\x04", b"\x80")
 
 
@@ -234,6 +236,11 @@ def describe(path: Path) -> dict[str, Any]:
         return known | _safetensors(read_header(path), path)
     if start.startswith(IMAGES):
         return known | _image(path)
+    if start.startswith(b"\x93NUMPY"):
+        from pidecode.latents.storage import read_latent
+
+        shape = list(read_latent(path).tensor.shape)
+        return known | {"what": "latent", "format": ".npy", "shape": shape, "made by": "another program"}
     if start.startswith(PICKLES):
         from pidecode.weights.read import read_weights
 
@@ -258,6 +265,10 @@ def _safetensors(header: Header, path: Path) -> dict[str, Any]:
     if "pidecode_latent" in header.metadata:
         shapes = [list(entry.shape) for entry in header.tensors.values()]
         return {"what": "latent", "shape": shapes[0]} | _record(header.metadata["pidecode_latent"], path)
+    named = next((name for name in FOREIGN_LATENTS if name in header.tensors), None)
+    if named is not None and len(header.tensors[named].shape) in (3, 4, 5):
+        made = "ComfyUI" if named in COMFYUI_NAMES else "another program; name its --space when decoding"
+        return {"what": "latent", "shape": list(header.tensors[named].shape), "made by": made}
     formats = sorted({entry.dtype for entry in header.tensors.values()})
     known = {"what": "weights", "format": "safetensors", "dtypes": formats}
     if "pidecode" in header.metadata:

@@ -174,7 +174,10 @@ class Latent:
     def load(
         cls, path: str | os.PathLike[str] | bytes, *, space: str | None = None, sigma: float | Tensor | None = None
     ) -> Latent:
-        """Read a latent file that `save` wrote, or another program's .safetensors file of one normalized tensor.
+        """Read a latent file that `save` wrote, or one of another program.
+
+        Those are ComfyUI's `.latent` (in the scaling that ComfyUI has it), and one normalized tensor in a .safetensors,
+        a `.npy` or a `torch.save` file. A missing batch axis is added, and the axis of a single frame dropped.
 
         Args:
             path: The file, or its bytes.
@@ -188,12 +191,20 @@ class Latent:
         stored = storage.read_latent(path)
         path = storage.IN_MEMORY if isinstance(path, bytes) else path
         if stored.metadata is None:
+            if space is None and stored.comfyui:  # its name for the tensor, and 128 channels, are FLUX.2's alone
+                channels = stored.tensor.shape[-3] if stored.tensor.ndim >= 3 else 0
+                space = "flux2" if channels == SPACES["flux2"].channels else None
             if space is None:
                 raise LatentError(
-                    f"{path} does not say which latent space it is of. Name it: Latent.load(path, space=...), one of "
-                    f"{', '.join(SPACES)}; or, if the tensor is raw, read it yourself and use Latent.from_raw()."
+                    f"{path} does not say which latent space it is of. Name it (--space on the command line, "
+                    f"Latent.load(path, space=...) in Python), one of {', '.join(SPACES)}; or, if the tensor is raw, "
+                    "read it yourself and use Latent.from_raw()."
                 )
-            return cls(stored.tensor, space, 0.0 if sigma is None else sigma)
+            row, level = get_space(space), 0.0 if sigma is None else sigma
+            tensor = _batched(stored.tensor, row, path)
+            if stored.comfyui and row.name != "flux2":
+                return cls.from_raw(tensor, row.name, sigma=level)
+            return cls(tensor, row.name, level)
         metadata = stored.metadata
         if space is not None and get_space(space).name != metadata.space:
             raise LatentError(f"{path} holds a latent of space {metadata.space}, not {get_space(space).name}.")
@@ -455,6 +466,19 @@ def _checked_prompt(prompt: object, batch: int) -> str | tuple[str, ...] | None:
     if len(prompt) != batch:
         raise LatentError(f"There are {len(prompt)} prompts for {batch} latents; give one, or one for each.")
     return _unify(tuple(prompt))
+
+
+def _batched(tensor: Tensor, space: LatentSpace, path: object) -> Tensor:
+    """A stored tensor as `[B, C, h, w]`: a missing batch axis added, the axis of a single frame dropped."""
+    channels = (space.channels, space.raw_channels)
+    if tensor.ndim == 5:
+        frames = tensor.shape[2]
+        if frames != 1:
+            raise LatentError(f"{path} holds a video of {frames} frames, {list(tensor.shape)}; save one of them.")
+        return tensor[:, :, 0]
+    if tensor.ndim == 4 and tensor.shape[1] == 1 and tensor.shape[0] in channels and tensor.shape[1] not in channels:
+        return tensor[:, 0][None]  # one frame without a batch axis
+    return tensor[None] if tensor.ndim == 3 and tensor.shape[0] in channels else tensor
 
 
 def _unify(prompt: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:

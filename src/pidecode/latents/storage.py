@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latent files: .safetensors with metadata that says what the tensor means."""
+"""Latent files: .safetensors with metadata that says what the tensor means, and the files of other programs."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
+import zipfile
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import safetensors.torch
+import torch
 from torch import Tensor
 
-from pidecode.errors import LatentError
+from pidecode.errors import FileError, LatentError
 from pidecode.files import atomic_write
 from pidecode.registry.spaces import SPACES
 from pidecode.strict_json import JSONError, parse_json
-from pidecode.weights.safetensors import Header, read_header, read_safetensors
+from pidecode.weights.safetensors import Header, looks_like_safetensors, read_header, read_safetensors
 
 FORMAT = 1
 METADATA_KEY = "pidecode_latent"
@@ -26,6 +31,8 @@ MAX_HEADER_BYTES = 1 << 20  # largest header read: far more than one tensor and 
 
 MAX_LATENTS = 1 << 16  # most latents in one file
 
+COMFYUI_NAMES = ("latent_tensor", "samples")  # what ComfyUI's `.latent` files and its LATENT call the tensor
+_OLD_COMFYUI_SCALE = 1 / 0.18215  # of .latent files without a version
 _DTYPES = ("F64", "F32", "BF16", "F16")
 
 
@@ -41,10 +48,17 @@ class LatentMetadata:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredLatent:
-    """A tensor read from a file, and its metadata (None in a file of another program)."""
+    """A tensor read from a file, and its metadata (None in a file of another program).
+
+    Attributes:
+        tensor: The tensor.
+        metadata: Its metadata.
+        comfyui: Whether it is scaled as ComfyUI has it: raw, but for FLUX.2.
+    """
 
     tensor: Tensor
     metadata: LatentMetadata | None
+    comfyui: bool = False
 
 
 def write_latent(
@@ -76,11 +90,16 @@ def write_latent(
 def read_latent(source: str | os.PathLike[str] | bytes) -> StoredLatent:
     """Read a latent file, by path or content. The header is checked before the tensor is allocated.
 
+    Read are .safetensors, ComfyUI's `.latent`, a tensor saved by `torch.save` (tensors only, never code) and `.npy`.
+
     Raises:
-        FileError: The file is not a valid .safetensors file.
+        FileError: The file is damaged, or none of these.
         LatentError: The file holds no latent, or its metadata is wrong.
     """
     path = IN_MEMORY if isinstance(source, bytes) else source
+    other = _read_array(source, path)
+    if other is not None:
+        return StoredLatent(tensor=other, metadata=None)
     header = read_latent_header(source)
     text = header.metadata.get(METADATA_KEY)
     metadata = None if text is None else _parse_metadata(text, path)
@@ -91,7 +110,44 @@ def read_latent(source: str | os.PathLike[str] | bytes) -> StoredLatent:
     tensor = read_safetensors(source, [name], name=path, max_header_bytes=MAX_HEADER_BYTES)[1][name]
     if metadata is not None and (tensor.ndim != 4 or len(metadata.sigma) != tensor.shape[0]):
         raise LatentError(f"{path} contradicts itself: {len(metadata.sigma)} sigmas for a tensor {list(tensor.shape)}.")
-    return StoredLatent(tensor=tensor, metadata=metadata)
+    comfyui = metadata is None and name in COMFYUI_NAMES
+    if name == "latent_tensor" and "latent_format_version_0" not in header.tensors:
+        tensor = tensor * _OLD_COMFYUI_SCALE
+    return StoredLatent(tensor=tensor, metadata=metadata, comfyui=comfyui)
+
+
+def _read_array(source: str | os.PathLike[str] | bytes, path: object) -> Tensor | None:
+    """The one tensor of a `.npy` file or one written by `torch.save`; None for other files."""
+    if isinstance(source, bytes):
+        data = source
+    else:
+        try:
+            with open(source, "rb") as file:
+                data = file.read(8)
+                if not data.startswith((b"PK\x03\x04", b"\x80", b"\x93NUMPY")) or looks_like_safetensors(data):
+                    return None
+                data += file.read()
+        except OSError:
+            return None  # told by the reader of .safetensors
+    if data.startswith(b"\x93NUMPY"):
+        try:
+            return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False).copy())
+        except (ValueError, TypeError, EOFError, OSError) as error:
+            raise FileError(f"{path} is a damaged .npy file, or not of numbers: {error}.") from error
+    if not data.startswith((b"PK\x03\x04", b"\x80")) or looks_like_safetensors(data[:16]):
+        return None
+    try:
+        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, EOFError, KeyError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise FileError(f"{path} is damaged, or holds more than tensors, which is never loaded: {reason}") from error
+    if isinstance(loaded, dict):
+        named = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
+        chosen = next((name for name in (TENSOR_NAME, "latents", "samples") if name in named), None)
+        loaded = named[chosen] if chosen else next(iter(named.values())) if len(named) == 1 else loaded
+    if not isinstance(loaded, Tensor):
+        raise LatentError(f"{path} holds {type(loaded).__name__}, not one tensor; save the latent alone by torch.save.")
+    return loaded.detach()
 
 
 def read_latent_header(source: str | os.PathLike[str] | bytes) -> Header:
@@ -107,12 +163,17 @@ def count_latents(path: str | os.PathLike[str]) -> int:
         FileError: The file is not a valid .safetensors file.
         LatentError: It claims to hold more than 65,536 latents.
     """
+    other = _read_array(path, path)
+    if other is not None:
+        return len(other) if other.ndim in (4, 5) and len(other) else 1
     header = read_latent_header(path)
     entry = header.tensors.get(TENSOR_NAME)
     if entry is None and len(header.tensors) == 1 and METADATA_KEY not in header.metadata:
         entry = next(iter(header.tensors.values()))
+    if entry is None:
+        entry = next((header.tensors[name] for name in ("latents", *COMFYUI_NAMES) if name in header.tensors), None)
     shape = entry.shape if entry and entry.dtype in _DTYPES else ()
-    count = shape[0] if len(shape) == 4 and 0 not in shape else 1
+    count = shape[0] if len(shape) in (4, 5) and 0 not in shape else 1
     if count > MAX_LATENTS:
         raise LatentError(f"{path} says it holds {count:,} latents; at most {MAX_LATENTS:,} are read from one file.")
     return count
@@ -122,11 +183,9 @@ def _tensor_name(header: Header, path: object, *, ours: bool) -> str:
     names = list(header.tensors)
     if TENSOR_NAME in names:
         return TENSOR_NAME
-    if "latent_tensor" in names:
-        raise LatentError(
-            f"{path} is a ComfyUI latent, which is stored raw: load its latent_tensor with safetensors and build it "
-            "with Latent.from_raw()."
-        )
+    for known in () if ours else ("latents", *COMFYUI_NAMES):
+        if known in names:
+            return known
     if ours or len(names) != 1:
         raise LatentError(
             f"{path} must hold one tensor, or one named {TENSOR_NAME!r}; it holds {len(names)}: "
@@ -146,9 +205,9 @@ def _parse_metadata(text: str, path: object) -> LatentMetadata:
     space, normalization, seed = values.get("space"), values.get("frame"), values.get("seed")
     if not isinstance(space, str) or space not in SPACES:
         raise LatentError(f"{path} is of space {space!r}; known are {', '.join(SPACES)}.")
-    if normalization != "normalized":
+    if normalization not in ("normalized", "normalised"):
         raise LatentError(f"The latent in {path} is {normalization!r}; a latent file must be 'normalized'. Convert it.")
-    sigma, prompt = values.get("sigma"), values.get("prompt")
+    sigma, prompt = values.get("sigma"), values.get("prompt", values.get("caption"))
     if not isinstance(sigma, list) or not all(type(s) in (int, float) and 0 <= s <= 1 for s in sigma):
         raise LatentError(f"{path} says sigma {sigma!r}; it must be a list of numbers in [0, 1], one per sample.")
     if prompt is not None and (

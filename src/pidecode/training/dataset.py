@@ -22,6 +22,7 @@ from PIL import Image
 from pidecode.errors import TrainingError
 from pidecode.strict_json import JSONError, parse_json
 from pidecode.training.noise import seed_of
+from pidecode.units import decode_text
 
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif"})
 _CAPTIONS = (".txt", ".caption", ".json")
@@ -54,10 +55,14 @@ class ImageEntry:
     width: int
 
     def read_caption(self) -> str:
-        """The caption, or the empty one: text beside the image, or "caption" (or "text") of a JSON file."""
+        """The caption, or the empty one: text beside the image, or "caption" (or "text") of a JSON file.
+
+        Raises:
+            FileError: It is not Unicode text.
+        """
         if self.caption is None:
             return ""
-        text = self.caption.read().decode("utf-8", errors="replace").strip()
+        text = decode_text(self.caption.read(), f"The caption {self.caption.path}").strip()
         if not text.startswith("{"):
             return text
         try:
