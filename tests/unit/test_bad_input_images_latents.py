@@ -388,14 +388,11 @@ def test_records_that_lie(tmp_path: Path, changes: dict[str, Any], message: str)
 def test_latent_files_of_other_makers(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({"z": draw(1, 16, 4, 4)}, path)
-    with pytest.raises(LatentError, match="Name it: Latent.load"):
+    with pytest.raises(LatentError, match=r"--space on the command line, Latent\.load"):
         Latent.load(path)
     assert Latent.load(path, space="flux", sigma=0.5).sigma == 0.5
     save_file({"a": draw(1, 16, 4, 4), "b": draw(1, 16, 4, 4)}, path)
     with pytest.raises(LatentError, match="must hold one tensor"):
-        Latent.load(path, space="flux")
-    save_file({"latent_tensor": draw(1, 16, 4, 4)}, path)
-    with pytest.raises(LatentError, match="ComfyUI latent, which is stored raw"):
         Latent.load(path, space="flux")
     save_file({"latent": torch.zeros(1, 16, 4, 4, dtype=torch.int32)}, path)
     with pytest.raises(LatentError, match="is I32"):
