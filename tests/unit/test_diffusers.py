@@ -236,6 +236,17 @@ def test_the_callers_own_callback_still_runs_and_may_change_latents() -> None:
     torch.testing.assert_close(halved.tensor, plain.tensor / 2)
 
 
+def test_another_pipeline_can_be_made_of_an_attached_one() -> None:
+    """diffusers' from_pipe takes its components; what it makes is an ordinary pipeline, to be attached again."""
+    pipe = attach(pipeline("flux"), decoder("flux"))
+    assert isinstance(pipe, AttachedPipeline)
+    assert isinstance(pipe, diffusers.FluxPipeline)
+    for made in (diffusers.AutoPipelineForImage2Image.from_pipe(pipe), diffusers.FluxImg2ImgPipeline.from_pipe(pipe)):
+        assert type(made) is diffusers.FluxImg2ImgPipeline
+        assert made.transformer is pipe.transformer
+        assert isinstance(attach(made, decoder("flux")), AttachedPipeline)
+
+
 class _Halve(callbacks.PipelineCallback):
     """A callback object in diffusers' form, which names its tensors itself."""
 

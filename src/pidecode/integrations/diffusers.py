@@ -299,6 +299,12 @@ class AttachedPipeline:
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._attachment.pipe, name, value)
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Any]:
+        """The pipeline's class, by which diffusers' `from_pipe` finds the relatives of what it is given."""
+        own = object.__getattribute__(self, "__dict__").get("_attachment")
+        return AttachedPipeline if own is None else type(own.pipe)
+
     def __repr__(self) -> str:
         return f"AttachedPipeline({type(self._attachment.pipe).__name__}, decoder={self._attachment.decoder.name!r})"
 
