@@ -237,7 +237,7 @@ def test_the_callers_own_callback_still_runs_and_may_change_latents() -> None:
 
 
 def test_another_pipeline_can_be_made_of_an_attached_one() -> None:
-    """diffusers' from_pipe takes its components; what it makes is an ordinary pipeline, to be attached again."""
+    """Diffusers' from_pipe takes its components; what it makes is an ordinary pipeline, to be attached again."""
     pipe = attach(pipeline("flux"), decoder("flux"))
     assert isinstance(pipe, AttachedPipeline)
     assert isinstance(pipe, diffusers.FluxPipeline)
