@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -102,12 +103,16 @@ class Commands(click.Group):
             ctx.exit(INTERRUPTED)
         except BrokenPipeError:
             # Whoever read our output has enough; keep Python from failing again when it flushes.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _silence_output()
             ctx.exit(0)
         except PidecodeError as error:
             _explain(ctx, f"Error: {error}")
             ctx.exit(error.exit_code)
         except Exception as error:
+            if _is_output_full(error):
+                _explain(ctx, _OUTPUT_FULL.format(error))
+                _silence_output()
+                ctx.exit(PidecodeError.exit_code)
             if is_out_of_memory(error):
                 _explain(ctx, f"Error: {OUT_OF_MEMORY}")
                 ctx.exit(DoesNotFitError.exit_code)
@@ -127,6 +132,20 @@ def _warning_shower(ctx: click.Context) -> Callable[..., None]:
             click.echo(printable(f"Warning: {message}"), err=True)
 
     return show
+
+
+_OUTPUT_FULL = "Error: The output could not be written: {0.strerror}. Send it to another place."
+
+
+def _is_output_full(error: BaseException) -> bool:
+    """Whether standard output, which has no file name, could not be written to; `files` explains what files lack."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+    return isinstance(error, OSError) and error.filename is None and error.errno in full
+
+
+def _silence_output() -> None:
+    """Keep Python from failing again when it flushes standard output at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _explain(ctx: click.Context, message: str) -> None:
@@ -154,3 +173,9 @@ def main() -> None:
         cli(prog_name="pidecode")
     except KeyboardInterrupt:  # before a command had begun
         sys.exit(INTERRUPTED)
+    except OSError as error:  # while a command's arguments were read: --help
+        if not _is_output_full(error):
+            raise
+        click.echo(_OUTPUT_FULL.format(error), err=True)
+        _silence_output()
+        sys.exit(PidecodeError.exit_code)
