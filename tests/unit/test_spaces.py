@@ -65,7 +65,7 @@ def test_qwen_constants_are_those_of_diffusers() -> None:
 def test_aliases_point_at_rows() -> None:
     assert dict(ALIASES) == {
         "zimage": "flux", "zimage-turbo": "flux", "flux2-klein-4b": "flux2", "flux2-klein-9b": "flux2",
-        "qwenimage-2512": "qwenimage",
+        "qwenimage-2512": "qwenimage", "ideogram-4": "flux2", "anima": "qwenimage",
     }  # fmt: skip
     assert get_space("ZImage") is SPACES["flux"]
     assert get_space("flux2-klein-9b") is SPACES["flux2"]

@@ -236,6 +236,10 @@ def recommended_stop(classes: Iterable[str], num_steps: int) -> int:
 
 ALIASES: Mapping[str, str] = MappingProxyType(
     {model.name: model.space for model in _MODELS if model.name != model.space}
+    # Models without a pipeline here that use the autoencoder of a space as it is: Ideogram 4 ships FLUX.2's file
+    # (https://huggingface.co/Comfy-Org/Ideogram-4), Anima is trained in Qwen-Image's latents
+    # (https://huggingface.co/circlestone-labs/Anima).
+    | {"ideogram-4": "flux2", "anima": "qwenimage"}
 )
 """Names of image models that stand for another model's space."""
 
