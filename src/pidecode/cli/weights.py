@@ -267,8 +267,8 @@ def _safetensors(header: Header, path: Path) -> dict[str, Any]:
         return {"what": "latent", "shape": shapes[0]} | _record(header.metadata["pidecode_latent"], path)
     named = next((name for name in FOREIGN_LATENTS if name in header.tensors), None)
     if named is not None and len(header.tensors[named].shape) in (3, 4, 5):
-        made = "ComfyUI" if named in COMFYUI_NAMES else "another program; name its --space when decoding"
-        return {"what": "latent", "shape": list(header.tensors[named].shape), "made by": made}
+        program = "ComfyUI" if named in COMFYUI_NAMES else "another program; name its --space when decoding"
+        return {"what": "latent", "shape": list(header.tensors[named].shape), "made by": program}
     formats = sorted({entry.dtype for entry in header.tensors.values()})
     known = {"what": "weights", "format": "safetensors", "dtypes": formats}
     if "pidecode" in header.metadata:
