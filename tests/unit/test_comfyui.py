@@ -7,6 +7,7 @@ With PIDECODE_COMFYUI=/path/to/ComfyUI the real comfy and comfy_api are used, el
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import os
 import subprocess
@@ -63,7 +64,8 @@ def comfy() -> Iterator[SimpleNamespace]:
         import folder_paths
         import server
 
-        from pidecode.integrations import comfyui
+        # The package keeps a name of the module after it left sys.modules, so it is imported by its path.
+        comfyui = importlib.import_module("pidecode.integrations.comfyui")
 
         yield SimpleNamespace(
             nodes=comfyui,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import sys
 from collections.abc import Iterator
@@ -34,7 +35,8 @@ def comfyui(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The module of the ComfyUI nodes, on doubles of ComfyUI's own modules."""
     monkeypatch.syspath_prepend(str(DOUBLES))
     before = set(sys.modules)
-    from pidecode.integrations import comfyui
+    # The package keeps a name of the module after it left sys.modules, so it is imported by its path.
+    comfyui = importlib.import_module("pidecode.integrations.comfyui")
 
     yield comfyui
     for name in set(sys.modules) - before:
