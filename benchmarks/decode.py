@@ -27,8 +27,7 @@ from pidecode.devices import default_dtype, select_device
 from pidecode.engine.machine import Quantization, this_machine
 from pidecode.engine.plan import Plan, Scheme, predict
 from pidecode.errors import PidecodeError, SettingError
-from pidecode.units import format_bytes, parse_size
-from pidecode.weights.convert import DTYPES
+from pidecode.units import DTYPES, format_bytes, parse_size
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 SIZES = ((1024, 1024), (2048, 2048), (2688, 1536), (4096, 4096))
@@ -153,7 +152,7 @@ def _trials(device: str | None, dtypes: Sequence[str], sizes: Sequence[str], **o
     """What to measure, and what a suite leaves out with the reason."""
     wanted = Selection(
         device=select_device(device),
-        dtypes=[DTYPES[dtype] for dtype in dtypes],
+        dtypes=[getattr(torch, dtype) for dtype in dtypes],
         sizes=[parse_size(size) for size in sizes],
         **options,
     )

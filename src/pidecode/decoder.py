@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from pidecode.color_fix import apply_color_fix
-from pidecode.devices import default_dtype, select_device
+from pidecode.devices import default_dtype, free_memory, select_device
 from pidecode.encoders.base import EncodeFunction, LazyImageEncoder, encode_images, on_device, vae_reference
 from pidecode.encoders.text import PromptEmbedsCache, TextEncoder, default_negative_prompt, load_prompt_embeds
 from pidecode.engine.feed_forward import FeedForwardPlan, FeedForwardRunner, encoding_work
 from pidecode.engine.plan import Plan
 from pidecode.engine.runner import Runner
-from pidecode.errors import ImageError, LatentError, SettingError, SizeError
+from pidecode.errors import DoesNotFitError, ImageError, LatentError, SettingError, SizeError
 from pidecode.images import (
     DecodeOutput,
     ImageSource,
@@ -47,7 +47,7 @@ from pidecode.sampling import (
     sample_student,
     sample_teacher,
 )
-from pidecode.units import parse_dtype
+from pidecode.units import format_bytes, parse_dtype
 from pidecode.version import __version__
 from pidecode.weights.detect import Overrides, detect
 from pidecode.weights.load import apply_lora, build_network
@@ -374,6 +374,7 @@ class PixelDecoder:
         chosen.require_acting(self.kind, "upscale", self.name)
         source = read_image(image)
         tensor, padding = self._fit(source.tensor, chosen.fit or "pad")
+        self._require_memory((tensor.shape[-1] * self.scale, tensor.shape[-2] * self.scale), len(tensor))
         encoding = encoding_work(self._refinements(chosen.num_refinements))
         tracker = WorkTracker(progress_callback, self._evaluations(chosen), encoding)
         latent = self._encode(tensor, chosen.num_refinements, tracker)
@@ -388,6 +389,17 @@ class PixelDecoder:
         metadata = tuple(described | size for described in output.metadata)
         return DecodeOutput(pixels, metadata, alpha, source.gray, source.attributes)
 
+    def _require_memory(self, size: tuple[int, int], batch: int) -> None:
+        """Raise DoesNotFitError for an image that needs more memory than the device has free, before it is begun."""
+        if isinstance(self.runner, Runner) and self.runner.sequence_parallel:
+            return
+        working, free = self.runner.plan_for(size, batch).working, free_memory(self.device)
+        if free is not None and working > free:
+            raise DoesNotFitError(
+                f"A result of {size[0]}x{size[1]} pixels needs about {format_bytes(working)} of memory, and "
+                f"{format_bytes(free)} are free. Use a smaller input, or end other programs."
+            )
+
     @torch.inference_mode()
     def _decode(
         self, latent: Latent, options: DecodeOptions, command: Command, callback: Callback | None, work: WorkTracker
@@ -395,6 +407,8 @@ class PixelDecoder:
         options.require_acting(self.kind, command, self.name)
         clean, latent = latent, self._with_prompt(self._checked(latent, options), options.prompt)
         width, height = self._size(latent, options)
+        if command == "decode":  # `upscale` has checked, before it encoded
+            self._require_memory((width, height), len(latent))
         reference = self._reference(clean, options)
         if isinstance(self.runner, FeedForwardRunner):
             pixels = self._run_feed_forward(self.runner, latent, callback, work)

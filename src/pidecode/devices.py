@@ -102,6 +102,15 @@ def free_memory(device: torch.device) -> int | None:
     return _free_host_memory()
 
 
+def resident_memory() -> int | None:
+    """Bytes of main memory this process holds, or None where the system does not report it."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def _free_host_memory() -> int | None:
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():

@@ -4,17 +4,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
+from PIL import Image
 from safetensors.torch import save_file
 
 import recorded
 import tiny_models
 from pidecode import PixelDecoder
+from pidecode.cli.app import cli
 from pidecode.encoders.base import load_encoder
 from pidecode.engine import feed_forward
 from pidecode.engine.feed_forward import FeedForwardPlan, FeedForwardRunner, plan_feed_forward, predict
@@ -95,9 +100,10 @@ def test_tiles_equal_the_whole(shipped: PixelDecoder) -> None:
 def test_large_images_are_tiled_and_a_plan_makes_tiles_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     assert feed_forward.default_tile(SMALL, (2048, 2048)) is None
     assert feed_forward.default_tile(SMALL, (4096, 1024)) == 64
-    roomy = plan_feed_forward(SMALL, (4096, 4096), Machine(memory=10**12, accelerator=False))
-    tight = plan_feed_forward(SMALL, (4096, 4096), Machine(memory=roomy.peak - 1, accelerator=False))
-    assert (roomy.tile, tight.tile) == (64, 32)
+    full = TinyDecoderConfig()
+    roomy = plan_feed_forward(full, (2048, 2048), Machine(memory=10**12, accelerator=False))
+    tight = plan_feed_forward(full, (2048, 2048), Machine(memory=roomy.peak - 1, accelerator=False))
+    assert (roomy.tile, tight.tile) == (None, 64)
     assert tight.peak < roomy.peak
     with pytest.raises(DoesNotFitError, match="needs .* at the least"):
         plan_decode(SMALL, (4096, 4096), Machine(memory=1000, accelerator=False))
@@ -112,7 +118,55 @@ def test_a_prediction_counts_the_weights(shipped: PixelDecoder) -> None:
     held = sum(parameter.numel() * 4 for parameter in shipped.net.parameters())
     plan = predict(FeedForwardPlan(size=(1024, 1024)), shipped.net.config)
     assert dict(plan.parts)["weights"] == held
-    assert shipped.memory_estimate((1024, 1024)) == plan.peak > shipped.memory_estimate((512, 512))
+    assert shipped.runner.plan_for((1024, 1024), 1).working == plan.working
+    assert shipped.memory_estimate((1024, 1024)) > plan.peak  # the process itself is counted
+
+
+MEASURE = """
+import sys, torch, pidecode
+from pathlib import Path
+width, height, dtype, color_fix = int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3]), sys.argv[4]
+decoder = pidecode.PixelDecoder.from_pretrained("tiny", device="cpu", dtype=dtype)
+image = torch.rand(1, 3, height, width) * 2 - 1
+print(decoder.memory_estimate((width * decoder.scale, height * decoder.scale)))
+decoder.upscale(image, color_fix=color_fix)
+print(1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of resident memory from /proc")
+@pytest.mark.parametrize(
+    ("size", "dtype", "color_fix"),
+    [
+        ((64, 64), "float32", "back-projection"), ((256, 256), "float32", "back-projection"),
+        ((256, 256), "bfloat16", "back-projection"), ((256, 256), "float32", "off"),
+        ((512, 512), "float32", "back-projection"), ((512, 512), "bfloat16", "back-projection"),
+        ((512, 512), "float32", "off"), ((512, 512), "bfloat16", "off"),
+        ((1024, 1024), "bfloat16", "back-projection"), ((768, 512), "float32", "fine"),
+    ],
+)  # fmt: skip
+def test_the_predicted_peak_is_within_a_tenth_of_the_resident_memory(
+    size: tuple[int, int], dtype: str, color_fix: str
+) -> None:
+    arguments = [str(side) for side in size] + [dtype, color_fix]
+    done = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=True)
+    predicted, measured = map(int, done.stdout.split())
+    assert predicted == pytest.approx(measured, rel=0.1)
+
+
+def test_what_does_not_fit_is_refused_before_it_is_begun(
+    shipped: PixelDecoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("pidecode.decoder.free_memory", lambda device: 10**6)
+    monkeypatch.setattr(TinyDecoder, "coarse", lambda *_: pytest.fail("it was begun"))
+    with pytest.raises(DoesNotFitError, match=r"256x256 pixels needs about .* and 1\.0 MB are free"):
+        shipped.upscale(torch.zeros(1, 3, 64, 64))
+    with pytest.raises(DoesNotFitError, match="256x256"):
+        shipped.decode(Latent(torch.zeros(1, 128, 4, 4), "flux2", 0.0))
+    Image.new("RGB", (64, 64)).save(tmp_path / "small.png")
+    done = CliRunner().invoke(cli, ["upscale", str(tmp_path / "small.png")])
+    assert done.exit_code == DoesNotFitError.exit_code and "256x256 pixels needs" in done.output
 
 
 @pytest.mark.parametrize(

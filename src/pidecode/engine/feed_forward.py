@@ -8,14 +8,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pidecode.devices import resident_memory
 from pidecode.engine.machine import DRIVER, DTYPE_BYTES, GB, Machine
 from pidecode.errors import DoesNotFitError, SettingError
-from pidecode.models.tiny import TinyDecoder, downscaled
-from pidecode.registry.configs import TinyDecoderConfig
+from pidecode.models.tiny import TinyDecoder, TinyEncoder, downscaled
+from pidecode.registry.configs import TinyDecoderConfig, TinyEncoderConfig
 from pidecode.sampling import WorkTracker
 
+HEAP = 40_000_000
+"""Main memory that a first decode takes beside tensors: kernels' code, and what the allocator keeps."""
 HALO = 6
 """Cells of the first stage's grid that a tile sees beyond its edges. Measured with the shipped weights on a photograph:
 the largest difference to the whole image is 1.1/255 with 4, 0.03/255 with 6 and 0.0003/255 with 8."""
@@ -44,7 +47,7 @@ class FeedForwardPlan:
     @property
     def working(self) -> int:
         """Predicted bytes beyond a network that is loaded already."""
-        return sum(size for name, size in self.parts if name not in ("weights", "driver"))
+        return dict(self.parts)["activations"]
 
     @property
     def exact(self) -> bool:
@@ -63,14 +66,23 @@ class FeedForwardPlan:
         return "\n".join(lines)
 
 
-def parameters(config: TinyDecoderConfig) -> int:
+def _parameters(make: Callable[[], nn.Module]) -> int:
     """Number of parameters, without allocating any."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in TinyDecoder(config).parameters())
+        return sum(parameter.numel() for parameter in make().parameters())
 
 
-def predict(plan: FeedForwardPlan, config: TinyDecoderConfig, *, accelerator: bool = False) -> FeedForwardPlan:
-    """The same plan with its parts filled in."""
+def predict(
+    plan: FeedForwardPlan, config: TinyDecoderConfig, *, accelerator: bool = False, resident: int = 0
+) -> FeedForwardPlan:
+    """The same plan with its parts filled in: of `upscale`, the encoder and the color fix included.
+
+    Args:
+        plan: How the decode runs.
+        config: Shape of the decoder.
+        accelerator: Whether the device has memory apart from the host's.
+        resident: Bytes this process holds beside the weights, which count where the device is the CPU.
+    """
     wide, (width, height), B = DTYPE_BYTES[plan.dtype], plan.size, plan.batch
     cell = config.pixels_per_cell // config.latent_unpatchify
     tile_width, tile_height = width, height
@@ -81,14 +93,20 @@ def predict(plan: FeedForwardPlan, config: TinyDecoderConfig, *, accelerator: bo
     pixels = 3 * B * tile_width * tile_height * wide
     # A block holds its input, the activation, the same with repeated edges, and a convolution's result.
     stage = max(4 * features + features // 16, 2 * features, features + 2 * pixels)
+    image, encoder = 3 * 4 * B * width * height, TinyEncoderConfig(num_refinements=1)
+    coarse = B * config.width * (width // cell) * (height // cell) * wide
+    decoding = coarse + stage + image * (1 if plan.tile is not None else 2)
+    # The encoder's widest block, at the source's size; the color fix: the image, two more and six of the source's.
+    encoding = 3 * B * encoder.full_width * (width * height // config.scale**2) * wide
     parts = [
-        ("weights", parameters(config) * wide),
-        ("coarse features", B * config.width * (width // cell) * (height // cell) * wide),
-        ("activations", stage),
-        ("image", 3 * B * width * height * 4 * (1 if plan.tile is not None else 2)),
+        ("weights", _parameters(lambda: TinyDecoder(config)) * wide),
+        ("encoder", _parameters(lambda: TinyEncoder(encoder)) * wide),
+        ("activations", max(decoding, encoding, 3 * image + 6 * image // config.scale**2)),
     ]
     if accelerator:
         parts.append(("driver", DRIVER))
+    elif resident:
+        parts += [("libraries", resident), ("heap", HEAP)]
     return replace(plan, parts=tuple(parts))
 
 
@@ -117,7 +135,9 @@ def plan_feed_forward(
     )  # fmt: skip
     smallest = first
     for tile in (first.tile, *(side for side in TILES if first.tile is None or side < first.tile)):
-        smallest = predict(replace(first, tile=tile), config, accelerator=machine.accelerator)
+        smallest = predict(
+            replace(first, tile=tile), config, accelerator=machine.accelerator, resident=resident_memory() or 0
+        )
         if smallest.peak <= machine.memory:
             return smallest
     raise DoesNotFitError(
@@ -151,7 +171,10 @@ class FeedForwardRunner:
         dtype = str(self.net.dtype).removeprefix("torch.")
         tile = plan.tile or default_tile(self.net.config, size)
         plan = replace(plan, size=size, batch=batch, dtype=dtype, tile=tile)
-        return predict(plan, self.net.config, accelerator=self.net.device.type != "cpu")
+        accelerator = self.net.device.type != "cpu"
+        weights = dict(predict(plan, self.net.config).parts)["weights"]  # loaded, hence resident already
+        resident = max(0, (resident_memory() or 0) - weights)
+        return predict(plan, self.net.config, accelerator=accelerator, resident=resident)
 
     @torch.no_grad()
     def decode(self, latent: Tensor, on_tile: TileCallback | None = None) -> Tensor:

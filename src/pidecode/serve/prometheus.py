@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-import os
 import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pidecode.devices import resident_memory
 from pidecode.serve.queue import JobQueue
 from pidecode.version import __version__
 
@@ -99,15 +98,6 @@ class ResponseStats:
             samples.append(("_sum", f'path="{path}"', self.seconds[path]))
             samples.append(("_count", f'path="{path}"', total))
         return samples
-
-
-def resident_memory() -> int | None:
-    """Bytes of main memory this process holds, or None where the system does not report it."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except (OSError, ValueError, IndexError):
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _metric(name: str, kind: str, help_text: str, samples: Iterable[tuple[str, str, float]]) -> list[str]:
