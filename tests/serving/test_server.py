@@ -334,3 +334,16 @@ def test_a_feed_forward_decoder_refuses_what_cannot_act() -> None:
         assert first == second  # nothing is random
         body, headers = form({"image": image_bytes(16, 16)})
         assert served.post("/v1/images/edits", body, **headers).json()["size"] == "64x64"
+
+
+def test_transparency_survives(server: Served) -> None:
+    source = Image.radial_gradient("L").resize((24, 16)).convert("RGBA")
+    source.putalpha(Image.linear_gradient("L").resize((24, 16)))
+    buffer = io.BytesIO()
+    source.save(buffer, "PNG")
+    for scale, size in ((4, (96, 64)), (2, (48, 32))):
+        image = opened(server.post(f"/v1/upscale?num_steps=1&scale={scale}", buffer.getvalue()))
+        assert (image.mode, image.size) == ("RGBA", size)
+        low, high = image.getchannel("A").getextrema()
+        assert low < 20
+        assert high > 235
