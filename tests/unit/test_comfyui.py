@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -552,6 +553,19 @@ def test_example_workflows_fit_the_nodes(comfy: SimpleNamespace, path: Path) -> 
             if entry.id == "seed":
                 assert values.pop(0) == "fixed"  # what the seed does after a run has a widget of its own
         assert values == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "comfyui" / "example_workflows").glob("*.json")), ids=lambda p: p.stem)
+def test_no_node_of_an_example_hides_another(path: Path) -> None:
+    """Each node has room for its widgets (28 pixels each) and its title, and none lies on another."""
+    boxes = []
+    for node in json.loads(path.read_text())["nodes"]:
+        (left, top), (width, height) = node["pos"], node["size"]
+        assert height >= 50 + 28 * len(node.get("widgets_values", []))
+        boxes.append((left, top - 30, left + width, top + height))
+    for first, second in itertools.combinations(boxes, 2):
+        apart = first[2] <= second[0] or second[2] <= first[0] or first[3] <= second[1] or second[3] <= first[1]
+        assert apart, (first, second)
 
 
 def test_without_the_package_the_folder_says_how_to_install_it() -> None:
