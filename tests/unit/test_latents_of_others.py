@@ -57,6 +57,9 @@ def test_arrays_and_tensors_saved_alone(tmp_path: Path) -> None:
     for name in ("a.npy", "a.pt", "b.pt", "old.pt"):
         torch.testing.assert_close(Latent.load(tmp_path / name, space="flux2").tensor, VALUES)
         assert count_latents(tmp_path / name) == 1
+    for name in ("a.npy", "a.pt"):
+        told = CliRunner().invoke(cli, ["info", str(tmp_path / name), "--json"]).stdout
+        assert '"latent"' in told
     torch.save(VALUES.repeat(3, 1, 1, 1), tmp_path / "three.pt")
     assert count_latents(tmp_path / "three.pt") == 3
 

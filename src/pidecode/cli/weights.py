@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from pidecode.cli.common import Check, DtypeParam, emit, json_option, overwrite_option, progress, space_option, table
-from pidecode.errors import CheckpointError, FileError
+from pidecode.errors import CheckpointError, FileError, PidecodeError
 from pidecode.registry.checkpoints import CHECKPOINTS, ENCODERS, TEXT_ENCODER, TINY_ENCODER, Checkpoint
 from pidecode.registry.spaces import ALIASES, SPACES
 from pidecode.strict_json import JSONError, parse_json
@@ -244,9 +244,25 @@ def describe(path: Path) -> dict[str, Any]:
     if start.startswith(PICKLES):
         from pidecode.weights.read import read_weights
 
-        shapes = read_weights(path, check_values=False).shapes
+        try:
+            shapes = read_weights(path, check_values=False).shapes
+        except CheckpointError as error:
+            alone = _tensor_alone(path)
+            if alone is None:
+                raise error
+            return known | {"what": "latent", "format": "torch.save", "shape": alone, "made by": "another program"}
         return known | {"what": "weights", "format": "pickle, tensors only"} | _foreign(shapes, path)
     raise FileError(f"{path} is no image, latent or weights file that pidecode knows.")
+
+
+def _tensor_alone(path: Path) -> list[int] | None:
+    """Shape of the one tensor that `torch.save` wrote; None if the file holds something else."""
+    from pidecode.latents.storage import read_latent
+
+    try:
+        return list(read_latent(path).tensor.shape)
+    except PidecodeError:
+        return None
 
 
 def _image(path: Path) -> dict[str, Any]:
