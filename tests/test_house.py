@@ -20,8 +20,8 @@ ALL = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "tools
 MOST_LINES = 650
 MOST_LINES_OF_A_FUNCTION = 60
 MOST_FILES = 120
-# The design aims at 21,500; docstrings with shapes and errors, and the checks of what comes from outside, take the rest.
-MOST_LINES_OF_ALL = 26_500
+# The design aims at 21,500; docstrings with shapes and errors, and checks of what comes from outside, take the rest.
+MOST_LINES_OF_ALL = 27_000
 CAMEL_CASE = re.compile("_?[A-Z][a-z]+[A-Za-z0-9]*")
 WORD = re.compile("[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 # Words that were names here and have a standard one in torch, diffusers or the paper, with that in the comment.
