@@ -48,6 +48,11 @@ def supports_cuda_graphs(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def copies_from_pinned_memory(device: torch.device) -> bool:
+    """Whether copies to the device run beside other work where they start in pinned memory (CUDA and ROCm)."""
+    return device.type == "cuda"
+
+
 def supports_bfloat16_training(device: torch.device) -> bool:
     """Whether training multiplies in bfloat16 there: on CUDA (and ROCm); elsewhere it is slow, or was not tried."""
     return device.type == "cuda"

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pidecode.devices import copies_from_pinned_memory
 from pidecode.errors import SettingError
 from pidecode.registry.checkpoints import STUDENT_TIMES, Sampler
 from pidecode.registry.configs import Prediction
@@ -200,7 +201,7 @@ class NoiseStream:
                 self._thread.shutdown(wait=False)
 
     def _draw(self) -> Tensor:
-        pinned = self._device.type == "cuda"
+        pinned = copies_from_pinned_memory(self._device)
         draws = torch.empty(len(self._generators), *self._shape, pin_memory=pinned)
         for draw, generator in zip(draws, self._generators, strict=True):
             torch.randn(self._shape, generator=generator, out=draw)
