@@ -319,3 +319,9 @@ def test_what_is_delivered_is_finite(shipped: PixelDecoder, monkeypatch: pytest.
     monkeypatch.setattr("pidecode.decoder.apply_color_fix", lambda images, *_: images * float("nan"))
     with pytest.raises(LatentError, match="NaN"):
         shipped.decode(latent(), color_fix="coarse", reference=torch.zeros(1, 3, 16, 32))
+
+
+def test_noise_beyond_what_it_decodes_well_is_refused(shipped: PixelDecoder) -> None:
+    assert shipped.max_sigma == 0.2
+    with pytest.raises(SettingError, match="tiny decodes latents well up to 0.2"):
+        shipped.decode(latent(), sigma=0.4)
