@@ -30,11 +30,13 @@ def parse_bytes(text: str) -> int:
     """Bytes of "12GB", "800 MB", "11.5GiB" or a plain number.
 
     Raises:
-        SettingError: The text is not of that form.
+        SettingError: The text is not of that form, or lacks a unit that it plainly needs.
     """
     match = re.fullmatch(r"\s*(\d{0,9}\.?\d{1,15})\s*([kmgt]?)(i?)b?\s*", text.lower())
     if match is None or (match[3] and not match[2]):
         raise SettingError(f"{text[:20]!r} is not an amount of memory; write it like 12GB, 800MB or 11.5GiB.")
+    if match[2] == "" and "b" not in text.lower() and float(match[1]) < 1e6:
+        raise SettingError(f"{text.strip()} has no unit, and so few bytes hold nothing; write it like {match[1]}GB.")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** _PREFIXES[match[2]])
 
 

@@ -24,7 +24,7 @@ def test_no_sizes(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("12GB", 12 * 10**9), ("800 mb", 8 * 10**8), ("1.5GiB", 3 * 2**29), ("7", 7), ("2k", 2000), (".5k", 500)],
+    [("12GB", 12 * 10**9), ("800 mb", 8 * 10**8), ("1.5GiB", 3 * 2**29), ("7B", 7), ("2k", 2000), (".5k", 500)],
 )
 def test_amounts_of_memory(text: str, size: int) -> None:
     assert parse_bytes(text) == size
@@ -66,3 +66,9 @@ def test_both_spellings_of_a_dtype(text: str, name: str) -> None:
 def test_no_dtype() -> None:
     with pytest.raises(SettingError, match="must be one of float32, bfloat16"):
         parse_dtype("fp8")
+
+
+def test_a_small_number_without_a_unit_asks_for_one() -> None:
+    with pytest.raises(SettingError, match="12 has no unit, .* write it like 12GB"):
+        parse_bytes("12")
+    assert parse_bytes("12000000000") == 12 * 10**9
