@@ -145,6 +145,39 @@ def test_leaving_the_page_cancels_its_job(page: Served) -> None:
         page.until(lambda: page.service.queue.waiting == 0)
 
 
+def test_a_job_goes_on_without_its_client_who_follows_it_again(page: Served) -> None:
+    with page.busy():
+        connection = page.connect()
+        connection.request("POST", "/v1/upscale?stream=true&num_steps=1&reconnect_seconds=60", image_bytes(20, 33))
+        response = connection.getresponse()
+        job = json.loads(response.readline())["id"]
+        response.close()
+        connection.close()
+        page.until(lambda: page.service.streamed.get(job).followers == 0)
+    last = json.loads(page.get(f"/v1/jobs/{job}").body.splitlines()[-1])
+    assert (last["id"], last["state"], last["width"]) == (job, "done", 80)
+    assert len(page.get(last["result"]).body) == last["bytes"]
+    gone = page.get(f"/v1/jobs/{job}")
+    assert (gone.status, "Run it again" in gone.message) == (404, True)
+
+
+def test_a_client_that_stays_away_or_cancels_ends_its_job(page: Served) -> None:
+    with page.busy():
+        for leaves in (True, False):
+            connection = page.connect()
+            connection.request("POST", "/v1/upscale?stream=true&reconnect_seconds=0.1", image_bytes())
+            response = connection.getresponse()
+            job = page.service.streamed.get(json.loads(response.readline())["id"])
+            if not leaves:
+                assert page.ask("DELETE", f"/v1/jobs/{job.id}").status == 204
+                assert json.loads(response.read().splitlines()[-1])["state"] == "cancelled"
+            response.close()
+            connection.close()
+            page.until(lambda job=job: job.state == "cancelled")
+    refused = page.post("/v1/upscale?reconnect_seconds=1", image_bytes())
+    assert (refused.status, "stream=true only" in refused.message) == (400, True)
+
+
 def test_a_token_opens_the_page_and_stays_as_a_cookie() -> None:
     service = DecodeService({"small": small_decoder()}, limits=LIMITS)
     token = "correct-horse-battery"

@@ -7,7 +7,7 @@ import asyncio
 import base64
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict
 from importlib.resources import files
 from typing import Annotated, Any
@@ -27,7 +27,7 @@ from pidecode.serve.http import (
     AuthMiddleware,
     BodyReader,
     add_error_handlers,
-    cancel_on_disconnect,
+    disconnected,
     response_for,
     result_of,
 )
@@ -43,6 +43,7 @@ from pidecode.serve.schemas import (
     Health,
     JobEvent,
     PlanParams,
+    ResultParams,
     ServerInfo,
     ServerLimits,
     UpscaleParams,
@@ -192,7 +193,7 @@ def _add_jobs(app: FastAPI, service: DecodeService, reader: BodyReader) -> None:
     async def decode(request: Request, params: Annotated[DecodeParams, Query()]) -> Response:
         """A file written by `Latent.save` holds its space, noise level and prompt; others need `space`."""
         data = await reader.read(request)
-        return await _respond(request, service, service.decode(data, params), params.stream)
+        return await _respond(request, service, service.decode(data, params), params)
 
     @app.post(
         "/v1/upscale",
@@ -204,7 +205,7 @@ def _add_jobs(app: FastAPI, service: DecodeService, reader: BodyReader) -> None:
     async def upscale(request: Request, params: Annotated[UpscaleParams, Query()]) -> Response:
         """The image is encoded to a latent and decoded; the result is exactly `scale` times its size."""
         data = await reader.read(request)
-        return await _respond(request, service, service.upscale(data, params), params.stream)
+        return await _respond(request, service, service.upscale(data, params), params)
 
     @app.post(
         "/v1/generate",
@@ -217,7 +218,7 @@ def _add_jobs(app: FastAPI, service: DecodeService, reader: BodyReader) -> None:
         """Needs a pipeline on the server (--pipeline); its latent is decoded."""
         prompt = _prompt(await reader.read(request))
         job = service.generate(prompt, (params.width, params.height), params)
-        return await _respond(request, service, job, params.stream)
+        return await _respond(request, service, job, params)
 
     @app.get(
         "/v1/results/{name}",
@@ -233,6 +234,30 @@ def _add_jobs(app: FastAPI, service: DecodeService, reader: BodyReader) -> None:
     async def result(name: str) -> Response:
         """Each result can be fetched once, within five minutes."""
         return _file(_stored_result(service, name))
+
+    @app.get(
+        "/v1/jobs/{name}",
+        summary="Follow a streamed job again",
+        response_class=Response,
+        responses={
+            200: {
+                "description": "The job's progress from now on, as lines of JSON.",
+                "content": {NDJSON: {"schema": JobEvent.model_json_schema()}},
+            },
+            **_errors((*_AUTH_ERRORS, 404, 422)),
+        },
+    )
+    async def job(request: Request, name: str) -> Response:
+        """For a client that lost its connection within the job's `reconnect_seconds`."""
+        return _progress(request, _streamed_job(service, name))
+
+    @app.delete(
+        "/v1/jobs/{name}", summary="Cancel a streamed job", status_code=204,
+        responses=_errors((*_AUTH_ERRORS, 404, 422)),
+    )  # fmt: skip
+    async def cancel(name: str) -> None:
+        """Has no effect on a job that is over."""
+        _streamed_job(service, name).cancel()
 
 
 def _add_queries(app: FastAPI, service: DecodeService, reader: BodyReader, inspector: Inspector) -> None:
@@ -345,45 +370,62 @@ def _add_monitoring(app: FastAPI, service: DecodeService, stats: ResponseStats) 
         return Response(stats.text(service.queue), media_type=CONTENT_TYPE)
 
 
-async def _respond(request: Request, service: DecodeService, job: DecodeJob, stream: bool) -> Response:
+async def _respond(request: Request, service: DecodeService, job: DecodeJob, params: ResultParams) -> Response:
     """The job's result, or its progress as it runs."""
-    if not stream:
+    if not params.stream:
         return _file(await result_of(request, job))
+    job.reconnect_seconds = params.reconnect_seconds or 0.0
+    service.streamed.add(job)
+    return _progress(request, job)
+
+
+def _progress(request: Request, job: DecodeJob) -> Response:
+    """A stream of the job's progress; the job is cancelled when the last client that follows it stays away."""
+
+    def abandon() -> None:
+        if not job.followers:
+            job.cancel("The client disconnected.")
 
     async def lines() -> AsyncIterator[bytes]:
-        watcher = cancel_on_disconnect(request, job)
+        gone = asyncio.ensure_future(disconnected(request))
+        gone.add_done_callback(lambda _: job.notify())
         last_preview: bytes | None = None
         try:
-            async for status in job.changes():
-                new_preview = status.preview if status.preview is not last_preview else None
-                last_preview = status.preview or last_preview
-                if not job.over:
-                    yield _line(_progress_event(status, new_preview))
-            yield _line(_final_event(service, job))
+            async with aclosing(job.changes()) as changes:
+                async for status in changes:
+                    if gone.done():
+                        return
+                    new_preview = status.preview if status.preview is not last_preview else None
+                    last_preview = status.preview or last_preview
+                    if not job.over:
+                        yield _line(_progress_event(job, status, new_preview))
+            yield _line(_final_event(job))
         finally:
-            watcher.cancel()
-            job.cancel("The client disconnected.")
+            gone.cancel()
+            if job.reconnect_seconds:
+                asyncio.get_running_loop().call_later(job.reconnect_seconds, abandon)
+            else:
+                abandon()
 
     return StreamingResponse(lines(), media_type=NDJSON, headers={"X-Accel-Buffering": "no"})  # nginx
 
 
-def _progress_event(status: JobStatus, preview: bytes | None) -> JobEvent:
+def _progress_event(job: DecodeJob, status: JobStatus, preview: bytes | None) -> JobEvent:
     return JobEvent(
-        state=status.state, position=status.position, step=status.step, num_steps=status.num_steps,
+        id=job.id, state=status.state, position=status.position, step=status.step, num_steps=status.num_steps,
         activity=status.activity, done=round(status.done, 3), seconds=round(status.seconds, 2),
         seconds_left=None if status.seconds_left is None else round(status.seconds_left, 1),
         preview=None if preview is None else f"data:image/jpeg;base64,{base64.b64encode(preview).decode('ascii')}",
     )  # fmt: skip
 
 
-def _final_event(service: DecodeService, job: DecodeJob) -> JobEvent:
+def _final_event(job: DecodeJob) -> JobEvent:
     try:
         result: Result = job.result()
     except Exception as error:
-        return JobEvent(state=job.state, error=json.loads(bytes(response_for(error).body))["error"])
-    service.results.put(job.id, result)
+        return JobEvent(id=job.id, state=job.state, error=json.loads(bytes(response_for(error).body))["error"])
     return JobEvent(
-        state=job.state, result=f"/v1/results/{job.id}", width=result.width, height=result.height,
+        id=job.id, state=job.state, result=f"/v1/results/{job.id}", width=result.width, height=result.height,
         metadata=result.metadata, warnings=list(result.warnings), seconds=round(result.seconds, 2),
         bytes=len(result.data),
     )  # fmt: skip
@@ -416,9 +458,17 @@ async def _run_in_turn(
     return [await result_of(request, submit(one)) for one in params]
 
 
+def _streamed_job(service: DecodeService, name: str) -> DecodeJob:
+    """A streamed job; HTTP error 404 if there is none of that name."""
+    job = service.streamed.get(name)
+    if job is None:
+        raise HTTPException(404, "There is no such job: it was stopped, or the server was restarted. Run it again.")
+    return job
+
+
 def _stored_result(service: DecodeService, name: str) -> Result:
     """Take the result of a streamed job; HTTP error 404 if there is none of that name."""
-    result = service.results.pop(name)
+    result = service.streamed.pop_result(name)
     if result is None:
         raise HTTPException(404, "This result was fetched already, or is too old; run the job again.")
     return result

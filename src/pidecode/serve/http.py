@@ -69,7 +69,7 @@ _HEADERS = (
 )
 
 _CORS_HEADERS = (
-    (b"access-control-allow-methods", b"GET, POST"),
+    (b"access-control-allow-methods", b"GET, POST, DELETE"),
     (b"access-control-allow-headers", b"Authorization, Content-Type"),
     (b"access-control-expose-headers", b"X-Pidecode-Seconds, X-Pidecode-Warnings, Retry-After"),
     (b"access-control-max-age", b"600"),
@@ -275,7 +275,7 @@ async def result_of(request: Request, job: DecodeJob) -> Any:
         ClientDisconnect: If the client disconnected.
         Exception: Whatever `job.result` raises.
     """
-    gone = asyncio.ensure_future(_disconnected(request))
+    gone = asyncio.ensure_future(disconnected(request))
     end = asyncio.ensure_future(job.finished())
     end.add_done_callback(lambda task: task.cancelled() or task.exception())  # retrieved, also where nobody waits
     try:
@@ -290,19 +290,8 @@ async def result_of(request: Request, job: DecodeJob) -> Any:
         end.cancel()
 
 
-def cancel_on_disconnect(request: Request, job: DecodeJob) -> asyncio.Future[None]:
-    """Cancel the job if the client disconnects. Cancel the returned future once the job is over."""
-
-    def cancel_job(watcher: asyncio.Future[None]) -> None:
-        if not watcher.cancelled():
-            job.cancel("The client disconnected.")
-
-    watcher = asyncio.ensure_future(_disconnected(request))
-    watcher.add_done_callback(cancel_job)
-    return watcher
-
-
-async def _disconnected(request: Request) -> None:
+async def disconnected(request: Request) -> None:
+    """Wait until the client disconnects."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

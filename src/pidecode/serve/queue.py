@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -61,6 +61,7 @@ class DecodeJob:
         self.started: float | None = None
         self.ended: float | None = None
         self.expected_seconds: float | None = None  # set by the function, where it can predict its time
+        self.reconnect_seconds = 0.0  # how long it goes on when its last follower is gone
         self._measured: float | None = None
         self.deadline = None if timeout is None else self.created + timeout
         self._function: JobFunction | None = function
@@ -81,6 +82,11 @@ class DecodeJob:
     def over(self) -> bool:
         """Whether the state is final."""
         return self._over.is_set()
+
+    @property
+    def followers(self) -> int:
+        """How many are iterating over `changes`."""
+        return len(self._listeners)
 
     @property
     def status(self) -> JobStatus:
@@ -123,7 +129,7 @@ class DecodeJob:
         if "done" in changes:
             self._measured = time.monotonic()
         self._status = replace(self._status, state="running", **changes)
-        self._notify()
+        self.notify()
 
     def _timed(self, status: JobStatus) -> JobStatus:
         """The status with the times of this moment: from what is done, or else from what was expected."""
@@ -152,7 +158,7 @@ class DecodeJob:
         """Block until the job is over; return False if that took longer than `timeout` seconds."""
         return self._over.wait(timeout)
 
-    async def changes(self) -> AsyncIterator[JobStatus]:
+    async def changes(self) -> AsyncGenerator[JobStatus]:
         """Yield the status now, after each change and each second. A slow reader never misses the final one."""
         changed, loop = asyncio.Event(), asyncio.get_running_loop()
 
@@ -186,7 +192,8 @@ class DecodeJob:
             pass
         return self.result()
 
-    def _notify(self) -> None:
+    def notify(self) -> None:
+        """Wake all that iterate over `changes`."""
         for listener in tuple(self._listeners):
             listener()
 
@@ -197,7 +204,7 @@ class DecodeJob:
         last = self._status
         self._status = JobStatus(state=state, step=last.step, num_steps=last.num_steps)
         self._over.set()
-        self._notify()
+        self.notify()
 
 
 @dataclass(slots=True)
@@ -326,7 +333,7 @@ class JobQueue:
             behind = list(self._waiting)
         job._end("cancelled", error=Cancelled(reason))
         for other in behind:
-            other._notify()
+            other.notify()
 
     def _run(self) -> None:
         while True:
@@ -338,7 +345,7 @@ class JobQueue:
                 job = self._running = self._waiting.popleft()
                 behind = list(self._waiting)
             for other in behind:
-                other._notify()
+                other.notify()
             self._run_job(job)
             del job, behind  # keep no reference to the job while the thread waits for the next one
 

@@ -79,6 +79,13 @@ class ResultParams(BaseModel):
     stream: Annotated[
         bool, Field(description="Answer with the job's progress as lines of JSON, the last of which links to the file.")
     ] = False
+    reconnect_seconds: Annotated[
+        float | None,
+        Field(
+            ge=0.1, le=300,
+            description="How long a streamed job goes on without its client, which can follow it again at /v1/jobs.",
+        ),
+    ] = None  # fmt: skip
 
     def options(self) -> DecodeOptions:
         """The decode options that were given.
@@ -89,6 +96,8 @@ class ResultParams(BaseModel):
         values = dict(self)
         if self.quality is not None and self.format == "png":
             raise SettingError("quality acts on webp and jpeg only, and format is png; leave it out.")
+        if self.reconnect_seconds is not None and not self.stream:
+            raise SettingError("reconnect_seconds acts with stream=true only; leave it out.")
         if "size" in self.option_names:
             values["size"] = pair("width", values["width"], "height", values["height"])
         return DecodeOptions(**{name: values[name] for name in self.option_names})
@@ -239,6 +248,7 @@ class ServerInfo(BaseModel):
 class JobEvent(BaseModel):
     """One line of a progress stream. The last one has a final state, and a result or an error."""
 
+    id: Annotated[str, Field(description="Of the job, for /v1/jobs.")]
     state: Literal["waiting", "running", "done", "failed", "cancelled"]
     position: Annotated[int | None, Field(description="Position in the queue while waiting; 1 is next.")] = None
     step: int | None = None

@@ -63,22 +63,27 @@ class Result:
     seconds: float  # time the job ran, without waiting
 
 
-class ResultStore:
-    """Results of streamed jobs until they are fetched: the newest few, each for a few minutes, each once."""
+class StreamedJobs:
+    """Streamed jobs by their id: those in the queue, and the newest finished ones until their result is fetched."""
 
     def __init__(self) -> None:
-        self._results: dict[str, tuple[float, Result]] = {}
+        self._jobs: dict[str, DecodeJob] = {}
 
-    def put(self, name: str, result: Result) -> None:
-        """Keep a result under a name."""
-        now = time.monotonic()
-        fresh = {key: entry for key, entry in self._results.items() if now - entry[0] < RESULT_SECONDS}
-        self._results = dict(list(fresh.items())[1 - RESULTS_KEPT :])
-        self._results[name] = (now, result)
+    def add(self, job: DecodeJob) -> None:
+        """Keep a job, and forget those that failed, and results that are old or many."""
+        old = time.monotonic() - RESULT_SECONDS
+        done = [one for one in self._jobs.values() if one.state == "done" and (one.ended or 0.0) > old]
+        kept = [one for one in self._jobs.values() if not one.over] + done[-RESULTS_KEPT:]
+        self._jobs = {one.id: one for one in (*kept, job)}
 
-    def pop(self, name: str) -> Result | None:
-        """Remove and return a result; None if there is none of that name."""
-        return self._results.pop(name, (0.0, None))[1]
+    def get(self, name: str) -> DecodeJob | None:
+        """The job of that id; None if there is none."""
+        return self._jobs.get(name)
+
+    def pop_result(self, name: str) -> Result | None:
+        """Forget a finished job and return its result; None if there is none of that id."""
+        job = self._jobs.get(name)
+        return None if job is None or job.state != "done" else self._jobs.pop(name).result()
 
 
 class Speeds:
@@ -135,7 +140,7 @@ class DecodeService:
         self.limits = limits or RequestLimits()
         self.queue = JobQueue(self.limits.waiting, timeout=self.limits.job_seconds)
         self.text_to_latent = text_to_latent
-        self.results = ResultStore()
+        self.streamed = StreamedJobs()
         self.speeds = Speeds()
 
     def decoder(self, name: str | None) -> PixelDecoder:
