@@ -38,6 +38,7 @@ LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 ELSEWHERE = {
     "base_url=": "tests/serving",
     "pipe = pidecode.attach(pipe, decoder": "docs/diffusers.md, tests/test_examples.py",
+    "blocks = pidecode.pid_blocks(": "tests/unit/test_modular.py",
 }
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pidecode.errors import PidecodeError
     from pidecode.images.write import DecodeOutput, read_metadata, save_image
     from pidecode.integrations.diffusers import attach
+    from pidecode.integrations.modular import pid_blocks
     from pidecode.integrations.pipeline_latents import latent_from_pipeline
     from pidecode.latents.latent import Latent
     from pidecode.options import DecodeOptions, RuntimeOptions
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DecodeOptions", "DecodeOutput", "Latent", "PidecodeError", "PixelDecoder", "RuntimeOptions", "__version__",
-    "attach", "errors", "latent_from_pipeline", "list_checkpoints", "list_spaces", "plan_decode", "read_metadata",
-    "save_image", "this_machine",
+    "attach", "errors", "latent_from_pipeline", "list_checkpoints", "list_spaces", "pid_blocks", "plan_decode",
+    "read_metadata", "save_image", "this_machine",
 ]  # fmt: skip
 
 # Public name -> the module that defines it; the name of a module stands for the module.
@@ -43,8 +44,9 @@ _MODULES = {
     "attach": "pidecode.integrations.diffusers", "errors": "pidecode.errors",
     "latent_from_pipeline": "pidecode.integrations.pipeline_latents",
     "list_checkpoints": "pidecode.registry.checkpoints", "list_spaces": "pidecode.registry.spaces",
-    "plan_decode": "pidecode.engine.plan", "read_metadata": "pidecode.images.write",
-    "save_image": "pidecode.images.write", "this_machine": "pidecode.engine.machine",
+    "pid_blocks": "pidecode.integrations.modular", "plan_decode": "pidecode.engine.plan",
+    "read_metadata": "pidecode.images.write", "save_image": "pidecode.images.write",
+    "this_machine": "pidecode.engine.machine",
 }  # fmt: skip
 
 

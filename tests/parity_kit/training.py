@@ -19,13 +19,14 @@ from pidecode.training.losses import (
     color_alignment,
     discriminator_adversarial,
     distribution_matching,
+    encoder_input,
     feature_alignment,
     flow_matching,
     generator_adversarial,
+    projector,
     to_ycbcr,
 )
 from pidecode.training.noise import LatentNoiseConfig, mix, noise_latent, per_sample
-from pidecode.training.repa import encoder_input, projector
 
 ABSOLUTE, RELATIVE = 1e-6, 1e-4
 FORWARD = 2e-5

@@ -23,20 +23,17 @@ from pidecode.decoder import PixelDecoder
 from pidecode.errors import LatentError, SettingError
 from pidecode.images import DecodeOutput
 from pidecode.integrations.pipeline_latents import (
-    latent_sigma,
+    StopAfter,
+    check_stop_after,
     pipeline_space,
-    recommended_stop_step,
-    scheduler_parametrization,
     scheduler_sigma,
+    stop_step,
     to_latent,
     token_grid,
 )
 from pidecode.latents.latent import Latent
 from pidecode.options import MAX_SIGMA, DecodeOptions
 from pidecode.sampling import Step
-
-StopAfter = int | Literal["recommended"] | None
-"""Step to end the diffusion after, counted from 1; "recommended" is what PiD's authors recommend."""
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -96,8 +93,9 @@ class _StepRecorder:
             own = {name: tensors[name] for name in self.tensor_inputs}
             result = {**tensors, **(self.step_callback(pipe, index, timestep, own) or {})}
         latents = result["latents"]
-        if not self.step:
-            self._check_steps()
+        if not self.step:  # after the first step the schedule is known
+            self.num_steps = int(self.pipe.num_timesteps)
+            self.stop_after = stop_step(self.pipe, self.stop_after, self.num_steps, self.max_sigma, self.capture_steps)
         self.step = index + 1
         self.last = (latents.detach(), scheduler_sigma(pipe.scheduler))
         if self.step in self.capture_steps:
@@ -108,30 +106,6 @@ class _StepRecorder:
         if self.step == self.stop_after:
             pipe._interrupt = True  # the pipeline then skips the rest of its loop, forward passes included
         return result
-
-    def _check_steps(self) -> None:
-        """Refuse impossible steps after the first one, when the schedule is known."""
-        self.num_steps = int(self.pipe.num_timesteps)
-        if self.stop_after == "recommended":
-            self.stop_after = recommended_stop_step(self.pipe, self.num_steps)
-        requested = [*self.capture_steps, *([self.stop_after] if isinstance(self.stop_after, int) else [])]
-        for step in requested:
-            if not 1 <= step <= self.num_steps:
-                raise SettingError(f"There is no step {step}: this run has {self.num_steps}, counted from 1.")
-        if any(step < self.num_steps for step in requested):
-            self._check_sigma(min(requested))
-
-    def _check_sigma(self, step: int) -> None:
-        scheduler, space = self.pipe.scheduler, pipeline_space(self.pipe)
-        scheduler_parametrization(scheduler, space)
-        first = int(getattr(scheduler, "step_index", 1)) - 1
-        sigmas = [latent_sigma(scheduler, space, float(sigma)) for sigma in scheduler.sigmas[first + 1 :]]
-        if sigmas[step - 1] > self.max_sigma:
-            earliest = next((i + 1 for i, sigma in enumerate(sigmas) if sigma <= self.max_sigma), self.num_steps)
-            raise SettingError(
-                f"After step {step} of {self.num_steps} the latent's sigma is {sigmas[step - 1]:.2f}; PiD was trained "
-                f"up to {self.max_sigma:g}. Stop after step {earliest} or later."
-            )
 
     def result(self, prompts: Sequence[str] | None, seed: int | None) -> CapturedLatents:
         """The latents, on which gradients may be taken: a copy made outside of inference mode."""
@@ -178,8 +152,8 @@ def capture_latents(
         LatentError: The pipeline ran without a step.
     """
     pipeline_space(pipe)
-    if stop_after is not None and stop_after != "recommended" and type(stop_after) is not int:
-        raise SettingError(f"stop_after is {stop_after!r}; it must be a step, counted from 1, or 'recommended'.")
+    _refuse_modular(pipe)
+    check_stop_after(stop_after)
     if stop_after is not None and not hasattr(type(pipe), "interrupt"):
         raise SettingError(f"A {type(pipe).__name__} cannot be interrupted; leave stop_after out, or capture steps.")
     # Some pipelines write their chat template into the list of prompts they are given: they get a copy.
@@ -216,12 +190,16 @@ def capture_latents(
         raise LatentError("The pipeline ran without a single step, so there is no latent; raise num_inference_steps.")
     generator = call.get("generator")
     seed = int(generator.initial_seed()) if isinstance(generator, torch.Generator) else None
-    prompts = _image_prompts(call.get("prompt") if prompt is None else prompt, len(recorder.last[0]))
+    prompts = image_prompts(call.get("prompt") if prompt is None else prompt, len(recorder.last[0]))
     return recorder.result(prompts, seed)
 
 
-def _image_prompts(prompt: str | Sequence[str] | None, batch: int) -> list[str] | None:
-    """The prompt of each image, in the order of pipelines: all images of the first prompt, then of the next."""
+def image_prompts(prompt: str | Sequence[str] | None, batch: int) -> list[str] | None:
+    """The prompt of each image, in the order of pipelines: all images of the first prompt, then of the next.
+
+    Raises:
+        SettingError: The number of prompts does not divide that of the images.
+    """
     if prompt is None:
         return None
     prompts = [prompt] if isinstance(prompt, str) else [str(text) for text in prompt]
@@ -332,15 +310,14 @@ class AttachedPipeline:
         own, replaced = self._attachment, {name: keywords.pop(name) for name in _CALL_KEYWORDS if name in keywords}
         call = _named_arguments(own.pipe, args, keywords)
         output_type = call.get("output_type", "pil")
-        if output_type not in OUTPUT_TYPES:
-            raise SettingError(f"output_type is {output_type!r}; it must be one of {', '.join(OUTPUT_TYPES)}.")
+        check_output_type(output_type)
         options = own.options
         if "decode_options" in replaced:
             given = replaced["decode_options"]
-            _check_options(given, own.decoder)
+            check_options(given, own.decoder)
             options = options.replace(**{entry: getattr(given, entry) for entry in given.__dataclass_fields__})
         if output_type != "latent":
-            _require_prompt(own.decoder, call, options)
+            require_prompt(own.decoder, call, options)
         progress_callback = replaced.get("progress_callback", own.progress_callback)
         run = capture_latents(
             own.pipe, call, stop_after=replaced.get("stop_after", own.stop_after),
@@ -349,7 +326,7 @@ class AttachedPipeline:
             max_sigma=own.decoder.max_sigma,
         )  # fmt: skip
         if output_type != "latent":
-            _check_noise(run, own.decoder)
+            check_noise(run.latent, own.decoder, run.num_steps, run.num_steps_planned)
         images = run.latent if output_type == "latent" else self._decode(run, output_type, options, progress_callback)
         if not call.get("return_dict", True):
             return (images,)
@@ -358,23 +335,19 @@ class AttachedPipeline:
     def _decode(
         self, run: CapturedLatents, output_type: str, options: DecodeOptions, progress_callback: PipelineCallback | None
     ) -> Any:
-        pipe, decoder = self._attachment.pipe, self._attachment.decoder
+        pipe = self._attachment.pipe
         device = _offload_pipeline(pipe) if self._attachment.offload else None
+        about = {
+            "pipeline": type(pipe).__name__, "pipeline_num_steps": run.num_steps,
+            "pipeline_num_steps_planned": run.num_steps_planned,
+        }  # fmt: skip
         try:
-            outputs = _decode_one_by_one(decoder, run.latent, options, progress_callback)
+            return decode_images(
+                self._attachment.decoder, run.latent, output_type, options, about, progress_callback=progress_callback
+            )
         finally:
             if device is not None:
                 pipe.to(device)
-        if output_type == "pil":
-            for output in outputs:
-                output.metadata[0].update(
-                    pipeline=type(pipe).__name__,
-                    pipeline_num_steps=run.num_steps,
-                    pipeline_num_steps_planned=run.num_steps_planned,
-                )
-            return [output.image for output in outputs]
-        images = torch.cat([output.tensor for output in outputs]).float().add(1).div(2)
-        return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def _named_arguments(pipe: Any, args: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
@@ -399,7 +372,32 @@ def _is_text(value: object) -> bool:
     return all(isinstance(text, str) for text in texts)
 
 
-def _check_options(options: object, decoder: PixelDecoder) -> None:
+def check_space(pipe: Any, decoder: PixelDecoder) -> None:
+    """Raise LatentError for a decoder of another space than the pipeline's."""
+    space = pipeline_space(pipe)
+    if decoder.space.name != space.name:
+        raise LatentError(
+            f"A {type(pipe).__name__} works in space {space.name} and {decoder.name} decodes {decoder.space.name}. "
+            f"Load the decoder of {space.name}."
+        )
+
+
+def _refuse_modular(pipe: Any) -> None:
+    if any(kind.__name__ == "ModularPipeline" for kind in type(pipe).__mro__):
+        raise SettingError(
+            f"A {type(pipe).__name__} is a modular pipeline, which is not wrapped: put PiD's decode block into its "
+            "blocks, pipe = pidecode.pid_blocks(pipe.blocks).init_pipeline(...), as docs/diffusers.md shows."
+        )
+
+
+def check_output_type(output_type: object) -> None:
+    """Raise SettingError for what is none of `OUTPUT_TYPES`."""
+    if output_type not in OUTPUT_TYPES:
+        raise SettingError(f"output_type is {output_type!r}; it must be one of {', '.join(OUTPUT_TYPES)}.")
+
+
+def check_options(options: object, decoder: PixelDecoder) -> None:
+    """Raise SettingError for options that cannot act on a decoder."""
     if not isinstance(options, DecodeOptions):
         raise SettingError(
             f"The decoder's options are {type(options).__name__}; give pidecode.DecodeOptions(seed=..., ...)."
@@ -409,19 +407,19 @@ def _check_options(options: object, decoder: PixelDecoder) -> None:
         raise SettingError(f"{decoder.name} reads no text, so prompt and prompt_embeds cannot act; leave them out.")
 
 
-def _check_noise(run: CapturedLatents, decoder: PixelDecoder) -> None:
-    """Refuse what an interrupt of the caller's own left too noisy to decode."""
-    sigma = float(run.latent.sigmas.max())
+def check_noise(latent: Latent, decoder: PixelDecoder, step: int, num_steps: int) -> None:
+    """Raise SettingError for what an interrupt after that step left too noisy to decode."""
+    sigma = float(latent.sigmas.max())
     if sigma > decoder.max_sigma:
         raise SettingError(
-            f"The diffusion was interrupted after step {run.num_steps} of {run.num_steps_planned}, where sigma is "
+            f"The diffusion was interrupted after step {step} of {num_steps}, where sigma is "
             f"{sigma:.2f}; {decoder.name} was trained up to {decoder.max_sigma:g}. Interrupt later, or take the "
             'latent with output_type="latent".'
         )
 
 
-def _require_prompt(decoder: PixelDecoder, call: Mapping[str, Any], options: DecodeOptions) -> None:
-    """Refuse a call without a prompt before the diffusion, not after it."""
+def require_prompt(decoder: PixelDecoder, call: Mapping[str, Any], options: DecodeOptions) -> None:
+    """Raise SettingError, before the diffusion, for a call without a prompt to a decoder that reads text."""
     given = (call.get("prompt"), options.prompt, options.prompt_embeds)
     if decoder.reads_text and all(value is None for value in given):
         raise SettingError(
@@ -430,13 +428,28 @@ def _require_prompt(decoder: PixelDecoder, call: Mapping[str, Any], options: Dec
         )
 
 
-def _decode_one_by_one(
-    decoder: PixelDecoder, latent: Latent, options: DecodeOptions, progress_callback: PipelineCallback | None
-) -> list[DecodeOutput]:
-    """Decode a batch in the memory that one image needs. The latent carries its prompts already."""
+def decode_images(
+    decoder: PixelDecoder,
+    latent: Latent,
+    output_type: str,
+    options: DecodeOptions,
+    about: Mapping[str, Any],
+    *,
+    progress_callback: PipelineCallback | None = None,
+) -> Any:
+    """Decode a batch in the memory that one image needs.
+
+    Args:
+        decoder: The decoder.
+        latent: With its prompts.
+        output_type: "pil", "np" or "pt"; see `PipelineOutput`.
+        options: How to decode.
+        about: What the metadata of PIL images say of the pipeline.
+        progress_callback: Called after each step.
+    """
     batch = len(latent)
     seeds = options.seeds(batch) if decoder.kind != "feed-forward" else [None] * batch
-    outputs = []
+    outputs: list[DecodeOutput] = []
     for index, one in enumerate(latent):
         own = replace(
             options, seed=seeds[index], prompt=None, prompt_embeds=_sample(options.prompt_embeds, 3, index, batch),
@@ -449,7 +462,12 @@ def _decode_one_by_one(
                 progress_callback(PipelineProgress("decoding", done, batch * step.total))
 
         outputs.append(decoder.decode(one, options=own, callback=report))
-    return outputs
+    if output_type == "pil":
+        for output in outputs:
+            output.metadata[0].update(about)
+        return [output.image for output in outputs]
+    images = torch.cat([output.tensor for output in outputs]).float().add(1).div(2)
+    return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def _sample(tensor: Tensor | None, ndim: int, index: int, batch: int) -> Tensor | None:
@@ -508,14 +526,11 @@ def attach(
     """
     if isinstance(pipe, AttachedPipeline):
         raise SettingError("This pipeline is attached already; call its detach() first.")
-    space = pipeline_space(pipe)
-    if decoder.space.name != space.name:
-        raise LatentError(
-            f"A {type(pipe).__name__} works in space {space.name} and {decoder.name} decodes {decoder.space.name}. "
-            f"Load the decoder of {space.name}."
-        )
+    pipeline_space(pipe)
+    _refuse_modular(pipe)
+    check_space(pipe, decoder)
     options = options or DecodeOptions()
-    _check_options(options, decoder)
+    check_options(options, decoder)
     return AttachedPipeline(
         _Attachment(pipe, decoder, stop_after, tuple(capture_steps), progress_callback, offload, options)
     )

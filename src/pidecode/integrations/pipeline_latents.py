@@ -19,6 +19,8 @@ from pidecode.latents.latent import Latent
 from pidecode.latents.layout import LatentStatistics, denormalize, normalize, unpack
 from pidecode.registry.spaces import LatentSpace, get_space, has_stem, recommended_stop
 
+StopAfter = int | Literal["recommended"] | None
+"""Step to end the diffusion after, counted from 1; "recommended" is what PiD's authors recommend."""
 SchedulerParametrization = Literal["flow", "euler", "variance_preserving"]
 """What a scheduler's latent is at sigma s: `(1 - s) x + s e`, `x + s e`, or `sqrt(1 - s^2) x + s e`."""
 
@@ -41,12 +43,6 @@ def pipeline_space(pipe: Any) -> LatentSpace:
             way than that space.
     """
     names = [kind.__name__ for kind in type(pipe).__mro__ if kind.__name__.endswith("Pipeline")]
-    if "ModularPipeline" in names:
-        raise SettingError(
-            f"A {type(pipe).__name__} is a modular pipeline; PiD decodes those of ordinary pipelines. Load the "
-            "ordinary one of the same model (DiffusionPipeline.from_pretrained), or end the blocks at the latents and "
-            "decode those with pidecode.Latent."
-        )
     matches = (space for kind in names for stem, space in _SPACE_BY_CLASS if has_stem(kind, stem))
     name = next(matches, None)
     if name is None:
@@ -68,6 +64,47 @@ def recommended_stop_step(pipe: Any, num_steps: int) -> int:
     """The step after which PiD's authors recommend to stop a run of `num_steps` steps, counted from 1."""
     names = [kind.__name__ for kind in type(pipe).__mro__]
     return recommended_stop([name for name in names if name.endswith("Pipeline")], num_steps)
+
+
+def check_stop_after(stop_after: object) -> None:
+    """Raise SettingError for what is no `StopAfter`."""
+    if stop_after is not None and stop_after != "recommended" and type(stop_after) is not int:
+        raise SettingError(f"stop_after is {stop_after!r}; it must be a step, counted from 1, or 'recommended'.")
+
+
+def stop_step(
+    pipe: Any, stop_after: StopAfter, num_steps: int, max_sigma: float, capture_steps: Sequence[int] = ()
+) -> int | None:
+    """The step to end a run after; to be called after its first step, when the schedule is known.
+
+    Args:
+        pipe: The pipeline.
+        stop_after: What was asked for.
+        num_steps: Steps of the whole run.
+        max_sigma: Highest noise level to stop at.
+        capture_steps: Further steps whose latents are wanted.
+
+    Raises:
+        SettingError: A step does not exist or leaves more noise than `max_sigma`, or the scheduler is not known.
+    """
+    step = recommended_stop_step(pipe, num_steps) if stop_after == "recommended" else stop_after
+    requested = [*capture_steps, *([] if step is None else [step])]
+    for one in requested:
+        if not 1 <= one <= num_steps:
+            raise SettingError(f"There is no step {one}: this run has {num_steps}, counted from 1.")
+    if all(one == num_steps for one in requested):
+        return step
+    scheduler, space = pipe.scheduler, pipeline_space(pipe)
+    scheduler_parametrization(scheduler, space)
+    first = int(getattr(scheduler, "step_index", 1)) - 1
+    sigmas = [latent_sigma(scheduler, space, float(sigma)) for sigma in scheduler.sigmas[first + 1 :]]
+    if sigmas[min(requested) - 1] > max_sigma:
+        earliest = next((i + 1 for i, sigma in enumerate(sigmas) if sigma <= max_sigma), num_steps)
+        raise SettingError(
+            f"After step {min(requested)} of {num_steps} the latent's sigma is {sigmas[min(requested) - 1]:.2f}; PiD "
+            f"was trained up to {max_sigma:g}. Stop after step {earliest} or later."
+        )
+    return step
 
 
 def scheduler_parametrization(scheduler: Any, space: LatentSpace) -> SchedulerParametrization:

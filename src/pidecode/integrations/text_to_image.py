@@ -25,8 +25,8 @@ from pidecode.decoder import PixelDecoder
 from pidecode.errors import DownloadError, FileError, MissingDependencyError, SettingError
 from pidecode.files import atomic_write
 from pidecode.images import load_image, read_metadata, save_image, to_tensor
-from pidecode.integrations.diffusers import PipelineCallback, PipelineProgress, StopAfter, capture_latents
-from pidecode.integrations.pipeline_latents import recommended_stop_step, vae_decode
+from pidecode.integrations.diffusers import PipelineCallback, PipelineProgress, capture_latents
+from pidecode.integrations.pipeline_latents import StopAfter, recommended_stop_step, vae_decode
 from pidecode.latents.latent import Latent
 from pidecode.options import DecodeOptions
 from pidecode.registry.spaces import GENERATION, diffusion_size, get_image_model

@@ -39,7 +39,7 @@ from pidecode.training.distributed import (
 from pidecode.training.dmd import Discriminator, DistillationModels, fake_score_loss, generate, student_loss
 from pidecode.training.flow_matching import LossOutput, teacher_loss
 from pidecode.training.logger import ProgressFn
-from pidecode.training.losses import reconstruction
+from pidecode.training.losses import RepresentationAlignment, dinov2, reconstruction
 from pidecode.training.models import (
     adapter_tensors,
     base_tensors,
@@ -50,7 +50,6 @@ from pidecode.training.models import (
     set_trainable,
 )
 from pidecode.training.noise import RNG, seed_of
-from pidecode.training.repa import RepresentationAlignment, dinov2
 from pidecode.training.trainer import Trainer, export_newest, make_optimizer
 from pidecode.weights.load import LoraMetadata, write_lora
 from pidecode.weights.metadata import CheckpointKind, CheckpointMetadata
