@@ -96,7 +96,7 @@ def pixel_distance(generated: Tensor, image: Tensor) -> Tensor:
     return (generated - image).abs().mean((1, 2, 3))
 
 
-def low_frequency_distance(generated: Tensor, image: Tensor, sides: Sequence[int] = (4, 16)) -> Tensor:
+def low_frequency_distance(generated: Tensor, image: Tensor, sides: Sequence[int] = (4, 16, 64)) -> Tensor:
     """Mean absolute difference `[B]` of the mean colors of squares of each side in pixels, averaged over sides."""
     difference = generated - image
     return torch.stack([F.avg_pool2d(difference, side).abs().mean((1, 2, 3)) for side in sides]).mean(0)

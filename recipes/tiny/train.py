@@ -199,12 +199,12 @@ class TinyTask:
         total = torch.zeros((), device=self.env.device)
         parts: dict[str, Tensor] = {}
         if "decoder" in self.modules:
-            total = total + self._decoder_loss(step, batch, parts)
+            total = total + self._decoder_loss(step, batch, rng, parts)
         if "encoder" in self.modules:
             total = total + self.config.loss.encoder * self._encoder_loss(batch, parts)
         return LossOutput(total, {name: value.detach() for name, value in parts.items()})
 
-    def _decoder_loss(self, step: int, batch: CropBatch, parts: dict[str, Tensor]) -> Tensor:
+    def _decoder_loss(self, step: int, batch: CropBatch, rng: RNG, parts: dict[str, Tensor]) -> Tensor:
         config = self.config.loss
         image = batch.image.contiguous(memory_format=torch.channels_last)
         generated = self.modules["decoder"](batch.latent).float().contiguous(memory_format=torch.channels_last)
@@ -220,6 +220,7 @@ class TinyTask:
         parts["mse"] = F.mse_loss(generated.detach(), image)
         if self.features is None:
             return loss
+        generated, image = random_window(generated, image, rng)
         fake = self.features(generated)
         with torch.no_grad():
             real = self.features(image)
@@ -401,6 +402,18 @@ def train_tiny(
         for name in recipe.phases:
             path = run_phase(recipe, name, out, autoencoder, env, progress)
     return path
+
+
+def random_window(generated: Tensor, image: Tensor, rng: RNG, margin: int = 32) -> tuple[Tensor, Tensor]:
+    """The same random window of both `[B, 3, H, W]`, `margin` pixels smaller along each side.
+
+    The strides of the feature network and of the discriminator (up to 32) otherwise meet the decoder's grid at the same
+    place in every step, and the decoder learns a dotted pattern of that period which lowers their distances.
+    """
+    top, left = rng.common_choice(margin), rng.common_choice(margin)
+    height, width = generated.shape[-2] - margin, generated.shape[-1] - margin
+    window = (..., slice(top, top + height), slice(left, left + width))
+    return generated[window], image[window]
 
 
 def parse_recipe(data: str, settings: list[str]) -> TinyRecipe:

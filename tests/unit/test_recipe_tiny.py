@@ -12,6 +12,7 @@ import torch
 import train as recipe
 from export import export_weights
 from losses import dists_distance, lpips_distance
+from photographs import FREE, licenses
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from synthetic import KINDS, synthetic_image
@@ -24,6 +25,29 @@ from pidecode.files import FolderLock
 from pidecode.training.noise import PerSampleRNG
 
 CPU = torch.device("cpu")
+COPYRIGHT = """\
+Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/
+
+Files: *
+Copyright: 2020, everybody
+License: CC-BY-SA-3.0
+ Text.
+
+Files: art/a.jpg
+Copyright: 2020, A. Uthor
+License: CC-BY-4.0
+ Text.
+
+Files: art/b?.png
+Copyright: 2020, B. Uthor
+License: GPL-2+
+ Text.
+
+Files: debian/*
+Copyright: 2020, a packager
+License: GPL-2+
+ Text.
+"""
 
 
 class RandomFeatures(nn.Module):
@@ -161,6 +185,30 @@ def test_augmentation_depends_on_the_seed_alone_and_stays_in_range() -> None:
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert first.abs().max() <= 1
+
+
+def test_features_are_compared_at_every_place_of_their_strides() -> None:
+    rows = torch.arange(128.0).view(1, 1, 128, 1).expand(1, 3, 128, 128)
+    windows = [recipe.random_window(rows, rows + 1, PerSampleRNG(0, step, [0], CPU)) for step in range(300)]
+    assert {int(generated[0, 0, 0, 0]) for generated, _ in windows} == set(range(32))
+    assert all(g.shape == (1, 3, 96, 96) and torch.equal(g + 1, i) for g, i in windows)
+
+
+def test_only_images_under_free_licenses_are_gathered(tmp_path: Path) -> None:
+    path = tmp_path / "copyright"
+    path.write_text(COPYRIGHT)
+    rows = licenses(path)
+
+    def license_of(name: str) -> str | None:
+        return next((text for pattern, text, _ in rows if pattern.fullmatch(name)), None)
+
+    assert [license_of(name) for name in ("a.jpg", "b2.png", "c.png")] == ["CC-BY-4.0", "GPL-2+", "CC-BY-SA-3.0"]
+    assert [bool(FREE.fullmatch(name)) for name in ("CC-BY-4.0", "CC0-1.0", "CC-BY-NC-4.0", "GPL-2+", "CC-BY-ND")] == [
+        True, True, False, False, False,
+    ]  # fmt: skip
+    path.write_text("The images are by several people.")
+    with pytest.raises(ValueError, match="prose"):
+        licenses(path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
