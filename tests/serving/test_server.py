@@ -249,7 +249,8 @@ def test_other_names_and_other_sites_are_refused(server: Served) -> None:
 def test_the_openapi_document_lists_every_endpoint(server: Served) -> None:
     assert set(server.get("/openapi.json").json()["paths"]) == {
         "/v1/decode", "/v1/upscale", "/v1/generate", "/v1/results/{name}", "/v1/server", "/v1/inspect", "/v1/plan",
-        "/v1/models", "/v1/models/{name}", "/v1/images/generations", "/v1/images/edits", "/health", "/metrics",
+        "/v1/models", "/v1/models/{name}", "/v1/jobs/{name}", "/v1/images/generations", "/v1/images/edits", "/health",
+        "/metrics",
     }  # fmt: skip
     assert server.get("/nothing").status == 404
 
@@ -267,7 +268,7 @@ def test_parameters_are_the_decode_options_that_http_offers(server: Served) -> N
             assert schema["description"] == info.help
             assert tuple(schema["anyOf"][0].get("enum", ())) == info.choices
         rest = {"decode": {"space", "width", "height"}, "upscale": {"scale"}}[command]
-        assert found.keys() == {"model", "format", "quality", "stream"} | rest
+        assert found.keys() == {"model", "format", "quality", "stream", "reconnect_seconds"} | rest
 
 
 def test_a_token_is_required() -> None:

@@ -107,6 +107,7 @@ def create_app(
     add_error_handlers(app)
     _add_page(app, token)
     _add_jobs(app, service, reader)
+    _add_streamed_jobs(app, service)
     _add_queries(app, service, reader, inspector)
     _add_openai(app, service, reader, inspector)
     _add_monitoring(app, service, stats)
@@ -220,6 +221,8 @@ def _add_jobs(app: FastAPI, service: DecodeService, reader: BodyReader) -> None:
         job = service.generate(prompt, (params.width, params.height), params)
         return await _respond(request, service, job, params)
 
+
+def _add_streamed_jobs(app: FastAPI, service: DecodeService) -> None:
     @app.get(
         "/v1/results/{name}",
         summary="Fetch the result of a streamed job",
