@@ -18,6 +18,7 @@ from torch.nn import functional
 from pidecode.errors import SettingError
 from pidecode.options import COLOR_FIXES, ColorFix
 
+DEFAULT_FIDELITY = 1.0
 _FINE_SIGMA = 2.0
 """Sigma of the blur of "fine", in pixels of the reference: finer drift is left alone, as it may be detail."""
 _COARSE_SHARE = 16
@@ -28,8 +29,8 @@ _WEAK_VARIANCE = 3e-4
 
 
 @dataclass(frozen=True, slots=True)
-class Fidelity:
-    """How near an image, reduced to its reference's size, stays to that reference."""
+class ColorDrift:
+    """How far an image, reduced to its reference's size, lies from that reference."""
 
     psnr: float  # in decibels, over all channels; infinite for equal images
     # Mean difference of red, green and blue in levels of 255; positive where the image is brighter.
@@ -40,7 +41,9 @@ class Fidelity:
         return f"PSNR {self.psnr:.2f} dB, mean shift R {red:+.2f} G {green:+.2f} B {blue:+.2f} of 255"
 
 
-def apply_color_fix(images: Tensor, reference: Tensor, color_fix: ColorFix) -> Tensor:
+def apply_color_fix(
+    images: Tensor, reference: Tensor, color_fix: ColorFix, fidelity: float = DEFAULT_FIDELITY
+) -> Tensor:
     """Correct images by a smaller reference.
 
     Args:
@@ -51,35 +54,43 @@ def apply_color_fix(images: Tensor, reference: Tensor, color_fix: ColorFix) -> T
             image's own. "back-projection" takes all that the reference shows
             (https://doi.org/10.1016/1049-9652(91)90045-L); still finer detail is the image's own, weighted by how well
             the image agrees with the reference's structure there.
+        fidelity: How much "back-projection" holds of the reference, from 1 (all that it shows) to 0 (its colors alone,
+            as "fine" does; what the image shows instead of the reference's detail stays).
 
     Returns:
         The corrected images, in [-1, 1].
 
     Raises:
-        SettingError: There is no such color fix, or the reference is no smaller version of the images.
+        SettingError: There is no such color fix, the reference is no smaller version of the images, or `fidelity` is
+            out of range.
     """
     _check(images, reference, color_fix)
+    if not 0 <= fidelity <= 1:
+        raise SettingError(f"fidelity is {fidelity:g}; it must be from 0 to 1.")
     if color_fix == "off":
         return images
     reference, size = reference.to(images), images.shape[-2:]
     reduced = _reduced(images, reference)
     if color_fix == "back-projection":
         fine = _upsampled(reduced, size).neg_().add_(images)
-        fine *= functional.interpolate(_agreement(reduced, reference), size=size, mode="bilinear")
+        fine *= functional.interpolate(_agreement(reduced, reference) ** fidelity, size=size, mode="bilinear")
+        if fidelity < 1:
+            corrected = reduced + _blurred(reference - reduced, _FINE_SIGMA)
+            reference = torch.lerp(corrected, reference, fidelity)
         return fine.add_(_upsampled(reference, size)).clamp_(-1, 1)
     sigma = _FINE_SIGMA if color_fix == "fine" else max(reference.shape[-2:]) / _COARSE_SHARE
     drift = _blurred(reference - reduced, sigma)
     return functional.interpolate(drift, size=size, mode="bicubic").add_(images).clamp_(-1, 1)
 
 
-def fidelity(images: Tensor, reference: Tensor) -> list[Fidelity]:
+def color_drift(images: Tensor, reference: Tensor) -> list[ColorDrift]:
     """One report per image: `[B, 3, H, W]` against its smaller reference `[B, 3, h, w]`, both in [-1, 1]."""
     _check(images, reference, "off")
     difference = _reduced(images.float(), reference) - reference.to(images.device).float()
     errors = difference.square().mean(dim=(1, 2, 3)).tolist()
     shifts = (difference.mean(dim=(2, 3)) * 127.5).tolist()
     return [
-        Fidelity(10 * math.log10(4 / error) if error > 0 else math.inf, (shift[0], shift[1], shift[2]))
+        ColorDrift(10 * math.log10(4 / error) if error > 0 else math.inf, (shift[0], shift[1], shift[2]))
         for error, shift in zip(errors, shifts, strict=True)
     ]
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from pidecode.color_fix import apply_color_fix
+from pidecode.color_fix import DEFAULT_FIDELITY, apply_color_fix
 from pidecode.devices import default_dtype, free_memory, select_device
 from pidecode.encoders.base import EncodeFunction, LazyImageEncoder, encode_images, on_device, vae_reference
 from pidecode.encoders.text import PromptEmbedsCache, TextEncoder, default_negative_prompt, load_prompt_embeds
@@ -332,6 +332,7 @@ class PixelDecoder:
         negative_prompt: str | None = None,
         prompt_embeds: Tensor | None = None,
         color_fix: ColorFix | None = None,
+        fidelity: float | None = None,
         reference: Tensor | None = None,
         fit: Fit | None = None,
         num_refinements: int | None = None,
@@ -353,6 +354,7 @@ class PixelDecoder:
             negative_prompt: See `decode`.
             prompt_embeds: See `decode`.
             color_fix: Default "off"; "back-projection" for a feed-forward decoder unless `sigma` asks it to invent.
+            fidelity: How much "back-projection" holds of the image, 0 to 1: see `pidecode.color_fix.apply_color_fix`.
             reference: Default the image itself.
             fit: "pad" (default) mirrors the edges out to the encoder's multiple and cuts the result back, so that it
                 is exactly `scale` times the image; "crop" crops around the center instead.
@@ -369,17 +371,16 @@ class PixelDecoder:
         chosen = (options or DecodeOptions()).replace(
             seed=seed, num_steps=num_steps, sampler=sampler, sigma=sigma, guidance_scale=guidance_scale, shift=shift,
             prompt=prompt, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds, color_fix=color_fix,
-            reference=reference, fit=fit, num_refinements=num_refinements,
+            fidelity=fidelity, reference=reference, fit=fit, num_refinements=num_refinements,
         )  # fmt: skip
         chosen.require_acting(self.kind, "upscale", self.name)
+        chosen = chosen.with_color_fix(self.kind)
         source = read_image(image)
         tensor, padding = self._fit(source.tensor, chosen.fit or "pad")
         self._require_memory((tensor.shape[-1] * self.scale, tensor.shape[-2] * self.scale), len(tensor))
         encoding = encoding_work(self._refinements(chosen.num_refinements))
         tracker = WorkTracker(progress_callback, self._evaluations(chosen), encoding)
         latent = self._encode(tensor, chosen.num_refinements, tracker)
-        if chosen.color_fix is None and self.kind == "feed-forward" and not chosen.sigma:
-            chosen = chosen.replace(color_fix="back-projection")
         if chosen.color_fix not in (None, "off") and chosen.reference is None:
             chosen = chosen.replace(reference=tensor)
         output = self._decode(latent, chosen, "upscale", callback, tracker)
@@ -419,7 +420,8 @@ class PixelDecoder:
         finite = bool(torch.isfinite(pixels).all())
         pixels = pixels.clamp_(-1, 1)
         if reference is not None:
-            pixels = apply_color_fix(pixels, reference.to(pixels), options.color_fix or "off")
+            fidelity = DEFAULT_FIDELITY if options.fidelity is None else options.fidelity
+            pixels = apply_color_fix(pixels, reference.to(pixels), options.color_fix or "off", fidelity)
         if not (finite and torch.isfinite(pixels).all()):
             raise LatentError(
                 "The network answered with NaN or infinite values. Decode in float32 (dtype=torch.float32); if that "
@@ -613,7 +615,7 @@ class PixelDecoder:
             "model": self.name, "variant": self.metadata.variant, "space": self.space.name,
             "license": self.metadata.license, "kind": self.kind,
             "sigma": float(latent.sigmas[0]) if options.sigma is None else options.sigma, "width": size[0],
-            "height": size[1], "latent_seed": latent.seed, "color_fix": options.color_fix,
+            "height": size[1], "latent_seed": latent.seed, "color_fix": options.color_fix, "fidelity": options.fidelity,
             "num_refinements": options.num_refinements, "prompt": latent.prompts[0],
             "dtype": str(self.dtype).removeprefix("torch."), "device": self.device.type,
             "versions": {"pidecode": __version__, "torch": torch.__version__},

@@ -111,6 +111,11 @@ class DecodeOptions:
         "few pixels) or back-projection (all that the reference shows).",
         str, choices=COLOR_FIXES,
     )  # fmt: skip
+    fidelity: float | None = _option(
+        "How much back-projection holds of the image being enlarged: from 1 (all that it shows) to 0 (its colors; the "
+        "rest is what the decoder makes of it).",
+        float, minimum=0.0, maximum=1.0, commands=("upscale",),
+    )  # fmt: skip
     reference: Tensor | None = _option(
         "What the color fix corrects against, [B, 3, h, w] in [-1, 1]; by default the image being enlarged, or the "
         "VAE's decode of the clean latent.",
@@ -155,6 +160,23 @@ class DecodeOptions:
             if command not in info.commands:
                 acts = " and ".join(info.commands)
                 raise SettingError(f"{option} acts in {acts} only, and this is {command}; leave it out.")
+
+    def with_color_fix(self, kind: DecoderKind) -> DecodeOptions:
+        """The same options with the color fix that `upscale` uses by default.
+
+        A feed-forward decoder is held to the image, unless `sigma` asks it to invent.
+
+        Raises:
+            SettingError: `fidelity` has no effect with this color fix.
+        """
+        held = kind == "feed-forward" and not self.sigma
+        chosen = self.replace(color_fix=self.color_fix or ("back-projection" if held else None))
+        if chosen.fidelity is not None and chosen.color_fix != "back-projection":
+            raise SettingError(
+                f"fidelity acts with color_fix back-projection only, and color_fix is {chosen.color_fix or 'off'}; "
+                "change one of them, or leave fidelity out."
+            )
+        return chosen
 
     def seeds(self, batch: int) -> list[int]:
         """One seed per image of a batch.

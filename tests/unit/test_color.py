@@ -13,7 +13,7 @@ from torch.nn import functional
 import tiny_models
 import tiny_pipelines
 from pidecode import PixelDecoder
-from pidecode.color_fix import apply_color_fix, fidelity
+from pidecode.color_fix import apply_color_fix, color_drift
 from pidecode.encoders.base import load_encoder
 from pidecode.errors import SettingError
 from pidecode.latents.latent import Latent
@@ -57,7 +57,7 @@ def test_detail_of_the_reference_is_held_and_finer_detail_stays() -> None:
     before, held = astray.clone(), apply_color_fix(astray, reference, "back-projection")
     assert torch.equal(astray, before)
     psnr = {
-        color_fix: fidelity(apply_color_fix(astray, reference, color_fix), reference)[0].psnr
+        color_fix: color_drift(apply_color_fix(astray, reference, color_fix), reference)[0].psnr
         for color_fix in ("off", "fine", "back-projection")
     }
     assert psnr["back-projection"] > psnr["fine"] + 10 >= psnr["off"] + 10
@@ -85,11 +85,11 @@ def test_fine_detail_goes_where_the_reference_shows_something_else() -> None:
 
 def test_the_report_says_what_is_off() -> None:
     reference, true, astray = scene()
-    (good,), (bad,) = fidelity(true, reference), fidelity(astray, reference)
+    (good,), (bad,) = color_drift(true, reference), color_drift(astray, reference)
     assert good.psnr > 90
     assert bad.shift == pytest.approx((10.2, -6.375, 2.55), abs=0.01)
     assert str(bad) == f"PSNR {bad.psnr:.2f} dB, mean shift R +10.20 G -6.38 B +2.55 of 255"
-    assert fidelity(reference, reference)[0].psnr == float("inf")
+    assert color_drift(reference, reference)[0].psnr == float("inf")
 
 
 def test_references_that_do_not_fit_are_refused() -> None:
@@ -111,11 +111,11 @@ def test_decoding_and_enlarging_with_colors_held(tmp_path: Path) -> None:
     decoder.encoder = load_encoder("sdxl", tmp_path)
     free = decoder.upscale(image).tensor
     held = decoder.upscale(image, color_fix="fine").tensor
-    assert fidelity(held, image)[0].psnr > fidelity(free, image)[0].psnr
+    assert color_drift(held, image)[0].psnr > color_drift(free, image)[0].psnr
     latent = decoder.encode(image)
     decoded = decoder.encoder.decode(latent.tensor)
     held = decoder.decode(latent, color_fix="fine", sigma=0.2).tensor
-    assert fidelity(held, decoded)[0].psnr > fidelity(decoder.decode(latent, sigma=0.2).tensor, decoded)[0].psnr
+    assert color_drift(held, decoded)[0].psnr > color_drift(decoder.decode(latent, sigma=0.2).tensor, decoded)[0].psnr
     with pytest.raises(SettingError, match="There is noise in this latent"):
         decoder.decode(latent.noised(0.3), color_fix="coarse")
     with pytest.raises(SettingError, match="reference acts with a color_fix"):
@@ -131,8 +131,30 @@ def test_a_small_decoder_holds_the_image_it_enlarges_unless_told_otherwise() -> 
     image = image * 2 - 1
     made = {color_fix: decoder.upscale(image, color_fix=color_fix).tensor for color_fix in ("off", "back-projection")}
     assert torch.equal(decoder.upscale(image).tensor, made["back-projection"])
-    psnr = {color_fix: fidelity(one, image)[0].psnr for color_fix, one in made.items()}
+    psnr = {color_fix: color_drift(one, image)[0].psnr for color_fix, one in made.items()}
     assert psnr["back-projection"] > psnr["off"] + 10
     assert torch.equal(decoder.decode(decoder.encode(image)).tensor, made["off"])
     assert decoder.upscale(image).metadata[0]["color_fix"] == "back-projection"
     assert "color_fix" not in decoder.upscale(image, sigma=0.2).metadata[0]
+
+
+def test_fidelity_goes_from_colors_alone_to_all_that_the_reference_shows() -> None:
+    image = torch.rand(1, 3, 64, 64) * 2 - 1
+    reference = functional.interpolate(image, scale_factor=1 / 4, mode="area")
+    painted = (image.roll(3, 2) + 0.1).clamp(-1, 1)
+    results = {f: apply_color_fix(painted, reference, "back-projection", f) for f in (0.0, 0.3, 0.7, 1.0)}
+    nearness = [color_drift(one, reference)[0].psnr for one in results.values()]
+    assert nearness == sorted(nearness) and nearness[-1] > nearness[0] + 6
+    assert torch.equal(results[1.0], apply_color_fix(painted, reference, "back-projection"))
+    # Without the reference's detail, the detail of the image stays, and only colors are corrected.
+    assert (results[0.0] - apply_color_fix(painted, reference, "fine")).abs().mean() < 0.02
+    with pytest.raises(SettingError, match="from 0 to 1"):
+        apply_color_fix(painted, reference, "back-projection", 1.5)
+
+
+def test_fidelity_that_cannot_act_is_refused_before_the_work() -> None:
+    tiny = PixelDecoder.from_pretrained("tiny", device="cpu", dtype=torch.float32)
+    image = torch.zeros(1, 3, 64, 64)
+    with pytest.raises(SettingError, match=r"fidelity acts with color_fix back-projection only, and .* is fine"):
+        tiny.upscale(image, fidelity=0.5, color_fix="fine", progress_callback=lambda progress: pytest.fail("begun"))
+    assert tiny.upscale(image, fidelity=0.5).metadata[0]["fidelity"] == 0.5

@@ -69,8 +69,8 @@ def test_prompts_and_seeds_become_images_with_metadata_and_a_contact_sheet(files
     assert metadata is not None
     assert (metadata["prompt"], metadata["seed"], metadata["image_model"]) == ("a cat", 1, "sdxl")
     assert 0 < metadata["sigma"] < 0.8
-    assert "PSNR" in metadata["fidelity"]
-    assert metadata["fidelity"] == rows[0]["fidelity"]
+    assert "PSNR" in metadata["drift"]
+    assert metadata["drift"] == rows[0]["drift"]
     assert Image.open(out / names[0]).size == (256, 128)
     assert Image.open(rows[0]["comparison"]).size == (512, 128)
     assert (out / "contact-sheet.jpg").is_file()

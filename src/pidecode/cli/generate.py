@@ -95,10 +95,10 @@ def generate(prompts: tuple[str, ...], prompt_file: Path | None, as_json: bool, 
         )  # fmt: skip
     rows = [
         {"image": str(one.image), "latent": one.latent and str(one.latent),
-         "comparison": one.comparison and str(one.comparison), "fidelity": one.fidelity}
+         "comparison": one.comparison and str(one.comparison), "drift": one.drift}
         for one in written
     ]  # fmt: skip
-    lines = [f"{row['image']}" + (f"  ({row['fidelity']})" if row["fidelity"] else "") for row in rows]
+    lines = [f"{row['image']}" + (f"  ({row['fidelity']})" if row["drift"] else "") for row in rows]
     emit(rows, "\n".join(lines), as_json=as_json)
 
 

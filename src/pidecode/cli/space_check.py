@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pidecode.cli.common import Check
-from pidecode.color_fix import fidelity
+from pidecode.color_fix import color_drift
 from pidecode.decoder import PixelDecoder
 from pidecode.encoders.base import ImageEncoder, LazyImageEncoder
 from pidecode.errors import PidecodeError
@@ -112,7 +112,7 @@ def _check_encoder(decoder: PixelDecoder) -> Iterator[Check]:
     if not encoder.can_decode:
         yield Check("VAE decode", False, "this encoder has no decoder; only comparisons and color_fix need it")
         return
-    report = fidelity(encoder.decode(latent.tensor).to(gradient), gradient)[0]
+    report = color_drift(encoder.decode(latent.tensor).to(gradient), gradient)[0]
     works = report.psnr > MIN_RECONSTRUCTION_PSNR
     yield Check("VAE decode", works, f"{report}" if works else f"encode and decode give {report}: check both files")
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pidecode.color_fix import fidelity
+from pidecode.color_fix import color_drift
 from pidecode.decoder import PixelDecoder
 from pidecode.errors import DownloadError, FileError, MissingDependencyError, SettingError
 from pidecode.files import atomic_write
@@ -126,7 +126,7 @@ class GeneratedImage:
     image: Path  # the image
     latent: Path | None  # its latent, if kept
     comparison: Path | None  # the comparison with the VAE's decode, if asked for
-    fidelity: str | None  # how near the image is to the VAE's decode, if compared
+    drift: str | None  # how near the image is to the VAE's decode, if compared
 
 
 def generate(
@@ -336,8 +336,8 @@ def _decode_item(job: GenerationJob, item: GenerationItem, decoder: PixelDecoder
         vae_image = load_image(job.vae_path(item))
         pair = _side_by_side(vae_image, output.image)
         save_image(job.comparison_path(item), pair, metadata=metadata, overwrite=True)
-        (report,) = fidelity(to_tensor(output.image), to_tensor(vae_image))
-        metadata["fidelity"] = str(report)
+        (report,) = color_drift(to_tensor(output.image), to_tensor(vae_image))
+        metadata["drift"] = str(report)
     output.save(job.image_path(item), overwrite=True)  # last: it marks the item as done
     if not job.keep_latents:
         job.latent_path(item).unlink()
@@ -348,7 +348,7 @@ def _describe(job: GenerationJob, item: GenerationItem) -> GeneratedImage:
     latent, comparison = job.latent_path(item), job.comparison_path(item)
     return GeneratedImage(
         job.image_path(item), latent if latent.is_file() else None, comparison if comparison.is_file() else None,
-        metadata.get("fidelity"),
+        metadata.get("drift"),
     )  # fmt: skip
 
 
