@@ -6,11 +6,15 @@ from __future__ import annotations
 import http.client
 import io
 import json
+import shutil
+import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -155,3 +159,60 @@ def running(app: Any, service: DecodeService, *, grace: int = 3) -> Iterator[Ser
 
 LIMITS = RequestLimits(body_bytes=200_000, pixels=256 * 256, waiting=2, job_seconds=2 * PATIENCE, body_seconds=1.5)
 """Small, so that every limit can be reached."""
+
+NGINX = next(filter(None, map(shutil.which, ("nginx", "/usr/sbin/nginx"))), None)
+NGINX_CONFIGURATION = """
+daemon off;
+worker_processes 1;
+pid {folder}/nginx.pid;
+error_log {folder}/error.log;
+events {{ worker_connections 64; }}
+http {{
+  access_log off;
+  client_body_buffer_size 1m;  # its worker may not write here
+  client_body_temp_path {folder}; proxy_temp_path {folder}; fastcgi_temp_path {folder};
+  uwsgi_temp_path {folder}; scgi_temp_path {folder};
+  server {{
+    listen 127.0.0.1:{port};
+{location}
+  }}
+}}
+"""
+
+
+class Proxy:
+    """nginx in front of a server, with the `location` block that docs/server.md tells users to write."""
+
+    def __init__(self, served: Served, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = int(free.getsockname()[1])
+        text = (Path(__file__).parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
+        location = text.partition("```nginx\n")[2].partition("```")[0]
+        location = location.replace("127.0.0.1:8420", f"127.0.0.1:{served.port}")
+        configuration = NGINX_CONFIGURATION.format(folder=folder, port=self.port, location=location)
+        (folder / "nginx.conf").write_text(configuration)
+
+    def start(self) -> None:
+        assert NGINX is not None
+        self.process = subprocess.Popen([NGINX, "-p", str(self.folder), "-c", str(self.folder / "nginx.conf")])
+        end = time.monotonic() + PATIENCE
+        while True:
+            assert self.process.poll() is None, (self.folder / "error.log").read_text()
+            assert time.monotonic() < end
+            with socket.socket() as probe:
+                if not probe.connect_ex(("127.0.0.1", self.port)):
+                    return
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(PATIENCE)
+
+    def __enter__(self) -> Proxy:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()

@@ -11,11 +11,12 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from serving_kit import PATIENCE, Served, image_bytes, latent_bytes, running, small_decoder
+from serving_kit import NGINX, PATIENCE, Proxy, Served, image_bytes, latent_bytes, running, small_decoder
 
 from pidecode import PixelDecoder
 from pidecode.images import read_metadata
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.slow
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 QUIET = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
+    "--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP images.lan 127.0.0.1",
 )  # fmt: skip
 WAIT = PATIENCE * 500
 LIMITS = RequestLimits(body_bytes=2_000_000, pixels=1024 * 1024, waiting=2)
@@ -56,15 +57,22 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture
 def page(chromium: Any, served: Served) -> Iterator[Any]:
+    with opened(chromium, served.url) as tab:
+        yield tab
+
+
+@contextmanager
+def opened(chromium: Any, url: str) -> Iterator[Any]:
+    """The page at that address, which must cause no script error and no request to another host."""
     context = chromium.new_context(viewport={"width": 1280, "height": 860}, color_scheme="light", accept_downloads=True)
     tab = context.new_page()
     tab.set_default_timeout(WAIT)
     foreign_requests: list[str] = []
     script_errors: list[str] = []
-    own = (served.url, "blob:", "data:")
+    own = (url, "blob:", "data:")
     tab.on("request", lambda request: foreign_requests.append(request.url) if not request.url.startswith(own) else None)
     tab.on("pageerror", lambda error: script_errors.append(str(error)))
-    tab.goto(served.url)
+    tab.goto(url)
     tab.wait_for_selector("body[data-ready]")
     yield tab
     context.close()
@@ -347,16 +355,86 @@ def test_the_result_is_copied(page: Any) -> None:
     assert page.evaluate("async () => (await navigator.clipboard.read())[0].types") == ["image/png"]
 
 
-def test_leaving_asks_only_where_something_would_be_lost(page: Any) -> None:
-    asked: list[str] = []
-    page.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.accept()))
+def reload(page: Any) -> None:
+    page.wait_for_timeout(500)  # the page saves 0.1 s after a change
     page.reload()
     page.wait_for_selector("body[data-ready]")
+
+
+def test_a_reload_brings_back_input_settings_queue_and_history(page: Any, tmp_path: Path) -> None:
+    asked: list[str] = []
+    page.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.accept()))
+    drop(page, "first.png", image_bytes(16, 16))
+    page.fill("#seed", "3")
+    page.click("summary:text('More')")
+    page.select_option("#format", "webp")
+    page.fill("#quality", "70")
+    decode(page)
+    page.set_input_files("#file", dropped("second.png", "third.png"))
+    page.wait_for_selector("#queue:not([hidden])")
+    reload(page)
+    assert asked == []
+    page.wait_for_selector("#go:not([disabled])")
+    assert page.inner_text("#source-name") == "second.png"
+    assert page.locator("#queue li span").all_inner_texts() == ["third.png"]
+    assert (page.input_value("#seed"), page.input_value("#quality")) == ("3", "70")
+    assert page.locator("#history .entry").all_inner_texts() == ["first.png, seed 3"]
+    page.click("#history .entry")
+    assert download(page, tmp_path)["file"] == "first-pid-3.webp"
+    reload(page)
+    assert page.locator("#download").get_attribute("download") == "first-pid-3.webp"
+    page.click("#go")
+    page.wait_for_function("() => document.querySelectorAll('#history .entry').length === 3")
+    other = page.context.new_page()
+    other.goto(page.url)
+    other.wait_for_selector("body[data-ready]")
+    assert other.locator("#history").is_hidden()
+    page.click("#forget")
+    assert page.locator("#history").is_hidden()
+    reload(page)
+    assert page.locator("#history").is_hidden()
+
+
+def test_a_reload_does_not_end_the_job(page: Any, served: Served) -> None:
+    drop(page, "one.png", image_bytes(16, 16))
+    page.wait_for_selector("#go:not([disabled])")
+    with served.busy():
+        page.click("#go")
+        served.until(lambda: served.service.queue.waiting == 1)
+        reload(page)
+        page.wait_for_function("() => document.getElementById('status').textContent.startsWith('Waiting: next')")
+        assert page.locator("#cancel").is_visible()
+        assert served.service.queue.waiting == 1
+    page.wait_for_selector("#tools", state="visible")
+    assert page.locator("#history .entry").all_inner_texts() == ["one.png, seed 0"]
+
+
+def test_a_job_that_is_gone_after_a_reload_is_told(page: Any, served: Served) -> None:
+    drop(page, "one.png", image_bytes(16, 16))
+    page.wait_for_selector("#go:not([disabled])")
+    with served.busy():
+        page.click("#go")
+        served.until(lambda: served.service.queue.waiting == 1)
+        page.wait_for_timeout(500)
+        for job in tuple(served.service.streamed._jobs):
+            del served.service.streamed._jobs[job]  # as after a restart
+        page.reload()
+        page.wait_for_selector("#error", state="visible")
+        assert "the server was restarted. Run it again" in page.inner_text("#error p")
+        assert page.inner_text("#source-name") == "one.png"
+    decode(page)
+
+
+def test_leaving_asks_where_the_browser_keeps_nothing(page: Any) -> None:
+    asked: list[str] = []
+    page.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.accept()))
+    page.add_init_script("Object.defineProperty(window, 'indexedDB', {value: undefined})")
+    reload(page)
+    reload(page)
     assert asked == []
     drop(page, "one.png", image_bytes(16, 16))
     decode(page)
-    page.reload()
-    page.wait_for_selector("body[data-ready]")
+    reload(page)
     assert asked == ["beforeunload"]
 
 
@@ -401,3 +479,35 @@ def test_the_keyboard_alone_suffices(page: Any) -> None:
         ".filter((one) => !(one.labels?.length || one.textContent.trim() || one.ariaLabel)).map((one) => one.id)"
     )
     assert json.dumps(labels) == "[]"
+
+
+def test_the_page_works_behind_the_proxy_of_the_documentation(chromium: Any, tmp_path: Path) -> None:
+    if NGINX is None:
+        pytest.skip("there is no nginx on this machine: apt-get install nginx")
+    service = DecodeService({"small": small_decoder()}, limits=LIMITS)
+    app = create_app(service, hosts=["images.lan"])
+    with (
+        running(app, service) as served,
+        Proxy(served, tmp_path) as proxy,
+        opened(chromium, f"http://images.lan:{proxy.port}/pidecode/") as page,
+    ):
+        drop(page, "one.png", image_bytes(16, 16))
+        decode(page)
+        assert download(page, tmp_path)["file"] == "one-pid-0.png"
+        with served.busy():
+            page.click("#go")
+            page.wait_for_function("() => document.getElementById('status').textContent.startsWith('Waiting: ')")
+            proxy.stop()
+            page.wait_for_function("() => document.getElementById('status').textContent.includes('lost')")
+            proxy.start()
+            page.wait_for_function("() => document.getElementById('status').textContent.startsWith('Waiting: ')")
+            assert served.service.queue.waiting == 1
+        page.wait_for_function("() => document.querySelectorAll('#history .entry').length === 2")
+        with served.busy():
+            page.click("#go")
+            served.until(lambda: served.service.queue.waiting == 1)
+            page.wait_for_function("() => document.getElementById('status').textContent.startsWith('Waiting: ')")
+            page.click("#cancel")
+            served.until(lambda: served.service.queue.waiting == 0)
+        drop(page, "large.png", b"x" * 1_900_000)
+        page.wait_for_selector("#error", state="visible")

@@ -9,14 +9,12 @@ import json
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
-from serving_kit import LIMITS, PATIENCE, Served, image_bytes, latent_bytes, running, small_decoder
+from serving_kit import LIMITS, NGINX, Proxy, Served, image_bytes, latent_bytes, running, small_decoder
 
 from pidecode import PixelDecoder
 from pidecode.errors import SettingError
@@ -144,59 +142,12 @@ def test_an_origin_is_scheme_and_host(origin: str) -> None:
         check_origin(origin)
 
 
-NGINX = next(filter(None, map(shutil.which, ("nginx", "/usr/sbin/nginx"))), None)
-NGINX_CONFIGURATION = """
-daemon off;
-worker_processes 1;
-pid {folder}/nginx.pid;
-error_log {folder}/error.log;
-events {{ worker_connections 64; }}
-http {{
-  access_log off;
-  client_body_buffer_size 1m;  # its worker may not write here
-  client_body_temp_path {folder}; proxy_temp_path {folder}; fastcgi_temp_path {folder};
-  uwsgi_temp_path {folder}; scgi_temp_path {folder};
-  server {{
-    listen 127.0.0.1:{port};
-{location}
-  }}
-}}
-"""
-
-
-def location_of_the_documentation() -> str:
-    """The `location` block that docs/server.md tells users to write."""
-    text = (Path(__file__).parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
-    return text.partition("```nginx\n")[2].partition("```")[0]
-
-
-def reachable(port: int) -> bool:
-    with socket.socket() as probe:
-        return not probe.connect_ex(("127.0.0.1", port))
-
-
 @pytest.fixture(scope="module")
 def proxy(server: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     if NGINX is None:
         pytest.skip("there is no nginx on this machine: apt-get install nginx")
-    folder = tmp_path_factory.mktemp("nginx")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    location = location_of_the_documentation().replace("127.0.0.1:8420", f"127.0.0.1:{server.port}")
-    configuration = NGINX_CONFIGURATION.format(folder=folder, port=port, location=location)
-    (folder / "nginx.conf").write_text(configuration)
-    process = subprocess.Popen([NGINX, "-p", str(folder), "-c", str(folder / "nginx.conf")])
-    try:
-        end = time.monotonic() + PATIENCE
-        while not reachable(port):
-            assert process.poll() is None, (folder / "error.log").read_text()
-            assert time.monotonic() < end
-            time.sleep(0.05)
-        yield Served(port, server.service)
-    finally:
-        process.terminate()
-        process.wait(PATIENCE)
+    with Proxy(server, tmp_path_factory.mktemp("nginx")) as running_proxy:
+        yield Served(running_proxy.port, server.service)
 
 
 def test_the_server_works_behind_the_proxy_of_the_documentation(proxy: Served) -> None:

@@ -204,7 +204,7 @@ def serve(**options: Any) -> None:
 def web(browser: bool, **options: Any) -> None:
     """Start the server and open its page in the browser.
 
-    Nothing is sent to other hosts, and nothing is kept when the page is closed. Ctrl-C stops the server.
+    Nothing is sent to other hosts. Ctrl-C stops the server.
     """
     _require_packages()
     given = ServeOptions(**options)

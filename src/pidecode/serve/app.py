@@ -58,9 +58,8 @@ MAX_FORM_FILES = 17  # sixteen images and a mask, which OpenAI takes
 INSPECTIONS = 8  # files that may be inspected or wait for it
 
 _STATIC_TYPES = {
-    "index.html": "text/html; charset=utf-8", "app.js": "text/javascript; charset=utf-8",
-    "viewer.js": "text/javascript; charset=utf-8", "style.css": "text/css; charset=utf-8",
-    "icon.svg": "image/svg+xml",
+    "index.html": "text/html; charset=utf-8", "style.css": "text/css; charset=utf-8", "icon.svg": "image/svg+xml",
+    **dict.fromkeys(("app.js", "http.js", "session.js", "viewer.js"), "text/javascript; charset=utf-8"),
 }  # fmt: skip
 
 _ERROR_DESCRIPTIONS = {

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The page: an input with its settings, inputs that follow it, one running job and the session's history. All state is
-// in this tab.
+// The page: an input with its settings, inputs that follow it, one running job and the history. A reload brings all
+// of it back.
 
+import { follow, RECONNECT_SECONDS, request } from "./http.js";
+import { openSession } from "./session.js";
 import { makeViewer } from "./viewer.js";
 
 const find = (id) => document.getElementById(id);
@@ -9,14 +11,18 @@ const viewer = makeViewer(find);
 const HISTORY_LENGTH = 24;
 
 let server = null; // version, device, limits and models
-let input = null; // {file, info, url}
+let session = null; // what a reload brings back
+let input = null; // {key, file, info, url}
 let following = []; // inputs to be done after it
 let opening = Promise.resolve(); // files are looked into one after another
-let running = null; // AbortController of the job
-let history = []; // newest first: {input, settings, result}
+let running = null; // {abort, job} of the running job
+let history = []; // newest first: {key, input, settings, result, name, thumb}
 let current = null;
 let planRequests = 0;
+let keys = 0; // of the session's entries, made so far
+let saving = 0; // timer
 let shownShare = 0; // of the progress bar; never falls within a job
+let stage = { state: "", since: 0 }; // of the job, and when it began
 
 const size = (bytes) => (bytes >= 1e9 ? `${(bytes / 1e9).toFixed(1)} GB` : bytes >= 1e6 ? `${Math.round(bytes / 1e6)} MB` : `${Math.max(1, Math.round(bytes / 1e3))} kB`);
 const model = () => server.models.find((one) => one.id === find("model").value) ?? server.models[0];
@@ -35,17 +41,63 @@ const announce = (text) => {
 };
 const duration = (seconds) => (seconds < 90 ? `${Math.max(1, Math.round(seconds))} s` : `${Math.round(seconds / 60)} min`);
 
-async function request(path, options) {
-  let response;
-  try {
-    response = await fetch(path, options);
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Error("The server does not answer. Is pidecode still running?");
+// ---- what a reload brings back
+
+const newKey = (kind) => `${kind} ${Date.now()} ${++keys}`;
+const fields = () => [...find("panel").elements].filter((one) => one.id && !["file", "button", "submit"].includes(one.type));
+
+function fillFields(values) {
+  for (const field of fields()) {
+    const value = values[field.id];
+    if (value === undefined || (field.tagName === "SELECT" && ![...field.options].some((one) => one.value === String(value)))) continue;
+    field.value = value;
   }
-  if (response.ok) return response;
-  const body = await response.json().catch(() => null);
-  throw new Error(body?.error?.message ?? `The server answered ${response.status}.`);
+  fillSettings();
+  showSigma();
+}
+
+function remember() {
+  if (!document.body.dataset.ready) return;
+  clearTimeout(saving);
+  saving = setTimeout(() => {
+    const inputs = [input, ...following, running?.job.input, ...history.map((entry) => entry.input)].filter(Boolean);
+    const state = {
+      fields: Object.fromEntries(fields().map((one) => [one.id, one.value])), input: input?.key, current: current?.key,
+      following: following.map((one) => one.key), history: history.map((entry) => entry.key),
+      job: running?.job.id && { id: running.job.id, input: running.job.input.key, settings: running.job.settings },
+    };
+    session.save({ state }, new Set([...inputs, ...history].map((one) => one.key)));
+  }, 100);
+}
+
+function newInput(file, info) {
+  const made = { key: newKey("input"), file, info };
+  session.save({ [made.key]: made });
+  return withUrl(made);
+}
+
+const withUrl = (one) => ({ ...one, url: one.info.kind === "image" ? URL.createObjectURL(one.file) : null });
+
+// Returns the job that the reload interrupted, if one ran.
+async function restoreSession() {
+  const saved = await session.load(), { state } = Object.fromEntries(saved);
+  if (!state) return null;
+  const inputs = new Map();
+  const inputOf = (key) => inputs.get(key) ?? (saved.has(key) ? inputs.set(key, withUrl(saved.get(key))).get(key) : null);
+  following = state.following.map(inputOf).filter(Boolean);
+  history = state.history.map((key) => saved.get(key)).filter(Boolean).map((entry) => ({
+    ...entry, input: inputOf(entry.input), result: { ...entry.result, url: URL.createObjectURL(entry.result.blob) },
+  }));
+  fillFields({ model: state.fields.model });
+  fillFields(state.fields);
+  const job = state.job && inputOf(state.job.input) ? { ...state.job, input: inputOf(state.job.input) } : null;
+  const shown = job?.input ?? inputOf(state.input), entry = history.find((one) => one.key === state.current);
+  if (shown) await useInput(shown);
+  fillFields(state.fields);
+  if (entry && !job) showResult(entry);
+  drawFollowing();
+  drawHistory();
+  return job;
 }
 
 // ---- settings
@@ -93,20 +145,11 @@ function readSettings() {
 }
 
 function writeSettings(settings) {
-  if (server.models.some((one) => one.id === settings.model)) find("model").value = settings.model;
-  fillSettings();
-  for (const name of ["seed", "num_steps", "sampler", "guidance_scale", "fit", "scale", "format", "quality", "space", "prompt"]) {
-    const value = settings[name], field = find(name);
-    if (value === undefined) continue;
-    if (field.tagName === "SELECT" && ![...field.options].some((one) => one.value === String(value))) continue;
-    field.value = value;
-  }
-  find("sigma").value = settings.sigma ?? 0;
-  find("color_fix").value = settings.color_fix ?? "";
-  find("to-width").value = settings.width ?? "";
-  find("to-height").value = settings.height ?? "";
-  if (settings.prompt === undefined) find("prompt").value = "";
-  showSigma();
+  fillFields({ model: settings.model });
+  fillFields({
+    ...settings, sigma: settings.sigma ?? 0, color_fix: settings.color_fix ?? "", prompt: settings.prompt ?? "",
+    "to-width": settings.width ?? "", "to-height": settings.height ?? "",
+  });
 }
 
 const showSigma = () => (find("sigma-value").textContent = Number(find("sigma").value) ? Number(find("sigma").value).toFixed(2) : "off");
@@ -141,9 +184,12 @@ function table(values) {
 }
 
 async function inspect(file) {
+  if (!file.size) throw new Error(`${file.name} is empty.`);
+  await file.slice(0, 1).arrayBuffer().catch(() => {
+    throw new Error(`${file.name} cannot be read: it is a folder, or was moved or changed. Choose files.`);
+  });
   if (file.size > server.limits.body_bytes) throw new Error(`${file.name} has ${size(file.size)}; at most ${size(server.limits.body_bytes)} can be taken.`);
-  const info = await (await request("v1/inspect", { method: "POST", body: file })).json();
-  return { file, info, url: info.kind === "image" ? URL.createObjectURL(file) : null };
+  return newInput(file, await (await request("v1/inspect", { method: "POST", body: file })).json());
 }
 
 // The first file becomes the input, unless a job runs; the others follow it.
@@ -153,6 +199,8 @@ function openFiles(files) {
     if (list.length) showError();
     const refused = [];
     for (const [index, file] of list.entries()) {
+      find("reading").textContent = `Reading ${file.name}…`;
+      find("reading").hidden = false;
       try {
         const opened = await inspect(file);
         if (running || (index && input)) following.push(opened);
@@ -160,6 +208,7 @@ function openFiles(files) {
       } catch (error) {
         refused.push(list.length > 1 ? `${file.name}: ${error.message}` : error.message);
       }
+      find("reading").hidden = true;
       drawFollowing();
     }
     if (refused.length) showError(refused.join(" "));
@@ -167,6 +216,7 @@ function openFiles(files) {
 }
 
 function drawFollowing() {
+  remember();
   find("queue").hidden = !following.length;
   find("queue-title").textContent = `${following.length === 1 ? "One more follows" : `${following.length} more follow`}, each with the settings chosen by then:`;
   find("queue").querySelector("ol").replaceChildren(...following.map((one) => {
@@ -189,22 +239,22 @@ async function useInput(opened) {
   find("to-width").value = find("to-height").value = "";
   showInput();
   clearResult();
-  if (isImage()) {
-    const { width, height } = input.info;
-    viewer.show({ beforeUrl: null, afterUrl: input.url, width, height });
-    find("tag-after").textContent = "Input";
-  } else {
-    viewer.hide();
-  }
+  showInputAlone();
   drawHistory();
   await plan();
+}
+
+function showInputAlone() {
+  if (!isImage()) return viewer.hide();
+  viewer.show({ beforeUrl: null, afterUrl: input.url, width: input.info.width, height: input.info.height });
+  find("tag-after").textContent = "Input";
 }
 
 async function openPrompt() {
   const prompt = find("generate-prompt").value.trim();
   if (!prompt || running) return;
   showError();
-  input = { file: { name: prompt }, info: { kind: "prompt", width: 1, height: 1 }, url: null, prompt };
+  input = newInput({ name: prompt }, { kind: "prompt", width: 1, height: 1 });
   current = null;
   if (!find("to-width").value) find("to-width").value = find("to-height").value = 2048;
   showInput();
@@ -261,36 +311,32 @@ function clearResult() {
 function showProgress(status) {
   const bar = find("bar"), left = status.seconds_left;
   find("progress").hidden = false;
-  const waiting = status.state !== "running";
+  if (stage.state !== status.state) stage = { state: status.state, since: Date.now() };
+  const waiting = status.state !== "running", seconds = waiting ? (Date.now() - stage.since) / 1000 : status.seconds;
   const byTime = left === undefined || left === null ? 0 : status.seconds / (status.seconds + left);
   shownShare = waiting ? 0 : Math.min(0.99, Math.max(shownShare, status.done ?? 0, byTime || 0));
   bar.classList.toggle("waiting", waiting);
   bar.firstElementChild.style.width = waiting ? "" : `${100 * shownShare}%`;
-  const activity = (status.activity || "starting").replace(/^./, (letter) => letter.toUpperCase());
-  const time = left > 0.5 ? `, about ${duration(left)} left` : status.seconds >= 2 ? `, ${duration(status.seconds)} so far` : "";
-  const text = !waiting ? activity : status.state === "sending" ? "Sending…" : status.position > 1 ? `Waiting: ${status.position - 1} jobs before this one.` : "Waiting: next in the queue.";
-  find("status").textContent = waiting ? text : `${activity}${time}${following.length ? `; ${following.length} more to come` : ""}`;
+  const text = {
+    sending: status.share < 1 ? "Sending" : "Sending…", lost: "The connection is lost. Trying again…",
+    waiting: status.position > 1 ? `Waiting: ${status.position - 1} jobs before this one` : "Waiting: next in the queue",
+    running: (status.activity || "starting").replace(/^./, (letter) => letter.toUpperCase()),
+  }[status.state];
+  const time = left > 0.5 ? `, about ${duration(left)} left` : seconds >= 2 ? `, ${duration(seconds)} so far` : "";
+  const share = status.share < 1 ? `, ${Math.round(100 * status.share)} %` : "";
+  find("status").textContent = `${text}${time}${share}${following.length ? `; ${following.length} more to come` : ""}`;
   if (waiting) bar.removeAttribute("aria-valuenow");
   else bar.setAttribute("aria-valuenow", String(Math.round(100 * shownShare)));
   bar.setAttribute("aria-valuetext", find("status").textContent);
   announce(text);
 }
 
-async function* lines(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    const parts = (rest + value).split("\n");
-    rest = parts.pop();
-    for (const part of parts) yield JSON.parse(part);
-  }
-}
-
-async function run() {
-  const settings = readSettings(), job = { ...input }, kind = isPrompt() ? "generate" : isImage() ? "upscale" : "decode";
-  running = new AbortController();
+// Run the input, or go on with a job that a reload interrupted.
+async function run(interrupted) {
+  const job = interrupted ?? { input, settings: readSettings() }, kind = { prompt: "generate", image: "upscale", latent: "decode" }[job.input.info.kind];
+  job.path = `v1/${kind}?${new URLSearchParams({ ...job.settings, stream: true, reconnect_seconds: RECONNECT_SECONDS })}`;
+  job.body = kind === "generate" ? job.input.file.name : job.input.file;
+  const { signal } = (running = Object.assign(new AbortController(), { job }));
   working(true);
   showError();
   clearResult();
@@ -299,50 +345,48 @@ async function run() {
   const preview = document.createElement("img");
   let last = null;
   try {
-    const response = await request(`v1/${kind}?${new URLSearchParams({ ...settings, stream: true })}`, { method: "POST", body: job.prompt ?? job.file, signal: running.signal });
-    for await (const event of lines(response)) {
+    const sent = (share) => showProgress({ state: "sending", share }), lost = () => showProgress({ state: "lost" });
+    for await (const event of follow(job, { signal, sent, lost })) {
+      if (!last) remember();
       last = event;
       if (event.state === "waiting" || event.state === "running") showProgress(event);
       if (event.preview) {
         preview.src = event.preview;
         await preview.decode();
-        const [width, height] = [preview.naturalWidth, preview.naturalHeight];
-        const known = !find("viewer").hidden && isImage();
-        if (known) viewer.preview(event.preview);
-        else viewer.show({ beforeUrl: null, afterUrl: event.preview, width, height, keepView: true });
+        if (!find("viewer").hidden && isImage()) viewer.preview(event.preview);
+        else viewer.show({ beforeUrl: null, afterUrl: event.preview, width: preview.naturalWidth, height: preview.naturalHeight, keepView: true });
         find("tag-after").textContent = "Preview";
       }
     }
-    if (last?.state !== "done") throw new Error(last?.error?.message ?? "The server stopped in the middle of the job.");
-    const blob = await (await request(last.result.slice(1))).blob();
-    addToHistory(job, settings, { ...last, url: URL.createObjectURL(blob), blob });
+    if (last.state !== "done") throw new Error(last.error.message);
+    const blob = await (await request(last.result.slice(1), { signal })).blob();
+    await addToHistory(job, { ...last, blob });
     announce(`Done: ${last.width}×${last.height} pixels in ${duration(last.seconds)}.`);
     return "done";
   } catch (error) {
-    const stopped = error.name === "AbortError";
     find("progress").hidden = true;
-    if (isImage()) viewer.show({ beforeUrl: null, afterUrl: input.url, width: input.info.width, height: input.info.height });
-    else viewer.hide();
-    find("tag-after").textContent = "Input";
-    if (!stopped) showError(following.length ? `${job.file.name}: ${error.message}` : error.message);
+    showInputAlone();
+    if (!signal.aborted) showError(following.length ? `${job.input.file.name}: ${error.message}` : error.message);
     else {
+      if (job.id) request(`v1/jobs/${job.id}`, { method: "DELETE" }).catch(() => {}); // over already
       find("progress").hidden = false;
-      find("progress").firstElementChild.firstElementChild.style.width = "0";
-      find("progress").firstElementChild.classList.remove("waiting");
+      find("bar").firstElementChild.style.width = "0";
+      find("bar").classList.remove("waiting");
       find("status").textContent = "Cancelled.";
       announce("Cancelled.");
     }
-    return stopped ? "cancelled" : "failed";
+    return signal.aborted ? "cancelled" : "failed";
   } finally {
     running = null;
     working(false);
+    remember();
   }
 }
 
 // Run the input and what follows it; a failure does not stop the others, and Cancel leaves them in the list.
-async function runAll() {
+async function runAll(interrupted) {
   const failures = [];
-  let outcome = await run();
+  let outcome = await run(interrupted);
   while (outcome !== "cancelled") {
     if (outcome === "failed") failures.push(find("error").firstElementChild.textContent);
     await opening;
@@ -392,24 +436,41 @@ function showResult(entry, other = null) {
   drawHistory();
 }
 
-async function addToHistory(job, settings, result) {
-  const stem = job.prompt ? job.prompt.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40) : job.file.name.replace(/\.[^.]*$/, "") || "image", ending = settings.format === "jpeg" ? "jpg" : settings.format;
-  const entry = { input: job, settings, result, name: `${stem}-pid${settings.seed === undefined ? "" : `-${settings.seed}`}.${ending}`, thumb: document.createElement("canvas") };
+async function addToHistory(job, result) {
+  const { input: source, settings } = job, ending = settings.format === "jpeg" ? "jpg" : settings.format;
+  const stem = source.info.kind === "prompt" ? source.file.name.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40) : source.file.name.replace(/\.[^.]*$/, "") || "image";
+  const entry = { key: newKey("result"), input: source, settings, result, name: `${stem}-pid${settings.seed === undefined ? "" : `-${settings.seed}`}.${ending}`, thumb: await thumbnail(result) };
+  session.save({ [entry.key]: { ...entry, input: source.key } });
+  entry.result.url = URL.createObjectURL(result.blob);
   history.unshift(entry);
-  for (const old of history.splice(HISTORY_LENGTH)) {
-    URL.revokeObjectURL(old.result.url);
-    if (old.input.url && !history.some((one) => one.input.url === old.input.url)) URL.revokeObjectURL(old.input.url);
-  }
+  release(history.splice(HISTORY_LENGTH));
   showResult(entry);
-  const scale = 240 / Math.max(result.width, result.height);
-  const bitmap = await createImageBitmap(result.blob, { resizeWidth: Math.max(1, Math.round(result.width * scale)), resizeQuality: "high" });
-  entry.thumb.width = bitmap.width;
-  entry.thumb.height = bitmap.height;
-  entry.thumb.getContext("2d").drawImage(bitmap, 0, 0);
-  bitmap.close();
+}
+
+function release(entries) {
+  const used = new Set([input, ...following, ...history.map((entry) => entry.input)]);
+  for (const entry of entries) {
+    URL.revokeObjectURL(entry.result.url);
+    if (!used.has(entry.input)) URL.revokeObjectURL(entry.input.url);
+  }
+}
+
+// A small image as a data URL; none where the browser cannot show the file.
+async function thumbnail({ blob, width, height }) {
+  const scale = 240 / Math.max(width, height), canvas = document.createElement("canvas");
+  try {
+    const bitmap = await createImageBitmap(blob, { resizeWidth: Math.max(1, Math.round(width * scale)), resizeQuality: "high" });
+    [canvas.width, canvas.height] = [bitmap.width, bitmap.height];
+    canvas.getContext("2d").drawImage(bitmap, 0, 0);
+    bitmap.close();
+  } catch {
+    [canvas.width, canvas.height] = [4, 3];
+  }
+  return canvas.toDataURL("image/webp");
 }
 
 function drawHistory() {
+  remember();
   find("history").hidden = !history.length;
   find("history").querySelector("ol").replaceChildren(...history.map((entry) => {
     const button = document.createElement("button"), label = document.createElement("span"), item = document.createElement("li");
@@ -419,8 +480,7 @@ function drawHistory() {
     const noise = entry.settings.sigma ? `, noise ${entry.settings.sigma}` : "";
     const seed = entry.settings.seed === undefined ? "" : `, seed ${entry.settings.seed}`;
     label.textContent = `${entry.input.file.name}${seed}${noise}`;
-    entry.thumb.setAttribute("aria-hidden", "true");
-    button.append(entry.thumb, label);
+    button.append(Object.assign(document.createElement("img"), { src: entry.thumb, alt: "" }), label);
     button.addEventListener("click", () => restore(entry));
     item.append(button);
     if (current && entry !== current) {
@@ -460,6 +520,17 @@ function restore(entry) {
   plan();
 }
 
+function forget() {
+  release(history.splice(0));
+  current = null;
+  if (!running) {
+    clearResult();
+    showInputAlone();
+  }
+  drawHistory();
+  find("go").focus({ preventScroll: true });
+}
+
 function useMetadata() {
   const metadata = input.info.metadata, given = {};
   for (const name of ["seed", "num_steps", "sampler", "guidance_scale", "prompt", "model", "color_fix"]) if (metadata[name] !== undefined) given[name] = metadata[name];
@@ -481,6 +552,8 @@ find("panel").addEventListener("submit", (event) => {
   if (!find("go").disabled && !running) runAll();
 });
 find("cancel").addEventListener("click", () => running?.abort());
+find("panel").addEventListener("change", remember);
+find("forget").addEventListener("click", forget);
 find("dice").addEventListener("click", () => (find("seed").value = Math.floor(Math.random() * 2 ** 31)));
 find("sigma").addEventListener("input", showSigma);
 find("model").addEventListener("change", () => (fillSettings(), plan()));
@@ -496,7 +569,7 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && running) running.abort();
 });
 window.addEventListener("beforeunload", (event) => {
-  if (running || following.length || history.length) event.preventDefault(); // the browser asks
+  if (session && !session.works && (running || following.length || history.length)) event.preventDefault(); // the browser asks
 });
 document.addEventListener("dragover", (event) => {
   event.preventDefault();
@@ -506,7 +579,8 @@ document.addEventListener("dragleave", (event) => event.relatedTarget ?? documen
 document.addEventListener("drop", (event) => {
   event.preventDefault();
   document.body.classList.remove("dropping");
-  openFiles(event.dataTransfer.files);
+  if (event.dataTransfer.files.length) openFiles(event.dataTransfer.files);
+  else showError("What was dropped holds no file. Save the image first, then drop that file.");
 });
 document.addEventListener("paste", (event) => openFiles(event.clipboardData.files));
 
@@ -519,7 +593,10 @@ try {
   find("text-to-image").hidden = !server.text_to_image;
   fillSettings();
   showSigma();
+  session = await openSession();
+  const job = await restoreSession().catch(() => null); // another version's entries
   document.body.dataset.ready = "true";
+  if (job) runAll(job);
 } catch (error) {
   showError(error.message);
 }
