@@ -33,7 +33,7 @@ from taef2 import TinyAutoencoder
 
 from benchmarks.judges import BLOCK, FeatureJudge, Niqe
 from data import crop_to_multiple, held_out, quarter, read_manifest, to_signed
-from pidecode import Latent, PixelDecoder
+from pidecode import Latent, PixelDecoder, read_image
 from pidecode.errors import FileError, MissingDependencyError, PidecodeError, SettingError
 from pidecode.files import atomic_write
 from pidecode.images.tensors import to_pil
@@ -151,12 +151,15 @@ class Contenders:
         latent = Latent(tensor=torch.nn.functional.pixel_unshuffle(raw, 2), space="flux2", sigma=0.0)
         for name, decoder in self.decoders.items():
             yield f"{name}, taef2's latent", _decode(decoder, latent)
-            yield f"{name}, its encoder's latent", _decode(decoder, decoder.encode(small))
+            yield (
+                f"{name}, its encoder's latent",
+                _decode(decoder, decoder.encode(read_image(small, value_range=(-1, 1)))),
+            )
         yield "taef2, Lanczos", lanczos(decoded)
         for title, enlarge in self.enlargers.items():
             yield f"taef2, {title}", enlarge(decoded)
         for name, decoder in self.decoders.items():
-            yield f"{name} upscale", decoder.upscale(small, **_seed(decoder)).tensor
+            yield f"{name} upscale", decoder.upscale(read_image(small, value_range=(-1, 1)), **_seed(decoder)).tensor
         for title, enlarge in self.enlargers.items():
             yield title, enlarge(small)
         yield "Lanczos", lanczos(small)
@@ -168,7 +171,9 @@ class Contenders:
         """How near a decoder's encoder comes to taef2: PSNR through taef2's decoder, and relative error of latents."""
         with torch.inference_mode():
             raw = self.autoencoder.encode(small)
-            own = torch.nn.functional.pixel_shuffle(decoder.encode(small).tensor.float(), 2)
+            own = torch.nn.functional.pixel_shuffle(
+                decoder.encode(read_image(small, value_range=(-1, 1))).tensor.float(), 2
+            )
             found = psnr(self.autoencoder.decode(own), self.autoencoder.decode(raw)).item()
         return {"psnr": found, "relative": ((own - raw).norm() / raw.norm()).item()}
 

@@ -26,7 +26,7 @@ def test_the_public_names_are_exactly_these() -> None:
     assert pidecode.__all__ == [
         "DecodeOptions", "DecodeOutput", "Latent", "PidecodeError", "PixelDecoder", "RuntimeOptions", "__version__",
         "attach", "errors", "latent_from_pipeline", "list_checkpoints", "list_spaces", "pid_blocks", "plan_decode",
-        "read_metadata", "save_image", "this_machine",
+        "read_image", "read_metadata", "save_image", "this_machine",
     ]  # fmt: skip
     assert dir(pidecode) == sorted(pidecode.__all__)
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pidecode.engine.machine import this_machine
     from pidecode.engine.plan import plan_decode
     from pidecode.errors import PidecodeError
+    from pidecode.images.read import read_image
     from pidecode.images.write import DecodeOutput, read_metadata, save_image
     from pidecode.integrations.diffusers import attach
     from pidecode.integrations.modular import pid_blocks
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DecodeOptions", "DecodeOutput", "Latent", "PidecodeError", "PixelDecoder", "RuntimeOptions", "__version__",
     "attach", "errors", "latent_from_pipeline", "list_checkpoints", "list_spaces", "pid_blocks", "plan_decode",
-    "read_metadata", "save_image", "this_machine",
+    "read_image", "read_metadata", "save_image", "this_machine",
 ]  # fmt: skip
 
 # Public name -> the module that defines it; the name of a module stands for the module.
@@ -45,6 +46,7 @@ _MODULES = {
     "latent_from_pipeline": "pidecode.integrations.pipeline_latents",
     "list_checkpoints": "pidecode.registry.checkpoints", "list_spaces": "pidecode.registry.spaces",
     "pid_blocks": "pidecode.integrations.modular", "plan_decode": "pidecode.engine.plan",
+    "read_image": "pidecode.images.read",
     "read_metadata": "pidecode.images.write", "save_image": "pidecode.images.write",
     "this_machine": "pidecode.engine.machine",
 }  # fmt: skip

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -13,24 +15,14 @@ import torch
 from torch import Tensor
 
 from pidecode.color_fix import DEFAULT_FIDELITY, apply_color_fix
-from pidecode.devices import default_dtype, free_memory, select_device
+from pidecode.devices import default_dtype, select_device
 from pidecode.encoders.base import EncodeFunction, LazyImageEncoder, encode_images, on_device, vae_reference
 from pidecode.encoders.text import PromptEmbedsCache, TextEncoder, default_negative_prompt, load_prompt_embeds
 from pidecode.engine.feed_forward import FeedForwardPlan, FeedForwardRunner, encoding_work
 from pidecode.engine.plan import Plan
-from pidecode.engine.runner import Runner
-from pidecode.errors import DoesNotFitError, ImageError, LatentError, SettingError, SizeError
-from pidecode.images import (
-    DecodeOutput,
-    ImageSource,
-    UnpaddedSize,
-    center_crop,
-    crop_back,
-    load_tensor,
-    pad_to_multiple,
-    read_image,
-    resize,
-)
+from pidecode.engine.runner import Runner, make_runner, require_memory
+from pidecode.errors import LatentError, SettingError, SizeError, naming
+from pidecode.images import DecodeOutput, ImageSource, SourceImage, crop_back, fit_to_encoder, load_tensor, read_images
 from pidecode.latents.latent import Latent
 from pidecode.models.pid.network import Condition, PiDNet
 from pidecode.models.tiny import TinyDecoder
@@ -47,7 +39,7 @@ from pidecode.sampling import (
     sample_student,
     sample_teacher,
 )
-from pidecode.units import format_bytes, parse_dtype
+from pidecode.units import parse_dtype
 from pidecode.version import __version__
 from pidecode.weights.detect import Overrides, detect
 from pidecode.weights.load import apply_lora, build_network
@@ -107,7 +99,7 @@ class PixelDecoder:
         self.space: LatentSpace = get_space(metadata.space)
         self.encoder = encoder
         self.text = text
-        self.runner = _make_runner(net, plan, runtime or RuntimeOptions(), metadata.kind, name)
+        self.runner = make_runner(net, plan, runtime or RuntimeOptions(), metadata.kind, name)
         if self.space.channels != net.config.latent_channels:
             raise SettingError(
                 f"{name} takes latents of {net.config.latent_channels} channels, but those of space {self.space.name} "
@@ -243,25 +235,30 @@ class PixelDecoder:
             f"{str(self.dtype).removeprefix('torch.')} on {self.device}, license {self.license})"
         )
 
-    def encode(self, image: ImageSource, *, fit: Fit = "pad", num_refinements: int | None = None) -> Latent:
-        """Encode an image to a clean latent of this decoder's space.
+    def encode(
+        self, image: ImageSource | Sequence[ImageSource], *, fit: Fit = "pad", num_refinements: int | None = None
+    ) -> Latent:
+        """Encode an image, or a list of images of one size, to a clean latent of this decoder's space.
 
         Args:
-            image: A path, bytes, a PIL image, or a tensor `[B, 3, H, W]` or `[3, H, W]` in [-1, 1].
+            image: A path, the bytes of a file, an open file, a Pillow image, an array or tensor of uint8, of uint16 or
+                of floats in [-1, 1], or what `pidecode.read_image` returned, which also takes floats in [0, 1].
             fit: For sides that the encoder cannot divide: "pad" by mirrored edges, or "crop" around the center.
             num_refinements: Times the latent is corrected by what it decodes to, for encoders that can.
 
         Raises:
-            ImageError: It is no image.
+            ImageError: It is no image; of a list, the index is named.
+            LatentError: The images of a list have different sizes.
             SizeError: The image is too small.
             SettingError: There is no encoder, or an option cannot act.
         """
-        tensor, _ = self._fit(load_tensor(image), fit)
-        return self._encode(tensor, num_refinements, WorkTracker())
+        multiple, fixed = self.space.input_multiple, self.space.fixed_input
+        fitted = [fit_to_encoder(source.on_white(), fit, multiple, fixed)[0] for source in read_images(image)]
+        return Latent.cat([self._encode(tensor, num_refinements, WorkTracker()) for tensor in fitted])
 
     def decode(
         self,
-        latent: Latent,
+        latent: Latent | Sequence[Latent],
         *,
         options: DecodeOptions | None = None,
         seed: int | Sequence[int] | None = None,
@@ -275,7 +272,7 @@ class PixelDecoder:
         negative_prompt: str | None = None,
         prompt_embeds: Tensor | None = None,
         color_fix: ColorFix | None = None,
-        reference: Tensor | None = None,
+        reference: ImageSource | None = None,
         callback: Callback | None = None,
         progress_callback: DecodeProgressCallback | None = None,
     ) -> DecodeOutput:
@@ -285,9 +282,10 @@ class PixelDecoder:
         and the arithmetic differs by rounding.
 
         Args:
-            latent: Normalized, of this decoder's space.
+            latent: Normalized, of this decoder's space; or a list of latents of any size, decoded one after another.
             options: All the following as one value; keywords given beside it take precedence.
-            seed: One seed (each further image of a batch takes the next number), or one per image. Default 0.
+            seed: One seed (each further image of a batch takes the next number, of a list the same), or one per image.
+                Default 0.
             num_steps: Denoising steps. Student: 1 to 4, default 4. Teacher: default 25.
             sampler: Student only: "sde" (default) or "ode".
             sigma: Noise to add to a clean latent, from 0 to `max_sigma`.
@@ -298,7 +296,7 @@ class PixelDecoder:
             negative_prompt: Teacher only.
             prompt_embeds: Text states `[B, tokens, text_dim]` in place of a prompt.
             color_fix: "off" (default), "coarse", "fine" or "back-projection": see `pidecode.color_fix`.
-            reference: What the color fix corrects against, `[B, 3, h, w]` in [-1, 1]; default the VAE's decode.
+            reference: Image that the color fix corrects against, as `encode` takes it; default the VAE's decode.
             callback: Called after each step with the current estimate; raise `errors.Cancelled` in it to stop.
             progress_callback: Called before each piece of work with what it is and the share of the work done so far.
 
@@ -313,13 +311,13 @@ class PixelDecoder:
             shift=shift, prompt=prompt, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
             color_fix=color_fix, reference=reference,
         )  # fmt: skip
-        return self._decode(
-            latent, chosen, "decode", callback, WorkTracker(progress_callback, self._evaluations(chosen))
-        )
+        latents = latent if isinstance(latent, (list, tuple)) else [latent]
+        run = partial(self._decode, command="decode", callback=callback)
+        return self._one_by_one(run, latents, chosen, progress_callback)
 
     def upscale(
         self,
-        image: ImageSource,
+        image: ImageSource | Sequence[ImageSource],
         *,
         options: DecodeOptions | None = None,
         seed: int | Sequence[int] | None = None,
@@ -333,7 +331,7 @@ class PixelDecoder:
         prompt_embeds: Tensor | None = None,
         color_fix: ColorFix | None = None,
         fidelity: float | None = None,
-        reference: Tensor | None = None,
+        reference: ImageSource | None = None,
         fit: Fit | None = None,
         num_refinements: int | None = None,
         callback: Callback | None = None,
@@ -342,7 +340,8 @@ class PixelDecoder:
         """Encode an image and decode it `scale` times larger.
 
         Args:
-            image: As in `encode`, or from `images.read_image`; alpha, gray, EXIF and texts go over to the result.
+            image: As in `encode`; a list may hold images of any size, upscaled one after another. Alpha, gray, EXIF and
+                texts go over to the result.
             options: All the following as one value; keywords given beside it take precedence.
             seed: See `decode`, as for all that is not named here.
             num_steps: See `decode`.
@@ -363,7 +362,7 @@ class PixelDecoder:
             progress_callback: See `decode`.
 
         Raises:
-            ImageError: It is no image.
+            ImageError: It is no image; of a list, the index is named.
             SizeError: The image is too small.
             SettingError: There is no encoder, or an option cannot act or is out of range.
             Cancelled: The callback asked to stop.
@@ -375,41 +374,56 @@ class PixelDecoder:
         )  # fmt: skip
         chosen.require_acting(self.kind, "upscale", self.name)
         chosen = chosen.with_color_fix(self.kind)
-        source = read_image(image)
-        tensor, padding = self._fit(source.tensor, chosen.fit or "pad")
-        self._require_memory((tensor.shape[-1] * self.scale, tensor.shape[-2] * self.scale), len(tensor))
         encoding = encoding_work(self._refinements(chosen.num_refinements))
-        tracker = WorkTracker(progress_callback, self._evaluations(chosen), encoding)
-        latent = self._encode(tensor, chosen.num_refinements, tracker)
-        if chosen.color_fix not in (None, "off") and chosen.reference is None:
-            chosen = chosen.replace(reference=tensor)
-        output = self._decode(latent, chosen, "upscale", callback, tracker)
+        run = partial(self._upscale, callback=callback)
+        return self._one_by_one(run, read_images(image), chosen, progress_callback, encoding)
+
+    def _one_by_one(
+        self,
+        run: Callable[[Any, DecodeOptions, WorkTracker], DecodeOutput],
+        sources: Sequence[Any],
+        options: DecodeOptions,
+        callback: DecodeProgressCallback | None,
+        encoding: float = 0.0,
+    ) -> DecodeOutput:
+        """The output of `run` on every image or latent, each with its own options."""
+        if not sources:
+            raise SettingError("The list is empty; give at least one image or latent.")
+        outputs = []
+        for index, source in enumerate(sources):
+            tracker = WorkTracker(callback, self._evaluations(options), encoding, (index, len(sources)))
+            with naming(f"Element {index} of the list") if len(sources) > 1 else nullcontext():
+                outputs.append(run(source, options.of_image(index, len(sources)), tracker))
+        return DecodeOutput.cat(outputs)
+
+    def _upscale(
+        self, source: SourceImage, options: DecodeOptions, tracker: WorkTracker, callback: Callback | None
+    ) -> DecodeOutput:
+        multiple, fixed = self.space.input_multiple, self.space.fixed_input
+        tensor, padding = fit_to_encoder(source.tensor, options.fit or "pad", multiple, fixed)
+        require_memory(self.runner, (tensor.shape[-1] * self.scale, tensor.shape[-2] * self.scale), len(tensor))
+        latent = self._encode(tensor, options.num_refinements, tracker)
+        if options.color_fix not in (None, "off") and options.reference is None:
+            options = options.replace(reference=SourceImage(tensor=tensor))
+        output = self._decode(latent, options, tracker, "upscale", callback)
         pixels = output.tensor if padding is None else crop_back(output.tensor, padding, scale=self.scale)
         size = {"width": pixels.shape[-1], "height": pixels.shape[-2]}
-        pixels, alpha = source.applied_to(pixels, self.space.input_multiple if chosen.fit == "crop" else None)
-        metadata = tuple(described | size for described in output.metadata)
-        return DecodeOutput(pixels, metadata, alpha, source.gray, source.attributes)
-
-    def _require_memory(self, size: tuple[int, int], batch: int) -> None:
-        """Raise DoesNotFitError for an image that needs more memory than the device has free, before it is begun."""
-        if isinstance(self.runner, Runner) and self.runner.sequence_parallel:
-            return
-        working, free = self.runner.plan_for(size, batch).working, free_memory(self.device)
-        if free is not None and working > free:
-            raise DoesNotFitError(
-                f"A result of {size[0]}x{size[1]} pixels needs about {format_bytes(working)} of memory, and "
-                f"{format_bytes(free)} are free. Use a smaller input, or end other programs."
-            )
+        pixels, alpha = source.applied_to(pixels, multiple if options.fit == "crop" else None)
+        count = len(pixels)
+        return DecodeOutput(
+            pixels.unbind(), [described | size for described in output.metadata],
+            [None] * count if alpha is None else alpha.unbind(), [source.gray] * count, [source.attributes] * count,
+        )  # fmt: skip
 
     @torch.inference_mode()
     def _decode(
-        self, latent: Latent, options: DecodeOptions, command: Command, callback: Callback | None, work: WorkTracker
+        self, latent: Latent, options: DecodeOptions, work: WorkTracker, command: Command, callback: Callback | None
     ) -> DecodeOutput:
         options.require_acting(self.kind, command, self.name)
         clean, latent = latent, self._with_prompt(self._checked(latent, options), options.prompt)
         width, height = self._size(latent, options)
         if command == "decode":  # `upscale` has checked, before it encoded
-            self._require_memory((width, height), len(latent))
+            require_memory(self.runner, (width, height), len(latent))
         reference = self._reference(clean, options)
         if isinstance(self.runner, FeedForwardRunner):
             pixels = self._run_feed_forward(self.runner, latent, callback, work)
@@ -427,21 +441,10 @@ class PixelDecoder:
                 "The network answered with NaN or infinite values. Decode in float32 (dtype=torch.float32); if that "
                 "helps, this device's half-precision arithmetic is at fault."
             )
-        described = tuple(
-            self._describe(latent[index], options, index, (width, height)) for index in range(len(pixels))
-        )
-        return DecodeOutput(pixels, described)
-
-    def _fit(self, tensor: Tensor, fit: Fit) -> tuple[Tensor, UnpaddedSize | None]:
-        """The image at a size the encoder takes, and what to cut off the result again, if anything."""
-        space = self.space
-        if fit not in ("pad", "crop"):
-            raise SettingError(f"fit is {fit!r}; it must be 'pad' or 'crop'.")
-        if space.fixed_input is not None:
-            return resize(tensor, space.fixed_input, space.fixed_input).clamp(-1, 1), None
-        if fit == "crop":
-            return center_crop(tensor, space.input_multiple), None
-        return pad_to_multiple(tensor, space.input_multiple)
+        size = (width, height)
+        seeds = options.seeds(len(pixels))
+        described = [self._describe(latent[index], options, seed, size) for index, seed in enumerate(seeds)]
+        return DecodeOutput(pixels.unbind(), described)
 
     @torch.inference_mode()
     def _encode(self, tensor: Tensor, num_refinements: int | None, tracker: WorkTracker) -> Latent:
@@ -464,8 +467,8 @@ class PixelDecoder:
     def _checked(self, latent: Latent, options: DecodeOptions) -> Latent:
         if not isinstance(latent, Latent):
             raise LatentError(
-                f"decode takes a Latent; got {type(latent).__name__}. Say what the tensor is: "
-                f"pidecode.Latent(tensor, space={self.space.name!r}, sigma=0.0)."
+                f"decode takes a Latent; got {type(latent).__name__}. Say what a tensor is: pidecode.Latent(tensor, "
+                f"space={self.space.name!r}, sigma=0.0), or read a file: Latent.load(path). An image goes to upscale()."
             )
         if latent.space != self.space.name:
             raise LatentError(
@@ -490,9 +493,8 @@ class PixelDecoder:
                 raise SettingError("reference acts with a color_fix only; name one, or leave reference out.")
             return None
         if options.reference is not None:
-            if not torch.isfinite(options.reference).all():
-                raise ImageError("The reference holds NaN or infinite values; give an image in [-1, 1].")
-            return options.reference
+            with naming("reference"):
+                return load_tensor(options.reference)
         with on_device(self.encoder, self.device if self._offloads("encoder") else None):
             return vae_reference(self.encoder, latent)
 
@@ -509,7 +511,7 @@ class PixelDecoder:
             )
         advice = size_warning(self.checkpoint, height, width) if self.checkpoint else None
         if advice:
-            warnings.warn(advice, stacklevel=5)
+            warnings.warn(advice, stacklevel=7)
         return width, height
 
     def _refinements(self, asked: int | None) -> int:
@@ -591,7 +593,6 @@ class PixelDecoder:
 
     def _text_states(self, prompts: Sequence[str | None], given: Tensor | None, batch: int) -> Tensor | None:
         """Text states `[batch, tokens, text_dim]`, or None for networks without text."""
-        config = self.net.config
         if not isinstance(self.net, PiDNet) or not self.net.config.has_text:
             if given is not None:
                 raise SettingError(f"{self.name} has no text stream, so prompt_embeds cannot act; leave them out.")
@@ -609,7 +610,7 @@ class PixelDecoder:
             )
         return self.text.encode([prompt or "" for prompt in prompts]).to(self.device)
 
-    def _describe(self, latent: Latent, options: DecodeOptions, index: int, size: tuple[int, int]) -> dict[str, Any]:
+    def _describe(self, latent: Latent, options: DecodeOptions, seed: int, size: tuple[int, int]) -> dict[str, Any]:
         """Everything needed to make this image again; only options that acted."""
         described: dict[str, Any] = {
             "model": self.name, "variant": self.metadata.variant, "space": self.space.name,
@@ -623,26 +624,9 @@ class PixelDecoder:
         if self.kind != "feed-forward":
             student = self.kind == "student"
             described |= {
-                "seed": options.seeds(index + 1)[index]
-                if not isinstance(options.seed, Sequence)
-                else options.seed[index],
+                "seed": seed,
                 "num_steps": self._num_steps(options),
                 "sampler": (options.sampler or "sde") if student else "dpm-solver++",
                 "guidance_scale": options.guidance_scale,
             }
         return {key: value for key, value in described.items() if value is not None}
-
-
-def _make_runner(
-    net: PiDNet | TinyDecoder, plan: Plan | FeedForwardPlan | None, runtime: RuntimeOptions, kind: str, name: str
-) -> Runner | FeedForwardRunner:
-    if isinstance(net, TinyDecoder):
-        if isinstance(plan, Plan) or runtime != RuntimeOptions():
-            raise SettingError(
-                f"{name} is a feed-forward decoder, which knows neither eight-bit weights, offloading, compile nor "
-                "cuda_graphs; leave them out."
-            )
-        return FeedForwardRunner(net, plan)
-    if isinstance(plan, FeedForwardPlan):
-        raise SettingError(f"{name} is a {kind} decoder; make its plan from its own configuration.")
-    return Runner(net, plan, distilled=kind == "student", compile=runtime.compile, cuda_graphs=runtime.cuda_graphs)

@@ -21,6 +21,9 @@ Each message says what came, what was expected and how to fix it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class PidecodeError(Exception):
     """Root of the tree; the command line turns it into a message and an exit code."""
@@ -110,6 +113,16 @@ class Cancelled(PidecodeError):  # noqa: N818 - a result, not an error
 
 OUT_OF_MEMORY = "There is not enough memory for this. Use a smaller image, or end other programs."
 _ALLOCATION_FAILURES = ("can't allocate memory", "out of memory", "not enough memory", "failed to allocate memory")
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Begin the message of an error of this package with what it is about: "Element 1 of the list: ..."."""
+    try:
+        yield
+    except PidecodeError as error:
+        error.args = (f"{what}: {error}", *error.args[1:])
+        raise
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields, replace
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pidecode.errors import SettingError
@@ -116,9 +117,9 @@ class DecodeOptions:
         "rest is what the decoder makes of it).",
         float, minimum=0.0, maximum=1.0, commands=("upscale",),
     )  # fmt: skip
-    reference: Tensor | None = _option(
-        "What the color fix corrects against, [B, 3, h, w] in [-1, 1]; by default the image being enlarged, or the "
-        "VAE's decode of the clean latent.",
+    reference: Any = _option(
+        "Image that the color fix corrects against; by default the image being enlarged, or the VAE's decode of the "
+        "clean latent.",
         object, interfaces=(),
     )  # fmt: skip
     fit: Fit | None = _option(
@@ -132,7 +133,8 @@ class DecodeOptions:
 
     def __post_init__(self) -> None:
         for name, info in option_infos().items():
-            value = getattr(self, name)
+            value = _plain(getattr(self, name))
+            object.__setattr__(self, name, value)
             if value is not None:
                 _check(name, info, value)
 
@@ -178,6 +180,23 @@ class DecodeOptions:
             )
         return chosen
 
+    def of_image(self, index: int, count: int) -> DecodeOptions:
+        """The options of one of several images that are run one after another: its own seed, prompt and so on.
+
+        Raises:
+            SettingError: A list has another length.
+        """
+        own: dict[str, Any] = {}
+        for name, axes in {"seed": 1, "prompt": 1, "prompt_embeds": 3, "reference": 4}.items():
+            value = getattr(self, name)
+            if count > 1 and isinstance(value, (tuple, list)):
+                if len(value) != count:
+                    raise SettingError(f"{name} has {len(value)} values for {count} images; give one, or one for each.")
+                own[name] = value[index]
+            elif count > 1 and getattr(value, "ndim", 0) == axes and len(value) == count:
+                own[name] = value[index : index + 1]
+        return self.replace(**own)
+
     def seeds(self, batch: int) -> list[int]:
         """One seed per image of a batch.
 
@@ -217,6 +236,15 @@ def option_infos(*, command: Command | None = None, interface: Interface | None 
 def _info(entry: Field[Any]) -> OptionInfo:
     info: OptionInfo = entry.metadata["option"]
     return info
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers as Python's, which metadata can hold."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_plain(one) for one in value)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _check(name: str, info: OptionInfo, value: Any) -> None:

@@ -82,12 +82,18 @@ class WorkTracker:
         callback: Called with all progress, if given.
         decoding: Predicted work of decoding, in any unit.
         encoding: Predicted work of encoding, in the same unit.
+        part: Index of the image, and number of images, of a call that runs several one after another.
     """
 
     def __init__(
-        self, callback: DecodeProgressCallback | None = None, decoding: float = 1.0, encoding: float = 0.0
+        self,
+        callback: DecodeProgressCallback | None = None,
+        decoding: float = 1.0,
+        encoding: float = 0.0,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         self.callback = callback
+        self.part = part
         finishing = FINISHING_WORK * (decoding + encoding)
         self.work: dict[Phase, float] = {"encoding": encoding, "decoding": decoding, "finishing": finishing}
 
@@ -97,7 +103,8 @@ class WorkTracker:
             return
         before = sum(list(self.work.values())[: list(self.work).index(phase)])
         done = (before + share * self.work[phase]) / sum(self.work.values())
-        self.callback(Progress(phase, min(1.0, done), unit, index, total))
+        done = (self.part[0] + min(1.0, done)) / self.part[1]
+        self.callback(Progress(phase, done, unit, index, total))
 
     def steps(self, callback: Callback | None, num_steps: int) -> Callback:
         """A step callback that also reports the step that begins next; the first is reported now."""

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pidecode import PixelDecoder
-from pidecode.errors import Cancelled, CheckpointError, LatentError, SettingError, SizeError
+from pidecode.errors import Cancelled, CheckpointError, ImageError, LatentError, SettingError, SizeError
 from pidecode.images import read_metadata
 from pidecode.latents.latent import Latent
 from pidecode.models.pid.network import PiDNet
@@ -65,6 +67,57 @@ def test_a_latent_becomes_a_image_sixty_four_times_its_grid(decoder: PixelDecode
     assert pixels.dtype == torch.float32
     assert pixels.shape == (1, 3, 64, 128)
     assert pixels.abs().max() <= 1
+
+
+def test_a_list_of_images_is_what_a_loop_makes(decoder: PixelDecoder, tmp_path: Path) -> None:
+    images = [Image.new("RGB", (40, 30), "teal"), Image.new("RGBA", (16, 33), (9, 99, 200, 128))]
+    seen: list[Progress] = []
+    output = decoder.upscale(images, seed=[4, 9], num_steps=1, progress_callback=seen.append)
+    assert [image.size for image in output.images] == [(160, 120), (64, 132)]
+    assert [image.mode for image in output.images] == ["RGB", "RGBA"]
+    assert [progress.done for progress in seen] == sorted(progress.done for progress in seen)
+    for index, (image, seed) in enumerate(zip(images, (4, 9), strict=True)):
+        alone = decoder.upscale(image, seed=seed, num_steps=1)
+        assert torch.equal(output.tensors[index], alone.tensor[0])
+        assert output.metadata[index] == alone.metadata[0]
+    paths = output.save(tmp_path / "a.png")
+    assert [path.name for path in paths] == ["a-1.png", "a-2.png"]
+    assert [(read_metadata(path) or {})["seed"] for path in paths] == [4, 9]
+    with pytest.raises(SizeError, match=r"differ in size.*use \.tensors"):
+        _ = output.tensor
+
+
+def test_a_bad_element_of_a_list_is_named_by_its_index(decoder: PixelDecoder, latent: Latent, tmp_path: Path) -> None:
+    good = Image.new("RGB", (32, 32))
+    with pytest.raises(ImageError, match=r"Element 1 of the list: .*none\.png does not exist"):
+        decoder.upscale([good, tmp_path / "none.png"])
+    with pytest.raises(ImageError, match="Element 0 of the list: It is a batch of 2 images"):
+        decoder.upscale([torch.rand(2, 3, 16, 16) - 0.5, good])
+    with pytest.raises(LatentError, match="Element 1 of the list: decode takes a Latent; got int"):
+        decoder.decode([latent, 3])  # type: ignore[list-item]
+    with pytest.raises(SettingError, match="seed has 3 values for 2 images"):
+        decoder.upscale([good, good], seed=[1, 2, 3])
+    with pytest.raises(SettingError, match="The list is empty"):
+        decoder.upscale([])
+    assert len(decoder.encode([good, np.zeros((32, 32, 3), np.uint8)])) == 2
+    with pytest.raises(LatentError, match=r"share their grid: \(2, 2\) and \(2, 3\)"):
+        decoder.encode([good, Image.new("RGB", (48, 32))])
+
+
+def test_open_files_and_names(decoder: PixelDecoder, latent: Latent, tmp_path: Path) -> None:
+    latent.save(tmp_path / "a.safetensors")
+    with (tmp_path / "a.safetensors").open("rb") as file:
+        assert torch.equal(Latent.load(file).tensor, latent.tensor)
+    with pytest.raises(SettingError, match=r"got BytesIO.*encode_image\("):
+        decoder.decode(latent, num_steps=1).save(io.BytesIO())  # type: ignore[arg-type]
+    with pytest.raises(LatentError, match=r"got str.*Latent\.load\(path\).*upscale\(\)"):
+        decoder.decode("photo.jpg")  # type: ignore[arg-type]
+
+
+def test_numpy_numbers_are_numbers(decoder: PixelDecoder, latent: Latent, tmp_path: Path) -> None:
+    made = decoder.decode(latent, seed=np.int64(5), num_steps=np.int32(1), sigma=np.float32(0.25))
+    assert torch.equal(made.tensor, decoder.decode(latent, seed=5, num_steps=1, sigma=0.25).tensor)
+    assert (read_metadata(made.save(tmp_path / "a.png")[0]) or {})["seed"] == 5
 
 
 def test_the_same_seed_gives_the_same_image_and_another_another(decoder: PixelDecoder, latent: Latent) -> None:
@@ -249,7 +302,7 @@ def test_upscaling_refuses_a_prompt_that_cannot_act(decoder: PixelDecoder) -> No
 
 def test_progress_tells_the_phase_and_never_falls() -> None:
     seen: list[Progress] = []
-    small = torch.zeros(1, 3, 32, 32)
+    small = torch.full((1, 3, 32, 32), -1.0)
     PixelDecoder.from_pretrained("tiny", device="cpu").upscale(small, num_refinements=2, progress_callback=seen.append)
     assert [str(progress) for progress in seen] == [
         "encoding", "encoding, refinement 1 of 2", "encoding, refinement 2 of 2", "decoding", "finishing",

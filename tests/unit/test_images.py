@@ -20,17 +20,18 @@ from pidecode.images import (
     center_crop,
     crop_back,
     downsample,
+    image_size,
     lanczos,
     load_image,
     load_tensor,
     normalize_image,
     pad_to_multiple,
+    read_image,
     read_metadata,
     resize,
     save_image,
     to_array,
     to_pil,
-    to_pils,
     to_tensor,
 )
 from pidecode.images.png import encode_png
@@ -102,7 +103,7 @@ def test_half_precision_is_widened_before_rounding() -> None:
 
 
 def test_batches() -> None:
-    assert [image.size for image in to_pils(torch.zeros(2, 3, 4, 6))] == [(6, 4), (6, 4)]
+    assert [to_pil(image).size for image in torch.zeros(2, 3, 4, 6)] == [(6, 4), (6, 4)]
 
 
 # Reading
@@ -161,9 +162,59 @@ def test_sources(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.fromarray(array).save(path)
     tensor = to_tensor(Image.fromarray(array))
-    for source in (path, str(path), path.read_bytes(), Image.fromarray(array), tensor, tensor[0]):
+    used = io.BytesIO(path.read_bytes())
+    used.read(7)  # from its start, wherever it stands
+    whole = torch.from_numpy(array).permute(2, 0, 1)
+    for source in (
+        path, str(path), path.read_bytes(), bytearray(path.read_bytes()), used, Image.fromarray(array), tensor,
+        tensor[0], array, array[None], whole, whole[None], read_image(tensor),
+    ):  # fmt: skip
         assert np.array_equal(np.asarray(load_image(source)), array)
         torch.testing.assert_close(load_tensor(source), tensor)
+    assert not used.closed
+    with path.open("rb") as file:
+        assert image_size(file) == load_image(file).size == (6, 4)
+    with path.open() as text, pytest.raises(ImageError, match=r"open as text.*'rb'"):
+        load_image(text)  # type: ignore[arg-type]
+
+
+def test_arrays_and_tensors_of_every_depth_and_number_of_channels() -> None:
+    deep = np.array([[[0, 65535, 32768, 65535]]], np.uint16)
+    image = read_image(deep)
+    assert image.alpha is not None
+    assert image.alpha.flatten().tolist() == [1]
+    torch.testing.assert_close(image.tensor.flatten(), torch.tensor([-1, 1, 2 * 32768 / 65535 - 1]))
+    swapped = deep.astype(">u2")[:, ::-1]
+    swapped.flags.writeable = False
+    assert torch.equal(read_image(swapped).tensor, image.tensor)  # one pixel
+    gray = read_image(np.full((2, 3), 255, np.uint8))
+    assert gray.gray
+    assert gray.tensor.shape == (1, 3, 2, 3)
+    assert read_image(torch.zeros(1, 2, 3, dtype=torch.uint8)).gray
+    half = read_image(np.full((2, 3, 4), 0.5, np.float16), value_range=(0, 1))
+    assert half.tensor.abs().max() == 0
+    assert half.alpha is not None
+    assert half.alpha.unique().tolist() == [0.5]
+
+
+@pytest.mark.parametrize("values", [np.random.default_rng(0).random((8, 9, 3), np.float32), torch.rand(2, 3, 8, 9)])
+def test_values_from_0_to_1_are_not_taken_for_values_from_minus_1(values: Any) -> None:
+    with pytest.raises(ImageError, match=r"may be in \[0, 1\], and \[-1, 1\] is expected.*value_range="):
+        read_image(values)
+    with pytest.raises(ImageError, match="may be in"):
+        read_image(values - 0.02)  # a resize overshoots
+    expected = load_tensor(values * 2 - 1)
+    torch.testing.assert_close(read_image(values, value_range=(0, 1)).tensor, expected)
+    torch.testing.assert_close(read_image(values * 255, value_range=(0, 255)).tensor, expected)
+    assert read_image(values, value_range=(-1, 1)).tensor.min() >= 0  # a bright image, by choice
+
+
+def test_a_value_range_that_cannot_act_is_refused(tmp_path: Path) -> None:
+    for source in (np.zeros((2, 2), np.uint8), tmp_path / "a.png", Image.new("L", (2, 2))):
+        with pytest.raises(SettingError, match="value_range"):
+            read_image(source, value_range=(0, 1))
+    with pytest.raises(SettingError, match=r"value_range is \(1, 0\)"):
+        read_image(np.zeros((2, 2)), value_range=(1, 0))
 
 
 @pytest.mark.parametrize(

@@ -158,10 +158,10 @@ def test_the_predicted_peak_is_within_a_tenth_of_the_resident_memory(
 def test_what_does_not_fit_is_refused_before_it_is_begun(
     shipped: PixelDecoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("pidecode.decoder.free_memory", lambda device: 10**6)
+    monkeypatch.setattr("pidecode.engine.runner.free_memory", lambda device: 10**6)
     monkeypatch.setattr(TinyDecoder, "coarse", lambda *_: pytest.fail("it was begun"))
     with pytest.raises(DoesNotFitError, match=r"256x256 pixels needs about .* and 1\.0 MB are free"):
-        shipped.upscale(torch.zeros(1, 3, 64, 64))
+        shipped.upscale(torch.full((1, 3, 64, 64), -1.0))
     with pytest.raises(DoesNotFitError, match="256x256"):
         shipped.decode(Latent(torch.zeros(1, 128, 4, 4), "flux2", 0.0))
     Image.new("RGB", (64, 64)).save(tmp_path / "small.png")
@@ -318,7 +318,7 @@ def test_a_reference_that_is_not_finite_is_refused(shipped: PixelDecoder) -> Non
 def test_what_is_delivered_is_finite(shipped: PixelDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pidecode.decoder.apply_color_fix", lambda images, *_: images * float("nan"))
     with pytest.raises(LatentError, match="NaN"):
-        shipped.decode(latent(), color_fix="coarse", reference=torch.zeros(1, 3, 16, 32))
+        shipped.decode(latent(), color_fix="coarse", reference=torch.full((1, 3, 16, 32), -1.0))
 
 
 def test_noise_beyond_what_it_decodes_well_is_refused(shipped: PixelDecoder) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from pidecode.devices import free_memory, require_compiler, supports_cuda_graphs
 from pidecode.engine import inplace
 from pidecode.engine.cuda_graphs import GraphCache, capture_on
+from pidecode.engine.feed_forward import FeedForwardPlan, FeedForwardRunner
 from pidecode.engine.inplace import prepare_recomputed
 from pidecode.engine.machine import Chunks
 from pidecode.engine.offload import BlockOffloader
@@ -31,11 +32,14 @@ from pidecode.engine.timesteps import (
     step_modulation,
     strip_for_inference,
 )
-from pidecode.errors import SettingError
+from pidecode.errors import DoesNotFitError, SettingError
 from pidecode.models.attention import best_backend, use_backend
 from pidecode.models.pid.network import Condition, Grid, PiDNet
+from pidecode.models.tiny import TinyDecoder
+from pidecode.options import RuntimeOptions
 from pidecode.registry.checkpoints import STUDENT_TIMES
 from pidecode.sampling import SINGLE_STEP_TIME, Predict
+from pidecode.units import format_bytes
 
 KEPT_TOKENS = 256_000_000
 """Without a plan, latent tokens beyond this many bytes are recomputed at each use: a hundredth more computation."""
@@ -304,3 +308,39 @@ class Runner:
         config = self.net.config
         head_dims = (config.hidden_size // config.num_heads, config.pixel_attn_hidden_size // config.pixel_num_heads)
         self.backend = best_backend(head_dims, self.net.dtype, device)
+
+
+def make_runner(
+    net: PiDNet | TinyDecoder, plan: Plan | FeedForwardPlan | None, runtime: RuntimeOptions, kind: str, name: str
+) -> Runner | FeedForwardRunner:
+    """The runner of a decoder of that kind and name, by its plan.
+
+    Raises:
+        SettingError: The plan or a runtime option is not for this kind of network.
+    """
+    if isinstance(net, TinyDecoder):
+        if isinstance(plan, Plan) or runtime != RuntimeOptions():
+            raise SettingError(
+                f"{name} is a feed-forward decoder, which knows neither eight-bit weights, offloading, compile nor "
+                "cuda_graphs; leave them out."
+            )
+        return FeedForwardRunner(net, plan)
+    if isinstance(plan, FeedForwardPlan):
+        raise SettingError(f"{name} is a {kind} decoder; make its plan from its own configuration.")
+    return Runner(net, plan, distilled=kind == "student", compile=runtime.compile, cuda_graphs=runtime.cuda_graphs)
+
+
+def require_memory(runner: Runner | FeedForwardRunner, size: tuple[int, int], batch: int) -> None:
+    """Check, before an image of that width and height is begun, that the device has the memory it needs.
+
+    Raises:
+        DoesNotFitError: It has not.
+    """
+    if isinstance(runner, Runner) and runner.sequence_parallel:
+        return
+    working, free = runner.plan_for(size, batch).working, free_memory(runner.net.device)
+    if free is not None and working > free:
+        raise DoesNotFitError(
+            f"A result of {size[0]}x{size[1]} pixels needs about {format_bytes(working)} of memory, and "
+            f"{format_bytes(free)} are free. Use a smaller input, or end other programs."
+        )

@@ -7,8 +7,8 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Union, cast
@@ -19,15 +19,23 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
-from pidecode.errors import ImageError
+from pidecode.errors import ImageError, SettingError, naming
 from pidecode.images.attributes import Attributes, read_attributes
 from pidecode.images.color import described_colors, is_srgb, profile_colors, srgb_profile, to_srgb_by_profile
-from pidecode.images.tensors import center_crop, check_image, fill_transparent, on_white, resize, to_pil, to_tensor
+from pidecode.images.tensors import (
+    center_crop,
+    fill_transparent,
+    image_from_values,
+    on_white,
+    resize,
+    to_pil,
+    to_tensor,
+)
 from pidecode.units import MAX_PIXELS
 
-ImageSource = Union[str, os.PathLike[str], bytes, Image.Image, Tensor, "SourceImage"]
-"""A path, the bytes of a file, a Pillow image, what `read_image` returned, or a tensor `[3, H, W]` or `[B, 3, H, W]` in
-[-1, 1]."""
+ImageSource = Union[str, os.PathLike[str], bytes, BinaryIO, Image.Image, NDArray[Any], Tensor, "SourceImage"]
+"""A path, the bytes of a file, an open file, a Pillow image, a NumPy array (`[H, W]` to `[B, H, W, C]`), a tensor
+(`[C, H, W]` or `[B, C, H, W]`), or what `read_image` returned. Floating-point values are in [-1, 1]."""
 
 READS_FREE, BYTES_PER_READ = 50_000, 256  # reads of a file that Pillow may make, and one more for so many bytes of it
 
@@ -104,7 +112,7 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
     Gray, palette, CMYK and 16-bit images are converted. An unreadable color profile or orientation is ignored.
 
     Args:
-        source: A path, the bytes of a file, a Pillow image, or a tensor `[3, H, W]` in [-1, 1].
+        source: One image of any kind of `ImageSource`.
         max_pixels: Largest number of pixels; checked in the header, before the image is decompressed.
 
     Returns:
@@ -113,10 +121,8 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
     Raises:
         ImageError: Not an image, truncated, too large, of several frames, or values of an unknown range.
     """
-    if isinstance(source, Tensor):
-        return to_pil(source)
-    if isinstance(source, SourceImage):
-        return to_pil(source.on_white())
+    if isinstance(source, (Tensor, np.ndarray, SourceImage)):
+        return to_pil(read_image(source).on_white())
     pixels = _read_pixels(source, max_pixels, keep_profile=False)
     colors = Image.fromarray(_eight_bits(pixels.colors))
     if pixels.alpha is None:
@@ -125,35 +131,63 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
     return Image.alpha_composite(Image.new("RGBA", colors.size, "white"), colors).convert("RGB")
 
 
-def read_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, keep_profile: bool = False) -> SourceImage:
+def read_image(
+    source: ImageSource,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    keep_profile: bool = False,
+    value_range: tuple[float, float] | None = None,
+) -> SourceImage:
     """Read an image for `PixelDecoder.upscale` with its transparency, depth and attributes.
 
     Args:
-        source: A path, the bytes of a file, a Pillow image, or a tensor, which is only checked and clamped.
+        source: A path, the bytes of a file, an open file, a Pillow image, an array or a tensor.
         max_pixels: Largest number of pixels; checked in the header, before the image is decompressed.
         keep_profile: Keep the colors as they are and carry their ICC profile over, instead of converting to sRGB.
+        value_range: What black and white are in an array or tensor of floating-point values. By default (-1, 1), but
+            values that could as well be in [0, 1], none of them below -0.25, are then refused.
 
     Returns:
         The image: values of 16 bits where the file has them.
 
     Raises:
-        ImageError: As in `load_image`, or the tensor is not in [-1, 1].
+        ImageError: As in `load_image`, or the values are in another range.
+        SettingError: `value_range` cannot act on the source.
     """
+    if isinstance(source, (Tensor, np.ndarray)):
+        tensor, alpha, gray = image_from_values(source, value_range)
+        return SourceImage(tensor=tensor if alpha is None else fill_transparent(tensor, alpha), alpha=alpha, gray=gray)
+    if value_range is not None:
+        raise SettingError(f"value_range acts on arrays and tensors; this is {type(source).__name__}. Leave it out.")
     if isinstance(source, SourceImage):
         return source
-    if isinstance(source, Tensor):
-        return SourceImage(tensor=_checked_tensor(source))
     pixels = _read_pixels(source, max_pixels, keep_profile=keep_profile)
-    tensor = _to_unit(pixels.colors).mul_(2.0).sub_(1.0) if pixels.colors.dtype == np.uint16 else None
-    if tensor is None:
-        tensor = to_tensor(Image.fromarray(pixels.colors))
+    deep = pixels.colors.dtype == np.uint16
+    tensor = _to_unit(pixels.colors).mul_(2.0).sub_(1.0) if deep else to_tensor(Image.fromarray(pixels.colors))
     alpha = None if pixels.alpha is None else _to_unit(pixels.alpha[..., None])
     if alpha is not None:
         tensor = fill_transparent(tensor, alpha)
     return SourceImage(tensor=tensor, alpha=alpha, gray=pixels.gray, attributes=pixels.attributes)
 
 
-def image_size(source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def read_images(source: ImageSource | Sequence[ImageSource]) -> list[SourceImage]:
+    """Read an image, or each of a list or tuple.
+
+    Raises:
+        ImageError: As in `read_image`; of a list, the index is named, and it holds single images.
+    """
+    if not isinstance(source, (list, tuple)):
+        return [read_image(cast(ImageSource, source))]
+    images = []
+    for index, one in enumerate(source):
+        with naming(f"Element {index} of the list"):
+            images.append(read_image(one))
+            if len(images[-1].tensor) != 1:
+                raise ImageError(f"It is a batch of {len(images[-1].tensor)} images; give these one by one.")
+    return images
+
+
+def image_size(source: str | os.PathLike[str] | bytes | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Width and height as the header says, before any orientation is applied; nothing is decompressed.
 
     Raises:
@@ -165,7 +199,7 @@ def image_size(source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_
 
 
 def load_tensor(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Read an image as float32 `[1, 3, H, W]` in [-1, 1], transparency on white; a tensor is only checked and clamped.
+    """Read an image as float32 `[B, 3, H, W]` in [-1, 1], transparency on white.
 
     Raises:
         ImageError: As in `read_image`.
@@ -173,24 +207,12 @@ def load_tensor(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     return read_image(source, max_pixels=max_pixels).on_white()
 
 
-def _checked_tensor(source: Tensor) -> Tensor:
-    image = check_image(source).float()
-    if not bool(torch.isfinite(image).all()):
-        raise ImageError("The image tensor holds NaN or infinite values.")
-    if float(image.abs().max()) > 1.5:
-        raise ImageError(
-            f"An image tensor lies in [-1, 1]; this one reaches {float(image.abs().max()):.4g}. "
-            "If it is 0..255, use images.normalize_image()."
-        )
-    return image.clamp(-1.0, 1.0)
-
-
 @contextmanager
-def _opened(source: str | os.PathLike[str] | bytes) -> Iterator[tuple[str, Image.Image]]:
+def _opened(source: str | os.PathLike[str] | bytes | BinaryIO) -> Iterator[tuple[str, Image.Image]]:
     """Name and image of a source; whatever goes wrong inside is an ImageError."""
-    name, data = _open(source)
+    name, data = open_source(source)
     try:
-        with data:
+        with nullcontext() if data is source else data:
             _refuse_other_formats(name, data)
             with warnings.catch_warnings():  # the limit of pixels is checked by this package
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -230,11 +252,21 @@ class BoundedFile:
         return getattr(self.file, name)
 
 
-def _open(source: str | os.PathLike[str] | bytes) -> tuple[str, BinaryIO]:
-    if isinstance(source, bytes):
+def open_source(source: Any) -> tuple[str, BinaryIO]:
+    """Name and open file of a path, the bytes of a file, or an open file, which is given back from its start.
+
+    Raises:
+        ImageError: It is none of these, or cannot be opened.
+    """
+    if isinstance(source, (bytes, bytearray, memoryview)):
         return "The image", io.BytesIO(source)
+    if hasattr(source, "read") and hasattr(source, "seek"):
+        return _checked_file(source)
     if not isinstance(source, (str, os.PathLike)):
-        raise ImageError(f"An image is a path, bytes, a Pillow image or a tensor; got {type(source).__name__}.")
+        raise ImageError(
+            "An image is a path, the bytes of a file, an open file, a Pillow image, a NumPy array or a tensor; got "
+            f"{type(source).__name__}."
+        )
     try:
         if not Path(source).is_file():  # a pipe would block forever
             kind = "is a folder" if Path(source).is_dir() else "is not a file"
@@ -242,6 +274,18 @@ def _open(source: str | os.PathLike[str] | bytes) -> tuple[str, BinaryIO]:
         return os.fspath(source), open(source, "rb")
     except (OSError, ValueError) as error:
         raise ImageError(f"{os.fspath(source)!r} could not be opened: {error}.") from error
+
+
+def _checked_file(file: Any) -> tuple[str, BinaryIO]:
+    name = getattr(file, "name", None)
+    name = name if isinstance(name, str) else "The image"
+    try:
+        file.seek(0)  # also where something has read or written it before
+        if not isinstance(file.read(0), bytes):
+            raise ImageError(f"{name} is open as text; open it in binary mode: open(path, 'rb').")
+    except (OSError, ValueError) as error:  # a pipe or a socket; a closed file
+        raise ImageError(f"{name} cannot be read from its start: {error}. Give its bytes: file.read().") from error
+    return name, file
 
 
 def _refuse_other_formats(name: str, file: BinaryIO) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,11 +61,6 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(to_array(image))
 
 
-def to_pils(images: Tensor) -> list[Image.Image]:
-    """Convert `[B, 3, H, W]` in [-1, 1] to a list of 8-bit RGB images; raises as `to_array`."""
-    return [to_pil(image) for image in check_image(images)]
-
-
 def check_image(image: Tensor) -> Tensor:
     """A floating-point image tensor `[3, H, W]` or `[B, 3, H, W]` as `[B, 3, H, W]`.
 
@@ -72,11 +68,91 @@ def check_image(image: Tensor) -> Tensor:
         ImageError: Another dtype or shape.
     """
     if not image.is_floating_point():
-        raise ImageError(f"An image tensor is float in [-1, 1]; got {image.dtype}. Use images.normalize_image().")
+        raise ImageError(f"An image tensor is float in [-1, 1]; got {image.dtype}. Convert it: x.float() / 127.5 - 1.")
     batch = image[None] if image.ndim == 3 else image
     if batch.ndim != 4 or batch.shape[1] != 3 or not batch.numel():
         raise ImageError(f"An image tensor is [3, H, W] or [B, 3, H, W]; got {list(image.shape)}.")
     return batch
+
+
+def image_from_values(
+    values: Tensor | NDArray[Any], value_range: tuple[float, float] | None = None
+) -> tuple[Tensor, Tensor | None, bool]:
+    """The image in a tensor or an array of uint8, uint16 or floating-point values.
+
+    Args:
+        values: A tensor `[C, H, W]` or `[B, C, H, W]`, or an array `[H, W]`, `[H, W, C]` or `[B, H, W, C]`; gray, gray
+            and alpha, RGB or RGBA.
+        value_range: What black and white are in floating point. By default (-1, 1), but values that could as well be in
+            [0, 1] are then refused.
+
+    Returns:
+        Colors `[B, 3, H, W]`, float32 in [-1, 1]; alpha `[B, 1, H, W]` in [0, 1] or None; whether the image is gray.
+
+    Raises:
+        ImageError: Another type or shape, or values out of range, NaN or infinite.
+        SettingError: `value_range` is no range, or the type has one of its own.
+    """
+    image = _channels_first(values)
+    whole = {torch.uint8: 255.0, torch.uint16: 65535.0}.get(image.dtype)
+    if not (whole or image.is_floating_point()):
+        raise ImageError(
+            f"{image.dtype} values of an image have no known range. Convert them to uint8 in 0 to 255, or to floats."
+        )
+    if value_range is not None and (whole or len(value_range) != 2 or not value_range[0] < value_range[1]):
+        raise SettingError(
+            f"value_range is {value_range}; it is black and white of floating-point values, such as (0, 1), and the "
+            f"image is {image.dtype}."
+        )
+    low, high = (0.0, whole) if whole else value_range or (-1.0, 1.0)
+    scaled = image.float() if (low, high) == (-1.0, 1.0) else (image.float() - low).div_((high - low) / 2).sub_(1.0)
+    _check_range(scaled, image, value_range, known=bool(whole))
+    channels = scaled.shape[1]
+    alpha = scaled[:, -1:].add(1.0).div_(2.0).clamp_(0.0, 1.0) if channels in (2, 4) else None
+    colors = scaled[:, :1].expand(-1, 3, -1, -1) if channels < 3 else scaled[:, :3]
+    return colors.clamp(-1.0, 1.0), alpha, channels < 3
+
+
+def _channels_first(values: Tensor | NDArray[Any]) -> Tensor:
+    """`[B, C, H, W]` of a tensor or an array."""
+    if isinstance(values, Tensor):
+        image, shapes, step = values.detach(), "[C, H, W] or [B, C, H, W]", "permute(2, 0, 1)"
+        image = image[None] if image.ndim == 3 else image
+    else:
+        shapes, step = "[H, W], [H, W, C] or [B, H, W, C]", "transpose(1, 2, 0)"
+        try:
+            image = torch.from_numpy(np.array(values, dtype=values.dtype.newbyteorder("="), order="C"))
+        except TypeError as error:
+            raise ImageError(f"An array of an image is uint8, uint16 or floating point; got {values.dtype}.") from error
+        image = image[..., None] if image.ndim == 2 else image
+        image = image[None] if image.ndim == 3 else image
+        image = image.permute(0, 3, 1, 2) if image.ndim == 4 else image
+    if image.ndim != 4 or image.shape[1] not in (1, 2, 3, 4) or not image.numel():
+        what = "tensor" if isinstance(values, Tensor) else "array"
+        raise ImageError(
+            f"The {what} of an image is {shapes} with 1 to 4 channels; got {list(values.shape)}. Where its channels "
+            f"are in the other place: .{step}."
+        )
+    return image
+
+
+def _check_range(scaled: Tensor, image: Tensor, value_range: tuple[float, float] | None, *, known: bool) -> None:
+    """Check that values, scaled to [-1, 1], lie there, and that they are not those of another range."""
+    if known:
+        return
+    lowest, highest = float(scaled.min()), float(scaled.max())
+    if not math.isfinite(highest - lowest):
+        raise ImageError("The image holds NaN or infinite values.")
+    if max(-lowest, highest) > 1.5:  # resizing and editing overshoot a little
+        problem = f"and {value_range or (-1, 1)} is black and white. Say what is"
+    elif value_range is None and lowest >= -0.25:
+        problem = "so they may be in [0, 1], and [-1, 1] is expected. Say which it is"
+    else:
+        return
+    raise ImageError(
+        f"The values of the image lie between {float(image.min()):.4g} and {float(image.max()):.4g}, {problem}: "
+        "pidecode.read_image(image, value_range=(black, white))."
+    )
 
 
 def on_white(image: Tensor, alpha: Tensor) -> Tensor:
@@ -161,6 +237,26 @@ def pad_to_multiple(image: Tensor, multiple: int) -> tuple[Tensor, UnpaddedSize]
             pad = (0, 0, 0, amount) if axis == 2 else (0, amount, 0, 0)
             padded = functional.pad(padded, pad, mode="reflect" if amount < side else "replicate")
     return padded, UnpaddedSize(height=height, width=width)
+
+
+def fit_to_encoder(image: Tensor, fit: str, multiple: int, fixed: int | None) -> tuple[Tensor, UnpaddedSize | None]:
+    """An image `[B, 3, H, W]` at a size that an encoder takes, and what to cut off the result again, if anything.
+
+    Args:
+        image: In [-1, 1].
+        fit: "pad" or "crop".
+        multiple: What the encoder's sides are multiples of.
+        fixed: Side of the squares that it takes, if it takes no others.
+
+    Raises:
+        SettingError: `fit` is neither.
+        SizeError: The image is too small to be cropped.
+    """
+    if fit not in ("pad", "crop"):
+        raise SettingError(f"fit is {fit!r}; it must be 'pad' or 'crop'.")
+    if fixed is not None:
+        return resize(image, fixed, fixed).clamp(-1, 1), None
+    return (center_crop(image, multiple), None) if fit == "crop" else pad_to_multiple(image, multiple)
 
 
 def crop_back(image: Tensor, padding: UnpaddedSize, *, scale: int = 1) -> Tensor:

@@ -6,13 +6,16 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -21,7 +24,7 @@ from pidecode.errors import ImageError, SettingError, SizeError
 from pidecode.files import atomic_write, check_writable
 from pidecode.images.attributes import KEYWORD, MAX_EXIF_BYTES, Attributes, metadata_in_exif, metadata_json, png_texts
 from pidecode.images.png import SIGNATURE, encode_png, read_texts
-from pidecode.images.read import BoundedFile, readable_formats
+from pidecode.images.read import BoundedFile, open_source, readable_formats
 from pidecode.images.tensors import to_array
 from pidecode.strict_json import JSONError, parse_json
 
@@ -37,47 +40,68 @@ class DecodeOutput:
     """Decoded images with what they were made by.
 
     Attributes:
-        tensor: `[B, 3, H, W]`, float32 in [-1, 1].
+        tensors: `[3, H, W]` of each image, float32 in [-1, 1].
         metadata: One table per image, as it is written into files: model, options, size, versions.
-        alpha: Opacity `[B, 1, H, W]` in [0, 1] of images made of a source with transparency.
-        gray: Whether files are written gray, as the source was.
-        attributes: What the source carried (EXIF, texts, resolution), written into files beside the metadata.
+        alphas: Opacity `[1, H, W]` in [0, 1] of each image, None where the source has no transparency; or nothing.
+        gray: Whether each file is written gray, as its source was; or nothing.
+        attributes: What each source carried (EXIF, texts, resolution), written beside the metadata; or nothing.
     """
 
-    tensor: Tensor
-    metadata: tuple[dict[str, Any], ...]
-    alpha: Tensor | None = None
-    gray: bool = False
-    attributes: Attributes | None = None
+    tensors: Sequence[Tensor]
+    metadata: Sequence[dict[str, Any]]
+    alphas: Sequence[Tensor | None] = ()
+    gray: Sequence[bool] = ()
+    attributes: Sequence[Attributes] = ()
+
+    @staticmethod
+    def cat(outputs: Sequence[DecodeOutput]) -> DecodeOutput:
+        """The images of several outputs, each with what its source carried, or all without."""
+        names = [entry.name for entry in fields(DecodeOutput)]
+        return DecodeOutput(*(tuple(chain.from_iterable(getattr(one, name) for one in outputs)) for name in names))
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    @cached_property
+    def tensor(self) -> Tensor:
+        """All images, `[B, 3, H, W]`, float32 in [-1, 1].
+
+        Raises:
+            SizeError: They differ in size.
+        """
+        if len({tensor.shape for tensor in self.tensors}) != 1:
+            raise SizeError("The images differ in size, so that one tensor cannot hold them; use .tensors.")
+        return self.tensors[0][None] if len(self) == 1 else torch.stack(tuple(self.tensors))
 
     @cached_property
     def images(self) -> list[Image.Image]:
         """8-bit images, RGB, RGBA, L or LA; each carries its metadata in `.info["pidecode"]`."""
-        images = [Image.fromarray(_squeezed(self._array(index, 8))) for index in range(len(self.tensor))]
-        for image, metadata in zip(images, self.metadata, strict=True):
-            image.info[KEYWORD] = metadata
-            if self.attributes is not None:
-                image.info[ATTRIBUTES] = self.attributes
+        images = [Image.fromarray(_squeezed(self._array(index, 8))) for index in range(len(self))]
+        for index, image in enumerate(images):
+            image.info[KEYWORD] = self.metadata[index]
+            if self.attributes:
+                image.info[ATTRIBUTES] = self.attributes[index]
         return images
 
     def _array(self, index: int, bits: int) -> NDArray[Any]:
         """One image `[H, W, 1 to 4]`, uint8 or uint16."""
-        array = to_array(self.tensor[index], bits=bits)
-        array = array[..., 1:2] if self.gray else array
-        if self.alpha is None:
+        array = to_array(self.tensors[index], bits=bits)
+        array = array[..., 1:2] if self.gray and self.gray[index] else array
+        alpha = self.alphas[index] if self.alphas else None
+        if alpha is None:
             return array
-        alpha = to_array(self.alpha[index].mul(2.0).sub(1.0).expand(3, -1, -1), bits=bits)
-        return np.concatenate([array, alpha[..., :1]], axis=2)
+        opacity = to_array(alpha.mul(2.0).sub(1.0).expand(3, -1, -1), bits=bits)
+        return np.concatenate([array, opacity[..., :1]], axis=2)
 
     @property
     def image(self) -> Image.Image:
         """The one image.
 
         Raises:
-            SettingError: The batch holds several.
+            SettingError: There are several.
         """
-        if len(self.tensor) != 1:
-            raise SettingError(f"There are {len(self.tensor)} images; use .images.")
+        if len(self) != 1:
+            raise SettingError(f"There are {len(self)} images; use .images.")
         return self.images[0]
 
     def save(
@@ -106,23 +130,23 @@ class DecodeOutput:
             SettingError: An option cannot act on the format.
             SizeError: The image is beyond the format's longest side.
         """
-        attributes = self.attributes
-        if strip and attributes is not None:
-            attributes = Attributes(icc_profile=attributes.icc_profile)
+        attributes = self.attributes or [Attributes()] * len(self)
+        if strip:
+            attributes = [Attributes(icc_profile=one.icc_profile) for one in attributes]
         return [
             save_image(
                 place, self._array(index, bits), metadata=self.metadata[index], overwrite=overwrite, bits=bits,
-                quality=quality, attributes=attributes,
+                quality=quality, attributes=attributes[index],
             )
             for index, place in enumerate(self.paths(path))
         ]  # fmt: skip
 
     def paths(self, path: str | os.PathLike[str]) -> list[Path]:
         """The files that `save` writes."""
-        place = Path(path)
-        if len(self.tensor) == 1:
+        place = _as_path(path)
+        if len(self) == 1:
             return [place]
-        return [place.with_name(f"{place.stem}-{index}{place.suffix}") for index in range(1, len(self.tensor) + 1)]
+        return [place.with_name(f"{place.stem}-{index}{place.suffix}") for index in range(1, len(self) + 1)]
 
 
 def save_image(
@@ -160,7 +184,7 @@ def save_image(
     Warns:
         UserWarning: The format has no alpha, and transparency was composited on white.
     """
-    kind = _FORMATS.get(Path(path).suffix.lower())
+    kind = _FORMATS.get(_as_path(path).suffix.lower())
     if kind is None:
         raise SettingError(f"{path}: images are written as {', '.join(_FORMATS)}; choose one of these endings.")
     target = check_writable(path, overwrite=overwrite)
@@ -186,6 +210,15 @@ def encode_image(
     if name is None:
         raise SettingError(f"Images are written as png, webp or jpeg; not {kind!r}.")
     return b"".join(_encode(name, image, metadata, bits, quality, None))
+
+
+def _as_path(path: Any) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise SettingError(
+            f"An image is saved under a name; got {type(path).__name__}. The bytes of a file are given by "
+            "pidecode.images.encode_image(output.image, 'png')."
+        )
+    return Path(path)
 
 
 def check_format(path: str | os.PathLike[str], width: int, height: int) -> None:
@@ -273,11 +306,11 @@ def _squeezed(array: NDArray[Any]) -> NDArray[Any]:
     return array[..., 0] if array.shape[2] == 1 else array
 
 
-def read_metadata(path: str | os.PathLike[str] | bytes) -> dict[str, Any] | None:
+def read_metadata(path: str | os.PathLike[str] | bytes | BinaryIO) -> dict[str, Any] | None:
     """Read the metadata of an image file that `save_image` wrote; the image itself is not decompressed.
 
     Args:
-        path: The file, or its bytes.
+        path: The file, its bytes, or the open file.
 
     Returns:
         The metadata, or None if the file has none.
@@ -285,15 +318,9 @@ def read_metadata(path: str | os.PathLike[str] | bytes) -> dict[str, Any] | None
     Raises:
         ImageError: The file is missing, not an image, or its metadata is damaged.
     """
-    if isinstance(path, bytes):
-        return _read_metadata(io.BytesIO(path), "The image")
-    try:
-        if not Path(path).is_file():
-            raise ImageError(f"There is no file {path}.")
-        with open(path, "rb") as file:
-            return _read_metadata(file, os.fspath(path))
-    except (OSError, ValueError) as error:
-        raise ImageError(f"{path!r} could not be opened: {error}.") from error
+    name, file = open_source(path)
+    with nullcontext() if file is path else file:
+        return _read_metadata(file, name)
 
 
 def _read_metadata(file: BinaryIO, name: str) -> dict[str, Any] | None:

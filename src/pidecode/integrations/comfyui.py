@@ -31,7 +31,7 @@ from pidecode.devices import default_dtype
 from pidecode.encoders.base import on_device
 from pidecode.engine.plan import TEXT_ENCODER
 from pidecode.errors import CheckpointError, PidecodeError, SettingError
-from pidecode.images import resize, to_pil
+from pidecode.images import SourceImage, resize, to_pil
 from pidecode.integrations.comfyui_latents import (
     ROUNDING,
     alpha_of,
@@ -398,7 +398,9 @@ def _with_reference(options: DecodeOptions, vae: Any, samples: Mapping[str, Any]
 def _part(options: DecodeOptions, index: int) -> DecodeOptions:
     """One image's options: its own reference out of a batch of them."""
     reference = options.reference
-    return options if reference is None else options.replace(reference=reference[index : index + 1])
+    if reference is None:
+        return options
+    return options.replace(reference=SourceImage(tensor=reference[index : index + 1]))
 
 
 class UpscaleNode(io.ComfyNode):
@@ -451,9 +453,8 @@ class UpscaleNode(io.ComfyNode):
             enlarged = []
             with _on_gpu(replace(decoder, decoder=own), padded, rows * columns if vae is None else 0):
                 for index, options in enumerate(_per_image(given, len(images))):
-                    output = own.upscale(
-                        images[index : index + 1], options=options, callback=show, progress_callback=moves(index)
-                    )
+                    one = SourceImage(tensor=images[index : index + 1])
+                    output = own.upscale(one, options=options, callback=show, progress_callback=moves(index))
                     enlarged.append(_resized(output.tensor.float().cpu(), target))
         pixels = image_from_tensor(torch.cat(enlarged))
         if bool((alpha == 1).all()):

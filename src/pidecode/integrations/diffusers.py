@@ -470,10 +470,10 @@ def decode_images(
     return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def _sample(tensor: Tensor | None, ndim: int, index: int, batch: int) -> Tensor | None:
-    """One image's part of a batched tensor that has a part for each; any other tensor whole."""
-    batched = tensor is not None and tensor.ndim == ndim and len(tensor) == batch
-    return tensor[index : index + 1] if tensor is not None and batched else tensor
+def _sample(value: Any, ndim: int, index: int, batch: int) -> Any:
+    """One image's part of a batched tensor that has a part for each; anything else whole."""
+    batched = isinstance(value, Tensor) and value.ndim == ndim and len(value) == batch
+    return value[index : index + 1] if batched else value
 
 
 def _offload_pipeline(pipe: Any) -> Any:

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -172,7 +172,11 @@ class Latent:
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str] | bytes, *, space: str | None = None, sigma: float | Tensor | None = None
+        cls,
+        path: str | os.PathLike[str] | bytes | BinaryIO,
+        *,
+        space: str | None = None,
+        sigma: float | Tensor | None = None,
     ) -> Latent:
         """Read a latent file that `save` wrote, or one of another program.
 
@@ -180,7 +184,7 @@ class Latent:
         a `.npy` or a `torch.save` file. A missing batch axis is added, and the axis of a single frame dropped.
 
         Args:
-            path: The file, or its bytes.
+            path: The file, its bytes, or the open file.
             space: Space of a file that does not say it.
             sigma: Noise level of a file that does not say it.
 
@@ -188,6 +192,9 @@ class Latent:
             FileError: The file is damaged.
             LatentError: It holds no latent, or contradicts `space` or `sigma`.
         """
+        if not isinstance(path, (str, os.PathLike, bytes)):
+            path.seek(0)
+            path = path.read()
         stored = storage.read_latent(path)
         path = storage.IN_MEMORY if isinstance(path, bytes) else path
         if stored.metadata is None:
@@ -350,7 +357,7 @@ class Latent:
             ):
                 if expected != given:
                     raise LatentError(
-                        f"Latents of one batch must share their {what}: {expected} and {given}. Decode them "
+                        f"Latents of one batch must share their {what}: {expected} and {given}. Take them "
                         "one by one, or convert them first."
                     )
         prompts: tuple[str, ...] | None = None
