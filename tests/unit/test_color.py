@@ -154,7 +154,7 @@ def test_fidelity_goes_from_colors_alone_to_all_that_the_reference_shows() -> No
 
 def test_fidelity_that_cannot_act_is_refused_before_the_work() -> None:
     tiny = PixelDecoder.from_pretrained("tiny", device="cpu", dtype=torch.float32)
-    image = torch.zeros(1, 3, 64, 64)
+    image = torch.full((1, 3, 64, 64), -1.0)
     with pytest.raises(SettingError, match=r"fidelity acts with color_fix back-projection only, and .* is fine"):
         tiny.upscale(image, fidelity=0.5, color_fix="fine", progress_callback=lambda progress: pytest.fail("begun"))
     assert tiny.upscale(image, fidelity=0.5).metadata[0]["fidelity"] == 0.5
