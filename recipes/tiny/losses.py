@@ -100,3 +100,20 @@ def low_frequency_distance(generated: Tensor, image: Tensor, sides: Sequence[int
     """Mean absolute difference `[B]` of the mean colors of squares of each side in pixels, averaged over sides."""
     difference = generated - image
     return torch.stack([F.avg_pool2d(difference, side).abs().mean((1, 2, 3)) for side in sides]).mean(0)
+
+
+def grid_distance(generated: Tensor, image: Tensor, period: int) -> Tensor:
+    """How unevenly fine detail is spread over the places of a decoder's patches, against the image; a scalar.
+
+    Detail is the mean absolute Laplacian at each of `period` x `period` places, relative to their mean. A head with
+    weights of its own for each place else learns a pattern of that period, which other losses hardly see.
+    """
+
+    def profile(x: Tensor) -> Tensor:
+        x = F.pad(x.float().mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+        neighbors = x[..., :-2, 1:-1] + x[..., 2:, 1:-1] + x[..., 1:-1, :-2] + x[..., 1:-1, 2:]
+        detail = (4 * x[..., 1:-1, 1:-1] - neighbors).abs()
+        places = F.pixel_unshuffle(detail, period).mean((0, 2, 3))
+        return places / (places.mean() + 1e-4)
+
+    return (profile(generated) - profile(image)).square().mean()

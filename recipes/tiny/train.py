@@ -20,7 +20,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from discriminator import FeatureDiscriminator, d_loss, g_loss, r1
-from losses import PerceptualFeatures, dists_distance, low_frequency_distance, lpips_distance, pixel_distance
+from losses import (
+    PerceptualFeatures,
+    dists_distance,
+    grid_distance,
+    low_frequency_distance,
+    lpips_distance,
+    pixel_distance,
+)
 from safetensors.torch import load_file, save_file
 from taef2 import TinyAutoencoder
 from torch import Tensor, nn
@@ -55,6 +62,8 @@ class TinyLossConfig:
     """LPIPS-like distance of EfficientNet-Lite0 features."""
     dists: float = 0.0
     """DISTS-like distance of the same features."""
+    grid: float = 0.0
+    """Unevenness of detail over the places of the decoder's patches."""
     gan: float = 0.0
     """Adversarial loss of the decoder; 0 trains without a discriminator."""
     gan_start: int = 0
@@ -133,7 +142,7 @@ class TinyRecipe:
     perception: PhaseConfig = field(
         default_factory=lambda: PhaseConfig(
             models=("decoder",),
-            loss=TinyLossConfig(pixel=1.0, low_frequency=2.0, lpips=0.3, dists=0.3, gan=0.01, gan_start=500),
+            loss=TinyLossConfig(pixel=1.0, low_frequency=2.0, lpips=0.6, dists=0.6, grid=0.5, gan=0.05, gan_start=500),
             optimizer=OptimizerConfig(name="muon", lr=3e-4, max_grad_norm=1.0, warmup_steps=100, lr_schedule="cosine"),
             run=_run(12_000),
         )
@@ -217,6 +226,10 @@ class TinyTask:
 
         loss = add("pixel", config.pixel, pixel_distance(generated, image))
         loss = loss + add("low_frequency", config.low_frequency, low_frequency_distance(generated, image))
+        if config.grid:
+            patch = unwrap(self.modules["decoder"]).config.patch_size
+            parts["grid"] = grid_distance(generated, image, patch)
+            loss = loss + config.grid * parts["grid"]
         parts["mse"] = F.mse_loss(generated.detach(), image)
         if self.features is None:
             return loss

@@ -201,6 +201,9 @@ class TextEncoder:
         """Token ids and mask `[1, n]` of instruction and prompt, cut and padded on the right here.
 
         The tokenizer's own padding side is left as it is: others may share it.
+
+        Raises:
+            FileError: The tokenizer is not Gemma-2's.
         """
         total = prompt_length(self._instruction_tokens(), self.options.length)
         ids = list(self._tokenizer(self.options.instruction + prompt)["input_ids"])[:total]

@@ -153,7 +153,7 @@ def newest_checkpoint(folder: Path, progress: Callable[[str], None] | None = Non
 
     Raises:
         CheckpointError: There are checkpoints and all of them are damaged.
-    """
+    """  # noqa: DOC501 (a FileError means one damaged checkpoint)
     reason = ""
     for path in reversed(_found(folder)):
         try:

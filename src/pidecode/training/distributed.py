@@ -301,7 +301,8 @@ def report_lost_processes() -> Iterator[None]:
     """Turn a broken connection to another process into a plain error.
 
     Raises:
-        TrainingError: The connection broke; other errors pass unchanged.
+        TrainingError: The connection broke.
+        RuntimeError: Any other error, unchanged.
     """
     try:
         yield

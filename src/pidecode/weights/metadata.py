@@ -68,7 +68,7 @@ class CheckpointMetadata:
 
         Raises:
             CheckpointError: There is one that cannot be right, or that a later version wrote.
-        """
+        """  # noqa: DOC501 (TypeError and ValueError become CheckpointError)
         if METADATA_KEY not in metadata:
             return None
         try:

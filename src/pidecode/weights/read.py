@@ -106,7 +106,7 @@ def read_tensors(path: str | Path) -> WeightFile:
 
     Raises:
         CheckpointError: The file is neither .safetensors nor a pickle of tensors, or is damaged.
-    """
+    """  # noqa: DOC501 (`_quantized` makes a CheckpointError)
     path = Path(path)
     check_file(path)
     start = read_start(path)
