@@ -84,18 +84,90 @@ def test_pefts_own_names_are_read(tmp_path: Path) -> None:
     assert torch.allclose(net.get_parameter(f"{layer}.weight"), before + 0.5)
 
 
+LAYER = "patch_blocks.0.attn.proj_x"
+UNDERSCORED = LAYER.replace(".", "_")
+
+
+@pytest.mark.parametrize(
+    ("down", "up", "alpha"),
+    [
+        (f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight", None),
+        (f"base_model.model.{LAYER}.lora_A.default.weight", f"base_model.model.{LAYER}.lora_B.default.weight", None),
+        (f"lora_unet_{UNDERSCORED}.lora_down.weight", f"lora_unet_{UNDERSCORED}.lora_up.weight",
+         f"lora_unet_{UNDERSCORED}.alpha"),
+        (f"diffusion_model.{LAYER}.lora_down.weight", f"diffusion_model.{LAYER}.lora_up.weight",
+         f"diffusion_model.{LAYER}.alpha"),
+        (f"transformer.{LAYER}.lora.down.weight", f"transformer.{LAYER}.lora.up.weight",
+         f"transformer.{LAYER}.lora_alpha"),
+    ],
+)  # fmt: skip
+def test_names_and_alphas_of_other_programs(down: str, up: str, alpha: str | None, tmp_path: Path) -> None:
+    net = random_net(1)
+    tensors = {down: torch.ones(2, 32), up: torch.ones(32, 2)}
+    if alpha is not None:
+        tensors[alpha] = torch.tensor(3.0)
+    save_file(tensors, tmp_path / "other.safetensors")
+    before = net.get_parameter(f"{LAYER}.weight").clone()
+    assert apply_lora(net, tmp_path / "other.safetensors") == 1
+    expected = before + 2 * (1.5 if alpha else 1.0)
+    assert torch.allclose(net.get_parameter(f"{LAYER}.weight"), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "strength"),
+    [
+        ({"lora_alpha": 16, "r": 4}, 8.0),
+        ({"lora_alpha": 16, "use_rslora": True}, 16 / 2**0.5),
+        ({"lora_alpha": 16, "alpha_pattern": {"proj_x": 5}}, 2.5),
+        ({"r": 2}, 1.0),
+    ],
+)
+@pytest.mark.parametrize("given", ["folder", "file", "diffusers"])
+def test_the_configuration_of_an_adapter_counts(
+    config: dict[str, object], strength: float, given: str, tmp_path: Path
+) -> None:
+    net = random_net(1)
+    tensors = {f"{LAYER}.lora_A.weight": torch.ones(2, 32), f"{LAYER}.lora_B.weight": torch.ones(32, 2)}
+    file = tmp_path / ("pytorch_lora_weights.safetensors" if given == "diffusers" else "adapter_model.safetensors")
+    metadata = json.dumps({f"transformer.{key}": value for key, value in config.items()})
+    save_file(tensors, file, {"lora_adapter_metadata": metadata} if given == "diffusers" else None)
+    if given != "diffusers":
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    before = net.get_parameter(f"{LAYER}.weight").clone()
+    apply_lora(net, file if given == "file" else tmp_path)
+    assert torch.allclose(net.get_parameter(f"{LAYER}.weight"), before + 2 * strength, atol=1e-4)
+
+
+def test_adapters_that_compute_something_else_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"holds no adapter.*adapter_model\.safetensors"):
+        apply_lora(random_net(1), tmp_path)
+    save_file(
+        {f"{LAYER}.lora_A.weight": torch.ones(2, 32), f"{LAYER}.lora_B.weight": torch.ones(32, 2)},
+        tmp_path / "adapter_model.safetensors",
+    )
+    for config, said in (({"use_dora": True}, "use_dora"), ({"peft_type": "LOHA"}, "peft_type")):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=f"with {said}, which is not understood"):
+            apply_lora(random_net(1), tmp_path)
+    (tmp_path / "adapter_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="configuration of the adapter"):
+        apply_lora(random_net(1), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"a.lora_A.weight": torch.ones(2, 4)}, "is no adapter file"),
-        ({"weight": torch.ones(2)}, "is no adapter file"),
+        ({"patch_blocks.0.attn.proj_x.lora_A.weight": torch.ones(2, 32)}, "understood here.*proj_x"),
+        ({"weight": torch.ones(2)}, "understood here.*holds weight"),
+        ({"patch_blocks.0.attn.proj_x.dora_scale": torch.ones(2)}, "understood here.*dora_scale"),
+        ({"lora_te_text_model.lora_up.weight": torch.ones(2, 2)}, "lora_te_text_model, which this network lacks"),
         ({"a.lora_A.weight": torch.ones(2, 4), "a.lora_B.weight": torch.ones(4, 2)}, "which this network lacks"),
         (
             {
                 "patch_blocks.0.attn.proj_x.lora_A.weight": torch.ones(2, 8),
                 "patch_blocks.0.attn.proj_x.lora_B.weight": torch.ones(8, 2),
             },
-            "trained on another network",
+            "of another network",
         ),
     ],
 )
@@ -161,8 +233,8 @@ HALVES = {
         ({}, {"alpha": 1e39}, "NaN or infinite at strength"),
         ({}, {"rank": 2.5}, "format or rank"),
         ({}, {"rank": True}, "format or rank"),
-        (lambda t: t.reshape(-1), {}, "trained on another network"),
-        (lambda t: t[..., None], {}, "trained on another network"),
+        (lambda t: t.reshape(-1), {}, "of another network"),
+        (lambda t: t[..., None], {}, "of another network"),
         (lambda t: t.to(torch.complex64), {}, "complex64"),
         (lambda t: t.to(torch.uint8), {}, "uint8"),
         (lambda t: t * 1e30, {}, "NaN or infinite at strength"),

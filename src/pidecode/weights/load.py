@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -146,8 +149,16 @@ def _some(names: list[str]) -> str:
 
 
 METADATA_KEY = "pidecode_lora"
-_PREFIX = "base_model.model."  # peft's own files name the layers from the outside
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+_LORA_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
+# Names of layers as other programs write them begin with what they call the network.
+_LORA_PREFIXES = (
+    "diffusion_model.", "transformer.", "unet.", "net.", "lora_unet_", "lora_transformer_", "lora_net_", "lycoris_",
+)  # fmt: skip
+_LORA_NAME = re.compile(
+    r"(?P<layer>.+?)(?:(?P<down>[._]lora(?:_A|_down|\.down|_linear_layer\.down))|"
+    r"(?P<up>[._]lora(?:_B|_up|\.up|_linear_layer\.up)))(?:\.\w+)?\.weight|"
+    r"(?P<layer_>.+?)(?P<alpha>\.(?:lora_)?alpha|\.network_alpha)"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,50 +181,138 @@ def write_lora(path: str | Path, tensors: Mapping[str, Tensor], metadata: LoraMe
 
 @torch.no_grad()
 def apply_lora(net: nn.Module, path: str | Path, scale: float = 1.0) -> int:
-    """Add an adapter file's change, times `scale`, to the network's own weights; returns how many layers changed.
+    """Add an adapter's change, times `scale`, to the network's own weights; returns how many layers changed.
 
     `W + scale * alpha / rank * B A`, computed in float32. Applying the same file with the negated scale takes it
-    back to rounding. Files of ours and of peft are read; peft's without our metadata count alpha as the rank.
+    back to rounding.
+
+    Args:
+        net: The network.
+        path: A file of ours, peft's, diffusers', ComfyUI's or kohya's names, or a folder of peft or diffusers. Where
+            nothing says alpha, it counts as the rank.
+        scale: Strength.
 
     Raises:
-        CheckpointError: The file is no adapter of this network.
+        CheckpointError: The file is no adapter of this network, or holds what is not understood.
         SettingError: The scale is no number.
     """
     if not torch.isfinite(torch.tensor(float(scale))):
         raise SettingError(f"lora_scale is {scale}; it must be a finite number (1 is full strength).")
+    path = _lora_file(Path(path))
     file = read_tensors(path)
     check_formats(file.tensors, path)
     check_finite(file.tensors, path)
-    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in file.tensors.items()}
-    layers = sorted(name.removesuffix(_A) for name in tensors if name.endswith(_A))
-    if not layers or len(tensors) != 2 * len(layers) or any(layer + _B not in tensors for layer in layers):
-        raise CheckpointError(f"{path} is no adapter file: it must hold pairs of lora_A and lora_B, and nothing else.")
-    lora_metadata = _read_lora_metadata(path, file.metadata)
     own = dict(net.named_parameters())
+    halves, alphas = _lora_layers(file.tensors, own, path)
+    strengths = _LoraStrengths(path, file.metadata, alphas)
     changes = []
-    for layer in layers:
-        down, up = tensors[layer + _A].float(), tensors[layer + _B].float()
-        weight = own.get(f"{layer}.weight")
-        if weight is None or (down.ndim, up.ndim) != (2, 2) or (up.shape[0], down.shape[1]) != weight.shape:
-            what = "which this network lacks" if weight is None else f"of shape {tuple(weight.shape)} here"
-            raise CheckpointError(f"{path} adapts {layer}, {what}; it was trained on another network.")
+    for layer, (down, up) in sorted(halves.items()):
+        weight = own[f"{layer}.weight"]
+        axes = {down.ndim, up.ndim} <= {2, weight.ndim}
+        down, up = (half.float().reshape(len(half), -1) for half in (down, up))
+        if not axes or (up.shape[0], down.shape[1]) != weight.flatten(1).shape:
+            raise CheckpointError(
+                f"{path} adapts {layer}, of shape {tuple(weight.shape)} here; it is of another network."
+            )
         if up.shape[1] != down.shape[0]:
             raise CheckpointError(f"{path} is damaged: the two halves of {layer} do not fit together.")
-        strength = scale * (1.0 if lora_metadata is None else lora_metadata.alpha / lora_metadata.rank)
-        changes.append((weight, down, up, strength))
-    for layer, change in zip(layers, changes, strict=True):
+        changes.append((layer, (weight, down, up, scale * strengths.of(layer, len(down)))))
+    for layer, change in changes:
         if not torch.isfinite(_changed(*change)).all():
             raise CheckpointError(
                 f"{path} makes {layer} NaN or infinite at strength {change[-1]:g}; the network was left as it was. "
                 "Lower lora_scale, or export the adapter again."
             )
-    for change in changes:  # computed again, so that no second copy of the weights is held
+    for _, change in changes:  # computed again, so that no second copy of the weights is held
         change[0].copy_(_changed(*change))
     return len(changes)
 
 
 def _changed(weight: Tensor, down: Tensor, up: Tensor, strength: float) -> Tensor:
-    return (weight.float() + strength * (up.to(weight.device) @ down.to(weight.device))).to(weight.dtype)
+    change = (up.to(weight.device) @ down.to(weight.device)).view_as(weight)
+    return (weight.float() + strength * change).to(weight.dtype)
+
+
+def _lora_file(path: Path) -> Path:
+    """The adapter's file: of a folder, the one that peft or diffusers writes."""
+    if not path.is_dir():
+        return path
+    for name in _LORA_FILES:
+        if (path / name).is_file():
+            return path / name
+    raise CheckpointError(f"The folder {path} holds no adapter: there is no {' or '.join(_LORA_FILES)} in it.")
+
+
+def _lora_layers(
+    tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float]]:
+    """The two halves of each layer, and the alphas in the file, by the network's own names of the layers."""
+    layers = {name.removesuffix(".weight") for name, tensor in own.items() if tensor.ndim >= 2}
+    underscored = {layer.replace(".", "_"): layer for layer in layers}
+    halves: dict[str, dict[str, Tensor]] = {}
+    alphas: dict[str, float] = {}
+    strange = []
+    for name, tensor in tensors.items():
+        match = _LORA_NAME.fullmatch(name)
+        if match is None:
+            strange.append(name)
+            continue
+        given = match["layer"] or match["layer_"]
+        short = given.removeprefix("base_model.model.")
+        short = next((short.removeprefix(prefix) for prefix in _LORA_PREFIXES if short.startswith(prefix)), short)
+        layer = short if short in layers else underscored.get(short)
+        if layer is None:
+            raise CheckpointError(f"{path} adapts {given}, which this network lacks; it is of another network.")
+        if match["alpha"]:
+            alphas[layer] = float(tensor)
+        else:
+            halves.setdefault(layer, {})["down" if match["down"] else "up"] = tensor
+    strange += [layer for layer, found in halves.items() if len(found) != 2]
+    strange += alphas.keys() - halves.keys()
+    if strange or not halves:
+        raise CheckpointError(
+            f"{path} is no adapter file that is understood here: pairs of lora_A and lora_B, or lora_down and lora_up, "
+            f"with or without their alpha. It holds {_some(strange) or 'none'}."
+        )
+    return {layer: (found["down"], found["up"]) for layer, found in halves.items()}, alphas
+
+
+class _LoraStrengths:
+    """alpha / rank of the layers of an adapter: from our metadata, the file's alphas, or peft's configuration."""
+
+    def __init__(self, path: Path, metadata: Mapping[str, str], alphas: Mapping[str, float]) -> None:
+        self.alphas = alphas
+        self.ours = _read_lora_metadata(path, metadata)
+        self.config: dict[str, Any] = {}
+        beside = path.with_name("adapter_config.json")
+        try:
+            if "lora_adapter_metadata" in metadata:  # diffusers: "transformer.lora_alpha" and so on
+                config = parse_json(metadata["lora_adapter_metadata"])
+                self.config = {key.partition(".")[2]: value for key, value in config.items()}
+            elif path.name in _LORA_FILES and beside.is_file():
+                self.config = dict(parse_json(beside.read_text(encoding="utf-8-sig")))
+            alpha = self.config.get("lora_alpha")
+            self.alpha = None if alpha is None else float(alpha)
+            self.pattern = {str(key): float(value) for key, value in (self.config.get("alpha_pattern") or {}).items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"The configuration of the adapter {path} cannot be read: {error}.") from error
+        # What changes the computation beyond alpha and rank.
+        odd = [key for key, value in self.config.items() if key.startswith("use_") and value and key != "use_rslora"]
+        odd += [key for key in ("fan_in_fan_out", "modules_to_save", "lora_bias") if self.config.get(key)]
+        odd += [] if self.config.get("peft_type") in (None, "LORA") else ["peft_type"]
+        if odd:
+            raise CheckpointError(
+                f"{path} is an adapter with {_some(odd)}, which is not understood; export plain LoRA."
+            )
+
+    def of(self, layer: str, rank: int) -> float:
+        """The strength of one layer."""
+        if self.ours is not None:
+            return self.ours.alpha / self.ours.rank
+        named = (value for key, value in self.pattern.items() if re.fullmatch(rf"(.*\.)?({key})", layer))
+        alpha = self.alphas.get(layer, next(named, self.alpha))
+        divisor = math.sqrt(rank) if self.config.get("use_rslora") else rank
+        return 1.0 if alpha is None else alpha / divisor
 
 
 def _read_lora_metadata(path: str | Path, metadata: Mapping[str, str]) -> LoraMetadata | None:
