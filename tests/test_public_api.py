@@ -51,6 +51,7 @@ def test_the_commands_are_exactly_these() -> None:
         "serve",
         "models",
         "pull",
+        "captions",
         "convert",
         "info",
         "train",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -17,7 +18,14 @@ from torch import Tensor
 from pidecode.color_fix import DEFAULT_FIDELITY, apply_color_fix
 from pidecode.devices import default_dtype, select_device
 from pidecode.encoders.base import EncodeFunction, LazyImageEncoder, encode_images, on_device, vae_reference
-from pidecode.encoders.text import PromptEmbedsCache, TextEncoder, default_negative_prompt, load_prompt_embeds
+from pidecode.encoders.text import (
+    PromptEmbedsCache,
+    TextEncoder,
+    TextOptions,
+    default_negative_prompt,
+    prompt_states,
+    select_prompt_embeds,
+)
 from pidecode.engine.feed_forward import FeedForwardPlan, FeedForwardRunner, encoding_work
 from pidecode.engine.plan import Plan
 from pidecode.engine.runner import Runner, make_runner, require_memory
@@ -117,6 +125,7 @@ class PixelDecoder:
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
         encoder: str | PathLike[str] | None = None,
+        text_encoder: str | PathLike[str] | None = None,
         plan: Plan | FeedForwardPlan | Callable[[CheckpointMetadata], Plan | FeedForwardPlan] | None = None,
         runtime: RuntimeOptions | None = None,
     ) -> PixelDecoder:
@@ -131,6 +140,7 @@ class PixelDecoder:
             device: By default the best there is.
             dtype: By default what suits the device; torch.bfloat16, "bfloat16" or "bf16".
             encoder: The space's encoder, a file or folder, where it does not lie where `pidecode pull` puts it.
+            text_encoder: Likewise Gemma-2: a folder, or a single file as ComfyUI has it, in bf16 or fp8.
             plan: From `pidecode.plan_decode`, or a function that makes one of what the weights are; it settles dtype.
             runtime: Compilation and CUDA graphs.
 
@@ -157,11 +167,14 @@ class PixelDecoder:
         text_device = "cpu" if isinstance(plan, Plan) and plan.text_on_host else chosen
         net = build_network(file.tensors, metadata.config, dtype=dtype, device=place, source=str(resolved.path))
         reads_text = isinstance(net, PiDNet) and net.config.has_text
+        if text_encoder is not None and not reads_text:
+            raise SettingError(f"{resolved.name} reads no text, so text_encoder cannot act; leave it out.")
+        text = TextOptions() if text_encoder is None else TextOptions(model=os.fspath(text_encoder))
         decoder = cls(
             net, metadata, name=resolved.name,
             encoder=LazyImageEncoder.of(cached_encoder_path, metadata.space, chosen, dtype),
-            text=TextEncoder(device=text_device, states=PromptEmbedsCache()) if reads_text else None, plan=plan,
-            runtime=runtime,
+            text=TextEncoder(text, device=text_device, states=PromptEmbedsCache()) if reads_text else None,
+            plan=plan, runtime=runtime,
         )  # fmt: skip
         if isinstance(decoder.runner, Runner):
             decoder.runner.require(chosen)
@@ -270,7 +283,7 @@ class PixelDecoder:
         shift: float | None = None,
         prompt: str | Sequence[str] | None = None,
         negative_prompt: str | None = None,
-        prompt_embeds: Tensor | None = None,
+        prompt_embeds: Tensor | str | PathLike[str] | None = None,
         color_fix: ColorFix | None = None,
         reference: ImageSource | None = None,
         callback: Callback | None = None,
@@ -294,7 +307,7 @@ class PixelDecoder:
             shift: Teacher only: flow shift.
             prompt: For decoders that read text: one for all, or one per latent; default the latent's own.
             negative_prompt: Teacher only.
-            prompt_embeds: Text states `[B, tokens, text_dim]` in place of a prompt.
+            prompt_embeds: Text states `[B, tokens, text_dim]` in place of the text encoder, or a file that has them.
             color_fix: "off" (default), "coarse", "fine" or "back-projection": see `pidecode.color_fix`.
             reference: Image that the color fix corrects against, as `encode` takes it; default the VAE's decode.
             callback: Called after each step with the current estimate; raise `errors.Cancelled` in it to stop.
@@ -328,7 +341,7 @@ class PixelDecoder:
         shift: float | None = None,
         prompt: str | Sequence[str] | None = None,
         negative_prompt: str | None = None,
-        prompt_embeds: Tensor | None = None,
+        prompt_embeds: Tensor | str | PathLike[str] | None = None,
         color_fix: ColorFix | None = None,
         fidelity: float | None = None,
         reference: ImageSource | None = None,
@@ -420,7 +433,7 @@ class PixelDecoder:
         self, latent: Latent, options: DecodeOptions, work: WorkTracker, command: Command, callback: Callback | None
     ) -> DecodeOutput:
         options.require_acting(self.kind, command, self.name)
-        clean, latent = latent, self._with_prompt(self._checked(latent, options), options.prompt)
+        clean, latent = latent, self._with_prompt(self._checked(latent, options), options)
         width, height = self._size(latent, options)
         if command == "decode":  # `upscale` has checked, before it encoded
             require_memory(self.runner, (width, height), len(latent))
@@ -546,7 +559,7 @@ class PixelDecoder:
         grid = runner.net.grid_of(height, width)
         draws = self._num_steps(options) if self.kind == "student" and options.sampler != "ode" else 1
         noise = NoiseStream(options.seeds(len(latent)), (3, height, width), self.device, draws)
-        states = self._text_states(latent.prompts, options.prompt_embeds, len(latent))
+        states = self._text_states(latent.prompts, options.prompt_embeds)
         if self.text is not None and runner.offloads("text"):
             self.text.unload()
         condition = runner.prepare(grid, states, latent.tensor, latent.sigmas)
@@ -570,7 +583,8 @@ class PixelDecoder:
         without = condition
         if scale != 1.0:
             negative = default_negative_prompt() if options.negative_prompt is None else options.negative_prompt
-            states = self._text_states((negative,) * len(latent), None, len(latent))
+            file = None if isinstance(options.prompt_embeds, Tensor) else options.prompt_embeds
+            states = self._text_states((negative,) * len(latent), file, exact=True)
             without = runner.prepare(condition.grid, states, latent.tensor, latent.sigmas)
         shift = options.shift
         if shift is None:
@@ -582,33 +596,32 @@ class PixelDecoder:
             callback=callback,
         )  # fmt: skip
 
-    def _with_prompt(self, latent: Latent, prompt: str | Sequence[str] | None) -> Latent:
+    def _with_prompt(self, latent: Latent, options: DecodeOptions) -> Latent:
         """The latent with the prompt it is decoded with."""
-        if prompt is None:
-            return latent
-        if not self.reads_text:
-            raise SettingError(f"{self.name} has no text stream, so a prompt cannot act; leave it out.")
-        texts = prompt if isinstance(prompt, str) else tuple(prompt)
-        return Latent(latent.tensor, latent.space, latent.sigma, texts, latent.seed)
+        file = options.prompt_embeds if isinstance(options.prompt_embeds, (str, PathLike)) else None
+        if not self.reads_text and (file or options.prompt is not None):
+            given = "a prompt" if file is None else "prompt_embeds"
+            raise SettingError(f"{self.name} has no text stream, so {given} cannot act; leave it out.")
+        if options.prompt is not None:
+            latent = latent.with_prompt(options.prompt)
+        names = select_prompt_embeds(file, latent.prompts, **self._text_shape)[1] if file else None
+        return latent if names is None else latent.with_prompt(names)
 
-    def _text_states(self, prompts: Sequence[str | None], given: Tensor | None, batch: int) -> Tensor | None:
-        """Text states `[batch, tokens, text_dim]`, or None for networks without text."""
-        if not isinstance(self.net, PiDNet) or not self.net.config.has_text:
+    @property
+    def _text_shape(self) -> dict[str, int]:
+        config = cast(PiDNet, self.net).config
+        return {"length": config.text_length, "width": config.text_dim}
+
+    def _text_states(
+        self, prompts: Sequence[str | None], given: Tensor | str | PathLike[str] | None, *, exact: bool = False
+    ) -> Tensor | None:
+        """Text states `[len(prompts), tokens, text_dim]`, or None for networks without text; see `prompt_states`."""
+        if not self.reads_text:
             if given is not None:
                 raise SettingError(f"{self.name} has no text stream, so prompt_embeds cannot act; leave them out.")
             return None
-        config = self.net.config
-        if given is not None:
-            states = load_prompt_embeds(given, length=config.text_length, width=config.text_dim)
-            if len(states) not in (1, batch):
-                raise SettingError(f"There are prompt_embeds for {len(states)} images, and {batch} latents.")
-            return states.to(self.device).expand(batch, -1, -1)
-        if self.text is None:
-            raise SettingError(
-                f"{self.name} reads text, and has no text encoder here. Fetch it with `pidecode pull "
-                f"{self.space.name}`, pass text= to PixelDecoder(), or pass prompt_embeds=."
-            )
-        return self.text.encode([prompt or "" for prompt in prompts]).to(self.device)
+        need = f"{self.name} reads text, and has no text encoder here. Fetch it with `pidecode pull {self.space.name}`"
+        return prompt_states(self.text, prompts, given, exact=exact, need=need, **self._text_shape).to(self.device)
 
     def _describe(self, latent: Latent, options: DecodeOptions, seed: int, size: tuple[int, int]) -> dict[str, Any]:
         """Everything needed to make this image again; only options that acted."""

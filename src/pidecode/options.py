@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from numbers import Integral, Real
+from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pidecode.errors import SettingError
@@ -43,7 +44,8 @@ class OptionInfo:
     """What interfaces need to know of an option."""
 
     help: str  # one or two plain sentences
-    type: type  # type of a single value: int, float or str; `tuple` for a size, `object` for what is Python only
+    # Of a single value: int, float, str; `tuple` for a size, `PathLike` for a file, `object` for what is Python only.
+    type: type
     choices: tuple[str, ...] = ()  # the values there are, where they can be listed
     minimum: float | None = None  # smallest value, included
     maximum: float | None = None  # largest value, included
@@ -55,7 +57,7 @@ class OptionInfo:
 
 def _option(help: str, type: type, **rest: Any) -> Any:
     info = OptionInfo(help=help, type=type, **rest)
-    return field(default=None, compare=type is not object, metadata={"option": info})
+    return field(default=None, compare=type not in (object, PathLike), metadata={"option": info})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,9 +105,9 @@ class DecodeOptions:
         "What a teacher's guidance leads away from.",
         str, kinds=("teacher",), interfaces=("cli", "http", "batch"),
     )  # fmt: skip
-    prompt_embeds: Tensor | None = _option(
-        "Gemma-2 text states [B, tokens, text_dim] in place of a prompt.",
-        object, kinds=_PIXEL_DIFFUSION, interfaces=(),
+    prompt_embeds: Tensor | str | PathLike[str] | None = _option(
+        "Ready-made states of the prompt in place of the text encoder: a file of `pidecode captions export`.",
+        PathLike, kinds=_PIXEL_DIFFUSION, interfaces=("cli",),
     )  # fmt: skip
     color_fix: ColorFix | None = _option(
         "Correct the image against a smaller reference: coarse (brightness and hue over wide areas), fine (down to a "
@@ -249,6 +251,10 @@ def _plain(value: Any) -> Any:
 
 def _check(name: str, info: OptionInfo, value: Any) -> None:
     if info.type is object:
+        return
+    if info.type is PathLike:
+        if not isinstance(value, (str, PathLike)) and not hasattr(value, "shape"):
+            raise SettingError(f"{name} is a {type(value).__name__}; it must be a tensor or a .safetensors file.")
         return
     if info.type is tuple:
         sides = value if isinstance(value, (tuple, list)) else ()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -19,6 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pidecode.cli.app import cli
+from pidecode.encoders.text import PromptEmbedsCache, TextOptions
+from pidecode.errors import DownloadError
 from pidecode.latents.latent import Latent
 from pidecode.models.pid.network import PiDNet
 from pidecode.registry.configs import PiDConfig, debug_config
@@ -58,6 +61,40 @@ def size_and_format(path: Path) -> tuple[tuple[int, int], str | None]:
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def test_prompts_without_a_text_encoder(tmp_path: Path, latent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """States written where the text encoder is (here its cache) decode elsewhere, from the file or once imported."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("PIDECODE_CACHE", str(tmp_path / "there"))
+    config = dataclasses.replace(FLUX2, text_dim=16, text_length=10)
+    reads_text = save_weights(tmp_path / "text.safetensors", config)
+    for seed, prompt in enumerate(("", "a cat")):
+        states = torch.randn(10, 16, generator=torch.Generator().manual_seed(seed))
+        PromptEmbedsCache().put(prompt, TextOptions().identity(), states)
+    file = tmp_path / "states.safetensors"
+    result = run("captions", "export", "a cat", "", "-o", file)
+    assert (result.exit_code, result.output.startswith(f"{file}  2 prompts, ")) == (0, True), result.output
+    assert "exists" in run("captions", "export", "a cat", "-o", file).output
+
+    monkeypatch.setenv("PIDECODE_CACHE", str(tmp_path / "here"))
+    decode = ("decode", latent, "-m", reads_text, "--device", "cpu", "-o")
+    refused = run(*decode, tmp_path / "no.png")
+    assert refused.exit_code == DownloadError.exit_code
+    assert "captions export" in refused.output
+    written = [
+        run(*decode, tmp_path / "cat.png", "--prompt-embeds", file, "--prompt", "a cat"),
+        run(*decode, tmp_path / "empty.png", "--prompt-embeds", file),
+        run("captions", "import", file),
+        run(*decode, tmp_path / "imported.png", "--prompt", "a cat"),
+    ]
+    assert [result.exit_code for result in written] == [0, 0, 0, 0], [result.output for result in written]
+    cat, empty, imported = (Image.open(tmp_path / f"{name}.png") for name in ("cat", "empty", "imported"))
+    assert cat.tobytes() == imported.tobytes() != empty.tobytes()
+    assert json.loads(cat.info["pidecode"])["prompt"] == "a cat"
+    unknown = run(*decode, tmp_path / "no.png", "--prompt-embeds", file, "--prompt", "a dog")
+    assert "no states of the prompt 'a dog'; it holds 'a cat', ''" in unknown.output
+    assert not (tmp_path / "no.png").exists()
 
 
 def test_a_latent_becomes_a_image_with_its_metadata(weights: Path, latent: Path) -> None:

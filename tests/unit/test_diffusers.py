@@ -17,6 +17,7 @@ from PIL import Image
 
 import tiny_pipelines as tiny
 from pidecode import DecodeOptions, Latent, PixelDecoder, attach, latent_from_pipeline
+from pidecode.encoders.text import PromptEmbedsCache, TextEncoder, export_prompt_embeds
 from pidecode.errors import Cancelled, LatentError, SettingError
 from pidecode.integrations.diffusers import AttachedPipeline, PipelineProgress, capture_latents
 from pidecode.integrations.pipeline_latents import (
@@ -355,7 +356,7 @@ def test_offloaded_networks_leave_the_device_before_decoding_and_after_a_cancell
     assert freed == ["freed", "decoding", "freed"]
 
 
-def test_prompts_come_from_the_call_or_are_asked_for_before_the_long_part() -> None:
+def test_prompts_come_from_the_call_or_are_asked_for_before_the_long_part(tmp_path: Path) -> None:
     prompted = tiny.decoder_for("sdxl", text=True)
     inner = pipeline("sdxl")
     states = torch.randn(1, 10, 16, generator=torch.Generator().manual_seed(2))
@@ -367,6 +368,20 @@ def test_prompts_come_from_the_call_or_are_asked_for_before_the_long_part() -> N
         pipe(**tiny.arguments("sdxl", **ready))
     assert reports == []
     out = pipe(**tiny.arguments("sdxl", **ready), decode_options=DecodeOptions(prompt="a cat", prompt_embeds=states))
+    # A file of states does as well, each image taking its own prompt's.
+    file = tmp_path / "states.safetensors"
+    cache = PromptEmbedsCache(tmp_path)
+    encoder = TextEncoder(states=cache)
+    for index, text in enumerate(("a dog", "a cat")):
+        cache.put(text, encoder.options.identity(), states[0] + index - 1)
+    export_prompt_embeds(file, ["a dog", "a cat"], encoder)
+    two = attach(pipeline("sdxl"), prompted)(
+        **tiny.arguments("sdxl", prompt=["a dog", "a cat"]), decode_options=DecodeOptions(prompt_embeds=str(file))
+    )
+    assert [image.info["pidecode"]["prompt"] for image in two.images] == ["a dog", "a cat"]
+    for index, image in enumerate(two.images):
+        own = prompted.decode(two.latents[index], prompt_embeds=states + index - 1, seed=index).image
+        assert np.array_equal(np.asarray(image), np.asarray(own))
     assert out.latents.prompts == ("a cat",)
 
 

@@ -18,11 +18,14 @@ from pidecode.encoders.text import (
     PromptEmbedsCache,
     TextEncoder,
     TextOptions,
+    export_prompt_embeds,
     load_prompt_embeds,
     prompt_length,
+    prompt_states,
     select_positions,
+    select_prompt_embeds,
 )
-from pidecode.errors import DownloadError, FileError, SettingError
+from pidecode.errors import DownloadError, FileError, PidecodeError, SettingError
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "text_select.safetensors"
 CAP = 2.0
@@ -227,23 +230,148 @@ def test_a_changed_or_copied_folder(gemma_folder, tmp_path):
     assert options_for(copy).identity() != options_for(gemma_folder).identity()
 
 
-def test_cache_entries_travel_as_files(tmp_path):
-    identity = TextOptions().identity()
-    here, there = PromptEmbedsCache(tmp_path / "here"), PromptEmbedsCache(tmp_path / "there")
+def filled(folder, length=12, width=WIDTH):
+    """A cache that has three prompts of the default encoder, and an encoder that could not load its model."""
+    cache = PromptEmbedsCache(folder)
+    encoder = TextEncoder(TextOptions(model="nobody/has-this"), states=cache)
     for seed, prompt in enumerate(["a cat", "ein Kätzchen", ""]):
-        here.put(prompt, identity, torch.full((4, 8), float(seed)).bfloat16())
-    assert here.export_to(tmp_path / "all.safetensors") == 3
-    assert here.export_to(tmp_path / "one.safetensors", ["ein Kätzchen"]) == 1
+        states = torch.full((length, width), float(seed)).bfloat16()
+        cache.put(prompt, encoder.options.identity(), states)
+    return cache, encoder
+
+
+def test_states_travel_as_files(tmp_path):
+    _, encoder = filled(tmp_path / "here")
+    there, identity = PromptEmbedsCache(tmp_path / "there"), encoder.options.identity()
+    every = ["a cat", "ein Kätzchen", "", "a cat"]
+    assert export_prompt_embeds(tmp_path / "all.safetensors", every, encoder) == 3
+    assert export_prompt_embeds(tmp_path / "one.safetensors", ["ein Kätzchen"], encoder) == 1
     assert there.import_from(tmp_path / "all.safetensors") == 3
-    found = there.get("ein Kätzchen", identity)
-    assert torch.equal(found, torch.full((4, 8), 1.0).bfloat16())
-    assert load_prompt_embeds(tmp_path / "one.safetensors", length=4, width=8).shape == (1, 4, 8)
+    assert torch.equal(there.get("ein Kätzchen", identity), torch.full((12, WIDTH), 1.0).bfloat16())
+    own = TextOptions().identity()
+    assert there.get("", own) is None
+    there.import_from(tmp_path / "all.safetensors", own)
+    assert there.get("", own) is not None
+    assert load_prompt_embeds(tmp_path / "one.safetensors", length=12, width=WIDTH).shape == (1, 12, WIDTH)
     with pytest.raises(FileError, match="exists"):
-        here.export_to(tmp_path / "all.safetensors")
-    with pytest.raises(SettingError, match="'a dog'"):
-        here.export_to(tmp_path / "none.safetensors", ["a dog"])
-    with pytest.raises(SettingError, match="encode some first"):
-        PromptEmbedsCache(tmp_path / "empty").export_to(tmp_path / "none.safetensors")
+        export_prompt_embeds(tmp_path / "all.safetensors", every, encoder)
+    with pytest.raises(FileError, match=r"must end in \.safetensors"):
+        export_prompt_embeds(tmp_path / "all.pt", every, encoder)
+    with pytest.raises(SettingError, match="No prompt came"):
+        export_prompt_embeds(tmp_path / "none.safetensors", [], encoder)
+    with pytest.raises(DownloadError, match="captions export"):
+        export_prompt_embeds(tmp_path / "none.safetensors", ["a dog"], encoder)
+
+
+def test_a_file_gives_each_image_the_states_of_its_prompt(tmp_path):
+    _, encoder = filled(tmp_path / "here")
+    file, single, plain = (tmp_path / f"{name}.safetensors" for name in ("all", "one", "plain"))
+    export_prompt_embeds(file, ["a cat", "ein Kätzchen", ""], encoder)
+    export_prompt_embeds(single, ["a cat"], encoder)
+    save_file({"x": torch.stack([torch.zeros(12, WIDTH), torch.ones(12, WIDTH)])}, plain)
+    shape = {"length": 12, "width": WIDTH}
+
+    def chosen(path, prompts):
+        states, names = select_prompt_embeds(path, prompts, **shape)
+        return states[:, 0, 0].tolist(), names
+
+    assert chosen(file, ["ein Kätzchen", None]) == ([1.0, 2.0], ("ein Kätzchen", ""))
+    assert chosen(single, ["a dog", None]) == ([0.0, 0.0], ("a cat", "a cat"))
+    assert chosen(plain, ["a dog", None]) == ([0.0, 1.0], None)
+    with pytest.raises(SettingError, match="no states of the prompt 'a dog'; it holds 'a cat', 'ein Kätzchen', ''"):
+        chosen(file, ["a dog"])
+    with pytest.raises(SettingError, match="states for 2 images, and there are 3"):
+        chosen(plain, [None] * 3)
+    # A teacher's negative prompt is taken from the file if it is there by name, and encoded otherwise.
+    found = prompt_states(encoder, [""], file, exact=True, need="", **shape)
+    assert found[0, 0, 0] == 2.0
+    assert prompt_states(encoder, ["ein Kätzchen"], single, exact=True, need="", **shape)[0, 0, 0] == 1.0
+
+
+def comfyui_file(folder, path, *, fp8=False, tokenizer=True):
+    """The folder's model as one file, named as ComfyUI names it, with a SentencePiece model of its characters."""
+    import sentencepiece
+    from safetensors.torch import load_file
+
+    weights = dict(load_file(folder / "model.safetensors"))
+    if fp8:
+        for name in [name for name in weights if name.endswith("_proj.weight")]:
+            scale = weights[name].abs().amax() / 448
+            weights[name] = (weights[name] / scale).to(torch.float8_e4m3fn)
+            weights[name.removesuffix("weight") + "scale_weight"] = scale
+        weights["scaled_fp8"] = torch.zeros(2).to(torch.float8_e4m3fn)
+    if tokenizer:
+        stem = path.with_suffix("")
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(["a b", *map(chr, range(33, 127))]), model_prefix=str(stem), model_type="char",
+            vocab_size=100, character_coverage=1.0, pad_id=0, eos_id=1, bos_id=2, unk_id=3, add_dummy_prefix=False,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False,
+            minloglevel=2,
+        )  # fmt: skip
+        weights["spiece_model"] = torch.tensor(list(stem.with_suffix(".model").read_bytes()), dtype=torch.uint8)
+    save_file(weights, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def gemma_2b_folder(tmp_path_factory, gemma_folder):
+    """Heads as the 2b model has them: eight, four of keys and values."""
+    import shutil
+
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("gemma2b")
+    shutil.copytree(gemma_folder, folder, dirs_exist_ok=True)
+    config = Gemma2Config.from_pretrained(gemma_folder)
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 8, 4, 4
+    config.query_pre_attn_scalar, config.attn_logit_softcapping = 4, 50.0
+    torch.manual_seed(0)
+    Gemma2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_single_file_of_comfyui(tmp_path, gemma_2b_folder):
+    def states(model, **changes):
+        return TextEncoder(options_for(model, **changes)).encode("cat, dog")
+
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # beside the file, where it has none inside
+        (tmp_path / name).write_bytes((gemma_2b_folder / name).read_bytes())
+    file = comfyui_file(gemma_2b_folder, tmp_path / "gemma.safetensors", tokenizer=False)
+    wanted = states(gemma_2b_folder)
+    assert torch.equal(states(file), wanted)
+    assert torch.equal(states(file, dtype="bfloat16"), states(gemma_2b_folder, dtype="bfloat16"))
+    rounded = states(comfyui_file(gemma_2b_folder, tmp_path / "fp8.safetensors", fp8=True, tokenizer=False))
+    assert 0.001 < float((rounded - wanted).norm() / wanted.norm()) < 0.05
+    identities = [options_for(model).identity()["model"] for model in (file, gemma_2b_folder)]
+    assert identities[0].startswith("file:") and identities[0] != identities[1]
+
+
+def test_the_tokenizer_inside_a_file(tmp_path, gemma_2b_folder):
+    file = comfyui_file(gemma_2b_folder, tmp_path / "gemma.safetensors")
+    encoder = TextEncoder(options_for(file))
+    assert encoder.encode("cat, dog").shape == (1, 12, WIDTH)
+    ids, mask = encoder._tokenize("ab")
+    pieces = encoder._tokenizer._pieces
+    assert [pieces.id_to_piece(int(one)) for one in ids[0, :12]] == ["<s>", *"Enhance:", "▁", *"ab"]
+    assert (ids[0, 12:] == 0).all() and mask.sum() == 12
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"layers.0.mlp.up_proj.comfy_quant": torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)}, "NVFP4"),
+        ({"model.layers.0.mlp.up_proj.weight": torch.zeros(48, WIDTH, dtype=torch.int8)}, "int8"),
+        ({"model.layers.1.mlp.up_proj.weight": torch.zeros(3, WIDTH)}, "is no Gemma-2-2b: layers.1.mlp.up_proj.weight"),
+        ({"model.embed_tokens.weight": torch.zeros(3)}, "it has none of its layers"),
+    ],
+)
+def test_files_that_are_no_readable_gemma(tmp_path, gemma_2b_folder, change, words):
+    from safetensors.torch import load_file
+
+    path = tmp_path / "gemma.safetensors"
+    save_file(load_file(gemma_2b_folder / "model.safetensors") | change, path)
+    with pytest.raises(PidecodeError, match=words):
+        TextEncoder(options_for(path)).encode("a")
 
 
 def test_damaged_entries(tmp_path):

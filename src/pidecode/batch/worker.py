@@ -88,7 +88,8 @@ class WorkerConfig:
     def fingerprint(self, job: BatchJob) -> str:
         """A hash of everything that determines a job's image: contents of source and weights, and the decode options.
 
-        The device and the number format are left out: a batch may be finished on another machine.
+        The device and the number format are left out: a batch may be finished on another machine. Files among the
+        options count by their content.
         """
         identity = {
             "source": sha256(job.source), "weights": self.weights, "model": [self.space, self.variant],
@@ -96,7 +97,7 @@ class WorkerConfig:
             "reading": [self.strip, self.keep_profile],
             "options": {name: value for name, value in asdict(self.options_of(job)).items() if value is not None},
         }  # fmt: skip
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True, default=sha256).encode()).hexdigest()[:32]
 
 
 def _content_hash(path: Path) -> str:

@@ -41,6 +41,7 @@ COMMANDS: dict[str, Place] = {
     "serve": Place("pidecode.cli.serve", "Offer decoding over HTTP, for scripts and other programs."),
     "models": Place("pidecode.cli.weights", "List the models there are, and which are on this disk."),
     "pull": Place("pidecode.cli.weights", "Download a model with everything it needs."),
+    "captions": Place("pidecode.cli.weights", "Prompts' text states as files, for machines without the text encoder."),
     "convert": Place("pidecode.cli.weights", "Write weights as one self-describing .safetensors file."),
     "info": Place("pidecode.cli.weights", "Say what an image, a latent or a weights file is."),
     "train": Place("pidecode.cli.train", "Train a decoder of your own: teacher, student, adapters."),

@@ -8,16 +8,27 @@ import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from pidecode.engine.machine import QUANTIZATIONS, Machine, Quantization, this_machine
 from pidecode.engine.plan import SCHEMES, Plan, Scheme, plan_decode
-from pidecode.errors import SettingError
+from pidecode.errors import FileError, SettingError
 from pidecode.options import Command, DecodeOptions, OptionInfo, option_infos
 from pidecode.registry.spaces import ALIASES, SPACES
-from pidecode.units import DTYPES, LARGEST_PIXELS, MAX_PIXELS, parse_bytes, parse_dtype, parse_size, printable
+from pidecode.units import (
+    DTYPES,
+    LARGEST_PIXELS,
+    MAX_PIXELS,
+    decode_text,
+    parse_bytes,
+    parse_dtype,
+    parse_size,
+    printable,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -166,6 +177,25 @@ def model_options(command: F) -> F:
     return command
 
 
+def text_encoder_option(command: F) -> F:
+    """Add --text-encoder."""
+    text = "Gemma-2, a folder or a single file as ComfyUI has it, if it is not where `pull` puts it."
+    return click.option("--text-encoder", type=click.Path(path_type=Path), metavar="PATH", help=text)(command)
+
+
+def prompt_lines(file: Path) -> list[str]:
+    """The prompts of a file: one a line, without empty lines and those that begin with #.
+
+    Raises:
+        FileError: The file cannot be read as text.
+    """
+    try:
+        lines = decode_text(file.read_bytes(), file).splitlines()
+    except OSError as fault:
+        raise FileError(f"{file} cannot be read as text: {fault}.") from None
+    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
 def device_option(command: F) -> F:
     """Add --device."""
     text = "cpu, cuda, cuda:1, mps; chosen automatically if not given."
@@ -232,6 +262,8 @@ def _decode_option(name: str, info: OptionInfo) -> Callable[[F], F]:
     elif info.type is int:
         low, high = (None if bound is None else int(bound) for bound in (info.minimum, info.maximum))
         kind = click.IntRange(low, high)
+    elif info.type is PathLike:
+        kind = click.Path(path_type=Path)
     elif info.type is float:
         kind = click.FloatRange(info.minimum, info.maximum)
     return click.option(flag, type=kind, help=info.help)

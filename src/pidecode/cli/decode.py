@@ -30,6 +30,7 @@ from pidecode.cli.common import (
     quantization_options,
     source_options,
     take_decode_options,
+    text_encoder_option,
     threads_option,
     torch_dtype,
     upscaled_sizes,
@@ -70,6 +71,7 @@ class DecodeArgs:
     space: str | None
     variant: str | None
     encoder: Path | None
+    text_encoder: Path | None
     device: str | None
     dtype: str | None
     lora: Path | None
@@ -102,7 +104,8 @@ class DecodeArgs:
             return plan
 
         decoder = PixelDecoder.from_pretrained(
-            self.model, space=self.space, variant=self.variant, encoder=self.encoder, device=self.device, dtype=dtype,
+            self.model, space=self.space, variant=self.variant, encoder=self.encoder,
+            text_encoder=self.text_encoder, device=self.device, dtype=dtype,
             plan=make_plan if limits.asked else None, runtime=RuntimeOptions(compile=self.compile),
         )  # fmt: skip
         if self.lora is not None:
@@ -117,6 +120,7 @@ def _decoder_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--keep-suffix", is_flag=True, help="Keep .jpg of cat.jpg in the names of the images."),
         model_options,
         click.option("--encoder", type=_PATH, help="Encoder of the model's space, if it is not where `pull` puts it."),
+        text_encoder_option,
         click.option("--lora", type=_PATH, metavar="FILE", help="Low-rank adapter to add to the weights."),
         click.option("--lora-scale", type=float, help="Its strength; 1 if not given."),
         memory_option,

@@ -17,14 +17,16 @@ from pidecode.cli.common import (
     emit,
     json_option,
     progress,
+    prompt_lines,
     take_decode_options,
+    text_encoder_option,
     threads_option,
     torch_dtype,
 )
-from pidecode.errors import DownloadError, FileError, SettingError
+from pidecode.errors import DownloadError, SettingError
 from pidecode.registry.spaces import GENERATION, get_image_model
 from pidecode.strict_json import JSONError, parse_json
-from pidecode.units import decode_text, parse_size
+from pidecode.units import parse_size
 
 if TYPE_CHECKING:
     from pidecode.decoder import PixelDecoder
@@ -51,6 +53,7 @@ _OWN = ("seed", "size", "prompt")
 @click.option("--pipeline", "source", help="Folder or hub repository of the pipeline, if not the model's own.")
 @click.option("-m", "--model", "decoder", help="PiD decoder: a name or file; the official one if not given.")
 @click.option("--variant", metavar="NAME", help="Variant of the decoder: 2k, 2kto4k, ...")
+@text_encoder_option
 @decode_options("decode", exclude=_OWN)
 @click.option("--arguments", default="{}", metavar="JSON", help="More arguments for the pipeline's call.")
 @threads_option
@@ -70,7 +73,7 @@ def generate(prompts: tuple[str, ...], prompt_file: Path | None, as_json: bool, 
     from pidecode.integrations.text_to_image import generate as run
 
     job = GenerationJob(
-        model=given["model"], prompts=(*prompts, *(_lines(prompt_file) if prompt_file else ())), out=given["out"],
+        model=given["model"], prompts=(*prompts, *(prompt_lines(prompt_file) if prompt_file else ())), out=given["out"],
         seeds=given["seeds"] or (0,), size=parse_size(given["size"]), source=given["source"],
         num_steps=given["num_inference_steps"], stop_after=_stop(given["stop_after"]),
         compare=given["compare"] is not None, keep_latents=given["save_latents"],
@@ -109,8 +112,9 @@ def _load_decoder(args: dict[str, Any]) -> PixelDecoder:
     space = get_image_model(args["model"]).space
     dtype = torch_dtype(args["dtype"])
     load = partial(
-        PixelDecoder.from_pretrained, space=space, variant=args["variant"], device=args["device"], dtype=dtype
-    )
+        PixelDecoder.from_pretrained, space=space, variant=args["variant"], device=args["device"], dtype=dtype,
+        text_encoder=args["text_encoder"],
+    )  # fmt: skip
     if args["decoder"]:
         return load(args["decoder"])
     try:
@@ -120,14 +124,6 @@ def _load_decoder(args: dict[str, Any]) -> PixelDecoder:
             raise
         echo("The official decoder is not on this disk; `tiny` is used.", err=True)
         return PixelDecoder.from_pretrained("tiny", device=args["device"], dtype=dtype)
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        lines = decode_text(file.read_bytes(), file).splitlines()
-    except OSError as fault:
-        raise FileError(f"{file} cannot be read as text: {fault}.") from None
-    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
 def _stop(text: str | None) -> Any:

@@ -14,7 +14,20 @@ from typing import Any
 
 import click
 
-from pidecode.cli.common import Check, DtypeParam, emit, json_option, overwrite_option, progress, space_option, table
+from pidecode.cli.common import (
+    Check,
+    DtypeParam,
+    device_option,
+    echo,
+    emit,
+    json_option,
+    overwrite_option,
+    progress,
+    prompt_lines,
+    space_option,
+    table,
+    text_encoder_option,
+)
 from pidecode.errors import CheckpointError, FileError, PidecodeError
 from pidecode.registry.checkpoints import CHECKPOINTS, ENCODERS, TEXT_ENCODER, TINY_ENCODER, Checkpoint
 from pidecode.registry.spaces import ALIASES, SPACES
@@ -71,12 +84,61 @@ def pull(model: str, as_json: bool, accept_license: bool, **asked: Any) -> None:
         )
     finally:
         bars.close()
+    if asked["no_text"]:
+        echo("Prompts need their states: `pidecode captions export` writes them where the text encoder is.", err=True)
     places = {name: value for name, value in asdict(pulled).items() if value}
     emit(
         places,
         lambda: "\n".join(f"{name.replace('_', ' '):13s} {path}" for name, path in places.items()),
         as_json=as_json,
     )
+
+
+@click.group()
+def captions() -> None:
+    """Keep prompts' text states in files, so that machines without the text encoder can decode with them."""
+
+
+@captions.command()
+@click.argument("prompts", nargs=-1)
+@click.option("--prompts", "prompt_file", type=click.Path(path_type=Path), help="File with one prompt per line.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("captions.safetensors"), show_default=True,
+              help="File to write.")  # fmt: skip
+@text_encoder_option
+@device_option
+@overwrite_option
+@json_option
+def export(prompts: tuple[str, ...], prompt_file: Path | None, out: Path, as_json: bool, **given: Any) -> None:
+    """Write the text states of PROMPTS to one file.
+
+    An empty text "" is a prompt, that of latents without one. `decode --prompt-embeds FILE` reads the file, and so do
+    `attach` and the ComfyUI nodes; `captions import FILE` keeps its states for all commands.
+    """
+    from pidecode.devices import select_device
+    from pidecode.encoders.text import PromptEmbedsCache, TextEncoder, TextOptions, export_prompt_embeds
+
+    texts = [*prompts, *(prompt_lines(prompt_file) if prompt_file else ())]
+    model = given["text_encoder"]
+    options = TextOptions() if model is None else TextOptions(model=str(model))
+    encoder = TextEncoder(options, device=select_device(given["device"]), states=PromptEmbedsCache())
+    count = export_prompt_embeds(out, texts, encoder, overwrite=given["overwrite"])
+    size = out.stat().st_size
+    emit(
+        {"file": str(out), "prompts": count, "bytes": size}, f"{out}  {count} prompts, {format_bytes(size)}",
+        as_json=as_json,
+    )  # fmt: skip
+
+
+@captions.command("import")
+@click.argument("file", type=click.Path(path_type=Path))
+@json_option
+def import_(file: Path, as_json: bool) -> None:
+    """Keep the text states in FILE, so that every command here finds them without the text encoder."""
+    from pidecode.encoders.text import PromptEmbedsCache, TextOptions
+
+    cache = PromptEmbedsCache()
+    count = cache.import_from(file, TextOptions().identity())
+    emit({"prompts": count, "folder": str(cache.folder)}, f"{count} prompts kept in {cache.folder}", as_json=as_json)
 
 
 @click.command()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gemma-2 text encoder: prompt to text states, with a disk cache.
+"""Gemma-2 text encoder: prompt to text states, kept in a disk cache or a file of one's own.
 
 The networks read 300 rows, padding included (docs/architecture.md, Text): every detail here, the instruction in front,
 the length padded to, the rows kept, plain attention, is part of the released models' input format.
@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from pidecode.errors import DownloadError, FileError, MissingDependencyError, PidecodeError, SettingError
-from pidecode.files import atomic_path
+from pidecode.files import atomic_path, check_writable
 from pidecode.registry.checkpoints import TEXT_ENCODER
 from pidecode.strict_json import parse_json
+from pidecode.weights.read import dequantized
 from pidecode.weights.safetensors import read_safetensors
 
 
@@ -70,7 +71,8 @@ def select_positions(n_instruction: int, model_max_length: int = 300) -> list[in
 class TextOptions:
     """How prompts become states; a different value anywhere gives different states, and other cache entries."""
 
-    model: str = TEXT_ENCODER  # A hub id, or a local folder with a Gemma-2 and its tokenizer
+    # A hub id, a local folder with a Gemma-2 and its tokenizer, or a single .safetensors file of ComfyUI's
+    model: str = TEXT_ENCODER
     revision: str | None = None  # commit, tag or branch of a hub id; None is its main branch
     instruction: str = field(default_factory=instruction)
     length: int = 300  # rows of the result
@@ -89,25 +91,27 @@ class TextOptions:
     def identity(self) -> dict[str, Any]:
         """Everything that decides the states besides the prompt, as plain values.
 
-        A hub model is named by id and revision, a local folder by a fingerprint of its files, so that a copy
-        of the folder elsewhere finds the same cache entries.
+        A hub model is named by id and revision, a local folder or file by a fingerprint, so that a copy elsewhere finds
+        the same cache entries.
         """
         values = asdict(self)
         values["instruction"] = hashlib.sha256(self.instruction.encode()).hexdigest()
-        folder = Path(self.model).expanduser()
-        if folder.is_dir():
-            values["model"], values["revision"] = f"folder:{_fingerprint(folder)}", None
+        place = Path(self.model).expanduser()
+        if place.is_dir():
+            names = (".json", ".safetensors", ".model", ".bin")
+            files = [path for path in sorted(place.iterdir()) if path.suffix in names and path.is_file()]
+            values["model"], values["revision"] = f"folder:{_fingerprint(files)}", None
+        elif place.is_file():
+            values["model"], values["revision"] = f"file:{_fingerprint([place])}", None
         return values
 
 
-def _fingerprint(folder: Path) -> str:
-    """Digest of a model folder: the small files' content, the weights' names and sizes and first bytes."""
+def _fingerprint(files: Sequence[Path]) -> str:
+    """Digest of a model's files: the small ones' content, the weights' names and sizes and first bytes."""
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix not in (".json", ".safetensors", ".model", ".bin") or not path.is_file():
-            continue
+    for path in files:
         size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
+        digest.update(f"{path.name if len(files) > 1 else ''}\0{size}\0".encode())
         with open(path, "rb") as file:
             digest.update(file.read(None if size < 1 << 26 else 1 << 22))
     return digest.hexdigest()
@@ -223,20 +227,24 @@ class TextEncoder:
                 '`pip install "pidecode[text]"`, or pass ready-made prompt states.'
             ) from fault
         options = self.options
-        source = str(Path(options.model).expanduser()) if Path(options.model).expanduser().is_dir() else options.model
+        place = Path(options.model).expanduser()
+        source = str(place) if place.exists() else options.model
         where: dict[str, Any] = {"revision": options.revision or "main", "local_files_only": True}
         try:
-            config = AutoConfig.from_pretrained(source, **where)
-            if config.model_type != "gemma2":
-                raise FileError(
-                    f"{options.model} is a {config.model_type!r} model; the networks take Gemma-2's states."
+            if place.is_file():
+                model, tokenizer = _from_file(place, options)
+            else:
+                config = AutoConfig.from_pretrained(source, **where)
+                if config.model_type != "gemma2":
+                    raise FileError(
+                        f"{options.model} is a {config.model_type!r} model; the networks take Gemma-2's states."
+                    )
+                if not options.soft_capping:
+                    config.attn_logit_softcapping = None
+                tokenizer = AutoTokenizer.from_pretrained(source, **where)
+                model = Gemma2Model.from_pretrained(
+                    source, config=config, attn_implementation="eager", dtype=getattr(torch, options.dtype), **where
                 )
-            if not options.soft_capping:
-                config.attn_logit_softcapping = None
-            tokenizer = AutoTokenizer.from_pretrained(source, **where)
-            model = Gemma2Model.from_pretrained(
-                source, config=config, attn_implementation="eager", dtype=getattr(torch, options.dtype), **where
-            )
         except (OSError, ValueError) as fault:  # the library raises both for what it cannot find or read
             raise DownloadError(self._absent_message(source, fault)) from None
         if tokenizer.pad_token_id is None or tokenizer.bos_token_id is None:
@@ -252,7 +260,8 @@ class TextEncoder:
         revision = f" --revision {self.options.revision}" if self.options.revision else ""
         return (
             f"The text encoder {source} is not on this machine. Fetch it with `hf download {source}{revision}` "
-            "(`pidecode pull` does so too), or pass ready-made prompt states."
+            "(`pidecode pull` does so too), or use ready-made states: `pidecode captions export` writes them where it "
+            "is, --prompt-embeds (prompt_embeds=) reads them."
         )
 
     def _check_attention(self, model: Any) -> None:
@@ -266,10 +275,74 @@ class TextEncoder:
             )
 
 
-def load_prompt_embeds(source: Tensor | str | Path, *, length: int = 300, width: int = 2304) -> Tensor:
+def _from_file(path: Path, options: TextOptions) -> tuple[Any, Any]:
+    """Gemma-2-2b and its tokenizer from one .safetensors file as ComfyUI uses it, in bf16, fp16 or fp8."""
+    from transformers import AutoTokenizer, Gemma2Config, Gemma2Model
+
+    _, tensors = read_safetensors(path)
+    pieces = tensors.pop("spiece_model", None)
+    dtype = getattr(torch, options.dtype)
+    weights = {name.removeprefix("model."): value for name, value in dequantized(tensors, dtype, path).items()}
+    weights.pop("lm_head.weight", None)
+    try:
+        (vocabulary, width), first = weights["embed_tokens.weight"].shape, "layers.0."
+        queries, inner = (weights[f"{first}{name}.weight"].shape[0] for name in ("self_attn.q_proj", "mlp.gate_proj"))
+    except (KeyError, ValueError):
+        raise FileError(
+            f"{path} is no Gemma-2 text encoder: it has none of its layers. Give the file that ComfyUI loads with the "
+            "CLIP type lumina2 or pixeldit."
+        ) from None
+    head = queries // 8  # the 2b model has 8 heads
+    config = Gemma2Config(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=inner, num_attention_heads=8, head_dim=head,
+        num_key_value_heads=4, query_pre_attn_scalar=head,
+        num_hidden_layers=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers.")),
+    )  # fmt: skip
+    if not options.soft_capping:
+        config.attn_logit_softcapping = None
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Gemma2Model(config).state_dict().items()}
+    wrong = [name for name in {**shapes, **weights} if shapes.get(name) != getattr(weights.get(name), "shape", None)]
+    if wrong:
+        raise FileError(f"{path} is no Gemma-2-2b: {wrong[0]} is missing, unknown or of another shape.")
+    model = Gemma2Model.from_pretrained(
+        None, config=config, state_dict=weights, attn_implementation="eager", dtype=dtype
+    )  # fmt: skip
+    if pieces is not None:
+        return model, _SentencePieceTokenizer(bytes(pieces.tolist()), path)
+    beside = path.parent if any((path.parent / name).is_file() for name in _TOKENIZER_FILES) else TEXT_ENCODER
+    return model, AutoTokenizer.from_pretrained(str(beside), local_files_only=True)
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+class _SentencePieceTokenizer:
+    """The tokenizer that lies in ComfyUI's file as bytes of a SentencePiece model."""
+
+    def __init__(self, model: bytes, path: Path) -> None:
+        try:
+            import sentencepiece
+        except ImportError as fault:
+            raise MissingDependencyError(
+                "Reading the tokenizer inside a text encoder's file needs sentencepiece; install it with "
+                '`pip install "pidecode[text]"`.'
+            ) from fault
+        self._pieces = sentencepiece.SentencePieceProcessor()
+        try:
+            self._pieces.LoadFromSerializedProto(model)
+        except RuntimeError:
+            raise FileError(f"The tokenizer inside {path} is damaged; fetch the file again.") from None
+        self.bos_token_id, self.pad_token_id = self._pieces.bos_id(), max(self._pieces.pad_id(), 0)
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [self.bos_token_id, *self._pieces.encode(text)]}
+
+
+def load_prompt_embeds(source: Tensor | str | os.PathLike[str], *, length: int = 300, width: int = 2304) -> Tensor:
     """Ready-made prompt states as `[batch, length, width]`, from a tensor of that shape or of one prompt, or a file.
 
-    A file is .safetensors: one written by `PromptEmbedsCache.export_to`, or any with a single such tensor.
+    A file is .safetensors: one written by `export_prompt_embeds`, or any with a single such tensor.
 
     Raises:
         SettingError: The shape or the values do not fit.
@@ -285,6 +358,113 @@ def load_prompt_embeds(source: Tensor | str | Path, *, length: int = 300, width:
     if not torch.isfinite(states).all():
         raise SettingError("The prompt states hold NaN or infinite values; compute them again.")
     return states
+
+
+def select_prompt_embeds(
+    path: str | os.PathLike[str], prompts: Sequence[str | None], *, length: int = 300, width: int = 2304
+) -> tuple[Tensor, tuple[str, ...] | None]:
+    """From a file of prompt states, those of each of some prompts.
+
+    Args:
+        path: As of `load_prompt_embeds`.
+        prompts: One per image; None is the empty prompt. A file with the states of one prompt gives those to all,
+            whatever the prompts; one that does not name its prompts must have one for each image.
+        length: Rows of the states.
+        width: Their width.
+
+    Returns:
+        The states `[len(prompts), length, width]`, and the prompts they are of; None if the file does not tell.
+
+    Raises:
+        SettingError: The file has no states of a prompt, or they do not fit.
+        FileError: The file cannot be read.
+    """
+    entries = _read_entries(path)
+    states = load_prompt_embeds(path, length=length, width=width)
+    names = [entry.prompt for entry in entries]
+    if len(states) == 1:
+        chosen = [0] * len(prompts)
+    elif len(names) == len(states) and None not in names:
+        missing = [prompt or "" for prompt in prompts if (prompt or "") not in names]
+        if missing:
+            held = ", ".join(f"{name!r:.40}" for name in names[:5]) + (", ..." if len(names) > 5 else "")
+            raise SettingError(
+                f"{path} has no states of the prompt {missing[0]!r:.60}; it holds {held}. Write them with `pidecode "
+                "captions export`, or name one of these as the prompt."
+            )
+        chosen = [names.index(prompt or "") for prompt in prompts]
+    elif len(states) == len(prompts):
+        chosen = list(range(len(prompts)))
+    else:
+        raise SettingError(f"{path} has states for {len(states)} images, and there are {len(prompts)}.")
+    known = [name for name in names if name is not None]
+    return states[chosen], tuple(known[index] for index in chosen) if len(known) == len(states) else None
+
+
+def prompt_states(
+    encoder: TextEncoder | None,
+    prompts: Sequence[str | None],
+    given: Tensor | str | os.PathLike[str] | None,
+    *,
+    need: str,
+    exact: bool = False,
+    length: int = 300,
+    width: int = 2304,
+) -> Tensor:
+    """The states of prompts: ready-made ones, else those of the text encoder.
+
+    Args:
+        encoder: The text encoder, if there is one.
+        prompts: One per image; None is the empty prompt.
+        given: States for all images or for each, or a file of some (`select_prompt_embeds`).
+        need: Beginning of the error where there is neither.
+        exact: Take of a file only states that it names by the very prompt, and encode otherwise.
+        length: Rows of the states.
+        width: Their width.
+
+    Returns:
+        `[len(prompts), length, width]`.
+
+    Raises:
+        SettingError: There are no states, or they do not fit.
+        FileError: The file cannot be read.
+    """
+    if isinstance(given, Tensor):
+        states = load_prompt_embeds(given, length=length, width=width)
+        if len(states) not in (1, len(prompts)):
+            raise SettingError(f"There are prompt_embeds for {len(states)} images, and {len(prompts)} latents.")
+        return states.expand(len(prompts), -1, -1)
+    if given is not None and (not exact or prompts[0] in [entry.prompt for entry in _read_entries(given)]):
+        return select_prompt_embeds(given, prompts, length=length, width=width)[0]
+    if encoder is None:
+        raise SettingError(f"{need}, pass text= to PixelDecoder(), or pass prompt_embeds=.")
+    return encoder.encode([prompt or "" for prompt in prompts])
+
+
+def export_prompt_embeds(
+    path: str | os.PathLike[str], prompts: Sequence[str], encoder: TextEncoder, *, overwrite: bool = False
+) -> int:
+    """Write the states of prompts to one file, which needs no text encoder to be used, and return how many there are.
+
+    Args:
+        path: A .safetensors file.
+        prompts: Each is written once.
+        encoder: Encodes those that its cache does not have.
+        overwrite: Replace an existing file.
+
+    Raises:
+        FileError: The file exists, has another suffix or cannot be written.
+        SettingError: There is no prompt.
+        DownloadError: The text encoder is not on this machine.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".safetensors":
+        raise FileError(f"{path} must end in .safetensors, the format that prompt states are written in.")
+    check_writable(path, overwrite=overwrite)
+    once = list(dict.fromkeys(prompts))
+    states, identity = encoder.encode(once).cpu(), encoder.options.identity()
+    _write_entries(path, [_Entry(one, prompt, identity) for one, prompt in zip(states, once, strict=True)])
+    return len(once)
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,32 +502,15 @@ class PromptEmbedsCache:
         _write_entries(path, [_Entry(states, prompt, dict(identity))])
         return path
 
-    def export_to(self, path: str | Path, prompts: Sequence[str] | None = None) -> int:
-        """Write the entries of these prompts (all, if None) to one file and return how many there were.
-
-        Raises:
-            SettingError: A prompt is not in the cache.
-            FileError: The file exists or cannot be written.
-        """
-        path = Path(path)
-        if path.exists():
-            raise FileError(f"{path} exists; remove it or choose another name.")
-        entries = [entry for file in sorted(self.folder.glob("*.safetensors")) for entry in _read_entries(file)]
-        if prompts is not None:
-            absent = set(prompts) - {entry.prompt for entry in entries}
-            if absent:
-                raise SettingError(f"No states are kept for the prompt {min(absent)!r}; encode it first.")
-            entries = [entry for entry in entries if entry.prompt in prompts]
-        if not entries:
-            raise SettingError(f"There are no prompt states in {self.folder} to export; encode some first.")
-        _write_entries(path, entries)
-        return len(entries)
-
-    def import_from(self, path: str | Path) -> int:
+    def import_from(self, path: str | Path, identity: Mapping[str, Any] | None = None) -> int:
         """Take over the entries of an exported file and return how many there were.
 
+        Args:
+            path: The file.
+            identity: The encoder for which they are kept; by default the one that made them.
+
         Raises:
-            FileError: The file is damaged or was not written by `export_to`.
+            FileError: The file is damaged or was not written by `export_prompt_embeds`.
         """
         entries = _read_entries(path)
         for entry in entries:
@@ -358,7 +521,7 @@ class PromptEmbedsCache:
             if entry.states.ndim != 2 or not torch.isfinite(entry.states).all():
                 raise FileError(f"{path} holds damaged states for {entry.prompt!r}; export it again.")
         for entry in entries:
-            self.put(entry.prompt or "", entry.identity or {}, entry.states)
+            self.put(entry.prompt or "", identity or entry.identity or {}, entry.states)
         return len(entries)
 
     def _path(self, prompt: str, identity: Mapping[str, Any]) -> Path:
@@ -385,7 +548,7 @@ def _write_entries(path: Path, entries: Sequence[_Entry]) -> None:
         raise FileError(f"{path} could not be written: {fault}.") from fault
 
 
-def _read_entries(path: str | Path) -> list[_Entry]:
+def _read_entries(path: str | os.PathLike[str]) -> list[_Entry]:
     header, tensors = read_safetensors(path)
     metadata = header.metadata
     if "pidecode_prompts" not in metadata:

@@ -300,6 +300,11 @@ class Latent:
         tensor = layout.add_noise(self.tensor, noise, level, self.latent_space)
         return self._with(tensor=tensor, sigma=level, seed=seed if self.seed is None else self.seed)
 
+    def with_prompt(self, prompt: str | Sequence[str]) -> Latent:
+        """The same latent with another prompt, one for all or one per image."""
+        texts = prompt if isinstance(prompt, str) else tuple(prompt)
+        return Latent(self.tensor, self.space, self.sigma, texts, self.seed)
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Latent:
         """The same latent on another device or in another floating-point dtype; sigma stays float32."""
         if dtype is not None and dtype not in _DTYPES:

@@ -389,6 +389,44 @@ def check_formats(tensors: Mapping[str, Tensor], source: str | Path = "the file"
         )
 
 
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_FP8_NOTES = (".comfy_quant", ".weight_scale", ".scale_weight", ".input_scale", ".scale_input", "scaled_fp8")
+
+
+def dequantized(tensors: Mapping[str, Tensor], dtype: torch.dtype, source: str | Path) -> dict[str, Tensor]:
+    """Weights of a file of ComfyUI's that are stored in fp8, times their scale where they have one; others as they are.
+
+    Args:
+        tensors: By name; a weight's scale is `<layer>.weight_scale` or `<layer>.scale_weight`, one value or one a row.
+        dtype: Number format of what was fp8.
+        source: What error messages call the file.
+
+    Raises:
+        CheckpointError: The file is quantized in another way.
+    """
+    others = [name for name in _layer_formats(tensors) if not name.startswith("float8")]
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.endswith(_FP8_NOTES):
+            continue
+        stem = name.removesuffix("weight")
+        scale = tensors.get(f"{stem}weight_scale", tensors.get(f"{stem}scale_weight"))
+        if tensor.dtype in _FP8:
+            rows = tuple(tensor.shape[:1])
+            if scale is not None and scale.numel() > 1 and tuple(scale.squeeze().shape) != rows:
+                others.append(f"scale of shape {list(scale.shape)}")
+                continue
+            factor = 1.0 if scale is None else scale.float().reshape(-1, *[1] * (tensor.ndim - 1))
+            found[name] = (tensor.float() * factor).to(dtype)
+        elif scale is not None or tensor.dtype not in FLOATS:
+            others.append(_plain(tensor.dtype))
+        else:
+            found[name] = tensor
+    if others:
+        raise _quantized(source, sorted(set(others)))
+    return found
+
+
 def _layer_formats(tensors: Mapping[str, Tensor]) -> list[str]:
     """Formats that ComfyUI names beside each quantized layer, as JSON in a tensor of bytes."""
     notes = {bytes(t.tolist()) for name, t in tensors.items() if name.endswith(".comfy_quant") and t.numel() < 1024}
