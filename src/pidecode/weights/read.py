@@ -403,7 +403,7 @@ def dequantized(tensors: Mapping[str, Tensor], dtype: torch.dtype, source: str |
 
     Raises:
         CheckpointError: The file is quantized in another way.
-    """
+    """  # noqa: DOC501 (`_quantized` makes a CheckpointError)
     others = [name for name in _layer_formats(tensors) if not name.startswith("float8")]
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
