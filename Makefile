@@ -3,12 +3,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 IMAGE ?=
+COMFYUI ?=
 OUT ?= out
 RUN := $(VENV)/bin/python
 ENVIRONMENT := pyproject.toml constraints/torch.txt constraints/dev.txt tools/make_env.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check attack lock docs clean
+.PHONY: help setup demo test check attack comfyui lock docs clean
 
 help:
 	@echo "make demo               set everything up, then decode a real photograph to four times its size"
@@ -17,6 +18,7 @@ help:
 	@echo "make setup              only set up, for development ($(VENV))"
 	@echo "make check              linter, types, import contracts"
 	@echo "make attack             set everything up, then over 1,500 hostile inputs and 40 kills, in ten minutes"
+	@echo "make comfyui COMFYUI=path  every example workflow in ComfyUI itself, from a checkout of it; screenshots in $(OUT)"
 	@echo "make lock               write what is installed here into constraints/dev.txt, which setup installs"
 	@echo "make docs               rewrite generated parts of documents and build the site into site/"
 	@echo "make clean              remove the environment and everything generated"
@@ -45,6 +47,9 @@ test: check
 
 attack: setup
 	OMP_NUM_THREADS=1 $(RUN) tests/attack/run.py
+
+comfyui: setup
+	$(RUN) tests/comfyui_app/run.py "$(COMFYUI)" --out "$(OUT)/comfyui"
 
 lock: setup
 	$(RUN) tools/dependencies.py lock

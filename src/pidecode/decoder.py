@@ -222,6 +222,10 @@ class PixelDecoder:
         """Highest noise level of a latent that it decodes well."""
         return self.net.config.max_sigma if isinstance(self.net, TinyDecoder) else MAX_SIGMA
 
+    def flow_shift(self, height: int, width: int) -> float:
+        """A teacher's default flow shift for an output of that size in pixels."""
+        return ((self.checkpoint.shift if self.checkpoint else None) or DEFAULT_SHIFT).at(height, width)
+
     def memory_estimate(self, size: tuple[int, int], *, batch: int = 1) -> int:
         """Predicted peak of memory on the device, in bytes, of decoding to `size` (width, height), weights included."""
         return self.runner.plan_for(size, batch).peak
@@ -586,10 +590,7 @@ class PixelDecoder:
             file = None if isinstance(options.prompt_embeds, Tensor) else options.prompt_embeds
             states = self._text_states((negative,) * len(latent), file, exact=True)
             without = runner.prepare(condition.grid, states, latent.tensor, latent.sigmas)
-        shift = options.shift
-        if shift is None:
-            trained = self.checkpoint.shift if self.checkpoint else None
-            shift = (trained or DEFAULT_SHIFT).at(*noise.shape[-2:])
+        shift = self.flow_shift(*noise.shape[-2:]) if options.shift is None else options.shift
         return sample_teacher(
             guided(runner.predict(condition), runner.predict(without), scale), noise,
             num_steps=self._num_steps(options), shift=shift, prediction=runner.net.config.prediction,

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ComfyUI nodes: schemas, normalization of every family, early stop, prompts, previews and the interrupt.
-
-With PIDECODE_COMFYUI=/path/to/ComfyUI the real comfy and comfy_api are used, else doubles of what they publish.
-"""
+"""The ComfyUI nodes: schemas, normalization of every family, early stop, prompts, previews and the interrupt."""
 
 from __future__ import annotations
 
@@ -25,118 +22,51 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from comfyui_kit import (
+    EVERY,
+    FLUX2,
+    ROOT,
+    as_comfy_has_it,
+    imported_comfyui,
+    latent_of,
+    model_of,
+    needs_double,
+    network,
+    small_decoder,
+)
 from pidecode import DecodeOptions, PixelDecoder
 from pidecode.errors import CheckpointError, LatentError, SettingError
 from pidecode.integrations import comfyui_latents
 from pidecode.latents.latent import Latent
-from pidecode.models.pid.network import PiDNet
 from pidecode.options import option_infos
-from pidecode.registry.configs import PiDConfig, debug_config
+from pidecode.registry.configs import debug_config
 from pidecode.registry.spaces import SPACES
 from pidecode.weights.metadata import CheckpointMetadata
 
-COMFY = ("comfy", "comfy_api", "comfy_execution", "folder_paths", "server")
-ROOT = Path(__file__).resolve().parents[2]
-FLUX2 = debug_config(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
-EVERY = ("flux", "sd3", "sdxl", "qwenimage", "flux2")
-SAMPLING = {space: "EPS" if space == "sdxl" else "CONST" for space in EVERY}
-CONFIG = {"flux": "Flux", "sd3": "SD3", "sdxl": "SDXL", "qwenimage": "QwenImage", "flux2": "Flux2"}
-"""Class of each model's configuration in ComfyUI's supported_models."""
-FORMAT = {space: name for name, space in comfyui_latents.SPACE_BY_FORMAT.items()}
+
+@pytest.fixture(scope="module", name="comfy")
+def _comfy() -> Iterator[SimpleNamespace]:
+    with imported_comfyui() as modules:
+        yield modules
 
 
-@pytest.fixture(scope="module")
-def comfy() -> Iterator[SimpleNamespace]:
-    """The modules of ComfyUI, and our nodes."""
-    real = os.environ.get("PIDECODE_COMFYUI")
-    saved, arguments = list(sys.path), sys.argv
-    sys.path.insert(0, real or str(ROOT / "tests" / "doubles" / "comfyui"))
-    sys.argv = ["comfyui"]
-    try:
-        if real:
-            import comfy.cli_args
-
-            comfy.cli_args.args.cpu = True
-        import comfy.cli_args
-        import comfy.latent_formats
-        import comfy.model_management
-        import comfy.model_sampling
-        import comfy.utils
-        import folder_paths
-        import server
-
-        # The package keeps a name of the module after it left sys.modules, so it is imported by its path.
-        comfyui = importlib.import_module("pidecode.integrations.comfyui")
-
-        yield SimpleNamespace(
-            nodes=comfyui,
-            formats=comfy.latent_formats,
-            sampling=comfy.model_sampling,
-            management=comfy.model_management,
-            utils=comfy.utils,
-            arguments=comfy.cli_args,
-            folders=folder_paths,
-            server=server,
-        )
-    finally:
-        sys.path, sys.argv = saved, arguments
-        for name in [name for name in sys.modules if name.partition(".")[0] in COMFY]:
-            del sys.modules[name]
-        sys.modules.pop("pidecode.integrations.comfyui", None)
-
-
-def network(config: PiDConfig) -> PiDNet:
-    torch.manual_seed(0)
-    net = PiDNet(config).requires_grad_(False).eval()
-    for parameter in net.parameters():
-        parameter.normal_(std=0.2) if parameter.ndim else parameter.fill_(1.0)
-    return net
-
-
-@pytest.fixture
-def decoder() -> PixelDecoder:
-    identity = CheckpointMetadata(kind="student", config=FLUX2, space="flux2", license="Apache-2.0")
-    made = PixelDecoder(network(FLUX2), identity, name="small")
-    made.encoder = lambda images: torch.nn.functional.avg_pool2d(images, 16).repeat(1, 43, 1, 1)[:, :128]
-    return made
-
-
-def model_of(comfy: SimpleNamespace, space: str, kind: str | None = None, sampling: str | None = None) -> Any:
-    """A MODEL as the nodes see it: a latent format and a sampling, those of ComfyUI."""
-    if not hasattr(comfy.formats, FORMAT[space]):
-        pytest.skip(f"this ComfyUI knows no {FORMAT[space]}")
-    latent_format = getattr(comfy.formats, FORMAT[space])()
-    scaling = getattr(comfy.sampling, sampling or SAMPLING[space])()
-    inner = SimpleNamespace(
-        latent_format=latent_format,
-        process_latent_in=latent_format.process_in,
-        model_config=type(kind or CONFIG[space], (), {})(),
-    )
-    return SimpleNamespace(model=inner, get_model_object=lambda name: {"model_sampling": scaling}[name])
-
-
-def latent_of(space: str, seed: int = 0) -> Tensor:
-    """A normalized latent with the spread of a photograph's."""
-    noise = torch.randn(2, SPACES[space].channels, 4, 6, generator=torch.Generator().manual_seed(seed))
-    return 0.7 * noise
-
-
-def as_comfy_has_it(z: Tensor, space: str) -> Tensor:
-    """The LATENT of a normalized latent: raw, except for FLUX.2."""
-    return z if space == "flux2" else Latent(z, space).to_raw()
+@pytest.fixture(name="decoder")
+def _decoder() -> PixelDecoder:
+    return small_decoder()
 
 
 def test_the_schemas_are_as_published(comfy: SimpleNamespace) -> None:
     nodes = asyncio.run(asyncio.run(comfy.nodes.comfy_entrypoint()).get_node_list())
     schemas = {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in nodes}
-    assert list(schemas) == ["PidecodeLoadDecoder", "PidecodeDecode", "PidecodeUpscale", "PidecodeEarlyStop"]
+    names = ("LoadDecoder", "Decode", "Upscale", "EarlyStop", "Conditioning")
+    assert list(schemas) == [f"Pidecode{name}" for name in names]
     inputs = [(entry.id, str(entry.io_type), entry.optional) for entry in schemas["PidecodeDecode"].inputs]
     assert inputs == [
         ("decoder", "PIDECODE_DECODER", False), ("samples", "LATENT", False), ("seed", "INT", False),
         ("num_steps", "INT", True), ("sampler", "COMBO", True), ("sigma", "FLOAT", True),
         ("guidance_scale", "FLOAT", True), ("prompt", "STRING", True), ("color_fix", "COMBO", True),
-        ("conditioning", "CONDITIONING", True), ("latent_sigma", "FLOAT", True), ("model", "MODEL", True),
-        ("vae", "VAE", True),
+        ("memory", "COMBO", True), ("conditioning", "CONDITIONING", True), ("latent_sigma", "FLOAT", True),
+        ("model", "MODEL", True), ("vae", "VAE", True),
     ]  # fmt: skip
     for node, command in (("PidecodeDecode", "decode"), ("PidecodeUpscale", "upscale")):
         offered = {entry.id for entry in schemas[node].inputs}
@@ -351,9 +281,6 @@ def test_more_noise_than_trained_is_refused(comfy: SimpleNamespace, decoder: Pix
         )  # fmt: skip
 
 
-needs_double = pytest.mark.skipif("PIDECODE_COMFYUI" in os.environ, reason="counts calls on the double")
-
-
 @needs_double
 def test_weights_move_as_comfyui_manages_them(comfy: SimpleNamespace, decoder: PixelDecoder) -> None:
     """Each node asks for the room its own image needs; /free gets the memory back, and the next node loads again."""
@@ -500,7 +427,8 @@ def test_the_loader_lists_comfyuis_own_folders(
 def test_the_loader_takes_a_file(comfy: SimpleNamespace, decoder: PixelDecoder, tmp_path: Path) -> None:
     path = tmp_path / "mine.safetensors"
     save_file(dict(decoder.net.state_dict()), path, metadata=decoder.metadata.to_metadata())
-    (loaded,) = comfy.nodes.LoadDecoderNode.execute("tiny", "float32", str(path)).result
+    loaded, model = comfy.nodes.LoadDecoderNode.execute("tiny", "float32", str(path)).result
+    assert "small is no PiD network of ComfyUI's" in model.message.replace("mine", "small")  # it reads no text
     assert loaded.decoder.space.name == "flux2"
     options = comfy.nodes._model_names()
     assert options[0] == "tiny"
@@ -575,3 +503,28 @@ def test_without_the_package_the_folder_says_how_to_install_it() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "ImportError: The package pidecode is not installed in ComfyUI's Python. Run" in done.stderr
+
+
+def test_the_committed_workflows_are_those_that_the_script_makes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    script = importlib.import_module("make_workflows")
+    committed = {path.name: path.read_text() for path in script.FOLDER.glob("*.json")}
+    monkeypatch.setattr(script, "FOLDER", tmp_path)
+    script.main()
+    assert {path.name: path.read_text() for path in tmp_path.glob("*.json")} == committed
+
+
+def test_less_memory_gives_the_same_image_or_windows(comfy: SimpleNamespace, decoder: PixelDecoder) -> None:
+    loaded, samples, images = comfy.nodes.manage(decoder), {"samples": latent_of("flux2")[:1, :, :1, :3]}, {}
+    comfy.nodes.WINDOW, kept = 64, comfy.nodes.WINDOW
+    for memory in ("default", "low", "windows"):
+        images[memory] = comfy.nodes.DecodeNode.execute(loaded, samples, seed=0, num_steps=1, memory=memory).result[0]
+    comfy.nodes.WINDOW = kept
+    assert torch.allclose(images["default"], images["low"], atol=1e-5)
+    assert not torch.allclose(images["default"], images["windows"], atol=1e-3)
+    assert decoder.runner.plan is None
+    tiny = comfy.nodes.manage(PixelDecoder.from_pretrained("tiny", device="cpu", dtype=torch.float32))
+    with pytest.raises(SettingError, match="memory acts on student and teacher decoders only; set it to default"):
+        comfy.nodes.DecodeNode.execute(tiny, samples, memory="low")

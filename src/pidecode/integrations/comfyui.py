@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ComfyUI nodes: load a decoder, decode a LATENT, stop a sampler early, upscale an IMAGE.
+"""ComfyUI nodes: load a decoder, decode a LATENT, stop a sampler early, upscale an IMAGE, feed ComfyUI's own samplers.
 
 The repository's folder `comfyui/` imports this module inside ComfyUI; it uses the node API V3. The inputs that set
 how to decode are made from `pidecode.options`.
@@ -24,23 +24,33 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy_api.latest import ComfyExtension, io
+from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
 from pidecode.decoder import PixelDecoder
 from pidecode.devices import default_dtype
 from pidecode.encoders.base import on_device
-from pidecode.engine.plan import TEXT_ENCODER
+from pidecode.engine.machine import Chunks
+from pidecode.engine.plan import TEXT_ENCODER, Plan
+from pidecode.engine.runner import Runner
 from pidecode.errors import CheckpointError, PidecodeError, SettingError
 from pidecode.images import SourceImage, resize, to_pil
 from pidecode.integrations.comfyui_latents import (
     ROUNDING,
     alpha_of,
+    core_model,
     early_stop_step,
     image_from_tensor,
     prompt_embeds_from_conditioning,
+    resized,
+    sampling_sigmas,
+    target_size,
     tensor_from_image,
     to_latent,
+    vae_encoder,
+    with_latent,
 )
+from pidecode.latents.latent import Latent
 from pidecode.options import Command, DecodeOptions, OptionInfo, option_infos
 from pidecode.registry.checkpoints import CHECKPOINTS, DECODERS, REPOSITORY
 from pidecode.registry.spaces import SPACES
@@ -53,6 +63,9 @@ DEFAULT = "default"  # choice of a combo that leaves an option to the decoder
 FROM_FILE = "as the file says"
 """Choice of a combo that leaves space or kind to the weights file."""
 NO_LORA = "none"
+SMALL_CHUNKS = Chunks(tokens=1024, tile_tokens=512, tile_rows=1)
+WINDOW = 1024
+"""Side in pixels of the windows that memory="windows" cuts an image into."""
 MAX_PREVIEW_SIDE = 512
 ENCODER_BYTES = 2000
 """Predicted bytes that encoding takes per pixel and byte of the number format, about as ComfyUI predicts."""
@@ -100,16 +113,38 @@ def manage(decoder: PixelDecoder) -> LoadedDecoder:
 
 
 @contextmanager
-def _on_gpu(loaded: LoadedDecoder, size: tuple[int, int], encoded_pixels: int = 0) -> Iterator[PixelDecoder]:
+def _in_less_memory(decoder: PixelDecoder, memory: str, size: tuple[int, int]) -> Iterator[None]:
+    """Decode in smaller pieces where a node's `memory` says so."""
+    runner = decoder.runner
+    if memory == DEFAULT:
+        yield
+        return
+    if not isinstance(runner, Runner):
+        raise SettingError(f"memory acts on student and teacher decoders only; set it to {DEFAULT} for {decoder.name}.")
+    kept, dtype = (runner.plan, runner.chunks), str(decoder.dtype).removeprefix("torch.")
+    window = WINDOW if memory == "windows" and max(size) > WINDOW else None
+    runner.plan = Plan(size=size, dtype=dtype, chunks=SMALL_CHUNKS, keep_tokens=False, window=window)
+    runner.chunks = SMALL_CHUNKS
+    try:
+        yield
+    finally:
+        runner.plan, runner.chunks = kept
+
+
+@contextmanager
+def _on_gpu(
+    loaded: LoadedDecoder, size: tuple[int, int], encoded_pixels: int = 0, memory: str = DEFAULT
+) -> Iterator[PixelDecoder]:
     """Load a decoder as ComfyUI loads models: others make room for the predicted memory of `size` (width, height)."""
     decoder, device = loaded.decoder, loaded.patcher.load_device
-    working = decoder.runner.plan_for(size, 1).working
-    encoding = ENCODER_BYTES * encoded_pixels * decoder.dtype.itemsize
-    comfy.model_management.load_models_gpu(
-        [loaded.patcher], memory_required=max(working, encoding), force_full_load=True
-    )
-    with on_device(decoder.encoder, device if encoded_pixels else None):
-        yield decoder
+    with _in_less_memory(decoder, memory, size):
+        working = decoder.runner.plan_for(size, 1).working
+        encoding = ENCODER_BYTES * encoded_pixels * decoder.dtype.itemsize
+        comfy.model_management.load_models_gpu(
+            [loaded.patcher], memory_required=max(working, encoding), force_full_load=True
+        )
+        with on_device(decoder.encoder, device if encoded_pixels else None):
+            yield decoder
 
 
 def _with_states(decoder: PixelDecoder, options: DecodeOptions) -> DecodeOptions:
@@ -179,7 +214,11 @@ def _option_inputs(command: Command) -> list[Any]:
     """Widgets of all decode options of a command, and the socket for prompts encoded in ComfyUI."""
     inputs = [_option_input(name, info) for name, info in option_infos(command=command, interface="comfyui").items()]
     text = "Gemma-2 text states in place of the prompt: from a CLIP of type pixeldit."
-    return [*inputs, io.Conditioning.Input("conditioning", optional=True, tooltip=text)]
+    memory = io.Combo.Input(
+        "memory", options=[DEFAULT, "low", "windows"], default=DEFAULT, optional=True,
+        tooltip="low is slower, with the same image; windows needs least and changes the image a little.",
+    )  # fmt: skip
+    return [*inputs, memory, io.Conditioning.Input("conditioning", optional=True, tooltip=text)]
 
 
 def _decode_options(values: Mapping[str, Any], command: Command, decoder: PixelDecoder) -> DecodeOptions:
@@ -206,9 +245,11 @@ def _decode_options(values: Mapping[str, Any], command: Command, decoder: PixelD
 
 def _per_image(options: DecodeOptions, batch: int) -> list[DecodeOptions]:
     """The options of each image: a batch is decoded one by one, in the memory that one image needs."""
-    if options.seed is None:
-        return [options] * batch
-    return [replace(options, seed=seed) for seed in options.seeds(batch)]
+    seeds = [None] * batch if options.seed is None else options.seeds(batch)
+    references: list[Any] = [None] * batch
+    if isinstance(options.reference, Tensor):
+        references = [SourceImage(tensor=each) for each in options.reference[:, None]]
+    return [replace(options, seed=seed, reference=each) for seed, each in zip(seeds, references, strict=True)]
 
 
 def _model_names() -> list[str]:
@@ -280,7 +321,7 @@ class LoadDecoderNode(io.ComfyNode):
                 ),
                 io.Float.Input("lora_strength", default=1.0, min=-10.0, max=10.0, step=0.05, optional=True),
             ],
-            outputs=[DecoderType.Output(display_name="decoder")],
+            outputs=[DecoderType.Output(display_name="decoder"), io.Model.Output(display_name="model")],
         )  # fmt: skip
 
     @classmethod
@@ -298,7 +339,8 @@ class LoadDecoderNode(io.ComfyNode):
         lora: str = NO_LORA, lora_strength: float = 1.0,
     ) -> io.NodeOutput:  # fmt: skip
         """Load it into main memory; a node that decodes has ComfyUI move it to the device."""
-        named: dict[str, Any] = {"device": "cpu", "dtype": _number_format(dtype)}
+        auto = default_dtype(comfy.model_management.get_torch_device())
+        named: dict[str, Any] = {"device": "cpu", "dtype": auto if dtype == "auto" else getattr(torch, dtype)}
         path, space_given, kind_given = _weights_file(model, file), space != FROM_FILE, kind != FROM_FILE
         with _in_node_words():
             if path is not None:
@@ -318,11 +360,39 @@ class LoadDecoderNode(io.ComfyNode):
                 decoder = PixelDecoder.from_pretrained(model, **named)
             if lora != NO_LORA:
                 decoder.load_lora(folder_paths.get_full_path_or_raise("loras", lora), lora_strength)
-        return io.NodeOutput(manage(decoder))
+        try:
+            model = core_model(decoder)
+        except PidecodeError as error:  # said on a node that the output is connected to
+            model = ExecutionBlocker(str(error))
+        return io.NodeOutput(manage(decoder), model)
 
 
-def _number_format(dtype: str) -> torch.dtype:
-    return default_dtype(comfy.model_management.get_torch_device()) if dtype == "auto" else getattr(torch, dtype)
+def _source_inputs() -> list[Any]:
+    """Inputs that say what a LATENT holds."""
+    return [
+        io.Float.Input(
+            "latent_sigma", default=0.0, min=0.0, max=100.0, step=0.0001, round=False, optional=True,
+            tooltip="Noise that is in the latent, from PiD Early Stop; 0 for a finished latent.",
+        ),
+        io.Model.Input(
+            "model", optional=True, tooltip="The model that made the latent: it tells how latent and noise are scaled."
+        ),
+    ]  # fmt: skip
+
+
+def _latent_for(decoder: PixelDecoder, samples: Any, model: Any, sigma: float) -> Latent:
+    """The LATENT as the decoder reads it.
+
+    Raises:
+        SettingError: It holds more noise than the decoder was trained on.
+    """
+    latent = to_latent(samples, decoder.space, model=model, sigma=sigma)
+    if (level := float(latent.sigmas.max())) > decoder.max_sigma + ROUNDING:
+        raise SettingError(
+            f"The latent's noise level is {level:.2f}; {decoder.name} was trained up to {decoder.max_sigma:g}. Let the "
+            "sampler run further (PiD Early Stop, steps_left)."
+        )
+    return latent
 
 
 class DecodeNode(io.ComfyNode):
@@ -340,14 +410,7 @@ class DecodeNode(io.ComfyNode):
                 DecoderType.Input("decoder"),
                 io.Latent.Input("samples"),
                 *_option_inputs("decode"),
-                io.Float.Input(
-                    "latent_sigma", default=0.0, min=0.0, max=100.0, step=0.0001, round=False, optional=True,
-                    tooltip="Noise that is in the latent, from PiD Early Stop; 0 for a finished latent.",
-                ),
-                io.Model.Input(
-                    "model", optional=True,
-                    tooltip="The model that made the latent: it tells how latent and noise are scaled.",
-                ),
+                *_source_inputs(),
                 io.Vae.Input(
                     "vae", optional=True, tooltip="Decodes the reference of color_fix, in place of the decoder's own."
                 ),
@@ -358,17 +421,12 @@ class DecodeNode(io.ComfyNode):
     @classmethod
     def execute(
         cls, decoder: LoadedDecoder, samples: Any, latent_sigma: float = 0.0, model: Any = None, vae: Any = None,
-        **values: Any,
+        memory: str = DEFAULT, **values: Any,
     ) -> io.NodeOutput:  # fmt: skip
         """Decode one latent after another; `values` are those of the option widgets."""
         own = decoder.decoder
         with _in_node_words():
-            latent = to_latent(samples, own.space, model=model, sigma=latent_sigma)
-            if float(latent.sigmas.max()) > own.max_sigma + ROUNDING:
-                raise SettingError(
-                    f"The latent's noise level is {float(latent.sigmas.max()):.2f}; {own.name} was trained up to "
-                    f"{own.max_sigma:g}. Let the sampler run further (PiD Early Stop, steps_left)."
-                )
+            latent = _latent_for(own, samples, model, latent_sigma)
             given = _with_states(own, _decode_options(values, "decode", own))
             if vae is not None:
                 given = _with_reference(given, vae, samples, latent_sigma)
@@ -376,9 +434,9 @@ class DecodeNode(io.ComfyNode):
             fixes = given.color_fix not in (None, "off") and given.reference is None
             encoded = height * width // own.scale**2 if fixes else 0
             show, moves = _callbacks(len(latent))
-            with _on_gpu(decoder, (width, height), encoded):
+            with _on_gpu(decoder, (width, height), encoded, memory):
                 outputs = [
-                    own.decode(one, options=_part(options, index), callback=show, progress_callback=moves(index))
+                    own.decode(one, options=options, callback=show, progress_callback=moves(index))
                     for index, (one, options) in enumerate(zip(latent, _per_image(given, len(latent)), strict=True))
                 ]
         return io.NodeOutput(torch.cat([image_from_tensor(output.tensor) for output in outputs]))
@@ -393,14 +451,6 @@ def _with_reference(options: DecodeOptions, vae: Any, samples: Mapping[str, Any]
     images = vae.decode(samples["samples"])
     images = images.flatten(0, 1) if images.ndim == 5 else images
     return options.replace(reference=tensor_from_image(images))
-
-
-def _part(options: DecodeOptions, index: int) -> DecodeOptions:
-    """One image's options: its own reference out of a batch of them."""
-    reference = options.reference
-    if reference is None:
-        return options
-    return options.replace(reference=SourceImage(tensor=reference[index : index + 1]))
 
 
 class UpscaleNode(io.ComfyNode):
@@ -435,69 +485,32 @@ class UpscaleNode(io.ComfyNode):
     @classmethod
     def execute(
         cls, decoder: LoadedDecoder, image: Tensor, vae: Any = None, mask: Any = None, width: int = 0, height: int = 0,
-        **values: Any,
+        memory: str = DEFAULT, **values: Any,
     ) -> io.NodeOutput:  # fmt: skip
         """Upscale one image after another; `values` are those of the option widgets."""
         own = copy.copy(decoder.decoder)
         with _in_node_words():
             images = tensor_from_image(image)
             alpha = alpha_of(image, mask)
-            target = _target_size(images, own.scale, width, height)
+            target = target_size(images, own.scale, width, height)
             if vae is not None:
-                own.encoder = _vae_encoder(vae, own)
+                own.encoder = vae_encoder(vae, own)
             given = _with_states(own, _decode_options(values, "upscale", own))
             rows, columns = images.shape[-2:]
             multiple = own.space.input_multiple
             padded = (-(-columns // multiple) * multiple * own.scale, -(-rows // multiple) * multiple * own.scale)
             show, moves = _callbacks(len(images))
             enlarged = []
-            with _on_gpu(replace(decoder, decoder=own), padded, rows * columns if vae is None else 0):
+            with _on_gpu(replace(decoder, decoder=own), padded, rows * columns if vae is None else 0, memory):
                 for index, options in enumerate(_per_image(given, len(images))):
                     one = SourceImage(tensor=images[index : index + 1])
                     output = own.upscale(one, options=options, callback=show, progress_callback=moves(index))
-                    enlarged.append(_resized(output.tensor.float().cpu(), target))
+                    enlarged.append(resized(output.tensor.float().cpu(), target))
         pixels = image_from_tensor(torch.cat(enlarged))
         if bool((alpha == 1).all()):
             return io.NodeOutput(pixels, torch.zeros(pixels.shape[:3]))
         large = resize(alpha[:, None].expand(-1, 3, -1, -1) * 2 - 1, *pixels.shape[1:3])[:, 0]
         return io.NodeOutput(pixels, (0.5 - large / 2).clamp(0, 1))
-
-
-def _target_size(images: Tensor, scale: int, width: int, height: int) -> tuple[int, int] | None:
-    """Height and width of the result; None for the decoder's own."""
-    rows, columns = images.shape[-2:]
-    if not (width or height):
-        return None
-    width, height = width or round(height * columns / rows), height or round(width * rows / columns)
-    if width > columns * scale or height > rows * scale:
-        raise SettingError(
-            f"{width}x{height} is more than {scale} times the image of {columns}x{rows}; set width and height to "
-            f"{columns * scale}x{rows * scale} or less."
-        )
-    return height, width
-
-
-def _resized(pixels: Tensor, size: tuple[int, int] | None) -> Tensor:
-    return pixels if size is None or size == pixels.shape[-2:] else resize(pixels, *size, method="lanczos").clamp(-1, 1)
-
-
-def _vae_encoder(vae: Any, decoder: PixelDecoder) -> Callable[[Tensor], Tensor]:
-    """Images `[B, 3, H, W]` to normalized latents by a VAE of ComfyUI."""
-    if decoder.space.fixed_input is not None:
-        raise SettingError(f"A decoder of {decoder.space.name} takes latents of its own encoder; disconnect the VAE.")
-
-    def encode(images: Tensor) -> Tensor:
-        raw = vae.encode(image_from_tensor(images))
-        channels = decoder.space.channels if decoder.space.name == "flux2" else decoder.space.raw_channels
-        if raw.shape[1] != channels:
-            raise SettingError(
-                f"The VAE's latents have {raw.shape[1]} channels, and those of space {decoder.space.name} {channels}; "
-                "connect the VAE of that space."
-            )
-        latent: Tensor = to_latent({"samples": raw}, decoder.space).tensor
-        return latent.to(decoder.device)
-
-    return encode
 
 
 class EarlyStopNode(io.ComfyNode):
@@ -530,6 +543,68 @@ class EarlyStopNode(io.ComfyNode):
         """Cut the sigmas, and return the one at which sampling will end."""
         step = early_stop_step(sigmas, model, None if steps_left < 0 else steps_left)
         return io.NodeOutput(sigmas[: step + 1], float(sigmas[step]))
+
+
+class ConditioningNode(io.ComfyNode):
+    """Prepares what ComfyUI's own samplers need to run a decoder as a MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return io.Schema(
+            node_id="PidecodeConditioning",
+            display_name="PiD Conditioning (pidecode)",
+            category=CATEGORY,
+            description=(
+                "For a sampler that runs the loader's MODEL: CONDITIONING that carries the latent, scaled as the "
+                "decoder was trained, an empty image of the right size, and the decoder's own SIGMAS. Decode the "
+                "result with a VAE Loader's pixel_space."
+            ),
+            inputs=[
+                DecoderType.Input("decoder"),
+                io.Latent.Input("samples"),
+                io.Conditioning.Input(
+                    "positive", optional=True, tooltip="Gemma-2 text states, from a CLIP of type pixeldit."
+                ),
+                io.Conditioning.Input("negative", optional=True, tooltip="The same, of a teacher's negative prompt."),
+                io.String.Input(
+                    "prompt", default="", multiline=True, optional=True, tooltip="A text in place of positive."
+                ),
+                io.Int.Input(
+                    "num_steps", default=0, min=0, max=1000, optional=True,
+                    tooltip="Steps of the SIGMAS: 1 to 4 for a distilled decoder. 0 takes the default.",
+                ),
+                *_source_inputs(),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="positive"), io.Conditioning.Output(display_name="negative"),
+                io.Latent.Output(display_name="image"), io.Sigmas.Output(display_name="sigmas"),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, decoder: LoadedDecoder, samples: Any, positive: Any = None, negative: Any = None, prompt: str = "",
+        num_steps: int = 0, latent_sigma: float = 0.0, model: Any = None,
+    ) -> io.NodeOutput:  # fmt: skip
+        """Attach the latent to both CONDITIONINGs; where there is no negative one, the positive serves as such."""
+        own = decoder.decoder
+        with _in_node_words():
+            latent = _latent_for(own, samples, model, latent_sigma)
+            if positive is None:
+                options = _with_states(own, DecodeOptions(prompt=prompt.strip() or None))
+                if options.prompt_embeds is None:
+                    raise SettingError(f"{own.name} reads no text encoder here; connect positive.")
+                positive = [[options.prompt_embeds, {}]]
+            elif prompt.strip():
+                raise SettingError("There are a prompt and a CONDITIONING; give one of them.")
+            checked = [
+                [[prompt_embeds_from_conditioning(each, own), each[0][1]]] for each in (positive, negative or positive)
+            ]
+            height, width = latent.output_size
+            sigmas = sampling_sigmas(own, num_steps or None, (height, width))
+        image = {"samples": torch.zeros(len(latent), 3, height, width)}
+        return io.NodeOutput(*(with_latent(each, latent) for each in checked), image, sigmas)
 
 
 def _callbacks(batch: int) -> tuple[Callback | None, Callable[[int], Callable[[Progress], None]]]:
@@ -567,7 +642,7 @@ class PidecodeExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[Any]]:
         """All nodes."""
-        return [LoadDecoderNode, DecodeNode, UpscaleNode, EarlyStopNode]
+        return [LoadDecoderNode, DecodeNode, UpscaleNode, EarlyStopNode, ConditioningNode]
 
 
 async def comfy_entrypoint() -> PidecodeExtension:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ComfyUI's LATENT, IMAGE and CONDITIONING as pidecode's latents, images and text states, and back.
+"""ComfyUI's LATENT, IMAGE and CONDITIONING as pidecode's latents, images and text states, and back; MODEL of a decoder.
 
 Everything is read from the objects themselves, so this module is importable without ComfyUI.
 """
@@ -7,19 +7,24 @@ Everything is read from the objects themselves, so this module is importable wit
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pidecode.decoder import PixelDecoder
+from pidecode.decoder import STUDENT_STEPS, TEACHER_STEPS, PixelDecoder
 from pidecode.encoders.text import load_prompt_embeds
-from pidecode.errors import LatentError, SettingError
+from pidecode.errors import LatentError, MissingDependencyError, SettingError
+from pidecode.images import resize
 from pidecode.latents.latent import Latent
+from pidecode.models.pid.network import PiDNet
 from pidecode.options import MAX_SIGMA
+from pidecode.registry.checkpoints import STUDENT_TIMES
 from pidecode.registry.configs import PiDConfig
 from pidecode.registry.spaces import LatentSpace, get_space, recommended_stop
+from pidecode.sampling import TIMESCALE, shifted, student_times, teacher_times
 
 ROUNDING = 1e-6
 """What a noise level may exceed its bound by: sigmas are float32."""
@@ -205,6 +210,52 @@ def prompt_embeds_from_conditioning(conditioning: Sequence[Any], decoder: PixelD
     return load_prompt_embeds(states.float(), length=config.text_length, width=config.text_dim)
 
 
+def target_size(images: Tensor, scale: int, width: int, height: int) -> tuple[int, int] | None:
+    """Height and width that an upscaled image is to have; None for the decoder's own.
+
+    Raises:
+        SettingError: They are more than `scale` times the image.
+    """
+    rows, columns = images.shape[-2:]
+    if not (width or height):
+        return None
+    width, height = width or round(height * columns / rows), height or round(width * rows / columns)
+    if width > columns * scale or height > rows * scale:
+        raise SettingError(
+            f"{width}x{height} is more than {scale} times the image of {columns}x{rows}; set width and height to "
+            f"{columns * scale}x{rows * scale} or less."
+        )
+    return height, width
+
+
+def resized(pixels: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """Images `[B, 3, H, W]` at that height and width."""
+    return pixels if size is None or size == pixels.shape[-2:] else resize(pixels, *size, method="lanczos").clamp(-1, 1)
+
+
+def vae_encoder(vae: Any, decoder: PixelDecoder) -> Callable[[Tensor], Tensor]:
+    """Images `[B, 3, H, W]` to normalized latents by a VAE of ComfyUI.
+
+    Raises:
+        SettingError: The decoder's space is not one of a VAE; when called, that the VAE is of another space.
+    """
+    if decoder.space.fixed_input is not None:
+        raise SettingError(f"A decoder of {decoder.space.name} takes latents of its own encoder; disconnect the VAE.")
+
+    def encode(images: Tensor) -> Tensor:
+        raw = vae.encode(image_from_tensor(images))
+        channels = decoder.space.channels if decoder.space.name == "flux2" else decoder.space.raw_channels
+        if raw.shape[1] != channels:
+            raise SettingError(
+                f"The VAE's latents have {raw.shape[1]} channels, and those of space {decoder.space.name} {channels}; "
+                "connect the VAE of that space."
+            )
+        latent: Tensor = to_latent({"samples": raw}, decoder.space).tensor
+        return latent.to(decoder.device)
+
+    return encode
+
+
 def early_stop_step(sigmas: Tensor, model: Any, steps_left: int | None = None) -> int:
     """The step, counted from 1, to end sampling after.
 
@@ -241,3 +292,110 @@ def _model_classes(model: Any) -> list[str]:
     config = getattr(model.model, "model_config", None)
     names = [kind.__name__ for kind in type(config).__mro__ if kind is not object]
     return names if config is not None else [type(model.model).__name__]
+
+
+LAST_TIME = 0.999
+"""Time at which sampling begins where a decoder takes several steps."""
+
+
+def flow_times(share: Tensor, shift: float | None) -> Tensor:
+    """Flow times by the share of the steps still to come, so that equal parts of it give the reference's times.
+
+    Args:
+        share: From 1 (noise) to 0 (image).
+        shift: A teacher's flow shift; None for a student, whose times are a list with lines drawn between them.
+    """
+    if shift is not None:
+        return shifted(LAST_TIME * share, shift)
+    times = torch.tensor(STUDENT_TIMES[::-1], dtype=share.dtype, device=share.device)
+    place = share * (len(times) - 1)
+    below = place.floor().clamp(0, len(times) - 2).long()
+    return torch.lerp(times[below], times[below + 1], place - below)
+
+
+def sampling_sigmas(decoder: PixelDecoder, num_steps: int | None, size: tuple[int, int]) -> Tensor:
+    """SIGMAS of a decoder at the reference's times, for an image of that height and width."""
+    if decoder.kind == "student":
+        return torch.tensor(student_times(num_steps or STUDENT_STEPS))
+    return teacher_times(num_steps or TEACHER_STEPS, decoder.flow_shift(*size)).float()
+
+
+def core_model(decoder: PixelDecoder) -> Any:
+    """A decoder as a MODEL of ComfyUI's own PiD, sharing the weights, so that its samplers and MODEL nodes act on it.
+
+    In place of ComfyUI's approximation it has the reference's times (a student's with the scheduler `simple` and 1, 2
+    or 4 steps) and begins from unit noise.
+
+    Raises:
+        SettingError: The decoder is no network that ComfyUI has.
+        MissingDependencyError: This ComfyUI has no PiD.
+    """
+    net = decoder.net
+    if not isinstance(net, PiDNet) or not net.config.has_text or net.config.adapter_image_channels:
+        raise SettingError(f"{decoder.name} is no PiD network of ComfyUI's; connect the decoder to PiD Decode instead.")
+    if find_spec("comfy.ldm") is None or find_spec("comfy.ldm.pixeldit") is None:
+        raise MissingDependencyError(
+            "This ComfyUI has no PiD of its own; update it, or connect the decoder to PiD Decode instead."
+        )
+    from comfy import model_management as management
+    from comfy import model_patcher, supported_models
+
+    about = supported_models.PiD({"image_model": "pid", **_core_config(net.config)})
+    device, offload = management.get_torch_device(), management.unet_offload_device()
+    cast = management.unet_manual_cast(decoder.dtype, device, about.supported_inference_dtypes)
+    about.set_inference_dtype(decoder.dtype, cast)
+    model = about.get_model({}, "")
+    weights = about.process_unet_state_dict(dict(net.state_dict()))
+    model.diffusion_model.load_state_dict(weights, assign=True)
+    model.model_sampling = _reference_sampling(decoder)
+    patcher = getattr(model_patcher, "CoreModelPatcher", model_patcher.ModelPatcher)
+    return patcher(model.eval(), load_device=device, offload_device=offload)
+
+
+def _core_config(config: PiDConfig) -> dict[str, Any]:
+    """A network's shape by the names that ComfyUI's PidNet takes."""
+    return {
+        "hidden_size": config.hidden_size, "num_groups": config.num_heads, "patch_depth": config.patch_depth,
+        "patch_size": config.patch_size, "pixel_hidden_size": config.pixel_hidden_size,
+        "pixel_depth": config.pixel_depth, "pixel_attn_hidden_size": config.pixel_attn_hidden_size,
+        "pixel_num_groups": config.pixel_num_heads, "txt_embed_dim": config.text_dim,
+        "txt_max_length": config.text_length, "use_text_rope": config.text_rope,
+        "text_rope_theta": config.text_rope_theta, "lq_latent_channels": config.latent_channels,
+        "lq_hidden_dim": config.adapter_width, "lq_num_res_blocks": config.adapter_blocks,
+        "lq_interval": config.inject_interval, "sr_scale": config.scale,
+        "latent_spatial_down_factor": config.latent_down, "lq_latent_unpatchify_factor": config.latent_unpatchify,
+        "lq_conv_padding_mode": config.adapter_padding, "lq_gate_per_token": config.gate == "per_token",
+        "pit_lq_inject": config.inject_pixels, "rope_ref_h": config.rope_reference[0],
+        "rope_ref_w": config.rope_reference[1],
+    }  # fmt: skip
+
+
+def _reference_sampling(decoder: PixelDecoder) -> Any:
+    """ComfyUI's flow sampling with the reference's times and its unit noise at the first of them."""
+    import comfy.model_sampling as core
+
+    shift = None if decoder.kind == "student" else decoder.flow_shift(2048, 2048)
+    velocity = not isinstance(decoder.net.config, PiDConfig) or decoder.net.config.prediction == "velocity"
+
+    class ReferenceFlow(core.ModelSamplingDiscreteFlow, core.CONST):
+        """Flow sampling of a PiD network."""
+
+        def sigma(self, timestep: Tensor) -> Tensor:
+            return flow_times(torch.as_tensor(timestep) / TIMESCALE, shift)
+
+        def percent_to_sigma(self, percent: float) -> float:
+            return 1.0 if percent <= 0 else float(self.sigma(TIMESCALE * (1 - min(percent, 1.0))))
+
+        def noise_scaling(self, sigma: Tensor, noise: Tensor, latent: Tensor, max_denoise: bool = False) -> Tensor:
+            return noise if max_denoise else super().noise_scaling(sigma, noise, latent)
+
+        def calculate_denoised(self, sigma: Tensor, output: Tensor, noisy: Tensor) -> Tensor:
+            return super().calculate_denoised(sigma, output, noisy) if velocity else output
+
+    return ReferenceFlow()
+
+
+def with_latent(conditioning: Sequence[Any], latent: Latent) -> list[Any]:
+    """A CONDITIONING that carries the latent and its noise level to ComfyUI's PiD."""
+    added = {"lq_latent": latent.tensor, "degrade_sigma": latent.sigmas.float()}
+    return [[states, {**values, **added}] for states, values in conditioning]

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make comfyui COMFYUI=/path/to/ComfyUI`: every example workflow in the application, over HTTP and in Chromium.
+
+Makes an environment of its own with the checkout's requirements, starts the application on the CPU and on loopback, and
+for each workflow: loads it in headless Chromium, keeps a screenshot, checks that no node hides another where the window
+has drawn them, and runs what the window would send. Loaders of large files are replaced by `stand_ins`, decoders by
+random networks of a few thousand parameters; everything else is the application's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests")]
+
+SMALL = 128
+"""Side in pixels that text-to-image workflows are run at, in place of their own."""
+NOT_NEEDED = ("comfyui-workflow-templates", "comfyui-embedded-docs")
+"""Requirements of the application that hold only pictures and texts, by the gigabyte."""
+PORT = 8197
+SPACES = ("flux", "flux2", "sd3", "sdxl", "qwenimage")
+LOADERS = {"UNETLoader", "CLIPLoader", "DualCLIPLoader", "CheckpointLoaderSimple"}
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@dataclass(frozen=True)
+class Application:
+    """A running ComfyUI: its address, and the folder of its models, inputs and outputs."""
+
+    url: str
+    base: Path
+
+    def ask(self, path: str, content: Any = None) -> Any:
+        """Answer of the HTTP API, read as JSON; an error of the application is raised with its text."""
+        data = None if content is None else json.dumps(content).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                text = answer.read()
+        except urllib.error.HTTPError as error:
+            raise SystemExit(f"{path} answered {error.code}: {error.read().decode()[:2000]}") from None
+        return json.loads(text) if text else None
+
+    def run(self, prompt: dict[str, Any], seconds: float = 300) -> dict[str, Any]:
+        """Run a prompt to its end; returns its entry of the history."""
+        number = self.ask("/prompt", {"prompt": prompt})["prompt_id"]
+        for _ in range(round(seconds / 0.2)):
+            history = self.ask(f"/history/{number}")
+            if number in history:
+                return dict(history[number])
+            time.sleep(0.2)
+        raise SystemExit(f"A workflow took more than {seconds:g} s.")
+
+
+def make_environment(checkout: Path, venv: Path) -> Path:
+    """An interpreter with the application's requirements and this package."""
+    from make_env import CPU_INDEX, make_venv, torch_version
+
+    python = make_venv(venv)
+    install = [str(python), "-m", "pip", "install", "--quiet"]
+    ours = ("torch", "torchvision", "torchaudio")
+    if (
+        not torch_version(python)
+        and subprocess.run([*install, "--index-url", CPU_INDEX, *ours], check=False).returncode
+    ):
+        subprocess.run([*install, *ours], check=True)
+    wanted = (checkout / "requirements.txt").read_text().splitlines()
+    rest = [line for line in wanted if line.strip() and not line.startswith(("#", *ours, *NOT_NEEDED))]
+    torchsde = [line for line in wanted if line.startswith("torchsde")]
+    subprocess.run([*install, *rest, *torchsde, str(ROOT)], check=True)
+    return python
+
+
+def lay_out(checkout: Path, base: Path) -> None:
+    """The application's folders: our nodes, the stand-ins, small decoders, the checkout's example image."""
+    import torch
+    from PIL import Image
+    from safetensors.torch import save_file
+
+    from pidecode.models.pid.network import PiDNet
+    from pidecode.registry.configs import debug_config
+    from pidecode.registry.spaces import SPACES as ROWS
+    from pidecode.weights.metadata import CheckpointMetadata
+
+    shutil.rmtree(base, ignore_errors=True)
+    for folder in ("custom_nodes", "input", "models/diffusion_models", "models/loras", "output", "user/default"):
+        (base / folder).mkdir(parents=True)
+    (base / "custom_nodes" / "pidecode").symlink_to(ROOT / "comfyui")
+    (base / "custom_nodes" / "stand_ins").symlink_to(HERE / "stand_ins")
+    # Without this the first visit opens a window of templates over the workflow.
+    settings = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False}
+    (base / "user" / "default" / "comfy.settings.json").write_text(json.dumps(settings))
+    with Image.open(checkout / "input" / "example.png") as image:
+        image.convert("RGB").resize((SMALL, SMALL)).save(base / "input" / "example.png")
+    for name, text_dim in [(space, 0) for space in SPACES] + [("flux_text", 64)]:
+        row = ROWS[name.removesuffix("_text")]
+        config = debug_config(
+            text_dim=text_dim, latent_channels=row.channels, latent_down=row.down, latent_unpatchify=row.raw_patch
+        )
+        torch.manual_seed(0)
+        net = PiDNet(config).requires_grad_(False)
+        for parameter in net.parameters():
+            parameter.normal_(std=0.2) if parameter.ndim else parameter.fill_(1.0)
+        metadata = CheckpointMetadata(kind="student", config=config, space=row.name, license="Apache-2.0")
+        file = base / "models" / "diffusion_models" / f"{name}.safetensors"
+        save_file(dict(net.state_dict()), file, metadata=metadata.to_metadata())
+
+
+@contextmanager
+def running(checkout: Path, python: Path, base: Path) -> Iterator[Application]:
+    """The application, started and stopped again; its log is `base`/server.log."""
+    command = [
+        str(python), "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(PORT), "--base-directory", str(base),
+        "--database-url", "sqlite:///:memory:", "--disable-api-nodes", "--disable-auto-launch", "--preview-method",
+        "auto",
+    ]  # fmt: skip
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    app = Application(f"http://127.0.0.1:{PORT}", base)
+    with open(base / "server.log", "w") as log:
+        server = subprocess.Popen(
+            command, cwd=checkout, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            for _ in range(600):
+                if server.poll() is not None:
+                    raise SystemExit(f"ComfyUI ended:\n{(base / 'server.log').read_text()[-3000:]}")
+                try:
+                    urllib.request.urlopen(f"{app.url}/system_stats", timeout=5).close()
+                    break
+                except OSError:
+                    time.sleep(0.5)
+            yield app
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait(30)
+
+
+BOXES = """() => app.graph.nodes.map(node => {
+    const box = node.getBounding ? node.getBounding() : node.boundingRect;
+    return [node.type, ...box];
+})"""
+
+
+def as_drawn(page: Any, path: Path, screenshot: Path) -> dict[str, Any]:
+    """Load a workflow in the window and look at it; returns the prompt that the window would send."""
+    page.evaluate("async flow => { await app.loadGraphData(flow); }", json.loads(path.read_text()))
+    page.wait_for_timeout(1000)
+    page.evaluate(
+        "() => { const c = app.canvas; c.selectItems(); c.fitViewToSelectionAnimated?.({duration: 50}); "
+        "c.deselectAll(); }"
+    )
+    page.wait_for_timeout(1500)
+    page.screenshot(path=str(screenshot))
+    boxes = page.evaluate(BOXES)
+    for (one, left, top, width, height), (other, x, y, w, h) in itertools.combinations(boxes, 2):
+        if left < x + w and x < left + width and top < y + h and y < top + height:
+            raise SystemExit(f"{path.name}: {one} and {other} lie on each other in the window.")
+    return dict(page.evaluate("async () => (await app.graphToPrompt()).output"))
+
+
+def with_small_models(prompt: dict[str, Any]) -> dict[str, Any]:
+    """The prompt with stand-ins for loaders of large files, and small images."""
+    own_samplers = any(node["class_type"] == "PidecodeConditioning" for node in prompt.values())
+    for node in prompt.values():
+        kind, inputs = node["class_type"], node["inputs"]
+        if kind in LOADERS:
+            node["class_type"] = f"{kind}StandIn"
+            name = next(str(value) for value in inputs.values())
+            node["inputs"] = {"name": name} | ({"tokens": 10} if inputs.get("type") == "pixeldit" else {})
+        elif kind == "PidecodeLoadDecoder" and inputs["model"] != "tiny":
+            inputs["model"] = inputs["model"].partition("/")[0] + ("_text" if own_samplers else "") + ".safetensors"
+        elif kind.startswith(("Empty", "Flux2Scheduler")):
+            inputs |= {"width": SMALL, "height": SMALL}
+    return prompt
+
+
+def check_workflow(app: Application, name: str, prompt: dict[str, Any]) -> list[Path]:
+    """Run a workflow; returns its images."""
+    began = time.monotonic()
+    entry = app.run(with_small_models(prompt))
+    status = entry["status"]
+    if status["status_str"] != "success":
+        message = next((event[1] for event in status["messages"] if event[0] == "execution_error"), status)
+        raise SystemExit(f"{name} failed in {message.get('node_type')}: {message.get('exception_message')}")
+    files = [app.base / "output" / image["filename"] for out in entry["outputs"].values() for image in out["images"]]
+    if not files:
+        raise SystemExit(f"{name} made no image.")
+    print(f"  ran in {time.monotonic() - began:.1f} s: {', '.join(file.name for file in files)}")
+    return files
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkout", type=Path, help="a checkout of ComfyUI")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "comfyui", help="folder for all that is made")
+    parser.add_argument("--python", type=Path, help="an interpreter that has ComfyUI's requirements already")
+    parser.add_argument("workflows", nargs="*", help="names of workflows; by default all")
+    arguments = parser.parse_args()
+    checkout, base = arguments.checkout.resolve(), (arguments.out / "base").resolve()
+    if not (checkout / "main.py").is_file():
+        sys.exit(f"{checkout} is no checkout of ComfyUI: it has no main.py. Give one as COMFYUI=/path/to/ComfyUI.")
+    if CHROMIUM is None:
+        sys.exit("There is no chromium on PATH; install Debian's package chromium.")
+    from playwright.sync_api import sync_playwright
+
+    python = arguments.python or make_environment(checkout, ROOT / ".venv-comfyui")
+    lay_out(checkout, base)
+    paths = sorted((ROOT / "comfyui" / "example_workflows").glob("*.json"))
+    paths = [path for path in paths if path.stem in arguments.workflows or not arguments.workflows]
+    with running(checkout, python.absolute(), base) as app, sync_playwright() as driver:
+        print(f"ComfyUI {app.ask('/system_stats')['system']['comfyui_version']}")
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1800, "height": 1000})
+        page.goto(app.url, wait_until="domcontentloaded")
+        page.wait_for_function("() => window.app?.graph && window.app.vueAppReady !== false", timeout=120_000)
+        page.wait_for_timeout(3000)
+        for path in paths:
+            print(path.stem)
+            prompt = as_drawn(page, path, arguments.out / f"{path.stem}.png")
+            for image in check_workflow(app, path.stem, prompt):
+                shutil.copy(image, arguments.out / f"{path.stem}_result.png")
+        browser.close()
+    print(f"All {len(paths)} workflows ran; screenshots and results are in {arguments.out}.")
+
+
+if __name__ == "__main__":
+    main()
