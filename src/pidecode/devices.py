@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -116,17 +118,36 @@ def resident_memory() -> int | None:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _free_host_memory() -> int | None:
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return None
+def _free_host_memory(system: Path = Path("/")) -> int | None:
+    """Main memory that may still be taken: the least of what system, containers and this process's own limit leave."""
+    found = _free_in_containers(system)
+    for line in (_read(system / "proc/meminfo") or "").splitlines():
+        if line.startswith("MemAvailable:"):
+            found.append(int(line.split()[1]) * 1024)
+            break
+    else:
+        with suppress(AttributeError, OSError, ValueError):
+            found.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with suppress(ImportError, OSError, AttributeError):  # `ulimit -v`, which Windows does not have
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        pages = _read(system / "proc/self/statm")
+        if limit != resource.RLIM_INFINITY and pages:
+            found.append(max(0, limit - int(pages.split()[0]) * resource.getpagesize()))
+    return min(found, default=None)
+
+
+def _free_in_containers(system: Path) -> list[int]:
+    """What the memory limits of this process's control groups leave; files in the cache make way."""
+    found = []
+    for place in _control_groups(system, "memory"):
+        limit = _read(place / "memory.max") or _read(place / "memory.limit_in_bytes") or "max"
+        used = _read(place / "memory.current") or _read(place / "memory.usage_in_bytes")
+        if limit != "max" and used:
+            cached = re.findall(r"^(?:total_)?inactive_file (\d+)$", _read(place / "memory.stat") or "", re.MULTILINE)
+            found.append(max(0, int(limit) - int(used) + max(map(int, cached), default=0)))
+    return found
 
 
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -178,23 +199,26 @@ def physical_cores(logical: Iterable[int], system: Path = Path("/")) -> int:
 
 
 def container_quota(system: Path = Path("/")) -> float | None:
-    """CPU quota of the control group in cores (Linux); None without a limit."""
-    group = next(
-        (line[3:] for line in (_read(system / "proc/self/cgroup") or "").splitlines() if line[:3] == "0::"), ""
-    )
-    top = system / "sys/fs/cgroup"
-    folder = top / group.strip("/")
+    """CPU quota of the control groups in cores (Linux); None without a limit."""
     found = []
-    for place in (folder, *folder.parents):
-        if not place.is_relative_to(top):
-            break
+    for place in _control_groups(system, "cpu"):
         quota, _, period = (_read(place / "cpu.max") or "max").partition(" ")
+        older = _read(place / "cpu.cfs_quota_us"), _read(place / "cpu.cfs_period_us")
+        if older[0] and older[1] and int(older[0]) > 0:
+            quota, period = older
         if quota != "max":
             found.append(int(quota) / int(period))
-    older = _read(top / "cpu/cpu.cfs_quota_us"), _read(top / "cpu/cpu.cfs_period_us")
-    if older[0] and older[1] and int(older[0]) > 0:
-        found.append(int(older[0]) / int(older[1]))
     return min(found, default=None)
+
+
+def _control_groups(system: Path, controller: str) -> Iterator[Path]:
+    """Folders of the control group of this process and of those above it, in both forms that Linux has."""
+    lines = (line.split(":", 2) for line in (_read(system / "proc/self/cgroup") or "").splitlines())
+    groups = {names: group for _, joined, group in lines for names in joined.split(",")}
+    top = system / "sys/fs/cgroup"
+    for root, name in ((top, ""), (top / controller, controller)):
+        folder = root / groups.get(name, "").strip("/")
+        yield from (place for place in (folder, *folder.parents) if place.is_relative_to(root))
 
 
 def _read(file: Path) -> str | None:

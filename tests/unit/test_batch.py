@@ -224,6 +224,13 @@ def test_other_options_never_replace_an_image_without_overwrite(tmp_path: Path, 
     assert states(go(source, out, allowed)) == {"a.safetensors": "done", "b.safetensors": "done"}  # made again
 
 
+def allocation_failure() -> RuntimeError:
+    """What a CPU's allocator raises."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(10**14)
+    return caught.value
+
+
 def test_images_are_upscaled_and_an_error_stays_with_its_job(tmp_path: Path, config: WorkerConfig) -> None:
     save_image(tmp_path / "photo.png", Image.new("RGB", (20, 17), "teal"))
     decoder = PixelDecoder.from_pretrained(config.model, device="cpu")
@@ -235,12 +242,15 @@ def test_images_are_upscaled_and_an_error_stays_with_its_job(tmp_path: Path, con
         assert image.size == (80, 68)
     assert Worker(config, decoder).process(job).images == 0  # as after a death between writing and reporting
 
-    def out_of_memory(_: torch.Tensor) -> torch.Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    decoder.encoder = out_of_memory
     job.out.unlink()
-    assert "not enough memory" in (Worker(config, decoder).process(job).message or "")
+    for raised in (torch.OutOfMemoryError("CUDA out of memory"), allocation_failure(), MemoryError()):
+
+        def out_of_memory(_: torch.Tensor, raised: BaseException = raised) -> torch.Tensor:
+            raise raised
+
+        decoder.encoder = out_of_memory
+        result = Worker(config, decoder).process(job)
+        assert (result.error, "not enough memory" in (result.message or "")) == ("DoesNotFitError", True)
     decoder.encoder = lambda _: 1 / 0  # type: ignore[assignment,return-value]
     assert Worker(config, decoder).process(job).message == "ZeroDivisionError: division by zero"
 

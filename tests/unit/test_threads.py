@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,31 @@ def test_the_tightest_quota_of_all_groups_above_counts(system: Path) -> None:
     assert container_quota(system) == 1.5
     (groups / "cpu.max").write_text("50000 100000\n")
     assert container_quota(system) == 0.5
+
+
+def test_free_memory_is_what_the_tightest_group_leaves(system: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (system / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    8000 kB\n")
+    assert devices._free_host_memory(system) == 8000 * 1024
+    group = system / "sys/fs/cgroup/work"
+    (group / "job/memory.max").write_text("max\n")
+    (group / "job/memory.current").write_text("1000\n")
+    (group / "memory.max").write_text("5000000\n")
+    (group / "memory.current").write_text("3000000\n")
+    (group / "memory.stat").write_text("anon 5\ninactive_file 1000000\nactive_file 7\n")
+    assert devices._free_host_memory(system) == 3_000_000
+    (system / "proc/self/cgroup").write_text("4:memory:/a\n1:cpu:/\n0::/\n")
+    older = system / "sys/fs/cgroup/memory/a"
+    older.mkdir(parents=True)
+    (older / "memory.limit_in_bytes").write_text("2000000\n")
+    (older / "memory.usage_in_bytes").write_text("500000\n")
+    (older / "memory.stat").write_text("inactive_file 1\ntotal_inactive_file 100000\n")
+    assert devices._free_host_memory(system) == 1_600_000
+    (system / "proc/self/statm").write_text("100 50 20 1 0 60 0\n")
+    limit = 100 * resource.getpagesize() + 700_000  # what `ulimit -v` sets
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (limit, limit))
+    assert devices._free_host_memory(system) == 700_000
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY,) * 2)
+    assert devices._free_host_memory(system) == 1_600_000
 
 
 def test_the_older_form_of_a_quota(tmp_path: Path) -> None:

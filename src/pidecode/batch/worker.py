@@ -21,7 +21,7 @@ import torch
 from pidecode.batch.jobs import BatchJob
 from pidecode.batch.report import JobResult
 from pidecode.decoder import DecodeOutput, PixelDecoder
-from pidecode.errors import FileError, PidecodeError
+from pidecode.errors import DoesNotFitError, FileError, PidecodeError, is_out_of_memory
 from pidecode.images import MAX_PIXELS, check_format, image_size, read_image, read_metadata
 from pidecode.images.png import SIGNATURE
 from pidecode.images.read import SourceImage
@@ -202,9 +202,9 @@ def skip_done(jobs: Iterable[BatchJob], config: WorkerConfig) -> Iterator[tuple[
 
 def failed(job: BatchJob, error: BaseException, seconds: float) -> JobResult:
     """The result of a job that raised `error`."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        message = "There was not enough memory for it. Decode it alone, smaller, or on a larger device."
-    elif isinstance(error, PidecodeError):
+    if is_out_of_memory(error):
+        error = DoesNotFitError("There was not enough memory for it. Decode it alone, smaller, or on a larger device.")
+    if isinstance(error, PidecodeError):
         message = str(error)
     else:
         message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
