@@ -254,7 +254,7 @@ def _add_streamed_jobs(app: FastAPI, service: DecodeService) -> None:
         return _progress(request, _streamed_job(service, name))
 
     @app.delete(
-        "/v1/jobs/{name}", summary="Cancel a streamed job", status_code=204,
+        "/v1/jobs/{name}", summary="Cancel a streamed job", status_code=204, response_model=None,
         responses=_errors((*_AUTH_ERRORS, 404, 422)),
     )  # fmt: skip
     async def cancel(name: str) -> None:
