@@ -198,6 +198,19 @@ def test_inspection_decodes_one_image_at_a_time_and_none_too_large(
     assert decoded == []  # its result would be larger than allowed
 
 
+def test_what_is_too_large_is_refused_before_it_is_decompressed(
+    server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pidecode.serve.service.read_image", lambda *_, **__: pytest.fail("it was decompressed"))
+    answer = server.post("/v1/upscale", image_bytes(250, 250))
+    assert (answer.status, "1000x1000" in answer.message) == (400, True)
+    monkeypatch.setattr("pidecode.serve.service.free_memory", lambda device: 1000)
+    answer = server.post("/v1/upscale", image_bytes(64, 64))
+    assert answer.status == 507 and "256x256 pixels needs about" in answer.message and "1.0 kB" in answer.message
+    answer = server.post("/v1/decode?num_steps=1", latent_bytes())
+    assert answer.status == 507 and "1.0 kB are free" in answer.message
+
+
 def test_memory_that_runs_out_is_507(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 

@@ -230,10 +230,11 @@ class DecodeService:
 
         def run(job: DecodeJob) -> Result:
             decoder = self.decoder(params.model)
+            width, height = image_size(data, max_pixels=self.limits.pixels)
+            self._check_size(decoder, *decoder.upscaled_size((width, height)))  # before anything is decompressed
             image = read_image(data, max_pixels=self.limits.pixels)
-            height, width = image.tensor.shape[-2:]
-            native = result_size(decoder, FileInfo(kind="image", width=width, height=height))
-            self._check_size(decoder, *native)
+            height, width = image.tensor.shape[-2:]  # upright
+            native = decoder.upscaled_size((width, height))
             target = _target_size(decoder, native, params.scale, size)
             check_format(f".{params.format}", *(target or native))
 

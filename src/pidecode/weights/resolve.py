@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import re
@@ -152,9 +153,9 @@ class HubCache:
                 if file.tell() > about.size:
                     file.truncate(0)
                 have = file.tell() if file.tell() <= about.size else 0
-                http_get(
-                    about.location, file, resume_size=have, headers=headers, expected_size=about.size, tqdm_class=bar
-                )
+                newer = "tqdm_class" in inspect.signature(http_get).parameters  # before 1.3 it takes a bar itself
+                shown = {"tqdm_class": bar} if newer else {"_tqdm_bar": bar(initial=have, total=about.size)}
+                http_get(about.location, file, resume_size=have, headers=headers, expected_size=about.size, **shown)
                 file.flush()
                 os.fsync(file.fileno())
                 _verify(part, about)
