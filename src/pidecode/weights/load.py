@@ -290,7 +290,7 @@ class _LoraStrengths:
                 config = parse_json(metadata["lora_adapter_metadata"])
                 self.config = {key.partition(".")[2]: value for key, value in config.items()}
             elif path.name in _LORA_FILES and beside.is_file():
-                self.config = dict(parse_json(beside.read_text(encoding="utf-8-sig")))
+                self.config = {**parse_json(beside.read_text(encoding="utf-8-sig"))}
             alpha = self.config.get("lora_alpha")
             self.alpha = None if alpha is None else float(alpha)
             self.pattern = {str(key): float(value) for key, value in (self.config.get("alpha_pattern") or {}).items()}
