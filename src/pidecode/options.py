@@ -241,7 +241,9 @@ def _info(entry: Field[Any]) -> OptionInfo:
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's numbers as Python's, which metadata can hold."""
+    """Numbers of NumPy and single-valued tensors as Python's, which metadata can hold."""
+    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+        return value.item()
     if isinstance(value, (tuple, list)):
         return type(value)(_plain(one) for one in value)
     if isinstance(value, bool) or not isinstance(value, Real):

@@ -74,6 +74,28 @@ def test_image_bombs_are_refused_by_their_header(side: int) -> None:
         load_image(bomb(side, side))
 
 
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "is empty"),
+        (b"\n<!DOCTYPE html><html>404</html>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
+    ],
+)
+def test_files_that_downloads_leave_are_named(data: bytes, said: str) -> None:
+    with pytest.raises(ImageError, match=said):
+        load_image(data)
+
+
+def test_a_pillow_image_whose_file_is_closed_or_cut_off() -> None:
+    closed = Image.open(io.BytesIO(png_bytes()))
+    closed.close()
+    cut = Image.open(io.BytesIO(png_bytes()[:-400]))
+    for image in (closed, cut):
+        with pytest.raises(ImageError, match="damaged or truncated"):
+            load_image(image)
+
+
 def test_the_limit_is_the_callers() -> None:
     with pytest.raises(ImageError, match="64x64 = 4,096 pixels; the limit is 4,095"):
         load_image(png_bytes(), max_pixels=4095)
@@ -108,6 +130,12 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
         load_image("a\0b.png")
     with pytest.raises(ImageError, match="got int"):
         load_image(3)  # type: ignore[arg-type]
+    with pytest.raises(ImageError, match="An empty name is no file"):
+        load_image("")
+    with pytest.raises(ImageError, match="does not exist .*expanduser"):
+        load_image("~/none.png")
+    with pytest.raises(ImageError, match="is an address, and nothing is fetched"):
+        load_image("https://example.com/a.png")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ImageError, match="not a file"):
         load_image(tmp_path / "pipe")

@@ -115,7 +115,8 @@ def test_open_files_and_names(decoder: PixelDecoder, latent: Latent, tmp_path: P
 
 
 def test_numpy_numbers_are_numbers(decoder: PixelDecoder, latent: Latent, tmp_path: Path) -> None:
-    made = decoder.decode(latent, seed=np.int64(5), num_steps=np.int32(1), sigma=np.float32(0.25))
+    assert decoder.decode(latent, seed=[np.int64(3)], sigma=np.float32(0.5), num_steps=1).metadata[0]["seed"] == 3
+    made = decoder.decode(latent, seed=np.int64(5), num_steps=np.int32(1), sigma=torch.tensor(0.25))
     assert torch.equal(made.tensor, decoder.decode(latent, seed=5, num_steps=1, sigma=0.25).tensor)
     assert (read_metadata(made.save(tmp_path / "a.png")[0]) or {})["seed"] == 5
 

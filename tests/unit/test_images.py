@@ -339,6 +339,12 @@ def test_sixteen_bit_file(tmp_path: Path) -> None:
     assert np.abs(np.asarray(load_image(path)).astype(int) - to_array(image)).max() <= 1
 
 
+def test_webp_of_quality_100_is_exact(tmp_path: Path) -> None:
+    array = np.dstack([noise_image(24, 24), np.zeros((24, 24), np.uint8)])
+    path = save_image(tmp_path / "a.webp", array, quality=100)
+    assert np.array_equal(np.asarray(Image.open(path)), array)
+
+
 def test_quality_acts(tmp_path: Path) -> None:
     image = Image.fromarray(smooth_image(64, 64))
     for name in ("a.jpg", "a.webp"):

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
-from pidecode.errors import ImageError, SettingError, naming
+from pidecode.errors import ImageError, PidecodeError, SettingError, naming
 from pidecode.images.attributes import Attributes, read_attributes
 from pidecode.images.color import described_colors, is_srgb, profile_colors, srgb_profile, to_srgb_by_profile
 from pidecode.images.tensors import (
@@ -211,17 +211,22 @@ def load_tensor(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Tensor:
 def _opened(source: str | os.PathLike[str] | bytes | BinaryIO) -> Iterator[tuple[str, Image.Image]]:
     """Name and image of a source; whatever goes wrong inside is an ImageError."""
     name, data = open_source(source)
+    with _as_image_error(name), nullcontext() if data is source else data:
+        _refuse_other_formats(name, data)
+        with warnings.catch_warnings():  # the limit of pixels is checked by this package
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            opened = Image.open(BoundedFile(data), formats=readable_formats())
+        with opened as image:
+            if image.format == "TIFF" and _DNG_VERSION in image.getexif():
+                raise ImageError(_other_format(name, *_RAW))
+            yield name, image
+
+
+@contextmanager
+def _as_image_error(name: str) -> Iterator[None]:
     try:
-        with nullcontext() if data is source else data:
-            _refuse_other_formats(name, data)
-            with warnings.catch_warnings():  # the limit of pixels is checked by this package
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                opened = Image.open(BoundedFile(data), formats=readable_formats())
-            with opened as image:
-                if image.format == "TIFF" and _DNG_VERSION in image.getexif():
-                    raise ImageError(_other_format(name, *_RAW))
-                yield name, image
-    except ImageError:
+        yield
+    except PidecodeError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name} is too large to be read safely: {error}") from error
@@ -269,11 +274,20 @@ def open_source(source: Any) -> tuple[str, BinaryIO]:
         )
     try:
         if not Path(source).is_file():  # a pipe would block forever
-            kind = "is a folder" if Path(source).is_dir() else "is not a file"
-            raise ImageError(f"{os.fspath(source)} {kind if Path(source).exists() else 'does not exist'}.")
+            raise ImageError(f"{os.fspath(source) or 'An empty name'} {_why_no_file(os.fspath(source))}.")
         return os.fspath(source), open(source, "rb")
     except (OSError, ValueError) as error:
         raise ImageError(f"{os.fspath(source)!r} could not be opened: {error}.") from error
+
+
+def _why_no_file(name: str) -> str:
+    if not name:
+        return "is no file; name one"
+    if Path(name).exists():
+        return "is a folder" if Path(name).is_dir() else "is not a file"
+    if name.startswith(("http://", "https://", "file://", "data:")):
+        return "is an address, and nothing is fetched here; download it, and give the file or its bytes"
+    return "does not exist" + (" (~ stands as it is; write os.path.expanduser(name))" if name.startswith("~") else "")
 
 
 def _checked_file(file: Any) -> tuple[str, BinaryIO]:
@@ -296,6 +310,12 @@ def _refuse_other_formats(name: str, file: BinaryIO) -> None:
         raise ImageError(_other_format(name, *_RAW))
     if head.startswith(b"\x89PNG"):
         return
+    if not head:
+        raise ImageError(f"{name} is empty: nothing was written into it. Download or export it again.")
+    if head.startswith(b"version https://git-lfs"):
+        raise ImageError(f"{name} is only a Git LFS pointer; get the image itself with `git lfs pull`.")
+    if head.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
+        raise ImageError(f"{name} is a web page, perhaps an error or a login; download the image itself.")
     for offset, magics, kind, step in _OTHER_FORMATS:
         if head[offset:].startswith(magics) and b"avif" not in head[8:32] and b"avis" not in head[8:32]:
             raise ImageError(_other_format(name, kind, step))
@@ -336,7 +356,8 @@ class _Pixels:
 
 def _read_pixels(source: Any, max_pixels: int, *, keep_profile: bool) -> _Pixels:
     if isinstance(source, Image.Image):
-        return _pixels_of(source, "The image", max_pixels, b"", keep_profile=keep_profile)
+        with _as_image_error("The image"):  # its file is read now, and may be damaged or closed
+            return _pixels_of(source, "The image", max_pixels, b"", keep_profile=keep_profile)
     with _opened(source) as (name, image):
         assert isinstance(image, ImageFile.ImageFile)
         file = image.fp

@@ -119,7 +119,7 @@ class DecodeOutput:
             path: Name of the file; several images are numbered: `a-1.png`, `a-2.png`.
             overwrite: Replace files that exist.
             bits: 16 for PNG with 16 bits a channel.
-            quality: 1 to 100 for WebP and JPEG.
+            quality: 1 to 100 for WebP and JPEG; WebP is lossless at 100.
             strip: Leave out what the source carried; the metadata and the color profile stay.
 
         Returns:
@@ -169,7 +169,7 @@ def save_image(
             comment). Default: `image.info["pidecode"]` of a Pillow image made by a decoder.
         overwrite: Whether an existing file may be replaced.
         bits: 16 for PNG from a tensor or uint16 array.
-        quality: 1 to 100 for WebP and JPEG, 95 if not given.
+        quality: 1 to 100 for WebP and JPEG, 95 if not given; WebP is lossless at 100.
         attributes: What else is written into the file; default that of a Pillow image made by a decoder.
 
     Returns:
@@ -275,7 +275,9 @@ def _encode(
     buffer = io.BytesIO()
     extra: dict[str, Any] = {"subsampling": 0} if kind == "JPEG" and channels == 3 else {}
     if kind == "WEBP":
-        extra = {"method": 2, "alpha_quality": 100}
+        # Lossless, quality is the effort; the colors under transparency stay too.
+        extra = {"lossless": True, "exact": True} if quality == 100 else {"alpha_quality": 100}
+        quality, extra["method"] = 50 if quality == 100 else quality, 2
     if attributes.icc_profile:
         extra["icc_profile"] = attributes.icc_profile
     if attributes.xmp and (kind == "WEBP" or len(attributes.xmp) < MAX_EXIF_BYTES):
