@@ -153,12 +153,12 @@ def test_whole_model_pickle_is_refused_by_class(tmp_path):
         ({"a": torch.arange(3)}, "stores a as int64"),
         ({"a": torch.zeros(2, dtype=torch.bool), "b": torch.zeros(2, dtype=torch.bool)}, "bool and 1 more"),
         ({"a": torch.zeros(2, dtype=torch.complex64)}, "complex64"),
-        ({"a": torch.zeros(2).to(torch.float8_e4m3fn)}, r"quantized \(fp8: float8_e4m3fn\)"),
+        ({"a": torch.zeros(2).to(torch.float8_e4m3fn), "a.qweight": torch.zeros(1)}, "qweight"),
         (
             {"a.weight": torch.zeros(2, dtype=torch.int8), "a.comfy_quant": torch.zeros(2, dtype=torch.uint8)},
-            "comfy_quant",
+            r"quantized \(int8: int8\)",
         ),
-        ({"a.weight": torch.zeros(2, dtype=torch.int8), "a.weight_scale": torch.zeros(2)}, "weight_scale"),
+        ({"a.weight": torch.zeros(2, dtype=torch.int8), "a.weight_scale": torch.zeros(3)}, r"a scale of shape \[3\]"),
         ({"a": torch.ones(3), "b": torch.tensor([1.0, float("nan")])}, r"NaN or infinite values in b \(of 2"),
         (
             {"a": torch.full((5,), float("inf"), dtype=torch.bfloat16), "b": torch.tensor([float("-inf")])},
@@ -184,9 +184,56 @@ def test_large_half_precision_values_are_fine(tmp_path):
     read_weights(tmp_path / "a.safetensors")
 
 
-def test_eight_bit_safetensors_is_refused_from_its_header(tmp_path):
-    save_file({"a": torch.zeros(4).to(torch.float8_e4m3fn)}, tmp_path / "a.safetensors")
-    with pytest.raises(CheckpointError, match=r"quantized \(fp8: F8_E4M3\)"):
+@pytest.mark.parametrize("marks", ["plain", "scaled_fp8", "comfy_quant", "metadata", "rows", "int8"])
+def test_eight_bit_weights_of_comfyui_are_read(tmp_path, marks):
+    """Each way it marks them; biases and norms stay as they are."""
+    wanted = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    scale = wanted.abs().amax(dim=1, keepdim=True) if marks == "rows" else wanted.abs().amax()
+    scale = torch.ones(()) if marks == "plain" else scale / (127 if marks == "int8" else 448)
+    stored = (wanted / scale).round().to(torch.int8) if marks == "int8" else (wanted / scale).to(torch.float8_e4m3fn)
+    tensors, metadata = {"a.weight": stored, "a.bias": torch.ones(6)}, None
+    about = json.dumps({"format": "int8_tensorwise" if marks == "int8" else "float8_e4m3fn"})
+    if marks == "scaled_fp8":
+        tensors |= {
+            "scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn),
+            "a.scale_weight": scale,
+            "a.scale_input": scale,
+        }
+    elif marks == "metadata":
+        tensors["a.weight_scale"] = scale
+        metadata = {"_quantization_metadata": f'{{"layers": {{"a": {about}}}}}'}
+    elif marks != "plain":
+        quantization = torch.tensor(list(about.encode()), dtype=torch.uint8)
+        tensors |= {"a.weight_scale": scale, "a.comfy_quant": quantization, "a.input_scale": torch.ones(())}
+    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "a.safetensors", metadata=metadata)
+    read = read_weights(tmp_path / "a.safetensors").tensors
+    assert set(read) == {"a.weight", "a.bias"}
+    assert read["a.weight"].dtype == torch.bfloat16
+    assert torch.equal(read["a.weight"], (stored.float() * scale).to(torch.bfloat16))
+    assert torch.allclose(read["a.weight"].float(), wanted, atol=0.2)
+    assert read["a.bias"].dtype == torch.float32
+    if marks == "plain":  # encoders and adapters are not quantized
+        with pytest.raises(CheckpointError, match=r"quantized \(fp8: F8_E4M3\)"):
+            read_tensors(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("about", "scale", "message"),
+    [
+        ({"format": "nvfp4"}, torch.ones(6, 2), "NVFP4"),
+        ({"format": "mxfp8"}, torch.ones(6, 2), "MXFP8"),
+        ({"format": "int8_tensorwise", "convrot": True}, torch.ones(6, 1), "convrot"),
+        ({"format": "convrot_w4a4"}, torch.ones(6, 1), "convrot_w4a4"),
+        ({"format": "float8_e4m3fn"}, torch.ones(3), r"fp8: float8_e4m3fn with a scale of shape \[3\]"),
+    ],
+)
+def test_other_quantized_weights_are_refused_by_name(tmp_path, about, scale, message):
+    quantization = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
+    weight = torch.zeros(6, 4, dtype=torch.int8 if "int8" in about["format"] else torch.float8_e4m3fn)
+    tensors = {"a.weight": weight, "a.weight_scale": scale, "a.comfy_quant": quantization}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=message):
         read_weights(tmp_path / "a.safetensors")
 
 

@@ -372,15 +372,17 @@ def _core_config(config: PiDConfig) -> dict[str, Any]:
 
 def _reference_sampling(decoder: PixelDecoder) -> Any:
     """ComfyUI's flow sampling with the reference's times and its unit noise at the first of them."""
-    import comfy.model_sampling as core
+    import comfy.model_sampling
+
+    core: Any = comfy.model_sampling
 
     shift = None if decoder.kind == "student" else decoder.flow_shift(2048, 2048)
     velocity = not isinstance(decoder.net.config, PiDConfig) or decoder.net.config.prediction == "velocity"
 
-    class ReferenceFlow(core.ModelSamplingDiscreteFlow, core.CONST):
+    class ReferenceFlow(core.ModelSamplingDiscreteFlow, core.CONST):  # type: ignore[misc]
         """Flow sampling of a PiD network."""
 
-        def sigma(self, timestep: Tensor) -> Tensor:
+        def sigma(self, timestep: Tensor | float) -> Tensor:
             return flow_times(torch.as_tensor(timestep) / TIMESCALE, shift)
 
         def percent_to_sigma(self, percent: float) -> float:

@@ -87,22 +87,26 @@ def read_weights(path: str | Path, *, check_values: bool = True) -> WeightFile:
     """Tensors of a network file, named as the network names them (docs/architecture.md, Released files).
 
     Understands .safetensors and torch's .pth (tensors only, whatever the file's suffix), the official
-    prefixes (`net_ema.` before `net.`), PixelDiT's `core.` and the ComfyUI repackaging. `check_values=False`
-    skips the search for NaN and infinity, which reads the whole file.
+    prefixes (`net_ema.` before `net.`), PixelDiT's `core.` and the ComfyUI repackaging, also in fp8 or int8, which
+    become bfloat16. `check_values=False` skips the search for NaN and infinity, which reads the whole file.
 
     Raises:
         CheckpointError: It is anything else; the message says what was found and the fix.
     """
-    raw = read_tensors(path)
+    raw = read_tensors(path, eight_bits=True)
     tensors = strip_prefixes(raw.tensors, path)
+    if any(tensor.dtype in _EIGHT_BITS for tensor in tensors.values()):
+        tensors = dequantized(tensors, torch.bfloat16, path, raw.metadata)
     check_formats(tensors, path)
     if check_values:
         check_finite(tensors, path)
     return WeightFile(raw.path, tensors, raw.metadata, raw.format)
 
 
-def read_tensors(path: str | Path) -> WeightFile:
+def read_tensors(path: str | Path, *, eight_bits: bool = False) -> WeightFile:
     """Every tensor of a file under the name it has there; content, not suffix, decides the format.
+
+    Formats of less than 16 bits are refused, but for fp8 if `eight_bits` is set.
 
     Raises:
         CheckpointError: The file is neither .safetensors nor a pickle of tensors, or is damaged.
@@ -115,6 +119,7 @@ def read_tensors(path: str | Path) -> WeightFile:
         header, tensors = read_safetensors(path)
         if small := sorted(
             {entry.dtype for entry in header.tensors.values() if entry.dtype.startswith(("F8", "F6", "F4"))}
+            - ({"F8_E4M3", "F8_E5M2"} if eight_bits else set())
         ):
             raise _quantized(path, small)
         if not tensors:
@@ -380,7 +385,7 @@ def check_formats(tensors: Mapping[str, Tensor], source: str | Path = "the file"
     marks = sorted({mark for name in tensors for mark in _QUANTizED_NAMES if name.endswith(mark)})
     small = sorted({_plain(t.dtype) for t in tensors.values() if t.dtype not in FLOATS and t.dtype.is_floating_point})
     if marks or small:
-        raise _quantized(source, _layer_formats(tensors) + small + marks)
+        raise _quantized(source, _layer_formats(tensors, {}) + small + marks)
     wrong = [name for name, tensor in tensors.items() if tensor.dtype not in FLOATS]
     if wrong:
         raise CheckpointError(
@@ -389,32 +394,38 @@ def check_formats(tensors: Mapping[str, Tensor], source: str | Path = "the file"
         )
 
 
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_FP8_NOTES = (".comfy_quant", ".weight_scale", ".scale_weight", ".input_scale", ".scale_input", "scaled_fp8")
+_EIGHT_BITS = {
+    torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2", torch.int8: "int8_tensorwise",
+}  # fmt: skip
+"""Number formats of quantized weights that are read, and what ComfyUI calls a layer stored so."""
+_NOTES = (".comfy_quant", ".weight_scale", ".scale_weight", ".input_scale", ".scale_input", "scaled_fp8")
 
 
-def dequantized(tensors: Mapping[str, Tensor], dtype: torch.dtype, source: str | Path) -> dict[str, Tensor]:
-    """Weights of a file of ComfyUI's that are stored in fp8, times their scale where they have one; others as they are.
+def dequantized(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype, source: str | Path, metadata: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
+    """Weights of a file of ComfyUI's that are stored in fp8 or int8, times their scale; others as they are.
 
     Args:
         tensors: By name; a weight's scale is `<layer>.weight_scale` or `<layer>.scale_weight`, one value or one a row.
-        dtype: Number format of what was fp8.
+            fp8 may have none.
+        dtype: Number format of what was quantized.
         source: What error messages call the file.
+        metadata: The file's, which may name formats as well.
 
     Raises:
         CheckpointError: The file is quantized in another way.
     """  # noqa: DOC501 (`_quantized` makes a CheckpointError)
-    others = [name for name in _layer_formats(tensors) if not name.startswith("float8")]
+    others = [name for name in _layer_formats(tensors, metadata or {}) if name not in _EIGHT_BITS.values()]
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if name.endswith(_FP8_NOTES):
+        if name.endswith(_NOTES):
             continue
         stem = name.removesuffix("weight")
         scale = tensors.get(f"{stem}weight_scale", tensors.get(f"{stem}scale_weight"))
-        if tensor.dtype in _FP8:
-            rows = tuple(tensor.shape[:1])
-            if scale is not None and scale.numel() > 1 and tuple(scale.squeeze().shape) != rows:
-                others.append(f"scale of shape {list(scale.shape)}")
+        if tensor.dtype in _EIGHT_BITS and (scale is not None or tensor.dtype != torch.int8):
+            if scale is not None and scale.numel() > 1 and tuple(scale.squeeze().shape) != tuple(tensor.shape[:1]):
+                others.append(f"{_plain(tensor.dtype)} with a scale of shape {list(scale.shape)}")
                 continue
             factor = 1.0 if scale is None else scale.float().reshape(-1, *[1] * (tensor.ndim - 1))
             found[name] = (tensor.float() * factor).to(dtype)
@@ -427,11 +438,14 @@ def dequantized(tensors: Mapping[str, Tensor], dtype: torch.dtype, source: str |
     return found
 
 
-def _layer_formats(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Formats that ComfyUI names beside each quantized layer, as JSON in a tensor of bytes."""
-    notes = {bytes(t.tolist()) for name, t in tensors.items() if name.endswith(".comfy_quant") and t.numel() < 1024}
+def _layer_formats(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[str]:
+    """Formats that ComfyUI names beside each quantized layer, as JSON in a tensor of bytes or in the metadata."""
+    notes = {metadata.get("_quantization_metadata", "").encode()} | {
+        bytes(t.tolist()) for name, t in tensors.items() if name.endswith(".comfy_quant") and t.numel() < 1024
+    }
     found = {match[1].decode() for note in notes for match in re.finditer(rb'"format"\s*:\s*"([a-z0-9_]+)"', note)}
-    return sorted(found)
+    # Rotated weights need more than their scale.
+    return sorted(found | {"convrot" for note in notes if re.search(rb'"convrot"\s*:\s*true', note)})
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str | Path = "the file") -> None:
