@@ -29,12 +29,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.configs import CONFIGS
-from benchmarks.flops import step_flops
 from benchmarks.speed import commit, describe_device, random_network, wait_for
 from pidecode.devices import default_dtype, require_compiler, select_device, supports_cuda_graphs
 from pidecode.engine.machine import Chunks, this_machine
 from pidecode.engine.ops.compiled import CompiledOps
-from pidecode.engine.plan import Plan
+from pidecode.engine.plan import Plan, step_flops
 from pidecode.engine.runner import Runner
 from pidecode.errors import PidecodeError, SettingError
 from pidecode.models.attention import BACKENDS

@@ -13,11 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from benchmarks.flops import adapter_flops, step_flops
+from benchmarks.flops import adapter_flops
 from benchmarks.memory import LiveBytes, weight_bytes
 from pidecode import __version__
 from pidecode.engine.machine import Quantization, this_machine
-from pidecode.engine.plan import Plan, Scheme, plan_decode
+from pidecode.engine.plan import Plan, Scheme, plan_decode, step_flops
 from pidecode.engine.runner import Runner
 from pidecode.models.pid.network import Condition, PiDNet
 from pidecode.registry.configs import PiDConfig

@@ -129,6 +129,7 @@ PAGES = (
     Page("comfyui.md", "ComfyUI", "ComfyUI"),
     Page("page.md", "Web page", "an image, and a browser"),
     Page("server.md", "Server", "another program"),
+    Page("cli.md", "Command line", "a file, and a terminal"),
     Page("batch.md", "Batch", "a folder of thousands"),
     Page("training.md", "Training", "images to train on"),
     Page("performance.md", "Performance", "a small GPU, or little time"),

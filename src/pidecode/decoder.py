@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -29,12 +29,31 @@ from pidecode.encoders.text import (
 from pidecode.engine.feed_forward import FeedForwardPlan, FeedForwardRunner, encoding_work
 from pidecode.engine.plan import Plan
 from pidecode.engine.runner import Runner, make_runner, require_memory
-from pidecode.errors import LatentError, SettingError, SizeError, naming
-from pidecode.images import DecodeOutput, ImageSource, SourceImage, crop_back, fit_to_encoder, load_tensor, read_images
+from pidecode.errors import LatentError, SettingError, naming
+from pidecode.images import (
+    DecodeOutput,
+    ImageSource,
+    SourceImage,
+    crop_back,
+    downsampled,
+    fit_to_encoder,
+    load_tensor,
+    read_images,
+)
 from pidecode.latents.latent import Latent
 from pidecode.models.pid.network import Condition, PiDNet
 from pidecode.models.tiny import TinyDecoder
-from pidecode.options import MAX_SEED, MAX_SIGMA, ColorFix, Command, DecodeOptions, DecoderKind, Fit, RuntimeOptions
+from pidecode.options import (
+    MAX_SEED,
+    MAX_SIGMA,
+    ColorFix,
+    Command,
+    DecodeOptions,
+    DecoderKind,
+    Fit,
+    RuntimeOptions,
+    Sides,
+)
 from pidecode.registry.checkpoints import CHECKPOINTS, Checkpoint, FlowShift, Sampler, size_warning
 from pidecode.registry.spaces import LatentSpace, get_space
 from pidecode.sampling import (
@@ -59,9 +78,7 @@ __all__ = ["DecodeOutput", "PixelDecoder"]
 
 DEFAULT_SHIFT = FlowShift(base=6.0, size=2048)
 """A teacher's flow shift where nothing else is known: that of the v1.5 teachers."""
-STUDENT_STEPS = 4
-TEACHER_STEPS = 25
-TEACHER_GUIDANCE = 5.0
+STUDENT_STEPS, TEACHER_STEPS, TEACHER_GUIDANCE = 4, 25, 5.0
 SIGMA_SEED_OFFSET = 1 << 32
 """Added to the seed for the noise that `sigma=` puts into a clean latent: a generator of its own."""
 
@@ -212,10 +229,18 @@ class PixelDecoder:
         """Whether a prompt acts on it."""
         return isinstance(self.net, PiDNet) and self.net.config.has_text
 
-    def upscaled_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Width and height of what `upscale` makes of an image of that width and height, unless it crops."""
-        width, height = size if self.space.fixed_input is None else (self.space.fixed_input, self.space.fixed_input)
-        return width * self.scale, height * self.scale
+    def upscaled_size(self, size: tuple[int, int], options: DecodeOptions | None = None) -> tuple[int, int]:
+        """Width and height of what `upscale` makes of an image of a size; SizeError for what it cannot make."""
+        options, fixed = options or DecodeOptions(), self.space.fixed_input
+        step = self.space.input_multiple if options.fit == "crop" else 1
+        width, height = (fixed or side // step * step or side for side in size)
+        return options.downsampled_size((width * self.scale, height * self.scale), self.scale, self.name)
+
+    def decoded_size(self, natural: tuple[int, int], options: DecodeOptions) -> tuple[int, int]:
+        """Width and height of what `decode` makes of a latent of a natural size; SizeError for what it cannot make."""
+        if isinstance(self.net, PiDNet):
+            return options.completed_size(natural, self.net.config.patch_size)
+        return options.downsampled_size(natural, self.scale, self.name)
 
     @property
     def max_sigma(self) -> float:
@@ -282,7 +307,7 @@ class PixelDecoder:
         num_steps: int | None = None,
         sampler: Sampler | None = None,
         sigma: float | None = None,
-        size: tuple[int, int] | None = None,
+        size: Sides | None = None,
         guidance_scale: float | None = None,
         shift: float | None = None,
         prompt: str | Sequence[str] | None = None,
@@ -306,7 +331,8 @@ class PixelDecoder:
             num_steps: Denoising steps. Student: 1 to 4, default 4. Teacher: default 25.
             sampler: Student only: "sde" (default) or "ode".
             sigma: Noise to add to a clean latent, from 0 to `max_sigma`.
-            size: Width and height in pixels, where they should differ from the latent's natural size.
+            size: Width and height of the result in pixels; None for one keeps the shape. Students and teachers decode
+                to that size; what a feed-forward decoder makes is downsampled to it.
             guidance_scale: Teacher only: classifier-free guidance, default 5.
             shift: Teacher only: flow shift.
             prompt: For decoders that read text: one for all, or one per latent; default the latent's own.
@@ -332,7 +358,7 @@ class PixelDecoder:
         run = partial(self._decode, command="decode", callback=callback)
         return self._one_by_one(run, latents, chosen, progress_callback)
 
-    def upscale(
+    def upscale(  # noqa: D417 - most are those of `decode`
         self,
         image: ImageSource | Sequence[ImageSource],
         *,
@@ -341,6 +367,8 @@ class PixelDecoder:
         num_steps: int | None = None,
         sampler: Sampler | None = None,
         sigma: float | None = None,
+        size: Sides | None = None,
+        scale: float | None = None,
         guidance_scale: float | None = None,
         shift: float | None = None,
         prompt: str | Sequence[str] | None = None,
@@ -354,40 +382,33 @@ class PixelDecoder:
         callback: Callback | None = None,
         progress_callback: DecodeProgressCallback | None = None,
     ) -> DecodeOutput:
-        """Encode an image and decode it `scale` times larger.
+        """Encode an image and decode it larger, by default `self.scale` times.
 
         Args:
             image: As in `encode`; a list may hold images of any size, upscaled one after another. Alpha, gray, EXIF and
                 texts go over to the result.
             options: All the following as one value; keywords given beside it take precedence.
             seed: See `decode`, as for all that is not named here.
-            num_steps: See `decode`.
-            sampler: See `decode`.
-            sigma: See `decode`.
-            guidance_scale: See `decode`.
-            shift: See `decode`.
-            prompt: See `decode`.
-            negative_prompt: See `decode`.
-            prompt_embeds: See `decode`.
+            size: Width and height to which the result is downsampled; None for one of them keeps the shape.
+            scale: Enlargement; below the decoder's own the result is downsampled.
             color_fix: Default "off"; "back-projection" for a feed-forward decoder unless `sigma` asks it to invent.
             fidelity: How much "back-projection" holds of the image, 0 to 1: see `pidecode.color_fix.apply_color_fix`.
             reference: Default the image itself.
             fit: "pad" (default) mirrors the edges out to the encoder's multiple and cuts the result back, so that it
-                is exactly `scale` times the image; "crop" crops around the center instead.
+                is exactly that many times the image; "crop" crops around the center instead.
             num_refinements: Times the encoder corrects its latent by what it decodes to, for encoders that can.
-            callback: See `decode`.
-            progress_callback: See `decode`.
 
         Raises:
             ImageError: It is no image; of a list, the index is named.
-            SizeError: The image is too small.
+            SizeError: The image is too small, or the result would be enlarged further or stretched.
             SettingError: There is no encoder, or an option cannot act or is out of range.
             Cancelled: The callback asked to stop.
         """
         chosen = (options or DecodeOptions()).replace(
-            seed=seed, num_steps=num_steps, sampler=sampler, sigma=sigma, guidance_scale=guidance_scale, shift=shift,
-            prompt=prompt, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds, color_fix=color_fix,
-            fidelity=fidelity, reference=reference, fit=fit, num_refinements=num_refinements,
+            seed=seed, num_steps=num_steps, sampler=sampler, sigma=sigma, size=size, scale=scale,
+            guidance_scale=guidance_scale, shift=shift, prompt=prompt, negative_prompt=negative_prompt,
+            prompt_embeds=prompt_embeds, color_fix=color_fix, fidelity=fidelity, reference=reference, fit=fit,
+            num_refinements=num_refinements,
         )  # fmt: skip
         chosen.require_acting(self.kind, "upscale", self.name)
         chosen = chosen.with_color_fix(self.kind)
@@ -419,16 +440,18 @@ class PixelDecoder:
         multiple, fixed = self.space.input_multiple, self.space.fixed_input
         tensor, padding = fit_to_encoder(source.tensor, options.fit or "pad", multiple, fixed)
         require_memory(self.runner, (tensor.shape[-1] * self.scale, tensor.shape[-2] * self.scale), len(tensor))
+        result = self.upscaled_size((source.tensor.shape[-1], source.tensor.shape[-2]), options)
+        options = options.at_natural_size()  # which the latent is decoded at
         latent = self._encode(tensor, options.num_refinements, tracker)
         if options.color_fix not in (None, "off") and options.reference is None:
             options = options.replace(reference=SourceImage(tensor=tensor))
         output = self._decode(latent, options, tracker, "upscale", callback)
         pixels = output.tensor if padding is None else crop_back(output.tensor, padding, scale=self.scale)
-        size = {"width": pixels.shape[-1], "height": pixels.shape[-2]}
+        pixels, shown = downsampled(pixels, result)
         pixels, alpha = source.applied_to(pixels, multiple if options.fit == "crop" else None)
         count = len(pixels)
         return DecodeOutput(
-            pixels.unbind(), [described | size for described in output.metadata],
+            pixels.unbind(), [described | shown for described in output.metadata],
             [None] * count if alpha is None else alpha.unbind(), [source.gray] * count, [source.attributes] * count,
         )  # fmt: skip
 
@@ -443,7 +466,9 @@ class PixelDecoder:
             require_memory(self.runner, (width, height), len(latent))
         reference = self._reference(clean, options)
         if isinstance(self.runner, FeedForwardRunner):
-            pixels = self._run_feed_forward(self.runner, latent, callback, work)
+            pixels = self.runner.decode(latent.tensor, work.tiles())
+            if callback is not None:
+                callback(Step(1, 1, pixels))
         else:
             callback = work.steps(callback, self._num_steps(options))
             pixels = self._run_diffusion(self.runner, latent, (width, height), options, callback)
@@ -458,9 +483,9 @@ class PixelDecoder:
                 "The network answered with NaN or infinite values. Decode in float32 (dtype=torch.float32); if that "
                 "helps, this device's half-precision arithmetic is at fault."
             )
-        size = (width, height)
+        pixels, shown = downsampled(pixels, self.decoded_size((width, height), options))
         seeds = options.seeds(len(pixels))
-        described = [self._describe(latent[index], options, seed, size) for index, seed in enumerate(seeds)]
+        described = [self._describe(latent[index], options, seed) | shown for index, seed in enumerate(seeds)]
         return DecodeOutput(pixels.unbind(), described)
 
     @torch.inference_mode()
@@ -474,12 +499,13 @@ class PixelDecoder:
         reconstruct = None
         if isinstance(self.runner, FeedForwardRunner):
             reconstruct = self.runner.reporting(tracker, self._refinements(num_refinements))
-        with on_device(self.encoder, self.device if self._offloads("encoder") else None):
+        with self._encoder_on_device():
             cells = encode_images(self.encoder, tensor.to(self.device), reconstruct, num_refinements)
         return Latent(cells, self.space.name, 0.0)
 
-    def _offloads(self, what: str) -> bool:
-        return isinstance(self.runner, Runner) and self.runner.offloads(what)
+    def _encoder_on_device(self) -> AbstractContextManager[None]:
+        offloads = isinstance(self.runner, Runner) and self.runner.offloads("encoder")
+        return on_device(self.encoder, self.device if offloads else None)
 
     def _checked(self, latent: Latent, options: DecodeOptions) -> Latent:
         if not isinstance(latent, Latent):
@@ -493,7 +519,7 @@ class PixelDecoder:
                 f"for {latent.space}, or encode the image again with this one."
             )
         latent = latent.to(self.device, torch.float32)
-        if options.sigma is None:
+        if not options.sigma:
             return latent
         if options.sigma > self.max_sigma:
             raise SettingError(
@@ -501,7 +527,7 @@ class PixelDecoder:
                 "a latent that already holds noise, give sigma to Latent() instead."
             )
         seed = options.seeds(len(latent))[0]
-        return latent.noised(options.sigma, seed=(seed + SIGMA_SEED_OFFSET) % MAX_SEED) if options.sigma else latent
+        return latent.noised(options.sigma, seed=(seed + SIGMA_SEED_OFFSET) % MAX_SEED)
 
     def _reference(self, latent: Latent, options: DecodeOptions) -> Tensor | None:
         """What the color fix corrects against; None without one."""
@@ -512,22 +538,17 @@ class PixelDecoder:
         if options.reference is not None:
             with naming("reference"):
                 return load_tensor(options.reference)
-        with on_device(self.encoder, self.device if self._offloads("encoder") else None):
+        with self._encoder_on_device():
             return vae_reference(self.encoder, latent)
 
     def _size(self, latent: Latent, options: DecodeOptions) -> tuple[int, int]:
         """Width and height of the output."""
-        natural_height, natural_width = latent.output_size
-        width, height = options.size or (natural_width, natural_height)
-        if isinstance(self.net, PiDNet):
-            self.net.grid_of(height, width)
-        if not 0.5 <= (width * natural_height) / (height * natural_width) <= 2:
-            raise SizeError(
-                f"{width}x{height} stretches a {natural_width}x{natural_height} image more than twofold; "
-                "choose a size of its shape."
-            )
-        advice = size_warning(self.checkpoint, height, width) if self.checkpoint else None
-        if advice:
+        natural = latent.output_size[1], latent.output_size[0]
+        if not isinstance(self.net, PiDNet):
+            return natural
+        width, height = self.decoded_size(natural, options)
+        self.net.grid_of(height, width)
+        if self.checkpoint and (advice := size_warning(self.checkpoint, height, width)):
             warnings.warn(advice, stacklevel=7)
         return width, height
 
@@ -538,23 +559,11 @@ class PixelDecoder:
         return getattr(self.encoder, "num_refinements", 0) if asked is None else asked
 
     def _num_steps(self, options: DecodeOptions) -> int:
-        if self.kind == "feed-forward":
-            return 1
-        return options.num_steps or (STUDENT_STEPS if self.kind == "student" else TEACHER_STEPS)
+        defaults = {"feed-forward": 1, "student": STUDENT_STEPS, "teacher": TEACHER_STEPS}
+        return options.num_steps or defaults[self.kind]
 
     def _evaluations(self, options: DecodeOptions) -> int:
         return self._num_steps(options) * (1 + (self.kind == "teacher" and options.guidance_scale != 1.0))
-
-    def _run_feed_forward(
-        self, runner: FeedForwardRunner, latent: Latent, callback: Callback | None, tracker: WorkTracker
-    ) -> Tensor:
-        tracker.report("decoding")
-        pixels = runner.decode(
-            latent.tensor, lambda done, total: tracker.report("decoding", done / total, "tile", done + 1, total)
-        )
-        if callback is not None:
-            callback(Step(1, 1, pixels))
-        return pixels
 
     def _run_diffusion(
         self, runner: Runner, latent: Latent, size: tuple[int, int], options: DecodeOptions, callback: Callback | None
@@ -624,23 +633,20 @@ class PixelDecoder:
         need = f"{self.name} reads text, and has no text encoder here. Fetch it with `pidecode pull {self.space.name}`"
         return prompt_states(self.text, prompts, given, exact=exact, need=need, **self._text_shape).to(self.device)
 
-    def _describe(self, latent: Latent, options: DecodeOptions, seed: int, size: tuple[int, int]) -> dict[str, Any]:
+    def _describe(self, latent: Latent, options: DecodeOptions, seed: int) -> dict[str, Any]:
         """Everything needed to make this image again; only options that acted."""
         described: dict[str, Any] = {
             "model": self.name, "variant": self.metadata.variant, "space": self.space.name,
             "license": self.metadata.license, "kind": self.kind,
-            "sigma": float(latent.sigmas[0]) if options.sigma is None else options.sigma, "width": size[0],
-            "height": size[1], "latent_seed": latent.seed, "color_fix": options.color_fix, "fidelity": options.fidelity,
+            "sigma": float(latent.sigmas[0]) if options.sigma is None else options.sigma, "latent_seed": latent.seed,
+            "color_fix": options.color_fix, "fidelity": options.fidelity,
             "num_refinements": options.num_refinements, "prompt": latent.prompts[0],
             "dtype": str(self.dtype).removeprefix("torch."), "device": self.device.type,
             "versions": {"pidecode": __version__, "torch": torch.__version__},
         }  # fmt: skip
         if self.kind != "feed-forward":
             student = self.kind == "student"
-            described |= {
-                "seed": seed,
-                "num_steps": self._num_steps(options),
-                "sampler": (options.sampler or "sde") if student else "dpm-solver++",
-                "guidance_scale": options.guidance_scale,
-            }
+            sampler = (options.sampler or "sde") if student else "dpm-solver++"
+            steps, guidance = self._num_steps(options), options.guidance_scale
+            described |= {"seed": seed, "num_steps": steps, "sampler": sampler, "guidance_scale": guidance}
         return {key: value for key, value in described.items() if value is not None}

@@ -14,7 +14,7 @@ from numbers import Integral, Real
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from pidecode.errors import SettingError
+from pidecode.errors import SettingError, SizeError
 from pidecode.registry.checkpoints import Sampler
 
 if TYPE_CHECKING:
@@ -26,12 +26,17 @@ ColorFix = Literal["off", "coarse", "fine", "back-projection"]
 Fit = Literal["pad", "crop"]
 Command = Literal["decode", "upscale"]
 Interface = Literal["cli", "http", "batch", "comfyui"]
+FileFormat = Literal["png", "webp", "jpeg", "jpg"]
+Sides = tuple[int | None, int | None]
+"""Width and height in pixels; None for one of them keeps the image's shape."""
 
 COLOR_FIXES: tuple[ColorFix, ...] = get_args(ColorFix)
 MAX_SEED = 2**64 - 1
 """Largest seed torch's generators take, and ComfyUI's largest."""
 MAX_SIDE = 65_535
 """Largest side of an image, in pixels, that is worth asking for: the limit of JPEG."""
+MAX_STRETCH = 0.02
+"""Part of a side by which a result may be stretched to a size that was asked for."""
 MAX_SIGMA = 0.8
 """Largest noise level of latents in PiD's training (https://arxiv.org/abs/2605.23902)."""
 
@@ -84,10 +89,14 @@ class DecodeOptions:
         "Noise level to add to a clean latent before decoding; more leaves more to the decoder.",
         float, minimum=0.0, maximum=MAX_SIGMA,
     )  # fmt: skip
-    size: tuple[int, int] | None = _option(
-        "Width and height of the image in pixels, where they should differ from the latent's natural size.",
-        tuple, minimum=16, maximum=MAX_SIDE, kinds=_PIXEL_DIFFUSION, commands=("decode",),
-        interfaces=("cli", "http", "batch"),
+    size: Sides | None = _option(
+        "Width and height of the result in pixels; one alone keeps the shape. It is downsampled to that, but where "
+        "students and teachers decode a latent they decode to that size.",
+        tuple, minimum=16, maximum=MAX_SIDE, interfaces=("cli", "http", "batch"),
+    )  # fmt: skip
+    scale: float | None = _option(
+        "Enlargement; below the decoder's own scale the result is downsampled.",
+        float, minimum=1.0, maximum=8.0, commands=("upscale",), interfaces=("cli", "http", "batch"),
     )  # fmt: skip
     guidance_scale: float | None = _option(
         "Classifier-free guidance of a teacher (default 5).",
@@ -139,6 +148,8 @@ class DecodeOptions:
             object.__setattr__(self, name, value)
             if value is not None:
                 _check(name, info, value)
+        if self.size is not None and self.scale is not None:
+            raise SettingError("size and scale both say how large the result is; give one.")
 
     def replace(self, **given: Any) -> DecodeOptions:
         """The same options with those given (not None) in place of their own."""
@@ -199,6 +210,59 @@ class DecodeOptions:
                 own[name] = value[index : index + 1]
         return self.replace(**own)
 
+    def completed_size(self, natural: tuple[int, int], step: int = 1) -> tuple[int, int]:
+        """`size` with both sides; one that was not given follows the natural shape, as a multiple of `step` pixels.
+
+        Raises:
+            SizeError: The natural shape is stretched more than twofold.
+        """
+        (width, height), (given_width, given_height) = natural, self.size or natural
+        if given_width is None:
+            given_width = max(1, round((given_height or 1) * width / height / step)) * step
+        if given_height is None:
+            given_height = max(1, round(given_width * height / width / step)) * step
+        if not 0.5 <= (given_width * height) / (given_height * width) <= 2:
+            raise SizeError(
+                f"{given_width}x{given_height} stretches a {width}x{height} image more than twofold; choose a size of "
+                "its shape, or give one side alone."
+            )
+        return given_width, given_height
+
+    def at_natural_size(self) -> DecodeOptions:
+        """The same options without `size` and `scale`."""
+        return replace(self, size=None, scale=None)
+
+    def downsampled_size(self, largest: tuple[int, int], scale: int, name: str) -> tuple[int, int]:
+        """Width and height of the result, by `size` or `scale`, where a decoder makes `largest` and no more.
+
+        Args:
+            largest: Width and height at the decoder's own scale.
+            scale: That scale.
+            name: What to call the decoder in the message.
+
+        Raises:
+            SizeError: The result would be enlarged or stretched.
+        """
+        (width, height), (wanted_width, wanted_height) = largest, self.completed_size(largest)
+        if self.scale is not None:
+            if self.scale > scale:
+                raise SizeError(
+                    f"scale is {self.scale:g}, and {name} enlarges {scale} times; give 1 to {scale}, or enlarge the "
+                    "result once more."
+                )
+            return max(1, round(width * self.scale / scale)), max(1, round(height * self.scale / scale))
+        if wanted_width > width or wanted_height > height:
+            raise SizeError(
+                f"size is {wanted_width}x{wanted_height}, and {name} makes {width}x{height} of this; ask for that or "
+                "less, or enlarge the result once more."
+            )
+        if abs(wanted_width * height - wanted_height * width) > MAX_STRETCH * wanted_width * height:
+            raise SizeError(
+                f"size is {wanted_width}x{wanted_height}, which stretches an image that becomes {width}x{height}; give "
+                f"one side alone, or {wanted_width}x{max(1, round(wanted_width * height / width))}."
+            )
+        return wanted_width, wanted_height
+
     def seeds(self, batch: int) -> list[int]:
         """One seed per image of a batch.
 
@@ -210,6 +274,29 @@ class DecodeOptions:
         if len(self.seed) != batch:
             raise SettingError(f"There are {len(self.seed)} seeds for {batch} images; give one, or one for each.")
         return list(self.seed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveOptions:
+    """How an image is written.
+
+    Raises:
+        SettingError: A value is out of range, or cannot act.
+    """
+
+    format: FileFormat | None = _option(
+        "File format of the result: png unless the name says otherwise.", str, choices=get_args(FileFormat)
+    )
+    quality: int | None = _option(
+        "Quality of webp and jpeg files; 95 if not given. PNG is exact.", int, minimum=1, maximum=100
+    )
+
+    def __post_init__(self) -> None:
+        for name, info in option_infos(SaveOptions).items():
+            if getattr(self, name) is not None:
+                _check(name, info, getattr(self, name))
+        if self.quality is not None and self.format in (None, "png"):
+            raise SettingError("quality acts on webp and jpeg only, and format is png; leave it out, or change format.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,9 +312,14 @@ class RuntimeOptions:
     cuda_graphs: bool = False
 
 
-def option_infos(*, command: Command | None = None, interface: Interface | None = None) -> dict[str, OptionInfo]:
-    """Name and `OptionInfo` of every decode option, in order; only those of a command or an interface, if named."""
-    infos = {entry.name: _info(entry) for entry in fields(DecodeOptions)}
+def option_infos(
+    options: type[DecodeOptions | SaveOptions] = DecodeOptions,
+    *,
+    command: Command | None = None,
+    interface: Interface | None = None,
+) -> dict[str, OptionInfo]:
+    """Name and `OptionInfo` of every option, in order; only those of a command or an interface, if named."""
+    infos = {entry.name: _info(entry) for entry in fields(options)}
     return {
         name: info
         for name, info in infos.items()
@@ -260,9 +352,12 @@ def _check(name: str, info: OptionInfo, value: Any) -> None:
         return
     if info.type is tuple:
         sides = value if isinstance(value, (tuple, list)) else ()
-        if len(sides) != 2 or not all(_is_a(int, side) for side in sides):
-            raise SettingError(f"{name} is {value!r:.40}; it must be width and height in pixels, such as (2048, 1536).")
-        values = list(sides)
+        values = [side for side in sides if side is not None]
+        if len(sides) != 2 or not values or not all(_is_a(int, side) for side in values):
+            raise SettingError(
+                f"{name} is {value!r:.40}; it must be width and height in pixels, such as (2048, 1536), or one of them "
+                "and None."
+            )
     elif info.type in (int, str) and isinstance(value, (tuple, list)):
         if name not in ("seed", "prompt"):
             raise SettingError(f"{name} is {value!r}; one value acts on all images.")

@@ -106,6 +106,11 @@ class WorkTracker:
         done = (self.part[0] + min(1.0, done)) / self.part[1]
         self.callback(Progress(phase, done, unit, index, total))
 
+    def tiles(self) -> Callable[[int, int], None]:
+        """A callback of the tiles done and of all tiles that reports the tile that begins; decoding begins now."""
+        self.report("decoding")
+        return lambda done, total: self.report("decoding", done / total, "tile", done + 1, total)
+
     def steps(self, callback: Callback | None, num_steps: int) -> Callback:
         """A step callback that also reports the step that begins next; the first is reported now."""
         self.report("decoding", 0.0, "step", 1, num_steps)

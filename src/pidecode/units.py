@@ -20,10 +20,28 @@ def parse_size(text: str) -> tuple[int, int]:
     Raises:
         SizeError: The text is not of that form.
     """
-    match = re.fullmatch(r"\s*([1-9]\d{0,5})\s*[x×]\s*([1-9]\d{0,5})\s*", text.lower())
-    if match is None:
+    try:
+        width, height = parse_sides(text)
+    except SizeError:
+        width = height = None
+    if width is None or height is None:
         raise SizeError(f"The size is {text[:20]!r}; it must be WIDTHxHEIGHT in pixels, such as 2048x1536.")
-    return int(match[1]), int(match[2])
+    return width, height
+
+
+def parse_sides(text: str) -> tuple[int | None, int | None]:
+    """Width and height in pixels of "4096x3072", or of "4096x" or "x3072" with None for the other side.
+
+    Raises:
+        SizeError: The text is not of that form.
+    """
+    match = re.fullmatch(r"\s*([1-9]\d{0,5})?\s*[x×]\s*([1-9]\d{0,5})?\s*", text.lower())
+    if match is None or match[1] is match[2]:
+        raise SizeError(
+            f"The size is {text[:20]!r}; it must be WIDTHxHEIGHT in pixels, such as 2048x1536, or one side alone: "
+            "2048x or x1536."
+        )
+    return int(match[1]) if match[1] else None, int(match[2]) if match[2] else None
 
 
 def parse_bytes(text: str) -> int:

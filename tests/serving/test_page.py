@@ -116,7 +116,7 @@ def test_a_smaller_scale_is_downsampled(page: Served) -> None:
     assert (last["width"], last["height"], last["metadata"]["downsampled_from"]) == (40, 66, [80, 132])
     refused = stream(page, "/v1/upscale?stream=true&num_steps=1&scale=8", image_bytes())[-1]
     assert refused["state"] == "failed"
-    assert "scale is 8; this model enlarges 4 times" in refused["error"]["message"]
+    assert "enlarges 4 times; give 1 to 4" in refused["error"]["message"]
 
 
 def test_a_latent_is_decoded_and_a_bad_one_ends_in_an_error(page: Served) -> None:

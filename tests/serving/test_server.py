@@ -17,7 +17,7 @@ from serving_kit import LIMITS, PATIENCE, HttpAnswer, Served, image_bytes, laten
 
 from pidecode import PixelDecoder
 from pidecode.images import read_metadata
-from pidecode.options import Command, option_infos
+from pidecode.options import Command, SaveOptions, option_infos
 from pidecode.serve.app import create_app
 from pidecode.serve.service import DecodeService
 
@@ -107,7 +107,7 @@ def test_a_foreign_latent_needs_its_space(server: Served) -> None:
         ("/v1/decode?num_steps=9", latent_bytes(), 400, "num_steps is 9"),
         ("/v1/decode?prompt=a+cat", latent_bytes(), 400, "no text stream"),
         ("/v1/decode?guidance_scale=3", latent_bytes(), 400, "guidance_scale acts on teacher decoders only"),
-        ("/v1/decode?width=64", latent_bytes(), 400, "width and height together"),
+        ("/v1/upscale?width=9000", image_bytes(), 400, "size is 9000x9000"),
         ("/v1/decode?sigma=0.9", latent_bytes(), 422, "sigma: Input should be less than or equal to 0.8"),
         ("/v1/decode?fit=pad", latent_bytes(), 422, "fit: Extra inputs are not permitted"),
         ("/v1/upscale?num_refinements=2", image_bytes(), 400, "num_refinements acts on feed-forward decoders only"),
@@ -208,7 +208,7 @@ def test_openai_edits_enlarge(server: Served) -> None:
         ({"prompt": "x"}, "no file in the field 'image'"),
         ({"image": b"nothing"}, "not an image of a known format"),
         ({"image": latent_bytes()}, "send it to /v1/decode"),
-        ({"image": image_bytes(), "size": "64x32"}, "becomes 128x128; size cannot be 64x32"),
+        ({"image": image_bytes(), "size": "64x32"}, "give one side alone, or 64x64"),
         ({"image": image_bytes(), "size": "big"}, "size: String should match pattern"),
         ({"image": image_bytes(), "n": "9"}, "n: Input should be less than or equal to 4"),
         ({"image": image_bytes(), "response_format": "url"}, "response_format: Input should be 'b64_json'"),
@@ -267,8 +267,10 @@ def test_parameters_are_the_decode_options_that_http_offers(server: Served) -> N
             schema = found.pop(name)["schema"]
             assert schema["description"] == info.help
             assert tuple(schema["anyOf"][0].get("enum", ())) == info.choices
-        rest = {"decode": {"space", "width", "height"}, "upscale": {"scale"}}[command]
-        assert found.keys() == {"model", "format", "quality", "stream", "reconnect_seconds"} | rest
+        for name, info in option_infos(SaveOptions, interface="http").items():
+            assert found.pop(name)["schema"]["description"] == info.help
+        rest = {"decode": {"space"}, "upscale": set[str]()}[command]
+        assert found.keys() == {"model", "stream", "reconnect_seconds", "width", "height"} | rest
 
 
 def test_a_token_is_required() -> None:

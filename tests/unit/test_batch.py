@@ -115,7 +115,7 @@ def test_a_manifest_gives_each_line_its_own_settings(tmp_path: Path) -> None:
     [
         ("{", "Line 1 of list.jsonl is not JSON"),
         ("[1]", 'is not a JSON object; write {"source": "cat.png"}'),
-        ('{"sorce": "a.png"}', "an entry 'sorce'. Did you mean source?"),
+        ('{"sorce": "a.png"}', "an entry 'sorce'. Did you mean source"),
         ('{"seed": 1}', "needs 'source' as text"),
         ('{"source": "a.txt"}', "a.txt is neither an image"),
         ('{"source": "a.png", "seed": "x"}', "seed is 'x'; it must be a whole number"),

@@ -180,7 +180,7 @@ def test_a_batch_is_numbered(weights: Path, tmp_path: Path) -> None:
         (["{latent}", "--num-steps", "9"], 2, "a distilled decoder takes 1 to 4"),
         (["{latent}", "--size", "big"], 2, "such as 2048x1536"),
         (["{latent}", "--sigma", "0.9"], 2, "0.9 is not in the range"),
-        (["{latent}", "--space", "sdxl"], 2, "sdxl"),
+        (["{latent}", "--space", "sdxl"], 3, "sdxl"),
         (["{latent}", "--device", "toaster"], 2, "toaster"),
         (["{weights}"], 3, ""),
         (["{latent}", "-m", "nothing-like-that"], 2, "nothing-like-that"),

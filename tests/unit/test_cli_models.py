@@ -5,18 +5,26 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import tomllib
 from pathlib import Path
 
+import click
 import pytest
 import torch
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner, Result
+from PIL import Image
 from safetensors.torch import save_file
 
-from pidecode.cli.app import cli
-from pidecode.cli.common import emit
+from pidecode.cli.app import COMMANDS, cli
+from pidecode.cli.common import GroupedCommand, emit
 from pidecode.cli.doctor import EXTRAS
+from pidecode.engine.machine import Machine
+from pidecode.engine.plan import plan_decode
+from pidecode.engine.runner import measured_step_seconds
 from pidecode.registry.checkpoints import CHECKPOINTS, ENCODERS, REPOSITORY, get_checkpoint
+from pidecode.registry.configs import debug_config
 
 
 def run(*arguments: str) -> Result:
@@ -136,3 +144,69 @@ def test_escapes_in_names_and_metadata_reach_no_terminal(tmp_path: Path) -> None
 def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
     emit({"a": [float("nan"), (float("inf"), 1.5)], 2: {"b": -0.0}}, "", as_json=True)
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"a": [None, [None, 1.5]], "2": {"b": 0}}
+
+
+def test_plan_predicts_the_time_of_this_machine_only() -> None:
+    told = json.loads(run("plan", "--size", "512x512", "--network", "tiny", "--json").stdout)
+    decoding, upscaling = (told["seconds"][f"time to {what}"] for what in ("decode", "upscale"))
+    assert 0 < decoding < upscaling < 600
+    assert "predicted time to upscale" in run("plan", "--size", "512x512", "--network", "tiny").stdout
+    assert (
+        json.loads(run("plan", "--size", "512x512", "--network", "tiny", "--ram", "8GB", "--json").stdout)["seconds"]
+        is None
+    )
+
+
+def test_the_time_of_a_step_grows_with_the_image() -> None:
+    config = debug_config()
+    plans = [plan_decode(config, (side, side), Machine(memory=10**9, accelerator=False)) for side in (256, 1024)]
+    small, large = (measured_step_seconds(plan, config, torch.device("cpu")) for plan in plans)
+    assert 0 < small < large
+
+
+def test_the_recipe_of_tiny_is_named_with_its_place() -> None:
+    refused = run("train", "tiny", "--show")
+    assert refused.exit_code == 2
+    assert "recipes/tiny" in refused.stderr
+    assert (Path(__file__).resolve().parents[2] / "recipes" / "tiny" / "train.py").is_file()
+
+
+def test_an_animation_is_described_with_its_frames(tmp_path: Path) -> None:
+    frames = [Image.new("L", (8, 6), level) for level in (0, 100, 200)]
+    frames[0].save(tmp_path / "anim.gif", save_all=True, append_images=frames[1:])
+    told = json.loads(run("info", str(tmp_path / "anim.gif"), "--json").stdout)
+    assert {"format": "GIF", "width": 8, "height": 6, "frames": 3}.items() <= told.items()
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("upscale -m flux2/", {"flux2/2k", "flux2/tiny"}), ("upscale --var", {"--variant"}),
+        ("upscale -m flux2 --variant 2k", {"2k", "2kto4k_v1pt5"}), ("train stud", {"student", "student_lora"}),
+        ("upscale --format ", {"png", "webp"}),
+    ],
+)  # fmt: skip
+def test_the_shell_completes_models_variants_and_recipes(words: str, offered: set[str]) -> None:
+    *typed, incomplete = words.split(" ")
+    completed = ShellComplete(cli, {}, "pidecode", "_PIDECODE_COMPLETE").get_completions(typed, incomplete)
+    assert offered <= {item.value for item in completed}
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_each_command_has_two_examples_that_it_understands(name: str) -> None:
+    command = cli.get_command(click.Context(cli), name)
+    assert isinstance(command, GroupedCommand)
+    assert len(command.examples) == 2
+    for line in command.examples:
+        program, called, *arguments = shlex.split(line)
+        assert (program, called) == ("pidecode", name)
+        command.make_context(name, arguments)
+        assert line in run(name, "--help").stdout
+
+
+def test_options_stand_in_groups() -> None:
+    text = run("upscale", "--help").stdout
+    groups = [
+        text.index(f"\n{title}:") for title in ("Options", "Result", "Model", "Machine", "Other options", "Examples")
+    ]
+    assert groups == sorted(groups)

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +19,11 @@ from safetensors.torch import save_file
 from test_cli_decode import FLUX2, save_weights, size_and_format
 
 from pidecode.cli.app import cli
+from pidecode.cli.common import WorkBar
+from pidecode.latents.latent import Latent
 from pidecode.models.tiny import TinyEncoder
 from pidecode.registry.configs import TinyEncoderConfig
+from pidecode.sampling import Progress
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +93,138 @@ def test_what_is_no_image_is_one_line_and_leaves_nothing(model: list[str], tmp_p
     assert result.exit_code == 4
     assert result.stderr.startswith("Error: ")
     assert [path.name for path in tmp_path.iterdir()] == ["broken.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "size"),
+    [
+        (["--scale", "2"], (74, 42)), (["--scale", "1.5"], (56, 32)), (["--size", "100x"], (100, 57)),
+        (["--size", "x42"], (74, 42)), (["--size", "74x42"], (74, 42)), (["--size", "148x84"], (148, 84)),
+    ],
+)  # fmt: skip
+def test_a_smaller_result_is_downsampled(model: list[str], photo: Path, arguments: list[str], size: Any) -> None:
+    result = run(photo, *model, *arguments)
+    assert result.exit_code == 0, result.stderr
+    made = photo.with_name("photo-upscaled.png")
+    assert size_and_format(made) == (size, "PNG")
+    metadata = json.loads(CliRunner().invoke(cli, ["info", str(made), "--json"]).stdout)["metadata"]
+    assert metadata.get("downsampled_from") == (None if size == (148, 84) else [148, 84])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--scale", "5"], "enlarges 4 times; give 1 to 4"), (["--size", "200x"], "makes 148x84 of this"),
+        (["--size", "100x80"], "give one side alone, or 100x57"), (["--size", "x"], "such as 2048x1536"),
+        (["--size", "100x", "--scale", "2"], "give one"), (["--quality", "90"], "quality acts on webp and jpeg"),
+        (["--format", "webp", "-o", "a.png"], "--out names the file a.png; drop one"),
+        (["--format", "jpeg", "--bits", "16"], "Only .png files hold 16 bits"),
+        (["-o", "-", "--json"], "both write to standard output"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_refused_with_what_can(
+    model: list[str], photo: Path, arguments: list[str], words: str
+) -> None:
+    result = run(photo, *model, *arguments)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert [path.name for path in photo.parent.iterdir()] == ["photo.jpg"]
+
+
+def test_format_and_quality_choose_the_file(model: list[str], photo: Path) -> None:
+    sizes = []
+    for quality in (20, 95):
+        result = run(photo, *model, "--format", "webp", "--quality", quality, "--overwrite")
+        assert result.exit_code == 0, result.stderr
+        made = photo.with_name("photo-upscaled.webp")
+        assert size_and_format(made) == ((148, 84), "WEBP")
+        sizes.append(made.stat().st_size)
+    assert sizes[0] < sizes[1]
+    assert run(photo, *model, "--format", "jpeg").exit_code == 0
+    assert photo.with_name("photo-upscaled.jpg").is_file()
+
+
+def test_one_bad_file_does_not_stop_the_others(model: list[str], photo: Path) -> None:
+    broken = photo.with_name("broken.png")
+    broken.write_bytes(b"\x89PNG\r\n\x1a\nand then nothing of the kind")
+    result = run(broken, photo.with_name("missing.png"), photo, *model, "--json")
+    assert result.exit_code == 1
+    written, *failures = json.loads(result.stdout)
+    assert written["image"].endswith("photo-upscaled.png")
+    assert {failure["source"] for failure in failures} == {str(broken), str(photo.with_name("missing.png"))}
+    assert f"2 of 3 failed: {photo.with_name('missing.png')}, {broken}" in result.stderr
+
+
+def test_standard_input_and_output(model: list[str], photo: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli, ["upscale", "-", *model, "-o", "-", "--format", "webp"], input=photo.read_bytes())
+    assert result.exit_code == 0, result.stderr
+    with Image.open(io.BytesIO(result.stdout_bytes)) as image:
+        assert (image.size, image.format) == ((148, 84), "WEBP")
+    nameless = CliRunner().invoke(cli, ["upscale", "-", *model], input=photo.read_bytes())
+    assert nameless.exit_code == 2
+    assert "--out FILE" in nameless.stderr
+    several = run(photo, photo, *model, "-o", "-")
+    assert "name a folder" in several.stderr
+    broken = CliRunner().invoke(cli, ["upscale", "-", *model, "-o", str(tmp_path / "a.png")], input=b"no image")
+    assert broken.exit_code == 4
+
+
+def test_a_folder_is_a_batch(photo: Path, model: list[str]) -> None:
+    weights = Path(model[1])
+    folder = photo.parent / "photos"
+    folder.mkdir()
+    photo.rename(folder / "photo.jpg")
+    refused = run(folder, *model)
+    assert refused.exit_code == 2
+    assert "--encoder cannot act on a batch" in refused.stderr
+    result = run(folder, "-m", weights, "--scale", "2", "--format", "webp")
+    assert result.exit_code == 0, result.stderr
+    assert size_and_format(photo.parent / "photos-upscaled" / "photo.webp") == ((74, 42), "WEBP")
+
+
+def test_a_file_for_the_other_command_names_it(model: list[str], photo: Path, tmp_path: Path) -> None:
+    latent = tmp_path / "cat.safetensors"
+    Latent(torch.zeros(1, 128, 1, 1), "flux2").save(latent)
+    assert f"use `pidecode decode {latent}`" in run(latent, *model).stderr
+    result = CliRunner().invoke(cli, ["decode", str(photo), *model])
+    assert result.exit_code == 3
+    assert f"use `pidecode upscale {photo}`" in result.stderr
+    png = tmp_path / "there.png"  # which the result of the wrong command would be written over
+    Image.new("RGB", (8, 8)).save(png)
+    assert f"use `pidecode upscale {png}`" in CliRunner().invoke(cli, ["decode", str(png), *model]).stderr
+    several = run(photo, tmp_path / "missing.png", *model, "-o", tmp_path / "one.png")
+    assert "2 images cannot all be written" in several.stderr
+
+
+class Terminal(io.StringIO):
+    """A standard error that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_what_is_being_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    with WorkBar() as bar:
+        assert "loading ... 00:00" in terminal.getvalue()  # at once
+        bar.expect([3.0, 1.0], seconds=40.0)
+        bar.begin(0, "a.png")
+        bar.report(Progress("encoding", 0.5, "refinement", 1, 2))
+        bar.begin(1, "b.png")
+        bar.report(Progress("decoding", 0.0, "tile", 1, 12))
+    shown = terminal.getvalue()
+    assert "1/2 a.png: encoding, refinement 1 of 2  38%" in shown
+    assert "2/2 b.png: decoding, tile 1 of 12  75%" in shown
+    assert re.search(r"about \d+", shown)
+
+
+def test_the_line_moves_while_nothing_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    with WorkBar() as bar:
+        bar.expect([1.0], seconds=5.0)
+        bar.begin(0, "a.png")
+        before = terminal.getvalue()
+        deadline = time.monotonic() + 5
+        while terminal.getvalue() == before and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert "1%" in terminal.getvalue()[len(before) :] or "about 4" in terminal.getvalue()[len(before) :]

@@ -16,7 +16,8 @@ import pytest
 from pidecode import PixelDecoder
 from pidecode.batch.jobs import MANIFEST_OPTIONS
 from pidecode.cli.app import cli
-from pidecode.options import Command, option_infos
+from pidecode.images import DecodeOutput
+from pidecode.options import Command, SaveOptions, option_infos
 
 DOUBLES = Path(__file__).resolve().parents[1] / "doubles" / "comfyui"
 COMMANDS: tuple[Command, ...] = ("decode", "upscale")
@@ -82,6 +83,20 @@ def test_flags_of_generate() -> None:
     offered = set(flags("generate")) & set(option_infos(interface="cli"))
     # The seeds and the size are those of the whole run, the prompts are arguments.
     assert offered | {"seed", "prompt"} == set(option_infos(command="decode", interface="cli"))
+
+
+@pytest.mark.parametrize("command", ["decode", "upscale", "batch"])
+def test_how_files_are_written(command: str) -> None:
+    pytest.importorskip("fastapi")
+    from pidecode.serve.schemas import ResultParams
+
+    fields = ResultParams.model_json_schema()["properties"]
+    for name, info in option_infos(SaveOptions).items():
+        parameter = flags(command)[name]
+        assert isinstance(parameter, click.Option)
+        assert parameter.help == info.help == fields[name]["description"]
+    assert tuple(fields["format"]["enum"]) == option_infos(SaveOptions)["format"].choices
+    assert "quality" in inspect.signature(DecodeOutput.save).parameters
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -45,6 +45,14 @@ def test_what_is_here_is_tried(tmp_path: Path) -> None:
     assert "holds no config.json" in checks["encoder"]["reason"]
 
 
+def test_what_ships_is_tried_where_the_official_decoder_is_missing() -> None:
+    checks = {check.name: check for check in check_space("flux2")}
+    assert not checks["decoder"].ok
+    assert checks["decoder tiny"].ok
+    assert "`-m tiny`" in checks["decoder tiny"].reason
+    assert checks["one small decode"].ok
+
+
 def test_the_model_needs_its_space() -> None:
     done = CliRunner().invoke(cli, ["doctor", "--model", "x"])
     assert done.exit_code == 2

@@ -26,6 +26,7 @@ from pidecode.engine.feed_forward import FeedForwardPlan, FeedForwardRunner, pla
 from pidecode.engine.machine import Machine
 from pidecode.engine.plan import plan_decode
 from pidecode.errors import CheckpointError, DoesNotFitError, ImageError, LatentError, SettingError, SizeError
+from pidecode.images import resize
 from pidecode.latents.latent import Latent
 from pidecode.metrics import psnr
 from pidecode.models.tiny import TinyDecoder, TinyEncoder, downscaled
@@ -171,7 +172,7 @@ def test_what_does_not_fit_is_refused_before_it_is_begun(
 
 @pytest.mark.parametrize(
     "option",
-    [{"seed": 1}, {"num_steps": 4}, {"sampler": "sde"}, {"guidance_scale": 2.0}, {"shift": 2.0}, {"size": (64, 64)},
+    [{"seed": 1}, {"num_steps": 4}, {"sampler": "sde"}, {"guidance_scale": 2.0}, {"shift": 2.0},
      {"prompt": "a cat"}, {"negative_prompt": "a dog"}, {"prompt_embeds": torch.zeros(1, 2, 4)}],
 )  # fmt: skip
 def test_what_cannot_act_is_refused(shipped: PixelDecoder, option: dict[str, Any]) -> None:
@@ -180,6 +181,26 @@ def test_what_cannot_act_is_refused(shipped: PixelDecoder, option: dict[str, Any
         shipped.decode(latent(), **option)
     with pytest.raises(SettingError, match=f"{name} acts on"):
         shipped.decode(latent(), options=DecodeOptions(**option))
+
+
+def test_a_smaller_size_is_downsampled_and_a_larger_refused(shipped: PixelDecoder) -> None:
+    whole, small = shipped.decode(latent()), shipped.decode(latent(), size=(32, None))
+    assert small.image.size == (32, 16)
+    assert small.metadata[0]["downsampled_from"] == [128, 64]
+    assert float((small.tensor - resize(whole.tensor, 16, 32, method="area")).abs().mean()) < 0.05
+    source = torch.rand(1, 3, 20, 36) * 2 - 1
+    assert shipped.upscale(source, scale=2).image.size == (72, 40)
+    assert shipped.upscale(source, size=(None, 30)).image.size == (54, 30)
+    assert shipped.upscale(source, options=DecodeOptions(scale=1)).metadata[0]["width"] == 36
+    for given, words in (
+        ({"size": (256, None)}, "makes 128x64 of this"), ({"size": (64, 64)}, "give one side alone, or 64x32"),
+    ):  # fmt: skip
+        with pytest.raises(SizeError, match=words):
+            shipped.decode(latent(), **given)
+    with pytest.raises(SizeError, match="scale is 6, and tiny enlarges 4 times"):
+        shipped.upscale(source, scale=6)
+    with pytest.raises(SettingError, match="give one"):
+        shipped.upscale(source, scale=2, size=(40, 40))
 
 
 def test_adapters_and_ways_to_run_are_refused(shipped: PixelDecoder, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from pidecode.errors import SettingError, SizeError
-from pidecode.units import format_bytes, format_seconds, parse_bytes, parse_dtype, parse_size, printable
+from pidecode.units import format_bytes, format_seconds, parse_bytes, parse_dtype, parse_sides, parse_size, printable
 
 
 @pytest.mark.parametrize(("text", "size"), [("2048x1536", (2048, 1536)), ("64X32", (64, 32)), ("8×9", (8, 9))])
@@ -20,6 +20,17 @@ def test_sizes(text: str, size: tuple[int, int]) -> None:
 def test_no_sizes(text: str) -> None:
     with pytest.raises(SizeError, match="it must be WIDTHxHEIGHT in pixels"):
         parse_size(text)
+
+
+@pytest.mark.parametrize(("text", "sides"), [("2048x", (2048, None)), (" x64", (None, 64)), ("8x9", (8, 9))])
+def test_one_side_alone(text: str, sides: tuple[int | None, int | None]) -> None:
+    assert parse_sides(text) == sides
+
+
+@pytest.mark.parametrize("text", ["x", "", "2048", "0x"])
+def test_no_sides(text: str) -> None:
+    with pytest.raises(SizeError, match="or one side alone"):
+        parse_sides(text)
 
 
 @pytest.mark.parametrize(

@@ -331,6 +331,8 @@ def test_listed_names_that_ship_are_found_and_contradictions_refused() -> None:
     assert resolve_checkpoint("flux2/tiny").path == resolve_checkpoint("tiny").path
     with pytest.raises(SettingError, match="flux2/2k is variant 2k and a student"):
         resolve_checkpoint("flux2/2k", variant="2kto4k_v1pt5")
+    with pytest.raises(SettingError, match="tiny is variant tiny and a feed-forward; leave variant and kind out"):
+        resolve_checkpoint("tiny", variant="2k")
 
 
 def test_a_fetch_is_pinned_where_the_registry_knows_the_file_and_recorded(hub, tmp_path):

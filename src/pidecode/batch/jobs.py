@@ -15,7 +15,7 @@ from pidecode.batch.report import describe_left_out
 from pidecode.errors import FileError, PidecodeError, SettingError
 from pidecode.files import LOCK_NAME, require_file, same_name
 from pidecode.latents.storage import count_latents
-from pidecode.options import Command, DecodeOptions, option_infos
+from pidecode.options import Command, DecodeOptions, SaveOptions, option_infos
 from pidecode.registry.spaces import did_you_mean
 from pidecode.strict_json import JSONError, parse_json
 
@@ -27,7 +27,7 @@ IMAGE_SUFFIXES = (
     ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".tga",
 )  # fmt: skip
 """Endings of the image formats that `pidecode.images` reads."""
-OUTPUT_SUFFIXES = (".png", ".webp", ".jpg")
+OUTPUT_SUFFIXES = tuple(f".{choice}" for choice in option_infos(SaveOptions)["format"].choices)
 REPORT_NAME = "pidecode-batch.json"  # name of the report in the output folder
 MANIFEST_OPTIONS = tuple(option_infos(interface="batch"))
 """Decode options that a line of a manifest may set for its own job."""

@@ -16,7 +16,7 @@ import torch
 
 from pidecode.batch.jobs import REPORT_NAME, BatchJob
 from pidecode.batch.report import BatchReport, JobResult, merge
-from pidecode.batch.worker import Worker, WorkerConfig, skip_done
+from pidecode.batch.worker import JobProgressCallback, Worker, WorkerConfig, skip_done
 from pidecode.decoder import PixelDecoder
 from pidecode.devices import select_device
 from pidecode.errors import PidecodeError, SettingError
@@ -120,7 +120,11 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_batch(
-    batch: Batch, on_result: ResultCallback | None = None, *, decoder: PixelDecoder | None = None
+    batch: Batch,
+    on_result: ResultCallback | None = None,
+    *,
+    decoder: PixelDecoder | None = None,
+    on_progress: JobProgressCallback | None = None,
 ) -> BatchReport | None:
     """Process the jobs of a batch that are not done yet, and write the report into the output folder.
 
@@ -128,6 +132,7 @@ def run_batch(
         batch: Jobs, model and options.
         on_result: Called with every result as it comes.
         decoder: A decoder that is loaded already, for the local engine.
+        on_progress: Called as each job goes on, but with Ray and in other processes than the first.
 
     Returns:
         The report, also after an interruption (Ctrl-C), which it records; None in processes of torchrun with another
@@ -141,7 +146,7 @@ def run_batch(
     batch = replace(batch, config=replace(batch.config, weights=batch.config.hash_weights()))
     callback = on_result or _ignore
     if batch.engine == "torchrun":
-        report = run_torchrun(batch, callback)
+        report = run_torchrun(batch, callback, on_progress)
         return report if report is None else _write_report(batch.out, report)
     with FolderLock(batch.out, "batch"):
         remove_partial(batch.out, older_than=ABANDONED_AFTER)
@@ -150,7 +155,7 @@ def run_batch(
 
             report = run_ray(batch, callback)
         else:
-            report = run_local(batch, callback, decoder=decoder)
+            report = run_local(batch, callback, decoder=decoder, on_progress=on_progress)
         return _write_report(batch.out, report)
 
 
@@ -165,19 +170,27 @@ def _write_report(out: Path, report: BatchReport) -> BatchReport:
     return report
 
 
-def run_local(batch: Batch, on_result: ResultCallback, *, decoder: PixelDecoder | None = None) -> BatchReport:
+def run_local(
+    batch: Batch,
+    on_result: ResultCallback,
+    *,
+    decoder: PixelDecoder | None = None,
+    on_progress: JobProgressCallback | None = None,
+) -> BatchReport:
     """Process the batch in this process, on one device."""
     progress = BatchProgress(batch=batch, on_result=on_result)
     try:
         pending = progress.pending()
         if pending:
-            Worker(batch.config, decoder).process_all(pending, progress.add)
+            Worker(batch.config, decoder, on_progress).process_all(pending, progress.add)
     except KeyboardInterrupt:
         progress.interrupted = True
     return progress.report()
 
 
-def run_torchrun(batch: Batch, on_result: ResultCallback) -> BatchReport | None:
+def run_torchrun(
+    batch: Batch, on_result: ResultCallback, on_progress: JobProgressCallback | None = None
+) -> BatchReport | None:
     """Process every n-th job in this one of n processes; rank 0 gathers the reports."""
     import torch.distributed as dist
 
@@ -193,7 +206,7 @@ def run_torchrun(batch: Batch, on_result: ResultCallback) -> BatchReport | None:
         config = replace(batch.config, device=batch.config.device or _local_device(int(os.environ["LOCAL_RANK"])))
         # Jobs are divided before any is skipped: which are done already may look different to each process.
         own = replace(batch, jobs=batch.jobs[rank::world_size], config=config)
-        report = run_local(own, on_result if rank == 0 else _ignore)
+        report = run_local(own, on_result if rank == 0 else _ignore, on_progress=on_progress if rank == 0 else None)
         parts: list[Any] | None = [None] * world_size if rank == 0 else None
         dist.gather_object(report, parts, dst=0)
         return merge(parts) if parts is not None else None

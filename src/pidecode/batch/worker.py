@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, cast
 
@@ -27,11 +28,14 @@ from pidecode.images.png import SIGNATURE
 from pidecode.images.read import SourceImage
 from pidecode.latents.latent import Latent
 from pidecode.options import DecodeOptions, RuntimeOptions, option_infos
+from pidecode.sampling import Progress
 from pidecode.units import printable
 from pidecode.weights.resolve import default_encoder_path, resolve_checkpoint
 from pidecode.weights.safetensors import sha256
 
 FINGERPRINT = "batch"  # entry of an image's metadata that holds the fingerprint of its job
+
+JobProgressCallback = Callable[[BatchJob, Progress], None]  # as `progress_callback` of a decode, with the job
 
 READ_QUEUE, WRITE_QUEUE = 2, 2  # jobs read ahead, and decoded ones that may wait to be written
 
@@ -49,6 +53,7 @@ class WorkerConfig:
     # Decode options; a manifest may override them for a job.
     options: DecodeOptions = field(default_factory=DecodeOptions)
     bits: int = 8  # bits per channel of the images, 8 or 16
+    quality: int | None = None  # quality of WebP and JPEG files
     overwrite: bool = False  # whether images that exist are made again
     strip: bool = False  # whether what a source carries (EXIF, texts, resolution) is left out of its image
     keep_profile: bool = False  # whether a source's colors and profile are kept instead of converted to sRGB
@@ -81,7 +86,9 @@ class WorkerConfig:
         A folder may hold images and latents, so an option of the batch for one of them is left out for the other; an
         option of the job itself that cannot act is refused by the decoder.
         """
-        acting = option_infos(command=job.command)
+        acting = set(option_infos(command=job.command))
+        if {"size", "scale"} & set(job.options):  # a job's own size takes the place of the batch's scale
+            acting -= {"size", "scale"}
         inherited = {name: getattr(self.options, name) for name in acting}
         return DecodeOptions(**{**inherited, **job.options})
 
@@ -97,6 +104,8 @@ class WorkerConfig:
             "reading": [self.strip, self.keep_profile],
             "options": {name: value for name, value in asdict(self.options_of(job)).items() if value is not None},
         }  # fmt: skip
+        if self.quality is not None:
+            identity["quality"] = self.quality
         return hashlib.sha256(json.dumps(identity, sort_keys=True, default=sha256).encode()).hexdigest()[:32]
 
 
@@ -237,8 +246,10 @@ class _Decoded:
 class Worker:
     """A decoder, given or loaded as the configuration says, that processes jobs one at a time."""
 
-    def __init__(self, config: WorkerConfig, decoder: PixelDecoder | None = None) -> None:
-        self.config = config
+    def __init__(
+        self, config: WorkerConfig, decoder: PixelDecoder | None = None, on_progress: JobProgressCallback | None = None
+    ) -> None:
+        self.config, self.on_progress = config, on_progress
         self.decoder = decoder or config.load_decoder()
 
     def process(self, job: BatchJob) -> JobResult:
@@ -282,10 +293,10 @@ class Worker:
         if job.kind == "latent":
             latent = Latent.load(job.source, space=self.config.space)
             height, width = latent.output_size
-            check_format(job.out, *(self.config.options_of(job).size or (width, height)))
+            check_format(job.out, *self.decoder.decoded_size((width, height), self.config.options_of(job)))
             return latent
         size = image_size(job.source, max_pixels=self.config.max_pixels)
-        check_format(job.out, *self.decoder.upscaled_size(size))
+        check_format(job.out, *self.decoder.upscaled_size(size, self.config.options_of(job)))
         image = read_image(job.source, max_pixels=self.config.max_pixels, keep_profile=self.config.keep_profile)
         return image.stripped() if self.config.strip else image
 
@@ -294,17 +305,20 @@ class Worker:
         if decoded.error is not None or outputs is None or not outputs.missing:  # a worker that died had finished it
             return decoded
         try:
-            options = self.config.options_of(job)
+            options, report = self.config.options_of(job), self.on_progress
+            progress = None if report is None else partial(report, job)
             if not isinstance(decoded.source, Latent):
                 assert decoded.source is not None
-                decoded.add(outputs.paths[0], self.decoder.upscale(decoded.source, options=options))
+                output = self.decoder.upscale(decoded.source, options=options, progress_callback=progress)
+                decoded.add(outputs.paths[0], output)
                 return decoded
             draws_noise = self.decoder.kind in option_infos()["seed"].kinds
             first_seed = options.seeds(1)[0] if draws_noise else None
             for index in outputs.missing:  # one by one: that one image fits in memory does not mean that all do
                 if first_seed is not None:
                     options = replace(options, seed=first_seed + index)
-                decoded.add(outputs.paths[index], self.decoder.decode(decoded.source[index], options=options))
+                output = self.decoder.decode(decoded.source[index], options=options, progress_callback=progress)
+                decoded.add(outputs.paths[index], output)
         except Exception as error:  # one failure must not stop the other jobs
             decoded.error = error
         return decoded
@@ -316,7 +330,8 @@ class Worker:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 state = "damaged" if self.config.overwrite else _state(path, decoded.fingerprint)
                 if state != "done":  # else written by another run meanwhile
-                    output.save(path, overwrite=state == "damaged", bits=cast(Literal[8, 16], self.config.bits))
+                    bits, quality = cast(Literal[8, 16], self.config.bits), self.config.quality
+                    output.save(path, overwrite=state == "damaged", bits=bits, quality=quality)
                 pixels += output.tensor.shape[2] * output.tensor.shape[3]
         except Exception as error:
             decoded.error = decoded.error or error

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 import traceback
@@ -25,28 +26,97 @@ _OWN_FILES = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 class Place(NamedTuple):
-    """Where a command lives, and its line in the list of commands."""
+    """Where a command lives, its line in the list of commands, and examples for its help."""
 
     module: str
     line: str
+    examples: tuple[str, ...] = ()
 
 
 # One line per command: the module holds a click command of the command's name ("-" written "_").
 COMMANDS: dict[str, Place] = {
-    "upscale": Place("pidecode.cli.decode", "Enlarge images: encode each to a latent, decode it larger."),
-    "decode": Place("pidecode.cli.decode", "Turn saved latents into images."),
-    "batch": Place("pidecode.cli.batch", "Decode or enlarge whole folders, and go on where it was stopped."),
-    "generate": Place("pidecode.cli.generate", "Draw images from prompts with a diffusers pipeline and decode them."),
-    "web": Place("pidecode.cli.serve", "Open a page for decoding by hand, on this machine alone."),
-    "serve": Place("pidecode.cli.serve", "Offer decoding over HTTP, for scripts and other programs."),
-    "models": Place("pidecode.cli.weights", "List the models there are, and which are on this disk."),
-    "pull": Place("pidecode.cli.weights", "Download a model with everything it needs."),
-    "captions": Place("pidecode.cli.weights", "Prompts' text states as files, for machines without the text encoder."),
-    "convert": Place("pidecode.cli.weights", "Write weights as one self-describing .safetensors file."),
-    "info": Place("pidecode.cli.weights", "Say what an image, a latent or a weights file is."),
-    "train": Place("pidecode.cli.train", "Train a decoder of your own: teacher, student, adapters."),
-    "plan": Place("pidecode.cli.decode", "Say what a size needs, and how it would be run, before anything runs."),
-    "doctor": Place("pidecode.cli.doctor", "Say what will work on this machine, and why the rest will not."),
+    "upscale": Place(
+        "pidecode.cli.decode",
+        "Enlarge images: encode each to a latent, decode it larger.",
+        ("pidecode upscale photo.jpg", "pidecode upscale a.png b.png -o large/ --scale 2 --format webp --quality 90"),
+    ),
+    "decode": Place(
+        "pidecode.cli.decode",
+        "Turn saved latents into images.",
+        (
+            "pidecode decode latent.safetensors -o image.png",
+            "pidecode decode latents/*.safetensors -m flux2/2k --num-steps 4 -o images/",
+        ),
+    ),
+    "batch": Place(
+        "pidecode.cli.batch",
+        "Decode or enlarge whole folders, and go on where it was stopped.",
+        ("pidecode batch photos/ large/", "pidecode batch 'latents/**/*.safetensors' images/ --format webp"),
+    ),
+    "generate": Place(
+        "pidecode.cli.generate",
+        "Draw images from prompts with a diffusers pipeline and decode them.",
+        (
+            'pidecode generate "a lighthouse in fog" --space flux2-klein-4b',
+            "pidecode generate --prompts prompts.txt --space flux --stop-after recommended -o images/",
+        ),
+    ),
+    "web": Place(
+        "pidecode.cli.serve",
+        "Open a page for decoding by hand, on this machine alone.",
+        ("pidecode web", "pidecode web -m tiny -m flux2/2k --no-browser"),
+    ),
+    "serve": Place(
+        "pidecode.cli.serve",
+        "Offer decoding over HTTP, for scripts and other programs.",
+        ("pidecode serve", "pidecode serve --host 0.0.0.0 --token-file token.txt --max-pixels 8000000"),
+    ),
+    "models": Place(
+        "pidecode.cli.weights",
+        "List the models there are, and which are on this disk.",
+        ("pidecode models", "pidecode models --on-disk --json"),
+    ),
+    "pull": Place(
+        "pidecode.cli.weights",
+        "Download a model with everything it needs.",
+        ("pidecode pull flux --variant 2k", "pidecode pull sdxl --no-text --accept-license"),
+    ),
+    "captions": Place(
+        "pidecode.cli.weights",
+        "Prompts' text states as files, for machines without the text encoder.",
+        (
+            "pidecode captions export 'a lighthouse in fog' -o fog.safetensors",
+            "pidecode captions import fog.safetensors",
+        ),
+    ),
+    "convert": Place(
+        "pidecode.cli.weights",
+        "Write weights as one self-describing .safetensors file.",
+        (
+            "pidecode convert model.pth model.safetensors --space flux",
+            "pidecode convert model.safetensors small.safetensors --dtype bf16",
+        ),
+    ),
+    "info": Place(
+        "pidecode.cli.weights",
+        "Say what an image, a latent or a weights file is.",
+        ("pidecode info image.png", "pidecode info latent.safetensors --json"),
+    ),
+    "train": Place(
+        "pidecode.cli.train",
+        "Train a decoder of your own: teacher, student, adapters.",
+        ("pidecode train photographs --data photos/ --out runs/mine", "pidecode train student_lora --show"),
+    ),
+    "plan": Place(
+        "pidecode.cli.decode",
+        "Say what a size needs, and how it would be run, before anything runs.",
+        ("pidecode plan --size 4096x3072 --vram 12GB", "pidecode plan --size 4096x4096 --network tiny"),
+    ),
+    "doctor": Place(
+        "pidecode.cli.doctor",
+        "Say what will work on this machine, and why the rest will not.",
+        ("pidecode doctor", "pidecode doctor --space flux2"),
+    ),
 }
 
 
@@ -74,11 +144,15 @@ class Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command itself, its module loaded; None for a name that is not in the table."""
+        from pidecode.cli.common import GroupedCommand
+
         place = COMMANDS.get(cmd_name)
         if place is None:
             return None
         command: click.Command = getattr(import_module(place.module), cmd_name.replace("-", "_"))
         command.short_help = place.line
+        if isinstance(command, GroupedCommand):
+            command.examples = place.examples
         if not any(parameter.name == "debug" for parameter in command.params):
             debug_option(command)
         return command
@@ -125,15 +199,23 @@ class Commands(click.Group):
 
 def _warning_shower(ctx: click.Context) -> Callable[..., None]:
     """Show our own warnings as sentences; those of other packages only to who asked for --debug."""
+    from pidecode.cli.common import echo
 
     def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
         if ctx.meta.get(_DEBUG):
             click.echo(printable(warnings.formatwarning(message, category, filename, lineno)), err=True, nl=False)
         elif category.__module__.startswith("pidecode.") or filename.startswith(_OWN_FILES):
-            click.echo(printable(f"Warning: {message}"), err=True)
+            echo(f"Warning: {message}", err=True)
 
     return show
 
+
+_QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_CPP_LOG_LEVEL": "ERROR", "TF_CPP_MIN_LOG_LEVEL": "3",
+}  # fmt: skip
+"""Variables by which other libraries keep notices from a user's terminal; --debug shows them."""
 
 _OUTPUT_FULL = "Error: The output could not be written: {0.strerror}. Send it to another place."
 
@@ -170,6 +252,10 @@ def main() -> None:
     # OpenMP reads this when torch loads. Threads that spin while they wait take the time of those that work wherever
     # another program keeps a core busy: many times the seconds, against a few hundredths on a quiet machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "--debug" not in sys.argv:
+        for name, value in _QUIET.items():
+            os.environ.setdefault(name, value)
+        logging.lastResort = None  # what libraries log and nobody asked for
     try:
         cli(prog_name="pidecode")
     except KeyboardInterrupt:  # before a command had begun

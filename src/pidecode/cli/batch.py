@@ -3,36 +3,40 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from pidecode.cli.common import (
+    GroupedCommand,
+    WorkBar,
     bits_option,
     decode_options,
     emit,
     json_option,
     model_options,
-    progress,
+    save_options,
+    set_threads,
     source_options,
     take_decode_options,
     threads_option,
 )
 from pidecode.errors import PidecodeError
+from pidecode.options import SaveOptions
 
 if TYPE_CHECKING:
-    from pidecode.batch.report import JobResult
+    from pidecode.batch.jobs import BatchJob
+    from pidecode.batch.report import BatchReport, JobResult
+    from pidecode.sampling import Progress
 
 _OPTIONS = (
     model_options,
     threads_option,
     bits_option,
     source_options,
-    click.option(
-        "--format", "suffix", type=click.Choice(["png", "webp", "jpg"]), default="png", show_default=True,
-        help="File format of the images.",
-    ),
+    save_options,
     click.option("--keep-suffix", is_flag=True, help="Write cat.jpg.png for cat.jpg, not cat.png."),
     click.option("--overwrite", is_flag=True, help="Make images again that exist."),
     click.option(
@@ -48,6 +52,7 @@ _OPTIONS = (
 
 _CONFIG = (
     "model", "space", "variant", "device", "dtype", "compile", "overwrite", "strip", "keep_profile", "max_pixels",
+    "quality",
 )  # fmt: skip
 """Parameters of the command that are fields of `WorkerConfig`."""
 
@@ -58,7 +63,7 @@ def _batch_options(command: Any) -> Any:
     return command
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("source", metavar="IN")
 @click.argument("out", metavar="OUT", type=click.Path(path_type=Path, file_okay=False))
 @decode_options("decode", "upscale")
@@ -71,41 +76,8 @@ def batch(ctx: click.Context, /, source: str, out: Path, as_json: bool, **given:
     skipped, so the same command resumes an interrupted batch; a job that fails does not stop the others. The report
     at the end is in OUT/pidecode-batch.json in full. The exit code is 0 only if every job is done.
     """
-    from pidecode.batch.jobs import OutputNaming, collect_jobs
-    from pidecode.batch.run import Batch, choose_engine, run_batch
-    from pidecode.batch.worker import WorkerConfig
-
-    engine = choose_engine(given["engine"])
-    if engine != "ray" and (given["workers"] or given["ray_address"]):
-        raise click.UsageError("--workers and --ray-address act with --engine ray only.")
-    if engine == "ray" and ctx.get_parameter_source("threads") is click.core.ParameterSource.COMMANDLINE:
-        raise click.UsageError("--threads acts on this process, and with --engine ray other processes decode.")
-    if given["bits"] == "16" and given["suffix"] != "png":
-        raise click.UsageError("--bits 16 acts with --format png only.")
-    config = WorkerConfig(
-        **{name: given[name] for name in _CONFIG}, bits=int(given["bits"]), options=take_decode_options(given)
-    )
-    naming = OutputNaming(out=out, suffix=f".{given['suffix']}", keep_suffix=given["keep_suffix"])
-    jobs = collect_jobs(source, naming)
-    whole = Batch(
-        jobs=jobs, config=config, out=out, engine=engine, workers=given["workers"], address=given["ray_address"],
-        left_out=jobs.left_out,
-    )  # fmt: skip
-    with progress(len(jobs), "batch", unit="job") as bar:
-        failed = 0
-
-        def on_result(result: JobResult) -> None:
-            nonlocal failed
-            failed += result.state == "failed"
-            if result.state == "skipped":
-                bar.total -= 1  # so that the estimate of the time left counts the other jobs only
-                bar.refresh()
-            else:
-                bar.update()
-            if failed:
-                bar.set_postfix(failed=failed)
-
-        report = run_batch(whole, on_result)
+    with WorkBar() as bar:
+        report = _run(ctx, source, out, given, bar)
     if report is None:  # a process of torchrun with another rank than 0
         return
     emit(report.to_dict(), report.describe, as_json=as_json)
@@ -113,3 +85,44 @@ def batch(ctx: click.Context, /, source: str, out: Path, as_json: bool, **given:
         raise KeyboardInterrupt
     if not report.complete:
         ctx.exit(PidecodeError.exit_code)
+
+
+def _run(ctx: click.Context, source: str, out: Path, given: dict[str, Any], bar: WorkBar) -> BatchReport | None:
+    """Run the batch; None in a process of torchrun with another rank than 0."""
+    from pidecode.batch.jobs import OutputNaming, collect_jobs
+    from pidecode.batch.run import Batch, choose_engine, run_batch
+    from pidecode.batch.worker import WorkerConfig
+
+    engine, saved = choose_engine(given["engine"]), SaveOptions(format=given["format"], quality=given["quality"])
+    if engine != "ray" and (given["workers"] or given["ray_address"]):
+        raise click.UsageError("--workers and --ray-address act with --engine ray only.")
+    if engine == "ray" and given["threads"] is not None:
+        raise click.UsageError("--threads acts on this process, and with --engine ray other processes decode.")
+    if given["bits"] == "16" and saved.format not in (None, "png"):
+        raise click.UsageError("--bits 16 acts with --format png only.")
+    set_threads(given["threads"])
+    config = WorkerConfig(
+        **{name: given[name] for name in _CONFIG}, bits=int(given["bits"]), options=take_decode_options(given)
+    )
+    suffix = f".{saved.format or 'png'}".replace("jpeg", "jpg")
+    naming = OutputNaming(out=out, suffix=suffix, keep_suffix=given["keep_suffix"])
+    jobs = collect_jobs(source, naming)
+    whole = Batch(
+        jobs=jobs, config=config, out=out, engine=engine, workers=given["workers"], address=given["ray_address"],
+        left_out=jobs.left_out,
+    )  # fmt: skip
+    results: Counter[str] = Counter()
+    begun: set[str] = set()
+
+    def on_result(result: JobResult) -> None:
+        results[result.state] += 1
+
+    def on_progress(job: BatchJob, now: Progress) -> None:
+        begun.add(job.name)
+        before, total = max(len(begun) - 1, results["done"] + results["failed"]), len(jobs) - results["skipped"]
+        failed = f", {results['failed']} failed" if results["failed"] else ""
+        bar.show(f"{before + 1}/{total}{failed} {job.name}: {now}", (before + now.done) / total)
+
+    bar.show("looking for what is done already")
+    bar.expect([1.0])
+    return run_batch(whole, on_result, on_progress=on_progress)

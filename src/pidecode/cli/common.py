@@ -5,36 +5,111 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from pidecode.engine.machine import QUANTIZATIONS, Machine, Quantization, this_machine
 from pidecode.engine.plan import SCHEMES, Plan, Scheme, plan_decode
 from pidecode.errors import FileError, SettingError
-from pidecode.options import Command, DecodeOptions, OptionInfo, option_infos
+from pidecode.options import Command, DecodeOptions, OptionInfo, SaveOptions, Sides, option_infos
+from pidecode.registry.checkpoints import CHECKPOINTS
 from pidecode.registry.spaces import ALIASES, SPACES
 from pidecode.units import (
     DTYPES,
     LARGEST_PIXELS,
     MAX_PIXELS,
     decode_text,
+    format_seconds,
     parse_bytes,
     parse_dtype,
-    parse_size,
+    parse_sides,
     printable,
 )
 
 if TYPE_CHECKING:
     import torch
 
+    from pidecode.decoder import PixelDecoder
     from pidecode.engine.feed_forward import FeedForwardPlan
+    from pidecode.sampling import Progress
     from pidecode.weights.metadata import CheckpointMetadata
+
+
+_GROUPS: dict[str, tuple[str, ...]] = {
+    "Result": (
+        "out", "keep_suffix", "format", "quality", "bits", "size", "scale", "overwrite", "strip", "keep_profile",
+        "max_pixels", "save_latents", "compare",
+    ),
+    "Model": (
+        "model", "decoder", "space", "variant", "encoder", "lora", "lora_scale", "source", "pipeline",
+        "pipeline_source", "network",
+    ),
+    "Machine": (
+        "device", "dtype", "memory", "quantization", "scheme", "compile", "threads", "engine", "workers",
+        "ray_address", "vram", "ram",
+    ),
+    "Other options": ("as_json", "debug", "help"),
+}  # fmt: skip
+_FEW_OPTIONS = 9  # so many are not divided into groups
+
+
+class GroupedCommand(click.Command):
+    """A command whose help shows its options in groups, and examples.
+
+    Attributes:
+        examples: Whole command lines.
+    """
+
+    examples: tuple[str, ...] = ()
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options of each group; first those of the command's own subject."""
+        groups: dict[str, list[tuple[str, str]]] = {"Options": [], **{title: [] for title in _GROUPS}}
+        parameters = [parameter for parameter in self.get_params(ctx) if isinstance(parameter, click.Option)]
+        for parameter in parameters:
+            record, name = parameter.get_help_record(ctx), "help" if "--help" in parameter.opts else parameter.name
+            title = next((title for title, names in _GROUPS.items() if name in names), "Options")
+            if record is not None:
+                groups[title if len(parameters) > _FEW_OPTIONS else "Options"].append(record)
+        for title, records in groups.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples."""
+        if self.examples:
+            with formatter.section("Examples"):
+                for line in self.examples:
+                    formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+
+
+def complete_models(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """What the shell offers for a model: names, and files."""
+    names = ["tiny", *SPACES, *ALIASES, *(row.name for row in CHECKPOINTS.values())]
+    found = [CompletionItem(name) for name in dict.fromkeys(names) if name.startswith(incomplete)]
+    return [*found, *([] if found and incomplete else [CompletionItem(incomplete, type="file")])]
+
+
+def complete_variants(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """What the shell offers for a variant: those of the model or space that was named before, else all."""
+    named = {str(ctx.params.get(name)) for name in ("model", "space")}
+    spaces = {ALIASES.get(name, name) for name in named} & set(SPACES)
+    rows = [row for row in CHECKPOINTS.values() if row.repository and (not spaces or row.space in spaces)]
+    return [
+        CompletionItem(name) for name in dict.fromkeys(str(row.variant) for row in rows) if name.startswith(incomplete)
+    ]
 
 
 class DtypeParam(click.ParamType):  # type: ignore[type-arg]
@@ -84,14 +159,12 @@ def space_option(command: F) -> F:
 
 
 def threads_option(command: F) -> F:
-    """Add --threads, which is applied before the command runs and not passed on to it."""
+    """Add --threads, for `set_threads`."""
     text = "CPU threads; if not given, chosen from cores and limits (`pidecode doctor`)."
-    return click.option("--threads", type=click.IntRange(min=1), expose_value=False, callback=_set_threads, help=text)(
-        command
-    )
+    return click.option("--threads", type=click.IntRange(min=1), help=text)(command)
 
 
-def _set_threads(_ctx: click.Context, _option: click.Parameter, wanted: int | None) -> None:
+def set_threads(wanted: int | None) -> None:
     """Set torch's number of threads to the one given, or to a suitable one."""
     import torch
 
@@ -113,7 +186,14 @@ def emit(data: Any, text: str | Callable[[], str], *, as_json: bool) -> None:
 
 def echo(text: str, *, err: bool = False, nl: bool = True, json_escapes: bool = False) -> None:
     """Print text that may hold names or metadata from outside; every command prints through this."""
-    click.echo(printable(text, json_escapes=json_escapes), err=err, nl=nl)
+    shown = printable(text, json_escapes=json_escapes)
+    if "tqdm" not in sys.modules:
+        click.echo(shown, err=err, nl=nl)
+        return
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode():  # not into the line of a progress bar
+        click.echo(shown, err=err, nl=nl)
 
 
 def _finite(data: Any) -> Any:
@@ -144,6 +224,117 @@ def progress(total: int, label: str, unit: str = "step") -> Any:
     )  # fmt: skip
 
 
+class WorkBar:
+    """A terminal's last line: what is being done, the share of the work done, the time, and the time left.
+
+    It is there at once, before torch is loaded, and a thread draws it twice a second, so that it moves within long
+    pieces of work. Nothing is drawn where standard error is no terminal.
+
+    Args:
+        text: What is done first.
+    """
+
+    def __init__(self, text: str = "loading") -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=1.0, bar_format=_WITHOUT_BAR, file=sys.stderr, disable=None, leave=False, dynamic_ncols=True
+        )
+        self.visible = not self._bar.disable and os.environ.get("RANK", "0") == "0"  # one process of torchrun draws
+        self._ends, self._index, self._name, self._text = [1.0], 0, "", text
+        self._began = self._reported = time.monotonic()
+        self._predicted: float | None = None  # seconds of all the work, before any of it is done
+        self._share = 0.0  # of all the work, as last reported
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._redraw, name="progress", daemon=True)
+        if self.visible:
+            self._draw()
+            self._thread.start()
+
+    def __enter__(self) -> WorkBar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        if self.visible:
+            self._thread.join()
+        self._bar.close()
+
+    def expect(self, work: Sequence[float], seconds: float | None = None) -> None:
+        """Begin to measure: the work of each job in any unit, and the predicted time of all, if it is known."""
+        self._ends = [end / (sum(work) or 1.0) for end in accumulate(work)]
+        self._began = self._reported = time.monotonic()
+        self._predicted, self._share, self._index = seconds, 0.0, 0
+
+    def begin(self, index: int, name: str) -> None:
+        """Begin a job, counted from 0."""
+        self._index, self._name = (
+            index,
+            f"{name}: " if len(self._ends) == 1 else f"{index + 1}/{len(self._ends)} {name}: ",
+        )
+        self._set(self._start)
+
+    def show(self, text: str, share: float | None = None) -> None:
+        """Say what is being done, and the share of the job that is done."""
+        self._text = text
+        if share is not None:
+            self._set(self._start + share * (self._ends[self._index] - self._start))
+        self._draw()
+
+    def report(self, now: Progress) -> None:
+        """The callback of a decode."""
+        self.show(str(now), now.done)
+
+    @property
+    def _start(self) -> float:
+        return self._ends[self._index - 1] if self._index else 0.0
+
+    def _set(self, share: float) -> None:
+        self._share, self._reported = share, time.monotonic()
+        if self.visible:
+            self._bar.bar_format = _WITH_BAR
+
+    def _redraw(self) -> None:
+        while not self._ended.wait(0.5):
+            self._draw()
+
+    def _draw(self) -> None:
+        if not self.visible:
+            return
+        now, total = time.monotonic(), None
+        if self._share >= TRUSTED_SHARE or (self._share and self._predicted is None):
+            total = (self._reported - self._began) / self._share
+        elif self._predicted is not None:
+            total = self._reported - self._began + (1 - self._share) * self._predicted
+        share = self._share if total is None else min(self._share + (now - self._reported) / max(total, 0.1), 0.99)
+        left = "" if total is None else f"about {format_seconds(max(1.0, total * (1 - share)))} left"
+        with self._bar.get_lock():  # type: ignore[no-untyped-call]
+            self._bar.n = share
+            self._bar.desc, self._bar.postfix = printable(self._name + self._text), left
+            self._bar.refresh()
+
+
+_WITHOUT_BAR = "{desc} ... {elapsed}"
+_WITH_BAR = "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}{postfix}"
+TRUSTED_SHARE = 0.2  # share of the work from which on the time so far predicts the rest better than a quick measure
+
+
+def predicted_seconds(decoder: PixelDecoder, pixels: int, *, encodes: bool) -> float | None:
+    """Time to make results of so many pixels in all, by a quick measure; None for decoders that draw noise.
+
+    Args:
+        decoder: The decoder.
+        pixels: At the decoder's own scale.
+        encodes: Whether images are encoded first.
+    """
+    from pidecode.engine.feed_forward import FeedForwardRunner, encoding_work
+
+    if not isinstance(decoder.runner, FeedForwardRunner):
+        return None
+    encoding = encoding_work(getattr(decoder.encoder, "num_refinements", 0)) if encodes else 0.0
+    return decoder.runner.seconds_per_pixel() * pixels * (1 + encoding)
+
+
 BatchShape = tuple[int, int, int]  # width and height of an image in pixels, and how many are decoded at once
 
 
@@ -165,9 +356,16 @@ def quantization_options(command: F) -> F:
 def model_options(command: F) -> F:
     """Add --model, --space, --variant, --device, --dtype and --compile, which select and load a decoder."""
     options = (
-        click.option("-m", "--model", default="tiny", show_default=True, help="A model's name, file or folder."),
+        click.option(
+            "-m",
+            "--model",
+            default="tiny",
+            show_default=True,
+            shell_complete=complete_models,
+            help="A model's name, file or folder.",
+        ),
         space_option,
-        click.option("--variant", metavar="NAME", help="Variant of a model that has several: 2k, 2kto4k, ..."),
+        variant_option,
         device_option,
         dtype_option,
         click.option("--compile", is_flag=True, help="Compile elementwise ops at the first image (experimental)."),
@@ -194,6 +392,12 @@ def prompt_lines(file: Path) -> list[str]:
     except OSError as fault:
         raise FileError(f"{file} cannot be read as text: {fault}.") from None
     return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def variant_option(command: F) -> F:
+    """Add --variant."""
+    text = "Variant of a model that has several: 2k, 2kto4k, ..."
+    return click.option("--variant", metavar="NAME", shell_complete=complete_variants, help=text)(command)
 
 
 def device_option(command: F) -> F:
@@ -256,7 +460,7 @@ def _decode_option(name: str, info: OptionInfo) -> Callable[[F], F]:
     flag = f"--{name.replace('_', '-')}"
     kind: Any = click.STRING
     if info.type is tuple:
-        return click.option(flag, metavar="WIDTHxHEIGHT", callback=_size_from_text, help=info.help)
+        return click.option(flag, metavar="[WIDTH]x[HEIGHT]", callback=_sides_from_text, help=info.help)
     if info.choices:
         kind = click.Choice(info.choices)
     elif info.type is int:
@@ -269,14 +473,21 @@ def _decode_option(name: str, info: OptionInfo) -> Callable[[F], F]:
     return click.option(flag, type=kind, help=info.help)
 
 
-def _size_from_text(_ctx: click.Context, _option: click.Parameter, text: str | None) -> tuple[int, int] | None:
-    return None if text is None else parse_size(text)
+def _sides_from_text(_ctx: click.Context, _option: click.Parameter, text: str | None) -> Sides | None:
+    return None if text is None else parse_sides(text)
 
 
 def take_decode_options(given: dict[str, Any], *, exclude: Collection[str] = ()) -> DecodeOptions:
     """Remove the values of the flags that `decode_options` added from a command's parameters, as `DecodeOptions`."""
     names = [name for name in option_infos(interface="cli") if name in given and name not in exclude]
     return DecodeOptions(**{name: given.pop(name) for name in names})
+
+
+def save_options(command: F) -> F:
+    """Add --format and --quality."""
+    for name, info in reversed(option_infos(SaveOptions, interface="cli").items()):
+        command = _decode_option(name, info)(command)
+    return command
 
 
 def torch_dtype(name: str | None) -> torch.dtype | None:
@@ -324,26 +535,14 @@ class MemoryOptions:
         )  # fmt: skip
 
 
-def upscaled_sizes(
-    images: Sequence[Any], metadata: CheckpointMetadata, max_pixels: int = MAX_PIXELS
-) -> list[BatchShape]:
-    """Sizes to which these images are upscaled, before padding is cut off."""
-    from pidecode.images import image_size
+def padded_size(metadata: CheckpointMetadata, size: tuple[int, int]) -> BatchShape:
+    """Size to which an image is upscaled, before padding is cut off."""
     from pidecode.registry.spaces import get_space
 
     assert metadata.config is not None
     assert metadata.space is not None
     scale, space = metadata.config.scale, get_space(metadata.space)
     if space.fixed_input is not None:
-        return [(space.fixed_input * scale, space.fixed_input * scale, 1)]
+        return (space.fixed_input * scale, space.fixed_input * scale, 1)
     step = space.input_multiple
-    sizes = (image_size(image, max_pixels=max_pixels) for image in images)
-    return [(-(-width // step) * step * scale, -(-height // step) * step * scale, 1) for width, height in sizes]
-
-
-def decoded_sizes(latents: Sequence[Any], space: str | None, size: tuple[int, int] | None) -> list[BatchShape]:
-    """Sizes to which these latents are decoded."""
-    from pidecode.latents.latent import Latent
-
-    read = [Latent.load(source, space=space) for source in latents]
-    return [(*(size or (latent.output_size[1], latent.output_size[0])), len(latent)) for latent in read]
+    return (-(-size[0] // step) * step * scale, -(-size[1] // step) * step * scale, 1)

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from pidecode.cli.common import Check, emit, json_option, space_option
+from pidecode.cli.common import Check, GroupedCommand, emit, json_option, space_option
 from pidecode.errors import SettingError
 from pidecode.units import format_bytes
 from pidecode.version import __version__
@@ -210,7 +210,7 @@ def _marks(checks: list[dict[str, Any]]) -> list[str]:
     return [f"  {'yes' if one['ok'] else 'no ':4s} {one['name']}: {one['reason']}" for one in checks]
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @space_option
 @click.option("-m", "--model", help="With --space: a decoder's name or file, if not the official one.")
 @click.option("--encoder", help="With --space: the space's encoder, if it was not pulled.")

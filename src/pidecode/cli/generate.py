@@ -10,18 +10,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pidecode.cli.common import (
+    GroupedCommand,
+    WorkBar,
+    complete_models,
     decode_options,
     device_option,
     dtype_option,
     echo,
     emit,
     json_option,
-    progress,
     prompt_lines,
+    set_threads,
     take_decode_options,
     text_encoder_option,
     threads_option,
     torch_dtype,
+    variant_option,
 )
 from pidecode.errors import DownloadError, SettingError
 from pidecode.registry.spaces import GENERATION, get_image_model
@@ -37,7 +41,7 @@ _OWN = ("seed", "size", "prompt")
 """Decode options that the command takes in another way: seeds and prompts of a whole run, and its image size."""
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("prompts", nargs=-1)
 @click.option("--prompts", "prompt_file", type=_PATH, help="File with one prompt per line; # begins a comment.")
 @click.option("--space", "model", type=click.Choice(list(GENERATION)), metavar="NAME", required=True,
@@ -51,8 +55,9 @@ _OWN = ("seed", "size", "prompt")
 @click.option("--compare", type=click.Choice(["vae"]), help="Also put the model's own decode beside each image.")
 @click.option("-o", "--out", type=_PATH, default=Path("images"), show_default=True, help="Folder to write to.")
 @click.option("--pipeline", "source", help="Folder or hub repository of the pipeline, if not the model's own.")
-@click.option("-m", "--model", "decoder", help="PiD decoder: a name or file; the official one if not given.")
-@click.option("--variant", metavar="NAME", help="Variant of the decoder: 2k, 2kto4k, ...")
+@click.option("-m", "--model", "decoder", shell_complete=complete_models,
+              help="PiD decoder: a name or file; the official one if not given.")  # fmt: skip
+@variant_option
 @text_encoder_option
 @decode_options("decode", exclude=_OWN)
 @click.option("--arguments", default="{}", metavar="JSON", help="More arguments for the pipeline's call.")
@@ -66,6 +71,16 @@ def generate(prompts: tuple[str, ...], prompt_file: Path | None, as_json: bool, 
     The image model first makes the latents of all prompts and is then unloaded; after that PiD decodes them. The same
     command resumes an interrupted run.
     """
+    with WorkBar() as bar:
+        rows = _generate(prompts, prompt_file, given, bar)
+    lines = [f"{row['image']}" + (f"  ({row['drift']})" if row["drift"] else "") for row in rows]
+    emit(rows, "\n".join(lines), as_json=as_json)
+
+
+def _generate(
+    prompts: tuple[str, ...], prompt_file: Path | None, given: dict[str, Any], bar: WorkBar
+) -> list[dict[str, Any]]:
+    """Run the pipeline and the decoder; returns what was written."""
     import torch
 
     from pidecode.devices import select_device
@@ -79,30 +94,27 @@ def generate(prompts: tuple[str, ...], prompt_file: Path | None, as_json: bool, 
         compare=given["compare"] is not None, keep_latents=given["save_latents"],
         arguments=_arguments(given["arguments"]),
     )  # fmt: skip
+    set_threads(given["threads"])
     device = select_device(given["device"])
     default = torch.float32 if device.type == "cpu" else torch.bfloat16
-    stage = ["diffusion"]
-    with progress(0, "diffusion") as bar:
+    stage = ""
 
-        def report(at: PipelineProgress) -> None:
-            if at.stage != stage[0]:
-                stage[0] = at.stage
-                bar.reset()
-                bar.set_description(at.stage)
-            bar.total = at.num_steps
-            bar.update(at.step - bar.n)
+    def report(at: PipelineProgress) -> None:
+        nonlocal stage
+        if at.stage != stage:
+            stage = at.stage
+            bar.expect([1.0])
+        bar.show(f"{stage}, step {at.step} of {at.num_steps}", at.step / max(1, at.num_steps))
 
-        written = run(
-            job, lambda: _load_decoder(given), device=device, dtype=torch_dtype(given["dtype"]) or default,
-            options=take_decode_options(given, exclude=_OWN), progress_callback=report,
-        )  # fmt: skip
-    rows = [
+    written = run(
+        job, lambda: _load_decoder(given), device=device, dtype=torch_dtype(given["dtype"]) or default,
+        options=take_decode_options(given, exclude=_OWN), progress_callback=report,
+    )  # fmt: skip
+    return [
         {"image": str(one.image), "latent": one.latent and str(one.latent),
          "comparison": one.comparison and str(one.comparison), "drift": one.drift}
         for one in written
     ]  # fmt: skip
-    lines = [f"{row['image']}" + (f"  ({row['fidelity']})" if row["drift"] else "") for row in rows]
-    emit(rows, "\n".join(lines), as_json=as_json)
 
 
 def _load_decoder(args: dict[str, Any]) -> PixelDecoder:

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pidecode.cli.common import DtypeParam, echo, space_option, threads_option
+from pidecode.cli.common import (
+    DtypeParam,
+    GroupedCommand,
+    complete_models,
+    echo,
+    set_threads,
+    space_option,
+    threads_option,
+    variant_option,
+)
 from pidecode.errors import FileError, MissingDependencyError, SettingError
 from pidecode.registry.spaces import GENERATION
 from pidecode.units import decode_text
@@ -46,6 +55,7 @@ class ServeOptions:
     timeout: float
     pipeline: str | None
     pipeline_source: str | None
+    threads: int | None
 
     def token(self) -> str | None:
         """The token from the file or the environment variable, if any.
@@ -110,11 +120,11 @@ def serve_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that `ServeOptions` holds."""
     options = [
         click.option(
-            "-m", "--model", multiple=True, default=("tiny",), show_default=True,
+            "-m", "--model", multiple=True, default=("tiny",), show_default=True, shell_complete=complete_models,
             help="A model's name, file or folder. Give it again for more; the first is the default.",
         ),
         space_option,
-        click.option("--variant", metavar="NAME", help="Variant of a model that has several: 2k, 2kto4k, ..."),
+        variant_option,
         click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; by default the best there is."),
         click.option("--dtype", type=DtypeParam(), help="Number format."),
         click.option("--host", default="127.0.0.1", show_default=True, help="Address; others need a token."),
@@ -174,6 +184,7 @@ def _run(options: ServeOptions, ready: Callable[[str], None]) -> None:
     token = options.token()
     check_token(options.host, token)
     origins = [check_origin(origin) for origin in options.cors]
+    set_threads(options.threads)
     listener = bound_socket(options.host, options.port)  # first: a port in use should not cost loading the models
     with listener:
         limits = RequestLimits(
@@ -186,7 +197,7 @@ def _run(options: ServeOptions, ready: Callable[[str], None]) -> None:
         serve(app, listener, stop=service.stop, ready=ready)
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @serve_options
 def serve(**options: Any) -> None:
     """Serve decoding over HTTP to other programs.
@@ -198,7 +209,7 @@ def serve(**options: Any) -> None:
     _run(ServeOptions(**options), lambda url: echo(f"Serving on {url} (API: {url}/openapi.json). Ctrl-C stops."))
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @serve_options
 @click.option("--browser/--no-browser", default=True, show_default=True, help="Open the page in the browser.")
 def web(browser: bool, **options: Any) -> None:

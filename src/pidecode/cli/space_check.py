@@ -18,11 +18,12 @@ from pidecode.encoders.base import ImageEncoder, LazyImageEncoder
 from pidecode.errors import PidecodeError
 from pidecode.images import DecodeOutput
 from pidecode.latents.latent import Latent, NormalizationWarning
-from pidecode.registry.checkpoints import REPOSITORY
+from pidecode.registry.checkpoints import CHECKPOINTS, REPOSITORY
 from pidecode.registry.configs import PiDConfig
 from pidecode.registry.spaces import GENERATION, IMAGE_MODELS, LatentSpace, get_space
 from pidecode.weights.resolve import HubCache
 
+BUNDLED = next(row for row in CHECKPOINTS.values() if row.bundled)
 TEST_LATENT_SIDE = 4  # rows and columns of the latent that is decoded
 MIN_RECONSTRUCTION_PSNR = 20.0
 """In dB; a VAE that reconstructs a smooth gradient worse than this has damaged or mismatched weights."""
@@ -41,6 +42,14 @@ def check_space(space: str, *, model: str | None = None, encoder: str | None = N
         "decoder", lambda: PixelDecoder.from_pretrained(model or REPOSITORY, space=row.name, encoder=encoder), _describe
     )
     checks = [loaded]
+    if decoder is None and model is None and row.name == BUNDLED.space:
+        note = f"the decoder that ships with the package is tried instead; `-m {BUNDLED.variant}` names it"
+        decoder, loaded = _attempt(
+            "decoder tiny",
+            lambda: PixelDecoder.from_pretrained(str(BUNDLED.variant), encoder=encoder),
+            lambda tiny: f"{_describe(tiny)}: {note}",
+        )
+        checks.append(loaded)
     if decoder is not None:
         states, prompt_checks = _check_prompts(decoder)
         checks += [*prompt_checks, _check_decode(decoder, states), *_check_encoder(decoder)]

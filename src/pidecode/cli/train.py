@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pidecode.cli.common import echo, space_option, table
+from pidecode.cli.common import GroupedCommand, echo, space_option, table
 from pidecode.errors import SettingError
 from pidecode.units import printable
 
@@ -40,8 +40,14 @@ class _ProgressLine:
         self._open = False
 
 
-@click.command()
-@click.argument("recipe", required=False)
+def _complete_recipes(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    from pidecode.training.recipes import RECIPES
+
+    return [name for name in RECIPES if name.startswith(incomplete)]
+
+
+@click.command(cls=GroupedCommand)
+@click.argument("recipe", required=False, shell_complete=_complete_recipes)
 @click.option("--data", metavar="PATH", help="Folder of images or WebDataset shards; the setting data.source.")
 @click.option("--out", metavar="FOLDER", help="Folder of the run: checkpoints, samples, metrics, result.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Change one setting; repeatable.")
@@ -63,6 +69,12 @@ def train(
         return
     if recipe is None:
         raise SettingError("Name a recipe; `pidecode train --list` shows them.")
+    if recipe == "tiny":
+        raise SettingError(
+            "The recipe of tiny is no part of the package: it lies in the folder recipes/tiny of the repository, whose "
+            "README.md has its settings, data and command (`python recipes/tiny/train.py --help`). "
+            "`pidecode train photographs` makes a small decoder of your own images."
+        )
     config = _config(recipe, space, data, settings)
     if flags["show"]:
         _show(config)

@@ -17,6 +17,7 @@ import click
 from pidecode.cli.common import (
     Check,
     DtypeParam,
+    GroupedCommand,
     device_option,
     echo,
     emit,
@@ -59,7 +60,7 @@ class _Bars:
             self._bar.close()
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("model", type=click.Choice(PULLABLE), metavar="MODEL")
 @click.option("--variant", metavar="NAME", help="Variant of the decoder: 2k, 2kto4k, 2kto4k_v1pt5.")
 @click.option("--kind", type=KINDS, help="A teacher, or the bare backbone.")
@@ -99,7 +100,7 @@ def captions() -> None:
     """Keep prompts' text states in files, so that machines without the text encoder can decode with them."""
 
 
-@captions.command()
+@captions.command(cls=GroupedCommand)
 @click.argument("prompts", nargs=-1)
 @click.option("--prompts", "prompt_file", type=click.Path(path_type=Path), help="File with one prompt per line.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("captions.safetensors"), show_default=True,
@@ -129,7 +130,7 @@ def export(prompts: tuple[str, ...], prompt_file: Path | None, out: Path, as_jso
     )  # fmt: skip
 
 
-@captions.command("import")
+@captions.command("import", cls=GroupedCommand)
 @click.argument("file", type=click.Path(path_type=Path))
 @json_option
 def import_(file: Path, as_json: bool) -> None:
@@ -141,7 +142,7 @@ def import_(file: Path, as_json: bool) -> None:
     emit({"prompts": count, "folder": str(cache.folder)}, f"{count} prompts kept in {cache.folder}", as_json=as_json)
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
 @space_option
@@ -274,7 +275,7 @@ def _line(row: dict[str, Any]) -> dict[str, str]:
     }  # fmt: skip
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.option("--on-disk", is_flag=True, help="Only those that are here.")
 @json_option
 def models(on_disk: bool, as_json: bool) -> None:
@@ -330,13 +331,16 @@ def _tensor_alone(path: Path) -> list[int] | None:
 def _image(path: Path) -> dict[str, Any]:
     from PIL import Image
 
-    from pidecode.images import load_image, read_metadata
+    from pidecode.images import count_frames, load_image, read_metadata
 
-    image = load_image(path)  # with all its checks, before anything else opens it
+    frames = count_frames(path)
+    width, height = load_image(path).size if frames == 1 else (None, None)  # with all its checks first
     with Image.open(path) as opened:
         kind = opened.format
-    metadata = read_metadata(path)
-    return {"what": "image", "format": kind, "width": image.width, "height": image.height, "metadata": metadata}
+        width, height = width or opened.width, height or opened.height
+    several = {"pages" if kind == "TIFF" else "frames": frames} if frames > 1 else {}
+    size = {"width": width, "height": height}
+    return {"what": "image", "format": kind, **size, **several, "metadata": read_metadata(path)}
 
 
 def _safetensors(header: Header, path: Path) -> dict[str, Any]:
@@ -400,7 +404,7 @@ def _report(found: dict[str, Any]) -> str:
     return "\n".join(_lines(shown))
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("file", type=click.Path(path_type=Path))
 @json_option
 def info(file: Path, as_json: bool) -> None:

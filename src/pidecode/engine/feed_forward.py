@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -25,6 +26,8 @@ the largest difference to the whole image is 1.1/255 with 4, 0.03/255 with 6 and
 TILES = (64, 32, 16)
 """Sides of tiles to try, in cells of the first stage's grid, largest first: the larger, the less is computed twice."""
 ENCODER_WORK = 0.15  # work of one pass of the encoder in evaluations of the decoder, for progress only
+
+MEASURED_SIDE = 256  # pixels of the side of an image decoded to measure the speed
 
 TileCallback = Callable[[int, int], None]  # called before each tile with the number of tiles done and of all tiles
 
@@ -199,6 +202,14 @@ class FeedForwardRunner:
                 ]
                 image[..., top * cell : bottom * cell, left * cell : right * cell] = inner
         return image
+
+    def seconds_per_pixel(self) -> float:
+        """Time per pixel of the image that a decode takes now, by a small one."""
+        config = self.net.config
+        for side in (1, MEASURED_SIDE // config.pixels_per_cell):  # a first decode also prepares kernels
+            began = time.perf_counter()
+            self.decode(torch.zeros(1, config.latent_channels, side, side, device=self.net.device)).sum().item()
+        return (time.perf_counter() - began) / MEASURED_SIDE**2
 
     def reconstruct(self, latent: Tensor, on_tile: TileCallback | None = None) -> Tensor:
         """What a latent decodes to, at the size of the image it encodes: `[B, 3, h down, w down]` in [-1, 1]."""

@@ -131,6 +131,22 @@ def parameters(config: PiDConfig, *, stripped: bool) -> tuple[int, int, int]:
     return blocks, pixel, rest
 
 
+def step_flops(config: PiDConfig, size: tuple[int, int]) -> int:
+    """FLOP of one denoising step of width x height pixels in the engine, without adapter and timestep embedding."""
+    D, F, P = config.hidden_size, config.mlp_width, config.patch_size**2
+    L = size[0] * size[1] // P
+    N = config.text_length if config.has_text else 0
+    linears, depth = 4 * D * D + 3 * D * F, config.patch_depth
+    total = 2 * L * 3 * P * D + depth * 2 * (L + N) * linears + depth * 4 * (L + N) ** 2 * D
+    if N:  # the last block's prompt gives keys and values only
+        total -= 2 * N * (linears - 2 * D * D) + 4 * N * (L + N) * D
+    gate = D if config.gate == "per_channel" else 1
+    total += (config.num_injections + int(config.inject_pixels)) * 2 * L * D * gate
+    C, A = config.pixel_hidden_size, config.pixel_attn_hidden_size
+    block = 2 * L * (6 * D * P * C + 2 * P * C * A + 4 * A * A + P * 8 * C * C) + 4 * L * L * A
+    return total + config.pixel_depth * block + 2 * L * P * 6 * C
+
+
 def _tower(config: PiDConfig) -> int:
     """Parameters of the adapter's convolutions."""
     W, channels = config.adapter_width, config.latent_channels // config.latent_unpatchify**2

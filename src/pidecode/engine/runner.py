@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -13,7 +14,7 @@ from torch import Tensor
 from pidecode.devices import free_memory, require_compiler, supports_cuda_graphs
 from pidecode.engine import inplace
 from pidecode.engine.cuda_graphs import GraphCache, capture_on
-from pidecode.engine.feed_forward import FeedForwardPlan, FeedForwardRunner
+from pidecode.engine.feed_forward import MEASURED_SIDE, FeedForwardPlan, FeedForwardRunner
 from pidecode.engine.inplace import prepare_recomputed
 from pidecode.engine.machine import Chunks
 from pidecode.engine.offload import BlockOffloader
@@ -21,7 +22,7 @@ from pidecode.engine.ops import elementwise
 from pidecode.engine.ops.compiled import CompiledOps
 from pidecode.engine.ops.quantize import best_kernel, quantize
 from pidecode.engine.pixel_tiles import PixelHalves
-from pidecode.engine.plan import Plan, predict
+from pidecode.engine.plan import Plan, predict, step_flops
 from pidecode.engine.sequence_parallel import denoise_sharded, is_parallel
 from pidecode.engine.tiling import Windows, denoise_windows
 from pidecode.engine.timesteps import (
@@ -38,6 +39,7 @@ from pidecode.models.pid.network import Condition, Grid, PiDNet
 from pidecode.models.tiny import TinyDecoder
 from pidecode.options import RuntimeOptions
 from pidecode.registry.checkpoints import STUDENT_TIMES
+from pidecode.registry.configs import PiDConfig
 from pidecode.sampling import SINGLE_STEP_TIME, Predict
 from pidecode.units import format_bytes
 
@@ -308,6 +310,32 @@ class Runner:
         config = self.net.config
         head_dims = (config.hidden_size // config.num_heads, config.pixel_attn_hidden_size // config.pixel_num_heads)
         self.backend = best_backend(head_dims, self.net.dtype, device)
+
+
+def measured_step_seconds(plan: Plan, config: PiDConfig, device: torch.device) -> float:
+    """Time that one denoising step of a plan takes now on the device.
+
+    A network of the same widths and of one block of each kind is run on a small image, and its time scaled by the
+    number of operations.
+    """
+    small = replace(config, patch_depth=1, pixel_depth=1)
+    cells = max(MEASURED_SIDE // config.pixels_per_latent_cell, 1)
+    side = cells * config.pixels_per_latent_cell
+    with torch.device("meta"):
+        net = PiDNet(small).to(getattr(torch, plan.dtype))
+    with torch.device(device), torch.inference_mode():
+        net = net.to_empty(device=device)
+        for tensor in (*net.parameters(), *net.buffers()):
+            tensor.fill_(0.01)
+        text = torch.zeros(1, small.text_length, small.text_dim) if small.has_text else None
+        runner = Runner(net, replace(plan, size=(side, side), batch=1, window=None, offload=(), quantization="none"))
+        latent = torch.zeros(1, small.latent_channels, cells, cells)
+        condition = runner.prepare(net.grid_of(side, side), text, latent, torch.zeros(1))
+        for _ in range(2):  # the first run also prepares kernels
+            began = time.perf_counter()
+            runner.denoise(torch.zeros(1, 3, side, side), torch.tensor([999.0]), condition).sum().item()
+        seconds = time.perf_counter() - began
+    return seconds * plan.batch * step_flops(config, plan.size) / step_flops(small, (side, side))
 
 
 def make_runner(

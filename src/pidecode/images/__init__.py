@@ -2,12 +2,22 @@
 """Reading and writing image files, conversion to tensors, resizing and padding, and metadata in image files."""
 
 from pidecode.images.attributes import KEYWORD, Attributes
-from pidecode.images.read import ImageSource, SourceImage, image_size, load_image, load_tensor, read_image, read_images
+from pidecode.images.read import (
+    ImageSource,
+    SourceImage,
+    count_frames,
+    image_size,
+    load_image,
+    load_tensor,
+    read_image,
+    read_images,
+)
 from pidecode.images.tensors import (
     UnpaddedSize,
     center_crop,
     crop_back,
     downsample,
+    downsampled,
     fit_to_encoder,
     lanczos,
     normalize_image,
@@ -22,7 +32,7 @@ from pidecode.units import MAX_PIXELS
 
 __all__ = [
     "KEYWORD", "MAX_PIXELS", "Attributes", "DecodeOutput", "ImageSource", "SourceImage", "UnpaddedSize", "center_crop",
-    "check_format", "crop_back", "downsample", "encode_image", "fit_to_encoder", "image_size", "lanczos", "load_image",
-    "load_tensor", "normalize_image", "pad_to_multiple", "read_image", "read_images", "read_metadata", "resize",
-    "save_image", "to_array", "to_pil", "to_tensor",
+    "check_format", "count_frames", "crop_back", "downsample", "downsampled", "encode_image", "fit_to_encoder",
+    "image_size", "lanczos", "load_image", "load_tensor", "normalize_image", "pad_to_multiple", "read_image",
+    "read_images", "read_metadata", "resize", "save_image", "to_array", "to_pil", "to_tensor",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Union, cast
@@ -62,6 +62,7 @@ _OTHER_FORMATS: tuple[tuple[int, tuple[bytes, ...], str, str], ...] = (
 )  # fmt: skip
 _HEAD_BYTES = 4096
 _DNG_VERSION = 0xC612
+_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # EXIF entry, and its values that swap width and height
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -188,14 +189,29 @@ def read_images(source: ImageSource | Sequence[ImageSource]) -> list[SourceImage
 
 
 def image_size(source: str | os.PathLike[str] | bytes | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Width and height as the header says, before any orientation is applied; nothing is decompressed.
+    """Width and height of the upright image, by the header; nothing is decompressed.
 
     Raises:
-        ImageError: Not an image, or too large.
+        ImageError: Not an image, too large, or of several frames.
     """
     with _opened(source) as (name, image):
         _check_pixels(image, name, max_pixels)
-        return image.size
+        _check_frames(image, name)
+        width, height = image.size
+        with suppress(Exception):  # a damaged EXIF block, which reading the image ignores
+            if image.getexif().get(_ORIENTATION) in _TURNED:
+                return height, width
+        return width, height
+
+
+def count_frames(source: str | os.PathLike[str] | bytes | BinaryIO) -> int:
+    """Frames or pages of an image file; previews and depth maps of an MPO file do not count.
+
+    Raises:
+        ImageError: Not an image.
+    """
+    with _opened(source) as (_, image):
+        return _frames(image)
 
 
 def load_tensor(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -403,9 +419,13 @@ def _pixels_of(image: Image.Image, name: str, max_pixels: int, head: bytes, *, k
     return _Pixels(turned, None if alpha is None else _turn(alpha, orientation), gray, attributes)
 
 
-def _check_frames(image: Image.Image, name: str) -> None:
+def _frames(image: Image.Image) -> int:
     # The further images of an MPO file are previews and depth maps of its first.
-    count = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
+    return getattr(image, "n_frames", 1) if image.format != "MPO" else 1
+
+
+def _check_frames(image: Image.Image, name: str) -> None:
+    count = _frames(image)
     if count > 1:
         what, step = (
             ("pages", "tiffsplit FILE") if image.format == "TIFF" else ("frames", "ffmpeg -i FILE frame-%05d.png")

@@ -304,6 +304,15 @@ def downsample(image: Tensor, factor: int = 4) -> Tensor:
     return resize(image, height, width).clamp(-1.0, 1.0)
 
 
+def downsampled(pixels: Tensor, size: tuple[int, int]) -> tuple[Tensor, dict[str, Any]]:
+    """An image `[B, 3, H, W]` in [-1, 1] at a width and height no larger than its own, and what its metadata say."""
+    own, described = (pixels.shape[-1], pixels.shape[-2]), {"width": size[0], "height": size[1]}
+    if size == own:
+        return pixels, described
+    small = resize(pixels, size[1], size[0], method="lanczos").clamp(-1.0, 1.0)
+    return small, described | {"downsampled_from": list(own)}
+
+
 def lanczos(image: Tensor, scale: int) -> Tensor:
     """Enlarge `[B, 3, H, W]` by Lanczos, clamped to [-1, 1]; the baseline of comparisons."""
     return resize(image, image.shape[-2] * scale, image.shape[-1] * scale, method="lanczos").clamp(-1.0, 1.0)

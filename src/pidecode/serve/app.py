@@ -203,7 +203,7 @@ def _add_jobs(app: FastAPI, service: DecodeService, reader: BodyReader) -> None:
         openapi_extra=_body("An image file: PNG, JPEG, WebP and others."),
     )
     async def upscale(request: Request, params: Annotated[UpscaleParams, Query()]) -> Response:
-        """The image is encoded to a latent and decoded; the result is exactly `scale` times its size."""
+        """The image is encoded to a latent and decoded; the result is exactly that many times its size."""
         data = await reader.read(request)
         return await _respond(request, service, service.upscale(data, params), params)
 
@@ -339,9 +339,9 @@ def _add_openai(app: FastAPI, service: DecodeService, reader: BodyReader, inspec
         if (await inspector.inspect(image)).kind != "image":
             raise SettingError("The file is a latent; send it to /v1/decode.")
         prompt = {"prompt": form.prompt} if decoder.reads_text and form.prompt else {}
-        size = None if form.size == "auto" else parse_size(form.size)
-        jobs = [params.model_copy(update=prompt) for params in form.jobs(UpscaleParams, name, decoder.kind)]
-        results = await _run_in_turn(request, lambda params: service.upscale(image, params, size), jobs)
+        size = {} if form.size == "auto" else dict(zip(("width", "height"), parse_size(form.size), strict=True))
+        jobs = [params.model_copy(update=prompt | size) for params in form.jobs(UpscaleParams, name, decoder.kind)]
+        results = await _run_in_turn(request, lambda params: service.upscale(image, params), jobs)
         return openai.images_response(results, form.output_format, form.n)
 
 

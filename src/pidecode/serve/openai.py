@@ -11,8 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from pidecode.options import DecoderKind
-from pidecode.serve.schemas import MAX_JSON_INTEGER, MAX_PROMPT_LENGTH, FileFormat, ResultParams, with_decode_options
+from pidecode.options import DecoderKind, FileFormat
+from pidecode.serve.schemas import MAX_JSON_INTEGER, MAX_PROMPT_LENGTH, ResultParams, with_decode_options
 from pidecode.serve.service import Result
 
 MAX_IMAGES = 4
@@ -102,7 +102,7 @@ class ImageGenerationRequest(OpenAIRequest):
     ] = "auto"
 
 
-@with_decode_options("upscale", exclude=("prompt",))
+@with_decode_options("upscale", exclude=("size", "prompt"))
 class ImageEditRequest(OpenAIRequest):
     """Form fields of /v1/images/edits besides the image."""
 

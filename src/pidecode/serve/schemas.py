@@ -10,10 +10,12 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from pidecode.errors import SettingError, SizeError
-from pidecode.options import MAX_SIDE, Command, DecodeOptions, OptionInfo, option_infos
+from pidecode.options import MAX_SIDE, Command, DecodeOptions, FileFormat, OptionInfo, SaveOptions, option_infos
 
-FileFormat = Literal["png", "webp", "jpeg"]
-MEDIA_TYPES: dict[FileFormat, str] = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
+MEDIA_TYPES: dict[FileFormat, str] = {
+    "png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg", "jpg": "image/jpeg",
+}  # fmt: skip
+_SAVE = option_infos(SaveOptions, interface="http")
 
 MAX_JSON_INTEGER = 2**53 - 1
 """The largest integer that every JSON parser reads exactly; JavaScript's numbers are 64-bit floats."""
@@ -72,10 +74,8 @@ class ResultParams(BaseModel):
     option_names: ClassVar[tuple[str, ...]] = ()  # decode options among the fields; `size` stands for width and height
 
     model: ModelName = None
-    format: Annotated[FileFormat, Field(description="Format of the resulting file.")] = "png"
-    quality: Annotated[
-        int | None, Field(ge=1, le=100, description="Of WebP and JPEG; by default WebP is lossless and JPEG 95.")
-    ] = None
+    format: Annotated[FileFormat, Field(description=_SAVE["format"].help)] = "png"
+    quality: Annotated[int | None, Field(ge=1, le=100, description=_SAVE["quality"].help)] = None
     stream: Annotated[
         bool, Field(description="Answer with the job's progress as lines of JSON, the last of which links to the file.")
     ] = False
@@ -91,16 +91,15 @@ class ResultParams(BaseModel):
         """The decode options that were given.
 
         Raises:
-            SettingError: If one is out of range or cannot act, or only one of width and height is given.
+            SettingError: If one is out of range or cannot act.
         """
         values = dict(self)
-        if self.quality is not None and self.format == "png":
-            raise SettingError("quality acts on webp and jpeg only, and format is png; leave it out.")
+        SaveOptions(format=self.format, quality=self.quality)
         if self.reconnect_seconds is not None and not self.stream:
             raise SettingError("reconnect_seconds acts with stream=true only; leave it out.")
-        if "size" in self.option_names:
-            values["size"] = pair("width", values["width"], "height", values["height"])
-        return DecodeOptions(**{name: values[name] for name in self.option_names})
+        if "size" in self.option_names and (values["width"], values["height"]) != (None, None):
+            values["size"] = values["width"], values["height"]
+        return DecodeOptions(**{name: values.get(name) for name in self.option_names})
 
 
 def with_decode_options(command: Command, *, exclude: Collection[str] = ()) -> Callable[[type[ModelT]], type[ModelT]]:
@@ -113,11 +112,13 @@ def with_decode_options(command: Command, *, exclude: Collection[str] = ()) -> C
             if name in exclude:
                 continue
             if name == "size":
-                fields["width"] = (_field_type(info, int, "Width of the result in pixels, together with height."), None)
-                fields["height"] = (
-                    _field_type(info, int, "Height of the result in pixels, together with width."),
-                    None,
-                )
+                fields |= {
+                    side: (
+                        _field_type(info, int, f"{side.title()} of the result in pixels; alone, it keeps the shape."),
+                        None,
+                    )
+                    for side in ("width", "height")
+                }
             else:
                 fields[name] = (_field_type(info, info.type, info.help), None)
         created = create_model(
@@ -144,10 +145,6 @@ def _field_type(info: OptionInfo, kind: type, description: str) -> Any:
 @with_decode_options("upscale")
 class UpscaleParams(ResultParams):
     """Parameters for upscaling an image."""
-
-    scale: Annotated[
-        int | None, Field(ge=1, le=8, description="Enlargement; below the model's own scale the result is downsampled.")
-    ] = None
 
 
 @with_decode_options("decode")

@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from PIL.Image import Image, Resampling
+from PIL.Image import Image
 from torch import Tensor
 from torch.nn import functional
 
 from pidecode.decoder import PixelDecoder
 from pidecode.devices import free_memory
-from pidecode.errors import DoesNotFitError, FileError, LatentError, MissingDependencyError, SettingError
+from pidecode.engine.runner import require_memory
+from pidecode.errors import FileError, LatentError, MissingDependencyError, SettingError
 from pidecode.images import (
     KEYWORD,
     check_format,
@@ -41,7 +42,6 @@ from pidecode.serve.schemas import (
     ResultParams,
     UpscaleParams,
 )
-from pidecode.units import format_bytes
 from pidecode.weights.safetensors import looks_like_safetensors
 
 PREVIEW_SIDE = 448  # longest side of a preview, in pixels
@@ -204,23 +204,24 @@ class DecodeService:
             decoder = self.decoder(params.model)
             latent = load_latent(data, params.space, decoder)
             height, width = latent.output_size
-            self._check_size(decoder, *(options.size or (width, height)))
-            check_format(f".{params.format}", *(options.size or (width, height)))
+            size = decoder.decoded_size((width, height), options)
+            native = (width, height) if decoder.kind == "feed-forward" else size
+            self._check_size(decoder, *native)
+            check_format(f".{params.format}", *size)
 
             def decode() -> Image:
                 return decoder.decode(latent, options=options, **_callbacks(job, params.stream)).image
 
-            return self._timed_result(job, params, options.size or (width, height), decode)
+            return self._timed_result(job, params, native, decode)
 
         return self._submit(params, run)
 
-    def upscale(self, data: bytes, params: UpscaleParams, size: tuple[int, int] | None = None) -> DecodeJob:
+    def upscale(self, data: bytes, params: UpscaleParams) -> DecodeJob:
         """Queue the enlargement of an image file; the job's result is a `Result`.
 
         Args:
             data: The file.
             params: Options.
-            size: Width and height to downsample the result to, in place of a scale.
 
         Raises:
             BusyError: If the queue is full.
@@ -235,12 +236,10 @@ class DecodeService:
             image = read_image(data, max_pixels=self.limits.pixels)
             height, width = image.tensor.shape[-2:]  # upright
             native = decoder.upscaled_size((width, height))
-            target = _target_size(decoder, native, params.scale, size)
-            check_format(f".{params.format}", *(target or native))
+            check_format(f".{params.format}", *decoder.upscaled_size((width, height), options))
 
             def upscale() -> Image:
-                large = decoder.upscale(image, options=options, **_callbacks(job, params.stream)).image
-                return large if target is None else _downsampled(large, target)
+                return decoder.upscale(image, options=options, **_callbacks(job, params.stream)).image
 
             return self._timed_result(job, params, native, upscale)
 
@@ -310,7 +309,7 @@ class DecodeService:
 
     def _check_size(self, decoder: PixelDecoder, width: int, height: int) -> None:
         self.limits.check_pixels(width, height)
-        require_memory(estimate(decoder, width, height))
+        require_memory(decoder.runner, padded_size(decoder, width, height), 1)
 
 
 def result_size(decoder: PixelDecoder, file: FileInfo) -> tuple[int, int]:
@@ -326,10 +325,8 @@ def estimate(decoder: PixelDecoder, width: int, height: int) -> DecodePlan:
 
     The memory for encoding an image or a prompt, which comes before, is not counted.
     """
-    net, cell = decoder.net, decoder.space.pixels_per_cell
-    # An image is padded to whole cells of the latent, and cut back only after the decode.
-    padded = (-(-width // cell) * cell, -(-height // cell) * cell)
-    working = decoder.runner.plan_for(padded, 1).working
+    net = decoder.net
+    working = decoder.runner.plan_for(padded_size(decoder, width, height), 1).working
     free = free_memory(decoder.device)
     return DecodePlan(
         width=width, height=height,
@@ -338,14 +335,10 @@ def estimate(decoder: PixelDecoder, width: int, height: int) -> DecodePlan:
     )  # fmt: skip
 
 
-def require_memory(plan: DecodePlan) -> None:
-    """Raise DoesNotFitError if a decode needs more memory than is free."""
-    if not plan.fits:
-        assert plan.free is not None
-        raise DoesNotFitError(
-            f"A result of {plan.width}x{plan.height} pixels needs about {format_bytes(plan.working)} of memory, and "
-            f"{format_bytes(plan.free)} are free. Use a smaller input, or end other programs."
-        )
+def padded_size(decoder: PixelDecoder, width: int, height: int) -> tuple[int, int]:
+    """Size at which an image is decoded: padded to whole cells of the latent, and cut back only after the decode."""
+    cell = decoder.space.pixels_per_cell
+    return -(-width // cell) * cell, -(-height // cell) * cell
 
 
 def load_latent(data: bytes, space: str | None, decoder: PixelDecoder) -> Latent:
@@ -388,42 +381,6 @@ def _latent_info(data: bytes) -> FileInfo:
         kind="latent", width=tensor.shape[3], height=tensor.shape[2], space=record.space if record else None,
         sigma=record.sigma[0] if record else None, prompt=record.prompt[0] if record and record.prompt else None,
     )  # fmt: skip
-
-
-def _target_size(
-    decoder: PixelDecoder, native: tuple[int, int], scale: int | None, size: tuple[int, int] | None
-) -> tuple[int, int] | None:
-    """Width and height that the result is to be downsampled to; None leaves it as it is.
-
-    Raises:
-        SettingError: It would have to be enlarged or stretched.
-    """
-    if size is not None:
-        (width, height), (native_width, native_height) = size, native
-        fits = width <= native_width and height <= native_height
-        if not fits or abs(width * native_height - height * native_width) > 0.02 * width * native_height:
-            raise SettingError(
-                f"This image becomes {native_width}x{native_height}; size cannot be {width}x{height}, only a smaller "
-                "one of the same shape. Leave it out, or say auto."
-            )
-        return None if size == native else size
-    if scale is not None and scale > decoder.scale:
-        raise SettingError(
-            f"scale is {scale}; this model enlarges {decoder.scale} times, so it must be 1 to {decoder.scale}."
-        )
-    if scale in (None, decoder.scale):
-        return None
-    width, height = (max(1, round(side * scale / decoder.scale)) for side in native)
-    return width, height
-
-
-def _downsampled(image: Image, size: tuple[int, int]) -> Image:
-    """The image at a smaller size; its metadata says so."""
-    small = image.resize(size, Resampling.LANCZOS)
-    metadata = image.info.get(KEYWORD)
-    if metadata:
-        small.info[KEYWORD] = {**metadata, "width": size[0], "height": size[1], "downsampled_from": list(image.size)}
-    return small
 
 
 def _callbacks(job: DecodeJob, previews: bool, begin: float = 0.0) -> dict[str, Any]:

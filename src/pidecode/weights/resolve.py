@@ -294,8 +294,9 @@ def resolve_checkpoint(
     """
     hub = hub or HubCache()
     bundled = {row.variant: row for row in CHECKPOINTS.values() if row.bundled}
-    if str(name) in bundled:
-        return _released(bundled[str(name)], asset(bundled[str(name)].path), space, hub)
+    if row := bundled.get(str(name)):
+        _require_row(str(name), row, variant, kind)
+        return _released(row, asset(row.path), space, hub)
     path = Path(os.path.expanduser(name))
     # os.path has no errors where a name is too long or a folder may not be read.
     if not os.path.exists(path) and (row := _listed(str(name), space, variant, kind)):
@@ -320,11 +321,19 @@ def _listed(name: str, space: str | None, variant: str | None, kind: NetworkKind
     """The row of a name as `pidecode models` prints it, or of a space; None for other names."""
     rows = {row.name: row for row in CHECKPOINTS.values()}
     if name in rows:
-        row = rows[name]
-        if variant not in (None, row.variant) or kind not in (None, row.kind):
-            raise SettingError(f"{name} is variant {row.variant} and a {row.kind}; leave variant and kind out.")
-        return row
+        _require_row(name, rows[name], variant, kind)
+        return rows[name]
     return get_checkpoint(name, variant, kind) if name in SPACES or name in ALIASES else None
+
+
+def _require_row(name: str, row: Checkpoint, variant: str | None, kind: NetworkKind | None) -> None:
+    """Raise SettingError for a variant or kind that cannot act, as the name says all."""
+    if variant not in (None, row.variant) or kind not in (None, row.kind):
+        others = [other.variant for other in CHECKPOINTS.values() if other.space == row.space and not other.bundled]
+        raise SettingError(
+            f"{name} is variant {row.variant} and a {row.kind}; leave variant and kind out, or name the space alone: "
+            f"{row.space} has {', '.join(dict.fromkeys(filter(None, others)))}."
+        )
 
 
 def _released(row: Checkpoint, path: Path, space: str | None, hub: HubCache) -> ResolvedCheckpoint:
