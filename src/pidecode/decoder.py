@@ -473,8 +473,7 @@ class PixelDecoder:
             callback = work.steps(callback, self._num_steps(options))
             pixels = self._run_diffusion(self.runner, latent, (width, height), options, callback)
         work.report("finishing")
-        finite = bool(torch.isfinite(pixels).all())
-        pixels = pixels.clamp_(-1, 1)
+        finite, pixels = bool(torch.isfinite(pixels).all()), pixels.clamp_(-1, 1)
         if reference is not None:
             fidelity = DEFAULT_FIDELITY if options.fidelity is None else options.fidelity
             pixels = apply_color_fix(pixels, reference.to(pixels), options.color_fix or "off", fidelity)
@@ -544,9 +543,9 @@ class PixelDecoder:
     def _size(self, latent: Latent, options: DecodeOptions) -> tuple[int, int]:
         """Width and height of the output."""
         natural = latent.output_size[1], latent.output_size[0]
+        width, height = self.decoded_size(natural, options)
         if not isinstance(self.net, PiDNet):
             return natural
-        width, height = self.decoded_size(natural, options)
         self.net.grid_of(height, width)
         if self.checkpoint and (advice := size_warning(self.checkpoint, height, width)):
             warnings.warn(advice, stacklevel=7)
@@ -592,8 +591,7 @@ class PixelDecoder:
         options: DecodeOptions,
         callback: Callback | None,
     ) -> Tensor:
-        scale = TEACHER_GUIDANCE if options.guidance_scale is None else options.guidance_scale
-        without = condition
+        scale, without = options.guidance_scale or TEACHER_GUIDANCE, condition
         if scale != 1.0:
             negative = default_negative_prompt() if options.negative_prompt is None else options.negative_prompt
             file = None if isinstance(options.prompt_embeds, Tensor) else options.prompt_embeds
