@@ -76,7 +76,7 @@ def test_openais_client_is_refused_in_one_sentence(openai_client: Any) -> None:
     for wrong, expected in [
         ({"mask": picture}, "the only edit is enlarging the whole image"),
         ({"image": [picture, picture]}, "holds 2 images; send one at a time"),
-        ({"size": "1024x1024"}, "size is 1024x1024, and tiny makes 64x64 of this"),
+        ({"size": "1024x1024"}, "size is 1024x1024, and small makes 64x64 of this"),
         ({"model": "nothing"}, "There is no model 'nothing' here; there are small, tiny."),
     ]:
         with pytest.raises(openai.BadRequestError) as caught:
