@@ -35,11 +35,8 @@ LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
 # Blocks that need what a reader has and this test has not, by words in them, and what runs their like.
-ELSEWHERE = {
-    "base_url=": "tests/serving",
-    "pipe = pidecode.attach(pipe, decoder": "docs/diffusers.md, tests/test_examples.py",
-    "blocks = pidecode.pid_blocks(": "tests/unit/test_modular.py",
-}
+ELSEWHERE = {"base_url=": "tests/serving", "blocks = pidecode.pid_blocks(": "tests/unit/test_modular.py"}
+GOES_ON = {"diffusers.md"}  # pages whose first block makes what the others use
 
 
 def name_of(path: Path) -> str:
@@ -69,28 +66,35 @@ def small_decoder(space: str) -> PixelDecoder:
     return decoder
 
 
-def with_snippets() -> list[Any]:
-    """Pages with Python in them; those that need diffusers are slow, since importing it is."""
-    pages = [path for path in PAGES if blocks(path, "python") and path.parent.name != "spaces"]
-    slow = {path for path in pages if "Pipeline.from_pretrained" in path.read_text(encoding="utf-8")}
-    return [pytest.param(path, marks=[pytest.mark.slow] if path in slow else [], id=name_of(path)) for path in pages]
+def snippets() -> list[Any]:
+    """Page and blocks that run together: one, or, where a page goes on from its first block, all of them."""
+    params = []
+    for path in PAGES:
+        code = blocks(path, "python") if path.parent.name != "spaces" else []
+        runs = [code] if path.name in GOES_ON and code else [[block] for block in code]
+        for number, run in enumerate(runs, start=1):
+            slow = [pytest.mark.slow] if any("Pipeline.from_pretrained" in block for block in run) else []
+            params.append(pytest.param(path, run, marks=slow, id=f"{name_of(path)}-{number}"))
+    return params
 
 
-@pytest.mark.parametrize("path", with_snippets())
+@pytest.mark.parametrize(("path", "code"), snippets())
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.filterwarnings(f"ignore::{NormalizationWarning.__module__}.NormalizationWarning")
-def test_snippets_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks of a page run one after another, as a reader would type them, in a folder with a photo and latents."""
+def test_snippets_run_alone_and_twice(
+    path: Path, code: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a reader would paste them, in a folder with a photo and latents, and then once more."""
 
     def from_pretrained(name: str, *, space: str | None = None, **_: Any) -> PixelDecoder:
-        return small_decoder(space or "flux2")
+        return small_decoder(space or (name if name in ("flux", "flux2") else "flux2"))
 
+    code = [block for block in code if not any(words in block for words in ELSEWHERE)]
     monkeypatch.setattr(PixelDecoder, "from_pretrained", staticmethod(from_pretrained))
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (24, 17), "teal").save("photo.jpg")
     Path("latents").mkdir()
     Latent(torch.randn(1, 128, 1, 1) * 0.7, "flux2").save("latents/one.safetensors")
-    code = blocks(path, "python")
     if any("FluxPipeline" in block for block in code):
         diffusers = pytest.importorskip("diffusers")
         import tiny_pipelines as pipelines
@@ -100,11 +104,10 @@ def test_snippets_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         small = {"height=512, width=512": "height=64, width=96", 'fog", height': 'fog", num_inference_steps=4, height'}
         for old, new in small.items():
             code = [block.replace(old, new) for block in code]
-    namespace: dict[str, Any] = {"tensor": torch.randn(1, 128, 2, 3) * 0.7, "torch": torch}
-    for number, block in enumerate(code, start=1):
-        compiled = compile(block, f"{name_of(path)}, block {number}", "exec")
-        if "FluxPipeline" in block or not any(words in block for words in ELSEWHERE):
-            exec(compiled, namespace)
+    for _ in range(2):
+        namespace: dict[str, Any] = {}
+        for number, block in enumerate(code, start=1):
+            exec(compile(block, f"{name_of(path)}, block {number}", "exec"), namespace)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs" / "spaces").glob("*.md")), ids=name_of)
