@@ -58,9 +58,12 @@ class Application:
             raise SystemExit(f"{path} answered {error.code}: {error.read().decode()[:2000]}") from None
         return json.loads(text) if text else None
 
-    def run(self, prompt: dict[str, Any], seconds: float = 300) -> dict[str, Any]:
+    def run(self, prompt: dict[str, Any], seconds: float = 300, interrupt_after: float | None = None) -> dict[str, Any]:
         """Run a prompt to its end; returns its entry of the history."""
         number = self.ask("/prompt", {"prompt": prompt})["prompt_id"]
+        if interrupt_after is not None:
+            time.sleep(interrupt_after)
+            self.ask("/interrupt", {})
         for _ in range(round(seconds / 0.2)):
             history = self.ask(f"/history/{number}")
             if number in history:
@@ -207,6 +210,23 @@ def check_workflow(app: Application, name: str, prompt: dict[str, Any]) -> list[
     return files
 
 
+def check_messages(app: Application, prompt: dict[str, Any]) -> None:
+    """What the upscale workflow says of a widget that cannot act, and how soon it ends when it is interrupted."""
+    node = next(node["inputs"] for node in prompt.values() if node["class_type"] == "PidecodeUpscale")
+    entry = app.run(json.loads(json.dumps(prompt).replace('"num_steps": 0', '"num_steps": 2')))
+    errors = [event[1]["exception_message"] for event in entry["status"]["messages"] if event[0] == "execution_error"]
+    if not errors or "set its widget to the default" not in errors[0]:
+        raise SystemExit(f"A number of steps for tiny was answered by {errors or entry['status']}.")
+    print(f"  says: {errors[0].strip()}")
+    node["num_refinements"] = 16  # enough work to be interrupted in
+    began = time.monotonic()
+    entry = app.run(prompt, interrupt_after=2)
+    seconds = time.monotonic() - began
+    if "execution_interrupted" not in [event[0] for event in entry["status"]["messages"]]:
+        raise SystemExit(f"An interrupt after 2 s was not heeded: {entry['status']}")
+    print(f"  interrupted after 2 s, ended after {seconds:.1f} s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path, help="a checkout of ComfyUI")
@@ -237,6 +257,8 @@ def main() -> None:
             prompt = as_drawn(page, path, arguments.out / f"{path.stem}.png")
             for image in check_workflow(app, path.stem, prompt):
                 shutil.copy(image, arguments.out / f"{path.stem}_result.png")
+            if path.stem == "upscale_image":
+                check_messages(app, prompt)
         browser.close()
     print(f"All {len(paths)} workflows ran; screenshots and results are in {arguments.out}.")
 

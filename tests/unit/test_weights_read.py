@@ -197,7 +197,7 @@ def test_eight_bit_weights_of_comfyui_are_read(tmp_path, marks):
         tensors |= {
             "scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn),
             "a.scale_weight": scale,
-            "a.scale_input": scale,
+            "a.scale_input": scale.clone(),
         }
     elif marks == "metadata":
         tensors["a.weight_scale"] = scale

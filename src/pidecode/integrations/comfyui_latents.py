@@ -344,7 +344,12 @@ def core_model(decoder: PixelDecoder) -> Any:
     device, offload = management.get_torch_device(), management.unet_offload_device()
     cast = management.unet_manual_cast(decoder.dtype, device, about.supported_inference_dtypes)
     about.set_inference_dtype(decoder.dtype, cast)
-    model = about.get_model({}, "")
+    try:
+        model = about.get_model({}, "")
+    except TypeError:
+        raise MissingDependencyError(
+            f"The PiD of this ComfyUI is older than {decoder.name}; update it, or connect the decoder to PiD Decode."
+        ) from None
     weights = about.process_unet_state_dict(dict(net.state_dict()))
     model.diffusion_model.load_state_dict(weights, assign=True)
     model.model_sampling = _reference_sampling(decoder)
@@ -353,8 +358,13 @@ def core_model(decoder: PixelDecoder) -> Any:
 
 
 def _core_config(config: PiDConfig) -> dict[str, Any]:
-    """A network's shape by the names that ComfyUI's PidNet takes."""
-    return {
+    """A network's shape by the names that ComfyUI's PidNet takes; the first PidNet knew none of v1.5."""
+    later = {
+        "lq_latent_unpatchify_factor": config.latent_unpatchify, "lq_conv_padding_mode": config.adapter_padding,
+        "lq_gate_per_token": config.gate == "per_token", "pit_lq_inject": config.inject_pixels,
+    }  # fmt: skip
+    v1 = {"lq_latent_unpatchify_factor": 1, "lq_conv_padding_mode": "zeros"}
+    return {name: value for name, value in later.items() if value != v1.get(name, False)} | {
         "hidden_size": config.hidden_size, "num_groups": config.num_heads, "patch_depth": config.patch_depth,
         "patch_size": config.patch_size, "pixel_hidden_size": config.pixel_hidden_size,
         "pixel_depth": config.pixel_depth, "pixel_attn_hidden_size": config.pixel_attn_hidden_size,
@@ -363,9 +373,7 @@ def _core_config(config: PiDConfig) -> dict[str, Any]:
         "text_rope_theta": config.text_rope_theta, "lq_latent_channels": config.latent_channels,
         "lq_hidden_dim": config.adapter_width, "lq_num_res_blocks": config.adapter_blocks,
         "lq_interval": config.inject_interval, "sr_scale": config.scale,
-        "latent_spatial_down_factor": config.latent_down, "lq_latent_unpatchify_factor": config.latent_unpatchify,
-        "lq_conv_padding_mode": config.adapter_padding, "lq_gate_per_token": config.gate == "per_token",
-        "pit_lq_inject": config.inject_pixels, "rope_ref_h": config.rope_reference[0],
+        "latent_spatial_down_factor": config.latent_down, "rope_ref_h": config.rope_reference[0],
         "rope_ref_w": config.rope_reference[1],
     }  # fmt: skip
 
