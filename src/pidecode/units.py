@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 import re
 
 from pidecode.errors import FileError, SettingError, SizeError
@@ -119,6 +120,25 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
 )  # fmt: skip
+
+
+MAX_TEXT = 64 << 20  # bytes of a text file: a token, prompts, one a line
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Text of a file or pipe of at most MAX_TEXT bytes, in an encoding as `decode_text` takes.
+
+    Raises:
+        FileError: It cannot be read, is too large, or is no Unicode text.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_TEXT + 1)
+    except (OSError, ValueError) as error:
+        raise FileError(f"{os.fspath(path)} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    if len(data) > MAX_TEXT:
+        raise FileError(f"{os.fspath(path)} is larger than {format_bytes(MAX_TEXT)}; a text file was expected.")
+    return decode_text(data, path)
 
 
 def decode_text(data: bytes, name: object) -> str:

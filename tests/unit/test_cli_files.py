@@ -52,6 +52,30 @@ def test_a_name_that_ends_in_a_slash_is_a_folder() -> None:
     assert target_paths([Path("cat.jpg")], "out.v2/", "") == [Path("out.v2/cat.png")]
 
 
+ODD_NAMES = ("x" * 300, "y" * 5000, "loop.png", "closed.png/x", "~nosuchuser/x")
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+@pytest.mark.parametrize(
+    "command",
+    ["info FILE", "convert FILE out.safetensors", "decode FILE", "upscale a.png -m FILE", "upscale a.png --encoder FILE",
+     "serve --token-file FILE", "web -m FILE", "train debug_direct --out out --set data.source=FILE"],
+)  # fmt: skip
+def test_odd_names_end_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "closed.png").touch()
+    Image.new("RGB", (16, 16)).save("a.png")
+    result = CliRunner().invoke(cli, [word.replace("FILE", name) for word in command.split()])
+    assert result.exit_code not in (0, UNEXPECTED), result.output
+    assert "Error: " in result.output
+
+
+def test_endless_files_end_in_a_sentence(tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli, ["serve", "--token-file", "/dev/zero"])
+    assert result.exit_code == 4 and "a text file was expected" in result.output
+
+
 @pytest.mark.parametrize("name", ["x" * 300 + ".png", "loop.png", "closed.png/x.png"])
 def test_odd_names_of_sources_end_in_a_sentence(tmp_path: Path, name: str) -> None:
     (tmp_path / "loop.png").symlink_to("loop.png")

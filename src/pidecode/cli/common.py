@@ -21,7 +21,7 @@ from click.shell_completion import CompletionItem
 
 from pidecode.engine.machine import QUANTIZATIONS, Machine, Quantization, this_machine
 from pidecode.engine.plan import SCHEMES, Plan, Scheme, plan_decode
-from pidecode.errors import FileError, SettingError
+from pidecode.errors import SettingError
 from pidecode.options import Command, DecodeOptions, OptionInfo, SaveOptions, Sides, option_infos
 from pidecode.registry.checkpoints import CHECKPOINTS
 from pidecode.registry.spaces import ALIASES, SPACES
@@ -29,12 +29,12 @@ from pidecode.units import (
     DTYPES,
     LARGEST_PIXELS,
     MAX_PIXELS,
-    decode_text,
     format_seconds,
     parse_bytes,
     parse_dtype,
     parse_sides,
     printable,
+    read_text,
 )
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def space_option(command: F) -> F:
 def threads_option(command: F) -> F:
     """Add --threads, for `set_threads`."""
     text = "CPU threads; if not given, chosen from cores and limits (`pidecode doctor`)."
-    return click.option("--threads", type=click.IntRange(min=1), help=text)(command)
+    return click.option("--threads", type=click.IntRange(1, 1024), help=text)(command)
 
 
 def set_threads(wanted: int | None) -> None:
@@ -387,11 +387,7 @@ def prompt_lines(file: Path) -> list[str]:
     Raises:
         FileError: The file cannot be read as text.
     """
-    try:
-        lines = decode_text(file.read_bytes(), file).splitlines()
-    except OSError as fault:
-        raise FileError(f"{file} cannot be read as text: {fault}.") from None
-    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    return [line.strip() for line in read_text(file).splitlines() if line.strip() and not line.lstrip().startswith("#")]
 
 
 def variant_option(command: F) -> F:

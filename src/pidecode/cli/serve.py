@@ -21,9 +21,9 @@ from pidecode.cli.common import (
     threads_option,
     variant_option,
 )
-from pidecode.errors import FileError, MissingDependencyError, SettingError
+from pidecode.errors import MissingDependencyError, SettingError
 from pidecode.registry.spaces import GENERATION
-from pidecode.units import decode_text
+from pidecode.units import read_text
 
 if TYPE_CHECKING:
     from pidecode.decoder import PixelDecoder
@@ -65,10 +65,7 @@ class ServeOptions:
         """
         if self.token_file is None:
             return os.environ.get(TOKEN_VARIABLE) or None
-        try:
-            return decode_text(self.token_file.read_bytes(), self.token_file).strip()
-        except OSError as error:
-            raise FileError(f"The token cannot be read from {self.token_file}: {error}.") from error
+        return read_text(self.token_file).strip()
 
     def decoders(self) -> dict[str, PixelDecoder]:
         """Load every model, by the name that clients use.

@@ -6,6 +6,7 @@ Shapes are read from the weights themselves; the names of single files are trans
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -92,7 +93,7 @@ def load_autoencoder(
         MissingDependencyError: diffusers is not installed.
     """
     config: dict[str, Any] = {}
-    if path.is_dir():
+    if os.path.isdir(path):
         path, config = _read_folder(path, space)
     tensors = read_tensors(path).tensors
     tensors = {_without_prefix(name): tensor for name, tensor in tensors.items()}
@@ -116,7 +117,7 @@ def load_autoencoder(
 
 def _read_folder(path: Path, space: LatentSpace) -> tuple[Path, dict[str, Any]]:
     folder = path / "vae" if (path / "vae" / "config.json").is_file() else path
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):
         raise CheckpointError(
             f"{path} holds no config.json, so it is not a diffusers autoencoder; give its folder, or one file."
         )
@@ -128,7 +129,7 @@ def _read_folder(path: Path, space: LatentSpace) -> tuple[Path, dict[str, Any]]:
     if not isinstance(config, dict) or config.get("_class_name") != wanted:
         found = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
         raise CheckpointError(f"{folder} holds a {found}; the encoder of {space.name} is an {wanted}.")
-    weights = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    weights = next((folder / name for name in WEIGHT_FILES if os.path.isfile(folder / name)), None)
     if weights is None:
         raise CheckpointError(f"{folder} has a config.json and no weights ({WEIGHT_FILES[0]}); download it again.")
     return weights, {name: value for name, value in config.items() if not name.startswith("_")}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -287,7 +288,7 @@ def load_encoder(
         raise SettingError(
             f"The {row.name} encoder does not run in {_dtype_name(dtype)}; use torch.float32 or bfloat16."
         )
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     autoencoder: Autoencoder
     if row.fixed_input is not None:
         autoencoder, latent_statistics = load_representation_autoencoder(

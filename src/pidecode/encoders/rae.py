@@ -8,6 +8,7 @@ RAE: "Diffusion Transformers with Representation Autoencoders", https://arxiv.or
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,7 @@ def load_representation_autoencoder(
         MissingDependencyError: transformers is not installed.
     """
     spec = VISION_MODELS[space.name]
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise CheckpointError(
             f"{path} is not a folder. The {space.name} encoder is a folder: the model {spec.repository}, or the "
             "project's collection, which also holds the decoder."
@@ -163,8 +164,8 @@ def load_representation_autoencoder(
 
 def _find(path: Path, given: PathLike | None, places: tuple[str, ...]) -> Path | None:
     if given is not None:
-        return Path(given).expanduser()
-    return next((path / place for place in places if (path / place).is_file()), None)
+        return Path(os.path.expanduser(given))
+    return next((path / place for place in places if os.path.isfile(path / place)), None)
 
 
 def _cached_statistics(space: LatentSpace) -> Path | None:
@@ -175,10 +176,10 @@ def _cached_statistics(space: LatentSpace) -> Path | None:
 
 def _find_backbone(path: Path, spec: VisionModelSpec, given: PathLike | None) -> str:
     if given is not None:
-        return str(Path(given).expanduser()) if Path(given).expanduser().is_dir() else str(given)
+        return os.path.expanduser(given) if os.path.isdir(os.path.expanduser(given)) else str(given)
     name = spec.repository.split("/")[1]
     for folder in (path, path / "encoder", path / name, path / spec.repository):
-        if (folder / "config.json").is_file() and _model_type(folder) in spec.model_types:
+        if os.path.isfile(folder / "config.json") and _model_type(folder) in spec.model_types:
             return str(folder)
     return spec.repository
 
@@ -202,7 +203,7 @@ def _load_vision_model(space: LatentSpace, source: str, dtype: torch.dtype) -> A
             f'The {space.name} encoder needs transformers, which is not installed; run `pip install "pidecode[text]"`.'
         ) from fault
     spec = VISION_MODELS[space.name]
-    if Path(source).is_dir() and _model_type(Path(source)) not in spec.model_types:
+    if os.path.isdir(source) and _model_type(Path(source)) not in spec.model_types:
         raise CheckpointError(
             f"{source} holds a {_model_type(Path(source))!r} model; the {space.name} encoder is {spec.repository}."
         )

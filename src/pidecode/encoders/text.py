@@ -96,12 +96,12 @@ class TextOptions:
         """
         values = asdict(self)
         values["instruction"] = hashlib.sha256(self.instruction.encode()).hexdigest()
-        place = Path(self.model).expanduser()
-        if place.is_dir():
+        place = Path(os.path.expanduser(self.model))
+        if os.path.isdir(place):
             names = (".json", ".safetensors", ".model", ".bin")
-            files = [path for path in sorted(place.iterdir()) if path.suffix in names and path.is_file()]
+            files = [path for path in sorted(place.iterdir()) if path.suffix in names and os.path.isfile(path)]
             values["model"], values["revision"] = f"folder:{_fingerprint(files)}", None
-        elif place.is_file():
+        elif os.path.isfile(place):
             values["model"], values["revision"] = f"file:{_fingerprint([place])}", None
         return values
 
@@ -227,11 +227,11 @@ class TextEncoder:
                 '`pip install "pidecode[text]"`, or pass ready-made prompt states.'
             ) from fault
         options = self.options
-        place = Path(options.model).expanduser()
-        source = str(place) if place.exists() else options.model
+        place = Path(os.path.expanduser(options.model))
+        source = str(place) if os.path.exists(place) else options.model
         where: dict[str, Any] = {"revision": options.revision or "main", "local_files_only": True}
         try:
-            if place.is_file():
+            if os.path.isfile(place):
                 model, tokenizer = _from_file(place, options)
             else:
                 config = AutoConfig.from_pretrained(source, **where)
@@ -254,7 +254,7 @@ class TextEncoder:
         self._tokenizer = tokenizer
 
     def _absent_message(self, source: str, fault: Exception) -> str:
-        if Path(source).is_dir():
+        if os.path.isdir(source):
             first = (str(fault).splitlines() or [""])[0]
             return f"{source} is no complete Gemma-2 folder: {first[:200]}"
         revision = f" --revision {self.options.revision}" if self.options.revision else ""
@@ -310,7 +310,7 @@ def _from_file(path: Path, options: TextOptions) -> tuple[Any, Any]:
     )  # fmt: skip
     if pieces is not None:
         return model, _SentencePieceTokenizer(bytes(pieces.tolist()), path)
-    beside = path.parent if any((path.parent / name).is_file() for name in _TOKENIZER_FILES) else TEXT_ENCODER
+    beside = path.parent if any(os.path.isfile(path.parent / name) for name in _TOKENIZER_FILES) else TEXT_ENCODER
     return model, AutoTokenizer.from_pretrained(str(beside), local_files_only=True)
 
 
@@ -483,12 +483,12 @@ class PromptEmbedsCache:
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        self.folder = Path(folder).expanduser() if folder is not None else default_folder()
+        self.folder = Path(os.path.expanduser(folder)) if folder is not None else default_folder()
 
     def get(self, prompt: str, identity: Mapping[str, Any]) -> Tensor | None:
         """States of a prompt by the encoder of that identity, or None; a damaged entry counts as none."""
         path = self._path(prompt, identity)
-        if not path.is_file():
+        if not os.path.isfile(path):
             return None
         try:
             (entry,) = _read_entries(path)
@@ -533,7 +533,7 @@ def default_folder() -> Path:
     """Where prompt states are kept: below $PIDECODE_CACHE, else the user's cache folder."""
     own = os.environ.get("PIDECODE_CACHE")
     base = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pidecode"
-    return base.expanduser() / "prompts"
+    return Path(os.path.expanduser(base)) / "prompts"
 
 
 def _write_entries(path: Path, entries: Sequence[_Entry]) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,9 @@ class TinyImageEncoder:
 
 def is_tiny_encoder(path: Path) -> bool:
     """Whether a file's metadata says that it holds a TinyEncoder."""
-    return path.is_file() and looks_like_safetensors(read_start(path)) and _metadata(path).get("kind") == "encoder"
+    return (
+        os.path.isfile(path) and looks_like_safetensors(read_start(path)) and _metadata(path).get("kind") == "encoder"
+    )
 
 
 def _metadata(path: Path) -> dict[str, Any]:

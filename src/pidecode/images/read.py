@@ -289,7 +289,7 @@ def open_source(source: Any) -> tuple[str, BinaryIO]:
             f"{type(source).__name__}."
         )
     try:
-        if not Path(source).is_file():  # a pipe would block forever
+        if not os.path.isfile(source):  # a pipe would block forever
             raise ImageError(f"{os.fspath(source) or 'An empty name'} {_why_no_file(os.fspath(source))}.")
         return os.fspath(source), open(source, "rb")
     except (OSError, ValueError) as error:
@@ -299,8 +299,8 @@ def open_source(source: Any) -> tuple[str, BinaryIO]:
 def _why_no_file(name: str) -> str:
     if not name:
         return "is no file; name one"
-    if Path(name).exists():
-        return "is a folder" if Path(name).is_dir() else "is not a file"
+    if os.path.exists(name):
+        return "is a folder" if os.path.isdir(name) else "is not a file"
     if name.startswith(("http://", "https://", "file://", "data:")):
         return "is an address, and nothing is fetched here; download it, and give the file or its bytes"
     return "does not exist" + (" (~ stands as it is; write os.path.expanduser(name))" if name.startswith("~") else "")

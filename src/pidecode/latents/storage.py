@@ -8,7 +8,6 @@ import json
 import os
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -122,7 +121,7 @@ def _read_array(source: str | os.PathLike[str] | bytes, path: object) -> Tensor 
         data = source
     else:
         try:
-            if not Path(source).is_file():  # a pipe would block forever
+            if not os.path.isfile(source):  # a pipe would block forever
                 return None
             with open(source, "rb") as file:
                 data = file.read(8)

@@ -96,14 +96,14 @@ def find_images(source: str | Path) -> ImageDataset:
     """
     skipped: dict[str, str] = {}
     try:
-        root = Path(source).expanduser()
-        if not str(source) or not root.exists():
+        root = Path(os.path.expanduser(source))
+        if not str(source) or not os.path.exists(root):
             raise TrainingError(f"There are no images at {str(source)!r}; set data.source to a folder or a .tar shard.")
-        files = [root] if root.is_file() else sorted(_walk(root, skipped))
+        files = [root] if os.path.isfile(root) else sorted(_walk(root, skipped))
     except (OSError, ValueError, RuntimeError) as fault:  # a name too long, a null byte, ~ of an unknown user
         raise TrainingError(f"data.source={str(source)[:200]!r} cannot be read: {fault}.") from fault
     entries: list[ImageEntry] = []
-    base = root.parent if root.is_file() else root
+    base = root.parent if os.path.isfile(root) else root
     present = set(files)
     for path in files:
         name = path.relative_to(base).as_posix()
@@ -139,7 +139,7 @@ def _walk(root: Path, skipped: dict[str, str]) -> Iterator[Path]:
         for path in (Path(folder, name) for name in names):
             if path.is_symlink():
                 skipped[path.relative_to(root).as_posix()] = "links to folders are not followed"
-        yield from (path for path in (Path(folder, name) for name in files) if path.is_file())
+        yield from (path for path in (Path(folder, name) for name in files) if os.path.isfile(path))
 
 
 def _in_shard(path: Path, name: str, skipped: dict[str, str]) -> Iterator[tuple[str, FileSlice, FileSlice | None]]:

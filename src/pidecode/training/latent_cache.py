@@ -29,7 +29,7 @@ class LatentShards:
     """
 
     def __init__(self, folder: str | Path, identity: str, *, per_shard: int = PER_SHARD) -> None:
-        self._folder, self._identity, self._per_shard = Path(folder).expanduser(), identity, per_shard
+        self._folder, self._identity, self._per_shard = Path(os.path.expanduser(folder)), identity, per_shard
         writable_folder(self._folder)
         self._places: dict[str, Path] = {}
         self._waiting: dict[str, Tensor] = {}

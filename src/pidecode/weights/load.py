@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict, dataclass
@@ -235,10 +236,10 @@ def _changed(weight: Tensor, down: Tensor, up: Tensor, strength: float) -> Tenso
 
 def _lora_file(path: Path) -> Path:
     """The adapter's file: of a folder, the one that peft or diffusers writes."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return path
     for name in _LORA_FILES:
-        if (path / name).is_file():
+        if os.path.isfile(path / name):
             return path / name
     raise CheckpointError(f"The folder {path} holds no adapter: there is no {' or '.join(_LORA_FILES)} in it.")
 
@@ -289,7 +290,7 @@ class _LoraStrengths:
             if "lora_adapter_metadata" in metadata:  # diffusers: "transformer.lora_alpha" and so on
                 config = parse_json(metadata["lora_adapter_metadata"])
                 self.config = {key.partition(".")[2]: value for key, value in config.items()}
-            elif path.name in _LORA_FILES and beside.is_file():
+            elif path.name in _LORA_FILES and os.path.isfile(beside):
                 self.config = {**parse_json(beside.read_text(encoding="utf-8-sig"))}
             alpha = self.config.get("lora_alpha")
             self.alpha = None if alpha is None else float(alpha)

@@ -65,7 +65,7 @@ class HubCache:
     @property
     def folder(self) -> Path:
         """The cache folder."""
-        return Path(self.cache_dir or _library(".constants").HF_HUB_CACHE).expanduser()
+        return Path(os.path.expanduser(self.cache_dir or _library(".constants").HF_HUB_CACHE))
 
     def cached(self, repository: str, path: str, revision: str | None = None) -> Path | None:
         """The file, if it is in the cache; never asks the network."""

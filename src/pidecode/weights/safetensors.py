@@ -79,7 +79,7 @@ def check_file(path: str | os.PathLike[str]) -> int:
             errno.ENOTDIR: "lies below a file, not a folder; check the path",
             errno.ENAMETOOLONG: "is too long a name for a file",
         }
-        missing = "is a symbolic link to nothing" if path.is_symlink() else "does not exist; check the path"
+        missing = "is a symbolic link to nothing" if os.path.islink(path) else "does not exist; check the path"
         raise CheckpointError(f"{path} {reasons.get(error.errno or 0, missing)}.") from None
     if stat.S_ISDIR(status.st_mode):
         raise CheckpointError(f"{path} is a folder; give the file in it (.safetensors or .pth).")
