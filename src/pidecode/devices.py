@@ -205,7 +205,7 @@ def container_quota(system: Path = Path("/")) -> float | None:
         quota, _, period = (_read(place / "cpu.max") or "max").partition(" ")
         older = _read(place / "cpu.cfs_quota_us"), _read(place / "cpu.cfs_period_us")
         if older[0] and older[1] and int(older[0]) > 0:
-            quota, period = older
+            quota, period = older[0], older[1]
         if quota != "max":
             found.append(int(quota) / int(period))
     return min(found, default=None)

@@ -58,8 +58,8 @@ ODD_NAMES = ("x" * 300, "y" * 5000, "loop.png", "closed.png/x", "~nosuchuser/x")
 @pytest.mark.parametrize("name", ODD_NAMES)
 @pytest.mark.parametrize(
     "command",
-    ["info FILE", "convert FILE out.safetensors", "decode FILE", "upscale a.png -m FILE", "upscale a.png --encoder FILE",
-     "serve --token-file FILE", "web -m FILE", "train debug_direct --out out --set data.source=FILE"],
+    ["info FILE", "convert FILE out.safetensors", "decode FILE", "upscale a.png -m FILE", "web -m FILE",
+     "upscale a.png --encoder FILE", "serve --token-file FILE", "train debug_direct --out out --set data.source=FILE"],
 )  # fmt: skip
 def test_odd_names_end_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, name: str) -> None:
     monkeypatch.chdir(tmp_path)
