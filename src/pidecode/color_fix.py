@@ -9,7 +9,9 @@ detail that the image being enlarged still shows; "back-projection" restores it.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,10 @@ from pidecode.errors import SettingError
 from pidecode.options import COLOR_FIXES, ColorFix
 
 DEFAULT_FIDELITY = 1.0
+MAX_CHROMA_DRIFT = 20.0
+"""Chroma drift, in levels of 255, from which users of tiled PiD call an image spoiled; 8 to 12 are usual."""
+MAX_GREEN_DRIFT = 3.0
+"""Likewise the mean shift of green, which a decoder outside of its trained sizes gets wrong first."""
 _FINE_SIGMA = 2.0
 """Sigma of the blur of "fine", in pixels of the reference: finer drift is left alone, as it may be detail."""
 _COARSE_SHARE = 16
@@ -35,10 +41,27 @@ class ColorDrift:
     psnr: float  # in decibels, over all channels; infinite for equal images
     # Mean difference of red, green and blue in levels of 255; positive where the image is brighter.
     shift: tuple[float, float, float]
+    # Mean distance of the two color differences (Cb, Cr) over the reference's midtones, in levels of 255.
+    chroma: float
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it is beyond what users accept: `MAX_CHROMA_DRIFT` or `MAX_GREEN_DRIFT`."""
+        return self.chroma > MAX_CHROMA_DRIFT or abs(self.shift[1]) > MAX_GREEN_DRIFT
+
+    def to_metadata(self) -> dict[str, float]:
+        """The colors' part, for an image's metadata."""
+        values = zip(("red", "green", "blue", "chroma"), (*self.shift, self.chroma), strict=True)
+        return {name: round(value, 2) for name, value in values}
 
     def __str__(self) -> str:
         red, green, blue = self.shift
-        return f"PSNR {self.psnr:.2f} dB, mean shift R {red:+.2f} G {green:+.2f} B {blue:+.2f} of 255"
+        shift = f"mean shift R {red:+.2f} G {green:+.2f} B {blue:+.2f}, chroma {self.chroma:.2f}"
+        return f"PSNR {self.psnr:.2f} dB, {shift} of 255"
+
+
+class ColorDriftWarning(UserWarning):
+    """An image's colors are far from those of its reference."""
 
 
 def apply_color_fix(
@@ -53,7 +76,8 @@ def apply_color_fix(
             image. "fine" corrects them down to a few pixels of the reference, and detail finer than that is the
             image's own. "back-projection" takes all that the reference shows
             (https://doi.org/10.1016/1049-9652(91)90045-L); still finer detail is the image's own, weighted by how well
-            the image agrees with the reference's structure there.
+            the image agrees with the reference's structure there. "auto" is "coarse" for images whose drift is large
+            (`ColorDrift.is_large`) and "off" for the others.
         fidelity: How much "back-projection" holds of the reference, from 1 (all that it shows) to 0 (its colors alone,
             as "fine" does; what the image shows instead of the reference's detail stays).
 
@@ -67,6 +91,13 @@ def apply_color_fix(
     _check(images, reference, color_fix)
     if not 0 <= fidelity <= 1:
         raise SettingError(f"fidelity is {fidelity:g}; it must be from 0 to 1.")
+    if color_fix == "auto":
+        large = [index for index, drift in enumerate(color_drift(images, reference)) if drift.is_large]
+        if not large:
+            return images
+        images = images.clone()
+        images[large] = apply_color_fix(images[large], reference[large], "coarse")
+        return images
     if color_fix == "off":
         return images
     reference, size = reference.to(images), images.shape[-2:]
@@ -88,11 +119,50 @@ def color_drift(images: Tensor, reference: Tensor) -> list[ColorDrift]:
     _check(images, reference, "off")
     difference = _reduced(images.float(), reference) - reference.to(images.device).float()
     errors = difference.square().mean(dim=(1, 2, 3)).tolist()
-    shifts = (difference.mean(dim=(2, 3)) * 127.5).tolist()
-    return [
-        ColorDrift(10 * math.log10(4 / error) if error > 0 else math.inf, (shift[0], shift[1], shift[2]))
-        for error, shift in zip(errors, shifts, strict=True)
-    ]
+    difference, luma = difference * 127.5, _weighted(reference.to(images.device).float() * 127.5 + 127.5, _LUMA)
+    shifts = difference.mean(dim=(2, 3)).tolist()
+    distance = torch.hypot(_weighted(difference, _CB), _weighted(difference, _CR))
+    midtones = (luma > 64) & (luma < 192)
+    reports = []
+    for error, (red, green, blue), one, mask in zip(errors, shifts, distance, midtones, strict=True):
+        psnr = 10 * math.log10(4 / error) if error > 0 else math.inf
+        reports.append(ColorDrift(psnr, (red, green, blue), float((one[mask] if mask.any() else one).mean())))
+    return reports
+
+
+_LUMA, _CB, _CR = (0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312)  # BT.601
+
+
+def _weighted(image: Tensor, weights: tuple[float, float, float]) -> Tensor:
+    return sum((weight * image[:, channel] for channel, weight in enumerate(weights)), torch.zeros(()))
+
+
+def corrected(
+    images: Tensor, reference: Tensor, color_fix: ColorFix | None, fidelity: float | None, *, stacklevel: int = 2
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Images corrected by their reference, and for the metadata of each which correction acted and what drift is left.
+
+    Arguments and errors are those of `apply_color_fix`; None corrects nothing. Warns of a large drift that is left.
+    """
+    before = color_drift(images, reference) if color_fix == "auto" else []
+    images = apply_color_fix(images, reference, color_fix or "off", DEFAULT_FIDELITY if fidelity is None else fidelity)
+    described: list[dict[str, Any]] = []
+    for index, drift in enumerate(color_drift(images, reference)):
+        acted = ("coarse" if before[index].is_large else "off") if before else color_fix
+        described.append({"color_drift": drift.to_metadata()} | ({"color_fix": acted} if acted else {}))
+        if drift.is_large:
+            fix = (
+                "color_fix auto corrects this."
+                if acted in (None, "off")
+                else f"This is after color_fix {acted}; try fine."
+            )
+            warnings.warn(
+                f"Colors drift from the reference's: chroma by {drift.chroma:.1f} (up to {MAX_CHROMA_DRIFT:g} is "
+                f"usual), green by {drift.shift[1]:+.1f} (up to {MAX_GREEN_DRIFT:g}) levels of 255. {fix}",
+                ColorDriftWarning,
+                stacklevel=stacklevel,
+            )
+    return images, described
 
 
 def _check(images: Tensor, reference: Tensor, color_fix: str) -> None:

@@ -15,9 +15,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from pidecode.color_fix import DEFAULT_FIDELITY, apply_color_fix
+from pidecode.color_fix import corrected
 from pidecode.devices import default_dtype, select_device
-from pidecode.encoders.base import EncodeFunction, LazyImageEncoder, encode_images, on_device, vae_reference
+from pidecode.encoders.base import EncodeFunction, LazyImageEncoder, can_show, encode_images, on_device, vae_reference
 from pidecode.encoders.text import (
     PromptEmbedsCache,
     TextEncoder,
@@ -338,8 +338,8 @@ class PixelDecoder:
             prompt: For decoders that read text: one for all, or one per latent; default the latent's own.
             negative_prompt: Teacher only.
             prompt_embeds: Text states `[B, tokens, text_dim]` in place of the text encoder, or a file that has them.
-            color_fix: "off" (default), "coarse", "fine" or "back-projection": see `pidecode.color_fix`.
-            reference: Image that the color fix corrects against, as `encode` takes it; default the VAE's decode.
+            color_fix: "off" (default), "auto", "coarse", "fine" or "back-projection": see `pidecode.color_fix`.
+            reference: Image that the color fix and the drift report go by, as `encode` takes it; default the VAE's.
             callback: Called after each step with the current estimate; raise `errors.Cancelled` in it to stop.
             progress_callback: Called before each piece of work with what it is and the share of the work done so far.
 
@@ -443,7 +443,7 @@ class PixelDecoder:
         result = self.upscaled_size((source.tensor.shape[-1], source.tensor.shape[-2]), options)
         options = options.at_natural_size()  # which the latent is decoded at
         latent = self._encode(tensor, options.num_refinements, tracker)
-        if options.color_fix not in (None, "off") and options.reference is None:
+        if options.reference is None:
             options = options.replace(reference=SourceImage(tensor=tensor))
         output = self._decode(latent, options, tracker, "upscale", callback)
         pixels = output.tensor if padding is None else crop_back(output.tensor, padding, scale=self.scale)
@@ -474,9 +474,9 @@ class PixelDecoder:
             pixels = self._run_diffusion(self.runner, latent, (width, height), options, callback)
         work.report("finishing")
         finite, pixels = bool(torch.isfinite(pixels).all()), pixels.clamp_(-1, 1)
-        if reference is not None:
-            fidelity = DEFAULT_FIDELITY if options.fidelity is None else options.fidelity
-            pixels = apply_color_fix(pixels, reference.to(pixels), options.color_fix or "off", fidelity)
+        fixed: list[dict[str, Any]] = [{}] * len(pixels)
+        if finite and reference is not None:
+            pixels, fixed = corrected(pixels, reference.to(pixels), options.color_fix, options.fidelity, stacklevel=8)
         if not (finite and torch.isfinite(pixels).all()):
             raise LatentError(
                 "The network answered with NaN or infinite values. Decode in float32 (dtype=torch.float32); if that "
@@ -484,7 +484,9 @@ class PixelDecoder:
             )
         pixels, shown = downsampled(pixels, self.decoded_size((width, height), options))
         seeds = options.seeds(len(pixels))
-        described = [self._describe(latent[index], options, seed) | shown for index, seed in enumerate(seeds)]
+        described = [
+            self._describe(latent[index], options, seed) | fixed[index] | shown for index, seed in enumerate(seeds)
+        ]
         return DecodeOutput(pixels.unbind(), described)
 
     @torch.inference_mode()
@@ -529,14 +531,12 @@ class PixelDecoder:
         return latent.noised(options.sigma, seed=(seed + SIGMA_SEED_OFFSET) % MAX_SEED)
 
     def _reference(self, latent: Latent, options: DecodeOptions) -> Tensor | None:
-        """What the color fix corrects against; None without one."""
-        if options.color_fix in (None, "off"):
-            if options.reference is not None:
-                raise SettingError("reference acts with a color_fix only; name one, or leave reference out.")
-            return None
+        """What the color fix corrects against, and drift is reported against; None without one."""
         if options.reference is not None:
             with naming("reference"):
                 return load_tensor(options.reference)
+        if options.color_fix in (None, "off") and (options.size or not can_show(self.encoder, latent)):
+            return None
         with self._encoder_on_device():
             return vae_reference(self.encoder, latent)
 

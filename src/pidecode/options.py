@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 DecoderKind = Literal["feed-forward", "student", "teacher"]
 """How an image is formed: by one evaluation of a network, by a few distilled steps, or by many guided ones."""
-ColorFix = Literal["off", "coarse", "fine", "back-projection"]
+ColorFix = Literal["off", "auto", "coarse", "fine", "back-projection"]
 Fit = Literal["pad", "crop"]
 Command = Literal["decode", "upscale"]
 Interface = Literal["cli", "http", "batch", "comfyui"]
@@ -120,7 +120,7 @@ class DecodeOptions:
     )  # fmt: skip
     color_fix: ColorFix | None = _option(
         "Correct the image against a smaller reference: coarse (brightness and hue over wide areas), fine (down to a "
-        "few pixels) or back-projection (all that the reference shows).",
+        "few pixels) or back-projection (all that the reference shows); auto is coarse where colors drift far.",
         str, choices=COLOR_FIXES,
     )  # fmt: skip
     fidelity: float | None = _option(
@@ -129,8 +129,8 @@ class DecodeOptions:
         float, minimum=0.0, maximum=1.0, commands=("upscale",),
     )  # fmt: skip
     reference: Any = _option(
-        "Image that the color fix corrects against; by default the image being enlarged, or the VAE's decode of the "
-        "clean latent.",
+        "Image that the color fix corrects against, and color drift is reported against; by default the image being "
+        "enlarged, or the VAE's decode of the clean latent.",
         object, interfaces=(),
     )  # fmt: skip
     fit: Fit | None = _option(

@@ -13,7 +13,7 @@ from torch.nn import functional
 import tiny_models
 import tiny_pipelines
 from pidecode import PixelDecoder
-from pidecode.color_fix import apply_color_fix, color_drift
+from pidecode.color_fix import ColorDriftWarning, apply_color_fix, color_drift, corrected
 from pidecode.encoders.base import load_encoder
 from pidecode.errors import SettingError
 from pidecode.latents.latent import Latent
@@ -88,7 +88,8 @@ def test_the_report_says_what_is_off() -> None:
     (good,), (bad,) = color_drift(true, reference), color_drift(astray, reference)
     assert good.psnr > 90
     assert bad.shift == pytest.approx((10.2, -6.375, 2.55), abs=0.01)
-    assert str(bad) == f"PSNR {bad.psnr:.2f} dB, mean shift R +10.20 G -6.38 B +2.55 of 255"
+    shift = "mean shift R +10.20 G -6.38 B +2.55"
+    assert str(bad) == f"PSNR {bad.psnr:.2f} dB, {shift}, chroma {bad.chroma:.2f} of 255"
     assert color_drift(reference, reference)[0].psnr == float("inf")
 
 
@@ -118,8 +119,11 @@ def test_decoding_and_enlarging_with_colors_held(tmp_path: Path) -> None:
     assert color_drift(held, decoded)[0].psnr > color_drift(decoder.decode(latent, sigma=0.2).tensor, decoded)[0].psnr
     with pytest.raises(SettingError, match="There is noise in this latent"):
         decoder.decode(latent.noised(0.3), color_fix="coarse")
-    with pytest.raises(SettingError, match="reference acts with a color_fix"):
-        decoder.decode(latent, reference=decoded)
+    plain = decoder.decode(latent)  # its own decoder is in memory, so drift is reported against that
+    assert plain.metadata == decoder.decode(latent, reference=decoded).metadata
+    drift = color_drift(plain.tensor, decoded)[0]
+    assert plain.metadata[0]["color_drift"] == drift.to_metadata()
+    assert "color_drift" not in decoder.decode(latent.noised(0.3)).metadata[0]
     assert decoder.decode(latent, color_fix="coarse").metadata[0]["color_fix"] == "coarse"
 
 
@@ -136,6 +140,58 @@ def test_a_small_decoder_holds_the_image_it_enlarges_unless_told_otherwise() -> 
     assert torch.equal(decoder.decode(decoder.encode(image)).tensor, made["off"])
     assert decoder.upscale(image).metadata[0]["color_fix"] == "back-projection"
     assert "color_fix" not in decoder.upscale(image, sigma=0.2).metadata[0]
+
+
+def shifted(reference: Tensor, rgb: tuple[float, float, float]) -> Tensor:
+    """An image four times as large whose colors are off by so many levels of 255."""
+    large = functional.interpolate(reference, scale_factor=4, mode="nearest")
+    return large + torch.tensor(rgb).view(1, 3, 1, 1) / 127.5
+
+
+@pytest.mark.parametrize(
+    ("rgb", "chroma", "large"),
+    [
+        ((2.0, 2.0, 2.0), 0.0, False),  # brightness alone
+        ((0.0, 3.5, 0.0), 3.5 * 0.5329, True),  # green, of which (Cb, Cr) has this share
+        ((2.9, -2.9, 2.9), 2.9 * 1.0658, False),
+        ((40.0, 0.0, -20.0), 27.353, True),
+    ],
+)
+def test_drift_is_measured_by_channel_and_chroma(rgb: tuple[float, float, float], chroma: float, large: bool) -> None:
+    reference = scene()[0] / 4
+    drift = color_drift(shifted(reference, rgb), reference)[0]
+    assert drift.shift == pytest.approx(rgb, abs=1e-3)
+    assert drift.chroma == pytest.approx(chroma, abs=0.01)
+    assert drift.is_large is large
+    assert drift.to_metadata() == pytest.approx(
+        dict(zip(("red", "green", "blue", "chroma"), (*rgb, chroma), strict=True)), abs=0.01
+    )
+
+
+def test_auto_acts_on_images_that_drift_far_alone() -> None:
+    reference = (scene()[0] / 4).expand(2, -1, -1, -1)
+    images = torch.cat([shifted(reference[:1], (1.0, 1.0, 1.0)), shifted(reference[1:], (4.0, 5.0, 0.0))])
+    held = apply_color_fix(images, reference, "auto")
+    assert torch.equal(held[0], images[0])
+    torch.testing.assert_close(held[1:], apply_color_fix(images[1:], reference[1:], "coarse"))
+    assert color_drift(held, reference)[1].is_large is False
+    _, described = corrected(images, reference, "auto", 1.0)
+    assert [one["color_fix"] for one in described] == ["off", "coarse"]
+    with pytest.warns(ColorDriftWarning, match=r"green by \+5.0 \(up to 3\) levels of 255. color_fix auto corrects"):
+        corrected(images, reference, None, 1.0)
+
+
+def test_enlarging_reports_drift_and_auto_corrects_it() -> None:
+    decoder = PixelDecoder.from_pretrained("tiny", device="cpu", dtype=torch.float32)
+    gray = torch.linspace(-0.8, 0.8, 32).expand(1, 3, 32, 32)
+    astray = shifted(gray, (0.0, -9.0, 9.0))[..., ::4, ::4]
+    metadata = decoder.upscale(gray).metadata[0]
+    assert set(metadata["color_drift"]) == {"red", "green", "blue", "chroma"}
+    with pytest.warns(ColorDriftWarning, match="color_fix auto corrects this"):
+        decoder.upscale(gray, reference=astray, color_fix="off")
+    fixed = decoder.upscale(gray, reference=astray, color_fix="auto").metadata[0]
+    assert fixed["color_fix"] == "coarse" and abs(fixed["color_drift"]["green"]) < 1
+    assert decoder.upscale(gray, color_fix="auto").metadata[0]["color_fix"] == "off"
 
 
 def test_fidelity_goes_from_colors_alone_to_all_that_the_reference_shows() -> None:

@@ -248,6 +248,17 @@ def test_another_pipeline_can_be_made_of_an_attached_one() -> None:
         assert isinstance(attach(made, decoder("flux")), AttachedPipeline)
 
 
+def test_the_color_fix_corrects_against_the_pipelines_own_vae() -> None:
+    """Its VAE is at hand, so the decoder needs no encoder of its own; a noisy latent has no image to correct by."""
+    pipe = attach(pipeline("sd3"), decoder("sd3"), options=DecodeOptions(color_fix="auto"))
+    out = pipe(**tiny.arguments("sd3"))
+    own = vae_decode(pipeline("sd3"), out.latents)
+    wanted = decoder("sd3").decode(out.latents, color_fix="auto", reference=own)
+    assert out.images[0].info["pidecode"]["color_drift"] == wanted.metadata[0]["color_drift"]
+    with pytest.raises(SettingError, match="There is noise in this latent"):
+        pipe(**tiny.arguments("sd3"), stop_after=3)
+
+
 class _Halve(callbacks.PipelineCallback):
     """A callback object in diffusers' form, which names its tensors itself."""
 

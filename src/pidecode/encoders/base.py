@@ -236,6 +236,12 @@ def on_device(encoder: object, device: torch.device | None) -> Iterator[None]:
         target.to("cpu")
 
 
+def can_show(encoder: object, latent: Latent) -> bool:
+    """Whether the space's own decoder is in memory and the latent has no noise, so that `vae_reference` is cheap."""
+    loaded = encoder._loaded if isinstance(encoder, LazyImageEncoder) else encoder
+    return isinstance(loaded, ImageEncoder) and loaded.can_decode and not bool((latent.sigmas > 0).any())
+
+
 def vae_reference(encoder: object, latent: Latent) -> Tensor:
     """Images `[B, 3, H, W]` in [-1, 1] of a clean latent by the space's own decoder: the reference of the color fix.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pidecode.decoder import PixelDecoder
 from pidecode.errors import LatentError, SettingError
-from pidecode.images import DecodeOutput
+from pidecode.images import DecodeOutput, SourceImage
 from pidecode.integrations.pipeline_latents import (
     StopAfter,
     check_stop_after,
@@ -30,6 +30,7 @@ from pidecode.integrations.pipeline_latents import (
     stop_step,
     to_latent,
     token_grid,
+    vae_decode,
 )
 from pidecode.latents.latent import Latent
 from pidecode.options import MAX_SIGMA, DecodeOptions
@@ -336,6 +337,10 @@ class AttachedPipeline:
         self, run: CapturedLatents, output_type: str, options: DecodeOptions, progress_callback: PipelineCallback | None
     ) -> Any:
         pipe = self._attachment.pipe
+        fixes = options.color_fix not in (None, "off") and options.reference is None
+        if fixes and isinstance(getattr(pipe, "vae", None), torch.nn.Module) and not run.latent.sigmas.any():
+            own = vae_decode(pipe, run.latent).split(1)  # the pipeline's VAE is at hand, so no other need be
+            options = options.replace(reference=[SourceImage(tensor=image) for image in own])
         device = _offload_pipeline(pipe) if self._attachment.offload else None
         about = {
             "pipeline": type(pipe).__name__, "pipeline_num_steps": run.num_steps,
@@ -471,7 +476,9 @@ def decode_images(
 
 
 def _sample(value: Any, ndim: int, index: int, batch: int) -> Any:
-    """One image's part of a batched tensor that has a part for each; anything else whole."""
+    """One image's part of a batched tensor or of a list that has a part for each; anything else whole."""
+    if isinstance(value, (list, tuple)) and len(value) == batch:
+        return value[index]
     batched = isinstance(value, Tensor) and value.ndim == ndim and len(value) == batch
     return value[index : index + 1] if batched else value
 
