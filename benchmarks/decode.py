@@ -22,7 +22,7 @@ from benchmarks.configs import CONFIGS
 from benchmarks.profiler import profile as run_profile
 from benchmarks.reference import compare
 from benchmarks.speed import Mode, Trial, measure
-from pidecode.cli.common import emit, json_option, quantization_options, table, threads_option
+from pidecode.cli.common import emit, json_option, quantization_options, set_threads, table, threads_option
 from pidecode.devices import default_dtype, select_device
 from pidecode.engine.machine import Quantization, this_machine
 from pidecode.engine.plan import Plan, Scheme, predict
@@ -130,6 +130,7 @@ def main(reference: Path | None, profile: bool, out: Path | None, as_json: bool,
 
     --network, --size, --dtype and --mode may be given several times; every combination is measured.
     """
+    set_threads(options.pop("threads"))
     trials, skipped = _trials(**options)
     data: dict[str, Any] = {"skipped": skipped}
     if reference is not None and (profile or any(trial.mode != "eager" for trial in trials)):

@@ -195,9 +195,9 @@ def test_the_shell_completes_models_variants_and_recipes(words: str, offered: se
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_each_command_has_two_examples_that_it_understands(name: str) -> None:
     command = cli.get_command(click.Context(cli), name)
-    assert isinstance(command, GroupedCommand)
-    assert len(command.examples) == 2
-    for line in command.examples:
+    assert isinstance(command, GroupedCommand | click.Group)
+    assert len(COMMANDS[name].examples) == 2
+    for line in COMMANDS[name].examples:
         program, called, *arguments = shlex.split(line)
         assert (program, called) == ("pidecode", name)
         command.make_context(name, arguments)

@@ -153,6 +153,8 @@ class Commands(click.Group):
         command.short_help = place.line
         if isinstance(command, GroupedCommand):
             command.examples = place.examples
+        else:
+            command.epilog = "\n".join(["\b", "Examples:", *(f"  {line}" for line in place.examples)])
         if not any(parameter.name == "debug" for parameter in command.params):
             debug_option(command)
         return command
