@@ -226,6 +226,8 @@ def test_info_on_a_latent_and_on_weights(weights: Path, latent: Path, tmp_path: 
     assert told["seen"]["hidden_size"] == FLUX2.hidden_size
     save_file({"encoder.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     assert "none of PiD's" in run("info", tmp_path / "other.safetensors").stdout
+    save_file({"transformer.a.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "style.safetensors")
+    assert "a LoRA adapter; --lora adds it" in run("info", tmp_path / "style.safetensors").stdout
 
 
 @pytest.mark.parametrize(
@@ -233,6 +235,7 @@ def test_info_on_a_latent_and_on_weights(weights: Path, latent: Path, tmp_path: 
     [
         (b"", "empty"),
         (b"just some words, no image", "no image, latent or weights file"),
+        (b"\0\0\0\x18ftypheic", "is HEIC, which is not read here; convert it"),
         (b"\x89PNG\r\n\x1a\nbroken", ""),
         (b"\x80\x04cos\nsystem\n", ""),
         ((10**6).to_bytes(8, "little") + b'{"a": 1}', "is cut off: its header takes"),

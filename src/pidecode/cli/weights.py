@@ -315,6 +315,10 @@ def describe(path: Path) -> dict[str, Any]:
                 raise error
             return known | {"what": "latent", "format": "torch.save", "shape": alone, "made by": "another program"}
         return known | {"what": "weights", "format": "pickle, tensors only"} | _foreign(shapes, path)
+    from pidecode.images.read import refuse_other_formats
+
+    with path.open("rb") as file:
+        refuse_other_formats(str(path), file)
     raise FileError(f"{path} is no image, latent or weights file that pidecode knows.")
 
 
@@ -377,6 +381,8 @@ def _foreign(shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, Any
     from pidecode.weights.detect import infer_shape
 
     counts = _counts(shapes)
+    if any("lora" in name for name in shapes):
+        return counts | {"network": "a LoRA adapter; --lora adds it to a decoder"}
     try:
         structure = infer_shape(shapes, str(path))
     except CheckpointError:

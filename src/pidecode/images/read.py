@@ -228,7 +228,7 @@ def _opened(source: str | os.PathLike[str] | bytes | BinaryIO) -> Iterator[tuple
     """Name and image of a source; whatever goes wrong inside is an ImageError."""
     name, data = open_source(source)
     with _as_image_error(name), nullcontext() if data is source else data:
-        _refuse_other_formats(name, data)
+        refuse_other_formats(name, data)
         with warnings.catch_warnings():  # the limit of pixels is checked by this package
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             opened = Image.open(BoundedFile(data), formats=readable_formats())
@@ -318,8 +318,12 @@ def _checked_file(file: Any) -> tuple[str, BinaryIO]:
     return name, file
 
 
-def _refuse_other_formats(name: str, file: BinaryIO) -> None:
-    """Name the formats that people have and this package does not read, with the step that helps."""
+def refuse_other_formats(name: str, file: BinaryIO) -> None:
+    """Name the formats that people have and this package does not read, with the step that helps.
+
+    Raises:
+        ImageError: It is one of these.
+    """
     head = file.read(_HEAD_BYTES)
     file.seek(0)
     if Path(name).suffix.lower() in _RAW_SUFFIXES:
