@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from pidecode.cli.app import cli
 from pidecode.encoders.text import PromptEmbedsCache, TextOptions
 from pidecode.errors import DownloadError
+from pidecode.images.tensors import LABEL_HEIGHT
 from pidecode.latents.latent import Latent
 from pidecode.models.pid.network import PiDNet
 from pidecode.registry.configs import PiDConfig, debug_config
@@ -61,6 +62,25 @@ def size_and_format(path: Path) -> tuple[tuple[int, int], str | None]:
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def test_several_noise_levels_make_one_sheet(tmp_path: Path, weights: Path, latent: Path) -> None:
+    decode = ("decode", latent, "-m", weights, "--device", "cpu")
+    result = run(*decode, "--sigma", "0,0.2,0.4")
+    assert result.exit_code == 0, result.output
+    sheet = Image.open(tmp_path / "cat-sigmas.png")
+    assert sheet.size == (3 * 128, 64 + LABEL_HEIGHT)
+    assert json.loads(sheet.info["pidecode"])["sigma"] == [0, 0.2, 0.4]
+    for index, level in enumerate(("0", "0.2", "0.4")):
+        run(*decode, "--sigma", level, "-o", tmp_path / f"{level}.png")
+        column = sheet.crop((index * 128, LABEL_HEIGHT, index * 128 + 128, LABEL_HEIGHT + 64))
+        assert column.tobytes() == Image.open(tmp_path / f"{level}.png").tobytes()
+    assert "has a noise level twice" in run(*decode, "--sigma", "0.2,0.2").output
+    assert "0.9 is not in the range" in run(*decode, "--sigma", "0,0.9").output
+    assert (
+        "sigma is (0.0, 0.2); it must be a number"
+        in run("batch", tmp_path, tmp_path / "out", "-m", weights, "--sigma", "0,0.2").output
+    )
 
 
 def test_prompts_without_a_text_encoder(tmp_path: Path, latent: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 from click.shell_completion import CompletionItem
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from pidecode.decoder import PixelDecoder
     from pidecode.engine.feed_forward import FeedForwardPlan
+    from pidecode.images import DecodeOutput
     from pidecode.sampling import Progress
     from pidecode.weights.metadata import CheckpointMetadata
 
@@ -465,8 +466,58 @@ def _decode_option(name: str, info: OptionInfo) -> Callable[[F], F]:
     elif info.type is PathLike:
         kind = click.Path(path_type=Path)
     elif info.type is float:
-        kind = click.FloatRange(info.minimum, info.maximum)
+        kind = (SigmaParam if name == "sigma" else click.FloatRange)(info.minimum, info.maximum)
     return click.option(flag, type=kind, help=info.help)
+
+
+class SigmaParam(click.FloatRange):
+    """A noise level, or several between commas."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A number, or a tuple of them."""
+        if not isinstance(value, str) or "," not in value:
+            return super().convert(cast(float, value), param, ctx)
+        one = super().convert
+        levels = tuple(one(cast(float, level.strip()), param, ctx) for level in value.split(","))
+        if len(set(levels)) < len(levels):
+            self.fail(f"{value!r} has a noise level twice.", param, ctx)
+        return levels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SigmaSweep:
+    """A `DecodeTask` that is run at several noise levels, for one sheet of all results."""
+
+    tasks: Mapping[float, Any]  # the task at each level
+
+    @property
+    def _first(self) -> Any:
+        return next(iter(self.tasks.values()))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._first, name)  # whatever does not depend on the level
+
+    @property
+    def suffix(self) -> str:
+        """Of the sheet's name."""
+        return f"{self._first.suffix}-sigmas"
+
+    def result_size(self, decoder: Any, natural: BatchShape) -> tuple[int, int]:
+        """The size of the sheet."""
+        from pidecode.images.tensors import LABEL_HEIGHT
+
+        width, height = self._first.result_size(decoder, natural)
+        return width * len(self.tasks), height * natural[2] + LABEL_HEIGHT
+
+    def run(self, decoder: Any, source: Any, progress: Any) -> DecodeOutput:
+        """Decode at every level; rows of the sheet are the images of the source."""
+        from pidecode.images import DecodeOutput
+        from pidecode.images.tensors import contact_sheet
+
+        outputs = [task.run(decoder, source, progress) for task in self.tasks.values()]
+        sheet = contact_sheet([output.tensors for output in outputs], [f"sigma {level:g}" for level in self.tasks])
+        size = {"width": sheet.shape[-1], "height": sheet.shape[-2], "sigma": list(self.tasks)}
+        return DecodeOutput([sheet], [dict(outputs[0].metadata[0]) | size])
 
 
 def _sides_from_text(_ctx: click.Context, _option: click.Parameter, text: str | None) -> Sides | None:

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -19,6 +19,7 @@ from pidecode.cli.common import (
     BatchShape,
     GroupedCommand,
     MemoryOptions,
+    SigmaSweep,
     WorkBar,
     bits_option,
     decode_options,
@@ -147,11 +148,13 @@ class DecodeArgs:
     compile: bool
     overwrite: bool
     as_json: bool
+    sigmas: tuple[float, ...] = ()
 
     @classmethod
     def parse(cls, given: dict[str, Any]) -> DecodeArgs:
         """The arguments from click's parameters."""
-        args = cls(options=take_decode_options(given), **given)
+        sigmas = given.pop("sigma") if isinstance(given["sigma"], tuple) else ()
+        args = cls(options=take_decode_options(given), sigmas=sigmas, **given)
         if args.lora_scale is not None and args.lora is None:
             raise SettingError("--lora-scale is the strength of an adapter, and none was given; add --lora FILE.")
         return args
@@ -338,10 +341,12 @@ class _Failures(list[dict[str, Any]]):
             echo(f"Failed: {error}", err=True)
 
 
-def _run(paths: Sequence[Path], args: DecodeArgs, task: DecodeTask) -> None:
-    """Decode one source after another, save the images and print what was written."""
+def _run(paths: Sequence[Path], args: DecodeArgs, task: Any) -> None:
+    """Run a `DecodeTask` on one source after another, save the images and print what was written."""
     if sum(os.fspath(path) == STREAM for path in paths) > 1:
         raise SettingError("- stands for standard input, which can be read only once.")
+    if args.sigmas:
+        task = SigmaSweep(tasks={at: replace(task, options=task.options.replace(sigma=at)) for at in args.sigmas})
     with WorkBar() as bar:
         sources, failures = [DecodeSource.read(path) for path in paths], _Failures(len(paths))
         right = []
@@ -560,6 +565,8 @@ def _upscale_folder(ctx: click.Context, folder: Path) -> None:
 @_decoder_options
 def decode(latents: tuple[Path, ...], **given: Any) -> None:
     """Decode saved LATENTS (.safetensors) to images.
+
+    Several noise levels (--sigma 0,0.2,0.4) make one sheet of all results, cat-sigmas.png, to choose by eye.
 
     Without --out, cat.safetensors becomes cat.png beside it; - reads standard input. Files that exist are kept unless
     --overwrite.

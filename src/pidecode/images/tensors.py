@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional
 
@@ -21,6 +22,29 @@ def to_tensor(image: Image.Image) -> Tensor:
     """Convert a Pillow image (converted to RGB first) to a tensor `[1, 3, H, W]`, float32 in [-1, 1]."""
     array = np.array(image.convert("RGB"), dtype=np.uint8)
     return torch.from_numpy(array).permute(2, 0, 1)[None].float().div_(127.5).sub_(1.0)
+
+
+LABEL_HEIGHT = 48
+"""Height in pixels of the strip of labels above a contact sheet."""
+
+
+def contact_sheet(columns: Sequence[Sequence[Tensor]], labels: Sequence[str]) -> Tensor:
+    """Images side by side under labels.
+
+    Args:
+        columns: Of images `[3, H, W]` in [-1, 1], all of one size and one number to a column.
+        labels: One per column.
+
+    Returns:
+        `[3, LABEL_HEIGHT + rows * H, columns * W]`.
+    """
+    strips = []
+    for images, label in zip(columns, labels, strict=True):
+        strip = Image.new("RGB", (images[0].shape[-1], LABEL_HEIGHT), (24, 24, 24))
+        font = ImageFont.load_default(LABEL_HEIGHT // 2)
+        ImageDraw.Draw(strip).text((LABEL_HEIGHT // 4, LABEL_HEIGHT // 5), label, (255, 255, 255), font)
+        strips.append(torch.cat([to_tensor(strip)[0].to(images[0]), *images], 1))
+    return torch.cat(strips, 2)
 
 
 def to_array(image: Tensor, *, bits: int = 8) -> NDArray[Any]:
