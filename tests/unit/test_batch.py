@@ -347,7 +347,7 @@ def test_done_goes_by_the_content_of_source_and_weights(tmp_path: Path, config: 
     assert states(go(source, out, same)) == {"a.safetensors": "failed"}
 
 
-@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
 def test_a_damaged_result_is_made_again_and_a_file_of_the_user_s_never(
     tmp_path: Path, config: WorkerConfig, suffix: str
 ) -> None:
@@ -365,6 +365,11 @@ def test_a_damaged_result_is_made_again_and_a_file_of_the_user_s_never(
     assert [failure.name for failure in report.failures] == ["other.safetensors"]
     assert [(out / f"{index}{suffix}").read_bytes() for index in range(3)] == whole
     assert (out / f"other{suffix}").read_bytes() == b"a text of the user"
+    start = whole[0][: 40 if suffix == ".webp" else len(whole[0]) // 2]
+    for remains in (start, start.ljust(len(whole[0]), b"\0")):  # a power cut
+        (out / f"0{suffix}").write_bytes(remains)
+        assert states(go(tmp_path / "in", out, config, suffix=suffix))["0.safetensors"] == "done"
+        assert (out / f"0{suffix}").read_bytes() == whole[0]
     if suffix == ".png":  # a flipped bit
         damaged = bytearray(whole[0])
         damaged[-60] ^= 1

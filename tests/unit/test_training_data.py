@@ -250,6 +250,10 @@ def test_recipes_exist_for_every_latent_space(space: str) -> None:
     [
         ("data.batchsize=4", "Did you mean batch_size"),
         ("run.steps=1.5", "must be a whole number"),
+        (f"run.seed={2**64}", "run.seed is 18446744073709551616; it must be at least 0 and below"),
+        ("run.seed=-5", "run.seed is -5; it must be at least 0"),
+        ("data.num_workers=1000000", "at most 256"),
+        ("data.batch_size=1000000000000", "at most 65536"),
         ("run.precision=fp8", "'bfloat16' or 'float32'"),
         ("data=3", "is a group of settings"),
         ("run.steps.x=4", "goes too deep"),

@@ -169,19 +169,27 @@ def _state(path: Path, fingerprint: str) -> OutputState:
 
 
 def _is_remains(path: Path) -> bool:
-    """Whether a damaged file is what is left of a batch's image: its entry in the metadata, or nothing but zeros."""
+    """Whether a damaged file is what is left of a batch's image.
+
+    Signs are its entry in the metadata, nothing but zeros, or a WebP that announces metadata, which are its last part.
+    """
     with open(path, "rb") as file:
         start = file.read(1 << 16)
-    entry = f'"{FINGERPRINT}": "'.encode()
-    return not any(start) or (entry in start and not _is_complete(path))
+    ours = f'"{FINGERPRINT}": "'.encode() in start
+    announced = start[8:16] == b"WEBPVP8X" and len(start) > 20 and start[20] & 8
+    return not any(start) or (bool(ours or announced) and not _is_complete(path))
 
 
 def _is_complete(path: Path) -> bool:
-    """Whether an image file has its end and, as PNG, the checksums of its chunks."""
+    """Whether an image file has its end; a PNG also the checksums of its chunks, and a WebP all of its chunks."""
     with open(path, "rb") as file:
         start = file.read(12)
         if start.startswith(b"RIFF"):
-            return file.seek(0, 2) >= 8 + int.from_bytes(start[4:8], "little")
+            end, at = 8 + int.from_bytes(start[4:8], "little"), len(start)
+            while at < end and len(head := file.read(8)) == 8 and head[:4].isalnum() | (head[3:4] == b" "):
+                size = int.from_bytes(head[4:], "little")
+                at = file.seek(size + size % 2, 1)
+            return at >= end and path.stat().st_size >= end
         if start.startswith(b"\xff\xd8"):
             file.seek(-2, 2)
             return file.read(2) == b"\xff\xd9"

@@ -30,6 +30,8 @@ EncodeFn = Callable[[Tensor], Tensor]
 EncodeTextFn = Callable[[Sequence[str]], Tensor]
 """Captions to text states `[B, N, text_dim]`."""
 
+MAX_WORKERS, MAX_BATCH_SIZE = 256, 65536  # beyond them a number is a slip, and threads or memory run out
+
 TrainMethod = Literal["backbone", "teacher", "student", "direct"]
 
 
@@ -63,8 +65,14 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check(bool(self.sizes), "data.sizes is empty; give at least one (height, width).")
-        _check(self.batch_size >= 1, f"data.batch_size is {self.batch_size}; it must be at least 1.")
-        _check(self.num_workers >= 1, f"data.num_workers is {self.num_workers}; it must be at least 1.")
+        _check(
+            1 <= self.batch_size <= MAX_BATCH_SIZE,
+            f"data.batch_size is {self.batch_size}; it must be at least 1 and at most {MAX_BATCH_SIZE}.",
+        )
+        _check(
+            1 <= self.num_workers <= MAX_WORKERS,
+            f"data.num_workers is {self.num_workers}; it must be at least 1 and at most {MAX_WORKERS}.",
+        )
         for name in ("caption_dropout", "latent_dropout"):
             share = getattr(self, name)
             _check(0 <= share <= 1, f"data.{name} is {share}; it must lie within 0 and 1.")
@@ -185,6 +193,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "checkpoint_every", "keep", "log_every", "num_samples"):
             _check(getattr(self, name) >= 1, f"run.{name} is {getattr(self, name)}; it must be at least 1.")
+        _check(0 <= self.seed < 2**63, f"run.seed is {self.seed}; it must be at least 0 and below 2^63.")
         _check(self.checkpoint_minutes >= 0, f"run.checkpoint_minutes is {self.checkpoint_minutes}; at least 0.")
         _check(
             self.precision in ("bfloat16", "float32"),
