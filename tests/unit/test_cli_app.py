@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
+import sys
 import warnings
 from importlib import import_module
 
@@ -105,3 +108,24 @@ def test_help_lists_every_command() -> None:
     shown = " ".join(CliRunner().invoke(cli, ["--help"]).stdout.split())  # however the lines were broken
     for name, place in COMMANDS.items():
         assert f" {name} {place.line}" in shown
+
+
+def test_notices_of_other_libraries_stay_away_from_the_terminal() -> None:
+    code = (
+        "import logging, os, sys; sys.argv = ['pidecode', *sys.argv[1:], '--version']\n"
+        "from pidecode.cli.app import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "logging.getLogger('some.library').warning('a notice')\n"
+        "print(os.environ.get('TRANSFORMERS_VERBOSITY'), os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    own = ("TRANSFORMERS_VERBOSITY", "OMP_WAIT_POLICY")
+    env = {name: value for name, value in os.environ.items() if name not in own}
+
+    def run(*arguments: str) -> tuple[str, str]:
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+        return done.stdout.splitlines()[-1], done.stderr
+
+    assert run() == ("error passive", "")
+    assert run("--debug") == ("None passive", "a notice\n")

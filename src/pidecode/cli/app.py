@@ -257,7 +257,7 @@ def main() -> None:
     if "--debug" not in sys.argv:
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)
-        logging.lastResort = None  # what libraries log and nobody asked for
+        logging.lastResort = logging.NullHandler()  # what libraries log and nobody asked for
     try:
         cli(prog_name="pidecode")
     except KeyboardInterrupt:  # before a command had begun
