@@ -257,7 +257,10 @@ def main() -> None:
     if "--debug" not in sys.argv:
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)
-        logging.lastResort = logging.NullHandler()  # what libraries log and nobody asked for
+        handler = logging.StreamHandler()  # only for what this package logs; libraries' notices reach nobody
+        handler.setLevel(logging.WARNING)
+        handler.addFilter(logging.Filter("pidecode"))
+        logging.lastResort = handler
     try:
         cli(prog_name="pidecode")
     except KeyboardInterrupt:  # before a command had begun
