@@ -71,7 +71,7 @@ def option_widgets(command: Command) -> list[Any]:
         elif info.type is str:
             values.append("")
         else:
-            values.append(-1 if info.type is int and info.minimum == 0 else 0)
+            values.append(-1 if info.minimum == 0 and (info.type is int or name == "fidelity") else 0)
     return [*values, "default"]
 
 

@@ -79,11 +79,10 @@ def make_environment(checkout: Path, venv: Path) -> Path:
     python = make_venv(venv)
     install = [str(python), "-m", "pip", "install", "--quiet"]
     ours = ("torch", "torchvision", "torchaudio")
-    if (
-        not torch_version(python)
-        and subprocess.run([*install, "--index-url", CPU_INDEX, *ours], check=False).returncode
-    ):
-        subprocess.run([*install, *ours], check=True)
+    if not torch_version(python):  # CPU builds where they can be reached, else the default ones, which are large
+        small = [*install, "--index-url", CPU_INDEX, "--retries", "0", "--timeout", "20", *ours]
+        if subprocess.run(small, check=False, stderr=subprocess.DEVNULL).returncode:
+            subprocess.run([*install, *ours], check=True)
     wanted = (checkout / "requirements.txt").read_text().splitlines()
     rest = [line for line in wanted if line.strip() and not line.startswith(("#", *ours, *NOT_NEEDED))]
     torchsde = [line for line in wanted if line.startswith("torchsde")]
@@ -156,26 +155,43 @@ def running(checkout: Path, python: Path, base: Path) -> Iterator[Application]:
             server.wait(30)
 
 
-BOXES = """() => app.graph.nodes.map(node => {
-    const box = node.getBounding ? node.getBounding() : node.boundingRect;
-    return [node.type, ...box];
+SHOW_ALL = """() => {
+    app.canvas.selectItems();
+    app.canvas.fitViewToSelectionAnimated?.({duration: 50});
+    app.canvas.deselectAll();
+}"""
+CANVAS_BOXES = "() => app.graph.nodes.map(node => [node.type, ...(node.getBounding?.() ?? node.boundingRect)])"
+HTML_BOXES = """() => [...document.querySelectorAll('[data-node-id]')].map(element => {
+    const box = element.getBoundingClientRect();
+    return [app.graph.getNodeById(element.dataset.nodeId).type, box.x, box.y, box.width, box.height];
 })"""
+NODES_2 = """async on => {
+    const settings = app.extensionManager.setting;
+    if (settings.get('Comfy.VueNodes.Enabled') === undefined) return false;
+    await settings.set('Comfy.VueNodes.Enabled', on);
+    return true;
+}"""
+"""Whether nodes are drawn as HTML (Nodes 2.0) or on a canvas; says false where there is only the canvas."""
 
 
-def as_drawn(page: Any, path: Path, screenshot: Path) -> dict[str, Any]:
-    """Load a workflow in the window and look at it; returns the prompt that the window would send."""
+def look_at(page: Any, path: Path, screenshot: Path, boxes: str) -> None:
+    """Load a workflow in the window, keep a screenshot, and check that no node lies on another."""
     page.evaluate("async flow => { await app.loadGraphData(flow); }", json.loads(path.read_text()))
-    page.wait_for_timeout(1000)
-    page.evaluate(
-        "() => { const c = app.canvas; c.selectItems(); c.fitViewToSelectionAnimated?.({duration: 50}); "
-        "c.deselectAll(); }"
-    )
+    page.wait_for_timeout(1500)
+    page.evaluate(SHOW_ALL)
     page.wait_for_timeout(1500)
     page.screenshot(path=str(screenshot))
-    boxes = page.evaluate(BOXES)
-    for (one, left, top, width, height), (other, x, y, w, h) in itertools.combinations(boxes, 2):
+    for (one, left, top, width, height), (other, x, y, w, h) in itertools.combinations(page.evaluate(boxes), 2):
         if left < x + w and x < left + width and top < y + h and y < top + height:
             raise SystemExit(f"{path.name}: {one} and {other} lie on each other in the window.")
+
+
+def as_drawn(page: Any, path: Path, folder: Path) -> dict[str, Any]:
+    """Look at a workflow in the window, both ways that it draws nodes; returns the prompt that it would send."""
+    if page.evaluate(NODES_2, True):
+        look_at(page, path, folder / f"{path.stem}_nodes2.png", HTML_BOXES)
+        page.evaluate(NODES_2, False)
+    look_at(page, path, folder / f"{path.stem}.png", CANVAS_BOXES)
     return dict(page.evaluate("async () => (await app.graphToPrompt()).output"))
 
 
@@ -254,7 +270,7 @@ def main() -> None:
         page.wait_for_timeout(3000)
         for path in paths:
             print(path.stem)
-            prompt = as_drawn(page, path, arguments.out / f"{path.stem}.png")
+            prompt = as_drawn(page, path, arguments.out)
             for image in check_workflow(app, path.stem, prompt):
                 shutil.copy(image, arguments.out / f"{path.stem}_result.png")
             if path.stem == "upscale_image":

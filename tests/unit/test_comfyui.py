@@ -186,6 +186,7 @@ def test_widgets_left_at_their_default_set_no_option(comfy: SimpleNamespace, dec
     values |= {"seed": 7, "num_steps": 2, "sampler": "ode", "sigma": 0.25, "color_fix": "fine", "prompt": " a cat "}
     wanted = DecodeOptions(seed=7, num_steps=2, sampler="ode", sigma=0.25, color_fix="fine", prompt="a cat")
     assert comfy.nodes._decode_options(values, "upscale", decoder) == wanted
+    assert comfy.nodes._decode_options(values | {"fidelity": 0.0}, "upscale", decoder).fidelity == 0
 
 
 def value_of(entry: Any, name: str) -> Any:

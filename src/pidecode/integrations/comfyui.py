@@ -73,6 +73,7 @@ ENCODER_BYTES = 2000
 _NODE_WORDS = (
     ("load it without.", "set lora to none on the loader."),
     ("leave it out.", "set its widget to the default."),
+    ("or leave fidelity out.", "or set fidelity to -1."),
     ("; leave them out.", "; disconnect it or clear the text."),
     ("pass reference=, or leave color_fix out", "connect a VAE, or set color_fix to default"),
     ("Decode in float32 (dtype=torch.float32)", "Set dtype to float32 on the loader"),
@@ -105,10 +106,8 @@ class _Movable(torch.nn.Module):
 
 def manage(decoder: PixelDecoder) -> LoadedDecoder:
     """Give a decoder on the CPU to ComfyUI's model management."""
-    management = comfy.model_management
-    patcher = comfy.model_patcher.ModelPatcher(
-        _Movable(decoder.net), load_device=management.get_torch_device(), offload_device=torch.device("cpu")
-    )
+    device, host = comfy.model_management.get_torch_device(), torch.device("cpu")
+    patcher = comfy.model_patcher.ModelPatcher(_Movable(decoder.net), load_device=device, offload_device=host)
     return LoadedDecoder(decoder, patcher)
 
 
@@ -187,9 +186,9 @@ def _show(message: str) -> None:
         PromptServer.instance.send_progress_text(message, context.node_id)
 
 
-def _unset_number(info: OptionInfo) -> int:
-    """The number that leaves an option to the decoder: widgets cannot be empty."""
-    return -1 if info.type is int and info.minimum == 0 else 0
+def _unset_number(name: str, info: OptionInfo) -> int:
+    """The number that leaves an option to the decoder: widgets cannot be empty, and 0 may be a choice of its own."""
+    return -1 if info.minimum == 0 and (info.type is int or name == "fidelity") else 0
 
 
 def _option_input(name: str, info: OptionInfo) -> Any:
@@ -201,7 +200,7 @@ def _option_input(name: str, info: OptionInfo) -> Any:
         return io.Combo.Input(name, options=[DEFAULT, *info.choices], default=DEFAULT, optional=True, tooltip=info.help)
     if info.type is str:
         return io.String.Input(name, default="", multiline=True, optional=True, tooltip=info.help)
-    unset = _unset_number(info)
+    unset = _unset_number(name, info)
     tooltip = f"{info.help} {unset} takes the default."
     if info.type is int:
         return io.Int.Input(name, default=unset, min=unset, max=info.maximum, optional=True, tooltip=tooltip)
@@ -234,7 +233,7 @@ def _decode_options(values: Mapping[str, Any], command: Command, decoder: PixelD
         elif info.type is str:
             chosen[name] = (value or "").strip() or None
         else:
-            chosen[name] = None if value == _unset_number(info) else value
+            chosen[name] = None if value == _unset_number(name, info) else value
     conditioning = values.get("conditioning")
     if conditioning is not None:
         if chosen["prompt"] is not None:
