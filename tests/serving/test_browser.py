@@ -201,12 +201,15 @@ def test_an_image_made_by_pidecode_offers_its_settings(page: Any, tmp_path: Path
         ("notes.png", b"no image", "not an image of a known format"),
         ("cut.safetensors", latent_bytes()[:-9], "truncated"),
         ("large.png", b"x" * 3_000_000, "at most 2 MB can be taken"),
+        ("nothing.png", b"", "is empty"),
+        ("latent.npy", b"\x93NUMPY", "taken as .safetensors"),
     ],
 )
 def test_a_bad_file_is_refused(page: Any, name: str, data: bytes, expected: str) -> None:
     drop(page, name, data)
     page.wait_for_selector("#error", state="visible")
     assert expected in page.inner_text("#error")
+    assert page.inner_text("#error").startswith(f"{name}: ")
     assert page.locator("#go").is_disabled()
     page.click("#error button")
     assert page.locator("#error").is_hidden()
@@ -462,9 +465,55 @@ def test_the_page_fits_its_window(page: Any, width: int, scheme: str) -> None:
         "&& one.getBoundingClientRect().right > innerWidth + 1 && !one.closest('#viewer')).map((one) => one.outerHTML)"
     )
     assert overflowing == []
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    found = axe.Axe().run(page).response["violations"]
+    assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found] == []
     folder = os.environ.get("PIDECODE_SCREENSHOTS")
     if folder:
         page.screenshot(path=str(Path(folder) / f"page-{width}-{scheme}.png"), full_page=width < 800)
+
+
+def test_progress_result_and_error_are_in_view_at_200_percent(page: Any, served: Served) -> None:
+    page.set_viewport_size({"width": 640, "height": 430})
+    drop(page, "one.png", image_bytes(16, 16))
+    page.wait_for_selector("#go:not([disabled])")
+    in_view = (
+        "(id) => { const box = document.getElementById(id).getBoundingClientRect(); "
+        "return box.bottom > 0 && box.top < innerHeight; }"
+    )
+    with served.busy():
+        page.click("#go")
+        page.wait_for_selector("#bar", state="visible")
+        assert page.evaluate(in_view, "status")
+        assert page.evaluate(in_view, "cancel")
+    page.wait_for_selector("#tools", state="visible")
+    assert page.evaluate(in_view, "viewer")
+    page.locator("#go").scroll_into_view_if_needed()
+    drop(page, "bad.png", b"no image")
+    page.wait_for_selector("#error", state="visible")
+    assert page.evaluate(in_view, "error")
+
+
+def test_an_image_that_the_browser_cannot_show_is_decoded_all_the_same(page: Any) -> None:
+    drop(page, "scan.tif", image_bytes(16, 16, "TIFF"))
+    page.wait_for_selector("#unseen", state="visible")
+    decode(page)
+    assert page.locator("#unseen").is_hidden()
+    assert page.locator("#viewer.alone").count() == 1
+
+
+def test_fidelity_acts_where_detail_is_held(page: Any, tmp_path: Path) -> None:
+    assert page.locator("#fidelity").is_hidden()
+    page.select_option("#model", "tiny")
+    drop(page, "one.png", image_bytes(16, 16))
+    page.locator("#fidelity").fill("0.5")
+    page.click("summary:text('More')")
+    page.select_option("#num_refinements", "0")
+    decode(page)
+    metadata = download(page, tmp_path)
+    assert (metadata["fidelity"], metadata["num_refinements"]) == (0.5, 0)
+    page.select_option("#color_fix", "coarse")
+    assert page.locator("#fidelity").is_hidden()
 
 
 def test_the_keyboard_alone_suffices(page: Any) -> None:

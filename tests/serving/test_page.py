@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from serving_kit import LIMITS, Served, image_bytes, latent_bytes, running, small_decoder
 
@@ -19,7 +20,8 @@ import pidecode.serve.app
 from pidecode.images import load_image, read_metadata
 from pidecode.latents.latent import Latent
 from pidecode.serve.app import create_app
-from pidecode.serve.service import DecodeService
+from pidecode.serve.schemas import UpscaleParams
+from pidecode.serve.service import DecodeService, Speeds
 
 STATIC = Path(pidecode.serve.app.__file__).parent / "static"
 
@@ -75,6 +77,10 @@ def test_inspect_describes_a_file(page: Served) -> None:
     ).json().items()
     latent = page.post("/v1/inspect", latent_bytes(2, 3)).json()
     assert {"kind": "latent", "width": 3, "height": 2, "space": "flux2", "sigma": 0.0}.items() <= latent.items()
+    for shape in ((128, 2, 3), (1, 128, 1, 2, 3)):  # without its batch axis; one frame
+        body = safetensors.torch.save({"latent": torch.zeros(shape)})
+        assert {"kind": "latent", "width": 3, "height": 2}.items() <= page.post("/v1/inspect", body).json().items()
+        assert page.post("/v1/decode?num_steps=1&space=flux2", body).status == 200
     bad = page.post("/v1/inspect", b"neither")
     assert (bad.status, "not an image of a known format" in bad.message) == (400, True)
 
@@ -109,6 +115,13 @@ def test_a_job_is_streamed_step_by_step_and_its_result_is_fetched_once(page: Ser
     assert read_metadata(fetched.body) == last["metadata"]
     again = page.get(last["result"])
     assert (again.status, "fetched already" in again.message) == (404, True)
+
+
+def test_a_small_image_teaches_no_time_of_large_ones() -> None:
+    speeds = Speeds()
+    speeds.learn("tiny", UpscaleParams(), (4, 4), 1.0)
+    assert speeds.predict("tiny", UpscaleParams(), (64, 64)) == pytest.approx(1.0)
+    assert speeds.predict("tiny", UpscaleParams(), (1024, 1024)) == pytest.approx(16.0)
 
 
 def test_a_smaller_scale_is_downsampled(page: Served) -> None:

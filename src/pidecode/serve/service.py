@@ -46,6 +46,7 @@ from pidecode.weights.safetensors import looks_like_safetensors
 
 PREVIEW_SIDE = 448  # longest side of a preview, in pixels
 WARM_UP_IMAGE = b"P6 96 96 255\n" + bytes(96 * 96 * 3)
+LEAST_PIXELS = 256 * 256  # of a result whose time grows with its pixels; a smaller one takes as long
 RESULTS_KEPT = 4
 RESULT_SECONDS = 300.0  # how long a streamed job's result can be fetched
 
@@ -95,11 +96,11 @@ class Speeds:
     def predict(self, name: str, params: ResultParams, size: tuple[int, int]) -> float | None:
         """Seconds that a result of that size will take; None where no such job was seen."""
         speed = self._speeds.get(self._key(name, params))
-        return None if speed is None else speed * size[0] * size[1]
+        return None if speed is None else speed * max(size[0] * size[1], LEAST_PIXELS)
 
     def learn(self, name: str, params: ResultParams, size: tuple[int, int], seconds: float) -> None:
         """Note what a job took."""
-        self._speeds[self._key(name, params)] = seconds / (size[0] * size[1])
+        self._speeds[self._key(name, params)] = seconds / max(size[0] * size[1], LEAST_PIXELS)
 
     def _key(self, name: str, params: ResultParams) -> tuple[Any, ...]:
         options = (getattr(params, option, None) for option in ("num_steps", "num_refinements", "guidance_scale"))
@@ -375,10 +376,10 @@ def encode_preview(pixels: Tensor, side: int = PREVIEW_SIDE) -> bytes:
 def _latent_info(data: bytes) -> FileInfo:
     stored = storage.read_latent(data)
     tensor, record = stored.tensor, stored.metadata
-    if tensor.ndim != 4:
+    if not 3 <= tensor.ndim <= 5:  # `Latent.load` adds a missing batch axis, and drops that of a single frame
         raise LatentError(f"A latent is [1, channels, h, w]; the file holds {list(tensor.shape)}.")
     return FileInfo(
-        kind="latent", width=tensor.shape[3], height=tensor.shape[2], space=record.space if record else None,
+        kind="latent", width=tensor.shape[-1], height=tensor.shape[-2], space=record.space if record else None,
         sigma=record.sigma[0] if record else None, prompt=record.prompt[0] if record and record.prompt else None,
     )  # fmt: skip
 

@@ -53,7 +53,7 @@ function fillFields(values) {
     field.value = value;
   }
   fillSettings();
-  showSigma();
+  showSliders();
 }
 
 function remember() {
@@ -121,7 +121,14 @@ function fillSettings() {
     "for-text-readers": chosen.reads_text && !isPrompt(), "for-student": student, "for-teacher": chosen.kind === "teacher",
     "for-diffusion": chosen.kind !== "feed-forward", "for-seed": chosen.kind !== "feed-forward" || isPrompt(),
     "for-noise": chosen.max_sigma > 0, "for-quality": find("format").value !== "png",
+    "for-fidelity": (!input || isImage()) && holdsDetail(), "for-refinement": (!input || isImage()) && chosen.kind === "feed-forward",
   })) for (const element of document.getElementsByClassName(name)) element.hidden = !on;
+}
+
+// Whether the color fix, chosen or the model's default, is back-projection.
+function holdsDetail() {
+  const chosen = find("color_fix").value;
+  return chosen ? chosen === "back-projection" : model().kind === "feed-forward" && !Number(find("sigma").value);
 }
 
 function readSettings() {
@@ -137,6 +144,8 @@ function readSettings() {
     settings.fit = find("fit").value;
     settings.scale = find("scale").value;
     if (find("color_fix").value) settings.color_fix = find("color_fix").value;
+    if (holdsDetail() && Number(find("fidelity").value) < 1) settings.fidelity = find("fidelity").value;
+    if (kind === "feed-forward" && find("num_refinements").value) settings.num_refinements = find("num_refinements").value;
   } else {
     if (hasSize()) [settings.width, settings.height] = [find("to-width").value, find("to-height").value];
     if (!input.info.space && !isPrompt()) settings.space = find("space").value;
@@ -148,11 +157,17 @@ function writeSettings(settings) {
   fillFields({ model: settings.model });
   fillFields({
     ...settings, sigma: settings.sigma ?? 0, color_fix: settings.color_fix ?? "", prompt: settings.prompt ?? "",
+    fidelity: settings.fidelity ?? 1, num_refinements: settings.num_refinements ?? "",
     "to-width": settings.width ?? "", "to-height": settings.height ?? "",
   });
 }
 
-const showSigma = () => (find("sigma-value").textContent = Number(find("sigma").value) ? Number(find("sigma").value).toFixed(2) : "off");
+function showSliders() {
+  for (const [name, none] of [["sigma", "off"], ["fidelity", "0"]]) {
+    const value = Number(find(name).value);
+    find(`${name}-value`).textContent = value ? value.toFixed(2) : none;
+  }
+}
 
 // ---- input and plan
 
@@ -184,11 +199,12 @@ function table(values) {
 }
 
 async function inspect(file) {
-  if (!file.size) throw new Error(`${file.name} is empty.`);
+  if (!file.size) throw new Error("The file is empty.");
+  if (/\.(npy|npz|pt|pth|ckpt)$/i.test(file.name)) throw new Error("Latents are taken as .safetensors or ComfyUI's .latent here; `pidecode decode` reads others.");
   await file.slice(0, 1).arrayBuffer().catch(() => {
-    throw new Error(`${file.name} cannot be read: it is a folder, or was moved or changed. Choose files.`);
+    throw new Error("It cannot be read: it is a folder, or was moved or changed. Choose files.");
   });
-  if (file.size > server.limits.body_bytes) throw new Error(`${file.name} has ${size(file.size)}; at most ${size(server.limits.body_bytes)} can be taken.`);
+  if (file.size > server.limits.body_bytes) throw new Error(`The file has ${size(file.size)}; at most ${size(server.limits.body_bytes)} can be taken.`);
   return newInput(file, await (await request("v1/inspect", { method: "POST", body: file })).json());
 }
 
@@ -206,7 +222,7 @@ function openFiles(files) {
         if (running || (index && input)) following.push(opened);
         else await useInput(opened);
       } catch (error) {
-        refused.push(list.length > 1 ? `${file.name}: ${error.message}` : error.message);
+        refused.push(`${file.name}: ${error.message}`);
       }
       find("reading").hidden = true;
       drawFollowing();
@@ -244,10 +260,12 @@ async function useInput(opened) {
   await plan();
 }
 
+const nameSide = (side, text) => (find(`tag-${side}`).textContent = find(side).alt = text);
+
 function showInputAlone() {
   if (!isImage()) return viewer.hide();
   viewer.show({ beforeUrl: null, afterUrl: input.url, width: input.info.width, height: input.info.height });
-  find("tag-after").textContent = "Input";
+  nameSide("after", "Input");
 }
 
 async function openPrompt() {
@@ -320,7 +338,7 @@ function showProgress(status) {
   const text = {
     sending: status.share < 1 ? "Sending" : "Sending…", lost: "The connection is lost. Trying again…",
     waiting: status.position > 1 ? `Waiting: ${status.position - 1} jobs before this one` : "Waiting: next in the queue",
-    running: (status.activity || "starting").replace(/^./, (letter) => letter.toUpperCase()),
+    running: (status.activity || "reading the input").replace(/^./, (letter) => letter.toUpperCase()),
   }[status.state];
   const time = left > 0.5 ? `, about ${duration(left)} left` : seconds >= 2 ? `, ${duration(seconds)} so far` : "";
   const share = status.share < 1 ? `, ${Math.round(100 * status.share)} %` : "";
@@ -342,6 +360,7 @@ async function run(interrupted) {
   clearResult();
   shownShare = 0;
   showProgress({ state: "sending" });
+  find("progress").scrollIntoView({ block: "nearest" });
   const preview = document.createElement("img");
   let last = null;
   try {
@@ -355,7 +374,7 @@ async function run(interrupted) {
         await preview.decode();
         if (!find("viewer").hidden && isImage()) viewer.preview(event.preview);
         else viewer.show({ beforeUrl: null, afterUrl: event.preview, width: preview.naturalWidth, height: preview.naturalHeight, keepView: true });
-        find("tag-after").textContent = "Preview";
+        nameSide("after", "Preview");
       }
     }
     if (last.state !== "done") throw new Error(last.error.message);
@@ -366,7 +385,7 @@ async function run(interrupted) {
   } catch (error) {
     find("progress").hidden = true;
     showInputAlone();
-    if (!signal.aborted) showError(following.length ? `${job.input.file.name}: ${error.message}` : error.message);
+    if (!signal.aborted) showError(`${job.input.file.name}: ${error.message}`);
     else {
       if (job.id) request(`v1/jobs/${job.id}`, { method: "DELETE" }).catch(() => {}); // over already
       find("progress").hidden = false;
@@ -420,8 +439,8 @@ function showResult(entry, other = null) {
     beforeUrl: other ? other.result.url : image ? entry.input.url : null, afterUrl: result.url, width: result.width, height: result.height,
     beforeSize: !other && image && known && !fixed ? [info.width * factor, info.height * factor] : null, keepView: true,
   });
-  find("tag-before").textContent = other ? other.name : "Before";
-  find("tag-after").textContent = other ? entry.name : "After";
+  nameSide("before", other ? other.name : "Before");
+  nameSide("after", other ? entry.name : "After");
   find("progress").hidden = true;
   find("tools").hidden = false;
   find("result-info").textContent = `${result.width}×${result.height}, ${size(result.bytes)}, ${result.seconds} s`;
@@ -433,12 +452,13 @@ function showResult(entry, other = null) {
   find("metadata").querySelector("dl").replaceChildren(...table(result.metadata));
   find("metadata").hidden = false;
   document.body.classList.add("has-result");
+  find("viewer").scrollIntoView({ block: "nearest" });
   drawHistory();
 }
 
 async function addToHistory(job, result) {
   const { input: source, settings } = job, ending = settings.format === "jpeg" ? "jpg" : settings.format;
-  const stem = source.info.kind === "prompt" ? source.file.name.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40) : source.file.name.replace(/\.[^.]*$/, "") || "image";
+  const stem = source.info.kind === "prompt" ? source.file.name.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40) : source.file.name.replace(/\.[^.]*$/, "").slice(0, 100) || "image";
   const entry = { key: newKey("result"), input: source, settings, result, name: `${stem}-pid${settings.seed === undefined ? "" : `-${settings.seed}`}.${ending}`, thumb: await thumbnail(result) };
   session.save({ [entry.key]: { ...entry, input: source.key } });
   entry.result.url = URL.createObjectURL(result.blob);
@@ -533,7 +553,7 @@ function forget() {
 
 function useMetadata() {
   const metadata = input.info.metadata, given = {};
-  for (const name of ["seed", "num_steps", "sampler", "guidance_scale", "prompt", "model", "color_fix"]) if (metadata[name] !== undefined) given[name] = metadata[name];
+  for (const name of ["seed", "num_steps", "sampler", "guidance_scale", "prompt", "model", "color_fix", "fidelity", "num_refinements"]) if (metadata[name] !== undefined) given[name] = metadata[name];
   if (metadata.sigma > 0 && metadata.sigma <= 0.8) given.sigma = metadata.sigma;
   writeSettings({ ...readSettings(), ...given });
   find("from-metadata").hidden = true;
@@ -546,6 +566,7 @@ find("file").addEventListener("change", (event) => {
   openFiles(event.target.files);
   event.target.value = "";
 });
+find("source-thumb").addEventListener("error", (event) => (event.target.hidden = true)); // a kind this browser cannot show
 find("drop").addEventListener("click", () => find("file").click());
 find("panel").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -555,13 +576,13 @@ find("cancel").addEventListener("click", () => running?.abort());
 find("panel").addEventListener("change", remember);
 find("forget").addEventListener("click", forget);
 find("dice").addEventListener("click", () => (find("seed").value = Math.floor(Math.random() * 2 ** 31)));
-find("sigma").addEventListener("input", showSigma);
+for (const id of ["sigma", "fidelity"]) find(id).addEventListener("input", showSliders);
 find("model").addEventListener("change", () => (fillSettings(), plan()));
 for (const id of ["scale", "to-width", "to-height", "fit"]) find(id).addEventListener("change", plan);
 find("error").lastElementChild.addEventListener("click", () => showError());
 find("use-prompt").addEventListener("click", openPrompt);
 find("use-metadata").addEventListener("click", useMetadata);
-find("format").addEventListener("change", fillSettings);
+for (const id of ["format", "color_fix", "sigma"]) find(id).addEventListener("change", fillSettings);
 find("copy").hidden = !navigator.clipboard?.write || !window.ClipboardItem;
 find("copy").addEventListener("click", copyResult);
 find("reuse").addEventListener("click", () => openFiles([new File([current.result.blob], current.name, { type: current.result.blob.type })]));
@@ -592,7 +613,7 @@ try {
   find("about").textContent = `version ${server.version}, on ${server.device}`;
   find("text-to-image").hidden = !server.text_to_image;
   fillSettings();
-  showSigma();
+  showSliders();
   session = await openSession();
   const job = await restoreSession().catch(() => null); // another version's entries
   document.body.dataset.ready = "true";

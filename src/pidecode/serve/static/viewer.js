@@ -16,6 +16,7 @@ export function makeViewer(find) {
     const inside = Math.min(width, Math.max(0, edge));
     after.style.clipPath = frame.classList.contains("alone") ? "none" : `inset(0 0 0 ${inside}px)`;
     before.style.clipPath = `inset(0 calc(100% - ${inside - before.offsetLeft}px) 0 0)`;
+    canvas.style.backgroundSize = `${16 / zoom}px ${16 / zoom}px`;
     handle.style.left = `${split * 100}%`;
     handle.setAttribute("aria-valuenow", String(Math.round(split * 100)));
     frame.classList.toggle("sharp", zoom * devicePixelRatio >= 3);
@@ -99,6 +100,7 @@ export function makeViewer(find) {
   find("zoom-full").addEventListener("click", () => zoomTo(1 / devicePixelRatio));
   new ResizeObserver(() => (fitted ? fit() : (clamp(), draw()))).observe(frame);
 
+  after.addEventListener("error", () => frame.classList.add("blind"));
   before.addEventListener("error", () => {
     frame.classList.add("alone"); // a kind of image this browser cannot show
     draw();
@@ -113,6 +115,7 @@ export function makeViewer(find) {
       height = newHeight;
       frame.hidden = false;
       frame.classList.toggle("alone", !beforeUrl);
+      frame.classList.remove("blind");
       canvas.style.width = after.style.width = `${newWidth}px`;
       canvas.style.height = after.style.height = `${newHeight}px`;
       const [w, h] = beforeSize ?? [newWidth, newHeight];
@@ -128,6 +131,7 @@ export function makeViewer(find) {
       else fit();
     },
     preview(url) {
+      frame.classList.remove("blind");
       after.src = url;
     },
     hide() {
