@@ -20,6 +20,7 @@ from test_cli_decode import FLUX2, save_weights, size_and_format
 
 from pidecode.cli.app import cli
 from pidecode.cli.common import WorkBar
+from pidecode.images import image_size
 from pidecode.latents.latent import Latent
 from pidecode.models.tiny import TinyEncoder
 from pidecode.registry.configs import TinyEncoderConfig
@@ -228,3 +229,13 @@ def test_the_line_moves_while_nothing_is_reported(monkeypatch: pytest.MonkeyPatc
         while terminal.getvalue() == before and time.monotonic() < deadline:
             time.sleep(0.02)
     assert "1%" in terminal.getvalue()[len(before) :] or "about 4" in terminal.getvalue()[len(before) :]
+
+
+def test_sizes_are_those_of_the_upright_image(model: list[str], tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    Image.new("RGB", (32, 16), "teal").save(tmp_path / "phone.jpg", exif=exif)
+    assert image_size(tmp_path / "phone.jpg") == (16, 32)
+    result = run(tmp_path / "phone.jpg", *model, "--size", "32x64")
+    assert result.exit_code == 0, result.stderr
+    assert size_and_format(tmp_path / "phone-upscaled.png") == ((32, 64), "PNG")
