@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from diffusers import callbacks
 from PIL import Image
 
+import tiny_models
 import tiny_pipelines as tiny
 from pidecode import DecodeOptions, Latent, PixelDecoder, attach, latent_from_pipeline
 from pidecode.encoders.text import PromptEmbedsCache, TextEncoder, export_prompt_embeds
@@ -323,6 +325,118 @@ def test_modular_pipelines_and_later_families_are_refused_before_any_work(name: 
     pipe = object.__new__(kind)
     with pytest.raises(SettingError, match=words):
         attach(pipe, decoder("flux"))
+
+
+@pytest.mark.parametrize(
+    ("name", "vae", "space"),
+    [
+        ("HiDreamImagePipeline", "flux", "flux"),
+        ("Lumina2Pipeline", "flux", "flux"),
+        ("OvisImagePipeline", "flux", "flux"),
+        ("KolorsPipeline", "sdxl", "sdxl"),
+        ("ErnieImagePipeline", "flux2", "flux2"),
+        ("Krea2Pipeline", "qwenimage", "qwenimage"),
+        ("NotYetWrittenPipeline", "sd3", "sd3"),
+        ("Ideogram4Pipeline", "flux2", None),  # a token's channels are in another order
+        ("Flux3Pipeline", "flux2", None),
+        ("QwenImageLayeredPipeline", "qwenimage", None),
+        ("NotYetWrittenPipeline", "other scale", None),
+        ("NotYetWrittenPipeline", "other statistics", None),
+    ],
+)
+def test_a_pipeline_that_is_not_listed_is_known_by_its_vae(name: str, vae: str, space: str | None) -> None:
+    made = tiny_models.autoencoder({"other scale": "flux", "other statistics": "qwenimage"}.get(vae, vae))
+    if vae == "other scale":
+        made.register_to_config(scaling_factor=0.5)
+    if vae == "other statistics":
+        made.register_to_config(latents_mean=[0.0] * 16)
+    pipe = object.__new__(type(name, (), {}))
+    pipe.vae = made
+    if space is not None:
+        assert pipeline_space(pipe).name == space
+        return
+    with pytest.raises(SettingError, match="does not work in a latent space that PiD decodes"):
+        pipeline_space(pipe)
+
+
+RELATIVES = {
+    "FluxInpaintPipeline": "flux", "FluxKontextInpaintPipeline": "flux", "Flux2KleinInpaintPipeline": "klein",
+    "Flux2KleinKVPipeline": "klein", "StableDiffusion3Img2ImgPipeline": "sd3", "StableDiffusion3InpaintPipeline": "sd3",
+    "StableDiffusionXLImg2ImgPipeline": "sdxl", "StableDiffusionXLInpaintPipeline": "sdxl",
+    "StableDiffusionXLPAGPipeline": "sdxl", "QwenImageImg2ImgPipeline": "qwenimage",
+    "QwenImageInpaintPipeline": "qwenimage", "ZImageImg2ImgPipeline": "zimage", "ZImageInpaintPipeline": "zimage",
+    "FluxControlPipeline": "flux", "FluxControlImg2ImgPipeline": "flux", "FluxControlNetPipeline": "flux",
+    "FluxControlNetImg2ImgPipeline": "flux", "FluxControlNetInpaintPipeline": "flux",
+    "StableDiffusionXLControlNetPipeline": "sdxl", "StableDiffusionXLControlNetImg2ImgPipeline": "sdxl",
+    "StableDiffusionXLControlNetInpaintPipeline": "sdxl", "QwenImageEditPipeline": "qwenimage",
+}  # fmt: skip
+QUICK = ("Flux2KleinKVPipeline", "QwenImageEditPipeline")
+
+
+def parts_of_relative(name: str, pipe: Any) -> dict[str, Any]:
+    """What a relative has beside or in place of the components of its base."""
+    if name.startswith("FluxControlNet"):
+        small = dict(num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2)
+        return {"controlnet": diffusers.FluxControlNetModel.from_transformer(pipe.transformer, **small)}
+    if name.startswith("FluxControl"):
+        return {"transformer": tiny.flux_parts(in_channels=128, out_channels=64)["transformer"]}
+    if "XLControlNet" in name:
+        return {"controlnet": diffusers.ControlNetModel.from_unet(pipe.unet)}
+    # Its processor needs torchvision; embeddings take the processor's place.
+    return {"processor": None} if "Edit" in name else {}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RELATIVES]
+)
+def test_relatives_of_every_family(name: str) -> None:
+    """Image to image, inpainting and edits: their latent, decoded by their VAE, is the image they make themselves."""
+    base, kind = RELATIVES[name], getattr(diffusers, name)
+    wanted = inspect.signature(kind.__init__).parameters
+    built = tiny.build(base)
+    pipe = kind(
+        **{key: part for key, part in built.components.items() if key in wanted} | parts_of_relative(name, built)
+    )
+    pipe.set_progress_bar_config(disable=True)
+    given = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    extra = {
+        "image": given, "mask_image": Image.new("L", (64, 64), 255), "strength": 0.75, "max_area": 64 * 64,
+        "_auto_resize": False, "control_image": given,
+    }  # fmt: skip
+    if "Edit" in name:
+        extra |= {
+            "prompt": None, "prompt_embeds": torch.ones(1, 6, 16), "prompt_embeds_mask": torch.ones(1, 6).long(),
+        }  # fmt: skip
+    takes = inspect.signature(kind.__call__).parameters
+
+    def call(**changes: Any) -> dict[str, Any]:
+        every = tiny.arguments(base, height=64, width=64, **extra) | changes
+        return {key: value for key, value in every.items() if key in takes}
+
+    out = attach(pipe, decoder(base))(**call())
+    assert out.images[0].size == (256, 256)
+    assert out.num_steps == (3 if "strength" in takes else tiny.STEPS)
+    with torch.inference_mode():
+        own = pipe(**call(output_type="pt")).images
+    if name == "StableDiffusion3InpaintPipeline":  # which decodes without its VAE's shift
+        raw = out.latents.tensor / pipe.vae.config.scaling_factor
+        decoded = pipe.vae.decode(raw).sample.detach().clamp(-1, 1)
+    else:
+        decoded = vae_decode(pipe, out.latents)
+    torch.testing.assert_close(decoded, own * 2 - 1, rtol=0, atol=3e-5)
+
+
+def test_pipelines_that_cannot_be_followed_are_refused_at_once() -> None:
+    parts = pipeline("sdxl").components
+    adapter = diffusers.T2IAdapter(in_channels=3, channels=[8, 8], num_res_blocks=1, downscale_factor=8)
+    wanted = inspect.signature(diffusers.StableDiffusionXLAdapterPipeline.__init__).parameters
+    known = {key: part for key, part in parts.items() if key in wanted}
+    pipe = diffusers.StableDiffusionXLAdapterPipeline(adapter=adapter, **known)
+    with pytest.raises(SettingError, match="StableDiffusionXLAdapterPipeline takes no callback_on_step_end"):
+        attach(pipe, decoder("sdxl"))
+    inpaint = diffusers.FluxInpaintPipeline(**tiny.flux_parts())
+    with pytest.raises(SettingError, match="pastes a crop"):
+        attach(inpaint, decoder("flux"))(**tiny.arguments("flux"), padding_mask_crop=8)
 
 
 def test_everything_else_is_the_pipelines_own(tmp_path: Path) -> None:

@@ -65,7 +65,9 @@ def test_qwen_constants_are_those_of_diffusers() -> None:
 def test_aliases_point_at_rows() -> None:
     assert dict(ALIASES) == {
         "zimage": "flux", "zimage-turbo": "flux", "flux2-klein-4b": "flux2", "flux2-klein-9b": "flux2",
-        "qwenimage-2512": "qwenimage", "ideogram-4": "flux2", "anima": "qwenimage",
+        "qwenimage-2512": "qwenimage", "ideogram-4": "flux2", "anima": "qwenimage", "krea-2": "qwenimage",
+        "ernie-image": "flux2", "boogu": "flux", "chroma": "flux", "hidream": "flux", "lumina-2": "flux",
+        "kolors": "sdxl",
     }  # fmt: skip
     assert get_space("ZImage") is SPACES["flux"]
     assert get_space("flux2-klein-9b") is SPACES["flux2"]

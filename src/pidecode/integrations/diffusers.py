@@ -25,6 +25,7 @@ from pidecode.images import DecodeOutput, SourceImage
 from pidecode.integrations.pipeline_latents import (
     StopAfter,
     check_stop_after,
+    grid_of_size,
     pipeline_space,
     scheduler_sigma,
     stop_step,
@@ -74,6 +75,7 @@ class _StepRecorder:
     tensor_inputs: Sequence[str] = ("latents",)
     max_sigma: float = MAX_SIGMA
     denoiser_calls: int = 0
+    size: tuple[int, int] | None = None  # height and width of the call, where it gives both
     grid_keywords: Mapping[str, Any] = field(default_factory=dict)
     step: int = 0
     num_steps: int = 0
@@ -115,6 +117,8 @@ class _StepRecorder:
         def convert(state: tuple[Tensor, float]) -> Latent:
             tensor, sigma = state
             grid = token_grid(self.grid_keywords, tensor.shape[1] if tensor.ndim == 3 else 0)
+            if grid is None and tensor.ndim == 3 and self.size is not None:
+                grid = grid_of_size(self.pipe, *self.size)
             with torch.inference_mode(False):
                 return to_latent(self.pipe, tensor.clone(), grid=grid, sigma=sigma, prompt=prompts, seed=seed)
 
@@ -154,6 +158,7 @@ def capture_latents(
     """
     pipeline_space(pipe)
     _refuse_modular(pipe)
+    _require_step_callback(pipe)
     check_stop_after(stop_after)
     if stop_after is not None and not hasattr(type(pipe), "interrupt"):
         raise SettingError(f"A {type(pipe).__name__} cannot be interrupted; leave stop_after out, or capture steps.")
@@ -166,6 +171,8 @@ def capture_latents(
     recorder = _StepRecorder(
         pipe, stop_after, tuple(capture_steps), progress_callback, step_callback, inputs, max_sigma
     )
+    if isinstance(call.get("height"), int) and isinstance(call.get("width"), int):
+        recorder.size = (call["height"], call["width"])
     keywords |= {
         "output_type": "latent",
         "return_dict": True,
@@ -310,6 +317,8 @@ class AttachedPipeline:
         """
         own, replaced = self._attachment, {name: keywords.pop(name) for name in _CALL_KEYWORDS if name in keywords}
         call = _named_arguments(own.pipe, args, keywords)
+        if call.get("padding_mask_crop") is not None:
+            raise SettingError("padding_mask_crop pastes a crop into an image of the VAE's size; leave it out.")
         output_type = call.get("output_type", "pil")
         check_output_type(output_type)
         options = own.options
@@ -392,6 +401,15 @@ def _refuse_modular(pipe: Any) -> None:
         raise SettingError(
             f"A {type(pipe).__name__} is a modular pipeline, which is not wrapped: put PiD's decode block into its "
             "blocks, pipe = pidecode.pid_blocks(pipe.blocks).init_pipeline(...), as docs/diffusers.md shows."
+        )
+
+
+def _require_step_callback(pipe: Any) -> None:
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    if not {"callback_on_step_end", "kwargs"} & set(parameters) or "output_type" not in parameters:
+        raise SettingError(
+            f"A {type(pipe).__name__} takes no callback_on_step_end, by which its latents are followed. Call it with "
+            'output_type="latent", and decode what latent_from_pipeline makes of that.'
         )
 
 
@@ -512,8 +530,8 @@ def attach(
     The pipeline itself is not changed. A decoder that reads text reads the call's prompt.
 
     Args:
-        pipe: A pipeline of the FLUX.1, FLUX.2, Stable Diffusion 3, SDXL, Qwen-Image or Z-Image families: text to
-            image, and the relatives that share its call (image to image, inpainting, Kontext, Fill, ControlNet).
+        pipe: A pipeline of the FLUX.1, FLUX.2, Stable Diffusion 3, SDXL, Qwen-Image or Z-Image families, text to
+            image or a relative (image to image, inpainting, edits, Fill, ControlNet), or another with the VAE of one.
         decoder: A decoder of the pipeline's latent space.
         stop_after: End the diffusion after that step, counted from 1, and decode the noisy latent; "recommended" is
             what PiD's authors recommend (https://arxiv.org/abs/2605.23902), in proportion to the run's length.
@@ -535,6 +553,7 @@ def attach(
         raise SettingError("This pipeline is attached already; call its detach() first.")
     pipeline_space(pipe)
     _refuse_modular(pipe)
+    _require_step_callback(pipe)
     check_space(pipe, decoder)
     options = options or DecodeOptions()
     check_options(options, decoder)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -17,18 +18,21 @@ from pidecode.encoders.autoencoder_kl import check_constants
 from pidecode.errors import CheckpointError, LatentError, SettingError
 from pidecode.latents.latent import Latent
 from pidecode.latents.layout import LatentStatistics, denormalize, normalize, unpack
-from pidecode.registry.spaces import LatentSpace, get_space, has_stem, recommended_stop
+from pidecode.registry.spaces import SPACES, LatentSpace, get_space, has_stem, recommended_stop
 
 StopAfter = int | Literal["recommended"] | None
 """Step to end the diffusion after, counted from 1; "recommended" is what PiD's authors recommend."""
 SchedulerParametrization = Literal["flow", "euler", "variance_preserving"]
 """What a scheduler's latent is at sigma s: `(1 - s) x + s e`, `x + s e`, or `sqrt(1 - s^2) x + s e`."""
 
-# First part of a pipeline class's name -> the space of its latents; None where PiD has no decoder. First match counts.
+# First part of a pipeline class's name -> the space of its latents. None where its latents are no images of a space,
+# although its VAE may be: layers, prompts, channels of a token in another order, tokens with channels last. First match
+# counts; what is not listed is known by its VAE.
 _SPACE_BY_CLASS: tuple[tuple[str, str | None], ...] = (
-    ("QwenImageLayered", None), ("Flux2", "flux2"), ("FluxPriorRedux", None), ("Flux", "flux"),
-    ("Chroma", "flux"), ("StableDiffusion3", "sd3"), ("StableDiffusionXL", "sdxl"), ("QwenImage", "qwenimage"),
-    ("ZImage", "flux"),
+    ("QwenImageLayered", None), ("FluxPriorRedux", None), ("Ideogram4", None), ("Kandinsky", None),
+    ("VisualCloze", None), ("Flux3", None), ("QwenImage21", None),
+    ("Flux2", "flux2"), ("Flux", "flux"), ("Chroma", "flux"), ("StableDiffusion3", "sd3"),
+    ("StableDiffusionXL", "sdxl"), ("QwenImage", "qwenimage"), ("ZImage", "flux"),
 )  # fmt: skip
 _FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
 _EULER_SCHEDULERS = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler")
@@ -36,7 +40,7 @@ _DPM_SCHEDULERS = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DE
 
 
 def pipeline_space(pipe: Any) -> LatentSpace:
-    """The latent space that a diffusers pipeline works in.
+    """The latent space that a diffusers pipeline works in: by its class, or by class and statistics of its VAE.
 
     Raises:
         SettingError: PiD has no decoder for the pipeline's space, or the pipeline's VAE scales its latents in another
@@ -44,13 +48,14 @@ def pipeline_space(pipe: Any) -> LatentSpace:
     """
     names = [kind.__name__ for kind in type(pipe).__mro__ if kind.__name__.endswith("Pipeline")]
     matches = (space for kind in names for stem, space in _SPACE_BY_CLASS if has_stem(kind, stem))
-    name = next(matches, None)
-    if name is None:
-        known = sorted({f"{start}*Pipeline" for start, space in _SPACE_BY_CLASS if space})
+    name = next(matches, "")
+    space = get_space(name) if name else None if name is None else _space_of_vae(getattr(pipe, "vae", None))
+    if space is None:
+        known = sorted({f"{start}*Pipeline" for start, name in _SPACE_BY_CLASS if name})
         raise SettingError(
-            f"A {type(pipe).__name__} does not work in a latent space that PiD decodes; known are {', '.join(known)}."
+            f"A {type(pipe).__name__} does not work in a latent space that PiD decodes; known are {', '.join(known)}, "
+            "and others that use the VAE of one of these."
         )
-    space = get_space(name)
     config = getattr(getattr(pipe, "vae", None), "config", None)
     if space.statistics == "constants" and config is not None:
         try:
@@ -58,6 +63,34 @@ def pipeline_space(pipe: Any) -> LatentSpace:
         except CheckpointError as error:
             raise SettingError(str(error)) from None
     return space
+
+
+def _space_of_vae(vae: Any) -> LatentSpace | None:
+    """The space of a diffusers autoencoder, by its class and the statistics in its configuration."""
+    kind, config = type(vae).__name__, getattr(vae, "config", {})
+    channels = config.get("latent_channels", config.get("z_dim"))
+    for space in SPACES.values():
+        if f"AutoencoderKL{_VAE_BY_STATISTICS.get(space.statistics)}" != kind or channels != space.raw_channels:
+            continue
+        if space.statistics == "per_channel":
+            pairs = (("latents_mean", space.mean), ("latents_std", space.std))
+            if all(_close(config.get(name), values) for name, values in pairs):
+                return space
+        elif space.statistics == "batch_norm":
+            return space
+        else:
+            with suppress(CheckpointError):
+                check_constants(config, space, kind)
+                return space
+    return None
+
+
+_VAE_BY_STATISTICS = {"constants": "", "per_channel": "QwenImage", "batch_norm": "Flux2"}
+
+
+def _close(found: Sequence[float] | None, wanted: Sequence[float]) -> bool:
+    pairs = zip(found or (), wanted, strict=False)
+    return len(found or ()) == len(wanted) and all(abs(a - b) < 1e-3 for a, b in pairs)
 
 
 def recommended_stop_step(pipe: Any, num_steps: int) -> int:
@@ -163,6 +196,12 @@ def token_grid(call: Mapping[str, Any], num_tokens: int) -> tuple[int, int] | No
     return rows, columns
 
 
+def grid_of_size(pipe: Any, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of a pipeline's tokens for an image of that size in pixels."""
+    side = _pixels_per_token(pipeline_space(pipe))
+    return height // side, width // side
+
+
 def to_latent(
     pipe: Any,
     tensor: Tensor,
@@ -247,7 +286,7 @@ def latent_from_pipeline(
     if tensor.ndim == 3:
         side = _pixels_per_token(pipeline_space(pipe))
         if height is not None and width is not None:
-            grid = (height // side, width // side)
+            grid = grid_of_size(pipe, height, width)
         elif height is None and width is None:
             default = int(getattr(pipe, "default_sample_size", 0)) * int(getattr(pipe, "vae_scale_factor", 0)) // side
             grid = (default, default) if default * default == tensor.shape[1] else None

@@ -236,11 +236,16 @@ def recommended_stop(classes: Iterable[str], num_steps: int) -> int:
 
 ALIASES: Mapping[str, str] = MappingProxyType(
     {model.name: model.space for model in _MODELS if model.name != model.space}
-    # Models without a pipeline here that use the autoencoder of a space as it is: Ideogram 4 ships FLUX.2's file
-    # (https://huggingface.co/Comfy-Org/Ideogram-4), Anima is trained in Qwen-Image's latents
-    # (https://huggingface.co/circlestone-labs/Anima).
-    | {"ideogram-4": "flux2", "anima": "qwenimage"}
-)
+    # Models that `generate` does not call and that use the autoencoder of a space as it is. By ComfyUI's latent formats
+    # (v0.27, comfy/supported_models.py: Flux, Flux2, Wan21, which has Qwen-Image's statistics): Chroma, Lumina 2,
+    # ERNIE-Image, Krea 2, Anima. By their makers: Boogu (nv-tlabs/PiD, from_ldm_boogu), HiDream
+    # (https://huggingface.co/HiDream-ai/HiDream-I1-Full: the VAE is FLUX.1's), Ideogram 4
+    # (https://huggingface.co/Comfy-Org/Ideogram-4 has FLUX.2's file), Kolors (SDXL's VAE). None has a known early stop.
+    | {
+        "boogu": "flux", "chroma": "flux", "hidream": "flux", "lumina-2": "flux", "kolors": "sdxl",
+        "ernie-image": "flux2", "ideogram-4": "flux2", "anima": "qwenimage", "krea-2": "qwenimage",
+    }
+)  # fmt: skip
 """Names of image models that stand for another model's space."""
 
 
