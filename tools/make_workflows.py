@@ -91,7 +91,7 @@ class Workflow:
         rows += 10 * (kind in ("LoadImage", "SaveImage"))
         top, height = self.bottom.get(column, 60), TITLE + ROW * rows
         self.bottom[column] = top + height + TITLE + GAP
-        node = {
+        node: dict[str, Any] = {
             "id": number, "type": kind, "pos": [40 + column * (WIDTH + GAP), top], "size": [WIDTH, height], "flags": {},
             "order": number - 1, "mode": 0, "inputs": [], "outputs": [], "properties": {"Node name for S&R": kind},
             "widgets_values": widgets,

@@ -78,8 +78,8 @@ class StandIn:
 
     def load(self, name: str, width: int = 64, tokens: int = 16) -> tuple[Any, ...]:
         """One output for each of RETURN_TYPES."""
-        makes = {"MODEL": lambda: small_model(name), "CLIP": lambda: SmallCLIP(width, tokens), "VAE": lambda: None}
-        return tuple(makes[kind]() for kind in self.RETURN_TYPES)
+        clip = SmallCLIP(width, tokens)
+        return tuple(clip if kind == "CLIP" else small_model(name) for kind in self.RETURN_TYPES)
 
 
 class StandInClip(StandIn):
@@ -91,7 +91,7 @@ class StandInClip(StandIn):
 class StandInCheckpoint(StandIn):
     """For CheckpointLoaderSimple."""
 
-    RETURN_TYPES = ("MODEL", "CLIP", "VAE")
+    RETURN_TYPES = ("MODEL", "CLIP")
 
 
 NODE_CLASS_MAPPINGS = {
