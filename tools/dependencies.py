@@ -30,6 +30,7 @@ ACCEPTED = re.compile(
     r"|Public Domain|Zero-Clause",
     re.IGNORECASE,
 )
+TOOLS = {"python-debian"}  # under the GPL; a recipe's script reads lists of photographs with it, and nothing ships it
 REFUSED = re.compile(r"(?<!L)GPL|Proprietary|Non-?Commercial|CC-BY-NC", re.IGNORECASE)
 
 
@@ -83,7 +84,8 @@ def lock() -> None:
 def check_licenses() -> None:
     """Exit with 1 if a license is unknown or refused."""
     licenses = {name: license_of(name) for name in sorted(resolved())}
-    bad = {name: text for name, text in licenses.items() if REFUSED.search(text) or not ACCEPTED.search(text)}
+    others = {name: text for name, text in licenses.items() if name not in TOOLS}
+    bad = {name: text for name, text in others.items() if REFUSED.search(text) or not ACCEPTED.search(text)}
     for name, text in bad.items():
         print(f"{name}: {text or 'says no license'}")
     print(f"{len(licenses)} distributions, {len(bad)} with a license to look at")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -110,3 +111,10 @@ def test_a_full_output_is_a_sentence(arguments: list[str]) -> None:
         )
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
     assert result.stderr.startswith("Error: The output could not be written: No space left on device.")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell that closes streams")
+def test_closed_streams_change_no_exit_code(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m pidecode info {tmp_path / 'none.png'}"
+    closed = subprocess.run(f"{command} <&- >&- 2>&-", shell=True, check=False)
+    assert closed.returncode == FileError.exit_code

@@ -233,6 +233,19 @@ def _silence_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _open_standard_streams() -> None:
+    """Point standard streams that the caller closed to the null device.
+
+    Else the first file opened would take their number, and what a library prints would be written into it.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open as long as the process
+
+
 def _explain(ctx: click.Context, message: str) -> None:
     """Write `message`, and the traceback when --debug asked for it, to standard error."""
     if ctx.meta.get(_DEBUG):
@@ -251,6 +264,7 @@ debug_option(cli)
 
 def main() -> None:
     """Entry point of `pidecode` and of `python -m pidecode`."""
+    _open_standard_streams()
     # OpenMP reads this when torch loads. Threads that spin while they wait take the time of those that work wherever
     # another program keeps a core busy: many times the seconds, against a few hundredths on a quiet machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
