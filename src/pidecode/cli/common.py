@@ -485,7 +485,7 @@ class SigmaParam(click.FloatRange):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SigmaSweep:
+class SigmaSeries:
     """A `DecodeTask` that is run at several noise levels, for one sheet of all results."""
 
     tasks: Mapping[float, Any]  # the task at each level

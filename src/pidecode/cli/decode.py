@@ -19,7 +19,7 @@ from pidecode.cli.common import (
     BatchShape,
     GroupedCommand,
     MemoryOptions,
-    SigmaSweep,
+    SigmaSeries,
     WorkBar,
     bits_option,
     decode_options,
@@ -346,7 +346,7 @@ def _run(paths: Sequence[Path], args: DecodeArgs, task: Any) -> None:
     if sum(os.fspath(path) == STREAM for path in paths) > 1:
         raise SettingError("- stands for standard input, which can be read only once.")
     if args.sigmas:
-        task = SigmaSweep(tasks={at: replace(task, options=task.options.replace(sigma=at)) for at in args.sigmas})
+        task = SigmaSeries(tasks={at: replace(task, options=task.options.replace(sigma=at)) for at in args.sigmas})
     with WorkBar() as bar:
         sources, failures = [DecodeSource.read(path) for path in paths], _Failures(len(paths))
         right = []
