@@ -230,12 +230,21 @@ def test_cancelling_frees_the_place_and_the_page_goes_on(page: Any, served: Serv
         page.wait_for_selector("#cancel", state="visible")
         served.until(lambda: served.service.queue.waiting == 1)
         assert "next in the queue" in page.inner_text("#status")
+        page.wait_for_timeout(600)  # sooner, it is taken for a double click on Decode
         page.click("#cancel")
         served.until(lambda: served.service.queue.waiting == 0)
     page.wait_for_selector("#go", state="visible")
     assert page.inner_text("#status") == "Cancelled."
     assert page.locator("#error").is_hidden()
     decode(page)
+
+
+def test_a_double_click_decodes_once_and_does_not_cancel(page: Any) -> None:
+    drop(page, "one.png", image_bytes(16, 16))
+    page.wait_for_selector("#go:not([disabled])")
+    page.dblclick("#go")
+    page.wait_for_selector("#tools", state="visible")
+    assert page.locator("#history .entry").count() == 1
 
 
 def test_a_model_that_cannot_take_the_file_says_so(page: Any) -> None:
@@ -556,6 +565,7 @@ def test_the_page_works_behind_the_proxy_of_the_documentation(chromium: Any, tmp
             page.click("#go")
             served.until(lambda: served.service.queue.waiting == 1)
             page.wait_for_function("() => document.getElementById('status').textContent.startsWith('Waiting: ')")
+            page.wait_for_timeout(600)  # sooner, it is taken for a double click on Decode
             page.click("#cancel")
             served.until(lambda: served.service.queue.waiting == 0)
         drop(page, "large.png", b"x" * 1_900_000)

@@ -15,7 +15,7 @@ let session = null; // what a reload brings back
 let input = null; // {key, file, info, url}
 let following = []; // inputs to be done after it
 let opening = Promise.resolve(); // files are looked into one after another
-let running = null; // {abort, job} of the running job
+let running = null; // {abort, job, since} of the running job
 let history = []; // newest first: {key, input, settings, result, name, thumb}
 let current = null;
 let planRequests = 0;
@@ -354,7 +354,7 @@ async function run(interrupted) {
   const job = interrupted ?? { input, settings: readSettings() }, kind = { prompt: "generate", image: "upscale", latent: "decode" }[job.input.info.kind];
   job.path = `v1/${kind}?${new URLSearchParams({ ...job.settings, stream: true, reconnect_seconds: RECONNECT_SECONDS })}`;
   job.body = kind === "generate" ? job.input.file.name : job.input.file;
-  const { signal } = (running = Object.assign(new AbortController(), { job }));
+  const { signal } = (running = Object.assign(new AbortController(), { job, since: Date.now() }));
   working(true);
   showError();
   clearResult();
@@ -572,7 +572,9 @@ find("panel").addEventListener("submit", (event) => {
   event.preventDefault();
   if (!find("go").disabled && !running) runAll();
 });
-find("cancel").addEventListener("click", () => running?.abort());
+find("cancel").addEventListener("click", () => {
+  if (running && Date.now() - running.since > 500) running.abort(); // not the second click of a double click on Decode, which lay here
+});
 find("panel").addEventListener("change", remember);
 find("forget").addEventListener("click", forget);
 find("dice").addEventListener("click", () => (find("seed").value = Math.floor(Math.random() * 2 ** 31)));
