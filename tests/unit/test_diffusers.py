@@ -21,7 +21,7 @@ import tiny_pipelines as tiny
 from pidecode import DecodeOptions, Latent, PixelDecoder, attach, latent_from_pipeline
 from pidecode.encoders.text import PromptEmbedsCache, TextEncoder, export_prompt_embeds
 from pidecode.errors import Cancelled, LatentError, SettingError
-from pidecode.integrations.diffusers import AttachedPipeline, PipelineProgress, capture_latents
+from pidecode.integrations.diffusers import AttachedPipeline, PipelineProgress, _offload_pipeline, capture_latents
 from pidecode.integrations.pipeline_latents import (
     pipeline_space,
     recommended_stop_step,
@@ -458,6 +458,15 @@ def test_everything_else_is_the_pipelines_own(tmp_path: Path) -> None:
     assert pipe.detach() is inner
     with pytest.raises(SettingError, match="attached already"):
         attach(pipe, decoder("sdxl"))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_sequentially_offloaded_pipeline_is_not_moved() -> None:
+    """Diffusers refuses to move one; its layers leave the device by themselves."""
+    pipe = tiny.build("flux")
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    assert _offload_pipeline(pipe) is None
+    assert pipe.device.type == "meta"
 
 
 def test_offloaded_networks_leave_the_device_before_decoding_and_after_a_cancelled_run() -> None:

@@ -506,6 +506,8 @@ def _offload_pipeline(pipe: Any) -> Any:
     if getattr(pipe, "_all_hooks", None) or getattr(pipe, "hf_device_map", None):
         pipe.maybe_free_model_hooks()
         return None
+    if any(hasattr(part, "_hf_hook") for part in pipe.components.values()):
+        return None  # enable_sequential_cpu_offload: each layer is on the device while it runs alone
     device = pipe.device
     if device.type == "cpu":
         return None
