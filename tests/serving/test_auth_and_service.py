@@ -22,7 +22,7 @@ from pidecode.errors import BusyError, Cancelled, DoesNotFitError, FileError, Im
 from pidecode.latents.latent import Latent
 from pidecode.serve.http import bound_socket, check_token, is_loopback, response_for
 from pidecode.serve.prometheus import resident_memory
-from pidecode.serve.schemas import DecodePlan, FileInfo, RequestLimits
+from pidecode.serve.schemas import FileInfo, RequestLimits
 from pidecode.serve.service import DecodeService, encode_preview, estimate, looks_like_safetensors, require_memory
 
 
@@ -85,7 +85,7 @@ def test_limits_are_checked() -> None:
         DecodeService({})
 
 
-def test_a_plan_grows_with_the_image_and_refuses_what_cannot_fit() -> None:
+def test_a_plan_grows_with_the_image_and_refuses_what_cannot_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = small_decoder()
     small, large = estimate(decoder, 64, 64), estimate(decoder, 256, 256)
     assert large.working > 10 * small.working
@@ -96,9 +96,10 @@ def test_a_plan_grows_with_the_image_and_refuses_what_cannot_fit() -> None:
     assert small.weights == sum(value.numel() * 4 for value in decoder.net.parameters())
     assert estimate(decoder, 4, 4).working == small.working  # a tiny image is padded
     assert small.fits
-    require_memory(small)
-    with pytest.raises(DoesNotFitError, match=r"needs about 2\.0 GB of memory, and 5\.0 MB are free"):
-        require_memory(DecodePlan(width=9, height=9, weights=0, working=2 * 10**9, free=5 * 10**6, fits=False))
+    require_memory(decoder.runner, (64, 64), 1)
+    monkeypatch.setattr("pidecode.engine.runner.free_memory", lambda device: 1000)
+    with pytest.raises(DoesNotFitError, match=r"256x256 pixels needs about .* and 1\.0 kB are free"):
+        require_memory(decoder.runner, (256, 256), 1)
     resident = resident_memory()
     assert resident is None or resident > 10**7
 

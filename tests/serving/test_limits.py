@@ -204,7 +204,7 @@ def test_what_is_too_large_is_refused_before_it_is_decompressed(
     monkeypatch.setattr("pidecode.serve.service.read_image", lambda *_, **__: pytest.fail("it was decompressed"))
     answer = server.post("/v1/upscale", image_bytes(250, 250))
     assert (answer.status, "1000x1000" in answer.message) == (400, True)
-    monkeypatch.setattr("pidecode.serve.service.free_memory", lambda device: 1000)
+    monkeypatch.setattr("pidecode.engine.runner.free_memory", lambda device: 1000)
     answer = server.post("/v1/upscale", image_bytes(64, 64))
     assert answer.status == 507 and "256x256 pixels needs about" in answer.message and "1.0 kB" in answer.message
     answer = server.post("/v1/decode?num_steps=1", latent_bytes())
