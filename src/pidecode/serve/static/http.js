@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Requests to the server, and the progress of a job, which is followed again where the connection breaks.
 
-const TRIES = 10; // to follow a job again, one a second
-export const RECONNECT_SECONDS = 30; // for which the server lets a job go on without this page
+export const RECONNECT_SECONDS = 30; // for which the server lets a job go on without this page, which tries each second
 
 class Refusal extends Error {} // the server's own answer
 
@@ -61,9 +60,9 @@ export async function* follow(job, { signal, sent, lost }) {
         if (event.state !== "waiting" && event.state !== "running") return;
       }
     } catch (error) {
-      if (error instanceof Refusal || signal.aborted || !job.id || broken === TRIES) throw error;
+      if (error instanceof Refusal || signal.aborted || !job.id || broken === RECONNECT_SECONDS) throw error;
     }
-    if (++broken > TRIES) throw new Error("The connection to the server was lost.");
+    if (++broken > RECONNECT_SECONDS) throw new Error("The connection to the server was lost.");
     lost();
     await new Promise((resolve) => setTimeout(resolve, 1000));
     signal.throwIfAborted();
