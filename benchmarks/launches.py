@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -77,10 +77,10 @@ def _moved(tensor: Tensor) -> int:
 
 
 class CountedOps(CompiledOps):
-    """Stands for the compiled ops: each counts as one kernel that reads its arguments and writes its result once."""
+    """Stands for the fused ops: each counts as one kernel that reads its arguments and writes its result once."""
 
     def __init__(self) -> None:
-        super().__init__("eager")
+        super().__init__("eager", interpreted=True)
         self.launches: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
 
@@ -92,6 +92,15 @@ class CountedOps(CompiledOps):
         self.launches[name] += 1
         self.bytes[name] += sum(map(_moved, (*tensors, *written)))
         return out
+
+    def update_pixels_(
+        self, tile_TGC: Tensor, expanded_TGC: Tensor, vectors: tuple[Tensor, ...], fc1: nn.Module, fc2: nn.Module
+    ) -> Tensor:
+        """Counts as one kernel, its matrix products included."""
+        read = (tile_TGC, expanded_TGC, *vectors, *fc1.parameters(), *fc2.parameters())
+        self.launches["update_pixels"] += 1
+        self.bytes["update_pixels"] += sum(map(_moved, (*read, tile_TGC)))
+        return tile_TGC
 
 
 def count_step(

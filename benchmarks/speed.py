@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -264,7 +264,7 @@ def measure(trial: Trial) -> Measurement:
         dtype=str(trial.dtype).removeprefix("torch."),
         device=describe_device(trial.device),
         mode=trial.mode,
-        attention=bench.runner.backend or "torch's choice",
+        attention=bench.runner.attention_in_use,
         quantization=_describe_quantization(bench.runner.plan),
         steps=trial.steps,
         first=first,
@@ -291,16 +291,3 @@ def commit() -> str:
     except OSError:
         return "unknown"
     return done.stdout.strip() or "unknown"
-
-
-def compare_backends(trial: Trial, names: Sequence[str]) -> dict[str, float]:
-    """Seconds of one step under each attention backend that runs here."""
-    bench, times = Benchmark(trial), {}
-    for name in names:
-        bench.runner.backend = name
-        try:
-            bench.decode()
-        except RuntimeError:
-            continue
-        times[name] = bench.step_times[-1]
-    return times

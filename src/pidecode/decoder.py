@@ -159,7 +159,7 @@ class PixelDecoder:
             encoder: The space's encoder, a file or folder, where it does not lie where `pidecode pull` puts it.
             text_encoder: Likewise Gemma-2: a folder, or a single file as ComfyUI has it, in bf16 or fp8.
             plan: From `pidecode.plan_decode`, or a function that makes one of what the weights are; it settles dtype.
-            runtime: Compilation and CUDA graphs.
+            runtime: Compilation, CUDA graphs and attention.
 
         Raises:
             SettingError: Something must be named, or cannot act.
@@ -637,7 +637,7 @@ class PixelDecoder:
             "model": self.name, "variant": self.metadata.variant, "space": self.space.name,
             "license": self.metadata.license, "kind": self.kind,
             "sigma": float(latent.sigmas[0]) if options.sigma is None else options.sigma, "latent_seed": latent.seed,
-            "color_fix": options.color_fix, "fidelity": options.fidelity,
+            "color_fix": options.color_fix, "fidelity": options.fidelity, "attention": self.runner.changes_image,
             "num_refinements": options.num_refinements, "prompt": latent.prompts[0],
             "dtype": str(self.dtype).removeprefix("torch."), "device": self.device.type,
             "versions": {"pidecode": __version__, "torch": torch.__version__},

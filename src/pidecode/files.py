@@ -51,6 +51,13 @@ def require_file(path: PathLike) -> None:
         raise FileError(f"{os.fspath(path)} is {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}.")
 
 
+def cache_folder() -> Path:
+    """Below which pidecode keeps what can be computed again: $PIDECODE_CACHE, else in the user's cache folder."""
+    own = os.environ.get("PIDECODE_CACHE")
+    base = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pidecode"
+    return Path(os.path.expanduser(base))
+
+
 def same_name(path: PathLike) -> str:
     """A text that is equal for paths that some file systems take for one: by case, and by how accents are written."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", os.path.abspath(path)).lower())

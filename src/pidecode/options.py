@@ -276,6 +276,10 @@ class DecodeOptions:
         return list(self.seed)
 
 
+Attention = Literal["auto", "cudnn", "flash", "flash-3", "flash-4", "efficient", "math", "int8"]
+ATTENTIONS: tuple[Attention, ...] = get_args(Attention)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveOptions:
     """How an image is written.
@@ -301,15 +305,24 @@ class SaveOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeOptions:
-    """How a network runs; rounding aside, neither changes an image. Both act on students and teachers only.
+    """How a network runs. All act on students and teachers only; none but "int8" changes more than rounding.
 
     Attributes:
-        compile: Run the elementwise ops through torch.compile; the first image waits for it. Experimental.
-        cuda_graphs: Capture one evaluation per image size and replay it; CUDA devices only. Experimental.
+        compile: Run fused kernels, and CUDA graphs where they can act; the first image waits for the compiler. What
+            differs from the plain ops on a small image is left out, with a warning. Experimental.
+        cuda_graphs: Capture one evaluation per image size and replay it, on CUDA devices; None with `compile` where
+            that can act. Experimental.
+        attention: "auto" takes the fastest kernel, as measured at the first use on an accelerator; "int8" multiplies
+            queries and keys in eight bits, on GPUs with triton or sageattention (experimental); or an exact kernel.
     """
 
     compile: bool = False
-    cuda_graphs: bool = False
+    cuda_graphs: bool | None = None
+    attention: Attention = "auto"
+
+    def __post_init__(self) -> None:
+        if self.attention not in ATTENTIONS:
+            raise SettingError(f"attention is {self.attention!r}; it must be one of {', '.join(ATTENTIONS)}.")
 
 
 def option_infos(

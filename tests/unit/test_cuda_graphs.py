@@ -23,6 +23,7 @@ import recorded
 from pidecode.decoder import PixelDecoder
 from pidecode.engine.cuda_graphs import MAX_GRAPHS, GraphCache, Replay, capture_on
 from pidecode.engine.inplace import denoise, prepare_recomputed
+from pidecode.engine.ops.compiled import CompiledOps
 from pidecode.engine.plan import Plan
 from pidecode.engine.runner import Runner
 from pidecode.engine.timesteps import step_modulation
@@ -169,7 +170,7 @@ def test_the_runner_replays_and_forgets_with_the_weights(monkeypatch: pytest.Mon
             condition = each.prepare((2, 2), text, latent, torch.zeros(1))
             images.append(sample_student(each.predict(condition), lambda draws=draws: next(draws)))
     assert torch.equal(*images)
-    assert recorder.captures == 1
+    assert recorder.captures == 2  # one to compare with, one for the image
     assert runner.graph_cache is not None
     runner.forget()
     assert len(runner.graph_cache) == 0
@@ -193,9 +194,45 @@ def test_graphs_are_refused_where_they_cannot_act(monkeypatch: pytest.MonkeyPatc
         runner.require(net.device)
 
 
-def test_two_ways_of_the_same_ops_are_refused() -> None:
-    with pytest.raises(SettingError, match="choose one"):
-        Runner(random_net(debug_config(pixel_depth=2)), triton=True, compile=True)
+def test_what_differs_or_fails_on_a_small_image_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = random_net(debug_config(pixel_depth=2))
+    monkeypatch.setattr("pidecode.engine.runner.supports_cuda_graphs", lambda device: True)
+    plain, (x, condition) = Runner(net), inputs(net, (2, 2), 1)
+    with torch.inference_mode():
+        expected = plain.denoise(x, torch.tensor([999.0]), condition)
+
+    def broken(run: Callable[[], Tensor]) -> Replay:
+        raise SettingError("no stream is capturing.")
+
+    def stale(run: Callable[[], Tensor]) -> Replay:
+        first = run()
+        return lambda: first  # whatever its inputs hold now
+
+    for capture, reason in ((broken, "no stream is capturing"), (stale, "the result is .* off")):
+        monkeypatch.setattr("pidecode.engine.runner.capture_on", lambda device, capture=capture: capture)
+        runner = Runner(net, cuda_graphs=True)
+        with torch.inference_mode(), pytest.warns(UserWarning, match=f"CUDA graphs do not work on cpu: {reason}"):
+            out = runner.predict(condition)(x, torch.tensor([999.0]))
+        assert torch.equal(out, expected) and runner.cuda_graphs is False
+        runner.predict(condition)  # warns once
+
+    class WrongOps(CompiledOps):
+        def silu_times_(self, x: Tensor, other: Tensor) -> Tensor:
+            return x.zero_()
+
+    runner = Runner(net, compile=True)
+    runner.compiled_ops = WrongOps("eager")
+    with torch.inference_mode(), pytest.warns(UserWarning, match="Compiled ops do not work on cpu: the result is"):
+        out = runner.predict(condition)(x, torch.tensor([999.0]))
+    assert torch.equal(out, expected) and runner.compiled_ops is None
+
+
+def test_compiling_brings_graphs_where_they_can_act(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = random_net(debug_config(pixel_depth=2))
+    assert not Runner(net, cuda_graphs=None)._uses_graphs()
+    monkeypatch.setattr("pidecode.engine.runner.supports_cuda_graphs", lambda device: True)
+    assert Runner(net, cuda_graphs=None)._uses_graphs()
+    assert not Runner(net, Plan(size=(64, 64)), cuda_graphs=None)._uses_graphs()
 
 
 @pytest.mark.gpu
@@ -225,4 +262,5 @@ def test_a_decoder_takes_runtime_options_and_refuses_what_cannot_act(tmp_path: P
         PixelDecoder.from_pretrained(path, device="cpu", runtime=RuntimeOptions(cuda_graphs=True))
     decoder = PixelDecoder.from_pretrained(path, device="cpu", runtime=RuntimeOptions(compile=True))
     assert isinstance(decoder.runner, Runner)
-    assert decoder.runner.compiled_ops is not None and not decoder.runner.graph_cache
+    assert decoder.runner.compiled_ops is not None and decoder.runner.cuda_graphs is None
+    assert not decoder.runner._uses_graphs()

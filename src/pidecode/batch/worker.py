@@ -27,7 +27,7 @@ from pidecode.images import MAX_PIXELS, check_format, image_size, read_image, re
 from pidecode.images.png import SIGNATURE
 from pidecode.images.read import SourceImage
 from pidecode.latents.latent import Latent
-from pidecode.options import DecodeOptions, RuntimeOptions, option_infos
+from pidecode.options import Attention, DecodeOptions, RuntimeOptions, option_infos
 from pidecode.sampling import Progress
 from pidecode.units import printable
 from pidecode.weights.resolve import default_encoder_path, resolve_checkpoint
@@ -49,7 +49,8 @@ class WorkerConfig:
     variant: str | None = None  # variant of a model that has several
     device: str | None = None  # device, or None to choose
     dtype: str | None = None  # number format by torch's name, or None to choose
-    compile: bool = False  # whether to compile elementwise operations
+    compile: bool = False  # whether to run compiled
+    attention: Attention = "auto"  # attention kernel
     # Decode options; a manifest may override them for a job.
     options: DecodeOptions = field(default_factory=DecodeOptions)
     bits: int = 8  # bits per channel of the images, 8 or 16
@@ -77,7 +78,8 @@ class WorkerConfig:
         """Load the decoder; raises as `PixelDecoder.from_pretrained` does."""
         return PixelDecoder.from_pretrained(
             self.model, space=self.space, variant=self.variant, device=self.device,
-            dtype=getattr(torch, self.dtype) if self.dtype else None, runtime=RuntimeOptions(compile=self.compile),
+            dtype=getattr(torch, self.dtype) if self.dtype else None,
+            runtime=RuntimeOptions(compile=self.compile, attention=self.attention),
         )  # fmt: skip
 
     def options_of(self, job: BatchJob) -> DecodeOptions:

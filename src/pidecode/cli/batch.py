@@ -51,8 +51,8 @@ _OPTIONS = (
 
 
 _CONFIG = (
-    "model", "space", "variant", "device", "dtype", "compile", "overwrite", "strip", "keep_profile", "max_pixels",
-    "quality",
+    "model", "space", "variant", "device", "dtype", "compile", "attention", "overwrite", "strip", "keep_profile",
+    "max_pixels", "quality",
 )  # fmt: skip
 """Parameters of the command that are fields of `WorkerConfig`."""
 

@@ -22,7 +22,7 @@ from click.shell_completion import CompletionItem
 from pidecode.engine.machine import QUANTIZATIONS, Machine, Quantization, this_machine
 from pidecode.engine.plan import SCHEMES, Plan, Scheme, plan_decode
 from pidecode.errors import SettingError
-from pidecode.options import Command, DecodeOptions, OptionInfo, SaveOptions, Sides, option_infos
+from pidecode.options import ATTENTIONS, Command, DecodeOptions, OptionInfo, SaveOptions, Sides, option_infos
 from pidecode.registry.checkpoints import CHECKPOINTS
 from pidecode.registry.spaces import ALIASES, SPACES
 from pidecode.units import (
@@ -355,7 +355,7 @@ def quantization_options(command: F) -> F:
 
 
 def model_options(command: F) -> F:
-    """Add --model, --space, --variant, --device, --dtype and --compile, which select and load a decoder."""
+    """Add --model, --space, --variant, --device, --dtype, --compile and --attention, which load a decoder."""
     options = (
         click.option(
             "-m",
@@ -369,7 +369,7 @@ def model_options(command: F) -> F:
         variant_option,
         device_option,
         dtype_option,
-        click.option("--compile", is_flag=True, help="Compile elementwise ops at the first image (experimental)."),
+        runtime_options,
     )
     for option in reversed(options):
         command = option(command)
@@ -395,6 +395,16 @@ def variant_option(command: F) -> F:
     """Add --variant."""
     text = "Variant of a model that has several: 2k, 2kto4k, ..."
     return click.option("--variant", metavar="NAME", shell_complete=complete_variants, help=text)(command)
+
+
+def runtime_options(command: F) -> F:
+    """Add --compile and --attention, the fields of `RuntimeOptions`."""
+    text = "Kernel; int8 multiplies in eight bits (experimental)."
+    command = click.option("--attention", type=click.Choice(ATTENTIONS), default="auto", show_default=True, help=text)(
+        command
+    )
+    text = "Fused kernels and CUDA graphs, compiled at the first image (experimental)."
+    return click.option("--compile", is_flag=True, help=text)(command)
 
 
 def device_option(command: F) -> F:

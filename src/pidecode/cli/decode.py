@@ -46,7 +46,7 @@ from pidecode.engine.machine import GB, Machine, Quantization, this_machine
 from pidecode.engine.plan import Plan, Scheme, plan_decode
 from pidecode.errors import DoesNotFitError, FileError, LatentError, PidecodeError, SettingError, SizeError
 from pidecode.files import PathLike, check_writable, require_file, same_name, writable_folder
-from pidecode.options import DecodeOptions, FileFormat, RuntimeOptions, SaveOptions, option_infos
+from pidecode.options import Attention, DecodeOptions, FileFormat, RuntimeOptions, SaveOptions, option_infos
 from pidecode.registry.configs import RELEASED_CONFIGS
 from pidecode.units import format_seconds, parse_bytes, parse_size
 from pidecode.weights.safetensors import looks_like_safetensors, read_start
@@ -146,6 +146,7 @@ class DecodeArgs:
     scheme: Scheme | None
     bits: str
     compile: bool
+    attention: Attention
     overwrite: bool
     as_json: bool
     sigmas: tuple[float, ...] = ()
@@ -174,7 +175,8 @@ class DecodeArgs:
         decoder = PixelDecoder.from_pretrained(
             self.model, space=self.space, variant=self.variant, encoder=self.encoder,
             text_encoder=self.text_encoder, device=self.device, dtype=dtype,
-            plan=make_plan if limits.asked else None, runtime=RuntimeOptions(compile=self.compile),
+            plan=make_plan if limits.asked else None,
+            runtime=RuntimeOptions(compile=self.compile, attention=self.attention),
         )  # fmt: skip
         if self.lora is not None:
             decoder.load_lora(self.lora, 1.0 if self.lora_scale is None else self.lora_scale)

@@ -113,6 +113,16 @@ def cpu() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def attention() -> list[dict[str, Any]]:
+    """The attention kernels that were measured on this machine to be the fastest, with the seconds of all."""
+    from pidecode.models.attention import read_record, record_path
+
+    return [
+        {"where": where, "shape": shape, **entry}
+        for where, shapes in read_record(record_path()).items() for shape, entry in shapes.items()
+    ]  # fmt: skip
+
+
 def _library_checks(missing: dict[str, list[str]]) -> Iterator[Check]:
     for extra, purpose in (
         ("text", "prompts for the released decoders"),
@@ -171,7 +181,7 @@ def examine() -> dict[str, Any]:
     ]  # fmt: skip
     return {
         "versions": versions(), "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "executable": sys.executable, "torch": build, "devices": found, "cpu": own,
+        "executable": sys.executable, "torch": build, "devices": found, "cpu": own, "attention": attention(),
         "extras": {extra: not lacking for extra, lacking in missing.items()}, "models": known,
         "checks": [asdict(check) for check in judged],
     }  # fmt: skip
@@ -191,6 +201,9 @@ def _report(findings: dict[str, Any]) -> str:
     own = findings["cpu"]
     threads = f"{own['threads']} threads ({own['threads_because']}; they wait {own['wait_policy']})"
     lines.append(f"  {'':8s} {threads}, {own['instructions']}, {own['dtype']}")
+    for entry in findings["attention"]:
+        times = ", ".join(f"{name} {seconds * 1e3:.2f} ms" for name, seconds in entry["seconds"].items())
+        lines.append(f"  {'':8s} attention {entry['kernel']} on {entry['where']}, {entry['shape']} ({times})")
     lines += ["", "Extras"]
     lines += [
         f"  {'yes' if there else 'no ':4s} {extra}" + ("" if there else f"   pip install 'pidecode[{extra}]'")

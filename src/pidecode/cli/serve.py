@@ -16,6 +16,7 @@ from pidecode.cli.common import (
     GroupedCommand,
     complete_models,
     echo,
+    runtime_options,
     set_threads,
     space_option,
     threads_option,
@@ -28,6 +29,7 @@ from pidecode.units import read_text
 if TYPE_CHECKING:
     from pidecode.decoder import PixelDecoder
     from pidecode.integrations.text_to_image import PipelineTextToLatent
+    from pidecode.options import Attention
 
 PORT = 8420
 TOKEN_VARIABLE = "PIDECODE_TOKEN"
@@ -44,6 +46,7 @@ class ServeOptions:
     device: str | None
     dtype: str | None
     compile: bool
+    attention: Attention
     host: str
     port: int
     token_file: Path | None
@@ -83,7 +86,7 @@ class ServeOptions:
             decoder = PixelDecoder.from_pretrained(
                 source, space=self.space, variant=self.variant, device=self.device,
                 dtype=getattr(torch, self.dtype) if self.dtype else None,
-                runtime=RuntimeOptions(compile=self.compile),
+                runtime=RuntimeOptions(compile=self.compile, attention=self.attention),
             )  # fmt: skip
             name = Path(source).stem if Path(source).suffix else source
             if name in decoders:
@@ -148,7 +151,7 @@ def serve_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--pipeline-source", metavar="PATH", help="Folder or hub repository of the pipeline."),
         click.option("--max-body", type=click.IntRange(1), default=64, show_default=True, help="MiB per request."),
-        click.option("--compile", is_flag=True, help="Compile elementwise ops at the first image (experimental)."),
+        runtime_options,
         threads_option,
         click.option("--queue", type=click.IntRange(0), default=8, show_default=True, help="Jobs that may wait."),
         click.option(

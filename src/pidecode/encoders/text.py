@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pidecode.errors import DownloadError, FileError, MissingDependencyError, PidecodeError, SettingError
-from pidecode.files import atomic_path, check_writable
+from pidecode.files import atomic_path, cache_folder, check_writable
 from pidecode.registry.checkpoints import TEXT_ENCODER
 from pidecode.strict_json import parse_json
 from pidecode.weights.read import dequantized
@@ -530,10 +530,8 @@ class PromptEmbedsCache:
 
 
 def default_folder() -> Path:
-    """Where prompt states are kept: below $PIDECODE_CACHE, else the user's cache folder."""
-    own = os.environ.get("PIDECODE_CACHE")
-    base = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pidecode"
-    return Path(os.path.expanduser(base)) / "prompts"
+    """Where prompt states are kept."""
+    return cache_folder() / "prompts"
 
 
 def _write_entries(path: Path, entries: Sequence[_Entry]) -> None:

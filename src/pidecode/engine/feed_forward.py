@@ -163,6 +163,8 @@ class FeedForwardRunner:
         plan: How to run it; by default whole, and in tiles beyond about 2400 pixels.
     """
 
+    changes_image: str | None = None  # no option of how it runs does
+
     def __init__(self, net: TinyDecoder, plan: FeedForwardPlan | None = None) -> None:
         # Channels last, so that convolutions on a CPU need not reorder their inputs.
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

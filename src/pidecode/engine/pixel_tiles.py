@@ -133,13 +133,9 @@ class _TiledImage:
         self.net, self.patch, self.width = net, config.patch_size, config.pixel_hidden_size
         (self.rows, self.columns), self.batch = condition.grid, x_B3HW.shape[0]
         self.noisy = self._grid(x_B3HW)
-        half = self.width // 2
-        zero_rows, zero_columns = (torch.zeros_like(t) for t in (condition.row_table, condition.column_table))
-        # Two tables of the width of a pixel, each zero where the other is not: their sum is the position.
-        x_table = torch.cat((condition.column_table, zero_columns), dim=1)
-        y_table = torch.cat((zero_rows, condition.row_table), dim=1)
-        self.x_table = x_table.view(1, self.columns, 1, self.patch, 2 * half)
-        self.y_table = y_table.view(self.rows, 1, self.patch, 1, 2 * half)
+        # The first half of a pixel's channels has the position of its column, the second that of its row.
+        self.x_table = condition.column_table.view(1, self.columns, 1, self.patch, -1)
+        self.y_table = condition.row_table.view(self.rows, 1, self.patch, 1, -1)
         self.rows_per_tile = max(1, chunks.tile_tokens // self.columns)
         self.tile_rows = min(self.patch, max(1, chunks.tile_rows))
 
@@ -162,15 +158,17 @@ class _TiledImage:
         # [samples, rows of patches, columns, rows of pixels, patch, 3]
         colors = self.noisy[samples, :, part, group].permute(0, 2, 4, 3, 5, 1)
         proj = self.net.pixel_embedder.proj
-        tile = F.linear(colors.to(proj.weight.dtype), proj.weight, proj.bias).float()
-        tile.add_(self.x_table).add_(self.y_table[part, :, group])
+        embedded = F.linear(colors.to(proj.weight.dtype), proj.weight, proj.bias)
+        tile = embedded if embedded.dtype == torch.float32 else torch.empty_like(embedded, dtype=torch.float32)
+        half = self.x_table.shape[-1]
+        torch.add(embedded[..., :half], self.x_table, out=tile[..., :half])
+        torch.add(embedded[..., half:], self.y_table[part, :, group], out=tile[..., half:])
         return tile.flatten(3, 4).flatten(0, 2)
 
     def write(self, prediction: Tensor, place: tuple[slice, slice], group: slice, tile_TGC: Tensor) -> None:
         """Apply the final layer to a finished tile and write its colors into the prediction."""
         final = self.net.final_layer
-        pixels = ops.rms_norm_(tile_TGC, final.norm.weight).to(final.linear.weight.dtype)
-        colors = final.linear(pixels)
+        colors = final.linear(ops.norm_to(tile_TGC, final.norm.weight, final.linear.weight.dtype))
         samples, part = place
         shape = (-1, part.stop - part.start, self.columns, group.stop - group.start, self.patch, 3)
         self._grid(prediction)[samples, :, part, group] = colors.view(shape).permute(0, 5, 1, 3, 2, 4)

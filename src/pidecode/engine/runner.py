@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
@@ -20,7 +22,14 @@ from pidecode.engine.machine import Chunks
 from pidecode.engine.offload import BlockOffloader
 from pidecode.engine.ops import elementwise
 from pidecode.engine.ops.compiled import CompiledOps
-from pidecode.engine.ops.quantize import best_kernel, quantize
+from pidecode.engine.ops.quantize import (
+    EIGHT_BIT_HEADS,
+    EIGHT_BIT_TOLERANCE,
+    EightBitAttention,
+    best_kernel,
+    int8_kernels,
+    quantize,
+)
 from pidecode.engine.pixel_tiles import PixelHalves
 from pidecode.engine.plan import Plan, predict, step_flops
 from pidecode.engine.sequence_parallel import denoise_sharded, is_parallel
@@ -34,13 +43,22 @@ from pidecode.engine.timesteps import (
     strip_for_inference,
 )
 from pidecode.errors import DoesNotFitError, SettingError
-from pidecode.models.attention import best_backend, use_backend
+from pidecode.models.attention import (
+    PACKAGES,
+    AttentionKernel,
+    MeasuredAttention,
+    exact_kernels,
+    kernel_works,
+    record_path,
+    tolerance,
+    use_kernel,
+)
 from pidecode.models.pid.network import Condition, Grid, PiDNet
 from pidecode.models.tiny import TinyDecoder
 from pidecode.options import RuntimeOptions
 from pidecode.registry.checkpoints import STUDENT_TIMES
 from pidecode.registry.configs import PiDConfig
-from pidecode.sampling import SINGLE_STEP_TIME, Predict
+from pidecode.sampling import SINGLE_STEP_TIME, TIMESCALE, Predict
 from pidecode.units import format_bytes
 
 KEPT_TOKENS = 256_000_000
@@ -57,12 +75,13 @@ class Runner:
         net: The network.
         plan: How to run it; `arrange` brings the network into its shape.
         distilled: The network only ever runs at the student's times, so its modulation is precomputed for them.
-        triton: Run the elementwise ops as Triton kernels. Experimental.
-        compile: Run the elementwise ops as `torch.compile` compiles them, once for all image sizes. Experimental.
-        cuda_graphs: Capture an evaluation as a CUDA graph, once per image size, and replay it. Experimental.
+        compile: Run the elementwise ops as fused kernels, compiled once for all image sizes. Experimental.
+        cuda_graphs: Capture an evaluation as a CUDA graph, once per image size, and replay it; None where that can
+            act and no plan limits the memory. Experimental.
+        attention: "auto" (on accelerators the fastest, as measured there), a kernel of `exact_kernels`, or "int8".
 
-    Raises:
-        SettingError: `triton` and `compile` were both asked for.
+    What `compile` and `cuda_graphs` run is compared with the plain ops on a small image first; where it fails or
+    differs, a warning says so and the plain ops run.
     """
 
     def __init__(
@@ -71,14 +90,13 @@ class Runner:
         plan: Plan | None = None,
         *,
         distilled: bool = False,
-        triton: bool = False,
         compile: bool = False,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool | None = False,
+        attention: str = "auto",
     ) -> None:
-        if triton and compile:
-            raise SettingError("triton and compile are two ways to run the same elementwise ops; choose one.")
-        self.net, self.plan, self.distilled, self.triton = net, plan, distilled, triton
+        self.net, self.plan, self.distilled = net, plan, distilled
         self.cuda_graphs = cuda_graphs
+        self.attention = attention
         self.compiled_ops = CompiledOps() if compile else None
         self.graph_cache: GraphCache | None = None  # captured evaluations, from the first one on
         self.chunks: Chunks | None = None if plan is None else plan.chunks
@@ -87,10 +105,11 @@ class Runner:
         self._halves = PixelHalves()
         self.offloader: BlockOffloader | None = None  # holds the patch blocks where the plan keeps them on the host
         self._timesteps: TimestepCache | None = None
-        self.backend: str | None = None  # attention kernel in use; None where torch picks one per call, as on the CPU
+        self._kernels: dict[tuple[str, str], AttentionKernel | None] = {}  # by name of the choice and type of device
         self.sequence_parallel = False
         """Whether the processes of this job share each image; all of them must then decode the same one."""
-        self._checked = False
+        self._finite = False  # whether the attention's first output was seen to be finite
+        self._compared = False  # whether fused ops and graphs were compared with the plain ones
 
     def arrange(self, device: torch.device) -> None:
         """Strip, quantize and move the network as the plan says; it can no longer be saved or trained.
@@ -118,15 +137,32 @@ class Runner:
 
         Raises:
             MissingDependencyError: There is no compiler.
-            SettingError: CUDA graphs cannot be captured here.
+            SettingError: CUDA graphs cannot be captured here, or there is no such attention.
         """
         if self.compiled_ops is not None:
             require_compiler(device)
-        if not self.cuda_graphs:
-            return
+        if self.cuda_graphs and (conflict := self._graph_conflict(device)):
+            raise SettingError(f"CUDA graphs {conflict}; leave them out.")
+        self.attention_kernel(device)
+
+    @property
+    def changes_image(self) -> str | None:
+        """The attention, where it changes an image by more than rounding."""
+        return self.attention if self.attention == "int8" else None
+
+    @property
+    def attention_in_use(self) -> str:
+        """The kernels that attention ran on so far, for reports."""
+        kernel = self._kernels.get((self.attention, str(self.net.device)))
+        measured = [kernel.eight_bit, kernel.exact] if isinstance(kernel, EightBitAttention) else [kernel]
+        names = [name for one in measured if isinstance(one, MeasuredAttention) for name in one.chosen.values()]
+        return ", ".join(dict.fromkeys(names)) or ("torch's choice" if self.attention == "auto" else self.attention)
+
+    def _graph_conflict(self, device: torch.device) -> str | None:
+        """Why no CUDA graphs can be captured, as the end of a sentence."""
         plan = self.plan
         if not supports_cuda_graphs(device):
-            raise SettingError(f"CUDA graphs need a CUDA device, and this decoder runs on {device}; leave them out.")
+            return f"need a CUDA device, and this decoder runs on {device}"
         for conflict, what in (
             (self.sequence_parallel and is_parallel(), "an image sharded over several processes"),
             (plan is not None and plan.window is not None, "windows, which a plan chose to save memory"),
@@ -134,7 +170,56 @@ class Runner:
             (inplace.has_adapters(self.net), "adapters, which keep the layers' own forward"),
         ):
             if conflict:
-                raise SettingError(f"CUDA graphs do not work with {what}; leave them out.")
+                return f"do not work with {what}"
+        return None
+
+    def _uses_graphs(self) -> bool:
+        if self.cuda_graphs is None:
+            return self.plan is None and self._graph_conflict(self.net.device) is None
+        return self.cuda_graphs
+
+    def attention_kernel(self, device: torch.device) -> AttentionKernel | None:
+        """The attention that was chosen; None where torch picks a kernel per call, as on a CPU.
+
+        Raises:
+            SettingError: There is no such kernel, or it does not work on the device.
+        """
+        key = self.attention, str(device)
+        if key not in self._kernels:
+            self._kernels[key] = self._make_kernel(device)
+        return self._kernels[key]
+
+    def _make_kernel(self, device: torch.device) -> AttentionKernel | None:
+        name, exact = self.attention, exact_kernels()
+        if name == "auto":
+            return None if device.type in ("cpu", "meta") else MeasuredAttention(exact, record=record_path())
+        config, dtype = self.net.config, self.net.dtype
+        heads = {config.hidden_size // config.num_heads, config.pixel_attn_hidden_size // config.pixel_num_heads}
+        limit = EIGHT_BIT_TOLERANCE if name == "int8" else tolerance(dtype)
+        if name == "int8":
+            heads, candidates = heads & set(EIGHT_BIT_HEADS), {} if device.type == "cpu" else int8_kernels()
+            if not heads:
+                raise SettingError(f"Attention in int8 acts on heads of {EIGHT_BIT_HEADS} channels; this has none.")
+        elif name in exact:
+            candidates = {name: exact[name]}
+        else:
+            need = f" without the package {PACKAGES[name].split('.')[0]}" if name in PACKAGES else ""
+            raise SettingError(f"There is no attention {name!r} here{need}; there are auto, {', '.join(exact)}, int8.")
+        if device.type == "meta":
+            return None
+        works = {
+            key: kernel for key, kernel in candidates.items()
+            if all(kernel_works(kernel, head, dtype, device, limit) for head in heads)
+        }  # fmt: skip
+        if not works:
+            need = "; it needs a GPU, and triton or sageattention installed" if name == "int8" else ""
+            raise SettingError(f"Attention {name!r} does not work on {device} in {dtype}{need}. Use another, or auto.")
+        if name != "int8":
+            return works[name]
+        return EightBitAttention(
+            MeasuredAttention(works, tolerance=limit, record=record_path()),
+            MeasuredAttention(exact, record=record_path()),
+        )
 
     def _quantize(self, plan: Plan, device: torch.device) -> None:
         assert plan.quantization != "none"
@@ -243,39 +328,74 @@ class Runner:
             windows = Windows.of_pixels(self.plan.window, self.net.config.patch_size)
 
         self.require(self.net.device)
+        self._compare_once()
 
         def once(x: Tensor, t: Tensor) -> Tensor:
-            with use_backend(self.backend), self._ops():
+            with use_kernel(self.attention_kernel(x.device)), self._ops():
                 if self.sequence_parallel and is_parallel():
                     return denoise_sharded(self.net, self.denoise, x, t, condition)
                 if windows is not None:
                     return denoise_windows(self.denoise, x, t, condition, windows, self.net.config.patch_size)
-                if self.cuda_graphs:
+                if self._uses_graphs():
                     return self._replay(x, t, condition)
                 return self.denoise(x, t, condition)
 
         def checked(x: Tensor, t: Tensor) -> Tensor:
-            self._choose_backend(x.device)
             prediction = once(x, t)
-            if self._checked or self.backend in (None, "math"):
+            if self._finite or self.attention == "math" or self.attention_kernel(x.device) is None:
                 return prediction
-            self._checked = True
+            self._finite = True
             if bool(torch.isfinite(prediction).all()) or not bool(torch.isfinite(x).all()):
                 return prediction
             warnings.warn(
-                f"Attention through {self.backend!r} gave NaN on {x.device}; decoding goes on with the "
-                "'math' kernel, which is slower and takes more memory.",
+                f"Attention {self.attention!r} gave NaN on {x.device}; decoding goes on with the 'math' kernel, which "
+                "is slower and takes more memory.",
                 stacklevel=2,
             )
-            self.backend = "math"
+            self.attention = "math"
             return once(x, t)
 
         return checked
 
+    def _compare_once(self) -> None:
+        """Compare the fused ops, then a graph of one evaluation, with the plain ops on a small image, once.
+
+        What fails or differs is left out, with a warning.
+        """
+        net, graphs = self.net, self._uses_graphs()
+        if self._compared or not (graphs or self.compiled_ops) or not inplace.runs_in_place(net, net.device):
+            return
+        self._compared = True
+        if net.device.type == "meta":
+            return
+        small = _SmallImage(net)
+        with use_kernel(self.attention_kernel(net.device)):
+            times = torch.full((1,), STUDENT_TIMES[1]) * TIMESCALE
+            plain = [self.denoise(x, times, small.condition) for x in small.noise]
+            if self.compiled_ops is not None:
+                with self._ops():
+                    why = small.fault(plain, lambda x: self.denoise(x, times, small.condition))
+                if why is not None:
+                    self._warn_of("Compiled ops", why)
+                    self.compiled_ops = None
+            if graphs:
+                cache = GraphCache(self._evaluate, capture_on(net.device))
+                with self._ops():
+                    why = small.fault(
+                        plain, lambda x: cache.run(x, self.modulation_at(times), small.condition, self.attention)
+                    )
+                if why is not None:
+                    self._warn_of("CUDA graphs", why)
+                    self.cuda_graphs = False
+
+    def _warn_of(self, what: str, why: str) -> None:
+        warnings.warn(
+            f"{what} do not work on {self.net.device}: {why} Decoding goes on without them; the image is the same.",
+            stacklevel=4,
+        )
+
     def _ops(self) -> AbstractContextManager[None]:
-        if self.compiled_ops is not None:
-            return elementwise.compiled_ops(self.compiled_ops)
-        return elementwise.triton_ops() if self.triton else nullcontext()
+        return nullcontext() if self.compiled_ops is None else elementwise.compiled_ops(self.compiled_ops)
 
     def _replay(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         if not inplace.runs_in_place(self.net, x.device):
@@ -284,7 +404,7 @@ class Runner:
             )
         if self.graph_cache is None:
             self.graph_cache = GraphCache(self._evaluate, capture_on(x.device))
-        return self.graph_cache.run(x, self.modulation_at(t), condition, variant=self.backend)
+        return self.graph_cache.run(x, self.modulation_at(t), condition, variant=self.attention)
 
     def _evaluate(self, x: Tensor, modulation: StepModulation, condition: Condition) -> Tensor:
         chunks = self.chunks or self._image_chunks or inplace.default_chunks(self.net, x.device)
@@ -304,12 +424,32 @@ class Runner:
             return whole.chunks
         return inplace.default_chunks(net, device)
 
-    def _choose_backend(self, device: torch.device) -> None:
-        if self.backend is not None or device.type in ("cpu", "meta"):
-            return
-        config = self.net.config
-        head_dims = (config.hidden_size // config.num_heads, config.pixel_attn_hidden_size // config.pixel_num_heads)
-        self.backend = best_backend(head_dims, self.net.dtype, device)
+
+class _SmallImage:
+    """The smallest image of a network, with two noisy ones to evaluate."""
+
+    def __init__(self, net: PiDNet) -> None:
+        config, device, generator = net.config, net.device, torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(device)
+
+        cell, patch = config.pixels_per_latent_cell, config.patch_size
+        side = 2 * math.lcm(cell, patch)
+        text = draw(1, config.text_length, config.text_dim) if config.has_text else None
+        latent = draw(1, config.latent_channels, side // cell, side // cell)
+        self.condition = net.prepare((side // patch, side // patch), text, latent, torch.zeros(1, device=device))
+        self.noise = [draw(1, 3, side, side) for _ in range(2)]
+        self.tolerance = 1e-3 if net.dtype == torch.float32 else 5e-2
+
+    def fault(self, expected: list[Tensor], run: Callable[[Tensor], Tensor]) -> str | None:
+        """Why a way to evaluate is not used, as a sentence; None if it gives what is expected, up to rounding."""
+        try:
+            found = [run(x) for x in self.noise]
+        except Exception as error:  # compilers fail in many ways
+            return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".") + "."
+        apart = max(float((a - b).std() / b.std()) for a, b in zip(found, expected, strict=True))
+        return None if apart <= self.tolerance else f"the result is {apart:.2g} off, relative to its spread."
 
 
 def measured_step_seconds(plan: Plan, config: PiDConfig, device: torch.device) -> float:
@@ -349,13 +489,15 @@ def make_runner(
     if isinstance(net, TinyDecoder):
         if isinstance(plan, Plan) or runtime != RuntimeOptions():
             raise SettingError(
-                f"{name} is a feed-forward decoder, which knows neither eight-bit weights, offloading, compile nor "
-                "cuda_graphs; leave them out."
+                f"{name} is a feed-forward decoder, which knows neither eight-bit weights, offloading, compile, "
+                "cuda_graphs nor attention; leave them out."
             )
         return FeedForwardRunner(net, plan)
     if isinstance(plan, FeedForwardPlan):
         raise SettingError(f"{name} is a {kind} decoder; make its plan from its own configuration.")
-    return Runner(net, plan, distilled=kind == "student", compile=runtime.compile, cuda_graphs=runtime.cuda_graphs)
+    graphs = None if runtime.compile and runtime.cuda_graphs is None else bool(runtime.cuda_graphs)
+    student, attention = kind == "student", runtime.attention
+    return Runner(net, plan, distilled=student, compile=runtime.compile, cuda_graphs=graphs, attention=attention)
 
 
 def require_memory(runner: Runner | FeedForwardRunner, size: tuple[int, int], batch: int) -> None:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The elementwise ops as `torch.compile` compiles them. Experimental: no gain was measured on a GPU yet.
+"""The elementwise ops as fused kernels. Experimental: no gain was measured on a GPU yet.
 
-Each equals the function of its name in `elementwise`, its reference implementation. Matrix products are not compiled:
-they are library calls either way, may be quantized or offloaded, and no op fuses across one. The number of tokens is
-dynamic, so that one compiled op serves every image size, chunk and tile; another width or type compiles again, and so
-does a single token.
+Each equals the function of its name in `elementwise`, its reference implementation. `torch.compile` fuses what lies
+between the matrix products, which stay library calls: they may be quantized or offloaded. The one op that it cannot
+fuse, a pixel block's feed-forward between its gates, is a Triton kernel on GPUs (`ops.triton`).
+
+The number of tokens is dynamic, so that one compiled op serves every image size, chunk and tile; another width or type
+compiles again, and so does a single token.
 
 torch keeps compiled code on disk, and the next process finds it there (docs/performance.md).
 """
@@ -17,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+from torch import Tensor, nn
 
 from pidecode.errors import SettingError
 
@@ -25,12 +27,17 @@ EPS = 1e-6
 
 
 class CompiledOps:
-    """The compiled ops of one network; each is compiled when first called. A backend but "inductor" is for tests."""
+    """The fused ops of one network; each is compiled when first called.
 
-    def __init__(self, backend: str | Callable[..., Any] = "inductor") -> None:
+    Args:
+        backend: Of `torch.compile`; another than "inductor" is for tests.
+        interpreted: Run Triton kernels on a CPU too, as Triton's interpreter can; for tests.
+    """
+
+    def __init__(self, backend: str | Callable[..., Any] = "inductor", *, interpreted: bool = False) -> None:
         from torch._dynamo.exc import TorchDynamoException
 
-        self._backend, self._errors = backend, TorchDynamoException
+        self._backend, self._interpreted, self._errors = backend, interpreted, TorchDynamoException
         self._cache: dict[str, Callable[..., Any]] = {}
 
     def norm_modulate(self, x: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -59,6 +66,27 @@ class CompiledOps:
         """See `elementwise.silu_times_`."""
         self._run(_silu_times_, (x, other))
         return x
+
+    def gate_latent_(self, x_TD: Tensor, tokens_TD: Tensor, weight_D: Tensor, logits_T1: Tensor) -> Tensor:
+        """See `elementwise.gate_latent_`, for one gate per token."""
+        self._run(_gate_latent_, (x_TD, tokens_TD, weight_D, logits_T1))
+        return x_TD
+
+    def fuses_pixels(self, tile_TGC: Tensor, fc1: nn.Module, fc2: nn.Module) -> bool:
+        """Whether `update_pixels_` takes these: plain layers where Triton runs, pixels side by side."""
+        return (
+            (tile_TGC.is_cuda or self._interpreted)
+            and type(fc1) is type(fc2) is nn.Linear
+            and tile_TGC.stride()[1:] == (tile_TGC.shape[2], 1)
+        )
+
+    def update_pixels_(
+        self, tile_TGC: Tensor, expanded_TGC: Tensor, vectors: tuple[Tensor, ...], fc1: nn.Module, fc2: nn.Module
+    ) -> Tensor:
+        """See `elementwise.update_pixels_`."""
+        from pidecode.engine.ops import triton as kernels
+
+        return kernels.update_pixels_(tile_TGC, expanded_TGC, vectors, fc1, fc2)  # type: ignore[arg-type]
 
     def _run(self, body: Callable[..., Any], tensors: tuple[Tensor, ...], *constants: Any) -> Any:
         tokens = tensors[0].shape[0]
@@ -116,6 +144,12 @@ def _norm_rotate_(heads_TNK: Tensor, weight_K: Tensor, rotation_TH2: Tensor) -> 
     even, odd = (_normed(heads_TNK) * weight_K).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rotation_TH2.unsqueeze(1).unbind(-1)
     heads_TNK.copy_(torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2))
+
+
+def _gate_latent_(x_TD: Tensor, tokens_TD: Tensor, weight_D: Tensor, logits_T1: Tensor) -> None:
+    # The plain gate reads the stream in the weight's type.
+    opening = (x_TD.to(weight_D.dtype).float() * weight_D.float()).sum(-1, keepdim=True) + logits_T1
+    x_TD.add_(torch.sigmoid(opening) * tokens_TD.float())
 
 
 def _silu_times_(x: Tensor, other: Tensor) -> None:

@@ -3,8 +3,7 @@
 
 Each has a reference implementation in `pidecode.models.pid` that autograd can differentiate. These write in place,
 compute statistics in float32 without a float32 copy of the input, and agree with the reference to rounding.
-Inside `with compiled_ops(...)` or `with triton_ops():` those that can run as compiled code or as Triton kernels, both
-experimental.
+Inside `with compiled_ops(...)` those that can run as fused kernels (`ops.compiled`), experimental.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +18,6 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from pidecode.engine.ops.quantize import WeightSlice
-from pidecode.errors import MissingDependencyError
 
 if TYPE_CHECKING:
     from pidecode.engine.ops.compiled import CompiledOps
@@ -28,29 +25,12 @@ if TYPE_CHECKING:
 
 EPS = 1e-6
 
-_triton: ContextVar[bool] = ContextVar("triton_ops", default=False)
 _compiled: ContextVar[CompiledOps | None] = ContextVar("compiled_ops", default=None)
 
 
 @contextmanager
-def triton_ops() -> Iterator[None]:
-    """Inside the `with`, run the ops that have one as a Triton kernel (`ops.triton`). Experimental.
-
-    Raises:
-        MissingDependencyError: Triton is not installed.
-    """
-    if find_spec("triton") is None:
-        raise MissingDependencyError("Fused kernels need triton, which comes with GPU builds of torch on Linux.")
-    token = _triton.set(True)
-    try:
-        yield
-    finally:
-        _triton.reset(token)
-
-
-@contextmanager
 def compiled_ops(ops: CompiledOps) -> Iterator[None]:
-    """Inside the `with`, run the ops that have one as `torch.compile` compiled them. Experimental."""
+    """Inside the `with`, run the ops that have one as fused kernels. Experimental."""
     token = _compiled.set(ops)
     try:
         yield
@@ -100,6 +80,13 @@ def rms_norm_(x: Tensor, weight: Tensor) -> Tensor:
     return x.mul_(inverse_rms(x)).mul_(weight)
 
 
+def norm_to(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`rms_norm_(x, weight)` as `dtype`."""
+    if (ops := _compiled.get()) is not None:
+        return ops.norm_modulate(x, torch.zeros_like(weight), weight, dtype)
+    return rms_norm_(x, weight).to(dtype)
+
+
 def norm_modulate(x: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """`rms_norm(x) * factor + shift`, computed in float32, as `dtype`; reference: `modulate(RMSNorm(x), shift, scale)`.
 
@@ -107,10 +94,6 @@ def norm_modulate(x: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype) 
     """
     if (ops := _compiled.get()) is not None:
         return ops.norm_modulate(x, shift, factor, dtype)
-    if _triton.get() and (shift.ndim == 1 or shift.shape == x.shape == factor.shape):
-        from pidecode.engine.ops import triton as triton_kernels
-
-        return triton_kernels.norm_modulate(x, shift, factor, dtype)
     normed = F.rms_norm(x, x.shape[-1:], eps=EPS) if one_kernel_norm(x) else x * inverse_rms(x)
     out = normed if normed.dtype == dtype else torch.empty_like(normed, dtype=dtype)
     return torch.addcmul(shift, normed, factor, out=out)
@@ -120,10 +103,6 @@ def add_gated_(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     """`x += gate * branch`, in place, whatever the types of the two."""
     if (ops := _compiled.get()) is not None:
         return ops.add_gated_(x, branch, gate)
-    if _triton.get() and x.ndim == 2 and x.stride(1) == branch.stride(1) == 1:
-        from pidecode.engine.ops import triton as triton_kernels
-
-        return triton_kernels.add_gated_(x, branch, gate)
     return x.addcmul_(branch, gate)
 
 
@@ -141,10 +120,8 @@ def gate_latent_(x_TD: Tensor, tokens_TD: Tensor, weight_OD: Tensor, logits: Ten
 
     One gate per token (O is 1, logits `[T, 1]`) or per channel (O is D).
     """
-    if _triton.get() and len(weight_OD) == 1 and x_TD.stride(1) == tokens_TD.stride(1) == 1:
-        from pidecode.engine.ops import triton as triton_kernels
-
-        return triton_kernels.gate_latent_(x_TD, tokens_TD, weight_OD, logits)
+    if len(weight_OD) == 1 and (ops := _compiled.get()) is not None:
+        return ops.gate_latent_(x_TD, tokens_TD, weight_OD[0], logits)
     return add_gated_(x_TD, tokens_TD, torch.sigmoid(F.linear(x_TD.to(weight_OD.dtype), weight_OD) + logits))
 
 
@@ -160,10 +137,8 @@ def update_pixels_(
         fc1: First layer of the feed-forward.
         fc2: Its second layer.
     """
-    if _triton.get() and type(fc1) is type(fc2) is nn.Linear and tile_TGC.stride()[1:] == (tile_TGC.shape[2], 1):
-        from pidecode.engine.ops import triton as triton_kernels
-
-        return triton_kernels.update_pixels_(tile_TGC, expanded_TGC, vectors, fc1, fc2)
+    if (ops := _compiled.get()) is not None and ops.fuses_pixels(tile_TGC, fc1, fc2):
+        return ops.update_pixels_(tile_TGC, expanded_TGC, vectors, fc1, fc2)
     gate1, shift2, factor2, gate2 = (vector.view(tile_TGC.shape) for vector in vectors)
     inner = add_norm_modulate_(tile_TGC, expanded_TGC, gate1, shift2, factor2, expanded_TGC.dtype)
     hidden = fc1(inner.flatten(0, 1))
@@ -181,10 +156,6 @@ def norm_rotate_(heads_TNK: Tensor, weight_K: Tensor, rotation: Tensor | None) -
     if (ops := _compiled.get()) is not None:
         ops.norm_rotate_(heads_TNK, weight_K, rotation)
         return
-    if _triton.get() and heads_TNK.stride(2) == 1:
-        from pidecode.engine.ops import triton as triton_kernels
-
-        return triton_kernels.norm_rotate_(heads_TNK, weight_K, rotation)
     x = heads_TNK if heads_TNK.dtype == torch.float32 else heads_TNK.float()
     x = rms_norm_(x, weight_K)
     if rotation is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weight quantization to int8 and fp8: dequantized to multiply (w8a16), or multiplied in eight bits (w8a8).
+"""Weights in int8 and fp8, dequantized to multiply (w8a16) or multiplied in eight bits (w8a8), and int8 attention.
 
 Weights carry one scale per output channel. In w8a8, activations get one scale per token as they come; the kernels
 compute what `reference_linear` computes from the same codes, so rounding to eight bits is all that differs from the
@@ -8,8 +8,11 @@ exact product. w8a8 is experimental: it was compared on a CPU only, and no gain 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Literal, cast
 
 import torch
@@ -17,6 +20,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from pidecode.errors import SettingError
+from pidecode.models.attention import AttentionKernel
 
 Format = Literal["int8", "fp8"]
 Kernel = Literal["int8", "fp8 rowwise", "fp8"]
@@ -135,6 +139,69 @@ def best_kernel(format: Format, dtype: torch.dtype, device: torch.device) -> Ker
         f"{device} does not multiply in {format}: that takes {need}. Keep the weights in {format} and dequantize them "
         'to multiply instead (scheme="w8a16").'
     )
+
+
+def quantize_tokens(x_BNLK: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Codes `[B, N, L, K]` and scales `[B, N, blocks]` of `block` tokens of a head each, in int8."""
+    tokens = x_BNLK.shape[2]
+    blocks = F.pad(x_BNLK.float(), (0, 0, 0, -tokens % block)).unflatten(2, (-1, block))
+    scales = blocks.abs().amax((-2, -1)).clamp_(min=1e-8).div_(127.0)
+    codes = blocks.div(scales[..., None, None]).add_(0.5).floor_().to(torch.int8)
+    return codes.flatten(2, 3)[:, :, :tokens], scales
+
+
+def reference_int8_attention(
+    q_BNLK: Tensor, k_BNLK: Tensor, v_BNLK: Tensor, queries: int = 128, keys: int = 64
+) -> Tensor:
+    """Attention with queries and keys in int8, rounding as the kernel (SageAttention, https://arxiv.org/abs/2410.02367).
+
+    Keys have their mean over tokens subtracted first, which the softmax does not see and large channels need. Each
+    block of tokens of a head has one scale. The softmax runs over blocks of keys, its weights and the values are
+    multiplied in the values' type and added in float32.
+    """
+    k = k_BNLK.float() - k_BNLK.mean(2, keepdim=True, dtype=torch.float32)
+    (q_codes, q_scales), (k_codes, k_scales) = quantize_tokens(q_BNLK, queries), quantize_tokens(k, keys)
+    q_scales = (q_scales * (q_BNLK.shape[-1] ** -0.5 * math.log2(math.e))).repeat_interleave(queries, dim=2)
+    q_scales = q_scales[:, :, : q_BNLK.shape[2], None]
+    highest = torch.full_like(q_scales, float("-inf"))
+    total, out = torch.zeros_like(q_scales), torch.zeros_like(q_BNLK, dtype=torch.float32)
+    for index, start in enumerate(range(0, k.shape[2], keys)):
+        part = slice(start, start + keys)
+        scores = (q_codes.float() @ k_codes[:, :, part].float().mT) * (q_scales * k_scales[:, :, index, None, None])
+        new_highest = torch.maximum(highest, scores.amax(-1, keepdim=True))
+        weights, shrink = torch.exp2(scores - new_highest), torch.exp2(highest - new_highest)
+        total = total * shrink + weights.sum(-1, keepdim=True)
+        out = out * shrink + weights.to(v_BNLK.dtype).float() @ v_BNLK[:, :, part].float()
+        highest = new_highest
+    return (out / total).to(v_BNLK.dtype)
+
+
+EIGHT_BIT_HEADS = (64, 128)
+"""Head sizes of attention in eight bits; kernels pad others to these, which costs what eight bits gain."""
+
+EIGHT_BIT_TOLERANCE = 0.1  # largest error of attention in eight bits, relative to the largest value of the output
+
+
+def int8_kernels() -> dict[str, AttentionKernel]:
+    """Kernels of attention in eight bits that are installed, by name: SageAttention, and the package's own."""
+    found: dict[str, AttentionKernel] = {}
+    if find_spec("sageattention") is not None:
+        found["sage"] = lambda q, k, v: import_module("sageattention").sageattn(q, k, v, tensor_layout="HND")
+    if find_spec("triton") is not None:
+        found["int8"] = lambda q, k, v: import_module("pidecode.engine.ops.triton").int8_attention(q, k, v)
+    return found
+
+
+class EightBitAttention:
+    """Attention in eight bits for the heads that gain by it, and exact attention for the others."""
+
+    def __init__(self, eight_bit: AttentionKernel, exact: AttentionKernel) -> None:
+        self.eight_bit, self.exact = eight_bit, exact
+
+    def __call__(self, q_BNLK: Tensor, k_BNLK: Tensor, v_BNLK: Tensor) -> Tensor:
+        """See `pidecode.models.attention.attention`."""
+        kernel = self.eight_bit if q_BNLK.shape[-1] in EIGHT_BIT_HEADS else self.exact
+        return kernel(q_BNLK, k_BNLK, v_BNLK)
 
 
 class QuantizedLinear(nn.Module):

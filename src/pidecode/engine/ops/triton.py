@@ -1,173 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels of the elementwise ops.
+"""Triton kernels of what `torch.compile` cannot fuse: a pixel block's feed-forward, and attention in eight bits.
 
-Experimental: tested in Triton's interpreter, no gain was measured on a GPU yet. They run in
-`with elementwise.triton_ops():`. Each equals the function of its name in `elementwise`, its reference implementation.
+Experimental: compared with their reference implementations in Triton's interpreter and compiled ahead for the GPUs in
+docs/benchmarks.md; no gain was measured on one yet.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _norm_modulate(  # type: ignore[no-untyped-def]
-    x_ptr,
-    shift_ptr,
-    factor_ptr,
-    out_ptr,
-    groups,
-    row_stride,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    # One program normalizes ROWS vectors of WIDTH values. `row_stride` is 0 where all share one shift and factor.
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    lanes = tl.arange(0, LANES)
-    mask_in = (rows[:, None] < groups) & (lanes[None, :] < WIDTH)
-    offset = rows[:, None].to(tl.int64) * WIDTH + lanes[None, :]
-    x = tl.load(x_ptr + offset, mask=mask_in, other=0.0).to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / WIDTH + 1e-6)
-    table = rows[:, None].to(tl.int64) * row_stride + lanes[None, :]
-    shift = tl.load(shift_ptr + table, mask=mask_in, other=0.0).to(tl.float32)
-    factor = tl.load(factor_ptr + table, mask=mask_in, other=0.0).to(tl.float32)
-    result = x * scale[:, None] * factor + shift
-    tl.store(out_ptr + offset, result.to(out_ptr.dtype.element_ty), mask=mask_in)
-
-
-def norm_modulate(x: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`rms_norm(x) * factor + shift` over the last axis, read and written once; factor and shift may be one vector."""
-    x = x.contiguous()
-    width = x.shape[-1]
-    groups = x.numel() // width
-    shared = shift.numel() == width
-    out = torch.empty_like(x, dtype=dtype)
-    lanes = triton.next_power_of_2(width)
-    rows = max(1, 4096 // lanes)
-    _norm_modulate[(triton.cdiv(groups, rows),)](
-        x, shift.contiguous(), factor.contiguous(), out, groups, 0 if shared else width, width, rows, lanes
-    )
-    return out
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _add_gated(  # type: ignore[no-untyped-def]
-    x_ptr,
-    branch_ptr,
-    gate_ptr,
-    width,
-    x_stride,
-    branch_stride,
-    gate_stride,
-    gate_step,
-    SIGMOID: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    lanes = tl.program_id(1) * LANES + tl.arange(0, LANES)
-    mask_in = lanes < width
-    gate = tl.load(gate_ptr + row * gate_stride + lanes * gate_step, mask=mask_in, other=0.0).to(tl.float32)
-    if SIGMOID:
-        gate = 1.0 / (1.0 + tl.exp(-gate))
-    branch = tl.load(branch_ptr + row * branch_stride + lanes, mask=mask_in, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + row * x_stride + lanes, mask=mask_in, other=0.0).to(tl.float32)
-    tl.store(x_ptr + row * x_stride + lanes, (x + gate * branch).to(x_ptr.dtype.element_ty), mask=mask_in)
-
-
-def add_gated_(x_TD: Tensor, branch_TD: Tensor, gate: Tensor, *, logits: bool = False) -> Tensor:
-    """`x += gate * branch` in place, or `sigmoid(gate)` with `logits`.
-
-    The gate is `[T, D]`, `[T, 1]` or `[D]`; rows of all three may be any distance apart, their last axis must be dense.
-    """
-    rows, width = x_TD.shape
-    expanded_gate = gate.expand(rows, width)
-    lanes = min(1024, triton.next_power_of_2(width))
-    _add_gated[(rows, triton.cdiv(width, lanes))](
-        x_TD, branch_TD, expanded_gate, width, x_TD.stride(0), branch_TD.stride(0),
-        expanded_gate.stride(0), expanded_gate.stride(1), logits, lanes,
-    )  # fmt: skip
-    return x_TD
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _norm_rotate(  # type: ignore[no-untyped-def]
-    x_ptr,
-    weight_ptr,
-    rotation_ptr,
-    rows,
-    heads,
-    token_stride,
-    head_stride,
-    WIDTH: tl.constexpr,
-    ROTATE: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    # One program takes ROWS heads; a row's lanes are its pairs of channels, even and odd apart.
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    pair = tl.arange(0, LANES)
-    mask_in = (row[:, None] < rows) & (pair[None, :] < WIDTH // 2)
-    token = (row // heads).to(tl.int64)[:, None]
-    offset = token * token_stride + (row % heads)[:, None] * head_stride + 2 * pair[None, :]
-    even = tl.load(x_ptr + offset, mask=mask_in, other=0.0).to(tl.float32)
-    odd = tl.load(x_ptr + offset + 1, mask=mask_in, other=0.0).to(tl.float32)
-    scale = 1.0 / tl.sqrt((tl.sum(even * even, axis=1) + tl.sum(odd * odd, axis=1)) / WIDTH + 1e-6)
-    valid = pair[None, :] < WIDTH // 2
-    even = even * scale[:, None] * tl.load(weight_ptr + 2 * pair[None, :], mask=valid, other=0.0).to(tl.float32)
-    odd = odd * scale[:, None] * tl.load(weight_ptr + 2 * pair[None, :] + 1, mask=valid, other=0.0).to(tl.float32)
-    if ROTATE:
-        entry = token * WIDTH + 2 * pair[None, :]
-        cos = tl.load(rotation_ptr + entry, mask=mask_in, other=0.0)
-        sin = tl.load(rotation_ptr + entry + 1, mask=mask_in, other=0.0)
-        even, odd = even * cos - odd * sin, even * sin + odd * cos
-    tl.store(x_ptr + offset, even.to(x_ptr.dtype.element_ty), mask=mask_in)
-    tl.store(x_ptr + offset + 1, odd.to(x_ptr.dtype.element_ty), mask=mask_in)
-
-
-def norm_rotate_(heads_TNK: Tensor, weight_K: Tensor, rotation: Tensor | None) -> None:
-    """Normalize each head and rotate its channel pairs, in place, in one pass.
-
-    Heads may have any strides with a dense last axis; the rotation is `[tokens, head_dim / 2]` complex64 or None.
-    """
-    tokens, heads, width = heads_TNK.shape
-    lanes = triton.next_power_of_2(width // 2)
-    rows = max(1, 2048 // lanes)
-    rotation_values = weight_K if rotation is None else torch.view_as_real(rotation.contiguous())
-    _norm_rotate[(triton.cdiv(tokens * heads, rows),)](
-        heads_TNK, weight_K, rotation_values, tokens * heads, heads, heads_TNK.stride(0), heads_TNK.stride(1),
-        width, rotation is not None, rows, lanes,
-    )  # fmt: skip
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _gate_latent(  # type: ignore[no-untyped-def]
-    x_ptr, token_ptr, weight_ptr, logit_ptr, width, x_stride, token_stride, logit_stride, LANES: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64)
-    lanes = tl.arange(0, LANES)
-    mask_in = lanes < width
-    x = tl.load(x_ptr + row * x_stride + lanes, mask=mask_in, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + lanes, mask=mask_in, other=0.0)
-    # The plain gate reads the stream in the weight's type.
-    seen = x.to(weight.dtype).to(tl.float32)
-    logit = tl.sum(seen * weight.to(tl.float32), axis=0) + tl.load(logit_ptr + row * logit_stride).to(tl.float32)
-    token = tl.load(token_ptr + row * token_stride + lanes, mask=mask_in, other=0.0).to(tl.float32)
-    out = x + token / (1.0 + tl.exp(-logit))
-    tl.store(x_ptr + row * x_stride + lanes, out.to(x_ptr.dtype.element_ty), mask=mask_in)
-
-
-def gate_latent_(x_TD: Tensor, tokens_TD: Tensor, weight_1D: Tensor, logits_T1: Tensor) -> Tensor:
-    """One gate per token, computed and applied in one pass over the stream."""
-    rows, width = x_TD.shape
-    _gate_latent[(rows,)](
-        x_TD, tokens_TD, weight_1D.contiguous(), logits_T1, width, x_TD.stride(0), tokens_TD.stride(0),
-        logits_T1.stride(0), triton.next_power_of_2(width),
-    )  # fmt: skip
-    return x_TD
+QUERIES, KEYS = 128, 64  # tokens that share a scale in eight-bit attention, and that a program multiplies together
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -253,3 +100,124 @@ def update_pixels_(
         width, hidden, rows, lanes, inner, _interpreted(),
     )  # fmt: skip
     return tile_TGC
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _quantize_tokens(  # type: ignore[no-untyped-def]
+    x_ptr,
+    mean_ptr,
+    codes_ptr,
+    scales_ptr,
+    tokens,
+    heads,
+    batch_stride,
+    head_stride,
+    token_stride,
+    factor,
+    SMOOTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # One program quantizes BLOCK tokens of a head to int8 with one scale.
+    block = tl.program_id(0)
+    index = tl.program_id(1).to(tl.int64)
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    lane = tl.arange(0, WIDTH)
+    mask_in = token[:, None] < tokens
+    x_ptr += (index // heads) * batch_stride + (index % heads) * head_stride
+    x = tl.load(x_ptr + token[:, None].to(tl.int64) * token_stride + lane[None, :], mask=mask_in, other=0.0)
+    x = x.to(tl.float32)
+    if SMOOTH:
+        x = tl.where(mask_in, x - tl.load(mean_ptr + index * WIDTH + lane)[None, :], 0.0)
+    scale = tl.maximum(tl.max(tl.max(tl.abs(x), axis=1), axis=0), 1e-8) / 127.0
+    row = index * tl.num_programs(0) * BLOCK + token
+    codes = tl.floor(x / scale + 0.5).to(tl.int8)
+    tl.store(codes_ptr + row[:, None] * WIDTH + lane[None, :], codes)
+    tl.store(scales_ptr + index * tl.num_programs(0) + block, scale * factor)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _int8_attention(  # type: ignore[no-untyped-def]
+    q_ptr,
+    q_scale_ptr,
+    k_ptr,
+    k_scale_ptr,
+    v_ptr,
+    out_ptr,
+    q_tokens,
+    k_tokens,
+    heads,
+    v_batch_stride,
+    v_head_stride,
+    v_token_stride,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    # One program attends with ROWS queries of a head to all its keys, COLUMNS at a time, with a running softmax.
+    block = tl.program_id(0)
+    index = tl.program_id(1).to(tl.int64)
+    row = block * ROWS + tl.arange(0, ROWS)
+    lane = tl.arange(0, WIDTH)
+    column = tl.arange(0, COLUMNS)
+    blocks = tl.cdiv(k_tokens, COLUMNS)
+    q = tl.load(q_ptr + (index * tl.num_programs(0) * ROWS + row)[:, None] * WIDTH + lane[None, :])
+    q_scale = tl.load(q_scale_ptr + index * tl.num_programs(0) + block)
+    k_ptr += index * blocks * COLUMNS * WIDTH
+    k_scale_ptr += index * blocks
+    v_ptr += (index // heads) * v_batch_stride + (index % heads) * v_head_stride
+    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    out = tl.zeros([ROWS, WIDTH], tl.float32)
+    for key_block in range(blocks):
+        token = key_block * COLUMNS + column
+        k = tl.load(k_ptr + token[None, :] * WIDTH + lane[:, None])
+        scores = tl.dot(q, k, out_dtype=tl.int32).to(tl.float32) * (q_scale * tl.load(k_scale_ptr + key_block))
+        scores = tl.where(token[None, :] < k_tokens, scores, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - new_highest[:, None])
+        shrink = tl.exp2(highest - new_highest)
+        total = total * shrink + tl.sum(weights, axis=1)
+        v_offset = token[:, None].to(tl.int64) * v_token_stride + lane[None, :]
+        v = tl.load(v_ptr + v_offset, mask=token[:, None] < k_tokens, other=0.0)
+        weights = weights.to(v.dtype)
+        if UPCAST:
+            weights = weights.to(tl.float32)
+            v = v.to(tl.float32)
+        out = tl.dot(weights, v, out * shrink[:, None], input_precision="ieee")
+        highest = new_highest
+    out = out / total[:, None]
+    out_row = ((index // heads) * q_tokens + row) * heads + index % heads
+    out_offset = out_row[:, None] * WIDTH + lane[None, :]
+    tl.store(out_ptr + out_offset, out.to(out_ptr.dtype.element_ty), mask=row[:, None] < q_tokens)
+
+
+def _quantized(x_BNLK: Tensor, block: int, factor: float, mean_BNK: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Codes `[B, N, blocks * block, K]` and scales `[B, N, blocks]`, these multiplied by a factor."""
+    batch, heads, tokens, width = x_BNLK.shape
+    blocks = triton.cdiv(tokens, block)
+    codes = x_BNLK.new_empty(batch, heads, blocks * block, width, dtype=torch.int8)
+    scales = x_BNLK.new_empty(batch, heads, blocks, dtype=torch.float32)
+    _quantize_tokens[(blocks, batch * heads)](
+        x_BNLK, scales if mean_BNK is None else mean_BNK, codes, scales, tokens, heads,
+        *x_BNLK.stride()[:3], factor, mean_BNK is not None, width, block,
+    )  # fmt: skip
+    return codes, scales
+
+
+def int8_attention(q_BNLK: Tensor, k_BNLK: Tensor, v_BNLK: Tensor) -> Tensor:
+    """Attention with queries and keys in int8; reference: `quantize.reference_int8_attention`.
+
+    Heads have 32, 64 or 128 channels; all strides are free but the last, which is dense.
+    """
+    batch, heads, tokens, width = q_BNLK.shape
+    q, q_scales = _quantized(q_BNLK, QUERIES, width**-0.5 * math.log2(math.e), None)
+    k, k_scales = _quantized(k_BNLK, KEYS, 1.0, k_BNLK.mean(2, dtype=torch.float32))
+    out = q_BNLK.new_empty(batch, tokens, heads, width)
+    _int8_attention[(q_scales.shape[2], batch * heads)](
+        q, q_scales, k, k_scales, v_BNLK, out, tokens, k_BNLK.shape[2], heads,
+        *v_BNLK.stride()[:3], width, QUERIES, KEYS, _interpreted(),
+        num_warps=4 if width <= 64 else 8, num_stages=3,
+    )  # fmt: skip
+    return out.transpose(1, 2)
