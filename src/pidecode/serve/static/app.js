@@ -337,7 +337,7 @@ function showProgress(status) {
   bar.firstElementChild.style.width = waiting ? "" : `${100 * shownShare}%`;
   const text = {
     sending: status.share < 1 ? "Sending" : "Sending…", lost: "The connection is lost. Trying again…",
-    waiting: status.position > 1 ? `Waiting: ${status.position - 1} jobs before this one` : "Waiting: next in the queue",
+    waiting: status.position > 1 ? `Waiting: ${status.position - 1} job${status.position > 2 ? "s" : ""} before this one` : "Waiting: next in the queue",
     running: (status.activity || "reading the input").replace(/^./, (letter) => letter.toUpperCase()),
   }[status.state];
   const time = left > 0.5 ? `, about ${duration(left)} left` : seconds >= 2 ? `, ${duration(seconds)} so far` : "";
