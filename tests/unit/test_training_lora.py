@@ -235,6 +235,7 @@ HALVES = {
         ({}, {"rank": True}, "format or rank"),
         (lambda t: t.reshape(-1), {}, "of another network"),
         (lambda t: t[..., None], {}, "of another network"),
+        (lambda t: t[:0], {}, "of another network"),
         (lambda t: t.to(torch.complex64), {}, "complex64"),
         (lambda t: t.to(torch.uint8), {}, "uint8"),
         (lambda t: t * 1e30, {}, "NaN or infinite at strength"),

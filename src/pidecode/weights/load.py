@@ -209,8 +209,8 @@ def apply_lora(net: nn.Module, path: str | Path, scale: float = 1.0) -> int:
     changes = []
     for layer, (down, up) in sorted(halves.items()):
         weight = own[f"{layer}.weight"]
-        axes = {down.ndim, up.ndim} <= {2, weight.ndim}
-        down, up = (half.float().reshape(len(half), -1) for half in (down, up))
+        axes = {down.ndim, up.ndim} <= {2, weight.ndim} and down.numel() and up.numel()
+        down, up = (half.float().reshape(len(half), -1) if axes else half for half in (down, up))
         if not axes or (up.shape[0], down.shape[1]) != weight.flatten(1).shape:
             raise CheckpointError(
                 f"{path} adapts {layer}, of shape {tuple(weight.shape)} here; it is of another network."
