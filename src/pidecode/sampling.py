@@ -55,7 +55,7 @@ class Progress:
     Attributes:
         phase: The part of the call: "encoding" the image, "decoding" the latent, "finishing" the pixels.
         done: Share of the whole call's predicted work that is done, 0 to 1; never falls within a call.
-        unit: What the phase is counted in: "refinement", "step" or "tile"; empty where it is one piece.
+        unit: What the phase is counted in: "refinement", "step" or "strip"; empty where it is one piece.
         index: Unit that begins now, from 1; 0 before the first.
         total: Units of the phase.
     """

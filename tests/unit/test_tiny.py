@@ -89,23 +89,29 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         TinyEncoder(SMALL_ENCODER)(torch.zeros(1, 3, 20, 32))
 
 
-def test_tiles_equal_the_whole(shipped: PixelDecoder) -> None:
-    assert isinstance(shipped.net, TinyDecoder)
-    tensor = shipped.encode(recorded.synthetic_image(400, 272, seed=1)).tensor
-    whole = FeedForwardRunner(shipped.net).decode(tensor)
-    tiled = FeedForwardRunner(shipped.net, FeedForwardPlan(size=(1600, 1088), tile=16)).decode(tensor)
-    assert not torch.equal(whole, tiled)  # there were tiles
-    assert float((whole - tiled).abs().max()) * 127.5 < 1.0
+@pytest.mark.parametrize("blocks", [(1, 2, 0, 1), (2,), (1, 1)])
+def test_strips_equal_the_whole(blocks: tuple[int, ...]) -> None:
+    net = tiny_models.shake(TinyDecoder(replace(SMALL, blocks=blocks, unshuffle=2 ** (len(blocks) - 1))))
+    tensor, calls = recorded.noise(2, 128, 9, 3, seed=1), []
+    with torch.no_grad():
+        whole = net(tensor)
+    assert float(whole.std()) > 0.1
+    for strip in (None, 2000, 1):
+        plan = FeedForwardPlan(size=(192, 576), strip=strip)
+        strips = FeedForwardRunner(net, plan).decode(tensor, lambda done, total: calls.append((done, total)))
+        torch.testing.assert_close(strips, whole, rtol=1e-4, atol=1e-5)
+    if len(blocks) > 2:
+        assert max(total for _, total in calls) > 8 and calls[0] == (0, 1)
 
 
-def test_large_images_are_tiled_and_a_plan_makes_tiles_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert feed_forward.default_tile(SMALL, (2048, 2048)) is None
-    assert feed_forward.default_tile(SMALL, (4096, 1024)) == 64
+def test_a_plan_for_an_accelerator_is_cut_where_the_whole_does_not_fit() -> None:
     full = TinyDecoderConfig()
-    roomy = plan_feed_forward(full, (2048, 2048), Machine(memory=10**12, accelerator=False))
-    tight = plan_feed_forward(full, (2048, 2048), Machine(memory=roomy.peak - 1, accelerator=False))
-    assert (roomy.tile, tight.tile) == (None, 64)
+    roomy = plan_feed_forward(full, (2048, 2048), Machine(memory=10**12))
+    tight = plan_feed_forward(full, (2048, 2048), Machine(memory=roomy.peak - 1))
+    assert roomy.strip is None and tight.strip in feed_forward.STRIPS
     assert tight.peak < roomy.peak
+    on_cpu = plan_feed_forward(full, (2048, 2048), Machine(memory=10**12, accelerator=False))
+    assert on_cpu.strip == feed_forward.CPU_STRIP == FeedForwardRunner(TinyDecoder(SMALL)).strip
     with pytest.raises(DoesNotFitError, match="needs .* at the least"):
         plan_decode(SMALL, (4096, 4096), Machine(memory=1000, accelerator=False))
     with pytest.raises(SettingError, match="multiple of the 64 pixels"):

@@ -1,35 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running a `TinyDecoder`: whole, or in overlapping tiles where the image is large or memory is short."""
+"""Running a `TinyDecoder`: whole, or in strips of rows, which need little memory and stay in a CPU's caches.
+
+A strip is no tile with a margin: every convolution keeps the last two rows of its input for the next strip. So nothing
+is computed twice, and the image is the whole network's, to rounding.
+"""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pidecode.devices import resident_memory
 from pidecode.engine.machine import DRIVER, DTYPE_BYTES, GB, Machine
 from pidecode.errors import DoesNotFitError, SettingError
-from pidecode.models.tiny import TinyDecoder, TinyEncoder, downscaled
+from pidecode.models.tiny import DecoderBlock, TinyDecoder, TinyEncoder, downscaled
 from pidecode.registry.configs import TinyDecoderConfig, TinyEncoderConfig
 from pidecode.sampling import WorkTracker
 
 HEAP = 40_000_000
 """Main memory that a first decode takes beside tensors: kernels' code, and what the allocator keeps."""
-HALO = 6
-"""Cells of the first stage's grid that a tile sees beyond its edges. Measured with the shipped weights on a photograph:
-the largest difference to the whole image is 1.1/255 with 4, 0.03/255 with 6 and 0.0003/255 with 8."""
-TILES = (64, 32, 16)
-"""Sides of tiles to try, in cells of the first stage's grid, largest first: the larger, the less is computed twice."""
+CPU_STRIP = 32_768
+"""Cells of a stage's grid computed at once on a CPU. Larger tensors fall out of its caches, and those above 32 MB cost
+page faults at every allocation."""
+STRIPS = (1_048_576, 262_144, CPU_STRIP)
+"""Cells at once to try on an accelerator whose memory does not hold the whole image, most first."""
 ENCODER_WORK = 0.15  # work of one pass of the encoder in evaluations of the decoder, for progress only
 
 MEASURED_SIDE = 256  # pixels of the side of an image decoded to measure the speed
 
-TileCallback = Callable[[int, int], None]  # called before each tile with the number of tiles done and of all tiles
+StripCallback = Callable[[int, int], None]  # called before each strip with the number of strips done and of all strips
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +46,7 @@ class FeedForwardPlan:
     size: tuple[int, int]  # width and height of the image in pixels
     batch: int = 1  # images at once
     dtype: str = "float32"  # number format of the weights
-    tile: int | None = None  # side of the tiles in cells of the first stage's grid; None decodes the image whole
+    strip: int | None = None  # cells of a stage's grid that are computed at once; None decodes the image whole
     parts: tuple[tuple[str, int], ...] = ()  # what the peak consists of, in bytes
 
     @property
@@ -54,7 +61,7 @@ class FeedForwardPlan:
 
     @property
     def exact(self) -> bool:
-        """Whether the image is that of the whole network, to 1/255."""
+        """Whether the image is that of the whole network, to rounding."""
         return True
 
     def describe(self) -> str:
@@ -62,17 +69,27 @@ class FeedForwardPlan:
         (width, height) = self.size
         lines = [
             f"{width}x{height}, batch of {self.batch}, {self.dtype}",
-            "whole image at once" if self.tile is None else f"tiles of {self.tile} cells, {HALO} more on each side",
+            "whole image at once" if self.strip is None else f"strips of {self.strip} cells",
             *(f"  {name:22s} {size / GB:6.2f} GB" for name, size in self.parts),
             f"  {'predicted peak':22s} {self.peak / GB:6.2f} GB",
         ]
         return "\n".join(lines)
 
 
-def _parameters(make: Callable[[], nn.Module]) -> int:
+@functools.lru_cache(maxsize=8)
+def _parameters(config: TinyDecoderConfig | TinyEncoderConfig) -> int:
     """Number of parameters, without allocating any."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in make().parameters())
+        net = TinyDecoder(config) if isinstance(config, TinyDecoderConfig) else TinyEncoder(config)
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+def strip_rows(config: TinyDecoderConfig, strip: int | None, batch: int, width: int, height: int) -> int:
+    """Rows of a stage's output grid, `width` x `height` cells, in a strip: whole patches, and at least one."""
+    if strip is None:
+        return 2 * height
+    patch = math.lcm(2, config.unshuffle)
+    return max(1, strip // (batch * width * patch)) * patch
 
 
 def predict(
@@ -88,22 +105,22 @@ def predict(
     """
     wide, (width, height), B = DTYPE_BYTES[plan.dtype], plan.size, plan.batch
     cell = config.pixels_per_cell // config.latent_unpatchify
-    tile_width, tile_height = width, height
-    if plan.tile is not None:
-        tile_width, tile_height = (min(side, (plan.tile + 2 * HALO) * cell) for side in (width, height))
     last = cell // config.unshuffle_grid  # output pixels per cell of the last grid
-    features = B * config.width * (tile_width // last) * (tile_height // last) * wide
-    pixels = 3 * B * tile_width * tile_height * wide
-    # A block holds its input, the activation, the same with repeated edges, and a convolution's result.
-    stage = max(4 * features + features // 16, 2 * features, features + 2 * pixels)
+    columns, count = width // last, height // last
+    # The first strip is longer, by the rows that the output is behind.
+    rows = min(count, strip_rows(config, plan.strip, B, columns, count) + 2 * (1 + config.blocks[-1]))
+    cells, features = B * columns * rows, B * config.width * columns * rows * wide
+    # A block holds its input, an activation with repeated edges, and a convolution's result; then the pixels follow.
+    tails = 0 if plan.strip is None else 6 * config.blocks[-1] * B * config.width * columns * wide
+    stage = max(4 * features, 2 * features + 3 * cells * last**2 * (wide + 4)) + tails
     image, encoder = 3 * 4 * B * width * height, TinyEncoderConfig(num_refinements=1)
-    coarse = B * config.width * (width // cell) * (height // cell) * wide
-    decoding = coarse + stage + image * (1 if plan.tile is not None else 2)
+    before = B * config.width * columns * count * wide // (4 if len(config.blocks) > 1 else 1)
+    decoding = before + stage + image
     # The encoder's widest block, at the source's size; the color fix: the image, two more and six of the source's.
     encoding = 3 * B * encoder.full_width * (width * height // config.scale**2) * wide
     parts = [
-        ("weights", _parameters(lambda: TinyDecoder(config)) * wide),
-        ("encoder", _parameters(lambda: TinyEncoder(encoder)) * wide),
+        ("weights", _parameters(config) * wide),
+        ("encoder", _parameters(encoder) * wide),
         ("activations", max(decoding, encoding, 3 * image + 6 * image // config.scale**2)),
     ]
     if accelerator:
@@ -116,7 +133,7 @@ def predict(
 def plan_feed_forward(
     config: TinyDecoderConfig, size: tuple[int, int], machine: Machine, *, batch: int = 1, dtype: str | None = None
 ) -> FeedForwardPlan:
-    """The first way that fits the machine: whole up to the largest tile, then ever smaller tiles.
+    """The first way that fits the machine: strips on a CPU; elsewhere whole, then in ever smaller strips.
 
     Args:
         config: Shape of the decoder.
@@ -132,27 +149,120 @@ def plan_feed_forward(
     cell = config.pixels_per_cell
     if min(size) < cell or any(side % cell for side in size):
         raise SettingError(f"A size of {size[0]}x{size[1]} is no multiple of the {cell} pixels of a latent cell.")
-    first = FeedForwardPlan(
-        size=size, batch=batch, dtype=dtype or ("bfloat16" if machine.accelerator else "float32"),
-        tile=default_tile(config, size),
-    )  # fmt: skip
-    smallest = first
-    for tile in (first.tile, *(side for side in TILES if first.tile is None or side < first.tile)):
-        smallest = predict(
-            replace(first, tile=tile), config, accelerator=machine.accelerator, resident=resident_memory() or 0
-        )
-        if smallest.peak <= machine.memory:
-            return smallest
+    dtype = dtype or ("bfloat16" if machine.accelerator else "float32")
+    for strip in (None, *STRIPS) if machine.accelerator else (CPU_STRIP,):
+        plan = predict(
+            FeedForwardPlan(size=size, batch=batch, dtype=dtype, strip=strip), config,
+            accelerator=machine.accelerator, resident=resident_memory() or 0,
+        )  # fmt: skip
+        if plan.peak <= machine.memory:
+            return plan
     raise DoesNotFitError(
-        f"{size[0]}x{size[1]} (batch of {batch}) needs {smallest.peak / GB:.2f} GB at the least, and "
+        f"{size[0]}x{size[1]} (batch of {batch}) needs {plan.peak / GB:.2f} GB at the least, and "
         f"{machine.memory / GB:.2f} GB are free. Decode a smaller image, or fewer at once."
     )
 
 
-def default_tile(config: TinyDecoderConfig, size: tuple[int, int]) -> int | None:
-    """Side of the tiles of an image in cells; None for one that is no larger than a tile with its halo."""
-    longest = max(size) // (config.pixels_per_cell // config.latent_unpatchify)
-    return TILES[0] if longest > TILES[0] + 2 * HALO else None
+class _Rows:
+    """Input of a 3x3 convolution that comes in strips of rows, with repeated borders."""
+
+    def __init__(self) -> None:
+        self.tail: Tensor | None = None  # the two last rows so far
+
+    def padded(self, strip: Tensor, *, last: bool, silu: bool = False) -> Tensor:
+        """The next rows `[B, C, n, W]` behind those kept, padded where a border is: `[B, C, rows, W + 2]`.
+
+        The convolution gives two rows less. `silu` applies the activation on the way.
+        """
+        batch, channels, count, width = strip.shape
+        top = 1 if self.tail is None else 2
+        padded = torch.empty(
+            (batch, channels, top + count + last, width + 2), dtype=strip.dtype, device=strip.device,
+            memory_format=torch.channels_last,
+        )  # fmt: skip
+        inner = padded[:, :, top : top + count, 1:-1]
+        if silu:
+            torch.ops.aten.silu.out(strip, out=inner)
+        else:
+            inner.copy_(strip)
+        rows = padded[:, :, top : top + count]
+        rows[..., 0], rows[..., -1] = rows[..., 1], rows[..., -2]
+        padded[:, :, :top] = padded[:, :, 1:2] if self.tail is None else self.tail
+        if last:
+            padded[:, :, -1] = padded[:, :, -2]
+        else:
+            self.tail = padded[:, :, -2:].clone()
+        return padded
+
+
+class _BlockRows:
+    """A `DecoderBlock` without norms whose input comes in strips of rows; its output is two rows behind."""
+
+    def __init__(self, block: DecoderBlock) -> None:
+        self.block, self.first, self.second = block, _Rows(), _Rows()
+        self.tail: Tensor | None = None  # rows of the input to which no output was added yet
+
+    def __call__(self, x: Tensor, *, last: bool) -> Tensor:
+        hidden = _convolved(self.block.conv1, self.first.padded(x, last=last, silu=True))
+        hidden = _convolved(self.block.conv2, self.second.padded(hidden, last=last, silu=True))
+        kept = 0
+        if self.tail is not None:
+            kept = self.tail.shape[2]
+            hidden[:, :, :kept] += self.tail
+        count = hidden.shape[2] - kept
+        hidden[:, :, kept:] += x[:, :, :count]
+        self.tail = None if last else x[:, :, count:].clone()
+        return hidden
+
+
+def _convolved(conv: nn.Conv2d, padded: Tensor) -> Tensor:
+    return functional.conv2d(padded, conv.weight, conv.bias)
+
+
+def _doubled(conv: nn.Conv2d, padded: Tensor) -> Tensor:
+    """A 3x3 convolution of the grid enlarged twofold by repetition, from the small grid: `[B, C, 2 n, 2 W]`.
+
+    Of the nine cells under the kernel, which lie on four of the small grid, each of the four is multiplied once.
+    """
+    weight = conv.weight.float()
+    above, middle, below = weight.unbind(2)
+    rows = torch.stack((above, middle + below, above + middle, below), dim=2).unflatten(2, (2, 2))
+    left, center, right = rows.unbind(4)
+    kernel = torch.stack((left, center + right, left + center, right), dim=4).unflatten(4, (2, 2))
+    # [out, in, row parity, row, column parity, column] to one convolution with a channel per parity
+    kernel = kernel.permute(2, 4, 0, 1, 3, 5).flatten(0, 2).to(padded).contiguous(memory_format=torch.channels_last)
+    assert conv.bias is not None
+    parts = functional.conv2d(padded, kernel, conv.bias.repeat(4)).chunk(4, dim=1)
+    height, width = padded.shape[2] - 2, padded.shape[3] - 2
+    out = torch.empty(
+        (len(padded), conv.out_channels, 2 * height, 2 * width), dtype=padded.dtype, device=padded.device,
+        memory_format=torch.channels_last,
+    )  # fmt: skip
+    for part, (row, column) in zip(parts, itertools.product((0, 1), repeat=2), strict=True):
+        out[:, :, row::2, column::2] = part[:, :, row : row + height, column : column + width]
+    return out
+
+
+def _stage_strips(stage: nn.Sequential, features: Tensor, rows: int) -> Iterator[Tensor]:
+    """Output of a stage after the first, `[B, C, n, 2 W]`, in strips of `rows` rows (an even number) but the last."""
+    conv, *blocks = stage
+    begin, height, first = 0, features.shape[2], _Rows()
+    streams = [_BlockRows(block) for block in blocks]
+    for end in _ends(height, rows, len(blocks)):
+        last = end == height
+        x = _doubled(conv, first.padded(features[:, :, begin:end], last=last))
+        for stream in streams:
+            x = stream(x, last=last)
+        yield x
+        begin = end
+
+
+def _ends(height: int, rows: int, blocks: int) -> list[int]:
+    """Where the strips of a stage's input end, so that its output comes `rows` at a time.
+
+    The output is behind by a row of the input for the first convolution, and by one (two of its own) per block.
+    """
+    return [*range(rows // 2 + 1 + blocks, height, rows // 2), height]
 
 
 class FeedForwardRunner:
@@ -160,7 +270,7 @@ class FeedForwardRunner:
 
     Args:
         net: The network, on its device and in its number format.
-        plan: How to run it; by default whole, and in tiles beyond about 2400 pixels.
+        plan: How to run it; by default in strips on a CPU, and whole elsewhere.
     """
 
     changes_image: str | None = None  # no option of how it runs does
@@ -170,39 +280,44 @@ class FeedForwardRunner:
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.net, self.plan = net, plan
 
+    @property
+    def strip(self) -> int | None:
+        """Cells computed at once, or None for whole images."""
+        if self.plan is not None:
+            return self.plan.strip
+        return CPU_STRIP if self.net.device.type == "cpu" else None
+
     def plan_for(self, size: tuple[int, int], batch: int) -> FeedForwardPlan:
         """How width x height pixels are decoded here, with the memory that is predicted for it."""
-        plan = self.plan or FeedForwardPlan(size=size)
-        dtype = str(self.net.dtype).removeprefix("torch.")
-        tile = plan.tile or default_tile(self.net.config, size)
-        plan = replace(plan, size=size, batch=batch, dtype=dtype, tile=tile)
-        accelerator = self.net.device.type != "cpu"
+        plan = FeedForwardPlan(
+            size=size, batch=batch, dtype=str(self.net.dtype).removeprefix("torch."), strip=self.strip
+        )
         weights = dict(predict(plan, self.net.config).parts)["weights"]  # loaded, hence resident already
         resident = max(0, (resident_memory() or 0) - weights)
-        return predict(plan, self.net.config, accelerator=accelerator, resident=resident)
+        return predict(plan, self.net.config, accelerator=self.net.device.type != "cpu", resident=resident)
 
     @torch.no_grad()
-    def decode(self, latent: Tensor, on_tile: TileCallback | None = None) -> Tensor:
+    def decode(self, latent: Tensor, on_strip: StripCallback | None = None) -> Tensor:
         """Normalized latent `[B, C, h, w]` to the image `[B, 3, H, W]`, float32, not clamped."""
-        net = self.net
+        net, config = self.net, self.net.config
         features = net.coarse(latent)
-        cell = net.config.pixels_per_cell // net.config.latent_unpatchify
-        rows, columns = features.shape[-2:]
-        tile = self.plan.tile if self.plan else default_tile(net.config, (columns * cell, rows * cell))
-        if tile is None:
-            return net.fine(features).float()
-        image = torch.empty(len(latent), 3, rows * cell, columns * cell, device=latent.device)
-        count = itertools.count()
-        total = -(-rows // tile) * -(-columns // tile)
-        for top, bottom, first, last in _spans(rows, tile):
-            for left, right, start, end in _spans(columns, tile):
-                if on_tile is not None:
-                    on_tile(next(count), total)
-                part = net.fine(features[..., first:last, start:end])
-                inner = part[
-                    ..., (top - first) * cell : (bottom - first) * cell, (left - start) * cell : (right - start) * cell
-                ]
-                image[..., top * cell : bottom * cell, left * cell : right * cell] = inner
+        *inner, final = [*net.stages][1:] or [None]
+        for stage in inner:
+            features = self._whole_stage(stage, features)
+        if final is None:
+            return net.pixels(features).float()
+        height, width = 2 * features.shape[2], 2 * features.shape[3]
+        rows = strip_rows(config, self.strip, len(features), width, height)
+        side = config.patch_size // config.unshuffle  # pixels of a cell
+        image = torch.empty(len(latent), 3, height * side, width * side, device=latent.device)
+        count, done = len(_ends(features.shape[2], rows, len(final) - 1)), 0
+        strips = _stage_strips(final, features, rows)
+        for index in range(count):
+            if on_strip is not None:
+                on_strip(index, count)
+            pixels = net.pixels(next(strips))
+            image[:, :, done : done + pixels.shape[2]] = pixels
+            done += pixels.shape[2]
         return image
 
     def seconds_per_pixel(self) -> float:
@@ -213,9 +328,23 @@ class FeedForwardRunner:
             self.decode(torch.zeros(1, config.latent_channels, side, side, device=self.net.device)).sum().item()
         return (time.perf_counter() - began) / MEASURED_SIDE**2
 
-    def reconstruct(self, latent: Tensor, on_tile: TileCallback | None = None) -> Tensor:
+    def _whole_stage(self, stage: nn.Sequential, features: Tensor) -> Tensor:
+        """Output of a stage after the first, which is small beside the image: `[B, C, 2 H, 2 W]`."""
+        batch, channels, height, width = features.shape
+        rows = strip_rows(self.net.config, self.strip, batch, 2 * width, 2 * height)
+        out = torch.empty(
+            (batch, channels, 2 * height, 2 * width), dtype=features.dtype, device=features.device,
+            memory_format=torch.channels_last,
+        )  # fmt: skip
+        done = 0
+        for strip in _stage_strips(stage, features, rows):
+            out[:, :, done : done + strip.shape[2]] = strip
+            done += strip.shape[2]
+        return out
+
+    def reconstruct(self, latent: Tensor, on_strip: StripCallback | None = None) -> Tensor:
         """What a latent decodes to, at the size of the image it encodes: `[B, 3, h down, w down]` in [-1, 1]."""
-        return downscaled(self.decode(latent.to(self.net.device), on_tile), self.net.config.scale)
+        return downscaled(self.decode(latent.to(self.net.device), on_strip), self.net.config.scale)
 
     def reporting(self, tracker: WorkTracker, count: int) -> Callable[[Tensor], Tensor]:
         """`reconstruct` for an encoder that calls it `count` times; each call reports its refinement."""
@@ -237,10 +366,3 @@ class FeedForwardRunner:
 def encoding_work(num_refinements: int) -> float:
     """Work of encoding with so many refinements, in evaluations of the decoder."""
     return num_refinements + ENCODER_WORK * (1 + 2 * num_refinements)
-
-
-def _spans(length: int, tile: int) -> Iterator[tuple[int, int, int, int]]:
-    """Begin and end of every tile, and of what it sees."""
-    for begin in range(0, length, tile):
-        end = min(begin + tile, length)
-        yield begin, end, max(0, begin - HALO), min(length, end + HALO)

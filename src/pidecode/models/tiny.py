@@ -22,6 +22,14 @@ Reconstruct = Callable[[Tensor], Tensor]
 """From a normalized latent `[B, 128, h, w]` to what a decoder makes of it, at the size of the encoded image."""
 
 
+class _Conv2d(nn.Conv2d):
+    """A convolution that is not initialized on the meta device: a third of the time of building a network."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class DecoderBlock(nn.Module):
     """Two 3x3 convolutions, each behind a SiLU and an optional norm over the whole image, added to their input."""
 
@@ -87,17 +95,20 @@ class TinyDecoder(nn.Module):
         cells = functional.pixel_shuffle(latent, self.config.latent_unpatchify)
         return self.stages[0](cells.to(self.dtype))  # type: ignore[no-any-return]
 
-    def fine(self, features: Tensor) -> Tensor:
-        """The image of `coarse` features, or of a part of them: the further stages are local."""
-        for stage in list(self.stages)[1:]:
-            features = stage(functional.interpolate(features, scale_factor=2, mode="nearest"))
-        patches = functional.pixel_unshuffle(features, self.config.unshuffle)
-        tokens = self.to_pixels(self.to_hidden(patches.flatten(2).transpose(1, 2)))
-        pixels = tokens.transpose(1, 2).unflatten(2, patches.shape[-2:])
-        return functional.pixel_shuffle(pixels, self.config.patch_size)
+    def pixels(self, features: Tensor) -> Tensor:
+        """Image `[B, 3, H, W]` of the last stage's features, or of some of their rows; patches do not overlap."""
+        unshuffle, side = self.config.unshuffle, self.config.patch_size
+        cells = features.permute(0, 2, 3, 1).unflatten(2, (-1, unshuffle)).unflatten(1, (-1, unshuffle))
+        patches = cells.transpose(2, 3).flatten(3)  # a patch's values are ordered (row, column, channel)
+        order = self.to_hidden.weight.unflatten(1, (self.config.width, unshuffle**2)).transpose(1, 2).flatten(1)
+        tokens = self.to_pixels(functional.linear(patches, order, self.to_hidden.bias))
+        return tokens.unflatten(3, (3, side, side)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
     def forward(self, latent: Tensor) -> Tensor:
-        return self.fine(self.coarse(latent))
+        features = self.coarse(latent)
+        for stage in list(self.stages)[1:]:
+            features = stage(functional.interpolate(features, scale_factor=2, mode="nearest"))
+        return self.pixels(features)
 
 
 class EncoderBlock(nn.Module):
@@ -105,8 +116,8 @@ class EncoderBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv1 = _Conv2d(width, width, 3, padding=1)
+        self.conv2 = _Conv2d(width, width, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
 
@@ -143,15 +154,15 @@ class TinyEncoder(nn.Module):
     def __init__(self, config: TinyEncoderConfig | None = None, *, inputs: int = 3) -> None:
         super().__init__()
         self.config = config = config or TinyEncoderConfig()
-        self.stem = nn.Conv2d(inputs, config.full_width, 3, padding=1)
+        self.stem = _Conv2d(inputs, config.full_width, 3, padding=1)
         self.at_full = nn.Sequential(*(EncoderBlock(config.full_width) for _ in range(config.full_blocks)))
-        self.to_half = nn.Conv2d(config.full_width, config.half_width, 3, stride=2, padding=1)
+        self.to_half = _Conv2d(config.full_width, config.half_width, 3, stride=2, padding=1)
         self.at_half = nn.Sequential(*(EncoderBlock(config.half_width) for _ in range(config.half_blocks)))
-        self.to_quarter = nn.Conv2d(config.half_width, config.quarter_width, 3, stride=2, padding=1)
+        self.to_quarter = _Conv2d(config.half_width, config.quarter_width, 3, stride=2, padding=1)
         self.at_quarter = nn.Sequential(*(EncoderBlock(config.quarter_width) for _ in range(config.quarter_blocks)))
-        self.to_eighth = nn.Conv2d(config.quarter_width, config.eighth_width, 3, stride=2, padding=1)
+        self.to_eighth = _Conv2d(config.quarter_width, config.eighth_width, 3, stride=2, padding=1)
         self.at_eighth = nn.Sequential(*(ContextBlock(config.eighth_width) for _ in range(config.eighth_blocks)))
-        self.head = nn.Conv2d(config.eighth_width, config.channels // 4, 3, padding=1)
+        self.head = _Conv2d(config.eighth_width, config.channels // 4, 3, padding=1)
         if config.num_refinements:
             self.refiner = TinyEncoder(replace(config, num_refinements=0), inputs=2 * inputs)
 
@@ -219,4 +230,4 @@ def downscaled(image: Tensor, scale: int) -> Tensor:
 
 def _conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
     """A 3x3 convolution that keeps the grid and repeats its border."""
-    return nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode="replicate")
+    return _Conv2d(in_channels, out_channels, 3, padding=1, padding_mode="replicate")
