@@ -37,6 +37,7 @@ from pidecode.images import (
     crop_back,
     downsampled,
     fit_to_encoder,
+    is_finite,
     load_tensor,
     read_images,
 )
@@ -473,11 +474,11 @@ class PixelDecoder:
             callback = work.steps(callback, self._num_steps(options))
             pixels = self._run_diffusion(self.runner, latent, (width, height), options, callback)
         work.report("finishing")
-        finite, pixels = bool(torch.isfinite(pixels).all()), pixels.clamp_(-1, 1)
+        finite, pixels = is_finite(pixels), pixels.clamp_(-1, 1)
         fixed: list[dict[str, Any]] = [{}] * len(pixels)
         if finite and reference is not None:
             pixels, fixed = corrected(pixels, reference.to(pixels), options.color_fix, options.fidelity, stacklevel=8)
-        if not (finite and torch.isfinite(pixels).all()):
+        if not (finite and is_finite(pixels)):
             raise LatentError(
                 "The network answered with NaN or infinite values. Decode in float32 (dtype=torch.float32); if that "
                 "helps, this device's half-precision arithmetic is at fault."

@@ -109,7 +109,7 @@ class WorkTracker:
     def tiles(self) -> Callable[[int, int], None]:
         """A callback of the tiles done and of all tiles that reports the tile that begins; decoding begins now."""
         self.report("decoding")
-        return lambda done, total: self.report("decoding", done / total, "tile", done + 1, total)
+        return lambda done, total: self.report("decoding", done / total, "strip", done + 1, total)
 
     def steps(self, callback: Callback | None, num_steps: int) -> Callback:
         """A step callback that also reports the step that begins next; the first is reported now."""

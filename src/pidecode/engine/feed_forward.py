@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-import time
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
