@@ -212,10 +212,10 @@ def test_a_terminal_shows_what_is_being_done(monkeypatch: pytest.MonkeyPatch) ->
         bar.begin(0, "a.png")
         bar.report(Progress("encoding", 0.5, "refinement", 1, 2))
         bar.begin(1, "b.png")
-        bar.report(Progress("decoding", 0.0, "tile", 1, 12))
+        bar.report(Progress("decoding", 0.0, "strip", 1, 12))
     shown = terminal.getvalue()
     assert "1/2 a.png: encoding, refinement 1 of 2  38%" in shown
-    assert "2/2 b.png: decoding, tile 1 of 12  75%" in shown
+    assert "2/2 b.png: decoding, strip 1 of 12  75%" in shown
     assert re.search(r"about \d+", shown)
 
 

@@ -34,6 +34,6 @@ from pidecode.units import MAX_PIXELS
 __all__ = [
     "KEYWORD", "MAX_PIXELS", "Attributes", "DecodeOutput", "ImageSource", "SourceImage", "UnpaddedSize", "center_crop",
     "check_format", "count_frames", "crop_back", "downsample", "downsampled", "encode_image", "fit_to_encoder",
-    "image_size", "is_finite", "lanczos", "load_image", "load_tensor", "normalize_image", "pad_to_multiple", "read_image",
-    "read_images", "read_metadata", "resize", "save_image", "to_array", "to_pil", "to_tensor",
+    "image_size", "is_finite", "lanczos", "load_image", "load_tensor", "normalize_image", "pad_to_multiple",
+    "read_image", "read_images", "read_metadata", "resize", "save_image", "to_array", "to_pil", "to_tensor",
 ]  # fmt: skip
