@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -34,7 +35,6 @@ SMALL = 128
 """Side in pixels that text-to-image workflows are run at, in place of their own."""
 NOT_NEEDED = ("comfyui-workflow-templates", "comfyui-embedded-docs")
 """Requirements of the application that hold only pictures and texts, by the gigabyte."""
-PORT = 8197
 SPACES = ("flux", "flux2", "sd3", "sdxl", "qwenimage")
 LOADERS = {"UNETLoader", "CLIPLoader", "DualCLIPLoader", "CheckpointLoaderSimple"}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -128,14 +128,17 @@ def lay_out(checkout: Path, base: Path) -> None:
 @contextmanager
 def running(checkout: Path, python: Path, base: Path) -> Iterator[Application]:
     """The application, started and stopped again; its log is `base`/server.log."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     command = [
-        str(python), "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(PORT), "--base-directory", str(base),
+        str(python), "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(base),
         "--database-url", "sqlite:///:memory:", "--disable-api-nodes", "--disable-auto-launch", "--preview-method",
         "auto",
     ]  # fmt: skip
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
-    app = Application(f"http://127.0.0.1:{PORT}", base)
+    app = Application(f"http://127.0.0.1:{port}", base)
     with open(base / "server.log", "w") as log:
         server = subprocess.Popen(
             command, cwd=checkout, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
