@@ -238,9 +238,9 @@ ALIASES: Mapping[str, str] = MappingProxyType(
     {model.name: model.space for model in _MODELS if model.name != model.space}
     # Models that `generate` does not call and that use the autoencoder of a space as it is. By ComfyUI's latent formats
     # (v0.27, comfy/supported_models.py: Flux, Flux2, Wan21, which has Qwen-Image's statistics): Chroma, Lumina 2,
-    # ERNIE-Image, Krea 2, Anima. By their makers: Boogu (nv-tlabs/PiD, from_ldm_boogu), HiDream
-    # (https://huggingface.co/HiDream-ai/HiDream-I1-Full: the VAE is FLUX.1's), Ideogram 4
-    # (https://huggingface.co/Comfy-Org/Ideogram-4 has FLUX.2's file), Kolors (SDXL's VAE). None has a known early stop.
+    # ERNIE-Image, Krea 2, Anima. By their makers: Boogu (pid/_src/inference/from_ldm_boogu of nv-tlabs/PiD), HiDream
+    # (https://github.com/HiDream-ai/HiDream-I1: the VAE of FLUX.1 [schnell]). By other ports of PiD: Ideogram 4
+    # (mflux-cv, FLUX.2's), Kolors (SceneWorks, SDXL's). None has a known early stop.
     | {
         "boogu": "flux", "chroma": "flux", "hidream": "flux", "lumina-2": "flux", "kolors": "sdxl",
         "ernie-image": "flux2", "ideogram-4": "flux2", "anima": "qwenimage", "krea-2": "qwenimage",
