@@ -149,6 +149,8 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
         (torch.full((1, 3, 4, 4), 200.0), r"between 200 and 200, and \(-1, 1\) is black and white.*value_range="),
         (torch.zeros(8, 9, 3), r"\[C, H, W\].*got \[8, 9, 3\].*permute\(2, 0, 1\)"),
         (np.zeros((3, 8, 8)), r"\[H, W, C\].*got \[3, 8, 8\].*transpose\(1, 2, 0\)"),
+        (torch.rand(1, 8, 9, 3), r"permute\(0, 3, 1, 2\)"),
+        (np.zeros((8, 8, 5), np.uint8), r"got \[8, 8, 5\]\.$"),
         (torch.zeros(4, 4), r"\[C, H, W\]"),
         (torch.zeros(1, 3, 0, 4), r"\[C, H, W\]"),
         (torch.zeros(1, 3, 4, 4, dtype=torch.int64), "int64 values of an image have no known range"),

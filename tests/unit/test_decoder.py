@@ -75,6 +75,7 @@ def test_a_list_of_images_is_what_a_loop_makes(decoder: PixelDecoder, tmp_path: 
     output = decoder.upscale(images, seed=[4, 9], num_steps=1, progress_callback=seen.append)
     assert [image.size for image in output.images] == [(160, 120), (64, 132)]
     assert [image.mode for image in output.images] == ["RGB", "RGBA"]
+    assert repr(output) == "DecodeOutput(2 images, 160x120, 64x132)"
     assert [progress.done for progress in seen] == sorted(progress.done for progress in seen)
     for index, (image, seed) in enumerate(zip(images, (4, 9), strict=True)):
         alone = decoder.upscale(image, seed=seed, num_steps=1)

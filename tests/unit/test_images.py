@@ -189,6 +189,7 @@ def test_arrays_and_tensors_of_every_depth_and_number_of_channels() -> None:
     assert torch.equal(read_image(swapped).tensor, image.tensor)  # one pixel
     gray = read_image(np.full((2, 3), 255, np.uint8))
     assert gray.gray
+    assert repr(gray) == "SourceImage(1 of 3x2, gray)"
     assert gray.tensor.shape == (1, 3, 2, 3)
     assert read_image(torch.zeros(1, 2, 3, dtype=torch.uint8)).gray
     half = read_image(np.full((2, 3, 4), 0.5, np.float16), value_range=(0, 1))

@@ -65,7 +65,7 @@ _DNG_VERSION = 0xC612
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # EXIF entry, and its values that swap width and height
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
 class SourceImage:
     """An image to upscale, with what its file carries beside the colors.
 
@@ -81,6 +81,11 @@ class SourceImage:
     alpha: Tensor | None = None
     gray: bool = False
     attributes: Attributes = field(default_factory=Attributes)
+
+    def __repr__(self) -> str:
+        count, _, height, width = self.tensor.shape
+        kind = ("gray" if self.gray else "RGB") + ("" if self.alpha is None else " with alpha")
+        return f"SourceImage({count} of {width}x{height}, {kind})"
 
     def stripped(self) -> SourceImage:
         """The same image without attributes but the color profile, which its colors need."""
@@ -314,7 +319,7 @@ def _checked_file(file: Any) -> tuple[str, BinaryIO]:
         if not isinstance(file.read(0), bytes):
             raise ImageError(f"{name} is open as text; open it in binary mode: open(path, 'rb').")
     except (OSError, ValueError) as error:  # a pipe or a socket; a closed file
-        raise ImageError(f"{name} cannot be read from its start: {error}. Give its bytes: file.read().") from error
+        raise ImageError(f"{name} cannot be read from its start ({error}). Give its bytes: file.read().") from error
     return name, file
 
 

@@ -150,11 +150,11 @@ def image_from_values(
 
 def _channels_first(values: Tensor | NDArray[Any]) -> Tensor:
     """`[B, C, H, W]` of a tensor or an array."""
+    tensor = isinstance(values, Tensor)
     if isinstance(values, Tensor):
-        image, shapes, step = values.detach(), "[C, H, W] or [B, C, H, W]", "permute(2, 0, 1)"
+        image = values.detach()
         image = image[None] if image.ndim == 3 else image
     else:
-        shapes, step = "[H, W], [H, W, C] or [B, H, W, C]", "transpose(1, 2, 0)"
         try:
             image = torch.from_numpy(np.array(values, dtype=values.dtype.newbyteorder("="), order="C"))
         except TypeError as error:
@@ -163,11 +163,14 @@ def _channels_first(values: Tensor | NDArray[Any]) -> Tensor:
         image = image[None] if image.ndim == 3 else image
         image = image.permute(0, 3, 1, 2) if image.ndim == 4 else image
     if image.ndim != 4 or image.shape[1] not in (1, 2, 3, 4) or not image.numel():
-        what = "tensor" if isinstance(values, Tensor) else "array"
-        raise ImageError(
-            f"The {what} of an image is {shapes} with 1 to 4 channels; got {list(values.shape)}. Where its channels "
-            f"are in the other place: .{step}."
-        )
+        shapes = "tensor of an image is [C, H, W] or [B, C, H, W]"
+        shapes = shapes if tensor else "array of an image is [H, W], [H, W, C] or [B, H, W, C]"
+        message = f"The {shapes} with 1 to 4 channels; got {list(values.shape)}."
+        orders = {(True, 3): "permute(2, 0, 1)", (True, 4): "permute(0, 3, 1, 2)",
+                  (False, 3): "transpose(1, 2, 0)", (False, 4): "transpose(0, 2, 3, 1)"}  # fmt: skip
+        if values.ndim in (3, 4) and values.shape[-1 if tensor else -3] in (1, 3, 4):
+            message += f" Move its channels: image.{orders[tensor, values.ndim]}."
+        raise ImageError(message)
     return image
 
 

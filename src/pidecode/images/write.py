@@ -35,7 +35,7 @@ _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class DecodeOutput:
     """Decoded images with what they were made by.
 
@@ -61,6 +61,10 @@ class DecodeOutput:
 
     def __len__(self) -> int:
         return len(self.tensors)
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{tensor.shape[-1]}x{tensor.shape[-2]}" for tensor in self.tensors)
+        return f"DecodeOutput({len(self)} image{'s' * (len(self) != 1)}, {sizes})"
 
     @cached_property
     def tensor(self) -> Tensor:

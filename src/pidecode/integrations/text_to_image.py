@@ -234,7 +234,7 @@ def load_pipeline(model: str, source: str | None, device: torch.device, dtype: t
     try:
         pipe = getattr(diffusers, name).from_pretrained(source or repository, torch_dtype=dtype, local_files_only=True)
     except (OSError, ValueError) as error:
-        first_line = (str(error).splitlines() or [""])[0]
+        first_line = (str(error).splitlines() or [""])[0].partition(". ")[0]
         raise DownloadError(
             f"The pipeline {source or repository} is not on this machine or not whole ({first_line[:160]}). Accept its "
             f"license on its page and fetch it with `hf download {repository}`, or name a folder."
