@@ -219,7 +219,8 @@ def _upsampled(small: Tensor, size: torch.Size, begin: int, end: int, *, mode: s
     part = functional.pad(part, (2, 2, 2 - begin + first, 2 - last + end), mode="replicate")
     phases = _phases(small, scale, mode)
     kernel = (phases[:, None, :, None] * phases[None, :, None, :]).flatten(0, 1)[:, None]
-    return functional.pixel_shuffle(functional.conv2d(part, kernel), scale).unflatten(0, small.shape[:2]).flatten(1, 2)
+    upsampled: Tensor = functional.pixel_shuffle(functional.conv2d(part, kernel), scale)
+    return upsampled.unflatten(0, small.shape[:2]).flatten(1, 2)  # type: ignore[no-any-return]
 
 
 def _phases(small: Tensor, scale: int, mode: str) -> Tensor:

@@ -644,8 +644,7 @@ class PixelDecoder:
             "versions": {"pidecode": __version__, "torch": torch.__version__},
         }  # fmt: skip
         if self.kind != "feed-forward":
-            student = self.kind == "student"
-            sampler = (options.sampler or "sde") if student else "dpm-solver++"
+            sampler = (options.sampler or "sde") if self.kind == "student" else "dpm-solver++"
             steps, guidance = self._num_steps(options), options.guidance_scale
             described |= {"seed": seed, "num_steps": steps, "sampler": sampler, "guidance_scale": guidance}
         return {key: value for key, value in described.items() if value is not None}

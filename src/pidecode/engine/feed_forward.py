@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -245,7 +246,7 @@ def _doubled(conv: nn.Conv2d, padded: Tensor) -> Tensor:
 
 def _stage_strips(stage: nn.Sequential, features: Tensor, rows: int) -> Iterator[Tensor]:
     """Output of a stage after the first, `[B, C, n, 2 W]`, in strips of `rows` rows (an even number) but the last."""
-    conv, *blocks = stage
+    conv, blocks = cast(nn.Conv2d, stage[0]), cast(list[DecoderBlock], [*stage][1:])
     begin, height, first = 0, features.shape[2], _Rows()
     streams = [_BlockRows(block) for block in blocks]
     for end in _ends(height, rows, len(blocks)):

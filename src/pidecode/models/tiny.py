@@ -102,7 +102,7 @@ class TinyDecoder(nn.Module):
         patches = cells.transpose(2, 3).flatten(3)  # a patch's values are ordered (row, column, channel)
         order = self.to_hidden.weight.unflatten(1, (self.config.width, unshuffle**2)).transpose(1, 2).flatten(1)
         tokens = self.to_pixels(functional.linear(patches, order, self.to_hidden.bias))
-        return tokens.unflatten(3, (3, side, side)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        return tokens.unflatten(3, (3, side, side)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # type: ignore[no-any-return]
 
     def forward(self, latent: Tensor) -> Tensor:
         features = self.coarse(latent)
