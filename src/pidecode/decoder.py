@@ -467,7 +467,7 @@ class PixelDecoder:
             require_memory(self.runner, (width, height), len(latent))
         reference = self._reference(clean, options)
         if isinstance(self.runner, FeedForwardRunner):
-            pixels = self.runner.decode(latent.tensor, work.tiles())
+            pixels = self.runner.decode(latent.tensor, work.strips())
             if callback is not None:
                 callback(Step(1, 1, pixels))
         else:

@@ -106,8 +106,8 @@ class WorkTracker:
         done = (self.part[0] + min(1.0, done)) / self.part[1]
         self.callback(Progress(phase, done, unit, index, total))
 
-    def tiles(self) -> Callable[[int, int], None]:
-        """A callback of the tiles done and of all tiles that reports the tile that begins; decoding begins now."""
+    def strips(self) -> Callable[[int, int], None]:
+        """A callback of the strips done and of all strips that reports the strip that begins; decoding begins now."""
         self.report("decoding")
         return lambda done, total: self.report("decoding", done / total, "strip", done + 1, total)
 

@@ -37,7 +37,7 @@ ENCODER_WORK = 0.15  # work of one pass of the encoder in evaluations of the dec
 
 MEASURED_SIDE = 256  # pixels of the side of an image decoded to measure the speed
 
-StripCallback = Callable[[int, int], None]  # called before each strip with the number of strips done and of all strips
+StripCallback = Callable[[int, int], None]  # called before each of several strips with the number done and of all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -314,7 +314,7 @@ class FeedForwardRunner:
         count, done = len(_ends(features.shape[2], rows, len(final) - 1)), 0
         strips = _stage_strips(final, features, rows)
         for index in range(count):
-            if on_strip is not None:
+            if on_strip is not None and count > 1:
                 on_strip(index, count)
             pixels = net.pixels(next(strips))
             image[:, :, done : done + pixels.shape[2]] = pixels
