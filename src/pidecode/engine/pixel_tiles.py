@@ -224,7 +224,7 @@ class _TilePasses:
             pixels = slice(group.start * image.patch, group.stop * image.patch)
             update = self.halves.get(_Update, block, pixels)
             compress_tile = self.halves.get(_Compress, following, pixels)
-            for place, run in image.strips():
+            for place, run in image.tiles():
                 condition = ops.cut_run(self.tokens, run)
                 tile = image.pixels(place, group) if first_pass else ops.cut_run(self.kept[group.start], run)
                 if update is not None and attended_BLA is not None:
