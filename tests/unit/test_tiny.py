@@ -101,7 +101,7 @@ def test_strips_equal_the_whole(blocks: tuple[int, ...]) -> None:
         strips = FeedForwardRunner(net, plan).decode(tensor, lambda done, total: calls.append((done, total)))
         torch.testing.assert_close(strips, whole, rtol=1e-4, atol=1e-5)
     if len(blocks) > 2:
-        assert max(total for _, total in calls) > 8 and calls[0] == (0, 1)
+        assert max(total for _, total in calls) > 8 and min(total for _, total in calls) > 1
 
 
 def test_a_plan_for_an_accelerator_is_cut_where_the_whole_does_not_fit() -> None:
