@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tiny`: decoder and encoder, tiles against the whole, refinement, and what a feed-forward decoder refuses."""
+"""`tiny`: decoder and encoder, strips against the whole, refinement, and what a feed-forward decoder refuses."""
 
 from __future__ import annotations
 
