@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pidecode.registry.checkpoints import CHECKPOINTS, ENCODERS
-from pidecode.registry.spaces import ALIASES, GENERATION, IMAGE_MODELS, SPACES, LatentSpace
+from pidecode.registry.spaces import ALIASES, IMAGE_MODELS, SPACES, LatentSpace
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "spaces"
 
@@ -70,7 +70,7 @@ def models(space: LatentSpace) -> str:
         [
             f"`{name}`",
             f"`{model.pipeline}`",
-            GENERATION[name].repository,
+            model.repository,
             f"{model.stop_step} of {model.num_steps}"
             if model.stop_step < model.num_steps
             else f"the last, {model.num_steps}",

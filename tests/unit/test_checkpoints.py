@@ -161,4 +161,4 @@ def test_what_there_is_not(space: str, variant: str | None, kind: Any, message: 
 def test_every_space_has_an_encoder() -> None:
     assert set(ENCODERS) == set(SPACES)
     assert ENCODERS["flux"].path == "checkpoints/ae.safetensors"
-    assert [row.space for row in ENCODERS.values() if row.path.endswith("/")] == ["dinov2", "siglip"]
+    assert [space for space, row in ENCODERS.items() if row.path.endswith("/")] == ["dinov2", "siglip"]

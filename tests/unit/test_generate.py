@@ -18,7 +18,7 @@ from pidecode.errors import SettingError, SizeError
 from pidecode.images import read_metadata
 from pidecode.integrations.text_to_image import GenerationJob
 from pidecode.latents.latent import Latent, NormalizationWarning
-from pidecode.registry.spaces import GENERATION, IMAGE_MODELS, diffusion_size
+from pidecode.registry.spaces import diffusion_size
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore::{NormalizationWarning.__module__}.NormalizationWarning"),
@@ -121,8 +121,7 @@ def test_impossible_arguments_are_refused(files: Path, tmp_path: Path, more: lis
     assert said in done.output.replace("\n", " ")
 
 
-def test_every_image_model_has_defaults_and_a_size() -> None:
-    assert set(GENERATION) == set(IMAGE_MODELS)
+def test_sizes_and_prompts_that_cannot_be() -> None:
     assert diffusion_size("flux", 2048, 1024) == (512, 256)
     with pytest.raises(SizeError, match="nearest size that fits is 2048x1024"):
         diffusion_size("sd3", 2040, 1030)

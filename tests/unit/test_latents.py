@@ -26,7 +26,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def statistics_for(space: str, grid: tuple[int, int]) -> LatentStatistics | None:
     row = get_space(space)
-    if not row.needs_statistics:
+    if row.statistics not in ("batch_norm", "per_position"):
         return None
     shape = (row.channels, *grid) if row.statistics == "per_position" else (row.channels,)
     return LatentStatistics(mean=draw(*shape, seed=5) * 0.3, variance=draw(*shape, seed=6).abs() * 0.2 + 3.0)

@@ -130,7 +130,7 @@ def test_a_config_that_cannot_be_names_the_field(change: dict[str, object], word
 def test_a_config_survives_a_file() -> None:
     config = v1pt5(latent_channels=128, latent_down=16, latent_unpatchify=2)
     assert PiDConfig.from_dict(config.to_dict()) == config
-    with pytest.raises(SettingError, match="Unknown network settings depth"):
+    with pytest.raises(SettingError, match="Unknown fields depth"):
         PiDConfig.from_dict({"depth": 3})
     with pytest.raises(SettingError, match="patch_depth is '14'"):
         PiDConfig.from_dict({"patch_depth": "14"})

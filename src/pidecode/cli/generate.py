@@ -28,7 +28,7 @@ from pidecode.cli.common import (
     variant_option,
 )
 from pidecode.errors import DownloadError, SettingError
-from pidecode.registry.spaces import GENERATION, get_image_model
+from pidecode.registry.spaces import IMAGE_MODELS, get_image_model
 from pidecode.strict_json import JSONError, parse_json
 from pidecode.units import parse_size
 
@@ -44,8 +44,8 @@ _OWN = ("seed", "size", "prompt")
 @click.command(cls=GroupedCommand)
 @click.argument("prompts", nargs=-1)
 @click.option("--prompts", "prompt_file", type=_PATH, help="File with one prompt per line; # begins a comment.")
-@click.option("--space", "model", type=click.Choice(list(GENERATION)), metavar="NAME", required=True,
-              help=f"Image model: {', '.join(GENERATION)}.")  # fmt: skip
+@click.option("--space", "model", type=click.Choice(list(IMAGE_MODELS)), metavar="NAME", required=True,
+              help=f"Image model: {', '.join(IMAGE_MODELS)}.")  # fmt: skip
 @click.option("--size", default="2048x2048", show_default=True, help="Of the finished images, WIDTHxHEIGHT.")
 @click.option("--seed", "seeds", type=click.IntRange(min=0), multiple=True, help="Several make several images.")
 @click.option("--num-inference-steps", type=click.IntRange(min=1), metavar="N",

@@ -23,7 +23,7 @@ from pidecode.cli.common import (
     variant_option,
 )
 from pidecode.errors import MissingDependencyError, SettingError
-from pidecode.registry.spaces import GENERATION
+from pidecode.registry.spaces import IMAGE_MODELS
 from pidecode.units import read_text
 
 if TYPE_CHECKING:
@@ -146,8 +146,8 @@ def serve_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Most pixels of a result.",
         ),
         click.option(
-            "--pipeline", type=click.Choice(list(GENERATION)), metavar="NAME",
-            help=f"Text-to-image pipeline that makes latents from prompts: {', '.join(GENERATION)}.",
+            "--pipeline", type=click.Choice(list(IMAGE_MODELS)), metavar="NAME",
+            help=f"Text-to-image pipeline that makes latents from prompts: {', '.join(IMAGE_MODELS)}.",
         ),
         click.option("--pipeline-source", metavar="PATH", help="Folder or hub repository of the pipeline."),
         click.option("--max-body", type=click.IntRange(1), default=64, show_default=True, help="MiB per request."),

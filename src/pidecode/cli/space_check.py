@@ -20,7 +20,7 @@ from pidecode.images import DecodeOutput
 from pidecode.latents.latent import Latent, NormalizationWarning
 from pidecode.registry.checkpoints import CHECKPOINTS, REPOSITORY
 from pidecode.registry.configs import PiDConfig
-from pidecode.registry.spaces import GENERATION, IMAGE_MODELS, LatentSpace, get_space
+from pidecode.registry.spaces import IMAGE_MODELS, LatentSpace, get_space
 from pidecode.weights.resolve import HubCache
 
 BUNDLED = next(row for row in CHECKPOINTS.values() if row.bundled)
@@ -135,10 +135,13 @@ def _check_pipelines(space: LatentSpace) -> Iterator[Check]:
     for name, image_model in IMAGE_MODELS.items():
         if image_model.space != space.name:
             continue
-        source = GENERATION[name].repository
         if not hasattr(diffusers, image_model.pipeline):
             reason = f"diffusers {diffusers.__version__} has no {image_model.pipeline}; upgrade it"
             yield Check(f"pipeline {name}", False, reason)
             continue
-        cached = HubCache().cached(source, "model_index.json") is not None
-        yield Check(f"pipeline {name}", cached, source if cached else f"not on this disk: hf download {source}")
+        cached = HubCache().cached(image_model.repository, "model_index.json") is not None
+        yield Check(
+            f"pipeline {name}",
+            cached,
+            image_model.repository if cached else f"not on this disk: hf download {image_model.repository}",
+        )

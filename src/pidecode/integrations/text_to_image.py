@@ -29,7 +29,7 @@ from pidecode.integrations.diffusers import PipelineCallback, PipelineProgress, 
 from pidecode.integrations.pipeline_latents import StopAfter, recommended_stop_step, vae_decode
 from pidecode.latents.latent import Latent
 from pidecode.options import DecodeOptions
-from pidecode.registry.spaces import GENERATION, diffusion_size, get_image_model
+from pidecode.registry.spaces import diffusion_size, get_image_model
 from pidecode.strict_json import parse_json
 
 JOB_FILE = "job.json"
@@ -227,8 +227,7 @@ def load_pipeline(model: str, source: str | None, device: torch.device, dtype: t
         raise MissingDependencyError(
             'diffusers is not installed, and generating needs it; run `pip install "pidecode[diffusers]"`.'
         ) from error
-    name = get_image_model(model).pipeline
-    repository = GENERATION[get_image_model(model).name].repository
+    name, repository = get_image_model(model).pipeline, get_image_model(model).repository
     if not hasattr(diffusers, name):
         raise MissingDependencyError(f"This diffusers ({diffusers.__version__}) has no {name}; upgrade it.")
     try:
@@ -263,7 +262,7 @@ def _pipeline_call(
     image_model = get_image_model(model)
     width, height = diffusion_size(image_model, *size)
     return {
-        **GENERATION[image_model.name].arguments, "width": width, "height": height,
+        **image_model.arguments, "width": width, "height": height,
         "num_inference_steps": num_steps or image_model.num_steps, **arguments,
         "prompt": prompt, "generator": torch.Generator().manual_seed(seed),
     }  # fmt: skip

@@ -9,26 +9,21 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
-from pidecode.errors import SettingError, SizeError
+from pidecode.errors import SettingError
 from pidecode.registry import configs
 from pidecode.registry.configs import PiDConfig
 from pidecode.registry.spaces import SPACES, LatentSpace, did_you_mean, get_space
 
 NetworkKind = Literal["feed-forward", "student", "teacher", "backbone"]
-PixelSize = tuple[int, int]
-"""Height and width in pixels."""
+PixelSize = tuple[int, int]  # height and width in pixels
 
-REPOSITORY = "nvidia/PiD"
-"""Hub repository of the official weights."""
+REPOSITORY = "nvidia/PiD"  # hub repository of the official weights
 
-TEXT_ENCODER = "Efficient-Large-Model/gemma-2-2b-it"
-"""Hub repository of the text encoder the official code loads (an ungated copy of google/gemma-2-2b-it)."""
+TEXT_ENCODER = "Efficient-Large-Model/gemma-2-2b-it"  # of the official code: an ungated copy of google/gemma-2-2b-it
 
-DECODERS: tuple[NetworkKind, ...] = ("student", "feed-forward")
-"""Kinds that a variant without a kind names."""
+DECODERS: tuple[NetworkKind, ...] = ("student", "feed-forward")  # kinds that a variant without a kind names
 
-Sampler = Literal["sde", "ode"]
-"""Samplers of a student: with fresh noise at every step, or without."""
+Sampler = Literal["sde", "ode"]  # samplers of a student: with fresh noise at every step, or without
 
 STUDENT_TIMES = (0.999, 0.866, 0.634, 0.342, 0.0)
 """Flow times of the distilled 4-step schedule (docs/architecture.md, Schedule and sampling)."""
@@ -74,34 +69,22 @@ class FlowShift:
 class Checkpoint:
     """One released file of weights (docs/architecture.md, Released files)."""
 
-    space: str
-    """Name of its latent space; "pixeldit" for the backbone, which takes no latent."""
+    space: str  # name of its latent space; "pixeldit" for the backbone, which takes no latent
     variant: str
     kind: NetworkKind
-    repository: str | None
-    """Hub repository; None for the weights that ship with this package."""
-    path: str
-    """Path inside the repository, or file name among the package's assets."""
-    config: PiDConfig | None
-    """The network it holds, as it is used; None where the file itself says it (ours)."""
+    repository: str | None  # hub repository; None for the weights that ship with this package
+    path: str  # path inside the repository, or file name among the package's assets
+    config: PiDConfig | None  # the network it holds, as it is used; None where the file itself says it (ours)
     parameters: int | None
-    size_bytes: int | None = None
-    """Exact size where known; see `approximate_bytes`."""
-    sha256: str | None = None
-    """SHA-256 of the file where known; a download that differs is refused."""
-    revision: str | None = None
-    """Commit of the repository the file is fetched at; None for its main branch, whose commit is recorded."""
+    size_bytes: int | None = None  # exact size where known; see `approximate_bytes`
+    sha256: str | None = None  # SHA-256 of the file where known; a download that differs is refused
+    revision: str | None = None  # commit it is fetched at; None for the main branch, whose commit is recorded
     license: License = NSCL_V1
-    shift: FlowShift | None = None
-    """The flow shift of its training; teachers and the backbone sample with it, students have their own times."""
-    guidance_scale: float = 1.0
-    """Recommended classifier-free guidance; 1 is none."""
-    num_steps: int = 4
-    """Recommended number of sampling steps."""
-    trained_sizes: tuple[PixelSize, ...] = ()
-    """Output sizes the official notes name; empty where any size is as good as another."""
-    trained_area: tuple[int, int] | None = None
-    """Smallest and largest trained output area in pixels, where it was trained on a range of sizes."""
+    shift: FlowShift | None = None  # of its training; teachers and the backbone sample with it
+    guidance_scale: float = 1.0  # recommended classifier-free guidance; 1 is none
+    num_steps: int = 4  # recommended number of sampling steps
+    trained_sizes: tuple[PixelSize, ...] = ()  # as the official notes name them; empty where any is as good
+    trained_area: tuple[int, int] | None = None  # smallest and largest in pixels, of training on a range of sizes
 
     @property
     def bundled(self) -> bool:
@@ -128,19 +111,12 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderFile:
-    """What turns an image into latents of one space: the file in the official repository, and its kin.
+    """What turns an image into latents of one space, in a repository."""
 
-    Attributes:
-        path: A file, or a folder where it ends in "/".
-        source: The public model the encoder is.
-        statistics: The (repository, path) of normalization statistics that lie elsewhere.
-    """
-
-    space: str
-    repository: str
-    path: str
-    source: str | None = None
-    statistics: tuple[str, str] | None = None
+    path: str  # a file, or a folder where it ends in "/"
+    repository: str = REPOSITORY
+    source: str | None = None  # the public model the encoder is
+    statistics: tuple[str, str] | None = None  # repository and path of normalization statistics that lie elsewhere
 
 
 _SIZES_2K: tuple[PixelSize, ...] = ((2048, 2048), (1728, 2304), (2304, 1728), (1536, 2688), (2688, 1536))
@@ -148,7 +124,6 @@ _SIZES_2K: tuple[PixelSize, ...] = ((2048, 2048), (1728, 2304), (2304, 1728), (1
 # ones named here are those shapes with a long side of 4096.
 _SIZES_4K: tuple[PixelSize, ...] = (*_SIZES_2K, (4096, 4096), (3072, 4096), (4096, 3072), (2304, 4096), (4096, 2304))
 _AREA_4K = (1536 * 2688, 4096 * 4096)
-_SQUARE_2K: tuple[PixelSize, ...] = ((2048, 2048),)
 
 _SHIFT_2K = FlowShift(base=6.0)
 _SHIFT_V1_4K = FlowShift(base=4.0, size=1024)
@@ -159,36 +134,27 @@ def _file(folder: str) -> str:
     return f"checkpoints/{folder}/model_ema_bf16.pth"
 
 
-def _v1_config(space: str) -> PiDConfig:
-    row = SPACES[space]
-    return configs.v1(latent_channels=row.channels, latent_down=row.down, scale=row.scale)
-
-
-def _v1pt5_config(space: str, *, teacher: bool) -> PiDConfig:
-    row = SPACES[space]
-    return configs.v1pt5(
-        latent_channels=row.channels, latent_down=row.down, latent_unpatchify=row.raw_patch, color_head=teacher
-    )
-
-
 def _v1(space: str, variant: str, parameters: int, size_bytes: int | None = None) -> Checkpoint:
-    sizes = _SIZES_2K if variant == "2k" else _SIZES_4K
+    row, sizes = SPACES[space], _SIZES_2K if variant == "2k" else _SIZES_4K
     return Checkpoint(
         space=space, variant=variant, kind="student", repository=REPOSITORY,
-        path=_file(f"PiD_res{variant}_sr{SPACES[space].scale}x_official_{space}_distill_4step"),
-        config=_v1_config(space), parameters=parameters, size_bytes=size_bytes,
-        shift=_SHIFT_2K if variant == "2k" else _SHIFT_V1_4K,
-        trained_sizes=_SQUARE_2K if SPACES[space].fixed_input else sizes,
+        path=_file(f"PiD_res{variant}_sr{row.scale}x_official_{space}_distill_4step"),
+        config=configs.v1(latent_channels=row.channels, latent_down=row.down, scale=row.scale),
+        parameters=parameters, size_bytes=size_bytes, shift=_SHIFT_2K if variant == "2k" else _SHIFT_V1_4K,
+        trained_sizes=((2048, 2048),) if row.fixed_input else sizes,
         trained_area=_AREA_4K if variant == "2kto4k" else None,
     )  # fmt: skip
 
 
 def _v1pt5(space: str, parameters: int, size_bytes: int | None = None, *, teacher: bool = False) -> Checkpoint:
-    ending = "undistilled" if teacher else "distill_4step"
+    row, ending = SPACES[space], "undistilled" if teacher else "distill_4step"
+    config = configs.v1pt5(
+        latent_channels=row.channels, latent_down=row.down, latent_unpatchify=row.raw_patch, color_head=teacher
+    )
     return Checkpoint(
         space=space, variant="2kto4k_v1pt5", kind="teacher" if teacher else "student", repository=REPOSITORY,
         path=_file(f"PiD_v1pt5_res2kto4k_sr4x_official_{space}_{ending}"),
-        config=_v1pt5_config(space, teacher=teacher), parameters=parameters, size_bytes=size_bytes,
+        config=config, parameters=parameters, size_bytes=size_bytes,
         shift=_SHIFT_V1PT5, guidance_scale=5.0 if teacher else 1.0, num_steps=25 if teacher else 4,
         trained_sizes=_SIZES_4K, trained_area=_AREA_4K,
     )  # fmt: skip
@@ -227,41 +193,25 @@ CHECKPOINTS: Mapping[tuple[str, str, NetworkKind], Checkpoint] = MappingProxyTyp
 
 ENCODERS: Mapping[str, EncoderFile] = MappingProxyType(
     {
-        row.space: row
-        for row in (
-            EncoderFile(space="flux", repository=REPOSITORY, path="checkpoints/ae.safetensors"),
-            EncoderFile(
-                space="sd3", repository=REPOSITORY, path="checkpoints/sd3_vae/vae/diffusion_pytorch_model.safetensors"
-            ),
-            EncoderFile(space="sdxl", repository=REPOSITORY, path="checkpoints/sdxl_vae.safetensors"),
-            EncoderFile(space="flux2", repository=REPOSITORY, path="checkpoints/flux2_ae.safetensors"),
-            EncoderFile(space="qwenimage", repository=REPOSITORY, path="checkpoints/QwenImage_VAE_2d.pth"),
-            EncoderFile(
-                space="dinov2", repository=REPOSITORY, path="checkpoints/rae/",
-                source="facebook/dinov2-with-registers-base",
-                statistics=("nyu-visionx/RAE-collections", "stats/dinov2/wReg_base/imagenet1k_512/stat.pt"),
-            ),
-            EncoderFile(
-                space="siglip", repository=REPOSITORY, path="checkpoints/scale_rae/",
-                source="google/siglip2-so400m-patch14-224",
-            ),
-        )
+        "flux": EncoderFile(path="checkpoints/ae.safetensors"),
+        "sd3": EncoderFile(path="checkpoints/sd3_vae/vae/diffusion_pytorch_model.safetensors"),
+        "sdxl": EncoderFile(path="checkpoints/sdxl_vae.safetensors"),
+        "flux2": EncoderFile(path="checkpoints/flux2_ae.safetensors"),
+        "qwenimage": EncoderFile(path="checkpoints/QwenImage_VAE_2d.pth"),
+        "dinov2": EncoderFile(
+            path="checkpoints/rae/", source="facebook/dinov2-with-registers-base",
+            statistics=("nyu-visionx/RAE-collections", "stats/dinov2/wReg_base/imagenet1k_512/stat.pt"),
+        ),
+        "siglip": EncoderFile(path="checkpoints/scale_rae/", source="google/siglip2-so400m-patch14-224"),
     }
 )  # fmt: skip
 """The official encoder files by latent space. They keep their own licenses."""
 
-TINY_ENCODER = "tiny_encoder.safetensors"
-"""File name, among the package's assets, of the small encoder to FLUX.2's space."""
+TINY_ENCODER = "tiny_encoder.safetensors"  # among the package's assets: the small encoder to FLUX.2's space
 
 
 def variants(space: str, *kinds: NetworkKind) -> tuple[str, ...]:
-    """The released variants of a space (name or alias, or "pixeldit"), the default first.
-
-    Without kinds they are those of students and feed-forward decoders.
-
-    Raises:
-        SettingError: There is no such space.
-    """
+    """Variants of a space (name, alias or "pixeldit"), the default first, of some kinds; by default of `DECODERS`."""
     name = space if space == "pixeldit" else get_space(space).name
     return tuple(row.variant for row in _ROWS if row.space == name and row.kind in (kinds or DECODERS))
 
@@ -312,62 +262,10 @@ def list_checkpoints() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-PATCH = 16
-"""Side, in output pixels, of a patch of every released network; outputs are whole patches."""
-
 # A range variant is judged trained up to these bounds: its buckets stop short of them by a few per cent.
 _AREA_TOLERANCE = 0.05
 _LONGEST_SIDE = 4096
 _WIDEST_ASPECT = 1.8
-
-
-def output_size(space: str, latent_height: int, latent_width: int) -> PixelSize:
-    """Height and width, in pixels, of what a latent of that many cells becomes. Raises SizeError for none."""
-    if latent_height < 1 or latent_width < 1:
-        raise SizeError(f"A latent needs at least one cell; got {latent_height}x{latent_width}.")
-    factor = get_space(space).pixels_per_cell
-    return latent_height * factor, latent_width * factor
-
-
-def latent_grid(space: str, height: int, width: int) -> PixelSize:
-    """Rows and columns of the latent whose output is `height` x `width` pixels.
-
-    Raises:
-        SizeError: There is none; the message names the nearest sizes there are.
-    """
-    check_output_size(space, height, width)
-    factor = get_space(space).pixels_per_cell
-    return height // factor, width // factor
-
-
-def input_size(space: str, height: int, width: int) -> PixelSize:
-    """Height and width of the encoder's input for that output. Raises SizeError as `latent_grid` does."""
-    rows, columns = latent_grid(space, height, width)
-    down = get_space(space).down
-    return rows * down, columns * down
-
-
-def check_output_size(space: str, height: int, width: int) -> None:
-    """Check that a latent of `space` can become exactly `height` x `width` pixels.
-
-    Spaces with a fixed input have one output size; for the others both sides are multiples of
-    `input_multiple * scale` pixels (64).
-
-    Raises:
-        SizeError: It cannot.
-    """
-    row = get_space(space)
-    if row.fixed_input is not None:
-        side = row.fixed_input * row.scale
-        if (height, width) != (side, side):
-            raise SizeError(f"Space {row.name} always gives {side}x{side} pixels; {height}x{width} is not possible.")
-        return
-    step = math.lcm(row.input_multiple * row.scale, PATCH, row.pixels_per_cell)
-    if height < step or width < step or height % step or width % step:
-        raise SizeError(
-            f"Space {row.name} cannot give {height}x{width} pixels: both sides must be multiples of {step}. "
-            f"The nearest is {_nearest(height, step)}x{_nearest(width, step)}."
-        )
 
 
 def is_trained(checkpoint: Checkpoint, height: int, width: int) -> bool:
@@ -377,7 +275,7 @@ def is_trained(checkpoint: Checkpoint, height: int, width: int) -> bool:
     if checkpoint.trained_area is None:
         return False
     least, most = checkpoint.trained_area
-    aspect = max(height, width) / max(1, min(height, width))
+    aspect = max(height, width) / min(height, width)
     return (
         least * (1 - _AREA_TOLERANCE) <= height * width <= most
         and max(height, width) <= _LONGEST_SIDE
@@ -385,34 +283,17 @@ def is_trained(checkpoint: Checkpoint, height: int, width: int) -> bool:
     )
 
 
-def nearest_trained(checkpoint: Checkpoint, height: int, width: int) -> PixelSize | None:
-    """The trained output size nearest in shape, then in area; the size itself if trained; None without such a list."""
-    if height < 1 or width < 1:
-        raise SizeError(f"An image has positive sides; got {height}x{width}.")
-    if not checkpoint.trained_sizes:
-        return None
+def size_warning(checkpoint: Checkpoint, height: int, width: int) -> str | None:
+    """A sentence to warn with where an output size is outside what the checkpoint was trained for, else None."""
     if is_trained(checkpoint, height, width):
-        return height, width
+        return None
 
     def distance(size: PixelSize) -> float:
         shape = abs(math.log(size[0] * width / (size[1] * height)))
-        area = abs(math.log(size[0] * size[1] / (height * width)))
-        return 2 * shape + area / 2
+        return 2 * shape + abs(math.log(size[0] * size[1] / (height * width))) / 2
 
-    return min(checkpoint.trained_sizes, key=distance)
-
-
-def size_warning(checkpoint: Checkpoint, height: int, width: int) -> str | None:
-    """A sentence to warn with when the output size is outside what the checkpoint was trained for, else None."""
-    if is_trained(checkpoint, height, width):
-        return None
-    nearest = nearest_trained(checkpoint, height, width)
-    assert nearest is not None
+    nearest = min(checkpoint.trained_sizes, key=distance)
     return (
         f"{checkpoint.name} was not trained for {height}x{width} pixels (height x width): colors and textures may "
         f"suffer. The nearest trained size is {nearest[0]}x{nearest[1]}."
     )
-
-
-def _nearest(side: int, step: int) -> int:
-    return max(step, round(side / step) * step)

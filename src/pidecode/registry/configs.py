@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from pidecode.errors import SettingError
 
@@ -15,20 +15,18 @@ Padding = Literal["zeros", "replicate", "reflect"]
 RopeMode = Literal["original", "ntk_aware"]
 Prediction = Literal["velocity", "x0"]
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "gate": ("per_token", "per_channel"), "adapter_padding": ("zeros", "replicate", "reflect"),
-    "rope_mode": ("original", "ntk_aware"), "prediction": ("velocity", "x0"),
-}  # fmt: skip
+_CHOICES = {"gate": GateMode, "adapter_padding": Padding, "rope_mode": RopeMode, "prediction": Prediction}
+_MAY_BE_ZERO = {"text_dim", "latent_channels", "adapter_blocks", "adapter_image_channels", "pixel_depth"}
+
+MAX_WIDTH = 65536  # largest width or count in a network's configuration: files are configured by whoever wrote them
+MAX_BLOCKS = 256  # most blocks a stage of a file's network may have
+MAX_STAGES = 16  # most stages of another library's autoencoder
+MAX_VALUE = 1 << 20  # largest whole number in another library's config.json: sizes and vocabularies
 
 
-MAX_WIDTH = 65536
-"""Largest width or count in a network's configuration: files are configured by whoever wrote them."""
-MAX_BLOCKS = 256
-"""Most blocks a stage of a file's network may have."""
-MAX_STAGES = 16
-"""Most stages of another library's autoencoder."""
-MAX_VALUE = 1 << 20
-"""Largest whole number in another library's config.json: sizes and vocabularies."""
+def _check_count(name: str, value: Any, *, least: int, most: int) -> None:
+    if type(value) is not int or not least <= value <= most:
+        raise SettingError(f"{name} is {value!r}; it must be a whole number from {least} to {most}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,67 +40,42 @@ class PiDConfig:
         SettingError: The values do not fit together; the message names the field.
     """
 
-    hidden_size: int = 1536
-    """Width D of patch and prompt tokens."""
-    num_heads: int = 24
-    """Heads of the patch blocks' attention."""
-    patch_depth: int = 14
-    """Patch blocks."""
-    patch_size: int = 16
-    """Pixels of a patch, along each side."""
-    pixel_hidden_size: int = 16
-    """Width C of a pixel."""
-    pixel_depth: int = 2
-    """Pixel blocks."""
-    pixel_attn_hidden_size: int = 1152
-    """Width of the pixel blocks' attention, one token per patch."""
-    pixel_num_heads: int = 16
-    """Its heads."""
-    text_dim: int = 2304
-    """Width of prompt states; 0 builds no text stream."""
-    text_length: int = 300
-    """Most prompt tokens read."""
-    text_rope: bool = True
-    """Whether prompt tokens are rotated by their position."""
-    text_rope_theta: float = 10000.0
-    """Base of that rotation."""
-    rope_mode: RopeMode = "ntk_aware"
-    """Whether the image rotation's base follows the grid's size."""
-    rope_reference: tuple[int, int] = (1024, 1024)
-    """Height and width, in pixels, of the image at which the NTK-aware rotation equals the plain one."""
-    latent_channels: int = 16
-    """Channels of the normalized latent; 0 builds no adapter."""
-    latent_down: int = 8
-    """Pixels of the low-resolution image per latent cell, along each side."""
-    latent_unpatchify: int = 1
-    """Cells a latent cell is unpacked into, along each side."""
-    scale: int = 4
-    """Output pixels per pixel of the low-resolution image, along each side."""
-    adapter_width: int = 512
-    """Channels of the adapter's convolutions."""
-    adapter_blocks: int = 4
-    """Residual blocks of the adapter."""
-    adapter_padding: Padding = "zeros"
-    """What the convolutions see beyond the edge."""
-    adapter_image_channels: int = 0
-    """Channels of an optional low-resolution image beside the latent (0 in every released network)."""
-    gate: GateMode = "per_channel"
-    """Whether a gate decides for each token, or for each channel of it."""
-    inject_interval: int = 2
-    """The latent enters before every patch block whose index this divides."""
-    inject_pixels: bool = False
-    """Whether it enters before the pixel blocks as well."""
-    color_head: bool = False
-    """Whether the adapter predicts the low-resolution image, for the color loss of training."""
-    color_head_tap: int = -1
-    """Residual block of the adapter, counted from one, that the color head reads; -1 reads the final features."""
-    prediction: Prediction = "velocity"
-    """What the output is: noise minus image, or the image."""
+    hidden_size: int = 1536  # width D of patch and prompt tokens
+    num_heads: int = 24  # heads of the patch blocks' attention
+    patch_depth: int = 14  # patch blocks
+    patch_size: int = 16  # pixels of a patch, along each side
+    pixel_hidden_size: int = 16  # width C of a pixel
+    pixel_depth: int = 2  # pixel blocks
+    pixel_attn_hidden_size: int = 1152  # width of the pixel blocks' attention, one token per patch
+    pixel_num_heads: int = 16  # its heads
+    text_dim: int = 2304  # width of prompt states; 0 builds no text stream
+    text_length: int = 300  # most prompt tokens read
+    text_rope: bool = True  # whether prompt tokens are rotated by their position
+    text_rope_theta: float = 10000.0  # base of that rotation
+    rope_mode: RopeMode = "ntk_aware"  # whether the image rotation's base follows the grid's size
+    rope_reference: tuple[int, int] = (1024, 1024)  # height, width in pixels at which it equals the plain rotation
+    latent_channels: int = 16  # channels of the normalized latent; 0 builds no adapter
+    latent_down: int = 8  # pixels of the low-resolution image per latent cell, along each side
+    latent_unpatchify: int = 1  # cells a latent cell is unpacked into, along each side
+    scale: int = 4  # output pixels per pixel of the low-resolution image, along each side
+    adapter_width: int = 512  # channels of the adapter's convolutions
+    adapter_blocks: int = 4  # residual blocks of the adapter
+    adapter_padding: Padding = "zeros"  # what the convolutions see beyond the edge
+    adapter_image_channels: int = 0  # of a low-resolution image beside the latent; 0 in every released network
+    gate: GateMode = "per_channel"  # whether a gate decides for each token, or for each channel of it
+    inject_interval: int = 2  # the latent enters before every patch block whose index this divides
+    inject_pixels: bool = False  # whether it enters before the pixel blocks as well
+    color_head: bool = False  # whether the adapter predicts the low-resolution image, for the color loss of training
+    color_head_tap: int = (
+        -1
+    )  # residual block, counted from one, whose output the color head reads; -1 the final features
+    prediction: Prediction = "velocity"  # what the output is: noise minus image, or the image
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise SettingError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
+            if getattr(self, name) not in get_args(choices):
+                known = ", ".join(get_args(choices))
+                raise SettingError(f"{name} is {getattr(self, name)!r}; it must be one of {known}.")
         self._check_positive()
         for size, heads in (("hidden_size", "num_heads"), ("pixel_attn_hidden_size", "pixel_num_heads")):
             width, count = getattr(self, size), getattr(self, heads)
@@ -112,25 +85,18 @@ class PiDConfig:
                     "the two-axis rotation needs a whole multiple of 4."
                 )
         if self.pixel_hidden_size % 4:
-            raise SettingError(
-                f"pixel_hidden_size is {self.pixel_hidden_size}; the position table needs a multiple of 4."
-            )
+            need = "the position table needs a multiple of 4"
+            raise SettingError(f"pixel_hidden_size is {self.pixel_hidden_size}; {need}.")
         if self.has_adapter:
             self._check_adapter()
 
     def _check_positive(self) -> None:
-        may_be_zero = {
-            "text_dim", "latent_channels", "adapter_blocks", "adapter_image_channels", "pixel_depth",
-        }  # fmt: skip
         for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int) or field.name == "color_head_tap":
-                continue
-            if value < (0 if field.name in may_be_zero else 1):
-                raise SettingError(f"{field.name} is {value}; it must be positive.")
-            most = MAX_BLOCKS if field.name.endswith(("_depth", "_blocks")) else MAX_WIDTH
-            if value > most:
-                raise SettingError(f"{field.name} is {value}; it must be at most {most}.")
+            value, most = getattr(self, field.name), MAX_WIDTH
+            if field.name.endswith(("_depth", "_blocks")):
+                most = MAX_BLOCKS
+            if type(value) is int and field.name != "color_head_tap":
+                _check_count(field.name, value, least=int(field.name not in _MAY_BE_ZERO), most=most)
         if len(self.rope_reference) != 2 or min(self.rope_reference) < self.patch_size:
             raise SettingError(
                 f"rope_reference is {self.rope_reference}; it must be two sides (height, width) in pixels, "
@@ -139,9 +105,7 @@ class PiDConfig:
 
     def _check_adapter(self) -> None:
         if self.adapter_width % 4:
-            raise SettingError(
-                f"adapter_width is {self.adapter_width}; its GroupNorm of 4 groups needs a multiple of 4."
-            )
+            raise SettingError(f"adapter_width is {self.adapter_width}; GroupNorm of 4 groups needs a multiple of 4.")
         if self.latent_channels % self.latent_unpatchify**2:
             raise SettingError(
                 f"latent_channels={self.latent_channels} cannot be unpatchified by {self.latent_unpatchify}: "
@@ -198,24 +162,18 @@ class PiDConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PiDConfig:
         """Inverse of `to_dict`. Raises SettingError for unknown names or values of the wrong type."""
-        known = {field.name: field for field in fields(cls)}
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise SettingError(f"Unknown network settings {', '.join(unknown)}; known are {', '.join(known)}.")
-        clean: dict[str, Any] = dict(values)
-        defaults = cls()
-        for name, value in clean.items():
-            if name == "rope_reference":
+        clean = dict(values)
+        for field in fields(cls):
+            value, expected = clean.get(field.name, field.default), type(field.default)
+            if expected is tuple:
                 if not isinstance(value, (list, tuple)) or not all(type(number) is int for number in value):
-                    raise SettingError(f"{name} is {value!r}; it must be a list of whole numbers.")
-                clean[name] = tuple(value)
-                continue
-            expected = type(getattr(defaults, name))
-            if expected is float and type(value) is int:
-                clean[name] = float(value)
+                    raise SettingError(f"{field.name} is {value!r}; it must be a list of whole numbers.")
+                clean[field.name] = tuple(value)
+            elif expected is float and type(value) is int:
+                clean[field.name] = float(value)
             elif type(value) is not expected:
-                raise SettingError(f"{name} is {value!r}; it must be of type {expected.__name__}.")
-        return cls(**clean)
+                raise SettingError(f"{field.name} is {value!r}; it must be of type {expected.__name__}.")
+        return _from_dict(cls, clean)
 
     def without_color_head(self) -> PiDConfig:
         """The same network without its training-only color head."""
@@ -241,10 +199,7 @@ def backbone() -> PiDConfig:
     return PiDConfig(latent_channels=0, rope_reference=(2048, 2048))
 
 
-PID_CONFIGS: dict[str, PiDConfig] = {
-    "v1": v1(latent_channels=16, latent_down=8),
-    "v1.5": v1pt5(latent_channels=16, latent_down=8),
-}
+PID_CONFIGS = {"v1": v1(latent_channels=16, latent_down=8), "v1.5": v1pt5(latent_channels=16, latent_down=8)}
 """By the version of the released PiD weights, for FLUX.1's latents; those of other spaces are less than 1 % larger."""
 
 
@@ -260,8 +215,7 @@ def debug_config(**changes: Any) -> PiDConfig:
     return replace(base, **changes)
 
 
-MAX_REFINEMENTS = 16
-"""Most refinements an encoder may ask for: each costs a decode and an encode, and a file decides over them."""
+MAX_REFINEMENTS = 16  # most refinements an encoder's file may ask for: each costs a decode and an encode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -388,15 +342,11 @@ class TinyEncoderConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TinyEncoderConfig:
-        """Inverse of `to_dict`.
-
-        Raises:
-            SettingError: A name is unknown, or a value is no whole number.
-        """
+        """Inverse of `to_dict`. Raises SettingError for unknown names or values that are no whole number."""
         return _from_dict(cls, values)
 
 
-Config = TypeVar("Config", TinyDecoderConfig, TinyEncoderConfig)
+Config = TypeVar("Config", PiDConfig, TinyDecoderConfig, TinyEncoderConfig)
 
 
 def _from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
@@ -407,17 +357,8 @@ def _from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
     return cls(**values)
 
 
-def _check_count(name: str, value: Any, *, least: int, most: int) -> None:
-    if type(value) is not int or not least <= value <= most:
-        raise SettingError(f"{name} is {value!r}; it must be a whole number from {least} to {most}.")
-
-
 def check_foreign_config(config: Mapping[str, Any], source: object) -> None:
-    """Check the size of a network that another library builds from a config.json (diffusers, transformers).
-
-    Raises:
-        SettingError: A count or width is beyond any real model's, so that building it would not end.
-    """
+    """Raises SettingError for a config.json that has another library build a network larger than any real one."""
     for name, value in config.items():
         if isinstance(value, dict):
             check_foreign_config(value, source)

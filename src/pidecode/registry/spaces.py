@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -24,66 +24,41 @@ class LatentSpace:
     latent is the output of the space's own encoder and the input of its own decoder.
     """
 
-    name: str
-    """Short name."""
-    title: str
-    """Display name."""
-    channels: int
-    """Channels of the normalized latent."""
-    down: int
-    """Encoder-input pixels per latent cell, along each side."""
-    scale: int = 4
-    """Output pixels per encoder-input pixel, along each side."""
-    packing: Packing = "none"
-    """How pipelines flatten the latent to tokens: not at all, 2x2 cells to a token, or one cell to one."""
-    raw_patch: int = 1
-    """Raw cells per normalized cell, along each side: the raw latent is `[B, channels / p^2, p h, p w]`."""
+    name: str  # short name
+    title: str  # display name
+    channels: int  # channels of the normalized latent
+    down: int  # encoder-input pixels per latent cell, along each side
+    scale: int = 4  # output pixels per encoder-input pixel, along each side
+    packing: Packing = "none"  # how pipelines flatten it to tokens: not at all, 2x2 cells to a token, or one cell
+    raw_patch: int = 1  # p raw cells per normalized cell a side: the raw latent is `[B, channels / p^2, p h, p w]`
+    # What turns raw into normalized: two constants, a mean and deviation per channel, the autoencoder's batch-norm
+    # statistics, a mean and variance per position, or a LayerNorm over channels without weights.
     statistics: Statistics
-    """What turns raw into normalized: two constants, a mean and deviation per channel, the autoencoder's
-    batch-norm statistics, a mean and variance per position, or a LayerNorm over channels without weights."""
-    scaling_factor: float = 1.0
-    """Constant that raw minus shift is multiplied by ("constants")."""
-    shift_factor: float = 0.0
-    """Constant taken from raw first ("constants")."""
-    mean: tuple[float, ...] = ()
-    """Mean of each channel ("per_channel")."""
-    std: tuple[float, ...] = ()
-    """Deviation of each channel ("per_channel")."""
-    epsilon: float = 0.0
-    """Added to a variance before its root ("batch_norm", "per_position", "layer_norm")."""
+    scaling_factor: float = 1.0  # "constants": what raw minus shift is multiplied by
+    shift_factor: float = 0.0  # "constants": taken from raw first
+    mean: tuple[float, ...] = ()  # "per_channel": mean of each channel
+    std: tuple[float, ...] = ()  # "per_channel": deviation of each channel
+    epsilon: float = 0.0  # added to a variance before its root ("batch_norm", "per_position", "layer_norm")
+    # A noised latent is `(1 - s) z + s e` ("flow") or `sqrt(1 - s^2) z + s e` ("variance_preserving").
     noise_parametrization: NoiseParametrization = "flow"
-    """A noised latent is `(1 - s) z + s e` ("flow") or `sqrt(1 - s^2) z + s e` ("variance_preserving")."""
-    input_multiple: int = 16
-    """Sides of the encoder's input are cropped or padded to a multiple of this many pixels."""
-    fixed_input: int | None = None
-    """The one square side, in pixels, the encoder takes; None where any multiple will do."""
-    raw_std: float | None = None
-    """Standard deviation of a raw latent whose normalized form has 1; None where it does not tell raw latents."""
+    input_multiple: int = 16  # sides of the encoder's input are cropped or padded to a multiple of this many pixels
+    fixed_input: int | None = None  # the one square side, in pixels, the encoder takes; None where any multiple will do
+    raw_std: float | None = None  # deviation of a raw latent whose normalized form has 1; None where it does not tell
+    # Upper bound of the spread of a clean normalized latent: each channel's standard deviation over its cells,
+    # root-mean-square over channels. Measured in FLUX.2's space on 94 photographs, drawings and pages: 0.58 to 0.90;
+    # flat and test images less. Where raw latents are wider it lies between such values and the same times `raw_std`.
     spread_limit: float = 2.0
-    """Upper bound of the spread of a clean normalized latent: each channel's standard deviation over its
-    cells, root-mean-square over channels.
-
-    Measured in FLUX.2's space on 94 photographs, drawings and pages: 0.58 to 0.90; flat and test images
-    less. Where raw latents are wider the limit lies between such values and the same times `raw_std`.
-    """
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
-            values = getattr(self, name)
-            if (self.statistics == "per_channel") != (len(values) == self.channels):
-                raise SettingError(
-                    f"{name} of space {self.name!r} has {len(values)} values for {self.channels} channels."
-                )
+            count = len(getattr(self, name))
+            if (self.statistics == "per_channel") != (count == self.channels):
+                raise SettingError(f"{name} of space {self.name!r} has {count} values for {self.channels} channels.")
 
     @property
     def raw_channels(self) -> int:
         """Channels of the raw latent."""
         return self.channels // self.raw_patch**2
-
-    @property
-    def raw_down(self) -> int:
-        """Encoder-input pixels per raw latent cell, along each side."""
-        return self.down // self.raw_patch
 
     @property
     def pixels_per_cell(self) -> int:
@@ -95,25 +70,21 @@ class LatentSpace:
         """Channels of a packed token; None where pipelines do not pack."""
         return {"none": None, "two_by_two": 4 * self.channels, "patchified": self.channels}[self.packing]
 
-    @property
-    def needs_statistics(self) -> bool:
-        """Whether raw latents can be converted only with statistics read from the encoder's own weights."""
-        return self.statistics in ("batch_norm", "per_position")
 
-
-MIN_STEPS_TO_STOP_EARLY = 12
-"""In a shorter run the last steps each remove too much noise to be left out."""
+MIN_STEPS_TO_STOP_EARLY = 12  # in a shorter run the last steps each remove too much noise to be left out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageModel:
-    """A text-to-image model whose latents PiD decodes, and how its diffusers pipeline hands them out.
+    """A text-to-image model whose latents PiD decodes, and how its diffusers pipeline is called.
 
     Attributes:
         name: As `--space` and `get_image_model` take it.
         space: Its latent space.
         pipeline: Class of its diffusers pipeline.
-        autoencoder: Class of its VAE in diffusers.
+        repository: Hub repository of that pipeline.
+        arguments: Of the pipeline's call, beside prompt, size, steps and generator, by the model's own card or the
+            official demo.
         num_steps: Denoising steps its authors use.
         stop_step: Of those, the step after which PiD's authors recommend to stop (docs/architecture.md, Latent
             spaces); `num_steps` itself where only the finished latent is recommended.
@@ -123,10 +94,11 @@ class ImageModel:
     name: str
     space: str
     pipeline: str
-    autoencoder: str
+    repository: str
+    arguments: Mapping[str, float | str]
     num_steps: int
     stop_step: int
-    final_is_raw: bool = False
+    final_is_raw: bool
 
     def recommended_stop(self, num_steps: int) -> int:
         """The step, counted from 1, to stop a run of `num_steps` after; `num_steps` itself for few-step runs."""
@@ -179,23 +151,31 @@ _ROWS = (
 SPACES: Mapping[str, LatentSpace] = MappingProxyType({row.name: row for row in _ROWS})
 """Every latent space by its name."""
 
+_LONG: dict[str, float | str] = {"max_sequence_length": 512}
+_QWEN: dict[str, float | str] = {"true_cfg_scale": 4.0, "negative_prompt": " ", **_LONG}
+
+_MODEL_ROWS: tuple[tuple[str, str, str, int, int, str, dict[str, float | str]], ...] = (
+    ("flux", "flux", "Flux", 24, 28, "black-forest-labs/FLUX.1-dev", {"guidance_scale": 3.5, **_LONG}),
+    ("flux2", "flux2", "Flux2", 46, 50, "black-forest-labs/FLUX.2-dev", {"guidance_scale": 4.0, **_LONG}),
+    ("flux2-klein-4b", "flux2", "Flux2Klein", 4, 4, "black-forest-labs/FLUX.2-klein-4B",
+     {"guidance_scale": 1.0, **_LONG}),
+    ("flux2-klein-9b", "flux2", "Flux2Klein", 4, 4, "black-forest-labs/FLUX.2-klein-9B",
+     {"guidance_scale": 1.0, **_LONG}),
+    ("sd3", "sd3", "StableDiffusion3", 24, 28, "stabilityai/stable-diffusion-3-medium-diffusers",
+     {"guidance_scale": 4.0}),
+    ("sdxl", "sdxl", "StableDiffusionXL", 26, 30, "stabilityai/stable-diffusion-xl-base-1.0", {"guidance_scale": 7.5}),
+    ("qwenimage", "qwenimage", "QwenImage", 44, 50, "Qwen/Qwen-Image", _QWEN),
+    ("qwenimage-2512", "qwenimage", "QwenImage", 44, 50, "Qwen/Qwen-Image-2512", _QWEN),
+    ("zimage", "flux", "ZImage", 46, 50, "Tongyi-MAI/Z-Image", {"guidance_scale": 5.0, **_LONG}),
+    ("zimage-turbo", "flux", "ZImage", 9, 9, "Tongyi-MAI/Z-Image-Turbo", {"guidance_scale": 0.0, **_LONG}),
+)  # fmt: skip
+
 _MODELS = tuple(
     ImageModel(
-        name=name, space=space, pipeline=f"{pipeline}Pipeline", autoencoder=f"AutoencoderKL{autoencoder}",
-        stop_step=stop_step, num_steps=num_steps, final_is_raw=pipeline == "Flux2Klein",
+        name=name, space=space, pipeline=f"{pipeline}Pipeline", stop_step=stop_step, num_steps=num_steps,
+        repository=repository, arguments=MappingProxyType(arguments), final_is_raw=pipeline == "Flux2Klein",
     )
-    for name, space, pipeline, autoencoder, stop_step, num_steps in (
-        ("flux", "flux", "Flux", "", 24, 28),
-        ("zimage", "flux", "ZImage", "", 46, 50),
-        ("zimage-turbo", "flux", "ZImage", "", 9, 9),
-        ("sd3", "sd3", "StableDiffusion3", "", 24, 28),
-        ("sdxl", "sdxl", "StableDiffusionXL", "", 26, 30),
-        ("flux2", "flux2", "Flux2", "Flux2", 46, 50),
-        ("flux2-klein-4b", "flux2", "Flux2Klein", "Flux2", 4, 4),
-        ("flux2-klein-9b", "flux2", "Flux2Klein", "Flux2", 4, 4),
-        ("qwenimage", "qwenimage", "QwenImage", "QwenImage", 44, 50),
-        ("qwenimage-2512", "qwenimage", "QwenImage", "QwenImage", 44, 50),
-    )
+    for name, space, pipeline, stop_step, num_steps, repository, arguments in _MODEL_ROWS
 )  # fmt: skip
 
 IMAGE_MODELS: Mapping[str, ImageModel] = MappingProxyType({model.name: model for model in _MODELS})
@@ -214,7 +194,7 @@ def has_stem(name: str, stem: str) -> bool:
 
 
 def recommended_stop(classes: Iterable[str], num_steps: int) -> int:
-    """The step, counted from 1, after which PiD's authors recommend to stop a run.
+    """The step, counted from 1, after which PiD's authors recommend to stop a run of `num_steps`.
 
     Args:
         classes: Names of the classes of a diffusers pipeline or of a ComfyUI model, the most specific first.
@@ -292,51 +272,8 @@ def get_image_model(name: str) -> ImageModel:
     return model
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationDefaults:
-    """How `pidecode generate` calls one image model.
-
-    Attributes:
-        repository: Hub repository of the diffusers pipeline.
-        arguments: Of the pipeline's call, beside prompt, size, steps and generator.
-    """
-
-    repository: str
-    arguments: Mapping[str, float | int | str] = field(default_factory=dict)
-
-
-_LONG: dict[str, float | int | str] = {"max_sequence_length": 512}
-_QWEN: dict[str, float | int | str] = {"true_cfg_scale": 4.0, "negative_prompt": " ", **_LONG}
-
-_GENERATION_ROWS: tuple[tuple[str, str, dict[str, float | int | str]], ...] = (
-    ("flux", "black-forest-labs/FLUX.1-dev", {"guidance_scale": 3.5, **_LONG}),
-    ("flux2", "black-forest-labs/FLUX.2-dev", {"guidance_scale": 4.0, **_LONG}),
-    ("flux2-klein-4b", "black-forest-labs/FLUX.2-klein-4B", {"guidance_scale": 1.0, **_LONG}),
-    ("flux2-klein-9b", "black-forest-labs/FLUX.2-klein-9B", {"guidance_scale": 1.0, **_LONG}),
-    ("sd3", "stabilityai/stable-diffusion-3-medium-diffusers", {"guidance_scale": 4.0}),
-    ("sdxl", "stabilityai/stable-diffusion-xl-base-1.0", {"guidance_scale": 7.5}),
-    ("qwenimage", "Qwen/Qwen-Image", _QWEN),
-    ("qwenimage-2512", "Qwen/Qwen-Image-2512", _QWEN),
-    ("zimage", "Tongyi-MAI/Z-Image", {"guidance_scale": 5.0, **_LONG}),
-    ("zimage-turbo", "Tongyi-MAI/Z-Image-Turbo", {"guidance_scale": 0.0, **_LONG}),
-)
-GENERATION: Mapping[str, GenerationDefaults] = MappingProxyType(
-    {
-        name: GenerationDefaults(repository=repository, arguments=MappingProxyType(arguments))
-        for name, repository, arguments in _GENERATION_ROWS
-    }
-)
-"""Defaults by image model, as the models' own cards and the official demo give them."""
-
-assert set(GENERATION) == set(IMAGE_MODELS)
-
-
 def diffusion_size(model: str | ImageModel, width: int, height: int) -> tuple[int, int]:
-    """Width and height the image model runs at for an image of `width` x `height` pixels from PiD.
-
-    Raises:
-        SizeError: A side is no multiple of 16 times the scale; the message names the nearest size that fits.
-    """
+    """Width and height the image model runs at for that output of PiD; SizeError where no such image exists."""
     row = get_image_model(model) if isinstance(model, str) else model
     scale = get_space(row.space).scale
     unit = 16 * scale
