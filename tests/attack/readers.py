@@ -142,7 +142,7 @@ def pickles(rng: Random, folder: Path) -> Iterator[Trial]:
             for tensor in read_weights(path).tensors.values():
                 tensor.sum().item()
 
-        yield [trial]
+        yield [trial, partial(count_latents, path), partial(Latent.load, data)]
 
 
 def encoders_and_adapters(rng: Random, folder: Path) -> Iterator[Trial]:

@@ -78,6 +78,13 @@ def test_code_in_a_pickle_never_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_tensor_that_repeats_its_values_takes_no_memory(tmp_path: Path) -> None:
+    torch.save(torch.zeros(1).expand(1, 128, 40_000, 40_000), tmp_path / "a.pt")
+    for read in (count_latents, Latent.load):
+        with pytest.raises(FileError, match="claims 204,800,000,000 values and stores fewer"):
+            read(tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize("shape", [(128, 4, 6), (1, 128, 1, 4, 6), (128, 1, 4, 6)])
 def test_a_missing_batch_axis_and_one_frame(tmp_path: Path, shape: tuple[int, ...]) -> None:
     save_file({"latent": VALUES.reshape(shape)}, tmp_path / "a.safetensors")

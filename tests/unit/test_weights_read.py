@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 from pidecode.errors import CheckpointError
+from pidecode.latents.latent import Latent
+from pidecode.latents.storage import count_latents
 from pidecode.weights.read import read_tensors, read_weights, strip_prefixes
 from pidecode.weights.safetensors import read_header, sha256
 
@@ -296,8 +298,8 @@ def test_truncated_files_are_refused(tmp_path, suffix, share):
         (b"GGUF\x03\x00\x00\x00", "GGUF"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer"),
         (b"<!DOCTYPE html><html>", "web page"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(100), "no readable weights file|no pickle"),
-        (b"hello", "no readable weights file|no pickle"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "no readable file of tensors|no pickle"),
+        (b"hello", "no readable file of tensors|no pickle"),
     ],
 )
 def test_other_kinds_of_file_are_recognized(tmp_path, start, message):
@@ -410,9 +412,19 @@ SHARED_TUPLES = b"(K\x01tq\0" + b"".join(b"(h%ch%ctq%c" % (i, i, i + 1) for i in
 def test_hostile_pickles_take_no_memory(tmp_path, content, message, legacy):
     path = write_pickle(tmp_path / "hostile.pth", content, legacy=legacy)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(CheckpointError, match=message):
-        read_weights(path)
+    for read in (read_weights, count_latents, Latent.load, lambda path: Latent.load(path.read_bytes())):
+        with pytest.raises(CheckpointError, match=message):
+            read(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+
+
+def test_the_pickle_that_is_checked_is_the_one_that_is_read(tmp_path):
+    bomb = write_pickle(tmp_path / "a.pth", named(b"cbuiltins\nbytearray\n" + number(10**9) + b"\x85R"), legacy=True)
+    good = write_pickle(tmp_path / "good.pth", named(tensor_of(storage(4), 4)))
+    bomb.write_bytes(bomb.read_bytes() + good.read_bytes())
+    assert zipfile.is_zipfile(bomb)
+    with pytest.raises(CheckpointError, match="run code .builtins.bytearray."):
+        read_weights(bomb)
 
 
 def test_the_pickle_those_tests_write_is_otherwise_right(tmp_path):

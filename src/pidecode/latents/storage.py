@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from pidecode.errors import FileError, LatentError
 from pidecode.files import atomic_write
 from pidecode.registry.spaces import SPACES
 from pidecode.strict_json import JSONError, parse_json
+from pidecode.weights.read import load_pickle, only_tensors
 from pidecode.weights.safetensors import Header, looks_like_safetensors, read_header, read_safetensors
 
 FORMAT = 1
@@ -137,22 +137,14 @@ def _read_array(source: str | os.PathLike[str] | bytes, path: object) -> Tensor 
             raise FileError(f"{path} is a damaged .npy file, or not of numbers: {error}.") from error
     if not data.startswith((b"PK\x03\x04", b"\x80")) or looks_like_safetensors(data[:16]):
         return None
-    try:
-        with warnings.catch_warnings():  # of formats that old versions of torch wrote
-            warnings.simplefilter("ignore")
-            loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # a malicious file can make the reader raise any exception
-        reason = (str(error).splitlines() or [""])[0]
-        raise FileError(f"{path} is damaged, or holds more than tensors, which is never loaded: {reason}") from error
+    loaded = load_pickle(data, path)
     if isinstance(loaded, dict):
         named = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
         chosen = next((name for name in (TENSOR_NAME, "latents", "samples") if name in named), None)
         loaded = named[chosen] if chosen else next(iter(named.values())) if len(named) == 1 else loaded
     if not isinstance(loaded, Tensor):
         raise LatentError(f"{path} holds {type(loaded).__name__}, not one tensor; save the latent alone by torch.save.")
-    return loaded.detach()
+    return only_tensors(path, {TENSOR_NAME: loaded})[TENSOR_NAME]
 
 
 def read_latent_header(source: str | os.PathLike[str] | bytes) -> Header:

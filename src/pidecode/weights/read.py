@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import pickletools
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -63,6 +64,7 @@ _LITERALS = {
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _MARK = object()
+_ZIP = b"PK\x03\x04"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,7 @@ def read_tensors(path: str | Path, *, eight_bits: bool = False) -> WeightFile:
     check_file(path)
     start = read_start(path)
     _refuse_known_strangers(path, start)
-    if looks_like_safetensors(start) or (path.suffix == ".safetensors" and not start.startswith(b"PK\x03\x04")):
+    if looks_like_safetensors(start) or (path.suffix == ".safetensors" and not start.startswith(_ZIP)):
         header, tensors = read_safetensors(path)
         if small := sorted(
             {entry.dtype for entry in header.tensors.values() if entry.dtype.startswith(("F8", "F6", "F4"))}
@@ -125,7 +127,7 @@ def read_tensors(path: str | Path, *, eight_bits: bool = False) -> WeightFile:
         if not tensors:
             raise CheckpointError(f"{path} holds no tensors; weights were expected.")
         return WeightFile(path, tensors, header.metadata, "safetensors")
-    return WeightFile(path, _read_pickle(path), {}, "pickle")
+    return WeightFile(path, only_tensors(path, load_pickle(path, path)), {}, "pickle")
 
 
 def _refuse_known_strangers(path: Path, start: bytes) -> None:
@@ -141,44 +143,56 @@ def _refuse_known_strangers(path: Path, start: bytes) -> None:
         raise CheckpointError(f"{path} is a web page, not weights; download the file itself, as with `hf download`.")
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    zipped = zipfile.is_zipfile(path)
-    if zipped:
-        _check_archive(path)
-    _scan_pickle(path, zipped=zipped)
-    try:
-        if zipped and path.suffix != ".safetensors":
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        else:  # torch goes by the name where it is given one; a handle makes it look at the content
-            with open(path, "rb") as file:
-                content = torch.load(file, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise CheckpointError(f"{path} asks for more memory than there is; do not trust this file.") from None
-    except Exception as fault:  # torch raises whatever a damaged stream leads it into
-        first_line = (str(fault).splitlines() or [""])[0]
-        raise CheckpointError(
-            f"{path} is no readable weights file (truncated, or not written by torch.save or safetensors): "
-            f"{type(fault).__name__}: {first_line[:200]}. Fetch it again."
-        ) from None
-    return _only_tensors(path, content)
+def load_pickle(source: Path | bytes, name: object) -> Any:
+    """What `torch.save` wrote, after its opcodes were checked (`_scan_pickle`); never code.
+
+    Args:
+        source: The file, whose tensors then are views of its pages, or its content.
+        name: What errors call it.
+
+    Raises:
+        CheckpointError: It is damaged, holds more than numbers, text and dense tensors, or lies about its sizes.
+    """
+    size = len(source) if isinstance(source, bytes) else source.stat().st_size
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+        zipped = file.read(len(_ZIP)) == _ZIP  # as torch tells it: a pickle may end in an archive, which it ignores
+        if zipped:
+            _check_archive(name, file, size)
+        _scan_pickle(name, file, size, zipped=zipped)
+        file.seek(0)
+        try:
+            if zipped and isinstance(source, Path) and source.suffix != ".safetensors":
+                return torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+            # torch goes by the name where it is given one; a handle makes it look at the content
+            with warnings.catch_warnings():  # of formats that old versions of torch wrote
+                warnings.simplefilter("ignore")
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except MemoryError:
+            raise CheckpointError(f"{name} asks for more memory than there is; do not trust this file.") from None
+        except Exception as fault:  # torch raises whatever a damaged stream leads it into
+            first_line = (str(fault).splitlines() or [""])[0]
+            raise CheckpointError(
+                f"{name} is no readable file of tensors (truncated, or not written by torch.save or safetensors): "
+                f"{type(fault).__name__}: {first_line[:200]}. Fetch it again."
+            ) from None
 
 
-def _check_archive(path: Path) -> None:
+def _check_archive(name: object, file: BinaryIO, size: int) -> None:
     """torch.save stores entries uncompressed; anything else is a trap or another kind of archive."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as fault:
-        raise CheckpointError(f"{path} is a damaged archive ({fault}); fetch it again.") from None
+        raise CheckpointError(f"{name} is a damaged archive ({fault}); fetch it again.") from None
     names = [entry.filename for entry in entries]
-    if len(set(names)) != len(names) or sum(name.endswith("data.pkl") for name in names) > 1:
-        raise CheckpointError(f"{path} holds two files of one name; do not trust this file.")
-    if not any(name.endswith("data.pkl") for name in names):
-        raise CheckpointError(f"{path} is a zip archive without weights in it; unpack it, or name the weights file.")
+    if len(set(names)) != len(names) or sum(inner.endswith("data.pkl") for inner in names) > 1:
+        raise CheckpointError(f"{name} holds two files of one name; do not trust this file.")
+    if not any(inner.endswith("data.pkl") for inner in names):
+        raise CheckpointError(f"{name} is a zip archive without weights in it; unpack it, or name the weights file.")
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise CheckpointError(f"{path} is compressed, which torch.save never does; do not trust this file.")
-    if sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise CheckpointError(f"{path} claims to hold more bytes than it has; do not trust this file.")
+        raise CheckpointError(f"{name} is compressed, which torch.save never does; do not trust this file.")
+    if sum(entry.file_size for entry in entries) > size:
+        raise CheckpointError(f"{name} claims to hold more bytes than it has; do not trust this file.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +203,7 @@ class _Value:
     items: tuple[Any, ...] = ()
 
 
-def _scan_pickle(path: Path, *, zipped: bool) -> None:
+def _scan_pickle(path: object, file: BinaryIO, size: int, *, zipped: bool) -> None:
     """Check the pickle of a file that torch.save wrote (`zipped`: by torch 1.6 or later) before anything unpickles it.
 
     torch's `weights_only` unpickler runs no code, but it allocates what a pickle asks for: `bytearray(6000000000)` is a
@@ -202,12 +216,12 @@ def _scan_pickle(path: Path, *, zipped: bool) -> None:
     try:
         # From memory, because reading from a file allocates as much as an opcode claims.
         if not zipped:
-            with open(path, "rb") as file:
-                stream = io.BytesIO(file.read(MAX_PICKLE_BYTES))
+            file.seek(0)
+            stream = io.BytesIO(file.read(MAX_PICKLE_BYTES))
             for _ in range(_LEGACY_PICKLES):
-                _Scan(path, stream, lambda key: path.stat().st_size).run()
+                _Scan(path, stream, size, lambda key: size).run()
             return
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
             name = next(name for name in sizes if name.endswith("data.pkl"))
             if sizes[name] > MAX_PICKLE_BYTES:
@@ -216,7 +230,7 @@ def _scan_pickle(path: Path, *, zipped: bool) -> None:
                     "are read. Get the weights as .safetensors."
                 )
             folder = name.removesuffix("data.pkl") + "data/"
-            _Scan(path, io.BytesIO(archive.read(name)), lambda key: sizes.get(folder + key)).run()
+            _Scan(path, io.BytesIO(archive.read(name)), size, lambda key: sizes.get(folder + key)).run()
     except (ValueError, IndexError, OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} is no pickle of plain tensors (truncated, or not written by torch.save or safetensors: "
@@ -227,12 +241,12 @@ def _scan_pickle(path: Path, *, zipped: bool) -> None:
 class _Scan:
     """Follows one pickle's opcodes on a stack of literals and stand-ins."""
 
-    def __init__(self, path: Path, stream: BinaryIO, capacity: Callable[[str], int | None]) -> None:
+    def __init__(self, path: object, stream: BinaryIO, size: int, capacity: Callable[[str], int | None]) -> None:
         self.path, self.stream, self.capacity = path, stream, capacity
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.claimed: dict[str, int] = {}
-        self.total, self.size = 0, path.stat().st_size
+        self.total, self.size = 0, size
 
     def run(self) -> None:
         """Follow the pickle to its end."""
@@ -325,7 +339,12 @@ class _Scan:
         return _Value("storage")
 
 
-def _only_tensors(path: Path, content: Any) -> dict[str, Tensor]:
+def only_tensors(path: object, content: Any) -> dict[str, Tensor]:
+    """The named tensors of what `load_pickle` returned.
+
+    Raises:
+        CheckpointError: There is none; one is not dense, or takes more memory than the file has values for.
+    """
     for _ in range(3):
         if not isinstance(content, Mapping):
             break
@@ -349,7 +368,8 @@ def _only_tensors(path: Path, content: Any) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{path}: {name} claims {tensor.numel():,} values and stores fewer; do not trust this file."
             )
-    if sum(tensor.nbytes for tensor in tensors.values()) > 4 * path.stat().st_size:  # a few may share values
+    stored = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()}
+    if sum(tensor.nbytes for tensor in tensors.values()) > 4 * sum(stored.values()):  # a few may share values
         raise CheckpointError(f"{path} shows the same values under many names; do not trust this file.")
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
