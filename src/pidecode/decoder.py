@@ -279,7 +279,7 @@ class PixelDecoder:
         )
 
     def encode(
-        self, image: ImageSource | Sequence[ImageSource], *, fit: Fit = "pad", num_refinements: int | None = None
+        self, image: ImageSource | Sequence[ImageSource], *, fit: Fit = "pad", num_refinements: int = 0
     ) -> Latent:
         """Encode an image, or a list of images of one size, to a clean latent of this decoder's space.
 
@@ -397,7 +397,8 @@ class PixelDecoder:
             reference: Default the image itself.
             fit: "pad" (default) mirrors the edges out to the encoder's multiple and cuts the result back, so that it
                 is exactly that many times the image; "crop" crops around the center instead.
-            num_refinements: Times the encoder corrects its latent by what it decodes to, for encoders that can.
+            num_refinements: Times the encoder corrects its latent by what it decodes to, for encoders that can; each
+                decodes once more. Default 0.
 
         Raises:
             ImageError: It is no image; of a list, the index is named.
@@ -412,8 +413,8 @@ class PixelDecoder:
             num_refinements=num_refinements,
         )  # fmt: skip
         chosen.require_acting(self.kind, "upscale", self.name)
-        chosen = chosen.with_color_fix(self.kind)
-        encoding = encoding_work(self._refinements(chosen.num_refinements))
+        chosen = chosen.with_upscale_defaults(self.kind)
+        encoding = encoding_work(chosen.num_refinements or 0)
         run = partial(self._upscale, callback=callback)
         return self._one_by_one(run, read_images(image), chosen, progress_callback, encoding)
 
@@ -443,7 +444,7 @@ class PixelDecoder:
         require_memory(self.runner, (tensor.shape[-1] * self.scale, tensor.shape[-2] * self.scale), len(tensor))
         result = self.upscaled_size((source.tensor.shape[-1], source.tensor.shape[-2]), options)
         options = options.at_natural_size()  # which the latent is decoded at
-        latent = self._encode(tensor, options.num_refinements, tracker)
+        latent = self._encode(tensor, options.num_refinements or 0, tracker)
         if options.reference is None:
             options = options.replace(reference=SourceImage(tensor=tensor))
         output = self._decode(latent, options, tracker, "upscale", callback)
@@ -491,7 +492,7 @@ class PixelDecoder:
         return DecodeOutput(pixels.unbind(), described)
 
     @torch.inference_mode()
-    def _encode(self, tensor: Tensor, num_refinements: int | None, tracker: WorkTracker) -> Latent:
+    def _encode(self, tensor: Tensor, num_refinements: int, tracker: WorkTracker) -> Latent:
         if self.encoder is None:
             raise SettingError(
                 f"{self.name} came without an encoder, so it decodes latents but cannot take images. Fetch one "
@@ -500,7 +501,7 @@ class PixelDecoder:
         tracker.report("encoding")
         reconstruct = None
         if isinstance(self.runner, FeedForwardRunner):
-            reconstruct = self.runner.reporting(tracker, self._refinements(num_refinements))
+            reconstruct = self.runner.reporting(tracker, num_refinements)
         with self._encoder_on_device():
             cells = encode_images(self.encoder, tensor.to(self.device), reconstruct, num_refinements)
         return Latent(cells, self.space.name, 0.0)
@@ -551,12 +552,6 @@ class PixelDecoder:
         if self.checkpoint and (advice := size_warning(self.checkpoint, height, width)):
             warnings.warn(advice, stacklevel=7)
         return width, height
-
-    def _refinements(self, asked: int | None) -> int:
-        """Corrections that `_encode` will make."""
-        if not isinstance(self.runner, FeedForwardRunner):
-            return 0
-        return getattr(self.encoder, "num_refinements", 0) if asked is None else asked
 
     def _num_steps(self, options: DecodeOptions) -> int:
         defaults = {"feed-forward": 1, "student": STUDENT_STEPS, "teacher": TEACHER_STEPS}

@@ -138,7 +138,7 @@ class DecodeOptions:
         str, choices=get_args(Fit), commands=("upscale",),
     )  # fmt: skip
     num_refinements: int | None = _option(
-        "Times the encoder corrects its latent by what it decodes to; 0 is fastest.",
+        "Times the encoder corrects its latent by what it decodes to; each decodes once more. Default 0.",
         int, minimum=0, maximum=16, kinds=("feed-forward",), commands=("upscale",),
     )  # fmt: skip
 
@@ -176,16 +176,20 @@ class DecodeOptions:
                 acts = " and ".join(info.commands)
                 raise SettingError(f"{option} acts in {acts} only, and this is {command}; leave it out.")
 
-    def with_color_fix(self, kind: DecoderKind) -> DecodeOptions:
-        """The same options with the color fix that `upscale` uses by default.
+    def with_upscale_defaults(self, kind: DecoderKind) -> DecodeOptions:
+        """The same options with the color fix and the number of refinements that `upscale` uses by default.
 
-        A feed-forward decoder is held to the image, unless `sigma` asks it to invent.
+        A feed-forward decoder is held to the image, unless `sigma` asks it to invent, and its latent is not refined.
 
         Raises:
             SettingError: `fidelity` has no effect with this color fix.
         """
-        held = kind == "feed-forward" and not self.sigma
-        chosen = self.replace(color_fix=self.color_fix or ("back-projection" if held else None))
+        feed_forward = kind == "feed-forward"
+        held = feed_forward and not self.sigma
+        chosen = self.replace(
+            color_fix=self.color_fix or ("back-projection" if held else None),
+            num_refinements=(self.num_refinements or 0) if feed_forward else None,
+        )
         if chosen.fidelity is not None and chosen.color_fix != "back-projection":
             raise SettingError(
                 f"fidelity acts with color_fix back-projection only, and color_fix is {chosen.color_fix or 'off'}; "

@@ -67,7 +67,7 @@ class Progress:
     total: int = 0
 
     def __str__(self) -> str:
-        """The phase in words, such as "encoding, refinement 1 of 2"."""
+        """The phase in words, such as "decoding, strip 3 of 8"."""
         return f"{self.phase}, {self.unit} {self.index} of {self.total}" if self.index else self.phase
 
 

@@ -243,7 +243,17 @@ def test_refinement_brings_the_decoded_image_nearer(shipped: PixelDecoder) -> No
         return float(psnr(downscaled(decoded, shipped.scale), image))
 
     assert found(2) > found(0) + 0.2
-    assert torch.equal(shipped.encode(image).tensor, shipped.encode(image, num_refinements=2).tensor)
+    assert torch.equal(shipped.encode(image).tensor, shipped.encode(image, num_refinements=0).tensor)
+
+
+def test_upscaling_decodes_once_unless_refinements_are_asked_for(shipped: PixelDecoder) -> None:
+    image, seen = recorded.synthetic_image(32, 32, seed=3), []
+    plain = shipped.upscale(image, progress_callback=lambda progress: seen.append(str(progress)))
+    assert seen == ["encoding", "decoding", "finishing"]
+    assert plain.metadata[0]["num_refinements"] == 0
+    refined = shipped.upscale(image, num_refinements=1)
+    assert refined.metadata[0]["num_refinements"] == 1 and not torch.equal(refined.tensor, plain.tensor)
+    assert "num_refinements" not in shipped.decode(shipped.encode(image)).metadata[0]
 
 
 def test_packed_channels_are_channel_row_column() -> None:

@@ -320,19 +320,19 @@ _WITH_BAR = "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}{postfix}"
 TRUSTED_SHARE = 0.2  # share of the work from which on the time so far predicts the rest better than a quick measure
 
 
-def predicted_seconds(decoder: PixelDecoder, pixels: int, *, encodes: bool) -> float | None:
+def predicted_seconds(decoder: PixelDecoder, pixels: int, num_refinements: int | None) -> float | None:
     """Time to make results of so many pixels in all, by a quick measure; None for decoders that draw noise.
 
     Args:
         decoder: The decoder.
         pixels: At the decoder's own scale.
-        encodes: Whether images are encoded first.
+        num_refinements: As of `upscale`; None where nothing is encoded.
     """
     from pidecode.engine.feed_forward import FeedForwardRunner, encoding_work
 
     if not isinstance(decoder.runner, FeedForwardRunner):
         return None
-    encoding = encoding_work(getattr(decoder.encoder, "num_refinements", 0)) if encodes else 0.0
+    encoding = 0.0 if num_refinements is None else encoding_work(num_refinements)
     return decoder.runner.seconds_per_pixel() * pixels * (1 + encoding)
 
 

@@ -99,10 +99,6 @@ class DecodeTask(Protocol):
     def suffix(self) -> str:
         """What is added to the names of results."""
 
-    @property
-    def encodes(self) -> bool:
-        """Whether a source is encoded first."""
-
     def check(self, source: DecodeSource) -> None:
         """Raise an error for what is no file of the right kind, by its first bytes."""
 
@@ -407,7 +403,8 @@ def _decode_all(
             width, height, batch = task.decoded_size(decoder.metadata, shape)
             jobs.append((source, target, width * height * batch))
     work = [pixels for _, _, pixels in jobs]
-    bar.expect(work, predicted_seconds(decoder, sum(work), encodes=task.encodes) if bar.visible else None)
+    refinements = (task.options.num_refinements or 0) if isinstance(task, UpscaleTask) else None
+    bar.expect(work, predicted_seconds(decoder, sum(work), refinements) if bar.visible else None)
     written: list[dict[str, Any]] = []
     for index, (source, target, _) in enumerate(jobs):
         with failures.kept(source):
@@ -448,7 +445,6 @@ class UpscaleTask:
     keep_profile: bool
     max_pixels: int
     suffix: str = "-upscaled"
-    encodes: bool = True
 
     def natural_size(self, source: DecodeSource) -> BatchShape:
         """The image's."""
@@ -487,7 +483,6 @@ class LatentTask:
     options: DecodeOptions
     space: str | None
     suffix: str = ""
-    encodes: bool = False
 
     def natural_size(self, source: DecodeSource) -> BatchShape:
         """The size at which the latents decode, and their number."""
@@ -637,6 +632,7 @@ def _predicted_times(network: str, plan: Plan | FeedForwardPlan) -> dict[str, fl
     """Seconds to decode and, for feed-forward decoders, to upscale, by a quick measure of this machine."""
     from pidecode.decoder import STUDENT_STEPS, PixelDecoder
     from pidecode.devices import select_device
+    from pidecode.engine.feed_forward import encoding_work
     from pidecode.engine.runner import measured_step_seconds
 
     set_threads(None)
@@ -644,6 +640,5 @@ def _predicted_times(network: str, plan: Plan | FeedForwardPlan) -> dict[str, fl
         step = measured_step_seconds(plan, RELEASED_CONFIGS[network], select_device(None))  # type: ignore[arg-type]
         return {f"time, {STUDENT_STEPS} steps": STUDENT_STEPS * step}
     decoder = PixelDecoder.from_pretrained(network, dtype=plan.dtype)
-    pixels = plan.size[0] * plan.size[1] * plan.batch
-    kinds = {"time to decode": False, "time to upscale": True}
-    return {name: predicted_seconds(decoder, pixels, encodes=encodes) or 0.0 for name, encodes in kinds.items()}
+    decoding = predicted_seconds(decoder, plan.size[0] * plan.size[1] * plan.batch, None) or 0.0
+    return {"time to decode": decoding, "time to upscale": decoding * (1 + encoding_work(0))}

@@ -83,11 +83,6 @@ class ImageEncoder:
         """Whether `decode` can be called."""
         return self._autoencoder.can_decode
 
-    @property
-    def num_refinements(self) -> int:
-        """Corrections it makes by default; 0 for encoders without a refiner."""
-        return self._autoencoder.num_refinements if isinstance(self._autoencoder, TinyImageEncoder) else 0
-
     def to(self, device: torch.device | str) -> ImageEncoder:
         """Move the weights to a device; returns this encoder."""
         self.device = torch.device(device)
@@ -95,9 +90,7 @@ class ImageEncoder:
         return self
 
     @torch.no_grad()
-    def __call__(
-        self, images: Tensor, reconstruct: Reconstruct | None = None, num_refinements: int | None = None
-    ) -> Tensor:
+    def __call__(self, images: Tensor, reconstruct: Reconstruct | None = None, num_refinements: int = 0) -> Tensor:
         """Encode images as normalized latents.
 
         Args:
@@ -105,7 +98,7 @@ class ImageEncoder:
                 take any size and resize it to their own square.
             reconstruct: Decodes a latent to an image `[B, 3, H, W]` of the input's size. An encoder with a refiner
                 corrects its latent by the difference; other encoders ignore it.
-            num_refinements: Number of corrections; None for the number the encoder was trained with.
+            num_refinements: Number of corrections, each by one call of `reconstruct`.
 
         Returns:
             Normalized latents `[B, C, h, w]`, float32.
@@ -125,10 +118,10 @@ class ImageEncoder:
             )
         return latent
 
-    def _encode(self, images: Tensor, reconstruct: Reconstruct | None, num_refinements: int | None) -> Tensor:
+    def _encode(self, images: Tensor, reconstruct: Reconstruct | None, num_refinements: int) -> Tensor:
         if isinstance(self._autoencoder, TinyImageEncoder):
             return self._autoencoder.encode(images, reconstruct, num_refinements)
-        if num_refinements is not None:
+        if num_refinements:
             raise SettingError(
                 f"num_refinements acts on the encoder of `tiny` only, and this is {self.space.name}'s; leave it out."
             )
@@ -188,14 +181,7 @@ class LazyImageEncoder:
         """Whether `decode` can be called."""
         return self.loaded.can_decode
 
-    @property
-    def num_refinements(self) -> int:
-        """Corrections it makes by default; 0 for encoders without a refiner."""
-        return self.loaded.num_refinements
-
-    def __call__(
-        self, images: Tensor, reconstruct: Reconstruct | None = None, num_refinements: int | None = None
-    ) -> Tensor:
+    def __call__(self, images: Tensor, reconstruct: Reconstruct | None = None, num_refinements: int = 0) -> Tensor:
         """Encode images as normalized latents; see `ImageEncoder.__call__`."""
         return self.loaded(images, reconstruct, num_refinements)
 
@@ -205,7 +191,7 @@ class LazyImageEncoder:
 
 
 def encode_images(
-    encoder: EncodeFunction, images: Tensor, reconstruct: Reconstruct | None, num_refinements: int | None
+    encoder: EncodeFunction, images: Tensor, reconstruct: Reconstruct | None, num_refinements: int
 ) -> Tensor:
     """Encode images `[B, 3, H, W]` with an ImageEncoder (see `ImageEncoder.__call__`) or with any function of images.
 
@@ -214,7 +200,7 @@ def encode_images(
     """
     if isinstance(encoder, (ImageEncoder, LazyImageEncoder)):
         return encoder(images, reconstruct, num_refinements)
-    if num_refinements is not None:
+    if num_refinements:
         raise SettingError("num_refinements acts on the encoder of `tiny` only; leave it out.")
     return encoder(images)
 

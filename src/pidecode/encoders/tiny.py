@@ -29,11 +29,8 @@ class TinyImageEncoder:
     def __init__(self, model: TinyEncoder) -> None:
         # Channels last, so that convolutions on a CPU need not reorder their inputs.
         self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.num_refinements = model.config.num_refinements
 
-    def encode(
-        self, images: Tensor, reconstruct: Reconstruct | None = None, num_refinements: int | None = None
-    ) -> Tensor:
+    def encode(self, images: Tensor, reconstruct: Reconstruct | None = None, num_refinements: int = 0) -> Tensor:
         """Normalized latents `[B, 128, H / 16, W / 16]`; arguments as of `TinyEncoder.forward`."""
         latents: Tensor = self.model(images.to(self.model.dtype), reconstruct, num_refinements)
         return latents

@@ -39,7 +39,7 @@ class JobStatus:
     position: int = 0  # position in the queue while waiting; 1 is next, 0 means not waiting
     step: int = 0  # steps finished
     num_steps: int = 0  # steps in total, 0 while unknown
-    activity: str = ""  # what is being done, in words, such as "encoding, refinement 1 of 2"; empty before the first
+    activity: str = ""  # what is being done, in words, such as "decoding, strip 3 of 8"; empty before the first
     done: float = 0.0  # share of the job's predicted work that is done, 0 to 1
     seconds: float = 0.0  # time the job has run, without waiting
     seconds_left: float | None = None  # predicted time to its end; None while nothing is known of it

@@ -251,7 +251,7 @@ class JobEvent(BaseModel):
     step: int | None = None
     num_steps: Annotated[int | None, Field(description="0 while unknown.")] = None
     activity: Annotated[
-        str | None, Field(description="What is being done, in words, such as: encoding, refinement 1 of 2.")
+        str | None, Field(description="What is being done, in words, such as: decoding, strip 3 of 8.")
     ] = None
     done: Annotated[float | None, Field(description="Share of the predicted work that is done, 0 to 1.")] = None
     seconds_left: Annotated[float | None, Field(description="Predicted time to the end, once it is known.")] = None

@@ -145,7 +145,7 @@ function readSettings() {
     settings.scale = find("scale").value;
     if (find("color_fix").value) settings.color_fix = find("color_fix").value;
     if (holdsDetail() && Number(find("fidelity").value) < 1) settings.fidelity = find("fidelity").value;
-    if (kind === "feed-forward" && find("num_refinements").value) settings.num_refinements = find("num_refinements").value;
+    if (kind === "feed-forward" && find("num_refinements").value > 0) settings.num_refinements = find("num_refinements").value;
   } else {
     if (hasSize()) [settings.width, settings.height] = [find("to-width").value, find("to-height").value];
     if (!input.info.space && !isPrompt()) settings.space = find("space").value;
@@ -157,7 +157,7 @@ function writeSettings(settings) {
   fillFields({ model: settings.model });
   fillFields({
     ...settings, sigma: settings.sigma ?? 0, color_fix: settings.color_fix ?? "", prompt: settings.prompt ?? "",
-    fidelity: settings.fidelity ?? 1, num_refinements: settings.num_refinements ?? "",
+    fidelity: settings.fidelity ?? 1, num_refinements: settings.num_refinements ?? 0,
     "to-width": settings.width ?? "", "to-height": settings.height ?? "",
   });
 }
