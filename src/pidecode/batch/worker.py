@@ -164,32 +164,35 @@ def _state(path: Path, fingerprint: str) -> OutputState:
             return "damaged"
     except (PidecodeError, OSError):
         found = None
-        if _is_remains(path):
+        if _is_remains(path, unreadable=True):
             return "damaged"
     what = "was not made by a batch" if found is None else "was made with other options or from another source"
     raise FileError(f"{path} exists and {what}. Replace it with --overwrite, or choose another output folder.")
 
 
-def _is_remains(path: Path) -> bool:
-    """Whether a damaged file is what is left of a batch's image.
+def _is_remains(path: Path, *, unreadable: bool = False) -> bool:
+    """Whether a damaged file is what is left of a batch's image; `unreadable` says that its metadata are damaged.
 
     Signs are its entry in the metadata, nothing but zeros, or a WebP that announces metadata, which are its last part.
     """
     with open(path, "rb") as file:
         start = file.read(1 << 16)
-    ours = f'"{FINGERPRINT}": "'.encode() in start
+        file.seek(max(0, path.stat().st_size - (1 << 16)))
+        ours = f'"{FINGERPRINT}": "'.encode() in start + file.read()
     announced = start[8:16] == b"WEBPVP8X" and len(start) > 20 and start[20] & 8
-    return not any(start) or (bool(ours or announced) and not _is_complete(path))
+    return not any(start) or (ours and unreadable) or (bool(ours or announced) and not _is_complete(path))
 
 
 def _is_complete(path: Path) -> bool:
-    """Whether an image file has its end; a PNG also the checksums of its chunks, and a WebP all of its chunks."""
+    """Whether an image file has its end; a PNG also the checksums of its chunks, a WebP all chunks and EXIF with values."""
     with open(path, "rb") as file:
         start = file.read(12)
         if start.startswith(b"RIFF"):
             end, at = 8 + int.from_bytes(start[4:8], "little"), len(start)
             while at < end and len(head := file.read(8)) == 8 and head[:4].isalnum() | (head[3:4] == b" "):
                 size = int.from_bytes(head[4:], "little")
+                if head[:4] == b"EXIF" and not any(file.peek(size)[:size]):
+                    return False
                 at = file.seek(size + size % 2, 1)
             return at >= end and path.stat().st_size >= end
         if start.startswith(b"\xff\xd8"):
@@ -249,7 +252,8 @@ class _Decoded:
     def add(self, path: Path, output: DecodeOutput) -> None:
         """Keep the one image of `output` for `path`, with its source and fingerprint in its metadata."""
         (metadata,) = output.metadata
-        metadata = {**metadata, "source": printable(self.job.name), FINGERPRINT: self.fingerprint}
+        # The fingerprint comes first, so that a file whose end is lost still has it.
+        metadata = {FINGERPRINT: self.fingerprint, **metadata, "source": printable(self.job.name)}
         self.images.append((path, replace(output, metadata=(metadata,))))
 
 
