@@ -45,6 +45,7 @@ class FakeHub(ThreadingHTTPServer):
         self.gated = False
         self.ranges = []
         self.requests = 0
+        self.commit, self.moves = COMMIT, False  # with `moves`, each request finds another commit on the main branch
 
     @property
     def url(self):
@@ -74,18 +75,23 @@ class Answers(BaseHTTPRequestHandler):
     def answer(self):
         hub = self.server
         hub.requests += 1
+        if hub.moves:
+            hub.commit = f"{hub.requests:040x}"
         if hub.gated:
             return self.reply(403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."})
         listing = re.fullmatch(r"/api/models/([^/]+/[^/?]+).*", self.path)
         if listing:
             siblings = [{"rfilename": name} for name in FILES[listing[1]]]
-            body = json.dumps({"id": listing[1], "modelId": listing[1], "sha": COMMIT, "siblings": siblings}).encode()
+            body = json.dumps(
+                {"id": listing[1], "modelId": listing[1], "sha": hub.commit, "siblings": siblings}
+            ).encode()
             return self.reply(200, {"Content-Type": "application/json"}, body)
-        repository, path = re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/([^?]+).*", self.path).groups()
+        repository, revision, path = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/([^?]+).*", self.path).groups()
+        commit = hub.commit if revision == "main" else revision
         body = FILES.get(repository, {}).get(path)
         if body is None:
             return self.reply(404, {"X-Error-Code": "EntryNotFound"})
-        headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if self.command == "HEAD":
             return self.reply(200, headers | {"Content-Length": str(len(body))})
         return self.send_file(body, headers, path)
@@ -171,6 +177,35 @@ def test_folders_and_further_models(hub):
     (pulled.encoder / "a.json").unlink()
     with pytest.raises(LicenseError):
         download_checkpoint("siglip", parts=partial(checkpoint_files, text=False), hub=hub)
+
+
+def test_all_files_of_a_repository_come_from_one_commit(hub, server, tmp_path):
+    server.moves = True
+    wanted = partial(checkpoint_files, text=False)
+    pulled = download_checkpoint("siglip", accept_license=True, parts=wanted, hub=hub)
+    home = tmp_path / "cache" / "models--nvidia--PiD"
+    (snapshot,) = (home / "snapshots").iterdir()
+    assert snapshot.name == (home / "refs" / "main").read_text()
+    assert pulled.decoder.is_relative_to(snapshot)
+    assert pulled.encoder == snapshot / "checkpoints" / "scale_rae"
+    # A newer commit comes for another decoder; what was fetched before is still found without the network.
+    download_checkpoint("flux", "2k", accept_license=True, parts=wanted, hub=hub)
+    assert len(list((home / "snapshots").iterdir())) == 2
+    assert (home / "refs" / "main").read_text() != snapshot.name
+    before = server.requests
+    assert download_checkpoint("siglip", parts=wanted, hub=hub) == pulled
+    assert (server.requests, cached_encoder_path("siglip", hub)) == (before, pulled.encoder)
+    assert resolve_checkpoint("nvidia/PiD", space="siglip", hub=hub).path == pulled.decoder
+
+
+def test_an_interrupted_download_leaves_the_main_revision(hub, server, tmp_path):
+    wanted = partial(checkpoint_files, text=False)
+    download_checkpoint("siglip", accept_license=True, parts=wanted, hub=hub)
+    main = tmp_path / "cache" / "models--nvidia--PiD" / "refs" / "main"
+    server.moves, server.cut_at = True, 100
+    with pytest.raises(DownloadError):
+        download_checkpoint("flux", "2k", accept_license=True, parts=wanted, hub=hub)
+    assert main.read_text() == COMMIT
 
 
 def test_a_broken_fetch_goes_on_where_it_stopped(hub, server, monkeypatch):

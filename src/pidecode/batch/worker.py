@@ -184,7 +184,7 @@ def _is_remains(path: Path, *, unreadable: bool = False) -> bool:
 
 
 def _is_complete(path: Path) -> bool:
-    """Whether an image file has its end; a PNG also the checksums of its chunks, a WebP all chunks and EXIF with values."""
+    """Whether an image file has its end; a PNG also its chunks' checksums, a WebP all chunks and its EXIF."""
     with open(path, "rb") as file:
         start = file.read(12)
         if start.startswith(b"RIFF"):

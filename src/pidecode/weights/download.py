@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pidecode.errors import LicenseError, SettingError
-from pidecode.files import atomic_write
 from pidecode.registry.checkpoints import ENCODERS, TEXT_ENCODER, Checkpoint, License, NetworkKind, get_checkpoint
 from pidecode.strict_json import parse_json
 from pidecode.weights.resolve import DownloadCallback, HubCache, asset
@@ -32,6 +31,11 @@ class RepositoryFiles:
     def file(self) -> str | None:
         """The one file it is, or None for several."""
         return self.patterns[0] if len(self.patterns) == 1 and "*" not in self.patterns[0] else None
+
+    @property
+    def folder(self) -> str:
+        """The folder in the repository that holds them, with its slash; empty for the repository itself."""
+        return self.patterns[0][:-1] if self.patterns[0].endswith("/*") else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +116,15 @@ def download_checkpoint(
             raise LicenseError(
                 f"{license_notice(row.license)}\nTo accept, run the same with --accept-license (accept_license=True)."
             )
-        found = {part.title: found[part.title] or _fetch(part, hub, on_progress) for part in wanted}
+        # All files of a repository come from one commit, although its main branch may move meanwhile.
+        listings: dict[str, tuple[str, list[str]]] = {}
+        for part in wanted:
+            if found[part.title] is None and part.revision is None and part.repository not in listings:
+                listings[part.repository] = hub.listing(part.repository, part.file)
+        for part in wanted:
+            found[part.title] = found[part.title] or _fetch(part, hub, on_progress, *listings.get(part.repository, ()))
+        for repository, (commit, _) in listings.items():
+            hub.set_main(repository, commit)
     here = {title: path for title, path in found.items() if path is not None}
     named = {"decoder", "encoder", "text encoder"}
     return DownloadedCheckpoint(
@@ -125,15 +137,14 @@ def cached_files(part: RepositoryFiles, hub: HubCache) -> Path | None:
     """The local path of the files, if all of them are cached; never uses the network."""
     if part.file:
         return hub.cached(part.repository, part.file, part.revision)
-    folder = hub.snapshot(part.repository)
+    folder = hub.snapshot(part.repository, part.folder)
     if folder is None:
         return None
-    marker = _marker(part, hub)
-    if not marker.is_file():  # fetched by another program, or not at all
+    names = hub.recorded(part.repository, part.folder).get("files")
+    if names is None:  # fetched by another program, or not at all
         return folder if part.patterns == _MODEL_FILES and _whole_model(folder) else None
-    names = marker.read_text(encoding="utf-8").splitlines()
-    complete = bool(names) and all((folder / name).is_file() for name in names)
-    return _place(part, folder) if complete else None
+    complete = isinstance(names, list) and names and all((folder / str(name)).is_file() for name in names)
+    return folder if complete else None
 
 
 def _whole_model(folder: Path) -> bool:
@@ -148,31 +159,21 @@ def _whole_model(folder: Path) -> bool:
     return all((folder / name).is_file() for name in {"config.json", *weights})
 
 
-def _fetch(part: RepositoryFiles, hub: HubCache, on_progress: DownloadCallback | None) -> Path:
+def _fetch(
+    part: RepositoryFiles,
+    hub: HubCache,
+    on_progress: DownloadCallback | None,
+    commit: str | None = None,
+    listed: Sequence[str] = (),
+) -> Path:
+    """Download the files, at the part's own revision or else at a commit that holds the listed ones."""
+    commit = part.revision or commit
     if part.file:
-        return hub.fetch(part.repository, part.file, on_progress, revision=part.revision, expected=part.sha256)
-    names = [
-        name
-        for name in hub.files(part.repository)
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in part.patterns)
-    ]
+        return hub.fetch(part.repository, part.file, on_progress, revision=commit, expected=part.sha256)
+    names = [name for name in listed if any(fnmatch.fnmatchcase(name, pattern) for pattern in part.patterns)]
     if not names:
         raise SettingError(f"{part.repository} has no file like {' or '.join(part.patterns)}; it must have changed.")
-    paths = [hub.fetch(part.repository, name, on_progress) for name in names]
-    marker = _marker(part, hub)
-    marker.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(marker, overwrite=True) as file:
-        file.write(("\n".join(names) + "\n").encode())
-    folder = paths[0].parents[names[0].count("/")]
-    return _place(part, folder)
-
-
-def _marker(part: RepositoryFiles, hub: HubCache) -> Path:
-    """List of the downloaded files, so that completeness is checked without the network."""
-    stem = f"{part.repository}--{part.patterns[0].rstrip('*')}".replace("/", "--").replace("*", "all")
-    return hub.folder / "pidecode" / f"{stem}.txt"
-
-
-def _place(part: RepositoryFiles, folder: Path) -> Path:
-    inside = part.patterns[0].rpartition("/")[0] if part.patterns[0].endswith("/*") else ""
-    return folder / inside if inside else folder
+    paths = [hub.fetch(part.repository, name, on_progress, revision=commit) for name in names]
+    # So that completeness is checked without the network.
+    hub.record(part.repository, part.folder, commit, files=[name.removeprefix(part.folder) for name in names])
+    return paths[0].parents[names[0].removeprefix(part.folder).count("/")]

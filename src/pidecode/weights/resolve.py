@@ -36,9 +36,11 @@ from pidecode.registry.checkpoints import (
     get_checkpoint,
 )
 from pidecode.registry.spaces import ALIASES, SPACES, get_space
+from pidecode.strict_json import JSONError, parse_json
 from pidecode.weights.safetensors import sha256
 
 _SHA256_DIGITS = 64
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _ETAG = re.compile(r"\w[\w.-]{0,127}")  # A hub's name of a file's content, which becomes a file's name here
 
 
@@ -68,24 +70,49 @@ class HubCache:
         return Path(os.path.expanduser(self.cache_dir or _library(".constants").HF_HUB_CACHE))
 
     def cached(self, repository: str, path: str, revision: str | None = None) -> Path | None:
-        """The file, if it is in the cache; never asks the network."""
-        found = _library().try_to_load_from_cache(repository, path, cache_dir=self.folder, revision=revision)
-        return Path(found) if isinstance(found, (str, Path)) and Path(found).is_file() else None
+        """The file, if it is in the cache; never asks the network.
 
-    def snapshot(self, repository: str) -> Path | None:
-        """The folder of a repository's main revision, as far as it is in the cache; never asks the network."""
+        Without a revision, it is the main revision's; where that came later for other files, the one it was fetched at.
+        """
+        for one in (revision,) if revision else (None, self._recorded(repository, path)):
+            found = _library().try_to_load_from_cache(repository, path, cache_dir=self.folder, revision=one)
+            if isinstance(found, (str, Path)) and Path(found).is_file():
+                return Path(found)
+        return None
+
+    def snapshot(self, repository: str, folder: str = "") -> Path | None:
+        """The folder of a repository, as far as it is in the cache, or a folder in it; never asks the network.
+
+        The revision is that of `cached`.
+        """
         home = self.folder / f"models--{repository.replace('/', '--')}"
         try:
-            folder = home / "snapshots" / (home / "refs" / "main").read_text(encoding="utf-8").strip()
+            main = (home / "refs" / "main").read_text(encoding="utf-8").strip()
         except OSError:
-            return None
-        return folder if folder.is_dir() else None
+            main = None
+        for revision in filter(None, (main, self._recorded(repository, folder))):
+            if (found := home / "snapshots" / revision / folder).is_dir():
+                return found
+        return None
 
-    def files(self, repository: str) -> list[str]:
-        """Names of all files of a repository, asked of the hub. Raises DownloadError."""
-        with _explained(repository, None):
+    def listing(self, repository: str, path: str | None = None) -> tuple[str, list[str]]:
+        """Commit of a repository's main branch and the names of its files, asked of the hub.
+
+        Raises:
+            DownloadError: The hub does not answer; the message names the command that downloads `path`.
+        """
+        with _explained(repository, path):
             info = _library().HfApi(endpoint=self.endpoint, token=self.token).model_info(repository)
-            return [sibling.rfilename for sibling in info.siblings or ()]
+        if not _COMMIT.fullmatch(info.sha or ""):
+            raise DownloadError(f"{repository}: the hub does not say which commit is its newest; try again later.")
+        return info.sha, [sibling.rfilename for sibling in info.siblings or ()]
+
+    def set_main(self, repository: str, commit: str) -> None:
+        """Let a commit, whose files are here, be the main revision for every program that reads the cache."""
+        file = self.folder / f"models--{repository.replace('/', '--')}" / "refs" / "main"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(file, overwrite=True) as written:
+            written.write(commit.encode())
 
     def fetch(
         self,
@@ -128,16 +155,31 @@ class HubCache:
             )
             digest = about.etag if len(about.etag) == _SHA256_DIGITS else sha256(done)
             _check_known(repository, path, digest, expected)
-            self._record(repository, path, about.commit_hash, digest)
+            self.record(repository, path, about.commit_hash, sha256=digest)
             return Path(done)
 
-    def _record(self, repository: str, path: str, revision: str | None, digest: str) -> None:
-        """Note where a file came from, so that the same one can be asked for again."""
-        file = self.folder / "pidecode" / f"{repository}--{path}.json".replace("/", "--")
+    def record(self, repository: str, path: str, revision: str | None, **details: Any) -> None:
+        """Note where a file or folder came from, so that the same one can be found and asked for again."""
+        file = self._record_file(repository, path)
         file.parent.mkdir(parents=True, exist_ok=True)
-        record = {"repository": repository, "path": path, "revision": revision, "sha256": digest}
+        record = {"repository": repository, "path": path, "revision": revision, **details}
         with atomic_write(file, overwrite=True) as written:
             written.write(json.dumps(record, indent=1).encode())
+
+    def recorded(self, repository: str, path: str) -> dict[str, Any]:
+        """What was noted of a file or folder; empty if nothing was, or it cannot be read."""
+        try:
+            record = parse_json(self._record_file(repository, path).read_bytes())
+        except (OSError, JSONError):
+            return {}
+        return record if isinstance(record, dict) else {}
+
+    def _recorded(self, repository: str, path: str) -> str | None:
+        revision = self.recorded(repository, path).get("revision")
+        return revision if isinstance(revision, str) and _COMMIT.fullmatch(revision) else None
+
+    def _record_file(self, repository: str, path: str) -> Path:
+        return self.folder / "pidecode" / f"{repository}--{path.rstrip('/')}.json".replace("/", "--")
 
     def _fetch_blob(self, url: str, about: Any, blob: Path, bar: type[tqdm[Any]]) -> None:
         from filelock import FileLock, Timeout
@@ -358,8 +400,7 @@ def cached_encoder_path(space: str, hub: HubCache | None = None) -> Path | None:
         return None
     if not row.path.endswith("/"):
         return hub.cached(row.repository, row.path)
-    folder = hub.snapshot(row.repository)
-    return folder / row.path if folder and (folder / row.path).is_dir() else None
+    return hub.snapshot(row.repository, row.path)
 
 
 def default_encoder_path(space: str | None) -> Path | None:
