@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from pidecode.errors import CheckpointError, SettingError
 from pidecode.models.pid.network import PiDNet
 from pidecode.registry.configs import PiDConfig, backbone, debug_config, v1, v1pt5
-from pidecode.weights.detect import infer_shape
+from pidecode.weights.detect import COLOR_HEAD, infer_shape
 from pidecode.weights.load import build_network
 from pidecode.weights.metadata import CheckpointMetadata
 from pidecode.weights.read import read_weights
@@ -140,9 +140,11 @@ def test_a_network_comes_back_as_it_was(tmp_path, name, suffix):
     (save_file if suffix == ".safetensors" else torch.save)(original.state_dict(), path)
     tensors = read_weights(path).tensors
     places = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-    again = build_network(tensors, config, color_head=config.color_head)
+    again = build_network(tensors, config)
     assert not tensors  # handed over, not kept beside the network
-    for name, value in original.state_dict().items():
+    kept = {name: value for name, value in original.state_dict().items() if not name.startswith(COLOR_HEAD)}
+    assert set(kept) == set(again.state_dict())
+    for name, value in kept.items():
         assert torch.equal(again.state_dict()[name], value)
         assert again.state_dict()[name].data_ptr() == places[name]  # the file's own memory, not a copy
     assert not again.training
@@ -175,15 +177,11 @@ def test_number_formats(dtype):
         build_network({}, debug_config(), dtype=torch.int8)
 
 
-def test_the_color_head_is_optional_both_ways():
+def test_the_color_head_is_left_out():
     plain, head = debug_config(), debug_config(color_head=True)
     assert not hasattr(build_network(network(head).state_dict(), head).lq_proj, "lq_aux_rgb_head")
     assert not hasattr(build_network(network(head).state_dict(), plain).lq_proj, "lq_aux_rgb_head")
     assert not hasattr(build_network(network(plain).state_dict(), head).lq_proj, "lq_aux_rgb_head")
-    assert hasattr(build_network(network(head).state_dict(), head, color_head=True).lq_proj, "lq_aux_rgb_head")
-    for state, config in ((plain, head), (head, plain)):
-        with pytest.raises(CheckpointError, match="no color head"):
-            build_network(network(state).state_dict(), config, color_head=True)
 
 
 def test_a_missing_adapter_is_called_that():

@@ -12,7 +12,7 @@ import torch
 from pidecode.errors import SettingError
 from pidecode.files import atomic_write, check_writable
 from pidecode.registry.checkpoints import APACHE_2, NSCL_V1, License
-from pidecode.registry.configs import TinyDecoderConfig
+from pidecode.registry.configs import PiDConfig
 from pidecode.units import parse_dtype
 from pidecode.weights.detect import COLOR_HEAD, Overrides, detect
 from pidecode.weights.load import check_complete, empty_network
@@ -58,10 +58,13 @@ def convert(
     wanted = getattr(torch, parse_dtype(dtype)) if dtype else None
     check_writable(target, overwrite=overwrite)
     file = read_weights(source)
-    metadata = _as_stored(detect(file, overrides), has_head=any(name.startswith(COLOR_HEAD) for name in file.tensors))
-    assert metadata.config is not None  # detect refuses encoders
-    expected = {name: tuple(value.shape) for name, value in empty_network(metadata.config).state_dict().items()}
-    check_complete(file.tensors, expected, str(source))
+    metadata = detect(file, overrides)
+    config = metadata.config
+    assert config is not None  # detect refuses encoders
+    if isinstance(config, PiDConfig):  # the color head may have been left out of the file
+        config = replace(config, color_head=any(name.startswith(COLOR_HEAD) for name in file.tensors))
+    metadata = replace(metadata, config=config)
+    check_complete(file.tensors, empty_network(config).state_dict(), source)
     license = _LICENSES.get(metadata.license or "")
     notice = license_text(Path(source), license) if license and not license.commercial else None
     write_safetensors(target, file.tensors, _file_metadata(metadata), dtype=wanted, overwrite=overwrite)
@@ -69,14 +72,6 @@ def convert(
         with atomic_write(target.with_suffix(".LICENSE.txt"), overwrite=True) as text:
             text.write(notice.encode("utf-8"))
     return metadata
-
-
-def _as_stored(metadata: CheckpointMetadata, *, has_head: bool) -> CheckpointMetadata:
-    """The configuration of what is in the file: the color head may have been left out of it."""
-    assert metadata.config is not None
-    if isinstance(metadata.config, TinyDecoderConfig):
-        return metadata
-    return replace(metadata, config=replace(metadata.config, color_head=has_head))
 
 
 def _file_metadata(metadata: CheckpointMetadata) -> dict[str, str]:

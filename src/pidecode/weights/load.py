@@ -28,24 +28,23 @@ from pidecode.weights.read import check_finite, check_formats, read_tensors
 _NAMED = 4  # tensors named in a message before it only counts
 
 
+@torch.no_grad()
 def build_network(
     tensors: MutableMapping[str, Tensor],
     config: PiDConfig | TinyDecoderConfig,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    color_head: bool = False,
     source: str = "the file",
 ) -> PiDNet | TinyDecoder:
-    """Build a network from tensors, in evaluation mode and without gradients.
+    """Build a network from tensors, in evaluation mode, without gradients and without the color head of training.
 
     Args:
         tensors: State dict. Emptied while loading, so that at most one tensor is in memory twice; where neither dtype
             nor device changes, the parameters share the file's memory.
         config: Shape of the network.
-        dtype: Dtype of the parameters; None keeps that of the tensors.
+        dtype: Dtype of the parameters; None keeps that of the tensors, but float64 becomes float32.
         device: Device of the parameters.
-        color_head: Keep the color head, which only training uses.
         source: What error messages call the file.
 
     Raises:
@@ -54,16 +53,20 @@ def build_network(
     """
     if dtype is not None and not dtype.is_floating_point:
         raise SettingError(f"dtype is {dtype}; a network runs in float32, bfloat16 or float16.")
-    if isinstance(config, TinyDecoderConfig):
-        return _filled(empty_network(config), tensors, dtype=dtype, device=device, source=source)
-    has_head = any(name.startswith(COLOR_HEAD) for name in tensors)
-    if color_head and not (has_head and config.color_head):
-        raise CheckpointError(f"{source} has no color head; train one, or do not ask for it.")
-    if not color_head:
+    if isinstance(config, PiDConfig):
         config = config.without_color_head()
         for name in [name for name in tensors if name.startswith(COLOR_HEAD)]:
             del tensors[name]
-    return _filled(empty_network(config), tensors, dtype=dtype, device=device, source=source)
+    network = empty_network(config)
+    check_complete(tensors, network.state_dict(), source)
+    taken = {}
+    for name in list(tensors):
+        tensor = tensors.pop(name)
+        narrow = torch.float32 if tensor.dtype == torch.float64 else tensor.dtype
+        taken[name] = tensor.to(device=device, dtype=dtype or narrow)
+        del tensor
+    network.load_state_dict(taken, strict=True, assign=True)
+    return network.requires_grad_(False).eval()
 
 
 def empty_network(config: PiDConfig | TinyDecoderConfig) -> PiDNet | TinyDecoder:
@@ -72,58 +75,18 @@ def empty_network(config: PiDConfig | TinyDecoderConfig) -> PiDNet | TinyDecoder
         return TinyDecoder(config) if isinstance(config, TinyDecoderConfig) else PiDNet(config)
 
 
-def _filled(
-    network: PiDNet | TinyDecoder,
-    tensors: MutableMapping[str, Tensor],
-    *,
-    dtype: torch.dtype | None,
-    device: torch.device | str,
-    source: str,
-) -> PiDNet | TinyDecoder:
-    check_complete(tensors, {name: tuple(p.shape) for name, p in network.state_dict().items()}, source)
-    device = torch.device(device)
-    taken = {name: _moved(tensors.pop(name), device, dtype) for name in list(tensors)}
-    network.load_state_dict(taken, strict=True, assign=True)
-    return network.requires_grad_(False).eval()
-
-
-@torch.no_grad()
-def _moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
-    if dtype is None and tensor.dtype == torch.float64:
-        dtype = torch.float32
-    return tensor.to(device=device, dtype=dtype or tensor.dtype)
-
-
 def load_state(model: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:
-    """Load a complete state dict, in any floating-point dtype, into a model built on the meta device, as copies.
-
-    Raises:
-        CheckpointError: Tensors are missing, unexpected or of another shape.
-    """
-    expected = model.state_dict()
-    differences = {
-        "lacks": sorted(set(expected) - set(tensors)),
-        "also has": sorted(set(tensors) - set(expected)),
-        "has another shape of": [n for n in expected if n in tensors and tensors[n].shape != expected[n].shape],
-    }
-    faults = [
-        f"{what} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-        for what, names in differences.items()
-        if names
-    ]
-    if faults:
-        raise CheckpointError(f"{source} does not fit the model: it {'; it '.join(faults)}. Give the right file.")
+    """Load a complete state dict into a model built on the meta device. Raises CheckpointError as `check_complete`."""
+    check_complete(tensors, model.state_dict(), source)
     # Copies, so that the model does not depend on a memory-mapped file that may be replaced.
     model.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, strict=True, assign=True)
 
 
-def check_complete(
-    tensors: MutableMapping[str, Tensor], expected: dict[str, tuple[int, ...]], source: str = "the file"
-) -> None:
+def check_complete(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: object) -> None:
     """Raises CheckpointError unless names and shapes are exactly those expected."""
     missing = [name for name in expected if name not in tensors]
     unexpected = [name for name in tensors if name not in expected]
-    wrong = [name for name in expected if name in tensors and tuple(tensors[name].shape) != expected[name]]
+    wrong = [name for name in expected if name in tensors and tensors[name].shape != expected[name].shape]
     faults = []
     adapter = {name for name in expected if name.startswith(ADAPTER)}
     if adapter and adapter <= set(missing):
@@ -135,7 +98,7 @@ def check_complete(
         faults.append(f"unexpected: {_some(unexpected)}")
     if wrong:
         name = wrong[0]
-        shapes = f"{list(tensors[name].shape)}, expected {list(expected[name])}"
+        shapes = f"{list(tensors[name].shape)}, expected {list(expected[name].shape)}"
         faults.append(f"wrong shape: {name} is {shapes}{f' (and {len(wrong) - 1} more)' if wrong[1:] else ''}")
     if faults:
         raise CheckpointError(
@@ -212,9 +175,8 @@ def apply_lora(net: nn.Module, path: str | Path, scale: float = 1.0) -> int:
         axes = {down.ndim, up.ndim} <= {2, weight.ndim} and down.numel() and up.numel()
         down, up = (half.float().reshape(len(half), -1) if axes else half for half in (down, up))
         if not axes or (up.shape[0], down.shape[1]) != weight.flatten(1).shape:
-            raise CheckpointError(
-                f"{path} adapts {layer}, of shape {tuple(weight.shape)} here; it is of another network."
-            )
+            here = tuple(weight.shape)
+            raise CheckpointError(f"{path} adapts {layer}, of shape {here} here; it is of another network.")
         if up.shape[1] != down.shape[0]:
             raise CheckpointError(f"{path} is damaged: the two halves of {layer} do not fit together.")
         changes.append((layer, (weight, down, up, scale * strengths.of(layer, len(down)))))
@@ -236,11 +198,9 @@ def _changed(weight: Tensor, down: Tensor, up: Tensor, strength: float) -> Tenso
 
 def _lora_file(path: Path) -> Path:
     """The adapter's file: of a folder, the one that peft or diffusers writes."""
-    if not os.path.isdir(path):
-        return path
-    for name in _LORA_FILES:
-        if os.path.isfile(path / name):
-            return path / name
+    found = [path / name for name in _LORA_FILES if os.path.isfile(path / name)] if os.path.isdir(path) else [path]
+    if found:
+        return found[0]
     raise CheckpointError(f"The folder {path} holds no adapter: there is no {' or '.join(_LORA_FILES)} in it.")
 
 
@@ -283,7 +243,7 @@ class _LoraStrengths:
 
     def __init__(self, path: Path, metadata: Mapping[str, str], alphas: Mapping[str, float]) -> None:
         self.alphas = alphas
-        self.ours = _read_lora_metadata(path, metadata)
+        self.ours = _own_strength(path, metadata)
         self.config: dict[str, Any] = {}
         beside = path.with_name("adapter_config.json")
         try:
@@ -309,23 +269,22 @@ class _LoraStrengths:
     def of(self, layer: str, rank: int) -> float:
         """The strength of one layer."""
         if self.ours is not None:
-            return self.ours.alpha / self.ours.rank
+            return self.ours
         named = (value for key, value in self.pattern.items() if re.fullmatch(rf"(.*\.)?({key})", layer))
         alpha = self.alphas.get(layer, next(named, self.alpha))
         divisor = math.sqrt(rank) if self.config.get("use_rslora") else rank
         return 1.0 if alpha is None else alpha / divisor
 
 
-def _read_lora_metadata(path: str | Path, metadata: Mapping[str, str]) -> LoraMetadata | None:
+def _own_strength(path: str | Path, metadata: Mapping[str, str]) -> float | None:
+    """Alpha / rank by `LoraMetadata`, which holds for all layers; None where there is none."""
     if METADATA_KEY not in metadata:
         return None
     try:
         record = parse_json(metadata[METADATA_KEY])
-        lora_metadata = LoraMetadata(
-            rank=record["rank"], alpha=float(record["alpha"]), space=record.get("space"), base=record.get("base")
-        )
-        if record.get("format") != 1 or type(lora_metadata.rank) is not int or lora_metadata.rank < 1:
+        rank, alpha = record["rank"], float(record["alpha"])
+        if record.get("format") != 1 or type(rank) is not int or rank < 1:
             raise ValueError("its format or rank is unknown")
-    except (ValueError, KeyError, TypeError) as fault:
+    except (ValueError, KeyError, TypeError, AttributeError) as fault:
         raise CheckpointError(f"{path} describes itself wrongly ({fault}); export it again.") from None
-    return lora_metadata
+    return alpha / rank

@@ -14,6 +14,7 @@ from pidecode.registry.configs import PiDConfig, TinyDecoderConfig
 from pidecode.strict_json import parse_json
 
 CheckpointKind = Literal["feed-forward", "student", "teacher", "backbone", "encoder"]
+"""A decoder of one evaluation, of few distilled steps, of many guided ones; a text-to-image network; an encoder."""
 KINDS: tuple[str, ...] = get_args(CheckpointKind)
 METADATA_KEY = "pidecode"
 FORMAT = 1
@@ -21,26 +22,15 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointMetadata:
-    """Everything a weights file must tell, and its tensors alone cannot.
-
-    Attributes:
-        kind: A feed-forward decoder, a distilled few-step network, one for many guided steps, a bare text-to-image one,
-            or an image encoder.
-        config: The network's shape; None for an encoder, whose own configuration stands in `extra["config"]`.
-        space: Latent space it belongs to, if any.
-        variant: Release it belongs to, if any.
-        license: Short name of the weights' license, None where unknown.
-        times: Step times of a student, from noise to image; empty for the standard ones.
-        extra: Whatever else the file says, kept as it is.
-    """
+    """Everything a weights file must tell, and its tensors alone cannot."""
 
     kind: CheckpointKind
-    config: PiDConfig | TinyDecoderConfig | None
-    space: str | None = None
-    variant: str | None = None
-    license: str | None = None
-    times: tuple[float, ...] = ()
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    config: PiDConfig | TinyDecoderConfig | None  # None for an encoder, whose own is `extra["config"]`
+    space: str | None = None  # latent space it belongs to, if any
+    variant: str | None = None  # release it belongs to, if any
+    license: str | None = None  # short name of the weights' license, None where unknown
+    times: tuple[float, ...] = ()  # step times of a student, from noise to image; empty for the standard ones
+    extra: Mapping[str, Any] = field(default_factory=dict)  # whatever else the file says, kept as it is
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -64,11 +54,7 @@ class CheckpointMetadata:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], source: str = "the file") -> CheckpointMetadata | None:
-        """The record in a file's metadata; None if it has none.
-
-        Raises:
-            CheckpointError: There is one that cannot be right, or that a later version wrote.
-        """  # noqa: DOC501 (TypeError and ValueError become CheckpointError)
+        """The record in a file's metadata, if it has one. Raises CheckpointError for a wrong or a later version's."""
         if METADATA_KEY not in metadata:
             return None
         try:
@@ -88,24 +74,14 @@ class CheckpointMetadata:
                 raise ValueError("prediction is said twice, differently")
             known = {"format", "kind", "space", "variant", "license", "times", "prediction"}
             known |= {"config"} if config is not None else set()
-            return cls(
-                kind=record["kind"], config=config, space=_text(record, "space"), variant=_text(record, "variant"),
-                license=_text(record, "license"), times=_times(record.get("times") or ()),
-                extra={name: value for name, value in record.items() if name not in known},
-            )  # fmt: skip
+            texts = {name: record.get(name) for name in ("space", "variant", "license")}
+            for name, value in texts.items():
+                if value is not None and not isinstance(value, str):
+                    raise TypeError(f"{name} is {value!r}, not text")
+            times = tuple(float(value) for value in record.get("times") or ())
+            if any(not 0 <= time <= 1 for time in times) or any(a <= b for a, b in itertools.pairwise(times)):
+                raise ValueError(f"times {list(times)} do not fall from 1 to 0")
+            extra = {name: value for name, value in record.items() if name not in known}
+            return cls(kind=record["kind"], config=config, times=times, extra=extra, **texts)
         except (ValueError, KeyError, TypeError) as fault:
             raise CheckpointError(f"{source} describes itself wrongly ({fault}); convert the original again.") from None
-
-
-def _text(record: Mapping[str, Any], name: str) -> str | None:
-    value = record.get(name)
-    if value is not None and not isinstance(value, str):
-        raise TypeError(f"{name} is {value!r}, not text")
-    return value
-
-
-def _times(values: Any) -> tuple[float, ...]:
-    times = tuple(float(value) for value in values)
-    if any(not 0 <= time <= 1 for time in times) or any(a <= b for a, b in itertools.pairwise(times)):
-        raise ValueError(f"times {list(times)} do not fall from 1 to 0")
-    return times

@@ -19,28 +19,27 @@ from torch import Tensor
 from pidecode.errors import CheckpointError
 from pidecode.weights.safetensors import check_file, looks_like_safetensors, read_safetensors, read_start
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""Number formats a network's weights may be stored in."""
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # formats a network's weights may be stored in
 
+# Prefixes a network's names may carry, in order of preference where several are present.
 _WRAPPERS = ("net_ema.", "net.", "model.diffusion_model.", "module.", "_orig_mod.", "core.")
-"""Prefixes a network's names may carry, in order of preference where several are present."""
 
+# What may stand beside the network in a file and is no part of it, PixelDiT's unused table included.
 _STRANGERS = (
     "net.", "net_ema.", "fake_score.", "discriminator.", "net_fake_score.", "net_discriminator.",
     "first_stage_model.", "text_encoders.", "cond_stage_model.", "vae.", "pos_embed", "_repa_projector.",
 )  # fmt: skip
-"""What may stand beside the network in a file and is no part of it, PixelDiT's unused table included."""
 
-_QUANTizED_NAMES = (
+# Names of tensors beside quantized weights.
+_QUANTIZED_NAMES = (
     ".comfy_quant", ".weight_scale", ".scale_weight", "scaled_fp8", ".input_scale", ".weight._data",
     ".weight._scale", ".quant_map", ".absmax", ".weight_scale_2", ".qweight", ".qzeros",
 )  # fmt: skip
 
-
 MAX_PICKLE_BYTES = 16 << 20  # longest pickle read, tensors apart: some 60,000 tensors
 
+# Pickles that torch before 1.6 wrote one after another: magic number, version, system, content, storage keys.
 _LEGACY_PICKLES = 5
-"""Pickles that torch before 1.6 wrote one after another: magic number, version, system, content, storage keys."""
 
 _ITEM_BYTES = {
     "Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1, "Byte": 1, "Bool": 1,
@@ -131,16 +130,13 @@ def read_tensors(path: str | Path, *, eight_bits: bool = False) -> WeightFile:
 
 
 def _refuse_known_strangers(path: Path, start: bytes) -> None:
-    if start.startswith(b"GGUF"):
-        raise CheckpointError(
-            f"{path} is a GGUF file (quantized); take the bfloat16 .safetensors or the official .pth."
-        )
-    if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(
-            f"{path} is only a Git LFS pointer; get the file itself with `git lfs pull` or `hf download`."
-        )
-    if start.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
-        raise CheckpointError(f"{path} is a web page, not weights; download the file itself, as with `hf download`.")
+    for marks, what in (
+        ((b"gguf",), "a GGUF file (quantized); take the bfloat16 .safetensors or the official .pth"),
+        ((b"version https://git-lfs",), "only a Git LFS pointer; get the file by `git lfs pull` or `hf download`"),
+        ((b"<!doctype html", b"<html"), "a web page, not weights; download the file itself, as with `hf download`"),
+    ):
+        if start.lstrip()[:30].lower().startswith(marks):
+            raise CheckpointError(f"{path} is {what}.")
 
 
 def load_pickle(source: Path | bytes, name: object) -> Any:
@@ -204,15 +200,9 @@ class _Value:
 
 
 def _scan_pickle(path: object, file: BinaryIO, size: int, *, zipped: bool) -> None:
-    """Check the pickle of a file that torch.save wrote (`zipped`: by torch 1.6 or later) before anything unpickles it.
-
-    torch's `weights_only` unpickler runs no code, but it allocates what a pickle asks for: `bytearray(6000000000)` is a
-    file of a kilobyte. Here the opcodes are followed without making any of their objects.
-
-    Raises:
-        CheckpointError: The pickle holds more than numbers, text and dense tensors, or tensors that the file has no
-            room for.
-    """
+    """Raises CheckpointError for a pickle of more than numbers, text and dense tensors that the file has room for."""
+    # torch's `weights_only` unpickler runs no code, but it allocates what a pickle asks for: `bytearray(6000000000)` is
+    # a file of a kilobyte. Here the opcodes are followed without making any of their objects.
     try:
         # From memory, because reading from a file allocates as much as an opcode claims.
         if not zipped:
@@ -340,20 +330,10 @@ class _Scan:
 
 
 def only_tensors(path: object, content: Any) -> dict[str, Tensor]:
-    """The named tensors of what `load_pickle` returned.
-
-    Raises:
-        CheckpointError: There is none; one is not dense, or takes more memory than the file has values for.
-    """
-    for _ in range(3):
-        if not isinstance(content, Mapping):
-            break
-        inner = next(
-            (content[name] for name in ("state_dict", "model") if isinstance(content.get(name), Mapping)), None
-        )
-        if inner is None:
-            break
-        content = inner
+    """The named tensors of what `load_pickle` returned. Raises CheckpointError unless they are dense and all there."""
+    for name in ("state_dict", "model") * 3:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds one {type(content).__name__}; a table of named tensors was expected.")
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
@@ -361,8 +341,7 @@ def only_tensors(path: object, content: Any) -> dict[str, Tensor]:
         names = ", ".join(str(name) for name in list(content)[:5]) or "nothing"
         raise CheckpointError(f"{path} holds no tensors (it holds {names}); name the file with the network's weights.")
     for name, tensor in tensors.items():
-        dense = tensor.layout == torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
-        if not dense:
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             raise CheckpointError(f"{path}: {name} is sparse, quantized or without data; dense tensors were expected.")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise CheckpointError(
@@ -392,7 +371,7 @@ def strip_prefixes(tensors: Mapping[str, Tensor], source: str | Path = "the file
             inside = name.startswith(wrapper)
             if not inside and name.startswith(_STRANGERS):
                 continue
-            short = name.removeprefix(wrapper) if inside else name
+            short = name.removeprefix(wrapper)
             if short in stripped:
                 raise CheckpointError(f"{source} holds {short} twice, with and without the prefix {wrapper!r}.")
             stripped[short] = tensor
@@ -402,7 +381,7 @@ def strip_prefixes(tensors: Mapping[str, Tensor], source: str | Path = "the file
 
 def check_formats(tensors: Mapping[str, Tensor], source: str | Path = "the file") -> None:
     """Raises CheckpointError unless every tensor is an ordinary floating-point one."""
-    marks = sorted({mark for name in tensors for mark in _QUANTizED_NAMES if name.endswith(mark)})
+    marks = sorted({mark for name in tensors for mark in _QUANTIZED_NAMES if name.endswith(mark)})
     small = sorted({_plain(t.dtype) for t in tensors.values() if t.dtype not in FLOATS and t.dtype.is_floating_point})
     if marks or small:
         raise _quantized(source, _layer_formats(tensors, {}) + small + marks)
@@ -414,10 +393,10 @@ def check_formats(tensors: Mapping[str, Tensor], source: str | Path = "the file"
         )
 
 
+# Number formats of quantized weights that are read, and what ComfyUI calls a layer stored so.
 _EIGHT_BITS = {
     torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2", torch.int8: "int8_tensorwise",
 }  # fmt: skip
-"""Number formats of quantized weights that are read, and what ComfyUI calls a layer stored so."""
 _NOTES = (".comfy_quant", ".weight_scale", ".scale_weight", ".input_scale", ".scale_input", "scaled_fp8")
 
 
@@ -470,12 +449,8 @@ def _layer_formats(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
 
 def check_finite(tensors: Mapping[str, Tensor], source: str | Path = "the file") -> None:
     """Raises CheckpointError naming the first tensor with NaN or infinite values."""
-    bad = []
-    for name, tensor in tensors.items():
-        if tensor.numel():
-            low, high = torch.aminmax(tensor)
-            if not (torch.isfinite(low) and torch.isfinite(high)):
-                bad.append(name)
+    bounds = {name: torch.stack(torch.aminmax(tensor)) for name, tensor in tensors.items() if tensor.numel()}
+    bad = [name for name, low_high in bounds.items() if not torch.isfinite(low_high).all()]
     if bad:
         raise CheckpointError(
             f"{source} has NaN or infinite values in {bad[0]}{_and_more(bad)} (of {len(tensors)} tensors); "
@@ -489,10 +464,8 @@ def _quantized(source: str | Path, marks: list[str]) -> CheckpointError:
     names = {"F4": "NVFP4", "nvfp4": "NVFP4", "mxfp8": "MXFP8", "F8_E8M0": "MXFP8", "absmax": "bitsandbytes"}
     names |= {"qweight": "GPTQ or AWQ", "F8": "fp8", "float8": "fp8", "scaled_fp8": "fp8", "int8": "int8"}
     name = next((title for mark, title in names.items() if mark in found), "by another program")
-    return CheckpointError(
-        f"{source} is quantized ({name}: {found}); such files are not read here. "
-        "Take the bfloat16 file of the same model."
-    )
+    what = f"{source} is quantized ({name}: {found})"
+    return CheckpointError(f"{what}; such files are not read here. Take the bfloat16 file of the same model.")
 
 
 def _plain(dtype: torch.dtype) -> str:

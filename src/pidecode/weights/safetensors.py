@@ -9,10 +9,10 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from pidecode.errors import CheckpointError
 from pidecode.files import atomic_write
@@ -30,11 +30,8 @@ BITS: Mapping[str, int] = {
 }  # fmt: skip
 """Bits per value of every dtype of the format."""
 
-MAX_HEADER_BYTES = 4 << 20
-"""Longest header read, some 30,000 tensors; the 100 MB that the format allows take gigabytes to parse."""
-
+MAX_HEADER_BYTES = 4 << 20  # longest header read, some 30,000 tensors; the format's own limit takes gigabytes to parse
 _FORMAT_HEADER_BYTES = 100_000_000  # the format's own limit: beyond it, a file is something else
-
 _MAX_DIMENSIONS = 8
 
 
@@ -62,11 +59,7 @@ class Header:
 
 
 def check_file(path: str | os.PathLike[str]) -> int:
-    """Size of a regular, non-empty, readable file; symbolic links are followed.
-
-    Raises:
-        CheckpointError: It is missing, a folder, a link loop, a device, empty, or not readable.
-    """
+    """Size of a regular, non-empty, readable file or a link to one. Raises CheckpointError for anything else."""
     path = Path(path)
     try:
         status = os.stat(path)
@@ -93,18 +86,7 @@ def check_file(path: str | os.PathLike[str]) -> int:
 
 
 def read_start(path: str | os.PathLike[str], count: int = 512) -> bytes:
-    """The first bytes of a file.
-
-    Args:
-        path: The file.
-        count: Number of bytes.
-
-    Returns:
-        At most `count` bytes.
-
-    Raises:
-        CheckpointError: The file cannot be read.
-    """
+    """The first bytes of a file, at most `count`. Raises CheckpointError if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return file.read(count)
@@ -120,27 +102,21 @@ def looks_like_safetensors(start: bytes) -> bool:
 def read_header(
     source: str | os.PathLike[str] | bytes, *, name: object = None, max_header_bytes: int = MAX_HEADER_BYTES
 ) -> Header:
-    """Read the header of a .safetensors file and check it against the size of the file.
+    """Read the header of a .safetensors file, given by path or bytes, and check it against the size of the file.
 
     Args:
         source: Path of the file, or its bytes.
         name: What error messages call the file; default its path.
         max_header_bytes: Largest header accepted.
 
-    Returns:
-        The header.
-
     Raises:
         CheckpointError: The file is truncated; lengths, offsets or shapes contradict each other or the file's size;
             or the header is not valid JSON.
     """
     if isinstance(source, bytes):
-        name = "The file" if name is None else name
-        size, start = len(source), source[:8]
+        size, start, name = len(source), source[:8], name or "The file"
     else:
-        name = source if name is None else name
-        size = check_file(source)
-        start = read_start(source, 8)
+        size, start, name = check_file(source), read_start(source, 8), name or source
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length < 2 or (length > size and length > _FORMAT_HEADER_BYTES):
         raise CheckpointError(f"{name} is not a .safetensors file, or is cut off: it has no valid header length.")
@@ -150,13 +126,13 @@ def read_header(
         )
     if length > max_header_bytes:
         raise CheckpointError(f"The header of {name} has {length:,} bytes; at most {max_header_bytes:,} are read.")
-    if isinstance(source, bytes):
-        text = source[8 : 8 + length]
-    else:
-        with open(source, "rb") as file:
-            file.seek(8)
-            text = file.read(length)
-    fields = _parse(name, text)
+    text = source[8 : 8 + length] if isinstance(source, bytes) else read_start(source, 8 + length)[8:]
+    try:
+        fields = parse_json(text, max_bytes=MAX_HEADER_BYTES)
+    except JSONError as error:
+        raise CheckpointError(f"{name} has no readable .safetensors header: {error}. Fetch it again.") from None
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{name} is not a .safetensors file: its header is not a JSON object.")
     metadata = fields.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"The metadata of {name} is not a table of strings; safetensors did not write this file.")
@@ -172,82 +148,39 @@ def read_safetensors(
     name: object = None,
     max_header_bytes: int = MAX_HEADER_BYTES,
 ) -> tuple[Header, dict[str, Tensor]]:
-    """Read tensors of a .safetensors file whose header has passed every check of `read_header`.
-
-    Args:
-        source: Path of the file, which is mapped into memory, or its bytes.
-        names: The tensors to read; default all.
-        name: What error messages call the file; default its path.
-        max_header_bytes: Longest header accepted.
-
-    Returns:
-        The header, and the tensors by name.
-
-    Raises:
-        CheckpointError: The file is not a valid .safetensors file, or lacks one of the names.
-    """
+    """Tensors of a .safetensors file, all or those named, as views of it; the rest is as in `read_header`."""
     import safetensors  # not at the top: reading headers needs neither it nor torch
     import safetensors.torch
 
     header = read_header(source, name=name, max_header_bytes=max_header_bytes)
     wanted = list(header.tensors if names is None else names)
+    failures = (safetensors.SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError)
     try:
-        data: bytes | None = None
+        # The library opens no paths that are not UTF-8.
+        if not isinstance(source, bytes) and os.fspath(source).encode(errors="replace") != os.fsencode(source):
+            source = Path(source).read_bytes()
         if isinstance(source, bytes):
-            data = source
-        elif not _is_utf8(os.fspath(source)):  # the library opens no others
-            data = Path(source).read_bytes()
-        if data is not None:
-            loaded: dict[str, Tensor] = safetensors.torch.load(data)
+            loaded: dict[str, Tensor] = safetensors.torch.load(source)
             return header, {tensor: loaded[tensor] for tensor in wanted}
         with safetensors.safe_open(os.fspath(source), framework="pt", device="cpu") as file:
             return header, {tensor: file.get_tensor(tensor) for tensor in wanted}
-    except (
-        safetensors.SafetensorError,
-        OSError,
-        RuntimeError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        KeyError,
-    ) as error:
-        called = source if name is None and not isinstance(source, bytes) else name or "The file"
+    except failures as error:
+        called = name or ("The file" if isinstance(source, bytes) else source)
         raise CheckpointError(f"{called} could not be read as .safetensors: {error}.") from error
-
-
-def _is_utf8(path: str) -> bool:
-    try:
-        path.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _parse(path: object, text: bytes) -> dict[str, Any]:
-    try:
-        fields = parse_json(text, max_bytes=MAX_HEADER_BYTES)
-    except JSONError as error:
-        raise CheckpointError(f"{path} has no readable .safetensors header: {error}. Fetch it again.") from None
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{path} is not a .safetensors file: its header is not a JSON object.")
-    return fields
 
 
 def _parse_entry(path: object, name: str, entry: Any) -> TensorEntry:
     name = name[:80]
     if not isinstance(entry, dict):
         raise CheckpointError(f"{path} describes tensor {name!r} by {type(entry).__name__}, not by a JSON object.")
-    dtype: Any = entry.get("dtype")
-    shape: Any = entry.get("shape")
-    offsets: Any = entry.get("data_offsets")
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in BITS:
         raise CheckpointError(f"{path} stores tensor {name!r} as {dtype!r}; known formats are {', '.join(BITS)}.")
     if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{path} gives tensor {name!r} a shape or offsets that are not whole numbers.")
     if len(shape) > _MAX_DIMENSIONS:
-        raise CheckpointError(
-            f"{path} gives tensor {name!r} {len(shape)} dimensions; at most {_MAX_DIMENSIONS} are read."
-        )
+        most = _MAX_DIMENSIONS
+        raise CheckpointError(f"{path} gives tensor {name!r} {len(shape)} dimensions; at most {most} are read.")
     begin, end = offsets
     needed = math.prod(shape) * BITS[dtype]
     if needed % 8 or end - begin != needed // 8:
@@ -258,7 +191,7 @@ def _parse_entry(path: object, name: str, entry: Any) -> TensorEntry:
     return TensorEntry(dtype, tuple(shape), begin, end)
 
 
-def _whole_numbers(value: Any) -> bool:
+def _whole_numbers(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
@@ -279,34 +212,16 @@ def _check_extent(path: object, tensors: Mapping[str, TensorEntry], available: i
         )
 
 
-def sha256(path: str | Path, on_progress: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file.
-
-    Args:
-        path: The file.
-        on_progress: Called with the number of bytes read so far.
-
-    Returns:
-        64 lower-case hexadecimal digits.
-
-    Raises:
-        CheckpointError: The file cannot be read.
-    """
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal. Raises CheckpointError if the file cannot be read."""
     check_file(path)
-    digest, done = hashlib.sha256(), 0
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-            done += len(chunk)
-            if on_progress:
-                on_progress(done)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
-_ALIGNMENT = 64
-"""Bytes the tensors are aligned to, as torch aligns its own memory, so that mapped files compute as fast."""
+_ALIGNMENT = 64  # bytes tensors are aligned to, as torch aligns its own memory, so that mapped files compute as fast
 
 
 def write_safetensors(
@@ -321,9 +236,9 @@ def write_safetensors(
 
     Args:
         path: The file. On an error nothing is left behind.
-        tensors: By name.
+        tensors: By name; all floating-point.
         metadata: Text metadata of the file.
-        dtype: Convert floating-point tensors to this dtype; None keeps theirs.
+        dtype: Dtype to convert to; None keeps that of each tensor.
         overwrite: Whether an existing file may be replaced.
 
     Raises:
@@ -336,11 +251,8 @@ def write_safetensors(
     for name in order:
         stored = dtype or tensors[name].dtype
         begin, end = end, end + tensors[name].numel() * stored.itemsize
-        header[name] = {
-            "dtype": _NAMES[str(stored).removeprefix("torch.")],
-            "shape": list(tensors[name].shape),
-            "data_offsets": [begin, end],
-        }
+        kind, shape = _NAMES[str(stored).removeprefix("torch.")], list(tensors[name].shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     with atomic_write(path, overwrite=overwrite) as file:
