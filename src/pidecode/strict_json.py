@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from typing import Any, NoReturn
 
@@ -48,6 +49,19 @@ def parse_json(text: str | bytes, *, max_bytes: int = MAX_BYTES, max_depth: int 
         raise JSONError(f"{error.msg} at line {error.lineno}, column {error.colno}") from None
     _check(value, max_depth)
     return value
+
+
+def read_json(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> Any:
+    """Parse the JSON of a file, of which no more than `max_bytes` are read.
+
+    Raises:
+        OSError: The file cannot be read.
+        JSONError: As `parse_json`; or it is a device or pipe.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would block forever
+        raise JSONError("it is not a regular file")
+    with open(path, "rb") as file:
+        return parse_json(file.read(max_bytes + 1), max_bytes=max_bytes)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_cli_decode import FLUX2, save_weights, size_and_format
 
+from pidecode.cli import common
 from pidecode.cli.app import cli
 from pidecode.cli.common import WorkBar
 from pidecode.images import image_size
@@ -156,7 +157,9 @@ def test_one_bad_file_does_not_stop_the_others(model: list[str], photo: Path) ->
     assert f"2 of 3 failed: {photo.with_name('missing.png')}, {broken}" in result.stderr
 
 
-def test_standard_input_and_output(model: list[str], photo: Path, tmp_path: Path) -> None:
+def test_standard_input_and_output(
+    model: list[str], photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     result = CliRunner().invoke(cli, ["upscale", "-", *model, "-o", "-", "--format", "webp"], input=photo.read_bytes())
     assert result.exit_code == 0, result.stderr
     with Image.open(io.BytesIO(result.stdout_bytes)) as image:
@@ -168,6 +171,10 @@ def test_standard_input_and_output(model: list[str], photo: Path, tmp_path: Path
     assert "name a folder" in several.stderr
     broken = CliRunner().invoke(cli, ["upscale", "-", *model, "-o", str(tmp_path / "a.png")], input=b"no image")
     assert broken.exit_code == 4
+    monkeypatch.setattr(common, "MAX_INPUT", 1000)
+    endless = CliRunner().invoke(cli, ["upscale", "-", *model, "-o", str(tmp_path / "a.png")], input=bytes(1001))
+    assert endless.exit_code == 4
+    assert "Standard input holds more than 1.0 kB; give such a file by its name." in endless.stderr
 
 
 def test_a_folder_is_a_batch(photo: Path, model: list[str]) -> None:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +17,24 @@ from pidecode.errors import CheckpointError, FileError, LatentError, PidecodeErr
 from pidecode.images import read_metadata
 from pidecode.latents.latent import Latent
 from pidecode.latents.storage import count_latents
-from pidecode.strict_json import JSONError, parse_json
+from pidecode.strict_json import JSONError, parse_json, read_json
 from pidecode.weights.metadata import CheckpointMetadata
 from pidecode.weights.safetensors import read_header, read_safetensors
+
+
+def test_a_file_that_never_ends_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "large").touch()
+    os.truncate(tmp_path / "large", 1 << 40)  # no room on the disk is taken
+    for name, message in (("pipe", "no"), ("zero", "not a regular file"), ("large", "longer than 4,194,304 bytes")):
+        with pytest.raises(JSONError, match=message):
+            read_json(tmp_path / name)
+    (tmp_path / "good").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(tmp_path / "good") == {"a": 1}
+    with pytest.raises(OSError, match="none"):
+        read_json(tmp_path / "none")
+
 
 HOSTILE = {
     "deep": "[" * 400 + "]" * 400,

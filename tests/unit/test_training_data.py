@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,19 @@ def folder(tmp_path: Path) -> Path:
     (place / "c.webp").write_bytes(image_bytes(3, (64, 64), "WEBP"))
     (place / "notes.md").write_text("no image")
     return place
+
+
+def test_names_that_are_no_utf_8(folder: Path) -> None:
+    odd = Path(os.fsdecode(os.fsencode(folder) + b"/\xff.png"))
+    odd.write_bytes(image_bytes(4, (64, 64)))
+    with tarfile.open(folder / "shard.tar", "w", format=tarfile.GNU_FORMAT) as shard:
+        shard.add(odd, os.fsdecode(b"in/\xfe.png"))
+    odd.with_name(os.fsdecode(b"bad\xff.png")).write_bytes(b"no image")
+    found = find_images(folder)
+    names = [*(entry.name for entry in found.entries), *found.skipped]
+    assert names == ["a.png", "c.webp", "more/b.jpg", "shard.tar/in/\\xfe", "\\xff.png", "bad\\xff.png"]
+    assert "\n".join(names).encode()
+    assert len(found.fingerprint) == 16
 
 
 def shard(path: Path, members: dict[str, bytes]) -> Path:

@@ -21,7 +21,7 @@ from click.shell_completion import CompletionItem
 
 from pidecode.engine.machine import QUANTIZATIONS, Machine, Quantization, this_machine
 from pidecode.engine.plan import SCHEMES, Plan, Scheme, plan_decode
-from pidecode.errors import SettingError
+from pidecode.errors import FileError, SettingError
 from pidecode.options import ATTENTIONS, Command, DecodeOptions, OptionInfo, SaveOptions, Sides, option_infos
 from pidecode.registry.checkpoints import CHECKPOINTS
 from pidecode.registry.spaces import ALIASES, SPACES
@@ -29,6 +29,7 @@ from pidecode.units import (
     DTYPES,
     LARGEST_PIXELS,
     MAX_PIXELS,
+    format_bytes,
     format_seconds,
     parse_bytes,
     parse_dtype,
@@ -62,6 +63,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Other options": ("as_json", "debug", "help"),
 }  # fmt: skip
+MAX_INPUT = 1 << 30  # bytes of standard input that are read
 _FEW_OPTIONS = 9  # so many are not divided into groups
 
 
@@ -380,6 +382,20 @@ def text_encoder_option(command: F) -> F:
     """Add --text-encoder."""
     text = "Gemma-2, a folder or a single file as ComfyUI has it, if it is not where `pull` puts it."
     return click.option("--text-encoder", type=click.Path(path_type=Path), metavar="PATH", help=text)(command)
+
+
+def standard_input() -> bytes:
+    """Standard input to its end.
+
+    Raises:
+        FileError: It holds more than MAX_INPUT bytes.
+    """
+    data = bytearray()
+    while part := sys.stdin.buffer.read(1 << 20):
+        data += part
+        if len(data) > MAX_INPUT:
+            raise FileError(f"Standard input holds more than {format_bytes(MAX_INPUT)}; give such a file by its name.")
+    return bytes(data)
 
 
 def prompt_lines(file: Path) -> list[str]:

@@ -36,6 +36,7 @@ from pidecode.cli.common import (
     save_options,
     set_threads,
     source_options,
+    standard_input,
     take_decode_options,
     text_encoder_option,
     threads_option,
@@ -74,7 +75,7 @@ class DecodeSource:
     @classmethod
     def read(cls, path: Path) -> DecodeSource:
         """The source of that name; "-" reads standard input to its end."""
-        return cls(Path("stdin"), sys.stdin.buffer.read()) if os.fspath(path) == STREAM else cls(path)
+        return cls(Path("stdin"), standard_input()) if os.fspath(path) == STREAM else cls(path)
 
     @property
     def content(self) -> Path | bytes:

@@ -19,7 +19,7 @@ from pidecode.errors import CheckpointError, MissingDependencyError
 from pidecode.latents.layout import LatentStatistics
 from pidecode.registry.configs import check_foreign_config
 from pidecode.registry.spaces import LatentSpace
-from pidecode.strict_json import parse_json
+from pidecode.strict_json import read_json
 from pidecode.weights.load import load_state
 from pidecode.weights.read import check_finite, check_formats, read_tensors
 
@@ -122,7 +122,7 @@ def _read_folder(path: Path, space: LatentSpace) -> tuple[Path, dict[str, Any]]:
             f"{path} holds no config.json, so it is not a diffusers autoencoder; give its folder, or one file."
         )
     try:
-        config = parse_json((folder / "config.json").read_bytes())
+        config = read_json(folder / "config.json")
     except (OSError, ValueError) as fault:
         raise CheckpointError(f"{folder / 'config.json'} cannot be read as JSON: {fault}. Download it again.") from None
     wanted = CLASSES.get(space.name, "AutoencoderKL")

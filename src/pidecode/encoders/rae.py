@@ -24,7 +24,7 @@ from pidecode.models.vit_decoder import VitDecoder, infer_vit_config, sincos_pos
 from pidecode.registry.checkpoints import ENCODERS
 from pidecode.registry.configs import check_foreign_config
 from pidecode.registry.spaces import LatentSpace
-from pidecode.strict_json import parse_json
+from pidecode.strict_json import read_json
 from pidecode.weights.load import load_state
 from pidecode.weights.read import check_finite, check_formats, read_tensors
 from pidecode.weights.resolve import HubCache
@@ -186,7 +186,7 @@ def _find_backbone(path: Path, spec: VisionModelSpec, given: PathLike | None) ->
 
 def _model_type(folder: Path) -> object:
     try:
-        config = parse_json((folder / "config.json").read_bytes())
+        config = read_json(folder / "config.json")
     except (OSError, ValueError):
         return None
     if not isinstance(config, dict):
@@ -268,7 +268,7 @@ def _read_decoder_config(file: Path) -> tuple[int | None, float]:
     """Heads and LayerNorm epsilon, which weights do not show: from a config in the same folder, else ViT-XL's."""
     for config_path in sorted(file.parent.glob("*config.json")):
         try:
-            config = parse_json(config_path.read_bytes())
+            config = read_json(config_path)
             if isinstance(config, dict) and "decoder_num_attention_heads" in config:
                 return int(config["decoder_num_attention_heads"]), float(config.get("layer_norm_eps", 1e-12))
         except (OSError, TypeError, ValueError) as fault:

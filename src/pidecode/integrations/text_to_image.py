@@ -30,7 +30,7 @@ from pidecode.integrations.pipeline_latents import StopAfter, recommended_stop_s
 from pidecode.latents.latent import Latent
 from pidecode.options import DecodeOptions
 from pidecode.registry.spaces import diffusion_size, get_image_model
-from pidecode.strict_json import parse_json
+from pidecode.strict_json import read_json
 
 JOB_FILE = "job.json"
 SHEET_FILE = "contact-sheet.jpg"
@@ -188,7 +188,7 @@ def _open_folder(job: GenerationJob) -> None:
             handle.write(text.encode())
         return
     try:
-        found = parse_json(file.read_bytes())
+        found = read_json(file)
     except (OSError, ValueError) as error:
         raise FileError(f"{file} cannot be read: {error}. Name another folder.") from None
     record = json.loads(text)

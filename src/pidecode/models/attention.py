@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pidecode.errors import FileError, SettingError
 from pidecode.files import atomic_write, cache_folder
-from pidecode.strict_json import JSONError, parse_json
+from pidecode.strict_json import JSONError, read_json
 
 AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys and values `[B, heads, tokens, head_dim]` to the output, shaped as the queries."""
@@ -140,7 +140,7 @@ def record_path() -> Path:
 def read_record(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """What was measured: by device and kernels, then by shape, the fastest `kernel` and the `seconds` of each."""
     try:
-        found = parse_json(path.read_bytes())
+        found = read_json(path)
         shapes = [entry for entries in found.values() for entry in entries.values()]
         valid = all(isinstance(entry["kernel"], str) and isinstance(entry["seconds"], dict) for entry in shapes)
     except (OSError, JSONError, AttributeError, KeyError, TypeError):

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from pidecode.errors import CheckpointError, FileError, TrainingError
 from pidecode.files import atomic_folder, remove_folder, writable_folder
-from pidecode.strict_json import parse_json
+from pidecode.strict_json import read_json
 from pidecode.training.distributed import DistEnv, barrier, copy_full_, full_tensor, unwrap
 from pidecode.training.ema import ExponentialMovingAverage
 from pidecode.units import format_bytes
@@ -158,7 +158,7 @@ def newest_checkpoint(folder: Path, progress: Callable[[str], None] | None = Non
     for path in reversed(_found(folder)):
         try:
             _verify(path)
-            metadata = parse_json((path / _STATE).read_bytes())
+            metadata = read_json(path / _STATE)
             if not isinstance(metadata, dict) or not isinstance(metadata.get("step"), int):
                 raise FileError(f"{_STATE} does not hold the number of steps")
             return StoredCheckpoint(path, metadata["step"], read_safetensors(path / _TENSORS)[1], metadata)

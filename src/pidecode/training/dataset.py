@@ -106,7 +106,7 @@ def find_images(source: str | Path) -> ImageDataset:
     base = root.parent if os.path.isfile(root) else root
     present = set(files)
     for path in files:
-        name = path.relative_to(base).as_posix()
+        name = _name(path.relative_to(base))
         if path.suffix.lower() == ".tar":
             found: Iterator[tuple[str, FileSlice, FileSlice | None]] = _in_shard(path, name, skipped)
         elif path.suffix.lower() in IMAGES:
@@ -133,12 +133,12 @@ def _walk(root: Path, skipped: dict[str, str]) -> Iterator[Path]:
     def unreadable(fault: OSError) -> None:
         if Path(fault.filename) == root:
             raise fault
-        skipped[Path(fault.filename).relative_to(root).as_posix()] = f"the folder cannot be read: {fault.strerror}"
+        skipped[_name(Path(fault.filename).relative_to(root))] = f"the folder cannot be read: {fault.strerror}"
 
     for folder, names, files in os.walk(root, onerror=unreadable):
         for path in (Path(folder, name) for name in names):
             if path.is_symlink():
-                skipped[path.relative_to(root).as_posix()] = "links to folders are not followed"
+                skipped[_name(path.relative_to(root))] = "links to folders are not followed"
         yield from (path for path in (Path(folder, name) for name in files) if os.path.isfile(path))
 
 
@@ -162,7 +162,12 @@ def _in_shard(path: Path, name: str, skipped: dict[str, str]) -> Iterator[tuple[
         # What was read before the damage is complete and is used.
         skipped[name] = f"the shard is damaged: {fault}"
     for key, source in images.items():
-        yield f"{name}/{key}", source, captions.get(key)
+        yield f"{name}/{_name(Path(key))}", source, captions.get(key)
+
+
+def _name(path: Path) -> str:
+    """A file's name as text that checkpoints can hold, also where it is no UTF-8."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
 
 
 def _size_of(source: FileSlice) -> tuple[int, int]:

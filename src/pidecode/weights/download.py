@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pidecode.errors import LicenseError, SettingError
 from pidecode.registry.checkpoints import ENCODERS, TEXT_ENCODER, Checkpoint, License, NetworkKind, get_checkpoint
-from pidecode.strict_json import parse_json
+from pidecode.strict_json import read_json
 from pidecode.weights.resolve import DownloadCallback, HubCache, asset
 
 _MODEL_FILES = ("*.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.model", "LICENSE*", "README.md")
@@ -153,7 +153,7 @@ def _whole_model(folder: Path) -> bool:
     weights = {"model.safetensors"}
     if index.is_file():
         try:
-            weights = set(parse_json(index.read_bytes())["weight_map"].values())
+            weights = set(read_json(index)["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError):
             return False
     return all((folder / name).is_file() for name in {"config.json", *weights})

@@ -21,7 +21,7 @@ from pidecode.files import atomic_write
 from pidecode.models.pid.network import PiDNet
 from pidecode.models.tiny import TinyDecoder
 from pidecode.registry.configs import PiDConfig, TinyDecoderConfig
-from pidecode.strict_json import parse_json
+from pidecode.strict_json import parse_json, read_json
 from pidecode.weights.detect import ADAPTER, COLOR_HEAD
 from pidecode.weights.read import check_finite, check_formats, read_tensors
 
@@ -251,7 +251,7 @@ class _LoraStrengths:
                 config = parse_json(metadata["lora_adapter_metadata"])
                 self.config = {key.partition(".")[2]: value for key, value in config.items()}
             elif path.name in _LORA_FILES and os.path.isfile(beside):
-                self.config = {**parse_json(beside.read_text(encoding="utf-8-sig"))}
+                self.config = {**read_json(beside)}
             alpha = self.config.get("lora_alpha")
             self.alpha = None if alpha is None else float(alpha)
             self.pattern = {str(key): float(value) for key, value in (self.config.get("alpha_pattern") or {}).items()}

@@ -36,7 +36,7 @@ from pidecode.registry.checkpoints import (
     get_checkpoint,
 )
 from pidecode.registry.spaces import ALIASES, SPACES, get_space
-from pidecode.strict_json import JSONError, parse_json
+from pidecode.strict_json import JSONError, read_json
 from pidecode.weights.safetensors import sha256
 
 _SHA256_DIGITS = 64
@@ -169,7 +169,7 @@ class HubCache:
     def recorded(self, repository: str, path: str) -> dict[str, Any]:
         """What was noted of a file or folder; empty if nothing was, or it cannot be read."""
         try:
-            record = parse_json(self._record_file(repository, path).read_bytes())
+            record = read_json(self._record_file(repository, path))
         except (OSError, JSONError):
             return {}
         return record if isinstance(record, dict) else {}
