@@ -10,11 +10,12 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from pidecode import sampling
 from pidecode.color_fix import corrected
 from pidecode.devices import default_dtype, select_device
 from pidecode.encoders.base import EncodeFunction, LazyImageEncoder, can_show, encode_images, on_device, vae_reference
@@ -41,8 +42,8 @@ from pidecode.images import (
     load_tensor,
     read_images,
 )
-from pidecode.latents.latent import Latent
-from pidecode.models.pid.network import Condition, PiDNet
+from pidecode.latents.latent import Latent, require_latent
+from pidecode.models.pid.network import Grid, PiDNet
 from pidecode.models.tiny import TinyDecoder
 from pidecode.options import (
     MAX_SEED,
@@ -55,18 +56,9 @@ from pidecode.options import (
     RuntimeOptions,
     Sides,
 )
-from pidecode.registry.checkpoints import CHECKPOINTS, Checkpoint, FlowShift, Sampler, size_warning
+from pidecode.registry.checkpoints import CHECKPOINTS, V1PT5_SHIFT, Checkpoint, Sampler, size_warning
 from pidecode.registry.spaces import LatentSpace, get_space
-from pidecode.sampling import (
-    Callback,
-    DecodeProgressCallback,
-    NoiseStream,
-    Step,
-    WorkTracker,
-    guided,
-    sample_student,
-    sample_teacher,
-)
+from pidecode.sampling import Callback, DecodeProgressCallback, Predict, Step, WorkTracker
 from pidecode.units import parse_dtype
 from pidecode.version import __version__
 from pidecode.weights.detect import Overrides, detect
@@ -75,13 +67,8 @@ from pidecode.weights.metadata import CheckpointMetadata
 from pidecode.weights.read import read_weights
 from pidecode.weights.resolve import default_encoder_path, resolve_checkpoint
 
-__all__ = ["DecodeOutput", "PixelDecoder"]
-
-DEFAULT_SHIFT = FlowShift(base=6.0, size=2048)
-"""A teacher's flow shift where nothing else is known: that of the v1.5 teachers."""
-STUDENT_STEPS, TEACHER_STEPS, TEACHER_GUIDANCE = 4, 25, 5.0
-SIGMA_SEED_OFFSET = 1 << 32
-"""Added to the seed for the noise that `sigma=` puts into a clean latent: a generator of its own."""
+SIGMA_SEED_OFFSET = 1 << 32  # added to the seed for the noise that `sigma=` puts into a clean latent
+PromptEmbeds = Tensor | str | PathLike[str]
 
 
 class PixelDecoder:
@@ -118,13 +105,9 @@ class PixelDecoder:
                 f"{name} is a {metadata.kind} of space {metadata.space}; a decoder is feed-forward, a student or a "
                 "teacher, and of one space."
             )
-        self.net = net
-        self.metadata = metadata
+        self.net, self.metadata, self.name, self.encoder, self.text = net, metadata, name, encoder, text
         self.kind: DecoderKind = metadata.kind
-        self.name = name
         self.space: LatentSpace = get_space(metadata.space)
-        self.encoder = encoder
-        self.text = text
         self.runner = make_runner(net, plan, runtime or RuntimeOptions(), metadata.kind, name)
         if self.space.channels != net.config.latent_channels:
             raise SettingError(
@@ -139,7 +122,7 @@ class PixelDecoder:
         *,
         space: str | None = None,
         variant: str | None = None,
-        kind: Literal["feed-forward", "student", "teacher"] | None = None,
+        kind: DecoderKind | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
         encoder: str | PathLike[str] | None = None,
@@ -178,11 +161,10 @@ class PixelDecoder:
         if isinstance(dtype, str):
             dtype = cast(torch.dtype, getattr(torch, parse_dtype(dtype)))
         dtype = getattr(torch, plan.dtype) if plan is not None else dtype or default_dtype(chosen)
-        offloads = isinstance(plan, Plan)
         # A plan may keep parts of the network on the host, so it is built there.
-        place = "cpu" if offloads else chosen
-        cached_encoder_path = encoder or resolved.encoder or default_encoder_path(metadata.space)
+        place = "cpu" if isinstance(plan, Plan) else chosen
         text_device = "cpu" if isinstance(plan, Plan) and plan.text_on_host else chosen
+        encoder = encoder or resolved.encoder or default_encoder_path(metadata.space)
         net = build_network(file.tensors, metadata.config, dtype=dtype, device=place, source=str(resolved.path))
         reads_text = isinstance(net, PiDNet) and net.config.has_text
         if text_encoder is not None and not reads_text:
@@ -190,13 +172,13 @@ class PixelDecoder:
         text = TextOptions() if text_encoder is None else TextOptions(model=os.fspath(text_encoder))
         decoder = cls(
             net, metadata, name=resolved.name,
-            encoder=LazyImageEncoder.of(cached_encoder_path, metadata.space, chosen, dtype),
+            encoder=LazyImageEncoder.of(encoder, metadata.space, chosen, dtype),
             text=TextEncoder(text, device=text_device, states=PromptEmbedsCache()) if reads_text else None,
             plan=plan, runtime=runtime,
         )  # fmt: skip
         if isinstance(decoder.runner, Runner):
             decoder.runner.require(chosen)
-            if offloads:
+            if plan is not None:
                 decoder.runner.arrange(chosen)
         return decoder
 
@@ -250,7 +232,7 @@ class PixelDecoder:
 
     def flow_shift(self, height: int, width: int) -> float:
         """A teacher's default flow shift for an output of that size in pixels."""
-        return ((self.checkpoint.shift if self.checkpoint else None) or DEFAULT_SHIFT).at(height, width)
+        return ((self.checkpoint and self.checkpoint.shift) or V1PT5_SHIFT).at(height, width)
 
     def memory_estimate(self, size: tuple[int, int], *, batch: int = 1) -> int:
         """Predicted peak of memory on the device, in bytes, of decoding to `size` (width, height), weights included."""
@@ -429,9 +411,11 @@ class PixelDecoder:
         """The output of `run` on every image or latent, each with its own options."""
         if not sources:
             raise SettingError("The list is empty; give at least one image or latent.")
-        outputs = []
+        outputs, evaluations = [], self._num_steps(options)
+        if self.kind == "teacher" and options.guidance_scale != 1.0:
+            evaluations *= 2
         for index, source in enumerate(sources):
-            tracker = WorkTracker(callback, self._evaluations(options), encoding, (index, len(sources)))
+            tracker = WorkTracker(callback, evaluations, encoding, (index, len(sources)))
             with naming(f"Element {index} of the list") if len(sources) > 1 else nullcontext():
                 outputs.append(run(source, options.of_image(index, len(sources)), tracker))
         return DecodeOutput.cat(outputs)
@@ -463,9 +447,15 @@ class PixelDecoder:
     ) -> DecodeOutput:
         options.require_acting(self.kind, command, self.name)
         clean, latent = latent, self._with_prompt(self._checked(latent, options), options)
-        width, height = self._size(latent, options)
+        size = latent.output_size[1], latent.output_size[0]
+        result = self.decoded_size(size, options)
+        if isinstance(self.net, PiDNet):
+            size = width, height = result
+            self.net.grid_of(height, width)
+            if self.checkpoint and (advice := size_warning(self.checkpoint, height, width)):
+                warnings.warn(advice, stacklevel=6)
         if command == "decode":  # `upscale` has checked, before it encoded
-            require_memory(self.runner, (width, height), len(latent))
+            require_memory(self.runner, size, len(latent))
         reference = self._reference(clean, options)
         if isinstance(self.runner, FeedForwardRunner):
             pixels = self.runner.decode(latent.tensor, work.strips())
@@ -473,7 +463,7 @@ class PixelDecoder:
                 callback(Step(1, 1, pixels))
         else:
             callback = work.steps(callback, self._num_steps(options))
-            pixels = self._run_diffusion(self.runner, latent, (width, height), options, callback)
+            pixels = self._run_diffusion(self.runner, latent, size, options, callback)
         work.report("finishing")
         finite, pixels = is_finite(pixels), pixels.clamp_(-1, 1)
         fixed: list[dict[str, Any]] = [{}] * len(pixels)
@@ -484,7 +474,7 @@ class PixelDecoder:
                 "The network answered with NaN or infinite values. Decode in float32 (dtype=torch.float32); if that "
                 "helps, this device's half-precision arithmetic is at fault."
             )
-        pixels, shown = downsampled(pixels, self.decoded_size((width, height), options))
+        pixels, shown = downsampled(pixels, result)
         seeds = options.seeds(len(pixels))
         described = [
             self._describe(latent[index], options, seed) | fixed[index] | shown for index, seed in enumerate(seeds)
@@ -511,17 +501,7 @@ class PixelDecoder:
         return on_device(self.encoder, self.device if offloads else None)
 
     def _checked(self, latent: Latent, options: DecodeOptions) -> Latent:
-        if not isinstance(latent, Latent):
-            raise LatentError(
-                f"decode takes a Latent; got {type(latent).__name__}. Say what a tensor is: pidecode.Latent(tensor, "
-                f"space={self.space.name!r}, sigma=0.0), or read a file: Latent.load(path). An image goes to upscale()."
-            )
-        if latent.space != self.space.name:
-            raise LatentError(
-                f"This decoder is for space {self.space.name}; the latent is of space {latent.space}. Load the decoder "
-                f"for {latent.space}, or encode the image again with this one."
-            )
-        latent = latent.to(self.device, torch.float32)
+        latent = require_latent(latent, self.space.name).to(self.device, torch.float32)
         if not options.sigma:
             return latent
         if options.sigma > self.max_sigma:
@@ -542,90 +522,63 @@ class PixelDecoder:
         with self._encoder_on_device():
             return vae_reference(self.encoder, latent)
 
-    def _size(self, latent: Latent, options: DecodeOptions) -> tuple[int, int]:
-        """Width and height of the output."""
-        natural = latent.output_size[1], latent.output_size[0]
-        width, height = self.decoded_size(natural, options)
-        if not isinstance(self.net, PiDNet):
-            return natural
-        self.net.grid_of(height, width)
-        if self.checkpoint and (advice := size_warning(self.checkpoint, height, width)):
-            warnings.warn(advice, stacklevel=7)
-        return width, height
-
     def _num_steps(self, options: DecodeOptions) -> int:
-        defaults = {"feed-forward": 1, "student": STUDENT_STEPS, "teacher": TEACHER_STEPS}
-        return options.num_steps or defaults[self.kind]
-
-    def _evaluations(self, options: DecodeOptions) -> int:
-        return self._num_steps(options) * (1 + (self.kind == "teacher" and options.guidance_scale != 1.0))
+        return options.num_steps or sampling.DEFAULT_STEPS[self.kind]
 
     def _run_diffusion(
         self, runner: Runner, latent: Latent, size: tuple[int, int], options: DecodeOptions, callback: Callback | None
     ) -> Tensor:
-        width, height = size
-        grid = runner.net.grid_of(height, width)
-        draws = self._num_steps(options) if self.kind == "student" and options.sampler != "ode" else 1
-        noise = NoiseStream(options.seeds(len(latent)), (3, height, width), self.device, draws)
-        states = self._text_states(latent.prompts, options.prompt_embeds)
-        if self.text is not None and runner.offloads("text"):
-            self.text.unload()
-        condition = runner.prepare(grid, states, latent.tensor, latent.sigmas)
-        if self.kind == "teacher":
-            return self._run_teacher(runner, latent, condition, noise(), options, callback)
-        return sample_student(
-            runner.predict(condition), noise, num_steps=self._num_steps(options), sampler=options.sampler or "sde",
-            prediction=runner.net.config.prediction, callback=callback,
-        )  # fmt: skip
+        (width, height), steps, prediction = size, self._num_steps(options), runner.net.config.prediction
+        draws = steps if self.kind == "student" and options.sampler != "ode" else 1
+        noise = sampling.NoiseStream(options.seeds(len(latent)), (3, height, width), self.device, draws)
+        predict = self._predictor(runner, latent, runner.net.grid_of(height, width), options)
+        if self.kind == "student":
+            sampler = options.sampler or "sde"
+            return sampling.sample_student(
+                predict, noise, num_steps=steps, sampler=sampler, prediction=prediction, callback=callback
+            )
+        shift = self.flow_shift(height, width) if options.shift is None else options.shift
+        return sampling.sample_teacher(
+            predict, noise(), num_steps=steps, shift=shift, prediction=prediction, callback=callback
+        )
 
-    def _run_teacher(
-        self,
-        runner: Runner,
-        latent: Latent,
-        condition: Condition,
-        noise: Tensor,
-        options: DecodeOptions,
-        callback: Callback | None,
-    ) -> Tensor:
-        scale, without = options.guidance_scale or TEACHER_GUIDANCE, condition
-        if scale != 1.0:
-            negative = default_negative_prompt() if options.negative_prompt is None else options.negative_prompt
-            file = None if isinstance(options.prompt_embeds, Tensor) else options.prompt_embeds
-            states = self._text_states((negative,) * len(latent), file, exact=True)
-            without = runner.prepare(condition.grid, states, latent.tensor, latent.sigmas)
-        shift = self.flow_shift(*noise.shape[-2:]) if options.shift is None else options.shift
-        return sample_teacher(
-            guided(runner.predict(condition), runner.predict(without), scale), noise,
-            num_steps=self._num_steps(options), shift=shift, prediction=runner.net.config.prediction,
-            callback=callback,
-        )  # fmt: skip
+    def _predictor(self, runner: Runner, latent: Latent, grid: Grid, options: DecodeOptions) -> Predict:
+        """The network as a function of the noisy image and the time, with a teacher's guidance."""
+        need = f"{self.name} reads text, and has no text encoder here. Fetch it with `pidecode pull {self.space.name}`"
+
+        def prompted(prompts: Sequence[str | None], given: PromptEmbeds | None, *, exact: bool = False) -> Predict:
+            states = None
+            if self.reads_text:
+                states = prompt_states(self.text, prompts, given, exact=exact, need=need, **self._text_shape)
+                states = states.to(self.device)
+            if self.text is not None and runner.offloads("text"):
+                self.text.unload()
+            return runner.predict(runner.prepare(grid, states, latent.tensor, latent.sigmas))
+
+        predict = prompted(latent.prompts, options.prompt_embeds)
+        scale = options.guidance_scale or sampling.TEACHER_GUIDANCE
+        if self.kind != "teacher" or scale == 1.0:
+            return predict
+        negative = default_negative_prompt() if options.negative_prompt is None else options.negative_prompt
+        file = None if isinstance(options.prompt_embeds, Tensor) else options.prompt_embeds
+        return sampling.guided(predict, prompted((negative,) * len(latent), file, exact=True), scale)
 
     def _with_prompt(self, latent: Latent, options: DecodeOptions) -> Latent:
         """The latent with the prompt it is decoded with."""
-        file = options.prompt_embeds if isinstance(options.prompt_embeds, (str, PathLike)) else None
-        if not self.reads_text and (file or options.prompt is not None):
-            given = "a prompt" if file is None else "prompt_embeds"
+        embeds, names = options.prompt_embeds, None
+        if not self.reads_text and (embeds is not None or options.prompt is not None):
+            given = "a prompt" if embeds is None else "prompt_embeds"
             raise SettingError(f"{self.name} has no text stream, so {given} cannot act; leave it out.")
         if options.prompt is not None:
             latent = latent.with_prompt(options.prompt)
-        names = select_prompt_embeds(file, latent.prompts, **self._text_shape)[1] if file else None
+        if isinstance(embeds, (str, PathLike)):
+            names = select_prompt_embeds(embeds, latent.prompts, **self._text_shape)[1]
         return latent if names is None else latent.with_prompt(names)
 
     @property
     def _text_shape(self) -> dict[str, int]:
         config = cast(PiDNet, self.net).config
         return {"length": config.text_length, "width": config.text_dim}
-
-    def _text_states(
-        self, prompts: Sequence[str | None], given: Tensor | str | PathLike[str] | None, *, exact: bool = False
-    ) -> Tensor | None:
-        """Text states `[len(prompts), tokens, text_dim]`, or None for networks without text; see `prompt_states`."""
-        if not self.reads_text:
-            if given is not None:
-                raise SettingError(f"{self.name} has no text stream, so prompt_embeds cannot act; leave them out.")
-            return None
-        need = f"{self.name} reads text, and has no text encoder here. Fetch it with `pidecode pull {self.space.name}`"
-        return prompt_states(self.text, prompts, given, exact=exact, need=need, **self._text_shape).to(self.device)
 
     def _describe(self, latent: Latent, options: DecodeOptions, seed: int) -> dict[str, Any]:
         """Everything needed to make this image again; only options that acted."""

@@ -20,6 +20,8 @@ from pidecode.errors import SettingError
 from pidecode.registry.checkpoints import STUDENT_TIMES, Sampler
 from pidecode.registry.configs import Prediction
 
+DEFAULT_STEPS, TEACHER_GUIDANCE = {"feed-forward": 1, "student": 4, "teacher": 25}, 5.0  # where a caller names none
+
 SINGLE_STEP_TIME = 1.0  # one step alone starts from pure noise instead of the list's first entry
 
 SMALLEST_DIVISOR = 0.05  # below this time a velocity is not recovered from x_0 by dividing by t, but by this

@@ -21,9 +21,9 @@ import torch
 
 from pidecode.batch.jobs import BatchJob
 from pidecode.batch.report import JobResult
-from pidecode.decoder import DecodeOutput, PixelDecoder
+from pidecode.decoder import PixelDecoder
 from pidecode.errors import DoesNotFitError, FileError, PidecodeError, is_out_of_memory
-from pidecode.images import MAX_PIXELS, check_format, image_size, read_image, read_metadata
+from pidecode.images import MAX_PIXELS, DecodeOutput, check_format, image_size, read_image, read_metadata
 from pidecode.images.png import SIGNATURE
 from pidecode.images.read import SourceImage
 from pidecode.latents.latent import Latent

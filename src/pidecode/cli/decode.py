@@ -53,8 +53,9 @@ from pidecode.units import format_seconds, parse_bytes, parse_size
 from pidecode.weights.safetensors import looks_like_safetensors, read_start
 
 if TYPE_CHECKING:
-    from pidecode.decoder import DecodeOutput, PixelDecoder
+    from pidecode.decoder import PixelDecoder
     from pidecode.engine.feed_forward import FeedForwardPlan
+    from pidecode.images import DecodeOutput
     from pidecode.sampling import DecodeProgressCallback
     from pidecode.weights.metadata import CheckpointMetadata
 
@@ -631,15 +632,17 @@ def plan(
 
 def _predicted_times(network: str, plan: Plan | FeedForwardPlan) -> dict[str, float]:
     """Seconds to decode and, for feed-forward decoders, to upscale, by a quick measure of this machine."""
-    from pidecode.decoder import STUDENT_STEPS, PixelDecoder
+    from pidecode.decoder import PixelDecoder
     from pidecode.devices import select_device
     from pidecode.engine.feed_forward import encoding_work
     from pidecode.engine.runner import measured_step_seconds
+    from pidecode.sampling import DEFAULT_STEPS
 
     set_threads(None)
     if isinstance(plan, Plan):
         step = measured_step_seconds(plan, RELEASED_CONFIGS[network], select_device(None))  # type: ignore[arg-type]
-        return {f"time, {STUDENT_STEPS} steps": STUDENT_STEPS * step}
+        steps = DEFAULT_STEPS["student"]
+        return {f"time, {steps} steps": steps * step}
     decoder = PixelDecoder.from_pretrained(network, dtype=plan.dtype)
     decoding = predicted_seconds(decoder, plan.size[0] * plan.size[1] * plan.batch, None) or 0.0
     return {"time to decode": decoding, "time to upscale": decoding * (1 + encoding_work(0))}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pidecode.decoder import STUDENT_STEPS, TEACHER_STEPS, PixelDecoder
+from pidecode.decoder import PixelDecoder
 from pidecode.encoders.text import load_prompt_embeds
 from pidecode.errors import LatentError, MissingDependencyError, SettingError
 from pidecode.images import resize
@@ -24,7 +24,7 @@ from pidecode.options import MAX_SIGMA
 from pidecode.registry.checkpoints import STUDENT_TIMES
 from pidecode.registry.configs import PiDConfig
 from pidecode.registry.spaces import LatentSpace, get_space, recommended_stop
-from pidecode.sampling import TIMESCALE, shifted, student_times, teacher_times
+from pidecode.sampling import DEFAULT_STEPS, TIMESCALE, shifted, student_times, teacher_times
 
 ROUNDING = 1e-6
 """What a noise level may exceed its bound by: sigmas are float32."""
@@ -316,8 +316,8 @@ def flow_times(share: Tensor, shift: float | None) -> Tensor:
 def sampling_sigmas(decoder: PixelDecoder, num_steps: int | None, size: tuple[int, int]) -> Tensor:
     """SIGMAS of a decoder at the reference's times, for an image of that height and width."""
     if decoder.kind == "student":
-        return torch.tensor(student_times(num_steps or STUDENT_STEPS))
-    return teacher_times(num_steps or TEACHER_STEPS, decoder.flow_shift(*size)).float()
+        return torch.tensor(student_times(num_steps or DEFAULT_STEPS["student"]))
+    return teacher_times(num_steps or DEFAULT_STEPS["teacher"], decoder.flow_shift(*size)).float()
 
 
 def core_model(decoder: PixelDecoder) -> Any:

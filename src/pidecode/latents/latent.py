@@ -393,6 +393,21 @@ class Latent:
         return new
 
 
+def require_latent(latent: object, space: str) -> Latent:
+    """The argument, if it is a latent that a decoder of the space decodes. Raises LatentError if not."""
+    if not isinstance(latent, Latent):
+        raise LatentError(
+            f"decode takes a Latent; got {type(latent).__name__}. Say what a tensor is: pidecode.Latent(tensor, "
+            f"space={space!r}, sigma=0.0), or read a file: Latent.load(path). An image goes to upscale()."
+        )
+    if latent.space != space:
+        raise LatentError(
+            f"This decoder is for space {space}; the latent is of space {latent.space}. Load the decoder for "
+            f"{latent.space}, or encode the image again with this one."
+        )
+    return latent
+
+
 def _check_is_float(tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise LatentError(

@@ -127,7 +127,7 @@ _AREA_4K = (1536 * 2688, 4096 * 4096)
 
 _SHIFT_2K = FlowShift(base=6.0)
 _SHIFT_V1_4K = FlowShift(base=4.0, size=1024)
-_SHIFT_V1PT5 = FlowShift(base=6.0, size=2048)
+V1PT5_SHIFT = FlowShift(base=6.0, size=2048)
 
 
 def _file(folder: str) -> str:
@@ -155,7 +155,7 @@ def _v1pt5(space: str, parameters: int, size_bytes: int | None = None, *, teache
         space=space, variant="2kto4k_v1pt5", kind="teacher" if teacher else "student", repository=REPOSITORY,
         path=_file(f"PiD_v1pt5_res2kto4k_sr4x_official_{space}_{ending}"),
         config=config, parameters=parameters, size_bytes=size_bytes,
-        shift=_SHIFT_V1PT5, guidance_scale=5.0 if teacher else 1.0, num_steps=25 if teacher else 4,
+        shift=V1PT5_SHIFT, guidance_scale=5.0 if teacher else 1.0, num_steps=25 if teacher else 4,
         trained_sizes=_SIZES_4K, trained_area=_AREA_4K,
     )  # fmt: skip
 
@@ -178,7 +178,7 @@ _ROWS = (
     Checkpoint(
         space="pixeldit", variant="2kto4k", kind="backbone", repository=REPOSITORY,
         path=_file("PixelDiT_finetune_2kto4k"), config=configs.backbone(), parameters=1_302_470_787,
-        shift=_SHIFT_V1PT5, guidance_scale=2.75, num_steps=50, trained_sizes=_SIZES_4K, trained_area=_AREA_4K,
+        shift=V1PT5_SHIFT, guidance_scale=2.75, num_steps=50, trained_sizes=_SIZES_4K, trained_area=_AREA_4K,
     ),
     Checkpoint(
         space="flux2", variant="tiny", kind="feed-forward", repository=None, path="tiny.safetensors", config=None,
