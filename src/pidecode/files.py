@@ -8,6 +8,7 @@ the old or the new content, never a part of it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -49,6 +50,21 @@ def require_file(path: PathLike) -> None:
         raise FileError(f"{os.fspath(path)} cannot be read: {_reason(error)}.") from error
     if not stat.S_ISREG(mode):
         raise FileError(f"{os.fspath(path)} is {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}.")
+
+
+def read_small(path: PathLike, max_bytes: int = 1 << 20) -> bytes:
+    """The content of a small file that another program may have put in the place of ours.
+
+    Raises:
+        OSError: It cannot be read, is larger, or is a device or pipe, which might never end.
+    """
+    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise OSError(errno.EFBIG, f"it is larger than {max_bytes:,} bytes", os.fspath(path))
+    return data
 
 
 def cache_folder() -> Path:
@@ -263,8 +279,10 @@ class FolderLock:
     def _take_over(self, part: Path) -> None:
         """Remove the lock of an owner that has ended; `part` was just written and tells the file system's time."""
         try:
-            content, changed = self.path.read_bytes(), self.path.stat().st_mtime
+            content, changed = read_small(self.path), self.path.stat().st_mtime
         except FileNotFoundError:
+            if self.path.is_symlink():
+                raise OSError(errno.ELOOP, "it is a link to nothing, and a lock is a file; delete it") from None
             return
         idle = part.stat().st_mtime - changed
         owner = _owner(content)
@@ -282,7 +300,7 @@ class FolderLock:
         old = _part_of(self.path)
         with contextlib.suppress(FileNotFoundError):
             os.rename(self.path, old)
-            if old.read_bytes() != content:  # another process took the old lock over first, and this is its own
+            if read_small(old) != content:  # another process took the old lock over first, and this is its own
                 with contextlib.suppress(FileExistsError):
                     os.link(old, self.path)
             old.unlink()
@@ -298,7 +316,7 @@ class FolderLock:
             return
         self._released.set()
         with contextlib.suppress(OSError):
-            if self.path.read_bytes() == self._content:
+            if read_small(self.path) == self._content:
                 self.path.unlink()
 
     def __enter__(self) -> FolderLock:
@@ -311,7 +329,7 @@ class FolderLock:
 def _owner(content: bytes) -> dict[str, object]:
     try:
         owner = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return owner if isinstance(owner, dict) else {}
 

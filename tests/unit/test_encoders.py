@@ -202,9 +202,8 @@ def test_siglip_follows_scale_rae_step_by_step(tmp_path: Path) -> None:
     encoder = load_encoder("siglip", tmp_path)
     x = images(8, batch=2, height=256, width=256)
     seen = functional.interpolate((x + 1) / 2, size=(224, 224), mode="bicubic", align_corners=False, antialias=True)
-    tower = getattr(model, "vision_model", model)
     with torch.no_grad():
-        hidden = tower((seen - 0.5) / 0.5, output_hidden_states=True).hidden_states[-1]
+        hidden = model((seen - 0.5) / 0.5, output_hidden_states=True).hidden_states[-1]
     tokens = functional.layer_norm(hidden, (1152,), eps=1e-6)
     wanted = tokens.transpose(1, 2).reshape(2, 1152, 16, 16)
     torch.testing.assert_close(encoder(x), wanted, rtol=1e-4, atol=1e-4)

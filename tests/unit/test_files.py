@@ -17,7 +17,15 @@ import pytest
 
 from pidecode import files
 from pidecode.errors import FileError
-from pidecode.files import FolderLock, atomic_folder, atomic_path, atomic_write, check_writable, writable_folder
+from pidecode.files import (
+    FolderLock,
+    atomic_folder,
+    atomic_path,
+    atomic_write,
+    check_writable,
+    read_small,
+    writable_folder,
+)
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="permissions and process numbers of POSIX")
 
@@ -119,6 +127,29 @@ def test_a_lock_is_one_owner_s_and_ends_with_its_release(tmp_path: Path) -> None
         FolderLock(tmp_path / "run", "batch")
     assert list((tmp_path / "run").iterdir()) == []
     FolderLock(tmp_path / "run", "batch").release()
+
+
+@POSIX
+def test_what_stands_in_the_place_of_a_lock_never_hangs(tmp_path: Path) -> None:
+    lock = tmp_path / files.LOCK_NAME
+    for target in ("nothing", files.LOCK_NAME, "/dev/zero", tmp_path):
+        lock.symlink_to(target)
+        with pytest.raises(FileError, match="could not be written"):
+            FolderLock(tmp_path, "batch")
+        lock.unlink()
+    os.mkfifo(lock)
+    with pytest.raises(FileError, match="it is not a regular file"):
+        FolderLock(tmp_path, "batch")
+    lock.unlink()
+    for content in (b"[" * 100_000, b'{"pid": ' + b"9" * 5000 + b"}", b"\xff", b"3"):
+        lock.write_bytes(content)
+        os.utime(lock, (0, 0))
+        FolderLock(tmp_path, "batch").release()
+        assert not lock.exists()
+    with open(lock, "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(OSError, match="larger than 1,048,576 bytes"):
+        read_small(lock)
 
 
 HOLD = """

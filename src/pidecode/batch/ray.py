@@ -6,8 +6,11 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import threading
+import time
 import warnings
 from collections import Counter, deque
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,9 @@ from pidecode.files import PART
 MAX_ATTEMPTS = 3  # workers that may die over one job before it counts as failed
 
 START_WARNING_AFTER = 60.0  # seconds without a single worker before a warning says so
+
+HEAD_CHECK, HEAD_PATIENCE = 5.0, 30.0
+"""Seconds between looks at the cluster's head, and without it until the batch ends, before Ray ends the process."""
 
 _START_ATTEMPTS = 3  # attempts to start a private cluster
 
@@ -69,7 +75,8 @@ def run_ray(batch: Batch, on_result: ResultCallback) -> BatchReport:
     """Process the batch on a Ray cluster.
 
     Outputs appear atomically, so a worker that dies loses no finished image. Its job is given to another worker,
-    which checks first whether it was finished.
+    which checks first whether it was finished. If the cluster's head is lost, also if another one takes its place, the
+    report says so; the next run goes on.
 
     Raises:
         MissingDependencyError: Ray is not installed.
@@ -87,12 +94,28 @@ def run_ray(batch: Batch, on_result: ResultCallback) -> BatchReport:
             try:
                 resources = _resources(ray, batch, len(pending))
                 _WorkerPool(ray=ray, progress=progress, queue=deque(pending), resources=resources).run()
+            except Exception as error:
+                if isinstance(error, PidecodeError) or not _is_of_ray(error):
+                    raise
+                why = (str(error).splitlines() or [""])[0][:200]
+                progress.stopped = f"The Ray cluster was lost ({why}). The images that were written are whole."
             finally:
                 if started_here:
-                    ray.shutdown()
+                    _leave(ray, lost=progress.stopped is not None)
     except KeyboardInterrupt:
         progress.interrupted = True
     return progress.report()
+
+
+def _is_of_ray(error: Exception) -> bool:
+    return isinstance(error, ConnectionError) or type(error).__module__.partition(".")[0] == "ray"
+
+
+def _leave(ray: Any, *, lost: bool) -> None:
+    """Disconnect; from a cluster that was lost in the background, as Ray may wait for its answer."""
+    leaving = threading.Thread(target=ray.shutdown, name="ray-shutdown", daemon=True)
+    leaving.start()
+    leaving.join(HEAD_PATIENCE if lost else None)
 
 
 def _with_absolute_paths(batch: Batch) -> Batch:
@@ -140,13 +163,20 @@ def _connect(ray: Any, batch: Batch) -> None:
 
 def _check_reachable(address: str) -> None:
     """Fail within seconds if nothing listens there; Ray itself would try for minutes, and may end the process."""
+    if why := _refusal(address):
+        raise _unreachable(address, why)
+
+
+def _refusal(address: str) -> str | None:
+    """Why nothing can be connected to at an address; None if something listens."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal():  # "auto", or a name that Ray must resolve
-        return
+        return None
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except OSError as error:
-        raise _unreachable(address, f"{error.strerror or error}.") from error
+        return f"{error.strerror or error}."
+    return None
 
 
 def _unreachable(address: str, why: str) -> SettingError:
@@ -199,20 +229,28 @@ class _WorkerPool:
             for _ in range(self.resources.workers):
                 self._start_worker()
             self.progress.workers = self.resources.workers
+            head, seen, warn_at = self.ray.get_runtime_context().gcs_address, time.monotonic(), START_WARNING_AFTER
+            began = seen
             while self.queue or any(job is not None for _, job in self.busy.values()):
-                ready, _ = self.ray.wait(list(self.busy), num_returns=1, timeout=START_WARNING_AFTER)
-                if not ready and all(job is None for _, job in self.busy.values()):
+                ready, _ = self.ray.wait(list(self.busy), num_returns=1, timeout=HEAD_CHECK)
+                now = time.monotonic()
+                if not ready and now - began > warn_at and all(job is None for _, job in self.busy.values()):
                     warnings.warn(
-                        f"No worker could start within {START_WARNING_AFTER:.0f} seconds; the cluster may be busy. "
-                        "Still waiting.",
+                        f"No worker could start within {warn_at:.0f} seconds; the cluster may be busy. Still waiting.",
                         stacklevel=2,
                     )
+                    warn_at += START_WARNING_AFTER
+                if ready or _refusal(head) is None:
+                    seen = now
+                elif now - seen > HEAD_PATIENCE:
+                    raise ConnectionError(f"nothing answers at {head}")
                 for future in ready:
                     self._handle(future)
         finally:
             self.token.unlink(missing_ok=True)
-            for worker, _ in self.busy.values():
-                self.ray.kill(worker)
+            with suppress(Exception):  # of a cluster that was lost
+                for worker, _ in self.busy.values():
+                    self.ray.kill(worker)
 
     def _start_worker(self) -> None:
         options = {"num_cpus": self.resources.cpus, "num_gpus": self.resources.gpus, "max_restarts": 0}

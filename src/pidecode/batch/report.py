@@ -41,6 +41,7 @@ class BatchReport:
     started: str = ""  # ISO date and time in UTC
     settings: Mapping[str, Any] = field(default_factory=dict)  # model and decode options
     left_out: Mapping[str, int] = field(default_factory=dict)  # number of files by ending that are no jobs
+    stopped: str | None = None  # why it could not go on
     unwritten: str | None = None  # why the report could not be written into the output folder
 
     def count(self, state: ResultState) -> int:
@@ -71,6 +72,7 @@ class BatchReport:
             "format": 1,
             "complete": self.complete,
             "interrupted": self.interrupted,
+            **({"stopped": self.stopped} if self.stopped else {}),
             "jobs": self.jobs,
             "done": self.count("done"),
             "skipped": self.count("skipped"),
@@ -114,6 +116,8 @@ class BatchReport:
         lines += [f"Failed: {result.name}: {result.message}" for result in failures[:MAX_LISTED]]
         if len(failures) > MAX_LISTED:
             lines.append(f"... and {len(failures) - MAX_LISTED} more; the report file names all.")
+        if self.stopped:
+            lines.append(self.stopped)
         left = self.jobs - len(self.results)
         if self.interrupted or left:
             lines.append(f"Stopped with {_plural(left, 'job')} left; the same command resumes.")

@@ -234,6 +234,8 @@ class TextEncoder:
             if os.path.isfile(place):
                 model, tokenizer = _from_file(place, options)
             else:
+                if os.path.isdir(place) and not os.path.isfile(place / "config.json"):  # else its name is looked at
+                    raise DownloadError(f"{source} is no complete Gemma-2 folder: it has no config.json.")
                 config = AutoConfig.from_pretrained(source, **where)
                 if config.model_type != "gemma2":
                     raise FileError(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pidecode.errors import CheckpointError, FileError, TrainingError
-from pidecode.files import atomic_folder, remove_folder, writable_folder
+from pidecode.files import atomic_folder, read_small, remove_folder, writable_folder
 from pidecode.strict_json import read_json
 from pidecode.training.distributed import DistEnv, barrier, copy_full_, full_tensor, unwrap
 from pidecode.training.ema import ExponentialMovingAverage
@@ -119,7 +119,7 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], state: Mapping[s
 def _verify(path: Path) -> None:
     """Raise FileError unless the files of a checkpoint are what was written."""
     digests: dict[str, str] = {}
-    for line in (path / _CHECKSUMS).read_text(encoding="ascii", errors="replace").splitlines():
+    for line in read_small(path / _CHECKSUMS).decode("ascii", "replace").splitlines():
         digest, _, name = line.partition("  ")
         digests[name] = digest
     for name in (_TENSORS, _STATE):

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from pidecode.errors import SettingError
-from pidecode.files import atomic_write, check_writable
+from pidecode.files import atomic_write, check_writable, read_small
 from pidecode.registry.checkpoints import APACHE_2, NSCL_V1, License
 from pidecode.registry.configs import PiDConfig
 from pidecode.units import parse_dtype
@@ -92,7 +93,9 @@ def license_text(source: Path, license: License) -> str:
     places = [source.with_suffix(".LICENSE.txt")]
     places += [folder / name for folder in source.absolute().parents[:3] for name in _LICENSE_FILES]
     for path in places:
-        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        text = ""
+        with suppress(OSError):
+            text = read_small(path).decode("utf-8", "replace")
         if owner in text:
             return text
     terms = "It allows commercial use." if license.commercial else "It does not allow commercial use."
