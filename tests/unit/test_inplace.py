@@ -36,7 +36,7 @@ VARIANTS: dict[str, PiDConfig] = {
 
 
 def inputs(
-    net: PiDNet, grid: tuple[int, int] = (4, 6), batch: int = 1, *, recomputed: bool = False, **options: Any
+    net: PiDNet, grid: tuple[int, int] = (4, 6), batch: int = 1, *, recomputed: bool = False
 ) -> tuple[Tensor, Condition]:
     config, generator = net.config, torch.Generator().manual_seed(1)
     x = torch.randn(batch, 3, grid[0] * config.patch_size, grid[1] * config.patch_size, generator=generator)
@@ -47,8 +47,8 @@ def inputs(
         sigma = torch.rand(batch, generator=generator)
     if recomputed:
         assert latent is not None
-        return x, prepare_recomputed(net, grid, text, latent, sigma, **options)
-    return x, net.prepare(grid, text, latent, sigma, **options)
+        return x, prepare_recomputed(net, grid, text, latent, sigma)
+    return x, net.prepare(grid, text, latent, sigma)
 
 
 def apart(a: Tensor, b: Tensor) -> float:
@@ -127,9 +127,8 @@ def test_a_stripped_network_runs_at_its_times_and_says_so_at_others() -> None:
 def test_recomputed_tokens_equal_kept_ones(name: str) -> None:
     net = random_net(VARIANTS[name])
     t = torch.tensor([634.0])
-    mask = torch.tensor([1.0, 0.0])
-    x, kept = inputs(net, batch=2, latent_mask=mask)
-    _, recomputed = inputs(net, batch=2, latent_mask=mask, recomputed=True)
+    x, kept = inputs(net, batch=2)
+    _, recomputed = inputs(net, batch=2, recomputed=True)
     references, in_place = zip(*(both(net, x, t.expand(2), each) for each in (kept, recomputed)), strict=True)
     assert apart(*references) < TOLERANCE
     assert apart(*in_place) < TOLERANCE

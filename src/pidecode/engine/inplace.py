@@ -25,15 +25,9 @@ from pidecode.engine.ops import elementwise as ops
 from pidecode.engine.ops.quantize import weight_rows
 from pidecode.engine.pixel_tiles import PixelHalves, run_pixel_blocks
 from pidecode.engine.timesteps import StepModulation
-from pidecode.models.attention import attention
-from pidecode.models.pid.adapter import Gate, Injection, masked
-from pidecode.models.pid.blocks import Rotation
+from pidecode.models.pid.adapter import Gate, Injection
+from pidecode.models.pid.blocks import attend, split_heads
 from pidecode.models.pid.network import Condition, Grid, PiDNet
-
-
-def complex_rotation(rotation: Rotation) -> Tensor:
-    """A rotary table as `[tokens, head_dim / 2]` complex64."""
-    return torch.complex(*rotation)
 
 
 def runs_in_place(net: PiDNet, device: torch.device) -> bool:
@@ -45,9 +39,7 @@ def runs_in_place(net: PiDNet, device: torch.device) -> bool:
         return False
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return False
-    if hasattr(next(net.patch_blocks.parameters()), "device_mesh"):
-        return False
-    return not has_adapters(net)
+    return not hasattr(next(net.patch_blocks.parameters()), "device_mesh") and not has_adapters(net)
 
 
 def has_adapters(net: PiDNet) -> bool:
@@ -120,46 +112,38 @@ def _run_patch_blocks(
     length = x.shape[1] + (0 if y is None else y.shape[1])
     dtype = net.final_layer.linear.weight.dtype
     joint = x.new_empty(x.shape[0], length, 3 * x.shape[2], dtype=dtype)
-    rotation = complex_rotation(condition.rotation)
-    text_rotation = None if condition.text_rotation is None else complex_rotation(condition.text_rotation)
+    rotation = torch.complex(*condition.rotation)
+    text_rotation = None if condition.text_rotation is None else torch.complex(*condition.text_rotation)
     blocks: Any = net.patch_blocks
     for index, block in enumerate(blocks):
         if condition.injections and index % net.config.inject_interval == 0:
             which = index // net.config.inject_interval
             gate_(net.lq_proj.gate_modules[which], x, condition.injections[which], chunks)
         with nullcontext() if offloader is None else offloader.resident(index):
-            block_pass = _BlockPass(block, joint, modulation.image[index], chunks)
-            if y is None:
-                block_pass.run(x, rotation)
-            else:
-                last = index == len(blocks) - 1
-                block_pass.run_with_text(x, y, rotation, text_rotation, modulation.text[index], want_text=not last)
+            text = None if y is None else modulation.text[index]
+            block_pass = _BlockPass(block, joint, modulation.image[index], text, chunks)
+            block_pass.run(x, y, rotation, text_rotation, want_text=index < len(blocks) - 1)
 
 
 class _BlockPass:
     """One patch block in one evaluation. Both streams pass in runs of tokens, of several samples where they fit."""
 
-    def __init__(self, block: Any, joint: Tensor, image: Tensor, chunks: Chunks) -> None:
-        self.block, self.joint, self.image, self.chunks = block, joint, image, chunks
+    def __init__(self, block: Any, joint: Tensor, image: Tensor, text: Tensor | None, chunks: Chunks) -> None:
+        self.block, self.joint, self.image, self.text, self.chunks = block, joint, image, text, chunks
 
-    def run(self, x: Tensor, rotation: Tensor) -> None:
-        """The block without a prompt stream."""
-        self._project(x, self.image, rotation, 0, "x")
-        q, k, v = _heads(self.joint, self.block)
-        self._finish(x, self.image, _attend(q, *self._gathered(k, v, 0)), "x")
-
-    def run_with_text(
-        self, x: Tensor, y: Tensor, rotation: Tensor, text_rotation: Tensor | None, text: Tensor, *, want_text: bool
+    def run(
+        self, x: Tensor, y: Tensor | None, rotation: Tensor, text_rotation: Tensor | None, *, want_text: bool
     ) -> None:
-        """The block with both streams; `want_text=False` leaves the prompt's as it was."""
-        N = y.shape[1]
+        """The image stream, and the prompt's if there is one; `want_text=False` leaves that as it was."""
+        N = 0 if y is None else y.shape[1]
         self._project(x, self.image, rotation, N, "x")
-        self._project(y, text, text_rotation, 0, "y", want_query=want_text)
-        q, k, v = _heads(self.joint, self.block)
-        out = _attend(q if want_text else q[:, N:], *self._gathered(k, v, N))
+        if y is not None and self.text is not None:
+            self._project(y, self.text, text_rotation, 0, "y", want_query=want_text)
+        q, k, v = split_heads(self.joint, self.block.attn.heads)
+        out = attend(q if want_text else q[:, N:], *self._gathered(k, v, N))
         self._finish(x, self.image, out[:, out.shape[1] - x.shape[1] :], "x")
-        if want_text:
-            self._finish(y, text, out[:, :N], "y")
+        if want_text and y is not None and self.text is not None:
+            self._finish(y, self.text, out[:, :N], "y")
 
     def _runs(self, stream: Tensor, vectors: Tensor) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
         """Runs of a stream `[B, L, D]`, each with the six vectors of its time."""
@@ -191,9 +175,9 @@ class _BlockPass:
             if want_query:
                 ops.linear_into(qkv, tokens, flat)
             else:  # keys and values only: nothing reads the last block's prompt output
-                flat[:, x.shape[2] :] = _key_value(qkv, tokens)
+                flat[:, x.shape[2] :] = weight_rows(qkv, slice(x.shape[2], None))(tokens)
             turns = None if rotation is None else rotation[part].repeat(count, 1) if count > 1 else rotation[part]
-            q, k, _ = _heads(flat, self.block)
+            q, k, _ = split_heads(flat, attn.heads)
             if want_query:
                 ops.norm_rotate_(q, getattr(attn, f"q_norm_{stream}").weight, turns)
             ops.norm_rotate_(k, k_norm.weight, turns)
@@ -209,20 +193,6 @@ class _BlockPass:
                 tokens, proj(out[run].flatten(0, 1)), gate1, shift2, factor2, self.joint.dtype
             )
             ops.add_gated_(tokens, ops.gated_feed_forward(inner, mlp.w1, mlp.w3, mlp.w2), gate2)
-
-
-def _heads(joint: Tensor, block: Any) -> tuple[Tensor, ...]:
-    """q, k, v, each `[..., tokens, heads, head_dim]`."""
-    return joint.unflatten(-1, (3, block.attn.heads, -1)).unbind(-3)  # type: ignore[no-any-return]
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(-2)
-
-
-def _key_value(qkv: Any, tokens: Tensor) -> Tensor:
-    """The last two thirds of a joint projection."""
-    return weight_rows(qkv, slice(tokens.shape[-1], None))(tokens)
 
 
 def gate_(gate: Any, x: Tensor, injection: Injection, chunks: Chunks) -> None:
@@ -250,12 +220,11 @@ class RecomputedInjection:
     head: nn.Module
     gate: Gate
     sigma: Tensor  # `[B or 1]`
-    mask: Tensor | None  # `[B or 1]` of 0 or 1
 
     @property
     def tokens(self) -> Tensor:
         """Tokens `[B, L, D]`."""
-        return masked(self.head(self.features), self.mask)
+        return self.head(self.features)  # type: ignore[no-any-return]
 
     @property
     def gate_logits(self) -> Tensor:
@@ -273,19 +242,12 @@ def chunk_of(injection: Injection, run: tuple[slice, slice]) -> tuple[Tensor, Te
         return injection.tokens[run].flatten(0, 1), injection.gate_logits[run].flatten(0, 1)
     samples = run[0]
     sigma = injection.sigma if len(injection.sigma) == 1 else injection.sigma[samples]
-    mask = injection.mask if injection.mask is None or len(injection.mask) == 1 else injection.mask[samples]
-    tokens = masked(injection.head(injection.features[run]), mask)
+    tokens = injection.head(injection.features[run])
     return tokens.flatten(0, 1), injection.gate.latent_logits(tokens, sigma).flatten(0, 1)
 
 
 def prepare_recomputed(
-    net: PiDNet,
-    grid: Grid,
-    text: Tensor | None,
-    latent: Tensor,
-    sigma: Tensor | float | None,
-    *,
-    latent_mask: Tensor | None = None,
+    net: PiDNet, grid: Grid, text: Tensor | None, latent: Tensor, sigma: Tensor | float | None
 ) -> Condition:
     """`PiDNet.prepare` with injections that are recomputed at each use: only the adapter's features are kept.
 
@@ -295,7 +257,7 @@ def prepare_recomputed(
     features = net.lq_proj.features(grid, latent)[0].flatten(2).transpose(1, 2)
 
     def injection(head: nn.Module, gate: nn.Module) -> RecomputedInjection:
-        return RecomputedInjection(features, head, cast(Gate, gate), sigma_B, latent_mask)
+        return RecomputedInjection(features, head, cast(Gate, gate), sigma_B)
 
     return replace(
         net.prepare(grid, text),

@@ -28,7 +28,7 @@ from torch import Tensor
 from pidecode.engine.machine import Chunks
 from pidecode.engine.ops import elementwise as ops
 from pidecode.engine.ops.quantize import WeightSlice, weight_block, weight_columns, weight_rows
-from pidecode.models.attention import attention
+from pidecode.models.pid.blocks import attend, split_heads
 from pidecode.models.pid.network import Condition, PiDNet
 
 Half = TypeVar("Half", "_Compress", "_Update")
@@ -105,8 +105,8 @@ class _Update:
 class PixelHalves:
     """The halves of pixel blocks, each cut to the pixels of a tile: made at each use, or kept if `keep`."""
 
-    def __init__(self, keep: bool = False) -> None:
-        self.keep = keep
+    def __init__(self) -> None:
+        self.keep = False
         self._kept: dict[tuple[type, int, int, int], Any] = {}
 
     def clear(self) -> None:
@@ -258,15 +258,15 @@ def attend_patches(attn: Any, compressed_BLA: Tensor, rotation: tuple[Tensor, Te
     for samples, part in runs:
         place = ops.cut_run(joint, (samples, part))
         ops.linear_into(attn.qkv, ops.cut_run(compressed_BLA, (samples, part)), place)
-        q, k, _ = place.unflatten(-1, (3, attn.heads, -1)).unbind(-3)
+        q, k, _ = split_heads(place, attn.heads)
         count = samples.stop - samples.start
         turns = rotation_LH[part].repeat(count, 1) if count > 1 else rotation_LH[part]
         ops.norm_rotate_(q, attn.q_norm.weight, turns)
         ops.norm_rotate_(k, attn.k_norm.weight, turns)
-    q, k, v = joint.unflatten(-1, (3, attn.heads, -1)).unbind(-3)
+    q, k, v = split_heads(joint, attn.heads)
     if attn.gather is not None:
         k, v = attn.gather(k.contiguous()), attn.gather(v.contiguous())
-    out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(-2)
+    out = attend(q, k, v)
     for run in runs:
         ops.linear_into(attn.proj, out[run].flatten(0, 1), ops.cut_run(compressed_BLA, run))
     return compressed_BLA

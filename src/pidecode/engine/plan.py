@@ -19,51 +19,34 @@ from pidecode.registry.configs import RELEASED_CONFIGS, PiDConfig, TinyDecoderCo
 if TYPE_CHECKING:
     from pidecode.engine.feed_forward import FeedForwardPlan
 
-Scheme = Literal["w8a16", "w8a8"]
-"""Quantized weights are dequantized to be multiplied, or multiplied in eight bits (experimental)."""
+Scheme = Literal["w8a16", "w8a8"]  # quantized weights are dequantized to multiply, or multiplied so (experimental)
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
-
 TEXT_ENCODER = 5_230_000_000  # bytes of the text encoder (Gemma-2 2B) in bfloat16
-
-
 CPU_CHUNKS = Chunks()  # those that suit a CPU's caches
-
-WINDOWS = (4096, 3072, 2048, 1536, 1024)
-"""Sides of windows to try, largest first: fewer windows keep more of an image's global attention."""
+WINDOWS = (4096, 3072, 2048, 1536, 1024)  # sides to try: fewer windows keep more of an image's global attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """How one decode runs, and the memory it is predicted to need.
 
-    Attributes:
-        size: Width and height in pixels.
-        batch: Images at once.
-        dtype: Number format of the weights.
-        chunks: Chunk sizes of the in-place forward.
-        keep_tokens: Keep the latent's tokens for all blocks and steps, rather than recompute them at each use.
-        quantization: Format that the weights of large linear layers are stored in.
-        scheme: Whether quantized weights are dequantized to be multiplied, or multiplied in eight bits.
-        offload: What stays on the host and is copied to the device while it runs: "text", "encoder", "blocks".
-        text_on_host: The text encoder is too large for the device and runs on the host.
-        window: Side in pixels of the windows an image is cut into; None decodes it whole.
-        parts: What the peak consists of, in bytes.
-
     Raises:
         SettingError: A value is none of the choices, or the scheme cannot act.
     """
 
-    size: tuple[int, int]
-    batch: int = 1
-    dtype: str = "bfloat16"
-    chunks: Chunks = CPU_CHUNKS
-    keep_tokens: bool = True
-    quantization: Quantization = "none"
+    size: tuple[int, int]  # width and height in pixels
+    batch: int = 1  # images at once
+    dtype: str = "bfloat16"  # number format of the weights
+    chunks: Chunks = CPU_CHUNKS  # chunk sizes of the in-place forward
+    keep_tokens: bool = (
+        True  # keep the latent's tokens for all blocks and steps, rather than recompute them at each use
+    )
+    quantization: Quantization = "none"  # format that the weights of large linear layers are stored in
     scheme: Scheme = "w8a16"
-    offload: tuple[str, ...] = ()
-    text_on_host: bool = False
-    window: int | None = None
-    parts: tuple[tuple[str, int], ...] = ()
+    offload: tuple[str, ...] = ()  # what is on the device only while it runs: "text", "encoder", "blocks"
+    text_on_host: bool = False  # the text encoder is too large for the device and runs on the host
+    window: int | None = None  # side in pixels of the windows an image is cut into; None decodes it whole
+    parts: tuple[tuple[str, int], ...] = ()  # what the peak consists of, in bytes
 
     def __post_init__(self) -> None:
         for name, known in (("dtype", tuple(DTYPE_BYTES)), ("quantization", QUANTIZATIONS), ("scheme", SCHEMES)):
@@ -90,24 +73,21 @@ class Plan:
 
     def describe(self) -> str:
         """The plan in a few lines."""
-        (width, height), chunks = self.size, self.chunks
+        (width, height), chunks, weights = self.size, self.chunks, "weights not quantized"
+        if self.quantization != "none":
+            use = "multiplied in eight bits" if self.scheme == "w8a8" else "dequantized to multiply"
+            weights = f"weights in {self.quantization}, {self.scheme}: {use} (changes the image a little)"
         how = [
             f"{width}x{height}, batch of {self.batch}, {self.dtype}",
             f"chunks of {chunks.tokens} patches; pixel tiles of {chunks.tile_tokens} patches x {chunks.tile_rows} rows",
             "latent tokens " + ("kept for all steps" if self.keep_tokens else "recomputed at each use (exact)"),
-            self._describe_quantization(),
+            weights,
             "on the host: " + (", ".join(self.offload) if self.offload else "nothing"),
             "text encoder runs on the host: it is too large for the device" if self.text_on_host else "",
             "whole image at once" if self.window is None else f"windows of {self.window} pixels blended at every step",
         ]
         share = [f"  {name:22s} {size / GB:6.2f} GB" for name, size in self.parts]
         return "\n".join([*filter(None, how), *share, f"  {'predicted peak':22s} {self.peak / GB:6.2f} GB"])
-
-    def _describe_quantization(self) -> str:
-        if self.quantization == "none":
-            return "weights not quantized"
-        how = "multiplied in eight bits" if self.scheme == "w8a8" else "dequantized to multiply"
-        return f"weights in {self.quantization}, {self.scheme}: {how} (changes the image a little)"
 
 
 def parameters(config: PiDConfig, *, stripped: bool) -> tuple[int, int, int]:
@@ -341,7 +321,7 @@ def plan_decode(
         size=size, batch=batch, dtype=dtype or ("bfloat16" if machine.accelerator else "float32"),
         quantization=_w8a8_format(machine, quantization) if scheme == "w8a8" else quantization or "none",
         scheme=scheme or "w8a16", chunks=Chunks.whole(config.patch_size) if machine.accelerator else CPU_CHUNKS,
-        offload=_offloaded(config) if machine.accelerator else (),
+        offload=(*["text"] * config.has_text, *["encoder"] * config.has_adapter) if machine.accelerator else (),
     )  # fmt: skip
     return _first_that_fits(config, first, machine, fixed=scheme == "w8a8" or quantization is not None)
 
@@ -351,15 +331,15 @@ def _first_that_fits(config: PiDConfig, first: Plan, machine: Machine, *, fixed:
     (width, height), patch = first.size, config.patch_size
     if min(width, height) < patch or width % patch or height % patch:
         raise SettingError(f"A size of {width}x{height} does not divide into patches of {patch} pixels.")
-    lowest: Plan | None = None
-    for candidate in _candidates(first, machine, fixed=fixed):
-        plan = predict(candidate, config, accelerator=machine.accelerator)
+    plans = [
+        predict(plan, config, accelerator=machine.accelerator) for plan in _candidates(first, machine, fixed=fixed)
+    ]
+    for plan in plans:
         if plan.peak <= machine.memory:
-            return replace(plan, text_on_host=_text_is_too_large(plan, machine))
-        if lowest is None or plan.peak < lowest.peak:
-            lowest = plan
-    assert lowest is not None
-    raise DoesNotFitError(_refusal(config, lowest, machine))
+            # The image's memory is not allocated by the time that the text encoder runs.
+            beside = plan.peak - plan.working + TEXT_ENCODER
+            return replace(plan, text_on_host="text" in plan.offload and beside > machine.memory)
+    raise DoesNotFitError(_refusal(config, min(plans, key=lambda plan: plan.peak), machine))
 
 
 def _w8a8_format(machine: Machine, quantization: Quantization | None) -> Quantization:
@@ -373,25 +353,12 @@ def _w8a8_format(machine: Machine, quantization: Quantization | None) -> Quantiz
     )
 
 
-def _offloaded(config: PiDConfig) -> tuple[str, ...]:
-    """What is offloaded to the host while an accelerator decodes."""
-    return (*(("text",) if config.has_text else ()), *(("encoder",) if config.has_adapter else ()))
-
-
-def _text_is_too_large(plan: Plan, machine: Machine) -> bool:
-    """Whether the text encoder does not fit beside the network; the image's memory is not allocated by then."""
-    if "text" not in plan.offload:
-        return False
-    return plan.peak - plan.working + TEXT_ENCODER > machine.memory
-
-
 def _candidates(first: Plan, machine: Machine, *, fixed: bool) -> Iterator[Plan]:
     """Plans from the fastest to the lowest-memory one, exact ones first; quantized ones unless that is `fixed`."""
     if machine.accelerator:
         yield first
         first = replace(first, chunks=Chunks.large(first.chunks.tile_rows))
-    recomputed = replace(first, keep_tokens=False)
-    small = recomputed
+    recomputed = small = replace(first, keep_tokens=False)
     if machine.accelerator:
         small = replace(recomputed, chunks=Chunks(tokens=1024, tile_tokens=512, tile_rows=1))
     offload = (*first.offload, "blocks")
@@ -415,9 +382,7 @@ def _refusal(config: PiDConfig, lowest: Plan, machine: Machine) -> str:
     for long_side in range(max(width, height) - step, 0, -step):
         short = max(step, round(long_side / max(shape, 1 / shape) / step) * step)
         smaller = (long_side, short) if width >= height else (short, long_side)
-        if (
-            predict(replace(lowest, size=smaller, batch=1), config, accelerator=machine.accelerator).peak
-            <= machine.memory
-        ):
+        plan = predict(replace(lowest, size=smaller, batch=1), config, accelerator=machine.accelerator)
+        if plan.peak <= machine.memory:
             return f"{message} {smaller[0]}x{smaller[1]} one at a time would fit, as would a device with the memory."
     return f"{message} No size fits: the weights alone are too large for it."

@@ -61,10 +61,7 @@ from pidecode.registry.configs import PiDConfig
 from pidecode.sampling import SINGLE_STEP_TIME, TIMESCALE, Predict
 from pidecode.units import format_bytes
 
-KEPT_TOKENS = 256_000_000
-"""Without a plan, latent tokens beyond this many bytes are recomputed at each use: a hundredth more computation."""
-
-
+KEPT_TOKENS = 256_000_000  # bytes of latent tokens beyond which, without a plan, they are recomputed at each use
 FREE_SHARE = 0.9  # part of a device's free memory that an image is planned to take; the rest is the allocator's slack
 
 
@@ -95,37 +92,31 @@ class Runner:
         attention: str = "auto",
     ) -> None:
         self.net, self.plan, self.distilled = net, plan, distilled
-        self.cuda_graphs = cuda_graphs
-        self.attention = attention
+        self.cuda_graphs, self.attention = cuda_graphs, attention
         self.compiled_ops = CompiledOps() if compile else None
         self.graph_cache: GraphCache | None = None  # captured evaluations, from the first one on
+        # Chunk sizes of the in-place forward; None for the largest that fit the device's free memory.
         self.chunks: Chunks | None = None if plan is None else plan.chunks
-        """Chunk sizes of the in-place forward; None for the largest that fit the device's free memory."""
         self._image_chunks: Chunks | None = None
         self._halves = PixelHalves()
         self.offloader: BlockOffloader | None = None  # holds the patch blocks where the plan keeps them on the host
         self._timesteps: TimestepCache | None = None
         self._kernels: dict[tuple[str, str], AttentionKernel | None] = {}  # by name of the choice and type of device
-        self.sequence_parallel = False
-        """Whether the processes of this job share each image; all of them must then decode the same one."""
+        self.sequence_parallel = False  # whether the job's processes share each image; all then decode the same one
         self._finite = False  # whether the attention's first output was seen to be finite
         self._compared = False  # whether fused ops and graphs were compared with the plain ones
 
     def arrange(self, device: torch.device) -> None:
         """Strip, quantize and move the network as the plan says; it can no longer be saved or trained.
 
-        Offloaded blocks stay on the host.
-
         Raises:
             SettingError: The device has no eight-bit matrix products of the plan's format.
         """
-        plan = self.plan
         self._strip()
-        if plan is not None:
-            if plan.quantization != "none":
-                self._quantize(plan, device)
-            if "blocks" in plan.offload:
-                self.offloader = BlockOffloader(self.net.patch_blocks, device)
+        if self.plan is not None and self.plan.quantization != "none":
+            self._quantize(self.plan, device)
+        if self.offloads("blocks"):
+            self.offloader = BlockOffloader(self.net.patch_blocks, device)
         for name, child in self.net.named_children():
             if self.offloader is None or name != "patch_blocks":
                 child.to(device)
@@ -160,13 +151,12 @@ class Runner:
 
     def _graph_conflict(self, device: torch.device) -> str | None:
         """Why no CUDA graphs can be captured, as the end of a sentence."""
-        plan = self.plan
         if not supports_cuda_graphs(device):
             return f"need a CUDA device, and this decoder runs on {device}"
         for conflict, what in (
             (self.sequence_parallel and is_parallel(), "an image sharded over several processes"),
-            (plan is not None and plan.window is not None, "windows, which a plan chose to save memory"),
-            (plan is not None and "blocks" in plan.offload, "offloaded blocks, which stay on the host"),
+            (self.plan is not None and self.plan.window is not None, "windows, which a plan chose to save memory"),
+            (self.offloads("blocks"), "offloaded blocks, which stay on the host"),
             (inplace.has_adapters(self.net), "adapters, which keep the layers' own forward"),
         ):
             if conflict:
@@ -179,11 +169,7 @@ class Runner:
         return self.cuda_graphs
 
     def attention_kernel(self, device: torch.device) -> AttentionKernel | None:
-        """The attention that was chosen; None where torch picks a kernel per call, as on a CPU.
-
-        Raises:
-            SettingError: There is no such kernel, or it does not work on the device.
-        """
+        """The kernel chosen, None where torch picks one, as on CPUs. Raises SettingError for one that does not work."""
         key = self.attention, str(device)
         if key not in self._kernels:
             self._kernels[key] = self._make_kernel(device)
@@ -297,11 +283,7 @@ class Runner:
             self._timesteps = precompute(self.net, (SINGLE_STEP_TIME, *STUDENT_TIMES[:-1]))
 
     def forget(self) -> None:
-        """Drop everything derived from the weights; call before they change.
-
-        Raises:
-            SettingError: Parts of the weights are gone already.
-        """
+        """Drop what is derived from the weights before they change. Raises SettingError if parts of them are gone."""
         if is_stripped(self.net) or (self.plan is not None and self.plan.quantization != "none"):
             raise SettingError(
                 "The weights were already brought into the form that runs, so they cannot be changed any more. "
@@ -318,15 +300,13 @@ class Runner:
             strip_for_inference(self.net)
 
     def offloads(self, what: str) -> bool:
-        """Whether the plan has the "text" encoder or the image "encoder" on the device only while it runs."""
+        """Whether the plan has the "text" encoder, the image "encoder" or the "blocks" on the device only to run."""
         return self.plan is not None and what in self.plan.offload
 
     def predict(self, condition: Condition) -> Predict:
         """The network as a function of the noisy image and the time."""
-        windows = None
-        if self.plan is not None and self.plan.window is not None:
-            windows = Windows.of_pixels(self.plan.window, self.net.config.patch_size)
-
+        window, patch = self.plan.window if self.plan else None, self.net.config.patch_size
+        windows = None if window is None else Windows.of_pixels(window, patch)
         self.require(self.net.device)
         self._compare_once()
 
@@ -335,7 +315,7 @@ class Runner:
                 if self.sequence_parallel and is_parallel():
                     return denoise_sharded(self.net, self.denoise, x, t, condition)
                 if windows is not None:
-                    return denoise_windows(self.denoise, x, t, condition, windows, self.net.config.patch_size)
+                    return denoise_windows(self.denoise, x, t, condition, windows, patch)
                 if self._uses_graphs():
                     return self._replay(x, t, condition)
                 return self.denoise(x, t, condition)
@@ -481,11 +461,7 @@ def measured_step_seconds(plan: Plan, config: PiDConfig, device: torch.device) -
 def make_runner(
     net: PiDNet | TinyDecoder, plan: Plan | FeedForwardPlan | None, runtime: RuntimeOptions, kind: str, name: str
 ) -> Runner | FeedForwardRunner:
-    """The runner of a decoder of that kind and name, by its plan.
-
-    Raises:
-        SettingError: The plan or a runtime option is not for this kind of network.
-    """
+    """The runner of a decoder of that kind and name. Raises SettingError for a plan or option of another kind."""
     if isinstance(net, TinyDecoder):
         if isinstance(plan, Plan) or runtime != RuntimeOptions():
             raise SettingError(
@@ -501,11 +477,7 @@ def make_runner(
 
 
 def require_memory(runner: Runner | FeedForwardRunner, size: tuple[int, int], batch: int) -> None:
-    """Check, before an image of that width and height is begun, that the device has the memory it needs.
-
-    Raises:
-        DoesNotFitError: It has not.
-    """
+    """Raises DoesNotFitError unless the device has the memory that images of that width and height need."""
     if isinstance(runner, Runner) and runner.sequence_parallel:
         return
     working, free = runner.plan_for(size, batch).working, free_memory(runner.net.device)

@@ -26,93 +26,6 @@ from pidecode.errors import SettingError
 EPS = 1e-6
 
 
-class CompiledOps:
-    """The fused ops of one network; each is compiled when first called.
-
-    Args:
-        backend: Of `torch.compile`; another than "inductor" is for tests.
-        interpreted: Run Triton kernels on a CPU too, as Triton's interpreter can; for tests.
-    """
-
-    def __init__(self, backend: str | Callable[..., Any] = "inductor", *, interpreted: bool = False) -> None:
-        from torch._dynamo.exc import TorchDynamoException
-
-        self._backend, self._interpreted, self._errors = backend, interpreted, TorchDynamoException
-        self._cache: dict[str, Callable[..., Any]] = {}
-
-    def norm_modulate(self, x: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-        """See `elementwise.norm_modulate`."""
-        return self._run(_norm_modulate, (x, shift, factor), dtype)  # type: ignore[no-any-return]
-
-    def add_gated_(self, x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-        """See `elementwise.add_gated_`."""
-        self._run(_add_gated_, (x, branch, gate))
-        return x
-
-    def add_norm_modulate_(
-        self, x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype
-    ) -> Tensor:
-        """See `elementwise.add_norm_modulate_`; the stream is read once for both."""
-        return self._run(_add_norm_modulate_, (x, branch, gate, shift, factor), dtype)  # type: ignore[no-any-return]
-
-    def norm_rotate_(self, heads_TNK: Tensor, weight_K: Tensor, rotation: Tensor | None) -> None:
-        """See `elementwise.norm_rotate_`."""
-        if rotation is None:
-            self._run(_norm_heads_, (heads_TNK, weight_K))
-        else:  # the compiler does not support complex numbers
-            self._run(_norm_rotate_, (heads_TNK, weight_K, torch.view_as_real(rotation)))
-
-    def silu_times_(self, x: Tensor, other: Tensor) -> Tensor:
-        """See `elementwise.silu_times_`."""
-        self._run(_silu_times_, (x, other))
-        return x
-
-    def gate_latent_(self, x_TD: Tensor, tokens_TD: Tensor, weight_D: Tensor, logits_T1: Tensor) -> Tensor:
-        """See `elementwise.gate_latent_`, for one gate per token."""
-        self._run(_gate_latent_, (x_TD, tokens_TD, weight_D, logits_T1))
-        return x_TD
-
-    def fuses_pixels(self, tile_TGC: Tensor, fc1: nn.Module, fc2: nn.Module) -> bool:
-        """Whether `update_pixels_` takes these: plain layers where Triton runs, pixels side by side."""
-        return (
-            (tile_TGC.is_cuda or self._interpreted)
-            and type(fc1) is type(fc2) is nn.Linear
-            and tile_TGC.stride()[1:] == (tile_TGC.shape[2], 1)
-        )
-
-    def update_pixels_(
-        self, tile_TGC: Tensor, expanded_TGC: Tensor, vectors: tuple[Tensor, ...], fc1: nn.Module, fc2: nn.Module
-    ) -> Tensor:
-        """See `elementwise.update_pixels_`."""
-        from pidecode.engine.ops import triton as kernels
-
-        return kernels.update_pixels_(tile_TGC, expanded_TGC, vectors, fc1, fc2)  # type: ignore[arg-type]
-
-    def _run(self, body: Callable[..., Any], tensors: tuple[Tensor, ...], *constants: Any) -> Any:
-        tokens = tensors[0].shape[0]
-        for tensor in tensors:
-            if tensor.ndim > 1 and tensor.shape[0] == tokens:
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        try:
-            return self._compiled(body)(*tensors, *constants)
-        except self._errors as error:
-            detail = " ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
-            raise SettingError(
-                f"Compiling {body.__name__.strip('_')} for {tensors[0].device} failed: {detail} Run without compiling, "
-                "or fix what the compiler needs; TORCH_LOGS=+dynamo,+inductor shows all of it."
-            ) from error
-
-    def _compiled(self, body: Callable[..., Any]) -> Callable[..., Any]:
-        name = body.__name__
-        if name not in self._cache:
-            assert isinstance(body, FunctionType)
-            # torch limits how often one code object is recompiled in a process: each network has its own copy, so that
-            # several networks do not exhaust the limit together.
-            own = FunctionType(body.__code__.replace(), body.__globals__, name)
-            self._cache[name] = torch.compile(own, backend=self._backend, fullgraph=True, dynamic=False)
-        return self._cache[name]
-
-
 # What is compiled: float32 arithmetic, which the compiler fuses into one pass over memory.
 
 
@@ -154,3 +67,82 @@ def _gate_latent_(x_TD: Tensor, tokens_TD: Tensor, weight_D: Tensor, logits_T1: 
 
 def _silu_times_(x: Tensor, other: Tensor) -> None:
     x.copy_(F.silu(x.float()) * other.float())
+
+
+def _fused(body: Callable[..., Any]) -> Callable[..., Tensor]:
+    """The method that runs a body, of tensors and then constants; a body without a result alters its first tensor."""
+
+    def method(self: CompiledOps, *arguments: Any) -> Tensor:
+        tensors = tuple(argument for argument in arguments if isinstance(argument, Tensor))
+        out: Tensor | None = self._run(body, tensors, *arguments[len(tensors) :])
+        return tensors[0] if out is None else out
+
+    return method
+
+
+class CompiledOps:
+    """The fused ops of one network; each is compiled when first called.
+
+    Args:
+        backend: Of `torch.compile`; another than "inductor" is for tests.
+        interpreted: Run Triton kernels on a CPU too, as Triton's interpreter can; for tests.
+    """
+
+    def __init__(self, backend: str | Callable[..., Any] = "inductor", *, interpreted: bool = False) -> None:
+        from torch._dynamo.exc import TorchDynamoException
+
+        self._backend, self._interpreted, self._errors = backend, interpreted, TorchDynamoException
+        self._cache: dict[str, Callable[..., Any]] = {}
+
+    norm_modulate = _fused(_norm_modulate)
+    add_gated_ = _fused(_add_gated_)
+    add_norm_modulate_ = _fused(_add_norm_modulate_)  # the stream is read once for both
+    silu_times_ = _fused(_silu_times_)
+    gate_latent_ = _fused(_gate_latent_)  # for one gate per token
+
+    def norm_rotate_(self, heads_TNK: Tensor, weight_K: Tensor, rotation: Tensor | None) -> None:
+        """See `elementwise.norm_rotate_`."""
+        if rotation is None:
+            self._run(_norm_heads_, (heads_TNK, weight_K))
+        else:  # the compiler does not support complex numbers
+            self._run(_norm_rotate_, (heads_TNK, weight_K, torch.view_as_real(rotation)))
+
+    def fuses_pixels(self, tile_TGC: Tensor, fc1: nn.Module, fc2: nn.Module) -> bool:
+        """Whether `update_pixels_` takes these: plain layers where Triton runs, pixels side by side."""
+        return (
+            (tile_TGC.is_cuda or self._interpreted)
+            and type(fc1) is type(fc2) is nn.Linear
+            and tile_TGC.stride()[1:] == (tile_TGC.shape[2], 1)
+        )
+
+    def update_pixels_(
+        self, tile_TGC: Tensor, expanded_TGC: Tensor, vectors: tuple[Tensor, ...], fc1: nn.Module, fc2: nn.Module
+    ) -> Tensor:
+        """See `elementwise.update_pixels_`."""
+        from pidecode.engine.ops import triton as kernels
+
+        return kernels.update_pixels_(tile_TGC, expanded_TGC, vectors, fc1, fc2)  # type: ignore[arg-type]
+
+    def _run(self, body: Callable[..., Any], tensors: tuple[Tensor, ...], *constants: Any) -> Any:
+        tokens = tensors[0].shape[0]
+        for tensor in tensors:
+            if tensor.ndim > 1 and tensor.shape[0] == tokens:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        try:
+            return self._compiled(body)(*tensors, *constants)
+        except self._errors as error:
+            detail = " ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
+            raise SettingError(
+                f"Compiling {body.__name__.strip('_')} for {tensors[0].device} failed: {detail} Run without compiling, "
+                "or fix what the compiler needs; TORCH_LOGS=+dynamo,+inductor shows all of it."
+            ) from error
+
+    def _compiled(self, body: Callable[..., Any]) -> Callable[..., Any]:
+        name = body.__name__
+        if name not in self._cache:
+            assert isinstance(body, FunctionType)
+            # torch limits how often one code object is recompiled in a process: each network has its own copy, so that
+            # several networks do not exhaust the limit together.
+            own = FunctionType(body.__code__.replace(), body.__globals__, name)
+            self._cache[name] = torch.compile(own, backend=self._backend, fullgraph=True, dynamic=False)
+        return self._cache[name]

@@ -23,22 +23,16 @@ from pidecode.errors import SettingError
 from pidecode.models.attention import AttentionKernel
 
 Format = Literal["int8", "fp8"]
+# How a device multiplies in eight bits: integers; floats with rowwise scales given to the kernel, or scaled afterwards.
 Kernel = Literal["int8", "fp8 rowwise", "fp8"]
-"""How a device multiplies in eight bits: integers; floats with rowwise scales given to the kernel; floats scaled back
-afterwards."""
 
+# Type and largest value of each format; and its kernels, the better one first.
 STORED: dict[Format, tuple[torch.dtype, float]] = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
-"""Type and largest value of each format."""
-
 KERNELS: dict[Format, tuple[Kernel, ...]] = {"int8": ("int8",), "fp8": ("fp8 rowwise", "fp8")}
-"""Kernels of each format, the better one first."""
 
 ALIGNMENT = 16  # kernels multiply matrices whose sides are multiples of this
-
 MIN_ROWS = 17  # tokens that `torch._int_mm` needs on some devices; fewer are padded
-
-MIN_WEIGHTS = 2**16
-"""Layers with fewer weights are not quantized: nothing to gain, and the gates among them are sensitive."""
+MIN_WEIGHTS = 2**16  # smaller layers are not quantized: nothing to gain, and the gates among them are sensitive
 
 
 def quantize_rows(x_TK: Tensor, format: Format) -> tuple[Tensor, Tensor]:
@@ -58,17 +52,9 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 def w8a8_linear(
     x_TK: Tensor, codes_OK: Tensor, scales_O1: Tensor, kernel: Kernel, bias: Tensor | None = None
 ) -> Tensor:
-    """`x @ (codes * scales)^T + bias` with both factors in eight bits.
+    """`x @ (codes * scales)^T + bias`, `[T, O]` in x's type, with both factors in eight bits: x is quantized here.
 
-    Args:
-        x_TK: Activations `[T, K]`, quantized here.
-        codes_OK: Quantized weight `[O, K]`.
-        scales_O1: Its scales `[O, 1]`, float32.
-        kernel: How to multiply.
-        bias: `[O]` in x's type, or None.
-
-    Returns:
-        `[T, O]` in x's type. `reference_linear` is the reference implementation.
+    `reference_linear` is the reference implementation.
     """
     format: Format = "int8" if kernel == "int8" else "fp8"
     codes, scales = quantize_rows(x_TK, format)
@@ -118,11 +104,7 @@ def kernel_works(kernel: Kernel, dtype: torch.dtype, device: torch.device) -> bo
 
 
 def best_kernel(format: Format, dtype: torch.dtype, device: torch.device) -> Kernel:
-    """The first kernel of a format that works on the device.
-
-    Raises:
-        SettingError: There is none.
-    """
+    """The first kernel of a format that works on the device. Raises SettingError if none does."""
     if device.type == "meta":  # where memory is counted and nothing computed
         return KERNELS[format][0] if format == "int8" or dtype == torch.bfloat16 else "fp8"
     # CPUs only emulate eight-bit floats, at a small part of float32's speed.
@@ -130,11 +112,9 @@ def best_kernel(format: Format, dtype: torch.dtype, device: torch.device) -> Ker
         for kernel in KERNELS[format]:
             if kernel_works(kernel, dtype, device):
                 return kernel
-    need = (
-        "an NVIDIA GPU of compute capability 8.9 or above, or an AMD one with fp8 units"
-        if format == "fp8"
-        else "an NVIDIA GPU, or a CPU and a torch with integer products"
-    )
+    need = "an NVIDIA GPU, or a CPU and a torch with integer products"
+    if format == "fp8":
+        need = "an NVIDIA GPU of compute capability 8.9 or above, or an AMD one with fp8 units"
     raise SettingError(
         f"{device} does not multiply in {format}: that takes {need}. Keep the weights in {format} and dequantize them "
         'to multiply instead (scheme="w8a16").'
@@ -150,15 +130,14 @@ def quantize_tokens(x_BNLK: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return codes.flatten(2, 3)[:, :, :tokens], scales
 
 
-def reference_int8_attention(
-    q_BNLK: Tensor, k_BNLK: Tensor, v_BNLK: Tensor, queries: int = 128, keys: int = 64
-) -> Tensor:
+def reference_int8_attention(q_BNLK: Tensor, k_BNLK: Tensor, v_BNLK: Tensor) -> Tensor:
     """Attention with queries and keys in int8, rounding as the kernel (SageAttention, https://arxiv.org/abs/2410.02367).
 
     Keys have their mean over tokens subtracted first, which the softmax does not see and large channels need. Each
     block of tokens of a head has one scale. The softmax runs over blocks of keys, its weights and the values are
     multiplied in the values' type and added in float32.
     """
+    queries, keys = 128, 64  # tokens of a block, as in `ops.triton`
     k = k_BNLK.float() - k_BNLK.mean(2, keepdim=True, dtype=torch.float32)
     (q_codes, q_scales), (k_codes, k_scales) = quantize_tokens(q_BNLK, queries), quantize_tokens(k, keys)
     q_scales = (q_scales * (q_BNLK.shape[-1] ** -0.5 * math.log2(math.e))).repeat_interleave(queries, dim=2)
@@ -176,9 +155,7 @@ def reference_int8_attention(
     return (out / total).to(v_BNLK.dtype)
 
 
-EIGHT_BIT_HEADS = (64, 128)
-"""Head sizes of attention in eight bits; kernels pad others to these, which costs what eight bits gain."""
-
+EIGHT_BIT_HEADS = (64, 128)  # head sizes of int8 attention; kernels pad others to these, which costs what it gains
 EIGHT_BIT_TOLERANCE = 0.1  # largest error of attention in eight bits, relative to the largest value of the output
 
 
@@ -292,15 +269,9 @@ def weight_block(linear: nn.Module, split: tuple[int, ...], index: tuple[slice, 
 
 @torch.no_grad()
 def quantize(module: nn.Module, format: Format, kernel: Kernel | None = None) -> int:
-    """Replace the large linear layers below `module` by quantized ones, one after the other.
+    """Replace the large linear layers below `module` by quantized ones, one after the other; returns how many.
 
-    Args:
-        module: Holds the layers.
-        format: Format of the stored weights.
-        kernel: Multiply in eight bits too, with what `best_kernel` chose.
-
-    Returns:
-        How many layers were replaced.
+    With a kernel of `best_kernel` they also multiply in eight bits.
 
     Raises:
         SettingError: The format does not exist, or the kernel is not one of its own.

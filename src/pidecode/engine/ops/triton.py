@@ -19,28 +19,12 @@ QUERIES, KEYS = 128, 64  # tokens that share a scale in eight-bit attention, and
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _update_pixels(  # type: ignore[no-untyped-def]
-    x_ptr,
-    branch_ptr,
-    gate1_ptr,
-    shift_ptr,
-    factor_ptr,
-    gate2_ptr,
-    w1_ptr,
-    b1_ptr,
-    w2_ptr,
-    b2_ptr,
-    pixels,
-    group,
-    x_stride,
-    branch_stride,
-    vector_stride,
-    WIDTH: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-    INNER: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    x_ptr, branch_ptr, gate1_ptr, shift_ptr, factor_ptr, gate2_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr,
+    pixels, group,
+    x_stride, branch_stride, vector_stride,
+    WIDTH: tl.constexpr, HIDDEN: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr, INNER: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     # One program finishes ROWS pixels of WIDTH channels; nothing between the loads and the store leaves the chip.
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lane = tl.arange(0, LANES)
@@ -104,20 +88,11 @@ def update_pixels_(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _quantize_tokens(  # type: ignore[no-untyped-def]
-    x_ptr,
-    mean_ptr,
-    codes_ptr,
-    scales_ptr,
-    tokens,
-    heads,
-    batch_stride,
-    head_stride,
-    token_stride,
-    factor,
-    SMOOTH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x_ptr, mean_ptr, codes_ptr, scales_ptr,
+    tokens, heads,
+    batch_stride, head_stride, token_stride,
+    factor, SMOOTH: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     # One program quantizes BLOCK tokens of a head to int8 with one scale.
     block = tl.program_id(0)
     index = tl.program_id(1).to(tl.int64)
@@ -138,23 +113,11 @@ def _quantize_tokens(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _int8_attention(  # type: ignore[no-untyped-def]
-    q_ptr,
-    q_scale_ptr,
-    k_ptr,
-    k_scale_ptr,
-    v_ptr,
-    out_ptr,
-    q_tokens,
-    k_tokens,
-    heads,
-    v_batch_stride,
-    v_head_stride,
-    v_token_stride,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    q_ptr, q_scale_ptr, k_ptr, k_scale_ptr, v_ptr, out_ptr,
+    q_tokens, k_tokens, heads,
+    v_batch_stride, v_head_stride, v_token_stride,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     # One program attends with ROWS queries of a head to all its keys, COLUMNS at a time, with a running softmax.
     block = tl.program_id(0)
     index = tl.program_id(1).to(tl.int64)

@@ -123,15 +123,15 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(timestep_features(t_B).to(self.mlp[0].weight))  # type: ignore[no-any-return, arg-type]
 
 
-class PatchEmbedder(nn.Module):
-    """Flattened patches `[B, L, 3 P]` to tokens `[B, L, D]`."""
+class Embedder(nn.Module):
+    """A linear layer in the type of its weights: flattened patches `[B, L, 3 P]` or colors `[..., 3]` to tokens."""
 
-    def __init__(self, in_width: int, hidden_size: int) -> None:
+    def __init__(self, in_width: int, width: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(in_width, hidden_size)
+        self.proj = nn.Linear(in_width, width)
 
-    def forward(self, patches: Tensor) -> Tensor:
-        return self.proj(patches.to(self.proj.weight.dtype))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x.to(self.proj.weight.dtype))  # type: ignore[no-any-return]
 
 
 class TextEmbedder(nn.Module):
@@ -144,17 +144,6 @@ class TextEmbedder(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:
         return self.norm(self.proj(text.to(self.proj.weight.dtype)))  # type: ignore[no-any-return]
-
-
-class PixelEmbedder(nn.Module):
-    """Colors `[..., 3]` to pixel tokens `[..., C]`."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(3, width)
-
-    def forward(self, colors: Tensor) -> Tensor:
-        return self.proj(colors.to(self.proj.weight.dtype))  # type: ignore[no-any-return]
 
 
 class GatedFeedForward(nn.Module):
@@ -217,12 +206,12 @@ Gather = Callable[[Tensor], Tensor]
 """Sequence parallelism: keys or values `[B, local tokens, heads, head_dim]` of this process to those of all."""
 
 
-def _split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """`[B, L, 3 D]` to q, k, v of `[B, L, heads, head_dim]`."""
-    return qkv.unflatten(-1, (3, heads, -1)).unbind(2)  # type: ignore[no-any-return]
+def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """`[..., L, 3 D]` to q, k, v of `[..., L, heads, head_dim]`."""
+    return qkv.unflatten(-1, (3, heads, -1)).unbind(-3)  # type: ignore[no-any-return]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention over `[B, L, heads, head_dim]`, merged back to `[B, L, D]`."""
     q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (q, k, v))
     return attention(q, k, v).transpose(1, 2).flatten(-2)
@@ -250,11 +239,11 @@ class JointAttention(nn.Module):
             self.proj_y = nn.Linear(D, D)
 
     def _image_qkv(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = _split_heads(self.qkv_x(x), self.heads)
+        q, k, v = split_heads(self.qkv_x(x), self.heads)
         return rotate(self.q_norm_x(q), rotation), rotate(self.k_norm_x(k), rotation), v
 
     def _text_qkv(self, y: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = _split_heads(self.qkv_y(y), self.heads)
+        q, k, v = split_heads(self.qkv_y(y), self.heads)
         q, k = self.q_norm_y(q), self.k_norm_y(k)
         return (q, k, v) if rotation is None else (rotate(q, rotation), rotate(k, rotation), v)
 
@@ -265,12 +254,12 @@ class JointAttention(nn.Module):
         if self.gather is not None:
             k, v = self.gather(k), self.gather(v)
         if y is None:
-            return self.proj_x(_attend(q, k, v)), None
+            return self.proj_x(attend(q, k, v)), None
         text_q, text_k, text_v = self._text_qkv(y, text_rotation)
         length = y.shape[1] if want_text else 0
         if want_text:
             q = torch.cat((text_q, q), dim=1)
-        out = _attend(q, torch.cat((text_k, k), dim=1), torch.cat((text_v, v), dim=1))
+        out = attend(q, torch.cat((text_k, k), dim=1), torch.cat((text_v, v), dim=1))
         return self.proj_x(out[:, length:]), self.proj_y(out[:, :length]) if want_text else None
 
 
@@ -342,11 +331,11 @@ class PixelAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
-        q, k, v = _split_heads(self.qkv(x), self.heads)
+        q, k, v = split_heads(self.qkv(x), self.heads)
         q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
         if self.gather is not None:
             k, v = self.gather(k), self.gather(v)
-        return self.proj(_attend(q, k, v))  # type: ignore[no-any-return]
+        return self.proj(attend(q, k, v))  # type: ignore[no-any-return]
 
 
 class PixelBlock(nn.Module):

@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from pidecode.errors import LatentError, SettingError, SizeError
 from pidecode.models.pid.adapter import ComputedInjection, Gate, Injection, LatentAdapter
 from pidecode.models.pid.blocks import (
+    Embedder,
     FinalLayer,
     PatchBlock,
-    PatchEmbedder,
     PixelBlock,
-    PixelEmbedder,
     Rotation,
     TextEmbedder,
     TimestepEmbedder,
@@ -88,8 +87,8 @@ class PiDNet(nn.Module):
         super().__init__()
         self.config = config
         D = config.hidden_size
-        self.pixel_embedder = PixelEmbedder(config.pixel_hidden_size)
-        self.s_embedder = PatchEmbedder(3 * config.patch_size**2, D)
+        self.pixel_embedder = Embedder(3, config.pixel_hidden_size)
+        self.s_embedder = Embedder(3 * config.patch_size**2, D)
         self.t_embedder = TimestepEmbedder(D)
         if config.has_text:
             self.y_embedder = TextEmbedder(config.text_dim, D)
