@@ -22,7 +22,7 @@ from benchmarks.configs import CONFIGS
 from benchmarks.profiler import profile as run_profile
 from benchmarks.reference import compare
 from benchmarks.speed import Mode, Trial, measure
-from pidecode.cli.common import emit, json_option, quantization_options, set_threads, table, threads_option
+from pidecode.cli.common import combined, emit, json_option, quantization_options, set_threads, table, threads_option
 from pidecode.devices import default_dtype, select_device
 from pidecode.engine.machine import Quantization, this_machine
 from pidecode.engine.plan import Plan, Scheme, predict
@@ -117,14 +117,8 @@ _HOW = (
 )
 
 
-def _options(command: Any) -> Any:
-    for option in reversed((*_WHAT, *_HOW)):
-        command = option(command)
-    return command
-
-
 @click.command()
-@_options
+@combined(*_WHAT, *_HOW)
 def main(reference: Path | None, profile: bool, out: Path | None, as_json: bool, **options: Any) -> None:
     """Measure decodes with random weights.
 

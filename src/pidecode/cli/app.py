@@ -110,7 +110,7 @@ COMMANDS: dict[str, Place] = {
         ("pidecode train photographs --data photos/ --out runs/mine", "pidecode train student_lora --show"),
     ),
     "plan": Place(
-        "pidecode.cli.decode",
+        "pidecode.cli.doctor",
         "Say what a size needs, and how it would be run, before anything runs.",
         ("pidecode plan --size 4096x3072 --vram 12GB", "pidecode plan --size 4096x4096 --network tiny"),
     ),

@@ -13,6 +13,7 @@ from pidecode.cli.common import (
     GroupedCommand,
     WorkBar,
     bits_option,
+    combined,
     decode_options,
     emit,
     json_option,
@@ -31,25 +32,6 @@ if TYPE_CHECKING:
     from pidecode.batch.report import BatchReport, JobResult
     from pidecode.sampling import Progress
 
-_OPTIONS = (
-    model_options,
-    threads_option,
-    bits_option,
-    source_options,
-    save_options,
-    click.option("--keep-suffix", is_flag=True, help="Write cat.jpg.png for cat.jpg, not cat.png."),
-    click.option("--overwrite", is_flag=True, help="Make images again that exist."),
-    click.option(
-        "--engine",
-        type=click.Choice(["local", "torchrun", "ray"]),
-        help="What runs the jobs; torchrun if that started the command, else local.",
-    ),
-    click.option("--workers", type=click.IntRange(min=1), help="With Ray: how many; one per GPU if not given."),
-    click.option("--ray-address", metavar="ADDRESS", help="With Ray: the cluster; `auto` for this machine's."),
-    json_option,
-)  # fmt: skip
-
-
 _CONFIG = (
     "model", "space", "variant", "device", "dtype", "compile", "attention", "overwrite", "strip", "keep_profile",
     "max_pixels", "quality",
@@ -57,10 +39,16 @@ _CONFIG = (
 """Parameters of the command that are fields of `WorkerConfig`."""
 
 
-def _batch_options(command: Any) -> Any:
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+_batch_options = combined(
+    model_options, threads_option, bits_option, source_options, save_options,
+    click.option("--keep-suffix", is_flag=True, help="Write cat.jpg.png for cat.jpg, not cat.png."),
+    click.option("--overwrite", is_flag=True, help="Make images again that exist."),
+    click.option("--engine", type=click.Choice(["local", "torchrun", "ray"]),
+                 help="What runs the jobs; torchrun if that started the command, else local."),
+    click.option("--workers", type=click.IntRange(min=1), help="With Ray: how many; one per GPU if not given."),
+    click.option("--ray-address", metavar="ADDRESS", help="With Ray: the cluster; `auto` for this machine's."),
+    json_option,
+)  # fmt: skip
 
 
 @click.command(cls=GroupedCommand)

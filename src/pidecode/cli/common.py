@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from os import PathLike
 from pathlib import Path
@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 from click.shell_completion import CompletionItem
 
-from pidecode.engine.machine import QUANTIZATIONS, Machine, Quantization, this_machine
-from pidecode.engine.plan import SCHEMES, Plan, Scheme, plan_decode
-from pidecode.errors import FileError, SettingError
-from pidecode.options import ATTENTIONS, Command, DecodeOptions, OptionInfo, SaveOptions, Sides, option_infos
+from pidecode.engine.machine import QUANTIZATIONS
+from pidecode.engine.plan import SCHEMES
+from pidecode.errors import FileError
+from pidecode.options import ATTENTIONS, Command, DecodeOptions, OptionInfo, SaveOptions, option_infos
 from pidecode.registry.checkpoints import CHECKPOINTS
 from pidecode.registry.spaces import ALIASES, SPACES
 from pidecode.units import (
@@ -31,7 +31,6 @@ from pidecode.units import (
     MAX_PIXELS,
     format_bytes,
     format_seconds,
-    parse_bytes,
     parse_dtype,
     parse_sides,
     printable,
@@ -42,10 +41,7 @@ if TYPE_CHECKING:
     import torch
 
     from pidecode.decoder import PixelDecoder
-    from pidecode.engine.feed_forward import FeedForwardPlan
-    from pidecode.images import DecodeOutput
     from pidecode.sampling import Progress
-    from pidecode.weights.metadata import CheckpointMetadata
 
 
 _GROUPS: dict[str, tuple[str, ...]] = {
@@ -115,23 +111,6 @@ def complete_variants(ctx: click.Context, _param: click.Parameter, incomplete: s
     ]
 
 
-class DtypeParam(click.ParamType):  # type: ignore[type-arg]
-    """A number format by torch's name or its short one."""
-
-    name = "dtype"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Torch's name."""
-        try:
-            return parse_dtype(value)
-        except SettingError as error:
-            self.fail(str(error), param, ctx)
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        """The choices, for the help."""
-        return f"[{'|'.join(DTYPES)}]"
-
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -144,27 +123,81 @@ class Check:
     reason: str  # why it works, or what is missing and how to fix it
 
 
-def json_option(command: F) -> F:
-    """Add --json (passed on as `as_json`)."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(command)
+def combined(*options: Callable[[Any], Any]) -> Callable[[F], F]:
+    """One decorator of several, whose options stand in this order in the help."""
+
+    def add(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
-def overwrite_option(command: F) -> F:
-    """Add --overwrite."""
-    return click.option("--overwrite", is_flag=True, help="Replace files that exist.")(command)
+def parsed_by(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, str | None], Any]:
+    """The callback of an option whose text `parse` reads."""
+    return lambda _ctx, _param, text: None if text is None else parse(text)
 
 
-def space_option(command: F) -> F:
-    """Add --space, which takes a latent space or the name of an image model that uses one."""
-    choice = click.Choice([*SPACES, *ALIASES])
-    text = "Latent space, or an image model that uses it. Needed if the weights do not name it."
-    return click.option("--space", type=choice, metavar="NAME", help=text)(command)
-
-
-def threads_option(command: F) -> F:
-    """Add --threads, for `set_threads`."""
-    text = "CPU threads; if not given, chosen from cores and limits (`pidecode doctor`)."
-    return click.option("--threads", type=click.IntRange(1, 1024), help=text)(command)
+PATH = click.Path(path_type=Path)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace files that exist.")
+space_option = click.option(
+    "--space", type=click.Choice([*SPACES, *ALIASES]), metavar="NAME",
+    help="Latent space, or an image model that uses it. Needed if the weights do not name it.",
+)  # fmt: skip
+variant_option = click.option(
+    "--variant", metavar="NAME", shell_complete=complete_variants,
+    help="Variant of a model that has several: 2k, 2kto4k, ...",
+)  # fmt: skip
+device_option = click.option(
+    "--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; chosen automatically if not given."
+)
+_DTYPE: dict[str, Any] = {"metavar": f"[{'|'.join(DTYPES)}]", "callback": parsed_by(parse_dtype)}
+dtype_option = click.option("--dtype", **_DTYPE, help="Number format; chosen for the device if not given.")
+output_dtype_option = click.option("--dtype", **_DTYPE, help="Number format to write; the source's if not given.")
+threads_option = click.option(
+    "--threads", type=click.IntRange(1, 1024),
+    help="CPU threads; if not given, chosen from cores and limits (`pidecode doctor`).",
+)  # fmt: skip
+text_encoder_option = click.option(
+    "--text-encoder", type=PATH, metavar="PATH",
+    help="Gemma-2, a folder or a single file as ComfyUI has it, if it is not where `pull` puts it.",
+)  # fmt: skip
+bits_option = click.option(
+    "--bits", type=click.Choice(["8", "16"]), default="8", show_default=True,
+    help="Bits per channel; 16 for .png files only.",
+)  # fmt: skip
+prompts_option = click.option(
+    "--prompts", "prompt_file", type=PATH, help="File with one prompt per line; # begins a comment."
+)
+runtime_options = combined(
+    click.option("--compile", is_flag=True,
+                 help="Fused kernels and CUDA graphs, compiled at the first image (experimental)."),
+    click.option("--attention", type=click.Choice(ATTENTIONS), default="auto", show_default=True,
+                 help="Kernel; int8 multiplies in eight bits (experimental)."),
+)  # fmt: skip
+quantization_options = combined(
+    click.option("--quantization", type=click.Choice(QUANTIZATIONS),
+                 help="Format weights are stored in; chosen to fit if not given."),
+    click.option("--scheme", type=click.Choice(SCHEMES),
+                 help="How quantized weights are multiplied: dequantized (w8a16, the default), or in eight bits where "
+                 "the device can (w8a8, experimental)."),
+)  # fmt: skip
+model_options = combined(
+    click.option("-m", "--model", default="tiny", show_default=True, shell_complete=complete_models,
+                 help="A model's name, file or folder."),
+    space_option, variant_option, device_option, dtype_option, runtime_options,
+)  # fmt: skip
+# How image files are read.
+source_options = combined(
+    click.option("--strip", is_flag=True, help="Leave out what the source carries (EXIF, XMP, texts such as a prompt "
+                 "or workflow, resolution)."),
+    click.option("--keep-profile", is_flag=True,
+                 help="Keep the source's colors and its ICC profile instead of converting to sRGB."),
+    click.option("--max-pixels", type=click.IntRange(1, LARGEST_PIXELS), default=MAX_PIXELS, show_default=True,
+                 help="Largest source read, in pixels."),
+)  # fmt: skip
 
 
 def set_threads(wanted: int | None) -> None:
@@ -323,12 +356,9 @@ TRUSTED_SHARE = 0.2  # share of the work from which on the time so far predicts 
 
 
 def predicted_seconds(decoder: PixelDecoder, pixels: int, num_refinements: int | None) -> float | None:
-    """Time to make results of so many pixels in all, by a quick measure; None for decoders that draw noise.
+    """Time to make so many pixels, downsampled later or not, by a quick measure; None for decoders that draw noise.
 
-    Args:
-        decoder: The decoder.
-        pixels: At the decoder's own scale.
-        num_refinements: As of `upscale`; None where nothing is encoded.
+    `num_refinements` is that of `upscale`, or None where nothing is encoded.
     """
     from pidecode.engine.feed_forward import FeedForwardRunner, encoding_work
 
@@ -338,58 +368,8 @@ def predicted_seconds(decoder: PixelDecoder, pixels: int, num_refinements: int |
     return decoder.runner.seconds_per_pixel() * pixels * (1 + encoding)
 
 
-BatchShape = tuple[int, int, int]  # width and height of an image in pixels, and how many are decoded at once
-
-
-def quantization_options(command: F) -> F:
-    """Add --quantization and --scheme."""
-    command = click.option(
-        "--scheme",
-        type=click.Choice(SCHEMES),
-        help="How quantized weights are multiplied: dequantized (w8a16, the default), or in eight bits where the "
-        "device can (w8a8, experimental).",
-    )(command)
-    return click.option(
-        "--quantization",
-        type=click.Choice(QUANTIZATIONS),
-        help="Format weights are stored in; chosen to fit if not given.",
-    )(command)
-
-
-def model_options(command: F) -> F:
-    """Add --model, --space, --variant, --device, --dtype, --compile and --attention, which load a decoder."""
-    options = (
-        click.option(
-            "-m",
-            "--model",
-            default="tiny",
-            show_default=True,
-            shell_complete=complete_models,
-            help="A model's name, file or folder.",
-        ),
-        space_option,
-        variant_option,
-        device_option,
-        dtype_option,
-        runtime_options,
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def text_encoder_option(command: F) -> F:
-    """Add --text-encoder."""
-    text = "Gemma-2, a folder or a single file as ComfyUI has it, if it is not where `pull` puts it."
-    return click.option("--text-encoder", type=click.Path(path_type=Path), metavar="PATH", help=text)(command)
-
-
 def standard_input() -> bytes:
-    """Standard input to its end.
-
-    Raises:
-        FileError: It holds more than MAX_INPUT bytes.
-    """
+    """Standard input to its end; FileError if it holds more than MAX_INPUT bytes."""
     data = bytearray()
     while part := sys.stdin.buffer.read(1 << 20):
         data += part
@@ -398,102 +378,33 @@ def standard_input() -> bytes:
     return bytes(data)
 
 
-def prompt_lines(file: Path) -> list[str]:
-    """The prompts of a file: one a line, without empty lines and those that begin with #.
-
-    Raises:
-        FileError: The file cannot be read as text.
-    """
-    return [line.strip() for line in read_text(file).splitlines() if line.strip() and not line.lstrip().startswith("#")]
-
-
-def variant_option(command: F) -> F:
-    """Add --variant."""
-    text = "Variant of a model that has several: 2k, 2kto4k, ..."
-    return click.option("--variant", metavar="NAME", shell_complete=complete_variants, help=text)(command)
-
-
-def runtime_options(command: F) -> F:
-    """Add --compile and --attention, the fields of `RuntimeOptions`."""
-    text = "Kernel; int8 multiplies in eight bits (experimental)."
-    command = click.option("--attention", type=click.Choice(ATTENTIONS), default="auto", show_default=True, help=text)(
-        command
-    )
-    text = "Fused kernels and CUDA graphs, compiled at the first image (experimental)."
-    return click.option("--compile", is_flag=True, help=text)(command)
-
-
-def device_option(command: F) -> F:
-    """Add --device."""
-    text = "cpu, cuda, cuda:1, mps; chosen automatically if not given."
-    return click.option("--device", metavar="NAME", help=text)(command)
-
-
-def dtype_option(command: F) -> F:
-    """Add --dtype, which takes torch's names."""
-    text = "Number format; chosen for the device if not given."
-    return click.option("--dtype", type=DtypeParam(), help=text)(command)
-
-
-def bits_option(command: F) -> F:
-    """Add --bits."""
-    text = "Bits per channel; 16 for .png files only."
-    return click.option("--bits", type=click.Choice(["8", "16"]), default="8", show_default=True, help=text)(command)
-
-
-def source_options(command: F) -> F:
-    """Add --strip, --keep-profile and --max-pixels, which say how image files are read."""
-    options = (
-        click.option(
-            "--strip",
-            is_flag=True,
-            help="Leave out what the source carries (EXIF, XMP, texts such as a prompt or workflow, resolution).",
-        ),
-        click.option(
-            "--keep-profile",
-            is_flag=True,
-            help="Keep the source's colors and its ICC profile instead of converting to sRGB.",
-        ),
-        click.option(
-            "--max-pixels",
-            type=click.IntRange(1, LARGEST_PIXELS),
-            default=MAX_PIXELS,
-            show_default=True,
-            help="Largest source read, in pixels.",
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
+def prompt_lines(file: Path | None) -> list[str]:
+    """The prompts of a file, if one is named: one a line, without empty lines and those that begin with #."""
+    lines = [] if file is None else map(str.strip, read_text(file).splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def decode_options(*commands: Command, exclude: Collection[str] = ()) -> Callable[[F], F]:
-    """Add a flag for every decode option of the commands, except those that are taken in another way."""
-
-    def add(command: F) -> F:
-        for name, info in reversed(option_infos(interface="cli").items()):
-            if name not in exclude and set(commands) & set(info.commands):
-                command = _decode_option(name, info)(command)
-        return command
-
-    return add
+    """Flags for every decode option of the commands, except those that are taken in another way."""
+    infos = option_infos(interface="cli").items()
+    return combined(*(_flag(name, info) for name, info in infos
+                      if name not in exclude and set(commands) & set(info.commands)))  # fmt: skip
 
 
-def _decode_option(name: str, info: OptionInfo) -> Callable[[F], F]:
-    flag = f"--{name.replace('_', '-')}"
-    kind: Any = click.STRING
+def _flag(name: str, info: OptionInfo) -> Callable[[F], F]:
+    given: dict[str, Any] = {"help": info.help}
     if info.type is tuple:
-        return click.option(flag, metavar="[WIDTH]x[HEIGHT]", callback=_sides_from_text, help=info.help)
-    if info.choices:
-        kind = click.Choice(info.choices)
+        given |= {"metavar": "[WIDTH]x[HEIGHT]", "callback": parsed_by(parse_sides)}
+    elif info.choices:
+        given["type"] = click.Choice(info.choices)
     elif info.type is int:
         low, high = (None if bound is None else int(bound) for bound in (info.minimum, info.maximum))
-        kind = click.IntRange(low, high)
+        given["type"] = click.IntRange(low, high)
     elif info.type is PathLike:
-        kind = click.Path(path_type=Path)
+        given["type"] = PATH
     elif info.type is float:
-        kind = (SigmaParam if name == "sigma" else click.FloatRange)(info.minimum, info.maximum)
-    return click.option(flag, type=kind, help=info.help)
+        given["type"] = (SigmaParam if name == "sigma" else click.FloatRange)(info.minimum, info.maximum)
+    return click.option(f"--{name.replace('_', '-')}", **given)
 
 
 class SigmaParam(click.FloatRange):
@@ -510,57 +421,13 @@ class SigmaParam(click.FloatRange):
         return levels
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SigmaSeries:
-    """A `DecodeTask` that is run at several noise levels, for one sheet of all results."""
-
-    tasks: Mapping[float, Any]  # the task at each level
-
-    @property
-    def _first(self) -> Any:
-        return next(iter(self.tasks.values()))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._first, name)  # whatever does not depend on the level
-
-    @property
-    def suffix(self) -> str:
-        """Of the sheet's name."""
-        return f"{self._first.suffix}-sigmas"
-
-    def result_size(self, decoder: Any, natural: BatchShape) -> tuple[int, int]:
-        """The size of the sheet."""
-        from pidecode.images.tensors import LABEL_HEIGHT
-
-        width, height = self._first.result_size(decoder, natural)
-        return width * len(self.tasks), height * natural[2] + LABEL_HEIGHT
-
-    def run(self, decoder: Any, source: Any, progress: Any) -> DecodeOutput:
-        """Decode at every level; rows of the sheet are the images of the source."""
-        from pidecode.images import DecodeOutput
-        from pidecode.images.tensors import contact_sheet
-
-        outputs = [task.run(decoder, source, progress) for task in self.tasks.values()]
-        sheet = contact_sheet([output.tensors for output in outputs], [f"sigma {level:g}" for level in self.tasks])
-        size = {"width": sheet.shape[-1], "height": sheet.shape[-2], "sigma": list(self.tasks)}
-        return DecodeOutput([sheet], [dict(outputs[0].metadata[0]) | size])
-
-
-def _sides_from_text(_ctx: click.Context, _option: click.Parameter, text: str | None) -> Sides | None:
-    return None if text is None else parse_sides(text)
-
-
 def take_decode_options(given: dict[str, Any], *, exclude: Collection[str] = ()) -> DecodeOptions:
     """Remove the values of the flags that `decode_options` added from a command's parameters, as `DecodeOptions`."""
     names = [name for name in option_infos(interface="cli") if name in given and name not in exclude]
     return DecodeOptions(**{name: given.pop(name) for name in names})
 
 
-def save_options(command: F) -> F:
-    """Add --format and --quality."""
-    for name, info in reversed(option_infos(SaveOptions, interface="cli").items()):
-        command = _decode_option(name, info)(command)
-    return command
+save_options = combined(*(_flag(name, info) for name, info in option_infos(SaveOptions, interface="cli").items()))
 
 
 def torch_dtype(name: str | None) -> torch.dtype | None:
@@ -570,52 +437,11 @@ def torch_dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
 
-def memory_option(command: F) -> F:
-    """Add --memory."""
-    text = "Plan the decode to need at most this much of the device's memory: 4GB. See `pidecode plan`."
-    return click.option("--memory", metavar="BYTES", help=text)(command)
+def pipeline_device(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
+    """Where a diffusers pipeline runs and in which number format, by default float32 on a CPU, else bfloat16."""
+    from pidecode.devices import select_device
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryOptions:
-    """Memory limit and quantization asked for; with none given no memory plan is made."""
-
-    memory: str | None = None
-    quantization: Quantization | None = None
-    scheme: Scheme | None = None
-
-    @property
-    def asked(self) -> bool:
-        """Whether a plan is to be made."""
-        return (self.memory, self.quantization, self.scheme) != (None, None, None)
-
-    def plan(
-        self, config: Any, sizes: Sequence[BatchShape], device: str | None, dtype: str | None
-    ) -> Plan | FeedForwardPlan:
-        """Plan the decode of the largest of some images on a device; device and number format may be None, to choose.
-
-        Raises:
-            DoesNotFitError: No plan fits the memory.
-            SettingError: The device does not support what was asked for.
-        """
-        machine: Machine = this_machine(device)
-        if self.memory is not None:
-            machine = replace(machine, memory=min(machine.memory, parse_bytes(self.memory)))
-        width, height, batch = max(sizes, key=math.prod)
-        return plan_decode(
-            config, (width, height), machine, batch=batch, dtype=dtype, quantization=self.quantization,
-            scheme=self.scheme,
-        )  # fmt: skip
-
-
-def padded_size(metadata: CheckpointMetadata, size: tuple[int, int]) -> BatchShape:
-    """Size to which an image is upscaled, before padding is cut off."""
-    from pidecode.registry.spaces import get_space
-
-    assert metadata.config is not None
-    assert metadata.space is not None
-    scale, space = metadata.config.scale, get_space(metadata.space)
-    if space.fixed_input is not None:
-        return (space.fixed_input * scale, space.fixed_input * scale, 1)
-    step = space.input_multiple
-    return (-(-size[0] // step) * step * scale, -(-size[1] // step) * step * scale, 1)
+    selected = select_device(device)
+    chosen = torch_dtype(dtype or ("float32" if selected.type == "cpu" else "bfloat16"))
+    assert chosen is not None
+    return selected, chosen

@@ -3,34 +3,31 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import click
 
 from pidecode.cli.common import (
-    BatchShape,
+    PATH,
     GroupedCommand,
-    MemoryOptions,
-    SigmaSeries,
     WorkBar,
     bits_option,
+    combined,
     decode_options,
-    dtype_option,
     echo,
     emit,
     json_option,
-    memory_option,
     model_options,
     overwrite_option,
-    padded_size,
     predicted_seconds,
     quantization_options,
     save_options,
@@ -43,25 +40,25 @@ from pidecode.cli.common import (
     torch_dtype,
 )
 from pidecode.cli.weights import IMAGES
-from pidecode.engine.machine import GB, Machine, Quantization, this_machine
+from pidecode.engine.machine import Quantization, this_machine
 from pidecode.engine.plan import Plan, Scheme, plan_decode
 from pidecode.errors import DoesNotFitError, FileError, LatentError, PidecodeError, SettingError, SizeError
 from pidecode.files import PathLike, check_writable, require_file, same_name, writable_folder
 from pidecode.options import Attention, DecodeOptions, FileFormat, RuntimeOptions, SaveOptions, option_infos
-from pidecode.registry.configs import RELEASED_CONFIGS
-from pidecode.units import format_seconds, parse_bytes, parse_size
+from pidecode.units import parse_bytes
 from pidecode.weights.safetensors import looks_like_safetensors, read_start
 
 if TYPE_CHECKING:
     from pidecode.decoder import PixelDecoder
     from pidecode.engine.feed_forward import FeedForwardPlan
     from pidecode.images import DecodeOutput
+    from pidecode.latents.latent import Latent
     from pidecode.sampling import DecodeProgressCallback
     from pidecode.weights.metadata import CheckpointMetadata
 
+BatchShape = tuple[int, int, int]  # width and height of an image in pixels, and how many are decoded at once
 STREAM = "-"  # standard input as a source, standard output as --out
 SUFFIXES = tuple(f".{choice}" for choice in option_infos(SaveOptions)["format"].choices)
-_PATH = click.Path(path_type=Path)
 _ONE_FILE = (FileError, LatentError, SizeError, DoesNotFitError)
 """Errors of one source, which do not stop the others."""
 
@@ -102,10 +99,10 @@ class DecodeTask(Protocol):
         """What is added to the names of results."""
 
     def check(self, source: DecodeSource) -> None:
-        """Raise an error for what is no file of the right kind, by its first bytes."""
+        """Raise an error for what is no file of the right kind, by its first bytes; it names the right command."""
 
     def natural_size(self, source: DecodeSource) -> BatchShape:
-        """What there is to decode, by reading as little as possible; the size is of the image, or of the decode."""
+        """Size of the image, or that at which the latents decode, and their number; reads as little as possible."""
 
     def decoded_size(self, metadata: CheckpointMetadata, natural: BatchShape) -> BatchShape:
         """The size that the network works at."""
@@ -115,6 +112,40 @@ class DecodeTask(Protocol):
 
     def run(self, decoder: PixelDecoder, source: DecodeSource, progress: DecodeProgressCallback) -> DecodeOutput:
         """Decode it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _SigmaSeries:
+    """A `DecodeTask` that is run at several noise levels, for one sheet of all results."""
+
+    tasks: Mapping[float, Any]  # the task at each level
+
+    @property
+    def _first(self) -> Any:
+        return next(iter(self.tasks.values()))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._first, name)  # whatever does not depend on the level
+
+    @property
+    def suffix(self) -> str:
+        return f"{self._first.suffix}-sigmas"
+
+    def result_size(self, decoder: PixelDecoder, natural: BatchShape) -> tuple[int, int]:
+        from pidecode.images.tensors import LABEL_HEIGHT
+
+        width, height = self._first.result_size(decoder, natural)
+        return width * len(self.tasks), height * natural[2] + LABEL_HEIGHT
+
+    def run(self, decoder: PixelDecoder, source: DecodeSource, progress: DecodeProgressCallback) -> DecodeOutput:
+        """Rows of the sheet are the images of the source."""
+        from pidecode.images import DecodeOutput
+        from pidecode.images.tensors import contact_sheet
+
+        outputs = [task.run(decoder, source, progress) for task in self.tasks.values()]
+        sheet = contact_sheet([output.tensors for output in outputs], [f"sigma {level:g}" for level in self.tasks])
+        size = {"width": sheet.shape[-1], "height": sheet.shape[-2], "sigma": list(self.tasks)}
+        return DecodeOutput([sheet], [dict(outputs[0].metadata[0]) | size])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,18 +193,23 @@ class DecodeArgs:
         """Load the decoder; `sizes` gives those that it will work at, where a memory plan needs them."""
         from pidecode.decoder import PixelDecoder
 
-        dtype = torch_dtype(self.dtype)
-        limits = MemoryOptions(memory=self.memory, quantization=self.quantization, scheme=self.scheme)
-
         def make_plan(metadata: CheckpointMetadata) -> Plan | FeedForwardPlan:
-            plan = limits.plan(metadata.config, sizes(metadata), self.device, self.dtype)
+            machine = this_machine(self.device)
+            if self.memory is not None:
+                machine = replace(machine, memory=min(machine.memory, parse_bytes(self.memory)))
+            width, height, batch = max(sizes(metadata), key=math.prod)
+            config: Any = metadata.config
+            plan = plan_decode(
+                config, (width, height), machine, batch=batch, dtype=self.dtype, quantization=self.quantization,
+                scheme=self.scheme,
+            )  # fmt: skip
             echo(plan.describe(), err=True)
             return plan
 
+        limited = (self.memory, self.quantization, self.scheme) != (None, None, None)
         decoder = PixelDecoder.from_pretrained(
-            self.model, space=self.space, variant=self.variant, encoder=self.encoder,
-            text_encoder=self.text_encoder, device=self.device, dtype=dtype,
-            plan=make_plan if limits.asked else None,
+            self.model, space=self.space, variant=self.variant, encoder=self.encoder, text_encoder=self.text_encoder,
+            device=self.device, dtype=torch_dtype(self.dtype), plan=make_plan if limited else None,
             runtime=RuntimeOptions(compile=self.compile, attention=self.attention),
         )  # fmt: skip
         if self.lora is not None:
@@ -181,32 +217,20 @@ class DecodeArgs:
         return decoder
 
 
-def _decoder_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the flags of `DecodeArgs` that are no decode options."""
-    options = [
-        click.option(
-            "-o",
-            "--out",
-            type=click.Path(),
-            help="File to write; folder, which ends in / if it is new; or - for stdout.",
-        ),
-        click.option("--keep-suffix", is_flag=True, help="Keep .jpg of cat.jpg in the names of the images."),
-        save_options,
-        model_options,
-        click.option("--encoder", type=_PATH, help="Encoder of the model's space, if it is not where `pull` puts it."),
-        text_encoder_option,
-        click.option("--lora", type=_PATH, metavar="FILE", help="Low-rank adapter to add to the weights."),
-        click.option("--lora-scale", type=float, help="Its strength; 1 if not given."),
-        memory_option,
-        quantization_options,
-        bits_option,
-        threads_option,
-        overwrite_option,
-        json_option,
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+# The flags of `DecodeArgs` that are no decode options.
+_decoder_options = combined(
+    click.option("-o", "--out", type=click.Path(),
+                 help="File to write; folder, which ends in / if it is new; or - for stdout."),
+    click.option("--keep-suffix", is_flag=True, help="Keep .jpg of cat.jpg in the names of the images."),
+    save_options, model_options,
+    click.option("--encoder", type=PATH, help="Encoder of the model's space, if it is not where `pull` puts it."),
+    text_encoder_option,
+    click.option("--lora", type=PATH, metavar="FILE", help="Low-rank adapter to add to the weights."),
+    click.option("--lora-scale", type=float, help="Its strength; 1 if not given."),
+    click.option("--memory", metavar="BYTES",
+                 help="Plan the decode to need at most this much of the device's memory: 4GB. See `pidecode plan`."),
+    quantization_options, bits_option, threads_option, overwrite_option, json_option,
+)  # fmt: skip
 
 
 def target_paths(
@@ -219,18 +243,10 @@ def target_paths(
 ) -> list[Path]:
     """Where the image of each source goes: into the file or folder `out`, or beside the source with a suffix.
 
-    Args:
-        sources: The files to decode or upscale.
-        out: An image file; a folder, which ends in a slash, exists or has no ending; or None.
-        suffix: What is added to the name of each source.
-        keep_suffix: Keep the sources' own endings in the names.
-        format: The images' format, by default png or that of the ending of `out`.
-
-    Raises:
-        SettingError: Several images would be written to one file, or `keep_suffix` or `format` cannot act.
-        FileError: `out` names a file format that is not written here.
+    `out` is a folder if it ends in a slash, exists as one or has no ending. The format is by default png, or that of
+    the ending of `out`.
     """
-    folder = None if out is None else Path(out)
+    folder, ending = None if out is None else Path(out), f".{format or 'png'}".replace("jpeg", "jpg")
     is_folder = out is None or os.fspath(out).endswith(("/", os.sep)) or os.path.isdir(out)
     if folder is not None and folder.suffix and not is_folder:
         if folder.suffix.lower() not in SUFFIXES:
@@ -241,15 +257,14 @@ def target_paths(
             raise SettingError(f"{len(sources)} images cannot all be written to {out}; name a folder with --out.")
         if keep_suffix:
             raise SettingError(f"--keep-suffix chooses names in a folder, and --out names the file {out}; drop one.")
-        if format is not None and _same_format(format) != _same_format(folder.suffix[1:].lower()):
+        if format is not None and ending != folder.suffix.lower().replace("jpeg", "jpg"):
             raise SettingError(f"--format is {format}, and --out names the file {out}; drop one.")
         return [folder]
-    names = [
-        f"{source.name if keep_suffix else source.stem}{suffix}.{_same_format(format or 'png')}" for source in sources
-    ]
-    paths = [(folder or source.parent) / name for source, name in zip(sources, names, strict=True)]
+    paths: list[Path] = []
     owners: dict[str, tuple[Path, Path]] = {}
-    for source, path in zip(sources, paths, strict=True):
+    for source in sources:
+        path = (folder or source.parent) / f"{source.name if keep_suffix else source.stem}{suffix}{ending}"
+        paths.append(path)
         other, place = owners.setdefault(same_name(path), (source, path))
         if place is not path:
             also = "" if place == path else f", which some file systems take for {place}"
@@ -258,10 +273,6 @@ def target_paths(
                 "(--keep-suffix), rename one, or write them to two folders (--out)."
             )
     return paths
-
-
-def _same_format(name: str) -> str:
-    return "jpg" if name == "jpeg" else name
 
 
 @contextmanager
@@ -346,7 +357,7 @@ def _run(paths: Sequence[Path], args: DecodeArgs, task: Any) -> None:
     if sum(os.fspath(path) == STREAM for path in paths) > 1:
         raise SettingError("- stands for standard input, which can be read only once.")
     if args.sigmas:
-        task = SigmaSeries(tasks={at: replace(task, options=task.options.replace(sigma=at)) for at in args.sigmas})
+        task = _SigmaSeries(tasks={at: replace(task, options=task.options.replace(sigma=at)) for at in args.sigmas})
     with WorkBar() as bar:
         sources, failures = [DecodeSource.read(path) for path in paths], _Failures(len(paths))
         right = []
@@ -405,7 +416,7 @@ def _decode_all(
             width, height, batch = task.decoded_size(decoder.metadata, shape)
             jobs.append((source, target, width * height * batch))
     work = [pixels for _, _, pixels in jobs]
-    refinements = (task.options.num_refinements or 0) if isinstance(task, UpscaleTask) else None
+    refinements = (task.options.num_refinements or 0) if isinstance(task, _UpscaleTask) else None
     bar.expect(work, predicted_seconds(decoder, sum(work), refinements) if bar.visible else None)
     written: list[dict[str, Any]] = []
     for index, (source, target, _) in enumerate(jobs):
@@ -439,38 +450,39 @@ def _save(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UpscaleTask:
-    """`DecodeTask` of images."""
-
+class _UpscaleTask:
     options: DecodeOptions
     strip: bool
     keep_profile: bool
     max_pixels: int
     suffix: str = "-upscaled"
 
-    def natural_size(self, source: DecodeSource) -> BatchShape:
-        """The image's."""
-        from pidecode.images import image_size
-
-        return (*image_size(source.content, max_pixels=self.max_pixels), 1)
-
     def check(self, source: DecodeSource) -> None:
-        """Name the command for folders and latents."""
         if os.path.isdir(source.path):
             raise FileError(f"{source} is a folder; enlarge what it holds by `pidecode batch {source} OUT`.")
         if looks_like_safetensors(source.start()):
             raise FileError(f"{source} is no image; if it is a latent, use `pidecode decode {source}`.")
 
+    def natural_size(self, source: DecodeSource) -> BatchShape:
+        from pidecode.images import image_size
+
+        return (*image_size(source.content, max_pixels=self.max_pixels), 1)
+
     def decoded_size(self, metadata: CheckpointMetadata, natural: BatchShape) -> BatchShape:
         """That of the padded image, enlarged."""
-        return padded_size(metadata, natural[:2])
+        from pidecode.registry.spaces import get_space
+
+        assert metadata.config is not None
+        assert metadata.space is not None
+        space, scale = get_space(metadata.space), metadata.config.scale
+        step = space.input_multiple
+        width, height = ((space.fixed_input or -(-side // step) * step) * scale for side in natural[:2])
+        return width, height, 1
 
     def result_size(self, decoder: PixelDecoder, natural: BatchShape) -> tuple[int, int]:
-        """As the decoder says."""
         return decoder.upscaled_size(natural[:2], self.options)
 
     def run(self, decoder: PixelDecoder, source: DecodeSource, progress: DecodeProgressCallback) -> DecodeOutput:
-        """Read and upscale it."""
         from pidecode.images import read_image
 
         image = read_image(source.content, max_pixels=self.max_pixels, keep_profile=self.keep_profile)
@@ -479,25 +491,19 @@ class UpscaleTask:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LatentTask:
-    """`DecodeTask` of latents."""
-
+class _LatentTask:
     options: DecodeOptions
     space: str | None
     suffix: str = ""
 
-    def natural_size(self, source: DecodeSource) -> BatchShape:
-        """The size at which the latents decode, and their number."""
-        from pidecode.latents.latent import Latent
-
-        latent = Latent.load(source.content, space=self.space)
-        height, width = latent.output_size
-        return width, height, len(latent)
-
     def check(self, source: DecodeSource) -> None:
-        """Name the command for images."""
         if source.start().startswith(IMAGES):
             raise LatentError(f"{source} is an image, and decode takes latents; use `pidecode upscale {source}`.")
+
+    def natural_size(self, source: DecodeSource) -> BatchShape:
+        latent = self._latent(source)
+        height, width = latent.output_size
+        return width, height, len(latent)
 
     def decoded_size(self, metadata: CheckpointMetadata, natural: BatchShape) -> BatchShape:
         """By the option `size`, which feed-forward decoders act on later."""
@@ -509,19 +515,19 @@ class LatentTask:
         return width, height, batch
 
     def result_size(self, decoder: PixelDecoder, natural: BatchShape) -> tuple[int, int]:
-        """As the decoder says."""
         return decoder.decoded_size(natural[:2], self.options)
 
     def run(self, decoder: PixelDecoder, source: DecodeSource, progress: DecodeProgressCallback) -> DecodeOutput:
-        """Load and decode it."""
+        return decoder.decode(self._latent(source), options=self.options, progress_callback=progress)
+
+    def _latent(self, source: DecodeSource) -> Latent:
         from pidecode.latents.latent import Latent
 
-        latent = Latent.load(source.content, space=self.space)
-        return decoder.decode(latent, options=self.options, progress_callback=progress)
+        return Latent.load(source.content, space=self.space)
 
 
 @click.command(cls=GroupedCommand)
-@click.argument("images", nargs=-1, required=True, type=_PATH)
+@click.argument("images", nargs=-1, required=True, type=PATH)
 @decode_options("upscale")
 @_decoder_options
 @source_options
@@ -539,7 +545,7 @@ def upscale(
         _upscale_folder(ctx, images[0])
         return
     args = DecodeArgs.parse(given)
-    task = UpscaleTask(options=args.options, strip=strip, keep_profile=keep_profile, max_pixels=max_pixels)
+    task = _UpscaleTask(options=args.options, strip=strip, keep_profile=keep_profile, max_pixels=max_pixels)
     _run(images, args, task)
 
 
@@ -559,7 +565,7 @@ def _upscale_folder(ctx: click.Context, folder: Path) -> None:
 
 
 @click.command(cls=GroupedCommand)
-@click.argument("latents", nargs=-1, required=True, type=_PATH)
+@click.argument("latents", nargs=-1, required=True, type=PATH)
 @decode_options("decode")
 @_decoder_options
 def decode(latents: tuple[Path, ...], **given: Any) -> None:
@@ -571,78 +577,4 @@ def decode(latents: tuple[Path, ...], **given: Any) -> None:
     --overwrite.
     """
     args = DecodeArgs.parse(given)
-    _run(latents, args, LatentTask(options=args.options, space=args.space))
-
-
-@click.command(cls=GroupedCommand)
-@click.option("--size", required=True, metavar="WxH", help="Image to make, in pixels: 4096x3072.")
-@click.option("--vram", metavar="BYTES", help="Memory of an accelerator: 12GB. Without it, what is free here.")
-@click.option("--ram", metavar="BYTES", help="Plan for a CPU with this much memory instead.")
-@click.option(
-    "--network",
-    type=click.Choice(list(RELEASED_CONFIGS)),
-    default="v1.5",
-    show_default=True,
-    help="`tiny`, or the version of PiD's released weights.",
-)
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images at once.")
-@dtype_option
-@quantization_options
-@json_option
-def plan(
-    size: str,
-    vram: str | None,
-    ram: str | None,
-    network: str,
-    as_json: bool,
-    quantization: Quantization | None,
-    **options: Any,
-) -> None:
-    """Show how an image would be decoded in the available memory, or which size would fit.
-
-    For this machine the time is predicted too, by a quick measure.
-    """
-    if vram and ram:
-        raise SettingError("--vram and --ram name two machines; give one.")
-    given = vram or ram
-    with WorkBar("planning") as bar:
-        if given:
-            # A GPU known by its memory alone is assumed to multiply as asked.
-            w8a8: tuple[Quantization, ...] = ("fp8",) if quantization == "fp8" else ("int8",)
-            machine = Machine(memory=parse_bytes(given), accelerator=bool(vram), w8a8=w8a8)
-        else:
-            from pidecode.devices import default_dtype, select_device  # load torch
-
-            machine = this_machine()
-            options["dtype"] = options["dtype"] or str(default_dtype(select_device(None))).removeprefix("torch.")
-        chosen = plan_decode(network, parse_size(size), machine, quantization=quantization, **options)
-        bar.show("measuring the speed of this machine")
-        seconds = {} if given else _predicted_times(network, chosen)
-    data = {
-        **asdict(chosen),
-        "peak": chosen.peak,
-        "exact": chosen.exact,
-        "memory": machine.memory,
-        "seconds": seconds or None,
-    }
-    times = [f"  {f'predicted {what}':22s} {format_seconds(time):>9s}" for what, time in seconds.items()]
-    text = "\n".join([chosen.describe(), f"  {'free':22s} {machine.memory / GB:6.2f} GB", *times])
-    emit(data, text, as_json=as_json)
-
-
-def _predicted_times(network: str, plan: Plan | FeedForwardPlan) -> dict[str, float]:
-    """Seconds to decode and, for feed-forward decoders, to upscale, by a quick measure of this machine."""
-    from pidecode.decoder import PixelDecoder
-    from pidecode.devices import select_device
-    from pidecode.engine.feed_forward import encoding_work
-    from pidecode.engine.runner import measured_step_seconds
-    from pidecode.sampling import DEFAULT_STEPS
-
-    set_threads(None)
-    if isinstance(plan, Plan):
-        step = measured_step_seconds(plan, RELEASED_CONFIGS[network], select_device(None))  # type: ignore[arg-type]
-        steps = DEFAULT_STEPS["student"]
-        return {f"time, {steps} steps": steps * step}
-    decoder = PixelDecoder.from_pretrained(network, dtype=plan.dtype)
-    decoding = predicted_seconds(decoder, plan.size[0] * plan.size[1] * plan.batch, None) or 0.0
-    return {"time to decode": decoding, "time to upscale": decoding * (1 + encoding_work(0))}
+    _run(latents, args, _LatentTask(options=args.options, space=args.space))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pidecode doctor`: what is on this machine, what will work, and why the rest will not."""
+"""`pidecode doctor` and `pidecode plan`: what works on this machine, and what decoding to a size needs."""
 
 from __future__ import annotations
 
@@ -7,17 +7,36 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from importlib import import_module, metadata
 from importlib.util import find_spec
-from typing import Any
+from shutil import which
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from pidecode.cli.common import Check, GroupedCommand, emit, json_option, space_option
-from pidecode.errors import SettingError
-from pidecode.units import format_bytes
+from pidecode.cli.common import (
+    Check,
+    GroupedCommand,
+    WorkBar,
+    dtype_option,
+    emit,
+    json_option,
+    predicted_seconds,
+    quantization_options,
+    set_threads,
+    space_option,
+)
+from pidecode.engine.machine import GB, Machine, Quantization, this_machine
+from pidecode.engine.plan import Plan, plan_decode
+from pidecode.errors import MissingDependencyError, SettingError
+from pidecode.registry.configs import RELEASED_CONFIGS
+from pidecode.units import format_bytes, format_seconds, parse_bytes, parse_size
 from pidecode.version import __version__
+
+if TYPE_CHECKING:
+    from pidecode.engine.feed_forward import FeedForwardPlan
 
 PACKAGES = ("torch", "safetensors", "huggingface-hub", "numpy", "pillow", "diffusers", "transformers", "accelerate")
 
@@ -28,69 +47,34 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def versions() -> dict[str, str | None]:
-    """Versions of pidecode, Python and the packages it leans on; None where one is missing."""
-    found: dict[str, str | None] = {"pidecode": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def extras() -> dict[str, list[str]]:
-    """Every extra with the modules that are missing for it; an empty list means it is complete."""
-    return {extra: [name for name in modules if find_spec(name) is None] for extra, modules in EXTRAS.items()}
-
-
-def memory() -> dict[str, int | None]:
-    """Main memory in bytes: all of it, and what is free for use now (None where the system does not say)."""
-    found: dict[str, int | None] = {"total_bytes": None, "available_bytes": None}
-    try:
-        page = os.sysconf("SC_PAGE_SIZE")
-        found["total_bytes"] = page * os.sysconf("SC_PHYS_PAGES")
-        found["available_bytes"] = page * os.sysconf("SC_AVPHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return found
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        found["available_bytes"] = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        pass
-    return found
+def _version(package: str) -> str | None:
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version(package)
+    return None
 
 
 def devices() -> list[dict[str, Any]]:
-    """The devices torch can compute on here, the CPU first."""
+    """The devices torch can compute on here, the CPU first; memory in bytes, None where the system does not say."""
     import torch
 
+    from pidecode.devices import free_memory
+
+    memory = {"total_bytes": None, "available_bytes": free_memory(torch.device("cpu"))}
+    with suppress(AttributeError, OSError, ValueError):
+        memory["total_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found: list[dict[str, Any]] = [
-        {"device": "cpu", "name": platform.processor() or platform.machine(), "cores": cores, **memory()}
+        {"device": "cpu", "name": platform.processor() or platform.machine(), "cores": cores, **memory}
     ]
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            free, total = torch.cuda.mem_get_info(index)
-            found.append(
-                {
-                    "device": f"cuda:{index}", "name": properties.name,
-                    "capability": f"{properties.major}.{properties.minor}", "total_bytes": total,
-                    "available_bytes": free,
-                }
-            )  # fmt: skip
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        capability = f"{properties.major}.{properties.minor}"
+        found.append({"device": f"cuda:{index}", "name": properties.name, "capability": capability,
+                      "total_bytes": total, "available_bytes": free})  # fmt: skip
     if torch.backends.mps.is_available():
-        found.append({"device": "mps", "name": "Metal", **memory()})
+        found.append({"device": "mps", "name": "Metal", **memory})
     return found
-
-
-def build_of_torch() -> dict[str, Any]:
-    """Which build of torch this is: what it was compiled for."""
-    import torch
-
-    return {"cuda": torch.version.cuda, "hip": torch.version.hip}
 
 
 def cpu() -> dict[str, Any]:
@@ -98,9 +82,8 @@ def cpu() -> dict[str, Any]:
     import torch
 
     from pidecode.devices import default_dtype, recommended_threads, require_compiler
-    from pidecode.errors import MissingDependencyError
 
-    cpu, threads, compiler = torch.device("cpu"), recommended_threads(torch.get_num_threads()), ""
+    cpu, threads, compiler = torch.device("cpu"), recommended_threads(torch.get_num_threads()), None
     try:
         require_compiler(cpu)
     except MissingDependencyError as error:
@@ -109,7 +92,7 @@ def cpu() -> dict[str, Any]:
         "threads": threads.count, "threads_because": threads.reason,
         "wait_policy": os.environ.get("OMP_WAIT_POLICY", "OpenMP's own"),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "dtype": str(default_dtype(cpu)).removeprefix("torch."), "compiler_missing": compiler or None,
+        "dtype": str(default_dtype(cpu)).removeprefix("torch."), "compiler_missing": compiler,
     }  # fmt: skip
 
 
@@ -123,81 +106,70 @@ def attention() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _library_checks(missing: dict[str, list[str]]) -> Iterator[Check]:
+def _checks(build: dict[str, Any], found: list[dict[str, Any]], own: dict[str, Any]) -> Iterator[Check]:
+    """What torch and the libraries allow, by what `devices` and `cpu` found."""
+    gpus = ", ".join(device["name"] for device in found if device["device"] != "cpu")
+    if not gpus and which("nvidia-smi") and build["cuda"] is None:
+        gpu = "there is an NVIDIA driver, but this torch is a CPU build: install the CUDA build (README.md, Install)"
+    elif build["cuda"] or build["hip"]:
+        gpu = "torch finds no usable GPU; is the driver running?"
+    else:
+        gpu = "no GPU; small images decode on the CPU"
+    yield Check("decoding on a GPU", bool(gpus), gpus or gpu)
+    if find_spec("torchvision") is not None:
+        what = "torchvision, which pidecode does not need"
+        try:
+            import_module("torchvision")
+            yield Check(what, True, "fits this torch")
+        except Exception as error:  # a mismatched build fails in many ways
+            reason = f"does not fit this torch ({error}), and breaks transformers: pip uninstall torchvision"
+            yield Check(what, False, reason)
+    bfloat16, missing = own["dtype"] == "bfloat16", own["compiler_missing"]
+    reason = (
+        "instructions for its products, so it is the default"
+        if bfloat16
+        else "no instructions for it: float32 is faster"
+    )
+    yield Check("bfloat16 on the CPU", bfloat16, reason)
+    yield Check("compiling for the CPU (--compile)", missing is None, missing or "a C++ compiler is here")
     for extra, purpose in (
         ("text", "prompts for the released decoders"),
         ("diffusers", "images to latents with the image models' own encoders"),
     ):
-        lacking = missing[extra]
+        lacking = _missing(extra)
         reason = f"{', '.join(lacking)} missing: pip install 'pidecode[{extra}]'" if lacking else "installed"
         yield Check(f"library for {purpose}", not lacking, reason)
 
 
-def _torch_checks(build: dict[str, Any], found: list[dict[str, Any]]) -> Iterator[Check]:
-    from shutil import which
-
-    on_gpu = any(device["device"] != "cpu" for device in found)
-    if on_gpu:
-        yield Check("decoding on a GPU", True, ", ".join(d["name"] for d in found if d["device"] != "cpu"))
-    elif which("nvidia-smi") and build["cuda"] is None:
-        reason = "there is an NVIDIA driver, but this torch is a CPU build: install the CUDA build (README.md, Install)"
-        yield Check("decoding on a GPU", False, reason)
-    elif build["cuda"] or build["hip"]:
-        yield Check("decoding on a GPU", False, "torch finds no usable GPU; is the driver running?")
-    else:
-        yield Check("decoding on a GPU", False, "no GPU; small images decode on the CPU")
-    if find_spec("torchvision") is not None:
-        yield _torchvision_check()
-
-
-def _cpu_checks(found: dict[str, Any]) -> Iterator[Check]:
-    narrow = found["dtype"] == "bfloat16"
-    because = (
-        "instructions for its products, so it is the default" if narrow else "no instructions for it: float32 is faster"
-    )
-    yield Check("bfloat16 on the CPU", narrow, because)
-    missing = found["compiler_missing"]
-    yield Check("compiling for the CPU (--compile)", missing is None, missing or "a C++ compiler is here")
-
-
-def _torchvision_check() -> Check:
-    what = "torchvision, which pidecode does not need"
-    try:
-        import_module("torchvision")
-    except Exception as error:  # a mismatched build fails in many ways
-        reason = f"does not fit this torch ({error}), and breaks transformers: pip uninstall torchvision"
-        return Check(what, False, reason)
-    return Check(what, True, "fits this torch")
+def _missing(extra: str) -> list[str]:
+    return [name for name in EXTRAS[extra] if find_spec(name) is None]
 
 
 def examine() -> dict[str, Any]:
     """Everything the command reports, as plain values."""
+    import torch
+
     from pidecode.cli.weights import checks, rows
 
-    missing, build, found, own = extras(), build_of_torch(), devices(), cpu()
-    known = rows()
-    judged = [
-        *_torch_checks(build, found), *_cpu_checks(own), *_library_checks(missing), *checks(known)
-    ]  # fmt: skip
+    build, found, own, known = {"cuda": torch.version.cuda, "hip": torch.version.hip}, devices(), cpu(), rows()
     return {
-        "versions": versions(), "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "executable": sys.executable, "torch": build, "devices": found, "cpu": own, "attention": attention(),
-        "extras": {extra: not lacking for extra, lacking in missing.items()}, "models": known,
-        "checks": [asdict(check) for check in judged],
+        "versions": {"pidecode": __version__, "python": platform.python_version()}
+        | {name: _version(name) for name in PACKAGES},
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}", "executable": sys.executable,
+        "torch": build, "devices": found, "cpu": own, "attention": attention(),
+        "extras": {extra: not _missing(extra) for extra in EXTRAS}, "models": known,
+        "checks": [asdict(check) for check in (*_checks(build, found, own), *checks(known))],
     }  # fmt: skip
-
-
-def _device_line(device: dict[str, Any]) -> str:
-    memory = f"{format_bytes(device['available_bytes'])} of {format_bytes(device['total_bytes'])} free"
-    cores = f", {device['cores']} cores" if "cores" in device else ""
-    return f"  {device['device']:8s} {device['name']}{cores}, {memory}"
 
 
 def _report(findings: dict[str, Any]) -> str:
     lines = ["Versions"]
     lines += [f"  {name:16s} {version or 'not installed'}" for name, version in findings["versions"].items()]
     lines += [f"  {'system':16s} {findings['platform']}", "", "Devices"]
-    lines += [_device_line(device) for device in findings["devices"]]
+    for device in findings["devices"]:
+        memory = f"{format_bytes(device['available_bytes'])} of {format_bytes(device['total_bytes'])} free"
+        cores = f", {device['cores']} cores" if "cores" in device else ""
+        lines.append(f"  {device['device']:8s} {device['name']}{cores}, {memory}")
     own = findings["cpu"]
     threads = f"{own['threads']} threads ({own['threads_because']}; they wait {own['wait_policy']})"
     lines.append(f"  {'':8s} {threads}, {own['instructions']}, {own['dtype']}")
@@ -211,12 +183,6 @@ def _report(findings: dict[str, Any]) -> str:
     ]
     lines += ["", "What works here"]
     return "\n".join([*lines, *_marks(findings["checks"])])
-
-
-def _space_report(space: str, model: str | None, encoder: str | None) -> list[dict[str, Any]]:
-    from pidecode.cli.space_check import check_space
-
-    return [asdict(check) for check in check_space(space, model=model, encoder=encoder)]
 
 
 def _marks(checks: list[dict[str, Any]]) -> list[str]:
@@ -239,5 +205,67 @@ def doctor(space: str | None, model: str | None, encoder: str | None, as_json: b
         findings = examine()
         emit(findings, lambda: _report(findings), as_json=as_json)
         return
-    checks = _space_report(space, model, encoder)
+    from pidecode.cli.space_check import check_space
+
+    checks = [asdict(check) for check in check_space(space, model=model, encoder=encoder)]
     emit({"space": space, "checks": checks}, lambda: "\n".join([f"Space {space}", *_marks(checks)]), as_json=as_json)
+
+
+@click.command(cls=GroupedCommand)
+@click.option("--size", required=True, metavar="WxH", help="Image to make, in pixels: 4096x3072.")
+@click.option("--vram", metavar="BYTES", help="Memory of an accelerator: 12GB. Without it, what is free here.")
+@click.option("--ram", metavar="BYTES", help="Plan for a CPU with this much memory instead.")
+@click.option("--network", type=click.Choice(list(RELEASED_CONFIGS)), default="v1.5", show_default=True,
+              help="`tiny`, or the version of PiD's released weights.")  # fmt: skip
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images at once.")
+@dtype_option
+@quantization_options
+@json_option
+def plan(
+    size: str, vram: str | None, ram: str | None, network: str, as_json: bool, quantization: Quantization | None,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Show how an image would be decoded in the available memory, or which size would fit.
+
+    For this machine the time is predicted too, by a quick measure.
+    """
+    if vram and ram:
+        raise SettingError("--vram and --ram name two machines; give one.")
+    given = vram or ram
+    with WorkBar("planning") as bar:
+        if given:
+            # A GPU known by its memory alone is assumed to multiply as asked.
+            w8a8: tuple[Quantization, ...] = ("fp8",) if quantization == "fp8" else ("int8",)
+            machine = Machine(memory=parse_bytes(given), accelerator=bool(vram), w8a8=w8a8)
+        else:
+            from pidecode.devices import default_dtype, select_device  # load torch
+
+            machine = this_machine()
+            options["dtype"] = options["dtype"] or str(default_dtype(select_device(None))).removeprefix("torch.")
+        chosen = plan_decode(network, parse_size(size), machine, quantization=quantization, **options)
+        bar.show("measuring the speed of this machine")
+        seconds = {} if given else _predicted_times(network, chosen)
+    data = asdict(chosen) | {
+        "peak": chosen.peak, "exact": chosen.exact, "memory": machine.memory, "seconds": seconds or None
+    }  # fmt: skip
+    times = [f"  {f'predicted {what}':22s} {format_seconds(time):>9s}" for what, time in seconds.items()]
+    text = "\n".join([chosen.describe(), f"  {'free':22s} {machine.memory / GB:6.2f} GB", *times])
+    emit(data, text, as_json=as_json)
+
+
+def _predicted_times(network: str, plan: Plan | FeedForwardPlan) -> dict[str, float]:
+    """Seconds to decode and, for feed-forward decoders, to upscale, by a quick measure of this machine."""
+    from pidecode.decoder import PixelDecoder
+    from pidecode.devices import select_device
+    from pidecode.engine.feed_forward import encoding_work
+    from pidecode.engine.runner import measured_step_seconds
+    from pidecode.sampling import DEFAULT_STEPS
+
+    set_threads(None)
+    if isinstance(plan, Plan):
+        step = measured_step_seconds(plan, RELEASED_CONFIGS[network], select_device(None))  # type: ignore[arg-type]
+        steps = DEFAULT_STEPS["student"]
+        return {f"time, {steps} steps": steps * step}
+    decoder = PixelDecoder.from_pretrained(network, dtype=plan.dtype)
+    decoding = predicted_seconds(decoder, plan.size[0] * plan.size[1] * plan.batch, None) or 0.0
+    return {"time to decode": decoding, "time to upscale": decoding * (1 + encoding_work(0))}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pidecode.cli.common import (
+    PATH,
     GroupedCommand,
     WorkBar,
     complete_models,
@@ -19,7 +21,9 @@ from pidecode.cli.common import (
     echo,
     emit,
     json_option,
+    pipeline_device,
     prompt_lines,
+    prompts_option,
     set_threads,
     take_decode_options,
     text_encoder_option,
@@ -36,14 +40,13 @@ if TYPE_CHECKING:
     from pidecode.decoder import PixelDecoder
     from pidecode.integrations.diffusers import PipelineProgress
 
-_PATH = click.Path(path_type=Path)
 _OWN = ("seed", "size", "prompt")
 """Decode options that the command takes in another way: seeds and prompts of a whole run, and its image size."""
 
 
 @click.command(cls=GroupedCommand)
 @click.argument("prompts", nargs=-1)
-@click.option("--prompts", "prompt_file", type=_PATH, help="File with one prompt per line; # begins a comment.")
+@prompts_option
 @click.option("--space", "model", type=click.Choice(list(IMAGE_MODELS)), metavar="NAME", required=True,
               help=f"Image model: {', '.join(IMAGE_MODELS)}.")  # fmt: skip
 @click.option("--size", default="2048x2048", show_default=True, help="Of the finished images, WIDTHxHEIGHT.")
@@ -53,7 +56,7 @@ _OWN = ("seed", "size", "prompt")
 @click.option("--stop-after", metavar="N", help="End the diffusion after step N and decode that; or `recommended`.")
 @click.option("--save-latents", is_flag=True, help="Keep the latents, to decode favorites again.")
 @click.option("--compare", type=click.Choice(["vae"]), help="Also put the model's own decode beside each image.")
-@click.option("-o", "--out", type=_PATH, default=Path("images"), show_default=True, help="Folder to write to.")
+@click.option("-o", "--out", type=PATH, default=Path("images"), show_default=True, help="Folder to write to.")
 @click.option("--pipeline", "source", help="Folder or hub repository of the pipeline, if not the model's own.")
 @click.option("-m", "--model", "decoder", shell_complete=complete_models,
               help="PiD decoder: a name or file; the official one if not given.")  # fmt: skip
@@ -73,7 +76,7 @@ def generate(prompts: tuple[str, ...], prompt_file: Path | None, as_json: bool, 
     """
     with WorkBar() as bar:
         rows = _generate(prompts, prompt_file, given, bar)
-    lines = [f"{row['image']}" + (f"  ({row['drift']})" if row["drift"] else "") for row in rows]
+    lines = [row["image"] + (f"  ({row['drift']})" if row["drift"] else "") for row in rows]
     emit(rows, "\n".join(lines), as_json=as_json)
 
 
@@ -81,22 +84,23 @@ def _generate(
     prompts: tuple[str, ...], prompt_file: Path | None, given: dict[str, Any], bar: WorkBar
 ) -> list[dict[str, Any]]:
     """Run the pipeline and the decoder; returns what was written."""
-    import torch
-
-    from pidecode.devices import select_device
     from pidecode.integrations.text_to_image import GenerationJob
     from pidecode.integrations.text_to_image import generate as run
 
+    stop_after = given["stop_after"]
+    if stop_after not in (None, "recommended"):
+        if not stop_after.isdigit():
+            raise SettingError(f"--stop-after is {stop_after!r}; it takes a step, counted from 1, or `recommended`.")
+        stop_after = int(stop_after)
     job = GenerationJob(
-        model=given["model"], prompts=(*prompts, *(prompt_lines(prompt_file) if prompt_file else ())), out=given["out"],
+        model=given["model"], prompts=(*prompts, *prompt_lines(prompt_file)), out=given["out"],
         seeds=given["seeds"] or (0,), size=parse_size(given["size"]), source=given["source"],
-        num_steps=given["num_inference_steps"], stop_after=_stop(given["stop_after"]),
+        num_steps=given["num_inference_steps"], stop_after=stop_after,
         compare=given["compare"] is not None, keep_latents=given["save_latents"],
         arguments=_arguments(given["arguments"]),
     )  # fmt: skip
     set_threads(given["threads"])
-    device = select_device(given["device"])
-    default = torch.float32 if device.type == "cpu" else torch.bfloat16
+    device, dtype = pipeline_device(given["device"], given["dtype"])
     stage = ""
 
     def report(at: PipelineProgress) -> None:
@@ -107,14 +111,10 @@ def _generate(
         bar.show(f"{stage}, step {at.step} of {at.num_steps}", at.step / max(1, at.num_steps))
 
     written = run(
-        job, lambda: _load_decoder(given), device=device, dtype=torch_dtype(given["dtype"]) or default,
+        job, lambda: _load_decoder(given), device=device, dtype=dtype,
         options=take_decode_options(given, exclude=_OWN), progress_callback=report,
     )  # fmt: skip
-    return [
-        {"image": str(one.image), "latent": one.latent and str(one.latent),
-         "comparison": one.comparison and str(one.comparison), "drift": one.drift}
-        for one in written
-    ]  # fmt: skip
+    return [{name: value and str(value) for name, value in asdict(one).items()} for one in written]
 
 
 def _load_decoder(args: dict[str, Any]) -> PixelDecoder:
@@ -136,14 +136,6 @@ def _load_decoder(args: dict[str, Any]) -> PixelDecoder:
             raise
         echo("The official decoder is not on this disk; `tiny` is used.", err=True)
         return PixelDecoder.from_pretrained("tiny", device=args["device"], dtype=dtype)
-
-
-def _stop(text: str | None) -> Any:
-    if text is None or text == "recommended":
-        return text
-    if not text.isdigit():
-        raise SettingError(f"--stop-after is {text!r}; it takes a step, counted from 1, or `recommended`.")
-    return int(text)
 
 
 def _arguments(text: str) -> dict[str, Any]:

@@ -4,22 +4,30 @@
 from __future__ import annotations
 
 import os
+import threading
+import webbrowser
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from pidecode.cli.common import (
-    DtypeParam,
+    PATH,
     GroupedCommand,
+    combined,
     complete_models,
+    device_option,
+    dtype_option,
     echo,
+    pipeline_device,
     runtime_options,
     set_threads,
     space_option,
     threads_option,
+    torch_dtype,
     variant_option,
 )
 from pidecode.errors import MissingDependencyError, SettingError
@@ -61,31 +69,20 @@ class ServeOptions:
     threads: int | None
 
     def token(self) -> str | None:
-        """The token from the file or the environment variable, if any.
-
-        Raises:
-            FileError: If the file cannot be read.
-        """
+        """The token from the file or the environment variable, if any."""
         if self.token_file is None:
             return os.environ.get(TOKEN_VARIABLE) or None
         return read_text(self.token_file).strip()
 
     def decoders(self) -> dict[str, PixelDecoder]:
-        """Load every model, by the name that clients use.
-
-        Raises:
-            SettingError: If two models have the same name.
-        """
-        import torch
-
+        """Load every model, by the name that clients use."""
         from pidecode.decoder import PixelDecoder
         from pidecode.options import RuntimeOptions
 
         decoders: dict[str, PixelDecoder] = {}
         for source in self.model:
             decoder = PixelDecoder.from_pretrained(
-                source, space=self.space, variant=self.variant, device=self.device,
-                dtype=getattr(torch, self.dtype) if self.dtype else None,
+                source, space=self.space, variant=self.variant, device=self.device, dtype=torch_dtype(self.dtype),
                 runtime=RuntimeOptions(compile=self.compile, attention=self.attention),
             )  # fmt: skip
             name = Path(source).stem if Path(source).suffix else source
@@ -95,78 +92,45 @@ class ServeOptions:
         return decoders
 
     def text_to_latent(self) -> PipelineTextToLatent | None:
-        """Load the text-to-image pipeline, if one is named.
-
-        Raises:
-            SettingError: If there is a source without a pipeline.
-        """
+        """Load the text-to-image pipeline, if one is named."""
         if self.pipeline is None:
             if self.pipeline_source is not None:
                 raise SettingError("--pipeline-source says where a pipeline is; name the pipeline with --pipeline.")
             return None
-        import torch
-
-        from pidecode.devices import select_device
         from pidecode.integrations.text_to_image import PipelineTextToLatent
 
-        device = select_device(self.device)
-        kind = self.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-        return PipelineTextToLatent.from_pretrained(
-            self.pipeline, self.pipeline_source, device=device, dtype=getattr(torch, kind)
-        )
+        device, dtype = pipeline_device(self.device, self.dtype)
+        return PipelineTextToLatent.from_pretrained(self.pipeline, self.pipeline_source, device=device, dtype=dtype)
 
 
-def serve_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that `ServeOptions` holds."""
-    options = [
-        click.option(
-            "-m", "--model", multiple=True, default=("tiny",), show_default=True, shell_complete=complete_models,
-            help="A model's name, file or folder. Give it again for more; the first is the default.",
-        ),
-        space_option,
-        variant_option,
-        click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; by default the best there is."),
-        click.option("--dtype", type=DtypeParam(), help="Number format."),
-        click.option("--host", default="127.0.0.1", show_default=True, help="Address; others need a token."),
-        click.option("--port", type=click.IntRange(0, 65535), default=PORT, show_default=True, help="0: any free."),
-        click.option(
-            "--token-file", type=click.Path(path_type=Path),
-            help=f"File with the token that clients must show; or set {TOKEN_VARIABLE}.",
-        ),
-        click.option(
-            "--allowed-host", multiple=True, metavar="NAME",
-            help="Name besides localhost that a server without a token answers to, as behind a proxy. Repeatable.",
-        ),
-        click.option(
-            "--cors", multiple=True, metavar="ORIGIN",
-            help="Web site whose scripts may use the server, such as https://example.org. Repeatable.",
-        ),
-        click.option(
-            "--max-pixels", type=click.IntRange(min=4096), default=4096 * 4096, show_default=True,
-            help="Most pixels of a result.",
-        ),
-        click.option(
-            "--pipeline", type=click.Choice(list(IMAGE_MODELS)), metavar="NAME",
-            help=f"Text-to-image pipeline that makes latents from prompts: {', '.join(IMAGE_MODELS)}.",
-        ),
-        click.option("--pipeline-source", metavar="PATH", help="Folder or hub repository of the pipeline."),
-        click.option("--max-body", type=click.IntRange(1), default=64, show_default=True, help="MiB per request."),
-        runtime_options,
-        threads_option,
-        click.option("--queue", type=click.IntRange(0), default=8, show_default=True, help="Jobs that may wait."),
-        click.option(
-            "--timeout", type=click.FloatRange(min=1), default=600, show_default=True,
-            help="Seconds a job may take, waiting included.",
-        ),
-    ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
+# The options that `ServeOptions` holds.
+serve_options = combined(
+    click.option("-m", "--model", multiple=True, default=("tiny",), show_default=True, shell_complete=complete_models,
+                 help="A model's name, file or folder. Give it again for more; the first is the default."),
+    space_option, variant_option, device_option, dtype_option,
+    click.option("--host", default="127.0.0.1", show_default=True, help="Address; others need a token."),
+    click.option("--port", type=click.IntRange(0, 65535), default=PORT, show_default=True, help="0: any free."),
+    click.option("--token-file", type=PATH,
+                 help=f"File with the token that clients must show; or set {TOKEN_VARIABLE}."),
+    click.option("--allowed-host", multiple=True, metavar="NAME",
+                 help="Name besides localhost that a server without a token answers to, as behind a proxy. "
+                 "Repeatable."),
+    click.option("--cors", multiple=True, metavar="ORIGIN",
+                 help="Web site whose scripts may use the server, such as https://example.org. Repeatable."),
+    click.option("--max-pixels", type=click.IntRange(min=4096), default=4096 * 4096, show_default=True,
+                 help="Most pixels of a result."),
+    click.option("--pipeline", type=click.Choice(list(IMAGE_MODELS)), metavar="NAME",
+                 help=f"Text-to-image pipeline that makes latents from prompts: {', '.join(IMAGE_MODELS)}."),
+    click.option("--pipeline-source", metavar="PATH", help="Folder or hub repository of the pipeline."),
+    click.option("--max-body", type=click.IntRange(1), default=64, show_default=True, help="MiB per request."),
+    runtime_options, threads_option,
+    click.option("--queue", type=click.IntRange(0), default=8, show_default=True, help="Jobs that may wait."),
+    click.option("--timeout", type=click.FloatRange(min=1), default=600, show_default=True,
+                 help="Seconds a job may take, waiting included."),
+)  # fmt: skip
 
 
 def _require_packages() -> None:
-    from importlib.util import find_spec
-
     missing = [package for package in ("fastapi", "uvicorn", "python_multipart") if find_spec(package) is None]
     if missing:
         raise MissingDependencyError(
@@ -225,9 +189,6 @@ def web(browser: bool, **options: Any) -> None:
         address = f"{url}/?token={token}" if token else f"{url}/"
         echo(f"The page is at {address} Ctrl-C stops.")
         if browser:
-            import threading
-            import webbrowser
-
             threading.Timer(0.5, webbrowser.open, [address]).start()  # once the server accepts connections
 
     _run(given, ready)

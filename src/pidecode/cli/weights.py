@@ -15,16 +15,18 @@ from typing import Any
 import click
 
 from pidecode.cli.common import (
+    PATH,
     Check,
-    DtypeParam,
     GroupedCommand,
     device_option,
     echo,
     emit,
     json_option,
+    output_dtype_option,
     overwrite_option,
     progress,
     prompt_lines,
+    prompts_option,
     space_option,
     table,
     text_encoder_option,
@@ -102,8 +104,8 @@ def captions() -> None:
 
 @captions.command(cls=GroupedCommand)
 @click.argument("prompts", nargs=-1)
-@click.option("--prompts", "prompt_file", type=click.Path(path_type=Path), help="File with one prompt per line.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("captions.safetensors"), show_default=True,
+@prompts_option
+@click.option("-o", "--out", type=PATH, default=Path("captions.safetensors"), show_default=True,
               help="File to write.")  # fmt: skip
 @text_encoder_option
 @device_option
@@ -118,7 +120,7 @@ def export(prompts: tuple[str, ...], prompt_file: Path | None, out: Path, as_jso
     from pidecode.devices import select_device
     from pidecode.encoders.text import PromptEmbedsCache, TextEncoder, TextOptions, export_prompt_embeds
 
-    texts = [*prompts, *(prompt_lines(prompt_file) if prompt_file else ())]
+    texts = [*prompts, *prompt_lines(prompt_file)]
     model = given["text_encoder"]
     options = TextOptions() if model is None else TextOptions(model=str(model))
     encoder = TextEncoder(options, device=select_device(given["device"]), states=PromptEmbedsCache())
@@ -131,7 +133,7 @@ def export(prompts: tuple[str, ...], prompt_file: Path | None, out: Path, as_jso
 
 
 @captions.command("import", cls=GroupedCommand)
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=PATH)
 @json_option
 def import_(file: Path, as_json: bool) -> None:
     """Keep the text states in FILE, so that every command here finds them without the text encoder."""
@@ -143,12 +145,12 @@ def import_(file: Path, as_json: bool) -> None:
 
 
 @click.command(cls=GroupedCommand)
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("target", type=click.Path(path_type=Path))
+@click.argument("source", type=PATH)
+@click.argument("target", type=PATH)
 @space_option
 @click.option("--variant", metavar="NAME", help="Release it belongs to: 2k, 2kto4k, 2kto4k_v1pt5.")
 @click.option("--kind", type=KINDS, help="What it is, if the file does not say.")
-@click.option("--dtype", type=DtypeParam(), help="Number format to write; the source's if not given.")
+@output_dtype_option
 @overwrite_option
 @json_option
 def convert(source: Path, target: Path, **asked: Any) -> None:
@@ -411,7 +413,7 @@ def _report(found: dict[str, Any]) -> str:
 
 
 @click.command(cls=GroupedCommand)
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=PATH)
 @json_option
 def info(file: Path, as_json: bool) -> None:
     """Show what FILE is: an image and its metadata, a latent, or weights."""
