@@ -130,3 +130,15 @@ def test_notices_of_other_libraries_stay_away_from_the_terminal() -> None:
 
     assert run() == ("error passive", "our own\n")
     assert run("--debug") == ("None passive", "a notice\nour own\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps the current folder of a process")
+def test_a_current_folder_that_was_removed(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, image = tmp_path / "gone", tmp_path / "a.png"
+    image.write_bytes(b"")
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    result = CliRunner().invoke(cli, ["batch", str(image), "relative"])
+    assert result.exit_code == 4
+    assert result.stderr == "Error: The current folder does not exist any more; go to another one.\n"

@@ -385,9 +385,11 @@ def test_damaged_entries(tmp_path):
     save_file({"x": torch.zeros(4, 8)}, tmp_path / "plain.safetensors")
     with pytest.raises(FileError, match="does not say which prompt"):
         states.import_from(tmp_path / "plain.safetensors")
-    save_file({"x": torch.zeros(1)}, tmp_path / "odd.safetensors", metadata={"pidecode_prompts": '{"entries": [{}]}'})
-    with pytest.raises(FileError, match="wrongly"):
-        states.import_from(tmp_path / "odd.safetensors")
+    for entries in ([], [{}], [{"prompt": "a", "identity": 3}], [{"prompt": ["a"], "identity": {}}], 7):
+        about = {"pidecode_prompts": json.dumps({"entries": entries})}
+        save_file({"states.0": torch.zeros(4, 8)}, tmp_path / "odd.safetensors", metadata=about)
+        with pytest.raises(FileError, match="wrongly"):
+            states.import_from(tmp_path / "odd.safetensors")
     states.put("a cat", identity, torch.zeros(4, 8))
     assert states.get("a cat", identity) is not None
 

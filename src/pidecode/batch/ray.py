@@ -97,7 +97,7 @@ def run_ray(batch: Batch, on_result: ResultCallback) -> BatchReport:
             except Exception as error:
                 if isinstance(error, PidecodeError) or not _is_of_ray(error):
                     raise
-                why = (str(error).splitlines() or [""])[0][:200]
+                why = (str(error).splitlines() or [""])[0].partition(". ")[0][:200]
                 progress.stopped = f"The Ray cluster was lost ({why}). The images that were written are whole."
             finally:
                 if started_here:

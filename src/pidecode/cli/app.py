@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from pidecode.errors import OUT_OF_MEMORY, DoesNotFitError, PidecodeError, is_out_of_memory
+from pidecode.errors import OUT_OF_MEMORY, DoesNotFitError, FileError, PidecodeError, is_out_of_memory
 from pidecode.units import printable
 from pidecode.version import __version__
 
@@ -193,6 +193,9 @@ class Commands(click.Group):
                 _explain(ctx, _OUTPUT_FULL.format(error))
                 _silence_output()
                 ctx.exit(PidecodeError.exit_code)
+            if isinstance(error, FileNotFoundError) and error.filename is None:  # only `getcwd` names none
+                _explain(ctx, "Error: The current folder does not exist any more; go to another one.")
+                ctx.exit(FileError.exit_code)
             if is_out_of_memory(error):
                 _explain(ctx, f"Error: {OUT_OF_MEMORY}")
                 ctx.exit(DoesNotFitError.exit_code)

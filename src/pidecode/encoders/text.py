@@ -557,6 +557,9 @@ def _read_entries(path: str | os.PathLike[str]) -> list[_Entry]:
         return [_Entry(next(iter(tensors.values())))]
     try:
         about = parse_json(metadata["pidecode_prompts"])["entries"]
-        return [_Entry(tensors[f"states.{i}"], item["prompt"], item["identity"]) for i, item in enumerate(about)]
+        found = [_Entry(tensors[f"states.{i}"], item["prompt"], item["identity"]) for i, item in enumerate(about)]
     except (ValueError, KeyError, TypeError):
-        raise FileError(f"{path} describes its prompt states wrongly; export it again.") from None
+        found = []
+    if not found or not all(isinstance(one.prompt, str) and isinstance(one.identity, dict) for one in found):
+        raise FileError(f"{path} describes its prompt states wrongly; export it again.")
+    return found
