@@ -22,17 +22,11 @@ __all__ = ["Latent", "LatentStatistics", "NormalizationWarning"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-_MIN_CELLS = 16
-"""Cells below which the spread is not judged."""
-
-_SPREAD_TOLERANCE = 1.15
-"""Factor on the upper bound: image models leave their schedule by some per cent."""
-
-_MIN_NOISE_SHARE = 0.75
-"""A latent at noise level s contains that noise, so a spread below this share of s contradicts it."""
-
-_MIN_UPPER_BOUND = 1.1
-"""Upper bound of the spread at any sigma: a normalized latent has unit standard deviation by definition."""
+_DTYPE_NAMES = "float32, bfloat16, float16 or float64"
+_MIN_CELLS = 16  # cells below which the spread is not judged
+_SPREAD_TOLERANCE = 1.15  # factor on the upper bound: image models leave their schedule by some per cent
+_MIN_NOISE_SHARE = 0.75  # of s that the spread of a latent at noise level s, which contains that noise, reaches
+_MIN_UPPER_BOUND = 1.1  # of the spread at any sigma: a normalized latent has unit standard deviation by definition
 
 
 class NormalizationWarning(UserWarning):
@@ -233,10 +227,9 @@ class Latent:
         Raises:
             FileError: The file exists or cannot be written.
         """
-        metadata = storage.LatentMetadata(
-            space=self.space, sigma=tuple(self.sigmas.tolist()),
-            prompt=(self.prompt,) * len(self) if isinstance(self.prompt, str) else self.prompt, seed=self.seed,
-        )  # fmt: skip
+        prompt = (self.prompt,) * len(self) if isinstance(self.prompt, str) else self.prompt
+        sigma = tuple(self.sigmas.tolist())
+        metadata = storage.LatentMetadata(space=self.space, sigma=sigma, prompt=prompt, seed=self.seed)
         storage.write_latent(path, self.tensor, metadata, overwrite=overwrite)
 
     @property
@@ -264,18 +257,15 @@ class Latent:
     @property
     def output_size(self) -> tuple[int, int]:
         """Height and width, in pixels, of the image PiD decodes it to."""
-        return self.grid[0] * self.latent_space.pixels_per_cell, self.grid[1] * self.latent_space.pixels_per_cell
+        height, width = (side * self.latent_space.pixels_per_cell for side in self.grid)
+        return height, width
 
     def to_raw(self, statistics: LatentStatistics | None = None) -> Tensor:
         """The raw latent, which the space's own decoder takes; see `layout.denormalize`."""
         return layout.denormalize(self.tensor, self.latent_space, statistics)
 
     def to_packed(self) -> Tensor:
-        """The packed tokens `[B, N, token_channels]` of the space's pipeline.
-
-        Raises:
-            SettingError: The space's pipelines do not pack their latents.
-        """
+        """The tokens `[B, N, token_channels]` of the space's pipelines. Raises SettingError if they do not pack."""
         return layout.pack(self.tensor, self.latent_space)
 
     def noised(self, sigma: float | Tensor, *, seed: int = 0, noise: Tensor | None = None) -> Latent:
@@ -308,7 +298,7 @@ class Latent:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Latent:
         """The same latent on another device or in another floating-point dtype; sigma stays float32."""
         if dtype is not None and dtype not in _DTYPES:
-            raise LatentError(f"A latent can be {_names(_DTYPES)}; not {dtype}.")
+            raise LatentError(f"A latent can be {_DTYPE_NAMES}; not {dtype}.")
         sigma = self.sigma.to(device=device) if isinstance(self.sigma, Tensor) else self.sigma
         return self._with(tensor=self.tensor.to(device=device, dtype=dtype), sigma=sigma)
 
@@ -354,16 +344,16 @@ class Latent:
             raise LatentError("There are no latents to concatenate; give at least one.")
         first = latents[0]
         for other in latents[1:]:
-            for what, expected, given in (
-                ("space", first.space, other.space),
-                ("grid", first.grid, other.grid),
-                ("dtype", first.tensor.dtype, other.tensor.dtype),
-                ("device", first.tensor.device, other.tensor.device),
-            ):
-                if expected != given:
+            pairs = {name: [getattr(each.tensor, name) for each in (first, other)] for name in ("dtype", "device")}
+            for what, (a, b) in {
+                "space": (first.space, other.space),
+                "grid": (first.grid, other.grid),
+                **pairs,
+            }.items():
+                if a != b:
                     raise LatentError(
-                        f"Latents of one batch must share their {what}: {expected} and {given}. Take them "
-                        "one by one, or convert them first."
+                        f"Latents of one batch must share their {what}: {a} and {b}. Take them one by one, or convert "
+                        "them first."
                     )
         prompts: tuple[str, ...] | None = None
         if any(latent.prompt is not None for latent in latents):
@@ -410,11 +400,10 @@ def require_latent(latent: object, space: str) -> Latent:
 
 def _check_is_float(tensor: object) -> None:
     if not isinstance(tensor, Tensor):
-        raise LatentError(
-            f"A latent is a torch tensor; got {type(tensor).__name__}. Convert it with torch.as_tensor()."
-        )
+        kind = type(tensor).__name__
+        raise LatentError(f"A latent is a torch tensor; got {kind}. Convert it with torch.as_tensor().")
     if tensor.dtype not in _DTYPES:
-        raise LatentError(f"A latent is {_names(_DTYPES)}; got {tensor.dtype}. Convert it with .float().")
+        raise LatentError(f"A latent is {_DTYPE_NAMES}; got {tensor.dtype}. Convert it with .float().")
 
 
 def _check_tensor(tensor: object, space: LatentSpace) -> None:
@@ -463,16 +452,13 @@ def _checked_sigma(sigma: object, batch: int, device: torch.device) -> float | T
         raise LatentError(f"Sigma is a number in [0, 1] or one per sample; got {sigma!r}.") from error
     if values.numel() not in (1, batch):
         raise LatentError(f"Sigma has {values.numel()} values for {batch} latents; give one, or one for each.")
-    numbers = values.tolist()
-    if not all(0.0 <= number <= 1.0 for number in numbers):
-        worst = next(number for number in numbers if not 0.0 <= number <= 1.0)
+    wrong = [number for number in values.tolist() if not 0.0 <= number <= 1.0]
+    if wrong:
         raise LatentError(
-            f"Sigma is the noise level, in [0, 1]; got {worst:g}. A scheduler's timestep must be divided by 1000; "
+            f"Sigma is the noise level, in [0, 1]; got {wrong[0]:g}. A scheduler's timestep must be divided by 1000; "
             "SDXL's Euler sigma goes through Latent.from_euler()."
         )
-    if isinstance(sigma, (int, float)):
-        return float(sigma)
-    return _collapse(values.to(device))
+    return float(sigma) if isinstance(sigma, (int, float)) else _collapse(values.to(device))
 
 
 def _collapse(sigma: Tensor) -> float | Tensor:
@@ -499,8 +485,7 @@ def _batched(tensor: Tensor, space: LatentSpace, path: object) -> Tensor:
     """A stored tensor as `[B, C, h, w]`: a missing batch axis added, the axis of a single frame dropped."""
     channels = (space.channels, space.raw_channels)
     if tensor.ndim == 5:
-        frames = tensor.shape[2]
-        if frames != 1:
+        if (frames := tensor.shape[2]) != 1:
             raise LatentError(f"{path} holds a video of {frames} frames, {list(tensor.shape)}; save one of them.")
         return tensor[:, :, 0]
     if tensor.ndim == 4 and tensor.shape[1] == 1 and tensor.shape[0] in channels and tensor.shape[1] not in channels:
@@ -514,11 +499,6 @@ def _unify(prompt: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None
 
 def _tuple(prompt: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
     return prompt if prompt is None or isinstance(prompt, str) else tuple(prompt)
-
-
-def _names(dtypes: Sequence[torch.dtype]) -> str:
-    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
-    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def normalization_problem(tensor: Tensor, space: LatentSpace, sigmas: Tensor) -> str | None:
@@ -536,9 +516,8 @@ def normalization_problem(tensor: Tensor, space: LatentSpace, sigmas: Tensor) ->
     sigma = sigmas.to(spreads)
     signal, noise = noise_weights(space, sigma)
     margin = 1.0 + 4.0 / math.sqrt(2.0 * cells * tensor.shape[1])  # four standard errors of a deviation
-    upper = (((signal * space.spread_limit) ** 2 + noise**2).sqrt() * _SPREAD_TOLERANCE).clamp_min(
-        _MIN_UPPER_BOUND
-    ) * margin
+    upper = ((signal * space.spread_limit) ** 2 + noise**2).sqrt() * _SPREAD_TOLERANCE
+    upper = upper.clamp_min(_MIN_UPPER_BOUND) * margin
     lower = noise * _MIN_NOISE_SHARE / margin
     for index, (spread, high, low, level) in enumerate(torch.stack([spreads, upper, lower, sigma], dim=1).tolist()):
         which = f"Sample {index} of this" if tensor.shape[0] > 1 else "This"
@@ -578,14 +557,13 @@ def _feature_problem(float_latent: Tensor, space: LatentSpace, sigma: Tensor) ->
     off = torch.maximum(mean.abs(), (variance.sqrt() - 1).abs())
     if space.statistics == "per_position" and float(off.max()) < 0.01:
         return (
-            f"Every cell of this {space.name} latent has mean 0 and deviation 1 over its channels: it is the "
-            "output of the LayerNorm, before the statistics per position. Build it with Latent.from_raw(), giving "
-            "those."
+            f"Every cell of this {space.name} latent has mean 0 and deviation 1 over its channels: it is the output of "
+            "the LayerNorm, before the statistics per position. Build it with Latent.from_raw(), giving those."
         )
     if space.statistics == "layer_norm" and float(off.median()) > 0.3:
         return (
-            f"The cells of this {space.name} latent are {float(off.median()):.2f} away from mean 0 and "
-            "deviation 1 over "
-            "channels, which its LayerNorm gives. Build it with Latent.from_raw() if it is the encoder's hidden state."
+            f"The cells of this {space.name} latent are {float(off.median()):.2f} away from mean 0 and deviation 1 "
+            "over channels, which its LayerNorm gives. Build it with Latent.from_raw() if it is the encoder's hidden "
+            "state."
         )
     return None

@@ -37,15 +37,9 @@ def noise_weights(space: LatentSpace, sigma: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def add_noise(latent: Tensor, noise: Tensor, sigma: float | Tensor, space: LatentSpace) -> Tensor:
-    """Add noise to a clean latent in the noise parametrization of its space.
+    """Add unit noise to a clean latent, both `[B, C, h, w]`, at noise levels in [0, 1], one or `[B]`.
 
     `(1 - s) z + s e` for flow-matching spaces, `sqrt(1 - s^2) z + s e` for SDXL (docs/architecture.md, Latent spaces).
-
-    Args:
-        latent: Clean and normalized, `[B, C, h, w]`.
-        noise: Unit Gaussian noise of the same shape.
-        sigma: Noise level in [0, 1]; a number, or `[B]`.
-        space: The latent space.
 
     Raises:
         LatentError: The shapes differ.
@@ -58,13 +52,9 @@ def add_noise(latent: Tensor, noise: Tensor, sigma: float | Tensor, space: Laten
 
 
 def euler_to_variance_preserving(latent: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Convert a latent of an Euler scheduler, `x_0 + s e` (variance exploding), to variance preserving.
+    """A latent `[B, C, h, w]` of an Euler scheduler, `x_0 + s e`, and its s >= 0 or `[B]`, as variance preserving.
 
     Both are divided by sqrt(s^2 + 1), which brings sigma into [0, 1).
-
-    Args:
-        latent: `[B, C, h, w]`.
-        sigma: The scheduler's sigma, s >= 0; a number, or `[B]`.
 
     Raises:
         LatentError: Sigma is negative or not finite.
@@ -195,11 +185,7 @@ def unpatchify(latent: Tensor, patch: int) -> Tensor:
 
 
 def packed_grid(space: LatentSpace, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of the tokens of an image model's image (not PiD's), its size rounded down to whole tokens.
-
-    Raises:
-        SettingError: The space's latents are not packed, or the image is smaller than a token.
-    """
+    """Rows and columns of tokens of an image model's image (not PiD's), rounded down. Raises SettingError for none."""
     if space.packing == "none":
         raise SettingError(
             f"Latents of space {space.name} are not packed into tokens; give the [B, {space.channels}, h, w] tensor."

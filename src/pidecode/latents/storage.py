@@ -6,7 +6,8 @@ from __future__ import annotations
 import io
 import json
 import os
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -37,27 +38,21 @@ _DTYPES = ("F64", "F32", "BF16", "F16")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentMetadata:
-    """Metadata of a latent file: space, sigma per sample, prompts or None, seed or None."""
+    """Metadata of a latent file."""
 
     space: str
-    sigma: tuple[float, ...]
-    prompt: tuple[str, ...] | None
+    sigma: tuple[float, ...]  # of each sample
+    prompt: tuple[str, ...] | None  # of each sample
     seed: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredLatent:
-    """A tensor read from a file, and its metadata (None in a file of another program).
-
-    Attributes:
-        tensor: The tensor.
-        metadata: Its metadata.
-        comfyui: Whether it is scaled as ComfyUI has it: raw, but for FLUX.2.
-    """
+    """A tensor read from a file."""
 
     tensor: Tensor
-    metadata: LatentMetadata | None
-    comfyui: bool = False
+    metadata: LatentMetadata | None  # None in a file of another program
+    comfyui: bool = False  # whether it is scaled as ComfyUI has it: raw, but for FLUX.2
 
 
 def write_latent(
@@ -69,16 +64,8 @@ def write_latent(
         FileError: The file exists or cannot be written.
         LatentError: The prompts are too long for a file header.
     """
-    text = json.dumps(
-        {
-            "format": FORMAT,
-            "space": metadata.space,
-            "frame": "normalized",  # the key of file format 1
-            "sigma": list(metadata.sigma),
-            "prompt": None if metadata.prompt is None else list(metadata.prompt),
-            "seed": metadata.seed,
-        }
-    )
+    # "frame" is the key of file format 1 for the normalization.
+    text = json.dumps({"format": FORMAT, "frame": "normalized", **asdict(metadata)})
     if len(text) > MAX_HEADER_BYTES // 2:
         raise LatentError(f"The prompts take {len(text)} characters; a latent file holds {MAX_HEADER_BYTES // 2}.")
     data = safetensors.torch.save({TENSOR_NAME: tensor.detach().cpu().contiguous()}, {METADATA_KEY: text})
@@ -163,13 +150,10 @@ def count_latents(path: str | os.PathLike[str]) -> int:
     other = _read_array(path, path)
     if other is not None:
         return len(other) if other.ndim in (4, 5) and len(other) else 1
-    header = read_latent_header(path)
-    entry = header.tensors.get(TENSOR_NAME)
-    if entry is None and len(header.tensors) == 1 and METADATA_KEY not in header.metadata:
-        entry = next(iter(header.tensors.values()))
-    if entry is None:
-        entry = next((header.tensors[name] for name in ("latents", *COMFYUI_NAMES) if name in header.tensors), None)
-    shape = entry.shape if entry and entry.dtype in _DTYPES else ()
+    header, shape = read_latent_header(path), tuple[int, ...]()
+    with suppress(LatentError):
+        entry = header.tensors[_tensor_name(header, path, ours=METADATA_KEY in header.metadata)]
+        shape = entry.shape if entry.dtype in _DTYPES else ()
     count = shape[0] if len(shape) in (4, 5) and 0 not in shape else 1
     if count > MAX_LATENTS:
         raise LatentError(f"{path} says it holds {count:,} latents; at most {MAX_LATENTS:,} are read from one file.")
@@ -213,7 +197,5 @@ def _parse_metadata(text: str, path: object) -> LatentMetadata:
         raise LatentError(f"The prompts in {path} are not {len(sigma)} strings; the file is damaged.")
     if seed is not None and type(seed) is not int:
         raise LatentError(f"The seed in {path} is {seed!r}; it must be a whole number.")
-    return LatentMetadata(
-        space=space, sigma=tuple(float(number) for number in sigma), prompt=None if prompt is None else tuple(prompt),
-        seed=seed,
-    )  # fmt: skip
+    prompts = None if prompt is None else tuple(prompt)
+    return LatentMetadata(space=space, sigma=tuple(map(float, sigma)), prompt=prompts, seed=seed)

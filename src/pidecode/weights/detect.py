@@ -22,9 +22,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 Generation = Literal["v1", "v1pt5", "backbone"]
 
 COLOR_HEAD = "lq_proj.lq_aux_rgb_head."  # prefix of the color head, which only training uses; files may lack it
-
 ADAPTER = ("lq_proj.", "pit_lq_gate.")  # prefixes of the adapter and its gates
-
 _COMMON_INTERVAL = 2  # `inject_interval` of every released network; taken where the shapes allow several
 
 
@@ -52,14 +50,14 @@ class InferredShape:
         return kinds.get((self.values["gate"], self.values["inject_pixels"]))
 
     def difference_from(self, config: PiDConfig) -> str | None:
-        """The first difference between a configuration and the tensors, in words, or None.
-
-        The color head may be in one of them only.
-        """
+        """The first difference between a configuration and the tensors, or None; either may lack the color head."""
         for name, value in self.values.items():
             if name != "color_head" and getattr(config, name) != value:
                 return f"{name} is {value} by its tensors and {getattr(config, name)} by the configuration"
-        expected = (_latent_in(config), _image_in(config))
+        ratio = config.latent_to_patch_ratio
+        fold = round(1 / ratio) if 0 < ratio < 1 else 1
+        latent_in = config.latent_channels // config.latent_unpatchify**2 * fold**2
+        expected = latent_in, config.adapter_image_channels * (config.patch_size // config.scale) ** 2
         if expected != (self.latent_in, self.image_in):
             return (
                 f"its adapter takes {self.latent_in or self.image_in} channels, and latent_channels="
@@ -71,18 +69,8 @@ class InferredShape:
         return None
 
 
-def _latent_in(config: PiDConfig) -> int:
-    ratio = config.latent_to_patch_ratio
-    factor = round(1 / ratio) if 0 < ratio < 1 else 1
-    return config.latent_channels // config.latent_unpatchify**2 * factor**2
-
-
-def _image_in(config: PiDConfig) -> int:
-    return config.adapter_image_channels * (config.patch_size // config.scale) ** 2
-
-
 def infer_shape(shapes: Shapes, source: str = "the file", interval: int | None = None) -> InferredShape:
-    """Infer a network's configuration from names and shapes (docs/architecture.md, Network and Adapter), of any size.
+    """A network's configuration by names and shapes (docs/architecture.md, Network and Adapter), of any size.
 
     Args:
         shapes: Shape of every tensor.
@@ -93,12 +81,10 @@ def infer_shape(shapes: Shapes, source: str = "the file", interval: int | None =
         CheckpointError: The tensors are not those of a PiD network, or contradict each other.
     """
     reader = _ShapeReader(shapes, source)
-    values: dict[str, Any] = {**_patch_path(reader), **_pixel_path(reader)}
+    values: dict[str, Any] = {**_patch_path(reader), **_pixel_path(reader), "text_dim": 0}
     if "y_pos_embedding" in shapes:
         values["text_dim"] = reader("y_embedder.proj.weight")[1]
         values["text_length"] = reader("y_pos_embedding")[1]
-    else:
-        values["text_dim"] = 0
     if not any(name.startswith(ADAPTER) for name in shapes):
         return InferredShape(values=values | {"latent_channels": 0, "adapter_image_channels": 0})
     return _adapter(reader, values, interval)
@@ -205,10 +191,10 @@ def _interval(source: str, depth: int, heads: int, known: int | None) -> int:
             f"{source} has {heads} injection heads for {depth} patch blocks; no interval gives that"
             f"{f', nor does inject_interval={known}' if known else ''}. Parts of the adapter are missing."
         )
-    if len(fitting) == 1 or _COMMON_INTERVAL in fitting:
-        return fitting[0] if len(fitting) == 1 else _COMMON_INTERVAL
-    if heads == 1:
-        return depth
+    if _COMMON_INTERVAL in fitting:
+        return _COMMON_INTERVAL
+    if len(fitting) == 1:
+        return fitting[0]
     raise SettingError(
         f"{source} has {heads} injection heads for {depth} patch blocks, which fits an interval of "
         f"{' or '.join(map(str, fitting))}; choose by Overrides(config={{'inject_interval': ...}})."
@@ -230,19 +216,12 @@ _VARIANTS = {"2k": "2k", "512_to_2048": "2k", "2kto4k": "2kto4k", "1024_to_4096"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overrides:
-    """What the caller knows of a file and its tensors cannot show.
+    """What the caller knows of a file and its tensors cannot show."""
 
-    Attributes:
-        space: Latent space, by name or alias.
-        variant: Release, as in the table of checkpoints.
-        kind: Feed-forward, student, teacher or backbone.
-        overrides: Values of PiDConfig fields, for networks unlike any released one.
-    """
-
-    space: str | None = None
-    variant: str | None = None
-    kind: str | None = None
-    config: Mapping[str, Any] | None = None
+    space: str | None = None  # latent space, by name or alias
+    variant: str | None = None  # release, as in the table of checkpoints
+    kind: str | None = None  # feed-forward, student, teacher or backbone
+    config: Mapping[str, Any] | None = None  # values of PiDConfig fields, for networks unlike any released one
 
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in KINDS[:4]:
@@ -251,10 +230,11 @@ class Overrides:
         if unknown:
             raise SettingError(f"PiDConfig has no fields {', '.join(sorted(unknown))}.")
 
-    @property
-    def space_name(self) -> str | None:
-        """The space under its own name, aliases resolved. Raises SettingError for an unknown one."""
-        return self.space if self.space in (None, BACKBONE_SPACE) else get_space(self.space or "").name
+    def given(self) -> dict[str, Any]:
+        """Space (under its own name), variant and kind, where given. Raises SettingError for an unknown space."""
+        space = self.space if self.space in (None, BACKBONE_SPACE) else get_space(self.space or "").name
+        values = {"space": space, "variant": self.variant, "kind": self.kind}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def detect(file: WeightFile, overrides: Overrides | None = None) -> CheckpointMetadata:
@@ -275,7 +255,7 @@ def detect(file: WeightFile, overrides: Overrides | None = None) -> CheckpointMe
 def _from_metadata(file: WeightFile, metadata: CheckpointMetadata, overrides: Overrides) -> CheckpointMetadata:
     if metadata.config is None:
         raise CheckpointError(f"{file.path} holds an image encoder, not a decoder; name the decoder's file.")
-    given = _given_values(overrides)
+    given = overrides.given()
     _check_agreement(file.path, "its metadata", {name: getattr(metadata, name) for name in given}, given)
     if isinstance(metadata.config, TinyDecoderConfig):
         if overrides.config:
@@ -292,7 +272,7 @@ def _from_metadata(file: WeightFile, metadata: CheckpointMetadata, overrides: Ov
 def _from_shapes(file: WeightFile, overrides: Overrides) -> CheckpointMetadata:
     config_overrides = dict(overrides.config or {})
     inferred = infer_shape(file.shapes, str(file.path), config_overrides.get("inject_interval"))
-    named, given = official_name(file.path), _given_values(overrides)
+    named, given = official_name(file.path), overrides.given()
     _check_agreement(file.path, "its name", named, given)
     known = {**named, **given}
     if not inferred.has_adapter:
@@ -311,11 +291,6 @@ def _from_shapes(file: WeightFile, overrides: Overrides) -> CheckpointMetadata:
     return CheckpointMetadata(
         kind=kind, config=config, space=space, variant=variant, license=rows[0].license.name if rows else None
     )
-
-
-def _given_values(overrides: Overrides) -> dict[str, Any]:
-    given = {"space": overrides.space_name, "variant": overrides.variant, "kind": overrides.kind}
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def _check_agreement(path: Path, what: str, said: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -413,11 +388,9 @@ def _values(config: PiDConfig) -> dict[str, Any]:
 def _released_values(inferred: InferredShape, space: LatentSpace) -> dict[str, Any] | None:
     """Field values of a released network for that space; None if the channels do not fit."""
     generation = inferred.generation or "v1pt5"
+    released = configs.v1 if generation == "v1" else configs.v1pt5
+    config = released(latent_channels=space.channels, latent_down=space.down)
     for factor in sorted({1, space.raw_patch}):
-        if generation == "v1":
-            config = configs.v1(latent_channels=space.channels, latent_down=space.down, scale=space.scale)
-        else:
-            config = configs.v1pt5(latent_channels=space.channels, latent_down=space.down)
         values = {**_values(config), "scale": space.scale, "latent_unpatchify": factor} | dict(inferred.values)
         _count_image_channels(inferred, values)
         try:
@@ -445,11 +418,9 @@ def _build_config(
             f"{row.name} have {row.channels}. Give the space of the file."
         )
     if base is None:
-        default = configs.v1 if inferred.generation == "v1" else configs.v1pt5
-        shown = _values(
-            default(latent_channels=config_overrides["latent_channels"], latent_down=config_overrides["latent_down"])
-        )
-        base = {**shown, **inferred.values}
+        released = configs.v1 if inferred.generation == "v1" else configs.v1pt5
+        latent = {name: config_overrides[name] for name in ("latent_channels", "latent_down")}
+        base = {**_values(released(**latent)), **inferred.values}
     return _checked_config(path, inferred, {**base, **config_overrides})
 
 
