@@ -79,6 +79,21 @@ def same_name(path: PathLike) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", os.path.abspath(path)).lower())
 
 
+HEAD_BYTES = 1 << 16  # bytes at the start of a file that tell what it is
+
+
+def may_hold_frames(start: bytes) -> bool:
+    """Whether an image file of which this is the start may hold several frames or pages."""
+    several = start.startswith((b"GIF8", b"II*\0", b"MM\0*"))
+    return several or any(name in start for name in (b"acTL", b"ANIM", b"avis"))
+
+
+def cut_name(stem: str, ending: str) -> str:
+    """The name `stem + ending`, its stem cut so that file systems take it: 255 bytes."""
+    raw, left = os.fsencode(stem), 255 - len(os.fsencode(ending))
+    return (stem if len(raw) <= left else raw[:left].decode(errors="ignore")) + ending
+
+
 def check_writable(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """The path with links resolved, if a file may be written there; call it before the work that makes it.
 

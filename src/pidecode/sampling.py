@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -60,6 +60,7 @@ class Progress:
         unit: What the phase is counted in: "refinement", "step" or "strip"; empty where it is one piece.
         index: Unit that begins now, from 1; 0 before the first.
         total: Units of the phase.
+        part: What of several the call is about, such as "frame 2 of 3"; empty where it is all.
     """
 
     phase: Phase
@@ -67,10 +68,16 @@ class Progress:
     unit: str = ""
     index: int = 0
     total: int = 0
+    part: str = ""
 
     def __str__(self) -> str:
         """The phase in words, such as "decoding, strip 3 of 8"."""
-        return f"{self.phase}, {self.unit} {self.index} of {self.total}" if self.index else self.phase
+        words = [self.part, self.phase, f"{self.unit} {self.index} of {self.total}" if self.index else ""]
+        return ", ".join(filter(None, words))
+
+    def of_part(self, name: str, index: int, count: int) -> Progress:
+        """The same as progress of one of `count` equal parts, which is counted from 0."""
+        return replace(self, done=(index + self.done) / count, part=f"{name} {index + 1} of {count}")
 
 
 DecodeProgressCallback = Callable[[Progress], None]

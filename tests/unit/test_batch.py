@@ -25,7 +25,7 @@ from pidecode.batch.worker import Worker, WorkerConfig
 from pidecode.cli.app import cli
 from pidecode.errors import FileError, SettingError
 from pidecode.files import FolderLock, remove_partial
-from pidecode.images import read_metadata, save_image
+from pidecode.images import frames_in, read_metadata, save_image
 from pidecode.images.read import readable_formats
 from pidecode.latents.latent import Latent
 from pidecode.models.pid.network import PiDNet
@@ -224,6 +224,28 @@ def test_other_options_never_replace_an_image_without_overwrite(tmp_path: Path, 
     assert states(go(source, out, allowed)) == {"a.safetensors": "done", "b.safetensors": "done"}  # made again
 
 
+def test_all_frames_and_pages_come_out(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "green", "white")]
+    (tmp_path / "in").mkdir()
+    for name in ("a.gif", "b.tif"):
+        frames[0].save(tmp_path / "in" / name, save_all=True, append_images=frames[1:], duration=[40, 80, 120])
+    tiny, progress = WorkerConfig(device="cpu", options=DecodeOptions(num_refinements=0)), []
+    batch = Batch(
+        jobs=collect_jobs(tmp_path / "in", OutputNaming(out=tmp_path / "out")), config=tiny, out=tmp_path / "out"
+    )
+    report = run_batch(batch, on_progress=lambda job, now: progress.append(str(now)))
+    assert report is not None
+    assert (report.complete, report.images) == (True, 4)
+    written = frames_in(tmp_path / "out/a.gif")
+    assert written is not None
+    assert (written.durations, written.sizes[0]) == ((40, 80, 120), (32, 32))
+    assert "frame 2 of 3, encoding" in progress
+    assert "page 3 of 3, encoding" in progress
+    assert states(go(tmp_path / "in", tmp_path / "out", tiny)) == {"a.gif": "skipped", "b.tif": "skipped"}
+    (tmp_path / "out/b-2.png").unlink()
+    assert go(tmp_path / "in", tmp_path / "out", tiny).images == 1
+
+
 def allocation_failure() -> RuntimeError:
     """What a CPU's allocator raises."""
     with pytest.raises(RuntimeError) as caught:
@@ -333,11 +355,15 @@ def test_done_goes_by_the_content_of_source_and_weights(tmp_path: Path, config: 
     assert go(source, out, config).complete
     before = (out / "a.png").read_bytes()
     assert put(source / "a.safetensors", seed=1).stat().st_size == size
-    (failure,) = go(source, out, config).failures
+    assert states(go(source, out, config)) == {"a.safetensors": "done"}  # the source has changed: made again
+    after = (out / "a.png").read_bytes()
+    assert after != before
+    assert states(go(source, out, config)) == {"a.safetensors": "skipped"}
+    put(tmp_path / "other/b.safetensors", seed=2).rename(tmp_path / "other/a.latent")  # another file for the same image
+    (failure,) = go(tmp_path / "other", out, config).failures
     assert "was made with other options or from another source" in (failure.message or "")
-    assert (out / "a.png").read_bytes() == before
+    assert (out / "a.png").read_bytes() == after
     assert states(go(source, out, replace(config, overwrite=True))) == {"a.safetensors": "done"}
-    assert (out / "a.png").read_bytes() != before
     weights = Path(shutil.copy(config.model, tmp_path / "model.safetensors"))
     same = replace(config, model=str(weights))
     assert states(go(source, out, same)) == {"a.safetensors": "skipped"}  # the same weights under another name

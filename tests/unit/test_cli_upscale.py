@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from test_cli_decode import FLUX2, save_weights, size_and_format
 from pidecode.cli import common
 from pidecode.cli.app import cli
 from pidecode.cli.common import WorkBar
-from pidecode.images import image_size
+from pidecode.images import frames_in, image_size
 from pidecode.latents.latent import Latent
 from pidecode.models.tiny import TinyEncoder
 from pidecode.registry.configs import TinyEncoderConfig
@@ -246,3 +247,37 @@ def test_sizes_are_those_of_the_upright_image(model: list[str], tmp_path: Path) 
     result = run(tmp_path / "phone.jpg", *model, "--size", "32x64")
     assert result.exit_code == 0, result.stderr
     assert size_and_format(tmp_path / "phone-upscaled.png") == ((32, 64), "PNG")
+
+
+def test_all_frames_and_pages_come_out(model: list[str], tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (20, 12), color) for color in ("red", "green", "white")]
+    for name in ("a.gif", "a.tif"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=[40, 80, 120], loop=0)
+    result = run(tmp_path / "a.gif", tmp_path / "a.tif", *model, "-o", tmp_path / "out/", "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert [Path(entry["image"]).name for entry in found] == [
+        "a-upscaled.gif", "a-1-upscaled.png", "a-2-upscaled.png", "a-3-upscaled.png",
+    ]  # fmt: skip
+    assert (found[0]["frames"], found[1]["source"]) == (3, f"{tmp_path / 'a.tif'}, page 1")
+    written = frames_in(tmp_path / "out/a-upscaled.gif")
+    assert written is not None
+    assert (written.durations, written.loop, written.sizes[0]) == ((40, 80, 120), 0, (80, 48))
+    assert run(tmp_path / "a.tif", *model, "-o", tmp_path / "b.webp").exit_code == 0
+    assert (tmp_path / "b-3.webp").exists()
+    assert run(tmp_path / "a.gif", *model, "-o", tmp_path / "b.png").exit_code == 0
+    assert frames_in(tmp_path / "b.png") is not None
+    for arguments, words in (
+        (["--format", "jpeg"], "animations are written as"),
+        (["--bits", "16"], "Only .png files hold 16 bits"),
+        (["--max-pixels", "500"], "3 frames of more than 500 pixels together"),
+    ):
+        assert words in run(tmp_path / "a.gif", *model, *arguments).stderr
+
+
+def test_the_longest_name_is_cut(model: list[str], photo: Path) -> None:
+    long = photo.with_name("é" * 125 + "a.png")
+    Image.open(photo).save(long)
+    result = run(long, *model)
+    assert result.exit_code == 0, result.stderr
+    assert max(len(os.fsencode(path.name)) for path in photo.parent.iterdir()) == 255

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import json
 import struct
 import zlib
 from pathlib import Path
@@ -15,8 +16,19 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, PngImagePlugin
 
 from pidecode import PixelDecoder, read_metadata
-from pidecode.errors import ImageError, SizeError
-from pidecode.images import check_format, load_image, read_image, save_image
+from pidecode.errors import ImageError, SettingError, SizeError
+from pidecode.images import (
+    Animation,
+    Attributes,
+    check_format,
+    frames_in,
+    image_size,
+    load_image,
+    read_frames,
+    read_image,
+    save_image,
+    to_array,
+)
 from pidecode.images.png import encode_png
 
 
@@ -218,3 +230,108 @@ def test_gray_and_alpha_arrays_are_written(tmp_path: Path) -> None:
         made = save_image(tmp_path / f"{mode}.png", array)
         assert opened(made).mode == mode
         assert np.array_equal(np.asarray(opened(made)).reshape(array.shape), array)
+
+
+def animated(kind: str, **options: Any) -> bytes:
+    frames = [Image.fromarray(np.roll(smooth(), 4 * shift, axis=1)) for shift in range(3)]
+    return data_of(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_all_frames_of_an_animation_are_read_and_written(tmp_path: Path, kind: str) -> None:
+    data = animated(kind, duration=[100, 200, 300], loop=2)
+    frames = frames_in(data)
+    assert frames is not None
+    assert (len(frames), frames.durations, frames.loop) == (3, (100, 200, 300), 2)
+    assert frames.suffix == f".{kind.lower()}"
+    sources = list(read_frames(data))
+    images = [Image.fromarray(to_array(source.tensor)) for source in sources]
+    images[0].info["pidecode"] = {"model": "tiny"}
+    (place,) = Animation(images, frames).save(tmp_path / f"a{frames.suffix}")
+    assert frames_in(place) == frames
+    assert read_metadata(place) == {"model": "tiny"}
+    off = 0.1 if kind == "WEBP" else 0.02
+    for given, written in zip(sources, read_frames(place), strict=True):
+        assert float((given.tensor - written.tensor).abs().mean()) < off
+    with pytest.raises(ImageError, match="3 frames of more than 2,000 pixels"):
+        frames_in(data, max_pixels=2000)
+    with pytest.raises(SettingError, match="animations are written as"):
+        Animation(images, frames).save(tmp_path / "a.jpg")
+
+
+def test_pages_are_read_one_by_one_without_reduced_copies() -> None:
+    pages = [Image.fromarray(smooth()), Image.fromarray(smooth(8, 10)), Image.fromarray(smooth()).convert("L")]
+    data = data_of(pages[0], "TIFF", save_all=True, append_images=pages[1:])
+    frames = frames_in(data)
+    assert frames is not None
+    assert (frames.sizes, frames.durations) == (((32, 24), (10, 8), (32, 24)), ())
+    assert image_size(data, frame=1) == (10, 8)
+    assert [source.gray for source in read_frames(data)] == [False, False, True]
+    assert read_image(data, frame=1).tensor.shape == (1, 3, 8, 10)
+    with pytest.raises(ImageError, match="3 pages, and one image is taken here"):
+        read_image(data)
+    with pytest.raises(ImageError, match="there is no 3"):
+        read_image(data, frame=3)
+    pages[1].encoderinfo = {"tiffinfo": {254: 1}}  # a preview of the first page
+    two = data_of(pages[0], "TIFF", save_all=True, append_images=[pages[1]])
+    assert frames_in(two) is None
+    assert read_image(two).tensor.shape == (1, 3, 24, 32)
+
+
+def test_high_dynamic_range_is_tone_mapped_with_a_warning() -> None:
+    gray = np.full((4, 6, 3), 1, np.uint8) * np.array([[[26], [94], [148], [180], [219], [255]]], np.uint8)[0]
+    png = data_of(Image.fromarray(np.ascontiguousarray(gray)), "PNG")
+    long = with_chunk(with_chunk(png, b"cICP", bytes([12, 16, 0, 1])), b"tEXt", b"Comment\0" + b"x" * 9000)
+    with pytest.warns(UserWarning, match="high dynamic range .PQ.; it was tone-mapped"):
+        values = (read_image(long).tensor[0, 0, 0] + 1) / 2
+    assert bool((values.diff()[:4] > 0).all())
+    assert float(values[1]) == pytest.approx(0.369, abs=0.005)  # 23 of the 203 cd/m² of diffuse white
+    assert float(values[2]) == pytest.approx(0.95, abs=0.01)  # diffuse white: what is brighter needs room above it
+    with pytest.warns(UserWarning, match="HLG"):
+        read_image(with_chunk(png, b"cICP", bytes([9, 18, 0, 1])))
+    with pytest.raises(ImageError, match="primaries 22 and transfer 13 of ITU-T H.273"):
+        read_image(with_chunk(png, b"cICP", bytes([22, 13, 0, 1])))
+
+
+def test_gamma_of_a_gray_file_and_a_transparent_color_of_a_deep_one() -> None:
+    gray = data_of(Image.fromarray(smooth()[..., 0]), "PNG")
+    assert float(read_image(with_chunk(gray, b"gAMA", struct.pack(">I", 100000))).tensor.mean()) > 0.2
+    deep = b"".join(encode_png(smooth().astype(np.uint16) * 257, {}))
+    source = read_image(with_chunk(deep, b"tRNS", struct.pack(">3H", 0, 0, 0)))
+    assert source.alpha is not None
+    assert float(source.alpha[0, 0, 0, 0]) == 0.0
+    assert float(source.alpha.sum()) == 24 * 32 - 1
+
+
+def test_a_turned_tiff_has_one_size() -> None:
+    data = data_of(Image.fromarray(smooth()), "TIFF", tiffinfo={0x112: 6})
+    assert image_size(data) == (24, 32)
+    assert read_image(data).tensor.shape[-2:] == (32, 24)
+
+
+@pytest.mark.parametrize("order", ["be", "le"])
+def test_texts_of_other_programs_in_exif_become_texts(tmp_path: Path, order: str) -> None:
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + "a café\nSteps: 20, Seed: 1".encode(f"utf-16-{order}")
+    exif[0x010F], exif[0x0110] = 'workflow:{"nodes": []}', 'prompt:{"3": {}}'
+    exif[0x8298] = "© Jörg".encode()
+    source = read_image(data_of(Image.fromarray(smooth()), "WEBP", exif=exif))
+    expected = {"parameters": "a café\nSteps: 20, Seed: 1", "workflow": '{"nodes": []}', "prompt": '{"3": {}}'}
+    assert source.attributes.texts == expected
+    for ending in ("png", "webp", "jpg"):
+        place = save_image(tmp_path / f"a.{ending}", smooth(), metadata={"a": 1}, attributes=source.attributes)
+        again = read_image(place).attributes
+        assert again.texts == expected
+        assert again.tags[0x8298].encode("latin-1").decode() == "© Jörg"
+        assert read_metadata(place) == {"a": 1}
+    assert opened(tmp_path / "a.png").text["workflow"] == '{"nodes": []}'  # where ComfyUI looks
+
+
+def test_long_texts_fit_into_webp_and_are_told_for_jpeg(tmp_path: Path) -> None:
+    attributes = Attributes(texts={"workflow": '{"größe": "' + "x" * 70_000 + '"}'}, comment="by hand")
+    place = save_image(tmp_path / "a.webp", smooth(), attributes=attributes)
+    exif = opened(place).getexif()
+    assert json.loads(exif[0x010F].removeprefix("workflow:"))["größe"] == "x" * 70_000
+    assert exif[0x9C9C].decode("utf-16-le") == "by hand\0"
+    with pytest.warns(UserWarning, match="texts of the source do not fit into a JPEG"):
+        save_image(tmp_path / "a.jpg", smooth(), attributes=attributes)

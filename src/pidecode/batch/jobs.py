@@ -13,11 +13,13 @@ from typing import Any, Literal
 
 from pidecode.batch.report import describe_left_out
 from pidecode.errors import FileError, PidecodeError, SettingError
-from pidecode.files import LOCK_NAME, require_file, same_name
+from pidecode.files import HEAD_BYTES, LOCK_NAME, cut_name, may_hold_frames, require_file, same_name
+from pidecode.images import Frames, frames_in
 from pidecode.latents.storage import count_latents
 from pidecode.options import Command, DecodeOptions, SaveOptions, option_infos
 from pidecode.registry.spaces import did_you_mean
 from pidecode.strict_json import JSONError, parse_json
+from pidecode.units import LARGEST_PIXELS
 
 SourceKind = Literal["latent", "image"]
 
@@ -40,7 +42,7 @@ class BatchJob:
     name: str  # the source as the user wrote it: its path in the folder, or as in the manifest
     source: Path  # path of the source
     kind: SourceKind  # "latent" to decode or "image" to upscale
-    out: Path  # the image to write; the images of a file with several latents get -1, -2, ... before the suffix.
+    out: Path  # the image to write; those of several latents or pages in a file get -1, -2, ... before the suffix.
     options: Mapping[str, Any] = field(default_factory=dict)  # decode options of this job alone; see `MANIFEST_OPTIONS`
     error: PidecodeError | None = None  # why it cannot be processed, where listing showed that; it will only fail
 
@@ -57,10 +59,15 @@ class BatchJob:
             LatentError: The source is not a latent.
         """
         require_file(self.source)
-        count = count_latents(self.source) if self.kind == "latent" else 1
+        if self.kind == "latent":
+            count = count_latents(self.source)
+        else:
+            frames = find_frames(self.source)
+            count = len(frames) if frames and not frames.durations else 1
         if count == 1:
             return [self.out]
-        return [self.out.with_name(f"{self.out.stem}-{index}{self.out.suffix}") for index in range(1, count + 1)]
+        endings = [f"-{index}{self.out.suffix}" for index in range(1, count + 1)]
+        return [self.out.with_name(cut_name(self.out.stem, ending)) for ending in endings]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,14 +75,26 @@ class OutputNaming:
     """How output files are named."""
 
     out: Path  # folder to write to
-    suffix: str = ".png"  # suffix of the images, which selects their format
+    suffix: str | None = None  # suffix of the images, which selects their format; .png, or that of an animation
     # Name the output of cat.jpg cat.jpg.png instead of cat.png, for folders with cat.jpg and cat.webp.
     keep_suffix: bool = False
 
-    def output_path(self, name: str | Path) -> Path:
-        """The output file of the source with this relative name."""
-        path = self.out / name
-        return path.with_name(path.name + self.suffix) if self.keep_suffix else path.with_suffix(self.suffix)
+    def output_path(self, name: str | Path, source: Path) -> Path:
+        """The output file of a source with this relative name."""
+        path, suffix = self.out / name, self.suffix
+        if suffix is None:
+            frames = find_frames(source) if source_kind(source) == "image" else None
+            suffix = frames.suffix if frames else ".png"
+        return path.with_name(cut_name(path.name if self.keep_suffix else path.stem, suffix))
+
+
+def find_frames(source: Path) -> Frames | None:
+    """The frames or pages of an image file; None if it holds one, or none that can be read, which its job will say."""
+    try:
+        with open(source, "rb") as file:
+            return frames_in(file, max_pixels=LARGEST_PIXELS) if may_hold_frames(file.read(HEAD_BYTES)) else None
+    except (OSError, PidecodeError):
+        return None
 
 
 class JobList(list[BatchJob]):
@@ -218,7 +237,7 @@ def _from_files(paths: Sequence[Path], unread: Sequence[BatchJob], base: Path, n
         kind = source_kind(path)
         if kind is not None:
             name = path.relative_to(base)
-            out = naming.output_path(name)
+            out = naming.output_path(name, path)
             jobs.append(
                 BatchJob(name=name.as_posix(), source=path, kind=kind, out=out, error=_reserved(out, naming.out))
             )
@@ -275,7 +294,7 @@ def _from_line(line: bytes, where: str, base: Path, naming: OutputNaming) -> Bat
         # A source outside the manifest's folder is named after its last part alone, so outputs stay in their folder.
         relative = Path(name)
         outside = relative.is_absolute() or ".." in relative.parts or name.startswith("~")
-        out = naming.output_path(relative.name if outside else relative)
+        out = naming.output_path(relative.name if outside else relative, source)
     _check_inside(out, naming.out, where)
     if reserved := _reserved(out, naming.out):
         raise SettingError(f"{where}: {reserved}")

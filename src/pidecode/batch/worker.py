@@ -15,17 +15,31 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
+from PIL import Image
 
 from pidecode.batch.jobs import BatchJob
 from pidecode.batch.report import JobResult
 from pidecode.decoder import PixelDecoder
 from pidecode.errors import DoesNotFitError, FileError, PidecodeError, is_out_of_memory
-from pidecode.images import MAX_PIXELS, DecodeOutput, check_format, image_size, read_image, read_metadata
+from pidecode.images import (
+    KEYWORD,
+    MAX_PIXELS,
+    Animation,
+    DecodeOutput,
+    Frames,
+    check_format,
+    frames_in,
+    image_size,
+    read_frames,
+    read_image,
+    read_metadata,
+)
 from pidecode.images.png import SIGNATURE
 from pidecode.images.read import SourceImage
+from pidecode.images.write import animated_format
 from pidecode.latents.latent import Latent
 from pidecode.options import Attention, DecodeOptions, RuntimeOptions, option_infos
 from pidecode.sampling import Progress
@@ -36,6 +50,8 @@ from pidecode.weights.safetensors import sha256
 FINGERPRINT = "batch"  # entry of an image's metadata that holds the fingerprint of its job
 
 JobProgressCallback = Callable[[BatchJob, Progress], None]  # as `progress_callback` of a decode, with the job
+
+_SETTINGS = 20  # characters of a fingerprint that hash the settings; as many follow for the source
 
 READ_QUEUE, WRITE_QUEUE = 2, 2  # jobs read ahead, and decoded ones that may wait to be written
 
@@ -95,20 +111,21 @@ class WorkerConfig:
         return DecodeOptions(**{**inherited, **job.options})
 
     def fingerprint(self, job: BatchJob) -> str:
-        """A hash of everything that determines a job's image: contents of source and weights, and the decode options.
+        """Hashes of everything that determines a job's image: of weights and decode options, then of its source.
 
         The device and the number format are left out: a batch may be finished on another machine. Files among the
         options count by their content.
         """
         identity = {
-            "source": sha256(job.source), "weights": self.weights, "model": [self.space, self.variant],
+            "weights": self.weights, "model": [self.space, self.variant],
             "bits": self.bits,
             "reading": [self.strip, self.keep_profile],
             "options": {name: value for name, value in asdict(self.options_of(job)).items() if value is not None},
         }  # fmt: skip
         if self.quality is not None:
             identity["quality"] = self.quality
-        return hashlib.sha256(json.dumps(identity, sort_keys=True, default=sha256).encode()).hexdigest()[:32]
+        settings = hashlib.sha256(json.dumps(identity, sort_keys=True, default=sha256).encode()).hexdigest()
+        return settings[:_SETTINGS] + sha256(job.source)[:_SETTINGS]
 
 
 def _content_hash(path: Path) -> str:
@@ -117,7 +134,7 @@ def _content_hash(path: Path) -> str:
     return blob.name if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name) else sha256(path)
 
 
-OutputState = Literal["missing", "done", "damaged"]
+OutputState = Literal["missing", "done", "damaged", "outdated"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +143,7 @@ class JobOutputs:
 
     fingerprint: str  # of the job
     paths: list[Path]  # all files
-    missing: list[int]  # indices of those that do not exist, are damaged or, with `overwrite`, are to be made again
+    missing: list[int]  # indices of those that are missing, damaged, outdated or, with `overwrite`, to be made again
 
 
 def job_outputs(job: BatchJob, config: WorkerConfig) -> JobOutputs:
@@ -141,14 +158,17 @@ def job_outputs(job: BatchJob, config: WorkerConfig) -> JobOutputs:
         raise job.error
     paths = job.outputs()
     fingerprint = config.fingerprint(job)
-    missing = [index for index, path in enumerate(paths) if config.overwrite or _state(path, fingerprint) != "done"]
+    missing = [
+        index for index, path in enumerate(paths) if config.overwrite or _state(path, fingerprint, job) != "done"
+    ]
     return JobOutputs(fingerprint=fingerprint, paths=paths, missing=missing)
 
 
-def _state(path: Path, fingerprint: str) -> OutputState:
-    """Whether an output exists and is whole.
+def _state(path: Path, fingerprint: str, job: BatchJob) -> OutputState:
+    """Whether an output exists, is whole, and was made of the source as it is now.
 
-    A cut, empty or damaged file that a batch wrote counts as damaged: a power cut may leave one.
+    A cut, empty or damaged file that a batch wrote counts as damaged: a power cut may leave one. One made with the same
+    settings of a source of the same name, whose content has changed since, is outdated.
 
     Raises:
         FileError: Another file is there.
@@ -160,6 +180,9 @@ def _state(path: Path, fingerprint: str) -> OutputState:
         found = (metadata or {}).get(FINGERPRINT)
         if found == fingerprint:
             return "done"
+        same = str(found)[:_SETTINGS] == fingerprint[:_SETTINGS]
+        if metadata is not None and same and metadata.get("source") == printable(job.name):
+            return "outdated"
         if metadata is None and _is_remains(path):
             return "damaged"
     except (PidecodeError, OSError):
@@ -195,6 +218,9 @@ def _is_complete(path: Path) -> bool:
                     return False
                 at = file.seek(size + size % 2, 1)
             return at >= end and path.stat().st_size >= end
+        if start.startswith(b"GIF8"):
+            file.seek(-1, 2)
+            return file.read(1) == b";"
         if start.startswith(b"\xff\xd8"):
             file.seek(-2, 2)
             return file.read(2) == b"\xff\xd9"
@@ -240,8 +266,10 @@ class _Decoded:
     job: BatchJob
     began: float
     outputs: JobOutputs | None = None
-    source: Latent | SourceImage | None = None
-    images: list[tuple[Path, DecodeOutput]] = field(default_factory=list)
+    source: Latent | SourceImage | Frames | None = None
+    images: list[tuple[Path, DecodeOutput | Animation]] = field(default_factory=list)
+    written: int = 0
+    pixels: int = 0
     error: BaseException | None = None
 
     @property
@@ -251,10 +279,11 @@ class _Decoded:
 
     def add(self, path: Path, output: DecodeOutput) -> None:
         """Keep the one image of `output` for `path`, with its source and fingerprint in its metadata."""
-        (metadata,) = output.metadata
-        # The fingerprint comes first, so that a file whose end is lost still has it.
-        metadata = {FINGERPRINT: self.fingerprint, **metadata, "source": printable(self.job.name)}
-        self.images.append((path, replace(output, metadata=(metadata,))))
+        self.images.append((path, replace(output, metadata=(self.identified(output.metadata[0]),))))
+
+    def identified(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Metadata with what they tell a later batch: the fingerprint first, where a cut file still has it."""
+        return {FINGERPRINT: self.fingerprint, **metadata, "source": printable(self.job.name)}
 
 
 class Worker:
@@ -302,16 +331,24 @@ class Worker:
             decoded.error = error
         return decoded
 
-    def _load_source(self, job: BatchJob) -> Latent | SourceImage:
+    def _load_source(self, job: BatchJob) -> Latent | SourceImage | Frames:
         """The source of a job; its image is within the limits of its file format."""
         if job.kind == "latent":
             latent = Latent.load(job.source, space=self.config.space)
             height, width = latent.output_size
             check_format(job.out, *self.decoder.decoded_size((width, height), self.config.options_of(job)))
             return latent
-        size = image_size(job.source, max_pixels=self.config.max_pixels)
-        check_format(job.out, *self.decoder.upscaled_size(size, self.config.options_of(job)))
-        image = read_image(job.source, max_pixels=self.config.max_pixels, keep_profile=self.config.keep_profile)
+        limit = self.config.max_pixels
+        frames = frames_in(job.source, max_pixels=limit)
+        for size in frames.sizes if frames else [image_size(job.source, max_pixels=limit)]:
+            check_format(job.out, *self.decoder.upscaled_size(size, self.config.options_of(job)))
+        if frames is None:
+            return self._stripped(read_image(job.source, max_pixels=limit, keep_profile=self.config.keep_profile))
+        if frames.durations:
+            animated_format(job.out)
+        return frames
+
+    def _stripped(self, image: SourceImage) -> SourceImage:
         return image.stripped() if self.config.strip else image
 
     def _decode(self, decoded: _Decoded) -> _Decoded:
@@ -321,6 +358,9 @@ class Worker:
         try:
             options, report = self.config.options_of(job), self.on_progress
             progress = None if report is None else partial(report, job)
+            if isinstance(decoded.source, Frames):
+                self._upscale_frames(decoded, decoded.source, outputs, options)
+                return decoded
             if not isinstance(decoded.source, Latent):
                 assert decoded.source is not None
                 output = self.decoder.upscale(decoded.source, options=options, progress_callback=progress)
@@ -337,24 +377,52 @@ class Worker:
             decoded.error = error
         return decoded
 
+    def _upscale_frames(self, decoded: _Decoded, frames: Frames, outputs: JobOutputs, options: DecodeOptions) -> None:
+        """Upscale an animation, or the pages of a document, which are written at once: all may not fit in memory."""
+        job, limits = decoded.job, {"max_pixels": self.config.max_pixels, "keep_profile": self.config.keep_profile}
+        images: list[Image.Image] = []
+        for index, image in enumerate(read_frames(job.source, **limits)):  # type: ignore[arg-type]
+            if not frames.durations and index not in outputs.missing:
+                continue
+
+            def progress(now: Progress, index: int = index) -> None:
+                if self.on_progress is not None:
+                    self.on_progress(job, now.of_part("frame" if frames.durations else "page", index, len(frames)))
+
+            output = self.decoder.upscale(self._stripped(image), options=options, progress_callback=progress)
+            if frames.durations:
+                images += output.images
+            else:
+                decoded.add(outputs.paths[index], output)
+                self._save(decoded)
+        if images:
+            images[0].info[KEYWORD] = decoded.identified(images[0].info[KEYWORD])
+            decoded.images.append((outputs.paths[0], Animation(images, frames)))
+
+    def _save(self, decoded: _Decoded) -> None:
+        """Write the images that wait."""
+        while decoded.images:
+            path, output = decoded.images.pop(0)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            state = "damaged" if self.config.overwrite else _state(path, decoded.fingerprint, decoded.job)
+            if state != "done":  # else written by another run meanwhile
+                bits, quality = cast(Literal[8, 16], self.config.bits), self.config.quality
+                output.save(path, overwrite=state in ("damaged", "outdated"), bits=bits, quality=quality)
+            decoded.written += 1
+            decoded.pixels += output.num_pixels
+
     def _write(self, decoded: _Decoded) -> JobResult:
-        pixels = 0
         try:
-            for path, output in decoded.images:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                state = "damaged" if self.config.overwrite else _state(path, decoded.fingerprint)
-                if state != "done":  # else written by another run meanwhile
-                    bits, quality = cast(Literal[8, 16], self.config.bits), self.config.quality
-                    output.save(path, overwrite=state == "damaged", bits=bits, quality=quality)
-                pixels += output.tensor.shape[2] * output.tensor.shape[3]
+            self._save(decoded)
         except Exception as error:
             decoded.error = decoded.error or error
         seconds = time.perf_counter() - decoded.began
         if decoded.error is not None:
             return failed(decoded.job, decoded.error, seconds)
         return JobResult(
-            name=decoded.job.name, state="done", seconds=seconds, images=len(decoded.images), megapixels=pixels / 1e6
-        )
+            name=decoded.job.name, state="done", seconds=seconds, images=decoded.written,
+            megapixels=decoded.pixels / 1e6,
+        )  # fmt: skip
 
 
 def _ahead(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from pidecode.cli.common import (
     take_decode_options,
     threads_option,
 )
-from pidecode.errors import PidecodeError
+from pidecode.errors import PidecodeError, SettingError
 from pidecode.options import SaveOptions
 
 if TYPE_CHECKING:
@@ -75,6 +76,19 @@ def batch(ctx: click.Context, /, source: str, out: Path, as_json: bool, **given:
         ctx.exit(PidecodeError.exit_code)
 
 
+def batch_folder(ctx: click.Context, folder: Path) -> None:
+    """Run `batch` for `upscale` of a folder, with the options given. Raises SettingError for one that cannot act."""
+    known = {parameter.name for parameter in batch.params if parameter.name}
+    typed = {name for name in ctx.params if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
+    if others := sorted(typed - known - {"images", "out"}):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+        raise SettingError(f"{folder} is a folder, and {flags} cannot act on a batch; leave it out, or name the files.")
+    out = ctx.params["out"] or f"{os.path.abspath(folder)}-upscaled"
+    if out == "-":
+        raise SettingError(f"{folder} is a folder, and standard output holds one image; name a folder with --out.")
+    ctx.invoke(batch, source=str(folder), out=Path(out), **{name: ctx.params[name] for name in typed & known - {"out"}})
+
+
 def _run(ctx: click.Context, source: str, out: Path, given: dict[str, Any], bar: WorkBar) -> BatchReport | None:
     """Run the batch; None in a process of torchrun with another rank than 0."""
     from pidecode.batch.jobs import OutputNaming, collect_jobs
@@ -92,7 +106,7 @@ def _run(ctx: click.Context, source: str, out: Path, given: dict[str, Any], bar:
     config = WorkerConfig(
         **{name: given[name] for name in _CONFIG}, bits=int(given["bits"]), options=take_decode_options(given)
     )
-    suffix = f".{saved.format or 'png'}".replace("jpeg", "jpg")
+    suffix = f".{saved.format}".replace("jpeg", "jpg") if saved.format else None
     naming = OutputNaming(out=out, suffix=suffix, keep_suffix=given["keep_suffix"])
     jobs = collect_jobs(source, naming)
     whole = Batch(

@@ -9,7 +9,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from os import PathLike
@@ -21,7 +22,7 @@ from click.shell_completion import CompletionItem
 
 from pidecode.engine.machine import QUANTIZATIONS
 from pidecode.engine.plan import SCHEMES
-from pidecode.errors import FileError
+from pidecode.errors import DoesNotFitError, FileError, LatentError, SizeError
 from pidecode.options import ATTENTIONS, Command, DecodeOptions, OptionInfo, SaveOptions, option_infos
 from pidecode.registry.checkpoints import CHECKPOINTS
 from pidecode.registry.spaces import ALIASES, SPACES
@@ -258,6 +259,29 @@ def progress(total: int, label: str, unit: str = "step") -> Any:
         total=total, desc=printable(label), unit=unit, unit_scale=unit == "B", file=sys.stderr, disable=None,
         leave=False, dynamic_ncols=True,
     )  # fmt: skip
+
+
+_ONE_FILE = (FileError, LatentError, SizeError, DoesNotFitError)
+"""Errors of one source, which do not stop the others."""
+
+
+class SourceFailures(list[dict[str, Any]]):
+    """Sources that failed; where there is but one source, its error ends the command."""
+
+    def __init__(self, sources: int) -> None:
+        super().__init__()
+        self.alone = sources == 1
+
+    @contextmanager
+    def kept(self, source: object) -> Iterator[None]:
+        """Keep an error of this source, so that the others go on."""
+        try:
+            yield
+        except _ONE_FILE as error:
+            if self.alone:
+                raise
+            self.append({"source": str(source), "error": type(error).__name__, "message": str(error)})
+            echo(f"Failed: {error}", err=True)
 
 
 class WorkBar:

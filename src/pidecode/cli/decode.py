@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -19,6 +21,7 @@ import click
 from pidecode.cli.common import (
     PATH,
     GroupedCommand,
+    SourceFailures,
     WorkBar,
     bits_option,
     combined,
@@ -42,25 +45,26 @@ from pidecode.cli.common import (
 from pidecode.cli.weights import IMAGES
 from pidecode.engine.machine import Quantization, this_machine
 from pidecode.engine.plan import Plan, Scheme, plan_decode
-from pidecode.errors import DoesNotFitError, FileError, LatentError, PidecodeError, SettingError, SizeError
-from pidecode.files import PathLike, check_writable, require_file, same_name, writable_folder
+from pidecode.errors import FileError, LatentError, PidecodeError, SettingError
+from pidecode.files import HEAD_BYTES, PathLike, check_writable, cut_name, may_hold_frames, require_file, same_name
+from pidecode.files import writable_folder as create_folder
 from pidecode.options import Attention, DecodeOptions, FileFormat, RuntimeOptions, SaveOptions, option_infos
 from pidecode.units import parse_bytes
 from pidecode.weights.safetensors import looks_like_safetensors, read_start
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from pidecode.decoder import PixelDecoder
     from pidecode.engine.feed_forward import FeedForwardPlan
-    from pidecode.images import DecodeOutput
+    from pidecode.images import DecodeOutput, Frames, SourceImage
     from pidecode.latents.latent import Latent
-    from pidecode.sampling import DecodeProgressCallback
+    from pidecode.sampling import DecodeProgressCallback, Progress
     from pidecode.weights.metadata import CheckpointMetadata
 
 BatchShape = tuple[int, int, int]  # width and height of an image in pixels, and how many are decoded at once
 STREAM = "-"  # standard input as a source, standard output as --out
 SUFFIXES = tuple(f".{choice}" for choice in option_infos(SaveOptions)["format"].choices)
-_ONE_FILE = (FileError, LatentError, SizeError, DoesNotFitError)
-"""Errors of one source, which do not stop the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,8 @@ class DecodeSource:
 
     path: Path
     data: bytes | None = None
+    frames: Frames | None = None  # of an animation, or of the document that the page belongs to
+    page: int | None = None  # number of a page of a document, counted from 0
 
     @classmethod
     def read(cls, path: Path) -> DecodeSource:
@@ -80,15 +86,33 @@ class DecodeSource:
         """What reads take."""
         return self.path if self.data is None else self.data
 
+    @property
+    def animation(self) -> Frames | None:
+        """The frames of an animation."""
+        return self.frames if self.page is None else None
+
+    @property
+    def frame(self) -> int | None:
+        """Where the file has the page."""
+        return None if self.page is None or self.frames is None else self.frames.indices[self.page]
+
+    @property
+    def named(self) -> Path:
+        """The path that the image is named after, with the number of a page."""
+        if self.page is None:
+            return self.path
+        return self.path.with_name(cut_name(self.path.stem, f"-{self.page + 1}{self.path.suffix}"))
+
     def start(self) -> bytes:
         """Its first bytes. Raises FileError if there is no such file."""
         if self.data is not None:
-            return self.data[:16]
+            return self.data[:HEAD_BYTES]
         require_file(self.path)
-        return read_start(self.path)
+        return read_start(self.path, HEAD_BYTES)
 
     def __str__(self) -> str:
-        return "standard input" if self.data is not None else str(self.path)
+        name = "standard input" if self.data is not None else str(self.path)
+        return name if self.page is None else f"{name}, page {self.page + 1}"
 
 
 class DecodeTask(Protocol):
@@ -100,6 +124,9 @@ class DecodeTask(Protocol):
 
     def check(self, source: DecodeSource) -> None:
         """Raise an error for what is no file of the right kind, by its first bytes; it names the right command."""
+
+    def parts(self, source: DecodeSource) -> list[DecodeSource]:
+        """The source, or each page of a document."""
 
     def natural_size(self, source: DecodeSource) -> BatchShape:
         """Size of the image, or that at which the latents decode, and their number; reads as little as possible."""
@@ -240,16 +267,17 @@ def target_paths(
     *,
     keep_suffix: bool = False,
     format: FileFormat | None = None,
+    endings: Sequence[str] | None = None,
 ) -> list[Path]:
     """Where the image of each source goes: into the file or folder `out`, or beside the source with a suffix.
 
-    `out` is a folder if it ends in a slash, exists as one or has no ending. The format is by default png, or that of
-    the ending of `out`.
+    `out` is a folder if it ends in a slash, exists as one or has no ending. The format is by default that of `endings`,
+    .png if not given, or that of the ending of `out`.
     """
     folder, ending = None if out is None else Path(out), f".{format or 'png'}".replace("jpeg", "jpg")
-    is_folder = out is None or os.fspath(out).endswith(("/", os.sep)) or os.path.isdir(out)
-    if folder is not None and folder.suffix and not is_folder:
-        if folder.suffix.lower() not in SUFFIXES:
+    endings = [ending] * len(sources) if format or endings is None else endings
+    if folder is not None and _names_file(out or ""):
+        if folder.suffix.lower() not in (*SUFFIXES, *endings):
             raise FileError(
                 f"{out} is not a format written here; its name must end in {', '.join(SUFFIXES)}, or in / for a folder."
             )
@@ -262,8 +290,9 @@ def target_paths(
         return [folder]
     paths: list[Path] = []
     owners: dict[str, tuple[Path, Path]] = {}
-    for source in sources:
-        path = (folder or source.parent) / f"{source.name if keep_suffix else source.stem}{suffix}{ending}"
+    for source, own in zip(sources, endings, strict=True):
+        name = cut_name(source.name if keep_suffix else source.stem, suffix + own)
+        path = (folder or source.parent) / name
         paths.append(path)
         other, place = owners.setdefault(same_name(path), (source, path))
         if place is not path:
@@ -275,34 +304,51 @@ def target_paths(
     return paths
 
 
+def _names_file(out: PathLike) -> bool:
+    return bool(Path(out).suffix) and not os.fspath(out).endswith(("/", os.sep)) and not os.path.isdir(out)
+
+
 @contextmanager
 def _destinations(
-    sources: Sequence[DecodeSource], right: Sequence[DecodeSource], args: DecodeArgs, suffix: str
+    right: Sequence[DecodeSource], wrong: Sequence[DecodeSource], args: DecodeArgs, suffix: str
 ) -> Iterator[list[Path]]:
     """The files to write of the `right` sources, after all checks before the work; new folders left empty go again."""
+    sources = [*right, *wrong]
+    endings = [source.animation.suffix if source.animation else ".png" for source in sources]
     if args.out == STREAM:
         SaveOptions(format=args.format, quality=args.quality)
-        with _standard_output(len(sources), args) as target:
+        with _standard_output(len(sources), args, endings[0]) as target:
             yield [target] if right else []
         return
     if args.out is None and any(source.data is not None for source in sources):
         raise SettingError(
             "Standard input has no name; say where its image goes: --out FILE, or --out - to pass it on."
         )
-    targets = target_paths(
-        [source.path for source in sources], args.out, suffix, keep_suffix=args.keep_suffix, format=args.format
-    )
-    targets = [target for source, target in zip(sources, targets, strict=True) if source in right]
-    for target in targets:
-        SaveOptions(format=target.suffix[1:].lower(), quality=args.quality)  # type: ignore[arg-type]
-    if args.bits == "16" and (others := [target for target in targets if target.suffix.lower() != ".png"]):
-        raise SettingError(f"Only .png files hold 16 bits a channel; {others[0]} does not.")
+    document = len(sources) > 1 and not wrong and all(page.frames is right[0].frames is not None for page in right)
+    places = partial(target_paths, suffix=suffix, keep_suffix=args.keep_suffix, format=args.format, endings=endings)
+    if document and args.out is not None and _names_file(args.out):
+        (target,) = places([right[0].path], args.out, endings=endings[:1])
+        numbers = range(1, len(right) + 1)
+        targets = [target.with_name(cut_name(target.stem, f"-{number}{target.suffix}")) for number in numbers]
+    else:
+        targets = places([source.named for source in sources], args.out)[: len(right)]
+    for source, target in zip(right, targets, strict=True):
+        if source.animation:
+            from pidecode.images.write import animated_format
+
+            kind = animated_format(target)
+            if args.quality is not None and kind != "WEBP":
+                raise SettingError(f"--quality acts on animated webp files only, and {target} is {kind}; leave it out.")
+        else:
+            SaveOptions(format=target.suffix[1:].lower(), quality=args.quality)  # type: ignore[arg-type]
+        if args.bits == "16" and (source.animation or target.suffix.lower() != ".png"):
+            raise SettingError(f"Only .png files hold 16 bits a channel, of one image; {target} does not.")
     created: list[Path] = []
     try:
         for target in targets:
             missing = [place for place in target.parents if not os.path.isdir(place)]
             if missing:
-                writable_folder(target.parent)
+                create_folder(target.parent)
             created += missing
             check_writable(target, overwrite=args.overwrite)
         yield targets
@@ -313,7 +359,7 @@ def _destinations(
 
 
 @contextmanager
-def _standard_output(count: int, args: DecodeArgs) -> Iterator[Path]:
+def _standard_output(count: int, args: DecodeArgs, ending: str) -> Iterator[Path]:
     """A temporary file; what is written there goes to standard output at the end."""
     if count > 1:
         raise SettingError(f"{count} images cannot all be written to standard output; name a folder with --out.")
@@ -324,32 +370,13 @@ def _standard_output(count: int, args: DecodeArgs) -> Iterator[Path]:
     if sys.stdout.isatty():
         raise SettingError("--out - writes the bytes of an image, and standard output is a terminal; add > image.png.")
     with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / f"image.{args.format or 'png'}"
+        target = Path(folder) / (f"image.{args.format}" if args.format else f"image{ending}")
         yield target
         written = sorted(Path(folder).iterdir())
         if len(written) > 1:
             raise SettingError(f"{len(written)} images cannot all be written to standard output; use --out FOLDER/.")
         for file in written:
             sys.stdout.buffer.write(file.read_bytes())
-
-
-class _Failures(list[dict[str, Any]]):
-    """Sources that failed; where there is but one source, its error ends the command."""
-
-    def __init__(self, sources: int) -> None:
-        super().__init__()
-        self.alone = sources == 1
-
-    @contextmanager
-    def kept(self, source: DecodeSource) -> Iterator[None]:
-        """Keep an error of this source, so that the others go on."""
-        try:
-            yield
-        except _ONE_FILE as error:
-            if self.alone:
-                raise
-            self.append({"source": str(source), "error": type(error).__name__, "message": str(error)})
-            echo(f"Failed: {error}", err=True)
 
 
 def _run(paths: Sequence[Path], args: DecodeArgs, task: Any) -> None:
@@ -359,14 +386,15 @@ def _run(paths: Sequence[Path], args: DecodeArgs, task: Any) -> None:
     if args.sigmas:
         task = _SigmaSeries(tasks={at: replace(task, options=task.options.replace(sigma=at)) for at in args.sigmas})
     with WorkBar() as bar:
-        sources, failures = [DecodeSource.read(path) for path in paths], _Failures(len(paths))
-        right = []
+        sources, failures = [DecodeSource.read(path) for path in paths], SourceFailures(len(paths))
+        right: list[DecodeSource] = []
         for source in sources:
             with failures.kept(source):
                 task.check(source)
-                right.append(source)
+                right += task.parts(source)
+        wrong = [source for source in sources if source.path not in {part.path for part in right}] if failures else []
         written: list[dict[str, Any]] = []
-        with _destinations(sources, right, args, task.suffix) as targets:
+        with _destinations(right, wrong, args, task.suffix) as targets:
             from pidecode.engine import sequence_parallel  # loads torch
 
             set_threads(args.threads)
@@ -393,7 +421,7 @@ def _decode_all(
     args: DecodeArgs,
     task: DecodeTask,
     bar: WorkBar,
-    failures: _Failures,
+    failures: SourceFailures,
 ) -> list[dict[str, Any]]:
     """Load the decoder and decode what was found; returns what was written."""
     from pidecode.engine import sequence_parallel
@@ -414,7 +442,7 @@ def _decode_all(
         with failures.kept(source):
             check_format(target, *task.result_size(decoder, shape))
             width, height, batch = task.decoded_size(decoder.metadata, shape)
-            jobs.append((source, target, width * height * batch))
+            jobs.append((source, target, width * height * batch * (len(source.animation) if source.animation else 1)))
     work = [pixels for _, _, pixels in jobs]
     refinements = (task.options.num_refinements or 0) if isinstance(task, _UpscaleTask) else None
     bar.expect(work, predicted_seconds(decoder, sum(work), refinements) if bar.visible else None)
@@ -423,29 +451,55 @@ def _decode_all(
         with failures.kept(source):
             bar.begin(index, source.path.name)
             began = time.perf_counter()
-            output = task.run(decoder, source, bar.report)
+            outputs = list(_outputs(task, decoder, source, bar))
             bar.show(f"writing {target.name}")
             if sequence_parallel.is_main_process():
-                written += _save(output, source, target, args, began)
+                written += _save(outputs, source, target, args, began)
     return written
 
 
+def _outputs(
+    task: Any, decoder: PixelDecoder, source: DecodeSource, bar: WorkBar
+) -> Iterator[DecodeOutput | list[Image.Image]]:
+    """What is made of a source; of an animation its frames, each as an image of 8 bits."""
+    if source.animation is None:
+        yield task.run(decoder, source, bar.report)
+        return
+    count = len(source.animation)
+    for index, image in enumerate(task.frames(source)):
+
+        def report(now: Progress, index: int = index) -> None:
+            bar.report(now.of_part("frame", index, count))
+
+        yield decoder.upscale(image, options=task.options, progress_callback=report).images
+
+
 def _save(
-    output: DecodeOutput, source: DecodeSource, target: Path, args: DecodeArgs, began: float
+    outputs: Sequence[Any], source: DecodeSource, target: Path, args: DecodeArgs, began: float
 ) -> list[dict[str, Any]]:
     """Write the images of one source; returns, and without --json prints, what was written."""
+    from pidecode.images import KEYWORD, Animation
+
     decoded = time.perf_counter()
     bits: Literal[8, 16] = 16 if args.bits == "16" else 8
-    names = output.save(target, overwrite=args.overwrite, bits=bits, quality=args.quality)
+    if source.animation is not None:
+        images = list(chain.from_iterable(outputs))
+        animation = Animation(images, source.animation)
+        names = animation.save(target, overwrite=args.overwrite, bits=bits, quality=args.quality)
+        tables = [images[0].info[KEYWORD] | {"frames": len(images)}]
+    else:
+        names = outputs[0].save(target, overwrite=args.overwrite, bits=bits, quality=args.quality)
+        tables = outputs[0].metadata
     written: list[dict[str, Any]] = []
-    for name, metadata in zip(names, output.metadata, strict=True):
-        shown: dict[str, Any] = {key: metadata[key] for key in ("width", "height", "seed") if key in metadata}
+    for name, metadata in zip(names, tables, strict=True):
+        shown: dict[str, Any] = {key: metadata[key] for key in ("width", "height", "frames", "seed") if key in metadata}
         written.append({"source": str(source), "image": str(name), **shown})
     timing = {"seconds": round(decoded - began, 2), "seconds_saving": round(time.perf_counter() - decoded, 2)}
     written[-1] |= timing
     if not args.as_json and args.out != STREAM:
         for line in written:
-            echo(f"{line['image']}  {line['width']}x{line['height']}  {timing['seconds']:.1f} s")
+            frames = f", {line['frames']} frames" if "frames" in line else ""
+            echo(f"{line['image']}  {line['width']}x{line['height']}{frames}  {timing['seconds']:.1f} s")
     return written
 
 
@@ -464,9 +518,30 @@ class _UpscaleTask:
             raise FileError(f"{source} is no image; if it is a latent, use `pidecode decode {source}`.")
 
     def natural_size(self, source: DecodeSource) -> BatchShape:
+        """The image's, or that of a frame."""
         from pidecode.images import image_size
 
-        return (*image_size(source.content, max_pixels=self.max_pixels), 1)
+        if source.animation is not None:
+            return (*source.animation.sizes[0], 1)
+        return (*image_size(source.content, max_pixels=self.max_pixels, frame=source.frame), 1)
+
+    def parts(self, source: DecodeSource) -> list[DecodeSource]:
+        """The image or animation, or each page of a document."""
+        if not may_hold_frames(source.start()):  # without torch, which takes its time
+            return [source]
+        from pidecode.images import frames_in
+
+        frames = frames_in(source.content, max_pixels=self.max_pixels)
+        if frames is None or frames.durations:
+            return [replace(source, frames=frames)]
+        return [replace(source, frames=frames, page=page) for page in range(len(frames))]
+
+    def frames(self, source: DecodeSource) -> Iterator[SourceImage]:
+        """The frames of an animation."""
+        from pidecode.images import read_frames
+
+        for image in read_frames(source.content, max_pixels=self.max_pixels, keep_profile=self.keep_profile):
+            yield image.stripped() if self.strip else image
 
     def decoded_size(self, metadata: CheckpointMetadata, natural: BatchShape) -> BatchShape:
         """That of the padded image, enlarged."""
@@ -485,7 +560,9 @@ class _UpscaleTask:
     def run(self, decoder: PixelDecoder, source: DecodeSource, progress: DecodeProgressCallback) -> DecodeOutput:
         from pidecode.images import read_image
 
-        image = read_image(source.content, max_pixels=self.max_pixels, keep_profile=self.keep_profile)
+        image = read_image(
+            source.content, max_pixels=self.max_pixels, keep_profile=self.keep_profile, frame=source.frame
+        )
         image = image.stripped() if self.strip else image
         return decoder.upscale(image, options=self.options, progress_callback=progress)
 
@@ -499,6 +576,9 @@ class _LatentTask:
     def check(self, source: DecodeSource) -> None:
         if source.start().startswith(IMAGES):
             raise LatentError(f"{source} is an image, and decode takes latents; use `pidecode upscale {source}`.")
+
+    def parts(self, source: DecodeSource) -> list[DecodeSource]:
+        return [source]
 
     def natural_size(self, source: DecodeSource) -> BatchShape:
         latent = self._latent(source)
@@ -539,29 +619,17 @@ def upscale(
 
     Without --out, photo.jpg becomes photo-upscaled.png beside it; - reads standard input. Files that exist are kept
     unless --overwrite. One folder is a batch, by default into a folder beside it: see `pidecode batch --help`.
-    Transparency, gray, 16 bits and what a file carries beside its pixels go over to the result.
+    Transparency, gray, 16 bits and what a file carries beside its pixels go over to the result. An animated GIF, WebP
+    or PNG becomes one; the pages of a TIFF become numbered images.
     """
     if len(images) == 1 and os.path.isdir(images[0]):
-        _upscale_folder(ctx, images[0])
+        from pidecode.cli.batch import batch_folder
+
+        batch_folder(ctx, images[0])
         return
     args = DecodeArgs.parse(given)
     task = _UpscaleTask(options=args.options, strip=strip, keep_profile=keep_profile, max_pixels=max_pixels)
     _run(images, args, task)
-
-
-def _upscale_folder(ctx: click.Context, folder: Path) -> None:
-    """Run the command `batch` with the options given."""
-    from pidecode.cli.batch import batch
-
-    known = {parameter.name for parameter in batch.params}
-    typed = {name for name in ctx.params if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
-    if others := sorted(typed - known - {"images", "out"}):
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
-        raise SettingError(f"{folder} is a folder, and {flags} cannot act on a batch; leave it out, or name the files.")
-    out = ctx.params["out"] or f"{os.path.abspath(folder)}-upscaled"
-    if out == STREAM:
-        raise SettingError(f"{folder} is a folder, and standard output holds one image; name a folder with --out.")
-    ctx.invoke(batch, source=str(folder), out=Path(out), **{name: ctx.params[name] for name in typed & known - {"out"}})
 
 
 @click.command(cls=GroupedCommand)

@@ -337,14 +337,13 @@ def _tensor_alone(path: Path) -> list[int] | None:
 def _image(path: Path) -> dict[str, Any]:
     from PIL import Image
 
-    from pidecode.images import count_frames, load_image, read_metadata
+    from pidecode.images import frames_in, load_image, read_metadata
 
-    frames = count_frames(path)
-    width, height = load_image(path).size if frames == 1 else (None, None)  # with all its checks first
+    frames = frames_in(path)
+    width, height = frames.sizes[0] if frames else load_image(path).size  # with all its checks first
     with Image.open(path) as opened:
         kind = opened.format
-        width, height = width or opened.width, height or opened.height
-    several = {"pages" if kind == "TIFF" else "frames": frames} if frames > 1 else {}
+    several = {"pages" if kind == "TIFF" else "frames": len(frames)} if frames else {}
     size = {"width": width, "height": height}
     return {"what": "image", "format": kind, **size, **several, "metadata": read_metadata(path)}
 

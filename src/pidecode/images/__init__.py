@@ -3,12 +3,14 @@
 
 from pidecode.images.attributes import KEYWORD, Attributes
 from pidecode.images.read import (
+    Frames,
     ImageSource,
     SourceImage,
-    count_frames,
+    frames_in,
     image_size,
     load_image,
     load_tensor,
+    read_frames,
     read_image,
     read_images,
 )
@@ -28,12 +30,13 @@ from pidecode.images.tensors import (
     to_pil,
     to_tensor,
 )
-from pidecode.images.write import DecodeOutput, check_format, encode_image, read_metadata, save_image
+from pidecode.images.write import Animation, DecodeOutput, check_format, encode_image, read_metadata, save_image
 from pidecode.units import MAX_PIXELS
 
 __all__ = [
-    "KEYWORD", "MAX_PIXELS", "Attributes", "DecodeOutput", "ImageSource", "SourceImage", "UnpaddedSize", "center_crop",
-    "check_format", "count_frames", "crop_back", "downsample", "downsampled", "encode_image", "fit_to_encoder",
-    "image_size", "is_finite", "lanczos", "load_image", "load_tensor", "normalize_image", "pad_to_multiple",
-    "read_image", "read_images", "read_metadata", "resize", "save_image", "to_array", "to_pil", "to_tensor",
+    "KEYWORD", "MAX_PIXELS", "Animation", "Attributes", "DecodeOutput", "Frames", "ImageSource", "SourceImage",
+    "UnpaddedSize", "center_crop", "check_format", "crop_back", "downsample", "downsampled", "encode_image",
+    "fit_to_encoder", "frames_in", "image_size", "is_finite", "lanczos", "load_image", "load_tensor",
+    "normalize_image", "pad_to_multiple", "read_frames", "read_image", "read_images", "read_metadata", "resize",
+    "save_image", "to_array", "to_pil", "to_tensor",
 ]  # fmt: skip

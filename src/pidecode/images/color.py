@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversion of colors to sRGB: ICC profiles, PNG's gAMA, cHRM and cICP, and the EXIF mark of Adobe RGB."""
+"""Conversion of colors to sRGB: ICC profiles, coding points (cICP), PNG's gAMA and cHRM, EXIF's mark of Adobe RGB."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import io
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
+
+from pidecode.errors import ImageError
+from pidecode.images.png import read_chunk
 
 Curve = Callable[[NDArray[Any]], NDArray[Any]]  # encoded values in [0, 1] to linear light
 
@@ -21,7 +24,12 @@ _SRGB = (0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
 _ADOBE = (0.64, 0.33, 0.21, 0.71, 0.15, 0.06)
 _P3 = (0.68, 0.32, 0.265, 0.69, 0.15, 0.06)
 _BT2020 = (0.708, 0.292, 0.17, 0.797, 0.131, 0.046)
-_CICP_PRIMARIES = {1: _SRGB, 9: _BT2020, 12: _P3}  # https://www.itu.int/rec/T-REC-H.273
+_SMPTE_C, _PAL = (0.63, 0.34, 0.31, 0.595, 0.155, 0.07), (0.64, 0.33, 0.29, 0.60, 0.15, 0.06)
+# https://www.itu.int/rec/T-REC-H.273; 2 is unspecified
+_CICP_PRIMARIES = {1: _SRGB, 2: _SRGB, 5: _PAL, 6: _SMPTE_C, 7: _SMPTE_C, 9: _BT2020, 12: _P3}
+_HDR = {16: "PQ", 18: "HLG"}
+_DIFFUSE_WHITE = 203.0  # cd/m² of white in high dynamic range, https://www.itu.int/pub/R-REP-BT.2408
+_KNEE = 0.8  # light of an HDR image up to which it stays; what is brighter, up to the display's limit, is compressed
 _D50_TO_D65 = np.array(
     [[0.9555766, -0.0230393, 0.0631636], [-0.0282895, 1.0099416, 0.0210077], [0.0122982, -0.0204830, 1.3299098]]
 )  # Bradford
@@ -39,17 +47,37 @@ def _power(exponent: float) -> Curve:
     return lambda values: np.maximum(values, 0.0) ** exponent
 
 
+def _pq(values: NDArray[Any]) -> NDArray[Any]:
+    """SMPTE ST 2084, relative to diffuse white."""
+    root = np.maximum(values, 0.0) ** (32 / 2523)
+    light = np.maximum(root - 107 / 128, 0.0) / (2413 / 128 - 2392 / 128 * root)
+    nits: NDArray[Any] = 10_000 * light ** (8192 / 1305)
+    return nits / _DIFFUSE_WHITE
+
+
+def _hlg(values: NDArray[Any]) -> NDArray[Any]:
+    """ITU-R BT.2100 on a display of 1,000 cd/m², its gamma per channel, relative to diffuse white."""
+    a, b, c = 0.17883277, 0.28466892, 0.55991073
+    scene = np.where(values <= 0.5, values**2 / 3, (np.exp((np.maximum(values, 0.5) - c) / a) + b) / 12)
+    return 1000 / _DIFFUSE_WHITE * scene**1.2
+
+
 _CICP_CURVES: dict[int, Curve] = {
-    1: _bt709, 4: _power(2.2), 5: _power(2.8), 6: _bt709, 8: _power(1.0), 13: _linear, 14: _bt709, 15: _bt709,
+    1: _bt709, 2: _linear, 4: _power(2.2), 5: _power(2.8), 6: _bt709, 8: _power(1.0), 13: _linear, 14: _bt709,
+    15: _bt709, 16: _pq, 18: _hlg,
 }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class RGBColors:
-    """How encoded values become linear sRGB light: a curve per channel, then a matrix (None for gray)."""
+    """How encoded values become linear sRGB light: a curve per channel, then a matrix (None for gray).
+
+    `hdr` names the transfer of a high dynamic range, whose highlights are compressed to white.
+    """
 
     curves: tuple[Curve, ...]
     matrix: NDArray[Any] | None
+    hdr: str | None = None
 
     def to_srgb(self, array: NDArray[Any]) -> NDArray[Any]:
         """Convert `[H, W, 1 or 3]`, uint8 or uint16, to sRGB in the same format."""
@@ -60,8 +88,13 @@ class RGBColors:
         for start in range(0, len(array), _ROWS):
             rows = array[start : start + _ROWS]
             light = np.stack([tables[channel % len(tables)][rows[..., channel]] for channel in range(rows.shape[2])], 2)
-            if self.matrix is not None:
+            if self.matrix is not None and rows.shape[2] == 3:
                 light = light @ self.matrix.T.astype(np.float32)
+            if self.hdr:
+                most = light.max(axis=2, keepdims=True)  # one factor for all channels keeps the hue
+                over = np.maximum(most - _KNEE, 0.0) / (1 - _KNEE)
+                kept = _KNEE + (1 - _KNEE) * over / (1 + over)
+                light = np.where(most > _KNEE, light * (kept / np.maximum(most, _KNEE)), light)
             light = np.clip(light, 0.0, 1.0)
             encoded = np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** np.float32(1 / 2.4) - 0.055)
             out[start : start + _ROWS] = np.rint(encoded * top).clip(0, top).astype(array.dtype)
@@ -80,20 +113,28 @@ def _to_linear_srgb(primaries: tuple[float, ...]) -> NDArray[Any]:
     return matrix
 
 
-def described_colors(image: Image.Image, head: bytes) -> RGBColors | None:
-    """The colors that a file without an ICC profile states by other means; None for sRGB and for HDR transfers.
+def described_colors(image: Image.Image, file: BinaryIO | None) -> RGBColors | None:
+    """The colors that a file states by coding points, or without an ICC profile by other means; None for sRGB.
 
     Args:
         image: The open image.
-        head: The beginning of its file, with a PNG's chunks before its pixels.
+        file: Its file, if there is one.
+
+    Raises:
+        ImageError: They are stated by coding points that are not known here.
     """
-    cicp = head.find(b"\0\0\0\x04cICP") if image.format == "PNG" else -1
-    if 0 <= cicp < len(head) - 12:
-        primaries, transfer = head[cicp + 8], head[cicp + 9]
-        if primaries not in _CICP_PRIMARIES or transfer not in _CICP_CURVES or (primaries, transfer) == (1, 13):
-            return None
-        return RGBColors((_CICP_CURVES[transfer],), _to_linear_srgb(_CICP_PRIMARIES[primaries]))
+    if file is not None and image.format == "PNG":
+        points = read_chunk(file, b"cICP")
+        if points is not None and len(points) == 4:
+            return _coded_colors(points[0], points[1], full=bool(points[3]))
+    if file is not None and image.format == "AVIF":
+        file.seek(0)
+        _, found, points = file.read(4096).partition(b"colrnclx")
+        if found and len(points) >= 4:
+            return _coded_colors(points[1], points[3])
     info = image.info
+    if info.get("icc_profile"):
+        return None
     if image.format == "PNG" and "srgb" not in info and info.get("gamma"):
         gamma, chroma = float(info["gamma"]), info.get("chromaticity")
         standard = chroma is None or np.allclose(chroma, (*_D65, *_SRGB), atol=0.002)
@@ -116,14 +157,34 @@ def described_colors(image: Image.Image, head: bytes) -> RGBColors | None:
     return None
 
 
+def _coded_colors(primaries: int, transfer: int, *, full: bool = True) -> RGBColors | None:
+    """Colors by their coding points (ITU-T H.273); those not of the full range begin at 16 of 255 and end at 235."""
+    if primaries in (1, 2) and transfer in (2, 13) and full:
+        return None
+    if primaries not in _CICP_PRIMARIES or transfer not in _CICP_CURVES:
+        raise ImageError(
+            f"The colors of the image are coded by primaries {primaries} and transfer {transfer} of ITU-T H.273, which "
+            "are not read here; export it in sRGB."
+        )
+    curve = _CICP_CURVES[transfer]
+    shown = curve if full else lambda values: curve(((values * 255 - 16) / 219).clip(0.0, 1.0))
+    return RGBColors((shown,), _to_linear_srgb(_CICP_PRIMARIES[primaries]), _HDR.get(transfer))
+
+
 def profile_colors(profile: bytes) -> RGBColors | None:
-    """The curves and matrix of an ICC profile; None for profiles with tables in place of them."""
+    """The curves and matrix of an ICC profile, or its coding points if these are of a high dynamic range.
+
+    None for profiles with tables in place of them.
+    """
     try:
         count = struct.unpack(">I", profile[128:132])[0]
         tags = {}
         for index in range(min(count, 64)):
             name, offset, size = struct.unpack(">4sII", profile[132 + 12 * index : 144 + 12 * index])
             tags[name] = profile[offset : offset + size]
+        points = tags.get(b"cicp", b"")
+        if len(points) >= 12 and points[9] in _HDR and points[8] in _CICP_PRIMARIES:
+            return _coded_colors(points[8], points[9])
         if profile[16:20] == b"GRAY" and b"kTRC" in tags:
             return RGBColors((_icc_curve(tags[b"kTRC"]),), None)
         if profile[16:20] != b"RGB " or b"A2B0" in tags:

@@ -87,6 +87,17 @@ def encode_png(
     yield _chunk(b"IEND", b"")
 
 
+def read_chunk(file: BinaryIO, kind: bytes) -> bytes | None:
+    """The content of the first chunk of that kind before the pixels of a PNG file; None if there is none."""
+    file.seek(len(SIGNATURE))
+    while len(head := file.read(8)) == 8 and head[4:] != b"IDAT":
+        size = int.from_bytes(head[:4], "big")
+        if head[4:] == kind:
+            return file.read(min(size, MAX_TEXT_BYTES))
+        file.seek(size + 4, os.SEEK_CUR)
+    return None
+
+
 def read_texts(file: BinaryIO) -> dict[str, str]:
     """Uncompressed text chunks of an open PNG file, by keyword; the image is not decompressed.
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, Union, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
@@ -28,8 +27,11 @@ from pidecode.images.tensors import (
     image_from_values,
     on_white,
     resize,
+    to_eight_bits,
     to_pil,
     to_tensor,
+    to_unit,
+    turn,
 )
 from pidecode.units import MAX_PIXELS
 
@@ -63,6 +65,7 @@ _OTHER_FORMATS: tuple[tuple[int, tuple[bytes, ...], str, str], ...] = (
 _HEAD_BYTES = 4096
 _DNG_VERSION = 0xC612
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # EXIF entry, and its values that swap width and height
+_SUBFILE_TYPE = 0x00FE
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
@@ -112,6 +115,28 @@ class SourceImage:
         return self.tensor if self.alpha is None else on_white(self.tensor, self.alpha)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frames:
+    """The frames of an animation, or the pages of a document, in one file.
+
+    Attributes:
+        indices: Where the file has them.
+        sizes: Width and height of each, upright.
+        durations: Time in milliseconds that each frame is shown; empty for pages.
+        loop: How often they are shown; 0 without end.
+        suffix: Ending of a file of the same kind.
+    """
+
+    indices: tuple[int, ...]
+    sizes: tuple[tuple[int, int], ...]
+    durations: tuple[int, ...] = ()
+    loop: int = 1
+    suffix: str = ".png"
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
 def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read an image as 8-bit RGB in sRGB, rotated by its EXIF orientation, transparency on white.
 
@@ -129,11 +154,11 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
     """
     if isinstance(source, (Tensor, np.ndarray, SourceImage)):
         return to_pil(read_image(source).on_white())
-    pixels = _read_pixels(source, max_pixels, keep_profile=False)
-    colors = Image.fromarray(_eight_bits(pixels.colors))
+    pixels = _read_pixels(source, max_pixels, keep_profile=False, frame=None)
+    colors = Image.fromarray(to_eight_bits(pixels.colors))
     if pixels.alpha is None:
         return colors
-    colors.putalpha(Image.fromarray(_eight_bits(pixels.alpha)))
+    colors.putalpha(Image.fromarray(to_eight_bits(pixels.alpha)))
     return Image.alpha_composite(Image.new("RGBA", colors.size, "white"), colors).convert("RGB")
 
 
@@ -143,6 +168,7 @@ def read_image(
     max_pixels: int = MAX_PIXELS,
     keep_profile: bool = False,
     value_range: tuple[float, float] | None = None,
+    frame: int | None = None,
 ) -> SourceImage:
     """Read an image for `PixelDecoder.upscale` with its transparency, depth and attributes.
 
@@ -152,6 +178,7 @@ def read_image(
         keep_profile: Keep the colors as they are and carry their ICC profile over, instead of converting to sRGB.
         value_range: What black and white are in an array or tensor of floating-point values. By default (-1, 1), but
             values that could as well be in [0, 1], none of them below -0.25, are then refused.
+        frame: Which frame or page of a file that holds several, counted from 0.
 
     Returns:
         The image: values of 16 bits where the file has them.
@@ -167,10 +194,35 @@ def read_image(
         raise SettingError(f"value_range acts on arrays and tensors; this is {type(source).__name__}. Leave it out.")
     if isinstance(source, SourceImage):
         return source
-    pixels = _read_pixels(source, max_pixels, keep_profile=keep_profile)
+    return _source_image(_read_pixels(source, max_pixels, keep_profile=keep_profile, frame=frame))
+
+
+def read_frames(
+    source: str | os.PathLike[str] | bytes | BinaryIO, *, max_pixels: int = MAX_PIXELS, keep_profile: bool = False
+) -> Iterator[SourceImage]:
+    """Read the frames of an animation or the pages of a TIFF file one after another, each as `read_image` does.
+
+    Args:
+        source: A path, the bytes of a file, or an open file.
+        max_pixels: Largest number of pixels of all together.
+        keep_profile: As in `read_image`.
+
+    Yields:
+        The images; the one image of a file that holds no more.
+
+    Raises:
+        ImageError: As in `read_image`, or all together have too many pixels.
+    """
+    frames = frames_in(source, max_pixels=max_pixels)
+    with _opened(source) as (name, image):
+        for index in frames.indices if frames else (_frame_indices(image)[0],):
+            yield _source_image(_pixels_of(image, name, max_pixels, keep_profile=keep_profile, frame=index))
+
+
+def _source_image(pixels: _Pixels) -> SourceImage:
     deep = pixels.colors.dtype == np.uint16
-    tensor = _to_unit(pixels.colors).mul_(2.0).sub_(1.0) if deep else to_tensor(Image.fromarray(pixels.colors))
-    alpha = None if pixels.alpha is None else _to_unit(pixels.alpha[..., None])
+    tensor = to_unit(pixels.colors).mul_(2.0).sub_(1.0) if deep else to_tensor(Image.fromarray(pixels.colors))
+    alpha = None if pixels.alpha is None else to_unit(pixels.alpha[..., None])
     if alpha is not None:
         tensor = fill_transparent(tensor, alpha)
     return SourceImage(tensor=tensor, alpha=alpha, gray=pixels.gray, attributes=pixels.attributes)
@@ -193,30 +245,60 @@ def read_images(source: ImageSource | Sequence[ImageSource]) -> list[SourceImage
     return images
 
 
-def image_size(source: str | os.PathLike[str] | bytes | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Width and height of the upright image, by the header; nothing is decompressed.
+def image_size(
+    source: str | os.PathLike[str] | bytes | BinaryIO, *, max_pixels: int = MAX_PIXELS, frame: int | None = None
+) -> tuple[int, int]:
+    """Width and height of the upright image, by the header; nothing is decompressed. `frame` as in `read_image`.
 
     Raises:
         ImageError: Not an image, too large, or of several frames.
     """
     with _opened(source) as (name, image):
+        _select(image, name, frame)
         _check_pixels(image, name, max_pixels)
-        _check_frames(image, name)
-        width, height = image.size
-        with suppress(Exception):  # a damaged EXIF block, which reading the image ignores
-            if image.getexif().get(_ORIENTATION) in _TURNED:
-                return height, width
-        return width, height
+        return _upright_size(image)
 
 
-def count_frames(source: str | os.PathLike[str] | bytes | BinaryIO) -> int:
-    """Frames or pages of an image file; previews and depth maps of an MPO file do not count.
+def _upright_size(image: Any) -> tuple[int, int]:
+    width, height = image.size
+    with suppress(Exception):  # a damaged EXIF block, which reading the image ignores
+        if image.getexif().get(_ORIENTATION) in _TURNED:
+            # Pillow has turned the size of a TIFF already.
+            return (width, height) if image.format == "TIFF" and image.tag_v2[256] != width else (height, width)
+    return width, height
+
+
+def frames_in(source: str | os.PathLike[str] | bytes | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Frames | None:
+    """The frames or pages of an image file; None if it holds one image.
+
+    Previews and depth maps of an MPO file and reduced copies in a TIFF file do not count.
 
     Raises:
-        ImageError: Not an image.
+        ImageError: Not an image, a frame is damaged, or all together have more than `max_pixels`.
     """
-    with _opened(source) as (_, image):
-        return _frames(image)
+    with _opened(source) as (name, image):
+        indices = _frame_indices(image)
+        if len(indices) == 1:
+            return None
+        pages, left = image.format == "TIFF", max_pixels
+        sizes: list[tuple[int, int]] = []
+        durations: list[int] = []
+        for index in indices:
+            left -= image.width * image.height * (1 if pages else len(indices) - len(sizes))
+            if left < 0:
+                raise ImageError(
+                    f"{name} has {len(indices)} {'pages' if pages else 'frames'} of more than {max_pixels:,} pixels "
+                    "together. Split it, or raise max_pixels (--max-pixels on the command line)."
+                )
+            image.seek(index)
+            sizes.append(_upright_size(image))
+            if not pages:
+                image.load()  # after which a WebP tells the duration
+                left += image.width * image.height * (len(indices) - len(sizes))
+                durations.append(round(image.info.get("duration", 0)))
+        loop = image.info.get("loop", 1 if image.format == "GIF" else 0)
+        suffix = {"GIF": ".gif", "WEBP": ".webp", "AVIF": ".webp"}.get(image.format or "", ".png")
+    return Frames(indices=tuple(indices), sizes=tuple(sizes), durations=tuple(durations), loop=loop, suffix=suffix)
 
 
 def load_tensor(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -379,70 +461,99 @@ class _Pixels:
     attributes: Attributes
 
 
-def _read_pixels(source: Any, max_pixels: int, *, keep_profile: bool) -> _Pixels:
+def _read_pixels(source: Any, max_pixels: int, *, keep_profile: bool, frame: int | None) -> _Pixels:
     if isinstance(source, Image.Image):
         with _as_image_error("The image"):  # its file is read now, and may be damaged or closed
-            return _pixels_of(source, "The image", max_pixels, b"", keep_profile=keep_profile)
+            return _pixels_of(source, "The image", max_pixels, keep_profile=keep_profile, frame=frame)
     with _opened(source) as (name, image):
-        assert isinstance(image, ImageFile.ImageFile)
-        file = image.fp
-        assert file is not None
-        file.seek(0)
-        return _pixels_of(image, name, max_pixels, file.read(_HEAD_BYTES), keep_profile=keep_profile)
+        return _pixels_of(image, name, max_pixels, keep_profile=keep_profile, frame=frame)
 
 
-def _pixels_of(image: Image.Image, name: str, max_pixels: int, head: bytes, *, keep_profile: bool) -> _Pixels:
+def _pixels_of(image: Image.Image, name: str, max_pixels: int, *, keep_profile: bool, frame: int | None) -> _Pixels:
+    _select(image, name, frame)
     _check_pixels(image, name, max_pixels)
-    _check_frames(image, name)
-    deep = _read_16_bits(image)
-    image.load()
-    gray = image.mode in _GRAY_MODES or (image.mode in ("P", "PA") and _is_gray_palette(image))
     profile = image.info.get("icc_profile") or None
     if profile is not None and not isinstance(profile, bytes):
         profile = None
     keeps = keep_profile and profile is not None and image.mode not in ("CMYK", "YCbCr", "LAB")
+    with naming(name):
+        described = None if keeps else described_colors(image, _file_of(image))
+    if described is not None:  # by coding points, which go before a profile
+        profile = None
+    deep = _read_16_bits(image)
+    image.load()
+    gray = image.mode in _GRAY_MODES or (image.mode in ("P", "PA") and _is_gray_palette(image))
     colors, alpha = _split_alpha(image, name) if deep is None else deep
     if profile is not None and not keeps:
-        if colors.dtype == np.uint8:
-            converted = to_srgb_by_profile(_for_profile(image, colors), profile).convert("RGB")
-            colors = np.asarray(converted)
-        else:
-            found = profile_colors(profile)
-            one = found is not None and found.matrix is None
-            if found is not None and one == (colors.shape[2] == 1):
-                colors = found.to_srgb(colors)
-    elif profile is None:
-        described = described_colors(image, head)
-        if described is not None:
-            colors = described.to_srgb(colors)
+        found = profile_colors(profile)
+        matches = found is not None and (found.matrix is None) == (colors.shape[2] == 1)
+        if found is not None and (found.hdr or (colors.dtype != np.uint8 and matches)):
+            described = found
+        elif colors.dtype == np.uint8 or (found is None and colors.shape[2] == 3):  # tables take eight bits
+            colors = np.asarray(to_srgb_by_profile(_for_profile(image, to_eight_bits(colors)), profile).convert("RGB"))
+    if described is not None:
+        colors = described.to_srgb(colors)
+        if described.hdr:
+            warnings.warn(
+                f"{name} has a high dynamic range ({described.hdr}); it was tone-mapped to sRGB.", stacklevel=2
+            )
     carried: bytes | None = None
     if profile is not None and (keeps or not gray):
         carried = profile if keeps or (image.mode != "CMYK" and is_srgb(profile)) else srgb_profile()
+    if frame is not None and colors.shape[2] == 3:
+        gray = gray or not bool(np.ptp(colors, axis=2).any())  # Pillow makes RGB of all frames of a GIF but the first
     if colors.shape[2] == 1:
         colors = colors.repeat(3, axis=2)
     elif gray and not keeps:  # a profile may leave a rounding error between the channels
         colors = colors[..., 1:2].repeat(3, axis=2)
     attributes = read_attributes(image, carried)
     orientation = _orientation(image)
-    turned = _turn(colors, orientation)
-    return _Pixels(turned, None if alpha is None else _turn(alpha, orientation), gray, attributes)
+    turned = turn(colors, orientation)
+    return _Pixels(turned, None if alpha is None else turn(alpha, orientation), gray, attributes)
 
 
-def _frames(image: Image.Image) -> int:
-    # The further images of an MPO file are previews and depth maps of its first.
-    return getattr(image, "n_frames", 1) if image.format != "MPO" else 1
+def _file_of(image: Any) -> BinaryIO | None:
+    """The open file of an image; None of a Pillow image that was loaded before, and its file closed."""
+    try:
+        image.fp.tell()
+    except (AttributeError, ValueError, OSError):
+        return None
+    return cast(BinaryIO, image.fp)
 
 
-def _check_frames(image: Image.Image, name: str) -> None:
-    count = _frames(image)
-    if count > 1:
-        what, step = (
-            ("pages", "tiffsplit FILE") if image.format == "TIFF" else ("frames", "ffmpeg -i FILE frame-%05d.png")
-        )
+def _frame_indices(image: Image.Image) -> list[int]:
+    """Where the frames or pages of an image are, but for what is only a preview of another."""
+    count = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
+    indices = list(range(1 if count > 1 and getattr(image, "default_image", False) else 0, count))
+    if image.format == "TIFF" and count > 1:
+        now = image.tell()
+        indices = [index for index in indices if not _is_reduced(image, index)]
+        image.seek(now)
+    return indices or [0]
+
+
+def _is_reduced(image: Any, index: int) -> bool:
+    image.seek(index)
+    return bool(image.tag_v2.get(_SUBFILE_TYPE, 0) & 0b101)  # of lower resolution, or a transparency mask
+
+
+def _select(image: Image.Image, name: str, frame: int | None) -> None:
+    """Seek a frame or page; without one the image must hold no more."""
+    if frame is not None:
+        if not 0 <= frame < getattr(image, "n_frames", 1):
+            raise ImageError(f"{name} has {getattr(image, 'n_frames', 1)} frames or pages; there is no {frame}.")
+        image.seek(frame)
+        return
+    indices = _frame_indices(image)
+    if len(indices) > 1:
+        what = "pages" if image.format == "TIFF" else "frames"
         raise ImageError(
-            f"{name} has {count} {what}, and one image is read at a time. Split it (`{step}`) and take its parts, "
-            "or in Python choose one: `image.seek(0)`, then give `image.copy()`."
+            f"{name} has {len(indices)} {what}, and one image is taken here. `pidecode upscale` and `pidecode batch` "
+            "take all of them; in Python give list(pidecode.images.read_frames(file)), or choose one by "
+            "pidecode.read_image(file, frame=0)."
         )
+    if indices[0]:
+        image.seek(indices[0])
 
 
 def _read_16_bits(image: Image.Image) -> tuple[NDArray[Any], NDArray[Any] | None] | None:
@@ -470,9 +581,13 @@ def _read_16_bits(image: Image.Image) -> tuple[NDArray[Any], NDArray[Any] | None
     with Image.open(BoundedFile(cast(BinaryIO, _Unclosed(file))), formats=[image.format]) as second:
         assert isinstance(second, ImageFile.ImageFile)
         lower = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}[order]
+        second.seek(image.tell())
         second.tile = [_with_raw_mode(tile, f"{mode};16{lower}") for tile in second.tile]
         low = np.asarray(second).astype(np.uint16)
     both = np.asarray(image).astype(np.uint16) << 8 | low
+    clear = image.info.get("transparency")
+    if mode == "RGB" and isinstance(clear, tuple):
+        return both, np.where((both == np.array(clear)).all(axis=2), 0, 255).astype(np.uint8)
     return both[..., :3], both[..., 3] if mode == "RGBA" else None
 
 
@@ -531,27 +646,3 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(0x0112, 1))
     except Exception:  # the image is readable without its EXIF data
         return 1
-
-
-def _turn(array: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """Rotate and mirror `[H, W, ...]` as the EXIF orientation asks."""
-    if orientation in (5, 6, 7, 8):
-        array = array.swapaxes(0, 1)
-    if orientation in (3, 4, 7, 8):
-        array = array[::-1]
-    if orientation in (2, 3, 6, 7):
-        array = array[:, ::-1]
-    return np.ascontiguousarray(array)
-
-
-def _eight_bits(array: NDArray[Any]) -> NDArray[Any]:
-    """16 bits to 8, each value to its nearest level."""
-    if array.dtype == np.uint8:
-        return array
-    return ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-
-
-def _to_unit(array: NDArray[Any]) -> Tensor:
-    """`[H, W, C]` to `[1, C, H, W]` in [0, 1]."""
-    values = torch.from_numpy(array.astype(np.float32) / np.float32(np.iinfo(array.dtype).max))
-    return values.permute(2, 0, 1)[None].contiguous()

@@ -233,6 +233,30 @@ def normalize_image(image: Tensor) -> Tensor:
     return values * 2.0 - 1.0 if bool(values.min() >= 0.0) else values
 
 
+def turn(array: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Rotate and mirror `[H, W, ...]` as the EXIF orientation asks."""
+    if orientation in (5, 6, 7, 8):
+        array = array.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        array = array[::-1]
+    if orientation in (2, 3, 6, 7):
+        array = array[:, ::-1]
+    return np.ascontiguousarray(array)
+
+
+def to_eight_bits(array: NDArray[Any]) -> NDArray[Any]:
+    """16 bits to 8, each value to its nearest level."""
+    if array.dtype == np.uint8:
+        return array
+    return ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+
+
+def to_unit(array: NDArray[Any]) -> Tensor:
+    """`[H, W, C]` to `[1, C, H, W]` in [0, 1]."""
+    values = torch.from_numpy(array.astype(np.float32) / np.float32(np.iinfo(array.dtype).max))
+    return values.permute(2, 0, 1)[None].contiguous()
+
+
 ResizeMethod = Literal["bicubic", "area", "lanczos"]
 
 

@@ -17,21 +17,22 @@ from typing import Any, BinaryIO, Literal, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from pidecode.errors import ImageError, SettingError, SizeError
 from pidecode.files import atomic_write, check_writable
 from pidecode.images.attributes import KEYWORD, MAX_EXIF_BYTES, Attributes, metadata_in_exif, metadata_json, png_texts
 from pidecode.images.png import SIGNATURE, encode_png, read_texts
-from pidecode.images.read import BoundedFile, open_source, readable_formats
+from pidecode.images.read import BoundedFile, Frames, open_source, readable_formats
 from pidecode.images.tensors import to_array
 from pidecode.strict_json import JSONError, parse_json
 
 ATTRIBUTES = "pidecode_attributes"  # entry of a Pillow image's `info` with the attributes of the source it was made of
 
-_LONGEST = {"JPEG": 65535, "WEBP": 16383}
+_LONGEST = {"JPEG": 65535, "WEBP": 16383, "GIF": 65535}
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_ANIMATED = {".png": "PNG", ".apng": "PNG", ".webp": "WEBP", ".gif": "GIF"}
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
@@ -61,6 +62,11 @@ class DecodeOutput:
 
     def __len__(self) -> int:
         return len(self.tensors)
+
+    @property
+    def num_pixels(self) -> int:
+        """Of all images together."""
+        return sum(tensor.shape[-1] * tensor.shape[-2] for tensor in self.tensors)
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{tensor.shape[-1]}x{tensor.shape[-2]}" for tensor in self.tensors)
@@ -201,6 +207,84 @@ def save_image(
     return target
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Animation:
+    """Upscaled frames of an animation.
+
+    Attributes:
+        images: Of one size, as `DecodeOutput.images` has them; the first has the metadata and attributes of all.
+        frames: The frames they were made of, for their durations.
+    """
+
+    images: Sequence[Image.Image]
+    frames: Frames
+
+    @property
+    def num_pixels(self) -> int:
+        """Of all images together."""
+        return sum(image.width * image.height for image in self.images)
+
+    def save(
+        self, path: str | os.PathLike[str], *, overwrite: bool = False, bits: int = 8, quality: int | None = None
+    ) -> list[Path]:
+        """Write an animated PNG, WebP or GIF file.
+
+        Args:
+            path: The file; its suffix chooses the format. A GIF has 256 colors a frame.
+            overwrite: Whether an existing file may be replaced.
+            bits: 8 in all formats.
+            quality: 1 to 100 for WebP, which is lossless at 100; 95 if not given.
+
+        Returns:
+            The path written.
+
+        Raises:
+            FileError: The file exists or cannot be written.
+            SettingError: The format holds no animation, or `quality` cannot act.
+            SizeError: A side is longer than the format allows.
+        """
+        kind = animated_format(path)
+        if bits != 8:
+            raise SettingError(f"bits={bits}: animations have 8 bits a channel; leave it out.")
+        if quality is not None and (kind != "WEBP" or not 1 <= quality <= 100):
+            raise SettingError(f"quality={quality}: it acts on WebP, from 1 to 100, and {path} is {kind}.")
+        check_format(path, *self.images[0].size)
+        target = check_writable(path, overwrite=overwrite)
+        attributes, metadata = self.images[0].info.get(ATTRIBUTES) or Attributes(), self.images[0].info.get(KEYWORD)
+        text = None if metadata is None else _metadata_text(metadata)
+        mode = "RGBA" if any(image.has_transparency_data for image in self.images) else "RGB"
+        first, *others = (image.convert(mode) for image in self.images)
+        options: dict[str, Any] = {"duration": list(self.frames.durations)}
+        if kind != "GIF" or self.frames.loop != 1:  # without a number a GIF is shown once
+            options["loop"] = self.frames.loop
+        if kind == "PNG":
+            options["pnginfo"] = info = PngImagePlugin.PngInfo()
+            for name, value in png_texts(attributes, text).items():
+                info.add_itxt(name, value)
+            options |= {"dpi": attributes.dpi} if attributes.dpi else {}
+        elif kind == "GIF":
+            options |= {
+                "comment": f"{KEYWORD}:{text}"[: MAX_EXIF_BYTES["JPEG"]] if text else attributes.comment,
+                "disposal": 2,
+            }
+        else:
+            options |= {"quality": 50 if quality == 100 else quality or 95, "lossless": quality == 100, "method": 2}
+        if kind != "GIF":
+            exif = _exif(attributes, text, kind) if kind == "WEBP" else attributes.exif_block(None, kind)
+            options |= {"exif": exif, "icc_profile": attributes.icc_profile or b""}
+        with atomic_write(target, overwrite=overwrite) as file:
+            first.save(file, kind, save_all=True, append_images=others, **options)
+        return [target]
+
+
+def animated_format(path: str | os.PathLike[str]) -> str:
+    """The format of an animation by its file's ending. Raises SettingError for one that holds none."""
+    kind = _ANIMATED.get(_as_path(path).suffix.lower())
+    if kind is None:
+        raise SettingError(f"{path}: animations are written as {', '.join(_ANIMATED)}; choose one of these endings.")
+    return kind
+
+
 def encode_image(
     image: Image.Image | Tensor | NDArray[Any],
     kind: str = "png",
@@ -237,7 +321,8 @@ def check_format(path: str | os.PathLike[str], width: int, height: int) -> None:
         SizeError: A side is longer than the format allows.
     """
     name = os.fspath(path)
-    kind = _FORMATS.get(name.lower() if name.startswith(".") else Path(name).suffix.lower(), "")
+    suffix = name.lower() if name.startswith(".") else Path(name).suffix.lower()
+    kind = {**_ANIMATED, **_FORMATS}.get(suffix, "")
     longest = _LONGEST.get(kind)
     if longest is not None and max(width, height) > longest:
         raise SizeError(
@@ -267,7 +352,7 @@ def _encode(
     attributes = attributes or Attributes()
     text = None if metadata is None else _metadata_text(metadata)
     if kind == "PNG":
-        exif = attributes.exif_block(None, with_texts=False)
+        exif = attributes.exif_block(None, kind)
         texts = png_texts(attributes, text)
         yield from encode_png(array, texts, exif=exif, dpi=attributes.dpi, icc_profile=attributes.icc_profile)
         return
@@ -284,15 +369,15 @@ def _encode(
         quality, extra["method"] = 50 if quality == 100 else quality, 2
     if attributes.icc_profile:
         extra["icc_profile"] = attributes.icc_profile
-    if attributes.xmp and (kind == "WEBP" or len(attributes.xmp) < MAX_EXIF_BYTES):
+    if attributes.xmp and (kind == "WEBP" or len(attributes.xmp) < MAX_EXIF_BYTES[kind]):
         extra["xmp"] = attributes.xmp
     if kind == "JPEG":
         if attributes.dpi:
             extra["dpi"] = tuple(round(value) for value in attributes.dpi)
         comment = attributes.other_texts()
-        if comment and len(comment.encode()) < MAX_EXIF_BYTES:
+        if comment and len(comment.encode()) < MAX_EXIF_BYTES[kind]:
             extra["comment"] = comment
-    exif = _exif(attributes, text)
+    exif = _exif(attributes, text, kind)
     Image.fromarray(_squeezed(array)).save(buffer, kind, quality=quality or 95, exif=exif, **extra)
     yield buffer.getvalue()
 
@@ -380,13 +465,18 @@ def _metadata_text(metadata: Mapping[str, Any]) -> str:
         raise SettingError(f"The metadata holds a value that JSON cannot represent: {error}.") from error
 
 
-def _exif(attributes: Attributes, text: str | None) -> bytes:
+def _exif(attributes: Attributes, text: str | None, kind: str) -> bytes:
     """The EXIF block with what fits: the metadata always, then what the source carried, its texts last."""
-    if text is not None and len(text) > MAX_EXIF_BYTES:
-        raise SettingError(f"The metadata has {len(text)} characters; {MAX_EXIF_BYTES} fit. Write a .png file.")
-    for with_texts in (True, False):
-        exif = attributes.exif_block(text, with_texts=with_texts)
-        if len(exif) <= MAX_EXIF_BYTES + 1000:
-            return exif
-    warnings.warn("The EXIF data of the source do not fit beside the metadata and were left out.", stacklevel=5)
-    return Attributes().exif_block(text, with_texts=False)
+    limit = MAX_EXIF_BYTES[kind]
+    if text is not None and len(text) > limit:
+        raise SettingError(f"The metadata has {len(text)} characters; {limit} fit. Write a .png file.")
+    for what, carried in (("", attributes), ("texts", attributes), ("EXIF data", Attributes())):
+        exif = carried.exif_block(text, kind, with_texts=not what)
+        if len(exif) <= limit + 1000:
+            break
+    if what:
+        warnings.warn(
+            f"The {what} of the source do not fit into a {kind} file beside the metadata and were left out; a .png or "
+            ".webp file holds them.", stacklevel=5,
+        )  # fmt: skip
+    return exif
