@@ -3,13 +3,17 @@
 
     python tools/dependencies.py lock        # write constraints/dev.txt
     python tools/dependencies.py licenses    # fail for a license that is unknown or does not go with Apache-2.0
+    python tools/dependencies.py audit       # fail for a known vulnerability, or if the service cannot be asked
 
-`make lock` and the CI job `supply` run it. Known vulnerabilities of the locked set are looked up by pip-audit there.
+`make lock` and the CI job `supply` run it. `audit` needs pip-audit on the path, and PyPI.
 """
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
 from importlib import metadata
@@ -71,7 +75,15 @@ def license_of(name: str) -> str:
         text.rpartition(" :: ")[2] for text in about.get_all("Classifier") or [] if text.startswith("License")
     ]
     first = (about.get("License") or "").strip().partition("\n")[0]
-    return str(about.get("License-Expression") or ", ".join(classifiers) or first)
+    return str(about.get("License-Expression") or ", ".join(classifiers) or first or _license_file(name))
+
+
+def _license_file(name: str) -> str:
+    """The first lines of a distribution's license file, for metadata that name only the file."""
+    for path in metadata.files(name) or []:
+        if path.name.upper().startswith(("LICENSE", "LICENCE", "COPYING")):
+            return " ".join(path.read_text(encoding="utf-8").split())[:300]
+    return ""
 
 
 def lock() -> None:
@@ -87,13 +99,38 @@ def check_licenses() -> None:
     others = {name: text for name, text in licenses.items() if name not in TOOLS}
     bad = {name: text for name, text in others.items() if REFUSED.search(text) or not ACCEPTED.search(text)}
     for name, text in bad.items():
-        print(f"{name}: {text or 'says no license'}")
+        print(f"{name}: {text[:80] or 'says no license'}")
     print(f"{len(licenses)} distributions, {len(bad)} with a license to look at")
     sys.exit(1 if bad else 0)
 
 
+def audit() -> None:
+    """Exit with 1 if pip-audit knows a vulnerability of a locked version, or could not look each of them up.
+
+    By itself pip-audit ends well where it reaches nothing: it says "not found" of each distribution and goes on.
+    """
+    tool = shutil.which("pip-audit") or sys.exit("pip-audit is not installed: python -m pip install pip-audit")
+    files = [f"--requirement={ROOT / 'constraints' / name}" for name in ("dev.txt", "torch.txt")]
+    done = subprocess.run(
+        [tool, "--no-deps", "--disable-pip", "--format=json", "--progress-spinner=off", *files],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    try:
+        found = json.loads(done.stdout)["dependencies"]
+    except (ValueError, KeyError, TypeError):
+        sys.exit(f"pip-audit did not answer; nothing was checked.\n{done.stderr[-2000:]}")
+    skipped = [item["name"] for item in found if "skip_reason" in item]
+    bad = {f"{item['name']} {item['version']}": item["vulns"] for item in found if item.get("vulns")}
+    for name, vulnerabilities in bad.items():
+        print(f"{name}: {', '.join(one['id'] for one in vulnerabilities)}")
+    print(f"{len(found) - len(skipped)} of {len(found)} distributions looked up, {len(bad)} with known vulnerabilities")
+    if skipped:
+        print(f"Not looked up: {', '.join(skipped[:5])}{' ...' if len(skipped) > 5 else ''}. Can PyPI be reached?")
+    sys.exit(1 if bad or skipped else 0)
+
+
 if __name__ == "__main__":
-    commands = {"lock": lock, "licenses": check_licenses}
+    commands = {"lock": lock, "licenses": check_licenses, "audit": audit}
     if len(sys.argv) != 2 or sys.argv[1] not in commands:
         sys.exit(f"usage: dependencies.py {'|'.join(commands)}")
     commands[sys.argv[1]]()

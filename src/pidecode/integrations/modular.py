@@ -26,7 +26,7 @@ from pidecode.integrations.diffusers import (
     image_prompts,
     require_prompt,
 )
-from pidecode.integrations.pipeline_latents import check_stop_after, scheduler_sigma, stop_step, to_latent
+from pidecode.integrations.pipeline_latents import check_stop_after, scheduler_sigma, stop_step, to_latent, token_grid
 from pidecode.latents.latent import Latent
 from pidecode.options import DecodeOptions
 
@@ -214,7 +214,8 @@ class PiDDecodeStep(_PiDStep):
     @property
     def inputs(self) -> list[Any]:
         latents = InputParam("latents", required=True, type_hint=torch.Tensor, description="From the denoising loop.")
-        return [*super().inputs, latents, InputParam("generator"), InputParam("timesteps")]
+        others = ("generator", "timesteps", "img_ids")  # img_ids tell the shape of packed tokens, as FLUX.1's are
+        return [*super().inputs, latents, *(InputParam(name) for name in others)]
 
     @property
     def intermediate_outputs(self) -> list[Any]:
@@ -230,7 +231,9 @@ class PiDDecodeStep(_PiDStep):
         scheduler = getattr(components, "scheduler", None)
         sigma = 0.0 if scheduler is None else scheduler_sigma(scheduler)
         seed = given.generator.initial_seed() if isinstance(given.generator, torch.Generator) else None
-        latent = to_latent(components, given.latents, sigma=sigma, prompt=prompts, seed=seed)
+        packed = given.latents.shape[1] if given.latents.ndim == 3 else 0
+        grid = token_grid({"img_ids": given.img_ids}, packed) if packed else None
+        latent = to_latent(components, given.latents, grid=grid, sigma=sigma, prompt=prompts, seed=seed)
         given.pid_latent = given.images = latent
         if given.output_type != "latent":
             planned = 0 if given.timesteps is None else len(given.timesteps)
