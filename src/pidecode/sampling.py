@@ -21,19 +21,14 @@ from pidecode.registry.checkpoints import STUDENT_TIMES, Sampler
 from pidecode.registry.configs import Prediction
 
 DEFAULT_STEPS, TEACHER_GUIDANCE = {"feed-forward": 1, "student": 4, "teacher": 25}, 5.0  # where a caller names none
-
 SINGLE_STEP_TIME = 1.0  # one step alone starts from pure noise instead of the list's first entry
-
 SMALLEST_DIVISOR = 0.05  # below this time a velocity is not recovered from x_0 by dividing by t, but by this
-
 FLOAT64_PIXELS = 2**18  # pixels converted in float64 at once, so that no float64 copy of a whole image exists
-
 TIMESCALE = 1000.0  # the network reads the flow time times this, never rounded: one unit is one radian
-
 FINISHING_WORK = 0.02  # work of color fix and clamping as a part of the rest, for progress only
 
+# Noisy image `[B, 3, H, W]` and flow time times 1000 `[B]` to the network's output, same shape as the image.
 Predict = Callable[[Tensor, Tensor], Tensor]
-"""Noisy image `[B, 3, H, W]` and flow time times 1000 `[B]` to the network's output, same shape as the image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,23 +47,14 @@ Phase = Literal["encoding", "decoding", "finishing"]
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What one call of `decode` or `upscale` is doing at this moment.
+    """What one call of `decode` or `upscale` is doing at this moment."""
 
-    Attributes:
-        phase: The part of the call: "encoding" the image, "decoding" the latent, "finishing" the pixels.
-        done: Share of the whole call's predicted work that is done, 0 to 1; never falls within a call.
-        unit: What the phase is counted in: "refinement", "step" or "strip"; empty where it is one piece.
-        index: Unit that begins now, from 1; 0 before the first.
-        total: Units of the phase.
-        part: What of several the call is about, such as "frame 2 of 3"; empty where it is all.
-    """
-
-    phase: Phase
-    done: float
-    unit: str = ""
-    index: int = 0
-    total: int = 0
-    part: str = ""
+    phase: Phase  # "encoding" the image, "decoding" the latent, "finishing" the pixels
+    done: float  # share of the whole call's predicted work that is done, 0 to 1; never falls within a call
+    unit: str = ""  # what the phase is counted in: "refinement", "step" or "strip"; empty where it is one piece
+    index: int = 0  # unit that begins now, from 1; 0 before the first
+    total: int = 0  # units of the phase
+    part: str = ""  # what of several the call is about, such as "frame 2 of 3"; empty where it is all
 
     def __str__(self) -> str:
         """The phase in words, such as "decoding, strip 3 of 8"."""
@@ -80,8 +66,8 @@ class Progress:
         return replace(self, done=(index + self.done) / count, part=f"{name} {index + 1} of {count}")
 
 
+# Called before the first work and before each further unit; raise `errors.Cancelled` in it to stop.
 DecodeProgressCallback = Callable[[Progress], None]
-"""Called before the first work and before each further unit; raise `errors.Cancelled` in it to stop."""
 
 
 class WorkTracker:
@@ -108,12 +94,11 @@ class WorkTracker:
 
     def report(self, phase: Phase, share: float = 0.0, unit: str = "", index: int = 0, total: int = 0) -> None:
         """Report that a share of a phase is done, and which unit begins now."""
-        if self.callback is None:
-            return
         before = sum(list(self.work.values())[: list(self.work).index(phase)])
         done = (before + share * self.work[phase]) / sum(self.work.values())
         done = (self.part[0] + min(1.0, done)) / self.part[1]
-        self.callback(Progress(phase, done, unit, index, total))
+        if self.callback is not None:
+            self.callback(Progress(phase, done, unit, index, total))
 
     def strips(self) -> Callable[[int, int], None]:
         """A callback of the strips done and of all strips that reports the strip that begins; decoding begins now."""
@@ -134,11 +119,7 @@ class WorkTracker:
 
 
 def student_times(num_steps: int) -> tuple[float, ...]:
-    """Times at which a `num_steps`-step student runs, ending in 0 (docs/architecture.md, Schedule and sampling).
-
-    Raises:
-        SettingError: Beyond 1 to 4 steps: the list has four distinct entries, more would repeat them.
-    """
+    """Times at which a student of 1 to 4 steps runs, ending in 0. Raises SettingError for other numbers."""
     longest = len(STUDENT_TIMES) - 1
     if not 1 <= num_steps <= longest:
         raise SettingError(

@@ -23,10 +23,8 @@ from pidecode.errors import SettingError
 from pidecode.models.pid.network import Condition
 
 Evaluate = Callable[[Tensor, StepModulation, Condition], Tensor]
-Replay = Callable[[], Tensor]
-"""Runs the captured work on what its static input tensors hold now; returns the same output tensor each time."""
-Capture = Callable[[Callable[[], Tensor]], Replay]
-"""Captures the work of a function; `capture_on` makes one, tests have another that needs no GPU."""
+Replay = Callable[[], Tensor]  # runs captured work on what its static inputs hold now; the same output tensor each time
+Capture = Callable[[Callable[[], Tensor]], Replay]  # captures the work of a function; tests have one without a GPU
 
 MAX_GRAPHS = 2  # graphs kept at once. Each holds its inputs, its output and the memory of one evaluation.
 WARM_UPS = 2  # evaluations before one is captured, in which kernels are loaded, chosen and compiled
@@ -58,13 +56,9 @@ class GraphCache:
         self._graphs.clear()
 
     def run(self, x: Tensor, modulation: StepModulation, condition: Condition, variant: Hashable = None) -> Tensor:
-        """Evaluate these inputs, capturing a graph first if there is none for their shapes.
+        """Evaluate these inputs, capturing a graph first if there is none for their shapes and the `variant`.
 
-        Args:
-            x: Noisy image `[B, 3, H, W]`.
-            modulation: That of its time.
-            condition: The same object at each step of an image, so that it is copied once.
-            variant: What else a graph depends on, such as the attention kernel.
+        The condition is the same object at each step of an image, so that it is copied once.
         """
         inputs = Inputs(x, modulation, replace(condition, color=None))
         key = (variant, shape_of(inputs))

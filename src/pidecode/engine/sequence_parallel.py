@@ -50,15 +50,10 @@ def destroy_process_group() -> None:
 
 
 def row_shards(rows: int, processes: int) -> list[tuple[int, int]]:
-    """First row of patches and one past the last for each process.
-
-    Raises:
-        SizeError: There are fewer rows than processes.
-    """
+    """First row of patches and one past the last, per process. Raises SizeError for fewer rows than processes."""
     if rows < processes:
         raise SizeError(f"An image of {rows} rows of patches cannot be sharded over {processes} processes; use {rows}.")
-    edges = [index * rows // processes for index in range(processes + 1)]
-    return list(pairwise(edges))
+    return list(pairwise(index * rows // processes for index in range(processes + 1)))
 
 
 def _gather(part: Tensor, sizes: list[int], axis: int) -> Tensor:

@@ -18,8 +18,7 @@ from torch import Tensor
 from pidecode.errors import SettingError
 from pidecode.models.pid.network import Condition
 
-Denoise = Callable[[Tensor, Tensor, Condition], Tensor]
-"""Noisy image, time and condition to the prediction, as `PiDNet.denoise`."""
+Denoise = Callable[[Tensor, Tensor, Condition], Tensor]  # image, time, condition to prediction, as `PiDNet.denoise`
 Span = tuple[int, int]  # first patch and one past the last, along one axis
 
 
@@ -62,31 +61,19 @@ class Windows:
 
 def blend_weights(spans: list[Span], patch: int, device: torch.device) -> list[Tensor]:
     """Weights of each window's pixels along one axis: ramps where windows overlap; they sum to 1 at every pixel."""
-    length = spans[-1][1] * patch
-    weights = []
+    total, ramps = torch.zeros(spans[-1][1] * patch, device=device), []
     for start, stop in spans:
         distance = torch.arange(0.5, (stop - start) * patch, device=device)
-        weights.append(torch.minimum(distance, distance.flip(0)))
-    total = torch.zeros(length, device=device)
-    for (start, stop), weight in zip(spans, weights, strict=True):
-        total[start * patch : stop * patch] += weight
-    return [weight / total[start * patch : stop * patch] for (start, stop), weight in zip(spans, weights, strict=True)]
+        ramps.append((slice(start * patch, stop * patch), torch.minimum(distance, distance.flip(0))))
+        total[ramps[-1][0]] += ramps[-1][1]
+    return [ramp / total[pixels] for pixels, ramp in ramps]
 
 
 @torch.no_grad()
 def denoise_windows(
     denoise: Denoise, x_B3HW: Tensor, t_B: Tensor, condition: Condition, windows: Windows, patch_size: int
 ) -> Tensor:
-    """One evaluation window by window, blended; that of the whole image where one window covers it.
-
-    Args:
-        denoise: Evaluates the network on an image and its condition.
-        x_B3HW: Noisy image `[B, 3, H, W]`.
-        t_B: Flow time times 1000, `[B]`.
-        condition: What `prepare` computed for the whole image.
-        windows: How the image is cut.
-        patch_size: Pixels of a patch, along each side.
-    """
+    """One evaluation of an image with its `condition`, window by window and blended; at once where one covers it."""
     patch, device = patch_size, x_B3HW.device
     rows, columns = (windows.spans(length) for length in condition.grid)
     if len(rows) == len(columns) == 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -47,19 +47,15 @@ def step_modulation(net: PiDNet, t_B: Tensor) -> StepModulation:
             f"This network was stripped for inference at its distilled times; it has no modulation for {t_B.tolist()}. "
             "Load it again to run it at other times."
         )
-    embedding = net.t_embedder(t_B.reshape(-1))
+    embedding, blocks = net.t_embedder(t_B.reshape(-1)), cast(Any, net.patch_blocks)
     condition = F.silu(embedding)
-    blocks: Any = net.patch_blocks
-    return StepModulation(
-        embedding=embedding.float().unsqueeze(1),
-        image=tuple(
-            _six_vectors(b.adaLN_modulation_img, condition, b.norm_x1.weight, b.norm_x2.weight) for b in blocks
-        ),
-        text=tuple(
-            _six_vectors(b.adaLN_modulation_txt, condition, b.norm_y1.weight, b.norm_y2.weight)
-            for b in (blocks if net.config.has_text else ())
-        ),
-    )
+    image = (_six_vectors(b.adaLN_modulation_img, condition, b.norm_x1.weight, b.norm_x2.weight) for b in blocks)
+    text: tuple[Tensor, ...] = ()
+    if net.config.has_text:
+        text = tuple(
+            _six_vectors(b.adaLN_modulation_txt, condition, b.norm_y1.weight, b.norm_y2.weight) for b in blocks
+        )
+    return StepModulation(embedding=embedding.float().unsqueeze(1), image=tuple(image), text=text)
 
 
 @dataclass(frozen=True, slots=True)

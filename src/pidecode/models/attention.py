@@ -24,17 +24,17 @@ from pidecode.errors import FileError, SettingError
 from pidecode.files import atomic_write, cache_folder
 from pidecode.strict_json import JSONError, read_json
 
+# Queries, keys and values `[B, heads, tokens, head_dim]` to the output, shaped as the queries.
 AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Queries, keys and values `[B, heads, tokens, head_dim]` to the output, shaped as the queries."""
 
+# torch's kernels by name. "math" holds all scores at once.
 BACKENDS: dict[str, SDPBackend] = {
     "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH,
 }  # fmt: skip
-"""torch's kernels by name. "math" holds all scores at once."""
 
+# Modules of FlashAttention 4 and 3, used where they are installed.
 PACKAGES = {"flash-4": "flash_attn.cute", "flash-3": "flash_attn_interface"}
-"""Modules of FlashAttention 4 and 3, used where they are installed."""
 
 ROUNDS = 3  # timed calls of each kernel, of which the fastest counts
 _kernel: ContextVar[AttentionKernel | None] = ContextVar("attention_kernel", default=None)
@@ -120,16 +120,12 @@ def kernel_works(
 
 def seconds_of(run: Callable[[], Tensor], device: torch.device) -> float:
     """Wall seconds of one call, all that it queued included."""
-    _wait_for(device)
+    wait = torch.accelerator.synchronize if device.type != "cpu" else lambda device: None
+    wait(device)
     start = time.perf_counter()
     run()
-    _wait_for(device)
+    wait(device)
     return time.perf_counter() - start
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def record_path() -> Path:
@@ -169,8 +165,7 @@ class MeasuredAttention:
         seconds: Callable[[Callable[[], Tensor], torch.device], float] = seconds_of,
     ) -> None:
         self.kernels, self._tolerance, self._record, self._seconds = dict(kernels), tolerance, record, seconds
-        self.chosen: dict[str, str] = {}
-        """Kernel in use for each shape met."""
+        self.chosen: dict[str, str] = {}  # kernel in use for each shape met
 
     def __call__(self, q_BNLK: Tensor, k_BNLK: Tensor, v_BNLK: Tensor) -> Tensor:
         """See `attention`."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pidecode.errors import CheckpointError
+from pidecode.models.pid.blocks import from_patches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +56,7 @@ class VitSelfAttention(nn.Module):
             for name in ("query", "key", "value")
         )
         mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        out: Tensor = self.output["dense"](mixed)
-        return out
+        return self.output["dense"](mixed)  # type: ignore[no-any-return]
 
 
 class VitLayer(nn.Module):
@@ -74,8 +74,7 @@ class VitLayer(nn.Module):
         """Tokens `[B, N, hidden_size]` to the same shape."""
         x = x + self.attention(self.layernorm_before(x))
         inner = functional.gelu(self.intermediate["dense"](self.layernorm_after(x)))
-        out: Tensor = x + self.output["dense"](inner)
-        return out
+        return x + self.output["dense"](inner)  # type: ignore[no-any-return]
 
 
 class VitDecoder(nn.Module):
@@ -106,11 +105,8 @@ class VitDecoder(nn.Module):
             x = layer(x)
         values = self.decoder_pred(self.decoder_norm(x))[:, 1:]
         # The values of a token are ordered (row, column, color).
-        patches = values.unflatten(1, (config.grid_size, config.grid_size)).unflatten(
-            -1, (config.patch_size, config.patch_size, 3)
-        )
-        image: Tensor = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-        return image
+        values = values.unflatten(-1, (config.patch_size**2, 3))
+        return from_patches(values, (config.grid_size, config.grid_size), config.patch_size)
 
     def _resize_grid(self, x: Tensor) -> Tensor:
         side = math.isqrt(x.shape[1])

@@ -153,17 +153,11 @@ class LatentAdapter(nn.Module):
         )
 
     def align(self, latent: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Bring a latent to the patch grid: unpatchify, then resize or pixel-unshuffle.
-
-        Raises:
-            LatentError: The latent's shape does not fit the network.
-        """
+        """A latent on the patch grid: unpatchified, resized or pixel-unshuffled. Raises LatentError for its shape."""
         config = self.config
         if latent.ndim != 4 or latent.shape[1] != config.latent_channels:
-            raise LatentError(
-                f"The latent has shape {tuple(latent.shape)}; "
-                f"this network expects [batch, {config.latent_channels}, h, w]."
-            )
+            expected = f"[batch, {config.latent_channels}, h, w]"
+            raise LatentError(f"The latent has shape {tuple(latent.shape)}; this network expects {expected}.")
         if config.latent_unpatchify > 1:
             latent = F.pixel_shuffle(latent, config.latent_unpatchify)
         ratio = config.latent_to_patch_ratio
@@ -178,11 +172,7 @@ class LatentAdapter(nn.Module):
     def features(
         self, grid: tuple[int, int], latent: Tensor | None, image: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Features `[B, width, h, w]` that all heads share, and those the color head reads.
-
-        Raises:
-            LatentError: There is nothing this adapter can read.
-        """
+        """Features `[B, width, h, w]` that all heads share, and the color head's. Raises LatentError without input."""
         parts: list[Tensor] = []
         tapped: Tensor | None = None
         if self.config.adapter_image_channels and image is not None:

@@ -53,8 +53,7 @@ class Condition:
     text_rotation: Rotation | None
     row_table: Tensor  # sin-cos table `[h * patch_size, C / 2]` of pixel rows
     column_table: Tensor  # sin-cos table `[w * patch_size, C / 2]` of pixel columns
-    color: Tensor | None = None
-    """Low-resolution image `[B, 3, h f, w f]` predicted by the color head, f = patch_size / scale, if asked for."""
+    color: Tensor | None = None  # the color head's `[B, 3, h f, w f]`, f = patch_size / scale, if asked for
 
     def crop(self, rows: slice, columns: slice) -> Condition:
         """The condition of a part of the image, given as slices of patches with explicit start and stop.
@@ -112,11 +111,7 @@ class PiDNet(nn.Module):
         return self.final_layer.linear.weight.device
 
     def grid_of(self, height: int, width: int) -> Grid:
-        """Rows and columns of patches of an image.
-
-        Raises:
-            SizeError: A side is not a multiple of the patch size.
-        """
+        """Rows and columns of patches of an image. Raises SizeError unless patches divide its sides."""
         patch = self.config.patch_size
         if height % patch or width % patch or min(height, width) < patch:
             near = tuple(max(patch, round(side / patch) * patch) for side in (width, height))
@@ -166,27 +161,22 @@ class PiDNet(nn.Module):
         config, device = self.config, self.device
         tokens = self._embed_text(text)
         injections, pixel_injection, color = self._inject(grid, latent, sigma, latent_mask, want_color)
-        reference = None
-        if config.rope_mode == "ntk_aware":
-            reference = (config.rope_reference[0] / config.patch_size, config.rope_reference[1] / config.patch_size)
+        height, width = (side / config.patch_size for side in config.rope_reference)
+        reference = (height, width) if config.rope_mode == "ntk_aware" else None
         head_dim = config.hidden_size // config.num_heads
         pixel_head_dim = config.pixel_attn_hidden_size // config.pixel_num_heads
+        text_table = None
+        if tokens is not None and config.text_rope:
+            text_table = text_rotation(tokens.shape[1], head_dim, config.text_rope_theta, device=device)
+        rows, columns = (
+            pixel_axis_table(side * config.patch_size, config.pixel_hidden_size // 2, device=device) for side in grid
+        )
         return Condition(
-            grid=grid,
-            text=tokens,
-            injections=injections,
-            pixel_injection=pixel_injection,
+            grid=grid, text=tokens, injections=injections, pixel_injection=pixel_injection,
             rotation=image_rotation(grid, head_dim, reference_grid=reference, device=device),
             pixel_rotation=image_rotation(grid, pixel_head_dim, reference_grid=reference, device=device),
-            text_rotation=(
-                text_rotation(tokens.shape[1], head_dim, config.text_rope_theta, device=device)
-                if tokens is not None and config.text_rope
-                else None
-            ),
-            row_table=pixel_axis_table(grid[0] * config.patch_size, config.pixel_hidden_size // 2, device=device),
-            column_table=pixel_axis_table(grid[1] * config.patch_size, config.pixel_hidden_size // 2, device=device),
-            color=color,
-        )
+            text_rotation=text_table, row_table=rows, column_table=columns, color=color,
+        )  # fmt: skip
 
     def denoise(self, x_B3HW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
         """One evaluation of the network.
@@ -239,29 +229,22 @@ class PiDNet(nn.Module):
             return None
         if text is None or text.ndim != 3 or text.shape[-1] != config.text_dim:
             came = "nothing" if text is None else f"shape {tuple(text.shape)}"
-            raise SettingError(
-                f"This network needs prompt states of shape [batch, tokens, {config.text_dim}]; {came} came."
-            )
+            need = f"[batch, tokens, {config.text_dim}]"
+            raise SettingError(f"This network needs prompt states of shape {need}; {came} came.")
         text = text[:, : config.text_length]
         # float32 like the image stream, whatever the type of the weights.
         return (self.y_embedder(text) + self.y_pos_embedding[:, : text.shape[1]]).float()  # type: ignore[no-any-return]
 
     def check_latent(self, latent: Tensor, sigma: Tensor | float | None) -> Tensor:
-        """The latent's noise levels `[B]` or `[1]`, float32, on its device.
-
-        Raises:
-            LatentError: There is no sigma, or not one per sample.
-            SettingError: The network has no adapter.
-        """
+        """Noise levels `[B]` or `[1]`, float32. Raises LatentError for a wrong sigma, SettingError without adapter."""
         if not self.config.has_adapter:
             raise SettingError("This network is a bare text-to-image backbone: it takes no latent.")
         if sigma is None:
             raise LatentError("A latent came without sigma; give the noise left in it (0 for a finished latent).")
         sigma_B = torch.as_tensor(sigma, dtype=torch.float32, device=latent.device).reshape(-1)
         if sigma_B.numel() not in (1, latent.shape[0]):
-            raise LatentError(
-                f"sigma has {sigma_B.numel()} values for {latent.shape[0]} latents; give one, or one each."
-            )
+            count = sigma_B.numel()
+            raise LatentError(f"sigma has {count} values for {len(latent)} latents; give one, or one each.")
         return sigma_B
 
     def _inject(
