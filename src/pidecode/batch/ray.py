@@ -26,7 +26,7 @@ MAX_ATTEMPTS = 3  # workers that may die over one job before it counts as failed
 
 START_WARNING_AFTER = 60.0  # seconds without a single worker before a warning says so
 
-HEAD_CHECK, HEAD_PATIENCE = 5.0, 30.0
+HEAD_CHECK, HEAD_TIMEOUT = 5.0, 30.0
 """Seconds between looks at the cluster's head, and without it until the batch ends, before Ray ends the process."""
 
 _START_ATTEMPTS = 3  # attempts to start a private cluster
@@ -115,7 +115,7 @@ def _leave(ray: Any, *, lost: bool) -> None:
     """Disconnect; from a cluster that was lost in the background, as Ray may wait for its answer."""
     leaving = threading.Thread(target=ray.shutdown, name="ray-shutdown", daemon=True)
     leaving.start()
-    leaving.join(HEAD_PATIENCE if lost else None)
+    leaving.join(HEAD_TIMEOUT if lost else None)
 
 
 def _with_absolute_paths(batch: Batch) -> Batch:
@@ -242,7 +242,7 @@ class _WorkerPool:
                     warn_at += START_WARNING_AFTER
                 if ready or _refusal(head) is None:
                     seen = now
-                elif now - seen > HEAD_PATIENCE:
+                elif now - seen > HEAD_TIMEOUT:
                     raise ConnectionError(f"nothing answers at {head}")
                 for future in ready:
                     self._handle(future)

@@ -45,9 +45,6 @@ def convert(
         dtype: "float32", "bfloat16" or "float16"; None keeps that of the source.
         overwrite: Whether an existing file may be replaced.
 
-    Returns:
-        What was written about the network.
-
     Raises:
         CheckpointError: The source is damaged or incomplete.
         SettingError: The source is ambiguous, or an argument is wrong.

@@ -126,14 +126,8 @@ class HubCache:
         """A file of a repository in the cache, downloaded if it is not there; size and hash are checked.
 
         An interrupted download is resumed by the next call. What was fetched is recorded below the cache's folder
-        `pidecode`, with its commit and SHA-256.
-
-        Args:
-            repository: Hub repository.
-            path: Path inside it.
-            on_progress: Called as bytes arrive.
-            revision: Commit to take it from; by default the main branch's.
-            expected: SHA-256 it must have.
+        `pidecode`, with its commit and SHA-256. Without a `revision`, a commit, it comes from the main branch; a file
+        of another SHA-256 than the `expected` one is refused.
 
         Raises:
             DownloadError: The download failed; the message names the command that does the same.

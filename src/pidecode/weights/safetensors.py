@@ -232,14 +232,9 @@ def write_safetensors(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write tensors to a .safetensors file; at most one converted tensor is in memory at a time.
+    """Write floating-point tensors to a .safetensors file, of a `dtype` or each of its own.
 
-    Args:
-        path: The file. On an error nothing is left behind.
-        tensors: By name; all floating-point.
-        metadata: Text metadata of the file.
-        dtype: Dtype to convert to; None keeps that of each tensor.
-        overwrite: Whether an existing file may be replaced.
+    At most one converted tensor is in memory at a time, and on an error nothing is left behind.
 
     Raises:
         FileError: The file exists or cannot be written.
