@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from comfyui_kit import imported_comfyui, latent_of, needs_double, needs_real, network
+from comfyui_kit import EVERY, as_comfy_has_it, imported_comfyui, latent_of, model_of, needs_double, needs_real, network
 from pidecode import PixelDecoder
 from pidecode.errors import MissingDependencyError, SettingError
 from pidecode.integrations import comfyui_latents
 from pidecode.latents.latent import Latent
 from pidecode.registry.configs import PiDConfig, debug_config
+from pidecode.registry.spaces import SPACES
 from pidecode.sampling import NoiseStream, student_times, teacher_times
 from pidecode.weights.metadata import CheckpointMetadata
 
@@ -94,3 +95,41 @@ def test_comfyuis_own_pid_computes_what_ours_does(comfy: SimpleNamespace, predic
     )
     ours = own.decode(Latent(z, "flux2"), seed=3, sampler="ode", prompt_embeds=states).tensor
     assert torch.allclose(core.clamp(-1, 1), ours, atol=1e-6)
+
+
+@needs_real
+@pytest.mark.parametrize("space", EVERY)
+def test_comfyuis_own_conditioning_is_exact_on_finished_latents_alone(comfy: SimpleNamespace, space: str) -> None:
+    """ComfyUI's node takes what its sampler lets out as it is, which of a noisy latent is another scaling."""
+    core = importlib.import_module("comfy_extras.nodes_pid").PiDConditioning
+    row, model, z = SPACES[space], model_of(comfy, space), latent_of(space)[:1]
+    shape = {"latent_channels": row.channels, "latent_down": row.down, "latent_unpatchify": row.raw_patch}
+    net, sampling = network(debug_config(**shape), 0.1), model.get_model_object("model_sampling")
+    states, noisy = torch.randn(1, 10, net.config.text_dim), torch.randn(1, 3, 256, 384)
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(9))
+
+    def image(latent: torch.Tensor, sigma: float, t: float) -> torch.Tensor:
+        with torch.inference_mode():
+            return net(noisy, torch.tensor([t]), states, latent, sigma)
+
+    def left_at(sigma: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+        """The latent that PiD was trained on; what ComfyUI's node and ours make of the LATENT; its noise level."""
+        state = sampling.noise_scaling(torch.tensor([sigma]), noise.clone(), z)
+        samples = {"samples": as_comfy_has_it(sampling.inverse_noise_scaling(torch.tensor([sigma]), state), space)}
+        ours = comfyui_latents.to_latent(samples, row, model=model, sigma=sigma)
+        form = {"flux2": "flux"}.get(space, space)
+        (((_, theirs),),) = core.execute([[states, {}]], samples, form, sigma).result
+        wanted = Latent.from_euler(z + sigma * noise, sigma, space) if space == "sdxl" else None
+        wanted = wanted.tensor if wanted else (1 - sigma) * z + sigma * noise
+        return wanted, theirs["lq_latent"], ours.tensor, float(ours.sigmas[0])
+
+    for sigma in (0.0, 0.3, 0.6):
+        wanted, theirs, ours, level = left_at(sigma)
+        for t in (999.0, 342.0):
+            reference, own = image(wanted, level, t), image(ours, level, t)
+            assert float((own - reference).abs().max()) <= 1e-6
+            apart = float((image(theirs, sigma, t) - reference).abs().max() / reference.abs().max())
+            assert apart <= 1e-6 if sigma == 0 else apart > 1e-3
+        assert float((ours - wanted).abs().max()) <= 1e-6
+        apart = float((theirs - wanted).abs().max())
+        assert apart <= 1e-6 if sigma == 0 else apart > 0.1
