@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 IMAGE ?=
 COMFYUI ?=
+COMFYUI_PYTHON ?=
 OUT ?= out
 RUN := $(VENV)/bin/python
 ENVIRONMENT := pyproject.toml constraints/torch.txt constraints/dev.txt tools/make_env.py
@@ -49,7 +50,7 @@ attack: setup
 	OMP_NUM_THREADS=1 $(RUN) tests/attack/run.py
 
 comfyui: setup
-	$(RUN) tests/comfyui_app/run.py "$(COMFYUI)" --out "$(OUT)/comfyui"
+	$(RUN) tests/comfyui_app/run.py "$(COMFYUI)" --out "$(OUT)/comfyui" $(if $(COMFYUI_PYTHON),--python "$(COMFYUI_PYTHON)")
 
 lock: setup
 	$(RUN) tools/dependencies.py lock

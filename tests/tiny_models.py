@@ -152,3 +152,37 @@ def vit_decoder_file(path: Path, features: int, grid: int, patch: int, *, width:
     else:
         torch.save(tensors, path)
     return tensors
+
+
+def save_gemma(folder: Path, width: int = 32, cap: float | None = None) -> Path:
+    """A random Gemma-2 of the real class, 2 layers deep, with a character tokenizer built on the spot."""
+    from tokenizers import Tokenizer, decoders, models, processors
+    from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
+
+    vocab = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3}
+    for code in range(32, 127):
+        vocab[chr(code)] = len(vocab)
+    vocab["\n"] = len(vocab)
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    backend.decoder = decoders.Fuse()
+    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        padding_side="left",
+    ).save_pretrained(folder)
+    config = Gemma2Config(
+        vocab_size=len(vocab), hidden_size=width, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=4096,
+        max_position_embeddings=8192, attn_logit_softcapping=cap,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.4)  # strong enough for soft-capping to show
+    model.save_pretrained(folder)
+    return folder

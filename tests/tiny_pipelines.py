@@ -244,12 +244,12 @@ def arguments(name: str, **changes: Any) -> dict[str, Any]:
     return {**own, **CALL.get(name, CALL["flux"]), **changes}
 
 
-def decoder_for(space: str, *, text: bool = False) -> PixelDecoder:
+def decoder_for(space: str, *, text: bool = False, **changes: Any) -> PixelDecoder:
     """A PiD network with all of its parts and a hundred thousand weights, for one space."""
     row = get_space(space)
     config = debug_config(
         latent_channels=row.channels, latent_down=row.down, scale=row.scale, latent_unpatchify=row.raw_patch,
-        **({} if text else {"text_dim": 0}),
+        **({} if text else {"text_dim": 0}), **changes,
     )  # fmt: skip
     torch.manual_seed(1)
     net = PiDNet(config).requires_grad_(False).eval()

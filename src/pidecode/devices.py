@@ -109,6 +109,13 @@ def free_memory(device: torch.device) -> int | None:
     return _free_host_memory()
 
 
+def empty_cache(device: torch.device) -> None:
+    """Give memory that no tensor uses any more back to a device."""
+    module = getattr(torch, device.type, None)
+    if hasattr(module, "empty_cache"):
+        module.empty_cache()
+
+
 def resident_memory() -> int | None:
     """Bytes of main memory this process holds, or None where the system does not report it."""
     try:

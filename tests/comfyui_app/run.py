@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -36,7 +37,12 @@ SMALL = 128
 NOT_NEEDED = ("comfyui-workflow-templates", "comfyui-embedded-docs")
 """Requirements of the application that hold only pictures and texts, by the gigabyte."""
 SPACES = ("flux", "flux2", "sd3", "sdxl", "qwenimage")
-LOADERS = {"UNETLoader", "CLIPLoader", "DualCLIPLoader", "CheckpointLoaderSimple"}
+LOADERS = {
+    "UNETLoader": "diffusion_models", "CLIPLoader": "text_encoders", "DualCLIPLoader": "text_encoders",
+    "CheckpointLoaderSimple": "checkpoints",
+}  # fmt: skip
+"""Loaders of large files, and the folder of those."""
+WORKFLOWS = sorted((ROOT / "comfyui" / "example_workflows").glob("*.json"))
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -109,6 +115,13 @@ def lay_out(checkout: Path, base: Path) -> None:
     # Without this the first visit opens a window of templates over the workflow.
     settings = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False}
     (base / "user" / "default" / "comfy.settings.json").write_text(json.dumps(settings))
+    for flow in WORKFLOWS:  # empty files, so that the window finds the names in its lists
+        for node in json.loads(flow.read_text())["nodes"]:
+            folder = base / "models" / LOADERS.get(node["type"], "none")
+            for value in node.get("widgets_values", ()):
+                if node["type"] in LOADERS and str(value).endswith(".safetensors"):
+                    folder.mkdir(exist_ok=True)
+                    (folder / value).touch()
     with Image.open(checkout / "input" / "example.png") as image:
         image.convert("RGB").resize((SMALL, SMALL)).save(base / "input" / "example.png")
     for name, text_dim in [(space, 0) for space in SPACES] + [("flux_text", 64)]:
@@ -229,21 +242,98 @@ def check_workflow(app: Application, name: str, prompt: dict[str, Any]) -> list[
     return files
 
 
-def check_messages(app: Application, prompt: dict[str, Any]) -> None:
-    """What the upscale workflow says of a widget that cannot act, and how soon it ends when it is interrupted."""
-    node = next(node["inputs"] for node in prompt.values() if node["class_type"] == "PidecodeUpscale")
-    entry = app.run(json.loads(json.dumps(prompt).replace('"num_steps": 0', '"num_steps": 2')))
-    errors = [event[1]["exception_message"] for event in entry["status"]["messages"] if event[0] == "execution_error"]
-    if not errors or "set its widget to the default" not in errors[0]:
-        raise SystemExit(f"A number of steps for tiny was answered by {errors or entry['status']}.")
-    print(f"  says: {errors[0].strip()}")
-    node["num_refinements"] = 16  # enough work to be interrupted in
-    began = time.monotonic()
-    entry = app.run(prompt, interrupt_after=2)
-    seconds = time.monotonic() - began
-    if "execution_interrupted" not in [event[0] for event in entry["status"]["messages"]]:
-        raise SystemExit(f"An interrupt after 2 s was not heeded: {entry['status']}")
-    print(f"  interrupted after 2 s, ended after {seconds:.1f} s")
+def error_of(app: Application, prompt: dict[str, Any], **changes: dict[str, Any]) -> str:
+    """The message on the node that fails, after inputs of nodes (by class) were changed."""
+    prompt = json.loads(json.dumps(prompt))
+    for node in prompt.values():
+        node["inputs"] |= changes.get(node["class_type"], {})
+        node["inputs"] = {name: value for name, value in node["inputs"].items() if value is not None}
+    status = app.run(prompt)["status"]
+    errors = [event[1] for event in status["messages"] if event[0] == "execution_error"]
+    if not errors:
+        raise SystemExit(f"{changes} was not refused: {status}")
+    return f"{errors[0]['node_type']}: {errors[0]['exception_message'].strip()}"
+
+
+def expect_message(said: str, words: str) -> None:
+    print(f"  {said}")
+    if words not in said or any(python in said for python in ("=", "from_pretrained", "()", "Traceback")):
+        raise SystemExit(f"Expected a message in the words of a node with {words!r}.")
+
+
+def check_upscale(app: Application, prompt: dict[str, Any]) -> None:
+    """Messages of wrong inputs, how soon an interrupt acts, and `/free`."""
+    text = app.base / "notes.txt"
+    text.write_text("no decoder\n")
+    upscale, loader = "PidecodeUpscale", "PidecodeLoadDecoder"
+    expect_message(error_of(app, prompt, **{upscale: {"num_steps": 2}}), "set its widget to the default")
+    expect_message(error_of(app, prompt, **{loader: {"file": f'"{text}"'}}), "notes.txt")
+    expect_message(error_of(app, prompt, **{loader: {"file": "nowhere.safetensors"}}), "correct the loader's file")
+    expect_message(error_of(app, prompt, **{upscale: {"width": 5000}}), "more than 4 times the image")
+    next(node for node in prompt.values() if node["class_type"] == upscale)["inputs"]["num_refinements"] = 16
+    for wait in (0.3, 1.0, 2.0):
+        events = {
+            name: about["timestamp"] / 1000
+            for name, about in app.run(prompt, interrupt_after=wait)["status"]["messages"]
+        }
+        seconds = events.get("execution_interrupted", math.inf) - events["execution_start"]
+        if seconds > wait + 5:
+            raise SystemExit(f"An interrupt after {wait:g} s was not heeded within 5 s: {events}")
+        print(f"  interrupted after {wait:g} s, ended after {seconds:.1f} s")
+    app.run(prompt)
+    for path, cached in ((None, True), ("/free", False)):
+        if path is not None:
+            app.ask(path, {"unload_models": True, "free_memory": True})
+            time.sleep(2)
+        messages = dict(app.run(prompt)["status"]["messages"])
+        if bool(messages["execution_cached"]["nodes"]) != cached or "execution_success" not in messages:
+            raise SystemExit(f"After {path} the nodes were {'not ' * cached}kept, or failed: {messages}")
+    print("  /free: decoder and results were given back, and made again")
+
+
+def check_decode(app: Application, prompt: dict[str, Any]) -> None:
+    """Messages of latents that do not fit the decoder."""
+    decode, loader = "PidecodeDecode", "PidecodeLoadDecoder"
+    alone = {"model": None, "latent_sigma": 0.0}
+    for changes, words in (
+        ({loader: {"model": "sdxl.safetensors"}}, "load the decoder for flux"),
+        ({loader: {"model": "sdxl.safetensors"}, decode: alone}, "load the decoder for the model that made it"),
+        ({decode: {"model": None}}, "connect the MODEL that made it"),
+        ({loader: {"model": "flux_text.safetensors"}, decode: {"prompt": "a cat"}}, "text encoder"),
+    ):
+        expect_message(error_of(app, prompt, **changes), words)
+
+
+COUNT_PREVIEWS = """() => {
+    window.previews = 0;
+    app.api.addEventListener('b_preview', () => window.previews++);
+    window.ended = null;
+    app.api.addEventListener('execution_success', () => { window.ended = 'success'; });
+    app.api.addEventListener('execution_error', event => { window.ended = event.detail.exception_message; });
+}"""
+CHOOSE = """([type, name, value]) => {
+    const node = app.graph.nodes.find(node => node.type === type);
+    node.widgets.find(widget => widget.name === name).value = value;
+}"""
+
+
+def watch_run(page: Any, path: Path, folder: Path) -> None:
+    """Run the workflow from the window with a decoder of four steps: previews on the node, then the result."""
+    page.evaluate("async flow => { await app.loadGraphData(flow); }", json.loads(path.read_text()))
+    page.evaluate(CHOOSE, ["PidecodeLoadDecoder", "model", "flux2.safetensors"])
+    page.wait_for_timeout(1000)
+    page.evaluate(SHOW_ALL)
+    page.evaluate(COUNT_PREVIEWS)
+    page.evaluate("async () => { await app.queuePrompt(0); }")
+    page.wait_for_function("() => window.previews > 1 || window.ended", timeout=120_000)
+    page.screenshot(path=str(folder / f"{path.stem}_preview.png"))
+    page.wait_for_function("() => window.ended", timeout=120_000)
+    page.wait_for_timeout(1500)
+    page.screenshot(path=str(folder / f"{path.stem}_done.png"))
+    ended, previews = page.evaluate("() => [window.ended, window.previews]")
+    print(f"  from the window: {ended}, {previews} previews")
+    if ended != "success" or previews < 2:
+        raise SystemExit(f"Run from the window: {ended} with {previews} previews.")
 
 
 def main() -> None:
@@ -252,7 +342,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "comfyui", help="folder for all that is made")
     parser.add_argument("--python", type=Path, help="an interpreter that has ComfyUI's requirements already")
     parser.add_argument("workflows", nargs="*", help="names of workflows; by default all")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     checkout, base = arguments.checkout.resolve(), (arguments.out / "base").resolve()
     if not (checkout / "main.py").is_file():
         sys.exit(f"{checkout} is no checkout of ComfyUI: it has no main.py. Give one as COMFYUI=/path/to/ComfyUI.")
@@ -262,8 +352,7 @@ def main() -> None:
 
     python = arguments.python or make_environment(checkout, ROOT / ".venv-comfyui")
     lay_out(checkout, base)
-    paths = sorted((ROOT / "comfyui" / "example_workflows").glob("*.json"))
-    paths = [path for path in paths if path.stem in arguments.workflows or not arguments.workflows]
+    paths = [path for path in WORKFLOWS if path.stem in arguments.workflows or not arguments.workflows]
     with running(checkout, python.absolute(), base) as app, sync_playwright() as driver:
         print(f"ComfyUI {app.ask('/system_stats')['system']['comfyui_version']}")
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -277,7 +366,10 @@ def main() -> None:
             for image in check_workflow(app, path.stem, prompt):
                 shutil.copy(image, arguments.out / f"{path.stem}_result.png")
             if path.stem == "upscale_image":
-                check_messages(app, prompt)
+                check_upscale(app, prompt)
+                watch_run(page, path, arguments.out)
+            if path.stem == "flux_early_stop":
+                check_decode(app, prompt)
         browser.close()
     print(f"All {len(paths)} workflows ran; screenshots and results are in {arguments.out}.")
 

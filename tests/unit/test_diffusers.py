@@ -339,6 +339,8 @@ def test_modular_pipelines_and_later_families_are_refused_before_any_work(name: 
         ("NotYetWrittenPipeline", "sd3", "sd3"),
         ("Ideogram4Pipeline", "flux2", None),  # a token's channels are in another order
         ("Flux3Pipeline", "flux2", None),
+        ("BriaFibo2Pipeline", "flux2", None),  # its latents are normalized and not patchified
+        ("LongCatImagePipeline", "flux", "flux"),
         ("QwenImageLayeredPipeline", "qwenimage", None),
         ("NotYetWrittenPipeline", "other scale", None),
         ("NotYetWrittenPipeline", "other statistics", None),

@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.torch import save_file
 
+import tiny_models
 import tiny_pipelines as tiny
+from comfyui_kit import network
 from pidecode.cli.app import cli
 from pidecode.errors import SettingError, SizeError
 from pidecode.images import read_metadata
 from pidecode.integrations.text_to_image import GenerationJob
 from pidecode.latents.latent import Latent, NormalizationWarning
+from pidecode.registry.configs import debug_config
 from pidecode.registry.spaces import diffusion_size
 
 pytestmark = [
@@ -129,3 +133,65 @@ def test_sizes_and_prompts_that_cannot_be() -> None:
         GenerationJob(model="flux", prompts=(), out=Path("x"))
     with pytest.raises(SettingError, match="each once"):
         GenerationJob(model="flux", prompts=("a",), out=Path("x"), seeds=(1, 1))
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Gemma, and small random networks of PixelDiT and of a teacher where the official files lie."""
+    folder = tmp_path_factory.mktemp("official")
+    tiny_models.save_gemma(folder / "gemma")
+    networks = {
+        "PixelDiT_finetune_2kto4k": ("core.", {"latent_channels": 0}),
+        "PiD_v1pt5_res2kto4k_sr4x_official_flux_undistilled": ("net_ema.", {"latent_channels": 16}),
+    }
+    for name, (prefix, changes) in networks.items():
+        config = debug_config(text_dim=32, text_length=300, **changes)
+        net = network(config, 0.05)
+        (folder / "checkpoints" / name).mkdir(parents=True)
+        tensors = {f"{prefix}{key}": value.bfloat16() for key, value in net.state_dict().items()}
+        torch.save(tensors, folder / "checkpoints" / name / "model_ema_bf16.pth")
+    return folder
+
+
+def test_pixeldit_makes_images_of_prompts_alone(official: Path, tmp_path: Path) -> None:
+    def make(*more: str) -> Result:
+        common = ["generate", "a cat", "--space", "pixeldit", "-m", str(official), "--size", "64x32", "--device", "cpu"]
+        own = ["--text-encoder", str(official / "gemma"), "-o", str(tmp_path / "out"), "--num-inference-steps", "2"]
+        return CliRunner().invoke(cli, [*common, *own, *more])
+
+    made = make("--seed", "1", "--seed", "2", "--guidance-scale", "3")
+    assert made.exit_code == 0, made.output
+    file = tmp_path / "out" / "0001-a-cat-s2.png"
+    metadata = read_metadata(file)
+    assert metadata is not None
+    assert (metadata["kind"], metadata["seed"], metadata["num_steps"]) == ("backbone", 2, 2)
+    assert (metadata["guidance_scale"], metadata["prompt"], metadata["license"]) == (3.0, "a cat", "NSCLv1")
+    assert Image.open(file).size == (64, 32)
+    before = file.read_bytes()
+    file.unlink()
+    again = make("--seed", "1", "--seed", "2", "--guidance-scale", "3")
+    assert again.exit_code == 0, again.output
+    assert file.read_bytes() == before
+    for more, said in (
+        (["--color-fix", "fine"], "color_fix cannot act on PixelDiT"),
+        (["--stop-after", "1"], "has no pipeline, latents or VAE"),
+        (["--num-steps", "3"], "by --num-inference-steps"),
+        (["--seed", "3", "--size", "60x32", "-o", str(tmp_path / "other")], "nearest size that does is 64x32"),
+    ):
+        refused = make(*more)
+        assert refused.exit_code == 2, refused.output
+        assert said in refused.output
+
+
+def test_a_teacher_in_the_official_layout_decodes_with_guidance(official: Path, tmp_path: Path) -> None:
+    latent = tmp_path / "latent.safetensors"
+    Latent(torch.randn(1, 16, 2, 2), "flux", prompt="a cat").save(latent)
+    file = official / "checkpoints" / "PiD_v1pt5_res2kto4k_sr4x_official_flux_undistilled" / "model_ema_bf16.pth"
+    options = ["--num-steps", "2", "--guidance-scale", "2", "--text-encoder", str(official / "gemma")]
+    made = CliRunner().invoke(
+        cli, ["decode", str(latent), "-m", str(file), *options, "-o", str(tmp_path / "x.png"), "--device", "cpu"]
+    )
+    assert made.exit_code == 0, made.output
+    metadata = read_metadata(tmp_path / "x.png")
+    assert metadata is not None
+    assert (metadata["kind"], metadata["guidance_scale"], metadata["num_steps"]) == ("teacher", 2.0, 2)

@@ -39,6 +39,7 @@ from pidecode.units import parse_size
 if TYPE_CHECKING:
     from pidecode.decoder import PixelDecoder
     from pidecode.integrations.diffusers import PipelineProgress
+    from pidecode.integrations.text_to_image import PixelDiT
 
 _OWN = ("seed", "size", "prompt")
 """Decode options that the command takes in another way: seeds and prompts of a whole run, and its image size."""
@@ -47,8 +48,8 @@ _OWN = ("seed", "size", "prompt")
 @click.command(cls=GroupedCommand)
 @click.argument("prompts", nargs=-1)
 @prompts_option
-@click.option("--space", "model", type=click.Choice(list(IMAGE_MODELS)), metavar="NAME", required=True,
-              help=f"Image model: {', '.join(IMAGE_MODELS)}.")  # fmt: skip
+@click.option("--space", "model", type=click.Choice([*IMAGE_MODELS, "pixeldit"]), metavar="NAME", required=True,
+              help=f"Image model: {', '.join(IMAGE_MODELS)}; or pixeldit, which makes pixels.")  # fmt: skip
 @click.option("--size", default="2048x2048", show_default=True, help="Of the finished images, WIDTHxHEIGHT.")
 @click.option("--seed", "seeds", type=click.IntRange(min=0), multiple=True, help="Several make several images.")
 @click.option("--num-inference-steps", type=click.IntRange(min=1), metavar="N",
@@ -72,7 +73,7 @@ def generate(prompts: tuple[str, ...], prompt_file: Path | None, as_json: bool, 
     """Generate images from PROMPTS at four times the size of the image model.
 
     The image model first makes the latents of all prompts and is then unloaded; after that PiD decodes them. The same
-    command resumes an interrupted run.
+    command resumes an interrupted run. PixelDiT (--space pixeldit, its weights by --model) needs no decoder.
     """
     with WorkBar() as bar:
         rows = _generate(prompts, prompt_file, given, bar)
@@ -84,7 +85,7 @@ def _generate(
     prompts: tuple[str, ...], prompt_file: Path | None, given: dict[str, Any], bar: WorkBar
 ) -> list[dict[str, Any]]:
     """Run the pipeline and the decoder; returns what was written."""
-    from pidecode.integrations.text_to_image import GenerationJob
+    from pidecode.integrations.text_to_image import GenerationJob, generate_pixels
     from pidecode.integrations.text_to_image import generate as run
 
     stop_after = given["stop_after"]
@@ -100,6 +101,7 @@ def _generate(
         arguments=_arguments(given["arguments"]),
     )  # fmt: skip
     set_threads(given["threads"])
+    options = take_decode_options(given, exclude=_OWN)
     device, dtype = pipeline_device(given["device"], given["dtype"])
     stage = ""
 
@@ -110,11 +112,26 @@ def _generate(
             bar.expect([1.0])
         bar.show(f"{stage}, step {at.step} of {at.num_steps}", at.step / max(1, at.num_steps))
 
-    written = run(
-        job, lambda: _load_decoder(given), device=device, dtype=dtype,
-        options=take_decode_options(given, exclude=_OWN), progress_callback=report,
-    )  # fmt: skip
+    if job.model == "pixeldit":
+        if options.num_steps is not None or given["variant"] is not None:
+            raise SettingError(
+                "PixelDiT takes its steps by --num-inference-steps, and has one variant; leave those out."
+            )
+        written = generate_pixels(job, lambda: _load_pixeldit(given), options=options, progress_callback=report)
+    else:
+        written = run(
+            job, lambda: _load_decoder(given), device=device, dtype=dtype, options=options, progress_callback=report
+        )
     return [{name: value and str(value) for name, value in asdict(one).items()} for one in written]
+
+
+def _load_pixeldit(args: dict[str, Any]) -> PixelDiT:
+    from pidecode.integrations.text_to_image import PIXELDIT, PixelDiT
+
+    return PixelDiT.from_pretrained(
+        args["decoder"] or PIXELDIT, device=args["device"], dtype=torch_dtype(args["dtype"]),
+        text_encoder=args["text_encoder"],
+    )  # fmt: skip
 
 
 def _load_decoder(args: dict[str, Any]) -> PixelDecoder:

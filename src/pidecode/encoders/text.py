@@ -171,6 +171,23 @@ class TextEncoder:
             raise SettingError("No prompt came; give at least one (an empty text is one).")
         return torch.stack([self._states_of(prompt) for prompt in prompts])
 
+    def encode_and_unload(self, prompts: str | Sequence[str], device: torch.device | None = None) -> Tensor:
+        """States as of `encode`, on the CPU, by a model that is in memory only while it runs.
+
+        Args:
+            prompts: One or several.
+            device: Where it runs; by default its own.
+        """
+        own = self.device
+        if device is not None and device != own:
+            self.unload()
+            self.device = device
+        try:
+            return self.encode(prompts).cpu()
+        finally:
+            self.unload()
+            self.device = own
+
     def _states_of(self, prompt: str) -> Tensor:
         if self.states is None:
             return self._compute(prompt)

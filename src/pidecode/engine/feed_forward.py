@@ -281,6 +281,10 @@ class FeedForwardRunner:
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.net, self.plan = net, plan
 
+    def place(self, device: torch.device) -> None:
+        """Move the network to a device."""
+        self.net.to(device)
+
     @property
     def strip(self) -> int | None:
         """Cells computed at once, or None for whole images."""

@@ -117,11 +117,22 @@ class Runner:
             self._quantize(self.plan, device)
         if self.offloads("blocks"):
             self.offloader = BlockOffloader(self.net.patch_blocks, device)
+        self.place(device)
+
+    def place(self, device: torch.device) -> None:
+        """Move the network, and what was computed of it, to a device; offloaded blocks stay on the host."""
         for name, child in self.net.named_children():
             if self.offloader is None or name != "patch_blocks":
                 child.to(device)
         if self.net.config.has_text:
             self.net.y_pos_embedding.data = self.net.y_pos_embedding.data.to(device)
+        self._timesteps = None if self._timesteps is None else self._timesteps.to(device)
+        self._drop_copies()
+
+    def _drop_copies(self) -> None:
+        self._halves.clear()
+        if self.graph_cache is not None:
+            self.graph_cache.clear()
 
     def require(self, device: torch.device) -> None:
         """Check that what was asked for can run on the device.
@@ -219,8 +230,12 @@ class Runner:
         for blocks in (self.net.patch_blocks, self.net.pixel_blocks):
             quantize(blocks, plan.quantization, kernel)
 
-    def prepare(self, grid: Grid, text: Tensor | None, latent: Tensor, sigma: Tensor) -> Condition:
-        """What all steps of one image share."""
+    def prepare(
+        self, grid: Grid, text: Tensor | None, latent: Tensor | None = None, sigma: Tensor | None = None
+    ) -> Condition:
+        """What all steps of one image share; text-to-image networks take no latent."""
+        if latent is None or sigma is None:
+            return self.net.prepare(grid, text)
         keep = self._keeps_tokens(len(latent) * grid[0] * grid[1])
         patch = self.net.config.patch_size
         self._image_chunks = self._choose_chunks((grid[1] * patch, grid[0] * patch), len(latent))
@@ -290,9 +305,7 @@ class Runner:
                 "Load the decoder again, and change it before the first image and without a memory plan."
             )
         self._timesteps = None
-        self._halves.clear()
-        if self.graph_cache is not None:
-            self.graph_cache.clear()
+        self._drop_copies()
 
     def _strip(self) -> None:
         if self.distilled and not is_stripped(self.net):

@@ -65,6 +65,12 @@ class TimestepCache:
     times: tuple[float, ...]  # flow times multiplied by 1000, as float32 holds them
     modulation: StepModulation  # all times at once: the batch axis runs over `times`
 
+    def to(self, device: torch.device | str) -> TimestepCache:
+        """The same on another device."""
+        cached = self.modulation
+        image, text = (tuple(vectors.to(device) for vectors in stream) for stream in (cached.image, cached.text))
+        return TimestepCache(self.times, StepModulation(cached.embedding.to(device), image, text))
+
     def find(self, t_B: Tensor) -> StepModulation | None:
         """Modulation at flow times `[B]` times 1000, or None if one of them was not precomputed.
 

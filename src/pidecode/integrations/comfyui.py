@@ -83,6 +83,8 @@ _NODE_WORDS = (
      "For a latent that holds noise already, connect latent_sigma instead."),
     ("pass its name as space=", "choose it as space on the loader"),
     ("pass reference=", "connect a VAE"),
+    (("or use ready-made states: `pidecode captions export` writes them where it is, --prompt-embeds (prompt_embeds=) "
+      "reads them."), "or connect a CONDITIONING from a CLIP of type pixeldit."),
 )  # fmt: skip
 """Ends of messages that speak of Python's arguments, and the same in the words of a node."""
 
@@ -150,13 +152,9 @@ def _with_states(decoder: PixelDecoder, options: DecodeOptions) -> DecodeOptions
     """Options whose prompt is encoded already, by a text encoder that has left the device again."""
     if decoder.text is None or options.prompt_embeds is not None:
         return options
-    text, device = decoder.text, comfy.model_management.get_torch_device()
+    device = comfy.model_management.get_torch_device()
     comfy.model_management.free_memory(TEXT_ENCODER, device)
-    text.device = device
-    try:
-        return options.replace(prompt_embeds=text.encode(options.prompt or "").cpu())
-    finally:
-        text.unload()
+    return options.replace(prompt_embeds=decoder.text.encode_and_unload(options.prompt or "", device))
 
 
 @contextmanager

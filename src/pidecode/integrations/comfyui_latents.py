@@ -69,7 +69,13 @@ def to_latent(samples: Mapping[str, Any], space: LatentSpace, *, model: Any = No
         LatentError: The tensor has a wrong shape or type.
     """
     tensor = _drop_frame_axis(samples["samples"]).float()
+    channels = space.channels if space.name == "flux2" else space.raw_channels
     if model is None:
+        if tensor.ndim == 4 and tensor.shape[1] != channels:
+            raise SettingError(
+                f"The LATENT has {tensor.shape[1]} channels, and those of the decoder's space {space.name} have "
+                f"{channels}; load the decoder for the model that made it."
+            )
         if sigma:
             raise SettingError(
                 f"latent_sigma is {sigma:g}: to decode a latent that holds noise, connect the MODEL that made it."

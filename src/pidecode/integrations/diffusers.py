@@ -20,6 +20,9 @@ import torch
 from torch import Tensor
 
 from pidecode.decoder import PixelDecoder
+from pidecode.devices import empty_cache
+from pidecode.encoders.text import default_negative_prompt
+from pidecode.engine.plan import Plan
 from pidecode.errors import LatentError, SettingError
 from pidecode.images import DecodeOutput, SourceImage
 from pidecode.integrations.pipeline_latents import (
@@ -253,6 +256,7 @@ class _Attachment:
     progress_callback: PipelineCallback | None
     offload: bool
     options: DecodeOptions
+    home: torch.device  # of the decoder when it was attached
 
 
 _CALL_KEYWORDS = ("stop_after", "capture_steps", "progress_callback", "decode_options")
@@ -329,6 +333,8 @@ class AttachedPipeline:
         if output_type != "latent":
             require_prompt(own.decoder, call, options)
         progress_callback = replaced.get("progress_callback", own.progress_callback)
+        if (device := _shared_device(own)) is not None:
+            _leave(own.decoder, device)
         run = capture_latents(
             own.pipe, call, stop_after=replaced.get("stop_after", own.stop_after),
             capture_steps=replaced.get("capture_steps", own.capture_steps), prompt=options.prompt,
@@ -350,16 +356,20 @@ class AttachedPipeline:
         if fixes and isinstance(getattr(pipe, "vae", None), torch.nn.Module) and not run.latent.sigmas.any():
             own = vae_decode(pipe, run.latent).split(1)  # the pipeline's VAE is at hand, so no other need be
             options = options.replace(reference=[SourceImage(tensor=image) for image in own])
+        decoder, shared = self._attachment.decoder, _shared_device(self._attachment)
         device = _offload_pipeline(pipe) if self._attachment.offload else None
         about = {
             "pipeline": type(pipe).__name__, "pipeline_num_steps": run.num_steps,
             "pipeline_num_steps_planned": run.num_steps_planned,
         }  # fmt: skip
         try:
-            return decode_images(
-                self._attachment.decoder, run.latent, output_type, options, about, progress_callback=progress_callback
-            )
+            if shared is not None:
+                options = _with_states(decoder, run.latent, options, shared)
+                decoder.runner.place(shared)
+            return decode_images(decoder, run.latent, output_type, options, about, progress_callback=progress_callback)
         finally:
+            if shared is not None:
+                _leave(decoder, shared)
             if device is not None:
                 pipe.to(device)
 
@@ -512,9 +522,36 @@ def _offload_pipeline(pipe: Any) -> Any:
     if device.type == "cpu":
         return None
     pipe.to("cpu")
-    if device.type != "meta" and hasattr(torch, device.type):
-        getattr(torch, device.type).empty_cache()
+    empty_cache(device)
     return device
+
+
+def _shared_device(own: _Attachment) -> torch.device | None:
+    """The accelerator on which pipeline and decoder take turns; None where they do not."""
+    device = own.home if own.home.type != "cpu" else torch.device(getattr(own.pipe, "_execution_device", "cpu"))
+    return device if own.offload and device.type not in ("cpu", "meta") else None
+
+
+def _leave(decoder: PixelDecoder, device: torch.device) -> None:
+    """Move a decoder from a device to main memory."""
+    decoder.runner.place(torch.device("cpu"))
+    empty_cache(device)
+
+
+def _with_states(decoder: PixelDecoder, latent: Latent, options: DecodeOptions, device: torch.device) -> DecodeOptions:
+    """Options whose prompts are encoded already, by a text encoder that has left the device again."""
+    if decoder.text is None:
+        return options
+    plan = decoder.runner.plan
+    on_host = isinstance(plan, Plan) and plan.text_on_host
+    prompts = [] if options.prompt_embeds is not None else [prompt or "" for prompt in latent.prompts]
+    negative = default_negative_prompt() if options.negative_prompt is None else options.negative_prompt
+    guided = decoder.kind == "teacher" and options.guidance_scale != 1.0
+    if not prompts and not guided:
+        return options
+    # The negative prompt's states are then found in the cache.
+    states = decoder.text.encode_and_unload([*prompts, *([negative] * guided)], None if on_host else device)
+    return options.replace(prompt_embeds=states[: len(prompts)]) if prompts else options
 
 
 def attach(
@@ -539,8 +576,9 @@ def attach(
             what PiD's authors recommend (https://arxiv.org/abs/2605.23902), in proportion to the run's length.
         capture_steps: Steps whose latents are returned too, as `out.captured`.
         progress_callback: Called after each step of diffusion and decoding; raise `errors.Cancelled` in it to stop.
-        offload: Keep the pipeline in main memory while the decoder runs. Pipelines with
-            `enable_model_cpu_offload()` do so anyway.
+        offload: Pipeline, text encoder and decoder take turns on the device: each is in main memory while another
+            runs, the decoder also between calls. A decoder on the CPU goes to the pipeline's device for its turn.
+            Pipelines with `enable_model_cpu_offload()` leave by themselves; the decoder does so with this alone.
         options: How to decode.
 
     Returns:
@@ -560,5 +598,7 @@ def attach(
     options = options or DecodeOptions()
     check_options(options, decoder)
     return AttachedPipeline(
-        _Attachment(pipe, decoder, stop_after, tuple(capture_steps), progress_callback, offload, options)
+        _Attachment(
+            pipe, decoder, stop_after, tuple(capture_steps), progress_callback, offload, options, decoder.device
+        )
     )

@@ -26,11 +26,11 @@ SchedulerParametrization = Literal["flow", "euler", "variance_preserving"]
 """What a scheduler's latent is at sigma s: `(1 - s) x + s e`, `x + s e`, or `sqrt(1 - s^2) x + s e`."""
 
 # First part of a pipeline class's name -> the space of its latents. None where its latents are no images of a space,
-# although its VAE may be: layers, prompts, channels of a token in another order, tokens with channels last. First match
-# counts; what is not listed is known by its VAE.
+# although its VAE may be: layers, prompts, channels of a token in another order, tokens with channels last, normalized
+# latents in the raw one's shape (FIBO 2). First match counts; what is not listed is known by its VAE.
 _SPACE_BY_CLASS: tuple[tuple[str, str | None], ...] = (
     ("QwenImageLayered", None), ("FluxPriorRedux", None), ("Ideogram4", None), ("Kandinsky", None),
-    ("VisualCloze", None), ("Flux3", None), ("QwenImage21", None),
+    ("VisualCloze", None), ("BriaFibo2", None), ("Flux3", None), ("QwenImage21", None),
     ("Flux2", "flux2"), ("Flux", "flux"), ("Chroma", "flux"), ("StableDiffusion3", "sd3"),
     ("StableDiffusionXL", "sdxl"), ("QwenImage", "qwenimage"), ("ZImage", "flux"),
 )  # fmt: skip

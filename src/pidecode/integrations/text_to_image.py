@@ -10,9 +10,11 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +24,34 @@ from torch import Tensor
 
 from pidecode.color_fix import color_drift
 from pidecode.decoder import PixelDecoder
-from pidecode.errors import DownloadError, FileError, MissingDependencyError, SettingError
+from pidecode.devices import default_dtype, empty_cache, select_device
+from pidecode.encoders.text import PromptEmbedsCache, TextEncoder, TextOptions, default_negative_prompt, prompt_states
+from pidecode.engine.runner import Runner
+from pidecode.errors import DownloadError, FileError, LatentError, MissingDependencyError, SettingError
 from pidecode.files import atomic_write
-from pidecode.images import load_image, read_metadata, save_image, to_tensor
+from pidecode.images import DecodeOutput, is_finite, load_image, read_metadata, save_image, to_tensor
 from pidecode.integrations.diffusers import PipelineCallback, PipelineProgress, capture_latents
 from pidecode.integrations.pipeline_latents import StopAfter, recommended_stop_step, vae_decode
 from pidecode.latents.latent import Latent
+from pidecode.models.pid.network import PiDNet
 from pidecode.options import DecodeOptions
+from pidecode.registry.checkpoints import get_checkpoint
+from pidecode.registry.configs import PiDConfig
 from pidecode.registry.spaces import diffusion_size, get_image_model
+from pidecode.sampling import Callback, NoiseStream, Predict, Step, guided, sample_teacher
 from pidecode.strict_json import read_json
+from pidecode.weights.detect import Overrides, detect
+from pidecode.weights.load import build_network
+from pidecode.weights.read import read_weights
+from pidecode.weights.resolve import resolve_checkpoint
 
 JOB_FILE = "job.json"
 SHEET_FILE = "contact-sheet.jpg"
 LATENT_FOLDER = "latents"
 VAE_FOLDER = "vae"
+
+PIXELDIT = "pixeldit"
+"""Name of the text-to-image network that PiD is built on."""
 
 _THUMBNAIL_SIDE = 384
 _MEMORY_FACTOR = 1.25  # A pipeline needs about this many times the memory of its weights on a device
@@ -78,6 +94,20 @@ class GenerationJob:
             raise SettingError("There is no prompt; give one, or a file with one per line.")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise SettingError(f"The seeds are {list(self.seeds)}; give at least one, and each once.")
+        if self.model == PIXELDIT:
+            acting = (
+                self.source,
+                self.stop_after,
+                self.compare or None,
+                self.keep_latents or None,
+                self.arguments or None,
+            )
+            if any(value is not None for value in acting):
+                raise SettingError(
+                    "PixelDiT makes pixels and has no pipeline, latents or VAE: leave out the pipeline and its "
+                    "arguments, stop_after, compare and the keeping of latents."
+                )
+            return
         get_image_model(self.model)
         diffusion_size(self.model, *self.size)
 
@@ -176,6 +206,45 @@ def generate(
     if job.contact_sheet and len(finished) > 1:
         _save_contact_sheet([entry.image for entry in finished], job.out / SHEET_FILE)
     return finished
+
+
+def generate_pixels(
+    job: GenerationJob,
+    load_network: Callable[[], PixelDiT],
+    *,
+    options: DecodeOptions,
+    progress_callback: PipelineCallback | None = None,
+) -> list[GeneratedImage]:
+    """Generate every image of a job by PixelDiT; those that an earlier run of it finished are not made again.
+
+    Args:
+        job: What to generate; its model is `PIXELDIT`.
+        load_network: Loads the network, where an image is to be made.
+        options: guidance_scale, shift, negative_prompt and prompt_embeds.
+        progress_callback: Called after each step.
+
+    Raises:
+        SettingError: The folder holds another job, or an option cannot act.
+        SizeError: The sides are no multiples of the patch size.
+        Cancelled: The progress callback asked to stop.
+    """
+    PixelDiT.check(options)
+    _open_folder(job)
+    todo = [item for item in job.items if not job.image_path(item).is_file()]
+    network = load_network() if todo else None
+    for done, item in enumerate(todo):
+
+        def report(step: Step, done: int = done) -> None:
+            if progress_callback is not None:
+                index, total = done * step.total + step.index, len(todo) * step.total
+                progress_callback(PipelineProgress("diffusion", index, total))
+
+        assert network is not None
+        own = options.replace(seed=item.seed, num_steps=job.num_steps)
+        network(item.prompt, size=job.size, options=own, callback=report).save(job.image_path(item), overwrite=True)
+    if job.contact_sheet and len(job.items) > 1:
+        _save_contact_sheet([job.image_path(item) for item in job.items], job.out / SHEET_FILE)
+    return [_describe(job, item) for item in job.items]
 
 
 def _open_folder(job: GenerationJob) -> None:
@@ -295,8 +364,7 @@ def _generate_latents(
         latent.save(job.latent_path(item), overwrite=True)
     del pipe
     gc.collect()
-    if device.type != "cpu":
-        getattr(torch, device.type).empty_cache()
+    empty_cache(device)
 
 
 def _generate_latent(
@@ -320,9 +388,8 @@ def _encode_prompts(decoder: PixelDecoder, items: Sequence[GenerationItem]) -> d
     """Text states of every prompt, so that the text encoder's memory is free before images are decoded."""
     if not decoder.reads_text or decoder.text is None:
         return {}
-    states = {prompt: decoder.text.encode(prompt).cpu() for prompt in {item.prompt for item in items}}
-    decoder.text.unload()
-    return states
+    prompts = list(dict.fromkeys(item.prompt for item in items))
+    return dict(zip(prompts, decoder.text.encode_and_unload(prompts).split(1), strict=True))
 
 
 def _decode_item(job: GenerationJob, item: GenerationItem, decoder: PixelDecoder, options: DecodeOptions) -> None:
@@ -371,6 +438,127 @@ def _save_contact_sheet(images: Sequence[Path], path: Path) -> None:
         top = index // columns * _THUMBNAIL_SIDE + (_THUMBNAIL_SIDE - thumbnail.height) // 2
         sheet.paste(thumbnail, (left, top))
     save_image(path, sheet, overwrite=True)
+
+
+class PixelDiT:
+    """The text-to-image network that PiD is built on (https://arxiv.org/abs/2511.20645): prompts to images, no latent.
+
+    Args:
+        net: The network.
+        name: What to call it in the images' metadata.
+        text: The text encoder.
+        license: Of the weights.
+
+    Raises:
+        SettingError: The network decodes latents.
+    """
+
+    def __init__(self, net: PiDNet, *, name: str, text: TextEncoder | None = None, license: str | None = None) -> None:
+        if net.config.has_adapter:
+            raise SettingError(f"{name} decodes latents; use it as a decoder, and the network pixeldit here.")
+        self.net, self.name, self.text, self.license = net, name, text, license
+        self.runner = Runner(net)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | PathLike[str] = PIXELDIT,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        text_encoder: str | PathLike[str] | None = None,
+    ) -> PixelDiT:
+        """Load the network from this machine; `pidecode pull pixeldit` fetches the official one.
+
+        Args:
+            name_or_path: "pixeldit", a file, or a folder with the official ones.
+            device: By default the best there is.
+            dtype: By default what suits the device.
+            text_encoder: Gemma-2, where it does not lie where `pidecode pull` puts it.
+
+        Raises:
+            CheckpointError: The file is not what it should be.
+            DownloadError: It is not on this machine.
+            SettingError: The file is a decoder's.
+        """
+        name = get_checkpoint(PIXELDIT).name if name_or_path == PIXELDIT else str(name_or_path)
+        found = resolve_checkpoint(name, space=None if name_or_path == PIXELDIT else PIXELDIT)
+        file, place = read_weights(found.path), select_device(device)
+        metadata = detect(file, Overrides(kind="backbone"))
+        assert isinstance(metadata.config, PiDConfig)
+        net = build_network(
+            file.tensors, metadata.config, dtype=dtype or default_dtype(place), device=place, source=str(found.path)
+        )
+        assert isinstance(net, PiDNet)
+        options = TextOptions() if text_encoder is None else TextOptions(model=os.fspath(text_encoder))
+        text = TextEncoder(options, device=place, states=PromptEmbedsCache())
+        return cls(net, name=found.name, text=text, license=metadata.license)
+
+    @staticmethod
+    def check(options: DecodeOptions) -> None:
+        """Raise SettingError for an option that cannot act here."""
+        acting = {"seed", "num_steps", "guidance_scale", "shift", "negative_prompt", "prompt_embeds"}
+        given = {name for name in options.__dataclass_fields__ if getattr(options, name) is not None}
+        if given - acting:
+            raise SettingError(f"{', '.join(sorted(given - acting))} cannot act on PixelDiT; leave it out.")
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        size: tuple[int, int] = (2048, 2048),
+        options: DecodeOptions | None = None,
+        callback: Callback | None = None,
+    ) -> DecodeOutput:
+        """Make an image of a prompt by the teacher's solver with classifier-free guidance.
+
+        Args:
+            prompt: What the image shows.
+            size: Width and height in pixels, multiples of 16.
+            options: seed, num_steps (default 50), guidance_scale (2.75), shift (by size), negative_prompt and
+                prompt_embeds.
+            callback: Called after each step; raise `errors.Cancelled` in it to stop.
+
+        Raises:
+            SizeError: The sides are no multiples of the patch size.
+            SettingError: An option cannot act, or there is no text encoder.
+            LatentError: The network answered with NaN or infinite values.
+        """
+        options, row, config = options or DecodeOptions(), get_checkpoint(PIXELDIT), self.net.config
+        self.check(options)
+        (width, height), embeds = size, options.prompt_embeds
+        grid, seed = self.net.grid_of(height, width), options.seeds(1)[0]
+        scale = row.guidance_scale if options.guidance_scale is None else options.guidance_scale
+        steps = options.num_steps or row.num_steps
+        assert row.shift is not None
+        shift = row.shift.at(height, width) if options.shift is None else options.shift
+
+        def prompted(text: str, given: Any, *, exact: bool = False) -> Predict:
+            states = prompt_states(
+                self.text, [text], given, exact=exact, need=f"{self.name} reads text, and has no text encoder here",
+                length=config.text_length, width=config.text_dim,
+            )  # fmt: skip
+            return self.runner.predict(self.runner.prepare(grid, states.to(self.net.device)))
+
+        predict = prompted(prompt, embeds)
+        if scale != 1.0:
+            negative = default_negative_prompt() if options.negative_prompt is None else options.negative_prompt
+            file = None if isinstance(embeds, Tensor) else embeds
+            predict = guided(predict, prompted(negative, file, exact=True), scale)
+        if self.text is not None:
+            self.text.unload()  # both prompts are encoded
+        noise = NoiseStream([seed], (3, height, width), self.net.device, 1)()
+        pixels = sample_teacher(
+            predict, noise, num_steps=steps, shift=shift, prediction=config.prediction, callback=callback
+        ).clamp_(-1, 1)
+        if not is_finite(pixels):
+            raise LatentError("The network answered with NaN or infinite values. Run it in float32.")
+        metadata = {
+            "model": self.name, "kind": "backbone", "license": self.license, "prompt": prompt, "seed": seed,
+            "num_steps": steps, "guidance_scale": scale, "shift": shift, "sampler": "dpm-solver++",
+        }  # fmt: skip
+        return DecodeOutput(pixels.unbind(), [metadata])
 
 
 class PipelineTextToLatent:

@@ -217,13 +217,16 @@ def recommended_stop(classes: Iterable[str], num_steps: int) -> int:
 ALIASES: Mapping[str, str] = MappingProxyType(
     {model.name: model.space for model in _MODELS if model.name != model.space}
     # Models that `generate` does not call and that use the autoencoder of a space as it is. By ComfyUI's latent formats
-    # (v0.27, comfy/supported_models.py: Flux, Flux2, Wan21, which has Qwen-Image's statistics): Chroma, Lumina 2,
-    # ERNIE-Image, Krea 2, Anima. By their makers: Boogu (pid/_src/inference/from_ldm_boogu of nv-tlabs/PiD), HiDream
+    # (v0.33, comfy/supported_models.py: Flux, Flux2, SDXL, Wan21, which has Qwen-Image's statistics): Chroma, Lumina 2,
+    # LongCat-Image, OmniGen 2, Kandinsky 5 Image, AuraFlow, PixArt-Sigma, Hunyuan-DiT, ERNIE-Image, Lens, Mage-Flow,
+    # Krea 2, Anima, JoyImage. By their makers: Boogu (pid/_src/inference/from_ldm_boogu of nv-tlabs/PiD), HiDream
     # (https://github.com/HiDream-ai/HiDream-I1: the VAE of FLUX.1 [schnell]). By other ports of PiD: Ideogram 4
     # (mflux-cv, FLUX.2's), Kolors (SceneWorks, SDXL's). None has a known early stop.
     | {
-        "boogu": "flux", "chroma": "flux", "hidream": "flux", "lumina-2": "flux", "kolors": "sdxl",
-        "ernie-image": "flux2", "ideogram-4": "flux2", "anima": "qwenimage", "krea-2": "qwenimage",
+        "boogu": "flux", "chroma": "flux", "hidream": "flux", "kandinsky-5-image": "flux", "longcat-image": "flux",
+        "lumina-2": "flux", "omnigen-2": "flux", "auraflow": "sdxl", "hunyuan-dit": "sdxl", "kolors": "sdxl",
+        "pixart-sigma": "sdxl", "ernie-image": "flux2", "ideogram-4": "flux2", "lens": "flux2", "mage-flow": "flux2",
+        "anima": "qwenimage", "joyimage": "qwenimage", "krea-2": "qwenimage",
     }
 )  # fmt: skip
 """Names of image models that stand for another model's space."""

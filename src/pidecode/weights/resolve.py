@@ -349,7 +349,7 @@ def resolve_checkpoint(
         path = _snapshot(str(name), hub)
     if os.path.isdir(path):
         path = _in_folder(path, space, variant, kind)
-    encoder = cached_encoder_path(get_space(space).name, hub) if space else None
+    encoder = cached_encoder_path(get_space(space).name, hub) if space in {*SPACES, *ALIASES} else None
     return ResolvedCheckpoint(path=path, name=path.stem, space=space, variant=variant, kind=kind, encoder=encoder)
 
 
