@@ -35,6 +35,7 @@ from comfyui_kit import (
     small_decoder,
 )
 from pidecode import DecodeOptions, PixelDecoder
+from pidecode.encoders.text import TextEncoder
 from pidecode.errors import CheckpointError, LatentError, SettingError
 from pidecode.integrations import comfyui_latents
 from pidecode.latents.latent import Latent
@@ -312,11 +313,16 @@ def test_the_text_encoder_leaves_before_the_decoder_runs(comfy: SimpleNamespace)
     events: list[str] = []
     config = debug_config(latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
     metadata = CheckpointMetadata(kind="student", config=config, space="flux2")
-    text: Any = SimpleNamespace(
-        device=None,
-        encode=lambda prompt: (events.append(prompt), torch.zeros(1, config.text_length, config.text_dim))[1],
-        unload=lambda: events.append("unloaded"),
-    )
+
+    class Encoder(TextEncoder):
+        def encode(self, prompts: Any) -> Tensor:
+            events.append(prompts)
+            return torch.zeros(1, config.text_length, config.text_dim)
+
+        def unload(self) -> None:
+            events.append("unloaded")
+
+    text: Any = Encoder()
     prompted = PixelDecoder(network(config), metadata, text=text)
     comfy.management.calls.clear()
     for prompt in ("a cat", ""):

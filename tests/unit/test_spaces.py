@@ -65,7 +65,8 @@ def test_aliases_point_at_rows() -> None:
         "zimage": "flux", "zimage-turbo": "flux", "flux2-klein-4b": "flux2", "flux2-klein-9b": "flux2",
         "qwenimage-2512": "qwenimage", "ideogram-4": "flux2", "anima": "qwenimage", "krea-2": "qwenimage",
         "ernie-image": "flux2", "boogu": "flux", "chroma": "flux", "hidream": "flux", "lumina-2": "flux",
-        "kolors": "sdxl",
+        "kolors": "sdxl", "kandinsky-5-image": "flux", "longcat-image": "flux", "omnigen-2": "flux", "auraflow": "sdxl",
+        "hunyuan-dit": "sdxl", "pixart-sigma": "sdxl", "lens": "flux2", "mage-flow": "flux2", "joyimage": "qwenimage",
     }  # fmt: skip
     assert get_space("ZImage") is SPACES["flux"]
     assert get_space("flux2-klein-9b") is SPACES["flux2"]
