@@ -9,20 +9,20 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import math
 import reprlib
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
 from pidecode.errors import SettingError
+from pidecode.registry.checkpoints import STUDENT_TIMES, FlowShift
 from pidecode.registry.configs import PiDConfig
 from pidecode.registry.spaces import LatentSpace
-from pidecode.training.dmd import DistillationConfig
-from pidecode.training.flow_matching import TeacherLossConfig
-from pidecode.training.noise import LatentNoiseConfig
 
 EncodeFn = Callable[[Tensor], Tensor]
 """Low-resolution images `[B, 3, h, w]` in [-1, 1] to normalized latents `[B, C, h / down, w / down]`."""
@@ -33,11 +33,27 @@ EncodeTextFn = Callable[[Sequence[str]], Tensor]
 MAX_WORKERS, MAX_BATCH_SIZE = 256, 65536  # beyond them a number is a slip, and threads or memory run out
 
 TrainMethod = Literal["backbone", "teacher", "student", "direct"]
+StudentInput = Literal["teacher_forcing", "self_rollout"]
 
 
 def _check(holds: bool, message: str) -> None:
     if not holds:
         raise SettingError(message)
+
+
+def _check_fields(record: Any, section: str = "", **bounds: tuple[float, float]) -> None:
+    """Check fields with choices against those, and numbers against their bounds (both included)."""
+    for name, hint in get_type_hints(type(record)).items():
+        value = getattr(record, name)
+        if get_origin(hint) is Literal:
+            _check(value in get_args(hint), f"{section}{name} is {value!r}; it must be {_plain(hint)}.")
+        if name in bounds:
+            low, high = bounds[name]
+            most = f" and at most {high}" if high < math.inf else ""
+            _check(low <= value <= high, f"{section}{name} is {value}; it must be at least {low}{most}.")
+
+
+_FROM_0, _FROM_1 = (0, math.inf), (1, math.inf)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,17 +81,120 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check(bool(self.sizes), "data.sizes is empty; give at least one (height, width).")
+        _check_fields(
+            self, "data.", batch_size=(1, MAX_BATCH_SIZE), num_workers=(1, MAX_WORKERS), crop=_FROM_0,
+            caption_dropout=(0, 1), latent_dropout=(0, 1),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentNoiseConfig:
+    """Noise added to latents, so that the network learns to decode unfinished ones."""
+
+    probability: float = 0.75
+    """Share of samples that are noised at all."""
+    clean_probability: float = 0.0
+    """Share of those that stay clean after all, as in the released recipes."""
+    sigma_min: float = 0.0
+    """Smallest sigma drawn."""
+    sigma_max: float = 0.8
+    """Largest sigma drawn."""
+    by_name: tuple[tuple[str, float, float], ...] = ()
+    """Other ranges for some samples: (part of the file name, sigma_min, sigma_max); the first match counts."""
+
+    def __post_init__(self) -> None:
+        ranges = (("", self.sigma_min, self.sigma_max), *self.by_name)
+        for part, low, high in ranges:
+            of = f" for names with {part!r}" if part else ""
+            _check(
+                0 <= low <= high <= 1,
+                f"Latent noise{of} runs from {low} to {high}; it must lie within 0 and 1, in order.",
+            )
+        _check_fields(self, "noise.", probability=(0, 1), clean_probability=(0, 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherLossConfig:
+    """Loss of a teacher or backbone."""
+
+    shift: float = 6.0
+    """Flow shift: moves training times toward noise, as large images need."""
+    shift_base_size: int | None = 2048
+    """Side in pixels at which `shift` holds; it grows with the square root of the area. None: constant."""
+    color_weight: float = 0.8
+    """Weight of the color loss; acts only on networks with a color head."""
+    repa_weight: float = 0.0
+    """Weight of representation alignment (REPA); needs `repa_encoder`."""
+    repa_block: int = 6
+    """Patch block whose tokens are aligned."""
+    repa_encoder: str = ""
+    """Folder of the DINOv2 encoder."""
+
+    def __post_init__(self) -> None:
+        _check(self.shift > 0, f"teacher.shift is {self.shift}; it must be positive.")
         _check(
-            1 <= self.batch_size <= MAX_BATCH_SIZE,
-            f"data.batch_size is {self.batch_size}; it must be at least 1 and at most {MAX_BATCH_SIZE}.",
+            bool(self.repa_encoder) or not self.repa_weight,
+            "teacher.repa_weight is set but teacher.repa_encoder is not; name the folder of a DINOv2.",
         )
+
+    @property
+    def flow_shift(self) -> FlowShift:
+        """The shift as a rule of the image's size."""
+        return FlowShift(base=self.shift, size=self.shift_base_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillationConfig:
+    """How a teacher is distilled into a student."""
+
+    student_every: int = 6
+    """One iteration in this many trains the student; the others the fake score and the discriminator."""
+    student_input: StudentInput = "teacher_forcing"
+    """What the student starts from: a noised real image, or its own rollout from pure noise (as when decoding)."""
+    guidance_scale: float = 3.0
+    """Classifier-free guidance of the teacher."""
+    min_time: float = 0.02
+    """Smallest time at which student images are noised for judging."""
+    max_time: float = 0.99
+    """Largest such time."""
+    fake_score_lr: float = 1e-5
+    """Learning rate of fake score and discriminator."""
+    fake_score_weight_decay: float = 1e-3
+    """Weight decay of the fake score."""
+    gan_weight: float = 0.05
+    """Weight of the adversarial loss of the student; 0 trains without a discriminator."""
+    gan_warmup: int = 100
+    """Iterations over which that weight grows from 0."""
+    r1_weight: float = 200.0
+    """Weight of the discriminator's approximate R1 penalty."""
+    r1_sigma: float = 0.1
+    """Standard deviation of the perturbation of real images in it (https://arxiv.org/abs/2501.08316)."""
+    discriminator_blocks: tuple[int, ...] = ()
+    """Teacher blocks the discriminator reads; empty means the middle one."""
+    discriminator_layers: int = 2
+    """Convolutions in each head of the discriminator."""
+    discriminator_per_patch: bool = False
+    """Whether the discriminator judges positions instead of whole images."""
+    times: tuple[float, ...] = STUDENT_TIMES
+    """Times of the student's steps, decreasing, ending in 0."""
+
+    def __post_init__(self) -> None:
+        _check_fields(self, "distillation.", student_every=_FROM_1)
+        _check(self.fake_score_lr > 0, f"distillation.fake_score_lr is {self.fake_score_lr}; it must be positive.")
         _check(
-            1 <= self.num_workers <= MAX_WORKERS,
-            f"data.num_workers is {self.num_workers}; it must be at least 1 and at most {MAX_WORKERS}.",
+            0 < self.min_time < self.max_time < 1,
+            f"Times run from {self.min_time} to {self.max_time}; they must lie within 0 and 1, in order.",
         )
-        for name in ("caption_dropout", "latent_dropout"):
-            share = getattr(self, name)
-            _check(0 <= share <= 1, f"data.{name} is {share}; it must lie within 0 and 1.")
+        decreasing = len(self.times) > 1 and self.times[-1] == 0 and all(a > b for a, b in pairwise(self.times))
+        _check(decreasing, f"The student's times are {self.times}; they must decrease and end in 0.")
+
+    def is_student_turn(self, step: int) -> bool:
+        """Whether iteration `step`, counted from 0, trains the student."""
+        return step % self.student_every == 0
+
+    def gan_weight_at(self, step: int) -> float:
+        """The discriminator's weight at an iteration, growing linearly through the warm-up."""
+        return self.gan_weight * min(1.0, step / self.gan_warmup) if self.gan_warmup else self.gan_weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,17 +219,9 @@ class OptimizerConfig:
     """Forward passes per optimizer step."""
 
     def __post_init__(self) -> None:
-        _check(self.name in ("adamw", "muon"), f"optimizer.name is {self.name!r}; it must be 'adamw' or 'muon'.")
-        _check(self.lr > 0, f"optimizer.lr is {self.lr}; it must be positive.")
-        _check(self.max_grad_norm > 0, f"optimizer.max_grad_norm is {self.max_grad_norm}; it must be positive.")
-        _check(
-            self.grad_accumulation >= 1,
-            f"optimizer.grad_accumulation is {self.grad_accumulation}; it must be at least 1.",
-        )
-        _check(
-            self.lr_schedule in ("constant", "cosine"),
-            f"optimizer.lr_schedule is {self.lr_schedule!r}; it must be 'constant' or 'cosine'.",
-        )
+        _check_fields(self, "optimizer.", grad_accumulation=_FROM_1)
+        for name in ("lr", "max_grad_norm"):
+            _check(getattr(self, name) > 0, f"optimizer.{name} is {getattr(self, name)}; it must be positive.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +236,7 @@ class EMAConfig:
     """Decay per step of the constant profile; the first steps use `(1 + step) / (10 + step)` where that is less."""
 
     def __post_init__(self) -> None:
-        _check(self.kind in ("power", "constant", "none"), f"ema.kind is {self.kind!r}: power, constant or none.")
+        _check_fields(self, "ema.")
         _check(0 < self.sigma_rel < 0.28, f"ema.sigma_rel is {self.sigma_rel}; it must lie between 0 and 0.28.")
         _check(0 <= self.decay < 1, f"ema.decay is {self.decay}; it must lie within 0 and 1.")
 
@@ -142,7 +253,7 @@ class LoRAConfig:
     """Adapted layers: attention and feed-forward of the image stream, feed-forward of the pixel blocks."""
 
     def __post_init__(self) -> None:
-        _check(self.rank >= 0, f"lora.rank is {self.rank}; it must not be negative.")
+        _check_fields(self, "lora.", rank=_FROM_0)
         known = {"attention", "mlp", "pixel_mlp"}
         _check(set(self.targets) <= known, f"lora.targets is {self.targets}; choose among {', '.join(sorted(known))}.")
 
@@ -159,10 +270,7 @@ class ParallelConfig:
     """Seconds without an answer after which another process counts as lost."""
 
     def __post_init__(self) -> None:
-        _check(self.weights in ("replicate", "shard"), f"parallel.weights is {self.weights!r}: 'replicate' or 'shard'.")
-        _check(
-            self.context_parallel >= 1, f"parallel.context_parallel is {self.context_parallel}; it must be at least 1."
-        )
+        _check_fields(self, "parallel.", context_parallel=_FROM_1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,14 +299,11 @@ class RunConfig:
     """Trackers beside metrics.jsonl: "tensorboard", "wandb"."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "checkpoint_every", "keep", "log_every", "num_samples"):
-            _check(getattr(self, name) >= 1, f"run.{name} is {getattr(self, name)}; it must be at least 1.")
+        _check_fields(
+            self, "run.", steps=_FROM_1, checkpoint_every=_FROM_1, keep=_FROM_1, log_every=_FROM_1, num_samples=_FROM_1,
+            checkpoint_minutes=_FROM_0, sample_steps=_FROM_1,
+        )  # fmt: skip
         _check(0 <= self.seed < 2**63, f"run.seed is {self.seed}; it must be at least 0 and below 2^63.")
-        _check(self.checkpoint_minutes >= 0, f"run.checkpoint_minutes is {self.checkpoint_minutes}; at least 0.")
-        _check(
-            self.precision in ("bfloat16", "float32"),
-            f"run.precision is {self.precision!r}; it must be 'bfloat16' or 'float32'.",
-        )
         _check(
             set(self.trackers) <= {"tensorboard", "wandb"},
             f"run.trackers is {self.trackers}; known are 'tensorboard' and 'wandb'.",
@@ -217,10 +322,6 @@ class PiDRunConfig(RunConfig):
     """Solver steps of a teacher's samples; students use their own times."""
     sample_guidance: float = 5.0
     """Classifier-free guidance scale of a teacher's samples."""
-
-    def __post_init__(self) -> None:
-        RunConfig.__post_init__(self)  # super() does not work in dataclasses with slots
-        _check(self.sample_steps >= 1, f"run.sample_steps is {self.sample_steps}; it must be at least 1.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,16 +367,12 @@ class TrainConfig:
     """Length, precision and outputs."""
 
     def __post_init__(self) -> None:
-        _check(
-            self.method in ("backbone", "teacher", "student", "direct"),
-            f"method is {self.method!r}; it must be backbone, teacher, student or direct.",
-        )
+        _check_fields(self)
         _check(
             (self.method == "backbone") == (not self.net.has_adapter),
             "A backbone is a network without an adapter (latent_channels=0); every other method needs one.",
         )
         _check(self.method == "backbone" or self.space is not None, "This method decodes latents; name their space.")
-        _check(self.trainable in ("all", "adapter"), f"trainable is {self.trainable!r}; it must be 'all' or 'adapter'.")
         _check(
             self.trainable == "all" or self.method == "teacher",
             "trainable='adapter' freezes the backbone, which is the teacher's first stage; it needs method='teacher'.",

@@ -9,16 +9,15 @@ fake score and the discriminator learn the student's current samples.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from pidecode.errors import SettingError
-from pidecode.registry.checkpoints import STUDENT_TIMES
 from pidecode.sampling import renoise
+from pidecode.training.config import DistillationConfig
 from pidecode.training.denoiser import TrainBatch, apply_guidance, to_clean, to_velocity
+from pidecode.training.distributed import unwrap
 from pidecode.training.flow_matching import LossOutput
 from pidecode.training.losses import (
     approximate_r1,
@@ -30,29 +29,19 @@ from pidecode.training.losses import (
 from pidecode.training.noise import RNG, logit_normal_times, mix
 
 
-def _groups(channels: int) -> int:
-    if channels > 32:
-        return next(count for count in range(32, 0, -1) if channels % count == 0)
-    groups = max(1, channels // 4)
-    if channels % groups:
-        raise SettingError(f"A discriminator layer of {channels} channels does not divide into {groups} groups.")
-    return groups
-
-
 def _head(width: int, layers: int, per_patch: bool) -> nn.Sequential:
     """Convolutions that halve the grid and the channels, then one logit."""
     parts: list[nn.Module] = []
     for index in range(layers - 1):
         narrower = width // 2 if index == 0 else max(width // 2, 64)
+        most = 32 if narrower > 32 else max(1, narrower // 4)
+        groups = next(count for count in range(most, 0, -1) if narrower % count == 0)
         parts += [
-            nn.Conv2d(width, narrower, 4, stride=2, padding=1),
-            nn.GroupNorm(_groups(narrower), narrower),
-            nn.LeakyReLU(0.2),
-        ]
+            nn.Conv2d(width, narrower, 4, stride=2, padding=1), nn.GroupNorm(groups, narrower), nn.LeakyReLU(0.2)
+        ]  # fmt: skip
         width = narrower
-    parts.append(nn.Conv2d(width, 1, 1))
-    parts += [nn.Flatten(1)] if per_patch else [nn.AdaptiveAvgPool2d(1), nn.Flatten(1)]
-    return nn.Sequential(*parts)
+    pool = [] if per_patch else [nn.AdaptiveAvgPool2d(1)]
+    return nn.Sequential(*parts, nn.Conv2d(width, 1, 1), *pool, nn.Flatten(1))
 
 
 class Discriminator(nn.Module):
@@ -80,69 +69,6 @@ class Discriminator(nn.Module):
         return torch.cat(judged, dim=1)
 
 
-StudentInput = Literal["teacher_forcing", "self_rollout"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DistillationConfig:
-    """How a teacher is distilled into a student."""
-
-    student_every: int = 6
-    """One iteration in this many trains the student; the others the fake score and the discriminator."""
-    student_input: StudentInput = "teacher_forcing"
-    """What the student starts from: a noised real image, or its own rollout from pure noise (as when decoding)."""
-    guidance_scale: float = 3.0
-    """Classifier-free guidance of the teacher."""
-    min_time: float = 0.02
-    """Smallest time at which student images are noised for judging."""
-    max_time: float = 0.99
-    """Largest such time."""
-    fake_score_lr: float = 1e-5
-    """Learning rate of fake score and discriminator."""
-    fake_score_weight_decay: float = 1e-3
-    """Weight decay of the fake score."""
-    gan_weight: float = 0.05
-    """Weight of the adversarial loss of the student; 0 trains without a discriminator."""
-    gan_warmup: int = 100
-    """Iterations over which that weight grows from 0."""
-    r1_weight: float = 200.0
-    """Weight of the discriminator's approximate R1 penalty."""
-    r1_sigma: float = 0.1
-    """Standard deviation of the perturbation of real images in it (https://arxiv.org/abs/2501.08316)."""
-    discriminator_blocks: tuple[int, ...] = ()
-    """Teacher blocks the discriminator reads; empty means the middle one."""
-    discriminator_layers: int = 2
-    """Convolutions in each head of the discriminator."""
-    discriminator_per_patch: bool = False
-    """Whether the discriminator judges positions instead of whole images."""
-    times: tuple[float, ...] = STUDENT_TIMES
-    """Times of the student's steps, decreasing, ending in 0."""
-
-    def __post_init__(self) -> None:
-        if self.student_every < 1:
-            raise SettingError(f"student_every is {self.student_every}; it must be at least 1.")
-        if self.student_input not in ("teacher_forcing", "self_rollout"):
-            raise SettingError(
-                f"student_input is {self.student_input!r}; it must be 'teacher_forcing' or 'self_rollout'."
-            )
-        if self.fake_score_lr <= 0:
-            raise SettingError(f"fake_score_lr is {self.fake_score_lr}; it must be positive.")
-        if not 0 < self.min_time < self.max_time < 1:
-            raise SettingError(
-                f"Times run from {self.min_time} to {self.max_time}; they must lie within 0 and 1, in order."
-            )
-        if len(self.times) < 2 or self.times[-1] != 0 or any(a <= b for a, b in pairwise(self.times)):
-            raise SettingError(f"The student's times are {self.times}; they must decrease and end in 0.")
-
-    def is_student_turn(self, step: int) -> bool:
-        """Whether iteration `step`, counted from 0, trains the student."""
-        return step % self.student_every == 0
-
-    def gan_weight_at(self, step: int) -> float:
-        """The discriminator's weight at an iteration, growing linearly through the warm-up."""
-        return self.gan_weight * min(1.0, step / self.gan_warmup) if self.gan_warmup else self.gan_weight
-
-
 @dataclass(frozen=True, slots=True)
 class DistillationModels:
     """The networks of a distillation: three of one architecture, and the discriminator."""
@@ -157,7 +83,7 @@ class DistillationModels:
         """Teacher blocks the discriminator reads."""
         if self.discriminator is None:
             return ()
-        discriminator = getattr(self.discriminator, "module", self.discriminator)
+        discriminator = unwrap(self.discriminator)
         assert isinstance(discriminator, Discriminator)
         return discriminator.blocks
 

@@ -8,41 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pidecode.errors import SettingError
-from pidecode.registry.checkpoints import FlowShift
 from pidecode.sampling import shifted
+from pidecode.training.config import TeacherLossConfig
 from pidecode.training.denoiser import TrainBatch, pid_net, to_clean, to_velocity
 from pidecode.training.losses import color_alignment, flow_matching
 from pidecode.training.noise import RNG, logit_normal_times, mix
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherLossConfig:
-    """Loss of a teacher or backbone."""
-
-    shift: float = 6.0
-    """Flow shift: moves training times toward noise, as large images need."""
-    shift_base_size: int | None = 2048
-    """Side in pixels at which `shift` holds; it grows with the square root of the area. None: constant."""
-    color_weight: float = 0.8
-    """Weight of the color loss; acts only on networks with a color head."""
-    repa_weight: float = 0.0
-    """Weight of representation alignment (REPA); needs `repa_encoder`."""
-    repa_block: int = 6
-    """Patch block whose tokens are aligned."""
-    repa_encoder: str = ""
-    """Folder of the DINOv2 encoder."""
-
-    def __post_init__(self) -> None:
-        if self.shift <= 0:
-            raise SettingError(f"The flow shift is {self.shift}; it must be positive.")
-        if self.repa_weight and not self.repa_encoder:
-            raise SettingError("repa_weight is set but repa_encoder is not; name the folder of a DINOv2.")
-
-    @property
-    def flow_shift(self) -> FlowShift:
-        """The shift as a rule of the image's size."""
-        return FlowShift(base=self.shift, size=self.shift_base_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +26,9 @@ class LossOutput:
 def teacher_loss(
     net: nn.Module, batch: TrainBatch, rng: RNG, config: TeacherLossConfig, alignment: nn.Module | None = None
 ) -> LossOutput:
-    """One step's loss: random time, noisy image, velocity error, and what `settings` add.
+    """Loss of one step of `net`, a `Denoiser`: velocity at a random time, whatever the network's own output is.
 
-    The loss is on the velocity whatever the network's own output is.
-
-    Args:
-        net: A `Denoiser`, possibly wrapped.
-        batch: Images `[B, 3, H, W]` in [-1, 1] with their conditioning.
-        rng: Random numbers of the step.
-        config: Weights and flow shift.
-        alignment: A `RepresentationAlignment`, or None.
+    `config` may add the color loss, and the loss of `alignment`, a `RepresentationAlignment`.
     """
     image = batch.image.float()
     height, width = image.shape[-2:]

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from pidecode.errors import SettingError
 from pidecode.registry.spaces import NoiseParametrization
+from pidecode.training.config import LatentNoiseConfig
 
 
 class RNG(Protocol):
@@ -83,32 +82,6 @@ def mix(clean: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
     return (1 - per_sample(t_B)) * clean + per_sample(t_B) * noise
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LatentNoiseConfig:
-    """Noise added to latents, so that the network learns to decode unfinished ones."""
-
-    probability: float = 0.75
-    """Share of samples that are noised at all."""
-    clean_probability: float = 0.0
-    """Share of those that stay clean after all, as in the released recipes."""
-    sigma_min: float = 0.0
-    """Smallest sigma drawn."""
-    sigma_max: float = 0.8
-    """Largest sigma drawn."""
-    by_name: tuple[tuple[str, float, float], ...] = ()
-    """Other ranges for some samples: (part of the file name, sigma_min, sigma_max); the first match counts."""
-
-    def __post_init__(self) -> None:
-        ranges = (("", self.sigma_min, self.sigma_max), *self.by_name)
-        for part, low, high in ranges:
-            if not 0 <= low <= high <= 1:
-                of = f" for names with {part!r}" if part else ""
-                raise SettingError(f"Latent noise{of} runs from {low} to {high}; it must lie within 0 and 1, in order.")
-        for name in ("probability", "clean_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise SettingError(f"Latent noise {name} is {getattr(self, name)}; it must lie within 0 and 1.")
-
-
 def noise_latent(
     latent: Tensor,
     rng: RNG,
@@ -121,21 +94,14 @@ def noise_latent(
     if config.clean_probability > 0:
         noised = noised & ~(rng.uniform() < config.clean_probability)
     share = rng.uniform()  # drawn whether or not it is used, so that the sample's later random numbers do not shift
-    low, high = _ranges(latent.shape[0], config, names)
-    low, high = low.to(share), high.to(share)
+    usual = (config.sigma_min, config.sigma_max)
+    ranges = [
+        next(((low, high) for part, low, high in config.by_name if part in name), usual)
+        for name in names or [""] * len(latent)
+    ]
+    low, high = share.new_tensor(ranges).unbind(1)
     sigma = torch.where(noised, low + (high - low) * share, torch.zeros_like(share))
     noise = rng.normal(tuple(latent.shape[1:])).to(latent.dtype)
     s = per_sample(sigma.to(latent.dtype))
     kept = torch.sqrt(1 - s * s) if parametrization == "variance_preserving" else 1 - s
     return torch.where(per_sample(noised), kept * latent + s * noise, latent), sigma
-
-
-def _ranges(count: int, config: LatentNoiseConfig, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    chosen = [(config.sigma_min, config.sigma_max)] * count
-    for index, name in enumerate(names):
-        for part, low, high in config.by_name:
-            if part in name:
-                chosen[index] = (low, high)
-                break
-    table = torch.tensor(chosen, dtype=torch.float32)
-    return table[:, 0], table[:, 1]

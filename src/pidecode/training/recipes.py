@@ -3,15 +3,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import inspect
 import math
 import os
+import runpy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -21,9 +18,15 @@ from pidecode.encoders.text import default_negative_prompt
 from pidecode.errors import SettingError
 from pidecode.registry.configs import PiDConfig, backbone, debug_config, v1pt5
 from pidecode.registry.spaces import LatentSpace, did_you_mean, get_space
-from pidecode.training.config import DataConfig, EMAConfig, LoRAConfig, OptimizerConfig, PiDRunConfig, TrainConfig
-from pidecode.training.dmd import DistillationConfig
-from pidecode.training.flow_matching import TeacherLossConfig
+from pidecode.training.config import (
+    DataConfig,
+    DistillationConfig,
+    LoRAConfig,
+    OptimizerConfig,
+    PiDRunConfig,
+    TeacherLossConfig,
+    TrainConfig,
+)
 from pidecode.training.losses import to_ycbcr
 
 RecipeFn = Callable[[str], TrainConfig]  # A recipe: the name of a latent space to a training configuration
@@ -31,7 +34,7 @@ RecipeFn = Callable[[str], TrainConfig]  # A recipe: the name of a latent space 
 _DEFAULT_SPACE = "flux"
 _BLOCK = 8
 _LUMA = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0), (1, 2), (2, 1), (0, 3), (3, 0))
-_CHROMA = ((0, 0), (0, 1), (1, 0))
+_CHROMA = 3  # cosines of each color difference: the first of those of luma
 
 BLOCK_DCT = LatentSpace(
     name="block-dct", title="Block DCT (for tests)", channels=16, down=_BLOCK, statistics="constants", input_multiple=8
@@ -48,10 +51,8 @@ def _config(space: LatentSpace, *, color_head: bool) -> PiDConfig:
 
 
 def _data(space: LatentSpace) -> DataConfig:
-    if space.fixed_input is None:
-        return DataConfig()
-    side = space.fixed_input * space.scale
-    return DataConfig(sizes=((side, side),))
+    side = (space.fixed_input or 0) * space.scale
+    return DataConfig(sizes=((side, side),)) if side else DataConfig()
 
 
 def pixeldit(space: str = _DEFAULT_SPACE) -> TrainConfig:
@@ -115,35 +116,25 @@ def teacher_lora(space: str = _DEFAULT_SPACE) -> TrainConfig:
 
 def student_lora(space: str = _DEFAULT_SPACE) -> TrainConfig:
     """Low-rank adapters on a student, by the direct loss: a few images are enough."""
-    config = student(space)
+    adapters = teacher_lora(space)
     return replace(
-        config, title=f"Adapters on the PiD student for {space}", method="direct", lora=LoRAConfig(rank=16),
-        optimizer=OptimizerConfig(lr=1e-4, warmup_steps=100, max_grad_norm=0.1),
-        run=replace(config.run, steps=2000, checkpoint_every=250, sample_every=250),
+        student(space), title=f"Adapters on the PiD student for {space}", method="direct", lora=adapters.lora,
+        optimizer=adapters.optimizer, run=adapters.run,
     )  # fmt: skip
 
 
 def encode_block_dct(low: Tensor) -> Tensor:
-    """Images `[B, 3, h, w]` in [-1, 1] to latents `[B, 16, h / 8, w / 8]`: ten luma cosines, three of each color."""
+    """Images `[B, 3, h, w]` in [-1, 1] to latents `[B, 16, h / 8, w / 8]`: ten luma cosines, three of each color.
+
+    The cosines are orthonormal over a block; means are halved so that every channel is of order one.
+    """
     planes = to_ycbcr((low.float() + 1) / 2) - low.new_tensor([0.5, 0.0, 0.0]).view(1, 3, 1, 1)
-    size = (low.shape[-2] // _BLOCK, low.shape[-1] // _BLOCK)
-    blocks = F.unfold(planes.flatten(0, 1).unsqueeze(1), _BLOCK, stride=_BLOCK)
-    waves = torch.stack([_wave(*place) for place in _LUMA]).to(blocks)
-    cosines = torch.einsum("kp,npl->nkl", waves, blocks).unflatten(0, (-1, 3))
-    chosen = [_LUMA.index(place) for place in _CHROMA]
-    channels = torch.cat((cosines[:, 0], cosines[:, 1, chosen], cosines[:, 2, chosen]), dim=1)
-    return channels.reshape(*channels.shape[:2], *size)
-
-
-def _wave(row: int, column: int) -> Tensor:
-    """One orthonormal cosine of the block, flattened; means are halved so that every channel is of order one."""
-
-    def axis(frequency: int) -> Tensor:
-        places = (torch.arange(_BLOCK) + 0.5) * math.pi * frequency / _BLOCK
-        return torch.cos(places) * math.sqrt((1 if frequency == 0 else 2) / _BLOCK)
-
-    wave = torch.outer(axis(row), axis(column)).flatten()
-    return wave / 2 if (row, column) == (0, 0) else wave
+    places = (torch.arange(_BLOCK) + 0.5) * math.pi / _BLOCK
+    axes = [torch.cos(places * k) * math.sqrt((1 if k == 0 else 2) / _BLOCK) for k in range(_BLOCK)]
+    waves = torch.stack([torch.outer(axes[row], axes[column]) for row, column in _LUMA])[:, None]
+    waves[0] /= 2
+    cosines = F.conv2d(planes.flatten(0, 1)[:, None], waves.to(planes), stride=_BLOCK).unflatten(0, (-1, 3))
+    return torch.cat((cosines[:, 0], cosines[:, 1, :_CHROMA], cosines[:, 2, :_CHROMA]), dim=1)
 
 
 class ByteTextEncoder:
@@ -151,8 +142,7 @@ class ByteTextEncoder:
 
     def __init__(self, length: int, width: int) -> None:
         self.length, self.width = length, width
-        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(b"bytes").digest()[:7], "little"))
-        self._table = torch.randn(257, width, generator=generator)
+        self._table = torch.randn(257, width, generator=torch.Generator().manual_seed(0))
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """States `[B, length, width]`; shorter captions are padded."""
@@ -163,13 +153,10 @@ class ByteTextEncoder:
         return self._table[rows]
 
 
-def _debug_run(steps: int) -> PiDRunConfig:
-    return PiDRunConfig(
-        steps=steps, precision="float32", activation_checkpointing=False, checkpoint_every=100, sample_every=100,
-        num_samples=2, sample_steps=8, export_dtype="float32",
-    )  # fmt: skip
-
-
+_DEBUG_RUN = PiDRunConfig(
+    steps=200, precision="float32", activation_checkpointing=False, checkpoint_every=100, sample_every=100,
+    num_samples=2, sample_steps=8, export_dtype="float32",
+)  # fmt: skip
 _DEBUG_DATA = DataConfig(sizes=((64, 64), (64, 96), (96, 64)), batch_size=2, num_workers=2)
 
 
@@ -180,7 +167,7 @@ def debug_backbone(space: str = BLOCK_DCT.name) -> TrainConfig:
         title="Debug backbone", method="backbone", net=net,
         encode_text=ByteTextEncoder(net.text_length, net.text_dim), data=_DEBUG_DATA,
         teacher=TeacherLossConfig(shift=1.0, shift_base_size=None),
-        optimizer=OptimizerConfig(lr=3e-3, max_grad_norm=1.0, warmup_steps=5), run=_debug_run(200),
+        optimizer=OptimizerConfig(lr=3e-3, max_grad_norm=1.0, warmup_steps=5), run=_DEBUG_RUN,
     )  # fmt: skip
 
 
@@ -218,29 +205,23 @@ def photographs(space: str = "flux2") -> TrainConfig:
         inject_pixels=True, rope_reference=(256, 256),
     )  # fmt: skip
     return TrainConfig(
-        title="A small decoder from photographs",
-        method="direct",
-        net=net,
-        space=row,
+        title="A small decoder from photographs", method="direct", net=net, space=row,
         data=DataConfig(
             sizes=((256, 256), (256, 384), (384, 256)), crop=128, batch_size=4, num_workers=2, latent_dropout=0.0
         ),
         distillation=DistillationConfig(student_input="self_rollout"),
         optimizer=OptimizerConfig(lr=2e-3, warmup_steps=50, max_grad_norm=1.0, lr_schedule="cosine"),
-        ema=EMAConfig(sigma_rel=0.1),
-        run=replace(_debug_run(1000), checkpoint_every=200, sample_every=200),
+        run=replace(_DEBUG_RUN, steps=1000, checkpoint_every=200, sample_every=200),
+    )  # fmt: skip
+
+
+RECIPES: Mapping[str, RecipeFn] = {
+    recipe.__name__: recipe
+    for recipe in (
+        pixeldit, teacher_adapter, teacher, student, student_rollout, teacher_lora, student_lora,
+        photographs, debug_backbone, debug_teacher, debug_student, debug_direct,
     )
-
-
-RECIPES: Mapping[str, RecipeFn] = MappingProxyType(
-    {
-        recipe.__name__: recipe
-        for recipe in (
-            pixeldit, teacher_adapter, teacher, student, student_rollout, teacher_lora, student_lora,
-            photographs, debug_backbone, debug_teacher, debug_student, debug_direct,
-        )
-    }
-)  # fmt: skip
+}  # fmt: skip
 """Every recipe by its name."""
 
 
@@ -270,13 +251,7 @@ def _own(name: str) -> RecipeFn:
     path, _, function = name.partition(":")
     if not os.path.isfile(path) or not function:
         raise SettingError(f"{name!r} names no recipe; write the file and the function: my_recipe.py:my_decoder.")
-    found = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    recipe = getattr(module, function, None)
+    recipe: RecipeFn | None = runpy.run_path(path).get(function)
     if not callable(recipe):
         raise SettingError(f"{path} has no function {function!r}.")
-    found_recipe: RecipeFn = recipe
-    return found_recipe
+    return recipe
