@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch.optim import Optimizer
 from pidecode.errors import CheckpointError, FileError, TrainingError
 from pidecode.files import atomic_folder, read_small, remove_folder, writable_folder
 from pidecode.strict_json import read_json
-from pidecode.training.distributed import DistEnv, barrier, copy_full_, full_tensor, unwrap
+from pidecode.training.distributed import DistEnv, barrier, copy_full_, full_tensors, unwrap
 from pidecode.training.ema import ExponentialMovingAverage
 from pidecode.units import format_bytes
 from pidecode.weights.safetensors import read_safetensors, sha256
@@ -61,14 +62,6 @@ def _optimizer_tensors(state: TrainState) -> Iterator[tuple[str, Tensor]]:
                 yield f"optimizer.{name}.{key}/{moment}", value
 
 
-def _rng_states(device: torch.device) -> dict[str, Tensor]:
-    """States of torch's global generators; a step's own random numbers do not use them, but a layer might."""
-    states = {"rng.cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        states["rng.device"] = torch.get_device_module(device).get_rng_state()
-    return states
-
-
 def save_checkpoint(
     folder: Path, step: int, state: TrainState, metadata: Mapping[str, Any], env: DistEnv, keep: int
 ) -> None:
@@ -79,14 +72,12 @@ def save_checkpoint(
     Raises:
         TrainingError: The disk is full or cannot be written. What was saved before stays.
     """
-    tensors: dict[str, Tensor] = {}
-    for source in (_parameters, _optimizer_tensors):
-        for name, value in source(state):
-            full = full_tensor(value)
-            if env.is_first:
-                tensors[name] = full.detach().to("cpu", copy=True).contiguous()
+    tensors = full_tensors(chain(_parameters(state), _optimizer_tensors(state)), env)
     if env.is_first:
-        tensors |= _rng_states(state.device)
+        # A step's own random numbers do not use torch's global generators, but a layer might.
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if state.device.type != "cpu":
+            tensors["rng.device"] = torch.get_device_module(state.device).get_rng_state()
         _write(folder, step, tensors, {"format": 1, "step": step, **metadata})
         for old in _found(folder)[:-keep]:
             with contextlib.suppress(OSError):  # the new one is complete; an old one too many is no reason to stop
@@ -118,12 +109,9 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], state: Mapping[s
 
 def _verify(path: Path) -> None:
     """Raise FileError unless the files of a checkpoint are what was written."""
-    digests: dict[str, str] = {}
-    for line in read_small(path / _CHECKSUMS).decode("ascii", "replace").splitlines():
-        digest, _, name = line.partition("  ")
-        digests[name] = digest
+    lines = read_small(path / _CHECKSUMS).decode("ascii", "replace").splitlines()
     for name in (_TENSORS, _STATE):
-        if digests.get(name) != sha256(path / name):
+        if f"{sha256(path / name)}  {name}" not in lines:
             raise FileError(f"{name} has changed since it was written: its SHA-256 is not the one in {_CHECKSUMS}")
 
 
@@ -146,10 +134,7 @@ class StoredCheckpoint:
 
 
 def newest_checkpoint(folder: Path, progress: Callable[[str], None] | None = None) -> StoredCheckpoint | None:
-    """The newest complete checkpoint; damaged ones are skipped and named to `progress`.
-
-    Returns:
-        The checkpoint, or None if there is none at all.
+    """The newest complete checkpoint, or None if there is none; damaged ones are skipped and named to `progress`.
 
     Raises:
         CheckpointError: There are checkpoints and all of them are damaged.
@@ -210,9 +195,8 @@ def _restore_optimizers(stored: StoredCheckpoint, state: TrainState) -> None:
                     "the configuration it was made with."
                 )
             parameter, value = parameters[key], stored.tensors[full_key]
-            if moment == "step":
-                optimizer.state[parameter][moment] = value.clone()
-                continue
-            restored = torch.zeros_like(parameter, requires_grad=False)
-            copy_full_(restored, value)
+            restored = value.clone()
+            if moment != "step":
+                restored = torch.zeros_like(parameter, requires_grad=False)
+                copy_full_(restored, value)
             optimizer.state[parameter][moment] = restored

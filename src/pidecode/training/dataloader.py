@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from pidecode.encoders.text import PromptEmbedsCache, TextEncoder, default_folder
+from pidecode.encoders.text import PromptEmbedsCache, TextEncoder
 from pidecode.errors import ImageError, TrainingError
 from pidecode.images.read import load_image
 from pidecode.images.tensors import downsample, to_tensor
@@ -32,6 +32,7 @@ class LoadedImage:
     """One image, resized to its bucket; its latent if it is cached."""
 
     name: str
+    cache_name: str
     image: Tensor
     low: Tensor
     latent: Tensor | None
@@ -74,7 +75,8 @@ class DataLoader:
         world_size: int,
     ) -> None:
         self.config, self.dataset, self.encoders, self.device = config, dataset, encoders, device
-        data, self._first = config.data, rank * config.data.batch_size
+        data, first = config.data, rank * config.data.batch_size
+        self._places = range(first, first + data.batch_size)  # this process's part of a global batch
         self.sampler = BucketSampler(dataset.entries, data.sizes, data.batch_size * world_size, config.run.seed)
         self.skipped: dict[str, str] = dict(dataset.skipped)
         self.fingerprint = dataset.fingerprint
@@ -93,18 +95,9 @@ class DataLoader:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self.flush()
 
-    def _request(self, number: int) -> None:
-        if number in self._ahead:
-            return
-        batch = self.sampler.batch(number)
-        mine = range(self._first, self._first + self.config.data.batch_size)
-        self._ahead[number] = [
-            self._pool.submit(self._read, batch.entries[place], batch.size, (number, place)) for place in mine
-        ]
-
     def _read(self, index: int, size: tuple[int, int], seed_parts: tuple[int, int] = (0, 0)) -> LoadedImage:
         """That entry; where it cannot be read, a random other one of its size."""
-        members = self.sampler.members(size)
+        members = self.sampler.members[size]
         rng = np.random.default_rng(seed_of(self.config.run.seed, "instead", *seed_parts))
         for _ in range(_TRIES):
             entry = self.dataset.entries[index]
@@ -121,32 +114,30 @@ class DataLoader:
     def _load(self, entry: ImageEntry, size: tuple[int, int]) -> LoadedImage:
         image = read_image(entry, size)
         low = downsample(image[None], self.config.net.scale)[0]
-        cache = self.encoders.cache
-        latent = None if cache is None else cache.get(self._cache_name(entry.name, size))
-        return LoadedImage(entry.name, image, low, latent, entry.read_caption())
-
-    @staticmethod
-    def _cache_name(name: str, size: tuple[int, int]) -> str:
-        return f"{name}@{size[0]}x{size[1]}"
+        cache, cache_name = self.encoders.cache, f"{entry.name}@{size[0]}x{size[1]}"
+        latent = None if cache is None else cache.get(cache_name)
+        return LoadedImage(entry.name, cache_name, image, low, latent, entry.read_caption())
 
     def batch(self, number: int) -> tuple[TrainBatch, PerSampleRNG, tuple[str, ...]]:
         """The batch of that number, noised; the random numbers for the rest of its step; the images' names."""
         for ahead in range(number, number + 3):
-            self._request(ahead)
+            if ahead not in self._ahead:
+                chosen = self.sampler.batch(ahead)
+                self._ahead[ahead] = [
+                    self._pool.submit(self._read, chosen.entries[place], chosen.size, (ahead, place))
+                    for place in self._places
+                ]
         samples = [future.result() for future in self._ahead.pop(number)]
-        for stale in [known for known in self._ahead if known < number]:
-            del self._ahead[stale]
-        places = range(self._first, self._first + len(samples))
-        rng = PerSampleRNG(self.config.run.seed, number, places, self.device)
-        return self._add_noise(self._collate(samples, rng), rng, samples), rng, tuple(s.name for s in samples)
+        self._ahead = {known: futures for known, futures in self._ahead.items() if known > number}
+        rng = PerSampleRNG(self.config.run.seed, number, self._places, self.device)
+        names = tuple(sample.name for sample in samples)
+        return self._add_noise(self._collate(samples, rng), rng, names), rng, names
 
     def sample_batches(self, count: int) -> list[TrainBatch]:
         """The first images as batches of one, uncropped, with clean latents."""
         found = []
-        for index in range(min(count, len(self.dataset.entries))):
-            entry = self.dataset.entries[index]
-            size = nearest_size(entry, self.config.data.sizes)
-            sample = self._read(index, size, (-1, index))
+        for index, entry in enumerate(self.dataset.entries[:count]):
+            sample = self._read(index, nearest_size(entry, self.config.data.sizes), (-1, index))
             batch = self._collate([sample], None)
             sigma = None if batch.latent is None else torch.zeros(1, device=self.device)
             found.append(replace(batch, sigma=sigma))
@@ -164,21 +155,17 @@ class DataLoader:
         if rng is not None and config.net.has_text:
             dropped = (rng.uniform() < config.data.caption_dropout).tolist()
             captions = ["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)]
-        text = null = None
-        if self.encoders.encode_text is not None:
-            text = self.encoders.encode_text(captions).to(device).float()
-            null = self._null_text()
-        return TrainBatch(image=image, low=low, text=text, null_text=null, latent=latent)
-
-    def _null_text(self) -> Tensor:
-        if self._null is None:
-            assert self.encoders.encode_text is not None
-            self._null = self.encoders.encode_text([self.config.negative_prompt]).to(self.device).float()
-        return self._null
+        text, encode_text = None, self.encoders.encode_text
+        if encode_text is not None:
+            text = encode_text(captions).to(device).float()
+            if self._null is None:
+                self._null = encode_text([config.negative_prompt]).to(device).float()
+        return TrainBatch(image=image, low=low, text=text, null_text=self._null, latent=latent)
 
     @torch.no_grad()
     def _latents(self, samples: Sequence[LoadedImage], low: Tensor) -> Tensor | None:
-        if self.config.space is None:
+        space = self.config.space
+        if space is None:
             return None
         known = [sample.latent for sample in samples]
         missing = [index for index, latent in enumerate(known) if latent is None]
@@ -186,22 +173,16 @@ class DataLoader:
             if self.encoders.encode is None:
                 raise TrainingError("An image has no latent in the cache, and there is no encoder to make it.")
             encoded = self.encoders.encode(low[missing]).float()
-            self._check_latents(encoded, low)
+            wanted = (space.channels, low.shape[-2] // space.down, low.shape[-1] // space.down)
+            if tuple(encoded.shape[1:]) != wanted:
+                raise TrainingError(
+                    f"The encoder gave latents of shape {tuple(encoded.shape[1:])} for images of "
+                    f"{low.shape[-2]}x{low.shape[-1]}; space {space.name!r} has {wanted}."
+                )
             for index, latent in zip(missing, encoded, strict=True):
-                sample, cache = samples[index], self.encoders.cache
-                size = (sample.image.shape[-2], sample.image.shape[-1])
-                known[index] = latent if cache is None else cache.put(self._cache_name(sample.name, size), latent)
+                cache = self.encoders.cache
+                known[index] = latent if cache is None else cache.put(samples[index].cache_name, latent)
         return torch.stack([latent.to(self.device) for latent in known if latent is not None])
-
-    def _check_latents(self, latents: Tensor, low: Tensor) -> None:
-        space = self.config.space
-        assert space is not None
-        wanted = (space.channels, low.shape[-2] // space.down, low.shape[-1] // space.down)
-        if tuple(latents.shape[1:]) != wanted:
-            raise TrainingError(
-                f"The encoder gave latents of shape {tuple(latents.shape[1:])} for images of "
-                f"{low.shape[-2]}x{low.shape[-1]}; space {space.name!r} has {wanted}."
-            )
 
     def _crop(
         self, image: Tensor, low: Tensor, latent: Tensor | None, rng: PerSampleRNG
@@ -225,13 +206,11 @@ class DataLoader:
         cell = None if config.space is None else config.space.pixels_per_cell
         return cut(image, 1), cut(low, scale), latent if latent is None or cell is None else cut(latent, cell)
 
-    def _add_noise(self, batch: TrainBatch, rng: PerSampleRNG, samples: Sequence[LoadedImage]) -> TrainBatch:
-        if batch.latent is None or self.config.space is None:
+    def _add_noise(self, batch: TrainBatch, rng: PerSampleRNG, names: Sequence[str]) -> TrainBatch:
+        space = self.config.space
+        if batch.latent is None or space is None:
             return batch
-        names = [sample.name for sample in samples]
-        latent, sigma = noise_latent(
-            batch.latent, rng, self.config.noise, self.config.space.noise_parametrization, names
-        )
+        latent, sigma = noise_latent(batch.latent, rng, self.config.noise, space.noise_parametrization, names)
         keep = (rng.uniform() >= self.config.data.latent_dropout).float()
         return replace(batch, latent=latent * per_sample(keep), sigma=sigma, keep=keep)
 
@@ -244,9 +223,7 @@ def make_encoders(config: TrainConfig, device: torch.device) -> ConditionEncoder
     """
     encode_text: EncodeTextFn | None = None
     if config.net.has_text:
-        encode_text = (
-            config.encode_text or TextEncoder(device=device, states=PromptEmbedsCache(default_folder())).encode
-        )
+        encode_text = config.encode_text or TextEncoder(device=device, states=PromptEmbedsCache()).encode
     if config.space is None:
         return ConditionEncoders(None, encode_text)
     source, encode = _encoder(config, device)
@@ -259,8 +236,7 @@ def _encoder(config: TrainConfig, device: torch.device) -> tuple[str, EncodeFn]:
     space = config.space
     assert space is not None
     if config.encode is not None:
-        encode: Callable[..., Tensor] = config.encode
-        return getattr(encode, "__qualname__", type(encode).__qualname__), config.encode
+        return getattr(config.encode, "__qualname__", type(config.encode).__qualname__), config.encode
     path = config.data.encoder or cached_encoder_path(space.name)
     if not path and space.name == "flux2":
         path = asset("tiny_encoder.safetensors")

@@ -107,22 +107,20 @@ def find_images(source: str | Path) -> ImageDataset:
     present = set(files)
     for path in files:
         name = _name(path.relative_to(base))
+        found: list[tuple[str, FileSlice, FileSlice | None]] = []
         if path.suffix.lower() == ".tar":
-            found: Iterator[tuple[str, FileSlice, FileSlice | None]] = _in_shard(path, name, skipped)
+            found = _in_shard(path, name, skipped)
         elif path.suffix.lower() in IMAGES:
             beside = next((path.with_suffix(end) for end in _CAPTIONS if path.with_suffix(end) in present), None)
-            found = iter([(name, FileSlice(path), None if beside is None else FileSlice(beside))])
-        else:
-            continue
+            found = [(name, FileSlice(path), None if beside is None else FileSlice(beside))]
         for each, image, caption in found:
             try:
                 entries.append(ImageEntry(each, image, caption, *_size_of(image)))
             except Exception as fault:  # a hostile file can make a decoder raise nearly anything
                 skipped[each] = str(fault) or type(fault).__name__
     if not entries:
-        why = (
-            f" {len(skipped)} files were skipped, the first because: {next(iter(skipped.values()))}." if skipped else ""
-        )
+        first = next(iter(skipped.values()), None)
+        why = f" {len(skipped)} files were skipped, the first because: {first}." if skipped else ""
         raise TrainingError(f"{root} holds no readable image.{why}")
     return ImageDataset(tuple(entries), skipped)
 
@@ -142,7 +140,7 @@ def _walk(root: Path, skipped: dict[str, str]) -> Iterator[Path]:
         yield from (path for path in (Path(folder, name) for name in files) if os.path.isfile(path))
 
 
-def _in_shard(path: Path, name: str, skipped: dict[str, str]) -> Iterator[tuple[str, FileSlice, FileSlice | None]]:
+def _in_shard(path: Path, name: str, skipped: dict[str, str]) -> list[tuple[str, FileSlice, FileSlice | None]]:
     """Samples of a WebDataset shard: members that share a name up to its first dot."""
     images: dict[str, FileSlice] = {}
     captions: dict[str, FileSlice] = {}
@@ -151,9 +149,9 @@ def _in_shard(path: Path, name: str, skipped: dict[str, str]) -> Iterator[tuple[
             for member in shard:
                 if not member.isfile():
                     continue
-                folder, _, last = member.name.rpartition("/")
+                folder, slash, last = member.name.rpartition("/")
                 stem, dot, ending = last.partition(".")
-                key, source = f"{folder}/{stem}" if folder else stem, FileSlice(path, member.offset_data, member.size)
+                key, source = folder + slash + stem, FileSlice(path, member.offset_data, member.size)
                 if (dot + ending).lower() in IMAGES:
                     images[key] = source
                 elif (dot + ending).lower() in _CAPTIONS:
@@ -161,8 +159,7 @@ def _in_shard(path: Path, name: str, skipped: dict[str, str]) -> Iterator[tuple[
     except (tarfile.TarError, OSError, EOFError) as fault:
         # What was read before the damage is complete and is used.
         skipped[name] = f"the shard is damaged: {fault}"
-    for key, source in images.items():
-        yield f"{name}/{_name(Path(key))}", source, captions.get(key)
+    return [(f"{name}/{_name(Path(key))}", source, captions.get(key)) for key, source in images.items()]
 
 
 def _name(path: Path) -> str:
@@ -200,33 +197,26 @@ class BucketSampler:
         self, entries: Sequence[ImageEntry], sizes: Sequence[tuple[int, int]], batch_size: int, seed: int
     ) -> None:
         self._batch_size, self._seed = batch_size, seed
-        self._sizes = tuple(sizes)
-        self._members: dict[tuple[int, int], list[int]] = {}
+        self.members: dict[tuple[int, int], list[int]] = {}  # indices of the entries of each bucket size
         for index, entry in enumerate(entries):
-            self._members.setdefault(nearest_size(entry, sizes), []).append(index)
-        self.batches_per_epoch = sum(math.ceil(len(members) / batch_size) for members in self._members.values())
-        self._epoch: tuple[int, list[BatchIndices]] | None = None
-
-    def members(self, size: tuple[int, int]) -> list[int]:
-        """Entries of a bucket size."""
-        return self._members[size]
+            self.members.setdefault(nearest_size(entry, sizes), []).append(index)
+        self.batches_per_epoch = sum(math.ceil(len(members) / batch_size) for members in self.members.values())
+        self._epoch, self._order = -1, list[BatchIndices]()
 
     def batch(self, number: int) -> BatchIndices:
         """The batch of that number, counted from 0 over the whole run."""
         epoch, place = divmod(number, self.batches_per_epoch)
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, self._shuffled(epoch))
-        return self._epoch[1][place]
-
-    def _shuffled(self, epoch: int) -> list[BatchIndices]:
-        rng = np.random.default_rng(seed_of(self._seed, "order", epoch))
-        batches: list[BatchIndices] = []
-        for size, members in sorted(self._members.items()):
-            shuffled = [members[index] for index in rng.permutation(len(members))]
-            for start in range(0, len(shuffled), self._batch_size):
-                chosen = [shuffled[(start + place) % len(shuffled)] for place in range(self._batch_size)]
-                batches.append(BatchIndices(epoch, size, tuple(chosen)))
-        return [batches[index] for index in rng.permutation(len(batches))]
+        if self._epoch != epoch:
+            self._epoch = epoch
+            rng = np.random.default_rng(seed_of(self._seed, "order", epoch))
+            batches: list[BatchIndices] = []
+            for size, members in sorted(self.members.items()):
+                shuffled = [members[index] for index in rng.permutation(len(members))]
+                for start in range(0, len(shuffled), self._batch_size):
+                    chosen = [shuffled[(start + place) % len(shuffled)] for place in range(self._batch_size)]
+                    batches.append(BatchIndices(epoch, size, tuple(chosen)))
+            self._order = [batches[index] for index in rng.permutation(len(batches))]
+        return self._order[place]
 
 
 def nearest_size(entry: ImageEntry, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:

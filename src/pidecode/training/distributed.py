@@ -9,7 +9,7 @@ loss of all of it, so their average is right as well.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -135,32 +135,23 @@ class RowSharding:
     def __init__(self, rank: int, count: int, group: Any) -> None:
         self._rank, self._count, self._group = rank, count, group
 
-    def _span(self, rows: int) -> tuple[int, int]:
-        if rows % self._count:
+    def _span(self, rows: int, what: str) -> slice:
+        share, rest = divmod(rows, self._count)
+        if rest:
             raise SettingError(
-                f"{rows} patch rows do not divide over parallel.context_parallel={self._count} processes; "
+                f"{rows} {what} rows do not divide over parallel.context_parallel={self._count} processes; "
                 "change data.sizes."
             )
-        share = rows // self._count
-        return self._rank * share, share
+        return slice(self._rank * share, (self._rank + 1) * share)
 
     def condition(self, condition: Condition) -> Condition:
         """This process's tokens, positions and injections."""
         rows, columns = condition.grid
-        first, share = self._span(rows)
-        return condition.crop(slice(first, first + share), slice(0, columns))
+        return condition.crop(self._span(rows, "patch"), slice(0, columns))
 
     def rows(self, image: Tensor) -> Tensor:
-        """This process's rows of `[B, 3, H, W]`.
-
-        Raises:
-            SettingError: The rows do not divide over the processes.
-        """
-        height = image.shape[-2]
-        if height % self._count:
-            raise SettingError(f"{height} pixel rows do not divide over {self._count} processes.")
-        share = height // self._count
-        return image.narrow(-2, self._rank * share, share)
+        """This process's rows of `[B, 3, H, W]`."""
+        return image[..., self._span(image.shape[-2], "pixel"), :]
 
     def gather(self, shard: Tensor) -> Tensor:
         """All shards `[B, C, h, w]`, along rows."""
@@ -205,25 +196,13 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module.module if isinstance(module, DistributedDataParallel) else module
 
 
-@contextmanager
-def no_gradient_sync(modules: list[nn.Module], active: bool) -> Iterator[None]:
-    """While `active`, backward passes accumulate gradients and exchange none."""
-    if not active:
-        yield
-        return
+def set_gradient_sync(modules: list[nn.Module], active: bool) -> None:
+    """Whether backward passes exchange gradients; if not, they only accumulate them."""
     for module in modules:
         if isinstance(module, DistributedDataParallel):
-            module.require_backward_grad_sync = False
+            module.require_backward_grad_sync = active
         elif isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        for module in modules:
-            if isinstance(module, DistributedDataParallel):
-                module.require_backward_grad_sync = True
-            elif isinstance(module, FSDPModule):
-                module.set_requires_gradient_sync(True)
+            module.set_requires_gradient_sync(active)
 
 
 def reduce_unsharded_gradients(modules: list[nn.Module], env: DistEnv) -> None:
@@ -240,16 +219,18 @@ def reduce_unsharded_gradients(modules: list[nn.Module], env: DistEnv) -> None:
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     """Trained parameters for an optimizer; sharded and unsharded ones apart, since they cannot be stepped together."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = ([p for p in trained if isinstance(p, DTensor)], [p for p in trained if not isinstance(p, DTensor)])
-    return [{"params": group} for group in groups if group]
+    return [{"params": group} for group in _by_sharding([p for p in module.parameters() if p.requires_grad])]
+
+
+def _by_sharding(tensors: list[Tensor]) -> list[list[Tensor]]:
+    groups = ([x for x in tensors if isinstance(x, DTensor) == sharded] for sharded in (True, False))
+    return [group for group in groups if group]
 
 
 def clip_gradients(module: nn.Module, limit: float) -> float:
     """Scale the gradient of a module down to norm `limit`; returns its norm before."""
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-    groups = ([g for g in gradients if isinstance(g, DTensor)], [g for g in gradients if not isinstance(g, DTensor)])
-    norms = [full_tensor(nn.utils.get_total_norm(group)) for group in groups if group]
+    norms = [full_tensor(nn.utils.get_total_norm(group)) for group in _by_sharding(gradients)]
     norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
     share = (limit / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
@@ -260,6 +241,16 @@ def clip_gradients(module: nn.Module, limit: float) -> float:
 def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor's full value, gathered where it is sharded (then every process must ask)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def full_tensors(named: Iterable[tuple[str, Tensor]], env: DistEnv) -> dict[str, Tensor]:
+    """Full values of tensors by name, on the CPU, in the first process; the others help to gather them."""
+    gathered: dict[str, Tensor] = {}
+    for name, value in named:
+        full = full_tensor(value.detach())
+        if env.is_first:
+            gathered[name] = full.to("cpu", copy=True).contiguous()
+    return gathered
 
 
 def copy_full_(tensor: Tensor, value: Tensor) -> None:

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from pidecode.models.pid.adapter import Gate
 from pidecode.models.pid.network import PiDNet
 from pidecode.registry.configs import PiDConfig
 from pidecode.training.config import LoRAConfig
+from pidecode.training.noise import seed_of
 from pidecode.weights.read import read_weights
 from pidecode.weights.resolve import resolve_checkpoint
 
@@ -23,50 +26,44 @@ _ADAPTER = ("lq_proj.", "pit_lq_gate.")
 _COLOR_HEAD = "lq_proj.lq_aux_rgb_head."
 
 
+@contextmanager
+def seeded(*parts: int | str) -> Iterator[None]:
+    """Draw initial values from a seed made of `parts`, without changing the global generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(*parts))
+        yield
+
+
 def new_network(config: PiDConfig, seed: int) -> PiDNet:
-    """A network with initial values that depend on the seed alone.
+    """A network with initial values that depend on the run's seed alone.
 
     Its output and the latent's injections start at zero: a decoder initialized from a backbone starts as that backbone.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed, "weights"):
         net = PiDNet(config)
-        _initialize(net)
-    return net
-
-
-def _initialize(net: PiDNet) -> None:
-    nn.init.xavier_uniform_(net.s_embedder.proj.weight)
-    nn.init.zeros_(net.s_embedder.proj.bias)
-    for layer in net.t_embedder.mlp:
-        if isinstance(layer, nn.Linear):
-            nn.init.normal_(layer.weight, std=0.02)
-    nn.init.zeros_(net.final_layer.linear.weight)
-    nn.init.zeros_(net.final_layer.linear.bias)
-    if net.config.has_text:
-        nn.init.normal_(net.y_pos_embedding, std=0.02)
-    for module in net.modules():
-        if isinstance(module, Gate):
-            module.reset_parameters()
-    if not net.config.has_adapter:
-        return
-    adapter = net.lq_proj
-    for module in adapter.modules():
-        if isinstance(module, nn.Conv2d):
+        nn.init.xavier_uniform_(net.s_embedder.proj.weight)
+        nn.init.zeros_(net.s_embedder.proj.bias)
+        for layer in net.t_embedder.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+        if config.has_text:
+            nn.init.normal_(net.y_pos_embedding, std=0.02)
+        for module in net.modules():
+            if isinstance(module, Gate):
+                module.reset_parameters()
+        zero = [net.final_layer.linear]
+        if config.has_adapter:
+            zero += [*net.lq_proj.output_heads, *([net.lq_proj.pit_head] if config.inject_pixels else [])]
+            color_head = net.lq_proj.lq_aux_rgb_head if config.color_head else ()
             # Kaiming-sized values would overflow the output heads' gradients in bfloat16.
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            assert module.bias is not None
-            nn.init.zeros_(module.bias)
-    heads = [*adapter.output_heads, *([adapter.pit_head] if net.config.inject_pixels else [])]
-    for head in heads:
-        assert isinstance(head, nn.Linear)
-        nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
-    if net.config.color_head:
-        for module in adapter.lq_aux_rgb_head:
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+            small: list[Any] = [module for module in net.lq_proj.modules() if isinstance(module, nn.Conv2d)]
+            for layer in [*small, *(module for module in color_head if isinstance(module, nn.Linear))]:
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        for layer in zero:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    return net
 
 
 def initial_weights(source: str) -> dict[str, Tensor]:
@@ -103,9 +100,7 @@ def load_initial_weights(net: PiDNet, tensors: Mapping[str, Tensor], source: str
 
 
 def set_trainable(net: PiDNet, trainable: str, *, color: bool) -> None:
-    """Set `requires_grad` of all parameters.
-
-    Parameters that cannot change the output are frozen: no gradient ever reaches them.
+    """Set `requires_grad` of all parameters; those that cannot change the output get no gradient and are frozen.
 
     Raises:
         SettingError: Nothing would be trained.
@@ -130,10 +125,8 @@ _LORA_TARGETS: Mapping[str, str] = {
 }
 """Linear layers of each choice of `lora.targets`."""
 
-_NAME = "default"  # peft's own name for a sole adapter
 
-
-def inject_lora(net: PiDNet, config: LoRAConfig, seed: int) -> None:
+def inject_lora(net: nn.Module, config: LoRAConfig, seed: int) -> None:
     """Add low-rank adapters, which change nothing yet, and train only them.
 
     Raises:
@@ -146,14 +139,13 @@ def inject_lora(net: PiDNet, config: LoRAConfig, seed: int) -> None:
         raise MissingDependencyError(
             "Low-rank adapters need peft; install it with: pip install 'pidecode[train]'."
         ) from None
-    pattern = "|".join(_LORA_TARGETS[part] for part in config.targets)
     if not config.targets:
         raise SettingError("lora.targets is empty; name at least one part to adapt.")
+    pattern = "|".join(_LORA_TARGETS[part] for part in config.targets)
     peft_config = LoraConfig(
         r=config.rank, lora_alpha=config.alpha or config.rank, target_modules=f"(.*\\.)?({pattern})"
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed, "adapters"):
         inject_adapter_in_model(peft_config, net)
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(".lora_" in name)
@@ -161,8 +153,8 @@ def inject_lora(net: PiDNet, config: LoRAConfig, seed: int) -> None:
 
 def adapter_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Of an adapted network's tensors, the adapters': `<layer>.lora_A.weight` and `<layer>.lora_B.weight`."""
-    middle = f".{_NAME}."
-    return {name.replace(middle, "."): tensor for name, tensor in tensors.items() if ".lora_" in name}
+    # "default" is peft's name for a sole adapter.
+    return {name.replace(".default.", "."): tensor for name, tensor in tensors.items() if ".lora_" in name}
 
 
 def base_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

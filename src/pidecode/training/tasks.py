@@ -24,40 +24,22 @@ from pidecode.models.pid.adapter import ResidualBlock
 from pidecode.models.pid.blocks import PatchBlock, PixelBlock
 from pidecode.models.pid.network import PiDNet
 from pidecode.sampling import NoiseStream, guided, renoise, sample_teacher
+from pidecode.training import distributed, models
 from pidecode.training.config import TrainConfig
 from pidecode.training.dataloader import DataLoader, make_encoders
 from pidecode.training.dataset import find_images
 from pidecode.training.denoiser import Denoiser, TrainBatch, pid_net, to_clean
-from pidecode.training.distributed import (
-    DistEnv,
-    full_tensor,
-    init_distributed,
-    parallelize,
-    report_lost_processes,
-    unwrap,
-)
+from pidecode.training.distributed import DistEnv, unwrap
 from pidecode.training.dmd import Discriminator, DistillationModels, fake_score_loss, generate, student_loss
 from pidecode.training.flow_matching import LossOutput, teacher_loss
 from pidecode.training.logger import ProgressFn
-from pidecode.training.losses import RepresentationAlignment, dinov2, reconstruction
-from pidecode.training.models import (
-    adapter_tensors,
-    base_tensors,
-    initial_weights,
-    inject_lora,
-    load_initial_weights,
-    new_network,
-    set_trainable,
-)
-from pidecode.training.noise import RNG, seed_of
+from pidecode.training.losses import dinov2, reconstruction
+from pidecode.training.noise import RNG
 from pidecode.training.trainer import Trainer, export_newest, make_optimizer
 from pidecode.weights.load import LoraMetadata, write_lora
-from pidecode.weights.metadata import CheckpointKind, CheckpointMetadata
+from pidecode.weights.metadata import CheckpointMetadata
 
 MAIN = "net"  # name of the network that a run is about: averaged, sampled, exported
-_KINDS: dict[str, CheckpointKind] = {
-    "backbone": "backbone", "teacher": "teacher", "student": "student", "direct": "student",
-}  # fmt: skip
 _GRID_GAP = 4
 
 
@@ -87,7 +69,7 @@ def train(
         FileError: `folder` cannot be written to, or another run is writing into it.
     """
     writable_folder(folder)  # before the networks are built
-    with report_lost_processes(), init_distributed(config.parallel, device) as env:
+    with distributed.report_lost_processes(), distributed.init_distributed(config.parallel, device) as env:
         images = find_images(config.data.source)
         task = build_task(config, env)
         loader = DataLoader(
@@ -152,8 +134,9 @@ class PiDTask:
     def loss(self, step: int, batch: TrainBatch, rng: RNG) -> LossOutput:
         """The loss of one forward pass of iteration `step`."""
         config = self.config
-        if config.method == "direct":
-            return direct_loss(self.modules[MAIN], batch, rng, config)
+        if config.method == "direct":  # a student's sample should be the image itself; for small networks
+            generated = generate(self.modules[MAIN], batch, rng, config.distillation)
+            return LossOutput(*reconstruction(generated, batch.image.float()))
         if config.method != "student":
             return teacher_loss(self.modules[MAIN], batch, rng, config.teacher, self.modules.get("repa"))
         student, fake_score = self.modules[MAIN], self.modules["fake_score"]
@@ -161,11 +144,11 @@ class PiDTask:
         # Modules this iteration does not train are called without DDP's wrapping, which waits for their gradients.
         if config.distillation.is_student_turn(step):
             bare = None if discriminator is None else unwrap(discriminator)
-            models = DistillationModels(student, teacher, unwrap(fake_score), bare)
+            nets = DistillationModels(student, teacher, unwrap(fake_score), bare)
             weight = config.distillation.gan_weight_at(step)
-            return student_loss(models, batch, rng, config.distillation, weight)[0]
-        models = DistillationModels(unwrap(student), teacher, fake_score, discriminator)
-        return fake_score_loss(models, batch, rng, config.distillation)
+            return student_loss(nets, batch, rng, config.distillation, weight)[0]
+        nets = DistillationModels(unwrap(student), teacher, fake_score, discriminator)
+        return fake_score_loss(nets, batch, rng, config.distillation)
 
     def save_samples(self, folder: Path, step: int) -> None:
         """Write a grid of low-resolution input, sample and image for the first images."""
@@ -185,11 +168,7 @@ class PiDTask:
         Raises:
             TrainingError: The file cannot be written.
         """
-        tensors: dict[str, Tensor] = {}
-        for name, value in self.main.net.state_dict().items():
-            full = full_tensor(value.detach())
-            if self.env.is_first:
-                tensors[name] = full.to("cpu", copy=True).contiguous()
+        tensors = distributed.full_tensors(self.main.net.state_dict().items(), self.env)
         path = folder / ("adapter.safetensors" if self.config.lora.rank else "decoder.safetensors")
         if self.env.is_first:
             try:
@@ -206,12 +185,12 @@ class PiDTask:
         if config.lora.rank:
             alpha = config.lora.alpha or config.lora.rank
             metadata = LoraMetadata(rank=config.lora.rank, alpha=alpha, space=space, base=config.init_from or None)
-            write_lora(path, adapter_tensors(tensors), metadata)
+            write_lora(path, models.adapter_tensors(tensors), metadata)
             return
-        kind = _KINDS[config.method]
+        kind = "student" if config.method == "direct" else config.method
         dtype = getattr(torch, config.run.export_dtype)
         content = save(
-            {name: tensor.to(dtype).contiguous() for name, tensor in base_tensors(tensors).items()},
+            {name: tensor.to(dtype).contiguous() for name, tensor in models.base_tensors(tensors).items()},
             CheckpointMetadata(
                 kind=kind, config=self.main.net.config, space=space,
                 times=config.distillation.times if kind == "student" else (),
@@ -229,13 +208,6 @@ class PiDTask:
             yield f"{len(self.uninitialized)} tensors are not in {self.config.init_from} and start from random values."
 
 
-def direct_loss(net: nn.Module, batch: TrainBatch, rng: RNG, config: TrainConfig) -> LossOutput:
-    """Reconstruction loss of a student's sample, for small networks: it should be the image itself."""
-    generated = generate(net, batch, rng, config.distillation)
-    loss, parts = reconstruction(generated, batch.image.float())
-    return LossOutput(loss, parts)
-
-
 def build_task(config: TrainConfig, env: DistEnv) -> PiDTask:
     """Networks with their initial values, on this process's device, replicated or sharded.
 
@@ -244,42 +216,36 @@ def build_task(config: TrainConfig, env: DistEnv) -> PiDTask:
     """
     if config.parallel.weights == "shard" and config.optimizer.name == "muon":
         raise SettingError("Muon needs whole matrices; set parallel.weights=replicate or optimizer.name=adamw.")
-    build = _build_student if config.method == "student" else _build_single
-    task = build(config, env)
+    task = (_build_student if config.method == "student" else _build_single)(config, env)
     for modules in (task.modules, task.frozen):
         for name, module in modules.items():
-            modules[name] = parallelize(module, config.parallel, env)
+            modules[name] = distributed.parallelize(module, config.parallel, env)
     return task
 
 
 def _build_single(config: TrainConfig, env: DistEnv) -> PiDTask:
-    net = new_network(config.net, seed_of(config.run.seed, "weights"))
+    net = models.new_network(config.net, config.run.seed)
     uninitialized: list[str] = []
     if config.init_from:
-        uninitialized = load_initial_weights(net, initial_weights(config.init_from), config.init_from)
+        uninitialized = models.load_initial_weights(net, models.initial_weights(config.init_from), config.init_from)
     color = config.method == "teacher" and config.teacher.color_weight > 0
-    set_trainable(net, config.trainable, color=color)
+    models.set_trainable(net, config.trainable, color=color)
     modules: dict[str, nn.Module] = {MAIN: _denoiser(net, config, env, lora=True)}
     if config.teacher.repa_weight and config.method in ("teacher", "backbone"):
-        modules["repa"] = _repa(config).to(env.device)
+        with models.seeded(config.run.seed, "repa"):
+            modules["repa"] = dinov2(config.teacher.repa_encoder, config.net.hidden_size).to(env.device)
     return PiDTask(config, env, modules, uninitialized=uninitialized)
-
-
-def _repa(config: TrainConfig) -> RepresentationAlignment:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(config.run.seed, "repa"))
-        return dinov2(config.teacher.repa_encoder, config.net.hidden_size)
 
 
 def _build_student(config: TrainConfig, env: DistEnv) -> PiDTask:
     net_config = config.net.without_color_head()
-    weights: dict[str, Tensor] | None = initial_weights(config.init_from) if config.init_from else None
+    weights = models.initial_weights(config.init_from) if config.init_from else None
     nets: dict[str, PiDNet] = {}
     for name in (MAIN, "fake_score", "teacher"):
-        nets[name] = new_network(net_config, seed_of(config.run.seed, "weights"))
+        nets[name] = models.new_network(net_config, config.run.seed)
         if weights is not None:
-            load_initial_weights(nets[name], weights, config.init_from)
-        set_trainable(nets[name], "all", color=False)
+            models.load_initial_weights(nets[name], weights, config.init_from)
+        models.set_trainable(nets[name], "all", color=False)
     nets["teacher"].requires_grad_(False)
     modules: dict[str, nn.Module] = {
         MAIN: _denoiser(nets[MAIN], config, env, lora=True),
@@ -287,8 +253,7 @@ def _build_student(config: TrainConfig, env: DistEnv) -> PiDTask:
     }
     distillation = config.distillation
     if distillation.gan_weight > 0:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(config.run.seed, "discriminator"))
+        with models.seeded(config.run.seed, "discriminator"):
             discriminator = Discriminator(
                 net_config.hidden_size, net_config.patch_depth, distillation.discriminator_blocks,
                 layers=distillation.discriminator_layers, per_patch=distillation.discriminator_per_patch,
@@ -299,7 +264,7 @@ def _build_student(config: TrainConfig, env: DistEnv) -> PiDTask:
 
 def _denoiser(net: PiDNet, config: TrainConfig, env: DistEnv, *, lora: bool = False) -> Denoiser:
     if lora and config.lora.rank:
-        inject_lora(net, config.lora, seed_of(config.run.seed, "adapters"))
+        models.inject_lora(net, config.lora, config.run.seed)
     if config.run.activation_checkpointing:
         checkpoint_activations(net)
     return Denoiser(net.to(env.device).train())
@@ -351,8 +316,8 @@ def sample_few_steps(net: nn.Module, batch: TrainBatch, times: Sequence[float], 
     return x.clamp(-1, 1)
 
 
-def image_grid(rows: Sequence[tuple[Tensor | None, Tensor, Tensor]]) -> Tensor:
-    """One image `[3, H, W]` of rows (low resolution, sample, image), each `[1, 3, h, w]`, with dark gaps."""
+def save_grid(path: Path, rows: Sequence[tuple[Tensor | None, Tensor, Tensor]]) -> None:
+    """Write one PNG of rows (low resolution, sample, image), each `[1, 3, h, w]`, with dark gaps."""
     height = max(row[2].shape[-2] for row in rows)
     width = max(row[2].shape[-1] for row in rows)
     lines = []
@@ -364,11 +329,6 @@ def image_grid(rows: Sequence[tuple[Tensor | None, Tensor, Tensor]]) -> Tensor:
             for cell in (first, generated, image)
         ]
         lines.append(torch.cat(cells, dim=-1))
-    return torch.cat(lines, dim=-2)
-
-
-def save_grid(path: Path, rows: Sequence[tuple[Tensor | None, Tensor, Tensor]]) -> None:
-    """Write `image_grid` as PNG."""
     writable_folder(path.parent)
     with atomic_write(path, overwrite=True) as file:
-        to_pil(image_grid(rows)).save(file, format="PNG")
+        to_pil(torch.cat(lines, dim=-2)).save(file, format="PNG")

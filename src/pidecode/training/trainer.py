@@ -11,7 +11,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,18 +21,10 @@ from torch.optim import AdamW, Optimizer
 
 from pidecode.errors import SettingError, TrainingError
 from pidecode.files import FolderLock, atomic_write, remove_partial, writable_folder
+from pidecode.training import distributed
 from pidecode.training.checkpoint import TrainState, newest_checkpoint, restore, save_checkpoint
 from pidecode.training.config import EMAConfig, OptimizerConfig, RunConfig, describe
-from pidecode.training.distributed import (
-    DistEnv,
-    any_process,
-    barrier,
-    clip_gradients,
-    mean_over_processes,
-    no_gradient_sync,
-    parameter_groups,
-    reduce_unsharded_gradients,
-)
+from pidecode.training.distributed import DistEnv
 from pidecode.training.ema import ExponentialMovingAverage
 from pidecode.training.flow_matching import LossOutput
 from pidecode.training.logger import MetricLogger, ProgressFn
@@ -148,8 +140,7 @@ class Trainer:
         self.images = 0  # images this process has seen since it began
         self.metrics: dict[str, float] = {}
         """Newest value of each metric; in a distillation the phases report different ones."""
-        self._saved_step = -1
-        self._saved_at = time.monotonic()
+        self._saved_step, self._saved_at = -1, time.monotonic()
         self._checkpoints = self.folder / "checkpoints"
         self._release: Callable[[], object] = lambda: None
         try:
@@ -162,8 +153,7 @@ class Trainer:
         """Lock the folder, read the checkpoint and report what is to be trained."""
         task, loader, env = self.task, self.loader, self.env
         if env.is_first:
-            lock = FolderLock(self.folder, "training")
-            self._release = weakref.finalize(self, lock.release)
+            self._release = weakref.finalize(self, FolderLock(self.folder, "training").release)
         stored = newest_checkpoint(self._checkpoints, progress) if resume else None
         if not resume and any(self._checkpoints.glob("step-*")):
             raise SettingError(
@@ -176,7 +166,7 @@ class Trainer:
             text = "".join(f"{name} = {value!r}\n" for name, value, _ in describe(config))
             with atomic_write(self.folder / "config.txt", overwrite=True) as file:
                 file.write(text.encode())
-        barrier(env)
+        distributed.barrier(env)
         if stored is not None:
             self.step = self._saved_step = stored.step
         log_folder = self.folder if env.is_first else self.folder / f"process-{env.rank}"
@@ -222,84 +212,74 @@ class Trainer:
         names = self.task.trained_at(self.step)
         modules = [self.task.modules[name] for name in names]
         others = [module for name, module in self.task.modules.items() if name not in names]
+        frozen = [p for module in others for p in module.parameters() if p.requires_grad]
         passes = self.optimizer_config.grad_accumulation
-        with _without_gradients(others):
-            for index in range(passes):
-                self._forward_backward(self.step * passes + index, modules, last=index == passes - 1)
-        reduce_unsharded_gradients(modules, self.env)
-        for name, norm in self._update(names).items():
-            self.metrics[f"grad_norm_{name}"] = norm
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        for index in range(passes):
+            self._forward_backward(self.step * passes + index, modules, last=index == passes - 1)
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        distributed.reduce_unsharded_gradients(modules, self.env)
+        factor = lr_factor(self.optimizer_config, self.step, self.run_config.steps)
+        self._update(names, factor)
         self.step += 1
         for name, average in self.state.emas.items():
             if name in names:
                 average.update(self.task.modules[name], self.step)
         run = self.run_config
         if self.step % run.log_every == 0 or self.step == run.steps:
-            self._log()
+            lr, skipped = self.optimizer_config.lr * factor, float(len(self.loader.skipped))
+            self.logger.log(self.step, {**self.metrics, "lr": lr, "skipped": skipped}, self.images, self.env.device)
         if run.sample_every and self.step % run.sample_every == 0:
             with averaged_weights(self.state), torch.no_grad(), self._autocast():
                 self.task.save_samples(self.folder / "samples", self.step)
-        if self._checkpoint_is_due():
+        idle = time.monotonic() - self._saved_at >= 60 * run.checkpoint_minutes
+        if self.step % run.checkpoint_every == 0 or (
+            run.checkpoint_minutes > 0 and distributed.any_process(idle, self.env)
+        ):
             self._save()
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.run_config.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.env.device.type, torch.bfloat16)
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.env.device.type, torch.bfloat16, enabled=self.run_config.precision == "bfloat16")
 
     def _forward_backward(self, number: int, modules: list[nn.Module], *, last: bool) -> None:
         passes = self.optimizer_config.grad_accumulation
         batch, rng, names = self.loader.batch(number)
-        with no_gradient_sync(modules, not last):
-            with self._autocast():
-                output = self.task.loss(self.step, batch, rng)
-            loss = mean_over_processes(output.loss.detach().float(), self.env)
-            if not bool(torch.isfinite(loss)):
-                self._stop_for_nan("loss", names)
-            (output.loss / passes).backward()
+        distributed.set_gradient_sync(modules, last)
+        with self._autocast():
+            output = self.task.loss(self.step, batch, rng)
+        loss = distributed.mean_over_processes(output.loss.detach().float(), self.env)
+        if not bool(torch.isfinite(loss)):
+            self._stop_for_nan("loss", names)
+        (output.loss / passes).backward()
         for name, value in {"loss": loss, **output.parts}.items():
             before = self.metrics.get(name, 0.0) if number % passes else 0.0
             self.metrics[name] = before + float(value) / passes
         self.images += len(names) * self.env.data_world_size
 
     def _stop_for_nan(self, what: str, names: tuple[str, ...]) -> None:
-        saved = (
-            f"the checkpoint of step {self._saved_step} is complete"
-            if self._saved_step >= 0
-            else "nothing had been saved yet"
-        )
+        complete = f"the checkpoint of step {self._saved_step} is complete"
+        saved = complete if self._saved_step >= 0 else "nothing had been saved yet"
         raise TrainingError(
             f"The {what} became NaN or infinite at step {self.step + 1} (images here: {', '.join(names)}); {saved}. "
             "Lower the learning rate, lengthen optimizer.warmup_steps or set run.precision=float32, then start again "
             "with --resume."
         )
 
-    def _update(self, names: tuple[str, ...]) -> dict[str, float]:
-        """Clip gradients and step the optimizers of this iteration; returns the norms before clipping, by module."""
-        norms: dict[str, float] = {}
-        factor = lr_factor(self.optimizer_config, self.step, self.run_config.steps)
+    def _update(self, names: tuple[str, ...], factor: float) -> None:
+        """Clip gradients and step the optimizers of this iteration, at `factor` of their full learning rates."""
         for name in names:
-            norms[name] = clip_gradients(self.task.modules[name], self.optimizer_config.max_grad_norm)
-            if not math.isfinite(norms[name]):
+            norm = distributed.clip_gradients(self.task.modules[name], self.optimizer_config.max_grad_norm)
+            if not math.isfinite(norm):
                 self._stop_for_nan(f"gradient of {name}", ())
+            self.metrics[f"grad_norm_{name}"] = norm
         for name in names:
             for group in self.state.optimizers[name].param_groups:
                 group["lr"] = group["initial_lr"] * factor
             self.state.optimizers[name].step()
         for optimizer in self.state.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-        return norms
-
-    def _log(self) -> None:
-        factor = lr_factor(self.optimizer_config, self.step - 1, self.run_config.steps)
-        values = {**self.metrics, "lr": self.optimizer_config.lr * factor, "skipped": float(len(self.loader.skipped))}
-        self.logger.log(self.step, values, self.images, self.env.device)
-
-    def _checkpoint_is_due(self) -> bool:
-        if self.step % self.run_config.checkpoint_every == 0:
-            return True
-        minutes = self.run_config.checkpoint_minutes
-        return minutes > 0 and any_process(time.monotonic() - self._saved_at >= 60 * minutes, self.env)
 
     def _save(self) -> None:
         self.loader.flush()
@@ -342,13 +322,16 @@ def export_newest(task: TrainTask, ema: EMAConfig, folder: str | Path) -> Path:
 @contextmanager
 def averaged_weights(state: TrainState) -> Iterator[None]:
     """Put the averaged weights in place of the current ones, for the duration of the context."""
-    for name, average in state.emas.items():
-        average.swap(state.modules[name])
+
+    def swap() -> None:
+        for name, average in state.emas.items():
+            average.swap(state.modules[name])
+
+    swap()
     try:
         yield
     finally:
-        for name, average in state.emas.items():
-            average.swap(state.modules[name])
+        swap()
 
 
 def make_optimizer(module: nn.Module, config: OptimizerConfig, *, lr: float, weight_decay: float) -> Optimizer:
@@ -356,7 +339,8 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig, *, lr: float, wei
     if config.name == "muon":
         named = ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
         return Muon(muon_groups(named), lr=lr, weight_decay=weight_decay)
-    return AdamW(parameter_groups(module), lr=lr, betas=config.betas, weight_decay=weight_decay)
+    groups = distributed.parameter_groups(module)
+    return AdamW(groups, lr=lr, betas=config.betas, weight_decay=weight_decay)
 
 
 def lr_factor(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -366,16 +350,3 @@ def lr_factor(config: OptimizerConfig, step: int, steps: int) -> float:
         done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
         factor *= 0.5 * (1 + math.cos(math.pi * done))
     return factor
-
-
-@contextmanager
-def _without_gradients(modules: list[nn.Module]) -> Iterator[None]:
-    """Compute no gradients for modules that this iteration does not train."""
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
