@@ -18,8 +18,8 @@ from pidecode.training.distributed import (
     DistEnv,
     full_tensor,
     init_distributed,
-    no_gradient_sync,
     reduce_unsharded_gradients,
+    set_gradient_sync,
     unwrap,
 )
 from pidecode.training.recipes import get_recipe
@@ -39,8 +39,8 @@ def gradients(recipe: TrainConfig, env: DistEnv, step: int = 0) -> dict[str, tor
     modules = [task.modules[name] for name in task.trained_at(step)]
     for index in range(recipe.optimizer.grad_accumulation):
         batch, rng, _ = loader.batch(index)
-        with no_gradient_sync(modules, index < recipe.optimizer.grad_accumulation - 1):
-            (task.loss(step, batch, rng).loss / recipe.optimizer.grad_accumulation).backward()
+        set_gradient_sync(modules, index == recipe.optimizer.grad_accumulation - 1)
+        (task.loss(step, batch, rng).loss / recipe.optimizer.grad_accumulation).backward()
     loader.close()
     reduce_unsharded_gradients(modules, env)
     found = {}

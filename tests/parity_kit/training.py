@@ -15,6 +15,7 @@ from pidecode.training.denoiser import Denoiser, TrainBatch
 from pidecode.training.dmd import Discriminator, DistillationConfig, DistillationModels, fake_score_loss, student_loss
 from pidecode.training.flow_matching import TeacherLossConfig, teacher_loss
 from pidecode.training.losses import (
+    RepresentationAlignment,
     approximate_r1,
     color_alignment,
     discriminator_adversarial,
@@ -23,7 +24,6 @@ from pidecode.training.losses import (
     feature_alignment,
     flow_matching,
     generator_adversarial,
-    projector,
     to_ycbcr,
 )
 from pidecode.training.noise import LatentNoiseConfig, mix, noise_latent, per_sample
@@ -204,7 +204,7 @@ def noiser(case: Case) -> Iterator[Comparison]:
 def repa(case: Case) -> Iterator[Comparison]:
     """RepresentationAlignment with recorded encoder features."""
     width, _, encoder_width = case.args["dims"]
-    module = projector(width, encoder_width)
+    module = RepresentationAlignment(width, nn.Identity(), encoder_width).projector
     module.load_state_dict(dict(case.weights))
     tokens = _leaf(case.inputs["tokens"])
     loss = feature_alignment(module(tokens), case.inputs["dino"])

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from pidecode.errors import SettingError, TrainingError
 from pidecode.training.config import apply_settings
-from pidecode.training.distributed import DistEnv, RowSharding, init_distributed
+from pidecode.training.denoiser import RowSharding
+from pidecode.training.distributed import DistEnv, init_distributed
 from pidecode.training.recipes import get_recipe
 from training_worker import CPU, gradients
 
@@ -166,5 +167,5 @@ def test_processes_that_cannot_share_a_image_are_told(monkeypatch: pytest.Monkey
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(SettingError, match="does not divide 3 processes"), init_distributed(recipe.parallel, CPU):
         pass
-    with pytest.raises(SettingError, match="pixel rows do not divide over 5"):
+    with pytest.raises(SettingError, match="pixel rows do not divide over parallel.context_parallel=5"):
         RowSharding(0, 5, None).rows(torch.zeros(1, 3, 64, 64))

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from pidecode.errors import SettingError
+from pidecode.models.pid.blocks import JointAttention, PixelAttention
 from pidecode.models.pid.network import Condition, PiDNet
 from pidecode.sampling import TIMESCALE, clean_from_velocity, velocity_from_clean
 
@@ -19,19 +23,6 @@ class DenoiserOutput(NamedTuple):
     prediction: Tensor | None  # the network's output `[B, 3, H, W]`: velocity or clean image, as its configuration says
     color: Tensor | None  # the low-resolution image of the color head
     features: list[Tensor]  # image stream after the tapped patch blocks, each `[B, D, h, w]`
-
-
-class ImageSharding(Protocol):
-    """How one image is sharded over processes: each has a range of whole patch rows."""
-
-    def condition(self, condition: Condition) -> Condition:
-        """This process's part of the conditioning."""
-
-    def rows(self, image: Tensor) -> Tensor:
-        """This process's rows of an image `[B, 3, H, W]`."""
-
-    def gather(self, shard: Tensor) -> Tensor:
-        """All shards, concatenated along rows (the last axis but one)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +44,59 @@ class TrainBatch:
         return replace(self, text=self.null_text.expand(self.image.shape[0], -1, -1))
 
 
+class _GatherRows(torch.autograd.Function):
+    """All-gather along `dim` over a group; the backward pass sums the gradients of all uses of a shard."""
+
+    @staticmethod
+    def forward(ctx: Any, shard: Tensor, dim: int, group: Any) -> Tensor:
+        ctx.dim, ctx.group, ctx.length = dim, group, shard.shape[dim]
+        parts = [torch.empty_like(shard) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, shard.contiguous(), group=group)
+        return torch.cat(parts, dim=dim)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        total = gradients[0].contiguous()
+        dist.all_reduce(total, group=ctx.group)
+        start = dist.get_rank(ctx.group) * ctx.length
+        return total.narrow(ctx.dim, start, ctx.length), None, None
+
+
+def gather_rows(shard: Tensor, dim: int, group: Any) -> Tensor:
+    """Shards of all processes of a group, concatenated along `dim`, differentiable."""
+    joined: Tensor = _GatherRows.apply(shard, dim, group)  # type: ignore[no-untyped-call]
+    return joined
+
+
+class RowSharding:
+    """An image in shards of whole patch rows, one per process of a group."""
+
+    def __init__(self, rank: int, count: int, group: Any) -> None:
+        self._rank, self._count, self.group = rank, count, group
+
+    def _span(self, rows: int, what: str) -> slice:
+        share, rest = divmod(rows, self._count)
+        if rest:
+            raise SettingError(
+                f"{rows} {what} rows do not divide over parallel.context_parallel={self._count} processes; "
+                "change data.sizes."
+            )
+        return slice(self._rank * share, (self._rank + 1) * share)
+
+    def condition(self, condition: Condition) -> Condition:
+        """This process's tokens, positions and injections."""
+        rows, columns = condition.grid
+        return condition.crop(self._span(rows, "patch"), slice(0, columns))
+
+    def rows(self, image: Tensor) -> Tensor:
+        """This process's rows of `[B, 3, H, W]`."""
+        return image[..., self._span(image.shape[-2], "pixel"), :]
+
+    def gather(self, shard: Tensor) -> Tensor:
+        """All shards `[B, C, h, w]`, along rows."""
+        return gather_rows(shard, 2, self.group)
+
+
 class Denoiser(nn.Module):
     """A PiDNet as one module call.
 
@@ -62,7 +106,14 @@ class Denoiser(nn.Module):
     def __init__(self, net: PiDNet) -> None:
         super().__init__()
         self.net = net
-        self.sharding: ImageSharding | None = None
+        self.sharding: RowSharding | None = None
+
+    def shard(self, sharding: RowSharding) -> None:
+        """Evaluate one shard of an image; every attention of the network sees the keys and values of all shards."""
+        self.sharding = sharding
+        for module in self.modules():
+            if isinstance(module, (JointAttention, PixelAttention)):
+                module.gather = functools.partial(gather_rows, dim=1, group=sharding.group)
 
     def forward(
         self,
@@ -95,8 +146,7 @@ class Denoiser(nn.Module):
 
 def pid_net(denoiser: nn.Module) -> PiDNet:
     """The network inside a Denoiser, however wrapped."""
-    inner = getattr(denoiser, "module", denoiser)
-    net = inner.net
+    net = getattr(denoiser, "module", denoiser).net
     assert isinstance(net, PiDNet)
     return net
 

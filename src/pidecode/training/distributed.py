@@ -24,10 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pidecode.devices import select_device
 from pidecode.errors import SettingError, TrainingError
-from pidecode.models.pid.blocks import JointAttention, PatchBlock, PixelAttention, PixelBlock
-from pidecode.models.pid.network import Condition
+from pidecode.models.pid.blocks import PatchBlock, PixelBlock
 from pidecode.training.config import ParallelConfig
-from pidecode.training.denoiser import Denoiser
+from pidecode.training.denoiser import Denoiser, RowSharding
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,72 +102,10 @@ def init_distributed(parallel: ParallelConfig, device: torch.device | None = Non
         dist.destroy_process_group()
 
 
-class _GatherRows(torch.autograd.Function):
-    """All-gather along `dim` over a group; the backward pass sums the gradients of all uses of a shard."""
-
-    @staticmethod
-    def forward(ctx: Any, shard: Tensor, dim: int, group: Any) -> Tensor:
-        """Concatenate."""
-        ctx.dim, ctx.group, ctx.length = dim, group, shard.shape[dim]
-        parts = [torch.empty_like(shard) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, shard.contiguous(), group=group)
-        return torch.cat(parts, dim=dim)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """Sum over the group, keep this process's shard."""
-        total = gradients[0].contiguous()
-        dist.all_reduce(total, group=ctx.group)
-        start = dist.get_rank(ctx.group) * ctx.length
-        return total.narrow(ctx.dim, start, ctx.length), None, None
-
-
-def gather_rows(shard: Tensor, dim: int, group: Any) -> Tensor:
-    """Shards of all processes of a group, concatenated along `dim`, differentiable."""
-    joined: Tensor = _GatherRows.apply(shard, dim, group)  # type: ignore[no-untyped-call]
-    return joined
-
-
-class RowSharding:
-    """An image in shards of whole patch rows, one per process of a group (an `ImageSharding`)."""
-
-    def __init__(self, rank: int, count: int, group: Any) -> None:
-        self._rank, self._count, self._group = rank, count, group
-
-    def _span(self, rows: int, what: str) -> slice:
-        share, rest = divmod(rows, self._count)
-        if rest:
-            raise SettingError(
-                f"{rows} {what} rows do not divide over parallel.context_parallel={self._count} processes; "
-                "change data.sizes."
-            )
-        return slice(self._rank * share, (self._rank + 1) * share)
-
-    def condition(self, condition: Condition) -> Condition:
-        """This process's tokens, positions and injections."""
-        rows, columns = condition.grid
-        return condition.crop(self._span(rows, "patch"), slice(0, columns))
-
-    def rows(self, image: Tensor) -> Tensor:
-        """This process's rows of `[B, 3, H, W]`."""
-        return image[..., self._span(image.shape[-2], "pixel"), :]
-
-    def gather(self, shard: Tensor) -> Tensor:
-        """All shards `[B, C, h, w]`, along rows."""
-        return gather_rows(shard, 2, self._group)
-
-    def attach(self, denoiser: Denoiser) -> None:
-        """Let every attention of the network see the keys and values of all shards."""
-        denoiser.sharding = self
-        for module in denoiser.modules():
-            if isinstance(module, (JointAttention, PixelAttention)):
-                module.gather = lambda x: gather_rows(x, 1, self._group)
-
-
 def parallelize(module: nn.Module, parallel: ParallelConfig, env: DistEnv) -> nn.Module:
     """Replicate or shard a module over the processes; trained modules exchange their gradients from now on."""
     if isinstance(module, Denoiser) and env.context_parallel > 1:
-        RowSharding(env.context_rank, env.context_parallel, env.context_group).attach(module)
+        module.shard(RowSharding(env.context_rank, env.context_parallel, env.context_group))
     if env.world_size == 1:
         return module
     if parallel.weights == "shard":

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,16 @@ class MetricLogger:
     ) -> None:
         self._path, self._steps, self._first, self._progress = folder / "metrics.jsonl", steps, first, progress
         self._began = time.monotonic()
-        self._board: Any = _tensorboard(folder, first) if "tensorboard" in trackers else None
-        self._wandb: Any = _wandb(folder) if "wandb" in trackers else None
+        self._board: Any = None
+        self._wandb: Any = None
+        if "tensorboard" in trackers:
+            writer = _tracker("torch.utils.tensorboard", "'pidecode[train]'").SummaryWriter
+            self._board = writer(str(folder / "tensorboard"), purge_step=first + 1)
+        if "wandb" in trackers:
+            self._wandb = _tracker("wandb", "wandb").init(
+                project="pidecode", dir=str(folder), mode=os.environ.get("WANDB_MODE", "offline"), resume="allow",
+                id=folder.resolve().name,
+            )  # fmt: skip
         kept = []
         if self._path.exists():
             for line in self._path.read_text(encoding="utf-8").splitlines():
@@ -86,9 +95,7 @@ class MetricLogger:
 def _memory(device: torch.device) -> float:
     """Most memory used so far, in GB: the accelerator's, or this process's resident set."""
     if device.type != "cpu":
-        module = torch.get_device_module(device)
-        peak = getattr(module, "max_memory_allocated", None)
-        return float(peak()) / 1e9 if peak is not None else 0.0
+        return float(getattr(torch.get_device_module(device), "max_memory_allocated", lambda: 0)()) / 1e9
     try:
         import resource
     except ImportError:  # not on Windows
@@ -96,20 +103,11 @@ def _memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def _tensorboard(folder: Path, first: int) -> Any:
+def _tracker(module: str, package: str) -> Any:
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        return import_module(module)
     except ImportError:
+        name = module.rpartition(".")[2]
         raise MissingDependencyError(
-            "run.trackers names tensorboard, which is not installed: pip install 'pidecode[train]'."
+            f"run.trackers names {name}, which is not installed: pip install {package}."
         ) from None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
-
-
-def _wandb(folder: Path) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise MissingDependencyError("run.trackers names wandb, which is not installed: pip install wandb.") from None
-    mode = os.environ.get("WANDB_MODE", "offline")
-    return wandb.init(project="pidecode", dir=str(folder), mode=mode, resume="allow", id=folder.resolve().name)

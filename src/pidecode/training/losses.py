@@ -25,9 +25,7 @@ def flow_matching(velocity: Tensor, image: Tensor, noise: Tensor) -> Tensor:
 
 
 def distribution_matching(generated: Tensor, teacher: Tensor, fake: Tensor) -> Tensor:
-    """Distribution matching: its gradient moves `generated` from the fake score's image to the teacher's.
-
-    DMD2, https://arxiv.org/abs/2405.14867.
+    """Distribution matching: its gradient moves `generated` from the fake score's image to the teacher's (DMD2).
 
     All are clean images `[B, 3, H, W]`; gradients reach `generated` alone. Each sample's gradient is divided by its
     mean distance from the teacher. Computed in float64; where that is not finite, the gradient is 0.
@@ -99,42 +97,28 @@ def color_alignment(
     return (loss_B * weight_B).sum() / weight_B.sum().clamp(min=_TINY)
 
 
-def _square_side(tokens: int) -> int:
-    side = round(tokens**0.5)
-    return side if side * side == tokens else 0
-
-
 def feature_alignment(projected: Tensor, reference: Tensor) -> Tensor:
     """One minus the mean cosine between projected network tokens and an encoder's, `[B, tokens, width]` (REPA).
-
-    https://arxiv.org/abs/2410.06940
 
     Where the counts differ, the larger of two square grids is resized (bilinear) to the smaller.
 
     Raises:
         SettingError: The counts differ and are not both square.
     """
-    projected, reference = projected.float(), reference.float()
-    ours, theirs = _square_side(projected.shape[1]), _square_side(reference.shape[1])
-    if projected.shape[1] != reference.shape[1]:
-        if not (ours and theirs):
+    pair, counts = [projected.float(), reference.float()], (projected.shape[1], reference.shape[1])
+    if counts[0] != counts[1]:
+        sides = [math.isqrt(count) for count in counts]
+        if [side * side for side in sides] != list(counts):
             raise SettingError(
-                f"{projected.shape[1]} network tokens and {reference.shape[1]} encoder tokens are not both square "
+                f"{counts[0]} network tokens and {counts[1]} encoder tokens are not both square "
                 "grids, so neither can be resized to the other; train on square images or switch this loss off."
             )
-        projected = _resize_tokens(projected, ours, min(ours, theirs))
-        reference = _resize_tokens(reference, theirs, min(ours, theirs))
-    return (
-        1 - F.cosine_similarity(F.normalize(projected, dim=-1), F.normalize(reference, dim=-1), dim=2, eps=1e-5).mean()
-    )
-
-
-def _resize_tokens(tokens: Tensor, side: int, wanted: int) -> Tensor:
-    if side == wanted:
-        return tokens
-    grid = tokens.transpose(1, 2).unflatten(2, (side, side))
-    resized = F.interpolate(grid, size=(wanted, wanted), mode="bilinear", align_corners=False)
-    return resized.flatten(2).transpose(1, 2)
+        larger, smaller = sides.index(max(sides)), min(sides)
+        grid = pair[larger].transpose(1, 2).unflatten(2, (max(sides), max(sides)))
+        resized = F.interpolate(grid, size=(smaller, smaller), mode="bilinear", align_corners=False)
+        pair[larger] = resized.flatten(2).transpose(1, 2)
+    ours, theirs = (F.normalize(tokens, dim=-1) for tokens in pair)
+    return 1 - F.cosine_similarity(ours, theirs, dim=2, eps=1e-5).mean()
 
 
 def reconstruction(generated: Tensor, image: Tensor, *, edge_weight: float = 0.5) -> tuple[Tensor, dict[str, Tensor]]:
@@ -143,10 +127,8 @@ def reconstruction(generated: Tensor, image: Tensor, *, edge_weight: float = 0.5
     The second part keeps a small network from blurring.
     """
     values = charbonnier(generated - image)
-    edges = sum(
-        (charbonnier(torch.diff(generated, dim=axis) - torch.diff(image, dim=axis)) for axis in (-2, -1)),
-        start=torch.zeros((), device=image.device),
-    )
+    along, across = (charbonnier(torch.diff(generated, dim=axis) - torch.diff(image, dim=axis)) for axis in (-2, -1))
+    edges = along + across
     parts = {"image": values.detach(), "edges": edges.detach()}
     parts["mse"] = (generated.detach() - image).square().mean()
     return values + edge_weight * edges, parts
@@ -173,19 +155,10 @@ def r1_penalty(real_logits: Tensor, real: Tensor) -> Tensor:
 
 def encoder_input(image: Tensor, tokens: int) -> Tensor:
     """An image in [-1, 1] `[B, 3, H, W]`, normalized as DINOv2 expects and sized to show it `tokens` patches."""
-    mean = image.new_tensor(_DINO_MEAN).view(1, 3, 1, 1)
-    std = image.new_tensor(_DINO_STD).view(1, 3, 1, 1)
+    mean, std = (image.new_tensor(values).view(1, 3, 1, 1) for values in (_DINO_MEAN, _DINO_STD))
     ratio = math.sqrt(tokens * DINO_PATCH**2 / (image.shape[-2] * image.shape[-1]))
     size = [round(side * ratio) for side in image.shape[-2:]]
     return F.interpolate(((image + 1) / 2 - mean) / std, size=size, mode="bicubic", align_corners=False)
-
-
-def projector(width: int, encoder_width: int, layers: int = 2) -> nn.Sequential:
-    """Projection of tokens to the encoder's width: Linear, SiLU, ..., Linear."""
-    parts: list[nn.Module] = []
-    for _ in range(layers - 1):
-        parts += [nn.Linear(width, width), nn.SiLU()]
-    return nn.Sequential(*parts, nn.Linear(width, encoder_width))
 
 
 class RepresentationAlignment(nn.Module):
@@ -196,7 +169,7 @@ class RepresentationAlignment(nn.Module):
 
     def __init__(self, width: int, encoder: nn.Module, encoder_width: int) -> None:
         super().__init__()
-        self.projector = projector(width, encoder_width)
+        self.projector = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, encoder_width))
         # In a tuple, so that the frozen encoder is neither trained nor saved with us.
         self._encoder = (encoder.eval().requires_grad_(False),)
 

@@ -7,7 +7,8 @@ leave out fragmentation and the workspace of libraries: leave a tenth free.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,73 +22,65 @@ from pidecode.training.config import TrainConfig
 from pidecode.training.denoiser import Denoiser, TrainBatch
 
 GB = 1e9
-_BLOCKS = (PatchBlock, PixelBlock, ResidualBlock)
 
 
-@dataclass
 class _SavedTensors:
-    """Bytes autograd keeps, by the block they arise in (None: outside any)."""
+    """Bytes autograd keeps in a forward pass of a network, by the block they arise in (None: outside any)."""
 
-    ignored: set[int]
-    seen: set[int]
-    kept: list[Any]
-    by_block: dict[int | None, int]
-    inputs: dict[int, int]
-    block: int | None = None
+    def __init__(self, net: PiDNet) -> None:
+        self.seen = {p.untyped_storage()._cdata for p in net.parameters()}
+        self.kept: list[Any] = []  # storages, so that no later one can be mistaken for one of these
+        self.by_block: Counter[int | None] = Counter()
+        self.inputs: dict[int, int] = {}
+        self.block: int | None = None
+        for module in net.modules():
+            if isinstance(module, (PatchBlock, PixelBlock, ResidualBlock)):
+                module.register_forward_pre_hook(self._enter)
+                module.register_forward_hook(self._leave)
 
     def pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self.seen and key not in self.ignored:
-            self.seen.add(key)
-            self.kept.append(storage)  # so that no later storage can be mistaken for it
-            self.by_block[self.block] = self.by_block.get(self.block, 0) + storage.nbytes()
+        if storage._cdata not in self.seen:
+            self.seen.add(storage._cdata)
+            self.kept.append(storage)
+            self.by_block[self.block] += storage.nbytes()
         return tensor
 
-
-def _register_hooks(net: PiDNet, saved: _SavedTensors) -> None:
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        saved.block = id(module)
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.block = id(module)
         # The image and caption streams are this block's own; the condition and tables are shared.
-        saved.inputs[id(module)] = sum(x.numel() * x.element_size() for x in args[:2] if isinstance(x, Tensor))
+        self.inputs[id(module)] = sum(x.numel() * x.element_size() for x in args[:2] if isinstance(x, Tensor))
 
-    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        saved.block = None
-
-    for module in net.modules():
-        if isinstance(module, _BLOCKS):
-            module.register_forward_pre_hook(enter, with_kwargs=True)
-            module.register_forward_hook(leave)
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.block = None
 
 
 def activation_bytes(config: TrainConfig, size: tuple[int, int], batch_size: int) -> int:
     """Bytes the forward pass of the main network keeps for images of `size` (height, width)."""
     with FakeTensorMode():
         net = PiDNet(config.net)
-        parameters = {p.untyped_storage()._cdata for p in net.parameters()}
-        saved = _SavedTensors(parameters, set(), [], {}, {})
-        _register_hooks(net, saved)
-        batch, x_t = _blank_batch(config, size, batch_size)
+        saved = _SavedTensors(net)
+        batch = _blank_batch(config, size, batch_size)
         hooks = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor)
         half = config.run.precision == "bfloat16"
         with hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
-            Denoiser(net)(x_t, torch.zeros(batch_size), batch, want_color=config.net.color_head)
-    outside = saved.by_block.pop(None, 0)
+            Denoiser(net)(batch.image, torch.zeros(batch_size), batch, want_color=config.net.color_head)
     if not config.run.activation_checkpointing:
-        return outside + sum(saved.by_block.values())
+        return saved.by_block.total()
+    outside = saved.by_block.pop(None, 0)
     return outside + sum(saved.inputs.values()) + max(saved.by_block.values(), default=0)
 
 
-def _blank_batch(config: TrainConfig, size: tuple[int, int], count: int) -> tuple[TrainBatch, Tensor]:
+def _blank_batch(config: TrainConfig, size: tuple[int, int], count: int) -> TrainBatch:
     net, (height, width) = config.net, size
-    x_t = torch.zeros(count, 3, height, width)
+    image = torch.zeros(count, 3, height, width)
     text = torch.zeros(count, net.text_length, net.text_dim) if net.has_text else None
     if config.space is None:
-        return TrainBatch(image=x_t, text=text), x_t
+        return TrainBatch(image=image, text=text)
     cell = config.space.pixels_per_cell
     latent = torch.zeros(count, net.latent_channels, height // cell, width // cell)
     low = torch.zeros(count, 3, height // net.scale, width // net.scale)
-    return TrainBatch(image=x_t, low=low, text=text, latent=latent, sigma=torch.zeros(count)), x_t
+    return TrainBatch(image=image, low=low, text=text, latent=latent, sigma=torch.zeros(count))
 
 
 def state_bytes(config: TrainConfig, processes: int) -> int:
