@@ -28,7 +28,6 @@ CLASSES = {"flux2": "AutoencoderKLFlux2", "qwenimage": "AutoencoderKLQwenImage"}
 
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bf16.safetensors",
                 "diffusion_pytorch_model.fp16.safetensors", "model.safetensors")  # fmt: skip
-_PREFIXES = ("first_stage_model.", "vae.", "model.")
 
 # LDM's names (flux, flux2, sd3 and sdxl single files) to diffusers' names, tried in this order.
 _LDM_RULES = tuple(
@@ -96,7 +95,7 @@ def load_autoencoder(
     if os.path.isdir(path):
         path, config = _read_folder(path, space)
     tensors = read_tensors(path).tensors
-    tensors = {_without_prefix(name): tensor for name, tensor in tensors.items()}
+    tensors = {re.sub(r"^(first_stage_model\.)?(vae\.)?(model\.)?", "", name): x for name, x in tensors.items()}
     check_formats({name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}, path)
     check_finite(tensors, path)
     if any(name.startswith("encoder.downsamples.") for name in tensors):
@@ -107,7 +106,13 @@ def load_autoencoder(
     if family != CLASSES.get(space.name, "AutoencoderKL"):
         raise CheckpointError(f"{path} is an {family}, not the autoencoder of {space.name}; give the right file.")
     config = {**_infer_config(tensors, family, path), **config}
-    _check_space(config, space, path)
+    channels = config.get("latent_channels", config.get("z_dim"))
+    if channels != space.raw_channels:
+        raise CheckpointError(
+            f"{path} has {channels} latent channels, and the {space.name} encoder {space.raw_channels}; give that file."
+        )
+    if space.statistics == "constants" and "scaling_factor" in config:  # flux and sd3 have the same shapes
+        check_constants(config, space, path)
     statistics = None
     if family == "AutoencoderKLFlux2":  # kept in the precision of the file, whatever the weights run in
         statistics = LatentStatistics(tensors["bn.running_mean"].float(), tensors["bn.running_var"].float())
@@ -135,17 +140,9 @@ def _read_folder(path: Path, space: LatentSpace) -> tuple[Path, dict[str, Any]]:
     return weights, {name: value for name, value in config.items() if not name.startswith("_")}
 
 
-def _without_prefix(name: str) -> str:
-    for prefix in _PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
-
-
 def _from_ldm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename LDM's tensors to diffusers'. LDM counts the decoder's stages in reverse and attends by 1x1 convs."""
-    stages = 1 + max(
-        (int(match[1]) for name in tensors if (match := re.match(r"decoder\.up\.(\d+)\.", name))), default=0
-    )
+    stages = _count(tensors, r"decoder\.up\.(\d+)\.")
     renamed = {}
     for name, tensor in tensors.items():
         match = re.match(r"decoder\.up\.(\d+)\.", name)
@@ -207,7 +204,7 @@ def _infer_config(tensors: Mapping[str, Tensor], family: str, path: Path) -> dic
             return _qwen_shape(tensors)
         stages = _count(tensors, r"encoder\.down_blocks\.(\d+)\.")
         widths = [tensors[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(stages)]
-        config: dict[str, Any] = {
+        return {
             "block_out_channels": tuple(widths),
             "layers_per_block": _count(tensors, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
             "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
@@ -218,14 +215,12 @@ def _infer_config(tensors: Mapping[str, Tensor], family: str, path: Path) -> dic
         }
     except (KeyError, ValueError, IndexError) as fault:
         raise CheckpointError(f"{path} lacks {fault}; it is not a complete autoencoder. Download it again.") from None
-    return config
 
 
 def _qwen_shape(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     base = tensors["encoder.conv_in.weight"].shape[0]
-    blocks = _count(tensors, r"encoder\.down_blocks\.(\d+)\.")
     stages: list[list[int]] = [[]]
-    for index in range(blocks):
+    for index in range(_count(tensors, r"encoder\.down_blocks\.(\d+)\.")):
         conv = tensors.get(f"encoder.down_blocks.{index}.conv1.weight")
         if conv is None:
             stages.append([])
@@ -240,17 +235,6 @@ def _qwen_shape(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
     return 1 + max((int(match[1]) for name in tensors if (match := re.match(pattern, name))), default=-1)
-
-
-def _check_space(config: Mapping[str, Any], space: LatentSpace, path: Path) -> None:
-    """Check the latent channels, and the constants if there is a config (flux and sd3 have the same shapes)."""
-    channels = config.get("latent_channels", config.get("z_dim"))
-    if channels != space.raw_channels:
-        raise CheckpointError(
-            f"{path} has {channels} latent channels, and the {space.name} encoder {space.raw_channels}; give that file."
-        )
-    if space.statistics == "constants" and "scaling_factor" in config:
-        check_constants(config, space, path)
 
 
 def check_constants(config: Mapping[str, Any], space: LatentSpace, source: object) -> None:
@@ -293,26 +277,17 @@ def _as_video_weights(model: torch.nn.Module, tensors: dict[str, Tensor]) -> dic
     A causal convolution over one frame sees only padding besides it, so only its last slice in time acts. The
     convolutions over time alone are not reached by a single frame.
     """
-    weights = dict(tensors)
+    weights, floating = dict(tensors), next(t.dtype for t in tensors.values() if t.is_floating_point())
     for name, target in model.state_dict().items():
         tensor = weights.get(name)
         if tensor is None:
             if ".time_conv." in name or name.endswith("num_batches_tracked"):
-                weights[name] = torch.zeros(target.shape, dtype=_missing_dtype(target, tensors))
-            continue
-        if tensor.shape == target.shape:
-            continue
-        if tensor.numel() == target.numel():
+                dtype = floating if target.is_floating_point() else target.dtype
+                weights[name] = torch.zeros(target.shape, dtype=dtype)
+        elif tensor.numel() == target.numel():
             weights[name] = tensor.reshape(target.shape)
         elif target.ndim == 5 and tensor.ndim == 4 and target.shape[3:] == tensor.shape[2:]:
             whole = tensor.new_zeros(target.shape)
             whole[:, :, -1] = tensor
             weights[name] = whole
     return weights
-
-
-def _missing_dtype(target: Tensor, tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """Dtype of a missing tensor: that of the file, or the target's where it is an integer."""
-    return (
-        next(t.dtype for t in tensors.values() if t.is_floating_point()) if target.is_floating_point() else target.dtype
-    )

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -51,13 +51,8 @@ class Autoencoder(Protocol):
 class ImageEncoder:
     """The image encoder of one latent space. Call it with images to get normalized latents; see `load_encoder`.
 
-    Args:
-        autoencoder: The space's autoencoder.
-        space: Its latent space.
-        statistics: Mean and variance read from the encoder's weights (flux2, dinov2); None for other spaces.
-        device: Where the weights are.
-        dtype: Dtype of the weights. Normalization is always computed in float32.
-        already_normalized: Whether the autoencoder's latents are normalized already.
+    Latents are normalized in float32, by `statistics` where the space's are read from the weights (flux2, dinov2); not
+    at all if the autoencoder's are `already_normalized`.
     """
 
     def __init__(
@@ -70,12 +65,8 @@ class ImageEncoder:
         dtype: torch.dtype = torch.float32,
         already_normalized: bool = False,
     ) -> None:
-        self.space = space
-        self.statistics = statistics
-        self.dtype = dtype
-        self._autoencoder = autoencoder
-        self._already_normalized = already_normalized
-        self.device = torch.device("cpu")
+        self.space, self.statistics, self.dtype = space, statistics, dtype
+        self._autoencoder, self._already_normalized = autoencoder, already_normalized
         self.to(device)
 
     @property
@@ -109,7 +100,15 @@ class ImageEncoder:
             LatentError: The encoder returned NaN or infinite values.
         """
         check_images(images, self.space)
-        raw = self._encode(images.to(self.device, torch.float32), reconstruct, num_refinements).float()
+        images = images.to(self.device, torch.float32)
+        if isinstance(self._autoencoder, TinyImageEncoder):
+            raw = self._autoencoder.encode(images, reconstruct, num_refinements).float()
+        elif not num_refinements:
+            raw = self._autoencoder.encode(images).float()
+        else:
+            raise SettingError(
+                f"num_refinements acts on the encoder of `tiny` only, and this is {self.space.name}'s; leave it out."
+            )
         latent = raw if self._already_normalized else normalize(raw, self.space, self.statistics)
         if not bool(torch.isfinite(latent).all()):
             raise LatentError(
@@ -118,24 +117,11 @@ class ImageEncoder:
             )
         return latent
 
-    def _encode(self, images: Tensor, reconstruct: Reconstruct | None, num_refinements: int) -> Tensor:
-        if isinstance(self._autoencoder, TinyImageEncoder):
-            return self._autoencoder.encode(images, reconstruct, num_refinements)
-        if num_refinements:
-            raise SettingError(
-                f"num_refinements acts on the encoder of `tiny` only, and this is {self.space.name}'s; leave it out."
-            )
-        return self._autoencoder.encode(images)
-
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
-        """Decode normalized latents with the space's own decoder (the VAE's, or the RAE's ViT).
+        """Decode normalized latents `[B, C, h, w]` with the space's own decoder (the VAE's, or the RAE's ViT).
 
-        Args:
-            latent: Normalized, `[B, C, h, w]`. Noise in it is decoded as it is.
-
-        Returns:
-            Images `[B, 3, h * down, w * down]` in [-1, 1], float32.
+        Returns images `[B, 3, h * down, w * down]` in [-1, 1], float32. Noise in a latent is decoded as it is.
 
         Raises:
             SettingError: The decoder half was not loaded.
@@ -176,18 +162,15 @@ class LazyImageEncoder:
             self._loaded = self._load()
         return self._loaded
 
-    @property
-    def can_decode(self) -> bool:
-        """Whether `decode` can be called."""
-        return self.loaded.can_decode
-
     def __call__(self, images: Tensor, reconstruct: Reconstruct | None = None, num_refinements: int = 0) -> Tensor:
         """Encode images as normalized latents; see `ImageEncoder.__call__`."""
         return self.loaded(images, reconstruct, num_refinements)
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """Decode normalized latents with the space's own decoder; see `ImageEncoder.decode`."""
-        return self.loaded.decode(latent)
+    def __getattr__(self, name: str) -> Any:
+        """Any other attribute is the encoder's."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.loaded, name)
 
 
 def encode_images(
@@ -211,15 +194,14 @@ def on_device(encoder: object, device: torch.device | None) -> Iterator[None]:
 
     Nothing is moved for another function, or where the device is None.
     """
-    target = encoder.loaded if isinstance(encoder, LazyImageEncoder) and device is not None else encoder
-    if not isinstance(target, ImageEncoder) or device is None:
+    if device is None or not isinstance(encoder, (ImageEncoder, LazyImageEncoder)):
         yield
         return
-    target.to(device)
+    encoder.to(device)
     try:
         yield
     finally:
-        target.to("cpu")
+        encoder.to("cpu")
 
 
 def can_show(encoder: object, latent: Latent) -> bool:

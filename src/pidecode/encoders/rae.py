@@ -77,10 +77,8 @@ class RepresentationAutoencoder:
         """Whether the ViT decoder was loaded."""
         return self._decoder is not None
 
-    def _mean_std(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        spec = self._spec
-        mean, std = like.new_tensor([spec.mean, spec.std]).view(2, 1, 3, 1, 1)
-        return mean, std
+    def _mean_std(self, like: Tensor) -> Tensor:
+        return like.new_tensor([self._spec.mean, self._spec.std]).view(2, 1, 3, 1, 1)
 
     def encode(self, images: Tensor) -> Tensor:
         """Features `[B, C, h, w]` of the last layer, of images `[B, 3, H, W]` in [-1, 1] resized to the model's square.
@@ -105,10 +103,9 @@ class RepresentationAutoencoder:
         images = self._decoder(raw.flatten(2).transpose(1, 2).to(self._dtype)).float()
         mean, std = self._mean_std(images)
         images = (images * std + mean).clamp(0, 1)
+        side = (self._side, self._side)
         if images.shape[-1] != self._side:  # Scale-RAE decodes to 224 pixels; the space counts 256
-            images = functional.interpolate(
-                images, size=(self._side, self._side), mode="bicubic", align_corners=False
-            ).clamp(0, 1)
+            images = functional.interpolate(images, size=side, mode="bicubic", align_corners=False).clamp(0, 1)
         result: Tensor = images * 2 - 1
         return result
 
@@ -128,7 +125,7 @@ def load_representation_autoencoder(
     statistics: PathLike | None,
     decoder: PathLike | None,
 ) -> tuple[RepresentationAutoencoder, LatentStatistics | None]:
-    """Load the autoencoder of dinov2 or siglip.
+    """The autoencoder of dinov2 or siglip, without a decoder if none was found, and the statistics of dinov2 or None.
 
     Args:
         space: The latent space.
@@ -137,9 +134,6 @@ def load_representation_autoencoder(
         backbone: Folder or hub name of the vision model; None looks in `path`, then in the hub cache.
         statistics: File of RAE's statistics; None looks in `path`, then in the hub cache.
         decoder: File of the ViT decoder; None looks in `path`.
-
-    Returns:
-        The autoencoder (without a decoder if none was found), and the statistics of dinov2 or None.
 
     Raises:
         CheckpointError: A file is missing or does not fit.
@@ -155,7 +149,8 @@ def load_representation_autoencoder(
     model = _load_vision_model(space, _find_backbone(path, spec, backbone), dtype)
     latent_statistics = None
     if space.statistics == "per_position":
-        file = _find(path, statistics, spec.statistics_files) or _cached_statistics(space)
+        cached = ENCODERS[space.name].statistics  # where `pidecode pull` puts them
+        file = _find(path, statistics, spec.statistics_files) or (HubCache().cached(*cached) if cached else None)
         latent_statistics = _read_statistics(space, file, path)
     decoder_file = _find(path, decoder, spec.decoder_files)
     vit = None if decoder_file is None else _load_decoder(space, decoder_file, dtype)
@@ -168,15 +163,10 @@ def _find(path: Path, given: PathLike | None, places: tuple[str, ...]) -> Path |
     return next((path / place for place in places if os.path.isfile(path / place)), None)
 
 
-def _cached_statistics(space: LatentSpace) -> Path | None:
-    """RAE's statistics in the hub cache, where `pidecode pull` puts them."""
-    location = ENCODERS[space.name].statistics
-    return HubCache().cached(*location) if location else None
-
-
 def _find_backbone(path: Path, spec: VisionModelSpec, given: PathLike | None) -> str:
     if given is not None:
-        return os.path.expanduser(given) if os.path.isdir(os.path.expanduser(given)) else str(given)
+        place = os.path.expanduser(given)
+        return place if os.path.isdir(place) else str(given)
     name = spec.repository.split("/")[1]
     for folder in (path, path / "encoder", path / name, path / spec.repository):
         if os.path.isfile(folder / "config.json") and _model_type(folder) in spec.model_types:
@@ -189,10 +179,10 @@ def _model_type(folder: Path) -> object:
         config = read_json(folder / "config.json")
     except (OSError, ValueError):
         return None
-    if not isinstance(config, dict):
-        return None
-    check_foreign_config(config, folder / "config.json")
-    return config.get("model_type")
+    if isinstance(config, dict):
+        check_foreign_config(config, folder / "config.json")
+        return config.get("model_type")
+    return None
 
 
 def _load_vision_model(space: LatentSpace, source: str, dtype: torch.dtype) -> Any:

@@ -58,11 +58,7 @@ def prompt_length(n_instruction: int, model_max_length: int = 300) -> int:
 
 
 def select_positions(n_instruction: int, model_max_length: int = 300) -> list[int]:
-    """Positions of the padded prompt whose states are kept: the first (BOS) and the last `model_max_length - 1`.
-
-    Raises:
-        SettingError: As `prompt_length`.
-    """
+    """Positions of the padded prompt whose states are kept: the first (BOS) and the last `model_max_length - 1`."""
     total = prompt_length(n_instruction, model_max_length)
     return [0, *range(total - model_max_length + 1, total)]
 
@@ -97,24 +93,18 @@ class TextOptions:
         values = asdict(self)
         values["instruction"] = hashlib.sha256(self.instruction.encode()).hexdigest()
         place = Path(os.path.expanduser(self.model))
-        if os.path.isdir(place):
-            names = (".json", ".safetensors", ".model", ".bin")
-            files = [path for path in sorted(place.iterdir()) if path.suffix in names and os.path.isfile(path)]
-            values["model"], values["revision"] = f"folder:{_fingerprint(files)}", None
-        elif os.path.isfile(place):
-            values["model"], values["revision"] = f"file:{_fingerprint([place])}", None
+        if os.path.exists(place):
+            whole, names = os.path.isdir(place), (".json", ".safetensors", ".model", ".bin")
+            found = [path for path in sorted(place.iterdir()) if path.suffix in names] if whole else [place]
+            files = [path for path in found if os.path.isfile(path)]
+            digest = hashlib.sha256()  # of the small files' content, and the weights' names and sizes and first bytes
+            for path in files:
+                size = path.stat().st_size
+                digest.update(f"{path.name if len(files) > 1 else ''}\0{size}\0".encode())
+                with open(path, "rb") as file:
+                    digest.update(file.read(None if size < 1 << 26 else 1 << 22))
+            values["model"], values["revision"] = f"{'folder' if whole else 'file'}:{digest.hexdigest()}", None
         return values
-
-
-def _fingerprint(files: Sequence[Path]) -> str:
-    """Digest of a model's files: the small ones' content, the weights' names and sizes and first bytes."""
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name if len(files) > 1 else ''}\0{size}\0".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(None if size < 1 << 26 else 1 << 22))
-    return digest.hexdigest()
 
 
 class TextEncoder:
@@ -191,8 +181,7 @@ class TextEncoder:
     def _states_of(self, prompt: str) -> Tensor:
         if self.states is None:
             return self._compute(prompt)
-        if self._identity is None:
-            self._identity = self.options.identity()
+        self._identity = self._identity or self.options.identity()
         found = self.states.get(prompt, self._identity)
         if found is None:
             found = self._compute(prompt)
@@ -219,18 +208,12 @@ class TextEncoder:
         return len(self._tokenizer(text)["input_ids"]) if text else 0
 
     def _tokenize(self, prompt: str) -> tuple[Tensor, Tensor]:
-        """Token ids and mask `[1, n]` of instruction and prompt, cut and padded on the right here.
-
-        The tokenizer's own padding side is left as it is: others may share it.
-
-        Raises:
-            FileError: The tokenizer is not Gemma-2's.
-        """
+        """Token ids and mask `[1, n]` of instruction and prompt, cut and padded on the right."""
         total = prompt_length(self._instruction_tokens(), self.options.length)
         ids = list(self._tokenizer(self.options.instruction + prompt)["input_ids"])[:total]
         if not ids or ids[0] != self._tokenizer.bos_token_id:
             raise FileError(f"The tokenizer of {self.options.model} does not begin with BOS; it is not Gemma-2's.")
-        missing = total - len(ids)
+        missing = total - len(ids)  # padded here, since the tokenizer may be shared by users of its other padding side
         padded = [ids + [self._tokenizer.pad_token_id] * missing]
         mask = [[1] * len(ids) + [0] * missing]
         return torch.tensor(padded, device=self.device), torch.tensor(mask, device=self.device)
@@ -243,8 +226,7 @@ class TextEncoder:
                 "Prompts need the text encoder's library (transformers); install it with "
                 '`pip install "pidecode[text]"`, or pass ready-made prompt states.'
             ) from fault
-        options = self.options
-        place = Path(os.path.expanduser(options.model))
+        options, place = self.options, Path(os.path.expanduser(self.options.model))
         source = str(place) if os.path.exists(place) else options.model
         where: dict[str, Any] = {"revision": options.revision or "main", "local_files_only": True}
         try:
@@ -326,14 +308,12 @@ def _from_file(path: Path, options: TextOptions) -> tuple[Any, Any]:
         raise FileError(f"{path} is no Gemma-2-2b: {wrong[0]} is missing, unknown or of another shape.")
     model = Gemma2Model.from_pretrained(
         None, config=config, state_dict=weights, attn_implementation="eager", dtype=dtype
-    )  # fmt: skip
+    )
     if pieces is not None:
         return model, _SentencePieceTokenizer(bytes(pieces.tolist()), path)
-    beside = path.parent if any(os.path.isfile(path.parent / name) for name in _TOKENIZER_FILES) else TEXT_ENCODER
+    names = ("tokenizer.json", "tokenizer.model")
+    beside = path.parent if any(os.path.isfile(path.parent / name) for name in names) else TEXT_ENCODER
     return model, AutoTokenizer.from_pretrained(str(beside), local_files_only=True)
-
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 class _SentencePieceTokenizer:
@@ -382,17 +362,10 @@ def load_prompt_embeds(source: Tensor | str | os.PathLike[str], *, length: int =
 def select_prompt_embeds(
     path: str | os.PathLike[str], prompts: Sequence[str | None], *, length: int = 300, width: int = 2304
 ) -> tuple[Tensor, tuple[str, ...] | None]:
-    """From a file of prompt states, those of each of some prompts.
+    """From a file, the states `[len(prompts), length, width]` of prompts; and the file's own names of these, or None.
 
-    Args:
-        path: As of `load_prompt_embeds`.
-        prompts: One per image; None is the empty prompt. A file with the states of one prompt gives those to all,
-            whatever the prompts; one that does not name its prompts must have one for each image.
-        length: Rows of the states.
-        width: Their width.
-
-    Returns:
-        The states `[len(prompts), length, width]`, and the prompts they are of; None if the file does not tell.
+    None is the empty prompt. A file with the states of one prompt gives those to all, whatever the prompts; one that
+    does not name its prompts must have one for each image.
 
     Raises:
         SettingError: The file has no states of a prompt, or they do not fit.
@@ -401,9 +374,10 @@ def select_prompt_embeds(
     entries = _read_entries(path)
     states = load_prompt_embeds(path, length=length, width=width)
     names = [entry.prompt for entry in entries]
+    named = len(names) == len(states) and None not in names
     if len(states) == 1:
         chosen = [0] * len(prompts)
-    elif len(names) == len(states) and None not in names:
+    elif named:
         missing = [prompt or "" for prompt in prompts if (prompt or "") not in names]
         if missing:
             held = ", ".join(f"{name!r:.40}" for name in names[:5]) + (", ..." if len(names) > 5 else "")
@@ -416,8 +390,7 @@ def select_prompt_embeds(
         chosen = list(range(len(prompts)))
     else:
         raise SettingError(f"{path} has states for {len(states)} images, and there are {len(prompts)}.")
-    known = [name for name in names if name is not None]
-    return states[chosen], tuple(known[index] for index in chosen) if len(known) == len(states) else None
+    return states[chosen], tuple(names[index] or "" for index in chosen) if named else None
 
 
 def prompt_states(
@@ -430,7 +403,7 @@ def prompt_states(
     length: int = 300,
     width: int = 2304,
 ) -> Tensor:
-    """The states of prompts: ready-made ones, else those of the text encoder.
+    """The states `[len(prompts), length, width]` of prompts: ready-made ones, else those of the text encoder.
 
     Args:
         encoder: The text encoder, if there is one.
@@ -440,9 +413,6 @@ def prompt_states(
         exact: Take of a file only states that it names by the very prompt, and encode otherwise.
         length: Rows of the states.
         width: Their width.
-
-    Returns:
-        `[len(prompts), length, width]`.
 
     Raises:
         SettingError: There are no states, or they do not fit.
@@ -463,13 +433,7 @@ def prompt_states(
 def export_prompt_embeds(
     path: str | os.PathLike[str], prompts: Sequence[str], encoder: TextEncoder, *, overwrite: bool = False
 ) -> int:
-    """Write the states of prompts to one file, which needs no text encoder to be used, and return how many there are.
-
-    Args:
-        path: A .safetensors file.
-        prompts: Each is written once.
-        encoder: Encodes those that its cache does not have.
-        overwrite: Replace an existing file.
+    """Write the states of prompts, each once, to one .safetensors file, and return how many there are.
 
     Raises:
         FileError: The file exists, has another suffix or cannot be written.
@@ -502,7 +466,7 @@ class PromptEmbedsCache:
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        self.folder = Path(os.path.expanduser(folder)) if folder is not None else default_folder()
+        self.folder = cache_folder() / "prompts" if folder is None else Path(os.path.expanduser(folder))
 
     def get(self, prompt: str, identity: Mapping[str, Any]) -> Tensor | None:
         """States of a prompt by the encoder of that identity, or None; a damaged entry counts as none."""
@@ -522,11 +486,7 @@ class PromptEmbedsCache:
         return path
 
     def import_from(self, path: str | Path, identity: Mapping[str, Any] | None = None) -> int:
-        """Take over the entries of an exported file and return how many there were.
-
-        Args:
-            path: The file.
-            identity: The encoder for which they are kept; by default the one that made them.
+        """Take over the entries of an exported file, by default for the encoder that made them; returns their number.
 
         Raises:
             FileError: The file is damaged or was not written by `export_prompt_embeds`.
@@ -534,9 +494,7 @@ class PromptEmbedsCache:
         entries = _read_entries(path)
         for entry in entries:
             if entry.prompt is None or entry.identity is None:
-                raise FileError(
-                    f"{path} does not say which prompt its states are of; it was not exported from a cache."
-                )
+                raise FileError(f"{path} does not say which prompt its states are of; export it from a cache.")
             if entry.states.ndim != 2 or not torch.isfinite(entry.states).all():
                 raise FileError(f"{path} holds damaged states for {entry.prompt!r}; export it again.")
         for entry in entries:
@@ -546,11 +504,6 @@ class PromptEmbedsCache:
     def _path(self, prompt: str, identity: Mapping[str, Any]) -> Path:
         key = json.dumps([prompt, dict(identity)], sort_keys=True, ensure_ascii=True)
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
-
-
-def default_folder() -> Path:
-    """Where prompt states are kept."""
-    return cache_folder() / "prompts"
 
 
 def _write_entries(path: Path, entries: Sequence[_Entry]) -> None:

@@ -46,9 +46,8 @@ class TinyImageEncoder:
 
 def is_tiny_encoder(path: Path) -> bool:
     """Whether a file's metadata says that it holds a TinyEncoder."""
-    return (
-        os.path.isfile(path) and looks_like_safetensors(read_start(path)) and _metadata(path).get("kind") == "encoder"
-    )
+    readable = os.path.isfile(path) and looks_like_safetensors(read_start(path))
+    return readable and _metadata(path).get("kind") == "encoder"
 
 
 def _metadata(path: Path) -> dict[str, Any]:
