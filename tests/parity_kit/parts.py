@@ -12,7 +12,7 @@ from torch import Tensor
 from parity_kit.files import Case, Comparison
 from parity_kit.network import with_own_rounding
 from pidecode.encoders.text import select_positions
-from pidecode.images import downsample, normalize_image
+from pidecode.images.tensors import downsample
 from pidecode.latents.layout import add_noise, euler_to_variance_preserving
 from pidecode.models.pid.adapter import Gate, LatentAdapter
 from pidecode.models.pid.blocks import image_rotation, pixel_axis_table, rotate, text_rotation, timestep_features
@@ -198,9 +198,14 @@ def downsampling(case: Case) -> Iterator[Comparison]:
 
 
 def normalizing(case: Case) -> Iterator[Comparison]:
-    """Images of any range brought to [-1, 1]."""
+    """Images of any range brought to [-1, 1] as the official code guesses it; pidecode guesses no range."""
     for name, image in case.inputs.items():
-        yield Comparison(name, normalize_image(image), case.outputs[name], TABLE)
+        values = image.float()
+        if not image.is_floating_point() or bool(values.max() > 1.0):
+            values = values / 127.5 - 1.0
+        elif bool(values.min() >= 0.0):
+            values = values * 2.0 - 1.0
+        yield Comparison(name, values, case.outputs[name], TABLE)
 
 
 def caption_positions(case: Case) -> Iterator[Comparison]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -80,12 +79,9 @@ class Attributes:
 
     def other_texts(self) -> str:
         """The comment and the texts that have no EXIF tag, as lines."""
-        named = {"parameters", *_COMFYUI, *_TAG_OF_TEXT}
-        lines = [self.comment] if self.comment else []
-        return "\n".join(
-            lines + [text if name == "Comment" else f"{name}: {text}" for name, text in self.texts.items()
-                     if name not in named]
-        )  # fmt: skip
+        others = [item for item in self.texts.items() if item[0] not in {"parameters", *_COMFYUI, *_TAG_OF_TEXT}]
+        lines = [text if name == "Comment" else f"{name}: {text}" for name, text in others]
+        return "\n".join([self.comment, *lines] if self.comment else lines)
 
 
 def _ascii_json(text: str) -> str:
@@ -118,9 +114,6 @@ def _exif_bytes(tags: Mapping[int, Any], exif: Mapping[int, Any], gps: Mapping[i
 
 def read_attributes(image: Image.Image, icc_profile: bytes | None) -> Attributes:
     """The attributes of a loaded image; unreadable ones are left out. The orientation is left out: it was applied."""
-    tags: dict[int, Any] = {}
-    exif: dict[int, Any] = {}
-    gps: dict[int, Any] = {}
     try:
         block = image.getexif()
         tags = {tag: value for tag, value in block.items() if tag in _KEPT_TAGS}
@@ -129,7 +122,7 @@ def read_attributes(image: Image.Image, icc_profile: bytes | None) -> Attributes
         if exif.get(_COLOR_SPACE) == 0xFFFF:
             exif[_COLOR_SPACE] = 1  # the pixels are sRGB now
         for tag in (_USER_COMMENT, _IMAGE_HISTORY):
-            if is_our_comment(exif.get(tag)):  # of an image made by this package, to be replaced
+            if comment_text(exif.get(tag)) is not None:  # of an image made by this package, to be replaced
                 del exif[tag]
         if tags.get(_SOFTWARE) == KEYWORD:
             del tags[_SOFTWARE]
@@ -146,7 +139,7 @@ def read_attributes(image: Image.Image, icc_profile: bytes | None) -> Attributes
     xmp = image.info.get("xmp") or (getattr(image, "text", None) or {}).get(_XMP, b"")
     return Attributes(
         tags=tags, exif=exif, gps=gps, xmp=_upright(xmp), dpi=_resolution(image.info.get("dpi")), texts=texts,
-        comment="" if is_our_comment(comment) else _text(comment), icc_profile=icc_profile,
+        comment=_text(comment) if comment_text(comment) is None else "", icc_profile=icc_profile,
     )  # fmt: skip
 
 
@@ -170,10 +163,6 @@ def _texts_in_exif(tags: dict[int, Any], exif: dict[int, Any]) -> dict[str, str]
             del exif[_USER_COMMENT]
     return texts
 
-
-def is_our_comment(value: Any) -> bool:
-    """Whether an EXIF comment holds metadata of this package."""
-    return comment_text(value) is not None
 
 
 def comment_text(value: Any) -> str | None:
@@ -205,11 +194,6 @@ def png_texts(attributes: Attributes, metadata: str | None) -> dict[str, str]:
     # Keywords have 1 to 79 Latin-1 characters.
     texts = {name: text for name, text in texts.items() if 0 < len(name) < 80 and name.isascii()}
     return texts if metadata is None else {**texts, KEYWORD: metadata}
-
-
-def metadata_json(metadata: Mapping[str, Any]) -> str:
-    """Metadata as JSON in ASCII, which fits into the fields of every format."""
-    return json.dumps(dict(metadata), allow_nan=False)
 
 
 def _resolution(dpi: Any) -> tuple[float, float] | None:

@@ -314,7 +314,7 @@ def load_tensor(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Tensor:
 def _opened(source: str | os.PathLike[str] | bytes | BinaryIO) -> Iterator[tuple[str, Image.Image]]:
     """Name and image of a source; whatever goes wrong inside is an ImageError."""
     name, data = open_source(source)
-    with _as_image_error(name), nullcontext() if data is source else data:
+    with as_image_error(name), nullcontext() if data is source else data:
         refuse_other_formats(name, data)
         with warnings.catch_warnings():  # the limit of pixels is checked by this package
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -326,17 +326,16 @@ def _opened(source: str | os.PathLike[str] | bytes | BinaryIO) -> Iterator[tuple
 
 
 @contextmanager
-def _as_image_error(name: str) -> Iterator[None]:
+def as_image_error(name: str) -> Iterator[None]:
+    """Turn whatever goes wrong while `name` is read into an ImageError."""
     try:
         yield
-    except PidecodeError:
+    except (PidecodeError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name} is too large to be read safely: {error}") from error
     except UnidentifiedImageError as error:
         raise ImageError(f"{name} is not an image of a known format ({', '.join(_FORMATS)}).") from error
-    except MemoryError:
-        raise
     except Exception as error:  # a malicious file can make a decoder raise any exception
         raise ImageError(f"{name} is damaged or truncated: {error}. Export it again.") from error
 
@@ -463,7 +462,7 @@ class _Pixels:
 
 def _read_pixels(source: Any, max_pixels: int, *, keep_profile: bool, frame: int | None) -> _Pixels:
     if isinstance(source, Image.Image):
-        with _as_image_error("The image"):  # its file is read now, and may be damaged or closed
+        with as_image_error("The image"):  # its file is read now, and may be damaged or closed
             return _pixels_of(source, "The image", max_pixels, keep_profile=keep_profile, frame=frame)
     with _opened(source) as (name, image):
         return _pixels_of(image, name, max_pixels, keep_profile=keep_profile, frame=frame)
@@ -482,7 +481,10 @@ def _pixels_of(image: Image.Image, name: str, max_pixels: int, *, keep_profile: 
         profile = None
     deep = _read_16_bits(image)
     image.load()
-    gray = image.mode in _GRAY_MODES or (image.mode in ("P", "PA") and _is_gray_palette(image))
+    gray = image.mode in _GRAY_MODES
+    if image.mode in ("P", "PA"):
+        palette = np.array(image.getpalette("RGB") or [0, 0, 1]).reshape(-1, 3)
+        gray = bool((palette == palette[:, :1]).all())
     colors, alpha = _split_alpha(image, name) if deep is None else deep
     if profile is not None and not keeps:
         found = profile_colors(profile)
@@ -636,13 +638,8 @@ def _for_profile(image: Image.Image, colors: NDArray[Any]) -> Image.Image:
     return Image.fromarray(colors[..., 0] if colors.shape[2] == 1 else np.ascontiguousarray(colors))
 
 
-def _is_gray_palette(image: Image.Image) -> bool:
-    palette = np.array(image.getpalette("RGB") or [0, 0, 1]).reshape(-1, 3)
-    return bool((palette == palette[:, :1]).all())
-
-
 def _orientation(image: Image.Image) -> int:
     try:
-        return int(image.getexif().get(0x0112, 1))
+        return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # the image is readable without its EXIF data
         return 1

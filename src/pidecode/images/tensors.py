@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -31,15 +30,7 @@ LABEL_HEIGHT = 48
 
 
 def contact_sheet(columns: Sequence[Sequence[Tensor]], labels: Sequence[str]) -> Tensor:
-    """Images side by side under labels.
-
-    Args:
-        columns: Of images `[3, H, W]` in [-1, 1], all of one size and one number to a column.
-        labels: One per column.
-
-    Returns:
-        `[3, LABEL_HEIGHT + rows * H, columns * W]`.
-    """
+    """Columns of images `[3, H, W]` in [-1, 1] under their labels, as `[3, LABEL_HEIGHT + rows * H, columns * W]`."""
     strips = []
     for images, label in zip(columns, labels, strict=True):
         strip = Image.new("RGB", (images[0].shape[-1], LABEL_HEIGHT), (24, 24, 24))
@@ -50,13 +41,9 @@ def contact_sheet(columns: Sequence[Sequence[Tensor]], labels: Sequence[str]) ->
 
 
 def to_array(image: Tensor, *, bits: int = 8) -> NDArray[Any]:
-    """Convert an image tensor to an array `[H, W, 3]`, uint8 or uint16.
+    """Convert an image `[3, H, W]` or `[1, 3, H, W]` in [-1, 1] to an array `[H, W, 3]`, uint8 or uint16.
 
     Values are clamped and rounded to the nearest level; truncation would darken by half a level on average.
-
-    Args:
-        image: `[3, H, W]` or `[1, 3, H, W]` in [-1, 1].
-        bits: 8 or 16.
 
     Raises:
         ImageError: NaN or infinite values, or another shape.
@@ -113,16 +100,13 @@ def check_image(image: Tensor) -> Tensor:
 def image_from_values(
     values: Tensor | NDArray[Any], value_range: tuple[float, float] | None = None
 ) -> tuple[Tensor, Tensor | None, bool]:
-    """The image in a tensor or an array of uint8, uint16 or floating-point values.
+    """Colors `[B, 3, H, W]`, float32 in [-1, 1]; alpha `[B, 1, H, W]` in [0, 1] or None; whether the image is gray.
 
     Args:
         values: A tensor `[C, H, W]` or `[B, C, H, W]`, or an array `[H, W]`, `[H, W, C]` or `[B, H, W, C]`; gray, gray
-            and alpha, RGB or RGBA.
+            and alpha, RGB or RGBA; uint8, uint16 or floating point.
         value_range: What black and white are in floating point. By default (-1, 1), but values that could as well be in
             [0, 1] are then refused.
-
-    Returns:
-        Colors `[B, 3, H, W]`, float32 in [-1, 1]; alpha `[B, 1, H, W]` in [0, 1] or None; whether the image is gray.
 
     Raises:
         ImageError: Another type or shape, or values out of range, NaN or infinite.
@@ -141,7 +125,8 @@ def image_from_values(
         )
     low, high = (0.0, whole) if whole else value_range or (-1.0, 1.0)
     scaled = image.float() if (low, high) == (-1.0, 1.0) else (image.float() - low).div_((high - low) / 2).sub_(1.0)
-    _check_range(scaled, image, value_range, known=bool(whole))
+    if not whole:
+        _check_range(scaled, image, value_range)
     channels = scaled.shape[1]
     alpha = scaled[:, -1:].add(1.0).div_(2.0).clamp_(0.0, 1.0) if channels in (2, 4) else None
     colors = scaled[:, :1].expand(-1, 3, -1, -1) if channels < 3 else scaled[:, :3]
@@ -174,10 +159,8 @@ def _channels_first(values: Tensor | NDArray[Any]) -> Tensor:
     return image
 
 
-def _check_range(scaled: Tensor, image: Tensor, value_range: tuple[float, float] | None, *, known: bool) -> None:
+def _check_range(scaled: Tensor, image: Tensor, value_range: tuple[float, float] | None) -> None:
     """Check that values, scaled to [-1, 1], lie there, and that they are not those of another range."""
-    if known:
-        return
     lowest, highest = float(scaled.min()), float(scaled.max())
     if not math.isfinite(highest - lowest):
         raise ImageError("The image holds NaN or infinite values.")
@@ -221,18 +204,6 @@ def fill_transparent(image: Tensor, alpha: Tensor) -> Tensor:
     return image * weight + wide * (1.0 - weight)
 
 
-def normalize_image(image: Tensor) -> Tensor:
-    """A float32 image in [-1, 1] of one of unknown range, which is guessed as the official code does.
-
-    Integers, and values above 1, are taken as 0..255; values without a negative one as 0..1; others as [-1, 1]. An
-    image in [-1, 1] without a negative value is guessed wrongly, so nothing else in this package guesses.
-    """
-    values = image.float()
-    if not image.is_floating_point() or bool(values.max() > 1.0):
-        return values / 127.5 - 1.0
-    return values * 2.0 - 1.0 if bool(values.min() >= 0.0) else values
-
-
 def turn(array: NDArray[Any], orientation: int) -> NDArray[Any]:
     """Rotate and mirror `[H, W, ...]` as the EXIF orientation asks."""
     if orientation in (5, 6, 7, 8):
@@ -260,14 +231,6 @@ def to_unit(array: NDArray[Any]) -> Tensor:
 ResizeMethod = Literal["bicubic", "area", "lanczos"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UnpaddedSize:
-    """Size in pixels before padding at the lower and right edge."""
-
-    height: int
-    width: int
-
-
 def center_crop(image: Tensor, multiple: int) -> Tensor:
     """Center-crop the sides of an image `[B, 3, H, W]` to multiples, in pixels.
 
@@ -286,8 +249,8 @@ def center_crop(image: Tensor, multiple: int) -> Tensor:
     return image[..., top : top + height // multiple * multiple, left : left + width // multiple * multiple]
 
 
-def pad_to_multiple(image: Tensor, multiple: int) -> tuple[Tensor, UnpaddedSize]:
-    """Pad an image `[B, 3, H, W]` at the lower and right edge to multiples; also returns what `crop_back` needs.
+def pad_to_multiple(image: Tensor, multiple: int) -> tuple[Tensor, tuple[int, int]]:
+    """Pad an image `[B, 3, H, W]` at the lower and right edge to multiples; also returns its height and width before.
 
     Padded by reflection, or by its edge where it is too small for that.
     """
@@ -298,11 +261,11 @@ def pad_to_multiple(image: Tensor, multiple: int) -> tuple[Tensor, UnpaddedSize]
         if amount:
             pad = (0, 0, 0, amount) if axis == 2 else (0, amount, 0, 0)
             padded = functional.pad(padded, pad, mode="reflect" if amount < side else "replicate")
-    return padded, UnpaddedSize(height=height, width=width)
+    return padded, (height, width)
 
 
-def fit_to_encoder(image: Tensor, fit: str, multiple: int, fixed: int | None) -> tuple[Tensor, UnpaddedSize | None]:
-    """An image `[B, 3, H, W]` at a size that an encoder takes, and what to cut off the result again, if anything.
+def fit_to_encoder(image: Tensor, fit: str, multiple: int, fixed: int | None) -> tuple[Tensor, tuple[int, int] | None]:
+    """An image `[B, 3, H, W]` at a size that an encoder takes, and its height and width before it was padded, if so.
 
     Args:
         image: In [-1, 1].
@@ -321,13 +284,13 @@ def fit_to_encoder(image: Tensor, fit: str, multiple: int, fixed: int | None) ->
     return (center_crop(image, multiple), None) if fit == "crop" else pad_to_multiple(image, multiple)
 
 
-def crop_back(image: Tensor, padding: UnpaddedSize, *, scale: int = 1) -> Tensor:
-    """Crop an image `[B, 3, H, W]`, enlarged `scale` times since, to the size before `pad_to_multiple`.
+def crop_back(image: Tensor, unpadded: tuple[int, int], *, scale: int = 1) -> Tensor:
+    """Crop an image `[B, 3, H, W]`, enlarged `scale` times since, to the height and width before `pad_to_multiple`.
 
     Raises:
         SizeError: The image is too small.
     """
-    height, width = padding.height * scale, padding.width * scale
+    height, width = (side * scale for side in unpadded)
     if image.shape[-2] < height or image.shape[-1] < width:
         raise SizeError(f"{image.shape[-2]}x{image.shape[-1]} pixels cannot be cropped back to {height}x{width}.")
     return image[..., :height, :width]
@@ -345,16 +308,14 @@ def resize(image: Tensor, height: int, width: int, *, method: ResizeMethod = "bi
     if height < 1 or width < 1:
         raise SizeError(f"An image has positive sides; got {height}x{width}.")
     image = check_image(image)
-    match method:
-        case "bicubic":
-            return functional.interpolate(
-                image, size=(height, width), mode="bicubic", align_corners=False, antialias=True
-            )
-        case "area":
-            return functional.interpolate(image, size=(height, width), mode="area")
-        case "lanczos":
-            return _lanczos(image, height, width)
-    raise SettingError(f"Images are resized by bicubic, area or lanczos; not {method!r}.")
+    if method not in get_args(ResizeMethod):
+        raise SettingError(f"Images are resized by bicubic, area or lanczos; not {method!r}.")
+    if method != "lanczos":
+        return functional.interpolate(image, size=(height, width), mode=method, antialias=method == "bicubic")
+    planes = image.detach().float().cpu().flatten(0, 1).numpy()
+    sized = [np.asarray(Image.fromarray(plane).resize((width, height), Image.Resampling.LANCZOS)) for plane in planes]
+    out = torch.from_numpy(np.stack(sized)).view(len(image), -1, height, width)
+    return out.to(device=image.device, dtype=image.dtype)
 
 
 def downsample(image: Tensor, factor: int = 4) -> Tensor:
@@ -378,13 +339,6 @@ def downsampled(pixels: Tensor, size: tuple[int, int]) -> tuple[Tensor, dict[str
 def lanczos(image: Tensor, scale: int) -> Tensor:
     """Enlarge `[B, 3, H, W]` by Lanczos, clamped to [-1, 1]; the baseline of comparisons."""
     return resize(image, image.shape[-2] * scale, image.shape[-1] * scale, method="lanczos").clamp(-1.0, 1.0)
-
-
-def _lanczos(image: Tensor, height: int, width: int) -> Tensor:
-    planes = image.detach().float().cpu().flatten(0, 1).numpy()
-    sized = [np.asarray(Image.fromarray(plane).resize((width, height), Image.Resampling.LANCZOS)) for plane in planes]
-    out = torch.from_numpy(np.stack(sized)).view(len(image), -1, height, width)
-    return out.to(device=image.device, dtype=image.dtype)
 
 
 def _sides(image: Tensor, multiple: int) -> tuple[int, int]:

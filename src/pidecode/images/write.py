@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,14 +18,14 @@ from typing import Any, BinaryIO, Literal, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from pidecode.errors import ImageError, SettingError, SizeError
 from pidecode.files import atomic_write, check_writable
-from pidecode.images.attributes import KEYWORD, MAX_EXIF_BYTES, Attributes, metadata_in_exif, metadata_json, png_texts
+from pidecode.images.attributes import KEYWORD, MAX_EXIF_BYTES, Attributes, metadata_in_exif, png_texts
 from pidecode.images.png import SIGNATURE, encode_png, read_texts
-from pidecode.images.read import BoundedFile, Frames, open_source, readable_formats
+from pidecode.images.read import BoundedFile, Frames, as_image_error, open_source, readable_formats
 from pidecode.images.tensors import to_array
 from pidecode.strict_json import JSONError, parse_json
 
@@ -310,12 +311,7 @@ def _as_path(path: Any) -> Path:
 
 
 def check_format(path: str | os.PathLike[str], width: int, height: int) -> None:
-    """Check, before an image is made, that the format of a file's ending holds its size.
-
-    Args:
-        path: The file to be written, or its ending.
-        width: In pixels.
-        height: In pixels.
+    """Check, before an image is made, that the format of a file's ending holds its size in pixels.
 
     Raises:
         SizeError: A side is longer than the format allows.
@@ -350,7 +346,11 @@ def _encode(
         metadata = image.info.get(KEYWORD) if metadata is None else metadata
         attributes = image.info.get(ATTRIBUTES) if attributes is None else attributes
     attributes = attributes or Attributes()
-    text = None if metadata is None else _metadata_text(metadata)
+    try:
+        # ASCII, which fits into the fields of every format.
+        text = None if metadata is None else json.dumps(dict(metadata), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise SettingError(f"The metadata holds a value that JSON cannot represent: {error}.") from error
     if kind == "PNG":
         exif = attributes.exif_block(None, kind)
         texts = png_texts(attributes, text)
@@ -358,11 +358,10 @@ def _encode(
         return
     if kind == "JPEG" and channels in (2, 4):
         array = _flattened(array)
-        channels -= 1
     if kind == "WEBP" and channels < 3:  # it has no gray
         array = np.concatenate([array[..., :1].repeat(3, axis=2), array[..., 1:]], axis=2)
     buffer = io.BytesIO()
-    extra: dict[str, Any] = {"subsampling": 0} if kind == "JPEG" and channels == 3 else {}
+    extra: dict[str, Any] = {"subsampling": 0} if kind == "JPEG" and channels > 2 else {}
     if kind == "WEBP":
         # Lossless, quality is the effort; the colors under transparency stay too.
         extra = {"lossless": True, "exact": True} if quality == 100 else {"alpha_quality": 100}
@@ -398,25 +397,17 @@ def _squeezed(array: NDArray[Any]) -> NDArray[Any]:
 
 
 def read_metadata(path: str | os.PathLike[str] | bytes | BinaryIO) -> dict[str, Any] | None:
-    """Read the metadata of an image file that `save_image` wrote; the image itself is not decompressed.
+    """The metadata of an image file that `save_image` wrote, or None; the image itself is not decompressed.
 
     Args:
         path: The file, its bytes, or the open file.
 
-    Returns:
-        The metadata, or None if the file has none.
-
     Raises:
         ImageError: The file is missing, not an image, or its metadata is damaged.
     """
-    name, file = open_source(path)
-    with nullcontext() if file is path else file:
-        return _read_metadata(file, name)
-
-
-def _read_metadata(file: BinaryIO, name: str) -> dict[str, Any] | None:
-    try:
-        file = cast(BinaryIO, BoundedFile(file))
+    name, opened = open_source(path)
+    with as_image_error(name), nullcontext() if opened is path else opened:
+        file = cast(BinaryIO, BoundedFile(opened))
         is_png = file.read(8) == SIGNATURE
         file.seek(0)
         if is_png:
@@ -424,12 +415,6 @@ def _read_metadata(file: BinaryIO, name: str) -> dict[str, Any] | None:
         else:
             with Image.open(file, formats=readable_formats()) as image:
                 text = metadata_in_exif(image)
-    except ImageError:
-        raise
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is not an image of a known format.") from error
-    except Exception as error:  # a malicious file can make a decoder raise any exception
-        raise ImageError(f"{name} is damaged or truncated: {error}.") from error
     if text is None:
         return None
     try:
@@ -456,13 +441,6 @@ def _as_array(image: Image.Image | Tensor | NDArray[Any], bits: int) -> NDArray[
     if not image.size:
         raise ImageError("The image has no pixels.")
     return image
-
-
-def _metadata_text(metadata: Mapping[str, Any]) -> str:
-    try:
-        return metadata_json(metadata)
-    except (TypeError, ValueError) as error:
-        raise SettingError(f"The metadata holds a value that JSON cannot represent: {error}.") from error
 
 
 def _exif(attributes: Attributes, text: str | None, kind: str) -> bytes:
