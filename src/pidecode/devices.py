@@ -55,11 +55,6 @@ def copies_from_pinned_memory(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def supports_bfloat16_training(device: torch.device) -> bool:
-    """Whether training multiplies in bfloat16 there: on CUDA (and ROCm); elsewhere it is slow, or was not tried."""
-    return device.type == "cuda"
-
-
 def default_dtype(device: torch.device) -> torch.dtype:
     """Default dtype of weights: bfloat16 on GPUs other than Apple's and on CPUs that multiply it, float32 elsewhere.
 

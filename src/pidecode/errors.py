@@ -1,21 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every error a user can meet, in one tree.
 
-PidecodeError
-├── SettingError            a value the caller gave cannot act (also a ValueError)
-│   └── SizeError           an image or latent size that fits nothing
-├── LatentError             a latent of the wrong space, noise level, shape or content (also a ValueError)
-├── FileError               a file that cannot be read or written as what it claims to be
-│   ├── CheckpointError     weights that do not fit the network, or are not weights
-│   └── ImageError          an image that is truncated, too large or no image
-├── DownloadError           weights that could not be fetched
-│   └── LicenseError        a license that must be accepted first
-├── MissingDependencyError  an optional package that is not installed (also an ImportError)
-├── DoesNotFitError         more memory than there is
-├── TrainingError           a training run that had to stop
-├── BusyError               a server whose queue is full
-└── Cancelled               the caller asked to stop
-
 Each message says what came, what was expected and how to fix it.
 """
 

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
@@ -42,25 +40,14 @@ def ssim(image: Tensor, original: Tensor) -> Tensor:
     a, b = _to_unit_range(image, original)
     if min(a.shape[-2:]) < WINDOW:
         raise SizeError(f"Structural similarity needs sides of at least {WINDOW} px; got {list(a.shape[-2:])}.")
-    window = gaussian_window(a.dtype, a.device)
-    channels = a.shape[1]
+    offsets = torch.arange(WINDOW, dtype=a.dtype, device=a.device) - WINDOW // 2
+    window = torch.exp(-(offsets**2) / (2 * WINDOW_SIGMA**2))
+    window, channels = window / window.sum(), a.shape[1]
 
     def blur(x: Tensor) -> Tensor:
         x = F.conv2d(x, window.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
         return F.conv2d(x, window.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
 
-    return similarity(a, b, blur)
-
-
-def gaussian_window(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The Gaussian window along one axis, `[WINDOW]`; its sum is one."""
-    offsets = torch.arange(WINDOW, dtype=dtype, device=device) - WINDOW // 2
-    window = torch.exp(-(offsets**2) / (2 * WINDOW_SIGMA**2))
-    return window / window.sum()
-
-
-def similarity(a: Tensor, b: Tensor, blur: Callable[[Tensor], Tensor]) -> Tensor:
-    """Differentiable structural similarity `[B]` of images in [0, 1]; `blur` is a weighted mean over windows."""
     mean_a, mean_b = blur(a), blur(b)
     var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
     covariance = blur(a * b) - mean_a * mean_b
