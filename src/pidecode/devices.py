@@ -72,11 +72,7 @@ def multiplies_bfloat16() -> bool:
 
 
 def require_compiler(device: torch.device) -> None:
-    """Check that the tools torch.compile needs to compile for a device are installed.
-
-    Raises:
-        MissingDependencyError: There is no C++ compiler (CPU) or no triton (GPU).
-    """
+    """Check that the tools torch.compile needs to compile for a device are installed."""
     if device.type == "cpu":
         wanted = [os.environ["CXX"]] if "CXX" in os.environ else ["cl"] if sys.platform == "win32" else COMPILERS
         if not any(shutil.which(name) for name in wanted):

@@ -20,11 +20,7 @@ def _to_unit_range(image: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def psnr(image: Tensor, original: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio `[B]` in dB over all channels, of images `[B, C, H, W]` in [-1, 1].
-
-    Raises:
-        SizeError: The shapes differ.
-    """
+    """Peak signal-to-noise ratio `[B]` in dB over all channels, of images `[B, C, H, W]` in [-1, 1]."""
     a, b = _to_unit_range(image, original)
     return -10 * (a - b).square().mean((1, 2, 3)).clamp(min=1e-12).log10()
 

@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,12 +53,7 @@ class BatchJob:
         return "decode" if self.kind == "latent" else "upscale"
 
     def outputs(self) -> list[Path]:
-        """The files the job writes: one, or one per latent of a file with several.
-
-        Raises:
-            FileError: The source does not exist or cannot be read.
-            LatentError: The source is not a latent.
-        """
+        """The files the job writes: one, or one per latent of a file with several."""
         require_file(self.source)
         if self.kind == "latent":
             count = count_latents(self.source)
@@ -165,22 +161,19 @@ def _walk(folder: Path, out: Path) -> tuple[list[Path], list[BatchJob]]:
 
     def on_error(error: OSError) -> None:
         place = Path(error.filename or folder)
-        name = "." if place == folder else place.relative_to(folder).as_posix()
+        name = place.relative_to(folder).as_posix()
         unread.append(_failure(name, f"The folder {place} cannot be read: {error.strerror}."))
 
     for here, folders, files in os.walk(folder, onerror=on_error):
         inside = Path(here)
         names = sorted(name for name in folders if not name.startswith("."))
         folders[:] = [name for name in names if os.path.realpath(inside / name) != outputs]
-        unread += [
-            _failure(
-                (inside / name).relative_to(folder).as_posix(),
-                f"{inside / name} is a link to a folder, and links to folders are not followed; give the folder itself "
-                "as a batch of its own.",
+        for link in (inside / name for name in folders if os.path.islink(inside / name)):
+            message = (
+                f"{link} is a link to a folder, and links to folders are not followed; give the folder itself as a "
+                "batch of its own."
             )
-            for name in folders
-            if os.path.islink(inside / name)
-        ]
+            unread.append(_failure(link.relative_to(folder).as_posix(), message))
         found += [inside / name for name in files if not name.startswith(".")]
     return found, unread
 
@@ -189,31 +182,23 @@ def _glob(pattern: str) -> tuple[list[Path], list[BatchJob]]:
     """The files of a pattern, each once although links may lead to it in a circle, and the folders not read."""
     found = glob.glob(os.path.expanduser(pattern), recursive=True)
     paths = [Path(name) for name in found if os.path.isfile(name) and not os.path.basename(name).startswith(".")]
-    once = {(os.path.realpath(path.parent), path.name): path for path in sorted(paths, key=_depth, reverse=True)}
-    base = _folder_of_pattern(pattern)
+    shortest_last = sorted(paths, key=lambda path: len(path.parts), reverse=True)
+    once = {(os.path.realpath(path.parent), path.name): path for path in shortest_last}
     unread: list[BatchJob] = []
 
     def on_error(error: OSError) -> None:
         unread.append(_failure(str(error.filename), f"The folder {error.filename} cannot be read: {error.strerror}."))
 
     if "**" in pattern:
-        for _ in os.walk(base, onerror=on_error):
+        for _ in os.walk(_folder_of_pattern(pattern), onerror=on_error):
             pass
     return list(once.values()), unread
 
 
-def _depth(path: Path) -> int:
-    return len(path.parts)
-
-
 def _folder_of_pattern(pattern: str) -> Path:
     """The folders of a pattern before its first wildcard."""
-    fixed: list[str] = []
-    for part in Path(os.path.expanduser(pattern)).parts[:-1]:
-        if glob.has_magic(part):
-            break
-        fixed.append(part)
-    return Path(*fixed)
+    folders = Path(os.path.expanduser(pattern)).parts[:-1]
+    return Path(*takewhile(lambda part: not glob.has_magic(part), folders))
 
 
 def source_kind(path: Path) -> SourceKind | None:
@@ -233,14 +218,11 @@ def _require_kind(path: Path, name: str, error: type[FileError | SettingError]) 
 
 def _from_files(paths: Sequence[Path], unread: Sequence[BatchJob], base: Path, naming: OutputNaming) -> JobList:
     jobs = JobList(unread, Counter(path.suffix.lower() for path in paths if source_kind(path) is None))
-    for path in sorted(paths, key=lambda path: path.relative_to(base).parts):
-        kind = source_kind(path)
+    for name, path in sorted(((path.relative_to(base), path) for path in paths), key=lambda pair: pair[0].parts):
+        out, kind = naming.output_path(name, path), source_kind(path)
         if kind is not None:
-            name = path.relative_to(base)
-            out = naming.output_path(name, path)
-            jobs.append(
-                BatchJob(name=name.as_posix(), source=path, kind=kind, out=out, error=_reserved(out, naming.out))
-            )
+            error = _reserved(out, naming.out)
+            jobs.append(BatchJob(name=name.as_posix(), source=path, kind=kind, out=out, error=error))
     return jobs
 
 
@@ -287,7 +269,10 @@ def _from_line(line: bytes, where: str, base: Path, naming: OutputNaming) -> Bat
     source = base / os.path.expanduser(name)
     kind = _require_kind(source, f"{where}: {name}", SettingError)
     if "out" in entry:
-        out = naming.out / _relative_path(_text(entry, "out", where), where)
+        given = Path(_text(entry, "out", where))
+        if given.is_absolute() or ".." in given.parts:
+            raise SettingError(f"{where}: {given} is outside the output folder; give a path inside it.")
+        out = naming.out / given
         if out.suffix.lower() not in OUTPUT_SUFFIXES:
             raise SettingError(f"{where}: {entry['out']} must end in {', '.join(OUTPUT_SUFFIXES)}.")
     else:
@@ -295,17 +280,12 @@ def _from_line(line: bytes, where: str, base: Path, naming: OutputNaming) -> Bat
         relative = Path(name)
         outside = relative.is_absolute() or ".." in relative.parts or name.startswith("~")
         out = naming.output_path(relative.name if outside else relative, source)
-    _check_inside(out, naming.out, where)
+    real = Path(os.path.realpath(out))
+    if Path(os.path.realpath(naming.out)) not in real.parents:
+        raise SettingError(f"{where}: a link leads {out} out of the output folder, to {real}; name another output.")
     if reserved := _reserved(out, naming.out):
         raise SettingError(f"{where}: {reserved}")
     return BatchJob(name=name, source=source, kind=kind, out=out, options=_options(entry, where))
-
-
-def _check_inside(out: Path, folder: Path, where: str) -> None:
-    """Raise SettingError for an output of a manifest that a link inside the output folder leads out of it."""
-    real, root = Path(os.path.realpath(out)), Path(os.path.realpath(folder))
-    if root not in real.parents:
-        raise SettingError(f"{where}: a link leads {out} out of the output folder, to {real}; name another output.")
 
 
 def _text(entry: Mapping[str, Any], name: str, where: str) -> str:
@@ -313,13 +293,6 @@ def _text(entry: Mapping[str, Any], name: str, where: str) -> str:
     if not isinstance(value, str) or not value or "\0" in value:
         raise SettingError(f"{where} needs {name!r} as text without null characters; got {str(value)[:80]!r}.")
     return value
-
-
-def _relative_path(name: str, where: str) -> Path:
-    path = Path(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise SettingError(f"{where}: {name} is outside the output folder; give a path inside it.")
-    return path
 
 
 def _options(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -338,19 +311,16 @@ def _options(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _check_outputs(jobs: Sequence[BatchJob]) -> None:
-    """Check every file that will be written against the others, the sources and the names that are reserved.
-
-    Names count as equal where a file system may take them for one: without regard to case and to the way accents are
-    written.
-
-    Raises:
-        SettingError: Two jobs write to one place, or one overwrites a source.
-    """
+    """Refuse two outputs that some file system takes for one place, or that are written over a source."""
     runnable = [job for job in jobs if job.error is None]
     sources = {os.path.realpath(job.source): job.name for job in runnable}
     owners: dict[str, tuple[str, Path]] = {}
     for job in runnable:
-        for place in _outputs(job):
+        try:
+            places = job.outputs()
+        except PidecodeError:  # the job will fail by itself
+            places = [job.out]
+        for place in places:
             overwritten = sources.get(os.path.realpath(place))
             if overwritten is not None:
                 raise SettingError(f"{job.name} would be written over the source {overwritten}; choose another folder.")
@@ -367,10 +337,3 @@ def _check_outputs(jobs: Sequence[BatchJob]) -> None:
                 f"{owners[same_name(parent)][0]} would be written to {parent}, which must be a folder for the image of "
                 "another source. Rename one, or name the outputs in a manifest."
             )
-
-
-def _outputs(job: BatchJob) -> list[Path]:
-    try:
-        return job.outputs()
-    except PidecodeError:  # the job will fail by itself
-        return [job.out]

@@ -23,14 +23,12 @@ from pidecode.errors import FileError, MissingDependencyError, PidecodeError, Se
 from pidecode.files import PART
 
 MAX_ATTEMPTS = 3  # workers that may die over one job before it counts as failed
-
 START_WARNING_AFTER = 60.0  # seconds without a single worker before a warning says so
 
 HEAD_CHECK, HEAD_TIMEOUT = 5.0, 30.0
 """Seconds between looks at the cluster's head, and without it until the batch ends, before Ray ends the process."""
 
 _START_ATTEMPTS = 3  # attempts to start a private cluster
-
 _OBJECT_STORE_BYTES = 100 * 2**20  # only paths and results travel
 
 
@@ -43,11 +41,7 @@ class RayWorker:
         self.worker: Worker | None = None
 
     def load(self, token: str) -> str:
-        """Load the decoder; returns the worker's name. `token` is a file that only a shared output folder has.
-
-        Raises:
-            FileError: The worker does not see the output folder.
-        """
+        """Load the decoder; returns the worker's name. `token` is a file that only a shared output folder has."""
         if not Path(token).is_file():
             raise FileError(
                 f"Worker {self.name} does not see {Path(token).parent}. With Ray, sources and outputs must be in "
@@ -120,12 +114,8 @@ def _leave(ray: Any, *, lost: bool) -> None:
 
 def _with_absolute_paths(batch: Batch) -> Batch:
     """The batch with paths that mean the same in every process; fingerprints do not depend on them."""
-
-    def absolute(path: Path) -> Path:
-        return Path(os.path.abspath(path))
-
-    jobs = [replace(job, source=absolute(job.source), out=absolute(job.out)) for job in batch.jobs]
-    return replace(batch, jobs=jobs, out=absolute(batch.out))
+    jobs = [replace(job, source=job.source.absolute(), out=job.out.absolute()) for job in batch.jobs]
+    return replace(batch, jobs=jobs, out=batch.out.absolute())
 
 
 def _import_ray() -> Any:
@@ -144,10 +134,9 @@ def _connect(ray: Any, batch: Batch) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     if address == "local":
         options |= {
-            "num_cpus": max(batch.workers or 1, os.cpu_count() or 1),
-            "include_dashboard": False,
+            "num_cpus": max(batch.workers or 1, os.cpu_count() or 1), "include_dashboard": False,
             "object_store_memory": _OBJECT_STORE_BYTES,
-        }
+        }  # fmt: skip
     else:
         _check_reachable(address)
     for attempt in range(_START_ATTEMPTS, 0, -1):
@@ -235,10 +224,8 @@ class _WorkerPool:
                 ready, _ = self.ray.wait(list(self.busy), num_returns=1, timeout=HEAD_CHECK)
                 now = time.monotonic()
                 if not ready and now - began > warn_at and all(job is None for _, job in self.busy.values()):
-                    warnings.warn(
-                        f"No worker could start within {warn_at:.0f} seconds; the cluster may be busy. Still waiting.",
-                        stacklevel=2,
-                    )
+                    message = f"No worker could start within {warn_at:.0f} seconds; the cluster may be busy. Still waiting."
+                    warnings.warn(message, stacklevel=2)
                     warn_at += START_WARNING_AFTER
                 if ready or _refusal(head) is None:
                     seen = now
@@ -287,11 +274,9 @@ class _WorkerPool:
                 f"{MAX_ATTEMPTS} workers died while they loaded the model. Is there memory for "
                 f"{self.resources.workers} of them? Ask for fewer (--workers)."
             )
-        if job is not None and give_up:
+        if give_up:
             message = f"Its worker died {MAX_ATTEMPTS} times, perhaps out of memory. Decode it alone to see why."
-            self.progress.add(
-                JobResult(name=job.name, state="failed", seconds=0.0, error="WorkerDied", message=message)
-            )
+            self.progress.add(JobResult(name=name, state="failed", seconds=0.0, error="WorkerDied", message=message))
         elif job is not None:
             self.queue.appendleft(job)
         if self.queue:

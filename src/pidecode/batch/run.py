@@ -30,34 +30,20 @@ ABANDONED_AFTER = 600.0  # seconds without a change after which an incomplete fi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """A whole batch.
+    """A whole batch."""
 
-    Attributes:
-        jobs: The jobs in order.
-        config: The model and the options that all jobs share.
-        out: Output folder; the report is written there.
-        engine: What runs the jobs.
-        workers: Ray only: number of workers; by default one per GPU, or one per machine without GPUs.
-        address: Ray only: address of the cluster, or "auto" for the one this machine belongs to; by default
-            RAY_ADDRESS, else a private cluster is started.
-        left_out: Files of the source that are no jobs, by ending and number, for the report.
-    """
-
-    jobs: Sequence[BatchJob]
-    config: WorkerConfig
-    out: Path
-    engine: BatchEngine = "local"
-    workers: int | None = None
+    jobs: Sequence[BatchJob]  # in order
+    config: WorkerConfig  # the model and the options that all jobs share
+    out: Path  # output folder; the report is written there
+    engine: BatchEngine = "local"  # what runs the jobs
+    workers: int | None = None  # Ray only: number of workers; by default one per GPU, or per machine without GPUs
+    # Ray only: address of the cluster, "auto" for this machine's; by default RAY_ADDRESS, else a private one starts.
     address: str | None = None
-    left_out: Mapping[str, int] = field(default_factory=dict)
+    left_out: Mapping[str, int] = field(default_factory=dict)  # files that are no jobs, by ending and number
 
 
 def choose_engine(engine: BatchEngine | None) -> BatchEngine:
-    """The engine asked for, or by default the one this process was started for.
-
-    Raises:
-        SettingError: The engine needs torchrun and was started without it, or the other way round.
-    """
+    """The engine asked for, or by default the one this process was started for."""
     under_torchrun = "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if engine is None:
         return "torchrun" if under_torchrun else "local"
@@ -97,10 +83,10 @@ class BatchProgress:
         """Record the jobs that need no decoding, and return the others."""
         pending = []
         for job, result in skip_done(self.batch.jobs, self.batch.config):
-            if result is None:
-                pending.append(job)
-            else:
+            if result is not None:
                 self.add(result)
+            else:
+                pending.append(job)
         return pending
 
     def report(self) -> BatchReport:
@@ -145,19 +131,17 @@ def run_batch(
     """
     writable_folder(batch.out)
     batch = replace(batch, config=replace(batch.config, weights=batch.config.hash_weights()))
-    callback = on_result or _ignore
+    callback = on_result or (lambda _: None)
     if batch.engine == "torchrun":
         report = run_torchrun(batch, callback, on_progress)
         return report if report is None else _write_report(batch.out, report)
     with FolderLock(batch.out, "batch"):
         remove_partial(batch.out, older_than=ABANDONED_AFTER)
-        if batch.engine == "ray":
-            from pidecode.batch.ray import run_ray
+        if batch.engine == "local":
+            return _write_report(batch.out, run_local(batch, callback, decoder=decoder, on_progress=on_progress))
+        from pidecode.batch.ray import run_ray
 
-            report = run_ray(batch, callback)
-        else:
-            report = run_local(batch, callback, decoder=decoder, on_progress=on_progress)
-        return _write_report(batch.out, report)
+        return _write_report(batch.out, run_ray(batch, callback))
 
 
 def _write_report(out: Path, report: BatchReport) -> BatchReport:
@@ -207,7 +191,8 @@ def run_torchrun(
         config = replace(batch.config, device=batch.config.device or _local_device(int(os.environ["LOCAL_RANK"])))
         # Jobs are divided before any is skipped: which are done already may look different to each process.
         own = replace(batch, jobs=batch.jobs[rank::world_size], config=config)
-        report = run_local(own, on_result if rank == 0 else _ignore, on_progress=on_progress if rank == 0 else None)
+        callback: ResultCallback = on_result if rank == 0 else lambda _: None
+        report = run_local(own, callback, on_progress=on_progress if rank == 0 else None)
         parts: list[Any] | None = [None] * world_size if rank == 0 else None
         dist.gather_object(report, parts, dst=0)
         return merge(parts) if parts is not None else None
@@ -215,10 +200,6 @@ def run_torchrun(
         if lock is not None:
             lock.release()
         dist.destroy_process_group()
-
-
-def _ignore(_: JobResult) -> None:
-    pass
 
 
 def _local_device(local_rank: int) -> str:

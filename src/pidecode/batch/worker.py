@@ -78,11 +78,7 @@ class WorkerConfig:
     weights: str = ""  # content hash of the weights, from `hash_weights`
 
     def hash_weights(self) -> str:
-        """A hash of the content of the weights, and of those of the encoder for images.
-
-        Raises:
-            PidecodeError: The weights are not on this machine.
-        """
+        """A hash of the content of the weights, and of those of the encoder for images."""
         resolved = resolve_checkpoint(self.model, space=self.space, variant=self.variant)
         encoder = resolved.encoder or default_encoder_path(resolved.space)
         files = [resolved.path]

@@ -238,11 +238,7 @@ def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
 
 
 def check_constants(config: Mapping[str, Any], space: LatentSpace, source: object) -> None:
-    """Check the scaling and shift in an autoencoder's config, for spaces with `statistics == "constants"`.
-
-    Raises:
-        CheckpointError: The constants are not those of the space.
-    """
+    """Check the scaling and shift in an autoencoder's config, for spaces with `statistics == "constants"`."""
     found = (float(config.get("scaling_factor") or 1.0), float(config.get("shift_factor") or 0.0))
     wanted = (space.scaling_factor, space.shift_factor)
     own = config.get("latents_mean") or config.get("latents_std")

@@ -8,13 +8,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pidecode.encoders.autoencoder_kl import load_autoencoder
-from pidecode.encoders.rae import load_representation_autoencoder
+from pidecode.encoders.autoencoder_kl import DiffusersAutoencoder, load_autoencoder
+from pidecode.encoders.rae import RepresentationAutoencoder, load_representation_autoencoder
 from pidecode.encoders.tiny import TinyImageEncoder, is_tiny_encoder, load_tiny_encoder
 from pidecode.errors import LatentError, SettingError, SizeError
 from pidecode.files import PathLike
@@ -28,24 +28,12 @@ EncodeFunction = Callable[[Tensor], Tensor]  # images `[B, 3, H, W]` in [-1, 1] 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Autoencoder(Protocol):
-    """A latent space's own autoencoder, from images to raw (not normalized) latents and back.
+Autoencoder = DiffusersAutoencoder | RepresentationAutoencoder | TinyImageEncoder
+"""From images `[B, 3, H, W]` in [-1, 1] to raw (not normalized) latents and back.
 
-    Tensors are passed in float32; the autoencoder casts them to the dtype of its weights.
-    """
-
-    @property
-    def can_decode(self) -> bool:
-        """Whether the decoder half was loaded."""
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Raw latents of images `[B, 3, H, W]` in [-1, 1]: the mean of the posterior, never a sample of it."""
-
-    def decode(self, raw: Tensor) -> Tensor:
-        """Images `[B, 3, H, W]`, about [-1, 1] and not clamped, of raw latents as `layout.denormalize` returns them."""
-
-    def to(self, device: torch.device) -> None:
-        """Move the weights to a device."""
+Raw latents are the mean of the posterior, never a sample of it; decoded images are about in [-1, 1], and not clamped.
+Tensors are passed in float32; the autoencoder casts them to the dtype of its weights.
+"""
 
 
 class ImageEncoder:
@@ -211,11 +199,7 @@ def can_show(encoder: object, latent: Latent) -> bool:
 
 
 def vae_reference(encoder: object, latent: Latent) -> Tensor:
-    """Images `[B, 3, H, W]` in [-1, 1] of a clean latent by the space's own decoder: the reference of the color fix.
-
-    Raises:
-        SettingError: There is noise in the latent, or the decoder is not loaded.
-    """
+    """Images `[B, 3, H, W]` in [-1, 1] of a clean latent by the space's own decoder: the reference of the color fix."""
     if bool((latent.sigmas > 0).any()):
         raise SettingError(
             f"There is noise in this latent (sigma {latent.sigmas.tolist()}), so the VAE's image of it is no color "
@@ -281,12 +265,7 @@ def load_encoder(
 
 
 def check_images(images: Tensor, space: LatentSpace) -> None:
-    """Check that images `[B, 3, H, W]` in [-1, 1] can be encoded.
-
-    Raises:
-        SettingError: Not a batch of RGB images in [-1, 1].
-        SizeError: A side is not a multiple of the space's `input_multiple`.
-    """
+    """Check that images `[B, 3, H, W]` in [-1, 1] can be encoded."""
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
         given = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise SettingError(f"The encoder takes images [B, 3, H, W] in [-1, 1]; got {given}.")

@@ -59,11 +59,7 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 
 def load_tiny_encoder(path: Path, space: LatentSpace, dtype: torch.dtype) -> TinyImageEncoder:
-    """Load a TinyEncoder of a space from a .safetensors file, to the CPU.
-
-    Raises:
-        CheckpointError: The file is for another space, or its weights do not fit its configuration.
-    """
+    """Load a TinyEncoder of a space from a .safetensors file, to the CPU."""
     metadata = _metadata(path)
     given = metadata.get("config", {})
     if not isinstance(given, dict):

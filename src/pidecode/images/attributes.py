@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -162,7 +163,6 @@ def _texts_in_exif(tags: dict[int, Any], exif: dict[int, Any]) -> dict[str, str]
             texts["parameters"] = text.strip("\0")
             del exif[_USER_COMMENT]
     return texts
-
 
 
 def comment_text(value: Any) -> str | None:

@@ -99,11 +99,7 @@ def read_chunk(file: BinaryIO, kind: bytes) -> bytes | None:
 
 
 def read_texts(file: BinaryIO) -> dict[str, str]:
-    """Uncompressed text chunks of an open PNG file, by keyword; the image is not decompressed.
-
-    Raises:
-        ImageError: The file is damaged, or not a PNG.
-    """
+    """Uncompressed text chunks of an open PNG file, by keyword; the image is not decompressed."""
     if file.read(8) != SIGNATURE:
         raise ImageError("The file is not a PNG.")
     texts: dict[str, str] = {}

@@ -229,11 +229,7 @@ def _source_image(pixels: _Pixels) -> SourceImage:
 
 
 def read_images(source: ImageSource | Sequence[ImageSource]) -> list[SourceImage]:
-    """Read an image, or each of a list or tuple.
-
-    Raises:
-        ImageError: As in `read_image`; of a list, the index is named, and it holds single images.
-    """
+    """Read an image, or each of a list or tuple."""
     if not isinstance(source, (list, tuple)):
         return [read_image(cast(ImageSource, source))]
     images = []
@@ -360,11 +356,7 @@ class BoundedFile:
 
 
 def open_source(source: Any) -> tuple[str, BinaryIO]:
-    """Name and open file of a path, the bytes of a file, or an open file, which is given back from its start.
-
-    Raises:
-        ImageError: It is none of these, or cannot be opened.
-    """
+    """Name and open file of a path, the bytes of a file, or an open file, which is given back from its start."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return "The image", io.BytesIO(source)
     if hasattr(source, "read") and hasattr(source, "seek"):
@@ -405,11 +397,7 @@ def _checked_file(file: Any) -> tuple[str, BinaryIO]:
 
 
 def refuse_other_formats(name: str, file: BinaryIO) -> None:
-    """Name the formats that people have and this package does not read, with the step that helps.
-
-    Raises:
-        ImageError: It is one of these.
-    """
+    """Name the formats that people have and this package does not read, with the step that helps."""
     head = file.read(_HEAD_BYTES)
     file.seek(0)
     if Path(name).suffix.lower() in _RAW_SUFFIXES:

@@ -84,11 +84,7 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def check_image(image: Tensor) -> Tensor:
-    """A floating-point image tensor `[3, H, W]` or `[B, 3, H, W]` as `[B, 3, H, W]`.
-
-    Raises:
-        ImageError: Another dtype or shape.
-    """
+    """A floating-point image tensor `[3, H, W]` or `[B, 3, H, W]` as `[B, 3, H, W]`."""
     if not image.is_floating_point():
         raise ImageError(f"An image tensor is float in [-1, 1]; got {image.dtype}. Convert it: x.float() / 127.5 - 1.")
     batch = image[None] if image.ndim == 3 else image
@@ -285,11 +281,7 @@ def fit_to_encoder(image: Tensor, fit: str, multiple: int, fixed: int | None) ->
 
 
 def crop_back(image: Tensor, unpadded: tuple[int, int], *, scale: int = 1) -> Tensor:
-    """Crop an image `[B, 3, H, W]`, enlarged `scale` times since, to the height and width before `pad_to_multiple`.
-
-    Raises:
-        SizeError: The image is too small.
-    """
+    """Crop an image `[B, 3, H, W]`, enlarged `scale` times since, to the height and width before `pad_to_multiple`."""
     height, width = (side * scale for side in unpadded)
     if image.shape[-2] < height or image.shape[-1] < width:
         raise SizeError(f"{image.shape[-2]}x{image.shape[-1]} pixels cannot be cropped back to {height}x{width}.")

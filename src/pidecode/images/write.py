@@ -75,11 +75,7 @@ class DecodeOutput:
 
     @cached_property
     def tensor(self) -> Tensor:
-        """All images, `[B, 3, H, W]`, float32 in [-1, 1].
-
-        Raises:
-            SizeError: They differ in size.
-        """
+        """All images, `[B, 3, H, W]`, float32 in [-1, 1]."""
         if len({tensor.shape for tensor in self.tensors}) != 1:
             raise SizeError("The images differ in size, so that one tensor cannot hold them; use .tensors.")
         return self.tensors[0][None] if len(self) == 1 else torch.stack(tuple(self.tensors))
@@ -106,11 +102,7 @@ class DecodeOutput:
 
     @property
     def image(self) -> Image.Image:
-        """The one image.
-
-        Raises:
-            SettingError: There are several.
-        """
+        """The one image."""
         if len(self) != 1:
             raise SettingError(f"There are {len(self)} images; use .images.")
         return self.images[0]
@@ -311,11 +303,7 @@ def _as_path(path: Any) -> Path:
 
 
 def check_format(path: str | os.PathLike[str], width: int, height: int) -> None:
-    """Check, before an image is made, that the format of a file's ending holds its size in pixels.
-
-    Raises:
-        SizeError: A side is longer than the format allows.
-    """
+    """Check, before an image is made, that the format of a file's ending holds its size in pixels."""
     name = os.fspath(path)
     suffix = name.lower() if name.startswith(".") else Path(name).suffix.lower()
     kind = {**_ANIMATED, **_FORMATS}.get(suffix, "")

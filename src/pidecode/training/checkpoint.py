@@ -160,11 +160,7 @@ def newest_checkpoint(folder: Path, progress: Callable[[str], None] | None = Non
 
 
 def restore(stored: StoredCheckpoint, state: TrainState) -> None:
-    """Put a checkpoint's values into a run that was just built.
-
-    Raises:
-        CheckpointError: The checkpoint is of another network or method.
-    """
+    """Put a checkpoint's values into a run that was just built."""
     wanted = dict(_parameters(state))
     have = {name for name in stored.tensors if name.startswith(("weights.", "ema."))}
     if set(wanted) != have or any(stored.tensors[name].shape != value.shape for name, value in wanted.items()):

@@ -427,11 +427,7 @@ class FieldDoc(NamedTuple):
 
 
 def apply_settings(config: R, settings: Sequence[str]) -> R:
-    """`config` with every `name=value` of `settings` applied in turn.
-
-    Raises:
-        SettingError: A name does not exist (the closest is named) or a value has the wrong type.
-    """
+    """`config` with every `name=value` of `settings` applied in turn."""
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:

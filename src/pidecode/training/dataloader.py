@@ -216,11 +216,7 @@ class DataLoader:
 
 
 def make_encoders(config: TrainConfig, device: torch.device) -> ConditionEncoders:
-    """The configuration's own encoders, or the latent space's and Gemma-2; latents are cached in `data.cache`.
-
-    Raises:
-        TrainingError: The latent space's encoder is not installed.
-    """
+    """The configuration's own encoders, or the latent space's and Gemma-2; latents are cached in `data.cache`."""
     encode_text: EncodeTextFn | None = None
     if config.net.has_text:
         encode_text = config.encode_text or TextEncoder(device=device, states=PromptEmbedsCache()).encode

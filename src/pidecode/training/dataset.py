@@ -55,11 +55,7 @@ class ImageEntry:
     width: int
 
     def read_caption(self) -> str:
-        """The caption, or the empty one: text beside the image, or "caption" (or "text") of a JSON file.
-
-        Raises:
-            FileError: It is not Unicode text.
-        """
+        """The caption, or the empty one: text beside the image, or "caption" (or "text") of a JSON file."""
         if self.caption is None:
             return ""
         text = decode_text(self.caption.read(), f"The caption {self.caption.path}").strip()

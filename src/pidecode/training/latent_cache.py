@@ -61,11 +61,7 @@ class LatentShards:
         return read_safetensors(path, [name])[1][name].float()
 
     def put(self, name: str, latent: Tensor) -> Tensor:
-        """Cache a latent `[C, h, w]`; returns it as `get` will from now on.
-
-        Raises:
-            TrainingError: It has NaN or infinite values.
-        """
+        """Cache a latent `[C, h, w]`; returns it as `get` will from now on."""
         narrow = latent.detach().to("cpu", torch.float16).contiguous()
         if not bool(torch.isfinite(narrow).all()):
             raise TrainingError(f"The encoder gave NaN or infinite values for {name}; is it this space's encoder?")

@@ -52,11 +52,7 @@ class MetricLogger:
             file.write("".join(line + "\n" for line in kept).encode())
 
     def log(self, step: int, values: Mapping[str, float], images: int, device: torch.device) -> None:
-        """Record the metrics after `step` steps; `images` were seen since this process began.
-
-        Raises:
-            TrainingError: metrics.jsonl cannot be written.
-        """
+        """Record the metrics after `step` steps; `images` were seen since this process began."""
         seconds = max(time.monotonic() - self._began, 1e-9)
         record = {"step": step, **values, "images_per_second": images / seconds, "memory_gb": _memory(device)}
         try:

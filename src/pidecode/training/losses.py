@@ -184,11 +184,7 @@ class RepresentationAlignment(nn.Module):
 
 
 def dinov2(folder: str | Path, width: int) -> RepresentationAlignment:
-    """Alignment with the DINOv2 in `folder`: a transformers folder, or a hub name that is already downloaded.
-
-    Raises:
-        MissingDependencyError: transformers is not installed.
-    """
+    """Alignment with the DINOv2 in `folder`: a transformers folder, or a hub name that is already downloaded."""
     try:
         from transformers import AutoModel
     except ImportError:

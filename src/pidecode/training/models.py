@@ -100,11 +100,7 @@ def load_initial_weights(net: PiDNet, tensors: Mapping[str, Tensor], source: str
 
 
 def set_trainable(net: PiDNet, trainable: str, *, color: bool) -> None:
-    """Set `requires_grad` of all parameters; those that cannot change the output get no gradient and are frozen.
-
-    Raises:
-        SettingError: Nothing would be trained.
-    """
+    """Set `requires_grad` of all parameters; those that cannot change the output get no gradient and are frozen."""
     last = f"patch_blocks.{net.config.patch_depth - 1}."
     dead = tuple(last + part for part in ("attn.proj_y.", "attn.q_norm_y.", "norm_y2.", "mlp_y."))
     for name, parameter in net.named_parameters():
@@ -127,12 +123,7 @@ _LORA_TARGETS: Mapping[str, str] = {
 
 
 def inject_lora(net: nn.Module, config: LoRAConfig, seed: int) -> None:
-    """Add low-rank adapters, which change nothing yet, and train only them.
-
-    Raises:
-        MissingDependencyError: peft is not installed.
-        SettingError: `lora.targets` is empty.
-    """
+    """Add low-rank adapters, which change nothing yet, and train only them."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:

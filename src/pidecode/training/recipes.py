@@ -231,11 +231,7 @@ def summary(recipe: RecipeFn) -> str:
 
 
 def get_recipe(name: str, space: str | None = None) -> TrainConfig:
-    """A recipe by its name, or by `file.py:function` for one of your own.
-
-    Raises:
-        SettingError: The name does not exist, or the function returns no TrainConfig.
-    """
+    """A recipe by its name, or by `file.py:function` for one of your own."""
     recipe = _own(name) if ".py" in name else RECIPES.get(name)
     if recipe is None:
         raise SettingError(f"There is no recipe {name!r}.{did_you_mean(name, RECIPES)}")

@@ -81,12 +81,7 @@ def train(
 
 
 def export(config: TrainConfig, folder: str | Path) -> Path:
-    """Export the newest checkpoint of a run without training on.
-
-    Raises:
-        TrainingError: `folder` holds no complete checkpoint.
-        CheckpointError: The checkpoint is of another network or method.
-    """
+    """Export the newest checkpoint of a run without training on."""
     return export_newest(build_task(config, DistEnv(torch.device("cpu"))), config.ema, folder)
 
 
@@ -163,11 +158,7 @@ class PiDTask:
             save_grid(folder / f"step-{step:08d}.png", rows)
 
     def export(self, folder: Path, step: int) -> Path:
-        """Write the network as it stands; every process must call this, the first one writes.
-
-        Raises:
-            TrainingError: The file cannot be written.
-        """
+        """Write the network as it stands; every process must call this, the first one writes."""
         tensors = distributed.full_tensors(self.main.net.state_dict().items(), self.env)
         path = folder / ("adapter.safetensors" if self.config.lora.rank else "decoder.safetensors")
         if self.env.is_first:
@@ -209,11 +200,7 @@ class PiDTask:
 
 
 def build_task(config: TrainConfig, env: DistEnv) -> PiDTask:
-    """Networks with their initial values, on this process's device, replicated or sharded.
-
-    Raises:
-        SettingError: Muon is to train sharded weights.
-    """
+    """Networks with their initial values, on this process's device, replicated or sharded."""
     if config.parallel.weights == "shard" and config.optimizer.name == "muon":
         raise SettingError("Muon needs whole matrices; set parallel.weights=replicate or optimizer.name=adamw.")
     task = (_build_student if config.method == "student" else _build_single)(config, env)

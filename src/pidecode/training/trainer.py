@@ -303,12 +303,7 @@ def train_state(task: TrainTask, ema: EMAConfig, device: torch.device) -> TrainS
 
 
 def export_newest(task: TrainTask, ema: EMAConfig, folder: str | Path) -> Path:
-    """Export the newest checkpoint of a run without training on.
-
-    Raises:
-        TrainingError: `folder` holds no complete checkpoint.
-        CheckpointError: The checkpoint belongs to other modules.
-    """
+    """Export the newest checkpoint of a run without training on."""
     folder = Path(folder)
     stored = newest_checkpoint(folder / "checkpoints")
     if stored is None:
