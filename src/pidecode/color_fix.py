@@ -23,8 +23,7 @@ from pidecode.options import COLOR_FIXES, ColorFix
 DEFAULT_FIDELITY = 1.0
 MAX_CHROMA_DRIFT = 20.0
 """Chroma drift, in levels of 255, from which users of tiled PiD call an image spoiled; 8 to 12 are usual."""
-MAX_GREEN_DRIFT = 3.0
-"""Likewise the mean shift of green, which a decoder outside of its trained sizes gets wrong first."""
+MAX_GREEN_DRIFT = 3.0  # likewise the mean shift of green, which a decoder outside of its trained sizes gets wrong first
 _FINE_SIGMA = 2.0
 """Sigma of the blur of "fine", in pixels of the reference: finer drift is left alone, as it may be detail."""
 _COARSE_SHARE = 16

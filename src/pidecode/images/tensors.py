@@ -25,8 +25,7 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(array).permute(2, 0, 1)[None].float().div_(127.5).sub_(1.0)
 
 
-LABEL_HEIGHT = 48
-"""Height in pixels of the strip of labels above a contact sheet."""
+LABEL_HEIGHT = 48  # height in pixels of the strip of labels above a contact sheet
 
 
 def contact_sheet(columns: Sequence[Sequence[Tensor]], labels: Sequence[str]) -> Tensor:

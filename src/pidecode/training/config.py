@@ -14,7 +14,7 @@ import reprlib
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
@@ -27,8 +27,7 @@ from pidecode.registry.spaces import LatentSpace
 EncodeFn = Callable[[Tensor], Tensor]
 """Low-resolution images `[B, 3, h, w]` in [-1, 1] to normalized latents `[B, C, h / down, w / down]`."""
 
-EncodeTextFn = Callable[[Sequence[str]], Tensor]
-"""Captions to text states `[B, N, text_dim]`."""
+EncodeTextFn = Callable[[Sequence[str]], Tensor]  # captions to text states `[B, N, text_dim]`
 
 MAX_WORKERS, MAX_BATCH_SIZE = 256, 65536  # beyond them a number is a slip, and threads or memory run out
 
@@ -60,24 +59,17 @@ _FROM_0, _FROM_1 = (0, math.inf), (1, math.inf)
 class DataConfig:
     """Training images and how batches are made of them."""
 
-    source: str = ""
-    """A folder of images or of WebDataset shards (.tar), searched with its subfolders; or one shard."""
+    source: str = ""  # a folder of images or of WebDataset shards (.tar), searched with its subfolders; or one shard
+    # Bucket sizes (height, width); each image is resized to the one nearest its aspect ratio.
     sizes: tuple[tuple[int, int], ...] = ((2048, 2048), (2304, 1728), (1728, 2304), (2688, 1536), (1536, 2688))
-    """Bucket sizes (height, width); each image is resized to the one nearest its aspect ratio."""
+    # Side in pixels of the square crop that is trained on, cut from image and latent alike; 0 uses whole images.
     crop: int = 0
-    """Side in pixels of the square crop that is trained on, cut from image and latent alike; 0 uses whole images."""
-    batch_size: int = 1
-    """Images per process and forward pass."""
-    num_workers: int = 4
-    """Threads that read images ahead."""
-    encoder: str = ""
-    """File or folder of the latent space's encoder; empty uses the installed one."""
-    cache: str = ""
-    """Folder in which latents of whole images are cached; empty encodes every time."""
-    caption_dropout: float = 0.1
-    """Share of captions replaced by the empty one."""
-    latent_dropout: float = 0.1
-    """Share of latents replaced by zeros."""
+    batch_size: int = 1  # images per process and forward pass
+    num_workers: int = 4  # threads that read images ahead
+    encoder: str = ""  # file or folder of the latent space's encoder; empty uses the installed one
+    cache: str = ""  # folder in which latents of whole images are cached; empty encodes every time
+    caption_dropout: float = 0.1  # share of captions replaced by the empty one
+    latent_dropout: float = 0.1  # share of latents replaced by zeros
 
     def __post_init__(self) -> None:
         _check(bool(self.sizes), "data.sizes is empty; give at least one (height, width).")
@@ -91,16 +83,12 @@ class DataConfig:
 class LatentNoiseConfig:
     """Noise added to latents, so that the network learns to decode unfinished ones."""
 
-    probability: float = 0.75
-    """Share of samples that are noised at all."""
-    clean_probability: float = 0.0
-    """Share of those that stay clean after all, as in the released recipes."""
-    sigma_min: float = 0.0
-    """Smallest sigma drawn."""
-    sigma_max: float = 0.8
-    """Largest sigma drawn."""
+    probability: float = 0.75  # share of samples that are noised at all
+    clean_probability: float = 0.0  # share of those that stay clean after all, as in the released recipes
+    sigma_min: float = 0.0  # smallest sigma drawn
+    sigma_max: float = 0.8  # largest sigma drawn
+    # Other ranges for some samples: (part of the file name, sigma_min, sigma_max); the first match counts.
     by_name: tuple[tuple[str, float, float], ...] = ()
-    """Other ranges for some samples: (part of the file name, sigma_min, sigma_max); the first match counts."""
 
     def __post_init__(self) -> None:
         ranges = (("", self.sigma_min, self.sigma_max), *self.by_name)
@@ -117,18 +105,13 @@ class LatentNoiseConfig:
 class TeacherLossConfig:
     """Loss of a teacher or backbone."""
 
-    shift: float = 6.0
-    """Flow shift: moves training times toward noise, as large images need."""
+    shift: float = 6.0  # flow shift: moves training times toward noise, as large images need
+    # Side in pixels at which `shift` holds; it grows with the square root of the area. None: constant.
     shift_base_size: int | None = 2048
-    """Side in pixels at which `shift` holds; it grows with the square root of the area. None: constant."""
-    color_weight: float = 0.8
-    """Weight of the color loss; acts only on networks with a color head."""
-    repa_weight: float = 0.0
-    """Weight of representation alignment (REPA); needs `repa_encoder`."""
-    repa_block: int = 6
-    """Patch block whose tokens are aligned."""
-    repa_encoder: str = ""
-    """Folder of the DINOv2 encoder."""
+    color_weight: float = 0.8  # weight of the color loss; acts only on networks with a color head
+    repa_weight: float = 0.0  # weight of representation alignment (REPA); needs `repa_encoder`
+    repa_block: int = 6  # patch block whose tokens are aligned
+    repa_encoder: str = ""  # folder of the DINOv2 encoder
 
     def __post_init__(self) -> None:
         _check(self.shift > 0, f"teacher.shift is {self.shift}; it must be positive.")
@@ -147,36 +130,24 @@ class TeacherLossConfig:
 class DistillationConfig:
     """How a teacher is distilled into a student."""
 
+    # One iteration in this many trains the student; the others the fake score and the discriminator.
     student_every: int = 6
-    """One iteration in this many trains the student; the others the fake score and the discriminator."""
+    # What the student starts from: a noised real image, or its own rollout from pure noise (as when decoding).
     student_input: StudentInput = "teacher_forcing"
-    """What the student starts from: a noised real image, or its own rollout from pure noise (as when decoding)."""
-    guidance_scale: float = 3.0
-    """Classifier-free guidance of the teacher."""
-    min_time: float = 0.02
-    """Smallest time at which student images are noised for judging."""
-    max_time: float = 0.99
-    """Largest such time."""
-    fake_score_lr: float = 1e-5
-    """Learning rate of fake score and discriminator."""
-    fake_score_weight_decay: float = 1e-3
-    """Weight decay of the fake score."""
-    gan_weight: float = 0.05
-    """Weight of the adversarial loss of the student; 0 trains without a discriminator."""
-    gan_warmup: int = 100
-    """Iterations over which that weight grows from 0."""
-    r1_weight: float = 200.0
-    """Weight of the discriminator's approximate R1 penalty."""
+    guidance_scale: float = 3.0  # classifier-free guidance of the teacher
+    min_time: float = 0.02  # smallest time at which student images are noised for judging
+    max_time: float = 0.99  # largest such time
+    fake_score_lr: float = 1e-5  # learning rate of fake score and discriminator
+    fake_score_weight_decay: float = 1e-3  # weight decay of the fake score
+    gan_weight: float = 0.05  # weight of the adversarial loss of the student; 0 trains without a discriminator
+    gan_warmup: int = 100  # iterations over which that weight grows from 0
+    r1_weight: float = 200.0  # weight of the discriminator's approximate R1 penalty
+    # Standard deviation of the perturbation of real images in it (https://arxiv.org/abs/2501.08316).
     r1_sigma: float = 0.1
-    """Standard deviation of the perturbation of real images in it (https://arxiv.org/abs/2501.08316)."""
-    discriminator_blocks: tuple[int, ...] = ()
-    """Teacher blocks the discriminator reads; empty means the middle one."""
-    discriminator_layers: int = 2
-    """Convolutions in each head of the discriminator."""
-    discriminator_per_patch: bool = False
-    """Whether the discriminator judges positions instead of whole images."""
-    times: tuple[float, ...] = STUDENT_TIMES
-    """Times of the student's steps, decreasing, ending in 0."""
+    discriminator_blocks: tuple[int, ...] = ()  # teacher blocks the discriminator reads; empty means the middle one
+    discriminator_layers: int = 2  # convolutions in each head of the discriminator
+    discriminator_per_patch: bool = False  # whether the discriminator judges positions instead of whole images
+    times: tuple[float, ...] = STUDENT_TIMES  # times of the student's steps, decreasing, ending in 0
 
     def __post_init__(self) -> None:
         _check_fields(self, "distillation.", student_every=_FROM_1)
@@ -201,22 +172,16 @@ class DistillationConfig:
 class OptimizerConfig:
     """Optimizer, learning-rate schedule and gradient clipping."""
 
+    # AdamW, or Muon for weight matrices and convolution kernels with Adam for the rest.
     name: Literal["adamw", "muon"] = "adamw"
-    """AdamW, or Muon for weight matrices and convolution kernels with Adam for the rest."""
-    lr: float = 1e-5
-    """Learning rate of the trained network."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of Adam's first and second moments."""
-    weight_decay: float = 0.0
-    """Weight decay of the trained network."""
-    max_grad_norm: float = 0.1
-    """Gradients of a module are scaled down to this norm."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate grows linearly from 0."""
+    lr: float = 1e-5  # learning rate of the trained network
+    betas: tuple[float, float] = (0.9, 0.999)  # decay rates of Adam's first and second moments
+    weight_decay: float = 0.0  # weight decay of the trained network
+    max_grad_norm: float = 0.1  # gradients of a module are scaled down to this norm
+    warmup_steps: int = 0  # steps over which the learning rate grows linearly from 0
+    # Learning rate after warm-up: constant, or a cosine to 0 at the last step.
     lr_schedule: Literal["constant", "cosine"] = "constant"
-    """Learning rate after warm-up: constant, or a cosine to 0 at the last step."""
-    grad_accumulation: int = 1
-    """Forward passes per optimizer step."""
+    grad_accumulation: int = 1  # forward passes per optimizer step
 
     def __post_init__(self) -> None:
         _check_fields(self, "optimizer.", grad_accumulation=_FROM_1)
@@ -228,12 +193,11 @@ class OptimizerConfig:
 class EMAConfig:
     """Exponential moving average (EMA) of the weights, which is what samples and exports use."""
 
+    # Profile: a power of training time (https://arxiv.org/abs/2312.02696), a constant decay, or no average.
     kind: Literal["power", "constant", "none"] = "power"
-    """Profile: a power of training time (https://arxiv.org/abs/2312.02696), a constant decay, or no average."""
-    sigma_rel: float = 0.1
-    """Width of the power profile relative to training time."""
+    sigma_rel: float = 0.1  # width of the power profile relative to training time
+    # Decay per step of the constant profile; the first steps use `(1 + step) / (10 + step)` where that is less.
     decay: float = 0.9999
-    """Decay per step of the constant profile; the first steps use `(1 + step) / (10 + step)` where that is less."""
 
     def __post_init__(self) -> None:
         _check_fields(self, "ema.")
@@ -245,12 +209,10 @@ class EMAConfig:
 class LoRAConfig:
     """Low-rank adapters instead of full fine-tuning (needs peft; https://arxiv.org/abs/2106.09685)."""
 
-    rank: int = 0
-    """Rank of the adapters; 0 trains the weights themselves."""
-    alpha: float = 0.0
-    """Scale times rank; 0 means equal to the rank."""
+    rank: int = 0  # rank of the adapters; 0 trains the weights themselves
+    alpha: float = 0.0  # scale times rank; 0 means equal to the rank
+    # Adapted layers: attention and feed-forward of the image stream, feed-forward of the pixel blocks.
     targets: tuple[str, ...] = ("attention", "mlp", "pixel_mlp")
-    """Adapted layers: attention and feed-forward of the image stream, feed-forward of the pixel blocks."""
 
     def __post_init__(self) -> None:
         _check_fields(self, "lora.", rank=_FROM_0)
@@ -262,12 +224,10 @@ class LoRAConfig:
 class ParallelConfig:
     """Parallelism over processes started by torchrun."""
 
+    # Whole networks in every process (DDP), or a shard of each tensor (FSDP2).
     weights: Literal["replicate", "shard"] = "replicate"
-    """Whole networks in every process (DDP), or a shard of each tensor (FSDP2)."""
-    context_parallel: int = 1
-    """Processes that share one image, each with a range of its patch rows."""
-    timeout: float = 600.0
-    """Seconds without an answer after which another process counts as lost."""
+    context_parallel: int = 1  # processes that share one image, each with a range of its patch rows
+    timeout: float = 600.0  # seconds without an answer after which another process counts as lost
 
     def __post_init__(self) -> None:
         _check_fields(self, "parallel.", context_parallel=_FROM_1)
@@ -277,26 +237,18 @@ class ParallelConfig:
 class RunConfig:
     """Length and precision of a run, and what is written when."""
 
-    steps: int = 1000
-    """Optimizer steps (in a distillation: iterations of either phase)."""
-    seed: int = 0
-    """Seed of initial weights, data order and every random draw."""
+    steps: int = 1000  # optimizer steps (in a distillation: iterations of either phase)
+    seed: int = 0  # seed of initial weights, data order and every random draw
+    # Autocast dtype; weights and optimizer state are always float32.
     precision: Literal["bfloat16", "float32"] = "bfloat16"
-    """Autocast dtype; weights and optimizer state are always float32."""
-    checkpoint_every: int = 500
-    """Steps between checkpoints; a killed run loses at most this many."""
+    checkpoint_every: int = 500  # steps between checkpoints; a killed run loses at most this many
+    # Write a checkpoint also when this many minutes have passed since the last one; 0 counts steps alone.
     checkpoint_minutes: float = 0.0
-    """Write a checkpoint also when this many minutes have passed since the last one; 0 counts steps alone."""
-    keep: int = 2
-    """Newest checkpoints kept."""
-    log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
-    sample_every: int = 500
-    """Steps between grids of samples; 0 writes none."""
-    num_samples: int = 4
-    """Images in a grid."""
-    trackers: tuple[str, ...] = ()
-    """Trackers beside metrics.jsonl: "tensorboard", "wandb"."""
+    keep: int = 2  # newest checkpoints kept
+    log_every: int = 10  # steps between lines of metrics.jsonl
+    sample_every: int = 500  # steps between grids of samples; 0 writes none
+    num_samples: int = 4  # images in a grid
+    trackers: tuple[str, ...] = ()  # trackers beside metrics.jsonl: "tensorboard", "wandb"
 
     def __post_init__(self) -> None:
         _check_fields(
@@ -314,57 +266,40 @@ class RunConfig:
 class PiDRunConfig(RunConfig):
     """The same with what only runs of PiD networks have."""
 
+    # Recompute each block's activations in the backward pass instead of storing them.
     activation_checkpointing: bool = True
-    """Recompute each block's activations in the backward pass instead of storing them."""
-    export_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Dtype of the exported weights."""
-    sample_steps: int = 25
-    """Solver steps of a teacher's samples; students use their own times."""
-    sample_guidance: float = 5.0
-    """Classifier-free guidance scale of a teacher's samples."""
+    export_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # dtype of the exported weights
+    sample_steps: int = 25  # solver steps of a teacher's samples; students use their own times
+    sample_guidance: float = 5.0  # classifier-free guidance scale of a teacher's samples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """A training run of a PiD network: everything that decides it besides the images themselves."""
 
-    title: str
-    """What is trained, in one line."""
+    title: str  # what is trained, in one line
+    # backbone: text to image; teacher: many guided steps; student: distilled to few steps; direct: few steps by a
+    # reconstruction loss.
     method: TrainMethod
-    """backbone: text to image; teacher: many guided steps; student: distilled to few steps; direct: few steps by a
-    reconstruction loss."""
-    net: PiDConfig
-    """The network."""
-    space: LatentSpace | None = None
-    """Latent space that is decoded; None for a backbone."""
-    encode: EncodeFn | None = None
-    """Encoder of low-resolution images; None uses the latent space's own."""
+    net: PiDConfig  # the network
+    space: LatentSpace | None = None  # latent space that is decoded; None for a backbone
+    encode: EncodeFn | None = None  # encoder of low-resolution images; None uses the latent space's own
+    # Text encoder; None uses Gemma-2. Unused by networks without a text stream.
     encode_text: EncodeTextFn | None = None
-    """Text encoder; None uses Gemma-2. Unused by networks without a text stream."""
-    negative_prompt: str = ""
-    """Negative prompt of classifier-free guidance."""
-    init_from: str = ""
-    """Initial weights: a file, or the name of an installed model. Empty initializes randomly."""
+    negative_prompt: str = ""  # negative prompt of classifier-free guidance
+    init_from: str = ""  # initial weights: a file, or the name of an installed model. Empty initializes randomly.
+    # What is trained: everything, or the latent adapter and its gates with the backbone frozen.
     trainable: Literal["all", "adapter"] = "all"
-    """What is trained: everything, or the latent adapter and its gates with the backbone frozen."""
-    data: DataConfig = field(default_factory=DataConfig)
-    """Images and batches."""
-    noise: LatentNoiseConfig = field(default_factory=LatentNoiseConfig)
-    """Noise added to latents."""
-    teacher: TeacherLossConfig = field(default_factory=TeacherLossConfig)
-    """Loss of backbones and teachers."""
+    data: DataConfig = field(default_factory=DataConfig)  # images and batches
+    noise: LatentNoiseConfig = field(default_factory=LatentNoiseConfig)  # noise added to latents
+    teacher: TeacherLossConfig = field(default_factory=TeacherLossConfig)  # loss of backbones and teachers
+    # Distillation of students; its times and kind of input also serve the direct method.
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
-    """Distillation of students; its times and kind of input also serve the direct method."""
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """Optimizer and schedule."""
-    ema: EMAConfig = field(default_factory=EMAConfig)
-    """Moving average of the weights."""
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
-    """Low-rank adapters."""
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """Several processes."""
-    run: PiDRunConfig = field(default_factory=PiDRunConfig)
-    """Length, precision and outputs."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # optimizer and schedule
+    ema: EMAConfig = field(default_factory=EMAConfig)  # moving average of the weights
+    lora: LoRAConfig = field(default_factory=LoRAConfig)  # low-rank adapters
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)  # several processes
+    run: PiDRunConfig = field(default_factory=PiDRunConfig)  # length, precision and outputs
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -509,17 +444,19 @@ def _plain(hint: Any) -> str:
 
 @functools.cache
 def field_words(record_type: type) -> dict[str, str]:
-    """The sentence under each field of a dataclass, read from its source."""
+    """What is said of each field of a dataclass in its source: a comment on its line or above it, or a text below."""
     words: dict[str, str] = {}
     for parent in reversed([kind for kind in record_type.__mro__ if is_dataclass(kind)]):
-        body = ast.parse(inspect.cleandoc("\n" + inspect.getsource(parent))).body[0]
+        source = inspect.cleandoc("\n" + inspect.getsource(parent))
+        lines, body = source.splitlines(), ast.parse(source).body[0]
         assert isinstance(body, ast.ClassDef)
         for node, after in zip(body.body, [*body.body[1:], ast.Pass()], strict=True):
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                text = (
-                    after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
-                )
-                words[node.target.id] = " ".join(str(text).split())
+                above = takewhile(lambda line: line.startswith("    # "), reversed(lines[: node.lineno - 1]))
+                said = [line[6:] for line in above][::-1] or [lines[(node.end_lineno or 1) - 1].partition("  # ")[2]]
+                if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                    said = str(after.value.value).split()
+                words[node.target.id] = " ".join(said)
     return words
 
 
