@@ -127,13 +127,7 @@ def load_representation_autoencoder(
 ) -> tuple[RepresentationAutoencoder, LatentStatistics | None]:
     """The autoencoder of dinov2 or siglip, without a decoder if none was found, and the statistics of dinov2 or None.
 
-    Args:
-        space: The latent space.
-        path: Folder of the transformers model, or of RAE's or Scale-RAE's collection.
-        dtype: Dtype of the weights.
-        backbone: Folder or hub name of the vision model; None looks in `path`, then in the hub cache.
-        statistics: File of RAE's statistics; None looks in `path`, then in the hub cache.
-        decoder: File of the ViT decoder; None looks in `path`.
+    What is not given is looked for in `path`, then (vision model and statistics) in the hub cache.
 
     Raises:
         CheckpointError: A file is missing or does not fit.

@@ -405,14 +405,8 @@ def prompt_states(
 ) -> Tensor:
     """The states `[len(prompts), length, width]` of prompts: ready-made ones, else those of the text encoder.
 
-    Args:
-        encoder: The text encoder, if there is one.
-        prompts: One per image; None is the empty prompt.
-        given: States for all images or for each, or a file of some (`select_prompt_embeds`).
-        need: Beginning of the error where there is neither.
-        exact: Take of a file only states that it names by the very prompt, and encode otherwise.
-        length: Rows of the states.
-        width: Their width.
+    Ready-made are states for all images or for each, or a file of some (`select_prompt_embeds`), of which `exact` takes
+    only those that it names by the very prompt. `need` begins the error where there are neither states nor encoder.
 
     Raises:
         SettingError: There are no states, or they do not fit.

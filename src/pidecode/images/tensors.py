@@ -177,13 +177,9 @@ def on_white(image: Tensor, alpha: Tensor) -> Tensor:
 
 
 def fill_transparent(image: Tensor, alpha: Tensor) -> Tensor:
-    """Replace the colors of transparent pixels by those of the nearest opaque ones, coarse to fine.
+    """Replace the colors of transparent pixels of `[1, 3, H, W]` by those of the nearest opaque ones, coarse to fine.
 
     What lies under full transparency is arbitrary (mostly black), and would leak into the edge when enlarged.
-
-    Args:
-        image: `[1, 3, H, W]` in [-1, 1].
-        alpha: `[1, 1, H, W]` in [0, 1].
     """
     weight = (alpha * 8.0).clamp(max=1.0)  # colors of nearly transparent pixels are badly rounded
     if bool((weight == 1.0).all()):
@@ -262,11 +258,7 @@ def pad_to_multiple(image: Tensor, multiple: int) -> tuple[Tensor, tuple[int, in
 def fit_to_encoder(image: Tensor, fit: str, multiple: int, fixed: int | None) -> tuple[Tensor, tuple[int, int] | None]:
     """An image `[B, 3, H, W]` at a size that an encoder takes, and its height and width before it was padded, if so.
 
-    Args:
-        image: In [-1, 1].
-        fit: "pad" or "crop".
-        multiple: What the encoder's sides are multiples of.
-        fixed: Side of the squares that it takes, if it takes no others.
+    The encoder takes sides that are multiples of `multiple`, or squares of side `fixed` alone.
 
     Raises:
         SettingError: `fit` is neither.

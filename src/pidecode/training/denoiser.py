@@ -163,19 +163,3 @@ def to_velocity(denoiser: nn.Module, prediction: Tensor, x_t: Tensor, t_B: Tenso
     if pid_net(denoiser).config.prediction == "x0":
         return velocity_from_clean(x_t, prediction.float(), t_B)
     return prediction.float()
-
-
-@torch.no_grad()
-def apply_guidance(
-    denoiser: nn.Module, conditional: Tensor, x_t: Tensor, t_B: Tensor, batch: TrainBatch, guidance_scale: float
-) -> Tensor:
-    """Classifier-free guidance `u + g (c - u)` from a conditional prediction; the latent stays in both.
-
-    Networks without a text stream have no unconditional prediction: theirs is returned as it is.
-    (https://arxiv.org/abs/2207.12598)
-    """
-    if guidance_scale == 1.0 or not pid_net(denoiser).config.has_text:
-        return conditional.detach()
-    unconditional = denoiser(x_t, t_B, batch.with_null_text()).prediction
-    guided: Tensor = unconditional + guidance_scale * (conditional.detach() - unconditional)
-    return guided

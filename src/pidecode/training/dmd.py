@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pidecode.errors import SettingError
 from pidecode.sampling import renoise
 from pidecode.training.config import DistillationConfig
-from pidecode.training.denoiser import TrainBatch, apply_guidance, to_clean, to_velocity
+from pidecode.training.denoiser import TrainBatch, pid_net, to_clean, to_velocity
 from pidecode.training.distributed import unwrap
 from pidecode.training.flow_matching import LossOutput
 from pidecode.training.losses import (
@@ -131,10 +131,15 @@ def student_loss(
     judged = x_t if adversarial else x_t.detach()
     with torch.set_grad_enabled(adversarial and torch.is_grad_enabled()):
         output_t = models.teacher(judged, t_B, batch, taps=models.taps if adversarial else ())
+    x_t = x_t.detach()
     with torch.no_grad():
-        guided = apply_guidance(models.teacher, output_t.prediction, x_t.detach(), t_B, batch, config.guidance_scale)
-        teacher_clean = to_clean(models.teacher, guided, x_t.detach(), t_B)
-        fake_clean = _clean(models.fake, x_t.detach(), t_B, batch)
+        guided = output_t.prediction.detach()
+        if config.guidance_scale != 1.0 and pid_net(models.teacher).config.has_text:
+            # Classifier-free guidance (https://arxiv.org/abs/2207.12598); the latent stays in both predictions.
+            unconditional = models.teacher(x_t, t_B, batch.with_null_text()).prediction
+            guided = unconditional + config.guidance_scale * (guided - unconditional)
+        teacher_clean = to_clean(models.teacher, guided, x_t, t_B)
+        fake_clean = _clean(models.fake, x_t, t_B, batch)
     loss = distribution_matching(generated, teacher_clean, fake_clean)
     parts = {"dmd": loss.detach(), "mse": (generated.detach() - batch.image).square().mean()}
     if adversarial and models.discriminator is not None:
