@@ -39,10 +39,8 @@ class ColorDrift:
     """How far an image, reduced to its reference's size, lies from that reference."""
 
     psnr: float  # in decibels, over all channels; infinite for equal images
-    # Mean difference of red, green and blue in levels of 255; positive where the image is brighter.
-    shift: tuple[float, float, float]
-    # Mean distance of the two color differences (Cb, Cr) over the reference's midtones, in levels of 255.
-    chroma: float
+    shift: tuple[float, float, float]  # mean difference of red, green, blue in levels of 255; positive if brighter
+    chroma: float  # mean distance of the color differences (Cb, Cr) over the reference's midtones, in levels of 255
 
     @property
     def is_large(self) -> bool:
@@ -80,9 +78,6 @@ def apply_color_fix(
             (`ColorDrift.is_large`) and "off" for the others.
         fidelity: How much "back-projection" holds of the reference, from 1 (all that it shows) to 0 (its colors alone,
             as "fine" does; what the image shows instead of the reference's detail stays).
-
-    Returns:
-        The corrected images, in [-1, 1].
 
     Raises:
         SettingError: There is no such color fix, the reference is no smaller version of the images, or `fidelity` is
@@ -150,17 +145,13 @@ def corrected(
         acted = ("coarse" if before[index].is_large else "off") if before else color_fix
         described.append({"color_drift": drift.to_metadata()} | ({"color_fix": acted} if acted else {}))
         if drift.is_large:
-            fix = (
-                "color_fix auto corrects this."
-                if acted in (None, "off")
-                else f"This is after color_fix {acted}; try fine."
-            )
-            warnings.warn(
+            tried = f"This is after color_fix {acted}; try fine."
+            fix = "color_fix auto corrects this." if acted in (None, "off") else tried
+            message = (
                 f"Colors drift from the reference's: chroma by {drift.chroma:.1f} (up to {MAX_CHROMA_DRIFT:g} is "
-                f"usual), green by {drift.shift[1]:+.1f} (up to {MAX_GREEN_DRIFT:g}) levels of 255. {fix}",
-                ColorDriftWarning,
-                stacklevel=stacklevel,
+                f"usual), green by {drift.shift[1]:+.1f} (up to {MAX_GREEN_DRIFT:g}) levels of 255. {fix}"
             )
+            warnings.warn(message, ColorDriftWarning, stacklevel=stacklevel)
     return images, described
 
 

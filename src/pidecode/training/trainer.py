@@ -234,9 +234,9 @@ class Trainer:
         if run.sample_every and self.step % run.sample_every == 0:
             with averaged_weights(self.state), torch.no_grad(), self._autocast():
                 self.task.save_samples(self.folder / "samples", self.step)
-        idle = time.monotonic() - self._saved_at >= 60 * run.checkpoint_minutes
+        late = time.monotonic() - self._saved_at >= 60 * run.checkpoint_minutes
         if self.step % run.checkpoint_every == 0 or (
-            run.checkpoint_minutes > 0 and distributed.any_process(idle, self.env)
+            run.checkpoint_minutes > 0 and distributed.any_process(late, self.env)
         ):
             self._save()
 
