@@ -6,7 +6,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
-import difflib
 import functools
 import inspect
 import math
@@ -22,7 +21,7 @@ from torch import Tensor
 from pidecode.errors import SettingError
 from pidecode.registry.checkpoints import STUDENT_TIMES, FlowShift
 from pidecode.registry.configs import PiDConfig
-from pidecode.registry.spaces import LatentSpace
+from pidecode.registry.spaces import LatentSpace, did_you_mean
 
 EncodeFn = Callable[[Tensor], Tensor]
 """Low-resolution images `[B, 3, h, w]` in [-1, 1] to normalized latents `[B, C, h / down, w / down]`."""
@@ -256,10 +255,8 @@ class RunConfig:
             checkpoint_minutes=_FROM_0, sample_steps=_FROM_1,
         )  # fmt: skip
         _check(0 <= self.seed < 2**63, f"run.seed is {self.seed}; it must be at least 0 and below 2^63.")
-        _check(
-            set(self.trackers) <= {"tensorboard", "wandb"},
-            f"run.trackers is {self.trackers}; known are 'tensorboard' and 'wandb'.",
-        )
+        known = {"tensorboard", "wandb"}
+        _check(set(self.trackers) <= known, f"run.trackers is {self.trackers}; known are 'tensorboard' and 'wandb'.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -313,32 +310,21 @@ class TrainConfig:
             "trainable='adapter' freezes the backbone, which is the teacher's first stage; it needs method='teacher'.",
         )
         if self.space is not None:
-            self._check_space(self.space)
-        self._check_sizes()
-
-    def _check_space(self, space: LatentSpace) -> None:
-        have = (self.net.latent_channels, self.net.latent_down, self.net.scale)
-        want = (space.channels, space.down, space.scale)
-        _check(
-            have == want,
-            f"The network reads latents of {have[0]} channels at 1/{have[1]}, times {have[2]}; "
-            f"space {space.name!r} has {want[0]} at 1/{want[1]}, times {want[2]}.",
-        )
-
-    def _check_sizes(self) -> None:
-        unit = self.unit
-        sizes = [*self.data.sizes, *(((self.data.crop, self.data.crop),) if self.data.crop else ())]
-        for height, width in sizes:
+            have = (self.net.latent_channels, self.net.latent_down, self.net.scale)
+            want = (self.space.channels, self.space.down, self.space.scale)
+            _check(
+                have == want,
+                f"The network reads latents of {have[0]} channels at 1/{have[1]}, times {have[2]}; "
+                f"space {self.space.name!r} has {want[0]} at 1/{want[1]}, times {want[2]}.",
+            )
+        unit, crop = self.unit, self.data.crop
+        for height, width in (*self.data.sizes, *(((crop, crop),) if crop else ())):
             _check(
                 height > 0 and width > 0 and height % unit == 0 and width % unit == 0,
                 f"An image of {height}x{width} does not divide into units of {unit} pixels "
                 "(a patch and a latent cell must both fit); change data.sizes or data.crop.",
             )
-        for height, width in self.data.sizes:
-            _check(
-                self.data.crop <= min(height, width),
-                f"data.crop is {self.data.crop}, larger than images of {height}x{width}.",
-            )
+            _check(crop <= min(height, width), f"data.crop is {crop}, larger than images of {height}x{width}.")
 
     @property
     def unit(self) -> int:
@@ -365,8 +351,7 @@ def apply_settings(config: R, settings: Sequence[str]) -> R:
     """`config` with every `name=value` of `settings` applied in turn."""
     for setting in settings:
         name, equals, text = setting.partition("=")
-        if not equals:
-            raise SettingError(f"{setting!r} is no setting; write name=value, for instance data.batch_size=4.")
+        _check(bool(equals), f"{setting!r} is no setting; write name=value, for instance data.batch_size=4.")
         config = _with(config, name.strip(), name.strip().split("."), text.strip())
     return config
 
@@ -374,28 +359,18 @@ def apply_settings(config: R, settings: Sequence[str]) -> R:
 def _with(record: Any, full_name: str, path: list[str], text: str) -> Any:
     name, rest = path[0], path[1:]
     known = [field.name for field in fields(record)]
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        raise SettingError(f"There is no setting {full_name!r}.{hint} Known here are {', '.join(known)}.")
+    _check(name in known, f"There is no setting {full_name!r}.{did_you_mean(name, known)}")
     current = getattr(record, name)
     if rest:
-        if not is_dataclass(current):
-            raise SettingError(f"{full_name!r} goes too deep: {name} is a single value.")
+        _check(is_dataclass(current), f"{full_name!r} goes too deep: {name} is a single value.")
         return replace(record, **{name: _with(current, full_name, rest, text)})
     if is_dataclass(current):
         inner = ", ".join(f"{full_name}.{field.name}" for field in fields(current)[:3])
         raise SettingError(f"{full_name!r} is a group of settings; set one of them ({inner}, ...).")
     hint = get_type_hints(type(record))[name]
-    return replace(record, **{name: _read(full_name, text, hint)})
-
-
-def _read(name: str, text: str, hint: Any) -> Any:
-    for value in _readings(text):
-        fitted = _fit(value, hint)
-        if fitted is not _MISFIT:
-            return fitted
-    raise SettingError(f"{name} cannot be {reprlib.repr(text)}; it must be {_plain(hint)}.")
+    value = next((fit for fit in (_fit(value, hint) for value in _readings(text)) if fit is not _MISFIT), _MISFIT)
+    _check(value is not _MISFIT, f"{full_name} cannot be {reprlib.repr(text)}; it must be {_plain(hint)}.")
+    return replace(record, **{name: value})
 
 
 def _readings(text: str) -> Iterator[Any]:
