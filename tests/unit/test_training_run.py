@@ -336,7 +336,7 @@ def test_the_command_lists_shows_and_refuses() -> None:
     listed = runner.invoke(command_line, ["--list"])
     assert listed.exit_code == 0 and "student_rollout" in listed.output
     shown = runner.invoke(command_line, ["debug_teacher", "--show", "--set", "data.batch_size=7"])
-    assert "data.batch_size = 7\n    Images per process and forward pass." in shown.output
+    assert "data.batch_size = 7\n    images per process and forward pass" in shown.output
     assert isinstance(runner.invoke(command_line, ["debug_teecher"]).exception, SettingError)
     assert isinstance(runner.invoke(command_line, ["debug_teacher"]).exception, SettingError)
 

@@ -224,7 +224,9 @@ class _WorkerPool:
                 ready, _ = self.ray.wait(list(self.busy), num_returns=1, timeout=HEAD_CHECK)
                 now = time.monotonic()
                 if not ready and now - began > warn_at and all(job is None for _, job in self.busy.values()):
-                    message = f"No worker could start within {warn_at:.0f} seconds; the cluster may be busy. Still waiting."
+                    message = (
+                        f"No worker could start within {warn_at:.0f} seconds; the cluster may be busy. Still waiting."
+                    )
                     warnings.warn(message, stacklevel=2)
                     warn_at += START_WARNING_AFTER
                 if ready or _refusal(head) is None:
