@@ -334,11 +334,7 @@ def _encode(
         metadata = image.info.get(KEYWORD) if metadata is None else metadata
         attributes = image.info.get(ATTRIBUTES) if attributes is None else attributes
     attributes = attributes or Attributes()
-    try:
-        # ASCII, which fits into the fields of every format.
-        text = None if metadata is None else json.dumps(dict(metadata), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise SettingError(f"The metadata holds a value that JSON cannot represent: {error}.") from error
+    text = None if metadata is None else _metadata_text(metadata)
     if kind == "PNG":
         exif = attributes.exif_block(None, kind)
         texts = png_texts(attributes, text)
@@ -429,6 +425,14 @@ def _as_array(image: Image.Image | Tensor | NDArray[Any], bits: int) -> NDArray[
     if not image.size:
         raise ImageError("The image has no pixels.")
     return image
+
+
+def _metadata_text(metadata: Mapping[str, Any]) -> str:
+    """Metadata as JSON in ASCII, which fits into the fields of every format."""
+    try:
+        return json.dumps(dict(metadata), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise SettingError(f"The metadata holds a value that JSON cannot represent: {error}.") from error
 
 
 def _exif(attributes: Attributes, text: str | None, kind: str) -> bytes:
