@@ -19,7 +19,6 @@ from pidecode import PixelDecoder, read_metadata
 from pidecode.errors import ImageError, SettingError, SizeError
 from pidecode.images import (
     Animation,
-    Attributes,
     check_format,
     frames_in,
     image_size,
@@ -27,9 +26,10 @@ from pidecode.images import (
     read_frames,
     read_image,
     save_image,
-    to_array,
 )
+from pidecode.images.attributes import Attributes
 from pidecode.images.png import encode_png
+from pidecode.images.tensors import to_array
 
 
 @pytest.fixture(scope="module")
