@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -40,7 +40,6 @@ MAX_STRETCH = 0.02
 MAX_SIGMA = 0.8
 """Largest noise level of latents in PiD's training (https://arxiv.org/abs/2605.23902)."""
 
-_EVERYWHERE: tuple[Interface, ...] = get_args(Interface)
 _PIXEL_DIFFUSION: tuple[DecoderKind, ...] = ("student", "teacher")
 
 
@@ -49,15 +48,13 @@ class OptionInfo:
     """What interfaces need to know of an option."""
 
     help: str  # one or two plain sentences
-    # Of a single value: int, float, str; `tuple` for a size, `PathLike` for a file, `object` for what is Python only.
-    type: type
+    type: type  # of a single value; `tuple` for a size, `PathLike` for a file, `object` for what is Python only
     choices: tuple[str, ...] = ()  # the values there are, where they can be listed
-    minimum: float | None = None  # smallest value, included
-    maximum: float | None = None  # largest value, included
-    kinds: tuple[DecoderKind, ...] = get_args(DecoderKind)  # kinds of decoder on which it acts; others refuse it
-    # Where it belongs: decoding a latent, enlarging an image, or both.
-    commands: tuple[Command, ...] = get_args(Command)
-    interfaces: tuple[Interface, ...] = _EVERYWHERE  # who offers it besides Python
+    minimum: float | None = None  # included
+    maximum: float | None = None  # included
+    kinds: tuple[DecoderKind, ...] = get_args(DecoderKind)  # of decoders on which it acts; others refuse it
+    commands: tuple[Command, ...] = get_args(Command)  # decoding a latent, enlarging an image, or both
+    interfaces: tuple[Interface, ...] = get_args(Interface)  # who offers it besides Python
 
 
 def _option(help: str, type: type, **rest: Any) -> Any:
@@ -156,16 +153,7 @@ class DecodeOptions:
         return replace(self, **{name: value for name, value in given.items() if value is not None})
 
     def require_acting(self, kind: DecoderKind, command: Command, name: str) -> None:
-        """Check that every option given acts.
-
-        Args:
-            kind: Kind of the decoder.
-            command: What it is asked to do.
-            name: What to call the decoder in the message.
-
-        Raises:
-            SettingError: An option has no effect on this kind of decoder, or in this command.
-        """
+        """Raise SettingError for a given option that has no effect on this kind of decoder, or in this command."""
         for option, info in option_infos().items():
             if getattr(self, option) is None:
                 continue
@@ -198,15 +186,11 @@ class DecodeOptions:
         return chosen
 
     def of_image(self, index: int, count: int) -> DecodeOptions:
-        """The options of one of several images that are run one after another: its own seed, prompt and so on.
-
-        Raises:
-            SettingError: A list has another length.
-        """
+        """The options of one of several images that are run one after another: its own seed, prompt and so on."""
         own: dict[str, Any] = {}
         for name, axes in {"seed": 1, "prompt": 1, "prompt_embeds": 3, "reference": 4}.items():
             value = getattr(self, name)
-            if count > 1 and isinstance(value, (tuple, list)):
+            if isinstance(value, (tuple, list)) and (count > 1 or len(value) == 1):
                 if len(value) != count:
                     raise SettingError(f"{name} has {len(value)} values for {count} images; give one, or one for each.")
                 own[name] = value[index]
@@ -214,12 +198,13 @@ class DecodeOptions:
                 own[name] = value[index : index + 1]
         return self.replace(**own)
 
-    def completed_size(self, natural: tuple[int, int], step: int = 1) -> tuple[int, int]:
-        """`size` with both sides; one that was not given follows the natural shape, as a multiple of `step` pixels.
+    def per_image(self, kind: DecoderKind, count: int) -> list[DecodeOptions]:
+        """The options of each image of a batch that is decoded one by one, with consecutive seeds."""
+        seeds = [None] * count if kind == "feed-forward" else self.seeds(count)
+        return [replace(self, seed=seed).of_image(index, count) for index, seed in enumerate(seeds)]
 
-        Raises:
-            SizeError: The natural shape is stretched more than twofold.
-        """
+    def completed_size(self, natural: tuple[int, int], step: int = 1) -> tuple[int, int]:
+        """`size` with both sides; one that was not given follows the natural shape, as a multiple of `step` pixels."""
         (width, height), (given_width, given_height) = natural, self.size or natural
         if given_width is None:
             given_width = max(1, round((given_height or 1) * width / height / step)) * step
@@ -237,12 +222,7 @@ class DecodeOptions:
         return replace(self, size=None, scale=None)
 
     def downsampled_size(self, largest: tuple[int, int], scale: int, name: str) -> tuple[int, int]:
-        """Width and height of the result, by `size` or `scale`, where a decoder makes `largest` and no more.
-
-        Args:
-            largest: Width and height at the decoder's own scale.
-            scale: That scale.
-            name: What to call the decoder in the message.
+        """Width and height of the result, by `size` or `scale`, where a decoder makes `largest` at its own `scale`.
 
         Raises:
             SizeError: The result would be enlarged or stretched.
@@ -268,11 +248,7 @@ class DecodeOptions:
         return wanted_width, wanted_height
 
     def seeds(self, batch: int) -> list[int]:
-        """One seed per image of a batch.
-
-        Raises:
-            SettingError: There are several seeds, and not one for each image.
-        """
+        """One seed per image of a batch; SettingError for several that are not one for each."""
         if self.seed is None or isinstance(self.seed, int):
             return [((self.seed or 0) + index) % (MAX_SEED + 1) for index in range(batch)]
         if len(self.seed) != batch:
@@ -336,17 +312,12 @@ def option_infos(
     interface: Interface | None = None,
 ) -> dict[str, OptionInfo]:
     """Name and `OptionInfo` of every option, in order; only those of a command or an interface, if named."""
-    infos = {entry.name: _info(entry) for entry in fields(options)}
+    infos: dict[str, OptionInfo] = {entry.name: entry.metadata["option"] for entry in fields(options)}
     return {
         name: info
         for name, info in infos.items()
         if (command is None or command in info.commands) and (interface is None or interface in info.interfaces)
     }
-
-
-def _info(entry: Field[Any]) -> OptionInfo:
-    info: OptionInfo = entry.metadata["option"]
-    return info
 
 
 def _plain(value: Any) -> Any:
@@ -389,22 +360,16 @@ def _check(name: str, info: OptionInfo, value: Any) -> None:
         low, high = info.minimum, info.maximum
         if low is not None and high is not None and not low <= one <= high:
             bounds = f"{low:g} to {high}" if isinstance(high, int) else f"{low:g} to {high:g}"
-            raise SettingError(f"{name} is {_shown(one)}; it must be from {bounds}.")
-
-
-def _shown(value: int | float) -> str:
-    """A number for a message; Python refuses to write out thousands of digits."""
-    if isinstance(value, int) and value.bit_length() > 80:
-        return f"a number of {value.bit_length()} bits"
-    return str(value)
+            # Python refuses to write out thousands of digits.
+            huge = isinstance(one, int) and one.bit_length() > 80
+            shown = f"a number of {one.bit_length()} bits" if huge else str(one)
+            raise SettingError(f"{name} is {shown}; it must be from {bounds}.")
 
 
 _TYPES = {int: "a whole number", float: "a number", str: "text", tuple: "width and height"}
 
 
 def _is_a(kind: type, value: Any) -> bool:
-    if isinstance(value, bool):
-        return False
     if kind is float:
-        return isinstance(value, (int, float)) and math.isfinite(value)
-    return isinstance(value, kind)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and not isinstance(value, bool)

@@ -16,11 +16,7 @@ LARGEST_PIXELS = 178_956_970  # largest image that Pillow opens
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Width and height in pixels of "4096x3072".
-
-    Raises:
-        SizeError: The text is not of that form.
-    """
+    """Width and height in pixels of "4096x3072"; SizeError for text of another form."""
     try:
         width, height = parse_sides(text)
     except SizeError:
@@ -31,11 +27,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def parse_sides(text: str) -> tuple[int | None, int | None]:
-    """Width and height in pixels of "4096x3072", or of "4096x" or "x3072" with None for the other side.
-
-    Raises:
-        SizeError: The text is not of that form.
-    """
+    """Width and height in pixels of "4096x3072", or of "4096x" or "x3072" with None for the other side."""
     match = re.fullmatch(r"\s*([1-9]\d{0,5})?\s*[x×]\s*([1-9]\d{0,5})?\s*", text.lower())
     if match is None or match[1] is match[2]:
         raise SizeError(
@@ -46,11 +38,7 @@ def parse_sides(text: str) -> tuple[int | None, int | None]:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of "12GB", "800 MB", "11.5GiB" or a plain number.
-
-    Raises:
-        SettingError: The text is not of that form, or lacks a unit that it plainly needs.
-    """
+    """Bytes of "12GB", "800 MB", "11.5GiB" or a large plain number; SettingError for text of another form."""
     match = re.fullmatch(r"\s*(\d{0,9}\.?\d{1,15})\s*([kmgt]?)(i?)b?\s*", text.lower())
     if match is None or (match[3] and not match[2]):
         raise SettingError(f"{text[:20]!r} is not an amount of memory; write it like 12GB, 800MB or 11.5GiB.")
@@ -83,15 +71,7 @@ _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028
 
 
 def printable(text: str, *, json_escapes: bool = False) -> str:
-    """Write as escapes what a terminal would obey or a stream refuse.
-
-    Args:
-        text: Text that may hold names or metadata from outside.
-        json_escapes: Use the escapes of JSON instead of Python's.
-
-    Returns:
-        The text with a backslash, `x` or `u` and the code in place of each such character.
-    """
+    """Write as escapes, of Python or of JSON, what a terminal would obey or a stream refuse."""
 
     def escape(match: re.Match[str]) -> str:
         code = ord(match[0])
@@ -105,11 +85,7 @@ DTYPES = tuple(_DTYPES.values())  # number formats that weights run in and are w
 
 
 def parse_dtype(text: str) -> str:
-    """Torch's name of a number format: "bfloat16" for "bf16" and "bfloat16".
-
-    Raises:
-        SettingError: There is no such format here.
-    """
+    """Torch's name of a number format, "bfloat16" for "bf16" and "bfloat16"; SettingError if there is none here."""
     name = _DTYPES.get(text.lower(), text.lower().removeprefix("torch."))
     if name not in DTYPES:
         raise SettingError(f"dtype is {text!r}; it must be one of {', '.join((*DTYPES, *_DTYPES))}.")
@@ -126,11 +102,7 @@ MAX_TEXT = 64 << 20  # bytes of a text file: a token, prompts, one a line
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """Text of a file or pipe of at most MAX_TEXT bytes, in an encoding as `decode_text` takes.
-
-    Raises:
-        FileError: It cannot be read, is too large, or is no Unicode text.
-    """
+    """Text of a file or pipe of at most MAX_TEXT bytes, as `decode_text` reads it; FileError for anything else."""
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_TEXT + 1)
@@ -142,11 +114,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def decode_text(data: bytes, name: object) -> str:
-    """Text of a file in any Unicode encoding: UTF-8, or another one that its byte-order mark tells.
-
-    Raises:
-        FileError: It is in none; a legacy encoding is not guessed.
-    """
+    """Text in UTF-8, or the Unicode encoding that its byte-order mark tells; FileError for legacy ones."""
     encoding = next((encoding for mark, encoding in _BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8")
     try:
         return data.decode(encoding)

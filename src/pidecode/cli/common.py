@@ -289,9 +289,6 @@ class WorkBar:
 
     It is there at once, before torch is loaded, and a thread draws it twice a second, so that it moves within long
     pieces of work. Nothing is drawn where standard error is no terminal.
-
-    Args:
-        text: What is done first.
     """
 
     def __init__(self, text: str = "loading") -> None:
@@ -328,10 +325,8 @@ class WorkBar:
 
     def begin(self, index: int, name: str) -> None:
         """Begin a job, counted from 0."""
-        self._index, self._name = (
-            index,
-            f"{name}: " if len(self._ends) == 1 else f"{index + 1}/{len(self._ends)} {name}: ",
-        )
+        number = f"{index + 1}/{len(self._ends)} " if len(self._ends) > 1 else ""
+        self._index, self._name = index, f"{number}{name}: "
         self._set(self._start)
 
     def show(self, text: str, share: float | None = None) -> None:

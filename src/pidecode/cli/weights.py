@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pidecode pull` and `pidecode convert`: weights onto this disk, and into one self-describing file."""
+"""`pidecode models`, `pull`, `captions`, `convert` and `info`: files of weights and text states, and what files are."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from functools import partial
 from importlib import resources
@@ -42,26 +43,6 @@ KINDS = click.Choice(["feed-forward", "student", "teacher", "backbone"])
 PULLABLE = [*SPACES, *ALIASES, *dict.fromkeys(name for name, _, _ in CHECKPOINTS if name not in SPACES), "tiny"]
 
 
-class _Bars:
-    """One bar per file, drawn as the pieces come in."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._file: str | None = None
-
-    def __call__(self, step: Any) -> None:
-        if step.file != self._file:
-            self.close()
-            self._file = step.file
-            self._bar = progress(step.total or 0, step.file.rpartition("/")[2], unit="B")
-        self._bar.total = step.total
-        self._bar.update(step.done - self._bar.n)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
 @click.command(cls=GroupedCommand)
 @click.argument("model", type=click.Choice(PULLABLE), metavar="MODEL")
 @click.option("--variant", metavar="NAME", help="Variant of the decoder: 2k, 2kto4k, 2kto4k_v1pt5.")
@@ -80,21 +61,24 @@ def pull(model: str, as_json: bool, accept_license: bool, **asked: Any) -> None:
     from pidecode.weights.download import download_checkpoint as fetch
 
     parts = partial(checkpoint_files, encoder=not asked["no_encoder"], text=not asked["no_text"])
-    bars = _Bars()
-    try:
+    with ExitStack() as bars:
+        drawn: dict[str, Any] = {}  # one bar per file
+
+        def show(step: Any) -> None:
+            if step.file not in drawn:
+                bars.close()  # that of the file before
+                drawn[step.file] = bars.enter_context(progress(step.total or 0, step.file.rpartition("/")[2], unit="B"))
+            drawn[step.file].total = step.total
+            drawn[step.file].update(step.done - drawn[step.file].n)
+
         pulled = fetch(
-            model, asked["variant"], kind=asked["kind"], accept_license=accept_license, parts=parts, on_progress=bars
+            model, asked["variant"], kind=asked["kind"], accept_license=accept_license, parts=parts, on_progress=show
         )
-    finally:
-        bars.close()
     if asked["no_text"]:
         echo("Prompts need their states: `pidecode captions export` writes them where the text encoder is.", err=True)
     places = {name: value for name, value in asdict(pulled).items() if value}
-    emit(
-        places,
-        lambda: "\n".join(f"{name.replace('_', ' '):13s} {path}" for name, path in places.items()),
-        as_json=as_json,
-    )
+    lines = [f"{name.replace('_', ' '):13s} {path}" for name, path in places.items()]
+    emit(places, "\n".join(lines), as_json=as_json)
 
 
 @click.group()
@@ -251,22 +235,16 @@ def checks(known: Sequence[dict[str, Any]]) -> Iterator[Check]:
     yield Check("`tiny`, the model that ships here", tiny, "images and FLUX.2 latents" if tiny else lost)
     text = any(kind == READER for kind, _ in there)
     for space in dict.fromkeys(row["space"] for row in known if row["kind"] == "student"):
-        students = [
-            row
-            for row in known
-            if row["kind"] == "student" and row["space"] == space and row["license"] != "Apache-2.0"
-        ]
-        found = [row["variant"] for row in students if row["path"]]
+        released = [row for row in known if row["kind"] == "student" and row["space"] == space]
+        found = [row["variant"] for row in released if row["path"] and row["license"] != "Apache-2.0"]
         if not found:
             yield Check(f"released decoders for {space}", False, f"not on this disk: pidecode pull {space}")
             continue
         lacking = [] if text else ["the text encoder, so prompts must come as ready-made states"]
         if ("encoder", space) not in there:
             lacking.append("the encoder, so latents decode but images cannot be upscaled")
-        because = ", ".join(found) + (
-            f"; without {' and without '.join(lacking)}: pidecode pull {space}" if lacking else ""
-        )
-        yield Check(f"released decoders for {space}", True, because)
+        missing = f"; without {' and without '.join(lacking)}: pidecode pull {space}" if lacking else ""
+        yield Check(f"released decoders for {space}", True, ", ".join(found) + missing)
 
 
 def _line(row: dict[str, Any]) -> dict[str, str]:
@@ -294,44 +272,31 @@ PICKLES = (b"PK\x03\x04", b"\x80")
 
 def describe(path: Path) -> dict[str, Any]:
     """What the file is, as plain values. Raises FileError for a file that is nothing we know."""
-    size = check_file(path)
-    start = read_start(path)
+    size, start = check_file(path), read_start(path)
     known: dict[str, Any] = {"file": str(path), "bytes": size}
     if looks_like_safetensors(start):
         return known | _safetensors(read_header(path), path)
     if start.startswith(IMAGES):
         return known | _image(path)
-    if start.startswith(b"\x93NUMPY"):
-        from pidecode.latents.storage import read_latent
+    from pidecode.images.read import refuse_other_formats  # load torch
+    from pidecode.latents.storage import read_latent
+    from pidecode.weights.read import read_weights
 
+    if start.startswith(b"\x93NUMPY"):
         shape = list(read_latent(path).tensor.shape)
         return known | {"what": "latent", "format": ".npy", "shape": shape, "made by": "another program"}
     if start.startswith(PICKLES):
-        from pidecode.weights.read import read_weights
-
         try:
             shapes = read_weights(path, check_values=False).shapes
-        except CheckpointError as error:
-            alone = _tensor_alone(path)
-            if alone is None:
-                raise error
-            return known | {"what": "latent", "format": "torch.save", "shape": alone, "made by": "another program"}
+        except CheckpointError:
+            with suppress(PidecodeError):  # one tensor alone
+                shape = list(read_latent(path).tensor.shape)
+                return known | {"what": "latent", "format": "torch.save", "shape": shape, "made by": "another program"}
+            raise
         return known | {"what": "weights", "format": "pickle, tensors only"} | _foreign(shapes, path)
-    from pidecode.images.read import refuse_other_formats
-
     with path.open("rb") as file:
         refuse_other_formats(str(path), file)
     raise FileError(f"{path} is no image, latent or weights file that pidecode knows.")
-
-
-def _tensor_alone(path: Path) -> list[int] | None:
-    """Shape of the one tensor that `torch.save` wrote; None if the file holds something else."""
-    from pidecode.latents.storage import read_latent
-
-    try:
-        return list(read_latent(path).tensor.shape)
-    except PidecodeError:
-        return None
 
 
 def _image(path: Path) -> dict[str, Any]:

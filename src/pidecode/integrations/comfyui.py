@@ -58,7 +58,6 @@ from pidecode.sampling import Callback, Progress, Step
 
 DecoderType = io.Custom("PIDECODE_DECODER")
 
-CATEGORY = "pidecode"
 DEFAULT = "default"  # choice of a combo that leaves an option to the decoder
 FROM_FILE = "as the file says"
 """Choice of a combo that leaves space or kind to the weights file."""
@@ -240,15 +239,6 @@ def _decode_options(values: Mapping[str, Any], command: Command, decoder: PixelD
     return DecodeOptions(**chosen)
 
 
-def _per_image(options: DecodeOptions, batch: int) -> list[DecodeOptions]:
-    """The options of each image: a batch is decoded one by one, in the memory that one image needs."""
-    seeds = [None] * batch if options.seed is None else options.seeds(batch)
-    references: list[Any] = [None] * batch
-    if isinstance(options.reference, Tensor):
-        references = [SourceImage(tensor=each) for each in options.reference[:, None]]
-    return [replace(options, seed=seed, reference=each) for seed, each in zip(seeds, references, strict=True)]
-
-
 def _model_names() -> list[str]:
     """What ships with the package, every released decoder as `space/variant`, and the files in ComfyUI's folder."""
     rows = [row for row in CHECKPOINTS.values() if row.kind in DECODERS]
@@ -280,17 +270,19 @@ def _fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _schema(node: str, name: str, **rest: Any) -> io.Schema:
+    return io.Schema(node_id=f"Pidecode{node}", display_name=f"{name} (pidecode)", category="pidecode", **rest)
+
+
 class LoadDecoderNode(io.ComfyNode):
     """Loads a decoder."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Inputs and outputs."""
         spaces, kinds = [FROM_FILE, *SPACES], [FROM_FILE, "student", "teacher"]
-        return io.Schema(
-            node_id="PidecodeLoadDecoder",
-            display_name="Load PiD Decoder (pidecode)",
-            category=CATEGORY,
+        return _schema(
+            "LoadDecoder",
+            "Load PiD Decoder",
             description="A pixel decoder of one latent space. `pidecode pull` fetches the released ones.",
             inputs=[
                 io.Combo.Input(
@@ -378,11 +370,7 @@ def _source_inputs() -> list[Any]:
 
 
 def _latent_for(decoder: PixelDecoder, samples: Any, model: Any, sigma: float) -> Latent:
-    """The LATENT as the decoder reads it.
-
-    Raises:
-        SettingError: It holds more noise than the decoder was trained on.
-    """
+    """The LATENT as the decoder reads it; SettingError for more noise than the decoder was trained on."""
     latent = to_latent(samples, decoder.space, model=model, sigma=sigma)
     if (level := float(latent.sigmas.max())) > decoder.max_sigma + ROUNDING:
         raise SettingError(
@@ -397,11 +385,9 @@ class DecodeNode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Inputs and outputs."""
-        return io.Schema(
-            node_id="PidecodeDecode",
-            display_name="PiD Decode (pidecode)",
-            category=CATEGORY,
+        return _schema(
+            "Decode",
+            "PiD Decode",
             description="A latent straight to an image four times (SigLIP: eight times) what VAE Decode makes of it.",
             inputs=[
                 DecoderType.Input("decoder"),
@@ -434,7 +420,9 @@ class DecodeNode(io.ComfyNode):
             with _on_gpu(decoder, (width, height), encoded, memory):
                 outputs = [
                     own.decode(one, options=options, callback=show, progress_callback=moves(index))
-                    for index, (one, options) in enumerate(zip(latent, _per_image(given, len(latent)), strict=True))
+                    for index, (one, options) in enumerate(
+                        zip(latent, given.per_image(own.kind, len(latent)), strict=True)
+                    )
                 ]
         return io.NodeOutput(torch.cat([image_from_tensor(output.tensor) for output in outputs]))
 
@@ -447,7 +435,7 @@ def _with_reference(options: DecodeOptions, vae: Any, samples: Mapping[str, Any]
         raise SettingError(f"latent_sigma is {sigma:g}: the VAE's image of a noisy latent is no color reference.")
     images = vae.decode(samples["samples"])
     images = images.flatten(0, 1) if images.ndim == 5 else images
-    return options.replace(reference=tensor_from_image(images))
+    return options.replace(reference=[SourceImage(tensor=image) for image in tensor_from_image(images)[:, None]])
 
 
 class UpscaleNode(io.ComfyNode):
@@ -455,12 +443,10 @@ class UpscaleNode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Inputs and outputs."""
         size = "{} of the result in pixels, up to four times the image's; 0 keeps the image's shape."
-        return io.Schema(
-            node_id="PidecodeUpscale",
-            display_name="PiD Upscale (pidecode)",
-            category=CATEGORY,
+        return _schema(
+            "Upscale",
+            "PiD Upscale",
             description="An image to one four times as wide and high: encoded to a latent, decoded larger.",
             inputs=[
                 DecoderType.Input("decoder"),
@@ -499,7 +485,7 @@ class UpscaleNode(io.ComfyNode):
             show, moves = _callbacks(len(images))
             enlarged = []
             with _on_gpu(replace(decoder, decoder=own), padded, rows * columns if vae is None else 0, memory):
-                for index, options in enumerate(_per_image(given, len(images))):
+                for index, options in enumerate(given.per_image(own.kind, len(images))):
                     one = SourceImage(tensor=images[index : index + 1])
                     output = own.upscale(one, options=options, callback=show, progress_callback=moves(index))
                     enlarged.append(resized(output.tensor.float().cpu(), target))
@@ -515,11 +501,9 @@ class EarlyStopNode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Inputs and outputs."""
-        return io.Schema(
-            node_id="PidecodeEarlyStop",
-            display_name="PiD Early Stop (pidecode)",
-            category=CATEGORY,
+        return _schema(
+            "EarlyStop",
+            "PiD Early Stop",
             description=(
                 "Put it between a scheduler and SamplerCustom(Advanced), take the sampler's first output (not the "
                 "denoised one), and connect latent_sigma and the model to PiD Decode."
@@ -547,11 +531,9 @@ class ConditioningNode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Inputs and outputs."""
-        return io.Schema(
-            node_id="PidecodeConditioning",
-            display_name="PiD Conditioning (pidecode)",
-            category=CATEGORY,
+        return _schema(
+            "Conditioning",
+            "PiD Conditioning",
             description=(
                 "For a sampler that runs the loader's MODEL: CONDITIONING that carries the latent, scaled as the "
                 "decoder was trained, an empty image of the right size, and the decoder's own SIGMAS. Decode the "
@@ -607,9 +589,8 @@ class ConditioningNode(io.ComfyNode):
 def _callbacks(batch: int) -> tuple[Callback | None, Callable[[int], Callable[[Progress], None]]]:
     """What moves ComfyUI's progress bar through a batch, shows estimates, and raises if the user pressed Cancel.
 
-    Returns:
-        A callback for steps (None where --preview-method is none), and a function of an image's index that makes its
-        callback for progress.
+    A callback for steps (None where --preview-method is none), and a function of an image's index that makes its
+    callback for progress.
     """
     total = 1000 * batch
     bar = comfy.utils.ProgressBar(total)

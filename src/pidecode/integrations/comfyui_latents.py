@@ -29,22 +29,12 @@ from pidecode.sampling import DEFAULT_STEPS, TIMESCALE, shifted, student_times, 
 ROUNDING = 1e-6
 """What a noise level may exceed its bound by: sigmas are float32."""
 
-SPACE_BY_FORMAT: Mapping[str, str] = {
-    "Flux": "flux",
-    "SD3": "sd3",
-    "SDXL": "sdxl",
-    "Flux2": "flux2",
-    "Wan21": "qwenimage",  # Qwen-Image's VAE has the same statistics, and ComfyUI has one class for both
-}
-"""Name of ComfyUI's latent format -> latent space."""
+SPACE_BY_FORMAT = {"Flux": "flux", "SD3": "sd3", "SDXL": "sdxl", "Flux2": "flux2", "Wan21": "qwenimage"}
+"""Name of ComfyUI's latent format -> latent space; Wan 2.1 and Qwen-Image have VAEs with the same statistics."""
 
 
 def model_space(model: Any) -> LatentSpace:
-    """The latent space of a MODEL, by its latent format.
-
-    Raises:
-        SettingError: PiD has no decoder for that format.
-    """
+    """The latent space of a MODEL, by its latent format; SettingError for one that PiD has no decoder for."""
     name = type(model.model.latent_format).__name__
     if name not in SPACE_BY_FORMAT:
         raise SettingError(
@@ -93,17 +83,16 @@ def to_latent(samples: Mapping[str, Any], space: LatentSpace, *, model: Any = No
     normalized = _drop_frame_axis(model.model.process_latent_in(tensor)).float()
     if not sigma:
         return Latent(normalized, space.name)
-    level = noise_level(model, space, sigma)
-    state = _sampler_state(normalized, model, sigma)
-    flow = _is_flow(model)
+    level, flow = noise_level(model, space, sigma), _is_flow(model)
+    # What the sampler held when it stopped: where ComfyUI's sampling ends at sigma > 0, it divides a flow-matching
+    # model's latent by (1 - sigma). Adding no noise at that sigma, as the next sampler would begin, undoes that.
+    scale = model.get_model_object("model_sampling").noise_scaling
+    state = scale(torch.tensor([sigma], device=normalized.device), torch.zeros_like(normalized), normalized).float()
     # `(1 - s) z + s e` or `z + s e`: both are the space's own form up to a factor.
     if space.noise_parametrization == "flow":
         return Latent(state if flow else state * (1 - level), space.name, level)
-    return (
-        Latent.from_euler(state / (1 - sigma), sigma / (1 - sigma), space.name)
-        if flow
-        else Latent.from_euler(state, sigma, space.name)
-    )
+    kept = 1 - sigma if flow else 1.0  # of the image
+    return Latent.from_euler(state / kept, sigma / kept, space.name)
 
 
 def _is_flow(model: Any) -> bool:
@@ -121,11 +110,7 @@ def _is_flow(model: Any) -> bool:
 
 
 def noise_level(model: Any, space: LatentSpace, sigma: float) -> float:
-    """A sigma of the MODEL's sampler as the decoder has it, in [0, 1].
-
-    Raises:
-        SettingError: The sampler's noise is not known, or sigma is not one of it.
-    """
+    """A sigma of the MODEL's sampler as the decoder has it, in [0, 1]; SettingError for one it does not have."""
     if sigma <= 0:
         return 0.0
     ratio = sigma  # of noise to image
@@ -148,25 +133,8 @@ def _drop_frame_axis(tensor: Any) -> Tensor:
     return tensor
 
 
-def _sampler_state(normalized: Tensor, model: Any, sigma: float) -> Tensor:
-    """What the sampler held when it stopped.
-
-    Where ComfyUI's sampling ends at sigma > 0, it divides a flow-matching model's latent by (1 - sigma). Adding no
-    noise at that sigma, as the next sampler would begin, undoes exactly that.
-    """
-    sampling = model.get_model_object("model_sampling")
-    state: Tensor = sampling.noise_scaling(
-        torch.tensor([sigma], device=normalized.device), torch.zeros_like(normalized), normalized
-    )
-    return state.float()
-
-
 def alpha_of(image: Tensor, mask: Tensor | None) -> Tensor:
-    """The alpha channel `[B, H, W]` in [0, 1] of an IMAGE `[B, H, W, 3 or 4]`, or of its MASK, which is 1 - alpha.
-
-    Raises:
-        SettingError: The MASK is not of the IMAGE's size.
-    """
+    """The alpha channel `[B, H, W]` in [0, 1] of an IMAGE `[B, H, W, 3 or 4]`, or of its MASK, which is 1 - alpha."""
     batch, height, width = image.shape[:3]
     if mask is None:
         return image[..., 3].float() if image.shape[-1] == 4 else torch.ones(batch, height, width)
@@ -179,11 +147,7 @@ def alpha_of(image: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def tensor_from_image(image: Tensor) -> Tensor:
-    """IMAGE `[B, H, W, 3 or 4]` in [0, 1] to `[B, 3, H, W]` in [-1, 1], its colors alone.
-
-    Raises:
-        SettingError: The tensor has another shape.
-    """
+    """IMAGE `[B, H, W, 3 or 4]` in [0, 1] to `[B, 3, H, W]` in [-1, 1], its colors alone."""
     if image.ndim != 4 or image.shape[-1] not in (3, 4):
         raise SettingError(f"An IMAGE is [B, H, W, 3]; got {list(image.shape)}.")
     pixels = image[..., :3].float().movedim(-1, 1)
@@ -196,11 +160,7 @@ def image_from_tensor(pixels: Tensor) -> Tensor:
 
 
 def prompt_embeds_from_conditioning(conditioning: Sequence[Any], decoder: PixelDecoder) -> Tensor:
-    """The text states `[B, tokens, text_dim]` in a CONDITIONING of Gemma-2.
-
-    Raises:
-        SettingError: The decoder reads no text, or the CONDITIONING is combined or of another text encoder.
-    """
+    """The text states `[B, tokens, text_dim]` in a CONDITIONING of Gemma-2; SettingError for any other."""
     config = decoder.net.config
     if not decoder.reads_text or not isinstance(config, PiDConfig):
         raise SettingError(f"{decoder.name} reads no text, so CONDITIONING cannot act; disconnect it.")
@@ -217,11 +177,7 @@ def prompt_embeds_from_conditioning(conditioning: Sequence[Any], decoder: PixelD
 
 
 def target_size(images: Tensor, scale: int, width: int, height: int) -> tuple[int, int] | None:
-    """Height and width that an upscaled image is to have; None for the decoder's own.
-
-    Raises:
-        SettingError: They are more than `scale` times the image.
-    """
+    """Height and width that an upscaled image is to have, at most `scale` times its own; None for the decoder's."""
     rows, columns = images.shape[-2:]
     if not (width or height):
         return None
@@ -240,11 +196,7 @@ def resized(pixels: Tensor, size: tuple[int, int] | None) -> Tensor:
 
 
 def vae_encoder(vae: Any, decoder: PixelDecoder) -> Callable[[Tensor], Tensor]:
-    """Images `[B, 3, H, W]` to normalized latents by a VAE of ComfyUI.
-
-    Raises:
-        SettingError: The decoder's space is not one of a VAE; when called, that the VAE is of another space.
-    """
+    """Images `[B, 3, H, W]` to normalized latents by a VAE of ComfyUI, which must be of the decoder's space."""
     if decoder.space.fixed_input is not None:
         raise SettingError(f"A decoder of {decoder.space.name} takes latents of its own encoder; disconnect the VAE.")
 
@@ -278,7 +230,8 @@ def early_stop_step(sigmas: Tensor, model: Any, steps_left: int | None = None) -
     if num_steps < 1:
         raise SettingError("There are no sigmas to cut; connect a scheduler.")
     if steps_left is None:
-        stop = recommended_stop(_model_classes(model), num_steps)
+        config = getattr(model.model, "model_config", None) or model.model  # Z-Image has the latent format of FLUX
+        stop = recommended_stop([kind.__name__ for kind in type(config).__mro__], num_steps)
     elif 0 <= steps_left < num_steps:
         stop = num_steps - steps_left
     else:
@@ -293,23 +246,14 @@ def early_stop_step(sigmas: Tensor, model: Any, steps_left: int | None = None) -
     return stop
 
 
-def _model_classes(model: Any) -> list[str]:
-    """Names of the classes of a MODEL's configuration, its own first: Z-Image has FLUX's latent format."""
-    config = getattr(model.model, "model_config", None)
-    names = [kind.__name__ for kind in type(config).__mro__ if kind is not object]
-    return names if config is not None else [type(model.model).__name__]
-
-
 LAST_TIME = 0.999
 """Time at which sampling begins where a decoder takes several steps."""
 
 
 def flow_times(share: Tensor, shift: float | None) -> Tensor:
-    """Flow times by the share of the steps still to come, so that equal parts of it give the reference's times.
+    """Flow times by the share of the steps still to come, 1 to 0; equal parts of it give the reference's times.
 
-    Args:
-        share: From 1 (noise) to 0 (image).
-        shift: A teacher's flow shift; None for a student, whose times are a list with lines drawn between them.
+    `shift` is a teacher's flow shift, or None for a student, whose listed times are interpolated linearly.
     """
     if shift is not None:
         return shifted(LAST_TIME * share, shift)

@@ -159,9 +159,7 @@ def capture_latents(
             interrupted.
         LatentError: The pipeline ran without a step.
     """
-    pipeline_space(pipe)
-    _refuse_modular(pipe)
-    _require_step_callback(pipe)
+    _check_pipeline(pipe)
     check_stop_after(stop_after)
     if stop_after is not None and not hasattr(type(pipe), "interrupt"):
         raise SettingError(f"A {type(pipe).__name__} cannot be interrupted; leave stop_after out, or capture steps.")
@@ -206,11 +204,7 @@ def capture_latents(
 
 
 def image_prompts(prompt: str | Sequence[str] | None, batch: int) -> list[str] | None:
-    """The prompt of each image, in the order of pipelines: all images of the first prompt, then of the next.
-
-    Raises:
-        SettingError: The number of prompts does not divide that of the images.
-    """
+    """The prompt of each image, in the order of pipelines: all images of the first prompt, then of the next."""
     if prompt is None:
         return None
     prompts = [prompt] if isinstance(prompt, str) else [str(text) for text in prompt]
@@ -321,17 +315,12 @@ class AttachedPipeline:
         """
         own, replaced = self._attachment, {name: keywords.pop(name) for name in _CALL_KEYWORDS if name in keywords}
         call = _named_arguments(own.pipe, args, keywords)
-        if call.get("padding_mask_crop") is not None:
-            raise SettingError("padding_mask_crop pastes a crop into an image of the VAE's size; leave it out.")
-        output_type = call.get("output_type", "pil")
-        check_output_type(output_type)
-        options = own.options
+        output_type, options = call.get("output_type", "pil"), own.options
         if "decode_options" in replaced:
             given = replaced["decode_options"]
             check_options(given, own.decoder)
             options = options.replace(**{entry: getattr(given, entry) for entry in given.__dataclass_fields__})
-        if output_type != "latent":
-            require_prompt(own.decoder, call, options)
+        check_call(own.decoder, call, options)
         progress_callback = replaced.get("progress_callback", own.progress_callback)
         if (device := _shared_device(own)) is not None:
             _leave(own.decoder, device)
@@ -406,27 +395,20 @@ def check_space(pipe: Any, decoder: PixelDecoder) -> None:
         )
 
 
-def _refuse_modular(pipe: Any) -> None:
+def _check_pipeline(pipe: Any) -> None:
+    """Raise SettingError for a pipeline that PiD does not decode, or whose steps cannot be followed."""
+    pipeline_space(pipe)
     if any(kind.__name__ == "ModularPipeline" for kind in type(pipe).__mro__):
         raise SettingError(
             f"A {type(pipe).__name__} is a modular pipeline, which is not wrapped: put PiD's decode block into its "
             "blocks, pipe = pidecode.pid_blocks(pipe.blocks).init_pipeline(...), as docs/diffusers.md shows."
         )
-
-
-def _require_step_callback(pipe: Any) -> None:
     parameters = inspect.signature(type(pipe).__call__).parameters
     if not {"callback_on_step_end", "kwargs"} & set(parameters) or "output_type" not in parameters:
         raise SettingError(
             f"A {type(pipe).__name__} takes no callback_on_step_end, by which its latents are followed. Call it with "
             'output_type="latent", and decode what latent_from_pipeline makes of that.'
         )
-
-
-def check_output_type(output_type: object) -> None:
-    """Raise SettingError for what is none of `OUTPUT_TYPES`."""
-    if output_type not in OUTPUT_TYPES:
-        raise SettingError(f"output_type is {output_type!r}; it must be one of {', '.join(OUTPUT_TYPES)}.")
 
 
 def check_options(options: object, decoder: PixelDecoder) -> None:
@@ -451,10 +433,15 @@ def check_noise(latent: Latent, decoder: PixelDecoder, step: int, num_steps: int
         )
 
 
-def require_prompt(decoder: PixelDecoder, call: Mapping[str, Any], options: DecodeOptions) -> None:
-    """Raise SettingError, before the diffusion, for a call without a prompt to a decoder that reads text."""
+def check_call(decoder: PixelDecoder, call: Mapping[str, Any], options: DecodeOptions) -> None:
+    """Raise SettingError, before the diffusion, for keywords of a pipeline's call that PiD cannot follow."""
+    output_type = call.get("output_type", "pil")
+    if call.get("padding_mask_crop") is not None:
+        raise SettingError("padding_mask_crop pastes a crop into an image of the VAE's size; leave it out.")
+    if output_type not in OUTPUT_TYPES:
+        raise SettingError(f"output_type is {output_type!r}; it must be one of {', '.join(OUTPUT_TYPES)}.")
     given = (call.get("prompt"), options.prompt, options.prompt_embeds)
-    if decoder.reads_text and all(value is None for value in given):
+    if output_type != "latent" and decoder.reads_text and all(value is None for value in given):
         raise SettingError(
             f"{decoder.name} reads prompts and this call has none; pass decode_options=DecodeOptions(prompt=...) "
             'beside the ready-made embeddings (an empty text "" is a prompt).'
@@ -481,34 +468,22 @@ def decode_images(
         progress_callback: Called after each step.
     """
     batch = len(latent)
-    seeds = options.seeds(batch) if decoder.kind != "feed-forward" else [None] * batch
     outputs: list[DecodeOutput] = []
+    own = replace(options, prompt=None).per_image(decoder.kind, batch)  # the latent has the prompts
     for index, one in enumerate(latent):
-        own = replace(
-            options, seed=seeds[index], prompt=None, prompt_embeds=_sample(options.prompt_embeds, 3, index, batch),
-            reference=_sample(options.reference, 4, index, batch),
-        )  # fmt: skip
 
         def report(step: Step, index: int = index) -> None:
             if progress_callback is not None:
                 done = index * step.total + step.index
                 progress_callback(PipelineProgress("decoding", done, batch * step.total))
 
-        outputs.append(decoder.decode(one, options=own, callback=report))
+        outputs.append(decoder.decode(one, options=own[index], callback=report))
     if output_type == "pil":
         for output in outputs:
             output.metadata[0].update(about)
         return [output.image for output in outputs]
     images = torch.cat([output.tensor for output in outputs]).float().add(1).div(2)
     return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def _sample(value: Any, ndim: int, index: int, batch: int) -> Any:
-    """One image's part of a batched tensor or of a list that has a part for each; anything else whole."""
-    if isinstance(value, (list, tuple)) and len(value) == batch:
-        return value[index]
-    batched = isinstance(value, Tensor) and value.ndim == ndim and len(value) == batch
-    return value[index : index + 1] if batched else value
 
 
 def _offload_pipeline(pipe: Any) -> Any:
@@ -591,9 +566,7 @@ def attach(
     """
     if isinstance(pipe, AttachedPipeline):
         raise SettingError("This pipeline is attached already; call its detach() first.")
-    pipeline_space(pipe)
-    _refuse_modular(pipe)
-    _require_step_callback(pipe)
+    _check_pipeline(pipe)
     check_space(pipe, decoder)
     options = options or DecodeOptions()
     check_options(options, decoder)

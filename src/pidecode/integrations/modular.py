@@ -18,13 +18,12 @@ import torch
 from pidecode.decoder import PixelDecoder
 from pidecode.errors import MissingDependencyError, SettingError
 from pidecode.integrations.diffusers import (
+    check_call,
     check_noise,
     check_options,
-    check_output_type,
     check_space,
     decode_images,
     image_prompts,
-    require_prompt,
 )
 from pidecode.integrations.pipeline_latents import check_stop_after, scheduler_sigma, stop_step, to_latent, token_grid
 from pidecode.latents.latent import Latent
@@ -112,12 +111,7 @@ class _PiDStep(ModularPipelineBlocks):
         ]
 
     def checked(self, components: Any, given: Any) -> tuple[PixelDecoder, DecodeOptions]:
-        """Decoder and options of a call.
-
-        Raises:
-            LatentError: The decoder is of another space.
-            SettingError: There is no decoder, or an input cannot act.
-        """
+        """Decoder and options of a call; SettingError or LatentError for what cannot act."""
         decoder = getattr(components, "pixel_decoder", None)
         if not isinstance(decoder, PixelDecoder):
             raise SettingError(
@@ -125,13 +119,10 @@ class _PiDStep(ModularPipelineBlocks):
                 "pipe.update_components(pixel_decoder=pidecode.PixelDecoder.from_pretrained(...))."
             )
         check_space(components, decoder)
-        check_output_type(given.output_type)
-        if given.padding_mask_crop is not None:
-            raise SettingError("padding_mask_crop pastes a crop into an image of the VAE's size; leave it out.")
         options = DecodeOptions() if given.decode_options is None else given.decode_options
         check_options(options, decoder)
-        if given.output_type != "latent":
-            require_prompt(decoder, {"prompt": given.prompt}, options)
+        call = {name: getattr(given, name) for name in ("output_type", "padding_mask_crop", "prompt")}
+        check_call(decoder, call, options)
         return decoder, options
 
 

@@ -40,12 +40,7 @@ _DPM_SCHEDULERS = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DE
 
 
 def pipeline_space(pipe: Any) -> LatentSpace:
-    """The latent space that a diffusers pipeline works in: by its class, or by class and statistics of its VAE.
-
-    Raises:
-        SettingError: PiD has no decoder for the pipeline's space, or the pipeline's VAE scales its latents in another
-            way than that space.
-    """
+    """The latent space of a diffusers pipeline, by its class, or by its VAE; SettingError where PiD has no decoder."""
     names = [kind.__name__ for kind in type(pipe).__mro__ if kind.__name__.endswith("Pipeline")]
     matches = (space for kind in names for stem, space in _SPACE_BY_CLASS if has_stem(kind, stem))
     name = next(matches, "")
@@ -108,17 +103,11 @@ def check_stop_after(stop_after: object) -> None:
 def stop_step(
     pipe: Any, stop_after: StopAfter, num_steps: int, max_sigma: float, capture_steps: Sequence[int] = ()
 ) -> int | None:
-    """The step to end a run after; to be called after its first step, when the schedule is known.
-
-    Args:
-        pipe: The pipeline.
-        stop_after: What was asked for.
-        num_steps: Steps of the whole run.
-        max_sigma: Highest noise level to stop at.
-        capture_steps: Further steps whose latents are wanted.
+    """The step to end a run of `num_steps` after; to be called after its first step, when the schedule is known.
 
     Raises:
-        SettingError: A step does not exist or leaves more noise than `max_sigma`, or the scheduler is not known.
+        SettingError: That step, or one of `capture_steps`, does not exist or leaves more noise than `max_sigma`, or the
+            scheduler is not known.
     """
     step = recommended_stop_step(pipe, num_steps) if stop_after == "recommended" else stop_after
     requested = [*capture_steps, *([] if step is None else [step])]
@@ -141,11 +130,7 @@ def stop_step(
 
 
 def scheduler_parametrization(scheduler: Any, space: LatentSpace) -> SchedulerParametrization:
-    """How a scheduler mixes image and noise in the latents it keeps between steps.
-
-    Raises:
-        SettingError: The scheduler is not one of those known for the space.
-    """
+    """How a scheduler mixes image and noise in the latents between its steps; SettingError for an unknown one."""
     name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
     flow = name in _FLOW_SCHEDULERS or (name in _DPM_SCHEDULERS and bool(config.get("use_flow_sigmas", False)))
     if space.noise_parametrization == "flow" and flow:
@@ -223,7 +208,6 @@ def to_latent(
 
     Raises:
         LatentError: The tokens come without a grid, or the shape is not the space's.
-        SettingError: The scheduler's noise parametrization is not known.
     """
     space = pipeline_space(pipe)
     tensor = tensor.detach().float()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict
 from importlib.resources import files
@@ -30,6 +30,7 @@ from pidecode.serve.http import (
     disconnected,
     response_for,
     result_of,
+    validation_message,
 )
 from pidecode.serve.prometheus import CONTENT_TYPE, MetricsMiddleware, ResponseStats
 from pidecode.serve.queue import DecodeJob, JobStatus
@@ -80,12 +81,8 @@ def create_app(
 ) -> FastAPI:
     """Create the ASGI application; on shutdown it stops the service's queue.
 
-    Args:
-        service: The decoders and their queue.
-        token: What clients must present. None is for a loopback address only. The page is opened by `/?token=...`
-            and then keeps the token as a cookie.
-        hosts: See `AuthMiddleware`.
-        origins: See `AuthMiddleware`.
+    Token, hosts and origins are those of `AuthMiddleware`. The page is opened by `/?token=...` and then keeps the token
+    as a cookie.
     """
     stats = ResponseStats()
 
@@ -95,13 +92,10 @@ def create_app(
         await asyncio.to_thread(service.stop, SHUTDOWN_SECONDS)
 
     app = FastAPI(
-        title="pidecode",
-        version=__version__,
+        title="pidecode", version=__version__, lifespan=lifespan,
         summary="Decode latents and upscale images with pixel diffusion decoders.",
-        docs_url=None,  # FastAPI's own pages load scripts from other hosts
-        redoc_url=None,
-        lifespan=lifespan,
-    )
+        docs_url=None, redoc_url=None,  # FastAPI's own pages load scripts from other hosts
+    )  # fmt: skip
     reader, inspector = BodyReader(service.queue, service.limits), Inspector(service)
     add_error_handlers(app)
     _add_page(app, token)
@@ -120,7 +114,7 @@ def create_app(
 
 
 class Inspector:
-    """Looks into files outside the queue: one at a time, and only a few waiting."""
+    """Reads files outside the queue: one at a time, and only a few waiting."""
 
     def __init__(self, service: DecodeService) -> None:
         self.service = service
@@ -128,12 +122,7 @@ class Inspector:
         self.inside = 0
 
     async def inspect(self, data: bytes) -> FileInfo:
-        """Tell what a file contains.
-
-        Raises:
-            BusyError: Too many files are waiting.
-            PidecodeError: As `DecodeService.inspect`.
-        """
+        """As `DecodeService.inspect`, or BusyError if too many files are waiting."""
         if self.inside >= INSPECTIONS:
             raise BusyError("Too many files are being inspected. Retry later.", 1.0)
         self.inside += 1
@@ -144,24 +133,38 @@ class Inspector:
             self.inside -= 1
 
 
+def _responses(content: Mapping[str, Any], description: str, errors: Iterable[int]) -> dict[int | str, dict[str, Any]]:
+    """The responses of an operation: what 200 holds, by media type, and errors."""
+    schemas = {kind: {"schema": schema} for kind, schema in content.items()}
+    return {200: {"description": description, "content": schemas}, **_errors(errors)}
+
+
 def _errors(statuses: Iterable[int]) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": openai.ErrorResponse, "description": _ERROR_DESCRIPTIONS[status]} for status in statuses}
 
 
 def _body(description: str, media_type: str = "application/octet-stream", **schema: Any) -> dict[str, Any]:
     """The request body of an operation; binary if no schema is given."""
-    content = {media_type: {"schema": {"type": "string", **(schema or {"format": "binary"})}}}
-    return {"requestBody": {"required": True, "description": description, "content": content}}
+    body = _form(media_type, {"type": "string", **(schema or {"format": "binary"})})
+    return {"requestBody": body["requestBody"] | {"description": description}}
 
 
-def _job_responses() -> dict[int | str, dict[str, Any]]:
-    image = {media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in MEDIA_TYPES.values()}
-    done = {
-        "description": "The image with its metadata; X-Pidecode-Warnings is a JSON list of warnings. With stream=true, "
-        "the job's progress as lines of JSON.",
-        "content": {**image, NDJSON: {"schema": JobEvent.model_json_schema()}},
-    }
-    return {200: done, **_errors(_JOB_ERRORS)}
+def _form(media_type: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {media_type: {"schema": schema}}}}
+
+
+_IMAGES = {kind: {"type": "string", "format": "binary"} for kind in MEDIA_TYPES.values()}
+_EVENTS = {NDJSON: JobEvent.model_json_schema()}
+_JOB: dict[str, Any] = {
+    "response_class": Response,
+    "responses": _responses(
+        {**_IMAGES, **_EVENTS},
+        "The image with its metadata; X-Pidecode-Warnings is a JSON list of warnings. With stream=true, the job's "
+        "progress as lines of JSON.",
+        _JOB_ERRORS,
+    ),
+}
+_NAME_ERRORS = (*_AUTH_ERRORS, 404, 422)
 
 
 def _add_page(app: FastAPI, token: str | None) -> None:
@@ -183,79 +186,51 @@ def _add_page(app: FastAPI, token: str | None) -> None:
 
 
 def _add_jobs(app: FastAPI, service: DecodeService, reader: BodyReader) -> None:
-    @app.post(
-        "/v1/decode",
-        summary="Decode a latent",
-        response_class=Response,
-        responses=_job_responses(),
-        openapi_extra=_body("A .safetensors file with one normalized latent."),
-    )
+    latent, image = "A .safetensors file with one normalized latent.", "An image file: PNG, JPEG, WebP and others."
+    prompt = _body("The prompt, in UTF-8.", "text/plain", minLength=1, maxLength=MAX_PROMPT_LENGTH)
+
+    @app.post("/v1/decode", summary="Decode a latent", openapi_extra=_body(latent), **_JOB)
     async def decode(request: Request, params: Annotated[DecodeParams, Query()]) -> Response:
         """A file written by `Latent.save` holds its space, noise level and prompt; others need `space`."""
         data = await reader.read(request)
         return await _respond(request, service, service.decode(data, params), params)
 
-    @app.post(
-        "/v1/upscale",
-        summary="Upscale an image",
-        response_class=Response,
-        responses=_job_responses(),
-        openapi_extra=_body("An image file: PNG, JPEG, WebP and others."),
-    )
+    @app.post("/v1/upscale", summary="Upscale an image", openapi_extra=_body(image), **_JOB)
     async def upscale(request: Request, params: Annotated[UpscaleParams, Query()]) -> Response:
         """The image is encoded to a latent and decoded; the result is exactly that many times its size."""
         data = await reader.read(request)
         return await _respond(request, service, service.upscale(data, params), params)
 
-    @app.post(
-        "/v1/generate",
-        summary="Generate an image from a prompt",
-        response_class=Response,
-        responses=_job_responses(),
-        openapi_extra=_body("The prompt, in UTF-8.", "text/plain", minLength=1, maxLength=MAX_PROMPT_LENGTH),
-    )
+    @app.post("/v1/generate", summary="Generate an image from a prompt", openapi_extra=prompt, **_JOB)
     async def generate(request: Request, params: Annotated[GenerateParams, Query()]) -> Response:
         """Needs a pipeline on the server (--pipeline); its latent is decoded."""
-        prompt = _prompt(await reader.read(request))
-        job = service.generate(prompt, (params.width, params.height), params)
+        job = service.generate(_prompt(await reader.read(request)), (params.width, params.height), params)
         return await _respond(request, service, job, params)
 
 
 def _add_streamed_jobs(app: FastAPI, service: DecodeService) -> None:
     @app.get(
-        "/v1/results/{name}",
-        summary="Fetch the result of a streamed job",
-        response_class=Response,
-        responses={
-            200: {"description": "The image with its metadata.", "content": {
-                media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in MEDIA_TYPES.values()
-            }},
-            **_errors((*_AUTH_ERRORS, 404, 422)),
-        },
+        "/v1/results/{name}", summary="Fetch the result of a streamed job", response_class=Response,
+        responses=_responses(_IMAGES, "The image with its metadata.", _NAME_ERRORS),
     )  # fmt: skip
     async def result(name: str) -> Response:
         """Each result can be fetched once, within five minutes."""
-        return _file(_stored_result(service, name))
+        found = service.streamed.pop_result(name)
+        if found is None:
+            raise HTTPException(404, "This result was fetched already, or is too old; run the job again.")
+        return _file(found)
 
     @app.get(
-        "/v1/jobs/{name}",
-        summary="Follow a streamed job again",
-        response_class=Response,
-        responses={
-            200: {
-                "description": "The job's progress from now on, as lines of JSON.",
-                "content": {NDJSON: {"schema": JobEvent.model_json_schema()}},
-            },
-            **_errors((*_AUTH_ERRORS, 404, 422)),
-        },
-    )
+        "/v1/jobs/{name}", summary="Follow a streamed job again", response_class=Response,
+        responses=_responses(_EVENTS, "The job's progress from now on, as lines of JSON.", _NAME_ERRORS),
+    )  # fmt: skip
     async def job(request: Request, name: str) -> Response:
         """For a client that lost its connection within the job's `reconnect_seconds`."""
         return _progress(request, _streamed_job(service, name))
 
     @app.delete(
         "/v1/jobs/{name}", summary="Cancel a streamed job", status_code=204, response_model=None,
-        responses=_errors((*_AUTH_ERRORS, 404, 422)),
+        responses=_errors(_NAME_ERRORS),
     )  # fmt: skip
     async def cancel(name: str) -> None:
         """Has no effect on a job that is over."""
@@ -272,11 +247,9 @@ def _add_queries(app: FastAPI, service: DecodeService, reader: BodyReader, inspe
         )  # fmt: skip
 
     @app.post(
-        "/v1/inspect",
-        summary="Inspect a file",
-        responses=_errors((*_UPLOAD_ERRORS, 422)),
+        "/v1/inspect", summary="Inspect a file", responses=_errors((*_UPLOAD_ERRORS, 422)),
         openapi_extra=_body("An image or a .safetensors file with a latent."),
-    )
+    )  # fmt: skip
     async def inspect(request: Request) -> FileInfo:
         """Tells whether the file is an image or a latent, its size and its metadata. Nothing is decoded."""
         return await inspector.inspect(await reader.read(request, queued=False))
@@ -302,35 +275,22 @@ def _add_openai(app: FastAPI, service: DecodeService, reader: BodyReader, inspec
         return _model_info(service, name)
 
     @app.post(
-        "/v1/images/generations",
-        summary="Generate an image from a prompt (OpenAI)",
-        responses=_errors(_JOB_ERRORS),
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {"application/json": {"schema": openai.ImageGenerationRequest.model_json_schema()}},
-            }
-        },
-    )
+        "/v1/images/generations", summary="Generate an image from a prompt (OpenAI)", responses=_errors(_JOB_ERRORS),
+        openapi_extra=_form("application/json", openai.ImageGenerationRequest.model_json_schema()),
+    )  # fmt: skip
     async def generations(request: Request) -> openai.ImagesResponse:
         """Needs a pipeline on the server (--pipeline)."""
         body = _validated(openai.ImageGenerationRequest, await reader.read(request))
         size = parse_size("2048x2048" if body.size == "auto" else body.size)
         jobs = body.jobs(GenerateParams, body.decoder_name(service.decoders))
-        results = await _run_in_turn(request, lambda params: service.generate(body.prompt, size, params), jobs)
+        # One after another, so that other requests get their turn in between.
+        results = [await result_of(request, service.generate(body.prompt, size, params)) for params in jobs]
         return openai.images_response(results, body.output_format, body.n)
 
     @app.post(
-        "/v1/images/edits",
-        summary="Upscale an image (OpenAI)",
-        responses=_errors(_JOB_ERRORS),
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {"multipart/form-data": {"schema": openai.ImageEditRequest.form_schema()}},
-            }
-        },
-    )
+        "/v1/images/edits", summary="Upscale an image (OpenAI)", responses=_errors(_JOB_ERRORS),
+        openapi_extra=_form("multipart/form-data", openai.ImageEditRequest.form_schema()),
+    )  # fmt: skip
     async def edits(request: Request) -> openai.ImagesResponse:
         """The only edit is enlargement. A prompt describes the image, for models that read text; others ignore it."""
         image, fields = await _read_form(request, await reader.read(request))
@@ -341,17 +301,15 @@ def _add_openai(app: FastAPI, service: DecodeService, reader: BodyReader, inspec
         prompt = {"prompt": form.prompt} if decoder.reads_text and form.prompt else {}
         size = {} if form.size == "auto" else dict(zip(("width", "height"), parse_size(form.size), strict=True))
         jobs = [params.model_copy(update=prompt | size) for params in form.jobs(UpscaleParams, name, decoder.kind)]
-        results = await _run_in_turn(request, lambda params: service.upscale(image, params), jobs)
+        results = [await result_of(request, service.upscale(image, params)) for params in jobs]
         return openai.images_response(results, form.output_format, form.n)
 
 
 def _add_monitoring(app: FastAPI, service: DecodeService, stats: ResponseStats) -> None:
     @app.get(
-        "/health",
-        summary="State of the server",
-        response_model=Health,
+        "/health", summary="State of the server", response_model=Health,
         responses={503: {"model": Health, "description": "The server is stopping."}},
-    )
+    )  # fmt: skip
     async def health() -> JSONResponse:
         """Needs no token."""
         queue = service.queue
@@ -359,14 +317,9 @@ def _add_monitoring(app: FastAPI, service: DecodeService, stats: ResponseStats) 
         return JSONResponse(state.model_dump(), 503 if queue.closed else 200)
 
     @app.get(
-        "/metrics",
-        summary="Metrics for Prometheus",
-        response_class=Response,
-        responses={
-            200: {"description": "Metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}},
-            **_errors(_AUTH_ERRORS),
-        },
-    )
+        "/metrics", summary="Metrics for Prometheus", response_class=Response,
+        responses=_responses({"text/plain": {"type": "string"}}, "Metrics.", _AUTH_ERRORS),
+    )  # fmt: skip
     async def metrics() -> Response:
         """Queue, jobs, responses and memory."""
         return Response(stats.text(service.queue), media_type=CONTENT_TYPE)
@@ -388,6 +341,9 @@ def _progress(request: Request, job: DecodeJob) -> Response:
         if not job.followers:
             job.cancel("The client disconnected.")
 
+    def line(event: JobEvent) -> bytes:
+        return event.model_dump_json(exclude_none=True).encode() + b"\n"
+
     async def lines() -> AsyncIterator[bytes]:
         gone = asyncio.ensure_future(disconnected(request))
         gone.add_done_callback(lambda _: job.notify())
@@ -400,8 +356,8 @@ def _progress(request: Request, job: DecodeJob) -> Response:
                     new_preview = status.preview if status.preview is not last_preview else None
                     last_preview = status.preview or last_preview
                     if not job.over:
-                        yield _line(_progress_event(job, status, new_preview))
-            yield _line(_final_event(job))
+                        yield line(_progress_event(job, status, new_preview))
+            yield line(_final_event(job))
         finally:
             gone.cancel()
             if job.reconnect_seconds:
@@ -433,10 +389,6 @@ def _final_event(job: DecodeJob) -> JobEvent:
     )  # fmt: skip
 
 
-def _line(event: JobEvent) -> bytes:
-    return event.model_dump_json(exclude_none=True).encode() + b"\n"
-
-
 def _file(result: Result) -> Response:
     headers = {"X-Pidecode-Seconds": f"{result.seconds:.3f}"}
     if result.warnings:
@@ -453,27 +405,11 @@ def _model_info(service: DecodeService, name: str) -> openai.ModelInfo:
     )  # fmt: skip
 
 
-async def _run_in_turn(
-    request: Request, submit: Callable[[openai.ParamsT], DecodeJob], params: Iterable[openai.ParamsT]
-) -> list[Result]:
-    """Run several jobs of one request, each queued when the one before it is done, so that others get their turn."""
-    return [await result_of(request, submit(one)) for one in params]
-
-
 def _streamed_job(service: DecodeService, name: str) -> DecodeJob:
-    """A streamed job; HTTP error 404 if there is none of that name."""
     job = service.streamed.get(name)
     if job is None:
         raise HTTPException(404, "There is no such job: it was stopped, or the server was restarted. Run it again.")
     return job
-
-
-def _stored_result(service: DecodeService, name: str) -> Result:
-    """Take the result of a streamed job; HTTP error 404 if there is none of that name."""
-    result = service.streamed.pop_result(name)
-    if result is None:
-        raise HTTPException(404, "This result was fetched already, or is too old; run the job again.")
-    return result
 
 
 def _validated(model: type[openai.RequestT], data: bytes | dict[str, str]) -> openai.RequestT:
@@ -483,10 +419,7 @@ def _validated(model: type[openai.RequestT], data: bytes | dict[str, str]) -> op
     except JSONError as error:
         raise HTTPException(400, f"The body is not JSON that is accepted: {error}.") from None
     except ValidationError as error:
-        messages = [
-            f"{'.'.join(str(part) for part in entry['loc']) or 'body'}: {entry['msg']}" for entry in error.errors()
-        ]
-        raise HTTPException(400, "; ".join(messages[:8]) + ".") from None
+        raise HTTPException(400, validation_message(error.errors())) from None
 
 
 def _prompt(body: bytes) -> str:

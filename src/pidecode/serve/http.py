@@ -9,7 +9,7 @@ import ipaddress
 import math
 import socket
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from http.cookies import CookieError, SimpleCookie
 from types import FrameType
 from typing import Any
@@ -59,14 +59,10 @@ _HEADERS = (
     (b"referrer-policy", b"no-referrer"),
     (b"cache-control", b"no-store"),
     (b"cross-origin-resource-policy", b"same-origin"),
-    (
-        b"content-security-policy",
-        (
-            b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
-            b"form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
-        ),
-    ),
-)
+    (b"content-security-policy",
+     (b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+     b"form-action 'none'; base-uri 'none'; frame-ancestors 'none'")),
+)  # fmt: skip
 
 _CORS_HEADERS = (
     (b"access-control-allow-methods", b"GET, POST, DELETE"),
@@ -78,7 +74,7 @@ _CORS_HEADERS = (
 
 # Status and code by class of error; the first match counts.
 _STATUSES: tuple[tuple[type[Exception], int, str], ...] = (
-    (BusyError, 429, "busy"), (Cancelled, 503, "stopped"), (DoesNotFitError, 507, "does_not_fit"),
+    (Cancelled, 503, "stopped"), (DoesNotFitError, 507, "does_not_fit"),
     (MissingDependencyError, 501, "not_installed"), (SettingError, 400, "bad_setting"),
     (LatentError, 400, "bad_latent"), (FileError, 400, "bad_file"),
 )  # fmt: skip
@@ -169,12 +165,9 @@ class AuthMiddleware:
                 f"This server answers to localhost only, and was addressed as {host[:80]!r}. To let it answer to that "
                 "name, start it with --allowed-host NAME, or with a token.",
             )
-        origin = headers.get("origin", "").lower()
-        if origin in self.origins:
-            pass
-        elif (origin and origin not in (f"http://{host}".lower(), f"https://{host}".lower())) or headers.get(
-            "sec-fetch-site"
-        ) == "cross-site":
+        origin, own = headers.get("origin", "").lower(), (f"http://{host}".lower(), f"https://{host}".lower())
+        foreign = (origin and origin not in own) or headers.get("sec-fetch-site") == "cross-site"
+        if foreign and origin not in self.origins:
             return error_response(
                 403,
                 "wrong_origin",
@@ -184,7 +177,8 @@ class AuthMiddleware:
             )
         if self.token is None or scope["path"] in self.open_paths:
             return None
-        if any(_equal(presented, self.token) for presented in _tokens(scope, headers)):
+        presented = [token.encode("utf-8", "surrogateescape") for token in _tokens(scope, headers)]
+        if any(hmac.compare_digest(one, self.token.encode()) for one in presented):
             return None
         refusal = error_response(
             401, "no_token", "The token is missing or wrong; send the header 'Authorization: Bearer TOKEN'."
@@ -194,12 +188,7 @@ class AuthMiddleware:
 
 
 class BodyReader:
-    """Reads request bodies within limits of length, time, rate, number and memory, apart from the queue.
-
-    Args:
-        queue: The queue that the bodies' jobs will enter.
-        limits: Longest body in bytes and in seconds.
-    """
+    """Reads request bodies, for jobs of `queue`, within limits of length, time, rate, number and memory."""
 
     def __init__(self, queue: JobQueue, limits: RequestLimits) -> None:
         self.queue = queue
@@ -215,9 +204,9 @@ class BodyReader:
             HTTPException: 400 for an empty body, 408 for a slow one, 413 for a long one.
         """
         if queued and self.queue.free_slots <= 0:
-            raise self._busy("The queue is full. Retry later.")
+            raise self.queue.refusal("The queue is full. Retry later.")
         if self.reading >= MAX_READERS:
-            raise self._busy(f"{MAX_READERS} other requests are being received. Retry later.", 1.0)
+            raise self.queue.refusal(f"{MAX_READERS} other requests are being received. Retry later.", 1.0)
         declared = request.headers.get("content-length", "")
         if declared.isdecimal() and int(declared[:18]) > self.limits.body_bytes:
             raise self._too_long()
@@ -253,28 +242,14 @@ class BodyReader:
             if len(data) > self.limits.body_bytes:
                 raise self._too_long()
             if self.held > BODIES_HELD * self.limits.body_bytes:
-                raise self._busy("Other large requests are being received. Retry later.", 1.0)
-
-    def _busy(self, message: str, retry_after: float | None = None) -> BusyError:
-        self.queue.stats.refused += 1
-        closed = self.queue.closed
-        return BusyError(
-            "The server is stopping and takes no new jobs; ask again when it is back." if closed else message,
-            self.queue.retry_after() if retry_after is None else retry_after,
-            stopping=closed,
-        )
+                raise self.queue.refusal("Other large requests are being received. Retry later.", 1.0)
 
     def _too_long(self) -> HTTPException:
         return HTTPException(413, f"The body is longer than the {self.limits.body_bytes:,} bytes this server takes.")
 
 
 async def result_of(request: Request, job: DecodeJob) -> Any:
-    """Wait for the job's result and cancel the job if the client disconnects, so that its slot is free again.
-
-    Raises:
-        ClientDisconnect: If the client disconnected.
-        Exception: Whatever `job.result` raises.
-    """
+    """Wait for the job's result, or cancel it with ClientDisconnect if the client disconnects, to free its slot."""
     gone = asyncio.ensure_future(disconnected(request))
     end = asyncio.ensure_future(job.finished())
     end.add_done_callback(lambda task: task.cancelled() or task.exception())  # retrieved, also where nobody waits
@@ -307,15 +282,20 @@ def response_for(error: Exception) -> JSONResponse:
     """The response for an exception. Only pidecode's own errors show their message to the client."""
     if is_out_of_memory(error):
         return error_response(507, "does_not_fit", OUT_OF_MEMORY)
+    if isinstance(error, BusyError):
+        return error_response(503 if error.stopping else 429, "busy", str(error), retry_after=error.retry_after)
     for kind, status, code in _STATUSES:
         if isinstance(error, kind):
-            if isinstance(error, BusyError):
-                status = 503 if error.stopping else status
-                return error_response(status, code, str(error), retry_after=error.retry_after)
             return error_response(status, code, str(error), retry_after=RETRY_SECONDS if status == 503 else None)
     if isinstance(error, PidecodeError):
         return error_response(500, "failed", str(error))
     return error_response(500, "internal", "Internal error of pidecode or its dependencies; see the server's log.")
+
+
+def validation_message(errors: Sequence[Any], skip: int = 0) -> str:
+    """Pydantic's errors as a sentence; `skip` leaves out first parts of their places."""
+    found = [f"{'.'.join(map(str, error['loc'][skip:])) or 'body'}: {error['msg']}" for error in errors]
+    return "; ".join(found[:8]) + "."
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -332,10 +312,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     async def validation_error(_request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        found = [
-            f"{'.'.join(str(part) for part in entry['loc'][1:]) or 'body'}: {entry['msg']}" for entry in error.errors()
-        ]
-        return error_response(422, "invalid", "; ".join(found[:8]) + ".")
+        return error_response(422, "invalid", validation_message(error.errors(), skip=1))
 
     async def disconnected(_request: Request, _error: Exception) -> JSONResponse:
         return error_response(499, "disconnected", "The client disconnected.")  # only the metrics see it
@@ -371,26 +348,8 @@ def _tokens(scope: Scope, headers: dict[str, str]) -> list[str]:
     return found
 
 
-def _equal(presented: str, token: str) -> bool:
-    return hmac.compare_digest(presented.encode("utf-8", "surrogateescape"), token.encode("utf-8"))
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach that address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
 def check_origin(origin: str) -> str:
-    """The origin, checked.
-
-    Raises:
-        SettingError: It is no scheme and host, such as "https://example.org".
-    """
+    """The origin. Raises SettingError if it is no scheme and host, such as "https://example.org"."""
     parts = urlsplit(origin)
     if parts.scheme not in ("http", "https") or not parts.hostname or f"{parts.scheme}://{parts.netloc}" != origin:
         raise SettingError(f"The origin is {origin[:80]!r}; it must be scheme and host, such as https://example.org.")
@@ -398,11 +357,7 @@ def check_origin(origin: str) -> str:
 
 
 def check_token(host: str, token: str | None) -> None:
-    """Check that the token suits the address.
-
-    Raises:
-        SettingError: If other machines can reach `host` and there is no token, or if the token could be guessed.
-    """
+    """Raise SettingError if other machines can reach `host` and there is no token, or if it could be guessed."""
     if token is not None and (
         len(token) < MIN_TOKEN_LENGTH or not token.isascii() or not token.isprintable() or " " in token
     ):
@@ -410,7 +365,11 @@ def check_token(host: str, token: str | None) -> None:
             f"The token must be at least {MIN_TOKEN_LENGTH} printable ASCII characters without spaces, so that it "
             "cannot be guessed; make one with: python -c 'import secrets; print(secrets.token_urlsafe())'"
         )
-    if token is None and not is_loopback(host):
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        loopback = False
+    if token is None and not loopback:
         raise SettingError(
             f"At {host} others can reach this server, so it needs a token: set PIDECODE_TOKEN, or give --token-file. "
             "Without one it binds to 127.0.0.1 only."
@@ -498,12 +457,9 @@ class BoundedProtocol(H11Protocol):
         """Refuse what is no HTTP, in the form of all errors."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = bytes(error_response(400, "bad_http", msg).body)
-            headers = [
-                ("content-type", "application/json"),
-                ("content-length", str(len(body))),
-                ("connection", "close"),
-            ]
-            for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+            start = h11.Response(status_code=400, headers=list(headers.items()))
+            for event in (start, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         if self.cycle is not None:
             self.cycle.disconnected = True
@@ -556,14 +512,7 @@ def make_server(app: ASGIApp, *, stop: Callable[[float], None], grace: int = 2 *
 def serve(
     app: ASGIApp, listener: socket.socket, *, stop: Callable[[float], None], ready: Callable[[str], None]
 ) -> None:
-    """Serve until SIGINT or SIGTERM, then let the running job end within `SHUTDOWN_SECONDS`; at a second one at once.
-
-    Args:
-        app: The ASGI application.
-        listener: A socket from `bound_socket`; closed at the end.
-        stop: As in `make_server`.
-        ready: Called with the server's URL once connections are accepted.
-    """
+    """Serve on a socket from `bound_socket` until SIGINT or SIGTERM; `ready` is called with the URL before that."""
     server = make_server(app, stop=stop)
     listener.listen(128)  # from here on connections wait instead of being refused
     ready(address_of(listener))

@@ -35,7 +35,7 @@ DURATION_WINDOW = 16  # number of recent jobs whose durations are averaged for `
 class JobStatus:
     """State and progress of a job at one moment."""
 
-    state: DecodeJobState  # one of "waiting", "running", "done", "failed", "cancelled"
+    state: DecodeJobState
     position: int = 0  # position in the queue while waiting; 1 is next, 0 means not waiting
     step: int = 0  # steps finished
     num_steps: int = 0  # steps in total, 0 while unknown
@@ -51,11 +51,10 @@ class DecodeJob:
 
     Args:
         function: Called with the job on the worker thread; its return value is the job's result.
-        queue: The queue that the job belongs to.
-        timeout: Seconds from creation to the end, waiting included; None for no limit.
+        queue: The queue that the job belongs to; its timeout is that of the job.
     """
 
-    def __init__(self, function: JobFunction, queue: JobQueue, *, timeout: float | None) -> None:
+    def __init__(self, function: JobFunction, queue: JobQueue) -> None:
         self.id = secrets.token_urlsafe(12)
         self.created = time.monotonic()
         self.started: float | None = None
@@ -63,7 +62,7 @@ class DecodeJob:
         self.expected_seconds: float | None = None  # set by the function, where it can predict its time
         self.reconnect_seconds = 0.0  # how long it goes on when its last follower is gone
         self._measured: float | None = None
-        self.deadline = None if timeout is None else self.created + timeout
+        self.deadline = None if queue.timeout is None else self.created + queue.timeout
         self._function: JobFunction | None = function
         self._queue = queue
         self._status = JobStatus(state="waiting")
@@ -106,25 +105,14 @@ class DecodeJob:
         self._queue._cancel(self, reason)
 
     def check(self) -> None:
-        """Called by the job's function between steps.
-
-        Raises:
-            Cancelled: If the job was cancelled or its deadline has passed.
-        """
+        """Called by the job's function between steps; Cancelled if the job was cancelled or its deadline has passed."""
         if self.late and self._cancel_reason is None:
             self._cancel_reason = self._queue.timeout_message
         if self._cancel_reason is not None:
             raise Cancelled(self._cancel_reason)
 
     def report(self, **changes: Any) -> None:
-        """Called by the job's function to publish progress.
-
-        Args:
-            changes: New values of fields of `JobStatus`; what is left out stays as it is.
-
-        Raises:
-            Cancelled: As `check`.
-        """
+        """Called by the job's function to change fields of its `JobStatus`; Cancelled as by `check`."""
         self.check()
         if "done" in changes:
             self._measured = time.monotonic()
@@ -143,12 +131,7 @@ class DecodeJob:
         return replace(status, seconds=ran, seconds_left=left)
 
     def result(self) -> Any:
-        """Return what the job's function returned; call it only once the job is over.
-
-        Raises:
-            Cancelled: If the job was cancelled.
-            BaseException: Whatever the function raised.
-        """
+        """Return or raise what the job's function did, or Cancelled; call it only once the job is over."""
         assert self.over, "the job has not ended"
         if self._error is not None:
             raise self._error
@@ -241,9 +224,7 @@ class JobQueue:
     @property
     def timeout_message(self) -> str:
         """The message for a job that took too long."""
-        return (
-            f"The job took longer than the {self.timeout or 0:g} seconds it may take, waiting included; it was stopped."
-        )
+        return f"The job took longer than the {self.timeout:g} seconds it may take, waiting included; it was stopped."
 
     @property
     def waiting(self) -> int:
@@ -271,24 +252,13 @@ class JobQueue:
         return sum(durations) / len(durations) if durations else DEFAULT_JOB_SECONDS
 
     def submit(self, function: JobFunction) -> DecodeJob:
-        """Append a job to the queue.
-
-        Raises:
-            BusyError: If the queue is full or closed.
-        """
+        """Append a job to the queue; BusyError if the queue is full or closed."""
         with self._changed:
-            if self._closed:
-                self.stats.refused += 1
-                raise BusyError(
-                    "The server is stopping and takes no new jobs; ask again when it is back.", 10.0, stopping=True
-                )
             if not self.free_slots:
-                self.stats.refused += 1
-                raise BusyError(
-                    f"The queue is full: {len(self._waiting)} jobs are waiting and one is running. Retry later.",
-                    self.retry_after(),
+                raise self.refusal(
+                    f"The queue is full: {len(self._waiting)} jobs are waiting and one is running. Retry later."
                 )
-            job = DecodeJob(function, self, timeout=self.timeout)
+            job = DecodeJob(function, self)
             self._waiting.append(job)
             self.stats.accepted += 1
             if self._worker is None:
@@ -296,6 +266,14 @@ class JobQueue:
                 self._worker.start()
             self._changed.notify_all()
         return job
+
+    def refusal(self, message: str, retry_after: float | None = None) -> BusyError:
+        """The error for a job that is not taken, which it counts; a queue that is closed says that instead."""
+        self.stats.refused += 1
+        if self._closed:
+            message = "The server is stopping and takes no new jobs; ask again when it is back."
+            return BusyError(message, 10.0, stopping=True)
+        return BusyError(message, self.retry_after() if retry_after is None else retry_after)
 
     def stop(self, grace: float = 0.0) -> None:
         """Close the queue: cancel waiting jobs, give the running one `grace` seconds, then join the worker.
@@ -353,15 +331,13 @@ class JobQueue:
         assert job._function is not None
         job.started = time.monotonic()
         state: DecodeJobState = "done"
-        result: Any = None
-        error: BaseException | None = None
+        result, error = None, None
         try:
             job.report()
             result = job._function(job)
-        except Cancelled as caught:
-            state, error = "cancelled", caught
         except BaseException as caught:
-            state, error = "failed", DoesNotFitError(OUT_OF_MEMORY) if is_out_of_memory(caught) else caught
+            error = DoesNotFitError(OUT_OF_MEMORY) if is_out_of_memory(caught) else caught
+            state = "cancelled" if isinstance(error, Cancelled) else "failed"
             if not isinstance(error, PidecodeError):
                 log.exception("A job failed unexpectedly.")
         with self._changed:

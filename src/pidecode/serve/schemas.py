@@ -36,9 +36,6 @@ class RequestLimits:
         waiting: Jobs that may wait while one runs.
         job_seconds: Longest time from a job's submission to its end, waiting included.
         body_seconds: Longest time a body may take to arrive.
-
-    Raises:
-        SettingError: If a limit is not positive; `waiting` may be 0.
     """
 
     body_bytes: int = 64 * 2**20
@@ -55,11 +52,7 @@ class RequestLimits:
             raise SettingError(f"The limit waiting is {self.waiting}; it must be 0 or more.")
 
     def check_pixels(self, width: int, height: int) -> None:
-        """Check the size of a result.
-
-        Raises:
-            SizeError: If it has more pixels than allowed.
-        """
+        """Raise SizeError for a result with more pixels than allowed."""
         if width * height > self.pixels:
             raise SizeError(
                 f"The result would have {width}x{height} = {width * height:,} pixels; this server makes at most "
@@ -88,11 +81,7 @@ class ResultParams(BaseModel):
     ] = None  # fmt: skip
 
     def options(self) -> DecodeOptions:
-        """The decode options that were given.
-
-        Raises:
-            SettingError: If one is out of range or cannot act.
-        """
+        """The decode options that were given. Raises SettingError if one is out of range or cannot act."""
         values = dict(self)
         SaveOptions(format=self.format, quality=self.quality)
         if self.reconnect_seconds is not None and not self.stream:
@@ -107,24 +96,19 @@ def with_decode_options(command: Command, *, exclude: Collection[str] = ()) -> C
 
     def add(model: type[ModelT]) -> type[ModelT]:
         infos = option_infos(command=command, interface="http")
-        fields: dict[str, Any] = {}
-        for name, info in infos.items():
-            if name in exclude:
+        names, fields = [name for name in infos if name not in exclude], dict[str, Any]()
+        for name in names:
+            info = infos[name]
+            if name != "size":
+                fields[name] = _field_type(info, info.type, info.help), None
                 continue
-            if name == "size":
-                fields |= {
-                    side: (
-                        _field_type(info, int, f"{side.title()} of the result in pixels; alone, it keeps the shape."),
-                        None,
-                    )
-                    for side in ("width", "height")
-                }
-            else:
-                fields[name] = (_field_type(info, info.type, info.help), None)
+            for side in ("width", "height"):
+                text = f"{side.title()} of the result in pixels; alone, it keeps the shape."
+                fields[side] = _field_type(info, int, text), None
         created = create_model(
             model.__name__, __base__=model, __doc__=model.__doc__, __module__=model.__module__, **fields
         )
-        created.option_names = tuple(name for name in infos if name not in exclude)  # type: ignore[attr-defined]
+        created.option_names = tuple(names)  # type: ignore[attr-defined]
         return created
 
     return add
@@ -177,15 +161,15 @@ class PlanParams(BaseModel):
     output_height: Annotated[Side, Field(description="Of the result, with output_width; for latents only.")] = None
 
     def output_size(self) -> tuple[int, int] | None:
-        """Width and height of the result, if given.
-
-        Raises:
-            SettingError: If only one of them is given, or if they are given for an image.
-        """
-        size = pair("output_width", self.output_width, "output_height", self.output_height)
-        if size is not None and self.kind == "image":
+        """Width and height of the result, if given. Raises SettingError if only one is, or if they are for an image."""
+        width, height = self.output_width, self.output_height
+        if width is None and height is None:
+            return None
+        if width is None or height is None:
+            raise SettingError("Give output_width and output_height together, or neither.")
+        if self.kind == "image":
             raise SettingError("output_width and output_height act on latents only; an image has one result size.")
-        return size
+        return width, height
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,16 +260,3 @@ class Health(BaseModel):
     status: Literal["ok", "stopping"]
     waiting: int
     running: bool
-
-
-def pair(first_name: str, first: int | None, second_name: str, second: int | None) -> tuple[int, int] | None:
-    """Both values, or None for neither.
-
-    Raises:
-        SettingError: If only one is given.
-    """
-    if first is None and second is None:
-        return None
-    if first is None or second is None:
-        raise SettingError(f"Give {first_name} and {second_name} together, or neither.")
-    return first, second

@@ -9,9 +9,9 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
-from PIL.Image import Image
 from torch import Tensor
 from torch.nn import functional
 
@@ -21,6 +21,7 @@ from pidecode.engine.runner import require_memory
 from pidecode.errors import FileError, LatentError, MissingDependencyError, SettingError
 from pidecode.images import (
     KEYWORD,
+    DecodeOutput,
     check_format,
     encode_image,
     image_size,
@@ -123,9 +124,6 @@ class DecodeService:
         decoders: By the name that clients use; the first is the default. All must be on one device.
         limits: Limits of requests and of the queue.
         text_to_latent: Makes latents of the first decoder's space from prompts, if there is a pipeline.
-
-    Raises:
-        SettingError: If there is no decoder.
     """
 
     def __init__(
@@ -145,11 +143,7 @@ class DecodeService:
         self.speeds = Speeds()
 
     def decoder(self, name: str | None) -> PixelDecoder:
-        """The decoder of that name, or the first.
-
-        Raises:
-            SettingError: If there is none of that name.
-        """
+        """The decoder of that name, or the first. Raises SettingError if there is none of that name."""
         if name is None:
             return next(iter(self.decoders.values()))
         if name not in self.decoders:
@@ -157,29 +151,30 @@ class DecodeService:
         return self.decoders[name]
 
     def inspect(self, data: bytes) -> FileInfo:
-        """Tell what a file contains.
-
-        Raises:
-            ImageError: If it is neither a latent nor a readable image.
-            FileError: If it is a damaged latent file.
-            LatentError: If it holds no latent.
-        """
+        """What a file contains. Raises FileError or LatentError if it is no readable image or latent."""
         if not looks_like_safetensors(data):
             width, height = image_size(data, max_pixels=self.limits.pixels)
             if width * height * self.decoder(None).scale ** 2 <= self.limits.pixels:  # else refused by its plan
                 width, height = load_image(data, max_pixels=self.limits.pixels).size  # complete, and upright
             return FileInfo(kind="image", width=width, height=height, metadata=read_metadata(data))
-        return _latent_info(data)
+        stored = storage.read_latent(data)
+        tensor, record = stored.tensor, stored.metadata
+        if not 3 <= tensor.ndim <= 5:  # `Latent.load` adds a missing batch axis, and drops that of a single frame
+            raise LatentError(f"A latent is [1, channels, h, w]; the file holds {list(tensor.shape)}.")
+        return FileInfo(
+            kind="latent", width=tensor.shape[-1], height=tensor.shape[-2], space=record.space if record else None,
+            sigma=record.sigma[0] if record else None, prompt=record.prompt[0] if record and record.prompt else None,
+        )  # fmt: skip
 
     def plan(self, name: str | None, file: FileInfo, size: tuple[int, int] | None = None) -> DecodePlan:
-        """Estimate the decode of a file, at another than its natural size if one is given.
-
-        Raises:
-            SettingError: If there is no such decoder.
-            SizeError: If the result is larger than allowed.
-        """
+        """Estimate the decode of a file to its natural size or another; SizeError for a result that is too large."""
         decoder = self.decoder(name)
-        width, height = size or result_size(decoder, file)
+        if size is None:
+            cell = decoder.space.pixels_per_cell
+            size = (file.width * cell, file.height * cell)
+            if file.kind == "image":
+                size = decoder.upscaled_size((file.width, file.height))
+        width, height = size
         self.limits.check_pixels(width, height)
         params = UpscaleParams() if file.kind == "image" else DecodeParams()
         seconds = self.speeds.predict(name or next(iter(self.decoders)), params, (width, height))
@@ -193,12 +188,7 @@ class DecodeService:
                     self.upscale(WARM_UP_IMAGE, UpscaleParams(model=name))
 
     def decode(self, data: bytes, params: DecodeParams) -> DecodeJob:
-        """Queue the decode of a latent file; the job's result is a `Result`.
-
-        Raises:
-            BusyError: If the queue is full.
-            SettingError: If an option is wrong; errors of the file are raised by the job.
-        """
+        """Queue the decode of a latent file; only errors of the options are raised here, the others by the job."""
         options = params.options()
 
         def run(job: DecodeJob) -> Result:
@@ -209,53 +199,30 @@ class DecodeService:
             native = (width, height) if decoder.kind == "feed-forward" else size
             self._check_size(decoder, *native)
             check_format(f".{params.format}", *size)
-
-            def decode() -> Image:
-                return decoder.decode(latent, options=options, **_callbacks(job, params.stream)).image
-
+            decode = partial(decoder.decode, latent, options=options, **_callbacks(job, params.stream))
             return self._timed_result(job, params, native, decode)
 
         return self._submit(params, run)
 
     def upscale(self, data: bytes, params: UpscaleParams) -> DecodeJob:
-        """Queue the enlargement of an image file; the job's result is a `Result`.
-
-        Args:
-            data: The file.
-            params: Options.
-
-        Raises:
-            BusyError: If the queue is full.
-            SettingError: If an option is wrong; errors of the file are raised by the job.
-        """
+        """Queue the enlargement of an image file; errors as of `decode`."""
         options = params.options()
 
         def run(job: DecodeJob) -> Result:
             decoder = self.decoder(params.model)
-            width, height = image_size(data, max_pixels=self.limits.pixels)
-            self._check_size(decoder, *decoder.upscaled_size((width, height)))  # before anything is decompressed
+            size = image_size(data, max_pixels=self.limits.pixels)
+            self._check_size(decoder, *decoder.upscaled_size(size))  # before anything is decompressed
             image = read_image(data, max_pixels=self.limits.pixels)
             height, width = image.tensor.shape[-2:]  # upright
-            native = decoder.upscaled_size((width, height))
             check_format(f".{params.format}", *decoder.upscaled_size((width, height), options))
-
-            def upscale() -> Image:
-                return decoder.upscale(image, options=options, **_callbacks(job, params.stream)).image
-
-            return self._timed_result(job, params, native, upscale)
+            upscale = partial(decoder.upscale, image, options=options, **_callbacks(job, params.stream))
+            return self._timed_result(job, params, decoder.upscaled_size((width, height)), upscale)
 
         return self._submit(params, run)
 
     def generate(self, prompt: str, size: tuple[int, int], params: ResultParams) -> DecodeJob:
-        """Queue the generation of an image from a prompt; the job's result is a `Result`.
-
-        Raises:
-            BusyError: If the queue is full.
-            MissingDependencyError: If the service has no pipeline.
-            SettingError: If an option is wrong.
-        """
-        options = params.options()
-        text_to_latent = self.text_to_latent
+        """Queue the generation of an image from a prompt. Raises MissingDependencyError if there is no pipeline."""
+        options, text_to_latent = params.options(), self.text_to_latent
         if text_to_latent is None:
             raise MissingDependencyError(
                 "This server has no text-to-image pipeline. Start it with --pipeline, or send a latent to /v1/decode "
@@ -266,25 +233,21 @@ class DecodeService:
             decoder = self.decoder(params.model)
             self._check_size(decoder, *size)
 
-            def generate() -> Image:
-                latent = text_to_latent(
-                    prompt,
-                    width=size[0],
-                    height=size[1],
-                    seed=options.seeds(1)[0],
-                    callback=lambda step, num_steps: job.report(
-                        step=step,
-                        num_steps=num_steps,
-                        activity=f"generating, step {step} of {num_steps}",
-                        done=step / num_steps / 2,  # how long the decode will take beside it is not known
-                    ),
+            def report(step: int, num_steps: int) -> None:
+                done = step / num_steps / 2  # how long the decode will take beside it is not known
+                job.report(
+                    step=step, num_steps=num_steps, activity=f"generating, step {step} of {num_steps}", done=done
                 )
+
+            def generate() -> DecodeOutput:
+                seed = options.seeds(1)[0]
+                latent = text_to_latent(prompt, width=size[0], height=size[1], seed=seed, callback=report)
                 used = replace(
                     options,
                     prompt=prompt if decoder.reads_text else None,
                     seed=None if decoder.kind == "feed-forward" else options.seed,  # it acted on the pipeline
                 )
-                return decoder.decode(latent, options=used, **_callbacks(job, params.stream, begin=0.5)).image
+                return decoder.decode(latent, options=used, **_callbacks(job, params.stream, begin=0.5))
 
             return _result(params, generate)
 
@@ -295,7 +258,7 @@ class DecodeService:
         self.queue.stop(grace)
 
     def _timed_result(
-        self, job: DecodeJob, params: ResultParams, size: tuple[int, int], decode: Callable[[], Image]
+        self, job: DecodeJob, params: ResultParams, size: tuple[int, int], decode: Callable[[], DecodeOutput]
     ) -> Result:
         """Run a decode with a prediction of its time, and learn from the time it took."""
         name = params.model or next(iter(self.decoders))
@@ -311,14 +274,6 @@ class DecodeService:
     def _check_size(self, decoder: PixelDecoder, width: int, height: int) -> None:
         self.limits.check_pixels(width, height)
         require_memory(decoder.runner, padded_size(decoder, width, height), 1)
-
-
-def result_size(decoder: PixelDecoder, file: FileInfo) -> tuple[int, int]:
-    """Natural width and height, in pixels, of what the decoder makes of a file."""
-    space = decoder.space
-    if file.kind == "latent":
-        return file.width * space.pixels_per_cell, file.height * space.pixels_per_cell
-    return decoder.upscaled_size((file.width, file.height))
 
 
 def estimate(decoder: PixelDecoder, width: int, height: int) -> DecodePlan:
@@ -343,19 +298,10 @@ def padded_size(decoder: PixelDecoder, width: int, height: int) -> tuple[int, in
 
 
 def load_latent(data: bytes, space: str | None, decoder: PixelDecoder) -> Latent:
-    """Read the one latent of a file.
-
-    A file that does not name its space needs `space`, even where only one decoder would fit: two spaces may have the
-    same number of channels.
-
-    Raises:
-        FileError: If it is no .safetensors file.
-        LatentError: If it holds no latent, or does not say its space.
-        SettingError: If the space does not exist, or the file holds several latents.
-    """
+    """Read the one latent of a file. Raises FileError, LatentError or SettingError for anything else."""
     if not looks_like_safetensors(data):
         raise FileError("The body is no .safetensors file; send one that holds a latent, or an image to /v1/upscale.")
-    latent = Latent.load(data, space=space)
+    latent = Latent.load(data, space=space)  # the decoder's space is no guess: two may have the same channels
     if len(latent) != 1:
         raise SettingError(f"The file holds {len(latent)} latents; send one at a time, or use `pidecode batch`.")
     return latent.to(decoder.device)
@@ -373,25 +319,8 @@ def encode_preview(pixels: Tensor, side: int = PREVIEW_SIDE) -> bytes:
     return buffer.getvalue()
 
 
-def _latent_info(data: bytes) -> FileInfo:
-    stored = storage.read_latent(data)
-    tensor, record = stored.tensor, stored.metadata
-    if not 3 <= tensor.ndim <= 5:  # `Latent.load` adds a missing batch axis, and drops that of a single frame
-        raise LatentError(f"A latent is [1, channels, h, w]; the file holds {list(tensor.shape)}.")
-    return FileInfo(
-        kind="latent", width=tensor.shape[-1], height=tensor.shape[-2], space=record.space if record else None,
-        sigma=record.sigma[0] if record else None, prompt=record.prompt[0] if record and record.prompt else None,
-    )  # fmt: skip
-
-
 def _callbacks(job: DecodeJob, previews: bool, begin: float = 0.0) -> dict[str, Any]:
-    """Callbacks of a decode that report the job's progress, with a preview after each step if it is streamed.
-
-    Args:
-        job: The job.
-        previews: Whether somebody sees them.
-        begin: Share of the job that was done before.
-    """
+    """Callbacks of a decode that report progress from the share `begin` on, and a preview after each step if asked."""
 
     def step_done(step: Step) -> None:
         job.report(step=step.index, num_steps=step.total, preview=encode_preview(step.image) if previews else None)
@@ -402,13 +331,13 @@ def _callbacks(job: DecodeJob, previews: bool, begin: float = 0.0) -> dict[str, 
     return {"callback": step_done, "progress_callback": progress}
 
 
-def _result(params: ResultParams, decode: Callable[[], Image]) -> Result:
+def _result(params: ResultParams, decode: Callable[[], DecodeOutput]) -> Result:
     """Run a decode and encode its image as a file."""
     started = time.perf_counter()
     # Only the queue's thread decodes, so the warnings caught here are this decode's.
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        image = decode()
+        image = decode().image
     metadata = image.info.get(KEYWORD)
     data = encode_image(image, params.format, metadata=metadata, quality=params.quality)
     messages = dict.fromkeys(
