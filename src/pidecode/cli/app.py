@@ -38,88 +38,66 @@ class Place(NamedTuple):
 # One line per command: the module holds a click command of the command's name ("-" written "_").
 COMMANDS: dict[str, Place] = {
     "upscale": Place(
-        "pidecode.cli.decode",
-        "Enlarge images: encode each to a latent, decode it larger.",
+        "pidecode.cli.decode", "Enlarge images: encode each to a latent, decode it larger.",
         ("pidecode upscale photo.jpg", "pidecode upscale a.png b.png -o large/ --scale 2 --format webp --quality 90"),
     ),
     "decode": Place(
-        "pidecode.cli.decode",
-        "Turn saved latents into images.",
-        (
-            "pidecode decode latent.safetensors -o image.png",
-            "pidecode decode latents/*.safetensors -m flux2/2k --num-steps 4 -o images/",
-        ),
+        "pidecode.cli.decode", "Turn saved latents into images.",
+        ("pidecode decode latent.safetensors -o image.png",
+         "pidecode decode latents/*.safetensors -m flux2/2k --num-steps 4 -o images/"),
     ),
     "batch": Place(
-        "pidecode.cli.batch",
-        "Decode or enlarge whole folders, and go on where it was stopped.",
+        "pidecode.cli.batch", "Decode or enlarge whole folders, and go on where it was stopped.",
         ("pidecode batch photos/ large/", "pidecode batch 'latents/**/*.safetensors' images/ --format webp"),
     ),
     "generate": Place(
-        "pidecode.cli.generate",
-        "Draw images from prompts with a diffusers pipeline and decode them.",
-        (
-            'pidecode generate "a lighthouse in fog" --space flux2-klein-4b',
-            "pidecode generate --prompts prompts.txt --space flux --stop-after recommended -o images/",
-        ),
+        "pidecode.cli.generate", "Draw images from prompts with a diffusers pipeline and decode them.",
+        ('pidecode generate "a lighthouse in fog" --space flux2-klein-4b',
+         "pidecode generate --prompts prompts.txt --space flux --stop-after recommended -o images/"),
     ),
     "web": Place(
-        "pidecode.cli.serve",
-        "Open a page for decoding by hand, on this machine alone.",
+        "pidecode.cli.serve", "Open a page for decoding by hand, on this machine alone.",
         ("pidecode web", "pidecode web -m tiny -m flux2/2k --no-browser"),
     ),
     "serve": Place(
-        "pidecode.cli.serve",
-        "Offer decoding over HTTP, for scripts and other programs.",
+        "pidecode.cli.serve", "Offer decoding over HTTP, for scripts and other programs.",
         ("pidecode serve", "pidecode serve --host 0.0.0.0 --token-file token.txt --max-pixels 8000000"),
     ),
     "models": Place(
-        "pidecode.cli.weights",
-        "List the models there are, and which are on this disk.",
+        "pidecode.cli.weights", "List the models there are, and which are on this disk.",
         ("pidecode models", "pidecode models --on-disk --json"),
     ),
     "pull": Place(
-        "pidecode.cli.weights",
-        "Download a model with everything it needs.",
+        "pidecode.cli.weights", "Download a model with everything it needs.",
         ("pidecode pull flux --variant 2k", "pidecode pull sdxl --no-text --accept-license"),
     ),
     "captions": Place(
-        "pidecode.cli.weights",
-        "Prompts' text states as files, for machines without the text encoder.",
-        (
-            "pidecode captions export 'a lighthouse in fog' -o fog.safetensors",
-            "pidecode captions import fog.safetensors",
-        ),
+        "pidecode.cli.weights", "Prompts' text states as files, for machines without the text encoder.",
+        ("pidecode captions export 'a lighthouse in fog' -o fog.safetensors",
+         "pidecode captions import fog.safetensors"),
     ),
     "convert": Place(
-        "pidecode.cli.weights",
-        "Write weights as one self-describing .safetensors file.",
-        (
-            "pidecode convert model.pth model.safetensors --space flux",
-            "pidecode convert model.safetensors small.safetensors --dtype bf16",
-        ),
+        "pidecode.cli.weights", "Write weights as one self-describing .safetensors file.",
+        ("pidecode convert model.pth model.safetensors --space flux",
+         "pidecode convert model.safetensors small.safetensors --dtype bf16"),
     ),
     "info": Place(
-        "pidecode.cli.weights",
-        "Say what an image, a latent or a weights file is.",
+        "pidecode.cli.weights", "Say what an image, a latent or a weights file is.",
         ("pidecode info image.png", "pidecode info latent.safetensors --json"),
     ),
     "train": Place(
-        "pidecode.cli.train",
-        "Train a decoder of your own: teacher, student, adapters.",
+        "pidecode.cli.train", "Train a decoder of your own: teacher, student, adapters.",
         ("pidecode train photographs --data photos/ --out runs/mine", "pidecode train student_lora --show"),
     ),
     "plan": Place(
-        "pidecode.cli.doctor",
-        "Say what a size needs, and how it would be run, before anything runs.",
+        "pidecode.cli.doctor", "Say what a size needs, and how it would be run, before anything runs.",
         ("pidecode plan --size 4096x3072 --vram 12GB", "pidecode plan --size 4096x4096 --network tiny"),
     ),
     "doctor": Place(
-        "pidecode.cli.doctor",
-        "Say what will work on this machine, and why the rest will not.",
+        "pidecode.cli.doctor", "Say what will work on this machine, and why the rest will not.",
         ("pidecode doctor", "pidecode doctor --space flux2"),
     ),
-}
+}  # fmt: skip
 
 
 def _wants_debug(ctx: click.Context, _param: click.Parameter, value: bool) -> None:

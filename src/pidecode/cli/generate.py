@@ -88,6 +88,12 @@ def _generate(
     from pidecode.integrations.text_to_image import GenerationJob, generate_pixels
     from pidecode.integrations.text_to_image import generate as run
 
+    try:
+        arguments = parse_json(given["arguments"])
+    except JSONError as fault:
+        raise SettingError(f"--arguments is not JSON that is accepted: {fault}.") from None
+    if not isinstance(arguments, dict):
+        raise SettingError('--arguments must be a JSON object, like {"guidance_scale": 3}.')
     stop_after = given["stop_after"]
     if stop_after not in (None, "recommended"):
         if not stop_after.isdigit():
@@ -98,7 +104,7 @@ def _generate(
         seeds=given["seeds"] or (0,), size=parse_size(given["size"]), source=given["source"],
         num_steps=given["num_inference_steps"], stop_after=stop_after,
         compare=given["compare"] is not None, keep_latents=given["save_latents"],
-        arguments=_arguments(given["arguments"]),
+        arguments=arguments,
     )  # fmt: skip
     set_threads(given["threads"])
     options = take_decode_options(given, exclude=_OWN)
@@ -153,13 +159,3 @@ def _load_decoder(args: dict[str, Any]) -> PixelDecoder:
             raise
         echo("The official decoder is not on this disk; `tiny` is used.", err=True)
         return PixelDecoder.from_pretrained("tiny", device=args["device"], dtype=dtype)
-
-
-def _arguments(text: str) -> dict[str, Any]:
-    try:
-        found = parse_json(text)
-    except JSONError as fault:
-        raise SettingError(f"--arguments is not JSON that is accepted: {fault}.") from None
-    if not isinstance(found, dict):
-        raise SettingError('--arguments must be a JSON object, like {"guidance_scale": 3}.')
-    return found

@@ -5,16 +5,12 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING
 
 import click
 
 from pidecode.cli.common import GroupedCommand, echo, space_option, table
 from pidecode.errors import SettingError
 from pidecode.units import printable
-
-if TYPE_CHECKING:
-    from pidecode.training.config import TrainConfig
 
 _EVERY = 10.0  # seconds between progress lines where standard error is no terminal
 
@@ -64,8 +60,12 @@ def train(
 
     Start it with torchrun for several GPUs or hosts: torchrun --nproc-per-node 8 -m pidecode train ...
     """
+    from pidecode.training.config import apply_settings, describe
+    from pidecode.training.recipes import RECIPES, get_recipe, summary
+
     if flags["list_recipes"]:
-        _list()
+        rows = [{"recipe": name, "what it does": summary(one)} for name, one in RECIPES.items()]
+        echo(table(rows))
         return
     if recipe is None:
         raise SettingError("Name a recipe; `pidecode train --list` shows them.")
@@ -75,9 +75,11 @@ def train(
             "README.md has its settings, data and command (`python recipes/tiny/train.py --help`). "
             "`pidecode train photographs` makes a small decoder of your own images."
         )
-    config = _config(recipe, space, data, settings)
+    given = [f"data.source={data!r}"] if data is not None else []
+    config = apply_settings(get_recipe(recipe, space), [*given, *settings])
     if flags["show"]:
-        _show(config)
+        for name, value, text in describe(config):
+            echo(f"{name} = {value!r}\n    {text}")
         return
     if flags["memory"]:
         from pidecode.training.memory import memory_table
@@ -94,26 +96,3 @@ def train(
     from pidecode.training.tasks import train as run
 
     echo(str(run(config, out, resume=flags["resume"], progress=_ProgressLine())))
-
-
-def _config(name: str, space: str | None, data: str | None, settings: tuple[str, ...]) -> TrainConfig:
-    from pidecode.training.config import apply_settings
-    from pidecode.training.recipes import get_recipe
-
-    given = [f"data.source={data!r}"] if data is not None else []
-    return apply_settings(get_recipe(name, space), [*given, *settings])
-
-
-def _list() -> None:
-    from pidecode.training.recipes import RECIPES, summary
-
-    rows = [{"recipe": name, "what it does": summary(recipe)} for name, recipe in RECIPES.items()]
-    echo(table(rows))
-
-
-def _show(config: TrainConfig) -> None:
-    from pidecode.training.config import describe
-
-    for name, value, text in describe(config):
-        echo(f"{name} = {value!r}")
-        echo(f"    {text}")

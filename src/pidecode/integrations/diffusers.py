@@ -457,15 +457,9 @@ def decode_images(
     *,
     progress_callback: PipelineCallback | None = None,
 ) -> Any:
-    """Decode a batch in the memory that one image needs.
+    """Decode a batch in the memory that one image needs, to what `PipelineOutput` has for an output type.
 
-    Args:
-        decoder: The decoder.
-        latent: With its prompts.
-        output_type: "pil", "np" or "pt"; see `PipelineOutput`.
-        options: How to decode.
-        about: What the metadata of PIL images say of the pipeline.
-        progress_callback: Called after each step.
+    `about` is what the metadata of PIL images say of the pipeline.
     """
     batch = len(latent)
     outputs: list[DecodeOutput] = []

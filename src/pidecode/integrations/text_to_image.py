@@ -277,16 +277,11 @@ def _slug(prompt: str) -> str:
 
 
 def load_pipeline(model: str, source: str | None, device: torch.device, dtype: torch.dtype) -> Any:
-    """Load an image model's diffusers pipeline from this machine.
+    """Load an image model's diffusers pipeline from this machine, from a folder, a hub repository or its own.
 
-    Args:
-        model: Name of the image model.
-        source: Folder or hub repository; by default the model's own.
-        device: Where it fits whole it is moved there, else its parts take turns there.
-        dtype: Number format of its weights.
+    Where it fits whole it is moved to the device, else its parts take turns there.
 
     Raises:
-        SettingError: There is no such image model.
         DownloadError: The pipeline is not on this machine; the message names the command that fetches it.
         MissingDependencyError: diffusers is not installed, or too old for the pipeline.
     """
@@ -562,16 +557,7 @@ class PixelDiT:
 
 
 class PipelineTextToLatent:
-    """Latents from prompts by a loaded pipeline, one at a time, as a server needs them.
-
-    Args:
-        model: Name of the image model.
-        pipe: Its diffusers pipeline, on its device.
-        num_steps: Of the diffusion; default the model's own.
-
-    Raises:
-        SettingError: There is no such image model.
-    """
+    """Latents from prompts by a loaded pipeline of an image model, one at a time, as a server needs them."""
 
     def __init__(self, model: str, pipe: Any, *, num_steps: int | None = None) -> None:
         self.model = get_image_model(model).name
@@ -589,11 +575,7 @@ class PipelineTextToLatent:
     def __call__(
         self, prompt: str, *, width: int, height: int, seed: int, callback: Callable[[int, int], None]
     ) -> Latent:
-        """Generate one latent; arguments as of `TextToLatent`.
-
-        Raises:
-            SizeError: The model cannot generate what becomes an image of that size.
-        """
+        """Generate one latent; arguments as of `TextToLatent`."""
 
         def report(progress: PipelineProgress) -> None:
             callback(progress.step, progress.num_steps)

@@ -88,7 +88,6 @@ class AuthMiddleware:
     another site are refused.
 
     Args:
-        app: The application.
         token: What a client must present (`Authorization: Bearer ...`, or the page's cookie). None admits everyone who
             reaches the address, which must then be a loopback address.
         open_paths: Paths that need no token.
@@ -477,7 +476,7 @@ class BoundedProtocol(H11Protocol):
 
 
 class StoppableServer(uvicorn.Server):
-    """A server that at the first signal ends its jobs in peace, at the second at once, and at the third itself.
+    """A server that lets its jobs end at the first signal, ends them at the second, and itself at the third.
 
     `stop` ends the jobs within the seconds given, and answers their requests.
     """

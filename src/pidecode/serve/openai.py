@@ -23,7 +23,7 @@ RequestT = TypeVar("RequestT", bound="OpenAIRequest")
 
 _IGNORED = Field(max_length=200, description="Accepted and ignored.")
 _OPENAI_MODELS = re.compile(r"(gpt-image|chatgpt-image|dall-e)-")
-_SIZE = "[1-9][0-9]{1,4}x[1-9][0-9]{1,4}"
+_SIZE = "^(auto|[1-9][0-9]{1,4}x[1-9][0-9]{1,4})$"
 
 
 class OpenAIRequest(BaseModel):
@@ -70,12 +70,9 @@ class OpenAIRequest(BaseModel):
         return None if foreign else self.model
 
     def jobs(self, params: type[ParamsT], decoder_name: str | None, kind: DecoderKind | None = None) -> list[ParamsT]:
-        """The parameters of each image's job; a single one where all images would be equal.
+        """The parameters of each image's job, of a class with the same decode options.
 
-        Args:
-            params: Class of the parameters, with the same decode options.
-            decoder_name: From `decoder_name`.
-            kind: Kind of the decoder, where its kind alone decides whether a seed acts.
+        There is a single one where all images would be equal, because a decoder of that `kind` takes no seed.
         """
         options = self.model_dump(include=set(self.option_names), exclude_none=True)
         quality = None if self.output_format == "png" or self.output_compression is None else self.output_compression
@@ -98,7 +95,7 @@ class ImageGenerationRequest(OpenAIRequest):
 
     prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_LENGTH)]
     size: Annotated[
-        str, Field(pattern=f"^(auto|{_SIZE})$", description="WIDTHxHEIGHT of the result in pixels; auto is 2048x2048.")
+        str, Field(pattern=_SIZE, description="WIDTHxHEIGHT of the result in pixels; auto is 2048x2048.")
     ] = "auto"
 
 
@@ -106,20 +103,12 @@ class ImageGenerationRequest(OpenAIRequest):
 class ImageEditRequest(OpenAIRequest):
     """Form fields of /v1/images/edits besides the image."""
 
-    prompt: Annotated[
-        str | None,
-        Field(
-            max_length=MAX_PROMPT_LENGTH,
-            description="What the image shows, for decoders that read text; ignored by others.",
-        ),
-    ] = None
-    size: Annotated[
-        str,
-        Field(
-            pattern=f"^(auto|{_SIZE})$",
-            description="auto for the enlarged size, or a smaller size of the same shape in pixels.",
-        ),
-    ] = "auto"
+    prompt: Annotated[str | None, Field(max_length=MAX_PROMPT_LENGTH, description=(
+        "What the image shows, for decoders that read text; ignored by others."
+    ))] = None  # fmt: skip
+    size: Annotated[str, Field(pattern=_SIZE, description=(
+        "auto for the enlarged size, or a smaller size of the same shape in pixels."
+    ))] = "auto"  # fmt: skip
 
     @classmethod
     def form_schema(cls) -> dict[str, Any]:

@@ -89,8 +89,19 @@ class DecodeJob:
 
     @property
     def status(self) -> JobStatus:
-        """Current state, queue position, progress and newest preview."""
-        return self._queue._status_of(self)
+        """Current state, queue position, progress and newest preview, with the times of this moment."""
+        if self.state == "waiting":
+            with self._queue._changed:
+                waiting = self._queue._waiting
+                return JobStatus(state="waiting", position=waiting.index(self) + 1 if self in waiting else 0)
+        status, total = self._status, self.expected_seconds
+        if self.started is None:
+            return status
+        ran = (self.ended or time.monotonic()) - self.started
+        if status.done >= MEASURABLE and self._measured is not None:
+            total = (self._measured - self.started) / status.done
+        left = None if total is None or self.over else max(0.0, total - ran)
+        return replace(status, seconds=ran, seconds_left=left)
 
     @property
     def late(self) -> bool:
@@ -118,17 +129,6 @@ class DecodeJob:
             self._measured = time.monotonic()
         self._status = replace(self._status, state="running", **changes)
         self.notify()
-
-    def _timed(self, status: JobStatus) -> JobStatus:
-        """The status with the times of this moment: from what is done, or else from what was expected."""
-        if self.started is None:
-            return status
-        ran = (self.ended or time.monotonic()) - self.started
-        total = self.expected_seconds
-        if status.done >= MEASURABLE and self._measured is not None:
-            total = (self._measured - self.started) / status.done
-        left = None if total is None or self.over else max(0.0, total - ran)
-        return replace(status, seconds=ran, seconds_left=left)
 
     def result(self) -> Any:
         """Return or raise what the job's function did, or Cancelled; call it only once the job is over."""
@@ -218,7 +218,7 @@ class JobQueue:
         self._waiting: deque[DecodeJob] = deque()
         self._running: DecodeJob | None = None
         self._changed = threading.Condition()
-        self._closed = False
+        self.closed = False  # by `stop`, after which no job is accepted
         self._worker: threading.Thread | None = None
 
     @property
@@ -237,14 +237,9 @@ class JobQueue:
         return self._running is not None
 
     @property
-    def closed(self) -> bool:
-        """Whether `stop` was called, after which no job is accepted."""
-        return self._closed
-
-    @property
     def free_slots(self) -> int:
         """Jobs that would be accepted now."""
-        return 0 if self._closed else self.capacity + 1 - len(self._waiting) - (self._running is not None)
+        return 0 if self.closed else self.capacity + 1 - len(self._waiting) - (self._running is not None)
 
     def retry_after(self) -> float:
         """Seconds until a slot is likely to be free: the mean duration of recent jobs."""
@@ -270,7 +265,7 @@ class JobQueue:
     def refusal(self, message: str, retry_after: float | None = None) -> BusyError:
         """The error for a job that is not taken, which it counts; a queue that is closed says that instead."""
         self.stats.refused += 1
-        if self._closed:
+        if self.closed:
             message = "The server is stopping and takes no new jobs; ask again when it is back."
             return BusyError(message, 10.0, stopping=True)
         return BusyError(message, self.retry_after() if retry_after is None else retry_after)
@@ -281,7 +276,7 @@ class JobQueue:
         A function that never checks its job is waited for: a call on the device cannot be interrupted.
         """
         with self._changed:
-            self._closed = True
+            self.closed = True
             waiting, running = list(self._waiting), self._running
             self._changed.notify_all()
         for job in waiting:
@@ -290,14 +285,6 @@ class JobQueue:
             running.cancel("The server is stopping; the job was interrupted.")
         if self._worker is not None:
             self._worker.join()
-
-    def _status_of(self, job: DecodeJob) -> JobStatus:
-        status = job._status
-        if status.state != "waiting":
-            return job._timed(status)
-        with self._changed:
-            position = self._waiting.index(job) + 1 if job in self._waiting else 0
-        return JobStatus(state="waiting", position=position)
 
     def _cancel(self, job: DecodeJob, reason: str) -> None:
         with self._changed:
@@ -316,7 +303,7 @@ class JobQueue:
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not self._waiting and not self._closed:
+                while not self._waiting and not self.closed:
                     self._changed.wait()
                 if not self._waiting:
                     return
