@@ -83,29 +83,34 @@ def apply_color_fix(
         SettingError: There is no such color fix, the reference is no smaller version of the images, or `fidelity` is
             out of range.
     """
+    return _apply_color_fix(images if color_fix == "off" else images.clone(), reference, color_fix, fidelity)
+
+
+def _apply_color_fix(images: Tensor, reference: Tensor, color_fix: ColorFix, fidelity: float) -> Tensor:
+    """As `apply_color_fix`, in place: of a large image there is memory for few copies."""
     _check(images, reference, color_fix)
     if not 0 <= fidelity <= 1:
         raise SettingError(f"fidelity is {fidelity:g}; it must be from 0 to 1.")
     if color_fix == "auto":
-        large = [index for index, drift in enumerate(color_drift(images, reference)) if drift.is_large]
-        if not large:
-            return images
-        images = images.clone()
-        images[large] = apply_color_fix(images[large], reference[large], "coarse")
+        for index, drift in enumerate(color_drift(images, reference)):
+            if drift.is_large:
+                _apply_color_fix(images[index : index + 1], reference[index : index + 1], "coarse", fidelity)
         return images
     if color_fix == "off":
         return images
-    reference, size = reference.to(images), images.shape[-2:]
+    reference = reference.to(images)
     reduced = _reduced(images, reference)
     if color_fix == "back-projection":
         weight = _agreement(reduced, reference) ** fidelity
         if fidelity < 1:
             corrected = reduced + _blurred(reference - reduced, _FINE_SIGMA)
             reference = torch.lerp(corrected, reference, fidelity)
-        return _back_projected(images.clone(), reduced, reference, weight)
+        return _back_projected(images, reduced, reference, weight)
     sigma = _FINE_SIGMA if color_fix == "fine" else max(reference.shape[-2:]) / _COARSE_SHARE
     drift = _blurred(reference - reduced, sigma)
-    return functional.interpolate(drift, size=size, mode="bicubic").add_(images).clamp_(-1, 1)
+    for planes, part in zip(images.split(1, dim=1), drift.split(1, dim=1), strict=True):  # one at a time, to save memory
+        planes.add_(functional.interpolate(part, size=planes.shape[-2:], mode="bicubic")).clamp_(-1, 1)
+    return images
 
 
 def color_drift(images: Tensor, reference: Tensor) -> list[ColorDrift]:
@@ -136,10 +141,11 @@ def corrected(
 ) -> tuple[Tensor, list[dict[str, Any]]]:
     """Images corrected by their reference, and for the metadata of each which correction acted and what drift is left.
 
-    Arguments and errors are those of `apply_color_fix`; None corrects nothing. Warns of a large drift that is left.
+    The images are overwritten. Arguments and errors are those of `apply_color_fix`; None corrects nothing. Warns of a
+    large drift that is left.
     """
     before = color_drift(images, reference) if color_fix == "auto" else []
-    images = apply_color_fix(images, reference, color_fix or "off", DEFAULT_FIDELITY if fidelity is None else fidelity)
+    images = _apply_color_fix(images, reference, color_fix or "off", DEFAULT_FIDELITY if fidelity is None else fidelity)
     described: list[dict[str, Any]] = []
     for index, drift in enumerate(color_drift(images, reference)):
         acted = ("coarse" if before[index].is_large else "off") if before else color_fix
@@ -192,7 +198,10 @@ def _before_upsampling(small: Tensor, size: torch.Size) -> Tensor:
         return 2 * small - _reduced(functional.interpolate(small, size=size, mode="bicubic"), small)
     kernel = _phases(small, scale, "bicubic").mean(0)
     padded = functional.pad(small.flatten(0, 1)[:, None], (2, 2, 2, 2), mode="replicate")
-    return 2 * small - functional.conv2d(padded, torch.outer(kernel, kernel)[None, None]).view_as(small)
+    kernel = torch.outer(kernel, kernel)[None, None]
+    # Plane by plane: a CPU's convolution pads one channel to sixteen.
+    again = torch.cat([functional.conv2d(plane, kernel) for plane in padded.split(1)])
+    return 2 * small - again.view_as(small)
 
 
 def _upsampled(small: Tensor, size: torch.Size, begin: int, end: int, *, mode: str = "bicubic") -> Tensor:

@@ -456,7 +456,7 @@ class PixelDecoder:
                 warnings.warn(advice, stacklevel=6)
         if command == "decode":  # `upscale` has checked, before it encoded
             require_memory(self.runner, size, len(latent))
-        reference = self._reference(clean, options)
+        reference, seen = self._reference(clean, options), callback is not None
         if isinstance(self.runner, FeedForwardRunner):
             pixels = self.runner.decode(latent.tensor, work.strips())
             if callback is not None:
@@ -465,7 +465,8 @@ class PixelDecoder:
             callback = work.steps(callback, self._num_steps(options))
             pixels = self._run_diffusion(self.runner, latent, size, options, callback)
         work.report("finishing")
-        finite, pixels = is_finite(pixels), pixels.clamp_(-1, 1)
+        # What follows overwrites the pixels, and the last step's image may be kept by the callback.
+        finite, pixels = is_finite(pixels), pixels.clamp(-1, 1) if seen else pixels.clamp_(-1, 1)
         fixed: list[dict[str, Any]] = [{}] * len(pixels)
         if finite and reference is not None:
             pixels, fixed = corrected(pixels, reference.to(pixels), options.color_fix, options.fidelity, stacklevel=8)

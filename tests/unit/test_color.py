@@ -175,7 +175,7 @@ def test_auto_acts_on_images_that_drift_far_alone() -> None:
     assert torch.equal(held[0], images[0])
     torch.testing.assert_close(held[1:], apply_color_fix(images[1:], reference[1:], "coarse"))
     assert color_drift(held, reference)[1].is_large is False
-    _, described = corrected(images, reference, "auto", 1.0)
+    _, described = corrected(images.clone(), reference, "auto", 1.0)
     assert [one["color_fix"] for one in described] == ["off", "coarse"]
     with pytest.warns(ColorDriftWarning, match=r"green by \+5.0 \(up to 3\) levels of 255. color_fix auto corrects"):
         corrected(images, reference, None, 1.0)

@@ -26,7 +26,7 @@ from pidecode.models.tiny import DecoderBlock, TinyDecoder, TinyEncoder, downsca
 from pidecode.registry.configs import TinyDecoderConfig, TinyEncoderConfig
 from pidecode.sampling import WorkTracker
 
-HEAP = 40_000_000
+HEAP = 45_000_000
 """Main memory that a first decode takes beside tensors: kernels' code, and what the allocator keeps."""
 CPU_STRIP = 32_768
 """Cells of a stage's grid computed at once on a CPU. Larger tensors fall out of its caches, and those above 32 MB cost
@@ -111,18 +111,21 @@ def predict(
     # The first strip is longer, by the rows that the output is behind.
     rows = min(count, strip_rows(config, plan.strip, B, columns, count) + 2 * (1 + config.blocks[-1]))
     cells, features = B * columns * rows, B * config.width * columns * rows * wide
-    # A block holds its input, an activation with repeated edges, and a convolution's result; then the pixels follow.
+    # A block holds its input, an activation with repeated edges, and a convolution's result. The pixels follow, in other
+    # sizes, for which the allocator takes new memory.
     tails = 0 if plan.strip is None else 6 * config.blocks[-1] * B * config.width * columns * wide
-    stage = max(4 * features, 2 * features + 3 * cells * last**2 * (wide + 4)) + tails
+    stage = 5 * features + 3 * cells * last**2 * (wide + 4) + tails
     image, encoder = 3 * 4 * B * width * height, TinyEncoderConfig(num_refinements=1)
     before = B * config.width * columns * count * wide // (4 if len(config.blocks) > 1 else 1)
     decoding = before + stage + image
-    # The encoder's widest block, at the source's size; the color fix: the image, two more and six of the source's.
+    # The encoder's widest block, at the source's size; the color fix: nine of the source's size, and two convolutions of
+    # one plane, whose channels a CPU pads to sixteen.
     encoding = 3 * B * encoder.full_width * (width * height // config.scale**2) * wide
+    fixing = image + 20 * image // config.scale**2
     parts = [
         ("weights", _parameters(config) * wide),
         ("encoder", _parameters(encoder) * wide),
-        ("activations", max(decoding, encoding, 3 * image + 6 * image // config.scale**2)),
+        ("activations", max(decoding, encoding, fixing)),
     ]
     if accelerator:
         parts.append(("driver", DRIVER))
@@ -164,23 +167,55 @@ def plan_feed_forward(
     )
 
 
+class _Memory:
+    """Memory that the convolutions of a stage share, for their padded inputs and for the rows that each keeps.
+
+    Tensors allocated one by one leave holes between those that are kept, which the allocator neither fills nor returns.
+    """
+
+    def __init__(self, kept: Tensor | None = None) -> None:
+        self.kept = kept
+        self.memory: Tensor | None = None
+
+    def padded(self, like: Tensor, rows: int, columns: int) -> Tensor:
+        """An input `[B, C, rows, columns]`, in place of the one before."""
+        count = len(like) * like.shape[1] * rows * columns
+        if self.memory is None or self.memory.numel() < count:
+            self.memory = None  # freed before its successor is allocated
+            self.memory = like.new_empty(count)
+        return _channels_last(self.memory[:count], like, rows, columns)
+
+    def keep(self, rows: Tensor, before: Tensor | None) -> Tensor:
+        """A copy of some rows, in place of those kept before."""
+        if before is None:
+            if self.kept is None:
+                return rows.clone()
+            taken, self.kept = self.kept.tensor_split([rows.numel()])
+            before = _channels_last(taken, rows, *rows.shape[2:])
+        return before.copy_(rows)
+
+
+def _channels_last(memory: Tensor, like: Tensor, rows: int, columns: int) -> Tensor:
+    """Memory as `[B, C, rows, columns]`, with batch and channels of another tensor."""
+    return memory.view(len(like), rows, columns, like.shape[1]).permute(0, 3, 1, 2)
+
+
 class _Rows:
     """Input of a 3x3 convolution that comes in strips of rows, with repeated borders."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: _Memory | None = None) -> None:
+        self.memory = memory or _Memory()
         self.tail: Tensor | None = None  # the two last rows so far
 
     def padded(self, strip: Tensor, *, last: bool, silu: bool = False) -> Tensor:
         """The next rows `[B, C, n, W]` behind those kept, padded where a border is: `[B, C, rows, W + 2]`.
 
-        The convolution gives two rows less. `silu` applies the activation on the way.
+        The convolution gives two rows less. `silu` applies the activation on the way. The next call of any `_Rows` on
+        this memory overwrites the result.
         """
-        batch, channels, count, width = strip.shape
+        count, width = strip.shape[2:]
         top = 1 if self.tail is None else 2
-        padded = torch.empty(
-            (batch, channels, top + count + last, width + 2), dtype=strip.dtype, device=strip.device,
-            memory_format=torch.channels_last,
-        )  # fmt: skip
+        padded = self.memory.padded(strip, top + count + last, width + 2)
         inner = padded[:, :, top : top + count, 1:-1]
         if silu:
             torch.ops.aten.silu.out(strip, out=inner)
@@ -192,36 +227,42 @@ class _Rows:
         if last:
             padded[:, :, -1] = padded[:, :, -2]
         else:
-            self.tail = padded[:, :, -2:].clone()
+            self.tail = self.memory.keep(padded[:, :, -2:], self.tail)
         return padded
 
 
 class _BlockRows:
     """A `DecoderBlock` without norms whose input comes in strips of rows; its output is two rows behind."""
 
-    def __init__(self, block: DecoderBlock) -> None:
-        self.block, self.first, self.second = block, _Rows(), _Rows()
-        self.tail: Tensor | None = None  # rows of the input to which no output was added yet
+    def __init__(self, block: DecoderBlock, memory: _Memory) -> None:
+        self.block, self.memory, self.first, self.second = block, memory, _Rows(memory), _Rows(memory)
+        self.tail: Tensor | None = None  # the two last rows of the input, to which no output was added yet
 
-    def __call__(self, x: Tensor, *, last: bool) -> Tensor:
+    def __call__(self, buffer: Tensor, begin: int, end: int, *, last: bool) -> tuple[int, int]:
+        """Overwrite the rows of the buffer from `begin` to `end` by the output; returns where that begins and ends."""
+        x = buffer[:, :, begin:end]
         hidden = _convolved(self.block.conv1, self.first.padded(x, last=last, silu=True))
-        hidden = _convolved(self.block.conv2, self.second.padded(hidden, last=last, silu=True))
-        kept = 0
+        padded = self.second.padded(hidden, last=last, silu=True)
+        del hidden  # freed before its successor is allocated
+        hidden = _convolved(self.block.conv2, padded)
         if self.tail is not None:
-            kept = self.tail.shape[2]
-            hidden[:, :, :kept] += self.tail
-        count = hidden.shape[2] - kept
-        hidden[:, :, kept:] += x[:, :, :count]
-        self.tail = None if last else x[:, :, count:].clone()
-        return hidden
+            begin -= 2
+            buffer[:, :, begin : begin + 2] = self.tail
+        end = begin + hidden.shape[2]
+        buffer[:, :, begin:end] += hidden
+        if not last:
+            self.tail = self.memory.keep(x[:, :, -2:], self.tail)
+        return begin, end
 
 
 def _convolved(conv: nn.Conv2d, padded: Tensor) -> Tensor:
     return functional.conv2d(padded, conv.weight, conv.bias)
 
 
-def _doubled(conv: nn.Conv2d, padded: Tensor) -> Tensor:
-    """A 3x3 convolution of the grid enlarged twofold by repetition, from the small grid: `[B, C, 2 n, 2 W]`.
+def _doubled(conv: nn.Conv2d, padded: Tensor, out: Tensor) -> int:
+    """A 3x3 convolution of the grid enlarged twofold by repetition, from the small grid, to the first rows of `out`.
+
+    Returns the number of rows.
 
     Of the nine cells under the kernel, which lie on four of the small grid, each of the four is multiplied once.
     """
@@ -235,26 +276,30 @@ def _doubled(conv: nn.Conv2d, padded: Tensor) -> Tensor:
     assert conv.bias is not None
     parts = functional.conv2d(padded, kernel, conv.bias.repeat(4)).chunk(4, dim=1)
     height, width = padded.shape[2] - 2, padded.shape[3] - 2
-    out = torch.empty(
-        (len(padded), conv.out_channels, 2 * height, 2 * width), dtype=padded.dtype, device=padded.device,
-        memory_format=torch.channels_last,
-    )  # fmt: skip
+    out = out[:, :, : 2 * height]
     for part, (row, column) in zip(parts, itertools.product((0, 1), repeat=2), strict=True):
         out[:, :, row::2, column::2] = part[:, :, row : row + height, column : column + width]
-    return out
+    return 2 * height
 
 
 def _stage_strips(stage: nn.Sequential, features: Tensor, rows: int) -> Iterator[Tensor]:
-    """Output of a stage after the first, `[B, C, n, 2 W]`, in strips of `rows` rows (an even number) but the last."""
+    """Output of a stage after the first, `[B, C, n, 2 W]`, in strips of `rows` rows (an even number) but the last.
+
+    Each strip is overwritten by the next.
+    """
     conv, blocks = cast(nn.Conv2d, stage[0]), cast(list[DecoderBlock], [*stage][1:])
-    begin, height, first = 0, features.shape[2], _Rows()
-    streams = [_BlockRows(block) for block in blocks]
+    begin, height = 0, features.shape[2]
+    batch, channels, _, width = features.shape
+    tall = min(2 * height, rows + 2 + 2 * len(blocks)) + 2 * len(blocks)
+    buffer = _channels_last(features.new_empty(batch * channels * tall * 2 * width), features, tall, 2 * width)
+    memory = _Memory(features.new_empty(batch * channels * 2 * (2 * width + 2) * (1 + 3 * len(blocks))))
+    first, streams = _Rows(memory), [_BlockRows(block, memory) for block in blocks]
     for end in _ends(height, rows, len(blocks)):
-        last = end == height
-        x = _doubled(conv, first.padded(features[:, :, begin:end], last=last))
+        last, top = end == height, 2 * len(blocks)  # each block may move the rows up by two
+        bottom = _doubled(conv, first.padded(features[:, :, begin:end], last=last), buffer[:, :, top:]) + top
         for stream in streams:
-            x = stream(x, last=last)
-        yield x
+            top, bottom = stream(buffer, top, bottom, last=last)
+        yield buffer[:, :, top:bottom]
         begin = end
 
 
