@@ -107,9 +107,11 @@ def _apply_color_fix(images: Tensor, reference: Tensor, color_fix: ColorFix, fid
             reference = torch.lerp(corrected, reference, fidelity)
         return _back_projected(images, reduced, reference, weight)
     sigma = _FINE_SIGMA if color_fix == "fine" else max(reference.shape[-2:]) / _COARSE_SHARE
-    drift = _blurred(reference - reduced, sigma)
-    for planes, part in zip(images.split(1, dim=1), drift.split(1, dim=1), strict=True):  # one at a time, to save memory
-        planes.add_(functional.interpolate(part, size=planes.shape[-2:], mode="bicubic")).clamp_(-1, 1)
+    difference = _blurred(reference - reduced, sigma)
+    for channel in range(3):  # one at a time, to save memory
+        part = difference[:, channel : channel + 1]
+        part = functional.interpolate(part, size=images.shape[-2:], mode="bicubic")
+        images[:, channel : channel + 1].add_(part).clamp_(-1, 1)
     return images
 
 

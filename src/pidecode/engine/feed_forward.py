@@ -26,7 +26,7 @@ from pidecode.models.tiny import DecoderBlock, TinyDecoder, TinyEncoder, downsca
 from pidecode.registry.configs import TinyDecoderConfig, TinyEncoderConfig
 from pidecode.sampling import WorkTracker
 
-HEAP = 45_000_000
+HEAP = 40_000_000
 """Main memory that a first decode takes beside tensors: kernels' code, and what the allocator keeps."""
 CPU_STRIP = 32_768
 """Cells of a stage's grid computed at once on a CPU. Larger tensors fall out of its caches, and those above 32 MB cost
@@ -111,15 +111,15 @@ def predict(
     # The first strip is longer, by the rows that the output is behind.
     rows = min(count, strip_rows(config, plan.strip, B, columns, count) + 2 * (1 + config.blocks[-1]))
     cells, features = B * columns * rows, B * config.width * columns * rows * wide
-    # A block holds its input, an activation with repeated edges, and a convolution's result. The pixels follow, in other
-    # sizes, for which the allocator takes new memory.
+    # A block holds its input, an activation with repeated edges, and a convolution's result. The pixels follow, in
+    # other sizes, for which the allocator takes new memory.
     tails = 0 if plan.strip is None else 6 * config.blocks[-1] * B * config.width * columns * wide
     stage = 5 * features + 3 * cells * last**2 * (wide + 4) + tails
     image, encoder = 3 * 4 * B * width * height, TinyEncoderConfig(num_refinements=1)
     before = B * config.width * columns * count * wide // (4 if len(config.blocks) > 1 else 1)
     decoding = before + stage + image
-    # The encoder's widest block, at the source's size; the color fix: nine of the source's size, and two convolutions of
-    # one plane, whose channels a CPU pads to sixteen.
+    # The encoder's widest block, at the source's size; the color fix: nine of the source's size, and two convolutions
+    # of one plane, whose channels a CPU pads to sixteen.
     encoding = 3 * B * encoder.full_width * (width * height // config.scale**2) * wide
     fixing = image + 20 * image // config.scale**2
     parts = [
@@ -283,10 +283,7 @@ def _doubled(conv: nn.Conv2d, padded: Tensor, out: Tensor) -> int:
 
 
 def _stage_strips(stage: nn.Sequential, features: Tensor, rows: int) -> Iterator[Tensor]:
-    """Output of a stage after the first, `[B, C, n, 2 W]`, in strips of `rows` rows (an even number) but the last.
-
-    Each strip is overwritten by the next.
-    """
+    """Output of a stage after the first, `[B, C, n, 2 W]`, in strips of `rows` rows, each overwritten by the next."""
     conv, blocks = cast(nn.Conv2d, stage[0]), cast(list[DecoderBlock], [*stage][1:])
     begin, height = 0, features.shape[2]
     batch, channels, _, width = features.shape
