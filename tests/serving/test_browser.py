@@ -7,6 +7,7 @@ written to the folder PIDECODE_SCREENSHOTS, if set.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from serving_kit import NGINX, PATIENCE, Proxy, Served, image_bytes, latent_bytes, running, small_decoder
 
 from pidecode import PixelDecoder
@@ -128,6 +131,32 @@ def test_an_image_is_dropped_decoded_compared_and_downloaded(page: Any, tmp_path
     metadata = download(page, tmp_path)
     assert (metadata["file"], metadata["seed"], metadata["sigma"]) == ("moon-pid-11.png", 11, 0.2)
     assert (metadata["width"], metadata["height"], metadata["model"]) == (192, 128, "small")
+
+
+def test_a_size_takes_the_place_of_the_scale_and_texts_of_others_are_shown(page: Any, tmp_path: Path) -> None:
+    page.select_option("#model", "tiny")
+    texts = PngInfo()
+    texts.add_text("parameters", "a lighthouse\nSteps: 20, Seed: 42")
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(image_bytes(48, 32))).save(buffer, "PNG", pnginfo=texts)
+    drop(page, "moon.png", buffer.getvalue())
+    page.wait_for_selector("#go:not([disabled])")
+    page.fill("#to-width", "100")
+    page.press("#to-width", "Tab")
+    page.locator("#plan", has_text="100×67 pixels").wait_for()
+    assert page.is_disabled("#scale")
+    decode(page)
+    assert page.inner_text("#result-info").startswith("100×67")
+    page.click("#metadata summary")
+    assert "Steps: 20, Seed: 42" in page.inner_text("#metadata")
+    if folder := os.environ.get("PIDECODE_SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/size-and-texts.png", full_page=True)
+    metadata = download(page, tmp_path)
+    assert (metadata["width"], metadata["height"], metadata["model"]) == (100, 67, "tiny")
+    page.fill("#to-width", "")
+    page.press("#to-width", "Tab")
+    page.locator("#plan", has_text="192×128 pixels").wait_for()
+    assert page.is_enabled("#scale")
 
 
 def test_the_color_fix_can_be_chosen(page: Any, tmp_path: Path) -> None:

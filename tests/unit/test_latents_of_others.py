@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from pidecode import Latent
 from pidecode.cli.app import cli
+from pidecode.cli.weights import describe
 from pidecode.errors import FileError, LatentError
 from pidecode.latents.storage import count_latents
 from pidecode.units import decode_text
@@ -105,3 +106,30 @@ def test_text_in_any_unicode_encoding(encoding: str) -> None:
 def test_legacy_encodings_are_refused_by_name() -> None:
     with pytest.raises(FileError, match=r"a\.txt is not Unicode.*UTF-8"):
         decode_text("schön".encode("latin-1"), "a.txt")
+
+
+def test_every_spelling_of_a_tensor(tmp_path: Path) -> None:
+    values = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(0))
+    array = values.numpy()
+    np.save(tmp_path / "big.npy", array.astype(">f4"))
+    np.savez(tmp_path / "one.npz", array)
+    np.savez_compressed(tmp_path / "named.npz", latents=array, seed=np.array(3))
+    np.save(tmp_path / "fortran.npy", np.asfortranarray(array))
+    torch.save(values.to(torch.float8_e4m3fn), tmp_path / "eight.pt")
+    save_file({"latent": values.to(torch.float8_e5m2)}, tmp_path / "eight.safetensors")
+    save_file({"sample": values}, tmp_path / "only.safetensors")
+    torch.save({"latents": values}, tmp_path / "table.pt")
+    torch.save(values[:, None], tmp_path / "frames_first.pt")
+    torch.save(values.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2), tmp_path / "strided.pt")
+    for path in sorted(tmp_path.iterdir()):
+        tensor = Latent.load(path, space="flux").tensor
+        assert torch.allclose(tensor, values, atol=0.5 if "eight" in path.name else 1e-6), path.name
+        assert describe(path)["what"] == "latent", path.name
+    np.savez(tmp_path / "two.npz", a=array, b=array)
+    with pytest.raises(LatentError, match="must hold one array, or one named 'latent'; it holds a, b"):
+        Latent.load(tmp_path / "two.npz", space="flux")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "one.npz").read_bytes()[:200])
+    with pytest.raises(FileError, match="damaged NumPy file"):
+        Latent.load(tmp_path / "cut.npz", space="flux")
+    with pytest.raises(LatentError, match="packed tokens"):
+        Latent(torch.zeros(1, 24, 128), "flux")

@@ -24,7 +24,7 @@ from pidecode.units import LARGEST_PIXELS
 
 SourceKind = Literal["latent", "image"]
 
-LATENT_SUFFIXES = (".safetensors", ".latent", ".npy", ".pt")
+LATENT_SUFFIXES = (".safetensors", ".latent", ".npy", ".npz", ".pt")
 IMAGE_SUFFIXES = (
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".ppm",
     ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".tga",

@@ -282,21 +282,32 @@ def describe(path: Path) -> dict[str, Any]:
     from pidecode.latents.storage import read_latent
     from pidecode.weights.read import read_weights
 
-    if start.startswith(b"\x93NUMPY"):
-        shape = list(read_latent(path).tensor.shape)
-        return known | {"what": "latent", "format": ".npy", "shape": shape, "made by": "another program"}
+    other = known | {"what": "latent", "made by": "another program; name its --space when decoding"}
+    if start.startswith(b"\x93NUMPY") or (start.startswith(PICKLES[0]) and b".npy" in start[:64]):
+        return other | {"format": "NumPy", "shape": list(read_latent(path).tensor.shape)}
     if start.startswith(PICKLES):
         try:
             shapes = read_weights(path, check_values=False).shapes
         except CheckpointError:
             with suppress(PidecodeError):  # one tensor alone
-                shape = list(read_latent(path).tensor.shape)
-                return known | {"what": "latent", "format": "torch.save", "shape": shape, "made by": "another program"}
+                return other | {"format": "torch.save", "shape": list(read_latent(path).tensor.shape)}
             raise
+        if named := _latent_in(shapes):
+            return other | {"format": "torch.save", "shape": list(shapes[named])}
         return known | {"what": "weights", "format": "pickle, tensors only"} | _foreign(shapes, path)
     with path.open("rb") as file:
         refuse_other_formats(str(path), file)
     raise FileError(f"{path} is no image, latent or weights file that pidecode knows.")
+
+
+def _latent_in(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The tensor of a file that is a latent: by its name, or the only one if it has the channels of a space."""
+    named = next((name for name in FOREIGN_LATENTS if name in shapes), None)
+    if named is None and len(shapes) == 1:
+        (shape,) = shapes.values()
+        known = {space.channels for space in SPACES.values()}
+        named = next(iter(shapes)) if len(shape) in (4, 5) and shape[1] in known and shape[0] < 64 else None
+    return named if named is not None and len(shapes[named]) in (3, 4, 5) else None
 
 
 def _image(path: Path) -> dict[str, Any]:
@@ -317,8 +328,8 @@ def _safetensors(header: Header, path: Path) -> dict[str, Any]:
     if "pidecode_latent" in header.metadata:
         shapes = [list(entry.shape) for entry in header.tensors.values()]
         return {"what": "latent", "shape": shapes[0]} | _record(header.metadata["pidecode_latent"], path)
-    named = next((name for name in FOREIGN_LATENTS if name in header.tensors), None)
-    if named is not None and len(header.tensors[named].shape) in (3, 4, 5):
+    named = _latent_in(header.shapes)
+    if named is not None:
         program = "ComfyUI" if named in COMFYUI_NAMES else "another program; name its --space when decoding"
         return {"what": "latent", "shape": list(header.tensors[named].shape), "made by": program}
     formats = sorted({entry.dtype for entry in header.tensors.values()})

@@ -27,6 +27,7 @@ _MIN_CELLS = 16  # cells below which the spread is not judged
 _SPREAD_TOLERANCE = 1.15  # factor on the upper bound: image models leave their schedule by some per cent
 _MIN_NOISE_SHARE = 0.75  # of s that the spread of a latent at noise level s, which contains that noise, reaches
 _MIN_UPPER_BOUND = 1.1  # of the spread at any sigma: a normalized latent has unit standard deviation by definition
+_TOKEN_CHANNELS = {space.token_channels for space in SPACES.values()} - {None}  # of packed latents
 
 
 class NormalizationWarning(UserWarning):
@@ -433,7 +434,7 @@ def _check_tensor(tensor: object, space: LatentSpace) -> None:
 
 
 def _shape_advice(tensor: Tensor, space: LatentSpace) -> str:
-    if tensor.ndim == 3 and space.token_channels == tensor.shape[2]:
+    if tensor.ndim == 3 and tensor.shape[0] != space.channels and tensor.shape[2] in _TOKEN_CHANNELS:
         return "These are packed tokens: build it with Latent.from_packed(), giving height and width."
     if tensor.ndim == 3:
         return "Add the batch axis with tensor.unsqueeze(0)."
@@ -485,6 +486,8 @@ def _batched(tensor: Tensor, space: LatentSpace, path: object) -> Tensor:
     """A stored tensor as `[B, C, h, w]`: a missing batch axis added, the axis of a single frame dropped."""
     channels = (space.channels, space.raw_channels)
     if tensor.ndim == 5:
+        if tensor.shape[1] == 1 and tensor.shape[2] in channels:  # the axis of frames before that of channels
+            return tensor[:, 0]
         if (frames := tensor.shape[2]) != 1:
             raise LatentError(f"{path} holds a video of {frames} frames, {list(tensor.shape)}; save one of them.")
         return tensor[:, :, 0]

@@ -6,6 +6,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import zipfile
+import zlib
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -33,7 +36,7 @@ MAX_LATENTS = 1 << 16  # most latents in one file
 
 COMFYUI_NAMES = ("latent_tensor", "samples")  # what ComfyUI's `.latent` files and its LATENT call the tensor
 _OLD_COMFYUI_SCALE = 1 / 0.18215  # of .latent files without a version
-_DTYPES = ("F64", "F32", "BF16", "F16")
+_DTYPES = ("F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +79,8 @@ def write_latent(
 def read_latent(source: str | os.PathLike[str] | bytes) -> StoredLatent:
     """Read a latent file, by path or content. The header is checked before the tensor is allocated.
 
-    Read are .safetensors, ComfyUI's `.latent`, a tensor saved by `torch.save` (tensors only, never code) and `.npy`.
+    Read are .safetensors, ComfyUI's `.latent`, a tensor saved by `torch.save` (tensors only, never code), `.npy`
+    and `.npz`.
 
     Raises:
         FileError: The file is damaged, or none of these.
@@ -85,7 +89,7 @@ def read_latent(source: str | os.PathLike[str] | bytes) -> StoredLatent:
     path = IN_MEMORY if isinstance(source, bytes) else source
     other = _read_array(source, path)
     if other is not None:
-        return StoredLatent(tensor=other, metadata=None)
+        return StoredLatent(tensor=_widened(other), metadata=None)
     header = read_latent_header(source)
     text = header.metadata.get(METADATA_KEY)
     metadata = None if text is None else _parse_metadata(text, path)
@@ -93,7 +97,7 @@ def read_latent(source: str | os.PathLike[str] | bytes) -> StoredLatent:
     dtype = header.tensors[name].dtype
     if dtype not in _DTYPES:
         raise LatentError(f"The tensor of {path} is {dtype}; a latent is one of {', '.join(_DTYPES)}.")
-    tensor = read_safetensors(source, [name], name=path, max_header_bytes=MAX_HEADER_BYTES)[1][name]
+    tensor = _widened(read_safetensors(source, [name], name=path, max_header_bytes=MAX_HEADER_BYTES)[1][name])
     if metadata is not None and (tensor.ndim != 4 or len(metadata.sigma) != tensor.shape[0]):
         raise LatentError(f"{path} contradicts itself: {len(metadata.sigma)} sigmas for a tensor {list(tensor.shape)}.")
     comfyui = metadata is None and name in COMFYUI_NAMES
@@ -102,8 +106,13 @@ def read_latent(source: str | os.PathLike[str] | bytes) -> StoredLatent:
     return StoredLatent(tensor=tensor, metadata=metadata, comfyui=comfyui)
 
 
+def _widened(tensor: Tensor) -> Tensor:
+    """Eight-bit floats as float32, in which all of their values are exact."""
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+
+
 def _read_array(source: str | os.PathLike[str] | bytes, path: object) -> Tensor | None:
-    """The one tensor of a `.npy` file or one written by `torch.save`; None for other files."""
+    """The one tensor of a `.npy` or `.npz` file or one written by `torch.save`; None for other files."""
     if isinstance(source, bytes):
         data = source
     else:
@@ -117,11 +126,13 @@ def _read_array(source: str | os.PathLike[str] | bytes, path: object) -> Tensor 
                 data += file.read()
         except (OSError, ValueError):
             return None  # told by the reader of .safetensors
-    if data.startswith(b"\x93NUMPY"):
+    if data.startswith(b"\x93NUMPY") or (data.startswith(b"PK\x03\x04") and b".npy" in data[:64]):
         try:
-            return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False).copy())
-        except (ValueError, TypeError, EOFError, OSError) as error:
-            raise FileError(f"{path} is a damaged .npy file, or not of numbers: {error}.") from error
+            found = np.load(io.BytesIO(data), allow_pickle=False)
+            array = found if isinstance(found, np.ndarray) else found[_array_name(found.files, path)]
+            return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
+        except (ValueError, TypeError, EOFError, OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            raise FileError(f"{path} is a damaged NumPy file, or not of numbers: {error}.") from error
     if not data.startswith((b"PK\x03\x04", b"\x80")) or looks_like_safetensors(data[:16]):
         return None
     loaded = load_pickle(data, path)
@@ -132,6 +143,15 @@ def _read_array(source: str | os.PathLike[str] | bytes, path: object) -> Tensor 
     if not isinstance(loaded, Tensor):
         raise LatentError(f"{path} holds {type(loaded).__name__}, not one tensor; save the latent alone by torch.save.")
     return only_tensors(path, {TENSOR_NAME: loaded})[TENSOR_NAME]
+
+
+def _array_name(names: Sequence[str], path: object) -> str:
+    chosen = next((name for name in (TENSOR_NAME, "latents", "samples") if name in names), None)
+    if chosen is None and len(names) != 1:
+        raise LatentError(
+            f"{path} must hold one array, or one named 'latent'; it holds {', '.join(names[:5]) or 'none'}."
+        )
+    return chosen or names[0]
 
 
 def read_latent_header(source: str | os.PathLike[str] | bytes) -> Header:

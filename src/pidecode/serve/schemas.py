@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
@@ -184,6 +184,8 @@ class FileInfo:
         sigma: Noise level of a latent, if the file names it.
         prompt: Prompt of a latent, if the file holds it.
         metadata: What pidecode wrote into an image, if anything.
+        texts: Texts of other programs in an image, which go over to the result: Automatic1111's `parameters`, ComfyUI's
+            `prompt` and `workflow`, comments.
     """
 
     kind: Literal["image", "latent"]
@@ -193,6 +195,7 @@ class FileInfo:
     sigma: float | None = None
     prompt: str | None = None
     metadata: dict[str, Any] | None = None
+    texts: dict[str, str] = field(default_factory=dict)
 
 
 class DecodePlan(BaseModel):

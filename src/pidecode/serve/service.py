@@ -19,6 +19,7 @@ from pidecode.decoder import PixelDecoder
 from pidecode.devices import free_memory
 from pidecode.engine.runner import require_memory
 from pidecode.errors import FileError, LatentError, MissingDependencyError, SettingError
+<<<<<<< HEAD
 from pidecode.images import (
     KEYWORD,
     DecodeOutput,
@@ -30,6 +31,9 @@ from pidecode.images import (
     read_metadata,
     to_pil,
 )
+=======
+from pidecode.images import KEYWORD, check_format, encode_image, image_size, read_image, read_metadata, to_pil
+>>>>>>> 23644bb (Page: a size for images, texts of other programs; latents in .npz, other byte orders, eight bits and frames first)
 from pidecode.latents import storage
 from pidecode.latents.latent import Latent
 from pidecode.sampling import Progress, Step
@@ -50,6 +54,8 @@ WARM_UP_IMAGE = b"P6 96 96 255\n" + bytes(96 * 96 * 3)
 LEAST_PIXELS = 256 * 256  # of a result whose time grows with its pixels; a smaller one takes as long
 RESULTS_KEPT = 4
 RESULT_SECONDS = 300.0  # how long a streamed job's result can be fetched
+
+MAX_SHOWN = 20_000  # characters of a text of another program that the page shows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +160,9 @@ class DecodeService:
         """What a file contains. Raises FileError or LatentError if it is no readable image or latent."""
         if not looks_like_safetensors(data):
             width, height = image_size(data, max_pixels=self.limits.pixels)
+            texts: dict[str, str] = {}
             if width * height * self.decoder(None).scale ** 2 <= self.limits.pixels:  # else refused by its plan
+<<<<<<< HEAD
                 width, height = load_image(data, max_pixels=self.limits.pixels).size  # complete, and upright
             return FileInfo(kind="image", width=width, height=height, metadata=read_metadata(data))
         stored = storage.read_latent(data)
@@ -165,6 +173,16 @@ class DecodeService:
             kind="latent", width=tensor.shape[-1], height=tensor.shape[-2], space=record.space if record else None,
             sigma=record.sigma[0] if record else None, prompt=record.prompt[0] if record and record.prompt else None,
         )  # fmt: skip
+=======
+                with warnings.catch_warnings():  # the job reports them
+                    warnings.simplefilter("ignore")
+                    image = read_image(data, max_pixels=self.limits.pixels)  # complete, and upright
+                (height, width), known = image.tensor.shape[-2:], image.attributes
+                texts = {**known.texts, **({"Comment": known.comment} if known.comment else {})}
+                texts = {name: text[:MAX_SHOWN] for name, text in texts.items()}
+            return FileInfo(kind="image", width=width, height=height, metadata=read_metadata(data), texts=texts)
+        return _latent_info(data)
+>>>>>>> 23644bb (Page: a size for images, texts of other programs; latents in .npz, other byte orders, eight bits and frames first)
 
     def plan(self, name: str | None, file: FileInfo, size: tuple[int, int] | None = None) -> DecodePlan:
         """Estimate the decode of a file to its natural size or another; SizeError for a result that is too large."""

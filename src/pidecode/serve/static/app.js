@@ -28,7 +28,9 @@ const size = (bytes) => (bytes >= 1e9 ? `${(bytes / 1e9).toFixed(1)} GB` : bytes
 const model = () => server.models.find((one) => one.id === find("model").value) ?? server.models[0];
 const isPrompt = () => input?.info.kind === "prompt";
 const isImage = () => input?.info.kind === "image";
-const hasSize = () => !find("to-width").closest(".row").hidden && find("to-width").value && find("to-height").value;
+const sides = () => [find("to-width").value, find("to-height").value];
+// Latents take both sides, images also one: the other follows.
+const hasSize = () => !find("to-width").closest(".row").hidden && (isImage() ? sides().some(Boolean) : sides().every(Boolean));
 
 function showError(message) {
   find("error").firstElementChild.textContent = message ?? "";
@@ -117,12 +119,19 @@ function fillSettings() {
   if (steps.includes(Number(kept.num_steps))) find("num_steps").value = kept.num_steps;
   find("sigma").max = chosen.max_sigma;
   for (const [name, on] of Object.entries({
-    "for-image": !input || isImage(), "for-size": input && (isPrompt() || (!isImage() && chosen.kind !== "feed-forward")), "for-unknown-space": input && !isImage() && !isPrompt() && !input.info.space,
+    "for-image": !input || isImage(), "for-size": input && (isPrompt() || isImage() || chosen.kind !== "feed-forward"), "for-unknown-space": input && !isImage() && !isPrompt() && !input.info.space,
     "for-text-readers": chosen.reads_text && !isPrompt(), "for-student": student, "for-teacher": chosen.kind === "teacher",
     "for-diffusion": chosen.kind !== "feed-forward", "for-seed": chosen.kind !== "feed-forward" || isPrompt(),
     "for-noise": chosen.max_sigma > 0, "for-quality": find("format").value !== "png",
     "for-fidelity": (!input || isImage()) && holdsDetail(), "for-refinement": (!input || isImage()) && chosen.kind === "feed-forward",
   })) for (const element of document.getElementsByClassName(name)) element.hidden = !on;
+  fitSides();
+}
+
+// A size takes the place of the scale.
+function fitSides() {
+  for (const id of ["to-width", "to-height"]) find(id).min = find(id).step = input && isImage() ? 1 : 16;
+  find("scale").disabled = input !== null && isImage() && hasSize();
 }
 
 // Whether the color fix, chosen or the model's default, is back-projection.
@@ -142,7 +151,8 @@ function readSettings() {
   if (model().reads_text && !isPrompt() && find("prompt").value.trim()) settings.prompt = find("prompt").value.trim();
   if (isImage()) {
     settings.fit = find("fit").value;
-    settings.scale = find("scale").value;
+    if (!hasSize()) settings.scale = find("scale").value;
+    else for (const [index, name] of ["width", "height"].entries()) if (sides()[index]) settings[name] = sides()[index];
     if (find("color_fix").value) settings.color_fix = find("color_fix").value;
     if (holdsDetail() && Number(find("fidelity").value) < 1) settings.fidelity = find("fidelity").value;
     if (kind === "feed-forward" && find("num_refinements").value > 0) settings.num_refinements = find("num_refinements").value;
@@ -183,7 +193,7 @@ function showInput() {
   if (isImage()) find("source-thumb").src = url;
   find("choose").firstElementChild.textContent = "Choose others";
   find("from-metadata").hidden = !info.metadata;
-  const known = { ...(isImage() || isPrompt() ? {} : { space: info.space ?? "not in the file", cells: `${info.width}×${info.height}`, noise: info.sigma ?? "not in the file" }), ...(info.prompt ? { prompt: info.prompt } : {}), ...info.metadata };
+  const known = { ...(isImage() || isPrompt() ? {} : { space: info.space ?? "not in the file", cells: `${info.width}×${info.height}`, noise: info.sigma ?? "not in the file" }), ...(info.prompt ? { prompt: info.prompt } : {}), ...info.metadata, ...info.texts };
   find("known").hidden = !Object.keys(known).length;
   find("known").querySelector("dl").replaceChildren(...table(known));
   find("known").open = !isImage();
@@ -295,13 +305,15 @@ async function plan() {
   try {
     if (refused) throw new Error(refused);
     const query = new URLSearchParams({ kind: isImage() ? "image" : "latent", width: input.info.width, height: input.info.height, model: chosen.id });
-    if (hasSize()) {
+    if (hasSize() && !isImage()) {
       query.set("output_width", find("to-width").value);
       query.set("output_height", find("to-height").value);
     }
     const estimate = await (await request(`v1/plan?${query}`)).json();
     const factor = isImage() ? Number(find("scale").value) / chosen.scale : 1;
-    const result = `${Math.round(estimate.width * factor)}×${Math.round(estimate.height * factor)} pixels`;
+    const [across, down] = isImage() && hasSize() ? sides().map(Number) : [estimate.width * factor, estimate.height * factor];
+    const shape = estimate.width / estimate.height; // of the result, where one side is left out
+    const result = `${Math.round(across || down * shape)}×${Math.round(down || across / shape)} pixels`;
     tooLarge = !estimate.fits;
     share = estimate.free ? estimate.working / estimate.free : null;
     text = `The result will have ${result}. Memory: about ${size(estimate.working)}${estimate.free ? `, of ${size(estimate.free)} free` : ""}.`
@@ -432,7 +444,7 @@ function working(on) {
 function showResult(entry, other = null) {
   current = entry;
   const { result, settings } = entry, image = entry.input.info.kind === "image";
-  const factor = Number(settings.scale ?? 1), info = entry.input.info;
+  const info = entry.input.info, factor = settings.scale ? Number(settings.scale) : image ? result.width / info.width : 1;
   const known = server.models.find((one) => one.id === settings.model);
   const fixed = image && Math.abs(info.width * factor - result.width) > 64 * factor; // resized to a fixed input
   viewer.show({
@@ -449,7 +461,7 @@ function showResult(entry, other = null) {
   link.download = entry.name;
   find("warnings").hidden = !result.warnings.length;
   find("warnings").replaceChildren(...result.warnings.map((text) => Object.assign(document.createElement("li"), { textContent: text })));
-  find("metadata").querySelector("dl").replaceChildren(...table(result.metadata));
+  find("metadata").querySelector("dl").replaceChildren(...table({ ...result.metadata, ...info.texts }));
   find("metadata").hidden = false;
   document.body.classList.add("has-result");
   find("viewer").scrollIntoView({ block: "nearest" });
@@ -580,6 +592,7 @@ find("forget").addEventListener("click", forget);
 find("dice").addEventListener("click", () => (find("seed").value = Math.floor(Math.random() * 2 ** 31)));
 for (const id of ["sigma", "fidelity"]) find(id).addEventListener("input", showSliders);
 find("model").addEventListener("change", () => (fillSettings(), plan()));
+for (const id of ["to-width", "to-height"]) find(id).addEventListener("change", fitSides);
 for (const id of ["scale", "to-width", "to-height", "fit"]) find(id).addEventListener("change", plan);
 find("error").lastElementChild.addEventListener("click", () => showError());
 find("use-prompt").addEventListener("click", openPrompt);
