@@ -131,6 +131,8 @@ def _read_array(source: str | os.PathLike[str] | bytes, path: object) -> Tensor 
             found = np.load(io.BytesIO(data), allow_pickle=False)
             array = found if isinstance(found, np.ndarray) else found[_array_name(found.files, path)]
             return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
+        except LatentError:
+            raise
         except (ValueError, TypeError, EOFError, OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise FileError(f"{path} is a damaged NumPy file, or not of numbers: {error}.") from error
     if not data.startswith((b"PK\x03\x04", b"\x80")) or looks_like_safetensors(data[:16]):
