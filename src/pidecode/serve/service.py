@@ -19,21 +19,16 @@ from pidecode.decoder import PixelDecoder
 from pidecode.devices import free_memory
 from pidecode.engine.runner import require_memory
 from pidecode.errors import FileError, LatentError, MissingDependencyError, SettingError
-<<<<<<< HEAD
 from pidecode.images import (
     KEYWORD,
     DecodeOutput,
     check_format,
     encode_image,
     image_size,
-    load_image,
     read_image,
     read_metadata,
     to_pil,
 )
-=======
-from pidecode.images import KEYWORD, check_format, encode_image, image_size, read_image, read_metadata, to_pil
->>>>>>> 23644bb (Page: a size for images, texts of other programs; latents in .npz, other byte orders, eight bits and frames first)
 from pidecode.latents import storage
 from pidecode.latents.latent import Latent
 from pidecode.sampling import Progress, Step
@@ -162,9 +157,13 @@ class DecodeService:
             width, height = image_size(data, max_pixels=self.limits.pixels)
             texts: dict[str, str] = {}
             if width * height * self.decoder(None).scale ** 2 <= self.limits.pixels:  # else refused by its plan
-<<<<<<< HEAD
-                width, height = load_image(data, max_pixels=self.limits.pixels).size  # complete, and upright
-            return FileInfo(kind="image", width=width, height=height, metadata=read_metadata(data))
+                with warnings.catch_warnings():  # the job reports them
+                    warnings.simplefilter("ignore")
+                    image = read_image(data, max_pixels=self.limits.pixels)  # complete, and upright
+                (height, width), known = image.tensor.shape[-2:], image.attributes
+                texts = {**known.texts, **({"Comment": known.comment} if known.comment else {})}
+                texts = {name: text[:MAX_SHOWN] for name, text in texts.items()}
+            return FileInfo(kind="image", width=width, height=height, metadata=read_metadata(data), texts=texts)
         stored = storage.read_latent(data)
         tensor, record = stored.tensor, stored.metadata
         if not 3 <= tensor.ndim <= 5:  # `Latent.load` adds a missing batch axis, and drops that of a single frame
@@ -173,16 +172,6 @@ class DecodeService:
             kind="latent", width=tensor.shape[-1], height=tensor.shape[-2], space=record.space if record else None,
             sigma=record.sigma[0] if record else None, prompt=record.prompt[0] if record and record.prompt else None,
         )  # fmt: skip
-=======
-                with warnings.catch_warnings():  # the job reports them
-                    warnings.simplefilter("ignore")
-                    image = read_image(data, max_pixels=self.limits.pixels)  # complete, and upright
-                (height, width), known = image.tensor.shape[-2:], image.attributes
-                texts = {**known.texts, **({"Comment": known.comment} if known.comment else {})}
-                texts = {name: text[:MAX_SHOWN] for name, text in texts.items()}
-            return FileInfo(kind="image", width=width, height=height, metadata=read_metadata(data), texts=texts)
-        return _latent_info(data)
->>>>>>> 23644bb (Page: a size for images, texts of other programs; latents in .npz, other byte orders, eight bits and frames first)
 
     def plan(self, name: str | None, file: FileInfo, size: tuple[int, int] | None = None) -> DecodePlan:
         """Estimate the decode of a file to its natural size or another; SizeError for a result that is too large."""
