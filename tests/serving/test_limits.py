@@ -25,7 +25,7 @@ import pytest
 from serving_kit import LIMITS, PATIENCE, HttpAnswer, Served, image_bytes, latent_bytes, running, small_decoder
 
 from pidecode.errors import BusyError, ImageError, is_out_of_memory
-from pidecode.images import load_image, read_metadata
+from pidecode.images import load_image, read_image, read_metadata
 from pidecode.serve import http as serve_http
 from pidecode.serve.app import create_app
 from pidecode.serve.http import response_for
@@ -180,14 +180,14 @@ def test_inspection_decodes_one_image_at_a_time_and_none_too_large(
     inside = threading.Semaphore(1)
     decoded: list[int] = []
 
-    def decode(data: bytes, max_pixels: int) -> object:
+    def decode(data: bytes, *, max_pixels: int) -> object:
         assert inside.acquire(blocking=False)
         time.sleep(0.05)
         inside.release()
         decoded.append(len(data))
-        return load_image(data, max_pixels=max_pixels)
+        return read_image(data, max_pixels=max_pixels)
 
-    monkeypatch.setattr("pidecode.serve.service.load_image", decode)
+    monkeypatch.setattr("pidecode.serve.service.read_image", decode)
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda _: server.post("/v1/inspect", image_bytes(32, 32)), range(16)))
     statuses = {answer.status for answer in answers}

@@ -308,7 +308,7 @@ def test_a_prompt_is_generated_by_a_real_pipeline_and_decoded() -> None:
     from pidecode.integrations.text_to_image import PipelineTextToLatent
     from pidecode.serve.schemas import RequestLimits
 
-    text_to_latent = PipelineTextToLatent("sdxl", tiny.build("sdxl"), steps=2)
+    text_to_latent = PipelineTextToLatent("sdxl", tiny.build("sdxl"), num_steps=2)
     service = DecodeService(
         {"sdxl": tiny.decoder_for("sdxl")}, limits=RequestLimits(job_seconds=PATIENCE), text_to_latent=text_to_latent
     )

@@ -89,7 +89,7 @@ def read_latent(source: str | os.PathLike[str] | bytes) -> StoredLatent:
     path = IN_MEMORY if isinstance(source, bytes) else source
     other = _read_array(source, path)
     if other is not None:
-        return StoredLatent(tensor=_widened(other), metadata=None)
+        return StoredLatent(tensor=_fp8_as_float32(other), metadata=None)
     header = read_latent_header(source)
     text = header.metadata.get(METADATA_KEY)
     metadata = None if text is None else _parse_metadata(text, path)
@@ -97,7 +97,7 @@ def read_latent(source: str | os.PathLike[str] | bytes) -> StoredLatent:
     dtype = header.tensors[name].dtype
     if dtype not in _DTYPES:
         raise LatentError(f"The tensor of {path} is {dtype}; a latent is one of {', '.join(_DTYPES)}.")
-    tensor = _widened(read_safetensors(source, [name], name=path, max_header_bytes=MAX_HEADER_BYTES)[1][name])
+    tensor = _fp8_as_float32(read_safetensors(source, [name], name=path, max_header_bytes=MAX_HEADER_BYTES)[1][name])
     if metadata is not None and (tensor.ndim != 4 or len(metadata.sigma) != tensor.shape[0]):
         raise LatentError(f"{path} contradicts itself: {len(metadata.sigma)} sigmas for a tensor {list(tensor.shape)}.")
     comfyui = metadata is None and name in COMFYUI_NAMES
@@ -106,7 +106,7 @@ def read_latent(source: str | os.PathLike[str] | bytes) -> StoredLatent:
     return StoredLatent(tensor=tensor, metadata=metadata, comfyui=comfyui)
 
 
-def _widened(tensor: Tensor) -> Tensor:
+def _fp8_as_float32(tensor: Tensor) -> Tensor:
     """Eight-bit floats as float32, in which all of their values are exact."""
     return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
