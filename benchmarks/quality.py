@@ -77,9 +77,10 @@ def free_images(side: int) -> Iterator[tuple[str, np.ndarray]]:
     """Middles of images that anyone may show, none of them used in training."""
     import skimage.data
 
-    for name in ("astronaut", "chelsea", "coffee", "brick", "camera"):
+    for name in ("astronaut", "chelsea", "coffee", "grass", "brick", "camera", "rocket"):
         yield name, middle(crop_to_multiple(Image.fromarray(getattr(skimage.data, name)())), side)
-    yield "type", synthetic_image("text_page", side, 4711)
+    for kind in ("text_page", "line_art", "gradients"):
+        yield kind, synthetic_image(kind, side, 4711)
 
 
 def rounded(image: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ import torch.nn.functional as F  # noqa: N812
 from discriminator import FeatureDiscriminator, d_loss, g_loss, r1
 from losses import (
     PerceptualFeatures,
+    chroma_distance,
     dists_distance,
     grid_distance,
     low_frequency_distance,
@@ -43,7 +44,7 @@ from pidecode.training.config import EMAConfig, OptimizerConfig, ParallelConfig,
 from pidecode.training.distributed import DistEnv, barrier, init_distributed, parallelize, report_lost_processes, unwrap
 from pidecode.training.flow_matching import LossOutput
 from pidecode.training.logger import ProgressFn
-from pidecode.training.noise import RNG, LatentNoiseConfig, seed_of
+from pidecode.training.noise import RNG, LatentNoiseConfig, per_sample, seed_of
 from pidecode.training.tasks import save_grid
 from pidecode.training.trainer import Trainer, make_optimizer
 
@@ -58,6 +59,11 @@ class TinyLossConfig:
     """Mean absolute difference of pixels."""
     low_frequency: float = 2.0
     """The same of the mean colors of squares."""
+    distillation: float = 0.0
+    """Mean absolute difference of the mean colors of squares from those that the decoder gives which this phase starts
+    from: a target without the detail that no decoder can know. Up to the noise level that decoder is good for."""
+    chroma: float = 0.0
+    """Mean absolute difference of the colors beside gray."""
     lpips: float = 0.0
     """LPIPS-like distance of EfficientNet-Lite0 features."""
     dists: float = 0.0
@@ -92,6 +98,8 @@ class PhaseConfig:
     """Feature layers the discriminator reads: strides 2, 4, 8, 16 and 32 are 0 to 4."""
     discriminator_width: int = 64
     """Channels of its heads."""
+    upscale_share: float = 0.0
+    """Share of the decoder's samples taken from the encoder's latents, and corrected by the image as `upscale` does."""
     validation_side: int = 384
     """Largest side of the held-out crops in samples."""
     data: TinyDataConfig = field(default_factory=TinyDataConfig)
@@ -112,6 +120,12 @@ class PhaseConfig:
             raise SettingError(f"models is {self.models}; it must name 'decoder', 'encoder' or both.")
         if self.loss.gan and "decoder" not in self.models:
             raise SettingError("loss.gan acts on the decoder; add it to models or set loss.gan=0.")
+        if not 0 <= self.upscale_share <= 1:
+            raise SettingError(f"upscale_share is {self.upscale_share}; it must be from 0 to 1.")
+        if self.upscale_share and self.models != ("decoder",):
+            raise SettingError(
+                "upscale_share trains the decoder for a finished encoder; set it to 0, or models to ('decoder',)."
+            )
 
 
 def _run(steps: int) -> RunConfig:
@@ -142,7 +156,20 @@ class TinyRecipe:
     perception: PhaseConfig = field(
         default_factory=lambda: PhaseConfig(
             models=("decoder",),
-            loss=TinyLossConfig(pixel=1.0, low_frequency=2.0, lpips=0.6, dists=0.6, grid=0.5, gan=0.05, gan_start=500),
+            upscale_share=0.3,
+            noise=LatentNoiseConfig(probability=0.3, sigma_max=0.8),
+            loss=TinyLossConfig(
+                pixel=2.0,
+                low_frequency=3.0,
+                distillation=10.0,
+                chroma=4.0,
+                lpips=1.0,
+                dists=1.0,
+                grid=0.5,
+                gan=0.17,
+                gan_start=500,
+                noise_scale=0.4,
+            ),
             optimizer=OptimizerConfig(name="muon", lr=3e-4, max_grad_norm=1.0, warmup_steps=100, lr_schedule="cosine"),
             run=_run(12_000),
         )
@@ -163,6 +190,8 @@ class TinyTask:
         autoencoder: taef2, frozen.
         cache: Folder of decoded images, for the held-out crops.
         env: This process among all.
+        encoder: Frozen, for `upscale_share`.
+        teacher: Frozen, for `loss.distillation`.
     """
 
     def __init__(
@@ -172,8 +201,12 @@ class TinyTask:
         autoencoder: TinyAutoencoder,
         cache: Path,
         env: DistEnv,
+        encoder: TinyEncoder | None = None,
+        teacher: TinyDecoder | None = None,
     ) -> None:
         self.config, self.autoencoder, self.cache, self.env = config, autoencoder, cache, env
+        self.encoder = None if encoder is None else encoder.to(env.device).eval().requires_grad_(False)
+        self.teacher = None if teacher is None else teacher.to(env.device).eval().requires_grad_(False)
         loss = config.loss
         self.features: PerceptualFeatures | None = None
         if "decoder" in modules and (loss.lpips or loss.dists or loss.gan):
@@ -216,8 +249,22 @@ class TinyTask:
     def _decoder_loss(self, step: int, batch: CropBatch, rng: RNG, parts: dict[str, Tensor]) -> Tensor:
         config = self.config.loss
         image = batch.image.contiguous(memory_format=torch.channels_last)
-        generated = self.modules["decoder"](batch.latent).float().contiguous(memory_format=torch.channels_last)
-        weight_B = 1 / (1 + (batch.sigma / config.noise_scale).square())
+        latent, sigma = batch.latent, batch.sigma
+        upscaled = torch.zeros_like(sigma, dtype=torch.bool)
+        if self.encoder is not None:
+            upscaled = rng.uniform() < self.config.upscale_share
+            with torch.no_grad():
+                latent = torch.where(per_sample(upscaled), self.encoder(batch.low).float(), latent)
+            sigma = sigma.masked_fill(upscaled, 0)
+        generated = self.modules["decoder"](latent).float().contiguous(memory_format=torch.channels_last)
+        distilled = torch.zeros_like(sigma)
+        if self.teacher is not None:
+            known = ~upscaled & (sigma <= self.teacher.config.max_sigma)
+            if known.any():
+                distilled[known] = low_frequency_distance(generated[known], self.teacher(latent[known]).float())
+        if upscaled.any():
+            generated = torch.where(per_sample(upscaled), back_projected(generated, batch.low), generated)
+        weight_B = 1 / (1 + (sigma / config.noise_scale).square())
 
         # Not divided by the sum of weights: a batch of noisy samples alone must count less as well.
         def add(name: str, weight: float, distance_B: Tensor) -> Tensor:
@@ -226,9 +273,12 @@ class TinyTask:
 
         loss = add("pixel", config.pixel, pixel_distance(generated, image))
         loss = loss + add("low_frequency", config.low_frequency, low_frequency_distance(generated, image))
+        if self.teacher is not None:
+            loss = loss + add("distillation", config.distillation, distilled)
+        if config.chroma:
+            loss = loss + add("chroma", config.chroma, chroma_distance(generated, image))
         if config.grid:
-            patch = unwrap(self.modules["decoder"]).config.patch_size
-            parts["grid"] = grid_distance(generated, image, patch)
+            parts["grid"] = grid_distance(generated, image, 4 * unwrap(self.modules["decoder"]).config.pixel_shuffle)
             loss = loss + config.grid * parts["grid"]
         parts["mse"] = F.mse_loss(generated.detach(), image)
         if self.features is None:
@@ -340,17 +390,28 @@ def build_models(recipe: TinyRecipe, phase: PhaseConfig, previous: Path | None) 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(phase.run.seed, name))
             modules[name] = TinyDecoder(recipe.decoder) if name == "decoder" else TinyEncoder(recipe.encoder)
-        start = None if previous is None else previous / f"{name}.safetensors"
-        if (start is None or not start.is_file()) and recipe.init_from:
-            file_name = "tiny.safetensors" if name == "decoder" else "tiny_encoder.safetensors"
-            start = Path(recipe.init_from) / file_name
-        if start is not None and start.is_file():
-            _load(modules[name], start, name)
+        start_from(modules[name], name, recipe, previous)
     return modules
 
 
-def _load(module: nn.Module, path: Path, name: str) -> None:
+def start_from(
+    module: nn.Module, name: str, recipe: TinyRecipe, previous: Path | None, *, required: bool = False
+) -> None:
+    """Load the previous phase's weights into a module, else those of `init_from`; without either it stays as it is.
+
+    Raises:
+        CheckpointError: The weights are of another shape, or `required` and there are none.
+    """
+    file_name = "tiny.safetensors" if name == "decoder" else "tiny_encoder.safetensors"
+    places = [previous and previous / f"{name}.safetensors", recipe.init_from and Path(recipe.init_from) / file_name]
+    path = next((place for place in places if isinstance(place, Path) and place.is_file()), None)
+    if path is None:
+        if required:
+            raise CheckpointError(f"This phase needs a trained {name}; set init_from to a folder with {file_name}.")
+        return
     tensors, own = load_file(path), module.state_dict()
+    if isinstance(module, TinyEncoder) and not module.config.num_refinements:  # then it is the encoder without refiner
+        tensors = {key: value for key, value in tensors.items() if not key.startswith("refiner.")}
     odd = sorted(key for key in tensors.keys() | own.keys() if key not in own or key not in tensors)
     odd += [key for key, value in own.items() if key in tensors and tensors[key].shape != value.shape]
     if odd:
@@ -384,8 +445,16 @@ def run_phase(
     skipped = prepare_images(phase.data, cache, phase.run.seed, report) if env.is_first else {}
     barrier(env)
     index = PHASES.index(name)
-    models = build_models(recipe, phase, out / PHASES[index - 1] if index else None)
-    task = TinyTask(phase, models, autoencoder.to(env.device), cache, env)
+    previous = out / PHASES[index - 1] if index else None
+    models = build_models(recipe, phase, previous)
+    encoder, teacher = None, None
+    if phase.upscale_share:
+        encoder = TinyEncoder(recipe.encoder)
+        start_from(encoder, "encoder", recipe, previous, required=True)
+    if "decoder" in models and phase.loss.distillation:
+        teacher = TinyDecoder(recipe.decoder)
+        start_from(teacher, "decoder", recipe, previous, required=True)
+    task = TinyTask(phase, models, autoencoder.to(env.device), cache, env, encoder, teacher)
     loader = CropLoader(
         phase.data,
         phase.noise,
@@ -415,6 +484,14 @@ def train_tiny(
         for name in recipe.phases:
             path = run_phase(recipe, name, out, autoencoder, env, progress)
     return path
+
+
+def back_projected(generated: Tensor, low: Tensor, rounds: int = 2) -> Tensor:
+    """Images `[B, 3, H, W]` whose reduction is very nearly `low`, `[B, 3, H/4, W/4]`; with gradients."""
+    for _ in range(rounds):
+        error = low - F.interpolate(generated, size=low.shape[-2:], mode="bicubic", antialias=True)
+        generated = generated + F.interpolate(error, size=generated.shape[-2:], mode="bicubic")
+    return generated
 
 
 def random_window(generated: Tensor, image: Tensor, rng: RNG, margin: int = 32) -> tuple[Tensor, Tensor]:

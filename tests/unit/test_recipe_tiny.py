@@ -11,7 +11,7 @@ import pytest
 import torch
 import train as recipe
 from export import export_weights
-from losses import dists_distance, lpips_distance
+from losses import dists_distance, low_frequency_distance, lpips_distance
 from photographs import FREE, licenses
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from data import TinyDataConfig, augment, held_out, quarter
 from pidecode.errors import CheckpointError, FileError, SettingError
 from pidecode.files import FolderLock
+from pidecode.models.tiny import TinyDecoder, TinyEncoder
 from pidecode.training.noise import PerSampleRNG
 
 CPU = torch.device("cpu")
@@ -99,7 +100,8 @@ def debug_recipe(data: Path, *settings: str) -> recipe.TinyRecipe:
             f"{phase}.run.sample_every=4", f"{phase}.run.num_samples=1", f"{phase}.run.checkpoint_minutes=0",
             f"{phase}.data.crops=((64, 2, 1.0),)", f"{phase}.data.synthetic_images=5",
         ]  # fmt: skip
-    fast += ["perception.loss.gan_start=1", "perception.loss.gan_warmup=1", "perception.loss.r1_every=2"]
+    fast += ["perception.loss.gan_start=1", "perception.loss.gan_warmup=1", "perception.loss.r1_every=2",
+             "perception.upscale_share=0.5", "perception.loss.distillation=1", "perception.loss.chroma=1"]  # fmt: skip
     made = recipe.parse_recipe(str(data), [*fast, *settings])
     encoder = {
         field: value for field, value in made.encoder.to_dict().items() if not field.endswith(("blocks", "width"))
@@ -107,9 +109,7 @@ def debug_recipe(data: Path, *settings: str) -> recipe.TinyRecipe:
     encoder |= {field: 1 for field in made.encoder.to_dict() if field.endswith("blocks")}
     encoder |= {field: 8 for field in made.encoder.to_dict() if field.endswith("width")}
     return replace(
-        made,
-        decoder=replace(made.decoder, width=8, blocks=(1, 1, 1, 1), hidden_size=16),
-        encoder=replace(made.encoder, **encoder),
+        made, decoder=replace(made.decoder, width=8, blocks=(1, 1, 1, 1)), encoder=replace(made.encoder, **encoder)
     )
 
 
@@ -148,6 +148,56 @@ def test_both_phases_resume_bit_for_bit_and_export(folders: tuple[Path, Path], t
     exported = load_file(decoder)
     assert all(torch.equal(exported[key], first[key]) for key in first)
     assert encoder.name == "tiny_encoder.safetensors"
+
+
+def test_upscaled_samples_show_the_small_image_and_reach_the_decoder(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    generated = torch.rand(2, 3, 128, 128) * 2 - 1
+    low = torch.nn.functional.interpolate(generated.roll(9, -1), scale_factor=0.25, mode="bicubic", antialias=True)
+    for rounds, most in ((0, 1.0), (2, 0.05)):
+        reduced = torch.nn.functional.interpolate(
+            recipe.back_projected(generated, low, rounds), scale_factor=0.25, mode="bicubic", antialias=True
+        )
+        assert (float((reduced - low).abs().mean()) < most) is True
+    data, taef2 = folders
+    weights = [
+        load_file(
+            recipe.train_tiny(debug_recipe(data, f"perception.upscale_share={share}"), tmp_path / share, taef2, CPU)
+        )
+        for share in ("0", "1")
+    ]
+    assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    for zero, missing in (("upscale_share", "decoder"), ("loss.distillation", "encoder")):
+        alone = debug_recipe(data, "phases=('perception',)", f"perception.{zero}=0")
+        with pytest.raises(CheckpointError, match=f"needs a trained {missing}; set init_from"):
+            recipe.train_tiny(alone, tmp_path / missing, taef2, CPU)
+    with pytest.raises(SettingError, match="for a finished encoder"):
+        debug_recipe(data, "fidelity.upscale_share=1")
+
+
+def test_distillation_holds_low_frequencies_of_the_first_phase(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    data, taef2 = folders
+    differences = []
+    for weight in ("0", "1000"):
+        settings = [f"perception.loss.distillation={weight}", "perception.upscale_share=0", "perception.run.steps=12"]
+        made = debug_recipe(data, *settings, "perception.optimizer.warmup_steps=1", "perception.noise.probability=0")
+        trained = recipe.train_tiny(made, tmp_path / weight, taef2, CPU)
+        first, second = TinyDecoder(made.decoder), TinyDecoder(made.decoder)
+        first.load_state_dict(load_file(tmp_path / weight / "fidelity" / "decoder.safetensors"))
+        second.load_state_dict(load_file(trained))
+        latent = torch.randn(4, 128, 1, 1, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            differences.append(float(low_frequency_distance(second(latent), first(latent)).mean()))
+    assert differences[1] < 0.7 * differences[0]
+
+
+def test_an_encoder_starts_from_one_with_a_refiner(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    made = replace(debug_recipe(folders[0]), init_from=str(tmp_path))
+    refining = TinyEncoder(replace(made.encoder, num_refinements=2))
+    save_file(refining.state_dict(), tmp_path / "tiny_encoder.safetensors")
+    encoder = recipe.build_models(made, made.fidelity, None)["encoder"]
+    assert torch.equal(encoder.state_dict()["head.weight"], refining.head.weight)
 
 
 def test_initial_weights_of_another_shape_are_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from pidecode.models.tiny import TinyDecoder, TinyEncoder, downscaled
 from pidecode.options import DecodeOptions, RuntimeOptions
 from pidecode.registry.configs import TinyDecoderConfig, TinyEncoderConfig
 
-SMALL = TinyDecoderConfig(width=8, blocks=(1, 1, 1, 1), hidden_size=12)
+SMALL = TinyDecoderConfig(width=8, blocks=(1, 1, 1, 1))
 SMALL_ENCODER = TinyEncoderConfig(
     full_width=4, half_width=4, half_blocks=1, quarter_width=4, quarter_blocks=1, eighth_width=8, eighth_blocks=1,
     num_refinements=1,
@@ -50,7 +50,7 @@ def latent(rows: int = 1, columns: int = 2, batch: int = 1) -> Latent:
 
 
 def test_the_shapes_are_those_named() -> None:
-    assert (SMALL.pixels_per_cell, SMALL.patch_size, SMALL.unshuffle_grid) == (64, 16, 8)
+    assert (SMALL.pixels_per_cell, SMALL.pixel_shuffle) == (64, 4)
     assert TinyDecoder(SMALL)(torch.zeros(2, 128, 1, 3)).shape == (2, 3, 64, 192)
     assert TinyEncoder(SMALL_ENCODER)(torch.zeros(1, 3, 32, 48)).shape == (1, 128, 2, 3)
     assert TinyDecoderConfig.from_dict(SMALL.to_dict()) == SMALL
@@ -61,8 +61,8 @@ def test_the_shapes_are_those_named() -> None:
     ("changes", "said"),
     [
         ({"blocks": ()}, "blocks is empty"), ({"blocks": (10**9,)}, "blocks is 1000000000"),
-        ({"width": 6}, "multiple of 4"), ({"unshuffle": 3}, "do not divide the 64"), ({"width": True}, "width is True"),
-        ({"max_sigma": 1.5}, "max_sigma is 1.5"),
+        ({"width": 6}, "multiple of 4"), ({"blocks": (1,) * 8}, "do not divide the 64"),
+        ({"width": True}, "width is True"), ({"max_sigma": 1.5}, "max_sigma is 1.5"),
     ],
 )  # fmt: skip
 def test_decoder_shapes_that_cannot_be_are_refused(changes: dict[str, Any], said: str) -> None:
@@ -91,7 +91,7 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
 
 @pytest.mark.parametrize("blocks", [(1, 2, 0, 1), (2,), (1, 1)])
 def test_strips_equal_the_whole(blocks: tuple[int, ...]) -> None:
-    net = tiny_models.shake(TinyDecoder(replace(SMALL, blocks=blocks, unshuffle=2 ** (len(blocks) - 1))))
+    net = tiny_models.shake(TinyDecoder(replace(SMALL, blocks=blocks)))
     tensor, calls = recorded.noise(2, 128, 9, 3, seed=1), []
     with torch.no_grad():
         whole = net(tensor)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -85,12 +84,9 @@ def _parameters(config: TinyDecoderConfig | TinyEncoderConfig) -> int:
     return sum(parameter.numel() for parameter in net.parameters())
 
 
-def strip_rows(config: TinyDecoderConfig, strip: int | None, batch: int, width: int, height: int) -> int:
-    """Rows of a stage's output grid, `width` x `height` cells, in a strip: whole patches, and at least one."""
-    if strip is None:
-        return 2 * height
-    patch = math.lcm(2, config.unshuffle)
-    return max(1, strip // (batch * width * patch)) * patch
+def strip_rows(strip: int | None, batch: int, width: int, height: int) -> int:
+    """Rows of a stage's output grid, `width` x `height` cells, in a strip: an even number, and at least two."""
+    return 2 * height if strip is None else max(1, strip // (batch * width * 2)) * 2
 
 
 def predict(
@@ -105,11 +101,10 @@ def predict(
         resident: Bytes this process holds beside the weights, which count where the device is the CPU.
     """
     wide, (width, height), B = DTYPE_BYTES[plan.dtype], plan.size, plan.batch
-    cell = config.pixels_per_cell // config.latent_unpatchify
-    last = cell // config.unshuffle_grid  # output pixels per cell of the last grid
+    last = config.pixel_shuffle  # output pixels per cell of the last grid
     columns, count = width // last, height // last
     # The first strip is longer, by the rows that the output is behind.
-    rows = min(count, strip_rows(config, plan.strip, B, columns, count) + 2 * (1 + config.blocks[-1]))
+    rows = min(count, strip_rows(plan.strip, B, columns, count) + 2 * (1 + config.blocks[-1]))
     cells, features = B * columns * rows, B * config.width * columns * rows * wide
     # A block holds its input, an activation with repeated edges, and a convolution's result. The pixels follow, in
     # other sizes, for which the allocator takes new memory.
@@ -346,23 +341,24 @@ class FeedForwardRunner:
     @torch.no_grad()
     def decode(self, latent: Tensor, on_strip: StripCallback | None = None) -> Tensor:
         """Normalized latent `[B, C, h, w]` to the image `[B, 3, H, W]`, float32, not clamped."""
-        net, config = self.net, self.net.config
+        net = self.net
         features = net.coarse(latent)
         *inner, final = [*net.stages][1:] or [None]
         for stage in inner:
             features = self._whole_stage(stage, features)
+        head = _Rows()
         if final is None:
-            return net.pixels(features).float()
+            return net.pixels(head.padded(features, last=True)).float()
         height, width = 2 * features.shape[2], 2 * features.shape[3]
-        rows = strip_rows(config, self.strip, len(features), width, height)
-        side = config.patch_size // config.unshuffle  # pixels of a cell
+        rows = strip_rows(self.strip, len(features), width, height)
+        side = net.config.pixel_shuffle
         image = torch.empty(len(latent), 3, height * side, width * side, device=latent.device)
         count, done = len(_ends(features.shape[2], rows, len(final) - 1)), 0
         strips = _stage_strips(final, features, rows)
         for index in range(count):
             if on_strip is not None and count > 1:
                 on_strip(index, count)
-            pixels = net.pixels(next(strips))
+            pixels = net.pixels(head.padded(next(strips), last=index == count - 1))
             image[:, :, done : done + pixels.shape[2]] = pixels
             done += pixels.shape[2]
         return image
@@ -378,7 +374,7 @@ class FeedForwardRunner:
     def _whole_stage(self, stage: nn.Sequential, features: Tensor) -> Tensor:
         """Output of a stage after the first, which is small beside the image: `[B, C, 2 H, 2 W]`."""
         batch, channels, height, width = features.shape
-        rows = strip_rows(self.net.config, self.strip, batch, 2 * width, 2 * height)
+        rows = strip_rows(self.strip, batch, 2 * width, 2 * height)
         out = torch.empty(
             (batch, channels, 2 * height, 2 * width), dtype=features.dtype, device=features.device,
             memory_format=torch.channels_last,

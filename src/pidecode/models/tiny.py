@@ -53,8 +53,8 @@ class TinyDecoder(nn.Module):
     """Normalized latent `[B, 128, h, w]` to image `[B, 3, 64 h, 64 w]`, nominally in [-1, 1].
 
     The first stage works on the latent's own grid, where convolutions are cheap, and alone normalizes over the whole
-    image; finer stages would lose the size of a faint detail by it. Each further stage doubles the grid. The last
-    grid's cells are gathered into patches, and two linear layers turn a patch's features into its pixels.
+    image; finer stages would lose the size of a faint detail by it. Each further stage doubles the grid. A last
+    convolution gives the pixels of each cell, which are shuffled into place.
     """
 
     def __init__(self, config: TinyDecoderConfig | None = None) -> None:
@@ -68,8 +68,7 @@ class TinyDecoder(nn.Module):
             )
             for stage, count in enumerate(config.blocks)
         )
-        self.to_hidden = nn.Linear(config.width * config.unshuffle**2, config.hidden_size)
-        self.to_pixels = nn.Linear(config.hidden_size, 3 * config.patch_size**2)
+        self.to_pixels = _conv3x3(config.width, 3 * config.pixel_shuffle**2)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -95,20 +94,16 @@ class TinyDecoder(nn.Module):
         cells = functional.pixel_shuffle(latent, self.config.latent_unpatchify)
         return self.stages[0](cells.to(self.dtype))  # type: ignore[no-any-return]
 
-    def pixels(self, features: Tensor) -> Tensor:
-        """Image `[B, 3, H, W]` of the last stage's features, or of some of their rows; patches do not overlap."""
-        unshuffle, side = self.config.unshuffle, self.config.patch_size
-        cells = features.permute(0, 2, 3, 1).unflatten(2, (-1, unshuffle)).unflatten(1, (-1, unshuffle))
-        patches = cells.transpose(2, 3).flatten(3)  # a patch's values are ordered (row, column, channel)
-        order = self.to_hidden.weight.unflatten(1, (self.config.width, unshuffle**2)).transpose(1, 2).flatten(1)
-        tokens = self.to_pixels(functional.linear(patches, order, self.to_hidden.bias))
-        return tokens.unflatten(3, (3, side, side)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # type: ignore[no-any-return]
+    def pixels(self, padded: Tensor) -> Tensor:
+        """Image `[B, 3, H, W]` of the last stage's features, or of some of their rows, with a border of one cell."""
+        cells = functional.conv2d(padded, self.to_pixels.weight, self.to_pixels.bias)
+        return functional.pixel_shuffle(cells, self.config.pixel_shuffle)
 
     def forward(self, latent: Tensor) -> Tensor:
         features = self.coarse(latent)
         for stage in list(self.stages)[1:]:
             features = stage(functional.interpolate(features, scale_factor=2, mode="nearest"))
-        return self.pixels(features)
+        return self.pixels(functional.pad(features, (1, 1, 1, 1), mode="replicate"))
 
 
 class EncoderBlock(nn.Module):

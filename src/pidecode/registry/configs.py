@@ -229,8 +229,6 @@ class TinyDecoderConfig:
         scale: Output pixels per pixel of the low-resolution image, along each side.
         width: Channels of all convolutions.
         blocks: Residual blocks of each stage; each stage but the first doubles the grid.
-        unshuffle: Cells of the last grid per output patch, along each side (pixel-unshuffle factor).
-        hidden_size: Width between the features of a patch and its pixels.
         max_sigma: Highest noise level of a latent for which the decoder was found good.
 
     Raises:
@@ -242,14 +240,11 @@ class TinyDecoderConfig:
     latent_down: int = 16
     scale: int = 4
     width: int = 64
-    blocks: tuple[int, ...] = (16, 8, 12, 6)
-    unshuffle: int = 4
-    hidden_size: int = 256
+    blocks: tuple[int, ...] = (16, 8, 12, 4)
     max_sigma: float = 0.8
 
     def __post_init__(self) -> None:
-        for name in ("latent_channels", "latent_unpatchify", "latent_down", "scale", "width", "unshuffle",
-                     "hidden_size"):  # fmt: skip
+        for name in ("latent_channels", "latent_unpatchify", "latent_down", "scale", "width"):
             _check_count(name, getattr(self, name), least=1, most=MAX_WIDTH)
         if not self.blocks:
             raise SettingError("blocks is empty; name the residual blocks of at least one stage.")
@@ -260,13 +255,9 @@ class TinyDecoderConfig:
                 f"width={self.width} must be a multiple of 4 (its GroupNorm's groups), and latent_channels="
                 f"{self.latent_channels} of {self.latent_unpatchify**2} (latent_unpatchify squared)."
             )
-        if (
-            self.pixels_per_cell % (self.latent_unpatchify * self.unshuffle_grid)
-            or self.unshuffle_grid % self.unshuffle
-        ):
+        if self.pixels_per_cell % (self.latent_unpatchify * 2 ** (len(self.blocks) - 1)):
             raise SettingError(
-                f"{len(self.blocks)} stages and unshuffle={self.unshuffle} do not divide the {self.pixels_per_cell} "
-                "output pixels of a latent cell."
+                f"{len(self.blocks)} stages do not divide the {self.pixels_per_cell} output pixels of a latent cell."
             )
         if not 0.0 <= self.max_sigma <= 1.0:
             raise SettingError(f"max_sigma is {self.max_sigma}; it must be from 0 to 1.")
@@ -277,14 +268,9 @@ class TinyDecoderConfig:
         return self.latent_down * self.scale
 
     @property
-    def unshuffle_grid(self) -> int:
-        """Cells of the last grid per cell of the first, along each side."""
-        return int(2 ** (len(self.blocks) - 1))
-
-    @property
-    def patch_size(self) -> int:
-        """Output pixels of a patch, along each side."""
-        return self.pixels_per_cell // (self.latent_unpatchify * self.unshuffle_grid) * self.unshuffle
+    def pixel_shuffle(self) -> int:
+        """Output pixels per cell of the last grid, along each side."""
+        return int(self.pixels_per_cell // (self.latent_unpatchify * 2 ** (len(self.blocks) - 1)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""
