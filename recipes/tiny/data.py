@@ -56,11 +56,13 @@ class TinyDataConfig:
     """Share of crops with permuted channels, other saturation, brightness and contrast."""
     join: float = 0.1
     """Share of crops joined with another one, or a flat color, along a straight edge."""
+    smooth: float = 0.0
+    """Share of crops replaced by areas of one color, and smooth ones between four."""
 
     def __post_init__(self) -> None:
         if not self.crops or any(side % SIDE_MULTIPLE or side < SIDE_MULTIPLE for side, _, _ in self.crops):
             raise SettingError(f"data.crops is {self.crops}; sides must be multiples of {SIDE_MULTIPLE}.")
-        for name in ("synthetic_share", "recolor", "join"):
+        for name in ("synthetic_share", "recolor", "join", "smooth"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingError(f"data.{name} is {getattr(self, name)}; it must lie within 0 and 1.")
 
@@ -236,6 +238,7 @@ class CropLoader:
         rng = PerSampleRNG(self.seed, number, indices, self.device)
         image = to_signed(np.stack(crops)).to(self.device)
         image = augment(image, rng, recolor=self.config.recolor, join=self.config.join)
+        image = torch.where(_happens(self.config.smooth, rng), smooth_fields(image, rng), image)
         with torch.no_grad():
             low = F.interpolate(image, scale_factor=1 / SCALE, mode="bicubic", antialias=True).clamp(-1, 1)
             clean = F.pixel_unshuffle(self.encode(low).float(), 2)
@@ -300,6 +303,14 @@ def recolored(images: Tensor, rng: PerSampleRNG) -> Tensor:
 
     colored = torch.einsum("bij,bjhw->bihw", mixed.to(images), images)
     return (colored * field(-0.1, 0.2).clamp(-0.7, 0.4).exp() + field(0.0, 0.15).clamp(-0.5, 0.5)).clamp(-1, 1)
+
+
+def smooth_fields(images: Tensor, rng: PerSampleRNG) -> Tensor:
+    """Instead of images `[B, 3, H, W]` areas of one color (half of them), or between four; a third of them gray."""
+    corners = 0.6 * rng.normal((3, 2, 2))
+    corners = torch.where(_happens(0.5, rng), corners[..., :1, :1], corners)
+    corners = torch.where(_happens(1 / 3, rng), corners[:, :1], corners)
+    return F.interpolate(corners, size=images.shape[-2:], mode="bilinear", align_corners=True).clamp(-1, 1)
 
 
 def joined(images: Tensor, others: Tensor, rng: PerSampleRNG) -> Tensor:

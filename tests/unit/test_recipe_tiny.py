@@ -19,7 +19,7 @@ from synthetic import KINDS, synthetic_image
 from taef2 import TinyAutoencoder
 from torch import Tensor, nn
 
-from data import TinyDataConfig, augment, held_out, quarter
+from data import TinyDataConfig, augment, held_out, quarter, smooth_fields
 from pidecode.errors import CheckpointError, FileError, SettingError
 from pidecode.files import FolderLock
 from pidecode.models.tiny import TinyDecoder, TinyEncoder
@@ -235,6 +235,14 @@ def test_augmentation_depends_on_the_seed_alone_and_stays_in_range() -> None:
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert first.abs().max() <= 1
+
+
+def test_smooth_fields_have_one_color_or_no_edges() -> None:
+    fields = smooth_fields(torch.zeros(40, 3, 64, 64), PerSampleRNG(3, 0, range(40), CPU))
+    steps = torch.stack([fields.diff(dim=axis).abs().amax((1, 2, 3)) for axis in (-1, -2)]).amax(0)
+    assert steps.max() < 0.1 and 8 < int((steps < 1e-6).sum()) < 32
+    assert 4 < int(((fields - fields.mean(1, keepdim=True)).abs().amax((1, 2, 3)) < 1e-6).sum()) < 24
+    assert fields.std(0).min() > 0.3
 
 
 def test_features_are_compared_at_every_place_of_their_strides() -> None:
