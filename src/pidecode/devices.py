@@ -103,7 +103,7 @@ def free_memory(device: torch.device) -> int | None:
 def empty_cache(device: torch.device) -> None:
     """Give memory that no tensor uses any more back to a device."""
     module = getattr(torch, device.type, None)
-    if hasattr(module, "empty_cache"):
+    if module is not None and hasattr(module, "empty_cache"):
         module.empty_cache()
 
 
