@@ -191,10 +191,13 @@ def test_enlarging_reports_drift_and_auto_corrects_it() -> None:
         decoder.upscale(gray, reference=astray, color_fix="off")
     fixed = decoder.upscale(gray, reference=astray, color_fix="auto").metadata[0]
     assert fixed["color_fix"] == "coarse" and abs(fixed["color_drift"]["green"]) < 1
-    held = decoder.upscale(
-        gray, reference=decoder.upscale(gray, color_fix="off").tensor[..., ::4, ::4], color_fix="auto"
-    )
-    assert held.metadata[0]["color_fix"] == "off"
+
+
+@pytest.mark.xfail(strict=True, reason="from a latent alone the shipped weights tint a gray ramp (docs/model_card.md)")
+def test_a_gray_ramp_needs_no_color_fix() -> None:
+    decoder = PixelDecoder.from_pretrained("tiny", device="cpu", dtype=torch.float32)
+    gray = torch.linspace(-0.8, 0.8, 32).expand(1, 3, 32, 32)
+    assert decoder.upscale(gray, color_fix="auto").metadata[0]["color_fix"] == "off"
 
 
 def test_fidelity_goes_from_colors_alone_to_all_that_the_reference_shows() -> None:
