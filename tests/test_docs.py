@@ -20,9 +20,9 @@ from pidecode import PixelDecoder
 from pidecode.cli.app import cli
 from pidecode.errors import LatentError
 from pidecode.latents.latent import Latent, NormalizationWarning
-from pidecode.models.pid.network import PiDNet
 from pidecode.registry.configs import debug_config
 from pidecode.weights.metadata import CheckpointMetadata
+from random_networks import normal_net
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -54,12 +54,10 @@ def small_decoder(space: str) -> PixelDecoder:
         "flux": dict(latent_channels=16, latent_down=8),
     }
     config = debug_config(text_dim=0, **shapes[space])
-    torch.manual_seed(0)
-    net = PiDNet(config).requires_grad_(False).eval()
-    for parameter in net.parameters():
-        parameter.normal_(std=0.2) if parameter.ndim else parameter.fill_(1.0)
     decoder = PixelDecoder(
-        net, CheckpointMetadata(kind="student", config=config, space=space, license="Apache-2.0"), name=space
+        normal_net(config),
+        CheckpointMetadata(kind="student", config=config, space=space, license="Apache-2.0"),
+        name=space,
     )
     if space == "flux2":
         decoder.encoder = lambda images: torch.nn.functional.avg_pool2d(images, 16).repeat(1, 43, 1, 1)[:, :128]

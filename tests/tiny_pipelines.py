@@ -15,10 +15,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 import tiny_models
 from pidecode.decoder import PixelDecoder
-from pidecode.models.pid.network import PiDNet
 from pidecode.registry.configs import debug_config
 from pidecode.registry.spaces import get_space
 from pidecode.weights.metadata import CheckpointMetadata
+from random_networks import normal_net
 
 MAX_TOKENS = 24
 TEMPLATE = (
@@ -251,8 +251,5 @@ def decoder_for(space: str, *, text: bool = False, **changes: Any) -> PixelDecod
         latent_channels=row.channels, latent_down=row.down, scale=row.scale, latent_unpatchify=row.raw_patch,
         **({} if text else {"text_dim": 0}), **changes,
     )  # fmt: skip
-    torch.manual_seed(1)
-    net = PiDNet(config).requires_grad_(False).eval()
-    for parameter in net.parameters():
-        parameter.normal_(std=0.2) if parameter.ndim else parameter.fill_(1.0)
-    return PixelDecoder(net, CheckpointMetadata(kind="student", config=config, space=row.name), name=f"tiny {row.name}")
+    metadata = CheckpointMetadata(kind="student", config=config, space=row.name)
+    return PixelDecoder(normal_net(config, seed=1), metadata, name=f"tiny {row.name}")

@@ -98,14 +98,11 @@ def make_environment(checkout: Path, venv: Path) -> Path:
 
 def lay_out(checkout: Path, base: Path) -> None:
     """The application's folders: our nodes, the stand-ins, small decoders, the checkout's example image."""
-    import torch
     from PIL import Image
-    from safetensors.torch import save_file
 
-    from pidecode.models.pid.network import PiDNet
     from pidecode.registry.configs import debug_config
     from pidecode.registry.spaces import SPACES as ROWS
-    from pidecode.weights.metadata import CheckpointMetadata
+    from random_networks import save_student
 
     shutil.rmtree(base, ignore_errors=True)
     for folder in ("custom_nodes", "input", "models/diffusion_models", "models/loras", "output", "user/default"):
@@ -129,13 +126,7 @@ def lay_out(checkout: Path, base: Path) -> None:
         config = debug_config(
             text_dim=text_dim, latent_channels=row.channels, latent_down=row.down, latent_unpatchify=row.raw_patch
         )
-        torch.manual_seed(0)
-        net = PiDNet(config).requires_grad_(False)
-        for parameter in net.parameters():
-            parameter.normal_(std=0.2) if parameter.ndim else parameter.fill_(1.0)
-        metadata = CheckpointMetadata(kind="student", config=config, space=row.name, license="Apache-2.0")
-        file = base / "models" / "diffusion_models" / f"{name}.safetensors"
-        save_file(dict(net.state_dict()), file, metadata=metadata.to_metadata())
+        save_student(config, base / "models" / "diffusion_models" / f"{name}.safetensors", space=row.name)
 
 
 @contextmanager

@@ -28,10 +28,9 @@ from pidecode.files import FolderLock, remove_partial
 from pidecode.images import frames_in, read_metadata, save_image
 from pidecode.images.read import readable_formats
 from pidecode.latents.latent import Latent
-from pidecode.models.pid.network import PiDNet
 from pidecode.options import DecodeOptions
 from pidecode.registry.configs import debug_config
-from pidecode.weights.metadata import CheckpointMetadata
+from random_networks import save_student
 
 FLUX2 = debug_config(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
 
@@ -39,14 +38,7 @@ FLUX2 = debug_config(text_dim=0, latent_channels=128, latent_down=16, latent_unp
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random network in the release's file format."""
-    torch.manual_seed(0)
-    net = PiDNet(FLUX2).requires_grad_(False)
-    for parameter in net.parameters():
-        parameter.normal_(std=0.2) if parameter.ndim else parameter.fill_(1.0)
-    path = tmp_path_factory.mktemp("model") / "small.safetensors"
-    identity = CheckpointMetadata(kind="student", config=FLUX2, space="flux2", license="Apache-2.0")
-    save_file(dict(net.state_dict()), path, metadata=identity.to_metadata())
-    return path
+    return save_student(FLUX2, tmp_path_factory.mktemp("model") / "small.safetensors", space="flux2")
 
 
 @pytest.fixture

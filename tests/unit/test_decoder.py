@@ -19,20 +19,12 @@ from pidecode import PixelDecoder
 from pidecode.errors import Cancelled, CheckpointError, ImageError, LatentError, SettingError, SizeError
 from pidecode.images import read_metadata
 from pidecode.latents.latent import Latent
-from pidecode.models.pid.network import PiDNet
-from pidecode.registry.configs import PiDConfig, debug_config
+from pidecode.registry.configs import debug_config
 from pidecode.sampling import Progress, Step
 from pidecode.weights.metadata import CheckpointMetadata
+from random_networks import normal_net
 
 FLUX2 = debug_config(text_dim=0, latent_channels=128, latent_down=16, latent_unpatchify=2, prediction="x0")
-
-
-def random_weights(config: PiDConfig) -> PiDNet:
-    torch.manual_seed(0)
-    net = PiDNet(config).requires_grad_(False).eval()
-    for parameter in net.parameters():
-        parameter.normal_(std=0.2) if parameter.ndim else parameter.fill_(1.0)
-    return net
 
 
 def quarter_means(images: Tensor) -> Tensor:
@@ -44,14 +36,14 @@ def quarter_means(images: Tensor) -> Tensor:
 @pytest.fixture
 def decoder() -> PixelDecoder:
     identity = CheckpointMetadata(kind="student", config=FLUX2, space="flux2", license="Apache-2.0")
-    return PixelDecoder(random_weights(FLUX2), identity, name="small", encoder=quarter_means)
+    return PixelDecoder(normal_net(FLUX2), identity, name="small", encoder=quarter_means)
 
 
 @pytest.fixture
 def prompted() -> PixelDecoder:
     config = debug_config()
     return PixelDecoder(
-        random_weights(config), CheckpointMetadata(kind="student", config=config, space="flux"), name="prompted"
+        normal_net(config), CheckpointMetadata(kind="student", config=config, space="flux"), name="prompted"
     )
 
 
@@ -196,7 +188,7 @@ def test_a_prompted_network_takes_states_and_refuses_to_guess(prompted: PixelDec
 def test_a_teacher_runs_with_guidance() -> None:
     config = debug_config()
     teacher = PixelDecoder(
-        random_weights(config), CheckpointMetadata(kind="teacher", config=config, space="flux"), name="teacher"
+        normal_net(config), CheckpointMetadata(kind="teacher", config=config, space="flux"), name="teacher"
     )
     latent = Latent(torch.randn(1, 16, 2, 2), "flux")
     states = torch.randn(1, 10, 16)

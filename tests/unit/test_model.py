@@ -10,15 +10,7 @@ from torch import Tensor
 from pidecode.errors import LatentError, SettingError, SizeError
 from pidecode.models.pid.network import PiDNet
 from pidecode.registry.configs import PiDConfig, backbone, debug_config, v1, v1pt5
-
-
-def random_net(config: PiDConfig, seed: int = 0) -> PiDNet:
-    """A network in which nothing is left at zero, so that every path shows in the output."""
-    torch.manual_seed(seed)
-    net = PiDNet(config).requires_grad_(False).eval()
-    for parameter in net.parameters():
-        parameter.normal_(std=0.2) if parameter.ndim else parameter.fill_(1.0)
-    return net
+from random_networks import normal_net
 
 
 def inputs(config: PiDConfig, batch: int = 1, cells: tuple[int, int] = (2, 3)) -> dict[str, Tensor]:
@@ -37,7 +29,7 @@ def inputs(config: PiDConfig, batch: int = 1, cells: tuple[int, int] = (2, 3)) -
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_close_to_single(dtype: torch.dtype) -> None:
     config = debug_config()
-    net, given = random_net(config), inputs(config, batch=2)
+    net, given = normal_net(config), inputs(config, batch=2)
     exact = net(**given)
     half = net.to(dtype)(**given)
     assert half.dtype == torch.float32
@@ -47,7 +39,7 @@ def test_half_precision_stays_close_to_single(dtype: torch.dtype) -> None:
 
 def test_a_batch_equals_its_members_alone() -> None:
     config = debug_config()
-    net, given = random_net(config), inputs(config, batch=3)
+    net, given = normal_net(config), inputs(config, batch=3)
     together = net(**given)
     for index in range(3):
         alone = net(**{name: value[index : index + 1] for name, value in given.items()})
@@ -56,7 +48,7 @@ def test_a_batch_equals_its_members_alone() -> None:
 
 def test_a_network_without_text_takes_no_prompt() -> None:
     config = debug_config(text_dim=0)
-    net, given = random_net(config), inputs(config)
+    net, given = normal_net(config), inputs(config)
     assert net(**given).shape == given["x_B3HW"].shape
     assert not any("_y" in name or "txt" in name for name in net.state_dict())
     with pytest.raises(SettingError, match="no text stream"):
@@ -65,7 +57,7 @@ def test_a_network_without_text_takes_no_prompt() -> None:
 
 def test_the_latent_reaches_the_image_and_sigma_shuts_it_out() -> None:
     config = debug_config()
-    net, given = random_net(config), inputs(config)
+    net, given = normal_net(config), inputs(config)
     base = net(**given)
     moved = net(**given | {"latent": given["latent"] + 1})
     assert (base - moved).abs().max() > 1e-4
@@ -78,7 +70,7 @@ def test_the_latent_reaches_the_image_and_sigma_shuts_it_out() -> None:
 
 def test_gradients_reach_every_parameter_that_matters() -> None:
     config = debug_config(color_head=True)
-    net, given = random_net(config), inputs(config)
+    net, given = normal_net(config), inputs(config)
     net.requires_grad_(True).train()
     grid = net.grid_of(*given["x_B3HW"].shape[-2:])
     condition = net.prepare(grid, given["text"], given["latent"], given["sigma"], want_color=True)
@@ -105,7 +97,7 @@ def test_gradients_reach_every_parameter_that_matters() -> None:
 )
 def test_what_does_not_fit_is_said(change: dict[str, Tensor | None], error: type[Exception], words: str) -> None:
     config = debug_config()
-    net, given = random_net(config), inputs(config)
+    net, given = normal_net(config), inputs(config)
     with pytest.raises(error, match=words):
         net(**given | change)
 
