@@ -10,6 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.modular_pipelines.qwenimage import encoders
 from PIL import Image
 
 import pidecode
@@ -17,7 +18,7 @@ import tiny_pipelines as tiny
 from pidecode import DecodeOptions, PixelDecoder, attach, pid_blocks
 from pidecode.errors import LatentError, SettingError
 from pidecode.integrations.modular import SUPPORTED_MODELS, PiDDecodeStep
-from pidecode.integrations.pipeline_latents import vae_decode
+from pidecode.integrations.pipeline_latents import to_latent, vae_decode
 from pidecode.latents.latent import NormalizationWarning
 
 pytestmark = [
@@ -120,6 +121,80 @@ def test_inpainting_keeps_the_noise_outside_the_mask_when_stopped(name: str) -> 
     assert 0.5 < float(noise.std()) / out.sigma < 1.5
 
 
+EDITS = {
+    "FluxKontextAutoBlocks": "flux", "QwenImageEditAutoBlocks": "qwenimage", "QwenImageEditPlusAutoBlocks": "qwenimage",
+    "Flux2AutoBlocks": "flux2", "Flux2KleinAutoBlocks": "klein", "Flux2KleinBaseAutoBlocks": "klein",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", EDITS)
+def test_edits_of_an_image(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens of the image that is edited are not the result's; whole and stopped, the latent is what the loop has.
+
+    The text encoder block of Qwen-Image-Edit needs torchvision; its embeddings take its place.
+    """
+    area = encoders.calculate_dimensions  # Qwen-Image-Edit enlarges the image to a megapixel
+    monkeypatch.setattr(encoders, "calculate_dimensions", lambda _area, ratio: area(64 * 64, ratio))
+    base, qwen = EDITS[kind], kind.startswith("Qwen")
+    call = arguments(base, image=image(64))
+    if qwen:
+        del call["max_sequence_length"]
+        call |= {"prompt_embeds": torch.ones(1, 6, 16), "prompt_embeds_mask": torch.ones(1, 6).long()}
+    if "Kontext" in kind:
+        call |= {"max_area": tiny.HEIGHT * tiny.WIDTH, "_auto_resize": False}
+
+    def made(pid: bool) -> Any:
+        blocks = getattr(diffusers, kind)()
+        if qwen:
+            blocks.sub_blocks.pop("text_encoder")
+        return pipeline(pid_blocks(blocks), base, pixel_decoder=decoder(base)) if pid else pipeline(blocks, base)
+
+    def seeded(**changes: Any) -> dict[str, Any]:
+        return {**call, "generator": torch.Generator().manual_seed(0), **changes}
+
+    pipe = made(True)
+    out = pipe(**seeded(), decode_options=DecodeOptions(seed=3), output=["images", "pid_latent"])
+    assert out["images"][0].size == (4 * tiny.WIDTH, 4 * tiny.HEIGHT)
+    assert (out["pid_latent"].sigma, out["pid_latent"].prompts) == (0.0, ("a cat",))
+    plain = made(False)
+    own = plain(**{k: v for k, v in seeded(output_type="pt").items() if k in plain.blocks.input_names}, output="images")
+    torch.testing.assert_close(vae_decode(pipe, out["pid_latent"]), own * 2 - 1, rtol=0, atol=3e-5)
+    inputs: list[Any] = []
+    states: list[torch.Tensor] = []
+    step = pipe.scheduler.step
+    monkeypatch.setattr(pipe.scheduler, "step", lambda *args, **keywords: _keep(states, step(*args, **keywords)))
+    hook = pipe.transformer.register_forward_pre_hook(lambda *_: inputs.append(1))
+    try:
+        early = pipe(**seeded(output_type="latent"), stop_after=3, output="images")
+    finally:
+        hook.remove()
+    assert len(inputs) == 3
+    assert early.sigma == pytest.approx(float(pipe.scheduler.sigmas[3]))
+    wanted = to_latent(pipe, states[2], grid=(2, 4), sigma=early.sigma)
+    torch.testing.assert_close(early.tensor, wanted.tensor)
+
+
+def _keep(states: list[torch.Tensor], result: Any) -> Any:
+    states.append(result[0].clone())
+    return result
+
+
+def test_an_edit_that_fills_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    area = encoders.calculate_dimensions
+    monkeypatch.setattr(encoders, "calculate_dimensions", lambda _area, ratio: area(64 * 64, ratio))
+    blocks = diffusers.QwenImageEditAutoBlocks()
+    blocks.sub_blocks.pop("text_encoder")
+    pipe = pipeline(pid_blocks(blocks), "qwenimage", pixel_decoder=decoder("qwenimage"))
+    call = {"prompt_embeds": torch.ones(1, 6, 16), "prompt_embeds_mask": torch.ones(1, 6).long(), "height": 64}
+    mask = Image.new("L", (tiny.WIDTH, 64), 255)
+    call |= {"image": image(64), "mask_image": mask, "strength": 0.5}
+    call = arguments("qwenimage", **call)
+    del call["max_sequence_length"]
+    assert pipe(**call, output="images")[0].size == (256, 256)
+    with pytest.raises(SettingError, match="padding_mask_crop"):
+        pipe(**call, padding_mask_crop=8)
+
+
 def test_output_types_and_recommended_stop() -> None:
     pipe, call = with_pid("sd3"), {"decode_options": DecodeOptions(seed=1)}
     pt = pipe(**arguments("sd3", output_type="pt"), **call, output="images")
@@ -220,6 +295,5 @@ def test_the_lines_of_the_documentation_run(root: Any, monkeypatch: Any, tmp_pat
 
 
 def test_every_supported_model_has_blocks_here() -> None:
-    named = {getattr(diffusers, name)().model_name for name in BLOCKS.values()}
-    others = {"flux-kontext", "qwenimage-edit", "qwenimage-edit-plus"}
-    assert named | others == set(SUPPORTED_MODELS)
+    named = {getattr(diffusers, name)().model_name for name in (*BLOCKS.values(), *EDITS)}
+    assert named == set(SUPPORTED_MODELS)
