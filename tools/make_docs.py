@@ -199,7 +199,8 @@ def messages() -> str:
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in found and node.args:
-                text = _template(node.args[0])
+                fixes = [word.value for word in node.keywords if word.arg in ("python", "cli", "http")]
+                text = " ".join(map(_template, [node.args[0], *fixes]))
                 if sum(map(str.isalpha, text)) >= FEWEST_LETTERS:
                     found[node.func.id].setdefault(text, path.relative_to(PACKAGE).as_posix())
     lines = ["# Error messages", "", f"Look for the words that do not vary; {VARIES} stands for what does.", ""]

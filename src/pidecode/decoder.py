@@ -487,8 +487,9 @@ class PixelDecoder:
         if self.encoder is None:
             raise SettingError(
                 f"{self.name} came without an encoder, so it decodes latents but cannot take images. Fetch one "
-                f"with `pidecode pull {self.space.name}`, or pass encoder= to from_pretrained()."
-            )
+                f"with `pidecode pull {self.space.name}`", python="or pass encoder= to from_pretrained().",
+                cli="or name one: --encoder PATH.", http="on the server, or start it with another model.",
+            )  # fmt: skip
         tracker.report("encoding")
         reconstruct = None
         if isinstance(self.runner, FeedForwardRunner):

@@ -11,9 +11,27 @@ from contextlib import contextmanager
 
 
 class PidecodeError(Exception):
-    """Root of the tree; the command line turns it into a message and an exit code."""
+    """Root of the tree; the command line turns it into a message and an exit code.
+
+    Args:
+        problem: What came and what was expected; with the fix, where that is the same everywhere.
+        python: How to fix it in Python, as further sentences.
+        cli: The same on the command line, if that differs by more than `name=value` and `--name value`.
+        http: The same for a client of the server.
+    """
 
     exit_code = 1
+
+    def __init__(self, problem: object = "", *, python: str = "", cli: str = "", http: str = "") -> None:
+        super().__init__(str(problem))
+        self.fixes = {"python": python, "cli": cli or python, "http": http or python}
+
+    def __str__(self) -> str:
+        return self.message("python")
+
+    def message(self, interface: str) -> str:
+        """The whole message for a user of "python", "cli" or "http"."""
+        return f"{self.args[0]} {self.fixes[interface]}".rstrip()
 
 
 class SettingError(PidecodeError, ValueError):
@@ -106,7 +124,7 @@ def naming(what: str) -> Iterator[None]:
     try:
         yield
     except PidecodeError as error:
-        error.args = (f"{what}: {error}", *error.args[1:])
+        error.args = (f"{what}: {error.args[0]}",)
         raise
 
 

@@ -133,10 +133,7 @@ def _checked_target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
         if os.path.lexists(target) and not target.is_file():
             raise FileError(f"{path} is not a regular file; give the name of one.")
         if target.exists() and not overwrite:
-            raise FileError(
-                f"{path} exists already. Choose another name, or allow overwriting "
-                "(overwrite=True; --overwrite on the command line)."
-            )
+            raise FileError(f"{path} exists already. Choose another name, or allow overwriting with overwrite=True.")
         if not target.parent.is_dir():
             raise FileError(f"The folder {target.parent} does not exist; create it first.")
     except (OSError, ValueError) as error:  # a name that is too long or has a null byte, a folder that may not be read

@@ -420,8 +420,10 @@ def test_records_that_lie(tmp_path: Path, changes: dict[str, Any], message: str)
 def test_latent_files_of_other_makers(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({"z": draw(1, 16, 4, 4)}, path)
-    with pytest.raises(LatentError, match=r"--space on the command line, Latent\.load"):
+    with pytest.raises(LatentError, match=r"Latent\.load\(path, space=\.\.\.\)") as caught:
         Latent.load(path)
+    assert "Latent.load" not in caught.value.message("cli") + caught.value.message("http")
+    assert "--space NAME" in caught.value.message("cli") and "space=NAME" in caught.value.message("http")
     assert Latent.load(path, space="flux", sigma=0.5).sigma == 0.5
     save_file({"a": draw(1, 16, 4, 4), "b": draw(1, 16, 4, 4)}, path)
     with pytest.raises(LatentError, match="must hold one tensor"):

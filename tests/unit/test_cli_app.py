@@ -3,19 +3,27 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import os
+import pickle
+import re
 import subprocess
 import sys
 import warnings
 from importlib import import_module
+from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner, Result
 
+import pidecode
 from pidecode import errors
 from pidecode.cli.app import COMMANDS, Place, cli
+from pidecode.cli.common import in_flags
+from pidecode.cli.decode import upscale
+from pidecode.errors import SettingError, naming
 
 OURS = [
     name
@@ -142,3 +150,46 @@ def test_a_current_folder_that_was_removed(tmp_path, monkeypatch: pytest.MonkeyP
     result = CliRunner().invoke(cli, ["batch", str(image), "relative"])
     assert result.exit_code == 4
     assert result.stderr == "Error: The current folder does not exist any more; go to another one.\n"
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("Choose one: space='flux2'.", "Choose one: --space flux2."),
+        ("Allow so many: max_pixels=99856.", "Allow so many: --max-pixels 99856."),
+        ("Decode in float32 (dtype=torch.float32); or", "Decode in float32 (--dtype float32); or"),
+        ("allow it with overwrite=True.", "allow it with --overwrite."),
+        ("size=(2048, None) fits, encoder= too", "--size 2048x fits, --encoder too"),
+        ("color_fix is 'x'.", "--color-fix is 'x'."),
+        ('an entry "num_steps"; color_fix.png; a/space=b; stop_after=3', None),  # a name, files, another command's
+    ],
+)
+def test_keywords_are_said_as_options_of_the_command(message: str, shown: str | None) -> None:
+    assert in_flags(message, upscale) == (shown or message)
+
+
+def test_each_surface_names_its_own_fix() -> None:
+    def fail() -> None:
+        with naming("a.png"):
+            raise SettingError("No.", python="Pass encoder=.", cli="Add encoder= to it.", http="Start it anew.")
+
+    with pytest.raises(SettingError) as caught:
+        fail()
+    copied = pickle.loads(pickle.dumps(caught.value))
+    assert [copied.message(name) for name in ("python", "cli", "http")] == [
+        "a.png: No. Pass encoder=.", "a.png: No. Add encoder= to it.", "a.png: No. Start it anew.",
+    ]  # fmt: skip
+    assert str(copied) == "a.png: No. Pass encoder=."
+    assert in_flags(copied.message("cli"), upscale) == "a.png: No. Add --encoder to it."
+
+
+def test_messages_leave_the_words_of_other_surfaces_out() -> None:
+    """A message that a user of Python meets names no flag, except in a whole command or of another program."""
+    for path in sorted(Path(pidecode.__file__).parent.rglob("*.py")):
+        if path.parent.name in ("cli", "serve"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+                parts = [part.value for part in ast.walk(node.exc.args[0]) if isinstance(part, ast.Constant)]
+                text = re.sub("`[^`]*`", "", "".join(map(str, parts)))
+                assert not re.search(r"\(--|on the command line|in Python", text), f"{path}: {text}"

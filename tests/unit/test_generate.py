@@ -195,3 +195,14 @@ def test_a_teacher_in_the_official_layout_decodes_with_guidance(official: Path, 
     metadata = read_metadata(tmp_path / "x.png")
     assert metadata is not None
     assert (metadata["kind"], metadata["guidance_scale"], metadata["num_steps"]) == ("teacher", 2.0, 2)
+
+
+def test_a_run_that_made_nothing_does_not_hold_its_folder(files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    absent = CliRunner().invoke(
+        cli, ["generate", "a cat", "--space", "sdxl", "--pipeline", str(tmp_path / "none"), "-o", str(out)]
+    )
+    assert absent.exit_code != 0
+    assert (out / "job.json").is_file()
+    done = run(files, out, "a dog")
+    assert done.exit_code == 0, done.output

@@ -187,6 +187,6 @@ def test_the_text_encoder_runs_on_the_device_where_there_is_room() -> None:
 def test_a_plan_says_what_it_does() -> None:
     plan = predict(Plan(size=(4096, 3072), offload=("text", "encoder")), V15)
     text = plan.describe()
-    assert "4096x3072" in text and "predicted peak" in text and "text, encoder" in text
+    assert "4096x3072" in text and "predicted peak" in text and "text encoder, image encoder" in text
     assert "dequantized to multiply (changes the image" in replace(plan, quantization="int8").describe()
     assert "multiplied in eight bits" in replace(plan, quantization="int8", scheme="w8a8").describe()

@@ -148,7 +148,7 @@ def fill_cache(cache, repository, path, content):
 
 
 def test_everything_comes_in_one_go_after_the_license(hub, server, tmp_path):
-    with pytest.raises(LicenseError, match=r"(?s)NVIDIA Source Code License.*not for commercial use.*--accept-license"):
+    with pytest.raises(LicenseError, match=r"(?s)NVIDIA Source Code.*not for commercial use.*accept_license=True"):
         download_checkpoint("flux", "2k", hub=hub)
     assert server.requests == 0  # nothing is asked before the license is accepted
     seen = []

@@ -329,7 +329,7 @@ def _check_outputs(jobs: Sequence[BatchJob]) -> None:
                 also = "" if other == place else f", which some file systems take for {other}"
                 raise SettingError(
                     f"{name} and {job.name} would both be written to {place}{also}. Keep their suffixes in the names "
-                    "(--keep-suffix), rename one, or name the outputs in a manifest."
+                    "(keep_suffix=True), rename one, or name the outputs in a manifest."
                 )
     for parent in {parent for _, place in owners.values() for parent in place.parents}:
         if same_name(parent) in owners:

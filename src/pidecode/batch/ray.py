@@ -274,7 +274,7 @@ class _WorkerPool:
         if job is None and give_up:
             raise PidecodeError(
                 f"{MAX_ATTEMPTS} workers died while they loaded the model. Is there memory for "
-                f"{self.resources.workers} of them? Ask for fewer (--workers)."
+                f"{self.resources.workers} of them? Ask for fewer, workers=N."
             )
         if give_up:
             message = f"Its worker died {MAX_ATTEMPTS} times, perhaps out of memory. Decode it alone to see why."

@@ -249,7 +249,7 @@ def failed(job: BatchJob, error: BaseException, seconds: float) -> JobResult:
     if is_out_of_memory(error):
         error = DoesNotFitError("There was not enough memory for it. Decode it alone, smaller, or on a larger device.")
     if isinstance(error, PidecodeError):
-        message = str(error)
+        message = error.message("cli")
     else:
         message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return JobResult(name=job.name, state="failed", seconds=seconds, error=type(error).__name__, message=message)

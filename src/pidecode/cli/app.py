@@ -164,7 +164,7 @@ class Commands(click.Group):
             _silence_output()
             ctx.exit(0)
         except PidecodeError as error:
-            _explain(ctx, f"Error: {error}")
+            _explain(ctx, f"Error: {error.message('cli')}")
             ctx.exit(error.exit_code)
         except Exception as error:
             if _is_output_full(error):
@@ -185,13 +185,14 @@ class Commands(click.Group):
 
 def _warning_shower(ctx: click.Context) -> Callable[..., None]:
     """Show our own warnings as sentences; those of other packages only to who asked for --debug."""
-    from pidecode.cli.common import echo
+    from pidecode.cli.common import echo, in_flags
 
     def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
         if ctx.meta.get(_DEBUG):
             click.echo(printable(warnings.formatwarning(message, category, filename, lineno)), err=True, nl=False)
         elif category.__module__.startswith("pidecode.") or filename.startswith(_OWN_FILES):
-            echo(f"Warning: {message}", err=True)
+            running = click.get_current_context(silent=True) or ctx
+            echo(f"Warning: {in_flags(str(message), running.command)}", err=True)
 
     return show
 

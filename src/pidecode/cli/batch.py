@@ -17,6 +17,7 @@ from pidecode.cli.common import (
     combined,
     decode_options,
     emit,
+    in_flags,
     json_option,
     model_options,
     save_options,
@@ -69,7 +70,8 @@ def batch(ctx: click.Context, /, source: str, out: Path, as_json: bool, **given:
         report = _run(ctx, source, out, given, bar)
     if report is None:  # a process of torchrun with another rank than 0
         return
-    emit(report.to_dict(), report.describe, as_json=as_json)
+    text = report.describe()
+    emit(report.to_dict(), text if source.endswith(".jsonl") else in_flags(text, ctx.command), as_json=as_json)
     if report.interrupted:
         raise KeyboardInterrupt
     if not report.complete:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import threading
 import time
@@ -22,7 +23,7 @@ from click.shell_completion import CompletionItem
 
 from pidecode.engine.machine import QUANTIZATIONS
 from pidecode.engine.plan import SCHEMES
-from pidecode.errors import DoesNotFitError, FileError, LatentError, SizeError
+from pidecode.errors import DoesNotFitError, FileError, LatentError, PidecodeError, SizeError
 from pidecode.options import ATTENTIONS, Command, DecodeOptions, OptionInfo, SaveOptions, option_infos
 from pidecode.registry.checkpoints import CHECKPOINTS
 from pidecode.registry.spaces import ALIASES, SPACES
@@ -73,6 +74,14 @@ class GroupedCommand(click.Command):
 
     examples: tuple[str, ...] = ()
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; what an error says of keywords, it says of this command's options."""
+        try:
+            return super().invoke(ctx)
+        except PidecodeError as error:
+            error.args, error.fixes = (in_flags(error.message("cli"), self),), dict.fromkeys(error.fixes, "")
+            raise
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options of each group; first those of the command's own subject."""
         groups: dict[str, list[tuple[str, str]]] = {"Options": [], **{title: [] for title in _GROUPS}}
@@ -93,6 +102,29 @@ class GroupedCommand(click.Command):
             with formatter.section("Examples"):
                 for line in self.examples:
                     formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+
+
+_KEYWORD = re.compile(
+    r"""(?<![\w./=-])(?P<name>[a-z]+(?:_[a-z]+)*)="""
+    r"""(?:(?P<quote>['"])(?P<text>[^'"]*)(?P=quote)|\((?P<sides>\w+, \w+)\)|(?P<value>(?:\w[\w.]*)?\w|\.\.\.)?)"""
+    r"""|(?<![\w./='"`-])(?P<alone>[a-z]+(?:_[a-z]+)+)(?![\w/='"`-]|\.\w)"""
+)
+
+
+def in_flags(message: str, command: click.Command) -> str:
+    """A message in the words of the command line: `--name value` of the command for `name=value` and `two_words`."""
+    options = {option.name: option for option in command.params if isinstance(option, click.Option)}
+
+    def flag(found: re.Match[str]) -> str:
+        option = options.get(found["name"] or found["alone"])
+        if option is None:
+            return found[0]
+        value = found["text"] or (found["value"] or "").removeprefix("torch.").strip(".")
+        if found["sides"]:
+            value = found["sides"].replace(", ", "x").replace("None", "")
+        return option.opts[-1] if option.is_flag or not value else f"{option.opts[-1]} {value}"
+
+    return _KEYWORD.sub(flag, message)
 
 
 def complete_models(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -280,8 +312,9 @@ class SourceFailures(list[dict[str, Any]]):
         except _ONE_FILE as error:
             if self.alone:
                 raise
-            self.append({"source": str(source), "error": type(error).__name__, "message": str(error)})
-            echo(f"Failed: {error}", err=True)
+            message = in_flags(error.message("cli"), click.get_current_context().command)
+            self.append({"source": str(source), "error": type(error).__name__, "message": message})
+            echo(f"Failed: {message}", err=True)
 
 
 class WorkBar:

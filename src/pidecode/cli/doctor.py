@@ -171,8 +171,8 @@ def _report(findings: dict[str, Any]) -> str:
         cores = f", {device['cores']} cores" if "cores" in device else ""
         lines.append(f"  {device['device']:8s} {device['name']}{cores}, {memory}")
     own = findings["cpu"]
-    threads = f"{own['threads']} threads ({own['threads_because']}; they wait {own['wait_policy']})"
-    lines.append(f"  {'':8s} {threads}, {own['instructions']}, {own['dtype']}")
+    threads = f"{own['threads']} thread{'s' * (own['threads'] > 1)} ({own['threads_because']}; waiting: "
+    lines.append(f"  {'':8s} {threads}{own['wait_policy']}), {own['instructions']}, {own['dtype']}")
     for entry in findings["attention"]:
         times = ", ".join(f"{name} {seconds * 1e3:.2f} ms" for name, seconds in entry["seconds"].items())
         lines.append(f"  {'':8s} attention {entry['kernel']} on {entry['where']}, {entry['shape']} ({times})")
@@ -249,7 +249,7 @@ def plan(
         "peak": chosen.peak, "exact": chosen.exact, "memory": machine.memory, "seconds": seconds or None
     }  # fmt: skip
     times = [f"  {f'predicted {what}':22s} {format_seconds(time):>9s}" for what, time in seconds.items()]
-    text = "\n".join([chosen.describe(), f"  {'free':22s} {machine.memory / GB:6.2f} GB", *times])
+    text = "\n".join([f"network {network}", chosen.describe(), f"  {'free':22s} {machine.memory / GB:6.2f} GB", *times])
     emit(data, text, as_json=as_json)
 
 

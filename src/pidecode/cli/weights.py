@@ -370,13 +370,14 @@ def _foreign(shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, Any
 
 def _lines(values: Mapping[str, Any], depth: int = 0) -> Iterator[str]:
     """Nested values, a line each, indented."""
+    width = max(14, *map(len, values), 0)
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
             yield f"{'  ' * depth}{name}"
             yield from _lines(value, depth + 1)
         else:
             shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-            yield f"{'  ' * depth}{name:14s} {shown}"
+            yield f"{'  ' * depth}{name:{width}s} {shown}"
 
 
 def _report(found: dict[str, Any]) -> str:

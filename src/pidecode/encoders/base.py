@@ -203,13 +203,14 @@ def vae_reference(encoder: object, latent: Latent) -> Tensor:
     if bool((latent.sigmas > 0).any()):
         raise SettingError(
             f"There is noise in this latent (sigma {latent.sigmas.tolist()}), so the VAE's image of it is no color "
-            "reference; pass reference=, or leave color_fix out."
-        )
+            "reference;", python="pass reference=, or leave color_fix out.", cli="leave color_fix out.",
+        )  # fmt: skip
     if not isinstance(encoder, (ImageEncoder, LazyImageEncoder)) or not encoder.can_decode:
         raise SettingError(
             f"color_fix needs the {latent.space} space's own decoder as a reference, and it is not loaded. Fetch it "
-            f"with `pidecode pull {latent.space}`, pass reference=, or leave color_fix out."
-        )
+            f"with `pidecode pull {latent.space}`", python="pass reference=, or leave color_fix out.",
+            cli="or leave color_fix out.",
+        )  # fmt: skip
     return encoder.decode(latent.tensor)
 
 

@@ -262,7 +262,7 @@ class TextEncoder:
         return (
             f"The text encoder {source} is not on this machine. Fetch it with `hf download {source}{revision}` "
             "(`pidecode pull` does so too), or use ready-made states: `pidecode captions export` writes them where it "
-            "is, --prompt-embeds (prompt_embeds=) reads them."
+            "is, and prompt_embeds= reads them."
         )
 
     def _check_attention(self, model: Any) -> None:
@@ -420,7 +420,10 @@ def prompt_states(
     if given is not None and (not exact or prompts[0] in [entry.prompt for entry in _read_entries(given)]):
         return select_prompt_embeds(given, prompts, length=length, width=width)[0]
     if encoder is None:
-        raise SettingError(f"{need}, pass text= to PixelDecoder(), or pass prompt_embeds=.")
+        raise SettingError(
+            f"{need}.", python="Or pass text= to PixelDecoder(), or prompt_embeds=.",
+            cli="Or give ready-made states: prompt_embeds=FILE.",
+        )  # fmt: skip
     return encoder.encode([prompt or "" for prompt in prompts])
 
 

@@ -82,12 +82,15 @@ class Plan:
             f"chunks of {chunks.tokens} patches; pixel tiles of {chunks.tile_tokens} patches x {chunks.tile_rows} rows",
             "latent tokens " + ("kept for all steps" if self.keep_tokens else "recomputed at each use (exact)"),
             weights,
-            "on the host: " + (", ".join(self.offload) if self.offload else "nothing"),
+            "on the host: " + (", ".join(map(_OFFLOADED.__getitem__, self.offload)) or "nothing"),
             "text encoder runs on the host: it is too large for the device" if self.text_on_host else "",
             "whole image at once" if self.window is None else f"windows of {self.window} pixels blended at every step",
         ]
         share = [f"  {name:22s} {size / GB:6.2f} GB" for name, size in self.parts]
         return "\n".join([*filter(None, how), *share, f"  {'predicted peak':22s} {self.peak / GB:6.2f} GB"])
+
+
+_OFFLOADED = {"text": "text encoder", "encoder": "image encoder", "blocks": "patch blocks"}
 
 
 def parameters(config: PiDConfig, *, stripped: bool) -> tuple[int, int, int]:

@@ -284,8 +284,8 @@ def frames_in(source: str | os.PathLike[str] | bytes | BinaryIO, *, max_pixels: 
             if left < 0:
                 raise ImageError(
                     f"{name} has {len(indices)} {'pages' if pages else 'frames'} of more than {max_pixels:,} pixels "
-                    "together. Split it, or raise max_pixels (--max-pixels on the command line)."
-                )
+                    "together.", python="Split it, or raise max_pixels.", http="Split it.",
+                )  # fmt: skip
             image.seek(index)
             sizes.append(_upright_size(image))
             if not pages:
@@ -431,9 +431,9 @@ def _check_pixels(image: Image.Image, name: str, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError(
-            f"{name} has {width}x{height} = {width * height:,} pixels; the limit is {max_pixels:,}. "
-            "Make it smaller, or raise max_pixels (--max-pixels on the command line)."
-        )
+            f"{name} has {width}x{height} = {width * height:,} pixels; the limit is {max_pixels:,}.",
+            python=f"Make it smaller, or allow so many: max_pixels={width * height}.", http="Make it smaller.",
+        )  # fmt: skip
     if not width * height:
         raise ImageError(f"{name} has no pixels: {width}x{height}.")
 
@@ -538,9 +538,10 @@ def _select(image: Image.Image, name: str, frame: int | None) -> None:
     if len(indices) > 1:
         what = "pages" if image.format == "TIFF" else "frames"
         raise ImageError(
-            f"{name} has {len(indices)} {what}, and one image is taken here. `pidecode upscale` and `pidecode batch` "
-            "take all of them; in Python give list(pidecode.images.read_frames(file)), or choose one by "
-            "pidecode.read_image(file, frame=0)."
+            f"{name} has {len(indices)} {what}, and one image is taken here.",
+            python="Give list(pidecode.images.read_frames(file)), or one: pidecode.read_image(file, frame=0).",
+            cli=f"`pidecode upscale` and `pidecode batch` take all {what}; elsewhere give one as a file of its own.",
+            http=f"Send one of the {what} as an image of its own.",
         )
     if indices[0]:
         image.seek(indices[0])

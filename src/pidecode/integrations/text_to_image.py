@@ -252,8 +252,9 @@ def _open_folder(job: GenerationJob) -> None:
     (job.out / LATENT_FOLDER).mkdir(parents=True, exist_ok=True)
     file = job.out / JOB_FILE
     text = json.dumps(job.record(), indent=2, ensure_ascii=False)
-    if not file.exists():
-        with atomic_write(file) as handle:
+    begun = any((job.out / LATENT_FOLDER).iterdir()) or any(path.suffix == ".png" for path in job.out.iterdir())
+    if not (file.exists() and begun):  # a run that ended before its first latent holds nothing
+        with atomic_write(file, overwrite=True) as handle:
             handle.write(text.encode())
         return
     try:
@@ -266,7 +267,7 @@ def _open_folder(job: GenerationJob) -> None:
         different = sorted(key for key in keys if found.get(key) != record.get(key))
         raise SettingError(
             f"{job.out} holds another run (it differs in {', '.join(different) or 'everything'}). Name another folder, "
-            "or give the same settings to continue it."
+            "out=NAME, or give the same settings to continue it."
         )
 
 

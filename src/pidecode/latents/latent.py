@@ -197,10 +197,13 @@ class Latent:
                 channels = stored.tensor.shape[-3] if stored.tensor.ndim >= 3 else 0
                 space = "flux2" if channels == SPACES["flux2"].channels else None
             if space is None:
+                name = f"one of {', '.join(SPACES)}"
                 raise LatentError(
-                    f"{path} does not say which latent space it is of. Name it (--space on the command line, "
-                    f"Latent.load(path, space=...) in Python), one of {', '.join(SPACES)}; or, if the tensor is raw, "
-                    "read it yourself and use Latent.from_raw()."
+                    f"{path} does not say which latent space it is of.",
+                    python=f"Name it, {name}: Latent.load(path, space=...); or, if the tensor is raw, read it yourself "
+                    "and use Latent.from_raw().",
+                    cli=f"Name it, {name}: --space NAME. The latent must be normalized as diffusers has it.",
+                    http=f"Name it, {name}: space=NAME. The latent must be normalized as diffusers has it.",
                 )
             row, level = get_space(space), 0.0 if sigma is None else sigma
             tensor = _batched(stored.tensor, row, path)

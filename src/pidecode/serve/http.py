@@ -73,7 +73,7 @@ _CORS_HEADERS = (
 )
 
 # Status and code by class of error; the first match counts.
-_STATUSES: tuple[tuple[type[Exception], int, str], ...] = (
+_STATUSES: tuple[tuple[type[PidecodeError], int, str], ...] = (
     (Cancelled, 503, "stopped"), (DoesNotFitError, 507, "does_not_fit"),
     (MissingDependencyError, 501, "not_installed"), (SettingError, 400, "bad_setting"),
     (LatentError, 400, "bad_latent"), (FileError, 400, "bad_file"),
@@ -285,9 +285,10 @@ def response_for(error: Exception) -> JSONResponse:
         return error_response(503 if error.stopping else 429, "busy", str(error), retry_after=error.retry_after)
     for kind, status, code in _STATUSES:
         if isinstance(error, kind):
-            return error_response(status, code, str(error), retry_after=RETRY_SECONDS if status == 503 else None)
+            message = error.message("http")
+            return error_response(status, code, message, retry_after=RETRY_SECONDS if status == 503 else None)
     if isinstance(error, PidecodeError):
-        return error_response(500, "failed", str(error))
+        return error_response(500, "failed", error.message("http"))
     return error_response(500, "internal", "Internal error of pidecode or its dependencies; see the server's log.")
 
 

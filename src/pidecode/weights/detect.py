@@ -359,7 +359,7 @@ def _infer_space(
     if spaces:
         raise SettingError(
             f"{path} may be for {' or '.join(spaces)}: its tensors are alike for all of them, and a wrong choice "
-            f"gives wrong colors. Choose one: space={spaces[0]!r} (--space {spaces[0]})."
+            f"gives wrong colors. Choose one: space={spaces[0]!r}."
         )
     raise SettingError(
         f"{path} takes latents of {inferred.latent_in} channels, as no known latent space has. Give "
@@ -376,8 +376,9 @@ def _infer_kind(path: Path, inferred: InferredShape, rows: list[Checkpoint], var
     if variant is not None and "student" in kinds and not inferred.color_out:
         return "student"  # a variant without a kind is the distilled network
     raise SettingError(
-        f"{path} may be a student (4 steps) or a teacher (many guided steps): its tensors cannot show which. "
-        "Say kind='student' or kind='teacher' (--kind)."
+        f"{path} may be a student (4 steps) or a teacher (many guided steps): its tensors cannot show which.",
+        python="Say kind='student' or kind='teacher'.",
+        cli=f"Write a file that says it: `pidecode convert {path} said.safetensors --kind student`, or teacher.",
     )
 
 

@@ -114,7 +114,7 @@ def download_checkpoint(
     if None in found.values():
         if not (accept_license or row.license.commercial):
             raise LicenseError(
-                f"{license_notice(row.license)}\nTo accept, run the same with --accept-license (accept_license=True)."
+                f"{license_notice(row.license)}\nTo accept, do the same with", python="accept_license=True."
             )
         # All files of a repository come from one commit, although its main branch may move meanwhile.
         listings: dict[str, tuple[str, list[str]]] = {}
