@@ -81,6 +81,8 @@ class CropBatch:
     """The same with noise on part of the samples."""
     sigma: Tensor
     """`[B]`: noise level of each latent."""
+    smooth: Tensor
+    """`[B]`: whether the crop was replaced by an area of one color, or a smooth one."""
 
 
 def held_out(names_by_category: Mapping[str, Sequence[str]], fraction: float = 0.1) -> set[str]:
@@ -238,12 +240,14 @@ class CropLoader:
         rng = PerSampleRNG(self.seed, number, indices, self.device)
         image = to_signed(np.stack(crops)).to(self.device)
         image = augment(image, rng, recolor=self.config.recolor, join=self.config.join)
-        image = torch.where(_happens(self.config.smooth, rng), smooth_fields(image, rng), image)
+        smooth = _happens(self.config.smooth, rng)
+        image = torch.where(smooth, smooth_fields(image, rng), image)
         with torch.no_grad():
             low = F.interpolate(image, scale_factor=1 / SCALE, mode="bicubic", antialias=True).clamp(-1, 1)
             clean = F.pixel_unshuffle(self.encode(low).float(), 2)
             latent, sigma = noise_latent(clean, rng, self.noise, "flow")
-        return CropBatch(image, low, clean, latent, sigma), rng, tuple(f"{number}/{index}" for index in indices)
+        names = tuple(f"{number}/{index}" for index in indices)
+        return CropBatch(image, low, clean, latent, sigma, smooth.flatten()), rng, names
 
     def _crop(self, side: int, rng: np.random.Generator) -> NDArray[np.uint8]:
         synthetic = bool(self._arrays["synthetic"]) and rng.uniform() < self.config.synthetic_share

@@ -60,8 +60,8 @@ class TinyLossConfig:
     low_frequency: float = 2.0
     """The same of the mean colors of squares."""
     distillation: float = 0.0
-    """Mean absolute difference of the mean colors of squares from those that the decoder gives which this phase starts
-    from: a target without the detail that no decoder can know. Up to the noise level that decoder is good for."""
+    """Mean absolute difference of the mean colors of squares from those that taef2 decodes from the latent without
+    noise: a target without what no decoder can know. Smooth crops have none, because taef2 is less exact there."""
     chroma: float = 0.0
     """Mean absolute difference of the colors beside gray."""
     lpips: float = 0.0
@@ -191,7 +191,6 @@ class TinyTask:
         cache: Folder of decoded images, for the held-out crops.
         env: This process among all.
         encoder: Frozen, for `upscale_share`.
-        teacher: Frozen, for `loss.distillation`.
     """
 
     def __init__(
@@ -202,11 +201,9 @@ class TinyTask:
         cache: Path,
         env: DistEnv,
         encoder: TinyEncoder | None = None,
-        teacher: TinyDecoder | None = None,
     ) -> None:
         self.config, self.autoencoder, self.cache, self.env = config, autoencoder, cache, env
         self.encoder = None if encoder is None else encoder.to(env.device).eval().requires_grad_(False)
-        self.teacher = None if teacher is None else teacher.to(env.device).eval().requires_grad_(False)
         loss = config.loss
         self.features: PerceptualFeatures | None = None
         if "decoder" in modules and (loss.lpips or loss.dists or loss.gan):
@@ -258,10 +255,10 @@ class TinyTask:
             sigma = sigma.masked_fill(upscaled, 0)
         generated = self.modules["decoder"](latent).float().contiguous(memory_format=torch.channels_last)
         distilled = torch.zeros_like(sigma)
-        if self.teacher is not None:
-            known = ~upscaled & (sigma <= self.teacher.config.max_sigma)
-            if known.any():
-                distilled[known] = low_frequency_distance(generated[known], self.teacher(latent[known]).float())
+        if config.distillation and (taught := ~upscaled & ~batch.smooth).any():
+            with torch.no_grad():
+                small = self.autoencoder.decoder_image(F.pixel_shuffle(batch.clean_latent[taught], 2)).float()
+            distilled[taught] = low_frequency_distance(F.avg_pool2d(generated[taught], 4), small, sides=(4, 16))
         if upscaled.any():
             generated = torch.where(per_sample(upscaled), back_projected(generated, batch.low), generated)
         weight_B = 1 / (1 + (sigma / config.noise_scale).square())
@@ -273,7 +270,7 @@ class TinyTask:
 
         loss = add("pixel", config.pixel, pixel_distance(generated, image))
         loss = loss + add("low_frequency", config.low_frequency, low_frequency_distance(generated, image))
-        if self.teacher is not None:
+        if config.distillation:
             loss = loss + add("distillation", config.distillation, distilled)
         if config.chroma:
             loss = loss + add("chroma", config.chroma, chroma_distance(generated, image))
@@ -447,14 +444,11 @@ def run_phase(
     index = PHASES.index(name)
     previous = out / PHASES[index - 1] if index else None
     models = build_models(recipe, phase, previous)
-    encoder, teacher = None, None
+    encoder = None
     if phase.upscale_share:
         encoder = TinyEncoder(recipe.encoder)
         start_from(encoder, "encoder", recipe, previous, required=True)
-    if "decoder" in models and phase.loss.distillation:
-        teacher = TinyDecoder(recipe.decoder)
-        start_from(teacher, "decoder", recipe, previous, required=True)
-    task = TinyTask(phase, models, autoencoder.to(env.device), cache, env, encoder, teacher)
+    task = TinyTask(phase, models, autoencoder.to(env.device), cache, env, encoder)
     loader = CropLoader(
         phase.data,
         phase.noise,
