@@ -65,7 +65,7 @@ class ColorDriftWarning(UserWarning):
 def apply_color_fix(
     images: Tensor, reference: Tensor, color_fix: ColorFix, fidelity: float = DEFAULT_FIDELITY
 ) -> Tensor:
-    """Correct images by a smaller reference.
+    """Correct images by a smaller reference, in place: of a large image there is memory for few copies.
 
     Args:
         images: `[B, 3, H, W]` in [-1, 1].
@@ -83,18 +83,13 @@ def apply_color_fix(
         SettingError: There is no such color fix, the reference is no smaller version of the images, or `fidelity` is
             out of range.
     """
-    return _apply_color_fix(images if color_fix == "off" else images.clone(), reference, color_fix, fidelity)
-
-
-def _apply_color_fix(images: Tensor, reference: Tensor, color_fix: ColorFix, fidelity: float) -> Tensor:
-    """As `apply_color_fix`, in place: of a large image there is memory for few copies."""
     _check(images, reference, color_fix)
     if not 0 <= fidelity <= 1:
         raise SettingError(f"fidelity is {fidelity:g}; it must be from 0 to 1.")
     if color_fix == "auto":
         for index, drift in enumerate(color_drift(images, reference)):
             if drift.is_large:
-                _apply_color_fix(images[index : index + 1], reference[index : index + 1], "coarse", fidelity)
+                apply_color_fix(images[index : index + 1], reference[index : index + 1], "coarse", fidelity)
         return images
     if color_fix == "off":
         return images
@@ -147,7 +142,7 @@ def corrected(
     large drift that is left.
     """
     before = color_drift(images, reference) if color_fix == "auto" else []
-    images = _apply_color_fix(images, reference, color_fix or "off", DEFAULT_FIDELITY if fidelity is None else fidelity)
+    images = apply_color_fix(images, reference, color_fix or "off", DEFAULT_FIDELITY if fidelity is None else fidelity)
     described: list[dict[str, Any]] = []
     for index, drift in enumerate(color_drift(images, reference)):
         acted = ("coarse" if before[index].is_large else "off") if before else color_fix

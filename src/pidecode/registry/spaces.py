@@ -88,7 +88,6 @@ class ImageModel:
         num_steps: Denoising steps its authors use.
         stop_step: Of those, the step after which PiD's authors recommend to stop (docs/architecture.md, Latent
             spaces); `num_steps` itself where only the finished latent is recommended.
-        final_is_raw: Whether the pipeline's `output_type="latent"` is raw, other than what its step callback has.
     """
 
     name: str
@@ -98,7 +97,6 @@ class ImageModel:
     arguments: Mapping[str, float | str]
     num_steps: int
     stop_step: int
-    final_is_raw: bool
 
     def recommended_stop(self, num_steps: int) -> int:
         """The step, counted from 1, to stop a run of `num_steps` after; `num_steps` itself for few-step runs."""
@@ -173,7 +171,7 @@ _MODEL_ROWS: tuple[tuple[str, str, str, int, int, str, dict[str, float | str]], 
 _MODELS = tuple(
     ImageModel(
         name=name, space=space, pipeline=f"{pipeline}Pipeline", stop_step=stop_step, num_steps=num_steps,
-        repository=repository, arguments=MappingProxyType(arguments), final_is_raw=pipeline == "Flux2Klein",
+        repository=repository, arguments=MappingProxyType(arguments),
     )
     for name, space, pipeline, stop_step, num_steps, repository, arguments in _MODEL_ROWS
 )  # fmt: skip
