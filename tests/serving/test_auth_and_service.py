@@ -179,3 +179,17 @@ def _write_weights(path: Path) -> None:
 
     decoder = small_decoder()
     save_file(dict(decoder.net.state_dict()), str(path), decoder.metadata.to_metadata())
+
+
+@pytest.mark.parametrize("written", [b"\xef\xbb\xbfsixteen-letters!\r\n", "sixteen-letters!\n".encode("utf-16")])
+def test_a_token_as_windows_writes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: bytes) -> None:
+    import dataclasses
+
+    from pidecode.cli.serve import ServeOptions
+
+    file = tmp_path / "token.txt"
+    file.write_bytes(written)
+    given = {field.name: None for field in dataclasses.fields(ServeOptions)}
+    assert ServeOptions(**(given | {"token_file": file})).token() == "sixteen-letters!"  # type: ignore[arg-type]
+    monkeypatch.setenv("PIDECODE_TOKEN", "\ufeffsixteen-letters!\r")
+    assert ServeOptions(**given).token() == "sixteen-letters!"  # type: ignore[arg-type]

@@ -209,7 +209,7 @@ def test_other_options_never_replace_an_image_without_overwrite(tmp_path: Path, 
     other = WorkerConfig(model=config.model, device="cpu", options=DecodeOptions(num_steps=1, seed=9))
     report = go(source, out, other)
     why = {item.name: item.message or "" for item in report.failures}
-    assert "was made with other options or from another source. Replace it with --overwrite" in why["a.safetensors"]
+    assert "was made with other options or weights. Replace it with overwrite=True" in why["a.safetensors"]
     assert "was not made by a batch" in why["b.safetensors"]
     allowed = WorkerConfig(model=config.model, device="cpu", options=DecodeOptions(num_steps=1, seed=9), overwrite=True)
     assert states(go(source, out, allowed)) == {"a.safetensors": "done", "b.safetensors": "done"}
@@ -351,10 +351,15 @@ def test_done_goes_by_the_content_of_source_and_weights(tmp_path: Path, config: 
     after = (out / "a.png").read_bytes()
     assert after != before
     assert states(go(source, out, config)) == {"a.safetensors": "skipped"}
-    put(tmp_path / "other/b.safetensors", seed=2).rename(tmp_path / "other/a.latent")  # another file for the same image
-    (failure,) = go(tmp_path / "other", out, config).failures
-    assert "was made with other options or from another source" in (failure.message or "")
-    assert (out / "a.png").read_bytes() == after
+    for place in ("other/a.safetensors", "third/a.latent"):  # another file for the same image, also of the same name
+        (tmp_path / place).parent.mkdir()
+        put(tmp_path / "b.safetensors", seed=2).rename(tmp_path / place)
+        (failure,) = go((tmp_path / place).parent, out, config).failures
+        assert "made of another source, a.safetensors in another place than" in (failure.message or "")
+        assert str(tmp_path / place) in (failure.message or "")
+        assert (out / "a.png").read_bytes() == after
+    shutil.copytree(source, tmp_path / "moved")  # the same content elsewhere
+    assert states(go(tmp_path / "moved", out, config)) == {"a.safetensors": "skipped"}
     assert states(go(source, out, replace(config, overwrite=True))) == {"a.safetensors": "done"}
     weights = Path(shutil.copy(config.model, tmp_path / "model.safetensors"))
     same = replace(config, model=str(weights))

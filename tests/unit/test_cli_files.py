@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import save_file
 
 from pidecode.cli.app import UNEXPECTED, cli
 from pidecode.cli.common import table
@@ -118,3 +121,21 @@ def test_closed_streams_change_no_exit_code(tmp_path: Path) -> None:
     command = f"{sys.executable} -m pidecode info {tmp_path / 'none.png'}"
     closed = subprocess.run(f"{command} <&- >&- 2>&-", shell=True, check=False)
     assert closed.returncode == FileError.exit_code
+
+
+def test_info_shows_the_adapter_of_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "style"
+    folder.mkdir()
+    halves = {"base_model.model.blocks.0.lora_A.weight": torch.ones(4, 8)}
+    save_file(
+        halves | {"base_model.model.blocks.0.lora_B.weight": torch.ones(8, 4)}, folder / "adapter_model.safetensors"
+    )
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 16}))
+    shown = CliRunner().invoke(cli, ["info", str(folder), "--json"])
+    assert shown.exit_code == 0, shown.output
+    found = json.loads(shown.stdout)
+    assert (found["layers"], found["rank"], found["alpha"], found["strength"]) == (1, 4, 16.0, 4.0)
+    assert found["file"].endswith("adapter_model.safetensors") and "LoRA" in found["network"]
+    (folder / "adapter_model.safetensors").unlink()
+    empty = CliRunner().invoke(cli, ["info", str(folder)])
+    assert (empty.exit_code, "is a folder" in empty.stderr) == (4, True)

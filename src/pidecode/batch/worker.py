@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import struct
 import time
@@ -51,7 +52,8 @@ FINGERPRINT = "batch"  # entry of an image's metadata that holds the fingerprint
 
 JobProgressCallback = Callable[[BatchJob, Progress], None]  # as `progress_callback` of a decode, with the job
 
-_SETTINGS = 20  # characters of a fingerprint that hash the settings; as many follow for the source
+# Characters of a fingerprint that hash the settings, then so many for the source's content; its place follows.
+_SETTINGS, _JOB = 20, 40
 
 READ_QUEUE, WRITE_QUEUE = 2, 2  # jobs read ahead, and decoded ones that may wait to be written
 
@@ -107,7 +109,7 @@ class WorkerConfig:
         return DecodeOptions(**{**inherited, **job.options})
 
     def fingerprint(self, job: BatchJob) -> str:
-        """Hashes of everything that determines a job's image: of weights and decode options, then of its source.
+        """Hashes of what determines a job's image: of weights and decode options, of its source, and of where that is.
 
         The device and the number format are left out: a batch may be finished on another machine. Files among the
         options count by their content.
@@ -121,7 +123,8 @@ class WorkerConfig:
         if self.quality is not None:
             identity["quality"] = self.quality
         settings = hashlib.sha256(json.dumps(identity, sort_keys=True, default=sha256).encode()).hexdigest()
-        return settings[:_SETTINGS] + sha256(job.source)[:_SETTINGS]
+        place = hashlib.sha256(os.fsencode(os.path.realpath(job.source))).hexdigest()
+        return settings[:_SETTINGS] + sha256(job.source)[: _JOB - _SETTINGS] + place[:8]
 
 
 def _content_hash(path: Path) -> str:
@@ -164,29 +167,31 @@ def _state(path: Path, fingerprint: str, job: BatchJob) -> OutputState:
     """Whether an output exists, is whole, and was made of the source as it is now.
 
     A cut, empty or damaged file that a batch wrote counts as damaged: a power cut may leave one. One made with the same
-    settings of a source of the same name, whose content has changed since, is outdated.
+    settings of the same source file, whose content has changed since, is outdated.
 
     Raises:
         FileError: Another file is there.
     """
     if not path.exists():
         return "missing"
+    what = "was not made by a batch"
     try:
         metadata = read_metadata(path) if _is_complete(path) else None
-        found = (metadata or {}).get(FINGERPRINT)
-        if found == fingerprint:
+        found = str((metadata or {}).get(FINGERPRINT, ""))
+        if found[:_JOB] == fingerprint[:_JOB]:
             return "done"
-        same = str(found)[:_SETTINGS] == fingerprint[:_SETTINGS]
-        if metadata is not None and same and metadata.get("source") == printable(job.name):
-            return "outdated"
+        if found:
+            what = "was made with other options or weights"
+        if metadata is not None and found[:_SETTINGS] == fingerprint[:_SETTINGS]:
+            if found[_JOB:] == fingerprint[_JOB:]:
+                return "outdated"
+            what = f"was made of another source, {metadata.get('source')} in another place than {job.source}"
         if metadata is None and _is_remains(path):
             return "damaged"
     except (PidecodeError, OSError):
-        found = None
         if _is_remains(path, unreadable=True):
             return "damaged"
-    what = "was not made by a batch" if found is None else "was made with other options or from another source"
-    raise FileError(f"{path} exists and {what}. Replace it with --overwrite, or choose another output folder.")
+    raise FileError(f"{path} exists and {what}. Replace it with overwrite=True, or choose another output folder.")
 
 
 def _is_remains(path: Path, *, unreadable: bool = False) -> bool:

@@ -71,7 +71,7 @@ class ServeOptions:
     def token(self) -> str | None:
         """The token from the file or the environment variable, if any."""
         if self.token_file is None:
-            return os.environ.get(TOKEN_VARIABLE) or None
+            return os.environ.get(TOKEN_VARIABLE, "").strip("\ufeff\r\n\t ") or None  # as $(cat FILE) gives it
         return read_text(self.token_file).strip()
 
     def decoders(self) -> dict[str, PixelDecoder]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
@@ -272,6 +273,10 @@ PICKLES = (b"PK\x03\x04", b"\x80")
 
 def describe(path: Path) -> dict[str, Any]:
     """What the file is, as plain values. Raises FileError for a file that is nothing we know."""
+    if os.path.isdir(path):
+        from pidecode.weights.load import LORA_FILES
+
+        path = next((path / name for name in LORA_FILES if os.path.isfile(path / name)), path)
     size, start = check_file(path), read_start(path)
     known: dict[str, Any] = {"file": str(path), "bytes": size}
     if looks_like_safetensors(start):
@@ -294,7 +299,7 @@ def describe(path: Path) -> dict[str, Any]:
             raise
         if named := _latent_in(shapes):
             return other | {"format": "torch.save", "shape": list(shapes[named])}
-        return known | {"what": "weights", "format": "pickle, tensors only"} | _foreign(shapes, path)
+        return known | {"what": "weights", "format": "pickle, tensors only"} | _foreign(shapes, path, {})
     with path.open("rb") as file:
         refuse_other_formats(str(path), file)
     raise FileError(f"{path} is no image, latent or weights file that pidecode knows.")
@@ -336,7 +341,7 @@ def _safetensors(header: Header, path: Path) -> dict[str, Any]:
     known = {"what": "weights", "format": "safetensors", "dtypes": formats}
     if "pidecode" in header.metadata:
         return known | _counts(header.shapes) | {"record": _record(header.metadata["pidecode"], path)}
-    return known | _foreign(header.shapes, path)
+    return known | _foreign(header.shapes, path, header.metadata)
 
 
 def _record(text: str, path: Path) -> dict[str, Any]:
@@ -353,13 +358,15 @@ def _counts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     return {"tensors": len(shapes), "parameters": sum(math.prod(shape) for shape in shapes.values())}
 
 
-def _foreign(shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, Any]:
+def _foreign(shapes: Mapping[str, tuple[int, ...]], path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """What names and shapes show of weights that say nothing of themselves."""
     from pidecode.weights.detect import infer_shape
+    from pidecode.weights.load import lora_summary
 
     counts = _counts(shapes)
     if any("lora" in name for name in shapes):
-        return counts | {"network": "a LoRA adapter; --lora adds it to a decoder"}
+        about = "a LoRA adapter; --lora adds it to a student or teacher decoder"
+        return counts | {"network": about} | lora_summary(path, shapes, metadata)
     try:
         structure = infer_shape(shapes, str(path))
     except CheckpointError:

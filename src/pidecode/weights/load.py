@@ -113,7 +113,7 @@ def _some(names: list[str]) -> str:
 
 
 METADATA_KEY = "pidecode_lora"
-_LORA_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
+LORA_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
 # Names of layers as other programs write them begin with what they call the network.
 _LORA_PREFIXES = (
     "diffusion_model.", "transformer.", "unet.", "net.", "lora_unet_", "lora_transformer_", "lora_net_", "lycoris_",
@@ -198,10 +198,25 @@ def _changed(weight: Tensor, down: Tensor, up: Tensor, strength: float) -> Tenso
 
 def _lora_file(path: Path) -> Path:
     """The adapter's file: of a folder, the one that peft or diffusers writes."""
-    found = [path / name for name in _LORA_FILES if os.path.isfile(path / name)] if os.path.isdir(path) else [path]
+    found = [path / name for name in LORA_FILES if os.path.isfile(path / name)] if os.path.isdir(path) else [path]
     if found:
         return found[0]
-    raise CheckpointError(f"The folder {path} holds no adapter: there is no {' or '.join(_LORA_FILES)} in it.")
+    raise CheckpointError(f"The folder {path} holds no adapter: there is no {' or '.join(LORA_FILES)} in it.")
+
+
+def lora_summary(path: Path, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What an adapter's file, and the configuration beside it, say of its layers and strength, as plain values."""
+    found = [(match, shape) for name, shape in shapes.items() if (match := _LORA_NAME.fullmatch(name))]
+    ranks = sorted({shape[0] for match, shape in found if match["down"] and shape})
+    strengths = _LoraStrengths(path, metadata, {})
+    known = {"layers": sum(bool(match["down"]) for match, _ in found), "rank": ranks[0] if len(ranks) == 1 else ranks}
+    if strengths.ours is not None:
+        return known | {"strength": strengths.ours}
+    if strengths.alpha is None:
+        each = any(match["alpha"] for match, _ in found)
+        return known | {"alpha": "of each layer, in the file" if each else "not said; the rank is taken"}
+    same = len(ranks) == 1 and not strengths.pattern
+    return known | {"alpha": strengths.alpha} | ({"strength": strengths.of("", ranks[0])} if same else {})
 
 
 def _lora_layers(
@@ -250,7 +265,7 @@ class _LoraStrengths:
             if "lora_adapter_metadata" in metadata:  # diffusers: "transformer.lora_alpha" and so on
                 config = parse_json(metadata["lora_adapter_metadata"])
                 self.config = {key.partition(".")[2]: value for key, value in config.items()}
-            elif path.name in _LORA_FILES and os.path.isfile(beside):
+            elif path.name in LORA_FILES and os.path.isfile(beside):
                 self.config = {**read_json(beside)}
             alpha = self.config.get("lora_alpha")
             self.alpha = None if alpha is None else float(alpha)
