@@ -6,11 +6,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import tiny_pipelines as tiny
-from pidecode import attach
+from pidecode import DecodeOptions, attach
 from pidecode.encoders.text import PromptEmbedsCache, TextEncoder, TextOptions
 from pidecode.engine.machine import Chunks
 from pidecode.engine.plan import Plan
@@ -135,6 +136,22 @@ def test_a_decode_needs_what_the_planner_says_and_is_released_when_it_is_cancell
         assert it.decoder.device.type == "cpu"
         # Counted is what one decoding step held; the driver's own memory cannot be.
         assert peaks[0] == pytest.approx(sum(parts.values()) - parts["driver"], rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "offload"), [("flux", False), ("flux", True), ("sdxl", True)])
+def test_a_sequentially_offloaded_pipeline_makes_the_same_image(name: str, offload: bool) -> None:
+    """Each layer is on the GPU while it runs alone: those of the diffusion, and the VAE's for the color fix."""
+    options = DecodeOptions(color_fix="auto")
+    wanted = attach(tiny.build(name), tiny.decoder_for(name), options=options)(**tiny.arguments(name))
+    gpu, pipe, decoder = SmallGPU(), tiny.build(name), tiny.decoder_for(name)
+    decoder.runner.attention = "math"  # "auto" measures on the device
+    with gpu.present():
+        pipe.enable_sequential_cpu_offload(device="cuda")
+        out = attach(pipe, decoder, offload=offload, options=options)(**tiny.arguments(name))
+        assert gpu.modules_on(transformer=getattr(pipe, "transformer", None) or pipe.unet, decoder=decoder.net) == set()
+        torch.testing.assert_close(out.latents.tensor.cpu(), wanted.latents.tensor)
+    assert np.array_equal(np.asarray(out.images[0]), np.asarray(wanted.images[0]))
 
 
 def test_what_a_plan_keeps_on_the_host_stays_there() -> None:

@@ -30,6 +30,7 @@ from pidecode.integrations.pipeline_latents import (
     check_stop_after,
     grid_of_size,
     pipeline_space,
+    recommended_stop_step,
     scheduler_sigma,
     stop_step,
     to_latent,
@@ -100,7 +101,8 @@ class _StepRecorder:
             result = {**tensors, **(self.step_callback(pipe, index, timestep, own) or {})}
         latents = result["latents"]
         if not self.step:  # after the first step the schedule is known
-            self.num_steps = int(self.pipe.num_timesteps)
+            # ERNIE-Image's pipeline does not tell it.
+            self.num_steps = int(getattr(self.pipe, "num_timesteps", 0)) or len(pipe.scheduler.timesteps)
             self.stop_after = stop_step(self.pipe, self.stop_after, self.num_steps, self.max_sigma, self.capture_steps)
         self.step = index + 1
         self.last = (latents.detach(), scheduler_sigma(pipe.scheduler))
@@ -159,10 +161,7 @@ def capture_latents(
             interrupted.
         LatentError: The pipeline ran without a step.
     """
-    _check_pipeline(pipe)
-    check_stop_after(stop_after)
-    if stop_after is not None and not hasattr(type(pipe), "interrupt"):
-        raise SettingError(f"A {type(pipe).__name__} cannot be interrupted; leave stop_after out, or capture steps.")
+    _check_pipeline(pipe, stop_after)
     # Some pipelines write their chat template into the list of prompts they are given: they get a copy.
     keywords = {name: list(value) if isinstance(value, list) else value for name, value in call.items()}
     step_callback = call.get("callback_on_step_end")
@@ -172,8 +171,7 @@ def capture_latents(
     recorder = _StepRecorder(
         pipe, stop_after, tuple(capture_steps), progress_callback, step_callback, inputs, max_sigma
     )
-    if isinstance(call.get("height"), int) and isinstance(call.get("width"), int):
-        recorder.size = (call["height"], call["width"])
+    recorder.size = _size_of_call(pipe, call)
     keywords |= {
         "output_type": "latent",
         "return_dict": True,
@@ -201,6 +199,16 @@ def capture_latents(
     seed = int(generator.initial_seed()) if isinstance(generator, torch.Generator) else None
     prompts = image_prompts(call.get("prompt") if prompt is None else prompt, len(recorder.last[0]))
     return recorder.result(prompts, seed)
+
+
+def _size_of_call(pipe: Any, call: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Height and width of a call's images; a pipeline's default where it gives none."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    side = int(getattr(pipe, "default_sample_size", 0)) * int(getattr(pipe, "vae_scale_factor", 0))
+    height, width = (
+        call.get(name) or getattr(parameters.get(name), "default", None) or side for name in ("height", "width")
+    )
+    return (height, width) if isinstance(height, int) and isinstance(width, int) and height and width else None
 
 
 def image_prompts(prompt: str | Sequence[str] | None, batch: int) -> list[str] | None:
@@ -395,8 +403,8 @@ def check_space(pipe: Any, decoder: PixelDecoder) -> None:
         )
 
 
-def _check_pipeline(pipe: Any) -> None:
-    """Raise SettingError for a pipeline that PiD does not decode, or whose steps cannot be followed."""
+def _check_pipeline(pipe: Any, stop_after: StopAfter = None) -> None:
+    """Raise SettingError for a pipeline that PiD does not decode, or whose steps cannot be followed or ended early."""
     pipeline_space(pipe)
     if any(kind.__name__ == "ModularPipeline" for kind in type(pipe).__mro__):
         raise SettingError(
@@ -404,11 +412,16 @@ def _check_pipeline(pipe: Any) -> None:
             "blocks, pipe = pidecode.pid_blocks(pipe.blocks).init_pipeline(...), as docs/diffusers.md shows."
         )
     parameters = inspect.signature(type(pipe).__call__).parameters
-    if not {"callback_on_step_end", "kwargs"} & set(parameters) or "output_type" not in parameters:
+    if not {"callback_on_step_end", "output_type"} <= set(parameters):
         raise SettingError(
             f"A {type(pipe).__name__} takes no callback_on_step_end, by which its latents are followed. Call it with "
             'output_type="latent", and decode what latent_from_pipeline makes of that.'
         )
+    check_stop_after(stop_after)
+    if stop_after is not None and not hasattr(type(pipe), "interrupt"):
+        raise SettingError(f"A {type(pipe).__name__} cannot be interrupted; leave stop_after out, or capture steps.")
+    if stop_after == "recommended":
+        recommended_stop_step(pipe, 1)  # an error where there is none
 
 
 def check_options(options: object, decoder: PixelDecoder) -> None:
@@ -560,7 +573,7 @@ def attach(
     """
     if isinstance(pipe, AttachedPipeline):
         raise SettingError("This pipeline is attached already; call its detach() first.")
-    _check_pipeline(pipe)
+    _check_pipeline(pipe, stop_after)
     check_space(pipe, decoder)
     options = options or DecodeOptions()
     check_options(options, decoder)

@@ -26,11 +26,13 @@ SchedulerParametrization = Literal["flow", "euler", "variance_preserving"]
 """What a scheduler's latent is at sigma s: `(1 - s) x + s e`, `x + s e`, or `sqrt(1 - s^2) x + s e`."""
 
 # First part of a pipeline class's name -> the space of its latents. None where its latents are no images of a space,
-# although its VAE may be: layers, prompts, channels of a token in another order, tokens with channels last, normalized
-# latents in the raw one's shape (FIBO 2). First match counts; what is not listed is known by its VAE.
+# although its VAE may be: layers, frames, prompts, channels of a token in another order, tokens with channels last,
+# normalized latents in the raw one's shape (FIBO 2), tokens of SDXL's latents (Bria), an inversion's (LEdits++). First
+# match counts; what is not listed is known by its VAE.
 _SPACE_BY_CLASS: tuple[tuple[str, str | None], ...] = (
     ("QwenImageLayered", None), ("FluxPriorRedux", None), ("Ideogram4", None), ("Kandinsky", None),
-    ("VisualCloze", None), ("BriaFibo2", None), ("Flux3", None), ("QwenImage21", None),
+    ("VisualCloze", None), ("Bria", None), ("Flux3", None), ("QwenImage21", None), ("AnimateDiff", None),
+    ("LEditsPP", None),
     ("Flux2", "flux2"), ("Flux", "flux"), ("Chroma", "flux"), ("StableDiffusion3", "sd3"),
     ("StableDiffusionXL", "sdxl"), ("QwenImage", "qwenimage"), ("ZImage", "flux"),
 )  # fmt: skip
@@ -41,7 +43,7 @@ _DPM_SCHEDULERS = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DE
 
 def pipeline_space(pipe: Any) -> LatentSpace:
     """The latent space of a diffusers pipeline, by its class, or by its VAE; SettingError where PiD has no decoder."""
-    names = [kind.__name__ for kind in type(pipe).__mro__ if kind.__name__.endswith("Pipeline")]
+    names = [kind.__name__ for kind in type(pipe).__mro__ if "Pipeline" in kind.__name__]
     matches = (space for kind in names for stem, space in _SPACE_BY_CLASS if has_stem(kind, stem))
     name = next(matches, "")
     space = get_space(name) if name else None if name is None else _space_of_vae(getattr(pipe, "vae", None))
@@ -150,9 +152,10 @@ def scheduler_parametrization(scheduler: Any, space: LatentSpace) -> SchedulerPa
 def scheduler_sigma(scheduler: Any) -> float:
     """Sigma, in the scheduler's own units, of the latent that its last step returned; 0 at the end of the schedule."""
     sigmas, index = getattr(scheduler, "sigmas", None), getattr(scheduler, "step_index", None)
-    if sigmas is None or index is None:
-        return 0.0 if sigmas is None else float(sigmas[-1])
-    return float(sigmas[min(int(index), len(sigmas) - 1)])
+    if sigmas is None:
+        return 0.0
+    sigma = float(sigmas[-1 if index is None else min(int(index), len(sigmas) - 1)])
+    return 1 - sigma if getattr(scheduler, "config", {}).get("invert_sigmas") else sigma  # OmniGen's tell the image
 
 
 def latent_sigma(scheduler: Any, space: LatentSpace, sigma: float) -> float:
