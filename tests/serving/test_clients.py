@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from serving_kit import LIMITS, NGINX, Proxy, Served, image_bytes, latent_bytes, running, small_decoder
@@ -69,19 +70,53 @@ def test_openais_client_chooses_a_size_and_a_model(openai_client: Any) -> None:
     assert (image.format, image.size, metadata["downsampled_from"]) == ("JPEG", (32, 32), [64, 64])
 
 
+def with_alpha(mode: str = "RGBA") -> bytes:
+    buffer = io.BytesIO()
+    image = Image.linear_gradient("L").resize((24, 16)).convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize((24, 16)))
+    image.convert(mode).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore:JPEG has no transparency")
+def test_openais_client_keeps_transparency_or_puts_it_on_white(openai_client: Any) -> None:
+    def edit(data: bytes = with_alpha(), **more: Any) -> Image.Image:
+        response = openai_client.images.edit(model="tiny", image=data, prompt="", stream=False, **more)
+        return opened(response)[0]
+
+    more: dict[str, Any]
+    for more in ({}, {"background": "transparent"}, {"output_format": "webp", "output_compression": 100, "n": 3}):
+        image = edit(**more)
+        assert (image.mode, image.size) == ("RGBA", (96, 64))
+        low, high = np.ptp(np.asarray(image)[..., 3], axis=1).max(), np.ptp(np.asarray(image)[..., 3])
+        assert (low <= 2, high > 230) == (True, True)  # a gradient from top to bottom
+    assert edit(with_alpha("LA")).mode == "LA"
+    for more in ({"background": "opaque"}, {"output_format": "jpeg", "output_compression": 60, "quality": "low"}):
+        image = edit(**more)
+        assert (image.mode, int(np.asarray(image)[0].min()) > 240) == ("RGB", True)
+    half = edit(background="opaque", size="48x32", quality="auto")
+    assert (half.mode, half.size) == ("RGB", (48, 32))
+
+
 def test_openais_client_is_refused_in_one_sentence(openai_client: Any) -> None:
     import openai
 
     picture = image_bytes(16, 16)
-    for wrong, expected in [
-        ({"mask": picture}, "the only edit is enlarging the whole image"),
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"mask": with_alpha()}, "the only edit is enlarging the whole image"),
+        ({"background": "transparent"}, "the image has no transparent parts; nothing is cut out. Leave it out."),
+        ({"background": "transparent", "image": with_alpha(), "output_format": "jpeg"}, "jpeg holds no transparency"),
+        ({"stream": True}, "stream: Input should be False (Events are at /v1/upscale?stream=true"),
+        ({"n": 5}, "n: Input should be less than or equal to 4 (Number of images"),
+        ({"output_compression": 101}, "less than or equal to 100 (Quality of WebP and JPEG"),
         ({"image": [picture, picture]}, "holds 2 images; send one at a time"),
         ({"size": "1024x1024"}, "size is 1024x1024, and small makes 64x64 of this"),
         ({"model": "nothing"}, "There is no model 'nothing' here; there are small, tiny."),
-    ]:
+    ]
+    for wrong, expected in refused:
         with pytest.raises(openai.BadRequestError) as caught:
-            openai_client.images.edit(**{"image": picture, "prompt": "a cat"} | wrong)  # type: ignore[arg-type]
-        assert expected in caught.value.body["message"]
+            openai_client.images.edit(**{"image": picture, "prompt": "a cat"} | wrong)
+        assert expected in caught.value.message
     with pytest.raises(openai.InternalServerError, match="--pipeline"):
         openai_client.images.generate(prompt="a cat", model="dall-e-3", size="1024x1024", style="vivid", quality="hd")
     with pytest.raises(openai.NotFoundError, match="there are small, tiny"):

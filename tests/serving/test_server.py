@@ -214,8 +214,9 @@ def test_openai_edits_enlarge(server: Served) -> None:
         ({"image": image_bytes(), "response_format": "url"}, "response_format: Input should be 'b64_json'"),
         ({"image": image_bytes(), "mask": image_bytes()}, "the only edit is enlarging the whole image"),
         ({"image": image_bytes(), "image[]": image_bytes()}, "holds 2 images; send one at a time"),
-        ({"image": image_bytes(), "stream": "true"}, "stream: Input should be False"),
-        ({"image": image_bytes(), "background": "transparent"}, "background: Input should be 'auto' or 'opaque'"),
+        ({"image": image_bytes(), "background": "transparent"}, "the image has no transparent parts"),
+        ({"image": image_bytes(), "background": "green"}, "'auto', 'opaque' or 'transparent' (auto keeps the transp"),
+        ({"image": image_bytes(), "stream": "true"}, "stream: Input should be False (Events are at /v1/upscale?str"),
     ],
 )
 def test_openai_edits_refuse_wrong_fields(server: Served, fields: dict[str, Any], expected: str) -> None:
@@ -252,7 +253,7 @@ def test_the_openapi_document_lists_every_endpoint(server: Served) -> None:
         "/v1/models", "/v1/models/{name}", "/v1/jobs/{name}", "/v1/images/generations", "/v1/images/edits", "/health",
         "/metrics",
     }  # fmt: skip
-    assert server.get("/nothing").status == 404
+    assert (server.get("/nothing").status, "no /nothing here" in server.get("/nothing").message) == (404, True)
 
 
 def test_parameters_are_the_decode_options_that_http_offers(server: Served) -> None:

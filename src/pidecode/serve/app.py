@@ -301,7 +301,7 @@ def _add_openai(app: FastAPI, service: DecodeService, reader: BodyReader, inspec
         prompt = {"prompt": form.prompt} if decoder.reads_text and form.prompt else {}
         size = {} if form.size == "auto" else dict(zip(("width", "height"), parse_size(form.size), strict=True))
         jobs = [params.model_copy(update=prompt | size) for params in form.jobs(UpscaleParams, name, decoder.kind)]
-        results = [await result_of(request, service.upscale(image, params)) for params in jobs]
+        results = [await result_of(request, service.upscale(image, params, form.background)) for params in jobs]
         return openai.images_response(results, form.output_format, form.n)
 
 
@@ -419,7 +419,7 @@ def _validated(model: type[openai.RequestT], data: bytes | dict[str, str]) -> op
     except JSONError as error:
         raise HTTPException(400, f"The body is not JSON that is accepted: {error}.") from None
     except ValidationError as error:
-        raise HTTPException(400, validation_message(error.errors())) from None
+        raise HTTPException(400, validation_message(error.errors(), model=model)) from None
 
 
 def _prompt(body: bytes) -> str:

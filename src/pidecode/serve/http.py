@@ -10,6 +10,7 @@ import math
 import socket
 import threading
 from collections.abc import Callable, Collection, Sequence
+from http import HTTPStatus
 from http.cookies import CookieError, SimpleCookie
 from types import FrameType
 from typing import Any
@@ -20,6 +21,7 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -292,10 +294,15 @@ def response_for(error: Exception) -> JSONResponse:
     return error_response(500, "internal", "Internal error of pidecode or its dependencies; see the server's log.")
 
 
-def validation_message(errors: Sequence[Any], skip: int = 0) -> str:
-    """Pydantic's errors as a sentence; `skip` leaves out first parts of their places."""
-    found = [f"{'.'.join(map(str, error['loc'][skip:])) or 'body'}: {error['msg']}" for error in errors]
-    return "; ".join(found[:8]) + "."
+def validation_message(errors: Sequence[Any], skip: int = 0, model: type[BaseModel] | None = None) -> str:
+    """Pydantic's errors as sentences; `skip` leaves out first parts of their places, `model` describes its fields."""
+    found = []
+    for error in errors[:8]:
+        place = error["loc"][skip:]
+        field = model.model_fields.get(str(place[0])) if model is not None and place else None
+        about = f" ({field.description.rstrip('.')})" if field is not None and field.description else ""
+        found.append(f"{'.'.join(map(str, place)) or 'body'}: {error['msg']}{about}")
+    return "; ".join(found) + "."
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -304,9 +311,12 @@ def add_error_handlers(app: FastAPI) -> None:
     async def exception(_request: Request, error: Exception) -> JSONResponse:
         return response_for(error)
 
-    async def http_exception(_request: Request, error: Exception) -> JSONResponse:
+    async def http_exception(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        response = error_response(error.status_code, f"http_{error.status_code}", str(error.detail))
+        detail = str(error.detail)
+        if detail == HTTPStatus.NOT_FOUND.phrase:  # of a path, by Starlette
+            detail = f"There is no {request.url.path[:80]} here; /openapi.json lists the paths."
+        response = error_response(error.status_code, f"http_{error.status_code}", detail)
         response.headers.update(error.headers or {})
         return response
 

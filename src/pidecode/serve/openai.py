@@ -17,6 +17,8 @@ from pidecode.serve.service import Result
 
 MAX_IMAGES = 4
 
+Background = Literal["auto", "opaque", "transparent"]
+
 ParamsT = TypeVar("ParamsT", bound=ResultParams)
 
 RequestT = TypeVar("RequestT", bound="OpenAIRequest")
@@ -46,9 +48,9 @@ class OpenAIRequest(BaseModel):
     output_compression: Annotated[
         int | None, Field(ge=0, le=100, description="Quality of WebP and JPEG; no effect on PNG.")
     ] = None
-    background: Annotated[
-        Literal["auto", "opaque"], Field(description="Accepted and ignored; nothing is made transparent.")
-    ] = "auto"
+    background: Annotated[Background, Field(description=(
+        "auto keeps the transparency of the image, opaque puts it on white, transparent demands it."
+    ))] = "auto"  # fmt: skip
     stream: Annotated[
         Literal[False] | None, Field(description="Events are at /v1/upscale?stream=true and /v1/decode?stream=true.")
     ] = None
@@ -94,6 +96,9 @@ class ImageGenerationRequest(OpenAIRequest):
     """Body of /v1/images/generations."""
 
     prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_LENGTH)]
+    background: Annotated[Literal["auto", "opaque"], Field(description="No effect; nothing is made transparent.")] = (
+        "auto"
+    )
     size: Annotated[
         str, Field(pattern=_SIZE, description="WIDTHxHEIGHT of the result in pixels; auto is 2048x2048.")
     ] = "auto"

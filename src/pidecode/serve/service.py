@@ -22,6 +22,7 @@ from pidecode.errors import FileError, LatentError, MissingDependencyError, Sett
 from pidecode.images import (
     KEYWORD,
     DecodeOutput,
+    SourceImage,
     check_format,
     encode_image,
     image_size,
@@ -118,6 +119,15 @@ class TextToLatent(Protocol):
         """Generate one latent for a result of that size; called back with steps done and in total, which may raise."""
 
 
+def _on_background(image: SourceImage, background: str, format: str) -> SourceImage:
+    if background == "transparent" and (image.alpha is None or format not in ("png", "webp")):
+        what = f"{format} holds no transparency" if image.alpha is not None else "the image has no transparent parts"
+        raise SettingError(f"background is transparent, and {what}; nothing is cut out. Leave it out.")
+    if background != "opaque" or image.alpha is None:
+        return image
+    return replace(image, tensor=image.on_white(), alpha=None)
+
+
 class DecodeService:
     """Decoders on one device behind one queue.
 
@@ -211,15 +221,15 @@ class DecodeService:
 
         return self._submit(params, run)
 
-    def upscale(self, data: bytes, params: UpscaleParams) -> DecodeJob:
-        """Queue the enlargement of an image file; errors as of `decode`."""
+    def upscale(self, data: bytes, params: UpscaleParams, background: str = "auto") -> DecodeJob:
+        """Queue the enlargement of an image file, put on white if `background` is opaque; errors as of `decode`."""
         options = params.options()
 
         def run(job: DecodeJob) -> Result:
             decoder = self.decoder(params.model)
             size = image_size(data, max_pixels=self.limits.pixels)
             self._check_size(decoder, *decoder.upscaled_size(size))  # before anything is decompressed
-            image = read_image(data, max_pixels=self.limits.pixels)
+            image = _on_background(read_image(data, max_pixels=self.limits.pixels), background, params.format)
             height, width = image.tensor.shape[-2:]  # upright
             check_format(f".{params.format}", *decoder.upscaled_size((width, height), options))
             upscale = partial(decoder.upscale, image, options=options, **_callbacks(job, params.stream))
