@@ -17,11 +17,12 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from fastapi import Response
 from serving_kit import LIMITS, PATIENCE, HttpAnswer, Served, image_bytes, latent_bytes, running, small_decoder
 
 from pidecode.errors import BusyError, ImageError, is_out_of_memory
@@ -130,6 +131,72 @@ def test_slow_headers_take_nobodys_place(server: Served, monkeypatch: pytest.Mon
         except ConnectionResetError:
             pass
         connection.close()
+
+
+LARGE = 4_000_000  # more than the buffers of sockets hold here
+
+
+@pytest.fixture
+def slow_readers(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Served, Callable[[], socket.socket]]]:
+    """A server with a large response at /large, and a function that connects, asks for it and reads nothing."""
+    monkeypatch.setattr(serve_http, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(serve_http, "READ_SECONDS", 0.4)
+    service = DecodeService({"small": small_decoder()}, limits=LIMITS)
+    app = create_app(service)
+    app.add_api_route("/large", lambda: Response(bytes(LARGE)))
+    opened = []
+    with running(app, service) as served:
+
+        def ask() -> socket.socket:
+            opened.append(connection := socket.socket())
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**18)
+            connection.settimeout(PATIENCE)
+            connection.connect(("127.0.0.1", served.port))
+            connection.sendall(b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            return connection
+
+        yield served, ask
+        for connection in opened:
+            connection.close()
+
+
+def read_all(connection: socket.socket, pause: float = 0.0) -> int:
+    """Read until the server closes the connection, a piece at a time; the number of bytes."""
+    total = 0
+    try:
+        while part := connection.recv(2**18, socket.MSG_WAITALL):
+            total += len(part)
+            time.sleep(pause)
+    except ConnectionResetError:
+        pass
+    return total
+
+
+def test_who_reads_slowly_gets_all_and_who_reads_nothing_is_given_up(
+    slow_readers: tuple[Served, Callable[[], socket.socket]],
+) -> None:
+    served, ask = slow_readers
+    idle, steady = [ask() for _ in range(5)], ask()
+    began = time.monotonic()
+    assert read_all(steady, pause=0.1) > LARGE  # with headers
+    assert time.monotonic() - began > 2 * serve_http.READ_SECONDS
+    assert all(read_all(connection) < LARGE for connection in idle)
+    assert served.get("/health").status == 200
+
+
+def test_what_is_not_read_shares_a_bounded_memory(
+    slow_readers: tuple[Served, Callable[[], socket.socket]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, ask = slow_readers
+    monkeypatch.setattr(serve_http, "READ_SECONDS", PATIENCE)
+    monkeypatch.setattr(serve_http, "MAX_UNSENT", 2 * LARGE)
+    oldest = ask()
+    time.sleep(0.2)
+    others = [ask() for _ in range(2)]
+    assert read_all(oldest) < LARGE
+    for connection in others:
+        connection.shutdown(socket.SHUT_WR)
+        assert read_all(connection) > LARGE
 
 
 def test_too_many_requests_at_once_are_told_when_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:

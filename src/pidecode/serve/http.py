@@ -51,7 +51,11 @@ HEADER_SECONDS = 10.0
 """Time from a connection's opening, or from the end of its last response, to the end of the next request's headers."""
 MAX_CONNECTIONS = 512  # connections held at once; beyond, the one that has sent no whole request for longest is closed
 MAX_READERS, BODIES_HELD = 64, 4  # bodies read at once, and memory for unfinished ones in longest bodies
-MIN_RATE, RATE_GRACE_SECONDS = 4096, 5.0  # bytes a second at which a body must arrive on average, after so many seconds
+MIN_RATE, RATE_GRACE_SECONDS = 4096, 5.0
+"""Bytes a second at which a body must arrive on average, after so many seconds, and a response be read."""
+READ_SECONDS, UNREAD_BYTES = 30.0, 65536
+"""Time over which that rate of reading is taken, and bytes that the kernel may hold of what has not left it."""
+MAX_UNSENT = 512 * 2**20  # bytes of responses that clients have not read; beyond, the oldest such response is given up
 SMALLEST_PIECE, PIECES_FREE = 64, 4096
 """Bytes that the pieces of a chunked body must have on average, beyond the first pieces."""
 
@@ -430,19 +434,23 @@ class _Connection(h11.Connection):
 
 
 class BoundedProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1 with a deadline for headers and a limit on connections that send no whole request."""
+    """uvicorn's HTTP/1.1 with a deadline for headers, a rate for reading responses, and limits on what they hold."""
 
     def __init__(self, config: uvicorn.Config, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.conn = _Connection(h11.SERVER, config.h11_max_incomplete_event_size or 16384)
-        self.header_timer: asyncio.TimerHandle | None = None
+        self.timer: asyncio.TimerHandle | None = None
+        self.unsent, self.paused_since = 0, 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the deadline, and make room if there are too many connections."""
         super().connection_made(transport)
-        self._await_headers()
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # else megabytes may leave the buffer here at once, after long pauses
+            option = (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT)
+            transport.get_extra_info("socket").setsockopt(*option, UNREAD_BYTES)
+        self._start_timer()
         if len(self.connections) > MAX_CONNECTIONS:
-            timers = {other: getattr(other, "header_timer", None) for other in self.connections}
+            timers = {other: getattr(other, "timer", None) for other in self.connections}
             waiting = {other: timer.when() for other, timer in timers.items() if timer is not None}
             min(waiting, key=lambda other: waiting[other]).transport.abort()
 
@@ -452,15 +460,32 @@ class BoundedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def handle_events(self) -> None:
-        """Stop the deadline once a request is there."""
+        """Stop the deadline once a request is there, unless the last response is still being read."""
         before = self.cycle
         super().handle_events()
-        if self.cycle is not before and not self.cycle.response_complete:
+        if self.cycle is not before and not self.cycle.response_complete and not self.flow.write_paused:
+            self._stop_timer()
+
+    def pause_writing(self) -> None:
+        """Start the deadline for reading what was sent, and make room if too much waits to be read."""
+        super().pause_writing()
+        self.paused_since = self.loop.time()
+        if self.timer is None:
+            self._start_timer()
+        unread = {other: _unsent(other) for other in self.connections if getattr(other, "paused_since", 0.0)}
+        if sum(unread.values()) > MAX_UNSENT:
+            min(unread, key=lambda other: other.paused_since).transport.abort()
+
+    def resume_writing(self) -> None:
+        """Stop the deadline, unless it is that of the next request."""
+        super().resume_writing()
+        self.paused_since = 0.0
+        if self.cycle is not None and not self.cycle.response_complete:
             self._stop_timer()
 
     def on_response_complete(self) -> None:
         """Start the deadline for the next request; until then the rest of this one's body is read and dropped."""
-        self._await_headers()
+        self._start_timer()
         super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
@@ -476,14 +501,26 @@ class BoundedProtocol(H11Protocol):
             self.cycle.message_event.set()
         self.transport.close()
 
-    def _await_headers(self) -> None:
+    def _start_timer(self) -> None:
         self._stop_timer()
-        self.header_timer = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
+        self.unsent = _unsent(self)
+        self.timer = self.loop.call_later(READ_SECONDS if self.unsent else HEADER_SECONDS, self._time_up)
+
+    def _time_up(self) -> None:
+        """Close the connection, unless the client still reads its last response at MIN_RATE."""
+        if self.unsent - _unsent(self) >= max(1, min(self.unsent, READ_SECONDS * MIN_RATE)):
+            self._start_timer()
+        else:
+            self.transport.abort()
 
     def _stop_timer(self) -> None:
-        if self.header_timer is not None:
-            self.header_timer.cancel()
-            self.header_timer = None
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
+
+def _unsent(connection: Any) -> int:
+    return int(connection.transport.get_write_buffer_size())
 
 
 class StoppableServer(uvicorn.Server):
