@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every test lives with: two threads, no network but this machine's own loopback, hubs offline."""
+"""What every test lives with: two threads, no network but this machine's own addresses, hubs offline."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def root() -> Path:
     return ROOT
 
 
-def _is_loopback(address: Any) -> bool:
-    if not isinstance(address, tuple):  # a Unix socket's path
-        return True
-    host = str(address[0])
-    if host in ("localhost", ""):
+def _stays_here(address: Any) -> bool:
+    if not isinstance(address, tuple) or address[0] in ("localhost", ""):  # or a Unix socket's path
         return True
     try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
+        host = ipaddress.ip_address(str(address[0]))
+        with socket.socket(socket.AF_INET6 if host.version == 6 else socket.AF_INET) as probe:
+            probe.bind((str(host), 0))  # only addresses of this machine can be bound to
+    except (ValueError, OSError):
         return False
+    return True
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def _closed_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
             real = getattr(socket.socket, name)
 
             def guarded(self: socket.socket, address: Any, real: Any = real) -> Any:
-                if not _is_loopback(address):
+                if not _stays_here(address):
                     raise AssertionError(f"A test tried to reach {address}; mark it `network` if it must.")
                 return real(self, address)
 

@@ -10,6 +10,8 @@ import threading
 import time
 import warnings
 from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,8 +27,9 @@ from pidecode.files import PART
 MAX_ATTEMPTS = 3  # workers that may die over one job before it counts as failed
 START_WARNING_AFTER = 60.0  # seconds without a single worker before a warning says so
 
-HEAD_CHECK, HEAD_TIMEOUT = 5.0, 30.0
-"""Seconds between looks at the cluster's head, and without it until the batch ends, before Ray ends the process."""
+HEAD_CHECK, HEAD_TIMEOUT, LEAVE_TIMEOUT = 2.0, 30.0, 10.0
+"""Seconds between looks at the cluster's head, without it until the batch ends, and to leave a cluster without it. Ray
+ends the process after 60 seconds without its head; what is to be said must be said before."""
 
 _START_ATTEMPTS = 3  # attempts to start a private cluster
 _OBJECT_STORE_BYTES = 100 * 2**20  # only paths and results travel
@@ -109,7 +112,7 @@ def _leave(ray: Any, *, lost: bool) -> None:
     """Disconnect; from a cluster that was lost in the background, as Ray may wait for its answer."""
     leaving = threading.Thread(target=ray.shutdown, name="ray-shutdown", daemon=True)
     leaving.start()
-    leaving.join(HEAD_TIMEOUT if lost else None)
+    leaving.join(LEAVE_TIMEOUT if lost else None)
 
 
 def _with_absolute_paths(batch: Batch) -> Batch:
@@ -196,6 +199,40 @@ def _resources(ray: Any, batch: Batch, jobs: int) -> Resources:
     return Resources(workers=min(workers, jobs), cpus=each, gpus=1 if gpus else 0)
 
 
+class _Head:
+    """The head of the cluster as this process sees it."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.checked = self.answered = time.monotonic()
+
+    def check(self) -> None:
+        """Raise ConnectionError if nothing has answered there for HEAD_TIMEOUT; looks every HEAD_CHECK."""
+        if time.monotonic() - self.checked < HEAD_CHECK:
+            return
+        there, self.checked = _refusal(self.address) is None, time.monotonic()
+        if there:
+            self.answered = self.checked
+        elif self.checked - self.answered > HEAD_TIMEOUT:
+            raise ConnectionError(f"nothing answers at {self.address}")
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Call a function of Ray that waits for the head, without end if there is none; raises as `check` does."""
+        result: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                function()
+                result.set_result(None)
+            except BaseException as error:
+                result.set_exception(error)
+
+        threading.Thread(target=run, name="ray-call", daemon=True).start()
+        while not wait([result], timeout=HEAD_CHECK).done:
+            self.check()
+        result.result()
+
+
 @dataclass(slots=True, kw_only=True)
 class _WorkerPool:
     """The workers of one batch, the job of each, and the queue."""
@@ -209,30 +246,28 @@ class _WorkerPool:
     # Worker deaths by the name of the job they worked on, "" while they loaded.
     deaths: Counter[str] = field(default_factory=Counter)
     token: Path = field(init=False)  # file that shows a worker whether it sees the output folder
+    head: _Head = field(init=False)
 
     def run(self) -> None:
         """Work until the queue is empty and every job has its result; workers that still load then are stopped."""
         self.token = (self.progress.batch.out / f".shared.{secrets.token_hex(4)}{PART}").resolve()
         self.token.touch()
+        self.head = _Head(self.ray.get_runtime_context().gcs_address)
         try:
             for _ in range(self.resources.workers):
                 self._start_worker()
             self.progress.workers = self.resources.workers
-            head, seen, warn_at = self.ray.get_runtime_context().gcs_address, time.monotonic(), START_WARNING_AFTER
-            began = seen
+            began, warn_at = time.monotonic(), START_WARNING_AFTER
             while self.queue or any(job is not None for _, job in self.busy.values()):
                 ready, _ = self.ray.wait(list(self.busy), num_returns=1, timeout=HEAD_CHECK)
-                now = time.monotonic()
-                if not ready and now - began > warn_at and all(job is None for _, job in self.busy.values()):
+                loading = not ready and all(job is None for _, job in self.busy.values())
+                if loading and time.monotonic() - began > warn_at:
                     message = (
                         f"No worker could start within {warn_at:.0f} seconds; the cluster may be busy. Still waiting."
                     )
                     warnings.warn(message, stacklevel=2)
                     warn_at += START_WARNING_AFTER
-                if ready or _refusal(head) is None:
-                    seen = now
-                elif now - seen > HEAD_TIMEOUT:
-                    raise ConnectionError(f"nothing answers at {head}")
+                self.head.check()
                 for future in ready:
                     self._handle(future)
         finally:
@@ -243,8 +278,12 @@ class _WorkerPool:
 
     def _start_worker(self) -> None:
         options = {"num_cpus": self.resources.cpus, "num_gpus": self.resources.gpus, "max_restarts": 0}
-        worker = self.ray.remote(**options)(RayWorker).remote(self.progress.batch.config)
-        self.busy[worker.load.remote(str(self.token))] = (worker, None)
+
+        def start() -> None:
+            worker = self.ray.remote(**options)(RayWorker).remote(self.progress.batch.config)
+            self.busy[worker.load.remote(str(self.token))] = (worker, None)
+
+        self.head.call(start)
 
     def _handle(self, future: Any) -> None:
         """Record the result of a worker and give it the next job; or replace it if it died."""

@@ -472,9 +472,9 @@ class BoundedProtocol(H11Protocol):
         self.paused_since = self.loop.time()
         if self.timer is None:
             self._start_timer()
-        unread = {other: _unsent(other) for other in self.connections if getattr(other, "paused_since", 0.0)}
-        if sum(unread.values()) > MAX_UNSENT:
-            min(unread, key=lambda other: other.paused_since).transport.abort()
+        paused = [other for other in self.connections if isinstance(other, BoundedProtocol) and other.paused_since]
+        if sum(map(_unsent, paused)) > MAX_UNSENT:
+            min(paused, key=lambda other: other.paused_since).transport.abort()
 
     def resume_writing(self) -> None:
         """Stop the deadline, unless it is that of the next request."""
@@ -519,7 +519,7 @@ class BoundedProtocol(H11Protocol):
             self.timer = None
 
 
-def _unsent(connection: Any) -> int:
+def _unsent(connection: BoundedProtocol) -> int:
     return int(connection.transport.get_write_buffer_size())
 
 
