@@ -173,7 +173,7 @@ def test_pixeldit_makes_images_of_prompts_alone(official: Path, tmp_path: Path) 
     assert again.exit_code == 0, again.output
     assert file.read_bytes() == before
     for more, said in (
-        (["--color-fix", "fine"], "color_fix cannot act on PixelDiT"),
+        (["--color-fix", "fine"], "--color-fix cannot act on PixelDiT"),
         (["--stop-after", "1"], "has no pipeline, latents or VAE"),
         (["--num-steps", "3"], "by --num-inference-steps"),
         (["--seed", "3", "--size", "60x32", "-o", str(tmp_path / "other")], "nearest size that does is 64x32"),

@@ -372,7 +372,7 @@ def test_sides_a_format_cannot_hold(tmp_path: Path) -> None:
 def test_existing_files_stay(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(b"mine")
-    with pytest.raises(FileError, match="--overwrite"):
+    with pytest.raises(FileError, match="overwrite=True"):
         save_image(path, torch.zeros(1, 3, 8, 8))
     assert path.read_bytes() == b"mine"
     save_image(path, torch.zeros(1, 3, 8, 8), overwrite=True)
