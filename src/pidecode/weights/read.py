@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pidecode.errors import CheckpointError
-from pidecode.weights.safetensors import check_file, looks_like_safetensors, read_safetensors, read_start
+from pidecode.weights.safetensors import check_file, foreign_kind, looks_like_safetensors, read_safetensors, read_start
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # formats a network's weights may be stored in
 
@@ -115,7 +115,9 @@ def read_tensors(path: str | Path, *, eight_bits: bool = False) -> WeightFile:
     path = Path(path)
     check_file(path)
     start = read_start(path)
-    _refuse_known_strangers(path, start)
+    known = looks_like_safetensors(start) or start.startswith((_ZIP, b"\x80"))
+    if not known and (what := foreign_kind(start)):
+        raise CheckpointError(f"{path} is {what}.")
     if looks_like_safetensors(start) or (path.suffix == ".safetensors" and not start.startswith(_ZIP)):
         header, tensors = read_safetensors(path)
         if small := sorted(
@@ -126,17 +128,9 @@ def read_tensors(path: str | Path, *, eight_bits: bool = False) -> WeightFile:
         if not tensors:
             raise CheckpointError(f"{path} holds no tensors; weights were expected.")
         return WeightFile(path, tensors, header.metadata, "safetensors")
+    if not known:
+        raise CheckpointError(f"{path} is neither .safetensors nor written by torch.save; fetch the file again.")
     return WeightFile(path, only_tensors(path, load_pickle(path, path)), {}, "pickle")
-
-
-def _refuse_known_strangers(path: Path, start: bytes) -> None:
-    for marks, what in (
-        ((b"gguf",), "a GGUF file (quantized); take the bfloat16 .safetensors or the official .pth"),
-        ((b"version https://git-lfs",), "only a Git LFS pointer; get the file by `git lfs pull` or `hf download`"),
-        ((b"<!doctype html", b"<html"), "a web page, not weights; download the file itself, as with `hf download`"),
-    ):
-        if start.lstrip()[:30].lower().startswith(marks):
-            raise CheckpointError(f"{path} is {what}.")
 
 
 def load_pickle(source: Path | bytes, name: object) -> Any:

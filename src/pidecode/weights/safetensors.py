@@ -99,6 +99,29 @@ def looks_like_safetensors(start: bytes) -> bool:
     return len(start) >= 9 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _FORMAT_HEADER_BYTES
 
 
+_PAGE = "a web page, not tensors; download the file itself, as with `hf download`"
+_KNOWN_STARTS = (
+    ((b"gguf",), "a GGUF file (quantized); take the bfloat16 .safetensors or the official .pth"),
+    ((b"version https://git-lfs",), "only a Git LFS pointer; get the file by `git lfs pull` or `hf download`"),
+    ((b"<!doctype html", b"<html"), _PAGE),
+    ((b"\x89png", b"\xff\xd8\xff", b"gif8", b"riff"), "an image, not tensors; name the file with the tensors"),
+    ((b"\x1f\x8b", b"7z\xbc\xaf", b"rar!", b"\xfd7zxz", b"\x28\xb5\x2f\xfd", b"bzh"),
+     "an archive; unpack it, and name the file in it"),
+    ((b"\x93numpy",), "a NumPy array; weights are read from .safetensors and .pth, latents from .npy too"),
+    ((b"\x89hdf",), "an HDF5 file; take the .safetensors or the official .pth"),
+)  # fmt: skip
+
+
+def foreign_kind(start: bytes) -> str | None:
+    """What a file is that holds no tensors, by its first bytes (512 or the whole), and the fix; None if unknown."""
+    for marks, what in _KNOWN_STARTS:
+        if start.lstrip()[:30].lower().startswith(marks):
+            return what
+    text = start.decode("utf-16" if start.startswith((b"\xff\xfe", b"\xfe\xff")) else "latin-1", "replace")
+    controls = any(char < " " and char not in "\t\n\f\r" for char in text)
+    return None if controls or len(start) < 2 else "a text, not tensors; name the file with the tensors"
+
+
 def read_header(
     source: str | os.PathLike[str] | bytes, *, name: object = None, max_header_bytes: int = MAX_HEADER_BYTES
 ) -> Header:
@@ -119,6 +142,8 @@ def read_header(
         size, start, name = check_file(source), read_start(source, 8), name or source
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length < 2 or (length > size and length > _FORMAT_HEADER_BYTES):
+        if what := foreign_kind(source[:512] if isinstance(source, bytes) else read_start(source)):
+            raise CheckpointError(f"{name} is {what}.")
         raise CheckpointError(f"{name} is not a .safetensors file, or is cut off: it has no valid header length.")
     if 8 + length > size:
         raise CheckpointError(
