@@ -39,7 +39,9 @@ NODES: dict[str, tuple[str, str]] = {
     "PidecodeDecode": (
         "decoder:PIDECODE_DECODER samples:LATENT latent_sigma:FLOAT model vae conditioning", "IMAGE",
     ),
-    "PidecodeEarlyStop": ("sigmas model", "sigmas latent_sigma:FLOAT"),
+    "PidecodeEarlyStop": (
+        "sigmas model decoder:PIDECODE_DECODER samples:LATENT", "sigmas latent_sigma:FLOAT",
+    ),
     "PidecodeLoadDecoder": ("", "decoder:PIDECODE_DECODER model"),
     "PidecodeUpscale": ("decoder:PIDECODE_DECODER image vae mask conditioning", "IMAGE MASK"),
     "RandomNoise": ("", "NOISE"),
@@ -182,7 +184,9 @@ def early_stop(
         space.partition("/")[0], "EmptySD3LatentImage"
     )
     latent = flow.add(2, empty, [*size, 1])
-    stop = flow.add(3, "PidecodeEarlyStop", [-1], sigmas=(sigmas, 0), model=model)
+    stop = flow.add(
+        3, "PidecodeEarlyStop", [-1], sigmas=(sigmas, 0), model=model, decoder=(decoder, 0), samples=(latent, 0)
+    )  # fmt: skip
     sampled = flow.add(
         3, "SamplerCustomAdvanced", noise=(noise, 0), guider=(guider, 0), sampler=(chosen, 0), sigmas=(stop, 0),
         latent_image=(latent, 0),

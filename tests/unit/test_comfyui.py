@@ -36,7 +36,7 @@ from comfyui_kit import (
 )
 from pidecode import DecodeOptions, PixelDecoder
 from pidecode.encoders.text import TextEncoder
-from pidecode.errors import CheckpointError, LatentError, SettingError
+from pidecode.errors import CheckpointError, DoesNotFitError, LatentError, SettingError
 from pidecode.integrations import comfyui_latents
 from pidecode.latents.latent import Latent
 from pidecode.options import option_infos
@@ -135,6 +135,30 @@ def test_early_stop_cuts_where_it_is_recommended_or_told(comfy: SimpleNamespace)
         comfy.nodes.EarlyStopNode.execute(sigmas, model, 28)
     with pytest.raises(SettingError, match="no sigmas to cut"):
         comfy.nodes.EarlyStopNode.execute(torch.zeros(1), model)
+
+
+@needs_double
+def test_early_stop_checks_before_sampling_what_it_is_told(
+    comfy: SimpleNamespace, decoder: PixelDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the decoder and the empty latent connected: its space, noise and memory, before the diffusion."""
+    execute, sigmas = comfy.nodes.EarlyStopNode.execute, torch.linspace(1, 0, 21)
+    model, loaded = model_of(comfy, "flux2"), comfy.nodes.manage(decoder)
+    empty = {"samples": torch.zeros(1, 4, 128, 128), "downscale_ratio_spatial": 8}  # core's for all models
+    assert execute(sigmas, model, 5, loaded, empty).result[1] == pytest.approx(0.25)
+    with pytest.raises(SettingError, match="The decoder is for space flux2, and the connected MODEL works in flux"):
+        execute(sigmas, model_of(comfy, "flux"), 5, loaded)
+    with pytest.raises(SettingError, match="connect the decoder, or disconnect"):
+        execute(sigmas, model, 5, None, empty)
+    tiny = comfy.nodes.manage(PixelDecoder.from_pretrained("tiny", device="cpu", dtype=torch.float32))
+    with pytest.raises(SettingError, match="noise level is 0.25; PiD was trained up to 0.2. Set steps_left to 4"):
+        execute(sigmas, model, 5, tiny, empty)
+    monkeypatch.setattr(comfy.management, "total_memory", 64 << 20)
+    with pytest.raises(DoesNotFitError, match="A result of 4096x4096 pixels needs about .* Make a smaller image"):
+        execute(sigmas, model, 5, loaded, empty)
+    with pytest.raises(DoesNotFitError, match="A result of 4096x4096"):
+        execute(sigmas, model, 2, tiny, empty)
+    assert execute(sigmas, model, 5, loaded).result[1] == pytest.approx(0.25)
 
 
 def test_decoding_gives_images_and_previews(comfy: SimpleNamespace, decoder: PixelDecoder) -> None:
@@ -525,10 +549,10 @@ def test_the_committed_workflows_are_those_that_the_script_makes(
 
 def test_less_memory_gives_the_same_image_or_windows(comfy: SimpleNamespace, decoder: PixelDecoder) -> None:
     loaded, samples, images = comfy.nodes.manage(decoder), {"samples": latent_of("flux2")[:1, :, :1, :3]}, {}
-    comfy.nodes.WINDOW, kept = 64, comfy.nodes.WINDOW
+    comfyui_latents.WINDOW, kept = 64, comfyui_latents.WINDOW
     for memory in ("default", "low", "windows"):
         images[memory] = comfy.nodes.DecodeNode.execute(loaded, samples, seed=0, num_steps=1, memory=memory).result[0]
-    comfy.nodes.WINDOW = kept
+    comfyui_latents.WINDOW = kept
     assert torch.allclose(images["default"], images["low"], atol=1e-5)
     assert not torch.allclose(images["default"], images["windows"], atol=1e-3)
     assert decoder.runner.plan is None

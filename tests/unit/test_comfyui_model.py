@@ -77,10 +77,11 @@ def test_comfyuis_own_pid_computes_what_ours_does(comfy: SimpleNamespace, predic
     z, states = latent_of("flux2")[:1], torch.randn(1, config.text_length, config.text_dim)
     noisy = torch.randn(1, 3, 256, 384)
     with torch.inference_mode():
-        for t, sigma in ((999.0, 0.0), (342.0, 0.3)):
-            ours = own.net(noisy, torch.tensor([t]), states, z, sigma)
+        for t, sigma, side in ((999.0, 0.0, None), (342.0, 0.3, None), (999.0, 0.0, 1)):  # down to a latent of 16 px
+            small, pixels = z[:, :, :side, :side], noisy[:, :, : side and 64, : side and 64]
+            ours = own.net(pixels, torch.tensor([t]), states, small, sigma)
             core = model.model.diffusion_model(
-                noisy, torch.tensor([t]), states, lq_latent=z, degrade_sigma=torch.tensor([sigma])
+                pixels, torch.tensor([t]), states, lq_latent=small, degrade_sigma=torch.tensor([sigma])
             )
             assert float((ours - core).abs().max()) <= 1e-6
     loaded = comfy.nodes.manage(own)

@@ -30,18 +30,20 @@ from torch import Tensor
 from pidecode.decoder import PixelDecoder
 from pidecode.devices import default_dtype
 from pidecode.encoders.base import on_device
-from pidecode.engine.machine import Chunks
-from pidecode.engine.plan import TEXT_ENCODER, Plan
-from pidecode.engine.runner import Runner
+from pidecode.engine.plan import TEXT_ENCODER
 from pidecode.errors import CheckpointError, PidecodeError, SettingError
 from pidecode.images import SourceImage, resize, to_pil
 from pidecode.integrations.comfyui_latents import (
+    DEFAULT,
     ROUNDING,
     alpha_of,
+    check_space,
     core_model,
     early_stop_step,
     image_from_tensor,
+    in_less_memory,
     prompt_embeds_from_conditioning,
+    require_memory,
     resized,
     sampling_sigmas,
     target_size,
@@ -51,20 +53,16 @@ from pidecode.integrations.comfyui_latents import (
     with_latent,
 )
 from pidecode.latents.latent import Latent
-from pidecode.options import Command, DecodeOptions, OptionInfo, option_infos
+from pidecode.options import MAX_SIGMA, Command, DecodeOptions, OptionInfo, option_infos
 from pidecode.registry.checkpoints import CHECKPOINTS, DECODERS, REPOSITORY
 from pidecode.registry.spaces import SPACES
 from pidecode.sampling import Callback, Progress, Step
 
 DecoderType = io.Custom("PIDECODE_DECODER")
 
-DEFAULT = "default"  # choice of a combo that leaves an option to the decoder
 FROM_FILE = "as the file says"
 """Choice of a combo that leaves space or kind to the weights file."""
 NO_LORA = "none"
-SMALL_CHUNKS = Chunks(tokens=1024, tile_tokens=512, tile_rows=1)
-WINDOW = 1024
-"""Side in pixels of the windows that memory="windows" cuts an image into."""
 MAX_PREVIEW_SIDE = 512
 ENCODER_BYTES = 2000
 """Predicted bytes that encoding takes per pixel and byte of the number format, about as ComfyUI predicts."""
@@ -82,6 +80,7 @@ _NODE_WORDS = (
      "For a latent that holds noise already, connect latent_sigma instead."),
     ("pass its name as space=", "choose it as space on the loader"),
     ("pass reference=", "connect a VAE"),
+    ("Use a smaller input, or end other programs.", "Set memory to low or windows, or make a smaller image."),
     (("or use ready-made states: `pidecode captions export` writes them where it is, --prompt-embeds (prompt_embeds=) "
       "reads them."), "or connect a CONDITIONING from a CLIP of type pixeldit."),
 )  # fmt: skip
@@ -113,31 +112,12 @@ def manage(decoder: PixelDecoder) -> LoadedDecoder:
 
 
 @contextmanager
-def _in_less_memory(decoder: PixelDecoder, memory: str, size: tuple[int, int]) -> Iterator[None]:
-    """Decode in smaller pieces where a node's `memory` says so."""
-    runner = decoder.runner
-    if memory == DEFAULT:
-        yield
-        return
-    if not isinstance(runner, Runner):
-        raise SettingError(f"memory acts on student and teacher decoders only; set it to {DEFAULT} for {decoder.name}.")
-    kept, dtype = (runner.plan, runner.chunks), str(decoder.dtype).removeprefix("torch.")
-    window = WINDOW if memory == "windows" and max(size) > WINDOW else None
-    runner.plan = Plan(size=size, dtype=dtype, chunks=SMALL_CHUNKS, keep_tokens=False, window=window)
-    runner.chunks = SMALL_CHUNKS
-    try:
-        yield
-    finally:
-        runner.plan, runner.chunks = kept
-
-
-@contextmanager
 def _on_gpu(
     loaded: LoadedDecoder, size: tuple[int, int], encoded_pixels: int = 0, memory: str = DEFAULT
 ) -> Iterator[PixelDecoder]:
     """Load a decoder as ComfyUI loads models: others make room for the predicted memory of `size` (width, height)."""
     decoder, device = loaded.decoder, loaded.patcher.load_device
-    with _in_less_memory(decoder, memory, size):
+    with in_less_memory(decoder, memory, size):
         working = decoder.runner.plan_for(size, 1).working
         encoding = ENCODER_BYTES * encoded_pixels * decoder.dtype.itemsize
         comfy.model_management.load_models_gpu(
@@ -515,14 +495,33 @@ class EarlyStopNode(io.ComfyNode):
                     "steps_left", default=-1, min=-1, max=1000,
                     tooltip="Steps to leave out at the end; -1 for what is recommended for the model.",
                 ),
+                DecoderType.Input(
+                    "decoder", optional=True, tooltip="Checked before sampling: its space, noise and memory."
+                ),
+                io.Latent.Input(
+                    "samples", optional=True, tooltip="The latent that the sampler begins with: it tells the size."
+                ),
             ],
             outputs=[io.Sigmas.Output(display_name="sigmas"), io.Float.Output(display_name="latent_sigma")],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, sigmas: Tensor, model: Any, steps_left: int = -1) -> io.NodeOutput:
+    def execute(
+        cls, sigmas: Tensor, model: Any, steps_left: int = -1, decoder: LoadedDecoder | None = None, samples: Any = None
+    ) -> io.NodeOutput:
         """Cut the sigmas, and return the one at which sampling will end."""
-        step = early_stop_step(sigmas, model, None if steps_left < 0 else steps_left)
+        with _in_node_words():
+            most = MAX_SIGMA if decoder is None else decoder.decoder.max_sigma
+            if samples is not None and decoder is None:
+                raise SettingError(
+                    "samples tell the size to a decoder's plan; connect the decoder, or disconnect them."
+                )
+            if decoder is not None:
+                check_space(decoder.decoder.space, model)
+            step = early_stop_step(sigmas, model, None if steps_left < 0 else steps_left, most)
+            if decoder is not None and samples is not None:
+                device = decoder.patcher.load_device
+                require_memory(decoder.decoder, samples, comfy.model_management.get_total_memory(device))
         return io.NodeOutput(sigmas[: step + 1], float(sigmas[step]))
 
 

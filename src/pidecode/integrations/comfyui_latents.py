@@ -7,7 +7,8 @@ Everything is read from the objects themselves, so this module is importable wit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,7 +17,10 @@ from torch import Tensor
 
 from pidecode.decoder import PixelDecoder
 from pidecode.encoders.text import load_prompt_embeds
-from pidecode.errors import LatentError, MissingDependencyError, SettingError
+from pidecode.engine.machine import Chunks
+from pidecode.engine.plan import Plan
+from pidecode.engine.runner import Runner
+from pidecode.errors import DoesNotFitError, LatentError, MissingDependencyError, SettingError
 from pidecode.images import resize
 from pidecode.latents.latent import Latent
 from pidecode.models.pid.network import PiDNet
@@ -25,9 +29,15 @@ from pidecode.registry.checkpoints import STUDENT_TIMES
 from pidecode.registry.configs import PiDConfig
 from pidecode.registry.spaces import LatentSpace, get_space, recommended_stop
 from pidecode.sampling import DEFAULT_STEPS, TIMESCALE, shifted, student_times, teacher_times
+from pidecode.units import format_bytes
 
 ROUNDING = 1e-6
 """What a noise level may exceed its bound by: sigmas are float32."""
+
+DEFAULT = "default"  # choice of a combo that leaves an option to the decoder
+SMALL_CHUNKS = Chunks(tokens=1024, tile_tokens=512, tile_rows=1)
+WINDOW = 1024
+"""Side in pixels of the windows that memory="windows" cuts an image into."""
 
 SPACE_BY_FORMAT = {"Flux": "flux", "SD3": "sd3", "SDXL": "sdxl", "Flux2": "flux2", "Wan21": "qwenimage"}
 """Name of ComfyUI's latent format -> latent space; Wan 2.1 and Qwen-Image have VAEs with the same statistics."""
@@ -42,6 +52,16 @@ def model_space(model: Any) -> LatentSpace:
             f"decoders for {', '.join(SPACE_BY_FORMAT)}."
         )
     return get_space(SPACE_BY_FORMAT[name])
+
+
+def check_space(space: LatentSpace, model: Any) -> None:
+    """Raise SettingError for a MODEL of another latent space than a decoder's."""
+    found = model_space(model)
+    if found.name != space.name:
+        raise SettingError(
+            f"The decoder is for space {space.name}, and the connected MODEL works in {found.name}; load the decoder "
+            f"for {found.name}."
+        )
 
 
 def to_latent(samples: Mapping[str, Any], space: LatentSpace, *, model: Any = None, sigma: float = 0.0) -> Latent:
@@ -72,12 +92,7 @@ def to_latent(samples: Mapping[str, Any], space: LatentSpace, *, model: Any = No
             )
         # ComfyUI's LATENT of FLUX.2 is normalized already; all others are raw.
         return Latent(tensor, space.name) if space.name == "flux2" else Latent.from_raw(tensor, space.name)
-    found = model_space(model)
-    if found.name != space.name:
-        raise SettingError(
-            f"The decoder is for space {space.name}, and the connected MODEL works in {found.name}; load the decoder "
-            f"for {found.name}."
-        )
+    check_space(space, model)
     if space.name == "qwenimage":  # its latent format has an axis for the frames of a video
         tensor = tensor.unsqueeze(2)
     normalized = _drop_frame_axis(model.model.process_latent_in(tensor)).float()
@@ -214,16 +229,17 @@ def vae_encoder(vae: Any, decoder: PixelDecoder) -> Callable[[Tensor], Tensor]:
     return encode
 
 
-def early_stop_step(sigmas: Tensor, model: Any, steps_left: int | None = None) -> int:
+def early_stop_step(sigmas: Tensor, model: Any, steps_left: int | None = None, max_sigma: float = MAX_SIGMA) -> int:
     """The step, counted from 1, to end sampling after.
 
     Args:
         sigmas: The whole schedule.
         model: The MODEL that samples.
         steps_left: Steps to leave out; by default what PiD's authors recommend for the model, in proportion.
+        max_sigma: Highest noise level to leave.
 
     Raises:
-        SettingError: No step would be left, more noise would be left than PiD was trained on, no recommendation is
+        SettingError: No step would be left, more noise would be left than `max_sigma`, no recommendation is
             known, or PiD has no decoder for the model.
     """
     num_steps, space = len(sigmas) - 1, model_space(model)
@@ -237,13 +253,47 @@ def early_stop_step(sigmas: Tensor, model: Any, steps_left: int | None = None) -
     else:
         raise SettingError(f"steps_left is {steps_left}, and there are {num_steps} steps; leave 0 to {num_steps - 1}.")
     levels = [noise_level(model, space, float(sigma)) for sigma in sigmas]
-    if levels[stop] > MAX_SIGMA + ROUNDING:
-        earliest = next((step for step in range(stop, num_steps) if levels[step] <= MAX_SIGMA + ROUNDING), num_steps)
+    if levels[stop] > max_sigma + ROUNDING:
+        earliest = next((step for step in range(stop, num_steps) if levels[step] <= max_sigma + ROUNDING), num_steps)
         raise SettingError(
             f"After step {stop} of {num_steps} the latent's noise level is {levels[stop]:.2f}; PiD was trained up to "
-            f"{MAX_SIGMA}. Set steps_left to {num_steps - earliest} or less."
+            f"{max_sigma:g}. Set steps_left to {num_steps - earliest} or less."
         )
     return stop
+
+
+@contextmanager
+def in_less_memory(decoder: PixelDecoder, memory: str, size: tuple[int, int]) -> Iterator[None]:
+    """Decode in smaller pieces where a node's `memory` says so."""
+    runner = decoder.runner
+    if memory == DEFAULT:
+        yield
+        return
+    if not isinstance(runner, Runner):
+        raise SettingError(f"memory acts on student and teacher decoders only; set it to {DEFAULT} for {decoder.name}.")
+    kept, dtype = (runner.plan, runner.chunks), str(decoder.dtype).removeprefix("torch.")
+    window = WINDOW if memory == "windows" and max(size) > WINDOW else None
+    runner.plan = Plan(size=size, dtype=dtype, chunks=SMALL_CHUNKS, keep_tokens=False, window=window)
+    runner.chunks = SMALL_CHUNKS
+    try:
+        yield
+    finally:
+        runner.plan, runner.chunks = kept
+
+
+def require_memory(decoder: PixelDecoder, samples: Mapping[str, Any], total: int) -> None:
+    """Raise DoesNotFitError for a LATENT that a device of `total` bytes cannot decode, even with the least memory."""
+    # ComfyUI's sampler makes an empty latent of another scale fit the model.
+    pixels = int(samples.get("downscale_ratio_spatial") or decoder.space.down) * decoder.scale
+    height, width = (side * pixels for side in samples["samples"].shape[-2:])
+    least = "windows" if isinstance(decoder.runner, Runner) else DEFAULT
+    with in_less_memory(decoder, least, (width, height)):
+        needed = decoder.runner.plan_for((width, height), 1).peak
+    if needed > total:
+        raise DoesNotFitError(
+            f"A result of {width}x{height} pixels needs about {format_bytes(needed)} of memory at the least, and the "
+            f"device has {format_bytes(total)}. Make a smaller image."
+        )
 
 
 LAST_TIME = 0.999
