@@ -140,8 +140,8 @@ def running(checkout: Path, python: Path, base: Path) -> Iterator[Application]:
         "--database-url", "sqlite:///:memory:", "--disable-api-nodes", "--disable-auto-launch", "--preview-method",
         "auto",
     ]  # fmt: skip
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTHONPATH", None)
+    # This tree's package, whatever an existing environment has.
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
     app = Application(f"http://127.0.0.1:{port}", base)
     with open(base / "server.log", "w") as log:
         server = subprocess.Popen(
@@ -333,7 +333,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path, help="a checkout of ComfyUI")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "comfyui", help="folder for all that is made")
-    parser.add_argument("--python", type=Path, help="an interpreter that has ComfyUI's requirements already")
+    parser.add_argument(
+        "--python", type=Path, help="an interpreter that has the requirements of ComfyUI and of pidecode"
+    )
     parser.add_argument("workflows", nargs="*", help="names of workflows; by default all")
     arguments = parser.parse_intermixed_args()
     checkout, base = arguments.checkout.resolve(), (arguments.out / "base").resolve()
@@ -348,6 +350,8 @@ def main() -> None:
     paths = [path for path in WORKFLOWS if path.stem in arguments.workflows or not arguments.workflows]
     with running(checkout, python.absolute(), base) as app, sync_playwright() as driver:
         print(f"ComfyUI {app.ask('/system_stats')['system']['comfyui_version']}")
+        if "PidecodeLoadDecoder" not in app.ask("/object_info"):
+            sys.exit(f"ComfyUI did not load the nodes: {base / 'server.log'} says why.")
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1800, "height": 1000})
         page.goto(app.url, wait_until="domcontentloaded")
