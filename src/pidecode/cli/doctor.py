@@ -202,12 +202,14 @@ def doctor(space: str | None, model: str | None, encoder: str | None, as_json: b
     if space is None:
         if model or encoder:
             raise SettingError("--model and --encoder act together with --space; name one.")
-        findings = examine()
+        with WorkBar("looking at this machine"):
+            findings = examine()
         emit(findings, lambda: _report(findings), as_json=as_json)
         return
-    from pidecode.cli.space_check import check_space
+    with WorkBar(f"trying {space}"):
+        from pidecode.cli.space_check import check_space
 
-    checks = [asdict(check) for check in check_space(space, model=model, encoder=encoder)]
+        checks = [asdict(check) for check in check_space(space, model=model, encoder=encoder)]
     emit({"space": space, "checks": checks}, lambda: "\n".join([f"Space {space}", *_marks(checks)]), as_json=as_json)
 
 

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +111,7 @@ def _generate(
     set_threads(given["threads"])
     options = take_decode_options(given, exclude=_OWN)
     device, dtype = pipeline_device(given["device"], given["dtype"])
+    bar.show("loading the image model")
     stage = ""
 
     def report(at: PipelineProgress) -> None:
@@ -125,6 +128,8 @@ def _generate(
             )
         written = generate_pixels(job, lambda: _load_pixeldit(given), options=options, progress_callback=report)
     else:
+        with suppress(ImportError):  # its bars would be drawn over this one
+            import_module("diffusers").utils.logging.disable_progress_bar()
         written = run(
             job, lambda: _load_decoder(given), device=device, dtype=dtype, options=options, progress_callback=report
         )

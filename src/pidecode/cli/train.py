@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import click
 
-from pidecode.cli.common import GroupedCommand, echo, space_option, table
+from pidecode.cli.common import GroupedCommand, WorkBar, echo, space_option, table
 from pidecode.errors import SettingError
 from pidecode.units import printable
 
@@ -42,6 +44,33 @@ def _complete_recipes(_ctx: click.Context, _param: click.Parameter, incomplete: 
     return [name for name in RECIPES if name.startswith(incomplete)]
 
 
+def _prepared(
+    recipe: str | None, space: str | None, settings: Sequence[str], flags: Mapping[str, bool]
+) -> tuple[Any, str | None]:
+    """The configuration of a run, and what is to be printed instead of it."""
+    from pidecode.training.config import apply_settings, describe
+    from pidecode.training.recipes import RECIPES, get_recipe, summary
+
+    if flags["list_recipes"]:
+        return None, table([{"recipe": name, "what it does": summary(one)} for name, one in RECIPES.items()])
+    if recipe is None:
+        raise SettingError("Name a recipe; `pidecode train --list` shows them.")
+    if recipe == "tiny":
+        raise SettingError(
+            "The recipe of tiny is no part of the package: it lies in the folder recipes/tiny of the repository, whose "
+            "README.md has its settings, data and command (`python recipes/tiny/train.py --help`). "
+            "`pidecode train photographs` makes a small decoder of your own images."
+        )
+    config, text = apply_settings(get_recipe(recipe, space), settings), None
+    if flags["show"]:
+        text = "\n".join(f"{name} = {value!r}\n    {about}" for name, value, about in describe(config))
+    elif flags["memory"]:
+        from pidecode.training.memory import memory_table
+
+        text = memory_table(config)
+    return config, text
+
+
 @click.command(cls=GroupedCommand)
 @click.argument("recipe", required=False, shell_complete=_complete_recipes)
 @click.option("--data", metavar="PATH", help="Folder of images or WebDataset shards; the setting data.source.")
@@ -60,31 +89,11 @@ def train(
 
     Start it with torchrun for several GPUs or hosts: torchrun --nproc-per-node 8 -m pidecode train ...
     """
-    from pidecode.training.config import apply_settings, describe
-    from pidecode.training.recipes import RECIPES, get_recipe, summary
-
-    if flags["list_recipes"]:
-        rows = [{"recipe": name, "what it does": summary(one)} for name, one in RECIPES.items()]
-        echo(table(rows))
-        return
-    if recipe is None:
-        raise SettingError("Name a recipe; `pidecode train --list` shows them.")
-    if recipe == "tiny":
-        raise SettingError(
-            "The recipe of tiny is no part of the package: it lies in the folder recipes/tiny of the repository, whose "
-            "README.md has its settings, data and command (`python recipes/tiny/train.py --help`). "
-            "`pidecode train photographs` makes a small decoder of your own images."
-        )
     given = [f"data.source={data!r}"] if data is not None else []
-    config = apply_settings(get_recipe(recipe, space), [*given, *settings])
-    if flags["show"]:
-        for name, value, text in describe(config):
-            echo(f"{name} = {value!r}\n    {text}")
-        return
-    if flags["memory"]:
-        from pidecode.training.memory import memory_table
-
-        echo(memory_table(config))
+    with WorkBar():
+        config, text = _prepared(recipe, space, [*given, *settings], flags)
+    if text is not None:
+        echo(text)
         return
     if out is None:
         raise SettingError("Name a folder for the run: --out runs/my-decoder.")

@@ -20,6 +20,7 @@ from pidecode.cli.common import (
     PATH,
     Check,
     GroupedCommand,
+    WorkBar,
     device_option,
     echo,
     emit,
@@ -108,8 +109,9 @@ def export(prompts: tuple[str, ...], prompt_file: Path | None, out: Path, as_jso
     texts = [*prompts, *prompt_lines(prompt_file)]
     model = given["text_encoder"]
     options = TextOptions() if model is None else TextOptions(model=str(model))
-    encoder = TextEncoder(options, device=select_device(given["device"]), states=PromptEmbedsCache())
-    count = export_prompt_embeds(out, texts, encoder, overwrite=given["overwrite"])
+    with WorkBar("encoding prompts"):
+        encoder = TextEncoder(options, device=select_device(given["device"]), states=PromptEmbedsCache())
+        count = export_prompt_embeds(out, texts, encoder, overwrite=given["overwrite"])
     size = out.stat().st_size
     emit(
         {"file": str(out), "prompts": count, "bytes": size}, f"{out}  {count} prompts, {format_bytes(size)}",
@@ -148,7 +150,8 @@ def convert(source: Path, target: Path, **asked: Any) -> None:
     from pidecode.weights.detect import Overrides
 
     overrides = Overrides(space=asked["space"], variant=asked["variant"], kind=asked["kind"])
-    metadata = write(source, target, overrides=overrides, dtype=asked["dtype"], overwrite=asked["overwrite"])
+    with WorkBar("converting"):
+        metadata = write(source, target, overrides=overrides, dtype=asked["dtype"], overwrite=asked["overwrite"])
     said: dict[str, Any] = {
         "file": str(target), "bytes": target.stat().st_size, "kind": metadata.kind, "space": metadata.space,
         "variant": metadata.variant, "license": metadata.license,
@@ -400,5 +403,6 @@ def _report(found: dict[str, Any]) -> str:
 @json_option
 def info(file: Path, as_json: bool) -> None:
     """Show what FILE is: an image and its metadata, a latent, or weights."""
-    found = describe(file)
+    with WorkBar("reading"):
+        found = describe(file)
     emit(found, lambda: _report(found), as_json=as_json)

@@ -299,10 +299,13 @@ def load_pipeline(model: str, source: str | None, device: torch.device, dtype: t
         pipe = getattr(diffusers, name).from_pretrained(source or repository, torch_dtype=dtype, local_files_only=True)
     except (OSError, ValueError) as error:
         first_line = (str(error).splitlines() or [""])[0].partition(". ")[0]
+        absent = "cached snapshot folder" in first_line  # huggingface_hub's words for what was never fetched
+        what = "not on this machine" if absent else f"not on this machine or not whole ({first_line[:160]})"
         raise DownloadError(
-            f"The pipeline {source or repository} is not on this machine or not whole ({first_line[:160]}). Accept its "
-            f"license on its page and fetch it with `hf download {repository}`, or name a folder."
-        ) from None
+            f"The pipeline {source or repository} is {what}. Fetch it with `hf download {repository}`, after accepting "
+            "its license on its page where it asks for that,", python="or name a folder: source=PATH.",
+            cli="or name a folder: --pipeline PATH.",
+        )  from None  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return _move_pipeline(pipe, device)
 
