@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import http.client
+import io
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import pytest
 from fastapi import Response
+from PIL import Image
 from serving_kit import LIMITS, PATIENCE, HttpAnswer, Served, image_bytes, latent_bytes, running, small_decoder
 
 from pidecode.errors import BusyError, ImageError, is_out_of_memory
@@ -240,6 +242,11 @@ def test_an_image_of_tiny_chunks_is_refused_soon() -> None:
         with pytest.raises(ImageError, match="tiny pieces"):
             read(many)
     assert time.process_time() - began < 2
+    buffer = io.BytesIO()
+    Image.new("RGB", (500, 500)).save(buffer, "JPEG", progressive=True)
+    scanned, last = buffer.getvalue()[:-2], buffer.getvalue().rindex(b"\xff\xda")
+    with pytest.raises(ImageError, match="scans"):
+        load_image(scanned + scanned[last:] * 20_000 + b"\xff\xd9")
     segments = b"\xff\xd8" + b"\xff\xe3\x00\x02" * 200_000
     with pytest.raises(ImageError, match="tiny pieces"):
         load_image(segments)

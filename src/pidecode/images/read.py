@@ -40,6 +40,7 @@ ImageSource = Union[str, os.PathLike[str], bytes, BinaryIO, Image.Image, NDArray
 (`[C, H, W]` or `[B, C, H, W]`), or what `read_image` returned. Floating-point values are in [-1, 1]."""
 
 READS_FREE, BYTES_PER_READ = 50_000, 256  # reads of a file that Pillow may make, and one more for so many bytes of it
+MAX_SCANS = 1000  # of a JPEG, each of which goes over all pixels; progressive ones have about ten
 
 # Pixel formats only: no PostScript, no documents.
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000", "TGA")
@@ -316,9 +317,21 @@ def _opened(source: str | os.PathLike[str] | bytes | BinaryIO) -> Iterator[tuple
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             opened = Image.open(BoundedFile(data), formats=readable_formats())
         with opened as image:
+            if image.format in ("JPEG", "MPO"):
+                _refuse_many_scans(name, data)
             if image.format == "TIFF" and _DNG_VERSION in image.getexif():
                 raise ImageError(_other_format(name, *_RAW))
             yield name, image
+
+
+def _refuse_many_scans(name: str, file: BinaryIO) -> None:
+    """A scan of a dozen bytes costs as much time as a whole one."""
+    at = file.seek(0, os.SEEK_CUR)
+    file.seek(0)
+    scans = sum(part.count(b"\xff\xda") for part in iter(lambda: file.read(2**20), b""))
+    file.seek(at)
+    if scans > MAX_SCANS:
+        raise ImageError(f"{name} consists of {scans:,} scans, and at most {MAX_SCANS:,} are read. Export it again.")
 
 
 @contextmanager
