@@ -532,6 +532,20 @@ def test_progress_result_and_error_are_in_view_at_200_percent(page: Any, served:
     assert page.evaluate(in_view, "error")
 
 
+def test_decode_is_in_view_as_soon_as_it_can_be_pressed(page: Any) -> None:
+    page.set_viewport_size({"width": 1280, "height": 700})  # lower than the settings
+    page.select_option("#model", "tiny")
+    drop(page, "one.png", image_bytes(16, 16))
+    page.wait_for_selector("#go:not([disabled])")
+    go = page.locator("#go").bounding_box()
+    assert (page.evaluate("scrollY"), go["y"] + go["height"] <= 700) == (0, True)
+    page.focus("#color_fix")
+    for _ in range(2):  # nothing that has the focus lies under it
+        page.keyboard.press("Tab")
+        focused, go = page.locator(":focus").bounding_box(), page.locator("#go").bounding_box()
+        assert focused["y"] + focused["height"] <= go["y"] + go["height"]
+
+
 def test_an_image_that_the_browser_cannot_show_is_decoded_all_the_same(page: Any) -> None:
     drop(page, "scan.tif", image_bytes(16, 16, "TIFF"))
     page.wait_for_selector("#unseen", state="visible")
