@@ -20,6 +20,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,26 @@ def test_a_dribbling_body_is_ended_and_blocks_nobody(server: Served, path: str) 
         assert response.status == 408
         assert "took too long to arrive: 9 bytes" in json.loads(response.read())["error"]["message"]
         connection.close()
+
+
+def test_the_slowest_of_many_arriving_bodies_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_http, "MAX_READERS", 2)
+    monkeypatch.setattr(serve_http, "RATE_GRACE_SECONDS", PATIENCE)
+    service = DecodeService({"small": small_decoder()}, limits=replace(LIMITS, body_seconds=PATIENCE))
+    with running(create_app(service), service) as served:
+        faster, slower = served.connect(), served.connect()
+        for connection, part in ((faster, b"x" * 5000), (slower, b"x")):
+            connection.putrequest("POST", "/v1/upscale")
+            connection.putheader("Content-Length", "10000")
+            connection.endheaders(part)
+        while (answer := served.post("/v1/upscale?num_steps=1", image_bytes(16, 16))).status == 429:
+            time.sleep(0.1)  # both came within the last second
+        assert answer.status == 200
+        assert slower.getresponse().status == 408
+        faster.send(b"x" * 5000)
+        assert faster.getresponse().status == 400  # whole, and no image
+        faster.close()
+        slower.close()
 
 
 def test_a_body_must_come_at_a_rate(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from pidecode.errors import BusyError, SettingError
 from pidecode.serve import openai
 from pidecode.serve.http import (
     COOKIE,
+    MAX_READERS,
     SHUTDOWN_SECONDS,
     AuthMiddleware,
     BodyReader,
@@ -106,7 +107,8 @@ def create_app(
     _add_monitoring(app, service, stats)
     paths = [getattr(route, "path", "") for route in app.routes]
     app.add_middleware(
-        AuthMiddleware, token=token, open_paths=frozenset({"/health"}), most_active=4 * (service.limits.waiting + 8),
+        AuthMiddleware, token=token, open_paths=frozenset({"/health"}),
+        most_active=MAX_READERS + 4 * (service.limits.waiting + 8),
         hosts=hosts, origins=origins,
     )  # fmt: skip
     app.add_middleware(MetricsMiddleware, paths=paths, stats=stats)

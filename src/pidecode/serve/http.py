@@ -10,6 +10,7 @@ import math
 import socket
 import threading
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 from http.cookies import CookieError, SimpleCookie
 from types import FrameType
@@ -198,7 +199,7 @@ class BodyReader:
     def __init__(self, queue: JobQueue, limits: RequestLimits) -> None:
         self.queue = queue
         self.limits = limits
-        self.reading = 0
+        self.arriving: list[_Arrival] = []
         self.held = 0
 
     async def read(self, request: Request, *, queued: bool = True) -> bytes:
@@ -210,29 +211,41 @@ class BodyReader:
         """
         if queued and self.queue.free_slots <= 0:
             raise self.queue.refusal("The queue is full. Retry later.")
-        if self.reading >= MAX_READERS:
-            raise self.queue.refusal(f"{MAX_READERS} other requests are being received. Retry later.", 1.0)
+        if len(self.arriving) >= MAX_READERS:
+            self._give_up_slowest()
         declared = request.headers.get("content-length", "")
         if declared.isdecimal() and int(declared[:18]) > self.limits.body_bytes:
             raise self._too_long()
-        self.reading += 1
-        data = bytearray()
+        arrival, data = _Arrival(asyncio.get_running_loop().time()), bytearray()
+        self.arriving.append(arrival)
         try:
-            await self._read(request, data)
+            await self._read(request, data, arrival)
         finally:
-            self.reading -= 1
+            self.arriving.remove(arrival)
             self.held -= len(data)
         if not data:
             raise HTTPException(400, "The body is empty; send the file itself as the body.")
         return bytes(data)
 
-    async def _read(self, request: Request, data: bytearray) -> None:
+    def _give_up_slowest(self) -> None:
+        """Make room for a body by ending the slowest; BusyError if all of them came within the last second."""
+        now = asyncio.get_running_loop().time()
+        older = {
+            one.received / (now - one.started): one.timeout
+            for one in self.arriving
+            if one.started < now - 1.0 and one.timeout is not None and not one.timeout.expired()
+        }
+        if not older:
+            raise self.queue.refusal(f"{MAX_READERS} other requests are being received. Retry later.", 1.0)
+        older[min(older)].reschedule(now)
+
+    async def _read(self, request: Request, data: bytearray, arrival: _Arrival) -> None:
         loop = asyncio.get_running_loop()
-        started, parts = loop.time(), request.stream()
+        started, parts = arrival.started, request.stream()
         while True:
             slowest = started + min(self.limits.body_seconds, RATE_GRACE_SECONDS + len(data) / MIN_RATE)
             try:
-                async with asyncio.timeout_at(slowest):
+                async with asyncio.timeout_at(slowest) as arrival.timeout:
                     part = await anext(parts, None)
             except TimeoutError:
                 raise HTTPException(
@@ -243,6 +256,7 @@ class BodyReader:
             if part is None:
                 return
             data += part
+            arrival.received = len(data)
             self.held += len(part)
             if len(data) > self.limits.body_bytes:
                 raise self._too_long()
@@ -251,6 +265,15 @@ class BodyReader:
 
     def _too_long(self) -> HTTPException:
         return HTTPException(413, f"The body is longer than the {self.limits.body_bytes:,} bytes this server takes.")
+
+
+@dataclass(slots=True, eq=False)
+class _Arrival:
+    """A body that is arriving."""
+
+    started: float
+    received: int = 0
+    timeout: asyncio.Timeout | None = None  # that of its next part
 
 
 async def result_of(request: Request, job: DecodeJob) -> Any:
