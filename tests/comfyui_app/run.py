@@ -286,11 +286,14 @@ def check_upscale(app: Application, prompt: dict[str, Any]) -> None:
 
 def check_decode(app: Application, prompt: dict[str, Any]) -> None:
     """Messages of latents that do not fit the decoder."""
-    decode, loader = "PidecodeDecode", "PidecodeLoadDecoder"
-    alone = {"model": None, "latent_sigma": 0.0}
+    decode, loader, stop = "PidecodeDecode", "PidecodeLoadDecoder", "PidecodeEarlyStop"
+    alone, unchecked = {"model": None, "latent_sigma": 0.0}, {"decoder": None, "samples": None}
+    other = {loader: {"model": "sdxl.safetensors"}}
     for changes, words in (
-        ({loader: {"model": "sdxl.safetensors"}}, "load the decoder for flux"),
-        ({loader: {"model": "sdxl.safetensors"}, decode: alone}, "load the decoder for the model that made it"),
+        (other, "load the decoder for flux"),  # before sampling
+        (other | {stop: unchecked}, "load the decoder for flux"),
+        (other | {stop: unchecked, decode: alone}, "load the decoder for the model that made it"),
+        ({"EmptySD3LatentImage": {"width": 16384, "height": 16384}}, "Make a smaller image."),
         ({decode: {"model": None}}, "connect the MODEL that made it"),
         ({loader: {"model": "flux_text.safetensors"}, decode: {"prompt": "a cat"}}, "text encoder"),
     ):

@@ -254,7 +254,7 @@ def test_info_on_a_latent_and_on_weights(weights: Path, latent: Path, tmp_path: 
     ("content", "words"),
     [
         (b"", "empty"),
-        (b"just some words, no image", "no image, latent or weights file"),
+        (b"just some words, no image", "is a text, not tensors"),
         (b"\0\0\0\x18ftypheic", "is HEIC, which is not read here; convert it"),
         (b"\x89PNG\r\n\x1a\nbroken", ""),
         (b"\x80\x04cos\nsystem\n", ""),

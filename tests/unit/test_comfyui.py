@@ -8,6 +8,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -429,6 +430,13 @@ def test_messages_speak_of_widgets(comfy: SimpleNamespace) -> None:
     with pytest.raises(SettingError, match="set its widget to the default") as caught:
         comfy.nodes.DecodeNode.execute(comfy.nodes.manage(tiny), {"samples": latent_of("flux2")[:1]}, num_steps=2)
     assert "leave it out" not in str(caught.value)
+
+
+def test_what_a_node_says_otherwise_is_said_somewhere(comfy: SimpleNamespace, root: Path) -> None:
+    """Words of Python's that messages no longer have would reach the node as they are."""
+    files = (file for file in (root / "src").rglob("*.py") if not file.name.startswith("comfyui"))
+    source = "".join(re.sub(r'"\s*\n\s*f?"', "", file.read_text(encoding="utf-8")) for file in files)
+    assert [python for python, _ in comfy.nodes._NODE_WORDS if python not in source] == []
 
 
 @needs_double

@@ -39,7 +39,14 @@ from pidecode.registry.checkpoints import CHECKPOINTS, ENCODERS, TEXT_ENCODER, T
 from pidecode.registry.spaces import ALIASES, SPACES
 from pidecode.strict_json import JSONError, parse_json
 from pidecode.units import format_bytes
-from pidecode.weights.safetensors import Header, check_file, looks_like_safetensors, read_header, read_start
+from pidecode.weights.safetensors import (
+    Header,
+    check_file,
+    foreign_kind,
+    looks_like_safetensors,
+    read_header,
+    read_start,
+)
 
 KINDS = click.Choice(["feed-forward", "student", "teacher", "backbone"])
 PULLABLE = [*SPACES, *ALIASES, *dict.fromkeys(name for name, _, _ in CHECKPOINTS if name not in SPACES), "tiny"]
@@ -305,6 +312,8 @@ def describe(path: Path) -> dict[str, Any]:
         return known | {"what": "weights", "format": "pickle, tensors only"} | _foreign(shapes, path, {})
     with path.open("rb") as file:
         refuse_other_formats(str(path), file)
+    if what := foreign_kind(start):
+        raise FileError(f"{path} is {what}.")
     raise FileError(f"{path} is no image, latent or weights file that pidecode knows.")
 
 

@@ -78,11 +78,13 @@ _NODE_WORDS = (
     ("or pass encoder= to from_pretrained()", "or connect a VAE"),
     ("To label a latent that already holds noise, give sigma to Latent() instead.",
      "For a latent that holds noise already, connect latent_sigma instead."),
-    ("pass its name as space=", "choose it as space on the loader"),
+    ("Choose one: space=", "Choose one as space on the loader: "),
+    ("Say kind='student' or kind='teacher'.", "Choose the kind on the loader."),
     ("pass reference=", "connect a VAE"),
     ("Use a smaller input, or end other programs.", "Set memory to low or windows, or make a smaller image."),
-    (("or use ready-made states: `pidecode captions export` writes them where it is, --prompt-embeds (prompt_embeds=) "
-      "reads them."), "or connect a CONDITIONING from a CLIP of type pixeldit."),
+    ("or use ready-made states: `pidecode captions export` writes them where it is, and prompt_embeds= reads them.",
+     "or connect a CONDITIONING from a CLIP of type pixeldit."),
+    ("Or pass text= to PixelDecoder(), or prompt_embeds=.", "Or connect a CONDITIONING from a CLIP of type pixeldit."),
 )  # fmt: skip
 """Ends of messages that speak of Python's arguments, and the same in the words of a node."""
 
