@@ -39,6 +39,8 @@ def select_device(name: str | torch.device | None = None) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = (str(error).splitlines() or [""])[0]
+        if first.startswith("Expected one of"):
+            first = "names are cpu, cuda, cuda:1, mps, xpu"
         raise SettingError(
             f"The device {str(name)!r} cannot be used here: {first}. `pidecode doctor` lists those that can."
         ) from None

@@ -45,11 +45,32 @@ def require_file(path: PathLike) -> None:
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise FileError(f"There is no file {os.fspath(path)}.") from error
+        name = os.fspath(path)
+        if re.match("https?:/", name):
+            raise FileError(f"{name[:200]} is an address, and nothing is fetched here; download it.") from error
+        raise FileError(f"There is no file {name}.") from error
     except (OSError, ValueError) as error:
         raise FileError(f"{os.fspath(path)} cannot be read: {_reason(error)}.") from error
     if not stat.S_ISREG(mode):
         raise FileError(f"{os.fspath(path)} is {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}.")
+
+
+BASE64 = (b"iVBORw0KGgo", b"/9j/", b"R0lGOD", b"UklGR")  # how PNG, JPEG, GIF and WebP files begin in base64
+
+
+def why_no_file(name: str) -> str:
+    """What is wrong with the name of an image, for the end of a sentence."""
+    if not name:
+        return "is no file; name one"
+    if os.path.exists(name):
+        return "is a folder" if os.path.isdir(name) else "is not a file"
+    if name.startswith("data:"):
+        return "is a data URL; give its bytes: base64.b64decode(url.partition(',')[2])"
+    if len(name) > 40 and name.startswith(tuple(map(bytes.decode, BASE64))):
+        return "is base64 text; give its bytes: base64.b64decode(text)"
+    if name.startswith(("http://", "https://", "file://")):
+        return "is an address, and nothing is fetched here; download it, and give the file or its bytes"
+    return "does not exist" + (" (~ stands as it is; write os.path.expanduser(name))" if name.startswith("~") else "")
 
 
 def read_small(path: PathLike, max_bytes: int = 1 << 20) -> bytes:

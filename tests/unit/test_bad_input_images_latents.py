@@ -80,6 +80,9 @@ def test_image_bombs_are_refused_by_their_header(side: int) -> None:
         (b"", "is empty"),
         (b"\n<!DOCTYPE html><html>404</html>", "is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
+        (b"iVBORw0KGgoAAAANSUhEUg", "base64 text, not the image itself; decode it first"),
+        (b"data:image/png;base64,iVBORw0KGgo", "base64 text, not the image itself"),
+        (b'{"image": "iVBORw0KGgo"}', "is JSON text; give the image itself"),
     ],
 )
 def test_files_that_downloads_leave_are_named(data: bytes, said: str) -> None:
@@ -445,3 +448,16 @@ def test_latent_paths_that_lead_nowhere(tmp_path: Path) -> None:
             Latent.load(path)
     with pytest.raises(FileError, match="create it first"):
         Latent(draw(1, 16, 4, 4), "flux").save(tmp_path / "none" / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("data:image/png;base64," + "iVBO" * 9000, "is a data URL; give its bytes"),
+        ("/9j/" + "4AAQ" * 9000, "is base64"),
+    ],
+)
+def test_an_image_in_base64_is_named_without_being_printed(text: str, expected: str) -> None:
+    with pytest.raises(ImageError, match=expected) as caught:
+        load_image(text)
+    assert len(str(caught.value)) < 200

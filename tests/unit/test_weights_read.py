@@ -452,3 +452,9 @@ def test_two_records_of_one_name(tmp_path):
         archive.writestr("archive/data.pkl", b"")
     with pytest.raises(CheckpointError, match="two files of one name"):
         read_weights(path)
+
+
+def test_weights_of_other_upscalers_are_told_as_such(tmp_path):
+    torch.save({"params_ema": {"conv_first.weight": torch.zeros(4, 3, 3, 3)}}, tmp_path / "x4plus.pth")
+    with pytest.raises(CheckpointError, match="other upscalers, such as Real-ESRGAN, are not read"):
+        read_weights(tmp_path / "x4plus.pth")

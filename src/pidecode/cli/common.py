@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -173,6 +174,15 @@ def parsed_by(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Par
 
 
 PATH = click.Path(path_type=Path)
+
+
+def expand_patterns(_ctx: click.Context, _param: click.Parameter, paths: tuple[Path, ...]) -> tuple[Path, ...]:
+    """Paths, and the files of patterns that the shell left as they are, as on Windows."""
+    names = [os.fspath(path) for path in paths]
+    found = [sorted(glob.glob(name)) if glob.has_magic(name) and not os.path.lexists(name) else [] for name in names]
+    return tuple(map(Path, chain.from_iterable(more or [name] for name, more in zip(names, found, strict=True))))
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace files that exist.")
 space_option = click.option(
@@ -455,8 +465,17 @@ def _flag(name: str, info: OptionInfo) -> Callable[[F], F]:
     elif info.type is PathLike:
         given["type"] = PATH
     elif info.type is float:
-        given["type"] = (SigmaParam if name == "sigma" else click.FloatRange)(info.minimum, info.maximum)
+        kind = {"sigma": SigmaParam, "scale": ScaleParam}.get(name, click.FloatRange)
+        given["type"] = kind(info.minimum, info.maximum)
     return click.option(f"--{name.replace('_', '-')}", **given)
+
+
+class ScaleParam(click.FloatRange):
+    """An enlargement, also as 2x."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number."""
+        return super().convert(cast(float, value.strip("xX") if isinstance(value, str) else value), param, ctx)
 
 
 class SigmaParam(click.FloatRange):

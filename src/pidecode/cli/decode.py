@@ -28,6 +28,7 @@ from pidecode.cli.common import (
     decode_options,
     echo,
     emit,
+    expand_patterns,
     json_option,
     model_options,
     overwrite_option,
@@ -607,7 +608,7 @@ class _LatentTask:
 
 
 @click.command(cls=GroupedCommand)
-@click.argument("images", nargs=-1, required=True, type=PATH)
+@click.argument("images", nargs=-1, required=True, type=PATH, callback=expand_patterns)
 @decode_options("upscale")
 @_decoder_options
 @source_options
@@ -633,7 +634,7 @@ def upscale(
 
 
 @click.command(cls=GroupedCommand)
-@click.argument("latents", nargs=-1, required=True, type=PATH)
+@click.argument("latents", nargs=-1, required=True, type=PATH, callback=expand_patterns)
 @decode_options("decode")
 @_decoder_options
 def decode(latents: tuple[Path, ...], **given: Any) -> None:

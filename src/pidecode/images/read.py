@@ -19,6 +19,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from pidecode.errors import ImageError, PidecodeError, SettingError, naming
+from pidecode.files import BASE64, why_no_file
 from pidecode.images.attributes import Attributes, read_attributes
 from pidecode.images.color import described_colors, is_srgb, profile_colors, srgb_profile, to_srgb_by_profile
 from pidecode.images.tensors import (
@@ -381,20 +382,12 @@ def open_source(source: Any) -> tuple[str, BinaryIO]:
         )
     try:
         if not os.path.isfile(source):  # a pipe would block forever
-            raise ImageError(f"{os.fspath(source) or 'An empty name'} {_why_no_file(os.fspath(source))}.")
+            name = os.fspath(source)
+            shown = name if len(name) <= 200 else f"{name[:60]}..."
+            raise ImageError(f"{shown or 'An empty name'} {why_no_file(name)}.")
         return os.fspath(source), open(source, "rb")
     except (OSError, ValueError) as error:
         raise ImageError(f"{os.fspath(source)!r} could not be opened: {error}.") from error
-
-
-def _why_no_file(name: str) -> str:
-    if not name:
-        return "is no file; name one"
-    if os.path.exists(name):
-        return "is a folder" if os.path.isdir(name) else "is not a file"
-    if name.startswith(("http://", "https://", "file://", "data:")):
-        return "is an address, and nothing is fetched here; download it, and give the file or its bytes"
-    return "does not exist" + (" (~ stands as it is; write os.path.expanduser(name))" if name.startswith("~") else "")
 
 
 def _checked_file(file: Any) -> tuple[str, BinaryIO]:
@@ -423,6 +416,13 @@ def refuse_other_formats(name: str, file: BinaryIO) -> None:
         raise ImageError(f"{name} is only a Git LFS pointer; get the image itself with `git lfs pull`.")
     if head.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
         raise ImageError(f"{name} is a web page, perhaps an error or a login; download the image itself.")
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n\"'")
+    if text.startswith((b"data:image/", *BASE64)):
+        raise ImageError(
+            f"{name} is base64 text, not the image itself; decode it first: `sed 's/^data:.*,//' FILE | base64 -d`."
+        )
+    if text.startswith(b"{"):
+        raise ImageError(f"{name} is JSON text; give the image itself, as the bytes of its file.")
     for offset, magics, kind, step in _OTHER_FORMATS:
         if head[offset:].startswith(magics) and b"avif" not in head[8:32] and b"avis" not in head[8:32]:
             raise ImageError(_other_format(name, kind, step))

@@ -333,7 +333,10 @@ def only_tensors(path: object, content: Any) -> dict[str, Tensor]:
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         names = ", ".join(str(name) for name in list(content)[:5]) or "nothing"
-        raise CheckpointError(f"{path} holds no tensors (it holds {names}); name the file with the network's weights.")
+        fix = "name the file with the network's weights."
+        if {"params", "params_ema"} & set(content):
+            fix = "weights of other upscalers, such as Real-ESRGAN, are not read here."
+        raise CheckpointError(f"{path} holds no tensors (it holds {names}); {fix}")
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             raise CheckpointError(f"{path}: {name} is sparse, quantized or without data; dense tensors were expected.")
