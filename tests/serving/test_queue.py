@@ -112,9 +112,10 @@ def test_a_job_whose_time_is_up_is_stopped() -> None:
 
 
 def test_a_waiting_job_whose_time_is_up_is_cancelled_without_being_run() -> None:
-    queue = JobQueue(capacity=1, timeout=0.1)
+    queue = JobQueue(capacity=1)
     stubborn = threading.Event()
     queue.submit(lambda job: stubborn.wait(PATIENCE))  # never checks
+    queue.timeout = 0.1
     waiting = queue.submit(lambda job: None)
     with pytest.raises(Cancelled, match=r"longer than the 0\.1 seconds"):
         asyncio.run(asyncio.wait_for(waiting.finished(), PATIENCE))
