@@ -556,3 +556,23 @@ def test_the_command(tmp_path: Path, config: WorkerConfig) -> None:
     assert "Failed: b.safetensors: " in failed.stdout
     assert "--bits 16 acts with" in runner.invoke(cli, [*command, "--bits", "16", "--format", "jpg"]).output
     assert "act with --engine ray only" in runner.invoke(cli, [*command, "--workers", "2"]).output
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_what_is_no_image_in_the_place_of_one_fails_alone(tmp_path: Path, config: WorkerConfig) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    (out / "folder.png").mkdir(parents=True)
+    os.mkfifo(out / "pipe.png")
+    source.mkdir()
+    for name in ("folder", "good", "pipe"):
+        Latent(torch.zeros(1, 128, 2, 2), "flux2").save(source / f"{name}.safetensors")
+    with open(source / "huge.png", "wb") as file:
+        file.truncate(2**40)
+    report = go(source, out, config)
+    why = {result.name: result.message or "" for result in report.results}
+    assert "is no regular file, and in the way" in why["folder.safetensors"]
+    assert "is no regular file, and in the way" in why["pipe.safetensors"]
+    assert "the most that --max-pixels allows" in why["huge.png"]
+    assert states(report)["good.safetensors"] == "done"
+    with pytest.raises(FileError, match="null"):
+        collect_jobs(source, OutputNaming(out=tmp_path / "a\0b"))

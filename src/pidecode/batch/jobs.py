@@ -151,7 +151,10 @@ def _failure(name: str, message: str) -> BatchJob:
 
 def _walk(folder: Path, out: Path) -> tuple[list[Path], list[BatchJob]]:
     """The files below a folder, and the folders below it that are not read as jobs that fail."""
-    outputs = os.path.realpath(out)
+    try:
+        outputs = os.path.realpath(out)
+    except ValueError as error:  # a null byte
+        raise FileError(f"The folder {out} cannot be created: {error}. Choose another one.") from error
     if os.path.realpath(folder) == outputs:
         raise SettingError(
             f"The output folder {out} is the source folder, so the next run would read its images; choose another."

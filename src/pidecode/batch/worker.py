@@ -55,6 +55,8 @@ JobProgressCallback = Callable[[BatchJob, Progress], None]  # as `progress_callb
 # Characters of a fingerprint that hash the settings, then so many for the source's content; its place follows.
 _SETTINGS, _JOB = 20, 40
 
+BYTES_PER_PIXEL = 32  # that the file of a source may have for each of the most pixels read
+
 READ_QUEUE, WRITE_QUEUE = 2, 2  # jobs read ahead, and decoded ones that may wait to be written
 
 
@@ -156,6 +158,9 @@ def job_outputs(job: BatchJob, config: WorkerConfig) -> JobOutputs:
     if job.error is not None:
         raise job.error
     paths = job.outputs()
+    most = BYTES_PER_PIXEL * config.max_pixels
+    if job.command == "upscale" and job.source.stat().st_size > most:  # it would be read whole to know its content
+        raise FileError(f"{job.source} has more than {most:,} bytes, the most that --max-pixels allows.")
     fingerprint = config.fingerprint(job)
     missing = [
         index for index, path in enumerate(paths) if config.overwrite or _state(path, fingerprint, job) != "done"
@@ -174,6 +179,8 @@ def _state(path: Path, fingerprint: str, job: BatchJob) -> OutputState:
     """
     if not path.exists():
         return "missing"
+    if not path.is_file():  # a pipe would block forever
+        raise FileError(f"{path} is no regular file, and in the way. Remove it, or choose another output folder.")
     what = "was not made by a batch"
     try:
         metadata = read_metadata(path) if _is_complete(path) else None
