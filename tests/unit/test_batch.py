@@ -161,7 +161,7 @@ def test_a_run_decodes_skips_and_explains_failures(tmp_path: Path, config: Worke
         "a.png", "deep/b.png", "many-1.png", "many-2.png", "many-3.png",
     ]  # fmt: skip
     why = {item.name: item.message or "" for item in first.failures}
-    assert "is not a .safetensors file, or is cut off" in why["broken.safetensors"]
+    assert "is a text, not tensors" in why["broken.safetensors"]
     assert "does not say which latent space" in why["foreign.safetensors"]
     metadata = read_metadata(out / "many-2.png")
     assert metadata is not None
