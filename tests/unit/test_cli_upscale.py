@@ -296,3 +296,13 @@ def test_patterns_that_the_shell_left_are_expanded(model: list[str], photo: Path
 def test_an_address_is_told_as_one(model: list[str]) -> None:
     result = run("https://example.org/a.png", *model)
     assert (result.exit_code, "is an address, and nothing is fetched" in result.stderr) == (4, True)
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [(["-i", "a.png"], "without an option"), (["-s", "2"], "--scale"), (["--tile", "400"], "--memory 4GB"),
+     (["--gpu-id", "0"], "--device"), (["-n", "x4plus"], "--model")],
+)  # fmt: skip
+def test_options_of_other_upscalers_are_answered_with_ours(typed: list[str], answer: str) -> None:
+    result = run(*typed, "-o", "b.png")
+    assert (result.exit_code, "No such option" in result.stderr, answer in result.stderr) == (2, True, True)

@@ -66,6 +66,20 @@ MAX_INPUT = 1 << 30  # bytes of standard input that are read
 _FEW_OPTIONS = 9  # so many are not divided into groups
 
 
+_AS_ARGUMENT = ("", "Files are named without an option: pidecode COMMAND FILE.")
+_OF_OTHERS: dict[str, tuple[str, str]] = {
+    "-i": _AS_ARGUMENT, "--input": _AS_ARGUMENT, "--output": ("--out", "It is --out here."),
+    "-s": ("--scale", "It is --scale here."), "--outscale": ("--scale", "It is --scale here."),
+    "-n": ("--model", "It is --model here."), "--model-name": ("--model", "It is --model here."),
+    "-f": ("--format", "It is --format here."), "-g": ("--device", "It is --device here, such as cuda:0."),
+    "--gpu-id": ("--device", "It is --device here, such as cuda:0."),
+    "-t": ("--memory", "Pieces are chosen to fit the memory; --memory 4GB sets a limit."),
+    "--tile": ("--memory", "Pieces are chosen to fit the memory; --memory 4GB sets a limit."),
+    "--fp32": ("--dtype", "It is --dtype float32 here."), "--half": ("--dtype", "It is --dtype float16 here."),
+}  # fmt: skip
+"""Options of other upscalers: the option that this command must have, and what to say."""
+
+
 class GroupedCommand(click.Command):
     """A command whose help shows its options in groups, and examples.
 
@@ -74,6 +88,17 @@ class GroupedCommand(click.Command):
     """
 
     examples: tuple[str, ...] = ()
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the options; those that other upscalers have are answered with ours."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            flags = {flag for parameter in self.params for flag in parameter.opts}
+            needed, hint = _OF_OTHERS.get(error.option_name, ("", ""))
+            if needed in flags or (hint and not needed):
+                raise click.NoSuchOption(error.option_name, f"{error.message} {hint}", ctx=error.ctx) from None
+            raise
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; what an error says of keywords, it says of this command's options."""
