@@ -353,6 +353,13 @@ def _safetensors(header: Header, path: Path) -> dict[str, Any]:
     known = {"what": "weights", "format": "safetensors", "dtypes": formats}
     if "pidecode" in header.metadata:
         return known | _counts(header.shapes) | {"record": _record(header.metadata["pidecode"], path)}
+    if notes := [name for name in header.tensors if name.endswith(".comfy_quant")]:
+        from pidecode.weights.read import EIGHT_BITS, layer_formats
+        from pidecode.weights.safetensors import read_safetensors
+
+        found = layer_formats(read_safetensors(path, notes)[1], header.metadata)
+        unread = [name for name in found if name not in EIGHT_BITS.values()]
+        known["quantized"] = f"{', '.join(found)}{' (not read here)' * bool(unread)}"
     return known | _foreign(header.shapes, path, header.metadata)
 
 

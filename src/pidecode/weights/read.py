@@ -96,7 +96,7 @@ def read_weights(path: str | Path, *, check_values: bool = True) -> WeightFile:
     """
     raw = read_tensors(path, eight_bits=True)
     tensors = strip_prefixes(raw.tensors, path)
-    if any(tensor.dtype in _EIGHT_BITS for tensor in tensors.values()):
+    if any(tensor.dtype in EIGHT_BITS for tensor in tensors.values()):
         tensors = dequantized(tensors, torch.bfloat16, path, raw.metadata)
     check_formats(tensors, path)
     if check_values:
@@ -381,7 +381,7 @@ def check_formats(tensors: Mapping[str, Tensor], source: str | Path = "the file"
     marks = sorted({mark for name in tensors for mark in _QUANTIZED_NAMES if name.endswith(mark)})
     small = sorted({_plain(t.dtype) for t in tensors.values() if t.dtype not in FLOATS and t.dtype.is_floating_point})
     if marks or small:
-        raise _quantized(source, _layer_formats(tensors, {}) + small + marks)
+        raise _quantized(source, layer_formats(tensors, {}) + small + marks)
     wrong = [name for name, tensor in tensors.items() if tensor.dtype not in FLOATS]
     if wrong:
         raise CheckpointError(
@@ -391,7 +391,7 @@ def check_formats(tensors: Mapping[str, Tensor], source: str | Path = "the file"
 
 
 # Number formats of quantized weights that are read, and what ComfyUI calls a layer stored so.
-_EIGHT_BITS = {
+EIGHT_BITS = {
     torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2", torch.int8: "int8_tensorwise",
 }  # fmt: skip
 _NOTES = (".comfy_quant", ".weight_scale", ".scale_weight", ".input_scale", ".scale_input", "scaled_fp8")
@@ -412,14 +412,14 @@ def dequantized(
     Raises:
         CheckpointError: The file is quantized in another way.
     """  # noqa: DOC501 (`_quantized` makes a CheckpointError)
-    others = [name for name in _layer_formats(tensors, metadata or {}) if name not in _EIGHT_BITS.values()]
+    others = [name for name in layer_formats(tensors, metadata or {}) if name not in EIGHT_BITS.values()]
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.endswith(_NOTES):
             continue
         stem = name.removesuffix("weight")
         scale = tensors.get(f"{stem}weight_scale", tensors.get(f"{stem}scale_weight"))
-        if tensor.dtype in _EIGHT_BITS and (scale is not None or tensor.dtype != torch.int8):
+        if tensor.dtype in EIGHT_BITS and (scale is not None or tensor.dtype != torch.int8):
             if scale is not None and scale.numel() > 1 and tuple(scale.squeeze().shape) != tuple(tensor.shape[:1]):
                 others.append(f"{_plain(tensor.dtype)} with a scale of shape {list(scale.shape)}")
                 continue
@@ -434,7 +434,7 @@ def dequantized(
     return found
 
 
-def _layer_formats(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[str]:
+def layer_formats(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[str]:
     """Formats that ComfyUI names beside each quantized layer, as JSON in a tensor of bytes or in the metadata."""
     notes = {metadata.get("_quantization_metadata", "").encode()} | {
         bytes(t.tolist()) for name, t in tensors.items() if name.endswith(".comfy_quant") and t.numel() < 1024
