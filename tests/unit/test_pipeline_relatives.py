@@ -18,8 +18,9 @@ import tiny_pipelines as tiny
 from pidecode import attach, latent_from_pipeline
 from pidecode.errors import SettingError
 from pidecode.integrations.diffusers import _check_pipeline as check_pipeline
+from pidecode.integrations.diffusers import _size_of_call as size_of_call
 from pidecode.integrations.pipeline_latents import _SPACE_BY_CLASS as SPACE_BY_CLASS
-from pidecode.integrations.pipeline_latents import vae_decode
+from pidecode.integrations.pipeline_latents import scheduler_sigma, vae_decode
 from pidecode.latents.latent import Latent, NormalizationWarning
 
 pytestmark = [
@@ -412,3 +413,80 @@ def test_an_ip_adapter_changes_the_latent_alone() -> None:
     out = attach(pipe, tiny.decoder_for("sdxl"))(**call())
     assert not torch.equal(out.latents.tensor, plain.latents.tensor)
     check_latent("sdxl", pipe, out.latents, call)
+
+
+def pixart() -> tuple[dict[str, Any], dict[str, Any]]:
+    transformer = diffusers.PixArtTransformer2DModel(
+        sample_size=8, num_layers=1, patch_size=2, attention_head_dim=8, num_attention_heads=2, caption_channels=32,
+        in_channels=4, out_channels=8, cross_attention_dim=16, use_additional_conditions=False,
+    )  # fmt: skip
+    call = {"prompt_embeds": ones(1, 6, 32), "prompt_attention_mask": torch.ones(1, 6), "guidance_scale": 1.0}
+    call |= {"use_resolution_binning": False, "negative_prompt": None}
+    return {"transformer": transformer, "scheduler": diffusers.DPMSolverMultistepScheduler()}, call
+
+
+def longcat() -> tuple[dict[str, Any], dict[str, Any]]:
+    transformer = diffusers.LongCatImageTransformer2DModel(
+        patch_size=1, in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    call = {"prompt_embeds": ones(1, 6, 32), "guidance_scale": 1.0, "enable_prompt_rewrite": False}
+    return {"transformer": transformer, "scheduler": tiny.flow(), "text_processor": None}, call
+
+
+def pix2pix() -> tuple[dict[str, Any], dict[str, Any]]:
+    parts = tiny.build("sdxl").components
+    unet = diffusers.UNet2DConditionModel.from_config({**parts["unet"].config, "in_channels": 8})
+    call = {"prompt": "a cat", "image": Image.new("RGB", (64, 32)), "guidance_scale": 1.0}
+    return parts | {"unet": unet}, call
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "made", "space"),
+    [
+        ("PixArtSigmaPipeline", pixart, "sdxl"),
+        ("LongCatImagePipeline", longcat, "flux"),
+        ("StableDiffusionXLInstructPix2PixPipeline", pix2pix, "sdxl"),
+    ],
+)
+def test_the_latents_of_refused_pipelines_are_read_as_the_error_says(
+    name: str, made: Callable[[], tuple[dict[str, Any], dict[str, Any]]], space: str
+) -> None:
+    kind = getattr(diffusers, name)
+    torch.manual_seed(0)
+    parts, keywords = made()
+    wanted = list(inspect.signature(kind.__init__).parameters)[1:]
+    absent = {key: None for key in wanted if key.startswith(("text_encoder", "tokenizer"))}
+    parts = {"vae": tiny_models.autoencoder(space), **absent, **parts}
+    pipe = kind(**{key: part for key, part in parts.items() if key in wanted})
+    pipe.set_progress_bar_config(disable=True)
+    if name == "LongCatImagePipeline":  # which tokenizes the prompt even if its embeddings are given
+        pipe.encode_prompt = lambda *_, **__: (keywords["prompt_embeds"], torch.zeros(6, 3))
+    images, latents = (
+        pipe(
+            **keywords, height=32, width=64, num_inference_steps=3, output_type=output,
+            generator=torch.Generator().manual_seed(0),
+        ).images for output in ("pt", "latent")
+    )  # fmt: skip
+    latent = latent_from_pipeline(pipe, latents, height=32, width=64)
+    assert latent.sigma == 0.0
+    torch.testing.assert_close(vae_decode(pipe, latent), images.float() * 2 - 1, rtol=0, atol=3e-5)
+
+
+def test_a_schedule_that_tells_the_image_in_place_of_the_noise_ends_clean() -> None:
+    scheduler = tiny.flow(invert_sigmas=True, num_train_timesteps=1)  # OmniGen's
+    scheduler.set_timesteps(4)
+    assert scheduler_sigma(scheduler) == 0.0
+    scheduler._step_index = 0
+    assert scheduler_sigma(scheduler) == pytest.approx(1 - float(scheduler.sigmas[0]))
+
+
+def test_the_size_of_a_call_is_the_pipelines_own_where_none_is_given() -> None:
+    """Krea 2's transformer does not tell the grid of its tokens."""
+    krea = object.__new__(diffusers.Krea2Pipeline)
+    assert size_of_call(krea, {}) == (1024, 1024)
+    assert size_of_call(krea, {"width": 512}) == (1024, 512)
+    flux = object.__new__(diffusers.FluxPipeline)
+    flux.default_sample_size, flux.vae_scale_factor = 128, 8
+    assert size_of_call(flux, {"height": 512, "width": None}) == (512, 1024)
