@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import click
@@ -102,6 +103,14 @@ def train(
 
         echo(str(export(config, out)))
         return
-    from pidecode.training.tasks import train as run
+    line = _ProgressLine()
+    with ExitStack() as waiting:
+        waiting.enter_context(WorkBar("preparing the run"))
+        from pidecode.training.tasks import train as run
 
-    echo(str(run(config, out, resume=flags["resume"], progress=_ProgressLine())))
+        def progress(text: str) -> None:
+            waiting.close()
+            line(text)
+
+        result = run(config, out, resume=flags["resume"], progress=progress)
+    echo(str(result))
