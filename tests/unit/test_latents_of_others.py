@@ -133,3 +133,19 @@ def test_every_spelling_of_a_tensor(tmp_path: Path) -> None:
         Latent.load(tmp_path / "cut.npz", space="flux")
     with pytest.raises(LatentError, match="packed tokens"):
         Latent(torch.zeros(1, 24, 128), "flux")
+
+
+@pytest.mark.parametrize("shape", ["(10000000, 10000000, 10, 10)", f"({'9' * 4000},)", "(-1, 128)", "(2 ** 9,)"])
+def test_a_numpy_file_whose_shape_lies_is_refused(shape: str) -> None:
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    with pytest.raises(FileError, match="damaged NumPy file"):
+        Latent.load(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(64), space="flux")
+
+
+@pytest.mark.parametrize(("offset", "value"), [(8, 1), (10, 77), (42, 255)])  # encrypted, an unknown method, elsewhere
+def test_a_numpy_archive_that_cannot_be_unpacked_is_refused(offset: int, value: int, tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", latent=VALUES.numpy())
+    data = bytearray((tmp_path / "a.npz").read_bytes())
+    data[data.index(b"PK\1\2") + offset] = value
+    with pytest.raises(FileError, match="damaged NumPy file"):
+        Latent.load(bytes(data), space="flux2")

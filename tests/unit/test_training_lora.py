@@ -138,6 +138,24 @@ def test_the_configuration_of_an_adapter_counts(
     assert torch.allclose(net.get_parameter(f"{LAYER}.weight"), before + 2 * strength, atol=1e-4)
 
 
+@pytest.mark.parametrize("pattern", ["(", r"([a-z_.0-9]+)+x", ".*.*.*.*_y"])
+def test_a_pattern_of_layers_cannot_hang(pattern: str, tmp_path: Path) -> None:
+    tensors = {f"{LAYER}.lora_A.weight": torch.ones(2, 32), f"{LAYER}.lora_B.weight": torch.ones(32, 2)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "alpha_pattern": {pattern: 3}}))
+    with pytest.raises(CheckpointError, match="configuration of the adapter"):
+        apply_lora(random_net(1), tmp_path)
+
+
+@pytest.mark.parametrize("alpha", [torch.ones(2), torch.zeros(0)])
+def test_an_alpha_is_one_number(alpha: torch.Tensor, tmp_path: Path) -> None:
+    name = f"lora_unet_{UNDERSCORED}"
+    tensors = {f"{name}.lora_down.weight": torch.ones(2, 32), f"{name}.lora_up.weight": torch.ones(32, 2)}
+    save_file({**tensors, f"{name}.alpha": alpha}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=r"no adapter file that is understood.*\.alpha"):
+        apply_lora(random_net(1), tmp_path / "a.safetensors")
+
+
 def test_adapters_that_compute_something_else_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds no adapter.*adapter_model\.safetensors"):
         apply_lora(random_net(1), tmp_path)

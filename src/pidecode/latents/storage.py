@@ -6,8 +6,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import zipfile
-import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -133,7 +131,7 @@ def _read_array(source: str | os.PathLike[str] | bytes, path: object) -> Tensor 
             return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
         except LatentError:
             raise
-        except (ValueError, TypeError, EOFError, OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        except Exception as error:  # also RuntimeError (encrypted), NotImplementedError, LZMAError, MemoryError
             raise FileError(f"{path} is a damaged NumPy file, or not of numbers: {error}.") from error
     if not data.startswith((b"PK\x03\x04", b"\x80")) or looks_like_safetensors(data[:16]):
         return None

@@ -230,7 +230,7 @@ def _lora_layers(
     strange = []
     for name, tensor in tensors.items():
         match = _LORA_NAME.fullmatch(name)
-        if match is None:
+        if match is None or (match["alpha"] and tensor.numel() != 1):
             strange.append(name)
             continue
         given = match["layer"] or match["layer_"]
@@ -269,8 +269,10 @@ class _LoraStrengths:
                 self.config = {**read_json(beside)}
             alpha = self.config.get("lora_alpha")
             self.alpha = None if alpha is None else float(alpha)
-            self.pattern = {str(key): float(value) for key, value in (self.config.get("alpha_pattern") or {}).items()}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+            self.pattern = {
+                _layer_pattern(key): float(value) for key, value in (self.config.get("alpha_pattern") or {}).items()
+            }
+        except (OSError, re.error, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"The configuration of the adapter {path} cannot be read: {error}.") from error
         # What changes the computation beyond alpha and rank.
         odd = [key for key, value in self.config.items() if key.startswith("use_") and value and key != "use_rslora"]
@@ -285,10 +287,17 @@ class _LoraStrengths:
         """The strength of one layer."""
         if self.ours is not None:
             return self.ours
-        named = (value for key, value in self.pattern.items() if re.fullmatch(rf"(.*\.)?({key})", layer))
+        named = (value for key, value in self.pattern.items() if key.fullmatch(layer))
         alpha = self.alphas.get(layer, next(named, self.alpha))
         divisor = math.sqrt(rank) if self.config.get("use_rslora") else rank
         return 1.0 if alpha is None else alpha / divisor
+
+
+def _layer_pattern(pattern: str) -> re.Pattern[str]:
+    """A pattern of layers in peft's configuration; ValueError for one whose time could grow exponentially."""
+    if re.search(r"\)[*+?{]", pattern) or len(re.findall("[*+{]", pattern)) > 3:
+        raise ValueError(f"the pattern {pattern[:80]!r} is not plain enough")
+    return re.compile(rf"(.*\.)?({pattern})")
 
 
 def _own_strength(path: str | Path, metadata: Mapping[str, str]) -> float | None:
