@@ -19,7 +19,7 @@ import stat
 import threading
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -396,6 +396,30 @@ def _process_began(pid: object) -> str | None:
     return "running"
 
 
+def walk(
+    folder: str | os.PathLike[str], onerror: Callable[[OSError], object] | None = None
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As `os.walk`, sorted and to any depth; up to Python 3.11 that one calls itself for each level."""
+    waiting = [os.fspath(folder)]
+    while waiting:
+        here = waiting.pop()
+        try:
+            with os.scandir(here) as entries:
+                found = sorted((entry.name, _leads_to_folder(entry)) for entry in entries)
+        except OSError as error:
+            if onerror is not None:
+                onerror(error)
+            continue
+        folders = [name for name, is_folder in found if is_folder]
+        yield here, folders, [name for name, is_folder in found if not is_folder]
+        inside = [os.path.join(here, name) for name in reversed(folders)]
+        waiting += [path for path in inside if not os.path.islink(path)]
+
+
+def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir(follow_symlinks=False)
+
+
 def remove_partial(folder: str | os.PathLike[str], *, older_than: float = 0.0) -> int:
     """Remove temporary files and folders that a killed process left in `folder` and below; returns how many.
 
@@ -403,7 +427,7 @@ def remove_partial(folder: str | os.PathLike[str], *, older_than: float = 0.0) -
     to a running process.
     """
     count = 0
-    for here, folders, files in os.walk(folder):
+    for here, folders, files in walk(folder):
         parts = [name for name in (*folders, *files) if _PART_NAME.fullmatch(name)]
         folders[:] = [name for name in folders if name not in parts]
         for part in (Path(here, name) for name in parts):

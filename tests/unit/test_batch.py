@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -576,3 +578,26 @@ def test_what_is_no_image_in_the_place_of_one_fails_alone(tmp_path: Path, config
     assert states(report)["good.safetensors"] == "done"
     with pytest.raises(FileError, match="null"):
         collect_jobs(source, OutputNaming(out=tmp_path / "a\0b"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs long paths")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_folders_in_any_depth_are_read_or_named(tmp_path: Path) -> None:
+    here = os.open(tmp_path, os.O_RDONLY)
+    for name in ["d"] * 1100 + ["d" * 200] * 12:  # deeper than Python calls itself; longer than a path may be
+        os.mkdir(name, dir_fd=here)
+        inner = os.open(name, os.O_RDONLY, dir_fd=here)
+        if len(name) > 1:
+            os.close(os.open("deep.png", os.O_CREAT | os.O_WRONLY, dir_fd=here))
+        os.close(here)
+        here = inner
+    os.close(here)
+    try:
+        jobs = collect_jobs(tmp_path, OutputNaming(out=tmp_path / "out"))
+        assert min(job.name.count("/") for job in jobs if job.error is None) == 1100
+        assert any("File name too long" in str(job.error) for job in jobs)
+        with pytest.raises(SettingError, match="too deep into folders"):
+            collect_jobs(f"{tmp_path}/**/*.png", OutputNaming(out=tmp_path / "out"))
+        gc.collect()  # glob leaves folders open
+    finally:
+        subprocess.run(["rm", "-rf", str(tmp_path)], check=True)

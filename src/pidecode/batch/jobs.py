@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pidecode.batch.report import describe_left_out
 from pidecode.errors import FileError, PidecodeError, SettingError
-from pidecode.files import HEAD_BYTES, LOCK_NAME, cut_name, may_hold_frames, require_file, same_name
+from pidecode.files import HEAD_BYTES, LOCK_NAME, cut_name, may_hold_frames, require_file, same_name, walk
 from pidecode.images import Frames, frames_in
 from pidecode.latents.storage import count_latents
 from pidecode.options import Command, DecodeOptions, SaveOptions, option_infos
@@ -167,10 +167,11 @@ def _walk(folder: Path, out: Path) -> tuple[list[Path], list[BatchJob]]:
         name = place.relative_to(folder).as_posix()
         unread.append(_failure(name, f"The folder {place} cannot be read: {error.strerror}."))
 
-    for here, folders, files in os.walk(folder, onerror=on_error):
+    for here, folders, files in walk(folder, on_error):
         inside = Path(here)
-        names = sorted(name for name in folders if not name.startswith("."))
-        folders[:] = [name for name in names if os.path.realpath(inside / name) != outputs]
+        names = [name for name in folders if not name.startswith(".")]
+        same = {name for name in names if name == os.path.basename(outputs) or os.path.islink(inside / name)}
+        folders[:] = [name for name in names if name not in same or os.path.realpath(inside / name) != outputs]
         for link in (inside / name for name in folders if os.path.islink(inside / name)):
             message = (
                 f"{link} is a link to a folder, and links to folders are not followed; give the folder itself as a "
@@ -183,7 +184,10 @@ def _walk(folder: Path, out: Path) -> tuple[list[Path], list[BatchJob]]:
 
 def _glob(pattern: str) -> tuple[list[Path], list[BatchJob]]:
     """The files of a pattern, each once although links may lead to it in a circle, and the folders not read."""
-    found = glob.glob(os.path.expanduser(pattern), recursive=True)
+    try:
+        found = glob.glob(os.path.expanduser(pattern), recursive=True)
+    except RecursionError:
+        raise SettingError(f"{pattern} leads too deep into folders; give the folder in place of a pattern.") from None
     paths = [Path(name) for name in found if os.path.isfile(name) and not os.path.basename(name).startswith(".")]
     shortest_last = sorted(paths, key=lambda path: len(path.parts), reverse=True)
     once = {(os.path.realpath(path.parent), path.name): path for path in shortest_last}
@@ -193,7 +197,7 @@ def _glob(pattern: str) -> tuple[list[Path], list[BatchJob]]:
         unread.append(_failure(str(error.filename), f"The folder {error.filename} cannot be read: {error.strerror}."))
 
     if "**" in pattern:
-        for _ in os.walk(_folder_of_pattern(pattern), onerror=on_error):
+        for _ in walk(_folder_of_pattern(pattern), on_error):
             pass
     return list(once.values()), unread
 

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from pidecode.errors import TrainingError
+from pidecode.files import walk
 from pidecode.strict_json import JSONError, parse_json
 from pidecode.training.noise import seed_of
 from pidecode.units import decode_text
@@ -129,7 +130,7 @@ def _walk(root: Path, skipped: dict[str, str]) -> Iterator[Path]:
             raise fault
         skipped[_name(Path(fault.filename).relative_to(root))] = f"the folder cannot be read: {fault.strerror}"
 
-    for folder, names, files in os.walk(root, onerror=unreadable):
+    for folder, names, files in walk(root, unreadable):
         for path in (Path(folder, name) for name in names):
             if path.is_symlink():
                 skipped[_name(path.relative_to(root))] = "links to folders are not followed"
