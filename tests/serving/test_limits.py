@@ -24,7 +24,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fastapi import Response
 from PIL import Image
 from serving_kit import LIMITS, PATIENCE, HttpAnswer, Served, image_bytes, latent_bytes, running, small_decoder
 
@@ -162,6 +161,8 @@ LARGE = 4_000_000  # more than the buffers of sockets hold here
 @pytest.fixture
 def slow_readers(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Served, Callable[[], socket.socket]]]:
     """A server with a large response at /large, and a function that connects, asks for it and reads nothing."""
+    from fastapi import Response  # not above: the lowest versions warn unless serving_kit comes first
+
     monkeypatch.setattr(serve_http, "HEADER_SECONDS", 0.3)
     monkeypatch.setattr(serve_http, "READ_SECONDS", 0.8)
     service = DecodeService({"small": small_decoder()}, limits=LIMITS)
