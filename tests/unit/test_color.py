@@ -192,7 +192,6 @@ def test_enlarging_reports_drift_and_auto_corrects_it() -> None:
     assert fixed["color_fix"] == "coarse" and abs(fixed["color_drift"]["green"]) < 1
 
 
-@pytest.mark.xfail(strict=True, reason="from a latent alone the shipped weights tint a gray ramp (docs/model_card.md)")
 def test_a_gray_ramp_needs_no_color_fix() -> None:
     decoder = PixelDecoder.from_pretrained("tiny", device="cpu", dtype=torch.float32)
     gray = torch.linspace(-0.8, 0.8, 32).expand(1, 3, 32, 32)

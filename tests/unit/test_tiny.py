@@ -353,7 +353,7 @@ def test_a_reference_that_is_not_finite_is_refused(shipped: PixelDecoder) -> Non
 
 
 def test_what_is_delivered_is_finite(shipped: PixelDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pidecode.color_fix._apply_color_fix", lambda images, *_, **__: images * float("nan"))
+    monkeypatch.setattr("pidecode.color_fix.apply_color_fix", lambda images, *_, **__: images * float("nan"))
     with pytest.raises(LatentError, match="NaN"):
         shipped.decode(latent(), color_fix="coarse", reference=torch.full((1, 3, 16, 32), -1.0))
 
