@@ -360,12 +360,8 @@ class WorkBar:
     """
 
     def __init__(self, text: str = "loading") -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(
-            total=1.0, bar_format=_WITHOUT_BAR, file=sys.stderr, disable=None, leave=False, dynamic_ncols=True
-        )
-        self.visible = not self._bar.disable and os.environ.get("RANK", "0") == "0"  # one process of torchrun draws
+        # One process of torchrun draws.
+        self.visible = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
         self._ends, self._index, self._name, self._text = [1.0], 0, "", text
         self._began = self._reported = time.monotonic()
         self._predicted: float | None = None  # seconds of all the work, before any of it is done
@@ -373,6 +369,9 @@ class WorkBar:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._redraw, name="progress", daemon=True)
         if self.visible:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=1.0, bar_format=_WITHOUT_BAR, file=sys.stderr, leave=False, dynamic_ncols=True)
             self._draw()
             self._thread.start()
 
@@ -383,7 +382,7 @@ class WorkBar:
         self._ended.set()
         if self.visible:
             self._thread.join()
-        self._bar.close()
+            self._bar.close()
 
     def expect(self, work: Sequence[float], seconds: float | None = None) -> None:
         """Begin to measure: the work of each job in any unit, and the predicted time of all, if it is known."""

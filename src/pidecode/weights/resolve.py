@@ -19,10 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
-
-from tqdm import tqdm
 
 from pidecode.errors import CheckpointError, DownloadError, MissingDependencyError, PidecodeError, SettingError
 from pidecode.files import atomic_write, sync
@@ -38,6 +36,9 @@ from pidecode.registry.checkpoints import (
 from pidecode.registry.spaces import ALIASES, SPACES, get_space
 from pidecode.strict_json import JSONError, read_json
 from pidecode.weights.safetensors import sha256
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 _SHA256_DIGITS = 64
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -232,6 +233,8 @@ def _verify(part: Path, about: Any) -> None:
 
 
 def _reporter(path: str, on_progress: DownloadCallback | None) -> type[tqdm[Any]]:
+    from tqdm import tqdm
+
     class Reporter(tqdm):  # type: ignore[type-arg]
         """A progress bar that prints nothing and calls `on_progress`."""
 
