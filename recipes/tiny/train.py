@@ -82,6 +82,9 @@ class TinyLossConfig:
     """Steps between penalties, each of which counts this many times."""
     noise_scale: float = 0.3
     """A sample of noise level sigma counts `1 / (1 + (sigma / noise_scale)^2)`."""
+    smooth_weight: float = 0.25
+    """What a smooth crop counts (`data.smooth`). Its errors agree in sign over the whole area, so that at full weight
+    their gradient leaves little to that of texture."""
     encoder: float = 1.0
     """Loss of the encoder: difference of latents, and of what taef2 decodes from them."""
 
@@ -157,16 +160,17 @@ class TinyRecipe:
         default_factory=lambda: PhaseConfig(
             models=("decoder",),
             upscale_share=0.3,
+            data=TinyDataConfig(smooth=0.25),
             noise=LatentNoiseConfig(probability=0.3, sigma_max=0.8),
             loss=TinyLossConfig(
-                pixel=2.0,
+                pixel=2.5,
                 low_frequency=3.0,
-                distillation=10.0,
+                distillation=6.0,
                 chroma=4.0,
-                lpips=1.0,
-                dists=1.0,
+                lpips=1.6,
+                dists=1.6,
                 grid=0.5,
-                gan=0.17,
+                gan=0.2,
                 gan_start=500,
                 noise_scale=0.4,
             ),
@@ -258,10 +262,12 @@ class TinyTask:
         if config.distillation and (taught := ~upscaled & ~batch.smooth).any():
             with torch.no_grad():
                 small = self.autoencoder.decoder_image(F.pixel_shuffle(batch.clean_latent[taught], 2)).float()
-            distilled[taught] = low_frequency_distance(F.avg_pool2d(generated[taught], 4), small, sides=(4, 16))
+            sides = [side for side in (4, 16, 64) if side <= small.shape[-1]]
+            distilled[taught] = low_frequency_distance(F.avg_pool2d(generated[taught], 4), small, sides)
         if upscaled.any():
             generated = torch.where(per_sample(upscaled), back_projected(generated, batch.low), generated)
         weight_B = 1 / (1 + (sigma / config.noise_scale).square())
+        weight_B = torch.where(batch.smooth, config.smooth_weight * weight_B, weight_B)
 
         # Not divided by the sum of weights: a batch of noisy samples alone must count less as well.
         def add(name: str, weight: float, distance_B: Tensor) -> Tensor:

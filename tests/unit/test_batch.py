@@ -574,7 +574,7 @@ def test_what_is_no_image_in_the_place_of_one_fails_alone(tmp_path: Path, config
     why = {result.name: result.message or "" for result in report.results}
     assert "is no regular file, and in the way" in why["folder.safetensors"]
     assert "is no regular file, and in the way" in why["pipe.safetensors"]
-    assert "the most that --max-pixels allows" in why["huge.png"]
+    assert "the most that are read with max_pixels=" in why["huge.png"]
     assert states(report)["good.safetensors"] == "done"
     with pytest.raises(FileError, match="null"):
         collect_jobs(source, OutputNaming(out=tmp_path / "a\0b"))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -192,6 +193,18 @@ def test_distillation_holds_low_frequencies_of_taef2(folders: tuple[Path, Path],
             small = torch.nn.functional.avg_pool2d(decoder(torch.nn.functional.pixel_unshuffle(latent, 2)), 4)
             differences.append(float((small - autoencoder.decoder_image(latent)).mean((2, 3)).abs().mean()))
     assert differences[1] < 0.7 * differences[0]
+
+
+def test_smooth_crops_count_less_as_configured(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    data, taef2 = folders
+    losses = []
+    for weight in ("1", "0.5", "0"):
+        settings = [f"perception.loss.smooth_weight={weight}", "perception.data.smooth=1", "perception.run.steps=1"]
+        recipe.train_tiny(debug_recipe(data, *settings), tmp_path / weight, taef2, CPU)
+        lines = (tmp_path / weight / "perception" / "metrics.jsonl").read_text().splitlines()
+        losses.append(json.loads(lines[0])["pixel"])
+    assert losses[0] > 0
+    assert losses[1:] == pytest.approx([losses[0] / 2, 0], rel=1e-5)
 
 
 def test_an_encoder_starts_from_one_with_a_refiner(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -160,7 +160,10 @@ def job_outputs(job: BatchJob, config: WorkerConfig) -> JobOutputs:
     paths = job.outputs()
     most = BYTES_PER_PIXEL * config.max_pixels
     if job.command == "upscale" and job.source.stat().st_size > most:  # it would be read whole to know its content
-        raise FileError(f"{job.source} has more than {most:,} bytes, the most that --max-pixels allows.")
+        raise FileError(
+            f"{job.source} has more than {most:,} bytes, the most that are read with max_pixels={config.max_pixels}. "
+            "Write it anew without what is not the image, or raise max_pixels."
+        )
     fingerprint = config.fingerprint(job)
     missing = [
         index for index, path in enumerate(paths) if config.overwrite or _state(path, fingerprint, job) != "done"

@@ -305,7 +305,7 @@ def load_pipeline(model: str, source: str | None, device: torch.device, dtype: t
             f"The pipeline {source or repository} is {what}. Fetch it with `hf download {repository}`, after accepting "
             "its license on its page where it asks for that,", python="or name a folder: source=PATH.",
             cli="or name a folder: --pipeline PATH.",
-        )  from None  # fmt: skip
+        ) from None  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return _move_pipeline(pipe, device)
 
