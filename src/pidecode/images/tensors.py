@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
@@ -30,6 +30,8 @@ LABEL_HEIGHT = 48  # height in pixels of the strip of labels above a contact she
 
 def contact_sheet(columns: Sequence[Sequence[Tensor]], labels: Sequence[str]) -> Tensor:
     """Columns of images `[3, H, W]` in [-1, 1] under their labels, as `[3, LABEL_HEIGHT + rows * H, columns * W]`."""
+    from PIL import ImageDraw, ImageFont
+
     strips = []
     for images, label in zip(columns, labels, strict=True):
         strip = Image.new("RGB", (images[0].shape[-1], LABEL_HEIGHT), (24, 24, 24))

@@ -25,7 +25,7 @@ from pidecode.errors import ImageError, SettingError, SizeError
 from pidecode.files import atomic_write, check_writable
 from pidecode.images.attributes import KEYWORD, MAX_EXIF_BYTES, Attributes, metadata_in_exif, png_texts
 from pidecode.images.png import SIGNATURE, encode_png, read_texts
-from pidecode.images.read import BoundedFile, Frames, as_image_error, open_source, readable_formats
+from pidecode.images.read import BoundedFile, Frames, as_image_error, open_image, open_source
 from pidecode.images.tensors import to_array
 from pidecode.strict_json import JSONError, parse_json
 
@@ -397,7 +397,7 @@ def read_metadata(path: str | os.PathLike[str] | bytes | BinaryIO) -> dict[str, 
         if is_png:
             text = read_texts(file).get(KEYWORD)
         else:
-            with Image.open(file, formats=readable_formats()) as image:
+            with open_image(file) as image:
                 text = metadata_in_exif(image)
     if text is None:
         return None
