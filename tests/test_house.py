@@ -28,7 +28,7 @@ REPLACED = {
     "picture", "pictures",  # image
     "locks",  # color fix
     "facts",  # registry
-    "regressor", "looked", "glimpse", "corrector",  # TinyDecoder, reconstruct, refinement
+    "regressor", "looked", "glimpse", "corrector",  # TinyDecoder, its low resolution
     "climb", "climbs", "climbing",  # multi-scale
     "lean", "thrift",  # in-place, memory
     "sums", "twin", "twins",  # elementwise ops, reference implementation

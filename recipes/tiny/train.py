@@ -413,8 +413,6 @@ def start_from(
             raise CheckpointError(f"This phase needs a trained {name}; set init_from to a folder with {file_name}.")
         return
     tensors, own = load_file(path), module.state_dict()
-    if isinstance(module, TinyEncoder) and not module.config.num_refinements:  # then it is the encoder without refiner
-        tensors = {key: value for key, value in tensors.items() if not key.startswith("refiner.")}
     odd = sorted(key for key in tensors.keys() | own.keys() if key not in own or key not in tensors)
     odd += [key for key, value in own.items() if key in tensors and tensors[key].shape != value.shape]
     if odd:

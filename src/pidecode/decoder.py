@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from pidecode import sampling
-from pidecode.color_fix import corrected
+from pidecode.color_fix import DEFAULT_FIDELITY, corrected
 from pidecode.devices import default_dtype, select_device
-from pidecode.encoders.base import EncodeFunction, LazyImageEncoder, can_show, encode_images, on_device, vae_reference
+from pidecode.encoders.base import EncodeFunction, LazyImageEncoder, can_show, on_device, vae_reference
 from pidecode.encoders.text import (
     PromptEmbedsCache,
     TextEncoder,
@@ -27,7 +27,7 @@ from pidecode.encoders.text import (
     prompt_states,
     select_prompt_embeds,
 )
-from pidecode.engine.feed_forward import FeedForwardPlan, FeedForwardRunner, encoding_work
+from pidecode.engine.feed_forward import ENCODER_WORK, FeedForwardPlan, FeedForwardRunner
 from pidecode.engine.plan import Plan
 from pidecode.engine.runner import Runner, make_runner, require_memory
 from pidecode.errors import LatentError, SettingError, naming
@@ -260,16 +260,13 @@ class PixelDecoder:
             f"{str(self.dtype).removeprefix('torch.')} on {self.device}, license {self.license})"
         )
 
-    def encode(
-        self, image: ImageSource | Sequence[ImageSource], *, fit: Fit = "pad", num_refinements: int = 0
-    ) -> Latent:
+    def encode(self, image: ImageSource | Sequence[ImageSource], *, fit: Fit = "pad") -> Latent:
         """Encode an image, or a list of images of one size, to a clean latent of this decoder's space.
 
         Args:
             image: A path, the bytes of a file, an open file, a Pillow image, an array or tensor of uint8, of uint16 or
                 of floats in [-1, 1], or what `pidecode.read_image` returned, which also takes floats in [0, 1].
             fit: For sides that the encoder cannot divide: "pad" by mirrored edges, or "crop" around the center.
-            num_refinements: Times the latent is corrected by what it decodes to, for encoders that can.
 
         Raises:
             ImageError: It is no image; of a list, the index is named.
@@ -279,7 +276,7 @@ class PixelDecoder:
         """
         multiple, fixed = self.space.input_multiple, self.space.fixed_input
         fitted = [fit_to_encoder(source.on_white(), fit, multiple, fixed)[0] for source in read_images(image)]
-        return Latent.cat([self._encode(tensor, num_refinements, WorkTracker()) for tensor in fitted])
+        return Latent.cat([self._encode(tensor, WorkTracker()) for tensor in fitted])
 
     def decode(
         self,
@@ -361,7 +358,6 @@ class PixelDecoder:
         fidelity: float | None = None,
         reference: ImageSource | None = None,
         fit: Fit | None = None,
-        num_refinements: int | None = None,
         callback: Callback | None = None,
         progress_callback: DecodeProgressCallback | None = None,
     ) -> DecodeOutput:
@@ -379,8 +375,6 @@ class PixelDecoder:
             reference: Default the image itself.
             fit: "pad" (default) mirrors the edges out to the encoder's multiple and cuts the result back, so that it
                 is exactly that many times the image; "crop" crops around the center instead.
-            num_refinements: Times the encoder corrects its latent by what it decodes to, for encoders that can; each
-                decodes once more. Default 0.
 
         Raises:
             ImageError: It is no image; of a list, the index is named.
@@ -392,13 +386,11 @@ class PixelDecoder:
             seed=seed, num_steps=num_steps, sampler=sampler, sigma=sigma, size=size, scale=scale,
             guidance_scale=guidance_scale, shift=shift, prompt=prompt, negative_prompt=negative_prompt,
             prompt_embeds=prompt_embeds, color_fix=color_fix, fidelity=fidelity, reference=reference, fit=fit,
-            num_refinements=num_refinements,
         )  # fmt: skip
         chosen.require_acting(self.kind, "upscale", self.name)
         chosen = chosen.with_upscale_defaults(self.kind)
-        encoding = encoding_work(chosen.num_refinements or 0)
         run = partial(self._upscale, callback=callback)
-        return self._one_by_one(run, read_images(image), chosen, progress_callback, encoding)
+        return self._one_by_one(run, read_images(image), chosen, progress_callback, ENCODER_WORK)
 
     def _one_by_one(
         self,
@@ -428,7 +420,7 @@ class PixelDecoder:
         require_memory(self.runner, (tensor.shape[-1] * self.scale, tensor.shape[-2] * self.scale), len(tensor))
         result = self.upscaled_size((source.tensor.shape[-1], source.tensor.shape[-2]), options)
         options = options.at_natural_size()  # which the latent is decoded at
-        latent = self._encode(tensor, options.num_refinements or 0, tracker)
+        latent = self._encode(tensor, tracker)
         if options.reference is None:
             options = options.replace(reference=SourceImage(tensor=tensor))
         output = self._decode(latent, options, tracker, "upscale", callback)
@@ -458,7 +450,11 @@ class PixelDecoder:
             require_memory(self.runner, size, len(latent))
         reference, seen = self._reference(clean, options), callback is not None
         if isinstance(self.runner, FeedForwardRunner):
-            pixels = self.runner.decode(latent.tensor, work.strips())
+            fidelity = DEFAULT_FIDELITY if options.fidelity is None else options.fidelity
+            low, held = None, command == "upscale" and options.color_fix == "back-projection"
+            if held and reference is not None and self.scale * reference.shape[-1] == size[0]:
+                low = reference.to(self.device)
+            pixels = self.runner.decode(latent.tensor, work.strips(), low=low, fidelity=fidelity)
             if callback is not None:
                 callback(Step(1, 1, pixels))
         else:
@@ -483,7 +479,7 @@ class PixelDecoder:
         return DecodeOutput(pixels.unbind(), described)
 
     @torch.inference_mode()
-    def _encode(self, tensor: Tensor, num_refinements: int, tracker: WorkTracker) -> Latent:
+    def _encode(self, tensor: Tensor, tracker: WorkTracker) -> Latent:
         if self.encoder is None:
             raise SettingError(
                 f"{self.name} came without an encoder, so it decodes latents but cannot take images. Fetch one "
@@ -491,11 +487,8 @@ class PixelDecoder:
                 cli="or name one: --encoder PATH.", http="on the server, or start it with another model.",
             )  # fmt: skip
         tracker.report("encoding")
-        reconstruct = None
-        if isinstance(self.runner, FeedForwardRunner):
-            reconstruct = self.runner.reporting(tracker, num_refinements)
         with self._encoder_on_device():
-            cells = encode_images(self.encoder, tensor.to(self.device), reconstruct, num_refinements)
+            cells = self.encoder(tensor.to(self.device))
         return Latent(cells, self.space.name, 0.0)
 
     def _encoder_on_device(self) -> AbstractContextManager[None]:
@@ -589,7 +582,7 @@ class PixelDecoder:
             "license": self.metadata.license, "kind": self.kind,
             "sigma": float(latent.sigmas[0]) if options.sigma is None else options.sigma, "latent_seed": latent.seed,
             "color_fix": options.color_fix, "fidelity": options.fidelity, "attention": self.runner.changes_image,
-            "num_refinements": options.num_refinements, "prompt": latent.prompts[0],
+            "prompt": latent.prompts[0],
             "dtype": str(self.dtype).removeprefix("torch."), "device": self.device.type,
             "versions": {"pidecode": __version__, "torch": torch.__version__},
         }  # fmt: skip

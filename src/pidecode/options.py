@@ -134,10 +134,6 @@ class DecodeOptions:
         "For sides that the encoder cannot divide: pad by mirrored edges and cut back (default), or crop.",
         str, choices=get_args(Fit), commands=("upscale",),
     )  # fmt: skip
-    num_refinements: int | None = _option(
-        "Times the encoder corrects its latent by what it decodes to; each decodes once more. Default 0.",
-        int, minimum=0, maximum=16, kinds=("feed-forward",), commands=("upscale",),
-    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for name, info in option_infos().items():
@@ -165,19 +161,15 @@ class DecodeOptions:
                 raise SettingError(f"{option} acts in {acts} only, and this is {command}; leave it out.")
 
     def with_upscale_defaults(self, kind: DecoderKind) -> DecodeOptions:
-        """The same options with the color fix and the number of refinements that `upscale` uses by default.
+        """The same options with the color fix that `upscale` uses by default.
 
-        A feed-forward decoder is held to the image, unless `sigma` asks it to invent, and its latent is not refined.
+        A feed-forward decoder is held to the image, unless `sigma` asks it to invent.
 
         Raises:
             SettingError: `fidelity` has no effect with this color fix.
         """
-        feed_forward = kind == "feed-forward"
-        held = feed_forward and not self.sigma
-        chosen = self.replace(
-            color_fix=self.color_fix or ("back-projection" if held else None),
-            num_refinements=(self.num_refinements or 0) if feed_forward else None,
-        )
+        held = kind == "feed-forward" and not self.sigma
+        chosen = self.replace(color_fix=self.color_fix or ("back-projection" if held else None))
         if chosen.fidelity is not None and chosen.color_fix != "back-projection":
             raise SettingError(
                 f"fidelity acts with color_fix back-projection only, and color_fix is {chosen.color_fix or 'off'}; "

@@ -51,7 +51,7 @@ class Progress:
 
     phase: Phase  # "encoding" the image, "decoding" the latent, "finishing" the pixels
     done: float  # share of the whole call's predicted work that is done, 0 to 1; never falls within a call
-    unit: str = ""  # what the phase is counted in: "refinement", "step" or "strip"; empty where it is one piece
+    unit: str = ""  # what the phase is counted in: "step" or "strip"; empty where it is one piece
     index: int = 0  # unit that begins now, from 1; 0 before the first
     total: int = 0  # units of the phase
     part: str = ""  # what of several the call is about, such as "frame 2 of 3"; empty where it is all

@@ -45,7 +45,7 @@ _VALUES = (
 )  # fmt: skip
 _NAMES = (
     "seed", "num_steps", "sampler", "sigma", "size", "width", "height", "model", "space", "format", "prompt", "stream",
-    "color_fix", "fit", "bits", "kind", "guidance_scale", "x", "num_refinements",
+    "color_fix", "fit", "bits", "kind", "guidance_scale", "x",
 )  # fmt: skip
 
 

@@ -262,7 +262,9 @@ def check_upscale(app: Application, prompt: dict[str, Any]) -> None:
     expect_message(error_of(app, prompt, **{loader: {"file": "nowhere.safetensors"}}), "correct the loader's file")
     expect_message(error_of(app, prompt, **{upscale: {"width": 5000}}), "more than 4 times the image")
     inputs = next(node for node in prompt.values() if node["class_type"] == upscale)["inputs"]
-    inputs["num_refinements"] = 16  # enough work to be interrupted in
+    image, large = inputs["image"], {"upscale_method": "bilinear", "width": 1024, "height": 1024, "crop": "disabled"}
+    prompt["large"] = {"class_type": "ImageScale", "inputs": {"image": image, **large}}
+    inputs["image"] = ["large", 0]  # enough work to be interrupted in
     for wait in (0.3, 1.0, 2.0):
         events = {
             name: about["timestamp"] / 1000
@@ -272,7 +274,8 @@ def check_upscale(app: Application, prompt: dict[str, Any]) -> None:
         if seconds > wait + 5:
             raise SystemExit(f"An interrupt after {wait:g} s was not heeded within 5 s: {events}")
         print(f"  interrupted after {wait:g} s, ended after {seconds:.1f} s")
-    inputs["num_refinements"] = -1
+    inputs["image"] = image
+    del prompt["large"]
     app.run(prompt)
     for path, cached in ((None, True), ("/free", False)):
         if path is not None:

@@ -110,7 +110,6 @@ def test_a_foreign_latent_needs_its_space(server: Served) -> None:
         ("/v1/upscale?width=9000", image_bytes(), 400, "size is 9000x9000"),
         ("/v1/decode?sigma=0.9", latent_bytes(), 422, "sigma: Input should be less than or equal to 0.8"),
         ("/v1/decode?fit=pad", latent_bytes(), 422, "fit: Extra inputs are not permitted"),
-        ("/v1/upscale?num_refinements=2", image_bytes(), 400, "num_refinements acts on feed-forward decoders only"),
         ("/v1/decode?seed=-1", latent_bytes(), 422, "seed"),
         ("/v1/decode?sede=1", latent_bytes(), 422, "sede: Extra inputs are not permitted"),
         ("/v1/upscale?fit=stretch", image_bytes(), 422, "'pad' or 'crop'"),

@@ -222,7 +222,7 @@ def test_all_frames_and_pages_come_out(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for name in ("a.gif", "b.tif"):
         frames[0].save(tmp_path / "in" / name, save_all=True, append_images=frames[1:], duration=[40, 80, 120])
-    tiny, progress = WorkerConfig(device="cpu", options=DecodeOptions(num_refinements=0)), []
+    tiny, progress = WorkerConfig(device="cpu"), []
     batch = Batch(
         jobs=collect_jobs(tmp_path / "in", OutputNaming(out=tmp_path / "out")), config=tiny, out=tmp_path / "out"
     )

@@ -218,11 +218,11 @@ def test_a_terminal_shows_what_is_being_done(monkeypatch: pytest.MonkeyPatch) ->
         assert "loading ... 00:00" in terminal.getvalue()  # at once
         bar.expect([3.0, 1.0], seconds=40.0)
         bar.begin(0, "a.png")
-        bar.report(Progress("encoding", 0.5, "refinement", 1, 2))
+        bar.report(Progress("decoding", 0.5, "strip", 1, 2))
         bar.begin(1, "b.png")
         bar.report(Progress("decoding", 0.0, "strip", 1, 12))
     shown = terminal.getvalue()
-    assert "1/2 a.png: encoding, refinement 1 of 2  38%" in shown
+    assert "1/2 a.png: decoding, strip 1 of 2  38%" in shown
     assert "2/2 b.png: decoding, strip 1 of 12  75%" in shown
     assert re.search(r"about \d+", shown)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from data import TinyDataConfig, augment, held_out, quarter, smooth_fields
 from pidecode.errors import CheckpointError, FileError, SettingError
 from pidecode.files import FolderLock
-from pidecode.models.tiny import TinyDecoder, TinyEncoder
+from pidecode.models.tiny import TinyDecoder
 from pidecode.training.noise import PerSampleRNG
 
 CPU = torch.device("cpu")
@@ -205,14 +205,6 @@ def test_smooth_crops_count_less_as_configured(folders: tuple[Path, Path], tmp_p
         losses.append(json.loads(lines[0])["pixel"])
     assert losses[0] > 0
     assert losses[1:] == pytest.approx([losses[0] / 2, 0], rel=1e-5)
-
-
-def test_an_encoder_starts_from_one_with_a_refiner(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    made = replace(debug_recipe(folders[0]), init_from=str(tmp_path))
-    refining = TinyEncoder(replace(made.encoder, num_refinements=2))
-    save_file(refining.state_dict(), tmp_path / "tiny_encoder.safetensors")
-    encoder = recipe.build_models(made, made.fidelity, None)["encoder"]
-    assert torch.equal(encoder.state_dict()["head.weight"], refining.head.weight)
 
 
 def test_initial_weights_of_another_shape_are_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tiny`: decoder and encoder, strips against the whole, refinement, and what a feed-forward decoder refuses."""
+"""`tiny`: decoder and encoder, strips against the whole, and what a feed-forward decoder refuses."""
 
 from __future__ import annotations
 
@@ -28,15 +28,13 @@ from pidecode.engine.plan import plan_decode
 from pidecode.errors import CheckpointError, DoesNotFitError, ImageError, LatentError, SettingError, SizeError
 from pidecode.images import resize
 from pidecode.latents.latent import Latent
-from pidecode.metrics import psnr
-from pidecode.models.tiny import TinyDecoder, TinyEncoder, downscaled
+from pidecode.models.tiny import TinyDecoder, TinyEncoder, reduced
 from pidecode.options import DecodeOptions, RuntimeOptions
 from pidecode.registry.configs import TinyDecoderConfig, TinyEncoderConfig
 
 SMALL = TinyDecoderConfig(width=8, blocks=(1, 1, 1, 1))
 SMALL_ENCODER = TinyEncoderConfig(
     full_width=4, half_width=4, half_blocks=1, quarter_width=4, quarter_blocks=1, eighth_width=8, eighth_blocks=1,
-    num_refinements=1,
 )  # fmt: skip
 
 
@@ -63,6 +61,7 @@ def test_the_shapes_are_those_named() -> None:
         ({"blocks": ()}, "blocks is empty"), ({"blocks": (10**9,)}, "blocks is 1000000000"),
         ({"width": 6}, "multiple of 4"), ({"blocks": (1,) * 8}, "do not divide the 64"),
         ({"width": True}, "width is True"), ({"max_sigma": 1.5}, "max_sigma is 1.5"),
+        ({"low_blocks": (1,) * 6}, "do not divide the 16"), ({"low_weight": -0.1}, "low_weight is -0.1"),
     ],
 )  # fmt: skip
 def test_decoder_shapes_that_cannot_be_are_refused(changes: dict[str, Any], said: str) -> None:
@@ -73,7 +72,7 @@ def test_decoder_shapes_that_cannot_be_are_refused(changes: dict[str, Any], said
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"eighth_blocks": 10**9}, "from 1 to 256"), ({"num_refinements": 17}, "from 0 to 16"),
+        ({"eighth_blocks": 10**9}, "from 1 to 256"),
         ({"channels": 6}, "multiple of 4"), ({"wide": 1}, "Unknown fields wide"),
     ],
 )  # fmt: skip
@@ -89,9 +88,11 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         TinyEncoder(SMALL_ENCODER)(torch.zeros(1, 3, 20, 32))
 
 
-@pytest.mark.parametrize("blocks", [(1, 2, 0, 1), (2,), (1, 1)])
-def test_strips_equal_the_whole(blocks: tuple[int, ...]) -> None:
-    net = tiny_models.shake(TinyDecoder(replace(SMALL, blocks=blocks)))
+@pytest.mark.parametrize(
+    ("blocks", "low_blocks"), [((1, 2, 0, 1), ()), ((2,), ()), ((1, 1), (1, 1, 2)), ((1, 2, 0, 1), (1, 0, 1, 1))]
+)
+def test_strips_equal_the_whole(blocks: tuple[int, ...], low_blocks: tuple[int, ...]) -> None:
+    net = tiny_models.shake(TinyDecoder(replace(SMALL, blocks=blocks, low_blocks=low_blocks)))
     tensor, calls = recorded.noise(2, 128, 9, 3, seed=1), []
     with torch.no_grad():
         whole = net(tensor)
@@ -102,6 +103,29 @@ def test_strips_equal_the_whole(blocks: tuple[int, ...]) -> None:
         torch.testing.assert_close(strips, whole, rtol=1e-4, atol=1e-5)
     if len(blocks) > 2:
         assert max(total for _, total in calls) > 8 and min(total for _, total in calls) > 1
+        shares = [done / total for done, total in calls[-calls[-1][1] :]]
+        assert shares == sorted(set(shares)) and shares[0] == 0
+
+
+def test_the_image_is_moved_toward_that_of_low_resolution() -> None:
+    net = tiny_models.shake(TinyDecoder(replace(SMALL, low_blocks=(1, 1, 1, 1))))
+    tensor = recorded.noise(1, 128, 2, 3, seed=1)
+    assert net.low is not None
+    with torch.no_grad():
+        plain = TinyDecoder(SMALL)
+        plain.load_state_dict({name: value for name, value in net.state_dict().items() if not name.startswith("low.")})
+        before, after, low = reduced(plain(tensor), 4), reduced(net(tensor), 4), net.low(tensor).clamp(-1, 1)
+    assert low.shape == (1, 3, 32, 48)
+    assert (after - low).abs().mean() < 0.5 * (before - low).abs().mean()
+
+
+def test_a_low_image_at_hand_takes_the_place_of_the_decoded_one() -> None:
+    runner = FeedForwardRunner(tiny_models.shake(TinyDecoder(replace(SMALL, low_blocks=(1, 1, 1, 1)))))
+    tensor, given = recorded.noise(1, 128, 2, 3, seed=1), recorded.synthetic_image(48, 32, seed=3)
+    own, held = runner.decode(tensor), runner.decode(tensor, low=given)
+    assert torch.equal(runner.decode(tensor, low=given, fidelity=0.0), own)
+    assert (reduced(held, 4) - given).abs().mean() < 0.5 * (reduced(own, 4) - given).abs().mean()
+    torch.testing.assert_close(runner.decode(tensor, low=given, fidelity=0.5), (own + held) / 2)
 
 
 def test_a_plan_for_an_accelerator_is_cut_where_the_whole_does_not_fit() -> None:
@@ -235,56 +259,23 @@ def test_steps_are_reported_and_the_image_is_the_one_returned(shipped: PixelDeco
     assert torch.equal(seen[0].image.clamp(-1, 1), output.tensor)
 
 
-def test_refinement_brings_the_decoded_image_nearer(shipped: PixelDecoder) -> None:
-    image = recorded.synthetic_image(64, 64, seed=3)
-
-    def found(count: int) -> float:
-        decoded = shipped.decode(shipped.encode(image, num_refinements=count)).tensor
-        return float(psnr(downscaled(decoded, shipped.scale), image))
-
-    assert found(2) > found(0) + 0.2
-    assert torch.equal(shipped.encode(image).tensor, shipped.encode(image, num_refinements=0).tensor)
-
-
-def test_upscaling_decodes_once_unless_refinements_are_asked_for(shipped: PixelDecoder) -> None:
-    image, seen = recorded.synthetic_image(32, 32, seed=3), []
-    plain = shipped.upscale(image, progress_callback=lambda progress: seen.append(str(progress)))
+def test_upscaling_reports_what_it_does(shipped: PixelDecoder) -> None:
+    seen: list[str] = []
+    shipped.upscale(
+        recorded.synthetic_image(32, 32, seed=3), progress_callback=lambda progress: seen.append(str(progress))
+    )
     assert seen == ["encoding", "decoding", "finishing"]
-    assert plain.metadata[0]["num_refinements"] == 0
-    refined = shipped.upscale(image, num_refinements=1)
-    assert refined.metadata[0]["num_refinements"] == 1 and not torch.equal(refined.tensor, plain.tensor)
-    assert "num_refinements" not in shipped.decode(shipped.encode(image)).metadata[0]
 
 
 def test_packed_channels_are_channel_row_column() -> None:
     encoder = tiny_models.shake(TinyEncoder(SMALL_ENCODER))
-    image = torch.rand(1, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    image, found = torch.rand(1, 3, 32, 32), []
     with torch.no_grad():
-        packed, cells = encoder(image), encoder.cells(image)
+        packed = encoder(image)
+        encoder.head.register_forward_hook(lambda module, args, output: found.append(output))
+        encoder(image)
+    (cells,) = found
     assert torch.equal(packed[:, 4 * 5 + 2 * 1 + 0], cells[:, 5, 1::2, 0::2])
-
-
-def test_a_latent_is_refined_by_the_error_that_is_left() -> None:
-    encoder = tiny_models.shake(TinyEncoder(replace(SMALL_ENCODER, num_refinements=2)))
-    image = torch.rand(1, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    seen: list[torch.Tensor] = []
-
-    def reconstruct(latent: torch.Tensor) -> torch.Tensor:
-        seen.append(latent)
-        return torch.full_like(image, 0.25 * len(seen))
-
-    def correction(error: torch.Tensor) -> torch.Tensor:
-        zero = encoder.refiner.cells(torch.cat((image, torch.zeros_like(image)), dim=1))
-        return encoder.refiner.cells(torch.cat((image, error), dim=1)) - zero
-
-    with torch.no_grad():
-        first, refined = encoder(image), encoder(image, reconstruct)
-        second = encoder.cells(image) + correction(image - 0.25)
-        last = second + correction(image - 0.5)
-        expected = [first, torch.nn.functional.pixel_unshuffle(second, 2)]
-        assert all(torch.equal(one, other) for one, other in zip(seen, expected, strict=True))
-        assert torch.equal(refined, torch.nn.functional.pixel_unshuffle(last, 2))
-        assert torch.equal(encoder(image, lambda latent: image), first)  # no error, nothing to refine
 
 
 def test_the_encoder_loads_as_that_of_its_space(tmp_path: Path) -> None:
@@ -298,12 +289,6 @@ def test_the_encoder_loads_as_that_of_its_space(tmp_path: Path) -> None:
     assert not encoder.can_decode
     with pytest.raises(CheckpointError, match="into space flux2, not sdxl"):
         load_encoder("sdxl", path)
-
-
-def test_an_encoder_without_refiner_refuses_refinements() -> None:
-    encoder = TinyEncoder(TinyEncoderConfig.from_dict(SMALL_ENCODER.to_dict() | {"num_refinements": 0}))
-    with pytest.raises(SettingError, match="has no refiner"):
-        encoder(torch.zeros(1, 3, 32, 32), lambda cells: torch.zeros(1, 3, 32, 32), 1)
 
 
 def test_a_file_of_ones_own_loads_and_a_wrong_one_is_refused(tmp_path: Path, shipped: PixelDecoder) -> None:

@@ -441,17 +441,13 @@ _WITH_BAR = "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}{postfix}"
 TRUSTED_SHARE = 0.2  # share of the work from which on the time so far predicts the rest better than a quick measure
 
 
-def predicted_seconds(decoder: PixelDecoder, pixels: int, num_refinements: int | None) -> float | None:
-    """Time to make so many pixels, downsampled later or not, by a quick measure; None for decoders that draw noise.
-
-    `num_refinements` is that of `upscale`, or None where nothing is encoded.
-    """
-    from pidecode.engine.feed_forward import FeedForwardRunner, encoding_work
+def predicted_seconds(decoder: PixelDecoder, pixels: int, *, encoded: bool = False) -> float | None:
+    """Time to make so many pixels, `encoded` first or not, by a quick measure; None for decoders that draw noise."""
+    from pidecode.engine.feed_forward import ENCODER_WORK, FeedForwardRunner
 
     if not isinstance(decoder.runner, FeedForwardRunner):
         return None
-    encoding = 0.0 if num_refinements is None else encoding_work(num_refinements)
-    return decoder.runner.seconds_per_pixel() * pixels * (1 + encoding)
+    return decoder.runner.seconds_per_pixel() * pixels * (1 + encoded * ENCODER_WORK)
 
 
 def standard_input() -> bytes:

@@ -445,8 +445,8 @@ def _decode_all(
             width, height, batch = task.decoded_size(decoder.metadata, shape)
             jobs.append((source, target, width * height * batch * (len(source.animation) if source.animation else 1)))
     work = [pixels for _, _, pixels in jobs]
-    refinements = (task.options.num_refinements or 0) if isinstance(task, _UpscaleTask) else None
-    bar.expect(work, predicted_seconds(decoder, sum(work), refinements) if bar.visible else None)
+    encoded = isinstance(task, _UpscaleTask)
+    bar.expect(work, predicted_seconds(decoder, sum(work), encoded=encoded) if bar.visible else None)
     written: list[dict[str, Any]] = []
     for index, (source, target, _) in enumerate(jobs):
         with failures.kept(source):

@@ -259,7 +259,7 @@ def _predicted_times(network: str, plan: Plan | FeedForwardPlan) -> dict[str, fl
     """Seconds to decode and, for feed-forward decoders, to upscale, by a quick measure of this machine."""
     from pidecode.decoder import PixelDecoder
     from pidecode.devices import select_device
-    from pidecode.engine.feed_forward import encoding_work
+    from pidecode.engine.feed_forward import ENCODER_WORK
     from pidecode.engine.runner import measured_step_seconds
     from pidecode.sampling import DEFAULT_STEPS
 
@@ -269,5 +269,5 @@ def _predicted_times(network: str, plan: Plan | FeedForwardPlan) -> dict[str, fl
         steps = DEFAULT_STEPS["student"]
         return {f"time, {steps} steps": steps * step}
     decoder = PixelDecoder.from_pretrained(network, dtype=plan.dtype)
-    decoding = predicted_seconds(decoder, plan.size[0] * plan.size[1] * plan.batch, None) or 0.0
-    return {"time to decode": decoding, "time to upscale": decoding * (1 + encoding_work(0))}
+    decoding = predicted_seconds(decoder, plan.size[0] * plan.size[1] * plan.batch) or 0.0
+    return {"time to decode": decoding, "time to upscale": decoding * (1 + ENCODER_WORK)}

@@ -20,7 +20,6 @@ from pidecode.errors import LatentError, SettingError, SizeError
 from pidecode.files import PathLike
 from pidecode.latents.latent import Latent
 from pidecode.latents.layout import LatentStatistics, denormalize, normalize
-from pidecode.models.tiny import Reconstruct
 from pidecode.registry.spaces import LatentSpace, get_space
 
 EncodeFunction = Callable[[Tensor], Tensor]  # images `[B, 3, H, W]` in [-1, 1] to normalized latents `[B, C, h, w]`
@@ -69,34 +68,24 @@ class ImageEncoder:
         return self
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, reconstruct: Reconstruct | None = None, num_refinements: int = 0) -> Tensor:
+    def __call__(self, images: Tensor) -> Tensor:
         """Encode images as normalized latents.
 
         Args:
             images: `[B, 3, H, W]` in [-1, 1]. Sides are multiples of the space's `input_multiple`; dinov2 and siglip
                 take any size and resize it to their own square.
-            reconstruct: Decodes a latent to an image `[B, 3, H, W]` of the input's size. An encoder with a refiner
-                corrects its latent by the difference; other encoders ignore it.
-            num_refinements: Number of corrections, each by one call of `reconstruct`.
 
         Returns:
             Normalized latents `[B, C, h, w]`, float32.
 
         Raises:
             SizeError: A side is not a multiple of `input_multiple`.
-            SettingError: The tensor is not a batch of images, or `num_refinements` cannot act.
+            SettingError: The tensor is not a batch of images.
             LatentError: The encoder returned NaN or infinite values.
         """
         check_images(images, self.space)
         images = images.to(self.device, torch.float32)
-        if isinstance(self._autoencoder, TinyImageEncoder):
-            raw = self._autoencoder.encode(images, reconstruct, num_refinements).float()
-        elif not num_refinements:
-            raw = self._autoencoder.encode(images).float()
-        else:
-            raise SettingError(
-                f"num_refinements acts on the encoder of `tiny` only, and this is {self.space.name}'s; leave it out."
-            )
+        raw = self._autoencoder.encode(images).float()
         latent = raw if self._already_normalized else normalize(raw, self.space, self.statistics)
         if not bool(torch.isfinite(latent).all()):
             raise LatentError(
@@ -150,30 +139,15 @@ class LazyImageEncoder:
             self._loaded = self._load()
         return self._loaded
 
-    def __call__(self, images: Tensor, reconstruct: Reconstruct | None = None, num_refinements: int = 0) -> Tensor:
+    def __call__(self, images: Tensor) -> Tensor:
         """Encode images as normalized latents; see `ImageEncoder.__call__`."""
-        return self.loaded(images, reconstruct, num_refinements)
+        return self.loaded(images)
 
     def __getattr__(self, name: str) -> Any:
         """Any other attribute is the encoder's."""
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self.loaded, name)
-
-
-def encode_images(
-    encoder: EncodeFunction, images: Tensor, reconstruct: Reconstruct | None, num_refinements: int
-) -> Tensor:
-    """Encode images `[B, 3, H, W]` with an ImageEncoder (see `ImageEncoder.__call__`) or with any function of images.
-
-    Raises:
-        SettingError: `num_refinements` is given for an encoder without a refiner.
-    """
-    if isinstance(encoder, (ImageEncoder, LazyImageEncoder)):
-        return encoder(images, reconstruct, num_refinements)
-    if num_refinements:
-        raise SettingError("num_refinements acts on the encoder of `tiny` only; leave it out.")
-    return encoder(images)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pidecode.errors import CheckpointError, SettingError
-from pidecode.models.tiny import Reconstruct, TinyEncoder
+from pidecode.models.tiny import TinyEncoder
 from pidecode.registry.configs import TinyEncoderConfig
 from pidecode.registry.spaces import LatentSpace
 from pidecode.strict_json import JSONError, parse_json
@@ -30,9 +30,9 @@ class TinyImageEncoder:
         # Channels last, so that convolutions on a CPU need not reorder their inputs.
         self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def encode(self, images: Tensor, reconstruct: Reconstruct | None = None, num_refinements: int = 0) -> Tensor:
-        """Normalized latents `[B, 128, H / 16, W / 16]`; arguments as of `TinyEncoder.forward`."""
-        latents: Tensor = self.model(images.to(self.model.dtype), reconstruct, num_refinements)
+    def encode(self, images: Tensor) -> Tensor:
+        """Normalized latents `[B, 128, H / 16, W / 16]` of images `[B, 3, H, W]` in [-1, 1]."""
+        latents: Tensor = self.model(images.to(self.model.dtype))
         return latents
 
     def decode(self, raw: Tensor) -> Tensor:

@@ -21,9 +21,9 @@ from torch.nn import functional
 from pidecode.devices import resident_memory
 from pidecode.engine.machine import DRIVER, DTYPE_BYTES, GB, Machine
 from pidecode.errors import DoesNotFitError, SettingError
-from pidecode.models.tiny import DecoderBlock, TinyDecoder, TinyEncoder, downscaled
+from pidecode.images.tensors import upsampled
+from pidecode.models.tiny import DecoderBlock, TinyDecoder, TinyEncoder, reduced
 from pidecode.registry.configs import TinyDecoderConfig, TinyEncoderConfig
-from pidecode.sampling import WorkTracker
 
 HEAP = 40_000_000
 """Main memory that a first decode takes beside tensors: kernels' code, and what the allocator keeps."""
@@ -32,7 +32,7 @@ CPU_STRIP = 32_768
 page faults at every allocation."""
 STRIPS = (1_048_576, 262_144, CPU_STRIP)
 """Cells at once to try on an accelerator whose memory does not hold the whole image, most first."""
-ENCODER_WORK = 0.15  # work of one pass of the encoder in evaluations of the decoder, for progress only
+ENCODER_WORK = 0.15  # of encoding an image, in evaluations of the decoder, for progress only
 
 MEASURED_SIDE = 256  # pixels of the side of an image decoded to measure the speed
 
@@ -110,7 +110,7 @@ def predict(
     # other sizes, for which the allocator takes new memory.
     tails = 0 if plan.strip is None else 6 * config.blocks[-1] * B * config.width * columns * wide
     stage = 5 * features + 3 * cells * last**2 * (wide + 4) + tails
-    image, encoder = 3 * 4 * B * width * height, TinyEncoderConfig(num_refinements=1)
+    image, encoder = 3 * 4 * B * width * height, TinyEncoderConfig()
     before = B * config.width * columns * count * wide // (4 if len(config.blocks) > 1 else 1)
     decoding = before + stage + image
     # The encoder's widest block, at the source's size; the color fix: nine of the source's size, and two convolutions
@@ -303,6 +303,17 @@ def _ends(height: int, rows: int, blocks: int) -> list[int]:
     return [*range(rows // 2 + 1 + blocks, height, rows // 2), height]
 
 
+def _moved(image: Tensor, low: Tensor, weight: float) -> Tensor:
+    """`[B, 3, H, W]`, overwritten, moved toward low resolution `[B, 3, h, w]` as in `TinyDecoder.forward`."""
+    scale = image.shape[2] // low.shape[2]
+    difference = weight * (low - reduced(image, scale))
+    rows = max(1, CPU_STRIP // low.shape[3])
+    for begin in range(0, low.shape[2], rows):
+        end = min(begin + rows, low.shape[2])
+        image[:, :, begin * scale : end * scale] += upsampled(difference, image.shape[-2:], begin, end)
+    return image
+
+
 class FeedForwardRunner:
     """Decodes latents with a `TinyDecoder`.
 
@@ -317,6 +328,7 @@ class FeedForwardRunner:
         # Channels last, so that convolutions on a CPU need not reorder their inputs.
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.net, self.plan = net, plan
+        self.low = FeedForwardRunner(net.low, plan) if net.low is not None else None
 
     def place(self, device: torch.device) -> None:
         """Move the network to a device."""
@@ -339,8 +351,31 @@ class FeedForwardRunner:
         return predict(plan, self.net.config, accelerator=self.net.device.type != "cpu", resident=resident)
 
     @torch.no_grad()
-    def decode(self, latent: Tensor, on_strip: StripCallback | None = None) -> Tensor:
-        """Normalized latent `[B, C, h, w]` to the image `[B, 3, H, W]`, float32, not clamped."""
+    def decode(
+        self, latent: Tensor, on_strip: StripCallback | None = None, *, low: Tensor | None = None, fidelity: float = 1.0
+    ) -> Tensor:
+        """Decode a latent.
+
+        Args:
+            latent: Normalized, `[B, C, h, w]`.
+            on_strip: Called before each strip.
+            low: The encoded image in [-1, 1], where it is at hand: in place of what the low-resolution decoder makes.
+            fidelity: How much it is, from 0 to 1.
+
+        Returns:
+            The image `[B, 3, H, W]`, float32, not clamped.
+        """
+        if self.low is None:
+            return self._generated(latent, on_strip)
+        report, halves = on_strip or (lambda done, count: None), 1
+        if low is None or fidelity < 1:
+            halves, own = 2, self.low.decode(latent, lambda done, count: report(done, 2 * count)).clamp_(-1, 1)
+            low = own if low is None else own.lerp_(low, fidelity)
+        image = self._generated(latent, lambda done, count: report((halves - 1) * count + done, halves * count))
+        return _moved(image, low, self.net.config.low_weight)
+
+    def _generated(self, latent: Tensor, on_strip: StripCallback | None) -> Tensor:
+        """The image as it is before it is moved toward that of low resolution."""
         net = self.net
         features = net.coarse(latent)
         *inner, final = [*net.stages][1:] or [None]
@@ -384,28 +419,3 @@ class FeedForwardRunner:
             out[:, :, done : done + strip.shape[2]] = strip
             done += strip.shape[2]
         return out
-
-    def reconstruct(self, latent: Tensor, on_strip: StripCallback | None = None) -> Tensor:
-        """What a latent decodes to, at the size of the image it encodes: `[B, 3, h down, w down]` in [-1, 1]."""
-        return downscaled(self.decode(latent.to(self.net.device), on_strip), self.net.config.scale)
-
-    def reporting(self, tracker: WorkTracker, count: int) -> Callable[[Tensor], Tensor]:
-        """`reconstruct` for an encoder that calls it `count` times; each call reports its refinement."""
-        begun = itertools.count(1)
-
-        def reconstruct(latent: Tensor) -> Tensor:
-            index = next(begun)
-
-            def report(done: int, total: int) -> None:
-                before = encoding_work(index) - 1 - ENCODER_WORK
-                tracker.report("encoding", (before + done / total) / encoding_work(count), "refinement", index, count)
-
-            report(0, 1)
-            return self.reconstruct(latent, report)
-
-        return reconstruct
-
-
-def encoding_work(num_refinements: int) -> float:
-    """Work of encoding with so many refinements, in evaluations of the decoder."""
-    return num_refinements + ENCODER_WORK * (1 + 2 * num_refinements)

@@ -2,24 +2,20 @@
 """`tiny`: a feed-forward decoder from FLUX.2 latents to images four times as large, and an encoder to those latents.
 
 Both are plain convolutional networks. The decoder is not a PiD network: it takes no noise and no time, and forms the
-image in one evaluation. `recipes/tiny` beside the package says how both are trained.
+image in one evaluation. A second, smaller one forms the image at low resolution, as the autoencoder itself decodes it,
+and holds the large image to it. `recipes/tiny` beside the package says how all are trained.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pidecode.errors import LatentError, SettingError, SizeError
+from pidecode.errors import LatentError, SizeError
 from pidecode.registry.configs import TinyDecoderConfig, TinyEncoderConfig
 
 ENCODER_STRIDE = 16  # input pixels per latent cell, along each side
-Reconstruct = Callable[[Tensor], Tensor]
-"""From a normalized latent `[B, 128, h, w]` to what a decoder makes of it, at the size of the encoded image."""
 
 
 class _Conv2d(nn.Conv2d):
@@ -55,6 +51,9 @@ class TinyDecoder(nn.Module):
     The first stage works on the latent's own grid, where convolutions are cheap, and alone normalizes over the whole
     image; finer stages would lose the size of a faint detail by it. Each further stage doubles the grid. A last
     convolution gives the pixels of each cell, which are shuffled into place.
+
+    Losses that reward detail leave the colors of small areas loose. So `low`, trained to decode as the autoencoder
+    does, gives the image at low resolution, and the large image is moved toward it.
     """
 
     def __init__(self, config: TinyDecoderConfig | None = None) -> None:
@@ -69,6 +68,7 @@ class TinyDecoder(nn.Module):
             for stage, count in enumerate(config.blocks)
         )
         self.to_pixels = _conv3x3(config.width, 3 * config.pixel_shuffle**2)
+        self.low = TinyDecoder(config.low) if config.low else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -103,7 +103,11 @@ class TinyDecoder(nn.Module):
         features = self.coarse(latent)
         for stage in list(self.stages)[1:]:
             features = stage(functional.interpolate(features, scale_factor=2, mode="nearest"))
-        return self.pixels(functional.pad(features, (1, 1, 1, 1), mode="replicate"))
+        image = self.pixels(functional.pad(features, (1, 1, 1, 1), mode="replicate"))
+        if self.low is None:
+            return image
+        difference = self.config.low_weight * (self.low(latent).clamp(-1, 1) - reduced(image, self.config.scale))
+        return image + functional.interpolate(difference, scale_factor=self.config.scale, mode="bicubic")
 
 
 class EncoderBlock(nn.Module):
@@ -146,10 +150,10 @@ class TinyEncoder(nn.Module):
     the whole image: encode first, crop after.
     """
 
-    def __init__(self, config: TinyEncoderConfig | None = None, *, inputs: int = 3) -> None:
+    def __init__(self, config: TinyEncoderConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or TinyEncoderConfig()
-        self.stem = _Conv2d(inputs, config.full_width, 3, padding=1)
+        self.stem = _Conv2d(3, config.full_width, 3, padding=1)
         self.at_full = nn.Sequential(*(EncoderBlock(config.full_width) for _ in range(config.full_blocks)))
         self.to_half = _Conv2d(config.full_width, config.half_width, 3, stride=2, padding=1)
         self.at_half = nn.Sequential(*(EncoderBlock(config.half_width) for _ in range(config.half_blocks)))
@@ -158,49 +162,23 @@ class TinyEncoder(nn.Module):
         self.to_eighth = _Conv2d(config.quarter_width, config.eighth_width, 3, stride=2, padding=1)
         self.at_eighth = nn.Sequential(*(ContextBlock(config.eighth_width) for _ in range(config.eighth_blocks)))
         self.head = _Conv2d(config.eighth_width, config.channels // 4, 3, padding=1)
-        if config.num_refinements:
-            self.refiner = TinyEncoder(replace(config, num_refinements=0), inputs=2 * inputs)
 
     @property
     def dtype(self) -> torch.dtype:
         """Number format of the weights."""
         return self.stem.weight.dtype
 
-    def cells(self, image: Tensor) -> Tensor:
-        """The latent before packing, `[B, channels / 4, H/8, W/8]`."""
-        x = self.at_half(self.to_half(functional.relu(self.at_full(self.stem(image)))))
-        x = self.at_eighth(self.to_eighth(self.at_quarter(self.to_quarter(x))))
-        return self.head(functional.relu(x))  # type: ignore[no-any-return]
-
-    def refined(self, image: Tensor, reconstruct: Reconstruct, num_refinements: int) -> Tensor:
-        """`cells` after so many refinements, each by the error that the decoded latent still has.
-
-        The refiner's answer to no error at all is subtracted, so that a perfect latent stays as it is.
-        """
-        cells = self.cells(image)
-        if num_refinements:
-            without_error = self.refiner.cells(torch.cat((image, torch.zeros_like(image)), dim=1))
-        for _ in range(num_refinements):
-            error = image - reconstruct(functional.pixel_unshuffle(cells, 2)).to(image)
-            cells = cells + (self.refiner.cells(torch.cat((image, error), dim=1)) - without_error)
-        return cells
-
-    def forward(
-        self, image: Tensor, reconstruct: Reconstruct | None = None, num_refinements: int | None = None
-    ) -> Tensor:
+    def forward(self, image: Tensor) -> Tensor:
         """Encode an image.
 
         Args:
             image: `[B, 3, H, W]` in [-1, 1].
-            reconstruct: What the decoder to come makes of a latent; without it nothing is refined.
-            num_refinements: How often; by default as the encoder was trained.
 
         Returns:
             The latent `[B, channels, H/16, W/16]`.
 
         Raises:
             SizeError: The image has another shape, or sides that are no multiples of 16.
-            SettingError: Refinements are asked of an encoder without refiner.
         """
         if image.ndim != 4 or image.shape[1] != 3:
             raise SizeError(f"The encoder takes images [B, 3, H, W]; this one is {list(image.shape)}.")
@@ -211,16 +189,14 @@ class TinyEncoder(nn.Module):
                 f"{width // ENCODER_STRIDE * ENCODER_STRIDE}x{height // ENCODER_STRIDE * ENCODER_STRIDE}."
             )
         image = image.contiguous(memory_format=torch.channels_last)  # as convolutions on a CPU read it, without copies
-        count = self.config.num_refinements if num_refinements is None else num_refinements
-        if count and not self.config.num_refinements:
-            raise SettingError(f"num_refinements is {count}, and this encoder has no refiner; leave it out.")
-        cells = self.cells(image) if reconstruct is None else self.refined(image, reconstruct, count)
-        return functional.pixel_unshuffle(cells, 2)
+        x = self.at_half(self.to_half(functional.relu(self.at_full(self.stem(image)))))
+        x = self.at_eighth(self.to_eighth(self.at_quarter(self.to_quarter(x))))
+        return functional.pixel_unshuffle(self.head(functional.relu(x)), 2)
 
 
-def downscaled(image: Tensor, scale: int) -> Tensor:
-    """A decoded image `[B, 3, H, W]`, clamped to [-1, 1], at the size of what was encoded: antialiased bicubic."""
-    return functional.interpolate(image.clamp(-1, 1), scale_factor=1 / scale, mode="bicubic", antialias=True)
+def reduced(image: Tensor, scale: int) -> Tensor:
+    """Mean colors of squares of `scale` pixels: `[B, C, H, W]` to `[B, C, H / scale, W / scale]`."""
+    return functional.avg_pool2d(image, scale)
 
 
 def _conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:

@@ -215,9 +215,6 @@ def debug_config(**changes: Any) -> PiDConfig:
     return replace(base, **changes)
 
 
-MAX_REFINEMENTS = 16  # most refinements an encoder's file may ask for: each costs a decode and an encode
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TinyDecoderConfig:
     """Shape of a `TinyDecoder`.
@@ -229,6 +226,8 @@ class TinyDecoderConfig:
         scale: Output pixels per pixel of the low-resolution image, along each side.
         width: Channels of all convolutions.
         blocks: Residual blocks of each stage; each stage but the first doubles the grid.
+        low_blocks: The same of the low-resolution decoder, whose image corrects the large one; empty builds none.
+        low_weight: How much of the difference from its image is corrected, from 0 to 1.
         max_sigma: Highest noise level of a latent for which the decoder was found good.
 
     Raises:
@@ -241,6 +240,8 @@ class TinyDecoderConfig:
     scale: int = 4
     width: int = 64
     blocks: tuple[int, ...] = (16, 8, 12, 4)
+    low_blocks: tuple[int, ...] = ()
+    low_weight: float = 0.75
     max_sigma: float = 0.8
 
     def __post_init__(self) -> None:
@@ -248,8 +249,9 @@ class TinyDecoderConfig:
             _check_count(name, getattr(self, name), least=1, most=MAX_WIDTH)
         if not self.blocks:
             raise SettingError("blocks is empty; name the residual blocks of at least one stage.")
-        for count in self.blocks:
-            _check_count("blocks", count, least=0, most=MAX_BLOCKS)
+        for name in ("blocks", "low_blocks"):
+            for count in getattr(self, name):
+                _check_count(name, count, least=0, most=MAX_BLOCKS)
         if self.width % 4 or self.latent_channels % self.latent_unpatchify**2:
             raise SettingError(
                 f"width={self.width} must be a multiple of 4 (its GroupNorm's groups), and latent_channels="
@@ -259,8 +261,10 @@ class TinyDecoderConfig:
             raise SettingError(
                 f"{len(self.blocks)} stages do not divide the {self.pixels_per_cell} output pixels of a latent cell."
             )
-        if not 0.0 <= self.max_sigma <= 1.0:
-            raise SettingError(f"max_sigma is {self.max_sigma}; it must be from 0 to 1.")
+        for name in ("max_sigma", "low_weight"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise SettingError(f"{name} is {getattr(self, name)}; it must be from 0 to 1.")
+        _ = self.low  # its stages must divide its cells as well
 
     @property
     def pixels_per_cell(self) -> int:
@@ -272,9 +276,14 @@ class TinyDecoderConfig:
         """Output pixels per cell of the last grid, along each side."""
         return int(self.pixels_per_cell // (self.latent_unpatchify * 2 ** (len(self.blocks) - 1)))
 
+    @property
+    def low(self) -> TinyDecoderConfig | None:
+        """Shape of the low-resolution decoder, or None without one."""
+        return replace(self, scale=1, blocks=self.low_blocks, low_blocks=()) if self.low_blocks else None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""
-        return {**asdict(self), "blocks": list(self.blocks)}
+        return {**asdict(self), "blocks": list(self.blocks), "low_blocks": list(self.low_blocks)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TinyDecoderConfig:
@@ -284,10 +293,10 @@ class TinyDecoderConfig:
             SettingError: A name is unknown, or a value has the wrong type.
         """
         clean = dict(values)
-        if "blocks" in clean:
-            if not isinstance(clean["blocks"], (list, tuple)):
-                raise SettingError(f"blocks is {clean['blocks']!r}; it must be a list of whole numbers.")
-            clean["blocks"] = tuple(clean["blocks"])
+        for name in clean.keys() & {"blocks", "low_blocks"}:
+            if not isinstance(clean[name], (list, tuple)):
+                raise SettingError(f"{name} is {clean[name]!r}; it must be a list of whole numbers.")
+            clean[name] = tuple(clean[name])
         return _from_dict(cls, clean)
 
 
@@ -297,7 +306,6 @@ class TinyEncoderConfig:
 
     Attributes:
         channels: Channels of the packed latent (128 for FLUX.2).
-        num_refinements: How often the latent is corrected by what it decodes to; 0 builds an encoder without refiner.
 
     Raises:
         SettingError: A value cannot be built.
@@ -312,13 +320,11 @@ class TinyEncoderConfig:
     eighth_width: int = 128
     eighth_blocks: int = 6
     channels: int = 128
-    num_refinements: int = 0
 
     def __post_init__(self) -> None:
         for entry in fields(self):
             most = MAX_BLOCKS if entry.name.endswith("_blocks") else MAX_WIDTH
-            least, most = (0, MAX_REFINEMENTS) if entry.name == "num_refinements" else (1, most)
-            _check_count(entry.name, getattr(self, entry.name), least=least, most=most)
+            _check_count(entry.name, getattr(self, entry.name), least=1, most=most)
         if self.channels % 4:
             raise SettingError(f"channels is {self.channels}; 2x2 cells are packed, so it must be a multiple of 4.")
 

@@ -106,7 +106,7 @@ class Speeds:
         self._speeds[self._key(name, params)] = seconds / max(size[0] * size[1], LEAST_PIXELS)
 
     def _key(self, name: str, params: ResultParams) -> tuple[Any, ...]:
-        options = (getattr(params, option, None) for option in ("num_steps", "num_refinements", "guidance_scale"))
+        options = (getattr(params, option, None) for option in ("num_steps", "guidance_scale"))
         return (name, isinstance(params, UpscaleParams), *options)
 
 

@@ -123,7 +123,7 @@ function fillSettings() {
     "for-text-readers": chosen.reads_text && !isPrompt(), "for-student": student, "for-teacher": chosen.kind === "teacher",
     "for-diffusion": chosen.kind !== "feed-forward", "for-seed": chosen.kind !== "feed-forward" || isPrompt(),
     "for-noise": chosen.max_sigma > 0, "for-quality": find("format").value !== "png",
-    "for-fidelity": (!input || isImage()) && holdsDetail(), "for-refinement": (!input || isImage()) && chosen.kind === "feed-forward",
+    "for-fidelity": (!input || isImage()) && holdsDetail(),
   })) for (const element of document.getElementsByClassName(name)) element.hidden = !on;
   fitSides();
 }
@@ -155,7 +155,6 @@ function readSettings() {
     else for (const [index, name] of ["width", "height"].entries()) if (sides()[index]) settings[name] = sides()[index];
     if (find("color_fix").value) settings.color_fix = find("color_fix").value;
     if (holdsDetail() && Number(find("fidelity").value) < 1) settings.fidelity = find("fidelity").value;
-    if (kind === "feed-forward" && find("num_refinements").value > 0) settings.num_refinements = find("num_refinements").value;
   } else {
     if (hasSize()) [settings.width, settings.height] = [find("to-width").value, find("to-height").value];
     if (!input.info.space && !isPrompt()) settings.space = find("space").value;
@@ -167,7 +166,7 @@ function writeSettings(settings) {
   fillFields({ model: settings.model });
   fillFields({
     ...settings, sigma: settings.sigma ?? 0, color_fix: settings.color_fix ?? "", prompt: settings.prompt ?? "",
-    fidelity: settings.fidelity ?? 1, num_refinements: settings.num_refinements ?? 0,
+    fidelity: settings.fidelity ?? 1,
     "to-width": settings.width ?? "", "to-height": settings.height ?? "",
   });
 }
@@ -565,7 +564,7 @@ function forget() {
 
 function useMetadata() {
   const metadata = input.info.metadata, given = {};
-  for (const name of ["seed", "num_steps", "sampler", "guidance_scale", "prompt", "model", "color_fix", "fidelity", "num_refinements"]) if (metadata[name] !== undefined) given[name] = metadata[name];
+  for (const name of ["seed", "num_steps", "sampler", "guidance_scale", "prompt", "model", "color_fix", "fidelity"]) if (metadata[name] !== undefined) given[name] = metadata[name];
   if (metadata.sigma > 0 && metadata.sigma <= 0.8) given.sigma = metadata.sigma;
   writeSettings({ ...readSettings(), ...given });
   find("from-metadata").hidden = true;
