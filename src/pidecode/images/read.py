@@ -436,8 +436,7 @@ def _other_format(name: str, kind: str, step: str) -> str:
 
 def open_image(file: BinaryIO | BoundedFile) -> Image.Image:
     """Open a file of one of `_FORMATS` that the installed Pillow supports."""
-    # PNG and JPEG need none of the 40 modules of other formats, whose import takes 30 ms.
-    for load in (Image.preinit, Image.init):
+    for load in (Image.preinit, Image.init):  # PNG and JPEG need none of the other formats' modules, which take 30 ms
         load()
         with suppress(UnidentifiedImageError):
             return Image.open(cast(BinaryIO, file), formats=[name for name in _FORMATS if name in Image.OPEN])
