@@ -136,8 +136,6 @@ def test_the_latest_sizes_are_kept() -> None:
     assert recorder.captures == 3
     run((2, 2), "another attention kernel")
     assert recorder.captures == 4
-    graphs.clear()
-    assert len(graphs) == 0
 
 
 def test_a_graph_does_not_keep_an_image_s_condition_alive() -> None:
@@ -173,7 +171,7 @@ def test_the_runner_replays_and_forgets_with_the_weights(monkeypatch: pytest.Mon
     assert recorder.captures == 2  # one to compare with, one for the image
     assert runner.graph_cache is not None
     runner.forget()
-    assert len(runner.graph_cache) == 0
+    assert runner.graph_cache is None
 
 
 def test_graphs_are_refused_where_they_cannot_act(monkeypatch: pytest.MonkeyPatch) -> None:

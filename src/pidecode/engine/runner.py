@@ -14,45 +14,20 @@ import torch
 from torch import Tensor
 
 from pidecode.devices import free_memory, require_compiler, supports_cuda_graphs
-from pidecode.engine import inplace
+from pidecode.engine import inplace, timesteps
 from pidecode.engine.cuda_graphs import GraphCache, capture_on
 from pidecode.engine.feed_forward import MEASURED_SIDE, FeedForwardPlan, FeedForwardRunner
-from pidecode.engine.inplace import prepare_recomputed
 from pidecode.engine.machine import Chunks
 from pidecode.engine.offload import BlockOffloader
-from pidecode.engine.ops import elementwise
+from pidecode.engine.ops import elementwise, quantize
 from pidecode.engine.ops.compiled import CompiledOps
-from pidecode.engine.ops.quantize import (
-    EIGHT_BIT_HEADS,
-    EIGHT_BIT_TOLERANCE,
-    EightBitAttention,
-    best_kernel,
-    int8_kernels,
-    quantize,
-)
 from pidecode.engine.pixel_tiles import PixelHalves
 from pidecode.engine.plan import Plan, predict, step_flops
 from pidecode.engine.sequence_parallel import denoise_sharded, is_parallel
 from pidecode.engine.tiling import Windows, denoise_windows
-from pidecode.engine.timesteps import (
-    StepModulation,
-    TimestepCache,
-    is_stripped,
-    precompute,
-    step_modulation,
-    strip_for_inference,
-)
 from pidecode.errors import DoesNotFitError, SettingError
-from pidecode.models.attention import (
-    PACKAGES,
-    AttentionKernel,
-    MeasuredAttention,
-    exact_kernels,
-    kernel_works,
-    record_path,
-    tolerance,
-    use_kernel,
-)
+from pidecode.models import attention as kernels
+from pidecode.models.attention import AttentionKernel, MeasuredAttention
 from pidecode.models.pid.network import Condition, Grid, PiDNet
 from pidecode.models.tiny import TinyDecoder
 from pidecode.options import RuntimeOptions
@@ -100,7 +75,7 @@ class Runner:
         self._image_chunks: Chunks | None = None
         self._halves = PixelHalves()
         self.offloader: BlockOffloader | None = None  # holds the patch blocks where the plan keeps them on the host
-        self._timesteps: TimestepCache | None = None
+        self._timesteps: timesteps.TimestepCache | None = None
         self._kernels: dict[tuple[str, str], AttentionKernel | None] = {}  # by name of the choice and type of device
         self.sequence_parallel = False  # whether the job's processes share each image; all then decode the same one
         self._finite = False  # whether the attention's first output was seen to be finite
@@ -114,7 +89,16 @@ class Runner:
         """
         self._strip()
         if self.plan is not None and self.plan.quantization != "none":
-            self._quantize(self.plan, device)
+            format, eight_bit = self.plan.quantization, self.plan.scheme == "w8a8"
+            kernel = quantize.best_kernel(format, self.net.dtype, device) if eight_bit else None
+            if eight_bit and device.type == "cpu":
+                warnings.warn(
+                    "w8a8 is slower than float32 on a CPU without units for eight-bit products; compare with "
+                    "benchmarks/decode.py.",
+                    stacklevel=3,
+                )
+            for blocks in (self.net.patch_blocks, self.net.pixel_blocks):
+                quantize.quantize(blocks, format, kernel)
         if self.offloads("blocks"):
             self.offloader = BlockOffloader(self.net.patch_blocks, device)
         self.place(device)
@@ -127,12 +111,8 @@ class Runner:
         if self.net.config.has_text:
             self.net.y_pos_embedding.data = self.net.y_pos_embedding.data.to(device)
         self._timesteps = None if self._timesteps is None else self._timesteps.to(device)
-        self._drop_copies()
-
-    def _drop_copies(self) -> None:
         self._halves.clear()
-        if self.graph_cache is not None:
-            self.graph_cache.clear()
+        self.graph_cache = None
 
     def require(self, device: torch.device) -> None:
         """Check that what was asked for can run on the device.
@@ -156,23 +136,20 @@ class Runner:
     def attention_in_use(self) -> str:
         """The kernels that attention ran on so far, for reports."""
         kernel = self._kernels.get((self.attention, str(self.net.device)))
-        measured = [kernel.eight_bit, kernel.exact] if isinstance(kernel, EightBitAttention) else [kernel]
+        measured = [kernel.eight_bit, kernel.exact] if isinstance(kernel, quantize.EightBitAttention) else [kernel]
         names = [name for one in measured if isinstance(one, MeasuredAttention) for name in one.chosen.values()]
         return ", ".join(dict.fromkeys(names)) or ("torch's choice" if self.attention == "auto" else self.attention)
 
     def _graph_conflict(self, device: torch.device) -> str | None:
         """Why no CUDA graphs can be captured, as the end of a sentence."""
-        if not supports_cuda_graphs(device):
-            return f"need a CUDA device, and this decoder runs on {device}"
-        for conflict, what in (
-            (self.sequence_parallel and is_parallel(), "an image sharded over several processes"),
-            (self.plan is not None and self.plan.window is not None, "windows, which a plan chose to save memory"),
-            (self.offloads("blocks"), "offloaded blocks, which stay on the host"),
-            (inplace.has_adapters(self.net), "adapters, which keep the layers' own forward"),
-        ):
-            if conflict:
-                return f"do not work with {what}"
-        return None
+        conflicts = {
+            f"need a CUDA device, and this decoder runs on {device}": not supports_cuda_graphs(device),
+            "do not work with an image sharded over several processes": self.sequence_parallel and is_parallel(),
+            "do not work with windows, which a plan chose to save memory": self.plan and self.plan.window,
+            "do not work with offloaded blocks, which stay on the host": self.offloads("blocks"),
+            "do not work with adapters, which keep the layers' own forward": inplace.has_adapters(self.net),
+        }
+        return next((text for text, holds in conflicts.items() if holds), None)
 
     def _uses_graphs(self) -> bool:
         if self.cuda_graphs is None:
@@ -187,48 +164,36 @@ class Runner:
         return self._kernels[key]
 
     def _make_kernel(self, device: torch.device) -> AttentionKernel | None:
-        name, exact = self.attention, exact_kernels()
+        name, exact = self.attention, kernels.exact_kernels()
+        record = kernels.record_path()
         if name == "auto":
-            return None if device.type in ("cpu", "meta") else MeasuredAttention(exact, record=record_path())
+            return None if device.type in ("cpu", "meta") else MeasuredAttention(exact, record=record)
         config, dtype = self.net.config, self.net.dtype
         heads = {config.hidden_size // config.num_heads, config.pixel_attn_hidden_size // config.pixel_num_heads}
-        limit = EIGHT_BIT_TOLERANCE if name == "int8" else tolerance(dtype)
+        candidates, limit = {name: exact[name]} if name in exact else {}, kernels.tolerance(dtype)
         if name == "int8":
-            heads, candidates = heads & set(EIGHT_BIT_HEADS), {} if device.type == "cpu" else int8_kernels()
+            heads, limit = heads.intersection(quantize.EIGHT_BIT_HEADS), quantize.EIGHT_BIT_TOLERANCE
+            candidates = {} if device.type == "cpu" else quantize.int8_kernels()
             if not heads:
-                raise SettingError(f"Attention in int8 acts on heads of {EIGHT_BIT_HEADS} channels; this has none.")
-        elif name in exact:
-            candidates = {name: exact[name]}
-        else:
-            need = f" without the package {PACKAGES[name].split('.')[0]}" if name in PACKAGES else ""
+                sizes = quantize.EIGHT_BIT_HEADS
+                raise SettingError(f"Attention in int8 acts on heads of {sizes} channels; this has none.")
+        elif not candidates:
+            package = kernels.PACKAGES.get(name, "").split(".")[0]
+            need = f" without the package {package}" if package else ""
             raise SettingError(f"There is no attention {name!r} here{need}; there are auto, {', '.join(exact)}, int8.")
         if device.type == "meta":
             return None
         works = {
             key: kernel for key, kernel in candidates.items()
-            if all(kernel_works(kernel, head, dtype, device, limit) for head in heads)
+            if all(kernels.kernel_works(kernel, head, dtype, device, limit) for head in heads)
         }  # fmt: skip
         if not works:
             need = "; it needs a GPU, and triton or sageattention installed" if name == "int8" else ""
             raise SettingError(f"Attention {name!r} does not work on {device} in {dtype}{need}. Use another, or auto.")
         if name != "int8":
             return works[name]
-        return EightBitAttention(
-            MeasuredAttention(works, tolerance=limit, record=record_path()),
-            MeasuredAttention(exact, record=record_path()),
-        )
-
-    def _quantize(self, plan: Plan, device: torch.device) -> None:
-        assert plan.quantization != "none"
-        kernel = None if plan.scheme == "w8a16" else best_kernel(plan.quantization, self.net.dtype, device)
-        if kernel is not None and device.type == "cpu":
-            warnings.warn(
-                "w8a8 is slower than float32 on a CPU without units for eight-bit products; compare with "
-                "benchmarks/decode.py.",
-                stacklevel=4,
-            )
-        for blocks in (self.net.patch_blocks, self.net.pixel_blocks):
-            quantize(blocks, plan.quantization, kernel)
+        eight_bit = MeasuredAttention(works, tolerance=limit, record=record)
+        return quantize.EightBitAttention(eight_bit, MeasuredAttention(exact, record=record))
 
     def prepare(
         self, grid: Grid, text: Tensor | None, latent: Tensor | None = None, sigma: Tensor | None = None
@@ -236,15 +201,14 @@ class Runner:
         """What all steps of one image share; text-to-image networks take no latent."""
         if latent is None or sigma is None:
             return self.net.prepare(grid, text)
-        keep = self._keeps_tokens(len(latent) * grid[0] * grid[1])
         patch = self.net.config.patch_size
-        self._image_chunks = self._choose_chunks((grid[1] * patch, grid[0] * patch), len(latent))
+        plan = self._image_plan((grid[1] * patch, grid[0] * patch), len(latent))
+        self._image_chunks = plan.chunks
         self.precompute_timesteps()
         if latent.device.type != "cpu":
             self._strip()  # the CPU's memory is not what runs short, and a whole network can still be changed
-        if keep:
-            return self.net.prepare(grid, text, latent, sigma)
-        return prepare_recomputed(self.net, grid, text, latent, sigma)
+        prepare = PiDNet.prepare if plan.keep_tokens else inplace.prepare_recomputed
+        return prepare(self.net, grid, text, latent, sigma)
 
     def denoise(self, x_B3HW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
         """One evaluation of the whole image, in place and in chunks where that is possible.
@@ -257,60 +221,58 @@ class Runner:
                 offloaded network no longer has.
         """
         if inplace.runs_in_place(self.net, x_B3HW.device):
-            modulation = self.modulation_at(t_B)
-            return self._evaluate(x_B3HW, modulation, condition)
-        if self.offloader is not None or is_stripped(self.net):
+            return self._evaluate(x_B3HW, self.modulation_at(t_B), condition)
+        if self.offloader is not None or timesteps.is_stripped(self.net):
             raise SettingError(
                 "This network was brought into the form that only inference runs; decode under "
                 "torch.inference_mode() and without autocast, or load it again without a memory plan."
             )
         return self.net.denoise(x_B3HW, t_B, condition)
 
-    def modulation_at(self, t_B: Tensor) -> StepModulation:
+    def modulation_at(self, t_B: Tensor) -> timesteps.StepModulation:
         """What the network derives from the times `[B]` (multiplied by 1000) alone: cached, or evaluated."""
         cached = None if self._timesteps is None else self._timesteps.find(t_B)
-        return cached or step_modulation(self.net, t_B)
+        return cached or timesteps.step_modulation(self.net, t_B)
 
     def plan_for(self, size: tuple[int, int], batch: int) -> Plan:
         """How width x height pixels are decoded here, with the memory that is predicted for it."""
-        net, config = self.net, self.net.config
-        if self.plan is not None:
-            plan = replace(self.plan, size=size, batch=batch)
-        else:
-            plan = self._plan(size, batch, self._choose_chunks(size, batch))
-        return predict(plan, config, accelerator=net.device.type != "cpu", stripped=is_stripped(net))
+        plan, net = self._image_plan(size, batch), self.net
+        return predict(plan, net.config, accelerator=net.device.type != "cpu", stripped=timesteps.is_stripped(net))
 
-    def _plan(self, size: tuple[int, int], batch: int, chunks: Chunks) -> Plan:
-        keep = self._keeps_tokens(batch * size[0] * size[1] // self.net.config.patch_size**2)
-        dtype = str(self.net.dtype).removeprefix("torch.")
-        return Plan(size=size, batch=batch, dtype=dtype, chunks=chunks, keep_tokens=keep)
-
-    def _keeps_tokens(self, patches: int) -> bool:
-        if self.plan is not None:
-            return self.plan.keep_tokens
-        config = self.net.config
-        width = config.hidden_size * (3 if config.gate == "per_channel" else 1)
-        return patches * width * config.num_injections * self.net.dtype.itemsize <= KEPT_TOKENS
+    def _image_plan(self, size: tuple[int, int], batch: int) -> Plan:
+        """As planned; without a plan, whole images where the device has the memory, else chunks that suit it."""
+        net, config, device, plan = self.net, self.net.config, self.net.device, self.plan
+        if plan is None:
+            width = config.hidden_size * (3 if config.gate == "per_channel" else 1)
+            tokens = batch * size[0] * size[1] // config.patch_size**2 * width * config.num_injections
+            dtype = str(net.dtype).removeprefix("torch.")
+            plan = Plan(size=size, dtype=dtype, keep_tokens=tokens * net.dtype.itemsize <= KEPT_TOKENS)
+        plan = replace(plan, size=size, batch=batch, chunks=self.chunks or Chunks.whole(config.patch_size))
+        if self.chunks is None:
+            free = None if device.type in ("cpu", "meta") else free_memory(device)
+            if free is None or predict(plan, config, stripped=timesteps.is_stripped(net)).working > FREE_SHARE * free:
+                plan = replace(plan, chunks=inplace.default_chunks(net, device))
+        return plan
 
     def precompute_timesteps(self) -> None:
         """Precompute the modulation of the distilled times, once."""
         if self.distilled and self._timesteps is None:
-            self._timesteps = precompute(self.net, (SINGLE_STEP_TIME, *STUDENT_TIMES[:-1]))
+            self._timesteps = timesteps.precompute(self.net, (SINGLE_STEP_TIME, *STUDENT_TIMES[:-1]))
 
     def forget(self) -> None:
         """Drop what is derived from the weights before they change. Raises SettingError if parts of them are gone."""
-        if is_stripped(self.net) or (self.plan is not None and self.plan.quantization != "none"):
+        if timesteps.is_stripped(self.net) or (self.plan is not None and self.plan.quantization != "none"):
             raise SettingError(
                 "The weights were already brought into the form that runs, so they cannot be changed any more. "
                 "Load the decoder again, and change it before the first image and without a memory plan."
             )
-        self._timesteps = None
-        self._drop_copies()
+        self._timesteps = self.graph_cache = None
+        self._halves.clear()
 
     def _strip(self) -> None:
-        if self.distilled and not is_stripped(self.net):
+        if self.distilled and not timesteps.is_stripped(self.net):
             self.precompute_timesteps()
-            strip_for_inference(self.net)
+            timesteps.strip_for_inference(self.net)
 
     def offloads(self, what: str) -> bool:
         """Whether the plan has the "text" encoder, the image "encoder" or the "blocks" on the device only to run."""
@@ -324,7 +286,7 @@ class Runner:
         self._compare_once()
 
         def once(x: Tensor, t: Tensor) -> Tensor:
-            with use_kernel(self.attention_kernel(x.device)), self._ops():
+            with kernels.use_kernel(self.attention_kernel(x.device)), self._ops():
                 if self.sequence_parallel and is_parallel():
                     return denoise_sharded(self.net, self.denoise, x, t, condition)
                 if windows is not None:
@@ -361,31 +323,33 @@ class Runner:
         self._compared = True
         if net.device.type == "meta":
             return
-        small = _SmallImage(net)
-        with use_kernel(self.attention_kernel(net.device)):
-            times = torch.full((1,), STUDENT_TIMES[1]) * TIMESCALE
-            plain = [self.denoise(x, times, small.condition) for x in small.noise]
-            if self.compiled_ops is not None:
-                with self._ops():
-                    why = small.fault(plain, lambda x: self.denoise(x, times, small.condition))
-                if why is not None:
-                    self._warn_of("Compiled ops", why)
-                    self.compiled_ops = None
-            if graphs:
-                cache = GraphCache(self._evaluate, capture_on(net.device))
-                with self._ops():
-                    why = small.fault(
-                        plain, lambda x: cache.run(x, self.modulation_at(times), small.condition, self.attention)
-                    )
-                if why is not None:
-                    self._warn_of("CUDA graphs", why)
-                    self.cuda_graphs = False
+        condition, noise = _small_image(net)
+        times = torch.full((1,), STUDENT_TIMES[1]) * TIMESCALE
+        with kernels.use_kernel(self.attention_kernel(net.device)):
+            expected = [self.denoise(x, times, condition) for x in noise]
 
-    def _warn_of(self, what: str, why: str) -> None:
-        warnings.warn(
-            f"{what} do not work on {self.net.device}: {why} Decoding goes on without them; the image is the same.",
-            stacklevel=4,
-        )
+            def agrees(what: str, run: Callable[[Tensor], Tensor]) -> bool:
+                try:
+                    with self._ops():
+                        found = [run(x) for x in noise]
+                except Exception as error:  # compilers fail in many ways
+                    why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+                else:
+                    apart = max(float((a - b).std() / b.std()) for a, b in zip(found, expected, strict=True))
+                    if apart <= (1e-3 if net.dtype == torch.float32 else 5e-2):
+                        return True
+                    why = f"the result is {apart:.2g} off, relative to its spread"
+                warnings.warn(
+                    f"{what} do not work on {net.device}: {why}. Decoding goes on without them; the image is the same.",
+                    stacklevel=4,
+                )
+                return False
+
+            if self.compiled_ops and not agrees("Compiled ops", lambda x: self.denoise(x, times, condition)):
+                self.compiled_ops = None
+            cache, modulation = GraphCache(self._evaluate, capture_on(net.device)), self.modulation_at(times)
+            if graphs and not agrees("CUDA graphs", lambda x: cache.run(x, modulation, condition, self.attention)):
+                self.cuda_graphs = False
 
     def _ops(self) -> AbstractContextManager[None]:
         return nullcontext() if self.compiled_ops is None else elementwise.compiled_ops(self.compiled_ops)
@@ -399,50 +363,27 @@ class Runner:
             self.graph_cache = GraphCache(self._evaluate, capture_on(x.device))
         return self.graph_cache.run(x, self.modulation_at(t), condition, variant=self.attention)
 
-    def _evaluate(self, x: Tensor, modulation: StepModulation, condition: Condition) -> Tensor:
+    def _evaluate(self, x: Tensor, modulation: timesteps.StepModulation, condition: Condition) -> Tensor:
         chunks = self.chunks or self._image_chunks or inplace.default_chunks(self.net, x.device)
         self._halves.keep = chunks.keep_modulation and not (self.plan and self.plan.quantization != "none")
         return inplace.denoise(
             self.net, x, modulation, condition, chunks=chunks, offloader=self.offloader, halves=self._halves
         )
 
-    def _choose_chunks(self, size: tuple[int, int], batch: int) -> Chunks:
-        """Those of the plan; else whole images where the device has the memory, else what suits it."""
-        if self.chunks is not None:
-            return self.chunks
-        net, device = self.net, self.net.device
-        free = None if device.type in ("cpu", "meta") else free_memory(device)
-        whole = self._plan(size, batch, Chunks.whole(net.config.patch_size))
-        if free is not None and predict(whole, net.config, stripped=is_stripped(net)).working <= FREE_SHARE * free:
-            return whole.chunks
-        return inplace.default_chunks(net, device)
 
+def _small_image(net: PiDNet) -> tuple[Condition, list[Tensor]]:
+    """The condition of a network's smallest image, and two noisy ones to evaluate."""
+    config, device, generator = net.config, net.device, torch.Generator().manual_seed(0)
 
-class _SmallImage:
-    """The smallest image of a network, with two noisy ones to evaluate."""
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
 
-    def __init__(self, net: PiDNet) -> None:
-        config, device, generator = net.config, net.device, torch.Generator().manual_seed(0)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator).to(device)
-
-        cell, patch = config.pixels_per_latent_cell, config.patch_size
-        side = 2 * math.lcm(cell, patch)
-        text = draw(1, config.text_length, config.text_dim) if config.has_text else None
-        latent = draw(1, config.latent_channels, side // cell, side // cell)
-        self.condition = net.prepare((side // patch, side // patch), text, latent, torch.zeros(1, device=device))
-        self.noise = [draw(1, 3, side, side) for _ in range(2)]
-        self.tolerance = 1e-3 if net.dtype == torch.float32 else 5e-2
-
-    def fault(self, expected: list[Tensor], run: Callable[[Tensor], Tensor]) -> str | None:
-        """Why a way to evaluate is not used, as a sentence; None if it gives what is expected, up to rounding."""
-        try:
-            found = [run(x) for x in self.noise]
-        except Exception as error:  # compilers fail in many ways
-            return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".") + "."
-        apart = max(float((a - b).std() / b.std()) for a, b in zip(found, expected, strict=True))
-        return None if apart <= self.tolerance else f"the result is {apart:.2g} off, relative to its spread."
+    cell, patch = config.pixels_per_latent_cell, config.patch_size
+    side = 2 * math.lcm(cell, patch)
+    text = draw(1, config.text_length, config.text_dim) if config.has_text else None
+    latent = draw(1, config.latent_channels, side // cell, side // cell)
+    condition = net.prepare((side // patch, side // patch), text, latent, torch.zeros(1, device=device))
+    return condition, [draw(1, 3, side, side) for _ in range(2)]
 
 
 def measured_step_seconds(plan: Plan, config: PiDConfig, device: torch.device) -> float:
