@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn import functional as F  # noqa: N812
 
 from pidecode.errors import CheckpointError
 from pidecode.models.pid.blocks import from_patches
@@ -32,49 +32,26 @@ class VitDecoderConfig:
     grid_size: int  # tokens along each side of the square image
     eps: float = 1e-12  # epsilon of the LayerNorms
 
-    @property
-    def side(self) -> int:
-        """Pixels along each side of the image."""
-        return self.grid_size * self.patch_size
-
-
-class VitSelfAttention(nn.Module):
-    """Multi-head self-attention with the nested parameter names of ViT-MAE."""
-
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.attention = nn.ModuleDict(
-            {name: nn.Linear(hidden_size, hidden_size) for name in ("query", "key", "value")}
-        )
-        self.output = nn.ModuleDict({"dense": nn.Linear(hidden_size, hidden_size)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens `[B, N, hidden_size]` to the same shape."""
-        q, k, v = (
-            self.attention[name](x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for name in ("query", "key", "value")
-        )
-        mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return self.output["dense"](mixed)  # type: ignore[no-any-return]
-
 
 class VitLayer(nn.Module):
-    """Pre-norm transformer layer: self-attention, then an MLP with exact GELU."""
+    """Pre-norm transformer layer on tokens `[B, N, hidden_size]`, with the nested parameter names of ViT-MAE."""
 
     def __init__(self, config: VitDecoderConfig) -> None:
         super().__init__()
-        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.eps)
-        self.attention = VitSelfAttention(config.hidden_size, config.num_heads)
-        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.eps)
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.intermediate_size)})
-        self.output = nn.ModuleDict({"dense": nn.Linear(config.intermediate_size, config.hidden_size)})
+        D, self.num_heads = config.hidden_size, config.num_heads
+        self.layernorm_before = nn.LayerNorm(D, eps=config.eps)
+        heads = nn.ModuleDict({name: nn.Linear(D, D) for name in ("query", "key", "value")})
+        self.attention = nn.ModuleDict({"attention": heads, "output": nn.ModuleDict({"dense": nn.Linear(D, D)})})
+        self.layernorm_after = nn.LayerNorm(D, eps=config.eps)
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(D, config.intermediate_size)})
+        self.output = nn.ModuleDict({"dense": nn.Linear(config.intermediate_size, D)})
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens `[B, N, hidden_size]` to the same shape."""
-        x = x + self.attention(self.layernorm_before(x))
-        inner = functional.gelu(self.intermediate["dense"](self.layernorm_after(x)))
-        return x + self.output["dense"](inner)  # type: ignore[no-any-return]
+        normed, heads = self.layernorm_before(x), self.attention["attention"].values()  # type: ignore[operator]
+        q, k, v = (head(normed).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for head in heads)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.attention["output"]["dense"](mixed)  # type: ignore[index]
+        return x + self.output["dense"](F.gelu(self.intermediate["dense"](self.layernorm_after(x))))  # type: ignore[no-any-return]
 
 
 class VitDecoder(nn.Module):
@@ -98,23 +75,19 @@ class VitDecoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Images `[B, 3, side, side]` of row-major tokens `[B, N, in_channels]` without class token; N is a square."""
-        config = self.config
-        x = self._resize_grid(self.decoder_embed(tokens))
+        config, grid = self.config, (self.config.grid_size, self.config.grid_size)
+        x, side = self.decoder_embed(tokens), math.isqrt(tokens.shape[1])
+        if side != config.grid_size:
+            cells = x.transpose(1, 2).unflatten(2, (side, side))
+            cells = F.interpolate(cells, size=grid, mode="bilinear", align_corners=False)
+            x = cells.flatten(2).transpose(1, 2)
         x = torch.cat([self.trainable_cls_token.expand(len(x), -1, -1), x], dim=1) + self.decoder_pos_embed
         for layer in self.decoder_layers:
             x = layer(x)
         values = self.decoder_pred(self.decoder_norm(x))[:, 1:]
         # The values of a token are ordered (row, column, color).
         values = values.unflatten(-1, (config.patch_size**2, 3))
-        return from_patches(values, (config.grid_size, config.grid_size), config.patch_size)
-
-    def _resize_grid(self, x: Tensor) -> Tensor:
-        side = math.isqrt(x.shape[1])
-        if side == self.config.grid_size:
-            return x
-        cells = x.transpose(1, 2).unflatten(2, (side, side))
-        size = (self.config.grid_size, self.config.grid_size)
-        return functional.interpolate(cells, size=size, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+        return from_patches(values, grid, config.patch_size)
 
 
 def sincos_position_embedding(hidden_size: int, grid_size: int) -> Tensor:

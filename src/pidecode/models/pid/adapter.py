@@ -22,15 +22,12 @@ class Injection(Protocol):
     """Latent tokens of one injection point, with the part of their gate that no denoising step changes."""
 
     @property
-    def tokens(self) -> Tensor:
-        """Tokens `[B, L, D]`."""
+    def tokens(self) -> Tensor: ...  # `[B, L, D]`
 
     @property
-    def gate_logits(self) -> Tensor:
-        """Gate logits `[B, L, D or 1]`."""
+    def gate_logits(self) -> Tensor: ...  # `[B, L, D or 1]`
 
-    def crop(self, patches: Tensor) -> Injection:
-        """The same for some patches only, given as indices."""
+    def crop(self, patches: Tensor) -> Injection: ...  # the same for some patches only, given as indices
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +38,6 @@ class ComputedInjection:
     gate_logits: Tensor
 
     def crop(self, patches: Tensor) -> ComputedInjection:
-        """The same for some patches only, given as indices."""
         return ComputedInjection(self.tokens[:, patches], self.gate_logits[:, patches])
 
 
@@ -76,6 +72,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.block(x)  # type: ignore[no-any-return]
+
+
+def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
 def _conv_stack(in_channels: int, width: int, blocks: int, padding: Padding) -> nn.Sequential:
@@ -163,11 +163,8 @@ class LatentAdapter(nn.Module):
         ratio = config.latent_to_patch_ratio
         if ratio > 1:
             return F.interpolate(latent, size=grid, mode="nearest")
-        size = (round(grid[0] / ratio), round(grid[1] / ratio))
-        fold = round(1 / ratio)
-        if latent.shape[-2:] != size:
-            latent = F.interpolate(latent, size=size, mode="bilinear", align_corners=False)
-        return F.pixel_unshuffle(latent, fold) if fold > 1 else latent
+        latent = _resize(latent, (round(grid[0] / ratio), round(grid[1] / ratio)))
+        return F.pixel_unshuffle(latent, round(1 / ratio))
 
     def features(
         self, grid: tuple[int, int], latent: Tensor | None, image: Tensor | None = None
@@ -176,9 +173,7 @@ class LatentAdapter(nn.Module):
         parts: list[Tensor] = []
         tapped: Tensor | None = None
         if self.config.adapter_image_channels and image is not None:
-            size = (grid[0] * self.unshuffle, grid[1] * self.unshuffle)
-            if image.shape[-2:] != size:
-                image = F.interpolate(image, size=size, mode="bilinear", align_corners=False)
+            image = _resize(image, (grid[0] * self.unshuffle, grid[1] * self.unshuffle))
             parts.append(self.image_conv(F.pixel_unshuffle(image, self.unshuffle)))
         if self.config.latent_channels and latent is not None:
             hidden = self.align(latent, grid).to(next(self.latent_proj.parameters()).dtype)

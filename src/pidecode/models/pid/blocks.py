@@ -22,19 +22,14 @@ IMAGE_SPAN = 16.0  # positions of patches run from 0 to 16 on both axes, whateve
 Rotation = tuple[Tensor, Tensor]  # cos and sin, each `[tokens, head_dim / 2]`, float32
 
 
-def _axis_angles(length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """Angles `[length, head_dim / 4]` of one axis."""
+def _axis_angles(length: int, head_dim: int, reference: float | None, device: torch.device) -> Tensor:
+    """Angles `[length, head_dim / 4]` of one axis; with a reference length, the base is that of NTK-aware RoPE."""
+    theta, axis_dim = 10000.0, head_dim / 2
+    if reference is not None and axis_dim > 2:
+        theta *= (length / reference) ** (axis_dim / (axis_dim - 2))
     exponents = torch.arange(0, head_dim, 4, dtype=torch.float32, device=device) / head_dim
     positions = torch.linspace(0.0, IMAGE_SPAN, length, dtype=torch.float32, device=device)
     return torch.outer(positions, 1.0 / theta**exponents)
-
-
-def _scaled_theta(length: int, reference: float, head_dim: int) -> float:
-    """NTK-aware RoPE base of one axis: frequencies scale with the grid relative to a reference grid."""
-    axis_dim = head_dim / 2
-    if axis_dim <= 2:
-        return 10000.0
-    return float(10000.0 * (length / reference) ** (axis_dim / (axis_dim - 2)))
 
 
 def image_rotation(
@@ -42,24 +37,15 @@ def image_rotation(
 ) -> Rotation:
     """2D rotary table of a grid of patches, row-major (RoPE, https://arxiv.org/abs/2104.09864).
 
-    Args:
-        grid: Rows and columns of patches.
-        head_dim: Channels of an attention head.
-        reference_grid: Rows and columns for which the NTK-aware form leaves the frequencies as they are; None selects
-            the plain form.
-        device: Where the table is needed.
+    `reference_grid` has the rows and columns for which the NTK-aware form leaves the frequencies as they are; None
+    selects the plain form.
     """
     rows, columns = grid
-    theta_y = theta_x = 10000.0
-    if reference_grid is not None:
-        theta_y = _scaled_theta(rows, reference_grid[0], head_dim)
-        theta_x = _scaled_theta(columns, reference_grid[1], head_dim)
-    y_RK = _axis_angles(rows, head_dim, theta_y, device)
-    x_CK = _axis_angles(columns, head_dim, theta_x, device)
+    reference_rows, reference_columns = reference_grid or (None, None)
+    y_RK = _axis_angles(rows, head_dim, reference_rows, device).unsqueeze(1).expand(-1, columns, -1)
+    x_CK = _axis_angles(columns, head_dim, reference_columns, device).unsqueeze(0).expand(rows, -1, -1)
     # Interleaved (x0, y0, x1, y1, ...): neighboring pairs of channels alternate between the axes.
-    angles = torch.stack(
-        (x_CK.unsqueeze(0).expand(rows, -1, -1), y_RK.unsqueeze(1).expand(-1, columns, -1)), dim=-1
-    ).reshape(rows * columns, head_dim // 2)
+    angles = torch.stack((x_CK, y_RK), dim=-1).reshape(rows * columns, head_dim // 2)
     return angles.cos(), angles.sin()
 
 
@@ -202,13 +188,22 @@ def from_patches(pixels_BLP3: Tensor, grid: tuple[int, int], patch: int) -> Tens
     return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, rows * patch, columns * patch)
 
 
+# Sequence parallelism: keys or values `[B, local tokens, heads, head_dim]` of this process to those of all.
 Gather = Callable[[Tensor], Tensor]
-"""Sequence parallelism: keys or values `[B, local tokens, heads, head_dim]` of this process to those of all."""
 
 
 def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
     """`[..., L, 3 D]` to q, k, v of `[..., L, heads, head_dim]`."""
     return qkv.unflatten(-1, (3, heads, -1)).unbind(-3)  # type: ignore[no-any-return]
+
+
+def normed_qkv(
+    qkv: Tensor, heads: int, q_norm: RMSNorm, k_norm: RMSNorm, rotation: Rotation | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`split_heads` with queries and keys normalized and, by their rotary table, rotated."""
+    q, k, v = split_heads(qkv, heads)
+    q, k = q_norm(q), k_norm(k)
+    return (q, k, v) if rotation is None else (rotate(q, rotation), rotate(k, rotation), v)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -238,24 +233,15 @@ class JointAttention(nn.Module):
             self.k_norm_y = RMSNorm(head_dim)
             self.proj_y = nn.Linear(D, D)
 
-    def _image_qkv(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = split_heads(self.qkv_x(x), self.heads)
-        return rotate(self.q_norm_x(q), rotation), rotate(self.k_norm_x(k), rotation), v
-
-    def _text_qkv(self, y: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = split_heads(self.qkv_y(y), self.heads)
-        q, k = self.q_norm_y(q), self.k_norm_y(k)
-        return (q, k, v) if rotation is None else (rotate(q, rotation), rotate(k, rotation), v)
-
     def forward(
         self, x: Tensor, y: Tensor | None, rotation: Rotation, text_rotation: Rotation | None, want_text: bool
     ) -> tuple[Tensor, Tensor | None]:
-        q, k, v = self._image_qkv(x, rotation)
+        q, k, v = normed_qkv(self.qkv_x(x), self.heads, self.q_norm_x, self.k_norm_x, rotation)
         if self.gather is not None:
             k, v = self.gather(k), self.gather(v)
         if y is None:
             return self.proj_x(attend(q, k, v)), None
-        text_q, text_k, text_v = self._text_qkv(y, text_rotation)
+        text_q, text_k, text_v = normed_qkv(self.qkv_y(y), self.heads, self.q_norm_y, self.k_norm_y, text_rotation)
         length = y.shape[1] if want_text else 0
         if want_text:
             q = torch.cat((text_q, q), dim=1)
@@ -264,9 +250,10 @@ class JointAttention(nn.Module):
 
 
 class PatchBlock(nn.Module):
-    """Dual-stream transformer block on image tokens `[B, L, D]` and prompt tokens `[B, N, D]`.
+    """Dual-stream transformer block on float32 image tokens `[B, L, D]` and, if any, prompt tokens `[B, N, D]`.
 
-    The timestep embedding gives both streams shifts, scales and gates (AdaLN, https://arxiv.org/abs/2212.09748).
+    The condition, SiLU of the timestep embedding `[B, 1, D]`, gives both streams shifts, scales and gates (AdaLN,
+    https://arxiv.org/abs/2212.09748). `want_text=False` skips the prompt's output.
     """
 
     def __init__(self, config: PiDConfig) -> None:
@@ -293,16 +280,6 @@ class PatchBlock(nn.Module):
         *,
         want_text: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        """Both streams after the block.
-
-        Args:
-            x: Image tokens `[B, L, D]`, float32.
-            y: Prompt tokens `[B, N, D]`, float32, or None.
-            condition: SiLU of the timestep embedding `[B, 1, D]`.
-            rotation: Rotary table of the image tokens.
-            text_rotation: Rotary table of the prompt tokens, or None.
-            want_text: False skips the prompt's output, which nothing reads after the last block.
-        """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation_img(condition).chunk(6, dim=-1)
         y_in, text = None, None
         if y is not None:
@@ -331,8 +308,7 @@ class PixelAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
-        q, k, v = split_heads(self.qkv(x), self.heads)
-        q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
+        q, k, v = normed_qkv(self.qkv(x), self.heads, self.q_norm, self.k_norm, rotation)
         if self.gather is not None:
             k, v = self.gather(k), self.gather(v)
         return self.proj(attend(q, k, v))  # type: ignore[no-any-return]

@@ -14,27 +14,16 @@ width. Attribute names are those of the released checkpoints, which are a file f
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from pidecode.errors import LatentError, SettingError, SizeError
+from pidecode.models.pid import blocks
 from pidecode.models.pid.adapter import ComputedInjection, Gate, Injection, LatentAdapter
-from pidecode.models.pid.blocks import (
-    Embedder,
-    FinalLayer,
-    PatchBlock,
-    PixelBlock,
-    Rotation,
-    TextEmbedder,
-    TimestepEmbedder,
-    from_patches,
-    image_rotation,
-    pixel_axis_table,
-    text_rotation,
-    to_patches,
-)
+from pidecode.models.pid.blocks import Rotation
 from pidecode.registry.configs import PiDConfig
 
 Grid = tuple[int, int]  # rows and columns of patches
@@ -60,11 +49,9 @@ class Condition:
 
         Positions and latent tokens stay those of the whole image.
         """
-        (_, width), device = self.grid, self.row_table.device
+        (height, width), device = self.grid, self.row_table.device
         patch = len(self.column_table) // width
-        column_indices = torch.arange(columns.start, columns.stop, device=device)
-        row_indices = torch.arange(rows.start, rows.stop, device=device)
-        patches = (row_indices[:, None] * width + column_indices).flatten()
+        patches = torch.arange(height * width, device=device).view(height, width)[rows, columns].flatten()
         return replace(
             self, grid=(rows.stop - rows.start, columns.stop - columns.start),
             injections=tuple(injection.crop(patches) for injection in self.injections),
@@ -86,15 +73,15 @@ class PiDNet(nn.Module):
         super().__init__()
         self.config = config
         D = config.hidden_size
-        self.pixel_embedder = Embedder(3, config.pixel_hidden_size)
-        self.s_embedder = Embedder(3 * config.patch_size**2, D)
-        self.t_embedder = TimestepEmbedder(D)
+        self.pixel_embedder = blocks.Embedder(3, config.pixel_hidden_size)
+        self.s_embedder = blocks.Embedder(3 * config.patch_size**2, D)
+        self.t_embedder = blocks.TimestepEmbedder(D)
         if config.has_text:
-            self.y_embedder = TextEmbedder(config.text_dim, D)
+            self.y_embedder = blocks.TextEmbedder(config.text_dim, D)
             self.y_pos_embedding = nn.Parameter(torch.zeros(1, config.text_length, D))
-        self.patch_blocks = nn.ModuleList(PatchBlock(config) for _ in range(config.patch_depth))
-        self.pixel_blocks = nn.ModuleList(PixelBlock(config) for _ in range(config.pixel_depth))
-        self.final_layer = FinalLayer(config.pixel_hidden_size)
+        self.patch_blocks = nn.ModuleList(blocks.PatchBlock(config) for _ in range(config.patch_depth))
+        self.pixel_blocks = nn.ModuleList(blocks.PixelBlock(config) for _ in range(config.pixel_depth))
+        self.final_layer = blocks.FinalLayer(config.pixel_hidden_size)
         if config.has_adapter:
             self.lq_proj = LatentAdapter(config)
             if config.inject_pixels:
@@ -158,24 +145,23 @@ class PiDNet(nn.Module):
             LatentError: The latent's shape or sigma does not fit the network.
             SettingError: The text does not fit, or an argument cannot act on this network.
         """
-        config, device = self.config, self.device
+        config, device, patch = self.config, self.device, self.config.patch_size
         tokens = self._embed_text(text)
         injections, pixel_injection, color = self._inject(grid, latent, sigma, latent_mask, want_color)
-        height, width = (side / config.patch_size for side in config.rope_reference)
-        reference = (height, width) if config.rope_mode == "ntk_aware" else None
+        height, width = config.rope_reference
+        reference = (height / patch, width / patch) if config.rope_mode == "ntk_aware" else None
         head_dim = config.hidden_size // config.num_heads
         pixel_head_dim = config.pixel_attn_hidden_size // config.pixel_num_heads
         text_table = None
         if tokens is not None and config.text_rope:
-            text_table = text_rotation(tokens.shape[1], head_dim, config.text_rope_theta, device=device)
-        rows, columns = (
-            pixel_axis_table(side * config.patch_size, config.pixel_hidden_size // 2, device=device) for side in grid
-        )
+            text_table = blocks.text_rotation(tokens.shape[1], head_dim, config.text_rope_theta, device=device)
+        half = config.pixel_hidden_size // 2
         return Condition(
             grid=grid, text=tokens, injections=injections, pixel_injection=pixel_injection,
-            rotation=image_rotation(grid, head_dim, reference_grid=reference, device=device),
-            pixel_rotation=image_rotation(grid, pixel_head_dim, reference_grid=reference, device=device),
-            text_rotation=text_table, row_table=rows, column_table=columns, color=color,
+            rotation=blocks.image_rotation(grid, head_dim, reference_grid=reference, device=device),
+            pixel_rotation=blocks.image_rotation(grid, pixel_head_dim, reference_grid=reference, device=device),
+            text_rotation=text_table, row_table=blocks.pixel_axis_table(grid[0] * patch, half, device=device),
+            column_table=blocks.pixel_axis_table(grid[1] * patch, half, device=device), color=color,
         )  # fmt: skip
 
     def denoise(self, x_B3HW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
@@ -215,7 +201,7 @@ class PiDNet(nn.Module):
             raise SettingError(f"Feature blocks {indices} are not among 0..{self.config.patch_depth - 1}.")
         tokens, patches, t_emb = self._embed(x_B3HW, t_B)
         stop = None if predict else max(indices)
-        tokens, taps = self._run_patch_blocks(tokens, t_emb, condition, taps=frozenset(indices), stop=stop)
+        tokens, taps = self._run_patch_blocks(tokens, t_emb, condition, indices, stop)
         maps = [tap.transpose(1, 2).unflatten(2, condition.grid) for tap in taps]
         return maps, self._run_pixel_blocks(tokens, patches, t_emb, condition) if predict else None
 
@@ -243,8 +229,7 @@ class PiDNet(nn.Module):
             raise LatentError("A latent came without sigma; give the noise left in it (0 for a finished latent).")
         sigma_B = torch.as_tensor(sigma, dtype=torch.float32, device=latent.device).reshape(-1)
         if sigma_B.numel() not in (1, latent.shape[0]):
-            count = sigma_B.numel()
-            raise LatentError(f"sigma has {count} values for {len(latent)} latents; give one, or one each.")
+            raise LatentError(f"sigma has {len(sigma_B)} values for {len(latent)} latents; give one, or one each.")
         return sigma_B
 
     def _inject(
@@ -258,31 +243,24 @@ class PiDNet(nn.Module):
         if want_color and not self.config.color_head:
             raise SettingError("This network has no color head, so it cannot predict the low-resolution image.")
         adapted = self.lq_proj(grid, latent, mask=mask, want_color=want_color)
-        injections = tuple(
-            ComputedInjection(tokens, gate.latent_logits(tokens, sigma_B))  # type: ignore[operator]
-            for tokens, gate in zip(adapted.blocks, self.lq_proj.gate_modules, strict=True)
-        )
-        pixel_injection = None
-        if self.config.inject_pixels:
-            pixel_injection = ComputedInjection(adapted.pixels, self.pit_lq_gate.latent_logits(adapted.pixels, sigma_B))
-        return injections, pixel_injection, adapted.color
+
+        def injection(tokens: Tensor, gate: Any) -> Injection:
+            return ComputedInjection(tokens, gate.latent_logits(tokens, sigma_B))
+
+        pixel_injection = None if adapted.pixels is None else injection(adapted.pixels, self.pit_lq_gate)
+        return tuple(map(injection, adapted.blocks, self.lq_proj.gate_modules)), pixel_injection, adapted.color
 
     # Parts of `denoise`.
 
     def _embed(self, x_B3HW: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Patch tokens `[B, L, D]`, patches `[B, L, P, 3]`, timestep embedding `[B, 1, D]`."""
-        patches_BLP3 = to_patches(x_B3HW, self.config.patch_size)
+        patches_BLP3 = blocks.to_patches(x_B3HW, self.config.patch_size)
         # The patch embedding reads channel-major patches, the pixel blocks pixel-major ones.
         tokens = self.s_embedder(patches_BLP3.transpose(2, 3).flatten(2))
         return tokens.float(), patches_BLP3, self.t_embedder(t_B.reshape(-1)).unsqueeze(1)
 
     def _run_patch_blocks(
-        self,
-        x: Tensor,
-        t_emb: Tensor,
-        condition: Condition,
-        taps: frozenset[int] = frozenset(),
-        stop: int | None = None,
+        self, x: Tensor, t_emb: Tensor, condition: Condition, taps: tuple[int, ...] = (), stop: int | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """Image tokens `[B, L, D]` through the patch blocks, and the tokens after those in `taps`."""
         silu_t, y, tapped = F.silu(t_emb), condition.text, []
@@ -303,18 +281,16 @@ class PiDNet(nn.Module):
     def _run_pixel_blocks(self, tokens: Tensor, patches_BLP3: Tensor, t_emb: Tensor, condition: Condition) -> Tensor:
         """Pixels through the pixel blocks, modulated by the patch tokens: the prediction `[B, 3, H, W]`."""
         patch_condition = F.silu(t_emb + tokens)
-        if condition.pixel_injection is not None:
-            injection = condition.pixel_injection
+        if (injection := condition.pixel_injection) is not None:
             patch_condition = self.pit_lq_gate(patch_condition, injection.tokens, injection.gate_logits)
         pixels = self._embed_pixels(patches_BLP3, condition)
         for block in self.pixel_blocks:
             pixels = block(pixels, patch_condition, condition.pixel_rotation)
-        return from_patches(self.final_layer(pixels).float(), condition.grid, self.config.patch_size)
+        return blocks.from_patches(self.final_layer(pixels).float(), condition.grid, self.config.patch_size)
 
     def _embed_pixels(self, patches_BLP3: Tensor, condition: Condition) -> Tensor:
         """Colors to pixel tokens `[B, L, P, C]`, plus the sin-cos position of every pixel in the image."""
-        (rows, columns), patch = condition.grid, self.config.patch_size
-        half = self.config.pixel_hidden_size // 2
+        (rows, columns), patch, half = condition.grid, self.config.patch_size, self.config.pixel_hidden_size // 2
         shape = (rows, columns, patch, patch, half)
         x = condition.column_table.view(1, columns, 1, patch, half).expand(shape)
         y = condition.row_table.view(rows, 1, patch, 1, half).expand(shape)
