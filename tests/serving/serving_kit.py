@@ -30,7 +30,7 @@ from torch import Tensor
 from pidecode import PixelDecoder
 from pidecode.models.pid.network import PiDNet
 from pidecode.registry.configs import debug_config
-from pidecode.serve.http import address_of, bound_socket, make_server
+from pidecode.serve.http import StoppableServer, bound_socket
 from pidecode.serve.queue import DecodeJob
 from pidecode.serve.schemas import RequestLimits
 from pidecode.serve.service import DecodeService
@@ -140,7 +140,7 @@ class Served:
 def running(app: Any, service: DecodeService, *, grace: int = 3) -> Iterator[Served]:
     """Serve `app` on a free port of this machine for as long as the block lasts."""
     listener = bound_socket("127.0.0.1", 0)
-    server = make_server(app, stop=service.stop, grace=grace)
+    server = StoppableServer(app, stop=service.stop, grace=grace)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -149,7 +149,7 @@ def running(app: Any, service: DecodeService, *, grace: int = 3) -> Iterator[Ser
             assert time.monotonic() < end, "the server did not start"
             assert thread.is_alive(), "the server ended at once"
             time.sleep(0.005)
-        yield Served(int(address_of(listener).rsplit(":", 1)[1]), service)
+        yield Served(listener.getsockname()[1], service)
     finally:
         server.should_exit = True
         thread.join(PATIENCE)

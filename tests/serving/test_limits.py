@@ -287,7 +287,7 @@ def test_inspection_decodes_one_image_at_a_time_and_none_too_large(
         decoded.append(len(data))
         return read_image(data, max_pixels=max_pixels)
 
-    monkeypatch.setattr("pidecode.serve.service.read_image", decode)
+    monkeypatch.setattr("pidecode.images.read_image", decode)
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda _: server.post("/v1/inspect", image_bytes(32, 32)), range(16)))
     statuses = {answer.status for answer in answers}
@@ -301,7 +301,7 @@ def test_inspection_decodes_one_image_at_a_time_and_none_too_large(
 def test_what_is_too_large_is_refused_before_it_is_decompressed(
     server: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pidecode.serve.service.read_image", lambda *_, **__: pytest.fail("it was decompressed"))
+    monkeypatch.setattr("pidecode.images.read_image", lambda *_, **__: pytest.fail("it was decompressed"))
     answer = server.post("/v1/upscale", image_bytes(250, 250))
     assert (answer.status, "1000x1000" in answer.message) == (400, True)
     monkeypatch.setattr("pidecode.engine.runner.free_memory", lambda device: 1000)

@@ -39,6 +39,12 @@ class Gate:
         return self.answer
 
 
+async def finished(job: DecodeJob) -> object:
+    async for _ in job.changes():
+        pass
+    return job.result()
+
+
 def test_work_runs_in_order_on_one_thread_and_gives_its_result(queue: JobQueue) -> None:
     order: list[tuple[int, str]] = []
     jobs = [queue.submit(lambda job, n=n: order.append((n, threading.current_thread().name)) or n) for n in range(2)]
@@ -118,7 +124,7 @@ def test_a_waiting_job_whose_time_is_up_is_cancelled_without_being_run() -> None
     queue.timeout = 0.1
     waiting = queue.submit(lambda job: None)
     with pytest.raises(Cancelled, match=r"longer than the 0\.1 seconds"):
-        asyncio.run(asyncio.wait_for(waiting.finished(), PATIENCE))
+        asyncio.run(asyncio.wait_for(finished(waiting), PATIENCE))
     assert queue.waiting == 0
     stubborn.set()
     queue.stop()
@@ -168,7 +174,7 @@ def test_many_readers_and_a_reader_that_leaves(queue: JobQueue) -> None:
     async def scene() -> list[object]:
         gate = Gate("result")
         job = queue.submit(gate)
-        readers = [asyncio.ensure_future(job.finished()) for _ in range(3)]
+        readers = [asyncio.ensure_future(finished(job)) for _ in range(3)]
         await asyncio.sleep(0.02)
         readers[0].cancel()
         gate.open.set()

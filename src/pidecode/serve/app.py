@@ -20,36 +20,8 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from pidecode.errors import BusyError, SettingError
-from pidecode.serve import openai
-from pidecode.serve.http import (
-    COOKIE,
-    MAX_READERS,
-    SHUTDOWN_SECONDS,
-    AuthMiddleware,
-    BodyReader,
-    add_error_handlers,
-    disconnected,
-    response_for,
-    result_of,
-    validation_message,
-)
-from pidecode.serve.prometheus import CONTENT_TYPE, MetricsMiddleware, ResponseStats
+from pidecode.serve import http, openai, prometheus, schemas
 from pidecode.serve.queue import DecodeJob, JobStatus
-from pidecode.serve.schemas import (
-    MAX_PROMPT_LENGTH,
-    MEDIA_TYPES,
-    DecodeParams,
-    DecodePlan,
-    FileInfo,
-    GenerateParams,
-    Health,
-    JobEvent,
-    PlanParams,
-    ResultParams,
-    ServerInfo,
-    ServerLimits,
-    UpscaleParams,
-)
 from pidecode.serve.service import DecodeService, Result
 from pidecode.strict_json import JSONError, parse_json
 from pidecode.units import parse_size
@@ -85,20 +57,20 @@ def create_app(
     Token, hosts and origins are those of `AuthMiddleware`. The page is opened by `/?token=...` and then keeps the token
     as a cookie.
     """
-    stats = ResponseStats()
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(service.stop, SHUTDOWN_SECONDS)
+        await asyncio.to_thread(service.stop, http.SHUTDOWN_SECONDS)
 
     app = FastAPI(
         title="pidecode", version=__version__, lifespan=lifespan,
         summary="Decode latents and upscale images with pixel diffusion decoders.",
         docs_url=None, redoc_url=None,  # FastAPI's own pages load scripts from other hosts
     )  # fmt: skip
-    reader, inspector = BodyReader(service.queue, service.limits), Inspector(service)
-    add_error_handlers(app)
+    reader, inspector = http.BodyReader(service.queue, service.limits), Inspector(service)
+    stats = prometheus.ResponseStats()
+    http.add_error_handlers(app)
     _add_page(app, token)
     _add_jobs(app, service, reader)
     _add_streamed_jobs(app, service)
@@ -107,11 +79,10 @@ def create_app(
     _add_monitoring(app, service, stats)
     paths = [getattr(route, "path", "") for route in app.routes]
     app.add_middleware(
-        AuthMiddleware, token=token, open_paths=frozenset({"/health"}),
-        most_active=MAX_READERS + 4 * (service.limits.waiting + 8),
+        http.AuthMiddleware, token=token, most_active=http.MAX_READERS + 4 * (service.limits.waiting + 8),
         hosts=hosts, origins=origins,
     )  # fmt: skip
-    app.add_middleware(MetricsMiddleware, paths=paths, stats=stats)
+    app.add_middleware(prometheus.MetricsMiddleware, paths=paths, stats=stats)
     return app
 
 
@@ -123,7 +94,7 @@ class Inspector:
         self.turn = asyncio.Semaphore(1)
         self.inside = 0
 
-    async def inspect(self, data: bytes) -> FileInfo:
+    async def inspect(self, data: bytes) -> schemas.FileInfo:
         """As `DecodeService.inspect`, or BusyError if too many files are waiting."""
         if self.inside >= INSPECTIONS:
             raise BusyError("Too many files are being inspected. Retry later.", 1.0)
@@ -137,26 +108,25 @@ class Inspector:
 
 def _responses(content: Mapping[str, Any], description: str, errors: Iterable[int]) -> dict[int | str, dict[str, Any]]:
     """The responses of an operation: what 200 holds, by media type, and errors."""
-    schemas = {kind: {"schema": schema} for kind, schema in content.items()}
-    return {200: {"description": description, "content": schemas}, **_errors(errors)}
+    kinds = {kind: {"schema": schema} for kind, schema in content.items()}
+    return {200: {"description": description, "content": kinds}, **_errors(errors)}
 
 
 def _errors(statuses: Iterable[int]) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": openai.ErrorResponse, "description": _ERROR_DESCRIPTIONS[status]} for status in statuses}
 
 
-def _body(description: str, media_type: str = "application/octet-stream", **schema: Any) -> dict[str, Any]:
-    """The request body of an operation; binary if no schema is given."""
-    body = _form(media_type, {"type": "string", **(schema or {"format": "binary"})})
-    return {"requestBody": body["requestBody"] | {"description": description}}
+def _body(media_type: str, schema: dict[str, Any], **about: str) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {media_type: {"schema": schema}}, **about}}
 
 
-def _form(media_type: str, schema: dict[str, Any]) -> dict[str, Any]:
-    return {"requestBody": {"required": True, "content": {media_type: {"schema": schema}}}}
+def _file_body(description: str) -> dict[str, Any]:
+    return _body("application/octet-stream", _BINARY, description=description)
 
 
-_IMAGES = {kind: {"type": "string", "format": "binary"} for kind in MEDIA_TYPES.values()}
-_EVENTS = {NDJSON: JobEvent.model_json_schema()}
+_BINARY = {"type": "string", "format": "binary"}
+_IMAGES = dict.fromkeys(schemas.MEDIA_TYPES.values(), _BINARY)
+_EVENTS = {NDJSON: schemas.JobEvent.model_json_schema()}
 _JOB: dict[str, Any] = {
     "response_class": Response,
     "responses": _responses(
@@ -177,7 +147,7 @@ def _add_page(app: FastAPI, token: str | None) -> None:
     async def index() -> Response:
         page = Response(content["index.html"], media_type=_STATIC_TYPES["index.html"])
         if token is not None:
-            page.set_cookie(COOKIE, token, httponly=True, samesite="strict")
+            page.set_cookie(http.COOKIE, token, httponly=True, samesite="strict")
         return page
 
     @app.get("/static/{name}", include_in_schema=False)
@@ -187,24 +157,25 @@ def _add_page(app: FastAPI, token: str | None) -> None:
         return Response(content[name], media_type=_STATIC_TYPES[name])
 
 
-def _add_jobs(app: FastAPI, service: DecodeService, reader: BodyReader) -> None:
+def _add_jobs(app: FastAPI, service: DecodeService, reader: http.BodyReader) -> None:
     latent, image = "A .safetensors file with one normalized latent.", "An image file: PNG, JPEG, WebP and others."
-    prompt = _body("The prompt, in UTF-8.", "text/plain", minLength=1, maxLength=MAX_PROMPT_LENGTH)
+    schema = {"type": "string", "minLength": 1, "maxLength": schemas.MAX_PROMPT_LENGTH}
+    prompt = _body("text/plain", schema, description="The prompt, in UTF-8.")
 
-    @app.post("/v1/decode", summary="Decode a latent", openapi_extra=_body(latent), **_JOB)
-    async def decode(request: Request, params: Annotated[DecodeParams, Query()]) -> Response:
+    @app.post("/v1/decode", summary="Decode a latent", openapi_extra=_file_body(latent), **_JOB)
+    async def decode(request: Request, params: Annotated[schemas.DecodeParams, Query()]) -> Response:
         """A file written by `Latent.save` holds its space, noise level and prompt; others need `space`."""
         data = await reader.read(request)
         return await _respond(request, service, service.decode(data, params), params)
 
-    @app.post("/v1/upscale", summary="Upscale an image", openapi_extra=_body(image), **_JOB)
-    async def upscale(request: Request, params: Annotated[UpscaleParams, Query()]) -> Response:
+    @app.post("/v1/upscale", summary="Upscale an image", openapi_extra=_file_body(image), **_JOB)
+    async def upscale(request: Request, params: Annotated[schemas.UpscaleParams, Query()]) -> Response:
         """The image is encoded to a latent and decoded; the result is exactly that many times its size."""
         data = await reader.read(request)
         return await _respond(request, service, service.upscale(data, params), params)
 
     @app.post("/v1/generate", summary="Generate an image from a prompt", openapi_extra=prompt, **_JOB)
-    async def generate(request: Request, params: Annotated[GenerateParams, Query()]) -> Response:
+    async def generate(request: Request, params: Annotated[schemas.GenerateParams, Query()]) -> Response:
         """Needs a pipeline on the server (--pipeline); its latent is decoded."""
         job = service.generate(_prompt(await reader.read(request)), (params.width, params.height), params)
         return await _respond(request, service, job, params)
@@ -239,31 +210,31 @@ def _add_streamed_jobs(app: FastAPI, service: DecodeService) -> None:
         _streamed_job(service, name).cancel()
 
 
-def _add_queries(app: FastAPI, service: DecodeService, reader: BodyReader, inspector: Inspector) -> None:
+def _add_queries(app: FastAPI, service: DecodeService, reader: http.BodyReader, inspector: Inspector) -> None:
     @app.get("/v1/server", summary="Version, device and limits", responses=_errors(_AUTH_ERRORS))
-    async def server() -> ServerInfo:
+    async def server() -> schemas.ServerInfo:
         """The limits hold for every request."""
-        return ServerInfo(
+        return schemas.ServerInfo(
             version=__version__, device=str(service.decoder(None).device),
-            limits=ServerLimits(**asdict(service.limits)), text_to_image=service.text_to_latent is not None,
+            limits=schemas.ServerLimits(**asdict(service.limits)), text_to_image=service.text_to_latent is not None,
         )  # fmt: skip
 
     @app.post(
         "/v1/inspect", summary="Inspect a file", responses=_errors((*_UPLOAD_ERRORS, 422)),
-        openapi_extra=_body("An image or a .safetensors file with a latent."),
+        openapi_extra=_file_body("An image or a .safetensors file with a latent."),
     )  # fmt: skip
-    async def inspect(request: Request) -> FileInfo:
+    async def inspect(request: Request) -> schemas.FileInfo:
         """Tells whether the file is an image or a latent, its size and its metadata. Nothing is decoded."""
         return await inspector.inspect(await reader.read(request, queued=False))
 
     @app.get("/v1/plan", summary="Estimate a decode", responses=_errors((400, *_AUTH_ERRORS, 422)))
-    async def plan(params: Annotated[PlanParams, Query()]) -> DecodePlan:
+    async def plan(params: Annotated[schemas.PlanParams, Query()]) -> schemas.DecodePlan:
         """The size of the result, the memory that its decode needs, and whether it is free."""
-        file = FileInfo(kind=params.kind, width=params.width, height=params.height)
+        file = schemas.FileInfo(kind=params.kind, width=params.width, height=params.height)
         return service.plan(params.model, file, params.output_size())
 
 
-def _add_openai(app: FastAPI, service: DecodeService, reader: BodyReader, inspector: Inspector) -> None:
+def _add_openai(app: FastAPI, service: DecodeService, reader: http.BodyReader, inspector: Inspector) -> None:
     @app.get("/v1/models", summary="List the models", responses=_errors(_AUTH_ERRORS))
     async def models() -> openai.ModelList:
         """The first is the default."""
@@ -278,20 +249,20 @@ def _add_openai(app: FastAPI, service: DecodeService, reader: BodyReader, inspec
 
     @app.post(
         "/v1/images/generations", summary="Generate an image from a prompt (OpenAI)", responses=_errors(_JOB_ERRORS),
-        openapi_extra=_form("application/json", openai.ImageGenerationRequest.model_json_schema()),
+        openapi_extra=_body("application/json", openai.ImageGenerationRequest.model_json_schema()),
     )  # fmt: skip
     async def generations(request: Request) -> openai.ImagesResponse:
         """Needs a pipeline on the server (--pipeline)."""
         body = _validated(openai.ImageGenerationRequest, await reader.read(request))
         size = parse_size("2048x2048" if body.size == "auto" else body.size)
-        jobs = body.jobs(GenerateParams, body.decoder_name(service.decoders))
+        jobs = body.jobs(schemas.GenerateParams, body.decoder_name(service.decoders))
         # One after another, so that other requests get their turn in between.
-        results = [await result_of(request, service.generate(body.prompt, size, params)) for params in jobs]
+        results = [await http.result_of(request, service.generate(body.prompt, size, params)) for params in jobs]
         return openai.images_response(results, body.output_format, body.n)
 
     @app.post(
         "/v1/images/edits", summary="Upscale an image (OpenAI)", responses=_errors(_JOB_ERRORS),
-        openapi_extra=_form("multipart/form-data", openai.ImageEditRequest.form_schema()),
+        openapi_extra=_body("multipart/form-data", openai.ImageEditRequest.form_schema()),
     )  # fmt: skip
     async def edits(request: Request) -> openai.ImagesResponse:
         """The only edit is enlargement. A prompt describes the image, for models that read text; others ignore it."""
@@ -302,20 +273,24 @@ def _add_openai(app: FastAPI, service: DecodeService, reader: BodyReader, inspec
             raise SettingError("The file is a latent; send it to /v1/decode.")
         prompt = {"prompt": form.prompt} if decoder.reads_text and form.prompt else {}
         size = {} if form.size == "auto" else dict(zip(("width", "height"), parse_size(form.size), strict=True))
-        jobs = [params.model_copy(update=prompt | size) for params in form.jobs(UpscaleParams, name, decoder.kind)]
-        results = [await result_of(request, service.upscale(image, params, form.background)) for params in jobs]
+        jobs = [
+            params.model_copy(update=prompt | size) for params in form.jobs(schemas.UpscaleParams, name, decoder.kind)
+        ]
+        results = [await http.result_of(request, service.upscale(image, params, form.background)) for params in jobs]
         return openai.images_response(results, form.output_format, form.n)
 
 
-def _add_monitoring(app: FastAPI, service: DecodeService, stats: ResponseStats) -> None:
+def _add_monitoring(app: FastAPI, service: DecodeService, stats: prometheus.ResponseStats) -> None:
     @app.get(
-        "/health", summary="State of the server", response_model=Health,
-        responses={503: {"model": Health, "description": "The server is stopping."}},
+        "/health", summary="State of the server", response_model=schemas.Health,
+        responses={503: {"model": schemas.Health, "description": "The server is stopping."}},
     )  # fmt: skip
     async def health() -> JSONResponse:
         """Needs no token."""
         queue = service.queue
-        state = Health(status="stopping" if queue.closed else "ok", waiting=queue.waiting, running=queue.running)
+        state = schemas.Health(
+            status="stopping" if queue.closed else "ok", waiting=queue.waiting, running=queue.running
+        )
         return JSONResponse(state.model_dump(), 503 if queue.closed else 200)
 
     @app.get(
@@ -324,13 +299,13 @@ def _add_monitoring(app: FastAPI, service: DecodeService, stats: ResponseStats) 
     )  # fmt: skip
     async def metrics() -> Response:
         """Queue, jobs, responses and memory."""
-        return Response(stats.text(service.queue), media_type=CONTENT_TYPE)
+        return Response(stats.text(service.queue), media_type=prometheus.CONTENT_TYPE)
 
 
-async def _respond(request: Request, service: DecodeService, job: DecodeJob, params: ResultParams) -> Response:
+async def _respond(request: Request, service: DecodeService, job: DecodeJob, params: schemas.ResultParams) -> Response:
     """The job's result, or its progress as it runs."""
     if not params.stream:
-        return _file(await result_of(request, job))
+        return _file(await http.result_of(request, job))
     job.reconnect_seconds = params.reconnect_seconds or 0.0
     service.streamed.add(job)
     return _progress(request, job)
@@ -343,35 +318,28 @@ def _progress(request: Request, job: DecodeJob) -> Response:
         if not job.followers:
             job.cancel("The client disconnected.")
 
-    def line(event: JobEvent) -> bytes:
+    def line(event: schemas.JobEvent) -> bytes:
         return event.model_dump_json(exclude_none=True).encode() + b"\n"
 
     async def lines() -> AsyncIterator[bytes]:
-        gone = asyncio.ensure_future(disconnected(request))
-        gone.add_done_callback(lambda _: job.notify())
         last_preview: bytes | None = None
         try:
-            async with aclosing(job.changes()) as changes:
+            async with aclosing(http.statuses(request, job)) as changes:
                 async for status in changes:
-                    if gone.done():
-                        return
                     new_preview = status.preview if status.preview is not last_preview else None
                     last_preview = status.preview or last_preview
                     if not job.over:
                         yield line(_progress_event(job, status, new_preview))
-            yield line(_final_event(job))
+            if job.over:
+                yield line(_final_event(job))
         finally:
-            gone.cancel()
-            if job.reconnect_seconds:
-                asyncio.get_running_loop().call_later(job.reconnect_seconds, abandon)
-            else:
-                abandon()
+            asyncio.get_running_loop().call_later(job.reconnect_seconds, abandon)
 
     return StreamingResponse(lines(), media_type=NDJSON, headers={"X-Accel-Buffering": "no"})  # nginx
 
 
-def _progress_event(job: DecodeJob, status: JobStatus, preview: bytes | None) -> JobEvent:
-    return JobEvent(
+def _progress_event(job: DecodeJob, status: JobStatus, preview: bytes | None) -> schemas.JobEvent:
+    return schemas.JobEvent(
         id=job.id, state=status.state, position=status.position, step=status.step, num_steps=status.num_steps,
         activity=status.activity, done=round(status.done, 3), seconds=round(status.seconds, 2),
         seconds_left=None if status.seconds_left is None else round(status.seconds_left, 1),
@@ -379,12 +347,14 @@ def _progress_event(job: DecodeJob, status: JobStatus, preview: bytes | None) ->
     )  # fmt: skip
 
 
-def _final_event(job: DecodeJob) -> JobEvent:
+def _final_event(job: DecodeJob) -> schemas.JobEvent:
     try:
         result: Result = job.result()
     except Exception as error:
-        return JobEvent(id=job.id, state=job.state, error=json.loads(bytes(response_for(error).body))["error"])
-    return JobEvent(
+        return schemas.JobEvent(
+            id=job.id, state=job.state, error=json.loads(bytes(http.response_for(error).body))["error"]
+        )
+    return schemas.JobEvent(
         id=job.id, state=job.state, result=f"/v1/results/{job.id}", width=result.width, height=result.height,
         metadata=result.metadata, warnings=list(result.warnings), seconds=round(result.seconds, 2),
         bytes=len(result.data),
@@ -421,7 +391,7 @@ def _validated(model: type[openai.RequestT], data: bytes | dict[str, str]) -> op
     except JSONError as error:
         raise HTTPException(400, f"The body is not JSON that is accepted: {error}.") from None
     except ValidationError as error:
-        raise HTTPException(400, validation_message(error.errors(), model=model)) from None
+        raise HTTPException(400, http.validation_message(error.errors(), model=model)) from None
 
 
 def _prompt(body: bytes) -> str:
@@ -430,8 +400,10 @@ def _prompt(body: bytes) -> str:
         prompt = body.decode("utf-8").strip()
     except UnicodeDecodeError:
         raise HTTPException(400, "The prompt must be UTF-8 text.") from None
-    if not 1 <= len(prompt) <= MAX_PROMPT_LENGTH:
-        raise HTTPException(400, f"The prompt has {len(prompt)} characters; it must have 1 to {MAX_PROMPT_LENGTH}.")
+    if not 1 <= len(prompt) <= schemas.MAX_PROMPT_LENGTH:
+        raise HTTPException(
+            400, f"The prompt has {len(prompt)} characters; it must have 1 to {schemas.MAX_PROMPT_LENGTH}."
+        )
     return prompt
 
 

@@ -9,13 +9,13 @@ import ipaddress
 import math
 import socket
 import threading
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
 from http import HTTPStatus
-from http.cookies import CookieError, SimpleCookie
 from types import FrameType
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 import h11
 import uvicorn
@@ -23,28 +23,19 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from pidecode.errors import (
-    OUT_OF_MEMORY,
-    BusyError,
-    Cancelled,
-    DoesNotFitError,
-    FileError,
-    LatentError,
-    MissingDependencyError,
-    PidecodeError,
-    SettingError,
-    is_out_of_memory,
-)
-from pidecode.serve.queue import DecodeJob, JobQueue
+from pidecode import errors
+from pidecode.serve.queue import DecodeJob, JobQueue, JobStatus
 from pidecode.serve.schemas import RequestLimits
 
 COOKIE = "pidecode_token"
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+OPEN_PATH = "/health"  # needs no token
 RETRY_SECONDS = 5.0  # `Retry-After` where the queue has no better guess
 SHUTDOWN_SECONDS = 30  # seconds that open requests and the running job are given when the server stops
 MIN_TOKEN_LENGTH = 16
@@ -60,30 +51,30 @@ MAX_UNSENT = 512 * 2**20  # bytes of responses that clients have not read; beyon
 SMALLEST_PIECE, PIECES_FREE = 64, 4096
 """Bytes that the pieces of a chunked body must have on average, beyond the first pieces."""
 
-_HEADERS = (
-    (b"x-content-type-options", b"nosniff"),
-    (b"x-frame-options", b"DENY"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"cache-control", b"no-store"),
-    (b"cross-origin-resource-policy", b"same-origin"),
-    (b"content-security-policy",
-     (b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
-     b"form-action 'none'; base-uri 'none'; frame-ancestors 'none'")),
-)  # fmt: skip
+_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
+    "cross-origin-resource-policy": "same-origin",
+    "content-security-policy":
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+        "form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
+}  # fmt: skip
 
-_CORS_HEADERS = (
-    (b"access-control-allow-methods", b"GET, POST, DELETE"),
-    (b"access-control-allow-headers", b"Authorization, Content-Type"),
-    (b"access-control-expose-headers", b"X-Pidecode-Seconds, X-Pidecode-Warnings, Retry-After"),
-    (b"access-control-max-age", b"600"),
-    (b"vary", b"Origin"),
-)
+_CORS_HEADERS = {
+    "access-control-allow-methods": "GET, POST, DELETE",
+    "access-control-allow-headers": "Authorization, Content-Type",
+    "access-control-expose-headers": "X-Pidecode-Seconds, X-Pidecode-Warnings, Retry-After",
+    "access-control-max-age": "600",
+    "vary": "Origin",
+}
 
 # Status and code by class of error; the first match counts.
-_STATUSES: tuple[tuple[type[PidecodeError], int, str], ...] = (
-    (Cancelled, 503, "stopped"), (DoesNotFitError, 507, "does_not_fit"),
-    (MissingDependencyError, 501, "not_installed"), (SettingError, 400, "bad_setting"),
-    (LatentError, 400, "bad_latent"), (FileError, 400, "bad_file"),
+_STATUSES: tuple[tuple[type[errors.PidecodeError], int, str], ...] = (
+    (errors.Cancelled, 503, "stopped"), (errors.DoesNotFitError, 507, "does_not_fit"),
+    (errors.MissingDependencyError, 501, "not_installed"), (errors.SettingError, 400, "bad_setting"),
+    (errors.LatentError, 400, "bad_latent"), (errors.FileError, 400, "bad_file"), (errors.PidecodeError, 500, "failed"),
 )  # fmt: skip
 
 
@@ -97,28 +88,19 @@ class AuthMiddleware:
     Args:
         token: What a client must present (`Authorization: Bearer ...`, or the page's cookie). None admits everyone who
             reaches the address, which must then be a loopback address.
-        open_paths: Paths that need no token.
         most_active: Requests handled at once; further ones with a good token are answered with 503.
         hosts: Names besides the loopback ones under which a server without a token may be addressed.
         origins: Web sites whose scripts may use the server (CORS), such as "https://example.org".
     """
 
     def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        token: str | None = None,
-        open_paths: frozenset[str] = frozenset(),
-        most_active: int = MAX_CONNECTIONS,
-        hosts: Collection[str] = (),
-        origins: Collection[str] = (),
+        self, app: ASGIApp, *, token: str | None, most_active: int, hosts: Collection[str], origins: Collection[str]
     ) -> None:
-        self.hosts = LOOPBACK.union(name.lower() for name in hosts)
-        self.origins = frozenset(origin.lower().rstrip("/") for origin in origins)
         self.app = app
         self.token = token
-        self.open_paths = open_paths
         self.most_active = most_active
+        self.hosts = LOOPBACK.union(name.lower() for name in hosts)
+        self.origins = frozenset(origin.lower().rstrip("/") for origin in origins)
         self.active = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -126,29 +108,25 @@ class AuthMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-
-        started = False
-        cors: list[tuple[bytes, bytes]] = []
-        if headers.get("origin", "").lower() in self.origins:
-            cors = [(b"access-control-allow-origin", headers["origin"].encode("latin-1")), *_CORS_HEADERS]
+        request, started, extra = Request(scope), False, _HEADERS
+        cors = request.headers.get("origin", "").lower() in self.origins
+        if cors:
+            extra = _HEADERS | _CORS_HEADERS | {"access-control-allow-origin": request.headers["origin"]}
 
         async def send_with_headers(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                given = {name.lower() for name, _ in message["headers"]}
-                extra = [(name, value) for name, value in _HEADERS if name not in given]
-                message["headers"] = [*message["headers"], *extra, *cors]
+                headers = MutableHeaders(scope=message)
+                for name, value in extra.items():
+                    headers.setdefault(name, value)
             await send(message)
 
-        response: Response | None = self._refusal(scope, headers)
-        if cors and scope["method"] == "OPTIONS":
+        response: Response | None = self._refusal(request)
+        if cors and request.method == "OPTIONS":
             response = Response(status_code=204)
         if response is None and self.active >= self.most_active:
-            response = error_response(
-                503, "busy", "The server handles as many requests as it can. Retry later.", retry_after=RETRY_SECONDS
-            )
+            response = error_response(503, "busy", "The server handles as many requests as it can. Retry later.")
         if response is not None:
             await response(scope, receive, send_with_headers)
             return
@@ -157,13 +135,13 @@ class AuthMiddleware:
             await self.app(scope, receive, send_with_headers)
         except asyncio.CancelledError:  # the server was told twice to stop
             if not started:
-                response = error_response(503, "stopped", "The server is stopping.", retry_after=RETRY_SECONDS)
+                response = error_response(503, "stopped", "The server is stopping.")
                 await response(scope, receive, send_with_headers)
         finally:
             self.active -= 1
 
-    def _refusal(self, scope: Scope, headers: dict[str, str]) -> JSONResponse | None:
-        host = headers.get("host", "")
+    def _refusal(self, request: Request) -> JSONResponse | None:
+        host, origin = request.headers.get("host", ""), request.headers.get("origin", "").lower()
         if self.token is None and _hostname(host) not in self.hosts:
             return error_response(
                 403,
@@ -171,8 +149,8 @@ class AuthMiddleware:
                 f"This server answers to localhost only, and was addressed as {host[:80]!r}. To let it answer to that "
                 "name, start it with --allowed-host NAME, or with a token.",
             )
-        origin, own = headers.get("origin", "").lower(), (f"http://{host}".lower(), f"https://{host}".lower())
-        foreign = (origin and origin not in own) or headers.get("sec-fetch-site") == "cross-site"
+        own = ("", f"http://{host}".lower(), f"https://{host}".lower())
+        foreign = origin not in own or request.headers.get("sec-fetch-site") == "cross-site"
         if foreign and origin not in self.origins:
             return error_response(
                 403,
@@ -181,16 +159,22 @@ class AuthMiddleware:
                 f"{origin[:80] or 'another one'!r}. To let that site use it, start it with --cors ORIGIN; behind a "
                 "proxy, let the proxy pass on the Host header.",
             )
-        if self.token is None or scope["path"] in self.open_paths:
+        if self.token is None or request.scope["path"] == OPEN_PATH:
             return None
-        presented = [token.encode("utf-8", "surrogateescape") for token in _tokens(scope, headers)]
+        presented = [token.encode("utf-8", "surrogateescape") for token in _tokens(request)]
         if any(hmac.compare_digest(one, self.token.encode()) for one in presented):
             return None
-        refusal = error_response(
-            401, "no_token", "The token is missing or wrong; send the header 'Authorization: Bearer TOKEN'."
-        )
-        refusal.headers["WWW-Authenticate"] = "Bearer"
-        return refusal
+        message = "The token is missing or wrong; send the header 'Authorization: Bearer TOKEN'."
+        return error_response(401, "no_token", message, headers={"WWW-Authenticate": "Bearer"})
+
+
+@dataclass(slots=True, eq=False)
+class _Arrival:
+    """A body that is arriving."""
+
+    started: float
+    data: bytearray = field(default_factory=bytearray)
+    timeout: asyncio.Timeout | None = None  # that of its next part
 
 
 class BodyReader:
@@ -200,7 +184,6 @@ class BodyReader:
         self.queue = queue
         self.limits = limits
         self.arriving: list[_Arrival] = []
-        self.held = 0
 
     async def read(self, request: Request, *, queued: bool = True) -> bytes:
         """The whole body of a request; `queued` says whether a job will be queued for it.
@@ -214,24 +197,22 @@ class BodyReader:
         if len(self.arriving) >= MAX_READERS:
             self._give_up_slowest()
         declared = request.headers.get("content-length", "")
-        if declared.isdecimal() and int(declared[:18]) > self.limits.body_bytes:
-            raise self._too_long()
-        arrival, data = _Arrival(asyncio.get_running_loop().time()), bytearray()
+        self._check_length(int(declared[:18]) if declared.isdecimal() else 0)
+        arrival = _Arrival(asyncio.get_running_loop().time())
         self.arriving.append(arrival)
         try:
-            await self._read(request, data, arrival)
+            await self._read(request, arrival)
         finally:
             self.arriving.remove(arrival)
-            self.held -= len(data)
-        if not data:
+        if not arrival.data:
             raise HTTPException(400, "The body is empty; send the file itself as the body.")
-        return bytes(data)
+        return bytes(arrival.data)
 
     def _give_up_slowest(self) -> None:
         """Make room for a body by ending the slowest; BusyError if all of them came within the last second."""
         now = asyncio.get_running_loop().time()
         older = {
-            one.received / (now - one.started): one.timeout
+            len(one.data) / (now - one.started): one.timeout
             for one in self.arriving
             if one.started < now - 1.0 and one.timeout is not None and not one.timeout.expired()
         }
@@ -239,126 +220,120 @@ class BodyReader:
             raise self.queue.refusal(f"{MAX_READERS} other requests are being received. Retry later.", 1.0)
         older[min(older)].reschedule(now)
 
-    async def _read(self, request: Request, data: bytearray, arrival: _Arrival) -> None:
-        loop = asyncio.get_running_loop()
-        started, parts = arrival.started, request.stream()
+    async def _read(self, request: Request, arrival: _Arrival) -> None:
+        started, data, parts = arrival.started, arrival.data, request.stream()
         while True:
             slowest = started + min(self.limits.body_seconds, RATE_GRACE_SECONDS + len(data) / MIN_RATE)
             try:
                 async with asyncio.timeout_at(slowest) as arrival.timeout:
                     part = await anext(parts, None)
             except TimeoutError:
+                taken = asyncio.get_running_loop().time() - started
                 raise HTTPException(
                     408,
-                    f"The body took too long to arrive: {len(data):,} bytes in {loop.time() - started:.0f} seconds. "
+                    f"The body took too long to arrive: {len(data):,} bytes in {taken:.0f} seconds. "
                     f"Send at least {MIN_RATE:,} bytes a second, and all within {self.limits.body_seconds:g} seconds.",
                 ) from None
             if part is None:
                 return
             data += part
-            arrival.received = len(data)
-            self.held += len(part)
-            if len(data) > self.limits.body_bytes:
-                raise self._too_long()
-            if self.held > BODIES_HELD * self.limits.body_bytes:
+            self._check_length(len(data))
+            if sum(len(one.data) for one in self.arriving) > BODIES_HELD * self.limits.body_bytes:
                 raise self.queue.refusal("Other large requests are being received. Retry later.", 1.0)
 
-    def _too_long(self) -> HTTPException:
-        return HTTPException(413, f"The body is longer than the {self.limits.body_bytes:,} bytes this server takes.")
+    def _check_length(self, length: int) -> None:
+        most = self.limits.body_bytes
+        if length > most:
+            raise HTTPException(413, f"The body is longer than the {most:,} bytes this server takes.")
 
 
-@dataclass(slots=True, eq=False)
-class _Arrival:
-    """A body that is arriving."""
-
-    started: float
-    received: int = 0
-    timeout: asyncio.Timeout | None = None  # that of its next part
+async def statuses(request: Request, job: DecodeJob) -> AsyncGenerator[JobStatus]:
+    """The job's status at each change, until it is over or the client disconnects."""
+    gone = asyncio.ensure_future(_disconnected(request))
+    gone.add_done_callback(lambda _: job.notify())
+    try:
+        async with aclosing(job.changes()) as changes:
+            async for status in changes:
+                if gone.done():
+                    return
+                yield status
+    finally:
+        gone.cancel()
 
 
 async def result_of(request: Request, job: DecodeJob) -> Any:
     """Wait for the job's result, or cancel it with ClientDisconnect if the client disconnects, to free its slot."""
-    gone = asyncio.ensure_future(disconnected(request))
-    end = asyncio.ensure_future(job.finished())
-    end.add_done_callback(lambda task: task.cancelled() or task.exception())  # retrieved, also where nobody waits
     try:
-        await asyncio.wait({gone, end}, return_when=asyncio.FIRST_COMPLETED)
-        if end.done():
-            return end.result()
-        job.cancel("The client disconnected.")
-        raise ClientDisconnect
+        async with aclosing(statuses(request, job)) as changes:
+            async for _ in changes:
+                pass
+        if not job.over:
+            raise ClientDisconnect
+        return job.result()
     finally:
-        job.cancel("The request was aborted.")
-        gone.cancel()
-        end.cancel()
+        job.cancel("The client disconnected.")
 
 
-async def disconnected(request: Request) -> None:
-    """Wait until the client disconnects."""
+async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-def error_response(status: int, code: str, message: str, *, retry_after: float | None = None) -> JSONResponse:
+def error_response(
+    status: int,
+    code: str,
+    message: str,
+    *,
+    retry_after: float = RETRY_SECONDS,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
     """An error in the form that OpenAI's clients expect: {"error": {"message", "type", "code"}}."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    headers = {} if retry_after is None else {"Retry-After": str(max(1, math.ceil(retry_after)))}
-    return JSONResponse({"error": {"message": message, "type": kind, "code": code}}, status, headers)
+    retry = {"Retry-After": str(max(1, math.ceil(retry_after)))} if status in (429, 503) else {}
+    error = {"message": message, "type": kind, "code": code}
+    return JSONResponse({"error": error}, status, {**retry, **(headers or {})})
 
 
-def response_for(error: Exception) -> JSONResponse:
-    """The response for an exception. Only pidecode's own errors show their message to the client."""
-    if is_out_of_memory(error):
-        return error_response(507, "does_not_fit", OUT_OF_MEMORY)
-    if isinstance(error, BusyError):
+def response_for(error: Exception, path: str = "") -> JSONResponse:
+    """The response for an exception, at a path. Only pidecode's own errors show their message to the client."""
+    if isinstance(error, RequestValidationError):
+        return error_response(422, "invalid", validation_message(error.errors(), skip=1))
+    if isinstance(error, ClientDisconnect):
+        return error_response(499, "disconnected", "The client disconnected.")  # only the metrics see it
+    if isinstance(error, HTTPException):
+        detail = str(error.detail)
+        if detail == HTTPStatus.NOT_FOUND.phrase:  # of a path, by Starlette
+            detail = f"There is no {path[:80]} here; /openapi.json lists the paths."
+        return error_response(error.status_code, f"http_{error.status_code}", detail, headers=error.headers)
+    if errors.is_out_of_memory(error):
+        return error_response(507, "does_not_fit", errors.OUT_OF_MEMORY)
+    if isinstance(error, errors.BusyError):
         return error_response(503 if error.stopping else 429, "busy", str(error), retry_after=error.retry_after)
     for kind, status, code in _STATUSES:
         if isinstance(error, kind):
-            message = error.message("http")
-            return error_response(status, code, message, retry_after=RETRY_SECONDS if status == 503 else None)
-    if isinstance(error, PidecodeError):
-        return error_response(500, "failed", error.message("http"))
+            return error_response(status, code, error.message("http"))
     return error_response(500, "internal", "Internal error of pidecode or its dependencies; see the server's log.")
 
 
-def validation_message(errors: Sequence[Any], skip: int = 0, model: type[BaseModel] | None = None) -> str:
+def validation_message(problems: Sequence[Any], skip: int = 0, model: type[BaseModel] | None = None) -> str:
     """Pydantic's errors as sentences; `skip` leaves out first parts of their places, `model` describes its fields."""
     found = []
-    for error in errors[:8]:
-        place = error["loc"][skip:]
-        field = model.model_fields.get(str(place[0])) if model is not None and place else None
-        about = f" ({field.description.rstrip('.')})" if field is not None and field.description else ""
-        found.append(f"{'.'.join(map(str, place)) or 'body'}: {error['msg']}{about}")
+    for problem in problems[:8]:
+        place = problem["loc"][skip:]
+        info = model.model_fields.get(str(place[0])) if model is not None and place else None
+        about = f" ({info.description.rstrip('.')})" if info is not None and info.description else ""
+        found.append(f"{'.'.join(map(str, place)) or 'body'}: {problem['msg']}{about}")
     return "; ".join(found) + "."
 
 
 def add_error_handlers(app: FastAPI) -> None:
     """Let `app` answer every error in one form."""
 
-    async def exception(_request: Request, error: Exception) -> JSONResponse:
-        return response_for(error)
+    async def handle(request: Request, error: Exception) -> JSONResponse:
+        return response_for(error, request.scope["path"])  # `url` is made of the Host header too
 
-    async def http_exception(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
-        detail = str(error.detail)
-        if detail == HTTPStatus.NOT_FOUND.phrase:  # of a path, by Starlette
-            detail = f"There is no {request.url.path[:80]} here; /openapi.json lists the paths."
-        response = error_response(error.status_code, f"http_{error.status_code}", detail)
-        response.headers.update(error.headers or {})
-        return response
-
-    async def validation_error(_request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        return error_response(422, "invalid", validation_message(error.errors(), skip=1))
-
-    async def disconnected(_request: Request, _error: Exception) -> JSONResponse:
-        return error_response(499, "disconnected", "The client disconnected.")  # only the metrics see it
-
-    app.add_exception_handler(PidecodeError, exception)
-    app.add_exception_handler(HTTPException, http_exception)
-    app.add_exception_handler(RequestValidationError, validation_error)
-    app.add_exception_handler(ClientDisconnect, disconnected)
-    app.add_exception_handler(Exception, exception)
+    for kind in (errors.PidecodeError, HTTPException, RequestValidationError, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, handle)
 
 
 def _hostname(host: str) -> str:
@@ -368,28 +343,21 @@ def _hostname(host: str) -> str:
         return ""
 
 
-def _tokens(scope: Scope, headers: dict[str, str]) -> list[str]:
+def _tokens(request: Request) -> list[str]:
     """Every token in a request: the header, the page's cookie, or the query of the address that opens the page."""
-    found = []
-    scheme, _, value = headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer":
-        found.append(value.strip())
-    try:
-        morsel = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
-    except CookieError:
-        morsel = None
-    if morsel is not None:
-        found.append(morsel.value)
-    if scope["path"] == "/":
-        found += parse_qs(scope["query_string"].decode("latin-1")).get("token", [])
-    return found
+    scheme, _, value = request.headers.get("authorization", "").partition(" ")
+    found = [value.strip()] if scheme.lower() == "bearer" else []
+    found += [request.cookies[COOKIE]] if COOKIE in request.cookies else []
+    return found + (request.query_params.getlist("token") if request.scope["path"] == "/" else [])
 
 
 def check_origin(origin: str) -> str:
     """The origin. Raises SettingError if it is no scheme and host, such as "https://example.org"."""
     parts = urlsplit(origin)
     if parts.scheme not in ("http", "https") or not parts.hostname or f"{parts.scheme}://{parts.netloc}" != origin:
-        raise SettingError(f"The origin is {origin[:80]!r}; it must be scheme and host, such as https://example.org.")
+        raise errors.SettingError(
+            f"The origin is {origin[:80]!r}; it must be scheme and host, such as https://example.org."
+        )
     return origin
 
 
@@ -398,7 +366,7 @@ def check_token(host: str, token: str | None) -> None:
     if token is not None and (
         len(token) < MIN_TOKEN_LENGTH or not token.isascii() or not token.isprintable() or " " in token
     ):
-        raise SettingError(
+        raise errors.SettingError(
             f"The token must be at least {MIN_TOKEN_LENGTH} printable ASCII characters without spaces, so that it "
             "cannot be guessed; make one with: python -c 'import secrets; print(secrets.token_urlsafe())'"
         )
@@ -407,7 +375,7 @@ def check_token(host: str, token: str | None) -> None:
     except ValueError:
         loopback = False
     if token is None and not loopback:
-        raise SettingError(
+        raise errors.SettingError(
             f"At {host} others can reach this server, so it needs a token: set PIDECODE_TOKEN, or give --token-file. "
             "Without one it binds to 127.0.0.1 only."
         )
@@ -418,23 +386,17 @@ def bound_socket(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
-        raise SettingError(f"{host} is not an address of this machine: {error.strerror or error}.") from error
+        raise errors.SettingError(f"{host} is not an address of this machine: {error.strerror or error}.") from error
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
         listener.close()
-        raise SettingError(
+        raise errors.SettingError(
             f"{host}:{port} cannot be used: {error.strerror or error}. Choose another port with --port, or 0 for any."
         ) from error
     return listener
-
-
-def address_of(listener: socket.socket) -> str:
-    """The URL of a bound socket, such as http://127.0.0.1:8421."""
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class _Connection(h11.Connection):
@@ -549,10 +511,16 @@ def _unsent(connection: BoundedProtocol) -> int:
 class StoppableServer(uvicorn.Server):
     """A server that lets its jobs end at the first signal, ends them at the second, and itself at the third.
 
-    `stop` ends the jobs within the seconds given, and answers their requests.
+    `stop` ends the jobs within the seconds given, and answers their requests; `grace` is given to open requests on
+    shutdown. Requests are not logged.
     """
 
-    def __init__(self, config: uvicorn.Config, stop: Callable[[float], None]) -> None:
+    def __init__(self, app: ASGIApp, *, stop: Callable[[float], None], grace: int = 2 * SHUTDOWN_SECONDS) -> None:
+        config = uvicorn.Config(
+            app, access_log=False, server_header=False, log_level="warning", ws="none", lifespan="on",
+            timeout_keep_alive=5, timeout_graceful_shutdown=grace, h11_max_incomplete_event_size=16384,
+            http=BoundedProtocol, proxy_headers=False,
+        )  # fmt: skip
         super().__init__(config)
         self.stop = stop
         self.signals = 0
@@ -569,22 +537,12 @@ class StoppableServer(uvicorn.Server):
         threading.Thread(target=self.stop, args=(grace,), name="pidecode-stop", daemon=True).start()
 
 
-def make_server(app: ASGIApp, *, stop: Callable[[float], None], grace: int = 2 * SHUTDOWN_SECONDS) -> StoppableServer:
-    """Create the uvicorn server for `app`, which logs no requests; `grace` is given to open requests on shutdown."""
-    config = uvicorn.Config(
-        app, access_log=False, server_header=False, log_level="warning", ws="none", lifespan="on",
-        timeout_keep_alive=5, timeout_graceful_shutdown=grace, h11_max_incomplete_event_size=16384,
-        http=BoundedProtocol, proxy_headers=False,
-    )  # fmt: skip
-    return StoppableServer(config, stop)
-
-
 def serve(
     app: ASGIApp, listener: socket.socket, *, stop: Callable[[float], None], ready: Callable[[str], None]
 ) -> None:
     """Serve on a socket from `bound_socket` until SIGINT or SIGTERM; `ready` is called with the URL before that."""
-    server = make_server(app, stop=stop)
     listener.listen(128)  # from here on connections wait instead of being refused
-    ready(address_of(listener))
+    host, port = listener.getsockname()[:2]
+    ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
     with listener:
-        server.run(sockets=[listener])
+        StoppableServer(app, stop=stop).run(sockets=[listener])

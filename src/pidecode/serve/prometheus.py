@@ -7,6 +7,7 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable
+from itertools import accumulate
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -65,51 +66,39 @@ class ResponseStats:
 
     def text(self, queue: JobQueue) -> str:
         """All metrics, those of `queue` included, in the Prometheus text format."""
-        stats = queue.stats
-        outcomes = [("", f'outcome="{name}"', getattr(stats, name)) for name in ("done", "failed", "cancelled")]
-        counts = [
-            ("", f'path="{path}",status="{status}"', count) for (path, status), count in sorted(self.counts.items())
+        outcomes: dict[str, float] = {
+            f'{{outcome="{name}"}}': getattr(queue.stats, name) for name in ("done", "failed", "cancelled")
+        }
+        counts: dict[str, float] = {
+            f'{{path="{path}",status="{code}"}}': n for (path, code), n in sorted(self.counts.items())
+        }
+        metrics: list[tuple[str, str, str, float | dict[str, float] | None]] = [
+            ("info", "gauge", "Version of pidecode.", {f'{{version="{__version__}"}}': 1}),
+            ("start_time_seconds", "gauge", "Unix time at which the server started.", self.started),
+            ("queue_waiting", "gauge", "Jobs waiting.", queue.waiting),
+            ("queue_running", "gauge", "Jobs running, 0 or 1.", int(queue.running)),
+            ("queue_capacity", "gauge", "Jobs that may wait.", queue.capacity),
+            ("queue_refused_total", "counter", "Jobs refused because the queue was full.", queue.stats.refused),
+            ("jobs_total", "counter", "Finished jobs by outcome.", outcomes),
+            ("responses_total", "counter", "Responses by path and status.", counts),
+            ("response_seconds", "histogram", "Seconds from request to end of its 2xx response.", self._histogram()),
+            ("resident_memory_bytes", "gauge", "Main memory the process holds.", resident_memory()),
         ]
-        resident = resident_memory()
-        lines = [
-            *_metric("info", "gauge", "Version of pidecode.", [("", f'version="{__version__}"', 1)]),
-            *_scalar("start_time_seconds", "gauge", "Unix time at which the server started.", self.started),
-            *_scalar("queue_waiting", "gauge", "Jobs waiting.", queue.waiting),
-            *_scalar("queue_running", "gauge", "Jobs running, 0 or 1.", int(queue.running)),
-            *_scalar("queue_capacity", "gauge", "Jobs that may wait.", queue.capacity),
-            *_scalar("queue_refused_total", "counter", "Jobs refused because the queue was full.", stats.refused),
-            *_metric("jobs_total", "counter", "Finished jobs by outcome.", outcomes),
-            *_metric("responses_total", "counter", "Responses by path and status.", counts),
-            *_metric(
-                "response_seconds", "histogram", "Seconds from request to end of its 2xx response.", self._histogram()
-            ),
-        ]
-        if resident is not None:
-            lines += _scalar("resident_memory_bytes", "gauge", "Main memory the process holds.", resident)
+        lines = []
+        for name, kind, help_text, value in metrics:
+            if value is None:  # not known on this system
+                continue
+            lines += [f"# HELP pidecode_{name} {help_text}", f"# TYPE pidecode_{name} {kind}"]
+            for labels, number in value.items() if isinstance(value, dict) else [("", value)]:
+                lines.append(f"pidecode_{name}{labels} {number if isinstance(number, int) else round(number, 6)}")
         return "\n".join(lines) + "\n"
 
-    def _histogram(self) -> list[tuple[str, str, float]]:
-        samples: list[tuple[str, str, float]] = []
+    def _histogram(self) -> dict[str, float]:
+        """Values of the histogram by the end of their name and their labels."""
+        samples: dict[str, float] = {}
         for path, counts in sorted(self.buckets.items()):
-            total = 0
-            for bound, count in zip((*BUCKETS, "+Inf"), counts, strict=True):
-                total += count
-                samples.append(("_bucket", f'path="{path}",le="{bound}"', total))
-            samples.append(("_sum", f'path="{path}"', self.seconds[path]))
-            samples.append(("_count", f'path="{path}"', total))
+            for bound, total in zip((*BUCKETS, "+Inf"), accumulate(counts), strict=True):
+                samples[f'_bucket{{path="{path}",le="{bound}"}}'] = total
+            samples[f'_sum{{path="{path}"}}'] = self.seconds[path]
+            samples[f'_count{{path="{path}"}}'] = sum(counts)
         return samples
-
-
-def _metric(name: str, kind: str, help_text: str, samples: Iterable[tuple[str, str, float]]) -> list[str]:
-    """One metric with its samples: suffix of the name, labels, value."""
-    full = f"pidecode_{name}"
-    lines = [f"# HELP {full} {help_text}", f"# TYPE {full} {kind}"]
-    for suffix, labels, value in samples:
-        lines.append(
-            f"{full}{suffix}{f'{{{labels}}}' if labels else ''} {value if isinstance(value, int) else round(value, 6)}"
-        )
-    return lines
-
-
-def _scalar(name: str, kind: str, help_text: str, value: float) -> list[str]:
-    return _metric(name, kind, help_text, [("", "", value)])

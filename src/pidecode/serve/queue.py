@@ -14,8 +14,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
+from concurrent import futures
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from statistics import mean
 from typing import Any, Literal
 
 from pidecode.errors import OUT_OF_MEMORY, BusyError, Cancelled, DoesNotFitError, PidecodeError, is_out_of_memory
@@ -67,10 +69,8 @@ class DecodeJob:
         self._queue = queue
         self._status = JobStatus(state="waiting")
         self._cancel_reason: str | None = None
-        self._result: Any = None
-        self._error: BaseException | None = None
+        self._future: futures.Future[Any] = futures.Future()
         self._listeners: list[Callable[[], None]] = []
-        self._over = threading.Event()
 
     @property
     def state(self) -> DecodeJobState:
@@ -80,7 +80,7 @@ class DecodeJob:
     @property
     def over(self) -> bool:
         """Whether the state is final."""
-        return self._over.is_set()
+        return self._future.done()
 
     @property
     def followers(self) -> int:
@@ -133,13 +133,11 @@ class DecodeJob:
     def result(self) -> Any:
         """Return or raise what the job's function did, or Cancelled; call it only once the job is over."""
         assert self.over, "the job has not ended"
-        if self._error is not None:
-            raise self._error
-        return self._result
+        return self._future.result()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the job is over; return False if that took longer than `timeout` seconds."""
-        return self._over.wait(timeout)
+        return bool(futures.wait([self._future], timeout).done)
 
     async def changes(self) -> AsyncGenerator[JobStatus]:
         """Yield the status now, after each change and each second. A slow reader never misses the final one."""
@@ -169,24 +167,20 @@ class DecodeJob:
         finally:
             self._listeners.remove(wake)
 
-    async def finished(self) -> Any:
-        """Wait until the job is over, then return or raise as `result`."""
-        async for _ in self.changes():
-            pass
-        return self.result()
-
     def notify(self) -> None:
         """Wake all that iterate over `changes`."""
         for listener in tuple(self._listeners):
             listener()
 
-    def _end(self, state: DecodeJobState, *, result: Any = None, error: BaseException | None = None) -> None:
-        self._result, self._error = result, error
+    def _end(self, state: DecodeJobState, result: Any = None, error: BaseException | None = None) -> None:
         self._function = None  # its closure may hold an image; the queue keeps nothing of a finished job
         self.ended = time.monotonic()
         last = self._status
         self._status = JobStatus(state=state, step=last.step, num_steps=last.num_steps)
-        self._over.set()
+        if error is None:
+            self._future.set_result(result)
+        else:
+            self._future.set_exception(error.with_traceback(None))  # its frames would keep the job's tensors alive
         self.notify()
 
 
@@ -241,11 +235,6 @@ class JobQueue:
         """Jobs that would be accepted now."""
         return 0 if self.closed else self.capacity + 1 - len(self._waiting) - (self._running is not None)
 
-    def retry_after(self) -> float:
-        """Seconds until a slot is likely to be free: the mean duration of recent jobs."""
-        durations = self.stats.durations
-        return sum(durations) / len(durations) if durations else DEFAULT_JOB_SECONDS
-
     def submit(self, function: JobFunction) -> DecodeJob:
         """Append a job to the queue; BusyError if the queue is full or closed."""
         with self._changed:
@@ -268,7 +257,9 @@ class JobQueue:
         if self.closed:
             message = "The server is stopping and takes no new jobs; ask again when it is back."
             return BusyError(message, 10.0, stopping=True)
-        return BusyError(message, self.retry_after() if retry_after is None else retry_after)
+        if retry_after is None:  # a slot is likely to be free after the mean duration of recent jobs
+            retry_after = mean(self.stats.durations or [DEFAULT_JOB_SECONDS])
+        return BusyError(message, retry_after)
 
     def stop(self, grace: float = 0.0) -> None:
         """Close the queue: cancel waiting jobs, give the running one `grace` seconds, then join the worker.
@@ -332,6 +323,4 @@ class JobQueue:
             setattr(self.stats, state, getattr(self.stats, state) + 1)
             if state == "done":
                 self.stats.durations.append(time.monotonic() - job.started)
-        if error is not None:
-            error = error.with_traceback(None)  # its frames would keep the job's tensors alive
-        job._end(state, result=result, error=error)
+        job._end(state, result, error)

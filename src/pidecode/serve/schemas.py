@@ -44,13 +44,6 @@ class RequestLimits:
     job_seconds: float = 600.0
     body_seconds: float = 60.0
 
-    def __post_init__(self) -> None:
-        for name in ("body_bytes", "pixels", "job_seconds", "body_seconds"):
-            if getattr(self, name) <= 0:
-                raise SettingError(f"The limit {name} is {getattr(self, name)}; it must be positive.")
-        if self.waiting < 0:
-            raise SettingError(f"The limit waiting is {self.waiting}; it must be 0 or more.")
-
     def check_pixels(self, width: int, height: int) -> None:
         """Raise SizeError for a result with more pixels than allowed."""
         if width * height > self.pixels:
@@ -165,10 +158,8 @@ class PlanParams(BaseModel):
         width, height = self.output_width, self.output_height
         if width is None and height is None:
             return None
-        if width is None or height is None:
-            raise SettingError("Give output_width and output_height together, or neither.")
-        if self.kind == "image":
-            raise SettingError("output_width and output_height act on latents only; an image has one result size.")
+        if width is None or height is None or self.kind == "image":
+            raise SettingError("Give output_width and output_height together, and for latents only, or neither.")
         return width, height
 
 

@@ -15,34 +15,16 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.nn import functional
 
+from pidecode import images
 from pidecode.decoder import PixelDecoder
 from pidecode.devices import free_memory
 from pidecode.engine.runner import require_memory
 from pidecode.errors import FileError, LatentError, MissingDependencyError, SettingError
-from pidecode.images import (
-    KEYWORD,
-    DecodeOutput,
-    SourceImage,
-    check_format,
-    encode_image,
-    image_size,
-    read_image,
-    read_metadata,
-    to_pil,
-)
 from pidecode.latents import storage
 from pidecode.latents.latent import Latent
 from pidecode.sampling import Progress, Step
-from pidecode.serve.queue import DecodeJob, JobFunction, JobQueue
-from pidecode.serve.schemas import (
-    MEDIA_TYPES,
-    DecodeParams,
-    DecodePlan,
-    FileInfo,
-    RequestLimits,
-    ResultParams,
-    UpscaleParams,
-)
+from pidecode.serve import schemas
+from pidecode.serve.queue import DecodeJob, JobQueue
 from pidecode.weights.safetensors import looks_like_safetensors
 
 PREVIEW_SIDE = 448  # longest side of a preview, in pixels
@@ -50,7 +32,6 @@ WARM_UP_IMAGE = b"P6 96 96 255\n" + bytes(96 * 96 * 3)
 LEAST_PIXELS = 256 * 256  # of a result whose time grows with its pixels; a smaller one takes as long
 RESULTS_KEPT = 4
 RESULT_SECONDS = 300.0  # how long a streamed job's result can be fetched
-
 MAX_SHOWN = 20_000  # characters of a text of another program that the page shows
 
 
@@ -96,18 +77,18 @@ class Speeds:
     def __init__(self) -> None:
         self._speeds: dict[tuple[Any, ...], float] = {}
 
-    def predict(self, name: str, params: ResultParams, size: tuple[int, int]) -> float | None:
+    def predict(self, name: str, params: schemas.ResultParams, size: tuple[int, int]) -> float | None:
         """Seconds that a result of that size will take; None where no such job was seen."""
         speed = self._speeds.get(self._key(name, params))
         return None if speed is None else speed * max(size[0] * size[1], LEAST_PIXELS)
 
-    def learn(self, name: str, params: ResultParams, size: tuple[int, int], seconds: float) -> None:
+    def learn(self, name: str, params: schemas.ResultParams, size: tuple[int, int], seconds: float) -> None:
         """Note what a job took."""
         self._speeds[self._key(name, params)] = seconds / max(size[0] * size[1], LEAST_PIXELS)
 
-    def _key(self, name: str, params: ResultParams) -> tuple[Any, ...]:
+    def _key(self, name: str, params: schemas.ResultParams) -> tuple[Any, ...]:
         options = (getattr(params, option, None) for option in ("num_steps", "guidance_scale"))
-        return (name, isinstance(params, UpscaleParams), *options)
+        return (name, isinstance(params, schemas.UpscaleParams), *options)
 
 
 class TextToLatent(Protocol):
@@ -119,7 +100,7 @@ class TextToLatent(Protocol):
         """Generate one latent for a result of that size; called back with steps done and in total, which may raise."""
 
 
-def _on_background(image: SourceImage, background: str, format: str) -> SourceImage:
+def _on_background(image: images.SourceImage, background: str, format: str) -> images.SourceImage:
     if background == "transparent" and (image.alpha is None or format not in ("png", "webp")):
         what = f"{format} holds no transparency" if image.alpha is not None else "the image has no transparent parts"
         raise SettingError(f"background is transparent, and {what}; nothing is cut out. Leave it out.")
@@ -141,13 +122,13 @@ class DecodeService:
         self,
         decoders: Mapping[str, PixelDecoder],
         *,
-        limits: RequestLimits | None = None,
+        limits: schemas.RequestLimits | None = None,
         text_to_latent: TextToLatent | None = None,
     ) -> None:
         if not decoders:
             raise SettingError("There is no model to serve; name at least one.")
         self.decoders = dict(decoders)
-        self.limits = limits or RequestLimits()
+        self.limits = limits or schemas.RequestLimits()
         self.queue = JobQueue(self.limits.waiting, timeout=self.limits.job_seconds)
         self.text_to_latent = text_to_latent
         self.streamed = StreamedJobs()
@@ -161,29 +142,31 @@ class DecodeService:
             raise SettingError(f"There is no model {name[:80]!r} here; there are {', '.join(self.decoders)}.")
         return self.decoders[name]
 
-    def inspect(self, data: bytes) -> FileInfo:
+    def inspect(self, data: bytes) -> schemas.FileInfo:
         """What a file contains. Raises FileError or LatentError if it is no readable image or latent."""
         if not looks_like_safetensors(data):
-            width, height = image_size(data, max_pixels=self.limits.pixels)
+            width, height = images.image_size(data, max_pixels=self.limits.pixels)
             texts: dict[str, str] = {}
             if width * height * self.decoder(None).scale ** 2 <= self.limits.pixels:  # else refused by its plan
                 with warnings.catch_warnings():  # the job reports them
                     warnings.simplefilter("ignore")
-                    image = read_image(data, max_pixels=self.limits.pixels)  # complete, and upright
+                    image = images.read_image(data, max_pixels=self.limits.pixels)  # complete, and upright
                 (height, width), known = image.tensor.shape[-2:], image.attributes
                 texts = {**known.texts, **({"Comment": known.comment} if known.comment else {})}
                 texts = {name: text[:MAX_SHOWN] for name, text in texts.items()}
-            return FileInfo(kind="image", width=width, height=height, metadata=read_metadata(data), texts=texts)
+            return schemas.FileInfo(
+                kind="image", width=width, height=height, metadata=images.read_metadata(data), texts=texts
+            )
         stored = storage.read_latent(data)
         tensor, record = stored.tensor, stored.metadata
         if not 3 <= tensor.ndim <= 5:  # `Latent.load` adds a missing batch axis, and drops that of a single frame
             raise LatentError(f"A latent is [1, channels, h, w]; the file holds {list(tensor.shape)}.")
-        return FileInfo(
+        return schemas.FileInfo(
             kind="latent", width=tensor.shape[-1], height=tensor.shape[-2], space=record.space if record else None,
             sigma=record.sigma[0] if record else None, prompt=record.prompt[0] if record and record.prompt else None,
         )  # fmt: skip
 
-    def plan(self, name: str | None, file: FileInfo, size: tuple[int, int] | None = None) -> DecodePlan:
+    def plan(self, name: str | None, file: schemas.FileInfo, size: tuple[int, int] | None = None) -> schemas.DecodePlan:
         """Estimate the decode of a file to its natural size or another; SizeError for a result that is too large."""
         decoder = self.decoder(name)
         if size is None:
@@ -193,7 +176,7 @@ class DecodeService:
                 size = decoder.upscaled_size((file.width, file.height))
         width, height = size
         self.limits.check_pixels(width, height)
-        params = UpscaleParams() if file.kind == "image" else DecodeParams()
+        params = schemas.UpscaleParams() if file.kind == "image" else schemas.DecodeParams()
         seconds = self.speeds.predict(name or next(iter(self.decoders)), params, (width, height))
         return estimate(decoder, width, height).model_copy(update={"seconds": seconds})
 
@@ -202,44 +185,42 @@ class DecodeService:
         for name, decoder in self.decoders.items():
             if decoder.kind == "feed-forward" and decoder.encoder is not None:
                 for _ in range(min(2, self.queue.free_slots)):  # the first time it loads, the second it is measured
-                    self.upscale(WARM_UP_IMAGE, UpscaleParams(model=name))
+                    self.upscale(WARM_UP_IMAGE, schemas.UpscaleParams(model=name))
 
-    def decode(self, data: bytes, params: DecodeParams) -> DecodeJob:
+    def decode(self, data: bytes, params: schemas.DecodeParams) -> DecodeJob:
         """Queue the decode of a latent file; only errors of the options are raised here, the others by the job."""
-        options = params.options()
+        options, decoder = params.options(), self.decoder(params.model)
 
         def run(job: DecodeJob) -> Result:
-            decoder = self.decoder(params.model)
             latent = load_latent(data, params.space, decoder)
             height, width = latent.output_size
             size = decoder.decoded_size((width, height), options)
             native = (width, height) if decoder.kind == "feed-forward" else size
             self._check_size(decoder, *native)
-            check_format(f".{params.format}", *size)
+            images.check_format(f".{params.format}", *size)
             decode = partial(decoder.decode, latent, options=options, **_callbacks(job, params.stream))
             return self._timed_result(job, params, native, decode)
 
-        return self._submit(params, run)
+        return self.queue.submit(run)
 
-    def upscale(self, data: bytes, params: UpscaleParams, background: str = "auto") -> DecodeJob:
+    def upscale(self, data: bytes, params: schemas.UpscaleParams, background: str = "auto") -> DecodeJob:
         """Queue the enlargement of an image file, put on white if `background` is opaque; errors as of `decode`."""
-        options = params.options()
+        options, decoder = params.options(), self.decoder(params.model)
 
         def run(job: DecodeJob) -> Result:
-            decoder = self.decoder(params.model)
-            size = image_size(data, max_pixels=self.limits.pixels)
+            size = images.image_size(data, max_pixels=self.limits.pixels)
             self._check_size(decoder, *decoder.upscaled_size(size))  # before anything is decompressed
-            image = _on_background(read_image(data, max_pixels=self.limits.pixels), background, params.format)
+            image = _on_background(images.read_image(data, max_pixels=self.limits.pixels), background, params.format)
             height, width = image.tensor.shape[-2:]  # upright
-            check_format(f".{params.format}", *decoder.upscaled_size((width, height), options))
+            images.check_format(f".{params.format}", *decoder.upscaled_size((width, height), options))
             upscale = partial(decoder.upscale, image, options=options, **_callbacks(job, params.stream))
             return self._timed_result(job, params, decoder.upscaled_size((width, height)), upscale)
 
-        return self._submit(params, run)
+        return self.queue.submit(run)
 
-    def generate(self, prompt: str, size: tuple[int, int], params: ResultParams) -> DecodeJob:
+    def generate(self, prompt: str, size: tuple[int, int], params: schemas.ResultParams) -> DecodeJob:
         """Queue the generation of an image from a prompt. Raises MissingDependencyError if there is no pipeline."""
-        options, text_to_latent = params.options(), self.text_to_latent
+        options, decoder, text_to_latent = params.options(), self.decoder(params.model), self.text_to_latent
         if text_to_latent is None:
             raise MissingDependencyError(
                 "This server has no text-to-image pipeline. Start it with --pipeline, or send a latent to /v1/decode "
@@ -247,7 +228,6 @@ class DecodeService:
             )
 
         def run(job: DecodeJob) -> Result:
-            decoder = self.decoder(params.model)
             self._check_size(decoder, *size)
 
             def report(step: int, num_steps: int) -> None:
@@ -256,7 +236,7 @@ class DecodeService:
                     step=step, num_steps=num_steps, activity=f"generating, step {step} of {num_steps}", done=done
                 )
 
-            def generate() -> DecodeOutput:
+            def generate() -> images.DecodeOutput:
                 seed = options.seeds(1)[0]
                 latent = text_to_latent(prompt, width=size[0], height=size[1], seed=seed, callback=report)
                 used = replace(
@@ -268,14 +248,18 @@ class DecodeService:
 
             return _result(params, generate)
 
-        return self._submit(params, run)
+        return self.queue.submit(run)
 
     def stop(self, grace: float = 10.0) -> None:
         """Stop the queue: see `JobQueue.stop`."""
         self.queue.stop(grace)
 
     def _timed_result(
-        self, job: DecodeJob, params: ResultParams, size: tuple[int, int], decode: Callable[[], DecodeOutput]
+        self,
+        job: DecodeJob,
+        params: schemas.ResultParams,
+        size: tuple[int, int],
+        decode: Callable[[], images.DecodeOutput],
     ) -> Result:
         """Run a decode with a prediction of its time, and learn from the time it took."""
         name = params.model or next(iter(self.decoders))
@@ -284,16 +268,12 @@ class DecodeService:
         self.speeds.learn(name, params, size, result.seconds)
         return result
 
-    def _submit(self, params: ResultParams, function: JobFunction) -> DecodeJob:
-        self.decoder(params.model)  # an unknown name is an error before the job is queued
-        return self.queue.submit(function)
-
     def _check_size(self, decoder: PixelDecoder, width: int, height: int) -> None:
         self.limits.check_pixels(width, height)
         require_memory(decoder.runner, padded_size(decoder, width, height), 1)
 
 
-def estimate(decoder: PixelDecoder, width: int, height: int) -> DecodePlan:
+def estimate(decoder: PixelDecoder, width: int, height: int) -> schemas.DecodePlan:
     """Estimate the decode of one image of that size, run as this decoder would run it.
 
     The memory for encoding an image or a prompt, which comes before, is not counted.
@@ -301,7 +281,7 @@ def estimate(decoder: PixelDecoder, width: int, height: int) -> DecodePlan:
     net = decoder.net
     working = decoder.runner.plan_for(padded_size(decoder, width, height), 1).working
     free = free_memory(decoder.device)
-    return DecodePlan(
+    return schemas.DecodePlan(
         width=width, height=height,
         weights=sum(tensor.numel() * tensor.element_size() for tensor in (*net.parameters(), *net.buffers())),
         working=working, free=free, fits=free is None or working <= free,
@@ -324,15 +304,12 @@ def load_latent(data: bytes, space: str | None, decoder: PixelDecoder) -> Latent
     return latent.to(decoder.device)
 
 
-def encode_preview(pixels: Tensor, side: int = PREVIEW_SIDE) -> bytes:
-    """Encode the first image of `[B, 3, H, W]` in [-1, 1] as a JPEG with sides of at most `side` pixels."""
-    height, width = pixels.shape[-2:]
-    factor = max(1, math.ceil(max(height, width) / side))
-    first = pixels[:1].float()
-    if factor > 1:
-        first = functional.avg_pool2d(first, factor, ceil_mode=True)
+def encode_preview(pixels: Tensor) -> bytes:
+    """Encode the first image of `[B, 3, H, W]` in [-1, 1] as a JPEG with sides of at most `PREVIEW_SIDE` pixels."""
+    factor = math.ceil(max(pixels.shape[-2:]) / PREVIEW_SIDE)
+    first = functional.avg_pool2d(pixels[:1].float(), factor, ceil_mode=True)
     buffer = io.BytesIO()
-    to_pil(first.clamp(-1, 1)).save(buffer, "JPEG", quality=82)
+    images.to_pil(first.clamp(-1, 1)).save(buffer, "JPEG", quality=82)
     return buffer.getvalue()
 
 
@@ -348,21 +325,21 @@ def _callbacks(job: DecodeJob, previews: bool, begin: float = 0.0) -> dict[str, 
     return {"callback": step_done, "progress_callback": progress}
 
 
-def _result(params: ResultParams, decode: Callable[[], DecodeOutput]) -> Result:
+def _result(params: schemas.ResultParams, decode: Callable[[], images.DecodeOutput]) -> Result:
     """Run a decode and encode its image as a file."""
     started = time.perf_counter()
     # Only the queue's thread decodes, so the warnings caught here are this decode's.
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         image = decode().image
-    metadata = image.info.get(KEYWORD)
-    data = encode_image(image, params.format, metadata=metadata, quality=params.quality)
+    data = images.encode_image(image, params.format, quality=params.quality)
     messages = dict.fromkeys(
         str(entry.message)
         for entry in caught
         if "pidecode" in entry.category.__module__ or entry.category is UserWarning
     )
     return Result(
-        data=data, media_type=MEDIA_TYPES[params.format], width=image.width, height=image.height,
-        metadata=dict(metadata or {}), warnings=tuple(messages), seconds=time.perf_counter() - started,
+        data=data, media_type=schemas.MEDIA_TYPES[params.format], width=image.width, height=image.height,
+        metadata=dict(image.info.get(images.KEYWORD) or {}), warnings=tuple(messages),
+        seconds=time.perf_counter() - started,
     )  # fmt: skip
