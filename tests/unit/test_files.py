@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -11,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -138,14 +136,11 @@ def test_what_stands_in_the_place_of_a_lock_never_hangs(tmp_path: Path) -> None:
             FolderLock(tmp_path, "batch")
         lock.unlink()
     os.mkfifo(lock)
-    with pytest.raises(FileError, match="it is not a regular file"):
+    with FolderLock(tmp_path, "batch"), pytest.raises(FileError, match="is in use by another process"):
         FolderLock(tmp_path, "batch")
-    lock.unlink()
-    for content in (b"[" * 100_000, b'{"pid": ' + b"9" * 5000 + b"}", b"\xff", b"3"):
-        lock.write_bytes(content)
-        os.utime(lock, (0, 0))
-        FolderLock(tmp_path, "batch").release()
-        assert not lock.exists()
+    lock.write_bytes(b"\xff" * 100_000)
+    FolderLock(tmp_path, "batch").release()
+    assert not lock.exists()
     with open(lock, "wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(OSError, match="larger than 1,048,576 bytes"):
@@ -155,7 +150,7 @@ def test_what_stands_in_the_place_of_a_lock_never_hangs(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pidecode.files import FolderLock
-FolderLock(sys.argv[1], "training")
+lock = FolderLock(sys.argv[1], "training")
 print("held", flush=True)
 time.sleep(60)
 """
@@ -175,49 +170,3 @@ def test_a_lock_holds_between_processes_and_not_after_kill_9(tmp_path: Path) -> 
     assert (tmp_path / files.LOCK_NAME).exists()
     FolderLock(tmp_path, "training").release()
     assert list(tmp_path.iterdir()) == []
-
-
-def left_lock(folder: Path, seconds_ago: float, **changed: Any) -> None:
-    """The lock that another process left."""
-    lock = FolderLock(folder, "training")
-    content = json.loads(lock.path.read_bytes())
-    lock.release()
-    lock.path.write_text(json.dumps({**content, "key": "other", **changed}))
-    then = lock.path.stat().st_mtime - seconds_ago
-    os.utime(lock.path, (then, then))
-
-
-def test_the_lock_of_another_machine_counts_while_it_is_refreshed(tmp_path: Path) -> None:
-    left_lock(tmp_path, files.LOCK_EXPIRY / 2, machine="another")
-    with pytest.raises(FileError, match=r"seen 60 s ago"):
-        FolderLock(tmp_path, "training")
-    left_lock_path = tmp_path / files.LOCK_NAME
-    left_lock_path.unlink()
-    left_lock(tmp_path, files.LOCK_EXPIRY + 1, machine="another")
-    FolderLock(tmp_path, "training").release()
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="process start times of Linux")
-def test_another_process_of_the_same_number_is_no_owner(tmp_path: Path) -> None:
-    left_lock(tmp_path, 0, began="1")
-    FolderLock(tmp_path, "training").release()
-
-
-def test_a_lock_is_refreshed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "LOCK_REFRESH", 0.01)
-    with FolderLock(tmp_path, "training") as lock:
-        os.utime(lock.path, (0, 0))
-        for _ in range(500):
-            if lock.path.stat().st_mtime > 0:
-                break
-            lock._released.wait(0.01)
-        assert lock.path.stat().st_mtime > 0
-
-
-def test_a_lock_full_of_rubbish_is_another_s_until_it_expires(tmp_path: Path) -> None:
-    path = tmp_path / files.LOCK_NAME
-    path.write_bytes(b"\xff[" * 1000)
-    with pytest.raises(FileError, match="is in use by a process"):
-        FolderLock(tmp_path, "training")
-    os.utime(path, (0, 0))
-    FolderLock(tmp_path, "training").release()
