@@ -146,9 +146,10 @@ def _probe(folder: Path) -> None:
     """Raise FileError if no file can be created in a folder; permissions do not tell of read-only file systems."""
     part = _part_of(folder / "probe")
     try:
-        with open(part, "xb"):
-            pass
-        part.unlink()
+        try:
+            part.touch(exist_ok=False)
+        finally:
+            part.unlink(missing_ok=True)
     except OSError as error:
         why = f"cannot be written to: {_reason(error)}. Choose another one, or allow writing."
         raise FileError(f"The folder {folder} {why}") from error

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import errno
-import functools
 import gc
 import logging
 import os
@@ -35,84 +34,52 @@ class Place(NamedTuple):
     examples: tuple[str, ...] = ()
 
 
-# One line per command: the module holds a click command of the command's name ("-" written "_").
+# The module of each holds a click command of the command's name.
 COMMANDS: dict[str, Place] = {
-    "upscale": Place(
-        "pidecode.cli.decode", "Enlarge images: encode each to a latent, decode it larger.",
-        ("pidecode upscale photo.jpg", "pidecode upscale a.png b.png -o large/ --scale 2 --format webp --quality 90"),
-    ),
-    "decode": Place(
-        "pidecode.cli.decode", "Turn saved latents into images.",
-        ("pidecode decode latent.safetensors -o image.png",
-         "pidecode decode latents/*.safetensors -m flux2/2k --num-steps 4 -o images/"),
-    ),
-    "batch": Place(
-        "pidecode.cli.batch", "Decode or enlarge whole folders, and go on where it was stopped.",
-        ("pidecode batch photos/ large/", "pidecode batch 'latents/**/*.safetensors' images/ --format webp"),
-    ),
-    "generate": Place(
-        "pidecode.cli.generate", "Draw images from prompts with a diffusers pipeline and decode them.",
-        ('pidecode generate "a lighthouse in fog" --space flux2-klein-4b',
-         "pidecode generate --prompts prompts.txt --space flux --stop-after recommended -o images/"),
-    ),
-    "web": Place(
-        "pidecode.cli.serve", "Open a page for decoding by hand, on this machine alone.",
-        ("pidecode web", "pidecode web -m tiny -m flux2/2k --no-browser"),
-    ),
-    "serve": Place(
-        "pidecode.cli.serve", "Offer decoding over HTTP, for scripts and other programs.",
-        ("pidecode serve", "pidecode serve --host 0.0.0.0 --token-file token.txt --max-pixels 8000000"),
-    ),
-    "models": Place(
-        "pidecode.cli.weights", "List the models there are, and which are on this disk.",
-        ("pidecode models", "pidecode models --on-disk --json"),
-    ),
-    "pull": Place(
-        "pidecode.cli.weights", "Download a model with everything it needs.",
-        ("pidecode pull flux --variant 2k", "pidecode pull sdxl --no-text --accept-license"),
-    ),
-    "captions": Place(
-        "pidecode.cli.weights", "Prompts' text states as files, for machines without the text encoder.",
-        ("pidecode captions export 'a lighthouse in fog' -o fog.safetensors",
-         "pidecode captions import fog.safetensors"),
-    ),
-    "convert": Place(
-        "pidecode.cli.weights", "Write weights as one self-describing .safetensors file.",
-        ("pidecode convert model.pth model.safetensors --space flux",
-         "pidecode convert model.safetensors small.safetensors --dtype bf16"),
-    ),
-    "info": Place(
-        "pidecode.cli.weights", "Say what an image, a latent or a weights file is.",
-        ("pidecode info image.png", "pidecode info latent.safetensors --json"),
-    ),
-    "train": Place(
-        "pidecode.cli.train", "Train a decoder of your own: teacher, student, adapters.",
-        ("pidecode train photographs --data photos/ --out runs/mine", "pidecode train student_lora --show"),
-    ),
-    "plan": Place(
-        "pidecode.cli.doctor", "Say what a size needs, and how it would be run, before anything runs.",
-        ("pidecode plan --size 4096x3072 --vram 12GB", "pidecode plan --size 4096x4096 --network tiny"),
-    ),
-    "doctor": Place(
-        "pidecode.cli.doctor", "Say what will work on this machine, and why the rest will not.",
-        ("pidecode doctor", "pidecode doctor --space flux2"),
-    ),
+    "upscale": Place("pidecode.cli.decode", "Enlarge images: encode each to a latent, decode it larger.", (
+        "pidecode upscale photo.jpg", "pidecode upscale a.png b.png -o large/ --scale 2 --format webp --quality 90")),
+    "decode": Place("pidecode.cli.decode", "Turn saved latents into images.", (
+        "pidecode decode latent.safetensors -o image.png",
+        "pidecode decode latents/*.safetensors -m flux2/2k --num-steps 4 -o images/")),
+    "batch": Place("pidecode.cli.batch", "Decode or enlarge whole folders, and go on where it was stopped.", (
+        "pidecode batch photos/ large/", "pidecode batch 'latents/**/*.safetensors' images/ --format webp")),
+    "generate": Place("pidecode.cli.generate", "Draw images from prompts with a diffusers pipeline and decode them.", (
+        'pidecode generate "a lighthouse in fog" --space flux2-klein-4b',
+        "pidecode generate --prompts prompts.txt --space flux --stop-after recommended -o images/")),
+    "web": Place("pidecode.cli.serve", "Open a page for decoding by hand, on this machine alone.", (
+        "pidecode web", "pidecode web -m tiny -m flux2/2k --no-browser")),
+    "serve": Place("pidecode.cli.serve", "Offer decoding over HTTP, for scripts and other programs.", (
+        "pidecode serve", "pidecode serve --host 0.0.0.0 --token-file token.txt --max-pixels 8000000")),
+    "models": Place("pidecode.cli.weights", "List the models there are, and which are on this disk.", (
+        "pidecode models", "pidecode models --on-disk --json")),
+    "pull": Place("pidecode.cli.weights", "Download a model with everything it needs.", (
+        "pidecode pull flux --variant 2k", "pidecode pull sdxl --no-text --accept-license")),
+    "captions": Place("pidecode.cli.weights", "Prompts' text states as files, for machines without the text encoder.", (
+        "pidecode captions export 'a lighthouse in fog' -o fog.safetensors",
+        "pidecode captions import fog.safetensors")),
+    "convert": Place("pidecode.cli.weights", "Write weights as one self-describing .safetensors file.", (
+        "pidecode convert model.pth model.safetensors --space flux",
+        "pidecode convert model.safetensors small.safetensors --dtype bf16")),
+    "info": Place("pidecode.cli.weights", "Say what an image, a latent or a weights file is.", (
+        "pidecode info image.png", "pidecode info latent.safetensors --json")),
+    "train": Place("pidecode.cli.train", "Train a decoder of your own: teacher, student, adapters.", (
+        "pidecode train photographs --data photos/ --out runs/mine", "pidecode train student_lora --show")),
+    "plan": Place("pidecode.cli.doctor", "Say what a size needs, and how it would be run, before anything runs.", (
+        "pidecode plan --size 4096x3072 --vram 12GB", "pidecode plan --size 4096x4096 --network tiny")),
+    "doctor": Place("pidecode.cli.doctor", "Say what will work on this machine, and why the rest will not.", (
+        "pidecode doctor", "pidecode doctor --space flux2")),
 }  # fmt: skip
 
 
-def _wants_debug(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
-    if value:
-        ctx.meta[_DEBUG] = True
+def debug_option() -> click.Option:
+    """The option --debug, which shows tracebacks."""
 
+    def set_debug(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+        ctx.meta[_DEBUG] = value or ctx.meta.get(_DEBUG, False)
 
-def debug_option(command: click.Command) -> click.Command:
-    """Give `command` the option --debug, which shows tracebacks."""
-    option = click.Option(
-        ["--debug"], is_flag=True, expose_value=False, callback=_wants_debug,
-        help="Show the full traceback of an error.",
-    )  # fmt: skip
-    command.params.append(option)
-    return command
+    return click.Option(
+        ["--debug"], is_flag=True, expose_value=False, callback=set_debug, help="Show the full traceback of an error."
+    )
 
 
 class Commands(click.Group):
@@ -129,15 +96,14 @@ class Commands(click.Group):
         place = COMMANDS.get(cmd_name)
         if place is None:
             return None
-        command: click.Command = getattr(import_module(place.module), cmd_name.replace("-", "_"))
+        command: click.Command = getattr(import_module(place.module), cmd_name)
         command.short_help = place.line
         if isinstance(command, GroupedCommand):
             command.examples = place.examples
         else:
             command.epilog = "\n".join(["\b", "Examples:", *(f"  {line}" for line in place.examples)])
         if not any(parameter.name == "debug" for parameter in command.params):
-            debug_option(command)
-            command.callback = _collecting_again(command.callback)
+            command.params.append(debug_option())
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -160,20 +126,21 @@ class Commands(click.Group):
             click.echo("Stopped.", err=True)
             ctx.exit(INTERRUPTED)
         except BrokenPipeError:
-            # Whoever read our output has enough; keep Python from failing again when it flushes.
-            _silence_output()
+            _silence_output()  # whoever read it has enough
             ctx.exit(0)
         except PidecodeError as error:
             _explain(ctx, f"Error: {error.message('cli')}")
             ctx.exit(error.exit_code)
         except Exception as error:
-            if _is_output_full(error):
-                _explain(ctx, _OUTPUT_FULL.format(error))
-                _silence_output()
-                ctx.exit(PidecodeError.exit_code)
-            if isinstance(error, FileNotFoundError) and error.filename is None:  # only `getcwd` names none
-                _explain(ctx, "Error: The current folder does not exist any more; go to another one.")
-                ctx.exit(FileError.exit_code)
+            if isinstance(error, OSError) and error.filename is None:  # standard output and `getcwd` name none
+                if error.errno in _OUTPUT_FULL:
+                    full = f"Error: The output could not be written: {error.strerror}. Send it to another place."
+                    _explain(ctx, full)
+                    _silence_output()
+                    ctx.exit(PidecodeError.exit_code)
+                if isinstance(error, FileNotFoundError):
+                    _explain(ctx, "Error: The current folder does not exist any more; go to another one.")
+                    ctx.exit(FileError.exit_code)
             if is_out_of_memory(error):
                 _explain(ctx, f"Error: {OUT_OF_MEMORY}")
                 ctx.exit(DoesNotFitError.exit_code)
@@ -205,46 +172,12 @@ _QUIET = {
 """Variables by which other libraries keep notices from a user's terminal; --debug shows them."""
 
 
-def _collecting_again(callback: Callable[..., Any] | None) -> Callable[..., Any] | None:
-    """The command with garbage collection turned on again, if `main` turned it off; torch is loaded by then."""
-    if callback is None:
-        return None
-
-    @functools.wraps(callback)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not gc.isenabled():
-            gc.freeze()
-            gc.enable()
-        return callback(*args, **kwargs)
-
-    return run
-
-
-_OUTPUT_FULL = "Error: The output could not be written: {0.strerror}. Send it to another place."
-
-
-def _is_output_full(error: BaseException) -> bool:
-    """Whether standard output, which has no file name, could not be written to; `files` explains what files lack."""
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-    return isinstance(error, OSError) and error.filename is None and error.errno in full
+_OUTPUT_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def _silence_output() -> None:
     """Keep Python from failing again when it flushes standard output at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _open_standard_streams() -> None:
-    """Point standard streams that the caller closed to the null device.
-
-    Else the first file opened would take their number, and what a library prints would be written into it.
-    """
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open as long as the process
 
 
 def _explain(ctx: click.Context, message: str) -> None:
@@ -260,12 +193,11 @@ def cli() -> None:
     """From a diffusion model's latent straight to an image four times the size."""
 
 
-debug_option(cli)
+cli.params.append(debug_option())
 
 
 def main() -> None:
     """Entry point of `pidecode` and of `python -m pidecode`."""
-    _open_standard_streams()
     # OpenMP reads this when torch loads. Threads that spin while they wait take the time of those that work wherever
     # another program keeps a core busy: many times the seconds, against a few hundredths on a quiet machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -277,15 +209,9 @@ def main() -> None:
         handler.addFilter(logging.Filter("pidecode"))
         logging.lastResort = handler
     # Loading torch makes half a million objects that stay to the end. Collecting among them in vain, meanwhile and at
-    # exit, takes a third of the time that loading and leaving torch takes.
+    # exit, takes a third of the time that loading and leaving torch takes. `GroupedCommand` turns it on again.
     gc.disable()
     try:
         cli(prog_name="pidecode")
     except KeyboardInterrupt:  # before a command had begun
         sys.exit(INTERRUPTED)
-    except OSError as error:  # while a command's arguments were read: --help
-        if not _is_output_full(error):
-            raise
-        click.echo(_OUTPUT_FULL.format(error), err=True)
-        _silence_output()
-        sys.exit(PidecodeError.exit_code)

@@ -10,53 +10,38 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pidecode.cli.common import (
-    GroupedCommand,
-    WorkBar,
-    bits_option,
-    combined,
-    decode_options,
-    emit,
-    in_flags,
-    json_option,
-    model_options,
-    save_options,
-    set_threads,
-    source_options,
-    take_decode_options,
-    threads_option,
-)
+from pidecode.cli import common
 from pidecode.errors import PidecodeError, SettingError
 from pidecode.options import SaveOptions
 
 if TYPE_CHECKING:
     from pidecode.batch.jobs import BatchJob
-    from pidecode.batch.report import BatchReport, JobResult
+    from pidecode.batch.report import BatchReport
     from pidecode.sampling import Progress
 
+# Parameters of the command that are fields of `WorkerConfig`.
 _CONFIG = (
     "model", "space", "variant", "device", "dtype", "compile", "attention", "overwrite", "strip", "keep_profile",
     "max_pixels", "quality",
 )  # fmt: skip
-"""Parameters of the command that are fields of `WorkerConfig`."""
 
 
-_batch_options = combined(
-    model_options, threads_option, bits_option, source_options, save_options,
+_batch_options = common.combined(
+    common.model_options, common.threads_option, common.bits_option, common.source_options, common.save_options,
     click.option("--keep-suffix", is_flag=True, help="Write cat.jpg.png for cat.jpg, not cat.png."),
     click.option("--overwrite", is_flag=True, help="Make images again that exist."),
     click.option("--engine", type=click.Choice(["local", "torchrun", "ray"]),
                  help="What runs the jobs; torchrun if that started the command, else local."),
     click.option("--workers", type=click.IntRange(min=1), help="With Ray: how many; one per GPU if not given."),
     click.option("--ray-address", metavar="ADDRESS", help="With Ray: the cluster; `auto` for this machine's."),
-    json_option,
+    common.json_option,
 )  # fmt: skip
 
 
-@click.command(cls=GroupedCommand)
+@click.command(cls=common.GroupedCommand)
 @click.argument("source", metavar="IN")
 @click.argument("out", metavar="OUT", type=click.Path(path_type=Path, file_okay=False))
-@decode_options("decode", "upscale")
+@common.decode_options("decode", "upscale")
 @_batch_options
 @click.pass_context
 def batch(ctx: click.Context, /, source: str, out: Path, as_json: bool, **given: Any) -> None:
@@ -66,12 +51,13 @@ def batch(ctx: click.Context, /, source: str, out: Path, as_json: bool, **given:
     skipped, so the same command resumes an interrupted batch; a job that fails does not stop the others. The report
     at the end is in OUT/pidecode-batch.json in full. The exit code is 0 only if every job is done.
     """
-    with WorkBar() as bar:
+    with common.WorkBar() as bar:
         report = _run(ctx, source, out, given, bar)
     if report is None:  # a process of torchrun with another rank than 0
         return
     text = report.describe()
-    emit(report.to_dict(), text if source.endswith(".jsonl") else in_flags(text, ctx.command), as_json=as_json)
+    text = text if source.endswith(".jsonl") else common.in_flags(text, ctx.command)
+    common.emit(report.to_dict(), text, as_json=as_json)
     if report.interrupted:
         raise KeyboardInterrupt
     if not report.complete:
@@ -91,7 +77,7 @@ def batch_folder(ctx: click.Context, folder: Path) -> None:
     ctx.invoke(batch, source=str(folder), out=Path(out), **{name: ctx.params[name] for name in typed & known - {"out"}})
 
 
-def _run(ctx: click.Context, source: str, out: Path, given: dict[str, Any], bar: WorkBar) -> BatchReport | None:
+def _run(ctx: click.Context, source: str, out: Path, given: dict[str, Any], bar: common.WorkBar) -> BatchReport | None:
     """Run the batch; None in a process of torchrun with another rank than 0."""
     from pidecode.batch.jobs import OutputNaming, collect_jobs
     from pidecode.batch.run import Batch, choose_engine, run_batch
@@ -104,9 +90,9 @@ def _run(ctx: click.Context, source: str, out: Path, given: dict[str, Any], bar:
         raise click.UsageError("--threads acts on this process, and with --engine ray other processes decode.")
     if given["bits"] == "16" and saved.format not in (None, "png"):
         raise click.UsageError("--bits 16 acts with --format png only.")
-    set_threads(given["threads"])
+    common.set_threads(given["threads"])
     config = WorkerConfig(
-        **{name: given[name] for name in _CONFIG}, bits=int(given["bits"]), options=take_decode_options(given)
+        **{name: given[name] for name in _CONFIG}, bits=int(given["bits"]), options=common.take_decode_options(given)
     )
     suffix = f".{saved.format}".replace("jpeg", "jpg") if saved.format else None
     naming = OutputNaming(out=out, suffix=suffix, keep_suffix=given["keep_suffix"])
@@ -118,9 +104,6 @@ def _run(ctx: click.Context, source: str, out: Path, given: dict[str, Any], bar:
     results: Counter[str] = Counter()
     begun: set[str] = set()
 
-    def on_result(result: JobResult) -> None:
-        results[result.state] += 1
-
     def on_progress(job: BatchJob, now: Progress) -> None:
         begun.add(job.name)
         before, total = max(len(begun) - 1, results["done"] + results["failed"]), len(jobs) - results["skipped"]
@@ -129,4 +112,4 @@ def _run(ctx: click.Context, source: str, out: Path, given: dict[str, Any], bar:
 
     bar.show("looking for what is done already")
     bar.expect([1.0])
-    return run_batch(whole, on_result, on_progress=on_progress)
+    return run_batch(whole, lambda result: results.update([result.state]), on_progress=on_progress)

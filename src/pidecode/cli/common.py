@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import glob
+import gc
 import json
 import math
 import os
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -66,20 +66,6 @@ MAX_INPUT = 1 << 30  # bytes of standard input that are read
 _FEW_OPTIONS = 9  # so many are not divided into groups
 
 
-_AS_ARGUMENT = ("", "Files are named without an option: pidecode COMMAND FILE.")
-_OF_OTHERS: dict[str, tuple[str, str]] = {
-    "-i": _AS_ARGUMENT, "--input": _AS_ARGUMENT, "--output": ("--out", "It is --out here."),
-    "-s": ("--scale", "It is --scale here."), "--outscale": ("--scale", "It is --scale here."),
-    "-n": ("--model", "It is --model here."), "--model-name": ("--model", "It is --model here."),
-    "-f": ("--format", "It is --format here."), "-g": ("--device", "It is --device here, such as cuda:0."),
-    "--gpu-id": ("--device", "It is --device here, such as cuda:0."),
-    "-t": ("--memory", "Pieces are chosen to fit the memory; --memory 4GB sets a limit."),
-    "--tile": ("--memory", "Pieces are chosen to fit the memory; --memory 4GB sets a limit."),
-    "--fp32": ("--dtype", "It is --dtype float32 here."), "--half": ("--dtype", "It is --dtype float16 here."),
-}  # fmt: skip
-"""Options of other upscalers: the option that this command must have, and what to say."""
-
-
 class GroupedCommand(click.Command):
     """A command whose help shows its options in groups, and examples.
 
@@ -89,19 +75,11 @@ class GroupedCommand(click.Command):
 
     examples: tuple[str, ...] = ()
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the options; those that other upscalers have are answered with ours."""
-        try:
-            return super().parse_args(ctx, args)
-        except click.NoSuchOption as error:
-            flags = {flag for parameter in self.params for flag in parameter.opts}
-            needed, hint = _OF_OTHERS.get(error.option_name, ("", ""))
-            if needed in flags or (hint and not needed):
-                raise click.NoSuchOption(error.option_name, f"{error.message} {hint}", ctx=error.ctx) from None
-            raise
-
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; what an error says of keywords, it says of this command's options."""
+        if not gc.isenabled():  # `main` turned it off while torch is loaded
+            gc.freeze()
+            gc.enable()
         try:
             return super().invoke(ctx)
         except PidecodeError as error:
@@ -199,13 +177,6 @@ def parsed_by(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Par
 
 
 PATH = click.Path(path_type=Path)
-
-
-def expand_patterns(_ctx: click.Context, _param: click.Parameter, paths: tuple[Path, ...]) -> tuple[Path, ...]:
-    """Paths, and the files of patterns that the shell left as they are, as on Windows."""
-    names = [os.fspath(path) for path in paths]
-    found = [sorted(glob.glob(name)) if glob.has_magic(name) and not os.path.lexists(name) else [] for name in names]
-    return tuple(map(Path, chain.from_iterable(more or [name] for name, more in zip(names, found, strict=True))))
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
@@ -316,16 +287,6 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
     widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
     lines = [{key: key for key in widths}, *rows]
     return "\n".join("  ".join(row[key].ljust(width) for key, width in widths.items()).rstrip() for row in lines)
-
-
-def progress(total: int, label: str, unit: str = "step") -> Any:
-    """A progress bar on standard error, drawn only on a terminal; bytes ("B") in kB, MB, GB."""
-    from tqdm import tqdm
-
-    return tqdm(
-        total=total, desc=printable(label), unit=unit, unit_scale=unit == "B", file=sys.stderr, disable=None,
-        leave=False, dynamic_ncols=True,
-    )  # fmt: skip
 
 
 _ONE_FILE = (FileError, LatentError, SizeError, DoesNotFitError)
@@ -485,17 +446,8 @@ def _flag(name: str, info: OptionInfo) -> Callable[[F], F]:
     elif info.type is PathLike:
         given["type"] = PATH
     elif info.type is float:
-        kind = {"sigma": SigmaParam, "scale": ScaleParam}.get(name, click.FloatRange)
-        given["type"] = kind(info.minimum, info.maximum)
+        given["type"] = (SigmaParam if name == "sigma" else click.FloatRange)(info.minimum, info.maximum)
     return click.option(f"--{name.replace('_', '-')}", **given)
-
-
-class ScaleParam(click.FloatRange):
-    """An enlargement, also as 2x."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The number."""
-        return super().convert(cast(float, value.strip("xX") if isinstance(value, str) else value), param, ctx)
 
 
 class SigmaParam(click.FloatRange):

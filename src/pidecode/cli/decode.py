@@ -8,48 +8,24 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from pidecode.cli.common import (
-    PATH,
-    GroupedCommand,
-    SourceFailures,
-    WorkBar,
-    bits_option,
-    combined,
-    decode_options,
-    echo,
-    emit,
-    expand_patterns,
-    json_option,
-    model_options,
-    overwrite_option,
-    predicted_seconds,
-    quantization_options,
-    save_options,
-    set_threads,
-    source_options,
-    standard_input,
-    take_decode_options,
-    text_encoder_option,
-    threads_option,
-    torch_dtype,
-)
+from pidecode.cli import common
 from pidecode.cli.weights import IMAGES
-from pidecode.engine.machine import Quantization, this_machine
-from pidecode.engine.plan import Plan, Scheme, plan_decode
+from pidecode.engine.machine import this_machine
+from pidecode.engine.plan import Plan, plan_decode
 from pidecode.errors import FileError, LatentError, PidecodeError, SettingError
 from pidecode.files import HEAD_BYTES, PathLike, check_writable, cut_name, may_hold_frames, require_file, same_name
 from pidecode.files import writable_folder as create_folder
-from pidecode.options import Attention, DecodeOptions, FileFormat, RuntimeOptions, SaveOptions, option_infos
+from pidecode.options import DecodeOptions, FileFormat, RuntimeOptions, SaveOptions, option_infos
 from pidecode.units import parse_bytes
 from pidecode.weights.safetensors import looks_like_safetensors, read_start
 
@@ -76,11 +52,6 @@ class DecodeSource:
     data: bytes | None = None
     frames: Frames | None = None  # of an animation, or of the document that the page belongs to
     page: int | None = None  # number of a page of a document, counted from 0
-
-    @classmethod
-    def read(cls, path: Path) -> DecodeSource:
-        """The source of that name; "-" reads standard input to its end."""
-        return cls(Path("stdin"), standard_input()) if os.fspath(path) == STREAM else cls(path)
 
     @property
     def content(self) -> Path | bytes:
@@ -116,148 +87,57 @@ class DecodeSource:
         return name if self.page is None else f"{name}, page {self.page + 1}"
 
 
-class DecodeTask(Protocol):
-    """What the two commands do with a source."""
-
-    @property
-    def suffix(self) -> str:
-        """What is added to the names of results."""
-
-    def check(self, source: DecodeSource) -> None:
-        """Raise an error for what is no file of the right kind, by its first bytes; it names the right command."""
-
-    def parts(self, source: DecodeSource) -> list[DecodeSource]:
-        """The source, or each page of a document."""
-
-    def natural_size(self, source: DecodeSource) -> BatchShape:
-        """Size of the image, or that at which the latents decode, and their number; reads as little as possible."""
-
-    def decoded_size(self, metadata: CheckpointMetadata, natural: BatchShape) -> BatchShape:
-        """The size that the network works at."""
-
-    def result_size(self, decoder: PixelDecoder, natural: BatchShape) -> tuple[int, int]:
-        """The size of the result. Raises SizeError for one that cannot be had."""
-
-    def run(self, decoder: PixelDecoder, source: DecodeSource, progress: DecodeProgressCallback) -> DecodeOutput:
-        """Decode it."""
+def _arguments(given: dict[str, Any]) -> SimpleNamespace:
+    """Click's parameters as attributes; the decode options as `options`, several noise levels as `sigmas`."""
+    sigmas = given.pop("sigma") if isinstance(given["sigma"], tuple) else ()
+    args = SimpleNamespace(options=common.take_decode_options(given), sigmas=sigmas, **given)
+    if args.lora_scale is not None and args.lora is None:
+        raise SettingError("--lora-scale is the strength of an adapter, and none was given; add --lora FILE.")
+    return args
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _SigmaSeries:
-    """A `DecodeTask` that is run at several noise levels, for one sheet of all results."""
+def _load_decoder(args: SimpleNamespace, sizes: Callable[[CheckpointMetadata], list[BatchShape]]) -> PixelDecoder:
+    """Load the decoder; `sizes` gives those that it will work at, where a memory plan needs them."""
+    from pidecode.decoder import PixelDecoder
 
-    tasks: Mapping[float, Any]  # the task at each level
-
-    @property
-    def _first(self) -> Any:
-        return next(iter(self.tasks.values()))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._first, name)  # whatever does not depend on the level
-
-    @property
-    def suffix(self) -> str:
-        return f"{self._first.suffix}-sigmas"
-
-    def result_size(self, decoder: PixelDecoder, natural: BatchShape) -> tuple[int, int]:
-        from pidecode.images.tensors import LABEL_HEIGHT
-
-        width, height = self._first.result_size(decoder, natural)
-        return width * len(self.tasks), height * natural[2] + LABEL_HEIGHT
-
-    def run(self, decoder: PixelDecoder, source: DecodeSource, progress: DecodeProgressCallback) -> DecodeOutput:
-        """Rows of the sheet are the images of the source."""
-        from pidecode.images import DecodeOutput
-        from pidecode.images.tensors import contact_sheet
-
-        outputs = [task.run(decoder, source, progress) for task in self.tasks.values()]
-        sheet = contact_sheet([output.tensors for output in outputs], [f"sigma {level:g}" for level in self.tasks])
-        size = {"width": sheet.shape[-1], "height": sheet.shape[-2], "sigma": list(self.tasks)}
-        return DecodeOutput([sheet], [dict(outputs[0].metadata[0]) | size])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeArgs:
-    """Arguments of both commands beside their files.
-
-    `options` are those of the decode; the others have the names of their flags.
-    """
-
-    options: DecodeOptions
-    out: str | None
-    format: FileFormat | None
-    quality: int | None
-    threads: int | None
-    keep_suffix: bool
-    model: str
-    space: str | None
-    variant: str | None
-    encoder: Path | None
-    text_encoder: Path | None
-    device: str | None
-    dtype: str | None
-    lora: Path | None
-    lora_scale: float | None
-    memory: str | None
-    quantization: Quantization | None
-    scheme: Scheme | None
-    bits: str
-    compile: bool
-    attention: Attention
-    overwrite: bool
-    as_json: bool
-    sigmas: tuple[float, ...] = ()
-
-    @classmethod
-    def parse(cls, given: dict[str, Any]) -> DecodeArgs:
-        """The arguments from click's parameters."""
-        sigmas = given.pop("sigma") if isinstance(given["sigma"], tuple) else ()
-        args = cls(options=take_decode_options(given), sigmas=sigmas, **given)
-        if args.lora_scale is not None and args.lora is None:
-            raise SettingError("--lora-scale is the strength of an adapter, and none was given; add --lora FILE.")
-        return args
-
-    def load_decoder(self, sizes: Callable[[CheckpointMetadata], list[BatchShape]]) -> PixelDecoder:
-        """Load the decoder; `sizes` gives those that it will work at, where a memory plan needs them."""
-        from pidecode.decoder import PixelDecoder
-
-        def make_plan(metadata: CheckpointMetadata) -> Plan | FeedForwardPlan:
-            machine = this_machine(self.device)
-            if self.memory is not None:
-                machine = replace(machine, memory=min(machine.memory, parse_bytes(self.memory)))
-            width, height, batch = max(sizes(metadata), key=math.prod)
-            config: Any = metadata.config
-            plan = plan_decode(
-                config, (width, height), machine, batch=batch, dtype=self.dtype, quantization=self.quantization,
-                scheme=self.scheme,
-            )  # fmt: skip
-            echo(plan.describe(), err=True)
-            return plan
-
-        limited = (self.memory, self.quantization, self.scheme) != (None, None, None)
-        decoder = PixelDecoder.from_pretrained(
-            self.model, space=self.space, variant=self.variant, encoder=self.encoder, text_encoder=self.text_encoder,
-            device=self.device, dtype=torch_dtype(self.dtype), plan=make_plan if limited else None,
-            runtime=RuntimeOptions(compile=self.compile, attention=self.attention),
+    def make_plan(metadata: CheckpointMetadata) -> Plan | FeedForwardPlan:
+        machine = this_machine(args.device)
+        if args.memory is not None:
+            machine = replace(machine, memory=min(machine.memory, parse_bytes(args.memory)))
+        width, height, batch = max(sizes(metadata), key=math.prod)
+        config: Any = metadata.config
+        plan = plan_decode(
+            config, (width, height), machine, batch=batch, dtype=args.dtype, quantization=args.quantization,
+            scheme=args.scheme,
         )  # fmt: skip
-        if self.lora is not None:
-            decoder.load_lora(self.lora, 1.0 if self.lora_scale is None else self.lora_scale)
-        return decoder
+        common.echo(plan.describe(), err=True)
+        return plan
+
+    limited = (args.memory, args.quantization, args.scheme) != (None, None, None)
+    decoder = PixelDecoder.from_pretrained(
+        args.model, space=args.space, variant=args.variant, encoder=args.encoder, text_encoder=args.text_encoder,
+        device=args.device, dtype=common.torch_dtype(args.dtype), plan=make_plan if limited else None,
+        runtime=RuntimeOptions(compile=args.compile, attention=args.attention),
+    )  # fmt: skip
+    if args.lora is not None:
+        decoder.load_lora(args.lora, 1.0 if args.lora_scale is None else args.lora_scale)
+    return decoder
 
 
-# The flags of `DecodeArgs` that are no decode options.
-_decoder_options = combined(
+_decoder_options = common.combined(
     click.option("-o", "--out", type=click.Path(),
                  help="File to write; folder, which ends in / if it is new; or - for stdout."),
     click.option("--keep-suffix", is_flag=True, help="Keep .jpg of cat.jpg in the names of the images."),
-    save_options, model_options,
-    click.option("--encoder", type=PATH, help="Encoder of the model's space, if it is not where `pull` puts it."),
-    text_encoder_option,
-    click.option("--lora", type=PATH, metavar="FILE", help="Low-rank adapter to add to the weights."),
+    common.save_options, common.model_options,
+    click.option("--encoder", type=common.PATH,
+                 help="Encoder of the model's space, if it is not where `pull` puts it."),
+    common.text_encoder_option,
+    click.option("--lora", type=common.PATH, metavar="FILE", help="Low-rank adapter to add to the weights."),
     click.option("--lora-scale", type=float, help="Its strength; 1 if not given."),
     click.option("--memory", metavar="BYTES",
                  help="Plan the decode to need at most this much of the device's memory: 4GB. See `pidecode plan`."),
-    quantization_options, bits_option, threads_option, overwrite_option, json_option,
+    common.quantization_options, common.bits_option, common.threads_option, common.overwrite_option,
+    common.json_option,
 )  # fmt: skip
 
 
@@ -311,7 +191,7 @@ def _names_file(out: PathLike) -> bool:
 
 @contextmanager
 def _destinations(
-    right: Sequence[DecodeSource], wrong: Sequence[DecodeSource], args: DecodeArgs, suffix: str
+    right: Sequence[DecodeSource], wrong: Sequence[DecodeSource], args: SimpleNamespace, suffix: str
 ) -> Iterator[list[Path]]:
     """The files to write of the `right` sources, after all checks before the work; new folders left empty go again."""
     sources = [*right, *wrong]
@@ -347,10 +227,8 @@ def _destinations(
     created: list[Path] = []
     try:
         for target in targets:
-            missing = [place for place in target.parents if not os.path.isdir(place)]
-            if missing:
-                create_folder(target.parent)
-            created += missing
+            created += [place for place in target.parents if not os.path.isdir(place)]
+            create_folder(target.parent)
             check_writable(target, overwrite=args.overwrite)
         yield targets
     finally:
@@ -360,7 +238,7 @@ def _destinations(
 
 
 @contextmanager
-def _standard_output(count: int, args: DecodeArgs, ending: str) -> Iterator[Path]:
+def _standard_output(count: int, args: SimpleNamespace, ending: str) -> Iterator[Path]:
     """A temporary file; what is written there goes to standard output at the end."""
     if count > 1:
         raise SettingError(f"{count} images cannot all be written to standard output; name a folder with --out.")
@@ -380,58 +258,65 @@ def _standard_output(count: int, args: DecodeArgs, ending: str) -> Iterator[Path
             sys.stdout.buffer.write(file.read_bytes())
 
 
-def _run(paths: Sequence[Path], args: DecodeArgs, task: Any) -> None:
-    """Run a `DecodeTask` on one source after another, save the images and print what was written."""
-    if sum(os.fspath(path) == STREAM for path in paths) > 1:
+def _run(paths: Sequence[Path], args: SimpleNamespace, task: DecodeTask) -> None:
+    """Run a task on one source after another, save the images and print what was written."""
+    names = [os.fspath(path) for path in paths]
+    if names.count(STREAM) > 1:
         raise SettingError("- stands for standard input, which can be read only once.")
-    if args.sigmas:
-        task = _SigmaSeries(tasks={at: replace(task, options=task.options.replace(sigma=at)) for at in args.sigmas})
-    with WorkBar() as bar:
-        sources, failures = [DecodeSource.read(path) for path in paths], SourceFailures(len(paths))
+    tasks = [replace(task, options=task.options.replace(sigma=level)) for level in args.sigmas] or [task]
+    with common.WorkBar() as bar:
+        failures = common.SourceFailures(len(paths))
         right: list[DecodeSource] = []
-        for source in sources:
+        wrong: list[DecodeSource] = []
+        for name in names:
+            source = (
+                DecodeSource(Path("stdin"), common.standard_input()) if name == STREAM else DecodeSource(Path(name))
+            )
             with failures.kept(source):
                 task.check(source)
                 right += task.parts(source)
-        wrong = [source for source in sources if source.path not in {part.path for part in right}] if failures else []
+                continue
+            wrong.append(source)
         written: list[dict[str, Any]] = []
-        with _destinations(right, wrong, args, task.suffix) as targets:
+        with _destinations(right, wrong, args, task.suffix + "-sigmas" * bool(args.sigmas)) as targets:
             from pidecode.engine import sequence_parallel  # loads torch
 
-            set_threads(args.threads)
+            common.set_threads(args.threads)
             found: list[tuple[DecodeSource, Path, BatchShape]] = []
             for source, target in zip(right, targets, strict=True):
                 with failures.kept(source):
                     found.append((source, target, task.natural_size(source)))
             if found:
-                written = _decode_all(found, args, task, bar, failures)
+                written = _decode_all(found, args, tasks, bar, failures)
             main = sequence_parallel.is_main_process()
             sequence_parallel.destroy_process_group()
     if not main:
         return
     if args.as_json:
-        emit([*written, *failures], "", as_json=True)
+        common.emit([*written, *failures], "", as_json=True)
     if failures:
-        names = ", ".join(failure["source"] for failure in failures)
-        echo(f"{len(failures)} of {len(paths)} failed: {names}", err=True)
+        failed = ", ".join(failure["source"] for failure in failures)
+        common.echo(f"{len(failures)} of {len(paths)} failed: {failed}", err=True)
         raise click.exceptions.Exit(PidecodeError.exit_code)
 
 
 def _decode_all(
     found: list[tuple[DecodeSource, Path, BatchShape]],
-    args: DecodeArgs,
-    task: DecodeTask,
-    bar: WorkBar,
-    failures: SourceFailures,
+    args: SimpleNamespace,
+    tasks: Sequence[DecodeTask],
+    bar: common.WorkBar,
+    failures: common.SourceFailures,
 ) -> list[dict[str, Any]]:
     """Load the decoder and decode what was found; returns what was written."""
     from pidecode.engine import sequence_parallel
     from pidecode.engine.runner import Runner
     from pidecode.images import check_format
+    from pidecode.images.tensors import LABEL_HEIGHT
 
+    task = tasks[0]
     parallel = sequence_parallel.init_process_group()  # under torchrun an image is sharded, and one process writes
     bar.show(f"loading {args.model}")
-    decoder = args.load_decoder(lambda metadata: [task.decoded_size(metadata, shape) for *_, shape in found])
+    decoder = _load_decoder(args, lambda metadata: [task.decoded_size(metadata, shape) for *_, shape in found])
     if parallel:
         if not isinstance(decoder.runner, Runner):
             raise SettingError(
@@ -441,42 +326,60 @@ def _decode_all(
     jobs = []
     for source, target, shape in found:  # before the first decode
         with failures.kept(source):
-            check_format(target, *task.result_size(decoder, shape))
-            width, height, batch = task.decoded_size(decoder.metadata, shape)
-            jobs.append((source, target, width * height * batch * (len(source.animation) if source.animation else 1)))
+            width, height = task.result_size(decoder, shape)
+            if args.sigmas:
+                width, height = width * len(tasks), height * shape[2] + LABEL_HEIGHT
+            check_format(target, width, height)
+            frames = len(source.animation) if source.animation else 1
+            jobs.append((source, target, math.prod(task.decoded_size(decoder.metadata, shape)) * frames))
     work = [pixels for _, _, pixels in jobs]
     encoded = isinstance(task, _UpscaleTask)
-    bar.expect(work, predicted_seconds(decoder, sum(work), encoded=encoded) if bar.visible else None)
+    bar.expect(work, common.predicted_seconds(decoder, sum(work), encoded=encoded) if bar.visible else None)
     written: list[dict[str, Any]] = []
     for index, (source, target, _) in enumerate(jobs):
         with failures.kept(source):
             bar.begin(index, source.path.name)
             began = time.perf_counter()
-            outputs = list(_outputs(task, decoder, source, bar))
+            outputs: list[Any] = (
+                list(_upscaled_frames(task, decoder, source, bar))
+                if source.animation
+                else [task.run(decoder, source, bar.report) for task in tasks]
+            )
+            if len(outputs) > 1 and args.sigmas:
+                outputs = [_contact_sheet(outputs, args.sigmas)]
             bar.show(f"writing {target.name}")
             if sequence_parallel.is_main_process():
                 written += _save(outputs, source, target, args, began)
     return written
 
 
-def _outputs(
-    task: Any, decoder: PixelDecoder, source: DecodeSource, bar: WorkBar
-) -> Iterator[DecodeOutput | list[Image.Image]]:
-    """What is made of a source; of an animation its frames, each as an image of 8 bits."""
-    if source.animation is None:
-        yield task.run(decoder, source, bar.report)
-        return
+def _contact_sheet(outputs: Sequence[DecodeOutput], sigmas: Sequence[float]) -> DecodeOutput:
+    """One image of the results at several noise levels; its rows are the images of the source."""
+    from pidecode.images import DecodeOutput
+    from pidecode.images.tensors import contact_sheet
+
+    sheet = contact_sheet([output.tensors for output in outputs], [f"sigma {level:g}" for level in sigmas])
+    size = {"width": sheet.shape[-1], "height": sheet.shape[-2], "sigma": list(sigmas)}
+    return DecodeOutput([sheet], [dict(outputs[0].metadata[0]) | size])
+
+
+def _upscaled_frames(
+    task: DecodeTask, decoder: PixelDecoder, source: DecodeSource, bar: common.WorkBar
+) -> Iterator[Image.Image]:
+    """The frames of an animation, each as an image of 8 bits."""
+    assert isinstance(task, _UpscaleTask)
+    assert source.animation is not None
     count = len(source.animation)
     for index, image in enumerate(task.frames(source)):
 
         def report(now: Progress, index: int = index) -> None:
             bar.report(now.of_part("frame", index, count))
 
-        yield decoder.upscale(image, options=task.options, progress_callback=report).images
+        yield from decoder.upscale(image, options=task.options, progress_callback=report).images
 
 
 def _save(
-    outputs: Sequence[Any], source: DecodeSource, target: Path, args: DecodeArgs, began: float
+    outputs: Sequence[Any], source: DecodeSource, target: Path, args: SimpleNamespace, began: float
 ) -> list[dict[str, Any]]:
     """Write the images of one source; returns, and without --json prints, what was written."""
     from pidecode.images import KEYWORD, Animation
@@ -484,13 +387,11 @@ def _save(
     decoded = time.perf_counter()
     bits: Literal[8, 16] = 16 if args.bits == "16" else 8
     if source.animation is not None:
-        images = list(chain.from_iterable(outputs))
-        animation = Animation(images, source.animation)
-        names = animation.save(target, overwrite=args.overwrite, bits=bits, quality=args.quality)
-        tables = [images[0].info[KEYWORD] | {"frames": len(images)}]
+        output: Any = Animation(outputs, source.animation)
+        tables = [outputs[0].info[KEYWORD] | {"frames": len(outputs)}]
     else:
-        names = outputs[0].save(target, overwrite=args.overwrite, bits=bits, quality=args.quality)
-        tables = outputs[0].metadata
+        output, tables = outputs[0], outputs[0].metadata
+    names = output.save(target, overwrite=args.overwrite, bits=bits, quality=args.quality)
     written: list[dict[str, Any]] = []
     for name, metadata in zip(names, tables, strict=True):
         shown: dict[str, Any] = {key: metadata[key] for key in ("width", "height", "frames", "seed") if key in metadata}
@@ -500,7 +401,7 @@ def _save(
     if not args.as_json and args.out != STREAM:
         for line in written:
             frames = f", {line['frames']} frames" if "frames" in line else ""
-            echo(f"{line['image']}  {line['width']}x{line['height']}{frames}  {timing['seconds']:.1f} s")
+            common.echo(f"{line['image']}  {line['width']}x{line['height']}{frames}  {timing['seconds']:.1f} s")
     return written
 
 
@@ -607,11 +508,14 @@ class _LatentTask:
         return Latent.load(source.content, space=self.space)
 
 
-@click.command(cls=GroupedCommand)
-@click.argument("images", nargs=-1, required=True, type=PATH, callback=expand_patterns)
-@decode_options("upscale")
+DecodeTask = _UpscaleTask | _LatentTask
+
+
+@click.command(cls=common.GroupedCommand)
+@click.argument("images", nargs=-1, required=True, type=common.PATH)
+@common.decode_options("upscale")
 @_decoder_options
-@source_options
+@common.source_options
 @click.pass_context
 def upscale(
     ctx: click.Context, /, images: tuple[Path, ...], strip: bool, keep_profile: bool, max_pixels: int, **given: Any
@@ -628,14 +532,14 @@ def upscale(
 
         batch_folder(ctx, images[0])
         return
-    args = DecodeArgs.parse(given)
+    args = _arguments(given)
     task = _UpscaleTask(options=args.options, strip=strip, keep_profile=keep_profile, max_pixels=max_pixels)
     _run(images, args, task)
 
 
-@click.command(cls=GroupedCommand)
-@click.argument("latents", nargs=-1, required=True, type=PATH, callback=expand_patterns)
-@decode_options("decode")
+@click.command(cls=common.GroupedCommand)
+@click.argument("latents", nargs=-1, required=True, type=common.PATH)
+@common.decode_options("decode")
 @_decoder_options
 def decode(latents: tuple[Path, ...], **given: Any) -> None:
     """Decode saved LATENTS (.safetensors) to images.
@@ -645,5 +549,5 @@ def decode(latents: tuple[Path, ...], **given: Any) -> None:
     Without --out, cat.safetensors becomes cat.png beside it; - reads standard input. Files that exist are kept unless
     --overwrite.
     """
-    args = DecodeArgs.parse(given)
+    args = _arguments(given)
     _run(latents, args, _LatentTask(options=args.options, space=args.space))

@@ -16,18 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pidecode.cli.common import (
-    Check,
-    GroupedCommand,
-    WorkBar,
-    dtype_option,
-    emit,
-    json_option,
-    predicted_seconds,
-    quantization_options,
-    set_threads,
-    space_option,
-)
+from pidecode.cli import common
 from pidecode.engine.machine import GB, Machine, Quantization, this_machine
 from pidecode.engine.plan import Plan, plan_decode
 from pidecode.errors import MissingDependencyError, SettingError
@@ -106,7 +95,7 @@ def attention() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _checks(build: dict[str, Any], found: list[dict[str, Any]], own: dict[str, Any]) -> Iterator[Check]:
+def _checks(build: dict[str, Any], found: list[dict[str, Any]], own: dict[str, Any]) -> Iterator[common.Check]:
     """What torch and the libraries allow, by what `devices` and `cpu` found."""
     gpus = ", ".join(device["name"] for device in found if device["device"] != "cpu")
     if not gpus and which("nvidia-smi") and build["cuda"] is None:
@@ -115,30 +104,30 @@ def _checks(build: dict[str, Any], found: list[dict[str, Any]], own: dict[str, A
         gpu = "torch finds no usable GPU; is the driver running?"
     else:
         gpu = "no GPU; small images decode on the CPU"
-    yield Check("decoding on a GPU", bool(gpus), gpus or gpu)
+    yield common.Check("decoding on a GPU", bool(gpus), gpus or gpu)
     if find_spec("torchvision") is not None:
         what = "torchvision, which pidecode does not need"
         try:
             import_module("torchvision")
-            yield Check(what, True, "fits this torch")
+            yield common.Check(what, True, "fits this torch")
         except Exception as error:  # a mismatched build fails in many ways
             reason = f"does not fit this torch ({error}), and breaks transformers: pip uninstall torchvision"
-            yield Check(what, False, reason)
+            yield common.Check(what, False, reason)
     bfloat16, missing = own["dtype"] == "bfloat16", own["compiler_missing"]
     reason = (
         "instructions for its products, so it is the default"
         if bfloat16
         else "no instructions for it: float32 is faster"
     )
-    yield Check("bfloat16 on the CPU", bfloat16, reason)
-    yield Check("compiling for the CPU (--compile)", missing is None, missing or "a C++ compiler is here")
+    yield common.Check("bfloat16 on the CPU", bfloat16, reason)
+    yield common.Check("compiling for the CPU (--compile)", missing is None, missing or "a C++ compiler is here")
     for extra, purpose in (
         ("text", "prompts for the released decoders"),
         ("diffusers", "images to latents with the image models' own encoders"),
     ):
         lacking = _missing(extra)
         reason = f"{', '.join(lacking)} missing: pip install 'pidecode[{extra}]'" if lacking else "installed"
-        yield Check(f"library for {purpose}", not lacking, reason)
+        yield common.Check(f"library for {purpose}", not lacking, reason)
 
 
 def _missing(extra: str) -> list[str]:
@@ -189,11 +178,11 @@ def _marks(checks: list[dict[str, Any]]) -> list[str]:
     return [f"  {'yes' if one['ok'] else 'no ':4s} {one['name']}: {one['reason']}" for one in checks]
 
 
-@click.command(cls=GroupedCommand)
-@space_option
+@click.command(cls=common.GroupedCommand)
+@common.space_option
 @click.option("-m", "--model", help="With --space: a decoder's name or file, if not the official one.")
 @click.option("--encoder", help="With --space: the space's encoder, if it was not pulled.")
-@json_option
+@common.json_option
 def doctor(space: str | None, model: str | None, encoder: str | None, as_json: bool) -> None:
     """Say what will work on this machine, and why the rest will not.
 
@@ -202,27 +191,28 @@ def doctor(space: str | None, model: str | None, encoder: str | None, as_json: b
     if space is None:
         if model or encoder:
             raise SettingError("--model and --encoder act together with --space; name one.")
-        with WorkBar("looking at this machine"):
+        with common.WorkBar("looking at this machine"):
             findings = examine()
-        emit(findings, lambda: _report(findings), as_json=as_json)
+        common.emit(findings, lambda: _report(findings), as_json=as_json)
         return
-    with WorkBar(f"trying {space}"):
+    with common.WorkBar(f"trying {space}"):
         from pidecode.cli.space_check import check_space
 
         checks = [asdict(check) for check in check_space(space, model=model, encoder=encoder)]
-    emit({"space": space, "checks": checks}, lambda: "\n".join([f"Space {space}", *_marks(checks)]), as_json=as_json)
+    text = "\n".join([f"Space {space}", *_marks(checks)])
+    common.emit({"space": space, "checks": checks}, text, as_json=as_json)
 
 
-@click.command(cls=GroupedCommand)
+@click.command(cls=common.GroupedCommand)
 @click.option("--size", required=True, metavar="WxH", help="Image to make, in pixels: 4096x3072.")
 @click.option("--vram", metavar="BYTES", help="Memory of an accelerator: 12GB. Without it, what is free here.")
 @click.option("--ram", metavar="BYTES", help="Plan for a CPU with this much memory instead.")
 @click.option("--network", type=click.Choice(list(RELEASED_CONFIGS)), default="v1.5", show_default=True,
               help="`tiny`, or the version of PiD's released weights.")  # fmt: skip
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images at once.")
-@dtype_option
-@quantization_options
-@json_option
+@common.dtype_option
+@common.quantization_options
+@common.json_option
 def plan(
     size: str, vram: str | None, ram: str | None, network: str, as_json: bool, quantization: Quantization | None,
     **options: Any,
@@ -234,7 +224,7 @@ def plan(
     if vram and ram:
         raise SettingError("--vram and --ram name two machines; give one.")
     given = vram or ram
-    with WorkBar("planning") as bar:
+    with common.WorkBar("planning") as bar:
         if given:
             # A GPU known by its memory alone is assumed to multiply as asked.
             w8a8: tuple[Quantization, ...] = ("fp8",) if quantization == "fp8" else ("int8",)
@@ -252,7 +242,7 @@ def plan(
     }  # fmt: skip
     times = [f"  {f'predicted {what}':22s} {format_seconds(time):>9s}" for what, time in seconds.items()]
     text = "\n".join([f"network {network}", chosen.describe(), f"  {'free':22s} {machine.memory / GB:6.2f} GB", *times])
-    emit(data, text, as_json=as_json)
+    common.emit(data, text, as_json=as_json)
 
 
 def _predicted_times(network: str, plan: Plan | FeedForwardPlan) -> dict[str, float]:
@@ -263,11 +253,11 @@ def _predicted_times(network: str, plan: Plan | FeedForwardPlan) -> dict[str, fl
     from pidecode.engine.runner import measured_step_seconds
     from pidecode.sampling import DEFAULT_STEPS
 
-    set_threads(None)
+    common.set_threads(None)
     if isinstance(plan, Plan):
         step = measured_step_seconds(plan, RELEASED_CONFIGS[network], select_device(None))  # type: ignore[arg-type]
         steps = DEFAULT_STEPS["student"]
         return {f"time, {steps} steps": steps * step}
     decoder = PixelDecoder.from_pretrained(network, dtype=plan.dtype)
-    decoding = predicted_seconds(decoder, plan.size[0] * plan.size[1] * plan.batch) or 0.0
+    decoding = common.predicted_seconds(decoder, plan.size[0] * plan.size[1] * plan.batch) or 0.0
     return {"time to decode": decoding, "time to upscale": decoding * (1 + ENCODER_WORK)}

@@ -5,35 +5,15 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import asdict
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from pidecode.cli.common import (
-    PATH,
-    GroupedCommand,
-    WorkBar,
-    complete_models,
-    decode_options,
-    device_option,
-    dtype_option,
-    echo,
-    emit,
-    json_option,
-    pipeline_device,
-    prompt_lines,
-    prompts_option,
-    set_threads,
-    take_decode_options,
-    text_encoder_option,
-    threads_option,
-    torch_dtype,
-    variant_option,
-)
+from pidecode.cli import common
 from pidecode.errors import DownloadError, SettingError
+from pidecode.registry.checkpoints import REPOSITORY
 from pidecode.registry.spaces import IMAGE_MODELS, get_image_model
 from pidecode.strict_json import JSONError, parse_json
 from pidecode.units import parse_size
@@ -43,13 +23,12 @@ if TYPE_CHECKING:
     from pidecode.integrations.diffusers import PipelineProgress
     from pidecode.integrations.text_to_image import PixelDiT
 
-_OWN = ("seed", "size", "prompt")
-"""Decode options that the command takes in another way: seeds and prompts of a whole run, and its image size."""
+_OWN = ("seed", "size", "prompt")  # decode options that the command takes in another way: for a whole run
 
 
-@click.command(cls=GroupedCommand)
+@click.command(cls=common.GroupedCommand)
 @click.argument("prompts", nargs=-1)
-@prompts_option
+@common.prompts_option
 @click.option("--space", "model", type=click.Choice([*IMAGE_MODELS, "pixeldit"]), metavar="NAME", required=True,
               help=f"Image model: {', '.join(IMAGE_MODELS)}; or pixeldit, which makes pixels.")  # fmt: skip
 @click.option("--size", default="2048x2048", show_default=True, help="Of the finished images, WIDTHxHEIGHT.")
@@ -59,36 +38,35 @@ _OWN = ("seed", "size", "prompt")
 @click.option("--stop-after", metavar="N", help="End the diffusion after step N and decode that; or `recommended`.")
 @click.option("--save-latents", is_flag=True, help="Keep the latents, to decode favorites again.")
 @click.option("--compare", type=click.Choice(["vae"]), help="Also put the model's own decode beside each image.")
-@click.option("-o", "--out", type=PATH, default=Path("images"), show_default=True, help="Folder to write to.")
+@click.option("-o", "--out", type=common.PATH, default=Path("images"), show_default=True, help="Folder to write to.")
 @click.option("--pipeline", "source", help="Folder or hub repository of the pipeline, if not the model's own.")
-@click.option("-m", "--model", "decoder", shell_complete=complete_models,
+@click.option("-m", "--model", "decoder", shell_complete=common.complete_models,
               help="PiD decoder: a name or file; the official one if not given.")  # fmt: skip
-@variant_option
-@text_encoder_option
-@decode_options("decode", exclude=_OWN)
+@common.variant_option
+@common.text_encoder_option
+@common.decode_options("decode", exclude=_OWN)
 @click.option("--arguments", default="{}", metavar="JSON", help="More arguments for the pipeline's call.")
-@threads_option
-@device_option
-@dtype_option
-@json_option
+@common.threads_option
+@common.device_option
+@common.dtype_option
+@common.json_option
 def generate(prompts: tuple[str, ...], prompt_file: Path | None, as_json: bool, **given: Any) -> None:
     """Generate images from PROMPTS at four times the size of the image model.
 
     The image model first makes the latents of all prompts and is then unloaded; after that PiD decodes them. The same
     command resumes an interrupted run. PixelDiT (--space pixeldit, its weights by --model) needs no decoder.
     """
-    with WorkBar() as bar:
+    with common.WorkBar() as bar:
         rows = _generate(prompts, prompt_file, given, bar)
     lines = [row["image"] + (f"  ({row['drift']})" if row["drift"] else "") for row in rows]
-    emit(rows, "\n".join(lines), as_json=as_json)
+    common.emit(rows, "\n".join(lines), as_json=as_json)
 
 
 def _generate(
-    prompts: tuple[str, ...], prompt_file: Path | None, given: dict[str, Any], bar: WorkBar
+    prompts: tuple[str, ...], prompt_file: Path | None, given: dict[str, Any], bar: common.WorkBar
 ) -> list[dict[str, Any]]:
     """Run the pipeline and the decoder; returns what was written."""
-    from pidecode.integrations.text_to_image import GenerationJob, generate_pixels
-    from pidecode.integrations.text_to_image import generate as run
+    from pidecode.integrations import text_to_image
 
     try:
         arguments = parse_json(given["arguments"])
@@ -101,16 +79,16 @@ def _generate(
         if not stop_after.isdigit():
             raise SettingError(f"--stop-after is {stop_after!r}; it takes a step, counted from 1, or `recommended`.")
         stop_after = int(stop_after)
-    job = GenerationJob(
-        model=given["model"], prompts=(*prompts, *prompt_lines(prompt_file)), out=given["out"],
+    job = text_to_image.GenerationJob(
+        model=given["model"], prompts=(*prompts, *common.prompt_lines(prompt_file)), out=given["out"],
         seeds=given["seeds"] or (0,), size=parse_size(given["size"]), source=given["source"],
         num_steps=given["num_inference_steps"], stop_after=stop_after,
         compare=given["compare"] is not None, keep_latents=given["save_latents"],
         arguments=arguments,
     )  # fmt: skip
-    set_threads(given["threads"])
-    options = take_decode_options(given, exclude=_OWN)
-    device, dtype = pipeline_device(given["device"], given["dtype"])
+    common.set_threads(given["threads"])
+    options = common.take_decode_options(given, exclude=_OWN)
+    device, dtype = common.pipeline_device(given["device"], given["dtype"])
     bar.show("loading the image model")
     stage = ""
 
@@ -126,11 +104,13 @@ def _generate(
             raise SettingError(
                 "PixelDiT takes its steps by --num-inference-steps, and has one variant; leave those out."
             )
-        written = generate_pixels(job, lambda: _load_pixeldit(given), options=options, progress_callback=report)
+        written = text_to_image.generate_pixels(
+            job, lambda: _load_pixeldit(given), options=options, progress_callback=report
+        )
     else:
         with suppress(ImportError):  # its bars would be drawn over this one
             import_module("diffusers").utils.logging.disable_progress_bar()
-        written = run(
+        written = text_to_image.generate(
             job, lambda: _load_decoder(given), device=device, dtype=dtype, options=options, progress_callback=report
         )
     return [{name: value and str(value) for name, value in asdict(one).items()} for one in written]
@@ -140,7 +120,7 @@ def _load_pixeldit(args: dict[str, Any]) -> PixelDiT:
     from pidecode.integrations.text_to_image import PIXELDIT, PixelDiT
 
     return PixelDiT.from_pretrained(
-        args["decoder"] or PIXELDIT, device=args["device"], dtype=torch_dtype(args["dtype"]),
+        args["decoder"] or PIXELDIT, device=args["device"], dtype=common.torch_dtype(args["dtype"]),
         text_encoder=args["text_encoder"],
     )  # fmt: skip
 
@@ -150,17 +130,14 @@ def _load_decoder(args: dict[str, Any]) -> PixelDecoder:
     from pidecode.decoder import PixelDecoder
 
     space = get_image_model(args["model"]).space
-    dtype = torch_dtype(args["dtype"])
-    load = partial(
-        PixelDecoder.from_pretrained, space=space, variant=args["variant"], device=args["device"], dtype=dtype,
-        text_encoder=args["text_encoder"],
-    )  # fmt: skip
-    if args["decoder"]:
-        return load(args["decoder"])
+    place: dict[str, Any] = {"device": args["device"], "dtype": common.torch_dtype(args["dtype"])}
     try:
-        return load("nvidia/PiD")
+        return PixelDecoder.from_pretrained(
+            args["decoder"] or REPOSITORY, space=space, variant=args["variant"], text_encoder=args["text_encoder"],
+            **place,
+        )  # fmt: skip
     except DownloadError:
-        if space != "flux2" or args["variant"]:
+        if args["decoder"] or space != "flux2" or args["variant"]:
             raise
-        echo("The official decoder is not on this disk; `tiny` is used.", err=True)
-        return PixelDecoder.from_pretrained("tiny", device=args["device"], dtype=dtype)
+        common.echo("The official decoder is not on this disk; `tiny` is used.", err=True)
+        return PixelDecoder.from_pretrained("tiny", **place)

@@ -5,38 +5,37 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import click
 
-from pidecode.cli.common import GroupedCommand, WorkBar, echo, space_option, table
+from pidecode.cli import common
 from pidecode.errors import SettingError
 from pidecode.units import printable
 
 _EVERY = 10.0  # seconds between progress lines where standard error is no terminal
 
 
-class _ProgressLine:
-    """One line that is overwritten on a terminal; a new line every few seconds elsewhere."""
+def _progress_line() -> Callable[[str], None]:
+    """Print one line that is overwritten on a terminal; a new line every few seconds elsewhere."""
+    terminal, last, is_open = sys.stderr.isatty(), 0.0, False
 
-    def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._last = 0.0
-        self._open = False
+    def show(text: str) -> None:
+        nonlocal last, is_open
+        if text.startswith("step "):
+            if terminal:
+                click.echo(f"\r\x1b[K{printable(text)}", nl=False, err=True)
+                is_open = True
+                return
+            if time.monotonic() - last < _EVERY:
+                return
+            last = time.monotonic()
+        common.echo("\n" * is_open + text, err=True)
+        is_open = False
 
-    def __call__(self, text: str) -> None:
-        progress = text.startswith("step ")
-        if self._terminal and progress:
-            click.echo(f"\r\x1b[K{printable(text)}", nl=False, err=True)
-            self._open = True
-            return
-        if progress and time.monotonic() - self._last < _EVERY:
-            return
-        self._last = time.monotonic() if progress else self._last
-        echo(("\n" if self._open else "") + text, err=True)
-        self._open = False
+    return show
 
 
 def _complete_recipes(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
@@ -45,15 +44,13 @@ def _complete_recipes(_ctx: click.Context, _param: click.Parameter, incomplete: 
     return [name for name in RECIPES if name.startswith(incomplete)]
 
 
-def _prepared(
-    recipe: str | None, space: str | None, settings: Sequence[str], flags: Mapping[str, bool]
-) -> tuple[Any, str | None]:
-    """The configuration of a run, and what is to be printed instead of it."""
+def _prepared(recipe: str | None, space: str | None, settings: Sequence[str], flags: Mapping[str, bool]) -> Any:
+    """The configuration of a run, or the text that is to be printed instead."""
     from pidecode.training.config import apply_settings, describe
     from pidecode.training.recipes import RECIPES, get_recipe, summary
 
     if flags["list_recipes"]:
-        return None, table([{"recipe": name, "what it does": summary(one)} for name, one in RECIPES.items()])
+        return common.table([{"recipe": name, "what it does": summary(one)} for name, one in RECIPES.items()])
     if recipe is None:
         raise SettingError("Name a recipe; `pidecode train --list` shows them.")
     if recipe == "tiny":
@@ -62,17 +59,17 @@ def _prepared(
             "README.md has its settings, data and command (`python recipes/tiny/train.py --help`). "
             "`pidecode train photographs` makes a small decoder of your own images."
         )
-    config, text = apply_settings(get_recipe(recipe, space), settings), None
+    config = apply_settings(get_recipe(recipe, space), settings)
     if flags["show"]:
-        text = "\n".join(f"{name} = {value!r}\n    {about}" for name, value, about in describe(config))
-    elif flags["memory"]:
+        return "\n".join(f"{name} = {value!r}\n    {about}" for name, value, about in describe(config))
+    if flags["memory"]:
         from pidecode.training.memory import memory_table
 
-        text = memory_table(config)
-    return config, text
+        return memory_table(config)
+    return config
 
 
-@click.command(cls=GroupedCommand)
+@click.command(cls=common.GroupedCommand)
 @click.argument("recipe", required=False, shell_complete=_complete_recipes)
 @click.option("--data", metavar="PATH", help="Folder of images or WebDataset shards; the setting data.source.")
 @click.option("--out", metavar="FOLDER", help="Folder of the run: checkpoints, samples, metrics, result.")
@@ -82,7 +79,7 @@ def _prepared(
 @click.option("--list", "list_recipes", is_flag=True, help="List the recipes.")
 @click.option("--show", is_flag=True, help="Show every setting of the recipe, its value and its meaning.")
 @click.option("--memory", is_flag=True, help="Estimate the memory the recipe needs per GPU, from its network.")
-@space_option
+@common.space_option
 def train(
     recipe: str | None, data: str | None, out: str | None, settings: tuple[str, ...], space: str | None, **flags: bool
 ) -> None:
@@ -91,21 +88,21 @@ def train(
     Start it with torchrun for several GPUs or hosts: torchrun --nproc-per-node 8 -m pidecode train ...
     """
     given = [f"data.source={data!r}"] if data is not None else []
-    with WorkBar():
-        config, text = _prepared(recipe, space, [*given, *settings], flags)
-    if text is not None:
-        echo(text)
+    with common.WorkBar():
+        config = _prepared(recipe, space, [*given, *settings], flags)
+    if isinstance(config, str):
+        common.echo(config)
         return
     if out is None:
         raise SettingError("Name a folder for the run: --out runs/my-decoder.")
     if flags["export_only"]:
         from pidecode.training.tasks import export
 
-        echo(str(export(config, out)))
+        common.echo(str(export(config, out)))
         return
-    line = _ProgressLine()
+    line = _progress_line()
     with ExitStack() as waiting:
-        waiting.enter_context(WorkBar("preparing the run"))
+        waiting.enter_context(common.WorkBar("preparing the run"))
         from pidecode.training.tasks import train as run
 
         def progress(text: str) -> None:
@@ -113,4 +110,4 @@ def train(
             line(text)
 
         result = run(config, out, resume=flags["resume"], progress=progress)
-    echo(str(result))
+    common.echo(str(result))

@@ -6,88 +6,74 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from pidecode.cli.common import (
-    PATH,
-    Check,
-    GroupedCommand,
-    WorkBar,
-    device_option,
-    echo,
-    emit,
-    json_option,
-    output_dtype_option,
-    overwrite_option,
-    progress,
-    prompt_lines,
-    prompts_option,
-    space_option,
-    table,
-    text_encoder_option,
-)
+from pidecode.cli import common
 from pidecode.errors import CheckpointError, FileError, PidecodeError
-from pidecode.registry.checkpoints import CHECKPOINTS, ENCODERS, TEXT_ENCODER, TINY_ENCODER, Checkpoint
+from pidecode.registry.checkpoints import CHECKPOINTS, ENCODERS, TEXT_ENCODER, TINY_ENCODER
 from pidecode.registry.spaces import ALIASES, SPACES
 from pidecode.strict_json import JSONError, parse_json
-from pidecode.units import format_bytes
-from pidecode.weights.safetensors import (
-    Header,
-    check_file,
-    foreign_kind,
-    looks_like_safetensors,
-    read_header,
-    read_start,
-)
+from pidecode.units import format_bytes, printable
+from pidecode.weights import safetensors
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 KINDS = click.Choice(["feed-forward", "student", "teacher", "backbone"])
 PULLABLE = [*SPACES, *ALIASES, *dict.fromkeys(name for name, _, _ in CHECKPOINTS if name not in SPACES), "tiny"]
 
 
-@click.command(cls=GroupedCommand)
+@click.command(cls=common.GroupedCommand)
 @click.argument("model", type=click.Choice(PULLABLE), metavar="MODEL")
 @click.option("--variant", metavar="NAME", help="Variant of the decoder: 2k, 2kto4k, 2kto4k_v1pt5.")
 @click.option("--kind", type=KINDS, help="A teacher, or the bare backbone.")
 @click.option("--no-encoder", is_flag=True, help="Leave out the encoder: latents decode, images cannot be upscaled.")
 @click.option("--no-text", is_flag=True, help="Leave out the text encoder (about 5 GB).")
 @click.option("--accept-license", is_flag=True, help="You have read the license and keep to it.")
-@json_option
+@common.json_option
 def pull(model: str, as_json: bool, accept_license: bool, **asked: Any) -> None:
     """Download the decoder for MODEL, its encoder and the text encoder.
 
     MODEL is a latent space or an image model that uses one: flux, flux2-klein-4b, sdxl, ... The license is shown
     first. A broken download goes on where it stopped. Afterwards everything works offline.
     """
-    from pidecode.weights.download import checkpoint_files
-    from pidecode.weights.download import download_checkpoint as fetch
+    from tqdm import tqdm
+
+    from pidecode.weights.download import checkpoint_files, download_checkpoint
 
     parts = partial(checkpoint_files, encoder=not asked["no_encoder"], text=not asked["no_text"])
     with ExitStack() as bars:
-        drawn: dict[str, Any] = {}  # one bar per file
+        drawn: dict[str, tqdm[Any]] = {}  # one bar per file
 
         def show(step: Any) -> None:
             if step.file not in drawn:
                 bars.close()  # that of the file before
-                drawn[step.file] = bars.enter_context(progress(step.total or 0, step.file.rpartition("/")[2], unit="B"))
+                bar = tqdm(
+                    desc=printable(step.file.rpartition("/")[2]), unit="B", unit_scale=True, file=sys.stderr,
+                    disable=None, leave=False, dynamic_ncols=True,
+                )  # fmt: skip
+                drawn[step.file] = bars.enter_context(bar)
             drawn[step.file].total = step.total
             drawn[step.file].update(step.done - drawn[step.file].n)
 
-        pulled = fetch(
+        pulled = download_checkpoint(
             model, asked["variant"], kind=asked["kind"], accept_license=accept_license, parts=parts, on_progress=show
         )
     if asked["no_text"]:
-        echo("Prompts need their states: `pidecode captions export` writes them where the text encoder is.", err=True)
+        hint = "Prompts need their states: `pidecode captions export` writes them where the text encoder is."
+        common.echo(hint, err=True)
     places = {name: value for name, value in asdict(pulled).items() if value}
     lines = [f"{name.replace('_', ' '):13s} {path}" for name, path in places.items()]
-    emit(places, "\n".join(lines), as_json=as_json)
+    common.emit(places, "\n".join(lines), as_json=as_json)
 
 
 @click.group()
@@ -95,15 +81,15 @@ def captions() -> None:
     """Keep prompts' text states in files, so that machines without the text encoder can decode with them."""
 
 
-@captions.command(cls=GroupedCommand)
+@captions.command(cls=common.GroupedCommand)
 @click.argument("prompts", nargs=-1)
-@prompts_option
-@click.option("-o", "--out", type=PATH, default=Path("captions.safetensors"), show_default=True,
+@common.prompts_option
+@click.option("-o", "--out", type=common.PATH, default=Path("captions.safetensors"), show_default=True,
               help="File to write.")  # fmt: skip
-@text_encoder_option
-@device_option
-@overwrite_option
-@json_option
+@common.text_encoder_option
+@common.device_option
+@common.overwrite_option
+@common.json_option
 def export(prompts: tuple[str, ...], prompt_file: Path | None, out: Path, as_json: bool, **given: Any) -> None:
     """Write the text states of PROMPTS to one file.
 
@@ -113,40 +99,39 @@ def export(prompts: tuple[str, ...], prompt_file: Path | None, out: Path, as_jso
     from pidecode.devices import select_device
     from pidecode.encoders.text import PromptEmbedsCache, TextEncoder, TextOptions, export_prompt_embeds
 
-    texts = [*prompts, *prompt_lines(prompt_file)]
+    texts = [*prompts, *common.prompt_lines(prompt_file)]
     model = given["text_encoder"]
     options = TextOptions() if model is None else TextOptions(model=str(model))
-    with WorkBar("encoding prompts"):
+    with common.WorkBar("encoding prompts"):
         encoder = TextEncoder(options, device=select_device(given["device"]), states=PromptEmbedsCache())
         count = export_prompt_embeds(out, texts, encoder, overwrite=given["overwrite"])
     size = out.stat().st_size
-    emit(
-        {"file": str(out), "prompts": count, "bytes": size}, f"{out}  {count} prompts, {format_bytes(size)}",
-        as_json=as_json,
-    )  # fmt: skip
+    said = {"file": str(out), "prompts": count, "bytes": size}
+    common.emit(said, f"{out}  {count} prompts, {format_bytes(size)}", as_json=as_json)
 
 
-@captions.command("import", cls=GroupedCommand)
-@click.argument("file", type=PATH)
-@json_option
+@captions.command("import", cls=common.GroupedCommand)
+@click.argument("file", type=common.PATH)
+@common.json_option
 def import_(file: Path, as_json: bool) -> None:
     """Keep the text states in FILE, so that every command here finds them without the text encoder."""
     from pidecode.encoders.text import PromptEmbedsCache, TextOptions
 
     cache = PromptEmbedsCache()
     count = cache.import_from(file, TextOptions().identity())
-    emit({"prompts": count, "folder": str(cache.folder)}, f"{count} prompts kept in {cache.folder}", as_json=as_json)
+    said = {"prompts": count, "folder": str(cache.folder)}
+    common.emit(said, f"{count} prompts kept in {cache.folder}", as_json=as_json)
 
 
-@click.command(cls=GroupedCommand)
-@click.argument("source", type=PATH)
-@click.argument("target", type=PATH)
-@space_option
+@click.command(cls=common.GroupedCommand)
+@click.argument("source", type=common.PATH)
+@click.argument("target", type=common.PATH)
+@common.space_option
 @click.option("--variant", metavar="NAME", help="Release it belongs to: 2k, 2kto4k, 2kto4k_v1pt5.")
 @click.option("--kind", type=KINDS, help="What it is, if the file does not say.")
-@output_dtype_option
-@overwrite_option
-@json_option
+@common.output_dtype_option
+@common.overwrite_option
+@common.json_option
 def convert(source: Path, target: Path, **asked: Any) -> None:
     """Write the weights SOURCE as one TARGET.safetensors that says what it is.
 
@@ -157,14 +142,12 @@ def convert(source: Path, target: Path, **asked: Any) -> None:
     from pidecode.weights.detect import Overrides
 
     overrides = Overrides(space=asked["space"], variant=asked["variant"], kind=asked["kind"])
-    with WorkBar("converting"):
+    with common.WorkBar("converting"):
         metadata = write(source, target, overrides=overrides, dtype=asked["dtype"], overwrite=asked["overwrite"])
-    said: dict[str, Any] = {
-        "file": str(target), "bytes": target.stat().st_size, "kind": metadata.kind, "space": metadata.space,
-        "variant": metadata.variant, "license": metadata.license,
-    }  # fmt: skip
-    words = f"{target}  {metadata.kind} for {metadata.space}, {format_bytes(said['bytes'])}, {metadata.license}"
-    emit(said, words, as_json=asked["as_json"])
+    size, about = target.stat().st_size, ("kind", "space", "variant", "license")
+    said = {"file": str(target), "bytes": size, **{name: getattr(metadata, name) for name in about}}
+    words = f"{target}  {metadata.kind} for {metadata.space}, {format_bytes(size)}, {metadata.license}"
+    common.emit(said, words, as_json=asked["as_json"])
 
 
 IN_PACKAGE = "in the package"
@@ -177,85 +160,65 @@ def asset(name: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def _places(row: Checkpoint) -> dict[str, Path | None]:
-    """Where each part a released decoder needs lies on this disk, by the part's title."""
-    from pidecode.weights.download import cached_files, checkpoint_files
-    from pidecode.weights.resolve import HubCache
-
-    hub = HubCache()
-    return {part.title: cached_files(part, hub) for part in checkpoint_files(row)}
-
-
-def _size(path: Path | None) -> int | None:
-    if path is None:
-        return None
-    if path.is_file():
-        return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-
-
-def _row(**known: Any) -> dict[str, Any]:
-    path: Path | None = known.pop("path")
-    return {"variant": None, "bytes": _size(path), "commercial": None, **known, "path": str(path) if path else None}
-
-
-def _checkpoint(row: Checkpoint, path: Path | None) -> dict[str, Any]:
-    return _row(
-        name=row.name, kind=row.kind, space=row.space, variant=row.variant, source=row.repository or IN_PACKAGE,
-        bytes=_size(path) or row.approximate_bytes, license=row.license.name, commercial=row.license.commercial,
-        path=path,
-    )  # fmt: skip
+def _row(path: Path | None, **known: Any) -> dict[str, Any]:
+    size = known.pop("bytes", None)
+    if path is not None:
+        size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
+    return {"variant": None, "bytes": size, "commercial": None, **known, "path": str(path) if path else None}
 
 
 def rows() -> list[dict[str, Any]]:
     """Every model, encoder and text encoder, as plain values; `path` is None for what is not on this disk."""
+    from pidecode.weights.download import cached_files, checkpoint_files
+    from pidecode.weights.resolve import HubCache
+
+    hub, text = HubCache(), None
     own: list[dict[str, Any]] = []
     released: list[dict[str, Any]] = []
     encoders: dict[str, dict[str, Any]] = {}
-    text: Path | None = None
     for row in CHECKPOINTS.values():
         if row.repository is None:
-            own.append(_checkpoint(row, asset(row.path)))
-            continue
-        places = _places(row)
-        released.append(_checkpoint(row, places["decoder"]))
+            places, listed = {"decoder": asset(row.path)}, own
+        else:
+            places, listed = {part.title: cached_files(part, hub) for part in checkpoint_files(row)}, released
+        listed.append(_row(
+            places["decoder"], name=row.name, kind=row.kind, space=row.space, variant=row.variant,
+            source=row.repository or IN_PACKAGE, bytes=row.approximate_bytes, license=row.license.name,
+            commercial=row.license.commercial,
+        ))  # fmt: skip
         text = text or places.get("text encoder")
-        if row.space in ENCODERS and row.space not in encoders:
-            encoder = ENCODERS[row.space]
+        if row.repository and row.space in ENCODERS and row.space not in encoders:
             encoders[row.space] = _row(
-                name=row.space, kind="encoder", space=row.space, source=encoder.repository,
-                license="see its model card", path=places.get("encoder"),
+                places.get("encoder"), name=row.space, kind="encoder", space=row.space,
+                source=ENCODERS[row.space].repository, license="see its model card",
             )  # fmt: skip
-    tiny = asset(TINY_ENCODER)
-    own.append(
-        _row(
-            name="flux2/tiny", kind="encoder", space="flux2", variant="tiny", source=IN_PACKAGE, license="Apache-2.0",
-            commercial=True, path=tiny,
-        )
-    )  # fmt: skip
-    gemma = TEXT_ENCODER.rpartition("/")[2]
-    reader = _row(name=gemma, kind=READER, space=None, source=TEXT_ENCODER, license="Gemma terms", path=text)
+    own.append(_row(
+        asset(TINY_ENCODER), name="flux2/tiny", kind="encoder", space="flux2", variant="tiny", source=IN_PACKAGE,
+        license="Apache-2.0", commercial=True,
+    ))  # fmt: skip
+    name = TEXT_ENCODER.rpartition("/")[2]
+    reader = _row(text, name=name, kind=READER, space=None, source=TEXT_ENCODER, license="Gemma terms")
     return [*own, *released, *encoders.values(), reader]
 
 
-def checks(known: Sequence[dict[str, Any]]) -> Iterator[Check]:
+def checks(known: Sequence[dict[str, Any]]) -> Iterator[common.Check]:
     """What the files on this disk allow, for `pidecode doctor`."""
     there = {(row["kind"], row["name"]) for row in known if row["path"]}
     tiny = {("feed-forward", "flux2/tiny"), ("encoder", "flux2/tiny")} <= there
     lost = "its weights are missing from the package; install it again"
-    yield Check("`tiny`, the model that ships here", tiny, "images and FLUX.2 latents" if tiny else lost)
+    yield common.Check("`tiny`, the model that ships here", tiny, "images and FLUX.2 latents" if tiny else lost)
     text = any(kind == READER for kind, _ in there)
     for space in dict.fromkeys(row["space"] for row in known if row["kind"] == "student"):
         released = [row for row in known if row["kind"] == "student" and row["space"] == space]
         found = [row["variant"] for row in released if row["path"] and row["license"] != "Apache-2.0"]
         if not found:
-            yield Check(f"released decoders for {space}", False, f"not on this disk: pidecode pull {space}")
+            yield common.Check(f"released decoders for {space}", False, f"not on this disk: pidecode pull {space}")
             continue
         lacking = [] if text else ["the text encoder, so prompts must come as ready-made states"]
         if ("encoder", space) not in there:
             lacking.append("the encoder, so latents decode but images cannot be upscaled")
         missing = f"; without {' and without '.join(lacking)}: pidecode pull {space}" if lacking else ""
-        yield Check(f"released decoders for {space}", True, ", ".join(found) + missing)
+        yield common.Check(f"released decoders for {space}", True, ", ".join(found) + missing)
 
 
 def _line(row: dict[str, Any]) -> dict[str, str]:
@@ -266,13 +229,13 @@ def _line(row: dict[str, Any]) -> dict[str, str]:
     }  # fmt: skip
 
 
-@click.command(cls=GroupedCommand)
+@click.command(cls=common.GroupedCommand)
 @click.option("--on-disk", is_flag=True, help="Only those that are here.")
-@json_option
+@common.json_option
 def models(on_disk: bool, as_json: bool) -> None:
     """List the models there are, and which are on this disk."""
     listed = [row for row in rows() if row["path"] or not on_disk]
-    emit(listed, lambda: table([_line(row) for row in listed]), as_json=as_json)
+    common.emit(listed, lambda: common.table([_line(row) for row in listed]), as_json=as_json)
 
 
 IMAGES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
@@ -287,10 +250,10 @@ def describe(path: Path) -> dict[str, Any]:
         from pidecode.weights.load import LORA_FILES
 
         path = next((path / name for name in LORA_FILES if os.path.isfile(path / name)), path)
-    size, start = check_file(path), read_start(path)
+    size, start = safetensors.check_file(path), safetensors.read_start(path)
     known: dict[str, Any] = {"file": str(path), "bytes": size}
-    if looks_like_safetensors(start):
-        return known | _safetensors(read_header(path), path)
+    if safetensors.looks_like_safetensors(start):
+        return known | _safetensors(safetensors.read_header(path), path)
     if start.startswith(IMAGES):
         return known | _image(path)
     from pidecode.images.read import refuse_other_formats  # load torch
@@ -312,7 +275,7 @@ def describe(path: Path) -> dict[str, Any]:
         return known | {"what": "weights", "format": "pickle, tensors only"} | _foreign(shapes, path, {})
     with path.open("rb") as file:
         refuse_other_formats(str(path), file)
-    if what := foreign_kind(start):
+    if what := safetensors.foreign_kind(start):
         raise FileError(f"{path} is {what}.")
     raise FileError(f"{path} is no image, latent or weights file that pidecode knows.")
 
@@ -341,7 +304,7 @@ def _image(path: Path) -> dict[str, Any]:
     return {"what": "image", "format": kind, **size, **several, "metadata": read_metadata(path)}
 
 
-def _safetensors(header: Header, path: Path) -> dict[str, Any]:
+def _safetensors(header: safetensors.Header, path: Path) -> dict[str, Any]:
     if "pidecode_latent" in header.metadata:
         shapes = [list(entry.shape) for entry in header.tensors.values()]
         return {"what": "latent", "shape": shapes[0]} | _record(header.metadata["pidecode_latent"], path)
@@ -355,9 +318,8 @@ def _safetensors(header: Header, path: Path) -> dict[str, Any]:
         return known | _counts(header.shapes) | {"record": _record(header.metadata["pidecode"], path)}
     if notes := [name for name in header.tensors if name.endswith(".comfy_quant")]:
         from pidecode.weights.read import EIGHT_BITS, layer_formats
-        from pidecode.weights.safetensors import read_safetensors
 
-        found = layer_formats(read_safetensors(path, notes)[1], header.metadata)
+        found = layer_formats(safetensors.read_safetensors(path, notes)[1], header.metadata)
         unread = [name for name in found if name not in EIGHT_BITS.values()]
         known["quantized"] = f"{', '.join(found)}{' (not read here)' * bool(unread)}"
     return known | _foreign(header.shapes, path, header.metadata)
@@ -408,17 +370,16 @@ def _lines(values: Mapping[str, Any], depth: int = 0) -> Iterator[str]:
 
 def _report(found: dict[str, Any]) -> str:
     shown = {name: value for name, value in found.items() if name != "bytes"}
-    shown["size"] = format_bytes(found["bytes"])
-    if "metadata" in shown and shown["metadata"] is None:
+    if found.get("metadata", "") is None:
         shown["metadata"] = "none: this image was not made by pidecode, or its metadata were removed"
-    return "\n".join(_lines(shown))
+    return "\n".join(_lines(shown | {"size": format_bytes(found["bytes"])}))
 
 
-@click.command(cls=GroupedCommand)
-@click.argument("file", type=PATH)
-@json_option
+@click.command(cls=common.GroupedCommand)
+@click.argument("file", type=common.PATH)
+@common.json_option
 def info(file: Path, as_json: bool) -> None:
     """Show what FILE is: an image and its metadata, a latent, or weights."""
-    with WorkBar("reading"):
+    with common.WorkBar("reading"):
         found = describe(file)
-    emit(found, lambda: _report(found), as_json=as_json)
+    common.emit(found, lambda: _report(found), as_json=as_json)
