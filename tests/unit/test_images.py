@@ -29,7 +29,7 @@ from pidecode.images import (
     to_tensor,
 )
 from pidecode.images.png import encode_png
-from pidecode.images.tensors import center_crop, downsample, lanczos, pad_to_multiple, to_array
+from pidecode.images.tensors import center_crop, downsample, pad_to_multiple, to_array
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "inference_misc.safetensors"
 METADATA = {"model": "tiny", "space": "flux2", "sigma": 0.25, "seed": 7, "prompt": 'Käse 猫 "quoted"', "size": [64, 96]}
@@ -238,8 +238,6 @@ def test_pad_and_crop_back(height: int, width: int) -> None:
     assert torch.equal(padded[..., :height, :width], image)
     enlarged = padded.repeat_interleave(4, -1).repeat_interleave(4, -2)
     assert crop_back(enlarged, padding, scale=4).shape[-2:] == (4 * height, 4 * width)
-    with pytest.raises(SizeError, match="cannot be cropped back"):
-        crop_back(image, padding, scale=4)
 
 
 def test_resizing() -> None:
@@ -249,9 +247,7 @@ def test_resizing() -> None:
         torch.testing.assert_close(sized, torch.full((2, 3, 5, 7), 0.25))
     image = torch.rand(1, 3, 8, 8) * 2 - 1
     exact = Image.fromarray(image[0, 0].numpy()).resize((32, 32), Image.Resampling.LANCZOS)
-    torch.testing.assert_close(lanczos(image, 4)[0, 0], torch.from_numpy(np.array(exact)).clamp(-1, 1))
-    with pytest.raises(SettingError, match="not 'nearest'"):
-        resize(flat, 5, 7, method="nearest")
+    torch.testing.assert_close(resize(image, 32, 32, method="lanczos")[0, 0], torch.from_numpy(np.array(exact)))
     with pytest.raises(SizeError, match="positive sides"):
         resize(flat, 0, 7)
 

@@ -20,20 +20,9 @@ from torch import Tensor
 
 from pidecode.errors import ImageError, PidecodeError, SettingError, naming
 from pidecode.files import BASE64, why_no_file
+from pidecode.images import tensors
 from pidecode.images.attributes import Attributes, read_attributes
 from pidecode.images.color import described_colors, is_srgb, profile_colors, srgb_profile, to_srgb_by_profile
-from pidecode.images.tensors import (
-    center_crop,
-    fill_transparent,
-    image_from_values,
-    on_white,
-    resize,
-    to_eight_bits,
-    to_pil,
-    to_tensor,
-    to_unit,
-    turn,
-)
 from pidecode.units import MAX_PIXELS
 
 ImageSource = Union[str, os.PathLike[str], bytes, BinaryIO, Image.Image, NDArray[Any], Tensor, "SourceImage"]
@@ -109,12 +98,12 @@ class SourceImage:
         if self.alpha is None:
             return pixels, None
         alpha = self.alpha.expand(-1, 3, -1, -1)
-        alpha = resize(alpha if cropped is None else center_crop(alpha, cropped), *pixels.shape[-2:])
+        alpha = tensors.resize(alpha if cropped is None else tensors.center_crop(alpha, cropped), *pixels.shape[-2:])
         return pixels, alpha[:, :1].clamp(0.0, 1.0).to(pixels)
 
     def on_white(self) -> Tensor:
         """The tensor with transparency composited on white."""
-        return self.tensor if self.alpha is None else on_white(self.tensor, self.alpha)
+        return self.tensor if self.alpha is None else self.tensor * self.alpha + (1.0 - self.alpha)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,12 +144,13 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
         ImageError: Not an image, truncated, too large, of several frames, or values of an unknown range.
     """
     if isinstance(source, (Tensor, np.ndarray, SourceImage)):
-        return to_pil(read_image(source).on_white())
-    pixels = _read_pixels(source, max_pixels, keep_profile=False, frame=None)
-    colors = Image.fromarray(to_eight_bits(pixels.colors))
+        return tensors.to_pil(read_image(source).on_white())
+    with _opened(source) as (name, image):
+        pixels = _pixels_of(image, name, max_pixels)
+    colors = Image.fromarray(tensors.to_eight_bits(pixels.colors))
     if pixels.alpha is None:
         return colors
-    colors.putalpha(Image.fromarray(to_eight_bits(pixels.alpha)))
+    colors.putalpha(Image.fromarray(tensors.to_eight_bits(pixels.alpha)))
     return Image.alpha_composite(Image.new("RGBA", colors.size, "white"), colors).convert("RGB")
 
 
@@ -190,13 +180,14 @@ def read_image(
         SettingError: `value_range` cannot act on the source.
     """
     if isinstance(source, (Tensor, np.ndarray)):
-        tensor, alpha, gray = image_from_values(source, value_range)
-        return SourceImage(tensor=tensor if alpha is None else fill_transparent(tensor, alpha), alpha=alpha, gray=gray)
+        tensor, alpha, gray = tensors.image_from_values(source, value_range)
+        return SourceImage(tensor=tensors.fill_transparent(tensor, alpha), alpha=alpha, gray=gray)
     if value_range is not None:
         raise SettingError(f"value_range acts on arrays and tensors; this is {type(source).__name__}. Leave it out.")
     if isinstance(source, SourceImage):
         return source
-    return _source_image(_read_pixels(source, max_pixels, keep_profile=keep_profile, frame=frame))
+    with _opened(source) as (name, image):
+        return _source_image(_pixels_of(image, name, max_pixels, keep_profile=keep_profile, frame=frame))
 
 
 def read_frames(
@@ -222,11 +213,12 @@ def read_frames(
 
 
 def _source_image(pixels: _Pixels) -> SourceImage:
-    deep = pixels.colors.dtype == np.uint16
-    tensor = to_unit(pixels.colors).mul_(2.0).sub_(1.0) if deep else to_tensor(Image.fromarray(pixels.colors))
-    alpha = None if pixels.alpha is None else to_unit(pixels.alpha[..., None])
-    if alpha is not None:
-        tensor = fill_transparent(tensor, alpha)
+    if pixels.colors.dtype == np.uint16:
+        tensor = tensors.to_unit(pixels.colors).mul_(2.0).sub_(1.0)
+    else:
+        tensor = tensors.to_tensor(Image.fromarray(pixels.colors))
+    alpha = None if pixels.alpha is None else tensors.to_unit(pixels.alpha[..., None])
+    tensor = tensors.fill_transparent(tensor, alpha)
     return SourceImage(tensor=tensor, alpha=alpha, gray=pixels.gray, attributes=pixels.attributes)
 
 
@@ -259,10 +251,8 @@ def image_size(
 
 def _upright_size(image: Any) -> tuple[int, int]:
     width, height = image.size
-    with suppress(Exception):  # a damaged EXIF block, which reading the image ignores
-        if image.getexif().get(_ORIENTATION) in _TURNED:
-            # Pillow has turned the size of a TIFF already.
-            return (width, height) if image.format == "TIFF" and image.tag_v2[256] != width else (height, width)
+    if _orientation(image) in _TURNED and (image.format != "TIFF" or image.tag_v2[256] == width):
+        return height, width  # Pillow has turned the size of a TIFF already
     return width, height
 
 
@@ -309,8 +299,12 @@ def load_tensor(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Tensor:
 
 
 @contextmanager
-def _opened(source: str | os.PathLike[str] | bytes | BinaryIO) -> Iterator[tuple[str, Image.Image]]:
+def _opened(source: Any) -> Iterator[tuple[str, Image.Image]]:
     """Name and image of a source; whatever goes wrong inside is an ImageError."""
+    if isinstance(source, Image.Image):
+        with as_image_error("The image"):  # its file may be read only now, and be damaged or closed
+            yield "The image", source
+        return
     name, data = open_source(source)
     with as_image_error(name), nullcontext() if data is source else data:
         refuse_other_formats(name, data)
@@ -374,7 +368,14 @@ def open_source(source: Any) -> tuple[str, BinaryIO]:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return "The image", io.BytesIO(source)
     if hasattr(source, "read") and hasattr(source, "seek"):
-        return _checked_file(source)
+        name = source.name if isinstance(getattr(source, "name", None), str) else "The image"
+        try:
+            source.seek(0)  # also where something has read or written it before
+            if not isinstance(source.read(0), bytes):
+                raise ImageError(f"{name} is open as text; open it in binary mode: open(path, 'rb').")
+        except (OSError, ValueError) as error:  # a pipe or a socket; a closed file
+            raise ImageError(f"{name} cannot be read from its start ({error}). Give its bytes: file.read().") from error
+        return name, source
     if not isinstance(source, (str, os.PathLike)):
         raise ImageError(
             "An image is a path, the bytes of a file, an open file, a Pillow image, a NumPy array or a tensor; got "
@@ -388,18 +389,6 @@ def open_source(source: Any) -> tuple[str, BinaryIO]:
         return os.fspath(source), open(source, "rb")
     except (OSError, ValueError) as error:
         raise ImageError(f"{os.fspath(source)!r} could not be opened: {error}.") from error
-
-
-def _checked_file(file: Any) -> tuple[str, BinaryIO]:
-    name = getattr(file, "name", None)
-    name = name if isinstance(name, str) else "The image"
-    try:
-        file.seek(0)  # also where something has read or written it before
-        if not isinstance(file.read(0), bytes):
-            raise ImageError(f"{name} is open as text; open it in binary mode: open(path, 'rb').")
-    except (OSError, ValueError) as error:  # a pipe or a socket; a closed file
-        raise ImageError(f"{name} cannot be read from its start ({error}). Give its bytes: file.read().") from error
-    return name, file
 
 
 def refuse_other_formats(name: str, file: BinaryIO) -> None:
@@ -464,15 +453,9 @@ class _Pixels:
     attributes: Attributes
 
 
-def _read_pixels(source: Any, max_pixels: int, *, keep_profile: bool, frame: int | None) -> _Pixels:
-    if isinstance(source, Image.Image):
-        with as_image_error("The image"):  # its file is read now, and may be damaged or closed
-            return _pixels_of(source, "The image", max_pixels, keep_profile=keep_profile, frame=frame)
-    with _opened(source) as (name, image):
-        return _pixels_of(image, name, max_pixels, keep_profile=keep_profile, frame=frame)
-
-
-def _pixels_of(image: Image.Image, name: str, max_pixels: int, *, keep_profile: bool, frame: int | None) -> _Pixels:
+def _pixels_of(
+    image: Image.Image, name: str, max_pixels: int, *, keep_profile: bool = False, frame: int | None = None
+) -> _Pixels:
     _select(image, name, frame)
     _check_pixels(image, name, max_pixels)
     profile = image.info.get("icc_profile") or None
@@ -496,7 +479,8 @@ def _pixels_of(image: Image.Image, name: str, max_pixels: int, *, keep_profile: 
         if found is not None and (found.hdr or (colors.dtype != np.uint8 and matches)):
             described = found
         elif colors.dtype == np.uint8 or (found is None and colors.shape[2] == 3):  # tables take eight bits
-            colors = np.asarray(to_srgb_by_profile(_for_profile(image, to_eight_bits(colors)), profile).convert("RGB"))
+            described_image = _for_profile(image, tensors.to_eight_bits(colors))
+            colors = np.asarray(to_srgb_by_profile(described_image, profile).convert("RGB"))
     if described is not None:
         colors = described.to_srgb(colors)
         if described.hdr:
@@ -514,8 +498,8 @@ def _pixels_of(image: Image.Image, name: str, max_pixels: int, *, keep_profile: 
         colors = colors[..., 1:2].repeat(3, axis=2)
     attributes = read_attributes(image, carried)
     orientation = _orientation(image)
-    turned = turn(colors, orientation)
-    return _Pixels(turned, None if alpha is None else turn(alpha, orientation), gray, attributes)
+    turned = tensors.turn(colors, orientation)
+    return _Pixels(turned, None if alpha is None else tensors.turn(alpha, orientation), gray, attributes)
 
 
 def _file_of(image: Any) -> BinaryIO | None:
@@ -575,7 +559,6 @@ def _read_16_bits(image: Image.Image) -> tuple[NDArray[Any], NDArray[Any] | None
     mode, _, order = str(raw).partition(";16")
     if mode not in ("RGB", "RGBA", "LA") or order not in ("B", "L", "N"):
         return None
-    file = image.fp
     if mode == "LA":  # four bytes a pixel
         image._mode = "RGBA"
         image.tile = [_with_raw_mode(tile, "RGBA") for tile in tiles]
@@ -583,32 +566,18 @@ def _read_16_bits(image: Image.Image) -> tuple[NDArray[Any], NDArray[Any] | None
         image._mode = "LA"
         colors = pixels[..., 0:1] << 8 | pixels[..., 1:2]
         return colors, pixels[..., 2] << 8 | pixels[..., 3]
-    assert file is not None
-    file.seek(0)
-    with Image.open(BoundedFile(cast(BinaryIO, _Unclosed(file))), formats=[image.format]) as second:
-        assert isinstance(second, ImageFile.ImageFile)
-        lower = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}[order]
-        second.seek(image.tell())
-        second.tile = [_with_raw_mode(tile, f"{mode};16{lower}") for tile in second.tile]
-        low = np.asarray(second).astype(np.uint16)
+    file = BoundedFile(cast(BinaryIO, image.fp))
+    second = Image.open(cast(BinaryIO, file), formats=[image.format])  # never closed: the file is the first's
+    assert isinstance(second, ImageFile.ImageFile)
+    lower = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}[order]
+    second.seek(image.tell())
+    second.tile = [_with_raw_mode(tile, f"{mode};16{lower}") for tile in second.tile]
+    low = np.asarray(second).astype(np.uint16)
     both = np.asarray(image).astype(np.uint16) << 8 | low
     clear = image.info.get("transparency")
     if mode == "RGB" and isinstance(clear, tuple):
         return both, np.where((both == np.array(clear)).all(axis=2), 0, 255).astype(np.uint8)
     return both[..., :3], both[..., 3] if mode == "RGBA" else None
-
-
-class _Unclosed:
-    """A file that stays open when the image read from it is closed."""
-
-    def __init__(self, file: Any) -> None:
-        self.file = file
-
-    def close(self) -> None:
-        """Leave it open."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
 
 
 def _with_raw_mode(tile: Any, raw: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -173,16 +173,13 @@ def _check_range(scaled: Tensor, image: Tensor, value_range: tuple[float, float]
     )
 
 
-def on_white(image: Tensor, alpha: Tensor) -> Tensor:
-    """Composite `[B, 3, H, W]` in [-1, 1] with alpha `[B, 1, H, W]` in [0, 1] on white."""
-    return image * alpha + (1.0 - alpha)
-
-
-def fill_transparent(image: Tensor, alpha: Tensor) -> Tensor:
+def fill_transparent(image: Tensor, alpha: Tensor | None) -> Tensor:
     """Replace the colors of transparent pixels of `[1, 3, H, W]` by those of the nearest opaque ones, coarse to fine.
 
     What lies under full transparency is arbitrary (mostly black), and would leak into the edge when enlarged.
     """
+    if alpha is None:
+        return image
     weight = (alpha * 8.0).clamp(max=1.0)  # colors of nearly transparent pixels are badly rounded
     if bool((weight == 1.0).all()):
         return image
@@ -221,9 +218,6 @@ def to_unit(array: NDArray[Any]) -> Tensor:
     return values.permute(2, 0, 1)[None].contiguous()
 
 
-ResizeMethod = Literal["bicubic", "area", "lanczos"]
-
-
 def center_crop(image: Tensor, multiple: int) -> Tensor:
     """Center-crop the sides of an image `[B, 3, H, W]` to multiples, in pixels.
 
@@ -232,7 +226,7 @@ def center_crop(image: Tensor, multiple: int) -> Tensor:
     Raises:
         SizeError: A side is shorter than `multiple`.
     """
-    height, width = _sides(image, multiple)
+    height, width = check_image(image).shape[-2:]
     if height < multiple or width < multiple:
         raise SizeError(
             f"An image of {height}x{width} pixels cannot be cropped to multiples of {multiple}; "
@@ -247,8 +241,8 @@ def pad_to_multiple(image: Tensor, multiple: int) -> tuple[Tensor, tuple[int, in
 
     Padded by reflection, or by its edge where it is too small for that.
     """
-    height, width = _sides(image, multiple)
     padded = check_image(image)
+    height, width = image.shape[-2:]
     for axis, side in ((2, height), (3, width)):
         amount = -side % multiple
         if amount:
@@ -275,26 +269,22 @@ def fit_to_encoder(image: Tensor, fit: str, multiple: int, fixed: int | None) ->
 
 def crop_back(image: Tensor, unpadded: tuple[int, int], *, scale: int = 1) -> Tensor:
     """Crop an image `[B, 3, H, W]`, enlarged `scale` times since, to the height and width before `pad_to_multiple`."""
-    height, width = (side * scale for side in unpadded)
-    if image.shape[-2] < height or image.shape[-1] < width:
-        raise SizeError(f"{image.shape[-2]}x{image.shape[-1]} pixels cannot be cropped back to {height}x{width}.")
-    return image[..., :height, :width]
+    return image[..., : unpadded[0] * scale, : unpadded[1] * scale]
 
 
-def resize(image: Tensor, height: int, width: int, *, method: ResizeMethod = "bicubic") -> Tensor:
+def resize(
+    image: Tensor, height: int, width: int, *, method: Literal["bicubic", "area", "lanczos"] = "bicubic"
+) -> Tensor:
     """Resize an image `[B, 3, H, W]`: antialiased bicubic, area average, or Lanczos.
 
     Bicubic and Lanczos may overshoot [-1, 1] slightly.
 
     Raises:
         SizeError: A side is not positive.
-        SettingError: An unknown method.
     """
     if height < 1 or width < 1:
         raise SizeError(f"An image has positive sides; got {height}x{width}.")
     image = check_image(image)
-    if method not in get_args(ResizeMethod):
-        raise SettingError(f"Images are resized by bicubic, area or lanczos; not {method!r}.")
     if method != "lanczos":
         return functional.interpolate(image, size=(height, width), mode=method, antialias=method == "bicubic")
     planes = image.detach().float().cpu().flatten(0, 1).numpy()
@@ -319,18 +309,6 @@ def downsampled(pixels: Tensor, size: tuple[int, int]) -> tuple[Tensor, dict[str
         return pixels, described
     small = resize(pixels, size[1], size[0], method="lanczos").clamp(-1.0, 1.0)
     return small, described | {"downsampled_from": list(own)}
-
-
-def lanczos(image: Tensor, scale: int) -> Tensor:
-    """Enlarge `[B, 3, H, W]` by Lanczos, clamped to [-1, 1]; the baseline of comparisons."""
-    return resize(image, image.shape[-2] * scale, image.shape[-1] * scale, method="lanczos").clamp(-1.0, 1.0)
-
-
-def _sides(image: Tensor, multiple: int) -> tuple[int, int]:
-    if multiple < 1:
-        raise SettingError(f"Sides are multiples of a positive number; got {multiple}.")
-    batch = check_image(image)
-    return batch.shape[2], batch.shape[3]
 
 
 def upsampled(small: Tensor, size: torch.Size, begin: int, end: int, *, mode: str = "bicubic") -> Tensor:
