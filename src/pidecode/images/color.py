@@ -108,8 +108,8 @@ def _primaries_to_xyz(primaries: tuple[float, ...], white: tuple[float, float] =
     return scaled
 
 
-def _to_linear_srgb(primaries: tuple[float, ...]) -> NDArray[Any]:
-    matrix: NDArray[Any] = np.linalg.inv(_primaries_to_xyz(_SRGB)) @ _primaries_to_xyz(primaries)
+def _to_linear_srgb(primaries: tuple[float, ...], white: tuple[float, float] = _D65) -> NDArray[Any]:
+    matrix: NDArray[Any] = np.linalg.inv(_primaries_to_xyz(_SRGB)) @ _primaries_to_xyz(primaries, white)
     return matrix
 
 
@@ -144,7 +144,7 @@ def described_colors(image: Image.Image, file: BinaryIO | None) -> RGBColors | N
         if chroma is None or standard:
             return RGBColors((curve,), np.eye(3))
         try:
-            scale = np.linalg.inv(_primaries_to_xyz(_SRGB)) @ _primaries_to_xyz(tuple(chroma[2:]), tuple(chroma[:2]))
+            scale = _to_linear_srgb(tuple(chroma[2:]), tuple(chroma[:2]))
             return RGBColors((curve,), scale / scale.sum(axis=1, keepdims=True))  # white stays white
         except (np.linalg.LinAlgError, ZeroDivisionError, ValueError):
             return None

@@ -32,7 +32,6 @@ def encode_png(
     exif: bytes = b"",
     dpi: tuple[float, float] | None = None,
     icc_profile: bytes | None = None,
-    workers: int | None = None,
 ) -> Iterator[bytes]:
     """Encode a PNG file on several threads.
 
@@ -43,7 +42,7 @@ def encode_png(
     two cores.
 
     The array is `[H, W, 1 to 4]`, uint8 or uint16; its second or fourth channel is alpha. `texts` become text chunks by
-    keyword; `icc_profile` is for colors that are not plain sRGB. By default there is a thread per core, at most 16.
+    keyword; `icc_profile` is for colors that are not plain sRGB. There is a thread per core, at most 16.
 
     Yields:
         The file, in parts.
@@ -75,7 +74,7 @@ def encode_png(
         return _chunk(b"IDAT", head + data), zlib.adler32(filtered.data), filtered.nbytes
 
     total = 1
-    with ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         for piece, checksum, size in pool.map(band, starts):
             total = _combine_adler32(total, checksum, size)
             yield piece
@@ -95,9 +94,7 @@ def read_chunk(file: BinaryIO, kind: bytes) -> bytes | None:
 
 
 def read_texts(file: BinaryIO) -> dict[str, str]:
-    """Uncompressed text chunks of an open PNG file, by keyword; the image is not decompressed."""
-    if file.read(8) != SIGNATURE:
-        raise ImageError("The file is not a PNG.")
+    """Uncompressed text chunks of a PNG file, open after its signature, by keyword; no pixels are decompressed."""
     texts: dict[str, str] = {}
     while True:
         head = file.read(8)

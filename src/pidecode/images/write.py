@@ -244,27 +244,25 @@ class Animation:
         check_format(path, *self.images[0].size)
         target = check_writable(path, overwrite=overwrite)
         attributes, metadata = self.images[0].info.get(ATTRIBUTES) or Attributes(), self.images[0].info.get(KEYWORD)
-        text = None if metadata is None else _metadata_text(metadata)
+        text = _metadata_text(metadata)
         mode = "RGBA" if any(image.has_transparency_data for image in self.images) else "RGB"
         first, *others = (image.convert(mode) for image in self.images)
         options: dict[str, Any] = {"duration": list(self.frames.durations)}
         if kind != "GIF" or self.frames.loop != 1:  # without a number a GIF is shown once
             options["loop"] = self.frames.loop
-        if kind == "PNG":
-            options["pnginfo"] = info = PngImagePlugin.PngInfo()
+        if kind == "GIF":
+            comment = f"{KEYWORD}:{text}"[: MAX_EXIF_BYTES["JPEG"]] if text else attributes.comment
+            options |= {"comment": comment, "disposal": 2}
+        elif kind == "PNG":
+            info = PngImagePlugin.PngInfo()
             for name, value in png_texts(attributes, text).items():
                 info.add_itxt(name, value)
+            options |= {"pnginfo": info, "exif": attributes.exif_block(None, kind)}
             options |= {"dpi": attributes.dpi} if attributes.dpi else {}
-        elif kind == "GIF":
-            options |= {
-                "comment": f"{KEYWORD}:{text}"[: MAX_EXIF_BYTES["JPEG"]] if text else attributes.comment,
-                "disposal": 2,
-            }
         else:
-            options |= {"quality": 50 if quality == 100 else quality or 95, "lossless": quality == 100, "method": 2}
-        if kind != "GIF":
-            exif = _exif(attributes, text, kind) if kind == "WEBP" else attributes.exif_block(None, kind)
-            options |= {"exif": exif, "icc_profile": attributes.icc_profile or b""}
+            options |= _webp_options(quality) | {"exif": _exif(attributes, text, kind)}
+        if kind != "GIF" and attributes.icc_profile:
+            options["icc_profile"] = attributes.icc_profile
         with atomic_write(target, overwrite=overwrite) as file:
             first.save(file, kind, save_all=True, append_images=others, **options)
         return [target]
@@ -334,7 +332,7 @@ def _encode(
         metadata = image.info.get(KEYWORD) if metadata is None else metadata
         attributes = image.info.get(ATTRIBUTES) if attributes is None else attributes
     attributes = attributes or Attributes()
-    text = None if metadata is None else _metadata_text(metadata)
+    text = _metadata_text(metadata)
     if kind == "PNG":
         exif = attributes.exif_block(None, kind)
         texts = png_texts(attributes, text)
@@ -345,24 +343,25 @@ def _encode(
     if kind == "WEBP" and channels < 3:  # it has no gray
         array = np.concatenate([array[..., :1].repeat(3, axis=2), array[..., 1:]], axis=2)
     buffer = io.BytesIO()
-    extra: dict[str, Any] = {"subsampling": 0} if kind == "JPEG" and channels > 2 else {}
+    extra: dict[str, Any] = {"icc_profile": attributes.icc_profile or b"", "exif": _exif(attributes, text, kind)}
     if kind == "WEBP":
-        # Lossless, quality is the effort; the colors under transparency stay too.
-        extra = {"lossless": True, "exact": True} if quality == 100 else {"alpha_quality": 100}
-        quality, extra["method"] = 50 if quality == 100 else quality, 2
-    if attributes.icc_profile:
-        extra["icc_profile"] = attributes.icc_profile
-    if attributes.xmp and (kind == "WEBP" or len(attributes.xmp) < MAX_EXIF_BYTES[kind]):
-        extra["xmp"] = attributes.xmp
-    if kind == "JPEG":
+        extra |= _webp_options(quality) | {"exact": quality == 100}  # the colors under transparency stay too
+    else:
+        extra |= {"quality": quality or 95} | ({"subsampling": 0} if channels > 2 else {})
         if attributes.dpi:
             extra["dpi"] = tuple(round(value) for value in attributes.dpi)
         comment = attributes.other_texts()
         if comment and len(comment.encode()) < MAX_EXIF_BYTES[kind]:
             extra["comment"] = comment
-    exif = _exif(attributes, text, kind)
-    Image.fromarray(_squeezed(array)).save(buffer, kind, quality=quality or 95, exif=exif, **extra)
+    if attributes.xmp and (kind == "WEBP" or len(attributes.xmp) < MAX_EXIF_BYTES[kind]):
+        extra["xmp"] = attributes.xmp
+    Image.fromarray(_squeezed(array)).save(buffer, kind, **extra)
     yield buffer.getvalue()
+
+
+def _webp_options(quality: int | None) -> dict[str, Any]:
+    lossless = quality == 100  # where quality is the effort
+    return {"lossless": lossless, "quality": 50 if lossless else quality or 95, "method": 2}
 
 
 def _flattened(array: NDArray[Any]) -> NDArray[Any]:
@@ -392,11 +391,10 @@ def read_metadata(path: str | os.PathLike[str] | bytes | BinaryIO) -> dict[str, 
     name, opened = open_source(path)
     with as_image_error(name), nullcontext() if opened is path else opened:
         file = cast(BinaryIO, BoundedFile(opened))
-        is_png = file.read(8) == SIGNATURE
-        file.seek(0)
-        if is_png:
+        if file.read(8) == SIGNATURE:
             text = read_texts(file).get(KEYWORD)
         else:
+            file.seek(0)
             with open_image(file) as image:
                 text = metadata_in_exif(image)
     if text is None:
@@ -427,10 +425,10 @@ def _as_array(image: Image.Image | Tensor | NDArray[Any], bits: int) -> NDArray[
     return image
 
 
-def _metadata_text(metadata: Mapping[str, Any]) -> str:
+def _metadata_text(metadata: Mapping[str, Any] | None) -> str | None:
     """Metadata as JSON in ASCII, which fits into the fields of every format."""
     try:
-        return json.dumps(dict(metadata), allow_nan=False)
+        return None if metadata is None else json.dumps(dict(metadata), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise SettingError(f"The metadata holds a value that JSON cannot represent: {error}.") from error
 

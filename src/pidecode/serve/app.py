@@ -19,7 +19,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from pidecode.errors import BusyError, SettingError
+from pidecode.errors import SettingError
 from pidecode.serve import http, openai, prometheus, schemas
 from pidecode.serve.queue import DecodeJob, JobStatus
 from pidecode.serve.service import DecodeService, Result
@@ -29,7 +29,6 @@ from pidecode.version import __version__
 
 NDJSON = "application/x-ndjson"
 MAX_FORM_FILES = 17  # sixteen images and a mask, which OpenAI takes
-INSPECTIONS = 8  # files that may be inspected or wait for it
 
 _STATIC_TYPES = {
     "index.html": "text/html; charset=utf-8", "style.css": "text/css; charset=utf-8", "icon.svg": "image/svg+xml",
@@ -68,14 +67,14 @@ def create_app(
         summary="Decode latents and upscale images with pixel diffusion decoders.",
         docs_url=None, redoc_url=None,  # FastAPI's own pages load scripts from other hosts
     )  # fmt: skip
-    reader, inspector = http.BodyReader(service.queue, service.limits), Inspector(service)
+    reader = http.BodyReader(service.queue, service.limits)
     stats = prometheus.ResponseStats()
     http.add_error_handlers(app)
     _add_page(app, token)
     _add_jobs(app, service, reader)
     _add_streamed_jobs(app, service)
-    _add_queries(app, service, reader, inspector)
-    _add_openai(app, service, reader, inspector)
+    _add_queries(app, service, reader)
+    _add_openai(app, service, reader)
     _add_monitoring(app, service, stats)
     paths = [getattr(route, "path", "") for route in app.routes]
     app.add_middleware(
@@ -84,26 +83,6 @@ def create_app(
     )  # fmt: skip
     app.add_middleware(prometheus.MetricsMiddleware, paths=paths, stats=stats)
     return app
-
-
-class Inspector:
-    """Reads files outside the queue: one at a time, and only a few waiting."""
-
-    def __init__(self, service: DecodeService) -> None:
-        self.service = service
-        self.turn = asyncio.Semaphore(1)
-        self.inside = 0
-
-    async def inspect(self, data: bytes) -> schemas.FileInfo:
-        """As `DecodeService.inspect`, or BusyError if too many files are waiting."""
-        if self.inside >= INSPECTIONS:
-            raise BusyError("Too many files are being inspected. Retry later.", 1.0)
-        self.inside += 1
-        try:
-            async with self.turn:
-                return await asyncio.to_thread(self.service.inspect, data)
-        finally:
-            self.inside -= 1
 
 
 def _responses(content: Mapping[str, Any], description: str, errors: Iterable[int]) -> dict[int | str, dict[str, Any]]:
@@ -210,7 +189,7 @@ def _add_streamed_jobs(app: FastAPI, service: DecodeService) -> None:
         _streamed_job(service, name).cancel()
 
 
-def _add_queries(app: FastAPI, service: DecodeService, reader: http.BodyReader, inspector: Inspector) -> None:
+def _add_queries(app: FastAPI, service: DecodeService, reader: http.BodyReader) -> None:
     @app.get("/v1/server", summary="Version, device and limits", responses=_errors(_AUTH_ERRORS))
     async def server() -> schemas.ServerInfo:
         """The limits hold for every request."""
@@ -225,7 +204,7 @@ def _add_queries(app: FastAPI, service: DecodeService, reader: http.BodyReader, 
     )  # fmt: skip
     async def inspect(request: Request) -> schemas.FileInfo:
         """Tells whether the file is an image or a latent, its size and its metadata. Nothing is decoded."""
-        return await inspector.inspect(await reader.read(request, queued=False))
+        return await _inspect(request, service, await reader.read(request, queued=False))
 
     @app.get("/v1/plan", summary="Estimate a decode", responses=_errors((400, *_AUTH_ERRORS, 422)))
     async def plan(params: Annotated[schemas.PlanParams, Query()]) -> schemas.DecodePlan:
@@ -234,7 +213,7 @@ def _add_queries(app: FastAPI, service: DecodeService, reader: http.BodyReader, 
         return service.plan(params.model, file, params.output_size())
 
 
-def _add_openai(app: FastAPI, service: DecodeService, reader: http.BodyReader, inspector: Inspector) -> None:
+def _add_openai(app: FastAPI, service: DecodeService, reader: http.BodyReader) -> None:
     @app.get("/v1/models", summary="List the models", responses=_errors(_AUTH_ERRORS))
     async def models() -> openai.ModelList:
         """The first is the default."""
@@ -269,7 +248,7 @@ def _add_openai(app: FastAPI, service: DecodeService, reader: http.BodyReader, i
         image, fields = await _read_form(request, await reader.read(request))
         form = _validated(openai.ImageEditRequest, fields)
         decoder = service.decoder(name := form.decoder_name(service.decoders))
-        if (await inspector.inspect(image)).kind != "image":
+        if (await _inspect(request, service, image)).kind != "image":
             raise SettingError("The file is a latent; send it to /v1/decode.")
         prompt = {"prompt": form.prompt} if decoder.reads_text and form.prompt else {}
         size = {} if form.size == "auto" else dict(zip(("width", "height"), parse_size(form.size), strict=True))
@@ -300,6 +279,13 @@ def _add_monitoring(app: FastAPI, service: DecodeService, stats: prometheus.Resp
     async def metrics() -> Response:
         """Queue, jobs, responses and memory."""
         return Response(stats.text(service.queue), media_type=prometheus.CONTENT_TYPE)
+
+
+async def _inspect(request: Request, service: DecodeService, data: bytes) -> schemas.FileInfo:
+    """As `DecodeService.inspect`: beside the queue of decodes, one file at a time, and only a few waiting."""
+    job = service.inspections.submit(lambda _: service.inspect(data))
+    info: schemas.FileInfo = await http.result_of(request, job)
+    return info
 
 
 async def _respond(request: Request, service: DecodeService, job: DecodeJob, params: schemas.ResultParams) -> Response:

@@ -58,17 +58,21 @@ class DecodeJob:
 
     def __init__(self, function: JobFunction, queue: JobQueue) -> None:
         self.id = secrets.token_urlsafe(12)
-        self.created = time.monotonic()
         self.started: float | None = None
         self.ended: float | None = None
         self.expected_seconds: float | None = None  # set by the function, where it can predict its time
         self.reconnect_seconds = 0.0  # how long it goes on when its last follower is gone
         self._measured: float | None = None
-        self.deadline = None if queue.timeout is None else self.created + queue.timeout
         self._function: JobFunction | None = function
         self._queue = queue
         self._status = JobStatus(state="waiting")
         self._cancel_reason: str | None = None
+        self._timer: threading.Timer | None = None
+        if queue.timeout is not None:
+            reason = f"The job took longer than the {queue.timeout:g} seconds it may take, waiting included; it was "
+            self._timer = threading.Timer(queue.timeout, self.cancel, [f"{reason}stopped."])
+            self._timer.daemon = True
+            self._timer.start()
         self._future: futures.Future[Any] = futures.Future()
         self._listeners: list[Callable[[], None]] = []
 
@@ -103,11 +107,6 @@ class DecodeJob:
         left = None if total is None or self.over else max(0.0, total - ran)
         return replace(status, seconds=ran, seconds_left=left)
 
-    @property
-    def late(self) -> bool:
-        """Whether the deadline has passed."""
-        return self.deadline is not None and time.monotonic() > self.deadline
-
     def cancel(self, reason: str = "The job was cancelled.") -> None:
         """Remove a waiting job from the queue, or stop a running one at its next check; no effect once it is over.
 
@@ -116,9 +115,7 @@ class DecodeJob:
         self._queue._cancel(self, reason)
 
     def check(self) -> None:
-        """Called by the job's function between steps; Cancelled if the job was cancelled or its deadline has passed."""
-        if self.late and self._cancel_reason is None:
-            self._cancel_reason = self._queue.timeout_message
+        """Called by the job's function between steps; Cancelled if the job was cancelled or its time is up."""
         if self._cancel_reason is not None:
             raise Cancelled(self._cancel_reason)
 
@@ -155,15 +152,8 @@ class DecodeJob:
                 yield status
                 if over:
                     return
-                left = HEARTBEAT_SECONDS
-                if self.deadline is not None:
-                    left = max(0.0, min(left, self.deadline - time.monotonic()))
-                try:
-                    await asyncio.wait_for(changed.wait(), left)
-                except TimeoutError:
-                    if self.late:
-                        self.cancel(self._queue.timeout_message)
-                        self.deadline = None  # cancel once; a running job now stops at its next check
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(changed.wait(), HEARTBEAT_SECONDS)
         finally:
             self._listeners.remove(wake)
 
@@ -173,6 +163,8 @@ class DecodeJob:
             listener()
 
     def _end(self, state: DecodeJobState, result: Any = None, error: BaseException | None = None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         self._function = None  # its closure may hold an image; the queue keeps nothing of a finished job
         self.ended = time.monotonic()
         last = self._status
@@ -214,11 +206,6 @@ class JobQueue:
         self._changed = threading.Condition()
         self.closed = False  # by `stop`, after which no job is accepted
         self._worker: threading.Thread | None = None
-
-    @property
-    def timeout_message(self) -> str:
-        """The message for a job that took too long."""
-        return f"The job took longer than the {self.timeout:g} seconds it may take, waiting included; it was stopped."
 
     @property
     def waiting(self) -> int:

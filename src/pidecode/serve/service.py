@@ -30,6 +30,7 @@ from pidecode.weights.safetensors import looks_like_safetensors
 PREVIEW_SIDE = 448  # longest side of a preview, in pixels
 WARM_UP_IMAGE = b"P6 96 96 255\n" + bytes(96 * 96 * 3)
 LEAST_PIXELS = 256 * 256  # of a result whose time grows with its pixels; a smaller one takes as long
+INSPECTIONS_WAITING = 7  # files that may wait to be inspected
 RESULTS_KEPT = 4
 RESULT_SECONDS = 300.0  # how long a streamed job's result can be fetched
 MAX_SHOWN = 20_000  # characters of a text of another program that the page shows
@@ -130,6 +131,7 @@ class DecodeService:
         self.decoders = dict(decoders)
         self.limits = limits or schemas.RequestLimits()
         self.queue = JobQueue(self.limits.waiting, timeout=self.limits.job_seconds)
+        self.inspections = JobQueue(INSPECTIONS_WAITING)
         self.text_to_latent = text_to_latent
         self.streamed = StreamedJobs()
         self.speeds = Speeds()
@@ -251,7 +253,8 @@ class DecodeService:
         return self.queue.submit(run)
 
     def stop(self, grace: float = 10.0) -> None:
-        """Stop the queue: see `JobQueue.stop`."""
+        """Stop both queues: see `JobQueue.stop`."""
+        self.inspections.stop()
         self.queue.stop(grace)
 
     def _timed_result(
