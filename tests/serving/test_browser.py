@@ -457,8 +457,7 @@ def test_a_job_that_is_gone_after_a_reload_is_told(page: Any, served: Served) ->
         page.click("#go")
         served.until(lambda: served.service.queue.waiting == 1)
         page.wait_for_timeout(500)
-        for job in tuple(served.service.streamed._jobs):
-            del served.service.streamed._jobs[job]  # as after a restart
+        served.service.streamed.clear()  # as after a restart
         page.reload()
         page.wait_for_selector("#error", state="visible")
         assert "the server was restarted. Run it again" in page.inner_text("#error p")

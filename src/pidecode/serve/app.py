@@ -167,10 +167,10 @@ def _add_streamed_jobs(app: FastAPI, service: DecodeService) -> None:
     )  # fmt: skip
     async def result(name: str) -> Response:
         """Each result can be fetched once, within five minutes."""
-        found = service.streamed.pop_result(name)
-        if found is None:
+        found = service.streamed.get(name)
+        if found is None or found.state != "done":
             raise HTTPException(404, "This result was fetched already, or is too old; run the job again.")
-        return _file(found)
+        return _file(service.streamed.pop(name).result())
 
     @app.get(
         "/v1/jobs/{name}", summary="Follow a streamed job again", response_class=Response,
@@ -293,7 +293,7 @@ async def _respond(request: Request, service: DecodeService, job: DecodeJob, par
     if not params.stream:
         return _file(await http.result_of(request, job))
     job.reconnect_seconds = params.reconnect_seconds or 0.0
-    service.streamed.add(job)
+    service.keep_streamed(job)
     return _progress(request, job)
 
 

@@ -17,13 +17,11 @@ from pidecode.serve.service import Result
 
 MAX_IMAGES = 4
 
-Background = Literal["auto", "opaque", "transparent"]
-
 ParamsT = TypeVar("ParamsT", bound=ResultParams)
 
 RequestT = TypeVar("RequestT", bound="OpenAIRequest")
 
-_IGNORED = Field(max_length=200, description="Accepted and ignored.")
+IgnoredText = Annotated[str | None, Field(max_length=200, description="Accepted and ignored.")]
 _OPENAI_MODELS = re.compile(r"(gpt-image|chatgpt-image|dall-e)-")
 _SIZE = "^(auto|[1-9][0-9]{1,4}x[1-9][0-9]{1,4})$"
 
@@ -37,29 +35,30 @@ class OpenAIRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
     option_names: ClassVar[tuple[str, ...]] = ()
 
-    model: Annotated[
-        str | None, Field(max_length=200, description="A name from /v1/models; OpenAI's own names mean the first.")
-    ] = None
-    n: Annotated[int, Field(ge=1, le=MAX_IMAGES, description="Number of images, with consecutive seeds.")] = 1
-    response_format: Annotated[
-        Literal["b64_json"], Field(description="Images are in the response itself; the server keeps no files.")
-    ] = "b64_json"
+    model: str | None = Field(
+        default=None, max_length=200, description="A name from /v1/models; OpenAI's own names mean the first."
+    )
+    n: int = Field(default=1, ge=1, le=MAX_IMAGES, description="Number of images, with consecutive seeds.")
+    response_format: Literal["b64_json"] = Field(
+        default="b64_json", description="Images are in the response itself; the server keeps no files."
+    )
     output_format: FileFormat = "png"
-    output_compression: Annotated[
-        int | None, Field(ge=0, le=100, description="Quality of WebP and JPEG; no effect on PNG.")
-    ] = None
-    background: Annotated[Background, Field(description=(
-        "auto keeps the transparency of the image, opaque puts it on white, transparent demands it."
-    ))] = "auto"  # fmt: skip
-    stream: Annotated[
-        Literal[False] | None, Field(description="Events are at /v1/upscale?stream=true and /v1/decode?stream=true.")
-    ] = None
-    quality: Annotated[str | None, _IGNORED] = None
-    style: Annotated[str | None, _IGNORED] = None
-    moderation: Annotated[str | None, _IGNORED] = None
-    input_fidelity: Annotated[str | None, _IGNORED] = None
-    partial_images: Annotated[int | None, Field(ge=0, le=0, description="Only 0: there are none.")] = None
-    user: Annotated[str | None, _IGNORED] = None
+    output_compression: int | None = Field(
+        default=None, ge=0, le=100, description="Quality of WebP and JPEG; no effect on PNG."
+    )
+    background: Literal["auto", "opaque", "transparent"] = Field(
+        default="auto",
+        description="auto keeps the transparency of the image, opaque puts it on white, transparent demands it.",
+    )
+    stream: Literal[False] | None = Field(
+        default=None, description="Events are at /v1/upscale?stream=true and /v1/decode?stream=true."
+    )
+    quality: IgnoredText = None
+    style: IgnoredText = None
+    moderation: IgnoredText = None
+    input_fidelity: IgnoredText = None
+    partial_images: int | None = Field(default=None, ge=0, le=0, description="Only 0: there are none.")
+    user: IgnoredText = None
 
     @field_validator("stream", mode="before")
     @classmethod
@@ -77,17 +76,14 @@ class OpenAIRequest(BaseModel):
         There is a single one where all images would be equal, because a decoder of that `kind` takes no seed.
         """
         options = self.model_dump(include=set(self.option_names), exclude_none=True)
-        quality = None if self.output_format == "png" or self.output_compression is None else self.output_compression
+        options |= {"model": decoder_name, "format": self.output_format}
+        if self.output_format != "png" and self.output_compression is not None:
+            options["quality"] = max(1, self.output_compression)
         jobs = []
         for index in range(1 if kind == "feed-forward" else self.n):
             if index:
                 options["seed"] = (options.get("seed", 0) + 1) % (MAX_JSON_INTEGER + 1)
-            jobs.append(
-                params(
-                    model=decoder_name, format=self.output_format,
-                    quality=None if quality is None else max(1, quality), **options,
-                )
-            )  # fmt: skip
+            jobs.append(params(**options))
         return jobs
 
 
@@ -96,24 +92,22 @@ class ImageGenerationRequest(OpenAIRequest):
     """Body of /v1/images/generations."""
 
     prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_LENGTH)]
-    background: Annotated[Literal["auto", "opaque"], Field(description="No effect; nothing is made transparent.")] = (
-        "auto"
+    background: Literal["auto", "opaque"] = Field(default="auto", description="No effect; nothing is made transparent.")
+    size: str = Field(
+        default="auto", pattern=_SIZE, description="WIDTHxHEIGHT of the result in pixels; auto is 2048x2048."
     )
-    size: Annotated[
-        str, Field(pattern=_SIZE, description="WIDTHxHEIGHT of the result in pixels; auto is 2048x2048.")
-    ] = "auto"
 
 
 @with_decode_options("upscale", exclude=("size", "prompt"))
 class ImageEditRequest(OpenAIRequest):
     """Form fields of /v1/images/edits besides the image."""
 
-    prompt: Annotated[str | None, Field(max_length=MAX_PROMPT_LENGTH, description=(
+    prompt: str | None = Field(default=None, max_length=MAX_PROMPT_LENGTH, description=(
         "What the image shows, for decoders that read text; ignored by others."
-    ))] = None  # fmt: skip
-    size: Annotated[str, Field(pattern=_SIZE, description=(
+    ))  # fmt: skip
+    size: str = Field(default="auto", pattern=_SIZE, description=(
         "auto for the enlarged size, or a smaller size of the same shape in pixels."
-    ))] = "auto"  # fmt: skip
+    ))  # fmt: skip
 
     @classmethod
     def form_schema(cls) -> dict[str, Any]:

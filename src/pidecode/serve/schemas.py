@@ -60,18 +60,15 @@ class ResultParams(BaseModel):
     option_names: ClassVar[tuple[str, ...]] = ()  # decode options among the fields; `size` stands for width and height
 
     model: ModelName = None
-    format: Annotated[FileFormat, Field(description=_SAVE["format"].help)] = "png"
-    quality: Annotated[int | None, Field(ge=1, le=100, description=_SAVE["quality"].help)] = None
-    stream: Annotated[
-        bool, Field(description="Answer with the job's progress as lines of JSON, the last of which links to the file.")
-    ] = False
-    reconnect_seconds: Annotated[
-        float | None,
-        Field(
-            ge=0.1, le=300,
-            description="How long a streamed job goes on without its client, which can follow it again at /v1/jobs.",
-        ),
-    ] = None  # fmt: skip
+    format: FileFormat = Field(default="png", description=_SAVE["format"].help)
+    quality: int | None = Field(default=None, ge=1, le=100, description=_SAVE["quality"].help)
+    stream: bool = Field(
+        default=False,
+        description="Answer with the job's progress as lines of JSON, the last of which links to the file.",
+    )
+    reconnect_seconds: float | None = Field(default=None, ge=0.1, le=300, description=(
+        "How long a streamed job goes on without its client, which can follow it again at /v1/jobs."
+    ))  # fmt: skip
 
     def options(self) -> DecodeOptions:
         """The decode options that were given. Raises SettingError if one is out of range or cannot act."""
@@ -128,17 +125,17 @@ class UpscaleParams(ResultParams):
 class DecodeParams(ResultParams):
     """Parameters for decoding a latent."""
 
-    space: Annotated[
-        str | None, Field(max_length=40, description="Latent space of a normalized latent whose file does not name it.")
-    ] = None
+    space: str | None = Field(
+        default=None, max_length=40, description="Latent space of a normalized latent whose file does not name it."
+    )
 
 
 @with_decode_options("decode", exclude=("size", "prompt"))
 class GenerateParams(ResultParams):
     """Parameters for generating an image from a prompt."""
 
-    width: Annotated[int, Field(ge=16, le=MAX_SIDE, description="Width of the result in pixels.")] = 2048
-    height: Annotated[int, Field(ge=16, le=MAX_SIDE, description="Height of the result in pixels.")] = 2048
+    width: int = Field(default=2048, ge=16, le=MAX_SIDE, description="Width of the result in pixels.")
+    height: int = Field(default=2048, ge=16, le=MAX_SIDE, description="Height of the result in pixels.")
 
 
 class PlanParams(BaseModel):
@@ -150,8 +147,8 @@ class PlanParams(BaseModel):
     width: Annotated[int, Field(ge=1, le=MAX_SIDE, description="Of the input, in pixels or latent cells.")]
     height: Annotated[int, Field(ge=1, le=MAX_SIDE, description="Of the input, in pixels or latent cells.")]
     model: ModelName = None
-    output_width: Annotated[Side, Field(description="Of the result, with output_height; for latents only.")] = None
-    output_height: Annotated[Side, Field(description="Of the result, with output_width; for latents only.")] = None
+    output_width: Side = Field(default=None, description="Of the result, with output_height; for latents only.")
+    output_height: Side = Field(default=None, description="Of the result, with output_width; for latents only.")
 
     def output_size(self) -> tuple[int, int] | None:
         """Width and height of the result, if given. Raises SettingError if only one is, or if they are for an image."""
@@ -198,7 +195,7 @@ class DecodePlan(BaseModel):
     working: Annotated[int, Field(description="Needed on top while the decode runs.")]
     free: Annotated[int | None, Field(description="Free memory; null where the device does not report it.")]
     fits: bool
-    seconds: Annotated[float | None, Field(description="Predicted time, from earlier jobs of this server.")] = None
+    seconds: float | None = Field(default=None, description="Predicted time, from earlier jobs of this server.")
 
 
 class ServerLimits(BaseModel):
@@ -225,27 +222,27 @@ class JobEvent(BaseModel):
 
     id: Annotated[str, Field(description="Of the job, for /v1/jobs.")]
     state: Literal["waiting", "running", "done", "failed", "cancelled"]
-    position: Annotated[int | None, Field(description="Position in the queue while waiting; 1 is next.")] = None
+    position: int | None = Field(default=None, description="Position in the queue while waiting; 1 is next.")
     step: int | None = None
-    num_steps: Annotated[int | None, Field(description="0 while unknown.")] = None
-    activity: Annotated[
-        str | None, Field(description="What is being done, in words, such as: decoding, strip 3 of 8.")
-    ] = None
-    done: Annotated[float | None, Field(description="Share of the predicted work that is done, 0 to 1.")] = None
-    seconds_left: Annotated[float | None, Field(description="Predicted time to the end, once it is known.")] = None
-    preview: Annotated[str | None, Field(description="Newest estimate: a data URL with a small JPEG.")] = None
-    result: Annotated[
-        str | None, Field(description="Path of the finished file. It can be fetched once, within five minutes.")
-    ] = None
+    num_steps: int | None = Field(default=None, description="0 while unknown.")
+    activity: str | None = Field(
+        default=None, description="What is being done, in words, such as: decoding, strip 3 of 8."
+    )
+    done: float | None = Field(default=None, description="Share of the predicted work that is done, 0 to 1.")
+    seconds_left: float | None = Field(default=None, description="Predicted time to the end, once it is known.")
+    preview: str | None = Field(default=None, description="Newest estimate: a data URL with a small JPEG.")
+    result: str | None = Field(
+        default=None, description="Path of the finished file. It can be fetched once, within five minutes."
+    )
     width: int | None = None
     height: int | None = None
-    metadata: Annotated[dict[str, Any] | None, Field(description="What is written into the file.")] = None
+    metadata: dict[str, Any] | None = Field(default=None, description="What is written into the file.")
     warnings: list[str] | None = None
-    seconds: Annotated[float | None, Field(description="Time the job has run, without waiting.")] = None
-    bytes: Annotated[int | None, Field(description="Size of the finished file.")] = None
-    error: Annotated[
-        dict[str, str] | None, Field(description="message, type and code, as in every error response.")
-    ] = None
+    seconds: float | None = Field(default=None, description="Time the job has run, without waiting.")
+    bytes: int | None = Field(default=None, description="Size of the finished file.")
+    error: dict[str, str] | None = Field(
+        default=None, description="message, type and code, as in every error response."
+    )
 
 
 class Health(BaseModel):

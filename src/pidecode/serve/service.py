@@ -49,29 +49,6 @@ class Result:
     seconds: float  # time the job ran, without waiting
 
 
-class StreamedJobs:
-    """Streamed jobs by their id: those in the queue, and the newest finished ones until their result is fetched."""
-
-    def __init__(self) -> None:
-        self._jobs: dict[str, DecodeJob] = {}
-
-    def add(self, job: DecodeJob) -> None:
-        """Keep a job, and forget those that failed, and results that are old or many."""
-        old = time.monotonic() - RESULT_SECONDS
-        done = [one for one in self._jobs.values() if one.state == "done" and (one.ended or 0.0) > old]
-        kept = [one for one in self._jobs.values() if not one.over] + done[-RESULTS_KEPT:]
-        self._jobs = {one.id: one for one in (*kept, job)}
-
-    def get(self, name: str) -> DecodeJob | None:
-        """The job of that id; None if there is none."""
-        return self._jobs.get(name)
-
-    def pop_result(self, name: str) -> Result | None:
-        """Forget a finished job and return its result; None if there is none of that id."""
-        job = self._jobs.get(name)
-        return None if job is None or job.state != "done" else self._jobs.pop(name).result()
-
-
 class Speeds:
     """Seconds a pixel, by model and by the options that time depends on, from the newest job of each kind."""
 
@@ -133,7 +110,8 @@ class DecodeService:
         self.queue = JobQueue(self.limits.waiting, timeout=self.limits.job_seconds)
         self.inspections = JobQueue(INSPECTIONS_WAITING)
         self.text_to_latent = text_to_latent
-        self.streamed = StreamedJobs()
+        # Streamed jobs by their id: those in the queue, and the newest finished ones until their result is fetched.
+        self.streamed: dict[str, DecodeJob] = {}
         self.speeds = Speeds()
 
     def decoder(self, name: str | None) -> PixelDecoder:
@@ -251,6 +229,13 @@ class DecodeService:
             return _result(params, generate)
 
         return self.queue.submit(run)
+
+    def keep_streamed(self, job: DecodeJob) -> None:
+        """Keep a streamed job, and forget those that failed, and results that are old or many."""
+        old = time.monotonic() - RESULT_SECONDS
+        done = [one for one in self.streamed.values() if one.state == "done" and (one.ended or 0.0) > old]
+        kept = [one for one in self.streamed.values() if not one.over] + done[-RESULTS_KEPT:]
+        self.streamed = {one.id: one for one in (*kept, job)}
 
     def stop(self, grace: float = 10.0) -> None:
         """Stop both queues: see `JobQueue.stop`."""
