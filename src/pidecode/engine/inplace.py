@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pidecode.engine.machine import Chunks
 from pidecode.engine.offload import BlockOffloader
 from pidecode.engine.ops import elementwise as ops
-from pidecode.engine.ops.quantize import weight_rows
+from pidecode.engine.ops.quantize import slice_weight
 from pidecode.engine.pixel_tiles import PixelHalves, run_pixel_blocks
 from pidecode.engine.timesteps import StepModulation
 from pidecode.models.pid.adapter import Gate, Injection
@@ -80,10 +80,10 @@ def denoise(
     chunks = chunks or default_chunks(net, x_B3HW.device)
     tokens = _embed(net, x_B3HW, chunks)
     _run_patch_blocks(net, tokens, modulation, condition, chunks, offloader)
-    _finish_tokens_(net, tokens, modulation, condition, chunks)
-    dtype = net.final_layer.linear.weight.dtype
-    if tokens.dtype != dtype:
-        tokens = tokens.to(dtype)
+    F.silu(tokens.add_(modulation.embedding), inplace=True)  # the pixel blocks' condition
+    if condition.pixel_injection is not None:
+        gate_(net.pit_lq_gate, tokens, condition.pixel_injection, chunks)
+    tokens = tokens.to(net.dtype)
     return run_pixel_blocks(net, x_B3HW, tokens, condition, chunks, halves)
 
 
@@ -110,8 +110,7 @@ def _run_patch_blocks(
     """All patch blocks on the image stream `x` `[B, L, D]`, in place."""
     y = None if condition.text is None else condition.text.float().clone().expand(x.shape[0], -1, -1).contiguous()
     length = x.shape[1] + (0 if y is None else y.shape[1])
-    dtype = net.final_layer.linear.weight.dtype
-    joint = x.new_empty(x.shape[0], length, 3 * x.shape[2], dtype=dtype)
+    joint = x.new_empty(x.shape[0], length, 3 * x.shape[2], dtype=net.dtype)
     rotation = torch.complex(*condition.rotation)
     text_rotation = None if condition.text_rotation is None else torch.complex(*condition.text_rotation)
     blocks: Any = net.patch_blocks
@@ -140,7 +139,9 @@ class _BlockPass:
         if y is not None and self.text is not None:
             self._project(y, self.text, text_rotation, 0, "y", want_query=want_text)
         q, k, v = split_heads(self.joint, self.block.attn.heads)
-        out = attend(q if want_text else q[:, N:], *self._gathered(k, v, N))
+        if (gather := self.block.attn.gather) is not None:  # the image's tokens are sharded over processes
+            k, v = (torch.cat((t[:, :N], gather(t[:, N:].contiguous())), dim=1) for t in (k, v))
+        out = attend(q if want_text else q[:, N:], k, v)
         self._finish(x, self.image, out[:, out.shape[1] - x.shape[1] :], "x")
         if want_text and y is not None and self.text is not None:
             self._finish(y, self.text, out[:, :N], "y")
@@ -152,36 +153,28 @@ class _BlockPass:
         for run in ops.runs(B, length, size):
             yield run, vectors[run[0].start % len(vectors)]
 
-    def _gathered(self, k: Tensor, v: Tensor, text_tokens: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the whole image, where its tokens are sharded over processes."""
-        gather = self.block.attn.gather
-        if gather is None:
-            return k, v
-        full = [torch.cat((t[:, :text_tokens], gather(t[:, text_tokens:].contiguous())), dim=1) for t in (k, v)]
-        return full[0], full[1]
-
     def _project(
         self, x: Tensor, vectors: Tensor, rotation: Tensor | None, offset: int, stream: str, *, want_query: bool = True
     ) -> None:
         """Queries, keys and values of a stream, written into the joint buffer from token `offset` on."""
         attn = self.block.attn
         qkv, k_norm = getattr(attn, f"qkv_{stream}"), getattr(attn, f"k_norm_{stream}")
-        for (samples, part), (shift, factor, *_) in self._runs(x, vectors):
-            tokens = ops.norm_modulate(ops.cut_run(x, (samples, part)), shift, factor, self.joint.dtype)
+        for run, (shift, factor, *_) in self._runs(x, vectors):
+            samples, part = run
+            tokens = ops.norm_modulate(ops.cut_run(x, run), shift, factor, self.joint.dtype)
             place = self.joint[samples, offset + part.start : offset + part.stop]
             # Several samples lie apart in the joint buffer, so their projection is written to one of its own first.
-            count = len(place)
-            flat = place[0] if count == 1 else place.new_empty(len(tokens), place.shape[2])
+            flat = place[0] if len(place) == 1 else place.new_empty(len(tokens), place.shape[2])
             if want_query:
                 ops.linear_into(qkv, tokens, flat)
             else:  # keys and values only: nothing reads the last block's prompt output
-                flat[:, x.shape[2] :] = weight_rows(qkv, slice(x.shape[2], None))(tokens)
-            turns = None if rotation is None else rotation[part].repeat(count, 1) if count > 1 else rotation[part]
+                flat[:, x.shape[2] :] = slice_weight(qkv, lambda t: t[x.shape[2] :])(tokens)
+            turns = None if rotation is None else ops.cut_table(rotation, run)
             q, k, _ = split_heads(flat, attn.heads)
             if want_query:
                 ops.norm_rotate_(q, getattr(attn, f"q_norm_{stream}").weight, turns)
             ops.norm_rotate_(k, k_norm.weight, turns)
-            if count > 1:
+            if len(place) > 1:
                 place.copy_(flat.view_as(place))
 
     def _finish(self, x: Tensor, vectors: Tensor, out: Tensor, stream: str) -> None:
@@ -189,10 +182,10 @@ class _BlockPass:
         proj, mlp = getattr(self.block.attn, f"proj_{stream}"), getattr(self.block, f"mlp_{stream}")
         for run, (_, _, gate1, shift2, factor2, gate2) in self._runs(x, vectors):
             tokens = ops.cut_run(x, run)
-            inner = ops.add_norm_modulate_(
-                tokens, proj(out[run].flatten(0, 1)), gate1, shift2, factor2, self.joint.dtype
-            )
-            ops.add_gated_(tokens, ops.gated_feed_forward(inner, mlp.w1, mlp.w3, mlp.w2), gate2)
+            attended = proj(out[run].flatten(0, 1))
+            inner = ops.add_norm_modulate_(tokens, attended, gate1, shift2, factor2, self.joint.dtype)
+            del attended  # its memory is taken again by the feed-forward
+            ops.add_gated_(tokens, mlp.w2(ops.silu_times_(mlp.w1(inner), mlp.w3(inner))), gate2)
 
 
 def gate_(gate: Any, x: Tensor, injection: Injection, chunks: Chunks) -> None:
@@ -200,13 +193,6 @@ def gate_(gate: Any, x: Tensor, injection: Injection, chunks: Chunks) -> None:
     for run in ops.runs(len(x), x.shape[1], chunks.tokens):
         tokens, logits = chunk_of(injection, run)
         ops.gate_latent_(ops.cut_run(x, run), tokens, gate.content_proj.weight[:, : x.shape[2]], logits)
-
-
-def _finish_tokens_(net: PiDNet, x: Tensor, modulation: StepModulation, condition: Condition, chunks: Chunks) -> None:
-    """The pixel blocks' condition, in place: `silu(t_emb + x)`, then the pixel gate."""
-    F.silu(x.add_(modulation.embedding), inplace=True)
-    if condition.pixel_injection is not None:
-        gate_(net.pit_lq_gate, x, condition.pixel_injection, chunks)
 
 
 @dataclass(frozen=True, slots=True)

@@ -225,9 +225,9 @@ def _pixel_stage(plan: Plan, config: PiDConfig, size: tuple[int, int]) -> int:
     tile_tokens = columns * _run(B, height // patch, max(1, chunks.tile_tokens // columns))
     tile = tile_tokens * chunks.tile_rows * patch * C
     filled = max(width * height * 3 * 4 * B, B * L * A * 4 if several else 0)
-    # The six vectors' rows of the modulation; dequantized ones are copied twice.
+    # The six vectors' rows of the modulation; those that are dequantized as their codes first.
     eight = plan.scheme == "w8a8"
-    rows = C * chunks.tile_rows * patch * D * (6 if eight else (6 if plan.quantization == "none" else 8) * itemsize)
+    rows = C * chunks.tile_rows * patch * D * (6 if eight else 6 * itemsize + 2 * (plan.quantization != "none"))
     if _keeps_modulation(plan):
         rows = 0
     inside = max(10 * itemsize, 4 * itemsize + _beside(plan, 0, 4)) if eight else 10 * itemsize

@@ -7,7 +7,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -24,7 +23,7 @@ from pidecode.engine.ops.compiled import CompiledOps
 from pidecode.engine.pixel_tiles import PixelHalves
 from pidecode.engine.plan import Plan, predict, step_flops
 from pidecode.engine.sequence_parallel import denoise_sharded, is_parallel
-from pidecode.engine.tiling import Windows, denoise_windows
+from pidecode.engine.tiling import denoise_windows
 from pidecode.errors import DoesNotFitError, SettingError
 from pidecode.models import attention as kernels
 from pidecode.models.attention import AttentionKernel, MeasuredAttention
@@ -280,17 +279,17 @@ class Runner:
 
     def predict(self, condition: Condition) -> Predict:
         """The network as a function of the noisy image and the time."""
-        window, patch = self.plan.window if self.plan else None, self.net.config.patch_size
-        windows = None if window is None else Windows.of_pixels(window, patch)
+        window = self.plan.window if self.plan else None
         self.require(self.net.device)
         self._compare_once()
 
         def once(x: Tensor, t: Tensor) -> Tensor:
-            with kernels.use_kernel(self.attention_kernel(x.device)), self._ops():
+            with kernels.use_kernel(self.attention_kernel(x.device)), elementwise.compiled_ops(self.compiled_ops):
                 if self.sequence_parallel and is_parallel():
                     return denoise_sharded(self.net, self.denoise, x, t, condition)
-                if windows is not None:
-                    return denoise_windows(self.denoise, x, t, condition, windows, patch)
+                if window is not None:  # a quarter of each is shared with its neighbor
+                    side = max(1, window // self.net.config.patch_size)
+                    return denoise_windows(self.denoise, x, t, condition, side, side // 4)
                 if self._uses_graphs():
                     return self._replay(x, t, condition)
                 return self.denoise(x, t, condition)
@@ -330,7 +329,7 @@ class Runner:
 
             def agrees(what: str, run: Callable[[Tensor], Tensor]) -> bool:
                 try:
-                    with self._ops():
+                    with elementwise.compiled_ops(self.compiled_ops):
                         found = [run(x) for x in noise]
                 except Exception as error:  # compilers fail in many ways
                     why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -350,9 +349,6 @@ class Runner:
             cache, modulation = GraphCache(self._evaluate, capture_on(net.device)), self.modulation_at(times)
             if graphs and not agrees("CUDA graphs", lambda x: cache.run(x, modulation, condition, self.attention)):
                 self.cuda_graphs = False
-
-    def _ops(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.compiled_ops is None else elementwise.compiled_ops(self.compiled_ops)
 
     def _replay(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         if not inplace.runs_in_place(self.net, x.device):

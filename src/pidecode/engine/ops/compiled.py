@@ -89,9 +89,7 @@ class CompiledOps:
     """
 
     def __init__(self, backend: str | Callable[..., Any] = "inductor", *, interpreted: bool = False) -> None:
-        from torch._dynamo.exc import TorchDynamoException
-
-        self._backend, self._interpreted, self._errors = backend, interpreted, TorchDynamoException
+        self._backend, self._interpreted = backend, interpreted
         self._cache: dict[str, Callable[..., Any]] = {}
 
     norm_modulate = _fused(_norm_modulate)
@@ -124,20 +122,9 @@ class CompiledOps:
         return kernels.update_pixels_(tile_TGC, expanded_TGC, vectors, fc1, fc2)  # type: ignore[arg-type]
 
     def _run(self, body: Callable[..., Any], tensors: tuple[Tensor, ...], *constants: Any) -> Any:
-        tokens = tensors[0].shape[0]
         for tensor in tensors:
-            if tensor.ndim > 1 and tensor.shape[0] == tokens:
+            if tensor.ndim > 1 and len(tensor) == len(tensors[0]):
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        try:
-            return self._compiled(body)(*tensors, *constants)
-        except self._errors as error:
-            detail = " ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
-            raise SettingError(
-                f"Compiling {body.__name__.strip('_')} for {tensors[0].device} failed: {detail} Run without compiling, "
-                "or fix what the compiler needs; TORCH_LOGS=+dynamo,+inductor shows all of it."
-            ) from error
-
-    def _compiled(self, body: Callable[..., Any]) -> Callable[..., Any]:
         name = body.__name__
         if name not in self._cache:
             assert isinstance(body, FunctionType)
@@ -145,4 +132,11 @@ class CompiledOps:
             # several networks do not exhaust the limit together.
             own = FunctionType(body.__code__.replace(), body.__globals__, name)
             self._cache[name] = torch.compile(own, backend=self._backend, fullgraph=True, dynamic=False)
-        return self._cache[name]
+        try:
+            return self._cache[name](*tensors, *constants)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            detail = " ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
+            raise SettingError(
+                f"Compiling {name.strip('_')} for {tensors[0].device} failed: {detail} Run without compiling, "
+                "or fix what the compiler needs; TORCH_LOGS=+dynamo,+inductor shows all of it."
+            ) from error

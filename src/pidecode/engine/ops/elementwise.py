@@ -29,8 +29,8 @@ _compiled: ContextVar[CompiledOps | None] = ContextVar("compiled_ops", default=N
 
 
 @contextmanager
-def compiled_ops(ops: CompiledOps) -> Iterator[None]:
-    """Inside the `with`, run the ops that have one as fused kernels. Experimental."""
+def compiled_ops(ops: CompiledOps | None) -> Iterator[None]:
+    """Inside the `with`, run the ops that have one as fused kernels, where some are given. Experimental."""
     token = _compiled.set(ops)
     try:
         yield
@@ -60,6 +60,13 @@ def runs(batch: int, length: int, size: int) -> Iterator[tuple[slice, slice]]:
 def cut_run(x: Tensor, run: tuple[slice, slice]) -> Tensor:
     """A run of `runs` of a contiguous `[B, L, ...]` as `[T, ...]`, a view."""
     return x[run].flatten(0, 1)
+
+
+def cut_table(table_LK: Tensor, run: tuple[slice, slice]) -> Tensor:
+    """Rows of a rotary table for a run of `runs`, once per sample."""
+    samples, part = run
+    count = samples.stop - samples.start
+    return table_LK[part].repeat(count, 1) if count > 1 else table_LK[part]
 
 
 def inverse_rms(x: Tensor) -> Tensor:
@@ -158,22 +165,16 @@ def norm_rotate_(heads_TNK: Tensor, weight_K: Tensor, rotation: Tensor | None) -
         return
     x = heads_TNK if heads_TNK.dtype == torch.float32 else heads_TNK.float()
     x = rms_norm_(x, weight_K)
-    if rotation is not None:
-        _rotate_(x, rotation)
+    if rotation is not None and (x.is_cpu or x.is_cuda or x.is_meta):
+        torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(rotation.unsqueeze(1))
+    elif rotation is not None:  # not every device multiplies complex numbers
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = rotation.real.unsqueeze(1), rotation.imag.unsqueeze(1)
+        new_odd = even * sin + odd * cos
+        even.copy_(even * cos - odd * sin)
+        odd.copy_(new_odd)
     if x is not heads_TNK:
         heads_TNK.copy_(x)
-
-
-def _rotate_(x_TNK: Tensor, rotation: Tensor) -> None:
-    if x_TNK.is_cpu or x_TNK.is_cuda or x_TNK.is_meta:
-        torch.view_as_complex(x_TNK.unflatten(-1, (-1, 2))).mul_(rotation.unsqueeze(1))
-        return
-    # Not every device multiplies complex numbers.
-    even, odd = x_TNK.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rotation.real.unsqueeze(1), rotation.imag.unsqueeze(1)
-    new_odd = even * sin + odd * cos
-    even.copy_(even * cos - odd * sin)
-    odd.copy_(new_odd)
 
 
 def linear_into(linear: nn.Module, x_TD: Tensor, out: Tensor) -> None:
@@ -192,11 +193,6 @@ def silu_times_(x: Tensor, other: Tensor) -> Tensor:
     if (ops := _compiled.get()) is not None:
         return ops.silu_times_(x, other)
     return F.silu(x, inplace=True).mul_(other)
-
-
-def gated_feed_forward(x: Tensor, w1: nn.Module, w3: nn.Module, w2: nn.Module) -> Tensor:
-    """`w2(silu(w1 x) * w3 x)` with one inner buffer less; reference: `GatedFeedForward`."""
-    return w2(silu_times_(w1(x), w3(x)))  # type: ignore[no-any-return]
 
 
 def accumulate_(total: Tensor, x: Tensor, matrix: WeightSlice) -> None:

@@ -8,7 +8,6 @@ exact product. w8a8 is experimental: it was compared on a CPU only, and no gain 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -29,6 +28,7 @@ Kernel = Literal["int8", "fp8 rowwise", "fp8"]
 # Type and largest value of each format; and its kernels, the better one first.
 STORED: dict[Format, tuple[torch.dtype, float]] = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 KERNELS: dict[Format, tuple[Kernel, ...]] = {"int8": ("int8",), "fp8": ("fp8 rowwise", "fp8")}
+FORMATS: dict[Kernel, Format] = {kernel: format for format, kernels in KERNELS.items() for kernel in kernels}
 
 ALIGNMENT = 16  # kernels multiply matrices whose sides are multiples of this
 MIN_ROWS = 17  # tokens that `torch._int_mm` needs on some devices; fewer are padded
@@ -56,12 +56,10 @@ def w8a8_linear(
 
     `reference_linear` is the reference implementation.
     """
-    format: Format = "int8" if kernel == "int8" else "fp8"
-    codes, scales = quantize_rows(x_TK, format)
+    codes, scales = quantize_rows(x_TK, FORMATS[kernel])
     if kernel == "fp8 rowwise":
-        out = torch._scaled_mm(
-            codes, codes_OK.t(), scale_a=scales, scale_b=scales_O1.t().contiguous(), out_dtype=torch.bfloat16
-        )
+        scale_b = scales_O1.t().contiguous()
+        out = torch._scaled_mm(codes, codes_OK.t(), scale_a=scales, scale_b=scale_b, out_dtype=torch.bfloat16)
         out = out.to(x_TK.dtype)
         return out if bias is None else out.add_(bias)
     if kernel == "int8":
@@ -91,11 +89,10 @@ def kernel_works(kernel: Kernel, dtype: torch.dtype, device: torch.device) -> bo
     """Whether a device has the kernel for activations of `dtype`, and its result is right."""
     if kernel == "fp8 rowwise" and dtype != torch.bfloat16:
         return False  # such kernels give bfloat16 only
-    format: Format = "int8" if kernel == "int8" else "fp8"
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(64, 64, generator=generator) for _ in range(2))
-    codes, scales = quantize_rows(weight, format)
-    expected = reference_linear(x.to(dtype), codes, scales, format).float()
+    codes, scales = quantize_rows(weight, FORMATS[kernel])
+    expected = reference_linear(x.to(dtype), codes, scales, FORMATS[kernel]).float()
     try:
         out = w8a8_linear(x.to(device, dtype), codes.to(device), scales.to(device), kernel).float().cpu()
     except (RuntimeError, NotImplementedError, AttributeError):
@@ -121,38 +118,26 @@ def best_kernel(format: Format, dtype: torch.dtype, device: torch.device) -> Ker
     )
 
 
-def quantize_tokens(x_BNLK: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Codes `[B, N, L, K]` and scales `[B, N, blocks]` of `block` tokens of a head each, in int8."""
+def _quantize_tokens(x_BNLK: Tensor, block: int) -> Tensor:
+    """Queries or keys rounded to int8, with one scale for each `block` tokens of a head; float32."""
     tokens = x_BNLK.shape[2]
     blocks = F.pad(x_BNLK.float(), (0, 0, 0, -tokens % block)).unflatten(2, (-1, block))
-    scales = blocks.abs().amax((-2, -1)).clamp_(min=1e-8).div_(127.0)
-    codes = blocks.div(scales[..., None, None]).add_(0.5).floor_().to(torch.int8)
-    return codes.flatten(2, 3)[:, :, :tokens], scales
+    scales = blocks.abs().amax((-2, -1), keepdim=True).clamp_(min=1e-8).div_(127.0)
+    return blocks.div(scales).add_(0.5).floor_().mul_(scales).flatten(2, 3)[:, :, :tokens]
 
 
 def reference_int8_attention(q_BNLK: Tensor, k_BNLK: Tensor, v_BNLK: Tensor) -> Tensor:
-    """Attention with queries and keys in int8, rounding as the kernel (SageAttention, https://arxiv.org/abs/2410.02367).
+    """Attention with queries and keys in int8, as the kernel has it (SageAttention, https://arxiv.org/abs/2410.02367).
 
-    Keys have their mean over tokens subtracted first, which the softmax does not see and large channels need. Each
-    block of tokens of a head has one scale. The softmax runs over blocks of keys, its weights and the values are
-    multiplied in the values' type and added in float32.
+    Keys have their mean over tokens subtracted first, which the softmax does not see and large channels need. The
+    softmax's weights and the values are multiplied in the values' type and added in float32.
     """
-    queries, keys = 128, 64  # tokens of a block, as in `ops.triton`
-    k = k_BNLK.float() - k_BNLK.mean(2, keepdim=True, dtype=torch.float32)
-    (q_codes, q_scales), (k_codes, k_scales) = quantize_tokens(q_BNLK, queries), quantize_tokens(k, keys)
-    q_scales = (q_scales * (q_BNLK.shape[-1] ** -0.5 * math.log2(math.e))).repeat_interleave(queries, dim=2)
-    q_scales = q_scales[:, :, : q_BNLK.shape[2], None]
-    highest = torch.full_like(q_scales, float("-inf"))
-    total, out = torch.zeros_like(q_scales), torch.zeros_like(q_BNLK, dtype=torch.float32)
-    for index, start in enumerate(range(0, k.shape[2], keys)):
-        part = slice(start, start + keys)
-        scores = (q_codes.float() @ k_codes[:, :, part].float().mT) * (q_scales * k_scales[:, :, index, None, None])
-        new_highest = torch.maximum(highest, scores.amax(-1, keepdim=True))
-        weights, shrink = torch.exp2(scores - new_highest), torch.exp2(highest - new_highest)
-        total = total * shrink + weights.sum(-1, keepdim=True)
-        out = out * shrink + weights.to(v_BNLK.dtype).float() @ v_BNLK[:, :, part].float()
-        highest = new_highest
-    return (out / total).to(v_BNLK.dtype)
+    q = _quantize_tokens(q_BNLK, 128)  # tokens of a block, as in `ops.triton`
+    k = _quantize_tokens(k_BNLK.float() - k_BNLK.mean(2, keepdim=True, dtype=torch.float32), 64)
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    out = weights.to(v_BNLK.dtype).float() @ v_BNLK.float() / weights.sum(-1, keepdim=True)
+    return out.to(v_BNLK.dtype)
 
 
 EIGHT_BIT_HEADS = (64, 128)  # head sizes of int8 attention; kernels pad others to these, which costs what it gains
@@ -197,8 +182,8 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, format: Format, kernel: Kernel | None = None) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, linear.weight.dtype
-        self.kernel = None if self.in_features % ALIGNMENT or self.out_features % ALIGNMENT else kernel
+        self.dtype = linear.weight.dtype
+        self.kernel = None if linear.in_features % ALIGNMENT or linear.out_features % ALIGNMENT else kernel
         codes, scales = quantize_rows(linear.weight.detach().float(), format)
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
@@ -241,30 +226,23 @@ class WeightSlice:
         return replace(self, weight=change(self.weight), scales=None if self.scales is None else change(self.scales))
 
 
-def _slice(linear: nn.Module, rows: Callable[[Tensor], Tensor], columns: slice = slice(None)) -> WeightSlice:
+def slice_weight(
+    linear: nn.Module, rows: Callable[[Tensor], Tensor] = lambda t: t, columns: slice = slice(None)
+) -> WeightSlice:
+    """Part of a layer's weight; no other is dequantized.
+
+    Args:
+        linear: The layer, quantized or not.
+        rows: Takes them from a tensor `[out, ...]`, as `[..., out, ...]`.
+        columns: Inputs that they are cut to.
+    """
     if not isinstance(linear, QuantizedLinear):
         return WeightSlice(rows(cast(Tensor, linear.weight))[..., columns])
     codes, scales = rows(linear.codes)[..., columns], rows(linear.scales)
     if linear.kernel is None or codes.shape[-1] % ALIGNMENT or codes.shape[:-1].numel() % ALIGNMENT:
         return WeightSlice(dequantize(codes, scales, linear.dtype))
-    return WeightSlice(codes, scales, linear.kernel)
-
-
-def weight_rows(linear: nn.Module, rows: slice) -> WeightSlice:
-    """Rows `[rows, in]` of a layer's weight; no others are dequantized."""
-    return _slice(linear, lambda t: t[rows])
-
-
-def weight_columns(linear: nn.Module, columns: slice) -> WeightSlice:
-    """Columns `[out, columns]` of a layer's weight; no others are dequantized."""
     # Kernels want contiguous rows; made so once here, not at each product.
-    cut = _slice(linear, lambda t: t, columns)
-    return cut if cut.scales is None else cut.map(Tensor.contiguous)
-
-
-def weight_block(linear: nn.Module, split: tuple[int, ...], index: tuple[slice, ...]) -> WeightSlice:
-    """Rows of a layer seen as a `split` grid, indexed: `[*indexed, in]`; no others are dequantized."""
-    return _slice(linear, lambda t: t.unflatten(0, split)[index])
+    return WeightSlice(codes if columns == slice(None) else codes.contiguous(), scales, linear.kernel)
 
 
 @torch.no_grad()
