@@ -22,18 +22,11 @@ QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What a decode may use.
+    """What a decode may use."""
 
-    Attributes:
-        memory: Bytes free on the device.
-        accelerator: Whether the device has memory apart from the host's, so that modules can be offloaded and a
-            driver takes its share.
-        w8a8: Formats it multiplies in eight bits, the best first.
-    """
-
-    memory: int
-    accelerator: bool = True
-    w8a8: tuple[Quantization, ...] = ()
+    memory: int  # bytes free on the device
+    accelerator: bool = True  # its memory is not the host's: modules can be offloaded, and a driver takes its share
+    w8a8: tuple[Quantization, ...] = ()  # formats it multiplies in eight bits, the best first
 
 
 @dataclass(frozen=True, slots=True)
