@@ -29,7 +29,7 @@ import torch
 from benchmarks.speed import describe_device, seconds
 from pidecode.devices import select_device
 from pidecode.engine.ops import elementwise
-from pidecode.engine.ops.compiled import CompiledOps
+from pidecode.engine.ops.elementwise import CompiledOps
 from pidecode.engine.ops.quantize import KERNELS, best_kernel, int8_kernels, quantize_rows, w8a8_linear
 from pidecode.errors import SettingError
 from pidecode.models.attention import MeasuredAttention, exact_kernels

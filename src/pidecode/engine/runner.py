@@ -18,8 +18,8 @@ from pidecode.engine.cuda_graphs import GraphCache, capture_on
 from pidecode.engine.feed_forward import MEASURED_SIDE, FeedForwardPlan, FeedForwardRunner
 from pidecode.engine.machine import Chunks
 from pidecode.engine.offload import BlockOffloader
-from pidecode.engine.ops import elementwise, quantize
-from pidecode.engine.ops.compiled import CompiledOps
+from pidecode.engine.ops import quantize
+from pidecode.engine.ops.elementwise import CompiledOps, compiled_ops
 from pidecode.engine.pixel_tiles import PixelHalves
 from pidecode.engine.plan import Plan, predict, step_flops
 from pidecode.engine.sequence_parallel import denoise_sharded, is_parallel
@@ -284,7 +284,7 @@ class Runner:
         self._compare_once()
 
         def once(x: Tensor, t: Tensor) -> Tensor:
-            with kernels.use_kernel(self.attention_kernel(x.device)), elementwise.compiled_ops(self.compiled_ops):
+            with kernels.use_kernel(self.attention_kernel(x.device)), compiled_ops(self.compiled_ops):
                 if self.sequence_parallel and is_parallel():
                     return denoise_sharded(self.net, self.denoise, x, t, condition)
                 if window is not None:  # a quarter of each is shared with its neighbor
@@ -329,7 +329,7 @@ class Runner:
 
             def agrees(what: str, run: Callable[[Tensor], Tensor]) -> bool:
                 try:
-                    with elementwise.compiled_ops(self.compiled_ops):
+                    with compiled_ops(self.compiled_ops):
                         found = [run(x) for x in noise]
                 except Exception as error:  # compilers fail in many ways
                     why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
