@@ -23,7 +23,7 @@ from pidecode.engine.machine import Chunks
 from pidecode.engine.offload import BlockOffloader
 from pidecode.engine.ops import elementwise as ops
 from pidecode.engine.ops.quantize import slice_weight
-from pidecode.engine.pixel_tiles import PixelHalves, run_pixel_blocks
+from pidecode.engine.pixel_tiles import Halves, run_pixel_blocks
 from pidecode.engine.timesteps import StepModulation
 from pidecode.models.pid.adapter import Gate, Injection
 from pidecode.models.pid.blocks import attend, split_heads
@@ -61,7 +61,7 @@ def denoise(
     *,
     chunks: Chunks | None = None,
     offloader: BlockOffloader | None = None,
-    halves: PixelHalves | None = None,
+    halves: Halves | None = None,
 ) -> Tensor:
     """One evaluation, as `PiDNet.denoise` gives it.
 
@@ -72,14 +72,28 @@ def denoise(
         condition: What `prepare` computed for the image.
         chunks: Chunk sizes; default those that suit the device.
         offloader: Holds the patch blocks, where they live on the host.
-        halves: The pixel blocks' weights cut to tiles, kept between calls where the chunks say so.
+        halves: The pixel blocks' weights cut to tiles, kept between calls.
 
     Returns:
         The prediction `[B, 3, H, W]`, float32.
     """
     chunks = chunks or default_chunks(net, x_B3HW.device)
-    tokens = _embed(net, x_B3HW, chunks)
-    _run_patch_blocks(net, tokens, modulation, condition, chunks, offloader)
+    tokens, text = _embed(net, x_B3HW, chunks), condition.text
+    B, L, D = tokens.shape
+    y = None if text is None else text.float().clone().expand(B, -1, -1).contiguous()
+    joint = tokens.new_empty(B, L + (0 if y is None else y.shape[1]), 3 * D, dtype=net.dtype)
+    rotation = torch.complex(*condition.rotation)
+    text_rotation = None if condition.text_rotation is None else torch.complex(*condition.text_rotation)
+    blocks: Any = net.patch_blocks
+    for index, block in enumerate(blocks):
+        if condition.injections and index % net.config.inject_interval == 0:
+            which = index // net.config.inject_interval
+            gate_(net.lq_proj.gate_modules[which], tokens, condition.injections[which], chunks)
+        with nullcontext() if offloader is None else offloader.resident(index):
+            text_modulation = None if y is None else modulation.text[index]
+            block_pass = _BlockPass(block, joint, modulation.image[index], text_modulation, chunks)
+            block_pass.run(tokens, y, rotation, text_rotation, want_text=index < len(blocks) - 1)
+    del joint, block_pass, y, rotation  # their memory is taken again by the pixel blocks
     F.silu(tokens.add_(modulation.embedding), inplace=True)  # the pixel blocks' condition
     if condition.pixel_injection is not None:
         gate_(net.pit_lq_gate, tokens, condition.pixel_injection, chunks)
@@ -97,31 +111,6 @@ def _embed(net: PiDNet, x_B3HW: Tensor, chunks: Chunks) -> Tensor:
         patches = grid[:, :, part].permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         tokens[:, part.start * columns : part.stop * columns] = net.s_embedder(patches.to(proj.weight.dtype))
     return tokens
-
-
-def _run_patch_blocks(
-    net: PiDNet,
-    x: Tensor,
-    modulation: StepModulation,
-    condition: Condition,
-    chunks: Chunks,
-    offloader: BlockOffloader | None,
-) -> None:
-    """All patch blocks on the image stream `x` `[B, L, D]`, in place."""
-    y = None if condition.text is None else condition.text.float().clone().expand(x.shape[0], -1, -1).contiguous()
-    length = x.shape[1] + (0 if y is None else y.shape[1])
-    joint = x.new_empty(x.shape[0], length, 3 * x.shape[2], dtype=net.dtype)
-    rotation = torch.complex(*condition.rotation)
-    text_rotation = None if condition.text_rotation is None else torch.complex(*condition.text_rotation)
-    blocks: Any = net.patch_blocks
-    for index, block in enumerate(blocks):
-        if condition.injections and index % net.config.inject_interval == 0:
-            which = index // net.config.inject_interval
-            gate_(net.lq_proj.gate_modules[which], x, condition.injections[which], chunks)
-        with nullcontext() if offloader is None else offloader.resident(index):
-            text = None if y is None else modulation.text[index]
-            block_pass = _BlockPass(block, joint, modulation.image[index], text, chunks)
-            block_pass.run(x, y, rotation, text_rotation, want_text=index < len(blocks) - 1)
 
 
 class _BlockPass:
@@ -191,8 +180,9 @@ class _BlockPass:
 def gate_(gate: Any, x: Tensor, injection: Injection, chunks: Chunks) -> None:
     """`Gate.forward` on a stream `[B, L, D]`, in place."""
     for run in ops.runs(len(x), x.shape[1], chunks.tokens):
-        tokens, logits = chunk_of(injection, run)
-        ops.gate_latent_(ops.cut_run(x, run), tokens, gate.content_proj.weight[:, : x.shape[2]], logits)
+        tokens, logits = injection.crop(run).read()
+        weight = gate.content_proj.weight[:, : x.shape[2]]
+        ops.gate_latent_(ops.cut_run(x, run), tokens.flatten(0, 1), weight, logits.flatten(0, 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,29 +197,15 @@ class RecomputedInjection:
     gate: Gate
     sigma: Tensor  # `[B or 1]`
 
-    @property
-    def tokens(self) -> Tensor:
-        """Tokens `[B, L, D]`."""
-        return self.head(self.features)  # type: ignore[no-any-return]
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Tokens `[B, L, D]` and gate logits `[B, L, D or 1]`."""
+        tokens = self.head(self.features)
+        return tokens, self.gate.latent_logits(tokens, self.sigma)
 
-    @property
-    def gate_logits(self) -> Tensor:
-        """Gate logits `[B, L, D or 1]`."""
-        return self.gate.latent_logits(self.tokens, self.sigma)
-
-    def crop(self, patches: Tensor) -> RecomputedInjection:
-        """The same for some patches only, given as indices."""
-        return replace(self, features=self.features[:, patches])
-
-
-def chunk_of(injection: Injection, run: tuple[slice, slice]) -> tuple[Tensor, Tensor]:
-    """Tokens `[T, D]` and gate logits `[T, D or 1]` of some samples' patches, computing no others."""
-    if not isinstance(injection, RecomputedInjection):
-        return injection.tokens[run].flatten(0, 1), injection.gate_logits[run].flatten(0, 1)
-    samples = run[0]
-    sigma = injection.sigma if len(injection.sigma) == 1 else injection.sigma[samples]
-    tokens = injection.head(injection.features[run])
-    return tokens.flatten(0, 1), injection.gate.latent_logits(tokens, sigma).flatten(0, 1)
+    def crop(self, index: tuple[Any, Any]) -> RecomputedInjection:
+        """The same for some samples and patches only."""
+        sigma = self.sigma if len(self.sigma) == 1 else self.sigma[index[0]]
+        return replace(self, features=self.features[index], sigma=sigma)
 
 
 def prepare_recomputed(

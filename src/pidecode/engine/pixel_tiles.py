@@ -43,7 +43,7 @@ class PixelModulation:
 
         def by_vector(rows: Tensor) -> Tensor:
             """Rows `[6 P C, ...]` to those of the pixels, vector by vector `[vectors, G, C, ...]`."""
-            part = rows.unflatten(0, (P, 6, C))[pixels, which]
+            part: Tensor = rows.unflatten(0, (P, 6, C))[pixels, which]
             return part.transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
         matrix, bias = slice_weight(linear, by_vector), by_vector(linear.bias)
@@ -88,40 +88,27 @@ class _Update:
         ops.update_pixels_(tile_TGC, expanded, vectors, self.mlp.fc1, self.mlp.fc2)
 
 
-class PixelHalves:
-    """The halves of pixel blocks, each cut to the pixels of a tile: made at each use, or kept if `keep`."""
+Halves = dict[tuple[type, int, int, int], Any]  # halves of pixel blocks by kind, block and pixels, as they are kept
 
-    def __init__(self) -> None:
-        self.keep = False
-        self._kept: dict[tuple[type, int, int, int], Any] = {}
 
-    def clear(self) -> None:
-        """Drop what is kept, as is needed when weights change."""
-        self._kept.clear()
-
-    def get(self, kind: type[_Compress | _Update], block: Any | None, group: slice) -> Any:
-        """One half of a block on some pixels; None without a block."""
-        if block is None or not self.keep:
-            return None if block is None else kind(block, group)
-        key = kind, id(block), group.start, group.stop
-        if key not in self._kept:
-            # Ordinary tensors even in inference mode: they outlive the image.
-            with torch.inference_mode(False), torch.no_grad():
-                self._kept[key] = kind(block, group)
-        return self._kept[key]
+def _half(kind: type[_Compress | _Update], block: Any | None, group: slice, kept: Halves | None) -> Any:
+    """One half of a block on some pixels, made or `kept`; None without a block."""
+    if block is None or kept is None:
+        return None if block is None else kind(block, group)
+    key = kind, id(block), group.start, group.stop
+    if key not in kept:
+        # Ordinary tensors even in inference mode: they outlive the image.
+        with torch.inference_mode(False), torch.no_grad():
+            kept[key] = kind(block, group)
+    return kept[key]
 
 
 def run_pixel_blocks(
-    net: PiDNet,
-    x_B3HW: Tensor,
-    tokens_BLD: Tensor,
-    condition: Condition,
-    chunks: Chunks,
-    halves: PixelHalves | None = None,
+    net: PiDNet, x_B3HW: Tensor, tokens_BLD: Tensor, condition: Condition, chunks: Chunks, halves: Halves | None = None
 ) -> Tensor:
     """Pixel blocks and final layer: noisy image `[B, 3, H, W]` and patch conditions `[B, L, D]` to the prediction."""
     blocks: list[Any] = list(net.pixel_blocks)
-    passes = _TilePasses(net, x_B3HW, tokens_BLD, condition, chunks, halves or PixelHalves())
+    passes = _TilePasses(net, x_B3HW, tokens_BLD, condition, chunks, halves)
     compressed = passes.run(None, None, blocks[0] if blocks else None)
     for block, following in zip_longest(blocks, blocks[1:]):
         assert compressed is not None
@@ -138,7 +125,7 @@ class _TilePasses:
     prediction: Tensor  # `[B, 3, H, W]`, float32
 
     def __init__(
-        self, net: PiDNet, image: Tensor, tokens: Tensor, condition: Condition, chunks: Chunks, halves: PixelHalves
+        self, net: PiDNet, image: Tensor, tokens: Tensor, condition: Condition, chunks: Chunks, halves: Halves | None
     ) -> None:
         self.net, self.image, self.tokens, self.patch, self.halves = net, image, tokens, net.config.patch_size, halves
         self.rows, self.columns = condition.grid
@@ -165,8 +152,8 @@ class _TilePasses:
         first_pass = not self.kept
         for group in ops.parts(self.patch, self.tile_rows):  # rows of a patch that are processed together
             pixels = slice(group.start * self.patch, group.stop * self.patch)
-            update = self.halves.get(_Update, block, pixels)
-            compress_tile = self.halves.get(_Compress, following, pixels)
+            update = _half(_Update, block, pixels, self.halves)
+            compress_tile = _half(_Compress, following, pixels, self.halves)
             for samples, part in ops.runs(B, self.rows, self.rows_per_tile):  # rows of patches
                 run = samples, slice(part.start * columns, part.stop * columns)
                 condition = ops.cut_run(self.tokens, run)

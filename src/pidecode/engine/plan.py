@@ -293,23 +293,17 @@ def plan_decode(
         from pidecode.engine.feed_forward import plan_feed_forward  # needs torch, which planning PiD does not
 
         return plan_feed_forward(config, size, machine, batch=batch, dtype=dtype)
+    (width, height), patch = size, config.patch_size
+    if min(size) < patch or width % patch or height % patch:
+        raise SettingError(f"A size of {width}x{height} does not divide into patches of {patch} pixels.")
     first = Plan(
         size=size, batch=batch, dtype=dtype or ("bfloat16" if machine.accelerator else "float32"),
         quantization=_w8a8_format(machine, quantization) if scheme == "w8a8" else quantization or "none",
-        scheme=scheme or "w8a16", chunks=Chunks.whole(config.patch_size) if machine.accelerator else CPU_CHUNKS,
+        scheme=scheme or "w8a16", chunks=Chunks.whole(patch) if machine.accelerator else CPU_CHUNKS,
         offload=(*["text"] * config.has_text, *["encoder"] * config.has_adapter) if machine.accelerator else (),
     )  # fmt: skip
-    return _first_that_fits(config, first, machine, fixed=scheme == "w8a8" or quantization is not None)
-
-
-def _first_that_fits(config: PiDConfig, first: Plan, machine: Machine, *, fixed: bool) -> Plan:
-    """The first of `_candidates` whose predicted peak the machine has."""
-    (width, height), patch = first.size, config.patch_size
-    if min(width, height) < patch or width % patch or height % patch:
-        raise SettingError(f"A size of {width}x{height} does not divide into patches of {patch} pixels.")
-    plans = [
-        predict(plan, config, accelerator=machine.accelerator) for plan in _candidates(first, machine, fixed=fixed)
-    ]
+    candidates = _candidates(first, machine, fixed=scheme == "w8a8" or quantization is not None)
+    plans = [predict(plan, config, accelerator=machine.accelerator) for plan in candidates]
     for plan in plans:
         if plan.peak <= machine.memory:
             # The image's memory is not allocated by the time that the text encoder runs.
@@ -331,21 +325,21 @@ def _w8a8_format(machine: Machine, quantization: Quantization | None) -> Quantiz
 
 def _candidates(first: Plan, machine: Machine, *, fixed: bool) -> Iterator[Plan]:
     """Plans from the fastest to the lowest-memory one, exact ones first; quantized ones unless that is `fixed`."""
-    if machine.accelerator:
-        yield first
-        first = replace(first, chunks=Chunks.large(first.chunks.tile_rows))
-    recomputed = small = replace(first, keep_tokens=False)
-    if machine.accelerator:
-        small = replace(recomputed, chunks=Chunks(tokens=1024, tile_tokens=512, tile_rows=1))
-    offload = (*first.offload, "blocks")
-    yield from (first, recomputed, small)
-    if machine.accelerator:
-        yield from (replace(plan, offload=offload) for plan in (first, small))
-    # int8 is the more exact format where weights are dequantized.
-    smallest = [small] if fixed else [small, replace(small, quantization="int8")]
-    if machine.accelerator:
+    yield first
+    if not machine.accelerator:
+        recomputed = replace(first, keep_tokens=False)
+        yield recomputed
+        # int8 is the more exact format where weights are dequantized.
+        smallest = [recomputed] if fixed else [recomputed, replace(recomputed, quantization="int8")]
+        yield from smallest[1:]
+    else:
+        large = replace(first, chunks=Chunks.large(first.chunks.tile_rows))
+        small = replace(large, keep_tokens=False, chunks=Chunks(tokens=1024, tile_tokens=512, tile_rows=1))
+        offload = (*first.offload, "blocks")
+        yield from (large, replace(large, keep_tokens=False), small, replace(large, offload=offload))
+        smallest = [small] if fixed else [small, replace(small, quantization="int8")]
         smallest = [each for plan in smallest for each in (plan, replace(plan, offload=offload))]
-    yield from smallest
+        yield from smallest[1:]
     for plan in smallest:
         yield from (replace(plan, window=side) for side in WINDOWS if side < max(first.size))
 

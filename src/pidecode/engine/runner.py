@@ -20,7 +20,7 @@ from pidecode.engine.machine import Chunks
 from pidecode.engine.offload import BlockOffloader
 from pidecode.engine.ops import quantize
 from pidecode.engine.ops.elementwise import CompiledOps, compiled_ops
-from pidecode.engine.pixel_tiles import PixelHalves
+from pidecode.engine.pixel_tiles import Halves
 from pidecode.engine.plan import Plan, predict, step_flops
 from pidecode.engine.sequence_parallel import denoise_sharded, is_parallel
 from pidecode.engine.tiling import denoise_windows
@@ -72,12 +72,11 @@ class Runner:
         # Chunk sizes of the in-place forward; None for the largest that fit the device's free memory.
         self.chunks: Chunks | None = None if plan is None else plan.chunks
         self._image_chunks: Chunks | None = None
-        self._halves = PixelHalves()
+        self._halves: Halves = {}  # the pixel blocks' weights cut to tiles, where the chunks say that they are kept
         self.offloader: BlockOffloader | None = None  # holds the patch blocks where the plan keeps them on the host
         self._timesteps: timesteps.TimestepCache | None = None
         self._kernels: dict[tuple[str, str], AttentionKernel | None] = {}  # by name of the choice and type of device
         self.sequence_parallel = False  # whether the job's processes share each image; all then decode the same one
-        self._finite = False  # whether the attention's first output was seen to be finite
         self._compared = False  # whether fused ops and graphs were compared with the plain ones
 
     def arrange(self, device: torch.device) -> None:
@@ -283,7 +282,7 @@ class Runner:
         self.require(self.net.device)
         self._compare_once()
 
-        def once(x: Tensor, t: Tensor) -> Tensor:
+        def evaluate(x: Tensor, t: Tensor) -> Tensor:
             with kernels.use_kernel(self.attention_kernel(x.device)), compiled_ops(self.compiled_ops):
                 if self.sequence_parallel and is_parallel():
                     return denoise_sharded(self.net, self.denoise, x, t, condition)
@@ -294,22 +293,7 @@ class Runner:
                     return self._replay(x, t, condition)
                 return self.denoise(x, t, condition)
 
-        def checked(x: Tensor, t: Tensor) -> Tensor:
-            prediction = once(x, t)
-            if self._finite or self.attention == "math" or self.attention_kernel(x.device) is None:
-                return prediction
-            self._finite = True
-            if bool(torch.isfinite(prediction).all()) or not bool(torch.isfinite(x).all()):
-                return prediction
-            warnings.warn(
-                f"Attention {self.attention!r} gave NaN on {x.device}; decoding goes on with the 'math' kernel, which "
-                "is slower and takes more memory.",
-                stacklevel=2,
-            )
-            self.attention = "math"
-            return once(x, t)
-
-        return checked
+        return evaluate
 
     def _compare_once(self) -> None:
         """Compare the fused ops, then a graph of one evaluation, with the plain ops on a small image, once.
@@ -361,9 +345,10 @@ class Runner:
 
     def _evaluate(self, x: Tensor, modulation: timesteps.StepModulation, condition: Condition) -> Tensor:
         chunks = self.chunks or self._image_chunks or inplace.default_chunks(self.net, x.device)
-        self._halves.keep = chunks.keep_modulation and not (self.plan and self.plan.quantization != "none")
+        keep = chunks.keep_modulation and not (self.plan and self.plan.quantization != "none")
+        halves = self._halves if keep else None
         return inplace.denoise(
-            self.net, x, modulation, condition, chunks=chunks, offloader=self.offloader, halves=self._halves
+            self.net, x, modulation, condition, chunks=chunks, offloader=self.offloader, halves=halves
         )
 
 

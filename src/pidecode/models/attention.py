@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -146,28 +147,18 @@ def read_record(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
     return found if valid else {}
 
 
+@dataclass(eq=False)
 class MeasuredAttention:
     """Attention on the fastest of some kernels, measured where a shape is first met and remembered on disk.
 
     Shapes are alike whose heads, type and number of keys, up to the next power of two, are the same.
-
-    Args:
-        kernels: By name. "math", if among them, is for where no other works.
-        tolerance: Largest error, relative to the largest value of the output; by default that of exact kernels.
-        record: Where results are remembered; None forgets them with this object.
-        seconds: Times one call on a device.
     """
 
-    def __init__(
-        self,
-        kernels: Mapping[str, AttentionKernel],
-        *,
-        tolerance: float | None = None,
-        record: Path | None = None,
-        seconds: Callable[[Callable[[], Tensor], torch.device], float] = seconds_of,
-    ) -> None:
-        self.kernels, self._tolerance, self._record, self._seconds = dict(kernels), tolerance, record, seconds
-        self.chosen: dict[str, str] = {}  # kernel in use for each shape met
+    kernels: Mapping[str, AttentionKernel]  # by name; "math", if among them, is for where no other works
+    tolerance: float | None = None  # largest error, relative to the largest value; None is that of exact kernels
+    record: Path | None = None  # where results are remembered; None forgets them with this object
+    seconds: Callable[[Callable[[], Tensor], torch.device], float] = seconds_of  # times one call on a device
+    chosen: dict[str, str] = field(default_factory=dict)  # kernel in use for each shape met
 
     def __call__(self, q_BNLK: Tensor, k_BNLK: Tensor, v_BNLK: Tensor) -> Tensor:
         """See `attention`."""
@@ -179,26 +170,26 @@ class MeasuredAttention:
 
     def _choose(self, shape: str, q: Tensor, k: Tensor, v: Tensor) -> str:
         """The kernel remembered for a shape, or the fastest that is right on these tensors."""
-        device, limit = q.device, self._tolerance or tolerance(q.dtype)
+        device, limit = q.device, self.tolerance or tolerance(q.dtype)
         named = getattr(torch.get_device_module(device), "get_device_name", lambda device: device.type)
         machine = f"{named(device)}, torch {torch.__version__}: {' '.join(self.kernels)}"
-        known = {} if self._record is None else read_record(self._record)
+        known = {} if self.record is None else read_record(self.record)
         name = known.get(machine, {}).get(shape, {}).get("kernel")
-        if name in self.kernels:
+        if name and name in self.kernels and gives_right(self.kernels[name], q, k, v, limit):
             return str(name)
         times = dict[str, float]()
         for name, kernel in self.kernels.items():
             if name != "math" and gives_right(kernel, q, k, v, limit):
                 with suppress(Exception):  # where memory is short
-                    times[name] = min(self._seconds(partial(kernel, q, k, v), device) for _ in range(ROUNDS))
+                    times[name] = min(self.seconds(partial(kernel, q, k, v), device) for _ in range(ROUNDS))
         if times:
             fastest = min(times, key=times.__getitem__)
-            if self._record is not None:
-                found = read_record(self._record)
+            if self.record is not None:
+                found = read_record(self.record)
                 found.setdefault(machine, {})[shape] = {"kernel": fastest, "seconds": times}
                 with suppress(FileError, OSError):  # measured again by the next process
-                    self._record.parent.mkdir(parents=True, exist_ok=True)
-                    with atomic_write(self._record, overwrite=True) as file:
+                    self.record.parent.mkdir(parents=True, exist_ok=True)
+                    with atomic_write(self.record, overwrite=True) as file:
                         file.write(json.dumps(found, indent=1).encode())
             return fastest
         if "math" not in self.kernels:

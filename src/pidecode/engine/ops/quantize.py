@@ -121,7 +121,7 @@ def best_kernel(format: Format, dtype: torch.dtype, device: torch.device) -> Ker
 def _quantize_tokens(x_BNLK: Tensor, block: int) -> Tensor:
     """Queries or keys rounded to int8, with one scale for each `block` tokens of a head; float32."""
     tokens = x_BNLK.shape[2]
-    blocks = F.pad(x_BNLK.float(), (0, 0, 0, -tokens % block)).unflatten(2, (-1, block))
+    blocks: Tensor = F.pad(x_BNLK.float(), (0, 0, 0, -tokens % block)).unflatten(2, (-1, block))
     scales = blocks.abs().amax((-2, -1), keepdim=True).clamp_(min=1e-8).div_(127.0)
     return blocks.div(scales).add_(0.5).floor_().mul_(scales).flatten(2, 3)[:, :, :tokens]
 
@@ -154,11 +154,12 @@ def int8_kernels() -> dict[str, AttentionKernel]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
 class EightBitAttention:
     """Attention in eight bits for the heads that gain by it, and exact attention for the others."""
 
-    def __init__(self, eight_bit: AttentionKernel, exact: AttentionKernel) -> None:
-        self.eight_bit, self.exact = eight_bit, exact
+    eight_bit: AttentionKernel
+    exact: AttentionKernel
 
     def __call__(self, q_BNLK: Tensor, k_BNLK: Tensor, v_BNLK: Tensor) -> Tensor:
         """See `pidecode.models.attention.attention`."""

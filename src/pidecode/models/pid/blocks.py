@@ -8,6 +8,7 @@ Precision: residual streams stay in float32; matrix products run in the type of 
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -143,18 +144,6 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))  # type: ignore[no-any-return]
-
-
-class PixelFeedForward(nn.Module):
-    """Linear, exact GELU, linear on every pixel: C to 4 C to C."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))  # type: ignore[no-any-return]
 
 
 class FinalLayer(nn.Module):
@@ -329,7 +318,7 @@ class PixelBlock(nn.Module):
         self.attn = PixelAttention(config)
         self.expand_from_attn = nn.Linear(config.pixel_attn_hidden_size, self.pixels * C)
         self.norm2 = RMSNorm(C)
-        self.mlp = PixelFeedForward(C)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(C, 4 * C), gelu=nn.GELU(), fc2=nn.Linear(4 * C, C)))
 
     def forward(self, x_BLPC: Tensor, condition_BLD: Tensor, rotation: Rotation) -> Tensor:
         modulation = self.adaLN_modulation(condition_BLD.to(self.norm1.weight.dtype))
