@@ -264,13 +264,13 @@ class PiDNet(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Image tokens `[B, L, D]` through the patch blocks, and the tokens after those in `taps`."""
         silu_t, y, tapped = F.silu(t_emb), condition.text, []
-        last = len(self.patch_blocks) - 1
+        last, rotations = len(self.patch_blocks) - 1, (condition.rotation, condition.text_rotation)
         for index, block in enumerate(self.patch_blocks):
             if condition.injections and index % self.config.inject_interval == 0:
                 which = index // self.config.inject_interval
                 x = self.lq_proj.gate_modules[which](x, *condition.injections[which].read())
             # The last block's prompt output is read by nothing.
-            x, y = block(x, y, silu_t, condition.rotation, condition.text_rotation, want_text=index < last)
+            x, y = block(x, y, silu_t, rotations, want_text=index < last)
             if index in taps:
                 tapped.append(x)
             if index == stop:
