@@ -251,14 +251,7 @@ def quantize(module: nn.Module, format: Format, kernel: Kernel | None = None) ->
     """Replace the large linear layers below `module` by quantized ones, one after the other; returns how many.
 
     With a kernel of `best_kernel` they also multiply in eight bits.
-
-    Raises:
-        SettingError: The format does not exist, or the kernel is not one of its own.
     """
-    if format not in STORED:
-        raise SettingError(f"There is no weight format {format!r}; there are {', '.join(STORED)}.")
-    if kernel is not None and kernel not in KERNELS[format]:
-        raise SettingError(f"Weights in {format} cannot be multiplied in {kernel}; use one format for both.")
     count = 0
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
