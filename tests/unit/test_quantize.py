@@ -15,15 +15,13 @@ from pidecode.engine.inplace import denoise
 from pidecode.engine.offload import BlockOffloader
 from pidecode.engine.ops import quantize as q8
 from pidecode.engine.ops.quantize import (
-    FORMATS,
     Format,
-    Kernel,
     QuantizedLinear,
-    best_kernel,
-    kernel_works,
+    products_work,
     quantize,
     quantize_rows,
     reference_linear,
+    require_products,
     slice_weight,
     w8a8_linear,
 )
@@ -37,7 +35,6 @@ from random_networks import random_net
 
 CPU = torch.device("cpu")
 CONFIG = debug_config(pixel_depth=2, pixel_attn_hidden_size=48)
-ALL_KERNELS = [(format, kernel) for kernel, format in FORMATS.items()]
 
 
 def evaluate(net: PiDNet, config: PiDConfig, height: int, width: int) -> Tensor:
@@ -56,17 +53,17 @@ def evaluate(net: PiDNet, config: PiDConfig, height: int, width: int) -> Tensor:
         return denoise(net, x, step_modulation(net, torch.tensor([634.0])), condition)
 
 
-@pytest.mark.parametrize(("format", "kernel"), ALL_KERNELS)
+@pytest.mark.parametrize("format", ["int8", "fp8"])
 @pytest.mark.parametrize("tokens", [1, 16, 50])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_w8a8_product_equals_the_reference(format: Format, kernel: Kernel, tokens: int, dtype: torch.dtype) -> None:
+def test_a_w8a8_product_equals_the_reference(format: Format, tokens: int, dtype: torch.dtype) -> None:
     x, weight, bias = torch.randn(tokens, 64).to(dtype), torch.randn(96, 64), torch.randn(96).to(dtype)
     codes, scales = quantize_rows(weight, format)
     for offset in (None, bias):
-        actual = w8a8_linear(x, codes, scales, kernel, offset)
-        expected = reference_linear(x, codes, scales, format, offset)
+        actual = w8a8_linear(x, codes, scales, offset)
+        expected = reference_linear(x, codes, scales, offset)
         assert actual.dtype == dtype and actual.shape == (tokens, 96)
-        rounding = 1e-5 if dtype == torch.float32 and kernel != "fp8 rowwise" else 2e-2
+        rounding = 1e-5 if dtype == torch.float32 and format == "int8" else 2e-2
         assert torch.allclose(actual.float(), expected.float(), rtol=rounding, atol=rounding * expected.abs().max())
 
 
@@ -79,9 +76,9 @@ def test_rows_fill_the_format_and_nothing_is_nothing(format: Format) -> None:
     assert torch.equal(codes[3].float() * scales[3], torch.zeros(32))
 
 
-@pytest.mark.parametrize(("format", "kernel"), ALL_KERNELS)
-def test_parts_of_a_layer_multiply_as_the_whole_does(format: Format, kernel: Kernel) -> None:
-    layer = QuantizedLinear(torch.nn.Linear(64, 96), format, kernel)
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_parts_of_a_layer_multiply_as_the_whole_does(format: Format) -> None:
+    layer = QuantizedLinear(torch.nn.Linear(64, 96), format, eight_bit=True)
     x = torch.randn(20, 64)
     whole = layer(x)
     bias = layer.bias
@@ -95,19 +92,19 @@ def test_parts_of_a_layer_multiply_as_the_whole_does(format: Format, kernel: Ker
 
 
 def test_a_layer_with_unaligned_sides_is_dequantized() -> None:
-    layer = QuantizedLinear(torch.nn.Linear(24, 96), "int8", "int8")
-    assert layer.kernel is None
+    layer = QuantizedLinear(torch.nn.Linear(24, 96), "int8", eight_bit=True)
+    assert not layer.eight_bit
     x = torch.randn(4, 24)
     assert torch.allclose(layer(x), x @ layer.weight.t() + layer.bias)
 
 
 @pytest.mark.parametrize(
-    ("format", "kernel", "error"),
-    [("int8", None, 0.003), ("fp8", None, 0.016), ("int8", "int8", 0.005), ("fp8", "fp8", 0.02)],
+    ("format", "eight_bit", "error"),
+    [("int8", False, 0.003), ("fp8", False, 0.016), ("int8", True, 0.005), ("fp8", True, 0.02)],
 )
 @pytest.mark.parametrize("large", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_whole_evaluation_against_the_exact_one(
-    format: Format, kernel: Kernel | None, error: float, large: bool, monkeypatch: pytest.MonkeyPatch
+    format: Format, eight_bit: bool, error: float, large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The stated error: relative to the prediction's standard deviation.
     torch.manual_seed(0)
@@ -118,44 +115,39 @@ def test_a_whole_evaluation_against_the_exact_one(
         monkeypatch.setattr(q8, "MIN_WEIGHTS", 512)
         net = random_net(config, std=0.03)
     exact = evaluate(net, config, side, side)
-    assert sum(quantize(blocks, format, kernel) for blocks in (net.patch_blocks, net.pixel_blocks)) > 40
+    assert sum(quantize(blocks, format, eight_bit) for blocks in (net.patch_blocks, net.pixel_blocks)) > 40
     assert 0 < (evaluate(net, config, side, side) - exact).std() < error * exact.std()
 
 
 def test_int8_products_inside_a_network_equal_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(q8, "MIN_WEIGHTS", 512)
     net = random_net(CONFIG, std=0.03)
-    quantize(net.patch_blocks, "int8", "int8")
-    quantize(net.pixel_blocks, "int8", "int8")
+    quantize(net.patch_blocks, "int8", eight_bit=True)
+    quantize(net.pixel_blocks, "int8", eight_bit=True)
     actual = evaluate(net, CONFIG, 64, 64)
-    monkeypatch.setattr(
-        q8,
-        "w8a8_linear",
-        lambda x, codes, scales, kernel, bias=None: reference_linear(x, codes, scales, FORMATS[kernel], bias),
-    )
+    monkeypatch.setattr(q8, "w8a8_linear", reference_linear)
     expected = evaluate(net, CONFIG, 64, 64)
     # A difference in the last place may change a code at a later layer, hence more than rounding.
     assert (actual - expected).std() < 1e-3 * expected.std()
 
 
 def test_kernels_are_probed_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert best_kernel("int8", torch.float32, CPU) == "int8"
+    require_products("int8", torch.float32, CPU)
     with pytest.raises(SettingError, match=r"cpu does not multiply in fp8: .*compute capability 8\.9"):
-        best_kernel("fp8", torch.bfloat16, CPU)
-    assert not kernel_works("fp8 rowwise", torch.float32, CPU)
+        require_products("fp8", torch.bfloat16, CPU)
 
     def faulty(*_: object) -> Tensor:
         raise RuntimeError("not here")
 
     monkeypatch.setattr(torch, "_int_mm", faulty)
     with pytest.raises(SettingError, match='scheme="w8a16"'):
-        best_kernel("int8", torch.float32, CPU)
+        require_products("int8", torch.float32, CPU)
 
 
 def test_a_kernel_that_gives_a_wrong_result_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch._int_mm
     monkeypatch.setattr(q8.torch, "_int_mm", lambda a, b: real(a, b) * 2)
-    assert not kernel_works("int8", torch.float32, CPU)
+    assert not products_work("int8", torch.float32, CPU)
 
 
 def test_a_runner_multiplies_as_its_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +164,7 @@ def test_a_runner_multiplies_as_its_plan_says(monkeypatch: pytest.MonkeyPatch) -
             runner.arrange(CPU)
         layer = net.patch_blocks[0].attn.qkv_x
         assert isinstance(layer, QuantizedLinear)
-        assert layer.kernel == ("int8" if scheme == "w8a8" else None)
+        assert layer.eight_bit == (scheme == "w8a8")
     runner = Runner(first, Plan(size=(64, 64), dtype="float32", quantization="fp8", scheme="w8a8"))
     with pytest.raises(SettingError, match="cpu does not multiply in fp8"):
         runner.arrange(CPU)
@@ -184,11 +176,11 @@ def test_a_gpu_multiplies_as_the_reference(format: Format) -> None:
     device = torch.device("cuda")
     if format == "fp8" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("needs compute capability 8.9")
-    kernel = best_kernel(format, torch.bfloat16, device)
+    require_products(format, torch.bfloat16, device)
     x, weight = torch.randn(300, 1536, dtype=torch.bfloat16), torch.randn(4608, 1536)
     codes, scales = quantize_rows(weight, format)
-    expected = reference_linear(x, codes, scales, format).float()
-    out = w8a8_linear(x.to(device), codes.to(device), scales.to(device), kernel).float().cpu()
+    expected = reference_linear(x, codes, scales).float()
+    out = w8a8_linear(x.to(device), codes.to(device), scales.to(device)).float().cpu()
     assert (out - expected).abs().max() < 1e-2 * expected.abs().max()
 
 

@@ -230,8 +230,8 @@ class _Prediction:
 
     def beside(self, inside: int, outside: int) -> int:
         """Bytes per token that a product in eight bits takes beside its operand and its result."""
-        if self.plan.quantization == "fp8" and self.plan.dtype == "bfloat16":  # the kernel scales by itself
-            return inside
+        if self.plan.quantization == "fp8":  # the kernel scales by itself, and gives bfloat16
+            return inside + (0 if self.plan.dtype == "bfloat16" else outside * 2)
         return inside + outside * (8 - self.itemsize)  # results, and the same scaled, in four bytes each
 
     def product(self, tokens: int, inside: int, outside: int) -> int:

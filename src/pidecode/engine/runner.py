@@ -88,15 +88,16 @@ class Runner:
         self._strip()
         if self.plan is not None and self.plan.quantization != "none":
             format, eight_bit = self.plan.quantization, self.plan.scheme == "w8a8"
-            kernel = quantize.best_kernel(format, self.net.dtype, device) if eight_bit else None
-            if eight_bit and device.type == "cpu":
-                warnings.warn(
-                    "w8a8 is slower than float32 on a CPU without units for eight-bit products; compare with "
-                    "benchmarks/decode.py.",
-                    stacklevel=3,
-                )
+            if eight_bit:
+                quantize.require_products(format, self.net.dtype, device)
+                if device.type == "cpu":
+                    warnings.warn(
+                        "w8a8 is slower than float32 on a CPU without units for eight-bit products; compare with "
+                        "benchmarks/decode.py.",
+                        stacklevel=3,
+                    )
             for blocks in (self.net.patch_blocks, self.net.pixel_blocks):
-                quantize.quantize(blocks, format, kernel)
+                quantize.quantize(blocks, format, eight_bit)
         if self.offloads("blocks"):
             self.offloader = BlockOffloader(self.net.patch_blocks, device)
         self.place(device)
