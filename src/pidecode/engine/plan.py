@@ -128,11 +128,11 @@ def step_flops(config: PiDConfig, size: tuple[int, int]) -> int:
 
 def predict(plan: Plan, config: PiDConfig, *, accelerator: bool = True, stripped: bool = True) -> Plan:
     """The same plan with its parts filled in."""
-    parts = tuple(_Prediction(plan, config, stripped).parts())
+    parts = tuple(_MemoryPrediction(plan, config, stripped).parts())
     return replace(plan, parts=(*parts, ("driver", DRIVER)) if accelerator else parts)
 
 
-class _Prediction:
+class _MemoryPrediction:
     """Bytes that a plan takes, following what `inplace` holds at each stage.
 
     B images, L patch tokens evaluated at once (of a window, if there are some), N prompt tokens, D hidden, A and C
