@@ -48,6 +48,8 @@ class TinyDataConfig:
     """Folder of decoded images; empty uses `images` in the run's folder."""
     crops: tuple[tuple[int, int, float], ...] = ((256, 4, 0.75), (384, 2, 0.15), (512, 1, 0.1))
     """Crop side in pixels, crops per batch, and share of the batches."""
+    reduction: int = SCALE
+    """Pixels of a crop per pixel of the low-resolution image, along each side; 1 encodes the crops themselves."""
     synthetic_images: int = 160
     """Synthetic images that are generated."""
     synthetic_share: float = 0.2
@@ -62,6 +64,8 @@ class TinyDataConfig:
     def __post_init__(self) -> None:
         if not self.crops or any(side % SIDE_MULTIPLE or side < SIDE_MULTIPLE for side, _, _ in self.crops):
             raise SettingError(f"data.crops is {self.crops}; sides must be multiples of {SIDE_MULTIPLE}.")
+        if self.reduction not in (1, SCALE):
+            raise SettingError(f"data.reduction is {self.reduction}; it must be 1 or {SCALE}.")
         for name in ("synthetic_share", "recolor", "join", "smooth"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingError(f"data.{name} is {getattr(self, name)}; it must lie within 0 and 1.")
@@ -74,9 +78,9 @@ class CropBatch:
     image: Tensor
     """`[B, 3, S, S]` in [-1, 1]."""
     low: Tensor
-    """`[B, 3, S/4, S/4]` in [-1, 1]: the low-resolution image behind the latent."""
+    """`[B, 3, s, s]` in [-1, 1]: the low-resolution image behind the latent, s = S / reduction."""
     clean_latent: Tensor
-    """`[B, 128, S/64, S/64]`: taef2's normalized latent of it."""
+    """`[B, 128, s/16, s/16]`: taef2's normalized latent of it."""
     latent: Tensor
     """The same with noise on part of the samples."""
     sigma: Tensor
@@ -243,7 +247,9 @@ class CropLoader:
         smooth = _happens(self.config.smooth, rng)
         image = torch.where(smooth, smooth_fields(image, rng), image)
         with torch.no_grad():
-            low = F.interpolate(image, scale_factor=1 / SCALE, mode="bicubic", antialias=True).clamp(-1, 1)
+            low = image
+            if self.config.reduction > 1:
+                low = F.interpolate(image, scale_factor=1 / SCALE, mode="bicubic", antialias=True).clamp(-1, 1)
             clean = F.pixel_unshuffle(self.encode(low).float(), 2)
             latent, sigma = noise_latent(clean, rng, self.noise, "flow")
         names = tuple(f"{number}/{index}" for index in indices)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train `tiny`: fidelity (pixels, low frequencies), then perception (features, discriminator).
+"""Train `tiny`: distillation of taef2, fidelity (pixels, low frequencies), perception (features, discriminator).
 
     python recipes/tiny/train.py --data PHOTOGRAPHS --taef2 FOLDER --out runs/tiny [--set fidelity.run.steps=2000]
 
@@ -12,7 +12,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,10 @@ from torch.optim import Optimizer
 from data import CropBatch, CropLoader, TinyDataConfig, prepare_images, quarter, to_signed, validation_images
 from pidecode.devices import select_device
 from pidecode.errors import CheckpointError, PidecodeError, SettingError
-from pidecode.files import FolderLock, atomic_path, atomic_write
+from pidecode.files import FolderLock, atomic_path, atomic_write, writable_folder
 from pidecode.metrics import psnr, sharpness
 from pidecode.models.tiny import TinyDecoder, TinyEncoder
+from pidecode.registry.configs import TinyDecoderConfig, TinyEncoderConfig
 from pidecode.training.config import EMAConfig, OptimizerConfig, ParallelConfig, RunConfig, apply_settings, describe
 from pidecode.training.distributed import DistEnv, barrier, init_distributed, parallelize, report_lost_processes, unwrap
 from pidecode.training.flow_matching import LossOutput
@@ -48,7 +49,7 @@ from pidecode.training.noise import RNG, LatentNoiseConfig, per_sample, seed_of
 from pidecode.training.tasks import save_grid
 from pidecode.training.trainer import Trainer, make_optimizer
 
-PHASES = ("fidelity", "perception")
+PHASES = ("distillation", "fidelity", "perception")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +60,7 @@ class TinyLossConfig:
     """Mean absolute difference of pixels."""
     low_frequency: float = 2.0
     """The same of the mean colors of squares."""
-    distillation: float = 0.0
+    taef2: float = 0.0
     """Mean absolute difference of the mean colors of squares from those that taef2 decodes from the latent without
     noise: a target without what no decoder can know. Smooth crops have none, because taef2 is less exact there."""
     chroma: float = 0.0
@@ -86,14 +87,14 @@ class TinyLossConfig:
     """What a smooth crop counts (`data.smooth`). Its errors agree in sign over the whole area, so that at full weight
     their gradient leaves little to that of texture."""
     encoder: float = 1.0
-    """Loss of the encoder: difference of latents, and of what taef2 decodes from them."""
+    """Loss of the encoder: relative difference of latents, and four times that of what taef2 decodes from them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseConfig:
     """One phase of training."""
 
-    models: tuple[str, ...] = ("decoder", "encoder")
+    models: tuple[str, ...] = ("decoder",)
     """What is trained: "decoder", "encoder" or both."""
     discriminator_lr: float = 2e-4
     """Learning rate of the discriminator."""
@@ -139,16 +140,29 @@ def _run(steps: int) -> RunConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TinyRecipe:
-    """Both phases and the shapes of the networks."""
+    """The phases and the shapes of the networks."""
 
     phases: tuple[str, ...] = PHASES
     """Phases to run, in order."""
     init_from: str = ""
     """Folder with `tiny.safetensors` and `tiny_encoder.safetensors` to start from; empty initializes randomly."""
-    decoder: Any = field(default_factory=lambda: TinyDecoder().config)
+    decoder: Any = field(default_factory=TinyDecoderConfig)
     """Shape of the decoder."""
-    encoder: Any = field(default_factory=lambda: TinyEncoder().config)
+    encoder: Any = field(default_factory=TinyEncoderConfig)
     """Shape of the encoder."""
+    distillation: PhaseConfig = field(
+        default_factory=lambda: PhaseConfig(
+            models=("encoder",),
+            data=TinyDataConfig(
+                reduction=1, crops=((128, 4, 0.6), (192, 2, 0.25), (256, 1, 0.15)), synthetic_share=0.15, smooth=0.06
+            ),
+            noise=LatentNoiseConfig(probability=0.3, sigma_max=0.8),
+            optimizer=OptimizerConfig(name="muon", lr=3e-4, max_grad_norm=1.0, warmup_steps=100, lr_schedule="cosine"),
+            ema=EMAConfig(kind="constant", decay=0.998),
+            run=_run(6_000),
+        )
+    )
+    """The encoder imitates taef2's."""
     fidelity: PhaseConfig = field(
         default_factory=lambda: PhaseConfig(
             optimizer=OptimizerConfig(name="muon", lr=1e-3, max_grad_norm=1.0, warmup_steps=100, lr_schedule="cosine"),
@@ -165,7 +179,7 @@ class TinyRecipe:
             loss=TinyLossConfig(
                 pixel=2.5,
                 low_frequency=3.0,
-                distillation=6.0,
+                taef2=6.0,
                 chroma=4.0,
                 lpips=1.6,
                 dists=1.6,
@@ -259,7 +273,7 @@ class TinyTask:
             sigma = sigma.masked_fill(upscaled, 0)
         generated = self.modules["decoder"](latent).float().contiguous(memory_format=torch.channels_last)
         distilled = torch.zeros_like(sigma)
-        if config.distillation and (taught := ~upscaled & ~batch.smooth).any():
+        if config.taef2 and (taught := ~upscaled & ~batch.smooth).any():
             with torch.no_grad():
                 small = self.autoencoder.decoder_image(F.pixel_shuffle(batch.clean_latent[taught], 2)).float()
             sides = [side for side in (4, 16, 64) if side <= small.shape[-1]]
@@ -276,8 +290,8 @@ class TinyTask:
 
         loss = add("pixel", config.pixel, pixel_distance(generated, image))
         loss = loss + add("low_frequency", config.low_frequency, low_frequency_distance(generated, image))
-        if config.distillation:
-            loss = loss + add("distillation", config.distillation, distilled)
+        if config.taef2:
+            loss = loss + add("taef2", config.taef2, distilled)
         if config.chroma:
             loss = loss + add("chroma", config.chroma, chroma_distance(generated, image))
         if config.grid:
@@ -332,40 +346,51 @@ class TinyTask:
 
     def _encoder_loss(self, batch: CropBatch, parts: dict[str, Tensor]) -> Tensor:
         latent = self.modules["encoder"](batch.low).float()
-        parts["latent"] = (latent - batch.clean_latent).abs().mean()
-        decoded = self.autoencoder.decoder_image(F.pixel_shuffle(latent, 2)).float()
-        with torch.no_grad():
-            reference = self.autoencoder.decoder_image(F.pixel_shuffle(batch.clean_latent, 2)).float()
-        parts["decoded"] = (decoded - reference).abs().mean()
-        return 0.2 * parts["latent"] + parts["decoded"]
+        parts["latent"] = (_rms(latent - batch.clean_latent) / _rms(batch.clean_latent).clamp_min(0.2)).mean()
+        parts["decoded"] = _rms(self._decoded(latent) - self._decoded(batch.clean_latent)).mean()
+        return parts["latent"] + 4 * parts["decoded"]
+
+    def _decoded(self, latent: Tensor) -> Tensor:
+        """What taef2 decodes, nearly clamped: beyond black and white there is nothing to imitate."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and latent.requires_grad):
+            return self.autoencoder.decoder_image(F.pixel_shuffle(latent, 2)).float().clamp(-1.05, 1.05)
 
     def save_samples(self, folder: Path, step: int) -> None:
-        """Write held-out crops (low resolution, generated, original), and their mean distances to metrics.jsonl."""
-        if "decoder" not in self.modules or not self.env.is_first:
+        """Write held-out crops (low resolution, generated, original), and their mean measures to metrics.jsonl."""
+        if not self.env.is_first:
             return
-        decoder = unwrap(self.modules["decoder"])
+        modules = {name: unwrap(module) for name, module in self.modules.items()}
         rows, metrics = [], []
         images = validation_images(self.cache, self.config.run.num_samples, self.config.validation_side)
         for original in images:
             array = ((original[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
             low = to_signed(quarter(array))[None].to(self.env.device)
             image = original.to(self.env.device)
-            generated = decoder(F.pixel_unshuffle(self.autoencoder.encode(low).float(), 2)).float().clamp(-1, 1)
-            rows.append((low, generated, image))
-            found = {"psnr": psnr(generated, image).mean(), "sharpness": sharpness(generated).mean()}
-            if self.features is not None:
+            latent = F.pixel_unshuffle(self.autoencoder.encode(low).float(), 2)
+            found: dict[str, Tensor] = {}
+            if "encoder" in modules:
+                own = modules["encoder"](low).float()
+                found["encoder_psnr"] = psnr(self._decoded(own), self._decoded(latent)).mean()
+                found["encoder_error"] = (own - latent).norm() / latent.norm()
+            if "decoder" in modules:
+                generated = modules["decoder"](latent).float().clamp(-1, 1)
+                rows.append((low, generated, image))
+                found |= {"psnr": psnr(generated, image).mean(), "sharpness": sharpness(generated).mean()}
+            if "decoder" in modules and self.features is not None:
                 fake, real = self.features(generated), self.features(image)
                 found |= {"lpips": lpips_distance(fake, real).mean(), "dists": dists_distance(fake, real).mean()}
             metrics.append(found)
-        if not rows:
+        if not metrics:
             return
-        save_grid(folder / f"step-{step:08d}.png", rows)
+        writable_folder(folder)
+        if rows:
+            save_grid(folder / f"step-{step:08d}.png", rows)
         means = {name: float(torch.stack([found[name] for found in metrics]).mean()) for name in metrics[0]}
         with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **means}) + "\n")
 
     def export(self, folder: Path, step: int) -> Path:
-        """Write `decoder.safetensors` and `encoder.safetensors`, float32, as far as they are trained."""
+        """Write a file of each trained module, such as `decoder.safetensors`, in float32."""
         path = folder
         for name in reversed(self.averaged):
             module = unwrap(self.modules[name])
@@ -382,8 +407,8 @@ class TinyTask:
             yield f"{name}: {sum(parameter.numel() for parameter in module.parameters()):,} parameters"
 
 
-def build_models(recipe: TinyRecipe, phase: PhaseConfig, previous: Path | None) -> dict[str, nn.Module]:
-    """Decoder and encoder as far as a phase trains them: from the previous phase, `init_from`, or random values.
+def build_models(recipe: TinyRecipe, phase: PhaseConfig, before: Sequence[Path]) -> dict[str, nn.Module]:
+    """The networks that a phase trains: from an earlier phase, `init_from`, or random values.
 
     Raises:
         CheckpointError: The initial weights are of other shapes.
@@ -393,21 +418,22 @@ def build_models(recipe: TinyRecipe, phase: PhaseConfig, previous: Path | None) 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(phase.run.seed, name))
             modules[name] = TinyDecoder(recipe.decoder) if name == "decoder" else TinyEncoder(recipe.encoder)
-        start_from(modules[name], name, recipe, previous)
+        start_from(modules[name], name, recipe, before)
     return modules
 
 
 def start_from(
-    module: nn.Module, name: str, recipe: TinyRecipe, previous: Path | None, *, required: bool = False
+    module: nn.Module, name: str, recipe: TinyRecipe, before: Sequence[Path], *, required: bool = False
 ) -> None:
-    """Load the previous phase's weights into a module, else those of `init_from`; without either it stays as it is.
+    """Load the weights of the last earlier phase that trained a module, else those of `init_from`, else none.
 
     Raises:
         CheckpointError: The weights are of another shape, or `required` and there are none.
     """
-    file_name = "tiny.safetensors" if name == "decoder" else "tiny_encoder.safetensors"
-    places = [previous and previous / f"{name}.safetensors", recipe.init_from and Path(recipe.init_from) / file_name]
-    path = next((place for place in places if isinstance(place, Path) and place.is_file()), None)
+    file_name = "tiny_encoder.safetensors" if name == "encoder" else "tiny.safetensors"
+    places = [folder / f"{name}.safetensors" for folder in reversed(before)]
+    places += [Path(recipe.init_from) / file_name] if recipe.init_from else []
+    path = next((place for place in places if place.is_file()), None)
     if path is None:
         if required:
             raise CheckpointError(f"This phase needs a trained {name}; set init_from to a folder with {file_name}.")
@@ -445,13 +471,12 @@ def run_phase(
     cache = Path(phase.data.cache) if phase.data.cache else out / "images"
     skipped = prepare_images(phase.data, cache, phase.run.seed, report) if env.is_first else {}
     barrier(env)
-    index = PHASES.index(name)
-    previous = out / PHASES[index - 1] if index else None
-    models = build_models(recipe, phase, previous)
+    before = [out / earlier for earlier in PHASES[: PHASES.index(name)]]
+    models = build_models(recipe, phase, before)
     encoder = None
     if phase.upscale_share:
         encoder = TinyEncoder(recipe.encoder)
-        start_from(encoder, "encoder", recipe, previous, required=True)
+        start_from(encoder, "encoder", recipe, before, required=True)
     task = TinyTask(phase, models, autoencoder.to(env.device), cache, env, encoder)
     loader = CropLoader(
         phase.data,
@@ -471,7 +496,7 @@ def run_phase(
 def train_tiny(
     recipe: TinyRecipe, out: Path, taef2: Path, device: torch.device | None = None, progress: ProgressFn | None = None
 ) -> Path:
-    """Both phases in order; resumes what was begun. Returns the exported decoder of the last one."""
+    """All phases in order; resumes what was begun. Returns the weights that the last one exported."""
     autoencoder = TinyAutoencoder.from_folder(taef2)
     with report_lost_processes(), init_distributed(ParallelConfig(), device) as env, contextlib.ExitStack() as stack:
         if env.is_first:
@@ -482,6 +507,11 @@ def train_tiny(
         for name in recipe.phases:
             path = run_phase(recipe, name, out, autoencoder, env, progress)
     return path
+
+
+def _rms(error: Tensor) -> Tensor:
+    """Root mean square `[B]` of `[B, C, H, W]`."""
+    return (error.square().mean((1, 2, 3)) + 1e-6).sqrt()
 
 
 def back_projected(generated: Tensor, low: Tensor, rounds: int = 2) -> Tensor:

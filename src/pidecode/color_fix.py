@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from pidecode.errors import SettingError
-from pidecode.images.tensors import interpolation_phases, upsampled, whole_scale
 from pidecode.options import COLOR_FIXES, ColorFix
 
 DEFAULT_FIDELITY = 1.0
@@ -30,6 +29,8 @@ _FINE_SIGMA = 2.0
 _COARSE_SHARE = 16
 """Sigma of the blur of "coarse" is the reference's longer side over this: only drift over wide areas goes."""
 _STRUCTURE_SIGMA = 1.0  # sigma of the window, in pixels of the reference, in which "back-projection" compares structure
+_DOUBT = 0.5
+"""How much structure found wrong lowers finer detail in "back-projection": at 1 it is softer, at 0 type gets ghosts."""
 _STRIP = 1 << 18  # pixels of an image that "back-projection" corrects at once: they stay in a CPU's caches
 _WEAK_VARIANCE = 3e-4
 """Variance of images in [-1, 1], about two levels of 255, below which structure is too weak to compare."""
@@ -178,23 +179,23 @@ def _back_projected(images: Tensor, reduced: Tensor, reference: Tensor, weight: 
     size = images.shape[-2:]
     old, new = (_before_upsampling(small, size) for small in (reduced, reference))
     height = reference.shape[2]
-    rows = max(1, _STRIP * height // images[0, 0].numel()) if whole_scale(reference, size) else height
+    rows = max(1, _STRIP * height // images[0, 0].numel()) if _whole_scale(reference, size) else height
     for begin in range(0, height, rows):
         end = min(begin + rows, height)
         strip = images[:, :, begin * size[0] // height : end * size[0] // height]
-        strip -= upsampled(old, size, begin, end)
-        strip *= upsampled(weight, size, begin, end, mode="bilinear")
-        strip += upsampled(new, size, begin, end)
+        strip -= _upsampled(old, size, begin, end)
+        strip *= _upsampled(weight, size, begin, end, mode="bilinear")
+        strip += _upsampled(new, size, begin, end)
         strip.clamp_(-1, 1)
     return images
 
 
 def _before_upsampling(small: Tensor, size: torch.Size) -> Tensor:
     """What gives very nearly `small` if it is upsampled to `size` and reduced again: one back-projection ahead."""
-    scale = whole_scale(small, size)
+    scale = _whole_scale(small, size)
     if not scale:
         return 2 * small - _reduced(functional.interpolate(small, size=size, mode="bicubic"), small)
-    kernel = interpolation_phases(small, scale, "bicubic").mean(0)
+    kernel = _phases(small, scale, "bicubic").mean(0)
     padded = functional.pad(small.flatten(0, 1)[:, None], (2, 2, 2, 2), mode="replicate")
     kernel = torch.outer(kernel, kernel)[None, None]
     # Plane by plane: a CPU's convolution pads one channel to sixteen.
@@ -202,11 +203,42 @@ def _before_upsampling(small: Tensor, size: torch.Size) -> Tensor:
     return 2 * small - again.view_as(small)
 
 
+def _upsampled(small: Tensor, size: torch.Size, begin: int, end: int, *, mode: str = "bicubic") -> Tensor:
+    """What the rows of `small` from `begin` to `end` become where it is upsampled to `size`.
+
+    At a whole scale an output pixel depends on 5x5 of the input, with the same weights in every cell, which is a
+    convolution: torch's interpolation takes three times as long.
+    """
+    scale = _whole_scale(small, size)
+    if not scale:
+        return functional.interpolate(small, size=size, mode=mode)
+    first, last = max(0, begin - 2), min(end + 2, small.shape[2])
+    part = small[:, :, first:last].flatten(0, 1)[:, None]
+    part = functional.pad(part, (2, 2, 2 - begin + first, 2 - last + end), mode="replicate")
+    phases = _phases(small, scale, mode)
+    kernel = (phases[:, None, :, None] * phases[None, :, None, :]).flatten(0, 1)[:, None]
+    upsampled: Tensor = functional.pixel_shuffle(functional.conv2d(part, kernel), scale)
+    return upsampled.unflatten(0, small.shape[:2]).flatten(1, 2)  # type: ignore[no-any-return]
+
+
+def _phases(small: Tensor, scale: int, mode: str) -> Tensor:
+    """Weights of torch's interpolation in one dimension: `[scale, 5]`, of the pixel itself and two on either side."""
+    impulses = torch.eye(5, dtype=small.dtype, device=small.device)[None, None]
+    return functional.interpolate(impulses, size=(5, 5 * scale), mode=mode)[0, 0, :, 2 * scale : 3 * scale].T
+
+
+def _whole_scale(small: Tensor, size: torch.Size) -> int:
+    """How many times larger `size` is along each side, or 0 where that is no whole number above 1."""
+    height, width = small.shape[-2:]
+    scale = size[0] // height
+    return scale if scale > 1 and (height * scale, width * scale) == tuple(size) else 0
+
+
 def _agreement(reduced: Tensor, reference: Tensor) -> Tensor:
     """How well a reduced image agrees with the reference's structure around each pixel, `[B, 1, h, w]` from 0 to 1.
 
-    It is the square of the share of local variance that it explains: where a decoder gets strokes or leaves wrong that
-    the reference shows, its detail between the pixels is no better. Drifting colors do not count.
+    It falls with the share of local variance that it does not explain: where a decoder gets strokes or leaves wrong
+    that the reference shows, its detail between the pixels is no better. Drifting colors do not count.
     """
 
     def variance(image: Tensor) -> Tensor:
@@ -214,7 +246,7 @@ def _agreement(reduced: Tensor, reference: Tensor) -> Tensor:
         return _blurred(structure.square().mean(1, keepdim=True), _STRUCTURE_SIGMA)
 
     unexplained = variance(reference - reduced) / (variance(reference) + _WEAK_VARIANCE)
-    return (1 - unexplained).clamp_(0, 1).square_()
+    return (1 - _DOUBT * unexplained).clamp_(0, 1).square_()
 
 
 def _reduced(images: Tensor, reference: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pidecode import sampling
-from pidecode.color_fix import DEFAULT_FIDELITY, corrected
+from pidecode.color_fix import corrected
 from pidecode.devices import default_dtype, select_device
 from pidecode.encoders.base import EncodeFunction, LazyImageEncoder, can_show, on_device, vae_reference
 from pidecode.encoders.text import (
@@ -450,11 +450,7 @@ class PixelDecoder:
             require_memory(self.runner, size, len(latent))
         reference, seen = self._reference(clean, options), callback is not None
         if isinstance(self.runner, FeedForwardRunner):
-            fidelity = DEFAULT_FIDELITY if options.fidelity is None else options.fidelity
-            low, held = None, command == "upscale" and options.color_fix == "back-projection"
-            if held and reference is not None and self.scale * reference.shape[-1] == size[0]:
-                low = reference.to(self.device)
-            pixels = self.runner.decode(latent.tensor, work.strips(), low=low, fidelity=fidelity)
+            pixels = self.runner.decode(latent.tensor, work.strips())
             if callback is not None:
                 callback(Step(1, 1, pixels))
         else:

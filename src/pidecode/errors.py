@@ -20,11 +20,7 @@ class PidecodeError(Exception):
         http: The same for a client of the server.
     """
 
-    exit_code = 1  # of the command line; a subclass that names none has its parent's
-
-    def __init_subclass__(cls, exit_code: int | None = None) -> None:
-        if exit_code is not None:
-            cls.exit_code = exit_code
+    exit_code = 1
 
     def __init__(self, problem: object = "", *, python: str = "", cli: str = "", http: str = "") -> None:
         super().__init__(str(problem))
@@ -38,20 +34,26 @@ class PidecodeError(Exception):
         return f"{self.args[0]} {self.fixes[interface]}".rstrip()
 
 
-class SettingError(PidecodeError, ValueError, exit_code=2):
+class SettingError(PidecodeError, ValueError):
     """A value the caller gave cannot act."""
+
+    exit_code = 2
 
 
 class SizeError(SettingError):
     """An image or latent size that fits nothing; the message names the nearest that does."""
 
 
-class LatentError(PidecodeError, ValueError, exit_code=3):
+class LatentError(PidecodeError, ValueError):
     """A latent of the wrong space, noise level, shape or content."""
 
+    exit_code = 3
 
-class FileError(PidecodeError, exit_code=4):
+
+class FileError(PidecodeError):
     """A file that cannot be read or written as what it claims to be."""
+
+    exit_code = 4
 
 
 class CheckpointError(FileError):
@@ -62,27 +64,35 @@ class ImageError(FileError):
     """An image that is truncated, too large, or no image."""
 
 
-class DownloadError(PidecodeError, exit_code=5):
+class DownloadError(PidecodeError):
     """Weights that could not be fetched."""
+
+    exit_code = 5
 
 
 class LicenseError(DownloadError):
     """A license that must be accepted before the download."""
 
 
-class MissingDependencyError(PidecodeError, ImportError, exit_code=6):
+class MissingDependencyError(PidecodeError, ImportError):
     """An optional package that is not installed; the message names the extra that brings it."""
 
+    exit_code = 6
 
-class DoesNotFitError(PidecodeError, exit_code=7):
+
+class DoesNotFitError(PidecodeError):
     """The job needs more memory than there is; the message says what would fit."""
 
+    exit_code = 7
 
-class TrainingError(PidecodeError, exit_code=8):
+
+class TrainingError(PidecodeError):
     """A training run that had to stop; what was saved is intact."""
 
+    exit_code = 8
 
-class BusyError(PidecodeError, exit_code=9):
+
+class BusyError(PidecodeError):
     """The queue of a server is full, or the server is stopping.
 
     Attributes:
@@ -90,13 +100,18 @@ class BusyError(PidecodeError, exit_code=9):
         stopping: The server takes no more jobs at all.
     """
 
+    exit_code = 9
+
     def __init__(self, message: str, retry_after: float, *, stopping: bool = False) -> None:
         super().__init__(message)
-        self.retry_after, self.stopping = retry_after, stopping
+        self.retry_after = retry_after
+        self.stopping = stopping
 
 
-class Cancelled(PidecodeError, exit_code=130):  # noqa: N818 - a result, not an error
+class Cancelled(PidecodeError):  # noqa: N818 - a result, not an error
     """The caller asked to stop; nothing was written."""
+
+    exit_code = 130
 
 
 OUT_OF_MEMORY = "There is not enough memory for this. Use a smaller image, or end other programs."

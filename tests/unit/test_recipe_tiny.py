@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recipe of `tiny` at debug size: both phases run, resume bit for bit after an interruption, and export."""
+"""The recipe of `tiny` at debug size: its phases run, resume bit for bit after an interruption, and export."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def debug_recipe(data: Path, *settings: str) -> recipe.TinyRecipe:
             f"{phase}.data.crops=((64, 2, 1.0),)", f"{phase}.data.synthetic_images=5",
         ]  # fmt: skip
     fast += ["perception.loss.gan_start=1", "perception.loss.gan_warmup=1", "perception.loss.r1_every=2",
-             "perception.upscale_share=0.5", "perception.loss.distillation=1", "perception.loss.chroma=1"]  # fmt: skip
+             "perception.upscale_share=0.5", "perception.loss.taef2=1", "perception.loss.chroma=1"]  # fmt: skip
     made = recipe.parse_recipe(str(data), [*fast, *settings])
     encoder = {
         field: value for field, value in made.encoder.to_dict().items() if not field.endswith(("blocks", "width"))
@@ -127,7 +127,7 @@ class Interrupt:
             raise KeyboardInterrupt
 
 
-def test_both_phases_resume_bit_for_bit_and_export(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_all_phases_resume_bit_for_bit_and_export(folders: tuple[Path, Path], tmp_path: Path) -> None:
     data, taef2 = folders
     made = debug_recipe(data)
     whole = recipe.train_tiny(made, tmp_path / "whole", taef2, CPU)
@@ -169,22 +169,35 @@ def test_upscaled_samples_show_the_small_image_and_reach_the_decoder(
         for share in ("0", "1")
     ]
     assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    alone = debug_recipe(data, "phases=('perception',)")
     with pytest.raises(CheckpointError, match="needs a trained encoder; set init_from"):
-        recipe.train_tiny(debug_recipe(data, "phases=('perception',)"), tmp_path / "alone", taef2, CPU)
+        recipe.train_tiny(alone, tmp_path / "alone", taef2, CPU)
     with pytest.raises(SettingError, match="for a finished encoder"):
-        debug_recipe(data, "fidelity.upscale_share=1")
+        debug_recipe(data, "distillation.upscale_share=1")
 
 
-def test_distillation_holds_low_frequencies_of_taef2(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_distillation_brings_the_encoder_nearer_to_taef2(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    data, taef2 = folders
+    settings = ["phases=('distillation',)", "distillation.run.steps=60", "distillation.optimizer.lr=0.003",
+                "distillation.run.sample_every=20", "distillation.ema.decay=0.9"]  # fmt: skip
+    recipe.train_tiny(debug_recipe(data, *settings), tmp_path, taef2, CPU)
+    first, *_, last = map(json.loads, (tmp_path / "distillation/samples/metrics.jsonl").read_text().splitlines())
+    assert last["encoder_psnr"] > first["encoder_psnr"] and last["encoder_error"] < 0.9 * first["encoder_error"]
+    (encoder,) = export_weights(tmp_path, tmp_path / "weights", torch.float32)
+    assert encoder.name == "tiny_encoder.safetensors"
+
+
+def test_the_loss_taef2_holds_low_frequencies(folders: tuple[Path, Path], tmp_path: Path) -> None:
     data, taef2 = folders
     autoencoder, differences = TinyAutoencoder.from_folder(taef2), []
     for weight in ("0", "1000"):
-        settings = [
-            f"perception.loss.distillation={weight}",
-            "perception.upscale_share=0",
-            "perception.optimizer.lr=0.02",
+        settings = [f"perception.loss.taef2={weight}", "perception.upscale_share=0", "perception.optimizer.lr=0.02"]
+        settings += [
+            "phases=('fidelity', 'perception')",
+            "perception.run.steps=20",
+            "perception.optimizer.warmup_steps=1",
         ]
-        made = debug_recipe(data, *settings, "perception.run.steps=20", "perception.optimizer.warmup_steps=1")
+        made = debug_recipe(data, *settings)
         decoder = TinyDecoder(made.decoder)
         decoder.load_state_dict(load_file(recipe.train_tiny(made, tmp_path / weight, taef2, CPU)))
         images = torch.rand(4, 3, 1, 1, generator=torch.Generator().manual_seed(1)).expand(4, 3, 16, 16)

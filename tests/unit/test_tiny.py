@@ -28,7 +28,7 @@ from pidecode.engine.plan import plan_decode
 from pidecode.errors import CheckpointError, DoesNotFitError, ImageError, LatentError, SettingError, SizeError
 from pidecode.images import resize
 from pidecode.latents.latent import Latent
-from pidecode.models.tiny import TinyDecoder, TinyEncoder, reduced
+from pidecode.models.tiny import TinyDecoder, TinyEncoder
 from pidecode.options import DecodeOptions, RuntimeOptions
 from pidecode.registry.configs import TinyDecoderConfig, TinyEncoderConfig
 
@@ -61,7 +61,6 @@ def test_the_shapes_are_those_named() -> None:
         ({"blocks": ()}, "blocks is empty"), ({"blocks": (10**9,)}, "blocks is 1000000000"),
         ({"width": 6}, "multiple of 4"), ({"blocks": (1,) * 8}, "do not divide the 64"),
         ({"width": True}, "width is True"), ({"max_sigma": 1.5}, "max_sigma is 1.5"),
-        ({"low_blocks": (1,) * 6}, "do not divide the 16"), ({"low_weight": -0.1}, "low_weight is -0.1"),
     ],
 )  # fmt: skip
 def test_decoder_shapes_that_cannot_be_are_refused(changes: dict[str, Any], said: str) -> None:
@@ -88,11 +87,9 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         TinyEncoder(SMALL_ENCODER)(torch.zeros(1, 3, 20, 32))
 
 
-@pytest.mark.parametrize(
-    ("blocks", "low_blocks"), [((1, 2, 0, 1), ()), ((2,), ()), ((1, 1), (1, 1, 2)), ((1, 2, 0, 1), (1, 0, 1, 1))]
-)
-def test_strips_equal_the_whole(blocks: tuple[int, ...], low_blocks: tuple[int, ...]) -> None:
-    net = tiny_models.shake(TinyDecoder(replace(SMALL, blocks=blocks, low_blocks=low_blocks)))
+@pytest.mark.parametrize("blocks", [(1, 2, 0, 1), (2,), (1, 1)])
+def test_strips_equal_the_whole(blocks: tuple[int, ...]) -> None:
+    net = tiny_models.shake(TinyDecoder(replace(SMALL, blocks=blocks)))
     tensor, calls = recorded.noise(2, 128, 9, 3, seed=1), []
     with torch.no_grad():
         whole = net(tensor)
@@ -103,29 +100,6 @@ def test_strips_equal_the_whole(blocks: tuple[int, ...], low_blocks: tuple[int, 
         torch.testing.assert_close(strips, whole, rtol=1e-4, atol=1e-5)
     if len(blocks) > 2:
         assert max(total for _, total in calls) > 8 and min(total for _, total in calls) > 1
-        shares = [done / total for done, total in calls[-calls[-1][1] :]]
-        assert shares == sorted(set(shares)) and shares[0] == 0
-
-
-def test_the_image_is_moved_toward_that_of_low_resolution() -> None:
-    net = tiny_models.shake(TinyDecoder(replace(SMALL, low_blocks=(1, 1, 1, 1))))
-    tensor = recorded.noise(1, 128, 2, 3, seed=1)
-    assert net.low is not None
-    with torch.no_grad():
-        plain = TinyDecoder(SMALL)
-        plain.load_state_dict({name: value for name, value in net.state_dict().items() if not name.startswith("low.")})
-        before, after, low = reduced(plain(tensor), 4), reduced(net(tensor), 4), net.low(tensor).clamp(-1, 1)
-    assert low.shape == (1, 3, 32, 48)
-    assert (after - low).abs().mean() < 0.5 * (before - low).abs().mean()
-
-
-def test_a_low_image_at_hand_takes_the_place_of_the_decoded_one() -> None:
-    runner = FeedForwardRunner(tiny_models.shake(TinyDecoder(replace(SMALL, low_blocks=(1, 1, 1, 1)))))
-    tensor, given = recorded.noise(1, 128, 2, 3, seed=1), recorded.synthetic_image(48, 32, seed=3)
-    own, held = runner.decode(tensor), runner.decode(tensor, low=given)
-    assert torch.equal(runner.decode(tensor, low=given, fidelity=0.0), own)
-    assert (reduced(held, 4) - given).abs().mean() < 0.5 * (reduced(own, 4) - given).abs().mean()
-    torch.testing.assert_close(runner.decode(tensor, low=given, fidelity=0.5), (own + held) / 2)
 
 
 def test_a_plan_for_an_accelerator_is_cut_where_the_whole_does_not_fit() -> None:

@@ -21,8 +21,7 @@ from torch.nn import functional
 from pidecode.devices import resident_memory
 from pidecode.engine.machine import DRIVER, DTYPE_BYTES, GB, Machine
 from pidecode.errors import DoesNotFitError, SettingError
-from pidecode.images.tensors import upsampled
-from pidecode.models.tiny import DecoderBlock, TinyDecoder, TinyEncoder, reduced
+from pidecode.models.tiny import DecoderBlock, TinyDecoder, TinyEncoder
 from pidecode.registry.configs import TinyDecoderConfig, TinyEncoderConfig
 
 HEAP = 40_000_000
@@ -303,17 +302,6 @@ def _ends(height: int, rows: int, blocks: int) -> list[int]:
     return [*range(rows // 2 + 1 + blocks, height, rows // 2), height]
 
 
-def _moved(image: Tensor, low: Tensor, weight: float) -> Tensor:
-    """`[B, 3, H, W]`, overwritten, moved toward low resolution `[B, 3, h, w]` as in `TinyDecoder.forward`."""
-    scale = image.shape[2] // low.shape[2]
-    difference = weight * (low - reduced(image, scale))
-    rows = max(1, CPU_STRIP // low.shape[3])
-    for begin in range(0, low.shape[2], rows):
-        end = min(begin + rows, low.shape[2])
-        image[:, :, begin * scale : end * scale] += upsampled(difference, image.shape[-2:], begin, end)
-    return image
-
-
 class FeedForwardRunner:
     """Decodes latents with a `TinyDecoder`.
 
@@ -328,7 +316,6 @@ class FeedForwardRunner:
         # Channels last, so that convolutions on a CPU need not reorder their inputs.
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.net, self.plan = net, plan
-        self.low = FeedForwardRunner(net.low, plan) if net.low is not None else None
 
     def place(self, device: torch.device) -> None:
         """Move the network to a device."""
@@ -351,31 +338,8 @@ class FeedForwardRunner:
         return predict(plan, self.net.config, accelerator=self.net.device.type != "cpu", resident=resident)
 
     @torch.no_grad()
-    def decode(
-        self, latent: Tensor, on_strip: StripCallback | None = None, *, low: Tensor | None = None, fidelity: float = 1.0
-    ) -> Tensor:
-        """Decode a latent.
-
-        Args:
-            latent: Normalized, `[B, C, h, w]`.
-            on_strip: Called before each strip.
-            low: The encoded image in [-1, 1], where it is at hand: in place of what the low-resolution decoder makes.
-            fidelity: How much it is, from 0 to 1.
-
-        Returns:
-            The image `[B, 3, H, W]`, float32, not clamped.
-        """
-        if self.low is None:
-            return self._generated(latent, on_strip)
-        report, halves = on_strip or (lambda done, count: None), 1
-        if low is None or fidelity < 1:
-            halves, own = 2, self.low.decode(latent, lambda done, count: report(done, 2 * count)).clamp_(-1, 1)
-            low = own if low is None else own.lerp_(low, fidelity)
-        image = self._generated(latent, lambda done, count: report((halves - 1) * count + done, halves * count))
-        return _moved(image, low, self.net.config.low_weight)
-
-    def _generated(self, latent: Tensor, on_strip: StripCallback | None) -> Tensor:
-        """The image as it is before it is moved toward that of low resolution."""
+    def decode(self, latent: Tensor, on_strip: StripCallback | None = None) -> Tensor:
+        """Normalized latent `[B, C, h, w]` to the image `[B, 3, H, W]`, float32, not clamped."""
         net = self.net
         features = net.coarse(latent)
         *inner, final = [*net.stages][1:] or [None]

@@ -309,34 +309,3 @@ def downsampled(pixels: Tensor, size: tuple[int, int]) -> tuple[Tensor, dict[str
         return pixels, described
     small = resize(pixels, size[1], size[0], method="lanczos").clamp(-1.0, 1.0)
     return small, described | {"downsampled_from": list(own)}
-
-
-def upsampled(small: Tensor, size: torch.Size, begin: int, end: int, *, mode: str = "bicubic") -> Tensor:
-    """What the rows of `small` from `begin` to `end` become where it is upsampled to `size`.
-
-    At a whole scale an output pixel depends on 5x5 of the input, with the same weights in every cell, which is a
-    convolution: torch's interpolation takes three times as long.
-    """
-    scale = whole_scale(small, size)
-    if not scale:
-        return functional.interpolate(small, size=size, mode=mode)
-    first, last = max(0, begin - 2), min(end + 2, small.shape[2])
-    part = small[:, :, first:last].flatten(0, 1)[:, None]
-    part = functional.pad(part, (2, 2, 2 - begin + first, 2 - last + end), mode="replicate")
-    phases = interpolation_phases(small, scale, mode)
-    kernel = (phases[:, None, :, None] * phases[None, :, None, :]).flatten(0, 1)[:, None]
-    upsampled: Tensor = functional.pixel_shuffle(functional.conv2d(part, kernel), scale)
-    return upsampled.unflatten(0, small.shape[:2]).flatten(1, 2)  # type: ignore[no-any-return]
-
-
-def interpolation_phases(small: Tensor, scale: int, mode: str) -> Tensor:
-    """Weights of torch's interpolation in one dimension: `[scale, 5]`, of the pixel itself and two on either side."""
-    impulses = torch.eye(5, dtype=small.dtype, device=small.device)[None, None]
-    return functional.interpolate(impulses, size=(5, 5 * scale), mode=mode)[0, 0, :, 2 * scale : 3 * scale].T
-
-
-def whole_scale(small: Tensor, size: torch.Size) -> int:
-    """How many times larger `size` is along each side, or 0 where that is no whole number above 1."""
-    height, width = small.shape[-2:]
-    scale = size[0] // height
-    return scale if scale > 1 and (height * scale, width * scale) == tuple(size) else 0

@@ -2,8 +2,7 @@
 """`tiny`: a feed-forward decoder from FLUX.2 latents to images four times as large, and an encoder to those latents.
 
 Both are plain convolutional networks. The decoder is not a PiD network: it takes no noise and no time, and forms the
-image in one evaluation. A second, smaller one forms the image at low resolution, as the autoencoder itself decodes it,
-and holds the large image to it. `recipes/tiny` beside the package says how all are trained.
+image in one evaluation. `recipes/tiny` beside the package says how both are trained.
 """
 
 from __future__ import annotations
@@ -51,9 +50,6 @@ class TinyDecoder(nn.Module):
     The first stage works on the latent's own grid, where convolutions are cheap, and alone normalizes over the whole
     image; finer stages would lose the size of a faint detail by it. Each further stage doubles the grid. A last
     convolution gives the pixels of each cell, which are shuffled into place.
-
-    Losses that reward detail leave the colors of small areas loose. So `low`, trained to decode as the autoencoder
-    does, gives the image at low resolution, and the large image is moved toward it.
     """
 
     def __init__(self, config: TinyDecoderConfig | None = None) -> None:
@@ -68,7 +64,6 @@ class TinyDecoder(nn.Module):
             for stage, count in enumerate(config.blocks)
         )
         self.to_pixels = _conv3x3(config.width, 3 * config.pixel_shuffle**2)
-        self.low = TinyDecoder(config.low) if config.low else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -103,11 +98,7 @@ class TinyDecoder(nn.Module):
         features = self.coarse(latent)
         for stage in list(self.stages)[1:]:
             features = stage(functional.interpolate(features, scale_factor=2, mode="nearest"))
-        image = self.pixels(functional.pad(features, (1, 1, 1, 1), mode="replicate"))
-        if self.low is None:
-            return image
-        difference = self.config.low_weight * (self.low(latent).clamp(-1, 1) - reduced(image, self.config.scale))
-        return image + functional.interpolate(difference, scale_factor=self.config.scale, mode="bicubic")
+        return self.pixels(functional.pad(features, (1, 1, 1, 1), mode="replicate"))
 
 
 class EncoderBlock(nn.Module):
@@ -192,11 +183,6 @@ class TinyEncoder(nn.Module):
         x = self.at_half(self.to_half(functional.relu(self.at_full(self.stem(image)))))
         x = self.at_eighth(self.to_eighth(self.at_quarter(self.to_quarter(x))))
         return functional.pixel_unshuffle(self.head(functional.relu(x)), 2)
-
-
-def reduced(image: Tensor, scale: int) -> Tensor:
-    """Mean colors of squares of `scale` pixels: `[B, C, H, W]` to `[B, C, H / scale, W / scale]`."""
-    return functional.avg_pool2d(image, scale)
 
 
 def _conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:

@@ -226,8 +226,6 @@ class TinyDecoderConfig:
         scale: Output pixels per pixel of the low-resolution image, along each side.
         width: Channels of all convolutions.
         blocks: Residual blocks of each stage; each stage but the first doubles the grid.
-        low_blocks: The same of the low-resolution decoder, whose image corrects the large one; empty builds none.
-        low_weight: How much of the difference from its image is corrected, from 0 to 1.
         max_sigma: Highest noise level of a latent for which the decoder was found good.
 
     Raises:
@@ -240,8 +238,6 @@ class TinyDecoderConfig:
     scale: int = 4
     width: int = 64
     blocks: tuple[int, ...] = (16, 8, 12, 4)
-    low_blocks: tuple[int, ...] = ()
-    low_weight: float = 0.75
     max_sigma: float = 0.8
 
     def __post_init__(self) -> None:
@@ -249,9 +245,8 @@ class TinyDecoderConfig:
             _check_count(name, getattr(self, name), least=1, most=MAX_WIDTH)
         if not self.blocks:
             raise SettingError("blocks is empty; name the residual blocks of at least one stage.")
-        for name in ("blocks", "low_blocks"):
-            for count in getattr(self, name):
-                _check_count(name, count, least=0, most=MAX_BLOCKS)
+        for count in self.blocks:
+            _check_count("blocks", count, least=0, most=MAX_BLOCKS)
         if self.width % 4 or self.latent_channels % self.latent_unpatchify**2:
             raise SettingError(
                 f"width={self.width} must be a multiple of 4 (its GroupNorm's groups), and latent_channels="
@@ -261,10 +256,8 @@ class TinyDecoderConfig:
             raise SettingError(
                 f"{len(self.blocks)} stages do not divide the {self.pixels_per_cell} output pixels of a latent cell."
             )
-        for name in ("max_sigma", "low_weight"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise SettingError(f"{name} is {getattr(self, name)}; it must be from 0 to 1.")
-        _ = self.low  # its stages must divide its cells as well
+        if not 0.0 <= self.max_sigma <= 1.0:
+            raise SettingError(f"max_sigma is {self.max_sigma}; it must be from 0 to 1.")
 
     @property
     def pixels_per_cell(self) -> int:
@@ -276,14 +269,9 @@ class TinyDecoderConfig:
         """Output pixels per cell of the last grid, along each side."""
         return int(self.pixels_per_cell // (self.latent_unpatchify * 2 ** (len(self.blocks) - 1)))
 
-    @property
-    def low(self) -> TinyDecoderConfig | None:
-        """Shape of the low-resolution decoder, or None without one."""
-        return replace(self, scale=1, blocks=self.low_blocks, low_blocks=()) if self.low_blocks else None
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""
-        return {**asdict(self), "blocks": list(self.blocks), "low_blocks": list(self.low_blocks)}
+        return {**asdict(self), "blocks": list(self.blocks)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TinyDecoderConfig:
@@ -293,10 +281,10 @@ class TinyDecoderConfig:
             SettingError: A name is unknown, or a value has the wrong type.
         """
         clean = dict(values)
-        for name in clean.keys() & {"blocks", "low_blocks"}:
-            if not isinstance(clean[name], (list, tuple)):
-                raise SettingError(f"{name} is {clean[name]!r}; it must be a list of whole numbers.")
-            clean[name] = tuple(clean[name])
+        if "blocks" in clean:
+            if not isinstance(clean["blocks"], (list, tuple)):
+                raise SettingError(f"blocks is {clean['blocks']!r}; it must be a list of whole numbers.")
+            clean["blocks"] = tuple(clean["blocks"])
         return _from_dict(cls, clean)
 
 
