@@ -22,8 +22,8 @@ from pidecode.errors import BusyError, Cancelled, DoesNotFitError, FileError, Im
 from pidecode.latents.latent import Latent
 from pidecode.serve.http import bound_socket, check_token, response_for
 from pidecode.serve.prometheus import resident_memory
-from pidecode.serve.schemas import FileInfo
-from pidecode.serve.service import DecodeService, encode_preview, estimate, looks_like_safetensors, require_memory
+from pidecode.serve.schemas import DecodePlan, FileInfo
+from pidecode.serve.service import DecodeService, encode_preview, looks_like_safetensors, require_memory
 
 
 @pytest.mark.parametrize(
@@ -82,14 +82,19 @@ def test_a_server_needs_a_model() -> None:
 
 def test_a_plan_grows_with_the_image_and_refuses_what_cannot_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = small_decoder()
-    small, large = estimate(decoder, 64, 64), estimate(decoder, 256, 256)
+    service = DecodeService({"small": decoder})
+
+    def estimate(side: int) -> DecodePlan:
+        return service.plan(None, FileInfo(kind="latent", width=1, height=1), (side, side))
+
+    small, large = estimate(64), estimate(256)
     assert large.working > 10 * small.working
     assert large.working == decoder.runner.plan_for((256, 256), 1).working
     with LiveBytes() as live:
         decoder.decode(Latent(torch.zeros(1, 128, 4, 4), "flux2", 0.0), num_steps=2)
     assert large.working == pytest.approx(live.peak, rel=0.1)
     assert small.weights == sum(value.numel() * 4 for value in decoder.net.parameters())
-    assert estimate(decoder, 4, 4).working == small.working  # a tiny image is padded
+    assert estimate(4).working == small.working  # a tiny image is padded
     assert small.fits
     require_memory(decoder.runner, (64, 64), 1)
     monkeypatch.setattr("pidecode.engine.runner.free_memory", lambda device: 1000)

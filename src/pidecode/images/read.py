@@ -511,20 +511,18 @@ def _file_of(image: Any) -> BinaryIO | None:
     return cast(BinaryIO, image.fp)
 
 
-def _frame_indices(image: Image.Image) -> list[int]:
+def _frame_indices(image: Any) -> list[int]:
     """Where the frames or pages of an image are, but for what is only a preview of another."""
     count = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
     indices = list(range(1 if count > 1 and getattr(image, "default_image", False) else 0, count))
     if image.format == "TIFF" and count > 1:
-        now = image.tell()
-        indices = [index for index in indices if not _is_reduced(image, index)]
+        now, every, indices = image.tell(), indices, []
+        for index in every:
+            image.seek(index)
+            if not image.tag_v2.get(_SUBFILE_TYPE, 0) & 0b101:  # of lower resolution, or a transparency mask
+                indices.append(index)
         image.seek(now)
     return indices or [0]
-
-
-def _is_reduced(image: Any, index: int) -> bool:
-    image.seek(index)
-    return bool(image.tag_v2.get(_SUBFILE_TYPE, 0) & 0b101)  # of lower resolution, or a transparency mask
 
 
 def _select(image: Image.Image, name: str, frame: int | None) -> None:

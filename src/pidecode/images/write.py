@@ -220,20 +220,11 @@ class Animation:
     def save(
         self, path: str | os.PathLike[str], *, overwrite: bool = False, bits: int = 8, quality: int | None = None
     ) -> list[Path]:
-        """Write an animated PNG, WebP or GIF file.
-
-        Args:
-            path: The file; its suffix chooses the format. A GIF has 256 colors a frame.
-            overwrite: Whether an existing file may be replaced.
-            bits: 8 in all formats.
-            quality: 1 to 100 for WebP, which is lossless at 100; 95 if not given.
-
-        Returns:
-            The path written.
+        """Write an animated PNG, WebP or GIF, which has 256 colors a frame; arguments are those of `DecodeOutput.save`.
 
         Raises:
             FileError: The file exists or cannot be written.
-            SettingError: The format holds no animation, or `quality` cannot act.
+            SettingError: The format holds no animation, or `bits` or `quality` cannot act.
             SizeError: A side is longer than the format allows.
         """
         kind = animated_format(path)

@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable
 from itertools import accumulate
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -66,13 +67,9 @@ class ResponseStats:
 
     def text(self, queue: JobQueue) -> str:
         """All metrics, those of `queue` included, in the Prometheus text format."""
-        outcomes: dict[str, float] = {
-            f'{{outcome="{name}"}}': getattr(queue.stats, name) for name in ("done", "failed", "cancelled")
-        }
-        counts: dict[str, float] = {
-            f'{{path="{path}",status="{code}"}}': n for (path, code), n in sorted(self.counts.items())
-        }
-        metrics: list[tuple[str, str, str, float | dict[str, float] | None]] = [
+        outcomes = {f'{{outcome="{name}"}}': getattr(queue.stats, name) for name in ("done", "failed", "cancelled")}
+        counts = {f'{{path="{path}",status="{code}"}}': n for (path, code), n in sorted(self.counts.items())}
+        metrics: list[tuple[str, str, str, Any]] = [  # name, type, help, and a value or values by label
             ("info", "gauge", "Version of pidecode.", {f'{{version="{__version__}"}}': 1}),
             ("start_time_seconds", "gauge", "Unix time at which the server started.", self.started),
             ("queue_waiting", "gauge", "Jobs waiting.", queue.waiting),

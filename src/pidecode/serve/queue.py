@@ -51,9 +51,7 @@ class JobStatus:
 class DecodeJob:
     """A function in the queue, with its state and result. All methods are thread-safe.
 
-    Args:
-        function: Called with the job on the worker thread; its return value is the job's result.
-        queue: The queue that the job belongs to; its timeout is that of the job.
+    The function is called with the job on the worker thread; what it returns is the job's result.
     """
 
     def __init__(self, function: JobFunction, queue: JobQueue) -> None:
@@ -112,7 +110,17 @@ class DecodeJob:
 
         The reason is the message of the `Cancelled` that `result` raises.
         """
-        self._queue._cancel(self, reason)
+        queue = self._queue
+        with queue._changed:
+            if self.over or self._cancel_reason is not None:
+                return
+            self._cancel_reason = reason
+            if self not in queue._waiting:
+                return
+            queue._waiting.remove(self)
+            queue.stats.cancelled += 1
+        self._end("cancelled", error=Cancelled(reason))
+        queue._notify_waiting()
 
     def check(self) -> None:
         """Called by the job's function between steps; Cancelled if the job was cancelled or its time is up."""
@@ -264,19 +272,12 @@ class JobQueue:
         if self._worker is not None:
             self._worker.join()
 
-    def _cancel(self, job: DecodeJob, reason: str) -> None:
+    def _notify_waiting(self) -> None:
+        """Tell the jobs that wait that their positions have changed."""
         with self._changed:
-            if job.over or job._cancel_reason is not None:
-                return
-            job._cancel_reason = reason
-            if job not in self._waiting:
-                return
-            self._waiting.remove(job)
-            self.stats.cancelled += 1
-            behind = list(self._waiting)
-        job._end("cancelled", error=Cancelled(reason))
-        for other in behind:
-            other.notify()
+            waiting = list(self._waiting)
+        for job in waiting:
+            job.notify()
 
     def _run(self) -> None:
         while True:
@@ -286,11 +287,9 @@ class JobQueue:
                 if not self._waiting:
                     return
                 job = self._running = self._waiting.popleft()
-                behind = list(self._waiting)
-            for other in behind:
-                other.notify()
+            self._notify_waiting()
             self._run_job(job)
-            del job, behind  # keep no reference to the job while the thread waits for the next one
+            del job  # keep no reference to the job while the thread waits for the next one
 
     def _run_job(self, job: DecodeJob) -> None:
         assert job._function is not None

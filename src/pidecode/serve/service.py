@@ -147,18 +147,25 @@ class DecodeService:
         )  # fmt: skip
 
     def plan(self, name: str | None, file: schemas.FileInfo, size: tuple[int, int] | None = None) -> schemas.DecodePlan:
-        """Estimate the decode of a file to its natural size or another; SizeError for a result that is too large."""
+        """Estimate the decode of a file to its natural size or another; SizeError for a result that is too large.
+
+        The memory for encoding an image or a prompt, which comes before, is not counted.
+        """
         decoder = self.decoder(name)
-        if size is None:
-            cell = decoder.space.pixels_per_cell
-            size = (file.width * cell, file.height * cell)
-            if file.kind == "image":
-                size = decoder.upscaled_size((file.width, file.height))
-        width, height = size
+        cell = decoder.space.pixels_per_cell
+        natural, params = (file.width * cell, file.height * cell), schemas.ResultParams()
+        if file.kind == "image":
+            natural, params = decoder.upscaled_size((file.width, file.height)), schemas.UpscaleParams()
+        width, height = size or natural
         self.limits.check_pixels(width, height)
-        params = schemas.UpscaleParams() if file.kind == "image" else schemas.DecodeParams()
-        seconds = self.speeds.predict(name or next(iter(self.decoders)), params, (width, height))
-        return estimate(decoder, width, height).model_copy(update={"seconds": seconds})
+        tensors = (*decoder.net.parameters(), *decoder.net.buffers())
+        working = decoder.runner.plan_for(padded_size(decoder, width, height), 1).working
+        free = free_memory(decoder.device)
+        return schemas.DecodePlan(
+            width=width, height=height, weights=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+            working=working, free=free, fits=free is None or working <= free,
+            seconds=self.speeds.predict(name or next(iter(self.decoders)), params, (width, height)),
+        )  # fmt: skip
 
     def warm_up(self) -> None:
         """Queue a small upscale by each feed-forward decoder: it loads the encoder and measures this machine."""
@@ -259,21 +266,6 @@ class DecodeService:
     def _check_size(self, decoder: PixelDecoder, width: int, height: int) -> None:
         self.limits.check_pixels(width, height)
         require_memory(decoder.runner, padded_size(decoder, width, height), 1)
-
-
-def estimate(decoder: PixelDecoder, width: int, height: int) -> schemas.DecodePlan:
-    """Estimate the decode of one image of that size, run as this decoder would run it.
-
-    The memory for encoding an image or a prompt, which comes before, is not counted.
-    """
-    net = decoder.net
-    working = decoder.runner.plan_for(padded_size(decoder, width, height), 1).working
-    free = free_memory(decoder.device)
-    return schemas.DecodePlan(
-        width=width, height=height,
-        weights=sum(tensor.numel() * tensor.element_size() for tensor in (*net.parameters(), *net.buffers())),
-        working=working, free=free, fits=free is None or working <= free,
-    )  # fmt: skip
 
 
 def padded_size(decoder: PixelDecoder, width: int, height: int) -> tuple[int, int]:
