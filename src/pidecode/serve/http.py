@@ -36,7 +36,7 @@ from pidecode.serve.schemas import RequestLimits
 COOKIE = "pidecode_token"
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 OPEN_PATH = "/health"  # needs no token
-RETRY_SECONDS = 5.0  # `Retry-After` where the queue has no better guess
+RETRY_SECONDS = 5  # `Retry-After` where the queue has no better guess
 SHUTDOWN_SECONDS = 30  # seconds that open requests and the running job are given when the server stops
 MIN_TOKEN_LENGTH = 16
 HEADER_SECONDS = 10.0
@@ -165,7 +165,7 @@ class AuthMiddleware:
         if any(hmac.compare_digest(one, self.token.encode()) for one in presented):
             return None
         message = "The token is missing or wrong; send the header 'Authorization: Bearer TOKEN'."
-        return error_response(401, "no_token", message, headers={"WWW-Authenticate": "Bearer"})
+        return error_response(401, "no_token", message, {"WWW-Authenticate": "Bearer"})
 
 
 @dataclass(slots=True, eq=False)
@@ -279,17 +279,10 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def error_response(
-    status: int,
-    code: str,
-    message: str,
-    *,
-    retry_after: float = RETRY_SECONDS,
-    headers: Mapping[str, str] | None = None,
-) -> JSONResponse:
+def error_response(status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """An error in the form that OpenAI's clients expect: {"error": {"message", "type", "code"}}."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    retry = {"Retry-After": str(max(1, math.ceil(retry_after)))} if status in (429, 503) else {}
+    retry = {"Retry-After": str(RETRY_SECONDS)} if status == 503 else {}
     error = {"message": message, "type": kind, "code": code}
     return JSONResponse({"error": error}, status, {**retry, **(headers or {})})
 
@@ -304,11 +297,12 @@ def response_for(error: Exception, path: str = "") -> JSONResponse:
         detail = str(error.detail)
         if detail == HTTPStatus.NOT_FOUND.phrase:  # of a path, by Starlette
             detail = f"There is no {path[:80]} here; /openapi.json lists the paths."
-        return error_response(error.status_code, f"http_{error.status_code}", detail, headers=error.headers)
+        return error_response(error.status_code, f"http_{error.status_code}", detail, error.headers)
     if errors.is_out_of_memory(error):
         return error_response(507, "does_not_fit", errors.OUT_OF_MEMORY)
     if isinstance(error, errors.BusyError):
-        return error_response(503 if error.stopping else 429, "busy", str(error), retry_after=error.retry_after)
+        headers = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
+        return error_response(503 if error.stopping else 429, "busy", str(error), headers)
     for kind, status, code in _STATUSES:
         if isinstance(error, kind):
             return error_response(status, code, error.message("http"))
@@ -476,10 +470,9 @@ class BoundedProtocol(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP, in the form of all errors."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            body = bytes(error_response(400, "bad_http", msg).body)
-            headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
-            start = h11.Response(status_code=400, headers=list(headers.items()))
-            for event in (start, h11.Data(data=body), h11.EndOfMessage()):
+            response = error_response(400, "bad_http", msg, {"connection": "close"})
+            start = h11.Response(status_code=400, headers=response.raw_headers)
+            for event in (start, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         if self.cycle is not None:
             self.cycle.disconnected = True

@@ -65,8 +65,8 @@ class Speeds:
         self._speeds[self._key(name, params)] = seconds / max(size[0] * size[1], LEAST_PIXELS)
 
     def _key(self, name: str, params: schemas.ResultParams) -> tuple[Any, ...]:
-        options = (getattr(params, option, None) for option in ("num_steps", "guidance_scale"))
-        return (name, isinstance(params, schemas.UpscaleParams), *options)
+        options = dict(params)  # an option that the endpoint does not have is not there
+        return name, isinstance(params, schemas.UpscaleParams), options.get("num_steps"), options.get("guidance_scale")
 
 
 class TextToLatent(Protocol):
