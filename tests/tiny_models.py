@@ -41,7 +41,7 @@ def autoencoder(space: str, width: int = 4, groups: int = 2) -> Any:
     if space == "flux2":
         return shake(AutoencoderKLFlux2(latent_channels=32, **shape))
     if space == "qwenimage":
-        blocks = dict(base_dim=8, z_dim=16, dim_mult=[1, 1, 2, 2], num_res_blocks=1)
+        blocks = dict(base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2)
         return shake(AutoencoderKLQwenImage(**blocks, temperal_downsample=[False, True, True]))
     channels, scaling, shift = CONSTANTS[space]
     quant = space == "sdxl"
@@ -96,9 +96,9 @@ def as_wan_2d(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         elif parts[1] == "down_blocks":
             parts[1] = "downsamples"
             parts[3:4] = block.get(parts[3], parts[3]).split(".")
-        elif parts[1] == "up_blocks":  # three blocks to a stage here: two residual ones, one that enlarges
+        elif parts[1] == "up_blocks":  # four blocks to a stage, as released: three residual ones, one that enlarges
             stage, kind, index = int(parts[2]), parts[3], int(parts[4])
-            place = 3 * stage + (index if kind == "resnets" else 2)
+            place = 4 * stage + (index if kind == "resnets" else 3)
             rest = parts[5:]
             if kind == "resnets":
                 rest[0:1] = block[rest[0]].split(".")

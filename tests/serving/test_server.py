@@ -305,13 +305,13 @@ def test_a_stop_lets_the_running_request_end() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_a_prompt_is_generated_by_a_real_pipeline_and_decoded() -> None:
     tiny = pytest.importorskip("tiny_pipelines")
-    from pidecode.integrations.text_to_image import PipelineTextToLatent
+    from pidecode.integrations.text_to_image import text_to_latent
     from pidecode.serve.schemas import RequestLimits
 
-    text_to_latent = PipelineTextToLatent("sdxl", tiny.build("sdxl"), num_steps=2)
     service = DecodeService(
-        {"sdxl": tiny.decoder_for("sdxl")}, limits=RequestLimits(job_seconds=PATIENCE), text_to_latent=text_to_latent
-    )
+        {"sdxl": tiny.decoder_for("sdxl")}, limits=RequestLimits(job_seconds=PATIENCE),
+        text_to_latent=text_to_latent("sdxl", tiny.build("sdxl"), num_steps=2),
+    )  # fmt: skip
     with running(create_app(service), service) as served:
         body = {"prompt": "a cat", "size": "128x64", "num_steps": 1, "seed": 2, "n": 2}
         answer = served.post("/v1/images/generations", body)

@@ -20,7 +20,7 @@ from pidecode.units import read_text
 
 if TYPE_CHECKING:
     from pidecode.decoder import PixelDecoder
-    from pidecode.integrations.text_to_image import PipelineTextToLatent
+    from pidecode.serve.service import TextToLatent
 
 PORT = 8420
 TOKEN_VARIABLE = "PIDECODE_TOKEN"
@@ -53,17 +53,17 @@ def _load_decoders(options: dict[str, Any]) -> dict[str, PixelDecoder]:
     return decoders
 
 
-def _load_pipeline(options: dict[str, Any]) -> PipelineTextToLatent | None:
+def _load_pipeline(options: dict[str, Any]) -> TextToLatent | None:
     """Load the text-to-image pipeline, if one is named."""
     name, source = options["pipeline"], options["pipeline_source"]
     if name is None:
         if source is not None:
             raise SettingError("--pipeline-source says where a pipeline is; name the pipeline with --pipeline.")
         return None
-    from pidecode.integrations.text_to_image import PipelineTextToLatent
+    from pidecode.integrations.text_to_image import load_pipeline, text_to_latent
 
     device, dtype = common.pipeline_device(options["device"], options["dtype"])
-    return PipelineTextToLatent.from_pretrained(name, source, device=device, dtype=dtype)
+    return text_to_latent(name, load_pipeline(name, source, device, dtype))
 
 
 serve_options = common.combined(

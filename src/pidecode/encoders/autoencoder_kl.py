@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The autoencoders of Flux, FLUX.2, SD3, SDXL and Qwen-Image: diffusers folders and single files.
 
-Shapes are read from the weights themselves; the names of single files are translated to the names diffusers uses.
+Shapes are read from the weights themselves; the names of single files are translated by diffusers.
 """
 
 from __future__ import annotations
@@ -28,31 +28,6 @@ CLASSES = {"flux2": "AutoencoderKLFlux2", "qwenimage": "AutoencoderKLQwenImage"}
 
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bf16.safetensors",
                 "diffusion_pytorch_model.fp16.safetensors", "model.safetensors")  # fmt: skip
-
-# LDM's names (flux, flux2, sd3 and sdxl single files) to diffusers' names, tried in this order.
-_LDM_RULES = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"^(?:en|de)coder\.((?:post_)?quant_conv)\.", r"\1."), (r"\.mid\.block_([12])\.", r".mid_block.resnets.\1."),
-        (r"\.mid\.attn_1\.norm\.", r".mid_block.attentions.0.group_norm."),
-        (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
-        (r"\.mid\.attn_1\.proj_out\.", r".mid_block.attentions.0.to_out.0."),
-        (r"\.down\.(\d+)\.block\.", r".down_blocks.\1.resnets."),
-        (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
-        (r"\.up\.(\d+)\.block\.", r".up_blocks.\1.resnets."),
-        (r"\.up\.(\d+)\.upsample\.", r".up_blocks.\1.upsamplers.0."), (r"\.nin_shortcut\.", ".conv_shortcut."),
-        (r"\.norm_out\.", ".conv_norm_out."),
-    )
-)  # fmt: skip
-# The same for the Wan names of Qwen-Image's single files.
-_WAN_BLOCK = {
-    "residual.0.": "norm1.", "residual.2.": "conv1.", "residual.3.": "norm2.", "residual.6.": "conv2.",
-    "shortcut.": "conv_shortcut.",
-}  # fmt: skip
-_WAN_TOP_LEVEL = {
-    "middle.0.": "mid_block.resnets.0.", "middle.1.": "mid_block.attentions.0.", "middle.2.": "mid_block.resnets.1.",
-    "head.0.": "norm_out.", "head.2.": "conv_out.", "conv1.": "conv_in.",
-}  # fmt: skip
 
 
 class DiffusersAutoencoder:
@@ -91,21 +66,28 @@ def load_autoencoder(
         CheckpointError: The file is no autoencoder, or another space's.
         MissingDependencyError: diffusers is not installed.
     """
-    config: dict[str, Any] = {}
-    if os.path.isdir(path):
-        path, config = _read_folder(path, space)
+    try:
+        import diffusers
+    except ImportError as fault:
+        raise MissingDependencyError(
+            'The autoencoders need diffusers, which is not installed; run `pip install "pidecode[diffusers]"`.'
+        ) from fault
+    path, folder_config = _read_folder(path) if os.path.isdir(path) else (path, {})
     tensors = read_tensors(path).tensors
     tensors = {re.sub(r"^(first_stage_model\.)?(vae\.)?(model\.)?", "", name): x for name, x in tensors.items()}
     check_formats({name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}, path)
     check_finite(tensors, path)
-    if any(name.startswith("encoder.downsamples.") for name in tensors):
-        tensors = _from_wan(tensors)
-    elif any(name.startswith("encoder.down.") for name in tensors):
-        tensors = _from_ldm(tensors)
-    family = _family(tensors, path)
-    if family != CLASSES.get(space.name, "AutoencoderKL"):
-        raise CheckpointError(f"{path} is an {family}, not the autoencoder of {space.name}; give the right file.")
-    config = {**_infer_config(tensors, family, path), **config}
+    try:
+        tensors = _diffusers_names(tensors, path)
+        family = _family(tensors, path)
+        config = {**_infer_config(tensors, family), **folder_config}
+    except (KeyError, ValueError, IndexError) as fault:
+        raise CheckpointError(f"{path} lacks {fault}; it is not a complete autoencoder. Download it again.") from None
+    wanted = CLASSES.get(space.name, "AutoencoderKL")
+    if family != wanted:
+        raise CheckpointError(
+            f"{path} is an {family}; the encoder of {space.name} is an {wanted}. Give the right file."
+        )
     channels = config.get("latent_channels", config.get("z_dim"))
     if channels != space.raw_channels:
         raise CheckpointError(
@@ -117,73 +99,50 @@ def load_autoencoder(
     if family == "AutoencoderKLFlux2":  # kept in the precision of the file, whatever the weights run in
         statistics = LatentStatistics(tensors["bn.running_mean"].float(), tensors["bn.running_var"].float())
     cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    return DiffusersAutoencoder(_build(family, config, cast, path), space), statistics
+    try:
+        check_foreign_config(config, path)
+        with torch.device("meta"):
+            model = getattr(diffusers, family)(**config)
+    except (TypeError, ValueError) as fault:
+        raise CheckpointError(f"diffusers cannot build an {family} as {path} describes it: {fault}.") from None
+    load_state(model, _as_video_weights(model, cast), path)
+    return DiffusersAutoencoder(model, space), statistics
 
 
-def _read_folder(path: Path, space: LatentSpace) -> tuple[Path, dict[str, Any]]:
+def _read_folder(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The weights file and the configuration of a diffusers folder."""
     folder = path / "vae" if (path / "vae" / "config.json").is_file() else path
     if not os.path.isfile(folder / "config.json"):
         raise CheckpointError(
             f"{path} holds no config.json, so it is not a diffusers autoencoder; give its folder, or one file."
         )
     try:
-        config = read_json(folder / "config.json")
-    except (OSError, ValueError) as fault:
+        config = dict(read_json(folder / "config.json"))
+    except (OSError, TypeError, ValueError) as fault:
         raise CheckpointError(f"{folder / 'config.json'} cannot be read as JSON: {fault}. Download it again.") from None
-    wanted = CLASSES.get(space.name, "AutoencoderKL")
-    if not isinstance(config, dict) or config.get("_class_name") != wanted:
-        found = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
-        raise CheckpointError(f"{folder} holds a {found}; the encoder of {space.name} is an {wanted}.")
     weights = next((folder / name for name in WEIGHT_FILES if os.path.isfile(folder / name)), None)
     if weights is None:
         raise CheckpointError(f"{folder} has a config.json and no weights ({WEIGHT_FILES[0]}); download it again.")
     return weights, {name: value for name, value in config.items() if not name.startswith("_")}
 
 
-def _from_ldm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename LDM's tensors to diffusers'. LDM counts the decoder's stages in reverse and attends by 1x1 convs."""
-    stages = _count(tensors, r"decoder\.up\.(\d+)\.")
-    renamed = {}
-    for name, tensor in tensors.items():
-        match = re.match(r"decoder\.up\.(\d+)\.", name)
-        if match:
-            name = f"decoder.up.{stages - 1 - int(match[1])}.{name[match.end() :]}"
-        for pattern, replacement in _LDM_RULES:
-            name = pattern.sub(replacement, name)
-        name = re.sub(r"mid_block\.resnets\.([12])\.", lambda found: f"mid_block.resnets.{int(found[1]) - 1}.", name)
-        renamed[name] = tensor.flatten(1) if ".attentions." in name and tensor.ndim == 4 else tensor
+def _diffusers_names(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors by diffusers' names, to which its own converters bring those of LDM and Wan."""
+    from diffusers.loaders import single_file_utils
+
+    stages = {name.split(".")[2] for name in tensors if name.startswith("encoder.down.")}
+    renamed = tensors
+    if any(name.startswith("encoder.downsamples.") for name in tensors):
+        renamed = single_file_utils.convert_wan_vae_to_diffusers(tensors)
+    elif stages:
+        # FLUX.2's file has the small convolutions inside its halves, and a batch norm that the converter leaves out.
+        tensors = {re.sub(r"^(en|de)coder\.(?=(post_)?quant_conv\.)", "", name): x for name, x in tensors.items()}
+        blocks = {"down_block_types": stages, "up_block_types": stages}
+        renamed = single_file_utils.convert_ldm_vae_checkpoint(tensors, blocks)
+        renamed |= {name: x for name, x in tensors.items() if name.startswith("bn.")}
+    if len(renamed) != len(tensors) or None in renamed.values():  # the converters pass over what they do not know
+        raise CheckpointError(f"{path} has not the tensors of an autoencoder; give the encoder file of the space.")
     return renamed
-
-
-def _from_wan(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename Wan's tensors to diffusers', which groups the decoder's flat list of blocks by stage."""
-    ups = sorted({int(m[1]) for name in tensors if (m := re.match(r"decoder\.upsamples\.(\d+)\.", name))})
-    ends = [index for index in ups if f"decoder.upsamples.{index}.resample.1.weight" in tensors]
-    renamed = {}
-    for name, tensor in tensors.items():
-        if name.startswith(("conv1.", "conv2.")):
-            renamed[name.replace("conv1.", "quant_conv.").replace("conv2.", "post_quant_conv.")] = tensor
-            continue
-        module, _, rest = name.partition(".")
-        found = re.match(r"(down|up)samples\.(\d+)\.(.*)", rest)
-        if found and found[1] == "down":
-            rest = f"down_blocks.{found[2]}.{_in_block(found[3])}"
-        elif found:
-            index = int(found[2])
-            stage = sum(end < index for end in ends)
-            first = ends[stage - 1] + 1 if stage else 0
-            inside = f"upsamplers.0.{found[3]}" if index in ends else f"resnets.{index - first}.{_in_block(found[3])}"
-            rest = f"up_blocks.{stage}.{inside}"
-        else:
-            start = next((old for old in _WAN_TOP_LEVEL if rest.startswith(old)), None)
-            rest = _WAN_TOP_LEVEL[start] + _in_block(rest.removeprefix(start)) if start else rest
-        renamed[f"{module}.{rest}"] = tensor
-    return renamed
-
-
-def _in_block(rest: str) -> str:
-    start = next((old for old in _WAN_BLOCK if rest.startswith(old)), None)
-    return _WAN_BLOCK[start] + rest.removeprefix(start) if start else rest
 
 
 def _family(tensors: Mapping[str, Tensor], path: Path) -> str:
@@ -197,11 +156,9 @@ def _family(tensors: Mapping[str, Tensor], path: Path) -> str:
     raise CheckpointError(f"{path} holds {some} ...: not a known autoencoder. Give the encoder file of the space.")
 
 
-def _infer_config(tensors: Mapping[str, Tensor], family: str, path: Path) -> dict[str, Any]:
-    """Constructor arguments, inferred from the shapes of the weights."""
-    try:
-        if family == "AutoencoderKLQwenImage":
-            return _qwen_shape(tensors)
+def _infer_config(tensors: Mapping[str, Tensor], family: str) -> dict[str, Any]:
+    """Constructor arguments, inferred from the shapes of the weights. Raises KeyError where one is missing."""
+    if family != "AutoencoderKLQwenImage":
         stages = _count(tensors, r"encoder\.down_blocks\.(\d+)\.")
         widths = [tensors[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(stages)]
         return {
@@ -213,23 +170,18 @@ def _infer_config(tensors: Mapping[str, Tensor], family: str, path: Path) -> dic
             "use_quant_conv": "quant_conv.weight" in tensors,
             "use_post_quant_conv": "post_quant_conv.weight" in tensors,
         }
-    except (KeyError, ValueError, IndexError) as fault:
-        raise CheckpointError(f"{path} lacks {fault}; it is not a complete autoencoder. Download it again.") from None
-
-
-def _qwen_shape(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     base = tensors["encoder.conv_in.weight"].shape[0]
-    stages: list[list[int]] = [[]]
+    groups: list[list[int]] = [[]]  # multiples of the base width of each stage's blocks; a downsampler ends a stage
     for index in range(_count(tensors, r"encoder\.down_blocks\.(\d+)\.")):
         conv = tensors.get(f"encoder.down_blocks.{index}.conv1.weight")
         if conv is None:
-            stages.append([])
+            groups.append([])
         else:
-            stages[-1].append(conv.shape[0] // base)
+            groups[-1].append(conv.shape[0] // base)
     return {
         "base_dim": base, "z_dim": tensors["post_quant_conv.weight"].shape[0],
-        "dim_mult": [stage[-1] for stage in stages], "num_res_blocks": len(stages[0]),
-        "temperal_downsample": [False, *[True] * (len(stages) - 2)],
+        "dim_mult": [group[-1] for group in groups], "num_res_blocks": len(groups[0]),
+        "temperal_downsample": [False, *[True] * (len(groups) - 2)],
     }  # fmt: skip
 
 
@@ -248,23 +200,6 @@ def check_constants(config: Mapping[str, Any], space: LatentSpace, source: objec
             f"{source} has {says}; the {space.name} space has scaling {wanted[0]:g} and shift {wanted[1]:g}. "
             "It is the autoencoder of another space."
         )
-
-
-def _build(family: str, config: Mapping[str, Any], tensors: dict[str, Tensor], path: Path) -> Any:
-    try:
-        import diffusers
-    except ImportError as fault:
-        raise MissingDependencyError(
-            'The autoencoders need diffusers, which is not installed; run `pip install "pidecode[diffusers]"`.'
-        ) from fault
-    try:
-        check_foreign_config(config, path)
-        with torch.device("meta"):
-            model = getattr(diffusers, family)(**config)
-    except (TypeError, ValueError) as fault:
-        raise CheckpointError(f"diffusers cannot build an {family} as {path} describes it: {fault}.") from None
-    load_state(model, _as_video_weights(model, tensors), path)
-    return model
 
 
 def _as_video_weights(model: torch.nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -24,22 +24,12 @@ from pidecode.devices import empty_cache
 from pidecode.encoders.text import default_negative_prompt
 from pidecode.engine.plan import Plan
 from pidecode.errors import LatentError, SettingError
-from pidecode.images import DecodeOutput, SourceImage
-from pidecode.integrations.pipeline_latents import (
-    StopAfter,
-    check_stop_after,
-    grid_of_size,
-    pipeline_space,
-    recommended_stop_step,
-    scheduler_sigma,
-    stop_step,
-    to_latent,
-    token_grid,
-    vae_decode,
-)
+from pidecode.images import SourceImage
+from pidecode.integrations import pipeline_latents
+from pidecode.integrations.pipeline_latents import StopAfter
 from pidecode.latents.latent import Latent
 from pidecode.options import MAX_SIGMA, DecodeOptions
-from pidecode.sampling import Step
+from pidecode.sampling import Callback, Step
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -54,6 +44,18 @@ class PipelineProgress:
 
 
 PipelineCallback = Callable[[PipelineProgress], None]  # called after every step; raise `errors.Cancelled` in it to stop
+
+
+def step_report(
+    callback: PipelineCallback | None, stage: Literal["diffusion", "decoding"], done: int, count: int
+) -> Callback:
+    """What a sampler calls after its steps for the image after `done` of `count`, to tell a PipelineCallback."""
+
+    def report(step: Step) -> None:
+        if callback is not None:
+            callback(PipelineProgress(stage, done * step.total + step.index, count * step.total))
+
+    return report
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +78,9 @@ class _StepRecorder:
     capture_steps: Sequence[int]
     progress_callback: PipelineCallback | None
     step_callback: Callable[..., Any] | None
-    tensor_inputs: Sequence[str] = ("latents",)
-    max_sigma: float = MAX_SIGMA
+    tensor_inputs: Sequence[str]
+    max_sigma: float
     denoiser_calls: int = 0
-    size: tuple[int, int] | None = None  # height and width of the call, where it gives both
     grid_keywords: Mapping[str, Any] = field(default_factory=dict)
     step: int = 0
     num_steps: int = 0
@@ -103,9 +104,11 @@ class _StepRecorder:
         if not self.step:  # after the first step the schedule is known
             # ERNIE-Image's pipeline does not tell it.
             self.num_steps = int(getattr(self.pipe, "num_timesteps", 0)) or len(pipe.scheduler.timesteps)
-            self.stop_after = stop_step(self.pipe, self.stop_after, self.num_steps, self.max_sigma, self.capture_steps)
+            self.stop_after = pipeline_latents.stop_step(
+                self.pipe, self.stop_after, self.num_steps, self.max_sigma, self.capture_steps
+            )
         self.step = index + 1
-        self.last = (latents.detach(), scheduler_sigma(pipe.scheduler))
+        self.last = (latents.detach(), pipeline_latents.scheduler_sigma(pipe.scheduler))
         if self.step in self.capture_steps:
             self.kept[self.step] = (latents.detach().clone(), self.last[1])
         if self.progress_callback is not None:
@@ -115,23 +118,14 @@ class _StepRecorder:
             pipe._interrupt = True  # the pipeline then skips the rest of its loop, forward passes included
         return result
 
-    def result(self, prompts: Sequence[str] | None, seed: int | None) -> CapturedLatents:
-        """The latents, on which gradients may be taken: a copy made outside of inference mode."""
-        assert self.last is not None
-
-        def convert(state: tuple[Tensor, float]) -> Latent:
-            tensor, sigma = state
-            grid = token_grid(self.grid_keywords, tensor.shape[1] if tensor.ndim == 3 else 0)
-            if grid is None and tensor.ndim == 3 and self.size is not None:
-                grid = grid_of_size(self.pipe, *self.size)
-            with torch.inference_mode(False):
-                return to_latent(self.pipe, tensor.clone(), grid=grid, sigma=sigma, prompt=prompts, seed=seed)
-
-        return CapturedLatents(
-            latent=convert(self.last),
-            intermediate={step: convert(state) for step, state in sorted(self.kept.items())}, num_steps=self.step,
-            num_steps_planned=self.num_steps, denoiser_calls=self.denoiser_calls,
-        )  # fmt: skip
+    def latent(self, state: tuple[Tensor, float], size: tuple[int, int] | None, about: Mapping[str, Any]) -> Latent:
+        """A recorded state, on which gradients may be taken: a copy made outside of inference mode."""
+        tensor, sigma = state
+        grid = pipeline_latents.token_grid(self.grid_keywords, tensor.shape[1] if tensor.ndim == 3 else 0)
+        if grid is None and tensor.ndim == 3 and size is not None:
+            grid = pipeline_latents.grid_of_size(self.pipe, *size)
+        with torch.inference_mode(False):
+            return pipeline_latents.to_latent(self.pipe, tensor.clone(), grid=grid, sigma=sigma, **about)
 
 
 def capture_latents(
@@ -171,7 +165,6 @@ def capture_latents(
     recorder = _StepRecorder(
         pipe, stop_after, tuple(capture_steps), progress_callback, step_callback, inputs, max_sigma
     )
-    recorder.size = _size_of_call(pipe, call)
     keywords |= {
         "output_type": "latent",
         "return_dict": True,
@@ -198,7 +191,12 @@ def capture_latents(
     generator = call.get("generator")
     seed = int(generator.initial_seed()) if isinstance(generator, torch.Generator) else None
     prompts = image_prompts(call.get("prompt") if prompt is None else prompt, len(recorder.last[0]))
-    return recorder.result(prompts, seed)
+    size, about = _size_of_call(pipe, call), {"prompt": prompts, "seed": seed}
+    return CapturedLatents(
+        latent=recorder.latent(recorder.last, size, about),
+        intermediate={step: recorder.latent(state, size, about) for step, state in sorted(recorder.kept.items())},
+        num_steps=recorder.step, num_steps_planned=recorder.num_steps, denoiser_calls=recorder.denoiser_calls,
+    )  # fmt: skip
 
 
 def _size_of_call(pipe: Any, call: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -331,15 +329,14 @@ class AttachedPipeline:
         check_call(own.decoder, call, options)
         progress_callback = replaced.get("progress_callback", own.progress_callback)
         if (device := _shared_device(own)) is not None:
-            _leave(own.decoder, device)
+            own.decoder.runner.place(torch.device("cpu"))
+            empty_cache(device)
         run = capture_latents(
             own.pipe, call, stop_after=replaced.get("stop_after", own.stop_after),
             capture_steps=replaced.get("capture_steps", own.capture_steps), prompt=options.prompt,
             progress_callback=progress_callback,
             max_sigma=own.decoder.max_sigma,
         )  # fmt: skip
-        if output_type != "latent":
-            check_noise(run.latent, own.decoder, run.num_steps, run.num_steps_planned)
         images = run.latent if output_type == "latent" else self._decode(run, output_type, options, progress_callback)
         if not call.get("return_dict", True):
             return (images,)
@@ -351,22 +348,22 @@ class AttachedPipeline:
         pipe = self._attachment.pipe
         fixes = options.color_fix not in (None, "off") and options.reference is None
         if fixes and isinstance(getattr(pipe, "vae", None), torch.nn.Module) and not run.latent.sigmas.any():
-            own = vae_decode(pipe, run.latent).split(1)  # the pipeline's VAE is at hand, so no other need be
+            own = pipeline_latents.vae_decode(pipe, run.latent).split(
+                1
+            )  # the pipeline's VAE is at hand, so no other need be
             options = options.replace(reference=[SourceImage(tensor=image) for image in own])
         decoder, shared = self._attachment.decoder, _shared_device(self._attachment)
         device = _offload_pipeline(pipe) if self._attachment.offload else None
-        about = {
-            "pipeline": type(pipe).__name__, "pipeline_num_steps": run.num_steps,
-            "pipeline_num_steps_planned": run.num_steps_planned,
-        }  # fmt: skip
+        steps = (run.num_steps, run.num_steps_planned)
         try:
             if shared is not None:
                 options = _with_states(decoder, run.latent, options, shared)
                 decoder.runner.place(shared)
-            return decode_images(decoder, run.latent, output_type, options, about, progress_callback=progress_callback)
+            return decode_images(decoder, run.latent, output_type, options, pipe, steps, progress_callback)
         finally:
             if shared is not None:
-                _leave(decoder, shared)
+                decoder.runner.place(torch.device("cpu"))
+                empty_cache(shared)
             if device is not None:
                 pipe.to(device)
 
@@ -380,22 +377,18 @@ def _named_arguments(pipe: Any, args: Sequence[Any], keywords: Mapping[str, Any]
         raise SettingError(f"{type(pipe).__name__}: {error}.") from None
     call = dict(bound.arguments)
     call.pop(next(iter(call)))  # the pipeline itself
-    if args and "prompt" not in call and _is_text(call.get("image")):  # FLUX.2's pipelines take an image first
-        call["prompt"] = call.pop("image")
+    first = call["image"] if isinstance(call.get("image"), list) else [call.get("image")]
+    if args and "prompt" not in call and first and all(isinstance(text, str) for text in first):
+        call["prompt"] = call.pop("image")  # FLUX.2's pipelines take an image first
     for name, parameter in signature.parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             call |= call.pop(name, {})
     return call
 
 
-def _is_text(value: object) -> bool:
-    texts = value if isinstance(value, list) and value else [value]
-    return all(isinstance(text, str) for text in texts)
-
-
 def check_space(pipe: Any, decoder: PixelDecoder) -> None:
     """Raise LatentError for a decoder of another space than the pipeline's."""
-    space = pipeline_space(pipe)
+    space = pipeline_latents.pipeline_space(pipe)
     if decoder.space.name != space.name:
         raise LatentError(
             f"A {type(pipe).__name__} works in space {space.name} and {decoder.name} decodes {decoder.space.name}. "
@@ -405,7 +398,7 @@ def check_space(pipe: Any, decoder: PixelDecoder) -> None:
 
 def _check_pipeline(pipe: Any, stop_after: StopAfter = None) -> None:
     """Raise SettingError for a pipeline that PiD does not decode, or whose steps cannot be followed or ended early."""
-    pipeline_space(pipe)
+    pipeline_latents.pipeline_space(pipe)
     if any(kind.__name__ == "ModularPipeline" for kind in type(pipe).__mro__):
         raise SettingError(
             f"A {type(pipe).__name__} is a modular pipeline, which is not wrapped: put PiD's decode block into its "
@@ -417,11 +410,11 @@ def _check_pipeline(pipe: Any, stop_after: StopAfter = None) -> None:
             f"A {type(pipe).__name__} takes no callback_on_step_end, by which its latents are followed. Call it with "
             'output_type="latent", and decode what latent_from_pipeline makes of that.'
         )
-    check_stop_after(stop_after)
+    pipeline_latents.check_stop_after(stop_after)
     if stop_after is not None and not hasattr(type(pipe), "interrupt"):
         raise SettingError(f"A {type(pipe).__name__} cannot be interrupted; leave stop_after out, or capture steps.")
     if stop_after == "recommended":
-        recommended_stop_step(pipe, 1)  # an error where there is none
+        pipeline_latents.recommended_stop_step(pipe, 1)  # an error where there is none
 
 
 def check_options(options: object, decoder: PixelDecoder) -> None:
@@ -433,17 +426,6 @@ def check_options(options: object, decoder: PixelDecoder) -> None:
     options.require_acting(decoder.kind, "decode", decoder.name)
     if not decoder.reads_text and (options.prompt is not None or options.prompt_embeds is not None):
         raise SettingError(f"{decoder.name} reads no text, so prompt and prompt_embeds cannot act; leave them out.")
-
-
-def check_noise(latent: Latent, decoder: PixelDecoder, step: int, num_steps: int) -> None:
-    """Raise SettingError for what an interrupt after that step left too noisy to decode."""
-    sigma = float(latent.sigmas.max())
-    if sigma > decoder.max_sigma:
-        raise SettingError(
-            f"The diffusion was interrupted after step {step} of {num_steps}, where sigma is "
-            f"{sigma:.2f}; {decoder.name} was trained up to {decoder.max_sigma:g}. Interrupt later, or take the "
-            'latent with output_type="latent".'
-        )
 
 
 def check_call(decoder: PixelDecoder, call: Mapping[str, Any], options: DecodeOptions) -> None:
@@ -466,28 +448,31 @@ def decode_images(
     latent: Latent,
     output_type: str,
     options: DecodeOptions,
-    about: Mapping[str, Any],
-    *,
+    pipe: Any,
+    steps: tuple[int, int],
     progress_callback: PipelineCallback | None = None,
 ) -> Any:
     """Decode a batch in the memory that one image needs, to what `PipelineOutput` has for an output type.
 
-    `about` is what the metadata of PIL images say of the pipeline.
+    `steps` are those that the pipeline has run, and planned. Raises SettingError where they left too much noise.
     """
-    batch = len(latent)
-    outputs: list[DecodeOutput] = []
-    own = replace(options, prompt=None).per_image(decoder.kind, batch)  # the latent has the prompts
-    for index, one in enumerate(latent):
-
-        def report(step: Step, index: int = index) -> None:
-            if progress_callback is not None:
-                done = index * step.total + step.index
-                progress_callback(PipelineProgress("decoding", done, batch * step.total))
-
-        outputs.append(decoder.decode(one, options=own[index], callback=report))
+    sigma = float(latent.sigmas.max())
+    if sigma > decoder.max_sigma:
+        raise SettingError(
+            f"The diffusion was interrupted after step {steps[0]} of {steps[1]}, where sigma is "
+            f"{sigma:.2f}; {decoder.name} was trained up to {decoder.max_sigma:g}. Interrupt later, or take the "
+            'latent with output_type="latent".'
+        )
+    own = replace(options, prompt=None).per_image(decoder.kind, len(latent))  # the latent has the prompts
+    outputs = [
+        decoder.decode(one, options=own[i], callback=step_report(progress_callback, "decoding", i, len(latent)))
+        for i, one in enumerate(latent)
+    ]
     if output_type == "pil":
         for output in outputs:
-            output.metadata[0].update(about)
+            output.metadata[0] |= {
+                "pipeline": type(pipe).__name__, "pipeline_num_steps": steps[0], "pipeline_num_steps_planned": steps[1],
+            }  # fmt: skip
         return [output.image for output in outputs]
     images = torch.cat([output.tensor for output in outputs]).float().add(1).div(2)
     return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
@@ -512,12 +497,6 @@ def _shared_device(own: _Attachment) -> torch.device | None:
     """The accelerator on which pipeline and decoder take turns; None where they do not."""
     device = own.home if own.home.type != "cpu" else torch.device(getattr(own.pipe, "_execution_device", "cpu"))
     return device if own.offload and device.type not in ("cpu", "meta") else None
-
-
-def _leave(decoder: PixelDecoder, device: torch.device) -> None:
-    """Move a decoder from a device to main memory."""
-    decoder.runner.place(torch.device("cpu"))
-    empty_cache(device)
 
 
 def _with_states(decoder: PixelDecoder, latent: Latent, options: DecodeOptions, device: torch.device) -> DecodeOptions:

@@ -17,14 +17,7 @@ import torch
 
 from pidecode.decoder import PixelDecoder
 from pidecode.errors import MissingDependencyError, SettingError
-from pidecode.integrations.diffusers import (
-    check_call,
-    check_noise,
-    check_options,
-    check_space,
-    decode_images,
-    image_prompts,
-)
+from pidecode.integrations.diffusers import check_call, check_options, check_space, decode_images, image_prompts
 from pidecode.integrations.pipeline_latents import check_stop_after, scheduler_sigma, stop_step, to_latent, token_grid
 from pidecode.latents.latent import Latent
 from pidecode.options import DecodeOptions
@@ -231,11 +224,8 @@ class PiDDecodeStep(_PiDStep):
             left = (
                 0 if scheduler is None else sum(float(one) > 0 for one in scheduler.sigmas[scheduler.step_index or 0 :])
             )
-            check_noise(latent, decoder, planned - left, planned)
-            about = {
-                "pipeline": type(components).__name__, "pipeline_num_steps": planned - left,
-                "pipeline_num_steps_planned": planned,
-            }  # fmt: skip
-            given.images = decode_images(decoder, latent, given.output_type, options, about)
+            given.images = decode_images(
+                decoder, latent, given.output_type, options, components, (planned - left, planned)
+            )
         self.set_block_state(state, given)
         return components, state

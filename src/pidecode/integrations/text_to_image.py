@@ -13,7 +13,8 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from itertools import product
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from pidecode.engine.runner import Runner
 from pidecode.errors import DownloadError, FileError, LatentError, MissingDependencyError, SettingError
 from pidecode.files import atomic_write
 from pidecode.images import DecodeOutput, is_finite, load_image, read_metadata, save_image, to_tensor
-from pidecode.integrations.diffusers import PipelineCallback, PipelineProgress, capture_latents
+from pidecode.integrations.diffusers import PipelineCallback, PipelineProgress, capture_latents, step_report
 from pidecode.integrations.pipeline_latents import StopAfter, recommended_stop_step, vae_decode
 from pidecode.latents.latent import Latent
 from pidecode.models.pid.network import PiDNet
@@ -38,7 +39,7 @@ from pidecode.options import DecodeOptions
 from pidecode.registry.checkpoints import get_checkpoint
 from pidecode.registry.configs import PiDConfig
 from pidecode.registry.spaces import diffusion_size, get_image_model
-from pidecode.sampling import Callback, NoiseStream, Predict, Step, guided, sample_teacher
+from pidecode.sampling import Callback, NoiseStream, Predict, guided, sample_teacher
 from pidecode.strict_json import read_json
 from pidecode.weights.detect import Overrides, detect
 from pidecode.weights.load import build_network
@@ -59,11 +60,14 @@ _MEMORY_FACTOR = 1.25  # A pipeline needs about this many times the memory of it
 
 @dataclass(frozen=True, slots=True)
 class GenerationItem:
-    """One image to generate, and the stem of its files' names."""
+    """One image to generate, and its files."""
 
     prompt: str
     seed: int
-    name: str
+    image: Path
+    latent: Path
+    vae: Path  # the VAE's decode, for the comparison
+    comparison: Path  # VAE's decode and image side by side
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +89,6 @@ class GenerationJob:
     stop_after: StopAfter = None  # step to end the diffusion after; see `pidecode.attach`
     compare: bool = False  # also write each image beside the VAE's decode, enlarged by Lanczos resampling
     keep_latents: bool = False  # keep the latents' files when their images are written
-    contact_sheet: bool = True  # write small versions of all images into one, if there are several
     # Keywords of the pipeline's call, over the model's defaults.
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
@@ -95,14 +98,7 @@ class GenerationJob:
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise SettingError(f"The seeds are {list(self.seeds)}; give at least one, and each once.")
         if self.model == PIXELDIT:
-            acting = (
-                self.source,
-                self.stop_after,
-                self.compare or None,
-                self.keep_latents or None,
-                self.arguments or None,
-            )
-            if any(value is not None for value in acting):
+            if self.source or self.stop_after is not None or self.compare or self.keep_latents or self.arguments:
                 raise SettingError(
                     "PixelDiT makes pixels and has no pipeline, latents or VAE: leave out the pipeline and its "
                     "arguments, stop_after, compare and the keeping of latents."
@@ -114,39 +110,17 @@ class GenerationJob:
     @property
     def items(self) -> list[GenerationItem]:
         """Every image, in order: all seeds of the first prompt, then of the next."""
-        return [
-            GenerationItem(prompt, seed, f"{number:04d}-{_slug(prompt)}-s{seed}")
-            for number, prompt in enumerate(self.prompts, 1)
-            for seed in self.seeds
-        ]
-
-    def image_path(self, item: GenerationItem) -> Path:
-        """The finished image."""
-        return self.out / f"{item.name}.png"
-
-    def latent_path(self, item: GenerationItem) -> Path:
-        """The latent that the image is decoded from."""
-        return self.out / LATENT_FOLDER / f"{item.name}.safetensors"
-
-    def vae_path(self, item: GenerationItem) -> Path:
-        """The VAE's decode, for the comparison."""
-        return self.out / VAE_FOLDER / f"{item.name}.png"
-
-    def comparison_path(self, item: GenerationItem) -> Path:
-        """VAE's decode and finished image side by side."""
-        return self.out / f"{item.name}-compare.png"
-
-    def has_latent(self, item: GenerationItem) -> bool:
-        """Whether the pipeline's part of an item is done."""
-        return self.latent_path(item).is_file() and (not self.compare or self.vae_path(item).is_file())
-
-    def record(self) -> dict[str, Any]:
-        """What decides the latents: a folder whose record differs holds another job."""
-        return {
-            "model": self.model, "source": self.source, "prompts": list(self.prompts), "seeds": list(self.seeds),
-            "size": list(self.size), "num_steps": self.num_steps, "stop_after": self.stop_after,
-            "compare": self.compare, "arguments": dict(self.arguments),
-        }  # fmt: skip
+        items = []
+        for (number, prompt), seed in product(enumerate(self.prompts, 1), self.seeds):
+            name = f"{number:04d}-{_slug(prompt)}-s{seed}"
+            items.append(
+                GenerationItem(
+                    prompt, seed, image=self.out / f"{name}.png",
+                    latent=self.out / LATENT_FOLDER / f"{name}.safetensors", vae=self.out / VAE_FOLDER / f"{name}.png",
+                    comparison=self.out / f"{name}-compare.png",
+                )
+            )  # fmt: skip
+        return items
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,29 +157,27 @@ def generate(
         DownloadError: The pipeline is not on this machine.
         Cancelled: The progress callback asked to stop.
     """
-    _open_folder(job)
-    todo = [item for item in job.items if not job.image_path(item).is_file()]
-    without_latent = [item for item in todo if not job.has_latent(item)]
+    todo = _unfinished(job)
+    without_latent = [i for i in todo if not i.latent.is_file() or (job.compare and not i.vae.is_file())]
     if without_latent:
         _generate_latents(job, without_latent, device, dtype, progress_callback)
-    decoder = load_decoder() if todo else None
-    if decoder is not None and decoder.space.name != get_image_model(job.model).space:
-        raise SettingError(
-            f"{job.model} works in space {get_image_model(job.model).space} and {decoder.name} decodes "
-            f"{decoder.space.name}. Name a decoder of that space; the latents are kept."
-        )
-    text_states = _encode_prompts(decoder, todo) if decoder is not None else {}
-    finished = []
-    for number, item in enumerate(job.items, 1):
-        if item in todo and decoder is not None:
+    if todo:
+        decoder = load_decoder()
+        if decoder.space.name != get_image_model(job.model).space:
+            raise SettingError(
+                f"{job.model} works in space {get_image_model(job.model).space} and {decoder.name} decodes "
+                f"{decoder.space.name}. Name a decoder of that space; the latents are kept."
+            )
+        text_states: dict[str, Tensor] = {}
+        if decoder.reads_text and decoder.text is not None:  # all at once, so that its memory is free for decoding
+            prompts = list(dict.fromkeys(item.prompt for item in todo))
+            text_states = dict(zip(prompts, decoder.text.encode_and_unload(prompts).split(1), strict=True))
+        for done, item in enumerate(todo, 1 + len(job.items) - len(todo)):
             own = (options or DecodeOptions()).replace(prompt_embeds=text_states.get(item.prompt))
             _decode_item(job, item, decoder, own)
-        if progress_callback is not None:
-            progress_callback(PipelineProgress("decoding", number, len(job.items)))
-        finished.append(_describe(job, item))
-    if job.contact_sheet and len(finished) > 1:
-        _save_contact_sheet([entry.image for entry in finished], job.out / SHEET_FILE)
-    return finished
+            if progress_callback is not None:
+                progress_callback(PipelineProgress("decoding", done, len(job.items)))
+    return _finish(job)
 
 
 def generate_pixels(
@@ -229,34 +201,29 @@ def generate_pixels(
         Cancelled: The progress callback asked to stop.
     """
     PixelDiT.check(options)
-    _open_folder(job)
-    todo = [item for item in job.items if not job.image_path(item).is_file()]
+    todo = _unfinished(job)
     network = load_network() if todo else None
     for done, item in enumerate(todo):
-
-        def report(step: Step, done: int = done) -> None:
-            if progress_callback is not None:
-                index, total = done * step.total + step.index, len(todo) * step.total
-                progress_callback(PipelineProgress("diffusion", index, total))
-
         assert network is not None
         own = options.replace(seed=item.seed, num_steps=job.num_steps)
-        network(item.prompt, size=job.size, options=own, callback=report).save(job.image_path(item), overwrite=True)
-    if job.contact_sheet and len(job.items) > 1:
-        _save_contact_sheet([job.image_path(item) for item in job.items], job.out / SHEET_FILE)
-    return [_describe(job, item) for item in job.items]
+        report = step_report(progress_callback, "diffusion", done, len(todo))
+        network(item.prompt, size=job.size, options=own, callback=report).save(item.image, overwrite=True)
+    return _finish(job)
 
 
-def _open_folder(job: GenerationJob) -> None:
-    """Create the job's folder, or check that an existing one is of this job."""
+def _unfinished(job: GenerationJob) -> list[GenerationItem]:
+    """The items without an image, in the job's folder: a new one, or one that an earlier run of the same job began."""
     (job.out / LATENT_FOLDER).mkdir(parents=True, exist_ok=True)
+    todo = [item for item in job.items if not item.image.is_file()]
     file = job.out / JOB_FILE
-    text = json.dumps(job.record(), indent=2, ensure_ascii=False)
+    # What decides the latents: a folder whose record differs holds another job.
+    own = {name: value for name, value in asdict(job).items() if name not in ("out", "keep_latents")}
+    text = json.dumps(own, indent=2, ensure_ascii=False)
     begun = any((job.out / LATENT_FOLDER).iterdir()) or any(path.suffix == ".png" for path in job.out.iterdir())
     if not (file.exists() and begun):  # a run that ended before its first latent holds nothing
         with atomic_write(file, overwrite=True) as handle:
             handle.write(text.encode())
-        return
+        return todo
     try:
         found = read_json(file)
     except (OSError, ValueError) as error:
@@ -269,6 +236,7 @@ def _open_folder(job: GenerationJob) -> None:
             f"{job.out} holds another run (it differs in {', '.join(different) or 'everything'}). Name another folder, "
             "out=NAME, or give the same settings to continue it."
         )
+    return todo
 
 
 def _slug(prompt: str) -> str:
@@ -307,11 +275,6 @@ def load_pipeline(model: str, source: str | None, device: torch.device, dtype: t
             cli="or name a folder: --pipeline PATH.",
         ) from None  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
-    return _move_pipeline(pipe, device)
-
-
-def _move_pipeline(pipe: Any, device: torch.device) -> Any:
-    """Move a pipeline to a device, or let its parts take turns there if it does not fit."""
     if device.type == "cpu":
         return pipe
     parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
@@ -345,84 +308,62 @@ def _generate_latents(
 ) -> None:
     """Run the pipeline for every item; its memory is free again afterwards."""
     pipe = load_pipeline(job.model, job.source, device, dtype)
+    for done, item in enumerate(items):
 
-    def report(done: int) -> PipelineCallback:
-        def callback(progress: PipelineProgress) -> None:
+        def report(progress: PipelineProgress, done: int = done) -> None:
             if progress_callback is not None:
                 step, num_steps = done * progress.num_steps + progress.step, progress.num_steps * len(items)
                 progress_callback(PipelineProgress("diffusion", step, num_steps))
 
-        return callback
-
-    for done, item in enumerate(items):
         call = _pipeline_call(job.model, item.prompt, item.seed, job.size, job.num_steps, **job.arguments)
-        latent, vae_image = _generate_latent(job, pipe, call, report(done))
-        if vae_image is not None:
-            job.vae_path(item).parent.mkdir(exist_ok=True)
-            save_image(job.vae_path(item), vae_image, overwrite=True)
-        latent.save(job.latent_path(item), overwrite=True)
+        if job.compare and job.stop_after is not None:  # a VAE cannot decode a noisy latent: the run goes to its end
+            step = job.stop_after
+            if step == "recommended":
+                step = recommended_stop_step(pipe, int(call["num_inference_steps"]))
+            run = capture_latents(pipe, call, capture_steps=(step,), progress_callback=report)
+            latent = run.intermediate[step]
+        else:
+            run = capture_latents(pipe, call, stop_after=job.stop_after, progress_callback=report)
+            latent = run.latent
+        if job.compare:
+            item.vae.parent.mkdir(exist_ok=True)
+            save_image(item.vae, vae_decode(pipe, run.latent)[0], overwrite=True)
+        latent.save(item.latent, overwrite=True)
     del pipe
     gc.collect()
     empty_cache(device)
 
 
-def _generate_latent(
-    job: GenerationJob, pipe: Any, call: Mapping[str, Any], progress_callback: PipelineCallback
-) -> tuple[Latent, Tensor | None]:
-    """One latent, and for a comparison the VAE's decode `[3, h, w]` of the finished one.
-
-    A comparison lets the diffusion run to its end, as a VAE cannot decode a noisy latent.
-    """
-    if not job.compare or job.stop_after is None:
-        run = capture_latents(pipe, call, stop_after=job.stop_after, progress_callback=progress_callback)
-        return run.latent, vae_decode(pipe, run.latent)[0] if job.compare else None
-    step = job.stop_after
-    if step == "recommended":
-        step = recommended_stop_step(pipe, int(call["num_inference_steps"]))
-    run = capture_latents(pipe, call, capture_steps=(step,), progress_callback=progress_callback)
-    return run.intermediate[step], vae_decode(pipe, run.latent)[0]
-
-
-def _encode_prompts(decoder: PixelDecoder, items: Sequence[GenerationItem]) -> dict[str, Tensor]:
-    """Text states of every prompt, so that the text encoder's memory is free before images are decoded."""
-    if not decoder.reads_text or decoder.text is None:
-        return {}
-    prompts = list(dict.fromkeys(item.prompt for item in items))
-    return dict(zip(prompts, decoder.text.encode_and_unload(prompts).split(1), strict=True))
-
-
 def _decode_item(job: GenerationJob, item: GenerationItem, decoder: PixelDecoder, options: DecodeOptions) -> None:
     if decoder.kind != "feed-forward" and options.seed is None:
         options = options.replace(seed=item.seed)
-    output = decoder.decode(Latent.load(job.latent_path(item)), options=options)
+    output = decoder.decode(Latent.load(item.latent), options=options)
     metadata = output.metadata[0]
     metadata |= {"image_model": job.model, "pipeline_num_steps": job.num_steps or get_image_model(job.model).num_steps}
     if job.compare:
-        vae_image = load_image(job.vae_path(item))
-        pair = _side_by_side(vae_image, output.image)
-        save_image(job.comparison_path(item), pair, metadata=metadata, overwrite=True)
-        (report,) = color_drift(to_tensor(output.image), to_tensor(vae_image))
+        vae_image, image = load_image(item.vae).convert("RGB"), output.image
+        pair = Image.new("RGB", (2 * image.width, image.height))
+        pair.paste(vae_image.resize(image.size, Image.Resampling.LANCZOS), (0, 0))
+        pair.paste(image, (image.width, 0))
+        save_image(item.comparison, pair, metadata=metadata, overwrite=True)
+        (report,) = color_drift(to_tensor(image), to_tensor(vae_image))
         metadata["drift"] = str(report)
-    output.save(job.image_path(item), overwrite=True)  # last: it marks the item as done
+    output.save(item.image, overwrite=True)  # last: it marks the item as done
     if not job.keep_latents:
-        job.latent_path(item).unlink()
+        item.latent.unlink()
 
 
-def _describe(job: GenerationJob, item: GenerationItem) -> GeneratedImage:
-    metadata = read_metadata(job.image_path(item)) or {}
-    latent, comparison = job.latent_path(item), job.comparison_path(item)
-    return GeneratedImage(
-        job.image_path(item), latent if latent.is_file() else None, comparison if comparison.is_file() else None,
-        metadata.get("drift"),
-    )  # fmt: skip
-
-
-def _side_by_side(vae_image: Image.Image, image: Image.Image) -> Image.Image:
-    """The VAE's decode, enlarged by Lanczos resampling, to the left of the image."""
-    pair = Image.new("RGB", (2 * image.width, image.height))
-    pair.paste(vae_image.convert("RGB").resize(image.size, Image.Resampling.LANCZOS), (0, 0))
-    pair.paste(image, (image.width, 0))
-    return pair
+def _finish(job: GenerationJob) -> list[GeneratedImage]:
+    """Write the contact sheet of several images, and tell what files there are."""
+    if len(job.items) > 1:
+        _save_contact_sheet([item.image for item in job.items], job.out / SHEET_FILE)
+    return [
+        GeneratedImage(
+            item.image, item.latent if item.latent.is_file() else None,
+            item.comparison if item.comparison.is_file() else None, (read_metadata(item.image) or {}).get("drift"),
+        )
+        for item in job.items
+    ]  # fmt: skip
 
 
 def _save_contact_sheet(images: Sequence[Path], path: Path) -> None:
@@ -560,29 +501,22 @@ class PixelDiT:
         return DecodeOutput(pixels.unbind(), [metadata])
 
 
-class PipelineTextToLatent:
-    """Latents from prompts by a loaded pipeline of an image model, one at a time, as a server needs them."""
+def text_to_latent(model: str, pipe: Any, num_steps: int | None = None) -> Callable[..., Latent]:
+    """A function of a prompt, width, height, seed and callback that makes one latent, as a server needs it.
 
-    def __init__(self, model: str, pipe: Any, *, num_steps: int | None = None) -> None:
-        self.model = get_image_model(model).name
-        self.space = get_image_model(model).space
-        self.pipe = pipe
-        self.num_steps = num_steps
+    Args:
+        model: Name of the image model.
+        pipe: Its pipeline, loaded.
+        num_steps: Of the diffusion; default the model's own.
+    """
 
-    @classmethod
-    def from_pretrained(
-        cls, model: str, source: str | None, *, device: torch.device, dtype: torch.dtype
-    ) -> PipelineTextToLatent:
-        """Load the pipeline from this machine; arguments and errors are those of `load_pipeline`."""
-        return cls(model, load_pipeline(model, source, device, dtype))
-
-    def __call__(
-        self, prompt: str, *, width: int, height: int, seed: int, callback: Callable[[int, int], None]
+    def generate_latent(
+        prompt: str, *, width: int, height: int, seed: int, callback: Callable[[int, int], None]
     ) -> Latent:
-        """Generate one latent; arguments as of `TextToLatent`."""
-
         def report(progress: PipelineProgress) -> None:
             callback(progress.step, progress.num_steps)
 
-        call = _pipeline_call(self.model, prompt, seed, (width, height), self.num_steps)
-        return capture_latents(self.pipe, call, progress_callback=report).latent
+        call = _pipeline_call(model, prompt, seed, (width, height), num_steps)
+        return capture_latents(pipe, call, progress_callback=report).latent
+
+    return generate_latent
