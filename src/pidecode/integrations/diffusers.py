@@ -454,7 +454,8 @@ def decode_images(
 ) -> Any:
     """Decode a batch in the memory that one image needs, to what `PipelineOutput` has for an output type.
 
-    `steps` are those that the pipeline has run, and planned. Raises SettingError where they left too much noise.
+    Raises:
+        SettingError: The `steps` that the pipeline ran, of those planned, left too much noise.
     """
     sigma = float(latent.sigmas.max())
     if sigma > decoder.max_sigma:
