@@ -8,7 +8,6 @@ how to decode are made from `pidecode.options`.
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -33,30 +32,13 @@ from pidecode.encoders.base import on_device
 from pidecode.engine.plan import TEXT_ENCODER
 from pidecode.errors import CheckpointError, PidecodeError, SettingError
 from pidecode.images import SourceImage, resize, to_pil
-from pidecode.integrations.comfyui_latents import (
-    DEFAULT,
-    ROUNDING,
-    alpha_of,
-    check_space,
-    core_model,
-    early_stop_step,
-    image_from_tensor,
-    in_less_memory,
-    prompt_embeds_from_conditioning,
-    require_memory,
-    resized,
-    sampling_sigmas,
-    target_size,
-    tensor_from_image,
-    to_latent,
-    vae_encoder,
-    with_latent,
-)
+from pidecode.integrations import comfyui_latents
+from pidecode.integrations.comfyui_latents import DEFAULT, ROUNDING
 from pidecode.latents.latent import Latent
 from pidecode.options import MAX_SIGMA, Command, DecodeOptions, OptionInfo, option_infos
 from pidecode.registry.checkpoints import CHECKPOINTS, DECODERS, REPOSITORY
 from pidecode.registry.spaces import SPACES
-from pidecode.sampling import Callback, Progress, Step
+from pidecode.sampling import DEFAULT_STEPS, Callback, Progress, Step, student_times, teacher_times
 
 DecoderType = io.Custom("PIDECODE_DECODER")
 
@@ -119,7 +101,7 @@ def _on_gpu(
 ) -> Iterator[PixelDecoder]:
     """Load a decoder as ComfyUI loads models: others make room for the predicted memory of `size` (width, height)."""
     decoder, device = loaded.decoder, loaded.patcher.load_device
-    with in_less_memory(decoder, memory, size):
+    with comfyui_latents.in_less_memory(decoder, memory, size):
         working = decoder.runner.plan_for(size, 1).working
         encoding = ENCODER_BYTES * encoded_pixels * decoder.dtype.itemsize
         comfy.model_management.load_models_gpu(
@@ -141,6 +123,9 @@ def _with_states(decoder: PixelDecoder, options: DecodeOptions) -> DecodeOptions
 @contextmanager
 def _in_node_words() -> Iterator[None]:
     """Errors in the words of a node, and warnings of a decode where ComfyUI's log shows them."""
+    from comfy_execution.utils import get_executing_context
+    from server import PromptServer
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         try:
@@ -152,17 +137,9 @@ def _in_node_words() -> Iterator[None]:
             raise type(error)(message) from error
     for warning in caught:
         logging.getLogger(__name__).warning("%s", warning.message)
-        _show(str(warning.message))
-
-
-def _show(message: str) -> None:
-    """Text on the node that runs, in versions of ComfyUI that can show it."""
-    from comfy_execution.utils import get_executing_context
-    from server import PromptServer
-
-    context = get_executing_context()
-    if context is not None and PromptServer.instance is not None:
-        PromptServer.instance.send_progress_text(message, context.node_id)
+        context = get_executing_context()
+        if context is not None and PromptServer.instance is not None:  # text on the node that runs
+            PromptServer.instance.send_progress_text(str(warning.message), context.node_id)
 
 
 def _unset_number(name: str, info: OptionInfo) -> int:
@@ -217,16 +194,19 @@ def _decode_options(values: Mapping[str, Any], command: Command, decoder: PixelD
     if conditioning is not None:
         if chosen["prompt"] is not None:
             raise SettingError("There are a prompt and a CONDITIONING; give one of them.")
-        chosen["prompt_embeds"] = prompt_embeds_from_conditioning(conditioning, decoder)
+        chosen["prompt_embeds"] = comfyui_latents.prompt_embeds_from_conditioning(conditioning, decoder)
     return DecodeOptions(**chosen)
 
 
+def _released() -> list[str]:
+    """The decoders that ship with the package, then every other released one as `space/variant`."""
+    rows = sorted((row for row in CHECKPOINTS.values() if row.kind in DECODERS), key=lambda row: not row.bundled)
+    return [row.variant if row.bundled else f"{row.space}/{row.variant}" for row in rows]
+
+
 def _model_names() -> list[str]:
-    """What ships with the package, every released decoder as `space/variant`, and the files in ComfyUI's folder."""
-    rows = [row for row in CHECKPOINTS.values() if row.kind in DECODERS]
-    bundled = [row.variant for row in rows if row.bundled]
-    released = [f"{row.space}/{row.variant}" for row in rows if not row.bundled]
-    return [*bundled, *released, *folder_paths.get_filename_list("diffusion_models")]
+    """The released decoders, and the files in ComfyUI's folder."""
+    return [*_released(), *folder_paths.get_filename_list("diffusion_models")]
 
 
 def _weights_file(model: str, file: str) -> Path | None:
@@ -234,22 +214,16 @@ def _weights_file(model: str, file: str) -> Path | None:
     typed = file.strip().strip("\"'").strip()
     if typed:
         return Path(typed).expanduser()
-    known = {row.variant if row.bundled else f"{row.space}/{row.variant}" for row in CHECKPOINTS.values()}
-    return None if model in known else Path(folder_paths.get_full_path_or_raise("diffusion_models", model))
+    return None if model in _released() else Path(folder_paths.get_full_path_or_raise("diffusion_models", model))
 
 
 def _fingerprint(path: Path) -> str:
-    """Digest of a file by its size, times and samples of its content, so that an overwritten file is another."""
+    """What differs for a file that was overwritten, also where its time was set back."""
     try:
         about = path.stat()
-        digest = hashlib.sha256(f"{path}\0{about.st_size}\0{about.st_mtime_ns}".encode())
-        with open(path, "rb") as stream:
-            for part in range(64):
-                stream.seek(about.st_size * part // 64)
-                digest.update(stream.read(1 << 16))
     except OSError as fault:
         return f"{path}: {fault}"
-    return digest.hexdigest()
+    return f"{path} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
 
 
 def _schema(node: str, name: str, **rest: Any) -> io.Schema:
@@ -312,27 +286,24 @@ class LoadDecoderNode(io.ComfyNode):
         """Load it into main memory; a node that decodes has ComfyUI move it to the device."""
         auto = default_dtype(comfy.model_management.get_torch_device())
         named: dict[str, Any] = {"device": "cpu", "dtype": auto if dtype == "auto" else getattr(torch, dtype)}
-        path, space_given, kind_given = _weights_file(model, file), space != FROM_FILE, kind != FROM_FILE
+        told = {name: value for name, value in (("space", space), ("kind", kind)) if value != FROM_FILE}
+        path = _weights_file(model, file)
         with _in_node_words():
-            if path is not None:
-                named |= {"space": space} if space_given else {}
-                named |= {"kind": kind} if kind_given else {}
-                if not path.is_file():
-                    raise CheckpointError(f"{path} is no file on this machine; correct the loader's file.")
-                decoder = PixelDecoder.from_pretrained(path, **named)
-            elif space_given or kind_given:
+            if path is not None and not path.is_file():
+                raise CheckpointError(f"{path} is no file on this machine; correct the loader's file.")
+            if path is None and told:
                 raise SettingError(
                     f"{model} says its space and kind itself; set both to {FROM_FILE!r}, they are for renamed files."
                 )
-            elif "/" in model:
+            if path is None and "/" in model:
                 own, _, variant = model.partition("/")
                 decoder = PixelDecoder.from_pretrained(REPOSITORY, space=own, variant=variant, **named)
             else:
-                decoder = PixelDecoder.from_pretrained(model, **named)
+                decoder = PixelDecoder.from_pretrained(path or model, **named, **told)
             if lora != NO_LORA:
                 decoder.load_lora(folder_paths.get_full_path_or_raise("loras", lora), lora_strength)
         try:
-            model = core_model(decoder)
+            model = comfyui_latents.core_model(decoder)
         except PidecodeError as error:  # said on a node that the output is connected to
             model = ExecutionBlocker(str(error))
         return io.NodeOutput(manage(decoder), model)
@@ -353,7 +324,7 @@ def _source_inputs() -> list[Any]:
 
 def _latent_for(decoder: PixelDecoder, samples: Any, model: Any, sigma: float) -> Latent:
     """The LATENT as the decoder reads it; SettingError for more noise than the decoder was trained on."""
-    latent = to_latent(samples, decoder.space, model=model, sigma=sigma)
+    latent = comfyui_latents.to_latent(samples, decoder.space, model=model, sigma=sigma)
     if (level := float(latent.sigmas.max())) > decoder.max_sigma + ROUNDING:
         raise SettingError(
             f"The latent's noise level is {level:.2f}; {decoder.name} was trained up to {decoder.max_sigma:g}. Let the "
@@ -406,7 +377,7 @@ class DecodeNode(io.ComfyNode):
                         zip(latent, given.per_image(own.kind, len(latent)), strict=True)
                     )
                 ]
-        return io.NodeOutput(torch.cat([image_from_tensor(output.tensor) for output in outputs]))
+        return io.NodeOutput(torch.cat([comfyui_latents.image_from_tensor(output.tensor) for output in outputs]))
 
 
 def _with_reference(options: DecodeOptions, vae: Any, samples: Mapping[str, Any], sigma: float) -> DecodeOptions:
@@ -417,7 +388,9 @@ def _with_reference(options: DecodeOptions, vae: Any, samples: Mapping[str, Any]
         raise SettingError(f"latent_sigma is {sigma:g}: the VAE's image of a noisy latent is no color reference.")
     images = vae.decode(samples["samples"])
     images = images.flatten(0, 1) if images.ndim == 5 else images
-    return options.replace(reference=[SourceImage(tensor=image) for image in tensor_from_image(images)[:, None]])
+    return options.replace(
+        reference=[SourceImage(tensor=image) for image in comfyui_latents.tensor_from_image(images)[:, None]]
+    )
 
 
 class UpscaleNode(io.ComfyNode):
@@ -455,11 +428,11 @@ class UpscaleNode(io.ComfyNode):
         """Upscale one image after another; `values` are those of the option widgets."""
         own = copy.copy(decoder.decoder)
         with _in_node_words():
-            images = tensor_from_image(image)
-            alpha = alpha_of(image, mask)
-            target = target_size(images, own.scale, width, height)
+            images = comfyui_latents.tensor_from_image(image)
+            alpha = comfyui_latents.alpha_of(image, mask)
+            target = comfyui_latents.target_size(images, own.scale, width, height)
             if vae is not None:
-                own.encoder = vae_encoder(vae, own)
+                own.encoder = comfyui_latents.vae_encoder(vae, own)
             given = _with_states(own, _decode_options(values, "upscale", own))
             rows, columns = images.shape[-2:]
             multiple = own.space.input_multiple
@@ -470,8 +443,8 @@ class UpscaleNode(io.ComfyNode):
                 for index, options in enumerate(given.per_image(own.kind, len(images))):
                     one = SourceImage(tensor=images[index : index + 1])
                     output = own.upscale(one, options=options, callback=show, progress_callback=moves(index))
-                    enlarged.append(resized(output.tensor.float().cpu(), target))
-        pixels = image_from_tensor(torch.cat(enlarged))
+                    enlarged.append(comfyui_latents.resized(output.tensor.float().cpu(), target))
+        pixels = comfyui_latents.image_from_tensor(torch.cat(enlarged))
         if bool((alpha == 1).all()):
             return io.NodeOutput(pixels, torch.zeros(pixels.shape[:3]))
         large = resize(alpha[:, None].expand(-1, 3, -1, -1) * 2 - 1, *pixels.shape[1:3])[:, 0]
@@ -519,11 +492,13 @@ class EarlyStopNode(io.ComfyNode):
                     "samples tell the size to a decoder's plan; connect the decoder, or disconnect them."
                 )
             if decoder is not None:
-                check_space(decoder.decoder.space, model)
-            step = early_stop_step(sigmas, model, None if steps_left < 0 else steps_left, most)
+                comfyui_latents.check_space(decoder.decoder.space, model)
+            step = comfyui_latents.early_stop_step(sigmas, model, None if steps_left < 0 else steps_left, most)
             if decoder is not None and samples is not None:
                 device = decoder.patcher.load_device
-                require_memory(decoder.decoder, samples, comfy.model_management.get_total_memory(device))
+                comfyui_latents.require_memory(
+                    decoder.decoder, samples, comfy.model_management.get_total_memory(device)
+                )
         return io.NodeOutput(sigmas[: step + 1], float(sigmas[step]))
 
 
@@ -578,13 +553,17 @@ class ConditioningNode(io.ComfyNode):
                 positive = [[options.prompt_embeds, {}]]
             elif prompt.strip():
                 raise SettingError("There are a prompt and a CONDITIONING; give one of them.")
-            checked = [
-                [[prompt_embeds_from_conditioning(each, own), each[0][1]]] for each in (positive, negative or positive)
-            ]
+            given = (positive, negative or positive)
+            states = [comfyui_latents.prompt_embeds_from_conditioning(conditioning, own) for conditioning in given]
             height, width = latent.output_size
-            sigmas = sampling_sigmas(own, num_steps or None, (height, width))
-        image = {"samples": torch.zeros(len(latent), 3, height, width)}
-        return io.NodeOutput(*(with_latent(each, latent) for each in checked), image, sigmas)
+            if own.kind == "student":
+                sigmas = torch.tensor(student_times(num_steps or DEFAULT_STEPS["student"]))
+            else:
+                sigmas = teacher_times(num_steps or DEFAULT_STEPS["teacher"], own.flow_shift(height, width)).float()
+        # What ComfyUI's PiD reads the latent and its noise level from.
+        carried = {"lq_latent": latent.tensor, "degrade_sigma": latent.sigmas.float()}
+        conditionings = [[[embeds, {**c[0][1], **carried}]] for embeds, c in zip(states, given, strict=True)]
+        return io.NodeOutput(*conditionings, {"samples": torch.zeros(len(latent), 3, height, width)}, sigmas)
 
 
 def _callbacks(batch: int) -> tuple[Callback | None, Callable[[int], Callable[[Progress], None]]]:

@@ -28,7 +28,7 @@ from pidecode.options import MAX_SIGMA
 from pidecode.registry.checkpoints import STUDENT_TIMES
 from pidecode.registry.configs import PiDConfig
 from pidecode.registry.spaces import LatentSpace, get_space, recommended_stop
-from pidecode.sampling import DEFAULT_STEPS, TIMESCALE, shifted, student_times, teacher_times
+from pidecode.sampling import TIMESCALE, shifted
 from pidecode.units import format_bytes
 
 ROUNDING = 1e-6
@@ -313,13 +313,6 @@ def flow_times(share: Tensor, shift: float | None) -> Tensor:
     return torch.lerp(times[below], times[below + 1], place - below)
 
 
-def sampling_sigmas(decoder: PixelDecoder, num_steps: int | None, size: tuple[int, int]) -> Tensor:
-    """SIGMAS of a decoder at the reference's times, for an image of that height and width."""
-    if decoder.kind == "student":
-        return torch.tensor(student_times(num_steps or DEFAULT_STEPS["student"]))
-    return teacher_times(num_steps or DEFAULT_STEPS["teacher"], decoder.flow_shift(*size)).float()
-
-
 def core_model(decoder: PixelDecoder) -> Any:
     """A decoder as a MODEL of ComfyUI's own PiD, sharing the weights, so that its samplers and MODEL nodes act on it.
 
@@ -403,9 +396,3 @@ def _reference_sampling(decoder: PixelDecoder) -> Any:
             return super().calculate_denoised(sigma, output, noisy) if velocity else output
 
     return ReferenceFlow()
-
-
-def with_latent(conditioning: Sequence[Any], latent: Latent) -> list[Any]:
-    """A CONDITIONING that carries the latent and its noise level to ComfyUI's PiD."""
-    added = {"lq_latent": latent.tensor, "degrade_sigma": latent.sigmas.float()}
-    return [[states, {**values, **added}] for states, values in conditioning]
