@@ -221,22 +221,14 @@ def image_prompts(prompt: str | Sequence[str] | None, batch: int) -> list[str] |
 
 @dataclass(frozen=True, slots=True)
 class PipelineOutput:
-    """What an attached pipeline returns; indexed or iterated, it has `images` alone, as in diffusers.
+    """What an attached pipeline returns; indexed or iterated, it has `images` alone, as in diffusers."""
 
-    Attributes:
-        images: PIL images; for "np" an array `[B, H, W, 3]` in [0, 1]; for "pt" a tensor `[B, 3, H, W]` in [0, 1]; for
-            "latent" the `Latent` itself.
-        latents: What was decoded, with its noise level and prompts.
-        captured: Latents of the captured steps, by step, counted from 1.
-        num_steps: Steps of diffusion that were run.
-        denoiser_calls: Forward passes of the pipeline's network.
-    """
-
+    # PIL images; for "np" an array `[B, H, W, 3]` and for "pt" a tensor `[B, 3, H, W]` in [0, 1]; or the `Latent`
     images: Any
-    latents: Latent
-    captured: Mapping[int, Latent]
-    num_steps: int
-    denoiser_calls: int
+    latents: Latent  # what was decoded, with its noise level and prompts
+    captured: Mapping[int, Latent]  # those of the captured steps, by step, counted from 1
+    num_steps: int  # steps of diffusion that were run
+    denoiser_calls: int  # forward passes of the pipeline's network
 
     def __getitem__(self, index: int) -> Any:
         return (self.images,)[index]
@@ -471,9 +463,9 @@ def decode_images(
     ]
     if output_type == "pil":
         for output in outputs:
-            output.metadata[0] |= {
-                "pipeline": type(pipe).__name__, "pipeline_num_steps": steps[0], "pipeline_num_steps_planned": steps[1],
-            }  # fmt: skip
+            output.metadata[0].update(
+                pipeline=type(pipe).__name__, pipeline_num_steps=steps[0], pipeline_num_steps_planned=steps[1]
+            )
         return [output.image for output in outputs]
     images = torch.cat([output.tensor for output in outputs]).float().add(1).div(2)
     return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
