@@ -126,7 +126,7 @@ def test_every_spelling_of_a_tensor(tmp_path: Path) -> None:
         assert torch.allclose(tensor, values, atol=0.5 if "eight" in path.name else 1e-6), path.name
         assert describe(path)["what"] == "latent", path.name
     np.savez(tmp_path / "two.npz", a=array, b=array)
-    with pytest.raises(LatentError, match="must hold one array, or one named 'latent'; it holds a, b"):
+    with pytest.raises(LatentError, match="must hold one tensor, or one named 'latent'; it holds 2: a, b"):
         Latent.load(tmp_path / "two.npz", space="flux")
     (tmp_path / "cut.npz").write_bytes((tmp_path / "one.npz").read_bytes()[:200])
     with pytest.raises(FileError, match="damaged NumPy file"):

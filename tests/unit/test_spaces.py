@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 
 import pytest
@@ -100,8 +99,3 @@ def test_recommended_captures() -> None:
 def test_unknown_image_model() -> None:
     with pytest.raises(SettingError, match="Did you mean.*zimage"):
         get_image_model("z-image")
-
-
-def test_a_row_with_the_wrong_number_of_statistics_is_refused() -> None:
-    with pytest.raises(SettingError, match="mean of space 'qwenimage' has 2 values for 16 channels"):
-        dataclasses.replace(get_space("qwenimage"), mean=(0.0, 1.0))

@@ -52,12 +52,6 @@ def test_kept_positions_are_the_reference_ones(case, indices, mask):
         assert [int(p < min(tokens, total)) for p in positions] == row.tolist()
 
 
-@pytest.mark.parametrize("bad", [(-1, 300), (5, 0)])
-def test_impossible_prompts_are_refused(bad):
-    with pytest.raises(SettingError):
-        select_positions(*bad)
-
-
 def test_texts_are_shipped_byte_for_byte():
     digests = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in
                {"chi": prompts.instruction(), "negative": prompts.default_negative_prompt()}.items()}  # fmt: skip
@@ -113,26 +107,24 @@ def character_ids(text):
     return [2, *(ord(c) - 32 + 4 for c in text)]
 
 
-@pytest.mark.parametrize("soft_capping", [False, True])
 @pytest.mark.parametrize("prompt", ["a cat", "", "a very long prompt that is cut"])
-def test_states_do_not_depend_on_the_librarys_defaults(gemma_folder, prompt, soft_capping):
+def test_states_do_not_depend_on_the_librarys_defaults(gemma_folder, prompt):
     """Fails when attention, soft-capping, the mask or padding changes under us in a new transformers."""
-    encoder = TextEncoder(options_for(gemma_folder, soft_capping=soft_capping))
+    encoder = TextEncoder(options_for(gemma_folder))
     got = encoder.encode(prompt)
     n_instruction = 1 + len("Enhance: ")
     total = n_instruction + 12 - 2
     ids = character_ids("Enhance: " + prompt)[:total]
     padded = ids + [0] * (total - len(ids))
-    expected = reference_states(gemma_folder, padded, len(ids), CAP if soft_capping else None)
-    other = reference_states(gemma_folder, padded, len(ids), None if soft_capping else CAP)
+    expected = reference_states(gemma_folder, padded, len(ids), None)
+    other = reference_states(gemma_folder, padded, len(ids), CAP)
     kept = [0, *range(total - 11, total)]
     assert got.shape == (1, 12, WIDTH)
     torch.testing.assert_close(got[0], expected[kept], atol=2e-4, rtol=1e-4)
     assert (got[0] - other[kept]).abs().max() > 0.05  # the choice is visible, so the check above can tell
 
 
-def test_capping_is_off_by_default():
-    assert TextOptions().soft_capping is False
+def test_released_networks_read_300_rows_in_bfloat16():
     assert TextOptions().dtype == "bfloat16"
     assert TextOptions().length == 300
 
@@ -171,9 +163,7 @@ def test_the_encoder_is_needed_once(gemma_folder, tmp_path):
     assert not list((tmp_path / "cache").glob("*.part"))
 
 
-@pytest.mark.parametrize(
-    "change", [{"instruction": "Paint: "}, {"soft_capping": True}, {"length": 11}, {"dtype": "bfloat16"}]
-)
+@pytest.mark.parametrize("change", [{"instruction": "Paint: "}, {"length": 11}, {"dtype": "bfloat16"}])
 def test_other_options_are_other_entries(gemma_folder, tmp_path, change):
     states = PromptEmbedsCache(tmp_path)
     base, other = options_for(gemma_folder), options_for(gemma_folder, **change)
@@ -185,7 +175,6 @@ def test_other_options_are_other_entries(gemma_folder, tmp_path, change):
 
 def test_a_hub_model_is_named_by_id_and_revision():
     assert TextOptions().identity() == TextOptions().identity()
-    assert TextOptions(revision="abc").identity() != TextOptions().identity()
     assert TextOptions(model="google/gemma-2-2b-it").identity() != TextOptions().identity()
 
 
@@ -399,8 +388,8 @@ def test_ready_made_states(tmp_path):
 
 def test_missing_model_names_the_command(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(DownloadError, match="hf download nobody/has-this --revision v1"):
-        TextEncoder(TextOptions(model="nobody/has-this", revision="v1")).encode("a cat")
+    with pytest.raises(DownloadError, match="hf download nobody/has-this"):
+        TextEncoder(TextOptions(model="nobody/has-this")).encode("a cat")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DownloadError, match="no complete Gemma-2 folder"):
         TextEncoder(TextOptions(model=str(tmp_path / "empty"))).encode("a cat")

@@ -22,6 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from pidecode.devices import empty_cache
 from pidecode.errors import DownloadError, FileError, MissingDependencyError, PidecodeError, SettingError
 from pidecode.files import atomic_path, cache_folder, check_writable
 from pidecode.registry.checkpoints import TEXT_ENCODER
@@ -48,12 +49,7 @@ def prompt_length(n_instruction: int, model_max_length: int = 300) -> int:
     """Tokens that instruction (0 for none, else counted with its BOS) and prompt together are cut or padded to.
 
     The two missing ones: BOS is counted in both, and the instruction's last space joins the prompt's first word.
-
-    Raises:
-        SettingError: The instruction's length is negative, or the network takes no rows.
     """
-    if n_instruction < 0 or model_max_length < 1:
-        raise SettingError(f"{n_instruction} instruction tokens and {model_max_length} rows cannot make a prompt.")
     return n_instruction + model_max_length - 2 if n_instruction else model_max_length
 
 
@@ -69,13 +65,8 @@ class TextOptions:
 
     # A hub id, a local folder with a Gemma-2 and its tokenizer, or a single .safetensors file of ComfyUI's
     model: str = TEXT_ENCODER
-    revision: str | None = None  # commit, tag or branch of a hub id; None is its main branch
     instruction: str = field(default_factory=instruction)
     length: int = 300  # rows of the result
-    soft_capping: bool = False
-    """Whether attention logits are soft-capped as Gemma-2's own configuration says. The official environment's
-    attention left that out, and the released networks are used with it: hence off. (transformers from 5.23 on
-    caps by default; earlier versions did not.)"""
     dtype: str = "bfloat16"  # number format the encoder runs in: bfloat16, float16 or float32
 
     def __post_init__(self) -> None:
@@ -87,10 +78,10 @@ class TextOptions:
     def identity(self) -> dict[str, Any]:
         """Everything that decides the states besides the prompt, as plain values.
 
-        A hub model is named by id and revision, a local folder or file by a fingerprint, so that a copy elsewhere finds
-        the same cache entries.
+        A hub model is named by its id, a local folder or file by a fingerprint, so that a copy elsewhere finds the same
+        cache entries.
         """
-        values = asdict(self)
+        values = {**asdict(self), "revision": None, "soft_capping": False}  # as in the entries of earlier versions
         values["instruction"] = hashlib.sha256(self.instruction.encode()).hexdigest()
         place = Path(os.path.expanduser(self.model))
         if os.path.exists(place):
@@ -103,7 +94,7 @@ class TextOptions:
                 digest.update(f"{path.name if len(files) > 1 else ''}\0{size}\0".encode())
                 with open(path, "rb") as file:
                     digest.update(file.read(None if size < 1 << 26 else 1 << 22))
-            values["model"], values["revision"] = f"{'folder' if whole else 'file'}:{digest.hexdigest()}", None
+            values["model"] = f"{'folder' if whole else 'file'}:{digest.hexdigest()}"
         return values
 
 
@@ -141,8 +132,7 @@ class TextEncoder:
         """Give the model's memory back; the next unknown prompt loads it again."""
         self._model = self._tokenizer = None
         gc.collect()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        empty_cache(self.device)
 
     def encode(self, prompts: str | Sequence[str]) -> Tensor:
         """States `[batch, length, width]` of one prompt or several, in the encoder's number format.
@@ -228,7 +218,7 @@ class TextEncoder:
             ) from fault
         options, place = self.options, Path(os.path.expanduser(self.options.model))
         source = str(place) if os.path.exists(place) else options.model
-        where: dict[str, Any] = {"revision": options.revision or "main", "local_files_only": True}
+        where: dict[str, Any] = {"revision": "main", "local_files_only": True}
         try:
             if os.path.isfile(place):
                 model, tokenizer = _from_file(place, options)
@@ -240,40 +230,32 @@ class TextEncoder:
                     raise FileError(
                         f"{options.model} is a {config.model_type!r} model; the networks take Gemma-2's states."
                     )
-                if not options.soft_capping:
-                    config.attn_logit_softcapping = None
+                config.attn_logit_softcapping = None  # the attention of the official environment left it out
                 tokenizer = AutoTokenizer.from_pretrained(source, **where)
                 model = Gemma2Model.from_pretrained(
                     source, config=config, attn_implementation="eager", dtype=getattr(torch, options.dtype), **where
                 )
         except (OSError, ValueError) as fault:  # the library raises both for what it cannot find or read
-            raise DownloadError(self._absent_message(source, fault)) from None
+            first = (str(fault).splitlines() or [""])[0]
+            if os.path.isdir(source):
+                raise DownloadError(f"{source} is no complete Gemma-2 folder: {first[:200]}") from None
+            raise DownloadError(
+                f"The text encoder {source} is not on this machine. Fetch it with `hf download {source}` (`pidecode "
+                "pull` does so too), or use ready-made states: `pidecode captions export` writes them where it is, "
+                "and prompt_embeds= reads them."
+            ) from None
         if tokenizer.pad_token_id is None or tokenizer.bos_token_id is None:
             raise FileError(f"The tokenizer of {options.model} has no BOS or padding token; it is not Gemma-2's.")
-        self._check_attention(model)
-        self._model = model.to(self.device).requires_grad_(False).eval()
-        self._tokenizer = tokenizer
-
-    def _absent_message(self, source: str, fault: Exception) -> str:
-        if os.path.isdir(source):
-            first = (str(fault).splitlines() or [""])[0]
-            return f"{source} is no complete Gemma-2 folder: {first[:200]}"
-        revision = f" --revision {self.options.revision}" if self.options.revision else ""
-        return (
-            f"The text encoder {source} is not on this machine. Fetch it with `hf download {source}{revision}` "
-            "(`pidecode pull` does so too), or use ready-made states: `pidecode captions export` writes them where it "
-            "is, and prompt_embeds= reads them."
-        )
-
-    def _check_attention(self, model: Any) -> None:
-        """The library's defaults have changed before; what was asked for must be what runs."""
+        # The library's defaults have changed before; what was asked for must be what runs.
         caps = {layer.self_attn.attn_logit_softcapping for layer in model.layers}
         chosen = model.config._attn_implementation
-        if chosen != "eager" or (not self.options.soft_capping and caps != {None}):
+        if chosen != "eager" or caps != {None}:
             raise PidecodeError(
                 f"This version of transformers runs Gemma-2 with {chosen!r} attention and soft-capping {caps}, "
                 "not as asked; install a version that pidecode was tested with (4.57 or 5.x)."
             )
+        self._model = model.to(self.device).requires_grad_(False).eval()
+        self._tokenizer = tokenizer
 
 
 def _from_file(path: Path, options: TextOptions) -> tuple[Any, Any]:
@@ -299,8 +281,7 @@ def _from_file(path: Path, options: TextOptions) -> tuple[Any, Any]:
         num_key_value_heads=4, query_pre_attn_scalar=head,
         num_hidden_layers=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers.")),
     )  # fmt: skip
-    if not options.soft_capping:
-        config.attn_logit_softcapping = None
+    config.attn_logit_softcapping = None
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Gemma2Model(config).state_dict().items()}
     wrong = [name for name in {**shapes, **weights} if shapes.get(name) != getattr(weights.get(name), "shape", None)]

@@ -268,10 +268,6 @@ class Latent:
         """The raw latent, which the space's own decoder takes; see `layout.denormalize`."""
         return layout.denormalize(self.tensor, self.latent_space, statistics)
 
-    def to_packed(self) -> Tensor:
-        """The tokens `[B, N, token_channels]` of the space's pipelines. Raises SettingError if they do not pack."""
-        return layout.pack(self.tensor, self.latent_space)
-
     def noised(self, sigma: float | Tensor, *, seed: int = 0, noise: Tensor | None = None) -> Latent:
         """Add noise to this clean latent, in the parametrization of its space.
 
@@ -296,8 +292,7 @@ class Latent:
 
     def with_prompt(self, prompt: str | Sequence[str]) -> Latent:
         """The same latent with another prompt, one for all or one per image."""
-        texts = prompt if isinstance(prompt, str) else tuple(prompt)
-        return Latent(self.tensor, self.space, self.sigma, texts, self.seed)
+        return self._with(prompt=_checked_prompt(_tuple(prompt), len(self)))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Latent:
         """The same latent on another device or in another floating-point dtype; sigma stays float32."""
@@ -348,12 +343,10 @@ class Latent:
             raise LatentError("There are no latents to concatenate; give at least one.")
         first = latents[0]
         for other in latents[1:]:
-            pairs = {name: [getattr(each.tensor, name) for each in (first, other)] for name in ("dtype", "device")}
-            for what, (a, b) in {
-                "space": (first.space, other.space),
-                "grid": (first.grid, other.grid),
-                **pairs,
-            }.items():
+            for what, a, b in (
+                ("space", first.space, other.space), ("grid", first.grid, other.grid),
+                ("dtype", first.tensor.dtype, other.tensor.dtype), ("device", first.tensor.device, other.tensor.device),
+            ):  # fmt: skip
                 if a != b:
                     raise LatentError(
                         f"Latents of one batch must share their {what}: {a} and {b}. Take them one by one, or convert "
@@ -415,9 +408,14 @@ def _check_tensor(tensor: object, space: LatentSpace) -> None:
     assert isinstance(tensor, Tensor)
     shape = list(tensor.shape)
     if tensor.ndim != 4:
-        raise LatentError(
-            f"A {space.name} latent is [B, {space.channels}, h, w]; got {shape}. {_shape_advice(tensor, space)}"
-        )
+        advice = "Give one four-dimensional tensor."
+        if tensor.ndim == 5 and tensor.shape[2] == 1:
+            advice = "Drop the time axis with tensor.squeeze(2)."
+        elif tensor.ndim == 3 and tensor.shape[0] != space.channels and tensor.shape[2] in _TOKEN_CHANNELS:
+            advice = "These are packed tokens: build it with Latent.from_packed(), giving height and width."
+        elif tensor.ndim == 3:
+            advice = "Add the batch axis with tensor.unsqueeze(0)."
+        raise LatentError(f"A {space.name} latent is [B, {space.channels}, h, w]; got {shape}. {advice}")
     if tensor.shape[1] != space.channels:
         others = [row.name for row in SPACES.values() if row.channels == tensor.shape[1]]
         advice = f"Latents of {' and '.join(others)} have that many." if others else "Check the space."
@@ -436,24 +434,14 @@ def _check_tensor(tensor: object, space: LatentSpace) -> None:
         )
 
 
-def _shape_advice(tensor: Tensor, space: LatentSpace) -> str:
-    if tensor.ndim == 3 and tensor.shape[0] != space.channels and tensor.shape[2] in _TOKEN_CHANNELS:
-        return "These are packed tokens: build it with Latent.from_packed(), giving height and width."
-    if tensor.ndim == 3:
-        return "Add the batch axis with tensor.unsqueeze(0)."
-    if tensor.ndim == 5 and tensor.shape[2] == 1:
-        return "Drop the time axis with tensor.squeeze(2)."
-    return "Give one four-dimensional tensor."
-
-
 def _checked_sigma(sigma: object, batch: int, device: torch.device) -> float | Tensor:
     """A float, or `[B]` float32 where samples differ. Raises LatentError outside [0, 1]."""
-    if isinstance(sigma, bool) or not isinstance(sigma, (int, float, Tensor, list, tuple)):
-        raise LatentError(f"Sigma is a number in [0, 1] or one per sample; got {sigma!r}.")
     try:
         values = torch.as_tensor(sigma, dtype=torch.float32).detach().flatten()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise LatentError(f"Sigma is a number in [0, 1] or one per sample; got {sigma!r}.") from error
+    except (TypeError, ValueError, RuntimeError):
+        values = torch.empty(0)
+    if isinstance(sigma, bool) or not values.numel():
+        raise LatentError(f"Sigma is a number in [0, 1] or one per sample; got {sigma!r}.")
     if values.numel() not in (1, batch):
         raise LatentError(f"Sigma has {values.numel()} values for {batch} latents; give one, or one for each.")
     wrong = [number for number in values.tolist() if not 0.0 <= number <= 1.0]
@@ -528,9 +516,17 @@ def normalization_problem(tensor: Tensor, space: LatentSpace, sigmas: Tensor) ->
     for index, (spread, high, low, level) in enumerate(torch.stack([spreads, upper, lower, sigma], dim=1).tolist()):
         which = f"Sample {index} of this" if tensor.shape[0] > 1 else "This"
         if spread > high:
+            advice = "If noise is still in it, pass its sigma."
+            if space.noise_parametrization != "flow":
+                advice = "If it comes from an Euler scheduler before its last step, use Latent.from_euler()."
+            if space.raw_std is not None and space.raw_std > 1:
+                advice = (
+                    f"A raw {space.name} latent is {space.raw_std:g} times wider than a normalized one: "
+                    f"if it is raw, build it with Latent.from_raw(). {advice}"
+                )
             return (
                 f"{which} {space.name} latent has a spread of {spread:.2f} within its channels; a normalized one "
-                f"at sigma {level:g} stays below {high:.2f} (photographs: 0.6 to 1 when clean). {_spread_advice(space)}"
+                f"at sigma {level:g} stays below {high:.2f} (photographs: 0.6 to 1 when clean). {advice}"
             )
         if spread < low:
             return (
@@ -539,20 +535,6 @@ def normalization_problem(tensor: Tensor, space: LatentSpace, sigmas: Tensor) ->
                 "belongs in Latent.from_raw()."
             )
     return _feature_problem(float_latent, space, sigma)
-
-
-def _spread_advice(space: LatentSpace) -> str:
-    advice = []
-    if space.raw_std is not None and space.raw_std > 1:
-        advice.append(
-            f"A raw {space.name} latent is {space.raw_std:g} times wider than a normalized one: "
-            "if it is raw, build it with Latent.from_raw()."
-        )
-    if space.noise_parametrization == "variance_preserving":
-        advice.append("If it comes from an Euler scheduler before its last step, use Latent.from_euler().")
-    else:
-        advice.append("If noise is still in it, pass its sigma.")
-    return " ".join(advice)
 
 
 def _feature_problem(float_latent: Tensor, space: LatentSpace, sigma: Tensor) -> str | None:

@@ -190,7 +190,7 @@ def packed_grid(space: LatentSpace, height: int, width: int) -> tuple[int, int]:
         raise SettingError(
             f"Latents of space {space.name} are not packed into tokens; give the [B, {space.channels}, h, w] tensor."
         )
-    pixels = space.down * (2 if space.packing == "two_by_two" else 1)
+    pixels = space.pixels_per_token
     if height < pixels or width < pixels:
         raise SettingError(f"An image of {height}x{width} pixels is smaller than one token ({pixels}x{pixels}).")
     return height // pixels, width // pixels
@@ -217,10 +217,3 @@ def unpack(tokens: Tensor, space: LatentSpace, height: int, width: int) -> Tenso
         )
     grid = tokens.transpose(1, 2).reshape(len(tokens), -1, rows, columns)
     return unpatchify(grid, 2 if space.packing == "two_by_two" else 1)
-
-
-def pack(latent: Tensor, space: LatentSpace) -> Tensor:
-    """Pack a latent `[B, C, h, w]` to tokens `[B, N, token_channels]`, the inverse of `unpack`."""
-    if space.packing == "none":
-        raise SettingError(f"Latents of space {space.name} are not packed into tokens.")
-    return patchify(latent, 2 if space.packing == "two_by_two" else 1).flatten(2).transpose(1, 2)

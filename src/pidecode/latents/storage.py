@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -33,6 +33,7 @@ MAX_HEADER_BYTES = 1 << 20  # largest header read: far more than one tensor and 
 MAX_LATENTS = 1 << 16  # most latents in one file
 
 COMFYUI_NAMES = ("latent_tensor", "samples")  # what ComfyUI's `.latent` files and its LATENT call the tensor
+_NAMES = (TENSOR_NAME, "latents", *COMFYUI_NAMES)  # of the latent among the tensors of a file, in order of preference
 _OLD_COMFYUI_SCALE = 1 / 0.18215  # of .latent files without a version
 _DTYPES = ("F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2")
 
@@ -91,7 +92,7 @@ def read_latent(source: str | os.PathLike[str] | bytes) -> StoredLatent:
     header = read_latent_header(source)
     text = header.metadata.get(METADATA_KEY)
     metadata = None if text is None else _parse_metadata(text, path)
-    name = _tensor_name(header, path, ours=metadata is not None)
+    name = _tensor_name(header.tensors, path, ours=metadata is not None)
     dtype = header.tensors[name].dtype
     if dtype not in _DTYPES:
         raise LatentError(f"The tensor of {path} is {dtype}; a latent is one of {', '.join(_DTYPES)}.")
@@ -127,7 +128,7 @@ def _read_array(source: str | os.PathLike[str] | bytes, path: object) -> Tensor 
     if data.startswith(b"\x93NUMPY") or (data.startswith(b"PK\x03\x04") and b".npy" in data[:64]):
         try:
             found = np.load(io.BytesIO(data), allow_pickle=False)
-            array = found if isinstance(found, np.ndarray) else found[_array_name(found.files, path)]
+            array = found if isinstance(found, np.ndarray) else found[_tensor_name(found.files, path)]
             return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
         except LatentError:
             raise
@@ -137,21 +138,11 @@ def _read_array(source: str | os.PathLike[str] | bytes, path: object) -> Tensor 
         return None
     loaded = load_pickle(data, path)
     if isinstance(loaded, dict):
-        named = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
-        chosen = next((name for name in (TENSOR_NAME, "latents", "samples") if name in named), None)
-        loaded = named[chosen] if chosen else next(iter(named.values())) if len(named) == 1 else loaded
+        loaded = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
+        loaded = loaded[_tensor_name(loaded, path)]
     if not isinstance(loaded, Tensor):
         raise LatentError(f"{path} holds {type(loaded).__name__}, not one tensor; save the latent alone by torch.save.")
     return only_tensors(path, {TENSOR_NAME: loaded})[TENSOR_NAME]
-
-
-def _array_name(names: Sequence[str], path: object) -> str:
-    chosen = next((name for name in (TENSOR_NAME, "latents", "samples") if name in names), None)
-    if chosen is None and len(names) != 1:
-        raise LatentError(
-            f"{path} must hold one array, or one named 'latent'; it holds {', '.join(names[:5]) or 'none'}."
-        )
-    return chosen or names[0]
 
 
 def read_latent_header(source: str | os.PathLike[str] | bytes) -> Header:
@@ -172,7 +163,7 @@ def count_latents(path: str | os.PathLike[str]) -> int:
         return len(other) if other.ndim in (4, 5) and len(other) else 1
     header, shape = read_latent_header(path), tuple[int, ...]()
     with suppress(LatentError):
-        entry = header.tensors[_tensor_name(header, path, ours=METADATA_KEY in header.metadata)]
+        entry = header.tensors[_tensor_name(header.tensors, path, ours=METADATA_KEY in header.metadata)]
         shape = entry.shape if entry.dtype in _DTYPES else ()
     count = shape[0] if len(shape) in (4, 5) and 0 not in shape else 1
     if count > MAX_LATENTS:
@@ -180,19 +171,15 @@ def count_latents(path: str | os.PathLike[str]) -> int:
     return count
 
 
-def _tensor_name(header: Header, path: object, *, ours: bool) -> str:
-    names = list(header.tensors)
-    if TENSOR_NAME in names:
-        return TENSOR_NAME
-    for known in () if ours else ("latents", *COMFYUI_NAMES):
-        if known in names:
-            return known
-    if ours or len(names) != 1:
+def _tensor_name(names: Collection[str], path: object, *, ours: bool = False) -> str:
+    """Which of a file's tensors is the latent; in a file that `write_latent` wrote there is but one name for it."""
+    chosen = next((name for name in _NAMES[: 1 if ours else None] if name in names), None)
+    if chosen is None and (ours or len(names) != 1):
         raise LatentError(
             f"{path} must hold one tensor, or one named {TENSOR_NAME!r}; it holds {len(names)}: "
-            f"{', '.join(name[:40] for name in names[:5]) or 'none'}."
+            f"{', '.join(str(name)[:40] for name in list(names)[:5]) or 'none'}."
         )
-    return names[0]
+    return chosen or next(iter(names))
 
 
 def _parse_metadata(text: str, path: object) -> LatentMetadata:
@@ -206,9 +193,9 @@ def _parse_metadata(text: str, path: object) -> LatentMetadata:
     space, normalization, seed = values.get("space"), values.get("frame"), values.get("seed")
     if not isinstance(space, str) or space not in SPACES:
         raise LatentError(f"{path} is of space {space!r}; known are {', '.join(SPACES)}.")
-    if normalization not in ("normalized", "normalised"):
+    if normalization != "normalized":
         raise LatentError(f"The latent in {path} is {normalization!r}; a latent file must be 'normalized'. Convert it.")
-    sigma, prompt = values.get("sigma"), values.get("prompt", values.get("caption"))
+    sigma, prompt = values.get("sigma"), values.get("prompt")
     if not isinstance(sigma, list) or not all(type(s) in (int, float) and 0 <= s <= 1 for s in sigma):
         raise LatentError(f"{path} says sigma {sigma!r}; it must be a list of numbers in [0, 1], one per sample.")
     if prompt is not None and (

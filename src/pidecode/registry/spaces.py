@@ -49,12 +49,6 @@ class LatentSpace:
     # flat and test images less. Where raw latents are wider it lies between such values and the same times `raw_std`.
     spread_limit: float = 2.0
 
-    def __post_init__(self) -> None:
-        for name in ("mean", "std"):
-            count = len(getattr(self, name))
-            if (self.statistics == "per_channel") != (count == self.channels):
-                raise SettingError(f"{name} of space {self.name!r} has {count} values for {self.channels} channels.")
-
     @property
     def raw_channels(self) -> int:
         """Channels of the raw latent."""
@@ -70,32 +64,28 @@ class LatentSpace:
         """Channels of a packed token; None where pipelines do not pack."""
         return {"none": None, "two_by_two": 4 * self.channels, "patchified": self.channels}[self.packing]
 
+    @property
+    def pixels_per_token(self) -> int:
+        """Encoder-input pixels per packed token, along each side."""
+        return self.down * (2 if self.packing == "two_by_two" else 1)
+
 
 MIN_STEPS_TO_STOP_EARLY = 12  # in a shorter run the last steps each remove too much noise to be left out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageModel:
-    """A text-to-image model whose latents PiD decodes, and how its diffusers pipeline is called.
+    """A text-to-image model whose latents PiD decodes, and how its diffusers pipeline is called."""
 
-    Attributes:
-        name: As `--space` and `get_image_model` take it.
-        space: Its latent space.
-        pipeline: Class of its diffusers pipeline.
-        repository: Hub repository of that pipeline.
-        arguments: Of the pipeline's call, beside prompt, size, steps and generator, by the model's own card or the
-            official demo.
-        num_steps: Denoising steps its authors use.
-        stop_step: Of those, the step after which PiD's authors recommend to stop (docs/architecture.md, Latent
-            spaces); `num_steps` itself where only the finished latent is recommended.
-    """
-
-    name: str
-    space: str
-    pipeline: str
-    repository: str
+    name: str  # as `--space` and `get_image_model` take it
+    space: str  # its latent space
+    pipeline: str  # class of its diffusers pipeline
+    repository: str  # hub repository of that pipeline
+    # Of the pipeline's call, beside prompt, size, steps and generator, by the model's own card or the official demo
     arguments: Mapping[str, float | str]
-    num_steps: int
+    num_steps: int  # denoising steps its authors use
+    # Of those, the step after which PiD's authors recommend to stop (docs/architecture.md, Latent spaces); `num_steps`
+    # itself where only the finished latent is recommended
     stop_step: int
 
     def recommended_stop(self, num_steps: int) -> int:
