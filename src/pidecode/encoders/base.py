@@ -38,8 +38,7 @@ Tensors are passed in float32; the autoencoder casts them to the dtype of its we
 class ImageEncoder:
     """The image encoder of one latent space. Call it with images to get normalized latents; see `load_encoder`.
 
-    Latents are normalized in float32, by `statistics` where the space's are read from the weights (flux2, dinov2); not
-    at all if the autoencoder's are `already_normalized`.
+    Latents are normalized in float32, by `statistics` where the space's are read from the weights (flux2, dinov2).
     """
 
     def __init__(
@@ -50,10 +49,8 @@ class ImageEncoder:
         statistics: LatentStatistics | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        already_normalized: bool = False,
     ) -> None:
-        self.space, self.statistics, self.dtype = space, statistics, dtype
-        self._autoencoder, self._already_normalized = autoencoder, already_normalized
+        self.space, self.statistics, self.dtype, self._autoencoder = space, statistics, dtype, autoencoder
         self.to(device)
 
     @property
@@ -85,8 +82,9 @@ class ImageEncoder:
         """
         check_images(images, self.space)
         images = images.to(self.device, torch.float32)
-        raw = self._autoencoder.encode(images).float()
-        latent = raw if self._already_normalized else normalize(raw, self.space, self.statistics)
+        latent = self._autoencoder.encode(images).float()
+        if not isinstance(self._autoencoder, TinyImageEncoder):  # whose latents are normalized already
+            latent = normalize(latent, self.space, self.statistics)
         if not bool(torch.isfinite(latent).all()):
             raise LatentError(
                 f"The {self.space.name} encoder returned NaN or infinite values in {_dtype_name(self.dtype)}; load it "
@@ -223,19 +221,19 @@ def load_encoder(
         )
     path = Path(os.path.expanduser(path))
     autoencoder: Autoencoder
+    latent_statistics = None
     if row.fixed_input is not None:
         autoencoder, latent_statistics = load_representation_autoencoder(
             row, path, dtype=dtype, backbone=backbone, statistics=statistics, decoder=decoder
         )
-        return ImageEncoder(autoencoder, row, statistics=latent_statistics, device=device, dtype=dtype)
-    if not backbone == statistics == decoder is None:
+    elif not backbone == statistics == decoder is None:
         raise SettingError(
             f"backbone, statistics and decoder act on dinov2 and siglip only; the {row.name} encoder is one file."
         )
-    if is_tiny_encoder(path):
+    elif is_tiny_encoder(path):
         autoencoder = load_tiny_encoder(path, row, dtype)
-        return ImageEncoder(autoencoder, row, device=device, dtype=dtype, already_normalized=True)
-    autoencoder, latent_statistics = load_autoencoder(row, path, dtype)
+    else:
+        autoencoder, latent_statistics = load_autoencoder(row, path, dtype)
     return ImageEncoder(autoencoder, row, statistics=latent_statistics, device=device, dtype=dtype)
 
 

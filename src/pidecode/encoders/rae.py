@@ -40,8 +40,7 @@ class VisionModelSpec:
     antialias: bool
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    decoder_files: tuple[str, ...]
-    """Places of the decoder's weights in the project's repository, in order of preference."""
+    decoder_files: tuple[str, ...]  # places of the decoder's weights in the project's repository, the best first
     statistics_files: tuple[str, ...] = ()
 
 
@@ -140,7 +139,7 @@ def load_representation_autoencoder(
             f"{path} is not a folder. The {space.name} encoder is a folder: the model {spec.repository}, or the "
             "project's collection, which also holds the decoder."
         )
-    model = _load_vision_model(space, _find_backbone(path, spec, backbone), dtype)
+    model = _load_vision_model(space, path, backbone, dtype)
     latent_statistics = None
     if space.statistics == "per_position":
         cached = ENCODERS[space.name].statistics  # where `pidecode pull` puts them
@@ -157,29 +156,20 @@ def _find(path: Path, given: PathLike | None, places: tuple[str, ...]) -> Path |
     return next((path / place for place in places if os.path.isfile(path / place)), None)
 
 
-def _find_backbone(path: Path, spec: VisionModelSpec, given: PathLike | None) -> str:
-    if given is not None:
-        place = os.path.expanduser(given)
-        return place if os.path.isdir(place) else str(given)
-    name = spec.repository.split("/")[1]
-    for folder in (path, path / "encoder", path / name, path / spec.repository):
-        if os.path.isfile(folder / "config.json") and _model_type(folder) in spec.model_types:
-            return str(folder)
-    return spec.repository
-
-
 def _model_type(folder: Path) -> object:
+    """What the configuration in a folder says that its model is; None where there is no configuration."""
     try:
         config = read_json(folder / "config.json")
     except (OSError, ValueError):
         return None
-    if isinstance(config, dict):
-        check_foreign_config(config, folder / "config.json")
-        return config.get("model_type")
-    return None
+    if not isinstance(config, dict):
+        return None
+    check_foreign_config(config, folder / "config.json")
+    return config.get("model_type")
 
 
-def _load_vision_model(space: LatentSpace, source: str, dtype: torch.dtype) -> Any:
+def _load_vision_model(space: LatentSpace, path: Path, given: PathLike | None, dtype: torch.dtype) -> Any:
+    """The vision model: the one given, else the one in `path`, else the official one in the hub cache."""
     try:
         from transformers import Dinov2WithRegistersModel, SiglipVisionModel
     except ImportError as fault:
@@ -187,10 +177,15 @@ def _load_vision_model(space: LatentSpace, source: str, dtype: torch.dtype) -> A
             f'The {space.name} encoder needs transformers, which is not installed; run `pip install "pidecode[text]"`.'
         ) from fault
     spec = VISION_MODELS[space.name]
-    if os.path.isdir(source) and _model_type(Path(source)) not in spec.model_types:
-        raise CheckpointError(
-            f"{source} holds a {_model_type(Path(source))!r} model; the {space.name} encoder is {spec.repository}."
-        )
+    if given is not None:
+        source = os.path.expanduser(given) if os.path.isdir(os.path.expanduser(given)) else str(given)
+        if os.path.isdir(source) and _model_type(Path(source)) not in spec.model_types:
+            raise CheckpointError(
+                f"{source} holds a {_model_type(Path(source))!r} model; the {space.name} encoder is {spec.repository}."
+            )
+    else:
+        folders = (path, path / "encoder", path / spec.repository.split("/")[1], path / spec.repository)
+        source = next((str(place) for place in folders if _model_type(place) in spec.model_types), spec.repository)
     model_class = Dinov2WithRegistersModel if space.name == "dinov2" else SiglipVisionModel
     try:
         model = model_class.from_pretrained(source, local_files_only=True, dtype=dtype)

@@ -28,6 +28,7 @@ from pidecode.images import SourceImage
 from pidecode.integrations import pipeline_latents
 from pidecode.integrations.pipeline_latents import StopAfter
 from pidecode.latents.latent import Latent
+from pidecode.latents.layout import packed_grid
 from pidecode.options import MAX_SIGMA, DecodeOptions
 from pidecode.sampling import Callback, Step
 
@@ -123,7 +124,7 @@ class _StepRecorder:
         tensor, sigma = state
         grid = pipeline_latents.token_grid(self.grid_keywords, tensor.shape[1] if tensor.ndim == 3 else 0)
         if grid is None and tensor.ndim == 3 and size is not None:
-            grid = pipeline_latents.grid_of_size(self.pipe, *size)
+            grid = packed_grid(pipeline_latents.pipeline_space(self.pipe), *size)
         with torch.inference_mode(False):
             return pipeline_latents.to_latent(self.pipe, tensor.clone(), grid=grid, sigma=sigma, **about)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from pidecode.encoders.autoencoder_kl import check_constants
 from pidecode.errors import CheckpointError, LatentError, SettingError
 from pidecode.latents.latent import Latent
-from pidecode.latents.layout import LatentStatistics, denormalize, normalize, unpack
+from pidecode.latents.layout import LatentStatistics, denormalize, normalize, packed_grid, unpack
 from pidecode.registry.spaces import SPACES, LatentSpace, get_space, has_stem, recommended_stop
 
 StopAfter = int | Literal["recommended"] | None
@@ -70,8 +70,9 @@ def _space_of_vae(vae: Any) -> LatentSpace | None:
         if f"AutoencoderKL{_VAE_BY_STATISTICS.get(space.statistics)}" != kind or channels != space.raw_channels:
             continue
         if space.statistics == "per_channel":
-            pairs = (("latents_mean", space.mean), ("latents_std", space.std))
-            if all(_close(config.get(name), values) for name, values in pairs):
+            wanted = torch.tensor([space.mean, space.std])
+            found = torch.tensor([config.get("latents_mean") or [], config.get("latents_std") or []])
+            if found.shape == wanted.shape and bool((found - wanted).abs().max() < 1e-3):
                 return space
         elif space.statistics == "batch_norm":
             return space
@@ -83,11 +84,6 @@ def _space_of_vae(vae: Any) -> LatentSpace | None:
 
 
 _VAE_BY_STATISTICS = {"constants": "", "per_channel": "QwenImage", "batch_norm": "Flux2"}
-
-
-def _close(found: Sequence[float] | None, wanted: Sequence[float]) -> bool:
-    pairs = zip(found or (), wanted, strict=False)
-    return len(found or ()) == len(wanted) and all(abs(a - b) < 1e-3 for a, b in pairs)
 
 
 def recommended_stop_step(pipe: Any, num_steps: int) -> int:
@@ -184,12 +180,6 @@ def token_grid(call: Mapping[str, Any], num_tokens: int) -> tuple[int, int] | No
     return rows, columns
 
 
-def grid_of_size(pipe: Any, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of a pipeline's tokens for an image of that size in pixels."""
-    side = _pixels_per_token(pipeline_space(pipe))
-    return height // side, width // side
-
-
 def to_latent(
     pipe: Any,
     tensor: Tensor,
@@ -220,8 +210,7 @@ def to_latent(
                 f"These {space.name} latents are {tensor.shape[1]} packed tokens, which do not tell the image's "
                 "shape. Give the height and width the pipeline ran at."
             )
-        side = _pixels_per_token(space)
-        tensor = unpack(tensor, space, grid[0] * side, grid[1] * side)
+        tensor = unpack(tensor, space, *(tokens * space.pixels_per_token for tokens in grid))
     elif tensor.ndim == 5 and tensor.shape[2] == 1:
         tensor = tensor.squeeze(2)
     elif tensor.ndim == 4 and space.statistics == "batch_norm" and tensor.shape[1] == space.raw_channels:
@@ -271,12 +260,12 @@ def latent_from_pipeline(
         )
     grid = None
     if tensor.ndim == 3:
-        side = _pixels_per_token(pipeline_space(pipe))
+        default = int(getattr(pipe, "default_sample_size", 0)) * int(getattr(pipe, "vae_scale_factor", 0))
         if height is not None and width is not None:
-            grid = grid_of_size(pipe, height, width)
-        elif height is None and width is None:
-            default = int(getattr(pipe, "default_sample_size", 0)) * int(getattr(pipe, "vae_scale_factor", 0)) // side
-            grid = (default, default) if default * default == tensor.shape[1] else None
+            grid = packed_grid(pipeline_space(pipe), height, width)
+        elif height is None and width is None and default:
+            grid = packed_grid(pipeline_space(pipe), default, default)
+            grid = grid if math.prod(grid) == tensor.shape[1] else None
     prompts = [prompt] * len(tensor) if isinstance(prompt, str) else prompt
     return to_latent(pipe, tensor, grid=grid, prompt=prompts, seed=seed)
 
@@ -297,10 +286,6 @@ def vae_decode(pipe: Any, latent: Latent) -> Tensor:
             vae.to(torch.float16)
     images = images.squeeze(2) if images.ndim == 5 else images
     return images.float().clamp(-1, 1).cpu()
-
-
-def _pixels_per_token(space: LatentSpace) -> int:
-    return space.down * (2 if space.packing == "two_by_two" else 1)
 
 
 def _batch_norm_statistics(pipe: Any) -> LatentStatistics | None:
