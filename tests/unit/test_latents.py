@@ -193,7 +193,7 @@ def test_raw_latents_warn(name: str) -> None:
     raw = latent.to_raw(statistics_for(name, (16, 16)))
     raw = raw.squeeze(2) if raw.ndim == 5 else raw
     if row.raw_patch > 1:  # denormalized but still patchified: what some ports feed
-        raw = layout.patchify(raw, row.raw_patch)
+        raw = pixel_unshuffle(raw, row.raw_patch)
     with pytest.warns(NormalizationWarning, match=r"Latent\.from_raw"):
         Latent(raw, name)
 

@@ -8,6 +8,7 @@ how to decode are made from `pidecode.options`.
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -218,12 +219,17 @@ def _weights_file(model: str, file: str) -> Path | None:
 
 
 def _fingerprint(path: Path) -> str:
-    """What differs for a file that was overwritten, also where its time was set back."""
+    """Digest of a file by its size, times and samples of its content, so that an overwritten file is another."""
     try:
         about = path.stat()
+        digest = hashlib.sha256(f"{path}\0{about.st_size}\0{about.st_mtime_ns}".encode())
+        with open(path, "rb") as stream:
+            for part in range(64):
+                stream.seek(about.st_size * part // 64)
+                digest.update(stream.read(1 << 16))
     except OSError as fault:
         return f"{path}: {fault}"
-    return f"{path} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
+    return digest.hexdigest()
 
 
 def _schema(node: str, name: str, **rest: Any) -> io.Schema:

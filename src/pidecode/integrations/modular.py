@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -119,12 +120,15 @@ class _PiDStep(ModularPipelineBlocks):
         return decoder, options
 
 
+_STOP_AFTER = InputParam(
+    "stop_after", description="Step to end the diffusion after, counted from 1, or 'recommended'; PiD decodes the rest."
+)
+
+
 class PiDCheckStep(_PiDStep):
     """First block: refuses what could not be decoded, before any work."""
 
-    @property
-    def description(self) -> str:
-        return "Step that checks the PiD decoder and how it is asked to decode"
+    description = "Step that checks the PiD decoder and how it is asked to decode"
 
     @property
     def inputs(self) -> list[Any]:
@@ -137,11 +141,6 @@ class PiDCheckStep(_PiDStep):
         return components, state
 
 
-_STOP_AFTER = InputParam(
-    "stop_after", description="Step to end the diffusion after, counted from 1, or 'recommended'; PiD decodes the rest."
-)
-
-
 class PiDLoopStep(ModularPipelineBlocks):
     """A block of a denoising loop that is skipped once the loop has made the steps asked for.
 
@@ -152,29 +151,16 @@ class PiDLoopStep(ModularPipelineBlocks):
 
     def __init__(self, block: Any, ends_step: bool) -> None:
         super().__init__()
-        self.block = block
-        self.ends_step = ends_step
-        self.model_name = block.model_name
+        self.block, self.ends_step, self.model_name = block, ends_step, block.model_name
 
-    @property
-    def description(self) -> str:
-        return str(self.block.description)
-
-    @property
-    def expected_components(self) -> list[Any]:
-        return list(self.block.expected_components)
-
-    @property
-    def expected_configs(self) -> list[Any]:
-        return list(self.block.expected_configs)
+    description = property(attrgetter("block.description"))
+    expected_components = property(attrgetter("block.expected_components"))
+    expected_configs = property(attrgetter("block.expected_configs"))
+    intermediate_outputs = property(attrgetter("block.intermediate_outputs"))
 
     @property
     def inputs(self) -> list[Any]:
         return [*self.block.inputs, _STOP_AFTER]
-
-    @property
-    def intermediate_outputs(self) -> list[Any]:
-        return list(self.block.intermediate_outputs)
 
     def __call__(self, components: Any, block_state: Any, i: int, t: Any) -> tuple[Any, Any]:
         last = getattr(block_state, "pid_stop_step", None)
@@ -191,9 +177,7 @@ class PiDLoopStep(ModularPipelineBlocks):
 class PiDDecodeStep(_PiDStep):
     """The decode block: latents to images by the pipeline's `pixel_decoder`."""
 
-    @property
-    def description(self) -> str:
-        return "Step that decodes finished or noisy latents into images, four times as large, with PiD"
+    description = "Step that decodes finished or noisy latents into images, four times as large, with PiD"
 
     @property
     def inputs(self) -> list[Any]:
@@ -215,8 +199,8 @@ class PiDDecodeStep(_PiDStep):
         scheduler = getattr(components, "scheduler", None)
         sigma = 0.0 if scheduler is None else scheduler_sigma(scheduler)
         seed = given.generator.initial_seed() if isinstance(given.generator, torch.Generator) else None
-        packed = given.latents.shape[1] if given.latents.ndim == 3 else 0
-        grid = token_grid({"img_ids": given.img_ids}, packed) if packed else None
+        packed = given.latents.ndim == 3
+        grid = token_grid({"img_ids": given.img_ids}, given.latents.shape[1]) if packed else None
         latent = to_latent(components, given.latents, grid=grid, sigma=sigma, prompt=prompts, seed=seed)
         given.pid_latent = given.images = latent
         if given.output_type != "latent":

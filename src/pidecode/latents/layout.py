@@ -120,7 +120,7 @@ def denormalize(latent: Tensor, space: LatentSpace, statistics: LatentStatistics
         case _:
             mean, deviation = _affine(value, space, statistics)
             value = value * deviation + mean
-    raw = unpatchify(value, space.raw_patch).to(latent.dtype)
+    raw = pixel_shuffle(value, space.raw_patch).to(latent.dtype)
     return raw.unsqueeze(2) if space.name == "qwenimage" else raw
 
 
@@ -132,7 +132,14 @@ def _raw_layout(raw: Tensor, space: LatentSpace) -> Tensor:
             f"A raw {space.name} latent is [B, {space.raw_channels}, h, w]; got {list(raw.shape)}. "
             "Pass the tensor as the space's own encoder returns it (its mean, not a sample)."
         )
-    return patchify(raw, space.raw_patch) if raw.shape[1] != space.channels else raw
+    if raw.shape[1] == space.channels:
+        return raw
+    if raw.shape[-1] % space.raw_patch or raw.shape[-2] % space.raw_patch:
+        raise LatentError(
+            f"A raw latent of {raw.shape[-2]}x{raw.shape[-1]} cells cannot be patchified by {space.raw_patch}: "
+            f"both sides must be multiples of {space.raw_patch}. Crop the image before encoding it."
+        )
+    return pixel_unshuffle(raw, space.raw_patch)  # channel index = (c, dy, dx)
 
 
 def _affine(latent: Tensor, space: LatentSpace, statistics: LatentStatistics | None) -> tuple[Tensor, Tensor]:
@@ -169,21 +176,6 @@ def _sigma_like(sigma: float | Tensor, latent: Tensor) -> Tensor:
     return column.view(-1, *[1] * (latent.ndim - 1))
 
 
-def patchify(latent: Tensor, patch: int) -> Tensor:
-    """`[B, C, p h, p w]` to `[B, C p^2, h, w]`; channel index = (c, dy, dx)."""
-    if latent.shape[-1] % patch or latent.shape[-2] % patch:
-        raise LatentError(
-            f"A raw latent of {latent.shape[-2]}x{latent.shape[-1]} cells cannot be patchified by {patch}: "
-            f"both sides must be multiples of {patch}. Crop the image before encoding it."
-        )
-    return pixel_unshuffle(latent, patch) if patch > 1 else latent
-
-
-def unpatchify(latent: Tensor, patch: int) -> Tensor:
-    """`[B, C p^2, h, w]` to `[B, C, p h, p w]`, the inverse of `patchify`."""
-    return pixel_shuffle(latent, patch) if patch > 1 else latent
-
-
 def packed_grid(space: LatentSpace, height: int, width: int) -> tuple[int, int]:
     """Rows and columns of tokens of an image model's image (not PiD's), rounded down. Raises SettingError for none."""
     if space.packing == "none":
@@ -216,4 +208,4 @@ def unpack(tokens: Tensor, space: LatentSpace, height: int, width: int) -> Tenso
             f"got {tokens.shape[1]}. Give the height and width the image model ran at."
         )
     grid = tokens.transpose(1, 2).reshape(len(tokens), -1, rows, columns)
-    return unpatchify(grid, 2 if space.packing == "two_by_two" else 1)
+    return pixel_shuffle(grid, 2 if space.packing == "two_by_two" else 1)
