@@ -60,10 +60,8 @@ def load_autoencoder(
 ) -> tuple[DiffusersAutoencoder, LatentStatistics | None]:
     """Load the autoencoder of a space, and the statistics of its latents (FLUX.2) or None.
 
-    The path is a diffusers folder or a single file, also with the names of LDM or Wan.
-
     Raises:
-        CheckpointError: The file is no autoencoder, or another space's.
+        CheckpointError: What the path names, a diffusers folder or a file, is no autoencoder, or another space's.
         MissingDependencyError: diffusers is not installed.
     """
     try:

@@ -449,7 +449,10 @@ class UpscaleNode(io.ComfyNode):
                 for index, options in enumerate(given.per_image(own.kind, len(images))):
                     one = SourceImage(tensor=images[index : index + 1])
                     output = own.upscale(one, options=options, callback=show, progress_callback=moves(index))
-                    enlarged.append(comfyui_latents.resized(output.tensor.float().cpu(), target))
+                    pixels = output.tensor.float().cpu()
+                    if target is not None and target != pixels.shape[-2:]:
+                        pixels = resize(pixels, *target, method="lanczos").clamp(-1, 1)
+                    enlarged.append(pixels)
         pixels = comfyui_latents.image_from_tensor(torch.cat(enlarged))
         if bool((alpha == 1).all()):
             return io.NodeOutput(pixels, torch.zeros(pixels.shape[:3]))

@@ -21,7 +21,6 @@ from pidecode.engine.machine import Chunks
 from pidecode.engine.plan import Plan
 from pidecode.engine.runner import Runner
 from pidecode.errors import DoesNotFitError, LatentError, MissingDependencyError, SettingError
-from pidecode.images import resize
 from pidecode.latents.latent import Latent
 from pidecode.models.pid.network import PiDNet
 from pidecode.options import MAX_SIGMA
@@ -205,11 +204,6 @@ def target_size(images: Tensor, scale: int, width: int, height: int) -> tuple[in
     return height, width
 
 
-def resized(pixels: Tensor, size: tuple[int, int] | None) -> Tensor:
-    """Images `[B, 3, H, W]` at that height and width."""
-    return pixels if size is None or size == pixels.shape[-2:] else resize(pixels, *size, method="lanczos").clamp(-1, 1)
-
-
 def vae_encoder(vae: Any, decoder: PixelDecoder) -> Callable[[Tensor], Tensor]:
     """Images `[B, 3, H, W]` to normalized latents by a VAE of ComfyUI, which must be of the decoder's space."""
     if decoder.space.fixed_input is not None:
@@ -230,17 +224,11 @@ def vae_encoder(vae: Any, decoder: PixelDecoder) -> Callable[[Tensor], Tensor]:
 
 
 def early_stop_step(sigmas: Tensor, model: Any, steps_left: int | None = None, max_sigma: float = MAX_SIGMA) -> int:
-    """The step, counted from 1, to end sampling after.
-
-    Args:
-        sigmas: The whole schedule.
-        model: The MODEL that samples.
-        steps_left: Steps to leave out; by default what PiD's authors recommend for the model, in proportion.
-        max_sigma: Highest noise level to leave.
+    """The step of a schedule, counted from 1, to end a MODEL's sampling after.
 
     Raises:
-        SettingError: No step would be left, more noise would be left than `max_sigma`, no recommendation is
-            known, or PiD has no decoder for the model.
+        SettingError: `steps_left`, by default in proportion what PiD's authors recommend for the model, leaves no step
+            or more noise than `max_sigma`; or PiD has no decoder or recommendation for the model.
     """
     num_steps, space = len(sigmas) - 1, model_space(model)
     if num_steps < 1:

@@ -139,20 +139,13 @@ def capture_latents(
     progress_callback: PipelineCallback | None = None,
     max_sigma: float = MAX_SIGMA,
 ) -> CapturedLatents:
-    """Call a diffusers pipeline for its latents instead of its images.
+    """Call a diffusers pipeline with the keywords `call` for its latents instead of its images.
 
-    Args:
-        pipe: The pipeline.
-        call: Keywords of the call. `output_type`, `return_dict` and the step callback are set here; a step callback
-            of the caller's own still runs.
-        stop_after: Step to end the diffusion after, counted from 1, or "recommended".
-        capture_steps: Steps whose latents are returned besides the last.
-        prompt: What the images show, where `call` has no prompt; one for all, or one per image.
-        progress_callback: Called after every step.
-        max_sigma: Highest noise level to stop at.
+    A step callback of the caller's own still runs. `capture_steps` are counted from 1; `prompt`, one for all or one per
+    image, says what the images show where `call` does not.
 
     Raises:
-        SettingError: A step does not exist or leaves more noise than PiD was trained on, or the pipeline cannot be
+        SettingError: A step does not exist or leaves more noise than `max_sigma`, or the pipeline cannot be
             interrupted.
         LatentError: The pipeline ran without a step.
     """

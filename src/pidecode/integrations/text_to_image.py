@@ -146,16 +146,16 @@ def generate(
 
     Args:
         job: What to generate.
-        load_decoder: Loads the decoder; called when the pipeline's memory is free again.
+        load_decoder: Called when the pipeline's memory is free again.
         device: Of the pipeline; where it does not fit, its parts take turns there.
         dtype: Number format of the pipeline.
         options: How to decode; by default each image is decoded with the seed of its diffusion.
-        progress_callback: Called after each step of diffusion and after each decoded image.
+        progress_callback: Called after each step of diffusion and after each decoded image; raise `errors.Cancelled`
+            in it to stop.
 
     Raises:
         SettingError: The folder holds another job, or the decoder is of another space than the image model.
         DownloadError: The pipeline is not on this machine.
-        Cancelled: The progress callback asked to stop.
     """
     todo = _unfinished(job)
     without_latent = [i for i in todo if not i.latent.is_file() or (job.compare and not i.vae.is_file())]
@@ -187,18 +187,11 @@ def generate_pixels(
     options: DecodeOptions,
     progress_callback: PipelineCallback | None = None,
 ) -> list[GeneratedImage]:
-    """Generate every image of a job by PixelDiT; those that an earlier run of it finished are not made again.
-
-    Args:
-        job: What to generate; its model is `PIXELDIT`.
-        load_network: Loads the network, where an image is to be made.
-        options: guidance_scale, shift, negative_prompt and prompt_embeds.
-        progress_callback: Called after each step.
+    """The same by PixelDiT, which a job's model names: prompts to images without a pipeline or latents.
 
     Raises:
         SettingError: The folder holds another job, or an option cannot act.
         SizeError: The sides are no multiples of the patch size.
-        Cancelled: The progress callback asked to stop.
     """
     PixelDiT.check(options)
     todo = _unfinished(job)
