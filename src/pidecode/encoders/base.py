@@ -116,12 +116,11 @@ class ImageEncoder:
         return f"ImageEncoder({self.space.name}, {_dtype_name(self.dtype)} on {self.device}, {halves})"
 
 
-class LazyImageEncoder:
-    """An ImageEncoder whose weights are loaded on first use, by `load_encoder`."""
+class LazyImageEncoder(ImageEncoder):
+    """An ImageEncoder that `load_encoder` loads when one of its attributes is first used."""
 
     def __init__(self, space: str, path: PathLike, device: torch.device, dtype: torch.dtype) -> None:
         self._load = functools.partial(load_encoder, space, path, device=device, dtype=dtype)
-        self._loaded: ImageEncoder | None = None
 
     @classmethod
     def of(
@@ -131,21 +130,15 @@ class LazyImageEncoder:
         return None if path is None or space is None else cls(space, path, device, dtype)
 
     @property
-    def loaded(self) -> ImageEncoder:
-        """The encoder, loaded now if it was not yet."""
-        if self._loaded is None:
-            self._loaded = self._load()
-        return self._loaded
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Encode images as normalized latents; see `ImageEncoder.__call__`."""
-        return self.loaded(images)
+    def loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return "_autoencoder" in vars(self)
 
     def __getattr__(self, name: str) -> Any:
-        """Any other attribute is the encoder's."""
-        if name.startswith("_"):
+        if name not in ("space", "statistics", "dtype", "device", "_autoencoder"):
             raise AttributeError(name)
-        return getattr(self.loaded, name)
+        vars(self).update(vars(self._load()) | vars(self))
+        return vars(self)[name]
 
 
 @contextmanager
@@ -154,7 +147,7 @@ def on_device(encoder: object, device: torch.device | None) -> Iterator[None]:
 
     Nothing is moved for another function, or where the device is None.
     """
-    if device is None or not isinstance(encoder, (ImageEncoder, LazyImageEncoder)):
+    if device is None or not isinstance(encoder, ImageEncoder):
         yield
         return
     encoder.to(device)
@@ -166,8 +159,9 @@ def on_device(encoder: object, device: torch.device | None) -> Iterator[None]:
 
 def can_show(encoder: object, latent: Latent) -> bool:
     """Whether the space's own decoder is in memory and the latent has no noise, so that `vae_reference` is cheap."""
-    loaded = encoder._loaded if isinstance(encoder, LazyImageEncoder) else encoder
-    return isinstance(loaded, ImageEncoder) and loaded.can_decode and not bool((latent.sigmas > 0).any())
+    if not isinstance(encoder, ImageEncoder) or (isinstance(encoder, LazyImageEncoder) and not encoder.loaded):
+        return False
+    return encoder.can_decode and not bool((latent.sigmas > 0).any())
 
 
 def vae_reference(encoder: object, latent: Latent) -> Tensor:
@@ -177,7 +171,7 @@ def vae_reference(encoder: object, latent: Latent) -> Tensor:
             f"There is noise in this latent (sigma {latent.sigmas.tolist()}), so the VAE's image of it is no color "
             "reference;", python="pass reference=, or leave color_fix out.", cli="leave color_fix out.",
         )  # fmt: skip
-    if not isinstance(encoder, (ImageEncoder, LazyImageEncoder)) or not encoder.can_decode:
+    if not isinstance(encoder, ImageEncoder) or not encoder.can_decode:
         raise SettingError(
             f"color_fix needs the {latent.space} space's own decoder as a reference, and it is not loaded. Fetch it "
             f"with `pidecode pull {latent.space}`", python="pass reference=, or leave color_fix out.",
