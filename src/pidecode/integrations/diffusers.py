@@ -245,9 +245,6 @@ class _Attachment:
     home: torch.device  # of the decoder when it was attached
 
 
-_CALL_KEYWORDS = ("stop_after", "capture_steps", "progress_callback", "decode_options")
-
-
 class AttachedPipeline:
     """A diffusers pipeline whose images a `PixelDecoder` decodes; made by `attach`.
 
@@ -305,53 +302,45 @@ class AttachedPipeline:
                 got no prompt, or an option cannot act.
             Cancelled: The progress callback asked to stop.
         """
-        own, replaced = self._attachment, {name: keywords.pop(name) for name in _CALL_KEYWORDS if name in keywords}
+        for_call = {n: keywords.pop(n) for n in ("stop_after", "capture_steps", "progress_callback") if n in keywords}
+        own, given = replace(self._attachment, **for_call), keywords.pop("decode_options", None)
         call = _named_arguments(own.pipe, args, keywords)
         output_type, options = call.get("output_type", "pil"), own.options
-        if "decode_options" in replaced:
-            given = replaced["decode_options"]
+        if given is not None:
             check_options(given, own.decoder)
             options = options.replace(**{entry: getattr(given, entry) for entry in given.__dataclass_fields__})
         check_call(own.decoder, call, options)
-        progress_callback = replaced.get("progress_callback", own.progress_callback)
         if (device := _shared_device(own)) is not None:
-            own.decoder.runner.place(torch.device("cpu"))
-            empty_cache(device)
+            _leave(own.decoder, device)
         run = capture_latents(
-            own.pipe, call, stop_after=replaced.get("stop_after", own.stop_after),
-            capture_steps=replaced.get("capture_steps", own.capture_steps), prompt=options.prompt,
-            progress_callback=progress_callback,
-            max_sigma=own.decoder.max_sigma,
+            own.pipe, call, stop_after=own.stop_after, capture_steps=own.capture_steps, prompt=options.prompt,
+            progress_callback=own.progress_callback, max_sigma=own.decoder.max_sigma,
         )  # fmt: skip
-        images = run.latent if output_type == "latent" else self._decode(run, output_type, options, progress_callback)
+        images = run.latent if output_type == "latent" else _decode_run(own, run, output_type, options)
         if not call.get("return_dict", True):
             return (images,)
         return PipelineOutput(images, run.latent, run.intermediate, run.num_steps, run.denoiser_calls)
 
-    def _decode(
-        self, run: CapturedLatents, output_type: str, options: DecodeOptions, progress_callback: PipelineCallback | None
-    ) -> Any:
-        pipe = self._attachment.pipe
-        fixes = options.color_fix not in (None, "off") and options.reference is None
-        if fixes and isinstance(getattr(pipe, "vae", None), torch.nn.Module) and not run.latent.sigmas.any():
-            own = pipeline_latents.vae_decode(pipe, run.latent).split(
-                1
-            )  # the pipeline's VAE is at hand, so no other need be
-            options = options.replace(reference=[SourceImage(tensor=image) for image in own])
-        decoder, shared = self._attachment.decoder, _shared_device(self._attachment)
-        device = _offload_pipeline(pipe) if self._attachment.offload else None
-        steps = (run.num_steps, run.num_steps_planned)
-        try:
-            if shared is not None:
-                options = _with_states(decoder, run.latent, options, shared)
-                decoder.runner.place(shared)
-            return decode_images(decoder, run.latent, output_type, options, pipe, steps, progress_callback)
-        finally:
-            if shared is not None:
-                decoder.runner.place(torch.device("cpu"))
-                empty_cache(shared)
-            if device is not None:
-                pipe.to(device)
+
+def _decode_run(own: _Attachment, run: CapturedLatents, output_type: str, options: DecodeOptions) -> Any:
+    """Decode the latents of a run, where pipeline and decoder take turns on a device in the decoder's turn."""
+    pipe, decoder = own.pipe, own.decoder
+    fixes = options.color_fix not in (None, "off") and options.reference is None
+    if fixes and isinstance(getattr(pipe, "vae", None), torch.nn.Module) and not run.latent.sigmas.any():
+        images = pipeline_latents.vae_decode(pipe, run.latent)  # the pipeline's VAE is at hand, so no other need be
+        options = options.replace(reference=[SourceImage(tensor=image) for image in images.split(1)])
+    shared, home = _shared_device(own), _offload_pipeline(pipe) if own.offload else None
+    steps = (run.num_steps, run.num_steps_planned)
+    try:
+        if shared is not None:
+            options = _with_states(decoder, run.latent, options, shared)
+            decoder.runner.place(shared)
+        return decode_images(decoder, run.latent, output_type, options, pipe, steps, own.progress_callback)
+    finally:
+        if shared is not None:
+            _leave(decoder, shared)
+        if home is not None:
+            pipe.to(home)
 
 
 def _named_arguments(pipe: Any, args: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
@@ -484,6 +473,11 @@ def _shared_device(own: _Attachment) -> torch.device | None:
     """The accelerator on which pipeline and decoder take turns; None where they do not."""
     device = own.home if own.home.type != "cpu" else torch.device(getattr(own.pipe, "_execution_device", "cpu"))
     return device if own.offload and device.type not in ("cpu", "meta") else None
+
+
+def _leave(decoder: PixelDecoder, device: torch.device) -> None:
+    decoder.runner.place(torch.device("cpu"))
+    empty_cache(device)
 
 
 def _with_states(decoder: PixelDecoder, latent: Latent, options: DecodeOptions, device: torch.device) -> DecodeOptions:
