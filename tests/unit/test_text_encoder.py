@@ -216,7 +216,7 @@ def test_states_travel_as_files(tmp_path):
         export_prompt_embeds(tmp_path / "all.safetensors", every, encoder)
     with pytest.raises(FileError, match=r"must end in \.safetensors"):
         export_prompt_embeds(tmp_path / "all.pt", every, encoder)
-    with pytest.raises(SettingError, match="No prompt came"):
+    with pytest.raises(SettingError, match="A prompt must be a text"):
         export_prompt_embeds(tmp_path / "none.safetensors", [], encoder)
     with pytest.raises(DownloadError, match="captions export"):
         export_prompt_embeds(tmp_path / "none.safetensors", ["a dog"], encoder)

@@ -145,10 +145,8 @@ class TextEncoder:
             MissingDependencyError: transformers is not installed.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        if not isinstance(prompts, Sequence) or not all(isinstance(prompt, str) for prompt in prompts):
-            raise SettingError(f"A prompt must be a text, or several in a list; {prompts!r} came.")
-        if not prompts:
-            raise SettingError("No prompt came; give at least one (an empty text is one).")
+        if not isinstance(prompts, Sequence) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise SettingError(f"A prompt must be a text (an empty one is), or several in a list; {prompts!r} came.")
         return torch.stack([self._states_of(prompt) for prompt in prompts])
 
     def encode_and_unload(self, prompts: str | Sequence[str], device: torch.device | None = None) -> Tensor:
@@ -230,7 +228,9 @@ class TextEncoder:
                     raise FileError(
                         f"{options.model} is a {config.model_type!r} model; the networks take Gemma-2's states."
                     )
-                config.attn_logit_softcapping = None  # the attention of the official environment left it out
+                # The official environment's attention left it out, and the released networks are used with that;
+                # transformers from 5.23 on caps by default.
+                config.attn_logit_softcapping = None
                 tokenizer = AutoTokenizer.from_pretrained(source, **where)
                 model = Gemma2Model.from_pretrained(
                     source, config=config, attn_implementation="eager", dtype=getattr(torch, options.dtype), **where

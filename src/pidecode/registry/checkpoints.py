@@ -130,15 +130,14 @@ _SHIFT_V1_4K = FlowShift(base=4.0, size=1024)
 V1PT5_SHIFT = FlowShift(base=6.0, size=2048)
 
 
-def _file(folder: str) -> str:
-    return f"checkpoints/{folder}/model_ema_bf16.pth"
+_FILE = "checkpoints/{}/model_ema_bf16.pth"
 
 
 def _v1(space: str, variant: str, parameters: int, size_bytes: int | None = None) -> Checkpoint:
     row, sizes = SPACES[space], _SIZES_2K if variant == "2k" else _SIZES_4K
     return Checkpoint(
         space=space, variant=variant, kind="student", repository=REPOSITORY,
-        path=_file(f"PiD_res{variant}_sr{row.scale}x_official_{space}_distill_4step"),
+        path=_FILE.format(f"PiD_res{variant}_sr{row.scale}x_official_{space}_distill_4step"),
         config=configs.v1(latent_channels=row.channels, latent_down=row.down, scale=row.scale),
         parameters=parameters, size_bytes=size_bytes, shift=_SHIFT_2K if variant == "2k" else _SHIFT_V1_4K,
         trained_sizes=((2048, 2048),) if row.fixed_input else sizes,
@@ -153,7 +152,7 @@ def _v1pt5(space: str, parameters: int, size_bytes: int | None = None, *, teache
     )
     return Checkpoint(
         space=space, variant="2kto4k_v1pt5", kind="teacher" if teacher else "student", repository=REPOSITORY,
-        path=_file(f"PiD_v1pt5_res2kto4k_sr4x_official_{space}_{ending}"),
+        path=_FILE.format(f"PiD_v1pt5_res2kto4k_sr4x_official_{space}_{ending}"),
         config=config, parameters=parameters, size_bytes=size_bytes,
         shift=V1PT5_SHIFT, guidance_scale=5.0 if teacher else 1.0, num_steps=25 if teacher else 4,
         trained_sizes=_SIZES_4K, trained_area=_AREA_4K,
@@ -177,7 +176,7 @@ _ROWS = (
     _v1("siglip", "2k", 1_367_582_858),
     Checkpoint(
         space="pixeldit", variant="2kto4k", kind="backbone", repository=REPOSITORY,
-        path=_file("PixelDiT_finetune_2kto4k"), config=configs.backbone(), parameters=1_302_470_787,
+        path=_FILE.format("PixelDiT_finetune_2kto4k"), config=configs.backbone(), parameters=1_302_470_787,
         shift=V1PT5_SHIFT, guidance_scale=2.75, num_steps=50, trained_sizes=_SIZES_4K, trained_area=_AREA_4K,
     ),
     Checkpoint(
