@@ -282,7 +282,7 @@ def test_moves_keep_sigma_in_float32() -> None:
 
 def test_split_and_cat() -> None:
     latent = Latent(draw(3, 16, 4, 4), "flux", torch.tensor([0.0, 0.2, 0.2]), ("a", "b", "b"), seed=7)
-    one, two = latent.split(2)
+    one, two = latent[:2], latent[2:]
     assert (len(one), len(two)) == (2, 1)
     assert latent[1].sigma == pytest.approx(0.2)
     assert latent[-1].prompt == "b"

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pidecode.color_fix import color_drift
 from pidecode.decoder import PixelDecoder
-from pidecode.devices import default_dtype, empty_cache, select_device
+from pidecode.devices import default_dtype, empty_cache, free_memory, select_device
 from pidecode.encoders.text import PromptEmbedsCache, TextEncoder, TextOptions, default_negative_prompt, prompt_states
 from pidecode.engine.runner import Runner
 from pidecode.errors import DownloadError, FileError, LatentError, MissingDependencyError, SettingError
@@ -272,8 +272,8 @@ def load_pipeline(model: str, source: str | None, device: torch.device, dtype: t
         return pipe
     parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     needed = _MEMORY_FACTOR * sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
-    memory_info = getattr(getattr(torch, device.type), "mem_get_info", None)
-    if memory_info is not None and needed > memory_info(device)[0]:
+    free = free_memory(device)
+    if free is not None and needed > free:
         pipe.enable_model_cpu_offload(device=device)
         return pipe
     return pipe.to(device)

@@ -305,7 +305,7 @@ class Latent:
         return self.tensor.shape[0]
 
     def __iter__(self) -> Iterator[Latent]:
-        return iter(self.split())
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int | slice) -> Latent:
         """One sample (as a batch of one) or a slice of the batch."""
@@ -319,12 +319,6 @@ class Latent:
         sigma = _collapse(self.sigma[index]) if isinstance(self.sigma, Tensor) else self.sigma
         prompt = self.prompt if self.prompt is None or isinstance(self.prompt, str) else self.prompt[index]
         return self._with(tensor=tensor, sigma=sigma, prompt=_unify(prompt))
-
-    def split(self, size: int = 1) -> list[Latent]:
-        """Split into batches of at most `size` samples, in order."""
-        if size < 1:
-            raise LatentError(f"A batch holds at least one latent; got size={size}.")
-        return [self[start : start + size] for start in range(0, len(self), size)]
 
     @staticmethod
     def cat(latents: Sequence[Latent]) -> Latent:
