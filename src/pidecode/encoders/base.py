@@ -51,12 +51,8 @@ class ImageEncoder:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.space, self.statistics, self.dtype, self._autoencoder = space, statistics, dtype, autoencoder
+        self.can_decode = autoencoder.can_decode
         self.to(device)
-
-    @property
-    def can_decode(self) -> bool:
-        """Whether `decode` can be called."""
-        return self._autoencoder.can_decode
 
     def to(self, device: torch.device | str) -> ImageEncoder:
         """Move the weights to a device; returns this encoder."""
@@ -135,7 +131,7 @@ class LazyImageEncoder(ImageEncoder):
         return "_autoencoder" in vars(self)
 
     def __getattr__(self, name: str) -> Any:
-        if name not in ("space", "statistics", "dtype", "device", "_autoencoder"):
+        if name not in ("space", "statistics", "dtype", "device", "can_decode", "_autoencoder"):
             raise AttributeError(name)
         vars(self).update(vars(self._load()) | vars(self))
         return vars(self)[name]
@@ -233,11 +229,9 @@ def load_encoder(
 
 def check_images(images: Tensor, space: LatentSpace) -> None:
     """Check that images `[B, 3, H, W]` in [-1, 1] can be encoded."""
-    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
-        given = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise SettingError(f"The encoder takes images [B, 3, H, W] in [-1, 1]; got {given}.")
-    if not images.is_floating_point():
-        raise SettingError(f"The encoder takes images in [-1, 1]; got {_dtype_name(images.dtype)}. Scale them first.")
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        given = f"{list(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
+        raise SettingError(f"The encoder takes images [B, 3, H, W] in [-1, 1], floating point; got {given}.")
     low, high = torch.aminmax(images)
     if not (float(low) >= -1.001 and float(high) <= 1.001):
         raise SettingError(

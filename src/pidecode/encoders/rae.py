@@ -65,16 +65,12 @@ class RepresentationAutoencoder:
     def __init__(self, model: Any, space: LatentSpace, decoder: VitDecoder | None) -> None:
         self._model = model.eval().requires_grad_(False)
         self._decoder = decoder.eval().requires_grad_(False) if decoder is not None else None
+        self.can_decode = decoder is not None
         self._spec = VISION_MODELS[space.name]
         self._side = space.fixed_input or VISION_MODELS[space.name].side
         self._dtype = next(model.parameters()).dtype
         # DINOv2 puts a class token and register tokens before the patches; SigLIP has none.
         self._num_prefix_tokens = 1 + model.config.num_register_tokens if space.name == "dinov2" else 0
-
-    @property
-    def can_decode(self) -> bool:
-        """Whether the ViT decoder was loaded."""
-        return self._decoder is not None
 
     def _mean_std(self, like: Tensor) -> Tensor:
         return like.new_tensor([self._spec.mean, self._spec.std]).view(2, 1, 3, 1, 1)
