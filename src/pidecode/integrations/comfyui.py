@@ -292,7 +292,7 @@ class LoadDecoderNode(io.ComfyNode):
         """Load it into main memory; a node that decodes has ComfyUI move it to the device."""
         auto = default_dtype(comfy.model_management.get_torch_device())
         named: dict[str, Any] = {"device": "cpu", "dtype": auto if dtype == "auto" else getattr(torch, dtype)}
-        told = {name: value for name, value in (("space", space), ("kind", kind)) if value != FROM_FILE}
+        told: dict[str, Any] = {name: value for name, value in (("space", space), ("kind", kind)) if value != FROM_FILE}
         path = _weights_file(model, file)
         with _in_node_words():
             if path is not None and not path.is_file():
