@@ -17,18 +17,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from pidecode.devices import empty_cache
 from pidecode.errors import DownloadError, FileError, MissingDependencyError, PidecodeError, SettingError
-from pidecode.files import atomic_path, cache_folder, check_writable
+from pidecode.files import cache_folder, check_writable
 from pidecode.registry.checkpoints import TEXT_ENCODER
 from pidecode.strict_json import parse_json
 from pidecode.weights.read import dequantized
-from pidecode.weights.safetensors import read_safetensors
+from pidecode.weights.safetensors import read_safetensors, write_safetensors
 
 
 def instruction() -> str:
@@ -485,15 +483,14 @@ class PromptEmbedsCache:
 
 
 def _write_entries(path: Path, entries: Sequence[_Entry]) -> None:
-    named = {f"states.{index}": entry.states.detach().cpu().contiguous() for index, entry in enumerate(entries)}
+    named = {f"states.{index}": entry.states for index, entry in enumerate(entries)}
     about = [{"prompt": entry.prompt, "identity": entry.identity} for entry in entries]
     metadata = {"format": "pt", "pidecode_prompts": json.dumps({"format": 1, "entries": about})}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path, overwrite=True) as part:
-            safetensors.torch.save_file(named, part, metadata=metadata)
-    except (OSError, safetensors.SafetensorError) as fault:
+    except OSError as fault:
         raise FileError(f"{path} could not be written: {fault}.") from fault
+    write_safetensors(path, named, metadata, overwrite=True)
 
 
 def _read_entries(path: str | os.PathLike[str]) -> list[_Entry]:

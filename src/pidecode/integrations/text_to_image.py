@@ -373,24 +373,23 @@ def _save_contact_sheet(images: Sequence[Path], path: Path) -> None:
     save_image(path, sheet, overwrite=True)
 
 
+@dataclass
 class PixelDiT:
     """The text-to-image network that PiD is built on (https://arxiv.org/abs/2511.20645): prompts to images, no latent.
-
-    Args:
-        net: The network.
-        name: What to call it in the images' metadata.
-        text: The text encoder.
-        license: Of the weights.
 
     Raises:
         SettingError: The network decodes latents.
     """
 
-    def __init__(self, net: PiDNet, *, name: str, text: TextEncoder | None = None, license: str | None = None) -> None:
-        if net.config.has_adapter:
-            raise SettingError(f"{name} decodes latents; use it as a decoder, and the network pixeldit here.")
-        self.net, self.name, self.text, self.license = net, name, text, license
-        self.runner = Runner(net)
+    net: PiDNet
+    name: str  # what the images' metadata call it
+    text: TextEncoder | None = None
+    license: str | None = None  # of the weights
+
+    def __post_init__(self) -> None:
+        if self.net.config.has_adapter:
+            raise SettingError(f"{self.name} decodes latents; use it as a decoder, and the network pixeldit here.")
+        self.runner = Runner(self.net)
 
     @classmethod
     def from_pretrained(
