@@ -284,17 +284,13 @@ def require_memory(decoder: PixelDecoder, samples: Mapping[str, Any], total: int
         )
 
 
-LAST_TIME = 0.999
-"""Time at which sampling begins where a decoder takes several steps."""
-
-
 def flow_times(share: Tensor, shift: float | None) -> Tensor:
     """Flow times by the share of the steps still to come, 1 to 0; equal parts of it give the reference's times.
 
     `shift` is a teacher's flow shift, or None for a student, whose listed times are interpolated linearly.
     """
     if shift is not None:
-        return shifted(LAST_TIME * share, shift)
+        return shifted(STUDENT_TIMES[0] * share, shift)  # sampling in several steps begins at 0.999
     times = torch.tensor(STUDENT_TIMES[::-1], dtype=share.dtype, device=share.device)
     place = share * (len(times) - 1)
     below = place.floor().clamp(0, len(times) - 2).long()

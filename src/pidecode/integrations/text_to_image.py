@@ -494,13 +494,7 @@ class PixelDiT:
 
 
 def text_to_latent(model: str, pipe: Any, num_steps: int | None = None) -> Callable[..., Latent]:
-    """A function of a prompt, width, height, seed and callback that makes one latent, as a server needs it.
-
-    Args:
-        model: Name of the image model.
-        pipe: Its pipeline, loaded.
-        num_steps: Of the diffusion; default the model's own.
-    """
+    """What makes one latent of a prompt by a loaded pipeline of an image model, as a server needs it."""
 
     def generate_latent(
         prompt: str, *, width: int, height: int, seed: int, callback: Callable[[int, int], None]
