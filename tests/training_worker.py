@@ -33,9 +33,7 @@ def gradients(recipe: TrainConfig, env: DistEnv, step: int = 0) -> dict[str, tor
     task = build_task(recipe, env)
     for module in (*task.modules.values(), *task.frozen.values()):
         disturb(module)
-    loader = DataLoader(
-        recipe, find_images(recipe.data.source), make_encoders(recipe, CPU), CPU, env.data_rank, env.data_world_size
-    )
+    loader = DataLoader(recipe, find_images(recipe.data.source), make_encoders(recipe, CPU), env)
     modules = [task.modules[name] for name in task.trained_at(step)]
     for index in range(recipe.optimizer.grad_accumulation):
         batch, rng, _ = loader.batch(index)

@@ -19,6 +19,7 @@ from pidecode.errors import SettingError, TrainingError
 from pidecode.training.config import TrainConfig, apply_settings
 from pidecode.training.dataloader import ConditionEncoders, DataLoader
 from pidecode.training.dataset import BucketSampler, find_images, nearest_size
+from pidecode.training.distributed import DistEnv
 from pidecode.training.latent_cache import LatentShards
 from pidecode.training.recipes import BLOCK_DCT, RECIPES, encode_block_dct, get_recipe
 
@@ -73,7 +74,7 @@ def recipe_for(source: Path, *settings: str) -> TrainConfig:
 
 def loader_for(recipe: TrainConfig, cache: LatentShards | None = None, rank: int = 0, ranks: int = 1) -> DataLoader:
     encoders = ConditionEncoders(encode_block_dct, recipe.encode_text, cache)
-    return DataLoader(recipe, find_images(recipe.data.source), encoders, CPU, rank, ranks)
+    return DataLoader(recipe, find_images(recipe.data.source), encoders, DistEnv(CPU, rank, ranks))
 
 
 def test_a_folder_is_read_with_its_captions(folder: Path) -> None:
@@ -208,13 +209,13 @@ def test_latents_are_encoded_once_and_read_from_shards_afterwards(folder: Path, 
         return encode_block_dct(low)
 
     cache = LatentShards(tmp_path / "cache", "block-dct", per_shard=2)
-    loader = DataLoader(recipe, find_images(folder), ConditionEncoders(encode, recipe.encode_text, cache), CPU, 0, 1)
+    loader = DataLoader(recipe, find_images(folder), ConditionEncoders(encode, recipe.encode_text, cache), DistEnv(CPU))
     first, _, _ = loader.batch(0)
     loader.close()
     assert sum(calls) == 3
     again = LatentShards(tmp_path / "cache", "block-dct")
     assert len(again) == 3
-    loader = DataLoader(recipe, find_images(folder), ConditionEncoders(None, recipe.encode_text, again), CPU, 0, 1)
+    loader = DataLoader(recipe, find_images(folder), ConditionEncoders(None, recipe.encode_text, again), DistEnv(CPU))
     second, _, _ = loader.batch(0)
     loader.close()
     assert torch.equal(first.latent, second.latent)  # type: ignore[arg-type]
@@ -236,7 +237,7 @@ def test_damaged_latent_shards_are_passed_over(tmp_path: Path) -> None:
 def test_an_encoder_of_another_space_is_noticed(folder: Path) -> None:
     recipe = recipe_for(folder)
     encoders = ConditionEncoders(lambda low: encode_block_dct(low)[:, :4], recipe.encode_text)
-    loader = DataLoader(recipe, find_images(folder), encoders, CPU, 0, 1)
+    loader = DataLoader(recipe, find_images(folder), encoders, DistEnv(CPU))
     with pytest.raises(TrainingError, match=r"gave latents of shape \(4, .*has \(16,"):
         loader.batch(0)
     loader.close()

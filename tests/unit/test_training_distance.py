@@ -15,6 +15,7 @@ from pidecode.training.config import TrainConfig, apply_settings
 from pidecode.training.dataloader import DataLoader, make_encoders
 from pidecode.training.dataset import find_images
 from pidecode.training.denoiser import Denoiser
+from pidecode.training.distributed import DistEnv
 from pidecode.training.models import initial_weights, load_initial_weights, new_network
 from pidecode.training.recipes import get_recipe
 from pidecode.training.tasks import sample, train
@@ -27,7 +28,7 @@ def generated(weights: Path, recipe: TrainConfig) -> tuple[Tensor, Tensor]:
     net = new_network(recipe.net, 0)
     load_initial_weights(net, initial_weights(str(weights)), str(weights))
     denoiser = Denoiser(net.eval().requires_grad_(False))
-    loader = DataLoader(recipe, find_images(recipe.data.source), make_encoders(recipe, CPU), CPU, 0, 1)
+    loader = DataLoader(recipe, find_images(recipe.data.source), make_encoders(recipe, CPU), DistEnv(CPU))
     batches = [(batch, seed) for batch in loader.sample_batches(2) for seed in range(2)]
     loader.close()
     images = [sample(denoiser, batch, recipe, seed=seed) for batch, seed in batches]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from pidecode.encoders.base import load_encoder
 from pidecode.encoders.text import PromptEmbedsCache, TextEncoder
 from pidecode.errors import ImageError, TrainingError
 from pidecode.images.read import load_image
@@ -20,9 +21,10 @@ from pidecode.images.tensors import downsample, to_tensor
 from pidecode.training.config import EncodeFn, EncodeTextFn, TrainConfig
 from pidecode.training.dataset import BucketSampler, ImageDataset, ImageEntry, nearest_size
 from pidecode.training.denoiser import TrainBatch
+from pidecode.training.distributed import DistEnv
 from pidecode.training.latent_cache import LatentShards
 from pidecode.training.noise import PerSampleRNG, noise_latent, per_sample, seed_of
-from pidecode.weights.resolve import asset, cached_encoder_path
+from pidecode.weights.resolve import default_encoder_path
 
 _TRIES = 16
 
@@ -60,24 +62,14 @@ def read_image(entry: ImageEntry, size: tuple[int, int]) -> Tensor:
 
 
 class DataLoader:
-    """Batches by number, the same for the same number whenever it is asked for.
+    """Batches by number, the same for the same number whenever it is asked for."""
 
-    Rank and world size count the processes that see different images.
-    """
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        dataset: ImageDataset,
-        encoders: ConditionEncoders,
-        device: torch.device,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self.config, self.dataset, self.encoders, self.device = config, dataset, encoders, device
-        data, first = config.data, rank * config.data.batch_size
+    def __init__(self, config: TrainConfig, dataset: ImageDataset, encoders: ConditionEncoders, env: DistEnv) -> None:
+        self.config, self.dataset, self.encoders, self.device = config, dataset, encoders, env.device
+        data, first = config.data, env.data_rank * config.data.batch_size
         self._places = range(first, first + data.batch_size)  # this process's part of a global batch
-        self.sampler = BucketSampler(dataset.entries, data.sizes, data.batch_size * world_size, config.run.seed)
+        batch_size = data.batch_size * env.data_world_size
+        self.sampler = BucketSampler(dataset.entries, data.sizes, batch_size, config.run.seed)
         self.skipped: dict[str, str] = dict(dataset.skipped)
         self.fingerprint = dataset.fingerprint
         self._lock = threading.Lock()
@@ -95,14 +87,18 @@ class DataLoader:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self.flush()
 
-    def _read(self, index: int, size: tuple[int, int], seed_parts: tuple[int, int] = (0, 0)) -> LoadedImage:
+    def _read(self, index: int, size: tuple[int, int], seed_parts: tuple[int, int]) -> LoadedImage:
         """That entry; where it cannot be read, a random other one of its size."""
         members = self.sampler.members[size]
         rng = np.random.default_rng(seed_of(self.config.run.seed, "instead", *seed_parts))
         for _ in range(_TRIES):
             entry = self.dataset.entries[index]
             try:
-                return self._load(entry, size)
+                image = read_image(entry, size)
+                low = downsample(image[None], self.config.net.scale)[0]
+                cache, cache_name = self.encoders.cache, f"{entry.name}@{size[0]}x{size[1]}"
+                latent = None if cache is None else cache.get(cache_name)
+                return LoadedImage(entry.name, cache_name, image, low, latent, entry.read_caption())
             except (ImageError, OSError) as fault:
                 with self._lock:
                     self.skipped.setdefault(entry.name, str(fault))
@@ -110,13 +106,6 @@ class DataLoader:
         raise TrainingError(
             f"{_TRIES} images in a row could not be read, the last being {entry.name}: {self.skipped[entry.name]}"
         )
-
-    def _load(self, entry: ImageEntry, size: tuple[int, int]) -> LoadedImage:
-        image = read_image(entry, size)
-        low = downsample(image[None], self.config.net.scale)[0]
-        cache, cache_name = self.encoders.cache, f"{entry.name}@{size[0]}x{size[1]}"
-        latent = None if cache is None else cache.get(cache_name)
-        return LoadedImage(entry.name, cache_name, image, low, latent, entry.read_caption())
 
     def batch(self, number: int) -> tuple[TrainBatch, PerSampleRNG, tuple[str, ...]]:
         """The batch of that number, noised; the random numbers for the rest of its step; the images' names."""
@@ -131,16 +120,19 @@ class DataLoader:
         self._ahead = {known: futures for known, futures in self._ahead.items() if known > number}
         rng = PerSampleRNG(self.config.run.seed, number, self._places, self.device)
         names = tuple(sample.name for sample in samples)
-        return self._add_noise(self._collate(samples, rng), rng, names), rng, names
+        batch, space = self._collate(samples, rng), self.config.space
+        if batch.latent is not None and space is not None:
+            latent, sigma = noise_latent(batch.latent, rng, self.config.noise, space.noise_parametrization, names)
+            keep = (rng.uniform() >= self.config.data.latent_dropout).float()
+            batch = replace(batch, latent=latent * per_sample(keep), sigma=sigma, keep=keep)
+        return batch, rng, names
 
     def sample_batches(self, count: int) -> list[TrainBatch]:
         """The first images as batches of one, uncropped, with clean latents."""
         found = []
         for index, entry in enumerate(self.dataset.entries[:count]):
-            sample = self._read(index, nearest_size(entry, self.config.data.sizes), (-1, index))
-            batch = self._collate([sample], None)
-            sigma = None if batch.latent is None else torch.zeros(1, device=self.device)
-            found.append(replace(batch, sigma=sigma))
+            batch = self._collate([self._read(index, nearest_size(entry, self.config.data.sizes), (-1, index))], None)
+            found.append(replace(batch, sigma=None if batch.latent is None else torch.zeros(1, device=self.device)))
         return found
 
     def _collate(self, samples: Sequence[LoadedImage], rng: PerSampleRNG | None) -> TrainBatch:
@@ -179,8 +171,8 @@ class DataLoader:
                     f"The encoder gave latents of shape {tuple(encoded.shape[1:])} for images of "
                     f"{low.shape[-2]}x{low.shape[-1]}; space {space.name!r} has {wanted}."
                 )
+            cache = self.encoders.cache
             for index, latent in zip(missing, encoded, strict=True):
-                cache = self.encoders.cache
                 known[index] = latent if cache is None else cache.put(samples[index].cache_name, latent)
         return torch.stack([latent.to(self.device) for latent in known if latent is not None])
 
@@ -189,30 +181,21 @@ class DataLoader:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """A random square of each image and the same one of its latent, aligned to latent cells."""
         config = self.config
-        unit, side, scale = config.unit, config.data.crop, config.net.scale
-        height, width = image.shape[-2:]
-        share_y, share_x = rng.uniform().tolist(), rng.uniform().tolist()
-        tops = [int(share * ((height - side) // unit + 1)) * unit for share in share_y]
-        lefts = [int(share * ((width - side) // unit + 1)) * unit for share in share_x]
+        unit, side = config.unit, config.data.crop
+        tops, lefts = (
+            [int(share * ((whole - side) // unit + 1)) * unit for share in rng.uniform().tolist()]
+            for whole in image.shape[-2:]
+        )
 
         def cut(whole: Tensor, shrink: int) -> Tensor:
+            corners = [(top // shrink, left // shrink) for top, left in zip(tops, lefts, strict=True)]
             span = side // shrink
-            parts = [
-                each[:, top // shrink : top // shrink + span, left // shrink : left // shrink + span]
-                for each, top, left in zip(whole, tops, lefts, strict=True)
-            ]
-            return torch.stack(parts)
+            return torch.stack(
+                [each[:, y : y + span, x : x + span] for each, (y, x) in zip(whole, corners, strict=True)]
+            )
 
-        cell = None if config.space is None else config.space.pixels_per_cell
-        return cut(image, 1), cut(low, scale), latent if latent is None or cell is None else cut(latent, cell)
-
-    def _add_noise(self, batch: TrainBatch, rng: PerSampleRNG, names: Sequence[str]) -> TrainBatch:
-        space = self.config.space
-        if batch.latent is None or space is None:
-            return batch
-        latent, sigma = noise_latent(batch.latent, rng, self.config.noise, space.noise_parametrization, names)
-        keep = (rng.uniform() >= self.config.data.latent_dropout).float()
-        return replace(batch, latent=latent * per_sample(keep), sigma=sigma, keep=keep)
+        cell = 1 if config.space is None else config.space.pixels_per_cell
+        return cut(image, 1), cut(low, config.net.scale), None if latent is None else cut(latent, cell)
 
 
 def make_encoders(config: TrainConfig, device: torch.device) -> ConditionEncoders:
@@ -222,26 +205,19 @@ def make_encoders(config: TrainConfig, device: torch.device) -> ConditionEncoder
         encode_text = config.encode_text or TextEncoder(device=device, states=PromptEmbedsCache()).encode
     if config.space is None:
         return ConditionEncoders(None, encode_text)
-    source, encode = _encoder(config, device)
+    source, encode = _encoder(config, config.space.name, device)
     cache = LatentShards(config.data.cache, f"{config.space.name}/{source}") if config.data.cache else None
     return ConditionEncoders(encode, encode_text, cache)
 
 
-def _encoder(config: TrainConfig, device: torch.device) -> tuple[str, EncodeFn]:
+def _encoder(config: TrainConfig, space: str, device: torch.device) -> tuple[str, EncodeFn]:
     """The encoder, and the name under which its latents are cached."""
-    space = config.space
-    assert space is not None
     if config.encode is not None:
         return getattr(config.encode, "__qualname__", type(config.encode).__qualname__), config.encode
-    path = config.data.encoder or cached_encoder_path(space.name)
-    if not path and space.name == "flux2":
-        path = asset("tiny_encoder.safetensors")
+    path = config.data.encoder or default_encoder_path(space)
     if not path:
         raise TrainingError(
-            f"The encoder of space {space.name!r} is not installed; `pidecode pull {space.name}` fetches it, or "
+            f"The encoder of space {space!r} is not installed; `pidecode pull {space}` fetches it, or "
             "set data.encoder to its file or folder."
         )
-    from pidecode.encoders.base import load_encoder
-
-    encoder = load_encoder(space.name, path, device=device)
-    return str(path), encoder
+    return str(path), load_encoder(space, path, device=device)

@@ -92,10 +92,6 @@ class RowSharding:
         """This process's rows of `[B, 3, H, W]`."""
         return image[..., self._span(image.shape[-2], "pixel"), :]
 
-    def gather(self, shard: Tensor) -> Tensor:
-        """All shards `[B, C, h, w]`, along rows."""
-        return gather_rows(shard, 2, self.group)
-
 
 class Denoiser(nn.Module):
     """A PiDNet as one module call.
@@ -129,8 +125,7 @@ class Denoiser(nn.Module):
         net = self.net
         text = batch.text if net.config.has_text else None
         condition = net.prepare(net.grid_of(*x_t.shape[-2:]), text, batch.latent, batch.sigma, want_color=want_color)
-        color = condition.color
-        x_t = x_t.float()
+        x_t, color = x_t.float(), condition.color
         if self.sharding is not None:
             condition, x_t = self.sharding.condition(condition), self.sharding.rows(x_t)
         t_B = t_B.float() * TIMESCALE
@@ -139,8 +134,8 @@ class Denoiser(nn.Module):
         else:
             features, prediction = [], net.denoise(x_t, t_B, condition)
         if self.sharding is not None:
-            features = [self.sharding.gather(tap) for tap in features]
-            prediction = None if prediction is None else self.sharding.gather(prediction)
+            features = [gather_rows(tap, 2, self.sharding.group) for tap in features]
+            prediction = None if prediction is None else gather_rows(prediction, 2, self.sharding.group)
         return DenoiserOutput(prediction, color, features)
 
 

@@ -9,6 +9,7 @@ loss of all of it, so their average is right as well.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,14 +61,14 @@ class DistEnv:
         return self.rank % self.context_parallel
 
 
-def local_device() -> torch.device:
+def _local_device() -> torch.device:
     """This process's own device: of several accelerators, the one of its local rank."""
     best = select_device()
     if "LOCAL_RANK" not in os.environ or best.type == "cpu":
         return best
-    index = int(os.environ["LOCAL_RANK"])
-    torch.get_device_module(best).set_device(index)
-    return torch.device(best.type, index)
+    own = torch.device(best.type, int(os.environ["LOCAL_RANK"]))
+    torch.get_device_module(best).set_device(own)
+    return own
 
 
 @contextmanager
@@ -80,7 +81,7 @@ def init_distributed(parallel: ParallelConfig, device: torch.device | None = Non
     Raises:
         SettingError: `parallel.context_parallel` does not divide the number of processes.
     """
-    device = local_device() if device is None else device
+    device = device or _local_device()
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size % parallel.context_parallel:
         raise SettingError(
@@ -92,12 +93,8 @@ def init_distributed(parallel: ParallelConfig, device: torch.device | None = Non
         return
     dist.init_process_group(timeout=timedelta(seconds=parallel.timeout))
     try:
-        rank = dist.get_rank()
-        group = None
-        for first in range(0, size, parallel.context_parallel):
-            created = dist.new_group(list(range(first, first + parallel.context_parallel)))
-            group = created if first <= rank < first + parallel.context_parallel else group
-        yield DistEnv(device, rank, size, parallel.context_parallel, group)
+        group, _ = dist.new_subgroups(parallel.context_parallel)
+        yield DistEnv(device, dist.get_rank(), size, parallel.context_parallel, group)
     finally:
         dist.destroy_process_group()
 
@@ -115,10 +112,9 @@ def parallelize(module: nn.Module, parallel: ParallelConfig, env: DistEnv) -> nn
             if isinstance(part, (PatchBlock, PixelBlock)):
                 fully_shard(part)
         fully_shard(module, ignored_params=single)
-        return module
-    if not any(parameter.requires_grad for parameter in module.parameters()):
-        return module
-    return DistributedDataParallel(module, device_ids=None if env.device.type == "cpu" else [env.device])
+    elif any(parameter.requires_grad for parameter in module.parameters()):
+        return DistributedDataParallel(module, device_ids=None if env.device.type == "cpu" else [env.device])
+    return module
 
 
 def reshard(module: nn.Module) -> None:
@@ -154,12 +150,8 @@ def reduce_unsharded_gradients(modules: list[nn.Module], env: DistEnv) -> None:
                     parameter.grad /= env.world_size
 
 
-def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Trained parameters for an optimizer; sharded and unsharded ones apart, since they cannot be stepped together."""
-    return [{"params": group} for group in _by_sharding([p for p in module.parameters() if p.requires_grad])]
-
-
-def _by_sharding(tensors: list[Tensor]) -> list[list[Tensor]]:
+def by_sharding(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """Sharded and unsharded tensors apart, since no optimizer steps them together."""
     groups = ([x for x in tensors if isinstance(x, DTensor) == sharded] for sharded in (True, False))
     return [group for group in groups if group]
 
@@ -167,7 +159,7 @@ def _by_sharding(tensors: list[Tensor]) -> list[list[Tensor]]:
 def clip_gradients(module: nn.Module, limit: float) -> float:
     """Scale the gradient of a module down to norm `limit`; returns its norm before."""
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-    norms = [full_tensor(nn.utils.get_total_norm(group)) for group in _by_sharding(gradients)]
+    norms = [full_tensor(nn.utils.get_total_norm(group)) for group in by_sharding(gradients)]
     norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
     share = (limit / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
@@ -193,29 +185,19 @@ def full_tensors(named: Iterable[tuple[str, Tensor]], env: DistEnv) -> dict[str,
 def copy_full_(tensor: Tensor, value: Tensor) -> None:
     """Copy a full tensor, which every process has, into one that may be sharded."""
     value = value.to(tensor.device, tensor.dtype)
+    if isinstance(tensor, DTensor):
+        value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
     with torch.no_grad():
-        if isinstance(tensor, DTensor):
-            tensor.copy_(distribute_tensor(value, tensor.device_mesh, tensor.placements))
-        else:
-            tensor.copy_(value)
+        tensor.copy_(value)
 
 
 def mean_over_processes(value: Tensor, env: DistEnv) -> Tensor:
-    """Mean of a number over all processes."""
+    """Mean of a number over all processes; all of them must ask."""
     if env.world_size == 1:
         return value
     value = value.detach().clone()
     dist.all_reduce(value)
     return value / env.world_size
-
-
-def any_process(condition: bool, env: DistEnv) -> bool:
-    """Whether a condition holds in any process; all of them must ask."""
-    if env.world_size == 1:
-        return condition
-    flag = torch.tensor(int(condition), device=env.device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())
 
 
 def barrier(env: DistEnv) -> None:
@@ -236,8 +218,7 @@ def report_lost_processes() -> Iterator[None]:
         yield
     except RuntimeError as fault:
         text = str(fault)
-        signs = ("onnection", "imed out", "imeout", "NCCL", "Gloo", "gloo", "peer")
-        if isinstance(fault, dist.DistError) or any(sign in text for sign in signs):
+        if isinstance(fault, dist.DistError) or re.search("onnection|ime(d )?out|NCCL|[Gg]loo|peer", text):
             raise TrainingError(
                 f"Another process was lost, so this one stops; the last checkpoint is complete. Start all of them "
                 f"again with --resume. ({text.splitlines()[0]})"

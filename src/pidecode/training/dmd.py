@@ -15,17 +15,11 @@ from torch import Tensor, nn
 
 from pidecode.errors import SettingError
 from pidecode.sampling import renoise
+from pidecode.training import losses
 from pidecode.training.config import DistillationConfig
 from pidecode.training.denoiser import TrainBatch, pid_net, to_clean, to_velocity
 from pidecode.training.distributed import unwrap
 from pidecode.training.flow_matching import LossOutput
-from pidecode.training.losses import (
-    approximate_r1,
-    discriminator_adversarial,
-    distribution_matching,
-    flow_matching,
-    generator_adversarial,
-)
 from pidecode.training.noise import RNG, logit_normal_times, mix
 
 
@@ -36,9 +30,7 @@ def _head(width: int, layers: int, per_patch: bool) -> nn.Sequential:
         narrower = width // 2 if index == 0 else max(width // 2, 64)
         most = 32 if narrower > 32 else max(1, narrower // 4)
         groups = next(count for count in range(most, 0, -1) if narrower % count == 0)
-        parts += [
-            nn.Conv2d(width, narrower, 4, stride=2, padding=1), nn.GroupNorm(groups, narrower), nn.LeakyReLU(0.2)
-        ]  # fmt: skip
+        parts += [nn.Conv2d(width, narrower, 4, 2, padding=1), nn.GroupNorm(groups, narrower), nn.LeakyReLU(0.2)]
         width = narrower
     pool = [] if per_patch else [nn.AdaptiveAvgPool2d(1)]
     return nn.Sequential(*parts, nn.Conv2d(width, 1, 1), *pool, nn.Flatten(1))
@@ -65,8 +57,7 @@ class Discriminator(nn.Module):
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """Features `[B, D, h, w]` of each tapped block, ascending, to logits `[B, heads]` (or one per place)."""
-        judged = [head(x) for head, x in zip(self.cls_pred_heads, features, strict=True)]
-        return torch.cat(judged, dim=1)
+        return torch.cat([head(x) for head, x in zip(self.cls_pred_heads, features, strict=True)], dim=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +72,8 @@ class DistillationModels:
     @property
     def taps(self) -> tuple[int, ...]:
         """Teacher blocks the discriminator reads."""
-        if self.discriminator is None:
-            return ()
-        discriminator = unwrap(self.discriminator)
-        assert isinstance(discriminator, Discriminator)
-        return discriminator.blocks
+        discriminator = None if self.discriminator is None else unwrap(self.discriminator)
+        return discriminator.blocks if isinstance(discriminator, Discriminator) else ()
 
 
 def _clean(net: nn.Module, x_t: Tensor, t_B: Tensor, batch: TrainBatch) -> Tensor:
@@ -99,15 +87,14 @@ def generate(student: nn.Module, batch: TrainBatch, rng: RNG, config: Distillati
     shape = tuple(image.shape[1:])
     if config.student_input == "teacher_forcing":
         t_B = times[rng.choice(len(times)).to(times.device)]
-        x_t = mix(image, rng.normal(shape), t_B)
-        return _clean(student, x_t, t_B, batch)
+        return _clean(student, mix(image, rng.normal(shape), t_B), t_B, batch)
     last = rng.common_choice(len(times))
     x_t = rng.normal(shape)
     with torch.no_grad():
         for index in range(last):
-            clean = _clean(student, x_t, times[index].expand(image.shape[0]), batch)
+            clean = _clean(student, x_t, times[index].expand(len(image)), batch)
             x_t = renoise(clean, rng.normal(shape), times[index + 1])
-    return _clean(student, x_t, times[last].expand(image.shape[0]), batch)
+    return _clean(student, x_t, times[last].expand(len(image)), batch)
 
 
 def _perturb(generated: Tensor, rng: RNG, config: DistillationConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,10 +127,10 @@ def student_loss(
             guided = unconditional + config.guidance_scale * (guided - unconditional)
         teacher_clean = to_clean(models.teacher, guided, x_t, t_B)
         fake_clean = _clean(models.fake, x_t, t_B, batch)
-    loss = distribution_matching(generated, teacher_clean, fake_clean)
+    loss = losses.distribution_matching(generated, teacher_clean, fake_clean)
     parts = {"dmd": loss.detach(), "mse": (generated.detach() - batch.image).square().mean()}
     if adversarial and models.discriminator is not None:
-        g_loss = generator_adversarial(models.discriminator(output_t.features))
+        g_loss = losses.generator_adversarial(models.discriminator(output_t.features))
         parts["g_loss"] = g_loss.detach()
         loss = loss + gan_weight * g_loss
     return LossOutput(loss, parts), {"student": generated.detach(), "teacher": teacher_clean, "fake": fake_clean}
@@ -155,7 +142,7 @@ def fake_score_loss(models: DistillationModels, batch: TrainBatch, rng: RNG, con
         generated = generate(models.student, batch, rng, config)
         t_B, noise, x_t = _perturb(generated, rng, config)
     prediction = models.fake(x_t, t_B, batch).prediction
-    loss = flow_matching(to_velocity(models.fake, prediction, x_t, t_B), generated, noise)
+    loss = losses.flow_matching(to_velocity(models.fake, prediction, x_t, t_B), generated, noise)
     parts = {"fake": loss.detach()}
     if models.discriminator is None:
         return LossOutput(loss, parts)
@@ -166,7 +153,7 @@ def fake_score_loss(models: DistillationModels, batch: TrainBatch, rng: RNG, con
             models.teacher(x, t_B, batch, taps=models.taps, predict=False).features for x in (x_t, real, perturbed)
         )
     fake_logits, real_logits = models.discriminator(fake_seen), models.discriminator(real_seen)
-    d_loss = discriminator_adversarial(fake_logits, real_logits)
-    r1 = approximate_r1(real_logits, models.discriminator(perturbed_features))
+    d_loss = losses.discriminator_adversarial(fake_logits, real_logits)
+    r1 = losses.approximate_r1(real_logits, models.discriminator(perturbed_features))
     parts |= {"d_loss": d_loss.detach(), "r1": r1.detach()}
     return LossOutput(loss + d_loss + config.r1_weight * r1, parts)

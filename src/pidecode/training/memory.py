@@ -20,6 +20,7 @@ from pidecode.models.pid.blocks import PatchBlock, PixelBlock
 from pidecode.models.pid.network import PiDNet
 from pidecode.training.config import TrainConfig
 from pidecode.training.denoiser import Denoiser, TrainBatch
+from pidecode.weights.detect import ADAPTER
 
 GB = 1e9
 
@@ -90,7 +91,7 @@ def state_bytes(config: TrainConfig, processes: int) -> int:
     count = sum(p.numel() for p in net.parameters())
     trained = count
     if config.trainable == "adapter":
-        trained = sum(p.numel() for name, p in net.named_parameters() if name.startswith(("lq_proj.", "pit_lq_gate.")))
+        trained = sum(p.numel() for name, p in net.named_parameters() if name.startswith(ADAPTER))
     if config.lora.rank:
         trained = 0  # a few million at most, beside which nothing else counts
     per_trained = 4 + 8 + (0 if config.ema.kind == "none" else 4)  # gradient, two moments, average

@@ -19,11 +19,9 @@ from pidecode.models.pid.network import PiDNet
 from pidecode.registry.configs import PiDConfig
 from pidecode.training.config import LoRAConfig
 from pidecode.training.noise import seed_of
+from pidecode.weights.detect import ADAPTER, COLOR_HEAD
 from pidecode.weights.read import read_weights
 from pidecode.weights.resolve import resolve_checkpoint
-
-_ADAPTER = ("lq_proj.", "pit_lq_gate.")
-_COLOR_HEAD = "lq_proj.lq_aux_rgb_head."
 
 
 @contextmanager
@@ -68,8 +66,7 @@ def new_network(config: PiDConfig, seed: int) -> PiDNet:
 
 def initial_weights(source: str) -> dict[str, Tensor]:
     """Tensors of the file or installed model a run starts from, float32."""
-    path = resolve_checkpoint(source).path
-    return {name: tensor.float() for name, tensor in read_weights(path).tensors.items()}
+    return {name: x.float() for name, x in read_weights(resolve_checkpoint(source).path).tensors.items()}
 
 
 def load_initial_weights(net: PiDNet, tensors: Mapping[str, Tensor], source: str) -> list[str]:
@@ -82,10 +79,10 @@ def load_initial_weights(net: PiDNet, tensors: Mapping[str, Tensor], source: str
         CheckpointError: Any other tensor is missing, left over or of another shape.
     """
     own = net.state_dict()
-    given = {name: tensor for name, tensor in tensors.items() if name in own or not name.startswith(_COLOR_HEAD)}
+    given = {name: tensor for name, tensor in tensors.items() if name in own or not name.startswith(COLOR_HEAD)}
     missing = [name for name in own if name not in given]
-    random_adapter = not any(name.startswith(_ADAPTER) for name in given)
-    allowed = _ADAPTER if random_adapter else (_COLOR_HEAD,)
+    random_adapter = not any(name.startswith(ADAPTER) for name in given)
+    allowed = ADAPTER if random_adapter else (COLOR_HEAD,)
     wrong = [name for name in missing if not name.startswith(allowed)]
     extra = [name for name in given if name not in own]
     shapes = [name for name in given if name in own and given[name].shape != own[name].shape]
@@ -102,24 +99,22 @@ def load_initial_weights(net: PiDNet, tensors: Mapping[str, Tensor], source: str
 def set_trainable(net: PiDNet, trainable: str, *, color: bool) -> None:
     """Set `requires_grad` of all parameters; those that cannot change the output get no gradient and are frozen."""
     last = f"patch_blocks.{net.config.patch_depth - 1}."
-    dead = tuple(last + part for part in ("attn.proj_y.", "attn.q_norm_y.", "norm_y2.", "mlp_y."))
+    frozen = [last + part for part in ("attn.proj_y.", "attn.q_norm_y.", "norm_y2.", "mlp_y.")]
+    frozen += [] if color else [COLOR_HEAD]
+    trained = ADAPTER if trainable == "adapter" else ""
     for name, parameter in net.named_parameters():
-        trained = not name.startswith(dead) and (color or not name.startswith(_COLOR_HEAD))
-        if trainable == "adapter":
-            trained = trained and name.startswith(_ADAPTER)
-        parameter.requires_grad_(trained)
+        parameter.requires_grad_(name.startswith(trained) and not name.startswith(tuple(frozen)))
     if not any(parameter.requires_grad for parameter in net.parameters()):
         raise SettingError(
             "Nothing of this network would be trained; trainable='adapter' needs a network with an adapter."
         )
 
 
-_LORA_TARGETS: Mapping[str, str] = {
+_LORA_TARGETS: Mapping[str, str] = {  # linear layers of each choice of `lora.targets`
     "attention": r"patch_blocks\.\d+\.attn\.(qkv_x|proj_x)",
     "mlp": r"patch_blocks\.\d+\.mlp_x\.(w1|w2|w3)",
     "pixel_mlp": r"pixel_blocks\.\d+\.mlp\.(fc1|fc2)",
 }
-"""Linear layers of each choice of `lora.targets`."""
 
 
 def inject_lora(net: nn.Module, config: LoRAConfig, seed: int) -> None:
@@ -146,8 +141,3 @@ def adapter_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Of an adapted network's tensors, the adapters': `<layer>.lora_A.weight` and `<layer>.lora_B.weight`."""
     # "default" is peft's name for a sole adapter.
     return {name.replace(".default.", "."): tensor for name, tensor in tensors.items() if ".lora_" in name}
-
-
-def base_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of an adapted network's tensors, the network's own, under their own names."""
-    return {name.replace(".base_layer.", "."): tensor for name, tensor in tensors.items() if ".lora_" not in name}

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
@@ -38,6 +37,7 @@ from pidecode.training.noise import RNG
 from pidecode.training.trainer import Trainer, export_newest, make_optimizer
 from pidecode.weights.load import LoraMetadata, write_lora
 from pidecode.weights.metadata import CheckpointMetadata
+from pidecode.weights.safetensors import write_safetensors
 
 MAIN = "net"  # name of the network that a run is about: averaged, sampled, exported
 _GRID_GAP = 4
@@ -72,9 +72,7 @@ def train(
     with distributed.report_lost_processes(), distributed.init_distributed(config.parallel, device) as env:
         images = find_images(config.data.source)
         task = build_task(config, env)
-        loader = DataLoader(
-            config, images, make_encoders(config, env.device), env.device, env.data_rank, env.data_world_size
-        )
+        loader = DataLoader(config, images, make_encoders(config, env.device), env)
         trainer = Trainer(task, loader, folder, config, env, resume=resume, progress=progress)
         task.loader = loader
         return trainer.run()
@@ -102,13 +100,6 @@ class PiDTask:
     def title(self) -> str:
         """What is trained."""
         return self.config.title
-
-    @property
-    def main(self) -> Denoiser:
-        """The network the run is about, unwrapped."""
-        denoiser = unwrap(self.modules[MAIN])
-        assert isinstance(denoiser, Denoiser)
-        return denoiser
 
     def trained_at(self, step: int) -> tuple[str, ...]:
         """Names of the modules that iteration `step`, counted from 0, trains."""
@@ -159,7 +150,7 @@ class PiDTask:
 
     def export(self, folder: Path, step: int) -> Path:
         """Write the network as it stands; every process must call this, the first one writes."""
-        tensors = distributed.full_tensors(self.main.net.state_dict().items(), self.env)
+        tensors = distributed.full_tensors(pid_net(self.modules[MAIN]).state_dict().items(), self.env)
         path = folder / ("adapter.safetensors" if self.config.lora.rank else "decoder.safetensors")
         if self.env.is_first:
             try:
@@ -179,17 +170,13 @@ class PiDTask:
             write_lora(path, models.adapter_tensors(tensors), metadata)
             return
         kind = "student" if config.method == "direct" else config.method
-        dtype = getattr(torch, config.run.export_dtype)
-        content = save(
-            {name: tensor.to(dtype).contiguous() for name, tensor in models.base_tensors(tensors).items()},
-            CheckpointMetadata(
-                kind=kind, config=self.main.net.config, space=space,
-                times=config.distillation.times if kind == "student" else (),
-                extra={"trained": {"recipe": config.title, "steps": step, "init_from": config.init_from}},
-            ).to_metadata(),
+        about = CheckpointMetadata(
+            kind=kind, config=pid_net(self.modules[MAIN]).config, space=space,
+            times=config.distillation.times if kind == "student" else (),
+            extra={"trained": {"recipe": config.title, "steps": step, "init_from": config.init_from}},
         )  # fmt: skip
-        with atomic_write(path, overwrite=True) as file:
-            file.write(content)
+        dtype = getattr(torch, config.run.export_dtype)
+        write_safetensors(path, tensors, about.to_metadata(), dtype=dtype, overwrite=True)
 
     def notes(self) -> Iterator[str]:
         """Lines to report before the first step."""

@@ -87,22 +87,6 @@ class TrainLoader(Protocol):
         """Stop reading ahead."""
 
 
-class LoopConfig(Protocol):
-    """What the loop reads of a configuration, which is a dataclass."""
-
-    @property
-    def optimizer(self) -> OptimizerConfig:
-        """Schedule, clipping and accumulation."""
-
-    @property
-    def ema(self) -> EMAConfig:
-        """The moving average."""
-
-    @property
-    def run(self) -> RunConfig:
-        """Length, precision and outputs."""
-
-
 class Trainer:
     """One training run in this process.
 
@@ -110,7 +94,8 @@ class Trainer:
         task: Modules and losses.
         loader: Batches.
         folder: Where checkpoints, metrics, samples and the result go.
-        config: Length, schedule and outputs; all of it is written to `folder/config.txt`.
+        config: A dataclass with fields `optimizer`, `ema` and `run` (`pidecode.training.config`); all of it is written
+            to `folder/config.txt`.
         env: This process among all.
         resume: Continue from the newest checkpoint in `folder`; without one, start.
         progress: Called with a line of text now and then, in the first process only.
@@ -128,14 +113,15 @@ class Trainer:
         task: TrainTask,
         loader: TrainLoader,
         folder: str | Path,
-        config: LoopConfig,
+        config: Any,
         env: DistEnv,
         *,
         resume: bool = False,
         progress: ProgressFn | None = None,
     ) -> None:
         self.task, self.loader, self.folder, self.env = task, loader, Path(folder), env
-        self.optimizer_config, self.run_config = config.optimizer, config.run
+        self.optimizer_config: OptimizerConfig = config.optimizer
+        self.run_config: RunConfig = config.run
         self.step = 0  # optimizer steps done
         self.images = 0  # images this process has seen since it began
         self.metrics: dict[str, float] = {}
@@ -149,7 +135,7 @@ class Trainer:
             self._release()
             raise
 
-    def _begin(self, config: LoopConfig, *, resume: bool, progress: ProgressFn | None) -> None:
+    def _begin(self, config: Any, *, resume: bool, progress: ProgressFn | None) -> None:
         """Lock the folder, read the checkpoint and report what is to be trained."""
         task, loader, env = self.task, self.loader, self.env
         if env.is_first:
@@ -169,8 +155,7 @@ class Trainer:
         distributed.barrier(env)
         if stored is not None:
             self.step = self._saved_step = stored.step
-        log_folder = self.folder if env.is_first else self.folder / f"process-{env.rank}"
-        writable_folder(log_folder)
+        log_folder = self.folder if env.is_first else writable_folder(self.folder / f"process-{env.rank}")
         trackers = config.run.trackers if env.is_first else ()
         self.logger = MetricLogger(log_folder, trackers, config.run.steps, self.step, progress)
         if stored is not None:
@@ -221,24 +206,25 @@ class Trainer:
         for parameter in frozen:
             parameter.requires_grad_(True)
         distributed.reduce_unsharded_gradients(modules, self.env)
-        factor = lr_factor(self.optimizer_config, self.step, self.run_config.steps)
+        run = self.run_config
+        factor = lr_factor(self.optimizer_config, self.step, run.steps)
         self._update(names, factor)
         self.step += 1
-        for name, average in self.state.emas.items():
-            if name in names:
-                average.update(self.task.modules[name], self.step)
-        run = self.run_config
+        for name in self.state.emas.keys() & names:
+            self.state.emas[name].update(self.task.modules[name], self.step)
         if self.step % run.log_every == 0 or self.step == run.steps:
             lr, skipped = self.optimizer_config.lr * factor, float(len(self.loader.skipped))
             self.logger.log(self.step, {**self.metrics, "lr": lr, "skipped": skipped}, self.images, self.env.device)
         if run.sample_every and self.step % run.sample_every == 0:
             with averaged_weights(self.state), torch.no_grad(), self._autocast():
                 self.task.save_samples(self.folder / "samples", self.step)
-        late = time.monotonic() - self._saved_at >= 60 * run.checkpoint_minutes
-        if self.step % run.checkpoint_every == 0 or (
-            run.checkpoint_minutes > 0 and distributed.any_process(late, self.env)
-        ):
+        if self.step % run.checkpoint_every == 0 or (run.checkpoint_minutes > 0 and self._late_anywhere()):
             self._save()
+
+    def _late_anywhere(self) -> bool:
+        """Whether `checkpoint_minutes` have passed by any process's clock; each of them must ask."""
+        late = float(time.monotonic() - self._saved_at >= 60 * self.run_config.checkpoint_minutes)
+        return bool(distributed.mean_over_processes(torch.tensor(late, device=self.env.device), self.env) > 0)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.env.device.type, torch.bfloat16, enabled=self.run_config.precision == "bfloat16")
@@ -279,7 +265,7 @@ class Trainer:
                 group["lr"] = group["initial_lr"] * factor
             self.state.optimizers[name].step()
         for optimizer in self.state.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
 
     def _save(self) -> None:
         self.loader.flush()
@@ -334,8 +320,8 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig, *, lr: float, wei
     if config.name == "muon":
         named = ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
         return Muon(muon_groups(named), lr=lr, weight_decay=weight_decay)
-    groups = distributed.parameter_groups(module)
-    return AdamW(groups, lr=lr, betas=config.betas, weight_decay=weight_decay)
+    groups = distributed.by_sharding([parameter for parameter in module.parameters() if parameter.requires_grad])
+    return AdamW([{"params": group} for group in groups], lr=lr, betas=config.betas, weight_decay=weight_decay)
 
 
 def lr_factor(config: OptimizerConfig, step: int, steps: int) -> float:
