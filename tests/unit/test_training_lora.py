@@ -206,8 +206,8 @@ def test_bad_scales_and_metadata_are_refused(tmp_path: Path) -> None:
     write_lora(tmp_path / "x.safetensors", tensors, LoraMetadata(rank=2, alpha=2.0))
     with pytest.raises(SettingError, match="must be a finite number"):
         apply_lora(random_net(1), tmp_path / "x.safetensors", float("nan"))
-    save_file(tensors, tmp_path / "y.safetensors", {"pidecode_lora": json.dumps({"format": 1, "rank": 0, "alpha": 1})})
-    with pytest.raises(CheckpointError, match="describes itself wrongly"):
+    save_file(tensors, tmp_path / "y.safetensors", {"pidecode_lora": json.dumps({"format": 2, "rank": 2, "alpha": 1})})
+    with pytest.raises(CheckpointError, match="configuration of the adapter .* its format is unknown"):
         apply_lora(random_net(1), tmp_path / "y.safetensors")
 
 

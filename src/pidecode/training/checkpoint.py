@@ -14,7 +14,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +45,10 @@ class TrainState:
     device: torch.device
 
 
-def _parameters(state: TrainState) -> Iterator[tuple[str, Tensor]]:
-    for name, module in state.modules.items():
-        for key, value in unwrap(module).state_dict(keep_vars=True).items():
-            yield f"weights.{name}.{key}", value.detach()
-    for name, average in state.emas.items():
-        for key, value in average.tensors.items():
-            yield f"ema.{name}.{key}", value
+def _parameters(state: TrainState) -> dict[str, Tensor]:
+    stored = {f"weights.{name}": unwrap(module).state_dict() for name, module in state.modules.items()}
+    stored |= {f"ema.{name}": average.tensors for name, average in state.emas.items()}
+    return {f"{prefix}.{key}": value for prefix, tensors in stored.items() for key, value in tensors.items()}
 
 
 def _optimizer_tensors(state: TrainState) -> Iterator[tuple[str, Tensor]]:
@@ -72,7 +68,7 @@ def save_checkpoint(
     Raises:
         TrainingError: The disk is full or cannot be written. What was saved before stays.
     """
-    tensors = full_tensors(chain(_parameters(state), _optimizer_tensors(state)), env)
+    tensors = full_tensors((*_parameters(state).items(), *_optimizer_tensors(state)), env)
     if env.is_first:
         # A step's own random numbers do not use torch's global generators, but a layer might.
         tensors["rng.cpu"] = torch.get_rng_state()
@@ -107,14 +103,6 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], state: Mapping[s
         ) from fault
 
 
-def _verify(path: Path) -> None:
-    """Raise FileError unless the files of a checkpoint are what was written."""
-    lines = read_small(path / _CHECKSUMS).decode("ascii", "replace").splitlines()
-    for name in (_TENSORS, _STATE):
-        if f"{sha256(path / name)}  {name}" not in lines:
-            raise FileError(f"{name} has changed since it was written: its SHA-256 is not the one in {_CHECKSUMS}")
-
-
 def _found(folder: Path) -> list[Path]:
     """Checkpoints, oldest first."""
     try:
@@ -142,12 +130,13 @@ def newest_checkpoint(folder: Path, progress: Callable[[str], None] | None = Non
     reason = ""
     for path in reversed(_found(folder)):
         try:
-            _verify(path)
+            sums = read_small(path / _CHECKSUMS).decode("ascii", "replace").splitlines()
+            for name in (_TENSORS, _STATE):
+                if f"{sha256(path / name)}  {name}" not in sums:
+                    raise FileError(f"{name} has changed since it was written, or {_CHECKSUMS} has")
             metadata = read_json(path / _STATE)
-            if not isinstance(metadata, dict) or not isinstance(metadata.get("step"), int):
-                raise FileError(f"{_STATE} does not hold the number of steps")
-            return StoredCheckpoint(path, metadata["step"], read_safetensors(path / _TENSORS)[1], metadata)
-        except (OSError, ValueError, FileError) as fault:
+            return StoredCheckpoint(path, int(metadata["step"]), read_safetensors(path / _TENSORS)[1], metadata)
+        except (OSError, ValueError, FileError, KeyError, TypeError) as fault:
             reason = f"{path} is damaged and skipped: {fault}"
             if progress is not None:
                 progress(reason)
@@ -161,7 +150,7 @@ def newest_checkpoint(folder: Path, progress: Callable[[str], None] | None = Non
 
 def restore(stored: StoredCheckpoint, state: TrainState) -> None:
     """Put a checkpoint's values into a run that was just built."""
-    wanted = dict(_parameters(state))
+    wanted = _parameters(state)
     have = {name for name in stored.tensors if name.startswith(("weights.", "ema."))}
     if set(wanted) != have or any(stored.tensors[name].shape != value.shape for name, value in wanted.items()):
         odd = sorted(set(wanted) ^ have)[:3]
@@ -190,9 +179,8 @@ def _restore_optimizers(stored: StoredCheckpoint, state: TrainState) -> None:
                     f"{stored.path} has an optimizer state of {name}.{key}, which this run does not train; resume with "
                     "the configuration it was made with."
                 )
-            parameter, value = parameters[key], stored.tensors[full_key]
-            restored = value.clone()
+            parameter, restored = parameters[key], stored.tensors[full_key].clone()
             if moment != "step":
                 restored = torch.zeros_like(parameter, requires_grad=False)
-                copy_full_(restored, value)
+                copy_full_(restored, stored.tensors[full_key])
             optimizer.state[parameter][moment] = restored

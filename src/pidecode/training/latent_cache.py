@@ -18,7 +18,6 @@ from pidecode.files import atomic_write, writable_folder
 from pidecode.strict_json import JSONError, parse_json
 from pidecode.weights.safetensors import read_header, read_safetensors
 
-PER_SHARD = 256
 _KEY = "pidecode_latents"
 
 
@@ -28,24 +27,20 @@ class LatentShards:
     Latents are stored as float16: normalized latents are of order one, so that costs about 5e-4 of their spread.
     """
 
-    def __init__(self, folder: str | Path, identity: str, *, per_shard: int = PER_SHARD) -> None:
+    def __init__(self, folder: str | Path, identity: str, *, per_shard: int = 256) -> None:
         self._folder, self._identity, self._per_shard = Path(os.path.expanduser(folder)), identity, per_shard
         writable_folder(self._folder)
         self._places: dict[str, Path] = {}
         self._waiting: dict[str, Tensor] = {}
         self._lock = threading.Lock()
-        self.unreadable: list[str] = []
         for path in sorted(self._folder.glob("*.safetensors")):
-            self._learn(path)
-
-    def _learn(self, path: Path) -> None:
-        try:
-            header = read_header(path)
-            record = parse_json(header.metadata.get(_KEY, "{}"))
+            try:
+                header = read_header(path)
+                record = parse_json(header.metadata.get(_KEY, "{}"))
+            except (FileError, JSONError):
+                continue  # its latents are encoded again
             if isinstance(record, dict) and record.get("identity") == self._identity:
                 self._places.update(dict.fromkeys(header.tensors, path))
-        except (FileError, JSONError):
-            self.unreadable.append(path.name)  # its latents are encoded again
 
     def __len__(self) -> int:
         return len(self._places) + len(self._waiting)
@@ -54,11 +49,9 @@ class LatentShards:
         """The latent `[C, h, w]` of that name, float32; None if it is not cached."""
         with self._lock:
             waiting, path = self._waiting.get(name), self._places.get(name)
-        if waiting is not None:
-            return waiting.float()
-        if path is None:
-            return None
-        return read_safetensors(path, [name])[1][name].float()
+        if waiting is None and path is not None:
+            waiting = read_safetensors(path, [name])[1][name]
+        return None if waiting is None else waiting.float()
 
     def put(self, name: str, latent: Tensor) -> Tensor:
         """Cache a latent `[C, h, w]`; returns it as `get` will from now on."""

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -32,24 +33,20 @@ class MetricLogger:
         self._board: Any = None
         self._wandb: Any = None
         if "tensorboard" in trackers:
-            writer = _tracker("torch.utils.tensorboard", "'pidecode[train]'").SummaryWriter
-            self._board = writer(str(folder / "tensorboard"), purge_step=first + 1)
+            board = _tracker("torch.utils.tensorboard", "'pidecode[train]'")
+            self._board = board.SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
         if "wandb" in trackers:
             self._wandb = _tracker("wandb", "wandb").init(
                 project="pidecode", dir=str(folder), mode=os.environ.get("WANDB_MODE", "offline"), resume="allow",
                 id=folder.resolve().name,
             )  # fmt: skip
         kept = []
-        if self._path.exists():
-            for line in self._path.read_text(encoding="utf-8").splitlines():
-                try:
-                    record = parse_json(line)
-                except JSONError:
-                    continue  # the line a killed run was writing
-                if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= first:
-                    kept.append(line)
+        for line in self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else ():
+            with suppress(JSONError, TypeError, KeyError):  # the line a killed run was writing
+                if parse_json(line)["step"] <= first:
+                    kept.append(line + "\n")
         with atomic_write(self._path, overwrite=True) as file:
-            file.write("".join(line + "\n" for line in kept).encode())
+            file.write("".join(kept).encode())
 
     def log(self, step: int, values: Mapping[str, float], images: int, device: torch.device) -> None:
         """Record the metrics after `step` steps; `images` were seen since this process began."""

@@ -9,29 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pidecode.registry.spaces import NoiseParametrization
 from pidecode.training.config import LatentNoiseConfig
-
-
-class RNG(Protocol):
-    """Random numbers of one step, for each sample of a batch."""
-
-    def normal(self, shape: tuple[int, ...]) -> Tensor:
-        """Unit normal numbers `[B, *shape]`, float32."""
-
-    def uniform(self) -> Tensor:
-        """One number in [0, 1) for each sample, `[B]`."""
-
-    def choice(self, count: int) -> Tensor:
-        """One whole number in 0..count-1 for each sample, `[B]`."""
-
-    def common_choice(self, count: int) -> int:
-        """One whole number in 0..count-1, the same for every sample and process."""
 
 
 def seed_of(*parts: int | str) -> int:
@@ -65,6 +48,9 @@ class PerSampleRNG:
     def common_choice(self, count: int) -> int:
         """One whole number in 0..count-1, the same for every sample and process."""
         return int(torch.randint(count, (), generator=self._common).item())
+
+
+RNG = PerSampleRNG  # what losses draw from; tests replay recorded numbers in its place
 
 
 def logit_normal_times(rng: RNG) -> Tensor:

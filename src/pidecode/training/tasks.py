@@ -91,8 +91,7 @@ class PiDTask:
     env: DistEnv
     modules: dict[str, nn.Module]  # trained modules by name; each has its own optimizer
     frozen: dict[str, nn.Module] = field(default_factory=dict)
-    uninitialized: list[str] = field(default_factory=list)
-    """Tensors that keep random initial values although weights were given."""
+    uninitialized: list[str] = field(default_factory=list)  # tensors that `init_from` lacks
     loader: DataLoader | None = None  # source of the images in a grid of samples
     averaged: tuple[str, ...] = (MAIN,)
 
@@ -140,11 +139,8 @@ class PiDTask:
         """Write a grid of low-resolution input, sample and image for the first images."""
         if self.loader is None:
             return
-        net = self.modules[MAIN]
-        rows = [
-            (batch.low, sample(net, batch, self.config), batch.image)
-            for batch in self.loader.sample_batches(self.config.run.num_samples)
-        ]
+        batches = self.loader.sample_batches(self.config.run.num_samples)
+        rows = [(batch.low, sample(self.modules[MAIN], batch, self.config), batch.image) for batch in batches]
         if self.env.is_first:
             save_grid(folder / f"step-{step:08d}.png", rows)
 
@@ -199,9 +195,8 @@ def build_task(config: TrainConfig, env: DistEnv) -> PiDTask:
 
 def _build_single(config: TrainConfig, env: DistEnv) -> PiDTask:
     net = models.new_network(config.net, config.run.seed)
-    uninitialized: list[str] = []
-    if config.init_from:
-        uninitialized = models.load_initial_weights(net, models.initial_weights(config.init_from), config.init_from)
+    weights = models.initial_weights(config.init_from) if config.init_from else None
+    uninitialized = [] if weights is None else models.load_initial_weights(net, weights, config.init_from)
     color = config.method == "teacher" and config.teacher.color_weight > 0
     models.set_trainable(net, config.trainable, color=color)
     modules: dict[str, nn.Module] = {MAIN: _denoiser(net, config, env, lora=True)}
@@ -260,40 +255,31 @@ def _checkpointed(forward: Any, *args: Any, **kwargs: Any) -> Any:
 @torch.no_grad()
 def sample(net: nn.Module, batch: TrainBatch, config: TrainConfig, seed: int = 0) -> Tensor:
     """A finished image `[1, 3, H, W]` in [-1, 1], as a decoder would make it from the batch's latent."""
-    image = batch.image
-    shape = (3, image.shape[-2], image.shape[-1])
-    noise = NoiseStream([seed], shape, image.device)
+    height, width = batch.image.shape[-2:]
+    noise = NoiseStream([seed], (3, height, width), batch.image.device)
     if config.method in ("student", "direct"):
-        return sample_few_steps(net, batch, config.distillation.times, noise)
+        x = noise()
+        for t, t_next in pairwise(config.distillation.times):
+            t_B = torch.full((1,), t, device=x.device)
+            clean = to_clean(net, net(x, t_B, batch).prediction, x, t_B)
+            x = renoise(clean, noise(), t_next) if t_next > 0 else clean
+        return x.clamp(-1, 1)
 
-    def predict(x: Tensor, t: Tensor, given: TrainBatch = batch) -> Tensor:
+    def predict(given: TrainBatch, x: Tensor, t: Tensor) -> Tensor:
         prediction: Tensor = net(x, t / 1000.0, given).prediction
         return prediction.float()
 
-    def unconditional(x: Tensor, t: Tensor) -> Tensor:
-        return predict(x, t, batch.with_null_text())
-
+    conditional, unconditional = (functools.partial(predict, given) for given in (batch, batch.with_null_text()))
     guidance_scale = config.run.sample_guidance if config.net.has_text else 1.0
     return sample_teacher(
-        guided(predict, unconditional, guidance_scale), noise(), num_steps=config.run.sample_steps,
-        shift=config.teacher.flow_shift.at(*shape[1:]), prediction=pid_net(net).config.prediction,
+        guided(conditional, unconditional, guidance_scale), noise(), num_steps=config.run.sample_steps,
+        shift=config.teacher.flow_shift.at(height, width), prediction=pid_net(net).config.prediction,
     ).clamp(-1, 1)  # fmt: skip
-
-
-def sample_few_steps(net: nn.Module, batch: TrainBatch, times: Sequence[float], noise: NoiseStream) -> Tensor:
-    """The student's loop over its own times."""
-    x = noise()
-    for t, t_next in pairwise(times):
-        t_B = torch.full((x.shape[0],), t, device=x.device)
-        clean = to_clean(net, net(x, t_B, batch).prediction, x, t_B)
-        x = renoise(clean, noise(), t_next) if t_next > 0 else clean
-    return x.clamp(-1, 1)
 
 
 def save_grid(path: Path, rows: Sequence[tuple[Tensor | None, Tensor, Tensor]]) -> None:
     """Write one PNG of rows (low resolution, sample, image), each `[1, 3, h, w]`, with dark gaps."""
-    height = max(row[2].shape[-2] for row in rows)
-    width = max(row[2].shape[-1] for row in rows)
+    height, width = (max(row[2].shape[axis] for row in rows) for axis in (-2, -1))
     lines = []
     for low, generated, image in rows:
         size = (image.shape[-2], image.shape[-1])

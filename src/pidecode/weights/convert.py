@@ -64,21 +64,15 @@ def convert(
     metadata = replace(metadata, config=config)
     check_complete(file.tensors, empty_network(config).state_dict(), source)
     license = _LICENSES.get(metadata.license or "")
-    notice = license_text(Path(source), license) if license and not license.commercial else None
-    write_safetensors(target, file.tensors, _file_metadata(metadata), dtype=wanted, overwrite=overwrite)
-    if notice is not None:
+    parts = ("PiD", metadata.space, metadata.variant, None if metadata.kind == "student" else metadata.kind)
+    spec = {"sai_model_spec": "1.0.0", "architecture": "pid", "title": " ".join(filter(None, parts))}
+    spec |= {"license": metadata.license} if metadata.license else {}
+    about = {f"modelspec.{name}": value for name, value in spec.items()} | metadata.to_metadata()
+    write_safetensors(target, file.tensors, about, dtype=wanted, overwrite=overwrite)
+    if license and not license.commercial:
         with atomic_write(target.with_suffix(".LICENSE.txt"), overwrite=True) as text:
-            text.write(notice.encode("utf-8"))
+            text.write(license_text(Path(source), license).encode("utf-8"))
     return metadata
-
-
-def _file_metadata(metadata: CheckpointMetadata) -> dict[str, str]:
-    parts = (metadata.space, metadata.variant, None if metadata.kind == "student" else metadata.kind)
-    title = " ".join(["PiD", *(part for part in parts if part)])
-    common = {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": "pid", "modelspec.title": title}
-    if metadata.license:
-        common["modelspec.license"] = metadata.license
-    return common | metadata.to_metadata()
 
 
 def license_text(source: Path, license: License) -> str:
@@ -87,14 +81,11 @@ def license_text(source: Path, license: License) -> str:
     A text that does not name the license's owner is some other project's, and is passed over.
     """
     owner = license.title.split()[0]
-    places = [source.with_suffix(".LICENSE.txt")]
-    places += [folder / name for folder in source.absolute().parents[:3] for name in _LICENSE_FILES]
-    for path in places:
-        text = ""
+    places = [folder / name for folder in source.absolute().parents[:3] for name in _LICENSE_FILES]
+    for path in (source.with_suffix(".LICENSE.txt"), *places):
         with suppress(OSError):
-            text = read_small(path).decode("utf-8", "replace")
-        if owner in text:
-            return text
+            if owner in (text := read_small(path).decode("utf-8", "replace")):
+                return text
     terms = "It allows commercial use." if license.commercial else "It does not allow commercial use."
     return (
         f"The weights beside this file were converted from {source.name}, which is under the\n"

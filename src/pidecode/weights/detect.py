@@ -46,7 +46,7 @@ class InferredShape:
         """The released generation with this gate and injection; None for a mixture of v1 and v1.5."""
         if not self.has_adapter:
             return "backbone"
-        kinds: dict[tuple[str, bool], Generation] = {("per_channel", False): "v1", ("per_token", True): "v1pt5"}
+        kinds: dict[Any, Generation] = {("per_channel", False): "v1", ("per_token", True): "v1pt5"}
         return kinds.get((self.values["gate"], self.values["inject_pixels"]))
 
     def difference_from(self, config: PiDConfig) -> str | None:
@@ -81,10 +81,10 @@ def infer_shape(shapes: Shapes, source: str = "the file", interval: int | None =
         CheckpointError: The tensors are not those of a PiD network, or contradict each other.
     """
     reader = _ShapeReader(shapes, source)
-    values: dict[str, Any] = {**_patch_path(reader), **_pixel_path(reader), "text_dim": 0}
+    values = {**_patch_path(reader), **_pixel_path(reader), "text_dim": 0}
     if "y_pos_embedding" in shapes:
         values["text_dim"] = reader("y_embedder.proj.weight")[1]
-        values["text_length"] = reader("y_pos_embedding")[1]
+        values["text_length"] = reader("y_pos_embedding", 3)[1]
     if not any(name.startswith(ADAPTER) for name in shapes):
         return InferredShape(values=values | {"latent_channels": 0, "adapter_image_channels": 0})
     return _adapter(reader, values, interval)
@@ -105,7 +105,7 @@ class _ShapeReader:
                 f"{self.source} does not hold a PiD network: it lacks {name} (it holds {some}, ...). "
                 "Check that it is a decoder, not an autoencoder, text encoder or LoRA."
             )
-        if len(shape) < min(rank, 3) and name != "y_pos_embedding":
+        if len(shape) < rank:
             raise CheckpointError(f"{self.source}: {name} has shape {list(shape)}; {rank} dimensions were expected.")
         return shape
 
@@ -116,12 +116,6 @@ class _ShapeReader:
             raise CheckpointError(f"{self.source} lacks some of {pattern.split(chr(92))[0]}: {numbers}.")
         return len(numbers)
 
-    def root(self, area: int, what: str) -> int:
-        side = math.isqrt(area) if area > 0 else 0
-        if side == 0 or side * side != area:
-            raise CheckpointError(f"{self.source}: {what} is {area}, not a square number; this is no PiD network.")
-        return side
-
     def heads(self, width: int, head_dim: int, what: str) -> int:
         if head_dim == 0 or width % head_dim:
             raise CheckpointError(f"{self.source}: {what} {width} does not divide into heads of {head_dim}.")
@@ -131,12 +125,11 @@ class _ShapeReader:
 def _patch_path(reader: _ShapeReader) -> dict[str, Any]:
     hidden, patch_inputs = reader("s_embedder.proj.weight")[:2]
     head_dim = reader("patch_blocks.0.attn.q_norm_x.weight", 1)[0]
-    return {
-        "hidden_size": hidden,
-        "num_heads": reader.heads(hidden, head_dim, "hidden size"),
-        "patch_depth": reader.count(r"patch_blocks\.(\d+)\."),
-        "patch_size": reader.root(patch_inputs // 3, "the number of pixels in a patch"),
-    }
+    pixels, patch_size = patch_inputs // 3, math.isqrt(patch_inputs // 3)
+    if not pixels or patch_size**2 != pixels:
+        raise CheckpointError(f"{reader.source}: a patch has {pixels} pixels, no square; this is no PiD network.")
+    heads, depth = reader.heads(hidden, head_dim, "hidden size"), reader.count(r"patch_blocks\.(\d+)\.")
+    return {"hidden_size": hidden, "num_heads": heads, "patch_depth": depth, "patch_size": patch_size}
 
 
 def _pixel_path(reader: _ShapeReader) -> dict[str, Any]:
@@ -159,22 +152,19 @@ def _pixel_path(reader: _ShapeReader) -> dict[str, Any]:
 
 def _adapter(reader: _ShapeReader, values: dict[str, Any], interval: int | None) -> InferredShape:
     shapes = reader.shapes
-    starts = {branch: f"lq_proj.{branch}.0.weight" for branch in ("latent_proj", "image_conv")}
-    branches = [branch for branch, start in starts.items() if start in shapes]
-    if not branches:
-        reader("lq_proj.latent_proj.0.weight")
+    branches = [name for name in ("latent_proj", "image_conv") if f"lq_proj.{name}.0.weight" in shapes]
+    inputs = {name: reader(f"lq_proj.{name}.0.weight", 4)[1] for name in branches or ["latent_proj"]}
     heads = reader.count(r"lq_proj\.output_heads\.(\d+)\.")
     color = COLOR_HEAD + "3.weight" in shapes
     gate_rows = reader("lq_proj.gate_modules.0.content_proj.weight")[0]
-    values["adapter_blocks"] = reader.count(rf"lq_proj\.{branches[0]}\.(\d+)\.block\.")
-    values |= {
+    values = values | {
+        "adapter_blocks": reader.count(rf"lq_proj\.{branches[0]}\.(\d+)\.block\."),
         "adapter_width": reader("lq_proj.output_heads.0.weight")[1],
         "gate": "per_token" if gate_rows == 1 else "per_channel",
         "inject_pixels": "pit_lq_gate.log_alpha" in shapes,
         "inject_interval": _interval(reader.source, values["patch_depth"], heads, interval),
         "color_head": color,
     }
-    inputs = {branch: reader(starts[branch], 4)[1] for branch in branches}
     return InferredShape(
         values=values, latent_in=inputs.get("latent_proj", 0), image_in=inputs.get("image_conv", 0),
         color_out=reader(COLOR_HEAD + "3.weight")[0] if color else 0,
@@ -183,10 +173,9 @@ def _adapter(reader: _ShapeReader, values: dict[str, Any], interval: int | None)
 
 def _interval(source: str, depth: int, heads: int, known: int | None) -> int:
     """Blocks from one injection to the next, from their number: `ceil(depth / interval) == heads`."""
-    fitting = [step for step in range(1, depth + 1) if math.ceil(depth / step) == heads]
-    if known is not None and heads == math.ceil(depth / known):
-        return known
-    if not fitting or known is not None:
+    tried = range(1, depth + 1) if known is None else (known,)
+    fitting = [step for step in tried if math.ceil(depth / step) == heads]
+    if not fitting:
         raise CheckpointError(
             f"{source} has {heads} injection heads for {depth} patch blocks; no interval gives that"
             f"{f', nor does inject_interval={known}' if known else ''}. Parts of the adapter are missing."
@@ -197,7 +186,7 @@ def _interval(source: str, depth: int, heads: int, known: int | None) -> int:
         return fitting[0]
     raise SettingError(
         f"{source} has {heads} injection heads for {depth} patch blocks, which fits an interval of "
-        f"{' or '.join(map(str, fitting))}; choose by Overrides(config={{'inject_interval': ...}})."
+        f"{' or '.join(map(str, fitting))}; a file of such a network must have its configuration in its metadata."
     )
 
 
@@ -221,18 +210,14 @@ class Overrides:
     space: str | None = None  # latent space, by name or alias
     variant: str | None = None  # release, as in the table of checkpoints
     kind: str | None = None  # feed-forward, student, teacher or backbone
-    config: Mapping[str, Any] | None = None  # values of PiDConfig fields, for networks unlike any released one
 
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in KINDS[:4]:
             raise SettingError(f"kind is {self.kind!r}; it must be one of {', '.join(KINDS[:4])}.")
-        unknown = set(self.config or {}) - set(PiDConfig.__dataclass_fields__)
-        if unknown:
-            raise SettingError(f"PiDConfig has no fields {', '.join(sorted(unknown))}.")
 
     def given(self) -> dict[str, Any]:
         """Space (under its own name), variant and kind, where given. Raises SettingError for an unknown space."""
-        space = self.space if self.space in (None, BACKBONE_SPACE) else get_space(self.space or "").name
+        space = get_space(self.space).name if self.space not in (None, BACKBONE_SPACE) else self.space
         values = {"space": space, "variant": self.variant, "kind": self.kind}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -258,30 +243,25 @@ def _from_metadata(file: WeightFile, metadata: CheckpointMetadata, overrides: Ov
     given = overrides.given()
     _check_agreement(file.path, "its metadata", {name: getattr(metadata, name) for name in given}, given)
     if isinstance(metadata.config, TinyDecoderConfig):
-        if overrides.config:
-            raise SettingError(f"{file.path} is a feed-forward decoder, whose file settles its shape; leave them out.")
         return metadata
-    config = replace(metadata.config, **(overrides.config or {}))
-    inferred = infer_shape(file.shapes, str(file.path), config.inject_interval)
-    if difference := inferred.difference_from(config):
+    inferred = infer_shape(file.shapes, str(file.path), metadata.config.inject_interval)
+    if difference := inferred.difference_from(metadata.config):
         raise CheckpointError(f"{file.path} contradicts itself: {difference}.")
-    filled = {name: value for name, value in given.items() if getattr(metadata, name) is None}
-    return replace(metadata, config=config, **filled)
+    return replace(metadata, **{name: value for name, value in given.items() if getattr(metadata, name) is None})
 
 
 def _from_shapes(file: WeightFile, overrides: Overrides) -> CheckpointMetadata:
-    config_overrides = dict(overrides.config or {})
-    inferred = infer_shape(file.shapes, str(file.path), config_overrides.get("inject_interval"))
+    inferred = infer_shape(file.shapes, str(file.path))
     named, given = official_name(file.path), overrides.given()
     _check_agreement(file.path, "its name", named, given)
     known = {**named, **given}
     if not inferred.has_adapter:
-        return _backbone(file.path, inferred, known, config_overrides)
+        return _backbone(file.path, inferred, known)
     if known.get("space") == BACKBONE_SPACE or known.get("kind") == "backbone":
         raise CheckpointError(f"{file.path} is no backbone: it has an adapter for a latent.")
-    space = known.get("space") or _infer_space(file.path, inferred, known, config_overrides)
-    config = _build_config(file.path, inferred, space, config_overrides)
     variant = known.get("variant")
+    space = known.get("space") or _infer_space(file.path, inferred, variant)
+    config = _build_config(file.path, inferred, SPACES[space])
     if variant is not None and variant.endswith("_v1pt5") != (inferred.generation == "v1pt5"):
         raise CheckpointError(f"{file.path} is no {variant!r}: by its tensors it is built like {inferred.generation}.")
     rows = [row for row in _matching_rows(inferred) if row.space == space]
@@ -308,35 +288,28 @@ def official_name(path: str | Path) -> dict[str, str]:
         if name == "PixelDiT_finetune_2kto4k":
             return {"space": BACKBONE_SPACE, "variant": "2kto4k", "kind": "backbone"}
         found = _OFFICIAL.fullmatch(name) or _COMFY.fullmatch(name)
-        if not found:
-            continue
-        space = "flux" if found["space"] == "flux1" else found["space"]
-        if space not in SPACES:
-            continue
-        variant = _VARIANTS[found["range"]] + ("_v1pt5" if found["v1pt5"] else "")
-        student = found["kind"] in ("distill_4step", "_4step")
-        return {"space": space, "variant": variant, "kind": "student" if student else "teacher"}
+        space = "" if found is None else "flux" if found["space"] == "flux1" else found["space"]
+        if found and space in SPACES:
+            variant = _VARIANTS[found["range"]] + ("_v1pt5" if found["v1pt5"] else "")
+            student = found["kind"] in ("distill_4step", "_4step")
+            return {"space": space, "variant": variant, "kind": "student" if student else "teacher"}
     return {}
 
 
-def _backbone(
-    path: Path, inferred: InferredShape, known: Mapping[str, str], config_overrides: dict[str, Any]
-) -> CheckpointMetadata:
+def _backbone(path: Path, inferred: InferredShape, known: Mapping[str, str]) -> CheckpointMetadata:
     space, kind = known.get("space", BACKBONE_SPACE), known.get("kind", "backbone")
     if space != BACKBONE_SPACE or kind != "backbone":
         raise CheckpointError(
             f"{path} has no adapter (no tensors below lq_proj.): it is a bare text-to-image backbone and cannot "
             f"decode latents{'' if space == BACKBONE_SPACE else f' of {space}'}. Take the decoder's own file."
         )
-    if not known and "rope_reference" not in config_overrides:
+    if not known:
         raise SettingError(
             f"{path} is a backbone whose tensors cannot show the size it was trained at. Give "
-            f"space={BACKBONE_SPACE!r} for NVIDIA's 2K to 4K fine-tune, or Overrides(config={{'rope_reference': ...}})."
+            f"space={BACKBONE_SPACE!r} for NVIDIA's 2K to 4K fine-tune."
         )
-    config = _checked_config(path, inferred, {**_values(configs.backbone()), **inferred.values, **config_overrides})
-    return CheckpointMetadata(
-        kind="backbone", config=config, variant=known.get("variant"), license="NSCLv1" if known else None
-    )
+    config = replace(configs.backbone(), **inferred.values)
+    return CheckpointMetadata(kind="backbone", config=config, variant=known.get("variant"), license="NSCLv1")
 
 
 def _matching_rows(inferred: InferredShape) -> list[Checkpoint]:
@@ -344,16 +317,10 @@ def _matching_rows(inferred: InferredShape) -> list[Checkpoint]:
     return [row for row in CHECKPOINTS.values() if row.config and not inferred.difference_from(row.config)]
 
 
-def _infer_space(
-    path: Path, inferred: InferredShape, known: Mapping[str, str], config_overrides: dict[str, Any]
-) -> str | None:
-    """The one latent space the shapes leave; None where the overrides describe a space of the caller's own."""
-    if {"latent_channels", "latent_down"} <= set(config_overrides):
-        return None
-    rows = [row for row in _matching_rows(inferred) if known.get("variant") in (None, row.variant)]
-    spaces = sorted({row.space for row in rows}) or [
-        space.name for space in SPACES.values() if _released_values(inferred, space) is not None
-    ]
+def _infer_space(path: Path, inferred: InferredShape, variant: str | None) -> str:
+    """The one latent space the shapes leave."""
+    spaces = sorted({row.space for row in _matching_rows(inferred) if variant in (None, row.variant)})
+    spaces = spaces or [space.name for space in SPACES.values() if _released_config(inferred, space)]
     if len(spaces) == 1:
         return spaces[0]
     if spaces:
@@ -362,9 +329,8 @@ def _infer_space(
             f"gives wrong colors. Choose one: space={spaces[0]!r}."
         )
     raise SettingError(
-        f"{path} takes latents of {inferred.latent_in} channels, as no known latent space has. Give "
-        "Overrides(config=...) with latent_channels, latent_down, latent_unpatchify and scale, or "
-        "a file that has them in its metadata."
+        f"{path} takes latents of {inferred.latent_in} channels, as no known latent space has; a file of such a "
+        "network must have its configuration in its metadata."
     )
 
 
@@ -382,58 +348,35 @@ def _infer_kind(path: Path, inferred: InferredShape, rows: list[Checkpoint], var
     )
 
 
-def _values(config: PiDConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in PiDConfig.__dataclass_fields__}
-
-
-def _released_values(inferred: InferredShape, space: LatentSpace) -> dict[str, Any] | None:
-    """Field values of a released network for that space; None if the channels do not fit."""
-    generation = inferred.generation or "v1pt5"
-    released = configs.v1 if generation == "v1" else configs.v1pt5
-    config = released(latent_channels=space.channels, latent_down=space.down)
+def _released_config(inferred: InferredShape, space: LatentSpace) -> PiDConfig | None:
+    """Configuration of a released network of these shapes for that space; None if the channels do not fit."""
+    released = configs.v1 if inferred.generation == "v1" else configs.v1pt5
+    base = released(latent_channels=space.channels, latent_down=space.down)
+    values = {**inferred.values, "scale": space.scale}
+    if inferred.image_in:  # the image branch takes a patch's pixels as channels, as many as the scale makes
+        pixels = max(1, values["patch_size"] // space.scale) ** 2
+        values["adapter_image_channels"] = inferred.image_in // pixels
     for factor in sorted({1, space.raw_patch}):
-        values = {**_values(config), "scale": space.scale, "latent_unpatchify": factor} | dict(inferred.values)
-        _count_image_channels(inferred, values)
         try:
-            if inferred.difference_from(PiDConfig(**values)) is None:
-                return values
+            config = replace(base, **values, latent_unpatchify=factor)
         except SettingError:  # sizes that cannot go together: not this space
             continue
+        if inferred.difference_from(config) is None:
+            return config
     return None
 
 
-def _build_config(
-    path: Path, inferred: InferredShape, space: str | None, config_overrides: dict[str, Any]
-) -> PiDConfig:
-    if inferred.generation is None and not {"adapter_padding", "rope_reference"} <= set(config_overrides):
+def _build_config(path: Path, inferred: InferredShape, space: LatentSpace) -> PiDConfig:
+    if inferred.generation is None:
         raise SettingError(
             f"{path} is built neither like v1 nor like v1.5 (gate {inferred.values['gate']}, injection into "
-            f"pixel blocks {inferred.values['inject_pixels']}), so its padding and rotation reference are unknown. "
-            "Give Overrides(config=...) with adapter_padding and rope_reference."
+            f"pixel blocks {inferred.values['inject_pixels']}), so its padding and rotation reference are unknown; "
+            "a file of such a network must have its configuration in its metadata."
         )
-    base = _released_values(inferred, SPACES[space]) if space else None
-    if base is None and not {"latent_channels", "latent_down"} <= set(config_overrides):
-        row = SPACES[space or "flux"]
+    config = _released_config(inferred, space)
+    if config is None:
         raise CheckpointError(
-            f"{path} is not a network for {row.name}: its adapter takes {inferred.latent_in} channels, and latents of "
-            f"{row.name} have {row.channels}. Give the space of the file."
+            f"{path} is not a network for {space.name}: its adapter takes {inferred.latent_in} channels, and latents "
+            f"of {space.name} have {space.channels}. Give the space of the file."
         )
-    if base is None:
-        released = configs.v1 if inferred.generation == "v1" else configs.v1pt5
-        latent = {name: config_overrides[name] for name in ("latent_channels", "latent_down")}
-        base = {**_values(released(**latent)), **inferred.values}
-    return _checked_config(path, inferred, {**base, **config_overrides})
-
-
-def _checked_config(path: Path, inferred: InferredShape, values: dict[str, Any]) -> PiDConfig:
-    _count_image_channels(inferred, values)
-    config = PiDConfig(**values)
-    if difference := inferred.difference_from(config):
-        raise SettingError(f"{path} does not fit these settings: {difference}.")
     return config
-
-
-def _count_image_channels(inferred: InferredShape, values: dict[str, Any]) -> None:
-    """Set `adapter_image_channels`: the image branch takes a patch's pixels as channels, as many as the scale makes."""
-    if inferred.image_in and not values["adapter_image_channels"]:
-        values["adapter_image_channels"] = inferred.image_in // max(1, values["patch_size"] // values["scale"]) ** 2

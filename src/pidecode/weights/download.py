@@ -35,7 +35,7 @@ class RepositoryFiles:
     @property
     def folder(self) -> str:
         """The folder in the repository that holds them, with its slash; empty for the repository itself."""
-        return self.patterns[0][:-1] if self.patterns[0].endswith("/*") else ""
+        return self.patterns[0].removesuffix("*") if self.patterns[0].endswith("/*") else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,27 +110,21 @@ def download_checkpoint(
     wanted = parts(row)
     if not wanted:
         raise SettingError("There is nothing to fetch: no part was asked for.")
-    found = {part.title: cached_files(part, hub) for part in wanted}
-    if None in found.values():
-        if not (accept_license or row.license.commercial):
-            raise LicenseError(
-                f"{license_notice(row.license)}\nTo accept, do the same with", python="accept_license=True."
-            )
-        # All files of a repository come from one commit, although its main branch may move meanwhile.
-        listings: dict[str, tuple[str, list[str]]] = {}
-        for part in wanted:
-            if found[part.title] is None and part.revision is None and part.repository not in listings:
-                listings[part.repository] = hub.listing(part.repository, part.file)
-        for part in wanted:
-            found[part.title] = found[part.title] or _fetch(part, hub, on_progress, *listings.get(part.repository, ()))
-        for repository, (commit, _) in listings.items():
-            hub.set_main(repository, commit)
-    here = {title: path for title, path in found.items() if path is not None}
-    named = {"decoder", "encoder", "text encoder"}
-    return DownloadedCheckpoint(
-        decoder=here.get("decoder"), encoder=here.get("encoder"), text_encoder=here.get("text encoder"),
-        others=tuple(path for title, path in here.items() if title not in named),
-    )  # fmt: skip
+    here = {part.title: path for part in wanted if (path := cached_files(part, hub))}
+    missing = [part for part in wanted if part.title not in here]
+    if missing and not (accept_license or row.license.commercial):
+        raise LicenseError(f"{license_notice(row.license)}\nTo accept, do the same with", python="accept_license=True.")
+    # All files of a repository come from one commit, although its main branch may move meanwhile.
+    listings: dict[str, tuple[str, list[str]]] = {}
+    for part in missing:
+        if part.revision is None and part.repository not in listings:
+            listings[part.repository] = hub.listing(part.repository, part.file)
+    for part in missing:
+        here[part.title] = _fetch(part, hub, on_progress, *listings.get(part.repository, ("", ())))
+    for repository, (commit, _) in listings.items():
+        hub.set_main(repository, commit)
+    others = tuple(here[part.title] for part in wanted if part.title not in ("decoder", "encoder", "text encoder"))
+    return DownloadedCheckpoint(here.get("decoder"), here.get("encoder"), here.get("text encoder"), others)
 
 
 def cached_files(part: RepositoryFiles, hub: HubCache) -> Path | None:
@@ -142,29 +136,24 @@ def cached_files(part: RepositoryFiles, hub: HubCache) -> Path | None:
         return None
     names = hub.recorded(part.repository, part.folder).get("files")
     if names is None:  # fetched by another program, or not at all
-        return folder if part.patterns == _MODEL_FILES and _whole_model(folder) else None
-    complete = isinstance(names, list) and names and all((folder / str(name)).is_file() for name in names)
+        complete = part.patterns == _MODEL_FILES and _whole_model(folder)
+    else:
+        complete = isinstance(names, list) and names != [] and all((folder / str(name)).is_file() for name in names)
     return folder if complete else None
 
 
 def _whole_model(folder: Path) -> bool:
     """Whether a transformers folder has its configuration and all of its weights."""
     index = folder / "model.safetensors.index.json"
-    weights = {"model.safetensors"}
-    if index.is_file():
-        try:
-            weights = set(read_json(index)["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return False
+    try:
+        weights = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
     return all((folder / name).is_file() for name in {"config.json", *weights})
 
 
 def _fetch(
-    part: RepositoryFiles,
-    hub: HubCache,
-    on_progress: DownloadCallback | None,
-    commit: str | None = None,
-    listed: Sequence[str] = (),
+    part: RepositoryFiles, hub: HubCache, on_progress: DownloadCallback | None, commit: str, listed: Sequence[str]
 ) -> Path:
     """Download the files, at the part's own revision or else at a commit that holds the listed ones."""
     commit = part.revision or commit

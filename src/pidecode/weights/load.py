@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from pidecode.errors import CheckpointError, SettingError
-from pidecode.files import atomic_write
 from pidecode.models.pid.network import PiDNet
 from pidecode.models.tiny import TinyDecoder
 from pidecode.registry.configs import PiDConfig, TinyDecoderConfig
 from pidecode.strict_json import parse_json, read_json
 from pidecode.weights.detect import ADAPTER, COLOR_HEAD
 from pidecode.weights.read import check_finite, check_formats, read_tensors
+from pidecode.weights.safetensors import write_safetensors
 
 _NAMED = 4  # tensors named in a message before it only counts
 
@@ -64,7 +63,6 @@ def build_network(
         tensor = tensors.pop(name)
         narrow = torch.float32 if tensor.dtype == torch.float64 else tensor.dtype
         taken[name] = tensor.to(device=device, dtype=dtype or narrow)
-        del tensor
     network.load_state_dict(taken, strict=True, assign=True)
     return network.requires_grad_(False).eval()
 
@@ -92,10 +90,7 @@ def check_complete(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
     if adapter and adapter <= set(missing):
         faults.append("the adapter is missing, so the image would ignore the latent")
         missing = [name for name in missing if name not in adapter]
-    if missing:
-        faults.append(f"missing: {_some(missing)}")
-    if unexpected:
-        faults.append(f"unexpected: {_some(unexpected)}")
+    faults += [f"{what}: {_some(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names]
     if wrong:
         name = wrong[0]
         shapes = f"{list(tensors[name].shape)}, expected {list(expected[name].shape)}"
@@ -138,9 +133,7 @@ class LoraMetadata:
 def write_lora(path: str | Path, tensors: Mapping[str, Tensor], metadata: LoraMetadata) -> None:
     """Write adapters (`<layer>.lora_A.weight`, `<layer>.lora_B.weight`) as one .safetensors file."""
     file_metadata = {"format": "pt", METADATA_KEY: json.dumps({"format": 1, **asdict(metadata)})}
-    content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, file_metadata)
-    with atomic_write(path, overwrite=True) as file:
-        file.write(content)
+    write_safetensors(path, tensors, file_metadata, overwrite=True)
 
 
 @torch.no_grad()
@@ -162,7 +155,12 @@ def apply_lora(net: nn.Module, path: str | Path, scale: float = 1.0) -> int:
     """
     if not torch.isfinite(torch.tensor(float(scale))):
         raise SettingError(f"lora_scale is {scale}; it must be a finite number (1 is full strength).")
-    path = _lora_file(Path(path))
+    path = Path(path)
+    if os.path.isdir(path):  # of peft or diffusers
+        found = [path / name for name in LORA_FILES if os.path.isfile(path / name)]
+        if not found:
+            raise CheckpointError(f"The folder {path} holds no adapter: there is no {' or '.join(LORA_FILES)} in it.")
+        path = found[0]
     file = read_tensors(path)
     check_formats(file.tensors, path)
     check_finite(file.tensors, path)
@@ -174,11 +172,11 @@ def apply_lora(net: nn.Module, path: str | Path, scale: float = 1.0) -> int:
         weight = own[f"{layer}.weight"]
         axes = {down.ndim, up.ndim} <= {2, weight.ndim} and down.numel() and up.numel()
         down, up = (half.float().reshape(len(half), -1) if axes else half for half in (down, up))
-        if not axes or (up.shape[0], down.shape[1]) != weight.flatten(1).shape:
-            here = tuple(weight.shape)
-            raise CheckpointError(f"{path} adapts {layer}, of shape {here} here; it is of another network.")
-        if up.shape[1] != down.shape[0]:
-            raise CheckpointError(f"{path} is damaged: the two halves of {layer} do not fit together.")
+        if not axes or (up.shape[0], down.shape[1]) != weight.flatten(1).shape or up.shape[1] != down.shape[0]:
+            raise CheckpointError(
+                f"{path} adapts {layer}, of shape {list(weight.shape)} here, by halves of {list(up.shape)} and "
+                f"{list(down.shape)}; it is of another network."
+            )
         changes.append((layer, (weight, down, up, scale * strengths.of(layer, len(down)))))
     for layer, change in changes:
         if not torch.isfinite(_changed(*change)).all():
@@ -196,22 +194,12 @@ def _changed(weight: Tensor, down: Tensor, up: Tensor, strength: float) -> Tenso
     return (weight.float() + strength * change).to(weight.dtype)
 
 
-def _lora_file(path: Path) -> Path:
-    """The adapter's file: of a folder, the one that peft or diffusers writes."""
-    found = [path / name for name in LORA_FILES if os.path.isfile(path / name)] if os.path.isdir(path) else [path]
-    if found:
-        return found[0]
-    raise CheckpointError(f"The folder {path} holds no adapter: there is no {' or '.join(LORA_FILES)} in it.")
-
-
 def lora_summary(path: Path, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> dict[str, Any]:
     """What an adapter's file, and the configuration beside it, say of its layers and strength, as plain values."""
     found = [(match, shape) for name, shape in shapes.items() if (match := _LORA_NAME.fullmatch(name))]
     ranks = sorted({shape[0] for match, shape in found if match["down"] and shape})
     strengths = _LoraStrengths(path, metadata, {})
     known = {"layers": sum(bool(match["down"]) for match, _ in found), "rank": ranks[0] if len(ranks) == 1 else ranks}
-    if strengths.ours is not None:
-        return known | {"strength": strengths.ours}
     if strengths.alpha is None:
         each = any(match["alpha"] for match, _ in found)
         return known | {"alpha": "of each layer, in the file" if each else "not said; the rank is taken"}
@@ -254,25 +242,17 @@ def _lora_layers(
 
 
 class _LoraStrengths:
-    """alpha / rank of the layers of an adapter: from our metadata, the file's alphas, or peft's configuration."""
+    """alpha / rank of the layers of an adapter: from the file's alphas, or from what describes it as peft does."""
 
     def __init__(self, path: Path, metadata: Mapping[str, str], alphas: Mapping[str, float]) -> None:
         self.alphas = alphas
-        self.ours = _own_strength(path, metadata)
-        self.config: dict[str, Any] = {}
-        beside = path.with_name("adapter_config.json")
         try:
-            if "lora_adapter_metadata" in metadata:  # diffusers: "transformer.lora_alpha" and so on
-                config = parse_json(metadata["lora_adapter_metadata"])
-                self.config = {key.partition(".")[2]: value for key, value in config.items()}
-            elif path.name in LORA_FILES and os.path.isfile(beside):
-                self.config = {**read_json(beside)}
+            self.config = _lora_config(path, metadata)
             alpha = self.config.get("lora_alpha")
             self.alpha = None if alpha is None else float(alpha)
-            self.pattern = {
-                _layer_pattern(key): float(value) for key, value in (self.config.get("alpha_pattern") or {}).items()
-            }
-        except (OSError, re.error, ValueError, TypeError, AttributeError) as error:
+            patterns = self.config.get("alpha_pattern") or {}
+            self.pattern = {_layer_pattern(key): float(value) for key, value in patterns.items()}
+        except (OSError, re.error, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"The configuration of the adapter {path} cannot be read: {error}.") from error
         # What changes the computation beyond alpha and rank.
         odd = [key for key, value in self.config.items() if key.startswith("use_") and value and key != "use_rslora"]
@@ -285,12 +265,24 @@ class _LoraStrengths:
 
     def of(self, layer: str, rank: int) -> float:
         """The strength of one layer."""
-        if self.ours is not None:
-            return self.ours
         named = (value for key, value in self.pattern.items() if key.fullmatch(layer))
         alpha = self.alphas.get(layer, next(named, self.alpha))
         divisor = math.sqrt(rank) if self.config.get("use_rslora") else rank
         return 1.0 if alpha is None else alpha / divisor
+
+
+def _lora_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """An adapter's configuration by peft's names: from our metadata or diffusers', or from peft's file beside it."""
+    beside = path.with_name("adapter_config.json")
+    if METADATA_KEY in metadata:
+        record = parse_json(metadata[METADATA_KEY])
+        if record["format"] != 1:
+            raise ValueError("its format is unknown")
+        return {"lora_alpha": record["alpha"]}
+    if "lora_adapter_metadata" in metadata:  # diffusers: "transformer.lora_alpha" and so on
+        config = parse_json(metadata["lora_adapter_metadata"])
+        return {key.partition(".")[2]: value for key, value in config.items()}
+    return {**read_json(beside)} if path.name in LORA_FILES and os.path.isfile(beside) else {}
 
 
 def _layer_pattern(pattern: str) -> re.Pattern[str]:
@@ -298,17 +290,3 @@ def _layer_pattern(pattern: str) -> re.Pattern[str]:
     if re.search(r"\)[*+?{]", pattern) or len(re.findall("[*+{]", pattern)) > 3:
         raise ValueError(f"the pattern {pattern[:80]!r} is not plain enough")
     return re.compile(rf"(.*\.)?({pattern})")
-
-
-def _own_strength(path: str | Path, metadata: Mapping[str, str]) -> float | None:
-    """Alpha / rank by `LoraMetadata`, which holds for all layers; None where there is none."""
-    if METADATA_KEY not in metadata:
-        return None
-    try:
-        record = parse_json(metadata[METADATA_KEY])
-        rank, alpha = record["rank"], float(record["alpha"])
-        if record.get("format") != 1 or type(rank) is not int or rank < 1:
-            raise ValueError("its format or rank is unknown")
-    except (ValueError, KeyError, TypeError, AttributeError) as fault:
-        raise CheckpointError(f"{path} describes itself wrongly ({fault}); export it again.") from None
-    return alpha / rank

@@ -66,10 +66,9 @@ class CheckpointMetadata:
                     f"{source} is of format {record.get('format')!r}, this version reads {FORMAT}; update pidecode."
                 )
             config: PiDConfig | TinyDecoderConfig | None = None
-            if record["kind"] == "feed-forward":
-                config = TinyDecoderConfig.from_dict(record["config"])
-            elif record["kind"] != "encoder":
-                config = PiDConfig.from_dict(record["config"])
+            if record["kind"] != "encoder":
+                described = TinyDecoderConfig if record["kind"] == "feed-forward" else PiDConfig
+                config = described.from_dict(record["config"])
             if isinstance(config, PiDConfig) and record.get("prediction", config.prediction) != config.prediction:
                 raise ValueError("prediction is said twice, differently")
             known = {"format", "kind", "space", "variant", "license", "times", "prediction"}

@@ -120,10 +120,9 @@ def read_tensors(path: str | Path, *, eight_bits: bool = False) -> WeightFile:
         raise CheckpointError(f"{path} is {what}.")
     if looks_like_safetensors(start) or (path.suffix == ".safetensors" and not start.startswith(_ZIP)):
         header, tensors = read_safetensors(path)
-        if small := sorted(
-            {entry.dtype for entry in header.tensors.values() if entry.dtype.startswith(("F8", "F6", "F4"))}
-            - ({"F8_E4M3", "F8_E5M2"} if eight_bits else set())
-        ):
+        read = {"F8_E4M3", "F8_E5M2"} if eight_bits else set()
+        formats = {entry.dtype for entry in header.tensors.values()} - read
+        if small := sorted(each for each in formats if each.startswith(("F8", "F6", "F4"))):
             raise _quantized(path, small)
         if not tensors:
             raise CheckpointError(f"{path} holds no tensors; weights were expected.")
@@ -146,8 +145,6 @@ def load_pickle(source: Path | bytes, name: object) -> Any:
     size = len(source) if isinstance(source, bytes) else source.stat().st_size
     with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
         zipped = file.read(len(_ZIP)) == _ZIP  # as torch tells it: a pickle may end in an archive, which it ignores
-        if zipped:
-            _check_archive(name, file, size)
         _scan_pickle(name, file, size, zipped=zipped)
         file.seek(0)
         try:
@@ -167,13 +164,9 @@ def load_pickle(source: Path | bytes, name: object) -> Any:
             ) from None
 
 
-def _check_archive(name: object, file: BinaryIO, size: int) -> None:
-    """torch.save stores entries uncompressed; anything else is a trap or another kind of archive."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as fault:
-        raise CheckpointError(f"{name} is a damaged archive ({fault}); fetch it again.") from None
+def _entry_sizes(name: object, archive: zipfile.ZipFile, size: int) -> dict[str, int]:
+    """Sizes of an archive's entries. torch.save stores them uncompressed; anything else is another kind or a trap."""
+    entries = archive.infolist()
     names = [entry.filename for entry in entries]
     if len(set(names)) != len(names) or sum(inner.endswith("data.pkl") for inner in names) > 1:
         raise CheckpointError(f"{name} holds two files of one name; do not trust this file.")
@@ -183,6 +176,7 @@ def _check_archive(name: object, file: BinaryIO, size: int) -> None:
         raise CheckpointError(f"{name} is compressed, which torch.save never does; do not trust this file.")
     if sum(entry.file_size for entry in entries) > size:
         raise CheckpointError(f"{name} claims to hold more bytes than it has; do not trust this file.")
+    return {entry.filename: entry.file_size for entry in entries}
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +200,7 @@ def _scan_pickle(path: object, file: BinaryIO, size: int, *, zipped: bool) -> No
                 _Scan(path, stream, size, lambda key: size).run()
             return
         with zipfile.ZipFile(file) as archive:
-            sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+            sizes = _entry_sizes(path, archive, size)
             name = next(name for name in sizes if name.endswith("data.pkl"))
             if sizes[name] > MAX_PICKLE_BYTES:
                 raise CheckpointError(
@@ -262,8 +256,10 @@ class _Scan:
             items = self._to_mark() if name == "SETITEMS" else [stack.pop(), stack.pop()][::-1]
             if len(items) % 2 or not all(isinstance(key, (str, int)) for key in items[::2]):
                 raise ValueError("a name in it is neither text nor a number")
-        elif name in ("APPEND", "APPENDS"):
-            _ = self._to_mark() if name == "APPENDS" else stack.pop()
+        elif name == "APPENDS":
+            self._to_mark()
+        elif name == "APPEND":
+            stack.pop()
         elif name == "REDUCE":
             self._call(stack.pop(), stack.pop())
         elif name == "BUILD":
@@ -350,7 +346,7 @@ def only_tensors(path: object, content: Any) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-def strip_prefixes(tensors: Mapping[str, Tensor], source: str | Path = "the file") -> dict[str, Tensor]:
+def strip_prefixes(tensors: Mapping[str, Tensor], source: object = "the file") -> dict[str, Tensor]:
     """Names as the network has them; other networks in the same file and `_extra_state` entries are left out.
 
     A tensor that belongs to nothing known keeps its name, so that loading can report it.
@@ -363,26 +359,22 @@ def strip_prefixes(tensors: Mapping[str, Tensor], source: str | Path = "the file
         wrapper = next((prefix for prefix in _WRAPPERS if any(name.startswith(prefix) for name in kept)), None)
         if wrapper is None:
             break
-        stripped: dict[str, Tensor] = {}
-        for name, tensor in kept.items():
-            inside = name.startswith(wrapper)
-            if not inside and name.startswith(_STRANGERS):
-                continue
-            short = name.removeprefix(wrapper)
-            if short in stripped:
-                raise CheckpointError(f"{source} holds {short} twice, with and without the prefix {wrapper!r}.")
-            stripped[short] = tensor
+        own = [name for name in kept if name.startswith(wrapper) or not name.startswith(_STRANGERS)]
+        stripped = {name.removeprefix(wrapper): kept[name] for name in own}
+        if len(stripped) < len(own):
+            twice = next(name for name in stripped if name in kept and wrapper + name in kept)
+            raise CheckpointError(f"{source} holds {twice} twice, with and without the prefix {wrapper!r}.")
         kept = stripped
     return {name: tensor for name, tensor in kept.items() if not name.startswith(_STRANGERS)}
 
 
-def check_formats(tensors: Mapping[str, Tensor], source: str | Path = "the file") -> None:
+def check_formats(tensors: Mapping[str, Tensor], source: object = "the file") -> None:
     """Raises CheckpointError unless every tensor is an ordinary floating-point one."""
     marks = sorted({mark for name in tensors for mark in _QUANTIZED_NAMES if name.endswith(mark)})
-    small = sorted({_plain(t.dtype) for t in tensors.values() if t.dtype not in FLOATS and t.dtype.is_floating_point})
+    wrong = [name for name, tensor in tensors.items() if tensor.dtype not in FLOATS]
+    small = sorted({_plain(tensors[name].dtype) for name in wrong if tensors[name].is_floating_point()})
     if marks or small:
         raise _quantized(source, layer_formats(tensors, {}) + small + marks)
-    wrong = [name for name, tensor in tensors.items() if tensor.dtype not in FLOATS]
     if wrong:
         raise CheckpointError(
             f"{source} stores {wrong[0]} as {_plain(tensors[wrong[0]].dtype)}{_and_more(wrong)}; "
@@ -398,7 +390,7 @@ _NOTES = (".comfy_quant", ".weight_scale", ".scale_weight", ".input_scale", ".sc
 
 
 def dequantized(
-    tensors: Mapping[str, Tensor], dtype: torch.dtype, source: str | Path, metadata: Mapping[str, str] | None = None
+    tensors: Mapping[str, Tensor], dtype: torch.dtype, source: object, metadata: Mapping[str, str] | None = None
 ) -> dict[str, Tensor]:
     """Weights of a file of ComfyUI's that are stored in fp8 or int8, times their scale; others as they are.
 
@@ -444,7 +436,7 @@ def layer_formats(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
     return sorted(found | {"convrot" for note in notes if re.search(rb'"convrot"\s*:\s*true', note)})
 
 
-def check_finite(tensors: Mapping[str, Tensor], source: str | Path = "the file") -> None:
+def check_finite(tensors: Mapping[str, Tensor], source: object) -> None:
     """Raises CheckpointError naming the first tensor with NaN or infinite values."""
     bounds = {name: torch.stack(torch.aminmax(tensor)) for name, tensor in tensors.items() if tensor.numel()}
     bad = [name for name, low_high in bounds.items() if not torch.isfinite(low_high).all()]
@@ -455,7 +447,7 @@ def check_finite(tensors: Mapping[str, Tensor], source: str | Path = "the file")
         )
 
 
-def _quantized(source: str | Path, marks: list[str]) -> CheckpointError:
+def _quantized(source: object, marks: list[str]) -> CheckpointError:
     """An error that calls the format what people call it: by its dtypes, or by what ComfyUI stores of a layer."""
     found = ", ".join(marks)
     names = {"F4": "NVFP4", "nvfp4": "NVFP4", "mxfp8": "MXFP8", "F8_E8M0": "MXFP8", "absmax": "bitsandbytes"}

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib
 import inspect
 import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from pidecode.errors import CheckpointError, DownloadError, MissingDependencyError, PidecodeError, SettingError
+from pidecode.errors import CheckpointError, DownloadError, PidecodeError, SettingError
 from pidecode.files import atomic_write, sync
 from pidecode.registry.checkpoints import (
     CHECKPOINTS,
@@ -68,16 +67,20 @@ class HubCache:
     @property
     def folder(self) -> Path:
         """The cache folder."""
-        return Path(os.path.expanduser(self.cache_dir or _library(".constants").HF_HUB_CACHE))
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        return Path(os.path.expanduser(self.cache_dir or HF_HUB_CACHE))
 
     def cached(self, repository: str, path: str, revision: str | None = None) -> Path | None:
         """The file, if it is in the cache; never asks the network.
 
         Without a revision, it is the main revision's; where that came later for other files, the one it was fetched at.
         """
+        from huggingface_hub import try_to_load_from_cache
+
         for one in (revision,) if revision else (None, self._recorded(repository, path)):
-            found = _library().try_to_load_from_cache(repository, path, cache_dir=self.folder, revision=one)
-            if isinstance(found, (str, Path)) and Path(found).is_file():
+            found = try_to_load_from_cache(repository, path, cache_dir=self.folder, revision=one)
+            if isinstance(found, str) and os.path.isfile(found):
                 return Path(found)
         return None
 
@@ -87,10 +90,9 @@ class HubCache:
         The revision is that of `cached`.
         """
         home = self.folder / f"models--{repository.replace('/', '--')}"
-        try:
+        main = ""
+        with suppress(OSError):
             main = (home / "refs" / "main").read_text(encoding="utf-8").strip()
-        except OSError:
-            main = None
         for revision in filter(None, (main, self._recorded(repository, folder))):
             if (found := home / "snapshots" / revision / folder).is_dir():
                 return found
@@ -102,9 +104,11 @@ class HubCache:
         Raises:
             DownloadError: The hub does not answer; the message names the command that downloads `path`.
         """
+        from huggingface_hub import HfApi
+
         with _explained(repository, path):
-            info = _library().HfApi(endpoint=self.endpoint, token=self.token).model_info(repository)
-        if not _COMMIT.fullmatch(info.sha or ""):
+            info = HfApi(endpoint=self.endpoint, token=self.token).model_info(repository)
+        if not info.sha or not _COMMIT.fullmatch(info.sha):
             raise DownloadError(f"{repository}: the hub does not say which commit is its newest; try again later.")
         return info.sha, [sibling.rfilename for sibling in info.siblings or ()]
 
@@ -135,17 +139,18 @@ class HubCache:
         """
         if found := self.cached(repository, path, revision):
             return found
+        import huggingface_hub
+
         with _explained(repository, path):
-            library = _library()
-            url = library.hf_hub_url(repository, path, revision=revision, endpoint=self.endpoint)
-            about = library.get_hf_file_metadata(url, token=self.token)
+            url = huggingface_hub.hf_hub_url(repository, path, revision=revision, endpoint=self.endpoint)
+            about = huggingface_hub.get_hf_file_metadata(url, token=self.token)
             if about.etag is None or about.size is None or not _ETAG.fullmatch(about.etag):
                 raise DownloadError(f"{repository}: the hub does not say how large {path} is; try again later.")
             _check_known(repository, path, about.etag, expected)
             blob = self.folder / f"models--{repository.replace('/', '--')}" / "blobs" / about.etag
             if not blob.exists():
                 self._fetch_blob(url, about, blob, _reporter(path, on_progress))
-            done = library.hf_hub_download(
+            done = huggingface_hub.hf_hub_download(
                 repository, path, revision=revision, cache_dir=self.folder, endpoint=self.endpoint, token=self.token
             )
             digest = about.etag if len(about.etag) == _SHA256_DIGITS else sha256(done)
@@ -179,8 +184,9 @@ class HubCache:
     def _fetch_blob(self, url: str, about: Any, blob: Path, bar: type[tqdm[Any]]) -> None:
         from filelock import FileLock, Timeout
         from huggingface_hub.file_download import http_get
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-        headers: dict[str, str] = _library(".utils").build_hf_headers(token=self.token)
+        headers = build_hf_headers(token=self.token)
         if urlsplit(about.location).netloc != urlsplit(url).netloc:  # storage elsewhere must not see the token
             headers.pop("authorization", None)
         blob.parent.mkdir(parents=True, exist_ok=True)
@@ -203,15 +209,6 @@ class HubCache:
         Path(f"{part}.lock").unlink(missing_ok=True)
 
 
-def _library(part: str = "") -> Any:
-    try:
-        return importlib.import_module(f"huggingface_hub{part}")
-    except ImportError as fault:
-        raise MissingDependencyError(
-            "Hub files need huggingface_hub; install it with `pip install huggingface-hub`."
-        ) from fault
-
-
 def _check_known(repository: str, path: str, digest: str, expected: str | None) -> None:
     """Compare a SHA-256 with the registry's, where it has one; a hub's name of another kind is no SHA-256."""
     if expected is not None and len(digest) == _SHA256_DIGITS and digest != expected:
@@ -224,10 +221,12 @@ def _check_known(repository: str, path: str, digest: str, expected: str | None) 
 def _verify(part: Path, about: Any) -> None:
     """The hub names large files by their SHA-256, small ones by git's SHA-1."""
     size, etag = part.stat().st_size, about.etag
-    wrong = size != about.size or (len(etag) == _SHA256_DIGITS and sha256(part) != etag)
-    if not wrong and re.fullmatch(r"[0-9a-f]{40}", etag):
-        wrong = hashlib.sha1(b"blob %d\0" % size + part.read_bytes(), usedforsecurity=False).hexdigest() != etag
-    if wrong:
+    right = size == about.size
+    if right and len(etag) == _SHA256_DIGITS:
+        right = sha256(part) == etag
+    elif right and re.fullmatch(r"[0-9a-f]{40}", etag):
+        right = hashlib.sha1(b"blob %d\0" % size + part.read_bytes(), usedforsecurity=False).hexdigest() == etag
+    if not right:
         part.unlink()
         raise DownloadError("The file arrived damaged and was deleted; run the same command again.")
 
@@ -241,8 +240,7 @@ def _reporter(path: str, on_progress: DownloadCallback | None) -> type[tqdm[Any]
         def __init__(self, *args: Any, **settings: Any) -> None:
             settings.pop("name", None)
             super().__init__(*args, **{**settings, "disable": True})
-            self.seen = int(settings.get("initial") or 0)
-            self.whole = settings.get("total")
+            self.seen, self.whole = int(settings.get("initial") or 0), settings.get("total")
 
         def update(self, n: float | None = 1) -> bool | None:
             self.seen += int(n or 0)
@@ -263,33 +261,32 @@ def command(repository: str, path: str | None) -> str:
 @contextmanager
 def _explained(repository: str, path: str | None) -> Iterator[None]:
     """Turn whatever the library raises into one DownloadError; our own errors and cancelling pass."""
+    from huggingface_hub import errors
+
+    what = f"{repository}: {path}" if path else repository
+    by_hand = f"On a machine that can, run {command(repository, path)}; a copy of its cache folder works here too."
     try:
         yield
     except PidecodeError:
         raise
     except Exception as fault:  # the library's HTTP client, and with it the exceptions, changed between versions
-        raise DownloadError(_explanation(fault, repository, path)) from fault
-
-
-def _explanation(fault: Exception, repository: str, path: str | None) -> str:
-    errors = _library(".errors")
-    what = f"{repository}: {path}" if path else repository
-    by_hand = f"On a machine that can, run {command(repository, path)}; a copy of its cache folder works here too."
-    if isinstance(fault, errors.GatedRepoError):
-        return (
-            f"{what} is gated: accept its terms at https://huggingface.co/{repository}, then run `hf auth login` "
-            "and the same command again."
-        )
-    if isinstance(fault, errors.RepositoryNotFoundError):
-        return f"{what} was not found: it does not exist, or it is private (`hf auth login`)."
-    if isinstance(fault, errors.EntryNotFoundError) and not isinstance(fault, FileNotFoundError):
-        return f"{what} is not in the repository any more; see https://huggingface.co/{repository}."
-    if isinstance(fault, errors.OfflineModeIsEnabled):
-        return f"{what} is not on this machine, and offline mode is on (HF_HUB_OFFLINE). {by_hand}"
-    if isinstance(fault, OSError) and fault.errno == errno.ENOSPC:
-        return f"{what} does not fit: the disk is full. Free some space and run the same command again."
-    reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0][:160]
-    return f"{what} could not be fetched ({type(fault).__name__}: {reason}). What arrived is kept. {by_hand}"
+        if isinstance(fault, errors.GatedRepoError):
+            why = (
+                f"is gated: accept its terms at https://huggingface.co/{repository}, then run `hf auth login` "
+                "and the same command again."
+            )
+        elif isinstance(fault, errors.RepositoryNotFoundError):
+            why = "was not found: it does not exist, or it is private (`hf auth login`)."
+        elif isinstance(fault, errors.EntryNotFoundError) and not isinstance(fault, FileNotFoundError):
+            why = f"is not in the repository any more; see https://huggingface.co/{repository}."
+        elif isinstance(fault, errors.OfflineModeIsEnabled):
+            why = f"is not on this machine, and offline mode is on (HF_HUB_OFFLINE). {by_hand}"
+        elif isinstance(fault, OSError) and fault.errno == errno.ENOSPC:
+            why = "does not fit: the disk is full. Free some space and run the same command again."
+        else:
+            reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0][:160]
+            why = f"could not be fetched ({type(fault).__name__}: {reason}). What arrived is kept. {by_hand}"
+        raise DownloadError(f"{what} {why}") from fault
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -349,7 +346,10 @@ def resolve_checkpoint(
         if str(name).lower() == REPOSITORY.lower():
             row = _row(space, variant, kind, REPOSITORY)
             return _released(row, _in_official(row, hub), space, hub)
-        path = _snapshot(str(name), hub)
+        found = hub.snapshot(str(name))
+        if found is None:
+            raise DownloadError(f"{name} is not on this machine; fetch it with {command(str(name), None)}.")
+        path = found
     if os.path.isdir(path):
         path = _in_folder(path, space, variant, kind)
     encoder = cached_encoder_path(get_space(space).name, hub) if space in {*SPACES, *ALIASES} else None
@@ -395,9 +395,7 @@ def cached_encoder_path(space: str, hub: HubCache | None = None) -> Path | None:
     row, hub = ENCODERS.get(space), hub or HubCache()
     if row is None:
         return None
-    if not row.path.endswith("/"):
-        return hub.cached(row.repository, row.path)
-    return hub.snapshot(row.repository, row.path)
+    return (hub.snapshot if row.path.endswith("/") else hub.cached)(row.repository, row.path)
 
 
 def default_encoder_path(space: str | None) -> Path | None:
@@ -427,10 +425,10 @@ def _in_folder(folder: Path, space: str | None, variant: str | None, kind: Netwo
             return found
         names = ", ".join(other.name for other in here)
         raise CheckpointError(f"{folder} has no {row.name} ({row.path}); it has {names}.")
-    if weights:
-        names = ", ".join(path.name for path in weights[:6])
-        raise CheckpointError(f"{folder} holds {len(weights)} weights files ({names}); name the one you mean.")
-    raise CheckpointError(f"{folder} holds no weights file ({', '.join(_SUFFIXES)}); name the file.")
+    if not weights:
+        raise CheckpointError(f"{folder} holds no weights file ({', '.join(_SUFFIXES)}); name the file.")
+    names = ", ".join(path.name for path in weights[:6])
+    raise CheckpointError(f"{folder} holds {len(weights)} weights files ({names}); name the one you mean.")
 
 
 def _official(folder: Path, path: str) -> Path | None:
@@ -450,19 +448,12 @@ def _in_official(row: Checkpoint, hub: HubCache) -> Path:
     if row.bundled:
         return asset(row.path)
     repository = row.repository or REPOSITORY
-    if found := hub.cached(repository, row.path, row.revision):
-        return found
-    if found := next(filter(None, (hub.cached(repository, path) for path in _official_paths(row.path))), None):
-        return found
+    for path, revision in ((row.path, row.revision), *((path, None) for path in _official_paths(row.path))):
+        if found := hub.cached(repository, path, revision):
+            return found
     teacher = f" --kind {row.kind}" if row.kind == "teacher" else ""
     raise DownloadError(
-        f"{row.name} of {row.repository} is not on this machine. Fetch it with "
-        f"`pidecode pull {row.space} --variant {row.variant}{teacher}`, which first shows its license "
-        f"({row.license.name}), or with {command(row.repository or REPOSITORY, row.path)}."
+        f"{row.name} of {repository} is not on this machine. Fetch it with `pidecode pull {row.space} "
+        f"--variant {row.variant}{teacher}`, which first shows its license ({row.license.name}), or with "
+        f"{command(repository, row.path)}."
     )
-
-
-def _snapshot(repository: str, hub: HubCache) -> Path:
-    if folder := hub.snapshot(repository):
-        return folder
-    raise DownloadError(f"{repository} is not on this machine; fetch it with {command(repository, None)}.")

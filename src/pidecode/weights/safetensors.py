@@ -153,7 +153,7 @@ def read_header(
         raise CheckpointError(f"The header of {name} has {length:,} bytes; at most {max_header_bytes:,} are read.")
     text = source[8 : 8 + length] if isinstance(source, bytes) else read_start(source, 8 + length)[8:]
     try:
-        fields = parse_json(text, max_bytes=MAX_HEADER_BYTES)
+        fields = parse_json(text)
     except JSONError as error:
         raise CheckpointError(f"{name} has no readable .safetensors header: {error}. Fetch it again.") from None
     if not isinstance(fields, dict):
@@ -174,8 +174,7 @@ def read_safetensors(
     max_header_bytes: int = MAX_HEADER_BYTES,
 ) -> tuple[Header, dict[str, Tensor]]:
     """Tensors of a .safetensors file, all or those named, as views of it; the rest is as in `read_header`."""
-    import safetensors  # not at the top: reading headers needs neither it nor torch
-    import safetensors.torch
+    import safetensors.torch  # not at the top: reading headers needs neither it nor torch
 
     header = read_header(source, name=name, max_header_bytes=max_header_bytes)
     wanted = list(header.tensors if names is None else names)
@@ -201,11 +200,11 @@ def _parse_entry(path: object, name: str, entry: Any) -> TensorEntry:
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in BITS:
         raise CheckpointError(f"{path} stores tensor {name!r} as {dtype!r}; known formats are {', '.join(BITS)}.")
-    if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"{path} gives tensor {name!r} a shape or offsets that are not whole numbers.")
-    if len(shape) > _MAX_DIMENSIONS:
-        most = _MAX_DIMENSIONS
-        raise CheckpointError(f"{path} gives tensor {name!r} {len(shape)} dimensions; at most {most} are read.")
+    if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(shape) > _MAX_DIMENSIONS or len(offsets) != 2:
+        raise CheckpointError(
+            f"{path} gives tensor {name!r} a shape or offsets that are not whole numbers, or more than "
+            f"{_MAX_DIMENSIONS} dimensions; do not trust this file."
+        )
     begin, end = offsets
     needed = math.prod(shape) * BITS[dtype]
     if needed % 8 or end - begin != needed // 8:
@@ -265,36 +264,32 @@ def write_safetensors(
         FileError: The file exists or cannot be written.
         CheckpointError: A tensor's values overflow `dtype`.
     """
-    order = sorted(tensors, key=lambda name: _place(name, tensors[name], dtype or tensors[name].dtype))
+    stored = {name: dtype or tensor.dtype for name, tensor in tensors.items()}
+    sizes = {name: tensor.numel() * stored[name].itemsize for name, tensor in tensors.items()}
+    # Wide dtypes first, unaligned sizes last, so that nearly every tensor begins aligned.
+    order = sorted(tensors, key=lambda name: (-stored[name].itemsize, sizes[name] % _ALIGNMENT != 0, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name in order:
-        stored = dtype or tensors[name].dtype
-        begin, end = end, end + tensors[name].numel() * stored.itemsize
-        kind, shape = _NAMES[str(stored).removeprefix("torch.")], list(tensors[name].shape)
+        begin, end = end, end + sizes[name]
+        kind, shape = _NAMES[str(stored[name]).removeprefix("torch.")], list(tensors[name].shape)
         header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     with atomic_write(path, overwrite=overwrite) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            file.write(_bytes(name, tensors[name], dtype))
+            file.write(_bytes(name, tensors[name], stored[name]))
 
 
-def _place(name: str, tensor: Tensor, stored: torch.dtype) -> tuple[int, bool, str]:
-    """Order in the file: wide dtypes first, unaligned sizes last, so that nearly every tensor begins aligned."""
-    return -stored.itemsize, tensor.numel() * stored.itemsize % _ALIGNMENT != 0, name
-
-
-def _bytes(name: str, tensor: Tensor, dtype: torch.dtype | None) -> memoryview:
+def _bytes(name: str, tensor: Tensor, dtype: torch.dtype) -> memoryview:
     import torch  # not at the top: reading headers does not need it
 
-    stored = tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype)
-    if stored.dtype != tensor.dtype and not torch.isfinite(stored).all():
-        largest = tensor.detach().abs().max().item()
+    stored = tensor.detach().to(device="cpu", dtype=dtype)
+    if dtype != tensor.dtype and not torch.isfinite(stored).all():
         raise CheckpointError(
-            f"{name} has values up to {largest:g}, too large for {str(stored.dtype).removeprefix('torch.')}; "
-            "use bfloat16 or float32."
+            f"{name} has values up to {tensor.detach().abs().max().item():g}, too large for "
+            f"{str(dtype).removeprefix('torch.')}; use bfloat16 or float32."
         )
     values: Any = stored.contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(values)
