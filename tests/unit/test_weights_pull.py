@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import threading
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import huggingface_hub.constants
@@ -17,7 +16,7 @@ import pytest
 
 from pidecode.errors import Cancelled, CheckpointError, DownloadError, LicenseError, SettingError
 from pidecode.registry.checkpoints import TEXT_ENCODER, get_checkpoint
-from pidecode.weights.download import checkpoint_files, download_checkpoint
+from pidecode.weights.download import download_checkpoint
 from pidecode.weights.resolve import HubCache, asset, cached_encoder_path, resolve_checkpoint
 
 ROW = get_checkpoint("flux", "2k")
@@ -168,43 +167,41 @@ def test_everything_comes_in_one_go_after_the_license(hub, server, tmp_path):
 
 
 def test_folders_and_further_models(hub):
-    pulled = download_checkpoint("siglip", accept_license=True, parts=partial(checkpoint_files, text=False), hub=hub)
+    pulled = download_checkpoint("siglip", accept_license=True, text=False, hub=hub)
     assert (pulled.encoder / "sub" / "b.bin").read_bytes() == b"b" * 50
     assert pulled.text_encoder is None
     assert [path.name for path in pulled.others] == [COMMIT]
-    assert download_checkpoint("siglip", parts=partial(checkpoint_files, text=False), hub=hub) == pulled
+    assert download_checkpoint("siglip", text=False, hub=hub) == pulled
     assert cached_encoder_path("siglip", hub) == pulled.encoder
     (pulled.encoder / "a.json").unlink()
     with pytest.raises(LicenseError):
-        download_checkpoint("siglip", parts=partial(checkpoint_files, text=False), hub=hub)
+        download_checkpoint("siglip", text=False, hub=hub)
 
 
 def test_all_files_of_a_repository_come_from_one_commit(hub, server, tmp_path):
     server.moves = True
-    wanted = partial(checkpoint_files, text=False)
-    pulled = download_checkpoint("siglip", accept_license=True, parts=wanted, hub=hub)
+    pulled = download_checkpoint("siglip", accept_license=True, text=False, hub=hub)
     home = tmp_path / "cache" / "models--nvidia--PiD"
     (snapshot,) = (home / "snapshots").iterdir()
     assert snapshot.name == (home / "refs" / "main").read_text()
     assert pulled.decoder.is_relative_to(snapshot)
     assert pulled.encoder == snapshot / "checkpoints" / "scale_rae"
     # A newer commit comes for another decoder; what was fetched before is still found without the network.
-    download_checkpoint("flux", "2k", accept_license=True, parts=wanted, hub=hub)
+    download_checkpoint("flux", "2k", accept_license=True, text=False, hub=hub)
     assert len(list((home / "snapshots").iterdir())) == 2
     assert (home / "refs" / "main").read_text() != snapshot.name
     before = server.requests
-    assert download_checkpoint("siglip", parts=wanted, hub=hub) == pulled
+    assert download_checkpoint("siglip", text=False, hub=hub) == pulled
     assert (server.requests, cached_encoder_path("siglip", hub)) == (before, pulled.encoder)
     assert resolve_checkpoint("nvidia/PiD", space="siglip", hub=hub).path == pulled.decoder
 
 
 def test_an_interrupted_download_leaves_the_main_revision(hub, server, tmp_path):
-    wanted = partial(checkpoint_files, text=False)
-    download_checkpoint("siglip", accept_license=True, parts=wanted, hub=hub)
+    download_checkpoint("siglip", accept_license=True, text=False, hub=hub)
     main = tmp_path / "cache" / "models--nvidia--PiD" / "refs" / "main"
     server.moves, server.cut_at = True, 100
     with pytest.raises(DownloadError):
-        download_checkpoint("flux", "2k", accept_license=True, parts=wanted, hub=hub)
+        download_checkpoint("flux", "2k", accept_license=True, text=False, hub=hub)
     assert main.read_text() == COMMIT
 
 
@@ -267,8 +264,6 @@ def test_offline_mode_is_named(tmp_path):
 def test_what_ships_needs_no_fetching():
     with pytest.raises(SettingError, match="no student 'huge'"):
         download_checkpoint("flux", "huge")
-    with pytest.raises(SettingError, match="nothing to fetch"):
-        download_checkpoint("flux", parts=lambda row: [])
 
 
 def test_another_programs_text_encoder_counts(tmp_path):

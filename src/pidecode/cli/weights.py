@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
-from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,9 +47,8 @@ def pull(model: str, as_json: bool, accept_license: bool, **asked: Any) -> None:
     """
     from tqdm import tqdm
 
-    from pidecode.weights.download import checkpoint_files, download_checkpoint
+    from pidecode.weights.download import download_checkpoint
 
-    parts = partial(checkpoint_files, encoder=not asked["no_encoder"], text=not asked["no_text"])
     with ExitStack() as bars:
         drawn: dict[str, tqdm[Any]] = {}  # one bar per file
 
@@ -66,8 +64,9 @@ def pull(model: str, as_json: bool, accept_license: bool, **asked: Any) -> None:
             drawn[step.file].update(step.done - drawn[step.file].n)
 
         pulled = download_checkpoint(
-            model, asked["variant"], kind=asked["kind"], accept_license=accept_license, parts=parts, on_progress=show
-        )
+            model, asked["variant"], kind=asked["kind"], accept_license=accept_license,
+            encoder=not asked["no_encoder"], text=not asked["no_text"], on_progress=show,
+        )  # fmt: skip
     if asked["no_text"]:
         hint = "Prompts need their states: `pidecode captions export` writes them where the text encoder is."
         common.echo(hint, err=True)

@@ -135,8 +135,10 @@ def newest_checkpoint(folder: Path, progress: Callable[[str], None] | None = Non
                 if f"{sha256(path / name)}  {name}" not in sums:
                     raise FileError(f"{name} has changed since it was written, or {_CHECKSUMS} has")
             metadata = read_json(path / _STATE)
-            return StoredCheckpoint(path, int(metadata["step"]), read_safetensors(path / _TENSORS)[1], metadata)
-        except (OSError, ValueError, FileError, KeyError, TypeError) as fault:
+            if not isinstance(metadata, dict) or not isinstance(metadata.get("step"), int):
+                raise FileError(f"{_STATE} does not hold the number of steps")
+            return StoredCheckpoint(path, metadata["step"], read_safetensors(path / _TENSORS)[1], metadata)
+        except (OSError, ValueError, FileError) as fault:
             reason = f"{path} is damaged and skipped: {fault}"
             if progress is not None:
                 progress(reason)

@@ -99,22 +99,22 @@ def find_images(source: str | Path) -> ImageDataset:
         files = [root] if os.path.isfile(root) else sorted(_walk(root, skipped))
     except (OSError, ValueError, RuntimeError) as fault:  # a name too long, a null byte, ~ of an unknown user
         raise TrainingError(f"data.source={str(source)[:200]!r} cannot be read: {fault}.") from fault
-    entries: list[ImageEntry] = []
+    found: list[tuple[str, FileSlice, FileSlice | None]] = []
     base = root.parent if os.path.isfile(root) else root
     present = set(files)
     for path in files:
         name = _name(path.relative_to(base))
-        found: list[tuple[str, FileSlice, FileSlice | None]] = []
         if path.suffix.lower() == ".tar":
-            found = _in_shard(path, name, skipped)
+            found += _in_shard(path, name, skipped)
         elif path.suffix.lower() in IMAGES:
             beside = next((path.with_suffix(end) for end in _CAPTIONS if path.with_suffix(end) in present), None)
-            found = [(name, FileSlice(path), None if beside is None else FileSlice(beside))]
-        for each, image, caption in found:
-            try:
-                entries.append(ImageEntry(each, image, caption, *_size_of(image)))
-            except Exception as fault:  # a hostile file can make a decoder raise nearly anything
-                skipped[each] = str(fault) or type(fault).__name__
+            found.append((name, FileSlice(path), None if beside is None else FileSlice(beside)))
+    entries: list[ImageEntry] = []
+    for name, image, caption in found:
+        try:
+            entries.append(ImageEntry(name, image, caption, *_size_of(image)))
+        except Exception as fault:  # a hostile file can make a decoder raise nearly anything
+            skipped[name] = str(fault) or type(fault).__name__
     if not entries:
         first = next(iter(skipped.values()), None)
         why = f" {len(skipped)} files were skipped, the first because: {first}." if skipped else ""
@@ -146,12 +146,12 @@ def _in_shard(path: Path, name: str, skipped: dict[str, str]) -> list[tuple[str,
             for member in shard:
                 if not member.isfile():
                     continue
-                folder, slash, last = member.name.rpartition("/")
-                stem, dot, ending = last.partition(".")
-                key, source = folder + slash + stem, FileSlice(path, member.offset_data, member.size)
-                if (dot + ending).lower() in IMAGES:
+                _, dot, ending = member.name.rpartition("/")[2].partition(".")
+                key, suffix = member.name.removesuffix(dot + ending), (dot + ending).lower()
+                source = FileSlice(path, member.offset_data, member.size)
+                if suffix in IMAGES:
                     images[key] = source
-                elif (dot + ending).lower() in _CAPTIONS:
+                elif suffix in _CAPTIONS:
                     captions.setdefault(key, source)
     except (tarfile.TarError, OSError, EOFError) as fault:
         # What was read before the damage is complete and is used.
@@ -179,7 +179,6 @@ def _size_of(source: FileSlice) -> tuple[int, int]:
 class BatchIndices:
     """Entries of one forward pass over all processes, all of one bucket size."""
 
-    epoch: int
     size: tuple[int, int]
     entries: tuple[int, ...]
 
@@ -211,7 +210,7 @@ class BucketSampler:
                 shuffled = [members[index] for index in rng.permutation(len(members))]
                 for start in range(0, len(shuffled), self._batch_size):
                     chosen = [shuffled[(start + place) % len(shuffled)] for place in range(self._batch_size)]
-                    batches.append(BatchIndices(epoch, size, tuple(chosen)))
+                    batches.append(BatchIndices(size, tuple(chosen)))
             self._order = [batches[index] for index in rng.permutation(len(batches))]
         return self._order[place]
 

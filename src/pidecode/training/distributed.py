@@ -61,16 +61,6 @@ class DistEnv:
         return self.rank % self.context_parallel
 
 
-def _local_device() -> torch.device:
-    """This process's own device: of several accelerators, the one of its local rank."""
-    best = select_device()
-    if "LOCAL_RANK" not in os.environ or best.type == "cpu":
-        return best
-    own = torch.device(best.type, int(os.environ["LOCAL_RANK"]))
-    torch.get_device_module(best).set_device(own)
-    return own
-
-
 @contextmanager
 def init_distributed(parallel: ParallelConfig, device: torch.device | None = None) -> Iterator[DistEnv]:
     """Join the processes torchrun started; without torchrun there is one.
@@ -81,7 +71,11 @@ def init_distributed(parallel: ParallelConfig, device: torch.device | None = Non
     Raises:
         SettingError: `parallel.context_parallel` does not divide the number of processes.
     """
-    device = device or _local_device()
+    if device is None:
+        device = select_device()
+        if "LOCAL_RANK" in os.environ and device.type != "cpu":  # of several accelerators, the process's own
+            device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+            torch.get_device_module(device).set_device(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size % parallel.context_parallel:
         raise SettingError(

@@ -62,7 +62,10 @@ class Discriminator(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class DistillationModels:
-    """The networks of a distillation: three of one architecture, and the discriminator."""
+    """The networks of a distillation: three of one architecture, and the discriminator.
+
+    Those that a phase does not train are called without DDP's wrapping, which waits for their gradients.
+    """
 
     student: nn.Module
     teacher: nn.Module
@@ -126,11 +129,11 @@ def student_loss(
             unconditional = models.teacher(x_t, t_B, batch.with_null_text()).prediction
             guided = unconditional + config.guidance_scale * (guided - unconditional)
         teacher_clean = to_clean(models.teacher, guided, x_t, t_B)
-        fake_clean = _clean(models.fake, x_t, t_B, batch)
+        fake_clean = _clean(unwrap(models.fake), x_t, t_B, batch)
     loss = losses.distribution_matching(generated, teacher_clean, fake_clean)
     parts = {"dmd": loss.detach(), "mse": (generated.detach() - batch.image).square().mean()}
     if adversarial and models.discriminator is not None:
-        g_loss = losses.generator_adversarial(models.discriminator(output_t.features))
+        g_loss = losses.generator_adversarial(unwrap(models.discriminator)(output_t.features))
         parts["g_loss"] = g_loss.detach()
         loss = loss + gan_weight * g_loss
     return LossOutput(loss, parts), {"student": generated.detach(), "teacher": teacher_clean, "fake": fake_clean}
@@ -139,7 +142,7 @@ def student_loss(
 def fake_score_loss(models: DistillationModels, batch: TrainBatch, rng: RNG, config: DistillationConfig) -> LossOutput:
     """The other phase: the fake score learns the student's images, the discriminator to tell them from real ones."""
     with torch.no_grad():
-        generated = generate(models.student, batch, rng, config)
+        generated = generate(unwrap(models.student), batch, rng, config)
         t_B, noise, x_t = _perturb(generated, rng, config)
     prediction = models.fake(x_t, t_B, batch).prediction
     loss = losses.flow_matching(to_velocity(models.fake, prediction, x_t, t_B), generated, noise)

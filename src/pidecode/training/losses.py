@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from pidecode.errors import MissingDependencyError, SettingError
 
 _TINY = 1e-6
-DINO_PATCH = 14
-_DINO_MEAN, _DINO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_DINO_PATCH, _DINO_MEAN, _DINO_STD = 14, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # BT.601, the opponent space of JPEG: rows give Y, Cb and Cr from red, green and blue in [0, 1].
 _YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 
@@ -105,17 +104,17 @@ def feature_alignment(projected: Tensor, reference: Tensor) -> Tensor:
     Raises:
         SettingError: The counts differ and are not both square.
     """
-    pair, counts = [projected.float(), reference.float()], (projected.shape[1], reference.shape[1])
+    pair, counts = [projected.float(), reference.float()], [projected.shape[1], reference.shape[1]]
     if counts[0] != counts[1]:
         sides = [math.isqrt(count) for count in counts]
-        if [side * side for side in sides] != list(counts):
+        if [side * side for side in sides] != counts:
             raise SettingError(
                 f"{counts[0]} network tokens and {counts[1]} encoder tokens are not both square "
                 "grids, so neither can be resized to the other; train on square images or switch this loss off."
             )
-        larger, smaller = sides.index(max(sides)), min(sides)
-        grid = pair[larger].transpose(1, 2).unflatten(2, (max(sides), max(sides)))
-        resized = F.interpolate(grid, size=(smaller, smaller), mode="bilinear", align_corners=False)
+        larger, side = sides.index(max(sides)), max(sides)
+        grid = pair[larger].transpose(1, 2).unflatten(2, (side, side))
+        resized = F.interpolate(grid, size=min(sides), mode="bilinear", align_corners=False)
         pair[larger] = resized.flatten(2).transpose(1, 2)
     ours, theirs = (F.normalize(tokens, dim=-1) for tokens in pair)
     return 1 - F.cosine_similarity(ours, theirs, dim=2, eps=1e-5).mean()
@@ -128,10 +127,8 @@ def reconstruction(generated: Tensor, image: Tensor, *, edge_weight: float = 0.5
     """
     values = charbonnier(generated - image)
     along, across = (charbonnier(torch.diff(generated, dim=axis) - torch.diff(image, dim=axis)) for axis in (-2, -1))
-    edges = along + across
-    parts = {"image": values.detach(), "edges": edges.detach()}
-    parts["mse"] = (generated.detach() - image).square().mean()
-    return values + edge_weight * edges, parts
+    edges, mse = along + across, (generated.detach() - image).square().mean()
+    return values + edge_weight * edges, {"image": values.detach(), "edges": edges.detach(), "mse": mse}
 
 
 def charbonnier(difference: Tensor, softness: float = 1e-3) -> Tensor:
@@ -156,7 +153,7 @@ def r1_penalty(real_logits: Tensor, real: Tensor) -> Tensor:
 def encoder_input(image: Tensor, tokens: int) -> Tensor:
     """An image in [-1, 1] `[B, 3, H, W]`, normalized as DINOv2 expects and sized to show it `tokens` patches."""
     mean, std = (image.new_tensor(values).view(1, 3, 1, 1) for values in (_DINO_MEAN, _DINO_STD))
-    ratio = math.sqrt(tokens * DINO_PATCH**2 / (image.shape[-2] * image.shape[-1]))
+    ratio = math.sqrt(tokens * _DINO_PATCH**2 / (image.shape[-2] * image.shape[-1]))
     size = [round(side * ratio) for side in image.shape[-2:]]
     return F.interpolate(((image + 1) / 2 - mean) / std, size=size, mode="bicubic", align_corners=False)
 

@@ -22,8 +22,6 @@ from pidecode.training.config import TrainConfig
 from pidecode.training.denoiser import Denoiser, TrainBatch
 from pidecode.weights.detect import ADAPTER
 
-GB = 1e9
-
 
 class _SavedTensors:
     """Bytes autograd keeps in a forward pass of a network, by the block they arise in (None: outside any)."""
@@ -95,11 +93,9 @@ def state_bytes(config: TrainConfig, processes: int) -> int:
     if config.lora.rank:
         trained = 0  # a few million at most, beside which nothing else counts
     per_trained = 4 + 8 + (0 if config.ema.kind == "none" else 4)  # gradient, two moments, average
-    total = 4 * count + per_trained * trained
-    nets = 1
+    total, nets = 4 * count + per_trained * trained, 1
     if config.method == "student":
-        nets = 3
-        total += 4 * count + (4 + 4 + 8) * count  # the teacher; the fake score with gradient and moments
+        total, nets = total + 4 * count + (4 + 4 + 8) * count, 3  # teacher; fake score with gradient and moments
     if config.parallel.weights == "shard":
         block = max((sum(p.numel() for p in b.parameters()) for b in net.patch_blocks), default=0)
         rest = count - sum(p.numel() for b in (*net.patch_blocks, *net.pixel_blocks) for p in b.parameters())
@@ -120,7 +116,7 @@ def memory_table(config: TrainConfig, sizes: tuple[int, ...] = (2048, 4096)) -> 
     for processes, weights, context_parallel in ((1, "replicate", 1), (8, "shard", 1), (8, "shard", 8)):
         parallel = replace(config.parallel, weights=weights, context_parallel=context_parallel)  # type: ignore[arg-type]
         states = state_bytes(replace(config, parallel=parallel), processes)
-        cells = [f"{(states + passes * once[side] // context_parallel) / GB:>5.0f} GB" for side in sizes]
+        cells = [f"{(states + passes * once[side] // context_parallel) / 1e9:>5.0f} GB" for side in sizes]
         rows.append(f"{processes:>4}  {weights:8}  {context_parallel:>7}  " + "  ".join(cells))
     rows.append("Estimated from the network, not measured; leave a tenth free.")
     return "\n".join(rows)

@@ -28,7 +28,7 @@ from pidecode.training.config import TrainConfig
 from pidecode.training.dataloader import DataLoader, make_encoders
 from pidecode.training.dataset import find_images
 from pidecode.training.denoiser import Denoiser, TrainBatch, pid_net, to_clean
-from pidecode.training.distributed import DistEnv, unwrap
+from pidecode.training.distributed import DistEnv
 from pidecode.training.dmd import Discriminator, DistillationModels, fake_score_loss, generate, student_loss
 from pidecode.training.flow_matching import LossOutput, teacher_loss
 from pidecode.training.logger import ProgressFn
@@ -124,15 +124,11 @@ class PiDTask:
             return LossOutput(*reconstruction(generated, batch.image.float()))
         if config.method != "student":
             return teacher_loss(self.modules[MAIN], batch, rng, config.teacher, self.modules.get("repa"))
-        student, fake_score = self.modules[MAIN], self.modules["fake_score"]
         discriminator, teacher = self.modules.get("discriminator"), self.frozen["teacher"]
-        # Modules this iteration does not train are called without DDP's wrapping, which waits for their gradients.
+        nets = DistillationModels(self.modules[MAIN], teacher, self.modules["fake_score"], discriminator)
         if config.distillation.is_student_turn(step):
-            bare = None if discriminator is None else unwrap(discriminator)
-            nets = DistillationModels(student, teacher, unwrap(fake_score), bare)
             weight = config.distillation.gan_weight_at(step)
             return student_loss(nets, batch, rng, config.distillation, weight)[0]
-        nets = DistillationModels(unwrap(student), teacher, fake_score, discriminator)
         return fake_score_loss(nets, batch, rng, config.distillation)
 
     def save_samples(self, folder: Path, step: int) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +81,8 @@ def download_checkpoint(
     *,
     kind: NetworkKind | None = None,
     accept_license: bool = False,
-    parts: Callable[[Checkpoint], list[RepositoryFiles]] = checkpoint_files,
+    encoder: bool = True,
+    text: bool = True,
     on_progress: DownloadCallback | None = None,
     hub: HubCache | None = None,
 ) -> DownloadedCheckpoint:
@@ -94,7 +95,8 @@ def download_checkpoint(
         variant: None for the space's default.
         kind: None for the distilled student.
         accept_license: Whether the user accepts the license.
-        parts: Which files to download, such as `functools.partial(checkpoint_files, text=False)`.
+        encoder: Whether its image encoder is wanted.
+        text: Whether its text encoder is.
         on_progress: Called for every chunk; it may raise Cancelled. The next call resumes.
         hub: The hub cache.
 
@@ -107,9 +109,7 @@ def download_checkpoint(
     row = get_checkpoint(space, variant, kind)
     if row.repository is None:
         return DownloadedCheckpoint(asset(row.path))
-    wanted = parts(row)
-    if not wanted:
-        raise SettingError("There is nothing to fetch: no part was asked for.")
+    wanted = checkpoint_files(row, encoder=encoder, text=text)
     here = {part.title: path for part in wanted if (path := cached_files(part, hub))}
     missing = [part for part in wanted if part.title not in here]
     if missing and not (accept_license or row.license.commercial):

@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -76,7 +76,6 @@ class WeightFile:
     path: Path
     tensors: dict[str, Tensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
-    format: Literal["safetensors", "pickle"] = "safetensors"
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -101,7 +100,7 @@ def read_weights(path: str | Path, *, check_values: bool = True) -> WeightFile:
     check_formats(tensors, path)
     if check_values:
         check_finite(tensors, path)
-    return WeightFile(raw.path, tensors, raw.metadata, raw.format)
+    return WeightFile(raw.path, tensors, raw.metadata)
 
 
 def read_tensors(path: str | Path, *, eight_bits: bool = False) -> WeightFile:
@@ -126,10 +125,10 @@ def read_tensors(path: str | Path, *, eight_bits: bool = False) -> WeightFile:
             raise _quantized(path, small)
         if not tensors:
             raise CheckpointError(f"{path} holds no tensors; weights were expected.")
-        return WeightFile(path, tensors, header.metadata, "safetensors")
+        return WeightFile(path, tensors, header.metadata)
     if not known:
         raise CheckpointError(f"{path} is neither .safetensors nor written by torch.save; fetch the file again.")
-    return WeightFile(path, only_tensors(path, load_pickle(path, path)), {}, "pickle")
+    return WeightFile(path, only_tensors(path, load_pickle(path, path)))
 
 
 def load_pickle(source: Path | bytes, name: object) -> Any:

@@ -62,7 +62,6 @@ class HubCache:
 
     cache_dir: str | Path | None = None
     endpoint: str | None = None
-    token: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -107,7 +106,7 @@ class HubCache:
         from huggingface_hub import HfApi
 
         with _explained(repository, path):
-            info = HfApi(endpoint=self.endpoint, token=self.token).model_info(repository)
+            info = HfApi(endpoint=self.endpoint).model_info(repository)
         if not info.sha or not _COMMIT.fullmatch(info.sha):
             raise DownloadError(f"{repository}: the hub does not say which commit is its newest; try again later.")
         return info.sha, [sibling.rfilename for sibling in info.siblings or ()]
@@ -143,7 +142,7 @@ class HubCache:
 
         with _explained(repository, path):
             url = huggingface_hub.hf_hub_url(repository, path, revision=revision, endpoint=self.endpoint)
-            about = huggingface_hub.get_hf_file_metadata(url, token=self.token)
+            about = huggingface_hub.get_hf_file_metadata(url)
             if about.etag is None or about.size is None or not _ETAG.fullmatch(about.etag):
                 raise DownloadError(f"{repository}: the hub does not say how large {path} is; try again later.")
             _check_known(repository, path, about.etag, expected)
@@ -151,7 +150,7 @@ class HubCache:
             if not blob.exists():
                 self._fetch_blob(url, about, blob, _reporter(path, on_progress))
             done = huggingface_hub.hf_hub_download(
-                repository, path, revision=revision, cache_dir=self.folder, endpoint=self.endpoint, token=self.token
+                repository, path, revision=revision, cache_dir=self.folder, endpoint=self.endpoint
             )
             digest = about.etag if len(about.etag) == _SHA256_DIGITS else sha256(done)
             _check_known(repository, path, digest, expected)
@@ -186,7 +185,7 @@ class HubCache:
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-        headers = build_hf_headers(token=self.token)
+        headers = build_hf_headers()
         if urlsplit(about.location).netloc != urlsplit(url).netloc:  # storage elsewhere must not see the token
             headers.pop("authorization", None)
         blob.parent.mkdir(parents=True, exist_ok=True)
