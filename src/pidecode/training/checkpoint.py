@@ -12,7 +12,7 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,13 @@ def _parameters(state: TrainState) -> dict[str, Tensor]:
     return {f"{prefix}.{key}": value for prefix, tensors in stored.items() for key, value in tensors.items()}
 
 
-def _optimizer_tensors(state: TrainState) -> Iterator[tuple[str, Tensor]]:
-    for name, optimizer in state.optimizers.items():
-        for key, parameter in unwrap(state.modules[name]).named_parameters():
-            for moment, value in optimizer.state.get(parameter, {}).items():
-                yield f"optimizer.{name}.{key}/{moment}", value
+def _optimized(state: TrainState) -> dict[str, tuple[Optimizer, nn.Parameter]]:
+    """Parameters by the beginning of their moments' names, each with its optimizer."""
+    return {
+        f"optimizer.{name}.{key}": (optimizer, parameter)
+        for name, optimizer in state.optimizers.items()
+        for key, parameter in unwrap(state.modules[name]).named_parameters()
+    }
 
 
 def save_checkpoint(
@@ -68,7 +70,10 @@ def save_checkpoint(
     Raises:
         TrainingError: The disk is full or cannot be written. What was saved before stays.
     """
-    tensors = full_tensors((*_parameters(state).items(), *_optimizer_tensors(state)), env)
+    named = _parameters(state)
+    for key, (optimizer, parameter) in _optimized(state).items():
+        named |= {f"{key}/{moment}": value for moment, value in optimizer.state.get(parameter, {}).items()}
+    tensors = full_tensors(named.items(), env)
     if env.is_first:
         # A step's own random numbers do not use torch's global generators, but a layer might.
         tensors["rng.cpu"] = torch.get_rng_state()
@@ -164,25 +169,20 @@ def restore(stored: StoredCheckpoint, state: TrainState) -> None:
         raise CheckpointError(f"{stored.path} lacks the tensor rng.cpu; move it away to resume from an earlier one.")
     for name, value in wanted.items():
         copy_full_(value, stored.tensors[name])
-    _restore_optimizers(stored, state)
+    optimized = _optimized(state)
+    for full_key in (key for key in stored.tensors if key.startswith("optimizer.")):
+        key, _, moment = full_key.rpartition("/")
+        if key not in optimized:
+            raise CheckpointError(
+                f"{stored.path} has an optimizer state of {key.removeprefix('optimizer.')}, which this run does not "
+                "train; resume with the configuration it was made with."
+            )
+        optimizer, parameter = optimized[key]
+        restored = stored.tensors[full_key].clone()
+        if moment != "step":
+            restored = torch.zeros_like(parameter, requires_grad=False)
+            copy_full_(restored, stored.tensors[full_key])
+        optimizer.state[parameter][moment] = restored
     torch.set_rng_state(stored.tensors["rng.cpu"])
     if "rng.device" in stored.tensors and state.device.type != "cpu":
         torch.get_device_module(state.device).set_rng_state(stored.tensors["rng.device"])
-
-
-def _restore_optimizers(stored: StoredCheckpoint, state: TrainState) -> None:
-    for name, optimizer in state.optimizers.items():
-        parameters = dict(unwrap(state.modules[name]).named_parameters())
-        prefix = f"optimizer.{name}."
-        for full_key in [key for key in stored.tensors if key.startswith(prefix)]:
-            key, _, moment = full_key.removeprefix(prefix).rpartition("/")
-            if key not in parameters:
-                raise CheckpointError(
-                    f"{stored.path} has an optimizer state of {name}.{key}, which this run does not train; resume with "
-                    "the configuration it was made with."
-                )
-            parameter, restored = parameters[key], stored.tensors[full_key].clone()
-            if moment != "step":
-                restored = torch.zeros_like(parameter, requires_grad=False)
-                copy_full_(restored, stored.tensors[full_key])
-            optimizer.state[parameter][moment] = restored

@@ -81,12 +81,13 @@ def load_initial_weights(net: PiDNet, tensors: Mapping[str, Tensor], source: str
     own = net.state_dict()
     given = {name: tensor for name, tensor in tensors.items() if name in own or not name.startswith(COLOR_HEAD)}
     missing = [name for name in own if name not in given]
-    random_adapter = not any(name.startswith(ADAPTER) for name in given)
-    allowed = ADAPTER if random_adapter else (COLOR_HEAD,)
-    wrong = [name for name in missing if not name.startswith(allowed)]
-    extra = [name for name in given if name not in own]
-    shapes = [name for name in given if name in own and given[name].shape != own[name].shape]
-    for what, names in (("lacks", wrong), ("has unknown", extra), ("has other shapes of", shapes)):
+    allowed = COLOR_HEAD if any(name.startswith(ADAPTER) for name in given) else ADAPTER
+    wrong = {
+        "lacks": [name for name in missing if not name.startswith(allowed)],
+        "has unknown": [name for name in given if name not in own],
+        "has other shapes of": [name for name in given if name in own and given[name].shape != own[name].shape],
+    }
+    for what, names in wrong.items():
         if names:
             raise CheckpointError(
                 f"{source} {what} {len(names)} tensors of the network to be trained ({', '.join(sorted(names)[:3])}, "

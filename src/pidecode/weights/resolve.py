@@ -328,14 +328,13 @@ def resolve_checkpoint(
         DownloadError: The file is not on this machine; the message names the command that downloads it.
     """
     hub = hub or HubCache()
-    bundled = {row.variant: row for row in CHECKPOINTS.values() if row.bundled}
-    if row := bundled.get(str(name)):
-        _require_row(str(name), row, variant, kind)
-        return _released(row, asset(row.path), space, hub)
     path = Path(os.path.expanduser(name))
+    bundled = [row.variant for row in CHECKPOINTS.values() if row.bundled]
     # os.path has no errors where a name is too long or a folder may not be read.
-    if not os.path.exists(path) and (row := _listed(str(name), space, variant, kind)):
-        return _released(row, _in_official(row, hub), space, hub)
+    if str(name) in bundled or not os.path.exists(path):
+        row = _listed(str(name), variant, kind)
+        if row is not None:
+            return _released(row, space, hub)
     if not (os.path.lexists(path) or path.suffix in _SUFFIXES):
         if not _HUB_ID.fullmatch(str(name)):
             raise SettingError(
@@ -343,8 +342,7 @@ def resolve_checkpoint(
                 f"{' or '.join(map(repr, bundled))}, or {REPOSITORY!r} with space=; `pidecode models` lists them."
             )
         if str(name).lower() == REPOSITORY.lower():
-            row = _row(space, variant, kind, REPOSITORY)
-            return _released(row, _in_official(row, hub), space, hub)
+            return _released(_row(space, variant, kind, REPOSITORY), space, hub)
         found = hub.snapshot(str(name))
         if found is None:
             raise DownloadError(f"{name} is not on this machine; fetch it with {command(str(name), None)}.")
@@ -355,28 +353,25 @@ def resolve_checkpoint(
     return ResolvedCheckpoint(path=path, name=path.stem, space=space, variant=variant, kind=kind, encoder=encoder)
 
 
-def _listed(name: str, space: str | None, variant: str | None, kind: NetworkKind | None) -> Checkpoint | None:
-    """The row of a name as `pidecode models` prints it, or of a space; None for other names."""
-    rows = {row.name: row for row in CHECKPOINTS.values()}
-    if name in rows:
-        _require_row(name, rows[name], variant, kind)
-        return rows[name]
-    return get_checkpoint(name, variant, kind) if name in SPACES or name in ALIASES else None
-
-
-def _require_row(name: str, row: Checkpoint, variant: str | None, kind: NetworkKind | None) -> None:
-    """Raise SettingError for a variant or kind that cannot act, as the name says all."""
+def _listed(name: str, variant: str | None, kind: NetworkKind | None) -> Checkpoint | None:
+    """The row of a name as `pidecode models` prints it, of one that ships, or of a space; None for other names."""
+    rows = {each: row for row in CHECKPOINTS.values() for each in (row.name, row.variant if row.bundled else row.name)}
+    row = rows.get(name)
+    if row is None:
+        return get_checkpoint(name, variant, kind) if name in SPACES or name in ALIASES else None
     if variant not in (None, row.variant) or kind not in (None, row.kind):
-        others = [other.variant for other in CHECKPOINTS.values() if other.space == row.space and not other.bundled]
+        others = [other.variant for other in rows.values() if other.space == row.space and not other.bundled]
         raise SettingError(
             f"{name} is variant {row.variant} and a {row.kind}; leave variant and kind out, or name the space alone: "
             f"{row.space} has {', '.join(dict.fromkeys(filter(None, others)))}."
         )
+    return row
 
 
-def _released(row: Checkpoint, path: Path, space: str | None, hub: HubCache) -> ResolvedCheckpoint:
+def _released(row: Checkpoint, space: str | None, hub: HubCache) -> ResolvedCheckpoint:
     if space is not None and row.latent_space and get_space(space).name != row.space:
         raise SettingError(f"{row.variant} decodes latents of space {row.space}, not of {get_space(space).name}.")
+    path = asset(row.path) if row.bundled else _in_cache(row, hub)
     encoder = asset(TINY_ENCODER) if row.bundled else cached_encoder_path(row.space, hub)
     name = row.variant if row.bundled else row.name
     return ResolvedCheckpoint(
@@ -443,9 +438,7 @@ def _official_paths(path: str) -> list[str]:
     return [path, *([f"{folder}/{name}_2606/{file}"] if slash else []), f"{folder}_deprecated/{rest}"]
 
 
-def _in_official(row: Checkpoint, hub: HubCache) -> Path:
-    if row.bundled:
-        return asset(row.path)
+def _in_cache(row: Checkpoint, hub: HubCache) -> Path:
     repository = row.repository or REPOSITORY
     for path, revision in ((row.path, row.revision), *((path, None) for path in _official_paths(row.path))):
         if found := hub.cached(repository, path, revision):
