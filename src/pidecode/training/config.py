@@ -211,6 +211,7 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         _check_fields(self, "lora.", rank=_FROM_0)
+        _check(bool(self.targets), "lora.targets is empty; name at least one part to adapt.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

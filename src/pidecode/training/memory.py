@@ -27,8 +27,8 @@ class _SavedTensors:
     """Bytes autograd keeps in a forward pass of a network, by the block they arise in (None: outside any)."""
 
     def __init__(self, net: PiDNet) -> None:
-        self.seen = {p.untyped_storage()._cdata for p in net.parameters()}
-        self.kept: list[Any] = []  # storages, so that no later one can be mistaken for one of these
+        # Storages by address; they are kept, so that no later one can be mistaken for one of these.
+        self.seen: dict[int, Any] = {p.untyped_storage()._cdata: p.untyped_storage() for p in net.parameters()}
         self.by_block: Counter[int | None] = Counter()
         self.inputs: dict[int, int] = {}
         self.block: int | None = None
@@ -40,8 +40,7 @@ class _SavedTensors:
     def pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in self.seen:
-            self.seen.add(storage._cdata)
-            self.kept.append(storage)
+            self.seen[storage._cdata] = storage
             self.by_block[self.block] += storage.nbytes()
         return tensor
 
@@ -56,30 +55,26 @@ class _SavedTensors:
 
 def activation_bytes(config: TrainConfig, size: tuple[int, int], batch_size: int) -> int:
     """Bytes the forward pass of the main network keeps for images of `size` (height, width)."""
+    (height, width), shape = size, config.net
+    cell = 1 if config.space is None else config.space.pixels_per_cell
     with FakeTensorMode():
-        net = PiDNet(config.net)
+        net = PiDNet(shape)
         saved = _SavedTensors(net)
-        batch = _blank_batch(config, size, batch_size)
+        latent = torch.zeros(batch_size, shape.latent_channels, height // cell, width // cell)
+        batch = TrainBatch(
+            image=torch.zeros(batch_size, 3, height, width),
+            text=torch.zeros(batch_size, shape.text_length, shape.text_dim) if shape.has_text else None,
+            latent=latent if shape.has_adapter else None,
+            sigma=torch.zeros(batch_size) if shape.has_adapter else None,
+        )
         hooks = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor)
         half = config.run.precision == "bfloat16"
         with hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
-            Denoiser(net)(batch.image, torch.zeros(batch_size), batch, want_color=config.net.color_head)
+            Denoiser(net)(batch.image, torch.zeros(batch_size), batch, want_color=shape.color_head)
     if not config.run.activation_checkpointing:
         return saved.by_block.total()
     outside = saved.by_block.pop(None, 0)
     return outside + sum(saved.inputs.values()) + max(saved.by_block.values(), default=0)
-
-
-def _blank_batch(config: TrainConfig, size: tuple[int, int], count: int) -> TrainBatch:
-    net, (height, width) = config.net, size
-    image = torch.zeros(count, 3, height, width)
-    text = torch.zeros(count, net.text_length, net.text_dim) if net.has_text else None
-    if config.space is None:
-        return TrainBatch(image=image, text=text)
-    cell = config.space.pixels_per_cell
-    latent = torch.zeros(count, net.latent_channels, height // cell, width // cell)
-    low = torch.zeros(count, 3, height // net.scale, width // net.scale)
-    return TrainBatch(image=image, low=low, text=text, latent=latent, sigma=torch.zeros(count))
 
 
 def state_bytes(config: TrainConfig, processes: int) -> int:

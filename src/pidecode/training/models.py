@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pidecode.errors import CheckpointError, MissingDependencyError, SettingError
+from pidecode.errors import CheckpointError, MissingDependencyError
 from pidecode.models.pid.adapter import Gate
 from pidecode.models.pid.network import PiDNet
 from pidecode.registry.configs import PiDConfig
@@ -105,10 +105,6 @@ def set_trainable(net: PiDNet, trainable: str, *, color: bool) -> None:
     trained = ADAPTER if trainable == "adapter" else ""
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name.startswith(trained) and not name.startswith(tuple(frozen)))
-    if not any(parameter.requires_grad for parameter in net.parameters()):
-        raise SettingError(
-            "Nothing of this network would be trained; trainable='adapter' needs a network with an adapter."
-        )
 
 
 _LORA_TARGETS: Mapping[str, str] = {  # linear layers of each choice of `lora.targets`
@@ -126,12 +122,9 @@ def inject_lora(net: nn.Module, config: LoRAConfig, seed: int) -> None:
         raise MissingDependencyError(
             "Low-rank adapters need peft; install it with: pip install 'pidecode[train]'."
         ) from None
-    if not config.targets:
-        raise SettingError("lora.targets is empty; name at least one part to adapt.")
     pattern = "|".join(_LORA_TARGETS[part] for part in config.targets)
-    peft_config = LoraConfig(
-        r=config.rank, lora_alpha=config.alpha or config.rank, target_modules=f"(.*\\.)?({pattern})"
-    )
+    alpha = config.alpha or config.rank
+    peft_config = LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=f"(.*\\.)?({pattern})")
     with seeded(seed, "adapters"):
         inject_adapter_in_model(peft_config, net)
     for name, parameter in net.named_parameters():
