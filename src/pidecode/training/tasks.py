@@ -144,13 +144,11 @@ class PiDTask:
         """Write the network as it stands; every process must call this, the first one writes."""
         tensors = distributed.full_tensors(pid_net(self.modules[MAIN]).state_dict().items(), self.env)
         path = folder / ("adapter.safetensors" if self.config.lora.rank else "decoder.safetensors")
-        if self.env.is_first:
-            try:
+        try:
+            if self.env.is_first:
                 self._write(path, tensors, step)
-            except FileError as fault:
-                raise TrainingError(
-                    f"The result could not be written: {fault} The last checkpoint is complete."
-                ) from fault
+        except FileError as fault:
+            raise TrainingError(f"The result could not be written: {fault} The last checkpoint is complete.") from fault
         return path
 
     def _write(self, path: Path, tensors: dict[str, Tensor], step: int) -> None:

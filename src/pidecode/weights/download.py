@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pidecode.errors import LicenseError, SettingError
-from pidecode.registry.checkpoints import ENCODERS, TEXT_ENCODER, Checkpoint, License, NetworkKind, get_checkpoint
+from pidecode.registry.checkpoints import ENCODERS, TEXT_ENCODER, Checkpoint, NetworkKind, get_checkpoint
 from pidecode.strict_json import read_json
 from pidecode.weights.resolve import DownloadCallback, HubCache, asset
 
@@ -66,15 +66,6 @@ def checkpoint_files(row: Checkpoint, *, encoder: bool = True, text: bool = True
     return parts
 
 
-def license_notice(license: License) -> str:
-    """The notice to show before weights under a license are downloaded."""
-    terms = "commercial use is allowed" if license.commercial else "for research and evaluation, not for commercial use"
-    return (
-        f"These weights are under the {license.title}: {terms}.\n"
-        f"The text that binds stands at {license.url}. The encoders and the text encoder keep their own licenses."
-    )
-
-
 def download_checkpoint(
     space: str,
     variant: str | None = None,
@@ -113,7 +104,12 @@ def download_checkpoint(
     here = {part.title: path for part in wanted if (path := cached_files(part, hub))}
     missing = [part for part in wanted if part.title not in here]
     if missing and not (accept_license or row.license.commercial):
-        raise LicenseError(f"{license_notice(row.license)}\nTo accept, do the same with", python="accept_license=True.")
+        raise LicenseError(
+            f"These weights are under the {row.license.title}: for research and evaluation, not for commercial use.\n"
+            f"The text that binds stands at {row.license.url}. The encoders and the text encoder keep their own "
+            "licenses.\nTo accept, do the same with",
+            python="accept_license=True.",
+        )
     # All files of a repository come from one commit, although its main branch may move meanwhile.
     listings: dict[str, tuple[str, list[str]]] = {}
     for part in missing:
