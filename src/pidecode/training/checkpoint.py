@@ -135,9 +135,9 @@ def newest_checkpoint(folder: Path, progress: Callable[[str], None] | None = Non
     reason = ""
     for path in reversed(_found(folder)):
         try:
-            sums = read_small(path / _CHECKSUMS).decode("ascii", "replace").splitlines()
+            digests = read_small(path / _CHECKSUMS).decode("ascii", "replace").splitlines()
             for name in (_TENSORS, _STATE):
-                if f"{sha256(path / name)}  {name}" not in sums:
+                if f"{sha256(path / name)}  {name}" not in digests:
                     raise FileError(f"{name} has changed since it was written, or {_CHECKSUMS} has")
             metadata = read_json(path / _STATE)
             if not isinstance(metadata, dict) or not isinstance(metadata.get("step"), int):
