@@ -89,7 +89,7 @@ class PiDTask:
 
     config: TrainConfig
     env: DistEnv
-    modules: dict[str, nn.Module]  # trained modules by name; each has its own optimizer
+    modules: dict[str, nn.Module] = field(default_factory=dict)  # trained modules; each has its own optimizer
     frozen: dict[str, nn.Module] = field(default_factory=dict)
     uninitialized: list[str] = field(default_factory=list)  # tensors that `init_from` lacks
     loader: DataLoader | None = None  # source of the images in a grid of samples
@@ -180,57 +180,41 @@ def build_task(config: TrainConfig, env: DistEnv) -> PiDTask:
     """Networks with their initial values, on this process's device, replicated or sharded."""
     if config.parallel.weights == "shard" and config.optimizer.name == "muon":
         raise SettingError("Muon needs whole matrices; set parallel.weights=replicate or optimizer.name=adamw.")
-    task = (_build_student if config.method == "student" else _build_single)(config, env)
-    for modules in (task.modules, task.frozen):
-        for name, module in modules.items():
-            modules[name] = distributed.parallelize(module, config.parallel, env)
-    return task
-
-
-def _build_single(config: TrainConfig, env: DistEnv) -> PiDTask:
-    net = models.new_network(config.net, config.run.seed)
+    task = PiDTask(config, env)
     weights = models.initial_weights(config.init_from) if config.init_from else None
-    uninitialized = [] if weights is None else models.load_initial_weights(net, weights, config.init_from)
-    color = config.method == "teacher" and config.teacher.color_weight > 0
-    models.set_trainable(net, config.trainable, color=color)
-    modules: dict[str, nn.Module] = {MAIN: _denoiser(net, config, env, lora=True)}
-    if config.teacher.repa_weight and config.method in ("teacher", "backbone"):
-        with models.seeded(config.run.seed, "repa"):
-            modules["repa"] = dinov2(config.teacher.repa_encoder, config.net.hidden_size).to(env.device)
-    return PiDTask(config, env, modules, uninitialized=uninitialized)
+    student, distillation = config.method == "student", config.distillation
+    net_config = config.net.without_color_head() if student else config.net
 
-
-def _build_student(config: TrainConfig, env: DistEnv) -> PiDTask:
-    net_config = config.net.without_color_head()
-    weights = models.initial_weights(config.init_from) if config.init_from else None
-    nets: dict[str, PiDNet] = {}
-    for name in (MAIN, "fake_score", "teacher"):
-        nets[name] = models.new_network(net_config, config.run.seed)
+    def denoiser(*, lora: bool = False) -> Denoiser:
+        net = models.new_network(net_config, config.run.seed)
         if weights is not None:
-            models.load_initial_weights(nets[name], weights, config.init_from)
-        models.set_trainable(nets[name], "all", color=False)
-    nets["teacher"].requires_grad_(False)
-    modules: dict[str, nn.Module] = {
-        MAIN: _denoiser(nets[MAIN], config, env, lora=True),
-        "fake_score": _denoiser(nets["fake_score"], config, env),
-    }
-    distillation = config.distillation
-    if distillation.gan_weight > 0:
+            task.uninitialized = models.load_initial_weights(net, weights, config.init_from)
+        color = config.method == "teacher" and config.teacher.color_weight > 0
+        models.set_trainable(net, config.trainable, color=color)
+        if lora:
+            models.inject_lora(net, config.lora, config.run.seed)
+        if config.run.activation_checkpointing:
+            checkpoint_activations(net)
+        return Denoiser(net.to(env.device).train())
+
+    task.modules[MAIN] = denoiser(lora=config.lora.rank > 0)
+    if student:
+        task.modules["fake_score"] = denoiser()
+        task.frozen["teacher"] = denoiser().requires_grad_(False).eval()
+    if student and distillation.gan_weight > 0:
         with models.seeded(config.run.seed, "discriminator"):
             discriminator = Discriminator(
                 net_config.hidden_size, net_config.patch_depth, distillation.discriminator_blocks,
                 layers=distillation.discriminator_layers, per_patch=distillation.discriminator_per_patch,
             )  # fmt: skip
-        modules["discriminator"] = discriminator.to(env.device)
-    return PiDTask(config, env, modules, {"teacher": _denoiser(nets["teacher"], config, env).eval()})
-
-
-def _denoiser(net: PiDNet, config: TrainConfig, env: DistEnv, *, lora: bool = False) -> Denoiser:
-    if lora and config.lora.rank:
-        models.inject_lora(net, config.lora, config.run.seed)
-    if config.run.activation_checkpointing:
-        checkpoint_activations(net)
-    return Denoiser(net.to(env.device).train())
+        task.modules["discriminator"] = discriminator.to(env.device)
+    if config.teacher.repa_weight and config.method in ("teacher", "backbone"):
+        with models.seeded(config.run.seed, "repa"):
+            task.modules["repa"] = dinov2(config.teacher.repa_encoder, config.net.hidden_size).to(env.device)
+    for modules in (task.modules, task.frozen):
+        for name, module in modules.items():
+            modules[name] = distributed.parallelize(module, config.parallel, env)
+    return task
 
 
 def checkpoint_activations(net: PiDNet) -> None:
