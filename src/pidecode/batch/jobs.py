@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import os
 from collections import Counter
@@ -25,15 +26,15 @@ from pidecode.units import LARGEST_PIXELS
 SourceKind = Literal["latent", "image"]
 
 LATENT_SUFFIXES = (".safetensors", ".latent", ".npy", ".npz", ".pt")
+# Endings of the image formats that `pidecode.images` reads.
 IMAGE_SUFFIXES = (
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".ppm",
     ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".tga",
 )  # fmt: skip
-"""Endings of the image formats that `pidecode.images` reads."""
+_READ = f"image ({', '.join(IMAGE_SUFFIXES)}) {{}} latent ({', '.join(LATENT_SUFFIXES)})"
 OUTPUT_SUFFIXES = tuple(f".{choice}" for choice in option_infos(SaveOptions)["format"].choices)
 REPORT_NAME = "pidecode-batch.json"  # name of the report in the output folder
-MANIFEST_OPTIONS = tuple(option_infos(interface="batch"))
-"""Decode options that a line of a manifest may set for its own job."""
+MANIFEST_OPTIONS = tuple(option_infos(interface="batch"))  # that a line of a manifest may set for its own job
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,11 +95,7 @@ def find_frames(source: Path) -> Frames | None:
 
 
 class JobList(list[BatchJob]):
-    """The jobs of a source.
-
-    Attributes:
-        left_out: Number of files by ending (in lower case, "" without one) that are no images and no latents.
-    """
+    """The jobs of a source, and the number of files that are none by their ending (in lower case, "" without one)."""
 
     def __init__(self, jobs: Iterable[BatchJob] = (), left_out: Mapping[str, int] | None = None) -> None:
         super().__init__(jobs)
@@ -124,7 +121,7 @@ def collect_jobs(source: str | os.PathLike[str], naming: OutputNaming) -> JobLis
     text = os.fspath(source)
     path = Path(os.path.expanduser(text))
     if os.path.isdir(path):
-        jobs = _from_files(*_walk(path, naming.out), path, naming)
+        jobs = _from_files(*_files_below(path, naming.out), path, naming)
     elif path.suffix.lower() == ".jsonl" and os.path.isfile(path):
         jobs = JobList(_from_manifest(path, naming))
     elif os.path.lexists(path) or not glob.has_magic(text):
@@ -138,9 +135,7 @@ def collect_jobs(source: str | os.PathLike[str], naming: OutputNaming) -> JobLis
         jobs = _from_files(*_glob(text), _folder_of_pattern(text), naming)
     if not jobs:
         found = f"; it has {describe_left_out(jobs.left_out)}" if jobs.left_out else ""
-        raise FileError(
-            f"{text} holds no image ({', '.join(IMAGE_SUFFIXES)}) and no latent ({', '.join(LATENT_SUFFIXES)}){found}."
-        )
+        raise FileError(f"{text} holds no {_READ.format('and no')}{found}.")
     _check_outputs(jobs)
     return jobs
 
@@ -149,7 +144,14 @@ def _failure(name: str, message: str) -> BatchJob:
     return BatchJob(name=name, source=Path(), kind="image", out=Path(), error=FileError(message))
 
 
-def _walk(folder: Path, out: Path) -> tuple[list[Path], list[BatchJob]]:
+def _unreadable(error: OSError, base: Path | None = None) -> BatchJob:
+    """The job that fails in place of a folder that cannot be read, with its name below `base`."""
+    place = Path(error.filename or base or "")
+    name = place.relative_to(base).as_posix() if base else str(place)
+    return _failure(name, f"The folder {place} cannot be read: {error.strerror}.")
+
+
+def _files_below(folder: Path, out: Path) -> tuple[list[Path], list[BatchJob]]:
     """The files below a folder, and the folders below it that are not read as jobs that fail."""
     try:
         outputs = os.path.realpath(out)
@@ -161,23 +163,17 @@ def _walk(folder: Path, out: Path) -> tuple[list[Path], list[BatchJob]]:
         )
     found: list[Path] = []
     unread: list[BatchJob] = []
-
-    def on_error(error: OSError) -> None:
-        place = Path(error.filename or folder)
-        name = place.relative_to(folder).as_posix()
-        unread.append(_failure(name, f"The folder {place} cannot be read: {error.strerror}."))
-
-    for here, folders, files in walk(folder, on_error):
+    for here, folders, files in walk(folder, lambda error: unread.append(_unreadable(error, folder))):
         inside = Path(here)
-        names = [name for name in folders if not name.startswith(".")]
-        same = {name for name in names if name == os.path.basename(outputs) or os.path.islink(inside / name)}
-        folders[:] = [name for name in names if name not in same or os.path.realpath(inside / name) != outputs]
-        for link in (inside / name for name in folders if os.path.islink(inside / name)):
-            message = (
-                f"{link} is a link to a folder, and links to folders are not followed; give the folder itself as a "
-                "batch of its own."
-            )
-            unread.append(_failure(link.relative_to(folder).as_posix(), message))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in list(folders):
+            place = inside / name
+            is_link = os.path.islink(place)
+            if (is_link or name == os.path.basename(outputs)) and os.path.realpath(place) == outputs:
+                folders.remove(name)
+            elif is_link:
+                why = "is a link to a folder, and links to folders are not followed; give the folder itself as a batch"
+                unread.append(_failure(place.relative_to(folder).as_posix(), f"{place} {why} of its own."))
         found += [inside / name for name in files if not name.startswith(".")]
     return found, unread
 
@@ -192,12 +188,8 @@ def _glob(pattern: str) -> tuple[list[Path], list[BatchJob]]:
     shortest_last = sorted(paths, key=lambda path: len(path.parts), reverse=True)
     once = {(os.path.realpath(path.parent), path.name): path for path in shortest_last}
     unread: list[BatchJob] = []
-
-    def on_error(error: OSError) -> None:
-        unread.append(_failure(str(error.filename), f"The folder {error.filename} cannot be read: {error.strerror}."))
-
     if "**" in pattern:
-        for _ in walk(_folder_of_pattern(pattern), on_error):
+        for _ in walk(_folder_of_pattern(pattern), lambda error: unread.append(_unreadable(error))):
             pass
     return list(once.values()), unread
 
@@ -217,9 +209,7 @@ def source_kind(path: Path) -> SourceKind | None:
 def _require_kind(path: Path, name: str, error: type[FileError | SettingError]) -> SourceKind:
     kind = source_kind(path)
     if kind is None:
-        raise error(
-            f"{name} is neither an image ({', '.join(IMAGE_SUFFIXES)}) nor a latent ({', '.join(LATENT_SUFFIXES)})."
-        )
+        raise error(f"{name} is neither an {_READ.format('nor a')}.")
     return kind
 
 
@@ -241,13 +231,10 @@ def _reserved(out: Path, folder: Path) -> SettingError | None:
     return SettingError(f"{first} in the output folder is a name that the batch needs itself; name another output.")
 
 
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
-
-
 def _from_manifest(path: Path, naming: OutputNaming) -> Iterator[BatchJob]:
     try:
         data = path.read_bytes()
-        if data.startswith(_UTF16):
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             data = data.decode("utf-16").encode("utf-8", errors="replace")
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"{path} could not be read as text: {error}.") from error

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from pidecode.units import format_seconds
@@ -66,50 +66,34 @@ class BatchReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The whole report as JSON values."""
-        megapixels = sum(result.megapixels for result in self.results)
         seconds = max(self.seconds, 1e-9)
+        megapixels = sum(result.megapixels for result in self.results)
+        failures = [{"source": one.name, "error": one.error, "message": one.message} for one in self.failures]
         return {
-            "format": 1,
-            "complete": self.complete,
-            "interrupted": self.interrupted,
+            "format": 1, "complete": self.complete, "interrupted": self.interrupted,
             **({"stopped": self.stopped} if self.stopped else {}),
-            "jobs": self.jobs,
-            "done": self.count("done"),
-            "skipped": self.count("skipped"),
-            "failed": self.count("failed"),
-            "left": self.jobs - len(self.results),
-            "images": self.images,
+            "jobs": self.jobs, "done": self.count("done"), "skipped": self.count("skipped"),
+            "failed": self.count("failed"), "left": self.jobs - len(self.results), "images": self.images,
             "speed": {
-                "seconds": round(self.seconds, 3),
-                "images_per_minute": round(60 * self.images / seconds, 2),
+                "seconds": round(self.seconds, 3), "images_per_minute": round(60 * self.images / seconds, 2),
                 "megapixels_per_second": round(megapixels / seconds, 3),
             },
-            "engine": self.engine,
-            "workers": self.workers,
-            "lost_workers": self.lost_workers,
-            "started": self.started,
-            "settings": dict(self.settings),
-            "left_out": dict(self.left_out),
-            "failures": [
-                {"source": result.name, "error": result.error, "message": result.message} for result in self.failures
-            ],
+            "engine": self.engine, "workers": self.workers, "lost_workers": self.lost_workers, "started": self.started,
+            "settings": dict(self.settings), "left_out": dict(self.left_out), "failures": failures,
             "results": [_without_defaults(result) for result in sorted(self.results, key=lambda result: result.name)],
-        }
+        }  # fmt: skip
 
     def describe(self) -> str:
         """The report as text: what was done, how fast, and what failed and why."""
         done, skipped, failed = (self.count(state) for state in ("done", "skipped", "failed"))
         lines = [f"{done} of {self.jobs} done, {skipped} skipped (done before), {failed} failed."]
         if self.images:
-            lines.append(
-                f"{_plural(self.images, 'image')} in {format_seconds(self.seconds)}: "
-                f"{60 * self.images / max(self.seconds, 1e-9):.1f} per minute, "
-                f"with {_plural(self.workers, 'worker')} ({self.engine})."
-            )
+            speed = f"{60 * self.images / max(self.seconds, 1e-9):.1f} per minute"
+            time, workers = format_seconds(self.seconds), _plural(self.workers, "worker")
+            lines.append(f"{_plural(self.images, 'image')} in {time}: {speed}, with {workers} ({self.engine}).")
         if self.lost_workers:
-            lines.append(
-                f"{_plural(self.lost_workers, 'worker')} died and had to be replaced; their jobs were repeated."
-            )
+            lost = _plural(self.lost_workers, "worker")
+            lines.append(f"{lost} died and had to be replaced; their jobs were repeated.")
         if self.left_out:
             lines.append(f"Left out, as no image and no latent: {describe_left_out(self.left_out)}.")
         failures = self.failures
@@ -142,13 +126,11 @@ def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def merge(reports: Iterable[BatchReport]) -> BatchReport:
+def merge(parts: Sequence[BatchReport]) -> BatchReport:
     """Merge the reports of several processes into one; its time is that of the slowest process."""
-    parts = list(reports)
-    first = parts[0]
-    return BatchReport(
-        jobs=sum(part.jobs for part in parts), results=tuple(result for part in parts for result in part.results),
-        seconds=max(part.seconds for part in parts), engine=first.engine, workers=sum(part.workers for part in parts),
-        interrupted=any(part.interrupted for part in parts), lost_workers=sum(part.lost_workers for part in parts),
-        started=min(part.started for part in parts), settings=first.settings, left_out=first.left_out,
+    return replace(
+        parts[0], jobs=sum(part.jobs for part in parts),
+        results=tuple(result for part in parts for result in part.results),
+        seconds=max(part.seconds for part in parts), workers=sum(part.workers for part in parts),
+        interrupted=any(part.interrupted for part in parts), started=min(part.started for part in parts),
     )  # fmt: skip

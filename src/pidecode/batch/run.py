@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 
 from pidecode.batch.jobs import REPORT_NAME, BatchJob
 from pidecode.batch.report import BatchReport, JobResult, merge
-from pidecode.batch.worker import JobProgressCallback, Worker, WorkerConfig, skip_done
+from pidecode.batch.worker import JobProgressCallback, Worker, WorkerConfig, result_without_decoding
 from pidecode.decoder import PixelDecoder
 from pidecode.devices import select_device
 from pidecode.errors import PidecodeError, SettingError
@@ -48,10 +49,8 @@ def choose_engine(engine: BatchEngine | None) -> BatchEngine:
     if engine is None:
         return "torchrun" if under_torchrun else "local"
     if engine == "torchrun" and "LOCAL_RANK" not in os.environ:
-        raise SettingError(
-            "The engine torchrun needs torchrun to start the processes: "
-            "torchrun --nproc-per-node=2 -m pidecode batch IN OUT."
-        )
+        command = "torchrun --nproc-per-node=2 -m pidecode batch IN OUT"
+        raise SettingError(f"The engine torchrun needs torchrun to start the processes: {command}.")
     if engine != "torchrun" and under_torchrun:
         raise SettingError(
             f"torchrun started {os.environ['WORLD_SIZE']} processes, and with --engine {engine} each would process the "
@@ -82,11 +81,12 @@ class BatchProgress:
     def pending(self) -> list[BatchJob]:
         """Record the jobs that need no decoding, and return the others."""
         pending = []
-        for job, result in skip_done(self.batch.jobs, self.batch.config):
-            if result is not None:
-                self.add(result)
-            else:
+        for job in self.batch.jobs:
+            result = result_without_decoding(job, self.batch.config)
+            if result is None:
                 pending.append(job)
+            else:
+                self.add(result)
         return pending
 
     def report(self) -> BatchReport:
@@ -133,15 +133,20 @@ def run_batch(
     batch = replace(batch, config=replace(batch.config, weights=batch.config.hash_weights()))
     callback = on_result or (lambda _: None)
     if batch.engine == "torchrun":
-        report = run_torchrun(batch, callback, on_progress)
-        return report if report is None else _write_report(batch.out, report)
-    with FolderLock(batch.out, "batch"):
-        remove_partial(batch.out, older_than=ABANDONED_AFTER)
+        return _run_torchrun(batch, callback, on_progress)
+    with _only_batch(batch.out):
         if batch.engine == "local":
-            return _write_report(batch.out, run_local(batch, callback, decoder=decoder, on_progress=on_progress))
+            return _write_report(batch.out, _run_local(batch, callback, on_progress, decoder))
         from pidecode.batch.ray import run_ray
 
         return _write_report(batch.out, run_ray(batch, callback))
+
+
+def _only_batch(out: Path) -> FolderLock:
+    """The right to write into the output folder, which what a killed batch left is removed from."""
+    lock = FolderLock(out, "batch")
+    remove_partial(out, older_than=ABANDONED_AFTER)
+    return lock
 
 
 def _write_report(out: Path, report: BatchReport) -> BatchReport:
@@ -155,50 +160,44 @@ def _write_report(out: Path, report: BatchReport) -> BatchReport:
     return report
 
 
-def run_local(
+def _run_local(
     batch: Batch,
     on_result: ResultCallback,
-    *,
-    decoder: PixelDecoder | None = None,
     on_progress: JobProgressCallback | None = None,
+    decoder: PixelDecoder | None = None,
 ) -> BatchReport:
     """Process the batch in this process, on one device."""
     progress = BatchProgress(batch=batch, on_result=on_result)
     try:
-        pending = progress.pending()
-        if pending:
+        if pending := progress.pending():
             Worker(batch.config, decoder, on_progress).process_all(pending, progress.add)
     except KeyboardInterrupt:
         progress.interrupted = True
     return progress.report()
 
 
-def run_torchrun(
-    batch: Batch, on_result: ResultCallback, on_progress: JobProgressCallback | None = None
+def _run_torchrun(
+    batch: Batch, on_result: ResultCallback, on_progress: JobProgressCallback | None
 ) -> BatchReport | None:
-    """Process every n-th job in this one of n processes; rank 0 gathers the reports."""
+    """Process every n-th job in this one of n processes; rank 0 gathers the reports and writes that of all."""
     import torch.distributed as dist
 
     # Processes may end hours apart, and gathering must not time out meanwhile.
     dist.init_process_group("gloo", timeout=timedelta(days=30))
-    lock: FolderLock | None = None
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     try:
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        if rank == 0:
-            lock = FolderLock(batch.out, "batch")
-            remove_partial(batch.out, older_than=ABANDONED_AFTER)
-        dist.barrier()
-        config = replace(batch.config, device=batch.config.device or _local_device(int(os.environ["LOCAL_RANK"])))
-        # Jobs are divided before any is skipped: which are done already may look different to each process.
-        own = replace(batch, jobs=batch.jobs[rank::world_size], config=config)
-        callback: ResultCallback = on_result if rank == 0 else lambda _: None
-        report = run_local(own, callback, on_progress=on_progress if rank == 0 else None)
-        parts: list[Any] | None = [None] * world_size if rank == 0 else None
-        dist.gather_object(report, parts, dst=0)
-        return merge(parts) if parts is not None else None
+        with _only_batch(batch.out) if rank == 0 else nullcontext():
+            dist.barrier()
+            config = replace(batch.config, device=batch.config.device or _local_device(int(os.environ["LOCAL_RANK"])))
+            # Jobs are divided before any is skipped: which are done already may look different to each process.
+            own = replace(batch, jobs=batch.jobs[rank::world_size], config=config)
+            if rank != 0:
+                dist.gather_object(_run_local(own, lambda _: None))
+                return None
+            parts: list[Any] = [None] * world_size
+            dist.gather_object(_run_local(own, on_result, on_progress), parts)
+            return _write_report(batch.out, merge(parts))
     finally:
-        if lock is not None:
-            lock.release()
         dist.destroy_process_group()
 
 

@@ -11,7 +11,7 @@ import struct
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -21,25 +21,12 @@ from typing import Any, Literal, cast
 import torch
 from PIL import Image
 
+from pidecode import images
 from pidecode.batch.jobs import BatchJob
 from pidecode.batch.report import JobResult
 from pidecode.decoder import PixelDecoder
 from pidecode.errors import DoesNotFitError, FileError, PidecodeError, is_out_of_memory
-from pidecode.images import (
-    KEYWORD,
-    MAX_PIXELS,
-    Animation,
-    DecodeOutput,
-    Frames,
-    check_format,
-    frames_in,
-    image_size,
-    read_frames,
-    read_image,
-    read_metadata,
-)
 from pidecode.images.png import SIGNATURE
-from pidecode.images.read import SourceImage
 from pidecode.images.write import animated_format
 from pidecode.latents.latent import Latent
 from pidecode.options import Attention, DecodeOptions, RuntimeOptions, option_infos
@@ -78,7 +65,7 @@ class WorkerConfig:
     overwrite: bool = False  # whether images that exist are made again
     strip: bool = False  # whether what a source carries (EXIF, texts, resolution) is left out of its image
     keep_profile: bool = False  # whether a source's colors and profile are kept instead of converted to sRGB
-    max_pixels: int = MAX_PIXELS  # largest source read
+    max_pixels: int = images.MAX_PIXELS  # largest source read
     weights: str = ""  # content hash of the weights, from `hash_weights`
 
     def hash_weights(self) -> str:
@@ -117,8 +104,7 @@ class WorkerConfig:
         options count by their content.
         """
         identity = {
-            "weights": self.weights, "model": [self.space, self.variant],
-            "bits": self.bits,
+            "weights": self.weights, "model": [self.space, self.variant], "bits": self.bits,
             "reading": [self.strip, self.keep_profile],
             "options": {name: value for name, value in asdict(self.options_of(job)).items() if value is not None},
         }  # fmt: skip
@@ -148,13 +134,7 @@ class JobOutputs:
 
 
 def job_outputs(job: BatchJob, config: WorkerConfig) -> JobOutputs:
-    """What a job writes and what of it is missing.
-
-    Raises:
-        FileError: The source cannot be read, or a file with another fingerprint is in the way and `config.overwrite`
-            is False.
-        PidecodeError: The job's own error.
-    """
+    """What a job writes and what of it is missing; PidecodeError for its own error, or another file in the way."""
     if job.error is not None:
         raise job.error
     paths = job.outputs()
@@ -165,28 +145,22 @@ def job_outputs(job: BatchJob, config: WorkerConfig) -> JobOutputs:
             "Write it anew without what is not the image, or raise max_pixels."
         )
     fingerprint = config.fingerprint(job)
-    missing = [
-        index for index, path in enumerate(paths) if config.overwrite or _state(path, fingerprint, job) != "done"
-    ]
+    states = ["missing" if config.overwrite else _state(path, fingerprint, job) for path in paths]
+    missing = [index for index, state in enumerate(states) if state != "done"]
     return JobOutputs(fingerprint=fingerprint, paths=paths, missing=missing)
 
 
 def _state(path: Path, fingerprint: str, job: BatchJob) -> OutputState:
-    """Whether an output exists, is whole, and was made of the source as it is now.
-
-    A cut, empty or damaged file that a batch wrote counts as damaged: a power cut may leave one. One made with the same
-    settings of the same source file, whose content has changed since, is outdated.
-
-    Raises:
-        FileError: Another file is there.
-    """
+    """Whether an output exists, is whole, and was made of the source as it is now; FileError for another file there."""
+    # A file that a batch wrote is damaged if it is cut or empty, as after a power cut, and outdated if it was made with
+    # the same settings of the same source file, whose content has changed since.
     if not path.exists():
         return "missing"
     if not path.is_file():  # a pipe would block forever
         raise FileError(f"{path} is no regular file, and in the way. Remove it, or choose another output folder.")
     what = "was not made by a batch"
     try:
-        metadata = read_metadata(path) if _is_complete(path) else None
+        metadata = images.read_metadata(path) if _is_complete(path) else None
         found = str((metadata or {}).get(FINGERPRINT, ""))
         if found[:_JOB] == fingerprint[:_JOB]:
             return "done"
@@ -229,12 +203,10 @@ def _is_complete(path: Path) -> bool:
                     return False
                 at = file.seek(size + size % 2, 1)
             return at >= end and path.stat().st_size >= end
-        if start.startswith(b"GIF8"):
-            file.seek(-1, 2)
-            return file.read(1) == b";"
-        if start.startswith(b"\xff\xd8"):
-            file.seek(-2, 2)
-            return file.read(2) == b"\xff\xd9"
+        for begin, last in ((b"GIF8", b";"), (b"\xff\xd8", b"\xff\xd9")):  # GIF, JPEG
+            if start.startswith(begin):
+                file.seek(-len(last), os.SEEK_END)
+                return file.read() == last
         file.seek(len(SIGNATURE))
         left = path.stat().st_size - len(SIGNATURE)
         while start.startswith(SIGNATURE) and len(head := file.read(8)) == 8:
@@ -248,26 +220,22 @@ def _is_complete(path: Path) -> bool:
     return False
 
 
-def skip_done(jobs: Iterable[BatchJob], config: WorkerConfig) -> Iterator[tuple[BatchJob, JobResult | None]]:
-    """Pair each job with its result if that is known without decoding: done before, or impossible; else with None."""
-    for job in jobs:
-        began = time.perf_counter()
-        try:
-            skipped = JobResult(name=job.name, state="skipped", seconds=0.0)
-            yield job, None if job_outputs(job, config).missing else skipped
-        except Exception as error:  # whatever a name or a file provokes stays with its job
-            yield job, failed(job, error, time.perf_counter() - began)
+def result_without_decoding(job: BatchJob, config: WorkerConfig) -> JobResult | None:
+    """The result of a job that is done already, or impossible; None if it needs decoding."""
+    began = time.perf_counter()
+    try:
+        return None if job_outputs(job, config).missing else JobResult(name=job.name, state="skipped", seconds=0.0)
+    except Exception as error:  # whatever a name or a file provokes stays with its job
+        return failed(job, error, time.perf_counter() - began)
 
 
 def failed(job: BatchJob, error: BaseException, seconds: float) -> JobResult:
     """The result of a job that raised `error`."""
     if is_out_of_memory(error):
         error = DoesNotFitError("There was not enough memory for it. Decode it alone, smaller, or on a larger device.")
-    if isinstance(error, PidecodeError):
-        message = error.message("cli")
-    else:
-        message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return JobResult(name=job.name, state="failed", seconds=seconds, error=type(error).__name__, message=message)
+    kind = type(error).__name__
+    message = error.message("cli") if isinstance(error, PidecodeError) else f"{kind}: {error}".removesuffix(": ")
+    return JobResult(name=job.name, state="failed", seconds=seconds, error=kind, message=message)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -277,24 +245,20 @@ class _Decoded:
     job: BatchJob
     began: float
     outputs: JobOutputs | None = None
-    source: Latent | SourceImage | Frames | None = None
-    images: list[tuple[Path, DecodeOutput | Animation]] = field(default_factory=list)
+    source: Latent | images.SourceImage | images.Frames | None = None
+    waiting: list[tuple[Path, images.DecodeOutput | images.Animation]] = field(default_factory=list)
     written: int = 0
     pixels: int = 0
     error: BaseException | None = None
 
-    @property
-    def fingerprint(self) -> str:
-        """Of the job; empty if it has failed before."""
-        return self.outputs.fingerprint if self.outputs else ""
-
-    def add(self, path: Path, output: DecodeOutput) -> None:
+    def add(self, path: Path, output: images.DecodeOutput) -> None:
         """Keep the one image of `output` for `path`, with its source and fingerprint in its metadata."""
-        self.images.append((path, replace(output, metadata=(self.identified(output.metadata[0]),))))
+        self.waiting.append((path, replace(output, metadata=(self.identified(output.metadata[0]),))))
 
     def identified(self, metadata: dict[str, Any]) -> dict[str, Any]:
         """Metadata with what they tell a later batch: the fingerprint first, where a cut file still has it."""
-        return {FINGERPRINT: self.fingerprint, **metadata, "source": printable(self.job.name)}
+        assert self.outputs is not None
+        return {FINGERPRINT: self.outputs.fingerprint, **metadata, "source": printable(self.job.name)}
 
 
 class Worker:
@@ -315,7 +279,12 @@ class Worker:
 
         What is decoded when an exception (Ctrl-C) ends the work is written, and `on_result` called for it.
         """
+        read: deque[Future[_Decoded]] = deque()
         written: deque[Future[JobResult]] = deque()
+
+        def decode_next() -> None:
+            written.append(writer.submit(self._write, self._decode(read.popleft().result())))
+            report(WRITE_QUEUE)
 
         def report(limit: int) -> None:
             while len(written) > limit:
@@ -325,9 +294,12 @@ class Worker:
 
         with ThreadPoolExecutor(1, "pidecode-reader") as reader, ThreadPoolExecutor(1, "pidecode-writer") as writer:
             try:
-                for sources in _ahead(reader, self._read, jobs):
-                    written.append(writer.submit(self._write, self._decode(sources)))
-                    report(WRITE_QUEUE)
+                for job in jobs:
+                    read.append(reader.submit(self._read, job))
+                    if len(read) > READ_QUEUE:
+                        decode_next()
+                while read:
+                    decode_next()
             finally:
                 report(0)
 
@@ -342,80 +314,82 @@ class Worker:
             decoded.error = error
         return decoded
 
-    def _load_source(self, job: BatchJob) -> Latent | SourceImage | Frames:
+    def _load_source(self, job: BatchJob) -> Latent | images.SourceImage | images.Frames:
         """The source of a job; its image is within the limits of its file format."""
+        options, limit = self.config.options_of(job), self.config.max_pixels
         if job.kind == "latent":
             latent = Latent.load(job.source, space=self.config.space)
             height, width = latent.output_size
-            check_format(job.out, *self.decoder.decoded_size((width, height), self.config.options_of(job)))
+            images.check_format(job.out, *self.decoder.decoded_size((width, height), options))
             return latent
-        limit = self.config.max_pixels
-        frames = frames_in(job.source, max_pixels=limit)
-        for size in frames.sizes if frames else [image_size(job.source, max_pixels=limit)]:
-            check_format(job.out, *self.decoder.upscaled_size(size, self.config.options_of(job)))
+        frames = images.frames_in(job.source, max_pixels=limit)
+        for size in frames.sizes if frames else [images.image_size(job.source, max_pixels=limit)]:
+            images.check_format(job.out, *self.decoder.upscaled_size(size, options))
         if frames is None:
-            return self._stripped(read_image(job.source, max_pixels=limit, keep_profile=self.config.keep_profile))
+            return images.read_image(job.source, max_pixels=limit, keep_profile=self.config.keep_profile)
         if frames.durations:
             animated_format(job.out)
         return frames
 
-    def _stripped(self, image: SourceImage) -> SourceImage:
-        return image.stripped() if self.config.strip else image
+    def _upscale(self, decoded: _Decoded, image: images.SourceImage, progress: Any) -> images.DecodeOutput:
+        image = image.stripped() if self.config.strip else image
+        return self.decoder.upscale(image, options=self.config.options_of(decoded.job), progress_callback=progress)
 
     def _decode(self, decoded: _Decoded) -> _Decoded:
-        job, outputs = decoded.job, decoded.outputs
+        outputs, source = decoded.outputs, decoded.source
         if decoded.error is not None or outputs is None or not outputs.missing:  # a worker that died had finished it
             return decoded
         try:
-            options, report = self.config.options_of(job), self.on_progress
-            progress = None if report is None else partial(report, job)
-            if isinstance(decoded.source, Frames):
-                self._upscale_frames(decoded, decoded.source, outputs, options)
-                return decoded
-            if not isinstance(decoded.source, Latent):
-                assert decoded.source is not None
-                output = self.decoder.upscale(decoded.source, options=options, progress_callback=progress)
-                decoded.add(outputs.paths[0], output)
-                return decoded
-            draws_noise = self.decoder.kind in option_infos()["seed"].kinds
-            first_seed = options.seeds(1)[0] if draws_noise else None
-            for index in outputs.missing:  # one by one: that one image fits in memory does not mean that all do
-                if first_seed is not None:
-                    options = replace(options, seed=first_seed + index)
-                output = self.decoder.decode(decoded.source[index], options=options, progress_callback=progress)
-                decoded.add(outputs.paths[index], output)
+            options = self.config.options_of(decoded.job)
+            progress = None if self.on_progress is None else partial(self.on_progress, decoded.job)
+            if isinstance(source, images.Frames):
+                self._upscale_frames(decoded, source, outputs)
+            elif isinstance(source, images.SourceImage):
+                decoded.add(outputs.paths[0], self._upscale(decoded, source, progress))
+            else:
+                assert source is not None
+                draws_noise = self.decoder.kind in option_infos()["seed"].kinds
+                first_seed = options.seeds(1)[0] if draws_noise else None
+                for index in outputs.missing:  # one by one: that one image fits in memory does not mean that all do
+                    if first_seed is not None:
+                        options = replace(options, seed=first_seed + index)
+                    output = self.decoder.decode(source[index], options=options, progress_callback=progress)
+                    decoded.add(outputs.paths[index], output)
         except Exception as error:  # one failure must not stop the other jobs
             decoded.error = error
         return decoded
 
-    def _upscale_frames(self, decoded: _Decoded, frames: Frames, outputs: JobOutputs, options: DecodeOptions) -> None:
+    def _upscale_frames(self, decoded: _Decoded, frames: images.Frames, outputs: JobOutputs) -> None:
         """Upscale an animation, or the pages of a document, which are written at once: all may not fit in memory."""
-        job, limits = decoded.job, {"max_pixels": self.config.max_pixels, "keep_profile": self.config.keep_profile}
-        images: list[Image.Image] = []
-        for index, image in enumerate(read_frames(job.source, **limits)):  # type: ignore[arg-type]
+        config, what = self.config, "frame" if frames.durations else "page"
+        read = images.read_frames(decoded.job.source, max_pixels=config.max_pixels, keep_profile=config.keep_profile)
+        upscaled: list[Image.Image] = []
+        for index, image in enumerate(read):
             if not frames.durations and index not in outputs.missing:
                 continue
 
             def progress(now: Progress, index: int = index) -> None:
                 if self.on_progress is not None:
-                    self.on_progress(job, now.of_part("frame" if frames.durations else "page", index, len(frames)))
+                    self.on_progress(decoded.job, now.of_part(what, index, len(frames)))
 
-            output = self.decoder.upscale(self._stripped(image), options=options, progress_callback=progress)
+            output = self._upscale(decoded, image, progress)
             if frames.durations:
-                images += output.images
+                upscaled += output.images
             else:
                 decoded.add(outputs.paths[index], output)
                 self._save(decoded)
-        if images:
-            images[0].info[KEYWORD] = decoded.identified(images[0].info[KEYWORD])
-            decoded.images.append((outputs.paths[0], Animation(images, frames)))
+        if upscaled:
+            upscaled[0].info[images.KEYWORD] = decoded.identified(upscaled[0].info[images.KEYWORD])
+            decoded.waiting.append((outputs.paths[0], images.Animation(upscaled, frames)))
 
     def _save(self, decoded: _Decoded) -> None:
         """Write the images that wait."""
-        while decoded.images:
-            path, output = decoded.images.pop(0)
+        while decoded.waiting:
+            path, output = decoded.waiting.pop(0)
             path.parent.mkdir(parents=True, exist_ok=True)
-            state = "damaged" if self.config.overwrite else _state(path, decoded.fingerprint, decoded.job)
+            assert decoded.outputs is not None
+            overwrite = self.config.overwrite
+            state = "damaged" if overwrite else _state(path, decoded.outputs.fingerprint, decoded.job)
             if state != "done":  # else written by another run meanwhile
                 bits, quality = cast(Literal[8, 16], self.config.bits), self.config.quality
                 output.save(path, overwrite=state in ("damaged", "outdated"), bits=bits, quality=quality)
@@ -430,20 +404,5 @@ class Worker:
         seconds = time.perf_counter() - decoded.began
         if decoded.error is not None:
             return failed(decoded.job, decoded.error, seconds)
-        return JobResult(
-            name=decoded.job.name, state="done", seconds=seconds, images=decoded.written,
-            megapixels=decoded.pixels / 1e6,
-        )  # fmt: skip
-
-
-def _ahead(
-    pool: ThreadPoolExecutor, read: Callable[[BatchJob], _Decoded], jobs: Iterable[BatchJob]
-) -> Iterator[_Decoded]:
-    """What `read` makes of the jobs, in order; READ_QUEUE of them are read while the caller works on one."""
-    waiting: deque[Future[_Decoded]] = deque()
-    for job in jobs:
-        waiting.append(pool.submit(read, job))
-        if len(waiting) > READ_QUEUE:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+        done, megapixels = decoded.written, decoded.pixels / 1e6
+        return JobResult(name=decoded.job.name, state="done", seconds=seconds, images=done, megapixels=megapixels)
