@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections import Counter
 from typing import Any, NoReturn
 
 MAX_BYTES = 4 << 20
@@ -65,10 +64,11 @@ def read_json(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> An
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique = dict(pairs)
-    if len(unique) != len(pairs):
-        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise JSONError(f"it has {twice[:40]!r} twice in one object")
+    unique: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in unique:
+            raise JSONError(f"it has {name[:40]!r} twice in one object")
+        unique[name] = value
     return unique
 
 
@@ -96,22 +96,15 @@ def _check(value: Any, max_depth: int) -> None:
         inner: list[Any] = []
         for item in level:
             if isinstance(item, dict):
-                for name in item:
-                    _check_text(name)
-                inner.extend(item.values())
+                inner += [*item, *item.values()]
             elif isinstance(item, list):
-                inner.extend(item)
+                inner += item
             elif isinstance(item, str):
-                _check_text(item)
+                try:
+                    item.encode()
+                except UnicodeEncodeError:
+                    raise JSONError("it has half of a surrogate pair, which is no character") from None
         if not inner:
             return
         level = inner
     raise JSONError(f"it is nested more than {max_depth} levels deep")
-
-
-def _check_text(text: str) -> None:
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise JSONError("it has half of a surrogate pair, which is no character") from None

@@ -22,23 +22,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 from click.shell_completion import CompletionItem
 
+from pidecode import units
 from pidecode.engine.machine import QUANTIZATIONS
 from pidecode.engine.plan import SCHEMES
 from pidecode.errors import DoesNotFitError, FileError, LatentError, PidecodeError, SizeError
 from pidecode.options import ATTENTIONS, Command, DecodeOptions, OptionInfo, SaveOptions, option_infos
 from pidecode.registry.checkpoints import CHECKPOINTS
 from pidecode.registry.spaces import ALIASES, SPACES
-from pidecode.units import (
-    DTYPES,
-    LARGEST_PIXELS,
-    MAX_PIXELS,
-    format_bytes,
-    format_seconds,
-    parse_dtype,
-    parse_sides,
-    printable,
-    read_text,
-)
 
 if TYPE_CHECKING:
     import torch
@@ -67,13 +57,9 @@ _FEW_OPTIONS = 9  # so many are not divided into groups
 
 
 class GroupedCommand(click.Command):
-    """A command whose help shows its options in groups, and examples.
+    """A command whose help shows its options in groups, and examples."""
 
-    Attributes:
-        examples: Whole command lines.
-    """
-
-    examples: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()  # whole command lines
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; what an error says of keywords, it says of this command's options."""
@@ -138,14 +124,12 @@ def complete_models(_ctx: click.Context, _param: click.Parameter, incomplete: st
     return [*found, *([] if found and incomplete else [CompletionItem(incomplete, type="file")])]
 
 
-def complete_variants(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def complete_variants(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
     """What the shell offers for a variant: those of the model or space that was named before, else all."""
     named = {str(ctx.params.get(name)) for name in ("model", "space")}
     spaces = {ALIASES.get(name, name) for name in named} & set(SPACES)
     rows = [row for row in CHECKPOINTS.values() if row.repository and (not spaces or row.space in spaces)]
-    return [
-        CompletionItem(name) for name in dict.fromkeys(str(row.variant) for row in rows) if name.startswith(incomplete)
-    ]
+    return [name for name in dict.fromkeys(str(row.variant) for row in rows) if name.startswith(incomplete)]
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -177,8 +161,6 @@ def parsed_by(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Par
 
 
 PATH = click.Path(path_type=Path)
-
-
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace files that exist.")
 space_option = click.option(
@@ -192,7 +174,7 @@ variant_option = click.option(
 device_option = click.option(
     "--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; chosen automatically if not given."
 )
-_DTYPE: dict[str, Any] = {"metavar": f"[{'|'.join(DTYPES)}]", "callback": parsed_by(parse_dtype)}
+_DTYPE: dict[str, Any] = {"metavar": f"[{'|'.join(units.DTYPES)}]", "callback": parsed_by(units.parse_dtype)}
 dtype_option = click.option("--dtype", **_DTYPE, help="Number format; chosen for the device if not given.")
 output_dtype_option = click.option("--dtype", **_DTYPE, help="Number format to write; the source's if not given.")
 threads_option = click.option(
@@ -234,8 +216,8 @@ source_options = combined(
                  "or workflow, resolution)."),
     click.option("--keep-profile", is_flag=True,
                  help="Keep the source's colors and its ICC profile instead of converting to sRGB."),
-    click.option("--max-pixels", type=click.IntRange(1, LARGEST_PIXELS), default=MAX_PIXELS, show_default=True,
-                 help="Largest source read, in pixels."),
+    click.option("--max-pixels", type=click.IntRange(1, units.LARGEST_PIXELS), default=units.MAX_PIXELS,
+                 show_default=True, help="Largest source read, in pixels."),
 )  # fmt: skip
 
 
@@ -251,17 +233,16 @@ def set_threads(wanted: int | None) -> None:
         torch.set_num_threads(count)
 
 
-def emit(data: Any, text: str | Callable[[], str], *, as_json: bool) -> None:
+def emit(data: Any, text: str, *, as_json: bool) -> None:
     """Print `data` as JSON, or `text`."""
     if as_json:
-        echo(json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False, default=str), json_escapes=True)
-        return
-    echo(text() if callable(text) else text)
+        text = json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False, default=str)
+    echo(text, json_escapes=as_json)
 
 
 def echo(text: str, *, err: bool = False, nl: bool = True, json_escapes: bool = False) -> None:
     """Print text that may hold names or metadata from outside; every command prints through this."""
-    shown = printable(text, json_escapes=json_escapes)
+    shown = units.printable(text, json_escapes=json_escapes)
     if "tqdm" not in sys.modules:
         click.echo(shown, err=err, nl=nl)
         return
@@ -289,8 +270,7 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
     return "\n".join("  ".join(row[key].ljust(width) for key, width in widths.items()).rstrip() for row in lines)
 
 
-_ONE_FILE = (FileError, LatentError, SizeError, DoesNotFitError)
-"""Errors of one source, which do not stop the others."""
+_ONE_FILE = (FileError, LatentError, SizeError, DoesNotFitError)  # errors that do not stop the other sources
 
 
 class SourceFailures(list[dict[str, Any]]):
@@ -323,12 +303,10 @@ class WorkBar:
     def __init__(self, text: str = "loading") -> None:
         # One process of torchrun draws.
         self.visible = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
-        self._ends, self._index, self._name, self._text = [1.0], 0, "", text
-        self._began = self._reported = time.monotonic()
-        self._predicted: float | None = None  # seconds of all the work, before any of it is done
-        self._share = 0.0  # of all the work, as last reported
+        self._name, self._text = "", text
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._redraw, name="progress", daemon=True)
+        self.expect([1.0])
         if self.visible:
             from tqdm import tqdm
 
@@ -347,35 +325,30 @@ class WorkBar:
 
     def expect(self, work: Sequence[float], seconds: float | None = None) -> None:
         """Begin to measure: the work of each job in any unit, and the predicted time of all, if it is known."""
-        self._ends = [end / (sum(work) or 1.0) for end in accumulate(work)]
+        self._shares = [done / (sum(work) or 1.0) for done in accumulate(work, initial=0.0)]  # done before each job
+        self._job = self._shares[:2]  # done before and after this job
         self._began = self._reported = time.monotonic()
-        self._predicted, self._share, self._index = seconds, 0.0, 0
+        self._predicted, self._share = seconds, 0.0
 
     def begin(self, index: int, name: str) -> None:
         """Begin a job, counted from 0."""
-        number = f"{index + 1}/{len(self._ends)} " if len(self._ends) > 1 else ""
-        self._index, self._name = index, f"{number}{name}: "
-        self._set(self._start)
+        jobs = len(self._shares) - 1
+        self._job, self._name = self._shares[index : index + 2], f"{index + 1}/{jobs} " * (jobs > 1) + f"{name}: "
+        self.show(self._text, 0.0)
 
     def show(self, text: str, share: float | None = None) -> None:
         """Say what is being done, and the share of the job that is done."""
         self._text = text
         if share is not None:
-            self._set(self._start + share * (self._ends[self._index] - self._start))
+            before, after = self._job
+            self._share, self._reported = before + share * (after - before), time.monotonic()
+            if self.visible:
+                self._bar.bar_format = _WITH_BAR
         self._draw()
 
     def report(self, now: Progress) -> None:
         """The callback of a decode."""
         self.show(str(now), now.done)
-
-    @property
-    def _start(self) -> float:
-        return self._ends[self._index - 1] if self._index else 0.0
-
-    def _set(self, share: float) -> None:
-        self._share, self._reported = share, time.monotonic()
-        if self.visible:
-            self._bar.bar_format = _WITH_BAR
 
     def _redraw(self) -> None:
         while not self._ended.wait(0.5):
@@ -384,16 +357,16 @@ class WorkBar:
     def _draw(self) -> None:
         if not self.visible:
             return
-        now, total = time.monotonic(), None
+        now, total = time.monotonic(), None  # seconds of all the work
         if self._share >= TRUSTED_SHARE or (self._share and self._predicted is None):
             total = (self._reported - self._began) / self._share
         elif self._predicted is not None:
             total = self._reported - self._began + (1 - self._share) * self._predicted
         share = self._share if total is None else min(self._share + (now - self._reported) / max(total, 0.1), 0.99)
-        left = "" if total is None else f"about {format_seconds(max(1.0, total * (1 - share)))} left"
+        left = "" if total is None else f"about {units.format_seconds(max(1.0, total * (1 - share)))} left"
         with self._bar.get_lock():  # type: ignore[no-untyped-call]
             self._bar.n = share
-            self._bar.desc, self._bar.postfix = printable(self._name + self._text), left
+            self._bar.desc, self._bar.postfix = units.printable(self._name + self._text), left
             self._bar.refresh()
 
 
@@ -417,13 +390,15 @@ def standard_input() -> bytes:
     while part := sys.stdin.buffer.read(1 << 20):
         data += part
         if len(data) > MAX_INPUT:
-            raise FileError(f"Standard input holds more than {format_bytes(MAX_INPUT)}; give such a file by its name.")
+            raise FileError(
+                f"Standard input holds more than {units.format_bytes(MAX_INPUT)}; give such a file by its name."
+            )
     return bytes(data)
 
 
 def prompt_lines(file: Path | None) -> list[str]:
     """The prompts of a file, if one is named: one a line, without empty lines and those that begin with #."""
-    lines = [] if file is None else map(str.strip, read_text(file).splitlines())
+    lines = [] if file is None else map(str.strip, units.read_text(file).splitlines())
     return [line for line in lines if line and not line.startswith("#")]
 
 
@@ -437,7 +412,7 @@ def decode_options(*commands: Command, exclude: Collection[str] = ()) -> Callabl
 def _flag(name: str, info: OptionInfo) -> Callable[[F], F]:
     given: dict[str, Any] = {"help": info.help}
     if info.type is tuple:
-        given |= {"metavar": "[WIDTH]x[HEIGHT]", "callback": parsed_by(parse_sides)}
+        given |= {"metavar": "[WIDTH]x[HEIGHT]", "callback": parsed_by(units.parse_sides)}
     elif info.choices:
         given["type"] = click.Choice(info.choices)
     elif info.type is int:
@@ -473,8 +448,8 @@ def take_decode_options(given: dict[str, Any], *, exclude: Collection[str] = ())
 save_options = combined(*(_flag(name, info) for name, info in option_infos(SaveOptions, interface="cli").items()))
 
 
-def torch_dtype(name: str | None) -> torch.dtype | None:
-    """The number format with this name."""
+def torch_dtype(name: str | None) -> Any:
+    """The number format with this name, a `torch.dtype`; None for None."""
     import torch
 
     return None if name is None else getattr(torch, name)
@@ -485,6 +460,4 @@ def pipeline_device(device: str | None, dtype: str | None) -> tuple[torch.device
     from pidecode.devices import select_device
 
     selected = select_device(device)
-    chosen = torch_dtype(dtype or ("float32" if selected.type == "cpu" else "bfloat16"))
-    assert chosen is not None
-    return selected, chosen
+    return selected, torch_dtype(dtype or ("float32" if selected.type == "cpu" else "bfloat16"))

@@ -114,24 +114,9 @@ def _checks(build: dict[str, Any], found: list[dict[str, Any]], own: dict[str, A
             reason = f"does not fit this torch ({error}), and breaks transformers: pip uninstall torchvision"
             yield common.Check(what, False, reason)
     bfloat16, missing = own["dtype"] == "bfloat16", own["compiler_missing"]
-    reason = (
-        "instructions for its products, so it is the default"
-        if bfloat16
-        else "no instructions for it: float32 is faster"
-    )
-    yield common.Check("bfloat16 on the CPU", bfloat16, reason)
+    reasons = ("no instructions for it: float32 is faster", "instructions for its products, so it is the default")
+    yield common.Check("bfloat16 on the CPU", bfloat16, reasons[bfloat16])
     yield common.Check("compiling for the CPU (--compile)", missing is None, missing or "a C++ compiler is here")
-    for extra, purpose in (
-        ("text", "prompts for the released decoders"),
-        ("diffusers", "images to latents with the image models' own encoders"),
-    ):
-        lacking = _missing(extra)
-        reason = f"{', '.join(lacking)} missing: pip install 'pidecode[{extra}]'" if lacking else "installed"
-        yield common.Check(f"library for {purpose}", not lacking, reason)
-
-
-def _missing(extra: str) -> list[str]:
-    return [name for name in EXTRAS[extra] if find_spec(name) is None]
 
 
 def examine() -> dict[str, Any]:
@@ -146,7 +131,7 @@ def examine() -> dict[str, Any]:
         | {name: _version(name) for name in PACKAGES},
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}", "executable": sys.executable,
         "torch": build, "devices": found, "cpu": own, "attention": attention(),
-        "extras": {extra: not _missing(extra) for extra in EXTRAS}, "models": known,
+        "extras": {extra: all(map(find_spec, names)) for extra, names in EXTRAS.items()}, "models": known,
         "checks": [asdict(check) for check in (*_checks(build, found, own), *checks(known))],
     }  # fmt: skip
 
@@ -193,7 +178,7 @@ def doctor(space: str | None, model: str | None, encoder: str | None, as_json: b
             raise SettingError("--model and --encoder act together with --space; name one.")
         with common.WorkBar("looking at this machine"):
             findings = examine()
-        common.emit(findings, lambda: _report(findings), as_json=as_json)
+        common.emit(findings, _report(findings), as_json=as_json)
         return
     with common.WorkBar(f"trying {space}"):
         from pidecode.cli.space_check import check_space

@@ -25,8 +25,7 @@ from pidecode.weights.resolve import HubCache
 
 BUNDLED = next(row for row in CHECKPOINTS.values() if row.bundled)
 TEST_LATENT_SIDE = 4  # rows and columns of the latent that is decoded
-MIN_RECONSTRUCTION_PSNR = 20.0
-"""In dB; a VAE that reconstructs a smooth gradient worse than this has damaged or mismatched weights."""
+MIN_RECONSTRUCTION_PSNR = 20.0  # dB; a VAE that reconstructs a smooth gradient worse has damaged or other weights
 
 
 def check_space(space: str, *, model: str | None = None, encoder: str | None = None) -> list[Check]:
@@ -140,8 +139,5 @@ def _check_pipelines(space: LatentSpace) -> Iterator[Check]:
             yield Check(f"pipeline {name}", False, reason)
             continue
         cached = HubCache().cached(image_model.repository, "model_index.json") is not None
-        yield Check(
-            f"pipeline {name}",
-            cached,
-            image_model.repository if cached else f"not on this disk: hf download {image_model.repository}",
-        )
+        reason = image_model.repository if cached else f"not on this disk: hf download {image_model.repository}"
+        yield Check(f"pipeline {name}", cached, reason)

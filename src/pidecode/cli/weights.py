@@ -234,7 +234,7 @@ def _line(row: dict[str, Any]) -> dict[str, str]:
 def models(on_disk: bool, as_json: bool) -> None:
     """List the models there are, and which are on this disk."""
     listed = [row for row in rows() if row["path"] or not on_disk]
-    common.emit(listed, lambda: common.table([_line(row) for row in listed]), as_json=as_json)
+    common.emit(listed, common.table([_line(row) for row in listed]), as_json=as_json)
 
 
 IMAGES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
@@ -381,4 +381,4 @@ def info(file: Path, as_json: bool) -> None:
     """Show what FILE is: an image and its metadata, a latent, or weights."""
     with common.WorkBar("reading"):
         found = describe(file)
-    common.emit(found, lambda: _report(found), as_json=as_json)
+    common.emit(found, _report(found), as_json=as_json)
