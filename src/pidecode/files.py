@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from pidecode.errors import FileError
+from pidecode.errors import FileError, SettingError
 
 PathLike = str | os.PathLike[str]  # A path as users give it
 
@@ -99,6 +99,23 @@ def cut_name(stem: str, ending: str) -> str:
     """The name `stem + ending`, its stem cut so that file systems take it: 255 bytes."""
     raw, left = os.fsencode(stem), 255 - len(os.fsencode(ending))
     return (stem if len(raw) <= left else raw[:left].decode(errors="ignore")) + ending
+
+
+def numbered(path: Path, count: int) -> list[Path]:
+    """The path, or so many with -1, -2, ... before the suffix."""
+    endings = [f"-{number}{path.suffix}" for number in range(1, count + 1)] if count > 1 else [path.suffix]
+    return [path.with_name(cut_name(path.stem, ending)) for ending in endings]
+
+
+def claim(places: dict[str, tuple[object, Path]], path: Path, source: object) -> None:
+    """Note in `places` that `source` is written to `path`; SettingError if another one is written there."""
+    other, place = places.setdefault(same_name(path), (source, path))
+    if place is not path:
+        also = "" if place == path else f", which some file systems take for {place}"
+        raise SettingError(
+            f"{other} and {source} would both be written to {path}{also}. Keep their suffixes in the names "
+            "(keep_suffix=True), rename one, or write them to two folders."
+        )
 
 
 def check_writable(path: PathLike, *, overwrite: bool = False) -> Path:

@@ -27,18 +27,13 @@ Fit = Literal["pad", "crop"]
 Command = Literal["decode", "upscale"]
 Interface = Literal["cli", "http", "batch", "comfyui"]
 FileFormat = Literal["png", "webp", "jpeg", "jpg"]
-Sides = tuple[int | None, int | None]
-"""Width and height in pixels; None for one of them keeps the image's shape."""
+Sides = tuple[int | None, int | None]  # width and height in pixels; None for one of them keeps the image's shape
 
 COLOR_FIXES: tuple[ColorFix, ...] = get_args(ColorFix)
-MAX_SEED = 2**64 - 1
-"""Largest seed torch's generators take, and ComfyUI's largest."""
-MAX_SIDE = 65_535
-"""Largest side of an image, in pixels, that is worth asking for: the limit of JPEG."""
-MAX_STRETCH = 0.02
-"""Part of a side by which a result may be stretched to a size that was asked for."""
-MAX_SIGMA = 0.8
-"""Largest noise level of latents in PiD's training (https://arxiv.org/abs/2605.23902)."""
+MAX_SEED = 2**64 - 1  # largest seed torch's generators take, and ComfyUI's largest
+MAX_SIDE = 65_535  # largest side of an image, in pixels, that is worth asking for: the limit of JPEG
+MAX_STRETCH = 0.02  # part of a side by which a result may be stretched to a size that was asked for
+MAX_SIGMA = 0.8  # largest noise level of latents in PiD's training (https://arxiv.org/abs/2605.23902)
 
 _PIXEL_DIFFUSION: tuple[DecoderKind, ...] = ("student", "teacher")
 
@@ -222,21 +217,16 @@ class DecodeOptions:
         (width, height), (wanted_width, wanted_height) = largest, self.completed_size(largest)
         if self.scale is not None:
             if self.scale > scale:
-                raise SizeError(
-                    f"scale is {self.scale:g}, and {name} enlarges {scale} times; give 1 to {scale}, or enlarge the "
-                    "result once more."
-                )
+                limit = f"{name} enlarges {scale} times; give 1 to {scale}, or enlarge the result once more"
+                raise SizeError(f"scale is {self.scale:g}, and {limit}.")
             return max(1, round(width * self.scale / scale)), max(1, round(height * self.scale / scale))
+        size = f"size is {wanted_width}x{wanted_height}"
         if wanted_width > width or wanted_height > height:
-            raise SizeError(
-                f"size is {wanted_width}x{wanted_height}, and {name} makes {width}x{height} of this; ask for that or "
-                "less, or enlarge the result once more."
-            )
+            limit = f"{name} makes {width}x{height} of this; ask for that or less, or enlarge the result once more"
+            raise SizeError(f"{size}, and {limit}.")
         if abs(wanted_width * height - wanted_height * width) > MAX_STRETCH * wanted_width * height:
-            raise SizeError(
-                f"size is {wanted_width}x{wanted_height}, which stretches an image that becomes {width}x{height}; give "
-                f"one side alone, or {wanted_width}x{max(1, round(wanted_width * height / width))}."
-            )
+            fix = f"give one side alone, or {wanted_width}x{max(1, round(wanted_width * height / width))}"
+            raise SizeError(f"{size}, which stretches an image that becomes {width}x{height}; {fix}.")
         return wanted_width, wanted_height
 
     def seeds(self, batch: int) -> list[int]:
@@ -305,11 +295,11 @@ def option_infos(
 ) -> dict[str, OptionInfo]:
     """Name and `OptionInfo` of every option, in order; only those of a command or an interface, if named."""
     infos: dict[str, OptionInfo] = {entry.name: entry.metadata["option"] for entry in fields(options)}
-    return {
-        name: info
-        for name, info in infos.items()
-        if (command is None or command in info.commands) and (interface is None or interface in info.interfaces)
-    }
+    if command is not None:
+        infos = {name: info for name, info in infos.items() if command in info.commands}
+    if interface is not None:
+        infos = {name: info for name, info in infos.items() if interface in info.interfaces}
+    return infos
 
 
 def _plain(value: Any) -> Any:

@@ -8,14 +8,15 @@ import glob
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
+from pidecode import files
 from pidecode.batch.report import describe_left_out
 from pidecode.errors import FileError, PidecodeError, SettingError
-from pidecode.files import HEAD_BYTES, LOCK_NAME, cut_name, may_hold_frames, require_file, same_name, walk
 from pidecode.images import Frames, frames_in
 from pidecode.latents.storage import count_latents
 from pidecode.options import Command, DecodeOptions, SaveOptions, option_infos
@@ -55,16 +56,13 @@ class BatchJob:
 
     def outputs(self) -> list[Path]:
         """The files the job writes: one, or one per latent of a file with several."""
-        require_file(self.source)
+        files.require_file(self.source)
         if self.kind == "latent":
             count = count_latents(self.source)
         else:
             frames = find_frames(self.source)
             count = len(frames) if frames and not frames.durations else 1
-        if count == 1:
-            return [self.out]
-        endings = [f"-{index}{self.out.suffix}" for index in range(1, count + 1)]
-        return [self.out.with_name(cut_name(self.out.stem, ending)) for ending in endings]
+        return [self.out] if count == 1 else files.numbered(self.out, count)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,16 +80,15 @@ class OutputNaming:
         if suffix is None:
             frames = find_frames(source) if source_kind(source) == "image" else None
             suffix = frames.suffix if frames else ".png"
-        return path.with_name(cut_name(path.name if self.keep_suffix else path.stem, suffix))
+        return path.with_name(files.cut_name(path.name if self.keep_suffix else path.stem, suffix))
 
 
 def find_frames(source: Path) -> Frames | None:
     """The frames or pages of an image file; None if it holds one, or none that can be read, which its job will say."""
-    try:
-        with open(source, "rb") as file:
-            return frames_in(file, max_pixels=LARGEST_PIXELS) if may_hold_frames(file.read(HEAD_BYTES)) else None
-    except (OSError, PidecodeError):
-        return None
+    with suppress(OSError, PidecodeError), open(source, "rb") as file:
+        if files.may_hold_frames(file.read(files.HEAD_BYTES)):
+            return frames_in(file, max_pixels=LARGEST_PIXELS)
+    return None
 
 
 class JobList(list[BatchJob]):
@@ -126,7 +123,7 @@ def collect_jobs(source: str | os.PathLike[str], naming: OutputNaming) -> JobLis
         jobs = JobList(_from_manifest(path, naming))
     elif os.path.lexists(path) or not glob.has_magic(text):
         try:
-            require_file(path)
+            files.require_file(path)
         except FileError as error:
             raise FileError(f"{error} Give a folder, a file, a .jsonl manifest, or a pattern in quotes.") from None
         _require_kind(path, str(path), FileError)
@@ -163,7 +160,7 @@ def _files_below(folder: Path, out: Path) -> tuple[list[Path], list[BatchJob]]:
         )
     found: list[Path] = []
     unread: list[BatchJob] = []
-    for here, folders, files in walk(folder, lambda error: unread.append(_unreadable(error, folder))):
+    for here, folders, names in files.walk(folder, lambda error: unread.append(_unreadable(error, folder))):
         inside = Path(here)
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in list(folders):
@@ -174,7 +171,7 @@ def _files_below(folder: Path, out: Path) -> tuple[list[Path], list[BatchJob]]:
             elif is_link:
                 why = "is a link to a folder, and links to folders are not followed; give the folder itself as a batch"
                 unread.append(_failure(place.relative_to(folder).as_posix(), f"{place} {why} of its own."))
-        found += [inside / name for name in files if not name.startswith(".")]
+        found += [inside / name for name in names if not name.startswith(".")]
     return found, unread
 
 
@@ -189,7 +186,7 @@ def _glob(pattern: str) -> tuple[list[Path], list[BatchJob]]:
     once = {(os.path.realpath(path.parent), path.name): path for path in shortest_last}
     unread: list[BatchJob] = []
     if "**" in pattern:
-        for _ in walk(_folder_of_pattern(pattern), lambda error: unread.append(_unreadable(error))):
+        for _ in files.walk(_folder_of_pattern(pattern), lambda error: unread.append(_unreadable(error))):
             pass
     return list(once.values()), unread
 
@@ -226,7 +223,7 @@ def _from_files(paths: Sequence[Path], unread: Sequence[BatchJob], base: Path, n
 def _reserved(out: Path, folder: Path) -> SettingError | None:
     """The error of an output whose place the batch itself needs."""
     first = out.relative_to(folder).parts[0]
-    if same_name(first) not in (same_name(REPORT_NAME), same_name(LOCK_NAME)):
+    if files.same_name(first) not in (files.same_name(REPORT_NAME), files.same_name(files.LOCK_NAME)):
         return None
     return SettingError(f"{first} in the output folder is a name that the batch needs itself; name another output.")
 
@@ -308,7 +305,7 @@ def _check_outputs(jobs: Sequence[BatchJob]) -> None:
     """Refuse two outputs that some file system takes for one place, or that are written over a source."""
     runnable = [job for job in jobs if job.error is None]
     sources = {os.path.realpath(job.source): job.name for job in runnable}
-    owners: dict[str, tuple[str, Path]] = {}
+    owners: dict[str, tuple[object, Path]] = {}
     for job in runnable:
         try:
             places = job.outputs()
@@ -318,16 +315,10 @@ def _check_outputs(jobs: Sequence[BatchJob]) -> None:
             overwritten = sources.get(os.path.realpath(place))
             if overwritten is not None:
                 raise SettingError(f"{job.name} would be written over the source {overwritten}; choose another folder.")
-            name, other = owners.setdefault(same_name(place), (job.name, place))
-            if other is not place:
-                also = "" if other == place else f", which some file systems take for {other}"
-                raise SettingError(
-                    f"{name} and {job.name} would both be written to {place}{also}. Keep their suffixes in the names "
-                    "(keep_suffix=True), rename one, or name the outputs in a manifest."
-                )
+            files.claim(owners, place, job.name)
     for parent in {parent for _, place in owners.values() for parent in place.parents}:
-        if same_name(parent) in owners:
+        if owner := owners.get(files.same_name(parent)):
             raise SettingError(
-                f"{owners[same_name(parent)][0]} would be written to {parent}, which must be a folder for the image of "
-                "another source. Rename one, or name the outputs in a manifest."
+                f"{owner[0]} would be written to {parent}, which must be a folder for the image of another source. Rename "
+                "one, or name the outputs in a manifest."
             )

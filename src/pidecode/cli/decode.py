@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from pidecode import files
 from pidecode.cli import common
 from pidecode.cli.weights import IMAGES
 from pidecode.engine.machine import this_machine
 from pidecode.engine.plan import Plan, plan_decode
 from pidecode.errors import FileError, LatentError, PidecodeError, SettingError
-from pidecode.files import HEAD_BYTES, PathLike, check_writable, cut_name, may_hold_frames, require_file, same_name
-from pidecode.files import writable_folder as create_folder
 from pidecode.options import DecodeOptions, FileFormat, RuntimeOptions, SaveOptions, option_infos
 from pidecode.units import parse_bytes
 from pidecode.weights.safetensors import looks_like_safetensors, read_start
@@ -73,14 +72,14 @@ class DecodeSource:
         """The path that the image is named after, with the number of a page."""
         if self.page is None:
             return self.path
-        return self.path.with_name(cut_name(self.path.stem, f"-{self.page + 1}{self.path.suffix}"))
+        return self.path.with_name(files.cut_name(self.path.stem, f"-{self.page + 1}{self.path.suffix}"))
 
     def start(self) -> bytes:
         """Its first bytes. Raises FileError if there is no such file."""
         if self.data is not None:
-            return self.data[:HEAD_BYTES]
-        require_file(self.path)
-        return read_start(self.path, HEAD_BYTES)
+            return self.data[: files.HEAD_BYTES]
+        files.require_file(self.path)
+        return read_start(self.path, files.HEAD_BYTES)
 
     def __str__(self) -> str:
         name = "standard input" if self.data is not None else str(self.path)
@@ -143,7 +142,7 @@ _decoder_options = common.combined(
 
 def target_paths(
     sources: Sequence[Path],
-    out: PathLike | None,
+    out: files.PathLike | None,
     suffix: str,
     *,
     keep_suffix: bool = False,
@@ -170,22 +169,16 @@ def target_paths(
             raise SettingError(f"--format is {format}, and --out names the file {out}; drop one.")
         return [folder]
     paths: list[Path] = []
-    owners: dict[str, tuple[Path, Path]] = {}
+    owners: dict[str, tuple[object, Path]] = {}
     for source, own in zip(sources, endings, strict=True):
-        name = cut_name(source.name if keep_suffix else source.stem, suffix + own)
+        name = files.cut_name(source.name if keep_suffix else source.stem, suffix + own)
         path = (folder or source.parent) / name
+        files.claim(owners, path, source)
         paths.append(path)
-        other, place = owners.setdefault(same_name(path), (source, path))
-        if place is not path:
-            also = "" if place == path else f", which some file systems take for {place}"
-            raise SettingError(
-                f"{other} and {source} would both be written to {path}{also}. Keep their suffixes in the names "
-                "(--keep-suffix), rename one, or write them to two folders (--out)."
-            )
     return paths
 
 
-def _names_file(out: PathLike) -> bool:
+def _names_file(out: files.PathLike) -> bool:
     return bool(Path(out).suffix) and not os.fspath(out).endswith(("/", os.sep)) and not os.path.isdir(out)
 
 
@@ -209,8 +202,7 @@ def _destinations(
     places = partial(target_paths, suffix=suffix, keep_suffix=args.keep_suffix, format=args.format, endings=endings)
     if document and args.out is not None and _names_file(args.out):
         (target,) = places([right[0].path], args.out, endings=endings[:1])
-        numbers = range(1, len(right) + 1)
-        targets = [target.with_name(cut_name(target.stem, f"-{number}{target.suffix}")) for number in numbers]
+        targets = files.numbered(target, len(right))
     else:
         targets = places([source.named for source in sources], args.out)[: len(right)]
     for source, target in zip(right, targets, strict=True):
@@ -228,8 +220,8 @@ def _destinations(
     try:
         for target in targets:
             created += [place for place in target.parents if not os.path.isdir(place)]
-            create_folder(target.parent)
-            check_writable(target, overwrite=args.overwrite)
+            files.writable_folder(target.parent)
+            files.check_writable(target, overwrite=args.overwrite)
         yield targets
     finally:
         for place in created:
@@ -429,7 +421,7 @@ class _UpscaleTask:
 
     def parts(self, source: DecodeSource) -> list[DecodeSource]:
         """The image or animation, or each page of a document."""
-        if not may_hold_frames(source.start()):  # without torch, which takes its time
+        if not files.may_hold_frames(source.start()):  # without torch, which takes its time
             return [source]
         from pidecode.images import frames_in
 
