@@ -314,41 +314,40 @@ def _plain(value: Any) -> Any:
 
 
 def _check(name: str, info: OptionInfo, value: Any) -> None:
-    if info.type is object:
+    """Raise SettingError for a value of the wrong type, out of range or none of the choices."""
+    kind, values, several = info.type, [value], isinstance(value, (tuple, list))
+    if kind is object:
         return
-    if info.type is PathLike:
+    if kind is PathLike:
         if not isinstance(value, (str, PathLike)) and not hasattr(value, "shape"):
             raise SettingError(f"{name} is a {type(value).__name__}; it must be a tensor or a .safetensors file.")
         return
-    if info.type is tuple:
-        sides = value if isinstance(value, (tuple, list)) else ()
-        values = [side for side in sides if side is not None]
-        if len(sides) != 2 or not values or not all(_is_a(int, side) for side in values):
+    if kind is tuple:
+        kind, values = int, [side for side in value if side is not None] if several and len(value) == 2 else []
+        if not values or not all(_is_a(int, side) for side in values):
             raise SettingError(
                 f"{name} is {value!r:.40}; it must be width and height in pixels, such as (2048, 1536), or one of them "
                 "and None."
             )
-    elif info.type in (int, str) and isinstance(value, (tuple, list)):
+    elif kind in (int, str) and several:
         if name not in ("seed", "prompt"):
             raise SettingError(f"{name} is {value!r}; one value acts on all images.")
         values = list(value)
-    else:
-        values = [value]
     for one in values:
-        if not _is_a(int if info.type is tuple else info.type, one):
-            raise SettingError(f"{name} is {one!r}; it must be {_TYPES[info.type]}.")
+        if not _is_a(kind, one):
+            raise SettingError(f"{name} is {one!r}; it must be {_TYPES[kind]}.")
         if info.choices and one not in info.choices:
             raise SettingError(f"{name} is {one!r}; it must be one of {', '.join(info.choices)}.")
         low, high = info.minimum, info.maximum
         if low is not None and high is not None and not low <= one <= high:
-            bounds = f"{low:g} to {high}" if isinstance(high, int) else f"{low:g} to {high:g}"
             # Python refuses to write out thousands of digits.
             huge = isinstance(one, int) and one.bit_length() > 80
             shown = f"a number of {one.bit_length()} bits" if huge else str(one)
-            raise SettingError(f"{name} is {shown}; it must be from {bounds}.")
+            largest = str(high) if isinstance(high, int) else f"{high:g}"
+            raise SettingError(f"{name} is {shown}; it must be from {low:g} to {largest}.")
 
 
-_TYPES = {int: "a whole number", float: "a number", str: "text", tuple: "width and height"}
+_TYPES = {int: "a whole number", float: "a number", str: "text"}
 
 
 def _is_a(kind: type, value: Any) -> bool:

@@ -248,10 +248,6 @@ def test_info_on_a_latent_and_on_weights(weights: Path, latent: Path, tmp_path: 
     assert "none of PiD's" in run("info", tmp_path / "other.safetensors").stdout
     save_file({"transformer.a.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "style.safetensors")
     assert "a LoRA adapter; --lora adds it" in run("info", tmp_path / "style.safetensors").stdout
-    for format, said in (("nvfp4", "nvfp4 (not read here)"), ("float8_e4m3fn", "float8_e4m3fn")):
-        note = torch.tensor(list(json.dumps({"format": format}).encode()), dtype=torch.uint8)
-        save_file({"a.weight": torch.ones(2, 2), "a.comfy_quant": note}, tmp_path / "small.safetensors")
-        assert f"quantized      {said}\n" in run("info", tmp_path / "small.safetensors").stdout
 
 
 @pytest.mark.parametrize(

@@ -318,7 +318,5 @@ def _check_outputs(jobs: Sequence[BatchJob]) -> None:
             files.claim(owners, place, job.name)
     for parent in {parent for _, place in owners.values() for parent in place.parents}:
         if owner := owners.get(files.same_name(parent)):
-            raise SettingError(
-                f"{owner[0]} would be written to {parent}, which must be a folder for the image of another source. Rename "
-                "one, or name the outputs in a manifest."
-            )
+            why = "must be a folder for the image of another source. Rename one, or name the outputs in a manifest."
+            raise SettingError(f"{owner[0]} would be written to {parent}, which {why}")

@@ -26,7 +26,7 @@ from pidecode import units
 from pidecode.engine.machine import QUANTIZATIONS
 from pidecode.engine.plan import SCHEMES
 from pidecode.errors import DoesNotFitError, FileError, LatentError, PidecodeError, SizeError
-from pidecode.options import ATTENTIONS, Command, DecodeOptions, OptionInfo, SaveOptions, option_infos
+from pidecode.options import ATTENTIONS, Command, DecodeOptions, OptionInfo, RuntimeOptions, SaveOptions, option_infos
 from pidecode.registry.checkpoints import CHECKPOINTS
 from pidecode.registry.spaces import ALIASES, SPACES
 
@@ -453,6 +453,17 @@ def torch_dtype(name: str | None) -> Any:
     import torch
 
     return None if name is None else getattr(torch, name)
+
+
+def load_decoder(source: str, given: Mapping[str, Any], **more: Any) -> PixelDecoder:
+    """Load a decoder by the values of the flags in `model_options`, and more arguments of `from_pretrained`."""
+    from pidecode.decoder import PixelDecoder
+
+    return PixelDecoder.from_pretrained(
+        source, space=given["space"], variant=given["variant"], device=given["device"],
+        dtype=torch_dtype(given["dtype"]),
+        runtime=RuntimeOptions(compile=given["compile"], attention=given["attention"]), **more,
+    )  # fmt: skip
 
 
 def pipeline_device(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:

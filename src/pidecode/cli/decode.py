@@ -24,7 +24,7 @@ from pidecode.cli.weights import IMAGES
 from pidecode.engine.machine import this_machine
 from pidecode.engine.plan import Plan, plan_decode
 from pidecode.errors import FileError, LatentError, PidecodeError, SettingError
-from pidecode.options import DecodeOptions, FileFormat, RuntimeOptions, SaveOptions, option_infos
+from pidecode.options import DecodeOptions, FileFormat, SaveOptions, option_infos
 from pidecode.units import parse_bytes
 from pidecode.weights.safetensors import looks_like_safetensors, read_start
 
@@ -97,7 +97,6 @@ def _arguments(given: dict[str, Any]) -> SimpleNamespace:
 
 def _load_decoder(args: SimpleNamespace, sizes: Callable[[CheckpointMetadata], list[BatchShape]]) -> PixelDecoder:
     """Load the decoder; `sizes` gives those that it will work at, where a memory plan needs them."""
-    from pidecode.decoder import PixelDecoder
 
     def make_plan(metadata: CheckpointMetadata) -> Plan | FeedForwardPlan:
         machine = this_machine(args.device)
@@ -113,11 +112,10 @@ def _load_decoder(args: SimpleNamespace, sizes: Callable[[CheckpointMetadata], l
         return plan
 
     limited = (args.memory, args.quantization, args.scheme) != (None, None, None)
-    decoder = PixelDecoder.from_pretrained(
-        args.model, space=args.space, variant=args.variant, encoder=args.encoder, text_encoder=args.text_encoder,
-        device=args.device, dtype=common.torch_dtype(args.dtype), plan=make_plan if limited else None,
-        runtime=RuntimeOptions(compile=args.compile, attention=args.attention),
-    )  # fmt: skip
+    plan = make_plan if limited else None
+    decoder = common.load_decoder(
+        args.model, vars(args), encoder=args.encoder, text_encoder=args.text_encoder, plan=plan
+    )
     if args.lora is not None:
         decoder.load_lora(args.lora, 1.0 if args.lora_scale is None else args.lora_scale)
     return decoder
@@ -261,9 +259,9 @@ def _run(paths: Sequence[Path], args: SimpleNamespace, task: DecodeTask) -> None
         right: list[DecodeSource] = []
         wrong: list[DecodeSource] = []
         for name in names:
-            source = (
-                DecodeSource(Path("stdin"), common.standard_input()) if name == STREAM else DecodeSource(Path(name))
-            )
+            source = DecodeSource(Path(name))
+            if name == STREAM:
+                source = DecodeSource(Path("stdin"), common.standard_input())
             with failures.kept(source):
                 task.check(source)
                 right += task.parts(source)
@@ -332,13 +330,13 @@ def _decode_all(
         with failures.kept(source):
             bar.begin(index, source.path.name)
             began = time.perf_counter()
-            outputs: list[Any] = (
-                list(_upscaled_frames(task, decoder, source, bar))
-                if source.animation
-                else [task.run(decoder, source, bar.report) for task in tasks]
-            )
-            if len(outputs) > 1 and args.sigmas:
-                outputs = [_contact_sheet(outputs, args.sigmas)]
+            outputs: list[Any] = []
+            if isinstance(task, _UpscaleTask) and source.animation:
+                outputs += task.upscaled_frames(decoder, source, source.animation, bar)
+            else:
+                outputs += [task.run(decoder, source, bar.report) for task in tasks]
+                if args.sigmas:
+                    outputs = [_contact_sheet(outputs, args.sigmas)]
             bar.show(f"writing {target.name}")
             if sequence_parallel.is_main_process():
                 written += _save(outputs, source, target, args, began)
@@ -353,21 +351,6 @@ def _contact_sheet(outputs: Sequence[DecodeOutput], sigmas: Sequence[float]) -> 
     sheet = contact_sheet([output.tensors for output in outputs], [f"sigma {level:g}" for level in sigmas])
     size = {"width": sheet.shape[-1], "height": sheet.shape[-2], "sigma": list(sigmas)}
     return DecodeOutput([sheet], [dict(outputs[0].metadata[0]) | size])
-
-
-def _upscaled_frames(
-    task: DecodeTask, decoder: PixelDecoder, source: DecodeSource, bar: common.WorkBar
-) -> Iterator[Image.Image]:
-    """The frames of an animation, each as an image of 8 bits."""
-    assert isinstance(task, _UpscaleTask)
-    assert source.animation is not None
-    count = len(source.animation)
-    for index, image in enumerate(task.frames(source)):
-
-        def report(now: Progress, index: int = index) -> None:
-            bar.report(now.of_part("frame", index, count))
-
-        yield from decoder.upscale(image, options=task.options, progress_callback=report).images
 
 
 def _save(
@@ -400,10 +383,12 @@ def _save(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _UpscaleTask:
     options: DecodeOptions
-    strip: bool
-    keep_profile: bool
-    max_pixels: int
+    args: SimpleNamespace
     suffix: str = "-upscaled"
+
+    @property
+    def _reading(self) -> dict[str, Any]:
+        return {"max_pixels": self.args.max_pixels, "keep_profile": self.args.keep_profile}
 
     def check(self, source: DecodeSource) -> None:
         if os.path.isdir(source.path):
@@ -417,7 +402,7 @@ class _UpscaleTask:
 
         if source.animation is not None:
             return (*source.animation.sizes[0], 1)
-        return (*image_size(source.content, max_pixels=self.max_pixels, frame=source.frame), 1)
+        return (*image_size(source.content, max_pixels=self.args.max_pixels, frame=source.frame), 1)
 
     def parts(self, source: DecodeSource) -> list[DecodeSource]:
         """The image or animation, or each page of a document."""
@@ -425,17 +410,23 @@ class _UpscaleTask:
             return [source]
         from pidecode.images import frames_in
 
-        frames = frames_in(source.content, max_pixels=self.max_pixels)
+        frames = frames_in(source.content, max_pixels=self.args.max_pixels)
         if frames is None or frames.durations:
             return [replace(source, frames=frames)]
         return [replace(source, frames=frames, page=page) for page in range(len(frames))]
 
-    def frames(self, source: DecodeSource) -> Iterator[SourceImage]:
-        """The frames of an animation."""
+    def upscaled_frames(
+        self, decoder: PixelDecoder, source: DecodeSource, frames: Frames, bar: common.WorkBar
+    ) -> Iterator[Image.Image]:
+        """The upscaled frames of an animation, each as an image of 8 bits."""
         from pidecode.images import read_frames
 
-        for image in read_frames(source.content, max_pixels=self.max_pixels, keep_profile=self.keep_profile):
-            yield image.stripped() if self.strip else image
+        for index, image in enumerate(read_frames(source.content, **self._reading)):
+
+            def report(now: Progress, index: int = index) -> None:
+                bar.report(now.of_part("frame", index, len(frames)))
+
+            yield from self._upscale(decoder, image, report).images
 
     def decoded_size(self, metadata: CheckpointMetadata, natural: BatchShape) -> BatchShape:
         """That of the padded image, enlarged."""
@@ -454,17 +445,17 @@ class _UpscaleTask:
     def run(self, decoder: PixelDecoder, source: DecodeSource, progress: DecodeProgressCallback) -> DecodeOutput:
         from pidecode.images import read_image
 
-        image = read_image(
-            source.content, max_pixels=self.max_pixels, keep_profile=self.keep_profile, frame=source.frame
-        )
-        image = image.stripped() if self.strip else image
+        return self._upscale(decoder, read_image(source.content, frame=source.frame, **self._reading), progress)
+
+    def _upscale(self, decoder: PixelDecoder, image: SourceImage, progress: DecodeProgressCallback) -> DecodeOutput:
+        image = image.stripped() if self.args.strip else image
         return decoder.upscale(image, options=self.options, progress_callback=progress)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _LatentTask:
     options: DecodeOptions
-    space: str | None
+    args: SimpleNamespace
     suffix: str = ""
 
     def check(self, source: DecodeSource) -> None:
@@ -497,7 +488,7 @@ class _LatentTask:
     def _latent(self, source: DecodeSource) -> Latent:
         from pidecode.latents.latent import Latent
 
-        return Latent.load(source.content, space=self.space)
+        return Latent.load(source.content, space=self.args.space)
 
 
 DecodeTask = _UpscaleTask | _LatentTask
@@ -509,9 +500,7 @@ DecodeTask = _UpscaleTask | _LatentTask
 @_decoder_options
 @common.source_options
 @click.pass_context
-def upscale(
-    ctx: click.Context, /, images: tuple[Path, ...], strip: bool, keep_profile: bool, max_pixels: int, **given: Any
-) -> None:
+def upscale(ctx: click.Context, /, images: tuple[Path, ...], **given: Any) -> None:
     """Upscale IMAGES: encode each to a latent, and decode that to a larger image.
 
     Without --out, photo.jpg becomes photo-upscaled.png beside it; - reads standard input. Files that exist are kept
@@ -525,8 +514,7 @@ def upscale(
         batch_folder(ctx, images[0])
         return
     args = _arguments(given)
-    task = _UpscaleTask(options=args.options, strip=strip, keep_profile=keep_profile, max_pixels=max_pixels)
-    _run(images, args, task)
+    _run(images, args, _UpscaleTask(options=args.options, args=args))
 
 
 @click.command(cls=common.GroupedCommand)
@@ -542,4 +530,4 @@ def decode(latents: tuple[Path, ...], **given: Any) -> None:
     --overwrite.
     """
     args = _arguments(given)
-    _run(latents, args, _LatentTask(options=args.options, space=args.space))
+    _run(latents, args, _LatentTask(options=args.options, args=args))

@@ -36,16 +36,9 @@ def read_token(file: Path | None) -> str | None:
 
 def _load_decoders(options: dict[str, Any]) -> dict[str, PixelDecoder]:
     """Load every model, by the name that clients use."""
-    from pidecode.decoder import PixelDecoder
-    from pidecode.options import RuntimeOptions
-
     decoders: dict[str, PixelDecoder] = {}
     for source in options["model"]:
-        decoder = PixelDecoder.from_pretrained(
-            source, space=options["space"], variant=options["variant"], device=options["device"],
-            dtype=common.torch_dtype(options["dtype"]),
-            runtime=RuntimeOptions(compile=options["compile"], attention=options["attention"]),
-        )  # fmt: skip
+        decoder = common.load_decoder(source, options)
         name = Path(source).stem if Path(source).suffix else source
         if name in decoders:
             raise SettingError(f"Two models would be called {name!r}; rename one of the files.")

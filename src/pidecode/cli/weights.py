@@ -238,8 +238,7 @@ def models(on_disk: bool, as_json: bool) -> None:
 
 
 IMAGES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
-FOREIGN_LATENTS = ("latent_tensor", "samples", "latents", "latent")
-COMFYUI_NAMES = FOREIGN_LATENTS[:2]
+FOREIGN_LATENTS = ("latent_tensor", "samples", "latents", "latent")  # the first two are ComfyUI's
 PICKLES = (b"PK\x03\x04", b"\x80")
 
 
@@ -283,9 +282,9 @@ def _latent_in(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """The tensor of a file that is a latent: by its name, or the only one if it has the channels of a space."""
     named = next((name for name in FOREIGN_LATENTS if name in shapes), None)
     if named is None and len(shapes) == 1:
-        (shape,) = shapes.values()
-        known = {space.channels for space in SPACES.values()}
-        named = next(iter(shapes)) if len(shape) in (4, 5) and shape[1] in known and shape[0] < 64 else None
+        ((named, shape),) = shapes.items()
+        if len(shape) not in (4, 5) or shape[1] not in {space.channels for space in SPACES.values()} or shape[0] >= 64:
+            return None
     return named if named is not None and len(shapes[named]) in (3, 4, 5) else None
 
 
@@ -297,10 +296,9 @@ def _image(path: Path) -> dict[str, Any]:
     frames = frames_in(path)
     width, height = frames.sizes[0] if frames else load_image(path).size  # with all its checks first
     with Image.open(path) as opened:
-        kind = opened.format
-    several = {"pages" if kind == "TIFF" else "frames": len(frames)} if frames else {}
-    size = {"width": width, "height": height}
-    return {"what": "image", "format": kind, **size, **several, "metadata": read_metadata(path)}
+        known = {"what": "image", "format": opened.format, "width": width, "height": height}
+    several = {"pages" if known["format"] == "TIFF" else "frames": len(frames)} if frames else {}
+    return known | several | {"metadata": read_metadata(path)}
 
 
 def _safetensors(header: safetensors.Header, path: Path) -> dict[str, Any]:
@@ -309,29 +307,20 @@ def _safetensors(header: safetensors.Header, path: Path) -> dict[str, Any]:
         return {"what": "latent", "shape": shapes[0]} | _record(header.metadata["pidecode_latent"], path)
     named = _latent_in(header.shapes)
     if named is not None:
-        program = "ComfyUI" if named in COMFYUI_NAMES else "another program; name its --space when decoding"
+        program = "ComfyUI" if named in FOREIGN_LATENTS[:2] else "another program; name its --space when decoding"
         return {"what": "latent", "shape": list(header.tensors[named].shape), "made by": program}
-    formats = sorted({entry.dtype for entry in header.tensors.values()})
-    known = {"what": "weights", "format": "safetensors", "dtypes": formats}
+    dtypes = sorted({entry.dtype for entry in header.tensors.values()})
+    known = {"what": "weights", "format": "safetensors", "dtypes": dtypes}
     if "pidecode" in header.metadata:
         return known | _counts(header.shapes) | {"record": _record(header.metadata["pidecode"], path)}
-    if notes := [name for name in header.tensors if name.endswith(".comfy_quant")]:
-        from pidecode.weights.read import EIGHT_BITS, layer_formats
-
-        found = layer_formats(safetensors.read_safetensors(path, notes)[1], header.metadata)
-        unread = [name for name in found if name not in EIGHT_BITS.values()]
-        known["quantized"] = f"{', '.join(found)}{' (not read here)' * bool(unread)}"
     return known | _foreign(header.shapes, path, header.metadata)
 
 
 def _record(text: str, path: Path) -> dict[str, Any]:
-    try:
-        record = parse_json(text)
-    except JSONError as error:
-        raise CheckpointError(f"The metadata of {path} cannot be read: {error}. The file is damaged.") from None
-    if not isinstance(record, dict):
-        raise CheckpointError(f"The metadata of {path} is not a table; the file is damaged.")
-    return record
+    with suppress(JSONError):
+        if isinstance(record := parse_json(text), dict):
+            return record
+    raise CheckpointError(f"The metadata of {path} are no JSON object that is accepted; the file is damaged.")
 
 
 def _counts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
