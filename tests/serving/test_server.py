@@ -281,6 +281,8 @@ def test_a_token_is_required() -> None:
         assert served.get("/v1/models").status == 401
         assert served.get("/metrics").headers["www-authenticate"] == "Bearer"
         assert served.get("/v1/models", Authorization="Bearer correct-horse").status == 401
+        for host in ("box.lan/health?", f"box.lan/?token={token}&"):  # what a URL of host and path would show as a path
+            assert served.get("/v1/models", Host=host).status == 401
         assert served.get("/v1/models", Authorization=f"Bearer {token}", Host="box.lan").status == 200
         assert served.post("/v1/upscale?num_steps=1", image_bytes(), Authorization=f"bearer {token}").status == 200
 

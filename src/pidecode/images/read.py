@@ -25,7 +25,9 @@ from pidecode.images.attributes import Attributes, read_attributes
 from pidecode.images.color import described_colors, is_srgb, profile_colors, srgb_profile, to_srgb_by_profile
 from pidecode.units import MAX_PIXELS
 
-ImageSource = Union[str, os.PathLike[str], bytes, BinaryIO, Image.Image, NDArray[Any], Tensor, "SourceImage"]
+FileSource = str | os.PathLike[str] | bytes | BinaryIO
+"""A path, the bytes of a file, or an open file."""
+ImageSource = Union[FileSource, Image.Image, NDArray[Any], Tensor, "SourceImage"]
 """A path, the bytes of a file, an open file, a Pillow image, a NumPy array (`[H, W]` to `[B, H, W, C]`), a tensor
 (`[C, H, W]` or `[B, C, H, W]`), or what `read_image` returned. Floating-point values are in [-1, 1]."""
 
@@ -191,7 +193,7 @@ def read_image(
 
 
 def read_frames(
-    source: str | os.PathLike[str] | bytes | BinaryIO, *, max_pixels: int = MAX_PIXELS, keep_profile: bool = False
+    source: FileSource, *, max_pixels: int = MAX_PIXELS, keep_profile: bool = False
 ) -> Iterator[SourceImage]:
     """Read the frames of an animation or the pages of a TIFF file one after another, each as `read_image` does.
 
@@ -235,9 +237,7 @@ def read_images(source: ImageSource | Sequence[ImageSource]) -> list[SourceImage
     return images
 
 
-def image_size(
-    source: str | os.PathLike[str] | bytes | BinaryIO, *, max_pixels: int = MAX_PIXELS, frame: int | None = None
-) -> tuple[int, int]:
+def image_size(source: FileSource, *, max_pixels: int = MAX_PIXELS, frame: int | None = None) -> tuple[int, int]:
     """Width and height of the upright image, by the header; nothing is decompressed. `frame` as in `read_image`.
 
     Raises:
@@ -256,7 +256,7 @@ def _upright_size(image: Any) -> tuple[int, int]:
     return width, height
 
 
-def frames_in(source: str | os.PathLike[str] | bytes | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Frames | None:
+def frames_in(source: FileSource, *, max_pixels: int = MAX_PIXELS) -> Frames | None:
     """The frames or pages of an image file; None if it holds one image.
 
     Previews and depth maps of an MPO file and reduced copies in a TIFF file do not count.
@@ -459,8 +459,7 @@ def _pixels_of(
     _select(image, name, frame)
     _check_pixels(image, name, max_pixels)
     profile = image.info.get("icc_profile") or None
-    if profile is not None and not isinstance(profile, bytes):
-        profile = None
+    profile = profile if isinstance(profile, bytes) else None
     keeps = keep_profile and profile is not None and image.mode not in ("CMYK", "YCbCr", "LAB")
     with naming(name):
         described = None if keeps else described_colors(image, _file_of(image))
@@ -479,8 +478,9 @@ def _pixels_of(
         if found is not None and (found.hdr or (colors.dtype != np.uint8 and matches)):
             described = found
         elif colors.dtype == np.uint8 or (found is None and colors.shape[2] == 3):  # tables take eight bits
-            described_image = _for_profile(image, tensors.to_eight_bits(colors))
-            colors = np.asarray(to_srgb_by_profile(described_image, profile).convert("RGB"))
+            # The profile speaks of CMYK itself, else of the colors without alpha.
+            own = image if image.mode == "CMYK" else tensors.array_to_pil(tensors.to_eight_bits(colors))
+            colors = np.asarray(to_srgb_by_profile(own, profile).convert("RGB"))
     if described is not None:
         colors = described.to_srgb(colors)
         if described.hdr:
@@ -601,13 +601,6 @@ def _split_alpha(image: Image.Image, name: str) -> tuple[NDArray[Any], NDArray[A
     if image.mode in ("1", "L"):
         return np.asarray(image.convert("L"))[..., None], None
     return np.asarray(image.convert("RGB")), None
-
-
-def _for_profile(image: Image.Image, colors: NDArray[Any]) -> Image.Image:
-    """The image that an ICC profile speaks of: CMYK itself, else the colors without alpha."""
-    if image.mode == "CMYK":
-        return image
-    return Image.fromarray(colors[..., 0] if colors.shape[2] == 1 else np.ascontiguousarray(colors))
 
 
 def _orientation(image: Image.Image) -> int:

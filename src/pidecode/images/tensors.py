@@ -79,6 +79,11 @@ def is_finite(values: Tensor) -> bool:
     return bool(torch.isfinite(low) and torch.isfinite(high))
 
 
+def array_to_pil(array: NDArray[Any]) -> Image.Image:
+    """Convert `[H, W, 1 to 4]`, uint8, to an image of that many channels."""
+    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+
+
 def to_pil(image: Tensor) -> Image.Image:
     """Convert `[3, H, W]` or `[1, 3, H, W]` in [-1, 1] to an 8-bit RGB image; raises as `to_array`."""
     return Image.fromarray(to_array(image))
@@ -99,11 +104,8 @@ def image_from_values(
 ) -> tuple[Tensor, Tensor | None, bool]:
     """Colors `[B, 3, H, W]`, float32 in [-1, 1]; alpha `[B, 1, H, W]` in [0, 1] or None; whether the image is gray.
 
-    Args:
-        values: A tensor `[C, H, W]` or `[B, C, H, W]`, or an array `[H, W]`, `[H, W, C]` or `[B, H, W, C]`; gray, gray
-            and alpha, RGB or RGBA; uint8, uint16 or floating point.
-        value_range: What black and white are in floating point. By default (-1, 1), but values that could as well be in
-            [0, 1] are then refused.
+    The values are gray, gray and alpha, RGB or RGBA; uint8, uint16 or floating point; `value_range` is that of
+    `read_image`.
 
     Raises:
         ImageError: Another type or shape, or values out of range, NaN or infinite.

@@ -26,7 +26,7 @@ from pidecode.files import atomic_write, check_writable
 from pidecode.images.attributes import KEYWORD, MAX_EXIF_BYTES, Attributes, metadata_in_exif, png_texts
 from pidecode.images.png import SIGNATURE, encode_png, read_texts
 from pidecode.images.read import BoundedFile, Frames, as_image_error, open_image, open_source
-from pidecode.images.tensors import to_array
+from pidecode.images.tensors import array_to_pil, to_array
 from pidecode.strict_json import JSONError, parse_json
 
 ATTRIBUTES = "pidecode_attributes"  # entry of a Pillow image's `info` with the attributes of the source it was made of
@@ -83,7 +83,7 @@ class DecodeOutput:
     @cached_property
     def images(self) -> list[Image.Image]:
         """8-bit images, RGB, RGBA, L or LA; each carries its metadata in `.info["pidecode"]`."""
-        images = [Image.fromarray(_squeezed(self._array(index, 8))) for index in range(len(self))]
+        images = [array_to_pil(self._array(index, 8)) for index in range(len(self))]
         for index, image in enumerate(images):
             image.info[KEYWORD] = self.metadata[index]
             if self.attributes:
@@ -267,19 +267,12 @@ def animated_format(path: str | os.PathLike[str]) -> str:
     return kind
 
 
-def encode_image(
-    image: Image.Image | Tensor | NDArray[Any],
-    kind: str = "png",
-    *,
-    metadata: Mapping[str, Any] | None = None,
-    bits: int = 8,
-    quality: int | None = None,
-) -> bytes:
+def encode_image(image: Image.Image, kind: str = "png", *, quality: int | None = None) -> bytes:
     """The bytes of the file of that kind ("png", "webp" or "jpeg"); arguments and errors are those of `save_image`."""
     name = _FORMATS.get(f".{kind.lower()}")
     if name is None:
         raise SettingError(f"Images are written as png, webp or jpeg; not {kind!r}.")
-    return b"".join(_encode(name, image, metadata, bits, quality, None))
+    return b"".join(_encode(name, image, quality=quality))
 
 
 def _as_path(path: Any) -> Path:
@@ -306,10 +299,10 @@ def check_format(path: str | os.PathLike[str], width: int, height: int) -> None:
 def _encode(
     kind: str,
     image: Image.Image | Tensor | NDArray[Any],
-    metadata: Mapping[str, Any] | None,
-    bits: int,
-    quality: int | None,
-    attributes: Attributes | None,
+    metadata: Mapping[str, Any] | None = None,
+    bits: int = 8,
+    quality: int | None = None,
+    attributes: Attributes | None = None,
 ) -> Iterator[bytes]:
     """The chunks of an image file; every error is raised before the first chunk."""
     if quality is not None and (kind == "PNG" or not 1 <= quality <= 100):
@@ -346,7 +339,7 @@ def _encode(
             extra["comment"] = comment
     if attributes.xmp and (kind == "WEBP" or len(attributes.xmp) < MAX_EXIF_BYTES[kind]):
         extra["xmp"] = attributes.xmp
-    Image.fromarray(_squeezed(array)).save(buffer, kind, **extra)
+    array_to_pil(array).save(buffer, kind, **extra)
     yield buffer.getvalue()
 
 
@@ -364,10 +357,6 @@ def _flattened(array: NDArray[Any]) -> NDArray[Any]:
     weight = alpha.astype(np.uint16)
     mixed: NDArray[Any] = ((colors * weight + 255 * (255 - weight) + 127) // 255).astype(np.uint8)
     return mixed
-
-
-def _squeezed(array: NDArray[Any]) -> NDArray[Any]:
-    return array[..., 0] if array.shape[2] == 1 else array
 
 
 def read_metadata(path: str | os.PathLike[str] | bytes | BinaryIO) -> dict[str, Any] | None:
