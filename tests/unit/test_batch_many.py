@@ -6,10 +6,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from pidecode.batch.report import BatchReport, JobResult
 from pidecode.batch.run import Batch, run_batch
 from pidecode.batch.worker import WorkerConfig
 from pidecode.errors import CheckpointError, MissingDependencyError, SettingError
+from pidecode.files import remove_partial
 from pidecode.latents.latent import Latent
 from pidecode.options import DecodeOptions
 from pidecode.registry.configs import debug_config
@@ -179,3 +183,76 @@ def test_an_unreachable_cluster_is_named(source: Path, model: Path, tmp_path: Pa
     batch = replace(ray_batch(source, tmp_path / "out", model), address="127.0.0.1:1")
     with pytest.raises(SettingError, match="Ray cluster '127.0.0.1:1' cannot be reached"):
         run_batch(batch, lambda _: None)
+
+
+def _processes_of(pid: int) -> list[int]:
+    """A process and all below it, on Linux."""
+    below = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+    return [pid, *(inner for child in below for inner in _processes_of(int(child)))]
+
+
+def _listens(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
+
+
+@contextmanager
+def _ray_head(port: int) -> Iterator[None]:
+    """The head of a Ray cluster on this machine, killed with kill -9 at the end."""
+    command = [
+        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}", "--num-cpus=2",
+        "--include-dashboard=false", "--object-store-memory=100000000",
+    ]  # fmt: skip
+    head = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        until = time.monotonic() + 60
+        while not _listens(port):
+            assert head.poll() is None
+            assert time.monotonic() < until, "Ray's head does not come up."
+            time.sleep(0.2)
+        yield
+    finally:
+        for pid in _processes_of(head.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        head.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+@pytest.mark.usefixtures("_quiet_ray")
+@pytest.mark.parametrize("restarted", [True, False])
+def test_a_lost_head_ends_a_ray_batch_with_a_report_and_the_same_command_goes_on(
+    *, source: Path, model: Path, plain: Path, tmp_path: Path, restarted: bool
+) -> None:
+    out = tmp_path / "out"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "pidecode", "batch", str(source), str(out), "-m", str(model), "--device", "cpu",
+        "--num-steps", "2", "--engine", "ray", "--ray-address", f"127.0.0.1:{port}", "--workers", "2",
+    ]  # fmt: skip
+    with _ray_head(port):
+        batch = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        until = time.monotonic() + 150
+        while not list(out.glob("*.png")):
+            assert batch.poll() is None
+            assert time.monotonic() < until, "No worker came up."
+            time.sleep(0.1)
+    with _ray_head(port) if restarted else nullcontext():
+        text, errors = batch.communicate(timeout=90)
+    assert batch.returncode == 1, errors
+    assert "The Ray cluster was lost (" in text, errors
+    assert "left; the same command resumes." in text
+    assert "Traceback" not in errors
+    assert json.loads((out / "pidecode-batch.json").read_bytes())["left"] > 0
+    written = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
+    with _ray_head(port):
+        again = subprocess.run(command, capture_output=True, text=True, check=False, timeout=180)
+    assert again.returncode == 1, again.stderr  # one latent is broken
+    assert f"{MANY - len(written)} of {MANY + 1} done, {len(written)} skipped" in again.stdout
+    assert {name: (out / name).stat().st_mtime_ns for name in written} == written
+    assert_same_images(plain, out)
+    remove_partial(out)  # a batch leaves those of the last minutes, which may belong to another process
+    assert not list(out.glob(".*.part"))

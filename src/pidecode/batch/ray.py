@@ -6,9 +6,13 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import threading
 import time
 import warnings
 from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,10 @@ from pidecode.files import PART
 
 MAX_ATTEMPTS = 3  # workers that may die over one job before it counts as failed
 START_WARNING_AFTER = 60.0  # seconds without a single worker before a warning says so
+
+HEAD_CHECK, HEAD_TIMEOUT, LEAVE_TIMEOUT = 2.0, 30.0, 10.0
+"""Seconds between looks at the cluster's head, without it until the batch ends, and to leave a cluster without it. Ray
+ends the process after 60 seconds without its head; what is to be said must be said before."""
 
 _START_ATTEMPTS = 3  # attempts to start a private cluster
 _OBJECT_STORE_BYTES = 100 * 2**20  # only paths and results travel
@@ -51,35 +59,66 @@ class RayWorker:
         return replace(self.worker.process(job), worker=self.name)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """How many workers there are, and what each gets of the cluster."""
+
+    workers: int
+    cpus: int
+    gpus: int
+
+
 def run_ray(batch: Batch, on_result: ResultCallback) -> BatchReport:
     """Process the batch on a Ray cluster.
 
-    The job of a worker that dies is given to another one, which checks first whether it was finished.
+    Outputs appear atomically, so a worker that dies loses no finished image. Its job is given to another worker,
+    which checks first whether it was finished. If the cluster's head is lost, also if another one takes its place, the
+    report says so; the next run goes on.
 
     Raises:
         MissingDependencyError: Ray is not installed.
         SettingError: The cluster cannot be reached or is too small.
         PidecodeError: The decoder cannot be loaded.
     """
-    # Paths that mean the same in every process; fingerprints do not depend on them.
-    jobs = [replace(job, source=job.source.absolute(), out=job.out.absolute()) for job in batch.jobs]
-    batch = replace(batch, jobs=jobs, out=batch.out.absolute())
-    progress = BatchProgress(batch=batch, on_result=on_result)
+    progress = BatchProgress(batch=_with_absolute_paths(batch), on_result=on_result)
     try:
-        if pending := progress.pending():
+        pending = progress.pending()
+        if pending:
             ray = _import_ray()
             started_here = not ray.is_initialized()
             if started_here:
                 _connect(ray, batch)
             try:
-                workers, resources = _resources(ray, batch, len(pending))
-                _WorkerPool(ray, progress, deque(pending), workers, resources).run()
+                resources = _resources(ray, batch, len(pending))
+                _WorkerPool(ray=ray, progress=progress, queue=deque(pending), resources=resources).run()
+            except Exception as error:
+                if isinstance(error, PidecodeError) or not _is_of_ray(error):
+                    raise
+                why = (str(error).splitlines() or [""])[0].partition(". ")[0][:200]
+                progress.stopped = f"The Ray cluster was lost ({why}). The images that were written are whole."
             finally:
                 if started_here:
-                    ray.shutdown()
+                    _leave(ray, lost=progress.stopped is not None)
     except KeyboardInterrupt:
         progress.interrupted = True
     return progress.report()
+
+
+def _is_of_ray(error: Exception) -> bool:
+    return isinstance(error, ConnectionError) or type(error).__module__.partition(".")[0] == "ray"
+
+
+def _leave(ray: Any, *, lost: bool) -> None:
+    """Disconnect; from a cluster that was lost in the background, as Ray may wait for its answer."""
+    leaving = threading.Thread(target=ray.shutdown, name="ray-shutdown", daemon=True)
+    leaving.start()
+    leaving.join(LEAVE_TIMEOUT if lost else None)
+
+
+def _with_absolute_paths(batch: Batch) -> Batch:
+    """The batch with paths that mean the same in every process; fingerprints do not depend on them."""
+    jobs = [replace(job, source=job.source.absolute(), out=job.out.absolute()) for job in batch.jobs]
+    return replace(batch, jobs=jobs, out=batch.out.absolute())
 
 
 def _import_ray() -> Any:
@@ -97,10 +136,12 @@ def _connect(ray: Any, batch: Batch) -> None:
     address = batch.address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     if address == "local":
-        cpus = max(batch.workers or 1, os.cpu_count() or 1)
-        options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
-    elif why := _refusal(address):  # Ray itself would try for minutes, and may end the process
-        raise _unreachable(address, why)
+        options |= {
+            "num_cpus": max(batch.workers or 1, os.cpu_count() or 1), "include_dashboard": False,
+            "object_store_memory": _OBJECT_STORE_BYTES,
+        }  # fmt: skip
+    else:
+        _check_reachable(address)
     for attempt in range(_START_ATTEMPTS, 0, -1):
         try:
             ray.init(address=address, **options)
@@ -110,6 +151,12 @@ def _connect(ray: Any, batch: Batch) -> None:
                 ray.shutdown()
                 continue
             raise _unreachable(address, (str(error).splitlines() or [type(error).__name__])[0]) from error
+
+
+def _check_reachable(address: str) -> None:
+    """Fail within seconds if nothing listens there; Ray itself would try for minutes, and may end the process."""
+    if why := _refusal(address):
+        raise _unreachable(address, why)
 
 
 def _refusal(address: str) -> str | None:
@@ -133,8 +180,8 @@ def _unreachable(address: str, why: str) -> SettingError:
     )
 
 
-def _resources(ray: Any, batch: Batch, jobs: int) -> tuple[int, dict[str, int]]:
-    """How many workers to start, and what each may use; SettingError for more than the cluster has."""
+def _resources(ray: Any, batch: Batch, jobs: int) -> Resources:
+    """How many workers to start, and what each may use. Raises SettingError for more than the cluster has."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     on_gpu = batch.config.device is None or not batch.config.device.startswith("cpu")
     gpus = int(sum(node.get("GPU", 0) for node in nodes)) if on_gpu else 0
@@ -149,50 +196,94 @@ def _resources(ray: Any, batch: Batch, jobs: int) -> tuple[int, dict[str, int]]:
             f"{workers} workers were asked for, and the cluster has {sum(cpus)} CPU cores; ask for fewer."
         )
     each = 1 if gpus else max(1, max(cpus) // -(-workers // len(nodes)))
-    return min(workers, jobs), {"num_cpus": each, "num_gpus": 1 if gpus else 0}
+    return Resources(workers=min(workers, jobs), cpus=each, gpus=1 if gpus else 0)
 
 
-@dataclass(slots=True)
+class _Head:
+    """The head of the cluster as this process sees it."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.checked = self.answered = time.monotonic()
+
+    def check(self) -> None:
+        """Raise ConnectionError if nothing has answered there for HEAD_TIMEOUT; looks every HEAD_CHECK."""
+        if time.monotonic() - self.checked < HEAD_CHECK:
+            return
+        there, self.checked = _refusal(self.address) is None, time.monotonic()
+        if there:
+            self.answered = self.checked
+        elif self.checked - self.answered > HEAD_TIMEOUT:
+            raise ConnectionError(f"nothing answers at {self.address}")
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Call a function of Ray that waits for the head, without end if there is none; raises as `check` does."""
+        result: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                function()
+                result.set_result(None)
+            except BaseException as error:
+                result.set_exception(error)
+
+        threading.Thread(target=run, name="ray-call", daemon=True).start()
+        while not wait([result], timeout=HEAD_CHECK).done:
+            self.check()
+        result.result()
+
+
+@dataclass(slots=True, kw_only=True)
 class _WorkerPool:
     """The workers of one batch, the job of each, and the queue."""
 
     ray: Any
     progress: BatchProgress
     queue: deque[BatchJob]
-    workers: int
-    resources: dict[str, int]  # of each worker, as Ray names them
+    resources: Resources
     # Ray's future of a result -> the worker and its job (None while it loads its decoder).
     busy: dict[Any, tuple[Any, BatchJob | None]] = field(default_factory=dict)
     # Worker deaths by the name of the job they worked on, "" while they loaded.
     deaths: Counter[str] = field(default_factory=Counter)
     token: Path = field(init=False)  # file that shows a worker whether it sees the output folder
+    head: _Head = field(init=False)
 
     def run(self) -> None:
         """Work until the queue is empty and every job has its result; workers that still load then are stopped."""
         self.token = (self.progress.batch.out / f".shared.{secrets.token_hex(4)}{PART}").resolve()
         self.token.touch()
+        self.head = _Head(self.ray.get_runtime_context().gcs_address)
         try:
-            for _ in range(self.workers):
+            for _ in range(self.resources.workers):
                 self._start_worker()
-            self.progress.workers = self.workers
+            self.progress.workers = self.resources.workers
             began, warn_at = time.monotonic(), START_WARNING_AFTER
             while self.queue or any(job is not None for _, job in self.busy.values()):
-                ready, _ = self.ray.wait(list(self.busy), num_returns=1, timeout=2)
+                ready, _ = self.ray.wait(list(self.busy), num_returns=1, timeout=HEAD_CHECK)
                 loading = not ready and all(job is None for _, job in self.busy.values())
                 if loading and time.monotonic() - began > warn_at:
-                    why = f"No worker could start within {warn_at:.0f} seconds; the cluster may be busy. Still waiting."
-                    warnings.warn(why, stacklevel=2)
+                    message = (
+                        f"No worker could start within {warn_at:.0f} seconds; the cluster may be busy. Still waiting."
+                    )
+                    warnings.warn(message, stacklevel=2)
                     warn_at += START_WARNING_AFTER
+                self.head.check()
                 for future in ready:
                     self._handle(future)
         finally:
             self.token.unlink(missing_ok=True)
-            for worker, _ in self.busy.values():
-                self.ray.kill(worker)
+            with suppress(Exception):  # of a cluster that was lost
+                for worker, _ in self.busy.values():
+                    self.ray.kill(worker)
 
     def _start_worker(self) -> None:
-        worker = self.ray.remote(**self.resources, max_restarts=0)(RayWorker).remote(self.progress.batch.config)
-        self.busy[worker.load.remote(str(self.token))] = (worker, None)
+        options = {"num_cpus": self.resources.cpus, "num_gpus": self.resources.gpus, "max_restarts": 0}
+
+        def start() -> None:
+            worker = self.ray.remote(**options)(RayWorker).remote(self.progress.batch.config)
+            self.busy[worker.load.remote(str(self.token))] = (worker, None)
+
+        self.head.call(start)
 
     def _handle(self, future: Any) -> None:
         """Record the result of a worker and give it the next job; or replace it if it died."""
@@ -222,7 +313,7 @@ class _WorkerPool:
         if job is None and give_up:
             raise PidecodeError(
                 f"{MAX_ATTEMPTS} workers died while they loaded the model. Is there memory for "
-                f"{self.workers} of them? Ask for fewer, workers=N."
+                f"{self.resources.workers} of them? Ask for fewer, workers=N."
             )
         if give_up:
             message = f"Its worker died {MAX_ATTEMPTS} times, perhaps out of memory. Decode it alone to see why."

@@ -21,6 +21,7 @@ class JobResult:
     state: ResultState  # "done", "skipped" (its images existed already) or "failed"
     seconds: float  # time of the worker for this job
     images: int = 0  # images written
+    megapixels: float = 0.0  # pixels written, in millions
     error: str | None = None  # class of the error, if it failed
     message: str | None = None  # message of the error
     worker: str | None = None  # host and process id of the worker, with Ray
@@ -40,6 +41,7 @@ class BatchReport:
     started: str = ""  # ISO date and time in UTC
     settings: Mapping[str, Any] = field(default_factory=dict)  # model and decode options
     left_out: Mapping[str, int] = field(default_factory=dict)  # number of files by ending that are no jobs
+    stopped: str | None = None  # why it could not go on
     unwritten: str | None = None  # why the report could not be written into the output folder
 
     def count(self, state: ResultState) -> int:
@@ -65,12 +67,17 @@ class BatchReport:
     def to_dict(self) -> dict[str, Any]:
         """The whole report as JSON values."""
         seconds = max(self.seconds, 1e-9)
+        megapixels = sum(result.megapixels for result in self.results)
         failures = [{"source": one.name, "error": one.error, "message": one.message} for one in self.failures]
         return {
             "format": 1, "complete": self.complete, "interrupted": self.interrupted,
+            **({"stopped": self.stopped} if self.stopped else {}),
             "jobs": self.jobs, "done": self.count("done"), "skipped": self.count("skipped"),
             "failed": self.count("failed"), "left": self.jobs - len(self.results), "images": self.images,
-            "speed": {"seconds": round(self.seconds, 3), "images_per_minute": round(60 * self.images / seconds, 2)},
+            "speed": {
+                "seconds": round(self.seconds, 3), "images_per_minute": round(60 * self.images / seconds, 2),
+                "megapixels_per_second": round(megapixels / seconds, 3),
+            },
             "engine": self.engine, "workers": self.workers, "lost_workers": self.lost_workers, "started": self.started,
             "settings": dict(self.settings), "left_out": dict(self.left_out), "failures": failures,
             "results": [_without_defaults(result) for result in sorted(self.results, key=lambda result: result.name)],
@@ -93,6 +100,8 @@ class BatchReport:
         lines += [f"Failed: {result.name}: {result.message}" for result in failures[:MAX_LISTED]]
         if len(failures) > MAX_LISTED:
             lines.append(f"... and {len(failures) - MAX_LISTED} more; the report file names all.")
+        if self.stopped:
+            lines.append(self.stopped)
         left = self.jobs - len(self.results)
         if self.interrupted or left:
             lines.append(f"Stopped with {_plural(left, 'job')} left; the same command resumes.")

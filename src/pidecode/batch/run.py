@@ -68,6 +68,7 @@ class BatchProgress:
     workers: int = 1
     lost_workers: int = 0
     interrupted: bool = False
+    stopped: str | None = None  # why it could not go on
     results: list[JobResult] = field(default_factory=list)
     began: float = field(default_factory=time.perf_counter)
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -94,7 +95,7 @@ class BatchProgress:
             jobs=len(self.batch.jobs), results=tuple(self.results), seconds=time.perf_counter() - self.began,
             engine=self.batch.engine, workers=self.workers, interrupted=self.interrupted,
             lost_workers=self.lost_workers, started=self.started, settings=_given(asdict(self.batch.config)),
-            left_out=self.batch.left_out,
+            left_out=self.batch.left_out, stopped=self.stopped,
         )  # fmt: skip
 
 

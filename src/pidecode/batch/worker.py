@@ -248,6 +248,7 @@ class _Decoded:
     source: Latent | images.SourceImage | images.Frames | None = None
     waiting: list[tuple[Path, images.DecodeOutput | images.Animation]] = field(default_factory=list)
     written: int = 0
+    pixels: int = 0
     error: BaseException | None = None
 
     def add(self, path: Path, output: images.DecodeOutput) -> None:
@@ -393,6 +394,7 @@ class Worker:
                 bits, quality = cast(Literal[8, 16], self.config.bits), self.config.quality
                 output.save(path, overwrite=state in ("damaged", "outdated"), bits=bits, quality=quality)
             decoded.written += 1
+            decoded.pixels += output.num_pixels
 
     def _write(self, decoded: _Decoded) -> JobResult:
         try:
@@ -402,4 +404,5 @@ class Worker:
         seconds = time.perf_counter() - decoded.began
         if decoded.error is not None:
             return failed(decoded.job, decoded.error, seconds)
-        return JobResult(name=decoded.job.name, state="done", seconds=seconds, images=decoded.written)
+        done, megapixels = decoded.written, decoded.pixels / 1e6
+        return JobResult(name=decoded.job.name, state="done", seconds=seconds, images=done, megapixels=megapixels)
