@@ -155,10 +155,10 @@ def test_the_encoder_is_needed_once(gemma_folder, tmp_path):
     computed = first.encode(["a cat", ""])
     again = TextEncoder(options_for(gemma_folder), states=PromptEmbedsCache(tmp_path / "cache"))
     assert torch.equal(again.encode(["a cat", ""]), computed)
-    assert not again.loaded
-    assert first.loaded
+    assert again._model is None
+    assert first._model is not None
     first.unload()
-    assert not first.loaded
+    assert first._model is None
     assert torch.equal(first.encode("a cat")[0], computed[0])
     assert not list((tmp_path / "cache").glob("*.part"))
 

@@ -125,11 +125,6 @@ class LazyImageEncoder(ImageEncoder):
         """The encoder, or None if the path or the space is None."""
         return None if path is None or space is None else cls(space, path, device, dtype)
 
-    @property
-    def loaded(self) -> bool:
-        """Whether the weights are in memory."""
-        return "_autoencoder" in vars(self)
-
     def __getattr__(self, name: str) -> Any:
         if name not in ("space", "statistics", "dtype", "device", "can_decode", "_autoencoder"):
             raise AttributeError(name)
@@ -155,7 +150,7 @@ def on_device(encoder: object, device: torch.device | None) -> Iterator[None]:
 
 def can_show(encoder: object, latent: Latent) -> bool:
     """Whether the space's own decoder is in memory and the latent has no noise, so that `vae_reference` is cheap."""
-    if not isinstance(encoder, ImageEncoder) or (isinstance(encoder, LazyImageEncoder) and not encoder.loaded):
+    if not isinstance(encoder, ImageEncoder) or "_autoencoder" not in vars(encoder):
         return False
     return encoder.can_decode and not bool((latent.sigmas > 0).any())
 

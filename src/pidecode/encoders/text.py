@@ -119,12 +119,8 @@ class TextEncoder:
         self.states = states
         self._model: Any = None
         self._tokenizer: Any = None
+        self._n_instruction = 0  # tokens of the instruction with its BOS
         self._identity: dict[str, Any] | None = None
-
-    @property
-    def loaded(self) -> bool:
-        """Whether the model is in memory."""
-        return self._model is not None
 
     def unload(self) -> None:
         """Give the model's memory back; the next unknown prompt loads it again."""
@@ -180,7 +176,7 @@ class TextEncoder:
             self._load()
         ids, mask = self._tokenize(prompt)
         states = self._model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[0]
-        positions = select_positions(self._instruction_tokens(), self.options.length)
+        positions = select_positions(self._n_instruction, self.options.length)
         kept: Tensor = states[torch.tensor(positions, device=states.device)]
         if not torch.isfinite(kept).all():
             raise PidecodeError(
@@ -189,13 +185,9 @@ class TextEncoder:
             )
         return kept
 
-    def _instruction_tokens(self) -> int:
-        text = self.options.instruction
-        return len(self._tokenizer(text)["input_ids"]) if text else 0
-
     def _tokenize(self, prompt: str) -> tuple[Tensor, Tensor]:
         """Token ids and mask `[1, n]` of instruction and prompt, cut and padded on the right."""
-        total = prompt_length(self._instruction_tokens(), self.options.length)
+        total = prompt_length(self._n_instruction, self.options.length)
         ids = list(self._tokenizer(self.options.instruction + prompt)["input_ids"])[:total]
         if not ids or ids[0] != self._tokenizer.bos_token_id:
             raise FileError(f"The tokenizer of {self.options.model} does not begin with BOS; it is not Gemma-2's.")
@@ -254,6 +246,7 @@ class TextEncoder:
             )
         self._model = model.to(self.device).requires_grad_(False).eval()
         self._tokenizer = tokenizer
+        self._n_instruction = len(tokenizer(options.instruction)["input_ids"]) if options.instruction else 0
 
 
 def _from_file(path: Path, options: TextOptions) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pidecode.encoders.autoencoder_kl import check_constants
+from pidecode.encoders.autoencoder_kl import CLASSES, check_constants
 from pidecode.errors import CheckpointError, LatentError, SettingError
 from pidecode.latents.latent import Latent
 from pidecode.latents.layout import LatentStatistics, denormalize, normalize, packed_grid, unpack
@@ -67,12 +67,12 @@ def _space_of_vae(vae: Any) -> LatentSpace | None:
     kind, config = type(vae).__name__, getattr(vae, "config", {})
     channels = config.get("latent_channels", config.get("z_dim"))
     for space in SPACES.values():
-        if f"AutoencoderKL{_VAE_BY_STATISTICS.get(space.statistics)}" != kind or channels != space.raw_channels:
+        if CLASSES.get(space.name, "AutoencoderKL") != kind or channels != space.raw_channels:
             continue
         if space.statistics == "per_channel":
-            wanted = torch.tensor([space.mean, space.std])
-            found = torch.tensor([config.get("latents_mean") or [], config.get("latents_std") or []])
-            if found.shape == wanted.shape and bool((found - wanted).abs().max() < 1e-3):
+            given = [config.get("latents_mean") or (), config.get("latents_std") or ()]
+            known = torch.tensor([space.mean, space.std])
+            if {len(row) for row in given} == {channels} and (torch.tensor(given) - known).abs().max() < 1e-3:
                 return space
         elif space.statistics == "batch_norm":
             return space
@@ -81,9 +81,6 @@ def _space_of_vae(vae: Any) -> LatentSpace | None:
                 check_constants(config, space, kind)
                 return space
     return None
-
-
-_VAE_BY_STATISTICS = {"constants": "", "per_channel": "QwenImage", "batch_norm": "Flux2"}
 
 
 def recommended_stop_step(pipe: Any, num_steps: int) -> int:
