@@ -143,9 +143,8 @@ def _in_node_words() -> Iterator[None]:
             PromptServer.instance.send_progress_text(str(warning.message), context.node_id)
 
 
-def _unset_number(name: str, info: OptionInfo) -> int:
-    """The number that leaves an option to the decoder: widgets cannot be empty, and 0 may be a choice of its own."""
-    return -1 if info.minimum == 0 and (info.type is int or name == "fidelity") else 0
+# The number that leaves an option to the decoder, where 0 is a choice of its own: widgets cannot be empty.
+_UNSET = {"fidelity": -1}
 
 
 def _option_input(name: str, info: OptionInfo) -> Any:
@@ -157,7 +156,7 @@ def _option_input(name: str, info: OptionInfo) -> Any:
         return io.Combo.Input(name, options=[DEFAULT, *info.choices], default=DEFAULT, optional=True, tooltip=info.help)
     if info.type is str:
         return io.String.Input(name, default="", multiline=True, optional=True, tooltip=info.help)
-    unset = _unset_number(name, info)
+    unset = _UNSET.get(name, 0)
     tooltip = f"{info.help} {unset} takes the default."
     if info.type is int:
         return io.Int.Input(name, default=unset, min=unset, max=info.maximum, optional=True, tooltip=tooltip)
@@ -190,7 +189,7 @@ def _decode_options(values: Mapping[str, Any], command: Command, decoder: PixelD
         elif info.type is str:
             chosen[name] = (value or "").strip() or None
         else:
-            chosen[name] = None if value == _unset_number(name, info) else value
+            chosen[name] = None if value == _UNSET.get(name, 0) else value
     conditioning = values.get("conditioning")
     if conditioning is not None:
         if chosen["prompt"] is not None:
