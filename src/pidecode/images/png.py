@@ -96,10 +96,7 @@ def read_chunk(file: BinaryIO, kind: bytes) -> bytes | None:
 def read_texts(file: BinaryIO) -> dict[str, str]:
     """Uncompressed text chunks of a PNG file, open after its signature, by keyword; no pixels are decompressed."""
     texts: dict[str, str] = {}
-    while True:
-        head = file.read(8)
-        if len(head) < 8:
-            raise ImageError("The PNG is truncated: its end is missing.")
+    while len(head := file.read(8)) == 8:
         size, kind = struct.unpack(">I4s", head)
         if kind == b"IEND":
             return texts
@@ -115,6 +112,7 @@ def read_texts(file: BinaryIO) -> dict[str, str]:
         elif rest[:1] == b"\0":  # not compressed
             text = rest[2:].split(b"\0", 2)[-1]
             texts[keyword.decode("latin-1")] = text.decode("utf-8", errors="replace")
+    raise ImageError("The PNG is truncated: its end is missing.")
 
 
 def _filter(array: NDArray[Any], start: int, stop: int) -> tuple[NDArray[np.uint8], bool]:

@@ -110,21 +110,13 @@ class SourceImage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frames:
-    """The frames of an animation, or the pages of a document, in one file.
+    """The frames of an animation, or the pages of a document, in one file."""
 
-    Attributes:
-        indices: Where the file has them.
-        sizes: Width and height of each, upright.
-        durations: Time in milliseconds that each frame is shown; empty for pages.
-        loop: How often they are shown; 0 without end.
-        suffix: Ending of a file of the same kind.
-    """
-
-    indices: tuple[int, ...]
-    sizes: tuple[tuple[int, int], ...]
-    durations: tuple[int, ...] = ()
-    loop: int = 1
-    suffix: str = ".png"
+    indices: tuple[int, ...]  # where the file has them
+    sizes: tuple[tuple[int, int], ...]  # width and height of each, upright
+    durations: tuple[int, ...] = ()  # milliseconds that each frame is shown; empty for pages
+    loop: int = 1  # how often they are shown; 0 without end
+    suffix: str = ".png"  # ending of a file of the same kind
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -28,21 +28,13 @@ Side = Annotated[int | None, Field(ge=16, le=MAX_SIDE)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestLimits:
-    """Limits that hold for every request.
+    """Limits that hold for every request."""
 
-    Attributes:
-        body_bytes: Longest request body.
-        pixels: Most pixels of a result; an image to upscale may have accordingly fewer.
-        waiting: Jobs that may wait while one runs.
-        job_seconds: Longest time from a job's submission to its end, waiting included.
-        body_seconds: Longest time a body may take to arrive.
-    """
-
-    body_bytes: int = 64 * 2**20
-    pixels: int = 4096 * 4096
-    waiting: int = 8
-    job_seconds: float = 600.0
-    body_seconds: float = 60.0
+    body_bytes: int = 64 * 2**20  # longest request body
+    pixels: int = 4096 * 4096  # most of a result; an image to upscale may have accordingly fewer
+    waiting: int = 8  # jobs that may wait while one runs
+    job_seconds: float = 600.0  # longest time from a job's submission to its end, waiting included
+    body_seconds: float = 60.0  # longest time a body may take to arrive
 
     def check_pixels(self, width: int, height: int) -> None:
         """Raise SizeError for a result with more pixels than allowed."""

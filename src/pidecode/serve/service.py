@@ -130,8 +130,7 @@ class DecodeService:
             if width * height * self.decoder(None).scale ** 2 <= self.limits.pixels:  # else refused by its plan
                 with warnings.catch_warnings():  # the job reports them
                     warnings.simplefilter("ignore")
-                    image = images.read_image(data, max_pixels=self.limits.pixels)  # complete, and upright
-                (height, width), known = image.tensor.shape[-2:], image.attributes
+                    known = images.read_image(data, max_pixels=self.limits.pixels).attributes  # so it is complete
                 texts = {**known.texts, **({"Comment": known.comment} if known.comment else {})}
                 texts = {name: text[:MAX_SHOWN] for name, text in texts.items()}
             return schemas.FileInfo(
@@ -196,12 +195,12 @@ class DecodeService:
 
         def run(job: DecodeJob) -> Result:
             size = images.image_size(data, max_pixels=self.limits.pixels)
-            self._check_size(decoder, *decoder.upscaled_size(size))  # before anything is decompressed
+            native = decoder.upscaled_size(size)
+            self._check_size(decoder, *native)  # before anything is decompressed
+            images.check_format(f".{params.format}", *decoder.upscaled_size(size, options))
             image = _on_background(images.read_image(data, max_pixels=self.limits.pixels), background, params.format)
-            height, width = image.tensor.shape[-2:]  # upright
-            images.check_format(f".{params.format}", *decoder.upscaled_size((width, height), options))
             upscale = partial(decoder.upscale, image, options=options, **_callbacks(job, params.stream))
-            return self._timed_result(job, params, decoder.upscaled_size((width, height)), upscale)
+            return self._timed_result(job, params, native, upscale)
 
         return self.queue.submit(run)
 
@@ -219,9 +218,8 @@ class DecodeService:
 
             def report(step: int, num_steps: int) -> None:
                 done = step / num_steps / 2  # how long the decode will take beside it is not known
-                job.report(
-                    step=step, num_steps=num_steps, activity=f"generating, step {step} of {num_steps}", done=done
-                )
+                activity = f"generating, step {step} of {num_steps}"
+                job.report(step=step, num_steps=num_steps, activity=activity, done=done)
 
             def generate() -> images.DecodeOutput:
                 seed = options.seeds(1)[0]
