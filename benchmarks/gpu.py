@@ -34,7 +34,7 @@ from benchmarks.configs import CONFIGS
 from benchmarks.speed import commit, describe_device, random_network, wait_for
 from pidecode.devices import default_dtype, require_compiler, select_device, supports_cuda_graphs
 from pidecode.engine.machine import Chunks, this_machine
-from pidecode.engine.ops.compiled import CompiledOps
+from pidecode.engine.ops.elementwise import CompiledOps
 from pidecode.engine.plan import Plan, step_flops
 from pidecode.engine.runner import Runner
 from pidecode.errors import SettingError

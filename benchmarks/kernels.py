@@ -29,8 +29,8 @@ import torch
 from benchmarks.speed import describe_device, seconds
 from pidecode.devices import select_device
 from pidecode.engine.ops import elementwise
-from pidecode.engine.ops.compiled import CompiledOps
-from pidecode.engine.ops.quantize import KERNELS, best_kernel, int8_kernels, quantize_rows, w8a8_linear
+from pidecode.engine.ops.elementwise import CompiledOps
+from pidecode.engine.ops.quantize import STORED, int8_kernels, quantize_rows, require_products, w8a8_linear
 from pidecode.errors import SettingError
 from pidecode.models.attention import MeasuredAttention, exact_kernels
 
@@ -128,16 +128,16 @@ def compare_products(device: torch.device, repeats: int) -> list[Comparison]:
         x = torch.randn(tokens, inside, device=device, dtype=dtype)
         weight = torch.randn(outside, inside, device=device, dtype=dtype)
         plain = best(lambda x=x, weight=weight: torch.nn.functional.linear(x, weight), device, repeats)
-        for format in KERNELS:
+        for format in STORED:
             try:
-                kernel = best_kernel(format, dtype, device)
+                require_products(format, dtype, device)
             except SettingError as fault:
                 print(fault, file=sys.stderr)
                 continue
             codes, scales = quantize_rows(weight, format)
-            fast = best(lambda x=x, c=codes, s=scales, k=kernel: w8a8_linear(x, c, s, k), device, repeats)
+            fast = best(lambda x=x, c=codes, s=scales: w8a8_linear(x, c, s), device, repeats)
             size = (tokens * (inside + outside) + inside * outside) * dtype.itemsize
-            lines.append(Comparison(f"{kernel} product {tokens} x {inside} x {outside}", plain, fast, size))
+            lines.append(Comparison(f"{format} product {tokens} x {inside} x {outside}", plain, fast, size))
     return lines
 
 

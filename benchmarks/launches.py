@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pidecode.engine.machine import GB, Machine
-from pidecode.engine.ops.compiled import CompiledOps
+from pidecode.engine.ops.elementwise import CompiledOps
 from pidecode.engine.plan import Plan, plan_decode
 from pidecode.engine.runner import Runner
 from pidecode.models.pid.network import PiDNet
@@ -84,11 +84,13 @@ class CountedOps(CompiledOps):
         self.launches: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
 
-    def _run(self, body: Callable[..., Any], tensors: tuple[Tensor, ...], *constants: Any) -> Any:
-        name, out = body.__name__.strip("_"), None
-        written = [] if name == "norm_modulate" else [tensors[0]]
-        if constants:  # the type of a result of its own
-            written.append(out := torch.empty_like(tensors[0], dtype=constants[0]))
+    def run(self, body: Callable[..., Any], *arguments: Any) -> Any:
+        """Counts as one kernel."""
+        name, out = body.__name__.strip("_"), arguments[0]
+        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        written = [] if name == "norm_modulate" else [out]
+        if len(tensors) < len(arguments):  # the last is the type of a result of its own
+            written.append(out := torch.empty_like(out, dtype=arguments[-1]))
         self.launches[name] += 1
         self.bytes[name] += sum(map(_moved, (*tensors, *written)))
         return out

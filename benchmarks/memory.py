@@ -114,7 +114,7 @@ def trace_decode(config: PiDConfig, plan: Plan, *, stripped: bool = True) -> Tra
     kept = 0.0
     if plan.keep_tokens and condition.injections:
         one = condition.injections[0]
-        kept = sum(t.numel() * t.element_size() for t in (one.tokens, one.gate_logits))
+        kept = sum(t.numel() * t.element_size() for t in one.read())
         if plan.window is not None:  # a window's own cut of them
             kept *= 1 + min(plan.window, width) * min(plan.window, height) / (width * height)
     more = config.num_injections - len(condition.injections)

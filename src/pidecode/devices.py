@@ -21,8 +21,6 @@ import torch
 
 from pidecode.errors import MissingDependencyError, SettingError
 
-COMPILERS = ("g++", "clang++", "c++")  # C++ compilers torch looks for where the environment variable CXX is not set
-
 
 def select_device(name: str | torch.device | None = None) -> torch.device:
     """A torch device by name; None selects the best one: CUDA (also ROCm), then MPS, then the CPU.
@@ -63,21 +61,19 @@ def default_dtype(device: torch.device) -> torch.dtype:
     Other CPUs emulate bfloat16, which is many times slower than float32.
     """
     if device.type == "cpu":
-        return torch.bfloat16 if multiplies_bfloat16() else torch.float32
+        # AMX or AVX512-BF16, as far as torch reports them: newer versions do.
+        names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        multiplies = any(getattr(torch.cpu, name, lambda: False)() for name in names)
+        return torch.bfloat16 if multiplies else torch.float32
     return torch.float32 if device.type == "mps" else torch.bfloat16
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether the CPU has instructions for bfloat16 products (AMX or AVX512-BF16), as far as torch reports it."""
-    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # newer versions only
-    return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in names)
 
 
 def require_compiler(device: torch.device) -> None:
     """Check that the tools torch.compile needs to compile for a device are installed."""
     if device.type == "cpu":
-        wanted = [os.environ["CXX"]] if "CXX" in os.environ else ["cl"] if sys.platform == "win32" else COMPILERS
-        if not any(shutil.which(name) for name in wanted):
+        usual = ["cl"] if sys.platform == "win32" else ["g++", "clang++", "c++"]  # that torch looks for
+        wanted = [os.environ["CXX"]] if "CXX" in os.environ else usual
+        if not any(map(shutil.which, wanted)):
             raise MissingDependencyError(
                 f"Compiling for the CPU needs a C++ compiler, and {' or '.join(wanted)} is not on this machine. "
                 "Install one (g++ on Linux, the command line tools of Xcode on a Mac), or run without compiling."
@@ -121,10 +117,8 @@ def resident_memory() -> int | None:
 def _free_host_memory(system: Path = Path("/")) -> int | None:
     """Main memory that may still be taken: the least of what system, containers and this process's own limit leave."""
     found = _free_in_containers(system)
-    for line in (_read(system / "proc/meminfo") or "").splitlines():
-        if line.startswith("MemAvailable:"):
-            found.append(int(line.split()[1]) * 1024)
-            break
+    if available := re.search(r"^MemAvailable: *(\d+)", _read(system / "proc/meminfo") or "", re.MULTILINE):
+        found.append(int(available[1]) * 1024)
     else:
         with suppress(AttributeError, OSError, ValueError):
             found.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
@@ -150,10 +144,6 @@ def _free_in_containers(system: Path) -> list[int]:
     return found
 
 
-VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""Environment variables by which a user sets the number of threads; torch reads them at import."""
-
-
 @dataclass(frozen=True, slots=True)
 class ThreadCount:
     """A number of threads and the reason for it."""
@@ -172,30 +162,22 @@ def recommended_threads(
         environment: Environment variables.
         system: Root of the file system with /proc and /sys.
     """
-    for name in VARIABLES:
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # torch reads them at import
         if environment.get(name):
             return ThreadCount(present, f"{name} is set")
     limits = [ThreadCount(present, "the default of torch")]
-    if allowed := _allowed_cpus():
-        cores = physical_cores(allowed, system)
+    if hasattr(os, "sched_getaffinity"):  # not on Macs and Windows
+        cores = physical_cores(os.sched_getaffinity(0), system)
         limits.append(ThreadCount(cores, f"this process may use {cores} cores"))
     if (quota := container_quota(system)) is not None:
         limits.append(ThreadCount(max(1, math.ceil(quota)), f"the container's quota is {quota:g} cores"))
     return min(limits, key=lambda limit: limit.count)
 
 
-def _allowed_cpus() -> list[int]:
-    """Logical CPUs this process may run on; empty if unknown."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-
-
 def physical_cores(logical: Iterable[int], system: Path = Path("/")) -> int:
     """Number of physical cores behind logical CPUs; hyperthreads add little to matrix products."""
-    cores = set()
-    for number in logical:
-        file = system / f"sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list"
-        cores.add(_read(file) or str(number))
-    return max(1, len(cores))
+    siblings = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    return max(1, len({_read(system / siblings.format(number)) or str(number) for number in logical}))
 
 
 def container_quota(system: Path = Path("/")) -> float | None:

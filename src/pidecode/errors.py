@@ -20,7 +20,11 @@ class PidecodeError(Exception):
         http: The same for a client of the server.
     """
 
-    exit_code = 1
+    exit_code = 1  # of the command line; a subclass that names none has its parent's
+
+    def __init_subclass__(cls, exit_code: int | None = None) -> None:
+        if exit_code is not None:
+            cls.exit_code = exit_code
 
     def __init__(self, problem: object = "", *, python: str = "", cli: str = "", http: str = "") -> None:
         super().__init__(str(problem))
@@ -34,26 +38,20 @@ class PidecodeError(Exception):
         return f"{self.args[0]} {self.fixes[interface]}".rstrip()
 
 
-class SettingError(PidecodeError, ValueError):
+class SettingError(PidecodeError, ValueError, exit_code=2):
     """A value the caller gave cannot act."""
-
-    exit_code = 2
 
 
 class SizeError(SettingError):
     """An image or latent size that fits nothing; the message names the nearest that does."""
 
 
-class LatentError(PidecodeError, ValueError):
+class LatentError(PidecodeError, ValueError, exit_code=3):
     """A latent of the wrong space, noise level, shape or content."""
 
-    exit_code = 3
 
-
-class FileError(PidecodeError):
+class FileError(PidecodeError, exit_code=4):
     """A file that cannot be read or written as what it claims to be."""
-
-    exit_code = 4
 
 
 class CheckpointError(FileError):
@@ -64,35 +62,27 @@ class ImageError(FileError):
     """An image that is truncated, too large, or no image."""
 
 
-class DownloadError(PidecodeError):
+class DownloadError(PidecodeError, exit_code=5):
     """Weights that could not be fetched."""
-
-    exit_code = 5
 
 
 class LicenseError(DownloadError):
     """A license that must be accepted before the download."""
 
 
-class MissingDependencyError(PidecodeError, ImportError):
+class MissingDependencyError(PidecodeError, ImportError, exit_code=6):
     """An optional package that is not installed; the message names the extra that brings it."""
 
-    exit_code = 6
 
-
-class DoesNotFitError(PidecodeError):
+class DoesNotFitError(PidecodeError, exit_code=7):
     """The job needs more memory than there is; the message says what would fit."""
 
-    exit_code = 7
 
-
-class TrainingError(PidecodeError):
+class TrainingError(PidecodeError, exit_code=8):
     """A training run that had to stop; what was saved is intact."""
 
-    exit_code = 8
 
-
-class BusyError(PidecodeError):
+class BusyError(PidecodeError, exit_code=9):
     """The queue of a server is full, or the server is stopping.
 
     Attributes:
@@ -100,18 +90,13 @@ class BusyError(PidecodeError):
         stopping: The server takes no more jobs at all.
     """
 
-    exit_code = 9
-
     def __init__(self, message: str, retry_after: float, *, stopping: bool = False) -> None:
         super().__init__(message)
-        self.retry_after = retry_after
-        self.stopping = stopping
+        self.retry_after, self.stopping = retry_after, stopping
 
 
-class Cancelled(PidecodeError):  # noqa: N818 - a result, not an error
+class Cancelled(PidecodeError, exit_code=130):  # noqa: N818 - a result, not an error
     """The caller asked to stop; nothing was written."""
-
-    exit_code = 130
 
 
 OUT_OF_MEMORY = "There is not enough memory for this. Use a smaller image, or end other programs."

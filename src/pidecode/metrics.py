@@ -10,7 +10,6 @@ from torch import Tensor
 from pidecode.errors import SizeError
 
 WINDOW = 11  # side of the Gaussian window of SSIM, in pixels
-WINDOW_SIGMA = 1.5  # its standard deviation, in pixels
 
 
 def _to_unit_range(image: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,7 +36,7 @@ def ssim(image: Tensor, original: Tensor) -> Tensor:
     if min(a.shape[-2:]) < WINDOW:
         raise SizeError(f"Structural similarity needs sides of at least {WINDOW} px; got {list(a.shape[-2:])}.")
     offsets = torch.arange(WINDOW, dtype=a.dtype, device=a.device) - WINDOW // 2
-    window = torch.exp(-(offsets**2) / (2 * WINDOW_SIGMA**2))
+    window = torch.exp(-(offsets**2) / (2 * 1.5**2))
     window, channels = window / window.sum(), a.shape[1]
 
     def blur(x: Tensor) -> Tensor:

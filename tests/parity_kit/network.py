@@ -119,10 +119,10 @@ def _seen(net: PiDNet, tape: _Tape, condition: Condition) -> dict[str, Tensor]:
         seen["lq_z_aligned"] = tape.into["lq_proj.latent_proj.0"][0]
         seen["lq_hidden"] = tape.out[f"lq_proj.latent_proj.{len(net.lq_proj.latent_proj) - 1}"]
         for index, injection in enumerate(condition.injections):
-            seen[f"lq_feature_{index}"] = injection.tokens
+            seen[f"lq_feature_{index}"] = injection.read()[0]
             seen[f"gate_{index}"] = _gate_value(net.lq_proj.gate_modules[index], tape, f"lq_proj.gate_modules.{index}")
         if condition.pixel_injection is not None:
-            seen["lq_feature_pit"] = condition.pixel_injection.tokens
+            seen["lq_feature_pit"] = condition.pixel_injection.read()[0]
             seen["gate_pit"] = _gate_value(net.pit_lq_gate, tape, "pit_lq_gate")
     return seen
 

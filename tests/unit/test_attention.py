@@ -102,6 +102,11 @@ def test_the_fastest_right_kernel_is_chosen_once_for_each_shape_and_remembered(t
     assert shapes["float32, heads of 16, 64 tokens"]["seconds"] == {"slow": 2.0, "quick": 1.0}
     again = MeasuredAttention(KERNELS, record=record, seconds=Clock())
     again(*heads(1, 2, 50, 16))
+    # One that is not right any more, as with another driver, is measured again.
+    broken = MeasuredAttention({**KERNELS, "quick": wrong}, record=record, seconds=Clock(slow=2.0))
+    broken(*heads(1, 2, 50, 16))
+    assert list(broken.chosen.values()) == ["slow"]
+    MeasuredAttention(KERNELS, record=record, seconds=Clock(quick=1.0, slow=2.0))(*heads(1, 2, 50, 16))
     # A package installed since is measured, and beside it what was.
     more = MeasuredAttention({**KERNELS, "new": quick}, record=record, seconds=Clock(quick=3.0, slow=1.0))
     more(*heads(1, 2, 50, 16))

@@ -103,7 +103,7 @@ def test_a_plan_is_measured() -> None:
 
 @pytest.mark.slow
 def test_compiled_code_is_timed_and_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pidecode.engine.ops.compiled import CompiledOps
+    from pidecode.engine.ops.elementwise import CompiledOps
 
     monkeypatch.setattr("pidecode.engine.runner.CompiledOps", lambda: CompiledOps("eager"))
     measured = Benchmark(trial(mode="compile", steps=1))

@@ -22,7 +22,7 @@ from pidecode.devices import require_compiler
 from pidecode.engine.inplace import denoise
 from pidecode.engine.machine import Chunks
 from pidecode.engine.ops import elementwise
-from pidecode.engine.ops.compiled import CompiledOps
+from pidecode.engine.ops.elementwise import CompiledOps
 from pidecode.engine.timesteps import step_modulation
 from pidecode.errors import MissingDependencyError, SettingError
 from pidecode.models.pid.network import Condition, PiDNet
@@ -65,27 +65,31 @@ def test_each_network_has_its_own_share_of_what_the_framework_compiles() -> None
     counters = [CompileCounter() for _ in range(9)]  # type: ignore[no-untyped-call]
     for width, counter in enumerate(counters, start=2):
         x = torch.ones(3, width)
-        CompiledOps(counter).add_gated_(x, torch.ones(3, width), torch.ones(width))
+        with elementwise.compiled_ops(CompiledOps(counter)):
+            elementwise.add_gated_(x, torch.ones(3, width), torch.ones(width))
         assert x.eq(2).all()
         assert counter.frame_count == 1
 
 
 def test_narrow_types_round_once() -> None:
-    ops = CompiledOps("eager")
     x, other = torch.randn(2, 5, 12).bfloat16()
     wide = torch.nn.functional.silu(x.float()) * other.float()
-    assert torch.equal(ops.silu_times_(x, other), wide.bfloat16())
+    with elementwise.compiled_ops(CompiledOps("eager")):
+        assert torch.equal(elementwise.silu_times_(x, other), wide.bfloat16())
     stream, shift = torch.randn(5, 12), torch.randn(12)
     plain = elementwise.norm_modulate(stream, shift, shift, torch.bfloat16)
-    assert torch.allclose(ops.norm_modulate(stream, shift, shift, torch.bfloat16).float(), plain.float(), rtol=1e-2)
+    with elementwise.compiled_ops(CompiledOps("eager")):
+        fused = elementwise.norm_modulate(stream, shift, shift, torch.bfloat16)
+    assert torch.allclose(fused.float(), plain.float(), rtol=1e-2)
 
 
 def test_what_cannot_be_compiled_says_so() -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("no such instruction")
 
-    with pytest.raises(SettingError, match=r"add_gated for cpu failed: .*no such instruction.*Run without compiling"):
-        CompiledOps(broken).add_gated_(torch.ones(2, 3), torch.ones(2, 3), torch.ones(3))
+    said = pytest.raises(SettingError, match=r"add_gated for cpu failed: .*no such instruction.*Run without compiling")
+    with said, elementwise.compiled_ops(CompiledOps(broken)):
+        elementwise.add_gated_(torch.ones(2, 3), torch.ones(2, 3), torch.ones(3))
 
 
 def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,9 +116,10 @@ def test_a_command_that_cannot_compile_says_what_to_install(
 PROBE = """
 import json, sys, torch
 from torch._dynamo.utils import counters
-from pidecode.engine.ops.compiled import CompiledOps
+from pidecode.engine.ops.elementwise import CompiledOps, add_gated_, compiled_ops
 x = torch.arange(24.0).view(4, 6)
-CompiledOps().add_gated_(x, torch.ones(4, 6), torch.ones(6))
+with compiled_ops(CompiledOps()):
+    add_gated_(x, torch.ones(4, 6), torch.ones(6))
 assert torch.equal(x, torch.arange(24.0).view(4, 6) + 1)
 print(json.dumps({name: counters["inductor"][name] for name in ("fxgraph_cache_hit", "fxgraph_cache_miss")}))
 """

@@ -13,7 +13,6 @@ from click.testing import CliRunner
 
 from benchmarks.decode import main
 from pidecode import devices
-from pidecode import devices as threads
 from pidecode.cli import app
 from pidecode.cli.app import cli
 from pidecode.cli.doctor import cpu
@@ -86,7 +85,7 @@ def test_the_older_form_of_a_quota(tmp_path: Path) -> None:
 
 
 def test_threads_keep_to_cores_and_quota(system: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "_allowed_cpus", lambda: list(range(8)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
     found = recommended_threads(8, {}, system)
     assert (found.count, found.reason) == (4, "this process may use 4 cores")
     (system / "sys/fs/cgroup/work/job/cpu.max").write_text("150000 100000\n")

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from pidecode.engine.inplace import prepare_recomputed
-from pidecode.engine.tiling import Windows, blend_weights, denoise_windows
-from pidecode.errors import SettingError
+from pidecode.engine.tiling import blend_weights, denoise_windows, window_spans
 from pidecode.models.pid.network import Condition, PiDNet
 from pidecode.registry.configs import debug_config
 from pidecode.sampling import NoiseStream, sample_student
@@ -19,8 +18,8 @@ from pidecode.sampling import NoiseStream, sample_student
 GRID = (6, 10)
 
 
-def windowed(net: PiDNet, x: Tensor, t: Tensor, condition: Condition, windows: Windows) -> Tensor:
-    return denoise_windows(net.denoise, x, t, condition, windows, net.config.patch_size)
+def windowed(net: PiDNet, x: Tensor, t: Tensor, condition: Condition, side: int, overlap: int) -> Tensor:
+    return denoise_windows(net.denoise, x, t, condition, side, overlap)
 
 
 def net_and_condition(without_attention: bool = False) -> tuple[PiDNet, Condition, Tensor]:
@@ -38,7 +37,7 @@ def net_and_condition(without_attention: bool = False) -> tuple[PiDNet, Conditio
 
 @pytest.mark.parametrize(("length", "side", "overlap"), [(10, 4, 1), (10, 4, 0), (11, 4, 3), (3, 8, 2), (257, 128, 32)])
 def test_spans_cover_the_axis_with_their_overlap(length: int, side: int, overlap: int) -> None:
-    spans = Windows(side, overlap).spans(length)
+    spans = window_spans(length, side, overlap)
     assert spans[0][0] == 0 and spans[-1][1] == length
     assert all(stop - start == min(side, length) for start, stop in spans)
     for (_, stop), (start, _) in pairwise(spans):
@@ -50,21 +49,11 @@ def test_spans_cover_the_axis_with_their_overlap(length: int, side: int, overlap
     assert torch.allclose(total, torch.ones_like(total), atol=1e-6)
 
 
-def test_windows_that_cannot_advance_are_refused() -> None:
-    with pytest.raises(SettingError, match="cannot advance"):
-        Windows(4, 4)
-
-
-def test_windows_are_counted() -> None:
-    assert Windows(4, 1).count(GRID) == 2 * 3
-    assert Windows.of_pixels(2048, 16) == Windows(128, 32)
-
-
 def test_one_window_is_the_whole_image() -> None:
     net, condition, x = net_and_condition()
     t = torch.tensor([634.0])
     with torch.no_grad():
-        assert torch.equal(windowed(net, x, t, condition, Windows(10, 2)), net.denoise(x, t, condition))
+        assert torch.equal(windowed(net, x, t, condition, 10, 2), net.denoise(x, t, condition))
 
 
 def test_all_but_attention_is_as_in_the_whole() -> None:
@@ -76,7 +65,7 @@ def test_all_but_attention_is_as_in_the_whole() -> None:
     t = torch.tensor([634.0])
     with torch.no_grad():
         whole = net.denoise(x, t, condition)
-        blended = windowed(net, x, t, condition, Windows(4, 1))
+        blended = windowed(net, x, t, condition, 4, 1)
     assert (whole - blended).abs().max() < 5e-6 * whole.abs().max()
 
 
@@ -84,15 +73,15 @@ def test_a_whole_decode_in_windows_has_no_seam() -> None:
     net, condition, _ = net_and_condition()
     size = (3, GRID[0] * 16, GRID[1] * 16)
 
-    def decode(windows: Windows) -> Tensor:
+    def decode(side: int) -> Tensor:
         draw = NoiseStream([5], size, torch.device("cpu"))
-        return sample_student(lambda x, t: windowed(net, x, t, condition, windows), draw)
+        return sample_student(lambda x, t: windowed(net, x, t, condition, side, 2), draw)
 
     with torch.no_grad():
-        whole, fused = decode(Windows(10, 2)), decode(Windows(4, 2))
+        whole, fused = decode(10), decode(4)
     error = (whole - fused).abs()
     jump = (fused - whole).diff(dim=-1).abs().mean((0, 1, 2))
-    edges = [edge * 16 - 1 for span in Windows(4, 2).spans(GRID[1]) for edge in span if 0 < edge < GRID[1]]
+    edges = [edge * 16 - 1 for span in window_spans(GRID[1], 4, 2) for edge in span if 0 < edge < GRID[1]]
     assert error.mean() < whole.std()
     assert jump[edges].mean() < 2 * jump.mean()
 
@@ -105,6 +94,6 @@ def test_recomputed_latent_tokens_are_cropped_alike() -> None:
     kept = net.prepare(GRID, torch.randn(1, 7, 16), torch.randn(1, 16, 3, 5), 0.3)
     t = torch.tensor([634.0])
     with torch.no_grad():
-        a, b = (windowed(net, x, t, c, Windows(4, 1)) for c in (recomputed, kept))
+        a, b = (windowed(net, x, t, c, 4, 1) for c in (recomputed, kept))
     assert (a - b).abs().max() < 5e-6 * b.abs().max()
     assert condition.grid == GRID

@@ -15,7 +15,7 @@ import torch
 
 from pidecode.engine.inplace import denoise
 from pidecode.engine.ops import elementwise
-from pidecode.engine.ops.compiled import CompiledOps
+from pidecode.engine.ops.elementwise import CompiledOps
 from pidecode.engine.ops.quantize import reference_int8_attention
 from pidecode.engine.timesteps import step_modulation
 from pidecode.registry.configs import debug_config

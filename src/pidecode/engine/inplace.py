@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from pidecode.engine.machine import Chunks
 from pidecode.engine.offload import BlockOffloader
 from pidecode.engine.ops import elementwise as ops
-from pidecode.engine.ops.quantize import weight_rows
-from pidecode.engine.pixel_tiles import PixelHalves, run_pixel_blocks
+from pidecode.engine.ops.quantize import slice_weight
+from pidecode.engine.pixel_tiles import Halves, run_pixel_blocks
 from pidecode.engine.timesteps import StepModulation
 from pidecode.models.pid.adapter import Gate, Injection
 from pidecode.models.pid.blocks import attend, split_heads
@@ -61,7 +61,7 @@ def denoise(
     *,
     chunks: Chunks | None = None,
     offloader: BlockOffloader | None = None,
-    halves: PixelHalves | None = None,
+    halves: Halves | None = None,
 ) -> Tensor:
     """One evaluation, as `PiDNet.denoise` gives it.
 
@@ -72,18 +72,32 @@ def denoise(
         condition: What `prepare` computed for the image.
         chunks: Chunk sizes; default those that suit the device.
         offloader: Holds the patch blocks, where they live on the host.
-        halves: The pixel blocks' weights cut to tiles, kept between calls where the chunks say so.
+        halves: The pixel blocks' weights cut to tiles, kept between calls.
 
     Returns:
         The prediction `[B, 3, H, W]`, float32.
     """
     chunks = chunks or default_chunks(net, x_B3HW.device)
-    tokens = _embed(net, x_B3HW, chunks)
-    _run_patch_blocks(net, tokens, modulation, condition, chunks, offloader)
-    _finish_tokens_(net, tokens, modulation, condition, chunks)
-    dtype = net.final_layer.linear.weight.dtype
-    if tokens.dtype != dtype:
-        tokens = tokens.to(dtype)
+    tokens, text = _embed(net, x_B3HW, chunks), condition.text
+    B, L, D = tokens.shape
+    y = None if text is None else text.float().clone().expand(B, -1, -1).contiguous()
+    joint = tokens.new_empty(B, L + (0 if y is None else y.shape[1]), 3 * D, dtype=net.dtype)
+    rotation = torch.complex(*condition.rotation)
+    text_rotation = None if condition.text_rotation is None else torch.complex(*condition.text_rotation)
+    blocks: Any = net.patch_blocks
+    for index, block in enumerate(blocks):
+        if condition.injections and index % net.config.inject_interval == 0:
+            which = index // net.config.inject_interval
+            gate_(net.lq_proj.gate_modules[which], tokens, condition.injections[which], chunks)
+        with nullcontext() if offloader is None else offloader.resident(index):
+            text_modulation = None if y is None else modulation.text[index]
+            block_pass = _BlockPass(block, joint, modulation.image[index], text_modulation, chunks)
+            block_pass.run(tokens, y, rotation, text_rotation, want_text=index < len(blocks) - 1)
+    del joint, block_pass, y, rotation  # their memory is taken again by the pixel blocks
+    F.silu(tokens.add_(modulation.embedding), inplace=True)  # the pixel blocks' condition
+    if condition.pixel_injection is not None:
+        gate_(net.pit_lq_gate, tokens, condition.pixel_injection, chunks)
+    tokens = tokens.to(net.dtype)
     return run_pixel_blocks(net, x_B3HW, tokens, condition, chunks, halves)
 
 
@@ -97,32 +111,6 @@ def _embed(net: PiDNet, x_B3HW: Tensor, chunks: Chunks) -> Tensor:
         patches = grid[:, :, part].permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         tokens[:, part.start * columns : part.stop * columns] = net.s_embedder(patches.to(proj.weight.dtype))
     return tokens
-
-
-def _run_patch_blocks(
-    net: PiDNet,
-    x: Tensor,
-    modulation: StepModulation,
-    condition: Condition,
-    chunks: Chunks,
-    offloader: BlockOffloader | None,
-) -> None:
-    """All patch blocks on the image stream `x` `[B, L, D]`, in place."""
-    y = None if condition.text is None else condition.text.float().clone().expand(x.shape[0], -1, -1).contiguous()
-    length = x.shape[1] + (0 if y is None else y.shape[1])
-    dtype = net.final_layer.linear.weight.dtype
-    joint = x.new_empty(x.shape[0], length, 3 * x.shape[2], dtype=dtype)
-    rotation = torch.complex(*condition.rotation)
-    text_rotation = None if condition.text_rotation is None else torch.complex(*condition.text_rotation)
-    blocks: Any = net.patch_blocks
-    for index, block in enumerate(blocks):
-        if condition.injections and index % net.config.inject_interval == 0:
-            which = index // net.config.inject_interval
-            gate_(net.lq_proj.gate_modules[which], x, condition.injections[which], chunks)
-        with nullcontext() if offloader is None else offloader.resident(index):
-            text = None if y is None else modulation.text[index]
-            block_pass = _BlockPass(block, joint, modulation.image[index], text, chunks)
-            block_pass.run(x, y, rotation, text_rotation, want_text=index < len(blocks) - 1)
 
 
 class _BlockPass:
@@ -140,7 +128,9 @@ class _BlockPass:
         if y is not None and self.text is not None:
             self._project(y, self.text, text_rotation, 0, "y", want_query=want_text)
         q, k, v = split_heads(self.joint, self.block.attn.heads)
-        out = attend(q if want_text else q[:, N:], *self._gathered(k, v, N))
+        if (gather := self.block.attn.gather) is not None:  # the image's tokens are sharded over processes
+            k, v = (torch.cat((t[:, :N], gather(t[:, N:].contiguous())), dim=1) for t in (k, v))
+        out = attend(q if want_text else q[:, N:], k, v)
         self._finish(x, self.image, out[:, out.shape[1] - x.shape[1] :], "x")
         if want_text and y is not None and self.text is not None:
             self._finish(y, self.text, out[:, :N], "y")
@@ -152,36 +142,28 @@ class _BlockPass:
         for run in ops.runs(B, length, size):
             yield run, vectors[run[0].start % len(vectors)]
 
-    def _gathered(self, k: Tensor, v: Tensor, text_tokens: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the whole image, where its tokens are sharded over processes."""
-        gather = self.block.attn.gather
-        if gather is None:
-            return k, v
-        full = [torch.cat((t[:, :text_tokens], gather(t[:, text_tokens:].contiguous())), dim=1) for t in (k, v)]
-        return full[0], full[1]
-
     def _project(
         self, x: Tensor, vectors: Tensor, rotation: Tensor | None, offset: int, stream: str, *, want_query: bool = True
     ) -> None:
         """Queries, keys and values of a stream, written into the joint buffer from token `offset` on."""
         attn = self.block.attn
         qkv, k_norm = getattr(attn, f"qkv_{stream}"), getattr(attn, f"k_norm_{stream}")
-        for (samples, part), (shift, factor, *_) in self._runs(x, vectors):
-            tokens = ops.norm_modulate(ops.cut_run(x, (samples, part)), shift, factor, self.joint.dtype)
+        for run, (shift, factor, *_) in self._runs(x, vectors):
+            samples, part = run
+            tokens = ops.norm_modulate(ops.cut_run(x, run), shift, factor, self.joint.dtype)
             place = self.joint[samples, offset + part.start : offset + part.stop]
             # Several samples lie apart in the joint buffer, so their projection is written to one of its own first.
-            count = len(place)
-            flat = place[0] if count == 1 else place.new_empty(len(tokens), place.shape[2])
+            flat = place[0] if len(place) == 1 else place.new_empty(len(tokens), place.shape[2])
             if want_query:
                 ops.linear_into(qkv, tokens, flat)
             else:  # keys and values only: nothing reads the last block's prompt output
-                flat[:, x.shape[2] :] = weight_rows(qkv, slice(x.shape[2], None))(tokens)
-            turns = None if rotation is None else rotation[part].repeat(count, 1) if count > 1 else rotation[part]
+                flat[:, x.shape[2] :] = slice_weight(qkv, lambda t: t[x.shape[2] :])(tokens)
+            turns = None if rotation is None else ops.cut_table(rotation, run)
             q, k, _ = split_heads(flat, attn.heads)
             if want_query:
                 ops.norm_rotate_(q, getattr(attn, f"q_norm_{stream}").weight, turns)
             ops.norm_rotate_(k, k_norm.weight, turns)
-            if count > 1:
+            if len(place) > 1:
                 place.copy_(flat.view_as(place))
 
     def _finish(self, x: Tensor, vectors: Tensor, out: Tensor, stream: str) -> None:
@@ -189,24 +171,18 @@ class _BlockPass:
         proj, mlp = getattr(self.block.attn, f"proj_{stream}"), getattr(self.block, f"mlp_{stream}")
         for run, (_, _, gate1, shift2, factor2, gate2) in self._runs(x, vectors):
             tokens = ops.cut_run(x, run)
-            inner = ops.add_norm_modulate_(
-                tokens, proj(out[run].flatten(0, 1)), gate1, shift2, factor2, self.joint.dtype
-            )
-            ops.add_gated_(tokens, ops.gated_feed_forward(inner, mlp.w1, mlp.w3, mlp.w2), gate2)
+            attended = proj(out[run].flatten(0, 1))
+            inner = ops.add_norm_modulate_(tokens, attended, gate1, shift2, factor2, self.joint.dtype)
+            del attended  # its memory is taken again by the feed-forward
+            ops.add_gated_(tokens, mlp.w2(ops.silu_times_(mlp.w1(inner), mlp.w3(inner))), gate2)
 
 
 def gate_(gate: Any, x: Tensor, injection: Injection, chunks: Chunks) -> None:
     """`Gate.forward` on a stream `[B, L, D]`, in place."""
     for run in ops.runs(len(x), x.shape[1], chunks.tokens):
-        tokens, logits = chunk_of(injection, run)
-        ops.gate_latent_(ops.cut_run(x, run), tokens, gate.content_proj.weight[:, : x.shape[2]], logits)
-
-
-def _finish_tokens_(net: PiDNet, x: Tensor, modulation: StepModulation, condition: Condition, chunks: Chunks) -> None:
-    """The pixel blocks' condition, in place: `silu(t_emb + x)`, then the pixel gate."""
-    F.silu(x.add_(modulation.embedding), inplace=True)
-    if condition.pixel_injection is not None:
-        gate_(net.pit_lq_gate, x, condition.pixel_injection, chunks)
+        tokens, logits = injection.crop(run).read()
+        weight = gate.content_proj.weight[:, : x.shape[2]]
+        ops.gate_latent_(ops.cut_run(x, run), tokens.flatten(0, 1), weight, logits.flatten(0, 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,29 +197,15 @@ class RecomputedInjection:
     gate: Gate
     sigma: Tensor  # `[B or 1]`
 
-    @property
-    def tokens(self) -> Tensor:
-        """Tokens `[B, L, D]`."""
-        return self.head(self.features)  # type: ignore[no-any-return]
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Tokens `[B, L, D]` and gate logits `[B, L, D or 1]`."""
+        tokens = self.head(self.features)
+        return tokens, self.gate.latent_logits(tokens, self.sigma)
 
-    @property
-    def gate_logits(self) -> Tensor:
-        """Gate logits `[B, L, D or 1]`."""
-        return self.gate.latent_logits(self.tokens, self.sigma)
-
-    def crop(self, patches: Tensor) -> RecomputedInjection:
-        """The same for some patches only, given as indices."""
-        return replace(self, features=self.features[:, patches])
-
-
-def chunk_of(injection: Injection, run: tuple[slice, slice]) -> tuple[Tensor, Tensor]:
-    """Tokens `[T, D]` and gate logits `[T, D or 1]` of some samples' patches, computing no others."""
-    if not isinstance(injection, RecomputedInjection):
-        return injection.tokens[run].flatten(0, 1), injection.gate_logits[run].flatten(0, 1)
-    samples = run[0]
-    sigma = injection.sigma if len(injection.sigma) == 1 else injection.sigma[samples]
-    tokens = injection.head(injection.features[run])
-    return tokens.flatten(0, 1), injection.gate.latent_logits(tokens, sigma).flatten(0, 1)
+    def crop(self, index: tuple[Any, Any]) -> RecomputedInjection:
+        """The same for some samples and patches only."""
+        sigma = self.sigma if len(self.sigma) == 1 else self.sigma[index[0]]
+        return replace(self, features=self.features[index], sigma=sigma)
 
 
 def prepare_recomputed(

@@ -22,18 +22,11 @@ QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What a decode may use.
+    """What a decode may use."""
 
-    Attributes:
-        memory: Bytes free on the device.
-        accelerator: Whether the device has memory apart from the host's, so that modules can be offloaded and a
-            driver takes its share.
-        w8a8: Formats it multiplies in eight bits, the best first.
-    """
-
-    memory: int
-    accelerator: bool = True
-    w8a8: tuple[Quantization, ...] = ()
+    memory: int  # bytes free on the device
+    accelerator: bool = True  # its memory is not the host's: modules can be offloaded, and a driver takes its share
+    w8a8: tuple[Quantization, ...] = ()  # formats it multiplies in eight bits, the best first
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +57,15 @@ def this_machine(device: str | torch.device | None = None) -> Machine:
     """
     # These load torch, which importing this module must not.
     from pidecode.devices import default_dtype, free_memory, select_device
-    from pidecode.engine.ops.quantize import KERNELS, best_kernel
+    from pidecode.engine.ops.quantize import STORED, require_products
 
     chosen = select_device(device)
     free = free_memory(chosen)
     if free is None:
         raise SettingError(f"{chosen} does not say how much memory is free; name an amount.")
     w8a8: list[Quantization] = []
-    for format in KERNELS:
+    for format in STORED:
         with suppress(SettingError):
-            best_kernel(format, default_dtype(chosen), chosen)
+            require_products(format, default_dtype(chosen), chosen)
             w8a8.append(format)
     return Machine(memory=free, accelerator=chosen.type != "cpu", w8a8=tuple(w8a8))

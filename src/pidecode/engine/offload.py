@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +21,13 @@ class BlockOffloader:
     def __init__(self, blocks: nn.ModuleList, device: torch.device) -> None:
         self.device = device
         self.blocks: list[nn.Module] = list(blocks)
-        self.on_host: list[dict[str, Tensor]] = []
+        self.on_host: list[list[Tensor]] = []  # the tensors of each block
         pinned = device.type not in ("cpu", "meta")  # the meta device, where memory is only counted, is its own host
         for block in self.blocks:
             block.to("meta" if device.type == "meta" else "cpu")
-            held = {name: tensor.data for name, tensor in _tensors(block)}
-            self.on_host.append({name: t.pin_memory() if pinned else t for name, t in held.items()})
+            self.on_host.append([t.data.pin_memory() if pinned else t.data for t in _tensors(block)])
         self._stream = torch.Stream(device) if pinned else None
-        self._resident: dict[int, tuple[dict[str, Tensor], torch.Event | None]] = {}
+        self._resident: dict[int, tuple[list[Tensor], torch.Event | None]] = {}
 
     @contextmanager
     def resident(self, index: int) -> Iterator[None]:
@@ -49,25 +49,24 @@ class BlockOffloader:
             return
         host = self.on_host[index]
         if self._stream is None:
-            self._resident[index] = {name: tensor.clone() for name, tensor in host.items()}, None
+            self._resident[index] = [tensor.clone() for tensor in host], None
             return
         # The copy may overtake work that still reads memory it is given, so it waits for what is queued now.
         compute = torch.accelerator.current_stream(self.device)
         self._stream.wait_stream(compute)
         torch.accelerator.set_stream(self._stream)
         try:
-            sent = {name: tensor.to(self.device, non_blocking=True) for name, tensor in host.items()}
+            sent = [tensor.to(self.device, non_blocking=True) for tensor in host]
         finally:
             torch.accelerator.set_stream(compute)
-        for tensor in sent.values():
+        for tensor in sent:
             tensor.record_stream(compute)
         self._resident[index] = sent, self._stream.record_event()
 
-    def _assign(self, index: int, tensors: dict[str, Tensor]) -> None:
-        for name, tensor in _tensors(self.blocks[index]):
-            tensor.data = tensors[name]
+    def _assign(self, index: int, values: list[Tensor]) -> None:
+        for tensor, value in zip(_tensors(self.blocks[index]), values, strict=True):
+            tensor.data = value
 
 
-def _tensors(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from block.named_parameters()
-    yield from block.named_buffers()
+def _tensors(block: nn.Module) -> Iterator[Tensor]:
+    return chain(block.parameters(), block.buffers())

@@ -15,11 +15,8 @@ G pixels of a tile per patch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import zip_longest
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -27,57 +24,47 @@ from torch import Tensor
 
 from pidecode.engine.machine import Chunks
 from pidecode.engine.ops import elementwise as ops
-from pidecode.engine.ops.quantize import WeightSlice, weight_block, weight_columns, weight_rows
+from pidecode.engine.ops.quantize import slice_weight
 from pidecode.models.pid.blocks import attend, split_heads
 from pidecode.models.pid.network import Condition, PiDNet
 
-Half = TypeVar("Half", "_Compress", "_Update")
 SHIFT1, SCALE1, GATE1, SHIFT2, SCALE2, GATE2 = range(6)
 
 
-@dataclass(frozen=True, slots=True)
 class PixelModulation:
-    """Rows of `adaLN_modulation` for some pixels and some of the six vectors, as one matrix."""
+    """Rows of a block's `adaLN_modulation` for some pixels and `which` of the six vectors, as one matrix.
 
-    weight: WeightSlice  # `[vectors * G * C, D]`, vector by vector
-    bias: Tensor  # `[vectors * G * C]`
-    vectors: int  # how many of the six
+    Scales become factors, `(1 + scale) * norm weight`, merged into the matrix: exact in float32 up to rounding. In half
+    precision the merged matrix rounds once more, as the reference does each time it adds 1 to a scale.
+    """
+
+    def __init__(self, block: Any, pixels: slice, which: slice) -> None:
+        linear, P, C = block.adaLN_modulation[0], block.pixels, len(block.norm1.weight)
+
+        def by_vector(rows: Tensor) -> Tensor:
+            """Rows `[6 P C, ...]` to those of the pixels, vector by vector `[vectors, G, C, ...]`."""
+            part: Tensor = rows.unflatten(0, (P, 6, C))[pixels, which]
+            return part.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+
+        matrix, bias = slice_weight(linear, by_vector), by_vector(linear.bias)
+        for scale, norm in ((SCALE1, block.norm1), (SCALE2, block.norm2)):
+            if which.start <= scale < which.stop:
+                matrix.per_output[scale - which.start].mul_(norm.weight[:, None])
+                bias[scale - which.start].add_(1).mul_(norm.weight)
+        self.weight, self.bias, self.vectors = matrix.map(lambda rows: rows.flatten(0, 2)), bias.flatten(), len(bias)
 
     def __call__(self, condition_TD: Tensor) -> tuple[Tensor, ...]:
         """Each vector `[T, G * C]`."""
         return self.weight(condition_TD, self.bias).chunk(self.vectors, dim=-1)
 
 
-def modulation_rows(block: Any, pixels: slice, which: slice) -> PixelModulation:
-    """Cut `which` of the six vectors of `pixels` out of a block's modulation; scales become factors.
-
-    A factor is `(1 + scale) * norm weight`, merged into the matrix here: exact in float32 up to rounding. In half
-    precision the merged matrix rounds once more, as the reference does each time it adds 1 to a scale.
-    """
-    linear, P = block.adaLN_modulation[0], block.pixels
-    C = block.norm1.weight.shape[0]
-
-    def by_vector(rows: Tensor) -> Tensor:
-        return rows.transpose(0, 1).clone(memory_format=torch.contiguous_format)
-
-    matrix = weight_block(linear, (P, 6, C), (pixels, which)).map(by_vector)
-    bias = by_vector(linear.bias.unflatten(0, (P, 6, C))[pixels, which])
-    for scale, norm in ((SCALE1, block.norm1), (SCALE2, block.norm2)):
-        index = scale - which.start
-        if 0 <= index < len(bias) and scale < which.stop:
-            matrix.per_output[index].mul_(norm.weight[:, None])
-            bias[index].add_(1).mul_(norm.weight)
-    return PixelModulation(matrix.map(lambda rows: rows.flatten(0, 2)), bias.flatten(), len(bias))
-
-
 class _Compress:
     """First half of a pixel block on the pixels `group`: adds a tile's part to the compressed patches."""
 
     def __init__(self, block: Any, group: slice) -> None:
-        C = block.norm1.weight.shape[0]
-        self.channels = C
-        self.modulation = modulation_rows(block, group, slice(SHIFT1, SCALE1 + 1))
-        self.compress = weight_columns(block.compress_to_attn, slice(group.start * C, group.stop * C))
+        C = len(block.norm1.weight)
+        self.modulation = PixelModulation(block, group, slice(SHIFT1, SCALE1 + 1))
+        self.compress = slice_weight(block.compress_to_attn, columns=slice(group.start * C, group.stop * C))
 
     def __call__(self, tile_TGC: Tensor, condition_TD: Tensor, compressed_TA: Tensor) -> None:
         shift, factor = (v.view(tile_TGC.shape) for v in self.modulation(condition_TD))
@@ -89,12 +76,11 @@ class _Update:
     """Second half of a pixel block on the pixels `group`: updates the tile in place."""
 
     def __init__(self, block: Any, group: slice) -> None:
-        C = block.norm1.weight.shape[0]
-        self.modulation = modulation_rows(block, group, slice(GATE1, GATE2 + 1))
+        C = len(block.norm1.weight)
         features = slice(group.start * C, group.stop * C)
-        self.expand = weight_rows(block.expand_from_attn, features)
-        self.expand_bias = block.expand_from_attn.bias[features]
-        self.mlp = block.mlp
+        self.modulation = PixelModulation(block, group, slice(GATE1, GATE2 + 1))
+        self.expand = slice_weight(block.expand_from_attn, lambda t: t[features])
+        self.expand_bias, self.mlp = block.expand_from_attn.bias[features], block.mlp
 
     def __call__(self, tile_TGC: Tensor, condition_TD: Tensor, attended_TA: Tensor) -> None:
         vectors = self.modulation(condition_TD)
@@ -102,89 +88,27 @@ class _Update:
         ops.update_pixels_(tile_TGC, expanded, vectors, self.mlp.fc1, self.mlp.fc2)
 
 
-class PixelHalves:
-    """The halves of pixel blocks, each cut to the pixels of a tile: made at each use, or kept if `keep`."""
-
-    def __init__(self) -> None:
-        self.keep = False
-        self._kept: dict[tuple[type, int, int, int], Any] = {}
-
-    def clear(self) -> None:
-        """Drop what is kept, as is needed when weights change."""
-        self._kept.clear()
-
-    def get(self, kind: type[Half], block: Any | None, group: slice) -> Half | None:
-        """One half of a block on some pixels; None without a block."""
-        if block is None or not self.keep:
-            return None if block is None else kind(block, group)
-        key = kind, id(block), group.start, group.stop
-        if key not in self._kept:
-            # Ordinary tensors even in inference mode: they outlive the image.
-            with torch.inference_mode(False), torch.no_grad():
-                self._kept[key] = kind(block, group)
-        return self._kept[key]  # type: ignore[no-any-return]
+Halves = dict[tuple[type, int, int, int], Any]  # halves of pixel blocks by kind, block and pixels, as they are kept
 
 
-class _TiledImage:
-    """The noisy image as tiles of pixel tokens, and finished tiles as parts of the prediction."""
-
-    def __init__(self, net: PiDNet, x_B3HW: Tensor, condition: Condition, chunks: Chunks) -> None:
-        config = net.config
-        self.net, self.patch, self.width = net, config.patch_size, config.pixel_hidden_size
-        (self.rows, self.columns), self.batch = condition.grid, x_B3HW.shape[0]
-        self.noisy = self._grid(x_B3HW)
-        # The first half of a pixel's channels has the position of its column, the second that of its row.
-        self.x_table = condition.column_table.view(1, self.columns, 1, self.patch, -1)
-        self.y_table = condition.row_table.view(self.rows, 1, self.patch, 1, -1)
-        self.rows_per_tile = max(1, chunks.tile_tokens // self.columns)
-        self.tile_rows = min(self.patch, max(1, chunks.tile_rows))
-
-    def _grid(self, image: Tensor) -> Tensor:
-        """`[B, 3, H, W]` as `[B, 3, rows, patch, columns, patch]`, a view."""
-        return image.unflatten(3, (self.columns, self.patch)).unflatten(2, (self.rows, self.patch))  # type: ignore[no-any-return]
-
-    def groups(self) -> Iterator[slice]:
-        """Rows of a patch that are processed together."""
-        yield from ops.parts(self.patch, self.tile_rows)
-
-    def tiles(self) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice]]]:
-        """Samples and rows of patches of each tile, and the same as samples and tokens."""
-        for samples, part in ops.runs(self.batch, self.rows, self.rows_per_tile):
-            yield (samples, part), (samples, slice(part.start * self.columns, part.stop * self.columns))
-
-    def pixels(self, place: tuple[slice, slice], group: slice) -> Tensor:
-        """A tile of embedded pixel tokens `[T, G, C]`, float32: colors plus their position in the image."""
-        samples, part = place
-        # [samples, rows of patches, columns, rows of pixels, patch, 3]
-        colors = self.noisy[samples, :, part, group].permute(0, 2, 4, 3, 5, 1)
-        proj = self.net.pixel_embedder.proj
-        embedded = F.linear(colors.to(proj.weight.dtype), proj.weight, proj.bias)
-        tile = embedded if embedded.dtype == torch.float32 else torch.empty_like(embedded, dtype=torch.float32)
-        half = self.x_table.shape[-1]
-        torch.add(embedded[..., :half], self.x_table, out=tile[..., :half])
-        torch.add(embedded[..., half:], self.y_table[part, :, group], out=tile[..., half:])
-        return tile.flatten(3, 4).flatten(0, 2)
-
-    def write(self, prediction: Tensor, place: tuple[slice, slice], group: slice, tile_TGC: Tensor) -> None:
-        """Apply the final layer to a finished tile and write its colors into the prediction."""
-        final = self.net.final_layer
-        colors = final.linear(ops.norm_to(tile_TGC, final.norm.weight, final.linear.weight.dtype))
-        samples, part = place
-        shape = (-1, part.stop - part.start, self.columns, group.stop - group.start, self.patch, 3)
-        self._grid(prediction)[samples, :, part, group] = colors.view(shape).permute(0, 5, 1, 3, 2, 4)
+def _half(kind: type[_Compress | _Update], block: Any | None, group: slice, kept: Halves | None) -> Any:
+    """One half of a block on some pixels, made or `kept`; None without a block."""
+    if block is None or kept is None:
+        return None if block is None else kind(block, group)
+    key = kind, id(block), group.start, group.stop
+    if key not in kept:
+        # Ordinary tensors even in inference mode: they outlive the image.
+        with torch.inference_mode(False), torch.no_grad():
+            kept[key] = kind(block, group)
+    return kept[key]
 
 
 def run_pixel_blocks(
-    net: PiDNet,
-    x_B3HW: Tensor,
-    tokens_BLD: Tensor,
-    condition: Condition,
-    chunks: Chunks,
-    halves: PixelHalves | None = None,
+    net: PiDNet, x_B3HW: Tensor, tokens_BLD: Tensor, condition: Condition, chunks: Chunks, halves: Halves | None = None
 ) -> Tensor:
     """Pixel blocks and final layer: noisy image `[B, 3, H, W]` and patch conditions `[B, L, D]` to the prediction."""
     blocks: list[Any] = list(net.pixel_blocks)
-    passes = _TilePasses(_TiledImage(net, x_B3HW, condition, chunks), tokens_BLD, halves or PixelHalves())
+    passes = _TilePasses(net, x_B3HW, tokens_BLD, condition, chunks, halves)
     compressed = passes.run(None, None, blocks[0] if blocks else None)
     for block, following in zip_longest(blocks, blocks[1:]):
         assert compressed is not None
@@ -196,19 +120,22 @@ def run_pixel_blocks(
 
 
 class _TilePasses:
-    """Passes over all tiles: pixels kept between them, and the prediction after the last."""
+    """Passes over all tiles of the noisy image: pixels kept between them, and the prediction made by the last."""
 
-    def __init__(self, image: _TiledImage, tokens_BLD: Tensor, halves: PixelHalves) -> None:
-        self.image, self.tokens, self.halves = image, tokens_BLD, halves
+    prediction: Tensor  # `[B, 3, H, W]`, float32
+
+    def __init__(
+        self, net: PiDNet, image: Tensor, tokens: Tensor, condition: Condition, chunks: Chunks, halves: Halves | None
+    ) -> None:
+        self.net, self.image, self.tokens, self.patch, self.halves = net, image, tokens, net.config.patch_size, halves
+        self.rows, self.columns = condition.grid
+        # The first half of a pixel's channels has the position of its column, the second that of its row.
+        self.x_table = condition.column_table.view(1, self.columns, 1, self.patch, -1)
+        self.y_table = condition.row_table.view(self.rows, 1, self.patch, 1, -1)
+        self.rows_per_tile = max(1, chunks.tile_tokens // self.columns)
+        self.tile_rows = min(self.patch, max(1, chunks.tile_rows))
+        # Pixel tokens `[B, L, G, C]` by their group's first row, float32, from the first update to the last.
         self.kept: dict[int, Tensor] = {}
-        """Pixel tokens `[B, L, G, C]` by their group's first row, float32, from the first update to the last."""
-
-    @cached_property
-    def prediction(self) -> Tensor:
-        """The prediction `[B, 3, H, W]`, float32."""
-        image = self.image
-        sides = (image.rows * image.patch, image.columns * image.patch)
-        return self.tokens.new_empty(image.batch, 3, *sides, dtype=torch.float32)
 
     def run(self, block: Any | None, attended_BLA: Tensor | None, following: Any | None) -> Tensor | None:
         """Update every tile with `block`, then compress it for the `following` block or write it to the prediction.
@@ -216,21 +143,25 @@ class _TilePasses:
         Returns:
             Compressed patches `[B, L, A]` for the following block, or None.
         """
-        image, B, L = self.image, *self.tokens.shape[:2]
-        # Accumulated over groups of pixels, hence in float32.
-        compressed = None if following is None else following.compress_to_attn.bias.float().expand(B, L, -1).clone()
+        (B, L), columns = self.tokens.shape[:2], self.columns
+        compressed = None
+        if following is None:
+            self.prediction = torch.empty_like(self.image, dtype=torch.float32, memory_format=torch.contiguous_format)
+        else:  # accumulated over groups of pixels, hence in float32
+            compressed = following.compress_to_attn.bias.float().expand(B, L, -1).clone()
         first_pass = not self.kept
-        for group in image.groups():
-            pixels = slice(group.start * image.patch, group.stop * image.patch)
-            update = self.halves.get(_Update, block, pixels)
-            compress_tile = self.halves.get(_Compress, following, pixels)
-            for place, run in image.tiles():
+        for group in ops.parts(self.patch, self.tile_rows):  # rows of a patch that are processed together
+            pixels = slice(group.start * self.patch, group.stop * self.patch)
+            update = _half(_Update, block, pixels, self.halves)
+            compress_tile = _half(_Compress, following, pixels, self.halves)
+            for samples, part in ops.runs(B, self.rows, self.rows_per_tile):  # rows of patches
+                run = samples, slice(part.start * columns, part.stop * columns)
                 condition = ops.cut_run(self.tokens, run)
-                tile = image.pixels(place, group) if first_pass else ops.cut_run(self.kept[group.start], run)
+                tile = self._embed(samples, part, group) if first_pass else ops.cut_run(self.kept[group.start], run)
                 if update is not None and attended_BLA is not None:
                     update(tile, condition, ops.cut_run(attended_BLA, run))
-                if compress_tile is None or compressed is None:
-                    image.write(self.prediction, place, group, tile)
+                if compressed is None:
+                    self._write(samples, part, group, tile)
                     continue
                 compress_tile(tile, condition, ops.cut_run(compressed, run))
                 if update is not None and first_pass:
@@ -238,6 +169,29 @@ class _TilePasses:
             if following is None:
                 self.kept.pop(group.start, None)
         return None if compressed is None else compressed.to(self.tokens.dtype)
+
+    def _grid(self, image: Tensor) -> Tensor:
+        """`[B, 3, H, W]` as `[B, 3, rows, patch, columns, patch]`, a view."""
+        return image.unflatten(3, (self.columns, self.patch)).unflatten(2, (self.rows, self.patch))  # type: ignore[no-any-return]
+
+    def _embed(self, samples: slice, part: slice, group: slice) -> Tensor:
+        """A tile of embedded pixel tokens `[T, G, C]`, float32: colors plus their position in the image."""
+        # [samples, rows of patches, columns, rows of pixels, patch, 3]
+        colors = self._grid(self.image)[samples, :, part, group].permute(0, 2, 4, 3, 5, 1)
+        proj = self.net.pixel_embedder.proj
+        embedded = F.linear(colors.to(proj.weight.dtype), proj.weight, proj.bias)
+        tile = embedded if embedded.dtype == torch.float32 else torch.empty_like(embedded, dtype=torch.float32)
+        half = self.x_table.shape[-1]
+        torch.add(embedded[..., :half], self.x_table, out=tile[..., :half])
+        torch.add(embedded[..., half:], self.y_table[part, :, group], out=tile[..., half:])
+        return tile.flatten(3, 4).flatten(0, 2)
+
+    def _write(self, samples: slice, part: slice, group: slice, tile_TGC: Tensor) -> None:
+        """Apply the final layer to a finished tile and write its colors into the prediction."""
+        final = self.net.final_layer
+        colors = final.linear(ops.norm_to(tile_TGC, final.norm.weight, final.linear.weight.dtype))
+        shape = (-1, part.stop - part.start, self.columns, group.stop - group.start, self.patch, 3)
+        self._grid(self.prediction)[samples, :, part, group] = colors.view(shape).permute(0, 5, 1, 3, 2, 4)
 
     def _keep(self, run: tuple[slice, slice], group: slice, tile_TGC: Tensor) -> None:
         shape = (*self.tokens.shape[:2], *tile_TGC.shape[1:])
@@ -255,12 +209,11 @@ def attend_patches(attn: Any, compressed_BLA: Tensor, rotation: tuple[Tensor, Te
     rotation_LH = torch.complex(*rotation)
     joint = compressed_BLA.new_empty(B, L, 3 * width)
     runs = list(ops.runs(B, L, chunk))
-    for samples, part in runs:
-        place = ops.cut_run(joint, (samples, part))
-        ops.linear_into(attn.qkv, ops.cut_run(compressed_BLA, (samples, part)), place)
+    for run in runs:
+        place = ops.cut_run(joint, run)
+        ops.linear_into(attn.qkv, ops.cut_run(compressed_BLA, run), place)
         q, k, _ = split_heads(place, attn.heads)
-        count = samples.stop - samples.start
-        turns = rotation_LH[part].repeat(count, 1) if count > 1 else rotation_LH[part]
+        turns = ops.cut_table(rotation_LH, run)
         ops.norm_rotate_(q, attn.q_norm.weight, turns)
         ops.norm_rotate_(k, attn.k_norm.weight, turns)
     q, k, v = split_heads(joint, attn.heads)

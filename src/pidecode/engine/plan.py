@@ -7,6 +7,7 @@ leaves the image exact is tried before what changes it.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -38,9 +39,7 @@ class Plan:
     batch: int = 1  # images at once
     dtype: str = "bfloat16"  # number format of the weights
     chunks: Chunks = CPU_CHUNKS  # chunk sizes of the in-place forward
-    keep_tokens: bool = (
-        True  # keep the latent's tokens for all blocks and steps, rather than recompute them at each use
-    )
+    keep_tokens: bool = True  # keep the latent's tokens for all steps, rather than recompute them at each use
     quantization: Quantization = "none"  # format that the weights of large linear layers are stored in
     scheme: Scheme = "w8a16"
     offload: tuple[str, ...] = ()  # what is on the device only while it runs: "text", "encoder", "blocks"
@@ -93,25 +92,22 @@ class Plan:
 _OFFLOADED = {"text": "text encoder", "encoder": "image encoder", "blocks": "patch blocks"}
 
 
+@functools.cache
 def parameters(config: PiDConfig, *, stripped: bool) -> tuple[int, int, int]:
-    """Numbers of parameters: in patch blocks, elsewhere in large matrices, and the rest."""
-    D, F, C, P = config.hidden_size, config.mlp_width, config.pixel_hidden_size, config.patch_size**2
-    streams = 2 if config.has_text else 1
-    stream = 4 * D * D + D + 3 * D * F + 2 * D + 2 * (D // config.num_heads)
-    table = 0 if stripped else 6 * D * D + 6 * D
-    blocks = config.patch_depth * streams * (stream + table)
-    if stripped and config.has_text:
-        blocks -= D * D + D + 3 * D * F + D + D // config.num_heads
-    A = config.pixel_attn_hidden_size
-    pixel = config.pixel_depth * (6 * C * P * (D + 1) + 2 * P * C * A + A + P * C + 4 * A * A + A + 8 * C * C)
-    rest = 3 * P * D + D + (0 if stripped else 256 * D + D * D + 2 * D)
-    if config.has_text:
-        rest += config.text_dim * D + 2 * D + config.text_length * D
-    if config.has_adapter:
-        heads = config.num_injections + int(config.inject_pixels)
-        gate = 2 * D * (D if config.gate == "per_channel" else 1)
-        rest += _tower(config) + heads * (config.adapter_width * D + D + gate)
-    return blocks, pixel, rest
+    """Numbers of parameters: in patch blocks, in pixel blocks, and the rest."""
+    import torch  # these load torch, which importing this module must not
+
+    from pidecode.engine.timesteps import strip_for_inference
+    from pidecode.models.pid.network import PiDNet
+
+    with torch.device("meta"):
+        net = PiDNet(config)
+    if stripped:
+        strip_for_inference(net)
+    blocks, pixel, total = (
+        sum(weight.numel() for weight in module.parameters()) for module in (net.patch_blocks, net.pixel_blocks, net)
+    )
+    return blocks, pixel, total - blocks - pixel
 
 
 def step_flops(config: PiDConfig, size: tuple[int, int]) -> int:
@@ -130,110 +126,124 @@ def step_flops(config: PiDConfig, size: tuple[int, int]) -> int:
     return total + config.pixel_depth * block + 2 * L * P * 6 * C
 
 
-def _tower(config: PiDConfig) -> int:
-    """Parameters of the adapter's convolutions."""
-    W, channels = config.adapter_width, config.latent_channels // config.latent_unpatchify**2
-    channels *= max(1, round(1 / config.latent_to_patch_ratio)) ** 2
-    convolutions = 1 + 2 * config.adapter_blocks
-    return 9 * W * (channels + W * convolutions) + W * (1 + convolutions)
-
-
 def predict(plan: Plan, config: PiDConfig, *, accelerator: bool = True, stripped: bool = True) -> Plan:
-    """The same plan with its parts filled in. The terms follow what `inplace` holds at each stage."""
-    width, height = plan.size
-    if plan.window is not None:
-        width, height = min(width, plan.window), min(height, plan.window)
-    parts = [*_weight_parts(plan, config, stripped=stripped), *_activation_parts(plan, config, (width, height))]
-    if accelerator:
-        parts.append(("driver", DRIVER))
-    return replace(plan, parts=tuple(parts))
+    """The same plan with its parts filled in."""
+    parts = tuple(_MemoryPrediction(plan, config, stripped).parts())
+    return replace(plan, parts=(*parts, ("driver", DRIVER)) if accelerator else parts)
 
 
-def _weight_parts(plan: Plan, config: PiDConfig, *, stripped: bool) -> Iterator[tuple[str, int]]:
-    itemsize = DTYPE_BYTES[plan.dtype]
-    _, pixel, rest = parameters(config, stripped=stripped)
-    weight_bytes = itemsize if plan.quantization == "none" else 1
-    present = min(2, config.patch_depth) if "blocks" in plan.offload else config.patch_depth
-    yield "patch blocks", present * _block_bytes(plan, config, stripped=stripped)
-    yield "pixel blocks", pixel * weight_bytes
-    # Convolutions and small layers are not quantized.
-    yield "adapter and embedders", rest * itemsize
+class _MemoryPrediction:
+    """Bytes that a plan takes, following what `inplace` holds at each stage.
 
-
-def _keeps_modulation(plan: Plan) -> bool:
-    return plan.chunks.keep_modulation and plan.quantization == "none"
-
-
-def _block_bytes(plan: Plan, config: PiDConfig, *, stripped: bool) -> int:
-    """Of one patch block's weights."""
-    weight_bytes = DTYPE_BYTES[plan.dtype] if plan.quantization == "none" else 1
-    return math.ceil(parameters(config, stripped=stripped)[0] / config.patch_depth) * weight_bytes
-
-
-def _activation_parts(plan: Plan, config: PiDConfig, size: tuple[int, int]) -> Iterator[tuple[str, int]]:
-    """Bytes of what one evaluation holds, for a (window's) size; the noisy image is the whole one."""
-    from pidecode.sampling import FLOAT64_PIXELS  # loads torch, which importing this module must not
-
-    (width, height), itemsize, B = size, DTYPE_BYTES[plan.dtype], plan.batch
-    whole = plan.size[0] * plan.size[1]
-    L = width * height // config.patch_size**2
-    L_whole = whole // config.patch_size**2
-    D, A = config.hidden_size, config.pixel_attn_hidden_size
-    N = config.text_length if config.has_text else 0
-    heads = config.num_injections + int(config.inject_pixels)
-    gate = (D if config.gate == "per_channel" else 1) * 4
-    tokens = heads * (D * itemsize + gate) if plan.keep_tokens else config.adapter_width * itemsize
-    held = B * tokens * (L if plan.window is None else L_whole + L) if heads else 0  # a window's own cut beside all
-    yield "latent tokens", held
-    image = 3 * 4 * B
-    images = whole * (2 if plan.window is not None else 1) + (width * height if plan.window is not None else 0)
-    rotation = (D // config.num_heads + A // config.pixel_num_heads) * 4
-    rotations = rotation * (L + L_whole if plan.window is not None else L)
-    yield "noisy image and positions", images * image + rotations + N * B * (D + config.text_dim) * 4
-    if _keeps_modulation(plan):
-        rows = 6 * config.pixel_hidden_size * config.patch_size**2 * (D + 1) * itemsize
-        yield "pixel modulation", config.pixel_depth * rows
-    patch_stage = B * (L * D * 4 + (L + N) * 3 * D * itemsize + (L + N) * D * itemsize + N * D * 4)
-    patch_stage += _chunk_bytes(plan, L, D, config.mlp_width, apart=N > 0)
-    pixel_stage = _pixel_stage(plan, config, (width, height))
-    if "blocks" in plan.offload and config.patch_depth > 1:  # all but the one that comes first have left by then
-        pixel_stage -= _block_bytes(plan, config, stripped=True)
-    # Between evaluations: the clean image, noise and their sum beside the noisy image. A velocity is an image more,
-    # converted in float64 piece by piece before there is noise. A window's own image, and the one that windows are
-    # blended in, are free by then.
-    between = 3 * image * whole
-    if config.prediction == "velocity":
-        between = max(4 * image * whole, 2 * image * whole + 4 * 2 * image * min(whole, FLOAT64_PIXELS))
-    between -= image * (images - whole)
-    # Before there are tokens: a residual block's input, its activation, the same padded, and its output.
-    adapter_stage = B * L_whole * config.adapter_width * itemsize * 17 // 4 - held if heads else 0
-    yield "activations", max(patch_stage, pixel_stage, between, adapter_stage)
-
-
-def _pixel_stage(plan: Plan, config: PiDConfig, size: tuple[int, int]) -> int:
-    """Most bytes of the pixel blocks: of the attention between two passes over the tiles, or of a pass.
-
-    The first pass fills the next block's compressed patches, the last the prediction.
+    B images, L patch tokens evaluated at once (of a window, if there are some), N prompt tokens, D hidden, A and C
+    width of the pixel blocks' attention and of a pixel.
     """
-    (width, height), itemsize, B, chunks = size, DTYPE_BYTES[plan.dtype], plan.batch, plan.chunks
-    D, A, C, patch = config.hidden_size, config.pixel_attn_hidden_size, config.pixel_hidden_size, config.patch_size
-    L = width * height // patch**2
-    several = config.pixel_depth > 1
-    always = B * L * (D * itemsize + (C * 4 * patch**2 if several else 0) + A * itemsize)
-    between = B * L * 3 * A * itemsize + max(B * L * A * itemsize, _qkv_bytes(plan, _run(B, L, chunks.tokens), A))
-    columns = width // patch
-    tile_tokens = columns * _run(B, height // patch, max(1, chunks.tile_tokens // columns))
-    tile = tile_tokens * chunks.tile_rows * patch * C
-    filled = max(width * height * 3 * 4 * B, B * L * A * 4 if several else 0)
-    # The six vectors' rows of the modulation; dequantized ones are copied twice.
-    eight = plan.scheme == "w8a8"
-    rows = C * chunks.tile_rows * patch * D * (6 if eight else (6 if plan.quantization == "none" else 8) * itemsize)
-    if _keeps_modulation(plan):
-        rows = 0
-    inside = max(10 * itemsize, 4 * itemsize + _beside(plan, 0, 4)) if eight else 10 * itemsize
-    fresh = 0 if several and tile_tokens == B * L else 4  # one tile is all that is kept, and needs no copy
-    during = filled + rows + tile * (fresh + inside) + (tile_tokens * D if eight else 0)
-    return always + max(between, during)
+
+    def __init__(self, plan: Plan, config: PiDConfig, stripped: bool) -> None:
+        self.plan, self.config, self.itemsize, self.B = plan, config, DTYPE_BYTES[plan.dtype], plan.batch
+        self.width, self.height = (side if plan.window is None else min(side, plan.window) for side in plan.size)
+        self.L = self.width * self.height // config.patch_size**2
+        self.N = config.text_length if config.has_text else 0
+        self.D, self.A, self.C = config.hidden_size, config.pixel_attn_hidden_size, config.pixel_hidden_size
+        self.exact, self.eight = plan.quantization == "none", plan.scheme == "w8a8"
+        self.keeps_modulation = plan.chunks.keep_modulation and self.exact
+        blocks, self.pixel_weights, self.other_weights = parameters(config, stripped=stripped)
+        self.weight_bytes = self.itemsize if self.exact else 1
+        self.block = math.ceil(blocks / config.patch_depth) * self.weight_bytes
+
+    def parts(self) -> Iterator[tuple[str, int]]:
+        """What the peak consists of; the noisy image is the whole one, even in windows."""
+        plan, config, itemsize, B, D, L = self.plan, self.config, self.itemsize, self.B, self.D, self.L
+        offloaded = "blocks" in plan.offload
+        yield "patch blocks", self.block * (min(2, config.patch_depth) if offloaded else config.patch_depth)
+        yield "pixel blocks", self.pixel_weights * self.weight_bytes
+        yield "adapter and embedders", self.other_weights * itemsize  # convolutions and small layers: not quantized
+
+        whole = plan.size[0] * plan.size[1]
+        L_whole, windows = whole // config.patch_size**2, plan.window is not None
+        heads = config.num_injections + int(config.inject_pixels)
+        gate = (D if config.gate == "per_channel" else 1) * 4
+        tokens = heads * (D * itemsize + gate) if plan.keep_tokens else config.adapter_width * itemsize
+        held = B * tokens * (L_whole + L if windows else L) if heads else 0  # a window's own cut beside all
+        yield "latent tokens", held
+        image = 3 * 4 * B
+        beside = whole + self.width * self.height if windows else 0  # what windows are blended in, and a window
+        rotations = (D // config.num_heads + self.A // config.pixel_num_heads) * 4 * (L + L_whole if windows else L)
+        yield "noisy image and positions", image * (whole + beside) + rotations + self.N * B * (D + config.text_dim) * 4
+        if self.keeps_modulation:
+            rows = 6 * self.C * config.patch_size**2 * (D + 1) * itemsize
+            yield "pixel modulation", config.pixel_depth * rows
+        pixel_stage = self.pixel_stage()
+        if offloaded and config.patch_depth > 1:  # all but the one that comes first have left by then
+            pixel_stage -= self.block
+        # Before there are tokens: a residual block's input, its activation, the same padded, and its output.
+        adapter_stage = B * L_whole * config.adapter_width * itemsize * 17 // 4 - held if heads else 0
+        # A window's own image, and the one that windows are blended in, are free between evaluations.
+        between = self.between(image * whole) - image * beside
+        yield "activations", max(self.patch_stage(), pixel_stage, between, adapter_stage)
+
+    def between(self, image: int) -> int:
+        """Between evaluations: the clean image, noise and their sum beside the noisy image.
+
+        A velocity is an image more, converted in float64 piece by piece before there is noise.
+        """
+        from pidecode.sampling import FLOAT64_PIXELS  # loads torch, which importing this module must not
+
+        if self.config.prediction != "velocity":
+            return 3 * image
+        pieces = 4 * 2 * 3 * 4 * self.B * min(self.plan.size[0] * self.plan.size[1], FLOAT64_PIXELS)
+        return max(4 * image, 2 * image + pieces)
+
+    def patch_stage(self) -> int:
+        """Most bytes of the patch blocks: both streams, the joint buffer, attention's output, and one chunk.
+
+        A chunk is at its projection or inside its feed-forward. One of several samples that lie apart in the joint
+        buffer is projected into a buffer of its own.
+        """
+        D, L, N, itemsize = self.D, self.L, self.N, self.itemsize
+        streams = self.B * (L * D * 4 + (L + N) * 4 * D * itemsize + N * D * 4)
+        tokens, F = _run(self.B, L, self.plan.chunks.tokens), self.config.mlp_width
+        hidden = tokens * 2 * F * itemsize + self.product(tokens, D, F)
+        projected = tokens * 3 * D * itemsize if N and tokens > L else 0
+        return streams + tokens * D * itemsize + max(hidden, projected + self.qkv(tokens, D))
+
+    def pixel_stage(self) -> int:
+        """Most bytes of the pixel blocks: of the attention between two passes over the tiles, or of a pass.
+
+        The first pass fills the next block's compressed patches, the last the prediction.
+        """
+        B, D, L, A, itemsize, chunks = self.B, self.D, self.L, self.A, self.itemsize, self.plan.chunks
+        patch, several = self.config.patch_size, self.config.pixel_depth > 1
+        always = B * L * (D * itemsize + (self.C * 4 * patch**2 if several else 0) + A * itemsize)
+        between = B * L * 3 * A * itemsize + max(B * L * A * itemsize, self.qkv(_run(B, L, chunks.tokens), A))
+        columns = self.width // patch
+        tile_tokens = columns * _run(B, self.height // patch, max(1, chunks.tile_tokens // columns))
+        tile = tile_tokens * chunks.tile_rows * patch * self.C
+        filled = max(self.width * self.height * 3 * 4 * B, B * L * A * 4 if several else 0)
+        # The six vectors' rows of the modulation; those that are dequantized as their codes first.
+        row = 6 if self.eight else 6 * itemsize + (0 if self.exact else 2)
+        rows = 0 if self.keeps_modulation else self.C * chunks.tile_rows * patch * D * row
+        inside = max(10 * itemsize, 4 * itemsize + self.beside(0, 4)) if self.eight else 10 * itemsize
+        fresh = 0 if several and tile_tokens == B * L else 4  # one tile is all that is kept, and needs no copy
+        during = filled + rows + tile * (fresh + inside) + (tile_tokens * D if self.eight else 0)
+        return always + max(between, during)
+
+    def beside(self, inside: int, outside: int) -> int:
+        """Bytes per token that a product in eight bits takes beside its operand and its result."""
+        if self.plan.quantization == "fp8":  # the kernel scales by itself, and gives bfloat16
+            return inside + (0 if self.plan.dtype == "bfloat16" else outside * 2)
+        return inside + outside * (8 - self.itemsize)  # results, and the same scaled, in four bytes each
+
+    def product(self, tokens: int, inside: int, outside: int) -> int:
+        """Bytes of a linear layer beside operand and result: none, a dequantized weight, or codes and results."""
+        if self.exact:
+            return 0
+        return tokens * self.beside(inside, outside) if self.eight else inside * outside * self.itemsize
+
+    def qkv(self, tokens: int, D: int) -> int:
+        """Bytes of a chunk on its way into the joint buffer: a result of its own if quantized, or its float32 norm."""
+        norm = tokens * D * 4 if self.itemsize < 4 else 0
+        return norm if self.exact else max(norm, tokens * 3 * D * self.itemsize + self.product(tokens, D, 3 * D))
 
 
 def _run(batch: int, length: int, size: int) -> int:
@@ -241,43 +251,6 @@ def _run(batch: int, length: int, size: int) -> int:
     if length > size // 2:
         return math.ceil(length / max(1, math.ceil(length / size)))
     return length * math.ceil(batch / math.ceil(batch / (size // length)))
-
-
-def _beside(plan: Plan, inside: int, outside: int) -> int:
-    """Bytes per token that a product in eight bits takes beside its operand and its result."""
-    itemsize = DTYPE_BYTES[plan.dtype]
-    if plan.quantization == "fp8" and plan.dtype == "bfloat16":  # the kernel scales by itself
-        return inside
-    return inside + outside * (8 - itemsize)  # results, and the same scaled, in four bytes each
-
-
-def _product_bytes(plan: Plan, tokens: int, inside: int, outside: int) -> int:
-    """Bytes of one linear layer beside operand and result: nothing, a dequantized weight, or codes and results."""
-    if plan.quantization == "none":
-        return 0
-    if plan.scheme == "w8a16":
-        return inside * outside * DTYPE_BYTES[plan.dtype]
-    return tokens * _beside(plan, inside, outside)
-
-
-def _qkv_bytes(plan: Plan, tokens: int, D: int) -> int:
-    """Bytes of one chunk on its way into the joint buffer: a result of its own if quantized, or its norm in float32."""
-    itemsize = DTYPE_BYTES[plan.dtype]
-    norm = tokens * D * 4 if itemsize < 4 else 0
-    if plan.quantization == "none":
-        return norm
-    return max(norm, tokens * 3 * D * itemsize + _product_bytes(plan, tokens, D, 3 * D))
-
-
-def _chunk_bytes(plan: Plan, L: int, D: int, F: int, *, apart: bool) -> int:
-    """Bytes of one chunk of a patch block, at its projection or inside its feed-forward.
-
-    A chunk of several samples that lie `apart` in the joint buffer is projected into a buffer of its own.
-    """
-    tokens, itemsize = _run(plan.batch, L, plan.chunks.tokens), DTYPE_BYTES[plan.dtype]
-    hidden = tokens * 2 * F * itemsize + _product_bytes(plan, tokens, D, F)
-    projected = tokens * 3 * D * itemsize if apart and tokens > L else 0
-    return tokens * D * itemsize + max(hidden, projected + _qkv_bytes(plan, tokens, D))
 
 
 def plan_decode(
@@ -320,23 +293,17 @@ def plan_decode(
         from pidecode.engine.feed_forward import plan_feed_forward  # needs torch, which planning PiD does not
 
         return plan_feed_forward(config, size, machine, batch=batch, dtype=dtype)
+    (width, height), patch = size, config.patch_size
+    if min(size) < patch or width % patch or height % patch:
+        raise SettingError(f"A size of {width}x{height} does not divide into patches of {patch} pixels.")
     first = Plan(
         size=size, batch=batch, dtype=dtype or ("bfloat16" if machine.accelerator else "float32"),
         quantization=_w8a8_format(machine, quantization) if scheme == "w8a8" else quantization or "none",
-        scheme=scheme or "w8a16", chunks=Chunks.whole(config.patch_size) if machine.accelerator else CPU_CHUNKS,
+        scheme=scheme or "w8a16", chunks=Chunks.whole(patch) if machine.accelerator else CPU_CHUNKS,
         offload=(*["text"] * config.has_text, *["encoder"] * config.has_adapter) if machine.accelerator else (),
     )  # fmt: skip
-    return _first_that_fits(config, first, machine, fixed=scheme == "w8a8" or quantization is not None)
-
-
-def _first_that_fits(config: PiDConfig, first: Plan, machine: Machine, *, fixed: bool) -> Plan:
-    """The first of `_candidates` whose predicted peak the machine has."""
-    (width, height), patch = first.size, config.patch_size
-    if min(width, height) < patch or width % patch or height % patch:
-        raise SettingError(f"A size of {width}x{height} does not divide into patches of {patch} pixels.")
-    plans = [
-        predict(plan, config, accelerator=machine.accelerator) for plan in _candidates(first, machine, fixed=fixed)
-    ]
+    candidates = _candidates(first, machine, fixed=scheme == "w8a8" or quantization is not None)
+    plans = [predict(plan, config, accelerator=machine.accelerator) for plan in candidates]
     for plan in plans:
         if plan.peak <= machine.memory:
             # The image's memory is not allocated by the time that the text encoder runs.
@@ -358,21 +325,21 @@ def _w8a8_format(machine: Machine, quantization: Quantization | None) -> Quantiz
 
 def _candidates(first: Plan, machine: Machine, *, fixed: bool) -> Iterator[Plan]:
     """Plans from the fastest to the lowest-memory one, exact ones first; quantized ones unless that is `fixed`."""
-    if machine.accelerator:
-        yield first
-        first = replace(first, chunks=Chunks.large(first.chunks.tile_rows))
-    recomputed = small = replace(first, keep_tokens=False)
-    if machine.accelerator:
-        small = replace(recomputed, chunks=Chunks(tokens=1024, tile_tokens=512, tile_rows=1))
-    offload = (*first.offload, "blocks")
-    yield from (first, recomputed, small)
-    if machine.accelerator:
-        yield from (replace(plan, offload=offload) for plan in (first, small))
-    # int8 is the more exact format where weights are dequantized.
-    smallest = [small] if fixed else [small, replace(small, quantization="int8")]
-    if machine.accelerator:
+    yield first
+    if not machine.accelerator:
+        recomputed = replace(first, keep_tokens=False)
+        yield recomputed
+        # int8 is the more exact format where weights are dequantized.
+        smallest = [recomputed] if fixed else [recomputed, replace(recomputed, quantization="int8")]
+        yield from smallest[1:]
+    else:
+        large = replace(first, chunks=Chunks.large(first.chunks.tile_rows))
+        small = replace(large, keep_tokens=False, chunks=Chunks(tokens=1024, tile_tokens=512, tile_rows=1))
+        offload = (*first.offload, "blocks")
+        yield from (large, replace(large, keep_tokens=False), small, replace(large, offload=offload))
+        smallest = [small] if fixed else [small, replace(small, quantization="int8")]
         smallest = [each for plan in smallest for each in (plan, replace(plan, offload=offload))]
-    yield from smallest
+        yield from smallest[1:]
     for plan in smallest:
         yield from (replace(plan, window=side) for side in WINDOWS if side < max(first.size))
 

@@ -7,7 +7,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -19,12 +18,12 @@ from pidecode.engine.cuda_graphs import GraphCache, capture_on
 from pidecode.engine.feed_forward import MEASURED_SIDE, FeedForwardPlan, FeedForwardRunner
 from pidecode.engine.machine import Chunks
 from pidecode.engine.offload import BlockOffloader
-from pidecode.engine.ops import elementwise, quantize
-from pidecode.engine.ops.compiled import CompiledOps
-from pidecode.engine.pixel_tiles import PixelHalves
+from pidecode.engine.ops import quantize
+from pidecode.engine.ops.elementwise import CompiledOps, compiled_ops
+from pidecode.engine.pixel_tiles import Halves
 from pidecode.engine.plan import Plan, predict, step_flops
 from pidecode.engine.sequence_parallel import denoise_sharded, is_parallel
-from pidecode.engine.tiling import Windows, denoise_windows
+from pidecode.engine.tiling import denoise_windows
 from pidecode.errors import DoesNotFitError, SettingError
 from pidecode.models import attention as kernels
 from pidecode.models.attention import AttentionKernel, MeasuredAttention
@@ -73,12 +72,11 @@ class Runner:
         # Chunk sizes of the in-place forward; None for the largest that fit the device's free memory.
         self.chunks: Chunks | None = None if plan is None else plan.chunks
         self._image_chunks: Chunks | None = None
-        self._halves = PixelHalves()
+        self._halves: Halves = {}  # the pixel blocks' weights cut to tiles, where the chunks say that they are kept
         self.offloader: BlockOffloader | None = None  # holds the patch blocks where the plan keeps them on the host
         self._timesteps: timesteps.TimestepCache | None = None
         self._kernels: dict[tuple[str, str], AttentionKernel | None] = {}  # by name of the choice and type of device
         self.sequence_parallel = False  # whether the job's processes share each image; all then decode the same one
-        self._finite = False  # whether the attention's first output was seen to be finite
         self._compared = False  # whether fused ops and graphs were compared with the plain ones
 
     def arrange(self, device: torch.device) -> None:
@@ -90,15 +88,16 @@ class Runner:
         self._strip()
         if self.plan is not None and self.plan.quantization != "none":
             format, eight_bit = self.plan.quantization, self.plan.scheme == "w8a8"
-            kernel = quantize.best_kernel(format, self.net.dtype, device) if eight_bit else None
-            if eight_bit and device.type == "cpu":
-                warnings.warn(
-                    "w8a8 is slower than float32 on a CPU without units for eight-bit products; compare with "
-                    "benchmarks/decode.py.",
-                    stacklevel=3,
-                )
+            if eight_bit:
+                quantize.require_products(format, self.net.dtype, device)
+                if device.type == "cpu":
+                    warnings.warn(
+                        "w8a8 is slower than float32 on a CPU without units for eight-bit products; compare with "
+                        "benchmarks/decode.py.",
+                        stacklevel=3,
+                    )
             for blocks in (self.net.patch_blocks, self.net.pixel_blocks):
-                quantize.quantize(blocks, format, kernel)
+                quantize.quantize(blocks, format, eight_bit)
         if self.offloads("blocks"):
             self.offloader = BlockOffloader(self.net.patch_blocks, device)
         self.place(device)
@@ -280,37 +279,22 @@ class Runner:
 
     def predict(self, condition: Condition) -> Predict:
         """The network as a function of the noisy image and the time."""
-        window, patch = self.plan.window if self.plan else None, self.net.config.patch_size
-        windows = None if window is None else Windows.of_pixels(window, patch)
+        window = self.plan.window if self.plan else None
         self.require(self.net.device)
         self._compare_once()
 
-        def once(x: Tensor, t: Tensor) -> Tensor:
-            with kernels.use_kernel(self.attention_kernel(x.device)), self._ops():
+        def evaluate(x: Tensor, t: Tensor) -> Tensor:
+            with kernels.use_kernel(self.attention_kernel(x.device)), compiled_ops(self.compiled_ops):
                 if self.sequence_parallel and is_parallel():
                     return denoise_sharded(self.net, self.denoise, x, t, condition)
-                if windows is not None:
-                    return denoise_windows(self.denoise, x, t, condition, windows, patch)
+                if window is not None:  # a quarter of each is shared with its neighbor
+                    side = max(1, window // self.net.config.patch_size)
+                    return denoise_windows(self.denoise, x, t, condition, side, side // 4)
                 if self._uses_graphs():
                     return self._replay(x, t, condition)
                 return self.denoise(x, t, condition)
 
-        def checked(x: Tensor, t: Tensor) -> Tensor:
-            prediction = once(x, t)
-            if self._finite or self.attention == "math" or self.attention_kernel(x.device) is None:
-                return prediction
-            self._finite = True
-            if bool(torch.isfinite(prediction).all()) or not bool(torch.isfinite(x).all()):
-                return prediction
-            warnings.warn(
-                f"Attention {self.attention!r} gave NaN on {x.device}; decoding goes on with the 'math' kernel, which "
-                "is slower and takes more memory.",
-                stacklevel=2,
-            )
-            self.attention = "math"
-            return once(x, t)
-
-        return checked
+        return evaluate
 
     def _compare_once(self) -> None:
         """Compare the fused ops, then a graph of one evaluation, with the plain ops on a small image, once.
@@ -330,7 +314,7 @@ class Runner:
 
             def agrees(what: str, run: Callable[[Tensor], Tensor]) -> bool:
                 try:
-                    with self._ops():
+                    with compiled_ops(self.compiled_ops):
                         found = [run(x) for x in noise]
                 except Exception as error:  # compilers fail in many ways
                     why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -351,9 +335,6 @@ class Runner:
             if graphs and not agrees("CUDA graphs", lambda x: cache.run(x, modulation, condition, self.attention)):
                 self.cuda_graphs = False
 
-    def _ops(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.compiled_ops is None else elementwise.compiled_ops(self.compiled_ops)
-
     def _replay(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         if not inplace.runs_in_place(self.net, x.device):
             raise SettingError(
@@ -365,9 +346,10 @@ class Runner:
 
     def _evaluate(self, x: Tensor, modulation: timesteps.StepModulation, condition: Condition) -> Tensor:
         chunks = self.chunks or self._image_chunks or inplace.default_chunks(self.net, x.device)
-        self._halves.keep = chunks.keep_modulation and not (self.plan and self.plan.quantization != "none")
+        keep = chunks.keep_modulation and not (self.plan and self.plan.quantization != "none")
+        halves = self._halves if keep else None
         return inplace.denoise(
-            self.net, x, modulation, condition, chunks=chunks, offloader=self.offloader, halves=self._halves
+            self.net, x, modulation, condition, chunks=chunks, offloader=self.offloader, halves=halves
         )
 
 

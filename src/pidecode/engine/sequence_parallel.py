@@ -8,8 +8,6 @@ gathered, and at its end the shards of the prediction, so every process holds th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -66,27 +64,19 @@ def _gather(part: Tensor, sizes: list[int], axis: int) -> Tensor:
     return torch.cat([other.narrow(axis, 0, size) for other, size in zip(received, sizes, strict=True)], dim=axis)
 
 
-@contextmanager
-def _gathered_attention(net: PiDNet, sizes: list[int]) -> Iterator[None]:
-    attentions: list[Any] = [block.attn for block in (*net.patch_blocks, *net.pixel_blocks)]
-    for attention in attentions:
-        attention.gather = partial(_gather, sizes=sizes, axis=1)
-    try:
-        yield
-    finally:
-        for attention in attentions:
-            attention.gather = None
-
-
 @torch.no_grad()
 def denoise_sharded(net: PiDNet, denoise: Denoise, x_B3HW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
     """One evaluation of the whole image, each process doing a shard by `denoise`; every one gets the prediction."""
-    rows, columns = condition.grid
-    patch = net.config.patch_size
+    (rows, columns), patch = condition.grid, net.config.patch_size
     shards = row_shards(rows, dist.get_world_size())
     top, bottom = shards[dist.get_rank()]
     part = condition.crop(slice(top, bottom), slice(0, columns))
-    tokens = [(stop - start) * columns for start, stop in shards]
-    with _gathered_attention(net, tokens):
+    attentions: list[Any] = [block.attn for block in (*net.patch_blocks, *net.pixel_blocks)]
+    for attention in attentions:
+        attention.gather = partial(_gather, sizes=[(stop - start) * columns for start, stop in shards], axis=1)
+    try:
         prediction = denoise(x_B3HW[:, :, top * patch : bottom * patch].contiguous(), t_B, part)
+    finally:
+        for attention in attentions:
+            attention.gather = None
     return _gather(prediction, [(stop - start) * patch for start, stop in shards], axis=2)

@@ -10,53 +10,23 @@ window's edge.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pidecode.errors import SettingError
 from pidecode.models.pid.network import Condition
 
 Denoise = Callable[[Tensor, Tensor, Condition], Tensor]  # image, time, condition to prediction, as `PiDNet.denoise`
 Span = tuple[int, int]  # first patch and one past the last, along one axis
 
 
-@dataclass(frozen=True, slots=True)
-class Windows:
-    """How an image is cut into windows.
-
-    Raises:
-        SettingError: The windows cannot advance.
-    """
-
-    side: int = 128  # side of a window in patches; one that exceeds the image covers it as one window
-    overlap: int = 32  # least overlap of neighbors in patches; windows are placed evenly, so it may be more
-
-    def __post_init__(self) -> None:
-        if self.side < 1 or not 0 <= self.overlap < self.side:
-            raise SettingError(
-                f"Windows of {self.side} patches with an overlap of {self.overlap} cannot advance; "
-                "the overlap must be at least 0 and less than the side."
-            )
-
-    @classmethod
-    def of_pixels(cls, window: int, patch_size: int) -> Windows:
-        """Square windows of about `window` pixels a side, a quarter of it shared with each neighbor."""
-        side = max(1, window // patch_size)
-        return cls(side, side // 4)
-
-    def spans(self, length: int) -> list[Span]:
-        """Windows along an axis of `length` patches."""
-        if self.side >= length:
-            return [(0, length)]
-        steps = -(-(length - self.side) // (self.side - self.overlap))
-        starts = [round(index * (length - self.side) / steps) for index in range(steps + 1)]
-        return [(start, start + self.side) for start in starts]
-
-    def count(self, grid: tuple[int, int]) -> int:
-        """Windows of a whole image."""
-        return len(self.spans(grid[0])) * len(self.spans(grid[1]))
+def window_spans(length: int, side: int, overlap: int) -> list[Span]:
+    """Windows of `side` patches along an axis of `length`, placed evenly: neighbors share at least `overlap`."""
+    if side >= length:
+        return [(0, length)]
+    steps = -(-(length - side) // (side - overlap))
+    starts = [round(index * (length - side) / steps) for index in range(steps + 1)]
+    return [(start, start + side) for start in starts]
 
 
 def blend_weights(spans: list[Span], patch: int, device: torch.device) -> list[Tensor]:
@@ -71,11 +41,11 @@ def blend_weights(spans: list[Span], patch: int, device: torch.device) -> list[T
 
 @torch.no_grad()
 def denoise_windows(
-    denoise: Denoise, x_B3HW: Tensor, t_B: Tensor, condition: Condition, windows: Windows, patch_size: int
+    denoise: Denoise, x_B3HW: Tensor, t_B: Tensor, condition: Condition, side: int, overlap: int
 ) -> Tensor:
-    """One evaluation of an image with its `condition`, window by window and blended; at once where one covers it."""
-    patch, device = patch_size, x_B3HW.device
-    rows, columns = (windows.spans(length) for length in condition.grid)
+    """One evaluation of an image, in blended windows of `side` patches; at once where one window covers it."""
+    patch, device = x_B3HW.shape[2] // condition.grid[0], x_B3HW.device
+    rows, columns = (window_spans(length, side, overlap) for length in condition.grid)
     if len(rows) == len(columns) == 1:
         return denoise(x_B3HW, t_B, condition)
     row_weights, column_weights = blend_weights(rows, patch, device), blend_weights(columns, patch, device)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,6 +27,10 @@ class StepModulation:
     image: tuple[Tensor, ...]  # per patch block `[B, 6, D]`
     text: tuple[Tensor, ...]  # per patch block `[B, 6, D]`, empty without a text stream
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> StepModulation:
+        """The same with every tensor changed."""
+        return StepModulation(change(self.embedding), tuple(map(change, self.image)), tuple(map(change, self.text)))
+
 
 def _six_vectors(linear: nn.Module, condition_BD: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """The six vectors `[B, 6, D]` of one stream in one block, its norms' weights merged into the factors."""
@@ -48,14 +52,12 @@ def step_modulation(net: PiDNet, t_B: Tensor) -> StepModulation:
             "Load it again to run it at other times."
         )
     embedding, blocks = net.t_embedder(t_B.reshape(-1)), cast(Any, net.patch_blocks)
-    condition = F.silu(embedding)
-    image = (_six_vectors(b.adaLN_modulation_img, condition, b.norm_x1.weight, b.norm_x2.weight) for b in blocks)
-    text: tuple[Tensor, ...] = ()
-    if net.config.has_text:
-        text = tuple(
-            _six_vectors(b.adaLN_modulation_txt, condition, b.norm_y1.weight, b.norm_y2.weight) for b in blocks
-        )
-    return StepModulation(embedding=embedding.float().unsqueeze(1), image=tuple(image), text=text)
+    with_text, t = blocks if net.config.has_text else (), F.silu(embedding)
+    return StepModulation(
+        embedding=embedding.float().unsqueeze(1),
+        image=tuple(_six_vectors(b.adaLN_modulation_img, t, b.norm_x1.weight, b.norm_x2.weight) for b in blocks),
+        text=tuple(_six_vectors(b.adaLN_modulation_txt, t, b.norm_y1.weight, b.norm_y2.weight) for b in with_text),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +69,7 @@ class TimestepCache:
 
     def to(self, device: torch.device | str) -> TimestepCache:
         """The same on another device."""
-        cached = self.modulation
-        image, text = (tuple(vectors.to(device) for vectors in stream) for stream in (cached.image, cached.text))
-        return TimestepCache(self.times, StepModulation(cached.embedding.to(device), image, text))
+        return TimestepCache(self.times, self.modulation.map(lambda vectors: vectors.to(device)))
 
     def find(self, t_B: Tensor) -> StepModulation | None:
         """Modulation at flow times `[B]` times 1000, or None if one of them was not precomputed.
@@ -88,10 +88,7 @@ class TimestepCache:
             each = [vectors[row : row + 1] for row in rows]
             return each[0] if len(each) == 1 else torch.cat(each)
 
-        cached = self.modulation
-        return StepModulation(
-            embedding=cut(cached.embedding), image=tuple(map(cut, cached.image)), text=tuple(map(cut, cached.text))
-        )
+        return self.modulation.map(cut)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -64,14 +65,12 @@ def use_kernel(kernel: AttentionKernel | None) -> Iterator[None]:
 
 def exact_kernels() -> dict[str, AttentionKernel]:
     """Kernels that compute attention in the tensors' own type, by name; not all run everywhere. "math" is the last."""
-    found = {name: partial(_package_attention, module) for name, module in PACKAGES.items() if _is_installed(module)}
+    found: dict[str, AttentionKernel] = {}
+    for name, module in PACKAGES.items():
+        with suppress(ImportError, ValueError):  # of the package that a module would be in
+            if find_spec(module) is not None:
+                found[name] = partial(_package_attention, module)
     return {**found, **{name: partial(_torch_attention, backend) for name, backend in BACKENDS.items()}}
-
-
-def _is_installed(module: str) -> bool:
-    with suppress(ImportError, ValueError):  # of the package that a module would be in
-        return find_spec(module) is not None
-    return False
 
 
 def _torch_attention(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -104,18 +103,22 @@ def is_right(out: Tensor, q: Tensor, k: Tensor, v: Tensor, tolerance: float) -> 
     return bool((few[1].float() - expected).abs().max() <= tolerance * expected.abs().max())
 
 
+def gives_right(kernel: AttentionKernel, q_BNLK: Tensor, k_BNLK: Tensor, v_BNLK: Tensor, tolerance: float) -> bool:
+    """Whether a kernel runs on these tensors, and its result is right."""
+    with warnings.catch_warnings(), suppress(Exception):  # compilers and packages of others fail in many ways
+        warnings.simplefilter("ignore")  # torch explains at length why a kernel was refused
+        return is_right(kernel(q_BNLK, k_BNLK, v_BNLK), q_BNLK, k_BNLK, v_BNLK, tolerance)
+    return False
+
+
 def kernel_works(
     kernel: AttentionKernel, head_dim: int, dtype: torch.dtype, device: torch.device, tolerance: float
 ) -> bool:
     """Whether a kernel runs heads of this size on the device, and its result is right."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 300, head_dim, generator=generator).to(device, dtype) for _ in range(3))
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # torch explains at length why a kernel was refused
-        try:
-            return is_right(kernel(q, k, v), q, k, v, tolerance)
-        except Exception:  # compilers and packages of others fail in many ways
-            return False
+    with torch.no_grad():
+        return gives_right(kernel, q, k, v, tolerance)
 
 
 def seconds_of(run: Callable[[], Tensor], device: torch.device) -> float:
@@ -144,62 +147,50 @@ def read_record(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
     return found if valid else {}
 
 
+@dataclass(eq=False)
 class MeasuredAttention:
     """Attention on the fastest of some kernels, measured where a shape is first met and remembered on disk.
 
     Shapes are alike whose heads, type and number of keys, up to the next power of two, are the same.
-
-    Args:
-        kernels: By name. "math", if among them, is for where no other works.
-        tolerance: Largest error, relative to the largest value of the output; by default that of exact kernels.
-        record: Where results are remembered; None forgets them with this object.
-        seconds: Times one call on a device.
     """
 
-    def __init__(
-        self,
-        kernels: Mapping[str, AttentionKernel],
-        *,
-        tolerance: float | None = None,
-        record: Path | None = None,
-        seconds: Callable[[Callable[[], Tensor], torch.device], float] = seconds_of,
-    ) -> None:
-        self.kernels, self._tolerance, self._record, self._seconds = dict(kernels), tolerance, record, seconds
-        self.chosen: dict[str, str] = {}  # kernel in use for each shape met
+    kernels: Mapping[str, AttentionKernel]  # by name; "math", if among them, is for where no other works
+    tolerance: float | None = None  # largest error, relative to the largest value; None is that of exact kernels
+    record: Path | None = None  # where results are remembered; None forgets them with this object
+    seconds: Callable[[Callable[[], Tensor], torch.device], float] = seconds_of  # times one call on a device
+    chosen: dict[str, str] = field(default_factory=dict)  # kernel in use for each shape met
 
     def __call__(self, q_BNLK: Tensor, k_BNLK: Tensor, v_BNLK: Tensor) -> Tensor:
         """See `attention`."""
         tokens = 1 << max(0, k_BNLK.shape[2] - 1).bit_length()
         shape = f"{str(q_BNLK.dtype).removeprefix('torch.')}, heads of {q_BNLK.shape[3]}, {tokens} tokens"
         if shape not in self.chosen:
-            self.chosen[shape] = self._remembered(q_BNLK.device, shape) or self._measure(shape, q_BNLK, k_BNLK, v_BNLK)
+            self.chosen[shape] = self._choose(shape, q_BNLK, k_BNLK, v_BNLK)
         return self.kernels[self.chosen[shape]](q_BNLK, k_BNLK, v_BNLK)
 
-    def _here(self, device: torch.device) -> str:
-        """What a time depends on beside the shape."""
-        named = getattr(torch.get_device_module(device), "get_device_name", None)
-        return f"{device.type if named is None else named(device)}, torch {torch.__version__}: {' '.join(self.kernels)}"
-
-    def _remembered(self, device: torch.device, shape: str) -> str | None:
-        if self._record is None:
-            return None
-        name = read_record(self._record).get(self._here(device), {}).get(shape, {}).get("kernel")
-        return name if name in self.kernels else None
-
-    def _measure(self, shape: str, q: Tensor, k: Tensor, v: Tensor) -> str:
-        """The fastest kernel that is right on these tensors."""
-        times, device = dict[str, float](), q.device
-        limit = tolerance(q.dtype) if self._tolerance is None else self._tolerance
+    def _choose(self, shape: str, q: Tensor, k: Tensor, v: Tensor) -> str:
+        """The kernel remembered for a shape, or the fastest that is right on these tensors."""
+        device, limit = q.device, self.tolerance or tolerance(q.dtype)
+        named = getattr(torch.get_device_module(device), "get_device_name", lambda device: device.type)
+        machine = f"{named(device)}, torch {torch.__version__}: {' '.join(self.kernels)}"
+        known = {} if self.record is None else read_record(self.record)
+        name = known.get(machine, {}).get(shape, {}).get("kernel")
+        if name and name in self.kernels and gives_right(self.kernels[name], q, k, v, limit):
+            return str(name)
+        times = dict[str, float]()
         for name, kernel in self.kernels.items():
-            if name == "math":
-                continue
-            with warnings.catch_warnings(), suppress(Exception):  # packages of others fail in many ways
-                warnings.simplefilter("ignore")  # torch explains at length why a kernel was refused
-                if is_right(kernel(q, k, v), q, k, v, limit):
-                    times[name] = min(self._seconds(partial(kernel, q, k, v), device) for _ in range(ROUNDS))
+            if name != "math" and gives_right(kernel, q, k, v, limit):
+                with suppress(Exception):  # where memory is short
+                    times[name] = min(self.seconds(partial(kernel, q, k, v), device) for _ in range(ROUNDS))
         if times:
             fastest = min(times, key=times.__getitem__)
-            self._remember(device, shape, fastest, times)
+            if self.record is not None:
+                found = read_record(self.record)
+                found.setdefault(machine, {})[shape] = {"kernel": fastest, "seconds": times}
+                with suppress(FileError, OSError):  # measured again by the next process
+                    self.record.parent.mkdir(parents=True, exist_ok=True)
+                    with atomic_write(self.record, overwrite=True) as file:
+                        file.write(json.dumps(found, indent=1).encode())
             return fastest
         if "math" not in self.kernels:
             raise SettingError(f"None of {', '.join(self.kernels)} gives a right result on {device} for {shape}.")
@@ -209,13 +200,3 @@ class MeasuredAttention:
             stacklevel=2,
         )
         return "math"
-
-    def _remember(self, device: torch.device, shape: str, name: str, times: dict[str, float]) -> None:
-        if self._record is None:
-            return
-        found = read_record(self._record)
-        found.setdefault(self._here(device), {})[shape] = {"kernel": name, "seconds": times}
-        with suppress(FileError, OSError):  # measured again by the next process
-            self._record.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(self._record, overwrite=True) as file:
-                file.write(json.dumps(found, indent=1).encode())

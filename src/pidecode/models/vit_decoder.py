@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from pidecode.errors import CheckpointError
-from pidecode.models.pid.blocks import from_patches
+from pidecode.models.pid.blocks import from_patches, pixel_axis_table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,13 +95,9 @@ def sincos_position_embedding(hidden_size: int, grid_size: int) -> Tensor:
 
     The first half of the channels encodes the column, the second the row; the class token, which is first, has zeros.
     """
-    quarter = hidden_size // 4
-    omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * omega
-    table = torch.cat([angles.sin(), angles.cos()], dim=1)
+    table = pixel_axis_table(grid_size, hidden_size // 2, device=torch.device("cpu"))
     column, row = table[None].expand(grid_size, -1, -1), table[:, None].expand(-1, grid_size, -1)
-    cells = torch.cat([column, row], dim=2).flatten(0, 1)
-    return torch.cat([torch.zeros(1, cells.shape[1], dtype=cells.dtype), cells])[None].float()
+    return F.pad(torch.cat([column, row], dim=2).flatten(0, 1), (0, 0, 1, 0))[None]
 
 
 def infer_vit_config(

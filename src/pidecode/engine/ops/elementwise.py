@@ -3,39 +3,110 @@
 
 Each has a reference implementation in `pidecode.models.pid` that autograd can differentiate. These write in place,
 compute statistics in float32 without a float32 copy of the input, and agree with the reference to rounding.
-Inside `with compiled_ops(...)` those that can run as fused kernels (`ops.compiled`), experimental.
+
+Inside `with compiled_ops(...)` most run as fused kernels (experimental: no gain was measured on a GPU yet).
+`torch.compile` fuses what lies between the matrix products, which stay library calls: they may be quantized or
+offloaded. The one op that it cannot fuse, a pixel block's feed-forward between its gates, is a Triton kernel on GPUs
+(`ops.triton`). The number of tokens is dynamic, so that one compiled op serves every image size, chunk and tile;
+another width or type compiles again, and so does a single token. torch keeps compiled code on disk, and the next
+process finds it there (docs/performance.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from functools import wraps
+from types import FunctionType
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from pidecode.engine.ops.quantize import WeightSlice
-
-if TYPE_CHECKING:
-    from pidecode.engine.ops.compiled import CompiledOps
-
+from pidecode.errors import SettingError
 
 EPS = 1e-6
 
+Op = TypeVar("Op", bound=Callable[..., Any])
 _compiled: ContextVar[CompiledOps | None] = ContextVar("compiled_ops", default=None)
 
 
+class CompiledOps:
+    """The fused ops of one network; each is compiled when first called.
+
+    Args:
+        backend: Of `torch.compile`; another than "inductor" is for tests.
+        interpreted: Run Triton kernels on a CPU too, as Triton's interpreter can; for tests.
+    """
+
+    def __init__(self, backend: str | Callable[..., Any] = "inductor", *, interpreted: bool = False) -> None:
+        self._backend, self._interpreted = backend, interpreted
+        self._cache: dict[str, Callable[..., Any]] = {}
+
+    def run(self, body: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a function compiled; one without a result alters its first argument, which is then the result."""
+        for argument in arguments:
+            if isinstance(argument, Tensor) and argument.ndim > 1 and len(argument) == len(arguments[0]):
+                torch._dynamo.maybe_mark_dynamic(argument, 0)
+        name = body.__name__
+        if name not in self._cache:
+            assert isinstance(body, FunctionType)
+            # torch limits how often one code object is recompiled in a process: each network has its own copy, so that
+            # several networks do not exhaust the limit together.
+            own = FunctionType(body.__code__.replace(), body.__globals__, name)
+            self._cache[name] = torch.compile(own, backend=self._backend, fullgraph=True, dynamic=False)
+        try:
+            out = self._cache[name](*arguments)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            detail = " ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
+            raise SettingError(
+                f"Compiling {name.strip('_')} for {arguments[0].device} failed: {detail} Run without compiling, "
+                "or fix what the compiler needs; TORCH_LOGS=+dynamo,+inductor shows all of it."
+            ) from error
+        return arguments[0] if out is None else out
+
+    def fuses_pixels(self, tile_TGC: Tensor, fc1: nn.Module, fc2: nn.Module) -> bool:
+        """Whether `update_pixels_` takes these: plain layers where Triton runs, pixels side by side."""
+        return (
+            (tile_TGC.is_cuda or self._interpreted)
+            and type(fc1) is type(fc2) is nn.Linear
+            and tile_TGC.stride()[1:] == (tile_TGC.shape[2], 1)
+        )
+
+    def update_pixels_(
+        self, tile_TGC: Tensor, expanded_TGC: Tensor, vectors: tuple[Tensor, ...], fc1: nn.Module, fc2: nn.Module
+    ) -> Tensor:
+        """The function of this name below."""
+        from pidecode.engine.ops import triton as kernels
+
+        return kernels.update_pixels_(tile_TGC, expanded_TGC, vectors, fc1, fc2)  # type: ignore[arg-type]
+
+
 @contextmanager
-def compiled_ops(ops: CompiledOps) -> Iterator[None]:
-    """Inside the `with`, run the ops that have one as fused kernels. Experimental."""
+def compiled_ops(ops: CompiledOps | None) -> Iterator[None]:
+    """Inside the `with`, run the ops that have one as fused kernels, where some are given. Experimental."""
     token = _compiled.set(ops)
     try:
         yield
     finally:
         _compiled.reset(token)
+
+
+def _fused(body: Callable[..., Any]) -> Callable[[Op], Op]:
+    """Run `body`, float32 arithmetic that compiles to one pass, in place of an op where ops are compiled."""
+
+    def decorate(op: Op) -> Op:
+        @wraps(op)
+        def run(*arguments: Any) -> Any:
+            ops = _compiled.get()
+            return op(*arguments) if ops is None else ops.run(body, *arguments)
+
+        return cast(Op, run)
+
+    return decorate
 
 
 def parts(length: int, size: int) -> Iterator[slice]:
@@ -62,6 +133,13 @@ def cut_run(x: Tensor, run: tuple[slice, slice]) -> Tensor:
     return x[run].flatten(0, 1)
 
 
+def cut_table(table_LK: Tensor, run: tuple[slice, slice]) -> Tensor:
+    """Rows of a rotary table for a run of `runs`, once per sample."""
+    samples, part = run
+    count = samples.stop - samples.start
+    return table_LK[part].repeat(count, 1) if count > 1 else table_LK[part]
+
+
 def inverse_rms(x: Tensor) -> Tensor:
     """`1 / sqrt(mean(x^2) + eps)` over the last axis, kept, float32; x of any float type is not copied."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
@@ -80,39 +158,62 @@ def rms_norm_(x: Tensor, weight: Tensor) -> Tensor:
     return x.mul_(inverse_rms(x)).mul_(weight)
 
 
+def _normed(x: Tensor) -> Tensor:
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
+
+
 def norm_to(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """`rms_norm_(x, weight)` as `dtype`."""
-    if (ops := _compiled.get()) is not None:
-        return ops.norm_modulate(x, torch.zeros_like(weight), weight, dtype)
+    if _compiled.get() is not None:
+        return norm_modulate(x, torch.zeros_like(weight), weight, dtype)
     return rms_norm_(x, weight).to(dtype)
 
 
+def _norm_modulate(x: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return (_normed(x) * factor + shift).to(dtype)
+
+
+@_fused(_norm_modulate)
 def norm_modulate(x: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """`rms_norm(x) * factor + shift`, computed in float32, as `dtype`; reference: `modulate(RMSNorm(x), shift, scale)`.
 
     `factor` is `(1 + scale) * norm weight`, merged once per step rather than per token.
     """
-    if (ops := _compiled.get()) is not None:
-        return ops.norm_modulate(x, shift, factor, dtype)
     normed = F.rms_norm(x, x.shape[-1:], eps=EPS) if one_kernel_norm(x) else x * inverse_rms(x)
     out = normed if normed.dtype == dtype else torch.empty_like(normed, dtype=dtype)
     return torch.addcmul(shift, normed, factor, out=out)
 
 
+def _add_gated_(x: Tensor, branch: Tensor, gate: Tensor) -> None:
+    x.add_(gate.float() * branch.float())
+
+
+@_fused(_add_gated_)
 def add_gated_(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     """`x += gate * branch`, in place, whatever the types of the two."""
-    if (ops := _compiled.get()) is not None:
-        return ops.add_gated_(x, branch, gate)
     return x.addcmul_(branch, gate)
 
 
+def _add_norm_modulate_(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype
+) -> Tensor:
+    x.add_(gate.float() * branch.float())
+    return (_normed(x) * factor + shift).to(dtype)
+
+
+@_fused(_add_norm_modulate_)
 def add_norm_modulate_(
     x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """`add_gated_`, then `norm_modulate` of the result: one pass over the stream where ops are compiled."""
-    if (ops := _compiled.get()) is not None:
-        return ops.add_norm_modulate_(x, branch, gate, shift, factor, dtype)
     return norm_modulate(add_gated_(x, branch, gate), shift, factor, dtype)
+
+
+def _gate_latent_(x_TD: Tensor, tokens_TD: Tensor, weight_D: Tensor, logits_T1: Tensor) -> None:
+    # The plain gate reads the stream in the weight's type.
+    opening = (x_TD.to(weight_D.dtype).float() * weight_D.float()).sum(-1, keepdim=True) + logits_T1
+    x_TD.add_(torch.sigmoid(opening) * tokens_TD.float())
 
 
 def gate_latent_(x_TD: Tensor, tokens_TD: Tensor, weight_OD: Tensor, logits: Tensor) -> Tensor:
@@ -121,7 +222,7 @@ def gate_latent_(x_TD: Tensor, tokens_TD: Tensor, weight_OD: Tensor, logits: Ten
     One gate per token (O is 1, logits `[T, 1]`) or per channel (O is D).
     """
     if len(weight_OD) == 1 and (ops := _compiled.get()) is not None:
-        return ops.gate_latent_(x_TD, tokens_TD, weight_OD[0], logits)
+        return cast(Tensor, ops.run(_gate_latent_, x_TD, tokens_TD, weight_OD[0], logits))
     return add_gated_(x_TD, tokens_TD, torch.sigmoid(F.linear(x_TD.to(weight_OD.dtype), weight_OD) + logits))
 
 
@@ -145,6 +246,16 @@ def update_pixels_(
     return add_gated_(tile_TGC, fc2(torch.ops.aten.gelu_(hidden)).view(tile_TGC.shape), gate2)
 
 
+def _norm_heads_(heads_TNK: Tensor, weight_K: Tensor) -> None:
+    heads_TNK.copy_(_normed(heads_TNK) * weight_K)
+
+
+def _norm_rotate_(heads_TNK: Tensor, weight_K: Tensor, rotation_TH2: Tensor) -> None:
+    even, odd = (_normed(heads_TNK) * weight_K).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rotation_TH2.unsqueeze(1).unbind(-1)
+    heads_TNK.copy_(torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2))
+
+
 def norm_rotate_(heads_TNK: Tensor, weight_K: Tensor, rotation: Tensor | None) -> None:
     """RMS-normalize each head and rotate its channel pairs, in place; reference: `rotate(RMSNorm(x), rotation)`.
 
@@ -154,26 +265,23 @@ def norm_rotate_(heads_TNK: Tensor, weight_K: Tensor, rotation: Tensor | None) -
         rotation: `[tokens, head_dim / 2]` complex64, or None where nothing is rotated.
     """
     if (ops := _compiled.get()) is not None:
-        ops.norm_rotate_(heads_TNK, weight_K, rotation)
+        if rotation is None:
+            ops.run(_norm_heads_, heads_TNK, weight_K)
+        else:  # the compiler does not support complex numbers
+            ops.run(_norm_rotate_, heads_TNK, weight_K, torch.view_as_real(rotation))
         return
     x = heads_TNK if heads_TNK.dtype == torch.float32 else heads_TNK.float()
     x = rms_norm_(x, weight_K)
-    if rotation is not None:
-        _rotate_(x, rotation)
+    if rotation is not None and (x.is_cpu or x.is_cuda or x.is_meta):
+        torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(rotation.unsqueeze(1))
+    elif rotation is not None:  # not every device multiplies complex numbers
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = rotation.real.unsqueeze(1), rotation.imag.unsqueeze(1)
+        new_odd = even * sin + odd * cos
+        even.copy_(even * cos - odd * sin)
+        odd.copy_(new_odd)
     if x is not heads_TNK:
         heads_TNK.copy_(x)
-
-
-def _rotate_(x_TNK: Tensor, rotation: Tensor) -> None:
-    if x_TNK.is_cpu or x_TNK.is_cuda or x_TNK.is_meta:
-        torch.view_as_complex(x_TNK.unflatten(-1, (-1, 2))).mul_(rotation.unsqueeze(1))
-        return
-    # Not every device multiplies complex numbers.
-    even, odd = x_TNK.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rotation.real.unsqueeze(1), rotation.imag.unsqueeze(1)
-    new_odd = even * sin + odd * cos
-    even.copy_(even * cos - odd * sin)
-    odd.copy_(new_odd)
 
 
 def linear_into(linear: nn.Module, x_TD: Tensor, out: Tensor) -> None:
@@ -187,16 +295,14 @@ def linear_into(linear: nn.Module, x_TD: Tensor, out: Tensor) -> None:
         out.copy_(linear(x_TD))
 
 
+def _silu_times_(x: Tensor, other: Tensor) -> None:
+    x.copy_(F.silu(x.float()) * other.float())
+
+
+@_fused(_silu_times_)
 def silu_times_(x: Tensor, other: Tensor) -> Tensor:
     """`silu(x) * other`, into `x`."""
-    if (ops := _compiled.get()) is not None:
-        return ops.silu_times_(x, other)
     return F.silu(x, inplace=True).mul_(other)
-
-
-def gated_feed_forward(x: Tensor, w1: nn.Module, w3: nn.Module, w2: nn.Module) -> Tensor:
-    """`w2(silu(w1 x) * w3 x)` with one inner buffer less; reference: `GatedFeedForward`."""
-    return w2(silu_times_(w1(x), w3(x)))  # type: ignore[no-any-return]
 
 
 def accumulate_(total: Tensor, x: Tensor, matrix: WeightSlice) -> None:

@@ -8,7 +8,6 @@ exact product. w8a8 is experimental: it was compared on a CPU only, and no gain 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -23,12 +22,8 @@ from pidecode.errors import SettingError
 from pidecode.models.attention import AttentionKernel
 
 Format = Literal["int8", "fp8"]
-# How a device multiplies in eight bits: integers; floats with rowwise scales given to the kernel, or scaled afterwards.
-Kernel = Literal["int8", "fp8 rowwise", "fp8"]
-
-# Type and largest value of each format; and its kernels, the better one first.
+# Type and largest value of each format.
 STORED: dict[Format, tuple[torch.dtype, float]] = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
-KERNELS: dict[Format, tuple[Kernel, ...]] = {"int8": ("int8",), "fp8": ("fp8 rowwise", "fp8")}
 
 ALIGNMENT = 16  # kernels multiply matrices whose sides are multiples of this
 MIN_ROWS = 17  # tokens that `torch._int_mm` needs on some devices; fewer are padded
@@ -49,69 +44,50 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.to(dtype, copy=True).mul_(scales)
 
 
-def w8a8_linear(
-    x_TK: Tensor, codes_OK: Tensor, scales_O1: Tensor, kernel: Kernel, bias: Tensor | None = None
-) -> Tensor:
+def w8a8_linear(x_TK: Tensor, codes_OK: Tensor, scales_O1: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ (codes * scales)^T + bias`, `[T, O]` in x's type, with both factors in eight bits: x is quantized here.
 
     `reference_linear` is the reference implementation.
     """
-    format: Format = "int8" if kernel == "int8" else "fp8"
-    codes, scales = quantize_rows(x_TK, format)
-    if kernel == "fp8 rowwise":
-        out = torch._scaled_mm(
-            codes, codes_OK.t(), scale_a=scales, scale_b=scales_O1.t().contiguous(), out_dtype=torch.bfloat16
-        )
-        out = out.to(x_TK.dtype)
-        return out if bias is None else out.add_(bias)
-    if kernel == "int8":
+    if codes_OK.dtype == torch.int8:
+        codes, scales = quantize_rows(x_TK, "int8")
         missing = MIN_ROWS - len(codes)
-        raw = torch._int_mm(F.pad(codes, (0, 0, 0, missing)) if missing > 0 else codes, codes_OK.t())[: len(codes)]
-    else:
-        one = torch.ones((), device=x_TK.device)
-        raw = torch._scaled_mm(codes, codes_OK.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)
-    out = raw * scales
-    del raw
-    out.mul_(scales_O1.t())
-    if bias is not None:
-        out.add_(bias)
-    return out.to(x_TK.dtype)
+        out = torch._int_mm(F.pad(codes, (0, 0, 0, missing)) if missing > 0 else codes, codes_OK.t())
+        out = (out[: len(codes)] * scales).mul_(scales_O1.t())
+    else:  # the kernel scales by itself, and gives bfloat16 only
+        codes, scales = quantize_rows(x_TK, "fp8")
+        scale_b = scales_O1.t().contiguous()
+        out = torch._scaled_mm(codes, codes_OK.t(), scale_a=scales, scale_b=scale_b, out_dtype=torch.bfloat16)
+        out = out.to(x_TK.dtype)
+    return (out if bias is None else out.add_(bias)).to(x_TK.dtype)
 
 
-def reference_linear(
-    x_TK: Tensor, codes_OK: Tensor, scales_O1: Tensor, format: Format, bias: Tensor | None = None
-) -> Tensor:
-    """`w8a8_linear` with the same codes multiplied in float32: what every kernel is compared with."""
-    codes, scales = quantize_rows(x_TK, format)
+def reference_linear(x_TK: Tensor, codes_OK: Tensor, scales_O1: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`w8a8_linear` with the same codes multiplied in float32: what products of devices are compared with."""
+    codes, scales = quantize_rows(x_TK, "int8" if codes_OK.dtype == torch.int8 else "fp8")
     out = (codes.float() * scales) @ (codes_OK.float() * scales_O1).t()
     return (out if bias is None else out + bias).to(x_TK.dtype)
 
 
-def kernel_works(kernel: Kernel, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a device has the kernel for activations of `dtype`, and its result is right."""
-    if kernel == "fp8 rowwise" and dtype != torch.bfloat16:
-        return False  # such kernels give bfloat16 only
-    format: Format = "int8" if kernel == "int8" else "fp8"
+def products_work(format: Format, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a device multiplies activations of `dtype` in a format, and its result is right."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(64, 64, generator=generator) for _ in range(2))
     codes, scales = quantize_rows(weight, format)
-    expected = reference_linear(x.to(dtype), codes, scales, format).float()
+    expected = reference_linear(x.to(dtype), codes, scales).float()
     try:
-        out = w8a8_linear(x.to(device, dtype), codes.to(device), scales.to(device), kernel).float().cpu()
+        out = w8a8_linear(x.to(device, dtype), codes.to(device), scales.to(device)).float().cpu()
     except (RuntimeError, NotImplementedError, AttributeError):
         return False
     return bool((out - expected).abs().max() <= 1e-2 * expected.abs().max())
 
 
-def best_kernel(format: Format, dtype: torch.dtype, device: torch.device) -> Kernel:
-    """The first kernel of a format that works on the device. Raises SettingError if none does."""
-    if device.type == "meta":  # where memory is counted and nothing computed
-        return KERNELS[format][0] if format == "int8" or dtype == torch.bfloat16 else "fp8"
+def require_products(format: Format, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises SettingError unless a device multiplies in a format; the meta device, which computes nothing, does."""
     # CPUs only emulate eight-bit floats, at a small part of float32's speed.
-    if format == "int8" or device.type != "cpu":
-        for kernel in KERNELS[format]:
-            if kernel_works(kernel, dtype, device):
-                return kernel
+    emulated = format == "fp8" and device.type == "cpu"
+    if device.type == "meta" or (not emulated and products_work(format, dtype, device)):
+        return
     need = "an NVIDIA GPU, or a CPU and a torch with integer products"
     if format == "fp8":
         need = "an NVIDIA GPU of compute capability 8.9 or above, or an AMD one with fp8 units"
@@ -121,38 +97,26 @@ def best_kernel(format: Format, dtype: torch.dtype, device: torch.device) -> Ker
     )
 
 
-def quantize_tokens(x_BNLK: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Codes `[B, N, L, K]` and scales `[B, N, blocks]` of `block` tokens of a head each, in int8."""
+def _quantize_tokens(x_BNLK: Tensor, block: int) -> Tensor:
+    """Queries or keys rounded to int8, with one scale for each `block` tokens of a head; float32."""
     tokens = x_BNLK.shape[2]
-    blocks = F.pad(x_BNLK.float(), (0, 0, 0, -tokens % block)).unflatten(2, (-1, block))
-    scales = blocks.abs().amax((-2, -1)).clamp_(min=1e-8).div_(127.0)
-    codes = blocks.div(scales[..., None, None]).add_(0.5).floor_().to(torch.int8)
-    return codes.flatten(2, 3)[:, :, :tokens], scales
+    blocks: Tensor = F.pad(x_BNLK.float(), (0, 0, 0, -tokens % block)).unflatten(2, (-1, block))
+    scales = blocks.abs().amax((-2, -1), keepdim=True).clamp_(min=1e-8).div_(127.0)
+    return blocks.div(scales).add_(0.5).floor_().mul_(scales).flatten(2, 3)[:, :, :tokens]
 
 
 def reference_int8_attention(q_BNLK: Tensor, k_BNLK: Tensor, v_BNLK: Tensor) -> Tensor:
-    """Attention with queries and keys in int8, rounding as the kernel (SageAttention, https://arxiv.org/abs/2410.02367).
+    """Attention with queries and keys in int8, as the kernel has it (SageAttention, https://arxiv.org/abs/2410.02367).
 
-    Keys have their mean over tokens subtracted first, which the softmax does not see and large channels need. Each
-    block of tokens of a head has one scale. The softmax runs over blocks of keys, its weights and the values are
-    multiplied in the values' type and added in float32.
+    Keys have their mean over tokens subtracted first, which the softmax does not see and large channels need. The
+    softmax's weights and the values are multiplied in the values' type and added in float32.
     """
-    queries, keys = 128, 64  # tokens of a block, as in `ops.triton`
-    k = k_BNLK.float() - k_BNLK.mean(2, keepdim=True, dtype=torch.float32)
-    (q_codes, q_scales), (k_codes, k_scales) = quantize_tokens(q_BNLK, queries), quantize_tokens(k, keys)
-    q_scales = (q_scales * (q_BNLK.shape[-1] ** -0.5 * math.log2(math.e))).repeat_interleave(queries, dim=2)
-    q_scales = q_scales[:, :, : q_BNLK.shape[2], None]
-    highest = torch.full_like(q_scales, float("-inf"))
-    total, out = torch.zeros_like(q_scales), torch.zeros_like(q_BNLK, dtype=torch.float32)
-    for index, start in enumerate(range(0, k.shape[2], keys)):
-        part = slice(start, start + keys)
-        scores = (q_codes.float() @ k_codes[:, :, part].float().mT) * (q_scales * k_scales[:, :, index, None, None])
-        new_highest = torch.maximum(highest, scores.amax(-1, keepdim=True))
-        weights, shrink = torch.exp2(scores - new_highest), torch.exp2(highest - new_highest)
-        total = total * shrink + weights.sum(-1, keepdim=True)
-        out = out * shrink + weights.to(v_BNLK.dtype).float() @ v_BNLK[:, :, part].float()
-        highest = new_highest
-    return (out / total).to(v_BNLK.dtype)
+    q = _quantize_tokens(q_BNLK, 128)  # tokens of a block, as in `ops.triton`
+    k = _quantize_tokens(k_BNLK.float() - k_BNLK.mean(2, keepdim=True, dtype=torch.float32), 64)
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    out = weights.to(v_BNLK.dtype).float() @ v_BNLK.float() / weights.sum(-1, keepdim=True)
+    return out.to(v_BNLK.dtype)
 
 
 EIGHT_BIT_HEADS = (64, 128)  # head sizes of int8 attention; kernels pad others to these, which costs what it gains
@@ -169,11 +133,12 @@ def int8_kernels() -> dict[str, AttentionKernel]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
 class EightBitAttention:
     """Attention in eight bits for the heads that gain by it, and exact attention for the others."""
 
-    def __init__(self, eight_bit: AttentionKernel, exact: AttentionKernel) -> None:
-        self.eight_bit, self.exact = eight_bit, exact
+    eight_bit: AttentionKernel
+    exact: AttentionKernel
 
     def __call__(self, q_BNLK: Tensor, k_BNLK: Tensor, v_BNLK: Tensor) -> Tensor:
         """See `pidecode.models.attention.attention`."""
@@ -187,18 +152,18 @@ class QuantizedLinear(nn.Module):
     Args:
         linear: The layer to replace.
         format: Format of the stored weight.
-        kernel: Multiplies in eight bits (w8a8); None dequantizes the weight at each use (w8a16), as a layer always
-            does whose sides are no multiples of `ALIGNMENT`.
+        eight_bit: Multiply in eight bits (w8a8). Else the weight is dequantized at each use (w8a16), as it always is
+            in a layer whose sides are no multiples of `ALIGNMENT`.
     """
 
     codes: Tensor
     scales: Tensor
     bias: Tensor | None
 
-    def __init__(self, linear: nn.Linear, format: Format, kernel: Kernel | None = None) -> None:
+    def __init__(self, linear: nn.Linear, format: Format, eight_bit: bool = False) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, linear.weight.dtype
-        self.kernel = None if self.in_features % ALIGNMENT or self.out_features % ALIGNMENT else kernel
+        self.dtype = linear.weight.dtype
+        self.eight_bit = eight_bit and not (linear.in_features % ALIGNMENT or linear.out_features % ALIGNMENT)
         codes, scales = quantize_rows(linear.weight.detach().float(), format)
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
@@ -211,9 +176,9 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Input `[..., in]` to `[..., out]`, in x's type."""
-        if self.kernel is None:
+        if not self.eight_bit:
             return F.linear(x, self.weight.to(x.dtype), self.bias)
-        out = w8a8_linear(x.flatten(0, -2), self.codes, self.scales, self.kernel, self.bias)
+        out = w8a8_linear(x.flatten(0, -2), self.codes, self.scales, self.bias)
         return out.view(*x.shape[:-1], -1)
 
 
@@ -223,13 +188,12 @@ class WeightSlice:
 
     weight: Tensor  # `[..., out, in]`; eight-bit codes where the layer multiplies in eight bits
     scales: Tensor | None = None  # `[..., out, 1]` of such codes
-    kernel: Kernel | None = None  # multiplies them
 
     def __call__(self, x_TK: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ weight^T + bias`, in x's type."""
-        if self.scales is None or self.kernel is None:
+        if self.scales is None:
             return F.linear(x_TK, self.weight, bias)
-        return w8a8_linear(x_TK, self.weight, self.scales, self.kernel, bias)
+        return w8a8_linear(x_TK, self.weight, self.scales, bias)
 
     @property
     def per_output(self) -> Tensor:
@@ -241,49 +205,32 @@ class WeightSlice:
         return replace(self, weight=change(self.weight), scales=None if self.scales is None else change(self.scales))
 
 
-def _slice(linear: nn.Module, rows: Callable[[Tensor], Tensor], columns: slice = slice(None)) -> WeightSlice:
+def slice_weight(
+    linear: nn.Module, rows: Callable[[Tensor], Tensor] = lambda t: t, columns: slice = slice(None)
+) -> WeightSlice:
+    """Part of a layer's weight; no other is dequantized.
+
+    Args:
+        linear: The layer, quantized or not.
+        rows: Takes them from a tensor `[out, ...]`, as `[..., out, ...]`.
+        columns: Inputs that they are cut to.
+    """
     if not isinstance(linear, QuantizedLinear):
         return WeightSlice(rows(cast(Tensor, linear.weight))[..., columns])
     codes, scales = rows(linear.codes)[..., columns], rows(linear.scales)
-    if linear.kernel is None or codes.shape[-1] % ALIGNMENT or codes.shape[:-1].numel() % ALIGNMENT:
+    if not linear.eight_bit or codes.shape[-1] % ALIGNMENT or codes.shape[:-1].numel() % ALIGNMENT:
         return WeightSlice(dequantize(codes, scales, linear.dtype))
-    return WeightSlice(codes, scales, linear.kernel)
-
-
-def weight_rows(linear: nn.Module, rows: slice) -> WeightSlice:
-    """Rows `[rows, in]` of a layer's weight; no others are dequantized."""
-    return _slice(linear, lambda t: t[rows])
-
-
-def weight_columns(linear: nn.Module, columns: slice) -> WeightSlice:
-    """Columns `[out, columns]` of a layer's weight; no others are dequantized."""
     # Kernels want contiguous rows; made so once here, not at each product.
-    cut = _slice(linear, lambda t: t, columns)
-    return cut if cut.scales is None else cut.map(Tensor.contiguous)
-
-
-def weight_block(linear: nn.Module, split: tuple[int, ...], index: tuple[slice, ...]) -> WeightSlice:
-    """Rows of a layer seen as a `split` grid, indexed: `[*indexed, in]`; no others are dequantized."""
-    return _slice(linear, lambda t: t.unflatten(0, split)[index])
+    return WeightSlice(codes if columns == slice(None) else codes.contiguous(), scales)
 
 
 @torch.no_grad()
-def quantize(module: nn.Module, format: Format, kernel: Kernel | None = None) -> int:
-    """Replace the large linear layers below `module` by quantized ones, one after the other; returns how many.
-
-    With a kernel of `best_kernel` they also multiply in eight bits.
-
-    Raises:
-        SettingError: The format does not exist, or the kernel is not one of its own.
-    """
-    if format not in STORED:
-        raise SettingError(f"There is no weight format {format!r}; there are {', '.join(STORED)}.")
-    if kernel is not None and kernel not in KERNELS[format]:
-        raise SettingError(f"Weights in {format} cannot be multiplied in {kernel}; use one format for both.")
+def quantize(module: nn.Module, format: Format, eight_bit: bool = False) -> int:
+    """Replace the large linear layers below `module` by quantized ones, one after the other; returns how many."""
     count = 0
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and child.weight.numel() >= MIN_WEIGHTS:
-                setattr(parent, name, QuantizedLinear(child, format, kernel))
+                setattr(parent, name, QuantizedLinear(child, format, eight_bit))
                 count += 1
     return count

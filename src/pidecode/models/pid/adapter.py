@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -21,13 +21,9 @@ from pidecode.registry.configs import Padding, PiDConfig
 class Injection(Protocol):
     """Latent tokens of one injection point, with the part of their gate that no denoising step changes."""
 
-    @property
-    def tokens(self) -> Tensor: ...  # `[B, L, D]`
+    def read(self) -> tuple[Tensor, Tensor]: ...  # tokens `[B, L, D]` and gate logits `[B, L, D or 1]`
 
-    @property
-    def gate_logits(self) -> Tensor: ...  # `[B, L, D or 1]`
-
-    def crop(self, patches: Tensor) -> Injection: ...  # the same for some patches only, given as indices
+    def crop(self, index: tuple[Any, Any]) -> Injection: ...  # the same for some samples and patches only
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +33,11 @@ class ComputedInjection:
     tokens: Tensor
     gate_logits: Tensor
 
-    def crop(self, patches: Tensor) -> ComputedInjection:
-        return ComputedInjection(self.tokens[:, patches], self.gate_logits[:, patches])
+    def read(self) -> tuple[Tensor, Tensor]:
+        return self.tokens, self.gate_logits
+
+    def crop(self, index: tuple[Any, Any]) -> ComputedInjection:
+        return ComputedInjection(self.tokens[index], self.gate_logits[index])
 
 
 def masked(x: Tensor, mask_B: Tensor | None) -> Tensor:

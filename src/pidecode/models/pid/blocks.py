@@ -8,6 +8,7 @@ Precision: residual streams stay in float32; matrix products run in the type of 
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,7 @@ from pidecode.registry.configs import PiDConfig
 IMAGE_SPAN = 16.0  # positions of patches run from 0 to 16 on both axes, whatever the image's size
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, each `[tokens, head_dim / 2]`, float32
+Rotations = tuple[Rotation, Rotation | None]  # of image tokens, and of prompt tokens where those are rotated
 
 
 def _axis_angles(length: int, head_dim: int, reference: float | None, device: torch.device) -> Tensor:
@@ -145,18 +147,6 @@ class GatedFeedForward(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))  # type: ignore[no-any-return]
 
 
-class PixelFeedForward(nn.Module):
-    """Linear, exact GELU, linear on every pixel: C to 4 C to C."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))  # type: ignore[no-any-return]
-
-
 class FinalLayer(nn.Module):
     """Pixel tokens `[..., C]` to colors `[..., 3]`."""
 
@@ -234,14 +224,14 @@ class JointAttention(nn.Module):
             self.proj_y = nn.Linear(D, D)
 
     def forward(
-        self, x: Tensor, y: Tensor | None, rotation: Rotation, text_rotation: Rotation | None, want_text: bool
+        self, x: Tensor, y: Tensor | None, rotations: Rotations, want_text: bool
     ) -> tuple[Tensor, Tensor | None]:
-        q, k, v = normed_qkv(self.qkv_x(x), self.heads, self.q_norm_x, self.k_norm_x, rotation)
+        q, k, v = normed_qkv(self.qkv_x(x), self.heads, self.q_norm_x, self.k_norm_x, rotations[0])
         if self.gather is not None:
             k, v = self.gather(k), self.gather(v)
         if y is None:
             return self.proj_x(attend(q, k, v)), None
-        text_q, text_k, text_v = normed_qkv(self.qkv_y(y), self.heads, self.q_norm_y, self.k_norm_y, text_rotation)
+        text_q, text_k, text_v = normed_qkv(self.qkv_y(y), self.heads, self.q_norm_y, self.k_norm_y, rotations[1])
         length = y.shape[1] if want_text else 0
         if want_text:
             q = torch.cat((text_q, q), dim=1)
@@ -271,21 +261,14 @@ class PatchBlock(nn.Module):
             self.adaLN_modulation_txt = nn.Sequential(nn.Linear(D, 6 * D))
 
     def forward(
-        self,
-        x: Tensor,
-        y: Tensor | None,
-        condition: Tensor,
-        rotation: Rotation,
-        text_rotation: Rotation | None = None,
-        *,
-        want_text: bool = True,
+        self, x: Tensor, y: Tensor | None, condition: Tensor, rotations: Rotations, *, want_text: bool
     ) -> tuple[Tensor, Tensor | None]:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation_img(condition).chunk(6, dim=-1)
         y_in, text = None, None
         if y is not None:
             text = self.adaLN_modulation_txt(condition).chunk(6, dim=-1)
             y_in = modulate(self.norm_y1(y), text[0], text[1])
-        x_out, y_out = self.attn(modulate(self.norm_x1(x), shift1, scale1), y_in, rotation, text_rotation, want_text)
+        x_out, y_out = self.attn(modulate(self.norm_x1(x), shift1, scale1), y_in, rotations, want_text)
         x = x + gate1 * x_out
         x = x + gate2 * self.mlp_x(modulate(self.norm_x2(x), shift2, scale2))
         if y is None or text is None or y_out is None:
@@ -329,7 +312,7 @@ class PixelBlock(nn.Module):
         self.attn = PixelAttention(config)
         self.expand_from_attn = nn.Linear(config.pixel_attn_hidden_size, self.pixels * C)
         self.norm2 = RMSNorm(C)
-        self.mlp = PixelFeedForward(C)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(C, 4 * C), gelu=nn.GELU(), fc2=nn.Linear(4 * C, C)))
 
     def forward(self, x_BLPC: Tensor, condition_BLD: Tensor, rotation: Rotation) -> Tensor:
         modulation = self.adaLN_modulation(condition_BLD.to(self.norm1.weight.dtype))

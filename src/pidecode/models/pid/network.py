@@ -54,8 +54,8 @@ class Condition:
         patches = torch.arange(height * width, device=device).view(height, width)[rows, columns].flatten()
         return replace(
             self, grid=(rows.stop - rows.start, columns.stop - columns.start),
-            injections=tuple(injection.crop(patches) for injection in self.injections),
-            pixel_injection=None if self.pixel_injection is None else self.pixel_injection.crop(patches),
+            injections=tuple(injection.crop((slice(None), patches)) for injection in self.injections),
+            pixel_injection=self.pixel_injection and self.pixel_injection.crop((slice(None), patches)),
             rotation=(self.rotation[0][patches], self.rotation[1][patches]),
             pixel_rotation=(self.pixel_rotation[0][patches], self.pixel_rotation[1][patches]),
             row_table=self.row_table[rows.start * patch : rows.stop * patch],
@@ -264,14 +264,13 @@ class PiDNet(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Image tokens `[B, L, D]` through the patch blocks, and the tokens after those in `taps`."""
         silu_t, y, tapped = F.silu(t_emb), condition.text, []
-        last = len(self.patch_blocks) - 1
+        last, rotations = len(self.patch_blocks) - 1, (condition.rotation, condition.text_rotation)
         for index, block in enumerate(self.patch_blocks):
             if condition.injections and index % self.config.inject_interval == 0:
                 which = index // self.config.inject_interval
-                injection = condition.injections[which]
-                x = self.lq_proj.gate_modules[which](x, injection.tokens, injection.gate_logits)
+                x = self.lq_proj.gate_modules[which](x, *condition.injections[which].read())
             # The last block's prompt output is read by nothing.
-            x, y = block(x, y, silu_t, condition.rotation, condition.text_rotation, want_text=index < last)
+            x, y = block(x, y, silu_t, rotations, want_text=index < last)
             if index in taps:
                 tapped.append(x)
             if index == stop:
@@ -281,8 +280,8 @@ class PiDNet(nn.Module):
     def _run_pixel_blocks(self, tokens: Tensor, patches_BLP3: Tensor, t_emb: Tensor, condition: Condition) -> Tensor:
         """Pixels through the pixel blocks, modulated by the patch tokens: the prediction `[B, 3, H, W]`."""
         patch_condition = F.silu(t_emb + tokens)
-        if (injection := condition.pixel_injection) is not None:
-            patch_condition = self.pit_lq_gate(patch_condition, injection.tokens, injection.gate_logits)
+        if condition.pixel_injection is not None:
+            patch_condition = self.pit_lq_gate(patch_condition, *condition.pixel_injection.read())
         pixels = self._embed_pixels(patches_BLP3, condition)
         for block in self.pixel_blocks:
             pixels = block(pixels, patch_condition, condition.pixel_rotation)
