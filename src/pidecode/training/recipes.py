@@ -173,10 +173,10 @@ def debug_backbone(space: str = BLOCK_DCT.name) -> TrainConfig:
 
 def debug_teacher(space: str = BLOCK_DCT.name) -> TrainConfig:
     """A dry run of the teacher's recipe in a latent space for tests: seconds on a CPU."""
-    net = debug_config(color_head=True)
     return replace(
-        debug_backbone(), title="Debug teacher", method="teacher", net=net, space=BLOCK_DCT, encode=encode_block_dct
-    )
+        debug_backbone(), title="Debug teacher", method="teacher", net=debug_config(color_head=True), space=BLOCK_DCT,
+        encode=encode_block_dct,
+    )  # fmt: skip
 
 
 def debug_student(space: str = BLOCK_DCT.name) -> TrainConfig:
@@ -232,7 +232,14 @@ def summary(recipe: RecipeFn) -> str:
 
 def get_recipe(name: str, space: str | None = None) -> TrainConfig:
     """A recipe by its name, or by `file.py:function` for one of your own."""
-    recipe = _own(name) if ".py" in name else RECIPES.get(name)
+    recipe = RECIPES.get(name)
+    if ".py" in name:
+        path, _, function = name.partition(":")
+        if not os.path.isfile(path) or not function:
+            raise SettingError(f"{name!r} names no recipe; write the file and the function: my_recipe.py:my_decoder.")
+        recipe = runpy.run_path(path).get(function)
+        if not callable(recipe):
+            raise SettingError(f"{path} has no function {function!r}.")
     if recipe is None:
         raise SettingError(f"There is no recipe {name!r}.{did_you_mean(name, RECIPES)}")
     config = recipe(space) if space is not None else recipe()  # type: ignore[call-arg]
@@ -241,13 +248,3 @@ def get_recipe(name: str, space: str | None = None) -> TrainConfig:
     if space is not None and config.space is not None and config.space.name != get_space(space).name:
         raise SettingError(f"{name} is for space {config.space.name}; it cannot be given another.")
     return config
-
-
-def _own(name: str) -> RecipeFn:
-    path, _, function = name.partition(":")
-    if not os.path.isfile(path) or not function:
-        raise SettingError(f"{name!r} names no recipe; write the file and the function: my_recipe.py:my_decoder.")
-    recipe: RecipeFn | None = runpy.run_path(path).get(function)
-    if not callable(recipe):
-        raise SettingError(f"{path} has no function {function!r}.")
-    return recipe
