@@ -55,11 +55,6 @@ class DistEnv:
         """Parts of the global batch."""
         return self.world_size // self.context_parallel
 
-    @property
-    def context_rank(self) -> int:
-        """Which shard of its image this process has."""
-        return self.rank % self.context_parallel
-
 
 @contextmanager
 def init_distributed(parallel: ParallelConfig, device: torch.device | None = None) -> Iterator[DistEnv]:
@@ -96,7 +91,7 @@ def init_distributed(parallel: ParallelConfig, device: torch.device | None = Non
 def parallelize(module: nn.Module, parallel: ParallelConfig, env: DistEnv) -> nn.Module:
     """Replicate or shard a module over the processes; trained modules exchange their gradients from now on."""
     if isinstance(module, Denoiser) and env.context_parallel > 1:
-        module.shard(RowSharding(env.context_rank, env.context_parallel, env.context_group))
+        module.shard(RowSharding(env.rank % env.context_parallel, env.context_parallel, env.context_group))
     if env.world_size == 1:
         return module
     if parallel.weights == "shard":

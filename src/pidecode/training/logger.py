@@ -28,7 +28,8 @@ class MetricLogger:
     def __init__(
         self, folder: Path, trackers: tuple[str, ...], steps: int, first: int, progress: ProgressFn | None
     ) -> None:
-        self._path, self._steps, self._first, self._progress = folder / "metrics.jsonl", steps, first, progress
+        self._path, self._steps, self._first = folder / "metrics.jsonl", steps, first
+        self.message: ProgressFn = progress or (lambda _text: None)  # reports a line of text
         self._began = time.monotonic()
         self._board: Any = None
         self._wandb: Any = None
@@ -64,18 +65,11 @@ class MetricLogger:
                 self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(record, step=step)
-        if self._progress is not None:
-            done = step - self._first
-            left = seconds / max(done, 1) * (self._steps - step)
-            self._progress(
-                f"step {step}/{self._steps}  loss {values['loss']:.4g}  {images / seconds:.2f} images/s  "
-                f"{format_seconds(left)} left  {record['memory_gb']:.1f} GB"
-            )
-
-    def message(self, text: str) -> None:
-        """Report a line of text."""
-        if self._progress is not None:
-            self._progress(text)
+        left = seconds / max(step - self._first, 1) * (self._steps - step)
+        self.message(
+            f"step {step}/{self._steps}  loss {values['loss']:.4g}  {images / seconds:.2f} images/s  "
+            f"{format_seconds(left)} left  {record['memory_gb']:.1f} GB"
+        )
 
     def close(self) -> None:
         """Close the trackers."""
