@@ -187,9 +187,7 @@ def save_image(
     Warns:
         UserWarning: The format has no alpha, and transparency was composited on white.
     """
-    kind = _FORMATS.get(_as_path(path).suffix.lower())
-    if kind is None:
-        raise SettingError(f"{path}: images are written as {', '.join(_FORMATS)}; choose one of these endings.")
+    kind = _format_of(path, _FORMATS, "images")
     target = check_writable(path, overwrite=overwrite)
     chunks = _encode(kind, image, metadata, bits, quality, attributes)
     first = next(chunks)  # settings and sizes are checked before the file is opened
@@ -261,18 +259,19 @@ class Animation:
 
 def animated_format(path: str | os.PathLike[str]) -> str:
     """The format of an animation by its file's ending. Raises SettingError for one that holds none."""
-    kind = _ANIMATED.get(_as_path(path).suffix.lower())
+    return _format_of(path, _ANIMATED, "animations")
+
+
+def _format_of(path: str | os.PathLike[str], formats: Mapping[str, str], what: str) -> str:
+    kind = formats.get(_as_path(path).suffix.lower())
     if kind is None:
-        raise SettingError(f"{path}: animations are written as {', '.join(_ANIMATED)}; choose one of these endings.")
+        raise SettingError(f"{path}: {what} are written as {', '.join(formats)}; choose one of these endings.")
     return kind
 
 
 def encode_image(image: Image.Image, kind: str = "png", *, quality: int | None = None) -> bytes:
     """The bytes of the file of that kind ("png", "webp" or "jpeg"); arguments and errors are those of `save_image`."""
-    name = _FORMATS.get(f".{kind.lower()}")
-    if name is None:
-        raise SettingError(f"Images are written as png, webp or jpeg; not {kind!r}.")
-    return b"".join(_encode(name, image, quality=quality))
+    return b"".join(_encode(_format_of(f"image.{kind}", _FORMATS, "images"), image, quality=quality))
 
 
 def _as_path(path: Any) -> Path:
