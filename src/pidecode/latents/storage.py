@@ -9,19 +9,24 @@ import os
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from pidecode.errors import FileError, LatentError
-from pidecode.files import atomic_write
 from pidecode.registry.spaces import SPACES
 from pidecode.strict_json import JSONError, parse_json
 from pidecode.weights.read import load_pickle, only_tensors
-from pidecode.weights.safetensors import Header, looks_like_safetensors, read_header, read_safetensors
+from pidecode.weights.safetensors import (
+    Header,
+    looks_like_safetensors,
+    read_header,
+    read_safetensors,
+    write_safetensors,
+)
 
 FORMAT = 1
 METADATA_KEY = "pidecode_latent"
@@ -70,9 +75,7 @@ def write_latent(
     text = json.dumps({"format": FORMAT, "frame": "normalized", **asdict(metadata)})
     if len(text) > MAX_HEADER_BYTES // 2:
         raise LatentError(f"The prompts take {len(text)} characters; a latent file holds {MAX_HEADER_BYTES // 2}.")
-    data = safetensors.torch.save({TENSOR_NAME: tensor.detach().cpu().contiguous()}, {METADATA_KEY: text})
-    with atomic_write(path, overwrite=overwrite) as file:
-        file.write(data)
+    write_safetensors(Path(path), {TENSOR_NAME: tensor}, {METADATA_KEY: text}, overwrite=overwrite)
 
 
 def read_latent(source: str | os.PathLike[str] | bytes) -> StoredLatent:
@@ -190,19 +193,17 @@ def _parse_metadata(text: str, path: object) -> LatentMetadata:
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         given = values.get("format") if isinstance(values, dict) else values
         raise LatentError(f"{path} is of latent format {given!r}; this version reads {FORMAT}. Update pidecode.")
-    space, normalization, seed = values.get("space"), values.get("frame"), values.get("seed")
-    if not isinstance(space, str) or space not in SPACES:
-        raise LatentError(f"{path} is of space {space!r}; known are {', '.join(SPACES)}.")
-    if normalization != "normalized":
-        raise LatentError(f"The latent in {path} is {normalization!r}; a latent file must be 'normalized'. Convert it.")
-    sigma, prompt = values.get("sigma"), values.get("prompt")
-    if not isinstance(sigma, list) or not all(type(s) in (int, float) and 0 <= s <= 1 for s in sigma):
-        raise LatentError(f"{path} says sigma {sigma!r}; it must be a list of numbers in [0, 1], one per sample.")
-    if prompt is not None and (
-        not isinstance(prompt, list) or len(prompt) != len(sigma) or not all(isinstance(text, str) for text in prompt)
+    sigma, prompt, seed = values.get("sigma", ()), values.get("prompt"), values.get("seed")
+    are_levels = isinstance(sigma, list) and all(type(s) in (int, float) and 0 <= s <= 1 for s in sigma)
+    are_texts = isinstance(prompt, list) and all(isinstance(text, str) for text in prompt)
+    for name, fits, expected in (
+        ("space", isinstance(values.get("space"), str) and values["space"] in SPACES, f"one of {', '.join(SPACES)}"),
+        ("frame", values.get("frame") == "normalized", "'normalized'"),
+        ("sigma", are_levels, "a list of numbers in [0, 1], one per sample"),
+        ("prompt", prompt is None or (are_levels and are_texts and len(prompt) == len(sigma)), "a text per sample"),
+        ("seed", seed is None or type(seed) is int, "a whole number"),
     ):
-        raise LatentError(f"The prompts in {path} are not {len(sigma)} strings; the file is damaged.")
-    if seed is not None and type(seed) is not int:
-        raise LatentError(f"The seed in {path} is {seed!r}; it must be a whole number.")
+        if not fits:
+            raise LatentError(f"{path} says {name} {values.get(name)!r}; it must be {expected}.")
     prompts = None if prompt is None else tuple(prompt)
-    return LatentMetadata(space=space, sigma=tuple(map(float, sigma)), prompt=prompts, seed=seed)
+    return LatentMetadata(space=values["space"], sigma=tuple(map(float, sigma)), prompt=prompts, seed=seed)
