@@ -205,19 +205,15 @@ def make_encoders(config: TrainConfig, device: torch.device) -> ConditionEncoder
         encode_text = config.encode_text or TextEncoder(device=device, states=PromptEmbedsCache()).encode
     if config.space is None:
         return ConditionEncoders(None, encode_text)
-    source, encode = _encoder(config, config.space.name, device)
-    cache = LatentShards(config.data.cache, f"{config.space.name}/{source}") if config.data.cache else None
+    encode, space = config.encode, config.space.name
+    source = getattr(encode, "__qualname__", type(encode).__qualname__)  # the name under which latents are cached
+    if encode is None:
+        path = config.data.encoder or default_encoder_path(space)
+        if not path:
+            raise TrainingError(
+                f"The encoder of space {space!r} is not installed; `pidecode pull {space}` fetches it, or "
+                "set data.encoder to its file or folder."
+            )
+        source, encode = str(path), load_encoder(space, path, device=device)
+    cache = LatentShards(config.data.cache, f"{space}/{source}") if config.data.cache else None
     return ConditionEncoders(encode, encode_text, cache)
-
-
-def _encoder(config: TrainConfig, space: str, device: torch.device) -> tuple[str, EncodeFn]:
-    """The encoder, and the name under which its latents are cached."""
-    if config.encode is not None:
-        return getattr(config.encode, "__qualname__", type(config.encode).__qualname__), config.encode
-    path = config.data.encoder or default_encoder_path(space)
-    if not path:
-        raise TrainingError(
-            f"The encoder of space {space!r} is not installed; `pidecode pull {space}` fetches it, or "
-            "set data.encoder to its file or folder."
-        )
-    return str(path), load_encoder(space, path, device=device)

@@ -232,15 +232,12 @@ def detect(file: WeightFile, overrides: Overrides | None = None) -> CheckpointMe
         SettingError: Something is ambiguous that `overrides` can settle.
         CheckpointError: The file cannot be a network.
     """
-    overrides = overrides or Overrides()
+    given = {} if overrides is None else overrides.given()
     metadata = CheckpointMetadata.from_metadata(file.metadata, str(file.path))
-    return _from_metadata(file, metadata, overrides) if metadata else _from_shapes(file, overrides)
-
-
-def _from_metadata(file: WeightFile, metadata: CheckpointMetadata, overrides: Overrides) -> CheckpointMetadata:
+    if metadata is None:
+        return _from_shapes(file, given)
     if metadata.config is None:
         raise CheckpointError(f"{file.path} holds an image encoder, not a decoder; name the decoder's file.")
-    given = overrides.given()
     _check_agreement(file.path, "its metadata", {name: getattr(metadata, name) for name in given}, given)
     if isinstance(metadata.config, TinyDecoderConfig):
         return metadata
@@ -250,9 +247,8 @@ def _from_metadata(file: WeightFile, metadata: CheckpointMetadata, overrides: Ov
     return replace(metadata, **{name: value for name, value in given.items() if getattr(metadata, name) is None})
 
 
-def _from_shapes(file: WeightFile, overrides: Overrides) -> CheckpointMetadata:
-    inferred = infer_shape(file.shapes, str(file.path))
-    named, given = official_name(file.path), overrides.given()
+def _from_shapes(file: WeightFile, given: Mapping[str, Any]) -> CheckpointMetadata:
+    inferred, named = infer_shape(file.shapes, str(file.path)), official_name(file.path)
     _check_agreement(file.path, "its name", named, given)
     known = {**named, **given}
     if not inferred.has_adapter:

@@ -19,23 +19,15 @@ _MODEL_FILES = ("*.json", "*.safetensors", "*.safetensors.index.json", "tokenize
 
 @dataclass(frozen=True, slots=True)
 class RepositoryFiles:
-    """Files of a hub repository that match any of the patterns; a plain path matches itself."""
+    """Files of a hub repository: one, all below a folder, or those that match any of the patterns."""
 
     title: str
     repository: str
-    patterns: tuple[str, ...]
+    file: str | None = None
+    folder: str = ""  # with its slash; empty for the repository itself
+    patterns: tuple[str, ...] = ("*",)
     revision: str | None = None
     sha256: str | None = None
-
-    @property
-    def file(self) -> str | None:
-        """The one file it is, or None for several."""
-        return self.patterns[0] if len(self.patterns) == 1 and "*" not in self.patterns[0] else None
-
-    @property
-    def folder(self) -> str:
-        """The folder in the repository that holds them, with its slash; empty for the repository itself."""
-        return self.patterns[0].removesuffix("*") if self.patterns[0].endswith("/*") else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +44,17 @@ def checkpoint_files(row: Checkpoint, *, encoder: bool = True, text: bool = True
     """Everything a released decoder needs: itself, its space's encoder and the model it builds on, the text encoder."""
     if row.repository is None:
         return []
-    parts = [RepositoryFiles("decoder", row.repository, (row.path,), row.revision, row.sha256)]
+    parts = [RepositoryFiles("decoder", row.repository, row.path, revision=row.revision, sha256=row.sha256)]
     source = ENCODERS.get(row.space)
     if encoder and source:
-        pattern = f"{source.path}*" if source.path.endswith("/") else source.path
-        parts.append(RepositoryFiles("encoder", source.repository, (pattern,)))
+        file, folder = (None, source.path) if source.path.endswith("/") else (source.path, "")
+        parts.append(RepositoryFiles("encoder", source.repository, file, folder))
         if source.source:
-            parts.append(RepositoryFiles("encoder's model", source.source, _MODEL_FILES))
+            parts.append(RepositoryFiles("encoder's model", source.source, patterns=_MODEL_FILES))
         if source.statistics:
-            parts.append(RepositoryFiles("encoder's statistics", source.statistics[0], (source.statistics[1],)))
+            parts.append(RepositoryFiles("encoder's statistics", *source.statistics))
     if text and row.config is not None and row.config.has_text:
-        parts.append(RepositoryFiles("text encoder", TEXT_ENCODER, _MODEL_FILES))
+        parts.append(RepositoryFiles("text encoder", TEXT_ENCODER, patterns=_MODEL_FILES))
     return parts
 
 
@@ -155,9 +147,10 @@ def _fetch(
     commit = part.revision or commit
     if part.file:
         return hub.fetch(part.repository, part.file, on_progress, revision=commit, expected=part.sha256)
-    names = [name for name in listed if any(fnmatch.fnmatchcase(name, pattern) for pattern in part.patterns)]
+    patterns = [part.folder + pattern for pattern in part.patterns]
+    names = [name for name in listed if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
     if not names:
-        raise SettingError(f"{part.repository} has no file like {' or '.join(part.patterns)}; it must have changed.")
+        raise SettingError(f"{part.repository} has no file like {' or '.join(patterns)}; it must have changed.")
     paths = [hub.fetch(part.repository, name, on_progress, revision=commit) for name in names]
     # So that completeness is checked without the network.
     hub.record(part.repository, part.folder, commit, files=[name.removeprefix(part.folder) for name in names])
