@@ -325,11 +325,11 @@ def test_the_engine_follows_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_report_as_text() -> None:
-    results = (
+    results = [
         JobResult(name="b", state="failed", seconds=1, error="ImageError", message="b is cut off."),
         JobResult(name="a", state="done", seconds=2, images=2, megapixels=8.0),
         JobResult(name="c", state="skipped", seconds=0),
-    )
+    ]
     report = BatchReport(jobs=4, results=results, seconds=30.0, engine="ray", workers=2, lost_workers=1)
     assert report.describe().splitlines() == [
         "1 of 4 done, 1 skipped (done before), 1 failed.",

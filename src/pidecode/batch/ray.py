@@ -59,53 +59,42 @@ class RayWorker:
         return replace(self.worker.process(job), worker=self.name)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resources:
-    """How many workers there are, and what each gets of the cluster."""
-
-    workers: int
-    cpus: int
-    gpus: int
-
-
 def run_ray(batch: Batch, on_result: ResultCallback) -> BatchReport:
     """Process the batch on a Ray cluster.
 
-    Outputs appear atomically, so a worker that dies loses no finished image. Its job is given to another worker,
-    which checks first whether it was finished. If the cluster's head is lost, also if another one takes its place, the
-    report says so; the next run goes on.
+    The job of a worker that dies is given to another one, which checks first whether it was finished. If the cluster's
+    head is lost, also if another one takes its place, the report says so; the next run goes on.
 
     Raises:
         MissingDependencyError: Ray is not installed.
         SettingError: The cluster cannot be reached or is too small.
         PidecodeError: The decoder cannot be loaded.
     """
-    progress = BatchProgress(batch=_with_absolute_paths(batch), on_result=on_result)
+    # Paths that mean the same in every process; fingerprints do not depend on them.
+    jobs = [replace(job, source=job.source.absolute(), out=job.out.absolute()) for job in batch.jobs]
+    batch = replace(batch, jobs=jobs, out=batch.out.absolute())
+    progress = BatchProgress(batch, on_result)
     try:
-        pending = progress.pending()
-        if pending:
+        if pending := progress.pending():
             ray = _import_ray()
             started_here = not ray.is_initialized()
             if started_here:
                 _connect(ray, batch)
             try:
-                resources = _resources(ray, batch, len(pending))
-                _WorkerPool(ray=ray, progress=progress, queue=deque(pending), resources=resources).run()
+                workers, resources = _resources(ray, batch, len(pending))
+                _WorkerPool(ray, progress, deque(pending), workers, resources).run()
             except Exception as error:
-                if isinstance(error, PidecodeError) or not _is_of_ray(error):
+                of_ray = isinstance(error, ConnectionError) or type(error).__module__.partition(".")[0] == "ray"
+                if isinstance(error, PidecodeError) or not of_ray:
                     raise
                 why = (str(error).splitlines() or [""])[0].partition(". ")[0][:200]
-                progress.stopped = f"The Ray cluster was lost ({why}). The images that were written are whole."
+                progress.report.stopped = f"The Ray cluster was lost ({why}). The images that were written are whole."
             finally:
                 if started_here:
-                    _leave(ray, lost=progress.stopped is not None)
+                    _leave(ray, lost=progress.report.stopped is not None)
     except KeyboardInterrupt:
-        progress.interrupted = True
-    return progress.report()
-
-
-def _is_of_ray(error: Exception) -> bool:
-    return isinstance(error, ConnectionError) or type(error).__module__.partition(".")[0] == "ray"
+        progress.report.interrupted = True
+    return progress.report
 
 
 def _leave(ray: Any, *, lost: bool) -> None:
@@ -113,12 +102,6 @@ def _leave(ray: Any, *, lost: bool) -> None:
     leaving = threading.Thread(target=ray.shutdown, name="ray-shutdown", daemon=True)
     leaving.start()
     leaving.join(LEAVE_TIMEOUT if lost else None)
-
-
-def _with_absolute_paths(batch: Batch) -> Batch:
-    """The batch with paths that mean the same in every process; fingerprints do not depend on them."""
-    jobs = [replace(job, source=job.source.absolute(), out=job.out.absolute()) for job in batch.jobs]
-    return replace(batch, jobs=jobs, out=batch.out.absolute())
 
 
 def _import_ray() -> Any:
@@ -140,8 +123,8 @@ def _connect(ray: Any, batch: Batch) -> None:
             "num_cpus": max(batch.workers or 1, os.cpu_count() or 1), "include_dashboard": False,
             "object_store_memory": _OBJECT_STORE_BYTES,
         }  # fmt: skip
-    else:
-        _check_reachable(address)
+    elif why := _refusal(address):  # Ray itself would try for minutes, and may end the process
+        raise _unreachable(address, why)
     for attempt in range(_START_ATTEMPTS, 0, -1):
         try:
             ray.init(address=address, **options)
@@ -151,12 +134,6 @@ def _connect(ray: Any, batch: Batch) -> None:
                 ray.shutdown()
                 continue
             raise _unreachable(address, (str(error).splitlines() or [type(error).__name__])[0]) from error
-
-
-def _check_reachable(address: str) -> None:
-    """Fail within seconds if nothing listens there; Ray itself would try for minutes, and may end the process."""
-    if why := _refusal(address):
-        raise _unreachable(address, why)
 
 
 def _refusal(address: str) -> str | None:
@@ -180,8 +157,8 @@ def _unreachable(address: str, why: str) -> SettingError:
     )
 
 
-def _resources(ray: Any, batch: Batch, jobs: int) -> Resources:
-    """How many workers to start, and what each may use. Raises SettingError for more than the cluster has."""
+def _resources(ray: Any, batch: Batch, jobs: int) -> tuple[int, dict[str, int]]:
+    """How many workers to start, and what each may use; SettingError for more than the cluster has."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     on_gpu = batch.config.device is None or not batch.config.device.startswith("cpu")
     gpus = int(sum(node.get("GPU", 0) for node in nodes)) if on_gpu else 0
@@ -196,7 +173,7 @@ def _resources(ray: Any, batch: Batch, jobs: int) -> Resources:
             f"{workers} workers were asked for, and the cluster has {sum(cpus)} CPU cores; ask for fewer."
         )
     each = 1 if gpus else max(1, max(cpus) // -(-workers // len(nodes)))
-    return Resources(workers=min(workers, jobs), cpus=each, gpus=1 if gpus else 0)
+    return min(workers, jobs), {"num_cpus": each, "num_gpus": 1 if gpus else 0}
 
 
 class _Head:
@@ -233,14 +210,15 @@ class _Head:
         result.result()
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class _WorkerPool:
     """The workers of one batch, the job of each, and the queue."""
 
     ray: Any
     progress: BatchProgress
     queue: deque[BatchJob]
-    resources: Resources
+    workers: int
+    resources: dict[str, int]  # of each worker, as Ray names them
     # Ray's future of a result -> the worker and its job (None while it loads its decoder).
     busy: dict[Any, tuple[Any, BatchJob | None]] = field(default_factory=dict)
     # Worker deaths by the name of the job they worked on, "" while they loaded.
@@ -254,18 +232,16 @@ class _WorkerPool:
         self.token.touch()
         self.head = _Head(self.ray.get_runtime_context().gcs_address)
         try:
-            for _ in range(self.resources.workers):
+            for _ in range(self.workers):
                 self._start_worker()
-            self.progress.workers = self.resources.workers
+            self.progress.report.workers = self.workers
             began, warn_at = time.monotonic(), START_WARNING_AFTER
             while self.queue or any(job is not None for _, job in self.busy.values()):
                 ready, _ = self.ray.wait(list(self.busy), num_returns=1, timeout=HEAD_CHECK)
                 loading = not ready and all(job is None for _, job in self.busy.values())
                 if loading and time.monotonic() - began > warn_at:
-                    message = (
-                        f"No worker could start within {warn_at:.0f} seconds; the cluster may be busy. Still waiting."
-                    )
-                    warnings.warn(message, stacklevel=2)
+                    why = f"No worker could start within {warn_at:.0f} seconds; the cluster may be busy. Still waiting."
+                    warnings.warn(why, stacklevel=2)
                     warn_at += START_WARNING_AFTER
                 self.head.check()
                 for future in ready:
@@ -277,10 +253,8 @@ class _WorkerPool:
                     self.ray.kill(worker)
 
     def _start_worker(self) -> None:
-        options = {"num_cpus": self.resources.cpus, "num_gpus": self.resources.gpus, "max_restarts": 0}
-
         def start() -> None:
-            worker = self.ray.remote(**options)(RayWorker).remote(self.progress.batch.config)
+            worker = self.ray.remote(**self.resources, max_restarts=0)(RayWorker).remote(self.progress.batch.config)
             self.busy[worker.load.remote(str(self.token))] = (worker, None)
 
         self.head.call(start)
@@ -306,14 +280,14 @@ class _WorkerPool:
 
     def _replace_worker(self, job: BatchJob | None) -> None:
         """Put the job of a worker that died at the front of the queue, and start a new worker."""
-        self.progress.lost_workers += 1
+        self.progress.report.lost_workers += 1
         name = "" if job is None else job.name
         self.deaths[name] += 1
         give_up = self.deaths[name] >= MAX_ATTEMPTS
         if job is None and give_up:
             raise PidecodeError(
                 f"{MAX_ATTEMPTS} workers died while they loaded the model. Is there memory for "
-                f"{self.resources.workers} of them? Ask for fewer, workers=N."
+                f"{self.workers} of them? Ask for fewer, workers=N."
             )
         if give_up:
             message = f"Its worker died {MAX_ATTEMPTS} times, perhaps out of memory. Decode it alone to see why."

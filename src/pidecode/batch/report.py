@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from pidecode.units import format_seconds
@@ -27,18 +28,19 @@ class JobResult:
     worker: str | None = None  # host and process id of the worker, with Ray
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class BatchReport:
-    """Report of a finished or interrupted batch."""
+    """Report of a running, finished or interrupted batch."""
 
     jobs: int  # number of jobs in the batch
-    results: tuple[JobResult, ...]  # results of the jobs that ended
-    seconds: float  # wall-clock time, loading included
-    engine: str  # what ran the batch: "local", "torchrun" or "ray"
-    workers: int  # number of workers
+    engine: str  # what runs the batch: "local", "torchrun" or "ray"
+    results: list[JobResult] = field(default_factory=list)  # results of the jobs that ended
+    seconds: float = 0.0  # wall-clock time, loading included
+    workers: int = 1  # number of workers
     interrupted: bool = False  # whether the batch was stopped before its end
     lost_workers: int = 0  # workers that died and were replaced
-    started: str = ""  # ISO date and time in UTC
+    # ISO date and time in UTC
+    started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     settings: Mapping[str, Any] = field(default_factory=dict)  # model and decode options
     left_out: Mapping[str, int] = field(default_factory=dict)  # number of files by ending that are no jobs
     stopped: str | None = None  # why it could not go on
@@ -130,7 +132,7 @@ def merge(parts: Sequence[BatchReport]) -> BatchReport:
     """Merge the reports of several processes into one; its time is that of the slowest process."""
     return replace(
         parts[0], jobs=sum(part.jobs for part in parts),
-        results=tuple(result for part in parts for result in part.results),
+        results=[result for part in parts for result in part.results],
         seconds=max(part.seconds for part in parts), workers=sum(part.workers for part in parts),
         interrupted=any(part.interrupted for part in parts), started=min(part.started for part in parts),
     )  # fmt: skip

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,23 +59,18 @@ def choose_engine(engine: BatchEngine | None) -> BatchEngine:
     return engine
 
 
-@dataclass(slots=True, kw_only=True)
 class BatchProgress:
-    """Results of a running batch as they come."""
+    """A running batch, whose results come into its report."""
 
-    batch: Batch
-    on_result: ResultCallback
-    workers: int = 1
-    lost_workers: int = 0
-    interrupted: bool = False
-    stopped: str | None = None  # why it could not go on
-    results: list[JobResult] = field(default_factory=list)
-    began: float = field(default_factory=time.perf_counter)
-    started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    def __init__(self, batch: Batch, on_result: ResultCallback) -> None:
+        self.batch, self.on_result, self._began = batch, on_result, time.perf_counter()
+        settings = _given(asdict(batch.config))
+        self.report = BatchReport(jobs=len(batch.jobs), engine=batch.engine, settings=settings, left_out=batch.left_out)
 
     def add(self, result: JobResult) -> None:
         """Record one more result and call `on_result`."""
-        self.results.append(result)
+        self.report.results.append(result)
+        self.report.seconds = time.perf_counter() - self._began
         self.on_result(result)
 
     def pending(self) -> list[BatchJob]:
@@ -88,15 +83,6 @@ class BatchProgress:
             else:
                 self.add(result)
         return pending
-
-    def report(self) -> BatchReport:
-        """The report so far."""
-        return BatchReport(
-            jobs=len(self.batch.jobs), results=tuple(self.results), seconds=time.perf_counter() - self.began,
-            engine=self.batch.engine, workers=self.workers, interrupted=self.interrupted,
-            lost_workers=self.lost_workers, started=self.started, settings=_given(asdict(self.batch.config)),
-            left_out=self.batch.left_out, stopped=self.stopped,
-        )  # fmt: skip
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +142,7 @@ def _write_report(out: Path, report: BatchReport) -> BatchReport:
         with atomic_write(out / REPORT_NAME, overwrite=True) as file:
             file.write(text.encode("ascii"))
     except (PidecodeError, OSError) as error:
-        return replace(report, unwritten=f"The report could not be written: {error}")
+        report.unwritten = f"The report could not be written: {error}"
     return report
 
 
@@ -167,13 +153,13 @@ def _run_local(
     decoder: PixelDecoder | None = None,
 ) -> BatchReport:
     """Process the batch in this process, on one device."""
-    progress = BatchProgress(batch=batch, on_result=on_result)
+    progress = BatchProgress(batch, on_result)
     try:
         if pending := progress.pending():
             Worker(batch.config, decoder, on_progress).process_all(pending, progress.add)
     except KeyboardInterrupt:
-        progress.interrupted = True
-    return progress.report()
+        progress.report.interrupted = True
+    return progress.report
 
 
 def _run_torchrun(

@@ -11,8 +11,9 @@ import struct
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -229,7 +230,7 @@ def result_without_decoding(job: BatchJob, config: WorkerConfig) -> JobResult | 
         return failed(job, error, time.perf_counter() - began)
 
 
-def failed(job: BatchJob, error: BaseException, seconds: float) -> JobResult:
+def failed(job: BatchJob, error: Exception, seconds: float) -> JobResult:
     """The result of a job that raised `error`."""
     if is_out_of_memory(error):
         error = DoesNotFitError("There was not enough memory for it. Decode it alone, smaller, or on a larger device.")
@@ -249,7 +250,15 @@ class _Decoded:
     waiting: list[tuple[Path, images.DecodeOutput | images.Animation]] = field(default_factory=list)
     written: int = 0
     pixels: int = 0
-    error: BaseException | None = None
+    error: Exception | None = None
+
+    @contextmanager
+    def keeping_errors(self) -> Iterator[None]:
+        """One failure must not stop the other jobs."""
+        try:
+            yield
+        except Exception as error:
+            self.error = self.error or error
 
     def add(self, path: Path, output: images.DecodeOutput) -> None:
         """Keep the one image of `output` for `path`, with its source and fingerprint in its metadata."""
@@ -306,12 +315,10 @@ class Worker:
     def _read(self, job: BatchJob) -> _Decoded:
         """Check what a job misses, and read its source."""
         decoded = _Decoded(job=job, began=time.perf_counter())
-        try:
+        with decoded.keeping_errors():
             decoded.outputs = job_outputs(job, self.config)
             if decoded.outputs.missing:
                 decoded.source = self._load_source(job)
-        except Exception as error:  # one failure must not stop the other jobs
-            decoded.error = error
         return decoded
 
     def _load_source(self, job: BatchJob) -> Latent | images.SourceImage | images.Frames:
@@ -337,9 +344,9 @@ class Worker:
 
     def _decode(self, decoded: _Decoded) -> _Decoded:
         outputs, source = decoded.outputs, decoded.source
-        if decoded.error is not None or outputs is None or not outputs.missing:  # a worker that died had finished it
+        if outputs is None or source is None:  # it failed, or a worker that died had finished it
             return decoded
-        try:
+        with decoded.keeping_errors():
             options = self.config.options_of(decoded.job)
             progress = None if self.on_progress is None else partial(self.on_progress, decoded.job)
             if isinstance(source, images.Frames):
@@ -347,7 +354,6 @@ class Worker:
             elif isinstance(source, images.SourceImage):
                 decoded.add(outputs.paths[0], self._upscale(decoded, source, progress))
             else:
-                assert source is not None
                 draws_noise = self.decoder.kind in option_infos()["seed"].kinds
                 first_seed = options.seeds(1)[0] if draws_noise else None
                 for index in outputs.missing:  # one by one: that one image fits in memory does not mean that all do
@@ -355,8 +361,6 @@ class Worker:
                         options = replace(options, seed=first_seed + index)
                     output = self.decoder.decode(source[index], options=options, progress_callback=progress)
                     decoded.add(outputs.paths[index], output)
-        except Exception as error:  # one failure must not stop the other jobs
-            decoded.error = error
         return decoded
 
     def _upscale_frames(self, decoded: _Decoded, frames: images.Frames, outputs: JobOutputs) -> None:
@@ -397,10 +401,8 @@ class Worker:
             decoded.pixels += output.num_pixels
 
     def _write(self, decoded: _Decoded) -> JobResult:
-        try:
+        with decoded.keeping_errors():
             self._save(decoded)
-        except Exception as error:
-            decoded.error = decoded.error or error
         seconds = time.perf_counter() - decoded.began
         if decoded.error is not None:
             return failed(decoded.job, decoded.error, seconds)

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from os import PathLike
@@ -240,16 +240,11 @@ def emit(data: Any, text: str, *, as_json: bool) -> None:
     echo(text, json_escapes=as_json)
 
 
-def echo(text: str, *, err: bool = False, nl: bool = True, json_escapes: bool = False) -> None:
+def echo(text: str, *, err: bool = False, json_escapes: bool = False) -> None:
     """Print text that may hold names or metadata from outside; every command prints through this."""
-    shown = units.printable(text, json_escapes=json_escapes)
-    if "tqdm" not in sys.modules:
-        click.echo(shown, err=err, nl=nl)
-        return
-    from tqdm import tqdm
-
-    with tqdm.external_write_mode():  # not into the line of a progress bar
-        click.echo(shown, err=err, nl=nl)
+    tqdm = sys.modules.get("tqdm")
+    with tqdm.tqdm.external_write_mode() if tqdm else nullcontext():  # not into the line of a progress bar
+        click.echo(units.printable(text, json_escapes=json_escapes), err=err)
 
 
 def _finite(data: Any) -> Any:
@@ -390,9 +385,8 @@ def standard_input() -> bytes:
     while part := sys.stdin.buffer.read(1 << 20):
         data += part
         if len(data) > MAX_INPUT:
-            raise FileError(
-                f"Standard input holds more than {units.format_bytes(MAX_INPUT)}; give such a file by its name."
-            )
+            limit = units.format_bytes(MAX_INPUT)
+            raise FileError(f"Standard input holds more than {limit}; give such a file by its name.")
     return bytes(data)
 
 
