@@ -106,7 +106,7 @@ def test_a_manifest_gives_each_line_its_own_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("{", "Line 1 of list.jsonl is not JSON"),
+        ("{", "Line 1 of list.jsonl: It is not JSON"),
         ("[1]", 'is not a JSON object; write {"source": "cat.png"}'),
         ('{"sorce": "a.png"}', "an entry 'sorce'. Did you mean source"),
         ('{"seed": 1}', "needs 'source' as text"),

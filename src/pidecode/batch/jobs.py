@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pidecode import files
 from pidecode.batch.report import describe_left_out
 from pidecode.errors import FileError, PidecodeError, SettingError
+from pidecode.errors import naming as beginning_with
 from pidecode.images import Frames, frames_in
 from pidecode.latents.storage import count_latents
 from pidecode.options import Command, DecodeOptions, SaveOptions, option_infos
@@ -126,7 +127,7 @@ def collect_jobs(source: str | os.PathLike[str], naming: OutputNaming) -> JobLis
             files.require_file(path)
         except FileError as error:
             raise FileError(f"{error} Give a folder, a file, a .jsonl manifest, or a pattern in quotes.") from None
-        _require_kind(path, str(path), FileError)
+        _require_kind(path, str(path))
         jobs = _from_files([path], [], path.parent, naming)
     else:
         jobs = _from_files(*_glob(text), _folder_of_pattern(text), naming)
@@ -193,8 +194,7 @@ def _glob(pattern: str) -> tuple[list[Path], list[BatchJob]]:
 
 def _folder_of_pattern(pattern: str) -> Path:
     """The folders of a pattern before its first wildcard."""
-    folders = Path(os.path.expanduser(pattern)).parts[:-1]
-    return Path(*takewhile(lambda part: not glob.has_magic(part), folders))
+    return Path(*takewhile(lambda part: not glob.has_magic(part), Path(os.path.expanduser(pattern)).parts[:-1]))
 
 
 def source_kind(path: Path) -> SourceKind | None:
@@ -203,10 +203,10 @@ def source_kind(path: Path) -> SourceKind | None:
     return "latent" if suffix in LATENT_SUFFIXES else "image" if suffix in IMAGE_SUFFIXES else None
 
 
-def _require_kind(path: Path, name: str, error: type[FileError | SettingError]) -> SourceKind:
+def _require_kind(path: Path, name: str) -> SourceKind:
     kind = source_kind(path)
     if kind is None:
-        raise error(f"{name} is neither an {_READ.format('nor a')}.")
+        raise FileError(f"{name} is neither an {_READ.format('nor a')}.")
     return kind
 
 
@@ -240,32 +240,33 @@ def _from_manifest(path: Path, naming: OutputNaming) -> Iterator[BatchJob]:
             continue
         where = f"Line {number} of {path.name}"
         try:
-            yield _from_line(line, where, path.parent, naming)
+            with beginning_with(where):
+                yield _from_line(line, path.parent, naming)
         except PidecodeError as error:
             yield _failure(where, str(error))
 
 
-def _from_line(line: bytes, where: str, base: Path, naming: OutputNaming) -> BatchJob:
+def _from_line(line: bytes, base: Path, naming: OutputNaming) -> BatchJob:
     try:
         entry = parse_json(line)
     except JSONError as error:
-        raise SettingError(f"{where} is not JSON that is accepted: {error}.") from None
+        raise SettingError(f"It is not JSON that is accepted: {error}.") from None
     if not isinstance(entry, dict):
-        raise SettingError(f'{where} is not a JSON object; write {{"source": "cat.png"}}.')
+        raise SettingError('It is not a JSON object; write {"source": "cat.png"}.')
     known = ("source", "out", *MANIFEST_OPTIONS)
     for name in entry:
         if name not in known:
-            raise SettingError(f"{where} has an entry {name!r}.{did_you_mean(name, known)}")
-    name = _text(entry, "source", where)
+            raise SettingError(f"It has an entry {name!r}.{did_you_mean(name, known)}")
+    name = _text(entry, "source")
     source = base / os.path.expanduser(name)
-    kind = _require_kind(source, f"{where}: {name}", SettingError)
+    kind = _require_kind(source, name)
     if "out" in entry:
-        given = Path(_text(entry, "out", where))
+        given = Path(_text(entry, "out"))
         if given.is_absolute() or ".." in given.parts:
-            raise SettingError(f"{where}: {given} is outside the output folder; give a path inside it.")
+            raise SettingError(f"{given} is outside the output folder; give a path inside it.")
         out = naming.out / given
         if out.suffix.lower() not in OUTPUT_SUFFIXES:
-            raise SettingError(f"{where}: {entry['out']} must end in {', '.join(OUTPUT_SUFFIXES)}.")
+            raise SettingError(f"{given} must end in {', '.join(OUTPUT_SUFFIXES)}.")
     else:
         # A source outside the manifest's folder is named after its last part alone, so outputs stay in their folder.
         relative = Path(name)
@@ -273,31 +274,28 @@ def _from_line(line: bytes, where: str, base: Path, naming: OutputNaming) -> Bat
         out = naming.output_path(relative.name if outside else relative, source)
     real = Path(os.path.realpath(out))
     if Path(os.path.realpath(naming.out)) not in real.parents:
-        raise SettingError(f"{where}: a link leads {out} out of the output folder, to {real}; name another output.")
-    if reserved := _reserved(out, naming.out):
-        raise SettingError(f"{where}: {reserved}")
-    return BatchJob(name=name, source=source, kind=kind, out=out, options=_options(entry, where))
+        raise SettingError(f"A link leads {out} out of the output folder, to {real}; name another output.")
+    return BatchJob(
+        name=name, source=source, kind=kind, out=out, options=_options(entry), error=_reserved(out, naming.out)
+    )
 
 
-def _text(entry: Mapping[str, Any], name: str, where: str) -> str:
+def _text(entry: Mapping[str, Any], name: str) -> str:
     value = entry.get(name)
     if not isinstance(value, str) or not value or "\0" in value:
-        raise SettingError(f"{where} needs {name!r} as text without null characters; got {str(value)[:80]!r}.")
+        raise SettingError(f"It needs {name!r} as text without null characters; got {str(value)[:80]!r}.")
     return value
 
 
-def _options(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _options(entry: Mapping[str, Any]) -> dict[str, Any]:
     """The decode options of a manifest's line, checked."""
     given = {name: entry[name] for name in MANIFEST_OPTIONS if entry.get(name) is not None}
     for name in ("seed", "prompt"):
         if isinstance(given.get(name), list):
-            raise SettingError(f"{where}: {name} is a list; a line of a manifest is one job and takes one value.")
+            raise SettingError(f"{name} is a list; a line of a manifest is one job and takes one value.")
     if isinstance(given.get("size"), list):
         given["size"] = tuple(given["size"])
-    try:
-        DecodeOptions(**given)
-    except SettingError as error:
-        raise SettingError(f"{where}: {error}") from None
+    DecodeOptions(**given)
     return given
 
 
