@@ -128,26 +128,32 @@ class Commands(click.Group):
         except BrokenPipeError:
             _silence_output()  # whoever read it has enough
             ctx.exit(0)
-        except PidecodeError as error:
-            _explain(ctx, f"Error: {error.message('cli')}")
-            ctx.exit(error.exit_code)
         except Exception as error:
-            if isinstance(error, OSError) and error.filename is None:  # standard output and `getcwd` name none
-                if error.errno in _OUTPUT_FULL:
-                    full = f"Error: The output could not be written: {error.strerror}. Send it to another place."
-                    _explain(ctx, full)
-                    _silence_output()
-                    ctx.exit(PidecodeError.exit_code)
-                if isinstance(error, FileNotFoundError):
-                    _explain(ctx, "Error: The current folder does not exist any more; go to another one.")
-                    ctx.exit(FileError.exit_code)
-            if is_out_of_memory(error):
-                _explain(ctx, f"Error: {OUT_OF_MEMORY}")
-                ctx.exit(DoesNotFitError.exit_code)
-            what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            hint = "" if ctx.meta.get(_DEBUG) else "\nRun the command again with --debug for the details."
-            _explain(ctx, f"Sorry, that is a fault of pidecode or of something below it: {what}{hint}")
-            ctx.exit(UNEXPECTED)
+            message, code = _in_words(error)
+            if ctx.meta.get(_DEBUG):
+                click.echo(printable(traceback.format_exc()), err=True, nl=False)
+            elif code == UNEXPECTED:
+                message += "\nRun the command again with --debug for the details."
+            click.echo(printable(message), err=True)
+            ctx.exit(code)
+
+
+def _in_words(error: Exception) -> tuple[str, int]:
+    """What is said of an error, and the exit code."""
+    if isinstance(error, PidecodeError):
+        return f"Error: {error.message('cli')}", error.exit_code
+    if is_out_of_memory(error):
+        return f"Error: {OUT_OF_MEMORY}", DoesNotFitError.exit_code
+    if isinstance(error, OSError) and error.filename is None:  # standard output and `getcwd` name none
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            _silence_output()
+            full = f"Error: The output could not be written: {error.strerror}. Send it to another place."
+            return full, PidecodeError.exit_code
+        if isinstance(error, FileNotFoundError):
+            gone = "Error: The current folder does not exist any more; go to another one."
+            return gone, FileError.exit_code
+    what = f"{type(error).__name__}: {error}".removesuffix(": ")
+    return f"Sorry, that is a fault of pidecode or of something below it: {what}", UNEXPECTED
 
 
 def _warning_shower(ctx: click.Context) -> Callable[..., None]:
@@ -172,19 +178,9 @@ _QUIET = {
 """Variables by which other libraries keep notices from a user's terminal; --debug shows them."""
 
 
-_OUTPUT_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-
-
 def _silence_output() -> None:
     """Keep Python from failing again when it flushes standard output at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _explain(ctx: click.Context, message: str) -> None:
-    """Write `message`, and the traceback when --debug asked for it, to standard error."""
-    if ctx.meta.get(_DEBUG):
-        click.echo(printable(traceback.format_exc()), err=True, nl=False)
-    click.echo(printable(message), err=True)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
