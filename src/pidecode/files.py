@@ -102,9 +102,8 @@ def cut_name(stem: str, ending: str) -> str:
 
 
 def numbered(path: Path, count: int) -> list[Path]:
-    """The path, or so many with -1, -2, ... before the suffix."""
-    endings = [f"-{number}{path.suffix}" for number in range(1, count + 1)] if count > 1 else [path.suffix]
-    return [path.with_name(cut_name(path.stem, ending)) for ending in endings]
+    """So many paths, with -1, -2, ... before the suffix."""
+    return [path.with_name(cut_name(path.stem, f"-{number}{path.suffix}")) for number in range(1, count + 1)]
 
 
 def claim(places: dict[str, tuple[object, Path]], path: Path, source: object) -> None:
