@@ -275,6 +275,8 @@ def test_pages_are_read_one_by_one_without_reduced_copies() -> None:
         assert "read_frames" not in caught.value.message(interface)
     with pytest.raises(ImageError, match="there is no 3"):
         read_image(data, frame=3)
+    with pytest.raises(ImageError, match="2 pages of more than 500 pixels"):
+        frames_in(data_of(pages[1], "TIFF", save_all=True, append_images=[pages[0]]), max_pixels=500)
     pages[1].encoderinfo = {"tiffinfo": {254: 1}}  # a preview of the first page
     two = data_of(pages[0], "TIFF", save_all=True, append_images=[pages[1]])
     assert frames_in(two) is None

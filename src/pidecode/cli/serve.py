@@ -81,7 +81,7 @@ serve_options = common.combined(
     click.option("--max-body", type=click.IntRange(1), default=64, show_default=True, help="MiB per request."),
     common.runtime_options, common.threads_option,
     click.option("--queue", type=click.IntRange(0), default=8, show_default=True, help="Jobs that may wait."),
-    click.option("--timeout", type=click.FloatRange(min=1), default=600, show_default=True,
+    click.option("--timeout", type=click.FloatRange(1, 10**6), default=600, show_default=True,
                  help="Seconds a job may take, waiting included."),
 )  # fmt: skip
 

@@ -264,6 +264,8 @@ def frames_in(source: FileSource, *, max_pixels: int = MAX_PIXELS) -> Frames | N
         sizes: list[tuple[int, int]] = []
         durations: list[int] = []
         for index in indices:
+            if pages:  # they have sizes of their own; a frame is decoded by seeking it
+                image.seek(index)
             left -= image.width * image.height * (1 if pages else len(indices) - len(sizes))
             if left < 0:
                 raise ImageError(
