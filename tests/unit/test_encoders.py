@@ -231,6 +231,19 @@ def test_what_does_not_fit_is_named(vaes: dict[str, Any], rae: Path, tmp_path: P
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "cut.safetensors")
     with pytest.raises(CheckpointError, match=r"missing: encoder\.conv_out\.bias"):
         load_encoder("flux", tmp_path / "cut.safetensors")
+    many = {f"encoder.down.{stage}.{half}": torch.zeros(1) for stage in range(10_000) for half in "ab"}
+    save_file(many, tmp_path / "many.safetensors")
+    with pytest.raises(CheckpointError, match="not a known autoencoder"):
+        load_encoder("flux", tmp_path / "many.safetensors")
+    for lost, words in (
+        ("encoder.down.0.downsample.conv.bias", "has not the tensors"),
+        ("decoder.up.1.upsample.conv.bias", "lacks"),
+    ):
+        tensors = tiny_models.as_ldm(vaes["flux"].state_dict())
+        tensors.pop(lost)
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "lost.safetensors")
+        with pytest.raises(CheckpointError, match=words):
+            load_encoder("flux", tmp_path / "lost.safetensors")
     with pytest.raises(CheckpointError, match="is not a folder"):
         load_encoder("dinov2", tmp_path / "cut.safetensors")
     with pytest.raises(DownloadError, match="hf download facebook/dinov2-with-registers-base"):

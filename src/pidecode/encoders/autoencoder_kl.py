@@ -29,6 +29,8 @@ CLASSES = {"flux2": "AutoencoderKLFlux2", "qwenimage": "AutoencoderKLQwenImage"}
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bf16.safetensors",
                 "diffusion_pytorch_model.fp16.safetensors", "model.safetensors")  # fmt: skip
 
+_MOST_STAGES = 16  # the converter's work is the tensors times the stages, and a hostile file may have many of both
+
 
 class DiffusersAutoencoder:
     """A frozen diffusers autoencoder (AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage) of raw latents."""
@@ -132,7 +134,7 @@ def _diffusers_names(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor
     renamed = tensors
     if any(name.startswith("encoder.downsamples.") for name in tensors):
         renamed = single_file_utils.convert_wan_vae_to_diffusers(tensors)
-    elif stages:
+    elif 0 < len(stages) <= _MOST_STAGES:
         # FLUX.2's file has the small convolutions inside its halves, and a batch norm that the converter leaves out.
         tensors = {re.sub(r"^(en|de)coder\.(?=(post_)?quant_conv\.)", "", name): x for name, x in tensors.items()}
         blocks = {"down_block_types": stages, "up_block_types": stages}
