@@ -217,7 +217,7 @@ def _as_video_weights(model: torch.nn.Module, tensors: dict[str, Tensor]) -> dic
                 weights[name] = torch.zeros(target.shape, dtype=dtype)
         elif tensor.numel() == target.numel():
             weights[name] = tensor.reshape(target.shape)
-        elif target.ndim == 5 and tensor.ndim == 4 and target.shape[3:] == tensor.shape[2:]:
+        elif target.ndim == 5 and target.shape[:2] + target.shape[3:] == tensor.shape:
             whole = tensor.new_zeros(target.shape)
             whole[:, :, -1] = tensor
             weights[name] = whole
