@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -105,7 +106,7 @@ def test_a_table_lines_up() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("arguments", [["models"], ["batch", "--help"]])
+@pytest.mark.parametrize("arguments", [["models"], ["batch", "--help"], ["--help"]])
 def test_a_full_output_is_a_sentence(arguments: list[str]) -> None:
     with open("/dev/full", "w") as full:
         result = subprocess.run(
@@ -113,6 +114,13 @@ def test_a_full_output_is_a_sentence(arguments: list[str]) -> None:
         )
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
     assert result.stderr.startswith("Error: The output could not be written: No space left on device.")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell that closes streams")
+def test_closed_streams_change_no_exit_code(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m pidecode info {tmp_path / 'none.png'}"
+    closed = subprocess.run(f"{command} <&- >&- 2>&-", shell=True, check=False)
+    assert closed.returncode == FileError.exit_code
 
 
 def test_info_shows_the_adapter_of_a_folder(tmp_path: Path) -> None:

@@ -283,6 +283,26 @@ def test_the_longest_name_is_cut(model: list[str], photo: Path) -> None:
     assert max(len(os.fsencode(path.name)) for path in photo.parent.iterdir()) == 255
 
 
+def test_patterns_that_the_shell_left_are_expanded(model: list[str], photo: Path, tmp_path: Path) -> None:
+    for name in ("b[1].jpg", "b1.jpg"):  # a name that is a pattern stands for itself
+        (tmp_path / name).write_bytes(photo.read_bytes())
+    result = run(tmp_path / "ph*.jpg", tmp_path / "b[1].jpg", *model, "-o", f"{tmp_path}/out/", "--scale", "2x")
+    assert result.exit_code == 0, result.stderr
+    made = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert (made, image_size(tmp_path / "out" / made[0])) == (["b[1]-upscaled.png", "photo-upscaled.png"], (74, 42))
+    assert "no file" in run(tmp_path / "x*.jpg", *model).stderr
+
+
 def test_an_address_is_told_as_one(model: list[str]) -> None:
     result = run("https://example.org/a.png", *model)
     assert (result.exit_code, "is an address, and nothing is fetched" in result.stderr) == (4, True)
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [(["-i", "a.png"], "without an option"), (["-s", "2"], "--scale"), (["--tile", "400"], "--memory 4GB"),
+     (["--gpu-id", "0"], "--device"), (["-n", "x4plus"], "--model")],
+)  # fmt: skip
+def test_options_of_other_upscalers_are_answered_with_ours(typed: list[str], answer: str) -> None:
+    result = run(*typed, "-o", "b.png")
+    assert (result.exit_code, "No such option" in result.stderr, answer in result.stderr) == (2, True, True)

@@ -192,8 +192,22 @@ def cli() -> None:
 cli.params.append(debug_option())
 
 
+def _open_standard_streams() -> None:
+    """Point standard streams that the caller closed to the null device.
+
+    Else the first file opened would take their number, and what a library prints would be written into it.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open as long as the process
+
+
 def main() -> None:
     """Entry point of `pidecode` and of `python -m pidecode`."""
+    _open_standard_streams()
     # OpenMP reads this when torch loads. Threads that spin while they wait take the time of those that work wherever
     # another program keeps a core busy: many times the seconds, against a few hundredths on a quiet machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -209,5 +223,9 @@ def main() -> None:
     gc.disable()
     try:
         cli(prog_name="pidecode")
+    except OSError as error:  # while a command's arguments were read: --help
+        message, code = _in_words(error)
+        click.echo(printable(message), err=True)
+        sys.exit(code)
     except KeyboardInterrupt:  # before a command had begun
         sys.exit(INTERRUPTED)

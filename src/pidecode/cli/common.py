@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import glob
 import json
 import math
 import os
@@ -56,10 +57,33 @@ MAX_INPUT = 1 << 30  # bytes of standard input that are read
 _FEW_OPTIONS = 9  # so many are not divided into groups
 
 
+_OF_OTHERS = {
+    "-i": "Files are named without an option: pidecode COMMAND FILE.", "--input": "Files are named without an option.",
+    "--output": "It is --out here.", "-s": "It is --scale here.", "--outscale": "It is --scale here.",
+    "-n": "It is --model here.", "--model-name": "It is --model here.", "-f": "It is --format here.",
+    "-g": "It is --device here, such as cuda:0.", "--gpu-id": "It is --device here, such as cuda:0.",
+    "-t": "Pieces are chosen to fit the memory; --memory 4GB sets a limit.",
+    "--tile": "Pieces are chosen to fit the memory; --memory 4GB sets a limit.",
+    "--fp32": "It is --dtype float32 here.", "--half": "It is --dtype float16 here.",
+}  # fmt: skip
+"""What is said to options of other upscalers, where the command has the option that is named."""
+
+
 class GroupedCommand(click.Command):
     """A command whose help shows its options in groups, and examples."""
 
     examples: tuple[str, ...] = ()  # whole command lines
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the options; those that other upscalers have are answered with ours."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            hint = _OF_OTHERS.get(error.option_name, "")
+            ours = {flag for parameter in self.params for flag in parameter.opts}
+            if hint and all(word in ours for word in hint.split() if word.startswith("--")):
+                error.message += f" {hint}"  # type: ignore[misc]
+            raise
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; what an error says of keywords, it says of this command's options."""
@@ -161,6 +185,18 @@ def parsed_by(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Par
 
 
 PATH = click.Path(path_type=Path)
+
+
+def expand_patterns(_ctx: click.Context, _param: click.Parameter, paths: tuple[Path, ...]) -> tuple[Path, ...]:
+    """Paths, and the files of patterns that the shell left as they are, as on Windows."""
+    found: list[Path] = []
+    for path in paths:
+        pattern = glob.has_magic(os.fspath(path)) and not os.path.lexists(path)
+        matches = [Path(name) for name in sorted(glob.glob(os.fspath(path)))] if pattern else []
+        found += matches or [path]
+    return tuple(found)
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace files that exist.")
 space_option = click.option(
@@ -415,8 +451,17 @@ def _flag(name: str, info: OptionInfo) -> Callable[[F], F]:
     elif info.type is PathLike:
         given["type"] = PATH
     elif info.type is float:
-        given["type"] = (SigmaParam if name == "sigma" else click.FloatRange)(info.minimum, info.maximum)
+        kind = {"sigma": SigmaParam, "scale": ScaleParam}.get(name, click.FloatRange)
+        given["type"] = kind(info.minimum, info.maximum)
     return click.option(f"--{name.replace('_', '-')}", **given)
+
+
+class ScaleParam(click.FloatRange):
+    """An enlargement, also as 2x."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number."""
+        return super().convert(value.strip("xX") if isinstance(value, str) else value, param, ctx)  # type: ignore[arg-type]
 
 
 class SigmaParam(click.FloatRange):

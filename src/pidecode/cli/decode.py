@@ -495,7 +495,7 @@ DecodeTask = _UpscaleTask | _LatentTask
 
 
 @click.command(cls=common.GroupedCommand)
-@click.argument("images", nargs=-1, required=True, type=common.PATH)
+@click.argument("images", nargs=-1, required=True, type=common.PATH, callback=common.expand_patterns)
 @common.decode_options("upscale")
 @_decoder_options
 @common.source_options
@@ -518,7 +518,7 @@ def upscale(ctx: click.Context, /, images: tuple[Path, ...], **given: Any) -> No
 
 
 @click.command(cls=common.GroupedCommand)
-@click.argument("latents", nargs=-1, required=True, type=common.PATH)
+@click.argument("latents", nargs=-1, required=True, type=common.PATH, callback=common.expand_patterns)
 @common.decode_options("decode")
 @_decoder_options
 def decode(latents: tuple[Path, ...], **given: Any) -> None:
