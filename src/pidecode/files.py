@@ -106,14 +106,17 @@ def numbered(path: Path, count: int) -> list[Path]:
     return [path.with_name(cut_name(path.stem, f"-{number}{path.suffix}")) for number in range(1, count + 1)]
 
 
-def claim(places: dict[str, tuple[object, Path]], path: Path, source: object) -> None:
-    """Note in `places` that `source` is written to `path`; SettingError if another one is written there."""
+def claim(places: dict[str, tuple[object, Path]], path: Path, source: object, *, otherwise: str) -> None:
+    """Note in `places` that `source` is written to `path`; SettingError if another one is written there.
+
+    `otherwise` is what helps besides other names.
+    """
     other, place = places.setdefault(same_name(path), (source, path))
     if place is not path:
         also = "" if place == path else f", which some file systems take for {place}"
         raise SettingError(
             f"{other} and {source} would both be written to {path}{also}. Keep their suffixes in the names "
-            "(keep_suffix=True), rename one, or write them to two folders."
+            f"(keep_suffix=True), rename one, or {otherwise}."
         )
 
 
@@ -270,7 +273,7 @@ class FolderLock:
         from filelock import FileLock, Timeout
 
         self.path, self._process = writable_folder(folder) / LOCK_NAME, os.getpid()
-        self._lock = FileLock(self.path, timeout=0)
+        self._lock = FileLock(self.path, timeout=0, thread_local=False)  # any thread may release it
         try:
             self._lock.acquire()
         except Timeout:

@@ -134,7 +134,7 @@ def test_sources_without_jobs_are_refused(tmp_path: Path) -> None:
         collect_jobs(tmp_path, out)
     (tmp_path / "a.png").touch()
     (tmp_path / "a.jpg").touch()
-    with pytest.raises(SettingError, match="a.jpg and a.png would both be written to .*a.png. Keep their suffixes"):
+    with pytest.raises(SettingError, match="a.jpg and a.png would both be written to .*a.png. Keep their suffixes.*in a manifest"):
         collect_jobs(tmp_path, out)
     assert len(collect_jobs(tmp_path, OutputNaming(out=tmp_path / "o", keep_suffix=True))) == 2
     with pytest.raises(SettingError, match="is the source folder"):
@@ -530,6 +530,10 @@ def test_an_interrupt_counts_what_was_written(tmp_path: Path, config: WorkerConf
     assert report is not None
     assert report.interrupted
     assert report.images == len(list(out.glob("*.png"))) == 2
+    calls[:] = [1, 1]
+    report = run_batch(replace(batch, out=tmp_path, jobs=batch.jobs[5:]), decoder=decoder)
+    assert report is not None
+    assert (report.results, report.interrupted, report.seconds > 0) == ([], True, True)
 
 
 def test_the_command(tmp_path: Path, config: WorkerConfig) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,6 +125,10 @@ def test_a_lock_is_one_owner_s_and_ends_with_its_release(tmp_path: Path) -> None
     ):
         FolderLock(tmp_path / "run", "batch")
     assert list((tmp_path / "run").iterdir()) == []
+    lock = FolderLock(tmp_path / "run", "batch")
+    ending = threading.Thread(target=lock.release)  # as a finalizer does, in whatever thread it runs
+    ending.start()
+    ending.join()
     FolderLock(tmp_path / "run", "batch").release()
 
 

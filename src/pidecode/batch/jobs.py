@@ -313,7 +313,7 @@ def _check_outputs(jobs: Sequence[BatchJob]) -> None:
             overwritten = sources.get(os.path.realpath(place))
             if overwritten is not None:
                 raise SettingError(f"{job.name} would be written over the source {overwritten}; choose another folder.")
-            files.claim(owners, place, job.name)
+            files.claim(owners, place, job.name, otherwise="name the outputs in a manifest")
     for parent in {parent for _, place in owners.values() for parent in place.parents}:
         if owner := owners.get(files.same_name(parent)):
             why = "must be a folder for the image of another source. Rename one, or name the outputs in a manifest."

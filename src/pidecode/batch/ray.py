@@ -94,7 +94,7 @@ def run_ray(batch: Batch, on_result: ResultCallback) -> BatchReport:
                     _leave(ray, lost=progress.report.stopped is not None)
     except KeyboardInterrupt:
         progress.report.interrupted = True
-    return progress.report
+    return progress.end()
 
 
 def _leave(ray: Any, *, lost: bool) -> None:

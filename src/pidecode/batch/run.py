@@ -70,7 +70,6 @@ class BatchProgress:
     def add(self, result: JobResult) -> None:
         """Record one more result and call `on_result`."""
         self.report.results.append(result)
-        self.report.seconds = time.perf_counter() - self._began
         self.on_result(result)
 
     def pending(self) -> list[BatchJob]:
@@ -83,6 +82,11 @@ class BatchProgress:
             else:
                 self.add(result)
         return pending
+
+    def end(self) -> BatchReport:
+        """The report, with the time until now."""
+        self.report.seconds = time.perf_counter() - self._began
+        return self.report
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +163,7 @@ def _run_local(
             Worker(batch.config, decoder, on_progress).process_all(pending, progress.add)
     except KeyboardInterrupt:
         progress.report.interrupted = True
-    return progress.report
+    return progress.end()
 
 
 def _run_torchrun(

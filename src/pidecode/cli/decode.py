@@ -171,7 +171,7 @@ def target_paths(
     for source, own in zip(sources, endings, strict=True):
         name = files.cut_name(source.name if keep_suffix else source.stem, suffix + own)
         path = (folder or source.parent) / name
-        files.claim(owners, path, source)
+        files.claim(owners, path, source, otherwise="write them to two folders (--out)")
         paths.append(path)
     return paths
 
