@@ -220,6 +220,15 @@ def test_what_does_not_fit_is_named(vaes: dict[str, Any], rae: Path, tmp_path: P
         load_encoder("sd3", tmp_path / "flux")
     with pytest.raises(CheckpointError, match="AutoencoderKLFlux2; the encoder of flux is an AutoencoderKL"):
         load_encoder("flux", tmp_path / "flux2")
+    vaes["qwenimage"].save_pretrained(tmp_path / "wan")
+    config = tmp_path / "wan" / "config.json"
+    config.write_text(config.read_text().replace("AutoencoderKLQwenImage", "AutoencoderKLWan"))
+    with pytest.raises(CheckpointError, match="AutoencoderKLWan; the encoder of qwenimage is an AutoencoderKLQwenIm"):
+        load_encoder("qwenimage", tmp_path / "wan")
+    for content in ("{}", "[]", "3"):
+        config.write_text(content)
+        with pytest.raises(CheckpointError, match="describes no class of diffusers; the encoder of qwenimage"):
+            load_encoder("qwenimage", tmp_path / "wan")
     with pytest.raises(CheckpointError, match="no config.json"):
         load_encoder("flux", tmp_path)
     with pytest.raises(SettingError, match="act on dinov2 and siglip only"):
@@ -231,6 +240,10 @@ def test_what_does_not_fit_is_named(vaes: dict[str, Any], rae: Path, tmp_path: P
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "cut.safetensors")
     with pytest.raises(CheckpointError, match=r"missing: encoder\.conv_out\.bias"):
         load_encoder("flux", tmp_path / "cut.safetensors")
+    tensors = tiny_models.as_ldm(vaes["flux"].state_dict()) | {"loss.logvar": torch.zeros(1)}
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "more.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds loss\.logvar, which is not of an autoencoder"):
+        load_encoder("flux", tmp_path / "more.safetensors")
     many = {f"encoder.down.{stage}.{half}": torch.zeros(1) for stage in range(10_000) for half in "ab"}
     save_file(many, tmp_path / "many.safetensors")
     with pytest.raises(CheckpointError, match="not a known autoencoder"):

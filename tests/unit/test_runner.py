@@ -86,6 +86,7 @@ def test_an_offloaded_encoder_returns_to_the_host_whatever_happens() -> None:
         pass
     assert native.places == ["cpu", "meta", "cpu"]
     lazy = LazyImageEncoder("flux2", "nowhere", CPU, torch.float32)
+    assert repr(lazy) == "LazyImageEncoder(not loaded)"  # which loads nothing
     lazy._load = lambda: encoder  # type: ignore[assignment]
     with on_device(lazy, torch.device("meta")):
         assert native.places[-1] == "meta"

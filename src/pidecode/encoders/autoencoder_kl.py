@@ -29,6 +29,7 @@ CLASSES = {"flux2": "AutoencoderKLFlux2", "qwenimage": "AutoencoderKLQwenImage"}
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bf16.safetensors",
                 "diffusion_pytorch_model.fp16.safetensors", "model.safetensors")  # fmt: skip
 
+_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "bn.", "conv1.", "conv2.")  # of an autoencoder
 _MOST_STAGES = 16  # the converter's work is the tensors times the stages, and a hostile file may have many of both
 
 
@@ -72,7 +73,9 @@ def load_autoencoder(
         raise MissingDependencyError(
             'The autoencoders need diffusers, which is not installed; run `pip install "pidecode[diffusers]"`.'
         ) from fault
-    path, folder_config = _read_folder(path) if os.path.isdir(path) else (path, {})
+    wanted, folder_config = CLASSES.get(space.name, "AutoencoderKL"), dict[str, Any]()
+    if os.path.isdir(path):
+        path, folder_config = _read_folder(path, space, wanted)
     tensors = read_tensors(path).tensors
     tensors = {re.sub(r"^(first_stage_model\.)?(vae\.)?(model\.)?", "", name): x for name, x in tensors.items()}
     check_formats({name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}, path)
@@ -83,7 +86,6 @@ def load_autoencoder(
         config = {**_infer_config(tensors, family), **folder_config}
     except (KeyError, ValueError, IndexError) as fault:
         raise CheckpointError(f"{path} lacks {fault}; it is not a complete autoencoder. Download it again.") from None
-    wanted = CLASSES.get(space.name, "AutoencoderKL")
     if family != wanted:
         raise CheckpointError(
             f"{path} is an {family}; the encoder of {space.name} is an {wanted}. Give the right file."
@@ -109,17 +111,24 @@ def load_autoencoder(
     return DiffusersAutoencoder(model, space), statistics
 
 
-def _read_folder(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The weights file and the configuration of a diffusers folder."""
+def _read_folder(path: Path, space: LatentSpace, wanted: str) -> tuple[Path, dict[str, Any]]:
+    """The weights file and the configuration of a diffusers folder, which must be of the wanted class."""
     folder = path / "vae" if (path / "vae" / "config.json").is_file() else path
     if not os.path.isfile(folder / "config.json"):
         raise CheckpointError(
             f"{path} holds no config.json, so it is not a diffusers autoencoder; give its folder, or one file."
         )
     try:
-        config = dict(read_json(folder / "config.json"))
-    except (OSError, TypeError, ValueError) as fault:
+        config = read_json(folder / "config.json")
+    except (OSError, ValueError) as fault:
         raise CheckpointError(f"{folder / 'config.json'} cannot be read as JSON: {fault}. Download it again.") from None
+    # Other classes can have the same tensors, as Wan's has those of Qwen-Image's.
+    found = config.get("_class_name") if isinstance(config, dict) else None
+    if found != wanted:
+        raise CheckpointError(
+            f"{folder / 'config.json'} describes {found or 'no class of diffusers'}; the encoder of {space.name} is an "
+            f"{wanted}. Give the right folder."
+        )
     weights = next((folder / name for name in WEIGHT_FILES if os.path.isfile(folder / name)), None)
     if weights is None:
         raise CheckpointError(f"{folder} has a config.json and no weights ({WEIGHT_FILES[0]}); download it again.")
@@ -141,7 +150,9 @@ def _diffusers_names(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor
         renamed = single_file_utils.convert_ldm_vae_checkpoint(tensors, blocks)
         renamed |= {name: x for name, x in tensors.items() if name.startswith("bn.")}
     if len(renamed) != len(tensors) or None in renamed.values():  # the converters pass over what they do not know
-        raise CheckpointError(f"{path} has not the tensors of an autoencoder; give the encoder file of the space.")
+        other = next((name for name in tensors if not name.startswith(_PARTS)), None)
+        why = "has not the tensors" if other is None else f"holds {other}, which is not"
+        raise CheckpointError(f"{path} {why} of an autoencoder; give the encoder file of the space.")
     return renamed
 
 

@@ -131,6 +131,9 @@ class LazyImageEncoder(ImageEncoder):
         vars(self).update(vars(self._load()) | vars(self))
         return vars(self)[name]
 
+    def __repr__(self) -> str:
+        return super().__repr__() if "_autoencoder" in vars(self) else "LazyImageEncoder(not loaded)"
+
 
 @contextmanager
 def on_device(encoder: object, device: torch.device | None) -> Iterator[None]:
