@@ -276,9 +276,11 @@ def _lora_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     beside = path.with_name("adapter_config.json")
     if METADATA_KEY in metadata:
         record = parse_json(metadata[METADATA_KEY])
-        if record["format"] != 1:
-            raise ValueError("its format is unknown")
-        return {"lora_alpha": record["alpha"]}
+        if not isinstance(record, dict) or record.get("format") != 1:
+            raise ValueError("its format is unknown; export it again, or update pidecode")
+        if type(alpha := record.get("alpha")) not in (int, float):
+            raise ValueError(f"its alpha is {alpha!r}, and must be a number; export it again")
+        return {"lora_alpha": alpha}
     if "lora_adapter_metadata" in metadata:  # diffusers: "transformer.lora_alpha" and so on
         config = parse_json(metadata["lora_adapter_metadata"])
         return {key.partition(".")[2]: value for key, value in config.items()}
