@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from comfyui_kit import network
 from pidecode.cli.app import cli
 from pidecode.errors import SettingError, SizeError
 from pidecode.images import read_metadata
-from pidecode.integrations.text_to_image import GenerationJob
+from pidecode.integrations.text_to_image import JOB_FILE, GenerationJob, PixelDiT, _unfinished
 from pidecode.latents.latent import Latent, NormalizationWarning
 from pidecode.registry.configs import debug_config
 from pidecode.registry.spaces import diffusion_size
@@ -133,6 +134,18 @@ def test_sizes_and_prompts_that_cannot_be() -> None:
         GenerationJob(model="flux", prompts=(), out=Path("x"))
     with pytest.raises(SettingError, match="each once"):
         GenerationJob(model="flux", prompts=("a",), out=Path("x"), seeds=(1, 1))
+
+
+def test_a_job_takes_any_mapping_of_arguments(tmp_path: Path) -> None:
+    job = GenerationJob(model="flux", prompts=("a",), out=tmp_path, arguments=MappingProxyType({"guidance_scale": 1}))
+    assert len(_unfinished(job)) == 1
+    assert json.loads((tmp_path / JOB_FILE).read_text())["arguments"] == {"guidance_scale": 1}
+
+
+def test_pixeldits_differ_as_objects_do() -> None:
+    net = network(debug_config(latent_channels=0), 0.05)
+    one, other = PixelDiT(net, name="one"), PixelDiT(net, name="one")
+    assert len({one, other}) == 2
 
 
 @pytest.fixture(scope="module")

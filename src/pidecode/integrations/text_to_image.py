@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import product
 from os import PathLike
 from pathlib import Path
@@ -210,7 +210,8 @@ def _unfinished(job: GenerationJob) -> list[GenerationItem]:
     todo = [item for item in job.items if not item.image.is_file()]
     file = job.out / JOB_FILE
     # What decides the latents: a folder whose record differs holds another job.
-    own = {name: value for name, value in asdict(job).items() if name not in ("out", "keep_latents")}
+    own = {item.name: getattr(job, item.name) for item in fields(job) if item.name not in ("out", "keep_latents")}
+    own |= {"prompts": list(job.prompts), "seeds": list(job.seeds), "arguments": dict(job.arguments)}
     text = json.dumps(own, indent=2, ensure_ascii=False)
     begun = any((job.out / LATENT_FOLDER).iterdir()) or any(path.suffix == ".png" for path in job.out.iterdir())
     if not (file.exists() and begun):  # a run that ended before its first latent holds nothing
@@ -373,7 +374,7 @@ def _save_contact_sheet(images: Sequence[Path], path: Path) -> None:
     save_image(path, sheet, overwrite=True)
 
 
-@dataclass
+@dataclass(eq=False)
 class PixelDiT:
     """The text-to-image network that PiD is built on (https://arxiv.org/abs/2511.20645): prompts to images, no latent.
 
