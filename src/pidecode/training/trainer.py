@@ -87,6 +87,22 @@ class TrainLoader(Protocol):
         """Stop reading ahead."""
 
 
+class LoopConfig(Protocol):
+    """What the loop reads of a configuration, which is a dataclass."""
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """Schedule, clipping and accumulation."""
+
+    @property
+    def ema(self) -> EMAConfig:
+        """The moving average."""
+
+    @property
+    def run(self) -> RunConfig:
+        """Length, precision and outputs."""
+
+
 class Trainer:
     """One training run in this process.
 
@@ -94,8 +110,7 @@ class Trainer:
         task: Modules and losses.
         loader: Batches.
         folder: Where checkpoints, metrics, samples and the result go.
-        config: A dataclass with fields `optimizer`, `ema` and `run` (`pidecode.training.config`); all of it is written
-            to `folder/config.txt`.
+        config: Length, schedule and outputs; all of it is written to `folder/config.txt`.
         env: This process among all.
         resume: Continue from the newest checkpoint in `folder`; without one, start.
         progress: Called with a line of text now and then, in the first process only.
@@ -113,15 +128,14 @@ class Trainer:
         task: TrainTask,
         loader: TrainLoader,
         folder: str | Path,
-        config: Any,
+        config: LoopConfig,
         env: DistEnv,
         *,
         resume: bool = False,
         progress: ProgressFn | None = None,
     ) -> None:
         self.task, self.loader, self.folder, self.env = task, loader, Path(folder), env
-        self.optimizer_config: OptimizerConfig = config.optimizer
-        self.run_config: RunConfig = config.run
+        self.optimizer_config, self.run_config = config.optimizer, config.run
         self.step = 0  # optimizer steps done
         self.images = 0  # images this process has seen since it began
         self.metrics: dict[str, float] = {}
@@ -135,7 +149,7 @@ class Trainer:
             self._release()
             raise
 
-    def _begin(self, config: Any, *, resume: bool, progress: ProgressFn | None) -> None:
+    def _begin(self, config: LoopConfig, *, resume: bool, progress: ProgressFn | None) -> None:
         """Lock the folder, read the checkpoint and report what is to be trained."""
         task, loader, env = self.task, self.loader, self.env
         if env.is_first:

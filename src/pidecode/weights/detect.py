@@ -46,7 +46,7 @@ class InferredShape:
         """The released generation with this gate and injection; None for a mixture of v1 and v1.5."""
         if not self.has_adapter:
             return "backbone"
-        kinds: dict[Any, Generation] = {("per_channel", False): "v1", ("per_token", True): "v1pt5"}
+        kinds: dict[tuple[str, bool], Generation] = {("per_channel", False): "v1", ("per_token", True): "v1pt5"}
         return kinds.get((self.values["gate"], self.values["inject_pixels"]))
 
     def difference_from(self, config: PiDConfig) -> str | None:
