@@ -96,6 +96,7 @@ def test_prompts_without_a_text_encoder(tmp_path: Path, latent: Path, monkeypatc
     result = run("captions", "export", "a cat", "", "-o", file)
     assert (result.exit_code, result.output.startswith(f"{file}  2 prompts, ")) == (0, True), result.output
     assert "exists" in run("captions", "export", "a cat", "-o", file).output
+    assert "give at least one" in run("captions", "export", "-o", tmp_path / "none.safetensors").output
 
     monkeypatch.setenv("PIDECODE_CACHE", str(tmp_path / "here"))
     decode = ("decode", latent, "-m", reads_text, "--device", "cpu", "-o")
@@ -248,6 +249,13 @@ def test_info_on_a_latent_and_on_weights(weights: Path, latent: Path, tmp_path: 
     assert "none of PiD's" in run("info", tmp_path / "other.safetensors").stdout
     save_file({"transformer.a.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "style.safetensors")
     assert "a LoRA adapter; --lora adds it" in run("info", tmp_path / "style.safetensors").stdout
+    for format, said in (("nvfp4", "nvfp4 (not read here)"), ("float8_e4m3fn", "float8_e4m3fn")):
+        note = torch.tensor(list(json.dumps({"format": format}).encode()), dtype=torch.uint8)
+        save_file({"a.weight": torch.ones(2, 2), "a.comfy_quant": note}, tmp_path / "small.safetensors")
+        assert f"quantized      {said}\n" in run("info", tmp_path / "small.safetensors").stdout
+    for text, reason in (('{"x": 1, "x": 2}', "it has 'x' twice in one object"), ("[1]", "is not a table")):
+        save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "odd.safetensors", metadata={"pidecode": text})
+        assert reason in run("info", tmp_path / "odd.safetensors").stderr
 
 
 @pytest.mark.parametrize(

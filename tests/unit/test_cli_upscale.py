@@ -300,7 +300,8 @@ def test_an_address_is_told_as_one(model: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("typed", "answer"),
-    [(["-i", "a.png"], "without an option"), (["-s", "2"], "--scale"), (["--tile", "400"], "--memory 4GB"),
+    [(["-i", "a.png"], "pidecode COMMAND FILE"), (["--input", "a.png"], "pidecode COMMAND FILE"),
+     (["-s", "2"], "--scale"), (["--tile", "400"], "--memory 4GB sets a limit.\n"),
      (["--gpu-id", "0"], "--device"), (["-n", "x4plus"], "--model")],
 )  # fmt: skip
 def test_options_of_other_upscalers_are_answered_with_ours(typed: list[str], answer: str) -> None:

@@ -57,8 +57,9 @@ MAX_INPUT = 1 << 30  # bytes of standard input that are read
 _FEW_OPTIONS = 9  # so many are not divided into groups
 
 
+_AS_ARGUMENT = "Files are named without an option: pidecode COMMAND FILE."
 _OF_OTHERS = {
-    "-i": "Files are named without an option: pidecode COMMAND FILE.", "--input": "Files are named without an option.",
+    "-i": _AS_ARGUMENT, "--input": _AS_ARGUMENT,
     "--output": "It is --out here.", "-s": "It is --scale here.", "--outscale": "It is --scale here.",
     "-n": "It is --model here.", "--model-name": "It is --model here.", "-f": "It is --format here.",
     "-g": "It is --device here, such as cuda:0.", "--gpu-id": "It is --device here, such as cuda:0.",
@@ -82,7 +83,7 @@ class GroupedCommand(click.Command):
             hint = _OF_OTHERS.get(error.option_name, "")
             ours = {flag for parameter in self.params for flag in parameter.opts}
             if hint and all(word in ours for word in hint.split() if word.startswith("--")):
-                error.message += f" {hint}"  # type: ignore[misc]
+                raise click.NoSuchOption(error.option_name, f"{error.message} {hint}", ctx=error.ctx) from None
             raise
 
     def invoke(self, ctx: click.Context) -> Any:

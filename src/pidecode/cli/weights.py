@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pidecode.cli import common
-from pidecode.errors import CheckpointError, FileError, PidecodeError
+from pidecode.errors import CheckpointError, FileError, PidecodeError, SettingError
 from pidecode.registry.checkpoints import CHECKPOINTS, ENCODERS, TEXT_ENCODER, TINY_ENCODER
 from pidecode.registry.spaces import ALIASES, SPACES
 from pidecode.strict_json import JSONError, parse_json
@@ -99,6 +99,8 @@ def export(prompts: tuple[str, ...], prompt_file: Path | None, out: Path, as_jso
     from pidecode.encoders.text import PromptEmbedsCache, TextEncoder, TextOptions, export_prompt_embeds
 
     texts = [*prompts, *common.prompt_lines(prompt_file)]
+    if not texts:
+        raise SettingError('No prompt came; give at least one ("" is the empty one), or --prompts FILE.')
     model = given["text_encoder"]
     options = TextOptions() if model is None else TextOptions(model=str(model))
     with common.WorkBar("encoding prompts"):
@@ -313,14 +315,23 @@ def _safetensors(header: safetensors.Header, path: Path) -> dict[str, Any]:
     known = {"what": "weights", "format": "safetensors", "dtypes": dtypes}
     if "pidecode" in header.metadata:
         return known | _counts(header.shapes) | {"record": _record(header.metadata["pidecode"], path)}
+    if notes := [name for name in header.tensors if name.endswith(".comfy_quant")]:
+        from pidecode.weights.read import EIGHT_BITS, layer_formats
+
+        found = layer_formats(safetensors.read_safetensors(path, notes)[1], header.metadata)
+        unread = [name for name in found if name not in EIGHT_BITS.values()]
+        known["quantized"] = ", ".join(found) + (" (not read here)" if unread else "")
     return known | _foreign(header.shapes, path, header.metadata)
 
 
 def _record(text: str, path: Path) -> dict[str, Any]:
-    with suppress(JSONError):
-        if isinstance(record := parse_json(text), dict):
-            return record
-    raise CheckpointError(f"The metadata of {path} are no JSON object that is accepted; the file is damaged.")
+    try:
+        record = parse_json(text)
+    except JSONError as error:
+        raise CheckpointError(f"The metadata of {path} cannot be read: {error}. The file is damaged.") from None
+    if not isinstance(record, dict):
+        raise CheckpointError(f"The metadata of {path} is not a table; the file is damaged.")
+    return record
 
 
 def _counts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
