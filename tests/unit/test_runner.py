@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runners and decoders under a plan: what is offloaded, and what this machine offers."""
+"""Runners and decoders under a plan: what is offloaded, what this machine offers, and attention that gives NaN."""
 
 from __future__ import annotations
 
 import json
+import warnings
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.torch import save_file
+from torch import Tensor
 
 import pidecode
 import recorded
@@ -21,6 +23,7 @@ from pidecode.devices import free_memory
 from pidecode.encoders.base import ImageEncoder, LazyImageEncoder, on_device
 from pidecode.engine.machine import this_machine
 from pidecode.engine.plan import Plan
+from pidecode.engine.runner import Runner
 from pidecode.errors import SettingError
 from pidecode.models.pid.network import PiDNet
 from pidecode.registry.configs import debug_config
@@ -35,6 +38,37 @@ CONFIG = debug_config(pixel_depth=2)
 @pytest.fixture
 def net() -> PiDNet:
     return random_net(CONFIG, std=0.03)
+
+
+def first_step(runner: Runner, x: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    text, latent = torch.randn(1, 7, 16, generator=generator), torch.randn(1, 16, 2, 3, generator=generator)
+    with torch.no_grad():
+        condition = runner.prepare((4, 6), text, latent, torch.zeros(1))
+        return runner.predict(condition)(x, torch.tensor([634.0]))
+
+
+def nothing_finite(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return v.mean(2, keepdim=True).expand_as(q) * float("nan")
+
+
+def test_attention_that_gives_nan_on_the_first_step_is_replaced(net: PiDNet) -> None:
+    runner, x = Runner(net), torch.randn(1, 3, 64, 96)
+    runner._kernels["auto", "cpu"] = nothing_finite  # as if its probe had passed
+    with pytest.warns(UserWarning, match="Attention 'auto' gave NaN on cpu"):
+        out = first_step(runner, x)
+    assert torch.isfinite(out).all()
+    assert runner.attention == "math"
+    assert torch.equal(first_step(Runner(net, attention="math"), x), out)
+
+
+def test_nan_in_the_input_does_not_change_the_attention(net: PiDNet) -> None:
+    runner, x = Runner(net), torch.full((1, 3, 64, 96), float("nan"))
+    runner._kernels["auto", "cpu"] = nothing_finite
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first_step(runner, x)
+    assert runner.attention == "auto"
 
 
 @pytest.fixture

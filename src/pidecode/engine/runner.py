@@ -77,6 +77,7 @@ class Runner:
         self._timesteps: timesteps.TimestepCache | None = None
         self._kernels: dict[tuple[str, str], AttentionKernel | None] = {}  # by name of the choice and type of device
         self.sequence_parallel = False  # whether the job's processes share each image; all then decode the same one
+        self._finite = False  # whether the attention's first output was looked at for NaN
         self._compared = False  # whether fused ops and graphs were compared with the plain ones
 
     def arrange(self, device: torch.device) -> None:
@@ -294,7 +295,22 @@ class Runner:
                     return self._replay(x, t, condition)
                 return self.denoise(x, t, condition)
 
-        return evaluate
+        def checked(x: Tensor, t: Tensor) -> Tensor:
+            prediction = evaluate(x, t)
+            if self._finite or self.attention == "math" or self.attention_kernel(x.device) is None:
+                return prediction
+            self._finite = True
+            if bool(torch.isfinite(prediction).all()) or not bool(torch.isfinite(x).all()):
+                return prediction
+            warnings.warn(
+                f"Attention {self.attention!r} gave NaN on {x.device}; decoding goes on with the 'math' kernel, which "
+                "is slower and takes more memory.",
+                stacklevel=2,
+            )
+            self.attention = "math"
+            return evaluate(x, t)
+
+        return checked
 
     def _compare_once(self) -> None:
         """Compare the fused ops, then a graph of one evaluation, with the plain ops on a small image, once.
