@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 import urllib.request
 from pathlib import Path
 
@@ -128,6 +130,20 @@ def test_a_latent_is_read_from_bytes_as_from_a_file(tmp_path: Path) -> None:
         Latent.load(data, space="sdxl")
     with pytest.raises(FileError, match="is cut off"):
         Latent.load(data[:40])
+
+
+def test_a_long_inspection_keeps_no_job_from_being_stopped() -> None:
+    service, inspected = DecodeService({"small": small_decoder()}), threading.Event()
+    service.inspections.submit(lambda _: inspected.wait(PATIENCE))
+    stopping = threading.Thread(target=service.stop, args=(0,))
+    stopping.start()
+    until = time.monotonic() + 2
+    while not service.queue.closed and time.monotonic() < until:
+        time.sleep(0.01)
+    closed = service.queue.closed
+    inspected.set()
+    stopping.join(PATIENCE)
+    assert closed
 
 
 def test_a_preview_is_a_small_jpeg() -> None:

@@ -283,6 +283,8 @@ def _add_monitoring(app: FastAPI, service: DecodeService, stats: prometheus.Resp
 
 async def _inspect(request: Request, service: DecodeService, data: bytes) -> schemas.FileInfo:
     """As `DecodeService.inspect`: beside the queue of decodes, one file at a time, and only a few waiting."""
+    if not service.inspections.free_slots:
+        raise service.inspections.refusal("Too many files are being inspected. Retry later.", 1.0)
     job = service.inspections.submit(lambda _: service.inspect(data))
     info: schemas.FileInfo = await http.result_of(request, job)
     return info

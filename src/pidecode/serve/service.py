@@ -244,8 +244,8 @@ class DecodeService:
 
     def stop(self, grace: float = 10.0) -> None:
         """Stop both queues: see `JobQueue.stop`."""
-        self.inspections.stop()
         self.queue.stop(grace)
+        self.inspections.stop()  # last: it waits for the file that is being inspected
 
     def _timed_result(
         self,
