@@ -107,10 +107,7 @@ def numbered(path: Path, count: int) -> list[Path]:
 
 
 def claim(places: dict[str, tuple[object, Path]], path: Path, source: object, *, otherwise: str) -> None:
-    """Note in `places` that `source` is written to `path`; SettingError if another one is written there.
-
-    `otherwise` is what helps besides other names.
-    """
+    """Note that `source` is written to `path`; SettingError if another one is, with what helps `otherwise`."""
     other, place = places.setdefault(same_name(path), (source, path))
     if place is not path:
         also = "" if place == path else f", which some file systems take for {place}"

@@ -134,7 +134,9 @@ def test_sources_without_jobs_are_refused(tmp_path: Path) -> None:
         collect_jobs(tmp_path, out)
     (tmp_path / "a.png").touch()
     (tmp_path / "a.jpg").touch()
-    with pytest.raises(SettingError, match="a.jpg and a.png would both be written to .*a.png. Keep their suffixes.*in a manifest"):
+    with pytest.raises(
+        SettingError, match="a.jpg and a.png would both be written to .*a.png. Keep their suffixes.*in a manifest"
+    ):
         collect_jobs(tmp_path, out)
     assert len(collect_jobs(tmp_path, OutputNaming(out=tmp_path / "o", keep_suffix=True))) == 2
     with pytest.raises(SettingError, match="is the source folder"):

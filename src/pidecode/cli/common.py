@@ -365,7 +365,8 @@ class WorkBar:
     def begin(self, index: int, name: str) -> None:
         """Begin a job, counted from 0."""
         jobs = len(self._shares) - 1
-        self._job, self._name = self._shares[index : index + 2], f"{index + 1}/{jobs} " * (jobs > 1) + f"{name}: "
+        number = f"{index + 1}/{jobs} " if jobs > 1 else ""
+        self._job, self._name = self._shares[index : index + 2], f"{number}{name}: "
         self.show(self._text, 0.0)
 
     def show(self, text: str, share: float | None = None) -> None:
@@ -413,7 +414,7 @@ def predicted_seconds(decoder: PixelDecoder, pixels: int, *, encoded: bool = Fal
 
     if not isinstance(decoder.runner, FeedForwardRunner):
         return None
-    return decoder.runner.seconds_per_pixel() * pixels * (1 + encoded * ENCODER_WORK)
+    return decoder.runner.seconds_per_pixel() * pixels * (1 + (ENCODER_WORK if encoded else 0.0))
 
 
 def standard_input() -> bytes:
@@ -488,8 +489,8 @@ def take_decode_options(given: dict[str, Any], *, exclude: Collection[str] = ())
 save_options = combined(*(_flag(name, info) for name, info in option_infos(SaveOptions, interface="cli").items()))
 
 
-def torch_dtype(name: str | None) -> Any:
-    """The number format with this name, a `torch.dtype`; None for None."""
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    """The number format with this name."""
     import torch
 
     return None if name is None else getattr(torch, name)
@@ -511,4 +512,6 @@ def pipeline_device(device: str | None, dtype: str | None) -> tuple[torch.device
     from pidecode.devices import select_device
 
     selected = select_device(device)
-    return selected, torch_dtype(dtype or ("float32" if selected.type == "cpu" else "bfloat16"))
+    chosen = torch_dtype(dtype or ("float32" if selected.type == "cpu" else "bfloat16"))
+    assert chosen is not None
+    return selected, chosen

@@ -13,7 +13,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
@@ -21,11 +20,11 @@ import click
 from pidecode import files
 from pidecode.cli import common
 from pidecode.cli.weights import IMAGES
-from pidecode.engine.machine import this_machine
-from pidecode.engine.plan import Plan, plan_decode
+from pidecode.engine.machine import Quantization, this_machine
+from pidecode.engine.plan import Plan, Scheme, plan_decode
 from pidecode.errors import FileError, LatentError, PidecodeError, SettingError
-from pidecode.options import DecodeOptions, FileFormat, SaveOptions, option_infos
-from pidecode.units import parse_bytes
+from pidecode.options import Attention, DecodeOptions, FileFormat, SaveOptions, option_infos
+from pidecode.units import MAX_PIXELS, parse_bytes
 from pidecode.weights.safetensors import looks_like_safetensors, read_start
 
 if TYPE_CHECKING:
@@ -86,16 +85,49 @@ class DecodeSource:
         return name if self.page is None else f"{name}, page {self.page + 1}"
 
 
-def _arguments(given: dict[str, Any]) -> SimpleNamespace:
-    """Click's parameters as attributes; the decode options as `options`, several noise levels as `sigmas`."""
+@dataclass(frozen=True, kw_only=True)
+class DecodeArgs:
+    """Arguments of both commands beside their files, by the names of their flags."""
+
+    options: DecodeOptions
+    sigmas: tuple[float, ...]  # several noise levels, each of which is decoded
+    out: str | None
+    format: FileFormat | None
+    quality: int | None
+    threads: int | None
+    keep_suffix: bool
+    model: str
+    space: str | None
+    variant: str | None
+    encoder: Path | None
+    text_encoder: Path | None
+    device: str | None
+    dtype: str | None
+    lora: Path | None
+    lora_scale: float | None
+    memory: str | None
+    quantization: Quantization | None
+    scheme: Scheme | None
+    bits: str
+    compile: bool
+    attention: Attention
+    overwrite: bool
+    as_json: bool
+    strip: bool = False  # this and what follows: of `upscale` alone
+    keep_profile: bool = False
+    max_pixels: int = MAX_PIXELS
+
+
+def _arguments(given: dict[str, Any]) -> DecodeArgs:
+    """The arguments from click's parameters."""
     sigmas = given.pop("sigma") if isinstance(given["sigma"], tuple) else ()
-    args = SimpleNamespace(options=common.take_decode_options(given), sigmas=sigmas, **given)
+    args = DecodeArgs(options=common.take_decode_options(given), sigmas=sigmas, **given)
     if args.lora_scale is not None and args.lora is None:
         raise SettingError("--lora-scale is the strength of an adapter, and none was given; add --lora FILE.")
     return args
 
 
-def _load_decoder(args: SimpleNamespace, sizes: Callable[[CheckpointMetadata], list[BatchShape]]) -> PixelDecoder:
+def _load_decoder(args: DecodeArgs, sizes: Callable[[CheckpointMetadata], list[BatchShape]]) -> PixelDecoder:
     """Load the decoder; `sizes` gives those that it will work at, where a memory plan needs them."""
 
     def make_plan(metadata: CheckpointMetadata) -> Plan | FeedForwardPlan:
@@ -182,7 +214,7 @@ def _names_file(out: files.PathLike) -> bool:
 
 @contextmanager
 def _destinations(
-    right: Sequence[DecodeSource], wrong: Sequence[DecodeSource], args: SimpleNamespace, suffix: str
+    right: Sequence[DecodeSource], wrong: Sequence[DecodeSource], args: DecodeArgs, suffix: str
 ) -> Iterator[list[Path]]:
     """The files to write of the `right` sources, after all checks before the work; new folders left empty go again."""
     sources = [*right, *wrong]
@@ -228,7 +260,7 @@ def _destinations(
 
 
 @contextmanager
-def _standard_output(count: int, args: SimpleNamespace, ending: str) -> Iterator[Path]:
+def _standard_output(count: int, args: DecodeArgs, ending: str) -> Iterator[Path]:
     """A temporary file; what is written there goes to standard output at the end."""
     if count > 1:
         raise SettingError(f"{count} images cannot all be written to standard output; name a folder with --out.")
@@ -248,7 +280,7 @@ def _standard_output(count: int, args: SimpleNamespace, ending: str) -> Iterator
             sys.stdout.buffer.write(file.read_bytes())
 
 
-def _run(paths: Sequence[Path], args: SimpleNamespace, task: DecodeTask) -> None:
+def _run(paths: Sequence[Path], args: DecodeArgs, task: DecodeTask) -> None:
     """Run a task on one source after another, save the images and print what was written."""
     names = [os.fspath(path) for path in paths]
     if names.count(STREAM) > 1:
@@ -268,7 +300,8 @@ def _run(paths: Sequence[Path], args: SimpleNamespace, task: DecodeTask) -> None
                 continue
             wrong.append(source)
         written: list[dict[str, Any]] = []
-        with _destinations(right, wrong, args, task.suffix + "-sigmas" * bool(args.sigmas)) as targets:
+        suffix = f"{task.suffix}-sigmas" if args.sigmas else task.suffix
+        with _destinations(right, wrong, args, suffix) as targets:
             from pidecode.engine import sequence_parallel  # loads torch
 
             common.set_threads(args.threads)
@@ -292,7 +325,7 @@ def _run(paths: Sequence[Path], args: SimpleNamespace, task: DecodeTask) -> None
 
 def _decode_all(
     found: list[tuple[DecodeSource, Path, BatchShape]],
-    args: SimpleNamespace,
+    args: DecodeArgs,
     tasks: Sequence[DecodeTask],
     bar: common.WorkBar,
     failures: common.SourceFailures,
@@ -354,7 +387,7 @@ def _contact_sheet(outputs: Sequence[DecodeOutput], sigmas: Sequence[float]) -> 
 
 
 def _save(
-    outputs: Sequence[Any], source: DecodeSource, target: Path, args: SimpleNamespace, began: float
+    outputs: Sequence[Any], source: DecodeSource, target: Path, args: DecodeArgs, began: float
 ) -> list[dict[str, Any]]:
     """Write the images of one source; returns, and without --json prints, what was written."""
     from pidecode.images import KEYWORD, Animation
@@ -383,7 +416,7 @@ def _save(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _UpscaleTask:
     options: DecodeOptions
-    args: SimpleNamespace
+    args: DecodeArgs
     suffix: str = "-upscaled"
 
     @property
@@ -455,7 +488,7 @@ class _UpscaleTask:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _LatentTask:
     options: DecodeOptions
-    args: SimpleNamespace
+    args: DecodeArgs
     suffix: str = ""
 
     def check(self, source: DecodeSource) -> None:

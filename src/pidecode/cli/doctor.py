@@ -114,8 +114,8 @@ def _checks(build: dict[str, Any], found: list[dict[str, Any]], own: dict[str, A
             reason = f"does not fit this torch ({error}), and breaks transformers: pip uninstall torchvision"
             yield common.Check(what, False, reason)
     bfloat16, missing = own["dtype"] == "bfloat16", own["compiler_missing"]
-    reasons = ("no instructions for it: float32 is faster", "instructions for its products, so it is the default")
-    yield common.Check("bfloat16 on the CPU", bfloat16, reasons[bfloat16])
+    fast, slow = "instructions for its products, so it is the default", "no instructions for it: float32 is faster"
+    yield common.Check("bfloat16 on the CPU", bfloat16, fast if bfloat16 else slow)
     yield common.Check("compiling for the CPU (--compile)", missing is None, missing or "a C++ compiler is here")
 
 

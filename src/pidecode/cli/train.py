@@ -32,7 +32,7 @@ def _progress_line() -> Callable[[str], None]:
             if time.monotonic() - last < _EVERY:
                 return
             last = time.monotonic()
-        common.echo("\n" * is_open + text, err=True)
+        common.echo(f"\n{text}" if is_open else text, err=True)
         is_open = False
 
     return show
