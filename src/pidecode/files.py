@@ -281,7 +281,8 @@ class FolderLock:
                 f"{self.path.parent} is in use by {owner}. Wait until it ends, or choose another folder."
             ) from None
         except OSError as error:
-            raise FileError(f"{self.path} could not be written: {_reason(error)}.") from error
+            cure = "Delete it if it is no ordinary file, or choose a folder on another disk."
+            raise FileError(f"{self.path} could not be locked: {_reason(error)}. {cure}") from error
         with suppress(OSError):
             self.path.write_text(f"a {activity}: process {self._process} on {socket.gethostname()}", encoding="utf-8")
 

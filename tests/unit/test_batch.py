@@ -116,6 +116,7 @@ def test_a_manifest_gives_each_line_its_own_settings(tmp_path: Path) -> None:
         ('{"source": "a.png", "size": [1]}', "it must be width and height in pixels"),
         ('{"source": "a.png", "out": "../b.png"}', "is outside the output folder"),
         ('{"source": "a.png", "out": "b.tiff"}', "b.tiff must end in .png"),
+        ('{"source": "a.png", "out": "pidecode-batch.json/b.png"}', "Line 1 of list.jsonl: pidecode-batch.json in the"),
     ],
 )
 def test_a_wrong_line_of_a_manifest_fails_alone(tmp_path: Path, line: str, words: str) -> None:

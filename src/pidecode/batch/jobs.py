@@ -275,9 +275,9 @@ def _from_line(line: bytes, base: Path, naming: OutputNaming) -> BatchJob:
     real = Path(os.path.realpath(out))
     if Path(os.path.realpath(naming.out)) not in real.parents:
         raise SettingError(f"A link leads {out} out of the output folder, to {real}; name another output.")
-    return BatchJob(
-        name=name, source=source, kind=kind, out=out, options=_options(entry), error=_reserved(out, naming.out)
-    )
+    if reserved := _reserved(out, naming.out):
+        raise reserved
+    return BatchJob(name=name, source=source, kind=kind, out=out, options=_options(entry))
 
 
 def _text(entry: Mapping[str, Any], name: str) -> str:
