@@ -278,7 +278,8 @@ class FolderLock:
             with suppress(OSError):  # Windows lets nobody else read it
                 owner = read_small(self.path, 1000).decode(errors="replace") or owner
             raise FileError(
-                f"{self.path.parent} is in use by {owner}. Wait until it ends, or choose another folder."
+                f"{self.path.parent} is in use by {owner}. Wait until it ends, or choose another folder; if it ended "
+                f"long ago, as a disk without locks does not tell, delete {self.path}."
             ) from None
         except OSError as error:
             cure = "Delete it if it is no ordinary file, or choose a folder on another disk."

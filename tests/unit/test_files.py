@@ -121,7 +121,7 @@ def test_a_file_in_place_of_a_folder_is_refused(tmp_path: Path) -> None:
 def test_a_lock_is_one_owner_s_and_ends_with_its_release(tmp_path: Path) -> None:
     with (
         FolderLock(tmp_path / "run", "training"),
-        pytest.raises(FileError, match=rf"is in use by a training: process {os.getpid()} on .* Wait until it ends"),
+        pytest.raises(FileError, match=rf"is in use by a training: process {os.getpid()} on .* Wait .* delete "),
     ):
         FolderLock(tmp_path / "run", "batch")
     assert list((tmp_path / "run").iterdir()) == []
