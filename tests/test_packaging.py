@@ -71,7 +71,7 @@ def test_nothing_banned_comes_along(project: dict[str, Any]) -> None:
 
 def test_the_base_stays_small(project: dict[str, Any]) -> None:
     names = {Requirement(line).name for line in project["dependencies"]}
-    assert names == {"torch", "safetensors", "huggingface-hub", "numpy", "pillow", "click", "tqdm"}
+    assert names == {"torch", "safetensors", "huggingface-hub", "numpy", "pillow", "click", "filelock", "tqdm"}
 
 
 def test_all_holds_every_extra_but_ray_and_dev(project: dict[str, Any]) -> None:

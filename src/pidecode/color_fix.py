@@ -29,7 +29,7 @@ _FINE_SIGMA = 2.0
 _COARSE_SHARE = 16
 """Sigma of the blur of "coarse" is the reference's longer side over this: only drift over wide areas goes."""
 _STRUCTURE_SIGMA = 1.0  # sigma of the window, in pixels of the reference, in which "back-projection" compares structure
-_DOUBT = 0.5
+_DOUBT = 0.75
 """How much structure found wrong lowers finer detail in "back-projection": at 1 it is softer, at 0 type gets ghosts."""
 _STRIP = 1 << 18  # pixels of an image that "back-projection" corrects at once: they stay in a CPU's caches
 _WEAK_VARIANCE = 3e-4
