@@ -24,7 +24,7 @@ from pidecode.errors import BusyError, Cancelled, DoesNotFitError, FileError, Im
 from pidecode.latents.latent import Latent
 from pidecode.serve.http import bound_socket, check_token, response_for
 from pidecode.serve.prometheus import resident_memory
-from pidecode.serve.schemas import DecodePlan, FileInfo
+from pidecode.serve.schemas import DecodePlan, FileInfo, RequestLimits
 from pidecode.serve.service import DecodeService, encode_preview, looks_like_safetensors, require_memory
 
 
@@ -75,6 +75,13 @@ def test_every_error_has_its_status_and_unknown_ones_reveal_nothing(error: Excep
     assert b"/home/me" not in bytes(answer.body)
     if isinstance(error, BusyError):
         assert answer.headers["Retry-After"] == "2"
+
+
+def test_limits_are_checked() -> None:
+    with pytest.raises(SettingError, match="pixels is 0"):
+        RequestLimits(pixels=0)
+    with pytest.raises(SettingError, match="waiting is -1"):
+        RequestLimits(waiting=-1)
 
 
 def test_a_server_needs_a_model() -> None:

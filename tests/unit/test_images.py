@@ -228,6 +228,8 @@ def test_center_crop() -> None:
     assert torch.equal(cropped, image[:, :, 1:33, 1:49])
     with pytest.raises(SizeError, match="at least 64x64"):
         center_crop(image, 64)
+    with pytest.raises(SettingError, match="multiples of a positive number; got 0"):
+        center_crop(image, 0)
 
 
 @pytest.mark.parametrize(("height", "width"), [(35, 50), (3, 17), (1, 1), (32, 48)])
@@ -250,6 +252,10 @@ def test_resizing() -> None:
     torch.testing.assert_close(resize(image, 32, 32, method="lanczos")[0, 0], torch.from_numpy(np.array(exact)))
     with pytest.raises(SizeError, match="positive sides"):
         resize(flat, 0, 7)
+    with pytest.raises(SettingError, match="not 'nearest'"):
+        resize(flat, 5, 7, method="nearest")
+    with pytest.raises(SizeError, match="cannot be cropped back to 8x8"):
+        crop_back(flat[..., :4, :4], (8, 8))
 
 
 # Writing

@@ -228,7 +228,7 @@ def center_crop(image: Tensor, multiple: int) -> Tensor:
     Raises:
         SizeError: A side is shorter than `multiple`.
     """
-    height, width = check_image(image).shape[-2:]
+    height, width = _sides(image, multiple)
     if height < multiple or width < multiple:
         raise SizeError(
             f"An image of {height}x{width} pixels cannot be cropped to multiples of {multiple}; "
@@ -243,8 +243,7 @@ def pad_to_multiple(image: Tensor, multiple: int) -> tuple[Tensor, tuple[int, in
 
     Padded by reflection, or by its edge where it is too small for that.
     """
-    padded = check_image(image)
-    height, width = image.shape[-2:]
+    padded, (height, width) = image, _sides(image, multiple)
     for axis, side in ((2, height), (3, width)):
         amount = -side % multiple
         if amount:
@@ -271,7 +270,10 @@ def fit_to_encoder(image: Tensor, fit: str, multiple: int, fixed: int | None) ->
 
 def crop_back(image: Tensor, unpadded: tuple[int, int], *, scale: int = 1) -> Tensor:
     """Crop an image `[B, 3, H, W]`, enlarged `scale` times since, to the height and width before `pad_to_multiple`."""
-    return image[..., : unpadded[0] * scale, : unpadded[1] * scale]
+    height, width = (side * scale for side in unpadded)
+    if image.shape[-2] < height or image.shape[-1] < width:
+        raise SizeError(f"{image.shape[-2]}x{image.shape[-1]} pixels cannot be cropped back to {height}x{width}.")
+    return image[..., :height, :width]
 
 
 def resize(
@@ -283,7 +285,10 @@ def resize(
 
     Raises:
         SizeError: A side is not positive.
+        SettingError: An unknown method.
     """
+    if method not in ("bicubic", "area", "lanczos"):
+        raise SettingError(f"Images are resized by bicubic, area or lanczos; not {method!r}.")
     if height < 1 or width < 1:
         raise SizeError(f"An image has positive sides; got {height}x{width}.")
     image = check_image(image)
@@ -311,3 +316,10 @@ def downsampled(pixels: Tensor, size: tuple[int, int]) -> tuple[Tensor, dict[str
         return pixels, described
     small = resize(pixels, size[1], size[0], method="lanczos").clamp(-1.0, 1.0)
     return small, described | {"downsampled_from": list(own)}
+
+
+def _sides(image: Tensor, multiple: int) -> tuple[int, int]:
+    if multiple < 1:
+        raise SettingError(f"Sides are multiples of a positive number; got {multiple}.")
+    batch = check_image(image)
+    return batch.shape[2], batch.shape[3]

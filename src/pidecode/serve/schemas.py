@@ -36,6 +36,13 @@ class RequestLimits:
     job_seconds: float = 600.0  # longest time from a job's submission to its end, waiting included
     body_seconds: float = 60.0  # longest time a body may take to arrive
 
+    def __post_init__(self) -> None:
+        for name in ("body_bytes", "pixels", "job_seconds", "body_seconds"):
+            if getattr(self, name) <= 0:
+                raise SettingError(f"The limit {name} is {getattr(self, name)}; it must be positive.")
+        if self.waiting < 0:
+            raise SettingError(f"The limit waiting is {self.waiting}; it must be 0 or more.")
+
     def check_pixels(self, width: int, height: int) -> None:
         """Raise SizeError for a result with more pixels than allowed."""
         if width * height > self.pixels:
