@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -50,6 +50,7 @@ from pidecode.training.tasks import save_grid
 from pidecode.training.trainer import Trainer, make_optimizer
 
 PHASES = ("distillation", "fidelity", "perception")
+MODELS = ("decoder", "base", "encoder")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +89,9 @@ class TinyLossConfig:
     their gradient leaves little to that of texture."""
     encoder: float = 1.0
     """Loss of the encoder: relative difference of latents, and four times that of what taef2 decodes from them."""
+    base: float = 1.0
+    """Loss of the decoder's base: root mean square difference from what taef2 decodes, and from its mean colors of
+    squares. A smooth crop is its own target, because taef2 is less exact there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +99,7 @@ class PhaseConfig:
     """One phase of training."""
 
     models: tuple[str, ...] = ("decoder",)
-    """What is trained: "decoder", "encoder" or both."""
+    """What is trained: "decoder" (without its base), "base" (of the decoder), "encoder", or several of them."""
     discriminator_lr: float = 2e-4
     """Learning rate of the discriminator."""
     discriminator_layers: tuple[int, ...] = (1, 2, 3)
@@ -120,8 +124,8 @@ class PhaseConfig:
     """Length and outputs."""
 
     def __post_init__(self) -> None:
-        if not self.models or not set(self.models) <= {"decoder", "encoder"}:
-            raise SettingError(f"models is {self.models}; it must name 'decoder', 'encoder' or both.")
+        if not self.models or not set(self.models) <= set(MODELS):
+            raise SettingError(f"models is {self.models}; it must name {', '.join(MODELS)}, or some of them.")
         if self.loss.gan and "decoder" not in self.models:
             raise SettingError("loss.gan acts on the decoder; add it to models or set loss.gan=0.")
         if not 0 <= self.upscale_share <= 1:
@@ -152,7 +156,7 @@ class TinyRecipe:
     """Shape of the encoder."""
     distillation: PhaseConfig = field(
         default_factory=lambda: PhaseConfig(
-            models=("encoder",),
+            models=("base", "encoder"),
             data=TinyDataConfig(
                 reduction=1, crops=((128, 4, 0.6), (192, 2, 0.25), (256, 1, 0.15)), synthetic_share=0.15, smooth=0.06
             ),
@@ -162,7 +166,7 @@ class TinyRecipe:
             run=_run(6_000),
         )
     )
-    """The encoder imitates taef2's."""
+    """Encoder and base imitate taef2's encoder and decoder."""
     fidelity: PhaseConfig = field(
         default_factory=lambda: PhaseConfig(
             optimizer=OptimizerConfig(name="muon", lr=1e-3, max_grad_norm=1.0, warmup_steps=100, lr_schedule="cosine"),
@@ -259,6 +263,8 @@ class TinyTask:
             total = total + self._decoder_loss(step, batch, rng, parts)
         if "encoder" in self.modules:
             total = total + self.config.loss.encoder * self._encoder_loss(batch, parts)
+        if "base" in self.modules:
+            total = total + self.config.loss.base * self._base_loss(batch, parts)
         return LossOutput(total, {name: value.detach() for name, value in parts.items()})
 
     def _decoder_loss(self, step: int, batch: CropBatch, rng: RNG, parts: dict[str, Tensor]) -> Tensor:
@@ -350,6 +356,14 @@ class TinyTask:
         parts["decoded"] = _rms(self._decoded(latent) - self._decoded(batch.clean_latent)).mean()
         return parts["latent"] + 4 * parts["decoded"]
 
+    def _base_loss(self, batch: CropBatch, parts: dict[str, Tensor]) -> Tensor:
+        target = torch.where(per_sample(batch.smooth), batch.low, self._decoded(batch.clean_latent))
+        error = self.modules["base"](batch.latent).float() - target
+        weight_B = 1 / (1 + (batch.sigma / self.config.loss.noise_scale).square())
+        colors = _rms(F.avg_pool2d(error, 8)) + 0.5 * _rms(F.avg_pool2d(error, 32))
+        parts["base"] = (weight_B * (_rms(error) + colors + 0.5 * _rms(error.mean((2, 3), keepdim=True)))).mean()
+        return parts["base"]
+
     def _decoded(self, latent: Tensor) -> Tensor:
         """What taef2 decodes, nearly clamped: beyond black and white there is nothing to imitate."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and latent.requires_grad):
@@ -372,6 +386,8 @@ class TinyTask:
                 own = modules["encoder"](low).float()
                 found["encoder_psnr"] = psnr(self._decoded(own), self._decoded(latent)).mean()
                 found["encoder_error"] = (own - latent).norm() / latent.norm()
+            if "base" in modules:
+                found["base_psnr"] = psnr(modules["base"](latent).float().clamp(-1, 1), self._decoded(latent)).mean()
             if "decoder" in modules:
                 generated = modules["decoder"](latent).float().clamp(-1, 1)
                 rows.append((low, generated, image))
@@ -412,13 +428,24 @@ def build_models(recipe: TinyRecipe, phase: PhaseConfig, before: Sequence[Path])
 
     Raises:
         CheckpointError: The initial weights are of other shapes.
+        SettingError: The phase trains the base of a decoder without one.
     """
     modules: dict[str, nn.Module] = {}
     for name in phase.models:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(phase.run.seed, name))
-            modules[name] = TinyDecoder(recipe.decoder) if name == "decoder" else TinyEncoder(recipe.encoder)
+            if name == "encoder":
+                modules[name] = TinyEncoder(recipe.encoder)
+            elif name == "decoder":
+                modules[name] = TinyDecoder(recipe.decoder)
+            elif recipe.decoder.base is None:
+                raise SettingError("models names base, and the decoder has none; set decoder.base_blocks.")
+            else:
+                modules[name] = TinyDecoder(recipe.decoder.base)
         start_from(modules[name], name, recipe, before)
+        if name == "decoder" and (base := cast(TinyDecoder, modules[name]).base) is not None:
+            start_from(base, "base", recipe, before)
+            base.requires_grad_(False)
     return modules
 
 
@@ -439,12 +466,15 @@ def start_from(
             raise CheckpointError(f"This phase needs a trained {name}; set init_from to a folder with {file_name}.")
         return
     tensors, own = load_file(path), module.state_dict()
+    if name == "base" and path.name == file_name:
+        tensors = {key.removeprefix("base."): value for key, value in tensors.items() if key.startswith("base.")}
+    shape = "encoder" if name == "encoder" else "decoder"
     odd = sorted(key for key in tensors.keys() | own.keys() if key not in own or key not in tensors)
     odd += [key for key, value in own.items() if key in tensors and tensors[key].shape != value.shape]
     if odd:
         raise CheckpointError(
             f"{path} does not fit the {name} that is to be trained: {len(odd)} tensors differ ({', '.join(odd[:3])}, "
-            f"...); set {name}.* to the shape it was made with, or train it from random values."
+            f"...); set {shape}.* to the shape it was made with, or train it from random values."
         )
     module.load_state_dict({key: value.float() for key, value in tensors.items()})
 

@@ -21,9 +21,10 @@ from taef2 import TinyAutoencoder
 from torch import Tensor, nn
 
 from data import TinyDataConfig, augment, held_out, quarter, smooth_fields
-from pidecode.errors import CheckpointError, FileError, SettingError
+from pidecode.errors import CheckpointError, FileError, SettingError, TrainingError
 from pidecode.files import FolderLock
 from pidecode.models.tiny import TinyDecoder
+from pidecode.registry.configs import TinyDecoderConfig
 from pidecode.training.noise import PerSampleRNG
 
 CPU = torch.device("cpu")
@@ -110,8 +111,9 @@ def debug_recipe(data: Path, *settings: str) -> recipe.TinyRecipe:
     encoder |= {field: 1 for field in made.encoder.to_dict() if field.endswith("blocks")}
     encoder |= {field: 8 for field in made.encoder.to_dict() if field.endswith("width")}
     return replace(
-        made, decoder=replace(made.decoder, width=8, blocks=(1, 1, 1, 1)), encoder=replace(made.encoder, **encoder)
-    )
+        made, decoder=replace(made.decoder, width=8, blocks=(1, 1, 1, 1), base_blocks=(1, 1, 1, 1)),
+        encoder=replace(made.encoder, **encoder),
+    )  # fmt: skip
 
 
 class Interrupt:
@@ -145,10 +147,25 @@ def test_all_phases_resume_bit_for_bit_and_export(folders: tuple[Path, Path], tm
     assert any(not torch.equal(first[key], started[key]) for key in first)
     with Image.open(tmp_path / "whole" / "perception" / "samples" / "step-00000004.png") as grid:
         assert grid.height > 64
+    base = load_file(tmp_path / "whole" / "distillation" / "base.safetensors")
+    assert base and all(torch.equal(first[f"base.{key}"], base[key]) for key in base)  # no later phase trains it
     decoder, encoder = export_weights(tmp_path / "whole", tmp_path / "weights", torch.float32)
     exported = load_file(decoder)
     assert all(torch.equal(exported[key], first[key]) for key in first)
     assert encoder.name == "tiny_encoder.safetensors"
+    zeros = tmp_path / "zeros"
+    zeros.mkdir()
+    for file in (decoder, encoder):
+        save_file({key: torch.zeros_like(value) for key, value in load_file(file).items()}, zeros / file.name)
+    export_weights(tmp_path / "whole", tmp_path / "weights", torch.float32, {zeros: 0.25})
+    averaged = load_file(decoder)
+    assert all(torch.equal(averaged[key], 0.75 * first[key]) for key in first)
+    for average, said in (({zeros: 1.5}, "from 0 to 1"), ({tmp_path: 0.5}, "holds no tiny.safetensors")):
+        with pytest.raises(TrainingError, match=said):
+            export_weights(tmp_path / "whole", tmp_path / "weights", average=average)
+    save_file({"x": torch.zeros(1)}, zeros / "tiny.safetensors")
+    with pytest.raises(TrainingError, match="of another shape"):
+        export_weights(tmp_path / "whole", tmp_path / "weights", average={zeros: 0.5})
 
 
 def test_upscaled_samples_show_the_small_image_and_reach_the_decoder(
@@ -176,13 +193,14 @@ def test_upscaled_samples_show_the_small_image_and_reach_the_decoder(
         debug_recipe(data, "distillation.upscale_share=1")
 
 
-def test_distillation_brings_the_encoder_nearer_to_taef2(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_distillation_brings_encoder_and_base_nearer_to_taef2(folders: tuple[Path, Path], tmp_path: Path) -> None:
     data, taef2 = folders
     settings = ["phases=('distillation',)", "distillation.run.steps=60", "distillation.optimizer.lr=0.003",
                 "distillation.run.sample_every=20", "distillation.ema.decay=0.9"]  # fmt: skip
     recipe.train_tiny(debug_recipe(data, *settings), tmp_path, taef2, CPU)
     first, *_, last = map(json.loads, (tmp_path / "distillation/samples/metrics.jsonl").read_text().splitlines())
     assert last["encoder_psnr"] > first["encoder_psnr"] and last["encoder_error"] < 0.9 * first["encoder_error"]
+    assert last["base_psnr"] > first["base_psnr"] + 1
     (encoder,) = export_weights(tmp_path, tmp_path / "weights", torch.float32)
     assert encoder.name == "tiny_encoder.safetensors"
 
@@ -198,6 +216,7 @@ def test_the_loss_taef2_holds_low_frequencies(folders: tuple[Path, Path], tmp_pa
             "perception.optimizer.warmup_steps=1",
         ]
         made = debug_recipe(data, *settings)
+        made = replace(made, decoder=replace(made.decoder, base_blocks=()))
         decoder = TinyDecoder(made.decoder)
         decoder.load_state_dict(load_file(recipe.train_tiny(made, tmp_path / weight, taef2, CPU)))
         images = torch.rand(4, 3, 1, 1, generator=torch.Generator().manual_seed(1)).expand(4, 3, 16, 16)
@@ -224,9 +243,10 @@ def test_initial_weights_of_another_shape_are_refused(folders: tuple[Path, Path]
     data, taef2 = folders
     (tmp_path / "start").mkdir()
     save_file({"x": torch.zeros(1)}, tmp_path / "start" / "tiny.safetensors")
-    made = replace(debug_recipe(data), init_from=str(tmp_path / "start"))
-    with pytest.raises(CheckpointError, match="does not fit the decoder"):
-        recipe.train_tiny(made, tmp_path / "run", taef2, CPU)
+    for phase, name in (("distillation", "base"), ("fidelity", "decoder")):
+        made = replace(debug_recipe(data, f"phases=({phase!r},)"), init_from=str(tmp_path / "start"))
+        with pytest.raises(CheckpointError, match=rf"does not fit the {name} .* set decoder\.\*"):
+            recipe.train_tiny(made, tmp_path / "run", taef2, CPU)
 
 
 def test_settings_that_cannot_act_are_refused() -> None:
@@ -234,6 +254,11 @@ def test_settings_that_cannot_act_are_refused() -> None:
         TinyDataConfig(crops=((100, 1, 1.0),))
     with pytest.raises(SettingError, match=r"acts on the decoder"):
         recipe.PhaseConfig(models=("encoder",), loss=recipe.TinyLossConfig(gan=0.1))
+    with pytest.raises(SettingError, match=r"models is \('painter',\); it must name decoder, base, encoder"):
+        recipe.PhaseConfig(models=("painter",))
+    bare = replace(recipe.TinyRecipe(), decoder=TinyDecoderConfig(base_blocks=()))
+    with pytest.raises(SettingError, match=r"names base, and the decoder has none"):
+        recipe.build_models(bare, bare.distillation, [])
     with pytest.raises(SettingError, match=r"Did you mean perception"):
         recipe.parse_recipe("x", ["perceptio.loss.gan=0"])
 
