@@ -450,7 +450,8 @@ class PixelDecoder:
             require_memory(self.runner, size, len(latent))
         reference, seen = self._reference(clean, options), callback is not None
         if isinstance(self.runner, FeedForwardRunner):
-            pixels = self.runner.decode(latent.tensor, work.strips())
+            # Back-projection takes low frequencies from the reference.
+            pixels = self.runner.decode(latent.tensor, work.strips(), base=options.color_fix != "back-projection")
             if callback is not None:
                 callback(Step(1, 1, pixels))
         else:

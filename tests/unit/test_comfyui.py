@@ -152,8 +152,8 @@ def test_early_stop_checks_before_sampling_what_it_is_told(
     with pytest.raises(SettingError, match="connect the decoder, or disconnect"):
         execute(sigmas, model, 5, None, empty)
     tiny = comfy.nodes.manage(PixelDecoder.from_pretrained("tiny", device="cpu", dtype=torch.float32))
-    with pytest.raises(SettingError, match="noise level is 0.25; PiD was trained up to 0.2. Set steps_left to 4"):
-        execute(sigmas, model, 5, tiny, empty)
+    with pytest.raises(SettingError, match="noise level is 0.45; PiD was trained up to 0.4. Set steps_left to 8"):
+        execute(sigmas, model, 9, tiny, empty)
     monkeypatch.setattr(comfy.management, "total_memory", 64 << 20)
     with pytest.raises(DoesNotFitError, match="A result of 4096x4096 pixels needs about .* Make a smaller image"):
         execute(sigmas, model, 5, loaded, empty)

@@ -32,7 +32,7 @@ from pidecode.models.tiny import TinyDecoder, TinyEncoder
 from pidecode.options import DecodeOptions, RuntimeOptions
 from pidecode.registry.configs import TinyDecoderConfig, TinyEncoderConfig
 
-SMALL = TinyDecoderConfig(width=8, blocks=(1, 1, 1, 1))
+SMALL = TinyDecoderConfig(width=8, blocks=(1, 1, 1, 1), base_blocks=(1, 1, 1, 1))
 SMALL_ENCODER = TinyEncoderConfig(
     full_width=4, half_width=4, half_blocks=1, quarter_width=4, quarter_blocks=1, eighth_width=8, eighth_blocks=1,
 )  # fmt: skip
@@ -61,6 +61,8 @@ def test_the_shapes_are_those_named() -> None:
         ({"blocks": ()}, "blocks is empty"), ({"blocks": (10**9,)}, "blocks is 1000000000"),
         ({"width": 6}, "multiple of 4"), ({"blocks": (1,) * 8}, "do not divide the 64"),
         ({"width": True}, "width is True"), ({"max_sigma": 1.5}, "max_sigma is 1.5"),
+        ({"base_blocks": (-1,)}, "base_blocks is -1"), ({"base_blocks": (1,) * 6}, "do not divide the 16"),
+        ({"base_weight": 2.0}, "base_weight is 2"),
     ],
 )  # fmt: skip
 def test_decoder_shapes_that_cannot_be_are_refused(changes: dict[str, Any], said: str) -> None:
@@ -87,9 +89,11 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         TinyEncoder(SMALL_ENCODER)(torch.zeros(1, 3, 20, 32))
 
 
-@pytest.mark.parametrize("blocks", [(1, 2, 0, 1), (2,), (1, 1)])
-def test_strips_equal_the_whole(blocks: tuple[int, ...]) -> None:
-    net = tiny_models.shake(TinyDecoder(replace(SMALL, blocks=blocks)))
+@pytest.mark.parametrize(
+    ("blocks", "base_blocks"), [((1, 2, 0, 1), (1, 1, 1, 1)), ((1, 2, 0, 1), ()), ((2,), ()), ((1, 1), (2,))]
+)
+def test_strips_equal_the_whole(blocks: tuple[int, ...], base_blocks: tuple[int, ...]) -> None:
+    net = tiny_models.shake(TinyDecoder(replace(SMALL, blocks=blocks, base_blocks=base_blocks)))
     tensor, calls = recorded.noise(2, 128, 9, 3, seed=1), []
     with torch.no_grad():
         whole = net(tensor)
@@ -100,6 +104,37 @@ def test_strips_equal_the_whole(blocks: tuple[int, ...]) -> None:
         torch.testing.assert_close(strips, whole, rtol=1e-4, atol=1e-5)
     if len(blocks) > 2:
         assert max(total for _, total in calls) > 8 and min(total for _, total in calls) > 1
+
+
+def test_a_base_moves_low_frequencies_toward_its_image() -> None:
+    net, tensor = tiny_models.shake(TinyDecoder(SMALL)), recorded.noise(1, 128, 2, 3, seed=1)
+    distances = []
+    for weight in (0.0, 0.5, 1.0):
+        net.config = replace(SMALL, base_weight=weight)
+        with torch.no_grad():
+            image, low = net(tensor), net.base(tensor)
+        distances.append(float((torch.nn.functional.avg_pool2d(image, 4) - low).abs().mean()))
+    assert distances[1] == pytest.approx(0.5 * distances[0], rel=0.2)
+    assert distances[2] < 0.3 * distances[0]
+    without = TinyDecoder(replace(SMALL, base_blocks=()))
+    without.load_state_dict({key: value for key, value in net.state_dict().items() if not key.startswith("base.")})
+    net.config = replace(SMALL, base_weight=0.0)
+    with torch.no_grad():
+        torch.testing.assert_close(without(tensor), net(tensor), rtol=0, atol=0)
+
+
+def test_the_base_is_computed_unless_a_reference_gives_low_frequencies(
+    shipped: PixelDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(shipped.runner, FeedForwardRunner) and shipped.runner.base is not None
+    calls, decode = [], shipped.runner.base.decode
+    monkeypatch.setattr(shipped.runner.base, "decode", lambda tensor: calls.append(tensor) or decode(tensor))
+    image = torch.full((1, 3, 32, 32), -0.5)
+    shipped.upscale(image)
+    assert not calls
+    shipped.upscale(image, color_fix="off")
+    shipped.decode(latent())
+    assert len(calls) == 2
 
 
 def test_a_plan_for_an_accelerator_is_cut_where_the_whole_does_not_fit() -> None:
@@ -318,6 +353,6 @@ def test_what_is_delivered_is_finite(shipped: PixelDecoder, monkeypatch: pytest.
 
 
 def test_noise_beyond_what_it_decodes_well_is_refused(shipped: PixelDecoder) -> None:
-    assert shipped.max_sigma == 0.2
-    with pytest.raises(SettingError, match="tiny decodes latents well up to 0.2"):
-        shipped.decode(latent(), sigma=0.4)
+    assert shipped.max_sigma == 0.4
+    with pytest.raises(SettingError, match="tiny decodes latents well up to 0.4"):
+        shipped.decode(latent(), sigma=0.45)

@@ -100,18 +100,11 @@ def predict(
         resident: Bytes this process holds beside the weights, which count where the device is the CPU.
     """
     wide, (width, height), B = DTYPE_BYTES[plan.dtype], plan.size, plan.batch
-    last = config.pixel_shuffle  # output pixels per cell of the last grid
-    columns, count = width // last, height // last
-    # The first strip is longer, by the rows that the output is behind.
-    rows = min(count, strip_rows(plan.strip, B, columns, count) + 2 * (1 + config.blocks[-1]))
-    cells, features = B * columns * rows, B * config.width * columns * rows * wide
-    # A block holds its input, an activation with repeated edges, and a convolution's result. The pixels follow, in
-    # other sizes, for which the allocator takes new memory.
-    tails = 0 if plan.strip is None else 6 * config.blocks[-1] * B * config.width * columns * wide
-    stage = 5 * features + 3 * cells * last**2 * (wide + 4) + tails
     image, encoder = 3 * 4 * B * width * height, TinyEncoderConfig()
-    before = B * config.width * columns * count * wide // (4 if len(config.blocks) > 1 else 1)
-    decoding = before + stage + image
+    decoding = _decode_memory(plan, config)
+    if config.base is not None:
+        small = replace(plan, size=(width // config.scale, height // config.scale))
+        decoding = max(decoding, image + _decode_memory(small, config.base))
     # The encoder's widest block, at the source's size; the color fix: nine of the source's size, and two convolutions
     # of one plane, whose channels a CPU pads to sixteen.
     encoding = 3 * B * encoder.full_width * (width * height // config.scale**2) * wide
@@ -126,6 +119,22 @@ def predict(
     elif resident:
         parts += [("libraries", resident), ("heap", HEAP)]
     return replace(plan, parts=tuple(parts))
+
+
+def _decode_memory(plan: FeedForwardPlan, config: TinyDecoderConfig) -> int:
+    """Bytes that the stages of a network and its image take, beside its weights."""
+    wide, (width, height), B = DTYPE_BYTES[plan.dtype], plan.size, plan.batch
+    last = config.pixel_shuffle  # output pixels per cell of the last grid
+    columns, count = width // last, height // last
+    # The first strip is longer, by the rows that the output is behind.
+    rows = min(count, strip_rows(plan.strip, B, columns, count) + 2 * (1 + config.blocks[-1]))
+    cells, features = B * columns * rows, B * config.width * columns * rows * wide
+    # A block holds its input, an activation with repeated edges, and a convolution's result. The pixels follow, in
+    # other sizes, for which the allocator takes new memory.
+    tails = 0 if plan.strip is None else 6 * config.blocks[-1] * B * config.width * columns * wide
+    stage = 5 * features + 3 * cells * last**2 * (wide + 4) + tails
+    before = B * config.width * columns * count * wide // (4 if len(config.blocks) > 1 else 1)
+    return before + stage + 3 * 4 * B * width * height
 
 
 def plan_feed_forward(
@@ -316,6 +325,7 @@ class FeedForwardRunner:
         # Channels last, so that convolutions on a CPU need not reorder their inputs.
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.net, self.plan = net, plan
+        self.base = None if net.base is None else FeedForwardRunner(net.base, plan)
 
     def place(self, device: torch.device) -> None:
         """Move the network to a device."""
@@ -338,8 +348,23 @@ class FeedForwardRunner:
         return predict(plan, self.net.config, accelerator=self.net.device.type != "cpu", resident=resident)
 
     @torch.no_grad()
-    def decode(self, latent: Tensor, on_strip: StripCallback | None = None) -> Tensor:
-        """Normalized latent `[B, C, h, w]` to the image `[B, 3, H, W]`, float32, not clamped."""
+    def decode(self, latent: Tensor, on_strip: StripCallback | None = None, *, base: bool = True) -> Tensor:
+        """Normalized latent `[B, C, h, w]` to the image `[B, 3, H, W]`, float32, not clamped.
+
+        Without `base` low frequencies are not corrected, for an image that is given those of a reference.
+        """
+        image = self._before_correction(latent, on_strip)
+        if base and self.base is not None:
+            config = self.net.config
+            difference = self.base.decode(latent).sub_(functional.avg_pool2d(image, config.scale))
+            for channel in range(3):  # one at a time, to save memory
+                part = difference[:, channel : channel + 1]
+                part = functional.interpolate(part, scale_factor=config.scale, mode="bicubic")
+                image[:, channel : channel + 1].add_(part, alpha=config.base_weight)
+        return image
+
+    def _before_correction(self, latent: Tensor, on_strip: StripCallback | None) -> Tensor:
+        """The image without the correction of its low frequencies."""
         net = self.net
         features = net.coarse(latent)
         *inner, final = [*net.stages][1:] or [None]

@@ -49,7 +49,9 @@ class TinyDecoder(nn.Module):
 
     The first stage works on the latent's own grid, where convolutions are cheap, and alone normalizes over the whole
     image; finer stages would lose the size of a faint detail by it. Each further stage doubles the grid. A last
-    convolution gives the pixels of each cell, which are shuffled into place.
+    convolution gives the pixels of each cell, which are shuffled into place. `base`, if there is one, gives the
+    low-resolution image, toward which low frequencies are moved: trained for nothing else, it knows them better than a
+    network that also paints detail.
     """
 
     def __init__(self, config: TinyDecoderConfig | None = None) -> None:
@@ -64,6 +66,7 @@ class TinyDecoder(nn.Module):
             for stage, count in enumerate(config.blocks)
         )
         self.to_pixels = _conv3x3(config.width, 3 * config.pixel_shuffle**2)
+        self.base = None if config.base is None else TinyDecoder(config.base)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -98,7 +101,12 @@ class TinyDecoder(nn.Module):
         features = self.coarse(latent)
         for stage in list(self.stages)[1:]:
             features = stage(functional.interpolate(features, scale_factor=2, mode="nearest"))
-        return self.pixels(functional.pad(features, (1, 1, 1, 1), mode="replicate"))
+        image = self.pixels(functional.pad(features, (1, 1, 1, 1), mode="replicate"))
+        if self.base is None:
+            return image
+        difference = self.base(latent) - functional.avg_pool2d(image, self.config.scale)
+        correction = functional.interpolate(difference, scale_factor=self.config.scale, mode="bicubic")
+        return image + self.config.base_weight * correction
 
 
 class EncoderBlock(nn.Module):

@@ -226,6 +226,9 @@ class TinyDecoderConfig:
         scale: Output pixels per pixel of the low-resolution image, along each side.
         width: Channels of all convolutions.
         blocks: Residual blocks of each stage; each stage but the first doubles the grid.
+        base_blocks: The same of a second network of the same width, which gives the low-resolution image alone and
+            corrects low frequencies by it; empty for none.
+        base_weight: Share of its difference from the image, reduced, that is added.
         max_sigma: Highest noise level of a latent for which the decoder was found good.
 
     Raises:
@@ -238,6 +241,8 @@ class TinyDecoderConfig:
     scale: int = 4
     width: int = 64
     blocks: tuple[int, ...] = (16, 8, 12, 4)
+    base_blocks: tuple[int, ...] = (16, 8, 5, 1)
+    base_weight: float = 0.7
     max_sigma: float = 0.8
 
     def __post_init__(self) -> None:
@@ -245,8 +250,9 @@ class TinyDecoderConfig:
             _check_count(name, getattr(self, name), least=1, most=MAX_WIDTH)
         if not self.blocks:
             raise SettingError("blocks is empty; name the residual blocks of at least one stage.")
-        for count in self.blocks:
-            _check_count("blocks", count, least=0, most=MAX_BLOCKS)
+        for name in ("blocks", "base_blocks"):
+            for count in getattr(self, name):
+                _check_count(name, count, least=0, most=MAX_BLOCKS)
         if self.width % 4 or self.latent_channels % self.latent_unpatchify**2:
             raise SettingError(
                 f"width={self.width} must be a multiple of 4 (its GroupNorm's groups), and latent_channels="
@@ -256,8 +262,15 @@ class TinyDecoderConfig:
             raise SettingError(
                 f"{len(self.blocks)} stages do not divide the {self.pixels_per_cell} output pixels of a latent cell."
             )
-        if not 0.0 <= self.max_sigma <= 1.0:
-            raise SettingError(f"max_sigma is {self.max_sigma}; it must be from 0 to 1.")
+        for name in ("base_weight", "max_sigma"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise SettingError(f"{name} is {getattr(self, name)}; it must be from 0 to 1.")
+        _ = self.base  # which is checked likewise
+
+    @property
+    def base(self) -> TinyDecoderConfig | None:
+        """Shape of the network that gives the low-resolution image alone."""
+        return replace(self, scale=1, blocks=self.base_blocks, base_blocks=()) if self.base_blocks else None
 
     @property
     def pixels_per_cell(self) -> int:
@@ -271,7 +284,7 @@ class TinyDecoderConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""
-        return {**asdict(self), "blocks": list(self.blocks)}
+        return {**asdict(self), "blocks": list(self.blocks), "base_blocks": list(self.base_blocks)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TinyDecoderConfig:
@@ -281,10 +294,10 @@ class TinyDecoderConfig:
             SettingError: A name is unknown, or a value has the wrong type.
         """
         clean = dict(values)
-        if "blocks" in clean:
-            if not isinstance(clean["blocks"], (list, tuple)):
-                raise SettingError(f"blocks is {clean['blocks']!r}; it must be a list of whole numbers.")
-            clean["blocks"] = tuple(clean["blocks"])
+        for name in clean.keys() & {"blocks", "base_blocks"}:
+            if not isinstance(clean[name], (list, tuple)):
+                raise SettingError(f"{name} is {clean[name]!r}; it must be a list of whole numbers.")
+            clean[name] = tuple(clean[name])
         return _from_dict(cls, clean)
 
 
