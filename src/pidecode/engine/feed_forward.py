@@ -104,7 +104,7 @@ def predict(
     decoding = _decode_memory(plan, config)
     if config.base is not None:
         small = replace(plan, size=(width // config.scale, height // config.scale))
-        decoding = max(decoding, image + _decode_memory(small, config.base))
+        decoding = max(decoding, _decode_memory(small, config.base)) + image // config.scale**2
     # The encoder's widest block, at the source's size; the color fix: nine of the source's size, and two convolutions
     # of one plane, whose channels a CPU pads to sixteen.
     encoding = 3 * B * encoder.full_width * (width * height // config.scale**2) * wide
@@ -353,10 +353,12 @@ class FeedForwardRunner:
 
         Without `base` low frequencies are not corrected, for an image that is given those of a reference.
         """
+        # The base first: the larger network then reuses its memory, the other way around the heap keeps holes.
+        low = self.base.decode(latent) if base and self.base is not None else None
         image = self._before_correction(latent, on_strip)
-        if base and self.base is not None:
+        if low is not None:
             config = self.net.config
-            difference = self.base.decode(latent).sub_(functional.avg_pool2d(image, config.scale))
+            difference = low.sub_(functional.avg_pool2d(image, config.scale))
             for channel in range(3):  # one at a time, to save memory
                 part = difference[:, channel : channel + 1]
                 part = functional.interpolate(part, scale_factor=config.scale, mode="bicubic")
