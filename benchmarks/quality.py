@@ -28,18 +28,19 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).parent.parent))
 sys.path.append(str(Path(__file__).parent.parent / "recipes" / "tiny"))
+from real_esrgan import X4PLUS, RealESRGAN
 from synthetic import synthetic_image
 from taef2 import TinyAutoencoder
 
 from benchmarks.judges import BLOCK, FeatureJudge, Niqe
 from data import crop_to_multiple, held_out, quarter, read_manifest, to_signed
 from pidecode import Latent, PixelDecoder, read_image
-from pidecode.errors import FileError, MissingDependencyError, PidecodeError, SettingError
+from pidecode.errors import PidecodeError, SettingError
 from pidecode.files import atomic_write
 from pidecode.images.tensors import to_pil
 from pidecode.metrics import channel_error, psnr, sharpness, ssim
 
-ENLARGERS = {"Real-ESRGAN x4plus": "realesrgan-x4plus", "realesr-animevideov3": "realesr-animevideov3-x4"}
+ENLARGERS = {"Real-ESRGAN x4plus": X4PLUS, "realesr-animevideov3": "realesr-animevideov3-x4"}
 """Networks of Real-ESRGAN, and their files' names."""
 ORIGINAL = "original"
 COLUMNS = {
@@ -93,36 +94,6 @@ def lanczos(image: Tensor) -> Tensor:
     small = to_pil(rounded(image))
     size = (4 * small.width, 4 * small.height)
     return to_signed(np.array(small.resize(size, Image.Resampling.LANCZOS)))[None]
-
-
-class RealESRGAN:
-    """Four times the size by a network of Real-ESRGAN (https://arxiv.org/abs/2107.10833) in ncnn, on the CPU.
-
-    Raises:
-        FileError: The folder does not hold the network.
-        MissingDependencyError: ncnn is not installed.
-    """
-
-    def __init__(self, folder: Path, name: str, threads: int = 1) -> None:
-        try:
-            import ncnn
-        except ImportError:
-            raise MissingDependencyError("--models needs ncnn: pip install ncnn.") from None
-        self._ncnn, self._net = ncnn, ncnn.Net()
-        self._net.opt.use_vulkan_compute = False
-        self._net.opt.num_threads = threads
-        for ending, load in ((".param", self._net.load_param), (".bin", self._net.load_model)):
-            path = folder / f"{name}{ending}"
-            if not path.is_file() or load(str(path)) != 0:
-                raise FileError(f"{path} is no file of ncnn; --models names the folder of Real-ESRGAN's files.")
-
-    def __call__(self, image: Tensor) -> Tensor:
-        """An image `[1, 3, h, w]` in [-1, 1], enlarged."""
-        values = ((rounded(image)[0] + 1) / 2).contiguous().numpy()
-        extractor = self._net.create_extractor()
-        extractor.input("data", self._ncnn.Mat(values).clone())
-        result = np.array(extractor.extract("output")[1])
-        return torch.from_numpy(result)[None] * 2 - 1
 
 
 class Contenders:

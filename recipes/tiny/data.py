@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,13 +61,24 @@ class TinyDataConfig:
     """Share of crops joined with another one, or a flat color, along a straight edge."""
     smooth: float = 0.0
     """Share of crops replaced by areas of one color, and smooth ones between four."""
+    targets: str = ""
+    """Folder that `targets.py` filled: crops with taef2's decode enlarged by Real-ESRGAN; empty for none."""
+    targets_share: float = 0.4
+    """Share of the batches taken from that folder; they are not augmented again."""
+    targets_batch: int = 4
+    """Crops in such a batch."""
 
     def __post_init__(self) -> None:
         if not self.crops or any(side % SIDE_MULTIPLE or side < SIDE_MULTIPLE for side, _, _ in self.crops):
             raise SettingError(f"data.crops is {self.crops}; sides must be multiples of {SIDE_MULTIPLE}.")
         if self.reduction not in (1, SCALE):
             raise SettingError(f"data.reduction is {self.reduction}; it must be 1 or {SCALE}.")
-        for name in ("synthetic_share", "recolor", "join", "smooth"):
+        if self.targets and (self.reduction != SCALE or self.targets_batch < 1):
+            raise SettingError(
+                f"data.targets needs data.reduction={SCALE} and at least one crop in data.targets_batch; got "
+                f"{self.reduction} and {self.targets_batch}."
+            )
+        for name in ("synthetic_share", "recolor", "join", "smooth", "targets_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingError(f"data.{name} is {getattr(self, name)}; it must lie within 0 and 1.")
 
@@ -87,6 +99,8 @@ class CropBatch:
     """`[B]`: noise level of each latent."""
     smooth: Tensor
     """`[B]`: whether the crop was replaced by an area of one color, or a smooth one."""
+    target: Tensor | None = None
+    """`[B, 3, S, S]` in [-1, 1]: taef2's decode of the clean latent, enlarged by Real-ESRGAN, where it is known."""
 
 
 def held_out(names_by_category: Mapping[str, Sequence[str]], fraction: float = 0.1) -> set[str]:
@@ -229,23 +243,34 @@ class CropLoader:
         self.skipped = dict(skipped or {})
         paths = {kind: sorted(cache.glob(f"{kind}-*.npy")) for kind in ("train", "synthetic")}
         self._arrays = {kind: [np.load(path, mmap_mode="r") for path in found] for kind, found in paths.items()}
+        self._targets = sorted(Path(config.targets).expanduser().glob("*.npz")) if config.targets else []
+        if config.targets and not self._targets:
+            raise TrainingError(f"{config.targets} holds no crops; fill it with targets.py first.")
+        paths["targets"] = self._targets
         text = "\n".join(path.name for found in paths.values() for path in found)
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
         self._weights: dict[tuple[str, int], NDArray[np.float64]] = {}
 
     def batch(self, number: int) -> tuple[CropBatch, PerSampleRNG, tuple[str, ...]]:
         """The batch of that number, the random numbers for the rest of its step, and its samples' names."""
+        generator = np.random.default_rng(seed_of(self.seed, "size", number))
         sides, counts, shares = zip(*self.config.crops, strict=True)
-        probabilities = np.array(shares) / sum(shares)
-        pick = int(np.random.default_rng(seed_of(self.seed, "size", number)).choice(len(sides), p=probabilities))
-        side, count = int(sides[pick]), int(counts[pick])
+        pick = int(generator.choice(len(sides), p=np.array(shares) / sum(shares)))
+        with_target = bool(self._targets) and generator.uniform() < self.config.targets_share
+        count = self.config.targets_batch if with_target else int(counts[pick])
         indices = range(self.rank * count, (self.rank + 1) * count)
-        crops = [self._crop(side, np.random.default_rng(seed_of(self.seed, number, "crop", i))) for i in indices]
+        generators = [np.random.default_rng(seed_of(self.seed, number, "crop", index)) for index in indices]
         rng = PerSampleRNG(self.seed, number, indices, self.device)
-        image = to_signed(np.stack(crops)).to(self.device)
-        image = augment(image, rng, recolor=self.config.recolor, join=self.config.join)
-        smooth = _happens(self.config.smooth, rng)
-        image = torch.where(smooth, smooth_fields(image, rng), image)
+        target: Tensor | None = None
+        if with_target:
+            pairs = [self._crop_with_target(each) for each in generators]
+            image, target = (to_signed(np.stack(crops)).to(self.device) for crops in zip(*pairs, strict=True))
+            smooth = torch.zeros(count, dtype=torch.bool, device=self.device)
+        else:
+            image = to_signed(np.stack([self._crop(int(sides[pick]), each) for each in generators])).to(self.device)
+            image = augment(image, rng, recolor=self.config.recolor, join=self.config.join)
+            smooth = _happens(self.config.smooth, rng)
+            image = torch.where(smooth, smooth_fields(image, rng), image)
         with torch.no_grad():
             low = image
             if self.config.reduction > 1:
@@ -253,7 +278,7 @@ class CropLoader:
             clean = F.pixel_unshuffle(self.encode(low).float(), 2)
             latent, sigma = noise_latent(clean, rng, self.noise, "flow")
         names = tuple(f"{number}/{index}" for index in indices)
-        return CropBatch(image, low, clean, latent, sigma, smooth.flatten()), rng, names
+        return CropBatch(image, low, clean, latent, sigma, smooth.flatten(), target), rng, names
 
     def _crop(self, side: int, rng: np.random.Generator) -> NDArray[np.uint8]:
         synthetic = bool(self._arrays["synthetic"]) and rng.uniform() < self.config.synthetic_share
@@ -261,6 +286,14 @@ class CropLoader:
         array = self._arrays[kind][int(rng.choice(len(self._arrays[kind]), p=self._probabilities(kind, side)))]
         top, left = (int(rng.integers(0, extent - side + 1)) for extent in array.shape[:2])
         return np.array(array[top : top + side, left : left + side])
+
+    def _crop_with_target(self, rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        path = self._targets[int(rng.integers(len(self._targets)))]
+        try:
+            with open(path, "rb") as file, np.load(file) as arrays:
+                return arrays["image"], arrays["target"]
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise TrainingError(f"{path} is no file of targets.py; delete it and make it again: {error}") from error
 
     def _probabilities(self, kind: str, side: int) -> NDArray[np.float64]:
         if (kind, side) not in self._weights:

@@ -126,3 +126,11 @@ def grid_distance(generated: Tensor, image: Tensor, period: int) -> Tensor:
         return places / (places.mean() + 1e-4)
 
     return (profile(generated) - profile(image)).square().mean()
+
+
+def back_projected(generated: Tensor, low: Tensor, rounds: int = 2) -> Tensor:
+    """Images `[B, 3, H, W]` whose reduction is very nearly `low`, `[B, 3, H/4, W/4]`; with gradients."""
+    for _ in range(rounds):
+        error = low - F.interpolate(generated, size=low.shape[-2:], mode="bicubic", antialias=True)
+        generated = generated + F.interpolate(error, size=generated.shape[-2:], mode="bicubic")
+    return generated

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train `tiny`: distillation of taef2, fidelity (pixels, low frequencies), perception (features, discriminator).
+"""Train `tiny`: distillation of taef2, fidelity (pixels), perception (features, discriminator, Real-ESRGAN's targets).
 
     python recipes/tiny/train.py --data PHOTOGRAPHS --taef2 FOLDER --out runs/tiny [--set fidelity.run.steps=2000]
 
@@ -22,6 +22,7 @@ import torch.nn.functional as F  # noqa: N812
 from discriminator import FeatureDiscriminator, d_loss, g_loss, r1
 from losses import (
     PerceptualFeatures,
+    back_projected,
     chroma_distance,
     dists_distance,
     grid_distance,
@@ -64,6 +65,8 @@ class TinyLossConfig:
     taef2: float = 0.0
     """Mean absolute difference of the mean colors of squares from those that taef2 decodes from the latent without
     noise: a target without what no decoder can know. Smooth crops have none, because taef2 is less exact there."""
+    real_esrgan: float = 0.0
+    """Mean absolute difference of pixels from taef2's decode enlarged by Real-ESRGAN (`data.targets`)."""
     chroma: float = 0.0
     """Mean absolute difference of the colors beside gray."""
     lpips: float = 0.0
@@ -107,7 +110,8 @@ class PhaseConfig:
     discriminator_width: int = 64
     """Channels of its heads."""
     upscale_share: float = 0.0
-    """Share of the decoder's samples taken from the encoder's latents, and corrected by the image as `upscale` does."""
+    """Share of the decoder's samples made as `upscale` makes them: from the encoder's latents, by a decoder that reads
+    the low-resolution image, which then corrects the result."""
     validation_side: int = 384
     """Largest side of the held-out crops in samples."""
     data: TinyDataConfig = field(default_factory=TinyDataConfig)
@@ -128,6 +132,11 @@ class PhaseConfig:
             raise SettingError(f"models is {self.models}; it must name {', '.join(MODELS)}, or some of them.")
         if self.loss.gan and "decoder" not in self.models:
             raise SettingError("loss.gan acts on the decoder; add it to models or set loss.gan=0.")
+        if self.data.targets and not (self.loss.real_esrgan and "decoder" in self.models):
+            raise SettingError(
+                "data.targets acts on the decoder by loss.real_esrgan; set that and add decoder to models, or leave "
+                "data.targets empty."
+            )
         if not 0 <= self.upscale_share <= 1:
             raise SettingError(f"upscale_share is {self.upscale_share}; it must be from 0 to 1.")
         if self.upscale_share and self.models != ("decoder",):
@@ -177,7 +186,7 @@ class TinyRecipe:
     perception: PhaseConfig = field(
         default_factory=lambda: PhaseConfig(
             models=("decoder",),
-            upscale_share=0.3,
+            upscale_share=0.2,
             data=TinyDataConfig(smooth=0.25),
             noise=LatentNoiseConfig(probability=0.3, sigma_max=0.8),
             loss=TinyLossConfig(
@@ -185,10 +194,11 @@ class TinyRecipe:
                 low_frequency=3.0,
                 taef2=6.0,
                 chroma=4.0,
-                lpips=1.6,
-                dists=1.6,
+                lpips=2.0,
+                dists=2.2,
+                real_esrgan=6.0,
                 grid=0.5,
-                gan=0.2,
+                gan=0.3,
                 gan_start=500,
                 noise_scale=0.4,
             ),
@@ -277,7 +287,13 @@ class TinyTask:
             with torch.no_grad():
                 latent = torch.where(per_sample(upscaled), self.encoder(batch.low).float(), latent)
             sigma = sigma.masked_fill(upscaled, 0)
-        generated = self.modules["decoder"](latent).float().contiguous(memory_format=torch.channels_last)
+        decoder, low_res = cast(TinyDecoder, unwrap(self.modules["decoder"])), None
+        if decoder.base is not None:
+            with torch.no_grad():
+                low_res = torch.where(per_sample(upscaled), batch.low, decoder.base(latent).float())
+        generated = self.modules["decoder"](latent, low_res).float().contiguous(memory_format=torch.channels_last)
+        if low_res is not None:
+            generated = torch.where(per_sample(upscaled), generated, decoder.corrected(generated, low_res))
         distilled = torch.zeros_like(sigma)
         if config.taef2 and (taught := ~upscaled & ~batch.smooth).any():
             with torch.no_grad():
@@ -298,6 +314,11 @@ class TinyTask:
         loss = loss + add("low_frequency", config.low_frequency, low_frequency_distance(generated, image))
         if config.taef2:
             loss = loss + add("taef2", config.taef2, distilled)
+        if config.real_esrgan and self.config.data.targets:
+            difference = torch.zeros_like(sigma)
+            if batch.target is not None:  # what `upscale` gives is held to the image, which is better than the target
+                difference = torch.where(upscaled, 0.0, pixel_distance(generated, batch.target))
+            loss = loss + add("real_esrgan", config.real_esrgan, difference)
         if config.chroma:
             loss = loss + add("chroma", config.chroma, chroma_distance(generated, image))
         if config.grid:
@@ -542,14 +563,6 @@ def train_tiny(
 def _rms(error: Tensor) -> Tensor:
     """Root mean square `[B]` of `[B, C, H, W]`."""
     return (error.square().mean((1, 2, 3)) + 1e-6).sqrt()
-
-
-def back_projected(generated: Tensor, low: Tensor, rounds: int = 2) -> Tensor:
-    """Images `[B, 3, H, W]` whose reduction is very nearly `low`, `[B, 3, H/4, W/4]`; with gradients."""
-    for _ in range(rounds):
-        error = low - F.interpolate(generated, size=low.shape[-2:], mode="bicubic", antialias=True)
-        generated = generated + F.interpolate(error, size=generated.shape[-2:], mode="bicubic")
-    return generated
 
 
 def random_window(generated: Tensor, image: Tensor, rng: RNG, margin: int = 32) -> tuple[Tensor, Tensor]:

@@ -298,7 +298,7 @@ class PixelDecoder:
         callback: Callback | None = None,
         progress_callback: DecodeProgressCallback | None = None,
     ) -> DecodeOutput:
-        """Decode a latent: nothing but the latent and the prompt informs the image.
+        """Decode a latent: only the latent and the prompt inform the image, unless a color fix adds a reference.
 
         The same seed gives the same image on the same device and versions; on another device the noise is the same
         and the arithmetic differs by rounding.
@@ -319,7 +319,8 @@ class PixelDecoder:
             negative_prompt: Teacher only.
             prompt_embeds: Text states `[B, tokens, text_dim]` in place of the text encoder, or a file that has them.
             color_fix: "off" (default), "auto", "coarse", "fine" or "back-projection": see `pidecode.color_fix`.
-            reference: Image that the color fix and the drift report go by, as `encode` takes it; default the VAE's.
+            reference: Image that the color fix and the drift report go by, as `encode` takes it; default the VAE's. A
+                feed-forward decoder also reads it for back-projection, if it has the size the latent was made from.
             callback: Called after each step with the current estimate; raise `errors.Cancelled` in it to stop.
             progress_callback: Called before each piece of work with what it is and the share of the work done so far.
 
@@ -450,8 +451,10 @@ class PixelDecoder:
             require_memory(self.runner, size, len(latent))
         reference, seen = self._reference(clean, options), callback is not None
         if isinstance(self.runner, FeedForwardRunner):
-            # Back-projection takes low frequencies from the reference.
-            pixels = self.runner.decode(latent.tensor, work.strips(), base=options.color_fix != "back-projection")
+            low_res, shape = None, (len(latent), 3, size[1] // self.scale, size[0] // self.scale)
+            if options.color_fix == "back-projection" and reference is not None and reference.shape == shape:
+                low_res = reference.to(self.device, torch.float32)  # which the reduced result will equal
+            pixels = self.runner.decode(latent.tensor, work.strips(), low_res=low_res)
             if callback is not None:
                 callback(Step(1, 1, pixels))
         else:
@@ -498,9 +501,10 @@ class PixelDecoder:
             return latent
         if options.sigma > self.max_sigma:
             raise SettingError(
-                f"sigma is {options.sigma:g}; {self.name} decodes latents well up to {self.max_sigma:g}. To label "
-                "a latent that already holds noise, give sigma to Latent() instead."
-            )
+                f"sigma is {options.sigma:g}; {self.name} decodes latents well up to {self.max_sigma:g}.",
+                python="To label a latent that already holds noise, give sigma to Latent() instead.",
+                cli="Add less noise.", http="Add less noise.",
+            )  # fmt: skip
         seed = options.seeds(len(latent))[0]
         return latent.noised(options.sigma, seed=(seed + SIGMA_SEED_OFFSET) % MAX_SEED)
 

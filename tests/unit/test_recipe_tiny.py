@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import targets
 import torch
 import train as recipe
 from export import export_weights
@@ -20,7 +21,7 @@ from synthetic import KINDS, synthetic_image
 from taef2 import TinyAutoencoder
 from torch import Tensor, nn
 
-from data import TinyDataConfig, augment, held_out, quarter, smooth_fields
+from data import TinyDataConfig, augment, held_out, quarter, smooth_fields, to_signed
 from pidecode.errors import CheckpointError, FileError, SettingError, TrainingError
 from pidecode.files import FolderLock
 from pidecode.models.tiny import TinyDecoder
@@ -114,6 +115,57 @@ def debug_recipe(data: Path, *settings: str) -> recipe.TinyRecipe:
         made, decoder=replace(made.decoder, width=8, blocks=(1, 1, 1, 1), base_blocks=(1, 1, 1, 1)),
         encoder=replace(made.encoder, **encoder),
     )  # fmt: skip
+
+
+class Enlarger:
+    """In place of Real-ESRGAN, which needs ncnn and its files: each pixel four times, too bright by a quarter."""
+
+    def __init__(self, *given: object) -> None:
+        pass
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return image.repeat_interleave(4, 2).repeat_interleave(4, 3) + 0.25
+
+
+def test_targets_fill_a_folder_that_training_reads(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, taef2 = folders
+    monkeypatch.setattr(targets, "RealESRGAN", Enlarger)
+    out, config = tmp_path / "run" / "targets", replace(targets.CROPS, crops=((64, 4, 1.0),), synthetic_images=5)
+    monkeypatch.setattr(targets, "CROPS", config)
+    line = ["--data", str(data), "--taef2", str(taef2), "--models", "unused", "--out", str(out), "--crops", "12"]
+    targets.main([*line, "--part", "2/2"])
+    assert sorted(path.stem for path in out.iterdir()) == ["000004", "000005", "000006", "000007"]
+    kept = (out / "000004.npz").stat().st_mtime_ns
+    targets.main(line)
+    assert len(list(out.glob("*.npz"))) == 12 and (out / "000004.npz").stat().st_mtime_ns == kept
+    with np.load(out / "000009.npz") as arrays:
+        image, target = to_signed(arrays["image"])[None], to_signed(arrays["target"])[None]
+    autoencoder = TinyAutoencoder.from_folder(taef2)
+    reduced = torch.nn.functional.interpolate(image, scale_factor=0.25, mode="bicubic", antialias=True)
+    small = autoencoder.decode(autoencoder.encode(reduced))
+    assert float((torch.nn.functional.avg_pool2d(target, 4) - small).abs().mean()) < 0.03
+    settings = ["phases=('perception',)", "perception.upscale_share=0", f"perception.data.targets={str(out)!r}",
+                "perception.data.targets_share=1", "perception.data.targets_batch=2"]  # fmt: skip
+    recipe.train_tiny(debug_recipe(data, *settings), tmp_path / "run", taef2, CPU)
+    rows = [json.loads(row) for row in (tmp_path / "run" / "perception" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 and all(row["real_esrgan"] > 0 for row in rows)
+    with pytest.raises(SettingError, match=r"data\.targets acts on the decoder by loss\.real_esrgan"):
+        debug_recipe(data, *settings, "perception.loss.real_esrgan=0")
+    for wrong in ("targets_batch=0", "reduction=1"):
+        with pytest.raises(SettingError, match=r"data\.targets needs data\.reduction=4"):
+            debug_recipe(data, *settings, f"perception.data.{wrong}")
+    made = debug_recipe(data, *settings[:2], f"perception.data.targets={str(tmp_path)!r}")
+    with pytest.raises(TrainingError, match="holds no crops; fill it with targets.py"):
+        recipe.train_tiny(made, tmp_path / "none", taef2, CPU)
+    for path in out.iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(TrainingError, match="is no file of targets.py; delete it"):
+        recipe.train_tiny(debug_recipe(data, *settings), tmp_path / "damaged", taef2, CPU)
+    for part in ("2/1", "0/1", "half"):
+        with pytest.raises(SystemExit, match="give a part of a whole"):
+            targets.main([*line, "--part", part])
 
 
 class Interrupt:

@@ -63,6 +63,8 @@ def test_the_shapes_are_those_named() -> None:
         ({"width": True}, "width is True"), ({"max_sigma": 1.5}, "max_sigma is 1.5"),
         ({"base_blocks": (-1,)}, "base_blocks is -1"), ({"base_blocks": (1,) * 6}, "do not divide the 16"),
         ({"base_weight": 2.0}, "base_weight is 2"),
+        ({"blocks": (1,) * 5, "base_blocks": (1,)}, "The 32 cells .* do not divide the 16 pixels"),
+        ({"latent_down": 24, "base_blocks": (1,)}, "The 16 cells .* do not divide the 24 pixels"),
     ],
 )  # fmt: skip
 def test_decoder_shapes_that_cannot_be_are_refused(changes: dict[str, Any], said: str) -> None:
@@ -101,7 +103,14 @@ def test_strips_equal_the_whole(blocks: tuple[int, ...], base_blocks: tuple[int,
     for strip in (None, 2000, 1):
         plan = FeedForwardPlan(size=(192, 576), strip=strip)
         strips = FeedForwardRunner(net, plan).decode(tensor, lambda done, total: calls.append((done, total)))
-        torch.testing.assert_close(strips, whole, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(strips, whole, rtol=1e-4, atol=3e-5)
+        if base_blocks:
+            low_res = recorded.noise(2, 3, 144, 48, seed=2)
+            given = low_res.clone()
+            strips = FeedForwardRunner(net, plan).decode(tensor, low_res=low_res)
+            assert torch.equal(low_res, given)
+            with torch.no_grad():
+                torch.testing.assert_close(strips, net(tensor, low_res), rtol=1e-4, atol=3e-5)
     if len(blocks) > 2:
         assert max(total for _, total in calls) > 8 and min(total for _, total in calls) > 1
 
@@ -116,25 +125,48 @@ def test_a_base_moves_low_frequencies_toward_its_image() -> None:
         distances.append(float((torch.nn.functional.avg_pool2d(image, 4) - low).abs().mean()))
     assert distances[1] == pytest.approx(0.5 * distances[0], rel=0.2)
     assert distances[2] < 0.3 * distances[0]
-    without = TinyDecoder(replace(SMALL, base_blocks=()))
-    without.load_state_dict({key: value for key, value in net.state_dict().items() if not key.startswith("base.")})
-    net.config = replace(SMALL, base_weight=0.0)
+
+
+def test_the_decoder_reads_the_low_resolution_image_in_every_stage_but_the_first() -> None:
+    assert not any(parameter.detach().any() for parameter in TinyDecoder(SMALL).low_res_inputs.parameters())
+    net, tensor = tiny_models.shake(TinyDecoder(SMALL)), recorded.noise(1, 128, 2, 3, seed=1)
+    low_res = recorded.noise(1, 3, 32, 48, seed=2)
+    assert [tuple(conv.weight.shape[:2]) for conv in net.low_res_inputs] == [(8, 48), (8, 12), (8, 3)]
     with torch.no_grad():
-        torch.testing.assert_close(without(tensor), net(tensor), rtol=0, atol=0)
+        estimate = net.base(tensor)
+        torch.testing.assert_close(net(tensor), net.corrected(net(tensor, estimate), estimate), rtol=0, atol=0)
+        before = net(tensor, low_res)
+        for conv in net.low_res_inputs:
+            weight = conv.weight.clone()
+            conv.weight.zero_()
+            assert float((net(tensor, low_res) - before).abs().mean()) > 1e-3
+            conv.weight.copy_(weight)
+        half = net.bfloat16()(tensor, low_res)
+        assert half.dtype is torch.bfloat16 and float((half.float() - before).abs().mean()) < 0.05 * float(before.std())
+        strips = FeedForwardRunner(net).decode(tensor, low_res=low_res)
+        assert strips.dtype is torch.float32 and float((strips - half).abs().mean()) < 0.02 * float(before.std())
+    bare = TinyDecoder(replace(SMALL, base_blocks=()))
+    assert not bare.low_res_inputs
+    with torch.no_grad():
+        torch.testing.assert_close(bare(tensor, low_res), bare(tensor), rtol=0, atol=0)
 
 
-def test_the_base_is_computed_unless_a_reference_gives_low_frequencies(
+def test_a_low_resolution_image_that_is_known_takes_the_place_of_the_base(
     shipped: PixelDecoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert isinstance(shipped.runner, FeedForwardRunner) and shipped.runner.base is not None
     calls, decode = [], shipped.runner.base.decode
     monkeypatch.setattr(shipped.runner.base, "decode", lambda tensor: calls.append(tensor) or decode(tensor))
-    image = torch.full((1, 3, 32, 32), -0.5)
+    image, reference = torch.full((1, 3, 32, 32), -0.5), torch.full((1, 3, 16, 32), -0.5)
     shipped.upscale(image)
+    shipped.decode(latent(), reference=reference, color_fix="back-projection")
     assert not calls
-    shipped.upscale(image, color_fix="off")
     shipped.decode(latent())
-    assert len(calls) == 2
+    shipped.upscale(image, color_fix="off")  # all is left to the latent
+    shipped.upscale(image, sigma=0.2)
+    shipped.decode(latent(), reference=reference, color_fix="coarse")
+    shipped.decode(latent(), reference=torch.full((1, 3, 32, 64), -0.5), color_fix="back-projection")  # another size
+    assert len(calls) == 5
 
 
 def test_a_plan_for_an_accelerator_is_cut_where_the_whole_does_not_fit() -> None:
@@ -354,5 +386,8 @@ def test_what_is_delivered_is_finite(shipped: PixelDecoder, monkeypatch: pytest.
 
 def test_noise_beyond_what_it_decodes_well_is_refused(shipped: PixelDecoder) -> None:
     assert shipped.max_sigma == 0.4
-    with pytest.raises(SettingError, match="tiny decodes latents well up to 0.4"):
+    with pytest.raises(SettingError, match="tiny decodes latents well up to 0.4") as refused:
         shipped.decode(latent(), sigma=0.45)
+    assert "give sigma to Latent()" in str(refused.value)
+    for interface in ("cli", "http"):
+        assert refused.value.message(interface).endswith("up to 0.4. Add less noise.")

@@ -104,7 +104,8 @@ def predict(
     decoding = _decode_memory(plan, config)
     if config.base is not None:
         small = replace(plan, size=(width // config.scale, height // config.scale))
-        decoding = max(decoding, _decode_memory(small, config.base)) + image // config.scale**2
+        # The low-resolution image, and its copy with a border that the last stage reads.
+        decoding = max(decoding, _decode_memory(small, config.base)) + image // config.scale**2 * (4 + wide) // 4
     # The encoder's widest block, at the source's size; the color fix: nine of the source's size, and two convolutions
     # of one plane, whose channels a CPU pads to sixteen.
     encoding = 3 * B * encoder.full_width * (width * height // config.scale**2) * wide
@@ -285,18 +286,36 @@ def _doubled(conv: nn.Conv2d, padded: Tensor, out: Tensor) -> int:
     return 2 * height
 
 
-def _stage_strips(stage: nn.Sequential, features: Tensor, rows: int) -> Iterator[Tensor]:
-    """Output of a stage after the first, `[B, C, n, 2 W]`, in strips of `rows` rows, each overwritten by the next."""
+def _stage_strips(
+    stage: nn.Sequential, features: Tensor, rows: int, low_res_input: tuple[nn.Conv2d, Tensor] | None
+) -> Iterator[Tensor]:
+    """Output of a stage after the first, in strips of `rows` rows.
+
+    Args:
+        stage: The stage.
+        features: Output of the stage before, `[B, C, H, W]`.
+        rows: Rows of a strip.
+        low_res_input: What the stage reads besides its features: a convolution, and its input with a border of one
+            cell.
+
+    Yields:
+        The next rows, `[B, C, n, 2 W]`, which the next strip overwrites.
+    """
     conv, blocks = cast(nn.Conv2d, stage[0]), cast(list[DecoderBlock], [*stage][1:])
     begin, height = 0, features.shape[2]
     batch, channels, _, width = features.shape
     tall = min(2 * height, rows + 2 + 2 * len(blocks)) + 2 * len(blocks)
     buffer = _channels_last(features.new_empty(batch * channels * tall * 2 * width), features, tall, 2 * width)
     memory = _Memory(features.new_empty(batch * channels * 2 * (2 * width + 2) * (1 + 3 * len(blocks))))
-    first, streams = _Rows(memory), [_BlockRows(block, memory) for block in blocks]
+    first, streams, done = _Rows(memory), [_BlockRows(block, memory) for block in blocks], 0
     for end in _ends(height, rows, len(blocks)):
         last, top = end == height, 2 * len(blocks)  # each block may move the rows up by two
-        bottom = _doubled(conv, first.padded(features[:, :, begin:end], last=last), buffer[:, :, top:]) + top
+        count = _doubled(conv, first.padded(features[:, :, begin:end], last=last), buffer[:, :, top:])
+        bottom = top + count
+        if low_res_input is not None:
+            low_res_conv, cells = low_res_input
+            buffer[:, :, top:bottom] += _convolved(low_res_conv, cells[:, :, done : done + count + 2])
+            done += count
         for stream in streams:
             top, bottom = stream(buffer, top, bottom, last=last)
         yield buffer[:, :, top:bottom]
@@ -348,46 +367,57 @@ class FeedForwardRunner:
         return predict(plan, self.net.config, accelerator=self.net.device.type != "cpu", resident=resident)
 
     @torch.no_grad()
-    def decode(self, latent: Tensor, on_strip: StripCallback | None = None, *, base: bool = True) -> Tensor:
+    def decode(self, latent: Tensor, on_strip: StripCallback | None = None, *, low_res: Tensor | None = None) -> Tensor:
         """Normalized latent `[B, C, h, w]` to the image `[B, 3, H, W]`, float32, not clamped.
 
-        Without `base` low frequencies are not corrected, for an image that is given those of a reference.
+        `low_res` is the low-resolution image `[B, 3, H/scale, W/scale]` where it is known; low frequencies are then
+        left to the caller. By default the base computes it, and they are corrected. It is ignored without a base.
         """
+        if self.base is None or low_res is not None:
+            return self._uncorrected(latent, None if self.base is None else low_res, on_strip)
         # The base first: the larger network then reuses its memory, the other way around the heap keeps holes.
-        low = self.base.decode(latent) if base and self.base is not None else None
-        image = self._before_correction(latent, on_strip)
-        if low is not None:
-            config = self.net.config
-            difference = low.sub_(functional.avg_pool2d(image, config.scale))
-            for channel in range(3):  # one at a time, to save memory
-                part = difference[:, channel : channel + 1]
-                part = functional.interpolate(part, scale_factor=config.scale, mode="bicubic")
-                image[:, channel : channel + 1].add_(part, alpha=config.base_weight)
+        estimate = self.base.decode(latent)
+        image = self._uncorrected(latent, estimate, on_strip)
+        correction = self.net.correction(image, estimate)
+        for channel in range(3):  # one at a time, to save memory
+            part = correction[:, channel : channel + 1]
+            image[:, channel : channel + 1] += functional.interpolate(
+                part, scale_factor=self.net.config.scale, mode="bicubic"
+            )
         return image
 
-    def _before_correction(self, latent: Tensor, on_strip: StripCallback | None) -> Tensor:
+    def _uncorrected(self, latent: Tensor, low_res: Tensor | None, on_strip: StripCallback | None) -> Tensor:
         """The image without the correction of its low frequencies."""
         net = self.net
         features = net.coarse(latent)
-        *inner, final = [*net.stages][1:] or [None]
-        for stage in inner:
-            features = self._whole_stage(stage, features)
+        stages = list(enumerate(cast(list[nn.Sequential], [*net.stages][1:]), start=1))
+        for index, stage in stages[:-1]:
+            features = self._whole_stage(stage, features, self._low_res_input(index, low_res))
         head = _Rows()
-        if final is None:
+        if not stages:
             return net.pixels(head.padded(features, last=True)).float()
+        index, final = stages[-1]
         height, width = 2 * features.shape[2], 2 * features.shape[3]
         rows = strip_rows(self.strip, len(features), width, height)
         side = net.config.pixel_shuffle
         image = torch.empty(len(latent), 3, height * side, width * side, device=latent.device)
         count, done = len(_ends(features.shape[2], rows, len(final) - 1)), 0
-        strips = _stage_strips(final, features, rows)
-        for index in range(count):
+        strips = _stage_strips(final, features, rows, self._low_res_input(index, low_res))
+        for number in range(count):
             if on_strip is not None and count > 1:
-                on_strip(index, count)
-            pixels = net.pixels(head.padded(next(strips), last=index == count - 1))
+                on_strip(number, count)
+            pixels = net.pixels(head.padded(next(strips), last=number == count - 1))
             image[:, :, done : done + pixels.shape[2]] = pixels
             done += pixels.shape[2]
         return image
+
+    def _low_res_input(self, stage: int, low_res: Tensor | None) -> tuple[nn.Conv2d, Tensor] | None:
+        """The convolution by which a stage reads the low-resolution image, and its input with a border of one cell."""
+        if low_res is None:
+            return None
+        cells = functional.pixel_unshuffle(low_res, self.net.config.low_res_unshuffle(stage)).to(self.net.dtype)
+        padded = functional.pad(cells, (1, 1, 1, 1), mode="replicate")
+        return cast(nn.Conv2d, self.net.low_res_inputs[stage - 1]), padded.contiguous(memory_format=torch.channels_last)
 
     def seconds_per_pixel(self) -> float:
         """Time per pixel of the image that a decode takes now, by a small one."""
@@ -397,7 +427,9 @@ class FeedForwardRunner:
             self.decode(torch.zeros(1, config.latent_channels, side, side, device=self.net.device)).sum().item()
         return (time.perf_counter() - began) / MEASURED_SIDE**2
 
-    def _whole_stage(self, stage: nn.Sequential, features: Tensor) -> Tensor:
+    def _whole_stage(
+        self, stage: nn.Sequential, features: Tensor, low_res_input: tuple[nn.Conv2d, Tensor] | None
+    ) -> Tensor:
         """Output of a stage after the first, which is small beside the image: `[B, C, 2 H, 2 W]`."""
         batch, channels, height, width = features.shape
         rows = strip_rows(self.strip, batch, 2 * width, 2 * height)
@@ -406,7 +438,7 @@ class FeedForwardRunner:
             memory_format=torch.channels_last,
         )  # fmt: skip
         done = 0
-        for strip in _stage_strips(stage, features, rows):
+        for strip in _stage_strips(stage, features, rows, low_res_input):
             out[:, :, done : done + strip.shape[2]] = strip
             done += strip.shape[2]
         return out

@@ -7,6 +7,8 @@ image in one evaluation. `recipes/tiny` beside the package says how both are tra
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -50,8 +52,9 @@ class TinyDecoder(nn.Module):
     The first stage works on the latent's own grid, where convolutions are cheap, and alone normalizes over the whole
     image; finer stages would lose the size of a faint detail by it. Each further stage doubles the grid. A last
     convolution gives the pixels of each cell, which are shuffled into place. `base`, if there is one, gives the
-    low-resolution image, toward which low frequencies are moved: trained for nothing else, it knows them better than a
-    network that also paints detail.
+    low-resolution image: trained for nothing else, it knows it better than a network that also forms detail. Every
+    stage but the first reads that image, so that detail follows its edges, and low frequencies are moved toward it.
+    Where the low-resolution image is known, as it is when an image is enlarged, it takes the base's place.
     """
 
     def __init__(self, config: TinyDecoderConfig | None = None) -> None:
@@ -65,6 +68,14 @@ class TinyDecoder(nn.Module):
             )
             for stage, count in enumerate(config.blocks)
         )
+        # One for each stage after the first, of the low-resolution image pixel-unshuffled to the stage's grid.
+        self.low_res_inputs = nn.ModuleList(
+            _conv3x3(3 * config.low_res_unshuffle(stage) ** 2, config.width)
+            for stage in range(1, len(config.blocks) if config.base_blocks else 1)
+        )
+        for conv in self.low_res_inputs.children():
+            nn.init.zeros_(cast(nn.Conv2d, conv).weight)
+            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
         self.to_pixels = _conv3x3(config.width, 3 * config.pixel_shuffle**2)
         self.base = None if config.base is None else TinyDecoder(config.base)
 
@@ -97,16 +108,46 @@ class TinyDecoder(nn.Module):
         cells = functional.conv2d(padded, self.to_pixels.weight, self.to_pixels.bias)
         return functional.pixel_shuffle(cells, self.config.pixel_shuffle)
 
-    def forward(self, latent: Tensor) -> Tensor:
+    def forward(self, latent: Tensor, low_res: Tensor | None = None) -> Tensor:
+        """Decode.
+
+        Args:
+            latent: `[B, 128, h, w]`.
+            low_res: The low-resolution image `[B, 3, 16 h, 16 w]` in [-1, 1] if it is known; low frequencies are then
+                left to the caller. By default the base computes it, and they are corrected. Ignored without a base.
+
+        Returns:
+            The image `[B, 3, 64 h, 64 w]`, not clamped.
+        """
+        estimate = self.base(latent) if self.base is not None and low_res is None else None
+        low_res = low_res if estimate is None else estimate
         features = self.coarse(latent)
-        for stage in list(self.stages)[1:]:
-            features = stage(functional.interpolate(features, scale_factor=2, mode="nearest"))
+        for index, stage in enumerate([*self.stages][1:], start=1):
+            conv, *blocks = cast(nn.Sequential, stage)
+            features = conv(functional.interpolate(features, scale_factor=2, mode="nearest"))
+            if self.base is not None and low_res is not None:
+                cells = functional.pixel_unshuffle(low_res, self.config.low_res_unshuffle(index))
+                features = features + self.low_res_inputs[index - 1](cells.to(features.dtype))
+            for block in blocks:
+                features = block(features)
         image = self.pixels(functional.pad(features, (1, 1, 1, 1), mode="replicate"))
-        if self.base is None:
-            return image
-        difference = self.base(latent) - functional.avg_pool2d(image, self.config.scale)
-        correction = functional.interpolate(difference, scale_factor=self.config.scale, mode="bicubic")
-        return image + self.config.base_weight * correction
+        return image if estimate is None else self.corrected(image, estimate)
+
+    def corrected(self, image: Tensor, low_res: Tensor) -> Tensor:
+        """An image `[B, 3, s H, s W]` with its low frequencies moved toward those of `low_res`, `[B, 3, H, W]`."""
+        correction = self.correction(image, low_res)
+        return image + functional.interpolate(correction, scale_factor=self.config.scale, mode="bicubic")
+
+    def correction(self, image: Tensor, low_res: Tensor) -> Tensor:
+        """What `corrected` adds, `[B, 3, H, W]`: all of the difference of mean colors, of what is finer a share.
+
+        Mean colors are those of a latent cell. The base knows them better than this network does; of finer structure it
+        gives the blurred mean of what the latent leaves open.
+        """
+        difference = low_res - functional.avg_pool2d(image, self.config.scale)
+        cell, share = self.config.latent_down, self.config.base_weight
+        means = functional.interpolate(functional.avg_pool2d(difference, cell), scale_factor=cell, mode="bilinear")
+        return share * difference + (1 - share) * means
 
 
 class EncoderBlock(nn.Module):

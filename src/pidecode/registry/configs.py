@@ -226,9 +226,10 @@ class TinyDecoderConfig:
         scale: Output pixels per pixel of the low-resolution image, along each side.
         width: Channels of all convolutions.
         blocks: Residual blocks of each stage; each stage but the first doubles the grid.
-        base_blocks: The same of a second network of the same width, which gives the low-resolution image alone and
-            corrects low frequencies by it; empty for none.
-        base_weight: Share of its difference from the image, reduced, that is added.
+        base_blocks: The same of a second network of the same width, which gives the low-resolution image alone, for
+            the decoder to read and to correct low frequencies by; empty for none.
+        base_weight: Share of the difference between that image and the result, reduced, that is added to the result;
+            of mean colors all of it is.
         max_sigma: Highest noise level of a latent for which the decoder was found good.
 
     Raises:
@@ -265,7 +266,13 @@ class TinyDecoderConfig:
         for name in ("base_weight", "max_sigma"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise SettingError(f"{name} is {getattr(self, name)}; it must be from 0 to 1.")
-        _ = self.base  # which is checked likewise
+        finest = self.latent_unpatchify * 2 ** (len(self.blocks) - 1)  # cells per latent cell of the last stage
+        if self.base is not None and self.latent_down % finest:  # the base itself is checked likewise
+            raise SettingError(
+                f"The {finest} cells that the last of {len(self.blocks)} stages makes of a latent cell do not divide "
+                f"the {self.latent_down} pixels of the low-resolution image, which stages read with base_blocks="
+                f"{self.base_blocks}; change blocks, or set base_blocks=()."
+            )
 
     @property
     def base(self) -> TinyDecoderConfig | None:
@@ -281,6 +288,10 @@ class TinyDecoderConfig:
     def pixel_shuffle(self) -> int:
         """Output pixels per cell of the last grid, along each side."""
         return int(self.pixels_per_cell // (self.latent_unpatchify * 2 ** (len(self.blocks) - 1)))
+
+    def low_res_unshuffle(self, stage: int) -> int:
+        """Pixels of the low-resolution image per cell of a stage's grid, along each side."""
+        return int(self.latent_down // (self.latent_unpatchify * 2**stage))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""
