@@ -122,7 +122,10 @@ def test_a_base_moves_low_frequencies_toward_its_image() -> None:
         net.config = replace(SMALL, base_weight=weight)
         with torch.no_grad():
             image, low = net(tensor), net.base(tensor)
+            uncorrected = net(tensor, low)
         distances.append(float((torch.nn.functional.avg_pool2d(image, 4) - low).abs().mean()))
+        error = (image.mean((2, 3)) - low.mean((2, 3))).abs()  # mean colors are the base's, whatever the share
+        assert bool((error < 0.1 * (uncorrected.mean((2, 3)) - low.mean((2, 3))).abs()).all())
     assert distances[1] == pytest.approx(0.5 * distances[0], rel=0.2)
     assert distances[2] < 0.3 * distances[0]
 
