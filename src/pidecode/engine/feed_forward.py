@@ -106,6 +106,10 @@ def predict(
         small = replace(plan, size=(width // config.scale, height // config.scale))
         # The low-resolution image, and its copy with a border that the last stage reads.
         decoding = max(decoding, _decode_memory(small, config.base)) + image // config.scale**2 * (4 + wide) // 4
+    if not accelerator:
+        decoding += (
+            image * wide * 15 // 100
+        )  # measured: what the heap keeps between tensors of a strip and of the image
     # The encoder's widest block, at the source's size; the color fix: nine of the source's size, and two convolutions
     # of one plane, whose channels a CPU pads to sixteen.
     encoding = 3 * B * encoder.full_width * (width * height // config.scale**2) * wide
