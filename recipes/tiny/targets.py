@@ -58,7 +58,7 @@ def fill(given: argparse.Namespace) -> int:
             with atomic_write(path, overwrite=True) as file:
                 np.savez(file, image=to_array(image), target=to_array(target))
         count += BATCH
-        print(f"{BATCH * number + BATCH} of {given.crops}", flush=True)
+        print(f"crop {BATCH * number + BATCH}, {given.crops} wanted", flush=True)
     return count
 
 
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--models", type=Path, required=True, help=f"folder of {X4PLUS}.param and {X4PLUS}.bin")
     parser.add_argument("--out", type=Path, required=True, help="folder to fill")
     parser.add_argument("--cache", type=Path, help="folder of decoded images; by default `images` beside OUT")
-    parser.add_argument("--crops", type=int, default=2400, help="crops in all, a multiple of 4")
+    parser.add_argument("--crops", type=int, default=2400, help="crops in all; rounded up to a multiple of 4")
     parser.add_argument("--part", default="1/1", help="share of this process among several, such as 1/2")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     given = parser.parse_args(arguments)
