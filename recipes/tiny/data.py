@@ -64,7 +64,7 @@ class TinyDataConfig:
     targets: str = ""
     """Folder that `targets.py` filled: crops with taef2's decode enlarged by Real-ESRGAN; empty for none."""
     targets_share: float = 0.4
-    """Share of the batches taken from that folder; they are not augmented again."""
+    """Share of the batches taken from that folder; they are flipped and turned, and not recolored again."""
     targets_batch: int = 4
     """Crops in such a batch."""
 
@@ -94,7 +94,7 @@ class CropBatch:
     clean_latent: Tensor
     """`[B, 128, s/16, s/16]`: taef2's normalized latent of it."""
     latent: Tensor
-    """The same with noise on part of the samples."""
+    """The same with noise on part of the samples, divided by 1 - sigma as the decoder takes it."""
     sigma: Tensor
     """`[B]`: noise level of each latent."""
     smooth: Tensor
@@ -277,6 +277,7 @@ class CropLoader:
                 low = F.interpolate(image, scale_factor=1 / SCALE, mode="bicubic", antialias=True).clamp(-1, 1)
             clean = F.pixel_unshuffle(self.encode(low).float(), 2)
             latent, sigma = noise_latent(clean, rng, self.noise, "flow")
+            latent = latent / (1 - per_sample(sigma))
         names = tuple(f"{number}/{index}" for index in indices)
         return CropBatch(image, low, clean, latent, sigma, smooth.flatten(), target), rng, names
 
@@ -291,9 +292,15 @@ class CropLoader:
         path = self._targets[int(rng.integers(len(self._targets)))]
         try:
             with open(path, "rb") as file, np.load(file) as arrays:
-                return arrays["image"], arrays["target"]
+                pair = np.stack([arrays["image"], arrays["target"]])
         except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
             raise TrainingError(f"{path} is no file of targets.py; delete it and make it again: {error}") from error
+        if rng.uniform() < 0.5:
+            pair = pair.swapaxes(1, 2)
+        for axis in (1, 2):
+            if rng.uniform() < 0.5:
+                pair = np.flip(pair, axis)
+        return pair[0], pair[1]
 
     def _probabilities(self, kind: str, side: int) -> NDArray[np.float64]:
         if (kind, side) not in self._weights:

@@ -67,6 +67,8 @@ class TinyLossConfig:
     noise: a target without what no decoder can know. Smooth crops have none, because taef2 is less exact there."""
     real_esrgan: float = 0.0
     """Mean absolute difference of pixels from taef2's decode enlarged by Real-ESRGAN (`data.targets`)."""
+    real_esrgan_features: float = 0.0
+    """Share of `lpips` and `dists` that is taken to that image instead of the original, where there is one."""
     chroma: float = 0.0
     """Mean absolute difference of the colors beside gray."""
     lpips: float = 0.0
@@ -327,14 +329,23 @@ class TinyTask:
         parts["mse"] = F.mse_loss(generated.detach(), image)
         if self.features is None:
             return loss
-        generated, image = random_window(generated, image, rng)
+        share_B = torch.zeros_like(sigma)
+        if batch.target is not None:
+            share_B = config.real_esrgan_features * (~upscaled).float()
+        window = random_window(image, rng)
+        generated, image = generated[window], image[window]
         fake = self.features(generated)
         with torch.no_grad():
             real = self.features(image)
-        if config.lpips:
-            loss = loss + add("lpips", config.lpips, lpips_distance(fake, real))
-        if config.dists:
-            loss = loss + add("dists", config.dists, dists_distance(fake, real))
+            taught_by = None
+            if batch.target is not None and share_B.any():
+                taught_by = self.features(batch.target[window])
+        for name, distance in (("lpips", lpips_distance), ("dists", dists_distance)):
+            if weight := getattr(config, name):
+                distance_B = distance(fake, real)
+                if taught_by is not None:
+                    distance_B = torch.lerp(distance_B, distance(fake, taught_by), share_B)
+                loss = loss + add(name, weight, distance_B)
         if "discriminator" in self.modules:
             loss = loss + self._gan_loss(step, (generated, fake), (image, real), parts)
         return loss
@@ -565,16 +576,15 @@ def _rms(error: Tensor) -> Tensor:
     return (error.square().mean((1, 2, 3)) + 1e-6).sqrt()
 
 
-def random_window(generated: Tensor, image: Tensor, rng: RNG, margin: int = 32) -> tuple[Tensor, Tensor]:
-    """The same random window of both `[B, 3, H, W]`, `margin` pixels smaller along each side.
+def random_window(image: Tensor, rng: RNG, margin: int = 32) -> tuple[Any, ...]:
+    """Index of a random window of images `[B, 3, H, W]`, `margin` pixels smaller along each side.
 
     The strides of the feature network and of the discriminator (up to 32) otherwise meet the decoder's grid at the same
     place in every step, and the decoder learns a dotted pattern of that period which lowers their distances.
     """
     top, left = rng.common_choice(margin), rng.common_choice(margin)
-    height, width = generated.shape[-2] - margin, generated.shape[-1] - margin
-    window = (..., slice(top, top + height), slice(left, left + width))
-    return generated[window], image[window]
+    height, width = (side - margin for side in image.shape[-2:])
+    return (..., slice(top, top + height), slice(left, left + width))
 
 
 def parse_recipe(data: str, settings: list[str]) -> TinyRecipe:

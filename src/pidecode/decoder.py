@@ -48,6 +48,7 @@ from pidecode.models.tiny import TinyDecoder
 from pidecode.options import (
     MAX_SEED,
     MAX_SIGMA,
+    SIGMA_ROUNDING,
     ColorFix,
     Command,
     DecodeOptions,
@@ -454,7 +455,7 @@ class PixelDecoder:
             low_res, shape = None, (len(latent), 3, size[1] // self.scale, size[0] // self.scale)
             if options.color_fix == "back-projection" and reference is not None and reference.shape == shape:
                 low_res = reference.to(self.device, torch.float32)  # which the reduced result will equal
-            pixels = self.runner.decode(latent.tensor, work.strips(), low_res=low_res)
+            pixels = self.runner.decode(latent.unit_signal(), work.strips(), low_res=low_res)
             if callback is not None:
                 callback(Step(1, 1, pixels))
         else:
@@ -497,6 +498,13 @@ class PixelDecoder:
 
     def _checked(self, latent: Latent, options: DecodeOptions) -> Latent:
         latent = require_latent(latent, self.space.name).to(self.device, torch.float32)
+        level = float(latent.sigmas.max())
+        if isinstance(self.net, TinyDecoder) and level > self.max_sigma + SIGMA_ROUNDING:
+            raise SettingError(
+                f"The latent's noise level is {level:.3g}; {self.name} decodes latents well up to {self.max_sigma:g}. "
+                "Let the sampler run further before the latent is taken, or decode with a PiD checkpoint of "
+                f"{self.space.name}, which takes more."
+            )
         if not options.sigma:
             return latent
         if options.sigma > self.max_sigma:

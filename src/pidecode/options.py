@@ -33,6 +33,7 @@ COLOR_FIXES: tuple[ColorFix, ...] = get_args(ColorFix)
 MAX_SEED = 2**64 - 1  # largest seed torch's generators take, and ComfyUI's largest
 MAX_SIDE = 65_535  # largest side of an image, in pixels, that is worth asking for: the limit of JPEG
 MAX_STRETCH = 0.02  # part of a side by which a result may be stretched to a size that was asked for
+SIGMA_ROUNDING = 1e-6  # what a noise level may exceed its bound by: sigmas are float32
 MAX_SIGMA = 0.8  # largest noise level of latents in PiD's training (https://arxiv.org/abs/2605.23902)
 
 _PIXEL_DIFFUSION: tuple[DecoderKind, ...] = ("student", "teacher")

@@ -183,6 +183,15 @@ def test_noised_per_sample_and_by_nothing() -> None:
     assert clean.noised(0.0) is clean
 
 
+@pytest.mark.parametrize(("name", "signal"), [("flux2", [1.0, 0.75]), ("sdxl", [1.0, (1 - 0.25**2) ** 0.5])])
+def test_unit_signal_has_the_scale_of_the_clean_latent(name: str, signal: list[float]) -> None:
+    clean = Latent(draw(2, get_space(name).channels, 4, 4), name)
+    noise = draw(*clean.tensor.shape, seed=3)
+    noisy = clean.noised(torch.tensor([0.0, 0.25]), noise=noise)
+    added = torch.tensor([0.0, 0.25 / signal[1]]).view(2, 1, 1, 1) * noise
+    torch.testing.assert_close(noisy.unit_signal(), clean.tensor + added)
+
+
 # The statistics check
 
 

@@ -395,3 +395,11 @@ def test_noise_beyond_what_it_decodes_well_is_refused(shipped: PixelDecoder) -> 
     assert "give sigma to Latent()" in str(refused.value)
     for interface in ("cli", "http"):
         assert refused.value.message(interface).endswith("up to 0.4. Add less noise.")
+    with pytest.raises(SettingError, match="noise level is 0.45; tiny decodes latents well up to 0.4. Let the"):
+        shipped.decode(replace(latent(), sigma=0.45))
+
+
+def test_a_noisy_latent_is_decoded_at_the_scale_of_its_signal(shipped: PixelDecoder) -> None:
+    clean = latent()
+    faint = replace(clean, tensor=clean.tensor * 0.75, sigma=0.25)  # noise of 0, so that only the scale differs
+    torch.testing.assert_close(shipped.decode(faint).tensors, shipped.decode(clean).tensors, atol=1e-4, rtol=0)

@@ -34,9 +34,9 @@ from pidecode.engine.plan import TEXT_ENCODER
 from pidecode.errors import CheckpointError, PidecodeError, SettingError
 from pidecode.images import SourceImage, resize, to_pil
 from pidecode.integrations import comfyui_latents
-from pidecode.integrations.comfyui_latents import DEFAULT, ROUNDING
+from pidecode.integrations.comfyui_latents import DEFAULT
 from pidecode.latents.latent import Latent
-from pidecode.options import MAX_SIGMA, Command, DecodeOptions, OptionInfo, option_infos
+from pidecode.options import MAX_SIGMA, SIGMA_ROUNDING, Command, DecodeOptions, OptionInfo, option_infos
 from pidecode.registry.checkpoints import CHECKPOINTS, DECODERS, REPOSITORY
 from pidecode.registry.spaces import SPACES
 from pidecode.sampling import DEFAULT_STEPS, Callback, Progress, Step, student_times, teacher_times
@@ -330,7 +330,7 @@ def _source_inputs() -> list[Any]:
 def _latent_for(decoder: PixelDecoder, samples: Any, model: Any, sigma: float) -> Latent:
     """The LATENT as the decoder reads it; SettingError for more noise than the decoder was trained on."""
     latent = comfyui_latents.to_latent(samples, decoder.space, model=model, sigma=sigma)
-    if (level := float(latent.sigmas.max())) > decoder.max_sigma + ROUNDING:
+    if (level := float(latent.sigmas.max())) > decoder.max_sigma + SIGMA_ROUNDING:
         raise SettingError(
             f"The latent's noise level is {level:.2f}; {decoder.name} was trained up to {decoder.max_sigma:g}. Let the "
             "sampler run further (PiD Early Stop, steps_left)."

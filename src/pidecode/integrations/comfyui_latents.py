@@ -23,15 +23,12 @@ from pidecode.engine.runner import Runner
 from pidecode.errors import DoesNotFitError, LatentError, MissingDependencyError, SettingError
 from pidecode.latents.latent import Latent
 from pidecode.models.pid.network import PiDNet
-from pidecode.options import MAX_SIGMA
+from pidecode.options import MAX_SIGMA, SIGMA_ROUNDING
 from pidecode.registry.checkpoints import STUDENT_TIMES
 from pidecode.registry.configs import PiDConfig
 from pidecode.registry.spaces import LatentSpace, get_space, recommended_stop
 from pidecode.sampling import TIMESCALE, shifted
 from pidecode.units import format_bytes
-
-ROUNDING = 1e-6
-"""What a noise level may exceed its bound by: sigmas are float32."""
 
 DEFAULT = "default"  # choice of a combo that leaves an option to the decoder
 SMALL_CHUNKS = Chunks(tokens=1024, tile_tokens=512, tile_rows=1)
@@ -241,8 +238,10 @@ def early_stop_step(sigmas: Tensor, model: Any, steps_left: int | None = None, m
     else:
         raise SettingError(f"steps_left is {steps_left}, and there are {num_steps} steps; leave 0 to {num_steps - 1}.")
     levels = [noise_level(model, space, float(sigma)) for sigma in sigmas]
-    if levels[stop] > max_sigma + ROUNDING:
-        earliest = next((step for step in range(stop, num_steps) if levels[step] <= max_sigma + ROUNDING), num_steps)
+    if levels[stop] > max_sigma + SIGMA_ROUNDING:
+        earliest = next(
+            (step for step in range(stop, num_steps) if levels[step] <= max_sigma + SIGMA_ROUNDING), num_steps
+        )
         raise SettingError(
             f"After step {stop} of {num_steps} the latent's noise level is {levels[stop]:.2f}; PiD was trained up to "
             f"{max_sigma:g}. Set steps_left to {num_steps - earliest} or less."

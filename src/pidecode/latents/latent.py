@@ -268,6 +268,14 @@ class Latent:
         """The raw latent, which the space's own decoder takes; see `layout.denormalize`."""
         return layout.denormalize(self.tensor, self.latent_space, statistics)
 
+    def unit_signal(self) -> Tensor:
+        """The tensor over the weight of its signal, which then has a clean latent's scale: `z + s / (1 - s) e` in flow.
+
+        A latent of pure noise has no signal, and becomes infinite.
+        """
+        signal, _ = noise_weights(self.latent_space, self.sigmas)
+        return self.tensor / signal.to(self.tensor.dtype).view(-1, 1, 1, 1)
+
     def noised(self, sigma: float | Tensor, *, seed: int = 0, noise: Tensor | None = None) -> Latent:
         """Add noise to this clean latent, in the parametrization of its space.
 

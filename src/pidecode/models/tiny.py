@@ -112,7 +112,7 @@ class TinyDecoder(nn.Module):
         """Decode.
 
         Args:
-            latent: `[B, 128, h, w]`.
+            latent: `[B, 128, h, w]`; one with noise has a clean one's scale (`Latent.unit_signal`).
             low_res: The low-resolution image `[B, 3, 16 h, 16 w]` in [-1, 1] if it is known; low frequencies are then
                 left to the caller. By default the base computes it, and they are corrected. Ignored without a base.
 
