@@ -24,6 +24,13 @@ DEFAULT_FIDELITY = 1.0
 MAX_CHROMA_DRIFT = 20.0
 """Chroma drift, in levels of 255, from which users of tiled PiD call an image spoiled; 8 to 12 are usual."""
 MAX_GREEN_DRIFT = 3.0  # likewise the mean shift of green, which a decoder outside of its trained sizes gets wrong first
+_ADVICE = {
+    "off": "color_fix auto corrects this.",
+    "coarse": "This is after color_fix coarse; try fine.",
+    "fine": "This is after color_fix fine; try back-projection.",
+    "back-projection": "This is after color_fix back-projection; see whether the reference shows this image.",
+}
+"""What a warning advises, by the fix that has acted."""
 _FINE_SIGMA = 2.0
 """Sigma of the blur of "fine", in pixels of the reference: finer drift is left alone, as it may be detail."""
 _COARSE_SHARE = 16
@@ -150,11 +157,10 @@ def corrected(
         acted = ("coarse" if before[index].is_large else "off") if before else color_fix
         described.append({"color_drift": drift.to_metadata()} | ({"color_fix": acted} if acted else {}))
         if drift.is_large:
-            tried = f"This is after color_fix {acted}; try fine."
-            fix = "color_fix auto corrects this." if acted in (None, "off") else tried
             message = (
                 f"Colors drift from the reference's: chroma by {drift.chroma:.1f} (up to {MAX_CHROMA_DRIFT:g} is "
-                f"usual), green by {drift.shift[1]:+.1f} (up to {MAX_GREEN_DRIFT:g}) levels of 255. {fix}"
+                f"usual), green by {drift.shift[1]:+.1f} (up to {MAX_GREEN_DRIFT:g}) levels of 255. "
+                f"{_ADVICE[acted or 'off']}"
             )
             warnings.warn(message, ColorDriftWarning, stacklevel=stacklevel)
     return images, described

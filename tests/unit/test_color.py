@@ -188,6 +188,11 @@ def test_enlarging_reports_drift_and_auto_corrects_it() -> None:
     assert set(metadata["color_drift"]) == {"red", "green", "blue", "chroma"}
     with pytest.warns(ColorDriftWarning, match="color_fix auto corrects this"):
         decoder.upscale(gray, reference=astray, color_fix="off")
+    colors = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with pytest.warns(ColorDriftWarning, match="after color_fix coarse; try fine"):
+        decoder.upscale(gray, reference=colors, color_fix="coarse")
+    with pytest.warns(ColorDriftWarning, match="after color_fix fine; try back-projection"):
+        decoder.upscale(gray, reference=colors, color_fix="fine")
     fixed = decoder.upscale(gray, reference=astray, color_fix="auto").metadata[0]
     assert fixed["color_fix"] == "coarse" and abs(fixed["color_drift"]["green"]) < 1
 
