@@ -118,7 +118,7 @@ class PhaseConfig:
     """Largest side of the held-out crops in samples."""
     data: TinyDataConfig = field(default_factory=TinyDataConfig)
     """Images and crops."""
-    noise: LatentNoiseConfig = field(default_factory=lambda: LatentNoiseConfig(probability=0.25, sigma_max=0.8))
+    noise: LatentNoiseConfig = field(default_factory=lambda: LatentNoiseConfig(probability=0.25, sigma_max=0.5))
     """Noise on latents."""
     loss: TinyLossConfig = field(default_factory=TinyLossConfig)
     """Weights of the losses."""
@@ -138,6 +138,15 @@ class PhaseConfig:
             raise SettingError(
                 "data.targets acts on the decoder by loss.real_esrgan; set that and add decoder to models, or leave "
                 "data.targets empty."
+            )
+        if self.noise.sigma_max >= 1:
+            raise SettingError(
+                f"noise.sigma_max is {self.noise.sigma_max}; it must be below 1: the decoder takes latents at the "
+                "scale of their signal, and pure noise has none."
+            )
+        if not 0 <= self.loss.real_esrgan_features <= 1:
+            raise SettingError(
+                f"loss.real_esrgan_features is {self.loss.real_esrgan_features}; it must be from 0 to 1."
             )
         if not 0 <= self.upscale_share <= 1:
             raise SettingError(f"upscale_share is {self.upscale_share}; it must be from 0 to 1.")
@@ -171,7 +180,7 @@ class TinyRecipe:
             data=TinyDataConfig(
                 reduction=1, crops=((128, 4, 0.6), (192, 2, 0.25), (256, 1, 0.15)), synthetic_share=0.15, smooth=0.06
             ),
-            noise=LatentNoiseConfig(probability=0.3, sigma_max=0.8),
+            noise=LatentNoiseConfig(probability=0.3, sigma_max=0.5),
             optimizer=OptimizerConfig(name="muon", lr=3e-4, max_grad_norm=1.0, warmup_steps=100, lr_schedule="cosine"),
             ema=EMAConfig(kind="constant", decay=0.998),
             run=_run(6_000),
@@ -190,7 +199,7 @@ class TinyRecipe:
             models=("decoder",),
             upscale_share=0.2,
             data=TinyDataConfig(smooth=0.25),
-            noise=LatentNoiseConfig(probability=0.3, sigma_max=0.8),
+            noise=LatentNoiseConfig(probability=0.3, sigma_max=0.5),
             loss=TinyLossConfig(
                 pixel=2.5,
                 low_frequency=3.0,
@@ -199,6 +208,7 @@ class TinyRecipe:
                 lpips=2.0,
                 dists=2.2,
                 real_esrgan=6.0,
+                real_esrgan_features=0.6,
                 grid=0.5,
                 gan=0.3,
                 gan_start=500,
@@ -329,23 +339,20 @@ class TinyTask:
         parts["mse"] = F.mse_loss(generated.detach(), image)
         if self.features is None:
             return loss
-        share_B = torch.zeros_like(sigma)
-        if batch.target is not None:
-            share_B = config.real_esrgan_features * (~upscaled).float()
         window = random_window(image, rng)
         generated, image = generated[window], image[window]
         fake = self.features(generated)
         with torch.no_grad():
             real = self.features(image)
-            taught_by = None
-            if batch.target is not None and share_B.any():
-                taught_by = self.features(batch.target[window])
+            enlarged = None if batch.target is None else self.features(batch.target[window])
         for name, distance in (("lpips", lpips_distance), ("dists", dists_distance)):
-            if weight := getattr(config, name):
-                distance_B = distance(fake, real)
-                if taught_by is not None:
-                    distance_B = torch.lerp(distance_B, distance(fake, taught_by), share_B)
-                loss = loss + add(name, weight, distance_B)
+            if not (weight := getattr(config, name)):
+                continue
+            distance_B = distance(fake, real)
+            if enlarged is not None and config.real_esrgan_features:
+                share_B = config.real_esrgan_features * (~upscaled).float()
+                distance_B = torch.lerp(distance_B, distance(fake, enlarged), share_B)
+            loss = loss + add(name, weight, distance_B)
         if "discriminator" in self.modules:
             loss = loss + self._gan_loss(step, (generated, fake), (image, real), parts)
         return loss
