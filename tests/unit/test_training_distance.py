@@ -59,7 +59,7 @@ def test_the_four_step_student_comes_near_the_teacher(tmp_path: Path) -> None:
     )  # fmt: skip
     teacher_file = train(teacher, tmp_path / "teacher", device=CPU)
     by_teacher, real = generated(teacher_file, teacher)
-    student = apply_settings(get_recipe("debug_student"), [*common, "run.steps=150", "optimizer.fake_score_lr=1e-3"])
+    student = apply_settings(get_recipe("debug_student"), [*common, "run.steps=150", "distillation.fake_score_lr=1e-3"])
     student = apply_settings(student, [f"init_from={str(teacher_file)!r}"])
     student_file = train(student, tmp_path / "student", device=CPU)
     by_student, _ = generated(student_file, student)
