@@ -344,12 +344,14 @@ class TinyTask:
         fake = self.features(generated)
         with torch.no_grad():
             real = self.features(image)
-            enlarged = None if batch.target is None else self.features(batch.target[window])
+            enlarged = None
+            if batch.target is not None and config.real_esrgan_features:
+                enlarged = self.features(batch.target[window])
         for name, distance in (("lpips", lpips_distance), ("dists", dists_distance)):
             if not (weight := getattr(config, name)):
                 continue
             distance_B = distance(fake, real)
-            if enlarged is not None and config.real_esrgan_features:
+            if enlarged is not None:  # as above, not of what `upscale` gives
                 share_B = config.real_esrgan_features * (~upscaled).float()
                 distance_B = torch.lerp(distance_B, distance(fake, enlarged), share_B)
             loss = loss + add(name, weight, distance_B)

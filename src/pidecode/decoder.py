@@ -509,10 +509,9 @@ class PixelDecoder:
             return latent
         if options.sigma > self.max_sigma:
             raise SettingError(
-                f"sigma is {options.sigma:g}; {self.name} decodes latents well up to {self.max_sigma:g}.",
-                python="To label a latent that already holds noise, give sigma to Latent() instead.",
-                cli="Add less noise.", http="Add less noise.",
-            )  # fmt: skip
+                f"sigma is {options.sigma:g}; {self.name} decodes latents well up to {self.max_sigma:g}. Add less "
+                "noise."
+            )
         seed = options.seeds(len(latent))[0]
         return latent.noised(options.sigma, seed=(seed + SIGMA_SEED_OFFSET) % MAX_SEED)
 

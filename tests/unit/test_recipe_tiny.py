@@ -21,12 +21,12 @@ from synthetic import KINDS, synthetic_image
 from taef2 import TinyAutoencoder
 from torch import Tensor, nn
 
-from data import TinyDataConfig, augment, held_out, quarter, smooth_fields, to_signed
+from data import CropLoader, TinyDataConfig, augment, held_out, quarter, smooth_fields, to_signed
 from pidecode.errors import CheckpointError, FileError, SettingError, TrainingError
 from pidecode.files import FolderLock
 from pidecode.models.tiny import TinyDecoder
 from pidecode.registry.configs import TinyDecoderConfig
-from pidecode.training.noise import PerSampleRNG
+from pidecode.training.noise import LatentNoiseConfig, PerSampleRNG
 
 CPU = torch.device("cpu")
 COPYRIGHT = """\
@@ -340,6 +340,23 @@ def test_augmentation_depends_on_the_seed_alone_and_stays_in_range() -> None:
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert first.abs().max() <= 1
+
+
+def test_crops_with_targets_come_flipped_and_turned_together(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    data, taef2 = folders
+    recipe.prepare_images(TinyDataConfig(source=str(data), synthetic_images=0), tmp_path, 0, lambda text: None)
+    corner = np.zeros((64, 64, 3), np.uint8)
+    corner[:8, :24] = 255  # tells all eight orientations apart
+    np.savez(tmp_path / "0.npz", image=corner, target=corner // 5)
+    config = TinyDataConfig(source=str(data), targets=str(tmp_path), targets_share=1, targets_batch=1)
+    encode, noise = TinyAutoencoder.from_folder(taef2).encode, LatentNoiseConfig(probability=0)
+    loader = CropLoader(config, noise, tmp_path, encode, device=CPU, seed=0)
+    batches = [loader.batch(number)[0] for number in range(60)]
+    seen = {batch.image.numpy().tobytes() for batch in batches}
+    assert len(seen) == 8
+    for batch in batches:
+        assert batch.target is not None
+        torch.testing.assert_close((batch.target + 1) * 5, batch.image + 1)
 
 
 def test_smooth_fields_have_one_color_or_no_edges() -> None:
