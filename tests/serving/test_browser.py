@@ -507,6 +507,8 @@ def test_the_page_fits_its_window(page: Any, width: int, scheme: str) -> None:
     assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found] == []
     folder = os.environ.get("PIDECODE_SCREENSHOTS")
     if folder:
+        # A narrow page is shown whole: scrolled to its end, its sticky button is in its own place.
+        page.evaluate("scrollTo(0, innerWidth < 800 ? document.documentElement.scrollHeight : 0)")
         page.screenshot(path=str(Path(folder) / f"page-{width}-{scheme}.png"), full_page=width < 800)
 
 
