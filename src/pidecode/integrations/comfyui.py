@@ -59,8 +59,6 @@ _NODE_WORDS = (
     ("Decode in float32 (dtype=torch.float32)", "Set dtype to float32 on the loader"),
     ("load it with dtype=torch.float32", "set dtype to float32 on the loader"),
     ("or pass encoder= to from_pretrained()", "or connect a VAE"),
-    ("To label a latent that already holds noise, give sigma to Latent() instead.",
-     "For a latent that holds noise already, connect latent_sigma instead."),
     ("Choose one: space=", "Choose one as space on the loader: "),
     ("Say kind='student' or kind='teacher'.", "Choose the kind on the loader."),
     ("pass reference=", "connect a VAE"),
