@@ -12,7 +12,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +24,7 @@ from losses import (
     PerceptualFeatures,
     back_projected,
     chroma_distance,
+    contrast_distance,
     dists_distance,
     grid_distance,
     low_frequency_distance,
@@ -68,13 +69,16 @@ class TinyLossConfig:
     real_esrgan: float = 0.0
     """Mean absolute difference of pixels from taef2's decode enlarged by Real-ESRGAN (`data.targets`)."""
     real_esrgan_features: float = 0.0
-    """Share of `lpips` and `dists` that is taken to that image instead of the original, where there is one."""
+    """Share of `lpips`, `dists` and `contrast` that is taken to that image instead of the original, where there is
+    one."""
     chroma: float = 0.0
     """Mean absolute difference of the colors beside gray."""
     lpips: float = 0.0
     """LPIPS-like distance of EfficientNet-Lite0 features."""
     dists: float = 0.0
     """DISTS-like distance of the same features."""
+    contrast: float = 0.0
+    """Mean absolute difference of the logarithm of local contrast, of structure of 4 to 16 pixels."""
     grid: float = 0.0
     """Unevenness of detail over the places of the decoder's patches."""
     gan: float = 0.0
@@ -344,16 +348,22 @@ class TinyTask:
         fake = self.features(generated)
         with torch.no_grad():
             real = self.features(image)
-            enlarged = None
+            target = enlarged = None
             if batch.target is not None and config.real_esrgan_features:
-                enlarged = self.features(batch.target[window])
-        for name, distance in (("lpips", lpips_distance), ("dists", dists_distance)):
+                target = batch.target[window]
+                enlarged = self.features(target)
+        comparisons: tuple[tuple[str, Callable[[Any, Any], Tensor], Any, Any, Any], ...] = (
+            ("lpips", lpips_distance, fake, real, enlarged),
+            ("dists", dists_distance, fake, real, enlarged),
+            ("contrast", contrast_distance, generated, image, target),
+        )
+        for name, distance, own, original, other in comparisons:
             if not (weight := getattr(config, name)):
                 continue
-            distance_B = distance(fake, real)
-            if enlarged is not None:  # as above, not of what `upscale` gives
+            distance_B = distance(own, original)
+            if other is not None:  # as above, not of what `upscale` gives
                 share_B = config.real_esrgan_features * (~upscaled).float()
-                distance_B = torch.lerp(distance_B, distance(fake, enlarged), share_B)
+                distance_B = torch.lerp(distance_B, distance(own, other), share_B)
             loss = loss + add(name, weight, distance_B)
         if "discriminator" in self.modules:
             loss = loss + self._gan_loss(step, (generated, fake), (image, real), parts)

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import subprocess
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +17,8 @@ import targets
 import torch
 import train as recipe
 from export import export_weights
-from losses import dists_distance, lpips_distance
-from photographs import FREE, licenses
+from losses import contrast_distance, dists_distance, lpips_distance
+from photographs import FREE, LIST, attribution, from_repository, licenses
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from synthetic import KINDS, synthetic_image
@@ -333,6 +337,17 @@ def test_distances_are_zero_for_equal_images_and_grow() -> None:
         assert (values[0] < values[1]).all() and (values[1] < values[2]).all()
 
 
+def test_contrast_is_compared_octave_by_octave() -> None:
+    noise = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    image = 0.3 * torch.nn.functional.interpolate(noise[..., ::4, ::4], scale_factor=4, mode="bilinear")
+    values = [contrast_distance(share * image, image) for share in (1.0, 0.8, 0.4)]
+    assert not values[0].any() and (values[1] < values[2]).all()
+    torch.testing.assert_close(values[1], torch.full((2,), -np.log(0.8)), rtol=0.1, atol=0, check_dtype=False)
+    assert (contrast_distance(image + 0.1, image) < 1e-5).all()  # brightness is left to others
+    grain = 0.004 * (torch.arange(64) % 2 * 2 - 1.0)  # of 2 pixels, which no octave holds
+    assert (contrast_distance(image + grain, image) < 0.1 * values[1]).all()
+
+
 def test_augmentation_depends_on_the_seed_alone_and_stays_in_range() -> None:
     image = torch.rand(4, 3, 64, 64) * 2 - 1
     first, again, other = (
@@ -389,6 +404,44 @@ def test_only_images_under_free_licenses_are_gathered(tmp_path: Path) -> None:
     path.write_text("The images are by several people.")
     with pytest.raises(ValueError, match="prose"):
         licenses(path)
+
+
+def test_listed_images_come_from_repositories_at_their_commits(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+        command = ["git", "-C", str(work), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    work, out = tmp_path / "owner/name", tmp_path / "out"
+    work.mkdir(parents=True)
+    out.mkdir()
+    file, noise = io.BytesIO(), np.random.default_rng(1).integers(0, 255, (600, 1800, 3), np.uint8)
+    Image.fromarray(noise).save(file, "PNG")
+    git("init", "--quiet")
+    (work / "a b.png").write_bytes(file.getvalue())
+    git("add", ".")
+    git("commit", "--quiet", "-m", "first")
+    commit = git("rev-parse", "HEAD")
+    (work / "a b.png").write_bytes(b"another")
+    git("commit", "--quiet", "-am", "second")
+    row = {"file": "x.webp", "commit": commit, "path": "a b.png", "sha256": hashlib.sha256(file.getvalue()).hexdigest()}
+    rows = [*from_repository("owner/name", [row], out, f"file://{tmp_path}/")]
+    assert rows == [{**row, "category": "photograph", "repository": "owner/name"}]
+    with Image.open(out / "x.webp") as image:
+        assert image.size == (1200, 600)  # not wider than 2:1
+    with pytest.raises(ValueError, match="another file"):
+        list(from_repository("owner/name", [{**row, "sha256": "0"}], out, f"file://{tmp_path}/"))
+
+
+def test_every_listed_image_is_free_and_names_whom_to_credit() -> None:
+    rows = [json.loads(line) for line in LIST.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) > 1000 and len({row["file"] for row in rows}) == len(rows)
+    assert [row["repository"] for row in rows] == sorted(row["repository"] for row in rows)
+    for row in rows:
+        assert FREE.fullmatch(row["license"]), row
+        assert row["author"] or not row["license"].startswith("CC-BY"), row
+    shipped = (files("pidecode") / "assets/ATTRIBUTION.md").read_text(encoding="utf-8")
+    assert shipped.endswith(attribution(rows))  # so that the credits travel with the weights
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -63,6 +63,7 @@ def test_the_shapes_are_those_named() -> None:
         ({"width": True}, "width is True"), ({"max_sigma": 1.5}, "max_sigma is 1.5"),
         ({"base_blocks": (-1,)}, "base_blocks is -1"), ({"base_blocks": (1,) * 6}, "do not divide the 16"),
         ({"base_weight": 2.0}, "base_weight is 2"),
+        ({"base_detail_weight": -1.0}, "base_detail_weight is -1"),
         ({"blocks": (1,) * 5, "base_blocks": (1,)}, "The 32 cells .* do not divide the 16 pixels"),
         ({"latent_down": 24, "base_blocks": (1,)}, "The 16 cells .* do not divide the 24 pixels"),
     ],
@@ -120,7 +121,7 @@ def test_a_base_moves_low_frequencies_toward_its_image() -> None:
     net, tensor = tiny_models.shake(TinyDecoder(SMALL)), recorded.noise(1, 128, 2, 3, seed=1)
     distances = []
     for weight in (0.0, 0.5, 1.0):
-        net.config = replace(SMALL, base_weight=weight)
+        net.config = replace(SMALL, base_weight=weight, base_detail_weight=weight)
         with torch.no_grad():
             image, low = net(tensor), net.base(tensor)
             uncorrected = net(tensor, low)
@@ -129,6 +130,24 @@ def test_a_base_moves_low_frequencies_toward_its_image() -> None:
         assert bool((error < 0.1 * (uncorrected.mean((2, 3)) - low.mean((2, 3))).abs()).all())
     assert distances[1] == pytest.approx(0.5 * distances[0], rel=0.2)
     assert distances[2] < 0.3 * distances[0]
+
+
+def test_the_finest_structure_of_the_base_has_a_weight_of_its_own() -> None:
+    net, tensor = tiny_models.shake(TinyDecoder(SMALL)), recorded.noise(1, 128, 2, 3, seed=1)
+    pool = torch.nn.functional.avg_pool2d
+    with torch.no_grad():
+        low = net.base(tensor)
+        image = net(tensor, low)
+        difference = low - pool(image, 4)
+        corrections = {}
+        for weight in (0.0, 0.25):
+            net.config = replace(SMALL, base_weight=1.0, base_detail_weight=weight)
+            corrections[weight] = net.correction(image, low)
+    fine = difference - torch.nn.functional.interpolate(pool(difference, 2), scale_factor=2, mode="bilinear")
+    torch.testing.assert_close(corrections[0.0], difference - fine)
+    torch.testing.assert_close(corrections[0.25], difference - 0.75 * fine)
+    old = {"base_weight": 0.4}  # a file of before there was the weight
+    assert TinyDecoderConfig.from_dict(old).base_detail_weight == 0.4
 
 
 def test_the_decoder_reads_the_low_resolution_image_in_every_stage_but_the_first() -> None:

@@ -142,12 +142,17 @@ class TinyDecoder(nn.Module):
         """What `corrected` adds, `[B, 3, H, W]`: all of the difference of mean colors, of what is finer a share.
 
         Mean colors are those of a latent cell. The base knows them better than this network does; of finer structure it
-        gives the blurred mean of what the latent leaves open.
+        gives the blurred mean of what the latent leaves open, the more so the finer it is.
         """
-        difference = low_res - functional.avg_pool2d(image, self.config.scale)
-        cell, share = self.config.latent_down, self.config.base_weight
-        means = functional.interpolate(functional.avg_pool2d(difference, cell), scale_factor=cell, mode="bilinear")
-        return share * difference + (1 - share) * means
+        config = self.config
+        difference = low_res - functional.avg_pool2d(image, config.scale)
+
+        def means(side: int) -> Tensor:
+            pooled = functional.avg_pool2d(difference, side)
+            return functional.interpolate(pooled, scale_factor=side, mode="bilinear")
+
+        structure = config.base_weight * (pairs := means(2)) + (1 - config.base_weight) * means(config.latent_down)
+        return structure + config.base_detail_weight * (difference - pairs)
 
 
 class EncoderBlock(nn.Module):

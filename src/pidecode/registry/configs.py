@@ -230,6 +230,7 @@ class TinyDecoderConfig:
             the decoder to read and to correct low frequencies by; empty for none.
         base_weight: Share of the difference between that image and the result, reduced, that is added to the result;
             of mean colors all of it is.
+        base_detail_weight: The same of what is finer than squares of two of that image's pixels.
         max_sigma: Highest noise level of a latent for which the decoder was found good.
 
     Raises:
@@ -244,6 +245,7 @@ class TinyDecoderConfig:
     blocks: tuple[int, ...] = (16, 8, 12, 4)
     base_blocks: tuple[int, ...] = (16, 8, 5, 1)
     base_weight: float = 0.7
+    base_detail_weight: float = 0.2
     max_sigma: float = 0.8
 
     def __post_init__(self) -> None:
@@ -263,7 +265,7 @@ class TinyDecoderConfig:
             raise SettingError(
                 f"{len(self.blocks)} stages do not divide the {self.pixels_per_cell} output pixels of a latent cell."
             )
-        for name in ("base_weight", "max_sigma"):
+        for name in ("base_weight", "base_detail_weight", "max_sigma"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise SettingError(f"{name} is {getattr(self, name)}; it must be from 0 to 1.")
         finest = self.latent_unpatchify * 2 ** (len(self.blocks) - 1)  # cells per latent cell of the last stage
@@ -309,6 +311,8 @@ class TinyDecoderConfig:
             if not isinstance(clean[name], (list, tuple)):
                 raise SettingError(f"{name} is {clean[name]!r}; it must be a list of whole numbers.")
             clean[name] = tuple(clean[name])
+        if "base_weight" in clean:  # files of before there were two weights
+            clean.setdefault("base_detail_weight", clean["base_weight"])
         return _from_dict(cls, clean)
 
 
