@@ -245,7 +245,7 @@ class TinyDecoderConfig:
     blocks: tuple[int, ...] = (16, 8, 12, 4)
     base_blocks: tuple[int, ...] = (16, 8, 5, 1)
     base_weight: float = 0.7
-    base_detail_weight: float = 0.2
+    base_detail_weight: float = 0.4
     max_sigma: float = 0.8
 
     def __post_init__(self) -> None:
