@@ -213,6 +213,7 @@ class TinyRecipe:
                 dists=2.2,
                 real_esrgan=6.0,
                 real_esrgan_features=0.6,
+                contrast=2.5,
                 grid=0.5,
                 gan=0.3,
                 gan_start=500,
