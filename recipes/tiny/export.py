@@ -29,7 +29,9 @@ from pidecode.training.checkpoint import newest_checkpoint
 from pidecode.weights.metadata import CheckpointMetadata
 from pidecode.weights.safetensors import write_safetensors
 
-CREDITS = "Trained on CC0, public-domain, CC-BY and CC-BY-SA images; the credits in ATTRIBUTION.md travel with these weights."
+CREDITS = (
+    "Trained on CC0, public-domain, CC-BY and CC-BY-SA images; the credits in ATTRIBUTION.md travel with these weights."
+)
 FILES = {"decoder": "tiny.safetensors", "encoder": "tiny_encoder.safetensors"}
 
 

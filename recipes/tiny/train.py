@@ -12,7 +12,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -338,6 +338,12 @@ class TinyTask:
             loss = loss + add("real_esrgan", config.real_esrgan, difference)
         if config.chroma:
             loss = loss + add("chroma", config.chroma, chroma_distance(generated, image))
+        share_B = config.real_esrgan_features * (~upscaled).float()  # as above, not of what `upscale` gives
+        if config.contrast:
+            distance_B = contrast_distance(generated, image)
+            if batch.target is not None:
+                distance_B = torch.lerp(distance_B, contrast_distance(generated, batch.target), share_B)
+            loss = loss + add("contrast", config.contrast, distance_B)
         if config.grid:
             parts["grid"] = grid_distance(generated, image, 4 * unwrap(self.modules["decoder"]).config.pixel_shuffle)
             loss = loss + config.grid * parts["grid"]
@@ -349,22 +355,15 @@ class TinyTask:
         fake = self.features(generated)
         with torch.no_grad():
             real = self.features(image)
-            target = enlarged = None
+            enlarged = None
             if batch.target is not None and config.real_esrgan_features:
-                target = batch.target[window]
-                enlarged = self.features(target)
-        comparisons: tuple[tuple[str, Callable[[Any, Any], Tensor], Any, Any, Any], ...] = (
-            ("lpips", lpips_distance, fake, real, enlarged),
-            ("dists", dists_distance, fake, real, enlarged),
-            ("contrast", contrast_distance, generated, image, target),
-        )
-        for name, distance, own, original, other in comparisons:
+                enlarged = self.features(batch.target[window])
+        for name, distance in (("lpips", lpips_distance), ("dists", dists_distance)):
             if not (weight := getattr(config, name)):
                 continue
-            distance_B = distance(own, original)
-            if other is not None:  # as above, not of what `upscale` gives
-                share_B = config.real_esrgan_features * (~upscaled).float()
-                distance_B = torch.lerp(distance_B, distance(own, other), share_B)
+            distance_B = distance(fake, real)
+            if enlarged is not None:
+                distance_B = torch.lerp(distance_B, distance(fake, enlarged), share_B)
             loss = loss + add(name, weight, distance_B)
         if "discriminator" in self.modules:
             loss = loss + self._gan_loss(step, (generated, fake), (image, real), parts)
