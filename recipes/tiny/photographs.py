@@ -75,8 +75,11 @@ def from_repository(repository: str, rows: Iterable[dict[str, Any]], out: Path, 
         for row in rows:
             show = ["git", "--git-dir", folder, "show", f"{row['commit']}:{row['path']}"]
             content = subprocess.run(show, check=True, capture_output=True).stdout
-            if hashlib.sha256(content).hexdigest() != row["sha256"]:
-                raise ValueError(f"{row['path']} is another file than the listed one")
+            if (found := hashlib.sha256(content).hexdigest()) != row["sha256"]:
+                raise ValueError(
+                    f"{row['path']} has the SHA-256 {found}, and {LIST.name} names {row['sha256']}: it is another file "
+                    "than the listed one; clone from a mirror that has it (--repositories), or delete its line"
+                )
             with Image.open(io.BytesIO(content)) as image:
                 bits = 8 * len(content) / (image.width * image.height) if image.format in ("JPEG", "WEBP") else None
             pixels = resized(io.BytesIO(content), bits)
