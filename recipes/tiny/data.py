@@ -357,7 +357,7 @@ def recolored(images: Tensor, rng: PerSampleRNG) -> Tensor:
 
 def smooth_fields(images: Tensor, rng: PerSampleRNG) -> Tensor:
     """Instead of images `[B, 3, H, W]` areas of one color (half of them), or between four; a third of them gray."""
-    corners = 0.6 * rng.normal((3, 2, 2))
+    corners = 0.9 * rng.normal((3, 2, 2))  # a quarter of the values are clamped: saturated colors are the hardest
     corners = torch.where(_happens(0.5, rng), corners[..., :1, :1], corners)
     corners = torch.where(_happens(1 / 3, rng), corners[:, :1], corners)
     return F.interpolate(corners, size=images.shape[-2:], mode="bilinear", align_corners=True).clamp(-1, 1)

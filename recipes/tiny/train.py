@@ -99,8 +99,8 @@ class TinyLossConfig:
     encoder: float = 1.0
     """Loss of the encoder: relative difference of latents, and four times that of what taef2 decodes from them."""
     base: float = 1.0
-    """Loss of the decoder's base: root mean square difference from what taef2 decodes, and from its mean colors of
-    squares. A smooth crop is its own target, because taef2 is less exact there."""
+    """Loss of the decoder's base: root mean square difference from what taef2 decodes, also of its finest structure and
+    of mean colors of squares. A smooth crop is its own target, because taef2 is less exact there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -412,7 +412,9 @@ class TinyTask:
         error = self.modules["base"](batch.latent).float() - target
         weight_B = 1 / (1 + (batch.sigma / self.config.loss.noise_scale).square())
         colors = _rms(F.avg_pool2d(error, 8)) + 0.5 * _rms(F.avg_pool2d(error, 32))
-        parts["base"] = (weight_B * (_rms(error) + colors + 0.5 * _rms(error.mean((2, 3), keepdim=True)))).mean()
+        finest = _rms(error - F.interpolate(F.avg_pool2d(error, 2), scale_factor=2.0))
+        distance_B = _rms(error) + finest + colors + 0.5 * _rms(error.mean((2, 3), keepdim=True))
+        parts["base"] = (weight_B * distance_B).mean()
         return parts["base"]
 
     def _decoded(self, latent: Tensor) -> Tensor:
@@ -558,7 +560,8 @@ def run_phase(
     if phase.upscale_share:
         encoder = TinyEncoder(recipe.encoder)
         start_from(encoder, "encoder", recipe, before, required=True)
-    task = TinyTask(phase, models, autoencoder.to(env.device), cache, env, encoder)
+    autoencoder = autoencoder.to(env.device, memory_format=torch.channels_last)
+    task = TinyTask(phase, models, autoencoder, cache, env, encoder)
     loader = CropLoader(
         phase.data,
         phase.noise,
