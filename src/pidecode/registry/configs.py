@@ -243,7 +243,7 @@ class TinyDecoderConfig:
     scale: int = 4
     width: int = 64
     blocks: tuple[int, ...] = (16, 8, 12, 4)
-    base_blocks: tuple[int, ...] = (16, 8, 5, 1)
+    base_blocks: tuple[int, ...] = (16, 8, 6, 2)
     base_weight: float = 0.7
     base_detail_weight: float = 0.4
     max_sigma: float = 0.8
