@@ -16,6 +16,7 @@ import pytest
 import targets
 import torch
 import train as recipe
+from discriminator import contrast_normalized
 from export import export_weights
 from losses import contrast_distance, dists_distance, lpips_distance
 from photographs import FREE, LIST, attribution, from_repository, licenses
@@ -346,6 +347,17 @@ def test_contrast_is_compared_octave_by_octave() -> None:
     assert (contrast_distance(image + 0.1, image) < 1e-5).all()  # brightness is left to others
     grain = 0.004 * (torch.arange(64) % 2 * 2 - 1.0)  # of 2 pixels, which no octave holds
     assert (contrast_distance(image + grain, image) < 0.1 * values[1]).all()
+
+
+def test_contrast_normalization_makes_faint_texture_count_and_leaves_flat_areas_flat() -> None:
+    flat = torch.full((1, 3, 32, 32), 0.5)
+    assert contrast_normalized(flat).abs().max() < 1e-3
+    texture = torch.randn(1, 1, 32, 32, generator=torch.Generator().manual_seed(0)).expand(-1, 3, -1, -1)
+    strong, faint = (contrast_normalized(flat + share * texture).std() for share in (0.4, 0.1))
+    assert 0.6 < faint < strong < 1.2  # of a quarter of the contrast hardly less is left
+    assert contrast_normalized(flat + 1e-3 * texture).std() < 0.1  # an eighth of a step of 255 is no texture
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(contrast_normalized(flat + 0.1 * texture).std(), faint)
 
 
 def test_augmentation_depends_on_the_seed_alone_and_stays_in_range() -> None:
