@@ -182,7 +182,7 @@ class TinyRecipe:
         default_factory=lambda: PhaseConfig(
             models=("base", "encoder"),
             data=TinyDataConfig(
-                reduction=1, crops=((128, 4, 0.6), (192, 2, 0.25), (256, 1, 0.15)), synthetic_share=0.15, smooth=0.06
+                reduction=1, crops=((128, 4, 0.6), (192, 2, 0.25), (256, 1, 0.15)), synthetic_share=0.15, smooth=0.1
             ),
             noise=LatentNoiseConfig(probability=0.3, sigma_max=0.5),
             optimizer=OptimizerConfig(name="muon", lr=3e-4, max_grad_norm=1.0, warmup_steps=100, lr_schedule="cosine"),
@@ -211,11 +211,11 @@ class TinyRecipe:
                 chroma=4.0,
                 lpips=2.0,
                 dists=2.2,
-                real_esrgan=6.0,
+                real_esrgan=12.0,
                 real_esrgan_features=0.6,
-                contrast=2.5,
+                contrast=3.5,
                 grid=0.5,
-                gan=0.3,
+                gan=0.9,
                 gan_start=500,
                 noise_scale=0.4,
             ),
