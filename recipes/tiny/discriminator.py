@@ -48,7 +48,7 @@ def contrast_normalized(image: Tensor) -> Tensor:
     Faint texture counts as much as strong one. The statistics of natural images are most alike in these values (NIQE,
     https://doi.org/10.1109/LSP.2012.2227726, section II-A, whose window of 7x7 pixels this is).
     """
-    with torch.autocast(image.device.type, enabled=False):  # squares of means would swallow the contrast in bfloat16
+    with torch.autocast(image.device.type, enabled=False):  # bfloat16 rounds luma by as much as faint contrast
         weights = torch.exp(-torch.arange(-3.0, 4.0, device=image.device).square() / (2 * (7 / 6) ** 2))
         weights = weights / weights.sum()
         kernel = (weights[:, None] * weights).view(1, 1, 7, 7)
