@@ -45,8 +45,8 @@ def _pixel_head(channels: int, width: int) -> nn.Sequential:
 def contrast_normalized(image: Tensor) -> Tensor:
     """Luma of images `[B, 3, H, W]`, less its local mean and divided by its local contrast: `[B, 1, H, W]`.
 
-    Faint texture counts as much as strong one. The statistics of natural images are most alike in these values (NIQE,
-    https://doi.org/10.1109/LSP.2012.2227726, section II-A, whose window of 7x7 pixels this is).
+    Faint texture counts as much as strong one. The window of 7x7 pixels is that of NIQE, which compares the statistics
+    of such values (https://doi.org/10.1109/LSP.2012.2227726, section II-A).
     """
     with torch.autocast(image.device.type, enabled=False):  # bfloat16 rounds luma by as much as faint contrast
         weights = torch.exp(-torch.arange(-3.0, 4.0, device=image.device).square() / (2 * (7 / 6) ** 2))
@@ -64,21 +64,18 @@ class FeatureDiscriminator(nn.Module):
     Args:
         channels: Channels of the feature layers.
         layers: Indices of the layers that are read.
-        width: Channels of the heads.
-        pixels: Whether there are heads on pixels.
+        width: Channels of the heads; half as many in those on pixels.
     """
 
-    def __init__(self, channels: Sequence[int], layers: Sequence[int], *, width: int = 64, pixels: bool = True) -> None:
+    def __init__(self, channels: Sequence[int], layers: Sequence[int], *, width: int = 64) -> None:
         super().__init__()
         self.layers = tuple(layers)
         self.heads = nn.ModuleList(_feature_head(channels[layer], width) for layer in self.layers)
-        self.pixel_heads = nn.ModuleList(_pixel_head(count, width // 2) for count in (3, 1, 1) if pixels)
+        self.pixel_heads = nn.ModuleList(_pixel_head(count, width // 2) for count in (3, 1, 1))
 
     def inputs(self, image: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
-        """What the heads read: the chosen features and, if there are heads for them, pixels."""
+        """What the heads read: the chosen features, pixels, and contrast-normalized luma at full and at half size."""
         chosen = [features[layer] for layer in self.layers]
-        if not self.pixel_heads:
-            return chosen
         return [*chosen, image, contrast_normalized(image), contrast_normalized(F.avg_pool2d(image, 2))]
 
     def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
