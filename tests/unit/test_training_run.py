@@ -137,6 +137,18 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(name: str, images: Pat
     assert plain[0] == plain[1]
 
 
+@pytest.mark.parametrize(("precision", "multiplies"), [("bfloat16", False), ("bfloat16", True), ("float32", False)])
+def test_a_cpu_that_emulates_bfloat16_is_said(
+    precision: str, multiplies: bool, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: multiplies, raising=False)
+    said: list[str] = []
+    recipe = recipe_for("debug_direct", images, *FAST, f"run.precision={precision}", "run.steps=1")
+    train(recipe, tmp_path, device=CPU, progress=said.append)
+    assert any("run.precision=float32" in line for line in said) == (precision == "bfloat16" and not multiplies)
+
+
 def assert_same_weights(first: Path, second: Path) -> None:
     one, two = load_file(first), load_file(second)
     assert one.keys() == two.keys()

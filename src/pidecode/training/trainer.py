@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from pidecode.devices import default_dtype
 from pidecode.errors import SettingError, TrainingError
 from pidecode.files import FolderLock, atomic_write, remove_partial, writable_folder
 from pidecode.training import distributed
@@ -182,6 +183,9 @@ class Trainer:
             self.logger.message(f"Skipped {name}: {reason}")
         for note in task.notes():
             self.logger.message(note)
+        emulated = env.device.type == "cpu" and default_dtype(env.device) is torch.float32
+        if emulated and config.run.precision == "bfloat16":
+            self.logger.message("This CPU emulates bfloat16, which is many times slower: set run.precision=float32.")
 
     def run(self) -> Path:
         """Train to the last step and export.
