@@ -106,6 +106,7 @@ def debug_recipe(data: Path, *settings: str) -> recipe.TinyRecipe:
         fast += [
             f"{phase}.run.steps=4", f"{phase}.run.checkpoint_every=2", f"{phase}.run.log_every=1",
             f"{phase}.run.sample_every=4", f"{phase}.run.num_samples=1", f"{phase}.run.checkpoint_minutes=0",
+            f"{phase}.run.precision=float32",  # which no CPU emulates
             f"{phase}.data.crops=((64, 2, 1.0),)", f"{phase}.data.synthetic_images=5",
         ]  # fmt: skip
     fast += ["perception.loss.gan_start=1", "perception.loss.gan_warmup=1", "perception.loss.r1_every=2",
