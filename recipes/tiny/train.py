@@ -101,6 +101,9 @@ class TinyLossConfig:
     base: float = 1.0
     """Loss of the decoder's base: root mean square difference from what taef2 decodes, also of its finest structure and
     of mean colors of squares. A smooth crop is its own target, because taef2 is less exact there."""
+    discriminator_steps: int = 0
+    """First steps, in which the discriminator alone is trained. A fresh one else unteaches a decoder what an earlier
+    one had taught it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +118,8 @@ class PhaseConfig:
     """Feature layers the discriminator reads: strides 2, 4, 8, 16 and 32 are 0 to 4."""
     discriminator_width: int = 64
     """Channels of its heads."""
+    base_with_decoder: bool = False
+    """Whether the decoder's base is trained with it, by the decoder's losses and its own (`loss.base`)."""
     upscale_share: float = 0.0
     """Share of the decoder's samples made as `upscale` makes them: from the encoder's latents, by a decoder that reads
     the low-resolution image, which then corrects the result."""
@@ -152,6 +157,13 @@ class PhaseConfig:
             raise SettingError(
                 f"loss.real_esrgan_features is {self.loss.real_esrgan_features}; it must be from 0 to 1."
             )
+        if self.base_with_decoder and ("decoder" not in self.models or "base" in self.models):
+            raise SettingError(
+                f"base_with_decoder trains the base by the decoder's losses, and models is {self.models}; name decoder "
+                "there and not base, or set base_with_decoder=False."
+            )
+        if self.loss.discriminator_steps and not self.loss.gan:
+            raise SettingError("loss.discriminator_steps needs a discriminator; set loss.gan, or leave it 0.")
         if not 0 <= self.upscale_share <= 1:
             raise SettingError(f"upscale_share is {self.upscale_share}; it must be from 0 to 1.")
         if self.upscale_share and self.models != ("decoder",):
@@ -271,7 +283,9 @@ class TinyTask:
         self.title = f"tiny ({', '.join(self.modules)})"
 
     def trained_at(self, step: int) -> tuple[str, ...]:
-        """All modules, in every step."""
+        """All modules; in the first `discriminator_steps` the discriminator alone."""
+        if "discriminator" in self.modules and step < self.config.loss.discriminator_steps:
+            return ("discriminator",)
         return tuple(self.modules)
 
     def make_optimizer(self, name: str) -> Optimizer:
@@ -304,10 +318,11 @@ class TinyTask:
             with torch.no_grad():
                 latent = torch.where(per_sample(upscaled), self.encoder(batch.low).float(), latent)
             sigma = sigma.masked_fill(upscaled, 0)
-        decoder, low_res = cast(TinyDecoder, unwrap(self.modules["decoder"])), None
+        decoder, low_res, estimate = cast(TinyDecoder, unwrap(self.modules["decoder"])), None, None
         if decoder.base is not None:
-            with torch.no_grad():
-                low_res = torch.where(per_sample(upscaled), batch.low, decoder.base(latent).float())
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.base_with_decoder):
+                estimate = decoder.base(latent).float()
+            low_res = torch.where(per_sample(upscaled), batch.low, estimate)
         generated = self.modules["decoder"](latent, low_res).float().contiguous(memory_format=torch.channels_last)
         if low_res is not None:
             generated = torch.where(per_sample(upscaled), generated, decoder.corrected(generated, low_res))
@@ -328,6 +343,8 @@ class TinyTask:
             return weight * parts[name]
 
         loss = add("pixel", config.pixel, pixel_distance(generated, image))
+        if estimate is not None and self.config.base_with_decoder and config.base:
+            loss = loss + add("base", config.base, self._base_distance(estimate, batch))
         loss = loss + add("low_frequency", config.low_frequency, low_frequency_distance(generated, image))
         if config.taef2:
             loss = loss + add("taef2", config.taef2, distilled)
@@ -408,14 +425,17 @@ class TinyTask:
         return parts["latent"] + 4 * parts["decoded"]
 
     def _base_loss(self, batch: CropBatch, parts: dict[str, Tensor]) -> Tensor:
-        target = torch.where(per_sample(batch.smooth), batch.low, self._decoded(batch.clean_latent))
-        error = self.modules["base"](batch.latent).float() - target
         weight_B = 1 / (1 + (batch.sigma / self.config.loss.noise_scale).square())
-        colors = _rms(F.avg_pool2d(error, 8)) + 0.5 * _rms(F.avg_pool2d(error, 32))
-        finest = _rms(error - F.interpolate(F.avg_pool2d(error, 2), scale_factor=2.0))
-        distance_B = _rms(error) + finest + colors + 0.5 * _rms(error.mean((2, 3), keepdim=True))
+        distance_B = self._base_distance(self.modules["base"](batch.latent).float(), batch)
         parts["base"] = (weight_B * distance_B).mean()
         return parts["base"]
+
+    def _base_distance(self, estimate: Tensor, batch: CropBatch) -> Tensor:
+        target = torch.where(per_sample(batch.smooth), batch.low, self._decoded(batch.clean_latent))
+        error = estimate - target
+        colors = _rms(F.avg_pool2d(error, 8)) + 0.5 * _rms(F.avg_pool2d(error, min(32, *error.shape[-2:])))
+        finest = _rms(error - F.interpolate(F.avg_pool2d(error, 2), scale_factor=2.0))
+        return _rms(error) + finest + colors + 0.5 * _rms(error.mean((2, 3), keepdim=True))
 
     def _decoded(self, latent: Tensor) -> Tensor:
         """What taef2 decodes, nearly clamped: beyond black and white there is nothing to imitate."""
@@ -441,6 +461,10 @@ class TinyTask:
                 found["encoder_error"] = (own - latent).norm() / latent.norm()
             if "base" in modules:
                 found["base_psnr"] = psnr(modules["base"](latent).float().clamp(-1, 1), self._decoded(latent)).mean()
+            if self.config.base_with_decoder:
+                base = cast(TinyDecoder, modules["decoder"]).base
+                assert base is not None  # `build_models` saw to it
+                found["base_psnr"] = psnr(base(latent).float().clamp(-1, 1), self._decoded(latent)).mean()
             if "decoder" in modules:
                 generated = modules["decoder"](latent).float().clamp(-1, 1)
                 rows.append((low, generated, image))
@@ -484,6 +508,10 @@ def build_models(recipe: TinyRecipe, phase: PhaseConfig, before: Sequence[Path])
         SettingError: The phase trains the base of a decoder without one.
     """
     modules: dict[str, nn.Module] = {}
+    if phase.base_with_decoder and recipe.decoder.base is None:
+        raise SettingError(
+            "base_with_decoder is set, and the decoder has no base; set decoder.base_blocks, or leave it False."
+        )
     for name in phase.models:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(phase.run.seed, name))
@@ -498,7 +526,7 @@ def build_models(recipe: TinyRecipe, phase: PhaseConfig, before: Sequence[Path])
         start_from(modules[name], name, recipe, before)
         if name == "decoder" and (base := cast(TinyDecoder, modules[name]).base) is not None:
             start_from(base, "base", recipe, before)
-            base.requires_grad_(False)
+            base.requires_grad_(phase.base_with_decoder)
     return modules
 
 

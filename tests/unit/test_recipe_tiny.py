@@ -293,6 +293,46 @@ def test_the_loss_taef2_holds_low_frequencies(folders: tuple[Path, Path], tmp_pa
     assert differences[1] < 0.7 * differences[0]
 
 
+def test_a_base_trained_with_the_decoder_learns_from_both_their_losses(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    data, taef2 = folders
+
+    def exported(name: str, *settings: str) -> dict[str, Tensor]:
+        made = debug_recipe(data, "phases=('fidelity', 'perception')", "perception.upscale_share=0", *settings)
+        return load_file(recipe.train_tiny(made, tmp_path / name, taef2, CPU))
+
+    together = "perception.base_with_decoder=True"
+    frozen, trained = exported("frozen"), exported("trained", together)
+    by_decoder = exported("by_decoder", together, "perception.loss.base=0")
+    initial = load_file(tmp_path / "trained" / "fidelity" / "decoder.safetensors")
+    weights = [key for key in initial if key.startswith("base.") and key.endswith("weight")]
+    assert all(torch.equal(frozen[key], initial[key]) for key in weights)
+    assert any(not torch.equal(by_decoder[key], initial[key]) for key in weights)
+    assert any(not torch.equal(by_decoder[key], trained[key]) for key in weights)
+    (metrics,) = map(json.loads, (tmp_path / "trained/perception/samples/metrics.jsonl").read_text().splitlines())
+    assert metrics["base_psnr"] > 0
+
+
+def test_a_discriminator_can_be_trained_before_the_decoder(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    data, taef2 = folders
+    settings = ["perception.loss.discriminator_steps=3", "perception.upscale_share=0", "perception.run.keep=9"]
+    made = debug_recipe(data, "phases=('fidelity', 'perception')", *settings, "perception.run.checkpoint_every=1")
+    recipe.train_tiny(made, tmp_path, taef2, CPU)
+    steps = [
+        load_file(tmp_path / f"perception/checkpoints/step-{step:08d}/tensors.safetensors") for step in (1, 2, 3, 4)
+    ]
+
+    def changed(module: str, before: int) -> bool:
+        pairs = (
+            (steps[before][key], steps[before + 1][key]) for key in steps[0] if key.startswith(f"weights.{module}.")
+        )
+        return any(not torch.equal(*pair) for pair in pairs)
+
+    assert [changed("discriminator", before) for before in range(3)] == [True, True, True]
+    assert [changed("decoder", before) for before in range(3)] == [False, False, True]
+
+
 def test_smooth_crops_count_less_as_configured(folders: tuple[Path, Path], tmp_path: Path) -> None:
     data, taef2 = folders
     losses = []
@@ -322,7 +362,14 @@ def test_settings_that_cannot_act_are_refused() -> None:
         recipe.PhaseConfig(models=("encoder",), loss=recipe.TinyLossConfig(gan=0.1))
     with pytest.raises(SettingError, match=r"models is \('painter',\); it must name decoder, base, encoder"):
         recipe.PhaseConfig(models=("painter",))
+    with pytest.raises(SettingError, match=r"discriminator_steps needs a discriminator"):
+        recipe.PhaseConfig(loss=recipe.TinyLossConfig(discriminator_steps=5))
+    for models in (("encoder",), ("decoder", "base")):
+        with pytest.raises(SettingError, match=r"name decoder there and not base"):
+            recipe.PhaseConfig(models=models, base_with_decoder=True)
     bare = replace(recipe.TinyRecipe(), decoder=TinyDecoderConfig(base_blocks=()))
+    with pytest.raises(SettingError, match=r"base_with_decoder is set, and the decoder has no base"):
+        recipe.build_models(bare, recipe.PhaseConfig(base_with_decoder=True), [])
     with pytest.raises(SettingError, match=r"names base, and the decoder has none"):
         recipe.build_models(bare, bare.distillation, [])
     with pytest.raises(SettingError, match=r"Did you mean perception"):
