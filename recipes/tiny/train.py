@@ -213,23 +213,28 @@ class TinyRecipe:
     perception: PhaseConfig = field(
         default_factory=lambda: PhaseConfig(
             models=("decoder",),
+            base_with_decoder=True,
             upscale_share=0.2,
-            data=TinyDataConfig(smooth=0.25),
+            data=TinyDataConfig(smooth=0.2),
             noise=LatentNoiseConfig(probability=0.3, sigma_max=0.5),
             loss=TinyLossConfig(
-                pixel=2.5,
-                low_frequency=3.0,
-                taef2=6.0,
-                chroma=4.0,
-                lpips=2.0,
-                dists=2.2,
+                pixel=4.0,
+                low_frequency=2.0,
+                taef2=3.0,
+                chroma=3.0,
+                lpips=2.5,
+                dists=1.6,
                 real_esrgan=12.0,
                 real_esrgan_features=0.6,
                 contrast=3.5,
                 grid=0.5,
-                gan=0.9,
+                gan=2.0,
                 gan_start=500,
+                r1=0.3,
+                r1_every=16,
                 noise_scale=0.4,
+                smooth_weight=0.35,
+                base=0.3,
             ),
             optimizer=OptimizerConfig(name="muon", lr=3e-4, max_grad_norm=1.0, warmup_steps=100, lr_schedule="cosine"),
             run=_run(12_000),
@@ -510,7 +515,8 @@ def build_models(recipe: TinyRecipe, phase: PhaseConfig, before: Sequence[Path])
     modules: dict[str, nn.Module] = {}
     if phase.base_with_decoder and recipe.decoder.base is None:
         raise SettingError(
-            "base_with_decoder is set, and the decoder has no base; set decoder.base_blocks, or leave it False."
+            "base_with_decoder is set, and the decoder has no base; set it to False in that phase, or set "
+            "decoder.base_blocks."
         )
     for name in phase.models:
         with torch.random.fork_rng(devices=[]):

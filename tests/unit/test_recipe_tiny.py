@@ -214,7 +214,7 @@ def test_all_phases_resume_bit_for_bit_and_export(folders: tuple[Path, Path], tm
     with Image.open(tmp_path / "whole" / "perception" / "samples" / "step-00000004.png") as grid:
         assert grid.height > 64
     base = load_file(tmp_path / "whole" / "distillation" / "base.safetensors")
-    assert base and all(torch.equal(first[f"base.{key}"], base[key]) for key in base)  # no later phase trains it
+    assert base and all(torch.equal(started[f"base.{key}"], base[key]) for key in base)  # fidelity leaves it as it is
     decoder, encoder = export_weights(tmp_path / "whole", tmp_path / "weights", torch.float32)
     exported = load_file(decoder)
     assert all(torch.equal(exported[key], first[key]) for key in first)
@@ -276,6 +276,7 @@ def test_the_loss_taef2_holds_low_frequencies(folders: tuple[Path, Path], tmp_pa
     autoencoder, differences = TinyAutoencoder.from_folder(taef2), []
     for weight in ("0", "1000"):
         settings = [f"perception.loss.taef2={weight}", "perception.upscale_share=0", "perception.optimizer.lr=0.02"]
+        settings += ["perception.base_with_decoder=False"]  # it has none
         settings += [
             "phases=('fidelity', 'perception')",
             "perception.run.steps=20",
@@ -302,9 +303,8 @@ def test_a_base_trained_with_the_decoder_learns_from_both_their_losses(
         made = debug_recipe(data, "phases=('fidelity', 'perception')", "perception.upscale_share=0", *settings)
         return load_file(recipe.train_tiny(made, tmp_path / name, taef2, CPU))
 
-    together = "perception.base_with_decoder=True"
-    frozen, trained = exported("frozen"), exported("trained", together)
-    by_decoder = exported("by_decoder", together, "perception.loss.base=0")
+    frozen, trained = exported("frozen", "perception.base_with_decoder=False"), exported("trained")
+    by_decoder = exported("by_decoder", "perception.loss.base=0")
     initial = load_file(tmp_path / "trained" / "fidelity" / "decoder.safetensors")
     weights = [key for key in initial if key.startswith("base.") and key.endswith("weight")]
     assert all(torch.equal(frozen[key], initial[key]) for key in weights)
