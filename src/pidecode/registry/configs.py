@@ -244,8 +244,8 @@ class TinyDecoderConfig:
     width: int = 64
     blocks: tuple[int, ...] = (16, 8, 12, 4)
     base_blocks: tuple[int, ...] = (16, 8, 6, 2)
-    base_weight: float = 0.7
-    base_detail_weight: float = 0.4
+    base_weight: float = 1.0
+    base_detail_weight: float = 0.07
     max_sigma: float = 0.8
 
     def __post_init__(self) -> None:
