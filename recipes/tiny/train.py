@@ -162,8 +162,17 @@ class PhaseConfig:
                 f"base_with_decoder trains the base by the decoder's losses, and models is {self.models}; name decoder "
                 "there and not base, or set base_with_decoder=False."
             )
-        if self.loss.discriminator_steps and not self.loss.gan:
-            raise SettingError("loss.discriminator_steps needs a discriminator; set loss.gan, or leave it 0.")
+        alone = self.loss.discriminator_steps
+        if alone and not self.loss.gan:
+            raise SettingError(
+                f"loss.discriminator_steps is {alone}, and loss.gan is 0, which means no discriminator; set loss.gan, "
+                "or loss.discriminator_steps=0."
+            )
+        if not 0 <= alone < self.run.steps:
+            raise SettingError(
+                f"loss.discriminator_steps is {alone}; it must be from 0 to below run.steps={self.run.steps}, or the "
+                "decoder is never trained."
+            )
         if not 0 <= self.upscale_share <= 1:
             raise SettingError(f"upscale_share is {self.upscale_share}; it must be from 0 to 1.")
         if self.upscale_share and self.models != ("decoder",):

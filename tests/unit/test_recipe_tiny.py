@@ -362,8 +362,10 @@ def test_settings_that_cannot_act_are_refused() -> None:
         recipe.PhaseConfig(models=("encoder",), loss=recipe.TinyLossConfig(gan=0.1))
     with pytest.raises(SettingError, match=r"models is \('painter',\); it must name decoder, base, encoder"):
         recipe.PhaseConfig(models=("painter",))
-    with pytest.raises(SettingError, match=r"discriminator_steps needs a discriminator"):
+    with pytest.raises(SettingError, match=r"discriminator_steps is 5, and loss\.gan is 0"):
         recipe.PhaseConfig(loss=recipe.TinyLossConfig(discriminator_steps=5))
+    with pytest.raises(SettingError, match=r"discriminator_steps is 9000; it must be from 0 to below run\.steps=1000"):
+        recipe.PhaseConfig(loss=recipe.TinyLossConfig(gan=1.0, discriminator_steps=9000))
     for models in (("encoder",), ("decoder", "base")):
         with pytest.raises(SettingError, match=r"name decoder there and not base"):
             recipe.PhaseConfig(models=models, base_with_decoder=True)
