@@ -37,6 +37,7 @@ SCALES = (1.0, 0.5, 0.25)
 SYNTHETIC_SIDE = 512
 IMAGE_ENDINGS = frozenset({".webp", ".png", ".jpg", ".jpeg"})
 LUMA = (0.299, 0.587, 0.114)
+_THIRD = 0.4307  # a normal value lies beyond it with a third's probability on either side
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -356,11 +357,19 @@ def recolored(images: Tensor, rng: PerSampleRNG) -> Tensor:
 
 
 def smooth_fields(images: Tensor, rng: PerSampleRNG) -> Tensor:
-    """Instead of images `[B, 3, H, W]` areas of one color (half of them), or between four; a third of them gray."""
-    corners = 0.9 * rng.normal((3, 2, 2))  # a quarter of the values are clamped: saturated colors are the hardest
-    corners = torch.where(_happens(0.5, rng), corners[..., :1, :1], corners)
+    """Instead of images `[B, 3, H, W]` areas of one color (six in ten), or between four; a third of them gray.
+
+    Half of the colors have each channel at 0, at half or at full: the colors of drawings, which other random colors
+    hardly ever come near, and the hardest.
+    """
+    corners = 0.9 * rng.normal((3, 2, 2))
+    pure = rng.normal((3, 2, 2))
+    pure = (pure > _THIRD).float() - (pure < -_THIRD).float()
+    jitter = torch.where(_happens(0.4, rng), 0.12 * rng.normal((3, 2, 2)), torch.zeros_like(pure))
+    corners = torch.where(_happens(0.5, rng), pure + jitter, corners)
+    corners = torch.where(_happens(0.6, rng), corners[..., :1, :1], corners)
     corners = torch.where(_happens(1 / 3, rng), corners[:, :1], corners)
-    return F.interpolate(corners, size=images.shape[-2:], mode="bilinear", align_corners=True).clamp(-1, 1)
+    return F.interpolate(corners.clamp(-1, 1), size=images.shape[-2:], mode="bilinear", align_corners=True)
 
 
 def joined(images: Tensor, others: Tensor, rng: PerSampleRNG) -> Tensor:

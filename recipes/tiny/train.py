@@ -101,6 +101,10 @@ class TinyLossConfig:
     base: float = 1.0
     """Loss of the decoder's base: root mean square difference from what taef2 decodes, also of its finest structure and
     of mean colors of squares. A smooth crop is its own target, because taef2 is less exact there."""
+    base_low_res: float = 0.0
+    """Share of the low-resolution image itself in what the base imitates; the rest is what taef2 decodes."""
+    base_unevenness: float = 0.0
+    """Weight, beside these differences, of how unevenly a smooth crop differs: without its mean color."""
     discriminator_steps: int = 0
     """First steps, in which the discriminator alone is trained. A fresh one else unteaches a decoder what an earlier
     one had taught it."""
@@ -123,6 +127,8 @@ class PhaseConfig:
     upscale_share: float = 0.0
     """Share of the decoder's samples made as `upscale` makes them: from the encoder's latents, by a decoder that reads
     the low-resolution image, which then corrects the result."""
+    encoder_share: float = 0.0
+    """Share of the base's samples whose latent comes from the encoder instead of taef2."""
     validation_side: int = 384
     """Largest side of the held-out crops in samples."""
     data: TinyDataConfig = field(default_factory=TinyDataConfig)
@@ -178,6 +184,26 @@ class PhaseConfig:
         if self.upscale_share and self.models != ("decoder",):
             raise SettingError(
                 "upscale_share trains the decoder for a finished encoder; set it to 0, or models to ('decoder',)."
+            )
+        if not 0 <= self.encoder_share <= 1:
+            raise SettingError(f"encoder_share is {self.encoder_share}; it must be from 0 to 1.")
+        if self.encoder_share and self.models != ("base",):
+            raise SettingError(
+                f"encoder_share trains the base for a finished encoder, and models is {self.models}; set it to 0, or "
+                "models to ('base',)."
+            )
+        if not 0 <= self.loss.base_low_res <= 1:
+            raise SettingError(f"loss.base_low_res is {self.loss.base_low_res}; it must be from 0 to 1.")
+        for name in ("base_low_res", "base_unevenness"):
+            if getattr(self.loss, name) and not (self.base_with_decoder or "base" in self.models):
+                raise SettingError(
+                    f"loss.{name} acts on the base, which this phase does not train; name base in models, or set it to "
+                    "0."
+                )
+        if self.loss.base_unevenness and not self.data.smooth:
+            raise SettingError(
+                f"loss.base_unevenness is {self.loss.base_unevenness} and acts on smooth crops, of which there are "
+                "none; set data.smooth, or loss.base_unevenness=0."
             )
 
 
@@ -265,7 +291,7 @@ class TinyTask:
         autoencoder: taef2, frozen.
         cache: Folder of decoded images, for the held-out crops.
         env: This process among all.
-        encoder: Frozen, for `upscale_share`.
+        encoder: Frozen, for `upscale_share` and `encoder_share`.
     """
 
     def __init__(
@@ -319,7 +345,7 @@ class TinyTask:
         if "encoder" in self.modules:
             total = total + self.config.loss.encoder * self._encoder_loss(batch, parts)
         if "base" in self.modules:
-            total = total + self.config.loss.base * self._base_loss(batch, parts)
+            total = total + self.config.loss.base * self._base_loss(batch, rng, parts)
         return LossOutput(total, {name: value.detach() for name, value in parts.items()})
 
     def _decoder_loss(self, step: int, batch: CropBatch, rng: RNG, parts: dict[str, Tensor]) -> Tensor:
@@ -438,18 +464,29 @@ class TinyTask:
         parts["decoded"] = _rms(self._decoded(latent) - self._decoded(batch.clean_latent)).mean()
         return parts["latent"] + 4 * parts["decoded"]
 
-    def _base_loss(self, batch: CropBatch, parts: dict[str, Tensor]) -> Tensor:
-        weight_B = 1 / (1 + (batch.sigma / self.config.loss.noise_scale).square())
-        distance_B = self._base_distance(self.modules["base"](batch.latent).float(), batch)
+    def _base_loss(self, batch: CropBatch, rng: RNG, parts: dict[str, Tensor]) -> Tensor:
+        latent, sigma = batch.latent, batch.sigma
+        if self.encoder is not None:
+            encoded = rng.uniform() < self.config.encoder_share
+            with torch.no_grad():
+                latent = torch.where(per_sample(encoded), self.encoder(batch.low).float(), latent)
+            sigma = sigma.masked_fill(encoded, 0)
+        weight_B = 1 / (1 + (sigma / self.config.loss.noise_scale).square())
+        distance_B = self._base_distance(self.modules["base"](latent).float(), batch)
         parts["base"] = (weight_B * distance_B).mean()
         return parts["base"]
 
     def _base_distance(self, estimate: Tensor, batch: CropBatch) -> Tensor:
-        target = torch.where(per_sample(batch.smooth), batch.low, self._decoded(batch.clean_latent))
-        error = estimate - target
+        config = self.config.loss
+        decoded = torch.lerp(self._decoded(batch.clean_latent), batch.low, config.base_low_res)
+        error = estimate - torch.where(per_sample(batch.smooth), batch.low, decoded)
+        mean = error.mean((2, 3), keepdim=True)
         colors = _rms(F.avg_pool2d(error, 8)) + 0.5 * _rms(F.avg_pool2d(error, min(32, *error.shape[-2:])))
         finest = _rms(error - F.interpolate(F.avg_pool2d(error, 2), scale_factor=2.0))
-        return _rms(error) + finest + colors + 0.5 * _rms(error.mean((2, 3), keepdim=True))
+        distance_B = _rms(error) + finest + colors + 0.5 * _rms(mean)
+        if config.base_unevenness:
+            distance_B = distance_B + torch.where(batch.smooth, config.base_unevenness * _rms(error - mean), 0.0)
+        return distance_B
 
     def _decoded(self, latent: Tensor) -> Tensor:
         """What taef2 decodes, nearly clamped: beyond black and white there is nothing to imitate."""
@@ -600,7 +637,7 @@ def run_phase(
     before = [out / earlier for earlier in PHASES[: PHASES.index(name)]]
     models = build_models(recipe, phase, before)
     encoder = None
-    if phase.upscale_share:
+    if phase.upscale_share or phase.encoder_share:
         encoder = TinyEncoder(recipe.encoder)
         start_from(encoder, "encoder", recipe, before, required=True)
     autoencoder = autoencoder.to(env.device, memory_format=torch.channels_last)

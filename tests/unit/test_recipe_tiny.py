@@ -271,6 +271,43 @@ def test_distillation_brings_encoder_and_base_nearer_to_taef2(folders: tuple[Pat
     assert encoder.name == "tiny_encoder.safetensors"
 
 
+def test_what_the_base_imitates_is_as_configured(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    data, taef2 = folders
+    common = ["phases=('distillation',)", "distillation.models=('base',)", "distillation.run.steps=1"]
+
+    def loss(name: str, *settings: str) -> float:
+        recipe.train_tiny(debug_recipe(data, *common, *settings), tmp_path / name, taef2, CPU)
+        lines = (tmp_path / name / "distillation" / "metrics.jsonl").read_text().splitlines()
+        return float(json.loads(lines[0])["base"])
+
+    crops = [loss(f"crops{share}", f"distillation.loss.base_low_res={share}", "distillation.data.smooth=0",
+                  "distillation.loss.base_unevenness=0") for share in (0, 0.5, 1)]  # fmt: skip
+    assert crops[0] != pytest.approx(crops[2], rel=0.01) and crops[1] < sum(crops) - crops[1]  # the mean is nearer
+    smooth = [loss(f"smooth{weight}", f"distillation.loss.base_unevenness={weight}", "distillation.data.smooth=1")
+              for weight in (0, 1, 3)]  # fmt: skip
+    assert smooth[1] > smooth[0] > 0
+    assert smooth[2] - smooth[0] == pytest.approx(3 * (smooth[1] - smooth[0]), rel=1e-3)
+
+
+def test_a_base_learns_from_latents_of_the_encoder(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    data, taef2 = folders
+    made = debug_recipe(data, "phases=('distillation',)")
+    recipe.train_tiny(made, tmp_path / "first", taef2, CPU)
+    export_weights(tmp_path / "first", tmp_path / "weights", torch.float32)
+    save_file(TinyDecoder(made.decoder).state_dict(), tmp_path / "weights" / "tiny.safetensors")
+    start = ["phases=('distillation',)", "distillation.models=('base',)", f"init_from={tmp_path / 'weights'}"]
+    weights = [
+        load_file(recipe.train_tiny(
+            debug_recipe(data, *start, f"distillation.encoder_share={share}"), tmp_path / share, taef2, CPU
+        ))
+        for share in ("0", "1")
+    ]  # fmt: skip
+    assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    with pytest.raises(CheckpointError, match="needs a trained encoder; set init_from"):
+        alone = debug_recipe(data, *start[:2], "distillation.encoder_share=1")
+        recipe.train_tiny(alone, tmp_path / "alone", taef2, CPU)
+
+
 def test_the_loss_taef2_holds_low_frequencies(folders: tuple[Path, Path], tmp_path: Path) -> None:
     data, taef2 = folders
     autoencoder, differences = TinyAutoencoder.from_folder(taef2), []
@@ -369,6 +406,15 @@ def test_settings_that_cannot_act_are_refused() -> None:
     for models in (("encoder",), ("decoder", "base")):
         with pytest.raises(SettingError, match=r"name decoder there and not base"):
             recipe.PhaseConfig(models=models, base_with_decoder=True)
+    for values, said in (
+        ({"encoder_share": 0.5}, r"encoder_share trains the base .*\('decoder',\)"),
+        ({"encoder_share": 2.0, "models": ("base",)}, "encoder_share is 2.0; it must be from 0 to 1"),
+        ({"loss": recipe.TinyLossConfig(base_low_res=1.5)}, "base_low_res is 1.5; it must be from 0 to 1"),
+        ({"loss": recipe.TinyLossConfig(base_low_res=0.5)}, "base_low_res acts on the base, which this phase"),
+        ({"loss": recipe.TinyLossConfig(base_unevenness=1.0), "models": ("base",)}, "smooth crops, of which there"),
+    ):
+        with pytest.raises(SettingError, match=said):
+            recipe.PhaseConfig(**values)
     bare = replace(recipe.TinyRecipe(), decoder=TinyDecoderConfig(base_blocks=()))
     with pytest.raises(SettingError, match=r"base_with_decoder is set, and the decoder has no base"):
         recipe.build_models(bare, recipe.PhaseConfig(base_with_decoder=True), [])
@@ -442,6 +488,11 @@ def test_smooth_fields_have_one_color_or_no_edges() -> None:
     assert steps.max() < 0.1 and 8 < int((steps < 1e-6).sum()) < 32
     assert 4 < int(((fields - fields.mean(1, keepdim=True)).abs().amax((1, 2, 3)) < 1e-6).sum()) < 24
     assert fields.std(0).min() > 0.3
+    fields = smooth_fields(torch.zeros(400, 3, 4, 4), PerSampleRNG(4, 0, range(400), CPU))
+    pure = (fields.abs() - fields.abs().round()).abs().amax((1, 2, 3)) < 1e-6  # each channel at 0, at half or at full
+    flat = (fields - fields[..., :1, :1]).abs().amax((1, 2, 3)) < 1e-6
+    assert 60 < int((pure & flat).sum()) < 120
+    assert len({tuple(color) for color in fields[pure & flat][:, :, 0, 0].round().int().tolist()}) > 15
 
 
 def test_features_are_compared_at_every_place_of_their_strides() -> None:

@@ -64,6 +64,8 @@ def test_the_shapes_are_those_named() -> None:
         ({"base_blocks": (-1,)}, "base_blocks is -1"), ({"base_blocks": (1,) * 6}, "do not divide the 16"),
         ({"base_weight": 2.0}, "base_weight is 2"),
         ({"base_detail_weight": -1.0}, "base_detail_weight is -1"),
+        ({"base_edge_weight": 1.5}, "base_edge_weight is 1.5"),
+        ({"base_edge_gradient": 0.0}, "base_edge_gradient is 0.0; it must be finite and above 0"),
         ({"blocks": (1,) * 5, "base_blocks": (1,)}, "The 32 cells .* do not divide the 16 pixels"),
         ({"latent_down": 24, "base_blocks": (1,)}, "The 16 cells .* do not divide the 24 pixels"),
     ],
@@ -121,7 +123,7 @@ def test_a_base_moves_low_frequencies_toward_its_image() -> None:
     net, tensor = tiny_models.shake(TinyDecoder(SMALL)), recorded.noise(1, 128, 2, 3, seed=1)
     distances = []
     for weight in (0.0, 0.5, 1.0):
-        net.config = replace(SMALL, base_weight=weight, base_detail_weight=weight)
+        net.config = replace(SMALL, base_weight=weight, base_detail_weight=weight, base_edge_weight=weight)
         with torch.no_grad():
             image, low = net(tensor), net.base(tensor)
             uncorrected = net(tensor, low)
@@ -141,13 +143,32 @@ def test_the_finest_structure_of_the_base_has_a_weight_of_its_own() -> None:
         difference = low - pool(image, 4)
         corrections = {}
         for weight in (0.0, 0.25):
-            net.config = replace(SMALL, base_weight=1.0, base_detail_weight=weight)
+            net.config = replace(SMALL, base_weight=1.0, base_detail_weight=weight, base_edge_weight=weight)
             corrections[weight] = net.correction(image, low)
     fine = difference - torch.nn.functional.interpolate(pool(difference, 2), scale_factor=2, mode="bilinear")
     torch.testing.assert_close(corrections[0.0], difference - fine)
     torch.testing.assert_close(corrections[0.25], difference - 0.75 * fine)
-    old = {"base_weight": 0.4}  # a file of before there was the weight
-    assert TinyDecoderConfig.from_dict(old).base_detail_weight == 0.4
+    old = TinyDecoderConfig.from_dict({"base_weight": 0.4})  # a file of before there was the weight
+    assert (old.base_detail_weight, old.base_edge_weight) == (0.4, 0.4)
+
+
+def test_edges_of_the_base_have_a_weight_of_their_own() -> None:
+    net = TinyDecoder(replace(SMALL, base_weight=1.0, base_detail_weight=0.25, base_edge_weight=1.0))
+    low = torch.zeros(1, 3, 32, 32)
+    low[..., 15:] = 1.0
+    low[..., :8] += 0.01 * recorded.noise(1, 3, 32, 8, seed=1)  # texture of one step of 255
+    image = torch.zeros(1, 3, 128, 128)
+    coarse = torch.nn.functional.interpolate(
+        torch.nn.functional.avg_pool2d(low, 2), scale_factor=2, mode="bilinear"
+    )
+    edge = 127.5 / 2 * (2 / 3) ** 0.5  # gradient of the two columns at the edge, root mean square of three columns
+    for gradient, share in ((edge, 0.625), (edge / 3, 0.925)):
+        net.config = replace(net.config, base_edge_gradient=gradient)
+        shares = (net.correction(image, low) - coarse) / (low - coarse)
+        assert float((shares[..., 14:16] - share).abs().max()) < 0.002
+        assert float((shares[..., :6] - 0.25).abs().max()) < 0.02
+    old = TinyDecoderConfig.from_dict({"base_weight": 1.0, "base_detail_weight": 0.07})  # of before there was the weight
+    assert old.base_edge_weight == 0.07
 
 
 def test_the_decoder_reads_the_low_resolution_image_in_every_stage_but_the_first() -> None:

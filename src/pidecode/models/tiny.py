@@ -142,7 +142,8 @@ class TinyDecoder(nn.Module):
         """What `corrected` adds, `[B, 3, H, W]`: all of the difference of mean colors, of what is finer a share.
 
         Mean colors are those of a latent cell. The base knows them better than this network does; of finer structure it
-        gives the blurred mean of what the latent leaves open, the more so the finer it is.
+        gives the blurred mean of what the latent leaves open, the more so the finer it is. An edge is an exception: the
+        latent says where it is, so the base's share is larger there.
         """
         config = self.config
         difference = low_res - functional.avg_pool2d(image, config.scale)
@@ -152,7 +153,21 @@ class TinyDecoder(nn.Module):
             return functional.interpolate(pooled, scale_factor=side, mode="bilinear")
 
         structure = config.base_weight * (pairs := means(2)) + (1 - config.base_weight) * means(config.latent_down)
-        return structure + config.base_detail_weight * (difference - pairs)
+        share: float | Tensor = config.base_detail_weight
+        if config.base_edge_weight != share:
+            share = torch.lerp(
+                low_res.new_tensor(share), low_res.new_tensor(config.base_edge_weight), self._edges(low_res)
+            )
+        return structure + share * (difference - pairs)
+
+    def _edges(self, low_res: Tensor) -> Tensor:
+        """How much of an edge there is, `[B, 1, H, W]` from 0 to 1, by the gradient of an image `[B, 3, H, W]`."""
+        padded = functional.pad(low_res, (1, 1, 1, 1), mode="replicate")
+        across = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]
+        down = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
+        squared = (across.square() + down.square()).mean(1, keepdim=True) / 4
+        squared = functional.avg_pool2d(functional.pad(squared, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+        return squared / (squared + (self.config.base_edge_gradient / 127.5) ** 2)
 
 
 class EncoderBlock(nn.Module):

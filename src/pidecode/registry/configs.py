@@ -231,6 +231,8 @@ class TinyDecoderConfig:
         base_weight: Share of the difference between that image and the result, reduced, that is added to the result;
             of mean colors all of it is.
         base_detail_weight: The same of what is finer than squares of two of that image's pixels.
+        base_edge_weight: The same of it at edges.
+        base_edge_gradient: Gradient of that image, in steps of 255 a pixel, at which the share is halfway between both.
         max_sigma: Highest noise level of a latent for which the decoder was found good.
 
     Raises:
@@ -246,6 +248,8 @@ class TinyDecoderConfig:
     base_blocks: tuple[int, ...] = (16, 8, 6, 2)
     base_weight: float = 1.0
     base_detail_weight: float = 0.07
+    base_edge_weight: float = 1.0
+    base_edge_gradient: float = 16.0
     max_sigma: float = 0.8
 
     def __post_init__(self) -> None:
@@ -265,9 +269,14 @@ class TinyDecoderConfig:
             raise SettingError(
                 f"{len(self.blocks)} stages do not divide the {self.pixels_per_cell} output pixels of a latent cell."
             )
-        for name in ("base_weight", "base_detail_weight", "max_sigma"):
+        for name in ("base_weight", "base_detail_weight", "base_edge_weight", "max_sigma"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise SettingError(f"{name} is {getattr(self, name)}; it must be from 0 to 1.")
+        if not 0.0 < self.base_edge_gradient < math.inf:
+            raise SettingError(
+                f"base_edge_gradient is {self.base_edge_gradient}; it must be finite and above 0: it divides edges "
+                "from the rest."
+            )
         finest = self.latent_unpatchify * 2 ** (len(self.blocks) - 1)  # cells per latent cell of the last stage
         if self.base is not None and self.latent_down % finest:  # the base itself is checked likewise
             raise SettingError(
@@ -313,6 +322,7 @@ class TinyDecoderConfig:
             clean[name] = tuple(clean[name])
         if "base_weight" in clean:  # files of before there were two weights
             clean.setdefault("base_detail_weight", clean["base_weight"])
+            clean.setdefault("base_edge_weight", clean["base_detail_weight"])  # and of before there were three
         return _from_dict(cls, clean)
 
 
