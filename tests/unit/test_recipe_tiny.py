@@ -303,8 +303,8 @@ def test_a_base_learns_from_latents_of_the_encoder(folders: tuple[Path, Path], t
         for share in ("0", "1")
     ]  # fmt: skip
     assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    alone = debug_recipe(data, *start[:2], "distillation.encoder_share=1")
     with pytest.raises(CheckpointError, match="needs a trained encoder; set init_from"):
-        alone = debug_recipe(data, *start[:2], "distillation.encoder_share=1")
         recipe.train_tiny(alone, tmp_path / "alone", taef2, CPU)
 
 

@@ -158,16 +158,14 @@ def test_edges_of_the_base_have_a_weight_of_their_own() -> None:
     low[..., 15:] = 1.0
     low[..., :8] += 0.01 * recorded.noise(1, 3, 32, 8, seed=1)  # texture of one step of 255
     image = torch.zeros(1, 3, 128, 128)
-    coarse = torch.nn.functional.interpolate(
-        torch.nn.functional.avg_pool2d(low, 2), scale_factor=2, mode="bilinear"
-    )
+    coarse = torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(low, 2), scale_factor=2, mode="bilinear")
     edge = 127.5 / 2 * (2 / 3) ** 0.5  # gradient of the two columns at the edge, root mean square of three columns
     for gradient, share in ((edge, 0.625), (edge / 3, 0.925)):
         net.config = replace(net.config, base_edge_gradient=gradient)
         shares = (net.correction(image, low) - coarse) / (low - coarse)
         assert float((shares[..., 14:16] - share).abs().max()) < 0.002
         assert float((shares[..., :6] - 0.25).abs().max()) < 0.02
-    old = TinyDecoderConfig.from_dict({"base_weight": 1.0, "base_detail_weight": 0.07})  # of before there was the weight
+    old = TinyDecoderConfig.from_dict({"base_weight": 1.0, "base_detail_weight": 0.07})  # of before there were three
     assert old.base_edge_weight == 0.07
 
 
