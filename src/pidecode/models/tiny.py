@@ -167,7 +167,9 @@ class TinyDecoder(nn.Module):
         down = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
         squared = (across.square() + down.square()).mean(1, keepdim=True) / 4
         squared = functional.avg_pool2d(functional.pad(squared, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-        return squared / (squared + (self.config.base_edge_gradient / 127.5) ** 2)
+        # The fourth power, so that strong edges count nearly in full and texture of half their gradient hardly at all.
+        fourth = squared.square()
+        return fourth / (fourth + (self.config.base_edge_gradient / 127.5) ** 4)
 
 
 class EncoderBlock(nn.Module):

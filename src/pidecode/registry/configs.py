@@ -247,9 +247,9 @@ class TinyDecoderConfig:
     blocks: tuple[int, ...] = (16, 8, 12, 4)
     base_blocks: tuple[int, ...] = (16, 8, 6, 2)
     base_weight: float = 1.0
-    base_detail_weight: float = 0.07
+    base_detail_weight: float = 0.0
     base_edge_weight: float = 1.0
-    base_edge_gradient: float = 16.0
+    base_edge_gradient: float = 34.0
     max_sigma: float = 0.8
 
     def __post_init__(self) -> None:
