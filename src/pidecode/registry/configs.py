@@ -249,7 +249,7 @@ class TinyDecoderConfig:
     base_weight: float = 1.0
     base_detail_weight: float = 0.0
     base_edge_weight: float = 1.0
-    base_edge_gradient: float = 34.0
+    base_edge_gradient: float = 56.0
     max_sigma: float = 0.8
 
     def __post_init__(self) -> None:
