@@ -280,8 +280,8 @@ def test_what_the_base_imitates_is_as_configured(folders: tuple[Path, Path], tmp
         lines = (tmp_path / name / "distillation" / "metrics.jsonl").read_text().splitlines()
         return float(json.loads(lines[0])["base"])
 
-    crops = [loss(f"crops{share}", f"distillation.loss.base_low_res={share}", "distillation.data.smooth=0",
-                  "distillation.loss.base_unevenness=0") for share in (0, 0.5, 1)]  # fmt: skip
+    crops = [loss(f"crops{share}", f"distillation.loss.base_low_res={share}", "distillation.loss.base_unevenness=0",
+                  "distillation.data.smooth=0") for share in (0, 0.5, 1)]  # fmt: skip
     assert crops[0] != pytest.approx(crops[2], rel=0.01) and crops[1] < sum(crops) - crops[1]  # the mean is nearer
     smooth = [loss(f"smooth{weight}", f"distillation.loss.base_unevenness={weight}", "distillation.data.smooth=1")
               for weight in (0, 1, 3)]  # fmt: skip
