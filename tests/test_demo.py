@@ -8,6 +8,7 @@ import sys
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -29,6 +30,20 @@ def test_a_photograph_is_quartered_encoded_and_decoded(root: Path, tmp_path: Pat
     assert sizes["chelsea-before.png"] == (112, 64)
     assert sizes["chelsea-after.png"] == (448, 256)
     assert sizes["chelsea-before-after.png"] == (4 * (448 + 12) + 12, 256 + 28 + 24)
+
+
+@pytest.mark.slow
+def test_closeups_show_what_a_latent_alone_does_not_tell(root: Path, tmp_path: Path) -> None:
+    pytest.importorskip("skimage")
+    command = [sys.executable, str(root / "tools" / "make_closeups.py"), "--out", "shown"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "shown" / "latent-alone.webp") as image:
+        sheet = np.asarray(image.convert("RGB"), dtype=float)
+    assert sheet.shape == (430, 1120, 3)
+    for top, height in ((26, 240), (276, 144)):
+        original, decoded, enlarged = (sheet[top : top + height, left : left + 360] for left in (10, 380, 750))
+        assert np.abs(enlarged - original).mean() < np.abs(decoded - original).mean()
 
 
 def test_what_is_no_image_is_one_line(root: Path, tmp_path: Path) -> None:
