@@ -40,9 +40,9 @@ def test_closeups_show_what_a_latent_alone_does_not_tell(root: Path, tmp_path: P
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "shown" / "latent-alone.webp") as image:
         sheet = np.asarray(image.convert("RGB"), dtype=float)
-    assert sheet.shape == (430, 1120, 3)
-    for top, height in ((26, 240), (276, 144)):
-        original, decoded, enlarged = (sheet[top : top + height, left : left + 360] for left in (10, 380, 750))
+    assert sheet.shape == (2 * (28 + 24) + 240 + 144, 3 * (360 + 12) + 12, 3)
+    for top, height in ((40, 240), (40 + 240 + 12 + 40, 144)):
+        original, decoded, enlarged = (sheet[top : top + height, left : left + 360] for left in (12, 384, 756))
         assert np.abs(enlarged - original).mean() < np.abs(decoded - original).mean()
 
 

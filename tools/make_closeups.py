@@ -13,18 +13,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from make_image import QUARTER, SAMPLES, open_image
+from make_image import SAMPLES, open_image, quartered, side_by_side
 from PIL import Image, ImageDraw, ImageFont
 
 import pidecode
 
 FACE = (166, 70, 286, 150)
+"""What is shown of the photograph: left, top, right, bottom in pixels."""
 TYPE = (250, 164, 370, 212)
-"""What is shown of each image: left, top, right, bottom in pixels."""
+"""The same of the type."""
 ENLARGED = 3
-GAP = 10
-TITLE_HEIGHT = 26
-TITLES = ("the original", "{model}, from the latent alone", "upscale, with the small image")
 WORDS = "the night market after the thunder and the rain "
 
 
@@ -38,12 +36,16 @@ def typed(side: int = 512) -> Image.Image:
     return tilted.crop((side // 2, side // 2, side // 2 + side, side // 2 + side))
 
 
-def closeups(decoder: pidecode.PixelDecoder, original: Image.Image, box: tuple[int, ...]) -> list[Image.Image]:
-    """The original, its small image's latent decoded, and the small image enlarged: a part of each."""
-    small = original.resize((original.width // QUARTER, original.height // QUARTER), Image.Resampling.BICUBIC)
-    images = original, decoder.decode(decoder.encode(small)).image, decoder.upscale(small).image
-    size = tuple(ENLARGED * (box[axis + 2] - box[axis]) for axis in (0, 1))
-    return [image.crop(box).resize(size, Image.Resampling.BICUBIC) for image in images]  # type: ignore[arg-type]
+def closeups(decoder: pidecode.PixelDecoder, original: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    """The same part of an image, of its small image's latent decoded, and of the small image enlarged."""
+    small = quartered(original)
+    panels = [
+        ("the original", original),
+        ("from the latent alone", decoder.decode(decoder.encode(small)).image),
+        ("upscale, with the small image", decoder.upscale(small).image),
+    ]
+    size = (ENLARGED * (box[2] - box[0]), ENLARGED * (box[3] - box[1]))
+    return side_by_side([(words, image.crop(box).resize(size, Image.Resampling.BICUBIC)) for words, image in panels])
 
 
 def main() -> None:
@@ -53,17 +55,10 @@ def main() -> None:
     wanted = parser.parse_args()
 
     decoder = pidecode.PixelDecoder.from_pretrained(wanted.model)
-    rows = [closeups(decoder, open_image(SAMPLES[0]), FACE), closeups(decoder, typed(), TYPE)]
-    width = rows[0][0].width + GAP
-    height = TITLE_HEIGHT + sum(row[0].height + GAP for row in rows)
-    sheet = Image.new("RGB", (len(TITLES) * width + GAP, height), "white")
-    draw, font, top = ImageDraw.Draw(sheet), ImageFont.load_default(15), TITLE_HEIGHT
-    for column, title in enumerate(TITLES):
-        draw.text((GAP + column * width, 5), title.format(model=Path(wanted.model).stem), fill="black", font=font)
-    for row in rows:
-        for column, image in enumerate(row):
-            sheet.paste(image, (GAP + column * width, top))
-        top += row[0].height + GAP
+    rows = closeups(decoder, open_image(SAMPLES[0]), FACE), closeups(decoder, typed(), TYPE)
+    sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)))
+    sheet.paste(rows[0], (0, 0))
+    sheet.paste(rows[1], (0, rows[0].height))
     wanted.out.mkdir(parents=True, exist_ok=True)
     path = wanted.out / "latent-alone.webp"
     sheet.save(path, quality=85, method=6)

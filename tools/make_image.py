@@ -50,6 +50,11 @@ def cropped(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
+def quartered(image: Image.Image) -> Image.Image:
+    """The image at a quarter of its size along each side."""
+    return image.resize((image.width // QUARTER, image.height // QUARTER), Image.Resampling.BICUBIC)
+
+
 def side_by_side(panels: list[tuple[str, Image.Image]]) -> Image.Image:
     """Images of one size in a row, each under a line of words."""
     width, height = panels[0][1].size
@@ -70,7 +75,7 @@ def main() -> None:
     wanted = parser.parse_args()
 
     original = cropped(open_image(wanted.image))
-    small = original.resize((original.width // QUARTER, original.height // QUARTER), Image.Resampling.BICUBIC)
+    small = quartered(original)
     decoder = pidecode.PixelDecoder.from_pretrained(wanted.model)
     began = time.perf_counter()
     enlarged = decoder.upscale(small).image
